@@ -1,0 +1,1 @@
+"""DoRA image personalization for Stable Diffusion and SDXL."""

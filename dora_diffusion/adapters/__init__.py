@@ -1,0 +1,1 @@
+"""DoRA on a live module tree: layers, targets, injection, state."""

@@ -1,0 +1,1 @@
+"""Names and bytes on disk. Imports no model code."""

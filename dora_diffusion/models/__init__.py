@@ -1,0 +1,1 @@
+"""The Stable Diffusion families as data, and how they are loaded."""
