@@ -1,0 +1,223 @@
+"""Shared fixtures: tiny random pipelines with the real families' structure, and real photos.
+
+The widths are tiny; the levels, layers per block and attention placement are those of the
+released models, so that module names and checkpoint key maps meet every case. Folders are built
+once per session: treat them as read-only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+torch.set_num_threads(1)
+
+TOKEN_LIMIT = 77
+# Words that the tiny vocabulary holds as one token; anything else is spelled out in bytes.
+WHOLE_WORDS = ("a", "photo", "of", "sks", "dog", "toy", "backpack", "the", "on", "in", "red", "cat")
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def byte_symbols() -> list[str]:
+    """The 256 printable stand-ins for bytes, in CLIP's order ("!" is the first)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A CLIP byte-pair vocabulary of about 560 entries that spells any text, and its merges."""
+    symbols = byte_symbols()
+    tokens = symbols + [f"{symbol}</w>" for symbol in symbols]
+    merges: list[tuple[str, str]] = []
+    for word in WHOLE_WORDS:
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        while len(pieces) > 1:
+            pair = (pieces[0], pieces[1])
+            pieces[:2] = ["".join(pair)]
+            if pair not in merges:
+                merges.append(pair)
+                tokens.append(pieces[0])
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: index for index, token in enumerate(dict.fromkeys(tokens))}, merges
+
+
+def save_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+    """Write a CLIP tokenizer folder as the hub holds it (vocab.json, merges.txt, config)."""
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = clip_vocabulary()
+    tokenizer = CLIPTokenizer(
+        vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=TOKEN_LIMIT
+    )
+    tokenizer.save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tokenizer
+
+
+def save_text_encoder(folder: Path, *, width: int, act: str, projection: int | None = None) -> None:
+    """Write a three-layer CLIP text encoder, with a projection when a width for it is given."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    vocabulary, _ = clip_vocabulary()
+    config = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=projection or width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=TOKEN_LIMIT,
+        hidden_act=act,
+        bos_token_id=vocabulary["<|startoftext|>"],
+        eos_token_id=2,  # as in the released configs: pools at the largest id, the end token's
+        pad_token_id=1,
+    )
+    (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).save_pretrained(folder)
+
+
+def save_vae(folder: Path, *, scaling_factor: float = 0.18215, latent_channels: int = 4) -> None:
+    """Write a four-level autoencoder (8 pixels per latent)."""
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 16, 32, 32),
+        layers_per_block=2,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        sample_size=64,
+        scaling_factor=scaling_factor,
+        force_upcast=scaling_factor == 0.13025,
+    ).save_pretrained(folder)
+
+
+def unet_config(family: str) -> dict[str, Any]:
+    """UNet settings with the released family's levels and narrow widths."""
+    common: dict[str, Any] = {"sample_size": 8, "norm_num_groups": 8, "layers_per_block": 2}
+    four_levels = {
+        "block_out_channels": (32, 32, 64, 64),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    }
+    if family == "sd1":
+        return common | four_levels | {"cross_attention_dim": 32, "attention_head_dim": 4}
+    if family == "sd2":
+        return (
+            common
+            | four_levels
+            | {
+                "cross_attention_dim": 64,
+                "attention_head_dim": (2, 2, 4, 4),
+                "use_linear_projection": True,
+            }
+        )
+    return common | {
+        "block_out_channels": (32, 32, 64),
+        "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+        "transformer_layers_per_block": (1, 1, 2),
+        "cross_attention_dim": 96,
+        "attention_head_dim": (2, 2, 4),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 96,  # projection 48 + 6 time ids of 8
+    }
+
+
+def save_pipeline(folder: Path, family: str) -> Path:
+    """Write a whole diffusers pipeline folder for "sd1", "sd2" (v-prediction) or "sdxl"."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(len(family) + ord(family[-1]))
+        UNet2DConditionModel(**unet_config(family)).save_pretrained(folder / "unet")
+        save_vae(folder / "vae", scaling_factor=0.13025 if family == "sdxl" else 0.18215)
+        width = 64 if family == "sd2" else 32
+        act = "gelu" if family == "sd2" else "quick_gelu"
+        save_text_encoder(folder / "text_encoder", width=width, act=act)
+        save_tokenizer(folder / "tokenizer", "!" if family == "sd2" else "<|endoftext|>")
+        if family == "sdxl":
+            save_text_encoder(folder / "text_encoder_2", width=64, act="gelu", projection=48)
+            save_tokenizer(folder / "tokenizer_2", "!")
+    scheduler = {
+        "sd1": lambda: PNDMScheduler(**SCHEDULE, steps_offset=1, skip_prk_steps=True),
+        "sd2": lambda: DDIMScheduler(
+            **SCHEDULE, steps_offset=1, clip_sample=False, prediction_type="v_prediction"
+        ),
+        "sdxl": lambda: EulerDiscreteScheduler(**SCHEDULE, steps_offset=1),
+    }[family]()
+    scheduler.save_pretrained(folder / "scheduler")
+    write_model_index(folder, family, type(scheduler).__name__)
+    return folder
+
+
+def write_model_index(folder: Path, family: str, scheduler: str) -> None:
+    """Write the pipeline's model_index.json by hand: what the folder is, in diffusers' words."""
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.35.0",
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if family == "sdxl":
+        index |= {
+            "_class_name": "StableDiffusionXLPipeline",
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "force_zeros_for_empty_prompt": True,
+        }
+    else:
+        none = [None, None]
+        index |= {
+            "safety_checker": none,
+            "feature_extractor": none,
+            "requires_safety_checker": False,
+        }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def sd1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Stable Diffusion 1 folder (epsilon prediction)."""
+    return save_pipeline(tmp_path_factory.mktemp("pipelines") / "sd1", "sd1")
+
+
+@pytest.fixture(scope="session")
+def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Stable Diffusion 2 folder (v prediction)."""
+    return save_pipeline(tmp_path_factory.mktemp("pipelines") / "sd2", "sd2")
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random SDXL folder (two text encoders, size and crop conditioning)."""
+    return save_pipeline(tmp_path_factory.mktemp("pipelines") / "sdxl", "sdxl")
+
+
+@pytest.fixture(scope="session")
+def photos_root() -> Path:
+    """The folder of real subject photos beside the checkout; skips where it is absent."""
+    root = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
+    if not (root / "dog3").is_dir():
+        pytest.skip("the real photos are not beside this checkout (../shared/data/photos)")
+    return root
