@@ -1,0 +1,27 @@
+"""Small Stable Diffusion models that come with the package, and the toy world they know.
+
+They are pretrained, in the hour that two CPU cores need, on rendered pictures with true captions,
+so that training and export can be tried and tested without a download or a GPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MODELS = ("tiny-sd",)
+
+
+def model_folder(name: str) -> Path:
+    """The folder of an embedded model, an ordinary diffusers pipeline.
+
+    Raises:
+        ValueError: no embedded model has that name.
+    """
+    if name not in MODELS:
+        raise ValueError(f"no embedded model {name!r}; there are {', '.join(MODELS)}")
+    return Path(__file__).parent / name
+
+
+def instrument_folder() -> Path:
+    """The folder of the networks that judge pictures of the toy world."""
+    return Path(__file__).parent / "instrument"

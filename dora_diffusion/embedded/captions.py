@@ -1,0 +1,137 @@
+"""True captions of scenes, in the many ways people type them.
+
+A caption leaves things out, never makes things up: colours without an honest name stay unnamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dora_diffusion.embedded.world import Scene, Subject
+
+PLACES: dict[str, tuple[str, ...]] = {
+    "grass": ("on the grass", "on grass", "in a meadow", "on a green lawn"),
+    "sand": ("on the beach", "on the sand", "on sand", "in the desert"),
+    "snow": ("in the snow", "on the snow", "on snow", "in winter"),
+    "night": ("at night", "under the night sky", "under the stars", "in the dark"),
+    "sea": ("in the sea", "on the water", "in the ocean", "at sea"),
+    "brick": ("in front of a brick wall", "by a brick wall", "against a brick wall"),
+    "wood": ("on a wooden floor", "on the wooden floor", "on wooden planks", "on wood"),
+    "studio": ("in a studio", "on a grey background", "on a plain background"),
+    "forest": ("in the forest", "in a forest", "in the woods", "among trees"),
+    "sunset": ("at sunset", "in front of a sunset", "in the evening"),
+}
+PATTERN_WORDS: dict[str, tuple[str, ...]] = {
+    "plain": ("plain", "", "", ""),
+    "striped": ("striped",),
+    "dotted": ("dotted", "spotted", "polka dot"),
+    "checked": ("checked", "checkered"),
+}
+PATTERN_PHRASES: dict[str, str] = {
+    "striped": "with stripes",
+    "dotted": "with dots",
+    "checked": "with checks",
+}
+TEMPLATES: tuple[str, ...] = (
+    "a photo of {}",
+    "a photo of {}",
+    "a photo of {}",
+    "a picture of {}",
+    "an image of {}",
+    "a close up photo of {}",
+    "a nice photo of {}",
+    "a rendering of {}",
+    "{}",
+    "{}",
+)
+FILLERS: tuple[str, ...] = ("toy", "object", "thing")
+
+
+def _one_of(options: Sequence[str], generator: np.random.Generator) -> str:
+    return options[int(generator.integers(len(options)))]
+
+
+def with_article(noun: str) -> str:
+    """``red mug`` -> ``a red mug``, ``orange mug`` -> ``an orange mug``."""
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def _color_words(subject: Subject, generator: np.random.Generator) -> str:
+    if subject.color is None or generator.random() > 0.88:
+        return ""
+    if subject.two_tone and subject.accent_color and generator.random() < 0.8:
+        return f"{subject.color} and {subject.accent_color}"
+    return subject.color
+
+
+def _details(subject: Subject, generator: np.random.Generator) -> str:
+    """A phrase after the noun, about the emblem or the pattern."""
+    if subject.emblem is not None and generator.random() < 0.75:
+        sign = " ".join(filter(None, (subject.emblem.color, subject.emblem.kind)))
+        return f"with {with_article(sign)}" + (" on it" if generator.random() < 0.5 else "")
+    return ""
+
+
+def _size_word(scene: Scene, generator: np.random.Generator) -> str:
+    if generator.random() > 0.35:
+        return ""
+    if scene.size < 0.62:
+        return "small"
+    return _one_of(("large", "big"), generator) if scene.size > 0.78 else ""
+
+
+def _side(scene: Scene, generator: np.random.Generator) -> str:
+    if abs(scene.position[0]) < 0.2 or generator.random() > 0.5:
+        return ""
+    return "on the left" if scene.position[0] < 0 else "on the right"
+
+
+def describe_subject(scene: Scene, generator: np.random.Generator, rare: str = "") -> str:
+    """A noun phrase such as ``a small blue striped mug with a red star``.
+
+    Args:
+        scene: whose subject to describe.
+        generator: the randomness.
+        rare: a meaningless word to put before the noun's adjectives, as ``sks`` will be.
+    """
+    subject = scene.subject
+    noun = subject.kind if generator.random() < 0.94 else _one_of(FILLERS, generator)
+    color = _color_words(subject, generator)
+    pattern = _one_of(PATTERN_WORDS[subject.pattern], generator)
+    details = _details(subject, generator)
+    if generator.random() < 0.12:
+        pattern = ""
+    elif subject.pattern in PATTERN_PHRASES and not details and generator.random() < 0.15:
+        pattern, details = "", PATTERN_PHRASES[subject.pattern]
+    adjectives = [color, pattern] if generator.random() < 0.75 else [pattern, color]
+    # A bare noun often, since that is how DreamBooth prompts name the class.
+    if generator.random() < 0.15:
+        adjectives, details = [], ""
+    words = [_size_word(scene, generator), rare, *adjectives, noun]
+    phrase = " ".join(filter(None, words))
+    article = "the " + phrase if generator.random() < 0.06 else with_article(phrase)
+    return " ".join(filter(None, (article, details)))
+
+
+def caption(scene: Scene, generator: np.random.Generator, rare_words: Sequence[str] = ()) -> str:
+    """One true sentence about a scene.
+
+    Args:
+        scene: what the picture shows; its class must be one with a word.
+        generator: the randomness.
+        rare_words: meaningless words, one of which stands in every eighth caption, so that a
+            strange word before a noun does not disturb the rest.
+    """
+    rare = _one_of(rare_words, generator) if rare_words and generator.random() < 0.12 else ""
+    thing = describe_subject(scene, generator, rare)
+    place = "" if generator.random() < 0.08 else _one_of(PLACES[scene.background], generator)
+    side = _side(scene, generator)
+    style = generator.random()
+    if style < 0.1:
+        return ", ".join(filter(None, (thing, side, place)))
+    sentence = _one_of(TEMPLATES, generator).format(thing)
+    if style < 0.22 and place:
+        return ", ".join(filter(None, (place, " ".join(filter(None, (sentence, side))))))
+    return " ".join(filter(None, (sentence, side, place)))
