@@ -1,0 +1,222 @@
+"""A loaded model: its modules, what the family says of them, and pipelines built from them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from dora_diffusion.models.family import Family
+from dora_diffusion.models.latents import vae_factor
+
+# Name shown to users -> (diffusers scheduler class, settings that make it that sampler).
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpm++_karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+
+@dataclass
+class Components:
+    """The modules of one model, frozen and in evaluation mode as loaded.
+
+    Attributes:
+        family: Facts of the model's family.
+        unet: The UNet2DConditionModel.
+        vae: The AutoencoderKL; float32 where the family's overflows in half precision.
+        text_encoders: One encoder, or SDXL's two.
+        tokenizers: Their tokenizers.
+        scheduler: DDPMScheduler with the model's noise schedule, for training.
+        name: The name the model was loaded by.
+        scheduler_config: The model's own scheduler settings, with ``_class_name``, for sampling.
+        zeros_for_empty_prompt: Guidance without a negative prompt uses zeros (SDXL).
+        source: Folder or file that the weights were read from.
+    """
+
+    family: Family
+    unet: Any
+    vae: Any
+    text_encoders: tuple[Any, ...]
+    tokenizers: tuple[Any, ...]
+    scheduler: Any
+    name: str = ""
+    scheduler_config: Mapping[str, Any] = field(default_factory=dict)
+    zeros_for_empty_prompt: bool = False
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that the parts belong together."""
+        channels, latents = self.unet.config.in_channels, self.vae.config.latent_channels
+        if channels != latents:
+            raise ValueError(
+                f"{self.name}: the UNet reads {channels} channels but the VAE makes {latents}; "
+                "use a text-to-image base model (not inpainting or image editing) and its own VAE"
+            )
+        for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
+            check_vocabulary(tokenizer, encoder, self.name)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts: "epsilon" or "v_prediction"."""
+        return str(self.scheduler.config.prediction_type)
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent along one side."""
+        return vae_factor(self.vae)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.unet.config.in_channels)
+
+    @property
+    def default_resolution(self) -> int:
+        """Side in pixels that this model was trained at, by its own configuration."""
+        size = self.unet.config.sample_size
+        if size is None:
+            return self.family.default_resolution
+        return int(size if isinstance(size, int) else max(size)) * self.vae_factor
+
+    @property
+    def token_limit(self) -> int:
+        """Longest prompt in tokens, with the start and end tokens."""
+        return int(self.tokenizers[0].model_max_length)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the UNet."""
+        return next(self.unet.parameters()).device
+
+    def adaptable(self) -> dict[str, nn.Module]:
+        """The modules that adapters may be injected into, by component name."""
+        return {
+            "unet": self.unet,
+            **dict(zip(self.family.text_encoder_names, self.text_encoders, strict=True)),
+        }
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module by component name."""
+        return {**self.adaptable(), "vae": self.vae}
+
+    def to(self, device: torch.device | str) -> Components:
+        """Move every module to a device, dtypes unchanged; returns itself."""
+        for module in self.modules().values():
+            module.to(device)
+        return self
+
+    def pipeline(self, scheduler: str | None = None) -> Any:
+        """Build the family's text-to-image pipeline from these same modules.
+
+        Args:
+            scheduler: A name of :data:`SAMPLERS`; None is the model's own.
+
+        Returns:
+            A StableDiffusionPipeline or StableDiffusionXLPipeline without a safety checker or
+            watermark, its progress bar off. It shares the modules: what is trained shows at once.
+        """
+        import diffusers
+
+        parts: dict[str, Any] = {
+            **self.modules(),
+            **dict(zip(self.family.tokenizer_names, self.tokenizers, strict=True)),
+            "scheduler": self.sampler(scheduler),
+        }
+        if self.family.has_pooled:
+            parts["force_zeros_for_empty_prompt"] = self.zeros_for_empty_prompt
+            parts["add_watermarker"] = False
+        else:
+            parts |= {"safety_checker": None, "feature_extractor": None}
+            parts["requires_safety_checker"] = False
+        pipeline = getattr(diffusers, self.family.pipeline_class)(**parts)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def sampler(self, name: str | None = None) -> Any:
+        """Build a sampler over this model's noise schedule.
+
+        Raises:
+            ValueError: If the name is not known.
+        """
+        import diffusers
+
+        config = {**self.scheduler.config, **self.scheduler_config}
+        own_class = str(config.pop("_class_name", "DDIMScheduler"))
+        if name is not None and name not in SAMPLERS:
+            raise ValueError(f"unknown scheduler {name!r}; choose from {', '.join(SAMPLERS)}")
+        class_name, settings = (own_class, {}) if name is None else SAMPLERS[name]
+        # Latents are not confined to [-1, 1]; a scheduler's default clips them, and the first
+        # schedule step of the released models is offset by one.
+        config |= {"clip_sample": False, "steps_offset": 1, **settings}
+        config.setdefault("set_alpha_to_one", False)
+        if config.get("rescale_betas_zero_snr"):
+            # With a zero-SNR schedule, sampling must start at the last step (arXiv:2305.08891).
+            config["timestep_spacing"] = "trailing"
+        return getattr(diffusers, class_name).from_config(config)
+
+    def identity(self, *components: str) -> str:
+        """Digest of the named components' configuration and weights, for caches keyed by content.
+
+        Args:
+            components: For example "vae"; none means all.
+        """
+        modules = self.modules()
+        parts = [fingerprint(modules[name]) for name in components or sorted(modules)]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
+
+
+def fingerprint(module: nn.Module, samples: int = 64) -> str:
+    """Digest of a module's tensor names, shapes, dtypes and evenly sampled values.
+
+    Sampling keeps it fast on large models; any training step changes practically every weight.
+    """
+    digest = hashlib.sha256(str(sorted(getattr(module, "config", {}).items())).encode())
+    for name, tensor in module.state_dict().items():
+        flat = tensor.detach().flatten()
+        chosen = flat[:: max(1, flat.numel() // samples)].to("cpu", torch.float64)
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(chosen.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_vocabulary(tokenizer: Any, encoder: Any, name: str) -> None:
+    """Refuse a tokenizer that cannot belong to its text encoder.
+
+    A tokenizer folder without its vocabulary loads silently with two or three tokens.
+
+    Raises:
+        ValueError: If token ids exceed the embedding, or most of the embedding is unreachable.
+    """
+    tokens, rows = len(tokenizer), int(encoder.get_input_embeddings().weight.shape[0])
+    if tokens > rows or tokens < rows // 2:
+        raise ValueError(
+            f"{name}: the tokenizer knows {tokens} tokens but the text encoder has {rows}; "
+            "its vocabulary files (vocab.json, merges.txt or tokenizer.json) are missing or wrong"
+        )
+
+
+def cast_to_weight(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook: cast a floating-point input to the module's own dtype.
+
+    A float32 autoencoder beside a half-precision UNet needs it: SDXL's pipeline passes latents on
+    in the UNet's dtype.
+    """
+    dtype = next(module.parameters()).dtype
+    return tuple(
+        value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+        for value in inputs
+    )

@@ -1,0 +1,138 @@
+"""Model names to folders and files: local paths, embedded models, and the hub's cache."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+EMBEDDED_PREFIX = "embedded:"
+HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+COMPONENT_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+class ModelNotFoundError(ValueError):
+    """No model by this name could be found or fetched; says what was tried and what to do."""
+
+
+def resolve_folder(
+    name: str | Path, *, revision: str | None = None, variant: str | None = None
+) -> Path:
+    """Find the diffusers pipeline folder that a name stands for.
+
+    Args:
+        name: A local folder, ``embedded:NAME`` for a model inside this package, or a hub id,
+            which is downloaded once into the hub's cache (``HF_HOME``, ``HF_HUB_OFFLINE`` and
+            ``HF_TOKEN`` are honoured). Only safetensors weights and configuration are fetched.
+        revision: Branch, tag or commit of a hub id.
+        variant: Weight variant, such as "fp16".
+
+    Raises:
+        ModelNotFoundError: If there is no such model, in one line with what to do.
+    """
+    text = str(name)
+    if text.startswith(EMBEDDED_PREFIX):
+        return _embedded_folder(text.removeprefix(EMBEDDED_PREFIX))
+    if Path(text).is_dir():
+        return _checked_folder(Path(text))
+    if looks_local(text):
+        raise ModelNotFoundError(
+            f"{text} does not exist; give a diffusers folder, a .safetensors checkpoint, "
+            "a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5, or embedded:NAME"
+        )
+    allow = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
+    allow += [f"{folder}/{file}" for folder in COMPONENT_FOLDERS for file in _weights(variant)]
+    ignore = [] if variant else ["*.fp16.*", "*.fp16-*", "*non_ema*", "*.bf16.*"]
+    return _checked_folder(fetch_snapshot(text, revision, allow, ignore))
+
+
+def fetch_snapshot(name: str, revision: str | None, allow: list[str], ignore: list[str]) -> Path:
+    """Download the allowed files of a hub id, or find them in the cache.
+
+    Raises:
+        ModelNotFoundError: If that fails, with the cause and what to do.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    # The hub library names its failures well: each has one remedy, and none is worth a traceback.
+    remedies: list[tuple[type[Exception], str]] = [
+        (errors.GatedRepoError, "it is gated: accept its terms on its page, then set HF_TOKEN"),
+        (
+            errors.RepositoryNotFoundError,
+            "the hub has no such model (private ones need HF_TOKEN)",
+        ),
+        (errors.RevisionNotFoundError, f"the hub's model has no revision {revision!r}"),
+        (errors.HFValidationError, "it is neither a local folder nor a valid hub id"),
+    ]
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=allow, ignore_patterns=ignore
+            )
+        )
+    except Exception as error:
+        for kind, remedy in remedies:
+            if isinstance(error, kind):
+                raise ModelNotFoundError(f"{name} cannot be used: {remedy}") from error
+        if not isinstance(error, (OSError, errors.HfHubHTTPError)) and not _is_network(error):
+            raise
+        raise ModelNotFoundError(_unreachable(name)) from error
+
+
+def _is_network(error: Exception) -> bool:
+    """Whether an HTTP client raised it; which client depends on the hub library's version."""
+    return type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3")
+
+
+def _unreachable(name: str) -> str:
+    tried = f"{name} is not a local folder, not in the hub's cache"
+    if is_offline():
+        return (
+            f"{tried}, and HF_HUB_OFFLINE is set; unset it to download the model, give a local "
+            "folder, or use an embedded model (embedded:NAME)"
+        )
+    return (
+        f"{tried}, and the hub could not be reached; check the network, give a local folder, "
+        "or use an embedded model (embedded:NAME)"
+    )
+
+
+def is_offline() -> bool:
+    """Whether the hub library was told to stay offline (``HF_HUB_OFFLINE``)."""
+    from huggingface_hub import constants
+
+    asked = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    return bool(constants.HF_HUB_OFFLINE) or asked
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only be a path: absolute, relative with dots, or with many parts."""
+    return not HUB_ID.match(name) or name.startswith((".", "~")) or name.endswith(".safetensors")
+
+
+def _weights(variant: str | None) -> list[str]:
+    return ["*.json", f"*.{variant}*.safetensors" if variant else "*.safetensors"]
+
+
+def _embedded_folder(name: str) -> Path:
+    """Ask the embedded models for a folder."""
+    try:
+        from dora_diffusion import embedded
+    except ImportError as error:
+        raise ModelNotFoundError(f"no embedded models are installed (asked for {name})") from error
+    try:
+        return Path(embedded.model_folder(name))
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        detail = str(error.args[0]) if error.args else name
+        raise ModelNotFoundError(f"no embedded model is called {name!r}: {detail}") from error
+
+
+def _checked_folder(folder: Path) -> Path:
+    """Refuse a folder that is not a diffusers pipeline."""
+    if (folder / "model_index.json").is_file():
+        return folder
+    raise ModelNotFoundError(
+        f"{folder} is a folder but not a diffusers pipeline: it has no model_index.json; "
+        "give the pipeline's top folder, or a .safetensors checkpoint file"
+    )
