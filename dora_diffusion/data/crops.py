@@ -1,0 +1,149 @@
+"""Crops of photos, and the record of each: what SDXL conditions on and what caches key by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.data.images import to_pixels
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+
+@dataclass(frozen=True)
+class CropRecord:
+    """How a photo became training pixels. All pairs are (height, width) or (top, left).
+
+    Attributes:
+        original_size: Upright size of the photo.
+        crop_top_left: Corner of the crop in the resized (and, if so, flipped) photo.
+        target_size: Size of the crop.
+        flipped: Mirrored left to right, before the crop.
+    """
+
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    target_size: tuple[int, int]
+    flipped: bool = False
+
+    @property
+    def resized_size(self) -> tuple[int, int]:
+        """Size of the photo after resizing: it just covers the crop."""
+        return covering_size(self.original_size, self.target_size)
+
+    @property
+    def key(self) -> str:
+        """The record as text, for cache keys."""
+        return f"{self.original_size}{self.crop_top_left}{self.target_size}{self.flipped}"
+
+
+def covering_size(original: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """The smallest size of the original's shape that covers the target, ``(height, width)``.
+
+    For a square target the shorter side becomes the target's side.
+    """
+    scale = max(target[0] / original[0], target[1] / original[1])
+    return max(target[0], round(original[0] * scale)), max(target[1], round(original[1] * scale))
+
+
+def plan_crop(
+    original_size: tuple[int, int],
+    resolution: int | tuple[int, int],
+    *,
+    center: bool = True,
+    flip: bool = False,
+    generator: torch.Generator | None = None,
+    multiple: int = 8,
+) -> CropRecord:
+    """Decide on a crop without touching pixels.
+
+    Args:
+        original_size: ``(height, width)`` of the upright photo.
+        resolution: Side of the square crop, or its ``(height, width)``.
+        center: Take the middle; otherwise the place is drawn.
+        flip: Mirror with probability one half, drawn.
+        generator: Source of the draws; needed unless ``center`` and not ``flip``.
+        multiple: The autoencoder's pixels per latent; both sides must be multiples of it.
+
+    Raises:
+        ValueError: If the resolution does not fit, or draws are asked for without a generator.
+    """
+    target = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if min(target) < multiple or any(side % multiple for side in target):
+        raise ValueError(
+            f"resolution {resolution} must be a multiple of {multiple}, the model's pixels per "
+            f"latent; try {max(1, round(target[0] / multiple)) * multiple}"
+        )
+    if generator is None and (flip or not center):
+        raise ValueError("a random crop or flip needs a generator")
+    height, width = covering_size(original_size, target)
+    spare = (height - target[0], width - target[1])
+    # Always three draws, so that one setting does not move the draws of another.
+    draws = torch.rand(3, generator=generator).tolist() if generator is not None else [0.5] * 3
+    corner = tuple(
+        room // 2 if center else min(room, int(draw * (room + 1)))
+        for room, draw in zip(spare, draws, strict=False)
+    )
+    return CropRecord(original_size, (corner[0], corner[1]), target, flip and draws[2] < 0.5)
+
+
+def cut(image: PILImage.Image, record: CropRecord) -> PILImage.Image:
+    """Resize (Lanczos), flip and crop an image or mask as the record says.
+
+    Raises:
+        ValueError: If the record is of an image of another size.
+    """
+    from PIL import Image, ImageOps
+
+    if (image.height, image.width) != record.original_size:
+        raise ValueError(
+            f"the crop was planned for a photo of {record.original_size}, "
+            f"this one is {(image.height, image.width)}"
+        )
+    height, width = record.resized_size
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+    if record.flipped:
+        resized = ImageOps.mirror(resized)
+    (top, left), (rows, columns) = record.crop_top_left, record.target_size
+    return resized.crop((left, top, left + columns, top + rows))
+
+
+def apply_crop(image: PILImage.Image, record: CropRecord) -> Tensor:
+    """Cut an RGB photo to pixels ``(3, H, W)`` float32 in [-1, 1]."""
+    return to_pixels(cut(image, record))
+
+
+def apply_crop_to_mask(mask: PILImage.Image, record: CropRecord) -> Tensor:
+    """Cut a mask ("L") with its photo's record to ``(1, H, W)`` float32 in [0, 1]."""
+    image = cut(mask, record)
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(1, image.height, image.width).float().div(255.0)
+
+
+def crop_photo(
+    image: PILImage.Image,
+    resolution: int | tuple[int, int],
+    *,
+    center: bool = True,
+    flip: bool = False,
+    generator: torch.Generator | None = None,
+    multiple: int = 8,
+) -> tuple[Tensor, CropRecord]:
+    """Crop an RGB photo: :func:`plan_crop`, then :func:`apply_crop`.
+
+    Returns:
+        Pixels ``(3, H, W)`` float32 in [-1, 1], and the record.
+    """
+    record = plan_crop(
+        (image.height, image.width),
+        resolution,
+        center=center,
+        flip=flip,
+        generator=generator,
+        multiple=multiple,
+    )
+    return apply_crop(image, record), record

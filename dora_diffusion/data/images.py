@@ -1,0 +1,280 @@
+"""Photos on disk to cropped pixels: opening with limits, EXIF, alpha, and the crop's record."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+MAX_MEGAPIXELS = 40.0
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif")
+MASK_SUFFIX = ".mask.png"
+# What Pillow's decoders raise on damaged files: each plugin has its own idea.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, zlib.error)
+
+
+class PhotoError(ValueError):
+    """A photo cannot be used; one line with the file, what is wrong and what to do."""
+
+
+def list_photos(folder: str | Path) -> list[Path]:
+    """List a folder's photos by file extension, sorted by name.
+
+    Hidden files, sub-directories, captions (``.txt``) and masks (``.mask.png``) are left out.
+
+    Raises:
+        PhotoError: If the folder is missing or holds no photo.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise PhotoError(f"{folder}: the photo folder {what}; give a folder of photos")
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    photos = [path for path in entries if is_photo(path)]
+    if not photos:
+        found = ", ".join(path.name for path in entries[:5]) or "nothing"
+        raise PhotoError(
+            f"{folder}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)}; "
+            f"found {found}); sub-folders are not searched"
+        )
+    return photos
+
+
+def is_photo(path: Path) -> bool:
+    """Whether a path is a file that is named like a photo."""
+    name = path.name.lower()
+    return name.endswith(PHOTO_SUFFIXES) and not name.endswith(MASK_SUFFIX) and path.is_file()
+
+
+def open_photo(path: str | Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> PILImage.Image:
+    """Open and fully decode a photo as RGB, upright, without metadata.
+
+    EXIF orientation is applied and then dropped with all other metadata (GPS, device). Alpha is
+    composited on white. Of an animation, the first frame is taken.
+
+    Args:
+        path: A JPEG, PNG or WebP file; HEIC where pillow-heif is installed.
+        max_megapixels: Refused above this size, before any pixel is decoded.
+
+    Raises:
+        PhotoError: If it is not such a file, is too large, or is damaged.
+    """
+    return open_photo_with_alpha(path, max_megapixels=max_megapixels)[0]
+
+
+def open_photo_with_alpha(
+    path: str | Path, *, max_megapixels: float = MAX_MEGAPIXELS
+) -> tuple[PILImage.Image, PILImage.Image | None]:
+    """Open a photo as :func:`open_photo` does, with its alpha channel ("L") or None beside it."""
+    path = Path(path)
+    data = read_bytes(path)
+    with _reasons(path), _open_checked(path, data, max_megapixels) as image:
+        image.load()
+        return _split_alpha(_to_srgb(_upright(image)))
+
+
+def photo_size(path: str | Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[int, int]:
+    """Upright ``(height, width)`` of a photo, from its header alone.
+
+    Raises:
+        PhotoError: If it is not a photo or is too large.
+    """
+    path = Path(path)
+    with _reasons(path), _open_checked(path, read_bytes(path), max_megapixels) as image:
+        width, height = image.size
+        # Orientations 5 to 8 are turned by 90 degrees.
+        turned = _orientation(image) >= 5
+    return (width, height) if turned else (height, width)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file.
+
+    Raises:
+        PhotoError: If that fails or it is empty.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise PhotoError(f"{path.name}: cannot be read ({reason}); remove or replace it") from error
+    if not data:
+        raise PhotoError(f"{path.name}: the file is empty; copy the photo again")
+    return data
+
+
+def sniff_format(data: bytes) -> str | None:
+    """Tell "JPEG", "PNG", "WEBP" or "HEIF" by a file's first bytes; None for anything else."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    heif_brands = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+    return "HEIF" if data[4:8] == b"ftyp" and data[8:12] in heif_brands else None
+
+
+def _open_checked(path: Path, data: bytes, max_megapixels: float) -> PILImage.Image:
+    """Read the header only, and refuse what is no photo or too large."""
+    from PIL import Image
+
+    kind = sniff_format(data)
+    if kind is None:
+        raise PhotoError(
+            f"{path.name}: not a JPEG, PNG, WebP or HEIC picture, whatever its name says; "
+            "convert it or remove it"
+        )
+    if kind == "HEIF":
+        _register_heif(path)
+    with warnings.catch_warnings():
+        # Pillow's own size warning comes later and higher than the limit below.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(io.BytesIO(data), formats=(kind,))
+        except Image.DecompressionBombError as error:
+            raise PhotoError(
+                f"{path.name}: far above the limit of {max_megapixels:g} megapixels; "
+                "save a smaller copy"
+            ) from error
+    width, height = image.size
+    if width * height > max_megapixels * 1e6:
+        raise PhotoError(
+            f"{path.name}: {width} x {height} is {width * height / 1e6:.1f} megapixels, above the "
+            f"limit of {max_megapixels:g}; save a smaller copy"
+        )
+    return image
+
+
+def _register_heif(path: Path) -> None:
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise PhotoError(
+            f"{path.name}: HEIC photos need the pillow-heif package; install it "
+            "(pip install pillow-heif) or convert the photo to JPEG"
+        ) from error
+    pillow_heif.register_heif_opener()
+
+
+@contextlib.contextmanager
+def _reasons(path: Path):  # type: ignore[no-untyped-def]
+    """Turn the decoders' many errors into one plain line."""
+    try:
+        yield
+    except PhotoError:
+        raise
+    except DECODE_ERRORS as error:
+        raise PhotoError(
+            f"{path.name}: damaged or cut short ({error}); copy the photo again or remove it"
+        ) from error
+
+
+def _orientation(image: PILImage.Image) -> int:
+    """EXIF orientation, 1 (upright) where there is none or the EXIF block is damaged."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except (*DECODE_ERRORS, TypeError):
+        return 1
+
+
+def _upright(image: PILImage.Image) -> PILImage.Image:
+    """Apply the EXIF orientation."""
+    from PIL import Image
+
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    turn = turns.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_srgb(image: PILImage.Image) -> PILImage.Image:
+    """Convert from an embedded wide-gamut profile (phones write Display P3) to sRGB.
+
+    A damaged profile is ignored, as viewers do.
+    """
+    from PIL import ImageCms
+
+    profile_bytes = image.info.get("icc_profile")
+    if not profile_bytes or image.mode not in ("RGB", "CMYK"):
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile_bytes))
+        if "srgb" in ImageCms.getProfileDescription(profile).lower():
+            return image
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB") or image
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+
+
+def _split_alpha(image: PILImage.Image) -> tuple[PILImage.Image, PILImage.Image | None]:
+    """RGB over white, and the alpha channel where the image has one; no metadata on either."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        # Pillow clips 16-bit grey to 8 bits instead of scaling it.
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if not image.has_transparency_data:
+        return _bare(image.convert("RGB")), None
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return _bare(Image.alpha_composite(white, rgba).convert("RGB")), _bare(rgba.getchannel("A"))
+
+
+def _bare(image: PILImage.Image) -> PILImage.Image:
+    """A copy that carries pixels and nothing else (no EXIF, no GPS, no profile)."""
+    from PIL import Image
+
+    return Image.frombytes(image.mode, image.size, image.tobytes())
+
+
+def has_alpha_mask(alpha: PILImage.Image | None) -> bool:
+    """Whether an alpha channel masks anything out."""
+    return alpha is not None and alpha.getextrema() != (255, 255)
+
+
+@dataclass(frozen=True)
+class PhotoInfo:
+    """A photo's content digest and upright ``(height, width)``."""
+
+    digest: str
+    size: tuple[int, int]
+
+
+def verify_photo(path: Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> PhotoInfo:
+    """Decode a photo once to prove it usable; its digest is of the file's bytes.
+
+    Raises:
+        PhotoError: If it cannot be used.
+    """
+    import hashlib
+
+    width, height = open_photo(path, max_megapixels=max_megapixels).size
+    digest = hashlib.sha256(read_bytes(path)).hexdigest()[:32]
+    return PhotoInfo(digest, (height, width))
+
+
+def to_pixels(image: PILImage.Image) -> Tensor:
+    """An RGB image to ``(3, H, W)`` float32 in [-1, 1]."""
+    width, height = image.size
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(height, width, 3).permute(2, 0, 1).float().div(127.5).sub(1.0).contiguous()
