@@ -15,18 +15,19 @@ Tensors = Mapping[str, Tensor]
 
 
 class TensorCache:
-    """Named tensors under a digest of everything that determines them.
-
-    Args:
-        identity: What computes the tensors, such as a digest of the model's weights. Another
-            identity never sees these entries.
-        folder: Keep entries on disk too, one safetensors file each, written atomically.
-        in_memory: Keep entries in memory, on the CPU.
-    """
+    """Named tensors under a digest of everything that determines them."""
 
     def __init__(
         self, identity: str, *, folder: str | Path | None = None, in_memory: bool = True
     ) -> None:
+        """Create an empty cache, or open one on disk.
+
+        Args:
+            identity: What computes the tensors, such as a digest of the model's weights. Another
+                identity never sees these entries.
+            folder: Keep entries on disk too, one safetensors file each, written atomically.
+            in_memory: Keep entries in memory, on the CPU.
+        """
         self.identity = identity
         self.folder = None if folder is None else Path(folder)
         self.in_memory = in_memory

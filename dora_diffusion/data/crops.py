@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dora_diffusion.data.images import to_pixels
-
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
@@ -110,6 +108,13 @@ def cut(image: PILImage.Image, record: CropRecord) -> PILImage.Image:
         resized = ImageOps.mirror(resized)
     (top, left), (rows, columns) = record.crop_top_left, record.target_size
     return resized.crop((left, top, left + columns, top + rows))
+
+
+def to_pixels(image: PILImage.Image) -> Tensor:
+    """An RGB image to ``(3, H, W)`` float32 in [-1, 1]."""
+    width, height = image.size
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(height, width, 3).permute(2, 0, 1).float().div(127.5).sub(1.0).contiguous()
 
 
 def apply_crop(image: PILImage.Image, record: CropRecord) -> Tensor:

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from dora_diffusion.data.crops import CropRecord, apply_crop, crop_photo, plan_crop
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
+
+__all__ = [
+    "CropRecord",
+    "PhotoError",
+    "PhotoInfo",
+    "apply_crop",
+    "crop_photo",
+    "has_alpha_mask",
+    "list_photos",
+    "open_photo",
+    "open_photo_with_alpha",
+    "photo_size",
+    "plan_crop",
+    "verify_photo",
+]
 
 MAX_MEGAPIXELS = 40.0
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif")
@@ -169,7 +185,7 @@ def _register_heif(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _reasons(path: Path):  # type: ignore[no-untyped-def]
+def _reasons(path: Path) -> Iterator[None]:
     """Turn the decoders' many errors into one plain line."""
     try:
         yield
@@ -266,15 +282,6 @@ def verify_photo(path: Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> Photo
     Raises:
         PhotoError: If it cannot be used.
     """
-    import hashlib
-
     width, height = open_photo(path, max_megapixels=max_megapixels).size
     digest = hashlib.sha256(read_bytes(path)).hexdigest()[:32]
     return PhotoInfo(digest, (height, width))
-
-
-def to_pixels(image: PILImage.Image) -> Tensor:
-    """An RGB image to ``(3, H, W)`` float32 in [-1, 1]."""
-    width, height = image.size
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return flat.view(height, width, 3).permute(2, 0, 1).float().div(127.5).sub(1.0).contiguous()

@@ -1,0 +1,170 @@
+"""The order of training samples: infinite, seeded, resumable, equal for any process count."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class EpochIndex:
+    """A sample's index, and the epoch whose random draws it gets."""
+
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True)
+class SamplerState:
+    """Where training stands: samples consumed of an epoch, counted over all processes."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+def generator_for(*parts: object) -> torch.Generator:
+    """A CPU generator seeded by a digest of the parts, such as seed, epoch and sample id."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    # torch reads 64 bits of a seed, signed.
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class EpochSampler:
+    """Yield one process's batches of :class:`EpochIndex`, forever.
+
+    Epochs follow each other without a gap: a batch at the end of one is filled from the next, so
+    every batch is full and every photo is seen equally often. The stream of global batches
+    (``num_processes * batch_size`` samples) depends only on its size, not on how many processes
+    share it: process p takes the p-th slice of each.
+
+    Iterating does not move the state, since data loaders read ahead: call :meth:`advance` for
+    each batch that training has consumed (:func:`dora_diffusion.data.dataset.iterate_batches`
+    does).
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        batch_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        num_processes: int = 1,
+        process_index: int = 0,
+        groups: Sequence[object] | None = None,
+    ) -> None:
+        """Set up the order.
+
+        Args:
+            num_samples: Size of the dataset.
+            batch_size: Samples per process and batch.
+            seed: Of the shuffle.
+            shuffle: Shuffle every epoch anew; otherwise keep the dataset's order.
+            num_processes: How many processes train together.
+            process_index: Which of them this is.
+            groups: Per sample, what must be equal within a global batch (a bucket's size). A
+                group's last batch is filled by repeating its own samples.
+
+        Raises:
+            ValueError: If a number makes no sense.
+        """
+        if num_samples < 1 or batch_size < 1:
+            raise ValueError(f"need samples and a batch size, got {num_samples} and {batch_size}")
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"process {process_index} is not one of {num_processes}")
+        if groups is not None and len(groups) != num_samples:
+            raise ValueError(f"{len(groups)} groups given for {num_samples} samples")
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.groups = groups
+        self.state = SamplerState()
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per batch over all processes."""
+        return self.batch_size * self.num_processes
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches after which every sample has been seen once, rounded up."""
+        return -(-len(self.epoch_order(0)) // self.global_batch_size)
+
+    def epoch_order(self, epoch: int) -> list[int]:
+        """The sample indices of one epoch, in order, over all processes."""
+        generator = generator_for("order", self.seed, epoch)
+        if self.groups is not None:
+            return self._grouped_order(generator)
+        return self._permuted(list(range(self.num_samples)), generator)
+
+    def _permuted(self, indices: list[int], generator: torch.Generator) -> list[int]:
+        if not self.shuffle:
+            return indices
+        return [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
+
+    def _grouped_order(self, generator: torch.Generator) -> list[int]:
+        """Whole global batches, each of one group, in shuffled order."""
+        assert self.groups is not None
+        members: dict[object, list[int]] = {}
+        for index, group in enumerate(self.groups):
+            members.setdefault(group, []).append(index)
+        size = self.global_batch_size
+        batches: list[list[int]] = []
+        for indices in members.values():
+            order = self._permuted(indices, generator)
+            count = -(-len(order) // size) * size
+            filled = [order[i % len(order)] for i in range(count)]
+            batches += [filled[start : start + size] for start in range(0, count, size)]
+        order_of_batches = self._permuted(list(range(len(batches))), generator)
+        return [index for batch in order_of_batches for index in batches[batch]]
+
+    def __iter__(self) -> Iterator[list[EpochIndex]]:
+        """This process's batches from the current state on, without end."""
+        state = self.state
+        first = self.process_index * self.batch_size
+        while True:
+            batch, state = self._next_global_batch(state)
+            yield batch[first : first + self.batch_size]
+
+    def _next_global_batch(self, state: SamplerState) -> tuple[list[EpochIndex], SamplerState]:
+        """The global batch at a state, and the state after it."""
+        batch: list[EpochIndex] = []
+        epoch, position = state.epoch, state.position
+        order = self.epoch_order(epoch)
+        while len(batch) < self.global_batch_size:
+            if position >= len(order):
+                epoch, position = epoch + 1, 0
+                order = self.epoch_order(epoch)
+            batch.append(EpochIndex(epoch, order[position]))
+            position += 1
+        return batch, SamplerState(epoch, position)
+
+    def advance(self, batches: int = 1) -> None:
+        """Move the state past batches that training has consumed."""
+        for _ in range(batches):
+            _, self.state = self._next_global_batch(self.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, for a checkpoint."""
+        return asdict(self.state) | {"num_samples": self.num_samples, "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint, with any number of processes.
+
+        Raises:
+            ValueError: If it belongs to another dataset or seed: the order would differ silently.
+        """
+        for name, ours in (("num_samples", self.num_samples), ("seed", self.seed)):
+            if state.get(name, ours) != ours:
+                raise ValueError(
+                    f"cannot resume: the checkpoint was trained with {name} {state[name]}, "
+                    f"this run has {ours}"
+                )
+        self.state = SamplerState(int(state["epoch"]), int(state["position"]))
