@@ -1,0 +1,225 @@
+"""Tensors of an adapter file -> layers: scales, the magnitude's axis, Tucker cores, own padding."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.formats.adapter_keys import (
+    AdapterFormatError,
+    Part,
+    group_keys,
+    listing,
+    name_resolver,
+)
+from dora_diffusion.formats.adapter_metadata import OWN, described
+from dora_diffusion.formats.module_names import component_of, split_component
+from dora_diffusion.formats.sgm_blocks import UNetLayout
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+
+ModuleShapes = Mapping[str, tuple[int, ...]]
+# (canonical name, rank) -> effective alpha, for files whose alpha is not among the tensors
+AlphaOf = Callable[[str, int], float]
+
+
+def decode_layers(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    module_shapes: ModuleShapes | None = None,
+    component: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, LayerWeights]:
+    """Layers of one file, in float32.
+
+    Args:
+        tensors: The file's tensors.
+        metadata: The file's metadata.
+        module_shapes: Weight shapes of the model by canonical module name. Each layer must be
+            among them; 1x1 convolutions and Linear layers are told apart by them.
+        component: Component of a PEFT folder's names.
+        config: A PEFT folder's ``adapter_config.json``.
+
+    Raises:
+        AdapterFormatError: For keys left over, a layer without both factors, a magnitude whose
+            axis cannot be told, numbers that are not finite, or a layer the model does not have.
+    """
+    resolve = name_resolver(module_shapes, _stamped_layout(metadata))
+    groups = group_keys(tensors, resolve, component)
+    if not groups:
+        raise AdapterFormatError("the file holds no adapter: it has no tensors")
+    alpha_of = _alpha_rule(metadata, config)
+    layers = {}
+    for name, parts in groups.items():
+        own = {part: _finite(key, tensors[key]) for part, key in parts.items()}
+        layer = _layer(name, own, alpha_of)
+        layers[name] = _without_padding(name, layer, metadata)
+    return layers if module_shapes is None else fit_to_model(layers, module_shapes)
+
+
+def _stamped_layout(metadata: Mapping[str, str]) -> UNetLayout | None:
+    count = metadata.get(OWN + "unet_layers_per_block", "")
+    return UNetLayout(int(count), ()) if count.isdigit() else None
+
+
+def _finite(key: str, tensor: Tensor) -> Tensor:
+    tensor = tensor.to(torch.float32)
+    if not torch.isfinite(tensor).all():
+        raise AdapterFormatError(f"{key} holds numbers that are not finite; the file is damaged")
+    return tensor
+
+
+def _layer(name: str, parts: Mapping[Part, Tensor], alpha_of: AlphaOf) -> LayerWeights:
+    if missing := [part for part in ("down", "up") if part not in parts]:
+        raise AdapterFormatError(f"{name} lacks its {' and '.join(missing)} factor")
+    down, up = parts["down"], parts["up"]
+    if "mid" in parts:
+        down = _without_tucker_core(down, parts["mid"])
+    # Some programs store the factors of a 1x1 convolution flat on one side.
+    if down.ndim == 4 and up.ndim == 2:
+        up = up[:, :, None, None]
+    rank = down.shape[0]
+    alpha = float(parts["alpha"]) if "alpha" in parts else alpha_of(name, rank)
+    # LyCORIS reads alpha 0 as "no scaling".
+    alpha = alpha or float(rank)
+    magnitude, axis = _magnitude(name, parts, (up.shape[0], *down.shape[1:]))
+    try:
+        return LayerWeights(down, up, magnitude, alpha, axis)
+    except ValueError as error:
+        raise AdapterFormatError(f"{name}: {error}") from error
+
+
+def _without_tucker_core(down: Tensor, mid: Tensor) -> Tensor:
+    """Fold a core ``(r, r, kh, kw)`` into ``down (r, in, 1, 1)``: -> ``(r, in, kh, kw)``."""
+    return torch.einsum("mnhw,ni->mihw", mid, down.flatten(1))
+
+
+def _magnitude(
+    name: str, parts: Mapping[Part, Tensor], weight_shape: tuple[int, ...]
+) -> tuple[Tensor | None, NormAxis]:
+    if "magnitude" in parts and "dora_scale" in parts:
+        raise AdapterFormatError(f"{name} has both a lora_magnitude_vector and a dora_scale")
+    if "magnitude" in parts:
+        # PEFT: (out,), or (1, out, 1, 1) for a convolution; there is no other axis.
+        return parts["magnitude"].flatten(), "output"
+    if "dora_scale" not in parts:
+        return None, "output"
+    scale = parts["dora_scale"]
+    return scale.flatten(), _dora_scale_axis(name, tuple(scale.shape), weight_shape)
+
+
+def _dora_scale_axis(name: str, shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> NormAxis:
+    ones = [1] * (len(weight_shape) - 2)
+    if shape == (weight_shape[0], 1, *ones):
+        return "output"
+    if shape == (1, weight_shape[1], *ones):
+        return "input"
+    if len(shape) == 1:
+        raise AdapterFormatError(
+            f"{name}: its dora_scale is flat, {shape}, so it does not tell whether it belongs to "
+            f"the outputs or the inputs of the {weight_shape} weight. Ask its author for a file "
+            f"with ({weight_shape[0]}, 1) or (1, {weight_shape[1]})"
+        )
+    raise AdapterFormatError(
+        f"{name}: its dora_scale has shape {shape}, which fits neither axis of the weight "
+        f"{weight_shape}"
+    )
+
+
+def _without_padding(name: str, layer: LayerWeights, metadata: Mapping[str, str]) -> LayerWeights:
+    """Undo the zero padding to a common rank that our own files record."""
+    rank = described(metadata.get(OWN + "rank", ""), name)
+    if not rank.isdigit() or not 0 < int(rank) < layer.rank:
+        return layer
+    down, up = layer.down[: int(rank)], layer.up[:, : int(rank)]
+    if layer.down[int(rank) :].any() or layer.up[:, int(rank) :].any():
+        return layer
+    alpha = layer.scale * int(rank)
+    return dataclasses.replace(layer, down=down, up=up, alpha=alpha)
+
+
+def _alpha_rule(metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> AlphaOf:
+    if config is not None:
+        return lambda name, rank: _peft_alpha(config, split_component(name)[1], rank)
+    if DIFFUSERS_METADATA not in metadata:
+        return lambda name, rank: float(rank)
+    try:
+        packed = json.loads(metadata[DIFFUSERS_METADATA])
+    except ValueError as error:
+        raise AdapterFormatError(f"its {DIFFUSERS_METADATA} is not JSON") from error
+
+    def alpha_of(name: str, rank: int) -> float:
+        component, path = split_component(name)
+        own = {k.partition(".")[2]: v for k, v in packed.items() if k.startswith(component + ".")}
+        if not own:
+            raise AdapterFormatError(f"its {DIFFUSERS_METADATA} says nothing of the {component}")
+        return _peft_alpha(own, path, rank)
+
+    return alpha_of
+
+
+def _peft_alpha(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """Effective alpha of one module from a PEFT config; patterns match the end of its path."""
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        spelled = path if "text_model" in pattern else path.removeprefix("text_model.")
+        if re.match(rf"(.*\.)?({pattern})$", spelled):
+            alpha = value
+            break
+    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+
+
+def fit_to_model(
+    layers: Mapping[str, LayerWeights], module_shapes: ModuleShapes
+) -> dict[str, LayerWeights]:
+    """Check that every layer fits a module of the model; give 1x1 convolutions their shape.
+
+    Raises:
+        AdapterFormatError: If layers have no module, or one of another shape; it lists them.
+    """
+    if missing := [name for name in layers if name not in module_shapes]:
+        raise AdapterFormatError(f"the model has no module for {listing(missing)}")
+    fitted = {name: _as_module(layer, module_shapes[name]) for name, layer in layers.items()}
+    if wrong := [
+        f"{name} {layer.weight_shape} on {tuple(module_shapes[name])}"
+        for name, layer in fitted.items()
+        if layer.weight_shape != tuple(module_shapes[name])
+    ]:
+        raise AdapterFormatError(f"the adapter was made for another model: {listing(wrong)}")
+    return fitted
+
+
+def _as_module(layer: LayerWeights, shape: tuple[int, ...]) -> LayerWeights:
+    """Linear factors for a 1x1 convolution, or the reverse; anything else is returned as it is."""
+    if layer.down.ndim == 2 and len(shape) == 4 and tuple(shape[2:]) == (1, 1):
+        down, up = layer.down[:, :, None, None], layer.up[:, :, None, None]
+    elif layer.down.ndim == 4 and len(shape) == 2 and layer.down.shape[2:].numel() == 1:
+        down, up = layer.down.flatten(1), layer.up.flatten(1)
+    else:
+        return layer
+    return dataclasses.replace(layer, down=down, up=up)
+
+
+def peft_component(keys: list[str], folder_name: str, stamped: str) -> str:
+    """Component of a PEFT folder: as we stamped it, as the folder is called, or as its keys look.
+
+    Raises:
+        AdapterFormatError: If none of these tells.
+    """
+    for name in (stamped, folder_name):
+        if name in ("unet", "text_encoder", "text_encoder_2"):
+            return name
+    guesses = {component_of(key.removeprefix("base_model.model.")) for key in keys}
+    guess = guesses.pop() if len(guesses) == 1 else None
+    if guess is None:
+        raise AdapterFormatError("its PEFT keys belong neither to a UNet nor to a text encoder")
+    return guess

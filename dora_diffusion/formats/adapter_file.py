@@ -1,0 +1,221 @@
+"""One adapter on disk: read any known spelling, write a named target atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.formats.adapter_decode import ModuleShapes, decode_layers, peft_component
+from dora_diffusion.formats.adapter_keys import AdapterFormatError
+from dora_diffusion.formats.adapter_metadata import (
+    OWN,
+    TRAINED_ALPHA,
+    AdapterMetadata,
+    describe,
+    parse_metadata,
+)
+from dora_diffusion.formats.adapter_targets import (
+    DIFFUSERS_FILE,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    TARGETS,
+    EncodedFile,
+    WriteOptions,
+)
+from dora_diffusion.formats.module_names import COMPONENTS
+from dora_diffusion.formats.safetensors_stream import (
+    TensorFileError,
+    TensorReader,
+    save_tensors,
+    save_text,
+)
+from dora_diffusion.formats.sgm_blocks import UNetLayout
+from dora_diffusion.numerics.weights import LayerWeights
+
+__all__ = [
+    "AdapterFile",
+    "AdapterFormatError",
+    "AdapterMetadata",
+    "find_adapter",
+    "read_adapter",
+    "write_adapter",
+]
+
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter: its layers by canonical module name, and what is known about it."""
+
+    layers: dict[str, LayerWeights]
+    metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
+
+
+def write_adapter(
+    path: str | Path,
+    adapter: AdapterFile,
+    target: str = "diffusers",
+    *,
+    dtype: torch.dtype | None = None,
+    unet_layout: UNetLayout | None = None,
+    text_model_prefix: bool = False,
+) -> Path:
+    """Write an adapter, each file atomically.
+
+    Args:
+        path: A ``.safetensors`` file, or a folder that gets the target's own file name(s). The
+            ``peft`` target always makes a folder, with one sub-folder per component.
+        adapter: The layers and facts.
+        target: A name in ``TARGETS``.
+        dtype: Of the low-rank factors; None keeps theirs. Magnitudes are float32.
+        unet_layout: For kohya names of an SDXL UNet not shaped like the released one.
+        text_model_prefix: In a ``peft`` folder, name modules as transformers before 5.6 do.
+
+    Returns:
+        The file (or the folder, for ``peft``) that was written.
+
+    Raises:
+        AdapterFormatError: If the target cannot hold the adapter, with what to use instead.
+        DiskFullError: If the disk fills up; a file that was there is unchanged.
+    """
+    path = Path(path)
+    if target not in TARGETS:
+        raise AdapterFormatError(f"unknown target {target!r}; there is {', '.join(TARGETS)}")
+    if not adapter.layers:
+        raise AdapterFormatError("the adapter has no layers; nothing was written")
+    file_name = TARGETS[target].file_name
+    if file_name is not None and path.suffix != ".safetensors":
+        path = path / file_name
+    elif file_name is None and path.suffix == ".safetensors":
+        raise AdapterFormatError(f"the {target} target is a folder, not a file: {path.name}")
+    options = WriteOptions(dtype, path.stem, unet_layout, text_model_prefix)
+    files = TARGETS[target].encode(adapter.layers, adapter.metadata, options)
+    for name, file in files.items():
+        _write_file(path if file_name else path / name, file)
+    return path
+
+
+def _write_file(path: Path, file: EncodedFile) -> None:
+    if file.text is not None:
+        save_text(path, file.text)
+    else:
+        save_tensors(path, file.tensors, file.metadata)
+
+
+def read_adapter(path: str | Path, module_shapes: ModuleShapes | None = None) -> AdapterFile:
+    """Read an adapter file, an output folder that holds one, or a PEFT folder.
+
+    Args:
+        path: The file or folder.
+        module_shapes: Weight shapes of the model by canonical module name: resolves underscore
+            names exactly for any model, and checks that every layer fits.
+
+    Raises:
+        AdapterFormatError: If it is not an adapter, or cannot be read without guessing.
+        FileNotFoundError: If there is nothing at the path.
+    """
+    found = find_adapter(path)
+    if found.is_dir():
+        return _read_peft_folders(found, module_shapes)
+    if found.name == PEFT_FILE and (found.parent / PEFT_CONFIG).is_file():
+        return _read_peft_folders(found.parent, module_shapes)
+    tensors, metadata = _load(found)
+    if any(key.startswith("base_model.model.") for key in tensors):
+        raise AdapterFormatError(f"{found.name} is a PEFT file without its {PEFT_CONFIG}")
+    with _naming(found):
+        layers = decode_layers(tensors, metadata, module_shapes=module_shapes)
+    return AdapterFile(layers, _facts(metadata, layers))
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The adapter behind a path: a file, or the PEFT folder itself.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        AdapterFormatError: If a folder holds no adapter, or several without saying which.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no adapter at {path}")
+    if path.is_file():
+        return path
+    if (path / DIFFUSERS_FILE).is_file():
+        return path / DIFFUSERS_FILE
+    if _peft_folders(path):
+        return path
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_lora_weights.bin"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files)
+        problem = f"several files could be it: {names}" if files else "no adapter file in it"
+        raise AdapterFormatError(f"{path}: {problem}")
+    return files[0]
+
+
+def _peft_folders(path: Path) -> list[Path]:
+    candidates = [path, *(path / component for component in COMPONENTS)]
+    return [folder for folder in candidates if (folder / PEFT_CONFIG).is_file()]
+
+
+def _read_peft_folders(path: Path, module_shapes: ModuleShapes | None) -> AdapterFile:
+    layers: dict[str, LayerWeights] = {}
+    facts: AdapterMetadata | None = None
+    for folder in _peft_folders(path):
+        try:
+            config: dict[str, Any] = json.loads((folder / PEFT_CONFIG).read_text("utf-8"))
+        except ValueError as error:
+            raise AdapterFormatError(f"{folder / PEFT_CONFIG} is not JSON") from error
+        if config.get("peft_type") != "LORA":
+            raise AdapterFormatError(f"{folder} holds {config.get('peft_type')}, not a LoRA")
+        tensors, metadata = _load(folder / PEFT_FILE)
+        with _naming(folder / PEFT_FILE):
+            component = peft_component(
+                list(tensors), folder.name, metadata.get(OWN + "component", "")
+            )
+            own = decode_layers(
+                tensors, metadata, module_shapes=module_shapes, component=component, config=config
+            )
+        layers |= own
+        facts = facts or _facts(metadata, own)
+    return AdapterFile(layers, facts or AdapterMetadata(format_version=""))
+
+
+def _facts(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> AdapterMetadata:
+    facts = parse_metadata(metadata)
+    trained = metadata.get(OWN + "alpha", "")
+    if not trained or trained == describe({name: layer.alpha for name, layer in layers.items()}):
+        return facts
+    # The scale is multiplied in, so the layers no longer tell the alpha they were trained with.
+    return dataclasses.replace(facts, extra={**facts.extra, TRAINED_ALPHA: trained})
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if path.suffix in _PICKLED:
+        # weights_only: the unpickler is restricted to tensors, so the file cannot run code.
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(loaded, dict):
+            raise AdapterFormatError(f"{path.name} does not hold a dict of tensors")
+        loaded = loaded.get("state_dict", loaded)
+        return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}, {}
+    try:
+        with TensorReader(path) as reader:
+            return {name: reader[name] for name in reader.specs}, reader.metadata
+    except TensorFileError as error:
+        raise AdapterFormatError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file's name in front of a format error, so that a batch tells which file it was."""
+    try:
+        yield
+    except AdapterFormatError as error:
+        raise AdapterFormatError(f"{path.name}: {error}") from error

@@ -1,0 +1,204 @@
+"""Tensor names of adapter files: which layer a key belongs to, and which part of it.
+
+Read here: PEFT (``base_model.model.<module>.lora_A.weight``), diffusers old and new
+(``unet.<module>.lora_A.weight``, ``.lora.down.weight``, ``processor.to_q_lora.down.weight``,
+``text_encoder.<module>.lora_linear_layer.down.weight``), kohya and LyCORIS
+(``lora_unet_<module>.lora_down.weight``). A key that nothing claims, or two keys for one tensor,
+is an error that lists them: a loader that skips keys loads half an adapter without a word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
+
+from dora_diffusion.formats.module_names import (
+    COMPONENTS,
+    KOHYA_PREFIXES,
+    LYCORIS_PREFIX,
+    canonical,
+    component_of,
+    resolve_by_structure,
+    spelling_table,
+)
+from dora_diffusion.formats.sgm_blocks import SDXL_LAYOUT, UNetLayout
+
+# down and up are A and B; mid is the core of a Tucker-decomposed convolution. A `magnitude` is
+# PEFT's (always the output axis), a `dora_scale` tells its axis by its shape.
+Part = Literal["down", "up", "mid", "alpha", "magnitude", "dora_scale"]
+Resolve = Callable[[str], "str | None"]
+
+PEFT_PREFIX = "base_model.model."
+
+_DOWN_UP: dict[str, Part] = {"A": "down", "B": "up", "down": "down", "up": "up"}
+_KOHYA_PARTS: dict[str, Part] = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_mid.weight": "mid",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "alpha": "alpha",
+    "dora_scale": "dora_scale",
+}
+# The optional name in `.lora_A.default.weight` is the PEFT adapter's; it is not part of the module.
+_DOTTED = re.compile(
+    r"(?P<module>.+?)"
+    r"(?:\.lora_(?P<ab>A|B)(?:\.[\w-]+)?\.weight"
+    r"|\.(?:lora|lora_linear_layer)\.(?P<updown>down|up)\.weight"
+    r"|\.lora_(?P<kohya>down|up|mid)\.weight"
+    r"|_lora\.(?P<processor>down|up)\.weight"
+    r"|\.lora_magnitude_vector(?P<magnitude>(?:\.[\w-]+)*)"
+    r"|\.(?P<other>alpha|dora_scale))"
+)
+# Attention processors of early diffusers named the text encoder's projections as the UNet's.
+_OLD_TEXT_LEAVES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+class AdapterFormatError(ValueError):
+    """An adapter file that cannot be read, or an adapter that a format cannot hold."""
+
+
+def is_kohya_key(key: str) -> bool:
+    """Whether a key is spelled as kohya's scripts and LyCORIS spell it."""
+    return key.startswith((*KOHYA_PREFIXES, LYCORIS_PREFIX))
+
+
+def name_resolver(known: Iterable[str] | None = None, layout: UNetLayout | None = None) -> Resolve:
+    """Function from a kohya-style module name to the canonical name (None if unknown).
+
+    Args:
+        known: Canonical module names of the model. They decide where given.
+        layout: UNet layout for original block names, SDXL's if None.
+    """
+    by_structure = layout or SDXL_LAYOUT
+    if known is None:
+        return lambda flat: resolve_by_structure(flat, by_structure)
+    names = set(known)
+    table = spelling_table(names)
+
+    def resolve(flat: str) -> str | None:
+        name = table.get(flat) or resolve_by_structure(flat, by_structure)
+        return name if name in names else None
+
+    return resolve
+
+
+def parse_key(key: str, resolve: Resolve, component: str | None = None) -> tuple[str, Part] | None:
+    """Canonical module name and part of one key, None if the key is not understood.
+
+    Args:
+        key: Tensor name in the file.
+        resolve: From ``name_resolver``.
+        component: What keys without a component prefix belong to, e.g. in a PEFT folder. Told by
+            the module path if None.
+    """
+    if is_kohya_key(key):
+        flat, _, leaf = key.partition(".")
+        part, name = _KOHYA_PARTS.get(leaf), resolve(flat)
+        return None if part is None or name is None else (name, part)
+    path = key.removeprefix(PEFT_PREFIX)
+    prefix, _, rest = path.partition(".")
+    if prefix in COMPONENTS:
+        component, path = prefix, rest
+    match = _DOTTED.fullmatch(path.replace(".processor.", "."))
+    if match is None:
+        return None
+    component = component or component_of(match["module"])
+    if component is None:
+        return None
+    return canonical(component, _modern_path(match["module"], component)), _part(match)
+
+
+def _part(match: re.Match[str]) -> Part:
+    if match["magnitude"] is not None:
+        return "magnitude"
+    if match["kohya"] == "mid":
+        return "mid"
+    side = match["ab"] or match["updown"] or match["kohya"] or match["processor"]
+    if side:
+        return _DOWN_UP[side]
+    return "alpha" if match["other"] == "alpha" else "dora_scale"
+
+
+def _modern_path(path: str, component: str) -> str:
+    parent, _, leaf = path.rpartition(".")
+    if component != "unet" and leaf in _OLD_TEXT_LEAVES:
+        return f"{parent}.{_OLD_TEXT_LEAVES[leaf]}"
+    # The first attention processors dropped the index of `to_out.0`.
+    return f"{path}.0" if component == "unet" and leaf == "to_out" else path
+
+
+def group_keys(
+    keys: Iterable[str], resolve: Resolve, component: str | None = None
+) -> dict[str, dict[Part, str]]:
+    """Sort a file's keys into layers: canonical module name -> part -> key.
+
+    Raises:
+        AdapterFormatError: If a key is left over, or two keys are the same part of one layer.
+    """
+    layers: dict[str, dict[Part, str]] = {}
+    left_over, twice = [], []
+    for key in keys:
+        parsed = parse_key(key, resolve, component)
+        if parsed is None:
+            left_over.append(key)
+            continue
+        name, part = parsed
+        if part in layers.setdefault(name, {}):
+            twice.append(f"{layers[name][part]} and {key}")
+        layers[name][part] = key
+    if twice:
+        raise AdapterFormatError(f"two keys for one tensor: {listing(twice)}")
+    if left_over:
+        raise AdapterFormatError(_left_over_message(left_over))
+    return layers
+
+
+_OTHER_METHODS = {
+    ".hada_": "LoHa",
+    ".lokr_": "LoKr",
+    ".oft_": "OFT",
+    ".diff": "full differences",
+    ".lora_B.bias": "LoRA biases",
+    ".bias": "LoRA biases",
+    ".w_norm": "norm weights",
+}
+
+
+def _left_over_message(keys: list[str]) -> str:
+    for mark, method in _OTHER_METHODS.items():
+        if any(mark in key for key in keys):
+            return f"this file holds {method}, which is not a LoRA or DoRA: {listing(keys)}"
+    return f"{len(keys)} keys belong to no known module: {listing(keys)}"
+
+
+def listing(names: Iterable[str], limit: int = 10) -> str:
+    """Some names for an error message, with the number of those left out."""
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def rename_one_to_one(
+    names: Iterable[str], rename: Callable[[str], str | None], what: str
+) -> dict[str, str]:
+    """Apply a rename that must be one-to-one and total: name -> new name.
+
+    Raises:
+        AdapterFormatError: If a name has no new name, or two names get the same.
+    """
+    renamed = {name: rename(name) for name in names}
+    if missing := [name for name, new in renamed.items() if new is None]:
+        raise AdapterFormatError(f"modules without a name in {what}: {listing(missing)}")
+    found: dict[str, str] = {name: new for name, new in renamed.items() if new is not None}
+    if twice := _repeated(found):
+        raise AdapterFormatError(f"modules that would share a name in {what}: {listing(twice)}")
+    return found
+
+
+def _repeated(renamed: Mapping[str, str]) -> list[str]:
+    owners: dict[str, list[str]] = {}
+    for name, new in renamed.items():
+        owners.setdefault(new, []).append(name)
+    return [" and ".join(group) for group in owners.values() if len(group) > 1]

@@ -1,0 +1,198 @@
+"""What an adapter file says of itself: our own facts, and the kohya and modelspec fields.
+
+Metadata values are strings. Our own keys start with ``dora_diffusion.``; readers that do not know
+them ignore them. ``ss_*`` is what kohya's scripts write and web UIs read (the family from
+``ss_base_model_version``, then ``ss_v2``); ``modelspec.*`` is Stability AI's model metadata
+standard. No local path is ever written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dora_diffusion.numerics.weights import LayerWeights
+
+FORMAT_VERSION = "1"
+OWN = "dora_diffusion."
+_FACTS = ("family", "base_model", "trigger", "resolution", "format_version")
+# Facts about the layers, recomputed at every write.
+_COMPUTED = ("rank", "alpha", "norm_axis", "target", "unet_layers_per_block", "component")
+TRAINED_ALPHA = "trained_alpha"
+
+_BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+_ARCHITECTURES = {
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2-512",
+    "sdxl": "stable-diffusion-xl-v1-base",
+}
+_SD2_V_ARCHITECTURE = "stable-diffusion-v2-768-v"
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """Facts about an adapter that its tensors do not hold.
+
+    Attributes:
+        family: ``"sd1"``, ``"sd2"``, ``"sdxl"``, or ``""`` if unknown.
+        base_model: Name of the model it was trained on (a hub id, not a path).
+        trigger: The prompt words that call the subject up.
+        resolution: Training resolution in pixels.
+        format_version: Version of our own metadata; ``""`` for a file of another program.
+        extra: Further facts, such as ``prediction_type`` or ``base_model_hash``. ``trained_alpha``
+            keeps the alpha as trained where the file holds the scale multiplied in.
+    """
+
+    family: str = ""
+    base_model: str = ""
+    trigger: str = ""
+    resolution: int | None = None
+    format_version: str = FORMAT_VERSION
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.family not in ("", *_ARCHITECTURES):
+            raise ValueError(f"family is {self.family!r}; it must be one of {list(_ARCHITECTURES)}")
+
+
+def without_path(name: str) -> str:
+    """A model's name without this computer's folders: hub ids stay, paths lose their parents."""
+    looks_local = (
+        name.startswith(("/", "~", "."))
+        or "\\" in name
+        or name.count("/") > 1
+        or re.match(r"[A-Za-z]:", name) is not None
+    )
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if looks_local else name
+
+
+def own_fields(
+    metadata: AdapterMetadata, layers: Mapping[str, LayerWeights], target: str
+) -> dict[str, str]:
+    """Our own metadata fields of a file."""
+    facts = {name: str(getattr(metadata, name) or "") for name in _FACTS}
+    facts["base_model"] = without_path(metadata.base_model)
+    facts["format_version"] = FORMAT_VERSION
+    alpha = describe({name: layer.alpha for name, layer in layers.items()})
+    facts |= {
+        "target": target,
+        "rank": describe({name: layer.rank for name, layer in layers.items()}),
+        "alpha": metadata.extra.get(TRAINED_ALPHA, alpha),
+        "norm_axis": describe({name: _axis(layer) for name, layer in layers.items()}),
+    }
+    extra = {k: without_path(v) for k, v in metadata.extra.items() if k != TRAINED_ALPHA}
+    return {OWN + name: value for name, value in (extra | facts).items() if value}
+
+
+def _axis(layer: LayerWeights) -> str:
+    return layer.norm_axis if layer.magnitude is not None else "none"
+
+
+def describe(values: Mapping[str, object]) -> str:
+    """One value if all layers agree, else JSON of layer -> value."""
+    texts = {
+        name: f"{value:g}" if isinstance(value, float) else str(value)
+        for name, value in values.items()
+    }
+    distinct = set(texts.values())
+    return distinct.pop() if len(distinct) == 1 else json.dumps(dict(sorted(texts.items())))
+
+
+def described(text: str, name: str) -> str:
+    """The value of one layer in a ``describe`` text, ``""`` if it holds none."""
+    if not text.startswith("{"):
+        return text
+    try:
+        return str(json.loads(text).get(name, ""))
+    except ValueError:
+        return ""
+
+
+def kohya_fields(
+    metadata: AdapterMetadata, layers: Mapping[str, LayerWeights], family: str, title: str
+) -> dict[str, str]:
+    """The ``ss_*`` and ``modelspec.*`` fields of a kohya-style file."""
+    v_prediction = metadata.extra.get("prediction_type") == "v_prediction"
+    architecture = _ARCHITECTURES[family]
+    if family == "sd2" and v_prediction:
+        architecture = _SD2_V_ARCHITECTURE
+    fields = {
+        "ss_base_model_version": _BASE_VERSIONS[family] + ("_v" if v_prediction else ""),
+        "ss_v2": str(family == "sd2"),
+        "ss_output_name": title,
+        "ss_sd_model_name": without_path(metadata.base_model),
+        "ss_sd_model_hash": metadata.extra.get("base_model_hash", ""),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.title": title,
+        "modelspec.trigger_phrase": metadata.trigger,
+    }
+    if metadata.resolution:
+        size = metadata.resolution
+        fields["ss_resolution"] = f"({size}, {size})"
+        fields["modelspec.resolution"] = f"{size}x{size}"
+    fields |= _network_fields(layers)
+    return {name: value for name, value in fields.items() if value}
+
+
+def _network_fields(layers: Mapping[str, LayerWeights]) -> dict[str, str]:
+    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
+    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+    fields = {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
+    axes = {layer.norm_axis for layer in layers.values() if layer.magnitude is not None}
+    if not axes:
+        return fields | {"ss_network_module": "networks.lora", "ss_network_args": "{}"}
+    arguments = {"algo": "lora", "dora_wd": "True", "wd_on_output": str(axes == {"output"})}
+    return fields | {
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_args": json.dumps(arguments),
+    }
+
+
+def parse_metadata(fields: Mapping[str, str]) -> AdapterMetadata:
+    """The facts in a file's metadata, ours or another program's."""
+    own = {k.removeprefix(OWN): v for k, v in fields.items() if k.startswith(OWN)}
+    if not own:
+        return _parse_foreign(fields)
+    extra = {k: v for k, v in own.items() if k not in (*_FACTS, *_COMPUTED)}
+    family = own.get("family", "")
+    return AdapterMetadata(
+        family=family if family in _ARCHITECTURES else "",
+        base_model=own.get("base_model", ""),
+        trigger=own.get("trigger", ""),
+        resolution=_pixels(own.get("resolution", "")),
+        format_version=own.get("format_version", ""),
+        extra=extra,
+    )
+
+
+def _parse_foreign(fields: Mapping[str, str]) -> AdapterMetadata:
+    version = fields.get("ss_base_model_version", "").lower()
+    architecture = fields.get("modelspec.architecture", "").lower()
+    extra = {}
+    if version.endswith("_v") or architecture.startswith(_SD2_V_ARCHITECTURE):
+        extra["prediction_type"] = "v_prediction"
+    return AdapterMetadata(
+        family=_family_of(version, architecture, fields.get("ss_v2", "")),
+        base_model=without_path(fields.get("ss_sd_model_name", "")),
+        trigger=fields.get("modelspec.trigger_phrase", ""),
+        resolution=_pixels(fields.get("modelspec.resolution") or fields.get("ss_resolution", "")),
+        format_version="",
+        extra=extra,
+    )
+
+
+def _family_of(version: str, architecture: str, v2: str) -> str:
+    if "sdxl" in version or "stable-diffusion-xl" in architecture:
+        return "sdxl"
+    if v2.lower() == "true" or version.startswith("sd_v2") or "diffusion-v2" in architecture:
+        return "sd2"
+    return "sd1" if version.startswith("sd_v1") or "diffusion-v1" in architecture else ""
+
+
+def _pixels(text: str) -> int | None:
+    match = re.search(r"\d+", text)
+    return int(match[0]) if match else None

@@ -1,0 +1,142 @@
+"""A diffusers pipeline folder as files: its configs, and its tensors by canonical name."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dora_diffusion.formats.module_names import with_text_model
+from dora_diffusion.formats.safetensors_stream import TensorFileError, TensorReader, TensorSpec
+
+WEIGHT_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_STEMS = ("diffusion_pytorch_model", "model")
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".ckpt",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+    ".pb",
+)
+
+
+class PipelineFolder:
+    """Lazy access to the weights of a diffusers folder. Use as a context manager.
+
+    Attributes:
+        path: The folder.
+        index: Its ``model_index.json``.
+        readers: A reader per component that has weights.
+        specs: Canonical tensor name -> dtype and shape. Text encoders are spelled with
+            ``text_model.``, however the file spells them.
+
+    Raises:
+        TensorFileError: If it is not a pipeline folder, or lacks readable weights.
+    """
+
+    def __init__(self, path: Path, variant: str | None = None) -> None:
+        self.path = path
+        self.index = read_json(path / "model_index.json")
+        self.readers: dict[str, TensorReader] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        self._raw: dict[str, tuple[str, str]] = {}
+        for component in WEIGHT_COMPONENTS:
+            if (path / component).is_dir():
+                self._add(component, TensorReader(find_weights(path / component, variant)))
+
+    def _add(self, component: str, reader: TensorReader) -> None:
+        self.readers[component] = reader
+        for key, spec in reader.specs.items():
+            name = canonical_tensor(component, key)
+            if name in self._raw:
+                raise TensorFileError(f"{component} holds {self._raw[name][1]} and {key}")
+            self._raw[name] = (component, key)
+            self.specs[name] = spec
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path, variant: str | None = None) -> Iterator[PipelineFolder]:
+        """Open a folder and close all its files afterwards."""
+        folder = cls(path, variant)
+        with contextlib.ExitStack() as stack:
+            for reader in folder.readers.values():
+                stack.enter_context(reader)
+            yield folder
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Load one tensor by canonical name."""
+        component, key = self._raw[name]
+        return self.readers[component][key]
+
+    def config(self, component: str) -> dict[str, Any]:
+        """A component's config, empty if it has none."""
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        path = self.path / component / name
+        return read_json(path) if path.is_file() else {}
+
+    def module_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the Linear and Conv2d weights by canonical module name."""
+        return {
+            name.removesuffix(".weight"): spec.shape
+            for name, spec in self.specs.items()
+            if name.endswith(".weight") and len(spec.shape) in (2, 4)
+        }
+
+
+def canonical_tensor(component: str, key: str) -> str:
+    """Canonical name of a tensor in a component's weight file."""
+    is_text = component.startswith("text_encoder")
+    return f"{component}.{with_text_model(key) if is_text else key}"
+
+
+def find_weights(folder: Path, variant: str | None = None) -> Path:
+    """The safetensors file (or index of shards) of a component folder.
+
+    Args:
+        folder: The component's folder.
+        variant: ``"fp16"`` prefers ``*.fp16.safetensors``; None prefers the plain file, and takes
+            the only variant if there is no plain file.
+
+    Raises:
+        TensorFileError: If there is none, or the choice is not clear.
+    """
+    names = [f"{stem}.{variant}" for stem in _STEMS] if variant else []
+    for name in [*names, *_STEMS]:
+        # Shards of a variant are called `model.safetensors.index.fp16.json`.
+        stem, _, wanted = name.partition(".")
+        index = (
+            f"{stem}.safetensors.index.{wanted}.json"
+            if wanted
+            else f"{stem}.safetensors.index.json"
+        )
+        for candidate in (f"{name}.safetensors", index):
+            if (folder / candidate).is_file():
+                return folder / candidate
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    problem = f"several: {', '.join(f.name for f in found)}" if found else "none"
+    raise TensorFileError(f"{folder}: it should hold one safetensors weight file; found {problem}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        TensorFileError: If the file is missing or not a JSON object.
+    """
+    try:
+        loaded = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise TensorFileError(f"{path} is missing or not JSON") from error
+    if not isinstance(loaded, dict):
+        raise TensorFileError(f"{path} is not a JSON object")
+    return loaded

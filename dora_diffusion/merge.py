@@ -1,0 +1,146 @@
+"""Merge adapters into base weights: pure functions on tensors.
+
+    merged = W + sum_i strength_i * (W'_i - W)
+
+Each ``W'_i`` is taken from the unmerged ``W``, with the same formula as the forward pass, in
+float32, and the sum is cast once to the dtype of ``W``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.numerics.dora import adapted_weight, merged_weight
+from dora_diffusion.numerics.weights import LayerWeights
+
+
+class MergeError(ValueError):
+    """An adapter that does not fit the base weights."""
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """How strongly one adapter acts.
+
+    Attributes:
+        strength: ``W + strength * (W' - W)``: 0 is the base, 1 the adapter as trained.
+        direction_strength: Scales the low-rank difference inside the norm.
+        magnitude_strength: Moves the magnitude by a share of its change from the base's norm.
+    """
+
+    strength: float = 1.0
+    direction_strength: float = 1.0
+    magnitude_strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class WeightedAdapter:
+    """The layers of one adapter, by canonical module name, and how strongly they act."""
+
+    layers: Mapping[str, LayerWeights]
+    strengths: Strengths = Strengths()
+
+
+def merge_tensor(
+    weight: Tensor,
+    layers: Sequence[tuple[LayerWeights, Strengths]],
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Merge one or several adapters' layers into one weight.
+
+    Args:
+        weight: Base weight ``(out, in, *k)``, any floating dtype.
+        layers: The layers that adapt it, each with its strengths.
+        dtype: Of the result; that of ``weight`` if None.
+
+    Returns:
+        The merged weight, cast once, on the device of ``weight``.
+
+    Raises:
+        MergeError: If the result is not finite.
+    """
+    dtype = dtype or weight.dtype
+    if not layers:
+        return weight.to(dtype)
+    adapted = [_adapted(weight, layer, strengths) for layer, strengths in layers]
+    merged = merged_weight(weight, adapted).to(weight.dtype)
+    # Beyond the largest number of the dtype the cast gives inf: better no file than that file.
+    if not torch.isfinite(merged).all():
+        raise MergeError(f"the merged weight {tuple(weight.shape)} is not finite in {dtype}")
+    return merged
+
+
+def _adapted(weight: Tensor, layer: LayerWeights, strengths: Strengths) -> Tensor:
+    return adapted_weight(
+        weight,
+        layer.to(weight.device),
+        strength=strengths.strength,
+        direction_strength=strengths.direction_strength,
+        magnitude_strength=strengths.magnitude_strength,
+    )
+
+
+def check_fit(shapes: Mapping[str, Sequence[int]], adapters: Iterable[WeightedAdapter]) -> None:
+    """Check that every adapter layer has a base weight of its shape.
+
+    Args:
+        shapes: Shapes of the base's weights by canonical module name.
+        adapters: The adapters to be merged.
+
+    Raises:
+        MergeError: Listing the layers without a weight, or on a weight of another shape.
+    """
+    missing, wrong = [], []
+    for adapter in adapters:
+        for name, layer in adapter.layers.items():
+            if name not in shapes:
+                missing.append(name)
+            elif tuple(shapes[name]) != layer.weight_shape:
+                wrong.append(f"{name}: {layer.weight_shape} on {tuple(shapes[name])}")
+    if missing:
+        raise MergeError(f"the base has no weights for {_listing(missing)}")
+    if wrong:
+        raise MergeError(f"the adapter was made for another model: {_listing(wrong)}")
+
+
+def merge_state(
+    base: Mapping[str, Tensor], adapters: Sequence[WeightedAdapter]
+) -> dict[str, Tensor]:
+    """Merge adapters into a dict of base tensors.
+
+    Args:
+        base: Tensors by canonical name, e.g. ``unet.conv_in.weight`` and ``unet.conv_in.bias``.
+        adapters: The adapters; their order does not matter.
+
+    Returns:
+        All tensors of ``base``, the adapted weights merged, the others as they were.
+
+    Raises:
+        MergeError: If a layer has no base weight of its shape.
+    """
+    shapes = {
+        key.removesuffix(".weight"): tensor.shape
+        for key, tensor in base.items()
+        if key.endswith(".weight")
+    }
+    check_fit(shapes, adapters)
+    return {key: merge_tensor(tensor, layers_of(key, adapters)) for key, tensor in base.items()}
+
+
+def layers_of(
+    key: str, adapters: Sequence[WeightedAdapter]
+) -> list[tuple[LayerWeights, Strengths]]:
+    """The layers that adapt the tensor ``key``, which is a module's name with ``.weight``."""
+    if not key.endswith(".weight"):
+        return []
+    name = key.removesuffix(".weight")
+    return [(a.layers[name], a.strengths) for a in adapters if name in a.layers]
+
+
+def _listing(names: Sequence[str], limit: int = 10) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(sorted(names)[:limit]) + more

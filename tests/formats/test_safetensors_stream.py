@@ -1,0 +1,130 @@
+"""The writer's files are the library's files, and a failed write changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dora_diffusion.formats import safetensors_stream
+from dora_diffusion.formats.safetensors_stream import (
+    DiskFullError,
+    TensorFileError,
+    TensorReader,
+    TensorSpec,
+    read_header,
+    save_tensors,
+    write_tensors,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "f32": torch.randn(3, 5, generator=generator),
+        "bf16": torch.randn(7, generator=generator).bfloat16(),
+        "f16": torch.randn(2, 1, 3, generator=generator).half(),
+        "transposed": torch.randn(4, 3, generator=generator).t(),
+        "scalar": torch.tensor(1.5),
+        "empty": torch.empty(0),
+        "int": torch.arange(6).view(1, 6),
+        "bool": torch.tensor([True, False]),
+        "f8": torch.randn(4, generator=generator).to(torch.float8_e4m3fn),
+    }
+
+
+def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
+    path = save_tensors(tmp_path / "a.safetensors", tensors(), {"b": "2", "ä": "ü"})
+    loaded = load_file(path)
+    assert loaded.keys() == tensors().keys()
+    for name, tensor in tensors().items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name].view(torch.uint8) if name == "f8" else loaded[name],
+                           tensor.view(torch.uint8) if name == "f8" else tensor)  # fmt: skip
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"b": "2", "ä": "ü"}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
+    content = {name: tensor.contiguous() for name, tensor in tensors().items()}
+    save_file(content, tmp_path / "a.safetensors", {"k": "v"})
+    with TensorReader(tmp_path / "a.safetensors") as reader:
+        assert reader.metadata == {"k": "v"}
+        for name, tensor in content.items():
+            assert reader.specs[name] == TensorSpec.of(tensor)
+            assert torch.equal(reader[name].view(-1).view(torch.uint8),
+                               tensor.view(-1).view(torch.uint8))  # fmt: skip
+
+
+def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
+    content = tensors()
+    first = save_tensors(tmp_path / "a.safetensors", content, {"x": "1", "y": "2"})
+    turned = dict(reversed(content.items()))
+    second = save_tensors(tmp_path / "b.safetensors", turned, {"y": "2", "x": "1"})
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_shards_read_as_one(tmp_path: Path) -> None:
+    content = {"a": torch.ones(2), "b": torch.zeros(3), "c": torch.arange(4)}
+    save_file({"a": content["a"]}, tmp_path / "m-1.safetensors")
+    save_file({"b": content["b"], "c": content["c"]}, tmp_path / "m-2.safetensors")
+    places = {"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "m-2.safetensors"}
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    with TensorReader(index) as reader:
+        assert all(torch.equal(reader[name], tensor) for name, tensor in content.items())
+    (tmp_path / "m-2.safetensors").unlink()
+    with pytest.raises(TensorFileError, match=r"missing shards: m-2\.safetensors"):
+        TensorReader(index)
+    index.write_text(json.dumps({"weight_map": {"a": "../m-1.safetensors"}}))
+    with pytest.raises(TensorFileError, match="outside its folder"):
+        TensorReader(index)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 20, 120, -1])
+def test_a_truncated_file_is_refused(tmp_path: Path, cut: int) -> None:
+    path = save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(50)})
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(TensorFileError):
+        read_header(path)
+
+
+def test_a_wrong_tensor_stops_the_write(tmp_path: Path) -> None:
+    specs = {"x": TensorSpec(torch.float32, (2, 3))}
+    with pytest.raises(TensorFileError, match=r"x: expected .*\(2, 3\), got .*\(3, 2\)"):
+        write_tensors(tmp_path / "a.safetensors", specs, lambda _: torch.ones(3, 2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)})
+    before = path.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors_stream, "_write_one", full)
+    with pytest.raises(DiskFullError, match=r"the disk is full: a\.safetensors .* unchanged"):
+        save_tensors(path, {"x": torch.zeros(2)})
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "fsync", full)  # delayed allocation: the disk fills up at the end
+    with pytest.raises(DiskFullError):
+        save_tensors(path, {"x": torch.zeros(2)})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_an_interrupt_leaves_no_temporary_file(tmp_path: Path) -> None:
+    def interrupt(_: str) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_tensors(tmp_path / "a.safetensors", {"x": TensorSpec(torch.float32, (1,))}, interrupt)
+    assert list(tmp_path.iterdir()) == []
