@@ -1,0 +1,315 @@
+"""Put adapters on a model, take them off, switch them, merge them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from dora_diffusion.adapters.layers import (
+    AdaptedLayer,
+    LayerAdapter,
+    adapt_layer,
+    adapted_layers,
+    can_adapt,
+    plain_layer,
+)
+from dora_diffusion.adapters.targets import is_conv, match_targets
+from dora_diffusion.config import AdapterConfig
+from dora_diffusion.numerics.dora import weight_norm
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+
+DEFAULT_NAME = "default"
+
+
+@dataclass(frozen=True)
+class AdaptedLayerReport:
+    """One line of an `InjectionReport`."""
+
+    path: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    rank: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What was adapted, and how many parameters train: ``r * (fan_in + out)`` plus the magnitude."""
+
+    layers: tuple[AdaptedLayerReport, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters of the adapter."""
+        return sum(layer.parameters for layer in self.layers)
+
+    def __str__(self) -> str:
+        kinds = sorted({layer.kind for layer in self.layers}, reverse=True)
+        counts = ", ".join(f"{sum(one.kind == k for one in self.layers)} {k}" for k in kinds)
+        return f"{len(self.layers)} layers adapted ({counts}), {self.parameters:,} parameters"
+
+
+def inject_adapters(
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    name: str = DEFAULT_NAME,
+    generator: torch.Generator | None = None,
+) -> InjectionReport:
+    """Freeze the model and put a fresh adapter on the layers that the config names.
+
+    A fresh adapter changes nothing, to the last bit.
+
+    Args:
+        model: Any module tree with Linear or Conv2d layers. It is frozen and changed in place.
+        config: Targets, ranks and norm axis.
+        name: Name of the adapter; several can be on one model.
+        generator: Draws A. None uses the global one.
+
+    Raises:
+        TargetError: If a target matches no layer.
+        ValueError: If a rank is larger than a layer, or an adapter of this name is there already.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.GELU())
+        >>> print(inject_adapters(model, AdapterConfig(targets=("*",), rank=2)))
+        1 layers adapted (1 Linear), 34 parameters
+    """
+    paths = match_targets(model, config.targets)
+    for path in paths:
+        _check_rank(path, model.get_submodule(path), config)
+    weights = {path: _fresh_weights(model.get_submodule(path), config, generator) for path in paths}
+    put_adapters(model, weights, name=name, dropout=config.dropout)
+    return InjectionReport(tuple(_report(path, one) for path, one in weights.items()))
+
+
+def _report(path: str, weights: LayerWeights) -> AdaptedLayerReport:
+    kind = "Conv2d" if weights.down.ndim == 4 else "Linear"
+    tensors = (weights.down, weights.up, weights.magnitude)
+    count = sum(tensor.numel() for tensor in tensors if tensor is not None)
+    return AdaptedLayerReport(path, kind, weights.weight_shape, weights.rank, count)
+
+
+def _check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
+    weight = cast(torch.Tensor, module.weight)
+    rank, _ = config.rank_and_alpha(is_conv(module))
+    largest = min(weight.shape[0], weight[0].numel())
+    if rank > largest:
+        setting = "conv_rank" if is_conv(module) else "rank"
+        raise ValueError(
+            f"{setting} {rank} is larger than the layer {path} with its weight "
+            f"{tuple(weight.shape)}; use {setting} <= {largest}, or leave that layer out"
+        )
+
+
+def _fresh_weights(
+    module: nn.Module, config: AdapterConfig, generator: torch.Generator | None
+) -> LayerWeights:
+    """A from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) as PEFT draws it, B = 0, m = norm(W); float32."""
+    weight = cast(torch.Tensor, module.weight).detach()
+    rank, alpha = config.rank_and_alpha(is_conv(module))
+    axis = cast(NormAxis, config.norm_axis)
+    # Drawn on the generator's device, so that a seed gives the same adapter on every device.
+    source = torch.device("cpu") if generator is None else generator.device
+    bound = 1 / math.sqrt(weight[0].numel())
+    down = torch.empty(rank, *weight.shape[1:], device=source)
+    down.uniform_(-bound, bound, generator=generator)
+    up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2), device=weight.device)
+    magnitude = weight_norm(weight, axis).float() if config.use_dora else None
+    return LayerWeights(down.to(weight.device), up, magnitude, alpha, axis)
+
+
+def put_adapters(
+    model: nn.Module, weights: Mapping[str, LayerWeights], *, name: str, dropout: float = 0.0
+) -> None:
+    """Freeze the model and put given weights on its layers, by path, each on its layer's device.
+
+    Raises:
+        ValueError: If the model lacks a layer, shapes differ, or the name is taken: all of them
+            are listed, and nothing was changed.
+    """
+    problems = [text for path, one in weights.items() if (text := _misfit(model, path, one, name))]
+    if problems:
+        raise ValueError("the adapter does not fit the model: " + "; ".join(problems))
+    trained = {id(parameter) for parameter in adapter_parameters(model)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
+    keep_output = not _writes_in_place(model)
+    for path, one in weights.items():
+        module = model.get_submodule(path)
+        layer = adapt_layer(module, keep_output)
+        layer.adapters[name] = LayerAdapter(one.to(layer.weight.device), dropout)
+        layer.train(module.training)
+        _replace(model, path, layer)
+
+
+def _misfit(model: nn.Module, path: str, weights: LayerWeights, name: str) -> str | None:
+    """Why the weights cannot go on the layer at this path."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return f"there is no layer {path}"
+    if not can_adapt(module):
+        return f"{path} is a {type(module).__name__}"
+    shape = tuple(cast(torch.Tensor, module.weight).shape)
+    if weights.weight_shape != shape:
+        return f"{path} has shape {shape}, the adapter's is {weights.weight_shape}"
+    if isinstance(module, AdaptedLayer) and name in module.adapters:
+        return f"{path} already has an adapter named {name!r}; remove it first"
+    return None
+
+
+def _writes_in_place(model: nn.Module) -> bool:
+    """Whether an activation such as ``ReLU(inplace=True)`` may overwrite a layer's output."""
+    return any(getattr(module, "inplace", False) is True for module in model.modules())
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def remove_adapters(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter off (or all), and give layers without adapters their plain class back.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> report = inject_adapters(model, AdapterConfig(targets=("*",), rank=2))
+        >>> remove_adapters(model); type(model[0]).__name__
+        'Linear'
+
+    Raises:
+        ValueError: If no layer has an adapter of this name.
+    """
+    layers = list(adapted_layers(model))
+    if name is not None and not any(name in layer.adapters for _, layer in layers):
+        raise ValueError(f"the model has no adapter named {name!r}")
+    for path, layer in layers:
+        layer.unmerge()
+        for one in list(layer.adapters) if name is None else [name]:
+            layer.adapters.pop(one) if one in layer.adapters else None
+        if not layer.adapters:
+            _replace(model, path, plain_layer(layer))
+
+
+def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
+    """Write the active adapters into the weights, in float32, cast once.
+
+    Args:
+        model: A model with adapters.
+        keep_base: Keep the adapters and a copy of the base weights, so that `unmerge_adapters`
+            restores them bit for bit. False drops both.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> report = inject_adapters(model, AdapterConfig(targets=("*",), rank=2))
+        >>> merge_adapters(model); type(model[0]).__name__
+        'Linear'
+    """
+    for path, layer in list(adapted_layers(model)):
+        layer.merge()
+        if not keep_base:
+            _replace(model, path, plain_layer(layer))
+
+
+def unmerge_adapters(model: nn.Module) -> None:
+    """Restore the base weights that ``merge_adapters(keep_base=True)`` replaced."""
+    for _, layer in adapted_layers(model):
+        layer.unmerge()
+
+
+def set_strength(
+    model: nn.Module,
+    strength: float | None = None,
+    *,
+    direction: float | None = None,
+    magnitude: float | None = None,
+    name: str | None = None,
+) -> None:
+    """Set the knobs of one adapter, or of all: ``W + strength * (W' - W)``.
+
+    Args:
+        model: A model with adapters.
+        strength: 0 is exactly the base, 1 exactly the adapter. None leaves a knob as it is.
+        direction: Scales the low-rank update before the norm is taken.
+        magnitude: Moves the magnitude by this share of its change.
+        name: The adapter. None means all.
+
+    Raises:
+        ValueError: If no layer has such an adapter.
+    """
+    knobs = {
+        "strength": strength,
+        "direction_strength": direction,
+        "magnitude_strength": magnitude,
+    }
+    adapters = list(_adapters(model, name))
+    if not adapters:
+        raise ValueError("the model has no adapter" + (f" named {name!r}" if name else ""))
+    for adapter in adapters:
+        for knob, value in knobs.items():
+            if value is not None:
+                setattr(adapter, knob, float(value))
+    for _, layer in adapted_layers(model):
+        if layer._gain_cache is not None:
+            layer._gain_cache.clear()
+
+
+def _adapters(model: nn.Module, name: str | None = None) -> Iterator[LayerAdapter]:
+    for _, layer in adapted_layers(model):
+        for key, adapter in layer.adapters.items():
+            if name is None or key == name:
+                yield cast(LayerAdapter, adapter)
+
+
+@contextmanager
+def disabled(*models: nn.Module, name: str | None = None) -> Iterator[None]:
+    """Switch adapters off inside the block: the models are exactly their base.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> report = inject_adapters(model, AdapterConfig(targets=("*",), rank=2))
+        >>> with disabled(model):
+        ...     base = model(torch.ones(1, 8))
+    """
+    switched = [a for model in models for a in _adapters(model, name) if a.enabled]
+    for adapter in switched:
+        adapter.enabled = False
+    try:
+        yield
+    finally:
+        for adapter in switched:
+            adapter.enabled = True
+
+
+@contextmanager
+def norm_scope(*models: nn.Module) -> Iterator[None]:
+    """Compute each adapter's norm once inside the block, in which no parameter may change.
+
+    The training loop opens one around the forward and backward passes of one optimizer step;
+    sampling opens one around all its steps. Nothing survives the block, so that a norm from old
+    parameters cannot be used.
+    """
+    opened = [
+        layer for model in models for _, layer in adapted_layers(model) if layer._gain_cache is None
+    ]
+    for layer in opened:
+        layer._gain_cache = {}
+    try:
+        yield
+    finally:
+        for layer in opened:
+            layer._gain_cache = None
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Parameter]:
+    """The trainable parameters of one adapter, or of all."""
+    for adapter in _adapters(model, name):
+        yield from adapter.parameters()

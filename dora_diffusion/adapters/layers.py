@@ -1,0 +1,338 @@
+"""Linear and Conv2d layers that carry adapters.
+
+An adapted layer *is* the layer it replaces: it shares its parameters, buffers and hooks, so that
+the base model's state dict, dtype and device handling stay as they were. Adapters live in the
+child module ``adapters``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_diffusion.numerics.autograd import Gain, dora, make_gain
+from dora_diffusion.numerics.dora import (
+    adapted_norm,
+    adapted_weight,
+    merged_weight,
+    moved_magnitude,
+    squared_norm,
+    wide,
+)
+from dora_diffusion.numerics.dora import gain as gain_of
+from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation, Operation
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+
+
+class LayerAdapter(nn.Module):
+    """The parameters of one adapter on one layer, float32, and its knobs.
+
+    Attributes:
+        down, up, magnitude: As in `LayerWeights`.
+        strength: ``W + strength * (W' - W)``.
+        direction_strength: Scales ``delta`` before the norm is taken.
+        magnitude_strength: Moves ``m`` by this share of its change from ``norm(W)``.
+        enabled: False switches the adapter off.
+    """
+
+    magnitude: nn.Parameter | None
+
+    def __init__(self, weights: LayerWeights, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.down = nn.Parameter(weights.down)
+        self.up = nn.Parameter(weights.up)
+        magnitude = weights.magnitude
+        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
+        self.alpha = weights.alpha
+        self.norm_axis: NormAxis = weights.norm_axis
+        self.dropout = dropout
+        self.strength = self.direction_strength = self.magnitude_strength = 1.0
+        self.enabled = True
+
+    def weights(self) -> LayerWeights:
+        """The live tensors, not copies."""
+        return LayerWeights(self.down, self.up, self.magnitude, self.alpha, self.norm_axis)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every knob is at 1, so that the trained formula applies as it is."""
+        return self.strength == self.direction_strength == self.magnitude_strength == 1.0
+
+    @property
+    def scale(self) -> float:
+        """``s``, with the direction's strength in it."""
+        return self.direction_strength * self.alpha / self.down.shape[0]
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        kind = "LoRA" if self.magnitude is None else f"DoRA, norm_axis={self.norm_axis}"
+        return f"{kind}, rank={self.down.shape[0]}, alpha={self.alpha:g}"
+
+
+class AdaptedLayer(nn.Module):
+    """What Linear and Conv2d with adapters have in common. Made by `adapt_layer` only."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    adapters: nn.ModuleDict
+    keep_output: bool
+    # Plain attributes, no part of the state dict: caches, and the weight that a merge replaced.
+    _gain_cache: dict[str, Gain] | None
+    _squared: tuple[tuple[Any, ...], Tensor] | None
+    _unmerged: Tensor | None
+
+    def operation(self) -> Operation:
+        """What the weight does to an input."""
+        raise NotImplementedError
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Pad, where the operation itself does not."""
+        return x
+
+    def active(self) -> Iterator[tuple[str, LayerAdapter]]:
+        """The adapters that change the output."""
+        for name, adapter in self.adapters.items():
+            adapter = cast(LayerAdapter, adapter)
+            if adapter.enabled and adapter.strength != 0:
+                yield name, adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The adapted layer; the base layer where no adapter is on, or where they are merged.
+
+        Raises:
+            RuntimeError: If the base weight or bias requires a gradient.
+        """
+        active = list(self.active()) if self._unmerged is None else []
+        if not active:
+            base: Tensor = super().forward(x)
+            return base
+        if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
+            raise RuntimeError(
+                "the base weight or bias of an adapted layer requires a gradient; freeze it "
+                "(requires_grad_(False)): the adapter is what trains"
+            )
+        x = self.prepare(_to_compute_dtype(x))
+        name, adapter = active[0]
+        dropping = self.training and any(one.dropout > 0 for _, one in active)
+        if len(active) == 1 and adapter.magnitude is not None and adapter.is_plain and not dropping:
+            return self._dora(adapter, x, self.gain(name, adapter))
+        return self._sum_of_differences(active, x)
+
+    def _dora(self, adapter: LayerAdapter, x: Tensor, gain: Gain) -> Tensor:
+        """One adapter at full strength without dropout, the form that training is fast in."""
+        assert adapter.magnitude is not None
+        factors = adapter.down, adapter.up, adapter.magnitude
+        return dora(
+            self.operation(),
+            adapter.norm_axis,
+            x,
+            self.weight,
+            self.bias,
+            *factors,
+            gain,
+            adapter.scale,
+            keep_output=self.keep_output,
+        )
+
+    def _sum_of_differences(self, active: list[tuple[str, LayerAdapter]], x: Tensor) -> Tensor:
+        """``base(x) + sum_k strength_k * (adapted_k(x) - base(x))``, each from the unmerged base."""
+        op, dtype = self.operation(), x.dtype
+        weight = self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        base = op(x, weight, bias)
+        unbiased = base if bias is None else base - op.broadcast(bias)
+        result = base
+        for name, adapter in active:
+            dropped = F.dropout(x, adapter.dropout, self.training)
+            direct = unbiased if dropped is x or adapter.dropout == 0 else None
+            difference = self._difference(name, adapter, dropped, direct, weight)
+            result = result + (adapter.strength * difference).to(dtype)
+        return result
+
+    def _difference(
+        self, name: str, adapter: LayerAdapter, x: Tensor, unbiased: Tensor | None, weight: Tensor
+    ) -> Tensor:
+        """``adapted(x) - base(x)`` without the bias; ``unbiased`` is ``W x`` where it is known."""
+        op, scale = self.operation(), adapter.scale
+        down, up = adapter.down.to(x.dtype), adapter.up.to(x.dtype)
+        if adapter.magnitude is None:
+            return scale * op.pointwise(op(x, down), up)
+        g = self._differentiable_gain(name, adapter)
+        if adapter.norm_axis == "input":
+            grown = op.pointwise(op((x * op.broadcast(g)).to(x.dtype), down), up)
+            return op((x * op.broadcast(g - 1)).to(x.dtype), weight) + scale * grown
+        unbiased = op(x, weight) if unbiased is None else unbiased
+        low_rank = op.pointwise(op(x, down), up)
+        return op.broadcast(g - 1) * unbiased + op.broadcast(g * scale) * low_rank
+
+    def _differentiable_gain(self, name: str, adapter: LayerAdapter) -> Tensor:
+        norm = self.gain(name, adapter).norm
+        return gain_of(self._magnitude(adapter), norm)
+
+    def _magnitude(self, adapter: LayerAdapter) -> Tensor:
+        """``m``, moved by ``magnitude_strength``."""
+        assert adapter.magnitude is not None
+        if adapter.magnitude_strength == 1.0:
+            return wide(adapter.magnitude)
+        return moved_magnitude(self.weight, adapter.weights(), adapter.magnitude_strength)
+
+    def gain(self, name: str, adapter: LayerAdapter) -> Gain:
+        """Norm and gain of one adapter: from the scope's cache where one is open, else computed."""
+        cache = self._gain_cache
+        if cache is not None and name in cache:
+            return cache[name]
+        with torch.no_grad():
+            norm = adapted_norm(
+                self.weight,
+                adapter.down,
+                adapter.up,
+                adapter.scale,
+                adapter.norm_axis,
+                self._squared_norm(adapter.norm_axis),
+            )
+            gain = make_gain(self._magnitude(adapter), norm)
+        if cache is not None:
+            cache[name] = gain
+        return gain
+
+    def _squared_norm(self, axis: NormAxis) -> Tensor:
+        """``|W|^2``, kept for as long as the base weight is what it was."""
+        weight = self.weight
+        identity = (axis, weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if self._squared is None or self._squared[0] != identity:
+            self._squared = (identity, squared_norm(weight.detach(), axis))
+        return self._squared[1]
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """The weight with every active adapter in it, float32."""
+        adapted = [
+            adapted_weight(
+                self.weight,
+                adapter.weights(),
+                strength=adapter.strength,
+                direction_strength=adapter.direction_strength,
+                magnitude_strength=adapter.magnitude_strength,
+            )
+            for _, adapter in self.active()
+        ]
+        return merged_weight(self.weight, adapted) if adapted else wide(self.weight)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Write the adapters into the weight; the base weight is kept for `unmerge`."""
+        if self._unmerged is None:
+            merged = self.merged().to(self.weight.dtype)
+            self._unmerged = self.weight.detach().clone()
+            self.weight.copy_(merged)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit."""
+        if self._unmerged is not None:
+            self.weight.copy_(self._unmerged)
+            self._unmerged = None
+
+
+class DoRALinear(AdaptedLayer, nn.Linear):
+    """``nn.Linear`` with adapters."""
+
+    def operation(self) -> Operation:
+        """A matrix product."""
+        return _LINEAR
+
+
+class DoRAConv2d(AdaptedLayer, nn.Conv2d):
+    """``nn.Conv2d`` (one group) with adapters."""
+
+    @property
+    def _pads_itself(self) -> bool:
+        return self.padding_mode == "zeros" and not isinstance(self.padding, str)
+
+    def operation(self) -> Operation:
+        """A convolution with this layer's stride, padding and dilation."""
+        padding = self.padding if self._pads_itself else (0, 0)
+        return Conv2dOperation(_pair(self.stride), _pair(padding), _pair(self.dilation))
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Pad for ``padding_mode`` other than zeros, and for ``padding="same"``."""
+        if self._pads_itself:
+            return x
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+
+
+_LINEAR = LinearOperation()
+_ADAPTED: dict[type[nn.Module], type[AdaptedLayer]] = {nn.Linear: DoRALinear, nn.Conv2d: DoRAConv2d}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {new: old for old, new in _ADAPTED.items()}
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = value
+    return int(first), int(second)
+
+
+def _to_compute_dtype(x: Tensor) -> Tensor:
+    """Cast as autocast would for this operation."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def can_adapt(module: nn.Module) -> bool:
+    """Whether the module is a Linear, or a Conv2d with one group, of exactly that class.
+
+    A subclass may read its weight without calling ``forward`` (as the output projection of
+    ``nn.MultiheadAttention`` does), which would leave an adapter silently unused.
+    """
+    if isinstance(module, AdaptedLayer):
+        return True
+    return type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
+
+
+def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
+    """The module as a layer that can carry adapters, sharing its parameters and hooks.
+
+    Raises:
+        TypeError: If the module is neither a Linear nor a Conv2d with one group.
+    """
+    if isinstance(module, AdaptedLayer):
+        return module
+    if not can_adapt(module):
+        raise TypeError(
+            f"cannot adapt {type(module).__name__}: only nn.Linear and nn.Conv2d with groups=1"
+        )
+    layer = cast(AdaptedLayer, _recast(module, _ADAPTED[type(module)]))
+    layer.adapters = nn.ModuleDict()
+    layer._gain_cache = layer._squared = layer._unmerged = None
+    layer.keep_output = keep_output
+    return layer
+
+
+def plain_layer(layer: AdaptedLayer) -> nn.Module:
+    """The Linear or Conv2d that an adapted layer stands for, with its present weight."""
+    module = _recast(layer, _PLAIN[type(layer)])
+    del module._modules["adapters"]
+    for name in ("_gain_cache", "_squared", "_unmerged", "keep_output"):
+        del module.__dict__[name]
+    return module
+
+
+def _recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """A module of another class over the same parameters, buffers, hooks and settings."""
+    other = kind.__new__(kind)
+    other.__dict__.update(
+        (name, value.copy() if isinstance(value, dict) else value)
+        for name, value in module.__dict__.items()
+    )
+    return other
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Every adapted layer of a model with its path."""
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            yield path, module

@@ -1,0 +1,76 @@
+"""Which layers an adapter goes on: named presets and glob patterns of module paths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from dora_diffusion.adapters.layers import can_adapt
+
+_ATTENTION = r"to_q|to_k|to_v|to_out\.0"
+# conv_in and conv_out are left to "full": four channels on one side leave no room for a rank.
+_CONV = r"(^|.*\.)(resnets\.\d+\.conv(1|2|_shortcut)|(down|up)samplers\.\d+\.conv|proj_in|proj_out)"
+
+# Preset -> (pattern of the path, the class of layer it takes or None for both).
+_PATTERNS: dict[str, list[tuple[str, type[nn.Module] | None]]] = {
+    "cross-attention": [(rf".*\battn2\.({_ATTENTION})", nn.Linear)],
+    "attention": [(rf".*\battn[12]\.({_ATTENTION})", nn.Linear)],
+    "attention+conv": [(rf".*\battn[12]\.({_ATTENTION})", nn.Linear), (_CONV, nn.Conv2d)],
+    "full": [(r".*", None)],
+    "text-encoder-attention": [(r".*\bself_attn\.(q|k|v|out)_proj", nn.Linear)],
+    "text-encoder": [(r".*\b(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])", nn.Linear)],
+}
+
+
+class TargetError(ValueError):
+    """A preset or pattern matches no layer of the model."""
+
+
+def _matches(target: str, path: str, module: nn.Module) -> bool:
+    if target in _PATTERNS:
+        return any(
+            re.fullmatch(pattern, path) and (kind is None or isinstance(module, kind))
+            for pattern, kind in _PATTERNS[target]
+        )
+    return fnmatchcase(path, target)
+
+
+def match_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Paths of the Linear and Conv2d layers that any of the targets names, in model order.
+
+    Args:
+        model: Any module tree.
+        targets: Preset names, or glob patterns such as ``"*.attn2.to_k"`` where ``*`` also spans
+            dots.
+
+    Raises:
+        TargetError: If one of the targets matches nothing.
+    """
+    candidates = {
+        path: module for path, module in model.named_modules() if path and can_adapt(module)
+    }
+    for target in targets:
+        if not any(_matches(target, path, module) for path, module in candidates.items()):
+            raise TargetError(_nothing_matches(target, model, list(candidates)))
+    return [
+        path
+        for path, module in candidates.items()
+        if any(_matches(target, path, module) for target in targets)
+    ]
+
+
+def _nothing_matches(target: str, model: nn.Module, paths: list[str]) -> str:
+    kind = "preset" if target in _PATTERNS else "pattern"
+    there = ", ".join(paths[:3]) + (f", ... ({len(paths)} in all)" if len(paths) > 3 else "")
+    return (
+        f"the {kind} {target!r} matches no layer of {type(model).__name__}; it has the layers "
+        f"{there or 'none that can be adapted'}. Presets are {', '.join(_PATTERNS)}."
+    )
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether a layer takes the rank of convolutions."""
+    return isinstance(module, nn.Conv2d)

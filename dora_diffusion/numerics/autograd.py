@@ -1,0 +1,291 @@
+"""DoRA as autograd functions that keep no more for the backward pass than LoRA does.
+
+With the norm detached (paper, section 4.3), ``y = g * (W + sBA) x + b`` on the output axis and
+``y = (W + sBA)(g * x) + b`` on the input axis, with ``g = m / norm``. Saved are ``x``, on the
+output axis ``y`` (which the next operation usually keeps anyway), the rank-wide ``A x`` and
+vectors; the base result is not.
+
+Two exact forms of the same product are used, and the cheaper one is chosen by shape alone:
+
+* *fold*: build ``W + sBA`` and run one operation. Right when the weight is applied at many
+  positions. Never in low precision, where rounding the sum to the weight's dtype would lose small
+  updates.
+* *follow*: run the base operation and correct its result. Right for few positions.
+
+Both start as an exact identity: with ``B = 0`` and ``g = 1`` every correction is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dora_diffusion.numerics.dora import NORM_FLOOR, per_channel, wide
+from dora_diffusion.numerics.dora import gain as gain_of
+from dora_diffusion.numerics.operation import Operation
+from dora_diffusion.numerics.weights import NormAxis
+
+# Output channels whose |g| is below this recompute their direction for the gradient of m: dividing
+# g out of y would magnify the rounding of y, or be 0 / 0.
+SMALL_GAIN = 1e-3
+
+
+class Gain(NamedTuple):
+    """What follows from the parameters alone, once per optimizer step. No gradient flows through.
+
+    Attributes:
+        norm: ``norm(W + sBA)``, ``(n,)``, float32.
+        gain: ``g = m / norm``, ``(n,)``, float32.
+        small: Indices of the channels with ``|g| < SMALL_GAIN``; None where there are none.
+    """
+
+    norm: Tensor
+    gain: Tensor
+    small: Tensor | None
+
+
+def make_gain(magnitude: Tensor, norm: Tensor) -> Gain:
+    """The gain of an adapter from its magnitude and norm, both ``(n,)``."""
+    gain = gain_of(magnitude.detach(), norm)
+    small = (gain.abs() < SMALL_GAIN).nonzero().flatten()
+    return Gain(norm, gain, small if len(small) else None)
+
+
+def folds(positions: int, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether building the adapted weight is cheaper than correcting activations.
+
+    Folding touches ``out * fan_in`` numbers; following touches ``positions * (out + fan_in)``.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    out, fan_in = weight.shape[0], weight[0].numel()
+    return positions * (out + fan_in) > out * fan_in
+
+
+def dora(
+    op: Operation,
+    axis: NormAxis,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    magnitude: Tensor,
+    gain: Gain,
+    scale: float,
+    *,
+    keep_output: bool = True,
+) -> Tensor:
+    """The adapted layer, differentiable in ``x``, ``down``, ``up`` and ``magnitude``.
+
+    Args:
+        op: What the weight does: a Linear or a Conv2d.
+        axis: Norm axis of the magnitude.
+        x: Input, ``(..., in)`` or ``(N, in, H, W)``; computed in its dtype.
+        weight: Frozen base weight, ``(out, in, *k)``.
+        bias: Frozen bias ``(out,)``; it is not scaled.
+        down: ``A``.
+        up: ``B``.
+        magnitude: ``m``; its value is already in ``gain``, this is where its gradient goes.
+        gain: ``make_gain`` of these very parameters.
+        scale: ``s = alpha / r``.
+        keep_output: Keep ``y`` for the gradient of ``m``. False recomputes it, for a layer whose
+            output the next module overwrites.
+    """
+    if axis == "output":
+        result: Tensor = _OutputAxis.apply(
+            x, weight, bias, down, up, magnitude, gain, scale, op, keep_output
+        )
+    else:
+        result = _InputAxis.apply(x, weight, bias, down, up, magnitude, gain, scale, op)
+    return result
+
+
+def _in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Run without autocast: these functions choose the precision of each product themselves."""
+
+    @wraps(method)
+    def run(ctx: Any, tensor: Tensor, *args: Any) -> Any:
+        with torch.autocast(tensor.device.type, enabled=False):
+            return method(ctx, tensor, *args)
+
+    return run
+
+
+def _folded(weight: Tensor, down: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """``W + sBA`` in one pass over the weight."""
+    base, left, right = (t.to(dtype).flatten(1) for t in (weight, up, down))
+    return torch.addmm(base, left, right, alpha=scale).view_as(weight)
+
+
+def _grow(tensor: Tensor, less_one: Tensor) -> Tensor:
+    """``tensor * (1 + less_one)``; ``g - 1`` survives a dtype that would round g to 1."""
+    return torch.addcmul(tensor, tensor, less_one.to(tensor.dtype))
+
+
+def _grow_onto(total: Tensor, base: Tensor, gain: Tensor) -> Tensor:
+    """``total + gain * base`` in place of ``total``, or of ``base`` in low precision.
+
+    There the whole correction is summed before it meets the base, so that it is rounded once.
+    """
+    if total.dtype in (torch.float32, torch.float64):
+        return total.addcmul_(base, gain.to(total.dtype))
+    return base.add_(total.addcmul_(base, (gain - 1).to(total.dtype)))
+
+
+class _OutputAxis(torch.autograd.Function):
+    """``y = g * (W + sBA) x + b`` with g per output channel."""
+
+    @staticmethod
+    @_in_own_precision
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        magnitude: Tensor,
+        gain: Gain,
+        scale: float,
+        op: Operation,
+        keep_output: bool,
+    ) -> Tensor:
+        g, dtype = gain.gain, x.dtype
+        fold, hidden = folds(op.positions(x, weight), weight, dtype), None
+        base_bias = None if bias is None else bias.to(dtype)
+        if fold:
+            folded = _folded(weight, down, up, scale, dtype)
+            y = op(x, folded.mul_(per_channel(g.to(dtype), weight.ndim, "output")), base_bias)
+        else:
+            hidden = op(x, down.to(dtype))
+            # The base result has its bias in it, which is scaled with the rest and put right here.
+            shift = None if bias is None else ((1 - g) * bias).to(dtype)
+            low_rank = op.pointwise(hidden, _scaled_up(up, g * scale, dtype), shift)
+            y = _grow_onto(low_rank, op(x, weight.to(dtype), base_bias), op.broadcast(g))
+        kept = y if keep_output else None
+        ctx.save_for_backward(x, kept, hidden, weight, bias, down, up)
+        ctx.gain, ctx.scale, ctx.op, ctx.fold = gain, scale, op, fold
+        return y
+
+    @staticmethod
+    @once_differentiable
+    @_in_own_precision
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, hidden, weight, bias, down, up = ctx.saved_tensors
+        op, scale, g, dtype = ctx.op, ctx.scale, ctx.gain.gain, x.dtype
+        need_x, need_m = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        hidden = op(x, down.to(dtype)) if hidden is None else hidden
+        grad_hidden = op.pointwise.input_gradient(grad, _scaled_up(up, g * scale, dtype), hidden)
+        grad_up = wide(op.pointwise.weight_gradient(grad, hidden, up.to(dtype)))
+        grad_up = grad_up * per_channel(g * scale, up.ndim, "output")
+        grad_down = op.weight_gradient(grad_hidden, x, down.to(dtype))
+        grad_m = _output_magnitude_gradient(ctx, grad, x, y, weight, bias, down, up)
+        grad_x = None
+        if need_x and ctx.fold:
+            folded = _folded(weight, down, up, scale, dtype)
+            folded.mul_(per_channel(g.to(dtype), weight.ndim, "output"))
+            grad_x = op.input_gradient(grad, folded, x)
+        elif need_x:
+            grown = _grow(grad, op.broadcast(g - 1))
+            grad_x = op.input_gradient(grown, weight.to(dtype), x)
+            grad_x += op.input_gradient(grad_hidden, down.to(dtype), x)
+        grads = grad_down.to(down.dtype), grad_up.to(up.dtype), grad_m if need_m else None
+        return grad_x, None, None, *grads, None, None, None, None
+
+
+def _output_magnitude_gradient(
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+) -> Tensor:
+    """``dm_i = sum dy_i * ((W + sBA) x)_i / norm_i``, float32 ``(out,)``.
+
+    ``(W + sBA) x = (y - b) / g``, so the output is all that it takes where g can be divided by.
+    """
+    op, (norm, g, small) = ctx.op, ctx.gain
+    channels = small
+    if y is None:
+        channels = torch.arange(weight.shape[0], device=weight.device)
+        total = torch.zeros_like(norm)
+    else:
+        total = op.channel_sum(grad * y)
+        if bias is not None:
+            total = total - bias * op.channel_sum(grad)
+        total = total / torch.where(g == 0, torch.ones_like(g), g)
+    if channels is not None:
+        rows = _folded(weight[channels], down, up[channels], ctx.scale, x.dtype)
+        total[channels] = op.channel_sum(op.select(grad, channels) * op(x, rows)).to(total.dtype)
+    return total / norm.clamp_min(NORM_FLOOR)
+
+
+class _InputAxis(torch.autograd.Function):
+    """``y = (W + sBA)(g * x) + b`` with g per input channel: a LoRA on the scaled input."""
+
+    @staticmethod
+    @_in_own_precision
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        magnitude: Tensor,
+        gain: Gain,
+        scale: float,
+        op: Operation,
+    ) -> Tensor:
+        dtype, hidden = x.dtype, None
+        fold = folds(op.positions(x, weight), weight, dtype)
+        scaled = _grow(x, op.broadcast(gain.gain - 1))
+        base_bias = None if bias is None else bias.to(dtype)
+        if fold:
+            y = op(scaled, _folded(weight, down, up, scale, dtype), base_bias)
+        else:
+            hidden = op(scaled, down.to(dtype))
+            y = op(scaled, weight.to(dtype), base_bias)
+            y += op.pointwise(hidden, (scale * up).to(dtype))
+        ctx.save_for_backward(x, hidden, weight, down, up)
+        ctx.gain, ctx.scale, ctx.op, ctx.fold = gain, scale, op, fold
+        return y
+
+    @staticmethod
+    @once_differentiable
+    @_in_own_precision
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, weight, down, up = ctx.saved_tensors
+        op, scale, (norm, g, _), dtype = ctx.op, ctx.scale, ctx.gain, x.dtype
+        need_x, need_m = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        scaled = _grow(x, op.broadcast(g - 1))
+        hidden = op(scaled, down.to(dtype)) if hidden is None else hidden
+        grad_hidden = op.pointwise.input_gradient(grad, (scale * up).to(dtype), hidden)
+        grad_up = scale * wide(op.pointwise.weight_gradient(grad, hidden, up.to(dtype)))
+        grad_down = op.weight_gradient(grad_hidden, scaled, down.to(dtype))
+        grad_x = grad_m = None
+        if need_x or need_m:
+            if ctx.fold:
+                folded = _folded(weight, down, up, scale, dtype)
+                grad_scaled = op.input_gradient(grad, folded, x)
+            else:
+                grad_scaled = op.input_gradient(grad, weight.to(dtype), x)
+                grad_scaled += op.input_gradient(grad_hidden, down.to(dtype), x)
+            grad_m = op.channel_sum(grad_scaled * x) / norm.clamp_min(NORM_FLOOR)
+            grad_x = _grow(grad_scaled, op.broadcast(g - 1))
+        grads = grad_down.to(down.dtype), grad_up.to(up.dtype), grad_m if need_m else None
+        return grad_x if need_x else None, None, None, *grads, None, None, None
+
+
+def _scaled_up(up: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``diag(factor) B``, scaled before it is rounded to ``dtype``."""
+    return (up * per_channel(factor, up.ndim, "output")).to(dtype)

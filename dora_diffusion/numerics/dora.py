@@ -1,0 +1,176 @@
+"""The DoRA formula: norms on either axis, the gain, and the adapted weight.
+
+Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, section 4.
+PyTorch weights are ``(out, in, *k)``; with ``delta = s * B @ A``
+
+    W' = m * (W + delta) / norm(W + delta),        m starts as norm(W).
+
+Everything here is computed in float32 (float64 for float64 weights), whatever the weight's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+
+# Far below any pretrained norm, and far enough above float32's smallest number that m / FLOOR
+# stays finite: a zero row then gives zeros instead of NaN. Never added, so no norm is changed.
+NORM_FLOOR = 1e-30
+# Below this share of the terms it is summed from, the factored norm has lost about four of its
+# twenty-four bits to cancellation, and the row is recomputed from the dense weight.
+CANCELLATION = 1 / 16
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in the precision that norms and merges are computed in."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def per_channel(vector: Tensor, ndim: int, axis: NormAxis) -> Tensor:
+    """Shape ``(n,)`` to broadcast along the output or the input axis of an ``ndim`` weight."""
+    return vector.view(-1, *[1] * (ndim - 1) if axis == "output" else [1] * (ndim - 2))
+
+
+def squared_norm(weight: Tensor, axis: NormAxis) -> Tensor:
+    """Squared L2 norm per output or input channel: ``(out, in, *k)`` -> ``(out,)`` or ``(in,)``.
+
+    The output axis is what the authors' code and PEFT use; the input axis is the paper's formula
+    as printed (a column of ``W`` in R^{d x k}).
+    """
+    weight = wide(weight)
+    rows = weight if axis == "output" else weight.transpose(0, 1)
+    return rows.square().flatten(1).sum(dim=1)
+
+
+def weight_norm(weight: Tensor, axis: NormAxis) -> Tensor:
+    """L2 norm per channel, the magnitude of a fresh adapter: ``(out,)`` or ``(in,)``."""
+    return squared_norm(weight, axis).sqrt()
+
+
+def low_rank_delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """``s * B @ A`` in the weight's shape: ``(r, in, *k), (out, r, ...)`` -> ``(out, in, *k)``."""
+    product = wide(up).flatten(1) @ wide(down).flatten(1)
+    return (scale * product).view(up.shape[0], *down.shape[1:])
+
+
+def adapted_norm(
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    axis: NormAxis,
+    weight_squared_norm: Tensor | None = None,
+) -> Tensor:
+    """``norm(W + s B A)`` per channel without building ``W + s B A``: ``(out,)`` or ``(in,)``.
+
+    ``|W + sBA|^2 = |W|^2 + 2s <W, BA> + s^2 |BA|^2``, where both products with ``BA`` factor
+    through the rank. Rows in which these terms nearly cancel are recomputed from the dense sum.
+
+    Args:
+        weight: Base weight ``(out, in, *k)``.
+        down: ``A``, ``(r, in, *k)``.
+        up: ``B``, ``(out, r)`` or ``(out, r, 1, 1)``.
+        scale: ``s = alpha / r``.
+        axis: Norm axis.
+        weight_squared_norm: ``squared_norm(weight, axis)`` if it is at hand; it never changes.
+    """
+    base = squared_norm(weight, axis) if weight_squared_norm is None else weight_squared_norm
+    cross, square = _factored_products(wide(weight), wide(down), wide(up), axis)
+    square = scale * scale * square
+    total = base + (2 * scale) * cross + square
+    cancelled = (total < CANCELLATION * (base + square)).nonzero().flatten()
+    if len(cancelled):
+        dense = _dense_channels(weight, down, up, scale, axis, cancelled)
+        total[cancelled] = squared_norm(dense, axis).to(total.dtype)
+    return total.sqrt()
+
+
+def _factored_products(
+    weight: Tensor, down: Tensor, up: Tensor, axis: NormAxis
+) -> tuple[Tensor, Tensor]:
+    """``<W, BA>`` and ``|BA|^2`` per channel."""
+    up, down_matrix, weight_matrix = up.flatten(1), down.flatten(1), weight.flatten(1)
+    if axis == "output":
+        cross = ((weight_matrix @ down_matrix.t()) * up).sum(dim=1)
+        square = ((up @ (down_matrix @ down_matrix.t())) * up).sum(dim=1)
+        return cross, square
+    per_input = (down.shape[0], down.shape[1], -1)
+    cross = ((up.t() @ weight_matrix) * down_matrix).view(per_input).sum(dim=(0, 2))
+    square = (((up.t() @ up) @ down_matrix) * down_matrix).view(per_input).sum(dim=(0, 2))
+    return cross, square
+
+
+def _dense_channels(
+    weight: Tensor, down: Tensor, up: Tensor, scale: float, axis: NormAxis, channels: Tensor
+) -> Tensor:
+    """The chosen channels of ``W + s B A``, in float64, where the cancellation is harmless."""
+    if axis == "output":
+        weight, up = weight[channels], up[channels]
+    else:
+        weight, down = weight[:, channels], down[:, channels]
+    return weight.double() + low_rank_delta(down.double(), up.double(), scale)
+
+
+def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """``g = m / norm``, which a channel of the direction is multiplied by; finite at norm 0."""
+    return wide(magnitude) / norm.clamp_min(NORM_FLOOR)
+
+
+def moved_magnitude(weight: Tensor, layer: LayerWeights, magnitude_strength: float) -> Tensor:
+    """The magnitude, moved by a share of its change from ``norm(W)``; 1 returns it unchanged."""
+    assert layer.magnitude is not None
+    magnitude = wide(layer.magnitude)
+    if magnitude_strength == 1.0:
+        return magnitude
+    start = weight_norm(weight, layer.norm_axis)
+    return start + magnitude_strength * (magnitude - start)
+
+
+def adapted_weight(
+    weight: Tensor,
+    layer: LayerWeights,
+    *,
+    strength: float = 1.0,
+    direction_strength: float = 1.0,
+    magnitude_strength: float = 1.0,
+) -> Tensor:
+    """The weight that a merge writes, ``W + strength * (W' - W)``, in float32.
+
+    Args:
+        weight: Base weight ``(out, in, *k)``, any floating dtype.
+        layer: The adapter of this layer.
+        strength: 0 gives exactly ``W``, 1 exactly ``W'``.
+        direction_strength: Scales ``delta`` before the norm is taken.
+        magnitude_strength: Moves ``m`` by this share of its change from ``norm(W)``.
+
+    Raises:
+        ValueError: If the layer is not for a weight of this shape.
+    """
+    if layer.weight_shape != tuple(weight.shape):
+        raise ValueError(
+            f"the adapter is for a weight of shape {layer.weight_shape}, "
+            f"the base has {tuple(weight.shape)}"
+        )
+    base = wide(weight)
+    adapted = base + low_rank_delta(layer.down, layer.up, direction_strength * layer.scale)
+    if layer.magnitude is not None:
+        norm = weight_norm(adapted, layer.norm_axis)
+        factor = gain(moved_magnitude(base, layer, magnitude_strength), norm)
+        adapted = adapted * per_channel(factor, weight.ndim, layer.norm_axis)
+    return adapted if strength == 1.0 else base + strength * (adapted - base)
+
+
+def merged_weight(weight: Tensor, adapted: Sequence[Tensor]) -> Tensor:
+    """Several adapters on one base: ``W + sum_k (W'_k - W)``, in float32.
+
+    Every difference is taken from the unmerged base. They are summed in float64, so that the order
+    of the adapters does not matter.
+    """
+    if len(adapted) == 1:
+        return adapted[0]
+    base = weight.double()
+    return wide(sum((one.double() - base for one in adapted), base).to(wide(weight).dtype))
