@@ -74,7 +74,7 @@ def name_resolver(known: Iterable[str] | None = None, layout: UNetLayout | None 
     by_structure = layout or SDXL_LAYOUT
     if known is None:
         return lambda flat: resolve_by_structure(flat, by_structure)
-    names = set(known)
+    names = {name for name in known if name.partition(".")[0] in COMPONENTS}
     table = spelling_table(names)
 
     def resolve(flat: str) -> str | None:

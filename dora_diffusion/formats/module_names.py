@@ -88,7 +88,9 @@ def _dotted(flat: str, patterns: list[tuple[re.Pattern[str], str]]) -> str | Non
     for pattern, template in patterns:
         if match := pattern.fullmatch(flat):
             parts = template.split("#")
-            return parts[0] + "".join(n + rest for n, rest in zip(match.groups(), parts[1:]))
+            return parts[0] + "".join(
+                n + rest for n, rest in zip(match.groups(), parts[1:], strict=True)
+            )
     return None
 
 

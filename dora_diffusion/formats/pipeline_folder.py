@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_diffusion.formats.module_names import with_text_model
+from dora_diffusion.formats.module_names import COMPONENTS, with_text_model
 from dora_diffusion.formats.safetensors_stream import TensorFileError, TensorReader, TensorSpec
 
 WEIGHT_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -83,11 +83,13 @@ class PipelineFolder:
         return read_json(path) if path.is_file() else {}
 
     def module_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the Linear and Conv2d weights by canonical module name."""
+        """Shapes of the UNet's and text encoders' 2-D and 4-D weights by canonical module name."""
         return {
             name.removesuffix(".weight"): spec.shape
             for name, spec in self.specs.items()
-            if name.endswith(".weight") and len(spec.shape) in (2, 4)
+            if name.endswith(".weight")
+            and name.startswith(tuple(f"{component}." for component in COMPONENTS))
+            and len(spec.shape) in (2, 4)
         }
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from dora_diffusion.formats import module_names, sgm_blocks
 from dora_diffusion.formats.adapter_keys import (
     AdapterFormatError,

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
 from dora_diffusion.formats import safetensors_stream
 from dora_diffusion.formats.safetensors_stream import (
     DiskFullError,
@@ -20,8 +23,6 @@ from dora_diffusion.formats.safetensors_stream import (
     save_tensors,
     write_tensors,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 
 def tensors() -> dict[str, torch.Tensor]:

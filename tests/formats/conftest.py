@@ -1,15 +1,17 @@
-"""Random adapters for tests: every kind of layer, magnitudes that have moved, alpha != rank."""
+"""Random adapters: every kind of layer, magnitudes that have moved, alpha != rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import pytest
 import torch
+from torch import Tensor
+
 from dora_diffusion.formats.pipeline_folder import PipelineFolder
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
-from torch import Tensor
 
 
 def random_layer(
@@ -72,5 +74,24 @@ def assert_same_layers(
         torch.testing.assert_close(delta_other, delta, rtol=0, atol=max(tolerance, 1e-6), msg=name)
         assert (other.magnitude is None) == (layer.magnitude is None), name
         if layer.magnitude is not None:
+            assert other.magnitude is not None
             assert torch.equal(other.magnitude, layer.magnitude), name
             assert other.norm_axis == layer.norm_axis, name
+
+
+@pytest.fixture(name="random_adapter", scope="session")
+def random_adapter_fixture() -> Callable[..., dict[str, LayerWeights]]:
+    """Makes an adapter for a pipeline folder."""
+    return random_adapter
+
+
+@pytest.fixture(name="random_layer", scope="session")
+def random_layer_fixture() -> Callable[..., LayerWeights]:
+    """Makes a layer for a weight."""
+    return random_layer
+
+
+@pytest.fixture(name="assert_same_layers", scope="session")
+def assert_same_layers_fixture() -> Callable[..., None]:
+    """Compares two adapters by what they do."""
+    return assert_same_layers
