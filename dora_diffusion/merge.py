@@ -67,7 +67,7 @@ def merge_tensor(
     if not layers:
         return weight.to(dtype)
     adapted = [_adapted(weight, layer, strengths) for layer, strengths in layers]
-    merged = merged_weight(weight, adapted).to(weight.dtype)
+    merged = merged_weight(weight, adapted).to(dtype)
     # Beyond the largest number of the dtype the cast gives inf: better no file than that file.
     if not torch.isfinite(merged).all():
         raise MergeError(f"the merged weight {tuple(weight.shape)} is not finite in {dtype}")

@@ -1,0 +1,131 @@
+"""Merging: against a dense float64 computation, for several adapters, in every dtype."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from dora_diffusion.merge import (
+    MergeError,
+    Strengths,
+    WeightedAdapter,
+    check_fit,
+    merge_state,
+    merge_tensor,
+)
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+
+SHAPES = [(6, 10), (8, 8), (10, 4, 1, 1), (6, 6, 3, 3), (4, 7, 3, 3)]
+
+
+def random_layer(
+    weight: Tensor, seed: int, axis: NormAxis | None = "output", rank: int = 3, alpha: float = 5.0
+) -> LayerWeights:
+    generator = torch.Generator().manual_seed(seed)
+    out, into, *kernel = weight.shape
+    down = torch.randn(rank, into, *kernel, generator=generator)
+    up = 0.3 * torch.randn(out, rank, *[1] * len(kernel), generator=generator)
+    if axis is None:
+        return LayerWeights(down, up, None, alpha)
+    size = out if axis == "output" else into
+    return LayerWeights(down, up, 0.5 + torch.rand(size, generator=generator), alpha, axis)
+
+
+def dense_merge(weight: Tensor, layer: LayerWeights, strength: float = 1.0) -> Tensor:
+    """The paper's formula, spelled out in float64 with einsum and explicit sums."""
+    base = weight.double()
+    down, up = layer.down.double(), layer.up.double().flatten(1)
+    changed = base + layer.alpha / layer.rank * torch.einsum("or,ri...->oi...", up, down)
+    if layer.magnitude is not None:
+        along_output = layer.norm_axis == "output"
+        dims = [d for d in range(base.ndim) if d != (0 if along_output else 1)]
+        norm = (changed**2).sum(dim=dims, keepdim=True).sqrt()
+        changed = layer.magnitude.double().reshape(norm.shape) * changed / norm
+    return base + strength * (changed - base)
+
+
+@pytest.mark.parametrize("axis", ["output", "input", None])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("strength", [1.0, 0.6, -0.5])
+def test_one_adapter(shape: tuple[int, ...], axis: NormAxis | None, strength: float) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    layer = random_layer(weight, 2, axis)
+    merged = merge_tensor(weight, [(layer, Strengths(strength))])
+    expected = dense_merge(weight, layer, strength)
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_strength_zero_is_the_base(dtype: torch.dtype) -> None:
+    weight = torch.randn(8, 12).to(dtype)
+    merged = merge_tensor(weight, [(random_layer(weight, 0), Strengths(0.0))])
+    assert merged.dtype == dtype
+    assert torch.equal(merged, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    """The merge happens in float32: the result is the correctly rounded one."""
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
+    layer = random_layer(weight, 4)
+    exact = dense_merge(weight, layer)
+    merged = merge_tensor(weight, [(layer, Strengths())])
+    step = torch.finfo(dtype).eps
+    assert ((merged.double() - exact).abs() <= 0.501 * step * exact.abs() + 1e-7).all()
+    wide = merge_tensor(weight, [(layer, Strengths())], torch.float32)
+    torch.testing.assert_close(wide.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_differences_add_up_in_any_order() -> None:
+    weight = torch.randn(16, 9, 3, 3, generator=torch.Generator().manual_seed(5))
+    kinds: list[NormAxis | None] = ["output", "input", None]
+    layers = [
+        (random_layer(weight, 10 + i, axis), Strengths(0.5 + 0.3 * i))
+        for i, axis in enumerate(kinds)
+    ]
+    expected = weight.double() + sum(
+        dense_merge(weight, layer, s.strength) - weight.double() for layer, s in layers
+    )
+    results = [merge_tensor(weight, list(order)) for order in itertools.permutations(layers)]
+    for result in results:
+        torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(result, results[0])
+
+
+def test_the_base_is_not_changed() -> None:
+    weight = torch.randn(5, 6)
+    before = weight.clone()
+    merge_tensor(weight, [(random_layer(weight, 0), Strengths())])
+    assert torch.equal(weight, before)
+
+
+def test_merge_state_merges_only_adapted_weights() -> None:
+    base = {
+        "unet.a.weight": torch.randn(4, 6),
+        "unet.a.bias": torch.randn(4),
+        "unet.b.weight": torch.randn(4, 4),
+    }
+    layer = random_layer(base["unet.a.weight"], 0)
+    merged = merge_state(base, [WeightedAdapter({"unet.a": layer})])
+    expected = dense_merge(base["unet.a.weight"], layer)
+    torch.testing.assert_close(merged["unet.a.weight"].double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(merged["unet.a.bias"], base["unet.a.bias"])
+    assert torch.equal(merged["unet.b.weight"], base["unet.b.weight"])
+
+
+def test_layers_that_do_not_fit_are_listed() -> None:
+    layer = random_layer(torch.randn(4, 6), 0)
+    with pytest.raises(MergeError, match=r"no weights for unet\.x, unet\.y"):
+        check_fit({"unet.a": (4, 6)}, [WeightedAdapter({"unet.y": layer, "unet.x": layer})])
+    with pytest.raises(MergeError, match=r"another model: unet\.a: \(4, 6\) on \(6, 4\)"):
+        check_fit({"unet.a": (6, 4)}, [WeightedAdapter({"unet.a": layer})])
+
+
+def test_a_result_beyond_the_dtype_is_an_error() -> None:
+    weight = torch.full((2, 2), 6e4, dtype=torch.float16)
+    layer = LayerWeights(torch.ones(1, 2), torch.full((2, 1), 6e4), None, 1.0)
+    with pytest.raises(MergeError, match="not finite"):
+        merge_tensor(weight, [(layer, Strengths())])
