@@ -19,7 +19,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "sea": ("in the sea", "on the water", "in the ocean", "at sea"),
     "brick": ("in front of a brick wall", "by a brick wall", "against a brick wall"),
     "wood": ("on a wooden floor", "on the wooden floor", "on wooden planks", "on wood"),
-    "studio": ("in a studio", "on a grey background", "on a plain background"),
+    "studio": ("in a studio", "on a grey background", "in a grey studio"),
     "forest": ("in the forest", "in a forest", "in the woods", "among trees"),
     "sunset": ("at sunset", "in front of a sunset", "in the evening"),
 }

@@ -252,7 +252,7 @@ UNSEEN_CLASSES: dict[str, Shape] = {
 
 
 def random_shape(seed: int) -> Shape:
-    """A nonsense object of three to six random pieces, for training what must not be class-bound."""
+    """A nonsense object of three to six random pieces, for training without class names."""
     generator = np.random.default_rng(seed)
     plan = [
         (

@@ -1,0 +1,113 @@
+"""The networks that judge pictures of the toy world: what they show, and whose likeness it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_diffusion.embedded import instrument_folder
+from dora_diffusion.embedded.backgrounds import BACKGROUNDS
+from dora_diffusion.embedded.shapes import CLASSES
+from dora_diffusion.embedded.world import COLORS, PATTERNS
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "kind": tuple(CLASSES),
+    "color": tuple(COLORS),
+    "pattern": PATTERNS,
+    "background": tuple(BACKGROUNDS),
+}
+"""What the classifier tells apart, in the order of its heads."""
+
+_WIDTHS = ((24, 1), (32, 2), (48, 1), (64, 2), (64, 1), (96, 2), (96, 1))
+
+
+class Trunk(nn.Module):
+    """Seven convolutions; (n, 3, 64, 64) in [-1, 1] -> (n, 192) pooled features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for width, stride in _WIDTHS:
+            layers += [
+                nn.Conv2d(channels, width, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+            ]
+            channels = width
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Mean and maximum over the last grid."""
+        features = self.layers(pixels)
+        return torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1)
+
+
+class Classifier(nn.Module):
+    """Class, body colour, pattern and background of a picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = Trunk()
+        self.hidden = nn.Linear(192, 96)
+        self.heads = nn.ModuleDict({k: nn.Linear(96, len(v)) for k, v in ATTRIBUTES.items()})
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """(n, 3, 64, 64) in [-1, 1] -> logits (n, choices) per attribute."""
+        hidden = F.gelu(self.hidden(self.trunk(pixels)))
+        return {name: head(hidden) for name, head in self.heads.items()}
+
+
+class SubjectEmbedder(nn.Module):
+    """A unit vector that one subject keeps in every place, and another subject does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = Trunk()
+        self.head = nn.Linear(192, 64)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(n, 3, 64, 64) in [-1, 1] -> (n, 64) unit vectors."""
+        return F.normalize(self.head(self.trunk(pixels)), dim=1)
+
+
+@dataclass(frozen=True)
+class Instrument:
+    """Both networks, in evaluation mode, and their measured accuracy on held-out renders."""
+
+    classifier: Classifier
+    embedder: SubjectEmbedder
+    measured: dict[str, float]
+
+
+def save_instrument(instrument: Instrument, folder: Path) -> None:
+    """Write the networks in float16 and what was measured with them."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("classifier", "embedder"):
+        state = getattr(instrument, name).state_dict()
+        halves = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+        save_file(halves, folder / f"{name}.safetensors")
+    (folder / "measured.json").write_text(json.dumps(instrument.measured, indent=2) + "\n")
+
+
+def load_instrument(folder: Path | None = None) -> Instrument:
+    """Open the networks that come with the package, or those of another folder.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of the three files.
+    """
+    from safetensors.torch import load_file
+
+    folder = folder or instrument_folder()
+    classifier, embedder = Classifier(), SubjectEmbedder()
+    classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
+    embedder.load_state_dict(load_file(folder / "embedder.safetensors"))
+    measured = json.loads((folder / "measured.json").read_text())
+    return Instrument(classifier.eval(), embedder.eval(), measured)
