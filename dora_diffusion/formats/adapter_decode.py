@@ -53,6 +53,7 @@ def decode_layers(
         AdapterFormatError: For keys left over, a layer without both factors, a magnitude whose
             axis cannot be told, numbers that are not finite, or a layer the model does not have.
     """
+    _refuse_made_for_one_base(metadata)
     resolve = name_resolver(module_shapes, _stamped_layout(metadata))
     groups = group_keys(tensors, resolve, component)
     if not groups:
@@ -64,6 +65,14 @@ def decode_layers(
         layer = _layer(name, own, alpha_of)
         layers[name] = _without_padding(name, layer, metadata)
     return layers if module_shapes is None else fit_to_model(layers, module_shapes)
+
+
+def _refuse_made_for_one_base(metadata: Mapping[str, str]) -> None:
+    if metadata.get(OWN + "target") == "comfyui":
+        raise AdapterFormatError(
+            "its magnitudes are changed to be exact in ComfyUI on one base model, and wrong "
+            "elsewhere; use the adapter that it was converted from"
+        )
 
 
 def _stamped_layout(metadata: Mapping[str, str]) -> UNetLayout | None:

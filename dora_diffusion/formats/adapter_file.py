@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from dora_diffusion.formats.adapter_targets import (
     DIFFUSERS_FILE,
     PEFT_CONFIG,
     PEFT_FILE,
-    TARGETS,
     EncodedFile,
     WriteOptions,
 )
+from dora_diffusion.formats.base_targets import TARGETS
 from dora_diffusion.formats.module_names import COMPONENTS
 from dora_diffusion.formats.safetensors_stream import (
     TensorFileError,
@@ -68,6 +68,7 @@ def write_adapter(
     dtype: torch.dtype | None = None,
     unet_layout: UNetLayout | None = None,
     text_model_prefix: bool = False,
+    base_weight: Callable[[str], Tensor] | None = None,
 ) -> Path:
     """Write an adapter, each file atomically.
 
@@ -79,6 +80,8 @@ def write_adapter(
         dtype: Of the low-rank factors; None keeps theirs. Magnitudes are float32.
         unet_layout: For kohya names of an SDXL UNet not shaped like the released one.
         text_model_prefix: In a ``peft`` folder, name modules as transformers before 5.6 do.
+        base_weight: Base weight by canonical module name, for targets made for one base model
+            (``comfyui``, ``dense``).
 
     Returns:
         The file (or the folder, for ``peft``) that was written.
@@ -97,7 +100,9 @@ def write_adapter(
         path = path / file_name
     elif file_name is None and path.suffix == ".safetensors":
         raise AdapterFormatError(f"the {target} target is a folder, not a file: {path.name}")
-    options = WriteOptions(dtype, path.stem, unet_layout, text_model_prefix)
+    if TARGETS[target].needs_base and base_weight is None:
+        raise AdapterFormatError(f"the {target} target is made for one base model; give that model")
+    options = WriteOptions(dtype, path.stem, unet_layout, text_model_prefix, base_weight)
     files = TARGETS[target].encode(adapter.layers, adapter.metadata, options)
     for name, file in files.items():
         _write_file(path if file_name else path / name, file)

@@ -40,6 +40,7 @@ _KOHYA_PARTS: dict[str, Part] = {
     "lora_B.weight": "up",
     "alpha": "alpha",
     "dora_scale": "dora_scale",
+    "magnitude": "magnitude",  # ai-toolkit: one per output, Linear only
 }
 # The optional name in `.lora_A.default.weight` is the PEFT adapter's; it is not part of the module.
 _DOTTED = re.compile(
@@ -61,7 +62,8 @@ class AdapterFormatError(ValueError):
 
 def is_kohya_key(key: str) -> bool:
     """Whether a key is spelled as kohya's scripts and LyCORIS spell it."""
-    return key.startswith((*KOHYA_PREFIXES, LYCORIS_PREFIX))
+    # With a dot after the prefix, too: `lora_unet.conv_in.lora_magnitude_vector`, half renamed.
+    return key.replace(".", "_").startswith((*KOHYA_PREFIXES, LYCORIS_PREFIX))
 
 
 def name_resolver(known: Iterable[str] | None = None, layout: UNetLayout | None = None) -> Resolve:
@@ -94,9 +96,7 @@ def parse_key(key: str, resolve: Resolve, component: str | None = None) -> tuple
             the module path if None.
     """
     if is_kohya_key(key):
-        flat, _, leaf = key.partition(".")
-        part, name = _KOHYA_PARTS.get(leaf), resolve(flat)
-        return None if part is None or name is None else (name, part)
+        return _parse_kohya_key(key, resolve)
     path = key.removeprefix(PEFT_PREFIX)
     prefix, _, rest = path.partition(".")
     if prefix in COMPONENTS:
@@ -108,6 +108,17 @@ def parse_key(key: str, resolve: Resolve, component: str | None = None) -> tuple
     if component is None:
         return None
     return canonical(component, _modern_path(match["module"], component)), _part(match)
+
+
+def _parse_kohya_key(key: str, resolve: Resolve) -> tuple[str, Part] | None:
+    # diffusers' own converter leaves `lora_unet_..._attn1.to_q.lora_magnitude_vector` behind.
+    flat, half_renamed, _ = key.partition(".lora_magnitude_vector")
+    if half_renamed:
+        name = resolve(flat.replace(".", "_"))
+        return None if name is None else (name, "magnitude")
+    flat, _, leaf = key.partition(".")
+    part, name = _KOHYA_PARTS.get(leaf), resolve(flat)
+    return None if part is None or name is None else (name, part)
 
 
 def _part(match: re.Match[str]) -> Part:

@@ -39,6 +39,7 @@ from dora_diffusion.numerics.weights import LayerWeights
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
+KOHYA_FILE = "adapter_kohya.safetensors"
 
 Layers = Mapping[str, LayerWeights]
 
@@ -54,12 +55,14 @@ class WriteOptions:
         unet_layout: For kohya names of an SDXL UNet that is not shaped like the released one.
         text_model_prefix: In a ``peft`` folder, name CLIPTextModel's modules ``text_model....``,
             as transformers before 5.6 do.
+        base_weight: Base weight by canonical module name, for the targets that need it.
     """
 
     dtype: torch.dtype | None = None
     title: str = ""
     unet_layout: UNetLayout | None = None
     text_model_prefix: bool = False
+    base_weight: Callable[[str], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,13 @@ class Target:
         name: What users call it.
         encode: Layers -> files by relative name.
         file_name: Default name of a single-file target; None for a folder of files.
+        needs_base: Whether ``WriteOptions.base_weight`` must be given.
     """
 
     name: str
     encode: Encode
     file_name: str | None
+    needs_base: bool = False
 
 
 def encode_diffusers(
@@ -222,25 +227,46 @@ def encode_kohya(
     layers: Layers, metadata: AdapterMetadata, options: WriteOptions
 ) -> dict[str, EncodedFile]:
     """kohya/LyCORIS names, ``alpha``, and the standard ``dora_scale``, which holds both axes."""
-    family = metadata.family or guess_family(
-        {name: layer.weight_shape for name, layer in layers.items()}
-    )
-    if not family:
-        raise AdapterFormatError(
-            "kohya names differ between model families, and this adapter's family is unknown; "
-            "set it in the metadata (sd1, sd2 or sdxl)"
-        )
-    layout = options.unet_layout or default_layout(family)
-    sgm = layout if family == "sdxl" else None
-    names = rename_one_to_one(layers, lambda name: kohya_name(name, sgm=sgm), "the kohya format")
+    names = kohya_names(layers, metadata, options)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= _kohya_tensors(names[name], layer, options)
-    fields = own_fields(metadata, layers, "kohya")
+    return {KOHYA_FILE: EncodedFile(tensors, kohya_metadata(layers, metadata, options, "kohya"))}
+
+
+def kohya_names(layers: Layers, metadata: AdapterMetadata, options: WriteOptions) -> dict[str, str]:
+    """Canonical module name -> kohya name, for the adapter's family.
+
+    Raises:
+        AdapterFormatError: If the family is unknown, or the names are not one-to-one.
+    """
+    family = _known_family(layers, metadata)
+    layout = options.unet_layout or default_layout(family)
+    sgm = layout if family == "sdxl" else None
+    return rename_one_to_one(layers, lambda name: kohya_name(name, sgm=sgm), "the kohya format")
+
+
+def kohya_metadata(
+    layers: Layers, metadata: AdapterMetadata, options: WriteOptions, target: str
+) -> dict[str, str]:
+    """All metadata of a kohya-style file."""
+    family = _known_family(layers, metadata)
+    fields = own_fields(metadata, layers, target)
     fields |= kohya_fields(metadata, layers, family, options.title)
-    if layout.layers_per_block != default_layout(family).layers_per_block:
-        fields[OWN + "unet_layers_per_block"] = str(layout.layers_per_block)
-    return {"adapter_kohya.safetensors": EncodedFile(tensors, fields)}
+    if options.unet_layout:
+        fields[OWN + "unet_layers_per_block"] = str(options.unet_layout.layers_per_block)
+    return fields
+
+
+def _known_family(layers: Layers, metadata: AdapterMetadata) -> str:
+    shapes = {name: layer.weight_shape for name, layer in layers.items()}
+    family = metadata.family or guess_family(shapes)
+    if not family:
+        raise AdapterFormatError(
+            "kohya names differ between model families, and this adapter's family is unknown; "
+            "say which it is (sd1, sd2 or sdxl)"
+        )
+    return family
 
 
 def _kohya_tensors(prefix: str, layer: LayerWeights, options: WriteOptions) -> dict[str, Tensor]:
@@ -256,13 +282,3 @@ def _kohya_tensors(prefix: str, layer: LayerWeights, options: WriteOptions) -> d
         shape = (*lead, *[1] * (layer.down.ndim - len(lead)))
         tensors[f"{prefix}.dora_scale"] = layer.magnitude.detach().cpu().float().reshape(shape)
     return tensors
-
-
-TARGETS: dict[str, Target] = {
-    target.name: target
-    for target in (
-        Target("diffusers", encode_diffusers, DIFFUSERS_FILE),
-        Target("kohya", encode_kohya, "adapter_kohya.safetensors"),
-        Target("peft", encode_peft, None),
-    )
-}

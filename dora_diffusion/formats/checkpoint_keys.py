@@ -30,11 +30,11 @@ Operation = Literal["copy", "concatenate", "transpose", "as_conv", "as_integer"]
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-_CLIP_PREFIXES = {
+CLIP_PREFIXES = {
     ("sd1", "text_encoder"): "cond_stage_model.transformer.",
     ("sdxl", "text_encoder"): "conditioner.embedders.0.transformer.",
 }
-_OPEN_CLIP_PREFIXES = {
+OPEN_CLIP_PREFIXES = {
     ("sd2", "text_encoder"): "cond_stage_model.model.",
     ("sdxl", "text_encoder_2"): "conditioner.embedders.1.model.",
 }
@@ -134,10 +134,10 @@ def _plan_component(facts: ModelFacts, component: str, paths: list[str]) -> list
         entries = [Entry(key, (f"unet.{p}",)) for p, key in planned.items() if key]
     elif component == "vae":
         entries = [e for p in paths if (e := _vae_entry(p, facts.vae_levels))]
-    elif where in _CLIP_PREFIXES:
-        entries = [_clip_entry(p, _CLIP_PREFIXES[where]) for p in paths]
-    elif where in _OPEN_CLIP_PREFIXES:
-        entries = _open_clip_entries(paths, component, _OPEN_CLIP_PREFIXES[where])
+    elif where in CLIP_PREFIXES:
+        entries = [_clip_entry(p, CLIP_PREFIXES[where]) for p in paths]
+    elif where in OPEN_CLIP_PREFIXES:
+        entries = _open_clip_entries(paths, component, OPEN_CLIP_PREFIXES[where])
         paths = [p for p in paths if not p.endswith("position_ids")]  # open_clip has none
     else:
         raise CheckpointLayoutError(f"a {facts.family} checkpoint has no place for {component}")
@@ -210,13 +210,13 @@ def _shortcut(leaf: str) -> str:
     return "nin_shortcut" if leaf == "conv_shortcut" else leaf
 
 
-_OPEN_CLIP_TOP = {
+OPEN_CLIP_TOP = {
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
     "text_model.final_layer_norm.weight": "ln_final.weight",
     "text_model.final_layer_norm.bias": "ln_final.bias",
 }
-_OPEN_CLIP_LEAVES = {
+OPEN_CLIP_LEAVES = {
     "self_attn.out_proj": "attn.out_proj",
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -235,23 +235,23 @@ def _open_clip_entries(paths: list[str], component: str, prefix: str) -> list[En
         if name == "text_projection.weight":
             # open_clip multiplies from the left: x @ P.
             entries.append(Entry(prefix + "text_projection", (source,), "transpose"))
-        elif name in _OPEN_CLIP_TOP:
-            entries.append(Entry(prefix + _OPEN_CLIP_TOP[name], (source,)))
-        elif match and match[2] in _OPEN_CLIP_LEAVES:
+        elif name in OPEN_CLIP_TOP:
+            entries.append(Entry(prefix + OPEN_CLIP_TOP[name], (source,)))
+        elif match and match[2] in OPEN_CLIP_LEAVES:
             block = f"{prefix}transformer.resblocks.{match[1]}"
-            entries.append(Entry(f"{block}.{_OPEN_CLIP_LEAVES[match[2]]}.{match[3]}", (source,)))
-        elif match and match[2] in _QKV:
+            entries.append(Entry(f"{block}.{OPEN_CLIP_LEAVES[match[2]]}.{match[3]}", (source,)))
+        elif match and match[2] in QKV:
             key = f"{prefix}transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}"
             joined.setdefault(key, {})[match[2]] = source
-    complete = {key: parts for key, parts in joined.items() if len(parts) == len(_QKV)}
+    complete = {key: parts for key, parts in joined.items() if len(parts) == len(QKV)}
     entries += [
-        Entry(key, tuple(parts[name] for name in _QKV), "concatenate")
+        Entry(key, tuple(parts[name] for name in QKV), "concatenate")
         for key, parts in complete.items()
     ]
     return entries
 
 
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def entry_spec(entry: Entry, specs: Mapping[str, TensorSpec]) -> TensorSpec:

@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dora_diffusion import export
-from dora_diffusion.export import ExportError, export_checkpoint
+from dora_diffusion.export import ExportError, export_checkpoint, output
 from dora_diffusion.formats import safetensors_stream
 from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.pipeline_folder import PipelineFolder
@@ -279,7 +278,7 @@ def test_a_failed_export_leaves_nothing(
             export_checkpoint(sd1_folder, file, tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     with monkeypatch.context() as patch:
-        patch.setattr(export.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
+        patch.setattr(output.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
         with pytest.raises(DiskFullError, match=r"0\.00 GB free"):
             export_checkpoint(sd1_folder, file, tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

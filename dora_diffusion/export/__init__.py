@@ -1,0 +1,18 @@
+"""Merged checkpoints and adapter conversion, as user-level functions."""
+
+from __future__ import annotations
+
+from dora_diffusion.export.checkpoint import export_checkpoint
+from dora_diffusion.export.convert import CONVERSIONS, ConversionReport, convert_adapter
+from dora_diffusion.export.output import ExportError
+from dora_diffusion.formats.adapter_inspect import AdapterReport, inspect_adapter
+
+__all__ = [
+    "CONVERSIONS",
+    "AdapterReport",
+    "ConversionReport",
+    "ExportError",
+    "convert_adapter",
+    "export_checkpoint",
+    "inspect_adapter",
+]

@@ -1,0 +1,155 @@
+"""Convert adapters between programs' formats."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.export.output import ExportError
+from dora_diffusion.formats.adapter_decode import fit_to_model
+from dora_diffusion.formats.adapter_file import AdapterFile, read_adapter, write_adapter
+from dora_diffusion.formats.base_targets import TARGETS, approximate
+from dora_diffusion.formats.checkpoint_file import CheckpointFile
+from dora_diffusion.formats.pipeline_folder import PipelineFolder
+from dora_diffusion.formats.safetensors_stream import read_header
+
+# Plain-LoRA approximations, and the format that each is written in.
+_APPROXIMATE = {"lora": "kohya", "lora-diffusers": "diffusers"}
+
+CONVERSIONS: Mapping[str, str] = {
+    "diffusers": "exact in diffusers (output axis only)",
+    "peft": "exact in PEFT, a folder per component (output axis only)",
+    "kohya": "standard dora_scale: exact in LyCORIS, and on the input axis in ComfyUI and Forge",
+    "comfyui": "output axis compensated for ComfyUI and Forge with one base model; wrong elsewhere",
+    "dense": "full differences for one base model: exact in every web UI, and large",
+    "lora": "plain LoRA for every web UI, approximated for one base model",
+    "lora-diffusers": "plain LoRA for diffusers, approximated for one base model",
+}
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion wrote.
+
+    Attributes:
+        path: The file or folder.
+        target: The format, a key of ``CONVERSIONS``.
+        layers: Number of layers.
+        errors: Per layer, the relative error of an approximation; empty if the file is exact.
+    """
+
+    path: Path
+    target: str
+    layers: int
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> tuple[str, float] | None:
+        """The layer with the largest error, None if the file is exact."""
+        return max(self.errors.items(), key=lambda item: item[1]) if self.errors else None
+
+    @property
+    def median_error(self) -> float:
+        """Median of the layers' errors, 0 if the file is exact."""
+        return statistics.median(self.errors.values()) if self.errors else 0.0
+
+
+def convert_adapter(
+    source: str | Path,
+    output: str | Path,
+    target: str,
+    *,
+    base: str | Path | None = None,
+    family: str | None = None,
+    rank: int = 64,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """Read an adapter in any known spelling and write it for another program.
+
+    Args:
+        source: Adapter file or folder.
+        output: File (``.safetensors``) or folder to write.
+        target: A key of ``CONVERSIONS``.
+        base: The base model (folder, hub id, ``embedded:NAME`` or single file). Needed by
+            ``comfyui``, ``dense`` and the approximations; checks the adapter's fit in any case.
+        family: ``"sd1"``, ``"sd2"`` or ``"sdxl"``, for files that do not say it.
+        rank: Rank of an approximation.
+        dtype: Of the low-rank factors; None keeps float32.
+        overwrite: Replace an output that exists.
+
+    Raises:
+        ExportError: If the output exists, or the target is unknown or needs a base.
+        AdapterFormatError: If the source cannot be read, or the target cannot hold it.
+    """
+    output = Path(output).expanduser()
+    if target not in CONVERSIONS:
+        raise ExportError(f"unknown target {target!r}; there is {', '.join(CONVERSIONS)}")
+    kind = _APPROXIMATE.get(target, target)
+    _check_free(output, TARGETS[kind].file_name, overwrite)
+    if base is None:
+        if target in _APPROXIMATE or TARGETS[kind].needs_base:
+            raise ExportError(f"{target} files are made for one base model; give that model")
+        adapter = _with_family(read_adapter(source), family)
+        path = write_adapter(output, adapter, kind, dtype=dtype)
+        return ConversionReport(path, target, len(adapter.layers))
+    with open_base(base) as weights:
+        adapter = _with_family(read_adapter(source, weights.shapes), family or weights.family)
+        adapter = dataclasses.replace(adapter, layers=fit_to_model(adapter.layers, weights.shapes))
+        errors: dict[str, float] = {}
+        if target in _APPROXIMATE:
+            layers, errors = approximate(adapter.layers, weights.load, rank)
+            extra = {**adapter.metadata.extra, "approximation": f"singular values, rank {rank}"}
+            facts = dataclasses.replace(adapter.metadata, extra=extra)
+            adapter = AdapterFile(layers, facts)
+        path = write_adapter(output, adapter, kind, dtype=dtype, base_weight=weights.load)
+    return ConversionReport(path, target, len(adapter.layers), errors)
+
+
+def _with_family(adapter: AdapterFile, family: str | None) -> AdapterFile:
+    if not family or adapter.metadata.family:
+        return adapter
+    return dataclasses.replace(
+        adapter, metadata=dataclasses.replace(adapter.metadata, family=family)
+    )
+
+
+def _check_free(output: Path, file_name: str | None, overwrite: bool) -> None:
+    file = output if output.suffix == ".safetensors" or file_name is None else output / file_name
+    if file.exists() and not overwrite:
+        raise ExportError(f"{file} exists; choose another name, or ask to overwrite it")
+
+
+@dataclass(frozen=True)
+class ModuleWeights:
+    """The base weights that adapters act on, by canonical module name."""
+
+    family: str
+    shapes: dict[str, tuple[int, ...]]
+    load: Callable[[str], Tensor]
+
+
+@contextlib.contextmanager
+def open_base(base: str | Path) -> Iterator[ModuleWeights]:
+    """Open a base model's weights: a folder, a hub id, an embedded model, or a single file."""
+    from dora_diffusion.models.family import detect_checkpoint_family, detect_folder_family
+    from dora_diffusion.models.locate import resolve_folder
+
+    file = Path(base).expanduser()
+    with contextlib.ExitStack() as stack:
+        opened: PipelineFolder | CheckpointFile
+        if file.suffix == ".safetensors" and file.is_file():
+            family = detect_checkpoint_family(read_header(file).specs, file.name).name
+            opened = stack.enter_context(CheckpointFile.open(file, family))
+        else:
+            folder = resolve_folder(base)
+            family = detect_folder_family(folder).name
+            opened = stack.enter_context(PipelineFolder.open(folder))
+        yield ModuleWeights(family, opened.module_shapes(), lambda name: opened[f"{name}.weight"])

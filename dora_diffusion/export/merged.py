@@ -1,0 +1,118 @@
+"""A base model with adapters merged in, tensor by tensor, wherever it is written to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.export.output import ExportError
+from dora_diffusion.formats.adapter_file import read_adapter
+from dora_diffusion.formats.adapter_metadata import without_path
+from dora_diffusion.formats.checkpoint_keys import Entry, build_entry
+from dora_diffusion.formats.safetensors_stream import TensorReader, TensorSpec
+from dora_diffusion.merge import Strengths, WeightedAdapter, check_fit, layers_of, merge_tensor
+
+Adapters = str | Path | Sequence[tuple[str | Path, float]]
+
+_CHECKED_TENSORS = 8
+
+
+class BaseWeights(Protocol):
+    """Base weights by canonical tensor name: a ``PipelineFolder`` or a ``CheckpointFile``."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Dtype and shape of every tensor."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Load one tensor."""
+
+    def module_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Weight shapes by canonical module name."""
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """The tensors of a base model with adapters merged in, computed when asked for.
+
+    Attributes:
+        base: The base weights.
+        adapters: What is merged.
+        dtype: Of the UNet and the text encoders; None keeps the base's.
+    """
+
+    base: BaseWeights
+    adapters: Sequence[WeightedAdapter]
+    dtype: torch.dtype | None = None
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape that the tensor is written with."""
+        spec = self.base.specs[name]
+        if self.dtype is None or name.startswith("vae.") or not spec.dtype.is_floating_point:
+            return spec
+        return TensorSpec(self.dtype, spec.shape)
+
+    def tensor(self, name: str) -> Tensor:
+        """The merged tensor."""
+        return merge_tensor(self.base[name], layers_of(name, self.adapters), self.spec(name).dtype)
+
+    def build(self, entry: Entry) -> Tensor:
+        """A tensor of the single-file layout, from merged sources."""
+        return build_entry(entry, (self.tensor(name) for name in entry.sources))
+
+    def is_adapted(self, entry: Entry) -> bool:
+        """Whether an adapter acts on one of the entry's sources."""
+        return any(layers_of(name, self.adapters) for name in entry.sources)
+
+
+def read_weighted(
+    adapters: Adapters, strengths: Strengths, shapes: Mapping[str, tuple[int, ...]]
+) -> list[WeightedAdapter]:
+    """Read adapters, check that they fit the base's weights, and attach their strengths.
+
+    Raises:
+        MergeError: If a layer has no base weight.
+        AdapterFormatError: If a file cannot be read.
+        ExportError: If no adapter was given.
+    """
+    weighted = []
+    for path, own in pairs(adapters):
+        total = Strengths(
+            own * strengths.strength, strengths.direction_strength, strengths.magnitude_strength
+        )
+        weighted.append(WeightedAdapter(read_adapter(path, shapes).layers, total))
+    if not weighted:
+        raise ExportError("no adapter was given")
+    check_fit(shapes, weighted)
+    return weighted
+
+
+def pairs(adapters: Adapters) -> list[tuple[str | Path, float]]:
+    """One adapter or several, as a list with strengths."""
+    return [(adapters, 1.0)] if isinstance(adapters, (str, Path)) else list(adapters)
+
+
+def provenance(adapters: Adapters, strength: float) -> str:
+    """JSON of what was merged, for the output's metadata; names only, no paths."""
+    named = [(without_path(str(Path(path).resolve())), own) for path, own in pairs(adapters)]
+    return json.dumps([{"adapter": name, "strength": own * strength} for name, own in named])
+
+
+def check_sample(path: Path, entries: Sequence[Entry], merged: MergedModel) -> None:
+    """Recompute some adapted tensors and compare them with the reopened file, bit for bit.
+
+    Raises:
+        ExportError: If one differs.
+    """
+    adapted = [entry for entry in entries if merged.is_adapted(entry)]
+    step = max(1, len(adapted) // _CHECKED_TENSORS)
+    with TensorReader(path) as reader:
+        for entry in adapted[::step][:_CHECKED_TENSORS]:
+            if not torch.equal(reader[entry.key], merged.build(entry)):
+                raise ExportError(f"{path.name}: {entry.key} did not read back as it was merged")

@@ -1,0 +1,103 @@
+"""Writing outputs so that an interrupted or refused export changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dora_diffusion.formats.safetensors_stream import DiskFullError, disk_full
+
+# Called with the number of tensors written so far, and of all.
+OnProgress = Callable[[int, int], None]
+
+_SPARE_BYTES = 32 * 2**20
+_PICKLED = (".ckpt", ".bin", ".pt", ".pth")
+
+
+class ExportError(ValueError):
+    """An export that was refused or failed its own check, with the reason."""
+
+
+class ProgressReporter:
+    """Counts written tensors and passes the count on."""
+
+    def __init__(self, total: int, on_progress: OnProgress | None) -> None:
+        self.done, self.total, self.on_progress = 0, total, on_progress
+
+    def step(self) -> None:
+        """Count one tensor."""
+        self.done += 1
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.total)
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Refuse an export that will not fit.
+
+    Raises:
+        DiskFullError: With the numbers, before anything is written.
+    """
+    folder = next(parent for parent in output.resolve().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed + _SPARE_BYTES:
+        error = disk_full(output)
+        text = f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free"
+        raise DiskFullError(error.errno, f"{error.strerror} ({text})")
+
+
+def check_output(output: Path, base: Path, overwrite: bool) -> None:
+    """Refuse an output that would destroy something.
+
+    Raises:
+        ExportError: If the output exists (and is not to be replaced, or is not a model), lies
+            inside the base or around it, or asks for a pickle.
+    """
+    source, target = base.resolve(), output.resolve()
+    if output.suffix in _PICKLED:
+        raise ExportError(f"{output.name}: pickles are not written; use the suffix .safetensors")
+    if source in target.parents or target in source.parents:
+        raise ExportError(
+            f"{output} and the base {base} lie inside one another; choose another name"
+        )
+    if not output.exists():
+        return
+    if not overwrite:
+        raise ExportError(f"{output} exists; choose another name, or ask to overwrite it")
+    if output.is_dir() and output.suffix == ".safetensors":
+        raise ExportError(f"{output} is a folder; a single file cannot replace it")
+    if output.is_dir() and any(output.iterdir()) and not (output / "model_index.json").is_file():
+        raise ExportError(f"{output} is a folder but not a model; it will not be replaced")
+    if output.is_file() and output.suffix != ".safetensors":
+        raise ExportError(f"{output} is a file but not a model; it will not be replaced")
+
+
+@contextlib.contextmanager
+def temporary_sibling(output: Path) -> Iterator[Path]:
+    """A name beside ``output`` for a file or folder; what is left there in the end is removed."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.parent / f".{output.name}.{secrets.token_hex(6)}.tmp"
+    try:
+        yield temporary
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def replace_folder(temporary: Path, output: Path) -> None:
+    """Move a finished folder to its place; a folder that is there goes only once it is replaced."""
+    if not output.exists():
+        os.rename(temporary, output)
+        return
+    with temporary_sibling(output) as old:
+        os.rename(output, old)
+        try:
+            os.rename(temporary, output)
+        except OSError:
+            os.rename(old, output)
+            raise

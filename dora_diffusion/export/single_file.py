@@ -1,0 +1,88 @@
+"""One file in the original layout, from a diffusers folder or from another such file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from dora_diffusion.export.merged import MergedModel, check_sample
+from dora_diffusion.export.output import (
+    OnProgress,
+    ProgressReporter,
+    check_space,
+    temporary_sibling,
+)
+from dora_diffusion.formats.checkpoint_file import CheckpointFile
+from dora_diffusion.formats.checkpoint_keys import (
+    Entry,
+    ModelFacts,
+    entry_spec,
+    marker_tensors,
+    plan_checkpoint,
+)
+from dora_diffusion.formats.pipeline_folder import WEIGHT_COMPONENTS, PipelineFolder
+from dora_diffusion.formats.safetensors_stream import TensorSpec, write_tensors
+
+
+def write_folder_as_file(
+    merged: MergedModel,
+    pipeline: PipelineFolder,
+    family: str,
+    output: Path,
+    metadata: Mapping[str, str],
+    on_progress: OnProgress | None,
+) -> None:
+    """Write a pipeline folder's merged weights as one file in the original layout."""
+    configs = {c: pipeline.config(c) for c in (*WEIGHT_COMPONENTS, "scheduler")}
+    facts = ModelFacts.from_configs(family, {c: config for c, config in configs.items() if config})
+    markers = marker_tensors(facts)
+    entries = plan_checkpoint(facts, pipeline.specs)
+    specs = {key: TensorSpec.of(tensor) for key, tensor in markers.items()}
+    _write(merged, entries, specs, markers.__getitem__, output, metadata, on_progress)
+
+
+def write_file_as_file(
+    merged: MergedModel,
+    checkpoint: CheckpointFile,
+    output: Path,
+    metadata: Mapping[str, str],
+    on_progress: OnProgress | None,
+) -> None:
+    """Write a single-file checkpoint's merged weights in the same layout.
+
+    Tensors that no adapter can act on, such as the VAE's, are copied as they are.
+    """
+    metadata = {**checkpoint.reader.metadata, **metadata}
+    copied = checkpoint.copied_specs()
+    _write(
+        merged, checkpoint.entries, copied, checkpoint.reader.__getitem__,
+        output, metadata, on_progress,
+    )  # fmt: skip
+
+
+def _write(
+    merged: MergedModel,
+    entries: list[Entry],
+    other_specs: Mapping[str, TensorSpec],
+    load_other: Callable[[str], Tensor],
+    output: Path,
+    metadata: Mapping[str, str],
+    on_progress: OnProgress | None,
+) -> None:
+    by_key = {entry.key: entry for entry in entries}
+    sources = {name: merged.spec(name) for entry in entries for name in entry.sources}
+    specs = {key: entry_spec(entry, sources) for key, entry in by_key.items()} | dict(other_specs)
+    check_space(output, sum(spec.nbytes for spec in specs.values()))
+    report = ProgressReporter(len(specs), on_progress)
+
+    def load(key: str) -> Tensor:
+        report.step()
+        return merged.build(by_key[key]) if key in by_key else load_other(key)
+
+    with temporary_sibling(output) as temporary:
+        write_tensors(temporary, specs, load, metadata)
+        check_sample(temporary, entries, merged)
+        os.replace(temporary, output)

@@ -1,0 +1,152 @@
+"""A single-file checkpoint in the original layout, seen through canonical tensor names.
+
+The inverse of ``checkpoint_keys``, for the tensors that an adapter can act on: the UNet and the
+text encoders. What open_clip joins (q, k, v) or transposes is split and turned back on loading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from dora_diffusion.formats.checkpoint_keys import (
+    CLIP_PREFIXES,
+    OPEN_CLIP_LEAVES,
+    OPEN_CLIP_PREFIXES,
+    OPEN_CLIP_TOP,
+    QKV,
+    UNET_PREFIX,
+    Entry,
+)
+from dora_diffusion.formats.module_names import COMPONENTS, with_text_model
+from dora_diffusion.formats.safetensors_stream import TensorReader, TensorSpec
+from dora_diffusion.formats.sgm_blocks import UNetLayout, from_sgm
+
+# Averaged copies of the unmerged weights; some loaders prefer them to the merged ones.
+_LEFT_OUT = ("model_ema.",)
+_RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
+_TOP_BACK = {original: name for name, original in OPEN_CLIP_TOP.items()}
+_LEAVES_BACK = {original: name for name, original in OPEN_CLIP_LEAVES.items()}
+
+
+class CheckpointFile:
+    """Lazy access to a single-file checkpoint. Use ``CheckpointFile.open``.
+
+    Attributes:
+        reader: The file.
+        entries: For each tensor that adapters can act on, the canonical tensors inside it.
+        specs: Dtype and shape of the canonical tensors.
+    """
+
+    def __init__(self, reader: TensorReader, family: str) -> None:
+        self.reader = reader
+        self.entries = original_entries(family, reader.specs)
+        self.specs: dict[str, TensorSpec] = {}
+        self._entry_of: dict[str, Entry] = {}
+        for entry in self.entries:
+            self._entry_of |= dict.fromkeys(entry.sources, entry)
+            spec = _source_spec(entry, reader.specs[entry.key])
+            self.specs |= dict.fromkeys(entry.sources, spec)
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path, family: str) -> Iterator[CheckpointFile]:
+        """Open a checkpoint of a known family and close it afterwards."""
+        with TensorReader(path) as reader:
+            yield cls(reader, family)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Load one tensor by canonical name."""
+        entry = self._entry_of[name]
+        tensor = self.reader[entry.key]
+        if entry.operation == "concatenate":
+            return tensor.chunk(len(entry.sources))[entry.sources.index(name)]
+        return tensor.t().contiguous() if entry.operation == "transpose" else tensor
+
+    def module_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the 2-D and 4-D weights by canonical module name."""
+        return {
+            name.removesuffix(".weight"): spec.shape
+            for name, spec in self.specs.items()
+            if name.endswith(".weight") and len(spec.shape) in (2, 4)
+        }
+
+    def copied_specs(self) -> dict[str, TensorSpec]:
+        """The tensors that are no adapter's business, by their names in the file."""
+        planned = {entry.key for entry in self.entries}
+        return {
+            key: spec
+            for key, spec in self.reader.specs.items()
+            if key not in planned and not key.startswith(_LEFT_OUT)
+        }
+
+
+def _source_spec(entry: Entry, spec: TensorSpec) -> TensorSpec:
+    if entry.operation == "concatenate":
+        return TensorSpec(spec.dtype, (spec.shape[0] // len(entry.sources), *spec.shape[1:]))
+    if entry.operation == "transpose":
+        return TensorSpec(spec.dtype, spec.shape[::-1])
+    return spec
+
+
+def original_entries(family: str, specs: Mapping[str, TensorSpec]) -> list[Entry]:
+    """Entries for the file's UNet and text-encoder tensors; unknown names have none."""
+    layout = layout_of_keys(specs)
+    entries = []
+    for key, spec in specs.items():
+        if not spec.dtype.is_floating_point:  # position_ids
+            continue
+        entry = _unet_entry(key, layout)
+        for component in COMPONENTS[1:]:
+            entry = entry or _text_entry(family, component, key)
+        if entry:
+            entries.append(entry)
+    return entries
+
+
+def layout_of_keys(keys: Mapping[str, object]) -> UNetLayout:
+    """UNet layout from original names: the first downsampler closes the first level."""
+    prefix = re.escape(UNET_PREFIX)
+    ops = [m for key in keys if (m := re.match(rf"{prefix}input_blocks\.(\d+)\.0\.op\.", key))]
+    step = min((int(match[1]) for match in ops), default=3)
+    # Only the way there depends on which up levels have attention, not this way back.
+    return UNetLayout(step - 1, ())
+
+
+def _unet_entry(key: str, layout: UNetLayout) -> Entry | None:
+    if not key.startswith(UNET_PREFIX):
+        return None
+    name = from_sgm(key.removeprefix(UNET_PREFIX), layout)
+    return None if name is None else Entry(key, (f"unet.{name}",))
+
+
+def _text_entry(family: str, component: str, key: str) -> Entry | None:
+    clip = CLIP_PREFIXES.get((family, component))
+    if clip and key.startswith(clip):
+        return Entry(key, (f"{component}.{with_text_model(key.removeprefix(clip))}",))
+    open_clip = OPEN_CLIP_PREFIXES.get((family, component))
+    if not open_clip or not key.startswith(open_clip):
+        return None
+    path = key.removeprefix(open_clip)
+    if path == "text_projection":
+        return Entry(key, (f"{component}.text_projection.weight",), "transpose")
+    if path in _TOP_BACK:
+        return Entry(key, (f"{component}.{_TOP_BACK[path]}",))
+    return _resblock_entry(component, key, path)
+
+
+def _resblock_entry(component: str, key: str, path: str) -> Entry | None:
+    match = _RESBLOCK.fullmatch(path)
+    if match is None:
+        return None
+    layer, parameter = f"{component}.text_model.encoder.layers.{match[1]}", match[3]
+    if match[2] == "attn.in_proj":
+        sources = tuple(f"{layer}.{name}.{parameter}" for name in QKV)
+        return Entry(key, sources, "concatenate")
+    if match[2] in _LEAVES_BACK:
+        return Entry(key, (f"{layer}.{_LEAVES_BACK[match[2]]}.{parameter}",))
+    return None
