@@ -122,15 +122,20 @@ class ClassImages:
     """
 
     def __init__(
-        self, folder: str | Path, class_prompt: str, *, skip_unreadable: bool = False
+        self,
+        images: str | Path | Sequence[Path],
+        class_prompt: str,
+        *,
+        skip_unreadable: bool = False,
     ) -> None:
-        """Verify the folder's images.
+        """Verify the images: a folder's, or those that are listed.
 
         Raises:
             PhotoError: If there is none, or one is bad and ``skip_unreadable`` is off.
         """
+        paths = list_photos(images) if isinstance(images, (str, Path)) else list(images)
         self.photos, self.skipped = read_photos(
-            list_photos(folder), class_prompt, skip_unreadable=skip_unreadable
+            paths, class_prompt, skip_unreadable=skip_unreadable
         )
 
     def __len__(self) -> int:

@@ -100,7 +100,8 @@ class Components:
     @property
     def device(self) -> torch.device:
         """Device of the UNet."""
-        return next(self.unet.parameters()).device
+        weight: torch.Tensor = next(self.unet.parameters())
+        return weight.device
 
     def adaptable(self) -> dict[str, nn.Module]:
         """The modules that adapters may be injected into, by component name."""

@@ -20,7 +20,8 @@ def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
     anew at every step, as training on the photos themselves would.
     """
     weight = next(vae.parameters())
-    return vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist.parameters
+    moments: Tensor = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist.parameters
+    return moments
 
 
 def latents_from_moments(
@@ -52,7 +53,8 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Decode scaled latents ``(B, C, h, w)`` to pixels ``(B, 3, H, W)``, nominally in [-1, 1]."""
     weight = next(vae.parameters())
     unscaled = _unscale(vae, latents.to(weight.device, weight.dtype))
-    return vae.decode(unscaled, return_dict=False)[0]
+    pixels: Tensor = vae.decode(unscaled, return_dict=False)[0]
+    return pixels
 
 
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,9 +72,9 @@ def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scale(vae: Any, raw: Tensor) -> Tensor:
     shift, divisor = _statistics(vae, raw)
-    return (raw - shift) / divisor * vae.config.scaling_factor
+    return (raw - shift) / divisor * float(vae.config.scaling_factor)
 
 
 def _unscale(vae: Any, latents: Tensor) -> Tensor:
     shift, divisor = _statistics(vae, latents)
-    return latents / vae.config.scaling_factor * divisor + shift
+    return latents / float(vae.config.scaling_factor) * divisor + shift

@@ -194,9 +194,10 @@ def _zeros_for_empty(family: Family, index: dict[str, Any]) -> bool:
 
 def _training_scheduler(config: dict[str, Any]) -> Any:
     """DDPM over the model's noise schedule, whatever sampler its folder names."""
-    from diffusers import DDPMScheduler
+    import diffusers
 
-    return DDPMScheduler.from_config({**config, "clip_sample": False})
+    scheduler_class: Any = diffusers.DDPMScheduler
+    return scheduler_class.from_config({**config, "clip_sample": False})
 
 
 def _load_tokenizer(folder: Path) -> Any:

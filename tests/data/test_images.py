@@ -1,0 +1,286 @@
+"""Photos: opening, EXIF, limits, damage, alpha, and listing."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageFile
+
+from dora_diffusion.data.images import (
+    PhotoError,
+    list_photos,
+    open_photo,
+    open_photo_with_alpha,
+    photo_size,
+    verify_photo,
+)
+
+
+def noise_image(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
+    return Image.fromarray(values.squeeze(-1) if channels == 1 else values, mode)
+
+
+def flat_png(width: int, height: int) -> bytes:
+    """A black PNG of any size in a few kilobytes, written without an image library."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    packer = zlib.compressobj(9)
+    row = bytes(1 + (width + 7) // 8)
+    rows = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
+    # What each EXIF orientation asks of the viewer, in numpy's words.
+    undo = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, 1),
+    }[orientation]
+    stored = noise_image(24, 16)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "photo.png"
+    stored.save(path, exif=exif)
+    opened = open_photo(path)
+    np.testing.assert_array_equal(np.asarray(opened), undo(np.asarray(stored)))
+    assert photo_size(path) == (opened.height, opened.width)
+
+
+def test_metadata_with_the_place_is_dropped(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0110] = "Phone 7"
+    exif.get_ifd(0x8825)[1] = "N"
+    exif.get_ifd(0x8825)[2] = (48.0, 51.0, 29.0)
+    path = tmp_path / "photo.jpg"
+    noise_image(16, 16).save(path, exif=exif, comment=b"home")
+    assert dict(Image.open(path).getexif().get_ifd(0x8825))
+    opened = open_photo(path)
+    assert opened.info == {}
+    assert not dict(opened.getexif())
+    saved = io.BytesIO()
+    opened.save(saved, "JPEG")
+    assert b"Phone" not in saved.getvalue()
+    assert b"home" not in saved.getvalue()
+
+
+def test_a_100_megapixel_png_is_refused_before_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "huge.png"
+    path.write_bytes(flat_png(10_000, 10_000))
+    assert path.stat().st_size < 50_000
+
+    def decoded(*_: object) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decoded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(PhotoError, match=r"huge\.png: 10000 x 10000 is 100\.0 megapixels"):
+            open_photo(path)
+        path.write_bytes(flat_png(20_000, 20_000))
+        with pytest.raises(PhotoError, match=r"huge\.png: far above the limit of 40 megapixels"):
+            open_photo(path)
+
+
+def test_the_limit_can_be_moved(tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    noise_image(40, 30).save(path)
+    assert open_photo(path, max_megapixels=0.0012).size == (40, 30)
+    with pytest.raises(PhotoError, match="above the limit"):
+        open_photo(path, max_megapixels=0.0011)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kept", [0.05, 0.5, 0.95])
+def test_a_truncated_photo_is_refused(tmp_path: Path, kind: str, kept: float) -> None:
+    buffer = io.BytesIO()
+    noise_image(64, 48).save(buffer, kind)
+    data = buffer.getvalue()
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(
+        PhotoError, match=r"^cut\.jpg: damaged or cut short .*copy the photo"
+    ) as raised:
+        open_photo(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"this is a text file\n", "not a JPEG, PNG, WebP or HEIC"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a JPEG, PNG, WebP or HEIC"),
+        (b"GIF89a" + bytes(40), "not a JPEG, PNG, WebP or HEIC"),
+        (b"", "the file is empty"),
+        (b"\x89PNG\r\n\x1a\n" + b"garbage" * 9, "damaged"),
+        (b"\xff\xd8\xff" + bytes(64), "damaged"),
+    ],
+)
+def test_other_files_named_jpg_are_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "fake.jpg"
+    path.write_bytes(content)
+    with pytest.raises(PhotoError, match=f"^fake.jpg: .*{reason}"):
+        open_photo(path)
+
+
+def test_missing_files_and_folders_say_so(tmp_path: Path) -> None:
+    with pytest.raises(PhotoError, match=r"absent\.png: cannot be read"):
+        open_photo(tmp_path / "absent.png")
+    (tmp_path / "folder.jpg").mkdir()
+    with pytest.raises(PhotoError, match=r"folder\.jpg: cannot be read"):
+        open_photo(tmp_path / "folder.jpg")
+
+
+def test_alpha_is_composited_on_white_and_kept(tmp_path: Path) -> None:
+    image = noise_image(20, 12, "RGBA")
+    path = tmp_path / "cutout.png"
+    image.save(path)
+    rgb, alpha = open_photo_with_alpha(path)
+    values = np.asarray(image).astype(np.float64)
+    weight = values[..., 3:] / 255
+    expected = values[..., :3] * weight + 255 * (1 - weight)
+    assert np.abs(np.asarray(rgb) - expected).max() <= 1
+    assert alpha is not None
+    np.testing.assert_array_equal(np.asarray(alpha), np.asarray(image)[..., 3])
+    noise_image(20, 12).save(path)
+    assert open_photo_with_alpha(path)[1] is None
+
+
+def test_a_palette_with_a_transparent_entry_has_alpha(tmp_path: Path) -> None:
+    image = Image.new("P", (4, 2), 0)
+    image.putpalette([200, 10, 10, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    path = tmp_path / "palette.png"
+    image.save(path, transparency=1)
+    rgb, alpha = open_photo_with_alpha(path)
+    assert rgb.getpixel((0, 0)) == (200, 10, 10)
+    assert rgb.getpixel((1, 0)) == (255, 255, 255)
+    assert alpha is not None
+    assert alpha.getpixel((1, 0)) == 0
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
+    values = np.array([[0, 257, 32896, 65535]], np.uint16)
+    path = tmp_path / "deep.png"
+    Image.fromarray(values).save(path)
+    grey = np.asarray(open_photo(path))[..., 0]
+    np.testing.assert_array_equal(grey, [[0, 1, 128, 255]])
+
+
+def test_cmyk_jpeg_becomes_rgb(tmp_path: Path) -> None:
+    path = tmp_path / "print.jpg"
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(path, quality=100)
+    red, green, blue = open_photo(path).getpixel((4, 4))
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+def test_a_wide_gamut_profile_is_converted(tmp_path: Path) -> None:
+    # A profile with red and green exchanged shows plainly whether it was honoured.
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = bytearray(profile)
+    tags = {
+        bytes(swapped[at : at + 4]): at
+        for at in range(132, 132 + 12 * struct.unpack(">I", profile[128:132])[0], 12)
+    }
+    red, green = tags[b"rXYZ"], tags[b"gXYZ"]
+    swapped[red + 4 : red + 12], swapped[green + 4 : green + 12] = (
+        swapped[green + 4 : green + 12],
+        swapped[red + 4 : red + 12],
+    )
+    swapped = swapped.replace(
+        "sRGB built-in".encode("utf-16-be"), "swap built-in".encode("utf-16-be")
+    )
+    path = tmp_path / "wide.png"
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(path, icc_profile=bytes(swapped))
+    pixel = open_photo(path).getpixel((1, 1))
+    assert pixel[1] > 240
+    assert pixel[0] < 15
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(path, icc_profile=profile)
+    assert open_photo(path).getpixel((1, 1)) == (255, 0, 0)
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(path, icc_profile=b"damaged")
+    assert open_photo(path).getpixel((1, 1)) == (255, 0, 0)
+
+
+def test_the_first_frame_of_an_animation_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "moving.webp"
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+    assert open_photo(path).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_multi_picture_jpeg_opens(tmp_path: Path) -> None:
+    path = tmp_path / "phone.jpg"
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("white", "black")]
+    frames[0].save(path, "MPO", save_all=True, append_images=frames[1:])
+    assert open_photo(path).getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_heic_opens_upright(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    path = tmp_path / "phone.HEIC"
+    picture = Image.new("RGB", (64, 32), (10, 200, 30))
+    pillow_heif.from_pillow(picture).save(path, quality=100)
+    opened = open_photo(path)
+    assert opened.size == (64, 32)
+    assert photo_size(path) == (32, 64)
+    assert np.abs(np.asarray(opened).astype(int) - (10, 200, 30)).max() < 8
+
+
+def test_heic_without_its_package_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
+    path = tmp_path / "phone.heic"
+    path.write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(40))
+    with pytest.raises(PhotoError, match=r"phone\.heic: .*pip install pillow-heif"):
+        open_photo(path)
+
+
+def test_listing_takes_photos_only(tmp_path: Path) -> None:
+    for name in ("b.jpg", "a.PNG", "c.webp", ".hidden.jpg", "b.txt", "d.mask.png", "e.gif"):
+        (tmp_path / name).touch()
+    (tmp_path / "sub.jpg").mkdir()
+    assert [path.name for path in list_photos(tmp_path)] == ["a.PNG", "b.jpg", "c.webp"]
+
+
+def test_listing_nothing_says_what_was_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(PhotoError, match=r"no photos .*\.jpg.*\.heic.*found notes\.txt"):
+        list_photos(tmp_path)
+    with pytest.raises(PhotoError, match="does not exist"):
+        list_photos(tmp_path / "absent")
+    with pytest.raises(PhotoError, match="is a file, not a folder"):
+        list_photos(tmp_path / "notes.txt")
+
+
+def test_real_photos_open_and_have_distinct_digests(photos_root: Path) -> None:
+    paths = list_photos(photos_root / "dog3")
+    infos = [verify_photo(path) for path in paths]
+    assert len({info.digest for info in infos}) == len(paths) == 6
+    for path, info in zip(paths, infos, strict=True):
+        assert photo_size(path) == info.size
+        with Image.open(path) as reference:
+            np.testing.assert_array_equal(np.asarray(open_photo(path)), np.asarray(reference))
