@@ -232,6 +232,9 @@ class TrainConfig:
 
     # The result
     output_dir: str = _flag("dreambooth-output", "Where everything is written.")
+    overwrite_output_dir: bool = _flag(
+        False, "Replace an earlier result in output_dir, and drop its checkpoints."
+    )
     validation_prompt: list[str] = _flag([], "Prompts of the sample pictures, each with the token.")
     num_validation_images: int = _flag(4, "Sample pictures per prompt.")
     validation_steps: int | None = _flag(

@@ -250,7 +250,7 @@ def set_strength(
         "direction_strength": direction,
         "magnitude_strength": magnitude,
     }
-    adapters = list(_adapters(model, name))
+    adapters = list(layer_adapters(model, name))
     if not adapters:
         raise ValueError("the model has no adapter" + (f" named {name!r}" if name else ""))
     for adapter in adapters:
@@ -262,7 +262,7 @@ def set_strength(
             layer._gain_cache.clear()
 
 
-def _adapters(model: nn.Module, name: str | None = None) -> Iterator[LayerAdapter]:
+def layer_adapters(model: nn.Module, name: str | None = None) -> Iterator[LayerAdapter]:
     for _, layer in adapted_layers(model):
         for key, adapter in layer.adapters.items():
             if name is None or key == name:
@@ -279,7 +279,7 @@ def disabled(*models: nn.Module, name: str | None = None) -> Iterator[None]:
         >>> with disabled(model):
         ...     base = model(torch.ones(1, 8))
     """
-    switched = [a for model in models for a in _adapters(model, name) if a.enabled]
+    switched = [a for model in models for a in layer_adapters(model, name) if a.enabled]
     for adapter in switched:
         adapter.enabled = False
     try:
@@ -311,5 +311,5 @@ def norm_scope(*models: nn.Module) -> Iterator[None]:
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Parameter]:
     """The trainable parameters of one adapter, or of all."""
-    for adapter in _adapters(model, name):
+    for adapter in layer_adapters(model, name):
         yield from adapter.parameters()

@@ -1,0 +1,92 @@
+"""Save a live adapter to one file, and put a file's adapter on live modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from dora_diffusion.adapters.inject import DEFAULT_NAME
+from dora_diffusion.adapters.state import adapter_state, load_adapter_state, module_shapes
+from dora_diffusion.formats.adapter_file import (
+    AdapterFile,
+    AdapterMetadata,
+    read_adapter,
+    write_adapter,
+)
+
+Components = Mapping[str, nn.Module]
+
+
+def save_adapter(
+    components: nn.Module | Components,
+    path: str | Path,
+    target: str = "diffusers",
+    *,
+    metadata: AdapterMetadata | None = None,
+    name: str = DEFAULT_NAME,
+) -> Path:
+    """Write one adapter in the spelling of a target.
+
+    Args:
+        components: ``{"unet": ..., "text_encoder": ...}``, or a UNet (or any module) alone.
+        path: A ``.safetensors`` file, or a folder that gets the target's own file name.
+        target: ``"diffusers"``, ``"kohya"``, ``"peft"``; see `write_adapter`.
+        metadata: Facts to keep in the file, such as the trigger word.
+        name: The adapter.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        ValueError: If there is no such adapter.
+        AdapterFormatError: If the target cannot hold it, with what to use instead.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dora_diffusion import AdapterConfig, inject_adapters
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> report = inject_adapters(model, AdapterConfig(targets=("*",), rank=2))
+        >>> save_adapter(model, tempfile.mkdtemp()).name
+        'pytorch_lora_weights.safetensors'
+    """
+    layers = adapter_state(_as_components(components), name)
+    return write_adapter(path, AdapterFile(layers, metadata or AdapterMetadata()), target)
+
+
+def load_adapter(
+    components: nn.Module | Components, path: str | Path, *, name: str = DEFAULT_NAME
+) -> AdapterMetadata:
+    """Read an adapter file and put it on the components as a new adapter.
+
+    Args:
+        components: As in `save_adapter`.
+        path: A file in any known spelling, or a folder that holds one.
+        name: Name of the new adapter.
+
+    Returns:
+        The file's facts.
+
+    Raises:
+        AdapterFormatError: If it cannot be read without guessing.
+        ValueError: If it does not fit the components.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dora_diffusion import AdapterConfig, inject_adapters, remove_adapters
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> report = inject_adapters(model, AdapterConfig(targets=("*",), rank=2))
+        >>> file = save_adapter(model, tempfile.mkdtemp())
+        >>> remove_adapters(model)
+        >>> load_adapter(model, file).format_version
+        '1'
+    """
+    components = _as_components(components)
+    adapter = read_adapter(path, module_shapes(components))
+    load_adapter_state(components, adapter.layers, name=name)
+    return adapter.metadata
+
+
+def _as_components(components: nn.Module | Components) -> Components:
+    return {"unet": components} if isinstance(components, nn.Module) else components

@@ -1,0 +1,76 @@
+"""The training loss: its target, its weights, and how prior preservation enters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+def _broadcast(per_sample: Tensor, like: Tensor) -> Tensor:
+    return per_sample.to(like).view(-1, *[1] * (like.ndim - 1))
+
+
+def training_target(
+    prediction_type: str, latents: Tensor, noise: Tensor, alpha_bar: Tensor
+) -> Tensor:
+    """What the UNet should predict, ``(B, C, h, w)``.
+
+    Args:
+        prediction_type: ``"epsilon"`` (the noise; Ho et al., arXiv:2006.11239) or
+            ``"v_prediction"`` (``sqrt(a) noise - sqrt(1 - a) latents``; arXiv:2202.00512, app. D).
+        latents: ``(B, C, h, w)``.
+        noise: The noise that was added to them.
+        alpha_bar: Cumulative product of alphas at each sample's timestep, ``(B,)``.
+
+    Raises:
+        ValueError: If the prediction type is another one.
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        a = _broadcast(alpha_bar, latents)
+        return a.sqrt() * noise - (1 - a).sqrt() * latents
+    raise ValueError(
+        f"prediction type {prediction_type!r} cannot be trained; "
+        f"it must be one of {', '.join(PREDICTION_TYPES)}"
+    )
+
+
+def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """Loss weight per sample of min-SNR-gamma (Hang et al., arXiv:2303.09556, section 3.4).
+
+    ``min(SNR, gamma) / SNR`` for noise prediction and ``min(SNR, gamma) / (SNR + 1)`` for
+    v-prediction, with ``SNR = a / (1 - a)``; both are written so that SNR 0 gives no 0 / 0.
+
+    Args:
+        alpha_bar: ``(B,)``.
+        gamma: 5 in the paper.
+        prediction_type: ``"epsilon"`` or ``"v_prediction"``.
+    """
+    snr = alpha_bar / (1 - alpha_bar)
+    if prediction_type == "epsilon":
+        return torch.where(snr > gamma, gamma / snr.clamp_min(gamma), torch.ones_like(snr))
+    return snr.clamp_max(gamma) / (snr + 1)
+
+
+def denoising_loss(model_pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample in float32, ``(B,)``, times its weight ``(B,)``."""
+    error = (model_pred.float() - target.float()).square().flatten(1).mean(dim=1)
+    return error if weight is None else error * weight.to(error)
+
+
+def split_prior(per_sample: Tensor, is_prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean loss of the subject's samples and of the class images (0 where there are none).
+
+    Prior preservation (DreamBooth, arXiv:2208.12242, section 3.2) adds the second, weighted, to
+    the first.
+
+    Args:
+        per_sample: ``(B,)``.
+        is_prior: ``(B,)`` bool.
+    """
+    subject = per_sample[~is_prior].mean()
+    prior = per_sample[is_prior]
+    return subject, prior.mean() if len(prior) else per_sample.new_zeros(())

@@ -1,0 +1,30 @@
+"""What a training step draws: timesteps and noise, each from its own generator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sample_timestep(num_train_timesteps: int, generator: torch.Generator) -> Tensor:
+    """One timestep, uniform over the schedule: scalar int64."""
+    return torch.randint(num_train_timesteps, (), generator=generator)
+
+
+def sample_noise(
+    shape: tuple[int, int, int], generator: torch.Generator, offset: float = 0.0
+) -> Tensor:
+    """Noise of one latent ``(C, h, w)``, float32 on the generator's device.
+
+    Args:
+        shape: ``(C, h, w)``.
+        generator: Source of the draw.
+        offset: Share of an additional draw that is constant over each channel, with which a model
+            learns to change the mean of a picture (https://www.crosslabs.org/blog/
+            diffusion-with-offset-noise).
+    """
+    noise = torch.randn(shape, generator=generator, device=generator.device)
+    if offset:
+        constant = torch.randn((shape[0], 1, 1), generator=generator, device=generator.device)
+        noise = noise + offset * constant
+    return noise

@@ -1,0 +1,141 @@
+"""Checkpoints: everything that a run needs to go on exactly, and an adapter to use at once."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.formats.safetensors_stream import atomic_file
+
+_STATE = "training_state.pt"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+# A run that is resumed with another value of these would be another run.
+_FIXED = (
+    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "resolution", "seed",
+    "targets", "text_encoder_targets", "train_text_encoder", "rank", "lora_alpha", "conv_rank",
+    "conv_alpha", "rslora", "use_dora", "norm_axis", "optimizer", "use_8bit_adam",
+    "with_prior_preservation", "prior_preservation_mode", "center_crop", "random_flip",
+)  # fmt: skip
+
+
+def parameters_by_name(trained: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Every trained parameter by component and path."""
+    return {
+        f"{component}.{path}.{name}": parameter
+        for component, model in trained.items()
+        for path, layer in adapted_layers(model)
+        for name, parameter in layer.adapters.named_parameters()
+    }
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [
+        (int(match[1]), path)
+        for path in output_dir.glob("checkpoint-*")
+        if (match := _NAME.fullmatch(path.name)) and (path / _STATE).is_file()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    state: Mapping[str, Any],
+    write_adapter: Callable[[Path], object],
+    *,
+    limit: int | None = None,
+) -> Path:
+    """Write ``checkpoint-STEP`` under a temporary name, rename it, then drop the oldest.
+
+    Args:
+        output_dir: The run's folder.
+        step: Optimizer steps done.
+        state: What `torch.save` writes.
+        write_adapter: Called with the folder, to put a usable adapter beside the state.
+        limit: Checkpoints to keep; None keeps all.
+
+    Raises:
+        DiskFullError: If there is no room; earlier checkpoints are untouched.
+    """
+    final = output_dir / f"checkpoint-{step}"
+    temporary = output_dir / f".checkpoint-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write_adapter(temporary)
+        # Through memory: torch's own writer hides why a write failed.
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        with atomic_file(temporary / _STATE) as file:
+            file.write_bytes(buffer.getbuffer())
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.replace(final)
+    for old in checkpoints_in(output_dir)[: -limit if limit else 0]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def find_checkpoint(name: str, output_dir: Path) -> Path:
+    """The checkpoint that ``resume_from_checkpoint`` names.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if name == "latest":
+        found = checkpoints_in(output_dir)
+        if not found:
+            raise ConfigError(f"{output_dir} holds no checkpoint to resume from")
+        return found[-1]
+    for path in (Path(name), output_dir / name):
+        if (path / _STATE).is_file():
+            return path
+    raise ConfigError(f"{name} is not a checkpoint of a training run (it has no {_STATE})")
+
+
+def load_state(path: Path, config: TrainConfig) -> dict[str, Any]:
+    """Read a checkpoint's state, and check that it belongs to this run.
+
+    Raises:
+        ConfigError: If it cannot be read, or a setting that must not change has changed.
+    """
+    try:
+        # weights_only: the file holds tensors and plain values, and cannot run code.
+        state: dict[str, Any] = torch.load(path / _STATE, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise ConfigError(f"cannot read the checkpoint {path}: {error}") from error
+    before, now = state["config"], config.to_dict()
+    changed = [key for key in _FIXED if before.get(key) != now[key]]
+    if changed:
+        listed = ", ".join(f"{key} ({before.get(key)!r} -> {now[key]!r})" for key in changed)
+        raise ConfigError(f"cannot resume {path.name}: these settings differ: {listed}")
+    return state
+
+
+def restore_parameters(trained: Mapping[str, nn.Module], saved: Mapping[str, torch.Tensor]) -> None:
+    """Put saved values into the trained parameters, all of them.
+
+    Raises:
+        ConfigError: If names or shapes differ.
+    """
+    parameters = parameters_by_name(trained)
+    if {k: tuple(v.shape) for k, v in saved.items()} != {
+        k: tuple(v.shape) for k, v in parameters.items()
+    }:
+        raise ConfigError("the checkpoint's adapter has other layers or shapes than this run's")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])

@@ -1,0 +1,84 @@
+"""One JSON line per step, written when its numbers have arrived from the device."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on, with its step and what to do."""
+
+
+class MetricsLog:
+    """Steps' numbers, read from the device one step late, so that the device is never waited for.
+
+    Args:
+        path: The ``metrics.jsonl`` to append to; None writes nothing.
+        start_step: Lines of later steps, left by a run that is now resumed from here, are dropped.
+        on_record: Called with each step's record.
+    """
+
+    def __init__(
+        self, path: Path | None, start_step: int, on_record: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self._on_record = on_record
+        self._waiting: deque[dict[str, Any]] = deque()
+        self._file = None
+        if path is not None:
+            kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(kept), encoding="utf-8")
+            self._file = path.open("a", encoding="utf-8")
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take a step's record, whose values may be tensors, and write the one before it.
+
+        Raises:
+            TrainingError: If the loss of the step before is not finite.
+        """
+        self._waiting.append(record)
+        while len(self._waiting) > 1:
+            self._write(self._waiting.popleft())
+
+    def flush(self) -> None:
+        """Write everything that waits."""
+        while self._waiting:
+            self._write(self._waiting.popleft())
+
+    def close(self) -> None:
+        """Close the file; what waits is dropped."""
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        values = {k: v.item() if isinstance(v, Tensor) else v for k, v in record.items()}
+        if not math.isfinite(values["loss"]):
+            raise TrainingError(
+                f"the loss is {values['loss']} at step {values['step']}; lower the learning rate, "
+                "or train with --mixed_precision bf16 instead of fp16"
+            )
+        if self._file is not None:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        self._on_record(values)
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines of a log; a half-written last one is dropped."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("}\n")]
+
+
+def total_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
+    """L2 norm of all gradients, on their device."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -1,0 +1,91 @@
+"""Parameter groups, optimizers and learning-rate schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dora_diffusion.adapters.inject import layer_adapters
+from dora_diffusion.config import ConfigError, TrainConfig
+
+
+def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> list[dict[str, Any]]:
+    """The adapters' parameters by component and role, each with its rate and decay.
+
+    B's rate is ``loraplus_ratio`` times A's (arXiv:2402.12354). The magnitude never decays:
+    pulling it towards 0 would shrink the pretrained weight.
+
+    Args:
+        trained: The components that carry adapters, by name.
+        config: Learning rates and weight decay.
+    """
+    groups = []
+    for component, model in trained.items():
+        rate = config.learning_rate if component == "unet" else config.text_encoder_lr
+        magnitude_rate = rate if config.magnitude_lr is None else config.magnitude_lr
+        roles = {
+            "down": (rate, config.adam_weight_decay),
+            "up": (rate * config.loraplus_ratio, config.adam_weight_decay),
+            "magnitude": (magnitude_rate, 0.0),
+        }
+        for role, (lr, decay) in roles.items():
+            found = [getattr(adapter, role) for adapter in layer_adapters(model)]
+            parameters = [parameter for parameter in found if parameter is not None]
+            if parameters:
+                name = f"{component}/{role}"
+                groups.append({"name": name, "params": parameters, "lr": lr, "weight_decay": decay})
+    return groups
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    """The configured optimizer over parameter groups.
+
+    Raises:
+        ConfigError: If the optimizer's library is not installed.
+    """
+    betas = (config.adam_beta1, config.adam_beta2)
+    name = config.optimizer_name
+    if name == "adamw":
+        return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, foreach=True)
+    if name == "adamw8bit":
+        library = _library("bitsandbytes", name)
+        return library.optim.AdamW8bit(groups, betas=betas, eps=config.adam_epsilon)  # type: ignore[no-any-return]
+    if name == "prodigy":
+        library = _library("prodigyopt", name)
+        return library.Prodigy(  # type: ignore[no-any-return]
+            groups, betas=betas, eps=config.adam_epsilon, decouple=True, safeguard_warmup=True
+        )
+    from transformers.optimization import Adafactor
+
+    return Adafactor(groups, scale_parameter=False, relative_step=False)
+
+
+def _library(module: str, optimizer: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"the optimizer {optimizer} needs {module}, which is not installed; "
+            f"run 'pip install {module}' or use --optimizer adamw"
+        ) from error
+
+
+def build_lr_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int
+) -> Any:
+    """The configured learning-rate schedule, stepped once per optimizer step."""
+    from diffusers.optimization import get_scheduler
+
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=total_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )

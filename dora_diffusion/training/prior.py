@@ -1,0 +1,124 @@
+"""Class images for prior preservation: reused where they fit, generated where they are missing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.data.images import PhotoError, list_photos
+from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.training.subject import Subject
+
+_PREFIX = "class-"
+
+# Prompt and seeds -> one picture per seed.
+Generate = Callable[[str, Sequence[int]], list[Image.Image]]
+
+
+@dataclass(frozen=True)
+class ClassImagePlan:
+    """One image to have: its file, prompt and seed."""
+
+    path: Path
+    prompt: str
+    seed: int
+
+
+def class_prompts(config: TrainConfig, subject: Subject, captions: Sequence[str]) -> list[str]:
+    """The prompts of class images: the class prompt, or each caption with the token taken out.
+
+    Raises:
+        ConfigError: If a prompt would still contain the token, or no class word is known.
+    """
+    if config.class_prompt:
+        return [config.class_prompt]
+    if not subject.class_word:
+        raise ConfigError(
+            "prior preservation needs to know what the subject is; set class_word or class_prompt"
+        )
+    return list(dict.fromkeys(subject.class_caption(caption) for caption in captions))
+
+
+def ensure_class_images(
+    folder: Path,
+    prompts: Sequence[str],
+    *,
+    count: int,
+    seed: int,
+    identity: str,
+    generate: Generate,
+    batch_size: int,
+    on_image: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Have ``count`` class images, generating those that are missing.
+
+    Images that the user put into the folder count first. Generated ones go into a sub-folder named
+    after everything that determines them, so that those of other prompts or another model are
+    never reused; each is made from a seed of its own, so that an interrupted run goes on.
+
+    Args:
+        folder: The class folder.
+        prompts: Prompts to cycle through.
+        count: How many images to have.
+        seed: The run's seed.
+        identity: What the pictures depend on besides: model, size and sampling.
+        generate: Makes pictures.
+        batch_size: Pictures per call of ``generate``.
+        on_image: Called with (images there, images wanted).
+    """
+    own = _own_images(folder)
+    if len(own) >= count:
+        return own[:count]
+    digest = hashlib.sha256("\n".join([identity, str(seed), *prompts]).encode()).hexdigest()[:12]
+    plans = _plan(folder / f"generated-{digest}", prompts, count - len(own), seed)
+    missing = [plan for plan in plans if not plan.path.is_file()]
+    for group in _batches(missing, batch_size):
+        images = generate(group[0].prompt, [plan.seed for plan in group])
+        for plan, image in zip(group, images, strict=True):
+            _save(plan, image)
+        if on_image is not None:
+            on_image(len(own) + sum(plan.path.is_file() for plan in plans), count)
+    return own + [plan.path for plan in plans]
+
+
+def _own_images(folder: Path) -> list[Path]:
+    try:
+        return list_photos(folder)
+    except PhotoError:
+        return []
+
+
+def _plan(folder: Path, prompts: Sequence[str], count: int, seed: int) -> list[ClassImagePlan]:
+    def drawn(number: int) -> int:
+        return generator_for("class image", seed, number).initial_seed() % 2**32
+
+    return [
+        ClassImagePlan(folder / f"{_PREFIX}{i:05d}.png", prompts[i % len(prompts)], drawn(i))
+        for i in range(count)
+    ]
+
+
+def _batches(plans: Sequence[ClassImagePlan], size: int) -> list[list[ClassImagePlan]]:
+    """Group plans of one prompt, at most ``size`` at a time."""
+    by_prompt: dict[str, list[ClassImagePlan]] = {}
+    for plan in plans:
+        by_prompt.setdefault(plan.prompt, []).append(plan)
+    return [
+        group[start : start + size]
+        for group in by_prompt.values()
+        for start in range(0, len(group), size)
+    ]
+
+
+def _save(plan: ClassImagePlan, image: Image.Image) -> None:
+    """Caption first, picture last and by rename: a picture that is there is complete."""
+    plan.path.parent.mkdir(parents=True, exist_ok=True)
+    plan.path.with_suffix(".txt").write_text(plan.prompt + "\n", encoding="utf-8")
+    temporary = plan.path.with_suffix(".tmp")
+    image.save(temporary, format="PNG")
+    temporary.replace(plan.path)

@@ -1,0 +1,137 @@
+"""What a run leaves behind: the adapter file, its facts, and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from dora_diffusion import __version__
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.adapter_metadata import without_path
+from dora_diffusion.formats.safetensors_stream import save_text
+from dora_diffusion.formats.sgm_blocks import UNetLayout
+from dora_diffusion.models.components import Components
+from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.training.subject import Subject
+
+KOHYA_FILE = "dora_kohya.safetensors"
+
+
+def save_config(config: TrainConfig, path: Path) -> Path:
+    """Write the resolved settings, which ``--config`` reads back."""
+    return save_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def adapter_metadata(
+    components: Components, config: TrainConfig, subject: Subject, resolution: int, steps: int
+) -> AdapterMetadata:
+    """The facts that go into the adapter file."""
+    return AdapterMetadata(
+        family=components.family.name,
+        base_model=config.pretrained_model_name_or_path,
+        trigger=subject.trigger,
+        resolution=resolution,
+        extra={
+            "prediction_type": components.prediction_type,
+            "training_steps": str(steps),
+            "software": f"dora_diffusion {__version__}",
+        },
+    )
+
+
+def write_result_adapter(
+    folder: Path,
+    layers: Mapping[str, LayerWeights],
+    metadata: AdapterMetadata,
+    layout: UNetLayout | None,
+) -> Path:
+    """Write the adapter where every tool reads it exactly.
+
+    An output-axis adapter is written in the Diffusers spelling. That spelling cannot hold a
+    magnitude on the input axis, which therefore is written in the kohya form.
+    """
+    adapter = AdapterFile(dict(layers), metadata)
+    on_input = any(
+        layer.magnitude is not None and layer.norm_axis == "input" for layer in layers.values()
+    )
+    if on_input:
+        return write_adapter(folder / KOHYA_FILE, adapter, "kohya", unet_layout=layout)
+    return write_adapter(folder, adapter, "diffusers")
+
+
+def model_card(
+    config: TrainConfig,
+    subject: Subject,
+    metadata: AdapterMetadata,
+    adapter: Path,
+    report: str,
+    samples: Mapping[str, str],
+) -> str:
+    """The README of a result, with the trigger word first, its pictures, and how to use it.
+
+    Args:
+        config: The run's settings.
+        subject: Token and class word.
+        metadata: The adapter's facts.
+        adapter: The adapter file.
+        report: What was adapted.
+        samples: Caption -> path of a picture, relative to the card.
+    """
+    base = without_path(metadata.base_model)
+    prompt = config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
+    method = "DoRA" if config.use_dora else "LoRA"
+    axis = f", norm on the {config.norm_axis} axis" if config.use_dora else ""
+    pictures = "\n\n".join(
+        f"**{caption}**\n\n![{caption}]({path})" for caption, path in samples.items()
+    )
+    steps = metadata.extra["training_steps"]
+    return f"""---
+base_model: {base}
+instance_prompt: {config.instance_prompt!r}
+library_name: diffusers
+tags: [text-to-image, diffusers, {method.lower()}, dreambooth]
+---
+
+# {subject.trigger or Path(config.output_dir).name}
+
+Write **`{subject.trigger}`** in a prompt to get the subject.
+
+{pictures}
+
+## Use it
+
+```bash
+dora-diffusion generate --base {base} --adapter {adapter.parent.name} \\
+    --prompt "{prompt}" --output picture.png
+dora-diffusion export --base {base} --adapter {adapter.parent.name} --output merged
+```
+{_diffusers_example(base, adapter, prompt or "")}
+## How it was made
+
+{method} (rank {config.rank}, convolutions {config.conv_rank}{axis}) on `{base}`, trained with
+dora_diffusion {__version__} at {metadata.resolution} px for {steps} steps: {report}.
+All settings are in `config.yaml`; the loss of every step is in `metrics.jsonl`.
+"""
+
+
+def _diffusers_example(base: str, adapter: Path, prompt: str) -> str:
+    if adapter.name == KOHYA_FILE:
+        return (
+            "\nThe magnitudes are on the input axis, which Diffusers cannot load: "
+            f"`{adapter.name}` is in the kohya form, which ComfyUI, Forge and A1111 compute "
+            "exactly.\n"
+        )
+    return f"""
+In Diffusers:
+
+```python
+from diffusers import AutoPipelineForText2Image
+
+pipeline = AutoPipelineForText2Image.from_pretrained("{base}")
+pipeline.load_lora_weights("{adapter.parent.name}", weight_name="{adapter.name}")
+image = pipeline("{prompt}").images[0]
+```
+"""

@@ -1,0 +1,341 @@
+"""A run's parts, put together: accelerator, model, adapters, data, optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dora_diffusion.adapters.inject import (
+    InjectionReport,
+    adapter_parameters,
+    inject_adapters,
+    norm_scope,
+)
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.data.batch import Batch
+from dora_diffusion.data.cache import TensorCache
+from dora_diffusion.data.captions import require_token
+from dora_diffusion.data.dataset import (
+    Augmentation,
+    ClassImages,
+    DreamBoothDataset,
+    iterate_batches,
+    read_photos,
+)
+from dora_diffusion.data.images import list_photos
+from dora_diffusion.data.sampler import EpochSampler, generator_for
+from dora_diffusion.generate import SamplingSettings, generate_images
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.latents import encode_moments
+from dora_diffusion.models.load import load_components
+from dora_diffusion.training.metrics import total_norm
+from dora_diffusion.training.optimizer import (
+    build_lr_schedule,
+    build_optimizer,
+    parameter_groups,
+)
+from dora_diffusion.training.prior import class_prompts, ensure_class_images
+from dora_diffusion.training.step import Objective, draw_inputs
+from dora_diffusion.training.subject import Subject
+
+# Published LoRA settings; see the documentation of the defaults.
+_DEFAULT_STEPS = {"sdxl": 1000}
+_WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Crops per photo where they are drawn: the latents of all of them fit in memory.
+_CROP_VARIANTS = 8
+_FEW_PHOTOS = 3
+
+
+def make_accelerator(config: TrainConfig) -> Any:
+    """The accelerator, which knows devices, processes and precision.
+
+    Raises:
+        ConfigError: If the precision is not possible here.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("mixed_precision fp16 needs a CUDA GPU; use bf16 or no")
+    # A process may train more than once, with another precision.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    # SDXL never uses the last layer of its first text encoder.
+    handler = DistributedDataParallelKwargs(
+        find_unused_parameters=config.train_text_encoder, broadcast_buffers=False
+    )
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_dir=str(Path(config.output_dir) / "logs"),
+        kwargs_handlers=[handler],
+    )
+
+
+@dataclass
+class Session:
+    """Everything that a training step needs."""
+
+    config: TrainConfig
+    subject: Subject
+    accelerator: Any
+    components: Components
+    resolution: int
+    total_steps: int
+    trained: dict[str, nn.Module]
+    report: InjectionReport
+    dataset: DreamBoothDataset
+    sampler: EpochSampler
+    model: nn.Module
+    optimizer: Any
+    lr_schedule: Any
+    _batches: Iterator[Batch] | None = field(default=None, repr=False)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that trains."""
+        return [p for model in self.trained.values() for p in adapter_parameters(model)]
+
+    def next_batch(self) -> Batch:
+        """This process's next batch."""
+        if self._batches is None:
+            workers = 0 if self.dataset.caches_moments else self.config.dataloader_num_workers
+            self._batches = iterate_batches(self.dataset, self.sampler, num_workers=workers)
+        return next(self._batches)
+
+    def train_step(self, step: int) -> dict[str, Any]:
+        """One optimizer step, number ``step`` from 1. Returns its numbers, still on the device."""
+        # Only dropout draws from the global generator. Seeding it anew makes resuming exact.
+        process = self.accelerator.process_index
+        torch.manual_seed(generator_for("step", self.config.seed, step, process).initial_seed())
+        accumulation = self.config.gradient_accumulation_steps
+        losses = []
+        # No parameter changes inside: every norm is computed once for all that happens here.
+        with norm_scope(*self.trained.values()):
+            for i in range(accumulation):
+                last = i == accumulation - 1
+                sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+                with sync:
+                    micro_step = (step - 1) * accumulation + i
+                    loss = self._backward(micro_step, 1 / accumulation)
+                losses.append(loss)
+        norm = self._clip()
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        self.optimizer.step()
+        self.lr_schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        means = self.accelerator.reduce(torch.stack(losses).mean(dim=0), reduction="mean")
+        record = {"step": step, "loss": means[0], "grad_norm": norm, "lr": rates}
+        return record | ({"prior_loss": means[1]} if self.config.with_prior_preservation else {})
+
+    def _backward(self, micro_step: int, share: float) -> Tensor:
+        """Loss and gradients of one batch: ``(total, prior)``, detached."""
+        config, batch = self.config, self.next_batch()
+        photos = len(batch) - int(batch.is_prior.sum())
+        image_free = (
+            config.with_prior_preservation and config.prior_preservation_mode == "image-free"
+        )
+        inputs = draw_inputs(
+            self.components,
+            batch,
+            seed=config.seed,
+            micro_step=micro_step,
+            first_row=self.accelerator.process_index * photos,
+            noise_offset=config.noise_offset,
+            class_captions=[self.subject.class_caption(c) for c in batch.captions]
+            if image_free
+            else None,
+        )
+        with self.accelerator.autocast():
+            subject_loss, prior_loss = self.model(inputs)
+        loss = subject_loss + config.prior_loss_weight * prior_loss
+        self.accelerator.backward(loss * share)
+        return torch.stack([loss.detach(), prior_loss.detach()])
+
+    def _clip(self) -> Tensor:
+        limit = self.config.max_grad_norm
+        if limit:
+            norm: Tensor = self.accelerator.clip_grad_norm_(self.parameters, limit)
+            return norm
+        return total_norm(self.parameters)
+
+
+def open_session(config: TrainConfig, subject: Subject, accelerator: Any) -> Session:
+    """Load the model, put the adapter on, and make the data and the optimizer.
+
+    Raises:
+        ConfigError, PhotoError, ModelNotFoundError, TargetError: With what to do.
+    """
+    dtype = _WEIGHT_DTYPES[config.mixed_precision]
+    # Before the model is loaded, which takes longer.
+    paths = list_photos(config.instance_data_dir or "")
+    components = load_components(
+        config.pretrained_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+        vae=config.pretrained_vae_model_name_or_path,
+        dtype=dtype,
+    ).to(accelerator.device)
+    resolution = config.resolution or components.default_resolution
+    dataset = _dataset(config, subject, components, resolution, paths, accelerator)
+    trained, report = _inject(components, config)
+    sampler = EpochSampler(
+        len(dataset),
+        batch_size=config.train_batch_size,
+        seed=config.seed,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+    )
+    total_steps = _total_steps(config, components, sampler)
+    optimizer = accelerator.prepare_optimizer(
+        build_optimizer(parameter_groups(trained, config), config)
+    )
+    objective: nn.Module = Objective(
+        components, train_text_encoder=config.train_text_encoder, snr_gamma=config.snr_gamma
+    ).to(accelerator.device)
+    if accelerator.num_processes > 1:
+        objective = accelerator.prepare_model(objective)
+    return Session(
+        config,
+        subject,
+        accelerator,
+        components,
+        resolution,
+        total_steps,
+        trained,
+        report,
+        dataset,
+        sampler,
+        objective,
+        optimizer,
+        build_lr_schedule(optimizer.optimizer, config, total_steps),
+    )
+
+
+def _total_steps(config: TrainConfig, components: Components, sampler: EpochSampler) -> int:
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    if config.num_train_epochs is not None:
+        batches = config.num_train_epochs * sampler.batches_per_epoch
+        return max(1, -(-batches // config.gradient_accumulation_steps))
+    return _DEFAULT_STEPS.get(components.family.name, 800)
+
+
+def _inject(
+    components: Components, config: TrainConfig
+) -> tuple[dict[str, nn.Module], InjectionReport]:
+    """Put the adapters on the components that train."""
+    trained, layers = {}, []
+    for name, model in components.adaptable().items():
+        if name != "unet" and not config.train_text_encoder:
+            continue
+        adapter = config.unet_adapter if name == "unet" else config.text_encoder_adapter
+        generator = generator_for("adapter", config.seed, name)
+        layers += inject_adapters(model, adapter, generator=generator).layers
+        trained[name] = model
+        model.train()
+        if config.gradient_checkpointing:
+            _checkpoint_gradients(model)
+    return trained, InjectionReport(tuple(layers))
+
+
+def _checkpoint_gradients(model: Any) -> None:
+    if hasattr(model, "gradient_checkpointing_enable"):
+        # The reentrant form needs an input that requires a gradient, and a prompt has none.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.enable_gradient_checkpointing()
+
+
+def _dataset(
+    config: TrainConfig,
+    subject: Subject,
+    components: Components,
+    resolution: int,
+    paths: Sequence[Path],
+    accelerator: Any,
+) -> DreamBoothDataset:
+    """The photos, with class images beside them where prior preservation wants them."""
+    photos, _ = read_photos(paths, config.instance_prompt or "", skip_unreadable=True)
+    captions = [photo.caption for photo in photos]
+    if subject.token:
+        require_token(captions, subject.token)
+    if len(photos) < _FEW_PHOTOS:
+        warnings.warn(
+            f"only {len(photos)} photo(s) to learn from: their background will be learned with "
+            "the subject; 4 to 10 photos in different places work best",
+            stacklevel=2,
+        )
+    class_images = None
+    if config.with_prior_preservation and config.prior_preservation_mode == "images":
+        class_images = _class_images(config, subject, components, resolution, captions, accelerator)
+    cached = config.dataloader_num_workers == 0
+    dataset = DreamBoothDataset(
+        [photo.path for photo in photos],
+        config.instance_prompt or "",
+        resolution,
+        seed=config.seed,
+        multiple=components.vae_factor,
+        augmentation=Augmentation(
+            center_crop=config.center_crop,
+            random_flip=config.random_flip,
+            crop_variants=_CROP_VARIANTS if cached else None,
+            caption_dropout=config.caption_dropout,
+        ),
+        class_images=class_images,
+    )
+    if cached:
+
+        def encode(pixels: Tensor) -> Tensor:
+            with torch.no_grad():
+                return encode_moments(components.vae, pixels)
+
+        dataset.cache_moments(encode, TensorCache(components.identity("vae")))
+    return dataset
+
+
+def _class_images(
+    config: TrainConfig,
+    subject: Subject,
+    components: Components,
+    resolution: int,
+    captions: Sequence[str],
+    accelerator: Any,
+) -> ClassImages:
+    """Class images from the base model: the adapters are not on it yet."""
+    prompts = class_prompts(config, subject, captions)
+    settings = SamplingSettings(
+        steps=config.validation_inference_steps,
+        guidance_scale=config.validation_guidance_scale,
+        width=resolution,
+        height=resolution,
+    )
+
+    def generate(prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
+        return generate_images(
+            components, prompt, seeds, settings, batch_size=config.sample_batch_size
+        )
+
+    folder = Path(config.class_data_dir or Path(config.output_dir) / "class_images")
+    # The first process makes what is missing; the others then find it there.
+    with accelerator.main_process_first():
+        paths = ensure_class_images(
+            folder,
+            prompts,
+            count=config.num_class_images,
+            seed=config.seed,
+            identity=f"{components.identity()} {settings}",
+            generate=generate,
+            batch_size=config.sample_batch_size,
+        )
+    return ClassImages(paths, prompts[0], skip_unreadable=True)
