@@ -159,7 +159,11 @@ def save_pipeline(folder: Path, family: str) -> Path:
     scheduler = {
         "sd1": lambda: PNDMScheduler(**SCHEDULE, steps_offset=1, skip_prk_steps=True),
         "sd2": lambda: DDIMScheduler(
-            **SCHEDULE, steps_offset=1, clip_sample=False, prediction_type="v_prediction"
+            **SCHEDULE,
+            steps_offset=1,
+            clip_sample=False,
+            set_alpha_to_one=False,
+            prediction_type="v_prediction",
         ),
         "sdxl": lambda: EulerDiscreteScheduler(**SCHEDULE, steps_offset=1),
     }[family]()

@@ -185,13 +185,21 @@ def fingerprint(module: nn.Module, samples: int = 64) -> str:
 
     Sampling keeps it fast on large models; any training step changes practically every weight.
     """
-    digest = hashlib.sha256(str(sorted(getattr(module, "config", {}).items())).encode())
+    digest = hashlib.sha256(str(_settings(module)).encode())
     for name, tensor in module.state_dict().items():
         flat = tensor.detach().flatten()
         chosen = flat[:: max(1, flat.numel() // samples)].to("cpu", torch.float64)
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(chosen.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _settings(module: nn.Module) -> list[tuple[str, str]]:
+    """A module's configuration without names of places and versions of libraries."""
+    config: Any = getattr(module, "config", {})
+    items = config.items() if isinstance(config, Mapping) else config.to_dict().items()
+    passing = ("transformers_version", "torch_dtype", "dtype", "architectures")
+    return sorted((k, str(v)) for k, v in items if not k.startswith("_") and k not in passing)
 
 
 def check_vocabulary(tokenizer: Any, encoder: Any, name: str) -> None:
