@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -18,9 +18,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import torch
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
 
 torch.set_num_threads(1)
 
@@ -54,19 +51,22 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: index for index, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
-def save_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+def save_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> None:
     """Write a CLIP tokenizer folder as the hub holds it (vocab.json, merges.txt, config)."""
-    from transformers import CLIPTokenizer
-
     vocabulary, merges = clip_vocabulary()
-    tokenizer = CLIPTokenizer(
-        vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=TOKEN_LIMIT
-    )
-    tokenizer.save_pretrained(folder)
+    folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return tokenizer
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": TOKEN_LIMIT,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad_token,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def save_text_encoder(folder: Path, *, width: int, act: str, projection: int | None = None) -> None:
