@@ -64,7 +64,13 @@ def _write_component(
     report: ProgressReporter,
 ) -> None:
     reader = pipeline.readers[component]
-    names = {key: canonical_tensor(component, key) for key in reader.specs}
+    # Text encoders are written with `text_model.`, which every version of transformers reads;
+    # without it, versions before 5.6 leave the whole encoder random, with a warning.
+    canonical = {key: canonical_tensor(component, key) for key in reader.specs}
+    names = {name.removeprefix(f"{component}."): name for name in canonical.values()}
+    files = {
+        name.removeprefix(f"{component}."): reader.file_of[key] for key, name in canonical.items()
+    }
 
     def load(key: str) -> Tensor:
         report.step()
@@ -72,7 +78,7 @@ def _write_component(
 
     places: dict[str, str] = {}
     for number, file in enumerate(reader.files, start=1):
-        keys = [key for key in reader.specs if reader.file_of[key] == file]
+        keys = [key for key in names if files[key] == file]
         target = folder / _plain_name(component, number, len(reader.files))
         write_tensors(target, {key: merged.spec(names[key]) for key in keys}, load, metadata)
         check_sample(target, [Entry(key, (names[key],)) for key in keys], merged)
