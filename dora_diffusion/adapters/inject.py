@@ -40,7 +40,7 @@ class AdaptedLayerReport:
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What was adapted, and how many parameters train: ``r * (fan_in + out)`` plus the magnitude."""
+    """What was adapted, and how many parameters train: ``r * (fan_in + out)`` and magnitudes."""
 
     layers: tuple[AdaptedLayerReport, ...]
 
@@ -263,6 +263,7 @@ def set_strength(
 
 
 def layer_adapters(model: nn.Module, name: str | None = None) -> Iterator[LayerAdapter]:
+    """One adapter's parts, layer by layer; those of all adapters without a name."""
     for _, layer in adapted_layers(model):
         for key, adapter in layer.adapters.items():
             if name is None or key == name:

@@ -139,7 +139,7 @@ class AdaptedLayer(nn.Module):
         )
 
     def _sum_of_differences(self, active: list[tuple[str, LayerAdapter]], x: Tensor) -> Tensor:
-        """``base(x) + sum_k strength_k * (adapted_k(x) - base(x))``, each from the unmerged base."""
+        """``base(x) + sum_k strength_k * (adapted_k(x) - base(x))``, of the unmerged base."""
         op, dtype = self.operation(), x.dtype
         weight = self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)

@@ -348,7 +348,12 @@ def iterate_batches(
     if num_workers and dataset.caches_moments:
         raise ValueError("a dataset that encodes images must load in the main process (0 workers)")
     loader: DataLoader[Any] = DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        # Its own: a loader otherwise draws from the global one when it starts.
+        generator=torch.Generator(),
     )
     for batch in loader:
         sampler.advance()

@@ -41,7 +41,7 @@ class Operation(Protocol):
         """Shape ``(channels,)`` to multiply an activation."""
 
     def channel_sum(self, activation: Tensor) -> Tensor:
-        """Sum an activation over everything but its channels, in float32 or wider: ``(channels,)``."""
+        """Sum an activation over all but its channels, in float32 or wider: ``(channels,)``."""
 
     def select(self, activation: Tensor, channels: Tensor) -> Tensor:
         """Take some channels of an activation."""

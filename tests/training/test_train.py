@@ -124,18 +124,13 @@ def test_an_interrupted_run_resumes_to_the_same_bits(sd1_folder, photos, tmp_pat
     assert losses(tmp_path / "whole") == losses(tmp_path / "parted")
 
 
-def test_accumulation_equals_a_larger_batch(sd1_folder, photos, tmp_path):
-    big = make_config(sd1_folder, photos, tmp_path / "big", train_batch_size=4, max_train_steps=3)
-    small = replace(
-        big,
-        train_batch_size=4,
-        max_train_steps=3,
-        output_dir=str(tmp_path / "checkpointed"),
-        gradient_checkpointing=True,
+def test_gradient_checkpointing_trains_the_same_adapter(sd1_folder, photos, tmp_path):
+    plain = make_config(
+        sd1_folder, photos, tmp_path / "plain", train_batch_size=2, train_text_encoder=True
     )
-    train(big)
-    train(small)
-    assert_same_adapter(tmp_path / "big", tmp_path / "checkpointed", rtol=1e-4, atol=1e-6)
+    train(plain)
+    train(replace(plain, output_dir=str(tmp_path / "saved"), gradient_checkpointing=True))
+    assert_same_adapter(tmp_path / "plain", tmp_path / "saved", rtol=1e-4, atol=1e-6)
 
 
 def test_checkpoints_are_limited_and_load(sd1_folder, photos, tmp_path):
@@ -235,7 +230,7 @@ def test_class_images_are_reused_only_for_the_same_prompts(sd1_folder, photos, t
 def test_bad_settings_are_refused_in_one_line(settings, message, sd1_folder, photos, tmp_path):
     if "fp16" in message and torch.cuda.is_available():
         pytest.skip("fp16 works here")
-    with pytest.raises(ValueError, match="(?s).*") as error:
+    with pytest.raises(ValueError, match=r".") as error:
         train(make_config(sd1_folder, photos, tmp_path / "out", **settings))
     assert message in str(error.value)
     assert "\n" not in str(error.value)

@@ -1,0 +1,136 @@
+"""Pictures from a loaded model: for previews, class images, the app and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dora_diffusion.adapters.inject import norm_scope
+from dora_diffusion.models.components import SAMPLERS, Components
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How pictures are sampled.
+
+    Attributes:
+        steps: Denoising steps.
+        guidance_scale: Classifier-free guidance (arXiv:2207.12598); 1 or less is none.
+        scheduler: A name of `SAMPLERS`; None is the model's own.
+        width: Pixels; None is what the model was trained at.
+        height: Pixels.
+        negative_prompt: What to steer away from.
+
+    Raises:
+        ValueError: If a value cannot work.
+    """
+
+    steps: int = 30
+    guidance_scale: float = 7.5
+    scheduler: str | None = None
+    width: int | None = None
+    height: int | None = None
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "width", "height"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.scheduler is not None and self.scheduler not in SAMPLERS:
+            raise ValueError(
+                f"scheduler is {self.scheduler!r}; it must be one of {', '.join(SAMPLERS)}"
+            )
+
+
+def generate_images(
+    components: Components,
+    prompt: str,
+    seeds: Sequence[int],
+    settings: SamplingSettings | None = None,
+    *,
+    batch_size: int = 4,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[Image.Image]:
+    """Sample one picture per seed, with whatever adapters are on.
+
+    Each picture has a generator of its own on the CPU, so that a seed gives the same picture
+    alone, in a batch (up to float rounding) and on another device.
+
+    Args:
+        components: The loaded model; its modules' train or eval mode is restored.
+        prompt: What to show.
+        seeds: One per picture.
+        settings: Steps, guidance, size.
+        batch_size: Pictures at once.
+        on_step: Called with (steps done, steps in all).
+    """
+    settings = settings or SamplingSettings()
+    pipeline = components.pipeline(settings.scheduler)
+    modules = list(components.modules().values())
+    training = [module.training for module in modules]
+    images: list[Image.Image] = []
+    batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
+    try:
+        for module in modules:
+            module.eval()
+        # No parameter changes while sampling: every norm is computed once.
+        with torch.no_grad(), norm_scope(*components.adaptable().values()):
+            for number, batch in enumerate(batches):
+                report = _reporter(on_step, number, len(batches), settings.steps)
+                images += _sample(pipeline, components, prompt, batch, settings, report)
+    finally:
+        for module, mode in zip(modules, training, strict=True):
+            module.train(mode)
+    return images
+
+
+def _sample(
+    pipeline: Any,
+    components: Components,
+    prompt: str,
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    report: Callable[..., dict[str, Any]] | None,
+) -> list[Image.Image]:
+    size = components.default_resolution
+    result: list[Image.Image] = pipeline(
+        prompt,
+        negative_prompt=settings.negative_prompt or None,
+        num_images_per_prompt=len(seeds),
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        width=settings.width or size,
+        height=settings.height or size,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        callback_on_step_end=report,
+    ).images
+    return result
+
+
+def _reporter(
+    on_step: Callable[[int, int], None] | None, batch: int, batches: int, steps: int
+) -> Callable[..., dict[str, Any]] | None:
+    if on_step is None:
+        return None
+
+    def report(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(batch * steps + step + 1, batches * steps)
+        return tensors
+
+    return report
+
+
+def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Pictures of one size in rows, on white."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
+    grid = Image.new("RGB", size, "white")
+    for i, image in enumerate(images):
+        grid.paste(image, ((i % columns) * (width + gap), (i // columns) * (height + gap)))
+    return grid
