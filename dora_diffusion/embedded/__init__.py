@@ -24,4 +24,4 @@ def model_folder(name: str) -> Path:
 
 def instrument_folder() -> Path:
     """The folder of the networks that judge pictures of the toy world."""
-    return Path(__file__).parent / "instrument"
+    return Path(__file__).parent / "judges"

@@ -41,12 +41,19 @@ def _diffusion(work: Path, minutes: float) -> None:
     train_diffusion(work, minutes)
 
 
+def _ship(work: Path, minutes: float) -> None:
+    from dora_diffusion.embedded.pretrain.ship import ship
+
+    print(ship(work))
+
+
 STAGES: dict[str, Callable[[Path, float], None]] = {
     "data": _data,
     "instrument": _instrument,
     "vae": _vae,
     "latents": _latents,
     "diffusion": _diffusion,
+    "ship": _ship,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,14 +32,15 @@ WORDS = _WORD_LIST.split()
 """Words that people try in prompts; each becomes one token."""
 
 
-def rare_words(count: int = 60) -> list[str]:
+@functools.cache
+def rare_words(count: int = 60) -> tuple[str, ...]:
     """Meaningless words like ``sks``, which is the first of them."""
     generator = np.random.default_rng(5)
     letters = list("bcdfghjklmnpqrstvwxz")
     words = [
         "".join(generator.choice(letters, int(generator.integers(3, 5)))) for _ in range(count)
     ]
-    return ["sks", *words[: count - 1]]
+    return ("sks", *words[: count - 1])
 
 
 def _corpus() -> list[str]:

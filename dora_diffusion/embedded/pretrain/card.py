@@ -1,0 +1,104 @@
+"""Measuring the finished model, its example grid and its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dora_diffusion.embedded.captions import PLACES
+from dora_diffusion.embedded.instrument import ATTRIBUTES, Instrument
+from dora_diffusion.embedded.pretrain.data import (
+    HELD_OUT,
+    held_out_sighting,
+    to_pictures,
+    to_pixels,
+)
+from dora_diffusion.embedded.pretrain.vae import held_out_subject_pictures, psnr, round_trip
+from dora_diffusion.embedded.world import render
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+STEPS, GUIDANCE = 25, 3.5
+
+
+def random_wishes(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Random combinations of class, colour, pattern and background."""
+    generator = np.random.default_rng((HELD_OUT, 77, seed))
+    return [
+        {name: str(generator.choice(choices)) for name, choices in ATTRIBUTES.items()}
+        for _ in range(count)
+    ]
+
+
+def prompt_of(wish: dict[str, str]) -> str:
+    """``a photo of a red striped mug on the grass``."""
+    pattern = "" if wish["pattern"] == "plain" else wish["pattern"] + " "
+    place = PLACES[wish["background"]][0]
+    return f"a photo of a {wish['color']} {pattern}{wish['kind']} {place}"
+
+
+def generate(pipeline: Any, prompts: list[str], seed: int = 0, batch: int = 25) -> list[Image]:
+    """Pictures for prompts, the n-th from noise that depends on ``seed`` and n alone."""
+    pipeline.set_progress_bar_config(disable=True)
+    images: list[Image] = []
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        noise = [
+            torch.Generator().manual_seed(100_000 * seed + start + k) for k in range(len(part))
+        ]
+        images += pipeline(
+            part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise
+        ).images
+    return images
+
+
+@torch.no_grad()
+def measure_prompts(pipeline: Any, instrument: Instrument, count: int) -> dict[str, float]:
+    """Accuracy of generated pictures in the classifier's eyes."""
+    wishes = random_wishes(count)
+    images = generate(pipeline, [prompt_of(wish) for wish in wishes])
+    pixels = to_pixels(np.stack([np.asarray(image) for image in images]))
+    logits = instrument.classifier(pixels)
+    right = torch.stack(
+        [
+            logits[name].argmax(1) == torch.tensor([choices.index(wish[name]) for wish in wishes])
+            for name, choices in ATTRIBUTES.items()
+        ],
+        1,
+    ).float()
+    accuracy = dict(zip(ATTRIBUTES, right.mean(0).tolist(), strict=True))
+    return accuracy | {"all": float(right.all(1).float().mean())}
+
+
+@torch.no_grad()
+def measure_vae(vae: Any, instrument: Instrument, count: int = 200) -> dict[str, float]:
+    """What a round trip leaves of new subjects.
+
+    "psnr" in dB; "identity": cosine of round trips to *another* real picture of the subject, whose
+    ceiling without a round trip is "identity_ceiling"; "self": to the picture itself.
+    """
+    pictures = held_out_subject_pictures(count)
+    others = np.stack([render(held_out_sighting(i).views[1], 64) for i in range(count)])
+    pixels = to_pixels(pictures)
+    # Through bytes, as every generated picture goes.
+    rebuilt = to_pixels(to_pictures(round_trip(vae, pixels)))
+    real, other, back = (instrument.embedder(p) for p in (pixels, to_pixels(others), rebuilt))
+    return {
+        "psnr": psnr(vae, pictures),
+        "identity": float((back * other).sum(1).mean()),
+        "identity_ceiling": float((real * other).sum(1).mean()),
+        "self": float((back * real).sum(1).mean()),
+    }
+
+
+def write_grid(images: list[Image], path: Path, columns: int = 10) -> None:
+    """Put equally large pictures into one, row by row."""
+    arrays = [np.asarray(image) for image in images[: len(images) // columns * columns]]
+    rows = [np.concatenate(arrays[k : k + columns], 1) for k in range(0, len(arrays), columns)]
+    from PIL import Image
+
+    Image.fromarray(np.concatenate(rows)).save(path)

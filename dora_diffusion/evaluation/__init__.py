@@ -1,0 +1,1 @@
+"""Subject fidelity and prompt fidelity in the toy world, judged by networks."""
