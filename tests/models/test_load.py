@@ -127,7 +127,7 @@ def test_text_encoders_load_in_either_spelling(folder: Path, tmp_path: Path) -> 
 
 
 def test_the_spelling_fallback_fills_what_the_library_does_not(sdxl_folder: Path) -> None:
-    from dora_diffusion.models.load import _load_respelled
+    from dora_diffusion.models.weights import _load_respelled
 
     components = load_components(sdxl_folder)
     for part, encoder in zip(

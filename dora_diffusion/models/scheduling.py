@@ -1,0 +1,21 @@
+"""Facts that a model's scheduler and pipeline settings state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dora_diffusion.models.family import Family
+
+
+def training_scheduler(config: Mapping[str, Any]) -> Any:
+    """DDPM over the model's noise schedule, whatever sampler its folder names."""
+    import diffusers
+
+    scheduler_class: Any = diffusers.DDPMScheduler
+    return scheduler_class.from_config({**config, "clip_sample": False})
+
+
+def zeros_for_empty_prompt(family: Family, index: Mapping[str, Any]) -> bool:
+    """Whether guidance without a negative prompt uses zeros, by the pipeline's settings."""
+    return family.has_pooled and bool(index.get("forcezeros_for_empty_prompt_prompt", True))

@@ -1,0 +1,68 @@
+"""Single-file checkpoints in the original layout, through diffusers' own conversion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.family import detect_checkpoint_family
+from dora_diffusion.models.locate import is_offline, resolve_folder
+from dora_diffusion.models.scheduling import training_scheduler, zeros_for_empty_prompt
+from dora_diffusion.models.weights import plain_errors
+
+
+def load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Components:
+    """Load the components of a single-file checkpoint.
+
+    Args:
+        path: The ``.safetensors`` file.
+        dtype: Of every module; an autoencoder that may overflow in it stays float32.
+        config: A diffusers folder that gives the configuration and the tokenizers; None asks the
+            hub for the released model's.
+
+    Raises:
+        UnsupportedModelError: If it is not a checkpoint of a supported family.
+        ValueError: If it is damaged or its configuration cannot be had.
+    """
+    import diffusers
+    from safetensors import safe_open
+
+    with plain_errors(str(path)), safe_open(path, framework="pt") as checkpoint:
+        keys = set(checkpoint.keys())
+    family = detect_checkpoint_family(keys, str(path))
+    pipeline_class: Any = getattr(diffusers, family.pipeline_class)
+    options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": is_offline()}
+    if config is not None:
+        options |= {"config": str(resolve_folder(str(config))), "local_files_only": True}
+    with plain_errors(str(path), "its configuration is needed: pass a diffusers folder as config"):
+        if family.vae_wants_float32 and dtype != torch.float32:
+            vae_options = options | {"torch_dtype": torch.float32, "subfolder": "vae"}
+            options["vae"] = diffusers.AutoencoderKL.from_single_file(str(path), **vae_options)
+        pipeline = pipeline_class.from_single_file(str(path), **options)
+    scheduler_config = {**pipeline.scheduler.config, **_prediction_markers(keys)}
+    scheduler_config["_class_name"] = type(pipeline.scheduler).__name__
+    return Components(
+        family=family,
+        unet=pipeline.unet,
+        vae=pipeline.vae,
+        text_encoders=tuple(getattr(pipeline, part) for part in family.text_encoder_names),
+        tokenizers=tuple(getattr(pipeline, part) for part in family.tokenizer_names),
+        scheduler=training_scheduler(scheduler_config),
+        name=str(path),
+        scheduler_config=scheduler_config,
+        zeros_for_empty_prompt=zeros_for_empty_prompt(family, dict(pipeline.config)),
+        source=str(path),
+    )
+
+
+def _prediction_markers(keys: set[str]) -> dict[str, Any]:
+    """Scheduler settings that a checkpoint states by marker tensors (v-prediction SDXL)."""
+    settings: dict[str, Any] = {}
+    if "v_pred" in keys:
+        settings["prediction_type"] = "v_prediction"
+    if "ztsnr" in keys:
+        settings["rescale_betas_zero_snr"] = True
+    return settings

@@ -1,0 +1,108 @@
+"""Read one module's weights strictly: from safetensors, complete, with plain errors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def load_module(kind: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
+    """Load one module from safetensors and refuse it if any weight is missing.
+
+    The libraries only warn of missing weights and leave them random.
+
+    Raises:
+        ValueError: If the files are missing, damaged or incomplete.
+    """
+    hint = f"it has no {variant!r} variant, or it is damaged" if variant else "it is damaged"
+    with plain_errors(str(folder), f"{hint}; download the model again"):
+        module, report = kind.from_pretrained(
+            str(folder),
+            torch_dtype=dtype,
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    missing = sorted(report["missing_keys"])
+    if missing and not _load_respelled(module, folder, variant):
+        raise ValueError(
+            f"{folder} is incomplete: {len(missing)} weights are missing, first {missing[0]}"
+        )
+    return module
+
+
+def _load_respelled(module: nn.Module, folder: Path, variant: str | None) -> bool:
+    """Fill a text encoder whose file spells its names with or without ``text_model.``.
+
+    transformers flattened ``CLIPTextModel``; releases differ in which of the spellings they read.
+    """
+    from safetensors.torch import load_file
+
+    pattern = f"model.{variant}*.safetensors" if variant else "model*.safetensors"
+    stored: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob(pattern)):
+        stored |= load_file(file)
+    wanted = module.state_dict()
+    prefix = "text_model."
+    spellings: list[Callable[[str], str]] = [
+        lambda key: key,
+        lambda key: prefix + key,
+        lambda key: key.removeprefix(prefix),
+    ]
+    for spell in spellings:
+        found = {key: stored[spell(key)] for key in wanted if spell(key) in stored}
+        if len(found) == len(wanted):
+            module.load_state_dict(found)
+            return True
+    return False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: If the file is missing or damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is missing or damaged; download the model again") from error
+
+
+@contextlib.contextmanager
+def plain_errors(name: str, hint: str = "it is missing or damaged") -> Iterator[None]:
+    """Turn a library's many loading errors into one plain line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError, RuntimeError) as error:
+        detail = str(error).strip().splitlines()
+        raise ValueError(f"{name} could not be loaded ({hint}): {''.join(detail[:1])}") from error
+
+
+@contextlib.contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Switch the libraries' loading bars off for a while."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    states = [
+        (logging, logging.is_progress_bar_enabled())
+        for logging in (diffusers_logging, transformers_logging)
+    ]
+    for logging, _ in states:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging, enabled in states:
+            if enabled:
+                logging.enable_progress_bar()

@@ -1,0 +1,90 @@
+"""Single-file checkpoints: the same model as the folder they were made from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dora_diffusion.export import export_checkpoint
+from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.models.family import UnsupportedModelError
+from dora_diffusion.models.load import load_components
+from dora_diffusion.models.text import encode_prompts
+from dora_diffusion.numerics.weights import LayerWeights
+
+
+def single_file(folder: Path, tmp_path: Path) -> Path:
+    """The folder's weights in the original layout: an adapter without effect merged into it."""
+    nothing = LayerWeights(torch.zeros(1, 4, 3, 3), torch.zeros(32, 1, 1, 1))
+    adapter = AdapterFile({"unet.conv_in": nothing}, AdapterMetadata())
+    path = write_adapter(tmp_path / "nothing.safetensors", adapter, "diffusers")
+    return export_checkpoint(folder, path, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("fixture", ["sd1_folder", "sd2_folder", "sdxl_folder"])
+def test_a_single_file_loads_as_its_folder(
+    request: pytest.FixtureRequest, tmp_path: Path, fixture: str
+) -> None:
+    folder = request.getfixturevalue(fixture)
+    expected = load_components(folder)
+    loaded = load_components(single_file(folder, tmp_path), config=folder)
+    assert loaded.family is expected.family
+    assert loaded.prediction_type == expected.prediction_type
+    assert loaded.zeros_for_empty_prompt == expected.zeros_for_empty_prompt
+    assert type(loaded.sampler()) is type(expected.sampler())
+    for name, module in expected.modules().items():
+        state = loaded.modules()[name].state_dict()
+        for key, tensor in module.state_dict().items():
+            assert torch.equal(state[key], tensor), f"{name}.{key}"
+    conditioning = [encode_prompts(model, ["a photo of sks dog"]) for model in (loaded, expected)]
+    assert torch.equal(conditioning[0].encoder_hidden_states, conditioning[1].encoder_hidden_states)
+
+
+def test_half_precision_keeps_the_fragile_vae_exact(sdxl_folder: Path, tmp_path: Path) -> None:
+    file = single_file(sdxl_folder, tmp_path)
+    loaded = load_components(file, config=sdxl_folder, dtype=torch.float16)
+    assert loaded.unet.dtype == torch.float16
+    assert {encoder.dtype for encoder in loaded.text_encoders} == {torch.float16}
+    expected = load_components(sdxl_folder).vae.state_dict()
+    assert all(torch.equal(loaded.vae.state_dict()[key], value) for key, value in expected.items())
+    other = load_components(file, config=sdxl_folder, vae=sdxl_folder, dtype=torch.float16)
+    assert other.vae.dtype == torch.float32
+
+
+def test_markers_of_v_prediction_win_over_the_configuration(
+    sdxl_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(sdxl_folder, tmp_path / "v")
+    path = folder / "scheduler" / "scheduler_config.json"
+    changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    # The configuration that is given says epsilon; the file itself knows better.
+    loaded = load_components(single_file(folder, tmp_path), config=sdxl_folder)
+    assert loaded.prediction_type == "v_prediction"
+    assert loaded.sampler("euler").config.prediction_type == "v_prediction"
+    assert loaded.scheduler.config.rescale_betas_zero_snr is True
+
+
+def test_without_configuration_offline_the_error_says_what_to_pass(
+    sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="pass a diffusers folder as config") as raised:
+        load_components(single_file(sd1_folder, tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter.safetensors"
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, adapter)
+    with pytest.raises(UnsupportedModelError, match="an adapter or a bare UNet"):
+        load_components(adapter)
+    adapter.write_bytes(b"not safetensors at all")
+    with pytest.raises(ValueError, match=r"adapter\.safetensors could not be loaded"):
+        load_components(adapter)
