@@ -93,7 +93,9 @@ def save_instrument(instrument: Instrument, folder: Path) -> None:
     for name in ("classifier", "embedder"):
         state = getattr(instrument, name).state_dict()
         halves = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-        save_file(halves, folder / f"{name}.safetensors")
+        file = folder / f"{name}.safetensors"
+        save_file(halves, file)
+        file.chmod(0o644)  # safetensors writes for its owner alone
     (folder / "measured.json").write_text(json.dumps(instrument.measured, indent=2) + "\n")
 
 

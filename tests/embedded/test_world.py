@@ -12,8 +12,9 @@ from dora_diffusion.embedded.backgrounds import BACKGROUNDS
 from dora_diffusion.embedded.captions import PATTERN_PHRASES, PATTERN_WORDS, PLACES, caption
 from dora_diffusion.embedded.pretrain.data import held_out_scene, held_out_sighting, training_scene
 from dora_diffusion.embedded.samples import NEW_BACKGROUNDS, PHOTO_BACKGROUNDS, SAMPLE_SUBJECTS
+from dora_diffusion.embedded.sampling import place
 from dora_diffusion.embedded.shapes import CLASSES, UNSEEN_CLASSES
-from dora_diffusion.embedded.world import COLORS, PATTERNS, Emblem, Scene, Subject, place, render
+from dora_diffusion.embedded.world import COLORS, PATTERNS, Emblem, Scene, Subject, render
 
 EVERY_CLASS = [*CLASSES, *UNSEEN_CLASSES]
 

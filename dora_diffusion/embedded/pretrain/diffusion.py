@@ -183,3 +183,29 @@ def export_pipeline(model: TextToImage, folder: Path, output: Path) -> None:
     pipeline.save_pretrained(output)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(folder / "tokenizer" / name, output / "tokenizer" / name)
+    _write_published_names(output / "text_encoder" / "model.safetensors")
+    for file in output.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)  # safetensors writes for its owner alone
+
+
+def _write_published_names(file: Path) -> None:
+    """Put ``text_model.`` before every key, as in published checkpoints.
+
+    Transformers 5 leaves it out when it saves; every version reads it.
+    """
+    from safetensors.torch import load_file, save_file
+
+    prefix = "text_model."
+    tensors = load_file(file)
+    named = {prefix + key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    save_file(named, file, metadata={"format": "pt"})
+
+
+def trained_model(folder: Path) -> TextToImage:
+    """The averaged weights of the last saved state, finished or not."""
+    from transformers import CLIPTokenizer
+
+    model = TextToImage(CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+    model.load_state_dict(torch.load(folder / "diffusion.pt", weights_only=True)["average"])
+    return model.eval()

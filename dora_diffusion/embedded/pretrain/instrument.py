@@ -29,8 +29,9 @@ from dora_diffusion.embedded.pretrain.data import (
     training_scene,
 )
 from dora_diffusion.embedded.pretrain.fit import FitSettings, fit
+from dora_diffusion.embedded.sampling import place, sample_stranger
 from dora_diffusion.embedded.shapes import UNSEEN_CLASSES
-from dora_diffusion.embedded.world import Scene, place, render, sample_stranger
+from dora_diffusion.embedded.world import Scene, render
 
 NO_NAME = -100
 """The label of what has no name, ignored by the loss: the colour of a random RGB body."""

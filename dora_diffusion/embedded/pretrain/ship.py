@@ -20,6 +20,7 @@ from dora_diffusion.embedded.pretrain.card import (
     random_wishes,
     write_grid,
 )
+from dora_diffusion.embedded.pretrain.diffusion import export_pipeline, trained_model
 
 CARD = """# tiny-sd
 
@@ -89,14 +90,6 @@ since training runs for minutes and not for steps.
 """
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a folder's files, readable by everybody: safetensors writes for its owner alone."""
-    shutil.copytree(source, target, dirs_exist_ok=True)
-    for file in target.rglob("*"):
-        if file.is_file():
-            file.chmod(0o644)
-
-
 def _parameters(module: torch.nn.Module) -> float:
     return sum(p.numel() for p in module.parameters()) / 1e6
 
@@ -107,12 +100,15 @@ def _training_facts(work: Path, name: str) -> dict[str, float]:
 
 
 def ship(work: Path, prompts: int = 300) -> dict[str, float]:
-    """Copy judges and pipeline into the package, measure them there and write the card."""
+    """Write judges and pipeline into the package, measure them there and write the card.
+
+    Works from the last saved states, so an unfinished training can be shipped too.
+    """
     from diffusers import StableDiffusionPipeline
 
     folder = model_folder("tiny-sd")
-    _copy(work / "instrument", instrument_folder())
-    _copy(work / "pipeline", folder)
+    shutil.copytree(work / "instrument", instrument_folder(), dirs_exist_ok=True)
+    export_pipeline(trained_model(work), work, folder)
     instrument = load_instrument()
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     measured = {
