@@ -91,18 +91,25 @@ def read_header(path: str | Path) -> Header:
         raw = file.read(length)
     try:
         header = json.loads(raw)
-        metadata = header.pop("__metadata__", {})
-        specs = {
-            name: TensorSpec(DTYPES[i["dtype"]], tuple(i["shape"])) for name, i in header.items()
-        }
-        end = max((int(i["data_offsets"][1]) for i in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        notes = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
+        found = {name: (_parse_spec(item), item["data_offsets"]) for name, item in header.items()}
+        end = max((int(stop) for _, (_, stop) in found.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TensorFileError(f"{Path(path).name} has a broken header: {error!r}") from error
+    if wrong := [n for n, (spec, (start, stop)) in found.items() if stop - start != spec.nbytes]:
+        raise TensorFileError(f"{Path(path).name} has a broken header: {_listing(wrong)}")
     if 8 + length + end != size:
         raise TensorFileError(
             f"{Path(path).name} is cut short: {size} bytes, its header promises {8 + length + end}"
         )
-    return Header(specs, {str(k): str(v) for k, v in metadata.items()})
+    return Header({name: spec for name, (spec, _) in found.items()}, notes)
+
+
+def _parse_spec(item: dict[str, Any]) -> TensorSpec:
+    shape = tuple(int(size) for size in item["shape"])
+    if min(shape, default=0) < 0:
+        raise ValueError(f"shape {shape}")
+    return TensorSpec(DTYPES[item["dtype"]], shape)
 
 
 class TensorReader:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -95,6 +96,24 @@ def test_a_truncated_file_is_refused(tmp_path: Path, cut: int) -> None:
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(TensorFileError):
         read_header(path)
+
+
+def test_a_damaged_header_is_refused_in_plain_words(tmp_path: Path) -> None:
+    """Whatever bytes are there, the error is ours, never one from inside a parser."""
+    path = save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2, 3), "y": torch.ones(4)})
+    whole, random = path.read_bytes(), Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(random.randint(1, 3)):
+            damaged[random.randrange(120)] = random.choice(b'0123456789[]{},":-.eFxy\x00\xff')
+        path.write_bytes(damaged)
+        try:
+            with TensorReader(path) as reader:
+                assert all(reader[name].shape == spec.shape for name, spec in reader.specs.items())
+        except TensorFileError:
+            refused += 1
+    assert refused > 200
 
 
 def test_a_wrong_tensor_stops_the_write(tmp_path: Path) -> None:
