@@ -83,7 +83,7 @@ def plain_errors(name: str, hint: str = "it is missing or damaged") -> Iterator[
 
     try:
         yield
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError, RuntimeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         detail = str(error).strip().splitlines()
         raise ValueError(f"{name} could not be loaded ({hint}): {''.join(detail[:1])}") from error
 

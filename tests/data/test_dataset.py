@@ -20,9 +20,9 @@ from dora_diffusion.data.dataset import (
     ClassImages,
     DreamBoothDataset,
     iterate_batches,
-    read_photos,
 )
 from dora_diffusion.data.images import PhotoError, list_photos
+from dora_diffusion.data.photos import read_photos
 from dora_diffusion.data.sampler import EpochIndex, EpochSampler
 
 PROMPT = "a photo of sks dog"
