@@ -1,0 +1,52 @@
+"""Warnings about photo sets, on real photos and spoiled copies of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageFilter
+
+from dora_diffusion.data.checks import PhotoWarning, blur, check_photos
+from dora_diffusion.data.images import list_photos, open_photo
+from dora_diffusion.data.photos import read_photos
+
+
+def check(paths: list[Path], resolution: int = 512) -> list[PhotoWarning]:
+    return check_photos(read_photos(paths, "a dog")[0], resolution)
+
+
+@pytest.mark.parametrize("subject", ["dog3", "robot_toy", "backpack_dog"])
+def test_good_photos_raise_nothing(photos_root: Path, subject: str) -> None:
+    assert check(list_photos(photos_root / subject)) == []
+
+
+def test_spoiled_copies_are_named(photos_root: Path, tmp_path: Path) -> None:
+    paths = list_photos(photos_root / "dog3")[:3]
+    sharp = open_photo(paths[0])
+    sharp.resize((500, 500)).save(tmp_path / "copy.jpg", quality=60)
+    open_photo(paths[1]).filter(ImageFilter.GaussianBlur(4)).save(tmp_path / "soft.png")
+    found = check([*paths, tmp_path / "copy.jpg", tmp_path / "soft.png"])
+    assert {(warning.kind, warning.names) for warning in found} == {
+        ("small", ("copy.jpg",)),
+        ("duplicate", (paths[0].name, "copy.jpg")),
+        ("blurred", ("soft.png",)),
+        ("duplicate", (paths[1].name, "soft.png")),
+    }
+    small = next(warning for warning in found if warning.kind == "small")
+    assert small.message.startswith("copy.jpg: 500 x 500 is smaller than the training size 512")
+
+
+def test_few_and_many_photos(tmp_path: Path) -> None:
+    paths = []
+    for index in range(31):
+        paths.append(tmp_path / f"{index:02d}.png")
+        Image.effect_noise((16, 16), 50 + index).save(paths[-1])
+    assert [w.kind for w in check(paths[:2], 8) if not w.names] == ["few"]
+    assert [w.kind for w in check(paths[:30], 8) if not w.names] == []
+    assert [w.kind for w in check(paths, 8) if not w.names] == ["many"]
+    assert check(paths[:1], 8)[0].message.startswith("only 1 photo: ")
+
+
+def test_a_flat_image_is_not_blurred() -> None:
+    assert blur(Image.new("L", (64, 64), 128)) == 0.0
