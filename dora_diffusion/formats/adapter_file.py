@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ from dora_diffusion.formats.safetensors_stream import (
     TensorReader,
     save_tensors,
     save_text,
+    write_tensors,
 )
 from dora_diffusion.formats.sgm_blocks import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
@@ -112,6 +114,10 @@ def write_adapter(
 def _write_file(path: Path, file: EncodedFile) -> None:
     if file.text is not None:
         save_text(path, file.text)
+    elif file.lazy is not None:
+        lazy = file.lazy
+        specs = {key: spec for key, (spec, _) in lazy.items()}
+        write_tensors(path, specs, lambda key: lazy[key][1](), file.metadata)
     else:
         save_tensors(path, file.tensors, file.metadata)
 
@@ -205,7 +211,12 @@ def _facts(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> A
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix in _PICKLED:
         # weights_only: the unpickler is restricted to tensors, so the file cannot run code.
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise AdapterFormatError(
+                f"{path.name} holds more than tensors, or is damaged"
+            ) from error
         if not isinstance(loaded, dict):
             raise AdapterFormatError(f"{path.name} does not hold a dict of tensors")
         loaded = loaded.get("state_dict", loaded)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.formats.adapter_file import AdapterMetadata, find_adapter, read_adapter
-from dora_diffusion.formats.adapter_keys import PEFT_PREFIX, is_kohya_key
-from dora_diffusion.formats.adapter_metadata import OWN, TRAINED_ALPHA, describe
+from dora_diffusion.formats.adapter_file import (
+    AdapterFormatError,
+    AdapterMetadata,
+    find_adapter,
+    read_adapter,
+)
+from dora_diffusion.formats.adapter_keys import PEFT_PREFIX, is_kohya_key, name_resolver
+from dora_diffusion.formats.adapter_metadata import OWN, TRAINED_ALPHA, describe, parse_metadata
 from dora_diffusion.formats.adapter_targets import PEFT_FILE
 from dora_diffusion.formats.module_names import guess_family
-from dora_diffusion.formats.safetensors_stream import Header, read_header
+from dora_diffusion.formats.safetensors_stream import Header, TensorFileError, read_header
 from dora_diffusion.numerics.weights import LayerWeights
 
 
@@ -56,10 +62,12 @@ def inspect_adapter(path: str | Path) -> AdapterReport:
         AdapterFormatError: If it is not an adapter that can be read, with the reason.
     """
     found = find_adapter(path)
+    files = sorted(found.rglob(PEFT_FILE)) if found.is_dir() else [found]
+    headers = _headers(files)
+    if _is_for_one_base(headers):
+        return _report_for_one_base(found, headers[0])
     adapter = read_adapter(found)
     layers = adapter.layers
-    files = sorted(found.rglob(PEFT_FILE)) if found.is_dir() else [found]
-    headers = [read_header(file) for file in files if file.suffix == ".safetensors"]
     spelling = _spelling(headers)
     shapes = {name: layer.weight_shape for name, layer in layers.items()}
     facts = adapter.metadata
@@ -85,6 +93,54 @@ def inspect_adapter(path: str | Path) -> AdapterReport:
     )
 
 
+def _headers(files: list[Path]) -> list[Header]:
+    try:
+        return [read_header(file) for file in files if file.suffix == ".safetensors"]
+    except TensorFileError as error:
+        raise AdapterFormatError(str(error)) from error
+
+
+def _is_for_one_base(headers: list[Header]) -> bool:
+    """Whether it is a ``comfyui`` or ``dense`` file, which cannot be read without its base."""
+    if len(headers) != 1:
+        return False
+    compensated = headers[0].metadata.get(OWN + "target") == "comfyui"
+    return compensated or any(key.endswith(".diff") for key in headers[0].specs)
+
+
+def _report_for_one_base(path: Path, header: Header) -> AdapterReport:
+    """Report what names, shapes and metadata tell, without reading layers."""
+    dense = any(key.endswith(".diff") for key in header.specs)
+    resolve, mark = name_resolver(), ".diff" if dense else ".lora_up.weight"
+    keys = {key: resolve(key.partition(".")[0]) for key in header.specs if key.endswith(mark)}
+    components = Counter((name or "other").split(".")[0] for name in keys.values())
+    note = "full differences: add them to the base's weights"
+    if not dense:
+        note = "its magnitudes are changed to be exact in ComfyUI and Forge, and wrong elsewhere"
+    own = header.metadata
+    return AdapterReport(
+        path=path,
+        spelling="kohya",
+        metadata=parse_metadata(own),
+        layers=dict(components),
+        kinds=dict(Counter(_kind_of_shape(header.specs[key].shape) for key in keys)),
+        method="full differences" if dense else "DoRA",
+        norm_axis=own.get(OWN + "norm_axis", "").replace("none", ""),
+        rank=own.get(OWN + "rank", ""),
+        alpha=own.get(OWN + "alpha", ""),
+        parameters=sum(math.prod(spec.shape) for spec in header.specs.values()),
+        nbytes=path.stat().st_size,
+        notes=(
+            note,
+            f"for one base model: {parse_metadata(own).base_model or 'which is not said'}",
+        ),
+    )
+
+
+def _kind_of_shape(shape: tuple[int, ...]) -> str:
+    return "Linear" if len(shape) == 2 else f"Conv2d {shape[2]}x{shape[3]}"
+
+
 def _spelling(headers: list[Header]) -> str:
     keys = [key for header in headers for key in header.specs]
     if keys and is_kohya_key(keys[0]):
@@ -93,9 +149,7 @@ def _spelling(headers: list[Header]) -> str:
 
 
 def _kind(layer: LayerWeights) -> str:
-    if layer.down.ndim == 2:
-        return "Linear"
-    return f"Conv2d {layer.down.shape[2]}x{layer.down.shape[3]}"
+    return _kind_of_shape(layer.weight_shape)
 
 
 def _method(layers: Mapping[str, LayerWeights]) -> str:

@@ -33,6 +33,7 @@ from dora_diffusion.formats.module_names import (
     kohya_name,
     split_component,
 )
+from dora_diffusion.formats.safetensors_stream import TensorSpec
 from dora_diffusion.formats.sgm_blocks import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -67,11 +68,20 @@ class WriteOptions:
 
 @dataclass(frozen=True)
 class EncodedFile:
-    """One file to write: tensors with metadata, or text."""
+    """One file to write: tensors with metadata, or text.
+
+    Attributes:
+        tensors: The tensors, by name.
+        metadata: The file's metadata.
+        text: Content of a text file.
+        lazy: In place of ``tensors``, how to make each when it is written: large files are never
+            whole in memory.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     text: str | None = None
+    lazy: Mapping[str, tuple[TensorSpec, Callable[[], Tensor]]] | None = None
 
 
 Encode = Callable[[Layers, AdapterMetadata, WriteOptions], dict[str, EncodedFile]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from dora_diffusion.formats.adapter_targets import (
     kohya_metadata,
     kohya_names,
 )
+from dora_diffusion.formats.safetensors_stream import TensorSpec
 from dora_diffusion.numerics.dora import adapted_norm, adapted_weight, weight_norm, wide
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -67,14 +69,17 @@ def encode_dense(
 ) -> dict[str, EncodedFile]:
     """Full differences ``W' - W`` under kohya names: large, and exact on either axis."""
     names = kohya_names(layers, metadata, options)
-    tensors = {
-        f"{names[name]}.diff": difference(_base_weight(options, name), layer).to(
-            options.dtype or torch.float32
-        )
+    dtype = options.dtype or torch.float32
+
+    def make(name: str) -> Tensor:
+        return difference(_base_weight(options, name), layers[name]).to(dtype)
+
+    lazy = {
+        f"{names[name]}.diff": (TensorSpec(dtype, layer.weight_shape), partial(make, name))
         for name, layer in layers.items()
     }
     fields = kohya_metadata(layers, metadata, options, "dense")
-    return {KOHYA_FILE: EncodedFile(tensors, fields)}
+    return {KOHYA_FILE: EncodedFile(metadata=fields, lazy=lazy)}
 
 
 def difference(weight: Tensor, layer: LayerWeights) -> Tensor:

@@ -122,7 +122,7 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
         for candidate in (f"{name}.safetensors", index):
             if (folder / candidate).is_file():
                 return folder / candidate
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(folder.glob("*.safetensors.index*.json")) or sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return found[0]
     problem = f"several: {', '.join(f.name for f in found)}" if found else "none"

@@ -249,6 +249,28 @@ def test_inspect(
     assert report.notes
 
 
+def test_inspect_files_for_one_base(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    layers = random_adapter(sd1_folder)
+    facts = AdapterMetadata("sd1", "some/model")
+    source = write_adapter(tmp_path / "a", AdapterFile(layers, facts))
+    for target, method in (("comfyui", "DoRA"), ("dense", "full differences")):
+        file = convert_adapter(source, tmp_path / "b", target, base=sd1_folder, overwrite=True).path
+        report = inspect_adapter(file)
+        assert (report.method, report.rank, report.alpha) == (method, "4", "3")
+        assert sum(report.layers.values()) == len(layers)
+        assert report.notes[1] == "for one base model: some/model"
+    with pytest.raises(AdapterFormatError, match="full differences"):
+        read_adapter(file)
+
+
+def test_a_pickle_that_is_more_than_tensors_is_refused(tmp_path: Path) -> None:
+    torch.save({"unet.conv_in.lora_A.weight": Path("x")}, tmp_path / "pytorch_lora_weights.bin")
+    with pytest.raises(AdapterFormatError, match="more than tensors"):
+        read_adapter(tmp_path)
+
+
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_a_single_file_base_merges_as_the_folder_does(
     tmp_path: Path, family: str, request: pytest.FixtureRequest, random_adapter: MakeAdapter
