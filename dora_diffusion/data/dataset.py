@@ -38,6 +38,7 @@ __all__ = [
     "SamplerState",
     "collate",
     "iterate_batches",
+    "read_photos",
 ]
 
 

@@ -122,10 +122,11 @@ def _embedded_folder(name: str) -> Path:
     except ImportError as error:
         raise ModelNotFoundError(f"no embedded models are installed (asked for {name})") from error
     try:
-        return Path(embedded.model_folder(name))
+        folder = Path(embedded.model_folder(name))
     except (KeyError, ValueError, FileNotFoundError) as error:
         detail = str(error.args[0]) if error.args else name
         raise ModelNotFoundError(f"no embedded model is called {name!r}: {detail}") from error
+    return _checked_folder(folder)
 
 
 def _checked_folder(folder: Path) -> Path:

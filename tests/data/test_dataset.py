@@ -225,6 +225,13 @@ def test_batches_resume_exactly_with_workers(photos: Path) -> None:
         assert batch.crops == expected.crops
 
 
+def test_loading_leaves_the_global_generator_alone(photos: Path) -> None:
+    dataset = DreamBoothDataset(photos, PROMPT, 32, augmentation=RANDOM)
+    before = torch.get_rng_state()
+    next(iterate_batches(dataset, EpochSampler(4, batch_size=2)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_dataset_that_encodes_refuses_workers(photos: Path) -> None:
     dataset = DreamBoothDataset(photos, PROMPT, 32)
     dataset.cache_moments(fake_encode, TensorCache("vae"))

@@ -375,3 +375,6 @@ class TestNames:
         assert resolve_folder("embedded:tiny") == sd1_folder
         with pytest.raises(ModelNotFoundError, match="no embedded model is called 'big': choose"):
             resolve_folder("embedded:big")
+        monkeypatch.setattr(embedded, "model_folder", lambda name: sd1_folder / name)
+        with pytest.raises(ModelNotFoundError, match="not a diffusers pipeline"):
+            resolve_folder("embedded:lost")
