@@ -1,0 +1,7 @@
+"""``python -m dora_diffusion`` is the ``dora-diffusion`` command."""
+
+import sys
+
+from dora_diffusion.cli import main
+
+sys.exit(main())

@@ -1,0 +1,152 @@
+"""The ``dora-diffusion`` command.
+
+Nothing heavy is imported here: every ``--help`` answers at once. What a command does lives in
+`dora_diffusion.commands`, imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from dora_diffusion import __version__
+from dora_diffusion.commands.flags import add_train_flags
+from dora_diffusion.commands.report import reporting_errors
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit code: 0 done, 1 failed (the last line says why), 2 wrong usage, 3 out of memory,
+        128 + N saved and stopped by signal N.
+    """
+    args = build_parser().parse_args(argv)
+    command = import_module(f"dora_diffusion.commands.{args.command}")
+    with reporting_errors(debug=args.debug) as outcome:
+        outcome.code = int(command.run(args) or 0)
+    return outcome.code
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """Run ``dora-diffusion train`` with these flags; what the training script does."""
+    return main(["train", *(sys.argv[1:] if argv is None else argv)])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="dora-diffusion",
+        description="Teach Stable Diffusion or SDXL your subject with DoRA.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text, add_arguments in (
+        ("train", "teach a model a subject from photos", add_train_flags),
+        ("generate", "make pictures", _generate_arguments),
+        ("export", "merge an adapter into a model", _export_arguments),
+        ("convert", "write an adapter in another tool's format", _convert_arguments),
+        ("inspect", "say what an adapter file is, and which tools read it exactly", _inspect),
+    ):
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        command.add_argument("--debug", action="store_true", help="Show tracebacks.")
+        add_arguments(command)
+    return parser
+
+
+def _strengths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strength", type=float, default=1.0, help="0 is the base, 1 the adapter as trained."
+    )
+    parser.add_argument(
+        "--direction_strength",
+        type=float,
+        default=1.0,
+        help="Scales the low-rank update inside the norm.",
+    )
+    parser.add_argument(
+        "--magnitude_strength",
+        type=float,
+        default=1.0,
+        help="Moves the magnitude by this share of its change.",
+    )
+
+
+def _base(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument(
+        "--base",
+        required=required,
+        help="Diffusers folder, hub id, single-file .safetensors checkpoint, or embedded:NAME.",
+    )
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    _base(parser)
+    parser.add_argument("--adapter", help="An adapter file, or the output folder of a run.")
+    parser.add_argument("--prompt", required=True, help="What to show.")
+    parser.add_argument("--output", required=True, help="Picture file, X.png.")
+    parser.add_argument("--negative_prompt", default="", help="What to steer away from.")
+    parser.add_argument("--seed", type=int, help="Of the first picture. Default: random, shown.")
+    parser.add_argument("--num_images", type=int, default=1, help="Pictures, one per seed.")
+    parser.add_argument("--batch_size", type=int, default=4, help="Pictures at once.")
+    parser.add_argument("--steps", type=int, default=30, help="Denoising steps.")
+    parser.add_argument("--guidance_scale", type=float, default=7.5, help="Guidance.")
+    parser.add_argument(
+        "--scheduler",
+        help="ddim, ddpm, pndm, heun, euler, euler_a, dpm++, dpm++_karras, unipc. Default: the "
+        "model's own.",
+    )
+    parser.add_argument("--width", type=int, help="Pixels. Default: what the model was made for.")
+    parser.add_argument("--height", type=int, help="Pixels.")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="Precision."
+    )
+    _strengths(parser)
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    _base(parser)
+    parser.add_argument(
+        "--adapter",
+        required=True,
+        nargs="+",
+        help="Adapter files or output folders; FILE:0.5 gives one its own strength.",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        help="X.safetensors for one file that user interfaces read; else a Diffusers folder.",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="Of the result. Default: the base's.",
+    )
+    parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
+    _strengths(parser)
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", help="An adapter file or folder.")
+    parser.add_argument("output", help="The file or folder to write.")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="TARGET",
+        help="diffusers, peft, kohya, comfyui, dense, lora or lora-diffusers.",
+    )
+    _base(parser, required=False)
+    parser.add_argument("--rank", type=int, help="Rank of the lora target.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="An adapter file or folder.")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""``dora-diffusion convert``."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write an adapter for another tool, and say how exact it is."""
+    from dora_diffusion.export import CONVERSIONS, convert_adapter
+
+    options = {} if args.rank is None else {"rank": args.rank}
+    report = convert_adapter(
+        args.input, args.output, args.to, base=args.base, overwrite=args.overwrite, **options
+    )
+    print(f"{report.path}: {report.layers} layers, {CONVERSIONS[args.to]}")
+    if report.worst is not None:
+        name, error = report.worst
+        print(
+            f"relative error of the change: median {report.median_error:.2%}, "
+            f"largest {error:.2%} in {name}"
+        )
+    return 0

@@ -1,0 +1,31 @@
+"""``dora-diffusion inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+
+def run(args: argparse.Namespace) -> int:
+    """Say what an adapter file is."""
+    from dora_diffusion.export import inspect_adapter
+
+    report = dataclasses.asdict(inspect_adapter(args.file))
+    if args.json:
+        print(json.dumps(report, indent=2, default=str))
+        return 0
+    width = max(len(name) for name in report)
+    for name, value in report.items():
+        for line in _lines(value):
+            print(f"{name.replace('_', ' '):<{width}}  {line}")
+            name = ""
+    return 0
+
+
+def _lines(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [f"{key}: {item}" for key, item in value.items()] or ["-"]
+    if isinstance(value, (list, tuple)):
+        return [str(item) for item in value] or ["-"]
+    return [str(value) if value not in (None, "") else "-"]
