@@ -129,6 +129,7 @@ def _work(
         settings.learning_rate,
         (0.9, 0.99),
         weight_decay=settings.weight_decay,
+        fused=True,
     )
     average = copy.deepcopy(model)
     step, spent = _resume(state_file, model, average, optimizer)

@@ -70,7 +70,8 @@ the same subject in a contrastive subject embedder: **{identity:.3f}**; without 
 96,000 rendered pictures with four captions each; the autoencoder saw 24,000 nonsense shapes too.
 Two single-thread processes on 2 cores of an AMD EPYC: autoencoder {vae_minutes:.0f} minutes
 ({vae_steps:,} steps of 64 crops or 32 pictures), diffusion {diffusion_minutes:.0f} minutes
-({diffusion_steps:,} steps of 64 pictures, velocity loss with min-SNR weights, gamma 5).
+({diffusion_steps:,} steps of 64 pictures; velocity loss, weighted to signal-to-noise ratios of
+0.5 to 11; min-SNR weights of gamma 5 in its first fifth).
 
     W=pretraining
     python -m dora_diffusion.embedded.pretrain data --work $W
