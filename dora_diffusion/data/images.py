@@ -37,7 +37,18 @@ MAX_MEGAPIXELS = 40.0
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif")
 MASK_SUFFIX = ".mask.png"
 # What Pillow's decoders raise on damaged files: each plugin has its own idea.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, zlib.error)
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
 
 
 class PhotoError(ValueError):
@@ -155,8 +166,9 @@ def _open_checked(path: Path, data: bytes, max_megapixels: float) -> PILImage.Im
     if kind == "HEIF":
         _register_heif(path)
     with warnings.catch_warnings():
-        # Pillow's own size warning comes later and higher than the limit below.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # Pillow warns of sizes above a higher limit than ours, and of damaged EXIF blocks, which
+        # do not matter.
+        warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data), formats=(kind,))
         except Image.DecompressionBombError as error:
@@ -192,17 +204,24 @@ def _reasons(path: Path) -> Iterator[None]:
     except PhotoError:
         raise
     except DECODE_ERRORS as error:
+        from PIL import UnidentifiedImageError
+
+        # Pillow names its buffer here, which helps nobody; other decoders write several lines.
+        unreadable = isinstance(error, UnidentifiedImageError)
+        cause = "its header cannot be read" if unreadable else " ".join(str(error).split())
         raise PhotoError(
-            f"{path.name}: damaged or cut short ({error}); copy the photo again or remove it"
+            f"{path.name}: damaged or cut short ({cause}); copy the photo again or remove it"
         ) from error
 
 
 def _orientation(image: PILImage.Image) -> int:
     """EXIF orientation, 1 (upright) where there is none or the EXIF block is damaged."""
-    try:
-        return int(image.getexif().get(0x0112, 1))
-    except (*DECODE_ERRORS, TypeError):
-        return 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return int(image.getexif().get(0x0112, 1))
+        except (*DECODE_ERRORS, TypeError):
+            return 1
 
 
 def _upright(image: PILImage.Image) -> PILImage.Image:

@@ -127,6 +127,31 @@ def test_a_truncated_photo_is_refused(tmp_path: Path, kind: str, kept: float) ->
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "HEIF"])
+def test_any_damage_is_refused_in_one_line_or_harmless(tmp_path: Path, kind: str) -> None:
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    noise_image(40, 24).save(buffer, kind, exif=exif.tobytes())
+    random = np.random.default_rng(0)
+    path = tmp_path / "photo.jpg"
+    reasons = []
+    for _ in range(150):
+        data = bytearray(buffer.getvalue())
+        for place in random.integers(0, min(len(data), 600), random.integers(1, 6)):
+            data[place] = random.integers(0, 256)
+        path.write_bytes(data)
+        for read in (open_photo, photo_size):
+            try:
+                read(path)
+            except PhotoError as error:
+                reasons.append(str(error))
+    assert len(reasons) > 20
+    assert not [reason for reason in reasons if "\n" in reason or "object at" in reason]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
