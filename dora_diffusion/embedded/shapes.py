@@ -137,10 +137,11 @@ def _car(x: Grid, y: Grid) -> list[Part]:
     cabin: list[Point] = [(-0.62, 0.05), (-0.38, 0.52), (0.28, 0.52), (0.6, 0.05)]
     panes: list[Point] = [(-0.46, 0.1), (-0.31, 0.42), (0.22, 0.42), (0.42, 0.1)]
     window = sdf.intersection(sdf.polygon(x, y, panes), 0.05 - np.abs(x + 0.06))
+    tyre_and_hub: tuple[tuple[float, Paint], ...] = ((0.26, RUBBER), (0.11, "accent"))
     wheels = [
         Part(sdf.circle(x, y, (at, -0.46), radius), paint, 0.1)
         for at in (-0.52, 0.52)
-        for radius, paint in ((0.26, RUBBER), (0.11, "accent"))
+        for radius, paint in tyre_and_hub
     ]
     return [
         Part(sdf.polygon(x, y, cabin, 0.06), "body", 0.2),

@@ -17,7 +17,7 @@ from dora_diffusion.embedded.pretrain.tokenizer import MAX_LENGTH
 from dora_diffusion.embedded.pretrain.vae import LATENT_CHANNELS
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
 SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -57,7 +57,7 @@ class TextToImage(nn.Module):
         )
 
 
-def new_unet() -> nn.Module:
+def new_unet() -> Any:
     """A fresh UNet of 5.6 M parameters for 16x16 latents."""
     from diffusers import UNet2DConditionModel
 
@@ -75,7 +75,7 @@ def new_unet() -> nn.Module:
     )
 
 
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def new_text_encoder(tokenizer: CLIPTokenizer) -> Any:
     """A fresh CLIP text encoder of two layers."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -156,13 +156,14 @@ def train_diffusion(folder: Path, minutes: float, learning_rate: float = 1.2e-3)
 
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     data = open_latents(folder)
-    alphas = DDPMScheduler(**SCHEDULE).alphas_cumprod
+    scheduler: Any = DDPMScheduler(**SCHEDULE)
+    alphas: Tensor = scheduler.alphas_cumprod
     empty = tokenize(tokenizer, [""])[0]
 
-    def loss(model: nn.Module, progress: float, generator: torch.Generator) -> Tensor:
+    def loss(model: TextToImage, progress: float, generator: torch.Generator) -> Tensor:
         return diffusion_loss(model, data, alphas, empty, progress, generator)
 
-    def report(model: nn.Module, progress: Progress) -> None:
+    def report(model: TextToImage, progress: Progress) -> None:
         export_pipeline(model, folder, folder / "pipeline")
 
     torch.manual_seed(3)
@@ -179,7 +180,7 @@ def export_pipeline(model: TextToImage, folder: Path, output: Path) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(folder / "vae").half(),
         text_encoder=copy.deepcopy(model.text_encoder).half(),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),

@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-LossFunction = Callable[[nn.Module, float, torch.Generator], Tensor]
+LossFunction = Callable[[Any, float, torch.Generator], Tensor]
 """(model, share of the budget spent, randomness) -> scalar loss of one worker's batch."""
 
 
@@ -68,18 +69,19 @@ class Progress:
     loss: float
 
 
-Report = Callable[[nn.Module, Progress], None]
+Trained = TypeVar("Trained", bound=nn.Module)
+Report = Callable[[Any, Progress], None]
 
 
 def fit(
     name: str,
     folder: Path,
-    model: nn.Module,
+    model: Trained,
     loss: LossFunction,
     settings: FitSettings,
     report: Report | None = None,
     save_seconds: float = 120,
-) -> nn.Module:
+) -> Trained:
     """Train a model and return the average of its weights.
 
     Args:
@@ -187,7 +189,8 @@ def _average_gradients(parameters: list[nn.Parameter], seconds: float, s: FitSet
 
 @torch.no_grad()
 def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    kept, now = list(average.parameters()), list(model.parameters())
+    kept: list[Tensor] = list(average.parameters())
+    now: list[Tensor] = list(model.parameters())
     torch._foreach_lerp_(kept, now, 1 - decay)
     for old, new in zip(average.buffers(), model.buffers(), strict=True):
         old.copy_(new)

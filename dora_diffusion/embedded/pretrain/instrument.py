@@ -71,10 +71,11 @@ def train_classifier(folder: Path, minutes: float) -> Classifier:
         pixels = roughened(to_pixels(pictures[index]), generator)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(pixels)
-        return sum(
+        losses = [
             F.cross_entropy(logit.float(), labels[index, k], ignore_index=NO_NAME)
             for k, logit in enumerate(logits.values())
-        )
+        ]
+        return torch.stack(losses).sum()
 
     torch.manual_seed(1)
     settings = FitSettings(minutes, learning_rate=2e-3, hold=0.1, weight_decay=0.02, ema_decay=0.99)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -77,7 +77,8 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     tokens += list(dict.fromkeys(a + b for a, b in merges if a + b not in set(tokens)))
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)
+    arguments: dict[str, Any] = {"vocab": vocabulary, "merges": merges}
+    tokenizer = CLIPTokenizer(**arguments, model_max_length=MAX_LENGTH)
     tokenizer.save_pretrained(folder)
     # Recent transformers write tokenizer.json alone; older ones read only these two.
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))

@@ -8,12 +8,12 @@ then learns the repainted one.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dora_diffusion.embedded.pretrain.data import (
     CAPTIONED,
@@ -24,15 +24,12 @@ from dora_diffusion.embedded.pretrain.data import (
 from dora_diffusion.embedded.pretrain.fit import FitSettings, Progress, fit
 from dora_diffusion.embedded.world import render
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
 LATENT_CHANNELS = 8
 KL_WEIGHT = 2e-4
 CROPS_UNTIL = 0.6
 
 
-def new_vae() -> AutoencoderKL:
+def new_vae() -> Any:
     """A fresh autoencoder of 0.8 M parameters, downsampling by 4."""
     from diffusers import AutoencoderKL
 
@@ -55,7 +52,7 @@ def reconstruction_loss(pixels: Tensor, rebuilt: Tensor) -> Tensor:
     return error.abs().mean() + 4 * error.pow(2).mean() + 0.5 * edges + 0.25 * colors
 
 
-def train_vae(folder: Path, minutes: float) -> AutoencoderKL:
+def train_vae(folder: Path, minutes: float) -> Any:
     """Train on ``folder/pictures.npy``; the result is in ``folder/vae``, latents of unit variance.
 
     The first part sees 32x32 crops: four times as many pictures a second, and a convolutional
@@ -64,7 +61,7 @@ def train_vae(folder: Path, minutes: float) -> AutoencoderKL:
     pictures = open_pictures(folder)
     new_pictures = held_out_subject_pictures(64)
 
-    def loss(model: nn.Module, progress: float, generator: torch.Generator) -> Tensor:
+    def loss(model: Any, progress: float, generator: torch.Generator) -> Tensor:
         cropped = progress < CROPS_UNTIL
         # Half of the batch from the nonsense shapes would starve the classes; a third does not.
         captioned = torch.randint(0, CAPTIONED, (22 if cropped else 11,), generator=generator)
@@ -84,7 +81,7 @@ def train_vae(folder: Path, minutes: float) -> AutoencoderKL:
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
         return reconstruction_loss(pixels, rebuilt.float()) + KL_WEIGHT * kl
 
-    def report(model: nn.Module, progress: Progress) -> None:
+    def report(model: Any, progress: Progress) -> None:
         print(f"  new subjects: {psnr(model, new_pictures):.2f} dB", flush=True)
 
     torch.manual_seed(0)
@@ -94,7 +91,7 @@ def train_vae(folder: Path, minutes: float) -> AutoencoderKL:
     return vae
 
 
-def save_vae(vae: AutoencoderKL, pictures: Tensor, folder: Path) -> None:
+def save_vae(vae: Any, pictures: Tensor, folder: Path) -> None:
     """Write the model with the scaling factor that gives its latents unit variance."""
     with torch.no_grad():
         latents = vae.encode(to_pixels(pictures[:512])).latent_dist.mode()
@@ -109,14 +106,14 @@ def held_out_subject_pictures(count: int) -> Tensor:
 
 
 @torch.no_grad()
-def round_trip(vae: nn.Module, pixels: Tensor) -> Tensor:
+def round_trip(vae: Any, pixels: Tensor) -> Tensor:
     """Encode to the posterior's mean and decode: (n, 3, h, w) -> (n, 3, h, w)."""
     return torch.cat(
         [vae.decode(vae.encode(p).latent_dist.mode()).sample for p in pixels.split(32)]
     )
 
 
-def psnr(vae: nn.Module, pictures: Tensor) -> float:
+def psnr(vae: Any, pictures: Tensor) -> float:
     """Mean peak signal-to-noise ratio of the round trip in dB, pictures (n, h, w, 3) uint8."""
     pixels = to_pixels(pictures)
     error = (round_trip(vae, pixels).clamp(-1, 1) - pixels).pow(2).mean((1, 2, 3))
