@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Teach Stable Diffusion or SDXL a subject from a handful of photos, with DoRA.
+r"""Teach Stable Diffusion or SDXL a subject from a handful of photos, with DoRA.
 
     python train_dreambooth_dora.py --config samples/bolt_mug/config.yaml
-    accelerate launch train_dreambooth_dora.py --pretrained_model_name_or_path MODEL \\
+    accelerate launch train_dreambooth_dora.py --pretrained_model_name_or_path MODEL \
         --instance_data_dir PHOTOS --instance_prompt "a photo of a sks dog" --output_dir OUTPUT
 
 All flags: ``--help``. The code is in ``dora_diffusion.training``.

@@ -343,9 +343,10 @@ def _cast(setting: dataclasses.Field[Any], value: Any) -> Any:
     if is_list:
         return [kind(item) for item in (value if isinstance(value, list | tuple) else [value])]
     if kind is bool or isinstance(value, bool):
+        wanted = "true or false" if kind is bool else kind.__name__
         _require(
             kind is bool and isinstance(value, bool),
-            f"{setting.name} is {value!r}; it must be {'true or false' if kind is bool else kind.__name__}",
+            f"{setting.name} is {value!r}; it must be {wanted}",
         )
         return value
     try:

@@ -45,7 +45,8 @@ def parameters_text(
         "Model": without_path(model),
     }
     if adapter is not None:
-        facts |= {"Adapter": without_path(str(Path(adapter).resolve())), "Strength": f"{strength:g}"}
+        name = without_path(str(Path(adapter).resolve()))
+        facts |= {"Adapter": name, "Strength": f"{strength:g}"}
     lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))
     return "\n".join(lines)
 
