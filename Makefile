@@ -1,0 +1,51 @@
+# `make demo` and `make test` do everything on a fresh machine: each makes .venv if there is none.
+#
+#   PYTHON=python3.12   the interpreter that .venv is made from
+#   VENV=/path/to/venv  an environment elsewhere
+#   PIP_ARGS=...        passed on to pip, for example an index of CPU-only builds of torch
+#   PYTEST_ARGS=...     passed on to pytest, for example PYTEST_ARGS="-x tests/data"
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+BIN = $(VENV)/bin
+# A step that is done leaves a stamp, and is done again when what it was made from changes.
+READY = $(VENV)/.ready
+READY_TO_TEST = $(VENV)/.ready-to-test
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# The tests' models are tiny: threads of several workers would only wait for each other.
+TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test lint format clean
+
+demo: $(READY)
+	$(BIN)/python -m dora_diffusion.demo $(DEMO_ARGS)
+
+test: lint
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST_ARGS)
+
+lint: $(READY_TO_TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/codespell
+
+format: $(READY_TO_TEST)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable .
+	touch $@
+
+$(READY_TO_TEST): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable ".[test,lint]"
+	touch $(READY) $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
