@@ -156,6 +156,14 @@ class TrainConfig:
     random_flip: bool = _flag(
         False, "Mirror half of the photos; not for subjects with text or a side."
     )
+    aspect_ratio_buckets: bool = _flag(
+        False, "Crop each photo to a shape near its own instead of a square of the same area."
+    )
+    masked_loss: bool = _flag(
+        False, "Learn only where NAME.mask.png beside a photo, or its alpha channel, is bright."
+    )
+    shuffle_tags: bool = _flag(False, "Shuffle the comma-separated tags of captions.")
+    keep_tags: int = _flag(1, "Tags at a caption's start that --shuffle_tags leaves in place.")
     caption_dropout: float = _flag(0.0, "Share of captions replaced by the empty prompt.")
 
     # Prior preservation
@@ -321,7 +329,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "learning_rate", "text_encoder_lr", "magnitude_lr", "prior_loss_weight", "lr_warmup_steps",
     "adam_weight_decay", "max_grad_norm", "snr_gamma", "noise_offset", "num_validation_images",
-    "dataloader_num_workers", "seed", "checkpointing_steps", "lora_dropout",
+    "dataloader_num_workers", "seed", "keep_tags", "checkpointing_steps", "lora_dropout",
 )  # fmt: skip
 
 

@@ -55,10 +55,26 @@ def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction_type: str) -> Ten
     return snr.clamp_max(gamma) / (snr + 1)
 
 
-def denoising_loss(model_pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error of each sample in float32, ``(B,)``, times its weight ``(B,)``."""
-    error = (model_pred.float() - target.float()).square().flatten(1).mean(dim=1)
-    return error if weight is None else error * weight.to(error)
+def denoising_loss(
+    model_pred: Tensor, target: Tensor, weight: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Mean squared error of each sample in float32, ``(B,)``.
+
+    Args:
+        model_pred: ``(B, C, h, w)``.
+        target: ``(B, C, h, w)``.
+        weight: Factor of each sample, ``(B,)``.
+        mask: Where to learn, ``(B, 1, h, w)`` in [0, 1]: the error becomes the mean weighted by
+            it. A sample whose mask is empty has no loss.
+    """
+    error = (model_pred.float() - target.float()).square()
+    if mask is None:
+        per_sample = error.flatten(1).mean(dim=1)
+    else:
+        mask = mask.to(error).expand_as(error)
+        covered = mask.flatten(1).sum(dim=1)
+        per_sample = (error * mask).flatten(1).sum(dim=1) / covered.clamp_min(1e-6)
+    return per_sample if weight is None else per_sample * weight.to(per_sample)
 
 
 def split_prior(per_sample: Tensor, is_prior: Tensor) -> tuple[Tensor, Tensor]:

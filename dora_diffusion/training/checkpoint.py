@@ -25,6 +25,7 @@ _FIXED = (
     "targets", "text_encoder_targets", "train_text_encoder", "rank", "lora_alpha", "conv_rank",
     "conv_alpha", "rslora", "use_dora", "norm_axis", "optimizer", "use_8bit_adam",
     "with_prior_preservation", "prior_preservation_mode", "center_crop", "random_flip",
+    "aspect_ratio_buckets", "masked_loss", "shuffle_tags", "keep_tags",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dora_diffusion.adapters.inject import (
 )
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.data.batch import Batch
+from dora_diffusion.data.buckets import Buckets
 from dora_diffusion.data.cache import TensorCache
 from dora_diffusion.data.captions import require_token
 from dora_diffusion.data.dataset import (
@@ -66,6 +68,11 @@ def make_accelerator(config: TrainConfig) -> Any:
 
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("mixed_precision fp16 needs a CUDA GPU; use bf16 or no")
+    if config.report_to and find_spec(config.report_to) is None:
+        raise ConfigError(
+            f"report_to {config.report_to} needs a package that is not installed; "
+            f"run 'pip install {config.report_to}'"
+        )
     # A process may train more than once, with another precision.
     AcceleratorState._reset_state(reset_partial_state=False)
     if config.allow_tf32:
@@ -195,6 +202,7 @@ def open_session(config: TrainConfig, subject: Subject, accelerator: Any) -> Ses
         seed=config.seed,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
+        groups=dataset.groups if config.aspect_ratio_buckets else None,
     )
     total_steps = _total_steps(config, components, sampler)
     optimizer = accelerator.prepare_optimizer(
@@ -291,8 +299,12 @@ def _dataset(
             random_flip=config.random_flip,
             crop_variants=_CROP_VARIANTS if cached else None,
             caption_dropout=config.caption_dropout,
+            shuffle_tags=config.shuffle_tags,
+            keep_tags=config.keep_tags,
         ),
         class_images=class_images,
+        use_masks=config.masked_loss,
+        target_sizes=_buckets(config, components, resolution),
     )
     if cached:
 
@@ -302,6 +314,14 @@ def _dataset(
 
         dataset.cache_moments(encode, TensorCache(components.identity("vae")))
     return dataset
+
+
+def _buckets(config: TrainConfig, components: Components, resolution: int) -> Buckets | None:
+    """Crop sizes, with sides that the UNet can halve at each of its levels."""
+    if not config.aspect_ratio_buckets:
+        return None
+    levels = len(components.unet.config.block_out_channels) - 1
+    return Buckets(resolution, step=components.vae_factor * 2**levels)
 
 
 def _class_images(

@@ -36,6 +36,7 @@ class StepInputs:
         time_ids: ``(B, 6)`` where the family has them.
         is_prior: ``(B,)`` bool.
         class_captions: B prompts without the token, for the image-free prior; None without it.
+        mask: ``(B, 1, h, w)`` in [0, 1], where to learn; None means everywhere.
     """
 
     latents: Tensor
@@ -45,6 +46,7 @@ class StepInputs:
     time_ids: Tensor | None
     is_prior: Tensor
     class_captions: list[str] | None = None
+    mask: Tensor | None = None
 
 
 def draw_inputs(
@@ -104,7 +106,13 @@ def draw_inputs(
         ids,
         batch.is_prior.to(device),
         class_captions,
+        None if batch.mask is None else area_mask(batch.mask, shape[1:]).to(device),
     )
+
+
+def area_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """A pixel mask ``(B, 1, H, W)`` at the latents' size: the share of each cell that it covers."""
+    return nn.functional.interpolate(mask, size, mode="area")
 
 
 def _rows(is_prior: list[bool]) -> list[tuple[int, bool]]:
@@ -161,7 +169,8 @@ class Objective(nn.Module):
         weight = None
         if self.snr_gamma:
             weight = min_snr_weight(alpha_bar, self.snr_gamma, self.prediction_type)
-        subject, prior = split_prior(denoising_loss(model_pred, target, weight), inputs.is_prior)
+        per_sample = denoising_loss(model_pred, target, weight, inputs.mask)
+        subject, prior = split_prior(per_sample, inputs.is_prior)
         if inputs.class_captions is not None:
             prior = self._image_free_prior(noisy_latents, inputs, weight)
         return subject, prior

@@ -58,6 +58,17 @@ def test_prior_loss_is_the_mean_over_its_own_samples():
     assert (subject, prior) == (1, 0)
 
 
+def test_a_mask_weighs_the_mean_and_an_empty_one_learns_nothing():
+    pred = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    target = torch.zeros_like(pred)
+    mask = torch.ones(3, 1, 4, 4)
+    mask[1, :, :2] = 0
+    mask[2] = 0
+    loss = denoising_loss(pred, target, None, mask)
+    expected = [pred[0].square().mean(), pred[1, :, 2:].square().mean(), torch.tensor(0.0)]
+    torch.testing.assert_close(loss, torch.stack(expected))
+
+
 def test_draws_follow_their_generator_only():
     def draw(seed, offset=0.0):
         return sample_noise((4, 8, 8), torch.Generator().manual_seed(seed), offset)

@@ -210,6 +210,36 @@ def test_class_images_are_reused_only_for_the_same_prompts(sd1_folder, photos, t
     assert len(list((tmp_path / "classes").rglob("*.png"))) == 4
 
 
+def test_buckets_masks_and_tags_train_together(sd1_folder, photos, tmp_path):
+    from PIL import Image
+
+    for path in photos.glob("*.jpg"):
+        size = Image.open(path).size
+        mask = Image.new("L", size, 0)
+        mask.paste(255, (0, 0, size[0], size[1] // 2))
+        mask.save(path.with_name(f"{path.stem}.mask.png"))
+    config = make_config(
+        sd1_folder, photos, tmp_path / "masked", resolution=64, aspect_ratio_buckets=True,
+        masked_loss=True, shuffle_tags=True, train_batch_size=2,
+    )  # fmt: skip
+    train(config)
+    train(replace(config, masked_loss=False, output_dir=str(tmp_path / "whole")))
+    masked, whole = losses(tmp_path / "masked"), losses(tmp_path / "whole")
+    assert all(masked[step] != whole[step] for step in masked)
+
+
+def test_tensorboard_gets_the_losses(sd1_folder, photos, tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    train(make_config(sd1_folder, photos, tmp_path / "out", report_to="tensorboard"))
+    (events,) = (tmp_path / "out" / "logs").rglob("events.*")
+    reader = event_accumulator.EventAccumulator(str(events.parent))
+    reader.Reload()
+    logged = {scalar.step: scalar.value for scalar in reader.Scalars("loss")}
+    assert logged == pytest.approx(losses(tmp_path / "out"))
+
+
 # What is wrong, and what the one-line message must say.
 
 
