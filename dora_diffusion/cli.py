@@ -15,6 +15,13 @@ from dora_diffusion import __version__
 from dora_diffusion.commands.flags import add_train_flags
 from dora_diffusion.commands.report import reporting_errors
 
+# Written out, since asking the modules that define them would import torch for every --help.
+SAMPLERS = (
+    "ddim", "ddpm", "pndm", "heun", "euler", "euler_a", "dpm++", "dpm++_karras", "unipc",
+)  # fmt: skip
+FORMATS = ("diffusers", "peft", "kohya", "comfyui", "dense", "lora", "lora-diffusers")
+DTYPES = ("float32", "float16", "bfloat16")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -25,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     command = import_module(f"dora_diffusion.commands.{args.command}")
-    with reporting_errors(debug=args.debug) as outcome:
+    with reporting_errors(args.command, debug=args.debug) as outcome:
         outcome.code = int(command.run(args) or 0)
     return outcome.code
 
@@ -50,7 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
         ("convert", "write an adapter in another tool's format", _convert_arguments),
         ("inspect", "say what an adapter file is, and which tools read it exactly", _inspect),
     ):
-        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        # No abbreviations: a flag that is added later would break them.
+        command = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
+        )
         command.add_argument("--debug", action="store_true", help="Show tracebacks.")
         add_arguments(command)
     return parser
@@ -93,16 +103,11 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=4, help="Pictures at once.")
     parser.add_argument("--steps", type=int, default=30, help="Denoising steps.")
     parser.add_argument("--guidance_scale", type=float, default=7.5, help="Guidance.")
-    parser.add_argument(
-        "--scheduler",
-        help="ddim, ddpm, pndm, heun, euler, euler_a, dpm++, dpm++_karras, unipc. Default: the "
-        "model's own.",
-    )
+    parser.add_argument("--scheduler", choices=SAMPLERS, help="Default: the model's own.")
     parser.add_argument("--width", type=int, help="Pixels. Default: what the model was made for.")
     parser.add_argument("--height", type=int, help="Pixels.")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="Precision."
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Precision.")
+    parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
     _strengths(parser)
 
 
@@ -119,11 +124,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="X.safetensors for one file that user interfaces read; else a Diffusers folder.",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="Of the result. Default: the base's.",
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="Of the result. Default: the base's.")
     parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
     _strengths(parser)
@@ -139,7 +140,8 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="diffusers, peft, kohya, comfyui, dense, lora or lora-diffusers.",
     )
     _base(parser, required=False)
-    parser.add_argument("--rank", type=int, help="Rank of the lora target.")
+    parser.add_argument("--rank", type=int, help="Rank of the lora targets. Default: 64.")
+    parser.add_argument("--dtype", choices=DTYPES, help="Of the factors. Default: float32.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
 
 

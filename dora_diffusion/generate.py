@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from dora_diffusion.adapters.inject import norm_scope
+from dora_diffusion.adapters.files import load_adapter
+from dora_diffusion.adapters.inject import layer_adapters, norm_scope, set_strength
+from dora_diffusion.data.captions import contains_token
+from dora_diffusion.formats.adapter_file import AdapterMetadata
 from dora_diffusion.models.components import SAMPLERS, Components
+from dora_diffusion.models.load import load_components
+
+_LABEL_HEIGHT = 18
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,55 @@ class SamplingSettings:
             )
 
 
+def load_adapted(
+    base: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    strength: float = 1.0,
+    direction: float = 1.0,
+    magnitude: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    variant: str | None = None,
+) -> tuple[Components, AdapterMetadata]:
+    """Load a base model with an adapter on it, ready to sample from.
+
+    Args:
+        base: A diffusers folder, a hub id, ``embedded:NAME``, or a single file.
+        adapter: An adapter file or the output folder of a run; None samples the base.
+        strength: 0 is exactly the base, 1 exactly the adapter.
+        direction: Scales the low-rank update before the norm is taken.
+        magnitude: Moves the magnitude by this share of its change.
+        dtype: Of the base; an adapter always computes its norms in float32.
+        device: None is the GPU where there is one.
+        variant: Weight variant of the base, such as "fp16".
+
+    Returns:
+        The model, and the adapter's facts; its ``trigger`` holds the words that call the subject.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.
+        AdapterFormatError, ValueError: If the adapter cannot be read, or does not fit the base.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    components = load_components(base, variant=variant, dtype=dtype).to(device)
+    if adapter is None:
+        return components, AdapterMetadata()
+    metadata = load_adapter(components.adaptable(), adapter)
+    for model in components.adaptable().values():
+        if any(layer_adapters(model)):
+            set_strength(model, strength, direction=direction, magnitude=magnitude)
+        model.eval()
+    return components, metadata
+
+
+def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:
+    """Whether a prompt leaves out the word that calls the adapter's subject."""
+    token = metadata.trigger.partition(" ")[0]
+    return bool(token) and not contains_token(prompt, token)
+
+
 def generate_images(
     components: Components,
     prompt: str,
@@ -81,7 +137,7 @@ def generate_images(
         # No parameter changes while sampling: every norm is computed once.
         with torch.no_grad(), norm_scope(*components.adaptable().values()):
             for number, batch in enumerate(batches):
-                report = _reporter(on_step, number, len(batches), settings.steps)
+                report = _reporter(on_step, number, len(batches))
                 images += _sample(pipeline, components, prompt, batch, settings, report)
     finally:
         for module, mode in zip(modules, training, strict=True):
@@ -113,24 +169,37 @@ def _sample(
 
 
 def _reporter(
-    on_step: Callable[[int, int], None] | None, batch: int, batches: int, steps: int
+    on_step: Callable[[int, int], None] | None, batch: int, batches: int
 ) -> Callable[..., dict[str, Any]] | None:
     if on_step is None:
         return None
 
     def report(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        # Some samplers take more steps than they are asked for.
+        steps = pipeline.num_timesteps
         on_step(batch * steps + step + 1, batches * steps)
         return tensors
 
     return report
 
 
-def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Pictures of one size in rows, on white."""
+def image_grid(
+    images: Sequence[Image.Image],
+    columns: int,
+    gap: int = 2,
+    *,
+    labels: Sequence[str] | None = None,
+) -> Image.Image:
+    """Pictures of one size in rows, on white, each under its label where there are labels."""
     width, height = images[0].size
+    top = _LABEL_HEIGHT if labels is not None else 0
     rows = -(-len(images) // columns)
-    size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
+    size = (columns * (width + gap) - gap, rows * (height + top + gap) - gap)
     grid = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(grid)
     for i, image in enumerate(images):
-        grid.paste(image, ((i % columns) * (width + gap), (i // columns) * (height + gap)))
+        x, y = (i % columns) * (width + gap), (i // columns) * (height + top + gap)
+        grid.paste(image, (x, y + top))
+        if labels is not None:
+            draw.text((x + 2, y + 1), labels[i], fill="black", font_size=_LABEL_HEIGHT - 5)
     return grid

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -11,6 +13,21 @@ from dora_diffusion.formats.safetensors_stream import atomic_file
 from dora_diffusion.generate import SamplingSettings
 
 _CHUNK = "parameters"
+_NEGATIVE = "Negative prompt: "
+_FACT = re.compile(r'\s*([\w -]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+# Our samplers under the names that A1111 gives them.
+A1111_SAMPLERS = {
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "pndm": "PLMS",
+    "heun": "Heun",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "dpm++": "DPM++ 2M",
+    "dpm++_karras": "DPM++ 2M Karras",
+    "unipc": "UniPC",
+}
 
 
 def parameters_text(
@@ -35,10 +52,11 @@ def parameters_text(
     """
     lines = [prompt]
     if settings.negative_prompt:
-        lines.append(f"Negative prompt: {settings.negative_prompt}")
-    facts = {
-        "Steps": settings.steps,
-        "Sampler": settings.scheduler or "model default",
+        lines.append(f"{_NEGATIVE}{settings.negative_prompt}")
+    facts: dict[str, object] = {"Steps": settings.steps}
+    if settings.scheduler is not None:
+        facts["Sampler"] = A1111_SAMPLERS[settings.scheduler]
+    facts |= {
         "CFG scale": f"{settings.guidance_scale:g}",
         "Seed": seed,
         "Size": f"{size[0]}x{size[1]}",
@@ -46,9 +64,34 @@ def parameters_text(
     }
     if adapter is not None:
         name = without_path(str(Path(adapter).resolve()))
-        facts |= {"Adapter": name, "Strength": f"{strength:g}"}
-    lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))
+        facts |= {"Adapter": name, "Adapter strength": f"{strength:g}"}
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in facts.items()))
     return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    """A value that holds a separator is a JSON string, as A1111 writes it."""
+    return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n]", value) else value
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """Read a ``parameters`` text, ours or A1111's.
+
+    Returns:
+        ``"Prompt"``, ``"Negative prompt"``, and the facts of the last line under their names. A
+        sampler that we have goes by our name.
+    """
+    body, _, last = text.strip().rpartition("\n")
+    if not re.match(r"Steps: \d", last):
+        body, last = text.strip(), ""
+    prompt, _, negative = f"\n{body}".partition(f"\n{_NEGATIVE}")
+    facts = {"Prompt": prompt.strip(), "Negative prompt": negative.strip()}
+    for name, value in _FACT.findall(last):
+        facts[name] = json.loads(value) if value.startswith('"') else value.strip()
+    ours = {theirs: name for name, theirs in A1111_SAMPLERS.items()}
+    if "Sampler" in facts:
+        facts["Sampler"] = ours.get(facts["Sampler"], facts["Sampler"])
+    return facts
 
 
 def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> Path:
@@ -59,16 +102,15 @@ def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> P
     """
     info = PngImagePlugin.PngInfo()
     if parameters is not None:
-        info.add_itxt(_CHUNK, parameters) if not parameters.isascii() else info.add_text(
-            _CHUNK, parameters
-        )
+        # Pillow makes it an iTXt chunk where Latin-1 does not have its characters.
+        info.add_text(_CHUNK, parameters)
     with atomic_file(Path(path)) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
     return Path(path)
 
 
-def read_parameters(path: Path) -> str | None:
-    """The ``parameters`` text of a PNG, or None."""
+def read_parameters(path: str | Path) -> str | None:
+    """The ``parameters`` text of a picture, or None."""
     with Image.open(path) as image:
         text = image.info.get(_CHUNK)
     return None if text is None else str(text)

@@ -7,11 +7,20 @@ import argparse
 
 def run(args: argparse.Namespace) -> int:
     """Write an adapter for another tool, and say how exact it is."""
+    import torch
+
     from dora_diffusion.export import CONVERSIONS, convert_adapter
 
     options = {} if args.rank is None else {"rank": args.rank}
     report = convert_adapter(
-        args.input, args.output, args.to, base=args.base, overwrite=args.overwrite, **options
+        args.input,
+        args.output,
+        args.to,
+        base=args.base,
+        family=args.family,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        overwrite=args.overwrite,
+        **options,
     )
     print(f"{report.path}: {report.layers} layers, {CONVERSIONS[args.to]}")
     if report.worst is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 from typing import Any
 
-from dora_diffusion.config import TrainConfig, read_config_file, setting_type
+from dora_diffusion.config import ConfigError, TrainConfig, read_config_file, setting_type
 
 
 def add_train_flags(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,15 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     Raises:
         ConfigError: If the file or a value is not valid.
     """
-    values = read_config_file(args.config) if args.config else {}
     names = {setting.name for setting in dataclasses.fields(TrainConfig)}
+    values = read_config_file(args.config) if args.config else {}
+    unknown = [_suggest(name, names) for name in sorted(set(values) - names, key=str)]
+    if unknown:
+        raise ConfigError(f"{args.config} has unknown settings: {', '.join(unknown)}")
     given = {name: value for name, value in vars(args).items() if name in names}
     return TrainConfig.from_dict(values | given)
+
+
+def _suggest(name: Any, names: set[str]) -> str:
+    close = difflib.get_close_matches(str(name), names, n=1)
+    return f"{name} (did you mean {close[0]}?)" if close else str(name)

@@ -13,13 +13,16 @@ from dora_diffusion.config import ConfigError
 
 def run(args: argparse.Namespace) -> int:
     """Make pictures and write them with what made them."""
-    output = Path(args.output)
-    if output.suffix.lower() != ".png":
-        raise ConfigError(f"output {args.output} must end in .png")
-    if args.num_images < 1 or args.batch_size < 1:
-        raise ConfigError("num_images and batch_size must be at least 1")
-    from dora_diffusion.generate import SamplingSettings, generate_images
-    from dora_diffusion.pictures import parameters_text, save_png
+    _check(args)
+    import torch
+    from tqdm import tqdm
+
+    from dora_diffusion.generate import (
+        SamplingSettings,
+        generate_images,
+        lacks_trigger,
+        load_adapted,
+    )
 
     settings = SamplingSettings(
         steps=args.steps,
@@ -29,10 +32,57 @@ def run(args: argparse.Namespace) -> int:
         height=args.height,
         negative_prompt=args.negative_prompt,
     )
-    components = _load(args)
-    first = secrets.randbelow(2**31) if args.seed is None else args.seed
-    seeds = [first + i for i in range(args.num_images)]
-    images = generate_images(components, args.prompt, seeds, settings, batch_size=args.batch_size)
+    components, metadata = load_adapted(
+        args.base,
+        args.adapter,
+        strength=args.strength,
+        direction=args.direction_strength,
+        magnitude=args.magnitude_strength,
+        dtype=getattr(torch, args.dtype),
+        variant=args.variant,
+    )
+    if lacks_trigger(args.prompt, metadata):
+        warnings.warn(
+            "the prompt lacks the adapter's trigger word; write "
+            f"{metadata.trigger!r} to get the subject",
+            stacklevel=1,
+        )
+    seeds = _seeds(args)
+    with tqdm(unit="step", dynamic_ncols=True, leave=False) as bar:
+
+        def show(step: int, total: int) -> None:
+            bar.total = total
+            bar.update(step - bar.n)
+
+        images = generate_images(
+            components, args.prompt, seeds, settings, batch_size=args.batch_size, on_step=show
+        )
+    _save(args, settings, seeds, images)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what could not be written before a model is loaded."""
+    if Path(args.output).suffix.lower() != ".png":
+        raise ConfigError(f"output {args.output} must end in .png")
+    for name in ("num_images", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"{name} is {getattr(args, name)}; it must be at least 1")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise ConfigError(f"seed is {args.seed}; it must be between 0 and 2**63 - 1")
+
+
+def _seeds(args: argparse.Namespace) -> list[int]:
+    """Consecutive seeds, from a random one where none is given."""
+    first = secrets.randbelow(2**32) if args.seed is None else args.seed
+    return [first + i for i in range(args.num_images)]
+
+
+def _save(args: argparse.Namespace, settings: Any, seeds: list[int], images: list[Any]) -> None:
+    """One picture gets the name that was asked for; several get their seed behind it."""
+    from dora_diffusion.pictures import parameters_text, save_png
+
+    output = Path(args.output)
     for seed, image in zip(seeds, images, strict=True):
         path = output if len(seeds) == 1 else output.with_stem(f"{output.stem}-{seed}")
         text = parameters_text(
@@ -40,36 +90,3 @@ def run(args: argparse.Namespace) -> int:
         )
         save_png(image, path, text)
         print(f"{path} (seed {seed})")
-    return 0
-
-
-def _load(args: argparse.Namespace) -> Any:
-    """The base model on the best device, with the adapter on it."""
-    import torch
-
-    from dora_diffusion.adapters.files import load_adapter
-    from dora_diffusion.adapters.inject import layer_adapters, set_strength
-    from dora_diffusion.data.captions import contains_token
-    from dora_diffusion.models.load import load_components
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    components = load_components(args.base, dtype=getattr(torch, args.dtype)).to(device)
-    if args.adapter is None:
-        return components
-    metadata = load_adapter(components.adaptable(), args.adapter)
-    for model in components.adaptable().values():
-        if any(layer_adapters(model)):
-            set_strength(
-                model,
-                args.strength,
-                direction=args.direction_strength,
-                magnitude=args.magnitude_strength,
-            )
-    token = metadata.trigger.partition(" ")[0]
-    if token and not contains_token(args.prompt, token):
-        warnings.warn(
-            f"the prompt lacks the adapter's trigger word; write {metadata.trigger!r} to get the "
-            "subject",
-            stacklevel=1,
-        )
-    return components

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 FAILED, OUT_OF_MEMORY = 1, 3
-_MEMORY_ADVICE = (
-    "out of memory; lower --resolution or --train_batch_size, or use --gradient_checkpointing "
-    "and --mixed_precision bf16"
-)
+# What uses less memory, by command.
+_MEMORY_ADVICE = {
+    "train": "lower --resolution, --train_batch_size or --rank, or use --gradient_checkpointing "
+    "and --mixed_precision bf16",
+    "generate": "lower --batch_size, --width and --height, or use --dtype float16",
+}
+# How torch's CPU allocator says it, which has no class of its own: on Linux and on Windows.
+_CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "std::bad_alloc")
 
 
 @dataclass
@@ -25,13 +29,14 @@ class Outcome:
 
 
 @contextmanager
-def reporting_errors(*, debug: bool) -> Iterator[Outcome]:
+def reporting_errors(command: str = "", *, debug: bool) -> Iterator[Outcome]:
     """Turn errors into an exit code and a last line on stderr, and warnings into lines.
 
     Errors that a user can act on (`ValueError`, `OSError` and what derives from them) are one
     line. Others are defects, and keep their traceback.
 
     Args:
+        command: The command that runs, for advice.
         debug: Let every error through with its traceback; ``DORA_DIFFUSION_DEBUG=1`` does too.
     """
     outcome = Outcome()
@@ -44,17 +49,18 @@ def reporting_errors(*, debug: bool) -> Iterator[Outcome]:
             print("error: interrupted", file=sys.stderr)
             outcome.code = 130
         except Exception as error:
-            code, line = explain(error)
+            code, line = explain(error, command)
             if debug or line is None:
                 raise
             print(f"error: {line}", file=sys.stderr)
             outcome.code = code
 
 
-def explain(error: Exception) -> tuple[int, str | None]:
+def explain(error: Exception, command: str = "") -> tuple[int, str | None]:
     """Exit code of an error and its one line; None for a defect of the program."""
     if is_out_of_memory(error):
-        return OUT_OF_MEMORY, _MEMORY_ADVICE
+        advice = _MEMORY_ADVICE.get(command, "close other programs, or use a larger machine")
+        return OUT_OF_MEMORY, f"out of memory; {advice}"
     if isinstance(error, FileNotFoundError) and error.filename:
         return FAILED, f"{error.filename} does not exist"
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -69,8 +75,7 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    # The CPU allocator has no class of its own.
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    return isinstance(error, RuntimeError) and any(t in str(error) for t in _CPU_OUT_OF_MEMORY)
 
 
 def _one_line(text: str) -> str:
@@ -80,6 +85,8 @@ def _one_line(text: str) -> str:
 def _show_plain_warnings() -> None:
     """Show this package's warnings as lines; leave the libraries' to themselves."""
     warnings.simplefilter("ignore")
+    if os.environ.get("RANK", "0") != "0":
+        return  # Of several processes, the first one speaks.
     warnings.filterwarnings("always", category=UserWarning, module=r"dora_diffusion\.")
 
     def show(message: Any, *_: Any, **__: Any) -> None:
