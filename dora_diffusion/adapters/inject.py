@@ -302,12 +302,12 @@ def norm_scope(*models: nn.Module) -> Iterator[None]:
         layer for model in models for _, layer in adapted_layers(model) if layer._gain_cache is None
     ]
     for layer in opened:
-        layer._gain_cache = {}
+        layer.open_cache()
     try:
         yield
     finally:
         for layer in opened:
-            layer._gain_cache = None
+            layer.close_cache()
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Parameter]:

@@ -199,6 +199,17 @@ class AdaptedLayer(nn.Module):
             cache[name] = gain
         return gain
 
+    def open_cache(self) -> None:
+        """Compute every active adapter's gain now, and keep it until `close_cache`."""
+        self._gain_cache = {}
+        for name, adapter in self.active():
+            if adapter.magnitude is not None:
+                self.gain(name, adapter)
+
+    def close_cache(self) -> None:
+        """Forget the gains."""
+        self._gain_cache = None
+
     def _squared_norm(self, axis: NormAxis) -> Tensor:
         """``|W|^2``, kept for as long as the base weight is what it was."""
         weight = self.weight

@@ -14,14 +14,15 @@ from torch import nn
 
 from dora_diffusion.adapters.inject import DEFAULT_NAME, put_adapters
 from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers
+from dora_diffusion.formats.module_names import with_text_model
 from dora_diffusion.numerics.weights import LayerWeights
 
 _TEXT_LEVEL = "text_model."
 
 
 def _on_disk(component: str, path: str) -> str:
-    if component.startswith("text_encoder") and not path.startswith(_TEXT_LEVEL):
-        path = _TEXT_LEVEL + path
+    if component.startswith("text_encoder"):
+        path = with_text_model(path)  # but the projection, which lies beside that level
     return f"{component}.{path}"
 
 

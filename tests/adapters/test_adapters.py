@@ -453,3 +453,20 @@ def test_text_encoder_names_always_have_text_model(sd1_folder):
     remove_adapters(encoder)
     load_adapter_state({"text_encoder": encoder}, state)
     assert set(adapter_state({"text_encoder": encoder})) == set(state)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_a_compiled_model_is_one_graph_inside_a_scope(net, x, axis):
+    inject_adapters(net, everything(norm_axis=axis))
+    move(net)
+    with norm_scope(net):
+        y = net(x)
+        y.square().sum().backward()
+        expected = [p.grad.clone() for p in adapter_parameters(net)]
+        net.zero_grad()
+        # fullgraph raises where the graph would break.
+        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)(x)
+        compiled.square().sum().backward()
+    torch.testing.assert_close(compiled, y)
+    for parameter, gradient in zip(adapter_parameters(net), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-4)
