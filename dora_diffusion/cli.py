@@ -20,6 +20,7 @@ SAMPLERS = (
     "ddim", "ddpm", "pndm", "heun", "euler", "euler_a", "dpm++", "dpm++_karras", "unipc",
 )  # fmt: skip
 FORMATS = ("diffusers", "peft", "kohya", "comfyui", "dense", "lora", "lora-diffusers")
+FAMILIES = ("sd1", "sd2", "sdxl")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -140,6 +141,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="diffusers, peft, kohya, comfyui, dense, lora or lora-diffusers.",
     )
     _base(parser, required=False)
+    parser.add_argument(
+        "--family", choices=FAMILIES, help="Of the base, for files that do not say it."
+    )
     parser.add_argument("--rank", type=int, help="Rank of the lora targets. Default: 64.")
     parser.add_argument("--dtype", choices=DTYPES, help="Of the factors. Default: float32.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
