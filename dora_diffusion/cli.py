@@ -134,15 +134,10 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", help="An adapter file or folder.")
     parser.add_argument("output", help="The file or folder to write.")
-    parser.add_argument(
-        "--to",
-        required=True,
-        metavar="TARGET",
-        help="diffusers, peft, kohya, comfyui, dense, lora or lora-diffusers.",
-    )
+    parser.add_argument("--to", required=True, choices=FORMATS, help="What to write.")
     _base(parser, required=False)
     parser.add_argument(
-        "--family", choices=FAMILIES, help="Of the base, for files that do not say it."
+        "--family", choices=("sd1", "sd2", "sdxl"), help="For files that do not say it."
     )
     parser.add_argument("--rank", type=int, help="Rank of the lora targets. Default: 64.")
     parser.add_argument("--dtype", choices=DTYPES, help="Of the factors. Default: float32.")
