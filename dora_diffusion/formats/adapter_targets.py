@@ -240,8 +240,18 @@ def encode_kohya(
     names = kohya_names(layers, metadata, options)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors |= _kohya_tensors(names[name], layer, options)
+        tensors |= _kohya_tensors(names[name], _for_web_uis(layer), options)
     return {KOHYA_FILE: EncodedFile(tensors, kohya_metadata(layers, metadata, options, "kohya"))}
+
+
+def _for_web_uis(layer: LayerWeights) -> LayerWeights:
+    """Multiply the scale of an input-axis layer into ``up``.
+
+    A1111 computes that axis, but its versions differ on whether ``alpha / rank`` acts before the
+    norm or on the whole change. With alpha = rank both are the same.
+    """
+    on_input = layer.magnitude is not None and layer.norm_axis == "input"
+    return _unit_scale(layer) if on_input else layer
 
 
 def kohya_names(layers: Layers, metadata: AdapterMetadata, options: WriteOptions) -> dict[str, str]:
@@ -262,7 +272,8 @@ def kohya_metadata(
     """All metadata of a kohya-style file."""
     family = _known_family(layers, metadata)
     fields = own_fields(metadata, layers, target)
-    fields |= kohya_fields(metadata, layers, family, options.title)
+    stored = {name: _for_web_uis(layer) for name, layer in layers.items()}
+    fields |= kohya_fields(metadata, stored, family, options.title)
     if options.unet_layout:
         fields[OWN + "unet_layers_per_block"] = str(options.unet_layout.layers_per_block)
     return fields
