@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 EXACT = "exact"
 _PLAIN = "wrong: the magnitudes are ignored, so it acts as a plain LoRA"
-_NOT_FOR_IT = "not made for it: convert the adapter"
-_OTHER_BASES = "exact for the base it was made for; wrong with any other"
+_NOT_FOR_IT = "convert: the file is not made for it"
+_OTHER_BASES = "exact for its base: wrong with any other"
 
 CONSUMERS = (
     "diffusers",
@@ -29,7 +29,7 @@ def _verdicts(**known: str) -> dict[str, str]:
     return {name: known.get(name.split()[0].lower().replace("-", "_"), "-") for name in CONSUMERS}
 
 
-# What a file holds -> verdict per consumer; "-" where nothing is known.
+# What a file holds -> verdict per consumer, in short before the colon; "-" where it is not known.
 VERDICTS: Mapping[str, Mapping[str, str]] = {
     "diffusers DoRA": _verdicts(
         diffusers=EXACT,
@@ -61,28 +61,25 @@ VERDICTS: Mapping[str, Mapping[str, str]] = {
     "kohya DoRA, input axis": _verdicts(
         diffusers=_PLAIN,
         peft=_NOT_FOR_IT,
-        lycoris="exact where it is told wd_on_output=False; an error otherwise",
+        lycoris="exact if told so: with wd_on_output=False, and an error without",
         comfyui=EXACT,
         a1111=EXACT,
         invokeai=EXACT,
         sd_scripts=_PLAIN,
     ),
     "comfyui": _verdicts(
-        diffusers="wrong",
+        diffusers=_PLAIN,
         peft=_NOT_FOR_IT,
         lycoris="wrong: the magnitudes are changed for ComfyUI",
         comfyui=_OTHER_BASES,
         a1111="wrong: it takes the norms per input",
         invokeai="wrong: it takes the norms per input",
-        sd_scripts="wrong",
+        sd_scripts=_PLAIN,
     ),
     "dense": _verdicts(
-        diffusers="not read",
-        peft="not read",
         lycoris=_OTHER_BASES,
         comfyui=_OTHER_BASES,
         a1111=_OTHER_BASES,
-        sd_scripts="not read",
     ),
     "kohya LoRA": _verdicts(
         diffusers=EXACT,
