@@ -22,6 +22,7 @@ from dora_diffusion import export_checkpoint, generate_images, load_components, 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter_file import read_adapter
+from dora_diffusion.formats.pipeline_folder import PipelineFolder
 from dora_diffusion.generate import SamplingSettings, load_adapted
 from dora_diffusion.models.components import Components
 
@@ -29,8 +30,8 @@ ADAPTER = "pytorch_lora_weights.safetensors"
 SUBJECTS = {
     "sd1": ("dog3", "dog"), "sd2": ("robot_toy", "robot toy"), "sdxl": ("backpack_dog", "backpack"),
 }  # fmt: skip
-# What gets no gradient: queries and keys of self-attention at 1 x 1, which has one place to look at;
-# and the last layer of SDXL's first text encoder, whose penultimate layer is read.
+# What gets no gradient: queries and keys of self-attention at 1 x 1, where there is one place to
+# look at; and the last layer of SDXL's first text encoder, whose penultimate layer is read.
 _ONE_PLACE = r"unet\.mid_block\..*attn1\.to_[qk]"
 NO_GRADIENT = {
     "sd1": re.compile(_ONE_PLACE),
@@ -210,6 +211,8 @@ def test_strengths_mean_the_same_live_and_merged(run: Run, strength: float, tmp_
     assert difference(sample_latents(diffusers_pipeline(merged), run.prompt), latents) < ROUNDING
     if strength == 0:
         assert torch.equal(latents, run.base_latents)
+        with PipelineFolder.open(run.base) as one, PipelineFolder.open(merged) as other:
+            assert all(torch.equal(one[name], other[name]) for name in one.specs)
     else:
         assert difference(latents, run.base_latents) > 0.01
         assert difference(latents, run.latents) > 0.01
