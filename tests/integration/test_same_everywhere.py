@@ -38,6 +38,7 @@ NO_GRADIENT = {
     "sd2": re.compile(_ONE_PLACE),
     "sdxl": re.compile(r"text_encoder\.text_model\.encoder\.layers\.2\..*"),
 }
+TRAIN_STEPS, ALPHA = 4, 6.0
 SIZE, STEPS, GUIDANCE, SEED = 64, 4, 5.0, 11
 # Relative to the largest latent. The same sums in another order: float32 gives about 1e-6.
 ROUNDING = 1e-4
@@ -112,16 +113,16 @@ def run(
             train_text_encoder=True,
             with_prior_preservation=True,
             num_class_images=2,
-            max_train_steps=4,
+            max_train_steps=TRAIN_STEPS,
             rank=4,
-            lora_alpha=6.0,
+            lora_alpha=ALPHA,
             conv_rank=3,
             # High, so that the adapter moves clearly in a few steps.
             learning_rate=2e-2,
             text_encoder_lr=2e-2,
             num_validation_images=0,
             validation_inference_steps=2,
-            checkpointing_steps=0,
+            checkpointing_steps=TRAIN_STEPS,
             output_dir=str(folder / "output"),
         )
     )
@@ -163,6 +164,23 @@ def test_the_adapter_has_moved_everywhere(run: Run) -> None:
     assert {name for name in still if not NO_GRADIENT[run.family].fullmatch(name)} == set()
     assert len(still) < len(layers) / 10
     assert difference(run.latents, run.base_latents) > 0.05
+
+
+def test_the_file_holds_what_was_trained(run: Run) -> None:
+    """The live parameters, as the last checkpoint kept them, against the file, in float64."""
+    state = run.output / f"checkpoint-{TRAIN_STEPS}" / "training_state.pt"
+    live = torch.load(state, weights_only=True)["parameters"]
+    layers = read_adapter(run.adapter).layers
+    assert len(live) == 3 * len(layers)
+    for name, layer in layers.items():
+        key = name if f"{name}.default.down" in live else name.replace(".text_model.", ".")
+        down, up = (live[f"{key}.default.{part}"].double().flatten(1) for part in ("down", "up"))
+        # Convolutions have alpha = rank.
+        trained = up @ down * (ALPHA / len(down) if layer.down.ndim == 2 else 1.0)
+        filed = layer.scale * (layer.up.double().flatten(1) @ layer.down.double().flatten(1))
+        torch.testing.assert_close(filed, trained, rtol=1e-6, atol=1e-8)
+        assert layer.magnitude is not None
+        assert torch.equal(layer.magnitude, live[f"{key}.default.magnitude"].flatten())
 
 
 def test_diffusers_loads_the_output_folder_as_it_is(run: Run) -> None:
