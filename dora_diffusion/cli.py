@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("train", "teach a model a subject from photos", add_train_flags),
         ("generate", "make pictures", _generate_arguments),
         ("export", "merge an adapter into a model", _export_arguments),
+        ("verify", "prove a merged model: compute it again", _verify_arguments),
         ("convert", "write an adapter in another tool's format", _convert_arguments),
         ("inspect", "say what an adapter file is, and which tools read it exactly", _inspect),
     ):
@@ -112,7 +113,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     _strengths(parser)
 
 
-def _export_arguments(parser: argparse.ArgumentParser) -> None:
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `export` merges and `verify` compares with."""
     _base(parser)
     parser.add_argument(
         "--adapter",
@@ -120,15 +122,34 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="Adapter files or output folders; FILE:0.5 gives one its own strength.",
     )
+    parser.add_argument("--vae", help="Another VAE: folder, hub id or .safetensors file.")
+    parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
+    _strengths(parser)
+    for part, text in (("unet", "UNet"), ("text_encoder", "text encoders")):
+        parser.add_argument(
+            f"--{part}_strength", type=float, default=1.0, help=f"Times --strength, for the {text}."
+        )
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    _merge_arguments(parser)
     parser.add_argument(
         "--output",
         required=True,
         help="X.safetensors for one file that user interfaces read; else a Diffusers folder.",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="Of the result. Default: the base's.")
-    parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
+    parser.add_argument(
+        "--config",
+        help="Diffusers folder with the configuration, for a folder made from a single file. "
+        "Default: the released model's, from the hub.",
+    )
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
-    _strengths(parser)
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("merged", help="The merged model: a folder or a .safetensors file.")
+    _merge_arguments(parser)
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:

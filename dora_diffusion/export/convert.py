@@ -12,13 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.export.base import open_model
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.formats.adapter_decode import fit_to_model
 from dora_diffusion.formats.adapter_file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.formats.base_targets import TARGETS, approximate
-from dora_diffusion.formats.checkpoint_file import CheckpointFile
-from dora_diffusion.formats.pipeline_folder import PipelineFolder
-from dora_diffusion.formats.safetensors_stream import read_header
 
 # Plain-LoRA approximations, and the format that each is written in.
 _APPROXIMATE = {"lora": "kohya", "lora-diffusers": "diffusers"}
@@ -139,17 +137,8 @@ class ModuleWeights:
 @contextlib.contextmanager
 def open_base(base: str | Path) -> Iterator[ModuleWeights]:
     """Open a base model's weights: a folder, a hub id, an embedded model, or a single file."""
-    from dora_diffusion.models.family import detect_checkpoint_family, detect_folder_family
-    from dora_diffusion.models.locate import resolve_folder
-
-    file = Path(base).expanduser()
-    with contextlib.ExitStack() as stack:
-        opened: PipelineFolder | CheckpointFile
-        if file.suffix == ".safetensors" and file.is_file():
-            family = detect_checkpoint_family(read_header(file).specs, file.name).name
-            opened = stack.enter_context(CheckpointFile.open(file, family))
-        else:
-            folder = resolve_folder(base)
-            family = detect_folder_family(folder).name
-            opened = stack.enter_context(PipelineFolder.open(folder))
-        yield ModuleWeights(family, opened.module_shapes(), lambda name: opened[f"{name}.weight"])
+    with open_model(base) as model:
+        weights = model.weights
+        yield ModuleWeights(
+            model.family, weights.module_shapes(), lambda name: weights[f"{name}.weight"]
+        )

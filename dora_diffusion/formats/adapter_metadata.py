@@ -111,14 +111,30 @@ def described(text: str, name: str) -> str:
         return ""
 
 
+def modelspec_fields(family: str, title: str, trigger: str, prediction_type: str) -> dict[str, str]:
+    """The ``modelspec.*`` fields of a whole model in the original layout; no empty ones."""
+    fields = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": _architecture(family, prediction_type),
+        "modelspec.implementation": "sgm",
+        "modelspec.title": title,
+        "modelspec.prediction_type": prediction_type.removesuffix("_prediction"),
+        "modelspec.trigger_phrase": trigger,
+    }
+    return {name: value for name, value in fields.items() if value}
+
+
+def _architecture(family: str, prediction_type: str) -> str:
+    v_prediction = family == "sd2" and prediction_type == "v_prediction"
+    return _SD2_V_ARCHITECTURE if v_prediction else _ARCHITECTURES[family]
+
+
 def kohya_fields(
     metadata: AdapterMetadata, layers: Mapping[str, LayerWeights], family: str, title: str
 ) -> dict[str, str]:
     """The ``ss_*`` and ``modelspec.*`` fields of a kohya-style file."""
-    v_prediction = metadata.extra.get("prediction_type") == "v_prediction"
-    architecture = _ARCHITECTURES[family]
-    if family == "sd2" and v_prediction:
-        architecture = _SD2_V_ARCHITECTURE
+    prediction_type = metadata.extra.get("prediction_type", "")
+    v_prediction = prediction_type == "v_prediction"
     fields = {
         "ss_base_model_version": _BASE_VERSIONS[family] + ("_v" if v_prediction else ""),
         "ss_v2": str(family == "sd2"),
@@ -126,7 +142,7 @@ def kohya_fields(
         "ss_sd_model_name": without_path(metadata.base_model),
         "ss_sd_model_hash": metadata.extra.get("base_model_hash", ""),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.architecture": f"{_architecture(family, prediction_type)}/lora",
         "modelspec.title": title,
         "modelspec.trigger_phrase": metadata.trigger,
     }
