@@ -30,7 +30,7 @@ from dora_diffusion.pictures import parse_parameters, read_parameters
 from dora_diffusion.training.metrics import TrainingError
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "generate", "export", "convert", "inspect")
+COMMANDS = tuple(cli.build_parser()._subparsers._group_actions[0].choices)
 
 
 @pytest.fixture(scope="module")
