@@ -110,6 +110,11 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="Pixels.")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Precision.")
     parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
+    parser.add_argument(
+        "--config",
+        help="Diffusers folder with the configuration of a single-file base. Default: the "
+        "released model's, from the hub.",
+    )
     _strengths(parser)
 
 
