@@ -166,12 +166,16 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--family", choices=("sd1", "sd2", "sdxl"), help="For files that do not say it."
     )
     parser.add_argument("--rank", type=int, help="Rank of the lora targets. Default: 64.")
+    parser.add_argument("--alpha", type=float, help="What it was trained with, if it lost that.")
+    parser.add_argument("--tags", nargs="*", default=[], help="Words that adapter managers show.")
+    parser.add_argument("--thumbnail", help="A picture that adapter managers show.")
     parser.add_argument("--dtype", choices=DTYPES, help="Of the factors. Default: float32.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="An adapter file or folder.")
+    _base(parser, required=False)
     parser.add_argument("--json", action="store_true", help="Print JSON.")
 
 
