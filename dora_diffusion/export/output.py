@@ -66,7 +66,7 @@ def check_output(output: Path, base: Path, overwrite: bool) -> None:
     if not output.exists():
         return
     if not overwrite:
-        raise ExportError(f"{output} exists; choose another name, or ask to overwrite it")
+        raise ExportError(f"{output} exists; choose another name, or overwrite it (--overwrite)")
     if output.is_dir() and output.suffix == ".safetensors":
         raise ExportError(f"{output} is a folder; a single file cannot replace it")
     if output.is_dir() and any(output.iterdir()) and not (output / "model_index.json").is_file():
