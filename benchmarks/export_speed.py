@@ -27,7 +27,7 @@ from dora_diffusion.formats.safetensors_stream import TensorSpec, save_text, wri
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights
 
-BLOCK = torch.randn(2**24, generator=torch.Generator().manual_seed(0)) / 30
+BLOCK = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) / 30
 
 
 def make_base(family: str, folder: Path) -> None:
@@ -73,7 +73,8 @@ def make_base(family: str, folder: Path) -> None:
 def fill(spec: TensorSpec) -> torch.Tensor:
     """A tensor of repeated random numbers."""
     count = torch.Size(spec.shape).numel()
-    return BLOCK.repeat(1 + count // len(BLOCK))[:count].view(spec.shape).to(spec.dtype)
+    block = BLOCK.to(spec.dtype)[: max(count, 1)]
+    return block.repeat(-(-count // len(block)))[:count].view(spec.shape)
 
 
 def make_adapter(family: str, base: Path, path: Path, rank: int) -> int:
