@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -43,9 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(subject: str, samples: Path, output: Path, seeds: int) -> dict[str, SubjectScore]:
     """Train, show, judge and merge. Returns the scores of base and adapted model."""
+    import torch
+
     from dora_diffusion.export import export_checkpoint
     from dora_diffusion.training.loop import train
 
+    # The embedded model is so small that threads mostly wait for each other, and do nothing else
+    # where other programs run.
+    torch.set_num_threads(1)
     config = demo_config(subject, samples, output)
     print(f"1. Training on the photos in {config.instance_data_dir}")
     started = time.perf_counter()
@@ -59,6 +65,8 @@ def run(subject: str, samples: Path, output: Path, seeds: int) -> dict[str, Subj
     merged = export_checkpoint(
         config.pretrained_model_name_or_path, result.output_dir, output / "merged", overwrite=True
     )
+    report = {name: dataclasses.asdict(score) for name, score in scores.items()}
+    (output / "scores.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(_table(scores))
     print(f"pictures: {picture}\nadapter:  {result.adapter}\nmerged:   {merged}")
     return scores
@@ -104,7 +112,7 @@ def compare(
                 _generator(components, kept), sample, instrument, count=seeds
             )
         rows[name] = kept[::seeds]
-    grid = _labelled({f"{name}": images for name, images in rows.items()}, list(NEW_BACKGROUNDS))
+    grid = _labelled(rows, list(NEW_BACKGROUNDS))
     return save_picture(grid, output / f"{subject}.png"), scores
 
 
