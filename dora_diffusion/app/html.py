@@ -125,7 +125,7 @@ def phase(job: Job) -> str:
     said = str(job.progress.get("phase") or "starting")
     images = job.folder / "class_images"
     if said == "loading the model" and images.is_dir():
-        made = sum(1 for path in images.iterdir() if path.suffix == ".png")
+        made = sum(1 for _ in images.rglob("*.png"))
         wanted = int(job.settings.get("num_class_images") or 0)
         if made < wanted:
             return f"making class pictures: {made} of {wanted}"

@@ -61,7 +61,10 @@ def build(context: Context) -> GenerateTab:
     form: dict[str, Any] = {}
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            gr.HTML(html.heading("5", "Pictures", "Ask for your subject where it never was."))
+            gr.HTML(
+                html.heading("5", "Pictures", "Ask for your subject where it never was."),
+                padding=False,
+            )
             adapter = id_dropdown(label="Run or checkpoint", elem_id="adapter")
             template = gr.Dropdown(
                 list(_TEMPLATES), value=None, label="Prompt template", elem_id="template"
@@ -83,7 +86,7 @@ def build(context: Context) -> GenerateTab:
                     elem_id="seed",
                 )  # fmt: skip
                 form["count"] = gr.Slider(1, MAX_BATCH, 4, step=1, label="Pictures", min_width=150)
-            gr.HTML("<p class='dd-quiet'>How much of the adapter</p>")
+            gr.HTML("<p class='dd-quiet'>How much of the adapter</p>", padding=False)
             form["strength"] = gr.Slider(
                 0, 2, 1, step=0.05, label="Strength", info="0 is exactly the base model.",
                 elem_id="strength",
@@ -117,7 +120,7 @@ def build(context: Context) -> GenerateTab:
                     elem_id="load-png",
                 )
         with gr.Column(scale=6, min_width=320):
-            gr.HTML(html.heading("", "Results", "Every PNG says how it was made."))
+            gr.HTML(html.heading("", "Results", "Every PNG says how it was made."), padding=False)
             blank = gr.HTML(_EMPTY, padding=False)
             slider = gr.ImageSlider(
                 label="Base (left) and adapted (right), same seed",

@@ -53,7 +53,7 @@ def build(context: Context) -> LibraryTab:
     """Make the fields."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=6, min_width=320):
-            gr.HTML(html.heading("6", "Library", "Everything you have trained."))
+            gr.HTML(html.heading("6", "Library", "Everything you have trained."), padding=False)
             gallery = gr.Gallery(
                 show_label=False,
                 columns=3,
@@ -68,7 +68,10 @@ def build(context: Context) -> LibraryTab:
             run = id_dropdown(label="Run", elem_id="library-run")
             facts = gr.HTML(_NOTHING, padding=False, elem_id="library-facts")
         with gr.Column(scale=5, min_width=320):
-            gr.HTML(html.heading("", "Take it away", "An adapter for your program, or one model."))
+            gr.HTML(
+                html.heading("", "Take it away", "An adapter for your program, or one model."),
+                padding=False,
+            )
             target = gr.Dropdown(
                 [(f"{name}: {text}", name) for name, text in formats().items()],
                 value="diffusers",
@@ -79,7 +82,8 @@ def build(context: Context) -> LibraryTab:
             files = gr.HTML("", padding=False, elem_id="files")
             gr.HTML(
                 "<p class='dd-quiet'>Or merge it into its base model: one file that every "
-                "user interface reads.</p>"
+                "user interface reads.</p>",
+                padding=False,
             )
             strength = gr.Slider(0, 2, 1, step=0.05, label="Merge strength")
             merge = gr.Button("Merge", size="md", elem_id="merge")
@@ -87,7 +91,8 @@ def build(context: Context) -> LibraryTab:
             with gr.Accordion("Delete", open=False):
                 gr.HTML(
                     "<p class='dd-quiet'>Deletes the run with its adapter, checkpoints, "
-                    "samples and exports. There is no way back.</p>"
+                    "samples and exports. There is no way back.</p>",
+                    padding=False,
                 )
                 delete = gr.Button("Delete this run", variant="stop", size="md", elem_id="delete")
     return LibraryTab(gallery, run, facts, target, convert, files, strength, merge, merges, delete)

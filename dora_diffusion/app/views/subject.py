@@ -71,7 +71,10 @@ def build(context: Context) -> SubjectTab:
     """Make the fields."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
-            gr.HTML(html.heading("1", "Photos", "Of one subject. They stay on this machine."))
+            gr.HTML(
+                html.heading("1", "Photos", "Of one subject. They stay on this machine."),
+                padding=False,
+            )
             pick = id_dropdown(
                 label="Subject", info="Each keeps its photos and captions.", elem_id="subject"
             )
@@ -87,7 +90,10 @@ def build(context: Context) -> SubjectTab:
             names = sample_names(context.launch.samples)
             samples: dict[str, Any] = {}
             if names:
-                gr.HTML("<p class='dd-quiet'>No photos at hand? Take a sample subject:</p>")
+                gr.HTML(
+                    "<p class='dd-quiet'>No photos at hand? Take a sample subject:</p>",
+                    padding=False,
+                )
                 with gr.Row():
                     for name in names:
                         photo = context.launch.samples / name / "01.jpg"
@@ -109,7 +115,8 @@ def build(context: Context) -> SubjectTab:
                     "2",
                     "What will be trained on",
                     "The exact crop of each photo. Click one to caption, crop or mask it.",
-                )
+                ),
+                padding=False,
             )
             blank = gr.HTML(_EMPTY, padding=False)
             gallery = gr.Gallery(
@@ -126,7 +133,7 @@ def build(context: Context) -> SubjectTab:
             )
             shown, chosen = gr.State([]), gr.State("")
             with gr.Group(visible=False) as editor_box:
-                title = gr.HTML("")
+                title = gr.HTML("", padding=False)
                 caption = gr.Textbox(
                     label="Caption",
                     info="Say what is around the subject, with the token: a photo of a sks mug on "
@@ -141,7 +148,8 @@ def build(context: Context) -> SubjectTab:
                 with gr.Accordion("Crop or mask", open=False):
                     gr.HTML(
                         "<p class='dd-quiet'>Crop with the crop tool. Or paint over the subject: "
-                        "then only what is painted is learned (masked_loss).</p>"
+                        "then only what is painted is learned (masked_loss).</p>",
+                        padding=False,
                     )
                     editor = gr.ImageEditor(
                         type="pil",

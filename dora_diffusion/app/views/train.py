@@ -49,6 +49,7 @@ class TrainTab:
     model: Any
     prompts: Any
     advanced: dict[str, Any]
+    cost: Any
     plan: Any
     start: Any
     run: Any
@@ -69,7 +70,10 @@ def build(context: Context, subjects: SubjectTab) -> TrainTab:
     """Make the fields."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            gr.HTML(html.heading("3", "What it is", "Of the subject chosen in the Subject tab."))
+            gr.HTML(
+                html.heading("3", "What it is", "Of the subject chosen in the Subject tab."),
+                padding=False,
+            )
             with gr.Row():
                 class_word = gr.Textbox(
                     label="Class",
@@ -113,11 +117,17 @@ def build(context: Context, subjects: SubjectTab) -> TrainTab:
                     with gr.Accordion(title, open=False):
                         for name in names:
                             advanced[name] = setting_field(name, values[name])
-            plan = gr.HTML(html.empty("No subject yet", "Add photos in the Subject tab first."))
+            cost = gr.HTML(
+                html.empty("No subject yet", "Add photos in the Subject tab first."), padding=False
+            )
             start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
             said = gr.HTML("", padding=False, elem_id="train-said")
+            plan = gr.HTML("", padding=False, elem_id="plan")
         with gr.Column(scale=6, min_width=320):
-            gr.HTML(html.heading("4", "How it goes", "Close this page if you like: it goes on."))
+            gr.HTML(
+                html.heading("4", "How it goes", "Close this page if you like: it goes on."),
+                padding=False,
+            )
             run = id_dropdown(label="Run", show_label=False, container=False, elem_id="run")
             status = gr.HTML(_NOTHING, padding=False, elem_id="status")
             with gr.Row():
@@ -144,8 +154,8 @@ def build(context: Context, subjects: SubjectTab) -> TrainTab:
             with gr.Accordion("Queue and history", open=True):
                 jobs = gr.HTML("", padding=False, elem_id="jobs")
     return TrainTab(
-        class_word, token, preset, model, prompts, advanced, plan, start, run, status, loss, log,
-        jobs, samples, stop, kill, resume, remove, said, command,
+        class_word, token, preset, model, prompts, advanced, cost, plan, start, run, status, loss,
+        log, jobs, samples, stop, kill, resume, remove, said, command,
     )  # fmt: skip
 
 
@@ -176,14 +186,15 @@ def connect(context: Context, tab: TrainTab, subjects: SubjectTab) -> None:
             subject.folder,
         )  # fmt: skip
 
-    def plan(*values: Any) -> str:
+    def plan(*values: Any) -> list[str]:
         try:
             one, _ = config(*values)
         except (ValueError, OSError) as error:
             text = str(error)
-            return html.note(text[:1].upper() + text[1:], "warn")
+            return [html.note(text[:1].upper() + text[1:], "warn"), ""]
         cost = estimate(one, context.jobs(), context.workspace.root)
-        return html.estimate_card(cost, one.max_train_steps) + html.command(command_line(one))
+        line = html.command(command_line(one))
+        return [html.estimate_card(cost, one.max_train_steps), line]
 
     @plain
     def start(*values: Any) -> list[Any]:
@@ -220,7 +231,7 @@ def connect(context: Context, tab: TrainTab, subjects: SubjectTab) -> None:
     subjects.pick.change(fill, [subjects.pick], [tab.class_word, tab.token], **_QUIET)
     gr.on(
         [field.change for field in (*asked, subjects.names)],
-        plan, asked, [tab.plan], trigger_mode="always_last", **_QUIET,
+        plan, asked, [tab.cost, tab.plan], trigger_mode="always_last", **_QUIET,
     )  # fmt: skip
     tab.start.click(
         start, asked, [tab.run, tab.said], api_visibility="private", show_progress="minimal"
