@@ -159,7 +159,9 @@ def estimate_card(value: Estimate, steps: int | None) -> str:
     """What a run will cost, and where that is known from."""
 
     def size(gib: float | None) -> str:
-        return "not measured yet" if gib is None else f"{gib:.1f} GiB"
+        if gib is None:
+            return "not measured yet"
+        return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
 
     time = duration(value.seconds) if value.seconds is not None else "known after the first steps"
     facts = {
@@ -195,8 +197,10 @@ def definitions(facts: Mapping[str, Any]) -> str:
 
 def download(path: Any, label: str) -> str:
     """A link to a file of the exports folder, which the server may give out."""
-    address = f"gradio_api/file={quote(str(path))}"
+    address = f"gradio_api/file={quote(str(path.resolve()))}"
+    mib = path.stat().st_size / 2**20
+    size = f"{mib:.1f} MB" if mib >= 0.1 else f"{mib * 1024:.1f} kB"
     return (
         f"<a class='dd-download' href='{esc(address)}' download='{esc(path.name)}'>{esc(label)}"
-        f" <span>{path.stat().st_size / 2**20:.1f} MB</span></a>"
+        f" <span>{size}</span></a>"
     )

@@ -127,8 +127,10 @@ def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job |
     facts = read_json(folder / JOB)
     if not facts:
         return None
+    # In this order: a worker writes its result before it ends.
+    alive = worker_of(folder) is not None
     result, progress = read_json(folder / RESULT), read_json(folder / PROGRESS)
-    state, cause = _state(folder, facts, result)
+    state, cause = _state(folder, facts, result, alive)
     metrics = read_metrics(folder)
     settings = _settings(folder / SETTINGS)
     step = int(metrics[-1]["step"]) if metrics else 0
@@ -157,10 +159,12 @@ def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job |
     )
 
 
-def _state(folder: Path, facts: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, str]:
+def _state(
+    folder: Path, facts: Mapping[str, Any], result: Mapping[str, Any], alive: bool
+) -> tuple[str, str]:
     """State and cause. A result wins over a process, which wins over the queue."""
     if not result:
-        if worker_of(folder) is not None:
+        if alive:
             return ("stopping" if stop_asked(folder) is not None else "running"), ""
         return ("waiting", "") if is_waiting(folder) else ("crashed", last_error(folder) or _KILLED)
     code = result.get("code")

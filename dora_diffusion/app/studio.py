@@ -213,7 +213,8 @@ class Studio:
             request.settings,
             image.size,
             request.base,
-            request.adapter,
+            # The folder: every run's file has the same name.
+            request.adapter and request.adapter.parent,
             request.strength,
         )
         if request.adapter is not None and (request.direction, request.magnitude) != (1, 1):

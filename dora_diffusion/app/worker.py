@@ -31,9 +31,10 @@ class _Stopped(BaseException):
 def main(argv: list[str] | None = None) -> int:
     """Do the job of a folder. Returns its exit code."""
     folder = Path((sys.argv[1:] if argv is None else argv)[0]).resolve()
-    # Two apps may have started the same job: the second worker leaves it alone.
+    # The worker of an earlier attempt may still be leaving; one that two apps started does it all.
     mine = Lock(folder / ".lock")
-    if not mine.take():
+    mine.take(wait=True)
+    if (folder / RESULT).exists():
         return 0
     write_json(folder / WORKER, {"pid": os.getpid(), "start": process_start(os.getpid())})
     signal.signal(signal.SIGTERM, _raise_stopped)

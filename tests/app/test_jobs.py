@@ -70,7 +70,9 @@ def test_a_dead_process_is_a_crash_with_its_cause(
 ) -> None:
     folder = make(workspace)
     pretend_running(folder, sleeper)
-    (folder / jobs.LOG).write_text("error: of before\n--- 2026 again ---\nerror: the disk is full\n")
+    (folder / jobs.LOG).write_text(
+        "error: of before\n--- 2026 again ---\nerror: the disk is full\n"
+    )
     sleeper.kill()
     sleeper.wait()
     assert (seen(folder).state, seen(folder).cause) == ("crashed", "the disk is full")

@@ -123,7 +123,7 @@ def build(context: Context) -> GenerateTab:
             gr.HTML(html.heading("", "Results", "Every PNG says how it was made."), padding=False)
             blank = gr.HTML(_EMPTY, padding=False)
             slider = gr.ImageSlider(
-                label="Base (left) and adapted (right), same seed",
+                show_label=False,
                 visible=False,
                 interactive=False,
                 type="filepath",
@@ -132,7 +132,7 @@ def build(context: Context) -> GenerateTab:
                 elem_id="slider",
             )
             gallery = gr.Gallery(
-                label="Pictures",
+                show_label=False,
                 visible=False,
                 columns=2,
                 height="auto",
@@ -265,11 +265,13 @@ def _results(
     last = pair[1] if pair else gallery[0]
     slider = tuple(str(picture.path) for picture in pair) if pair else None
     pictures = [(str(picture.path), f"seed {picture.seed}") for picture in gallery]
+    said = html.note("Left: the base model. Right: with the adapter, at the same seed.", "info")
     return [
         gr.update(visible=False),
         gr.update(value=slider, visible=bool(pair)),
         gr.update(value=pictures, visible=bool(gallery), columns=columns),
-        html.command(last.parameters, "How it was made (also inside of the PNG)"),
+        (said if pair else "")
+        + html.command(last.parameters, "How it was made (also inside of the PNG)"),
     ]
 
 

@@ -62,6 +62,8 @@ class SubjectTab:
     caption: Any
     save: Any
     drop: Any
+    edit: Any
+    canvas: Any
     editor: Any
     apply: Any
     restore: Any
@@ -103,6 +105,7 @@ def build(context: Context) -> SubjectTab:
                             size="md",
                             min_width=120,
                             elem_id=f"sample-{name}",
+                            elem_classes="dd-sample",
                         )
             with gr.Accordion("New subject, or delete this one", open=False):
                 name = gr.Textbox(label="Name of the new subject", max_lines=1, max_length=60)
@@ -145,28 +148,30 @@ def build(context: Context) -> SubjectTab:
                 with gr.Row():
                     save = gr.Button("Save caption", variant="primary", size="md")
                     drop = gr.Button("Remove photo", size="md")
-                with gr.Accordion("Crop or mask", open=False):
+                edit = gr.Button("Crop or mask it", size="md", elem_id="edit")
+                with gr.Column(visible=False) as canvas:
                     gr.HTML(
-                        "<p class='dd-quiet'>Crop with the crop tool. Or paint over the subject: "
-                        "then only what is painted is learned (masked_loss).</p>",
+                        "<p class='dd-quiet dd-photo'>Crop with the crop tool. Or paint over the "
+                        "subject: then only what is painted is learned (masked_loss).</p>",
                         padding=False,
                     )
                     editor = gr.ImageEditor(
                         type="pil",
                         show_label=False,
-                        sources=(),
+                        sources=("upload",),
                         transforms=("crop",),
                         layers=False,
                         brush=gr.Brush(default_size=40, colors=["#e35d2b"], color_mode="fixed"),
                         format="png",
                         buttons=[],
+                        elem_id="editor",
                     )
                     with gr.Row():
-                        apply = gr.Button("Use this crop and mask", size="md")
+                        apply = gr.Button("Use this crop and mask", size="md", elem_id="apply")
                         restore = gr.Button("Back to the original", size="md")
     return SubjectTab(
         pick, name, create, remove, upload, samples, report, blank, gallery, shown, chosen,
-        editor_box, title, caption, save, drop, editor, apply, restore,
+        editor_box, title, caption, save, drop, edit, canvas, editor, apply, restore,
     )  # fmt: skip
 
 
@@ -241,7 +246,7 @@ def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks) -> None:
 def _connect_photo(context: Context, tab: SubjectTab, view: list[Any]) -> None:
     """What can be done with the photo that was clicked."""
     workspace = context.workspace
-    photo_fields = [tab.chosen, tab.editor_box, tab.photo_title, tab.caption, tab.editor]
+    photo_fields = [tab.chosen, tab.editor_box, tab.photo_title, tab.caption, tab.canvas]
 
     @plain
     def choose(subject_id: str, names: list[str], event: gr.SelectData) -> list[Any]:
@@ -260,6 +265,12 @@ def _connect_photo(context: Context, tab: SubjectTab, view: list[Any]) -> None:
     def drop(subject_id: str, photo: str) -> list[Any]:
         remove_photo(workspace, subject_id, photo)
         return _view(read_subject(workspace, subject_id), html.note(f"{photo} removed", "info"))
+
+    @plain
+    def edit(subject_id: str, photo: str) -> list[Any]:
+        path = str(photo_path(workspace, subject_id, photo))
+        value = {"background": path, "layers": [], "composite": path}
+        return [gr.update(visible=True), value]
 
     @plain
     def apply(subject_id: str, photo: str, value: dict[str, Any] | None) -> list[Any]:
@@ -286,15 +297,16 @@ def _connect_photo(context: Context, tab: SubjectTab, view: list[Any]) -> None:
         **_QUIET,
     )
     tab.drop.click(drop, [tab.pick, tab.chosen], view, **_QUIET)
+    # An editor draws nothing while it is hidden: its picture comes when it is opened.
+    tab.edit.click(edit, [tab.pick, tab.chosen], [tab.canvas, tab.editor], **_QUIET)
     tab.apply.click(apply, [tab.pick, tab.chosen, tab.editor], view, **_BUSY)
     tab.restore.click(restore, [tab.pick, tab.chosen], view, **_BUSY)
 
 
 def _photo(context: Context, subject_id: str, photo: str) -> list[Any]:
     path = photo_path(context.workspace, subject_id, photo)
-    title = f"<div class='dd-heading' style='padding:.8rem'><h2>{html.esc(photo)}</h2></div>"
-    editor = {"background": str(path), "layers": [], "composite": str(path)}
-    return [photo, gr.update(visible=True), title, read_caption_of(path), editor]
+    title = f"<div class='dd-heading dd-photo'><h2>{html.esc(photo)}</h2></div>"
+    return [photo, gr.update(visible=True), title, read_caption_of(path), gr.update(visible=False)]
 
 
 def _subject(context: Context, subject_id: str | None) -> Subject | None:

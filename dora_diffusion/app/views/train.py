@@ -137,7 +137,7 @@ def build(context: Context, subjects: SubjectTab) -> TrainTab:
                 remove = gr.Button("Remove", visible=False, size="md")
             loss = gr.HTML("", padding=False, elem_id="loss")
             samples = gr.Gallery(
-                label="Samples",
+                show_label=False,
                 columns=2,
                 height="auto",
                 fit_columns=False,
