@@ -59,8 +59,10 @@ def notes(lines: Iterable[str], kind: str) -> str:
     return "".join(note(line, kind) for line in lines)
 
 
-def masthead(jobs: Sequence[Job]) -> str:
-    """Name of the app, and in one line what it is doing."""
+def masthead(jobs: Sequence[Job] | None) -> str:
+    """Name of the app, and in one line what it is doing; None before that is known."""
+    if jobs is None:
+        return _masthead("<span class='dd-pill dd-connecting'>connecting</span>")
     active = next((job for job in jobs if job.is_active), None)
     waiting = sum(job.state == "waiting" for job in jobs)
     if active is None:
@@ -69,10 +71,14 @@ def masthead(jobs: Sequence[Job]) -> str:
         share = f" {active.step / active.total:.0%}" if active.total else ""
         now = f"<span class='dd-pill dd-running'>{esc(active.title)}{share}</span>"
     more = f"<span class='dd-pill'>{waiting} waiting</span>" if waiting else ""
+    return _masthead(now + more)
+
+
+def _masthead(pills: str) -> str:
     return (
         "<div class='dd-masthead'><div><h1>DoRA studio</h1>"
         "<p>Teach a model your subject from a few photos, and take it anywhere.</p></div>"
-        f"<div class='dd-pills'>{now}{more}</div></div>"
+        f"<div class='dd-pills'>{pills}</div></div>"
     )
 
 

@@ -19,7 +19,7 @@ def build_page(context: Context) -> gr.Blocks:
     with gr.Blocks(
         title="DoRA studio", analytics_enabled=False, delete_cache=(3600, _DAY), fill_width=False
     ) as blocks:
-        masthead = gr.HTML(html.masthead(()), padding=False)
+        masthead = gr.HTML(html.masthead(None), padding=False)
         with gr.Tabs():
             # Tabs that are not rendered lose what is sent to them.
             with gr.Tab("Subject", id="subject", render_children=True):

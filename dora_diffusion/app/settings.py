@@ -77,7 +77,7 @@ def preset_values(preset: str, model: str) -> dict[str, Any]:
         raise AppError(f"there is no preset {preset!r}; choose {', '.join(PRESET_NAMES)}")
     small = model.startswith("embedded:")
     table, common = (_EMBEDDED, _EMBEDDED_COMMON) if small else (_RELEASED, _RELEASED_COMMON)
-    values = TrainConfig().to_dict() | _COMMON | common | table[preset]
+    values = {**TrainConfig().to_dict(), **_COMMON, **common, **table[preset]}
     return {name: values[name] for name in ADVANCED}
 
 

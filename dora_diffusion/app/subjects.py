@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.app.uploads import Upload, store_photos
 from dora_diffusion.app.workspace import (
@@ -199,7 +199,7 @@ def crop_and_mask(photo: Path, picture: Image, painted: Image | None) -> None:
         if not original.exists():
             original.parent.mkdir(exist_ok=True)
             shutil.copyfile(photo, original)
-        kind = {"quality": 95} if photo.suffix == ".jpg" else {}
+        kind: dict[str, Any] = {"quality": 95} if photo.suffix == ".jpg" else {}
         picture.convert("RGB").save(photo, **kind)
         mask_path(photo).unlink(missing_ok=True)
     if painted is not None and painted.getbbox():

@@ -267,10 +267,9 @@ def _connect_photo(context: Context, tab: SubjectTab, view: list[Any]) -> None:
         return _view(read_subject(workspace, subject_id), html.note(f"{photo} removed", "info"))
 
     @plain
-    def edit(subject_id: str, photo: str) -> list[Any]:
+    def edit(subject_id: str, photo: str) -> dict[str, Any]:
         path = str(photo_path(workspace, subject_id, photo))
-        value = {"background": path, "layers": [], "composite": path}
-        return [gr.update(visible=True), value]
+        return {"background": path, "layers": [], "composite": path}
 
     @plain
     def apply(subject_id: str, photo: str, value: dict[str, Any] | None) -> list[Any]:
@@ -298,7 +297,8 @@ def _connect_photo(context: Context, tab: SubjectTab, view: list[Any]) -> None:
     )
     tab.drop.click(drop, [tab.pick, tab.chosen], view, **_QUIET)
     # An editor draws nothing while it is hidden: its picture comes when it is opened.
-    tab.edit.click(edit, [tab.pick, tab.chosen], [tab.canvas, tab.editor], **_QUIET)
+    opened = tab.edit.click(lambda: gr.update(visible=True), None, [tab.canvas], **_QUIET)
+    opened.then(edit, [tab.pick, tab.chosen], [tab.editor], **_QUIET)
     tab.apply.click(apply, [tab.pick, tab.chosen, tab.editor], view, **_BUSY)
     tab.restore.click(restore, [tab.pick, tab.chosen], view, **_BUSY)
 
