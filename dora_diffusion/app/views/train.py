@@ -206,7 +206,7 @@ def connect(context: Context, tab: TrainTab, subjects: SubjectTab) -> None:
         )  # fmt: skip
         context.queue.tick()
         jobs = context.jobs(fresh=True)
-        job = context.job(job_id)
+        job = next(one for one in jobs if one.id == job_id)
         text = (
             f"{title} is number {job.position} in the queue"
             if job.state == "waiting"
