@@ -20,6 +20,7 @@ SAMPLERS = (
     "ddim", "ddpm", "pndm", "heun", "euler", "euler_a", "dpm++", "dpm++_karras", "unipc",
 )  # fmt: skip
 FORMATS = ("diffusers", "peft", "kohya", "comfyui", "dense", "lora", "lora-diffusers")
+FAMILIES = ("sd1", "sd2", "sdxl")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("train", "teach a model a subject from photos", add_train_flags),
         ("generate", "make pictures", _generate_arguments),
         ("export", "merge an adapter into a model", _export_arguments),
+        ("verify", "prove a merged model: compute it again", _verify_arguments),
         ("convert", "write an adapter in another tool's format", _convert_arguments),
         ("inspect", "say what an adapter file is, and which tools read it exactly", _inspect),
     ):
@@ -108,10 +110,16 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="Pixels.")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Precision.")
     parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
+    parser.add_argument(
+        "--config",
+        help="Diffusers folder with the configuration of a single-file base. Default: the "
+        "released model's, from the hub.",
+    )
     _strengths(parser)
 
 
-def _export_arguments(parser: argparse.ArgumentParser) -> None:
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `export` merges and `verify` compares with."""
     _base(parser)
     parser.add_argument(
         "--adapter",
@@ -119,34 +127,55 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="Adapter files or output folders; FILE:0.5 gives one its own strength.",
     )
+    parser.add_argument("--vae", help="Another VAE: folder, hub id or .safetensors file.")
+    parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
+    _strengths(parser)
+    for part, text in (("unet", "UNet"), ("text_encoder", "text encoders")):
+        parser.add_argument(
+            f"--{part}_strength", type=float, default=1.0, help=f"Times --strength, for the {text}."
+        )
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    _merge_arguments(parser)
     parser.add_argument(
         "--output",
         required=True,
         help="X.safetensors for one file that user interfaces read; else a Diffusers folder.",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="Of the result. Default: the base's.")
-    parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
+    parser.add_argument(
+        "--config",
+        help="Diffusers folder with the configuration, for a folder made from a single file. "
+        "Default: the released model's, from the hub.",
+    )
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
-    _strengths(parser)
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("merged", help="The merged model: a folder or a .safetensors file.")
+    _merge_arguments(parser)
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", help="An adapter file or folder.")
     parser.add_argument("output", help="The file or folder to write.")
-    parser.add_argument(
-        "--to",
-        required=True,
-        metavar="TARGET",
-        help="diffusers, peft, kohya, comfyui, dense, lora or lora-diffusers.",
-    )
+    parser.add_argument("--to", required=True, choices=FORMATS, help="What to write.")
     _base(parser, required=False)
+    parser.add_argument(
+        "--family", choices=("sd1", "sd2", "sdxl"), help="For files that do not say it."
+    )
     parser.add_argument("--rank", type=int, help="Rank of the lora targets. Default: 64.")
+    parser.add_argument("--alpha", type=float, help="What it was trained with, if it lost that.")
+    parser.add_argument("--tags", nargs="*", default=[], help="Words that adapter managers show.")
+    parser.add_argument("--thumbnail", help="A picture that adapter managers show.")
     parser.add_argument("--dtype", choices=DTYPES, help="Of the factors. Default: float32.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="An adapter file or folder.")
+    _base(parser, required=False)
     parser.add_argument("--json", action="store_true", help="Print JSON.")
 
 

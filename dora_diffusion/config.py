@@ -133,6 +133,11 @@ class TrainConfig:
     pretrained_vae_model_name_or_path: str | None = _flag(
         None, "Another VAE: folder or hub id (for SDXL in fp16, one that is fp16-safe)."
     )
+    model_config: str | None = _flag(
+        None,
+        "For a single-file checkpoint: a Diffusers folder with its configuration and tokenizers. "
+        "Default: the released model's, from the hub.",
+    )
     revision: str | None = _flag(None, "Revision of the model on the hub.")
     variant: str | None = _flag(None, "Variant of the weight files, such as fp16.")
 

@@ -108,9 +108,7 @@ def compare(
     return save_picture(grid, output / f"{subject}.png"), scores
 
 
-def _generator(
-    components: Components, kept: list[Image]
-) -> Callable[[str, int, int], list[Image]]:
+def _generator(components: Components, kept: list[Image]) -> Callable[[str, int, int], list[Image]]:
     """The model as the evaluation wants it: a list of pictures for a prompt."""
     from dora_diffusion.generate import SamplingSettings, generate_images
 

@@ -64,6 +64,7 @@ def load_adapted(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     variant: str | None = None,
+    config: str | Path | None = None,
 ) -> tuple[Components, AdapterMetadata]:
     """Load a base model with an adapter on it, ready to sample from.
 
@@ -76,6 +77,7 @@ def load_adapted(
         dtype: Of the base; an adapter always computes its norms in float32.
         device: None is the GPU where there is one.
         variant: Weight variant of the base, such as "fp16".
+        config: For a single file: a diffusers folder of the same architecture.
 
     Returns:
         The model, and the adapter's facts; its ``trigger`` holds the words that call the subject.
@@ -86,7 +88,7 @@ def load_adapted(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    components = load_components(base, variant=variant, dtype=dtype).to(device)
+    components = load_components(base, variant=variant, dtype=dtype, config=config).to(device)
     if adapter is None:
         return components, AdapterMetadata()
     metadata = load_adapter(components.adaptable(), adapter)

@@ -60,13 +60,19 @@ def parameters_text(
         "CFG scale": f"{settings.guidance_scale:g}",
         "Seed": seed,
         "Size": f"{size[0]}x{size[1]}",
-        "Model": without_path(model),
+        "Model": _name_of(model),
     }
     if adapter is not None:
         name = without_path(str(Path(adapter).resolve()))
         facts |= {"Adapter": name, "Adapter strength": f"{strength:g}"}
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in facts.items()))
     return "\n".join(lines)
+
+
+def _name_of(model: str) -> str:
+    """A model's name: of a folder or file its own, of anything else (a hub id) all of it."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else without_path(model)
 
 
 def _quoted(value: str) -> str:

@@ -18,6 +18,9 @@ def run(args: argparse.Namespace) -> int:
         args.to,
         base=args.base,
         family=args.family,
+        alpha=args.alpha,
+        tags=args.tags,
+        thumbnail=args.thumbnail,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         overwrite=args.overwrite,
         **options,
@@ -27,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
         name, error = report.worst
         print(
             f"relative error of the change: median {report.median_error:.2%}, "
-            f"largest {error:.2%} in {name}"
+            f"largest {error:.2%} in {name}, in total {report.total_error:.2%}"
         )
+    for note in report.notes:
+        print(f"repaired: {note}")
     return 0

@@ -3,38 +3,58 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
 def run(args: argparse.Namespace) -> int:
     """Merge adapters into a base, check what was written, and say where it is."""
     import torch
-    from tqdm import tqdm
 
     from dora_diffusion.export import export_checkpoint
 
-    bar: Any = tqdm(unit="tensor", dynamic_ncols=True, leave=False)
-
-    def show(written: int, total: int) -> None:
-        bar.total = total
-        bar.update(written - bar.n)
-
-    with bar:
+    with byte_progress("written") as show:
         path = export_checkpoint(
             args.base,
             [adapter_and_strength(text) for text in args.adapter],
             args.output,
             strength=args.strength,
+            unet_strength=args.unet_strength,
+            text_encoder_strength=args.text_encoder_strength,
             direction_strength=args.direction_strength,
             magnitude_strength=args.magnitude_strength,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
+            vae=args.vae,
             variant=args.variant,
+            config=args.config,
             overwrite=args.overwrite,
             on_progress=show,
         )
     print(f"{path} (reopened and checked)")
     return 0
+
+
+@contextlib.contextmanager
+def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar in bytes, with the rate and the time left; gives the function that moves it.
+
+    Args:
+        what: What happens to the bytes.
+    """
+    from tqdm import tqdm
+
+    bar: Any = tqdm(
+        desc=what, unit="B", unit_scale=True, unit_divisor=1000, dynamic_ncols=True, leave=False
+    )
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    with bar:
+        yield show
 
 
 def adapter_and_strength(text: str) -> tuple[str, float]:

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         magnitude=args.magnitude_strength,
         dtype=getattr(torch, args.dtype),
         variant=args.variant,
+        config=args.config,
     )
     if lacks_trigger(args.prompt, metadata):
         warnings.warn(

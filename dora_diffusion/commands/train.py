@@ -14,7 +14,10 @@ def run(args: argparse.Namespace) -> int:
     from dora_diffusion.training.loop import train
 
     progress = TrainProgress()
-    result = train(config, progress)
+    try:
+        result = train(config, progress)
+    finally:
+        progress.close()
     if result.signal_number is not None:
         if progress.started:
             print(
@@ -50,7 +53,10 @@ class TrainProgress:
             self.bar.update()
         elif kind in ("sample", "checkpoint"):
             self.bar.write(f"{kind}: {event['path']}")
-        elif kind == "done":
+
+    def close(self) -> None:
+        """End the bar's line, so that what is said next has one of its own."""
+        if self.bar is not None:
             self.bar.close()
 
     def _start(self, event: dict[str, Any]) -> None:

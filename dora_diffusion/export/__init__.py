@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dora_diffusion.export.checkpoint import export_checkpoint
 from dora_diffusion.export.convert import CONVERSIONS, ConversionReport, convert_adapter
+from dora_diffusion.export.inspect import inspect_adapter
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.formats.adapter_inspect import AdapterReport, inspect_adapter
+from dora_diffusion.export.verify import VerifyReport, verify_checkpoint
+from dora_diffusion.formats.adapter_inspect import AdapterReport
 
 __all__ = [
     "CONVERSIONS",
     "AdapterReport",
     "ConversionReport",
     "ExportError",
+    "VerifyReport",
     "convert_adapter",
     "export_checkpoint",
     "inspect_adapter",
+    "verify_checkpoint",
 ]

@@ -6,19 +6,26 @@ only then renamed: an interrupted export leaves nothing behind and destroys noth
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
 
+from dora_diffusion.export.base import OpenModel, open_model
 from dora_diffusion.export.folder import write_folder
-from dora_diffusion.export.merged import Adapters, MergedModel, provenance, read_weighted
-from dora_diffusion.export.output import ExportError, OnProgress, check_output
+from dora_diffusion.export.folder_plan import (
+    configuration_folder,
+    plan_of_checkpoint,
+    plan_of_folder,
+    shapes_of_configuration,
+)
+from dora_diffusion.export.merged import BaseWeights, MergedModel
+from dora_diffusion.export.notes import MergeNotes
+from dora_diffusion.export.output import OnProgress, check_output
+from dora_diffusion.export.recipe import Adapters, Recipe
 from dora_diffusion.export.single_file import write_file_as_file, write_folder_as_file
-from dora_diffusion.formats.adapter_metadata import OWN
+from dora_diffusion.export.vae import VaeFile, WithVae, open_vae
 from dora_diffusion.formats.checkpoint_file import CheckpointFile
-from dora_diffusion.formats.pipeline_folder import PipelineFolder
-from dora_diffusion.formats.safetensors_stream import read_header
-from dora_diffusion.merge import Strengths
 
 
 def export_checkpoint(
@@ -27,10 +34,14 @@ def export_checkpoint(
     output: str | Path,
     *,
     strength: float = 1.0,
+    unet_strength: float = 1.0,
+    text_encoder_strength: float = 1.0,
     direction_strength: float = 1.0,
     magnitude_strength: float = 1.0,
     dtype: torch.dtype | None = None,
+    vae: str | Path | None = None,
     variant: str | None = None,
+    config: str | Path | None = None,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Path:
@@ -38,19 +49,24 @@ def export_checkpoint(
 
     Args:
         base: A diffusers folder, a hub id, ``embedded:NAME``, or a single ``.safetensors``
-            checkpoint in the original layout (which exports to a single file only).
+            checkpoint in the original layout.
         adapters: An adapter file or output folder, or several as ``[(adapter, strength), ...]``,
             whose strengths are multiplied with ``strength``. Their order does not matter.
         output: A name ending in ``.safetensors`` gives one file in the original layout, which
             every user interface reads; any other name gives a diffusers folder.
         strength: 0 is the base, 1 the adapter as trained.
+        unet_strength: Multiplies it for the UNet.
+        text_encoder_strength: Multiplies it for the text encoders.
         direction_strength: Scales the low-rank difference inside the norm.
         magnitude_strength: Moves the magnitude by a share of its change.
         dtype: Of the UNet and the text encoders; None keeps that of the base. The VAE keeps its
             own: SDXL's overflows in half precision.
+        vae: Another autoencoder to bake in: a folder, a hub id or a ``.safetensors`` file.
         variant: Weight variant of the base, such as ``"fp16"``.
+        config: For a folder made from a single file: a diffusers folder that gives configuration
+            and tokenizers. None takes the released model's from the hub.
         overwrite: Replace an output that exists.
-        on_progress: Called with (tensors written, tensors in all).
+        on_progress: Called with (bytes written, bytes in all).
 
     Returns:
         The output path.
@@ -60,39 +76,55 @@ def export_checkpoint(
         MergeError, AdapterFormatError: If an adapter does not fit the base.
         DiskFullError: If there is not enough space; nothing is changed then.
     """
-    # Imported here: the model layer may import heavy libraries.
-    from dora_diffusion.models.family import detect_checkpoint_family, detect_folder_family
-    from dora_diffusion.models.locate import resolve_folder
-
     output = Path(output).expanduser()
-    strengths = Strengths(strength, direction_strength, magnitude_strength)
-    note = {"format": "pt", OWN + "merged": provenance(adapters, strength)}
-    file = Path(base).expanduser()
-    if file.suffix == ".safetensors" and file.is_file():
-        _check_single(output, file, overwrite)
-        family = detect_checkpoint_family(read_header(file).specs, file.name).name
-        with CheckpointFile.open(file, family) as checkpoint:
-            weighted = read_weighted(adapters, strengths, checkpoint.module_shapes())
-            merged = MergedModel(checkpoint, weighted, dtype)
-            write_file_as_file(merged, checkpoint, output, note, on_progress)
-        return output
-    folder = resolve_folder(base, variant=variant)
-    check_output(output, folder, overwrite)
-    with PipelineFolder.open(folder, variant) as pipeline:
-        weighted = read_weighted(adapters, strengths, pipeline.module_shapes())
-        merged = MergedModel(pipeline, weighted, dtype)
-        if output.suffix == ".safetensors":
-            family = detect_folder_family(folder).name
-            write_folder_as_file(merged, pipeline, family, output, note, on_progress)
-        else:
-            write_folder(merged, pipeline, output, note, on_progress)
+    recipe = Recipe(
+        adapters, strength, unet_strength, text_encoder_strength,
+        direction_strength, magnitude_strength,
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(open_model(base, variant))
+        check_output(output, model.path, overwrite)
+        new_vae = None if vae is None else stack.enter_context(open_vae(vae))
+        weights: BaseWeights = WithVae(model.weights, new_vae) if new_vae else model.weights
+        read = recipe.read(weights.module_shapes())
+        merged = MergedModel(weights, recipe.weighted(read), dtype)
+        notes = MergeNotes(model, recipe, read, output, prediction_type(model))
+        stack.callback(notes.close)
+        _write(model, merged, output, notes, config, new_vae, on_progress)
     return output
 
 
-def _check_single(output: Path, file: Path, overwrite: bool) -> None:
-    if output.suffix != ".safetensors":
-        raise ExportError(
-            f"a diffusers folder cannot be made from the single file {file.name}, which lacks the "
-            "configurations; give an output ending in .safetensors, or a diffusers folder as base"
-        )
-    check_output(output, file, overwrite)
+def _write(
+    model: OpenModel,
+    merged: MergedModel,
+    output: Path,
+    notes: MergeNotes,
+    config: str | Path | None,
+    vae: VaeFile | None,
+    on_progress: OnProgress | None,
+) -> None:
+    source = model.weights
+    if output.suffix == ".safetensors" and isinstance(source, CheckpointFile):
+        write_file_as_file(merged, source, output, notes, on_progress)
+        return
+    if output.suffix == ".safetensors":
+        assert not isinstance(source, CheckpointFile)
+        write_folder_as_file(merged, source, model.family, output, notes, on_progress)
+        return
+    if isinstance(source, CheckpointFile):
+        folder = configuration_folder(config, model.family)
+        plan = plan_of_checkpoint(source, folder, shapes_of_configuration(folder))
+    else:
+        plan = plan_of_folder(source)
+    if vae is not None:
+        plan = plan.with_tensors("vae", vae.specs)
+    write_folder(merged, plan, output, notes, on_progress, vae.config if vae else None)
+
+
+def prediction_type(model: OpenModel) -> str:
+    """``"epsilon"``, ``"v_prediction"``, or ``""`` where a single file does not tell."""
+    if not isinstance(model.weights, CheckpointFile):
+        return str(model.weights.config("scheduler").get("prediction_type", "epsilon"))
+    if model.family == "sd2":
+        return ""
+    return "v_prediction" if "v_pred" in model.weights.reader.specs else "epsilon"

@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dora_diffusion.export.base import open_model
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.formats.adapter_decode import fit_to_model
+from dora_diffusion.export.thumbnail import thumbnail as make_thumbnail
 from dora_diffusion.formats.adapter_file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.formats.base_targets import TARGETS, approximate
-from dora_diffusion.formats.checkpoint_file import CheckpointFile
-from dora_diffusion.formats.pipeline_folder import PipelineFolder
-from dora_diffusion.formats.safetensors_stream import read_header
 
 # Plain-LoRA approximations, and the format that each is written in.
 _APPROXIMATE = {"lora": "kohya", "lora-diffusers": "diffusers"}
@@ -43,12 +41,16 @@ class ConversionReport:
         target: The format, a key of ``CONVERSIONS``.
         layers: Number of layers.
         errors: Per layer, the relative error of an approximation; empty if the file is exact.
+        total_error: The relative error of all layers together, 0 if the file is exact.
+        notes: What was broken in the source and how it was repaired, one line each.
     """
 
     path: Path
     target: str
     layers: int
     errors: Mapping[str, float] = field(default_factory=dict)
+    total_error: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @property
     def worst(self) -> tuple[str, float] | None:
@@ -69,6 +71,9 @@ def convert_adapter(
     base: str | Path | None = None,
     family: str | None = None,
     rank: int = 64,
+    alpha: float | None = None,
+    tags: Sequence[str] = (),
+    thumbnail: str | Path | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> ConversionReport:
@@ -82,6 +87,9 @@ def convert_adapter(
             ``comfyui``, ``dense`` and the approximations; checks the adapter's fit in any case.
         family: ``"sd1"``, ``"sd2"`` or ``"sdxl"``, for files that do not say it.
         rank: Rank of an approximation.
+        alpha: What it was trained with, for a file that lost it.
+        tags: Words that adapter managers and web UIs show.
+        thumbnail: A picture that they show.
         dtype: Of the low-rank factors; None keeps float32.
         overwrite: Replace an output that exists.
 
@@ -94,31 +102,47 @@ def convert_adapter(
         raise ExportError(f"unknown target {target!r}; there is {', '.join(CONVERSIONS)}")
     kind = _APPROXIMATE.get(target, target)
     _check_free(output, TARGETS[kind].file_name, overwrite)
+    facts = Facts(family or "", tuple(tags), make_thumbnail(thumbnail) if thumbnail else "")
     if base is None:
         if target in _APPROXIMATE or TARGETS[kind].needs_base:
             raise ExportError(f"{target} files are made for one base model; give that model")
-        adapter = _with_family(read_adapter(source), family)
+        adapter = facts.added_to(read_adapter(source, alpha=alpha))
         path = write_adapter(output, adapter, kind, dtype=dtype)
-        return ConversionReport(path, target, len(adapter.layers))
+        return ConversionReport(path, target, len(adapter.layers), notes=adapter.notes)
     with open_base(base) as weights:
-        adapter = _with_family(read_adapter(source, weights.shapes), family or weights.family)
-        adapter = dataclasses.replace(adapter, layers=fit_to_model(adapter.layers, weights.shapes))
+        adapter = read_adapter(source, weights.shapes, base_weight=weights.load, alpha=alpha)
+        adapter = dataclasses.replace(facts, family=facts.family or weights.family).added_to(
+            adapter
+        )
         errors: dict[str, float] = {}
+        total = 0.0
         if target in _APPROXIMATE:
-            layers, errors = approximate(adapter.layers, weights.load, rank)
+            layers, errors, total = approximate(adapter.layers, weights.load, rank)
             extra = {**adapter.metadata.extra, "approximation": f"singular values, rank {rank}"}
-            facts = dataclasses.replace(adapter.metadata, extra=extra)
-            adapter = AdapterFile(layers, facts)
+            metadata = dataclasses.replace(adapter.metadata, extra=extra)
+            adapter = dataclasses.replace(adapter, layers=layers, metadata=metadata)
         path = write_adapter(output, adapter, kind, dtype=dtype, base_weight=weights.load)
-    return ConversionReport(path, target, len(adapter.layers), errors)
+    return ConversionReport(path, target, len(adapter.layers), errors, total, adapter.notes)
 
 
-def _with_family(adapter: AdapterFile, family: str | None) -> AdapterFile:
-    if not family or adapter.metadata.family:
-        return adapter
-    return dataclasses.replace(
-        adapter, metadata=dataclasses.replace(adapter.metadata, family=family)
-    )
+@dataclass(frozen=True)
+class Facts:
+    """Facts that the user adds to an adapter's metadata."""
+
+    family: str
+    tags: tuple[str, ...]
+    thumbnail: str
+
+    def added_to(self, adapter: AdapterFile) -> AdapterFile:
+        """The adapter with these facts; its own family stays."""
+        old = adapter.metadata
+        new = dataclasses.replace(
+            old,
+            family=old.family or self.family,
+            tags=tuple(dict.fromkeys((*old.tags, *self.tags))),
+            thumbnail=self.thumbnail or old.thumbnail,
+        )
+        return dataclasses.replace(adapter, metadata=new)
 
 
 def _check_free(output: Path, file_name: str | None, overwrite: bool) -> None:
@@ -139,17 +163,8 @@ class ModuleWeights:
 @contextlib.contextmanager
 def open_base(base: str | Path) -> Iterator[ModuleWeights]:
     """Open a base model's weights: a folder, a hub id, an embedded model, or a single file."""
-    from dora_diffusion.models.family import detect_checkpoint_family, detect_folder_family
-    from dora_diffusion.models.locate import resolve_folder
-
-    file = Path(base).expanduser()
-    with contextlib.ExitStack() as stack:
-        opened: PipelineFolder | CheckpointFile
-        if file.suffix == ".safetensors" and file.is_file():
-            family = detect_checkpoint_family(read_header(file).specs, file.name).name
-            opened = stack.enter_context(CheckpointFile.open(file, family))
-        else:
-            folder = resolve_folder(base)
-            family = detect_folder_family(folder).name
-            opened = stack.enter_context(PipelineFolder.open(folder))
-        yield ModuleWeights(family, opened.module_shapes(), lambda name: opened[f"{name}.weight"])
+    with open_model(base) as model:
+        weights = model.weights
+        yield ModuleWeights(
+            model.family, weights.module_shapes(), lambda name: weights[f"{name}.weight"]
+        )

@@ -1,4 +1,4 @@
-"""A merged diffusers folder: the base's files, with the weights of its components rewritten."""
+"""A merged diffusers folder: configs and tokenizers copied, weights rewritten."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dora_diffusion.export.folder_plan import FolderPlan, Shard, dump
 from dora_diffusion.export.merged import MergedModel, check_sample
+from dora_diffusion.export.notes import MergeNotes
 from dora_diffusion.export.output import (
     OnProgress,
     ProgressReporter,
@@ -19,75 +22,72 @@ from dora_diffusion.export.output import (
     temporary_sibling,
 )
 from dora_diffusion.formats.checkpoint_keys import Entry
-from dora_diffusion.formats.pipeline_folder import (
-    WEIGHT_SUFFIXES,
-    PipelineFolder,
-    canonical_tensor,
-)
 from dora_diffusion.formats.safetensors_stream import save_text, write_tensors
 
 
 def write_folder(
     merged: MergedModel,
-    pipeline: PipelineFolder,
+    plan: FolderPlan,
     output: Path,
-    metadata: Mapping[str, str],
+    notes: MergeNotes,
     on_progress: OnProgress | None,
+    vae_config: Path | None = None,
 ) -> None:
     """Write a diffusers folder, atomically, and check it.
 
     Weights are written under their plain names, whatever variant they were read from; weights in
     other formats, and single files beside the components, hold the unmerged model and are left
-    out.
+    out. ``vae_config`` takes the place of the autoencoder's config.
     """
-    others = other_files(pipeline)
-    written = sum(merged.spec(name).nbytes for name in pipeline.specs)
-    check_space(output, written + sum(file.stat().st_size for file in others))
-    report = ProgressReporter(len(pipeline.specs), on_progress)
+    written = sum(merged.spec(name).nbytes for name in plan.names)
+    check_space(output, written + sum(file.stat().st_size for file in plan.others))
+    report = ProgressReporter(written, on_progress)
     with temporary_sibling(output) as temporary:
-        for file in others:
-            target = temporary / file.relative_to(pipeline.path)
+        for file in plan.others:
+            target = temporary / file.relative_to(plan.source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-        for component in pipeline.readers:
-            _write_component(merged, pipeline, component, temporary / component, metadata, report)
-        _write_index(pipeline, temporary)
+        if vae_config is not None:
+            shutil.copyfile(vae_config, temporary / "vae" / "config.json")
+        for component, shards in plan.shards.items():
+            _write_component(merged, component, shards, temporary / component, notes, report)
+        _update(temporary / "scheduler" / "scheduler_config.json", plan.scheduler)
+        _write_index(plan.index, temporary)
         replace_folder(temporary, output)
 
 
 def _write_component(
     merged: MergedModel,
-    pipeline: PipelineFolder,
     component: str,
+    shards: list[Shard],
     folder: Path,
-    metadata: Mapping[str, str],
+    notes: MergeNotes,
     report: ProgressReporter,
 ) -> None:
-    reader = pipeline.readers[component]
-    # Text encoders are written with `text_model.`, which every version of transformers reads;
-    # without it, versions before 5.6 leave the whole encoder random, with a warning.
-    canonical = {key: canonical_tensor(component, key) for key in reader.specs}
-    names = {name.removeprefix(f"{component}."): name for name in canonical.values()}
-    files = {
-        name.removeprefix(f"{component}."): reader.file_of[key] for key, name in canonical.items()
-    }
+    """Write the weight files of one component.
 
-    def load(key: str) -> Tensor:
-        report.step()
-        return merged.tensor(names[key])
-
+    Text encoders are written with ``text_model.``, which every version of transformers reads;
+    without it, versions before 5.6 leave the whole encoder random, with a warning.
+    """
     places: dict[str, str] = {}
-    for number, file in enumerate(reader.files, start=1):
-        keys = [key for key in names if files[key] == file]
-        target = folder / _plain_name(component, number, len(reader.files))
-        write_tensors(target, {key: merged.spec(names[key]) for key in keys}, load, metadata)
-        check_sample(target, [Entry(key, (names[key],)) for key in keys], merged)
-        places |= dict.fromkeys(keys, target.name)
-    if len(reader.files) > 1:
-        total = sum(merged.spec(name).nbytes for name in names.values())
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
-        save_text(folder / f"{_stem(component)}.safetensors.index.json", text + "\n")
-    _update_dtype(folder / "config.json", merged.dtype if component != "vae" else None)
+    total = 0
+    for number, shard in enumerate(shards, start=1):
+        specs = {key: merged.spec(name) for key, name in shard.items()}
+
+        def load(key: str, shard: Shard = shard) -> Tensor:
+            report.step(merged.spec(shard[key]).nbytes)
+            return merged.tensor(shard[key])
+
+        target = folder / _plain_name(component, number, len(shards))
+        write_tensors(target, specs, load, notes.draft(), notes.final)
+        check_sample(target, [Entry(key, (name,)) for key, name in shard.items()], merged)
+        places |= dict.fromkeys(shard, target.name)
+        total += sum(spec.nbytes for spec in specs.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        save_text(folder / f"{_stem(component)}.safetensors.index.json", dump(index))
+    if component != "vae" and merged.dtype is not None:
+        _update_dtype(folder / "config.json", merged.dtype)
 
 
 def _stem(component: str) -> str:
@@ -99,44 +99,31 @@ def _plain_name(component: str, number: int, count: int) -> str:
     return f"{_stem(component)}{shard}.safetensors"
 
 
-def _update_dtype(config: Path, dtype: torch.dtype | None) -> None:
+def _update_dtype(config: Path, dtype: torch.dtype) -> None:
     """Keep a transformers config's note of its weights' dtype true."""
-    if dtype is None or not config.is_file():
-        return
-    values = json.loads(config.read_text("utf-8"))
-    noted = [key for key in ("dtype", "torch_dtype") if key in values]
-    if noted:
-        values |= dict.fromkeys(noted, str(dtype).removeprefix("torch."))
-        save_text(config, json.dumps(values, indent=2) + "\n")
+    if config.is_file():
+        values = json.loads(config.read_text("utf-8"))
+        noted = [key for key in ("dtype", "torch_dtype") if key in values]
+        _update(config, dict.fromkeys(noted, str(dtype).removeprefix("torch.")))
 
 
-def other_files(pipeline: PipelineFolder) -> list[Path]:
-    """The files of a pipeline that are copied as they are: all but the weights of components."""
-    top = [file for file in pipeline.path.iterdir() if file.is_file() and not _is_weight(file)]
-    files = [file for file in top if not file.name.startswith(".")]
-    for name, value in pipeline.index.items():
-        if isinstance(value, list) and (pipeline.path / name).is_dir():
-            inside = [file for file in (pipeline.path / name).rglob("*") if file.is_file()]
-            files += [f for f in inside if name not in pipeline.readers or not _is_weight(f)]
-    return sorted(files)
+def _update(config: Path, values: Mapping[str, Any]) -> None:
+    if values:
+        save_text(config, dump({**json.loads(config.read_text("utf-8")), **values}))
 
 
-def _is_weight(file: Path) -> bool:
-    return file.name.endswith(WEIGHT_SUFFIXES) or ".safetensors.index." in file.name
-
-
-def _write_index(pipeline: PipelineFolder, folder: Path) -> None:
+def _write_index(source: Mapping[str, Any], folder: Path) -> None:
     """Write ``model_index.json`` without the components that the base folder does not hold.
 
     A download that leaves out the safety checker would otherwise give a folder that does not load.
     """
     index = {
         name: [None, None] if isinstance(value, list) and _is_absent(folder, name, value) else value
-        for name, value in pipeline.index.items()
+        for name, value in source.items()
     }
     if index.get("safety_checker") == [None, None]:
         index["requires_safety_checker"] = False
-    save_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+    save_text(folder / "model_index.json", dump(index))
 
 
 def _is_absent(folder: Path, name: str, value: list[object]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,9 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.formats.adapter_file import read_adapter
-from dora_diffusion.formats.adapter_metadata import without_path
 from dora_diffusion.formats.checkpoint_keys import Entry, build_entry
 from dora_diffusion.formats.safetensors_stream import TensorReader, TensorSpec
-from dora_diffusion.merge import Strengths, WeightedAdapter, check_fit, layers_of, merge_tensor
-
-Adapters = str | Path | Sequence[tuple[str | Path, float]]
+from dora_diffusion.merge import WeightedAdapter, layers_of, merge_tensor
 
 _CHECKED_TENSORS = 8
 
@@ -69,39 +64,6 @@ class MergedModel:
     def is_adapted(self, entry: Entry) -> bool:
         """Whether an adapter acts on one of the entry's sources."""
         return any(layers_of(name, self.adapters) for name in entry.sources)
-
-
-def read_weighted(
-    adapters: Adapters, strengths: Strengths, shapes: Mapping[str, tuple[int, ...]]
-) -> list[WeightedAdapter]:
-    """Read adapters, check that they fit the base's weights, and attach their strengths.
-
-    Raises:
-        MergeError: If a layer has no base weight.
-        AdapterFormatError: If a file cannot be read.
-        ExportError: If no adapter was given.
-    """
-    weighted = []
-    for path, own in pairs(adapters):
-        total = Strengths(
-            own * strengths.strength, strengths.direction_strength, strengths.magnitude_strength
-        )
-        weighted.append(WeightedAdapter(read_adapter(path, shapes).layers, total))
-    if not weighted:
-        raise ExportError("no adapter was given")
-    check_fit(shapes, weighted)
-    return weighted
-
-
-def pairs(adapters: Adapters) -> list[tuple[str | Path, float]]:
-    """One adapter or several, as a list with strengths."""
-    return [(adapters, 1.0)] if isinstance(adapters, (str, Path)) else list(adapters)
-
-
-def provenance(adapters: Adapters, strength: float) -> str:
-    """JSON of what was merged, for the output's metadata; names only, no paths."""
-    named = [(without_path(str(Path(path).resolve())), own) for path, own in pairs(adapters)]
-    return json.dumps([{"adapter": name, "strength": own * strength} for name, own in named])
 
 
 def check_sample(path: Path, entries: Sequence[Entry], merged: MergedModel) -> None:

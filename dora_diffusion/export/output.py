@@ -11,11 +11,11 @@ from pathlib import Path
 
 from dora_diffusion.formats.safetensors_stream import DiskFullError, disk_full
 
-# Called with the number of tensors written so far, and of all.
+# Called with the number of bytes written so far, and of all.
 OnProgress = Callable[[int, int], None]
 
 _SPARE_BYTES = 32 * 2**20
-_PICKLED = (".ckpt", ".bin", ".pt", ".pth")
+PICKLED = (".ckpt", ".bin", ".pt", ".pth")
 
 
 class ExportError(ValueError):
@@ -23,14 +23,14 @@ class ExportError(ValueError):
 
 
 class ProgressReporter:
-    """Counts written tensors and passes the count on."""
+    """Counts written bytes and passes the count on."""
 
     def __init__(self, total: int, on_progress: OnProgress | None) -> None:
         self.done, self.total, self.on_progress = 0, total, on_progress
 
-    def step(self) -> None:
-        """Count one tensor."""
-        self.done += 1
+    def step(self, nbytes: int) -> None:
+        """Count the bytes of one tensor."""
+        self.done += nbytes
         if self.on_progress is not None:
             self.on_progress(self.done, self.total)
 
@@ -57,7 +57,7 @@ def check_output(output: Path, base: Path, overwrite: bool) -> None:
             inside the base or around it, or asks for a pickle.
     """
     source, target = base.resolve(), output.resolve()
-    if output.suffix in _PICKLED:
+    if output.suffix in PICKLED:
         raise ExportError(f"{output.name}: pickles are not written; use the suffix .safetensors")
     if source in target.parents or target in source.parents:
         raise ExportError(
@@ -66,7 +66,7 @@ def check_output(output: Path, base: Path, overwrite: bool) -> None:
     if not output.exists():
         return
     if not overwrite:
-        raise ExportError(f"{output} exists; choose another name, or ask to overwrite it")
+        raise ExportError(f"{output} exists; choose another name, or overwrite it (--overwrite)")
     if output.is_dir() and output.suffix == ".safetensors":
         raise ExportError(f"{output} is a folder; a single file cannot replace it")
     if output.is_dir() and any(output.iterdir()) and not (output / "model_index.json").is_file():

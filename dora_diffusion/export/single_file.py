@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dora_diffusion.export.merged import MergedModel, check_sample
+from dora_diffusion.export.notes import MergeNotes
 from dora_diffusion.export.output import (
     OnProgress,
     ProgressReporter,
@@ -32,7 +33,7 @@ def write_folder_as_file(
     pipeline: PipelineFolder,
     family: str,
     output: Path,
-    metadata: Mapping[str, str],
+    notes: MergeNotes,
     on_progress: OnProgress | None,
 ) -> None:
     """Write a pipeline folder's merged weights as one file in the original layout."""
@@ -41,25 +42,24 @@ def write_folder_as_file(
     markers = marker_tensors(facts)
     entries = plan_checkpoint(facts, pipeline.specs)
     specs = {key: TensorSpec.of(tensor) for key, tensor in markers.items()}
-    _write(merged, entries, specs, markers.__getitem__, output, metadata, on_progress)
+    _write(merged, entries, specs, markers.__getitem__, output, notes, on_progress)
 
 
 def write_file_as_file(
     merged: MergedModel,
     checkpoint: CheckpointFile,
     output: Path,
-    metadata: Mapping[str, str],
+    notes: MergeNotes,
     on_progress: OnProgress | None,
 ) -> None:
     """Write a single-file checkpoint's merged weights in the same layout.
 
-    Tensors that no adapter can act on, such as the VAE's, are copied as they are.
+    Tensors of no component, such as the noise schedule, are copied as they are.
     """
-    metadata = {**checkpoint.reader.metadata, **metadata}
     copied = checkpoint.copied_specs()
     _write(
         merged, checkpoint.entries, copied, checkpoint.reader.__getitem__,
-        output, metadata, on_progress,
+        output, notes, on_progress,
     )  # fmt: skip
 
 
@@ -69,20 +69,20 @@ def _write(
     other_specs: Mapping[str, TensorSpec],
     load_other: Callable[[str], Tensor],
     output: Path,
-    metadata: Mapping[str, str],
+    notes: MergeNotes,
     on_progress: OnProgress | None,
 ) -> None:
     by_key = {entry.key: entry for entry in entries}
     sources = {name: merged.spec(name) for entry in entries for name in entry.sources}
     specs = {key: entry_spec(entry, sources) for key, entry in by_key.items()} | dict(other_specs)
     check_space(output, sum(spec.nbytes for spec in specs.values()))
-    report = ProgressReporter(len(specs), on_progress)
+    report = ProgressReporter(sum(spec.nbytes for spec in specs.values()), on_progress)
 
     def load(key: str) -> Tensor:
-        report.step()
+        report.step(specs[key].nbytes)
         return merged.build(by_key[key]) if key in by_key else load_other(key)
 
     with temporary_sibling(output) as temporary:
-        write_tensors(temporary, specs, load, metadata)
+        write_tensors(temporary, specs, load, notes.draft(), notes.final)
         check_sample(temporary, entries, merged)
         os.replace(temporary, output)

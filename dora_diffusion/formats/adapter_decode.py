@@ -19,7 +19,15 @@ from dora_diffusion.formats.adapter_keys import (
     listing,
     name_resolver,
 )
+from dora_diffusion.formats.adapter_magnitude import BaseWeight, Magnitude, resolve_axes
 from dora_diffusion.formats.adapter_metadata import OWN, described
+from dora_diffusion.formats.adapter_repair import (
+    NO_ALPHA,
+    has_component,
+    key_notes,
+    move_to_second_encoder,
+    split_joined,
+)
 from dora_diffusion.formats.module_names import component_of, split_component
 from dora_diffusion.formats.sgm_blocks import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
@@ -36,9 +44,11 @@ def decode_layers(
     metadata: Mapping[str, str],
     *,
     module_shapes: ModuleShapes | None = None,
+    base_weight: BaseWeight | None = None,
     component: str | None = None,
     config: Mapping[str, Any] | None = None,
-) -> dict[str, LayerWeights]:
+    alpha: float | None = None,
+) -> tuple[dict[str, LayerWeights], list[str]]:
     """Layers of one file, in float32.
 
     Args:
@@ -46,8 +56,14 @@ def decode_layers(
         metadata: The file's metadata.
         module_shapes: Weight shapes of the model by canonical module name. Each layer must be
             among them; 1x1 convolutions and Linear layers are told apart by them.
+        base_weight: Base weight by canonical module name, to tell the axis of magnitudes whose
+            shape does not.
         component: Component of a PEFT folder's names.
         config: A PEFT folder's ``adapter_config.json``.
+        alpha: What it was trained with, for a file that lost it.
+
+    Returns:
+        The layers, and a line for each thing that was found broken and repaired.
 
     Raises:
         AdapterFormatError: For keys left over, a layer without both factors, a magnitude whose
@@ -58,13 +74,27 @@ def decode_layers(
     groups = group_keys(tensors, resolve, component)
     if not groups:
         raise AdapterFormatError("the file holds no adapter: it has no tensors")
-    alpha_of = _alpha_rule(metadata, config)
-    layers = {}
+    notes = key_notes(tensors) if component is None else []
+    rule = _alpha_rule(metadata, config, notes)
+    layers, magnitudes = {}, {}
     for name, parts in groups.items():
         own = {part: _finite(key, tensors[key]) for part, key in parts.items()}
-        layer = _layer(name, own, alpha_of)
-        layers[name] = _without_padding(name, layer, metadata)
-    return layers if module_shapes is None else fit_to_model(layers, module_shapes)
+        layers[name] = _factors(name, own, rule, alpha)
+        if magnitude := _magnitude(name, own, layers[name].weight_shape):
+            magnitudes[name] = magnitude
+    axes = resolve_axes(
+        magnitudes, lambda name: described(metadata.get(OWN + "norm_axis", ""), name),
+        base_weight, notes,
+    )  # fmt: skip
+    for name, magnitude in magnitudes.items():
+        layers[name] = _with_magnitude(name, layers[name], magnitude, axes[name])
+    layers = {name: _without_padding(name, one, metadata) for name, one in layers.items()}
+    layers = split_joined(layers, notes)
+    if module_shapes is None:
+        return layers, notes
+    if not component and not all(has_component(key) for key in tensors):
+        layers = move_to_second_encoder(layers, module_shapes, notes)
+    return fit_to_model(layers, module_shapes), notes
 
 
 def _refuse_made_for_one_base(metadata: Mapping[str, str]) -> None:
@@ -87,7 +117,10 @@ def _finite(key: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _layer(name: str, parts: Mapping[Part, Tensor], alpha_of: AlphaOf) -> LayerWeights:
+def _factors(
+    name: str, parts: Mapping[Part, Tensor], alpha_of: AlphaOf, lost_alpha: float | None
+) -> LayerWeights:
+    """The layer without its magnitude."""
     if missing := [part for part in ("down", "up") if part not in parts]:
         raise AdapterFormatError(f"{name} lacks its {' and '.join(missing)} factor")
     down, up = parts["down"], parts["up"]
@@ -100,9 +133,21 @@ def _layer(name: str, parts: Mapping[Part, Tensor], alpha_of: AlphaOf) -> LayerW
     alpha = float(parts["alpha"]) if "alpha" in parts else alpha_of(name, rank)
     # LyCORIS reads alpha 0 as "no scaling".
     alpha = alpha or float(rank)
-    magnitude, axis = _magnitude(name, parts, (up.shape[0], *down.shape[1:]))
+    if lost_alpha is not None:
+        if "alpha" in parts and alpha != rank:
+            raise AdapterFormatError(f"{name} says that its alpha is {alpha:g}; it was not lost")
+        alpha = lost_alpha
     try:
-        return LayerWeights(down, up, magnitude, alpha, axis)
+        return LayerWeights(down, up, None, alpha)
+    except ValueError as error:
+        raise AdapterFormatError(f"{name}: {error}") from error
+
+
+def _with_magnitude(
+    name: str, layer: LayerWeights, magnitude: Magnitude, axis: NormAxis
+) -> LayerWeights:
+    try:
+        return dataclasses.replace(layer, magnitude=magnitude.tensor.flatten(), norm_axis=axis)
     except ValueError as error:
         raise AdapterFormatError(f"{name}: {error}") from error
 
@@ -114,34 +159,12 @@ def _without_tucker_core(down: Tensor, mid: Tensor) -> Tensor:
 
 def _magnitude(
     name: str, parts: Mapping[Part, Tensor], weight_shape: tuple[int, ...]
-) -> tuple[Tensor | None, NormAxis]:
+) -> Magnitude | None:
     if "magnitude" in parts and "dora_scale" in parts:
         raise AdapterFormatError(f"{name} has both a lora_magnitude_vector and a dora_scale")
     if "magnitude" in parts:
-        # PEFT: (out,), or (1, out, 1, 1) for a convolution; there is no other axis.
-        return parts["magnitude"].flatten(), "output"
-    if "dora_scale" not in parts:
-        return None, "output"
-    scale = parts["dora_scale"]
-    return scale.flatten(), _dora_scale_axis(name, tuple(scale.shape), weight_shape)
-
-
-def _dora_scale_axis(name: str, shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> NormAxis:
-    ones = [1] * (len(weight_shape) - 2)
-    if shape == (weight_shape[0], 1, *ones):
-        return "output"
-    if shape == (1, weight_shape[1], *ones):
-        return "input"
-    if len(shape) == 1:
-        raise AdapterFormatError(
-            f"{name}: its dora_scale is flat, {shape}, so it does not tell whether it belongs to "
-            f"the outputs or the inputs of the {weight_shape} weight. Ask its author for a file "
-            f"with ({weight_shape[0]}, 1) or (1, {weight_shape[1]})"
-        )
-    raise AdapterFormatError(
-        f"{name}: its dora_scale has shape {shape}, which fits neither axis of the weight "
-        f"{weight_shape}"
-    )
+        return Magnitude(parts["magnitude"], weight_shape, is_peft=True)
+    return Magnitude(parts["dora_scale"], weight_shape) if "dora_scale" in parts else None
 
 
 def _without_padding(name: str, layer: LayerWeights, metadata: Mapping[str, str]) -> LayerWeights:
@@ -156,11 +179,13 @@ def _without_padding(name: str, layer: LayerWeights, metadata: Mapping[str, str]
     return dataclasses.replace(layer, down=down, up=up, alpha=alpha)
 
 
-def _alpha_rule(metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> AlphaOf:
+def _alpha_rule(
+    metadata: Mapping[str, str], config: Mapping[str, Any] | None, notes: list[str]
+) -> AlphaOf:
     if config is not None:
         return lambda name, rank: _peft_alpha(config, split_component(name)[1], rank)
     if DIFFUSERS_METADATA not in metadata:
-        return lambda name, rank: float(rank)
+        return _alpha_by_training(metadata, notes)
     try:
         packed = json.loads(metadata[DIFFUSERS_METADATA])
     except ValueError as error:
@@ -174,6 +199,19 @@ def _alpha_rule(metadata: Mapping[str, str], config: Mapping[str, Any] | None) -
         return _peft_alpha(own, path, rank)
 
     return alpha_of
+
+
+def _alpha_by_training(metadata: Mapping[str, str], notes: list[str]) -> AlphaOf:
+    """Alpha = rank, or what a kohya file's record of its training says for layers of its rank."""
+    try:
+        rank_then, alpha_then = (float(metadata[f"ss_network_{f}"]) for f in ("dim", "alpha"))
+    except (KeyError, ValueError):
+        return lambda name, rank: float(rank)
+    if NO_ALPHA in notes:
+        notes[notes.index(NO_ALPHA)] = (
+            f"its layers do not say their alpha; alpha {alpha_then:g} of its training was taken"
+        )
+    return lambda name, rank: alpha_then if rank == rank_then else float(rank)
 
 
 def _peft_alpha(config: Mapping[str, Any], path: str, rank: int) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,10 +55,17 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter: its layers by canonical module name, and what is known about it."""
+    """An adapter: its layers by canonical module name, and what is known about it.
+
+    Attributes:
+        layers: The layers.
+        metadata: Facts that the tensors do not hold.
+        notes: What was broken in the file and how it was read, one line each.
+    """
 
     layers: dict[str, LayerWeights]
     metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
+    notes: tuple[str, ...] = ()
 
 
 def write_adapter(
@@ -122,13 +128,22 @@ def _write_file(path: Path, file: EncodedFile) -> None:
         save_tensors(path, file.tensors, file.metadata)
 
 
-def read_adapter(path: str | Path, module_shapes: ModuleShapes | None = None) -> AdapterFile:
+def read_adapter(
+    path: str | Path,
+    module_shapes: ModuleShapes | None = None,
+    *,
+    base_weight: Callable[[str], Tensor] | None = None,
+    alpha: float | None = None,
+) -> AdapterFile:
     """Read an adapter file, an output folder that holds one, or a PEFT folder.
 
     Args:
         path: The file or folder.
         module_shapes: Weight shapes of the model by canonical module name: resolves underscore
             names exactly for any model, and checks that every layer fits.
+        base_weight: Base weight by canonical module name; tells the axis of magnitudes whose
+            shape does not.
+        alpha: What it was trained with, for a file that lost it.
 
     Raises:
         AdapterFormatError: If it is not an adapter, or cannot be read without guessing.
@@ -143,8 +158,10 @@ def read_adapter(path: str | Path, module_shapes: ModuleShapes | None = None) ->
     if any(key.startswith("base_model.model.") for key in tensors):
         raise AdapterFormatError(f"{found.name} is a PEFT file without its {PEFT_CONFIG}")
     with _naming(found):
-        layers = decode_layers(tensors, metadata, module_shapes=module_shapes)
-    return AdapterFile(layers, _facts(metadata, layers))
+        layers, notes = decode_layers(
+            tensors, metadata, module_shapes=module_shapes, base_weight=base_weight, alpha=alpha
+        )
+    return AdapterFile(layers, _facts(metadata, layers), tuple(notes))
 
 
 def find_adapter(path: str | Path) -> Path:
@@ -191,7 +208,7 @@ def _read_peft_folders(path: Path, module_shapes: ModuleShapes | None) -> Adapte
             component = peft_component(
                 list(tensors), folder.name, metadata.get(OWN + "component", "")
             )
-            own = decode_layers(
+            own, _ = decode_layers(
                 tensors, metadata, module_shapes=module_shapes, component=component, config=config
             )
         layers |= own
@@ -210,17 +227,9 @@ def _facts(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> A
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix in _PICKLED:
-        # weights_only: the unpickler is restricted to tensors, so the file cannot run code.
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise AdapterFormatError(
-                f"{path.name} holds more than tensors, or is damaged"
-            ) from error
-        if not isinstance(loaded, dict):
-            raise AdapterFormatError(f"{path.name} does not hold a dict of tensors")
-        loaded = loaded.get("state_dict", loaded)
-        return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}, {}
+        raise AdapterFormatError(
+            f"{path.name} is a pickle, which can run code when opened; ask for a .safetensors file"
+        )
     try:
         with TensorReader(path) as reader:
             return {name: reader[name] for name in reader.specs}, reader.metadata

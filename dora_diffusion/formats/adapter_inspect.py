@@ -1,14 +1,18 @@
-"""What an adapter file is, without its base model: a report for people and for scripts."""
+"""What an adapter file is: a report for people and for scripts."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from dora_diffusion.formats.adapter_file import (
+    AdapterFile,
     AdapterFormatError,
     AdapterMetadata,
     find_adapter,
@@ -17,6 +21,7 @@ from dora_diffusion.formats.adapter_file import (
 from dora_diffusion.formats.adapter_keys import PEFT_PREFIX, is_kohya_key, name_resolver
 from dora_diffusion.formats.adapter_metadata import OWN, TRAINED_ALPHA, describe, parse_metadata
 from dora_diffusion.formats.adapter_targets import PEFT_FILE
+from dora_diffusion.formats.consumers import file_kind, tools_for
 from dora_diffusion.formats.module_names import guess_family
 from dora_diffusion.formats.safetensors_stream import Header, TensorFileError, read_header
 from dora_diffusion.numerics.weights import LayerWeights
@@ -38,7 +43,9 @@ class AdapterReport:
         alpha: The alpha as trained, or JSON per layer if they differ.
         parameters: Number of trained values.
         nbytes: Size on disk.
-        notes: What to know before using it: which programs load it exactly, and what to repair.
+        tools: Programs, and whether they compute it as it was trained; see docs/formats.md.
+        fits: Whether it fits the base model that was given, ``""`` without one.
+        notes: What to know before using it, and what to repair.
     """
 
     path: Path
@@ -53,10 +60,21 @@ class AdapterReport:
     parameters: int
     nbytes: int
     notes: tuple[str, ...]
+    tools: Mapping[str, str] = field(default_factory=dict)
+    fits: str = ""
 
 
-def inspect_adapter(path: str | Path) -> AdapterReport:
+def inspect_adapter(
+    path: str | Path,
+    module_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    base_weight: Callable[[str], Tensor] | None = None,
+) -> AdapterReport:
     """Read an adapter and report what it is.
+
+    Args:
+        path: The file or folder.
+        module_shapes: Weight shapes of a base model by canonical module name, to say if it fits.
+        base_weight: Its weights, to tell the axis of magnitudes whose shape does not.
 
     Raises:
         AdapterFormatError: If it is not an adapter that can be read, with the reason.
@@ -65,17 +83,14 @@ def inspect_adapter(path: str | Path) -> AdapterReport:
     files = sorted(found.rglob(PEFT_FILE)) if found.is_dir() else [found]
     headers = _headers(files)
     if _is_for_one_base(headers):
-        return _report_for_one_base(found, headers[0])
-    adapter = read_adapter(found)
+        return _report_for_one_base(found, headers[0], module_shapes)
+    adapter, fits = _read(found, module_shapes, base_weight)
     layers = adapter.layers
     spelling = _spelling(headers)
     shapes = {name: layer.weight_shape for name, layer in layers.items()}
     facts = adapter.metadata
     if not facts.family:
-        facts = AdapterMetadata(
-            guess_family(shapes), facts.base_model, facts.trigger, facts.resolution,
-            facts.format_version, facts.extra,
-        )  # fmt: skip
+        facts = dataclasses.replace(facts, family=guess_family(shapes))
     alpha = describe({name: layer.alpha for name, layer in layers.items()})
     return AdapterReport(
         path=found,
@@ -89,8 +104,25 @@ def inspect_adapter(path: str | Path) -> AdapterReport:
         alpha=facts.extra.get(TRAINED_ALPHA, alpha),
         parameters=sum(_parameters(layer) for layer in layers.values()),
         nbytes=sum(file.stat().st_size for file in files),
-        notes=tuple(_notes(spelling, layers, headers)),
+        notes=(*adapter.notes, *_notes(spelling, _axis(layers), headers)),
+        tools=tools_for(file_kind(spelling, _axis(layers))),
+        fits=fits,
     )
+
+
+def _read(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    base_weight: Callable[[str], Tensor] | None,
+) -> tuple[AdapterFile, str]:
+    """The adapter, and whether it fits; one that does not is read all the same."""
+    if shapes is None:
+        return read_adapter(path), ""
+    try:
+        adapter = read_adapter(path, shapes, base_weight=base_weight)
+    except AdapterFormatError as error:
+        return read_adapter(path), f"no: {error}"
+    return adapter, f"yes, all {len(adapter.layers)} layers"
 
 
 def _headers(files: list[Path]) -> list[Header]:
@@ -108,7 +140,9 @@ def _is_for_one_base(headers: list[Header]) -> bool:
     return compensated or any(key.endswith(".diff") for key in headers[0].specs)
 
 
-def _report_for_one_base(path: Path, header: Header) -> AdapterReport:
+def _report_for_one_base(
+    path: Path, header: Header, shapes: Mapping[str, tuple[int, ...]] | None
+) -> AdapterReport:
     """Report what names, shapes and metadata tell, without reading layers."""
     dense = any(key.endswith(".diff") for key in header.specs)
     resolve, mark = name_resolver(), ".diff" if dense else ".lora_up.weight"
@@ -117,7 +151,10 @@ def _report_for_one_base(path: Path, header: Header) -> AdapterReport:
     note = "full differences: add them to the base's weights"
     if not dense:
         note = "its magnitudes are changed to be exact in ComfyUI and Forge, and wrong elsewhere"
-    own = header.metadata
+    own, fits = header.metadata, ""
+    if shapes is not None:
+        known = [name for name in keys.values() if name in shapes]
+        fits = f"{len(known)} of {len(keys)} layers by their names; made for one base model"
     return AdapterReport(
         path=path,
         spelling="kohya",
@@ -134,6 +171,8 @@ def _report_for_one_base(path: Path, header: Header) -> AdapterReport:
             note,
             f"for one base model: {parse_metadata(own).base_model or 'which is not said'}",
         ),
+        tools=tools_for("dense" if dense else "comfyui"),
+        fits=fits,
     )
 
 
@@ -167,42 +206,17 @@ def _parameters(layer: LayerWeights) -> int:
     return layer.down.numel() + layer.up.numel() + magnitude
 
 
-def _notes(spelling: str, layers: Mapping[str, LayerWeights], headers: list[Header]) -> list[str]:
-    keys = [key for header in headers for key in header.specs]
-    notes = _consumer_notes(spelling, _axis(layers))
-    bare = (k.startswith("text_encoder") and k.endswith(".lora_magnitude_vector") for k in keys)
-    if spelling == "diffusers" and any(bare):
+def _notes(spelling: str, axis: str, headers: list[Header]) -> list[str]:
+    notes = []
+    if not axis:
+        notes.append("a plain LoRA: every program computes it alike")
+    elif spelling != "kohya":
+        notes.append("for web UIs convert it, or export a merged checkpoint")
+    elif axis == "output":
         notes.append(
-            "diffusers with transformers 5 drops its text-encoder magnitudes without a word: "
-            "convert it to diffusers to repair that"
+            "convert it to diffusers for diffusers, to dense or lora for web UIs, or to comfyui "
+            "for ComfyUI and Forge"
         )
-    if spelling == "kohya" and any("lora_magnitude_vector" in key for key in keys):
-        notes.append(
-            "its magnitude keys were left half renamed by diffusers' own converter, and its alpha "
-            "was replaced by the rank: convert it to kohya to repair the keys"
-        )
-    elif spelling == "kohya" and not any(key.endswith(".alpha") for key in keys):
-        notes.append("it does not say its alpha; alpha = rank is assumed")
     if headers and OWN + "format_version" not in headers[0].metadata:
         notes.append("written by another program")
-    return notes
-
-
-def _consumer_notes(spelling: str, axis: str) -> list[str]:
-    """Which programs compute the file as it was trained; measured, see docs/formats.md."""
-    if not axis:
-        return ["a plain LoRA: every program computes it alike"]
-    if spelling != "kohya":
-        return ["exact in diffusers and PEFT; web UIs need a conversion or a merged checkpoint"]
-    notes = ["diffusers drops its magnitudes: convert it to diffusers"]
-    if axis == "output":
-        notes.append(
-            "exact in LyCORIS; ComfyUI, Forge and A1111 compute the output axis differently: "
-            "convert it to dense or lora (or comfyui for ComfyUI and Forge)"
-        )
-    elif axis == "input":
-        notes.append(
-            "exact in ComfyUI, Forge, A1111 and InvokeAI; LyCORIS expects the output axis unless "
-            "it is told otherwise"
-        )
     return notes

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from dora_diffusion.formats.module_names import (
+    COMPONENT_ALIASES,
     COMPONENTS,
     KOHYA_PREFIXES,
     LYCORIS_PREFIX,
@@ -23,6 +24,14 @@ from dora_diffusion.formats.module_names import (
     spelling_table,
 )
 from dora_diffusion.formats.sgm_blocks import SDXL_LAYOUT, UNetLayout
+
+# Projections trained as one matrix, one below the other -> their own names.
+_JOINED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "in_proj": ("q_proj", "k_proj", "v_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+}
 
 # down and up are A and B; mid is the core of a Tucker-decomposed convolution. A `magnitude` is
 # PEFT's (always the output axis), a `dora_scale` tells its axis by its shape.
@@ -41,6 +50,8 @@ _KOHYA_PARTS: dict[str, Part] = {
     "alpha": "alpha",
     "dora_scale": "dora_scale",
     "magnitude": "magnitude",  # ai-toolkit: one per output, Linear only
+    "lora_down": "down",  # ai-toolkit's first DoRA, with (1, in) magnitudes
+    "lora_up": "up",
 }
 # The optional name in `.lora_A.default.weight` is the PEFT adapter's; it is not part of the module.
 _DOTTED = re.compile(
@@ -50,9 +61,17 @@ _DOTTED = re.compile(
     r"|\.lora_(?P<kohya>down|up|mid)\.weight"
     r"|_lora\.(?P<processor>down|up)\.weight"
     r"|\.lora_magnitude_vector(?P<magnitude>(?:\.[\w-]+)*)"
-    r"|\.(?P<other>alpha|dora_scale))"
+    r"|\.(?P<other>alpha|dora_scale|magnitude))"
 )
 # Attention processors of early diffusers named the text encoder's projections as the UNet's.
+_SGM_TOPS = (
+    "input_blocks.",
+    "middle_block.",
+    "output_blocks.",
+    "time_embed.",
+    "label_emb.",
+    "out.",
+)
 _OLD_TEXT_LEAVES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -81,9 +100,16 @@ def name_resolver(known: Iterable[str] | None = None, layout: UNetLayout | None 
 
     def resolve(flat: str) -> str | None:
         name = table.get(flat) or resolve_by_structure(flat, by_structure)
-        return name if name in names else None
+        parts = joined_parts(name) if name else []
+        return name if name in names or (parts and names.issuperset(parts)) else None
 
     return resolve
+
+
+def joined_parts(name: str) -> list[str]:
+    """Canonical names that a joined attention projection stands for; empty for any other name."""
+    parent, _, leaf = name.rpartition(".")
+    return [f"{parent}.{part}" for part in _JOINED.get(leaf, ())]
 
 
 def parse_key(key: str, resolve: Resolve, component: str | None = None) -> tuple[str, Part] | None:
@@ -99,12 +125,16 @@ def parse_key(key: str, resolve: Resolve, component: str | None = None) -> tuple
         return _parse_kohya_key(key, resolve)
     path = key.removeprefix(PEFT_PREFIX)
     prefix, _, rest = path.partition(".")
-    if prefix in COMPONENTS:
-        component, path = prefix, rest
+    if prefix in COMPONENTS or prefix in COMPONENT_ALIASES:
+        component, path = COMPONENT_ALIASES.get(prefix, prefix), rest
     match = _DOTTED.fullmatch(path.replace(".processor.", "."))
     if match is None:
         return None
     component = component or component_of(match["module"])
+    if component == "unet" and match["module"].startswith(_SGM_TOPS):
+        # OneTrainer's newer files: original block names, with dots.
+        name = resolve("lora_unet_" + match["module"].replace(".", "_"))
+        return None if name is None else (name, _part(match))
     if component is None:
         return None
     return canonical(component, _modern_path(match["module"], component)), _part(match)
@@ -116,9 +146,12 @@ def _parse_kohya_key(key: str, resolve: Resolve) -> tuple[str, Part] | None:
     if half_renamed:
         name = resolve(flat.replace(".", "_"))
         return None if name is None else (name, "magnitude")
-    flat, _, leaf = key.partition(".")
-    part, name = _KOHYA_PARTS.get(leaf), resolve(flat)
-    return None if part is None or name is None else (name, part)
+    for leaf, part in _KOHYA_PARTS.items():
+        if key.endswith(f".{leaf}"):
+            # Inside OneTrainer the prefix alone is joined by a dot: `lora_unet.conv_in.alpha`.
+            name = resolve(key.removesuffix(f".{leaf}").replace(".", "_"))
+            return None if name is None else (name, part)
+    return None
 
 
 def _part(match: re.Match[str]) -> Part:
@@ -129,7 +162,7 @@ def _part(match: re.Match[str]) -> Part:
     side = match["ab"] or match["updown"] or match["kohya"] or match["processor"]
     if side:
         return _DOWN_UP[side]
-    return "alpha" if match["other"] == "alpha" else "dora_scale"
+    return _KOHYA_PARTS[match["other"]]
 
 
 def _modern_path(path: str, component: str) -> str:
@@ -167,6 +200,7 @@ def group_keys(
 
 
 _OTHER_METHODS = {
+    "bundle_emb": "embeddings bundled with the adapter",
     ".hada_": "LoHa",
     ".lokr_": "LoKr",
     ".oft_": "OFT",
@@ -180,7 +214,7 @@ _OTHER_METHODS = {
 def _left_over_message(keys: list[str]) -> str:
     for mark, method in _OTHER_METHODS.items():
         if any(mark in key for key in keys):
-            return f"this file holds {method}, which is not a LoRA or DoRA: {listing(keys)}"
+            return f"this file holds {method}, which is no part of a LoRA or DoRA: {listing(keys)}"
     return f"{len(keys)} keys belong to no known module: {listing(keys)}"
 
 

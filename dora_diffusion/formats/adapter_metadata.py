@@ -22,6 +22,7 @@ _FACTS = ("family", "base_model", "trigger", "resolution", "format_version")
 # Facts about the layers, recomputed at every write.
 _COMPUTED = ("rank", "alpha", "norm_axis", "target", "unet_layers_per_block", "component")
 TRAINED_ALPHA = "trained_alpha"
+TAGS, THUMBNAIL = "modelspec.tags", "modelspec.thumbnail"
 
 _BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 _ARCHITECTURES = {
@@ -44,6 +45,8 @@ class AdapterMetadata:
         format_version: Version of our own metadata; ``""`` for a file of another program.
         extra: Further facts, such as ``prediction_type`` or ``base_model_hash``. ``trained_alpha``
             keeps the alpha as trained where the file holds the scale multiplied in.
+        tags: Words that describe the adapter, for adapter managers.
+        thumbnail: A small picture as a data URI (``data:image/jpeg;base64,...``).
     """
 
     family: str = ""
@@ -52,10 +55,14 @@ class AdapterMetadata:
     resolution: int | None = None
     format_version: str = FORMAT_VERSION
     extra: Mapping[str, str] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    thumbnail: str = ""
 
     def __post_init__(self) -> None:
         if self.family not in ("", *_ARCHITECTURES):
             raise ValueError(f"family is {self.family!r}; it must be one of {list(_ARCHITECTURES)}")
+        if self.thumbnail and not self.thumbnail.startswith("data:image/"):
+            raise ValueError(f"the thumbnail must be a data URI, got {self.thumbnail[:20]!r}")
 
 
 def without_path(name: str) -> str:
@@ -84,7 +91,9 @@ def own_fields(
         "norm_axis": describe({name: _axis(layer) for name, layer in layers.items()}),
     }
     extra = {k: without_path(v) for k, v in metadata.extra.items() if k != TRAINED_ALPHA}
-    return {OWN + name: value for name, value in (extra | facts).items() if value}
+    fields = {OWN + name: value for name, value in (extra | facts).items()}
+    fields |= {TAGS: ", ".join(metadata.tags), THUMBNAIL: metadata.thumbnail}
+    return {name: value for name, value in fields.items() if value}
 
 
 def _axis(layer: LayerWeights) -> str:
@@ -111,14 +120,30 @@ def described(text: str, name: str) -> str:
         return ""
 
 
+def modelspec_fields(family: str, title: str, trigger: str, prediction_type: str) -> dict[str, str]:
+    """The ``modelspec.*`` fields of a whole model in the original layout; no empty ones."""
+    fields = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": _architecture(family, prediction_type),
+        "modelspec.implementation": "sgm",
+        "modelspec.title": title,
+        "modelspec.prediction_type": prediction_type.removesuffix("_prediction"),
+        "modelspec.trigger_phrase": trigger,
+    }
+    return {name: value for name, value in fields.items() if value}
+
+
+def _architecture(family: str, prediction_type: str) -> str:
+    v_prediction = family == "sd2" and prediction_type == "v_prediction"
+    return _SD2_V_ARCHITECTURE if v_prediction else _ARCHITECTURES[family]
+
+
 def kohya_fields(
     metadata: AdapterMetadata, layers: Mapping[str, LayerWeights], family: str, title: str
 ) -> dict[str, str]:
     """The ``ss_*`` and ``modelspec.*`` fields of a kohya-style file."""
-    v_prediction = metadata.extra.get("prediction_type") == "v_prediction"
-    architecture = _ARCHITECTURES[family]
-    if family == "sd2" and v_prediction:
-        architecture = _SD2_V_ARCHITECTURE
+    prediction_type = metadata.extra.get("prediction_type", "")
+    v_prediction = prediction_type == "v_prediction"
     fields = {
         "ss_base_model_version": _BASE_VERSIONS[family] + ("_v" if v_prediction else ""),
         "ss_v2": str(family == "sd2"),
@@ -126,7 +151,9 @@ def kohya_fields(
         "ss_sd_model_name": without_path(metadata.base_model),
         "ss_sd_model_hash": metadata.extra.get("base_model_hash", ""),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
+        "ss_tag_frequency": _tag_frequency(metadata),
+        "modelspec.implementation": "sgm" if family == "sdxl" else "diffusers",
+        "modelspec.architecture": f"{_architecture(family, prediction_type)}/lora",
         "modelspec.title": title,
         "modelspec.trigger_phrase": metadata.trigger,
     }
@@ -136,6 +163,12 @@ def kohya_fields(
         fields["modelspec.resolution"] = f"{size}x{size}"
     fields |= _network_fields(layers)
     return {name: value for name, value in fields.items() if value}
+
+
+def _tag_frequency(metadata: AdapterMetadata) -> str:
+    """The trigger and the tags as web UIs list them, to be clicked into a prompt."""
+    words = dict.fromkeys(filter(None, (metadata.trigger, *metadata.tags)), 1)
+    return json.dumps({"images": words}) if words else ""
 
 
 def _network_fields(layers: Mapping[str, LayerWeights]) -> dict[str, str]:
@@ -166,7 +199,18 @@ def parse_metadata(fields: Mapping[str, str]) -> AdapterMetadata:
         resolution=_pixels(own.get("resolution", "")),
         format_version=own.get("format_version", ""),
         extra=extra,
+        tags=_tags(fields),
+        thumbnail=_thumbnail(fields),
     )
+
+
+def _tags(fields: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(filter(None, (tag.strip() for tag in fields.get(TAGS, "").split(","))))
+
+
+def _thumbnail(fields: Mapping[str, str]) -> str:
+    found = fields.get(THUMBNAIL, "")
+    return found if found.startswith("data:image/") else ""
 
 
 def _parse_foreign(fields: Mapping[str, str]) -> AdapterMetadata:
@@ -182,6 +226,8 @@ def _parse_foreign(fields: Mapping[str, str]) -> AdapterMetadata:
         resolution=_pixels(fields.get("modelspec.resolution") or fields.get("ss_resolution", "")),
         format_version="",
         extra=extra,
+        tags=_tags(fields),
+        thumbnail=_thumbnail(fields),
     )
 
 

@@ -18,21 +18,14 @@ from dora_diffusion.formats.adapter_keys import (
     PEFT_PREFIX,
     AdapterFormatError,
     listing,
-    rename_one_to_one,
 )
 from dora_diffusion.formats.adapter_metadata import (
     OWN,
     AdapterMetadata,
-    kohya_fields,
     own_fields,
     without_path,
 )
-from dora_diffusion.formats.module_names import (
-    default_layout,
-    guess_family,
-    kohya_name,
-    split_component,
-)
+from dora_diffusion.formats.module_names import split_component
 from dora_diffusion.formats.safetensors_stream import TensorSpec
 from dora_diffusion.formats.sgm_blocks import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
@@ -40,7 +33,6 @@ from dora_diffusion.numerics.weights import LayerWeights
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-KOHYA_FILE = "adapter_kohya.safetensors"
 
 Layers = Mapping[str, LayerWeights]
 
@@ -120,7 +112,7 @@ def encode_diffusers(
     for name, layer in layers.items():
         rank = ranks[split_component(name)[0]]
         # `.weight` because diffusers loses a text encoder's magnitude without it.
-        tensors |= _peft_tensors(name, _padded(_unit_scale(layer), rank), options, ".weight")
+        tensors |= _peft_tensors(name, _padded(unit_scale(layer), rank), options, ".weight")
     fields = {"format": "pt", **own_fields(metadata, layers, "diffusers")}
     return {DIFFUSERS_FILE: EncodedFile(tensors, fields)}
 
@@ -201,7 +193,8 @@ def _largest_ranks(layers: Layers) -> dict[str, int]:
     return ranks
 
 
-def _unit_scale(layer: LayerWeights) -> LayerWeights:
+def unit_scale(layer: LayerWeights) -> LayerWeights:
+    """The layer with its scale multiplied into ``up``, so that alpha = rank."""
     up = layer.up if layer.scale == 1.0 else (layer.up.float() * layer.scale).to(layer.up.dtype)
     return LayerWeights(layer.down, up, layer.magnitude, float(layer.rank), layer.norm_axis)
 
@@ -218,7 +211,7 @@ def _padded(layer: LayerWeights, rank: int) -> LayerWeights:
 def _peft_tensors(
     prefix: str, layer: LayerWeights, options: WriteOptions, magnitude_suffix: str
 ) -> dict[str, Tensor]:
-    down, up = _factors(layer, options)
+    down, up = factors(layer, options)
     tensors = {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}
     if layer.magnitude is not None:
         shape = (1, -1, 1, 1) if layer.down.ndim == 4 else (-1,)
@@ -227,68 +220,8 @@ def _peft_tensors(
     return tensors
 
 
-def _factors(layer: LayerWeights, options: WriteOptions) -> tuple[Tensor, Tensor]:
+def factors(layer: LayerWeights, options: WriteOptions) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B`` as they are written."""
     dtype = options.dtype
     down, up = layer.down.detach().cpu(), layer.up.detach().cpu()
     return (down, up) if dtype is None else (down.to(dtype), up.to(dtype))
-
-
-def encode_kohya(
-    layers: Layers, metadata: AdapterMetadata, options: WriteOptions
-) -> dict[str, EncodedFile]:
-    """kohya/LyCORIS names, ``alpha``, and the standard ``dora_scale``, which holds both axes."""
-    names = kohya_names(layers, metadata, options)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        tensors |= _kohya_tensors(names[name], layer, options)
-    return {KOHYA_FILE: EncodedFile(tensors, kohya_metadata(layers, metadata, options, "kohya"))}
-
-
-def kohya_names(layers: Layers, metadata: AdapterMetadata, options: WriteOptions) -> dict[str, str]:
-    """Canonical module name -> kohya name, for the adapter's family.
-
-    Raises:
-        AdapterFormatError: If the family is unknown, or the names are not one-to-one.
-    """
-    family = _known_family(layers, metadata)
-    layout = options.unet_layout or default_layout(family)
-    sgm = layout if family == "sdxl" else None
-    return rename_one_to_one(layers, lambda name: kohya_name(name, sgm=sgm), "the kohya format")
-
-
-def kohya_metadata(
-    layers: Layers, metadata: AdapterMetadata, options: WriteOptions, target: str
-) -> dict[str, str]:
-    """All metadata of a kohya-style file."""
-    family = _known_family(layers, metadata)
-    fields = own_fields(metadata, layers, target)
-    fields |= kohya_fields(metadata, layers, family, options.title)
-    if options.unet_layout:
-        fields[OWN + "unet_layers_per_block"] = str(options.unet_layout.layers_per_block)
-    return fields
-
-
-def _known_family(layers: Layers, metadata: AdapterMetadata) -> str:
-    shapes = {name: layer.weight_shape for name, layer in layers.items()}
-    family = metadata.family or guess_family(shapes)
-    if not family:
-        raise AdapterFormatError(
-            "kohya names differ between model families, and this adapter's family is unknown; "
-            "say which it is (sd1, sd2 or sdxl)"
-        )
-    return family
-
-
-def _kohya_tensors(prefix: str, layer: LayerWeights, options: WriteOptions) -> dict[str, Tensor]:
-    down, up = _factors(layer, options)
-    tensors = {
-        f"{prefix}.lora_down.weight": down,
-        f"{prefix}.lora_up.weight": up,
-        f"{prefix}.alpha": torch.tensor(layer.alpha, dtype=torch.float32),
-    }
-    if layer.magnitude is not None:
-        # Never flat: a flat scale does not tell its axis, and ComfyUI skips the layer.
-        lead = (-1,) if layer.norm_axis == "output" else (1, -1)
-        shape = (*lead, *[1] * (layer.down.ndim - len(lead)))
-        tensors[f"{prefix}.dora_scale"] = layer.magnitude.detach().cpu().float().reshape(shape)
-    return tensors

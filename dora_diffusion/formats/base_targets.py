@@ -7,6 +7,7 @@ the plain-LoRA approximation works everywhere and says how far off it is.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -16,16 +17,19 @@ from torch import Tensor
 from dora_diffusion.formats.adapter_metadata import AdapterMetadata
 from dora_diffusion.formats.adapter_targets import (
     DIFFUSERS_FILE,
-    KOHYA_FILE,
     EncodedFile,
     Layers,
     Target,
     WriteOptions,
     encode_diffusers,
-    encode_kohya,
     encode_peft,
+)
+from dora_diffusion.formats.kohya_target import (
+    KOHYA_FILE,
+    encode_kohya,
     kohya_metadata,
     kohya_names,
+    with_hash,
 )
 from dora_diffusion.formats.safetensors_stream import TensorSpec
 from dora_diffusion.numerics.dora import adapted_norm, adapted_weight, weight_norm, wide
@@ -51,7 +55,7 @@ def encode_comfyui(
     changed = {name: _compensated(_base_weight(options, name), layers[name]) for name in layers}
     (file,) = encode_kohya(changed, metadata, options).values()
     fields = kohya_metadata(layers, metadata, options, "comfyui")
-    return {KOHYA_FILE: EncodedFile(file.tensors, fields)}
+    return {KOHYA_FILE: EncodedFile(file.tensors, with_hash(fields, file.tensors))}
 
 
 def _compensated(weight: Tensor, layer: LayerWeights) -> LayerWeights:
@@ -89,7 +93,7 @@ def difference(weight: Tensor, layer: LayerWeights) -> Tensor:
 
 def approximate(
     layers: Layers, base_weight: Callable[[str], Tensor], rank: int
-) -> tuple[dict[str, LayerWeights], dict[str, float]]:
+) -> tuple[dict[str, LayerWeights], dict[str, float], float]:
     """The best plain LoRA of a rank for each layer's ``W' - W``.
 
     Args:
@@ -98,17 +102,19 @@ def approximate(
         rank: Largest rank; small layers get less.
 
     Returns:
-        The layers without magnitudes (alpha = rank), and per layer the relative error
-        ``|D - B A| / |D|`` in the Frobenius norm.
+        The layers without magnitudes (alpha = rank), per layer the relative error
+        ``|D - B A| / |D|`` in the Frobenius norm, and that of all layers together.
     """
     found, errors = {}, {}
+    all_left = all_size = 0.0
     for name, layer in layers.items():
         target = difference(base_weight(name), layer)
         found[name] = low_rank(target, rank)
         left = target - (found[name].up.flatten(1) @ found[name].down.flatten(1)).view_as(target)
-        size = target.norm().item()
-        errors[name] = left.norm().item() / size if size else 0.0
-    return found, errors
+        size, distance = target.norm().item(), left.norm().item()
+        errors[name] = distance / size if size else 0.0
+        all_left, all_size = math.hypot(all_left, distance), math.hypot(all_size, size)
+    return found, errors, all_left / all_size if all_size else 0.0
 
 
 def low_rank(target: Tensor, rank: int, seed: int = 0) -> LayerWeights:

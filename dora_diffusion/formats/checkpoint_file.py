@@ -1,7 +1,7 @@
 """A single-file checkpoint in the original layout, seen through canonical tensor names.
 
-The inverse of ``checkpoint_keys``, for the tensors that an adapter can act on: the UNet and the
-text encoders. What open_clip joins (q, k, v) or transposes is split and turned back on loading.
+The inverse of ``checkpoint_keys``. What open_clip joins (q, k, v) or transposes is split and turned
+back on loading, and the VAE's 1x1 convolutions become Linear weights.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from dora_diffusion.formats.checkpoint_keys import (
     OPEN_CLIP_TOP,
     QKV,
     UNET_PREFIX,
+    VAE_PREFIX,
     Entry,
 )
 from dora_diffusion.formats.module_names import COMPONENTS, with_text_model
 from dora_diffusion.formats.safetensors_stream import TensorReader, TensorSpec
 from dora_diffusion.formats.sgm_blocks import UNetLayout, from_sgm
+from dora_diffusion.formats.vae_names import count_levels, is_attention_weight, vae_from_original
 
 # Averaged copies of the unmerged weights; some loaders prefer them to the merged ones.
 _LEFT_OUT = ("model_ema.",)
@@ -38,7 +40,8 @@ class CheckpointFile:
 
     Attributes:
         reader: The file.
-        entries: For each tensor that adapters can act on, the canonical tensors inside it.
+        entries: For each tensor of the UNet, the text encoders and the VAE, the canonical tensors
+            inside it.
         specs: Dtype and shape of the canonical tensors.
     """
 
@@ -65,18 +68,22 @@ class CheckpointFile:
         tensor = self.reader[entry.key]
         if entry.operation == "concatenate":
             return tensor.chunk(len(entry.sources))[entry.sources.index(name)]
+        if entry.operation == "as_conv":
+            return tensor.flatten(1)
         return tensor.t().contiguous() if entry.operation == "transpose" else tensor
 
     def module_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the 2-D and 4-D weights by canonical module name."""
+        """Shapes of the UNet's and text encoders' 2-D and 4-D weights by canonical module name."""
         return {
             name.removesuffix(".weight"): spec.shape
             for name, spec in self.specs.items()
-            if name.endswith(".weight") and len(spec.shape) in (2, 4)
+            if name.endswith(".weight")
+            and not name.startswith("vae.")
+            and len(spec.shape) in (2, 4)
         }
 
     def copied_specs(self) -> dict[str, TensorSpec]:
-        """The tensors that are no adapter's business, by their names in the file."""
+        """The tensors of no component, such as the noise schedule, by their names in the file."""
         planned = {entry.key for entry in self.entries}
         return {
             key: spec
@@ -90,17 +97,18 @@ def _source_spec(entry: Entry, spec: TensorSpec) -> TensorSpec:
         return TensorSpec(spec.dtype, (spec.shape[0] // len(entry.sources), *spec.shape[1:]))
     if entry.operation == "transpose":
         return TensorSpec(spec.dtype, spec.shape[::-1])
-    return spec
+    return TensorSpec(spec.dtype, spec.shape[:2]) if entry.operation == "as_conv" else spec
 
 
 def original_entries(family: str, specs: Mapping[str, TensorSpec]) -> list[Entry]:
-    """Entries for the file's UNet and text-encoder tensors; unknown names have none."""
+    """Entries for the file's UNet, text-encoder and VAE tensors; unknown names have none."""
     layout = layout_of_keys(specs)
+    levels = count_levels(key.removeprefix(VAE_PREFIX) for key in specs)
     entries = []
     for key, spec in specs.items():
         if not spec.dtype.is_floating_point:  # position_ids
             continue
-        entry = _unet_entry(key, layout)
+        entry = _unet_entry(key, layout) or vae_entry(key, levels)
         for component in COMPONENTS[1:]:
             entry = entry or _text_entry(family, component, key)
         if entry:
@@ -122,6 +130,21 @@ def _unet_entry(key: str, layout: UNetLayout) -> Entry | None:
         return None
     name = from_sgm(key.removeprefix(UNET_PREFIX), layout)
     return None if name is None else Entry(key, (f"unet.{name}",))
+
+
+def vae_entry(key: str, levels: int, prefix: str = VAE_PREFIX) -> Entry | None:
+    """Entry of a VAE tensor, None for another key.
+
+    Args:
+        key: Its name in the file.
+        levels: Number of resolution levels.
+        prefix: Of the VAE's tensors in the file.
+    """
+    path = key.removeprefix(prefix)
+    name = vae_from_original(path, levels) if key.startswith(prefix) else None
+    if name is None:
+        return None
+    return Entry(key, (f"vae.{name}",), "as_conv" if is_attention_weight(path) else "copy")
 
 
 def _text_entry(family: str, component: str, key: str) -> Entry | None:

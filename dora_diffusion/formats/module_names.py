@@ -29,6 +29,8 @@ KOHYA_PREFIXES = {
     "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
 }
+# What OneTrainer's newer files call the text encoders.
+COMPONENT_ALIASES = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 LYCORIS_PREFIX = "lycoris_"  # LyCORIS' own wrapper: the path in whichever model was wrapped
 
 # `#` stands for a number.
@@ -38,7 +40,7 @@ _ATTENTION = (
     *(
         f"transformer_blocks.#.{attention}.{leaf}"
         for attention in ("attn1", "attn2")
-        for leaf in ("to_q", "to_k", "to_v", "to_out.0")
+        for leaf in ("to_q", "to_k", "to_v", "to_out.0", "to_qkv", "to_kv")
     ),
     "transformer_blocks.#.ff.net.0.proj",
     "transformer_blocks.#.ff.net.2",
@@ -64,7 +66,8 @@ _SGM_UNET = (
     "output_blocks.#.2.conv",
 )
 _TEXT_LAYER = (
-    *(f"encoder.layers.#.self_attn.{leaf}_proj" for leaf in ("q", "k", "v", "out")),
+    *(f"encoder.layers.#.self_attn.{leaf}_proj" for leaf in ("q", "k", "v", "out", "qkv")),
+    "encoder.layers.#.self_attn.in_proj",
     "encoder.layers.#.mlp.fc1",
     "encoder.layers.#.mlp.fc2",
 )

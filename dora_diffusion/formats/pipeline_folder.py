@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dora_diffusion.formats.module_names import COMPONENTS, with_text_model
 from dora_diffusion.formats.safetensors_stream import TensorFileError, TensorReader, TensorSpec
+from dora_diffusion.formats.vae_names import modern_vae_path
 
 WEIGHT_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _STEMS = ("diffusion_pytorch_model", "model")
@@ -95,8 +96,9 @@ class PipelineFolder:
 
 def canonical_tensor(component: str, key: str) -> str:
     """Canonical name of a tensor in a component's weight file."""
-    is_text = component.startswith("text_encoder")
-    return f"{component}.{with_text_model(key) if is_text else key}"
+    if component.startswith("text_encoder"):
+        key = with_text_model(key)
+    return f"{component}.{modern_vae_path(key) if component == 'vae' else key}"
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path:
@@ -125,6 +127,11 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
     found = sorted(folder.glob("*.safetensors.index*.json")) or sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return found[0]
+    if not found and (pickles := [*folder.glob("*.bin"), *folder.glob("*.ckpt")]):
+        raise TensorFileError(
+            f"{folder} holds its weights as a pickle ({pickles[0].name}), which can run code when "
+            "opened; use a model with .safetensors weights, or convert it first"
+        )
     problem = f"several: {', '.join(f.name for f in found)}" if found else "none"
     raise TensorFileError(f"{folder}: it should hold one safetensors weight file; found {problem}")
 

@@ -1,115 +1,58 @@
 """Safetensors files read and written one tensor at a time.
 
-A safetensors file is 8 bytes of header length (little endian), a JSON header
-``{name: {dtype, shape, data_offsets}}`` with optional string ``__metadata__``, and the raw bytes.
-Writing it directly keeps one tensor in memory, and makes a file a pure function of its content
-(names in a fixed order), so equal adapters are equal files.
+Writing a file directly keeps one tensor in memory, and makes it a pure function of its content
+(names in a fixed order), so equal adapters are equal files. Reading it directly, not through a
+memory map, keeps the memory in use to one tensor, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
-import math
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+from dora_diffusion.formats.safetensors_header import (
+    DTYPE_NAMES,
+    DTYPES,
+    MAX_HEADER_BYTES,
+    Header,
+    TensorFileError,
+    TensorSpec,
+    read_header,
+)
 
-
-class TensorFileError(ValueError):
-    """A tensor file that cannot be read, or did not come out as intended."""
+__all__ = [
+    "DTYPES",
+    "MAX_HEADER_BYTES",
+    "DiskFullError",
+    "Header",
+    "TensorFileError",
+    "TensorReader",
+    "TensorSpec",
+    "atomic_file",
+    "data_hash",
+    "disk_full",
+    "read_header",
+    "save_tensors",
+    "save_text",
+    "shard_files",
+    "write_tensors",
+]
 
 
 class DiskFullError(OSError):
     """The disk filled up while writing; the previous file is untouched."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a header says of one tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the raw data in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorSpec:
-        """The spec of a tensor in memory."""
-        return cls(tensor.dtype, tuple(tensor.shape))
-
-
-@dataclass(frozen=True)
-class Header:
-    """The parsed header of a file: its tensors in file order, and its metadata."""
-
-    specs: dict[str, TensorSpec]
-    metadata: dict[str, str]
-
-
-def read_header(path: str | Path) -> Header:
-    """Read the header of a safetensors file without touching its tensors.
-
-    Raises:
-        TensorFileError: If the file is not a complete safetensors file.
-        OSError: If it cannot be opened.
-    """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise TensorFileError(f"{Path(path).name} is not a safetensors file, or is cut short")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        notes = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
-        found = {name: (_parse_spec(item), item["data_offsets"]) for name, item in header.items()}
-        end = max((int(stop) for _, (_, stop) in found.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise TensorFileError(f"{Path(path).name} has a broken header: {error!r}") from error
-    if wrong := [n for n, (spec, (start, stop)) in found.items() if stop - start != spec.nbytes]:
-        raise TensorFileError(f"{Path(path).name} has a broken header: {_listing(wrong)}")
-    if 8 + length + end != size:
-        raise TensorFileError(
-            f"{Path(path).name} is cut short: {size} bytes, its header promises {8 + length + end}"
-        )
-    return Header({name: spec for name, (spec, _) in found.items()}, notes)
-
-
-def _parse_spec(item: dict[str, Any]) -> TensorSpec:
-    shape = tuple(int(size) for size in item["shape"])
-    if min(shape, default=0) < 0:
-        raise ValueError(f"shape {shape}")
-    return TensorSpec(DTYPES[item["dtype"]], shape)
 
 
 class TensorReader:
@@ -129,14 +72,16 @@ class TensorReader:
         self.specs: dict[str, TensorSpec] = {}
         self.metadata: dict[str, str] = {}
         self.file_of: dict[str, Path] = {}
+        self._starts: dict[str, int] = {}
         for file in self.files:
             header = read_header(file)
             self.metadata = self.metadata or header.metadata
             if repeated := self.specs.keys() & header.specs.keys():
                 raise TensorFileError(f"{self.path.name}: in two shards: {_listing(repeated)}")
             self.specs.update(header.specs)
+            self._starts.update(header.starts)
             self.file_of.update(dict.fromkeys(header.specs, file))
-        self._handles: dict[Path, Any] = {}
+        self._handles: dict[Path, BufferedReader] = {}
 
     def __enter__(self) -> TensorReader:
         """Return the reader; files are opened when a tensor of theirs is asked for."""
@@ -154,15 +99,15 @@ class TensorReader:
 
     def __getitem__(self, name: str) -> Tensor:
         """Load one tensor."""
-        file = self.file_of[name]
+        file, spec = self.file_of[name], self.specs[name]
         if file not in self._handles:
-            try:
-                handle = safe_open(str(file), framework="pt", device="cpu")
-                self._handles[file] = self._stack.enter_context(handle)
-            except SafetensorError as error:
-                raise TensorFileError(f"{file.name} cannot be read: {error}") from error
-        tensor: Tensor = self._handles[file].get_tensor(name)
-        return tensor
+            self._handles[file] = self._stack.enter_context(file.open("rb"))
+        handle = self._handles[file]
+        handle.seek(self._starts[name])
+        raw = torch.empty(spec.nbytes, dtype=torch.uint8)
+        if handle.readinto(raw.numpy().data) != spec.nbytes:
+            raise TensorFileError(f"{file.name} was cut short while it was read")
+        return raw.view(spec.dtype).view(spec.shape)
 
 
 def shard_files(path: Path) -> list[Path]:
@@ -186,26 +131,54 @@ def write_tensors(
     specs: Mapping[str, TensorSpec],
     load: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
+    final_metadata: Callable[[], Mapping[str, str]] | None = None,
 ) -> Path:
     """Write one file atomically, asking ``load(name)`` for one tensor at a time.
 
     Tensors are ordered by descending item size, then by name: every tensor stays aligned.
 
+    Args:
+        path: The file.
+        specs: Dtype and shape of each tensor.
+        load: Makes a tensor.
+        metadata: The file's metadata.
+        final_metadata: Called when all tensors are written; takes the place of ``metadata``, whose
+            encoding must be as long. For values that take time to compute, such as hashes.
+
     Raises:
         TensorFileError: If a tensor differs from its spec, or the reopened file from the intended.
         DiskFullError: If the disk fills up. A file that was at ``path`` is untouched.
     """
-    order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    order, notes = _file_order(specs), dict(metadata or {})
     with atomic_file(path) as temporary:
         with open(temporary, "xb") as file:
-            file.write(_encode_header(order, specs, metadata or {}))
+            header = _encode_header(order, specs, notes)
+            file.write(header)
             for name in order:
                 _write_one(file, name, specs[name], load(name))
+            if final_metadata is not None:
+                notes = dict(final_metadata())
+                final = _encode_header(order, specs, notes)
+                assert len(final) == len(header)
+                file.seek(0)
+                file.write(final)
             _flush_to_disk(file)
-        header = read_header(temporary)
-        if header.specs != dict(specs) or header.metadata != dict(metadata or {}):
+        written = read_header(temporary)
+        if written.specs != dict(specs) or written.metadata != notes:
             raise TensorFileError(f"{path.name} did not read back as it was written")
     return path
+
+
+def _file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
+    return sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+
+
+def data_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the data (all behind the header) of the file that `save_tensors` writes."""
+    found = hashlib.sha256()
+    for name in _file_order({name: TensorSpec.of(tensor) for name, tensor in tensors.items()}):
+        found.update(_raw(tensors[name]))
+    return found.hexdigest()
 
 
 def save_tensors(
@@ -268,7 +241,7 @@ def _encode_header(
         spec = specs[name]
         end = offset + spec.nbytes
         header[name] = {
-            "dtype": _DTYPE_NAMES[spec.dtype],
+            "dtype": DTYPE_NAMES[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [offset, end],
         }
@@ -283,9 +256,13 @@ def _write_one(file: IO[bytes], name: str, spec: TensorSpec, tensor: Tensor) -> 
         raise TensorFileError(
             f"{name}: expected {spec.dtype} {spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
         )
-    if tensor.numel():
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        file.write(raw.numpy().data)
+    file.write(_raw(tensor))
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    view: memoryview = flat.view(torch.uint8).numpy().data
+    return view
 
 
 def _flush_to_disk(file: IO[bytes]) -> None:

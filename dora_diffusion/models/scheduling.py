@@ -18,4 +18,4 @@ def training_scheduler(config: Mapping[str, Any]) -> Any:
 
 def zeros_for_empty_prompt(family: Family, index: Mapping[str, Any]) -> bool:
     """Whether guidance without a negative prompt uses zeros, by the pipeline's settings."""
-    return family.has_pooled and bool(index.get("forcezeros_for_empty_prompt_prompt", True))
+    return family.has_pooled and bool(index.get("force_zeros_for_empty_prompt", True))

@@ -25,9 +25,13 @@ NORM_FLOOR = 1e-30
 CANCELLATION = 1 / 16
 
 
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def wide(tensor: Tensor) -> Tensor:
     """Return the tensor in the precision that norms and merges are computed in."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.to(_wide_dtype(tensor))
 
 
 def per_channel(vector: Tensor, ndim: int, axis: NormAxis) -> Tensor:
@@ -41,9 +45,11 @@ def squared_norm(weight: Tensor, axis: NormAxis) -> Tensor:
     The output axis is what the authors' code and PEFT use; the input axis is the paper's formula
     as printed (a column of ``W`` in R^{d x k}).
     """
-    weight = wide(weight)
-    rows = weight if axis == "output" else weight.transpose(0, 1)
-    return rows.square().flatten(1).sum(dim=1)
+    kept = 0 if axis == "output" else 1
+    dims = [dim for dim in range(weight.ndim) if dim != kept]
+    # One pass over the weight in its own dtype, summed in the wide one.
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=dims, dtype=_wide_dtype(weight))
+    return norm.square()
 
 
 def weight_norm(weight: Tensor, axis: NormAxis) -> Tensor:

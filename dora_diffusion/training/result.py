@@ -124,13 +124,17 @@ def _diffusers_example(base: str, adapter: Path, prompt: str) -> str:
             f"`{adapter.name}` is in the kohya form, which ComfyUI, Forge and A1111 compute "
             "exactly.\n"
         )
+    source, helper = f'"{base}"', ""
+    if base.startswith("embedded:"):
+        source = f'model_folder("{base.removeprefix("embedded:")}")'
+        helper = "\nfrom dora_diffusion.embedded import model_folder"
     return f"""
 In Diffusers:
 
 ```python
-from diffusers import AutoPipelineForText2Image
+from diffusers import AutoPipelineForText2Image{helper}
 
-pipeline = AutoPipelineForText2Image.from_pretrained("{base}")
+pipeline = AutoPipelineForText2Image.from_pretrained({source})
 pipeline.load_lora_weights("{adapter.parent.name}", weight_name="{adapter.name}")
 image = pipeline("{prompt}").images[0]
 ```

@@ -192,6 +192,7 @@ def open_session(config: TrainConfig, subject: Subject, accelerator: Any) -> Ses
         variant=config.variant,
         vae=config.pretrained_vae_model_name_or_path,
         dtype=dtype,
+        config=config.model_config,
     ).to(accelerator.device)
     resolution = config.resolution or components.default_resolution
     dataset = _dataset(config, subject, components, resolution, paths, accelerator)

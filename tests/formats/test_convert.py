@@ -162,8 +162,9 @@ def test_a_plain_lora_is_approximated_exactly(
 ) -> None:
     layers = random_adapter(sd1_folder, axis=None, every=6)
     with PipelineFolder.open(sd1_folder) as pipeline:
-        _, errors = approximate(layers, lambda name: pipeline[f"{name}.weight"], rank=4)
+        _, errors, total = approximate(layers, lambda name: pipeline[f"{name}.weight"], rank=4)
     assert max(errors.values()) < 1e-5
+    assert total < 1e-5
 
 
 def test_refusals_say_what_to_do(
@@ -265,10 +266,11 @@ def test_inspect_files_for_one_base(
         read_adapter(file)
 
 
-def test_a_pickle_that_is_more_than_tensors_is_refused(tmp_path: Path) -> None:
-    torch.save({"unet.conv_in.lora_A.weight": Path("x")}, tmp_path / "pytorch_lora_weights.bin")
-    with pytest.raises(AdapterFormatError, match="more than tensors"):
-        read_adapter(tmp_path)
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.bin", "a.pt", "a.ckpt", "a.pth"])
+def test_pickles_are_refused_unopened(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"would run code")
+    with pytest.raises(AdapterFormatError, match="is a pickle, which can run code"):
+        read_adapter(tmp_path / name)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
@@ -287,9 +289,8 @@ def test_a_single_file_base_merges_as_the_folder_does(
     actual = load_file(merged)
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
-    assert seen[-1] == (len(expected), len(expected))
-    with pytest.raises(ExportError, match="lacks the configurations"):
-        export_checkpoint(base, file, tmp_path / "folder")
+    size = sum(tensor.nbytes for tensor in expected.values())
+    assert seen[-1] == (size, size)
     report = convert_adapter(file, tmp_path / "d", "dense", base=base, family=family)
     assert report.layers == len(read_adapter(file).layers)
 
@@ -303,7 +304,7 @@ def test_the_two_plans_are_inverse(
     base = export_checkpoint(folder, zero, tmp_path / "base.safetensors", strength=0.0)
     with PipelineFolder.open(folder) as pipeline, CheckpointFile.open(base, family) as file:
         configs = {c: pipeline.config(c) for c in ("unet", "vae", "scheduler")}
-        names = [name for name in pipeline.specs if not name.startswith("vae.")]
+        names = list(pipeline.specs)
         plan = plan_checkpoint(ModelFacts.from_configs(family, configs), names)
         assert sorted(file.entries, key=lambda entry: entry.key) == plan
         for name in names:

@@ -228,6 +228,23 @@ def test_buckets_masks_and_tags_train_together(sd1_folder, photos, tmp_path):
     assert all(masked[step] != whole[step] for step in masked)
 
 
+def test_a_single_file_checkpoint_trains_offline(sd1_folder, photos, tmp_path):
+    from dora_diffusion.export import export_checkpoint
+
+    first = make_config(sd1_folder, photos, tmp_path / "first", max_train_steps=1)
+    train(first)
+    single = tmp_path / "single.safetensors"
+    export_checkpoint(str(sd1_folder), tmp_path / "first", single, strength=0.0)
+    config = replace(
+        first,
+        pretrained_model_name_or_path=str(single),
+        model_config=str(sd1_folder),
+        output_dir=str(tmp_path / "second"),
+    )
+    train(config)
+    assert losses(tmp_path / "second") == pytest.approx(losses(tmp_path / "first"), rel=1e-5)
+
+
 def test_tensorboard_gets_the_losses(sd1_folder, photos, tmp_path):
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"

@@ -194,23 +194,25 @@ def export_pipeline(model: TextToImage, folder: Path, output: Path) -> None:
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(folder / "tokenizer" / name, output / "tokenizer" / name)
     _write_published_names(output / "text_encoder" / "model.safetensors")
-    _open_in_float32(output / "text_encoder" / "config.json")
+    _edit_config(output / "text_encoder" / "config.json", dtype="float32")
+    _edit_config(output / "vae" / "config.json", _name_or_path=None)
+    _edit_config(output / "tokenizer" / "tokenizer_config.json", is_local=None)
     for file in output.rglob("*"):
         if file.is_file():
             file.chmod(0o644)  # safetensors writes for its owner alone
 
 
-def _open_in_float32(file: Path) -> None:
-    """Name float32 in a text encoder's config.
+def _edit_config(file: Path, **changes: str | None) -> None:
+    """Set keys of a JSON file, or drop those that are None.
 
-    Without a ``torch_dtype``, transformers opens a model in the type that its config names, and
-    diffusers its own models in float32: both must agree.
+    The text encoder's type is one: without a ``torch_dtype``, transformers opens a model in the
+    type that its config names, but diffusers opens its own in float32, and both must agree.
     """
     import json
 
-    config = json.loads(file.read_text())
-    config["dtype"] = "float32"
-    file.write_text(json.dumps(config, indent=2) + "\n")
+    config = json.loads(file.read_text()) | changes
+    kept = {key: value for key, value in config.items() if changes.get(key, "") is not None}
+    file.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def _write_published_names(file: Path) -> None:

@@ -1,0 +1,137 @@
+"""Export at full size: peak memory, and time against copying the same file on the same disk.
+
+    python benchmarks/export_speed.py --family sdxl --work /tmp/export
+
+Makes a Diffusers folder of Stable Diffusion 1.5 or SDXL in float16 with random weights, a DoRA on
+every Linear and Conv2d of the UNet and the text encoders, and exports a single file through the
+command line, in a process of its own. The copy is of that file, synced to the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from full_size import CLIP_BIG_G, CLIP_L, SCALING, UNETS, VAE, measured, tokenizer
+
+from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.pipeline_folder import PipelineFolder
+from dora_diffusion.formats.safetensors_stream import TensorSpec, save_text, write_tensors
+from dora_diffusion.numerics.dora import weight_norm
+from dora_diffusion.numerics.weights import LayerWeights
+
+BLOCK = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) / 30
+
+
+def make_base(family: str, folder: Path) -> None:
+    """Write a pipeline folder one tensor at a time; its random numbers repeat."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kinds = {
+        "unet": (UNet2DConditionModel, UNETS[family]),
+        "vae": (AutoencoderKL, {**VAE, "scaling_factor": SCALING[family]}),
+        "text_encoder": (CLIPTextModel, {"vocab_size": 49408, **CLIP_L}),
+    }
+    tokenizer().save_pretrained(folder / "tokenizer")
+    if family == "sdxl":
+        kinds["text_encoder_2"] = (CLIPTextModelWithProjection, {"vocab_size": 49408, **CLIP_BIG_G})
+        tokenizer().save_pretrained(folder / "tokenizer_2")
+    DDIMScheduler().save_pretrained(folder / "scheduler")
+    index = {"scheduler": ["diffusers", "DDIMScheduler"]}
+    for component, (kind, settings) in kinds.items():
+        is_text = component.startswith("text_encoder")
+        with torch.device("meta"):
+            model = kind(CLIPTextConfig(**settings)) if is_text else kind(**settings)
+        index[component] = ["transformers" if is_text else "diffusers", kind.__name__]
+        if is_text:
+            model.config.save_pretrained(folder / component)
+        else:
+            model.save_config(folder / component)
+        specs = {
+            name: TensorSpec(torch.float16, tuple(tensor.shape))
+            for name, tensor in model.state_dict().items()
+            if tensor.is_floating_point()
+        }
+        stem = "model" if is_text else "diffusion_pytorch_model"
+        write_tensors(
+            folder / component / f"{stem}.safetensors", specs, lambda n, s=specs: fill(s[n])
+        )
+    name = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+    tokenizers = {t: ["transformers", "CLIPTokenizer"] for t in ("tokenizer", "tokenizer_2")}
+    index |= {t: kind for t, kind in tokenizers.items() if (folder / t).is_dir()}
+    save_text(folder / "model_index.json", json.dumps({"_class_name": name, **index}))
+
+
+def fill(spec: TensorSpec) -> torch.Tensor:
+    """A tensor of repeated random numbers."""
+    count = torch.Size(spec.shape).numel()
+    block = BLOCK.to(spec.dtype)[: max(count, 1)]
+    return block.repeat(-(-count // len(block)))[:count].view(spec.shape)
+
+
+def make_adapter(family: str, base: Path, path: Path, rank: int) -> int:
+    """Write a DoRA on every Linear and Conv2d; returns their number."""
+    generator = torch.Generator().manual_seed(1)
+    layers = {}
+    with PipelineFolder.open(base) as pipeline:
+        for name, (out, into, *kernel) in pipeline.module_shapes().items():
+            if "embedding" in name and name.startswith("text"):
+                continue
+            down = torch.randn(rank, into, *kernel, generator=generator) / 100
+            up = torch.randn(out, rank, *[1] * len(kernel), generator=generator) / 100
+            magnitude = weight_norm(pipeline[f"{name}.weight"], "output") * 1.01
+            layers[name] = LayerWeights(down, up, magnitude, float(rank))
+    write_adapter(path, AdapterFile(layers, AdapterMetadata(family)))
+    return len(layers)
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    """Seconds to copy a file and sync it to the disk."""
+    started = time.perf_counter()
+    shutil.copyfile(source, target)
+    with open(target, "rb+") as file:
+        os.fsync(file.fileno())
+    return round(time.perf_counter() - started, 1)
+
+
+def main() -> None:
+    """Make, export, copy, report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=tuple(UNETS), default="sdxl")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--work", type=Path, required=True)
+    args = parser.parse_args()
+    base, adapter = args.work / args.family, args.work / f"{args.family}.safetensors"
+    output, copy = args.work / "merged.safetensors", args.work / "copy.safetensors"
+    if not (base / "model_index.json").is_file():
+        make_base(args.family, base)
+    layers = make_adapter(args.family, base, adapter, args.rank)
+    cli = [sys.executable, "-m", "dora_diffusion"]
+    export = measured(
+        [*cli, "export", "--base", str(base), "--adapter", str(adapter),
+         "--output", str(output), "--overwrite"]
+    )  # fmt: skip
+    report = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
+        "torch": torch.__version__,
+        "family": args.family,
+        "adapted_layers": layers,
+        "file_gb": round(output.stat().st_size / 1e9, 2),
+        "export": export,
+        "copy_seconds": copy_seconds(output, copy),
+    }
+    report["times_the_copy"] = round(export["seconds"] / report["copy_seconds"], 2)
+    copy.unlink()
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

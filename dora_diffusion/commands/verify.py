@@ -1,0 +1,45 @@
+"""``dora-diffusion verify``."""
+
+from __future__ import annotations
+
+import argparse
+
+from dora_diffusion.commands.export import adapter_and_strength, byte_progress
+
+_SHOWN = 10
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compute a merged model again; 1 if it is not what base and adapters give."""
+    from dora_diffusion.export import verify_checkpoint
+
+    with byte_progress("compared") as show:
+        report = verify_checkpoint(
+            args.merged,
+            args.base,
+            [adapter_and_strength(text) for text in args.adapter],
+            strength=args.strength,
+            unet_strength=args.unet_strength,
+            text_encoder_strength=args.text_encoder_strength,
+            direction_strength=args.direction_strength,
+            magnitude_strength=args.magnitude_strength,
+            vae=args.vae,
+            variant=args.variant,
+            on_progress=show,
+        )
+    print(f"{'adapted tensors':<28} {'number':>6}  {'largest':>8}  {'rounding':>8}")
+    for kind, one in sorted(report.kinds.items()):
+        print(f"{kind:<28} {one.tensors:>6}  {one.largest:>8.1e}  {one.allowed:>8.1e}  {one.worst}")
+    print(f"{report.unchanged} other tensors equal the base's, bit for bit")
+    for problem in _shortened(report.problems):
+        print(f"wrong: {problem}")
+    print("proven" if report.ok else "NOT what this base and these adapters give")
+    return 0 if report.ok else 1
+
+
+def _shortened(problems: list[str]) -> list[str]:
+    """The first problems, the last (which may explain them), and how many are left out."""
+    if len(problems) <= _SHOWN:
+        return problems
+    left_out = f"{len(problems) - _SHOWN} more like these"
+    return [*problems[: _SHOWN - 1], left_out, problems[-1]]

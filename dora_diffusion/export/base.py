@@ -1,0 +1,72 @@
+"""Open the model that adapters are merged into: a folder, a hub id, or a single file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dora_diffusion.export.output import PICKLED, ExportError
+from dora_diffusion.formats.checkpoint_file import CheckpointFile
+from dora_diffusion.formats.pipeline_folder import PipelineFolder
+from dora_diffusion.formats.safetensors_stream import read_header
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """An opened model.
+
+    Attributes:
+        path: Its folder or file.
+        family: ``"sd1"``, ``"sd2"`` or ``"sdxl"``.
+        weights: Its tensors by canonical name.
+    """
+
+    path: Path
+    family: str
+    weights: PipelineFolder | CheckpointFile
+
+    @property
+    def name(self) -> str:
+        """What it is called, without its folder."""
+        return self.path.resolve().name
+
+    @property
+    def files(self) -> dict[str, list[Path]]:
+        """The weight files of each component; of a single file, itself as ``"checkpoint"``."""
+        if isinstance(self.weights, CheckpointFile):
+            return {"checkpoint": self.weights.reader.files}
+        return {name: reader.files for name, reader in self.weights.readers.items()}
+
+
+@contextlib.contextmanager
+def open_model(model: str | Path, variant: str | None = None) -> Iterator[OpenModel]:
+    """Open a model and close its files afterwards.
+
+    Args:
+        model: A diffusers folder, a hub id, ``embedded:NAME``, or a ``.safetensors`` checkpoint.
+        variant: Weight variant of a folder, such as ``"fp16"``.
+
+    Raises:
+        ExportError: If it is a pickle.
+        TensorFileError: If its weights are missing, damaged or pickled.
+        UnsupportedModelError, ModelNotFoundError: If it is another kind of model, or none.
+    """
+    # Imported here: the model layer may import heavy libraries.
+    from dora_diffusion.models.family import detect_checkpoint_family, detect_folder_family
+    from dora_diffusion.models.locate import resolve_folder
+
+    file = Path(model).expanduser()
+    if file.suffix in PICKLED:
+        raise ExportError(
+            f"{file.name} is a pickle, which can run code when opened; give a .safetensors file"
+        )
+    if file.suffix == ".safetensors" and file.is_file():
+        family = detect_checkpoint_family(read_header(file).specs, file.name).name
+        with CheckpointFile.open(file, family) as checkpoint:
+            yield OpenModel(file, family, checkpoint)
+        return
+    folder = resolve_folder(model, variant=variant)
+    with PipelineFolder.open(folder, variant) as pipeline:
+        yield OpenModel(folder, detect_folder_family(folder).name, pipeline)

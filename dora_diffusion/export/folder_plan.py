@@ -1,0 +1,197 @@
+"""Which file of a merged diffusers folder holds which tensors, and what is copied beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion.export.output import ExportError
+from dora_diffusion.formats.adapter_keys import listing
+from dora_diffusion.formats.checkpoint_file import CheckpointFile
+from dora_diffusion.formats.checkpoint_keys import UNET_PREFIX, VAE_PREFIX
+from dora_diffusion.formats.pipeline_folder import (
+    WEIGHT_COMPONENTS,
+    WEIGHT_SUFFIXES,
+    PipelineFolder,
+    canonical_tensor,
+    read_json,
+)
+
+# One weight file: name of each tensor in it -> canonical name.
+Shard = dict[str, str]
+Shapes = Mapping[str, tuple[int, ...]]
+
+# The released models, whose configuration and tokenizers fit their single files.
+RELEASED = {
+    "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd2": "stabilityai/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+_WEIGHT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner.")
+_BUFFERS = ("position_ids", "logit_scale", "attn_mask")
+
+
+@dataclass(frozen=True)
+class FolderPlan:
+    """A diffusers folder to write.
+
+    Attributes:
+        source: The folder whose other files (configs, tokenizers) it gets.
+        others: These files.
+        index: Its ``model_index.json``.
+        shards: The weight files of each component.
+        scheduler: Settings that the source's scheduler config does not have right.
+    """
+
+    source: Path
+    others: list[Path]
+    index: Mapping[str, Any]
+    shards: dict[str, list[Shard]]
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Canonical names of all tensors."""
+        shards = (shard for files in self.shards.values() for shard in files)
+        return [name for shard in shards for name in shard.values()]
+
+    def with_tensors(self, component: str, names: Iterable[str]) -> FolderPlan:
+        """The plan with one file for a component, holding these tensors."""
+        shard = {name.removeprefix(f"{component}."): name for name in names}
+        return FolderPlan(
+            self.source,
+            self.others,
+            self.index,
+            {**self.shards, component: [shard]},
+            self.scheduler,
+        )
+
+
+def plan_of_folder(pipeline: PipelineFolder) -> FolderPlan:
+    """The same files as the base folder's; weights under their plain names."""
+    shards: dict[str, list[Shard]] = {}
+    for component, reader in pipeline.readers.items():
+        names = {key: canonical_tensor(component, key) for key in reader.specs}
+        shards[component] = [
+            {
+                name.removeprefix(f"{component}."): name
+                for key, name in names.items()
+                if reader.file_of[key] == file
+            }
+            for file in reader.files
+        ]
+    others = other_files(pipeline.path, pipeline.index)
+    return FolderPlan(pipeline.path, others, pipeline.index, shards)
+
+
+def plan_of_checkpoint(checkpoint: CheckpointFile, config: Path, shapes: Shapes) -> FolderPlan:
+    """A folder made from a single file.
+
+    Args:
+        checkpoint: The file.
+        config: A diffusers folder with the configuration and tokenizers.
+        shapes: The tensors that models of this configuration have.
+
+    Raises:
+        ExportError: If the file lacks a tensor, has one of another shape, or one too many.
+    """
+    missing = [
+        name
+        for name, shape in shapes.items()
+        if name not in checkpoint.specs or checkpoint.specs[name].shape != shape
+    ]
+    # Stable Diffusion 2 leaves out the last layer and the projection of its text encoder.
+    unused = ("text_encoder.text_projection.", "text_encoder.text_model.encoder.layers.")
+    extra = [n for n in checkpoint.specs if n not in shapes and not n.startswith(unused)]
+    extra += [
+        key
+        for key in checkpoint.copied_specs()
+        if key.startswith(_WEIGHT_PREFIXES) and not key.endswith(_BUFFERS) and ".loss." not in key
+    ]
+    if missing or extra:
+        raise ExportError(
+            f"{config} is the configuration of another model than {checkpoint.reader.path.name}: "
+            f"{listing(missing or extra)} {'differ' if missing else 'would be left out'}"
+        )
+    index = read_json(config / "model_index.json")
+    markers: dict[str, dict[str, Any]] = {
+        "v_pred": {"prediction_type": "v_prediction"},
+        "ztsnr": {"rescale_betas_zero_snr": True},
+    }
+    scheduler = {
+        k: v for m in markers if m in checkpoint.reader.specs for k, v in markers[m].items()
+    }
+    plan = FolderPlan(config, other_files(config, index), index, {}, scheduler)
+    for component in WEIGHT_COMPONENTS:
+        if names := [name for name in shapes if name.startswith(f"{component}.")]:
+            plan = plan.with_tensors(component, names)
+    return plan
+
+
+def configuration_folder(config: str | Path | None, family: str) -> Path:
+    """The folder with configuration and tokenizers: the given one, or the released model's.
+
+    Raises:
+        ModelNotFoundError: If it cannot be had, with what to do.
+    """
+    from dora_diffusion.models.locate import ModelNotFoundError, fetch_snapshot, resolve_folder
+
+    if config is not None:
+        return resolve_folder(config)
+    try:
+        return fetch_snapshot(
+            RELEASED[family], None, ["model_index.json", "*/*.json", "tokenizer*/*"], []
+        )
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            "a folder made from a single file needs its configuration and tokenizers: give a "
+            f"diffusers folder of the same kind of model as config ({error})"
+        ) from error
+
+
+def shapes_of_configuration(config: Path) -> dict[str, tuple[int, ...]]:
+    """Canonical names and shapes of all tensors that models of a configuration have."""
+    import diffusers
+    import torch
+    import transformers
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for component, value in read_json(config / "model_index.json").items():
+        if component not in WEIGHT_COMPONENTS or not isinstance(value, list):
+            continue
+        values = read_json(config / component / "config.json")
+        with torch.device("meta"):
+            if component.startswith("text_encoder"):
+                kind: Any = getattr(transformers, value[1])
+                model = kind(transformers.CLIPTextConfig(**values))
+            else:
+                model = getattr(diffusers, value[1]).from_config(values)
+        shapes |= {
+            canonical_tensor(component, key): tuple(tensor.shape)
+            for key, tensor in model.state_dict().items()
+            if not key.endswith(_BUFFERS)
+        }
+    return shapes
+
+
+def other_files(folder: Path, index: Mapping[str, Any]) -> list[Path]:
+    """The files of a pipeline that are copied as they are: all but the weights of components."""
+    top = [file for file in folder.iterdir() if file.is_file() and not _is_weight(file)]
+    files = [file for file in top if not file.name.startswith(".")]
+    for name, value in index.items():
+        if isinstance(value, list) and (folder / name).is_dir():
+            inside = [file for file in (folder / name).rglob("*") if file.is_file()]
+            files += [f for f in inside if name not in WEIGHT_COMPONENTS or not _is_weight(f)]
+    return sorted(files)
+
+
+def _is_weight(file: Path) -> bool:
+    return file.name.endswith(WEIGHT_SUFFIXES) or ".safetensors.index." in file.name
+
+
+def dump(values: Mapping[str, Any]) -> str:
+    """JSON as diffusers formats it."""
+    return json.dumps(values, indent=2) + "\n"

@@ -1,0 +1,28 @@
+"""What an adapter file is, and whether it fits a base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dora_diffusion.export.base import open_model
+from dora_diffusion.formats import adapter_inspect
+from dora_diffusion.formats.adapter_inspect import AdapterReport
+
+
+def inspect_adapter(path: str | Path, base: str | Path | None = None) -> AdapterReport:
+    """Report what an adapter is.
+
+    Args:
+        path: An adapter file or folder.
+        base: A model that it may fit: a folder, a hub id, ``embedded:NAME`` or a single file.
+
+    Raises:
+        AdapterFormatError: If it is not an adapter that can be read, with the reason.
+    """
+    if base is None:
+        return adapter_inspect.inspect_adapter(path)
+    with open_model(base) as model:
+        weights = model.weights
+        return adapter_inspect.inspect_adapter(
+            path, weights.module_shapes(), lambda name: weights[f"{name}.weight"]
+        )

@@ -1,0 +1,65 @@
+"""The metadata of merged models: what they are, and what they were made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from dora_diffusion.export.base import OpenModel
+from dora_diffusion.export.recipe import Recipe, file_hash
+from dora_diffusion.formats.adapter_file import AdapterFile
+from dora_diffusion.formats.adapter_metadata import OWN, modelspec_fields
+from dora_diffusion.formats.checkpoint_file import CheckpointFile
+
+MERGED, BASE = OWN + "merged", OWN + "base"
+_UNKNOWN_HASH = "0" * 64
+
+
+class MergeNotes:
+    """Metadata of an output, complete once the base's hashes are known.
+
+    Hashing a model of several gigabytes takes about as long as reading it, so it runs beside the
+    merge; the file is written with zeros in the hashes' places, which are filled in the end.
+    """
+
+    def __init__(
+        self,
+        model: OpenModel,
+        recipe: Recipe,
+        adapters: Sequence[AdapterFile],
+        output: Path,
+        prediction_type: str,
+    ) -> None:
+        kept: Mapping[str, str] = {}
+        if isinstance(model.weights, CheckpointFile):
+            kept = model.weights.reader.metadata
+        self._name = model.name
+        self._fields = {**kept, "format": "pt", MERGED: json.dumps(recipe.record())}
+        if output.suffix == ".safetensors":
+            triggers = dict.fromkeys(a.metadata.trigger for a in adapters if a.metadata.trigger)
+            spec = modelspec_fields(model.family, output.stem, ", ".join(triggers), prediction_type)
+            if not prediction_type:  # of two architectures; what the base says of itself stays
+                del spec["modelspec.architecture"]
+            self._fields |= spec
+        self._pool = ThreadPoolExecutor(1)
+        self._hashes: dict[str, Future[str]] = {
+            name: self._pool.submit(file_hash, files) for name, files in model.files.items()
+        }
+
+    def draft(self) -> dict[str, str]:
+        """The metadata with zeros for the base's hashes."""
+        return self._with(dict.fromkeys(self._hashes, _UNKNOWN_HASH))
+
+    def final(self) -> dict[str, str]:
+        """The metadata; waits for the hashes."""
+        return self._with({name: future.result() for name, future in self._hashes.items()})
+
+    def close(self) -> None:
+        """Give up on hashes that nobody waits for any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _with(self, hashes: Mapping[str, str]) -> dict[str, str]:
+        base = {"name": self._name, "sha256": dict(hashes)}
+        return {**self._fields, BASE: json.dumps(base)}

@@ -1,0 +1,138 @@
+"""What is merged into a model and how strongly, and the record of it in the output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dora_diffusion.export.output import ExportError
+from dora_diffusion.formats.adapter_file import AdapterFile, find_adapter, read_adapter
+from dora_diffusion.formats.adapter_metadata import without_path
+from dora_diffusion.formats.adapter_targets import PEFT_FILE
+from dora_diffusion.merge import Strengths, WeightedAdapter, check_fit
+
+Adapters = str | Path | Sequence[tuple[str | Path, float]]
+_CHUNK = 2**20
+_KNOBS = ("unet_strength", "text_encoder_strength", "direction_strength", "magnitude_strength")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Adapters and their strengths.
+
+    Attributes:
+        adapters: One adapter, or several as ``[(adapter, strength), ...]``.
+        strength: Multiplies all of them: 0 is the base, 1 the adapter as trained.
+        unet_strength: Multiplies it for the UNet.
+        text_encoder_strength: Multiplies it for the text encoders.
+        direction_strength: Scales the low-rank difference inside the norm.
+        magnitude_strength: Moves the magnitude by a share of its change.
+
+    Raises:
+        ExportError: If there is no adapter, or a strength is not a number.
+    """
+
+    adapters: Adapters
+    strength: float = 1.0
+    unet_strength: float = 1.0
+    text_encoder_strength: float = 1.0
+    direction_strength: float = 1.0
+    magnitude_strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.pairs():
+            raise ExportError("no adapter was given")
+        values = [own for _, own in self.pairs()] + list(self.knobs().values())
+        if not all(math.isfinite(value) for value in [*values, self.strength]):
+            raise ExportError(f"strengths must be numbers, got {values}")
+
+    def pairs(self) -> list[tuple[str | Path, float]]:
+        """The adapters with their own strengths."""
+        one = isinstance(self.adapters, (str, Path))
+        return [(self.adapters, 1.0)] if one else list(self.adapters)  # type: ignore[list-item, arg-type]
+
+    def knobs(self) -> dict[str, float]:
+        """The strengths that act on all adapters, but the plain one."""
+        return {name: getattr(self, name) for name in _KNOBS}
+
+    def read(self, shapes: Mapping[str, tuple[int, ...]]) -> list[AdapterFile]:
+        """Read the adapters for a base with these weight shapes, in their order.
+
+        Raises:
+            AdapterFormatError, MergeError: If one cannot be read, or does not fit the base.
+        """
+        adapters = [read_adapter(path, shapes) for path, _ in self.pairs()]
+        check_fit(shapes, [WeightedAdapter(adapter.layers) for adapter in adapters])
+        return adapters
+
+    def weighted(self, adapters: Sequence[AdapterFile]) -> list[WeightedAdapter]:
+        """The adapters that `read` gave, with the strengths of each component."""
+        weighted = []
+        for adapter, (_, own) in zip(adapters, self.pairs(), strict=True):
+            for is_unet, share in ((True, self.unet_strength), (False, self.text_encoder_strength)):
+                layers = {
+                    name: layer
+                    for name, layer in adapter.layers.items()
+                    if name.startswith("unet.") == is_unet
+                }
+                strengths = Strengths(
+                    own * self.strength * share, self.direction_strength, self.magnitude_strength
+                )
+                weighted.append(WeightedAdapter(layers, strengths))
+        return weighted
+
+    def record(self) -> list[dict[str, object]]:
+        """What was merged: names and hashes, no paths; strengths other than 1 that act on all."""
+        knobs = {name: value for name, value in self.knobs().items() if value != 1.0}
+        return [
+            {
+                "adapter": without_path(str(Path(path).resolve())),
+                "sha256": adapter_hash(path),
+                "strength": own * self.strength,
+                **knobs,
+            }
+            for path, own in self.pairs()
+        ]
+
+
+def recorded(text: str) -> dict[str, list[float]]:
+    """Strengths by adapter hash, from the record in a merged model's metadata.
+
+    For each, all strengths in the order strength, UNet, text encoders, direction, magnitude.
+    """
+    names = ("strength", *_KNOBS)
+    try:
+        items = json.loads(text) if text else []
+        return {one["sha256"]: [float(one.get(name, 1.0)) for name in names] for one in items}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def adapter_hash(path: str | Path) -> str:
+    """SHA-256 of an adapter's file; of a PEFT folder, of its components' files in order."""
+    found = find_adapter(path)
+    return file_hash(sorted(found.rglob(PEFT_FILE)) if found.is_dir() else [found])
+
+
+def file_hash(files: Sequence[Path]) -> str:
+    """SHA-256 of one file, or of several one after the other."""
+    if len(files) == 1 and (known := _hub_hash(files[0])):
+        return known
+    found = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                found.update(chunk)
+    return found.hexdigest()
+
+
+def _hub_hash(file: Path) -> str | None:
+    """The hub's cache names large files by their SHA-256."""
+    blob = file.resolve()
+    is_hash = re.fullmatch(r"[0-9a-f]{64}", blob.name) and blob.parent.name == "blobs"
+    return blob.name if is_hash else None

@@ -1,0 +1,224 @@
+"""Prove a merged model: compute every adapted tensor again and compare the rest with the base."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.export.base import OpenModel, open_model
+from dora_diffusion.export.merged import BaseWeights, MergedModel
+from dora_diffusion.export.notes import MERGED
+from dora_diffusion.export.output import OnProgress, ProgressReporter
+from dora_diffusion.export.recipe import Adapters, Recipe, adapter_hash, recorded
+from dora_diffusion.export.vae import WithVae, open_vae
+from dora_diffusion.formats.checkpoint_file import CheckpointFile
+from dora_diffusion.formats.module_names import split_component
+from dora_diffusion.merge import layers_of, merge_tensor
+
+# What another machine's or library's summation order may change, relative to the largest entry.
+_FLOAT32_NOISE = 16 * torch.finfo(torch.float32).eps
+# Tensors that some layouts have and others do not.
+_OPTIONAL = ("position_ids", "logit_scale")
+
+
+@dataclass(frozen=True)
+class KindReport:
+    """How near the adapted tensors of one kind are.
+
+    Attributes:
+        tensors: Their number.
+        largest: The largest relative difference, ``max|merged - expected| / max|expected|``.
+        worst: Name of the tensor with it.
+        allowed: The largest relative difference that rounding to the file's dtypes explains.
+    """
+
+    tensors: int
+    largest: float
+    worst: str
+    allowed: float
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What the comparison found.
+
+    Attributes:
+        kinds: The adapted tensors by kind, such as ``"unet Linear"``.
+        unchanged: Number of other tensors that equal the base's, bit for bit.
+        problems: What is wrong, one line each; empty if the model is proven.
+    """
+
+    kinds: dict[str, KindReport]
+    unchanged: int
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify_checkpoint(
+    merged: str | Path,
+    base: str | Path,
+    adapters: Adapters,
+    *,
+    strength: float = 1.0,
+    unet_strength: float = 1.0,
+    text_encoder_strength: float = 1.0,
+    direction_strength: float = 1.0,
+    magnitude_strength: float = 1.0,
+    vae: str | Path | None = None,
+    variant: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> VerifyReport:
+    """Compare a merged model with what base and adapters give.
+
+    Args:
+        merged: The model to prove, a folder or a single file, written by any program.
+        base: As for ``export_checkpoint``, like all that follows.
+        adapters: What was merged.
+        strength: Of all adapters.
+        unet_strength: Multiplies it for the UNet.
+        text_encoder_strength: Multiplies it for the text encoders.
+        direction_strength: Scales the low-rank difference inside the norm.
+        magnitude_strength: Moves the magnitude by a share of its change.
+        vae: The autoencoder that was baked in.
+        variant: Weight variant of the base.
+        on_progress: Called with (bytes compared, bytes in all).
+
+    Raises:
+        MergeError, AdapterFormatError: If an adapter does not fit the base.
+        TensorFileError: If a file is damaged.
+    """
+    recipe = Recipe(
+        adapters, strength, unet_strength, text_encoder_strength,
+        direction_strength, magnitude_strength,
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(open_model(merged))
+        model = stack.enter_context(open_model(base, variant))
+        weights: BaseWeights = model.weights
+        if vae is not None:
+            weights = WithVae(model.weights, stack.enter_context(open_vae(vae)))
+        layers = recipe.weighted(recipe.read(weights.module_shapes()))
+        comparison = Comparison(found, MergedModel(weights, layers))
+        report = comparison.run(on_progress)
+    hint = _recorded_strengths(found, recipe)
+    if report.problems and hint:
+        report.problems.append(hint)
+    return report
+
+
+class Comparison:
+    """One merged model against what it should be."""
+
+    def __init__(self, found: OpenModel, expected: MergedModel) -> None:
+        self.found, self.expected = found.weights, expected
+        self.kinds: dict[str, KindReport] = {}
+        self.problems: list[str] = []
+        self.unchanged = 0
+
+    def run(self, on_progress: OnProgress | None) -> VerifyReport:
+        """Compare all tensors."""
+        base, found = self.expected.base.specs, self.found.specs
+        for name in sorted(base.keys() ^ found.keys()):
+            if not name.endswith(_OPTIONAL) and not self._left_out(name):
+                whose = "the merged model" if name in base else "the base"
+                self.problems.append(f"{name} is not in {whose}")
+        names = sorted(base.keys() & found.keys())
+        report = ProgressReporter(sum(found[name].nbytes for name in names), on_progress)
+        for name in names:
+            if base[name].shape != found[name].shape:
+                self.problems.append(f"{name} has another shape than the base's")
+            elif layers_of(name, self.expected.adapters):
+                self._compare_adapted(name)
+            else:
+                self._compare_unadapted(name)
+            report.step(found[name].nbytes)
+        return VerifyReport(self.kinds, self.unchanged, self.problems)
+
+    def _left_out(self, name: str) -> bool:
+        """What a folder does not hold of an original Stable Diffusion 2 checkpoint."""
+        original = isinstance(self.expected.base, CheckpointFile)
+        unused = ("text_encoder.text_projection.", "text_encoder.text_model.encoder.layers.")
+        adapted = layers_of(name, self.expected.adapters)
+        return original and name not in self.found.specs and name.startswith(unused) and not adapted
+
+    def _compare_unadapted(self, name: str) -> None:
+        actual = self.found[name]
+        if _same_bits(actual, self.expected.base[name].to(actual.dtype)):
+            self.unchanged += 1
+        else:
+            self.problems.append(f"{name} is not adapted, but differs from the base's")
+
+    def _compare_adapted(self, name: str) -> None:
+        actual = self.found[name]
+        layers = layers_of(name, self.expected.adapters)
+        wanted = merge_tensor(self.expected.base[name], layers, torch.float32)
+        size = wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        difference = (actual.float() - wanted).abs()
+        rounding = rounding_of(wanted, actual.dtype) + _FLOAT32_NOISE * size
+        # In this form, so that a NaN is a problem, too.
+        if not bool((difference <= rounding).all()):
+            worst = (difference / size).max().item()
+            self.problems.append(f"{name} differs by {worst:.1e}, beyond the rounding of its dtype")
+        self._count(name, wanted, (difference / size).max().item(), (rounding / size).max().item())
+
+    def _count(self, name: str, tensor: Tensor, largest: float, allowed: float) -> None:
+        kind = _kind(name, tensor)
+        one = KindReport(1, largest, name, allowed)
+        if old := self.kinds.get(kind):
+            worse = one if not largest <= old.largest else old
+            one = KindReport(old.tensors + 1, worse.largest, worse.worst, max(allowed, old.allowed))
+        self.kinds[kind] = one
+
+
+def rounding_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the distance between neighbours of each entry in a dtype: the error of one cast."""
+    info = torch.finfo(dtype)
+    smallest = info.tiny * info.eps / 2  # half the smallest subnormal number
+    return tensor.abs() * (info.eps / 2) + smallest
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(
+        one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)
+    )
+
+
+def _kind(name: str, tensor: Tensor) -> str:
+    component, _ = split_component(name)
+    shape = "Linear" if tensor.ndim == 2 else f"Conv2d {tensor.shape[2]}x{tensor.shape[3]}"
+    return f"{component} {shape}"
+
+
+def _recorded_strengths(found: OpenModel, recipe: Recipe) -> str:
+    """A line on strengths, if the merged model says that it was made with others."""
+    if isinstance(found.weights, CheckpointFile):
+        metadata = found.weights.reader.metadata
+    else:
+        metadata = next(iter(found.weights.readers.values())).metadata
+    says = recorded(metadata.get(MERGED, ""))
+    if not says:
+        return ""
+    knobs = list(recipe.knobs().values())
+    given = {adapter_hash(path): [own * recipe.strength, *knobs] for path, own in recipe.pairs()}
+    if says.keys() != given.keys():
+        return "the model says that it was made from other adapters than these"
+    if says == given:
+        return ""
+    return f"the model says that it was merged with other strengths: {_strengths(says.values())}"
+
+
+def _strengths(values: Iterable[list[float]]) -> str:
+    names = ("strength", "unet", "text encoder", "direction", "magnitude")
+    return "; ".join(
+        ", ".join(f"{name} {value:g}" for name, value in zip(names, one, strict=True))
+        for one in values
+    )

@@ -1,0 +1,168 @@
+"""Which axis a file's magnitudes belong to: by shape, by the rest of the file, by the base.
+
+LyCORIS and OneTrainer write ``dora_scale`` as ``(out, 1, ...)`` or ``(1, in, ...)``. Other programs
+squeeze it, or keep PEFT's shape ``(1, out, 1, 1)`` of a convolution, which on a square one is also
+the shape of the input axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dora_diffusion.formats.adapter_keys import AdapterFormatError
+from dora_diffusion.numerics.dora import squared_norm, weight_norm
+from dora_diffusion.numerics.weights import NORM_AXES, NormAxis
+
+BaseWeight = Callable[[str], Tensor]
+# Magnitudes belong to an axis when they are this near to the base's norms there (relative), and
+# twice as near as to those of the other axis. Training moves them by a few percent.
+_NEAR = 0.5
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """A magnitude as the file holds it.
+
+    Attributes:
+        tensor: Its values in the file's shape.
+        weight_shape: Shape of the weight, ``(out, in, *k)``.
+        is_peft: Whether its key is PEFT's or ai-toolkit's, which mean the output axis.
+    """
+
+    tensor: Tensor
+    weight_shape: tuple[int, ...]
+    is_peft: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the file."""
+        return tuple(self.tensor.shape)
+
+    def form(self) -> str:
+        """How its shape is to be read: an axis, ``"flat"``, ``"peft"``, ``"square"`` or ``""``."""
+        out, into = self.weight_shape[:2]
+        ones = (1,) * (len(self.weight_shape) - 2)
+        if self.is_peft:
+            # The first DoRA of ai-toolkit: (1, in), on Linear layers only.
+            early = len(self.shape) == 2 and self.shape == (1, into)
+            return "input" if early else "output"
+        if self.shape == (out, 1, *ones):
+            return "output"
+        if ones and self.shape == (1, out, *ones):
+            return "square" if out == into else "peft"
+        if self.shape == (1, into, *ones):
+            return "input"
+        return "flat" if self.shape in ((out,), (into,)) else ""
+
+    def fits(self, axis: NormAxis) -> bool:
+        """Whether it has one value per channel of the axis."""
+        return self.tensor.numel() == self.weight_shape[0 if axis == "output" else 1]
+
+
+def resolve_axes(
+    magnitudes: Mapping[str, Magnitude],
+    stated: Callable[[str], str],
+    base_weight: BaseWeight | None,
+    notes: list[str],
+) -> dict[str, NormAxis]:
+    """The axis of each layer's magnitude.
+
+    Args:
+        magnitudes: By canonical module name.
+        stated: What the file itself says of a layer's axis, ``""`` if nothing.
+        base_weight: Base weight by canonical module name, to tell what shapes leave open.
+        notes: Gets a line for each kind of repair.
+
+    Raises:
+        AdapterFormatError: If an axis cannot be told.
+    """
+    forms = {name: one.form() for name, one in magnitudes.items()}
+    _refuse_misfits(magnitudes, forms)
+    # One network has one axis, so a square convolution is read as the rest of the file is.
+    peft_shaped = "peft" in forms.values()
+    output_only = "output" in forms.values() and "input" not in forms.values()
+    axes: dict[str, NormAxis] = {}
+    open_names = []
+    peft = 0
+    for name, form in forms.items():
+        own = stated(name)
+        if form == "peft" or (form == "square" and peft_shaped and not own):
+            axes[name] = "output"
+            peft += 1
+        elif form in ("output", "input"):
+            axes[name] = "output" if form == "output" else "input"
+        elif form == "square" and (own or not output_only):
+            axes[name] = "output" if own == "output" else "input"
+        else:
+            open_names.append(name)
+    if peft:
+        notes.append(
+            f"{peft} magnitudes were in PEFT's shape (1, out, 1, 1): put on the output axis"
+        )
+    return axes | _told_by_base({name: magnitudes[name] for name in open_names}, base_weight, notes)
+
+
+def _refuse_misfits(magnitudes: Mapping[str, Magnitude], forms: Mapping[str, str]) -> None:
+    if wrong := [name for name, form in forms.items() if not form]:
+        one = magnitudes[wrong[0]]
+        raise AdapterFormatError(
+            f"{wrong[0]}: its dora_scale has shape {one.shape}, which fits neither axis of the "
+            f"weight {one.weight_shape}"
+        )
+
+
+def _told_by_base(
+    magnitudes: Mapping[str, Magnitude], base_weight: BaseWeight | None, notes: list[str]
+) -> dict[str, NormAxis]:
+    """The axis of magnitudes whose shape does not say it: one for all that fit both axes."""
+    if not magnitudes:
+        return {}
+    name, first = next(iter(magnitudes.items()))
+    flat = len(first.shape) == 1
+    what = "flat" if flat else "of the same shape on both axes"
+    reason = (
+        f"{name}: its dora_scale is {what}, {first.shape}, so it does not tell whether it "
+        f"belongs to the outputs or the inputs of the {first.weight_shape} weight"
+    )
+    if base_weight is None:
+        out, into = first.weight_shape[:2]
+        raise AdapterFormatError(
+            f"{reason}. Give the base model, whose weights tell, or ask its author for a file with "
+            f"({out}, 1) or (1, {into})"
+        )
+    both: dict[str, Magnitude] = {}
+    axes: dict[str, NormAxis] = {}
+    for name, one in magnitudes.items():
+        if one.fits("output") and one.fits("input"):
+            both[name] = one
+        else:
+            axes[name] = "output" if one.fits("output") else "input"
+    found: set[NormAxis] = set(axes.values())
+    axis = found.pop() if len(found) == 1 else _nearest(both, base_weight) if both else "output"
+    if axis is None:
+        raise AdapterFormatError(
+            f"{reason}, and the norms of this base's weights do not tell either"
+        )
+    axes |= dict.fromkeys(both, axis)
+    where = " and ".join(sorted(set(axes.values())))
+    how = "flat" if flat else "of a shape that fits both axes"
+    notes.append(f"{len(axes)} magnitudes were {how}: put on the {where} axis, as the base tells")
+    return axes
+
+
+def _nearest(magnitudes: Mapping[str, Magnitude], base_weight: BaseWeight) -> NormAxis | None:
+    """The axis whose norms in the base are clearly nearer to the magnitudes."""
+    off = {"output": 0.0, "input": 0.0}
+    size = 0.0
+    for name, magnitude in magnitudes.items():
+        weight, values = base_weight(name), magnitude.tensor.flatten()
+        for axis in NORM_AXES:
+            off[axis] += (values - weight_norm(weight, axis)).square().sum().item()
+        size += squared_norm(weight, "output").sum().item()
+    near, far = sorted(NORM_AXES, key=lambda axis: off[axis])
+    # Squares of relative distances.
+    clear = off[near] < _NEAR**2 * size and off[far] > 4 * off[near]
+    return near if clear else None

@@ -1,0 +1,106 @@
+"""The kohya/LyCORIS spelling: names, metadata, and the standard ``dora_scale``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.formats.adapter_keys import AdapterFormatError, rename_one_to_one
+from dora_diffusion.formats.adapter_metadata import (
+    OWN,
+    AdapterMetadata,
+    kohya_fields,
+    own_fields,
+)
+from dora_diffusion.formats.adapter_targets import (
+    EncodedFile,
+    Layers,
+    WriteOptions,
+    factors,
+    unit_scale,
+)
+from dora_diffusion.formats.module_names import default_layout, guess_family, kohya_name
+from dora_diffusion.formats.safetensors_stream import data_hash
+from dora_diffusion.numerics.weights import LayerWeights
+
+KOHYA_FILE = "adapter_kohya.safetensors"
+
+
+def encode_kohya(
+    layers: Layers, metadata: AdapterMetadata, options: WriteOptions
+) -> dict[str, EncodedFile]:
+    """kohya/LyCORIS names, ``alpha``, and the standard ``dora_scale``, which holds both axes."""
+    names = kohya_names(layers, metadata, options)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors |= _kohya_tensors(names[name], _for_web_uis(layer), options)
+    fields = kohya_metadata(layers, metadata, options, "kohya")
+    return {KOHYA_FILE: EncodedFile(tensors, with_hash(fields, tensors))}
+
+
+def with_hash(fields: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Add the hash by which A1111 and adapter managers know a file: of its data alone."""
+    return {**fields, "sshs_model_hash": data_hash(tensors)}
+
+
+def _for_web_uis(layer: LayerWeights) -> LayerWeights:
+    """Multiply the scale of an input-axis layer into ``up``.
+
+    A1111 computes that axis, but its versions differ on whether ``alpha / rank`` acts before the
+    norm or on the whole change. With alpha = rank both are the same.
+    """
+    on_input = layer.magnitude is not None and layer.norm_axis == "input"
+    return unit_scale(layer) if on_input else layer
+
+
+def kohya_names(layers: Layers, metadata: AdapterMetadata, options: WriteOptions) -> dict[str, str]:
+    """Canonical module name -> kohya name, for the adapter's family.
+
+    Raises:
+        AdapterFormatError: If the family is unknown, or the names are not one-to-one.
+    """
+    family = _known_family(layers, metadata)
+    layout = options.unet_layout or default_layout(family)
+    sgm = layout if family == "sdxl" else None
+    return rename_one_to_one(layers, lambda name: kohya_name(name, sgm=sgm), "the kohya format")
+
+
+def kohya_metadata(
+    layers: Layers, metadata: AdapterMetadata, options: WriteOptions, target: str
+) -> dict[str, str]:
+    """All metadata of a kohya-style file."""
+    family = _known_family(layers, metadata)
+    fields = own_fields(metadata, layers, target)
+    stored = {name: _for_web_uis(layer) for name, layer in layers.items()}
+    fields |= kohya_fields(metadata, stored, family, options.title)
+    if options.unet_layout:
+        fields[OWN + "unet_layers_per_block"] = str(options.unet_layout.layers_per_block)
+    return fields
+
+
+def _known_family(layers: Layers, metadata: AdapterMetadata) -> str:
+    shapes = {name: layer.weight_shape for name, layer in layers.items()}
+    family = metadata.family or guess_family(shapes)
+    if not family:
+        raise AdapterFormatError(
+            "kohya names differ between model families, and this adapter's family is unknown; "
+            "say which it is (sd1, sd2 or sdxl)"
+        )
+    return family
+
+
+def _kohya_tensors(prefix: str, layer: LayerWeights, options: WriteOptions) -> dict[str, Tensor]:
+    down, up = factors(layer, options)
+    tensors = {
+        f"{prefix}.lora_down.weight": down,
+        f"{prefix}.lora_up.weight": up,
+        f"{prefix}.alpha": torch.tensor(layer.alpha, dtype=torch.float32),
+    }
+    if layer.magnitude is not None:
+        # Never flat: a flat scale does not tell its axis, and ComfyUI skips the layer.
+        lead = (-1,) if layer.norm_axis == "output" else (1, -1)
+        shape = (*lead, *[1] * (layer.down.ndim - len(lead)))
+        tensors[f"{prefix}.dora_scale"] = layer.magnitude.detach().cpu().float().reshape(shape)
+    return tensors

@@ -1,0 +1,291 @@
+"""What other programs make of our files, by an independent restatement of their formulas.
+
+ComfyUI 0.3.64 and Forge: ``(W + s BA) * m / norm``, where norm is that of ``W`` on the output axis
+and that of ``W + s BA`` on the input axis. A1111: always the norms per input; whether s acts inside
+or on the whole change depends on its version. All in float64, from the file's tensors alone.
+
+The figures in docs/formats.md are those that `figures` prints:
+
+    python -m pytest tests/formats/test_consumers.py -k figures -s
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dora_diffusion.export.convert import CONVERSIONS
+from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.consumers import CONSUMERS, VERDICTS, file_kind, tools_for
+from dora_diffusion.numerics.weights import LayerWeights
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "formats.md"
+BLOCK = "mid_block.attentions.0.transformer_blocks.0"
+SHAPES = {
+    f"unet.{BLOCK}.attn1.to_q": (320, 320),
+    f"unet.{BLOCK}.ff.net.2": (320, 1280),
+    "unet.mid_block.attentions.0.proj_in": (320, 320, 1, 1),
+    "unet.mid_block.resnets.0.conv1": (320, 320, 3, 3),
+    "unet.down_blocks.0.downsamplers.0.conv": (320, 160, 3, 3),
+    "unet.conv_out": (4, 320, 3, 3),
+}
+Formula = Callable[[Tensor, dict[str, Tensor]], Tensor]
+
+
+def norms(weight: Tensor, axis: str) -> Tensor:
+    """Per output (out, 1, ...) or per input (1, in, ...)."""
+    dims = (1, 2, 3) if axis == "output" else (0, 2, 3)
+    return weight.square().sum(dims[: weight.ndim - 1], keepdim=True).sqrt()
+
+
+def parts(weight: Tensor, file: dict[str, Tensor]) -> tuple[Tensor, float, Tensor | None]:
+    """``B A`` in the weight's shape, alpha / rank, and the magnitudes."""
+    up, down = file["lora_up.weight"].double(), file["lora_down.weight"].double()
+    product = (up.flatten(1) @ down.flatten(1)).view_as(weight)
+    scale = file["dora_scale"].double() if "dora_scale" in file else None
+    return product, file["alpha"].item() / down.shape[0], scale
+
+
+def comfyui(weight: Tensor, file: dict[str, Tensor]) -> Tensor:
+    if "diff" in file:
+        return weight + file["diff"].double()
+    product, scale, magnitude = parts(weight, file)
+    changed = weight + scale * product
+    if magnitude is None:
+        return changed
+    on_output = magnitude.shape[0] == weight.shape[0]
+    norm = norms(weight, "output") if on_output else norms(changed, "input")
+    return changed * magnitude / (norm + torch.finfo(torch.float32).eps)
+
+
+def a1111(weight: Tensor, file: dict[str, Tensor], scale_inside: bool = True) -> Tensor:
+    if "diff" in file:
+        return weight + file["diff"].double()
+    product, scale, magnitude = parts(weight, file)
+    change = product * scale if scale_inside else product
+    if magnitude is not None:
+        merged = weight + change
+        change = merged * (magnitude / norms(merged, "input")) - weight
+    return weight + (change if scale_inside else change * scale)
+
+
+def a1111_older(weight: Tensor, file: dict[str, Tensor]) -> Tensor:
+    return a1111(weight, file, scale_inside=False)
+
+
+def plain_lora(weight: Tensor, file: dict[str, Tensor]) -> Tensor:
+    """sd-scripts' merge and diffusers' loading of kohya files: the magnitudes are left out."""
+    product, scale, _ = parts(weight, file)
+    return weight + scale * product
+
+
+def meant(weight: Tensor, layer: LayerWeights) -> Tensor:
+    """The paper's formula, dense and in float64."""
+    product = (layer.up.double().flatten(1) @ layer.down.double().flatten(1)).view_as(weight)
+    changed = weight + layer.scale * product
+    if layer.magnitude is None:
+        return changed
+    lead = (-1, 1) if layer.norm_axis == "output" else (1, -1)
+    magnitude = layer.magnitude.double().view(*lead, *[1] * (weight.ndim - 2))
+    return changed * magnitude / norms(changed, layer.norm_axis)
+
+
+def base_weights() -> dict[str, Tensor]:
+    """Random weights, rounded to float32, with rows and columns of different norms."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in SHAPES.items():
+        weight = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        for dim in (0, 1):
+            size = [1] * len(shape)
+            size[dim] = shape[dim]
+            weight *= 1 + 0.2 * torch.randn(size, generator=generator)
+        weights[name] = weight
+    return weights
+
+
+def adapter(axis: str | None) -> AdapterFile:
+    """The low-rank part is a tenth of each weight; the magnitudes have moved by 2%."""
+    generator = torch.Generator().manual_seed(1)
+    layers = {}
+    for name, weight in base_weights().items():
+        out, into, *kernel = weight.shape
+        down = torch.randn(8, into, *kernel, generator=generator)
+        up = torch.randn(out, 8, *[1] * len(kernel), generator=generator)
+        up *= 0.1 * weight.norm() / (0.5 * (up.flatten(1) @ down.flatten(1)).norm())
+        magnitude = None
+        if axis:
+            magnitude = norms(weight, axis).flatten()
+            magnitude = magnitude * (1 + 0.02 * torch.randn(magnitude.shape, generator=generator))
+        layers[name] = LayerWeights(
+            down, up, magnitude, 4.0, "input" if axis == "input" else "output"
+        )
+    return AdapterFile(layers, AdapterMetadata("sd1"))
+
+
+def files(folder: Path, axis: str | None, target: str) -> dict[str, dict[str, Tensor]]:
+    """Tensors of a written file by canonical name, without the name in their keys."""
+    path = write_adapter(
+        folder / f"{axis}-{target}.safetensors", adapter(axis), target,
+        base_weight=base_weights().__getitem__,
+    )  # fmt: skip
+    tensors = load_file(path)
+    prefixes = {name: "lora_unet_" + name[5:].replace(".", "_") + "." for name in SHAPES}
+    return {
+        name: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)}
+        for name, p in prefixes.items()
+    }
+
+
+def errors(folder: Path, axis: str | None, target: str, formula: Formula) -> list[float]:
+    """Per layer, the difference from what is meant, relative to the change of the weight."""
+    weights, layers = base_weights(), adapter(axis).layers
+    found = []
+    for name, file in files(folder, axis, target).items():
+        weight = weights[name].double()
+        wanted = meant(weight, layers[name])
+        found.append(((formula(weight, file) - wanted).norm() / (wanted - weight).norm()).item())
+    return found
+
+
+# The magnitudes are float32, and so are the written factors: 1e-6 of the weight.
+EXACT = 2e-5
+
+
+@pytest.mark.parametrize(
+    ("axis", "target", "formula"),
+    [
+        ("output", "comfyui", comfyui),
+        ("input", "comfyui", comfyui),
+        ("input", "kohya", comfyui),
+        ("input", "kohya", a1111),
+        ("input", "kohya", a1111_older),
+        ("output", "dense", comfyui),
+        ("input", "dense", comfyui),
+        ("output", "dense", a1111),
+        ("input", "dense", a1111_older),
+        (None, "kohya", comfyui),
+        (None, "kohya", a1111),
+        (None, "kohya", a1111_older),
+        (None, "kohya", plain_lora),
+    ],
+)
+def test_exact_targets(tmp_path: Path, axis: str | None, target: str, formula: Formula) -> None:
+    assert max(errors(tmp_path, axis, target, formula)) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("axis", "target", "formula", "least"),
+    [
+        ("output", "kohya", comfyui, 0.03),
+        ("output", "kohya", a1111, 0.9),
+        ("output", "kohya", a1111_older, 0.9),
+        ("output", "comfyui", a1111, 0.9),
+        ("output", "kohya", plain_lora, 0.1),
+        ("input", "kohya", plain_lora, 0.1),
+    ],
+)
+def test_wrong_uses(tmp_path: Path, axis: str, target: str, formula: Formula, least: float) -> None:
+    """Why files have targets: each of these loads without an error."""
+    assert min(errors(tmp_path, axis, target, formula)) > least
+
+
+def test_a_scale_beside_the_norm_is_wrong_in_older_a1111(tmp_path: Path) -> None:
+    """Why input-axis files are written with alpha = rank."""
+    weight = base_weights()[f"unet.{BLOCK}.attn1.to_q"].double()
+    layer = adapter("input").layers[f"unet.{BLOCK}.attn1.to_q"]
+    assert layer.magnitude is not None
+    file = {
+        "lora_up.weight": layer.up, "lora_down.weight": layer.down,
+        "alpha": torch.tensor(layer.alpha), "dora_scale": layer.magnitude[None],
+    }  # fmt: skip
+    wanted = meant(weight, layer)
+    size = (wanted - weight).norm()
+    assert (a1111(weight, file) - wanted).norm() < EXACT * size
+    assert (a1111_older(weight, file) - wanted).norm() > 0.1 * size
+    stored = files(tmp_path, "input", "kohya")[f"unet.{BLOCK}.attn1.to_q"]
+    assert stored["alpha"] == layer.rank
+
+
+def figures(folder: Path) -> dict[str, str]:
+    """The measured figures of docs/formats.md, by the words before them."""
+
+    def median(axis: str, target: str, formula: Formula) -> str:
+        return f"{torch.tensor(errors(folder, axis, target, formula)).median().item():.0%}"
+
+    name = "unet.conv_out"
+    weight = base_weights()[name].double()
+    file = files(folder, "output", "kohya")[name]
+    growth = (
+        a1111(weight, file).norm() / meant(weight, adapter("output").layers[name]).norm()
+    ).item()
+    return {
+        "ComfyUI and Forge, kohya file on the output axis": median("output", "kohya", comfyui),
+        "A1111, kohya file on the output axis": median("output", "kohya", a1111),
+        "A1111, the last convolution becomes larger": f"{growth:.1f} times",
+        "sd-scripts and diffusers, kohya file on the output axis": median(
+            "output", "kohya", plain_lora
+        ),
+        "A1111, comfyui file": median("output", "comfyui", a1111),
+    }
+
+
+def test_the_figures_in_the_docs_are_measured(tmp_path: Path) -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    for words, figure in figures(tmp_path).items():
+        print(f"| {words} | {figure} |")
+        assert f"| {words} | {figure} |" in text, (words, figure)
+
+
+def test_the_table_in_the_docs_is_the_one_in_the_code() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    rows = {
+        cells[0].strip(): [cell.strip() for cell in cells[1:]]
+        for line in text.splitlines()
+        if line.startswith("| ") and (cells := line.strip("| ").split(" | ")) and len(cells) == 10
+    }
+    kinds = rows["Program"]
+    assert kinds == [f"`{kind}`" for kind in VERDICTS]
+    for consumer in CONSUMERS:
+        short = [VERDICTS[kind][consumer].partition(":")[0] for kind in VERDICTS]
+        assert rows[consumer] == short, consumer
+    for target in CONVERSIONS:
+        assert f"`{target}`" in text, target
+
+
+def test_kinds_of_files() -> None:
+    assert all(set(tools_for(kind)) == set(CONSUMERS) for kind in VERDICTS)
+    assert file_kind("kohya", "output") == "kohya DoRA, output axis"
+    assert file_kind("kohya", "output", "comfyui") == "comfyui"
+    assert file_kind("peft", "") == "peft LoRA"
+    assert file_kind("kohya", "mixed") == ""
+    assert tools_for("") == {}
+
+
+def test_diffusers_and_a_kohya_file(tmp_path: Path, sd1_folder: Path) -> None:
+    """It takes a plain LoRA exactly, and drops the magnitudes of a DoRA with a warning."""
+    from diffusers import StableDiffusionPipeline
+
+    name = "down_blocks.2.attentions.0.transformer_blocks.0.attn2.to_k"
+    pipeline = StableDiffusionPipeline.from_pretrained(sd1_folder, local_files_only=True)
+    weight = pipeline.unet.get_submodule(name).weight.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(4, weight.shape[1], generator=generator)
+    up = torch.randn(weight.shape[0], 4, generator=generator)
+    magnitude = 2 * norms(weight, "output").flatten()
+    for moved in (None, magnitude):
+        layers = {f"unet.{name}": LayerWeights(down, up, moved, 3.0)}
+        path = tmp_path / f"{moved is None}.safetensors"
+        write_adapter(path, AdapterFile(layers, AdapterMetadata("sd1")), "kohya")
+        pipeline.load_lora_weights(path)
+        pipeline.fuse_lora(components=["unet"])
+        pipeline.unload_lora_weights()
+        fused = pipeline.unet.get_submodule(name).weight.detach().clone()
+        # Both times the plain LoRA.
+        torch.testing.assert_close(fused, weight + 0.75 * up @ down, rtol=0, atol=1e-5)
+        pipeline.unet.get_submodule(name).weight.data.copy_(weight)

@@ -1,0 +1,338 @@
+"""Exports in all their ways, and the proof of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dora_diffusion.cli import main
+from dora_diffusion.export import ExportError, export_checkpoint, verify_checkpoint
+from dora_diffusion.export.recipe import file_hash
+from dora_diffusion.export.verify import rounding_of
+from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.pipeline_folder import PipelineFolder
+from dora_diffusion.formats.safetensors_stream import TensorFileError, TensorReader, read_header
+from dora_diffusion.merge import Strengths, merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights
+
+MakeAdapter = Callable[..., dict[str, LayerWeights]]
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    with PipelineFolder.open(folder) as pipeline:
+        return {name: pipeline[name] for name in pipeline.specs}
+
+
+def files_in(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_every_way_from_base_to_output_is_proven(
+    tmp_path: Path, family: str, request: pytest.FixtureRequest, random_adapter: MakeAdapter
+) -> None:
+    """Folder or single file in, folder or single file out: all hold the same merge."""
+    folder = request.getfixturevalue(f"{family}_folder")
+    layers = random_adapter(folder, every=3, axis="input" if family == "sd2" else "output")
+    path = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(layers, AdapterMetadata(family)), "kohya"
+    )
+    single = export_checkpoint(folder, path, tmp_path / "base.safetensors", strength=0.0)
+    outputs = [
+        export_checkpoint(base, path, tmp_path / f"{i}{suffix}", strength=0.7, config=folder)
+        for i, base in enumerate((folder, single))
+        for suffix in ("", ".safetensors")
+    ]
+    assert files_in(outputs[2]) == files_in(folder)
+    first, other = tensors_of(outputs[0]), tensors_of(outputs[2])
+    assert first.keys() == other.keys()
+    assert all(torch.equal(first[name], other[name]) for name in first)
+    for output in outputs:
+        for base in (folder, single):
+            report = verify_checkpoint(output, base, path, strength=0.7)
+            assert report.ok, report.problems
+            assert sum(one.tensors for one in report.kinds.values()) == len(layers)
+            assert max(one.largest for one in report.kinds.values()) < 1e-6
+            kinds = {"unet Linear", "unet Conv2d 3x3", "unet Conv2d 1x1", "text_encoder Linear"}
+            assert set(report.kinds) >= kinds
+        report = verify_checkpoint(output, folder, path)
+        assert not report.ok
+        assert "other strengths: strength 0.7" in report.problems[-1]
+
+
+def test_half_precision_is_proven_up_to_its_rounding(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    path = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=4)))
+    for dtype in (torch.float16, torch.bfloat16):
+        output = export_checkpoint(
+            sd1_folder, path, tmp_path / "m.safetensors", dtype=dtype, overwrite=True
+        )
+        report = verify_checkpoint(output, sd1_folder, path)
+        assert report.ok, report.problems
+        half = torch.finfo(dtype).eps / 2
+        for one in report.kinds.values():
+            assert half / 20 < one.largest <= one.allowed < 1.1 * half
+
+
+@pytest.mark.parametrize("part", ["adapted", "unadapted"])
+def test_one_wrong_number_is_found(
+    tmp_path: Path,
+    sd1_folder: Path,
+    random_adapter: MakeAdapter,
+    capsys: pytest.CaptureFixture[str],
+    part: str,
+) -> None:
+    layers = random_adapter(sd1_folder, every=4)
+    path = write_adapter(tmp_path / "a.safetensors", AdapterFile(layers))
+    output = export_checkpoint(sd1_folder, path, tmp_path / "merged")
+    command = ["verify", str(output), "--base", str(sd1_folder), "--adapter", str(path)]
+    assert main(command) == 0
+    assert "proven" in capsys.readouterr().out
+    file = output / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    adapted = [name.removeprefix("unet.") for name in layers if name.startswith("unet.")]
+    name = f"{adapted[3]}.weight" if part == "adapted" else f"{adapted[3]}.bias"
+    if name not in tensors:
+        name = "conv_norm_out.bias"
+    tensors[name].view(-1)[7] += 1e-3 * tensors[name].abs().max()
+    save_file(tensors, file)
+    assert main(command) == 1
+    out = capsys.readouterr().out
+    assert name in out
+    assert "NOT what" in out
+    assert ("beyond the rounding" if part == "adapted" else "not adapted, but differs") in out
+
+
+def test_missing_tensors_and_other_adapters_are_found(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    paths = [
+        write_adapter(tmp_path / f"{i}.safetensors", AdapterFile(random_adapter(
+            sd1_folder, every=9, seed=i)))
+        for i in range(2)
+    ]  # fmt: skip
+    output = export_checkpoint(sd1_folder, paths[0], tmp_path / "merged.safetensors")
+    report = verify_checkpoint(output, sd1_folder, [(paths[1], 1.0)])
+    assert "from other adapters" in report.problems[-1]
+    tensors = load_file(output)
+    del tensors["model.diffusion_model.out.2.bias"]
+    save_file(tensors, output)
+    report = verify_checkpoint(output, sd1_folder, paths[0])
+    assert report.problems == ["unet.conv_out.bias is not in the merged model"]
+
+
+def test_the_rounding_of_a_cast_is_bounded() -> None:
+    """Against casts of numbers of all sizes, subnormal ones too."""
+    exponents = torch.linspace(-60, 15, 100_000)
+    values = 2.0**exponents * (1 + torch.rand(100_000, generator=torch.Generator().manual_seed(0)))
+    for dtype in (torch.float16, torch.bfloat16):
+        usable = values[values < torch.finfo(dtype).max]
+        error = (usable.to(dtype).float() - usable).abs()
+        bound = rounding_of(usable, dtype)
+        assert (error <= bound).all()
+        assert (error > 0.9 * bound).any()
+
+
+def test_strength_per_component_and_several_adapters(
+    tmp_path: Path, sdxl_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    layers = [random_adapter(sdxl_folder, every=5, seed=seed) for seed in range(2)]
+    paths = [
+        write_adapter(tmp_path / f"{i}.safetensors", AdapterFile(one))
+        for i, one in enumerate(layers)
+    ]
+    options = {
+        "strength": 0.9, "unet_strength": 0.5, "text_encoder_strength": 0.0,
+        "direction_strength": 0.8, "magnitude_strength": 1.2,
+    }  # fmt: skip
+    adapters = [(paths[0], 1.0), (paths[1], 0.25)]
+    output = export_checkpoint(sdxl_folder, adapters, tmp_path / "merged", **options)
+    base, merged = tensors_of(sdxl_folder), tensors_of(output)
+    for name, weight in base.items():
+        module = name.removesuffix(".weight")
+        if name.startswith("unet.") and module in layers[0] and name.endswith(".weight"):
+            each = [
+                (one[module], Strengths(own * 0.45, 0.8, 1.2))
+                for one, (_, own) in zip(layers, adapters, strict=True)
+                if module in one
+            ]
+            torch.testing.assert_close(
+                merged[name], merge_tensor(weight, each), rtol=0, atol=1e-6, msg=name
+            )
+            assert not torch.equal(merged[name], weight)
+        else:
+            assert torch.equal(merged[name], weight), name
+    assert verify_checkpoint(output, sdxl_folder, adapters, **options).ok
+    with pytest.raises(ExportError, match="strengths must be numbers"):
+        export_checkpoint(sdxl_folder, paths[0], tmp_path / "x", unet_strength=float("nan"))
+
+
+@pytest.mark.parametrize("form", ["folder", "model", "checkpoint", "original", "early"])
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+def test_another_vae_is_baked_in(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, form: str, suffix: str
+) -> None:
+    """From every form that autoencoders come in."""
+    other = tmp_path / "other"
+    shutil.copytree(sd1_folder, other)
+    file = other / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: (2 * t).half() for name, t in load_file(file).items()}, file)
+    config = json.loads((other / "vae" / "config.json").read_text())
+    (other / "vae" / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.5}))
+    path = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(random_adapter(sd1_folder, every=9))
+    )
+    vae = {"folder": other / "vae", "model": other}.get(form, tmp_path / "vae.safetensors")
+    whole = load_file(export_checkpoint(other, path, tmp_path / "o.safetensors", strength=0))
+    if form == "checkpoint":
+        save_file(whole, vae)
+    elif form == "original":
+        prefix = "first_stage_model."
+        part = {k.removeprefix(prefix): t for k, t in whole.items() if k.startswith(prefix)}
+        save_file({**part, "loss.logvar": torch.zeros(1)}, vae)
+    elif form == "early":
+        names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        tensors = load_file(file)
+        for new, old in names.items():
+            tensors = {
+                k.replace(f".attentions.0.{new}.", f".attentions.0.{old}."): t
+                for k, t in tensors.items()
+            }
+        assert any(".query." in key for key in tensors)
+        save_file(tensors, vae)
+    output = export_checkpoint(sd1_folder, path, tmp_path / f"merged{suffix}", vae=vae)
+    report = verify_checkpoint(output, sd1_folder, path, vae=vae)
+    assert report.ok, report.problems
+    assert not verify_checkpoint(output, sd1_folder, path).ok
+    if not suffix:
+        wanted, found = tensors_of(other), tensors_of(output)
+        names = [name for name in wanted if name.startswith("vae.")]
+        assert all(torch.equal(wanted[name], found[name]) for name in names)
+        if form in ("folder", "model"):
+            assert json.loads((output / "vae" / "config.json").read_text())["scaling_factor"] == 0.5
+
+
+def test_what_is_not_a_fitting_vae_is_refused(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    path = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(random_adapter(sd1_folder, every=9))
+    )
+    with pytest.raises(ExportError, match="not an autoencoder"):
+        export_checkpoint(sd1_folder, path, tmp_path / "m", vae=path)
+    part = load_file(sd1_folder / "vae" / "diffusion_pytorch_model.safetensors")
+    part.pop("quant_conv.bias")
+    save_file(part, tmp_path / "v.safetensors")
+    with pytest.raises(ExportError, match=r"another kind than the base's: vae\.quant_conv\.bias"):
+        export_checkpoint(sd1_folder, path, tmp_path / "m", vae=tmp_path / "v.safetensors")
+    with pytest.raises(ExportError, match="is a pickle"):
+        export_checkpoint(sd1_folder, path, tmp_path / "m", vae="vae.pt")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_single_file_says_what_is_inside(
+    tmp_path: Path, sdxl_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    facts = AdapterMetadata("sdxl", trigger="sks dog")
+    path = write_adapter(
+        tmp_path / "my-dog.safetensors", AdapterFile(random_adapter(sdxl_folder, every=9), facts)
+    )
+    output = export_checkpoint(
+        sdxl_folder, [(path, 0.5)], tmp_path / "dog-xl.safetensors", unet_strength=0.8
+    )
+    notes = read_header(output).metadata
+    assert notes["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+    assert notes["modelspec.sai_model_spec"] == "1.0.0"
+    assert notes["modelspec.title"] == "dog-xl"
+    assert notes["modelspec.trigger_phrase"] == "sks dog"
+    assert notes["modelspec.prediction_type"] == "epsilon"
+    assert json.loads(notes["dora_diffusion.merged"]) == [
+        {
+            "adapter": "my-dog.safetensors",
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "strength": 0.5,
+            "unet_strength": 0.8,
+        }
+    ]
+    base = json.loads(notes["dora_diffusion.base"])
+    assert base["name"] == sdxl_folder.name
+    unet = sdxl_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    assert base["sha256"]["unet"] == hashlib.sha256(unet.read_bytes()).hexdigest()
+    assert set(base["sha256"]) == {"unet", "vae", "text_encoder", "text_encoder_2"}
+    assert not any(str(tmp_path.parent) in value for value in notes.values())
+    again = read_header(export_checkpoint(output, path, tmp_path / "two.safetensors")).metadata
+    sha256 = hashlib.sha256(output.read_bytes()).hexdigest()
+    assert json.loads(again["dora_diffusion.base"]) == {
+        "name": "dog-xl.safetensors", "sha256": {"checkpoint": sha256}
+    }  # fmt: skip
+
+
+def test_the_hubs_name_of_a_file_is_its_hash(tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / ("ab" * 32)
+    blob.parent.mkdir()
+    blob.write_bytes(b"large")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    assert file_hash([tmp_path / "model.safetensors"]) == blob.name
+    assert file_hash([blob, blob]) == hashlib.sha256(b"largelarge").hexdigest()
+
+
+def test_pickled_bases_are_refused(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    path = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(random_adapter(sd1_folder, every=9))
+    )
+    for name in ("model.ckpt", "model.pt", "model.bin"):
+        with pytest.raises(ExportError, match=rf"{name} is a pickle"):
+            export_checkpoint(tmp_path / name, path, tmp_path / "m")
+    base = tmp_path / "base"
+    shutil.copytree(sd1_folder, base)
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(TensorFileError, match=r"as a pickle \(diffusion_pytorch_model.bin\)"):
+        export_checkpoint(base, path, tmp_path / "m")
+
+
+def test_a_folder_needs_the_right_configuration(
+    tmp_path: Path, sd1_folder: Path, sd2_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    path = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(random_adapter(sd1_folder, every=9))
+    )
+    single = export_checkpoint(sd1_folder, path, tmp_path / "base.safetensors")
+    with pytest.raises(ExportError, match=r"of another model than base\.safetensors"):
+        export_checkpoint(single, path, tmp_path / "m", config=sd2_folder)
+    with pytest.raises(ValueError, match="give a diffusers folder of the same kind"):
+        export_checkpoint(single, path, tmp_path / "m")
+    tensors = {**load_file(single), "model.diffusion_model.extra.weight": torch.ones(2, 2)}
+    save_file(tensors, single)
+    with pytest.raises(ExportError, match=r"extra\.weight would be left out"):
+        export_checkpoint(single, path, tmp_path / "m", config=sd1_folder)
+    assert not (tmp_path / "m").exists()
+
+
+def test_v_prediction_reaches_the_folder(
+    tmp_path: Path, sdxl_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    path = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(random_adapter(sdxl_folder, every=20))
+    )
+    single = export_checkpoint(sdxl_folder, path, tmp_path / "base.safetensors")
+    save_file({**load_file(single), "v_pred": torch.empty(0), "ztsnr": torch.empty(0)}, single)
+    output = export_checkpoint(single, path, tmp_path / "m", config=sdxl_folder)
+    scheduler = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert scheduler["rescale_betas_zero_snr"] is True
+    again = export_checkpoint(output, path, tmp_path / "again.safetensors")
+    with TensorReader(again) as reader:
+        assert {"v_pred", "ztsnr"} <= reader.specs.keys()
+        assert reader.metadata["modelspec.prediction_type"] == "v"

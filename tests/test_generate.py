@@ -1,0 +1,277 @@
+"""Sampling: seeds, batches, strengths, the state of the modules, and pictures that say their make.
+
+The reference of a picture is Diffusers' own pipeline, loaded from the folder.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dora_diffusion.adapters.files import save_adapter
+from dora_diffusion.adapters.inject import (
+    adapter_parameters,
+    disabled,
+    inject_adapters,
+    layer_adapters,
+)
+from dora_diffusion.config import AdapterConfig
+from dora_diffusion.formats.adapter_file import AdapterMetadata
+from dora_diffusion.generate import (
+    SamplingSettings,
+    generate_images,
+    image_grid,
+    lacks_trigger,
+    load_adapted,
+)
+from dora_diffusion.models.components import SAMPLERS
+from dora_diffusion.models.load import load_components
+from dora_diffusion.pictures import parameters_text, parse_parameters, read_parameters, save_png
+
+QUICK = SamplingSettings(steps=3, guidance_scale=4.0)
+PROMPT = "a photo of a sks dog"
+
+
+def pixels(images):
+    return np.stack([np.asarray(image, dtype=np.int16) for image in images])
+
+
+def make_adapter(components, path, *, text_encoders=False):
+    """An adapter with random, noticeable weights, saved from a copy of the model."""
+    generator = torch.Generator().manual_seed(7)
+    parts = components.adaptable() if text_encoders else {"unet": components.unet}
+    for name, model in parts.items():
+        targets = ("attention+conv",) if name == "unet" else ("text-encoder-attention",)
+        inject_adapters(model, AdapterConfig(targets=targets, rank=2), generator=generator)
+        with torch.no_grad():
+            for parameter in adapter_parameters(model):
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.2 * noise * parameter.std().clamp_min(0.2))
+    return save_adapter(parts, path, metadata=AdapterMetadata("sd1", trigger="sks dog"))
+
+
+@pytest.fixture(scope="module")
+def sd1(sd1_folder):
+    return load_components(sd1_folder)
+
+
+@pytest.fixture(scope="module")
+def sd1_adapter(sd1_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    return make_adapter(load_components(sd1_folder), folder, text_encoders=True)
+
+
+@pytest.mark.parametrize("family", ["sd1_folder", "sd2_folder", "sdxl_folder"])
+def test_a_seed_gives_the_same_picture_alone_and_in_any_batch(family, request):
+    components = load_components(request.getfixturevalue(family))
+    together = pixels(generate_images(components, PROMPT, [5, 6, 7], QUICK, batch_size=2))
+    alone = pixels([generate_images(components, PROMPT, [s], QUICK)[0] for s in (5, 6, 7)])
+    # Products of larger batches are rounded differently: a step of 1 in 255.
+    assert np.abs(together - alone).max() <= 1
+    assert np.abs(together[0] - together[1]).max() > 10
+
+
+def test_pictures_are_those_of_the_diffusers_pipeline(sd1_folder, sd1):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(sd1_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        PROMPT,
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(11),
+    ).images
+    assert np.array_equal(pixels(generate_images(sd1, PROMPT, [11], QUICK)), pixels(expected))
+
+
+@pytest.mark.parametrize("scheduler", list(SAMPLERS))
+def test_every_sampler_runs_and_repeats(sd1, scheduler):
+    settings = SamplingSettings(steps=3, scheduler=scheduler)
+    calls = []
+    first = generate_images(
+        sd1, PROMPT, [1, 2], settings, batch_size=1, on_step=lambda *numbers: calls.append(numbers)
+    )
+    assert np.array_equal(
+        pixels(first), pixels(generate_images(sd1, PROMPT, [1, 2], settings, batch_size=1))
+    )
+    assert [done for done, _ in calls] == list(range(1, len(calls) + 1))
+    assert {total for _, total in calls} == {len(calls)}
+
+
+def test_strength_zero_is_the_base_bit_for_bit(sd1_folder, sd1, sd1_adapter):
+    base = pixels(generate_images(sd1, PROMPT, [3], QUICK))
+    adapted, metadata = load_adapted(sd1_folder, sd1_adapter)
+    off, _ = load_adapted(sd1_folder, sd1_adapter, strength=0.0)
+    changed = pixels(generate_images(adapted, PROMPT, [3], QUICK))
+    assert metadata.trigger == "sks dog"
+    assert np.abs(changed - base).max() > 3
+    assert np.array_equal(pixels(generate_images(off, PROMPT, [3], QUICK)), base)
+    with disabled(*adapted.adaptable().values()):
+        assert np.array_equal(pixels(generate_images(adapted, PROMPT, [3], QUICK)), base)
+
+
+def test_the_knobs_reach_every_layer(sd1_folder, sd1_adapter):
+    components, _ = load_adapted(
+        sd1_folder, sd1_adapter, strength=0.5, direction=0.25, magnitude=0.75
+    )
+    for model in components.adaptable().values():
+        knobs = {
+            (one.strength, one.direction_strength, one.magnitude_strength)
+            for one in layer_adapters(model)
+        }
+        assert knobs == {(0.5, 0.25, 0.75)}
+
+
+def test_an_adapter_of_the_unet_alone_loads_on_sdxl(sdxl_folder, tmp_path):
+    path = make_adapter(load_components(sdxl_folder), tmp_path)
+    adapted, _ = load_adapted(sdxl_folder, path, strength=0.7)
+    plain, _ = load_adapted(sdxl_folder)
+    first = pixels(generate_images(adapted, PROMPT, [3], QUICK))
+    assert np.abs(first - pixels(generate_images(plain, PROMPT, [3], QUICK))).max() > 3
+
+
+def test_an_adapter_that_does_not_fit_is_refused(sdxl_folder, sd1_adapter):
+    with pytest.raises(ValueError, match="the model has no module for"):
+        load_adapted(sdxl_folder, sd1_adapter)
+
+
+def test_training_mode_and_norm_caches_are_restored(sd1_folder, sd1_adapter):
+    components, _ = load_adapted(sd1_folder, sd1_adapter)
+    components.unet.train()
+    generate_images(components, PROMPT, [1], QUICK)
+    assert components.unet.training
+    assert not components.vae.training
+    caches = [getattr(module, "_gain_cache", None) for module in components.unet.modules()]
+    assert caches == [None] * len(caches)
+
+    def fail(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate_images(components, PROMPT, [1], QUICK, on_step=fail)
+    assert components.unet.training
+
+
+def test_the_global_generator_is_left_alone(sd1):
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    generate_images(sd1, PROMPT, [1], SamplingSettings(steps=2, scheduler="euler_a"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_sizes_and_the_negative_prompt(sd1):
+    settings = SamplingSettings(steps=2, width=48, height=80)
+    image = generate_images(sd1, PROMPT, [1], settings)[0]
+    assert image.size == (48, 80)
+    assert generate_images(sd1, PROMPT, [1], QUICK)[0].size == (64, 64)
+    steered = SamplingSettings(steps=2, width=48, height=80, negative_prompt="a red cat")
+    assert not np.array_equal(pixels([image]), pixels(generate_images(sd1, PROMPT, [1], steered)))
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"width": -8}, "width is -8"),
+        ({"scheduler": "magic"}, "scheduler is 'magic'.*euler"),
+    ],
+)
+def test_settings_check_themselves(values, text):
+    with pytest.raises(ValueError, match=text):
+        SamplingSettings(**values)
+
+
+def test_a_prompt_without_the_trigger_is_told():
+    facts = AdapterMetadata(trigger="sks dog")
+    assert lacks_trigger("a photo of a dog", facts)
+    assert not lacks_trigger("A photo of a SKS dog, at night", facts)
+    assert not lacks_trigger("a photo of a dog", AdapterMetadata())
+
+
+def test_a_grid_places_pictures_in_rows():
+    colors = ["red", "green", "blue"]
+    grid = image_grid([Image.new("RGB", (8, 6), color) for color in colors], 2, gap=1)
+    assert grid.size == (17, 13)
+    assert grid.getpixel((0, 0)) == (255, 0, 0)
+    assert grid.getpixel((9, 0)) == (0, 128, 0)
+    assert grid.getpixel((0, 7)) == (0, 0, 255)
+    assert grid.getpixel((8, 0)) == (255, 255, 255)
+    labelled = image_grid([Image.new("RGB", (40, 6), c) for c in colors], 3, labels=["a", "b", "c"])
+    assert labelled.size[1] > 6
+    assert labelled.getpixel((0, labelled.size[1] - 1)) == (255, 0, 0)
+    assert any(labelled.crop((0, 0, 40, 18)).getdata(band) for band in range(3))
+
+
+FULL = SamplingSettings(
+    steps=20, guidance_scale=7.5, scheduler="dpm++_karras", negative_prompt="blurred,\nsmall"
+)
+
+
+def test_parameters_are_written_as_a1111_writes_them():
+    text = parameters_text(
+        PROMPT, 12, FULL, (512, 768), "/home/me/models/base: one", "out/run", 0.8
+    )
+    assert text.splitlines() == [
+        "a photo of a sks dog",
+        "Negative prompt: blurred,",
+        "small",
+        "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: 12, Size: 512x768, "
+        'Model: "base: one", Adapter: run, Adapter strength: 0.8',
+    ]
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "un chien très sage, 狗", 'two\nlines: "quoted", x'])
+def test_a_png_keeps_its_parameters(tmp_path, prompt):
+    path = tmp_path / "new" / "picture.png"
+    image = Image.new("RGB", (16, 8), "teal")
+    text = parameters_text(prompt, 12, FULL, image.size, "embedded:tiny-sd")
+    save_png(image, path, text)
+    assert read_parameters(path) == text
+    facts = parse_parameters(text)
+    assert facts["Prompt"] == prompt
+    assert facts["Negative prompt"] == "blurred,\nsmall"
+    assert (facts["Seed"], facts["Size"]) == ("12", "16x8")
+    assert (facts["Sampler"], facts["Model"]) == ("dpm++_karras", "embedded:tiny-sd")
+    assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
+
+
+def test_parameters_of_a1111_are_read():
+    facts = parse_parameters(
+        "a castle, <lora:x:1>\nNegative prompt: fog\nSteps: 30, Sampler: Euler a, CFG scale: 6, "
+        'Seed: 99, Size: 512x512, Lora hashes: "x: abc, y: def", Version: v1.10.1'
+    )
+    assert facts["Prompt"] == "a castle, <lora:x:1>"
+    assert facts["Negative prompt"] == "fog"
+    assert facts["Sampler"] == "euler_a"
+    assert facts["Lora hashes"] == "x: abc, y: def"
+    assert parse_parameters("only a prompt")["Prompt"] == "only a prompt"
+
+
+def test_a_picture_without_parameters_gives_none(tmp_path):
+    save_png(Image.new("RGB", (4, 4)), tmp_path / "x.png")
+    assert read_parameters(tmp_path / "x.png") is None
+
+
+def test_a_failed_save_keeps_the_old_picture(tmp_path, monkeypatch):
+    path = save_png(Image.new("RGB", (4, 4), "red"), tmp_path / "x.png", "old")
+
+    def fail(self, file, **kwargs):
+        raise OSError(5, "broken disk")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="broken disk"):
+        save_png(Image.new("RGB", (4, 4), "blue"), path, "new")
+    assert read_parameters(path) == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_sampling_warns_of_nothing(sd1):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        generate_images(sd1, PROMPT, [1], QUICK)

@@ -1,0 +1,132 @@
+"""The project around the code: its commands, and that its documents are true."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dora_diffusion
+from dora_diffusion import cli
+from dora_diffusion.config import TrainConfig, read_config_file
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands_in(path: Path) -> list[list[str]]:
+    """The lines of a document's shell blocks, as words, with continued lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def own_command(words: list[str]) -> list[str] | None:
+    """What our own parser is given by a shell command; None for other programs."""
+    names = [Path(word).name for word in words]
+    if "train_dreambooth_dora.py" in names:
+        return ["train", *words[names.index("train_dreambooth_dora.py") + 1 :]]
+    return words[1:] if names[0] == "dora-diffusion" else None
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_in_documents_parse(path):
+    for words in commands_in(path):
+        command = own_command(words)
+        if command:
+            cli.build_parser().parse_args(command)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_flags_in_documents_exist(path):
+    # Not only in commands: tables and sentences name flags too.
+    known = {"--help", "--index-url", "--multi_gpu", "--num_processes", "--share", "--auth"}
+    for parser in cli.build_parser()._subparsers._group_actions[0].choices.values():
+        known |= {name for action in parser._actions for name in action.option_strings}
+    text = path.read_text(encoding="utf-8")
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text))
+    assert flags <= known | {"--subject", "--samples", "--output", "--seeds"}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)
+    missing = [link for link in links if not (path.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in ROOT.glob("samples/*/*.yaml")))
+def test_sample_settings_are_valid(name):
+    config = TrainConfig.from_dict(read_config_file(ROOT / "samples" / name / "config.yaml"))
+    assert (ROOT / config.instance_data_dir).is_dir()
+
+
+def test_make_offers_what_the_documents_say():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
+    named = {
+        word
+        for path in DOCUMENTS
+        for words in commands_in(path)
+        for name, word in itertools.pairwise(words)
+        if name == "make"
+    }
+    assert {"demo", "test", "lint"} <= targets
+    assert named <= targets
+
+
+def test_ci_runs_exactly_make_test():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    lines = [line for line in script.read_text().splitlines() if line and line[0] != "#"]
+    assert lines[-1] == "exec make test"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_a_fresh_machine_gets_an_environment_first(target, tmp_path):
+    """Dry: what make would do where there is no virtual environment."""
+    done = subprocess.run(
+        ["make", "--dry-run", target, f"VENV={tmp_path}/venv"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    steps = done.stdout
+    assert steps.index("-m venv") < steps.index("pip install")
+    last = {"demo": "-m dora_diffusion.demo", "test": "-m pytest"}[target]
+    assert steps.index("pip install") < steps.index(last)
+
+
+def test_the_version_is_said_once():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^version = "(.+)"$', text, flags=re.MULTILINE)[1] == (
+        dora_diffusion.__version__
+    )
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_entry_point_exists():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    module, name = re.search(r'^dora-diffusion = "(.+):(.+)"$', text, flags=re.MULTILINE).groups()
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "dora_diffusion", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == dora_diffusion.__version__
