@@ -190,6 +190,7 @@ class JobQueue:
         self._is_leader = False
         self._children: list[subprocess.Popen[bytes]] = []
         self._stop = threading.Event()
+        self._ticking = threading.Lock()
 
     def start(self, period: float = 1.0) -> JobQueue:
         """Tick in a thread of its own until `close`."""
@@ -211,6 +212,11 @@ class JobQueue:
 
     def tick(self) -> str | None:
         """Reap what ended, and start the next job if none runs. Returns the id it started."""
+        # The page ticks too, so that a run starts at once.
+        with self._ticking:
+            return self._tick()
+
+    def _tick(self) -> str | None:
         self._children = [child for child in self._children if child.poll() is None]
         if not self._is_leader:
             self._is_leader = self._lock.take()

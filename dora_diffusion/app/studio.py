@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -104,6 +105,9 @@ class Studio:
         if self._mine.acquire(blocking=False):
             try:
                 self._loaded = self._components = None
+                torch = sys.modules.get("torch")
+                if torch is not None and torch.cuda.is_available():
+                    torch.cuda.empty_cache()
             finally:
                 self._mine.release()
 

@@ -415,7 +415,7 @@ def test_a_restart_of_the_app_forgets_nothing(
 
 def test_a_phone_needs_no_sideways_scrolling(visit: Callable[..., Visit], second: str) -> None:
     page = visit(390)
-    for name in ("Subject", "Train"):
+    for name in ("Subject", "Train", "Generate", "Library"):
         page.tab(name)
         page.page.wait_for_timeout(500)
         assert page.page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -131,7 +131,9 @@ def connect(context: Context, tab: LibraryTab) -> None:
 
     @plain
     def delete(job_id: str | None) -> list[Any]:
-        delete_job(workspace, str(job_id or ""))
+        if not job_id:  # not confirmed
+            return [gr.skip()] * 3
+        delete_job(workspace, str(job_id))
         jobs = context.jobs(fresh=True)
         parts = refresh(jobs, None)
         return [parts["shelf"][1](), parts["shelf_run"][1](), html.note("Deleted", "info")]

@@ -214,8 +214,8 @@ def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks) -> None:
 
     @plain
     def remove(subject_id: str | None) -> list[Any]:
-        if not subject_id:
-            raise AppError("there is no subject to delete")
+        if not subject_id:  # nothing to delete, or not confirmed
+            return [gr.skip()] * (1 + len(view))
         delete_subject(workspace, subject_id)
         current = _current(context, None)
         return [_choices(context, current), *show(current, html.note("Subject deleted", "info"))]

@@ -258,6 +258,8 @@ def _connect_run(context: Context, tab: TrainTab) -> None:
     def act(action: Any) -> Any:
         @plain
         def run(job_id: str | None) -> list[Any]:
+            if not job_id:  # not confirmed
+                return [gr.skip()] * 7
             text = action(workspace.job(job_id))
             jobs = context.jobs(fresh=True)
             return [html.note(text, "info"), *_now(jobs, job_id)]
