@@ -45,15 +45,16 @@ FIELDS = {setting.name: setting for setting in dataclasses.fields(TrainConfig)}
 
 # A crop that is drawn cannot be shown beforehand: the app trains on the middle unless told not to.
 _COMMON: Mapping[str, Any] = {"center_crop": True, "num_validation_images": 3}
-# The embedded model is small: larger steps, and class images in seconds (as in samples/*.yaml).
+# The embedded model is small: it takes larger steps (as in samples/*/config.yaml).
 _EMBEDDED: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"max_train_steps": 60},
-    "balanced": {"max_train_steps": 150, "with_prior_preservation": True},
-    "quality": {"max_train_steps": 300, "with_prior_preservation": True, "num_class_images": 80},
+    "fast": {"max_train_steps": 120},
+    "balanced": {"max_train_steps": 300},
+    "quality": {"max_train_steps": 600},
 }
 _EMBEDDED_COMMON: Mapping[str, Any] = {
-    "learning_rate": 1e-3, "conv_rank": 8, "train_batch_size": 4, "num_class_images": 40,
-    "validation_guidance_scale": 3.5, "validation_steps": 50, "checkpointing_steps": 25,
+    "learning_rate": 2e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 10, "conv_rank": 8,
+    "train_batch_size": 5, "num_class_images": 40, "validation_guidance_scale": 3.5,
+    "validation_steps": 50, "checkpointing_steps": 50,
 }  # fmt: skip
 _RELEASED: Mapping[str, Mapping[str, Any]] = {
     "fast": {"max_train_steps": 400, "with_prior_preservation": False},
