@@ -101,4 +101,4 @@ def write_grid(images: list[Image], path: Path, columns: int = 10) -> None:
     rows = [np.concatenate(arrays[k : k + columns], 1) for k in range(0, len(arrays), columns)]
     from PIL import Image
 
-    Image.fromarray(np.concatenate(rows)).save(path)
+    Image.fromarray(np.concatenate(rows)).save(path, quality=90)

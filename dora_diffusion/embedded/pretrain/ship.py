@@ -37,6 +37,8 @@ places.
     prompt = "a photo of a red striped mug on the grass"
     image = pipeline(prompt, guidance_scale={guidance}).images[0]
 
+![Fifty prompts, first seed, not chosen](samples.jpg)
+
 ## What it is for
 
 Trying and testing personalization, export and sampling end to end without a download or a GPU. It
@@ -116,7 +118,9 @@ def ship(work: Path, prompts: int = 300) -> dict[str, float]:
         **measure_prompts(pipeline, instrument, prompts),
         **measure_vae(pipeline.vae, instrument),
     }
-    write_grid(generate(pipeline, [prompt_of(w) for w in random_wishes(100)]), work / "grid.png")
+    write_grid(
+        generate(pipeline, [prompt_of(w) for w in random_wishes(50)]), folder / "samples.jpg"
+    )
     rows = "\n".join(
         f"| {name} | {measured[name]:.3f} | {instrument.measured[name]:.3f} |"
         for name in ("kind", "color", "pattern", "background", "all")
