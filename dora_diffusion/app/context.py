@@ -1,0 +1,98 @@
+"""What all tabs share: the folders, the queue, the model in memory, and how errors are shown."""
+
+from __future__ import annotations
+
+import functools
+import html
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from dora_diffusion.app.jobs import JobQueue
+from dora_diffusion.app.launch import Launch
+from dora_diffusion.app.settings import EMBEDDED
+from dora_diffusion.app.snapshot import Job, read_job, snapshot
+from dora_diffusion.app.studio import Studio
+from dora_diffusion.app.workspace import AppError, Workspace
+from dora_diffusion.commands.report import explain
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+_FRESH_SECONDS = 0.8
+
+
+class Context:
+    """The app's state besides the disk: none of it needs to survive a restart."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.workspace = Workspace(launch.runs_dir).make()
+        self.studio = Studio(self.workspace)
+        self.queue = JobQueue(self.workspace, before_start=self.studio.release)
+        self._lock = threading.Lock()
+        self._jobs: tuple[Job, ...] = ()
+        self._read_at = -1e9
+
+    def jobs(self, *, fresh: bool = False) -> tuple[Job, ...]:
+        """All jobs. Many pages that ask within a second share one look at the disk."""
+        with self._lock:
+            if fresh or time.monotonic() - self._read_at > _FRESH_SECONDS:
+                self._jobs = snapshot(self.workspace.root)
+                self._read_at = time.monotonic()
+            return self._jobs
+
+    def job(self, job_id: object) -> Job:
+        """One job, as it is now.
+
+        Raises:
+            AppError: If there is none of this id.
+        """
+        job = read_job(self.workspace.job(job_id))
+        if job is None:
+            raise AppError("this run no longer exists; choose another one")
+        return job
+
+    @property
+    def models(self) -> list[str]:
+        """Base models to offer."""
+        return [EMBEDDED, *(name for name in self.launch.models if name != EMBEDDED)]
+
+    def allowed_model(self, name: object) -> str:
+        """A base model's name, if it may be loaded.
+
+        Raises:
+            AppError: If others can reach the app and the model is not on its list.
+        """
+        model = str(name or "").strip() or EMBEDDED
+        if not self.launch.allows_model(model):
+            raise AppError(
+                f"this app is shared, and offers only {', '.join(self.models)}; whoever runs it "
+                "can add models with --models"
+            )
+        return model
+
+
+def plain(handler: Handler) -> Handler:
+    """Show what a handler raises as one plain line; a defect keeps its traceback on the server."""
+
+    @functools.wraps(handler)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        import gradio as gr
+
+        try:
+            return handler(*args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:
+            _, line = explain(error, "generate")
+            if line is None:
+                traceback.print_exc(file=sys.stderr)
+                line = f"unexpected error ({type(error).__name__}); the server's log has it all"
+            text = line[:1].upper() + line[1:]
+            raise gr.Error(
+                html.escape(text), title="That did not work", print_exception=False
+            ) from None
+
+    return run  # type: ignore[return-value]

@@ -1,0 +1,110 @@
+"""Files to take away: adapters in every format, merged models, model cards."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from dora_diffusion.app.jobs import create_job
+from dora_diffusion.app.snapshot import Job, adapter_of
+from dora_diffusion.app.workspace import AppError, Workspace
+
+MERGED = "merged.safetensors"
+
+
+def formats() -> dict[str, str]:
+    """Adapter format -> where it is exact."""
+    from dora_diffusion.export import CONVERSIONS
+
+    return dict(CONVERSIONS)
+
+
+def chosen_adapter(job: Job, checkpoint: str = "") -> Path:
+    """The adapter of a run or of one of its checkpoints.
+
+    Raises:
+        AppError: If the run has none.
+    """
+    path = adapter_of(job, checkpoint)
+    if path is None:
+        raise AppError("this run has no adapter yet; wait until it is done, or take a checkpoint")
+    return path
+
+
+def export_adapter(workspace: Workspace, job: Job, target: str) -> tuple[Path, str]:
+    """Write a run's adapter in a format, once, and say how exact it is.
+
+    Returns:
+        The file (a .zip where the format is a folder), and the note.
+
+    Raises:
+        AppError: If there is no adapter, or no such format.
+        ExportError, AdapterFormatError: If the format cannot hold it.
+    """
+    from dora_diffusion.export import convert_adapter
+
+    if target not in formats():
+        raise AppError("there is no such format; choose one of the list")
+    source = chosen_adapter(job)
+    folder = workspace.exports / job.id / target
+    # PEFT writes a folder per component; the other formats are one file each.
+    output = folder / "adapter" if target == "peft" else folder / f"{_name(job)}.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    report = convert_adapter(source, output, target, base=job.base or None, overwrite=True)
+    note = f"{report.layers} layers; {formats()[target]}"
+    if report.worst is not None:
+        note += f"; median error of the change {report.median_error:.1%}"
+    if not output.is_dir():
+        return output, note
+    archive = folder / f"{_name(job)}-peft.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(output.rglob("*")):
+            if path.is_file():
+                file.write(path, path.relative_to(output))
+    return archive, note
+
+
+def start_merge(workspace: Workspace, job: Job, strength: float, checkpoint: str = "") -> str:
+    """Queue a job that merges a run's adapter into its base, as one file. Returns its id.
+
+    Raises:
+        AppError: If the run has no adapter, or the strength is out of its limits.
+    """
+    if not -2 <= strength <= 3:
+        raise AppError(f"the strength is {strength:g}; it must be between -2 and 3")
+    facts = {
+        "base": job.base,
+        "adapter": str(chosen_adapter(job, checkpoint)),
+        "output": str(workspace.exports / job.id / f"{_name(job)}-{MERGED}"),
+        "strength": float(strength),
+        "run": job.id,
+    }
+    return create_job(workspace, "merge", f"Merge {job.title}", facts)
+
+
+def merge_command(job: Job) -> str:
+    """The command that merges as the merge job does."""
+    import shlex
+
+    facts = job.facts
+    words = ["--base", facts["base"], "--adapter", facts["adapter"], "--output", facts["output"]]
+    if facts["strength"] != 1:
+        words += ["--strength", f"{facts['strength']:g}"]
+    return "python -m dora_diffusion export " + " ".join(map(shlex.quote, words))
+
+
+def model_card(workspace: Workspace, job: Job) -> Path | None:
+    """The run's model card where it may be downloaded; None if it has none."""
+    card = job.folder / "README.md"
+    if not card.is_file():
+        return None
+    target = workspace.exports / job.id / "README.md"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(card.read_bytes())
+    return target
+
+
+def _name(job: Job) -> str:
+    """A file name from the trigger word, of plain letters only."""
+    plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in job.trigger.lower())
+    return "-".join(part for part in plain.split("-") if part)[:60] or "subject"

@@ -1,0 +1,212 @@
+"""Pieces of the page as HTML. Everything that comes from outside is escaped here."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from dora_diffusion.app.estimates import Estimate
+from dora_diffusion.app.jobs import stop_asked
+from dora_diffusion.app.snapshot import Job
+
+_WORDS = {
+    "waiting": "waiting",
+    "running": "training",
+    "stopping": "saving and stopping",
+    "done": "done",
+    "stopped": "stopped",
+    "failed": "failed",
+    "crashed": "crashed",
+}
+
+
+def esc(value: object) -> str:
+    """Text as HTML."""
+    return html.escape(str(value), quote=True)
+
+
+def duration(seconds: float | None) -> str:
+    """``75 -> "1 min 15 s"``."""
+    if seconds is None:
+        return "unknown"
+    whole = max(0, round(seconds))
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+def heading(number: str, title: str, text: str) -> str:
+    """A section's heading with one line of what to do."""
+    mark = f"<span class='dd-number'>{esc(number)}</span>" if number else ""
+    return f"<div class='dd-heading'><h2>{mark}{esc(title)}</h2><p>{esc(text)}</p></div>"
+
+
+def empty(title: str, text: str) -> str:
+    """What an empty place says: what will be here, and what to do next."""
+    return f"<div class='dd-empty'><strong>{esc(title)}</strong><p>{esc(text)}</p></div>"
+
+
+def note(text: str, kind: str = "info") -> str:
+    """One message: ``"info"``, ``"good"``, ``"warn"`` or ``"bad"``."""
+    return f"<div class='dd-note dd-{kind}'>{esc(text)}</div>" if text else ""
+
+
+def notes(lines: Iterable[str], kind: str) -> str:
+    """Messages below each other."""
+    return "".join(note(line, kind) for line in lines)
+
+
+def masthead(jobs: Sequence[Job] | None) -> str:
+    """Name of the app, and in one line what it is doing; None before that is known."""
+    if jobs is None:
+        return _masthead("<span class='dd-pill dd-connecting'>connecting</span>")
+    active = next((job for job in jobs if job.is_active), None)
+    waiting = sum(job.state == "waiting" for job in jobs)
+    if active is None:
+        now = "<span class='dd-pill'>idle</span>"
+    else:
+        share = f" {active.step / active.total:.0%}" if active.total else ""
+        now = f"<span class='dd-pill dd-running'>{esc(active.title)}{share}</span>"
+    more = f"<span class='dd-pill'>{waiting} waiting</span>" if waiting else ""
+    return _masthead(now + more)
+
+
+def _masthead(pills: str) -> str:
+    return (
+        "<div class='dd-masthead'><div><h1>DoRA studio</h1>"
+        "<p>Teach a model your subject from a few photos, and take it anywhere.</p></div>"
+        f"<div class='dd-pills'>{pills}</div></div>"
+    )
+
+
+def state_pill(job: Job) -> str:
+    """The state of a job as a coloured word."""
+    word = "merging" if job.kind == "merge" and job.state == "running" else _WORDS[job.state]
+    return f"<span class='dd-pill dd-{esc(job.state)}'>{esc(word)}</span>"
+
+
+def status_card(job: Job) -> str:
+    """State, progress, time left, and what went wrong."""
+    share = min(1.0, job.step / job.total) if job.total else 0.0
+    bar = (
+        f"<div class='dd-bar' role='progressbar' aria-valuenow='{share:.0%}'>"
+        f"<div style='width:{share:.1%}'></div></div>"
+    )
+    unit = "tensor" if job.kind == "merge" else "step"
+    steps = f"{unit} {job.step} of {job.total or '?'}"
+    lines = [steps, *_live_facts(job)]
+    cause = note(job.cause, "bad")
+    if job.state == "done" and job.trigger:
+        cause = note(f"Write “{job.trigger}” in a prompt to get the subject.", "good")
+    return (
+        f"<div class='dd-card'><div class='dd-row'><h3>{esc(job.title)}</h3>{state_pill(job)}</div>"
+        f"{bar}<p class='dd-facts'>{' · '.join(esc(line) for line in lines)}</p>{cause}</div>"
+    )
+
+
+def _live_facts(job: Job) -> list[str]:
+    if job.state == "waiting":
+        return [f"number {job.position} in the queue"]
+    facts = []
+    if job.is_active:
+        facts.append(phase(job))
+        if job.remaining_seconds is not None and job.progress.get("phase") == "training":
+            facts.append(f"about {duration(job.remaining_seconds)} left")
+        if stop_asked(job.folder) is not None:
+            facts.append("asked to save and stop")
+    elif {"started", "finished"} <= job.result.keys():
+        facts.append(f"took {duration(job.result['finished'] - job.result['started'])}")
+    if job.step_seconds is not None:
+        facts.append(f"{job.step_seconds:.2f} s a step")
+    if job.progress.get("device"):
+        facts.append(str(job.progress["device"]))
+    return facts
+
+
+def phase(job: Job) -> str:
+    """What the worker is doing, in words."""
+    said = str(job.progress.get("phase") or "starting")
+    images = job.folder / "class_images"
+    if said == "loading the model" and images.is_dir():
+        made = sum(1 for _ in images.rglob("*.png"))
+        wanted = int(job.settings.get("num_class_images") or 0)
+        if made < wanted:
+            return f"making class pictures: {made} of {wanted}"
+    return said
+
+
+def queue_list(jobs: Sequence[Job]) -> str:
+    """All jobs in one line each, newest first."""
+    rows = "".join(
+        f"<li>{state_pill(job)}<span>{esc(job.title)}</span>"
+        f"<span class='dd-quiet'>{esc(job.id[4:6])}-{esc(job.id[6:8])} {esc(job.id[9:11])}:"
+        f"{esc(job.id[11:13])}</span></li>"
+        for job in jobs[:12]
+    )
+    return f"<ul class='dd-list'>{rows}</ul>" if rows else ""
+
+
+def log_view(text: str) -> str:
+    """The log's tail; scrolled to its end by its layout."""
+    if not text:
+        return empty("Nothing logged yet", "What the run prints appears here.")
+    return f"<div class='dd-log'><pre>{esc(text)}</pre></div>"
+
+
+def command(text: str, label: str = "The same run on the command line") -> str:
+    """A command to copy."""
+    return f"<div class='dd-command'><span>{esc(label)}</span><pre>{esc(text)}</pre></div>"
+
+
+def estimate_card(value: Estimate, steps: int | None) -> str:
+    """What a run will cost, and where that is known from."""
+
+    def size(gib: float | None) -> str:
+        if gib is None:
+            return "not measured yet"
+        return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
+
+    time = duration(value.seconds) if value.seconds is not None else "known after the first steps"
+    facts = {
+        "steps": str(steps or "by epochs"),
+        "training time": time,
+        "memory": f"{size(value.memory)}, {size(value.free_memory)} free",
+        "disk": f"{size(value.disk)}, {size(value.free_disk)} free",
+    }
+    source = (
+        f"Measured in {value.runs} earlier run{'s' if value.runs != 1 else ''} like this on this "
+        "machine."
+        if value.runs
+        else "No run like this was made on this machine yet: time and memory are measured as it "
+        "goes."
+    )
+    tight = (
+        note(
+            "A run like this took more memory than is free now: close other programs, or use "
+            "gradient_checkpointing and a smaller batch.",
+            "warn",
+        )
+        if value.is_tight
+        else ""
+    )
+    return f"{definitions(facts)}<p class='dd-quiet'>{esc(source)}</p>{tight}"
+
+
+def definitions(facts: Mapping[str, Any]) -> str:
+    """Names and values."""
+    rows = "".join(f"<dt>{esc(name)}</dt><dd>{esc(value)}</dd>" for name, value in facts.items())
+    return f"<dl class='dd-definitions'>{rows}</dl>"
+
+
+def download(path: Any, label: str) -> str:
+    """A link to a file of the exports folder, which the server may give out."""
+    address = f"gradio_api/file={quote(str(path.resolve()))}"
+    mib = path.stat().st_size / 2**20
+    size = f"{mib:.1f} MB" if mib >= 0.1 else f"{mib * 1024:.1f} kB"
+    return (
+        f"<a class='dd-download' href='{esc(address)}' download='{esc(path.name)}'>{esc(label)}"
+        f" <span>{size}</span></a>"
+    )

@@ -1,0 +1,76 @@
+"""The page: masthead, four tabs, and the one clock that keeps them true."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from dora_diffusion.app import html
+from dora_diffusion.app.context import Context
+from dora_diffusion.app.views import generate, library, subject, train
+
+TICK_SECONDS = 2.0
+_DAY = 24 * 3600
+
+
+def build_page(context: Context) -> gr.Blocks:
+    """Build the app. Nothing in it holds state that the disk does not."""
+    with gr.Blocks(
+        title="DoRA studio", analytics_enabled=False, delete_cache=(3600, _DAY), fill_width=False
+    ) as blocks:
+        masthead = gr.HTML(html.masthead(None), padding=False)
+        with gr.Tabs():
+            # Tabs that are not rendered lose what is sent to them.
+            with gr.Tab("Subject", id="subject", render_children=True):
+                subjects = subject.build(context)
+            with gr.Tab("Train", id="train", render_children=True):
+                training = train.build(context, subjects)
+            with gr.Tab("Generate", id="generate", render_children=True):
+                generating = generate.build(context)
+            with gr.Tab("Library", id="library", render_children=True):
+                shelves = library.build(context)
+        subject.connect(context, subjects, blocks)
+        train.connect(context, training, subjects)
+        generate.connect(context, generating)
+        library.connect(context, shelves)
+        _connect_clock(context, blocks, masthead, training, generating, shelves)
+    return blocks
+
+
+def _connect_clock(
+    context: Context, blocks: gr.Blocks, masthead: Any, training: Any, generating: Any, shelves: Any
+) -> None:
+    """One timer, outside of the tabs, and the page's load refresh everything that can change."""
+    # What this page was last sent: what has not changed is not sent again.
+    seen = gr.State({})
+    inputs = [seen, training.run, generating.adapter, shelves.run]
+    outputs = [
+        seen, masthead, training.run, training.status, training.loss, training.log, training.jobs,
+        training.samples, training.stop, training.kill, training.resume, training.remove,
+        generating.adapter, shelves.gallery, shelves.run, shelves.merges,
+    ]  # fmt: skip
+
+    def tick(known: dict[str, Any], run: Any, adapter: Any, shelf: Any) -> list[Any]:
+        jobs = context.jobs()
+        parts = {
+            "masthead": html.masthead(jobs),
+            **train.refresh(jobs, run),
+            **generate.refresh(context, jobs, adapter),
+            **library.refresh(jobs, shelf),
+        }
+        now, updates = dict(known or {}), []
+        for name, part in parts.items():
+            # A part is a value, or (what tells whether it changed, how to make it).
+            mark, make = part if isinstance(part, tuple) else (part, None)
+            fresh = now.get(name, _NEVER) != mark
+            now[name] = mark
+            updates.append((make() if make else mark) if fresh else gr.skip())
+        return [now, *updates]
+
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    gr.Timer(TICK_SECONDS).tick(tick, inputs, outputs, trigger_mode="once", **quiet)
+    blocks.load(tick, inputs, outputs, **quiet)
+
+
+_NEVER = object()

@@ -1,0 +1,72 @@
+"""Starting and stopping the server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dora_diffusion.app.context import Context
+from dora_diffusion.app.launch import Launch
+from dora_diffusion.app.uploads import MAX_BYTES
+
+STYLE = Path(__file__).with_name("style.css")
+
+
+def serve(launch: Launch) -> None:
+    """Serve until SIGINT or SIGTERM. Running jobs go on without the app."""
+    ended = threading.Event()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        ended.set()
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    context, blocks, address = start(launch)
+    try:
+        print(f"open {address}", flush=True)
+        ended.wait()
+    finally:
+        context.queue.close()
+        blocks.close(verbose=False)
+
+
+def start(launch: Launch) -> tuple[Context, Any, str]:
+    """Start serving in threads. Returns the context, the Gradio app and its address."""
+    context = Context(launch)
+    # Uploads stay inside the runs folder. Gradio reads this when it is imported.
+    os.environ["GRADIO_TEMP_DIR"] = str(context.workspace.cache.resolve())
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from dora_diffusion.app.page import build_page
+    from dora_diffusion.app.theme import HEAD, make_theme
+
+    blocks = build_page(context)
+    blocks.queue(default_concurrency_limit=8, max_size=200)
+    _, local, shared = blocks.launch(
+        server_name=launch.host,
+        server_port=launch.port,
+        share=launch.share,
+        auth=launch.auth,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=True,
+        inbrowser=False,
+        allowed_paths=[
+            str(path.resolve())
+            for path in (context.workspace.pictures, context.workspace.exports, launch.samples)
+        ],
+        max_file_size=MAX_BYTES,
+        footer_links=["settings"],
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        theme=make_theme(),
+        css_paths=[STYLE],
+        head=HEAD,
+    )
+    context.queue.start()
+    return context, blocks, str(shared or local)

@@ -1,0 +1,258 @@
+"""Subjects on disk: photos, captions, masks and crops, and what will be trained on.
+
+::
+
+    subjects/<id>/
+      subject.json    title, class word, token
+      photos/         what is trained on: 001.jpg, 001.txt, 001.mask.png
+      originals/      photos before a manual crop
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_diffusion.app.uploads import Upload, store_photos
+from dora_diffusion.app.workspace import (
+    AppError,
+    Workspace,
+    clean_text,
+    confined,
+    ids_in,
+    new_id,
+    read_json,
+    remove_folder,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CAPTION_LIMIT = 1000
+PREVIEW_SIDE = 320
+_FACTS = "subject.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A subject as its folder tells it."""
+
+    id: str
+    title: str
+    class_word: str
+    token: str
+    photos: tuple[Path, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The folder that is trained on."""
+        return self.photos[0].parent
+
+
+def subjects_in(workspace: Workspace) -> list[Subject]:
+    """All subjects, newest first."""
+    found = (read_subject(workspace, name) for name in reversed(ids_in(workspace.subjects)))
+    return sorted(found, key=lambda subject: subject.id, reverse=True)
+
+
+def read_subject(workspace: Workspace, subject_id: object) -> Subject:
+    """One subject.
+
+    Raises:
+        AppError: If there is none of this id.
+    """
+    folder = workspace.subject(subject_id)
+    facts = read_json(folder / _FACTS)
+    return Subject(
+        id=folder.name,
+        title=str(facts.get("title") or "Subject"),
+        class_word=str(facts.get("class_word") or ""),
+        token=str(facts.get("token") or "sks"),
+        photos=tuple(photos_in(folder / "photos")),
+    )
+
+
+def photos_in(folder: Path) -> list[Path]:
+    """A subject's photos by name; none where the folder is empty."""
+    from dora_diffusion.data.images import is_photo
+
+    return sorted(path for path in folder.iterdir() if is_photo(path)) if folder.is_dir() else []
+
+
+def new_subject(workspace: Workspace, title: str, class_word: str = "", token: str = "sks") -> str:
+    """Make an empty subject; returns its id."""
+    subject_id = new_id()
+    folder = workspace.subjects / subject_id
+    (folder / "photos").mkdir(parents=True)
+    facts = {"title": title, "class_word": class_word, "token": token, "created": time.time()}
+    write_json(folder / _FACTS, facts)
+    return subject_id
+
+
+def add_photos(workspace: Workspace, subject_id: str, files: Sequence[str | Path]) -> Upload:
+    """Check uploaded files and add them to a subject.
+
+    Raises:
+        AppError: If the subject is unknown, or would have too many photos.
+    """
+    return store_photos(files, workspace.subject(subject_id) / "photos")
+
+
+def take_sample(workspace: Workspace, samples: Path, name: str) -> str:
+    """Make a subject of one of the project's samples; returns its id.
+
+    Raises:
+        AppError: If there is no such sample.
+    """
+    if name not in sample_names(samples):
+        raise AppError("this sample is not there; start the app in the project's folder")
+    from dora_diffusion.config import read_config_file
+
+    settings = read_config_file(samples / name / "config.yaml")
+    title = name.replace("_", " ").capitalize()
+    subject_id = new_subject(workspace, title, str(settings.get("class_word") or ""))
+    folder = workspace.subjects / subject_id / "photos"
+    photos = photos_in(samples / name)
+    upload = store_photos(photos, folder)
+    for photo, copy in zip(photos, upload.accepted, strict=True):
+        caption = photo.with_suffix(".txt")
+        if caption.is_file():
+            shutil.copyfile(caption, copy.with_suffix(".txt"))
+    return subject_id
+
+
+def sample_names(samples: Path) -> list[str]:
+    """Names of the samples that lie beside the app."""
+    return sorted(path.parent.name for path in samples.glob("*/config.yaml"))
+
+
+def save_caption(workspace: Workspace, subject_id: object, photo: object, text: object) -> str:
+    """Write a photo's caption; an empty one lets the instance prompt stand in. Returns it."""
+    path = photo_path(workspace, subject_id, photo)
+    caption = clean_text(text, CAPTION_LIMIT, "caption")
+    if caption:
+        path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+    else:
+        path.with_suffix(".txt").unlink(missing_ok=True)
+    return caption
+
+
+def read_caption_of(photo: Path) -> str:
+    """A photo's own caption; empty where it has none."""
+    from dora_diffusion.data.captions import read_caption
+
+    return read_caption(photo, "")
+
+
+def photo_path(workspace: Workspace, subject_id: object, photo: object) -> Path:
+    """A photo by its name.
+
+    Raises:
+        AppError: If the subject or the photo is not there.
+    """
+    folder = workspace.subject(subject_id) / "photos"
+    path = confined(folder, photo)
+    if path not in photos_in(folder):
+        raise AppError("this photo no longer exists; choose another one")
+    return path
+
+
+def remove_photo(workspace: Workspace, subject_id: object, photo: object) -> None:
+    """Delete a photo with its caption and mask."""
+    path = photo_path(workspace, subject_id, photo)
+    for file in (path.with_suffix(".txt"), mask_path(path), _original(path), path):
+        file.unlink(missing_ok=True)
+
+
+def delete_subject(workspace: Workspace, subject_id: object) -> None:
+    """Delete a subject; runs that were trained on it keep their results."""
+    remove_folder(workspace.subject(subject_id))
+
+
+def mask_path(photo: Path) -> Path:
+    """Where a photo's mask lies."""
+    return photo.with_name(photo.stem + ".mask.png")
+
+
+def _original(photo: Path) -> Path:
+    return photo.parent.parent / "originals" / photo.name
+
+
+def crop_and_mask(photo: Path, picture: Image, painted: Image | None) -> None:
+    """Take over what was cropped and painted in the editor.
+
+    Args:
+        photo: The photo.
+        picture: It after cropping; of another size than the photo, it replaces it.
+        painted: Alpha ("L") of the strokes, as large as ``picture``: bright is the subject.
+    """
+    from dora_diffusion.data.images import open_photo
+
+    if picture.size != open_photo(photo).size:
+        original = _original(photo)
+        if not original.exists():
+            original.parent.mkdir(exist_ok=True)
+            shutil.copyfile(photo, original)
+        kind: dict[str, Any] = {"quality": 95} if photo.suffix == ".jpg" else {}
+        picture.convert("RGB").save(photo, **kind)
+        mask_path(photo).unlink(missing_ok=True)
+    if painted is not None and painted.getbbox():
+        painted.point(lambda value: 255 if value > 32 else 0).save(mask_path(photo))
+
+
+def restore_original(photo: Path) -> None:
+    """Undo crop and mask."""
+    mask_path(photo).unlink(missing_ok=True)
+    if _original(photo).exists():
+        _original(photo).replace(photo)
+
+
+def training_crop(photo: Path, side: int = PREVIEW_SIDE) -> Image:
+    """What of a photo is trained on (the middle square), at a size to look at; masked parts dim."""
+    mask = mask_path(photo)
+    return _crop(
+        photo, photo.stat().st_mtime_ns, mask.stat().st_mtime_ns if mask.exists() else 0, side
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _crop(photo: Path, modified: int, mask_modified: int, side: int) -> Image:
+    from PIL import Image
+
+    from dora_diffusion.data.crops import cut, plan_crop
+    from dora_diffusion.data.images import open_photo
+
+    image = open_photo(photo)
+    record = plan_crop((image.height, image.width), side)
+    crop = cut(image, record)
+    if mask_modified:
+        mask = open_photo(mask_path(photo)).convert("L").resize(image.size)
+        crop = Image.composite(crop, crop.point(lambda value: value // 4), cut(mask, record))
+    return crop
+
+
+def photo_warnings(subject: Subject, resolution: int) -> dict[str, list[str]]:
+    """What will show in the result, by photo name; ``""`` holds what is about all of them."""
+    found: dict[str, list[str]] = {}
+    stamps = tuple((str(path), path.stat().st_mtime_ns) for path in subject.photos)
+    for names, message in _check(stamps, resolution):
+        for name in names or ("",):
+            found.setdefault(name, []).append(message)
+    return found
+
+
+@functools.lru_cache(maxsize=32)
+def _check(
+    stamps: tuple[tuple[str, int], ...], resolution: int
+) -> list[tuple[tuple[str, ...], str]]:
+    from dora_diffusion.data.checks import check_photos
+    from dora_diffusion.data.photos import read_photos
+
+    photos, _ = read_photos([Path(path) for path, _ in stamps], "", skip_unreadable=True)
+    return [(one.names, one.message) for one in check_photos(photos, resolution)]

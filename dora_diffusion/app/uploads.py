@@ -1,0 +1,95 @@
+"""Uploaded photos: refused by what they are, never by what they are called, and made anew."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dora_diffusion.app.workspace import AppError
+from dora_diffusion.data.images import PhotoError, open_photo_with_alpha
+
+MAX_BYTES = 20 * 2**20
+MAX_PHOTOS = 50
+JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What became of the files of one upload.
+
+    Attributes:
+        accepted: The photos that were made of them, in order.
+        refused: One plain line per file that was not taken.
+    """
+
+    accepted: tuple[Path, ...]
+    refused: tuple[str, ...]
+
+
+def store_photos(files: Sequence[str | Path], folder: Path) -> Upload:
+    """Decode uploaded files and write them anew as ``001.jpg``, ``002.png``, ...
+
+    Only pixels survive: orientation is applied, then EXIF with its GPS position, colour profiles,
+    comments and whatever was appended to the file are gone. The uploaded files are not changed.
+
+    Args:
+        files: Paths of uploaded files.
+        folder: Folder of the subject's photos.
+
+    Raises:
+        AppError: If there are more files than one subject may have.
+    """
+    present = sum(1 for path in folder.iterdir() if _is_own(path))
+    if present + len(files) > MAX_PHOTOS:
+        raise AppError(
+            f"{len(files)} files were chosen and {present} photos are there; "
+            f"a subject can have at most {MAX_PHOTOS}"
+        )
+    accepted: list[Path] = []
+    refused: list[str] = []
+    for file in map(Path, files):
+        try:
+            accepted.append(_store(file, folder))
+        except (AppError, PhotoError) as error:
+            refused.append(shown(str(error)))
+    return Upload(tuple(accepted), tuple(refused))
+
+
+def shown(text: str, limit: int = 300) -> str:
+    """A message that holds a name from outside: printable, and not endless."""
+    return "".join(c if c.isprintable() else "?" for c in text)[:limit]
+
+
+def _is_own(path: Path) -> bool:
+    return path.suffix in (".jpg", ".png") and not path.name.endswith(".mask.png")
+
+
+def _store(file: Path, folder: Path) -> Path:
+    if file.is_symlink() or not file.is_file():
+        raise AppError(f"{file.name}: not an ordinary file")
+    size = file.stat().st_size
+    if size > MAX_BYTES:
+        raise AppError(
+            f"{file.name}: {size / 2**20:.1f} MB is above the limit of {MAX_BYTES // 2**20} MB; "
+            "save a smaller copy"
+        )
+    image, alpha = open_photo_with_alpha(file)
+    number = next_number(folder)
+    if alpha is not None:
+        image.putalpha(alpha)
+        target, options = folder / f"{number:03d}.png", {}
+    else:
+        target, options = folder / f"{number:03d}.jpg", {"quality": JPEG_QUALITY}
+    temporary = folder / f".{number:03d}.part"
+    kind = "PNG" if alpha is not None else "JPEG"
+    image.save(temporary, format=kind, **options)
+    os.replace(temporary, target)
+    return target
+
+
+def next_number(folder: Path) -> int:
+    """A number that no photo of the folder has."""
+    taken = [int(path.stem[:3]) for path in folder.iterdir() if path.stem[:3].isdigit()]
+    return max(taken, default=0) + 1

@@ -1,0 +1,326 @@
+"""The Generate tab: pictures, base against adapted, and the grid of checkpoints and strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from dora_diffusion.app import html
+from dora_diffusion.app.context import Context, plain
+from dora_diffusion.app.exports import chosen_adapter
+from dora_diffusion.app.settings import EMBEDDED
+from dora_diffusion.app.snapshot import Job
+from dora_diffusion.app.studio import MAX_BATCH, Picture, Request, clean_prompt, read_settings
+from dora_diffusion.app.views.fields import id_dropdown
+from dora_diffusion.app.workspace import AppError
+
+# What `dora_diffusion.models.components.SAMPLERS` holds; that module imports torch.
+_SAMPLERS = ("ddim", "ddpm", "pndm", "heun", "euler", "euler_a", "dpm++", "dpm++_karras", "unipc")
+_OWN = "the model's own"
+_TEMPLATES = (
+    "a photo of a {subject}",
+    "a photo of a {subject} on the snow",
+    "a photo of a {subject} on the beach",
+    "a photo of a {subject} at night",
+    "a photo of two {subject}s",
+)
+_BUSY: dict[str, Any] = {
+    "api_visibility": "private", "concurrency_id": "device", "concurrency_limit": 1,
+}  # fmt: skip
+_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+_EMPTY = html.empty(
+    "No pictures yet",
+    "Choose a run, press Make pictures. Compare shows the same seed with and without the adapter.",
+)
+
+
+@dataclass(frozen=True)
+class GenerateTab:
+    """The tab's fields that others use too."""
+
+    adapter: Any
+    template: Any
+    form: dict[str, Any]
+    make: Any
+    compare: Any
+    grid: Any
+    grid_strengths: Any
+    load: Any
+    blank: Any
+    slider: Any
+    gallery: Any
+    facts: Any
+
+
+def build(context: Context) -> GenerateTab:
+    """Make the fields."""
+    form: dict[str, Any] = {}
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            gr.HTML(
+                html.heading("5", "Pictures", "Ask for your subject where it never was."),
+                padding=False,
+            )
+            adapter = id_dropdown(label="Run or checkpoint", elem_id="adapter")
+            template = gr.Dropdown(
+                list(_TEMPLATES), value=None, label="Prompt template", elem_id="template"
+            )
+            form["prompt"] = gr.Textbox(
+                "a photo of a {subject} on the snow",
+                label="Prompt",
+                info="{subject} stands for the run's trigger words.",
+                lines=2,
+                max_length=1000,
+                elem_id="prompt",
+            )
+            form["negative_prompt"] = gr.Textbox(
+                label="Negative prompt", max_lines=2, max_length=1000
+            )
+            with gr.Row():
+                form["seed"] = gr.Number(
+                    -1, label="Seed", info="-1 draws one.", precision=0, min_width=110,
+                    elem_id="seed",
+                )  # fmt: skip
+                form["count"] = gr.Slider(1, MAX_BATCH, 4, step=1, label="Pictures", min_width=150)
+            gr.HTML("<p class='dd-quiet'>How much of the adapter</p>", padding=False)
+            form["strength"] = gr.Slider(
+                0, 2, 1, step=0.05, label="Strength", info="0 is exactly the base model.",
+                elem_id="strength",
+            )  # fmt: skip
+            with gr.Row():
+                form["direction"] = gr.Slider(
+                    0, 2, 1, step=0.05, label="Direction", info="The low-rank update.",
+                    min_width=150,
+                )  # fmt: skip
+                form["magnitude"] = gr.Slider(
+                    0, 2, 1, step=0.05, label="Magnitude", info="DoRA's learned norms.",
+                    min_width=150,
+                )  # fmt: skip
+            with gr.Accordion("Steps, guidance, scheduler, size", open=False):
+                form["steps"] = gr.Slider(1, 100, 25, step=1, label="Steps")
+                form["guidance_scale"] = gr.Slider(1, 15, 3.5, step=0.1, label="Guidance")
+                form["scheduler"] = gr.Dropdown([_OWN, *_SAMPLERS], value=_OWN, label="Scheduler")
+                with gr.Row():
+                    form["width"] = gr.Number(None, label="Width", precision=0, min_width=110)
+                    form["height"] = gr.Number(None, label="Height", precision=0, min_width=110)
+            make = gr.Button("Make pictures", variant="primary", size="lg", elem_id="make")
+            compare = gr.Button("Compare with the base model", size="md", elem_id="compare")
+            with gr.Accordion("Grid of checkpoints and strengths", open=False):
+                strengths = gr.Textbox("0, 0.5, 1, 1.5", label="Strengths", max_lines=1)
+                grid = gr.Button("Make the grid", size="md", elem_id="grid")
+            with gr.Accordion("Load settings from a PNG", open=False):
+                load = gr.File(
+                    file_types=[".png"],
+                    label="A picture made here, or by A1111",
+                    height=120,
+                    elem_id="load-png",
+                )
+        with gr.Column(scale=6, min_width=320):
+            gr.HTML(html.heading("", "Results", "Every PNG says how it was made."), padding=False)
+            blank = gr.HTML(_EMPTY, padding=False)
+            slider = gr.ImageSlider(
+                show_label=False,
+                visible=False,
+                interactive=False,
+                type="filepath",
+                format="png",
+                buttons=["fullscreen"],
+                elem_id="slider",
+            )
+            gallery = gr.Gallery(
+                show_label=False,
+                visible=False,
+                columns=2,
+                height="auto",
+                fit_columns=False,
+                object_fit="contain",
+                format="png",
+                buttons=["download", "fullscreen"],
+                elem_id="pictures",
+            )
+            facts = gr.HTML("", padding=False, elem_id="parameters")
+    return GenerateTab(
+        adapter, template, form, make, compare, grid, strengths, load, blank, slider, gallery, facts
+    )
+
+
+def connect(context: Context, tab: GenerateTab) -> None:
+    """Say what the fields do."""
+    names, fields = list(tab.form), list(tab.form.values())
+    results = [tab.blank, tab.slider, tab.gallery, tab.facts]
+
+    def request(choice: str | None, values: Sequence[Any]) -> Request:
+        return make_request(context, choice, dict(zip(names, values, strict=True)))
+
+    @plain
+    def make(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
+        pictures = context.studio.make(request(choice, values), _on_step(progress))
+        return _results(gallery=pictures)
+
+    @plain
+    def compare(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
+        one = request(choice, values)
+        if one.adapter is None:
+            raise AppError("choose a run or a checkpoint to compare with its base model")
+        return _results(pair=context.studio.compare(one, _on_step(progress)))
+
+    @plain
+    def grid(
+        choice: str | None,
+        text: str,
+        *values: Any,
+        progress: Any = gr.Progress(),  # noqa: B008
+    ) -> list[Any]:
+        one = request(choice, values)
+        if one.adapter is None:
+            raise AppError("choose a run: the grid shows its checkpoints")
+        job = context.job(str(choice).partition("/")[0])
+        adapters = {name: chosen_adapter(job, name) for name in job.checkpoints[-6:]}
+        if job.state == "done":
+            adapters["result"] = chosen_adapter(job)
+        picture = context.studio.grid(one, adapters, _numbers(text), _on_step(progress))
+        return _results(gallery=[picture], columns=1)
+
+    @plain
+    def load(file: str | None) -> list[Any]:
+        if not file:
+            return [gr.skip()] * len(names)
+        found = read_settings(Path(file))
+        return [
+            gr.update(value=value) if value is not None else gr.skip()
+            for value in (_field_value(name, found) for name in names)
+        ]
+
+    tab.make.click(make, [tab.adapter, *fields], results, **_BUSY)
+    tab.compare.click(compare, [tab.adapter, *fields], results, **_BUSY)
+    tab.grid.click(grid, [tab.adapter, tab.grid_strengths, *fields], results, **_BUSY)
+    tab.load.upload(load, [tab.load], fields, **_QUIET)
+    tab.template.input(lambda text: text, [tab.template], [tab.form["prompt"]], **_QUIET)
+
+
+def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> Request:
+    """What the fields ask for.
+
+    Raises:
+        AppError: If the run is gone or a value is out of its limits.
+    """
+    if not choice or choice == "base":
+        base, adapter, trigger = EMBEDDED, None, "mug"
+    else:
+        job_id, _, checkpoint = str(choice).partition("/")
+        job = context.job(job_id)
+        base, adapter = context.allowed_model(job.base), chosen_adapter(job, checkpoint)
+        trigger = job.trigger
+    scheduler = form["scheduler"]
+    prompt = clean_prompt(form["prompt"]).replace("{subject}", trigger)
+
+    def size(name: str) -> int | None:
+        value = form[name]
+        # Latents have 8 pixels a side.
+        return max(8, round(value / 8) * 8) if value else None
+
+    return Request(
+        base=base,
+        adapter=adapter,
+        prompt=prompt,
+        negative_prompt=clean_prompt(form["negative_prompt"], "negative prompt"),
+        seed=int(-1 if form["seed"] is None else form["seed"]),
+        count=int(form["count"] or 1),
+        steps=int(form["steps"] or 25),
+        guidance_scale=float(form["guidance_scale"] or 1),
+        scheduler=None if scheduler == _OWN else scheduler,
+        width=size("width"),
+        height=size("height"),
+        strength=float(form["strength"]),
+        direction=float(form["direction"]),
+        magnitude=float(form["magnitude"]),
+    )
+
+
+def _on_step(progress: Any) -> Any:
+    def show(done: int, total: int) -> None:
+        progress((done, total), desc="Making pictures", unit="steps")
+
+    return show
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in str(text).replace(",", " ").split()]
+    except ValueError:
+        raise AppError(f"the strengths are {text!r}; write numbers such as 0, 0.5, 1") from None
+
+
+def _results(
+    *,
+    gallery: Sequence[Picture] = (),
+    pair: tuple[Picture, Picture] | None = None,
+    columns: int = 2,
+) -> list[Any]:
+    """Either pictures or a pair, and how they were made."""
+    last = pair[1] if pair else gallery[0]
+    slider = tuple(str(picture.path) for picture in pair) if pair else None
+    pictures = [(str(picture.path), f"seed {picture.seed}") for picture in gallery]
+    said = html.note("Left: the base model. Right: with the adapter, at the same seed.", "info")
+    return [
+        gr.update(visible=False),
+        gr.update(value=slider, visible=bool(pair)),
+        gr.update(value=pictures, visible=bool(gallery), columns=columns),
+        (said if pair else "")
+        + html.command(last.parameters, "How it was made (also inside of the PNG)"),
+    ]
+
+
+def _field_value(name: str, found: dict[str, str]) -> Any:
+    """A field's value from a PNG's parameters; None leaves it as it is."""
+    width, _, height = found.get("Size", "").partition("x")
+    text = {
+        "prompt": found.get("Prompt"),
+        "negative_prompt": found.get("Negative prompt", ""),
+        "seed": found.get("Seed"),
+        "steps": found.get("Steps"),
+        "guidance_scale": found.get("CFG scale"),
+        "strength": found.get("Adapter strength"),
+        "direction": found.get("Direction strength"),
+        "magnitude": found.get("Magnitude strength"),
+        "width": width or None,
+        "height": height or None,
+        "count": "1",
+    }.get(name)
+    if name == "scheduler":
+        sampler = found.get("Sampler", _OWN)
+        return sampler if sampler in _SAMPLERS else _OWN
+    if name in ("prompt", "negative_prompt") or text is None:
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else number
+
+
+def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
+    """What the clock sends to this tab."""
+    choices = [
+        (f"{job.title} · {job.id[9:11]}:{job.id[11:13]}{_of(name)}", f"{job.id}{_slash(name)}")
+        for job in jobs
+        if job.can_generate
+        for name in (*([""] if job.state == "done" else []), *reversed(job.checkpoints))
+    ]
+    choices.append(("The base model alone", "base"))
+    ids = [value for _, value in choices]
+    # The newest result, until somebody chooses.
+    value = chosen if chosen in ids else ids[0]
+    return {"adapter": ((choices, value), lambda: gr.update(choices=choices, value=value))}
+
+
+def _of(checkpoint: str) -> str:
+    return f" · step {checkpoint.removeprefix('checkpoint-')}" if checkpoint else ""
+
+
+def _slash(checkpoint: str) -> str:
+    return f"/{checkpoint}" if checkpoint else ""

@@ -1,0 +1,168 @@
+"""The process that does one job: ``python -m dora_diffusion.app.worker runs/<id>``.
+
+It calls the same functions as the command line, and leaves with the same exit codes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dora_diffusion.app.jobs import JOB, PROGRESS, RESULT, SETTINGS, STOP, WORKER
+from dora_diffusion.app.processes import Lock, process_start
+from dora_diffusion.app.workspace import Workspace, read_json, write_json
+from dora_diffusion.commands.report import reporting_errors
+
+_STOPPED = 128 + signal.SIGTERM
+
+
+class _Stopped(BaseException):
+    """SIGTERM came while nothing was there to save."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do the job of a folder. Returns its exit code."""
+    folder = Path((sys.argv[1:] if argv is None else argv)[0]).resolve()
+    # The worker of an earlier attempt may still be leaving; one that two apps started does it all.
+    mine = Lock(folder / ".lock")
+    mine.take(wait=True)
+    if (folder / RESULT).exists():
+        return 0
+    write_json(folder / WORKER, {"pid": os.getpid(), "start": process_start(os.getpid())})
+    signal.signal(signal.SIGTERM, _raise_stopped)
+    threading.Thread(target=_watch_for_stop, args=(folder / STOP,), daemon=True).start()
+    started = time.time()
+    code = _run(folder)
+    result = {"code": code, "started": started, "finished": time.time(), **_peaks()}
+    write_json(folder / RESULT, result)
+    return code
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    raise _Stopped
+
+
+def _watch_for_stop(file: Path) -> None:
+    """Turn a STOP file into a SIGTERM, which the trainer answers by saving and leaving."""
+    while not file.exists():
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(folder: Path) -> int:
+    job = read_json(folder / JOB)
+    print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {job.get('title', '')} ---", flush=True)
+    try:
+        note = _Progress(folder / PROGRESS)
+        note(phase="waiting for the device")
+        with reporting_errors(job["kind"], debug=False) as outcome:
+            device = Lock(Workspace(folder.parent).device_lock)
+            device.take(wait=True)
+            work = {"train": _train, "merge": _merge}[job["kind"]]
+            outcome.code = work(folder, job, note)
+        return outcome.code
+    except _Stopped:
+        print("stopped before there was anything to save")
+        return _STOPPED
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        return 1
+
+
+class _Progress:
+    """Keeps progress.json: what the page cannot read from the trainer's own files."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._facts: dict[str, Any] = {}
+        self._written = 0.0
+
+    def __call__(self, *, often: bool = False, **facts: Any) -> None:
+        """Note facts; those that change often are written twice a second at most."""
+        self._facts |= facts
+        now = time.monotonic()
+        if not often or now - self._written > 0.5:
+            write_json(self._path, self._facts)
+            self._written = now
+
+
+def _train(folder: Path, job: dict[str, Any], note: _Progress) -> int:
+    """What ``dora-diffusion train --config settings.yaml`` does."""
+    import dataclasses
+
+    from dora_diffusion.commands.train import TrainProgress
+    from dora_diffusion.config import TrainConfig, read_config_file
+
+    note(phase="loading the model")
+    from dora_diffusion.training.checkpoint import checkpoints_in
+    from dora_diffusion.training.loop import train
+
+    config = TrainConfig.from_dict(read_config_file(folder / SETTINGS))
+    if job.get("resume"):
+        # Without a checkpoint there is nothing to go on from, and nothing to lose.
+        again: dict[str, Any] = (
+            {"resume_from_checkpoint": "latest"}
+            if checkpoints_in(Path(config.output_dir))
+            else {"overwrite_output_dir": True}
+        )
+        config = dataclasses.replace(config, **again)
+    show = TrainProgress()
+
+    def on_event(event: dict[str, Any]) -> None:
+        show(event)
+        if event["event"] == "start":
+            facts = {k: v for k, v in event.items() if k not in ("event", "step")}
+            note(phase="training", first_step=event["step"], **facts)
+        elif event["event"] == "step" and event["step"] == event["total_steps"]:
+            note(phase="saving and sampling")
+
+    result = train(config, on_event)
+    return _STOPPED if result.interrupted else 0
+
+
+def _merge(folder: Path, job: dict[str, Any], note: _Progress) -> int:
+    """What ``dora-diffusion export`` does."""
+    from dora_diffusion.export import export_checkpoint
+
+    note(phase="merging")
+
+    def show(written: int, total: int) -> None:
+        note(often=written < total, phase="merging", written=written, total=total)
+
+    output = Path(job["output"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    export_checkpoint(
+        job["base"],
+        job["adapter"],
+        output,
+        strength=job["strength"],
+        overwrite=True,
+        on_progress=show,
+    )
+    print(f"{output} (reopened and checked)")
+    return 0
+
+
+def _peaks() -> dict[str, float]:
+    """Most memory that was in use, in GiB: what the next run's estimate is made from."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    torch = sys.modules.get("torch")
+    with contextlib.suppress(Exception):
+        if torch is not None and torch.cuda.is_available():
+            peaks["peak_gpu_memory"] = torch.cuda.max_memory_allocated() / 2**30
+    return peaks
+
+
+if __name__ == "__main__":
+    sys.exit(main())

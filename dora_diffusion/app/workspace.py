@@ -1,0 +1,169 @@
+"""The runs folder: where everything of the app lies, and how ids from a page become paths.
+
+::
+
+    runs/
+      <job id>/      one training or merge job (see `dora_diffusion.app.jobs`)
+      subjects/<id>/ photos, captions and masks of a subject
+      pictures/      what the Generate tab has made
+      exports/<id>/  converted adapters and merged checkpoints, for download
+      cache/         Gradio's uploads
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+
+
+class AppError(ValueError):
+    """Something a user asked for cannot be done; one plain line with what to do."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The runs folder.
+
+    Example:
+        >>> Workspace(Path("runs")).pictures.as_posix()
+        'runs/pictures'
+    """
+
+    root: Path
+
+    @property
+    def subjects(self) -> Path:
+        """Folder of subjects."""
+        return self.root / "subjects"
+
+    @property
+    def pictures(self) -> Path:
+        """Folder of generated pictures."""
+        return self.root / "pictures"
+
+    @property
+    def exports(self) -> Path:
+        """Folder of files to take away."""
+        return self.root / "exports"
+
+    @property
+    def cache(self) -> Path:
+        """Folder of Gradio's uploads."""
+        return self.root / "cache"
+
+    @property
+    def device_lock(self) -> Path:
+        """Held by whoever computes: a worker, or the Generate tab."""
+        return self.root / ".device.lock"
+
+    @property
+    def queue_lock(self) -> Path:
+        """Held by the app that starts jobs."""
+        return self.root / ".queue.lock"
+
+    def make(self) -> Workspace:
+        """Create the folders."""
+        for folder in (self.root, self.subjects, self.pictures, self.exports, self.cache):
+            folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def job(self, job_id: object) -> Path:
+        """The folder of a job.
+
+        Raises:
+            AppError: If there is no such job.
+        """
+        return look_up(self.root, job_id, "run")
+
+    def subject(self, subject_id: object) -> Path:
+        """The folder of a subject.
+
+        Raises:
+            AppError: If there is no such subject.
+        """
+        return look_up(self.subjects, subject_id, "subject")
+
+
+def new_id() -> str:
+    """A name made by the server: time and six random hex digits. Ids sort by age."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def ids_in(folder: Path) -> list[str]:
+    """The ids in a folder, oldest first; links and other names are not looked at."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if _ID.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+    )
+
+
+def look_up(folder: Path, name: object, what: str) -> Path:
+    """The sub-folder that an id names. Ids are compared with what is there, never joined unseen.
+
+    Raises:
+        AppError: If there is none.
+    """
+    if isinstance(name, str) and name in ids_in(folder):
+        return folder / name
+    raise AppError(f"this {what} no longer exists; choose another one")
+
+
+def confined(folder: Path, name: object) -> Path:
+    """A file of a folder by its bare name, after links are followed.
+
+    Raises:
+        AppError: If the name is not that of a file inside the folder.
+    """
+    if isinstance(name, str) and name in os.listdir(folder):
+        path = (folder / name).resolve()
+        if path.is_file() and path.parent == folder.resolve():
+            return folder / name
+    raise AppError("this file no longer exists; choose another one")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON so that a reader sees the old or the new file, never a part of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}")
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where the file is missing or not whole."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; first rename it, so that a half-deleted one is never shown."""
+    doomed = folder.with_name(f".deleted-{folder.name}")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clean_text(text: object, limit: int, what: str) -> str:
+    """One line of user text without control characters.
+
+    Raises:
+        AppError: If it is longer than ``limit`` characters.
+    """
+    line = "".join(c if c.isprintable() else " " for c in str(text or ""))
+    line = " ".join(line.split())
+    if len(line) > limit:
+        raise AppError(f"the {what} has {len(line)} characters; at most {limit} are taken")
+    return line

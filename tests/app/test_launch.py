@@ -1,0 +1,73 @@
+"""Who may reach the app, and what it lets them do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dora_diffusion.app.launch import Launch, is_loopback, parse_launch
+from dora_diffusion.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_auth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DORA_DIFFUSION_AUTH", raising=False)
+
+
+def test_the_default_is_this_machine_alone() -> None:
+    launch = parse_launch([])
+    assert (launch.host, launch.share, launch.auth) == ("127.0.0.1", False, None)
+    assert not launch.is_open
+
+
+@pytest.mark.parametrize(
+    "flags", [["--share"], ["--host", "0.0.0.0"], ["--host", "::"], ["--host", "example.org"]]
+)
+def test_an_open_app_without_a_password_is_refused(flags: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--auth"):
+        parse_launch(flags)
+
+
+@pytest.mark.parametrize("auth", ["ann", "ann:short", ":longenough", "ann:"])
+def test_a_bad_password_is_refused(auth: str) -> None:
+    with pytest.raises(ConfigError, match="NAME:PASSWORD"):
+        parse_launch(["--share", "--auth", auth])
+
+
+def test_a_password_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DORA_DIFFUSION_AUTH", "ann:long:enough")
+    assert parse_launch(["--share"]).auth == ("ann", "long:enough")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True),
+     ("0.0.0.0", False), ("192.168.1.4", False), ("localhost.example.org", False)],
+)  # fmt: skip
+def test_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_a_shared_app_offers_listed_models_only() -> None:
+    shared = Launch(share=True, auth=("ann", "longenough"), models=("org/model",))
+    assert shared.allows_model("org/model")
+    assert shared.allows_model("embedded:tiny-sd")
+    assert not shared.allows_model("/home/ann/private-model")
+    assert Launch().allows_model("/home/ann/private-model")
+
+
+def test_help_and_refusal_need_no_gradio() -> None:
+    code = (
+        "import sys; sys.argv = ['app.py', '--share']; import app; code = app.main(['--share']);"
+        "print(code, 'gradio' in sys.modules, 'torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["1", "False", "False"]
+    assert result.stderr.startswith("error: --share lets others reach this app")

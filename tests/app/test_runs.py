@@ -1,0 +1,289 @@
+"""Real runs of a tiny random model: train, stop, resume, kill, generate, export, merge."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dora_diffusion.app import jobs
+from dora_diffusion.app.exports import export_adapter, model_card, start_merge
+from dora_diffusion.app.processes import Lock
+from dora_diffusion.app.settings import as_yaml
+from dora_diffusion.app.snapshot import Job, adapter_of, read_job, read_metrics
+from dora_diffusion.app.studio import Request, Studio, read_settings
+from dora_diffusion.app.workspace import AppError, Workspace
+from dora_diffusion.config import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(3):
+        Image.effect_noise((80, 64), 60 + number).convert("RGB").save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "runs").make()
+
+
+@pytest.fixture
+def queue(workspace: Workspace) -> Iterator[jobs.JobQueue]:
+    """A queue whose workers do not outlive the test."""
+    one = jobs.JobQueue(workspace)
+    yield one
+    one.close()
+    for folder in workspace.root.iterdir():
+        worker = jobs.worker_of(folder)
+        if worker is not None:
+            os.killpg(worker[0], signal.SIGKILL)
+
+
+def add_run(workspace: Workspace, base: Path, photos: Path, **changes: Any) -> str:
+    config: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(base),
+        "instance_data_dir": str(photos),
+        "instance_prompt": "a photo of a sks dog",
+        "class_word": "dog",
+        "resolution": 64,
+        "max_train_steps": 3,
+        "rank": 2,
+        "conv_rank": 2,
+        "learning_rate": 1e-2,
+        "num_validation_images": 0,
+        "checkpointing_steps": 2,
+        **changes,
+    }
+    return jobs.create_job(
+        workspace,
+        "train",
+        "sks dog",
+        {},
+        lambda folder: as_yaml(TrainConfig.from_dict(config | {"output_dir": str(folder)})),
+    )
+
+
+def wait(
+    workspace: Workspace, queue: jobs.JobQueue, job_id: str, until: Callable[[Job], bool]
+) -> Job:
+    """Tick as the app does until the job is as wanted; the limit is for a machine that hangs."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        queue.tick()
+        job = read_job(workspace.root / job_id)
+        assert job is not None
+        if until(job):
+            return job
+        if job.has_ended:
+            break
+        time.sleep(0.1)
+    pytest.fail(f"{job.state}: {(job.folder / jobs.LOG).read_text()[-2000:]}")
+
+
+def done(job: Job) -> bool:
+    return job.state == "done"
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, sd1_folder: Path, photos: Path
+) -> tuple[Workspace, str]:
+    """A finished run, which tests only read and export."""
+    workspace = Workspace(tmp_path_factory.mktemp("finished") / "runs").make()
+    queue = jobs.JobQueue(workspace)
+    job_id = add_run(workspace, sd1_folder, photos)
+    wait(workspace, queue, job_id, done)
+    queue.close()
+    return workspace, job_id
+
+
+def job_of(finished: tuple[Workspace, str]) -> Job:
+    job = read_job(finished[0].root / finished[1])
+    assert job is not None
+    return job
+
+
+def test_a_run_ends_with_an_adapter_and_its_measurements(finished: tuple[Workspace, str]) -> None:
+    job = job_of(finished)
+    assert (job.state, job.step, job.total) == ("done", 3, 3)
+    assert job.checkpoints == ("checkpoint-2",)
+    assert job.trigger == "sks dog"
+    assert job.result["peak_memory"] > 0.05
+    assert job.progress["device"] == "cpu"
+
+
+def test_stop_saves_and_resume_goes_on_counting(
+    workspace: Workspace, queue: jobs.JobQueue, sd1_folder: Path, photos: Path
+) -> None:
+    job_id = add_run(
+        workspace, sd1_folder, photos, max_train_steps=100_000, checkpointing_steps=100_000
+    )
+    wait(workspace, queue, job_id, lambda job: job.step >= 2)
+    jobs.stop_job(workspace.root / job_id)
+    stopped = wait(workspace, queue, job_id, lambda job: job.state == "stopped")
+    (checkpoint,) = stopped.checkpoints
+    at = int(checkpoint.removeprefix("checkpoint-"))
+    assert at >= 2
+    jobs.requeue_job(workspace.root / job_id)
+    again = wait(workspace, queue, job_id, lambda job: job.step > at)
+    assert again.progress["first_step"] == at
+    steps = [record["step"] for record in read_metrics(again.folder)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_killed_worker_is_a_crash_and_its_run_can_go_on(
+    workspace: Workspace, queue: jobs.JobQueue, sd1_folder: Path, photos: Path
+) -> None:
+    job_id = add_run(workspace, sd1_folder, photos, max_train_steps=100_000, checkpointing_steps=2)
+    folder = workspace.root / job_id
+    wait(workspace, queue, job_id, lambda job: bool(job.checkpoints))
+    worker = jobs.worker_of(folder)
+    assert worker is not None
+    os.kill(worker[0], signal.SIGKILL)
+    crashed = wait(workspace, queue, job_id, lambda job: job.state == "crashed")
+    at = int(crashed.checkpoints[-1].removeprefix("checkpoint-"))
+    lock = Lock(workspace.device_lock)
+    assert lock.take(wait=True)  # the kernel frees it when the last thread has ended
+    lock.free()
+    jobs.requeue_job(folder)
+    assert wait(workspace, queue, job_id, lambda job: job.step > at).progress["first_step"] == at
+
+
+def test_a_run_that_cannot_work_says_why(
+    workspace: Workspace, queue: jobs.JobQueue, photos: Path, tmp_path: Path
+) -> None:
+    job_id = add_run(workspace, tmp_path / "no-model", photos)
+    job = wait(workspace, queue, job_id, lambda job: job.state == "failed")
+    assert "no-model does not exist" in job.cause
+    assert "\n" not in job.cause
+
+
+@pytest.fixture(scope="module")
+def studio(finished: tuple[Workspace, str]) -> Studio:
+    return Studio(finished[0])
+
+
+def ask(finished: tuple[Workspace, str], **changes: Any) -> Request:
+    job = job_of(finished)
+    values = {"prompt": "a photo of a sks dog", "seed": 5, "steps": 2, "width": 64, "height": 64}
+    return Request(job.base, adapter_of(job), **(values | changes))
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+def test_one_seed_gives_the_same_pixels_and_the_file_says_how(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    (first,), (second,) = studio.make(ask(finished)), studio.make(ask(finished))
+    assert pixels(first.path) == pixels(second.path)
+    found = read_settings(first.path)
+    assert (found["Prompt"], found["Seed"], found["Steps"]) == ("a photo of a sks dog", "5", "2")
+    assert found["Adapter strength"] == "1"
+    assert str(finished[0].root) not in first.parameters
+
+
+def test_strength_0_is_the_base_and_1_is_not(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    base, adapted = studio.compare(ask(finished))
+    (plain,) = studio.make(ask(finished, strength=0.0))
+    (full,) = studio.make(ask(finished))
+    assert pixels(plain.path) == pixels(base.path)
+    assert pixels(full.path) == pixels(adapted.path) != pixels(base.path)
+    assert "Adapter" not in base.parameters
+
+
+def test_direction_and_magnitude_are_written_into_the_file(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    (picture,) = studio.make(ask(finished, direction=0.5, magnitude=0.0))
+    found = read_settings(picture.path)
+    assert (found["Direction strength"], found["Magnitude strength"]) == ("0.5", "0")
+
+
+def test_a_grid_has_a_cell_per_checkpoint_and_strength(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    job = job_of(finished)
+    result, early = adapter_of(job), adapter_of(job, "checkpoint-2")
+    assert result is not None
+    assert early is not None
+    steps: list[int] = []
+    adapters = {"checkpoint-2": early, "result": result}
+    picture = studio.grid(ask(finished), adapters, [0.0, 1.0], lambda done, _: steps.append(done))
+    with Image.open(picture.path) as image:
+        assert image.width == 2 * 64 + 2
+    assert steps == [1, 2, 3, 4]
+
+
+def test_pictures_wait_for_a_run(finished: tuple[Workspace, str], studio: Studio) -> None:
+    lock = Lock(finished[0].device_lock)
+    assert lock.take()
+    with pytest.raises(AppError, match="a run is using the device"):
+        studio.make(ask(finished))
+    lock.free()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"prompt": ""}, {"count": 99}, {"steps": 0}, {"width": 10_000}, {"strength": 99},
+     {"seed": -2}],
+)  # fmt: skip
+def test_requests_have_limits(finished: tuple[Workspace, str], changes: dict[str, Any]) -> None:
+    with pytest.raises(AppError):
+        ask(finished, **changes)
+
+
+def test_only_pictures_that_say_how_they_were_made_load(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"text")
+    for name, match in (("a.png", "does not say"), ("b.png", "cannot be read")):
+        with pytest.raises(AppError, match=match):
+            read_settings(tmp_path / name)
+
+
+@pytest.mark.parametrize("target", ["diffusers", "kohya", "lora", "peft"])
+def test_the_library_gives_every_format(finished: tuple[Workspace, str], target: str) -> None:
+    workspace, job = finished[0], job_of(finished)
+    path, said = export_adapter(workspace, job, target)
+    assert path.is_relative_to(workspace.exports / job.id)
+    assert path.name.startswith("sks-dog")
+    assert "layers" in said
+    if target == "peft":
+        assert any("adapter_model" in name for name in zipfile.ZipFile(path).namelist())
+
+
+def test_an_unknown_format_is_refused(finished: tuple[Workspace, str]) -> None:
+    with pytest.raises(AppError):
+        export_adapter(finished[0], job_of(finished), "../../etc")
+
+
+def test_a_merge_is_a_job_and_its_result_loads(finished: tuple[Workspace, str]) -> None:
+    from dora_diffusion.formats.safetensors_stream import read_header
+
+    workspace, job = finished[0], job_of(finished)
+    queue = jobs.JobQueue(workspace)
+    merge = wait(workspace, queue, start_merge(workspace, job, 1.0), done)
+    queue.close()
+    output = Path(merge.facts["output"])
+    assert output.is_relative_to(workspace.exports)
+    assert any(name.startswith("model.diffusion_model.") for name in read_header(output).specs)
+    assert merge.step == merge.total > 100
+
+
+def test_the_model_card_can_be_downloaded(finished: tuple[Workspace, str]) -> None:
+    card = model_card(finished[0], job_of(finished))
+    assert card is not None
+    assert "sks dog" in card.read_text(encoding="utf-8")

@@ -1,0 +1,166 @@
+"""The real server, asked directly: what it gives out, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio", reason="gradio is not installed")
+import httpx
+
+from dora_diffusion.app import jobs
+from dora_diffusion.app.context import Context
+from dora_diffusion.app.launch import Launch
+from dora_diffusion.app.subjects import new_subject
+
+SAMPLES = Path(__file__).resolve().parents[2] / "samples"
+
+
+class Served:
+    """A running server and what it serves."""
+
+    def __init__(self, launch: Launch) -> None:
+        from dora_diffusion.app.serve import start
+
+        self.context: Context
+        self.context, self.blocks, self.url = start(launch)
+        # Nothing here may start a worker.
+        self.context.queue.close()
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    def call(self, name: str, data: list[Any]) -> str:
+        """Call a handler by its name, private or not, and return the server's last word."""
+        found = [
+            index for index, one in self.blocks.fns.items()
+            if getattr(one.fn, "__qualname__", "").endswith(name)
+        ]  # fmt: skip
+        body = {"data": data, "fn_index": found[0], "session_hash": "test-session"}
+        assert self.client.post("gradio_api/queue/join", json=body).status_code == 200
+        params = {"session_hash": "test-session"}
+        with self.client.stream("GET", "gradio_api/queue/data", params=params) as answer:
+            for line in answer.iter_lines():
+                if "process_completed" in line:
+                    return line
+        raise AssertionError("the server did not answer")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    one = Served(Launch(runs_dir=tmp_path_factory.mktemp("served") / "runs", samples=SAMPLES))
+    yield one
+    one.blocks.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    one = Served(
+        Launch(
+            runs_dir=tmp_path_factory.mktemp("locked") / "runs",
+            samples=SAMPLES,
+            auth=("ann", "correct horse"),
+        )
+    )
+    yield one
+    one.blocks.close(verbose=False)
+
+
+def file_of(served: Served, path: Path | str) -> httpx.Response:
+    return served.client.get(f"gradio_api/file={path}")
+
+
+def test_the_page_is_served(served: Served) -> None:
+    answer = served.client.get("")
+    assert answer.status_code == 200
+    assert "DoRA studio" in answer.text
+
+
+def test_exports_and_pictures_are_given_out_and_nothing_else(served: Served) -> None:
+    workspace = served.context.workspace
+    job_id = jobs.create_job(workspace, "train", "secret", {})
+    export = workspace.exports / "a.safetensors"
+    export.write_bytes(b"x")
+    assert file_of(served, export.resolve()).status_code == 200
+    inside = workspace.root.resolve()
+    for path in (
+        inside / job_id / jobs.JOB,
+        "/etc/passwd",
+        Path(__file__).resolve(),
+        f"{inside}/exports/../{job_id}/{jobs.JOB}",
+        f"{inside}/exports/%2e%2e/{job_id}/{jobs.JOB}",
+    ):
+        assert file_of(served, path).status_code in (403, 404), path
+
+
+def test_a_link_in_the_exports_is_not_a_way_out(served: Served, tmp_path: Path) -> None:
+    secret = served.context.workspace.root / "secret.txt"
+    secret.write_text("secret")
+    link = served.context.workspace.exports / "link.txt"
+    link.symlink_to(secret.resolve())
+    assert file_of(served, link.parent.resolve() / link.name).status_code in (403, 404)
+
+
+def test_a_large_upload_is_cut_off(served: Served) -> None:
+    files = {"files": ("a.png", b"\0" * (21 * 2**20))}
+    assert served.client.post("gradio_api/upload", files=files).status_code == 413
+
+
+def test_uploads_stay_inside_of_the_runs_folder(served: Served) -> None:
+    name = "../../../../tmp/evil.png"
+    answer = served.client.post("gradio_api/upload", files={"files": (name, b"x")})
+    (path,) = answer.json()
+    assert Path(path).resolve().is_relative_to(served.context.workspace.cache.resolve())
+
+
+@pytest.mark.parametrize("job_id", ["../subjects", "..", "/etc", "", None, 3, ["a"], {"a": 1}])
+@pytest.mark.parametrize(
+    "handler", ["connect.<locals>.delete", "connect.<locals>.remove", "connect.<locals>.show"]
+)
+def test_private_endpoints_look_ids_up(served: Served, handler: str, job_id: object) -> None:
+    before = sorted(served.context.workspace.root.rglob("*"))
+    served.call(handler, [job_id])
+    kept = sorted(served.context.workspace.root.rglob("*"))
+    assert [path for path in before if path.name != "cache" and path not in kept] == []
+
+
+def test_a_files_path_that_was_not_uploaded_is_refused(served: Served) -> None:
+    subject = new_subject(served.context.workspace, "x")
+    photo = SAMPLES / "bolt_mug" / "01.jpg"
+    stolen = [{"path": str(photo), "meta": {"_type": "gradio.FileData"}}]
+    said = served.call("connect.<locals>.upload", [stolen, subject])
+    assert json.loads(said.removeprefix("data: "))["success"] is False
+    assert list((served.context.workspace.subjects / subject / "photos").iterdir()) == []
+
+
+def test_errors_are_plain_and_escaped(served: Served) -> None:
+    said = served.call("connect.<locals>.create", ["<img src=x>" * 20])
+    message = json.loads(said.removeprefix("data: "))["output"]["error"]
+    assert re.match(r"The name has \d+ characters; at most 60 are taken", message)
+
+
+def test_a_page_does_not_hold_the_environment(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_of_ann")
+    for address in ("", "config", "gradio_api/info"):
+        assert "hf_secret_of_ann" not in served.client.get(address).text
+
+
+def test_without_the_password_nothing_is_given_out(locked: Served) -> None:
+    picture = locked.context.workspace.pictures / "a.png"
+    picture.write_bytes(b"x")
+    for address in ("config", f"gradio_api/file={picture.resolve()}", "gradio_api/info"):
+        assert locked.client.get(address).status_code == 401
+    body = {"data": [], "fn_index": 0, "session_hash": "a"}
+    assert locked.client.post("gradio_api/queue/join", json=body).status_code == 401
+    upload = locked.client.post("gradio_api/upload", files={"files": ("a.png", b"x")})
+    assert upload.status_code == 401
+    wrong = {"username": "ann", "password": "correct hors"}
+    assert locked.client.post("login", data=wrong).status_code == 400
+    right = {"username": "ann", "password": "correct horse"}
+    assert locked.client.post("login", data=right).status_code == 200
+    assert locked.client.get("config").status_code == 200
