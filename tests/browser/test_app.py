@@ -27,6 +27,10 @@ LIMIT = 90_000.0  # milliseconds; only for a machine that hangs
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("DORA_DIFFUSION_BROWSER_TESTS") != "1",
+        reason="takes minutes of real training; set DORA_DIFFUSION_BROWSER_TESTS=1",
+    ),
     pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="there is no Chromium"),
     pytest.mark.skipif(
         not (ROOT / "dora_diffusion" / "embedded" / "tiny-sd" / "model_index.json").is_file(),
