@@ -42,7 +42,7 @@ def text_chunks(file: Path) -> list[tuple[str, str, str]]:
     ("prompt", "kind"),
     [
         ("a photo of a sks dog", "tEXt"),
-        ("una photo de un sks niño", "tEXt"),
+        ("un año del sks niño", "tEXt"),
         ("一张 sks 狗 的照片, Ελλάδα 🐕", "iTXt"),
     ],
 )
