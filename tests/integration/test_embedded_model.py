@@ -36,7 +36,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         flags = [
             "--config", "samples/bolt_mug/config.yaml", "--max_train_steps", "5",
-            "--learning_rate", "5e-3", "--lr_scheduler", "constant", "--lr_warmup_steps", "0", "--train_batch_size", "1", "--num_class_images", "2",
+            "--learning_rate", "5e-3", "--lr_scheduler", "constant", "--lr_warmup_steps", "0",
+            "--train_batch_size", "1", "--num_class_images", "2",
             "--num_validation_images", "1", "--validation_inference_steps", "2",
             "--center_crop", "--output_dir", "output",
         ]  # fmt: skip
