@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -119,7 +120,12 @@ def main() -> None:
     args = parser.parse_args()
     base = args.work / args.family
     if not (base / "model_index.json").is_file():
-        make_model(args.family, base, torch.bfloat16)
+        # In a process of its own: a child's peak memory starts at its parent's.
+        maker = multiprocessing.get_context("spawn").Process(
+            target=make_model, args=(args.family, base, torch.bfloat16)
+        )
+        maker.start()
+        maker.join()
     output, cli = args.work / f"{args.family}-output", [sys.executable, "-m", "dora_diffusion"]
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
