@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
 
@@ -46,6 +46,7 @@ def run(subject: str, samples: Path, output: Path, seeds: int) -> dict[str, Subj
     """Train, show, judge and merge. Returns the scores of base and adapted model."""
     import torch
 
+    from dora_diffusion.commands.train import TrainProgress
     from dora_diffusion.export import export_checkpoint
     from dora_diffusion.training.loop import train
 
@@ -55,7 +56,9 @@ def run(subject: str, samples: Path, output: Path, seeds: int) -> dict[str, Subj
     config = demo_config(subject, samples, output)
     print(f"1. Training on the photos in {config.instance_data_dir}")
     started = time.perf_counter()
-    result = train(config, _progress())
+    progress = TrainProgress()
+    result = train(config, progress)
+    progress.close()
     if result.adapter is None:
         raise SystemExit("stopped; nothing was finished")
     print(f"   {result.steps} steps in {time.perf_counter() - started:.0f} s -> {result.adapter}")
@@ -96,7 +99,7 @@ def compare(
     from dora_diffusion.embedded.samples import NEW_BACKGROUNDS, SAMPLE_SUBJECTS
     from dora_diffusion.evaluation.toy_subjects import evaluate_subject, true_pictures
     from dora_diffusion.models.load import load_components
-    from dora_diffusion.training.validation import save_picture
+    from dora_diffusion.pictures import save_png
 
     sample, instrument = SAMPLE_SUBJECTS[subject], load_instrument()
     components = load_components(config.pretrained_model_name_or_path)
@@ -113,7 +116,7 @@ def compare(
             )
         rows[name] = kept[::seeds]
     grid = _labelled(rows, list(NEW_BACKGROUNDS))
-    return save_picture(grid, output / f"{subject}.png"), scores
+    return save_png(grid, output / f"{subject}.png"), scores
 
 
 def _generator(components: Components, kept: list[Image]) -> Callable[[str, int, int], list[Image]]:
@@ -148,26 +151,6 @@ def _labelled(rows: dict[str, list[Image]], columns: list[str]) -> Image:
             resized = image.resize((side, side), PILImage.Resampling.LANCZOS)
             sheet.paste(resized, (left + x * (side + gap), top + y * (side + gap)))
     return sheet
-
-
-def _progress() -> Callable[[dict[str, Any]], None]:
-    """A progress bar over the trainer's events."""
-    from tqdm import tqdm
-
-    bar: Any = None
-
-    def show(event: dict[str, Any]) -> None:
-        nonlocal bar
-        if event["event"] == "start":
-            print(f"   {event['adapter']}")
-            bar = tqdm(total=event["total_steps"], unit="step", leave=False)
-        elif event["event"] == "step":
-            bar.set_postfix(loss=f"{event['loss']:.4f}", refresh=False)
-            bar.update()
-        elif event["event"] == "done":
-            bar.close()
-
-    return show
 
 
 def _table(scores: dict[str, SubjectScore]) -> str:

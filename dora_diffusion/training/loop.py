@@ -17,6 +17,7 @@ from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.formats.adapter_file import AdapterMetadata, find_adapter, read_adapter
 from dora_diffusion.formats.safetensors_stream import save_text
 from dora_diffusion.formats.sgm_blocks import UNetLayout
+from dora_diffusion.pictures import save_png
 from dora_diffusion.training.checkpoint import (
     checkpoints_in,
     find_checkpoint,
@@ -35,7 +36,7 @@ from dora_diffusion.training.result import (
 from dora_diffusion.training.session import Session, make_accelerator, open_session
 from dora_diffusion.training.stop import StopRequest
 from dora_diffusion.training.subject import subject_of
-from dora_diffusion.training.validation import Validation, save_picture, side_by_side
+from dora_diffusion.training.validation import Validation, side_by_side
 
 __all__ = ["TrainResult", "TrainingError", "train"]
 
@@ -262,7 +263,7 @@ class _Run:
         path = None
         if self.is_main and self.config.num_validation_images:
             grid = self.validation.grid(self.session.components)
-            path = save_picture(grid, self.output_dir / "samples" / f"{name}.png")
+            path = save_png(grid, self.output_dir / "samples" / f"{name}.png")
             self.on_event({"event": "sample", "path": str(path), "name": name})
         self.session.accelerator.wait_for_everyone()
         return path
@@ -304,7 +305,7 @@ class _Run:
             "base_above_adapted": side_by_side([base, adapted]),
         }
         for name, image in captions.items():
-            self.samples[name] = save_picture(image, folder / f"{name}.png")
+            self.samples[name] = save_png(image, folder / f"{name}.png")
             self.on_event({"event": "sample", "path": str(self.samples[name]), "name": name})
 
     def _write_card(self, adapter: Path, steps: int) -> None:

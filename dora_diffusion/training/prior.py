@@ -12,6 +12,8 @@ from PIL import Image
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.data.images import PhotoError, list_photos
 from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.formats.safetensors_stream import save_text
+from dora_diffusion.pictures import save_png
 from dora_diffusion.training.subject import Subject
 
 _PREFIX = "class-"
@@ -116,9 +118,6 @@ def _batches(plans: Sequence[ClassImagePlan], size: int) -> list[list[ClassImage
 
 
 def _save(plan: ClassImagePlan, image: Image.Image) -> None:
-    """Caption first, picture last and by rename: a picture that is there is complete."""
-    plan.path.parent.mkdir(parents=True, exist_ok=True)
-    plan.path.with_suffix(".txt").write_text(plan.prompt + "\n", encoding="utf-8")
-    temporary = plan.path.with_suffix(".tmp")
-    image.save(temporary, format="PNG")
-    temporary.replace(plan.path)
+    """Caption first, picture last, both by rename: a picture that is there is complete."""
+    save_text(plan.path.with_suffix(".txt"), plan.prompt + "\n")
+    save_png(image, plan.path)

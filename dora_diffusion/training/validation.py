@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.formats.safetensors_stream import atomic_file
 from dora_diffusion.generate import SamplingSettings, generate_images, image_grid
 from dora_diffusion.models.components import Components
 
@@ -47,13 +45,6 @@ class Validation:
         for prompt in self.prompts:
             pictures += generate_images(components, prompt, self.seeds, self.settings)
         return image_grid(pictures, columns=len(self.seeds))
-
-
-def save_picture(image: Image.Image, path: Path) -> Path:
-    """Write a PNG atomically."""
-    with atomic_file(path) as temporary:
-        image.save(temporary, format="PNG")
-    return path
 
 
 def side_by_side(rows: Sequence[Image.Image]) -> Image.Image:
