@@ -4,7 +4,8 @@
 
 Makes a Diffusers folder of Stable Diffusion 1.5 or SDXL in float16 with random weights, a DoRA on
 every Linear and Conv2d of the UNet and the text encoders, and exports a single file through the
-command line, in a process of its own. The copy is of that file, synced to the disk.
+command line, in a process of its own. The copy is of that file, synced as the export is.
+Both take turns, and both find what they read in the system's cache.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -22,8 +24,9 @@ import torch
 from full_size import CLIP_BIG_G, CLIP_L, SCALING, UNETS, VAE, measured, tokenizer
 
 from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.formats.pipeline_folder import PipelineFolder
-from dora_diffusion.formats.safetensors_stream import TensorSpec, save_text, write_tensors
+from dora_diffusion.formats.safetensors_stream import TensorSpec, write_tensors
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -93,20 +96,32 @@ def make_adapter(family: str, base: Path, path: Path, rank: int) -> int:
     return len(layers)
 
 
+def warm(path: Path) -> None:
+    """Read a file, or all files of a folder, so that it is in the system's cache."""
+    buffer = bytearray(2**20)
+    for file in [path] if path.is_file() else path.rglob("*.safetensors"):
+        with open(file, "rb", buffering=0) as opened:
+            while opened.readinto(buffer):
+                pass
+
+
 def copy_seconds(source: Path, target: Path) -> float:
-    """Seconds to copy a file and sync it to the disk."""
+    """Seconds to copy a file and sync it to the disk, as an export does."""
     started = time.perf_counter()
     shutil.copyfile(source, target)
     with open(target, "rb+") as file:
         os.fsync(file.fileno())
-    return round(time.perf_counter() - started, 1)
+    seconds = time.perf_counter() - started
+    target.unlink()
+    return round(seconds, 1)
 
 
 def main() -> None:
-    """Make, export, copy, report."""
+    """Make, then export and copy in turns, and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", choices=tuple(UNETS), default="sdxl")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, required=True)
     args = parser.parse_args()
     base, adapter = args.work / args.family, args.work / f"{args.family}.safetensors"
@@ -114,22 +129,29 @@ def main() -> None:
     if not (base / "model_index.json").is_file():
         make_base(args.family, base)
     layers = make_adapter(args.family, base, adapter, args.rank)
-    cli = [sys.executable, "-m", "dora_diffusion"]
-    export = measured(
-        [*cli, "export", "--base", str(base), "--adapter", str(adapter),
-         "--output", str(output), "--overwrite"]
-    )  # fmt: skip
+    command = [
+        *(sys.executable, "-m", "dora_diffusion", "export", "--overwrite"),
+        *("--base", str(base), "--adapter", str(adapter), "--output", str(output)),
+    ]
+    exports, copies = [], []
+    for _ in range(args.repeats):
+        output.unlink(missing_ok=True)
+        warm(base)
+        exports.append(measured(command))
+        warm(output)
+        copies.append(copy_seconds(output, copy))
+    seconds = [export["seconds"] for export in exports]
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
         "torch": torch.__version__,
         "family": args.family,
         "adapted_layers": layers,
         "file_gb": round(output.stat().st_size / 1e9, 2),
-        "export": export,
-        "copy_seconds": copy_seconds(output, copy),
+        "export_seconds": seconds,
+        "copy_seconds": copies,
+        "times_the_copy": round(statistics.median(seconds) / statistics.median(copies), 2),
+        "peak_gib": max(export["peak_gib"] for export in exports),
     }
-    report["times_the_copy"] = round(export["seconds"] / report["copy_seconds"], 2)
-    copy.unlink()
     print(json.dumps(report, indent=2))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from dora_diffusion.formats.adapter_metadata import without_path
-from dora_diffusion.formats.safetensors_stream import atomic_file
+from dora_diffusion.formats.atomic_file import atomic_file
 from dora_diffusion.generate import SamplingSettings
 
 _CHUNK = "parameters"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dora_diffusion import merge
 from dora_diffusion.merge import (
     MergeError,
     Strengths,
@@ -55,6 +56,27 @@ def test_one_adapter(shape: tuple[int, ...], axis: NormAxis | None, strength: fl
     layer = random_layer(weight, 2, axis)
     merged = merge_tensor(weight, [(layer, Strengths(strength))])
     expected = dense_merge(weight, layer, strength)
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "axes", [("output",), ("input",), (None,), ("output", "input"), ("input",) * 2]
+)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block", [1, 37, 10**6])
+def test_blocks_do_not_change_the_result(
+    shape: tuple[int, ...],
+    axes: tuple[NormAxis | None, ...],
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A large weight is merged some channels at a time; here, down to one."""
+    monkeypatch.setattr(merge, "_BLOCK", block)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    layers = [random_layer(weight, 2 + i, axis) for i, axis in enumerate(axes)]
+    merged = merge_tensor(weight, [(layer, Strengths(0.5)) for layer in layers])
+    base = weight.double()
+    expected = base + sum(dense_merge(weight, layer, 0.5) - base for layer in layers)
     torch.testing.assert_close(merged.double(), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -129,3 +151,19 @@ def test_a_result_beyond_the_dtype_is_an_error() -> None:
     layer = LayerWeights(torch.ones(1, 2), torch.full((2, 1), 6e4), None, 1.0)
     with pytest.raises(MergeError, match="not finite"):
         merge_tensor(weight, [(layer, Strengths())])
+    broken = torch.tensor([[1.0, float("nan")], [1.0, 1.0]])
+    with pytest.raises(MergeError, match="not finite"):
+        merge_tensor(broken, [(LayerWeights(torch.zeros(1, 2), torch.zeros(2, 1)), Strengths())])
+
+
+@pytest.mark.parametrize(("largest", "fits"), [(65504.0, True), (65519.0, True), (65520.0, False)])
+def test_the_largest_number_of_a_dtype_is_still_written(largest: float, fits: bool) -> None:
+    """65519 is rounded to 65504, the largest of float16; 65520 to infinity."""
+    weight = torch.tensor([[1.0, -largest]])
+    layer = LayerWeights(torch.zeros(1, 2), torch.zeros(1, 1))
+    if fits:
+        merged = merge_tensor(weight, [(layer, Strengths())], torch.float16)
+        assert merged.tolist() == [[1.0, -65504.0]]
+    else:
+        with pytest.raises(MergeError, match="not finite"):
+            merge_tensor(weight, [(layer, Strengths())], torch.float16)

@@ -45,9 +45,8 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """
     from tqdm import tqdm
 
-    bar: Any = tqdm(
-        desc=what, unit="B", unit_scale=True, unit_divisor=1000, dynamic_ncols=True, leave=False
-    )
+    # What takes less than a second, such as a refusal, shows no bar.
+    bar: Any = tqdm(desc=what, unit="B", unit_scale=True, dynamic_ncols=True, leave=False, delay=1)
 
     def show(done: int, total: int) -> None:
         bar.total = total

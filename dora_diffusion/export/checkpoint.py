@@ -86,7 +86,7 @@ def export_checkpoint(
         check_output(output, model.path, overwrite)
         new_vae = None if vae is None else stack.enter_context(open_vae(vae))
         weights: BaseWeights = WithVae(model.weights, new_vae) if new_vae else model.weights
-        read = recipe.read(weights.module_shapes())
+        read = recipe.read(weights.module_shapes(), model.family)
         merged = MergedModel(weights, recipe.weighted(read), dtype)
         notes = MergeNotes(model, recipe, read, output, prediction_type(model))
         stack.callback(notes.close)

@@ -110,7 +110,10 @@ def convert_adapter(
         path = write_adapter(output, adapter, kind, dtype=dtype)
         return ConversionReport(path, target, len(adapter.layers), notes=adapter.notes)
     with open_base(base) as weights:
-        adapter = read_adapter(source, weights.shapes, base_weight=weights.load, alpha=alpha)
+        adapter = read_adapter(
+            source, weights.shapes, base_weight=weights.load, alpha=alpha,
+            base_family=weights.family,
+        )  # fmt: skip
         adapter = dataclasses.replace(facts, family=facts.family or weights.family).added_to(
             adapter
         )

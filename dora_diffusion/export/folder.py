@@ -21,8 +21,9 @@ from dora_diffusion.export.output import (
     replace_folder,
     temporary_sibling,
 )
+from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.formats.checkpoint_keys import Entry
-from dora_diffusion.formats.safetensors_stream import save_text, write_tensors
+from dora_diffusion.formats.safetensors_stream import write_tensors
 
 
 def write_folder(
@@ -75,11 +76,10 @@ def _write_component(
         specs = {key: merged.spec(name) for key, name in shard.items()}
 
         def load(key: str, shard: Shard = shard) -> Tensor:
-            report.step(merged.spec(shard[key]).nbytes)
             return merged.tensor(shard[key])
 
         target = folder / _plain_name(component, number, len(shards))
-        write_tensors(target, specs, load, notes.draft(), notes.final)
+        write_tensors(target, specs, load, notes.draft(), notes.final, report.step)
         check_sample(target, [Entry(key, (name,)) for key, name in shard.items()], merged)
         places |= dict.fromkeys(shard, target.name)
         total += sum(spec.nbytes for spec in specs.values())

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dora_diffusion.formats.safetensors_stream import DiskFullError, disk_full
+from dora_diffusion.formats.atomic_file import DiskFullError, disk_full
 
 # Called with the number of bytes written so far, and of all.
 OnProgress = Callable[[int, int], None]

@@ -17,7 +17,7 @@ from dora_diffusion.formats.adapter_targets import PEFT_FILE
 from dora_diffusion.merge import Strengths, WeightedAdapter, check_fit
 
 Adapters = str | Path | Sequence[tuple[str | Path, float]]
-_CHUNK = 2**20
+_CHUNK = 2**18  # stays in the processor's cache between reading and hashing
 _KNOBS = ("unet_strength", "text_encoder_strength", "direction_strength", "magnitude_strength")
 
 
@@ -60,13 +60,13 @@ class Recipe:
         """The strengths that act on all adapters, but the plain one."""
         return {name: getattr(self, name) for name in _KNOBS}
 
-    def read(self, shapes: Mapping[str, tuple[int, ...]]) -> list[AdapterFile]:
-        """Read the adapters for a base with these weight shapes, in their order.
+    def read(self, shapes: Mapping[str, tuple[int, ...]], family: str) -> list[AdapterFile]:
+        """Read the adapters for a base of this family with these weight shapes, in their order.
 
         Raises:
             AdapterFormatError, MergeError: If one cannot be read, or does not fit the base.
         """
-        adapters = [read_adapter(path, shapes) for path, _ in self.pairs()]
+        adapters = [read_adapter(path, shapes, base_family=family) for path, _ in self.pairs()]
         check_fit(shapes, [WeightedAdapter(adapter.layers) for adapter in adapters])
         return adapters
 
@@ -123,11 +123,11 @@ def file_hash(files: Sequence[Path]) -> str:
     """SHA-256 of one file, or of several one after the other."""
     if len(files) == 1 and (known := _hub_hash(files[0])):
         return known
-    found = hashlib.sha256()
+    found, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
     for path in files:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                found.update(chunk)
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                found.update(buffer[:count])
     return found.hexdigest()
 
 

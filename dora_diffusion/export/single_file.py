@@ -79,10 +79,9 @@ def _write(
     report = ProgressReporter(sum(spec.nbytes for spec in specs.values()), on_progress)
 
     def load(key: str) -> Tensor:
-        report.step(specs[key].nbytes)
         return merged.build(by_key[key]) if key in by_key else load_other(key)
 
     with temporary_sibling(output) as temporary:
-        write_tensors(temporary, specs, load, notes.draft(), notes.final)
+        write_tensors(temporary, specs, load, notes.draft(), notes.final, report.step)
         check_sample(temporary, entries, merged)
         os.replace(temporary, output)

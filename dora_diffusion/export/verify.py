@@ -106,7 +106,7 @@ def verify_checkpoint(
         weights: BaseWeights = model.weights
         if vae is not None:
             weights = WithVae(model.weights, stack.enter_context(open_vae(vae)))
-        layers = recipe.weighted(recipe.read(weights.module_shapes()))
+        layers = recipe.weighted(recipe.read(weights.module_shapes(), model.family))
         comparison = Comparison(found, MergedModel(weights, layers))
         report = comparison.run(on_progress)
     hint = _recorded_strengths(found, recipe)

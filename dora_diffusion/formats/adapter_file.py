@@ -29,13 +29,13 @@ from dora_diffusion.formats.adapter_targets import (
     EncodedFile,
     WriteOptions,
 )
+from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.formats.base_targets import TARGETS
-from dora_diffusion.formats.module_names import COMPONENTS
+from dora_diffusion.formats.module_names import COMPONENTS, FAMILY_TITLES, guess_family
 from dora_diffusion.formats.safetensors_stream import (
     TensorFileError,
     TensorReader,
     save_tensors,
-    save_text,
     write_tensors,
 )
 from dora_diffusion.formats.sgm_blocks import UNetLayout
@@ -134,6 +134,7 @@ def read_adapter(
     *,
     base_weight: Callable[[str], Tensor] | None = None,
     alpha: float | None = None,
+    base_family: str = "",
 ) -> AdapterFile:
     """Read an adapter file, an output folder that holds one, or a PEFT folder.
 
@@ -144,12 +145,46 @@ def read_adapter(
         base_weight: Base weight by canonical module name; tells the axis of magnitudes whose
             shape does not.
         alpha: What it was trained with, for a file that lost it.
+        base_family: Family of the model, to be named if the adapter is made for another one; told
+            by the shapes where not given.
 
     Raises:
-        AdapterFormatError: If it is not an adapter, or cannot be read without guessing.
+        AdapterFormatError: If it is not an adapter, does not fit the model, or cannot be read
+            without guessing.
         FileNotFoundError: If there is nothing at the path.
     """
     found = find_adapter(path)
+    try:
+        return _read(found, module_shapes, base_weight, alpha)
+    except AdapterFormatError as error:
+        if module_shapes is None:
+            raise
+        family, base_family = _family(found), base_family or guess_family(module_shapes)
+        if not family or not base_family or family == base_family:
+            raise
+        raise AdapterFormatError(
+            f"{found.name}: this adapter was made for {FAMILY_TITLES[family]} ({family}), the base "
+            f"is {FAMILY_TITLES[base_family]} ({base_family}): use it with a base model of its own "
+            "family, or train it again on this one"
+        ) from error
+
+
+def _family(path: Path) -> str:
+    """What the file says, or its shapes; ``""`` if neither tells, or it cannot be read."""
+    try:
+        adapter = _read(path, None, None, None)
+    except AdapterFormatError:
+        return ""
+    shapes = {name: layer.weight_shape for name, layer in adapter.layers.items()}
+    return adapter.metadata.family or guess_family(shapes)
+
+
+def _read(
+    found: Path,
+    module_shapes: ModuleShapes | None,
+    base_weight: Callable[[str], Tensor] | None,
+    alpha: float | None,
+) -> AdapterFile:
     if found.is_dir():
         return _read_peft_folders(found, module_shapes)
     if found.name == PEFT_FILE and (found.parent / PEFT_CONFIG).is_file():

@@ -22,6 +22,11 @@ from dora_diffusion.formats.sgm_blocks import (
 )
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+FAMILY_TITLES = {
+    "sd1": "Stable Diffusion 1",
+    "sd2": "Stable Diffusion 2",
+    "sdxl": "Stable Diffusion XL",
+}
 # Prefixes of kohya-style names. `lora_te_` is the only text encoder of SD1 and SD2.
 KOHYA_PREFIXES = {
     "lora_unet_": "unet",

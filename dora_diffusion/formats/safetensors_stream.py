@@ -8,20 +8,22 @@ memory map, keeps the memory in use to one tensor, too.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dora_diffusion.formats.atomic_file import SyncedFile, atomic_file
 from dora_diffusion.formats.safetensors_header import (
     DTYPE_NAMES,
     DTYPES,
@@ -35,31 +37,29 @@ from dora_diffusion.formats.safetensors_header import (
 __all__ = [
     "DTYPES",
     "MAX_HEADER_BYTES",
-    "DiskFullError",
     "Header",
     "TensorFileError",
     "TensorReader",
     "TensorSpec",
-    "atomic_file",
     "data_hash",
-    "disk_full",
     "read_header",
     "save_tensors",
-    "save_text",
     "shard_files",
     "write_tensors",
 ]
 
 
-class DiskFullError(OSError):
-    """The disk filled up while writing; the previous file is untouched."""
+_MOST_WORKERS = 4
+
+
+_MOST_WORKERS = 4
 
 
 class TensorReader:
     """Lazy access to the tensors of one file, or of all shards of an ``.index.json``.
 
     Use as a context manager. ``specs`` maps every name to its dtype and shape, ``metadata`` is the
-    metadata of the (first) file, and ``reader[name]`` loads one tensor.
+    metadata of the (first) file, and ``reader[name]`` loads one tensor, in any thread.
 
     Raises:
         TensorFileError: For a broken file, or an index that its shards do not fulfil.
@@ -82,6 +82,7 @@ class TensorReader:
             self._starts.update(header.starts)
             self.file_of.update(dict.fromkeys(header.specs, file))
         self._handles: dict[Path, BufferedReader] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> TensorReader:
         """Return the reader; files are opened when a tensor of theirs is asked for."""
@@ -100,13 +101,13 @@ class TensorReader:
     def __getitem__(self, name: str) -> Tensor:
         """Load one tensor."""
         file, spec = self.file_of[name], self.specs[name]
-        if file not in self._handles:
-            self._handles[file] = self._stack.enter_context(file.open("rb"))
-        handle = self._handles[file]
-        handle.seek(self._starts[name])
         raw = torch.empty(spec.nbytes, dtype=torch.uint8)
-        if handle.readinto(raw.numpy().data) != spec.nbytes:
-            raise TensorFileError(f"{file.name} was cut short while it was read")
+        with self._lock:
+            if file not in self._handles:
+                self._handles[file] = self._stack.enter_context(file.open("rb"))
+            self._handles[file].seek(self._starts[name])
+            if self._handles[file].readinto(raw.numpy().data) != spec.nbytes:
+                raise TensorFileError(f"{file.name} was cut short while it was read")
         return raw.view(spec.dtype).view(spec.shape)
 
 
@@ -132,18 +133,21 @@ def write_tensors(
     load: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
     final_metadata: Callable[[], Mapping[str, str]] | None = None,
+    on_written: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write one file atomically, asking ``load(name)`` for one tensor at a time.
+    """Write one file atomically, asking ``load(name)`` for one tensor after the other.
 
-    Tensors are ordered by descending item size, then by name: every tensor stays aligned.
+    A few tensors are made at once, in threads, while earlier ones are written. They are ordered by
+    descending item size, then by name: every tensor stays aligned.
 
     Args:
         path: The file.
         specs: Dtype and shape of each tensor.
-        load: Makes a tensor.
+        load: Makes a tensor, in any thread.
         metadata: The file's metadata.
         final_metadata: Called when all tensors are written; takes the place of ``metadata``, whose
             encoding must be as long. For values that take time to compute, such as hashes.
+        on_written: Called with the number of bytes of each tensor that is written.
 
     Raises:
         TensorFileError: If a tensor differs from its spec, or the reopened file from the intended.
@@ -151,22 +155,53 @@ def write_tensors(
     """
     order, notes = _file_order(specs), dict(metadata or {})
     with atomic_file(path) as temporary:
-        with open(temporary, "xb") as file:
+        with SyncedFile(temporary) as file:
             header = _encode_header(order, specs, notes)
             file.write(header)
-            for name in order:
-                _write_one(file, name, specs[name], load(name))
+            for name, tensor in _made_ahead(load, order):
+                _write_one(file, name, specs[name], tensor)
+                if on_written is not None:
+                    on_written(specs[name].nbytes)
             if final_metadata is not None:
                 notes = dict(final_metadata())
                 final = _encode_header(order, specs, notes)
                 assert len(final) == len(header)
-                file.seek(0)
-                file.write(final)
-            _flush_to_disk(file)
+                file.replace_start(final)
         written = read_header(temporary)
         if written.specs != dict(specs) or written.metadata != notes:
             raise TensorFileError(f"{path.name} did not read back as it was written")
     return path
+
+
+def _made_ahead(
+    make: Callable[[str], Tensor], names: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Make tensors in threads, a few ahead of their use, and give them in their order."""
+    workers = min(_MOST_WORKERS, os.cpu_count() or 1)
+    waiting: deque[tuple[str, Future[Tensor]]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    with one_thread_each():
+        try:
+            for name in names:
+                waiting.append((name, pool.submit(make, name)))
+                if len(waiting) > workers:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Let threads that start inside compute with one thread each, not with all cores each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
@@ -187,47 +222,6 @@ def save_tensors(
     """Write a dict of tensors atomically; raises as ``write_tensors`` does."""
     specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
     return write_tensors(path, specs, tensors.__getitem__, metadata)
-
-
-def save_text(path: Path, text: str) -> Path:
-    """Write a text file atomically."""
-    with atomic_file(path) as temporary, open(temporary, "xb") as file:
-        file.write(text.encode("utf-8"))
-        _flush_to_disk(file)
-    return path
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; rename it onto ``path`` if the block succeeds.
-
-    If it does not, the temporary file is removed and ``path`` is left as it was.
-
-    Raises:
-        DiskFullError: In place of the ``OSError`` of a full disk or quota.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk_full(path) from error
-        raise
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def disk_full(path: Path) -> DiskFullError:
-    """The one-line error for a disk that filled up while ``path`` was written."""
-    kept = "the file that was there is unchanged" if path.exists() else "no file was left behind"
-    return DiskFullError(
-        errno.ENOSPC, f"the disk is full: {path.name} could not be written; {kept}"
-    )
 
 
 def _encode_header(
@@ -251,7 +245,7 @@ def _encode_header(
     return len(raw).to_bytes(8, "little") + raw
 
 
-def _write_one(file: IO[bytes], name: str, spec: TensorSpec, tensor: Tensor) -> None:
+def _write_one(file: SyncedFile, name: str, spec: TensorSpec, tensor: Tensor) -> None:
     if TensorSpec.of(tensor) != spec:
         raise TensorFileError(
             f"{name}: expected {spec.dtype} {spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
@@ -263,21 +257,6 @@ def _raw(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     view: memoryview = flat.view(torch.uint8).numpy().data
     return view
-
-
-def _flush_to_disk(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    # Makes the rename itself durable. Not every system lets a folder be opened.
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _listing(names: Any) -> str:

@@ -81,3 +81,15 @@ class LayerWeights:
         return dataclasses.replace(
             self, down=self.down.to(*args), up=self.up.to(*args), magnitude=magnitude
         )
+
+    def narrow(self, dim: int, start: int, length: int) -> LayerWeights:
+        """The layer of some output (``dim`` 0) or input (``dim`` 1) channels of its weight.
+
+        The formula holds for this part alone unless the magnitude runs along the other axis.
+        """
+        name = ("up", "down")[dim]
+        magnitude = self.magnitude
+        if magnitude is not None and self.norm_axis == NORM_AXES[dim]:
+            magnitude = magnitude.narrow(0, start, length)
+        part = getattr(self, name).narrow(dim, start, length)
+        return dataclasses.replace(self, magnitude=magnitude, **{name: part})

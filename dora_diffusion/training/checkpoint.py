@@ -14,7 +14,7 @@ from torch import nn
 
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.formats.safetensors_stream import atomic_file
+from dora_diffusion.formats.atomic_file import atomic_file
 
 _STATE = "training_state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")

@@ -15,7 +15,7 @@ from dora_diffusion.adapters.inject import disabled, remove_adapters
 from dora_diffusion.adapters.state import adapter_state, load_adapter_state, module_shapes
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.formats.adapter_file import AdapterMetadata, find_adapter, read_adapter
-from dora_diffusion.formats.safetensors_stream import save_text
+from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.formats.sgm_blocks import UNetLayout
 from dora_diffusion.pictures import save_png
 from dora_diffusion.training.checkpoint import (

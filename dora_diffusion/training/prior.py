@@ -12,7 +12,7 @@ from PIL import Image
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.data.images import PhotoError, list_photos
 from dora_diffusion.data.sampler import generator_for
-from dora_diffusion.formats.safetensors_stream import save_text
+from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.pictures import save_png
 from dora_diffusion.training.subject import Subject
 

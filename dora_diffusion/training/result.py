@@ -11,7 +11,7 @@ from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.adapter_metadata import without_path
-from dora_diffusion.formats.safetensors_stream import save_text
+from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.formats.sgm_blocks import UNetLayout
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.weights import LayerWeights

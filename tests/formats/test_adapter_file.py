@@ -23,8 +23,8 @@ from dora_diffusion.formats.adapter_file import (
     read_adapter,
     write_adapter,
 )
+from dora_diffusion.formats.atomic_file import DiskFullError
 from dora_diffusion.formats.pipeline_folder import PipelineFolder
-from dora_diffusion.formats.safetensors_stream import DiskFullError
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,9 +15,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dora_diffusion.formats import safetensors_stream
+from dora_diffusion.formats import atomic_file, safetensors_stream
+from dora_diffusion.formats.atomic_file import DiskFullError
 from dora_diffusion.formats.safetensors_stream import (
-    DiskFullError,
     TensorFileError,
     TensorReader,
     TensorSpec,
@@ -139,6 +140,54 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         save_tensors(path, {"x": torch.zeros(2)})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_large_file_is_synced_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic_file, "_SYNCED_BYTES", 1000)
+    tensors = {f"x{i:02}": torch.arange(97 * i, dtype=torch.float32) for i in range(40)}
+    path = save_tensors(tmp_path / "a.safetensors", tensors)
+    loaded = load_file(path)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_disk_that_fills_up_while_syncing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of the thread that syncs reaches the one that writes."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic_file, "_SYNCED_BYTES", 1000)
+    monkeypatch.setattr(atomic_file, "_sync_and_drop", full)
+    with pytest.raises(DiskFullError, match="no file was left behind"):
+        save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1000), "y": torch.ones(1000)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_are_made_ahead_but_written_in_order(tmp_path: Path) -> None:
+    """Whichever is made first, the file is the same; and memory holds only a few of them."""
+    made, written, ahead = [], [], []
+
+    def load(name: str) -> torch.Tensor:
+        time.sleep(0.005 * (name in ("x00", "x07")))
+        made.append(name)
+        return torch.full((3,), float(name[1:]))
+
+    def on_written(nbytes: int) -> None:
+        written.append(nbytes)
+        ahead.append(len(made) - len(written))
+
+    names = [f"x{i:02}" for i in range(20)]
+    specs = {name: TensorSpec(torch.float32, (3,)) for name in names}
+    path = write_tensors(tmp_path / "a.safetensors", specs, load, on_written=on_written)
+    assert written == [12] * 20
+    assert max(ahead) <= 5
+    loaded = load_file(path)
+    assert [loaded[name].tolist() for name in names] == [[float(i)] * 3 for i in range(20)]
+    assert torch.get_num_threads() == 1  # as conftest sets it
 
 
 def test_an_interrupt_leaves_no_temporary_file(tmp_path: Path) -> None:

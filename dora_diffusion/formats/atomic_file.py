@@ -1,0 +1,129 @@
+"""Files that are there completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+_SYNCED_BYTES = 2**28
+
+
+class DiskFullError(OSError):
+    """The disk filled up while writing; the previous file is untouched."""
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; rename it onto ``path`` if the block succeeds.
+
+    If it does not, the temporary file is removed and ``path`` is left as it was.
+
+    Raises:
+        DiskFullError: In place of the ``OSError`` of a full disk or quota.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(path) from error
+        raise
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def disk_full(path: Path) -> DiskFullError:
+    """The one-line error for a disk that filled up while ``path`` was written."""
+    kept = "the file that was there is unchanged" if path.exists() else "no file was left behind"
+    return DiskFullError(
+        errno.ENOSPC, f"the disk is full: {path.name} could not be written; {kept}"
+    )
+
+
+def save_text(path: Path, text: str) -> Path:
+    """Write a text file atomically."""
+    with atomic_file(path) as temporary, SyncedFile(temporary) as file:
+        file.write(text.encode("utf-8"))
+    return path
+
+
+class SyncedFile:
+    """A new file that is on the disk when it is closed. Use as a context manager.
+
+    A large file is synced while it is written, and what is on the disk leaves the system's cache.
+    Otherwise a model of several gigabytes pushes everything else out of the memory, and most of
+    the time of writing it goes into finding memory for it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = open(path, "xb")  # noqa: SIM115 - closed by __exit__
+        self._pool = ThreadPoolExecutor(1)
+        self._syncing: Future[None] | None = None
+        self._unsynced = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+        self._file.write(data)
+        self._unsynced += len(data)
+        if self._unsynced >= _SYNCED_BYTES:
+            self._wait()
+            self._file.flush()
+            self._syncing = self._pool.submit(_sync_and_drop, self._file.fileno())
+            self._unsynced = 0
+
+    def replace_start(self, data: bytes) -> None:
+        """Write over the first bytes."""
+        self._file.seek(0)
+        self._file.write(data)
+
+    def _wait(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()
+
+    def __enter__(self) -> SyncedFile:
+        """Return the file."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Sync, unless writing failed, and close."""
+        try:
+            if kind is None:
+                self._wait()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._pool.shutdown()
+            self._file.close()
+
+
+def _sync_and_drop(handle: int) -> None:
+    os.fsync(handle)
+    if hasattr(os, "posix_fadvise"):  # not on macOS and Windows
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Makes the rename itself durable. Not every system lets a folder be opened.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
