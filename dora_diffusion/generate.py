@@ -91,7 +91,7 @@ def load_adapted(
     components = load_components(base, variant=variant, dtype=dtype, config=config).to(device)
     if adapter is None:
         return components, AdapterMetadata()
-    metadata = load_adapter(components.adaptable(), adapter)
+    metadata = load_adapter(components.adaptable(), adapter, family=components.family.name)
     for model in components.adaptable().values():
         if any(layer_adapters(model)):
             set_strength(model, strength, direction=direction, magnitude=magnitude)

@@ -136,7 +136,10 @@ def test_an_adapter_of_the_unet_alone_loads_on_sdxl(sdxl_folder, tmp_path):
 
 
 def test_an_adapter_that_does_not_fit_is_refused(sdxl_folder, sd1_adapter):
-    with pytest.raises(ValueError, match="the model has no module for"):
+    with pytest.raises(
+        ValueError,
+        match=r"made for Stable Diffusion 1 \(sd1\), the base is Stable Diffusion XL \(sdxl\)",
+    ):
         load_adapted(sdxl_folder, sd1_adapter)
 
 

@@ -56,7 +56,11 @@ def save_adapter(
 
 
 def load_adapter(
-    components: nn.Module | Components, path: str | Path, *, name: str = DEFAULT_NAME
+    components: nn.Module | Components,
+    path: str | Path,
+    *,
+    name: str = DEFAULT_NAME,
+    family: str = "",
 ) -> AdapterMetadata:
     """Read an adapter file and put it on the components as a new adapter.
 
@@ -64,6 +68,7 @@ def load_adapter(
         components: As in `save_adapter`.
         path: A file in any known spelling, or a folder that holds one.
         name: Name of the new adapter.
+        family: ``"sd1"``, ``"sd2"`` or ``"sdxl"``, for the message if the adapter is for another.
 
     Returns:
         The file's facts.
@@ -83,7 +88,7 @@ def load_adapter(
         '1'
     """
     components = _as_components(components)
-    adapter = read_adapter(path, module_shapes(components))
+    adapter = read_adapter(path, module_shapes(components), base_family=family)
     load_adapter_state(components, adapter.layers, name=name)
     return adapter.metadata
 

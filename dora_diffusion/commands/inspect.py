@@ -5,35 +5,85 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
+import textwrap
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-_WIDEST = 160
+if TYPE_CHECKING:
+    from dora_diffusion.export import AdapterReport
+
+# Facts of the metadata that have rows of their own, or are about the file's layers.
+_SHOWN = ("trained_alpha", "prediction_type")
 
 
 def run(args: argparse.Namespace) -> int:
     """Say what an adapter file is."""
     from dora_diffusion.export import inspect_adapter
 
-    report = dataclasses.asdict(inspect_adapter(args.file, args.base))
+    report = inspect_adapter(args.file, args.base)
     if args.json:
-        print(json.dumps(report, indent=2, default=str))
-        return 0
-    width = max(len(name) for name in report)
-    for name, value in report.items():
-        for line in _lines(value):
-            print(f"{name.replace('_', ' '):<{width}}  {line}")
-            name = ""
+        print(json.dumps(dataclasses.asdict(report), indent=2, default=str))
+    else:
+        _print_table([*_facts(report), *_verdicts(report)])
     return 0
 
 
-def _lines(value: object) -> list[str]:
-    if isinstance(value, dict):
-        return [f"{key}: {_short(item)}" for key, item in value.items()] or ["-"]
-    if isinstance(value, (list, tuple)):
-        return [str(item) for item in value] or ["-"]
-    return [_short(value) if value not in (None, "") else "-"]
+def _facts(report: AdapterReport) -> list[tuple[str, str]]:
+    from dora_diffusion.formats.module_names import FAMILY_TITLES
+
+    facts, size = report.metadata, report.nbytes / 1e6
+    family = FAMILY_TITLES.get(facts.family)
+    axis = f", magnitudes on the {report.norm_axis} axis" if report.norm_axis else ""
+    rows = [
+        ("file", f"{report.path.name}, {report.spelling} names, {size:.2f} MB"),
+        ("method", report.method + axis),
+        ("family", f"{family} ({facts.family})" if family else "unknown; convert with --family"),
+        ("rank", _one_or_range(report.rank)),
+        ("alpha", _one_or_range(report.alpha)),
+        ("layers", f"{_listed(report.layers)}; {_listed(report.kinds)}"),
+        ("values", f"{report.parameters:,} trained"),
+        ("trigger", facts.trigger),
+        ("base model", facts.base_model),
+        ("predicts", facts.extra.get("prediction_type", "")),
+        ("resolution", f"{facts.resolution} px" if facts.resolution else ""),
+        ("tags", ", ".join(facts.tags)),
+        ("thumbnail", "yes" if facts.thumbnail else ""),
+    ]
+    rows += [
+        (name.replace("_", " "), value) for name, value in facts.extra.items() if name not in _SHOWN
+    ]
+    return [(name, value) for name, value in rows if value]
 
 
-def _short(value: object) -> str:
-    """A value on one line; a thumbnail is thousands of letters, and so may be ranks per layer."""
-    text = str(value)
-    return text if len(text) <= _WIDEST else f"{text[:_WIDEST]}... ({len(text)} characters)"
+def _verdicts(report: AdapterReport) -> list[tuple[str, str]]:
+    """Which programs compute it as it was trained, whether it fits, and what to know."""
+    heading = ("PROGRAM", "COMPUTES IT AS IT WAS TRAINED?")
+    rows = [("", ""), heading, *report.tools.items(), ("", "")]
+    if report.fits:
+        rows.append(("fits", report.fits))
+    return rows + [("note", note) for note in report.notes]
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _one_or_range(text: str) -> str:
+    """The value of all layers, or the smallest and the largest; ``--json`` has each."""
+    if not text.startswith("{"):
+        return text
+    counts = Counter(json.loads(text).values())
+    values = sorted(counts, key=float)
+    return f"{values[0]} to {values[-1]}, mostly {counts.most_common(1)[0][0]}"
+
+
+def _print_table(rows: list[tuple[str, str]]) -> None:
+    indent = max(len(name) for name, _ in rows) + 2
+    width = min(shutil.get_terminal_size().columns, 120)
+    for name, value in rows:
+        lines = textwrap.wrap(value, max(width - indent, 40)) or [""]
+        for line in lines:
+            print(f"{name:<{indent}}{line}".rstrip())
+            name = ""

@@ -68,6 +68,7 @@ def inspect_adapter(
     path: str | Path,
     module_shapes: Mapping[str, tuple[int, ...]] | None = None,
     base_weight: Callable[[str], Tensor] | None = None,
+    base_family: str = "",
 ) -> AdapterReport:
     """Read an adapter and report what it is.
 
@@ -75,6 +76,7 @@ def inspect_adapter(
         path: The file or folder.
         module_shapes: Weight shapes of a base model by canonical module name, to say if it fits.
         base_weight: Its weights, to tell the axis of magnitudes whose shape does not.
+        base_family: Its family.
 
     Raises:
         AdapterFormatError: If it is not an adapter that can be read, with the reason.
@@ -84,7 +86,7 @@ def inspect_adapter(
     headers = _headers(files)
     if _is_for_one_base(headers):
         return _report_for_one_base(found, headers[0], module_shapes)
-    adapter, fits = _read(found, module_shapes, base_weight)
+    adapter, fits = _read(found, module_shapes, base_weight, base_family)
     layers = adapter.layers
     spelling = _spelling(headers)
     shapes = {name: layer.weight_shape for name, layer in layers.items()}
@@ -114,14 +116,15 @@ def _read(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]] | None,
     base_weight: Callable[[str], Tensor] | None,
+    base_family: str,
 ) -> tuple[AdapterFile, str]:
     """The adapter, and whether it fits; one that does not is read all the same."""
     if shapes is None:
         return read_adapter(path), ""
     try:
-        adapter = read_adapter(path, shapes, base_weight=base_weight)
+        adapter = read_adapter(path, shapes, base_weight=base_weight, base_family=base_family)
     except AdapterFormatError as error:
-        return read_adapter(path), f"no: {error}"
+        return read_adapter(path), f"no: {str(error).removeprefix(path.name + ': ')}"
     return adapter, f"yes, all {len(adapter.layers)} layers"
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dora_diffusion.formats.module_names import FAMILY_TITLES
+
 HiddenState = Literal["last", "penultimate"]
 
 
@@ -63,7 +65,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family(
             name="sd1",
-            title="Stable Diffusion 1",
+            title=FAMILY_TITLES["sd1"],
             hidden_states=("last",),
             has_pooled=False,
             has_time_ids=False,
@@ -76,7 +78,7 @@ FAMILIES: dict[str, Family] = {
         # "last" state is the penultimate one of the original model.
         Family(
             name="sd2",
-            title="Stable Diffusion 2",
+            title=FAMILY_TITLES["sd2"],
             hidden_states=("last",),
             has_pooled=False,
             has_time_ids=False,
@@ -88,7 +90,7 @@ FAMILIES: dict[str, Family] = {
         # SDXL reads the penultimate layer of both encoders.
         Family(
             name="sdxl",
-            title="Stable Diffusion XL",
+            title=FAMILY_TITLES["sdxl"],
             hidden_states=("penultimate", "penultimate"),
             has_pooled=True,
             has_time_ids=True,

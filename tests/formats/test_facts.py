@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dora_diffusion.cli import main
 from dora_diffusion.export import convert_adapter, inspect_adapter
@@ -111,17 +111,60 @@ def test_inspect_says_if_it_fits(
     assert report.tools["ComfyUI and Forge"] == "exact for its base: wrong with any other"
 
 
+@pytest.mark.parametrize("target", ["kohya", "diffusers", "peft"])
+@pytest.mark.parametrize("says_family", [True, False])
+def test_an_adapter_of_another_family_is_named(
+    tmp_path: Path,
+    sd1_folder: Path,
+    sdxl_folder: Path,
+    random_adapter: MakeAdapter,
+    capsys: pytest.CaptureFixture[str],
+    target: str,
+    says_family: bool,
+) -> None:
+    """Not by hundreds of modules that the base lacks: by what it is, and what to do."""
+    layers = random_adapter(sdxl_folder, every=9)
+    path = write_adapter(tmp_path / "xl", AdapterFile(layers, AdapterMetadata("sdxl")), target)
+    if not says_family:  # a second text encoder, or the width of the prompt, tells
+        for file in [path] if path.is_file() else path.rglob("*.safetensors"):
+            facts = {k: v for k, v in read_header(file).metadata.items() if k == "format"}
+            facts |= {"dora_diffusion.component": file.parent.name} if target == "peft" else {}
+            save_file(load_file(file), file, facts)
+    adapter, base, output = str(path), str(sd1_folder), str(tmp_path / "out.safetensors")
+    commands = [
+        ["export", "--adapter", adapter, "--base", base, "--output", output],
+        ["verify", str(sd1_folder), "--adapter", adapter, "--base", base],
+        ["convert", adapter, output, "--to", "kohya", "--base", base],
+        ["generate", "--adapter", adapter, "--base", base, "--prompt", "x", "--output", "x.png"],
+    ]
+    expected = (
+        "this adapter was made for Stable Diffusion XL (sdxl), the base is Stable Diffusion 1 "
+        "(sd1): use it with a base model of its own family, or train it again on this one"
+    )
+    for command in commands:
+        assert main(command) == 1, command
+        error = capsys.readouterr().err
+        assert expected in error
+        assert len(error.splitlines()) == 1
+    assert main(["inspect", adapter, "--base", base]) == 0
+    fits = capsys.readouterr().out.partition("fits ")[2]
+    assert " ".join(fits.split()).startswith(f"no: {expected}")
+    assert not Path(output).exists()
+
+
 def test_inspect_prints_a_table_or_json(
     tmp_path: Path, sd1_folder: Path, adapter: AdapterFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_adapter(tmp_path / "a.safetensors", adapter, "kohya")
     assert main(["inspect", str(path), "--base", str(sd1_folder)]) == 0
     out = capsys.readouterr().out
-    lines = [line.split(maxsplit=1) for line in out.splitlines()]
-    assert ["fits", f"yes, all {len(adapter.layers)} layers"] in lines
-    assert "A1111: wrong" in out
-    assert "trigger: sks dog" in out
-    assert max(map(len, out.splitlines())) < 260
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert f"fits yes, all {len(adapter.layers)} layers" in rows
+    assert "A1111 wrong: it takes the norms per input" in rows
+    assert "family Stable Diffusion 1 (sd1)" in rows
+    assert "trigger sks dog" in rows
+    assert "rank 4" in rows
+    assert max(map(len, out.splitlines())) <= 80
     assert main(["inspect", str(path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["tools"]["LyCORIS"] == "exact"
