@@ -107,7 +107,7 @@ def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:
 
 def generate_images(
     components: Components,
-    prompt: str,
+    prompt: str | Sequence[str],
     seeds: Sequence[int],
     settings: SamplingSettings | None = None,
     *,
@@ -121,18 +121,23 @@ def generate_images(
 
     Args:
         components: The loaded model; its modules' train or eval mode is restored.
-        prompt: What to show.
+        prompt: What to show; or one prompt per seed, which may differ within a batch.
         seeds: One per picture.
         settings: Steps, guidance, size.
         batch_size: Pictures at once.
         on_step: Called with (steps done, steps in all).
+
+    Raises:
+        ValueError: If there are several prompts, but not one per seed.
     """
+    if not isinstance(prompt, str) and len(prompt) != len(seeds):
+        raise ValueError(f"{len(prompt)} prompts for {len(seeds)} seeds")
     settings = settings or SamplingSettings()
     pipeline = components.pipeline(settings.scheduler)
     modules = list(components.modules().values())
     training = [module.training for module in modules]
     images: list[Image.Image] = []
-    batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
+    batches = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
     try:
         for module in modules:
             module.eval()
@@ -140,7 +145,8 @@ def generate_images(
         with torch.no_grad(), norm_scope(*components.adaptable().values()):
             for number, batch in enumerate(batches):
                 report = _reporter(on_step, number, len(batches))
-                images += _sample(pipeline, components, prompt, batch, settings, report)
+                wanted = prompt if isinstance(prompt, str) else list(prompt[batch])
+                images += _sample(pipeline, components, wanted, seeds[batch], settings, report)
     finally:
         for module, mode in zip(modules, training, strict=True):
             module.train(mode)
@@ -150,16 +156,19 @@ def generate_images(
 def _sample(
     pipeline: Any,
     components: Components,
-    prompt: str,
+    prompt: str | list[str],
     seeds: Sequence[int],
     settings: SamplingSettings,
     report: Callable[..., dict[str, Any]] | None,
 ) -> list[Image.Image]:
     size = components.default_resolution
+    negative: Any = settings.negative_prompt or None
+    if negative and not isinstance(prompt, str):
+        negative = [negative] * len(prompt)
     result: list[Image.Image] = pipeline(
         prompt,
-        negative_prompt=settings.negative_prompt or None,
-        num_images_per_prompt=len(seeds),
+        negative_prompt=negative,
+        num_images_per_prompt=len(seeds) if isinstance(prompt, str) else 1,
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
         width=settings.width or size,

@@ -75,6 +75,18 @@ def test_a_seed_gives_the_same_picture_alone_and_in_any_batch(family, request):
     assert np.abs(together[0] - together[1]).max() > 10
 
 
+def test_prompts_may_differ_within_a_batch(sd1):
+    settings = SamplingSettings(steps=3, guidance_scale=4.0, negative_prompt="a cat")
+    prompts = [PROMPT, "a red toy", PROMPT]
+    mixed = pixels(generate_images(sd1, prompts, [5, 6, 7], settings, batch_size=2))
+    for row, (prompt, seed) in enumerate(zip(prompts, (5, 6, 7), strict=True)):
+        alone = pixels(generate_images(sd1, prompt, [seed], settings))
+        assert np.abs(mixed[row] - alone[0]).max() <= 1
+    assert np.abs(mixed[0] - mixed[1]).max() > 1
+    with pytest.raises(ValueError, match="2 prompts for 1 seeds"):
+        generate_images(sd1, prompts[:2], [5], settings)
+
+
 def test_pictures_are_those_of_the_diffusers_pipeline(sd1_folder, sd1):
     from diffusers import StableDiffusionPipeline
 
