@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text, add_arguments in (
         ("train", "teach a model a subject from photos", add_train_flags),
         ("generate", "make pictures", _generate_arguments),
+        ("evaluate", "measure what an adapter has learned, and what it has cost", _evaluate),
         ("export", "merge an adapter into a model", _export_arguments),
         ("verify", "prove a merged model: compute it again", _verify_arguments),
         ("convert", "write an adapter in another tool's format", _convert_arguments),
@@ -108,6 +109,47 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheduler", choices=SAMPLERS, help="Default: the model's own.")
     parser.add_argument("--width", type=int, help="Pixels. Default: what the model was made for.")
     parser.add_argument("--height", type=int, help="Pixels.")
+    _loading(parser)
+    _strengths(parser)
+
+
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", help="An adapter file, or the output folder of a run.")
+    _base(parser)
+    parser.add_argument(
+        "--subject",
+        required=True,
+        help="Folder of photos that training has not seen; or a subject of the toy world, such as "
+        "bolt_mug, for an embedded model.",
+    )
+    parser.add_argument("--output", default="evaluation", help="Folder of the results.")
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    parser.add_argument(
+        "--metric_model",
+        nargs="+",
+        default=[],
+        help="What compares photos: folders or hub ids of CLIP, DINO or DINOv2, or "
+        "efficientnet-lite0, which is the default where it is installed.",
+    )
+    parser.add_argument("--trigger", help="What calls the subject. Default: what the file says.")
+    parser.add_argument("--class_word", help="What it is. Default: the trigger without its token.")
+    parser.add_argument(
+        "--prompts", help="Text file, one prompt per line, with {} where the subject is named."
+    )
+    parser.add_argument("--num_seeds", type=int, default=4, help="Pictures per prompt.")
+    parser.add_argument("--seed", type=int, default=0, help="The first seed.")
+    parser.add_argument("--steps", type=int, default=25, help="Denoising steps.")
+    parser.add_argument(
+        "--guidance_scale", type=float, help="Default: 3.5 for the toy world, else 7.5."
+    )
+    parser.add_argument("--scheduler", choices=SAMPLERS, help="Default: the model's own.")
+    parser.add_argument("--batch_size", type=int, default=8, help="Pictures at once.")
+    _loading(parser)
+    _strengths(parser)
+
+
+def _loading(parser: argparse.ArgumentParser) -> None:
+    """How the base of `generate` and `evaluate` is loaded."""
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Precision.")
     parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
     parser.add_argument(
@@ -115,7 +157,6 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="Diffusers folder with the configuration of a single-file base. Default: the "
         "released model's, from the hub.",
     )
-    _strengths(parser)
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:

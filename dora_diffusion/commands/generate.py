@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.commands.progress import step_progress
 from dora_diffusion.config import ConfigError
 
 
@@ -15,7 +16,6 @@ def run(args: argparse.Namespace) -> int:
     """Make pictures and write them with what made them."""
     _check(args)
     import torch
-    from tqdm import tqdm
 
     from dora_diffusion.generate import (
         SamplingSettings,
@@ -49,12 +49,7 @@ def run(args: argparse.Namespace) -> int:
             stacklevel=1,
         )
     seeds = _seeds(args)
-    with tqdm(unit="step", dynamic_ncols=True, leave=False) as bar:
-
-        def show(step: int, total: int) -> None:
-            bar.total = total
-            bar.update(step - bar.n)
-
+    with step_progress() as show:
         images = generate_images(
             components, args.prompt, seeds, settings, batch_size=args.batch_size, on_step=show
         )

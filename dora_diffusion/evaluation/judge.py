@@ -1,4 +1,4 @@
-"""Judging pictures of the toy world: do they show what was asked for, and who is in them?
+"""Judging pictures of the toy world: what do they show, and whose likeness is it?
 
 The judges are networks trained on renders (`embedded.instrument`); on anything but the toy world
 their answers mean nothing.
@@ -7,10 +7,12 @@ their answers mean nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.embedded.instrument import ATTRIBUTES, Instrument
@@ -19,6 +21,23 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 JUDGED_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the judges say of n pictures.
+
+    Attributes:
+        pixels: ``(n, 3, 64, 64)`` in [0, 1].
+        identity: ``(n, d)`` unit vectors: alike for one subject wherever it is.
+        features: ``(n, d)`` unit vectors: alike for pictures that look alike.
+        answers: Attribute ("kind", "color", "pattern", "background") -> n values.
+    """
+
+    pixels: Tensor
+    identity: Tensor
+    features: Tensor
+    answers: dict[str, list[str]]
 
 
 def judged_pixels(images: Sequence[Image]) -> Tensor:
@@ -41,48 +60,22 @@ def judged_pixels(images: Sequence[Image]) -> Tensor:
 
 
 @torch.no_grad()
-def judge_prompt(
-    instrument: Instrument, images: Sequence[Image], wanted: Sequence[dict[str, str]]
-) -> dict[str, float]:
-    """How often pictures show the attributes that were asked for.
-
-    Args:
-        instrument: the judges.
-        images: n pictures.
-        wanted: n mappings from attribute ("kind", "color", "pattern", "background") to its value;
-            what a mapping leaves out is not judged.
-
-    Returns:
-        The accuracy of each attribute that was asked for, and under "all" the share of pictures
-        that are right in everything.
+def judge(instrument: Instrument, images: Sequence[Image]) -> Judgement:
+    """Let the judges look at pictures.
 
     Raises:
-        ValueError: the lengths differ, or a value is none that the classifier knows.
+        ValueError: there is no picture.
     """
-    if len(images) != len(wanted):
-        raise ValueError(f"{len(images)} pictures but {len(wanted)} wishes")
-    logits = instrument.classifier(judged_pixels(images))
-    right: dict[str, list[bool]] = {name: [] for name in [*ATTRIBUTES, "all"]}
-    for number, wish in enumerate(wanted):
-        answers = []
-        for name, value in wish.items():
-            if value not in ATTRIBUTES.get(name, ()):
-                raise ValueError(f"the classifier knows no {name} {value!r}")
-            answers.append(int(logits[name][number].argmax()) == ATTRIBUTES[name].index(value))
-            right[name].append(answers[-1])
-        right["all"].append(all(answers))
-    return {name: float(np.mean(answers)) for name, answers in right.items() if answers}
+    pixels = judged_pixels(images)
+    logits = instrument.classifier(pixels)
+    answers = {
+        name: [ATTRIBUTES[name][choice] for choice in logits[name].argmax(1).tolist()]
+        for name in ATTRIBUTES
+    }
+    features = F.normalize(instrument.classifier.trunk(pixels), dim=1)
+    return Judgement((pixels + 1) / 2, instrument.embedder(pixels), features, answers)
 
 
-@torch.no_grad()
-def subject_similarity(
-    instrument: Instrument, images: Sequence[Image], references: Sequence[Image]
-) -> float:
-    """Mean cosine of every picture to every reference in the subject embedder.
-
-    The scale: two real pictures of one subject and of two subjects score what the instrument's
-    ``measured`` says under "same_subject" and "other_subject".
-    """
-    vectors = instrument.embedder(judged_pixels(images))
-    truth = instrument.embedder(judged_pixels(references))
-    return float((vectors @ truth.T).mean())
+def similarity(vectors: Tensor, references: Tensor) -> Tensor:
+    """Mean cosine of each unit vector (n, d) to all references (m, d): (n,)."""
+    return (vectors @ references.T).mean(1)

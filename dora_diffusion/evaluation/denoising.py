@@ -1,0 +1,124 @@
+"""The denoising loss on held-out pictures at fixed timesteps and noise.
+
+Nothing is sampled: two models are asked the same questions, and their difference is not blurred by
+luck. That makes it the most sensitive of all measures, and the least telling: it says that a model
+expects such pictures, not that it can make them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.adapters.inject import norm_scope
+from dora_diffusion.data.crops import crop_photo
+from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.latents import encode_images
+from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
+from dora_diffusion.numerics.loss import denoising_loss, training_target
+from dora_diffusion.numerics.noise import sample_noise
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TIMESTEPS = 10
+
+
+@torch.no_grad()
+def held_out_losses(
+    components: Components,
+    images: Sequence[Image],
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    batch_size: int = 10,
+) -> list[float]:
+    """Each picture's mean squared error of the model's prediction, over evenly spaced timesteps.
+
+    The target is the model's own (noise or velocity), without a weight.
+
+    Args:
+        components: The model, with whatever adapters are on.
+        images: n pictures, cut to the model's resolution from the middle.
+        captions: n prompts.
+        seeds: n seeds of the noise; the same for every model that is compared.
+        batch_size: Predictions at once.
+
+    Raises:
+        ValueError: The lengths differ.
+    """
+    if not len(images) == len(captions) == len(seeds):
+        raise ValueError(f"{len(images)} pictures, {len(captions)} captions, {len(seeds)} seeds")
+    modules = list(components.modules().values())
+    training = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        with norm_scope(*components.adaptable().values()):
+            conditioning = _conditioning(components, captions)
+            return [
+                _loss(components, image, conditioning[row], seed, batch_size)
+                for row, (image, seed) in enumerate(zip(images, seeds, strict=True))
+            ]
+    finally:
+        for module, mode in zip(modules, training, strict=True):
+            module.train(mode)
+
+
+def _conditioning(components: Components, captions: Sequence[str]) -> Conditioning:
+    """Conditioning of n captions, each distinct one encoded once."""
+    known = {c: encode_prompts(components, [c]) for c in dict.fromkeys(captions)}
+    return Conditioning.cat([known[caption] for caption in captions])
+
+
+def _loss(
+    components: Components, image: Image, conditioning: Conditioning, seed: int, batch_size: int
+) -> float:
+    pixels, crop = crop_photo(image, components.default_resolution, multiple=components.vae_factor)
+    latents = encode_images(components.vae, pixels[None]).float()
+    steps = components.scheduler.config.num_train_timesteps
+    timesteps = ((torch.arange(TIMESTEPS) + 0.5) / TIMESTEPS * steps).long()
+    shape = (latents.shape[1], latents.shape[2], latents.shape[3])
+    noise = torch.stack(
+        [sample_noise(shape, generator_for("held out", seed, int(t))) for t in timesteps]
+    ).to(latents)
+    ids = None
+    if components.family.has_time_ids:
+        ids = time_ids(crop.original_size, crop.crop_top_left, crop.target_size)[None]
+    losses = [
+        _batch_loss(components, latents, noise[part], timesteps[part], conditioning, ids)
+        for part in (slice(i, i + batch_size) for i in range(0, TIMESTEPS, batch_size))
+    ]
+    return float(torch.cat(losses).mean())
+
+
+def _batch_loss(
+    components: Components,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    ids: Tensor | None,
+) -> Tensor:
+    """Loss of each of B timesteps for one picture's latents (1, C, h, w): (B,)."""
+    count, scheduler = len(timesteps), components.scheduler
+    timesteps, latents = timesteps.to(latents.device), latents.expand(count, -1, -1, -1)
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    dtype = components.unet.dtype
+    repeated = conditioning[[0] * count].to(latents.device, dtype)
+    ids = None if ids is None else ids.expand(count, -1)
+    model_pred = components.unet(
+        noisy_latents.to(dtype),
+        timesteps,
+        repeated.encoder_hidden_states,
+        added_cond_kwargs=repeated.added_cond_kwargs(
+            None if ids is None else ids.expand(count, -1)
+        ),
+    ).sample
+    alpha_bar = scheduler.alphas_cumprod.to(latents.device)[timesteps]
+    target = training_target(components.prediction_type, latents, noise, alpha_bar)
+    return denoising_loss(model_pred, target)

@@ -1,0 +1,209 @@
+"""What is measured, and how sure it is: names, meanings and intervals of every figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dora_diffusion.evaluation.statistics import (
+    Interval,
+    share_difference,
+    t_interval,
+    wilson_interval,
+)
+
+Values = tuple[tuple[float, ...], ...]
+"""One value per picture, grouped by the seed that the pictures were made from."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure of an evaluation.
+
+    Attributes:
+        title: How tables call it.
+        kind: ``"share"`` of pictures that are right, or the ``"mean"`` of something.
+        better: Which way is good; ``"base"`` means that it should stay where the base model is.
+        meaning: What it says, in a sentence.
+    """
+
+    title: str
+    kind: Literal["mean", "share"]
+    better: Literal["higher", "lower", "base"]
+    meaning: str
+
+
+MEASURES: dict[str, Measure] = {
+    "subject_similarity": Measure(
+        "subject similarity", "mean", "higher",
+        "cosine of generated pictures to true pictures of the subject, by an embedder",
+    ),
+    "subject_kind": Measure(
+        "subject: class", "share", "higher", "the subject is seen as what it is",
+    ),
+    "subject_color": Measure(
+        "subject: colour", "share", "higher", "its body is seen in its colour",
+    ),
+    "subject_pattern": Measure(
+        "subject: pattern", "share", "higher", "its pattern is seen, or that it has none",
+    ),
+    "background": Measure(
+        "place as asked", "share", "higher", "the place is the one that the prompt names",
+    ),
+    "side": Measure(
+        "side as asked", "share", "higher", "it stands on the left or the right as the prompt says",
+    ),
+    "size": Measure(
+        "size as asked", "share", "higher", "it is small or large as the prompt says",
+    ),
+    "prompt_similarity": Measure(
+        "prompt similarity", "mean", "higher", "cosine of picture and prompt, by CLIP",
+    ),
+    "diversity_features": Measure(
+        "diversity, features", "mean", "base",
+        "mean distance (1 - cosine) between pictures of one prompt, in an image network's features",
+    ),
+    "diversity_pixels": Measure(
+        "diversity, pixels", "mean", "base",
+        "root mean square difference between pictures of one prompt, pixels from 0 to 1",
+    ),
+    "class_kind": Measure(
+        "own class: class", "share", "base", "asked for without the token, the class is right",
+    ),
+    "class_similarity": Measure(
+        "own class: similarity", "mean", "base",
+        "cosine to the subject of pictures asked for without the token: does every mug become it?",
+    ),
+    "class_taken": Measure(
+        "own class: taken over", "share", "lower",
+        "pictures asked for without the token that show the subject (cosine above 0.7)",
+    ),
+    "others_kind": Measure(
+        "other classes: class", "share", "base", "another class is what was asked for",
+    ),
+    "others_color": Measure(
+        "other classes: colour", "share", "base", "another class has the colour asked for",
+    ),
+    "others_background": Measure(
+        "other classes: place", "share", "base", "another class is in the place asked for",
+    ),
+    "others_taken": Measure(
+        "other classes: taken over", "share", "lower",
+        "pictures of other classes that show the subject (cosine above 0.7)",
+    ),
+    "others_similarity": Measure(
+        "other things: prompt similarity", "mean", "base",
+        "cosine of picture and prompt for things that are not the subject, by CLIP",
+    ),
+    "others_change": Measure(
+        "other classes: change", "mean", "lower",
+        "distance (1 - cosine) between the base's and this picture of the same prompt and seed",
+    ),
+    "denoising_loss": Measure(
+        "denoising loss, subject", "mean", "lower",
+        "squared error of the prediction on held-out pictures of the subject, at fixed noise",
+    ),
+    "others_loss": Measure(
+        "denoising loss, others", "mean", "base",
+        "the same on pictures of other classes",
+    ),
+}  # fmt: skip
+"""Every figure by its name; a name followed by ``@MODEL`` is that figure by a metric model."""
+
+TAKEN = 0.7
+"""Cosine above which a picture shows the subject: one subject scores 0.95, two hardly ever 0.7."""
+
+
+class Scores:
+    """Collects values by measure, of pictures that belong to a group and a round of seeds."""
+
+    def __init__(self, groups: Sequence[str], rounds: Sequence[int]) -> None:
+        """Take each picture's group and round."""
+        self.groups, self.rounds = groups, rounds
+        self.values: dict[str, Values] = {}
+
+    @property
+    def has_several_rounds(self) -> bool:
+        """Whether there is more than one picture per prompt."""
+        return len(set(self.rounds)) > 1
+
+    def add(self, name: str, group: str, values: Sequence[float | None]) -> None:
+        """Add a measure of one group, from a value per picture (of all groups).
+
+        A picture whose value is None does not count; a measure without values is left out.
+        """
+        found: dict[int, list[float]] = {}
+        for owner, number, value in zip(self.groups, self.rounds, values, strict=True):
+            if owner == group and value is not None:
+                found.setdefault(number, []).append(float(value))
+        if found:
+            self.values[name] = tuple(tuple(found[number]) for number in sorted(found))
+
+
+def measure_of(name: str) -> Measure:
+    """The measure of a name, with or without ``@MODEL``."""
+    return MEASURES[name.partition("@")[0]]
+
+
+def title_of(name: str) -> str:
+    """How tables call a figure."""
+    stem, _, model = name.partition("@")
+    return MEASURES[stem].title + (f" ({model})" if model else "")
+
+
+def seed_means(values: Values) -> list[float]:
+    """One value per seed."""
+    return [float(np.mean(group)) for group in values]
+
+
+def summarize(name: str, values: Values) -> Interval:
+    """Estimate and interval over pictures, each of a seed of its own: Wilson's for shares, else t.
+
+    Means over prompts count the spread between prompts as chance, which makes them wider than the
+    chance of seeds alone would.
+    """
+    flat = _flat(values)
+    if measure_of(name).kind == "share":
+        return wilson_interval(sum(flat), len(flat))
+    return t_interval(flat)
+
+
+def difference(name: str, values: Values, base: Values) -> Interval:
+    """Mean change against the base: means paired by picture, shares with Newcombe's interval."""
+    if measure_of(name).kind == "share":
+        return share_difference(summarize(name, values), summarize(name, base))
+    pairs = zip(_flat(values), _flat(base), strict=True)
+    return t_interval([mine - theirs for mine, theirs in pairs])
+
+
+def _flat(values: Values) -> list[float]:
+    return [value for group in values for value in group]
+
+
+def mean_distances(pictures: Tensor, groups: Sequence[object], *, cosine: bool) -> list[float]:
+    """Each row's mean distance to the other rows of its group; 0 for a row that is alone.
+
+    Averaged over a group this is its mean pairwise distance.
+
+    Args:
+        pictures: ``(n, d)``: unit vectors for ``cosine``, else pixels from 0 to 1.
+        groups: n keys; rows of one key are compared.
+        cosine: ``1 - cosine``; else the root mean square difference.
+    """
+    result = [0.0] * len(groups)
+    for key in dict.fromkeys(groups):
+        rows = [row for row, group in enumerate(groups) if group == key]
+        chosen = pictures[rows]
+        if cosine:
+            distances = 1 - chosen @ chosen.T
+        else:
+            distances = torch.cdist(chosen, chosen) / pictures.shape[1] ** 0.5
+        distances.fill_diagonal_(0)
+        for row, total in zip(rows, distances.sum(1).tolist(), strict=True):
+            result[row] = total / max(1, len(rows) - 1)
+    return result

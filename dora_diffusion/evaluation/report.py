@@ -1,0 +1,190 @@
+"""An evaluation as a table, as JSON and as a sheet of pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_diffusion.evaluation.measures import (
+    Values,
+    difference,
+    measure_of,
+    seed_means,
+    summarize,
+    title_of,
+)
+from dora_diffusion.evaluation.statistics import Interval
+from dora_diffusion.formats.atomic_file import save_text
+from dora_diffusion.pictures import save_png
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SCHEMA = 1
+METHOD = (
+    "95% intervals over pictures, each of a seed of its own: Student's t (changes are paired by "
+    "prompt and seed); for shares (%) Wilson's, and Newcombe's for their change"
+)
+_LABEL = 52
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of an adapter.
+
+    Attributes:
+        subject: Its name.
+        columns: ``"base"``, ``"adapted"`` and, where it is known, ``"truth"`` -> measures.
+        seeds: One round of prompts each.
+        pictures: Row of the sheet -> pictures, in the columns of ``labels``.
+        labels: What each column of the sheet shows.
+        notes: What could not be measured, and why.
+        facts: Base, adapter, trigger, sampling: what the figures are of.
+    """
+
+    subject: str
+    columns: Mapping[str, Mapping[str, Values]]
+    seeds: tuple[int, ...]
+    pictures: Mapping[str, Sequence[Image]] = field(default_factory=dict)
+    labels: Sequence[str] = ()
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """All measures, in the order of the adapted model's."""
+        return list(self.columns["adapted"])
+
+    def interval(self, column: str, name: str) -> Interval | None:
+        """A figure with its interval; ``"change"`` is adapted minus base. None if not measured."""
+        if column == "change":
+            adapted, base = (self.columns[key].get(name) for key in ("adapted", "base"))
+            return None if adapted is None or base is None else difference(name, adapted, base)
+        values = self.columns.get(column, {}).get(name)
+        return None if values is None else summarize(name, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the pictures, as plain values."""
+        return {
+            "schema": SCHEMA,
+            "subject": self.subject,
+            **self.facts,
+            "seeds": list(self.seeds),
+            "intervals": METHOD,
+            "measures": {name: self._measure(name) for name in self.names},
+            "notes": list(self.notes),
+        }
+
+    def _measure(self, name: str) -> dict[str, Any]:
+        columns = (*self.columns, "change")
+        intervals = {column: self.interval(column, name) for column in columns}
+        return {
+            **asdict(measure_of(name)),
+            **{key: None if one is None else asdict(one) for key, one in intervals.items()},
+            "per_seed": {
+                column: seed_means(values[name])
+                for column, values in self.columns.items()
+                if name in values
+            },
+        }
+
+    def table(self) -> str:
+        """The figures as a Markdown table, which reads well as plain text too."""
+        columns = [*self.columns, "change"]
+        rows = [["measure", *columns]]
+        for name in self.names:
+            is_share = measure_of(name).kind == "share"
+            cells = [
+                shown(self.interval(column, name), is_share, signed=column == "change")
+                for column in columns
+            ]
+            rows.append([title_of(name), *cells])
+        notes = [f"not measured: {note}" for note in self.notes]
+        return "\n".join([aligned(rows), "", METHOD + ".", *notes])
+
+    def write(self, folder: Path) -> dict[str, Path]:
+        """Write ``scores.json``, ``scores.md`` and ``pictures.png``; returns the files."""
+        files = {
+            "scores": save_text(
+                folder / "scores.json", json.dumps(self.to_dict(), indent=2) + "\n"
+            ),
+            "table": save_text(folder / "scores.md", f"# {self.subject}\n\n{self.table()}\n"),
+        }
+        if self.pictures:
+            files["pictures"] = save_png(sheet(self.pictures, self.labels), folder / "pictures.png")
+        return files
+
+
+def shown(interval: Interval | None, is_share: bool, *, signed: bool = False) -> str:
+    """``0.83 [0.79, 0.87]``, ``95% [83, 99]``; a dash where nothing was measured."""
+    if interval is None:
+        return "-"
+    scale, digits = (100, 0) if is_share else (1, _digits(interval.mean))
+    sign = "+" if signed else ""
+    text = f"{scale * interval.mean:{sign}.{digits}f}" + ("%" if is_share and not signed else "")
+    if interval.low is None or interval.high is None:
+        return text
+    ends = ", ".join(f"{scale * end:{sign}.{digits}f}" for end in (interval.low, interval.high))
+    return f"{text} [{ends}]"
+
+
+def _digits(value: float) -> int:
+    """Two decimals, or four where two would say nothing."""
+    return 2 if abs(value) >= 0.1 or value == 0 else 4
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with columns of one width."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def sheet(
+    rows: Mapping[str, Sequence[Image]],
+    labels: Sequence[str],
+    *,
+    columns: int = 11,
+    side: int = 112,
+) -> Image:
+    """Pictures under their labels, in bands of as many columns as fit, one row per model."""
+    from PIL import Image as PILImage
+    from PIL import ImageDraw
+
+    columns = min(columns, len(labels))
+    bands = [labels[i : i + columns] for i in range(0, len(labels), columns)]
+    left, gap = 64, 3
+    step, band_height = side + gap, _LABEL + len(rows) * (side + gap) + 8
+    canvas = PILImage.new("RGB", (left + columns * step, len(bands) * band_height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for band, texts in enumerate(bands):
+        top = band * band_height
+        for x, text in enumerate(texts):
+            draw.text((left + x * step, top + 4), _wrapped(text), fill="black", font_size=11)
+        for y, (name, images) in enumerate(rows.items()):
+            at = top + _LABEL + y * step
+            draw.text((4, at + side // 2 - 6), name, fill="black", font_size=12)
+            for x, image in enumerate(images[band * columns : band * columns + len(texts)]):
+                filters = PILImage.Resampling
+                how = filters.BICUBIC if image.width < side else filters.LANCZOS
+                canvas.paste(_square(image).resize((side, side), how), (left + x * step, at))
+    return canvas
+
+
+def _square(image: Image) -> Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.convert("RGB").crop((left, top, left + side, top + side))
+
+
+def _wrapped(text: str, width: int = 19, lines: int = 3) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width)[:lines])

@@ -1,0 +1,171 @@
+"""What a model is asked for in the toy world, and the picture that would be a right answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from dora_diffusion.embedded.backgrounds import BACKGROUNDS
+from dora_diffusion.embedded.benchmark_subjects import BenchmarkSubject
+from dora_diffusion.embedded.captions import PLACES, with_article
+from dora_diffusion.embedded.sampling import place, sample_subject
+from dora_diffusion.embedded.shapes import CLASSES
+from dora_diffusion.embedded.world import COLORS, Scene, Subject, render
+from dora_diffusion.evaluation.pose import STUDIO
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Group = Literal["subject", "pose", "class", "others"]
+GROUPS: tuple[Group, ...] = ("subject", "pose", "class", "others")
+SMALL, LARGE, ASIDE = 0.58, 0.82, 0.34
+"""Sizes and the distance from the middle that the words of the captions mean."""
+
+_TRUTH = 1000
+_REFERENCES = 2000
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make.
+
+    Attributes:
+        group: ``"subject"``: the subject in a new place; ``"pose"``: where and how large;
+            ``"class"``: its class without the token; ``"others"``: another class.
+        prompt: What the model is asked.
+        round: Number of the round of all prompts; every round has seeds of its own.
+        seed: Of the picture.
+        scene: A right answer.
+        wanted: Attribute -> value that the prompt asks for.
+        pose: The word for side or size, of the group ``"pose"``.
+    """
+
+    group: Group
+    prompt: str
+    round: int
+    seed: int
+    scene: Scene
+    wanted: Mapping[str, str] = field(default_factory=dict)
+    pose: str = ""
+
+
+def toy_requests(
+    subject: BenchmarkSubject,
+    trigger: str,
+    seeds: Sequence[int],
+    groups: Sequence[Group] = GROUPS,
+) -> list[Request]:
+    """All requests: per seed the subject in every new place, its poses, its class, the others.
+
+    Args:
+        subject: The subject.
+        trigger: What calls it, such as "sks mug".
+        seeds: One round of prompts each.
+        groups: What to ask for.
+    """
+    makers = {
+        "subject": lambda seed: _subject(subject, trigger, seed),
+        "pose": lambda seed: _poses(subject, trigger, seed),
+        "class": lambda seed: _own_class(subject, seed),
+        "others": lambda seed: _others(subject, seed),
+    }
+    return [
+        replace(request, round=number, seed=1000 * seed + 100 * GROUPS.index(group) + k)
+        for number, seed in enumerate(seeds)
+        for group in groups
+        for k, request in enumerate(makers[group](seed))
+    ]
+
+
+def _photo_of(phrase: str, *details: str) -> str:
+    return " ".join(["a photo of", with_article(phrase), *details])
+
+
+def _subject(subject: BenchmarkSubject, trigger: str, seed: int) -> list[Request]:
+    return [
+        Request(
+            "subject",
+            _photo_of(trigger, PLACES[background][0]),
+            0,
+            0,
+            subject.sample.scene(background, _TRUTH + seed),
+            {"background": background},
+        )
+        for background in subject.new_backgrounds
+    ]
+
+
+def _poses(subject: BenchmarkSubject, trigger: str, seed: int) -> list[Request]:
+    view = subject.sample.scene(STUDIO, _TRUTH + seed)
+    where = PLACES[STUDIO][0]
+    plans = {
+        "left": (_photo_of(trigger, "on the left", where), 0.62, -ASIDE),
+        "right": (_photo_of(trigger, "on the right", where), 0.62, ASIDE),
+        "small": (_photo_of(f"small {trigger}", where), SMALL, 0.0),
+        "large": (_photo_of(f"large {trigger}", where), LARGE, 0.0),
+    }
+    return [
+        Request("pose", prompt, 0, 0, replace(view, size=size, position=(x, -0.1)), {}, pose)
+        for pose, (prompt, size, x) in plans.items()
+    ]
+
+
+def _own_class(subject: BenchmarkSubject, seed: int) -> list[Request]:
+    word, generator = subject.word, np.random.default_rng((seed, 3))
+    kind = subject.sample.subject.kind if subject.known_class else None
+    return [
+        Request(
+            "class",
+            _photo_of(word, PLACES[background][0]),
+            0,
+            0,
+            place(sample_subject(generator, kind), background, generator),
+            {"background": background} | ({"kind": kind} if kind else {}),
+        )
+        for background in subject.new_backgrounds
+    ]
+
+
+def _others(subject: BenchmarkSubject, seed: int) -> list[Request]:
+    """Every other class once, every second time in a colour; places and colours take turns."""
+    generator = np.random.default_rng((seed, 4))
+    own = subject.sample.subject.kind
+    requests = []
+    for number, kind in enumerate(name for name in CLASSES if name != own):
+        background = list(BACKGROUNDS)[(3 * number + seed) % len(BACKGROUNDS)]
+        drawn, color = sample_subject(generator, kind), ""
+        if (number + seed) % 2:
+            color = list(COLORS)[(7 * number + seed) % len(COLORS)]
+            drawn = _colored(kind, color)
+        wanted = {"kind": kind, "background": background} | ({"color": color} if color else {})
+        prompt = _photo_of(f"{color} {kind}".strip(), PLACES[background][0])
+        scene = place(drawn, background, generator)
+        requests.append(Request("others", prompt, 0, 0, scene, wanted))
+    return requests
+
+
+def _colored(kind: str, color: str) -> Subject:
+    red, green, blue = COLORS[color]
+    shade = (0.72 * red, 0.72 * green, 0.72 * blue)
+    return Subject(kind, COLORS[color], shade, color=color, accent_color=color)
+
+
+def true_pictures(requests: Sequence[Request], size: int) -> list[Image]:
+    """The right answers as pictures of a size."""
+    from PIL import Image
+
+    return [Image.fromarray(render(request.scene, size)) for request in requests]
+
+
+def reference_pictures(subject: BenchmarkSubject, size: int, views: int = 4) -> list[Image]:
+    """True pictures of the subject in the new places, in views that no request has."""
+    from PIL import Image
+
+    return [
+        Image.fromarray(render(subject.sample.scene(background, _REFERENCES + view), size))
+        for background in subject.new_backgrounds
+        for view in range(views)
+    ]
