@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,6 +58,13 @@ def shuffle_tags(
     fixed, free = tags[:keep], tags[keep:]
     order = torch.randperm(len(free), generator=generator).tolist()
     return f"{separator} ".join(fixed + [free[i] for i in order])
+
+
+def tag_frequency(captions: Sequence[str], separator: str = ",") -> dict[str, int]:
+    """How many captions hold each tag (a part between separators), most frequent first."""
+    tags = [{tag.strip() for tag in caption.split(separator)} for caption in captions]
+    counts = Counter(sorted(tag for own in tags for tag in own if tag))
+    return dict(counts.most_common())
 
 
 def drop_caption(caption: str, probability: float, generator: torch.Generator) -> str:

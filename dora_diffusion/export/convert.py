@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.data.thumbnail import thumbnail as make_thumbnail
 from dora_diffusion.export.base import open_model
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.export.thumbnail import thumbnail as make_thumbnail
 from dora_diffusion.formats.adapter_file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.formats.base_targets import TARGETS, approximate
 
@@ -139,11 +139,15 @@ class Facts:
     def added_to(self, adapter: AdapterFile) -> AdapterFile:
         """The adapter with these facts; its own family stays."""
         old = adapter.metadata
+        counts = dict(old.tag_frequency)
+        if counts:
+            counts = dict.fromkeys(self.tags, 1) | counts
         new = dataclasses.replace(
             old,
             family=old.family or self.family,
             tags=tuple(dict.fromkeys((*old.tags, *self.tags))),
             thumbnail=self.thumbnail or old.thumbnail,
+            tag_frequency=counts,
         )
         return dataclasses.replace(adapter, metadata=new)
 

@@ -8,10 +8,11 @@ standard. No local path is ever written.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dora_diffusion.numerics.weights import LayerWeights
@@ -23,6 +24,9 @@ _FACTS = ("family", "base_model", "trigger", "resolution", "format_version")
 _COMPUTED = ("rank", "alpha", "norm_axis", "target", "unet_layers_per_block", "component")
 TRAINED_ALPHA = "trained_alpha"
 TAGS, THUMBNAIL = "modelspec.tags", "modelspec.thumbnail"
+TAG_FREQUENCY = "ss_tag_frequency"
+# Datasets have names there, often those of folders.
+_DATASET = "images"
 
 _BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 _ARCHITECTURES = {
@@ -47,6 +51,7 @@ class AdapterMetadata:
             keeps the alpha as trained where the file holds the scale multiplied in.
         tags: Words that describe the adapter, for adapter managers.
         thumbnail: A small picture as a data URI (``data:image/jpeg;base64,...``).
+        tag_frequency: How often each tag is in the captions that it was trained with.
     """
 
     family: str = ""
@@ -57,6 +62,7 @@ class AdapterMetadata:
     extra: Mapping[str, str] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     thumbnail: str = ""
+    tag_frequency: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.family not in ("", *_ARCHITECTURES):
@@ -93,6 +99,8 @@ def own_fields(
     extra = {k: without_path(v) for k, v in metadata.extra.items() if k != TRAINED_ALPHA}
     fields = {OWN + name: value for name, value in (extra | facts).items()}
     fields |= {TAGS: ", ".join(metadata.tags), THUMBNAIL: metadata.thumbnail}
+    if metadata.tag_frequency:
+        fields[TAG_FREQUENCY] = json.dumps({_DATASET: dict(metadata.tag_frequency)})
     return {name: value for name, value in fields.items() if value}
 
 
@@ -151,7 +159,7 @@ def kohya_fields(
         "ss_sd_model_name": without_path(metadata.base_model),
         "ss_sd_model_hash": metadata.extra.get("base_model_hash", ""),
         "modelspec.sai_model_spec": "1.0.0",
-        "ss_tag_frequency": _tag_frequency(metadata),
+        TAG_FREQUENCY: _tag_frequency(metadata),
         "modelspec.implementation": "sgm" if family == "sdxl" else "diffusers",
         "modelspec.architecture": f"{_architecture(family, prediction_type)}/lora",
         "modelspec.title": title,
@@ -166,9 +174,13 @@ def kohya_fields(
 
 
 def _tag_frequency(metadata: AdapterMetadata) -> str:
-    """The trigger and the tags as web UIs list them, to be clicked into a prompt."""
-    words = dict.fromkeys(filter(None, (metadata.trigger, *metadata.tags)), 1)
-    return json.dumps({"images": words}) if words else ""
+    """What web UIs list, to be clicked into a prompt: without captions, trigger and tags."""
+    words = dict(metadata.tag_frequency) or _tags_once(metadata.trigger, metadata.tags)
+    return json.dumps({_DATASET: words}) if words else ""
+
+
+def _tags_once(trigger: str, tags: Sequence[str]) -> dict[str, int]:
+    return dict.fromkeys(filter(None, (trigger, *tags)), 1)
 
 
 def _network_fields(layers: Mapping[str, LayerWeights]) -> dict[str, str]:
@@ -201,11 +213,23 @@ def parse_metadata(fields: Mapping[str, str]) -> AdapterMetadata:
         extra=extra,
         tags=_tags(fields),
         thumbnail=_thumbnail(fields),
+        tag_frequency=_read_tag_frequency(fields),
     )
 
 
 def _tags(fields: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(filter(None, (tag.strip() for tag in fields.get(TAGS, "").split(","))))
+
+
+def _read_tag_frequency(fields: Mapping[str, str]) -> dict[str, int]:
+    """The counts of all datasets together, most frequent first; none if they are no captions'."""
+    counts: Counter[str] = Counter()
+    with contextlib.suppress(ValueError, AttributeError, TypeError):
+        for tags in json.loads(fields.get(TAG_FREQUENCY, "{}")).values():
+            counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
+    found = dict(counts.most_common())
+    written = _tags_once(fields.get("modelspec.trigger_phrase", ""), _tags(fields))
+    return {} if found == written else found
 
 
 def _thumbnail(fields: Mapping[str, str]) -> str:
@@ -228,6 +252,7 @@ def _parse_foreign(fields: Mapping[str, str]) -> AdapterMetadata:
         extra=extra,
         tags=_tags(fields),
         thumbnail=_thumbnail(fields),
+        tag_frequency=_read_tag_frequency(fields),
     )
 
 

@@ -17,6 +17,7 @@ from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.formats.adapter_file import AdapterMetadata, find_adapter, read_adapter
 from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.formats.sgm_blocks import UNetLayout
+from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.pictures import save_png
 from dora_diffusion.training.checkpoint import (
     checkpoints_in,
@@ -240,7 +241,7 @@ class _Run:
                 self.output_dir,
                 step,
                 state,
-                lambda folder: self._write_adapter(folder, step),
+                lambda folder: self._write_adapter(folder, step, adapter_state(session.trained)),
                 limit=self.config.checkpoints_total_limit,
             )
             self.on_event({"event": "checkpoint", "step": step, "path": str(path)})
@@ -249,14 +250,19 @@ class _Run:
     def _metadata(self, steps: int) -> AdapterMetadata:
         session = self.session
         return adapter_metadata(
-            session.components, self.config, session.subject, session.resolution, steps
+            session.components,
+            self.config,
+            session.subject,
+            session.resolution,
+            steps,
+            session.dataset.captions,
         )
 
-    def _write_adapter(self, folder: Path, steps: int) -> Path:
-        session = self.session
-        layout = UNetLayout.from_config(session.components.unet.config)
-        layers = adapter_state(session.trained)
-        return write_result_adapter(folder, layers, self._metadata(steps), layout)
+    def _write_adapter(
+        self, folder: Path, steps: int, layers: dict[str, LayerWeights], picture: Path | None = None
+    ) -> Path:
+        layout = UNetLayout.from_config(self.session.components.unet.config)
+        return write_result_adapter(folder, layers, self._metadata(steps), layout, picture)
 
     def _sample(self, name: str) -> Path | None:
         """Sample the fixed prompts into ``samples/NAME.png``."""
@@ -273,9 +279,12 @@ class _Run:
         session, adapter = self.session, None
         complete = steps >= session.total_steps
         if complete and self.is_main:
-            adapter = self._write_adapter(self.output_dir, steps)
+            layers = adapter_state(session.trained)
+            adapter = self._write_adapter(self.output_dir, steps, layers)
             self._reload(adapter)
             self._sample_base_and_adapted()
+            if picture := self.samples.get("adapted"):
+                self._write_adapter(self.output_dir, steps, layers, picture)
             self._write_card(adapter, steps)
         session.accelerator.wait_for_everyone()
         signal_number = None if complete else stop.signal_number

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
 from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.data.captions import tag_frequency
+from dora_diffusion.data.thumbnail import thumbnail
 from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.adapter_metadata import without_path
 from dora_diffusion.formats.atomic_file import save_text
@@ -26,7 +29,12 @@ def save_config(config: TrainConfig, path: Path) -> Path:
 
 
 def adapter_metadata(
-    components: Components, config: TrainConfig, subject: Subject, resolution: int, steps: int
+    components: Components,
+    config: TrainConfig,
+    subject: Subject,
+    resolution: int,
+    steps: int,
+    captions: Sequence[str],
 ) -> AdapterMetadata:
     """The facts that go into the adapter file."""
     return AdapterMetadata(
@@ -39,6 +47,8 @@ def adapter_metadata(
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
         },
+        tags=(subject.class_word,) if subject.class_word else (),
+        tag_frequency=tag_frequency(captions),
     )
 
 
@@ -47,12 +57,16 @@ def write_result_adapter(
     layers: Mapping[str, LayerWeights],
     metadata: AdapterMetadata,
     layout: UNetLayout | None,
+    picture: Path | None = None,
 ) -> Path:
     """Write the adapter where every tool reads it exactly.
 
     An output-axis adapter is written in the Diffusers spelling. That spelling cannot hold a
-    magnitude on the input axis, which therefore is written in the kohya form.
+    magnitude on the input axis, which therefore is written in the kohya form. ``picture`` is shown
+    small by adapter managers: a sample, never a photo of somebody's.
     """
+    if picture is not None:
+        metadata = dataclasses.replace(metadata, thumbnail=thumbnail(picture))
     adapter = AdapterFile(dict(layers), metadata)
     on_input = any(
         layer.magnitude is not None and layer.norm_axis == "input" for layer in layers.values()

@@ -15,6 +15,7 @@ from dora_diffusion.data.captions import (
     read_caption,
     require_token,
     shuffle_tags,
+    tag_frequency,
 )
 
 
@@ -64,6 +65,11 @@ def test_shuffling_keeps_the_first_tags_and_loses_none() -> None:
         assert order.startswith("sks dog, ")
         assert sorted(order.split(", ")) == sorted(caption.split(", "))
     assert shuffle_tags(caption, seeded(7), keep=9) == caption
+
+
+def test_tags_are_counted_once_per_caption() -> None:
+    counts = tag_frequency(["sks dog, grass, grass", "sks dog,, sun ", "sks dog", ""])
+    assert list(counts.items()) == [("sks dog", 3), ("grass", 1), ("sun", 1)]
 
 
 def test_dropout_has_the_asked_rate() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -109,6 +110,31 @@ def test_inspect_says_if_it_fits(
     report = inspect_adapter(dense, sd1_folder)
     assert report.fits.startswith(f"{len(adapter.layers)} of {len(adapter.layers)} layers")
     assert report.tools["ComfyUI and Forge"] == "exact for its base: wrong with any other"
+
+
+@pytest.mark.parametrize("target", ["kohya", "diffusers", "peft"])
+def test_the_captions_tags_go_along(tmp_path: Path, adapter: AdapterFile, target: str) -> None:
+    """How often each was trained with, as web UIs count them; and what is added by hand."""
+    counts = {"sks dog": 4, "grass": 2}
+    facts = dataclasses.replace(adapter.metadata, tag_frequency=counts)
+    path = write_adapter(tmp_path / "a", dataclasses.replace(adapter, metadata=facts), target)
+    assert read_adapter(path).metadata.tag_frequency == counts
+    kohya = convert_adapter(path, tmp_path / "k", "kohya", tags=["pet", "grass"]).path
+    fields = read_header(kohya).metadata
+    assert json.loads(fields["ss_tag_frequency"]) == {"images": {**counts, "pet": 1}}
+    again = convert_adapter(kohya, tmp_path / "again", target).path
+    assert read_adapter(again).metadata.tag_frequency == {**counts, "pet": 1}
+
+
+def test_the_tags_of_other_programs_are_read(tmp_path: Path, adapter: AdapterFile) -> None:
+    """Of several datasets, whose folders' names stay behind; nonsense is left out."""
+    tensors = load_file(write_adapter(tmp_path / "a.safetensors", adapter, "kohya"))
+    path = tmp_path / "b.safetensors"
+    counts = {"10_my secret folder": {"dog": 2, "cat": 1}, "1_other": {"cat": 4}}
+    for text, expected in ((json.dumps(counts), {"cat": 5, "dog": 2}), ("[1]", {}), ("{", {})):
+        save_file(tensors, path, {"ss_v2": "False", "ss_tag_frequency": text})
+        assert read_adapter(path).metadata.tag_frequency == expected
+    assert b"secret" not in convert_adapter(path, tmp_path / "c", "diffusers").path.read_bytes()
 
 
 @pytest.mark.parametrize("target", ["kohya", "diffusers", "peft"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 from dataclasses import replace
@@ -85,6 +87,11 @@ def test_every_family_trains_unet_and_text_encoders_with_prior(family, photos, t
     # SDXL reads the penultimate layers: the last layer of its first encoder gets no gradient.
     assert sum(moved) >= len(moved) - 4
     assert adapter.metadata.trigger == "sks mug"
+    assert adapter.metadata.tags == ("mug",)
+    captions = [path.read_text().strip() for path in Path(photos).glob("*.txt")]
+    assert adapter.metadata.tag_frequency == dict.fromkeys(sorted(captions), 1)
+    assert adapter.metadata.thumbnail.startswith("data:image/jpeg;base64,")
+    assert str(tmp_path).encode() not in result.adapter.read_bytes()
     output = tmp_path / "out"
     assert {path.name for path in output.iterdir()} == {
         "pytorch_lora_weights.safetensors", "config.yaml", "metrics.jsonl", "samples",
@@ -324,10 +331,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(sd1_folder, photos, tmp_path):
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(sd1_folder, photos, tmp_path, monkeypatch):
-    import errno
-
-    from dora_diffusion.formats import safetensors_stream
-
     config = make_config(sd1_folder, photos, tmp_path / "out", checkpointing_steps=2)
     train(config)
     kept = read_adapter(tmp_path / "out" / "checkpoint-4")
@@ -335,7 +338,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(sd1_folder, photos, tmp_path, mon
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safetensors_stream, "_flush_to_disk", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk is full"):
         train(replace(config, resume_from_checkpoint="checkpoint-2"))
     monkeypatch.undo()

@@ -6,6 +6,8 @@ import base64
 import io
 from pathlib import Path
 
+from dora_diffusion.data.images import open_photo
+
 _SIDE = 256
 
 
@@ -15,8 +17,6 @@ def thumbnail(path: str | Path) -> str:
     Raises:
         ValueError, OSError: If it is not a picture.
     """
-    from dora_diffusion.data.images import open_photo
-
     picture = open_photo(Path(path).expanduser())
     picture.thumbnail((_SIDE, _SIDE))
     data = io.BytesIO()
