@@ -125,6 +125,11 @@ def caption(scene: Scene, generator: np.random.Generator, rare_words: Sequence[s
             strange word before a noun does not disturb the rest.
     """
     rare = _one_of(rare_words, generator) if rare_words and generator.random() < 0.12 else ""
+    return caption_with(rare, scene, generator)
+
+
+def caption_with(rare: str, scene: Scene, generator: np.random.Generator) -> str:
+    """One true sentence about a scene, with ``rare`` before the noun unless it is empty."""
     thing = describe_subject(scene, generator, rare)
     place = "" if generator.random() < 0.08 else _one_of(PLACES[scene.background], generator)
     side = _side(scene, generator)

@@ -12,6 +12,14 @@ from torch import Tensor
 from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.embedded.benchmark_subjects import BenchmarkSubject
 from dora_diffusion.embedded.instrument import ATTRIBUTES, Instrument, load_instrument
+from dora_diffusion.embedded.pose import (
+    SIDES,
+    SIZES,
+    Silhouette,
+    follows,
+    middle_size,
+    silhouette,
+)
 from dora_diffusion.evaluation.denoising import held_out_losses
 from dora_diffusion.evaluation.judge import (
     JUDGED_SIZE,
@@ -21,14 +29,6 @@ from dora_diffusion.evaluation.judge import (
     similarity,
 )
 from dora_diffusion.evaluation.measures import TAKEN, Scores, Values, mean_distances
-from dora_diffusion.evaluation.pose import (
-    SIDES,
-    SIZES,
-    Silhouette,
-    follows,
-    middle_size,
-    silhouette,
-)
 from dora_diffusion.evaluation.report import Evaluation
 from dora_diffusion.evaluation.toy_requests import (
     GROUPS,

@@ -11,10 +11,10 @@ import numpy as np
 from dora_diffusion.embedded.backgrounds import BACKGROUNDS
 from dora_diffusion.embedded.benchmark_subjects import BenchmarkSubject
 from dora_diffusion.embedded.captions import PLACES, with_article
+from dora_diffusion.embedded.pose import STUDIO
 from dora_diffusion.embedded.sampling import place, sample_subject
 from dora_diffusion.embedded.shapes import CLASSES
 from dora_diffusion.embedded.world import COLORS, Scene, Subject, render
-from dora_diffusion.evaluation.pose import STUDIO
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,15 +1,28 @@
-"""Command line of the pretraining stages."""
+"""Command line of the pretraining: one command makes a model, and goes on where it was stopped."""
 
 from __future__ import annotations
 
 import argparse
+import platform
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
-def _data(work: Path, minutes: float) -> None:
+
+def _tokenizer(work: Path) -> CLIPTokenizer:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(work / "tokenizer")
+
+
+def _pictures(work: Path, minutes: float) -> None:
     from dora_diffusion.embedded.pretrain.data import write_pictures
 
     write_pictures(work)
@@ -27,53 +40,118 @@ def _vae(work: Path, minutes: float) -> None:
     train_vae(work, minutes)
 
 
-def _latents(work: Path, minutes: float) -> None:
-    from dora_diffusion.embedded.pretrain.latents import write_captions, write_latents
+def _sd_latents(work: Path, minutes: float) -> None:
+    from dora_diffusion.embedded.pretrain import corpus, latents
     from dora_diffusion.embedded.pretrain.tokenizer import build_tokenizer
 
-    write_captions(work, build_tokenizer(work / "tokenizer"))
-    write_latents(work)
+    latents.write_captions(work, build_tokenizer(work / "tokenizer"), corpus.SD)
+    latents.write_latents(work, corpus.SD, work / "vae")
 
 
-def _diffusion(work: Path, minutes: float) -> None:
+def _sd_diffusion(work: Path, minutes: float) -> None:
     from dora_diffusion.embedded.pretrain.diffusion import train_diffusion
+    from dora_diffusion.embedded.pretrain.sd import TextToImage, export_sd
 
-    train_diffusion(work, minutes)
-
-
-def _ship(work: Path, minutes: float) -> None:
-    from dora_diffusion.embedded.pretrain.ship import ship
-
-    print(ship(work))
+    torch.manual_seed(3)
+    train_diffusion(TextToImage(_tokenizer(work)), work, minutes, export_sd)
 
 
-STAGES: dict[str, Callable[[Path, float], None]] = {
-    "data": _data,
-    "instrument": _instrument,
-    "vae": _vae,
-    "latents": _latents,
-    "diffusion": _diffusion,
-    "ship": _ship,
+def _sd_ship(work: Path, minutes: float) -> None:
+    from dora_diffusion.embedded.pretrain.ship import ship_sd
+
+    print(ship_sd(work, machine()))
+
+
+def _sdxl_latents(work: Path, minutes: float) -> None:
+    """Autoencoder and tokenizer are those of the tiny-sd that ships."""
+    from dora_diffusion.embedded import model_folder
+    from dora_diffusion.embedded.pretrain import corpus, latents
+
+    for part in ("vae", "tokenizer"):
+        shutil.copytree(model_folder("tiny-sd") / part, work / part, dirs_exist_ok=True)
+    latents.write_captions(work, _tokenizer(work), corpus.SDXL)
+    latents.write_latents(work, corpus.SDXL, work / "vae")
+
+
+def _sdxl_diffusion(work: Path, minutes: float) -> None:
+    from dora_diffusion.embedded.pretrain.diffusion import train_diffusion
+    from dora_diffusion.embedded.pretrain.sdxl import TextToImageXL, export_sdxl
+
+    torch.manual_seed(3)
+    train_diffusion(TextToImageXL(_tokenizer(work)), work, minutes, export_sdxl)
+
+
+def _sdxl_ship(work: Path, minutes: float) -> None:
+    from dora_diffusion.embedded.pretrain.ship import ship_sdxl
+
+    print(ship_sdxl(work, machine()))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a model's making; ``share`` of the time budget is its training's."""
+
+    name: str
+    run: Callable[[Path, float], None]
+    share: float = 0.0
+
+
+STAGES: dict[str, tuple[Stage, ...]] = {
+    "tiny-sd": (
+        Stage("pictures", _pictures),
+        Stage("instrument", _instrument, 0.07),
+        Stage("vae", _vae, 0.23),
+        Stage("latents", _sd_latents),
+        Stage("diffusion", _sd_diffusion, 0.7),
+        Stage("ship", _sd_ship),
+    ),
+    "tiny-sdxl": (
+        Stage("latents", _sdxl_latents),
+        Stage("diffusion", _sdxl_diffusion, 1.0),
+        Stage("ship", _sdxl_ship),
+    ),
 }
+
+
+def machine() -> str:
+    """The processor's name, for a card."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"2 cores of {named[0] if named else platform.processor() or platform.machine()}"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dora_diffusion.embedded.pretrain",
-        description="Make the embedded models.",
+        description="Make an embedded model, from its pictures to its card in the package.",
     )
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("model", choices=STAGES)
     parser.add_argument("--work", type=Path, required=True, help="folder for data and states")
-    parser.add_argument("--minutes", type=float, default=25.0, help="time budget of a training")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=120.0,
+        help="budget of the trainings together, processor time of each of the two processes "
+        "(default: %(default)s)",
+    )
+    names = dict.fromkeys(stage.name for stages in STAGES.values() for stage in stages)
+    parser.add_argument("--stage", choices=names, help="only this one (default: all in turn)")
     return parser
 
 
 def main() -> None:
-    """Run one stage."""
-    arguments = _parser().parse_args()
+    """Run all stages of a model, or one."""
+    parser = _parser()
+    arguments = parser.parse_args()
     # Parallelism comes from processes; a forked torch that has used its own threads can hang.
     torch.set_num_threads(1)
-    STAGES[arguments.stage](arguments.work, arguments.minutes)
+    stages = [s for s in STAGES[arguments.model] if arguments.stage in (None, s.name)]
+    if not stages:
+        parser.error(f"{arguments.model} has no stage {arguments.stage}")
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        print(f"{arguments.model}: {stage.name}", flush=True)
+        stage.run(arguments.work, stage.share * arguments.minutes)
 
 
 if __name__ == "__main__":

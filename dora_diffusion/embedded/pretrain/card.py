@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from dora_diffusion.embedded.captions import PLACES
 from dora_diffusion.embedded.instrument import ATTRIBUTES, Instrument
 from dora_diffusion.embedded.pretrain.data import (
     HELD_OUT,
+    SIZE,
     held_out_sighting,
     to_pictures,
     to_pixels,
@@ -41,8 +44,13 @@ def prompt_of(wish: dict[str, str]) -> str:
     return f"a photo of a {wish['color']} {pattern}{wish['kind']} {place}"
 
 
-def generate(pipeline: Any, prompts: list[str], seed: int = 0, batch: int = 25) -> list[Image]:
-    """Pictures for prompts, the n-th from noise that depends on ``seed`` and n alone."""
+def generate(
+    pipeline: Any, prompts: list[str], seed: int = 0, batch: int = 25, **conditioning: Any
+) -> list[Image]:
+    """Pictures for prompts, the n-th from noise that depends on ``seed`` and n alone.
+
+    ``conditioning`` is passed on: the sizes and crops that SDXL's pipeline takes.
+    """
     pipeline.set_progress_bar_config(disable=True)
     images: list[Image] = []
     for start in range(0, len(prompts), batch):
@@ -51,9 +59,18 @@ def generate(pipeline: Any, prompts: list[str], seed: int = 0, batch: int = 25) 
             torch.Generator().manual_seed(100_000 * seed + start + k) for k in range(len(part))
         ]
         images += pipeline(
-            part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise
+            part,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=noise,
+            **conditioning,
         ).images
     return images
+
+
+def for_judges(pixels: Tensor) -> Tensor:
+    """Scale pictures down to what the judges have seen, by means of blocks: (n, 3, 64, 64)."""
+    return F.interpolate(pixels, size=(SIZE, SIZE), mode="area")
 
 
 @torch.no_grad()
@@ -62,7 +79,7 @@ def measure_prompts(pipeline: Any, instrument: Instrument, count: int) -> dict[s
     wishes = random_wishes(count)
     images = generate(pipeline, [prompt_of(wish) for wish in wishes])
     pixels = to_pixels(np.stack([np.asarray(image) for image in images]))
-    logits = instrument.classifier(pixels)
+    logits = instrument.classifier(for_judges(pixels))
     right = torch.stack(
         [
             logits[name].argmax(1) == torch.tensor([choices.index(wish[name]) for wish in wishes])
@@ -81,12 +98,15 @@ def measure_vae(vae: Any, instrument: Instrument, count: int = 200) -> dict[str,
     "psnr" in dB; "identity": cosine of round trips to *another* real picture of the subject, whose
     ceiling without a round trip is "identity_ceiling"; "self": to the picture itself.
     """
-    pictures = held_out_subject_pictures(count)
-    others = np.stack([render(held_out_sighting(i).views[1], 64) for i in range(count)])
+    side = vae.config.sample_size
+    pictures = held_out_subject_pictures(count, side)
+    others = np.stack([render(held_out_sighting(i).views[1], side) for i in range(count)])
     pixels = to_pixels(pictures)
     # Through bytes, as every generated picture goes.
     rebuilt = to_pixels(to_pictures(round_trip(vae, pixels)))
-    real, other, back = (instrument.embedder(p) for p in (pixels, to_pixels(others), rebuilt))
+    real, other, back = (
+        instrument.embedder(for_judges(p)) for p in (pixels, to_pixels(others), rebuilt)
+    )
     return {
         "psnr": psnr(vae, pictures),
         "identity": float((back * other).sum(1).mean()),

@@ -1,7 +1,9 @@
 """One training loop for every network here: data-parallel processes, a time budget, an average.
 
 A budget in minutes replaces a number of steps, since the machine is whatever it is: the schedule
-follows the share of the budget that is spent. Progress is saved, so a stopped run goes on.
+follows the share of the budget that is spent. The clock is the processor's, not the wall's: a run
+that is paused, or shares its cores, takes longer and learns the same. Progress is saved, so a
+stopped run goes on.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class FitSettings:
     """How long and how fast to train.
 
     Attributes:
-        minutes: wall-clock budget, counted over interruptions.
+        minutes: processor time of one worker, counted over interruptions.
         learning_rate: the peak, reached after ``warmup`` steps.
         hold: the share of the budget after which a cosine takes the rate to 1% of its peak.
         weight_decay: of AdamW.
@@ -138,7 +140,7 @@ def _work(
     generator = torch.Generator().manual_seed(settings.seed * 1000 + 7919 * step + rank)
     torch.manual_seed(settings.seed * 1000 + 7919 * step + rank)
     losses: list[float] = []
-    start = last_save = time.monotonic()
+    start, last_save = time.process_time(), time.monotonic()
     share = spent / (60 * settings.minutes)
     while share < 1:
         for group in optimizer.param_groups:
@@ -149,7 +151,7 @@ def _work(
             raise FloatingPointError(f"loss is {loss.item()} at step {step}")
         optimizer.zero_grad()
         loss.backward()
-        now = spent + time.monotonic() - start
+        now = spent + time.process_time() - start
         share = _average_gradients(parameters, now, settings) / (60 * settings.minutes)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

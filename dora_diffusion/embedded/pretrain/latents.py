@@ -9,25 +9,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from dora_diffusion.embedded.captions import PATTERN_PHRASES, PATTERN_WORDS, PLACES, caption
+from dora_diffusion.embedded.captions import PATTERN_PHRASES, PATTERN_WORDS, PLACES
 from dora_diffusion.embedded.instrument import ATTRIBUTES
-from dora_diffusion.embedded.pretrain.data import (
-    CAPTIONED,
-    open_pictures,
-    to_pixels,
-    training_scene,
-)
+from dora_diffusion.embedded.pretrain.corpus import CAPTIONS_PER_PICTURE, Corpus
+from dora_diffusion.embedded.pretrain.data import to_pixels
 from dora_diffusion.embedded.pretrain.instrument import NO_NAME
-from dora_diffusion.embedded.pretrain.tokenizer import MAX_LENGTH, rare_words
+from dora_diffusion.embedded.pretrain.tokenizer import MAX_LENGTH
 from dora_diffusion.embedded.world import Scene
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-CAPTIONS_PER_PICTURE = 4
-CAPTION_SEED = 15
 CHUNK = 400
 
 
@@ -36,20 +31,22 @@ class LatentSet:
     """Everything the diffusion loss draws from.
 
     Attributes:
-        mean, std: the encoder's posterior, scaled to unit variance, (n, c, 16, 16) float16.
+        latents: the encoder's posterior, mean and deviation, scaled to unit variance,
+            (n, 2, c, h, w) float16.
         token_ids: (n, CAPTIONS_PER_PICTURE, MAX_LENGTH) int16.
         mentioned: indices into `ATTRIBUTES` that each caption mentions, else `NO_NAME`;
             (n, CAPTIONS_PER_PICTURE, 4) int16.
+        time_ids: SDXL's sizes and crop, (n, 6) int16; (n, 0) for a model that is told none.
     """
 
-    mean: Tensor
-    std: Tensor
+    latents: Tensor
     token_ids: Tensor
     mentioned: Tensor
+    time_ids: Tensor
 
     def __len__(self) -> int:
         """The number of pictures."""
-        return len(self.mean)
+        return len(self.latents)
 
 
 def mentioned_attributes(text: str, scene: Scene) -> list[int]:
@@ -70,11 +67,11 @@ def mentioned_attributes(text: str, scene: Scene) -> list[int]:
     ]
 
 
-def _captions(index: int) -> tuple[list[str], list[list[int]]]:
-    scene = training_scene(index)
-    generator = np.random.default_rng((CAPTION_SEED, index))
-    texts = [caption(scene, generator, rare_words()) for _ in range(CAPTIONS_PER_PICTURE)]
-    return texts, [mentioned_attributes(text, scene) for text in texts]
+def _captions(arguments: tuple[Corpus, int]) -> tuple[list[str], list[list[int]], tuple[int, ...]]:
+    corpus, index = arguments
+    scene, texts = corpus.scene(index), corpus.captions(index)
+    time_ids = corpus.time_ids(index) if corpus.time_ids else ()
+    return texts, [mentioned_attributes(text, scene) for text in texts], time_ids
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
@@ -84,53 +81,59 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     ).input_ids
 
 
-def write_captions(folder: Path, tokenizer: CLIPTokenizer) -> Path:
-    """Write ``folder/captions.pt``: token ids and mentioned attributes of every caption."""
+def write_captions(folder: Path, tokenizer: CLIPTokenizer, corpus: Corpus) -> Path:
+    """Write ``folder/captions.pt``: token ids, mentioned attributes and SDXL's sizes."""
     path = folder / "captions.pt"
     if path.exists():
         return path
     with Pool(2) as pool:
-        drawn = pool.map(_captions, range(CAPTIONED), chunksize=CHUNK)
-    ids = torch.cat([tokenize(tokenizer, texts).to(torch.int16) for texts, _ in drawn])
-    mentioned = torch.tensor([told for _, told in drawn], dtype=torch.int16)
-    ids = ids.view(CAPTIONED, CAPTIONS_PER_PICTURE, MAX_LENGTH)
-    torch.save({"token_ids": ids, "mentioned": mentioned}, path)
+        numbers = [(corpus, index) for index in range(corpus.count)]
+        drawn = pool.map(_captions, numbers, chunksize=CHUNK)
+    ids = torch.cat([tokenize(tokenizer, texts).to(torch.int16) for texts, _, _ in drawn])
+    told = {
+        "token_ids": ids.view(corpus.count, CAPTIONS_PER_PICTURE, MAX_LENGTH),
+        "mentioned": torch.tensor([mentioned for _, mentioned, _ in drawn], dtype=torch.int16),
+        "time_ids": torch.tensor([time_ids for _, _, time_ids in drawn], dtype=torch.int16),
+    }
+    torch.save(told, path)
     return path
 
 
-def _encode_range(arguments: tuple[Path, int]) -> tuple[Tensor, Tensor]:
+def _encode_range(arguments: tuple[Path, Path, Corpus, int]) -> tuple[int, NDArray[np.float16]]:
     from diffusers import AutoencoderKL
 
-    folder, start = arguments
+    folder, vae_folder, corpus, start = arguments
     torch.set_num_threads(1)
-    vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
-    pictures = open_pictures(folder)[start : min(start + CAPTIONED // 16, CAPTIONED)]
-    means, stds = [], []
+    vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+    pictures = corpus.pictures(folder, start, min(start + CHUNK, corpus.count))
+    blocks = []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for block in pictures.split(64):
+        for block in torch.from_numpy(pictures).split(50):
             posterior = vae.encode(to_pixels(block)).latent_dist
-            means.append((posterior.mean.float() * vae.config.scaling_factor).half())
-            stds.append((posterior.std.float() * vae.config.scaling_factor).half())
-    return torch.cat(means), torch.cat(stds)
+            both = torch.stack([posterior.mean.float(), posterior.std.float()], 1)
+            blocks.append((both * vae.config.scaling_factor).half())
+    return start, torch.cat(blocks).numpy()
 
 
-def write_latents(folder: Path) -> Path:
-    """Write ``folder/latents.pt``: the posterior of every captioned picture, about 800 MB."""
-    path = folder / "latents.pt"
+def write_latents(folder: Path, corpus: Corpus, vae_folder: Path) -> Path:
+    """Write ``folder/latents.npy``: the posterior of every captioned picture, one or two GB."""
+    path = folder / "latents.npy"
     if path.exists():
         return path
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    starts = range(0, CAPTIONED, CAPTIONED // 16)
+    unfinished, latents = path.with_suffix(".unfinished"), None
+    starts = [(folder, vae_folder, corpus, k) for k in range(0, corpus.count, CHUNK)]
     # spawn: a forked torch that has used its threads before can hang.
     with torch.multiprocessing.get_context("spawn").Pool(2) as pool:
-        blocks = pool.map(_encode_range, [(folder, start) for start in starts], chunksize=1)
-    mean, std = (torch.cat([block[k] for block in blocks]) for k in (0, 1))
-    torch.save({"mean": mean, "std": std}, path)
-    return path
+        for start, block in pool.imap_unordered(_encode_range, starts):
+            if latents is None:
+                shape = (corpus.count, *block.shape[1:])
+                latents = np.lib.format.open_memmap(unfinished, "w+", np.float16, shape)
+            latents[start : start + len(block)] = block
+    return unfinished.rename(path)
 
 
 def open_latents(folder: Path) -> LatentSet:
     """Load what `write_latents` and `write_captions` wrote."""
-    latents = torch.load(folder / "latents.pt", weights_only=True)
-    captions = torch.load(folder / "captions.pt", weights_only=True)
-    return LatentSet(latents["mean"], latents["std"], captions["token_ids"], captions["mentioned"])
+    latents = torch.from_numpy(np.load(folder / "latents.npy", mmap_mode="c"))
+    told = torch.load(folder / "captions.pt", weights_only=True)
+    return LatentSet(latents, told["token_ids"], told["mentioned"], told["time_ids"])

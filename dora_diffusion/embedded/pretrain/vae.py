@@ -99,10 +99,10 @@ def save_vae(vae: Any, pictures: Tensor, folder: Path) -> None:
     vae.save_pretrained(folder)
 
 
-def held_out_subject_pictures(count: int) -> Tensor:
-    """One picture each of subjects that no training has seen: (count, 64, 64, 3) uint8."""
+def held_out_subject_pictures(count: int, side: int = 64) -> Tensor:
+    """One picture each of subjects that no training has seen: (count, side, side, 3) uint8."""
     scenes = [held_out_sighting(i).views[0] for i in range(count)]
-    return torch.from_numpy(np.stack([render(scene, 64) for scene in scenes]))
+    return torch.from_numpy(np.stack([render(scene, side) for scene in scenes]))
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dora_diffusion.embedded.benchmark_subjects import REPORTED
+from dora_diffusion.embedded.pose import Silhouette, follows, middle_size, silhouette
 from dora_diffusion.embedded.world import render
-from dora_diffusion.evaluation.pose import Silhouette, follows, middle_size, silhouette
 
 
 def test_a_rectangle_on_grey_is_found() -> None:

@@ -1,0 +1,79 @@
+"""Whether SDXL's conditioning does what it says: a crop asked for is seen, and so is a size.
+
+True pictures are rendered as the training's were, so that each figure has its truth beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dora_diffusion.embedded.instrument import ATTRIBUTES
+from dora_diffusion.embedded.pose import STUDIO, silhouette
+from dora_diffusion.embedded.pretrain.card import generate, prompt_of
+from dora_diffusion.embedded.pretrain.data import HELD_OUT, to_pixels
+from dora_diffusion.embedded.pretrain.views import SIDE, View, render_view
+from dora_diffusion.embedded.sampling import place, sample_subject
+
+WIDE = 3 * SIDE // 2
+LEFTS = (0, SIDE // 4, SIDE // 2)
+SIZES = (SIDE // 4, SIDE // 2, SIDE)
+# The studio is grey, and these would not stand out from it.
+_COLORS = tuple(name for name in ATTRIBUTES["color"] if name not in ("white", "black", "brown"))
+
+
+def measure_conditioning(pipeline: Any, count: int) -> dict[str, tuple[float, float]]:
+    """Ask for crops and sizes; per question, (what pictures show, what true renders show)."""
+    measured = {}
+    for left in LEFTS:
+        asked = {"original_size": (SIDE, WIDE), "crops_coords_top_left": (0, left)}
+        pictures, truth = _asked(pipeline, asked, count), _true((SIDE, WIDE), left, count)
+        measured[f"crop {left} from the left"] = (mean_center(pictures), mean_center(truth))
+    for size in SIZES:
+        asked = {"original_size": (size, size), "crops_coords_top_left": (0, 0)}
+        pictures, truth = _asked(pipeline, asked, count), _true((size, size), 0, count)
+        measured[f"size {size}"] = (sharpness(pictures), sharpness(truth))
+    return measured
+
+
+def _asked(pipeline: Any, conditioning: dict[str, tuple[int, int]], count: int) -> Tensor:
+    generator = np.random.default_rng((HELD_OUT, 78))
+    wishes = [
+        {
+            "kind": str(generator.choice(ATTRIBUTES["kind"])),
+            "color": str(generator.choice(_COLORS)),
+            "pattern": "plain",
+            "background": STUDIO,
+        }
+        for _ in range(count)
+    ]
+    prompts = [prompt_of(wish) for wish in wishes]
+    images = generate(pipeline, prompts, **conditioning, target_size=(SIDE, SIDE))
+    return to_pixels(np.stack([np.asarray(image) for image in images]))
+
+
+def _true(original_size: tuple[int, int], left: int, count: int) -> Tensor:
+    generator = np.random.default_rng((HELD_OUT, 79))
+    pictures: list[np.ndarray] = []
+    while len(pictures) < count:
+        subject = replace(sample_subject(generator), pattern="plain")
+        if subject.color in _COLORS:
+            view = View(place(subject, STUDIO, generator), original_size, (0, left))
+            pictures.append(render_view(view))
+    return to_pixels(np.stack(pictures))
+
+
+def mean_center(pixels: Tensor) -> float:
+    """Mean horizontal centre of the objects, -1 (left) to 1; pixels (n, 3, h, w) in [-1, 1]."""
+    found = [silhouette((picture + 1) / 2) for picture in pixels]
+    return float(np.mean([shape.center for shape in found if shape is not None]))
+
+
+def sharpness(pixels: Tensor) -> float:
+    """Mean difference of neighbouring pixels, in 255ths; pixels (n, 3, h, w) in [-1, 1]."""
+    across, down = pixels.diff(dim=-1).abs().mean(), pixels.diff(dim=-2).abs().mean()
+    return float(127.5 * torch.stack([across, down]).mean())

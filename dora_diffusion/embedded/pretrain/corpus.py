@@ -1,0 +1,69 @@
+"""What a diffusion model is trained on: numbered pictures with captions, one corpus per model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_diffusion.embedded.captions import caption
+from dora_diffusion.embedded.pretrain.data import CAPTIONED, open_pictures, training_scene
+from dora_diffusion.embedded.pretrain.tokenizer import rare_words
+from dora_diffusion.embedded.pretrain.views import render_view, training_captions, training_view
+from dora_diffusion.embedded.world import Scene
+
+CAPTIONS_PER_PICTURE = 4
+CAPTION_SEED = 15
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Pictures and captions by number; everything follows from the number alone.
+
+    Attributes:
+        count: how many pictures there are.
+        pictures: (work folder, first, end) -> (end - first, side, side, 3) uint8.
+        scene: number -> what the picture shows.
+        captions: number -> `CAPTIONS_PER_PICTURE` true captions.
+        time_ids: number -> SDXL's sizes and crop; None for a model that is told none.
+    """
+
+    count: int
+    pictures: Callable[[Path, int, int], NDArray[np.uint8]]
+    scene: Callable[[int], Scene]
+    captions: Callable[[int], list[str]]
+    time_ids: Callable[[int], tuple[int, ...]] | None = None
+
+
+def _stored_pictures(folder: Path, first: int, end: int) -> NDArray[np.uint8]:
+    stored: NDArray[np.uint8] = open_pictures(folder)[first:end].numpy()
+    return stored
+
+
+def _plain_captions(index: int) -> list[str]:
+    generator = np.random.default_rng((CAPTION_SEED, index))
+    scene = training_scene(index)
+    return [caption(scene, generator, rare_words()) for _ in range(CAPTIONS_PER_PICTURE)]
+
+
+def _view_pictures(folder: Path, first: int, end: int) -> NDArray[np.uint8]:
+    return np.stack([render_view(training_view(index)) for index in range(first, end)])
+
+
+def _view_scene(index: int) -> Scene:
+    return training_view(index).cropped_scene
+
+
+def _view_captions(index: int) -> list[str]:
+    return training_captions(index, CAPTIONS_PER_PICTURE)
+
+
+def _view_time_ids(index: int) -> tuple[int, ...]:
+    return training_view(index).time_ids
+
+
+SD = Corpus(CAPTIONED, _stored_pictures, training_scene, _plain_captions)
+SDXL = Corpus(64_000, _view_pictures, _view_scene, _view_captions, _view_time_ids)

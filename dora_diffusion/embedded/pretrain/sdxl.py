@@ -1,0 +1,104 @@
+"""tiny-sdxl: SDXL's UNet and its two text encoders, small enough for two cores."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.embedded.pretrain.diffusion import SCHEDULE, Denoiser, clip_text_config
+from dora_diffusion.embedded.pretrain.pipeline import finish_folder
+from dora_diffusion.embedded.pretrain.vae import LATENT_CHANNELS
+from dora_diffusion.embedded.pretrain.views import SIDE
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+WIDTHS = (128, 192)
+"""Of the two text encoders."""
+
+POOLED = 128
+TIME_IDS, TIME_ID_WIDTH = 6, 32
+
+
+class TextToImageXL(Denoiser):
+    """UNet and both text encoders; a caption is left out by zeros, as SDXL's pipeline does."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        from diffusers.models.attention_processor import AttnProcessor
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        super().__init__(sum(WIDTHS))
+        self.unet = new_unet()
+        # As for tiny-sd: faster backwards than torch's fused attention.
+        self.unet.set_attn_processor(AttnProcessor())
+        self.text_encoder = CLIPTextModel(clip_text_config(tokenizer, WIDTHS[0], 3))
+        self.text_encoder_2 = CLIPTextModelWithProjection(clip_text_config(tokenizer, WIDTHS[1], 3))
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        token_ids: Tensor,
+        dropped: Tensor,
+        time_ids: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Denoiser.forward`."""
+        first = self.text_encoder(token_ids, output_hidden_states=True)
+        second = self.text_encoder_2(token_ids, output_hidden_states=True)
+        # SDXL reads the penultimate layer of both encoders.
+        states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+        keep = (~dropped).to(states.dtype)
+        conditioning = {"text_embeds": second.text_embeds * keep[:, None], "time_ids": time_ids}
+        prediction = self.unet(
+            noisy_latents, timesteps, states * keep[:, None, None], added_cond_kwargs=conditioning
+        ).sample
+        return prediction, states
+
+
+def new_unet() -> Any:
+    """A fresh UNet of 7.6 M parameters for 32x32 latents."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=SIDE // 4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        layers_per_block=1,
+        block_out_channels=(32, 64, 128, 128),
+        down_block_types=("DownBlock2D",) * 2 + ("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",) * 2,
+        transformer_layers_per_block=(1, 1, 1, 2),
+        cross_attention_dim=sum(WIDTHS),
+        attention_head_dim=4,
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_ID_WIDTH,
+        projection_class_embeddings_input_dim=TIME_IDS * TIME_ID_WIDTH + POOLED,
+    )
+
+
+def export_sdxl(model: TextToImageXL, folder: Path, output: Path) -> None:
+    """Write a diffusers pipeline in float16 from trained weights and ``folder``'s other parts."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTokenizer
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae").half()
+    vae.register_to_config(sample_size=SIDE, force_upcast=False)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    pipeline: Any = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=copy.deepcopy(model.text_encoder).half(),
+        text_encoder_2=copy.deepcopy(model.text_encoder_2).half(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=copy.deepcopy(model.unet).half(),
+        scheduler=DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, timestep_spacing="trailing"),
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(output)
+    finish_folder(output, folder / "tokenizer")

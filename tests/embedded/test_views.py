@@ -1,0 +1,109 @@
+"""SDXL's training photos: what the conditioning says is what the picture shows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dora_diffusion.embedded.backgrounds import BACKGROUNDS
+from dora_diffusion.embedded.pose import silhouette
+from dora_diffusion.embedded.pretrain.tokenizer import rare_words
+from dora_diffusion.embedded.pretrain.views import (
+    SIDE,
+    View,
+    designs,
+    render_view,
+    training_captions,
+    training_view,
+)
+from dora_diffusion.embedded.world import Scene, Subject, render
+
+
+@pytest.fixture
+def scene() -> Scene:
+    return Scene(Subject("ball", (0.9, 0.1, 0.1), (0.9, 0.1, 0.1)), "studio", size=0.3)
+
+
+def center(picture: np.ndarray) -> float:
+    shape = silhouette(torch.from_numpy(picture.copy()).permute(2, 0, 1) / 255)
+    assert shape is not None
+    return shape.center
+
+
+def test_a_view_is_the_crop_of_its_photo(scene: Scene) -> None:
+    view = View(scene, (SIDE, 192), (0, 40))
+    photo = render(scene, (192, SIDE))
+    np.testing.assert_array_equal(render_view(view), photo[:, 40 : 40 + SIDE])
+    assert view.time_ids == (SIDE, 192, 0, 40, SIDE, SIDE)
+
+
+@pytest.mark.parametrize("left", [0, 20, 64])
+def test_a_crop_moves_the_object_and_its_caption_alike(scene: Scene, left: int) -> None:
+    view = View(scene, (SIDE, 192), (0, left))
+    seen = center(render_view(view))
+    assert seen == pytest.approx(view.cropped_scene.position[0], abs=0.02)
+    assert seen == pytest.approx((96 - (left + 64)) / 64, abs=0.02)
+
+
+def test_a_crop_from_below_moves_the_object_up(scene: Scene) -> None:
+    view = View(scene, (192, SIDE), (64, 0))
+    assert view.cropped_scene.position[1] == pytest.approx(0.5)
+    rows = np.flatnonzero((np.ptp(render_view(view).astype(int), axis=2) > 60).any(1))
+    assert rows.mean() == pytest.approx(32, abs=1)
+
+
+def test_small_photos_are_blurred_and_large_ones_are_not(scene: Scene) -> None:
+    def edges(side: int) -> float:
+        picture = render_view(View(scene, (side, side))).astype(float)
+        return float(np.abs(np.diff(picture, axis=1)).max())
+
+    assert edges(32) < 0.6 * edges(SIDE)
+    np.testing.assert_array_equal(
+        render_view(View(scene, (200, 200))), render_view(View(scene, (SIDE, SIDE)))
+    )
+
+
+@pytest.mark.parametrize("crop", [(0, 65), (1, 0), (-1, 0)])
+def test_a_crop_outside_of_the_photo_is_refused(scene: Scene, crop: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="no crop at"):
+        View(scene, (SIDE, 192), crop)
+
+
+def test_training_views_follow_from_their_number_and_cover_the_conditioning() -> None:
+    views = [training_view(index) for index in range(300)]
+    assert views[7] == training_view(7)
+    shorts = [min(view.original_size) for view in views]
+    assert min(shorts) < 40
+    assert max(shorts) > 200
+    assert sum(short == SIDE for short in shorts) > 150
+    plain = [view for view in views if view.original_size == (SIDE, SIDE)]
+    assert {view.crop for view in plain} == {(0, 0)}
+    assert len(plain) > 60
+    assert max(view.crop[1] for view in views) > 40
+    assert max(view.crop[0] for view in views) > 40
+    assert {view.scene.background for view in views} == set(BACKGROUNDS)
+    assert render_view(views[0]).shape == (SIDE, SIDE, 3)
+
+
+def test_a_name_always_stands_for_one_design() -> None:
+    views = [training_view(index) for index in range(400)]
+    named = [view for view in views if view.name]
+    assert 0.1 < len(named) / len(views) < 0.2
+    for view in named:
+        subject = view.scene.subject
+        assert replace(subject, kind="mug") == designs()[view.name]
+    assert len({view.scene.subject.kind for view in named}) > 6
+
+
+def test_captions_call_designs_by_name_and_nothing_else() -> None:
+    names, words = set(designs()), set(rare_words())
+    assert "sks" in words - names
+    for index in range(200):
+        name = training_view(index).name
+        for text in training_captions(index, 4):
+            told = words & set(text.replace(",", " ").split())
+            assert told == {name} if name else not told & names
+            assert len(told) <= 1
