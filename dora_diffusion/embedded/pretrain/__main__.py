@@ -75,10 +75,14 @@ def _sdxl_latents(work: Path, minutes: float) -> None:
 
 def _sdxl_diffusion(work: Path, minutes: float) -> None:
     from dora_diffusion.embedded.pretrain.diffusion import train_diffusion
+    from dora_diffusion.embedded.pretrain.grow import grow_from_sd
     from dora_diffusion.embedded.pretrain.sdxl import TextToImageXL, export_sdxl
+    from dora_diffusion.embedded.pretrain.views import training_captions
 
     torch.manual_seed(3)
-    train_diffusion(TextToImageXL(_tokenizer(work)), work, minutes, export_sdxl)
+    model = TextToImageXL(_tokenizer(work))
+    grow_from_sd(model, [text for index in range(500) for text in training_captions(index, 1)])
+    train_diffusion(model, work, minutes, export_sdxl, learning_rate=8e-4)
 
 
 def _sdxl_ship(work: Path, minutes: float) -> None:
