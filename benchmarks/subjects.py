@@ -1,0 +1,267 @@
+"""Methods compared on subjects that no embedded model has seen: DoRA, LoRA and full fine-tuning.
+
+    python benchmarks/subjects.py --work DIR --tune     # learning rates, on the tuning subjects
+    python benchmarks/subjects.py --work DIR            # the comparison, on the reported subjects
+
+Every run learns one subject from five photos with one seed, and is then asked for what
+`dora-diffusion evaluate` asks for. All methods share code, photos, draws, steps and prompts; each has the
+learning rate that was best on other subjects. Results are kept per run, so a stopped comparison goes
+on. Intervals are over subjects and seeds (two-level bootstrap).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_diffusion.adapters.inject import remove_adapters
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.embedded.benchmark_subjects import (
+    REPORTED,
+    TUNING,
+    BenchmarkSubject,
+    find_subject,
+    write_photos,
+)
+from dora_diffusion.embedded.samples import TRIGGER
+from dora_diffusion.evaluation.measures import seed_means, title_of
+from dora_diffusion.evaluation.report import aligned, shown
+from dora_diffusion.evaluation.statistics import Interval, cluster_interval
+from dora_diffusion.evaluation.toy import answer, measure
+from dora_diffusion.evaluation.toy_requests import toy_requests
+from dora_diffusion.formats.atomic_file import save_text
+from dora_diffusion.pictures import save_png
+from dora_diffusion.training.optimizer import build_lr_schedule, build_optimizer
+from dora_diffusion.training.session import Session, make_accelerator, open_session
+from dora_diffusion.training.subject import subject_of
+
+METHODS = ("base", "dora", "lora", "full")
+RATES = {"base": 0.0, "dora": 2e-3, "lora": 2e-3, "full": 1e-4}
+"""The best of `GRID` on the tuning subjects."""
+
+GRID = {"dora": (1e-3, 2e-3, 4e-3), "lora": (1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4)}
+SHOWN = (
+    "subject_similarity", "background", "class_kind", "class_taken", "others_kind", "others_color",
+    "others_background", "others_taken", "denoising_loss", "others_loss",
+)  # fmt: skip
+SHARES = {"background", "class_kind", "class_taken", "others_kind", "others_color"} | {
+    "others_background", "others_taken",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: everything that its result depends on."""
+
+    base: str
+    method: str
+    subject: str
+    seed: int
+    learning_rate: float
+    steps: int
+    prior: bool
+    text_encoder: bool
+
+    @property
+    def name(self) -> str:
+        """Its file's name."""
+        flags = ("-prior" if self.prior else "") + ("-text" if self.text_encoder else "")
+        rate = f"{self.learning_rate:g}"
+        model = self.base.rpartition(":")[2]
+        return f"{model}-{self.method}-{rate}-{self.steps}{flags}-{self.subject}-{self.seed}"
+
+
+class FullSession(Session):
+    """The same training of every weight that the adapters would adapt, and of their biases."""
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Everything that trains."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def config_of(run: Run, work: Path) -> TrainConfig:
+    """The settings of a run, alike for all methods but for what the method is."""
+    subject = find_subject(run.subject)
+    photos = work / "photos" / run.subject
+    if not photos.is_dir():
+        write_photos(subject, photos)
+    return TrainConfig(
+        pretrained_model_name_or_path=run.base,
+        instance_data_dir=str(photos),
+        instance_prompt=f"a photo of a {TRIGGER} {subject.word}",
+        class_word=subject.word,
+        learning_rate=max(run.learning_rate, 1e-12),
+        text_encoder_lr=max(run.learning_rate, 1e-12) / 4,
+        train_text_encoder=run.text_encoder,
+        use_dora=run.method != "lora",
+        rank=8,
+        conv_rank=8,
+        train_batch_size=5,
+        lr_scheduler="cosine",
+        lr_warmup_steps=10,
+        max_train_steps=run.steps,
+        with_prior_preservation=run.prior,
+        class_data_dir=str(work / "class" / run.base.rpartition(":")[2] / subject.word),
+        validation_guidance_scale=3.5,
+        num_class_images=50,
+        sample_batch_size=10,
+        seed=run.seed,
+        output_dir=str(work / "output"),
+        overwrite_output_dir=True,
+    )
+
+
+def open_run(run: Run, work: Path) -> Session:
+    """The session of a run; full fine-tuning trains the weights under the adapters instead."""
+    config = config_of(run, work)
+    session = open_session(config, subject_of(config), make_accelerator(config))
+    if run.method != "full":
+        return session
+    adapted = {layer.path for layer in session.report.layers}
+    trained = []
+    for part, model in session.trained.items():
+        remove_adapters(model)
+        for name, parameter in model.named_parameters():
+            owner = name.rpartition(".")[0]
+            if owner in adapted or f"{part}.{owner}" in adapted:
+                trained.append(parameter.requires_grad_(True))
+    group = {"name": "weights", "params": trained, "lr": run.learning_rate, "weight_decay": 0.01}
+    optimizer = session.accelerator.prepare_optimizer(build_optimizer([group], config))
+    schedule = build_lr_schedule(optimizer.optimizer, config, run.steps)
+    fields = {f.name: getattr(session, f.name) for f in dataclasses.fields(session)}
+    return FullSession(**fields | {"optimizer": optimizer, "lr_schedule": schedule})
+
+
+def perform(run: Run, work: Path) -> dict[str, Any]:
+    """Train and measure one run, or read what an earlier call measured."""
+    file = work / "runs" / f"{run.name}.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    session, started = open_run(run, work), time.perf_counter()
+    if run.method != "base":
+        for step in range(1, run.steps + 1):
+            loss = float(session.train_step(step)["loss"])
+            if loss != loss:
+                raise FloatingPointError(f"{run.name}: the loss is not a number at step {step}")
+    seconds = time.perf_counter() - started
+    for model in session.trained.values():
+        model.eval()
+    subject = find_subject(run.subject)
+    requests = toy_requests(subject, session.subject.trigger, [run.seed])
+    answers = answer(session.components, requests)
+    values = measure(subject, requests, answers)
+    result = {
+        **dataclasses.asdict(run),
+        "seconds": round(seconds, 1),
+        "measures": {name: seed_means(groups)[0] for name, groups in values.items()},
+    }
+    for request, picture in zip(requests, answers.pictures, strict=True):
+        if request.group == "subject" and run.seed == 0:
+            place = request.wanted["background"]
+            save_png(picture, work / "pictures" / f"{run.method}-{run.subject}-{place}.png")
+    save_text(file, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def score(results: Iterable[dict[str, Any]], measure_name: str) -> Interval | None:
+    """Mean over subjects and seeds, with its interval; None where it was never measured."""
+    by_subject: dict[str, list[float]] = {}
+    for result in results:
+        if measure_name in result["measures"]:
+            value = result["measures"][measure_name]
+            by_subject.setdefault(result["subject"], []).append(value)
+    return cluster_interval(by_subject) if by_subject else None
+
+
+def table(results: list[dict[str, Any]], methods: Iterable[str]) -> str:
+    """One column per method."""
+    columns = {m: [r for r in results if r["method"] == m] for m in methods}
+    rows = [["measure", *columns]]
+    for name in SHOWN:
+        found = [score(runs, name) for runs in columns.values()]
+        rows.append([title_of(name), *(shown(one, name in SHARES) for one in found)])
+    rows.append(["seconds of training", *(f"{_mean_seconds(r):.0f}" for r in columns.values())])
+    return aligned(rows)
+
+
+def _mean_seconds(results: list[dict[str, Any]]) -> float:
+    return sum(r["seconds"] for r in results) / max(1, len(results))
+
+
+def runs_of(
+    args: argparse.Namespace, subjects: Iterable[BenchmarkSubject], rates: dict[str, Any]
+) -> list[Run]:
+    """Every method on every subject with every seed, seed by seed."""
+    return [
+        Run(args.base, m, s.name, seed, rate, args.steps, args.prior, args.text_encoder)
+        for seed in range(args.seeds)
+        for s in subjects
+        for m in args.methods
+        for rate in (rates[m] if isinstance(rates[m], tuple) else (rates[m],))
+    ]
+
+
+def perform_all(runs: list[Run], work: Path) -> list[dict[str, Any]]:
+    """All runs in turn, with a line each."""
+    results = []
+    for number, run in enumerate(runs, 1):
+        results.append(perform(run, work))
+        figures = results[-1]["measures"]
+        print(
+            f"{number}/{len(runs)} {run.name}: similarity {figures['subject_similarity']:.3f}, "
+            f"place {figures['background']:.2f}, others {figures['others_kind']:.2f}, "
+            f"loss {figures['denoising_loss']:.4f}",
+            flush=True,
+        )
+    return results
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Print, per method and rate, what the tuning subjects came to."""
+    args.methods = [m for m in args.methods if m in GRID]
+    results = perform_all(runs_of(args, TUNING, GRID), args.work)
+    rows = [["method", "rate", *(title_of(name) for name in SHOWN)]]
+    for method in args.methods:
+        for rate in GRID[method]:
+            mine = [r for r in results if (r["method"], r["learning_rate"]) == (method, rate)]
+            cells = [shown(score(mine, name), name in SHARES) for name in SHOWN]
+            rows.append([method, f"{rate:g}", *cells])
+    print(aligned(rows))
+
+
+def main() -> None:
+    """Tune or compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="Folder for photos and results.")
+    parser.add_argument("--base", default="embedded:tiny-sd", help="The embedded model.")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--subjects", nargs="+", help="Names; default: all that are reported.")
+    parser.add_argument("--seeds", type=int, default=8, help="Trainings per subject and method.")
+    parser.add_argument("--steps", type=int, default=300, help="Optimizer steps of each.")
+    parser.add_argument("--prior", action="store_true", help="With prior preservation.")
+    parser.add_argument("--text_encoder", action="store_true", help="Adapt text encoders too.")
+    parser.add_argument("--tune", action="store_true", help="Compare rates on tuning subjects.")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.tune:
+        tune(args)
+        return
+    subjects = [find_subject(name) for name in args.subjects] if args.subjects else REPORTED
+    results = perform_all(runs_of(args, subjects, RATES), args.work)
+    text = table(results, args.methods)
+    save_text(args.work / "table.md", text + "\n")
+    print(f"{platform.processor() or platform.machine()}, one core, {args.base}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()
