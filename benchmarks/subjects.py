@@ -4,9 +4,9 @@
     python benchmarks/subjects.py --work DIR            # the comparison, on the reported subjects
 
 Every run learns one subject from five photos with one seed, and is then asked for what
-`dora-diffusion evaluate` asks for. All methods share code, photos, draws, steps and prompts; each has the
-learning rate that was best on other subjects. Results are kept per run, so a stopped comparison goes
-on. Intervals are over subjects and seeds (two-level bootstrap).
+`dora-diffusion evaluate` asks for. All methods share code, photos, draws, steps and prompts; each
+has the learning rate that was best on other subjects. Results are kept per run, so a stopped
+comparison goes on. Intervals are over subjects and seeds (two-level bootstrap).
 """
 
 from __future__ import annotations

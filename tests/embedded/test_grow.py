@@ -47,7 +47,7 @@ def test_the_grown_unet_answers_as_its_core_does_on_averaged_latents(
     core = UNet2DConditionModel.from_pretrained(model_folder("tiny-sd") / "unet")
     encoder = CLIPTextModel.from_pretrained(model_folder("tiny-sd") / "text_encoder")
     token_ids = tokenize(tokenizer, ["a photo of a red striped mug on the grass", "a fish"])
-    # Pictures of a single colour each, since the level around the core convolves before it averages.
+    # Of a single colour each: the level around the core convolves before it averages.
     latents = torch.randn(2, 8, 1, 1, generator=torch.Generator().manual_seed(1))
     timesteps, time_ids = torch.tensor([300, 700]), torch.full((2, 6), 128)
     answer, _ = grown(
