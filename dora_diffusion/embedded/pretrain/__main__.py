@@ -59,7 +59,13 @@ def _sd_diffusion(work: Path, minutes: float) -> None:
 def _sd_ship(work: Path, minutes: float) -> None:
     from dora_diffusion.embedded.pretrain.ship import ship_sd
 
-    print(ship_sd(work, machine()))
+    ship_sd(work, machine())
+
+
+def _sd_card(work: Path, minutes: float) -> None:
+    from dora_diffusion.embedded.pretrain.ship import write_sd_card
+
+    print(write_sd_card())
 
 
 def _sdxl_latents(work: Path, minutes: float) -> None:
@@ -88,7 +94,13 @@ def _sdxl_diffusion(work: Path, minutes: float) -> None:
 def _sdxl_ship(work: Path, minutes: float) -> None:
     from dora_diffusion.embedded.pretrain.ship import ship_sdxl
 
-    print(ship_sdxl(work, machine()))
+    ship_sdxl(work, machine())
+
+
+def _sdxl_card(work: Path, minutes: float) -> None:
+    from dora_diffusion.embedded.pretrain.ship import write_sdxl_card
+
+    print(write_sdxl_card())
 
 
 @dataclass(frozen=True)
@@ -108,11 +120,13 @@ STAGES: dict[str, tuple[Stage, ...]] = {
         Stage("latents", _sd_latents),
         Stage("diffusion", _sd_diffusion, 0.7),
         Stage("ship", _sd_ship),
+        Stage("card", _sd_card),
     ),
     "tiny-sdxl": (
         Stage("latents", _sdxl_latents),
         Stage("diffusion", _sdxl_diffusion, 1.0),
         Stage("ship", _sdxl_ship),
+        Stage("card", _sdxl_card),
     ),
 }
 

@@ -25,7 +25,7 @@ from dora_diffusion.embedded.world import render
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-STEPS, GUIDANCE = 25, 3.5
+STEPS, GUIDANCE = 25, 5.0
 
 
 def random_wishes(count: int, seed: int = 0) -> list[dict[str, str]]:

@@ -34,48 +34,53 @@ PROMPTS = 300
 CONDITIONED = 60
 
 
-def ship_sd(work: Path, machine: str) -> dict[str, Any]:
-    """Write judges and tiny-sd into the package, measure them there and write the card.
+def ship_sd(work: Path, machine: str) -> None:
+    """Write judges and tiny-sd into the package.
 
     Works from the last saved states, so an unfinished training can be shipped too.
     """
-    from diffusers import StableDiffusionPipeline
-
-    shutil.copytree(work / "instrument", instrument_folder(), dirs_exist_ok=True)
     folder = model_folder("tiny-sd")
+    shutil.copytree(work / "instrument", instrument_folder(), dirs_exist_ok=True)
     export_sd(load_average(TextToImage(_tokenizer(work)), work), work, folder)
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
     facts = _training_facts(work, "vae") | _training_facts(work, "diffusion")
-    # Of a whole run's budget, the judges take the share that these two leave.
-    facts["minutes"] = (facts["vae_minutes"] + facts["diffusion_minutes"]) / 0.93
-    facts["text_width"] = pipeline.text_encoder.config.hidden_size
-    return _finish("tiny-sd", pipeline, facts | {"machine": machine}, {}, grid=50)
+    _save(folder / "training.json", facts | {"machine": machine})
 
 
-def ship_sdxl(work: Path, machine: str) -> dict[str, Any]:
-    """Write tiny-sdxl into the package, measure it there and write the card."""
-    from diffusers import StableDiffusionXLPipeline
-
+def ship_sdxl(work: Path, machine: str) -> None:
+    """Write tiny-sdxl into the package."""
     folder = model_folder("tiny-sdxl")
     export_sdxl(load_average(TextToImageXL(_tokenizer(work)), work), work, folder)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    _save(folder / "training.json", _training_facts(work, "diffusion") | {"machine": machine})
+
+
+def write_sd_card() -> dict[str, Any]:
+    """Measure the tiny-sd of the package, and write its card, grid and figures."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(model_folder("tiny-sd"))
+    return _write_card("tiny-sd", pipeline, {}, {}, grid=50)
+
+
+def write_sdxl_card() -> dict[str, Any]:
+    """Measure the tiny-sdxl of the package, and write its card, grid and figures."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model_folder("tiny-sdxl"))
     conditioning = measure_conditioning(pipeline, CONDITIONED)
     rows = [f"| {name} | {seen:.2f} | {true:.2f} |" for name, (seen, true) in conditioning.items()]
-    facts = _training_facts(work, "diffusion") | {
-        "machine": machine,
+    facts = {
         "side": SIDE,
         "wide": WIDE,
         "conditioned": CONDITIONED,
         "conditioning_rows": "\n".join(rows),
         "text_2": _parameters(pipeline.text_encoder_2),
     }
-    return _finish("tiny-sdxl", pipeline, facts, {"conditioning": conditioning}, grid=40)
+    return _write_card("tiny-sdxl", pipeline, facts, {"conditioning": conditioning}, grid=40)
 
 
-def _finish(
+def _write_card(
     name: str, pipeline: Any, facts: dict[str, Any], more: dict[str, Any], grid: int
 ) -> dict[str, Any]:
-    """Measure what both models have, and write grid, card and figures."""
     folder, instrument = model_folder(name), load_instrument()
     measured = {
         **measure_prompts(pipeline, instrument, PROMPTS),
@@ -84,11 +89,16 @@ def _finish(
     images = generate(pipeline, [prompt_of(wish) for wish in random_wishes(grid)])
     write_grid(images, folder / "samples.jpg")
     template = (Path(__file__).parent / "cards" / f"{name}.md").read_text()
+    training = json.loads((folder / "training.json").read_text())
     shared = _shared_facts(folder, pipeline, instrument, measured)
-    (folder / "README.md").write_text(template.format(**shared, **facts))
+    (folder / "README.md").write_text(template.format(**shared, **facts, **training))
     rounded = {key: round(value, 4) for key, value in measured.items()} | more
-    (folder / "measured.json").write_text(json.dumps(rounded, indent=2) + "\n")
+    _save(folder / "measured.json", rounded)
     return rounded
+
+
+def _save(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _shared_facts(
@@ -104,6 +114,7 @@ def _shared_facts(
         "unet": _parameters(pipeline.unet),
         "vae": _parameters(pipeline.vae),
         "text": _parameters(pipeline.text_encoder),
+        "text_width": pipeline.text_encoder.config.hidden_size,
         "vocabulary": len(pipeline.tokenizer),
         "prompts": PROMPTS,
         "steps": STEPS,
@@ -126,4 +137,4 @@ def _parameters(module: torch.nn.Module) -> float:
 
 def _training_facts(work: Path, name: str) -> dict[str, float]:
     state = torch.load(work / f"{name}.pt", weights_only=True)
-    return {f"{name}_minutes": state["seconds"] / 60, f"{name}_steps": state["step"]}
+    return {f"{name}_minutes": round(state["seconds"] / 60, 1), f"{name}_steps": state["step"]}
