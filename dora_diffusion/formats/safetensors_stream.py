@@ -48,10 +48,6 @@ __all__ = [
     "write_tensors",
 ]
 
-
-_MOST_WORKERS = 4
-
-
 _MOST_WORKERS = 4
 
 
