@@ -80,7 +80,11 @@ def merge_tensor(
         result = merged_weight(block, adapted)
         # Beyond the largest number of the dtype the cast gives inf: better no file than that file.
         if not torch.stack(torch.aminmax(result)).to(dtype).isfinite().all():
-            raise MergeError(f"the merged weight {tuple(weight.shape)} is not finite in {dtype}")
+            name = str(dtype).removeprefix("torch.")
+            raise MergeError(
+                f"the merged weight {tuple(weight.shape)} is not finite in {name}; lower the "
+                "strength, or take a data type with larger numbers"
+            )
         merged.narrow(dim, start, length).copy_(result)
     return merged
 
@@ -131,6 +135,23 @@ def check_fit(shapes: Mapping[str, Sequence[int]], adapters: Iterable[WeightedAd
         raise MergeError(f"the base has no weights for {_listing(missing)}")
     if wrong:
         raise MergeError(f"the adapter was made for another model: {_listing(wrong)}")
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Check that a base weight is stored as numbers that a merge can take as they are.
+
+    Quantised weights are not: they mean something only with their scales, which every program
+    stores elsewhere, and rounding to 8 bits loses most of what an adapter changes.
+
+    Raises:
+        MergeError: If it is not.
+    """
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        kind = str(dtype).removeprefix("torch.")
+        raise MergeError(
+            f"the base stores {name} as {kind}: adapters are merged into weights of 16 bits or "
+            "more; take this model in half precision"
+        )
 
 
 def merge_state(

@@ -17,6 +17,7 @@ from dora_diffusion.export.base import open_model
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.formats.adapter_file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.formats.base_targets import TARGETS, approximate
+from dora_diffusion.merge import check_dtype
 
 # Plain-LoRA approximations, and the format that each is written in.
 _APPROXIMATE = {"lora": "kohya", "lora-diffusers": "diffusers"}
@@ -84,7 +85,8 @@ def convert_adapter(
         output: File (``.safetensors``) or folder to write.
         target: A key of ``CONVERSIONS``.
         base: The base model (folder, hub id, ``embedded:NAME`` or single file). Needed by
-            ``comfyui``, ``dense`` and the approximations; checks the adapter's fit in any case.
+            ``dense``, the approximations, and ``comfyui`` for magnitudes on the output axis;
+            checks the adapter's fit in any case.
         family: ``"sd1"``, ``"sd2"`` or ``"sdxl"``, for files that do not say it.
         rank: Rank of an approximation.
         alpha: What it was trained with, for a file that lost it.
@@ -94,8 +96,10 @@ def convert_adapter(
         overwrite: Replace an output that exists.
 
     Raises:
-        ExportError: If the output exists, or the target is unknown or needs a base.
-        AdapterFormatError: If the source cannot be read, or the target cannot hold it.
+        ExportError: If the output exists, or the target is unknown or an approximation that needs
+            a base.
+        AdapterFormatError: If the source cannot be read, or the target cannot hold it or needs a
+            base.
     """
     output = Path(output).expanduser()
     if target not in CONVERSIONS:
@@ -103,8 +107,10 @@ def convert_adapter(
     kind = _APPROXIMATE.get(target, target)
     _check_free(output, TARGETS[kind].file_name, overwrite)
     facts = Facts(family or "", tuple(tags), make_thumbnail(thumbnail) if thumbnail else "")
+    if rank < 1:
+        raise ExportError(f"the rank of a plain LoRA must be at least 1, got {rank}")
     if base is None:
-        if target in _APPROXIMATE or TARGETS[kind].needs_base:
+        if target in _APPROXIMATE:
             raise ExportError(f"{target} files are made for one base model; give that model")
         adapter = facts.added_to(read_adapter(source, alpha=alpha))
         path = write_adapter(output, adapter, kind, dtype=dtype)
@@ -172,6 +178,9 @@ def open_base(base: str | Path) -> Iterator[ModuleWeights]:
     """Open a base model's weights: a folder, a hub id, an embedded model, or a single file."""
     with open_model(base) as model:
         weights = model.weights
-        yield ModuleWeights(
-            model.family, weights.module_shapes(), lambda name: weights[f"{name}.weight"]
-        )
+
+        def load(name: str) -> Tensor:
+            check_dtype(name, weights.specs[f"{name}.weight"].dtype)
+            return weights[f"{name}.weight"]
+
+        yield ModuleWeights(model.family, weights.module_shapes(), load)

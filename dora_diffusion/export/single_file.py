@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from dora_diffusion.export.output import (
     OnProgress,
     ProgressReporter,
     check_space,
-    temporary_sibling,
 )
+from dora_diffusion.formats.atomic_file import atomic_file
 from dora_diffusion.formats.checkpoint_file import CheckpointFile
 from dora_diffusion.formats.checkpoint_keys import (
     Entry,
@@ -81,7 +80,6 @@ def _write(
     def load(key: str) -> Tensor:
         return merged.build(by_key[key]) if key in by_key else load_other(key)
 
-    with temporary_sibling(output) as temporary:
+    with atomic_file(output) as temporary:
         write_tensors(temporary, specs, load, notes.draft(), notes.final, report.step)
         check_sample(temporary, entries, merged)
-        os.replace(temporary, output)

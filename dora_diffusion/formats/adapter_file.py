@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_diffusion.formats.adapter_alpha import json_object
 from dora_diffusion.formats.adapter_decode import ModuleShapes, decode_layers, peft_component
 from dora_diffusion.formats.adapter_keys import AdapterFormatError
 from dora_diffusion.formats.adapter_metadata import (
@@ -29,9 +29,10 @@ from dora_diffusion.formats.adapter_targets import (
     EncodedFile,
     WriteOptions,
 )
-from dora_diffusion.formats.atomic_file import save_text
+from dora_diffusion.formats.atomic_file import atomic_file, save_text
 from dora_diffusion.formats.base_targets import TARGETS
 from dora_diffusion.formats.module_names import COMPONENTS, FAMILY_TITLES, guess_family
+from dora_diffusion.formats.safetensors_header import PICKLED
 from dora_diffusion.formats.safetensors_stream import (
     TensorFileError,
     TensorReader,
@@ -49,8 +50,6 @@ __all__ = [
     "read_adapter",
     "write_adapter",
 ]
-
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -85,11 +84,12 @@ def write_adapter(
             ``peft`` target always makes a folder, with one sub-folder per component.
         adapter: The layers and facts.
         target: A name in ``TARGETS``.
-        dtype: Of the low-rank factors; None keeps theirs. Magnitudes are float32.
+        dtype: Of the low-rank factors (of the differences, for ``dense``); None keeps theirs.
+            Magnitudes are float32.
         unet_layout: For kohya names of an SDXL UNet not shaped like the released one.
         text_model_prefix: In a ``peft`` folder, name modules as transformers before 5.6 do.
         base_weight: Base weight by canonical module name, for targets made for one base model
-            (``comfyui``, ``dense``).
+            (``comfyui`` with magnitudes on the output axis, and ``dense``).
 
     Returns:
         The file (or the folder, for ``peft``) that was written.
@@ -99,6 +99,10 @@ def write_adapter(
         DiskFullError: If the disk fills up; a file that was there is unchanged.
     """
     path = Path(path)
+    if path.suffix in PICKLED:
+        raise AdapterFormatError(
+            f"{path.name}: pickles are not written; use the suffix .safetensors"
+        )
     if target not in TARGETS:
         raise AdapterFormatError(f"unknown target {target!r}; there is {', '.join(TARGETS)}")
     if not adapter.layers:
@@ -108,13 +112,26 @@ def write_adapter(
         path = path / file_name
     elif file_name is None and path.suffix == ".safetensors":
         raise AdapterFormatError(f"the {target} target is a folder, not a file: {path.name}")
-    if TARGETS[target].needs_base and base_weight is None:
-        raise AdapterFormatError(f"the {target} target is made for one base model; give that model")
     options = WriteOptions(dtype, path.stem, unet_layout, text_model_prefix, base_weight)
     files = TARGETS[target].encode(adapter.layers, adapter.metadata, options)
-    for name, file in files.items():
-        _write_file(path if file_name else path / name, file)
+    if file_name is None:
+        _write_folder(path, files)
+    else:
+        _write_file(path, *files.values())
     return path
+
+
+def _write_folder(folder: Path, files: Mapping[str, EncodedFile]) -> None:
+    """Write all files of a PEFT folder, and only then give them their names.
+
+    What it held of another adapter goes: a text encoder left over would be read with the new UNet.
+    """
+    old = [found / name for found in _peft_folders(folder) for name in (PEFT_CONFIG, PEFT_FILE)]
+    with contextlib.ExitStack() as stack:
+        for name, file in files.items():
+            _write_file(stack.enter_context(atomic_file(folder / name)), file)
+    for path in set(old) - {folder / name for name in files}:
+        path.unlink(missing_ok=True)
 
 
 def _write_file(path: Path, file: EncodedFile) -> None:
@@ -215,6 +232,8 @@ def find_adapter(path: str | Path) -> Path:
         return path / DIFFUSERS_FILE
     if _peft_folders(path):
         return path
+    if (path / "model_index.json").is_file():
+        raise AdapterFormatError(f"{path} is a model, not an adapter")
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_lora_weights.bin"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files)
@@ -232,12 +251,7 @@ def _read_peft_folders(path: Path, module_shapes: ModuleShapes | None) -> Adapte
     layers: dict[str, LayerWeights] = {}
     facts: AdapterMetadata | None = None
     for folder in _peft_folders(path):
-        try:
-            config: dict[str, Any] = json.loads((folder / PEFT_CONFIG).read_text("utf-8"))
-        except ValueError as error:
-            raise AdapterFormatError(f"{folder / PEFT_CONFIG} is not JSON") from error
-        if config.get("peft_type") != "LORA":
-            raise AdapterFormatError(f"{folder} holds {config.get('peft_type')}, not a LoRA")
+        config = _peft_config(folder)
         tensors, metadata = _load(folder / PEFT_FILE)
         with _naming(folder / PEFT_FILE):
             component = peft_component(
@@ -251,6 +265,28 @@ def _read_peft_folders(path: Path, module_shapes: ModuleShapes | None) -> Adapte
     return AdapterFile(layers, facts or AdapterMetadata(format_version=""))
 
 
+# PEFT changes the base's weights when it starts such an adapter, and again when it loads one.
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+def _peft_config(folder: Path) -> dict[str, Any]:
+    """The config of a PEFT folder, if it is one of a LoRA or DoRA."""
+    path = folder / PEFT_CONFIG
+    try:
+        config = json_object(path.read_text("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise AdapterFormatError(f"{path} is not a text file") from error
+    if config.get("peft_type") != "LORA":
+        raise AdapterFormatError(f"{folder} holds {config.get('peft_type')}, not a LoRA")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGES_THE_BASE):
+        raise AdapterFormatError(
+            f"{folder}: it was started by {start}, which changes the base's weights, so that it "
+            "fits no released model; let PEFT convert it (path_initial_model_for_weight_conversion)"
+        )
+    return config
+
+
 def _facts(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> AdapterMetadata:
     facts = parse_metadata(metadata)
     trained = metadata.get(OWN + "alpha", "")
@@ -261,7 +297,10 @@ def _facts(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> A
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if path.suffix in _PICKLED:
+    pickled = path.with_suffix(".bin")
+    if not path.exists() and pickled.exists():  # what a PEFT folder may hold instead
+        path = pickled
+    if path.suffix in PICKLED:
         raise AdapterFormatError(
             f"{path.name} is a pickle, which can run code when opened; ask for a .safetensors file"
         )

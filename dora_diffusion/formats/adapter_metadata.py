@@ -265,5 +265,5 @@ def _family_of(version: str, architecture: str, v2: str) -> str:
 
 
 def _pixels(text: str) -> int | None:
-    match = re.search(r"\d+", text)
+    match = re.search(r"[0-9]{1,6}", text)
     return int(match[0]) if match else None

@@ -172,7 +172,7 @@ def test_strength_per_component_and_several_adapters(
         else:
             assert torch.equal(merged[name], weight), name
     assert verify_checkpoint(output, sdxl_folder, adapters, **options).ok
-    with pytest.raises(ExportError, match="strengths must be numbers"):
+    with pytest.raises(ExportError, match="finite numbers, got unet_strength nan"):
         export_checkpoint(sdxl_folder, paths[0], tmp_path / "x", unet_strength=float("nan"))
 
 
