@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from dora_diffusion.export.output import (
     check_space,
 )
 from dora_diffusion.formats.atomic_file import atomic_file
-from dora_diffusion.formats.checkpoint_file import CheckpointFile
+from dora_diffusion.formats.checkpoint_file import CheckpointFile, standard_key
 from dora_diffusion.formats.checkpoint_keys import (
     Entry,
     ModelFacts,
@@ -55,11 +56,15 @@ def write_file_as_file(
 
     Tensors of no component, such as the noise schedule, are copied as they are.
     """
+    entries = [replace(entry, key=standard_key(entry.key)) for entry in checkpoint.entries]
     copied = checkpoint.copied_specs()
-    _write(
-        merged, checkpoint.entries, copied, checkpoint.reader.__getitem__,
-        output, notes, on_progress,
-    )  # fmt: skip
+    key_of = {standard_key(key): key for key in copied}
+    specs = {key: copied[old] for key, old in key_of.items()}
+
+    def load(key: str) -> Tensor:
+        return checkpoint.reader[key_of[key]]
+
+    _write(merged, entries, specs, load, output, notes, on_progress)
 
 
 def _write(
