@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dora_diffusion.cli import main
 from dora_diffusion.export import (
     CONVERSIONS,
     ExportError,
@@ -169,6 +171,20 @@ def test_approximation_reports_its_error(
     full = convert_adapter(source, tmp_path / "c", "lora", base=sd1_folder, rank=10_000)
     assert full.worst is not None
     assert full.worst[1] < 1e-5
+
+
+def test_the_command_lists_the_error_of_every_layer(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    layers = random_adapter(sd1_folder, every=9)
+    source = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")))
+    command = ["convert", str(source), str(tmp_path / "b"), "--to", "lora", "--rank", "2"]
+    assert main([*command, "--base", str(sd1_folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["errors"].keys() == layers.keys()
+    assert 0 < min(report["errors"].values()) <= report["total_error"] < 1
+    assert report["path"] == str(tmp_path / "b" / "adapter_kohya.safetensors")
 
 
 def test_a_plain_lora_is_approximated_exactly(
