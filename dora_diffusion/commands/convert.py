@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(report), indent=2, default=str))
         return 0
-    print(f"{report.path}: {report.layers} layers, {CONVERSIONS[args.to]}")
+    print(f"{report.path}: {report.layers} layers, {CONVERSIONS[report.target]}")
     if report.worst is not None:
         name, error = report.worst
         print(

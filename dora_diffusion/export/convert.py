@@ -16,7 +16,7 @@ from dora_diffusion.data.thumbnail import thumbnail as make_thumbnail
 from dora_diffusion.export.base import open_model
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.formats.adapter_file import AdapterFile, read_adapter, write_adapter
-from dora_diffusion.formats.base_targets import TARGETS, approximate
+from dora_diffusion.formats.base_targets import TARGETS, approximate, needs_compensation
 from dora_diffusion.merge import check_dtype
 
 # Plain-LoRA approximations, and the format that each is written in.
@@ -25,9 +25,9 @@ _APPROXIMATE = {"lora": "kohya", "lora-diffusers": "diffusers"}
 CONVERSIONS: Mapping[str, str] = {
     "diffusers": "exact in diffusers (output axis only)",
     "peft": "exact in PEFT, a folder per component (output axis only)",
-    "kohya": "standard dora_scale: exact in LyCORIS, and on the input axis in ComfyUI and Forge",
+    "kohya": "standard dora_scale: exact in LyCORIS, and on the input axis in most web UIs",
     "comfyui": "output axis compensated for ComfyUI and Forge with one base model; wrong elsewhere",
-    "dense": "full differences for one base model: exact in every web UI, and large",
+    "dense": "full differences for one base model: exact in ComfyUI, Forge and A1111, and large",
     "lora": "plain LoRA for every web UI, approximated for one base model",
     "lora-diffusers": "plain LoRA for diffusers, approximated for one base model",
 }
@@ -39,7 +39,8 @@ class ConversionReport:
 
     Attributes:
         path: The file or folder.
-        target: The format, a key of ``CONVERSIONS``.
+        target: The format, a key of ``CONVERSIONS``: ``"kohya"`` for a ``comfyui`` file without
+            output-axis magnitudes, which is one.
         layers: Number of layers.
         errors: Per layer, the relative error of an approximation; empty if the file is exact.
         total_error: The relative error of all layers together, 0 if the file is exact.
@@ -114,7 +115,8 @@ def convert_adapter(
             raise ExportError(f"{target} files are made for one base model; give that model")
         adapter = facts.added_to(read_adapter(source, alpha=alpha))
         path = write_adapter(output, adapter, kind, dtype=dtype)
-        return ConversionReport(path, target, len(adapter.layers), notes=adapter.notes)
+        written = _written_as(target, adapter)
+        return ConversionReport(path, written, len(adapter.layers), notes=adapter.notes)
     with open_base(base) as weights:
         adapter = read_adapter(
             source, weights.shapes, base_weight=weights.load, alpha=alpha,
@@ -131,7 +133,14 @@ def convert_adapter(
             metadata = dataclasses.replace(adapter.metadata, extra=extra)
             adapter = dataclasses.replace(adapter, layers=layers, metadata=metadata)
         path = write_adapter(output, adapter, kind, dtype=dtype, base_weight=weights.load)
-    return ConversionReport(path, target, len(adapter.layers), errors, total, adapter.notes)
+    written = _written_as(target, adapter)
+    return ConversionReport(path, written, len(adapter.layers), errors, total, adapter.notes)
+
+
+def _written_as(target: str, adapter: AdapterFile) -> str:
+    """The target, or what its file is where there was nothing to change for it."""
+    plain = target == "comfyui" and not needs_compensation(adapter.layers)
+    return "kohya" if plain else target
 
 
 @dataclass(frozen=True)

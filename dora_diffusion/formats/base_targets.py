@@ -55,13 +55,18 @@ def encode_comfyui(
     ``norm(W) / norm(W + delta)``. The input axis is exact there as it is: an adapter that has no
     other is a plain kohya file, for any base.
     """
-    if not any(one.magnitude is not None and one.norm_axis == "output" for one in layers.values()):
+    if not needs_compensation(layers):
         return encode_kohya(layers, metadata, options)
     base_weight = _base_weights(options, "comfyui")
     changed = {name: _compensated(base_weight(name), layers[name]) for name in layers}
     (file,) = encode_kohya(changed, metadata, options).values()
     fields = kohya_metadata(layers, metadata, options, "comfyui")
     return {KOHYA_FILE: EncodedFile(file.tensors, with_hash(fields, file.tensors))}
+
+
+def needs_compensation(layers: Layers) -> bool:
+    """Whether ComfyUI would compute these layers wrongly from a plain kohya file."""
+    return any(one.magnitude is not None and one.norm_axis == "output" for one in layers.values())
 
 
 def _compensated(weight: Tensor, layer: LayerWeights) -> LayerWeights:

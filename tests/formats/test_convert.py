@@ -92,7 +92,9 @@ def test_comfyui_computes_the_merge(
             read_adapter(report.path)
     else:  # exact there as it is, on every base: the same file as `kohya` gives
         kohya = convert_adapter(source, tmp_path / "k", "kohya").path
-        plain = convert_adapter(source, tmp_path / "c", target).path
+        report = convert_adapter(source, tmp_path / "c", target)
+        assert report.target == "kohya"
+        plain = report.path
         assert load_file(plain).keys() == load_file(kohya).keys()
         assert all(torch.equal(t, load_file(kohya)[k]) for k, t in load_file(plain).items())
         assert read_header(plain).metadata["dora_diffusion.target"] == "kohya"
