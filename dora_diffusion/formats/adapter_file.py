@@ -7,12 +7,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.adapter_alpha import json_object
 from dora_diffusion.formats.adapter_decode import ModuleShapes, decode_layers, peft_component
 from dora_diffusion.formats.adapter_keys import AdapterFormatError
 from dora_diffusion.formats.adapter_metadata import (
@@ -31,7 +29,8 @@ from dora_diffusion.formats.adapter_targets import (
 )
 from dora_diffusion.formats.atomic_file import atomic_file, save_text
 from dora_diffusion.formats.base_targets import TARGETS
-from dora_diffusion.formats.module_names import COMPONENTS, FAMILY_TITLES, guess_family
+from dora_diffusion.formats.module_names import FAMILY_TITLES, guess_family
+from dora_diffusion.formats.peft_folder import peft_config, peft_folders
 from dora_diffusion.formats.safetensors_header import PICKLED
 from dora_diffusion.formats.safetensors_stream import (
     TensorFileError,
@@ -126,7 +125,7 @@ def _write_folder(folder: Path, files: Mapping[str, EncodedFile]) -> None:
 
     What it held of another adapter goes: a text encoder left over would be read with the new UNet.
     """
-    old = [found / name for found in _peft_folders(folder) for name in (PEFT_CONFIG, PEFT_FILE)]
+    old = [found / name for found in peft_folders(folder) for name in (PEFT_CONFIG, PEFT_FILE)]
     with contextlib.ExitStack() as stack:
         for name, file in files.items():
             _write_file(stack.enter_context(atomic_file(folder / name)), file)
@@ -230,7 +229,7 @@ def find_adapter(path: str | Path) -> Path:
         return path
     if (path / DIFFUSERS_FILE).is_file():
         return path / DIFFUSERS_FILE
-    if _peft_folders(path):
+    if peft_folders(path):
         return path
     if (path / "model_index.json").is_file():
         raise AdapterFormatError(f"{path} is a model, not an adapter")
@@ -242,16 +241,11 @@ def find_adapter(path: str | Path) -> Path:
     return files[0]
 
 
-def _peft_folders(path: Path) -> list[Path]:
-    candidates = [path, *(path / component for component in COMPONENTS)]
-    return [folder for folder in candidates if (folder / PEFT_CONFIG).is_file()]
-
-
 def _read_peft_folders(path: Path, module_shapes: ModuleShapes | None) -> AdapterFile:
     layers: dict[str, LayerWeights] = {}
     facts: AdapterMetadata | None = None
-    for folder in _peft_folders(path):
-        config = _peft_config(folder)
+    for folder in peft_folders(path):
+        config = peft_config(folder)
         tensors, metadata = _load(folder / PEFT_FILE)
         with _naming(folder / PEFT_FILE):
             component = peft_component(
@@ -263,28 +257,6 @@ def _read_peft_folders(path: Path, module_shapes: ModuleShapes | None) -> Adapte
         layers |= own
         facts = facts or _facts(metadata, own)
     return AdapterFile(layers, facts or AdapterMetadata(format_version=""))
-
-
-# PEFT changes the base's weights when it starts such an adapter, and again when it loads one.
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
-
-
-def _peft_config(folder: Path) -> dict[str, Any]:
-    """The config of a PEFT folder, if it is one of a LoRA or DoRA."""
-    path = folder / PEFT_CONFIG
-    try:
-        config = json_object(path.read_text("utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise AdapterFormatError(f"{path} is not a text file") from error
-    if config.get("peft_type") != "LORA":
-        raise AdapterFormatError(f"{folder} holds {config.get('peft_type')}, not a LoRA")
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(_CHANGES_THE_BASE):
-        raise AdapterFormatError(
-            f"{folder}: it was started by {start}, which changes the base's weights, so that it "
-            "fits no released model; let PEFT convert it (path_initial_model_for_weight_conversion)"
-        )
-    return config
 
 
 def _facts(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> AdapterMetadata:

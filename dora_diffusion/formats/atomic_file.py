@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-_SYNCED_BYTES = 2**28
+_SYNCED_BYTES = 2**26
 
 
 class DiskFullError(OSError):

@@ -191,7 +191,8 @@ def _made_ahead(
     make: Callable[[str], Tensor], names: Sequence[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Make tensors in threads, a few ahead of their use, and give them in their order."""
-    workers = min(_MOST_WORKERS, os.cpu_count() or 1)
+    # One more than there are cores: some of them wait for the disk.
+    workers = min(_MOST_WORKERS, (os.cpu_count() or 1) + 1)
     waiting: deque[tuple[str, Future[Tensor]]] = deque()
     pool = ThreadPoolExecutor(workers)
     with one_thread_each():
