@@ -18,6 +18,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from full_size import CLIP_BIG_G, CLIP_L, SCALING, UNETS, VAE, measured, tokeniz
 
 from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.atomic_file import save_text
+from dora_diffusion.formats.module_names import COMPONENTS
 from dora_diffusion.formats.pipeline_folder import PipelineFolder
 from dora_diffusion.formats.safetensors_stream import TensorSpec, write_tensors
 from dora_diffusion.numerics.dora import weight_norm
@@ -80,13 +82,16 @@ def fill(spec: TensorSpec) -> torch.Tensor:
     return block.repeat(-(-count // len(block)))[:count].view(spec.shape)
 
 
-def make_adapter(family: str, base: Path, path: Path, rank: int) -> int:
-    """Write a DoRA on every Linear and Conv2d; returns their number."""
+def make_adapter(
+    family: str, base: Path, path: Path, rank: int, components: Sequence[str] = COMPONENTS
+) -> int:
+    """Write a DoRA on every Linear and Conv2d of some components; returns their number."""
     generator = torch.Generator().manual_seed(1)
     layers = {}
     with PipelineFolder.open(base) as pipeline:
         for name, (out, into, *kernel) in pipeline.module_shapes().items():
-            if "embedding" in name and name.startswith("text"):
+            component = name.partition(".")[0]
+            if component not in components or (component != "unet" and "embedding" in name):
                 continue
             down = torch.randn(rank, into, *kernel, generator=generator) / 100
             up = torch.randn(out, rank, *[1] * len(kernel), generator=generator) / 100

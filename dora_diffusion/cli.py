@@ -210,6 +210,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha", type=float, help="What it was trained with, if it lost that.")
     parser.add_argument("--tags", nargs="*", default=[], help="Words that adapter managers show.")
     parser.add_argument("--thumbnail", help="A picture that adapter managers show.")
+    parser.add_argument(
+        "--json", action="store_true", help="Print JSON, with the error of every layer."
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="Of the factors. Default: float32.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
 

@@ -8,13 +8,14 @@ float32, and the sum is cast once to the dtype of ``W``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.dora import adapted_weight, merged_weight
+from dora_diffusion.numerics.dora import adapted_weight, merged_weight, wide
 from dora_diffusion.numerics.weights import LayerWeights
 
 # Values that are merged at a time: their float32 copies fit into a processor's cache.
@@ -77,12 +78,22 @@ def merge_tensor(
             _adapted(block, layer.narrow(dim, start, length), strengths)
             for layer, strengths in layers
         ]
-        result = merged_weight(block, adapted)
+        target = merged.narrow(dim, start, length).copy_(merged_weight(block, adapted))
         # Beyond the largest number of the dtype the cast gives inf: better no file than that file.
-        if not torch.stack(torch.aminmax(result)).to(dtype).isfinite().all():
-            raise MergeError(f"the merged weight {tuple(weight.shape)} is not finite in {dtype}")
-        merged.narrow(dim, start, length).copy_(result)
+        if not _is_finite(target):
+            name = str(dtype).removeprefix("torch.")
+            raise MergeError(
+                f"the merged weight {tuple(weight.shape)} is not finite in {name}; lower the "
+                "strength, or take a data type with larger numbers"
+            )
     return merged
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum with infinity or NaN in it is one of them, and is known much sooner than each number.
+    # Only a sum that overflows on its own needs these.
+    total = tensor.sum(dtype=wide(tensor[:0]).dtype)
+    return math.isfinite(total) or bool(tensor.isfinite().all())
 
 
 def _adapted(weight: Tensor, layer: LayerWeights, strengths: Strengths) -> Tensor:
@@ -131,6 +142,23 @@ def check_fit(shapes: Mapping[str, Sequence[int]], adapters: Iterable[WeightedAd
         raise MergeError(f"the base has no weights for {_listing(missing)}")
     if wrong:
         raise MergeError(f"the adapter was made for another model: {_listing(wrong)}")
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Check that a base weight is stored as numbers that a merge can take as they are.
+
+    Quantised weights are not: they mean something only with their scales, which every program
+    stores elsewhere, and rounding to 8 bits loses most of what an adapter changes.
+
+    Raises:
+        MergeError: If it is not.
+    """
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        kind = str(dtype).removeprefix("torch.")
+        raise MergeError(
+            f"the base stores {name} as {kind}: adapters are merged into weights of 16 bits or "
+            "more; take this model in half precision"
+        )
 
 
 def merge_state(

@@ -388,6 +388,8 @@ class TestFiles:
             ("run", ("run", 1.0)),
             ("a/b.safetensors:0.5", ("a/b.safetensors", 0.5)),
             ("run:-1", ("run", -1.0)),
+            ("run:1e-3", ("run", 0.001)),
+            ("run:.5", ("run", 0.5)),
             (r"C:\run", (r"C:\run", 1.0)),
         ],
     )

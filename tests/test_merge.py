@@ -156,6 +156,16 @@ def test_a_result_beyond_the_dtype_is_an_error() -> None:
         merge_tensor(broken, [(LayerWeights(torch.zeros(1, 2), torch.zeros(2, 1)), Strengths())])
 
 
+def test_a_sum_that_overflows_is_no_error() -> None:
+    """Every number fits into float32, but their sum does not."""
+    weight = torch.full((4, 4), 3e38)
+    layer = LayerWeights(torch.zeros(1, 4), torch.zeros(4, 1))
+    assert torch.equal(merge_tensor(weight, [(layer, Strengths())]), weight)
+    weight[0, 0], weight[1, 1] = float("inf"), float("-inf")
+    with pytest.raises(MergeError, match="not finite"):
+        merge_tensor(weight, [(layer, Strengths())])
+
+
 @pytest.mark.parametrize(("largest", "fits"), [(65504.0, True), (65519.0, True), (65520.0, False)])
 def test_the_largest_number_of_a_dtype_is_still_written(largest: float, fits: bool) -> None:
     """65519 is rounded to 65504, the largest of float16; 65520 to infinity."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,7 +27,10 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         **options,
     )
-    print(f"{report.path}: {report.layers} layers, {CONVERSIONS[args.to]}")
+    if args.json:
+        print(json.dumps(dataclasses.asdict(report), indent=2, default=str))
+        return 0
+    print(f"{report.path}: {report.layers} layers, {CONVERSIONS[report.target]}")
     if report.worst is not None:
         name, error = report.worst
         print(

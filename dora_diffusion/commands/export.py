@@ -58,5 +58,5 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def adapter_and_strength(text: str) -> tuple[str, float]:
     """Split ``FILE:0.5`` into the file and its strength; 1 where none is given."""
-    match = re.fullmatch(r"(.+):([-+]?\d*\.?\d+)", text)
+    match = re.fullmatch(r"(.+):([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)", text)
     return (match[1], float(match[2])) if match else (text, 1.0)

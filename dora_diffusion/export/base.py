@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.export.output import PICKLED, ExportError
+from dora_diffusion.export.output import ExportError
 from dora_diffusion.formats.checkpoint_file import CheckpointFile
 from dora_diffusion.formats.pipeline_folder import PipelineFolder
+from dora_diffusion.formats.safetensors_header import PICKLED
 from dora_diffusion.formats.safetensors_stream import read_header
 
 

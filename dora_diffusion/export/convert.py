@@ -16,7 +16,8 @@ from dora_diffusion.data.thumbnail import thumbnail as make_thumbnail
 from dora_diffusion.export.base import open_model
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.formats.adapter_file import AdapterFile, read_adapter, write_adapter
-from dora_diffusion.formats.base_targets import TARGETS, approximate
+from dora_diffusion.formats.base_targets import TARGETS, approximate, needs_compensation
+from dora_diffusion.merge import check_dtype
 
 # Plain-LoRA approximations, and the format that each is written in.
 _APPROXIMATE = {"lora": "kohya", "lora-diffusers": "diffusers"}
@@ -24,9 +25,9 @@ _APPROXIMATE = {"lora": "kohya", "lora-diffusers": "diffusers"}
 CONVERSIONS: Mapping[str, str] = {
     "diffusers": "exact in diffusers (output axis only)",
     "peft": "exact in PEFT, a folder per component (output axis only)",
-    "kohya": "standard dora_scale: exact in LyCORIS, and on the input axis in ComfyUI and Forge",
+    "kohya": "standard dora_scale: exact in LyCORIS, and on the input axis in most web UIs",
     "comfyui": "output axis compensated for ComfyUI and Forge with one base model; wrong elsewhere",
-    "dense": "full differences for one base model: exact in every web UI, and large",
+    "dense": "full differences for one base model: exact in ComfyUI, Forge and A1111, and large",
     "lora": "plain LoRA for every web UI, approximated for one base model",
     "lora-diffusers": "plain LoRA for diffusers, approximated for one base model",
 }
@@ -38,7 +39,8 @@ class ConversionReport:
 
     Attributes:
         path: The file or folder.
-        target: The format, a key of ``CONVERSIONS``.
+        target: The format, a key of ``CONVERSIONS``: ``"kohya"`` for a ``comfyui`` file without
+            output-axis magnitudes, which is one.
         layers: Number of layers.
         errors: Per layer, the relative error of an approximation; empty if the file is exact.
         total_error: The relative error of all layers together, 0 if the file is exact.
@@ -84,7 +86,8 @@ def convert_adapter(
         output: File (``.safetensors``) or folder to write.
         target: A key of ``CONVERSIONS``.
         base: The base model (folder, hub id, ``embedded:NAME`` or single file). Needed by
-            ``comfyui``, ``dense`` and the approximations; checks the adapter's fit in any case.
+            ``dense``, the approximations, and ``comfyui`` for magnitudes on the output axis;
+            checks the adapter's fit in any case.
         family: ``"sd1"``, ``"sd2"`` or ``"sdxl"``, for files that do not say it.
         rank: Rank of an approximation.
         alpha: What it was trained with, for a file that lost it.
@@ -94,8 +97,10 @@ def convert_adapter(
         overwrite: Replace an output that exists.
 
     Raises:
-        ExportError: If the output exists, or the target is unknown or needs a base.
-        AdapterFormatError: If the source cannot be read, or the target cannot hold it.
+        ExportError: If the output exists, or the target is unknown or an approximation that needs
+            a base.
+        AdapterFormatError: If the source cannot be read, or the target cannot hold it or needs a
+            base.
     """
     output = Path(output).expanduser()
     if target not in CONVERSIONS:
@@ -103,12 +108,15 @@ def convert_adapter(
     kind = _APPROXIMATE.get(target, target)
     _check_free(output, TARGETS[kind].file_name, overwrite)
     facts = Facts(family or "", tuple(tags), make_thumbnail(thumbnail) if thumbnail else "")
+    if rank < 1:
+        raise ExportError(f"the rank of a plain LoRA must be at least 1, got {rank}")
     if base is None:
-        if target in _APPROXIMATE or TARGETS[kind].needs_base:
+        if target in _APPROXIMATE:
             raise ExportError(f"{target} files are made for one base model; give that model")
         adapter = facts.added_to(read_adapter(source, alpha=alpha))
         path = write_adapter(output, adapter, kind, dtype=dtype)
-        return ConversionReport(path, target, len(adapter.layers), notes=adapter.notes)
+        written = _written_as(target, adapter)
+        return ConversionReport(path, written, len(adapter.layers), notes=adapter.notes)
     with open_base(base) as weights:
         adapter = read_adapter(
             source, weights.shapes, base_weight=weights.load, alpha=alpha,
@@ -125,7 +133,14 @@ def convert_adapter(
             metadata = dataclasses.replace(adapter.metadata, extra=extra)
             adapter = dataclasses.replace(adapter, layers=layers, metadata=metadata)
         path = write_adapter(output, adapter, kind, dtype=dtype, base_weight=weights.load)
-    return ConversionReport(path, target, len(adapter.layers), errors, total, adapter.notes)
+    written = _written_as(target, adapter)
+    return ConversionReport(path, written, len(adapter.layers), errors, total, adapter.notes)
+
+
+def _written_as(target: str, adapter: AdapterFile) -> str:
+    """The target, or what its file is where there was nothing to change for it."""
+    plain = target == "comfyui" and not needs_compensation(adapter.layers)
+    return "kohya" if plain else target
 
 
 @dataclass(frozen=True)
@@ -172,6 +187,9 @@ def open_base(base: str | Path) -> Iterator[ModuleWeights]:
     """Open a base model's weights: a folder, a hub id, an embedded model, or a single file."""
     with open_model(base) as model:
         weights = model.weights
-        yield ModuleWeights(
-            model.family, weights.module_shapes(), lambda name: weights[f"{name}.weight"]
-        )
+
+        def load(name: str) -> Tensor:
+            check_dtype(name, weights.specs[f"{name}.weight"].dtype)
+            return weights[f"{name}.weight"]
+
+        yield ModuleWeights(model.family, weights.module_shapes(), load)

@@ -13,7 +13,13 @@ from torch import Tensor
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.formats.checkpoint_keys import Entry, build_entry
 from dora_diffusion.formats.safetensors_stream import TensorReader, TensorSpec
-from dora_diffusion.merge import WeightedAdapter, layers_of, merge_tensor
+from dora_diffusion.merge import (
+    MergeError,
+    WeightedAdapter,
+    check_dtype,
+    layers_of,
+    merge_tensor,
+)
 
 _CHECKED_TENSORS = 8
 
@@ -40,11 +46,19 @@ class MergedModel:
         base: The base weights.
         adapters: What is merged.
         dtype: Of the UNet and the text encoders; None keeps the base's.
+
+    Raises:
+        MergeError: If an adapted weight of the base is quantised.
     """
 
     base: BaseWeights
     adapters: Sequence[WeightedAdapter]
     dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for adapter in self.adapters:
+            for name in adapter.layers:
+                check_dtype(name, self.base.specs[f"{name}.weight"].dtype)
 
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape that the tensor is written with."""
@@ -55,7 +69,11 @@ class MergedModel:
 
     def tensor(self, name: str) -> Tensor:
         """The merged tensor."""
-        return merge_tensor(self.base[name], layers_of(name, self.adapters), self.spec(name).dtype)
+        layers = layers_of(name, self.adapters)
+        try:
+            return merge_tensor(self.base[name], layers, self.spec(name).dtype)
+        except MergeError as error:
+            raise MergeError(f"{name}: {error}") from error
 
     def build(self, entry: Entry) -> Tensor:
         """A tensor of the single-file layout, from merged sources."""

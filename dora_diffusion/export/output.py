@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dora_diffusion.formats.atomic_file import DiskFullError, disk_full
+from dora_diffusion.formats.safetensors_header import PICKLED
 
 # Called with the number of bytes written so far, and of all.
 OnProgress = Callable[[int, int], None]
 
 _SPARE_BYTES = 32 * 2**20
-PICKLED = (".ckpt", ".bin", ".pt", ".pth")
 
 
 class ExportError(ValueError):

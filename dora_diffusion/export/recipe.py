@@ -47,9 +47,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.pairs():
             raise ExportError("no adapter was given")
-        values = [own for _, own in self.pairs()] + list(self.knobs().values())
-        if not all(math.isfinite(value) for value in [*values, self.strength]):
-            raise ExportError(f"strengths must be numbers, got {values}")
+        values = {str(path): own for path, own in self.pairs()}
+        values |= {"strength": self.strength, **self.knobs()}
+        if wrong := [f"{name} {one}" for name, one in values.items() if not math.isfinite(one)]:
+            raise ExportError(f"strengths must be finite numbers, got {', '.join(wrong)}")
 
     def pairs(self) -> list[tuple[str | Path, float]]:
         """The adapters with their own strengths."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,9 +14,9 @@ from dora_diffusion.export.output import (
     OnProgress,
     ProgressReporter,
     check_space,
-    temporary_sibling,
 )
-from dora_diffusion.formats.checkpoint_file import CheckpointFile
+from dora_diffusion.formats.atomic_file import atomic_file
+from dora_diffusion.formats.checkpoint_file import CheckpointFile, standard_key
 from dora_diffusion.formats.checkpoint_keys import (
     Entry,
     ModelFacts,
@@ -56,11 +56,15 @@ def write_file_as_file(
 
     Tensors of no component, such as the noise schedule, are copied as they are.
     """
+    entries = [replace(entry, key=standard_key(entry.key)) for entry in checkpoint.entries]
     copied = checkpoint.copied_specs()
-    _write(
-        merged, checkpoint.entries, copied, checkpoint.reader.__getitem__,
-        output, notes, on_progress,
-    )  # fmt: skip
+    key_of = {standard_key(key): key for key in copied}
+    specs = {key: copied[old] for key, old in key_of.items()}
+
+    def load(key: str) -> Tensor:
+        return checkpoint.reader[key_of[key]]
+
+    _write(merged, entries, specs, load, output, notes, on_progress)
 
 
 def _write(
@@ -81,7 +85,6 @@ def _write(
     def load(key: str) -> Tensor:
         return merged.build(by_key[key]) if key in by_key else load_other(key)
 
-    with temporary_sibling(output) as temporary:
+    with atomic_file(output) as temporary:
         write_tensors(temporary, specs, load, notes.draft(), notes.final, report.step)
         check_sample(temporary, entries, merged)
-        os.replace(temporary, output)

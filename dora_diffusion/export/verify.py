@@ -159,6 +159,9 @@ class Comparison:
 
     def _compare_adapted(self, name: str) -> None:
         actual = self.found[name]
+        if not actual.is_floating_point():
+            self.problems.append(f"{name} holds {actual.dtype}, not floating-point numbers")
+            return
         layers = layers_of(name, self.expected.adapters)
         wanted = merge_tensor(self.expected.base[name], layers, torch.float32)
         size = wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dora_diffusion.formats.adapter_alpha import AlphaOf, alpha_rule
 from dora_diffusion.formats.adapter_keys import (
     AdapterFormatError,
     Part,
@@ -22,21 +22,16 @@ from dora_diffusion.formats.adapter_keys import (
 from dora_diffusion.formats.adapter_magnitude import BaseWeight, Magnitude, resolve_axes
 from dora_diffusion.formats.adapter_metadata import OWN, described
 from dora_diffusion.formats.adapter_repair import (
-    NO_ALPHA,
     has_component,
     key_notes,
     move_to_second_encoder,
     split_joined,
 )
-from dora_diffusion.formats.module_names import component_of, split_component
+from dora_diffusion.formats.module_names import component_of
 from dora_diffusion.formats.sgm_blocks import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
-DIFFUSERS_METADATA = "lora_adapter_metadata"
-
 ModuleShapes = Mapping[str, tuple[int, ...]]
-# (canonical name, rank) -> effective alpha, for files whose alpha is not among the tensors
-AlphaOf = Callable[[str, int], float]
 
 
 def decode_layers(
@@ -70,15 +65,17 @@ def decode_layers(
             axis cannot be told, numbers that are not finite, or a layer the model does not have.
     """
     _refuse_made_for_one_base(metadata)
+    if base_weight is not None and module_shapes is not None:
+        base_weight = _known_weights(base_weight, module_shapes)
     resolve = name_resolver(module_shapes, _stamped_layout(metadata))
     groups = group_keys(tensors, resolve, component)
     if not groups:
         raise AdapterFormatError("the file holds no adapter: it has no tensors")
     notes = key_notes(tensors) if component is None else []
-    rule = _alpha_rule(metadata, config, notes)
+    rule = alpha_rule(metadata, config, notes)
     layers, magnitudes = {}, {}
     for name, parts in groups.items():
-        own = {part: _finite(key, tensors[key]) for part, key in parts.items()}
+        own = {part: _numbers(key, part, tensors[key]) for part, key in parts.items()}
         layers[name] = _factors(name, own, rule, alpha)
         if magnitude := _magnitude(name, own, layers[name].weight_shape):
             magnitudes[name] = magnitude
@@ -97,6 +94,10 @@ def decode_layers(
     return fit_to_model(layers, module_shapes), notes
 
 
+def _known_weights(base_weight: BaseWeight, shapes: ModuleShapes) -> BaseWeight:
+    return lambda name: base_weight(name) if name in shapes else None
+
+
 def _refuse_made_for_one_base(metadata: Mapping[str, str]) -> None:
     if metadata.get(OWN + "target") == "comfyui":
         raise AdapterFormatError(
@@ -107,10 +108,17 @@ def _refuse_made_for_one_base(metadata: Mapping[str, str]) -> None:
 
 def _stamped_layout(metadata: Mapping[str, str]) -> UNetLayout | None:
     count = metadata.get(OWN + "unet_layers_per_block", "")
-    return UNetLayout(int(count), ()) if count.isdigit() else None
+    return UNetLayout(int(count), ()) if re.fullmatch("[1-9]", count) else None
 
 
-def _finite(key: str, tensor: Tensor) -> Tensor:
+def _numbers(key: str, part: Part, tensor: Tensor) -> Tensor:
+    """The tensor in float32, if it is of a kind that this part can be."""
+    is_alpha = part == "alpha"
+    if not tensor.is_floating_point() and not is_alpha:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise AdapterFormatError(f"{key} holds {kind}, not floating-point numbers")
+    if not tensor.numel() or (is_alpha and tensor.numel() != 1):
+        raise AdapterFormatError(f"{key} has shape {tuple(tensor.shape)}; the file is damaged")
     tensor = tensor.to(torch.float32)
     if not torch.isfinite(tensor).all():
         raise AdapterFormatError(f"{key} holds numbers that are not finite; the file is damaged")
@@ -124,8 +132,12 @@ def _factors(
     if missing := [part for part in ("down", "up") if part not in parts]:
         raise AdapterFormatError(f"{name} lacks its {' and '.join(missing)} factor")
     down, up = parts["down"], parts["up"]
+    if min(down.ndim, up.ndim) < 2:
+        raise AdapterFormatError(
+            f"{name}: low-rank factors of shapes {tuple(down.shape)} and {tuple(up.shape)}"
+        )
     if "mid" in parts:
-        down = _without_tucker_core(down, parts["mid"])
+        down = _without_tucker_core(name, down, parts["mid"])
     # Some programs store the factors of a 1x1 convolution flat on one side.
     if down.ndim == 4 and up.ndim == 2:
         up = up[:, :, None, None]
@@ -137,6 +149,8 @@ def _factors(
         if "alpha" in parts and alpha != rank:
             raise AdapterFormatError(f"{name} says that its alpha is {alpha:g}; it was not lost")
         alpha = lost_alpha
+    if not math.isfinite(alpha):
+        raise AdapterFormatError(f"{name}: its alpha is {alpha}, not a number")
     try:
         return LayerWeights(down, up, None, alpha)
     except ValueError as error:
@@ -152,8 +166,12 @@ def _with_magnitude(
         raise AdapterFormatError(f"{name}: {error}") from error
 
 
-def _without_tucker_core(down: Tensor, mid: Tensor) -> Tensor:
+def _without_tucker_core(name: str, down: Tensor, mid: Tensor) -> Tensor:
     """Fold a core ``(r, r, kh, kw)`` into ``down (r, in, 1, 1)``: -> ``(r, in, kh, kw)``."""
+    if mid.ndim != 4 or mid.shape[1] != down.shape[0] or down.shape[2:].numel() != 1:
+        raise AdapterFormatError(
+            f"{name}: its core {tuple(mid.shape)} does not fit its factor {tuple(down.shape)}"
+        )
     return torch.einsum("mnhw,ni->mihw", mid, down.flatten(1))
 
 
@@ -170,59 +188,13 @@ def _magnitude(
 def _without_padding(name: str, layer: LayerWeights, metadata: Mapping[str, str]) -> LayerWeights:
     """Undo the zero padding to a common rank that our own files record."""
     rank = described(metadata.get(OWN + "rank", ""), name)
-    if not rank.isdigit() or not 0 < int(rank) < layer.rank:
+    if not re.fullmatch("[0-9]{1,6}", rank) or not 0 < int(rank) < layer.rank:
         return layer
     down, up = layer.down[: int(rank)], layer.up[:, : int(rank)]
     if layer.down[int(rank) :].any() or layer.up[:, int(rank) :].any():
         return layer
     alpha = layer.scale * int(rank)
     return dataclasses.replace(layer, down=down, up=up, alpha=alpha)
-
-
-def _alpha_rule(
-    metadata: Mapping[str, str], config: Mapping[str, Any] | None, notes: list[str]
-) -> AlphaOf:
-    if config is not None:
-        return lambda name, rank: _peft_alpha(config, split_component(name)[1], rank)
-    if DIFFUSERS_METADATA not in metadata:
-        return _alpha_by_training(metadata, notes)
-    try:
-        packed = json.loads(metadata[DIFFUSERS_METADATA])
-    except ValueError as error:
-        raise AdapterFormatError(f"its {DIFFUSERS_METADATA} is not JSON") from error
-
-    def alpha_of(name: str, rank: int) -> float:
-        component, path = split_component(name)
-        own = {k.partition(".")[2]: v for k, v in packed.items() if k.startswith(component + ".")}
-        if not own:
-            raise AdapterFormatError(f"its {DIFFUSERS_METADATA} says nothing of the {component}")
-        return _peft_alpha(own, path, rank)
-
-    return alpha_of
-
-
-def _alpha_by_training(metadata: Mapping[str, str], notes: list[str]) -> AlphaOf:
-    """Alpha = rank, or what a kohya file's record of its training says for layers of its rank."""
-    try:
-        rank_then, alpha_then = (float(metadata[f"ss_network_{f}"]) for f in ("dim", "alpha"))
-    except (KeyError, ValueError):
-        return lambda name, rank: float(rank)
-    if NO_ALPHA in notes:
-        notes[notes.index(NO_ALPHA)] = (
-            f"its layers do not say their alpha; alpha {alpha_then:g} of its training was taken"
-        )
-    return lambda name, rank: alpha_then if rank == rank_then else float(rank)
-
-
-def _peft_alpha(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """Effective alpha of one module from a PEFT config; patterns match the end of its path."""
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        spelled = path if "text_model" in pattern else path.removeprefix("text_model.")
-        if re.match(rf"(.*\.)?({pattern})$", spelled):
-            alpha = value
-            break
-    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
 
 
 def fit_to_model(

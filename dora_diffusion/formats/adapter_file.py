@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +27,11 @@ from dora_diffusion.formats.adapter_targets import (
     EncodedFile,
     WriteOptions,
 )
-from dora_diffusion.formats.atomic_file import save_text
+from dora_diffusion.formats.atomic_file import atomic_file, save_text
 from dora_diffusion.formats.base_targets import TARGETS
-from dora_diffusion.formats.module_names import COMPONENTS, FAMILY_TITLES, guess_family
+from dora_diffusion.formats.module_names import FAMILY_TITLES, guess_family
+from dora_diffusion.formats.peft_folder import peft_config, peft_folders
+from dora_diffusion.formats.safetensors_header import PICKLED
 from dora_diffusion.formats.safetensors_stream import (
     TensorFileError,
     TensorReader,
@@ -49,8 +49,6 @@ __all__ = [
     "read_adapter",
     "write_adapter",
 ]
-
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -85,11 +83,12 @@ def write_adapter(
             ``peft`` target always makes a folder, with one sub-folder per component.
         adapter: The layers and facts.
         target: A name in ``TARGETS``.
-        dtype: Of the low-rank factors; None keeps theirs. Magnitudes are float32.
+        dtype: Of the low-rank factors (of the differences, for ``dense``); None keeps theirs.
+            Magnitudes are float32.
         unet_layout: For kohya names of an SDXL UNet not shaped like the released one.
         text_model_prefix: In a ``peft`` folder, name modules as transformers before 5.6 do.
         base_weight: Base weight by canonical module name, for targets made for one base model
-            (``comfyui``, ``dense``).
+            (``comfyui`` with magnitudes on the output axis, and ``dense``).
 
     Returns:
         The file (or the folder, for ``peft``) that was written.
@@ -99,6 +98,10 @@ def write_adapter(
         DiskFullError: If the disk fills up; a file that was there is unchanged.
     """
     path = Path(path)
+    if path.suffix in PICKLED:
+        raise AdapterFormatError(
+            f"{path.name}: pickles are not written; use the suffix .safetensors"
+        )
     if target not in TARGETS:
         raise AdapterFormatError(f"unknown target {target!r}; there is {', '.join(TARGETS)}")
     if not adapter.layers:
@@ -108,13 +111,26 @@ def write_adapter(
         path = path / file_name
     elif file_name is None and path.suffix == ".safetensors":
         raise AdapterFormatError(f"the {target} target is a folder, not a file: {path.name}")
-    if TARGETS[target].needs_base and base_weight is None:
-        raise AdapterFormatError(f"the {target} target is made for one base model; give that model")
     options = WriteOptions(dtype, path.stem, unet_layout, text_model_prefix, base_weight)
     files = TARGETS[target].encode(adapter.layers, adapter.metadata, options)
-    for name, file in files.items():
-        _write_file(path if file_name else path / name, file)
+    if file_name is None:
+        _write_folder(path, files)
+    else:
+        _write_file(path, *files.values())
     return path
+
+
+def _write_folder(folder: Path, files: Mapping[str, EncodedFile]) -> None:
+    """Write all files of a PEFT folder, and only then give them their names.
+
+    What it held of another adapter goes: a text encoder left over would be read with the new UNet.
+    """
+    old = [found / name for found in peft_folders(folder) for name in (PEFT_CONFIG, PEFT_FILE)]
+    with contextlib.ExitStack() as stack:
+        for name, file in files.items():
+            _write_file(stack.enter_context(atomic_file(folder / name)), file)
+    for path in set(old) - {folder / name for name in files}:
+        path.unlink(missing_ok=True)
 
 
 def _write_file(path: Path, file: EncodedFile) -> None:
@@ -213,8 +229,10 @@ def find_adapter(path: str | Path) -> Path:
         return path
     if (path / DIFFUSERS_FILE).is_file():
         return path / DIFFUSERS_FILE
-    if _peft_folders(path):
+    if peft_folders(path):
         return path
+    if (path / "model_index.json").is_file():
+        raise AdapterFormatError(f"{path} is a model, not an adapter")
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_lora_weights.bin"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files)
@@ -223,21 +241,11 @@ def find_adapter(path: str | Path) -> Path:
     return files[0]
 
 
-def _peft_folders(path: Path) -> list[Path]:
-    candidates = [path, *(path / component for component in COMPONENTS)]
-    return [folder for folder in candidates if (folder / PEFT_CONFIG).is_file()]
-
-
 def _read_peft_folders(path: Path, module_shapes: ModuleShapes | None) -> AdapterFile:
     layers: dict[str, LayerWeights] = {}
     facts: AdapterMetadata | None = None
-    for folder in _peft_folders(path):
-        try:
-            config: dict[str, Any] = json.loads((folder / PEFT_CONFIG).read_text("utf-8"))
-        except ValueError as error:
-            raise AdapterFormatError(f"{folder / PEFT_CONFIG} is not JSON") from error
-        if config.get("peft_type") != "LORA":
-            raise AdapterFormatError(f"{folder} holds {config.get('peft_type')}, not a LoRA")
+    for folder in peft_folders(path):
+        config = peft_config(folder)
         tensors, metadata = _load(folder / PEFT_FILE)
         with _naming(folder / PEFT_FILE):
             component = peft_component(
@@ -261,7 +269,10 @@ def _facts(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> A
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if path.suffix in _PICKLED:
+    pickled = path.with_suffix(".bin")
+    if not path.exists() and pickled.exists():  # what a PEFT folder may hold instead
+        path = pickled
+    if path.suffix in PICKLED:
         raise AdapterFormatError(
             f"{path.name} is a pickle, which can run code when opened; ask for a .safetensors file"
         )

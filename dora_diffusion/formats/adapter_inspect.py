@@ -148,7 +148,7 @@ def _report_for_one_base(
 ) -> AdapterReport:
     """Report what names, shapes and metadata tell, without reading layers."""
     dense = any(key.endswith(".diff") for key in header.specs)
-    resolve, mark = name_resolver(), ".diff" if dense else ".lora_up.weight"
+    resolve, mark = name_resolver(), ".diff" if dense else ".lora_down.weight"
     keys = {key: resolve(key.partition(".")[0]) for key in header.specs if key.endswith(mark)}
     components = Counter((name or "other").split(".")[0] for name in keys.values())
     note = "full differences: add them to the base's weights"

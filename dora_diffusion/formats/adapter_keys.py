@@ -199,12 +199,17 @@ def group_keys(
     return layers
 
 
+# What a whole model holds, in the original layout and in diffusers'.
+_MODEL_KEYS = (
+    "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.",
+    "down_blocks.0.resnets.0.norm1.weight", "text_model.embeddings.", "embeddings.",
+)  # fmt: skip
 _OTHER_METHODS = {
     "bundle_emb": "embeddings bundled with the adapter",
     ".hada_": "LoHa",
     ".lokr_": "LoKr",
     ".oft_": "OFT",
-    ".diff": "full differences",
+    ".diff_b": "differences of biases",
     ".lora_B.bias": "LoRA biases",
     ".bias": "LoRA biases",
     ".w_norm": "norm weights",
@@ -212,6 +217,12 @@ _OTHER_METHODS = {
 
 
 def _left_over_message(keys: list[str]) -> str:
+    if any(key.startswith(_MODEL_KEYS) for key in keys):
+        return f"it is a model, not an adapter: {listing(keys, 3)}"
+    if any(key.endswith(".diff") for key in keys):
+        return (
+            f"this file holds full differences, which is no part of a LoRA or DoRA: {listing(keys)}"
+        )
     for mark, method in _OTHER_METHODS.items():
         if any(mark in key for key in keys):
             return f"this file holds {method}, which is no part of a LoRA or DoRA: {listing(keys)}"

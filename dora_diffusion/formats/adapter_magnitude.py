@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dora_diffusion.formats.adapter_keys import AdapterFormatError
+from dora_diffusion.formats.adapter_keys import AdapterFormatError, listing
 from dora_diffusion.numerics.dora import squared_norm, weight_norm
 from dora_diffusion.numerics.weights import NORM_AXES, NormAxis
 
-BaseWeight = Callable[[str], Tensor]
+# Base weight by canonical module name, None where the base has no such module.
+BaseWeight = Callable[[str], "Tensor | None"]
 # Magnitudes belong to an axis when they are this near to the base's norms there (relative), and
 # twice as near as to those of the other axis. Training moves them by a few percent.
 _NEAR = 0.5
@@ -106,11 +107,12 @@ def resolve_axes(
 
 
 def _refuse_misfits(magnitudes: Mapping[str, Magnitude], forms: Mapping[str, str]) -> None:
-    if wrong := [name for name, form in forms.items() if not form]:
+    if wrong := sorted(name for name, form in forms.items() if not form):
         one = magnitudes[wrong[0]]
+        more = f"; so have {listing(wrong[1:])}" if wrong[1:] else ""
         raise AdapterFormatError(
             f"{wrong[0]}: its dora_scale has shape {one.shape}, which fits neither axis of the "
-            f"weight {one.weight_shape}"
+            f"weight {one.weight_shape}{more}"
         )
 
 
@@ -120,7 +122,7 @@ def _told_by_base(
     """The axis of magnitudes whose shape does not say it: one for all that fit both axes."""
     if not magnitudes:
         return {}
-    name, first = next(iter(magnitudes.items()))
+    name, first = min(magnitudes.items(), key=lambda item: item[0])
     flat = len(first.shape) == 1
     what = "flat" if flat else "of the same shape on both axes"
     reason = (
@@ -129,9 +131,11 @@ def _told_by_base(
     )
     if base_weight is None:
         out, into = first.weight_shape[:2]
+        others = magnitudes.keys() - {name}
+        more = f"; nor do those of {listing(others)}" if others else ""
         raise AdapterFormatError(
-            f"{reason}. Give the base model, whose weights tell, or ask its author for a file with "
-            f"({out}, 1) or (1, {into})"
+            f"{reason}{more}. Give the base model, whose weights tell, or ask its author for a "
+            f"file with ({out}, 1) or (1, {into})"
         )
     both: dict[str, Magnitude] = {}
     axes: dict[str, NormAxis] = {}
@@ -159,6 +163,8 @@ def _nearest(magnitudes: Mapping[str, Magnitude], base_weight: BaseWeight) -> No
     size = 0.0
     for name, magnitude in magnitudes.items():
         weight, values = base_weight(name), magnitude.tensor.flatten()
+        if weight is None or tuple(weight.shape) != magnitude.weight_shape:
+            continue  # an adapter for another model, or a joined projection
         for axis in NORM_AXES:
             off[axis] += (values - weight_norm(weight, axis)).square().sum().item()
         size += squared_norm(weight, "output").sum().item()

@@ -124,7 +124,7 @@ def described(text: str, name: str) -> str:
         return text
     try:
         return str(json.loads(text).get(name, ""))
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
 
 
@@ -224,7 +224,7 @@ def _tags(fields: Mapping[str, str]) -> tuple[str, ...]:
 def _read_tag_frequency(fields: Mapping[str, str]) -> dict[str, int]:
     """The counts of all datasets together, most frequent first; none if they are no captions'."""
     counts: Counter[str] = Counter()
-    with contextlib.suppress(ValueError, AttributeError, TypeError):
+    with contextlib.suppress(ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         for tags in json.loads(fields.get(TAG_FREQUENCY, "{}")).values():
             counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
     found = dict(counts.most_common())
@@ -265,5 +265,5 @@ def _family_of(version: str, architecture: str, v2: str) -> str:
 
 
 def _pixels(text: str) -> int | None:
-    match = re.search(r"\d+", text)
+    match = re.search(r"[0-9]{1,6}", text)
     return int(match[0]) if match else None

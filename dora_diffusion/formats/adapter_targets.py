@@ -87,13 +87,11 @@ class Target:
         name: What users call it.
         encode: Layers -> files by relative name.
         file_name: Default name of a single-file target; None for a folder of files.
-        needs_base: Whether ``WriteOptions.base_weight`` must be given.
     """
 
     name: str
     encode: Encode
     file_name: str | None
-    needs_base: bool = False
 
 
 def encode_diffusers(
@@ -175,7 +173,8 @@ def _check_peft_can_hold(layers: Layers, target: str) -> None:
             raise AdapterFormatError(
                 f"the {target} format cannot hold {name}: its magnitude runs along the input "
                 "axis, and PEFT and diffusers only know one magnitude per output. Write the kohya "
-                "format, or export a merged checkpoint, which is exact everywhere"
+                "format, export a merged checkpoint (exact everywhere), or convert to a plain LoRA "
+                "(lora-diffusers, an approximation)"
             )
         kinds.setdefault(split_component(name)[0], set()).add(layer.magnitude is not None)
     if mixed := [component for component, kind in kinds.items() if len(kind) == 2]:

@@ -6,13 +6,13 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-_SYNCED_BYTES = 2**28
+_SYNCED_BYTES = 2**26
 
 
 class DiskFullError(OSError):
@@ -23,11 +23,13 @@ class DiskFullError(OSError):
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; rename it onto ``path`` if the block succeeds.
 
-    If it does not, the temporary file is removed and ``path`` is left as it was.
+    If it does not, the temporary file is removed, with folders that were made for it, and ``path``
+    is left as it was.
 
     Raises:
         DiskFullError: In place of the ``OSError`` of a full disk or quota.
     """
+    new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
     try:
@@ -35,21 +37,43 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary, new_folders)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(path) from error
+        if error.errno == errno.EFBIG:
+            raise _too_large(path) from error
+        if error.filename == str(temporary):
+            error.filename = str(path)  # the name that the user gave
         raise
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary, new_folders)
         raise
+
+
+def _remove(temporary: Path, folders: Iterable[Path]) -> None:
+    """Remove a temporary file, and folders that were made for it if nothing else is in them."""
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+        for folder in folders:
+            folder.rmdir()
 
 
 def disk_full(path: Path) -> DiskFullError:
     """The one-line error for a disk that filled up while ``path`` was written."""
-    kept = "the file that was there is unchanged" if path.exists() else "no file was left behind"
-    return DiskFullError(
-        errno.ENOSPC, f"the disk is full: {path.name} could not be written; {kept}"
+    text = f"the disk is full: {path.name} could not be written; {_kept(path)}"
+    return DiskFullError(errno.ENOSPC, text)
+
+
+def _too_large(path: Path) -> OSError:
+    text = (
+        f"{path.name} would be larger than this disk or account allows a file to be (4 GB on a "
+        f"disk formatted as FAT32); {_kept(path)}"
     )
+    return OSError(errno.EFBIG, text)
+
+
+def _kept(path: Path) -> str:
+    return "the file that was there is unchanged" if path.exists() else "no file was left behind"
 
 
 def save_text(path: Path, text: str) -> Path:

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dora_diffusion.formats.adapter_keys import AdapterFormatError
 from dora_diffusion.formats.adapter_metadata import AdapterMetadata
 from dora_diffusion.formats.adapter_targets import (
     DIFFUSERS_FILE,
@@ -39,9 +40,10 @@ _OVERSAMPLING = 16
 _POWER_ITERATIONS = 6
 
 
-def _base_weight(options: WriteOptions, name: str) -> Tensor:
-    assert options.base_weight is not None  # write_adapter checks Target.needs_base
-    return options.base_weight(name)
+def _base_weights(options: WriteOptions, target: str) -> Callable[[str], Tensor]:
+    if options.base_weight is None:
+        raise AdapterFormatError(f"{target} files are made for one base model; give that model")
+    return options.base_weight
 
 
 def encode_comfyui(
@@ -50,12 +52,21 @@ def encode_comfyui(
     """A kohya file whose output-axis magnitudes are compensated for ComfyUI and Forge.
 
     They compute ``m * (W + delta) / norm(W)``, so ``m`` is multiplied by
-    ``norm(W) / norm(W + delta)``. The input axis is exact there as it is.
+    ``norm(W) / norm(W + delta)``. The input axis is exact there as it is: an adapter that has no
+    other is a plain kohya file, for any base.
     """
-    changed = {name: _compensated(_base_weight(options, name), layers[name]) for name in layers}
+    if not needs_compensation(layers):
+        return encode_kohya(layers, metadata, options)
+    base_weight = _base_weights(options, "comfyui")
+    changed = {name: _compensated(base_weight(name), layers[name]) for name in layers}
     (file,) = encode_kohya(changed, metadata, options).values()
     fields = kohya_metadata(layers, metadata, options, "comfyui")
     return {KOHYA_FILE: EncodedFile(file.tensors, with_hash(fields, file.tensors))}
+
+
+def needs_compensation(layers: Layers) -> bool:
+    """Whether ComfyUI would compute these layers wrongly from a plain kohya file."""
+    return any(one.magnitude is not None and one.norm_axis == "output" for one in layers.values())
 
 
 def _compensated(weight: Tensor, layer: LayerWeights) -> LayerWeights:
@@ -72,11 +83,12 @@ def encode_dense(
     layers: Layers, metadata: AdapterMetadata, options: WriteOptions
 ) -> dict[str, EncodedFile]:
     """Full differences ``W' - W`` under kohya names: large, and exact on either axis."""
+    base_weight = _base_weights(options, "dense")
     names = kohya_names(layers, metadata, options)
     dtype = options.dtype or torch.float32
 
     def make(name: str) -> Tensor:
-        return difference(_base_weight(options, name), layers[name]).to(dtype)
+        return difference(base_weight(name), layers[name]).to(dtype)
 
     lazy = {
         f"{names[name]}.diff": (TensorSpec(dtype, layer.weight_shape), partial(make, name))
@@ -152,7 +164,7 @@ TARGETS: Mapping[str, Target] = {
         Target("diffusers", encode_diffusers, DIFFUSERS_FILE),
         Target("kohya", encode_kohya, KOHYA_FILE),
         Target("peft", encode_peft, None),
-        Target("comfyui", encode_comfyui, "adapter_comfyui.safetensors", needs_base=True),
-        Target("dense", encode_dense, "adapter_dense.safetensors", needs_base=True),
+        Target("comfyui", encode_comfyui, "adapter_comfyui.safetensors"),
+        Target("dense", encode_dense, "adapter_dense.safetensors"),
     )
 }

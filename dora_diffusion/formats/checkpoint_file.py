@@ -92,6 +92,17 @@ class CheckpointFile:
         }
 
 
+def standard_key(key: str) -> str:
+    """The name that a tensor should have: some programs drop or repeat CLIP's ``text_model.``.
+
+    Without it most programs leave the text encoder as it was, or do not load the file at all.
+    """
+    for prefix in CLIP_PREFIXES.values():
+        if key.startswith(prefix):
+            return prefix + with_text_model(key.removeprefix(prefix))
+    return key
+
+
 def _source_spec(entry: Entry, spec: TensorSpec) -> TensorSpec:
     if entry.operation == "concatenate":
         return TensorSpec(spec.dtype, (spec.shape[0] // len(entry.sources), *spec.shape[1:]))

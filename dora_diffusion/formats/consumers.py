@@ -1,7 +1,8 @@
 """Which programs compute an adapter file as it was trained. docs/formats.md gives the reasons.
 
 Every verdict is either proven by a test against the program itself (diffusers, PEFT, LyCORIS) or
-against a restatement of its published formula (ComfyUI and Forge, A1111), or taken from its source.
+against a restatement of its published formula (ComfyUI and Forge, A1111), or taken from its source
+(InvokeAI, sd-scripts).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 EXACT = "exact"
 _PLAIN = "wrong: the magnitudes are ignored, so it acts as a plain LoRA"
 _NOT_FOR_IT = "convert: the file is not made for it"
+_BY_SOURCE = "exact: by its source, which we have read and not run"
 _OTHER_BASES = "exact for its base: wrong with any other"
 
 CONSUMERS = (
@@ -64,7 +66,7 @@ VERDICTS: Mapping[str, Mapping[str, str]] = {
         lycoris="exact if told so: with wd_on_output=False, and an error without",
         comfyui=EXACT,
         a1111=EXACT,
-        invokeai=EXACT,
+        invokeai=_BY_SOURCE,
         sd_scripts=_PLAIN,
     ),
     "comfyui": _verdicts(
@@ -87,8 +89,8 @@ VERDICTS: Mapping[str, Mapping[str, str]] = {
         lycoris=EXACT,
         comfyui=EXACT,
         a1111=EXACT,
-        invokeai=EXACT,
-        sd_scripts=EXACT,
+        invokeai=_BY_SOURCE,
+        sd_scripts=_BY_SOURCE,
     ),
     "diffusers LoRA": _verdicts(diffusers=EXACT, peft=_NOT_FOR_IT),
     "peft LoRA": _verdicts(diffusers=_NOT_FOR_IT, peft=EXACT),

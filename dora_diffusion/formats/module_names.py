@@ -103,7 +103,9 @@ def _dotted(flat: str, patterns: list[tuple[re.Pattern[str], str]]) -> str | Non
 
 
 def with_text_model(path: str) -> str:
-    """Text-encoder path with the ``text_model.`` that transformers >= 5.6 dropped."""
+    """Text-encoder path with the ``text_model.`` that transformers >= 5.6 dropped, and one only."""
+    while path.startswith("text_model.text_model."):
+        path = path.removeprefix("text_model.")
     if path.startswith(("text_model.", "text_projection")):
         return path
     return f"text_model.{path}"

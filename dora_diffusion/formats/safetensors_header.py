@@ -31,6 +31,8 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Suffixes of files that can run code when they are opened, and never are.
+PICKLED = (".ckpt", ".bin", ".pt", ".pth")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 

@@ -48,10 +48,6 @@ __all__ = [
     "write_tensors",
 ]
 
-
-_MOST_WORKERS = 4
-
-
 _MOST_WORKERS = 4
 
 
@@ -81,6 +77,8 @@ class TensorReader:
             self.specs.update(header.specs)
             self._starts.update(header.starts)
             self.file_of.update(dict.fromkeys(header.specs, file))
+        if lost := _promised(self.path) - self.specs.keys():
+            raise TensorFileError(f"{self.path.name}: in no shard: {_listing(lost)}")
         self._handles: dict[Path, BufferedReader] = {}
         self._lock = threading.Lock()
 
@@ -113,18 +111,34 @@ class TensorReader:
 
 def shard_files(path: Path) -> list[Path]:
     """The safetensors files behind ``path``: itself, or the shards that its index names."""
-    if not path.name.endswith(".index.json"):
+    if not _is_index(path):
         return [path]
-    try:
-        names = set(json.loads(path.read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise TensorFileError(f"{path.name} is not an index of shards: {error!r}") from error
+    names = set(_weight_map(path).values())
     if bad := [name for name in names if Path(name).name != name]:
         raise TensorFileError(f"{path.name} names shards outside its folder: {_listing(bad)}")
     files = [path.parent / name for name in sorted(names)]
     if missing := [file.name for file in files if not file.is_file()]:
         raise TensorFileError(f"{path.name}: missing shards: {_listing(missing)}")
     return files
+
+
+def _is_index(path: Path) -> bool:
+    # That of a variant is called `model.safetensors.index.fp16.json`.
+    return path.suffix == ".json" and ".index" in path.name
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Name of each tensor -> name of the shard that holds it."""
+    try:
+        places = json.loads(index.read_text("utf-8"))["weight_map"]
+        return {str(name): str(shard) for name, shard in places.items()}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise TensorFileError(f"{index.name} is not an index of shards: {error!r}") from error
+
+
+def _promised(path: Path) -> set[str]:
+    """The tensors that an index says there are; none for a single file."""
+    return set(_weight_map(path)) if _is_index(path) else set()
 
 
 def write_tensors(
@@ -177,7 +191,8 @@ def _made_ahead(
     make: Callable[[str], Tensor], names: Sequence[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Make tensors in threads, a few ahead of their use, and give them in their order."""
-    workers = min(_MOST_WORKERS, os.cpu_count() or 1)
+    # One more than there are cores: some of them wait for the disk.
+    workers = min(_MOST_WORKERS, (os.cpu_count() or 1) + 1)
     waiting: deque[tuple[str, Future[Tensor]]] = deque()
     pool = ThreadPoolExecutor(workers)
     with one_thread_each():

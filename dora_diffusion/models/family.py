@@ -151,8 +151,11 @@ def detect_checkpoint_family(keys: Collection[str], name: str = "the checkpoint"
     Raises:
         UnsupportedModelError: If no family's marker is among them.
     """
+    from dora_diffusion.formats.checkpoint_file import standard_key  # imports torch
+
+    names = {standard_key(key) for key in keys}
     for family in FAMILIES.values():
-        if family.checkpoint_key in keys:
+        if family.checkpoint_key in names:
             return family
     titles = ", ".join(family.title for family in FAMILIES.values())
     raise UnsupportedModelError(

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from dora_diffusion.formats.checkpoint_file import CheckpointFile, standard_key
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.family import detect_checkpoint_family
+from dora_diffusion.models.family import Family, detect_checkpoint_family
 from dora_diffusion.models.locate import is_offline, resolve_folder
 from dora_diffusion.models.scheduling import training_scheduler, zeros_for_empty_prompt
-from dora_diffusion.models.weights import plain_errors
+from dora_diffusion.models.weights import fill_respelled, plain_errors, read_json
 
 
 def load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Components:
@@ -37,6 +38,8 @@ def load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) 
     options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": is_offline()}
     if config is not None:
         options |= {"config": str(resolve_folder(str(config))), "local_files_only": True}
+    if config is not None and any(standard_key(key) != key for key in keys):
+        options["text_encoder"] = _text_encoder(path, family, Path(options["config"])).to(dtype)
     with plain_errors(str(path), "its configuration is needed: pass a diffusers folder as config"):
         if family.vae_wants_float32 and dtype != torch.float32:
             vae_options = options | {"torch_dtype": torch.float32, "subfolder": "vae"}
@@ -56,6 +59,21 @@ def load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) 
         zeros_for_empty_prompt=zeros_for_empty_prompt(family, dict(pipeline.config)),
         source=str(path),
     )
+
+
+def _text_encoder(path: Path, family: Family, config: Path) -> torch.nn.Module:
+    """CLIP from a file that misspells its names, which diffusers does not find there."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    prefix = "text_encoder."
+    with CheckpointFile.open(path, family.name) as file:
+        names = [name for name in file.specs if name.startswith(prefix)]
+        tensors = {name.removeprefix(prefix): file[name] for name in names}
+    settings = read_json(config / "text_encoder" / "config.json")
+    model: torch.nn.Module = CLIPTextModel(CLIPTextConfig(**settings))
+    if not fill_respelled(model, tensors):
+        raise ValueError(f"{path}: its text encoder does not fit the configuration {config}")
+    return model.eval()
 
 
 def _prediction_markers(keys: set[str]) -> dict[str, Any]:

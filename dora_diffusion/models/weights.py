@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,11 @@ def _load_respelled(module: nn.Module, folder: Path, variant: str | None) -> boo
     stored: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob(pattern)):
         stored |= load_file(file)
+    return fill_respelled(module, stored)
+
+
+def fill_respelled(module: nn.Module, stored: Mapping[str, torch.Tensor]) -> bool:
+    """Fill a text encoder with tensors named with or without ``text_model.``; whether they fit."""
     wanted = module.state_dict()
     prefix = "text_model."
     spellings: list[Callable[[str], str]] = [

@@ -305,6 +305,24 @@ def test_lycoris_merges_the_kohya_file_exactly(
         assert_close_to_merge(module_at(pipeline, name).weight, sd1_folder, layers, name)
 
 
+def test_lycoris_untold_of_the_input_axis(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """An error, not a wrong picture. If this fails, docs/formats.md is out of date."""
+    from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
+
+    layers = random_adapter(sd1_folder, axis="input", every=9, components=["unet"])
+    file = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(layers, AdapterMetadata(family="sd1")), "kohya"
+    )
+    LycorisNetwork.LORA_PREFIX = "lora_unet"
+    try:
+        with pytest.raises(RuntimeError, match="broadcast shape"):
+            create_lycoris_from_weights(1.0, str(file), load_pipeline(sd1_folder).unet)
+    finally:
+        LycorisNetwork.LORA_PREFIX = "lycoris"
+
+
 def test_kohya_shapes_and_metadata(
     tmp_path: Path, sdxl_folder: Path, random_adapter: MakeAdapter
 ) -> None:

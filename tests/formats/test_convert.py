@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dora_diffusion.cli import main
 from dora_diffusion.export import (
     CONVERSIONS,
     ExportError,
     convert_adapter,
     export_checkpoint,
     inspect_adapter,
+    verify_checkpoint,
 )
+from dora_diffusion.formats import adapter_file
 from dora_diffusion.formats.adapter_file import (
     AdapterFile,
     AdapterFormatError,
@@ -25,11 +32,13 @@ from dora_diffusion.formats.adapter_file import (
     read_adapter,
     write_adapter,
 )
+from dora_diffusion.formats.atomic_file import DiskFullError
 from dora_diffusion.formats.base_targets import approximate, difference, low_rank
 from dora_diffusion.formats.checkpoint_file import CheckpointFile
 from dora_diffusion.formats.checkpoint_keys import ModelFacts, plan_checkpoint
 from dora_diffusion.formats.pipeline_folder import PipelineFolder
-from dora_diffusion.merge import Strengths, merge_tensor
+from dora_diffusion.formats.safetensors_stream import read_header
+from dora_diffusion.merge import MergeError, Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]
@@ -78,9 +87,18 @@ def test_comfyui_computes_the_merge(
     for prefix, (weight, merged) in kohya_weights(sd1_folder, layers).items():
         result = comfyui_merge(weight, tensors, prefix)
         torch.testing.assert_close(result, merged, rtol=0, atol=1e-6, msg=prefix)
-    if target == "comfyui":
+    if axis == "output":
         with pytest.raises(AdapterFormatError, match="exact in ComfyUI on one base"):
             read_adapter(report.path)
+    else:  # exact there as it is, on every base: the same file as `kohya` gives
+        kohya = convert_adapter(source, tmp_path / "k", "kohya").path
+        report = convert_adapter(source, tmp_path / "c", target)
+        assert report.target == "kohya"
+        plain = report.path
+        assert load_file(plain).keys() == load_file(kohya).keys()
+        assert all(torch.equal(t, load_file(kohya)[k]) for k, t in load_file(plain).items())
+        assert read_header(plain).metadata["dora_diffusion.target"] == "kohya"
+        assert inspect_adapter(plain).tools["A1111"] == "exact"
 
 
 def test_the_standard_output_axis_is_wrong_in_comfyui(
@@ -157,6 +175,20 @@ def test_approximation_reports_its_error(
     assert full.worst[1] < 1e-5
 
 
+def test_the_command_lists_the_error_of_every_layer(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    layers = random_adapter(sd1_folder, every=9)
+    source = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")))
+    command = ["convert", str(source), str(tmp_path / "b"), "--to", "lora", "--rank", "2"]
+    assert main([*command, "--base", str(sd1_folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["errors"].keys() == layers.keys()
+    assert 0 < min(report["errors"].values()) <= report["total_error"] < 1
+    assert report["path"] == str(tmp_path / "b" / "adapter_kohya.safetensors")
+
+
 def test_a_plain_lora_is_approximated_exactly(
     sd1_folder: Path, random_adapter: MakeAdapter
 ) -> None:
@@ -175,8 +207,15 @@ def test_refusals_say_what_to_do(
     with pytest.raises(ExportError, match="unknown target 'x'; there is diffusers, peft"):
         convert_adapter(source, tmp_path / "b", "x")
     for target in ("comfyui", "dense", "lora", "lora-diffusers"):
-        with pytest.raises(ExportError, match="made for one base model"):
+        with pytest.raises(ValueError, match="made for one base model"):
             convert_adapter(source, tmp_path / "b", target)
+    for rank in (0, -3):
+        with pytest.raises(ExportError, match=f"at least 1, got {rank}"):
+            convert_adapter(source, tmp_path / "b", "lora", base=sd1_folder, rank=rank)
+    for name in ("a.pt", "a.ckpt", "a.bin"):
+        with pytest.raises(AdapterFormatError, match="pickles are not written"):
+            convert_adapter(source, tmp_path / name, "kohya", family="sd1")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
     with pytest.raises(ExportError, match="exists"):
         convert_adapter(source, tmp_path / "a", "diffusers")
     with pytest.raises(AdapterFormatError, match="family is unknown"):
@@ -256,11 +295,13 @@ def test_inspect_files_for_one_base(
     layers = random_adapter(sd1_folder)
     facts = AdapterMetadata("sd1", "some/model")
     source = write_adapter(tmp_path / "a", AdapterFile(layers, facts))
+    whole = inspect_adapter(source)
     for target, method in (("comfyui", "DoRA"), ("dense", "full differences")):
         file = convert_adapter(source, tmp_path / "b", target, base=sd1_folder, overwrite=True).path
         report = inspect_adapter(file)
         assert (report.method, report.rank, report.alpha) == (method, "4", "3")
         assert sum(report.layers.values()) == len(layers)
+        assert report.kinds == whole.kinds
         assert report.notes[1] == "for one base model: some/model"
     with pytest.raises(AdapterFormatError, match="full differences"):
         read_adapter(file)
@@ -320,3 +361,86 @@ def test_averaged_copies_are_left_out(
     save_file(tensors, base, {"modelspec.title": "kept"})
     merged = export_checkpoint(base, file, tmp_path / "merged.safetensors")
     assert load_file(merged).keys() == tensors.keys() - {"model_ema.decay"}
+
+
+def test_a_model_is_no_adapter(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """Whatever form it has; and not by hundreds of keys that are unknown."""
+    with pytest.raises(AdapterFormatError, match="is a model, not an adapter"):
+        read_adapter(sd1_folder)
+    file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=20)))
+    single = export_checkpoint(sd1_folder, file, tmp_path / "m.safetensors")
+    unet = sd1_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    text = sd1_folder / "text_encoder" / "model.safetensors"
+    for path in (single, unet, text):
+        with pytest.raises(AdapterFormatError, match=r": it is a model, not an adapter: .{9,300}$"):
+            read_adapter(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_bases_are_refused(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, dtype: torch.dtype
+) -> None:
+    """They mean something only with their scales; and 8 bits would round an adapter away."""
+    base = tmp_path / "base"
+    shutil.copytree(sd1_folder, base)
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: t.to(dtype) if t.ndim == 2 else t for k, t in load_file(file).items()}, file)
+    path = write_adapter(
+        tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=9), AdapterMetadata("sd1"))
+    )
+    kind = str(dtype).removeprefix("torch.")
+    for name in ("m", "m.safetensors"):
+        with pytest.raises(MergeError, match=rf"the base stores unet\..* as {kind}"):
+            export_checkpoint(base, path, tmp_path / name)
+    for target in ("dense", "lora", "comfyui"):
+        with pytest.raises(MergeError, match=f"as {kind}.*half precision"):
+            convert_adapter(path, tmp_path / "c", target, base=base)
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "base"}
+    merged = export_checkpoint(sd1_folder, path, tmp_path / "m")
+    shutil.copy(file, merged / "unet" / file.name)
+    problems = verify_checkpoint(merged, sd1_folder, path).problems
+    assert any("beyond the rounding" in one or "not floating-point" in one for one in problems)
+
+
+def test_a_merge_beyond_the_dtype_says_where(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    path = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=9)))
+    with pytest.raises(MergeError, match=r"\.weight: .* not finite in float16; lower the strength"):
+        export_checkpoint(
+            sd1_folder, path, tmp_path / "m.safetensors", strength=1e6, dtype=torch.float16
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_peft_folder_is_replaced_as_a_whole(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch,
+    assert_same_layers: Callable[..., None],
+) -> None:  # fmt: skip
+    """Neither half of a new adapter is left, nor an old text encoder beside a new UNet."""
+    both = random_adapter(sd1_folder, every=5)
+    alone = random_adapter(sd1_folder, every=5, components=["unet"], seed=2)
+    folder = write_adapter(tmp_path / "p", AdapterFile(both), "peft")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert len(before) == 4
+    save, count = adapter_file.save_tensors, 0
+
+    def full_at_the_second(path: Path, *rest: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_file, "save_tensors", full_at_the_second)
+        for path in (folder, tmp_path / "new"):
+            count = 0
+            with pytest.raises(DiskFullError, match=r"adapter_model\.safetensors could not"):
+                write_adapter(path, AdapterFile(both), "peft")
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    assert not (tmp_path / "new").exists()
+    write_adapter(folder, AdapterFile(alone), "peft")
+    assert_same_layers(read_adapter(folder).layers, alone)

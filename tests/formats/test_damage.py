@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import signal
 import subprocess
 import sys
@@ -14,15 +16,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 
 from dora_diffusion.formats.adapter_file import (
     AdapterFile,
     AdapterFormatError,
+    AdapterMetadata,
     read_adapter,
     write_adapter,
 )
+from dora_diffusion.formats.adapter_inspect import inspect_adapter
 from dora_diffusion.formats.safetensors_stream import TensorFileError, TensorReader, read_header
+from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
 
 PREFIX = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -58,7 +63,11 @@ def mutated(edits: list[tuple[str, int, bytes]]) -> bytes:
     return bytes(data)
 
 
-@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+# DORA_DIFFUSION_FUZZ=20 tries twenty times as many.
+MORE = int(os.environ.get("DORA_DIFFUSION_FUZZ", "1"))
+
+
+@settings(max_examples=1500 * MORE, deadline=None, suppress_health_check=list(HealthCheck))
 @given(edits=EDITS)
 def test_no_damage_gets_past_the_readers(
     edits: list[tuple[str, int, bytes]], tmp_path_factory: pytest.TempPathFactory
@@ -73,6 +82,190 @@ def test_no_damage_gets_past_the_readers(
     for layer in layers.values():
         assert isinstance(layer, LayerWeights)
         assert torch.isfinite(layer.down).all()
+
+
+BLOCK = "mid_block.attentions.0.transformer_blocks.0"
+MODULES = ("attn1.to_q", "attn2.to_kv")
+SHAPE = st.one_of(
+    st.sampled_from([(2, 8), (6, 2), (6, 1), (1, 8), (6,), (8,), (), (0, 8), (6, 0), (2, 8, 1, 1)]),
+    st.lists(st.sampled_from([0, 1, 2, 3, 6, 8]), max_size=5).map(tuple),
+)
+TENSOR = st.builds(
+    lambda shape, dtype: torch.ones(shape).to(dtype),
+    SHAPE,
+    st.sampled_from(
+        [torch.float32] * 4 + [torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn]
+    ),
+)
+PARTS = (
+    "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "magnitude",
+    "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_magnitude_vector.weight",
+)  # fmt: skip
+KEY = st.builds(
+    lambda kohya, module, part: (
+        f"lora_unet_{BLOCK}_{module}".replace(".", "_") if kohya else f"unet.{BLOCK}.{module}"
+    )
+    + f".{part}",
+    st.booleans(), st.sampled_from(MODULES), st.sampled_from(PARTS),
+)  # fmt: skip
+ODD = st.one_of(
+    st.sampled_from(
+        ["", "{", "[]", "{}", "null", "1e999", "nan", "-1", "²", "9" * 5000, "[" * 9999, "NaN"]
+    ),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(
+            st.sampled_from(["unet.lora_alpha", "unet.alpha_pattern", "(", "to_q", "a"]), inner,
+            max_size=3,
+        ),
+        max_leaves=4,
+    ).map(json.dumps),
+)  # fmt: skip
+FIELDS = (
+    "lora_adapter_metadata", "ss_network_dim", "ss_network_alpha", "ss_tag_frequency",
+    "ss_resolution", "modelspec.resolution", "dora_diffusion.rank", "dora_diffusion.norm_axis",
+    "dora_diffusion.alpha", "dora_diffusion.unet_layers_per_block", "dora_diffusion.resolution",
+)  # fmt: skip
+MODEL = {
+    f"unet.{BLOCK}.attn1.to_q": torch.ones(8, 8),
+    f"unet.{BLOCK}.attn2.to_k": torch.ones(6, 8),
+    f"unet.{BLOCK}.attn2.to_v": torch.ones(6, 8),
+}
+
+
+def read_or_refused(path: Path, with_model: bool) -> None:
+    """What is read is whole; what is not is refused in our own words."""
+    shapes = {name: tuple(weight.shape) for name, weight in MODEL.items()}
+    known = {"module_shapes": shapes, "base_weight": MODEL.__getitem__} if with_model else {}
+    try:
+        adapter = read_adapter(path, **known)
+        inspect_adapter(path)
+    except AdapterFormatError:
+        return
+    for name, layer in adapter.layers.items():
+        weight = torch.ones(layer.weight_shape)
+        assert math.isfinite(layer.scale)
+        assert not with_model or shapes[name] == layer.weight_shape
+        assert layer.magnitude is None or merge_tensor(weight, [(layer, Strengths())]).numel()
+
+
+@settings(max_examples=600 * MORE, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    good=st.booleans(), tensors=st.dictionaries(KEY, TENSOR, max_size=4),
+    fields=st.dictionaries(st.sampled_from(FIELDS), ODD, max_size=2), with_model=st.booleans(),
+)  # fmt: skip
+def test_no_strange_tensors_get_past_the_readers(
+    good: bool, tensors: dict[str, torch.Tensor], fields: dict[str, str], with_model: bool,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    """Any shapes, dtypes and metadata under names that are known, beside a good layer or alone."""
+    path = tmp_path_factory.getbasetemp() / "strange.safetensors"
+    whole = {
+        f"unet.{BLOCK}.attn1.to_q.lora_A.weight": torch.ones(2, 8),
+        f"unet.{BLOCK}.attn1.to_q.lora_B.weight": torch.ones(8, 2),
+    }
+    save_file((whole if good else {}) | tensors, path, {"format": "pt", **fields})
+    read_or_refused(path, with_model)
+
+
+@settings(max_examples=200 * MORE, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    config=st.one_of(
+        ODD,
+        st.dictionaries(
+            st.sampled_from(["lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights"]),
+            st.one_of(ODD.map(str), st.integers(), st.dictionaries(st.text(max_size=3), ODD)),
+        ).map(lambda values: json.dumps({"peft_type": "LORA", **values})),
+    )
+)
+def test_no_strange_config_gets_past_the_reader_of_peft_folders(
+    config: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "unet"
+    folder.mkdir(exist_ok=True)
+    path = f"base_model.model.{BLOCK}.attn1.to_q"
+    tensors = {
+        f"{path}.lora_A.weight": torch.ones(2, 8), f"{path}.lora_B.weight": torch.ones(8, 2)
+    }  # fmt: skip
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(config, "utf-8")
+    read_or_refused(folder, False)
+
+
+@settings(max_examples=200 * MORE, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    index=st.one_of(
+        ODD,
+        st.dictionaries(
+            st.sampled_from(["weight_map", "metadata"]),
+            st.one_of(
+                st.none(), st.integers(), st.lists(st.text(max_size=2)),
+                st.dictionaries(
+                    st.sampled_from(["a", "b", "c"]),
+                    st.one_of(st.sampled_from(["s.safetensors", "../s", ""]), st.none(),
+                              st.lists(st.integers(), max_size=1)),
+                ),
+            ),
+        ).map(json.dumps),
+    )
+)  # fmt: skip
+def test_no_strange_index_gets_past_the_reader_of_shards(
+    index: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    save_file({"a": torch.ones(2), "b": torch.zeros(3)}, folder / "s.safetensors")
+    path = folder / "s.safetensors.index.json"
+    path.write_text(index, "utf-8")
+    try:
+        with TensorReader(path) as reader:
+            loaded = {name: reader[name] for name in reader.specs}
+    except TensorFileError:
+        return
+    assert loaded.keys() >= json.loads(index)["weight_map"].keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields", "reason"),
+    [
+        ({"lora_down.weight": torch.ones(2, 8, dtype=torch.int64)}, {}, "holds int64, not float"),
+        ({"dora_scale": torch.ones(6, 1, dtype=torch.bool)}, {}, "holds bool, not float"),
+        ({"alpha": torch.ones(3)}, {}, r"alpha has shape \(3,\)"),
+        ({"lora_down.weight": torch.ones(0, 8), "lora_up.weight": torch.ones(6, 0)}, {}, "shape"),
+        ({"lora_down.weight": torch.tensor(1.0)}, {}, r"factors of shapes \(\) and"),
+        ({"lora_mid.weight": torch.ones(2, 3, 3, 3)}, {}, "its core .* does not fit"),
+        ({"alpha": None}, {"ss_network_dim": "2", "ss_network_alpha": "inf"}, "its alpha is inf"),
+        ({"alpha": None}, {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}, "broken alpha"),
+        ({"alpha": None}, {"lora_adapter_metadata": "[]"}, "is not a JSON object"),
+    ],
+)  # fmt: skip
+def test_wrong_kinds_of_numbers_are_named(
+    tmp_path: Path, changes: dict[str, torch.Tensor | None], fields: dict[str, str], reason: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(WHOLE)
+    tensors = load_file(path)
+    for part, tensor in changes.items():
+        tensors.pop(f"{PREFIX}.{part}", None)
+        tensors |= {} if tensor is None else {f"{PREFIX}.{part}": tensor}
+    save_file(tensors, path, {"format": "pt", **fields})
+    with pytest.raises(AdapterFormatError, match=rf"^a\.safetensors: .*{reason}"):
+        read_adapter(path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda"])
+def test_adapters_of_a_changed_base_are_refused(tmp_path: Path, start: str) -> None:
+    """PEFT subtracts them from the base's weights before it trains: they fit no released model."""
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "init_lora_weights": start}))
+    with pytest.raises(AdapterFormatError, match=f"started by {start}, which changes the base's"):
+        read_adapter(tmp_path)
+
+
+def test_a_pickled_peft_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.bin").write_bytes(b"would run code")
+    with pytest.raises(AdapterFormatError, match=r"adapter_model\.bin is a pickle"):
+        read_adapter(tmp_path)
 
 
 def with_header(header: str, data: bytes) -> bytes:
@@ -159,6 +352,44 @@ def test_a_killed_export_leaves_the_old_one(
     assert contents() == before
     left = {p.name for p in tmp_path.iterdir()} - {"a", name}
     assert all(file.startswith(".") and file.endswith(".tmp") for file in left), left
+
+
+LIMITED = """
+import resource, sys
+from dora_diffusion.cli import main
+
+base, adapter, *outputs = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+for output in outputs:
+    assert main(["export", "--overwrite", "--base", base, "--adapter", adapter,
+                 "--output", output]) == 1
+for target in ("dense", "peft", "diffusers"):
+    assert main(["convert", adapter, outputs[0] + target, "--to", target, "--base", base]) == 1
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the limit is one of Unix")
+def test_files_that_may_grow_no_further(
+    tmp_path: Path, sd1_folder: Path, random_adapter: Callable[..., Any]
+) -> None:
+    """The system itself stops the writing halfway, at 100 kB: the same as a disk that is full."""
+    path = write_adapter(
+        tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=3), AdapterMetadata("sd1"))
+    )
+    old = tmp_path / "old.safetensors"
+    old.write_bytes(WHOLE)
+    command = [sys.executable, "-c", LIMITED, str(sd1_folder), str(path), str(tmp_path / "new"),
+               str(old)]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 5
+    assert all("would be larger than this disk or account allows" in line for line in lines)
+    assert "error: old.safetensors would" in lines[1]
+    assert lines[1].endswith("; the file that was there is unchanged")
+    assert lines[4].endswith("; no file was left behind")
+    assert old.read_bytes() == WHOLE
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "old.safetensors"}
 
 
 def test_the_fuzzed_file_is_good_when_whole(tmp_path: Path) -> None:

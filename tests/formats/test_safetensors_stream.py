@@ -83,6 +83,14 @@ def test_shards_read_as_one(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": places}))
     with TensorReader(index) as reader:
         assert all(torch.equal(reader[name], tensor) for name, tensor in content.items())
+    variant = index.rename(tmp_path / "m.safetensors.index.fp16.json")
+    with TensorReader(variant) as reader:
+        assert reader.specs.keys() == content.keys()
+    variant.rename(index)
+    index.write_text(json.dumps({"weight_map": {**places, "d": "m-1.safetensors"}}))
+    with pytest.raises(TensorFileError, match="in no shard: d"):
+        TensorReader(index)
+    index.write_text(json.dumps({"weight_map": places}))
     (tmp_path / "m-2.safetensors").unlink()
     with pytest.raises(TensorFileError, match=r"missing shards: m-2\.safetensors"):
         TensorReader(index)

@@ -21,6 +21,7 @@ from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, wr
 from dora_diffusion.formats.pipeline_folder import PipelineFolder
 from dora_diffusion.formats.safetensors_stream import TensorFileError, TensorReader, read_header
 from dora_diffusion.merge import Strengths, merge_tensor
+from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]
@@ -172,7 +173,7 @@ def test_strength_per_component_and_several_adapters(
         else:
             assert torch.equal(merged[name], weight), name
     assert verify_checkpoint(output, sdxl_folder, adapters, **options).ok
-    with pytest.raises(ExportError, match="strengths must be numbers"):
+    with pytest.raises(ExportError, match="finite numbers, got unet_strength nan"):
         export_checkpoint(sdxl_folder, paths[0], tmp_path / "x", unet_strength=float("nan"))
 
 
@@ -336,3 +337,47 @@ def test_v_prediction_reaches_the_folder(
     with TensorReader(again) as reader:
         assert {"v_pred", "ztsnr"} <= reader.specs.keys()
         assert reader.metadata["modelspec.prediction_type"] == "v"
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("prefix", ["", "text_model.text_model."])
+def test_text_encoders_with_a_wrong_prefix(
+    tmp_path: Path, family: str, prefix: str, request: pytest.FixtureRequest,
+    random_adapter: MakeAdapter,
+) -> None:  # fmt: skip
+    """A base whose CLIP lacks `text_model.`, or has it twice: read, and written with it, once."""
+    import diffusers
+
+    folder = request.getfixturevalue(f"{family}_folder")
+    path = write_adapter(tmp_path / "a", AdapterFile(random_adapter(folder, every=7)))
+    good = export_checkpoint(folder, path, tmp_path / "good.safetensors", strength=0.0)
+    tensors, place = load_file(good), {"sd1": "cond_stage_model", "sdxl": "conditioner.embedders.0"}
+    right = f"{place[family]}.transformer.text_model."
+    tensors[f"{right}embeddings.position_ids"] = torch.arange(77)[None]
+    wrong = tmp_path / "wrong.safetensors"
+    replaced = right.replace("text_model.", prefix)
+    save_file({key.replace(right, replaced): t for key, t in tensors.items()}, wrong)
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    file = base / "text_encoder" / "model.safetensors"
+    state = {key.removeprefix("text_model."): t for key, t in load_file(file).items()}
+    save_file({prefix + key: t for key, t in state.items()}, file, {"format": "pt"})
+    expected = load_file(export_checkpoint(folder, path, tmp_path / "expected.safetensors"))
+    for number, source in enumerate((wrong, base)):
+        output = export_checkpoint(source, path, tmp_path / f"{number}.safetensors")
+        merged = load_file(output)
+        merged.pop(f"{right}embeddings.position_ids", None)
+        assert merged.keys() == expected.keys()
+        assert all(torch.equal(merged[key], t) for key, t in expected.items())
+        assert verify_checkpoint(output, source, path).ok
+    name = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+    pipeline = getattr(diffusers, name).from_single_file(
+        str(tmp_path / "0.safetensors"), config=str(folder), local_files_only=True
+    )
+    found = dict(pipeline.text_encoder.named_parameters())
+    for key, tensor in found.items():
+        key = key.removeprefix("text_model.")
+        assert torch.equal(tensor, expected[right + key])
+    loaded = load_components(wrong, config=folder).text_encoders[0]
+    plain = load_components(good, config=folder).text_encoders[0].state_dict()
+    assert all(torch.equal(tensor, plain[key]) for key, tensor in loaded.state_dict().items())

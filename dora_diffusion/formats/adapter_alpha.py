@@ -1,0 +1,88 @@
+"""The alpha of layers whose file does not hold it as a tensor: from configs and metadata."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dora_diffusion.formats.adapter_keys import AdapterFormatError
+from dora_diffusion.formats.adapter_repair import NO_ALPHA
+from dora_diffusion.formats.module_names import split_component
+
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+# (canonical name, rank) -> effective alpha
+AlphaOf = Callable[[str, int], float]
+
+
+def alpha_rule(
+    metadata: Mapping[str, str], config: Mapping[str, Any] | None, notes: list[str]
+) -> AlphaOf:
+    """How to tell the effective alpha of a layer, given its name and rank.
+
+    Args:
+        metadata: The file's metadata.
+        config: The ``adapter_config.json`` of a PEFT folder, None for another file.
+        notes: Where the alpha is found after all, `NO_ALPHA` in it says so.
+
+    Raises:
+        AdapterFormatError: Here or from the rule, if what should tell it is damaged.
+    """
+    if config is not None:
+        return lambda name, rank: _peft_alpha(config, split_component(name)[1], rank)
+    if DIFFUSERS_METADATA not in metadata:
+        return _alpha_by_training(metadata, notes)
+    packed = json_object(metadata[DIFFUSERS_METADATA], f"its {DIFFUSERS_METADATA}")
+
+    def alpha_of(name: str, rank: int) -> float:
+        component, path = split_component(name)
+        own = {k.partition(".")[2]: v for k, v in packed.items() if k.startswith(component + ".")}
+        if not own:
+            raise AdapterFormatError(f"its {DIFFUSERS_METADATA} says nothing of the {component}")
+        return _peft_alpha(own, path, rank)
+
+    return alpha_of
+
+
+def _alpha_by_training(metadata: Mapping[str, str], notes: list[str]) -> AlphaOf:
+    """Alpha = rank, or what a kohya file's record of its training says for layers of its rank."""
+    try:
+        rank_then, alpha_then = (float(metadata[f"ss_network_{f}"]) for f in ("dim", "alpha"))
+    except (KeyError, ValueError):
+        return lambda name, rank: float(rank)
+    if NO_ALPHA in notes:
+        notes[notes.index(NO_ALPHA)] = (
+            f"its layers do not say their alpha; alpha {alpha_then:g} of its training was taken"
+        )
+    return lambda name, rank: alpha_then if rank == rank_then else float(rank)
+
+
+def _peft_alpha(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """Effective alpha of one module from a PEFT config; patterns match the end of its path."""
+    try:
+        alpha = config.get("lora_alpha", rank)
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            spelled = path if "text_model" in pattern else path.removeprefix("text_model.")
+            if re.match(rf"(.*\.)?({pattern})$", spelled):
+                alpha = value
+                break
+        return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+    except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
+        raise AdapterFormatError(f"its configuration has a broken alpha: {error}") from error
+
+
+def json_object(text: str, what: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        AdapterFormatError: If it is something else; it says ``what`` is.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError(f"{what} is not JSON") from error
+    if not isinstance(found, dict):
+        raise AdapterFormatError(f"{what} is not a JSON object")
+    return found

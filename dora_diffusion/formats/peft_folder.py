@@ -1,0 +1,42 @@
+"""The folders that PEFT keeps adapters in: where they are, and their configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion.formats.adapter_alpha import json_object
+from dora_diffusion.formats.adapter_keys import AdapterFormatError
+from dora_diffusion.formats.adapter_targets import PEFT_CONFIG
+from dora_diffusion.formats.module_names import COMPONENTS
+
+# PEFT changes the base's weights when it starts such an adapter, and again when it loads one.
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+def peft_folders(path: Path) -> list[Path]:
+    """The PEFT folders of one adapter: the path itself, or those of its components in it."""
+    candidates = [path, *(path / component for component in COMPONENTS)]
+    return [folder for folder in candidates if (folder / PEFT_CONFIG).is_file()]
+
+
+def peft_config(folder: Path) -> dict[str, Any]:
+    """The config of a PEFT folder.
+
+    Raises:
+        AdapterFormatError: If it is damaged, or not of a LoRA or DoRA that fits released models.
+    """
+    path = folder / PEFT_CONFIG
+    try:
+        config = json_object(path.read_text("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise AdapterFormatError(f"{path} is not a text file") from error
+    if config.get("peft_type") != "LORA":
+        raise AdapterFormatError(f"{folder} holds {config.get('peft_type')}, not a LoRA")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGES_THE_BASE):
+        raise AdapterFormatError(
+            f"{folder}: it was started by {start}, which changes the base's weights, so that it "
+            "fits no released model; let PEFT convert it (path_initial_model_for_weight_conversion)"
+        )
+    return config

@@ -1,0 +1,123 @@
+"""From every target that can hold an adapter to every other: the same bytes, the same weights.
+
+The reference is the paper's formula, dense and in float64, from the layers as they were made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from dora_diffusion.formats.adapter_file import (
+    AdapterFile,
+    AdapterMetadata,
+    read_adapter,
+    write_adapter,
+)
+from dora_diffusion.formats.pipeline_folder import PipelineFolder
+from dora_diffusion.merge import Strengths, merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights
+
+MakeAdapter = Callable[..., dict[str, LayerWeights]]
+FAMILIES = ("sd1", "sd2", "sdxl")
+HOLDS = {"output": ("diffusers", "peft", "kohya"), "input": ("kohya",)}
+HOLDS |= {"none": HOLDS["output"]}
+
+
+def meant(weight: Tensor, layer: LayerWeights) -> Tensor:
+    """``m (W + s B A) / norm(W + s B A)`` in float64."""
+    product = (layer.up.double().flatten(1) @ layer.down.double().flatten(1)).view_as(weight)
+    changed = weight.double() + layer.alpha / layer.down.shape[0] * product
+    if layer.magnitude is None:
+        return changed
+    dims = [dim for dim in range(weight.ndim) if dim != (layer.norm_axis == "input")]
+    norm = changed.square().sum(dims, keepdim=True).sqrt()
+    return changed * layer.magnitude.double().view_as(norm) / norm
+
+
+def kind_of(name: str, layer: LayerWeights) -> str:
+    """What a layer is, in the words in which formats treat them differently."""
+    out, into, *kernel = layer.weight_shape
+    shape = "square" if out == into else "oblong"
+    component = name.partition(".")[0]
+    strided = "strided " if ".downsamplers." in name else ""
+    return f"{component} {strided}{shape} {'x'.join(map(str, kernel)) or 'linear'}"
+
+
+KINDS = {
+    "unet square linear", "unet oblong linear", "unet oblong 1x1", "unet square 3x3",
+    "unet oblong 3x3", "unet strided square 3x3", "text_encoder square linear",
+    "text_encoder oblong linear",
+}  # fmt: skip
+KINDS_OF = {
+    "sd1": KINDS | {"unet square 1x1"},
+    "sd2": KINDS,
+    "sdxl": KINDS | {"text_encoder_2 square linear", "text_encoder_2 oblong linear"},
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["output", "input", "none"])
+def axis(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["alpha", "rslora"])
+def adapter(
+    family: str, axis: str, request: pytest.FixtureRequest, random_adapter: MakeAdapter
+) -> AdapterFile:
+    """Ranks 2 to 4, alphas 1 to 5 (or 3, rank-stabilised) on some layers of every kind."""
+    folder = request.getfixturevalue(f"{family}_folder")
+    layers = random_adapter(folder, axis=None if axis == "none" else axis, mixed_ranks=True)
+    if request.param == "rslora":
+        layers = {
+            name: dataclasses.replace(layer, alpha=3.0 * layer.rank**0.5)
+            for name, layer in layers.items()
+        }
+    kinds: dict[str, list[str]] = {}
+    for name in layers:
+        kinds.setdefault(kind_of(name, layers[name]), []).append(name)
+    layers = {n: layers[n] for names in kinds.values() for n in names[:: len(names) // 6 + 1]}
+    assert any(layer.alpha != layer.rank for layer in layers.values())
+    assert {kind_of(name, layer) for name, layer in layers.items()} == KINDS_OF[family]
+    return AdapterFile(layers, AdapterMetadata(family, "some/model", "sks dog", 512))
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    if path.is_file():
+        return {"": path.read_bytes()}
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+def test_round_trips(
+    tmp_path: Path, family: str, axis: str, adapter: AdapterFile, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(f"{family}_folder")
+    with PipelineFolder.open(folder) as pipeline:
+        weights = {name: pipeline[f"{name}.weight"] for name in adapter.layers}
+        shapes = pipeline.module_shapes()
+    expected = {name: meant(weights[name], layer) for name, layer in adapter.layers.items()}
+    for first, second in itertools.product(HOLDS[axis], repeat=2):
+        here = tmp_path / f"{first}-{second}"
+        one = write_adapter(here / "1", adapter, first)
+        read = read_adapter(one)
+        assert contents(write_adapter(here / "again", read, first)) == contents(one)
+        two = write_adapter(here / "2", read, second)
+        for last in (read_adapter(two), read_adapter(two, shapes)):
+            assert last.notes == ()
+            assert last.layers.keys() == expected.keys()
+            assert last.metadata.trigger == "sks dog"
+            for name, wanted in expected.items():
+                found = merge_tensor(weights[name], [(last.layers[name], Strengths())])
+                off = (found.double() - wanted).abs().max() / wanted.abs().max()
+                assert off < 1e-6, (first, second, name, off)
+                assert last.layers[name].rank == adapter.layers[name].rank
