@@ -20,6 +20,8 @@ from dora_diffusion.numerics.weights import LayerWeights
 
 # Values that are merged at a time: their float32 copies fit into a processor's cache.
 _BLOCK = 2**18
+# Neighbouring inputs that are merged at a time: fewer would read a part of each cache line.
+_COLUMNS = 128
 
 
 class MergeError(ValueError):
@@ -116,7 +118,8 @@ def _blocks(weight: Tensor, layers: Sequence[LayerWeights]) -> Iterator[tuple[in
     axes = {layer.norm_axis for layer in layers if layer.magnitude is not None}
     dim = 1 if axes == {"input"} else 0
     channels = weight.shape[dim]
-    length = channels if len(axes) > 1 else max(1, _BLOCK * channels // max(1, weight.numel()))
+    least = _COLUMNS if dim else 1
+    length = channels if len(axes) > 1 else max(least, _BLOCK * channels // max(1, weight.numel()))
     for start in range(0, channels, length):
         yield dim, start, min(length, channels - start)
 
