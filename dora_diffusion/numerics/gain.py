@@ -1,0 +1,101 @@
+"""What a DoRA layer needs that follows from its parameters alone: the norm and the gain.
+
+The norm is detached (paper, section 4.3), so both are computed once per optimizer step, outside of
+the graph, for all layers together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.numerics.dora import (
+    adapted_norm,
+    cancels,
+    squared_norm_change,
+)
+from dora_diffusion.numerics.dora import gain as gain_of
+from dora_diffusion.numerics.weights import NormAxis
+
+# Output channels whose |g| is below this recompute their direction for the gradient of m: dividing
+# g out of y would magnify the rounding of y, or be 0 / 0.
+SMALL_GAIN = 1e-3
+
+
+class Gain(NamedTuple):
+    """What follows from the parameters alone, once per optimizer step. No gradient flows through.
+
+    Attributes:
+        norm: ``norm(W + sBA)``, ``(n,)``, float32.
+        gain: ``g = m / norm``, ``(n,)``, float32.
+        small: Indices of the channels with ``|g| < SMALL_GAIN``; None where there are none.
+    """
+
+    norm: Tensor
+    gain: Tensor
+    small: Tensor | None
+
+
+class GainInputs(NamedTuple):
+    """What one adapter's gain is computed from; shapes as in `adapted_norm`."""
+
+    magnitude: Tensor
+    weight: Tensor
+    down: Tensor
+    up: Tensor
+    scale: float
+    axis: NormAxis
+    weight_squared_norm: Tensor
+
+
+def make_gain(magnitude: Tensor, norm: Tensor) -> Gain:
+    """The gain of an adapter from its magnitude and norm, both ``(n,)``."""
+    gain = gain_of(magnitude.detach(), norm)
+    small = (gain.abs() < SMALL_GAIN).nonzero().flatten()
+    return Gain(norm, gain, small if len(small) else None)
+
+
+@torch.no_grad()
+def make_gains(layers: Sequence[GainInputs]) -> list[Gain]:
+    """The gains of many layers, with one wait for the device instead of two per layer.
+
+    A layer with a channel that needs care (one that cancels, or whose gain is small) takes the
+    path of its own; whether there is any is all that is read back from the device.
+    """
+    if not layers:
+        return []
+    if len({(one.weight.device, one.weight_squared_norm.dtype) for one in layers}) > 1:
+        return [_careful(one) for one in layers]
+    with torch.autocast(layers[0].weight.device.type, enabled=False):
+        return _make_together(layers)
+
+
+def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
+    sizes = [len(one.weight_squared_norm) for one in layers]
+    base = torch.cat([one.weight_squared_norm for one in layers])
+    change = [squared_norm_change(*one[1:6]) for one in layers]
+    total = torch.cat(change).add_(base)
+    norm = total.sqrt()
+    gain = gain_of(torch.cat([one.magnitude for one in layers]), norm)
+    # Not less: a negative total has no root, and its channel must be found too.
+    delicate = cancels(total, base).logical_or_(~(gain.abs() >= SMALL_GAIN)).nonzero().flatten()
+    gains = [Gain(*pair, None) for pair in zip(norm.split(sizes), gain.split(sizes), strict=True)]
+    for number in _owners(delicate.tolist(), sizes):
+        gains[number] = _careful(layers[number])
+    return gains
+
+
+def _careful(one: GainInputs) -> Gain:
+    return make_gain(one.magnitude, adapted_norm(*one[1:]))
+
+
+def _owners(channels: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Which layers the channels of the concatenated vector belong to."""
+    if not channels:
+        return []
+    ends = torch.tensor(list(accumulate(sizes)))
+    return torch.bucketize(torch.tensor(channels), ends, right=True).unique().tolist()
