@@ -37,7 +37,9 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         info = Path("/proc/cpuinfo").read_text()
-        names = [line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line
+        ]
         model = names[0] if names else model
         model += " with AMX" if "amx_tile" in info else ""
     from importlib.metadata import version
@@ -175,7 +177,9 @@ def step(peer: Peer, forward: Callable[[nn.Module], Tensor], upstream: Tensor) -
 
 def kept_bytes(peer: Peer, forward: Callable[[nn.Module], Tensor]) -> int:
     """Bytes that the forward pass keeps for the backward pass, parameters not counted."""
-    own = {t.untyped_storage().data_ptr() for t in (*peer.model.parameters(), *peer.model.buffers())}
+    own = {
+        t.untyped_storage().data_ptr() for t in (*peer.model.parameters(), *peer.model.buffers())
+    }
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -185,7 +189,7 @@ def kept_bytes(peer: Peer, forward: Callable[[nn.Module], Tensor]) -> int:
         return tensor
 
     with peer.scope(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = forward(peer.model)
+        y = forward(model)
         total = sum(kept.values())
         del y
     return total
@@ -241,8 +245,8 @@ def unet_inputs(family: str, latent: int, batch: int = 1) -> dict[str, object]:
     return inputs
 
 
-def layer_shapes(family: str, latent: int, preset: str = "attention+conv") -> dict[LayerShape, int]:
-    """The adapted layer shapes of a family's UNet and how often each occurs; nothing is computed."""
+def layer_shapes(family: str, latent: int) -> dict[LayerShape, int]:
+    """The adapted layer shapes of a family's UNet and how often each occurs, without computing."""
     with torch.device("meta"):
         model = unet(family)
         counts: dict[LayerShape, int] = {}
@@ -254,7 +258,7 @@ def layer_shapes(family: str, latent: int, preset: str = "attention+conv") -> di
             )
             counts[shape] = counts.get(shape, 0) + 1
 
-        for path in match_targets(model, [preset]):
+        for path in match_targets(model, ["attention+conv"]):
             model.get_submodule(path).register_forward_pre_hook(see)
         model(**unet_inputs(family, latent))
     return counts

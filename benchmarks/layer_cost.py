@@ -15,9 +15,7 @@ from pathlib import Path
 
 import torch
 from common import (
-    FROZEN,
     LORA,
-    OURS,
     PEERS,
     LayerShape,
     interleaved,
@@ -75,12 +73,21 @@ def main() -> None:
         milliseconds = 1e3 * sorted(samples[LORA])[args.rounds // 2]
         row = [count, shape, f"{milliseconds:.1f}", *(ratios[n] for n in peers if n != LORA)]
         rows.append(row)
-        figures.append({"shape": str(shape), "count": count, "milliseconds": milliseconds}
-            | {"ratios": {name: [r.median, r.spread] for name, r in ratios.items()}})
+        figures.append(
+            {"shape": str(shape), "count": count, "milliseconds": milliseconds}
+            | {"ratios": {name: [r.median, r.spread] for name, r in ratios.items()}}
+        )
         print(*row, sep=" | ", flush=True)
     header = ["layers", "shape", f"{LORA}, ms", *(name for name in peers if name != LORA)]
     weighted = [f"{totals[n] / totals[LORA]:.2f}" for n in peers if n != LORA]
-    rows.append([sum(row[0] for row in rows), "all, weighted by count", f"{1e3 * totals[LORA]:.0f}", *weighted])
+    rows.append(
+        [
+            sum(row[0] for row in rows),
+            "all, weighted by count",
+            f"{1e3 * totals[LORA]:.0f}",
+            *weighted,
+        ]
+    )
     print("\n" + markdown(header, rows))
     save(args.json, {"family": args.family, "layers": figures, "totals": totals})
 

@@ -6,6 +6,7 @@ the graph, for all layers together.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor
 from dora_diffusion.numerics.dora import (
     adapted_norm,
     cancels,
+    squared_norm,
     squared_norm_change,
 )
 from dora_diffusion.numerics.dora import gain as gain_of
@@ -64,7 +66,9 @@ def make_gains(layers: Sequence[GainInputs]) -> list[Gain]:
     """The gains of many layers, with one wait for the device instead of two per layer.
 
     A layer with a channel that needs care (one that cancels, or whose gain is small) takes the
-    path of its own; whether there is any is all that is read back from the device.
+    path of its own; whether there is any is all that is read back from the device. So does a layer
+    whose ``weight_squared_norm`` is not its weight's any more: no version counter sees a base
+    weight that is written through ``.data``, but the norm of its first channel does.
     """
     if not layers:
         return []
@@ -82,20 +86,29 @@ def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
     norm = total.sqrt()
     gain = gain_of(torch.cat([one.magnitude for one in layers]), norm)
     # Not less: a negative total has no root, and its channel must be found too.
-    delicate = cancels(total, base).logical_or_(~(gain.abs() >= SMALL_GAIN)).nonzero().flatten()
-    gains = [Gain(*pair, None) for pair in zip(norm.split(sizes), gain.split(sizes), strict=True)]
-    for number in _owners(delicate.tolist(), sizes):
+    delicate = cancels(total, base).logical_or_(~(gain.abs() >= SMALL_GAIN))
+    firsts = torch.tensor([0, *accumulate(sizes)][:-1], device=base.device)
+    now = torch.cat([_first_squared_norm(one.weight, one.axis) for one in layers])
+    delicate[firsts] |= (now - base[firsts]).abs() > 1e-4 * now
+    gains = [
+        Gain(*pair, None)
+        for pair in zip(torch.split(norm, sizes), torch.split(gain, sizes), strict=True)
+    ]
+    for number in _owners(delicate.nonzero().flatten().tolist(), sizes):
         gains[number] = _careful(layers[number])
     return gains
 
 
+def _first_squared_norm(weight: Tensor, axis: NormAxis) -> Tensor:
+    first = weight[:1] if axis == "output" else weight[:, :1]
+    return squared_norm(first, axis)
+
+
 def _careful(one: GainInputs) -> Gain:
-    return make_gain(one.magnitude, adapted_norm(*one[1:]))
+    return make_gain(one.magnitude, adapted_norm(*one[1:6]))
 
 
-def _owners(channels: Sequence[int], sizes: Sequence[int]) -> list[int]:
+def _owners(channels: Sequence[int], sizes: Sequence[int]) -> set[int]:
     """Which layers the channels of the concatenated vector belong to."""
-    if not channels:
-        return []
-    ends = torch.tensor(list(accumulate(sizes)))
-    return torch.bucketize(torch.tensor(channels), ends, right=True).unique().tolist()
+    ends = list(accumulate(sizes))
+    return {bisect_right(ends, channel) for channel in channels}

@@ -199,9 +199,7 @@ def test_a_cancelling_channel_falls_back_to_the_dense_norm(axis):
 @pytest.mark.parametrize("fold", [True, False])
 def test_a_fresh_adapter_is_an_identity_to_the_last_bit(case, axis, dtype, fold, monkeypatch):
     shape, input_shape, op, plain = CASES[case]
-    monkeypatch.setattr(
-        dora_autograd, "folds", lambda *args: fold and args[-1] is torch.float32
-    )
+    monkeypatch.setattr(dora_autograd, "folds", lambda *args: fold and args[-1] is torch.float32)
     weight, bias, down, up, _ = make(shape, dtype=torch.float32, axis=axis)
     weight, bias, up = weight.to(dtype), bias.to(dtype), torch.zeros_like(up)
     x = torch.randn(input_shape).to(dtype)
