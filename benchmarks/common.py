@@ -177,8 +177,10 @@ def step(peer: Peer, forward: Callable[[nn.Module], Tensor], upstream: Tensor) -
 
 def kept_bytes(peer: Peer, forward: Callable[[nn.Module], Tensor]) -> int:
     """Bytes that the forward pass keeps for the backward pass, parameters not counted."""
+    model = peer.model
     own = {
-        t.untyped_storage().data_ptr() for t in (*peer.model.parameters(), *peer.model.buffers())
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*model.parameters(), *model.buffers(), *peer.parameters())
     }
     kept: dict[int, int] = {}
 

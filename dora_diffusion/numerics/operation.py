@@ -48,7 +48,7 @@ class Operation(Protocol):
     def narrow_gradients(
         self, grad: Tensor, x: Tensor, down: Tensor, grad_x: Tensor | None
     ) -> Tensor:
-        """Gradient of ``down``; that of ``x`` through it is added to ``grad_x``, if there is one."""
+        """Gradient of ``down``; that of ``x`` through it is added to ``grad_x`` if there is one."""
 
     def broadcast(self, vector: Tensor) -> Tensor:
         """Shape ``(channels,)`` to multiply an activation."""
