@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 # Below this many positions per output channel, a convolution's input gradient on a CPU is faster as
 # one product of matrices: the library's convolutions first copy the weight into a layout of theirs.
-FEW_POSITIONS = 1 / 4
+FEW_POSITIONS = 1 / 2
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
@@ -146,7 +146,10 @@ class Conv2dOperation:
         """The transposed convolution."""
         few = grad.shape[0] * grad[0, 0].numel() <= FEW_POSITIONS * weight.shape[0]
         if few and x.device.type == "cpu" and x.is_contiguous():
-            return self._fold(weight.flatten(1).t() @ grad.flatten(2), x, weight)
+            if self._is_product(weight):
+                return (weight.flatten(1).t() @ grad.flatten(2)).view_as(x)
+            # In this order, with the columns last, BLAS is up to twice as fast.
+            return self._fold((grad.flatten(2).mT @ weight.flatten(1)).mT, x, weight)
         return self._backward(grad, x, weight, of_input=True)
 
     def _fold(self, columns: Tensor, x: Tensor, weight: Tensor) -> Tensor:
