@@ -17,6 +17,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from dora_diffusion.cli import tune_process
+
+tune_process()  # As the commands do, before torch starts: for all peers.
+
 import torch
 from full_size import UNETS
 from torch import Tensor, nn

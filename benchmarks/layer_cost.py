@@ -44,7 +44,7 @@ def measure(
         name: partial(step, make_peer(name, base, ["0"], rank), lambda model: model(x), upstream)
         for name in peers
     }
-    return interleaved(steps, rounds, at_least=0.02)
+    return interleaved(steps, rounds, at_least=0.1)
 
 
 def main() -> None:
