@@ -10,19 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import matplotlib.pyplot as plt
-from common import FROZEN, LORA, OURS
+from common import FROZEN, LORA, OURS, ratio
 
 COLORS = {FROZEN: "#b8b8b8", LORA: "#7a9cc6", OURS: "#d1495b"}
 OTHER = "#d9c58b"
 
 
-def bars(axes: Any, values: dict[str, float], title: str) -> None:
+def bars(axes: Any, relative: dict[str, float], title: str) -> None:
     """One bar per peer, relative to LoRA's."""
-    relative = {name: value / values[LORA] for name, value in values.items()}
     colors = [COLORS.get(name, OTHER) for name in relative]
     drawn = axes.barh(list(relative), list(relative.values()), color=colors)
     axes.bar_label(drawn, fmt="%.2f", padding=3)
@@ -43,9 +41,10 @@ def main() -> None:
     figure, grid = plt.subplots(len(runs), 2, figsize=(9, 2 * len(runs) + 0.4), squeeze=False)
     for run, (left, right) in zip(runs, grid, strict=True):
         what = f"{run['targets']}, {run['latent']}x{run['latent']} latents"
-        times = {name: median(samples) for name, samples in run["seconds"].items()}
+        times = {name: ratio(run["seconds"], name).median for name in run["seconds"]}
+        kept = {name: size / run["kept"][LORA] for name, size in run["kept"].items()}
         bars(left, times, f"time of a step: {what}")
-        bars(right, run["kept"], f"kept activations: {what}")
+        bars(right, kept, f"kept activations: {what}")
     figure.suptitle(f"SD1.5's UNet, rank 8, relative to {LORA}", fontsize=11)
     figure.tight_layout()
     figure.savefig(args.output, dpi=110)
