@@ -7,6 +7,7 @@ Nothing heavy is imported here: every ``--help`` answers at once. What a command
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -32,10 +33,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         128 + N saved and stopped by signal N.
     """
     args = build_parser().parse_args(argv)
+    tune_process()
     command = import_module(f"dora_diffusion.commands.{args.command}")
     with reporting_errors(args.command, debug=args.debug) as outcome:
         outcome.code = int(command.run(args) or 0)
     return outcome.code
+
+
+def tune_process() -> None:
+    """Set what torch reads once, when it starts; what the user has set stays.
+
+    On Linux: large pages for large tensors, since the kernel takes longer to hand out a buffer in
+    small ones than many an operation to fill it; and threads that sleep while they wait, since on
+    a machine that does something else too they would keep the others from their cores.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:

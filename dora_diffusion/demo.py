@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_diffusion.cli import tune_process
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="Result folder.")
     parser.add_argument("--seeds", type=int, default=4, help="Pictures judged per place.")
     args = parser.parse_args(argv)
+    tune_process()
     config_file = args.samples / args.subject / "config.yaml"
     if not config_file.is_file():
         raise SystemExit(f"error: {config_file} is missing; run the demo from the project's folder")

@@ -457,3 +457,11 @@ class TestReport:
     def test_an_interrupt_is_130(self, capsys):
         assert self.ending(KeyboardInterrupt()) == 130
         assert "interrupted" in last_line(capsys)
+
+
+def test_commands_ask_torch_for_large_pages_unless_the_user_has_a_say(monkeypatch):
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    cli.tune_process()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"

@@ -17,6 +17,7 @@ from dora_diffusion.adapters.layers import (
     adapt_layer,
     adapted_layers,
     can_adapt,
+    open_caches,
     plain_layer,
 )
 from dora_diffusion.adapters.targets import is_conv, match_targets
@@ -301,8 +302,7 @@ def norm_scope(*models: nn.Module) -> Iterator[None]:
     opened = [
         layer for model in models for _, layer in adapted_layers(model) if layer._gain_cache is None
     ]
-    for layer in opened:
-        layer.open_cache()
+    open_caches(opened)
     try:
         yield
     finally:

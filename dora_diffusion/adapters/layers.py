@@ -7,16 +7,15 @@ child module ``adapters``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_diffusion.numerics.autograd import Gain, dora, make_gain
+from dora_diffusion.numerics.autograd import dora
 from dora_diffusion.numerics.dora import (
-    adapted_norm,
     adapted_weight,
     merged_weight,
     moved_magnitude,
@@ -24,6 +23,7 @@ from dora_diffusion.numerics.dora import (
     wide,
 )
 from dora_diffusion.numerics.dora import gain as gain_of
+from dora_diffusion.numerics.gain import Gain, GainInputs, make_gains
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation, Operation
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
@@ -185,26 +185,23 @@ class AdaptedLayer(nn.Module):
         cache = self._gain_cache
         if cache is not None and name in cache:
             return cache[name]
-        with torch.no_grad():
-            norm = adapted_norm(
-                self.weight,
-                adapter.down,
-                adapter.up,
-                adapter.scale,
-                adapter.norm_axis,
-                self._squared_norm(adapter.norm_axis),
-            )
-            gain = make_gain(self._magnitude(adapter), norm)
+        gain = make_gains([self._gain_inputs(adapter)])[0]
         if cache is not None:
             cache[name] = gain
         return gain
 
-    def open_cache(self) -> None:
-        """Compute every active adapter's gain now, and keep it until `close_cache`."""
-        self._gain_cache = {}
-        for name, adapter in self.active():
-            if adapter.magnitude is not None:
-                self.gain(name, adapter)
+    @torch.no_grad()
+    def _gain_inputs(self, adapter: LayerAdapter) -> GainInputs:
+        axis = adapter.norm_axis
+        return GainInputs(
+            self._magnitude(adapter),
+            self.weight,
+            adapter.down,
+            adapter.up,
+            adapter.scale,
+            axis,
+            self._squared_norm(axis),
+        )
 
     def close_cache(self) -> None:
         """Forget the gains."""
@@ -340,6 +337,20 @@ def _recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
         for name, value in module.__dict__.items()
     )
     return other
+
+
+def open_caches(layers: Sequence[AdaptedLayer]) -> None:
+    """Compute every active adapter's gain now, all together, and keep them until `close_cache`."""
+    wanted = [
+        (layer, name, layer._gain_inputs(adapter))
+        for layer in layers
+        for name, adapter in layer.active()
+        if adapter.magnitude is not None
+    ]
+    for layer in layers:
+        layer._gain_cache = {}
+    for (layer, name, _), gain in zip(wanted, make_gains([one[2] for one in wanted]), strict=True):
+        cast(dict[str, Gain], layer._gain_cache)[name] = gain
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:

@@ -19,52 +19,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dora_diffusion.numerics.dora import NORM_FLOOR, per_channel, wide
-from dora_diffusion.numerics.dora import gain as gain_of
+from dora_diffusion.numerics.gain import Gain
 from dora_diffusion.numerics.operation import Operation
 from dora_diffusion.numerics.weights import NormAxis
 
-# Output channels whose |g| is below this recompute their direction for the gradient of m: dividing
-# g out of y would magnify the rounding of y, or be 0 / 0.
-SMALL_GAIN = 1e-3
+# Passes over memory that the two forms differ by, forward and backward together. Folding writes the
+# weight and adds to it, twice. Following adds to the output, scales its gradient, and adds to the
+# input's gradient, where the product with A is a pass for every ten of its rows and taps.
+FOLD_PASSES, FOLLOW_OUTPUT_PASSES, FOLLOW_INPUT_PASSES, ROWS_PER_PASS = 8, 5, 2, 10
 
 
-class Gain(NamedTuple):
-    """What follows from the parameters alone, once per optimizer step. No gradient flows through.
-
-    Attributes:
-        norm: ``norm(W + sBA)``, ``(n,)``, float32.
-        gain: ``g = m / norm``, ``(n,)``, float32.
-        small: Indices of the channels with ``|g| < SMALL_GAIN``; None where there are none.
-    """
-
-    norm: Tensor
-    gain: Tensor
-    small: Tensor | None
-
-
-def make_gain(magnitude: Tensor, norm: Tensor) -> Gain:
-    """The gain of an adapter from its magnitude and norm, both ``(n,)``."""
-    gain = gain_of(magnitude.detach(), norm)
-    small = (gain.abs() < SMALL_GAIN).nonzero().flatten()
-    return Gain(norm, gain, small if len(small) else None)
-
-
-def folds(positions: int, weight: Tensor, dtype: torch.dtype) -> bool:
+def folds(positions: int, weight: Tensor, rank: int, dtype: torch.dtype) -> bool:
     """Whether building the adapted weight is cheaper than correcting activations.
 
-    Folding touches ``out * fan_in`` numbers; following touches ``positions * (out + fan_in)``.
+    Folding passes over ``out * fan_in`` numbers; following over ``positions * (out + in)``.
     """
     if dtype not in (torch.float32, torch.float64):
         return False
-    out, fan_in = weight.shape[0], weight[0].numel()
-    return positions * (out + fan_in) > out * fan_in
+    out, inputs = weight.shape[:2]
+    input_passes = FOLLOW_INPUT_PASSES + rank * weight.shape[2:].numel() / ROWS_PER_PASS
+    following = positions * (FOLLOW_OUTPUT_PASSES * out + input_passes * inputs)
+    return FOLD_PASSES * weight.numel() < following
 
 
 def dora(
@@ -111,21 +93,27 @@ def _in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def run(ctx: Any, tensor: Tensor, *args: Any) -> Any:
+        if not torch.is_autocast_enabled(tensor.device.type):
+            return method(ctx, tensor, *args)
         with torch.autocast(tensor.device.type, enabled=False):
             return method(ctx, tensor, *args)
 
     return run
 
 
-def _folded(weight: Tensor, down: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """``W + sBA`` in one pass over the weight."""
-    base, left, right = (t.to(dtype).flatten(1) for t in (weight, up, down))
-    return torch.addmm(base, left, right, alpha=scale).view_as(weight)
+def _folded(
+    weight: Tensor, down: Tensor, scaled_up: Tensor, gain: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``g * W + scaled_up @ A``, where ``scaled_up`` has the gain of the output axis in it."""
+    base, left, right = (t.to(dtype).flatten(1) for t in (weight, scaled_up, down))
+    if gain is None:
+        return torch.addmm(base, left, right).view_as(weight)
+    return torch.mul(base, gain.to(dtype)[:, None]).addmm_(left, right).view_as(weight)
 
 
-def _grow(tensor: Tensor, less_one: Tensor) -> Tensor:
+def _grow(tensor: Tensor, less_one: Tensor, out: Tensor | None = None) -> Tensor:
     """``tensor * (1 + less_one)``; ``g - 1`` survives a dtype that would round g to 1."""
-    return torch.addcmul(tensor, tensor, less_one.to(tensor.dtype))
+    return torch.addcmul(tensor, tensor, less_one.to(tensor.dtype), out=out)
 
 
 def _grow_onto(total: Tensor, base: Tensor, gain: Tensor) -> Tensor:
@@ -157,16 +145,16 @@ class _OutputAxis(torch.autograd.Function):
         keep_output: bool,
     ) -> Tensor:
         g, dtype = gain.gain, x.dtype
-        fold, hidden = folds(op.positions(x, weight), weight, dtype), None
+        fold, hidden = folds(op.positions(x, weight), weight, down.shape[0], dtype), None
         base_bias = None if bias is None else bias.to(dtype)
+        scaled_up = _scaled_up(up, g * scale, dtype)
         if fold:
-            folded = _folded(weight, down, up, scale, dtype)
-            y = op(x, folded.mul_(per_channel(g.to(dtype), weight.ndim, "output")), base_bias)
+            y = op(x, _folded(weight, down, scaled_up, g, dtype), base_bias)
         else:
-            hidden = op(x, down.to(dtype))
+            hidden = op.narrow(x, down.to(dtype))
             # The base result has its bias in it, which is scaled with the rest and put right here.
             shift = None if bias is None else ((1 - g) * bias).to(dtype)
-            low_rank = op.pointwise(hidden, _scaled_up(up, g * scale, dtype), shift)
+            low_rank = op.pointwise(hidden, scaled_up, shift)
             y = _grow_onto(low_rank, op(x, weight.to(dtype), base_bias), op.broadcast(g))
         kept = y if keep_output else None
         ctx.save_for_backward(x, kept, hidden, weight, bias, down, up)
@@ -180,22 +168,24 @@ class _OutputAxis(torch.autograd.Function):
         x, y, hidden, weight, bias, down, up = ctx.saved_tensors
         op, scale, g, dtype = ctx.op, ctx.scale, ctx.gain.gain, x.dtype
         need_x, need_m = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
-        hidden = op(x, down.to(dtype)) if hidden is None else hidden
-        grad_hidden = op.pointwise.input_gradient(grad, _scaled_up(up, g * scale, dtype), hidden)
+        hidden = op.narrow(x, down.to(dtype)) if hidden is None else hidden
+        scaled_up = _scaled_up(up, g * scale, dtype)
+        grad_hidden = op.pointwise.input_gradient(grad, scaled_up, hidden)
         grad_up = wide(op.pointwise.weight_gradient(grad, hidden, up.to(dtype)))
         grad_up = grad_up * per_channel(g * scale, up.ndim, "output")
-        grad_down = op.weight_gradient(grad_hidden, x, down.to(dtype))
-        grad_m = _output_magnitude_gradient(ctx, grad, x, y, weight, bias, down, up)
-        grad_x = None
+        product = None if y is None else grad * y
+        grad_m = grad_x = None
+        if need_m:
+            grad_m = _output_magnitude_gradient(ctx, grad, x, product, weight, bias, down, up)
         if need_x and ctx.fold:
-            folded = _folded(weight, down, up, scale, dtype)
-            folded.mul_(per_channel(g.to(dtype), weight.ndim, "output"))
-            grad_x = op.input_gradient(grad, folded, x)
+            grad_x = op.input_gradient(grad, _folded(weight, down, scaled_up, g, dtype), x)
         elif need_x:
-            grown = _grow(grad, op.broadcast(g - 1))
+            # The product is summed up: its memory takes what follows.
+            grown = _grow(grad, op.broadcast(g - 1), out=product)
             grad_x = op.input_gradient(grown, weight.to(dtype), x)
-            grad_x += op.input_gradient(grad_hidden, down.to(dtype), x)
-        grads = grad_down.to(down.dtype), grad_up.to(up.dtype), grad_m if need_m else None
+        through = None if ctx.fold else grad_x
+        grad_down = op.narrow_gradients(grad_hidden, x, down.to(dtype), through)
+        grads = grad_down.to(down.dtype), grad_up.to(up.dtype), grad_m
         return grad_x, None, None, *grads, None, None, None, None
 
 
@@ -203,7 +193,7 @@ def _output_magnitude_gradient(
     ctx: Any,
     grad: Tensor,
     x: Tensor,
-    y: Tensor | None,
+    product: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     down: Tensor,
@@ -211,20 +201,20 @@ def _output_magnitude_gradient(
 ) -> Tensor:
     """``dm_i = sum dy_i * ((W + sBA) x)_i / norm_i``, float32 ``(out,)``.
 
-    ``(W + sBA) x = (y - b) / g``, so the output is all that it takes where g can be divided by.
+    ``(W + sBA) x = (y - b) / g``, so ``dy * y`` is all that it takes where g can be divided by.
     """
     op, (norm, g, small) = ctx.op, ctx.gain
     channels = small
-    if y is None:
+    if product is None:
         channels = torch.arange(weight.shape[0], device=weight.device)
         total = torch.zeros_like(norm)
     else:
-        total = op.channel_sum(grad * y)
+        total = op.channel_sum(product)
         if bias is not None:
             total = total - bias * op.channel_sum(grad)
         total = total / torch.where(g == 0, torch.ones_like(g), g)
     if channels is not None:
-        rows = _folded(weight[channels], down, up[channels], ctx.scale, x.dtype)
+        rows = _folded(weight[channels], down, ctx.scale * up[channels], None, x.dtype)
         total[channels] = op.channel_sum(op.select(grad, channels) * op(x, rows)).to(total.dtype)
     return total / norm.clamp_min(NORM_FLOOR)
 
@@ -247,13 +237,13 @@ class _InputAxis(torch.autograd.Function):
         op: Operation,
     ) -> Tensor:
         dtype, hidden = x.dtype, None
-        fold = folds(op.positions(x, weight), weight, dtype)
+        fold = folds(op.positions(x, weight), weight, down.shape[0], dtype)
         scaled = _grow(x, op.broadcast(gain.gain - 1))
         base_bias = None if bias is None else bias.to(dtype)
         if fold:
-            y = op(scaled, _folded(weight, down, up, scale, dtype), base_bias)
+            y = op(scaled, _folded(weight, down, scale * up, None, dtype), base_bias)
         else:
-            hidden = op(scaled, down.to(dtype))
+            hidden = op.narrow(scaled, down.to(dtype))
             y = op(scaled, weight.to(dtype), base_bias)
             y += op.pointwise(hidden, (scale * up).to(dtype))
         ctx.save_for_backward(x, hidden, weight, down, up)
@@ -268,18 +258,18 @@ class _InputAxis(torch.autograd.Function):
         op, scale, (norm, g, _), dtype = ctx.op, ctx.scale, ctx.gain, x.dtype
         need_x, need_m = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         scaled = _grow(x, op.broadcast(g - 1))
-        hidden = op(scaled, down.to(dtype)) if hidden is None else hidden
+        hidden = op.narrow(scaled, down.to(dtype)) if hidden is None else hidden
         grad_hidden = op.pointwise.input_gradient(grad, (scale * up).to(dtype), hidden)
         grad_up = scale * wide(op.pointwise.weight_gradient(grad, hidden, up.to(dtype)))
-        grad_down = op.weight_gradient(grad_hidden, scaled, down.to(dtype))
-        grad_x = grad_m = None
+        grad_scaled = grad_x = grad_m = None
         if need_x or need_m:
+            whole = weight.to(dtype)
             if ctx.fold:
-                folded = _folded(weight, down, up, scale, dtype)
-                grad_scaled = op.input_gradient(grad, folded, x)
-            else:
-                grad_scaled = op.input_gradient(grad, weight.to(dtype), x)
-                grad_scaled += op.input_gradient(grad_hidden, down.to(dtype), x)
+                whole = _folded(weight, down, scale * up, None, dtype)
+            grad_scaled = op.input_gradient(grad, whole, x)
+        through = None if ctx.fold else grad_scaled
+        grad_down = op.narrow_gradients(grad_hidden, scaled, down.to(dtype), through)
+        if grad_scaled is not None:
             grad_m = op.channel_sum(grad_scaled * x) / norm.clamp_min(NORM_FLOOR)
             grad_x = _grow(grad_scaled, op.broadcast(g - 1))
         grads = grad_down.to(down.dtype), grad_up.to(up.dtype), grad_m if need_m else None

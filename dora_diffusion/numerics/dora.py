@@ -20,8 +20,8 @@ from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 # Far below any pretrained norm, and far enough above float32's smallest number that m / FLOOR
 # stays finite: a zero row then gives zeros instead of NaN. Never added, so no norm is changed.
 NORM_FLOOR = 1e-30
-# Below this share of the terms it is summed from, the factored norm has lost about four of its
-# twenty-four bits to cancellation, and the row is recomputed from the dense weight.
+# Below this share of |W|^2, the factored norm has lost about four of its twenty-four bits to
+# cancellation, and the channel is recomputed from the dense weight.
 CANCELLATION = 1 / 16
 
 
@@ -76,8 +76,7 @@ def adapted_norm(
 ) -> Tensor:
     """``norm(W + s B A)`` per channel without building ``W + s B A``: ``(out,)`` or ``(in,)``.
 
-    ``|W + sBA|^2 = |W|^2 + 2s <W, BA> + s^2 |BA|^2``, where both products with ``BA`` factor
-    through the rank. Rows in which these terms nearly cancel are recomputed from the dense sum.
+    Channels in which ``|W|^2`` and its change nearly cancel are recomputed from the dense sum.
 
     Args:
         weight: Base weight ``(out, in, *k)``.
@@ -88,29 +87,40 @@ def adapted_norm(
         weight_squared_norm: ``squared_norm(weight, axis)`` if it is at hand; it never changes.
     """
     base = squared_norm(weight, axis) if weight_squared_norm is None else weight_squared_norm
-    cross, square = _factored_products(wide(weight), wide(down), wide(up), axis)
-    square = scale * scale * square
-    total = base + (2 * scale) * cross + square
-    cancelled = (total < CANCELLATION * (base + square)).nonzero().flatten()
+    total = base + squared_norm_change(weight, down, up, scale, axis)
+    cancelled = cancels(total, base).nonzero().flatten()
     if len(cancelled):
         dense = _dense_channels(weight, down, up, scale, axis, cancelled)
         total[cancelled] = squared_norm(dense, axis).to(total.dtype)
     return total.sqrt()
 
 
-def _factored_products(
-    weight: Tensor, down: Tensor, up: Tensor, axis: NormAxis
-) -> tuple[Tensor, Tensor]:
-    """``<W, BA>`` and ``|BA|^2`` per channel."""
-    up, down_matrix, weight_matrix = up.flatten(1), down.flatten(1), weight.flatten(1)
+def cancels(total: Tensor, base: Tensor) -> Tensor:
+    """Where ``|W + sBA|^2`` is lost in the rounding of its terms, of which ``|W|^2`` is one.
+
+    By the triangle inequality the other terms are no larger than a few times ``|W|^2`` there.
+    """
+    return total < CANCELLATION * base
+
+
+def squared_norm_change(
+    weight: Tensor, down: Tensor, up: Tensor, scale: float, axis: NormAxis
+) -> Tensor:
+    """``|W + sBA|^2 - |W|^2`` per channel, ``2s <W, BA> + s^2 |BA|^2``, through the rank.
+
+    Per output, with ``M = 2s W A' + s^2 B A A'``, it is the row sum of ``B * M``; per input the
+    same with the roles of A and B exchanged.
+    """
+    inputs = weight.shape[1]
+    weight, down, up = (wide(tensor).flatten(1) for tensor in (weight, down, up))
     if axis == "output":
-        cross = ((weight_matrix @ down_matrix.t()) * up).sum(dim=1)
-        square = ((up @ (down_matrix @ down_matrix.t())) * up).sum(dim=1)
-        return cross, square
-    per_input = (down.shape[0], down.shape[1], -1)
-    cross = ((up.t() @ weight_matrix) * down_matrix).view(per_input).sum(dim=(0, 2))
-    square = (((up.t() @ up) @ down_matrix) * down_matrix).view(per_input).sum(dim=(0, 2))
-    return cross, square
+        product = up @ (down @ down.t())
+        product.addmm_(weight, down.t(), beta=scale * scale, alpha=2 * scale)
+        return product.mul_(up).sum(dim=1)
+    product = (up.t() @ up) @ down
+    product.addmm_(up.t(), weight, beta=scale * scale, alpha=2 * scale)
+    # (r, in * k) -> (in,): the taps of a convolution are summed with the ranks.
+    return product.mul_(down).view(down.shape[0], inputs, -1).sum(dim=(0, 2))
 
 
 def _dense_channels(

@@ -49,7 +49,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.
     betas = (config.adam_beta1, config.adam_beta2)
     name = config.optimizer_name
     if name == "adamw":
-        return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, foreach=True)
+        kind = "fused" if _can_fuse(groups) else "foreach"
+        return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, **{kind: True})
     if name == "adamw8bit":
         library = _library("bitsandbytes", name)
         return library.optim.AdamW8bit(groups, betas=betas, eps=config.adam_epsilon)  # type: ignore[no-any-return]
@@ -61,6 +62,12 @@ def build_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.
     from transformers.optimization import Adafactor
 
     return Adafactor(groups, scale_parameter=False, relative_step=False)
+
+
+def _can_fuse(groups: list[dict[str, Any]]) -> bool:
+    """Whether one kernel can update every parameter, which is fastest for many small ones."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    return devices <= {"cpu", "cuda"}
 
 
 def _library(module: str, optimizer: str) -> Any:

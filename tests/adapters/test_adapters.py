@@ -252,13 +252,13 @@ def test_several_adapters_are_order_free_and_merge_as_they_run(net, x):
 
 
 def test_norms_are_computed_once_in_a_scope_and_never_survive_it(net, x, monkeypatch):
-    from dora_diffusion.adapters import layers
+    from dora_diffusion.numerics import gain
 
     inject_adapters(net, everything())
     move(net)
     calls = []
-    real = layers.adapted_norm
-    monkeypatch.setattr(layers, "adapted_norm", lambda *a: calls.append(1) or real(*a))
+    real = gain.squared_norm_change
+    monkeypatch.setattr(gain, "squared_norm_change", lambda *a: calls.append(1) or real(*a))
     with norm_scope(net):
         first = net(x)
         assert torch.equal(net(x), first)

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_diffusion.numerics import autograd as dora_autograd
-from dora_diffusion.numerics.autograd import dora, folds, make_gain
+from dora_diffusion.numerics.autograd import dora, folds
 from dora_diffusion.numerics.dora import (
     adapted_norm,
     adapted_weight,
     merged_weight,
     weight_norm,
 )
+from dora_diffusion.numerics.gain import make_gain
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -198,9 +199,7 @@ def test_a_cancelling_channel_falls_back_to_the_dense_norm(axis):
 @pytest.mark.parametrize("fold", [True, False])
 def test_a_fresh_adapter_is_an_identity_to_the_last_bit(case, axis, dtype, fold, monkeypatch):
     shape, input_shape, op, plain = CASES[case]
-    monkeypatch.setattr(
-        dora_autograd, "folds", lambda positions, weight, t: fold and t is torch.float32
-    )
+    monkeypatch.setattr(dora_autograd, "folds", lambda *args: fold and args[-1] is torch.float32)
     weight, bias, down, up, _ = make(shape, dtype=torch.float32, axis=axis)
     weight, bias, up = weight.to(dtype), bias.to(dtype), torch.zeros_like(up)
     x = torch.randn(input_shape).to(dtype)
@@ -250,9 +249,9 @@ def test_several_adapters_sum_their_differences_in_any_order():
 
 def test_low_precision_never_folds():
     weight = torch.zeros(64, 64)
-    assert folds(10_000, weight, torch.float32)
-    assert not folds(10_000, weight, torch.bfloat16)
-    assert not folds(4, weight, torch.float32)
+    assert folds(10_000, weight, 8, torch.float32)
+    assert not folds(10_000, weight, 8, torch.bfloat16)
+    assert not folds(4, weight, 8, torch.float32)
 
 
 def test_low_precision_keeps_updates_that_rounding_the_weight_would_lose():

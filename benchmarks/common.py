@@ -1,0 +1,283 @@
+"""What the cost benchmarks share: peers on one base, interleaved timing, kept bytes, and tables.
+
+Every figure is a ratio against a named peer of the same process: the peers take turns, round by
+round, and a ratio is taken within a round, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from dora_diffusion.cli import tune_process
+
+tune_process()  # As the commands do, before torch starts: for all peers.
+
+import torch
+from full_size import UNETS
+from torch import Tensor, nn
+
+from dora_diffusion.adapters.inject import inject_adapters, norm_scope
+from dora_diffusion.adapters.targets import match_targets
+from dora_diffusion.config import AdapterConfig
+
+FROZEN, LORA, PEFT_DORA, LYCORIS, OURS = (
+    "frozen", "PEFT LoRA", "PEFT DoRA", "LyCORIS DoRA", "this DoRA",
+)  # fmt: skip
+PEERS = (FROZEN, LORA, PEFT_DORA, LYCORIS, OURS)
+Scope = Callable[[], AbstractContextManager[None]]
+
+
+def machine() -> str:
+    """The processor, its cores, and what runs on it."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        info = Path("/proc/cpuinfo").read_text()
+        names = [
+            line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line
+        ]
+        model = names[0] if names else model
+        model += " with AMX" if "amx_tile" in info else ""
+    from importlib.metadata import version
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "lycoris-lora"))
+    threads = torch.get_num_threads()
+    used = "one thread, processor time" if threads == 1 else f"{threads} threads, wall-clock time"
+    return f"{os.cpu_count()} cores of an {model}; {used}; {packages}"
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree over the very same frozen parameters: peers fit in memory."""
+    same = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, same)
+
+
+@dataclass
+class Peer:
+    """A model with or without adapters, and what one optimizer step opens around it."""
+
+    model: nn.Module
+    scope: Scope = nullcontext
+    beside: nn.Module | None = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains."""
+        return [p for p in (self.beside or self.model).parameters() if p.requires_grad]
+
+
+def make_peer(name: str, base: nn.Module, targets: Sequence[str], rank: int) -> Peer:
+    """One of `PEERS` over a frozen base, its adapter moved from the start so that nothing is 0."""
+    model = shared_copy(base.requires_grad_(False))
+    torch.manual_seed(0)
+    if name == OURS:
+        config = AdapterConfig(
+            targets=tuple(targets), rank=rank, alpha=rank, conv_rank=rank, conv_alpha=rank
+        )
+        inject_adapters(model, config)
+        peer = Peer(model, lambda: norm_scope(model))
+    elif name in (LORA, PEFT_DORA):
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, use_dora=name == PEFT_DORA, target_modules=list(targets)
+        )
+        peer = Peer(inject_adapter_in_model(config, model))
+    elif name == LYCORIS:
+        peer = Peer(model, beside=_lycoris(model, targets, rank))
+    else:
+        peer = Peer(model)
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.add_(1e-3 * torch.randn_like(parameter))
+    return peer
+
+
+def _lycoris(model: nn.Module, targets: Sequence[str], rank: int) -> nn.Module:
+    """LyCORIS keeps its modules beside the model, and replaces the forward of each layer."""
+    from lycoris.modules.locon import LoConModule
+
+    modules = []
+    for path in targets:
+        layer = model.get_submodule(path)
+        modules.append(LoConModule(path, layer, lora_dim=rank, alpha=rank, weight_decompose=True))
+        modules[-1].apply_to()
+    return nn.ModuleList(modules)
+
+
+def clock() -> float:
+    """Seconds: processor time where one thread works, which a busy machine does not stretch."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def seconds(function: Callable[[], object], repeats: int = 1) -> float:
+    """Time of one call, as the mean of some."""
+    begun = clock()
+    for _ in range(repeats):
+        function()
+    return (clock() - begun) / repeats
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], rounds: int, at_least: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds per call, round by round in turns, after one call each to warm up.
+
+    Args:
+        functions: What to time, by name.
+        rounds: Samples of each.
+        at_least: A sample repeats its call until it lasts about so many seconds.
+    """
+    for function in functions.values():
+        function()
+    fastest = min(seconds(function) for function in functions.values()) if at_least else 1.0
+    repeats = max(1, round(at_least / fastest))
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for number in range(rounds):
+        # Each round starts with another peer: no one always runs after the same neighbour.
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            samples[name].append(seconds(functions[name], repeats))
+    return samples
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of the ratios of all rounds, and half of their interquartile range."""
+
+    median: float
+    spread: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ± {self.spread:.2f}"
+
+
+def ratio(samples: Mapping[str, Sequence[float]], name: str, to: str = LORA) -> Ratio:
+    """Time of one peer relative to another's."""
+    ratios = sorted(a / b for a, b in zip(samples[name], samples[to], strict=True))
+    if len(ratios) < 3:
+        return Ratio(statistics.median(ratios), (ratios[-1] - ratios[0]) / 2)
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return Ratio(statistics.median(ratios), (high - low) / 2)
+
+
+def step(peer: Peer, forward: Callable[[nn.Module], Tensor], upstream: Tensor) -> None:
+    """Forward and backward of one optimizer step, gradients dropped as ``zero_grad`` does."""
+    with peer.scope():
+        y = forward(peer.model)
+        if y.requires_grad:
+            y.backward(upstream)
+    for parameter in peer.parameters():
+        parameter.grad = None
+
+
+def kept_bytes(peer: Peer, forward: Callable[[nn.Module], Tensor]) -> int:
+    """Bytes that the forward pass keeps for the backward pass, parameters not counted."""
+    model = peer.model
+    own = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*model.parameters(), *model.buffers(), *peer.parameters())
+    }
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with peer.scope(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = forward(model)
+        total = sum(kept.values())
+        del y
+    return total
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A layer as the UNet uses it: what it is, and what it sees."""
+
+    weight: tuple[int, ...]
+    stride: int
+    bias: bool
+    input: tuple[int, ...]
+
+    def make(self) -> nn.Module:
+        """A layer of this shape with random weights."""
+        out, fan_in = self.weight[:2]
+        if len(self.weight) == 2:
+            return nn.Linear(fan_in, out, bias=self.bias)
+        kernel = self.weight[2]
+        return nn.Conv2d(
+            fan_in, out, kernel, stride=self.stride, padding=kernel // 2, bias=self.bias
+        )
+
+    def __str__(self) -> str:
+        out, fan_in = self.weight[:2]
+        if len(self.weight) == 2:
+            return f"Linear {fan_in} → {out}, {self.input[1]} rows"
+        kernel, side = self.weight[2], self.input[2]
+        strided = f" / {self.stride}" if self.stride > 1 else ""
+        return f"Conv {kernel}x{kernel}{strided} {fan_in} → {out}, {side}x{side}"
+
+
+def unet(family: str) -> nn.Module:
+    """The UNet of a family with random weights, on the current default device."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**UNETS[family]).requires_grad_(False)
+
+
+def unet_inputs(family: str, latent: int, batch: int = 1) -> dict[str, object]:
+    """Keyword arguments of one call of the UNet, latents requiring a gradient."""
+    width = UNETS[family]["cross_attention_dim"]
+    inputs: dict[str, object] = {
+        "sample": torch.randn(batch, 4, latent, latent).requires_grad_(),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": torch.randn(batch, 77, width),
+    }
+    if family == "sdxl":
+        ids = torch.full((batch, 6), 1024.0)
+        inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(batch, 1280), "time_ids": ids}
+    return inputs
+
+
+def layer_shapes(family: str, latent: int) -> dict[LayerShape, int]:
+    """The adapted layer shapes of a family's UNet and how often each occurs, without computing."""
+    with torch.device("meta"):
+        model = unet(family)
+        counts: dict[LayerShape, int] = {}
+
+        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            stride = module.stride[0] if isinstance(module, nn.Conv2d) else 1
+            shape = LayerShape(
+                tuple(module.weight.shape), stride, module.bias is not None, tuple(args[0].shape)
+            )
+            counts[shape] = counts.get(shape, 0) + 1
+
+        for path in match_targets(model, ["attention+conv"]):
+            model.get_submodule(path).register_forward_pre_hook(see)
+        model(**unet_inputs(family, latent))
+    return counts
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table as the documents print it."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def save(path: Path | None, figures: object) -> None:
+    """Write the figures for ``plot.py``, with the machine that they come from."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine(), "figures": figures}, indent=1) + "\n")

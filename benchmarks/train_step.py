@@ -1,0 +1,139 @@
+"""What a real training step does beside the UNet, and how long the first one takes to come.
+
+    python benchmarks/train_step.py
+
+On the embedded model: a step of `train` against the same UNet, adapters and latents without the
+trainer; AdamW's implementations on the same gradients; and the time from the command to the first
+optimizer step against an empty Python that only imports torch and diffusers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import torch
+from common import interleaved, machine, markdown, ratio
+from torch import Tensor
+
+from dora_diffusion.adapters.inject import norm_scope
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.training.session import Session, make_accelerator, open_session
+from dora_diffusion.training.subject import subject_of
+
+ALONE, STEP = "UNet alone", "training step"
+SETTINGS = {
+    "pretrained_model_name_or_path": "embedded:tiny-sd",
+    "instance_data_dir": "samples/bolt_mug",
+    "instance_prompt": "a photo of a sks mug",
+    "num_validation_images": 0,
+    "checkpointing_steps": 0,
+    "overwrite_output_dir": True,
+}
+
+
+def session(output: str, **settings: object) -> Session:
+    """A run on the embedded model, ready for its first step."""
+    config = TrainConfig(**SETTINGS, output_dir=output, **settings)
+    return open_session(config, subject_of(config), make_accelerator(config))
+
+
+def bare_step(run: Session) -> None:
+    """Forward and backward of the UNet on a batch that is ready."""
+    unet = run.components.unet
+    side = run.resolution // run.components.vae_factor
+    batch = run.config.train_batch_size
+    latents: Tensor = torch.randn(batch, unet.config.in_channels, side, side)
+    states = torch.randn(batch, 77, unet.config.cross_attention_dim)
+    with norm_scope(unet):
+        unet(latents, torch.full((batch,), 500), states).sample.square().mean().backward()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def step_beside_unet(output: str, rounds: int) -> None:
+    run = session(output)
+    number = iter(range(1, 10**9))
+    steps = {ALONE: lambda: bare_step(run), STEP: lambda: run.train_step(next(number))}
+    samples = interleaved(steps, rounds, at_least=0.5)
+    rows = [[n, f"{1e3 * median(samples[n]):.0f}", ratio(samples, n, ALONE)] for n in steps]
+    print(markdown(["embedded:tiny-sd", "ms", f"to {ALONE}"], rows), "\n")
+
+
+def optimizers(output: str, rounds: int) -> None:
+    run = session(output)
+    kinds = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+    steps = {}
+    for name, kind in kinds.items():
+        parameters = [torch.nn.Parameter(p.detach().clone()) for p in run.parameters]
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        steps[name] = torch.optim.AdamW(parameters, **kind).step
+    samples = interleaved(steps, rounds, at_least=0.2)
+    rows = [[n, f"{1e3 * median(samples[n]):.1f}", ratio(samples, n, "plain")] for n in steps]
+    print(markdown([f"AdamW, {len(run.parameters)} tensors", "ms", "to plain"], rows), "\n")
+
+
+def children_seconds(command: list[str]) -> float:
+    """Processor time of a command."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def start_up(output: str, rounds: int) -> None:
+    flags = [
+        str(part)
+        for key, value in SETTINGS.items()
+        if value is not True
+        for part in (f"--{key}", value)
+    ]
+    train = [
+        sys.executable,
+        "-m",
+        "dora_diffusion",
+        "train",
+        *flags,
+        "--overwrite_output_dir",
+        "--output_dir",
+        output,
+        "--max_train_steps",
+        "1",
+    ]
+    imports = [
+        sys.executable,
+        "-c",
+        "import torch, diffusers; from diffusers import StableDiffusionPipeline",
+    ]
+    commands = {
+        "import torch and diffusers": imports,
+        "train, one step, adapter written": train,
+        "train --help": [sys.executable, "-m", "dora_diffusion", "train", "--help"],
+    }
+    rows = []
+    for name, command in commands.items():
+        times = [children_seconds(command) for _ in range(rounds)]
+        rows.append([name, f"{median(times):.1f}"])
+    print(markdown(["command", "processor seconds"], rows))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    print(machine(), "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        output = str(Path(folder) / "run")
+        step_beside_unet(output, args.rounds)
+        optimizers(output, args.rounds)
+        start_up(output, 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What a DoRA layer needs that follows from its parameters alone: the norm and the gain.
+
+The norm is detached (paper, section 4.3), so both are computed once per optimizer step, outside of
+the graph, for all layers together.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.numerics.dora import (
+    adapted_norm,
+    cancels,
+    squared_norm,
+    squared_norm_change,
+)
+from dora_diffusion.numerics.dora import gain as gain_of
+from dora_diffusion.numerics.weights import NormAxis
+
+# Output channels whose |g| is below this recompute their direction for the gradient of m: dividing
+# g out of y would magnify the rounding of y, or be 0 / 0.
+SMALL_GAIN = 1e-3
+
+
+class Gain(NamedTuple):
+    """What follows from the parameters alone, once per optimizer step. No gradient flows through.
+
+    Attributes:
+        norm: ``norm(W + sBA)``, ``(n,)``, float32.
+        gain: ``g = m / norm``, ``(n,)``, float32.
+        small: Indices of the channels with ``|g| < SMALL_GAIN``; None where there are none.
+    """
+
+    norm: Tensor
+    gain: Tensor
+    small: Tensor | None
+
+
+class GainInputs(NamedTuple):
+    """What one adapter's gain is computed from; shapes as in `adapted_norm`."""
+
+    magnitude: Tensor
+    weight: Tensor
+    down: Tensor
+    up: Tensor
+    scale: float
+    axis: NormAxis
+    weight_squared_norm: Tensor
+
+
+def make_gain(magnitude: Tensor, norm: Tensor) -> Gain:
+    """The gain of an adapter from its magnitude and norm, both ``(n,)``."""
+    gain = gain_of(magnitude.detach(), norm)
+    small = (gain.abs() < SMALL_GAIN).nonzero().flatten()
+    return Gain(norm, gain, small if len(small) else None)
+
+
+@torch.no_grad()
+def make_gains(layers: Sequence[GainInputs]) -> list[Gain]:
+    """The gains of many layers, with one wait for the device instead of two per layer.
+
+    A layer with a channel that needs care (one that cancels, or whose gain is small) takes the
+    path of its own; whether there is any is all that is read back from the device. So does a layer
+    whose ``weight_squared_norm`` is not its weight's any more: no version counter sees a base
+    weight that is written through ``.data``, but the norm of its first channel does.
+    """
+    if not layers:
+        return []
+    if len({(one.weight.device, one.weight_squared_norm.dtype) for one in layers}) > 1:
+        return [_careful(one) for one in layers]
+    with torch.autocast(layers[0].weight.device.type, enabled=False):
+        return _make_together(layers)
+
+
+def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
+    sizes = [len(one.weight_squared_norm) for one in layers]
+    base = torch.cat([one.weight_squared_norm for one in layers])
+    change = [squared_norm_change(*one[1:6]) for one in layers]
+    total = torch.cat(change).add_(base)
+    norm = total.sqrt()
+    gain = gain_of(torch.cat([one.magnitude for one in layers]), norm)
+    # Not less: a negative total has no root, and its channel must be found too.
+    delicate = cancels(total, base).logical_or_(~(gain.abs() >= SMALL_GAIN))
+    firsts = torch.tensor([0, *accumulate(sizes)][:-1], device=base.device)
+    now = torch.cat([_first_squared_norm(one.weight, one.axis) for one in layers])
+    delicate[firsts] |= (now - base[firsts]).abs() > 1e-4 * now
+    gains = [
+        Gain(*pair, None)
+        for pair in zip(torch.split(norm, sizes), torch.split(gain, sizes), strict=True)
+    ]
+    for number in _owners(delicate.nonzero().flatten().tolist(), sizes):
+        gains[number] = _careful(layers[number])
+    return gains
+
+
+def _first_squared_norm(weight: Tensor, axis: NormAxis) -> Tensor:
+    first = weight[:1] if axis == "output" else weight[:, :1]
+    return squared_norm(first, axis)
+
+
+def _careful(one: GainInputs) -> Gain:
+    return make_gain(one.magnitude, adapted_norm(*one[1:6]))
+
+
+def _owners(channels: Sequence[int], sizes: Sequence[int]) -> set[int]:
+    """Which layers the channels of the concatenated vector belong to."""
+    ends = list(accumulate(sizes))
+    return {bisect_right(ends, channel) for channel in channels}
