@@ -8,6 +8,7 @@ A job is a folder, and its state follows from the files in it and from whether i
     progress.json what the work is doing
     STOP          asks the worker to save and leave
     result.json   exit code and times; written when the worker ends in an orderly way
+    chosen.json   the checkpoint that stands for a training run, where one was chosen
     log.txt       all that the worker printed
 """
 
@@ -36,7 +37,7 @@ from dora_diffusion.app.workspace import (
 )
 
 JOB, SETTINGS, WORKER, PROGRESS = "job.json", "settings.yaml", "worker.json", "progress.json"
-STOP, RESULT, LOG = "STOP", "result.json", "log.txt"
+STOP, RESULT, LOG, CHOSEN = "STOP", "result.json", "log.txt", "chosen.json"
 KILL_AFTER_SECONDS = 30.0
 _MOST_JOBS_WAITING = 50
 
@@ -53,7 +54,7 @@ def create_job(
 
     Args:
         workspace: The runs folder.
-        kind: ``"train"`` or ``"merge"``.
+        kind: ``"train"``, ``"merge"``, ``"compare"`` or ``"push"``.
         title: What the page calls it.
         facts: More for job.json.
         settings: Gives the text of settings.yaml for the job's folder.

@@ -48,6 +48,7 @@ def _connect_clock(
     outputs = [
         seen, masthead, training.run, training.status, training.loss, training.log, training.jobs,
         training.samples, training.stop, training.kill, training.resume, training.remove,
+        training.chooser.box, training.chooser.start, training.chooser.cards,
         generating.adapter, shelves.gallery, shelves.run, shelves.merges,
     ]  # fmt: skip
 
@@ -55,7 +56,7 @@ def _connect_clock(
         jobs = context.jobs()
         parts = {
             "masthead": html.masthead(jobs),
-            **train.refresh(jobs, run),
+            **train.refresh(context, jobs, run),
             **generate.refresh(context, jobs, adapter),
             **library.refresh(jobs, shelf),
         }

@@ -10,9 +10,12 @@ from typing import Any
 
 from dora_diffusion.app.workspace import AppError, clean_text
 from dora_diffusion.config import TrainConfig, setting_type
+from dora_diffusion.embedded import MODELS
+from dora_diffusion.models.locate import EMBEDDED_PREFIX
 
 PROMPT_LIMIT = 1000
-EMBEDDED = "embedded:tiny-sd"
+EMBEDDED_MODELS = tuple(f"{EMBEDDED_PREFIX}{name}" for name in MODELS)
+EMBEDDED = EMBEDDED_MODELS[0]
 PRESET_NAMES = ("fast", "balanced", "quality")
 
 # Advanced settings by heading. Each keeps its name on the command line.
@@ -76,7 +79,7 @@ def preset_values(preset: str, model: str) -> dict[str, Any]:
     """
     if preset not in PRESET_NAMES:
         raise AppError(f"there is no preset {preset!r}; choose {', '.join(PRESET_NAMES)}")
-    small = model.startswith("embedded:")
+    small = model.startswith(EMBEDDED_PREFIX)
     table, common = (_EMBEDDED, _EMBEDDED_COMMON) if small else (_RELEASED, _RELEASED_COMMON)
     values = {**TrainConfig().to_dict(), **_COMMON, **common, **table[preset]}
     return {name: values[name] for name in ADVANCED}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.app.jobs import (
+    CHOSEN,
     JOB,
     LOG,
     PROGRESS,
@@ -26,6 +27,7 @@ from dora_diffusion.app.jobs import (
 from dora_diffusion.app.workspace import Workspace, ids_in, read_json
 
 RUNNING_STATES = ("running", "stopping")
+RESULT_NAME = "result"
 _LOG_BYTES = 60_000
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _KILLED = (
@@ -41,7 +43,7 @@ class Job:
     Attributes:
         id: Name of its folder.
         folder: Where it lies.
-        kind: ``"train"`` or ``"merge"``.
+        kind: ``"train"``, ``"merge"``, ``"compare"`` or ``"push"``.
         title: What the page calls it.
         state: ``"waiting"``, ``"running"``, ``"stopping"``, ``"done"``, ``"stopped"``,
             ``"failed"`` or ``"crashed"``.
@@ -55,6 +57,9 @@ class Job:
         step_seconds: Median time of the latest steps; None before there are some.
         may_kill: Stop was asked for long ago, and it still runs.
         position: Place in the queue from 1; 0 when it does not wait.
+        checkpoints: Names of its complete checkpoints, oldest first.
+        samples: Sample pictures: the final ones, then from the newest.
+        chosen: What was chosen to stand for it: a checkpoint, ``"result"``, or ``""``.
     """
 
     id: str
@@ -74,6 +79,7 @@ class Job:
     position: int = 0
     checkpoints: tuple[str, ...] = ()
     samples: tuple[Path, ...] = field(default=())
+    chosen: str = ""
 
     @property
     def is_active(self) -> bool:
@@ -104,9 +110,21 @@ class Job:
         return str(self.settings.get("pretrained_model_name_or_path") or self.facts.get("base", ""))
 
     @property
+    def stands(self) -> str:
+        """What stands for a run: what was chosen, its result, or its newest checkpoint."""
+        if self.kind != "train":
+            return ""
+        last = self.checkpoints[-1] if self.checkpoints else ""
+        return self.chosen or (RESULT_NAME if self.state == "done" else last)
+
+    @property
     def can_generate(self) -> bool:
         """Whether it left an adapter: its result, or a checkpoint's."""
-        return self.kind == "train" and (self.state == "done" or bool(self.checkpoints))
+        return bool(self.stands)
+
+    def step_of(self, name: str) -> int:
+        """The steps that a checkpoint or the result was trained for."""
+        return self.step if name == RESULT_NAME else int(name.removeprefix("checkpoint-"))
 
 
 def snapshot(runs_dir: Path) -> tuple[Job, ...]:
@@ -135,8 +153,9 @@ def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job |
     settings = _settings(folder / SETTINGS)
     step = int(metrics[-1]["step"]) if metrics else 0
     total = int(progress.get("total_steps") or settings.get("max_train_steps") or 0)
-    if facts.get("kind") == "merge":
-        step, total = int(progress.get("written", 0)), int(progress.get("total", 0))
+    if facts.get("kind") != "train":
+        step, total = int(progress.get("done", 0)), int(progress.get("total", 0))
+    checkpoints = _checkpoints(folder)
     recent = [float(record["seconds"]) for record in metrics[-20:]]
     return Job(
         id=folder.name,
@@ -154,8 +173,9 @@ def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job |
         step_seconds=statistics.median(recent) if recent else None,
         may_kill=may_kill(folder, time.time() if now is None else now),
         position=position,
-        checkpoints=_checkpoints(folder),
+        checkpoints=checkpoints,
         samples=_samples(folder),
+        chosen=_chosen(folder, checkpoints, state),
     )
 
 
@@ -182,6 +202,8 @@ def _unusable_result(folder: Path, facts: Mapping[str, Any]) -> str:
     """Why a job that says it is done is not: its result must be there, and open."""
     if facts.get("kind") == "merge":
         return "" if Path(str(facts.get("output"))).exists() else "the merged model is gone"
+    if facts.get("kind") != "train":
+        return ""
     file = result_adapter(folder)
     if file is None:
         return "the run ended without an adapter file"
@@ -206,11 +228,19 @@ def result_adapter(folder: Path) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def adapter_of(job: Job, checkpoint: str = "") -> Path | None:
-    """The adapter of a job, or of one of its checkpoints by name."""
-    if checkpoint:
-        return result_adapter(job.folder / checkpoint) if checkpoint in job.checkpoints else None
-    return result_adapter(job.folder) if job.state == "done" else None
+def adapter_of(job: Job, name: str = "") -> Path | None:
+    """The adapter that stands for a run, or another one of its by name."""
+    name = name or job.stands
+    if name == RESULT_NAME:
+        return result_adapter(job.folder) if job.state == "done" else None
+    return result_adapter(job.folder / name) if name in job.checkpoints else None
+
+
+def _chosen(folder: Path, checkpoints: tuple[str, ...], state: str) -> str:
+    """What was chosen, if it still is there."""
+    name = read_json(folder / CHOSEN).get("checkpoint")
+    there = name in checkpoints or (name == RESULT_NAME and state == "done")
+    return str(name) if there else ""
 
 
 def _checkpoints(folder: Path) -> tuple[str, ...]:

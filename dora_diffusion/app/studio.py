@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from dora_diffusion.generate import SamplingSettings
 
-MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID = 16, 200, 2048, 30
+MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID = 16, 200, 2048, 48
 SEED_LIMIT = 2**32
 Step = Callable[[int, int], None]
 
@@ -171,7 +171,7 @@ class Studio:
                     one = dataclasses.replace(request, adapter=adapter, strength=strength)
                     components = self._model(one)
                     images += generate_images(components, one.prompt, [seed], one.settings)
-                    labels.append(f"{name.removeprefix('checkpoint-')} x {strength:g}")
+                    labels.append(f"{name} x {strength:g}")
                     on_step(len(images), cells)
         sheet = image_grid(images, len(strengths), labels=labels)
         return self._write(request, seed, sheet)

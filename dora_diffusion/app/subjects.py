@@ -3,7 +3,7 @@
 ::
 
     subjects/<id>/
-      subject.json    title, class word, token
+      subject.json    title, class word, token, and which sample it is
       photos/         what is trained on: 001.jpg, 001.txt, 001.mask.png
       originals/      photos before a manual crop
 """
@@ -41,13 +41,14 @@ _FACTS = "subject.json"
 
 @dataclass(frozen=True)
 class Subject:
-    """A subject as its folder tells it."""
+    """A subject as its folder tells it; ``sample`` names the project's sample that it shows."""
 
     id: str
     title: str
     class_word: str
     token: str
     photos: tuple[Path, ...]
+    sample: str = ""
 
     @property
     def folder(self) -> Path:
@@ -75,6 +76,7 @@ def read_subject(workspace: Workspace, subject_id: object) -> Subject:
         class_word=str(facts.get("class_word") or ""),
         token=str(facts.get("token") or "sks"),
         photos=tuple(photos_in(folder / "photos")),
+        sample=str(facts.get("sample") or ""),
     )
 
 
@@ -85,13 +87,15 @@ def photos_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_photo(path)) if folder.is_dir() else []
 
 
-def new_subject(workspace: Workspace, title: str, class_word: str = "", token: str = "sks") -> str:
+def new_subject(
+    workspace: Workspace, title: str, class_word: str = "", token: str = "sks", sample: str = ""
+) -> str:
     """Make an empty subject; returns its id."""
     subject_id = new_id()
     folder = workspace.subjects / subject_id
     (folder / "photos").mkdir(parents=True)
-    facts = {"title": title, "class_word": class_word, "token": token, "created": time.time()}
-    write_json(folder / _FACTS, facts)
+    facts = {"title": title, "class_word": class_word, "token": token, "sample": sample}
+    write_json(folder / _FACTS, facts | {"created": time.time()})
     return subject_id
 
 
@@ -101,7 +105,11 @@ def add_photos(workspace: Workspace, subject_id: str, files: Sequence[str | Path
     Raises:
         AppError: If the subject is unknown, or would have too many photos.
     """
-    return store_photos(files, workspace.subject(subject_id) / "photos")
+    folder = workspace.subject(subject_id)
+    upload = store_photos(files, folder / "photos")
+    if upload.accepted:  # With other photos it is no longer what the sample shows.
+        write_json(folder / _FACTS, read_json(folder / _FACTS) | {"sample": ""})
+    return upload
 
 
 def take_sample(workspace: Workspace, samples: Path, name: str) -> str:
@@ -116,7 +124,8 @@ def take_sample(workspace: Workspace, samples: Path, name: str) -> str:
 
     settings = read_config_file(samples / name / "config.yaml")
     title = name.replace("_", " ").capitalize()
-    subject_id = new_subject(workspace, title, str(settings.get("class_word") or ""))
+    word = str(settings.get("class_word") or "")
+    subject_id = new_subject(workspace, title, word, sample=name)
     folder = workspace.subjects / subject_id / "photos"
     photos = photos_in(samples / name)
     upload = store_photos(photos, folder)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.app import jobs
-from dora_diffusion.app.exports import export_adapter, model_card, start_merge
+from dora_diffusion.app.exports import export_adapter, start_merge, write_card
 from dora_diffusion.app.processes import Lock
 from dora_diffusion.app.settings import as_yaml
 from dora_diffusion.app.snapshot import Job, adapter_of, read_job, read_metrics
@@ -284,6 +284,5 @@ def test_a_merge_is_a_job_and_its_result_loads(finished: tuple[Workspace, str]) 
 
 
 def test_the_model_card_can_be_downloaded(finished: tuple[Workspace, str]) -> None:
-    card = model_card(finished[0], job_of(finished))
-    assert card is not None
+    card = write_card(finished[0], job_of(finished))
     assert "sks dog" in card.read_text(encoding="utf-8")

@@ -36,3 +36,17 @@ def id_dropdown(**options: Any) -> Any:
     dropdown = gr.Dropdown([], **options)
     dropdown.preprocess = lambda payload: payload if isinstance(payload, str) else None
     return dropdown
+
+
+# Buttons inside of HTML say what to do (data-do) and with what (data-value).
+CLICKS = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('[data-do]');
+  if (button) trigger('click', {what: button.dataset.do, value: button.dataset.value});
+});
+"""
+
+
+def clicked(event: gr.EventData) -> tuple[str, str]:
+    """What a button inside of HTML was pressed for; anybody can send anything."""
+    return str(getattr(event, "what", "")), str(getattr(event, "value", ""))

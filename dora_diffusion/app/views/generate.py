@@ -10,10 +10,11 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.app import html
+from dora_diffusion.app.chooser import candidates
 from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.exports import chosen_adapter
 from dora_diffusion.app.settings import EMBEDDED
-from dora_diffusion.app.snapshot import Job
+from dora_diffusion.app.snapshot import RESULT_NAME, Job
 from dora_diffusion.app.studio import MAX_BATCH, Picture, Request, clean_prompt, read_settings
 from dora_diffusion.app.views.fields import id_dropdown
 from dora_diffusion.app.workspace import AppError
@@ -179,9 +180,9 @@ def connect(context: Context, tab: GenerateTab) -> None:
         if one.adapter is None:
             raise AppError("choose a run: the grid shows its checkpoints")
         job = context.job(str(choice).partition("/")[0])
-        adapters = {name: chosen_adapter(job, name) for name in job.checkpoints[-6:]}
-        if job.state == "done":
-            adapters["result"] = chosen_adapter(job)
+        adapters = {
+            f"step {job.step_of(name)}": chosen_adapter(job, name) for name in candidates(job)
+        }
         picture = context.studio.grid(one, adapters, _numbers(text), _on_step(progress))
         return _results(gallery=[picture], columns=1)
 
@@ -306,10 +307,10 @@ def _field_value(name: str, found: dict[str, str]) -> Any:
 def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
     """What the clock sends to this tab."""
     choices = [
-        (f"{job.title} · {job.id[9:11]}:{job.id[11:13]}{_of(name)}", f"{job.id}{_slash(name)}")
+        (f"{job.title} · {job.id[9:11]}:{job.id[11:13]} · {_of(job, name)}", job.id + _slash(name))
         for job in jobs
         if job.can_generate
-        for name in (*([""] if job.state == "done" else []), *reversed(job.checkpoints))
+        for name in ("", *_others(job))
     ]
     choices.append(("The base model alone", "base"))
     ids = [value for _, value in choices]
@@ -318,9 +319,16 @@ def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[s
     return {"adapter": ((choices, value), lambda: gr.update(choices=choices, value=value))}
 
 
-def _of(checkpoint: str) -> str:
-    return f" · step {checkpoint.removeprefix('checkpoint-')}" if checkpoint else ""
+def _others(job: Job) -> list[str]:
+    """What a run has besides the adapter that stands for it, newest first."""
+    names = [*job.checkpoints, *([RESULT_NAME] if job.state == "done" else [])]
+    return [name for name in reversed(names) if name != job.stands]
 
 
-def _slash(checkpoint: str) -> str:
-    return f"/{checkpoint}" if checkpoint else ""
+def _of(job: Job, name: str) -> str:
+    mark = ", chosen" if job.chosen and not name else ""
+    return f"step {job.step_of(name or job.stands)}{mark}"
+
+
+def _slash(name: str) -> str:
+    return f"/{name}" if name else ""

@@ -25,7 +25,8 @@ from dora_diffusion.app.settings import (
     preset_values,
 )
 from dora_diffusion.app.snapshot import Job, log_tail, read_metrics
-from dora_diffusion.app.subjects import mask_path, read_subject
+from dora_diffusion.app.subjects import Subject, mask_path, read_subject
+from dora_diffusion.app.views import chooser
 from dora_diffusion.app.views.fields import id_dropdown, setting_field
 from dora_diffusion.app.views.subject import SubjectTab
 from dora_diffusion.app.workspace import AppError
@@ -64,6 +65,7 @@ class TrainTab:
     remove: Any
     said: Any
     command: Any
+    chooser: chooser.Chooser
 
 
 def build(context: Context, subjects: SubjectTab) -> TrainTab:
@@ -147,6 +149,7 @@ def build(context: Context, subjects: SubjectTab) -> TrainTab:
                 format="png",
                 elem_id="samples",
             )
+            choosing = chooser.build()
             with gr.Accordion("Log", open=False):
                 log = gr.HTML("", padding=False, elem_id="log")
             with gr.Accordion("Command line of this run", open=False):
@@ -155,7 +158,7 @@ def build(context: Context, subjects: SubjectTab) -> TrainTab:
                 jobs = gr.HTML("", padding=False, elem_id="jobs")
     return TrainTab(
         class_word, token, preset, model, prompts, advanced, cost, plan, start, run, status, loss,
-        log, jobs, samples, stop, kill, resume, remove, said, command,
+        log, jobs, samples, stop, kill, resume, remove, said, command, choosing,
     )  # fmt: skip
 
 
@@ -164,7 +167,7 @@ def connect(context: Context, tab: TrainTab, subjects: SubjectTab) -> None:
     fields = [tab.advanced[name] for name in ADVANCED]
     asked = [subjects.pick, tab.model, tab.token, tab.class_word, tab.prompts, *fields]
 
-    def config(subject_id: str | None, *values: Any) -> tuple[TrainConfig, Path]:
+    def config(subject_id: str | None, *values: Any) -> tuple[TrainConfig, Subject]:
         model, token, class_word, prompts, *advanced = values
         if not subject_id:
             raise AppError(
@@ -183,7 +186,7 @@ def connect(context: Context, tab: TrainTab, subjects: SubjectTab) -> None:
                 context.allowed_model(model), subject.folder, output, token, class_word, lines,
                 chosen,
             ),
-            subject.folder,
+            subject,
         )  # fmt: skip
 
     def plan(*values: Any) -> list[str]:
@@ -198,11 +201,11 @@ def connect(context: Context, tab: TrainTab, subjects: SubjectTab) -> None:
 
     @plain
     def start(*values: Any) -> list[Any]:
-        one, photos = config(*values)
+        one, subject = config(*values)
         title = f"{one.token} {one.class_word}"
         job_id = create_job(
-            context.workspace, "train", title, {"subject": values[0]},
-            lambda folder: as_yaml(_in_folder(one, folder)), photos,
+            context.workspace, "train", title, {"subject": subject.id, "sample": subject.sample},
+            lambda folder: as_yaml(_in_folder(one, folder)), subject.folder,
         )  # fmt: skip
         context.queue.tick()
         jobs = context.jobs(fresh=True)
@@ -237,6 +240,7 @@ def connect(context: Context, tab: TrainTab, subjects: SubjectTab) -> None:
         start, asked, [tab.run, tab.said], api_visibility="private", show_progress="minimal"
     )
     _connect_run(context, tab)
+    chooser.connect(context, tab.chooser, tab.run)
 
 
 def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:
@@ -261,8 +265,7 @@ def _connect_run(context: Context, tab: TrainTab) -> None:
             if not job_id:  # not confirmed
                 return [gr.skip()] * 7
             text = action(workspace.job(job_id))
-            jobs = context.jobs(fresh=True)
-            return [html.note(text, "info"), *_now(jobs, job_id)]
+            return [html.note(text, "info"), *_now(context, job_id)]
 
         return run
 
@@ -305,9 +308,9 @@ def _connect_run(context: Context, tab: TrainTab) -> None:
     tab.run.change(command, [tab.run], [tab.command], **_QUIET)
 
 
-def _now(jobs: Sequence[Job], job_id: str | None) -> list[Any]:
+def _now(context: Context, job_id: str | None) -> list[Any]:
     """The run's controls, as `refresh` makes them."""
-    parts = refresh(jobs, job_id)
+    parts = refresh(context, context.jobs(fresh=True), job_id)
     names = ("run", "status", "stop", "kill", "resume", "remove")
     return [part[1]() if isinstance(part := parts[name], tuple) else part for name in names]
 
@@ -321,7 +324,7 @@ def run_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
     ]
 
 
-def refresh(jobs: Sequence[Job], run: str | None) -> dict[str, Any]:
+def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str, Any]:
     """What the clock sends to this tab, in the order of its outputs."""
     training = [job for job in jobs if job.kind == "train"]
     active = next((job for job in training if job.is_active), None)
@@ -346,6 +349,7 @@ def refresh(jobs: Sequence[Job], run: str | None) -> dict[str, Any]:
         "kill": button(bool(job and job.may_kill)),
         "resume": button(bool(job and job.state in ("stopped", "failed", "crashed"))),
         "remove": button(bool(job and job.has_ended)),
+        **chooser.refresh(context, jobs, job),
     }
 
 
