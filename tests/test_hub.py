@@ -163,17 +163,21 @@ def test_a_repository_that_others_see_is_not_written_to_by_accident(
     assert hub.files == {}
 
 
-def test_offline_and_without_a_token_nothing_is_asked(hub: FakeHub, run_folder: Path) -> None:
+def test_offline_nothing_is_asked(hub: FakeHub, run_folder: Path) -> None:
     offline = push(hub, run_folder, HF_HUB_OFFLINE="1")
     assert (offline.returncode, "HF_HUB_OFFLINE is set" in offline.stderr) == (1, True)
-    without = push(hub, run_folder, HF_TOKEN="")
-    assert (without.returncode, "set HF_TOKEN" in without.stderr) == (1, True)
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_refusal_is_one_line_with_what_to_do(hub: FakeHub, run_folder: Path, status: int) -> None:
-    hub.refuse = status
+def test_without_a_token_a_push_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dora_diffusion.hub.is_offline", lambda: False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(HubError, match="set HF_TOKEN"):
+        check("ann/mug")
+
+
+def test_a_refusal_is_one_line_with_what_to_do(hub: FakeHub, run_folder: Path) -> None:
+    hub.refuse = 403
     refused = push(hub, run_folder)
     assert refused.returncode == 1
     assert refused.stderr.strip().splitlines()[-1].startswith("error: the hub refused ann/mug")

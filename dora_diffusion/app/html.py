@@ -211,12 +211,12 @@ def definitions(facts: Mapping[str, Any]) -> str:
 
 
 def _address(path: Any) -> str:
-    """Where the server gives out a file of the exports folder."""
+    """Where the server gives out a file of a folder that it may."""
     return esc(f"gradio_api/file={quote(str(path.resolve()))}?{path.stat().st_mtime_ns}")
 
 
 def picture(path: Any, text: str) -> str:
-    """A picture of the exports folder; nothing where it is gone."""
+    """A picture that the server may give out; nothing where it is gone."""
     if not path.is_file():
         return ""
     return f"<img src='{_address(path)}' alt='{esc(text)}' loading='lazy'>"

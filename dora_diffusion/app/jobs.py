@@ -35,6 +35,7 @@ from dora_diffusion.app.workspace import (
     remove_folder,
     write_json,
 )
+from dora_diffusion.models.locate import EMBEDDED_PREFIX
 
 JOB, SETTINGS, WORKER, PROGRESS = "job.json", "settings.yaml", "worker.json", "progress.json"
 STOP, RESULT, LOG, CHOSEN = "STOP", "result.json", "log.txt", "chosen.json"
@@ -241,6 +242,8 @@ def start_worker(folder: Path) -> subprocess.Popen[bytes]:
     (folder / STOP).unlink(missing_ok=True)
     # Bars are read from a file here: ten lines a second help nobody.
     environment = os.environ | {"TQDM_MININTERVAL": "2", "PYTHONUNBUFFERED": "1"}
+    if is_small(str(read_json(folder / JOB).get("base"))):
+        environment.setdefault("OMP_NUM_THREADS", "1")
     with (folder / LOG).open("ab") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "dora_diffusion.app.worker", str(folder)],
@@ -257,6 +260,11 @@ def start_worker(folder: Path) -> subprocess.Popen[bytes]:
         # The worker writes the same, in case this process dies right here.
         write_json(folder / WORKER, {"pid": child.pid, "start": start})
     return child
+
+
+def is_small(model: str) -> bool:
+    """Whether a model is so small that threads mostly wait for each other: one does it all."""
+    return model.startswith(EMBEDDED_PREFIX)
 
 
 def reap(workspace: Workspace) -> list[str]:

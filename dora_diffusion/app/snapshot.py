@@ -102,7 +102,8 @@ class Job:
     def trigger(self) -> str:
         """The words that call the subject."""
         token, word = self.settings.get("token") or "", self.settings.get("class_word") or ""
-        return str(self.progress.get("trigger") or f"{token} {word}".strip())
+        known = self.progress.get("trigger") or self.facts.get("trigger")
+        return str(known or f"{token} {word}".strip())
 
     @property
     def base(self) -> str:

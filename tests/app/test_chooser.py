@@ -27,7 +27,7 @@ from dora_diffusion.app.settings import as_yaml
 from dora_diffusion.app.snapshot import Job, adapter_of, read_job, snapshot
 from dora_diffusion.app.workspace import AppError, Workspace, write_json
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.evaluation import metric_models, photos, toy
+from dora_diffusion.evaluation import metric_models, photos
 from dora_diffusion.generate import SamplingSettings, load_adapted
 
 
@@ -240,9 +240,8 @@ def test_a_metric_model_measures_likeness_and_drift(
     assert second["drift"] > first["drift"]
 
 
-def test_a_sample_is_judged_against_its_truth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toy, "SAMPLING", SETTINGS)
-    questions = ask_toy("bolt_mug", "sks mug")
+def test_a_sample_is_judged_against_its_truth() -> None:
+    questions = ask_toy("bolt_mug", "sks mug", SETTINGS)
     assert (questions.subjects, len(questions.prompts)) == (5, 11)
     assert all("sks mug" in prompt for prompt in questions.prompts[:5])
     assert not any("sks" in prompt for prompt in questions.prompts[5:])

@@ -1,4 +1,4 @@
-"""The checkpoint chooser under a run: fixed-seed pictures, likeness, drift, and "use this"."""
+"""The checkpoint chooser under a run: fixed-seed pictures, similarity, drift, and "use this"."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from dora_diffusion.app.chooser import (
 from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.jobs import stop_job
 from dora_diffusion.app.snapshot import Job
-from dora_diffusion.app.views.fields import CLICKS, clicked
+from dora_diffusion.app.views.fields import CLICKS, QUIET, clicked
 
-_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _WHY = (
     "More steps make it more like the subject, and less able to do anything else. Compare asks "
     "every checkpoint for the same pictures at the same seeds and measures both."
@@ -79,8 +78,8 @@ def connect(context: Context, view: Chooser, run: Any) -> None:
         return now(job.id)
 
     outputs = [view.box, view.start, view.cards]
-    view.start.click(start, [run], outputs, **_QUIET)
-    view.cards.click(click, [run], outputs, **_QUIET)
+    view.start.click(start, [run], outputs, **QUIET)
+    view.cards.click(click, [run], outputs, **QUIET)
 
 
 def refresh(context: Context, jobs: Sequence[Job], job: Job | None) -> dict[str, Any]:
@@ -132,7 +131,9 @@ def _card(job: Job, row: Row, is_suggested: bool, most_drift: float) -> str:
             "Use this</button>"
         )
     subject, others = (html.picture(path, title) for path in row.pictures)
-    figures = _bar("likeness", row.similarity, row.similarity) if row.similarity is not None else ""
+    figures = ""
+    if row.similarity is not None:
+        figures = _bar("similarity", row.similarity, row.similarity)
     if row.step and row.drift is not None:
         figures += _bar("drift", row.drift, row.drift / most_drift)
     return (

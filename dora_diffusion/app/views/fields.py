@@ -9,6 +9,10 @@ import gradio as gr
 from dora_diffusion.app.settings import FIELDS
 from dora_diffusion.config import setting_type
 
+# How handlers are registered: not in the API's list, with or without a sign of work.
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
+
 
 def setting_field(name: str, value: Any) -> Any:
     """The field of a setting: its name on the command line, its help, its choices."""

@@ -13,15 +13,15 @@ from dora_diffusion.app import html
 from dora_diffusion.app.chooser import candidates
 from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.exports import chosen_adapter
-from dora_diffusion.app.settings import EMBEDDED
 from dora_diffusion.app.snapshot import RESULT_NAME, Job
 from dora_diffusion.app.studio import MAX_BATCH, Picture, Request, clean_prompt, read_settings
-from dora_diffusion.app.views.fields import id_dropdown
+from dora_diffusion.app.views.fields import QUIET, id_dropdown
 from dora_diffusion.app.workspace import AppError
 
 # What `dora_diffusion.models.components.SAMPLERS` holds; that module imports torch.
 _SAMPLERS = ("ddim", "ddpm", "pndm", "heun", "euler", "euler_a", "dpm++", "dpm++_karras", "unipc")
 _OWN = "the model's own"
+_BASE, _MERGED = "base", "merged"
 _TEMPLATES = (
     "a photo of a {subject}",
     "a photo of a {subject} on the snow",
@@ -32,7 +32,6 @@ _TEMPLATES = (
 _BUSY: dict[str, Any] = {
     "api_visibility": "private", "concurrency_id": "device", "concurrency_limit": 1,
 }  # fmt: skip
-_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _EMPTY = html.empty(
     "No pictures yet",
     "Choose a run, press Make pictures. Compare shows the same seed with and without the adapter.",
@@ -111,7 +110,9 @@ def build(context: Context) -> GenerateTab:
             make = gr.Button("Make pictures", variant="primary", size="lg", elem_id="make")
             compare = gr.Button("Compare with the base model", size="md", elem_id="compare")
             with gr.Accordion("Grid of checkpoints and strengths", open=False):
-                strengths = gr.Textbox("0, 0.5, 1, 1.5", label="Strengths", max_lines=1)
+                strengths = gr.Textbox(
+                    "0, 0.5, 1, 1.5", label="Strengths", max_lines=1, elem_id="grid-strengths"
+                )
                 grid = gr.Button("Make the grid", size="md", elem_id="grid")
             with gr.Accordion("Load settings from a PNG", open=False):
                 load = gr.File(
@@ -199,8 +200,8 @@ def connect(context: Context, tab: GenerateTab) -> None:
     tab.make.click(make, [tab.adapter, *fields], results, **_BUSY)
     tab.compare.click(compare, [tab.adapter, *fields], results, **_BUSY)
     tab.grid.click(grid, [tab.adapter, tab.grid_strengths, *fields], results, **_BUSY)
-    tab.load.upload(load, [tab.load], fields, **_QUIET)
-    tab.template.input(lambda text: text, [tab.template], [tab.form["prompt"]], **_QUIET)
+    tab.load.upload(load, [tab.load], fields, **QUIET)
+    tab.template.input(lambda text: text, [tab.template], [tab.form["prompt"]], **QUIET)
 
 
 def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> Request:
@@ -209,15 +210,9 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
     Raises:
         AppError: If the run is gone or a value is out of its limits.
     """
-    if not choice or choice == "base":
-        base, adapter, trigger = EMBEDDED, None, "mug"
-    else:
-        job_id, _, checkpoint = str(choice).partition("/")
-        job = context.job(job_id)
-        base, adapter = context.allowed_model(job.base), chosen_adapter(job, checkpoint)
-        trigger = job.trigger
+    model = _model(context, str(choice or _BASE))
     scheduler = form["scheduler"]
-    prompt = clean_prompt(form["prompt"]).replace("{subject}", trigger)
+    prompt = clean_prompt(form["prompt"]).replace("{subject}", model.trigger)
 
     def size(name: str) -> int | None:
         value = form[name]
@@ -225,8 +220,9 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
         return max(8, round(value / 8) * 8) if value else None
 
     return Request(
-        base=base,
-        adapter=adapter,
+        base=model.base,
+        adapter=model.adapter,
+        config=model.config,
         prompt=prompt,
         negative_prompt=clean_prompt(form["negative_prompt"], "negative prompt"),
         seed=int(-1 if form["seed"] is None else form["seed"]),
@@ -240,6 +236,35 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
         direction=float(form["direction"]),
         magnitude=float(form["magnitude"]),
     )
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a choice stands for."""
+
+    base: str
+    adapter: Path | None
+    trigger: str
+    config: str | None = None
+
+
+def _model(context: Context, choice: str) -> _Model:
+    """A base model alone, a merged model, or a run with the name of its checkpoint."""
+    kind, _, name = choice.partition("/")
+    if kind == _BASE:
+        return _Model(context.allowed_model(name), None, "mug")
+    if kind == _MERGED:
+        job = context.job(name)
+        if job.kind != "merge" or job.state != "done":
+            raise AppError("this merged model no longer exists; choose another one")
+        return _Model(str(job.facts["output"]), None, job.trigger, _configuration(job.base))
+    job = context.job(kind)
+    return _Model(context.allowed_model(job.base), chosen_adapter(job, name), job.trigger)
+
+
+def _configuration(base: str) -> str | None:
+    """Where a merged file's configuration is: its base's, unless that is a single file too."""
+    return None if base.endswith(".safetensors") else base
 
 
 def _on_step(progress: Any) -> Any:
@@ -312,7 +337,12 @@ def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[s
         if job.can_generate
         for name in ("", *_others(job))
     ]
-    choices.append(("The base model alone", "base"))
+    choices += [
+        (f"{job.title} (one file) · {job.id[9:11]}:{job.id[11:13]}", f"{_MERGED}/{job.id}")
+        for job in jobs
+        if job.kind == "merge" and job.state == "done"
+    ]
+    choices += [(f"{name} alone", f"{_BASE}/{name}") for name in context.models]
     ids = [value for _, value in choices]
     # The newest result, until somebody chooses.
     value = chosen if chosen in ids else ids[0]

@@ -24,11 +24,9 @@ from dora_diffusion.app.exports import (
 from dora_diffusion.app.jobs import delete_job, stop_job
 from dora_diffusion.app.snapshot import Job
 from dora_diffusion.app.subjects import photos_in
-from dora_diffusion.app.views.fields import CLICKS, clicked, id_dropdown
+from dora_diffusion.app.views.fields import BUSY, CLICKS, QUIET, clicked, id_dropdown
 from dora_diffusion.app.workspace import AppError
 
-_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-_BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
 _NOTHING = html.empty(
     "The library is empty", "A run appears here when it is done. Start one in the Train tab."
 )
@@ -43,6 +41,7 @@ class LibraryTab:
     gallery: Any
     run: Any
     facts: Any
+    side: Any
     target: Any
     convert: Any
     files: Any
@@ -73,7 +72,7 @@ def build(context: Context) -> LibraryTab:
             )
             run = id_dropdown(label="Run", elem_id="library-run")
             facts = gr.HTML(_NOTHING, padding=False, elem_id="library-facts")
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=320, visible=False) as side:
             gr.HTML(
                 html.heading("", "Take it away", "An adapter for your program, or one model."),
                 padding=False,
@@ -115,8 +114,8 @@ def build(context: Context) -> LibraryTab:
                 )
                 delete = gr.Button("Delete this run", variant="stop", size="md", elem_id="delete")
     return LibraryTab(
-        gallery, run, facts, target, convert, files, strength, merge, repository, private, push,
-        merges, delete,
+        gallery, run, facts, side, target, convert, files, strength, merge, repository, private,
+        push, merges, delete,
     )  # fmt: skip
 
 
@@ -174,18 +173,18 @@ def connect(context: Context, tab: LibraryTab) -> None:
         parts = refresh(jobs, None)
         return [parts["shelf"][1](), parts["shelf_run"][1](), html.note("Deleted", "info")]
 
-    tab.gallery.select(choose, None, [tab.run], **_QUIET)
-    tab.run.change(show, [tab.run], [tab.facts, tab.files], **_QUIET)
-    tab.convert.click(convert, [tab.run, tab.target], [tab.files], **_BUSY)
-    tab.merge.click(merge, [tab.run, tab.strength], [tab.merges], **_BUSY)
-    tab.push.click(push, [tab.run, tab.repository, tab.private], [tab.merges], **_BUSY)
-    tab.merges.click(stop, None, [tab.merges], **_QUIET)
+    tab.gallery.select(choose, None, [tab.run], **QUIET)
+    tab.run.change(show, [tab.run], [tab.facts, tab.files], **QUIET)
+    tab.convert.click(convert, [tab.run, tab.target], [tab.files], **BUSY)
+    tab.merge.click(merge, [tab.run, tab.strength], [tab.merges], **BUSY)
+    tab.push.click(push, [tab.run, tab.repository, tab.private], [tab.merges], **BUSY)
+    tab.merges.click(stop, None, [tab.merges], **QUIET)
     tab.delete.click(
         delete,
         [tab.run],
         [tab.gallery, tab.run, tab.files],
         js="(id) => confirm('Delete this run with everything it made?') ? id : ''",
-        **_QUIET,
+        **QUIET,
     )
 
 
@@ -216,6 +215,7 @@ def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
             (choices, value),
             lambda: gr.update(choices=choices, value=value, visible=bool(shelf)),
         ),
+        "shelf_side": (bool(shelf), lambda: gr.update(visible=bool(shelf))),
         "merges": _merges(jobs),
     }
 
@@ -236,7 +236,8 @@ def _thumbnail(path: Path) -> Any:
     # The first picture of a sample grid, not all of them at the size of stamps.
     side = min(small.size)
     rows = 2 if path.name in ("adapted.png", "base.png") and small.height >= 2 * 64 else 1
-    side = small.height // rows if rows > 1 else side
+    # Less the gap between the rows.
+    side = small.height // rows - 2 if rows > 1 else side
     return small.crop((0, 0, side, side)).resize((_THUMBNAIL, _THUMBNAIL))
 
 
