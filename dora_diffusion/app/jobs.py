@@ -162,7 +162,7 @@ def requeue_job(folder: Path) -> None:
 
 
 def delete_job(workspace: Workspace, job_id: str) -> None:
-    """Delete a job with its files and exports.
+    """Delete a job with its files, its exports, and the jobs that made them.
 
     Raises:
         AppError: If it is running, or unknown.
@@ -171,6 +171,10 @@ def delete_job(workspace: Workspace, job_id: str) -> None:
     if is_running(folder):
         raise AppError("this run is still running; stop it first")
     remove_folder(folder)
+    others = [workspace.root / name for name in ids_in(workspace.root)]
+    for other in others:
+        if read_json(other / JOB).get("run") == job_id and not is_running(other):
+            remove_folder(other)
     if job_id in ids_in(workspace.exports):
         remove_folder(workspace.exports / job_id)
 

@@ -13,20 +13,18 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.app import uploads
+from dora_diffusion.app.photo_edits import edit_photo, read_mask, restore_original
 from dora_diffusion.app.subjects import (
     add_photos,
     delete_subject,
-    edit_photo,
     mask_path,
     new_subject,
     photo_path,
     photo_warnings,
     photos_in,
     read_caption_of,
-    read_mask,
     read_subject,
     remove_photo,
-    restore_original,
     save_caption,
     subjects_in,
     take_sample,

@@ -14,14 +14,12 @@ from dora_diffusion.app.chooser import candidates
 from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.exports import chosen_adapter
 from dora_diffusion.app.snapshot import RESULT_NAME, Job
-from dora_diffusion.app.studio import MAX_BATCH, Picture, Request, clean_prompt, read_settings
+from dora_diffusion.app.studio import MAX_BATCH, Picture, Request, read_settings
 from dora_diffusion.app.views.fields import QUIET, id_dropdown
+from dora_diffusion.app.views.request import BASE, MERGED, OWN, field_value, make_request, numbers
 from dora_diffusion.app.workspace import AppError
+from dora_diffusion.cli import SAMPLERS
 
-# What `dora_diffusion.models.components.SAMPLERS` holds; that module imports torch.
-_SAMPLERS = ("ddim", "ddpm", "pndm", "heun", "euler", "euler_a", "dpm++", "dpm++_karras", "unipc")
-_OWN = "the model's own"
-_BASE, _MERGED = "base", "merged"
 _TEMPLATES = (
     "a photo of a {subject}",
     "a photo of a {subject} on the snow",
@@ -103,7 +101,7 @@ def build(context: Context) -> GenerateTab:
             with gr.Accordion("Steps, guidance, scheduler, size", open=False):
                 form["steps"] = gr.Slider(1, 100, 25, step=1, label="Steps")
                 form["guidance_scale"] = gr.Slider(1, 15, 3.5, step=0.1, label="Guidance")
-                form["scheduler"] = gr.Dropdown([_OWN, *_SAMPLERS], value=_OWN, label="Scheduler")
+                form["scheduler"] = gr.Dropdown([OWN, *SAMPLERS], value=OWN, label="Scheduler")
                 with gr.Row():
                     form["width"] = gr.Number(None, label="Width", precision=0, min_width=110)
                     form["height"] = gr.Number(None, label="Height", precision=0, min_width=110)
@@ -184,7 +182,7 @@ def connect(context: Context, tab: GenerateTab) -> None:
         adapters = {
             f"step {job.step_of(name)}": chosen_adapter(job, name) for name in candidates(job)
         }
-        picture = context.studio.grid(one, adapters, _numbers(text), _on_step(progress))
+        picture = context.studio.grid(one, adapters, numbers(text), _on_step(progress))
         return _results(gallery=[picture], columns=1)
 
     @plain
@@ -194,7 +192,7 @@ def connect(context: Context, tab: GenerateTab) -> None:
         found = read_settings(Path(file))
         return [
             gr.update(value=value) if value is not None else gr.skip()
-            for value in (_field_value(name, found) for name in names)
+            for value in (field_value(name, found) for name in names)
         ]
 
     tab.make.click(make, [tab.adapter, *fields], results, **_BUSY)
@@ -204,81 +202,11 @@ def connect(context: Context, tab: GenerateTab) -> None:
     tab.template.input(lambda text: text, [tab.template], [tab.form["prompt"]], **QUIET)
 
 
-def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> Request:
-    """What the fields ask for.
-
-    Raises:
-        AppError: If the run is gone or a value is out of its limits.
-    """
-    model = _model(context, str(choice or _BASE))
-    scheduler = form["scheduler"]
-    prompt = clean_prompt(form["prompt"]).replace("{subject}", model.trigger)
-
-    def size(name: str) -> int | None:
-        value = form[name]
-        # Latents have 8 pixels a side.
-        return max(8, round(value / 8) * 8) if value else None
-
-    return Request(
-        base=model.base,
-        adapter=model.adapter,
-        config=model.config,
-        prompt=prompt,
-        negative_prompt=clean_prompt(form["negative_prompt"], "negative prompt"),
-        seed=int(-1 if form["seed"] is None else form["seed"]),
-        count=int(form["count"] or 1),
-        steps=int(form["steps"] or 25),
-        guidance_scale=float(form["guidance_scale"] or 1),
-        scheduler=None if scheduler == _OWN else scheduler,
-        width=size("width"),
-        height=size("height"),
-        strength=float(form["strength"]),
-        direction=float(form["direction"]),
-        magnitude=float(form["magnitude"]),
-    )
-
-
-@dataclass(frozen=True)
-class _Model:
-    """What a choice stands for."""
-
-    base: str
-    adapter: Path | None
-    trigger: str
-    config: str | None = None
-
-
-def _model(context: Context, choice: str) -> _Model:
-    """A base model alone, a merged model, or a run with the name of its checkpoint."""
-    kind, _, name = choice.partition("/")
-    if kind == _BASE:
-        return _Model(context.allowed_model(name), None, "mug")
-    if kind == _MERGED:
-        job = context.job(name)
-        if job.kind != "merge" or job.state != "done":
-            raise AppError("this merged model no longer exists; choose another one")
-        return _Model(str(job.facts["output"]), None, job.trigger, _configuration(job.base))
-    job = context.job(kind)
-    return _Model(context.allowed_model(job.base), chosen_adapter(job, name), job.trigger)
-
-
-def _configuration(base: str) -> str | None:
-    """Where a merged file's configuration is: its base's, unless that is a single file too."""
-    return None if base.endswith(".safetensors") else base
-
-
 def _on_step(progress: Any) -> Any:
     def show(done: int, total: int) -> None:
         progress((done, total), desc="Making pictures", unit="steps")
 
     return show
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in str(text).replace(",", " ").split()]
-    except ValueError:
-        raise AppError(f"the strengths are {text!r}; write numbers such as 0, 0.5, 1") from None
 
 
 def _results(
@@ -301,34 +229,6 @@ def _results(
     ]
 
 
-def _field_value(name: str, found: dict[str, str]) -> Any:
-    """A field's value from a PNG's parameters; None leaves it as it is."""
-    width, _, height = found.get("Size", "").partition("x")
-    text = {
-        "prompt": found.get("Prompt"),
-        "negative_prompt": found.get("Negative prompt", ""),
-        "seed": found.get("Seed"),
-        "steps": found.get("Steps"),
-        "guidance_scale": found.get("CFG scale"),
-        "strength": found.get("Adapter strength"),
-        "direction": found.get("Direction strength"),
-        "magnitude": found.get("Magnitude strength"),
-        "width": width or None,
-        "height": height or None,
-        "count": "1",
-    }.get(name)
-    if name == "scheduler":
-        sampler = found.get("Sampler", _OWN)
-        return sampler if sampler in _SAMPLERS else _OWN
-    if name in ("prompt", "negative_prompt") or text is None:
-        return text
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return int(number) if number.is_integer() else number
-
-
 def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
     """What the clock sends to this tab."""
     choices = [
@@ -338,11 +238,11 @@ def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[s
         for name in ("", *_others(job))
     ]
     choices += [
-        (f"{job.title} (one file) · {job.id[9:11]}:{job.id[11:13]}", f"{_MERGED}/{job.id}")
+        (f"{job.title} (one file) · {job.id[9:11]}:{job.id[11:13]}", f"{MERGED}/{job.id}")
         for job in jobs
         if job.kind == "merge" and job.state == "done"
     ]
-    choices += [(f"{name} alone", f"{_BASE}/{name}") for name in context.models]
+    choices += [(f"{name} alone", f"{BASE}/{name}") for name in context.models]
     ids = [value for _, value in choices]
     # The newest result, until somebody chooses.
     value = chosen if chosen in ids else ids[0]

@@ -10,18 +10,20 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.subjects import (
-    Subject,
+from dora_diffusion.app.photo_edits import (
     edit_photo,
     editor_picture,
+    read_mask,
+    restore_original,
+)
+from dora_diffusion.app.subjects import (
+    Subject,
     mask_path,
     photo_path,
     photo_warnings,
     read_caption_of,
-    read_mask,
     read_subject,
     remove_photo,
-    restore_original,
     save_caption,
     training_crop,
 )
