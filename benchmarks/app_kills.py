@@ -72,11 +72,16 @@ class App:
                 one for one in config["dependencies"]
                 if any(event == "load" for _, event in one["targets"])
             ][-1]  # fmt: skip
-            body = {"data": [None] * len(load["inputs"]), "fn_index": load["id"],
-                    "session_hash": "kills"}  # fmt: skip
+            # A session of its own: a page that was open is sent only what has changed.
+            session = f"kills-{time.monotonic_ns()}"
+            body = {
+                "data": [None] * len(load["inputs"]),
+                "fn_index": load["id"],
+                "session_hash": session,
+            }
             client.post("gradio_api/queue/join", json=body).raise_for_status()
             with client.stream("GET", "gradio_api/queue/data",
-                               params={"session_hash": "kills"}) as answer:  # fmt: skip
+                               params={"session_hash": session}) as answer:  # fmt: skip
                 for line in answer.iter_lines():
                     if "process_completed" in line:
                         return json.dumps(json.loads(line.removeprefix("data: "))["output"])

@@ -6,11 +6,12 @@ import functools
 import json
 import re
 import statistics
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dora_diffusion.app.jobs import (
     CHOSEN,
@@ -263,24 +264,49 @@ def _samples(folder: Path) -> tuple[Path, ...]:
 
 
 def read_metrics(folder: Path) -> tuple[dict[str, Any], ...]:
-    """The steps' records that are whole; read again only when the file has changed."""
+    """The steps' records that are whole. Of a file that has grown, only what is new is read."""
     path = folder / "metrics.jsonl"
     try:
-        stat = path.stat()
+        with _METRICS_LOCK, path.open("rb") as file:
+            known = _METRICS.pop(path, None) or _Metrics()
+            _METRICS[path] = known.follow(file)
+            while len(_METRICS) > _MOST_METRICS:
+                del _METRICS[next(iter(_METRICS))]
+            return _METRICS[path].records
     except OSError:
         return ()
-    return _metrics(path, stat.st_mtime_ns, stat.st_size)
 
 
-@functools.lru_cache(maxsize=64)
-def _metrics(path: Path, modified: int, size: int) -> tuple[dict[str, Any], ...]:
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break  # the last line, half written
-    return tuple(records)
+@dataclass(frozen=True)
+class _Metrics:
+    """Records of a file up to ``end``, and its line that ends there."""
+
+    records: tuple[dict[str, Any], ...] = ()
+    end: int = 0
+    last: bytes = b""
+
+    def follow(self, file: IO[bytes]) -> _Metrics:
+        """These records with those that were added; all anew if a resumed run has cut the file."""
+        file.seek(self.end - len(self.last))
+        if file.read(len(self.last)) != self.last:
+            file.seek(0)
+            return _Metrics().follow(file)
+        records, end, last = [], self.end, self.last
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break  # half written
+            if not line.endswith(b"\n"):
+                break
+            records.append(record)
+            end, last = end + len(line), line
+        return _Metrics((*self.records, *records), end, last) if records else self
+
+
+_METRICS: dict[Path, _Metrics] = {}
+_METRICS_LOCK = threading.Lock()
+_MOST_METRICS = 64
 
 
 def _settings(path: Path) -> Mapping[str, Any]:

@@ -54,6 +54,19 @@ def test_metrics_are_read_again_when_they_grow(workspace: Workspace) -> None:
     assert len(read_metrics(folder)) == 2
 
 
+def test_metrics_that_a_resumed_run_has_cut_are_read_anew(workspace: Workspace) -> None:
+    folder = run(workspace, 5)
+    assert len(read_metrics(folder)) == 5
+    other = METRICS.replace("2.0", "9.0")
+    lines = [METRICS.format(step=step) for step in (1, 2)]
+    lines += [other.format(step=step) for step in (3, 4, 5, 6)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    assert [record["seconds"] for record in read_metrics(folder)] == [2, 2, 9, 9, 9, 9]
+    (folder / "metrics.jsonl").write_text("")
+    assert read_metrics(folder) == ()
+
+
 def test_titles_are_escaped(workspace: Workspace) -> None:
     folder = run(workspace, 2, title="<img src=x onerror=alert(1)>")
     (folder / jobs.LOG).write_text("error: <script>alert(2)</script>\n")
