@@ -25,7 +25,7 @@ _RUNNING = {
     "compare": "comparing",
     "push": "publishing",
 }
-_UNITS = {"train": "step", "merge": "tensor", "compare": "picture", "push": "commit"}
+_UNITS = {"train": "step", "compare": "picture", "push": "commit"}
 
 
 def esc(value: object) -> str:
@@ -101,8 +101,7 @@ def status_card(job: Job, *, stop: bool = False) -> str:
         f"<div class='dd-bar' role='progressbar' aria-valuenow='{share:.0%}'>"
         f"<div style='width:{share:.1%}'></div></div>"
     )
-    steps = f"{_UNITS[job.kind]} {job.step} of {job.total or '?'}"
-    lines = [steps, *_live_facts(job)]
+    lines = [_done(job), *_live_facts(job)]
     cause = note(job.cause, "bad")
     if job.state == "done" and job.trigger:
         cause = note(f"Write “{job.trigger}” in a prompt to get the subject.", "good")
@@ -114,6 +113,13 @@ def status_card(job: Job, *, stop: bool = False) -> str:
         f"<span class='dd-marks'>{state_pill(job)}{end}</span></div>"
         f"{bar}<p class='dd-facts'>{' · '.join(esc(line) for line in lines)}</p>{cause}</div>"
     )
+
+
+def _done(job: Job) -> str:
+    """How far a job is, in its own unit; merging counts bytes."""
+    if job.kind == "merge":
+        return f"{job.step / 2**20:.1f} of {job.total / 2**20:.1f} MB"
+    return f"{_UNITS[job.kind]} {job.step} of {job.total or '?'}"
 
 
 def _live_facts(job: Job) -> list[str]:

@@ -386,6 +386,12 @@ def test_a_killed_worker_shows_as_crashed_and_the_queue_goes_on(
     choose_run(page, 0)
     page.wait_text("#status", "Write .sks mug. in a prompt")
     assert state_of(app, second).state == "done"
+    # A page that has been open all the while goes on to pictures of it.
+    page.page.click("#to-generate")
+    page.page.wait_for_selector("#make:visible")
+    page.page.wait_for_function("document.querySelector('#adapter input').value.includes('step 8')")
+    set_up_pictures(page)
+    press(page, app, "#compare", 2)
 
 
 def test_resume_goes_on_counting_and_stop_saves(
