@@ -220,6 +220,18 @@ def test_a_page_does_not_hold_the_environment(
         assert "hf_secret_of_ann" not in served.client.get(address).text
 
 
+def test_a_shared_app_does_not_publish_in_its_owner_s_name(tmp_path: Path) -> None:
+    import gradio
+
+    from dora_diffusion.app.page import build_page
+
+    launch = Launch(runs_dir=tmp_path / "runs", share=True, auth=("ann", "correct horse"))
+    handlers = [one.fn for one in build_page(Context(launch)).fns.values() if one.fn]
+    (push,) = (fn for fn in handlers if fn.__qualname__.endswith("connect.<locals>.push"))
+    with pytest.raises(gradio.Error, match="does not publish"):
+        push("20261125-020304-abcdef", "ann/mug", True)
+
+
 def test_without_the_password_nothing_is_given_out(locked: Served) -> None:
     picture = locked.context.workspace.pictures / "a.png"
     picture.write_bytes(b"x")
