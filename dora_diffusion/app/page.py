@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gradio as gr
@@ -36,14 +36,21 @@ def build_page(context: Context) -> gr.Blocks:
         train.connect(context, training, subjects, train_tab.select)
         generate.connect(context, generating)
         library.connect(context, shelves)
-        for button, tab in (
-            (subjects.go_on, "train"),
-            (training.shown.to_generate, "generate"),
-            (training.shown.to_library, "library"),
+        shown = training.shown
+        subjects.go_on.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
+        for button, tab, field in (
+            (shown.to_generate, "generate", generating.adapter),
+            (shown.to_library, "library", shelves.run),
         ):
-            button.click(lambda tab=tab: gr.Tabs(selected=tab), None, [tabs], **QUIET)
+            # With the run that is shown, whatever was chosen there.
+            button.click(_go_on_to(tab), [shown.run], [tabs, field], **QUIET)
         _connect_clock(context, blocks, masthead, training, generating, shelves)
     return blocks
+
+
+def _go_on_to(tab: str) -> Callable[[str | None], list[Any]]:
+    """Open another tab with a run."""
+    return lambda run_id: [gr.Tabs(selected=tab), run_id]
 
 
 def _connect_clock(

@@ -386,7 +386,7 @@ def test_a_killed_worker_shows_as_crashed_and_the_queue_goes_on(
     choose_run(page, 0)
     page.wait_text("#status", "Write .sks mug. in a prompt")
     assert state_of(app, second).state == "done"
-    # A page that has been open all the while goes on to pictures of it.
+    # A page that has been open all the while, with another run chosen, goes on to this one.
     page.page.click("#to-generate")
     page.page.wait_for_selector("#make:visible")
     page.page.wait_for_function("document.querySelector('#adapter input').value.includes('step 8')")
