@@ -24,7 +24,8 @@ demo: $(READY)
 	$(BIN)/python -m dora_diffusion.demo $(DEMO_ARGS)
 
 test: lint
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder \
+		$(PYTEST_ARGS)
 
 lint: $(READY_TO_TEST)
 	$(BIN)/ruff check .

@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("verify", "prove a merged model: compute it again", _verify_arguments),
         ("convert", "write an adapter in another tool's format", _convert_arguments),
         ("inspect", "say what an adapter file is, and which tools read it exactly", _inspect),
+        ("push", "publish a run on the Hugging Face hub, privately by default", _push_arguments),
     ):
         # No abbreviations: a flag that is added later would break them.
         command = commands.add_parser(
@@ -234,6 +235,12 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="An adapter file or folder.")
     _base(parser, required=False)
     parser.add_argument("--json", action="store_true", help="Print JSON.")
+
+
+def _push_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="The output folder of a run.")
+    parser.add_argument("repository", help="NAME/MODEL on the hub; made where there is none.")
+    parser.add_argument("--public", action="store_true", help="Let everybody see it.")
 
 
 if __name__ == "__main__":

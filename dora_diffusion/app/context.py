@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from dora_diffusion.app.jobs import JobQueue
 from dora_diffusion.app.launch import Launch
-from dora_diffusion.app.settings import EMBEDDED
+from dora_diffusion.app.settings import EMBEDDED, EMBEDDED_MODELS
 from dora_diffusion.app.snapshot import Job, read_job, snapshot
 from dora_diffusion.app.studio import Studio
 from dora_diffusion.app.workspace import AppError, Workspace
@@ -57,7 +57,7 @@ class Context:
     @property
     def models(self) -> list[str]:
         """Base models to offer."""
-        return [EMBEDDED, *(name for name in self.launch.models if name != EMBEDDED)]
+        return [*dict.fromkeys((*EMBEDDED_MODELS, *self.launch.models))]
 
     def allowed_model(self, name: object) -> str:
         """A base model's name, if it may be loaded.

@@ -1,4 +1,4 @@
-"""Files to take away: adapters in every format, merged models, model cards."""
+"""What can be taken away: adapters in every format, merged models, cards, a place on the hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dora_diffusion.app.jobs import create_job
 from dora_diffusion.app.snapshot import Job, adapter_of
-from dora_diffusion.app.workspace import AppError, Workspace
+from dora_diffusion.app.workspace import AppError, Workspace, clean_text
 
 MERGED = "merged.safetensors"
 
@@ -78,6 +78,7 @@ def start_merge(workspace: Workspace, job: Job, strength: float, checkpoint: str
         "output": str(workspace.exports / job.id / f"{_name(job)}-{MERGED}"),
         "strength": float(strength),
         "run": job.id,
+        "trigger": job.trigger,
     }
     return create_job(workspace, "merge", f"Merge {job.title}", facts)
 
@@ -93,15 +94,50 @@ def merge_command(job: Job) -> str:
     return "python -m dora_diffusion export " + " ".join(map(shlex.quote, words))
 
 
-def model_card(workspace: Workspace, job: Job) -> Path | None:
-    """The run's model card where it may be downloaded; None if it has none."""
-    card = job.folder / "README.md"
-    if not card.is_file():
-        return None
+def card_of(job: Job) -> str:
+    """The model card of what stands for a run: the trainer's, or one of the chosen checkpoint.
+
+    Raises:
+        AppError: If the run has no adapter.
+    """
+    written, chosen = job.folder / "README.md", chosen_adapter(job)
+    if chosen.parent == job.folder and written.is_file():
+        return written.read_text(encoding="utf-8")
+    from dora_diffusion.config import TrainConfig
+    from dora_diffusion.export import inspect_adapter
+    from dora_diffusion.training.result import model_card
+    from dora_diffusion.training.subject import subject_of
+
+    config, report = TrainConfig.from_dict(job.settings), inspect_adapter(chosen)
+    steps = int(report.metadata.extra["training_steps"])
+    sample = job.folder / "samples" / f"step-{steps:06d}.png"
+    samples = {f"At step {steps}": f"samples/{sample.name}"} if sample.is_file() else {}
+    layers = f"{sum(report.layers.values())} layers"
+    return model_card(config, subject_of(config), report.metadata, chosen, layers, samples)
+
+
+def write_card(workspace: Workspace, job: Job) -> Path:
+    """The model card where it may be downloaded."""
     target = workspace.exports / job.id / "README.md"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(card.read_bytes())
+    target.write_text(card_of(job), encoding="utf-8")
     return target
+
+
+def start_push(workspace: Workspace, job: Job, repository: object, private: bool) -> str:
+    """Queue a job that publishes a run on the hub. Returns its id.
+
+    Raises:
+        AppError: If the run has no adapter.
+        HubError: If it could not begin: no token, offline, or no name.
+    """
+    from dora_diffusion.hub import check
+
+    name = clean_text(repository, 200, "repository")
+    chosen_adapter(job)
+    check(name)
+    facts = {"run": job.id, "repository": name, "private": bool(private)}
+    return create_job(workspace, "push", f"Publish {job.title}", facts)
 
 
 def _name(job: Job) -> str:

@@ -13,13 +13,19 @@ from dora_diffusion.app.snapshot import Job
 
 _WORDS = {
     "waiting": "waiting",
-    "running": "training",
     "stopping": "saving and stopping",
     "done": "done",
     "stopped": "stopped",
     "failed": "failed",
     "crashed": "crashed",
 }
+_RUNNING = {
+    "train": "training",
+    "merge": "merging",
+    "compare": "comparing",
+    "push": "publishing",
+}
+_UNITS = {"train": "step", "compare": "picture", "push": "commit"}
 
 
 def esc(value: object) -> str:
@@ -84,27 +90,36 @@ def _masthead(pills: str) -> str:
 
 def state_pill(job: Job) -> str:
     """The state of a job as a coloured word."""
-    word = "merging" if job.kind == "merge" and job.state == "running" else _WORDS[job.state]
+    word = _RUNNING[job.kind] if job.state == "running" else _WORDS[job.state]
     return f"<span class='dd-pill dd-{esc(job.state)}'>{esc(word)}</span>"
 
 
-def status_card(job: Job) -> str:
-    """State, progress, time left, and what went wrong."""
+def status_card(job: Job, *, stop: bool = False) -> str:
+    """State, progress, time left, and what went wrong; with a button that stops it if asked."""
     share = min(1.0, job.step / job.total) if job.total else 0.0
     bar = (
         f"<div class='dd-bar' role='progressbar' aria-valuenow='{share:.0%}'>"
         f"<div style='width:{share:.1%}'></div></div>"
     )
-    unit = "tensor" if job.kind == "merge" else "step"
-    steps = f"{unit} {job.step} of {job.total or '?'}"
-    lines = [steps, *_live_facts(job)]
+    lines = [_done(job), *_live_facts(job)]
     cause = note(job.cause, "bad")
     if job.state == "done" and job.trigger:
         cause = note(f"Write “{job.trigger}” in a prompt to get the subject.", "good")
+    end = ""
+    if stop and not job.has_ended:
+        end = f"<button class='dd-button' data-do='stop' data-value='{esc(job.id)}'>Stop</button>"
     return (
-        f"<div class='dd-card'><div class='dd-row'><h3>{esc(job.title)}</h3>{state_pill(job)}</div>"
+        f"<div class='dd-card'><div class='dd-row'><h3>{esc(job.title)}</h3>"
+        f"<span class='dd-marks'>{state_pill(job)}{end}</span></div>"
         f"{bar}<p class='dd-facts'>{' · '.join(esc(line) for line in lines)}</p>{cause}</div>"
     )
+
+
+def _done(job: Job) -> str:
+    """How far a job is, in its own unit; merging counts bytes."""
+    if job.kind == "merge":
+        return f"{job.step / 2**20:.1f} of {job.total / 2**20:.1f} MB"
+    return f"{_UNITS[job.kind]} {job.step} of {job.total or '?'}"
 
 
 def _live_facts(job: Job) -> list[str]:
@@ -201,12 +216,30 @@ def definitions(facts: Mapping[str, Any]) -> str:
     return f"<dl class='dd-definitions'>{rows}</dl>"
 
 
+def _address(path: Any) -> str:
+    """Where the server gives out a file of a folder that it may."""
+    return esc(f"gradio_api/file={quote(str(path.resolve()))}?{path.stat().st_mtime_ns}")
+
+
+def picture(path: Any, text: str) -> str:
+    """A picture that the server may give out; nothing where it is gone."""
+    if not path.is_file():
+        return ""
+    return f"<img src='{_address(path)}' alt='{esc(text)}' loading='lazy'>"
+
+
+def outside(address: str) -> str:
+    """A link to a page elsewhere; an address that is no web page stays text."""
+    if not address.startswith(("https://", "http://")):
+        return note(address)
+    return f"<a class='dd-download' href='{esc(address)}' rel='noopener'>{esc(address)}</a>"
+
+
 def download(path: Any, label: str) -> str:
     """A link to a file of the exports folder, which the server may give out."""
-    address = f"gradio_api/file={quote(str(path.resolve()))}"
     mib = path.stat().st_size / 2**20
     size = f"{mib:.1f} MB" if mib >= 0.1 else f"{mib * 1024:.1f} kB"
     return (
-        f"<a class='dd-download' href='{esc(address)}' download='{esc(path.name)}'>{esc(label)}"
+        f"<a class='dd-download' href='{_address(path)}' download='{esc(path.name)}'>{esc(label)}"
         f" <span>{size}</span></a>"
     )

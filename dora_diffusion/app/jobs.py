@@ -8,6 +8,7 @@ A job is a folder, and its state follows from the files in it and from whether i
     progress.json what the work is doing
     STOP          asks the worker to save and leave
     result.json   exit code and times; written when the worker ends in an orderly way
+    chosen.json   the checkpoint that stands for a training run, where one was chosen
     log.txt       all that the worker printed
 """
 
@@ -34,9 +35,10 @@ from dora_diffusion.app.workspace import (
     remove_folder,
     write_json,
 )
+from dora_diffusion.models.locate import EMBEDDED_PREFIX
 
 JOB, SETTINGS, WORKER, PROGRESS = "job.json", "settings.yaml", "worker.json", "progress.json"
-STOP, RESULT, LOG = "STOP", "result.json", "log.txt"
+STOP, RESULT, LOG, CHOSEN = "STOP", "result.json", "log.txt", "chosen.json"
 KILL_AFTER_SECONDS = 30.0
 _MOST_JOBS_WAITING = 50
 
@@ -53,7 +55,7 @@ def create_job(
 
     Args:
         workspace: The runs folder.
-        kind: ``"train"`` or ``"merge"``.
+        kind: ``"train"``, ``"merge"``, ``"compare"`` or ``"push"``.
         title: What the page calls it.
         facts: More for job.json.
         settings: Gives the text of settings.yaml for the job's folder.
@@ -160,7 +162,7 @@ def requeue_job(folder: Path) -> None:
 
 
 def delete_job(workspace: Workspace, job_id: str) -> None:
-    """Delete a job with its files and exports.
+    """Delete a job with its files, its exports, and the jobs that made them.
 
     Raises:
         AppError: If it is running, or unknown.
@@ -169,6 +171,10 @@ def delete_job(workspace: Workspace, job_id: str) -> None:
     if is_running(folder):
         raise AppError("this run is still running; stop it first")
     remove_folder(folder)
+    others = [workspace.root / name for name in ids_in(workspace.root)]
+    for other in others:
+        if read_json(other / JOB).get("run") == job_id and not is_running(other):
+            remove_folder(other)
     if job_id in ids_in(workspace.exports):
         remove_folder(workspace.exports / job_id)
 
@@ -240,6 +246,8 @@ def start_worker(folder: Path) -> subprocess.Popen[bytes]:
     (folder / STOP).unlink(missing_ok=True)
     # Bars are read from a file here: ten lines a second help nobody.
     environment = os.environ | {"TQDM_MININTERVAL": "2", "PYTHONUNBUFFERED": "1"}
+    if is_small(str(read_json(folder / JOB).get("base"))):
+        environment.setdefault("OMP_NUM_THREADS", "1")
     with (folder / LOG).open("ab") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "dora_diffusion.app.worker", str(folder)],
@@ -256,6 +264,11 @@ def start_worker(folder: Path) -> subprocess.Popen[bytes]:
         # The worker writes the same, in case this process dies right here.
         write_json(folder / WORKER, {"pid": child.pid, "start": start})
     return child
+
+
+def is_small(model: str) -> bool:
+    """Whether a model is so small that threads mostly wait for each other: one does it all."""
+    return model.startswith(EMBEDDED_PREFIX)
 
 
 def reap(workspace: Workspace) -> list[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context
-from dora_diffusion.app.views import generate, library, subject, train
+from dora_diffusion.app.views import generate, library, run, subject, train
+from dora_diffusion.app.views.fields import QUIET
 
 TICK_SECONDS = 2.0
 _DAY = 24 * 3600
@@ -20,57 +22,98 @@ def build_page(context: Context) -> gr.Blocks:
         title="DoRA studio", analytics_enabled=False, delete_cache=(3600, _DAY), fill_width=False
     ) as blocks:
         masthead = gr.HTML(html.masthead(None), padding=False)
-        with gr.Tabs():
+        with gr.Tabs() as tabs:
             # Tabs that are not rendered lose what is sent to them.
             with gr.Tab("Subject", id="subject", render_children=True):
                 subjects = subject.build(context)
-            with gr.Tab("Train", id="train", render_children=True):
+            with gr.Tab("Train", id="train", render_children=True) as train_tab:
                 training = train.build(context, subjects)
             with gr.Tab("Generate", id="generate", render_children=True):
                 generating = generate.build(context)
             with gr.Tab("Library", id="library", render_children=True):
                 shelves = library.build(context)
         subject.connect(context, subjects, blocks)
-        train.connect(context, training, subjects)
+        train.connect(context, training, subjects, train_tab.select)
         generate.connect(context, generating)
         library.connect(context, shelves)
+        shown = training.shown
+        subjects.go_on.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
+        for button, tab, field in (
+            (shown.to_generate, "generate", generating.adapter),
+            (shown.to_library, "library", shelves.run),
+        ):
+            # With the run that is shown, whatever was chosen there.
+            button.click(_go_on_to(tab), [shown.run], [tabs, field], **QUIET)
         _connect_clock(context, blocks, masthead, training, generating, shelves)
     return blocks
+
+
+def _go_on_to(tab: str) -> Callable[[str | None], list[Any]]:
+    """Open another tab with a run."""
+    return lambda run_id: [gr.Tabs(selected=tab), run_id]
 
 
 def _connect_clock(
     context: Context, blocks: gr.Blocks, masthead: Any, training: Any, generating: Any, shelves: Any
 ) -> None:
-    """One timer, outside of the tabs, and the page's load refresh everything that can change."""
-    # What this page was last sent: what has not changed is not sent again.
-    seen = gr.State({})
-    inputs = [seen, training.run, generating.adapter, shelves.run]
-    outputs = [
-        seen, masthead, training.run, training.status, training.loss, training.log, training.jobs,
-        training.samples, training.stop, training.kill, training.resume, training.remove,
-        generating.adapter, shelves.gallery, shelves.run, shelves.merges,
-    ]  # fmt: skip
+    """One timer, outside of the tabs, and the page's load refresh everything that can change.
 
-    def tick(known: dict[str, Any], run: Any, adapter: Any, shelf: Any) -> list[Any]:
+    Text is sent by the clock itself. For every other field that an event may fill, Gradio builds
+    its configuration anew, changed or not, which took most of the time of a refresh: those are
+    filled by an event of their own, when one of them has changed.
+    """
+    shown = training.shown
+    inputs = [shown.run, generating.adapter, shelves.run]
+    fields = {
+        "masthead": masthead, "run": shown.run, "status": shown.status, "loss": shown.loss,
+        "log": shown.log, "jobs": shown.jobs, "samples": shown.samples, "stop": shown.stop,
+        "kill": shown.kill, "resume": shown.resume, "remove": shown.remove, "next": shown.next,
+        "details": shown.details, "chooser": shown.chooser.box,
+        "chooser_start": shown.chooser.start, "chooser_cards": shown.chooser.cards,
+        "adapter": generating.adapter, "shelf": shelves.gallery, "shelf_run": shelves.run,
+        "shelf_side": shelves.side, "merges": shelves.merges,
+    }  # fmt: skip
+    texts = {name: field for name, field in fields.items() if isinstance(field, gr.HTML)}
+    others = {name: field for name, field in fields.items() if name not in texts}
+    # What this page was last sent of each, and a mark of what the others should show.
+    seen_texts, seen_others, mark = gr.State({}), gr.State({}), gr.State("")
+
+    def parts(run_id: Any, adapter: Any, shelf: Any) -> dict[str, Any]:
         jobs = context.jobs()
-        parts = {
+        return {
             "masthead": html.masthead(jobs),
-            **train.refresh(jobs, run),
+            **run.refresh(context, jobs, run_id),
             **generate.refresh(context, jobs, adapter),
             **library.refresh(jobs, shelf),
         }
-        now, updates = dict(known or {}), []
-        for name, part in parts.items():
-            # A part is a value, or (what tells whether it changed, how to make it).
-            mark, make = part if isinstance(part, tuple) else (part, None)
-            fresh = now.get(name, _NEVER) != mark
-            now[name] = mark
-            updates.append((make() if make else mark) if fresh else gr.skip())
-        return [now, *updates]
 
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    gr.Timer(TICK_SECONDS).tick(tick, inputs, outputs, trigger_mode="once", **quiet)
-    blocks.load(tick, inputs, outputs, **quiet)
+    def tick(known: dict[str, Any], *chosen: Any) -> list[Any]:
+        now = parts(*chosen)
+        return [repr([now[name][0] for name in others]), *_changes(known, now, texts)]
+
+    def fill(known: dict[str, Any], *chosen: Any) -> list[Any]:
+        return _changes(known, parts(*chosen), others)
+
+    outputs = [mark, seen_texts, *texts.values()]
+    clock = gr.Timer(TICK_SECONDS)
+    clock.tick(tick, [seen_texts, *inputs], outputs, trigger_mode="once", **QUIET)
+    blocks.load(tick, [seen_texts, *inputs], outputs, **QUIET)
+    mark.change(
+        fill, [seen_others, *inputs], [seen_others, *others.values()],
+        trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
+
+
+def _changes(known: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -> list[Any]:
+    """What the page has seen from now on, then each part that is new to it."""
+    seen, updates = dict(known or {}), []
+    for name in names:
+        # A part is a value, or (what tells whether it changed, how to make it).
+        part, make = now[name] if isinstance(now[name], tuple) else (now[name], None)
+        is_new = seen.get(name, _NEVER) != part
+        seen[name] = part
+        updates.append((make() if make else part) if is_new else gr.skip())
+    return [seen, *updates]
 
 
 _NEVER = object()

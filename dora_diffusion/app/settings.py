@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.app.jobs import is_small
 from dora_diffusion.app.workspace import AppError, clean_text
 from dora_diffusion.config import TrainConfig, setting_type
+from dora_diffusion.embedded import MODELS
+from dora_diffusion.models.locate import EMBEDDED_PREFIX
 
 PROMPT_LIMIT = 1000
-EMBEDDED = "embedded:tiny-sd"
+EMBEDDED_MODELS = tuple(f"{EMBEDDED_PREFIX}{name}" for name in MODELS)
+EMBEDDED = EMBEDDED_MODELS[0]
 PRESET_NAMES = ("fast", "balanced", "quality")
 
 # Advanced settings by heading. Each keeps its name on the command line.
@@ -76,7 +80,7 @@ def preset_values(preset: str, model: str) -> dict[str, Any]:
     """
     if preset not in PRESET_NAMES:
         raise AppError(f"there is no preset {preset!r}; choose {', '.join(PRESET_NAMES)}")
-    small = model.startswith("embedded:")
+    small = is_small(model)
     table, common = (_EMBEDDED, _EMBEDDED_COMMON) if small else (_RELEASED, _RELEASED_COMMON)
     values = {**TrainConfig().to_dict(), **_COMMON, **common, **table[preset]}
     return {name: values[name] for name in ADVANCED}
@@ -157,7 +161,9 @@ def command_line(config: TrainConfig) -> str:
             words.append(f"--{name} {' '.join(shlex.quote(str(item)) for item in value)}")
         else:
             words.append(f"--{name} {shlex.quote(str(value))}")
-    return " \\\n    ".join(["python -m dora_diffusion train", *words])
+    # With the threads that a job has: another number may round the last bits otherwise.
+    threads = "OMP_NUM_THREADS=1 " if is_small(config.pretrained_model_name_or_path) else ""
+    return " \\\n    ".join([f"{threads}python -m dora_diffusion train", *words])
 
 
 def as_yaml(config: TrainConfig) -> str:

@@ -6,13 +6,15 @@ import functools
 import json
 import re
 import statistics
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dora_diffusion.app.jobs import (
+    CHOSEN,
     JOB,
     LOG,
     PROGRESS,
@@ -26,6 +28,7 @@ from dora_diffusion.app.jobs import (
 from dora_diffusion.app.workspace import Workspace, ids_in, read_json
 
 RUNNING_STATES = ("running", "stopping")
+RESULT_NAME = "result"
 _LOG_BYTES = 60_000
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _KILLED = (
@@ -41,7 +44,7 @@ class Job:
     Attributes:
         id: Name of its folder.
         folder: Where it lies.
-        kind: ``"train"`` or ``"merge"``.
+        kind: ``"train"``, ``"merge"``, ``"compare"`` or ``"push"``.
         title: What the page calls it.
         state: ``"waiting"``, ``"running"``, ``"stopping"``, ``"done"``, ``"stopped"``,
             ``"failed"`` or ``"crashed"``.
@@ -55,6 +58,9 @@ class Job:
         step_seconds: Median time of the latest steps; None before there are some.
         may_kill: Stop was asked for long ago, and it still runs.
         position: Place in the queue from 1; 0 when it does not wait.
+        checkpoints: Names of its complete checkpoints, oldest first.
+        samples: Sample pictures: the final ones, then from the newest.
+        chosen: What was chosen to stand for it: a checkpoint, ``"result"``, or ``""``.
     """
 
     id: str
@@ -74,6 +80,7 @@ class Job:
     position: int = 0
     checkpoints: tuple[str, ...] = ()
     samples: tuple[Path, ...] = field(default=())
+    chosen: str = ""
 
     @property
     def is_active(self) -> bool:
@@ -96,7 +103,8 @@ class Job:
     def trigger(self) -> str:
         """The words that call the subject."""
         token, word = self.settings.get("token") or "", self.settings.get("class_word") or ""
-        return str(self.progress.get("trigger") or f"{token} {word}".strip())
+        known = self.progress.get("trigger") or self.facts.get("trigger")
+        return str(known or f"{token} {word}".strip())
 
     @property
     def base(self) -> str:
@@ -104,9 +112,21 @@ class Job:
         return str(self.settings.get("pretrained_model_name_or_path") or self.facts.get("base", ""))
 
     @property
+    def stands(self) -> str:
+        """What stands for a run: what was chosen, its result, or its newest checkpoint."""
+        if self.kind != "train":
+            return ""
+        last = self.checkpoints[-1] if self.checkpoints else ""
+        return self.chosen or (RESULT_NAME if self.state == "done" else last)
+
+    @property
     def can_generate(self) -> bool:
         """Whether it left an adapter: its result, or a checkpoint's."""
-        return self.kind == "train" and (self.state == "done" or bool(self.checkpoints))
+        return bool(self.stands)
+
+    def step_of(self, name: str) -> int:
+        """The steps that a checkpoint or the result was trained for."""
+        return self.step if name == RESULT_NAME else int(name.removeprefix("checkpoint-"))
 
 
 def snapshot(runs_dir: Path) -> tuple[Job, ...]:
@@ -135,8 +155,9 @@ def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job |
     settings = _settings(folder / SETTINGS)
     step = int(metrics[-1]["step"]) if metrics else 0
     total = int(progress.get("total_steps") or settings.get("max_train_steps") or 0)
-    if facts.get("kind") == "merge":
-        step, total = int(progress.get("written", 0)), int(progress.get("total", 0))
+    if facts.get("kind") != "train":
+        step, total = int(progress.get("done", 0)), int(progress.get("total", 0))
+    checkpoints = _checkpoints(folder)
     recent = [float(record["seconds"]) for record in metrics[-20:]]
     return Job(
         id=folder.name,
@@ -154,8 +175,9 @@ def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job |
         step_seconds=statistics.median(recent) if recent else None,
         may_kill=may_kill(folder, time.time() if now is None else now),
         position=position,
-        checkpoints=_checkpoints(folder),
+        checkpoints=checkpoints,
         samples=_samples(folder),
+        chosen=_chosen(folder, checkpoints, state),
     )
 
 
@@ -182,6 +204,8 @@ def _unusable_result(folder: Path, facts: Mapping[str, Any]) -> str:
     """Why a job that says it is done is not: its result must be there, and open."""
     if facts.get("kind") == "merge":
         return "" if Path(str(facts.get("output"))).exists() else "the merged model is gone"
+    if facts.get("kind") != "train":
+        return ""
     file = result_adapter(folder)
     if file is None:
         return "the run ended without an adapter file"
@@ -206,11 +230,19 @@ def result_adapter(folder: Path) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def adapter_of(job: Job, checkpoint: str = "") -> Path | None:
-    """The adapter of a job, or of one of its checkpoints by name."""
-    if checkpoint:
-        return result_adapter(job.folder / checkpoint) if checkpoint in job.checkpoints else None
-    return result_adapter(job.folder) if job.state == "done" else None
+def adapter_of(job: Job, name: str = "") -> Path | None:
+    """The adapter that stands for a run, or another one of its by name."""
+    name = name or job.stands
+    if name == RESULT_NAME:
+        return result_adapter(job.folder) if job.state == "done" else None
+    return result_adapter(job.folder / name) if name in job.checkpoints else None
+
+
+def _chosen(folder: Path, checkpoints: tuple[str, ...], state: str) -> str:
+    """What was chosen, if it still is there."""
+    name = read_json(folder / CHOSEN).get("checkpoint")
+    there = name in checkpoints or (name == RESULT_NAME and state == "done")
+    return str(name) if there else ""
 
 
 def _checkpoints(folder: Path) -> tuple[str, ...]:
@@ -232,24 +264,49 @@ def _samples(folder: Path) -> tuple[Path, ...]:
 
 
 def read_metrics(folder: Path) -> tuple[dict[str, Any], ...]:
-    """The steps' records that are whole; read again only when the file has changed."""
+    """The steps' records that are whole. Of a file that has grown, only what is new is read."""
     path = folder / "metrics.jsonl"
     try:
-        stat = path.stat()
+        with _METRICS_LOCK, path.open("rb") as file:
+            known = _METRICS.pop(path, None) or _Metrics()
+            _METRICS[path] = known.follow(file)
+            while len(_METRICS) > _MOST_METRICS:
+                del _METRICS[next(iter(_METRICS))]
+            return _METRICS[path].records
     except OSError:
         return ()
-    return _metrics(path, stat.st_mtime_ns, stat.st_size)
 
 
-@functools.lru_cache(maxsize=64)
-def _metrics(path: Path, modified: int, size: int) -> tuple[dict[str, Any], ...]:
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break  # the last line, half written
-    return tuple(records)
+@dataclass(frozen=True)
+class _Metrics:
+    """Records of a file up to ``end``, and its line that ends there."""
+
+    records: tuple[dict[str, Any], ...] = ()
+    end: int = 0
+    last: bytes = b""
+
+    def follow(self, file: IO[bytes]) -> _Metrics:
+        """These records with those that were added; all anew if a resumed run has cut the file."""
+        file.seek(self.end - len(self.last))
+        if file.read(len(self.last)) != self.last:
+            file.seek(0)
+            return _Metrics().follow(file)
+        records, end, last = [], self.end, self.last
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break  # half written
+            if not line.endswith(b"\n"):
+                break
+            records.append(record)
+            end, last = end + len(line), line
+        return _Metrics((*self.records, *records), end, last) if records else self
+
+
+_METRICS: dict[Path, _Metrics] = {}
+_METRICS_LOCK = threading.Lock()
+_MOST_METRICS = 64
 
 
 def _settings(path: Path) -> Mapping[str, Any]:

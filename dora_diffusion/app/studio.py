@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_diffusion.app.jobs import is_small
 from dora_diffusion.app.processes import holding
 from dora_diffusion.app.workspace import AppError, Workspace, clean_text, new_id
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from dora_diffusion.generate import SamplingSettings
 
-MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID = 16, 200, 2048, 30
+MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID = 16, 200, 2048, 48
 SEED_LIMIT = 2**32
 Step = Callable[[int, int], None]
 
@@ -27,6 +28,8 @@ Step = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Request:
     """What to make. Strengths are the adapter's; ``adapter`` None is the base model alone.
+
+    ``config`` names the model whose configuration a single-file base has.
 
     Raises:
         AppError: If a value is out of its limits.
@@ -46,6 +49,7 @@ class Request:
     strength: float = 1.0
     direction: float = 1.0
     magnitude: float = 1.0
+    config: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -120,7 +124,7 @@ class Studio:
         from dora_diffusion.generate import generate_images
 
         seeds = _seeds(request)
-        with self._device():
+        with self._device(request):
             components = self._model(request)
             images = generate_images(
                 components, request.prompt, seeds, request.settings, on_step=on_step
@@ -136,7 +140,7 @@ class Studio:
 
         seed = _seeds(request)[:1]
         images = []
-        with self._device():
+        with self._device(request):
             components = self._model(request)
             for base in (True, False):
                 with ExitStack() as stack:
@@ -165,38 +169,41 @@ class Studio:
             raise AppError(f"the grid has {cells} pictures; it can have 1 to {MAX_GRID}")
         seed = _seeds(request)[0]
         images, labels = [], []
-        with self._device():
+        with self._device(request):
             for name, adapter in adapters.items():
                 for strength in strengths:
                     one = dataclasses.replace(request, adapter=adapter, strength=strength)
                     components = self._model(one)
                     images += generate_images(components, one.prompt, [seed], one.settings)
-                    labels.append(f"{name.removeprefix('checkpoint-')} x {strength:g}")
+                    labels.append(f"{name} x {strength:g}")
                     on_step(len(images), cells)
         sheet = image_grid(images, len(strengths), labels=labels)
         return self._write(request, seed, sheet)
 
     @contextmanager
-    def _device(self) -> Iterator[None]:
+    def _device(self, request: Request) -> Iterator[None]:
         with self._mine, holding(self.workspace.device_lock) as held:
             if not held:
                 raise AppError(
                     "a run is using the device; make pictures when it has ended, or stop it in "
                     "the Train tab"
                 )
-            yield
+            with _threads_for(request.base):
+                yield
 
     def _model(self, request: Request) -> Any:
         """The model with the adapter at its strengths; loaded anew only if another is asked for."""
         from dora_diffusion.adapters.inject import layer_adapters, set_strength
         from dora_diffusion.generate import load_adapted
+        from dora_diffusion.models.locate import resolve_folder
 
         adapter = request.adapter
         key = (request.base, adapter, adapter and adapter.stat().st_mtime_ns)
         if self._loaded != key:
             # Two large models may not fit beside each other.
             self._loaded = self._components = None
-            self._components, _ = load_adapted(request.base, adapter)
+            config = resolve_folder(request.config) if request.config else None
+            self._components, _ = load_adapted(request.base, adapter, config=config)
             self._loaded = key
         for model in self._components.adaptable().values():
             if any(layer_adapters(model)):
@@ -228,6 +235,19 @@ class Studio:
             )
         name = f"{new_id()}-{seed}.png"
         return Picture(save_png(image, self.workspace.pictures / name, text), seed, text)
+
+
+@contextmanager
+def _threads_for(base: str) -> Iterator[None]:
+    """One thread inside the block for a model that is so small that more would only wait."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if is_small(base) else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _without_adapter(request: Request) -> Request:

@@ -3,7 +3,7 @@
 ::
 
     subjects/<id>/
-      subject.json    title, class word, token
+      subject.json    title, class word, token, and which sample it is
       photos/         what is trained on: 001.jpg, 001.txt, 001.mask.png
       originals/      photos before a manual crop
 """
@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dora_diffusion.app.uploads import Upload, store_photos
 from dora_diffusion.app.workspace import (
@@ -41,13 +41,14 @@ _FACTS = "subject.json"
 
 @dataclass(frozen=True)
 class Subject:
-    """A subject as its folder tells it."""
+    """A subject as its folder tells it; ``sample`` names the project's sample that it shows."""
 
     id: str
     title: str
     class_word: str
     token: str
     photos: tuple[Path, ...]
+    sample: str = ""
 
     @property
     def folder(self) -> Path:
@@ -75,6 +76,7 @@ def read_subject(workspace: Workspace, subject_id: object) -> Subject:
         class_word=str(facts.get("class_word") or ""),
         token=str(facts.get("token") or "sks"),
         photos=tuple(photos_in(folder / "photos")),
+        sample=str(facts.get("sample") or ""),
     )
 
 
@@ -85,13 +87,15 @@ def photos_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_photo(path)) if folder.is_dir() else []
 
 
-def new_subject(workspace: Workspace, title: str, class_word: str = "", token: str = "sks") -> str:
+def new_subject(
+    workspace: Workspace, title: str, class_word: str = "", token: str = "sks", sample: str = ""
+) -> str:
     """Make an empty subject; returns its id."""
     subject_id = new_id()
     folder = workspace.subjects / subject_id
     (folder / "photos").mkdir(parents=True)
-    facts = {"title": title, "class_word": class_word, "token": token, "created": time.time()}
-    write_json(folder / _FACTS, facts)
+    facts = {"title": title, "class_word": class_word, "token": token, "sample": sample}
+    write_json(folder / _FACTS, facts | {"created": time.time()})
     return subject_id
 
 
@@ -101,7 +105,11 @@ def add_photos(workspace: Workspace, subject_id: str, files: Sequence[str | Path
     Raises:
         AppError: If the subject is unknown, or would have too many photos.
     """
-    return store_photos(files, workspace.subject(subject_id) / "photos")
+    folder = workspace.subject(subject_id)
+    upload = store_photos(files, folder / "photos")
+    if upload.accepted:  # With other photos it is no longer what the sample shows.
+        write_json(folder / _FACTS, read_json(folder / _FACTS) | {"sample": ""})
+    return upload
 
 
 def take_sample(workspace: Workspace, samples: Path, name: str) -> str:
@@ -116,7 +124,8 @@ def take_sample(workspace: Workspace, samples: Path, name: str) -> str:
 
     settings = read_config_file(samples / name / "config.yaml")
     title = name.replace("_", " ").capitalize()
-    subject_id = new_subject(workspace, title, str(settings.get("class_word") or ""))
+    word = str(settings.get("class_word") or "")
+    subject_id = new_subject(workspace, title, word, sample=name)
     folder = workspace.subjects / subject_id / "photos"
     photos = photos_in(samples / name)
     upload = store_photos(photos, folder)
@@ -166,7 +175,7 @@ def photo_path(workspace: Workspace, subject_id: object, photo: object) -> Path:
 def remove_photo(workspace: Workspace, subject_id: object, photo: object) -> None:
     """Delete a photo with its caption and mask."""
     path = photo_path(workspace, subject_id, photo)
-    for file in (path.with_suffix(".txt"), mask_path(path), _original(path), path):
+    for file in (path.with_suffix(".txt"), mask_path(path), original_of(path), path):
         file.unlink(missing_ok=True)
 
 
@@ -180,37 +189,9 @@ def mask_path(photo: Path) -> Path:
     return photo.with_name(photo.stem + ".mask.png")
 
 
-def _original(photo: Path) -> Path:
+def original_of(photo: Path) -> Path:
+    """Where a photo lies as it was before its first crop."""
     return photo.parent.parent / "originals" / photo.name
-
-
-def crop_and_mask(photo: Path, picture: Image, painted: Image | None) -> None:
-    """Take over what was cropped and painted in the editor.
-
-    Args:
-        photo: The photo.
-        picture: It after cropping; of another size than the photo, it replaces it.
-        painted: Alpha ("L") of the strokes, as large as ``picture``: bright is the subject.
-    """
-    from dora_diffusion.data.images import open_photo
-
-    if picture.size != open_photo(photo).size:
-        original = _original(photo)
-        if not original.exists():
-            original.parent.mkdir(exist_ok=True)
-            shutil.copyfile(photo, original)
-        kind: dict[str, Any] = {"quality": 95} if photo.suffix == ".jpg" else {}
-        picture.convert("RGB").save(photo, **kind)
-        mask_path(photo).unlink(missing_ok=True)
-    if painted is not None and painted.getbbox():
-        painted.point(lambda value: 255 if value > 32 else 0).save(mask_path(photo))
-
-
-def restore_original(photo: Path) -> None:
-    """Undo crop and mask."""
-    mask_path(photo).unlink(missing_ok=True)
-    if _original(photo).exists():
-        _original(photo).replace(photo)
 
 
 def training_crop(photo: Path, side: int = PREVIEW_SIDE) -> Image:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-HEAD = '<meta name="color-scheme" content="light dark">'
+HEAD = f"""<meta name="color-scheme" content="light dark">
+<style>{Path(__file__).with_name("phone.css").read_text(encoding="utf-8")}</style>"""
 SANS = ("Inter", "ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace")
 
@@ -32,9 +34,11 @@ def make_theme() -> Any:
         background_fill_primary_dark="#211d1a",
         background_fill_secondary="#faf9f6",
         background_fill_secondary_dark="#1c1816",
-        block_background_fill="*background_fill_primary",
-        block_background_fill_dark="*background_fill_primary",
-        block_border_width="1px",
+        # Fields stand on the page itself: no box around each of them.
+        block_background_fill="transparent",
+        block_background_fill_dark="transparent",
+        block_border_width="0px",
+        block_padding="0px",
         block_border_color="#e7e2da",
         block_border_color_dark="#38322d",
         border_color_primary="#e7e2da",
@@ -46,10 +50,26 @@ def make_theme() -> Any:
         block_label_text_color_dark="#b3a89c",
         block_title_text_weight="600",
         block_shadow="none",
-        input_background_fill="#faf9f6",
-        input_background_fill_dark="#171412",
+        input_background_fill="#ffffff",
+        input_background_fill_dark="#211d1a",
+        input_border_width="1px",
         input_border_color="#ddd6cb",
         input_border_color_dark="#453e37",
+        input_border_color_focus="#c4471a",
+        input_border_color_focus_dark="#ff8d5c",
+        checkbox_label_background_fill="#ffffff",
+        checkbox_label_background_fill_dark="#211d1a",
+        checkbox_label_background_fill_selected="#fff5ef",
+        checkbox_label_background_fill_selected_dark="#3a2417",
+        checkbox_label_border_width="1px",
+        checkbox_label_border_color="#ddd6cb",
+        checkbox_label_border_color_dark="#453e37",
+        checkbox_label_border_color_selected="#c4471a",
+        checkbox_label_border_color_selected_dark="#ff8d5c",
+        block_title_text_color="#2a2420",
+        block_title_text_color_dark="#f2ece5",
+        block_info_text_color="#6b6259",
+        block_info_text_color_dark="#b3a89c",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
         button_primary_background_fill_dark="*primary_600",

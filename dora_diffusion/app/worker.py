@@ -14,12 +14,15 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.app.jobs import JOB, PROGRESS, RESULT, SETTINGS, STOP, WORKER
 from dora_diffusion.app.processes import Lock, process_start
-from dora_diffusion.app.workspace import Workspace, read_json, write_json
+from dora_diffusion.app.workspace import AppError, Workspace, read_json, write_json
 from dora_diffusion.commands.report import reporting_errors
+
+if TYPE_CHECKING:
+    from dora_diffusion.app.snapshot import Job
 
 _STOPPED = 128 + signal.SIGTERM
 
@@ -66,8 +69,8 @@ def _run(folder: Path) -> int:
         with reporting_errors(job["kind"], debug=False) as outcome:
             device = Lock(Workspace(folder.parent).device_lock)
             device.take(wait=True)
-            work = {"train": _train, "merge": _merge}[job["kind"]]
-            outcome.code = work(folder, job, note)
+            work = {"train": _train, "merge": _merge, "compare": _compare, "push": _push}
+            outcome.code = work[job["kind"]](folder, job, note)
         return outcome.code
     except _Stopped:
         print("stopped before there was anything to save")
@@ -136,8 +139,8 @@ def _merge(folder: Path, job: dict[str, Any], note: _Progress) -> int:
 
     note(phase="merging")
 
-    def show(written: int, total: int) -> None:
-        note(often=written < total, phase="merging", written=written, total=total)
+    def show(done: int, total: int) -> None:
+        note(often=done < total, phase="merging", done=done, total=total)
 
     output = Path(job["output"])
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +154,54 @@ def _merge(folder: Path, job: dict[str, Any], note: _Progress) -> int:
     )
     print(f"{output} (reopened and checked)")
     return 0
+
+
+def _compare(folder: Path, job: dict[str, Any], note: _Progress) -> int:
+    """Ask every checkpoint of a run for the same pictures, and measure them."""
+    from dora_diffusion.app.chooser import comparison_folder
+    from dora_diffusion.app.comparison import compare, questions_about
+    from dora_diffusion.app.snapshot import adapter_of
+
+    note(phase="loading the model")
+    run = _run_of(folder, job)
+    found = {name: adapter_of(run, name) for name in job["checkpoints"]}
+    adapters = {name: path for name, path in found.items() if path is not None}
+
+    def show(done: int, total: int) -> None:
+        note(often=done < total, phase="making pictures", done=done, total=total)
+
+    target = comparison_folder(Workspace(folder.parent), run.id)
+    compare(job["base"], adapters, questions_about(run), target, show)
+    return 0
+
+
+def _push(folder: Path, job: dict[str, Any], note: _Progress) -> int:
+    """What ``dora-diffusion push`` does."""
+    from dora_diffusion.app.exports import card_of, chosen_adapter
+    from dora_diffusion.hub import push
+
+    run = _run_of(folder, job)
+    note(phase="uploading")
+    address = push(
+        run.folder,
+        job["repository"],
+        private=job["private"],
+        adapter=chosen_adapter(run),
+        card=card_of(run),
+    )
+    note(phase="uploaded", address=address, done=1, total=1)
+    print(address)
+    return 0
+
+
+def _run_of(folder: Path, job: dict[str, Any]) -> Job:
+    """The training run that a job is about."""
+    from dora_diffusion.app.snapshot import read_job
+
+    run = read_job(Workspace(folder.parent).job(job["run"]))
+    if run is None:
+        raise AppError("the run that this was about was deleted")
+    return run
 
 
 def _peaks() -> dict[str, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 EMBEDDED_PREFIX = "embedded:"
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 COMPONENT_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -75,14 +76,14 @@ def fetch_snapshot(name: str, revision: str | None, allow: list[str], ignore: li
         for kind, remedy in remedies:
             if isinstance(error, kind):
                 raise ModelNotFoundError(f"{name} cannot be used: {remedy}") from error
-        if not isinstance(error, (OSError, errors.HfHubHTTPError)) and not _is_network(error):
+        if not isinstance(error, (OSError, errors.HfHubHTTPError)) and not is_network_error(error):
             raise
         raise ModelNotFoundError(_unreachable(name)) from error
 
 
-def _is_network(error: Exception) -> bool:
+def is_network_error(error: Exception) -> bool:
     """Whether an HTTP client raised it; which client depends on the hub library's version."""
-    return type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3")
+    return type(error).__module__.split(".")[0] in _CLIENTS
 
 
 def _unreachable(name: str) -> str:

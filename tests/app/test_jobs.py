@@ -180,6 +180,17 @@ def test_delete_removes_the_job_and_its_exports(workspace: Workspace) -> None:
     assert snapshot(workspace.root) == ()
 
 
+def test_what_was_made_of_a_deleted_run_goes_with_it(workspace: Workspace) -> None:
+    run, other = make(workspace), make(workspace)
+    for of in (run, other):
+        jobs.create_job(workspace, "merge", "Merge", {"run": of.name})
+    jobs.delete_job(workspace, run.name)
+    kept = {job.id: job.facts.get("run") for job in snapshot(workspace.root)}
+    assert list(kept.values()).count(other.name) == 1
+    assert run.name not in kept.values()
+    assert len(kept) == 2
+
+
 def test_photos_are_copied_before_the_queue_can_see_the_job(
     workspace: Workspace, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -52,6 +53,19 @@ def test_metrics_are_read_again_when_they_grow(workspace: Workspace) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(METRICS.format(step=2))
     assert len(read_metrics(folder)) == 2
+
+
+def test_metrics_that_a_resumed_run_has_cut_are_read_anew(workspace: Workspace) -> None:
+    folder = run(workspace, 5)
+    assert len(read_metrics(folder)) == 5
+    other = METRICS.replace("2.0", "9.0")
+    lines = [METRICS.format(step=step) for step in (1, 2)]
+    lines += [other.format(step=step) for step in (3, 4, 5, 6)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    assert [record["seconds"] for record in read_metrics(folder)] == [2, 2, 9, 9, 9, 9]
+    (folder / "metrics.jsonl").write_text("")
+    assert read_metrics(folder) == ()
 
 
 def test_titles_are_escaped(workspace: Workspace) -> None:
@@ -123,6 +137,23 @@ def test_estimates_are_measured_or_unknown(workspace: Workspace) -> None:
     assert "known after the first steps" in html.estimate_card(unknown, 10)
     free = free_memory()
     assert free is None or free > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [("train", "step 4 of 10"), ("merge", "1.5 of 3.0 MB"), ("compare", "picture 3 of 6"),
+     ("push", "commit 1 of 1")],
+)  # fmt: skip
+def test_every_kind_of_job_has_its_unit(workspace: Workspace, kind: str, shown: str) -> None:
+    folder = run(workspace, 4)
+    facts = json.loads((folder / jobs.JOB).read_text())
+    write_json(folder / jobs.JOB, facts | {"kind": kind})
+    done = {"merge": (1.5 * 2**20, 3 * 2**20), "compare": (3, 6), "push": (1, 1)}
+    if kind in done:
+        write_json(folder / jobs.PROGRESS, dict(zip(("done", "total"), done[kind], strict=True)))
+    job = read_job(folder)
+    assert job is not None
+    assert shown in html.status_card(job)
 
 
 def test_durations_read_well() -> None:

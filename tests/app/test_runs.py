@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -14,9 +17,9 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.app import jobs
-from dora_diffusion.app.exports import export_adapter, model_card, start_merge
+from dora_diffusion.app.exports import export_adapter, start_merge, write_card
 from dora_diffusion.app.processes import Lock
-from dora_diffusion.app.settings import as_yaml
+from dora_diffusion.app.settings import as_yaml, command_line
 from dora_diffusion.app.snapshot import Job, adapter_of, read_job, read_metrics
 from dora_diffusion.app.studio import Request, Studio, read_settings
 from dora_diffusion.app.workspace import AppError, Workspace
@@ -119,6 +122,26 @@ def test_a_run_ends_with_an_adapter_and_its_measurements(finished: tuple[Workspa
     assert job.trigger == "sks dog"
     assert job.result["peak_memory"] > 0.05
     assert job.progress["device"] == "cpu"
+
+
+def test_the_command_that_is_shown_makes_the_same_adapter(
+    finished: tuple[Workspace, str], tmp_path: Path
+) -> None:
+    """To the last bit: the page's run and its command line are one thing."""
+    from safetensors.torch import load_file
+
+    job = job_of(finished)
+    shown = command_line(TrainConfig.from_dict(job.settings))
+    words = shlex.split(shown.replace("\\\n", " "))
+    words[words.index("--output_dir") + 1] = str(tmp_path / "again")
+    assert words[:2] == ["python", "-m"]
+    subprocess.run(
+        [sys.executable, *words[1:]], check=True, capture_output=True, env={**os.environ}
+    )
+    name = "pytorch_lora_weights.safetensors"
+    ours, again = load_file(job.folder / name), load_file(tmp_path / "again" / name)
+    assert set(ours) == set(again)
+    assert all(ours[key].equal(again[key]) for key in ours)
 
 
 def test_stop_saves_and_resume_goes_on_counting(
@@ -284,6 +307,5 @@ def test_a_merge_is_a_job_and_its_result_loads(finished: tuple[Workspace, str]) 
 
 
 def test_the_model_card_can_be_downloaded(finished: tuple[Workspace, str]) -> None:
-    card = model_card(finished[0], job_of(finished))
-    assert card is not None
+    card = write_card(finished[0], job_of(finished))
     assert "sks dog" in card.read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ from dora_diffusion.app import jobs
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
 from dora_diffusion.app.subjects import new_subject
+from dora_diffusion.app.workspace import AppError, Workspace
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 
@@ -46,6 +47,25 @@ class Served:
             for line in answer.iter_lines():
                 if "process_completed" in line:
                     return line
+        raise AssertionError("the server did not answer")
+
+    def ask(self, index: int, data: list[Any], event: object = None) -> dict[str, Any]:
+        """Call an endpoint by its number with the data of an event; what the server says."""
+        session = f"session-{index}"
+        body = {"data": data, "fn_index": index, "session_hash": session, "event_data": event}
+        joined = self.client.post(
+            "gradio_api/queue/join",
+            content=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        if joined.status_code != 200:
+            return {"success": False, "output": {"error": joined.text}}
+        params = {"session_hash": session}
+        with self.client.stream("GET", "gradio_api/queue/data", params=params) as answer:
+            for line in answer.iter_lines():
+                if "process_completed" in line:
+                    said: dict[str, Any] = json.loads(line.removeprefix("data: "))
+                    return said
         raise AssertionError("the server did not answer")
 
 
@@ -116,7 +136,7 @@ def test_uploads_stay_inside_of_the_runs_folder(served: Served) -> None:
     assert Path(path).resolve().is_relative_to(served.context.workspace.cache.resolve())
 
 
-@pytest.mark.parametrize("job_id", ["../subjects", "..", "/etc", "", None, 3, ["a"], {"a": 1}])
+@pytest.mark.parametrize("job_id", ["../subjects", "..", "", 3, {"a": 1}])
 @pytest.mark.parametrize(
     "handler", ["connect.<locals>.delete", "connect.<locals>.remove", "connect.<locals>.show"]
 )
@@ -125,6 +145,56 @@ def test_private_endpoints_look_ids_up(served: Served, handler: str, job_id: obj
     served.call(handler, [job_id])
     kept = sorted(served.context.workspace.root.rglob("*"))
     assert [path for path in before if path.name != "cache" and path not in kept] == []
+
+
+HOSTILE = (
+    "../../../../etc/passwd", "merged/../../x", None, ["../x"],
+    {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, "a\0b\x1b[2J $(id)",
+)  # fmt: skip
+
+
+def filled(field: Any, value: object) -> object:
+    """What to send in a field: numbers and fixed choices as the page has them, else the value."""
+    is_free = not hasattr(field, "choices") or not field.choices
+    return value if is_free and type(field).__name__ in FREE else field.value
+
+
+FREE = ("Dropdown", "Textbox", "State", "HTML", "File", "Gallery")
+
+
+@pytest.mark.parametrize("number", range(len(HOSTILE)))
+def test_no_handler_can_be_led_astray(
+    served: Served, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every endpoint, private or not, with something else in its fields than the page sends."""
+    workspace = served.context.workspace
+    monkeypatch.setattr("dora_diffusion.app.studio.Studio._model", _no_model)
+    before = files_of(workspace)
+    value, refusals = HOSTILE[number], []
+    for index, one in served.blocks.fns.items():
+        if one.fn is None or not one.inputs or one.fn.__name__ == "tick":
+            continue
+        fields = [filled(field, value) for field in one.inputs]
+        said = served.ask(index, fields, {"index": value, "what": value, "value": value})
+        if not said["success"]:
+            refusals.append(str(said["output"].get("error")))
+            assert "unexpected error" not in refusals[-1], (one.fn, said)
+            assert "Traceback" not in str(said), one.fn
+    assert len(refusals) > 5
+    new = files_of(workspace) - before
+    assert before <= files_of(workspace)
+    # An empty subject can be made by anybody who may use the page at all.
+    assert all(path.name == "subject.json" for path in new), new
+
+
+def files_of(workspace: Workspace) -> set[Path]:
+    """All files in the runs folder but uploads and locks."""
+    found = (path for path in workspace.root.rglob("*") if path.is_file() and path.name[0] != ".")
+    return {path for path in found if workspace.cache not in path.parents}
+
+
+def _no_model(*_: object) -> None:
+    raise AppError("no model is loaded in this test")
 
 
 def test_a_files_path_that_was_not_uploaded_is_refused(served: Served) -> None:
@@ -148,6 +218,18 @@ def test_a_page_does_not_hold_the_environment(
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_ann")
     for address in ("", "config", "gradio_api/info"):
         assert "hf_secret_of_ann" not in served.client.get(address).text
+
+
+def test_a_shared_app_does_not_publish_in_its_owner_s_name(tmp_path: Path) -> None:
+    import gradio
+
+    from dora_diffusion.app.page import build_page
+
+    launch = Launch(runs_dir=tmp_path / "runs", share=True, auth=("ann", "correct horse"))
+    handlers = [one.fn for one in build_page(Context(launch)).fns.values() if one.fn]
+    (push,) = (fn for fn in handlers if fn.__qualname__.endswith("connect.<locals>.push"))
+    with pytest.raises(gradio.Error, match="does not publish"):
+        push("20261125-020304-abcdef", "ann/mug", True)
 
 
 def test_without_the_password_nothing_is_given_out(locked: Served) -> None:

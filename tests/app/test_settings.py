@@ -53,8 +53,8 @@ def test_every_preset_is_a_valid_config(preset: str, model: str) -> None:
 def test_the_command_line_makes_the_same_config(changes: dict[str, object]) -> None:
     one = config(**changes)
     words = shlex.split(command_line(one).replace("\\\n", " "))
-    assert words[:4] == ["python", "-m", "dora_diffusion", "train"]
-    assert train_config(build_parser().parse_args(words[3:])) == one
+    assert words[:5] == ["OMP_NUM_THREADS=1", "python", "-m", "dora_diffusion", "train"]
+    assert train_config(build_parser().parse_args(words[4:])) == one
 
 
 def test_the_settings_file_makes_the_same_config(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import struct
 import zlib
@@ -11,9 +13,9 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.app import uploads
+from dora_diffusion.app.photo_edits import edit_photo, read_mask, restore_original
 from dora_diffusion.app.subjects import (
     add_photos,
-    crop_and_mask,
     delete_subject,
     mask_path,
     new_subject,
@@ -23,7 +25,6 @@ from dora_diffusion.app.subjects import (
     read_caption_of,
     read_subject,
     remove_photo,
-    restore_original,
     save_caption,
     subjects_in,
     take_sample,
@@ -232,20 +233,63 @@ def test_a_removed_photo_takes_its_caption_along(workspace: Workspace, subject: 
     assert sorted(path.name for path in folder.iterdir()) == ["002.jpg"]
 
 
+def png_address(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def test_crop_and_mask_can_be_undone(workspace: Workspace, subject: str) -> None:
-    path = photo_path(workspace, subject, "001.jpg")
+    path = photo_path(workspace, subject, "001.jpg")  # 120 x 80
     before = path.read_bytes()
-    with Image.open(path) as image:
-        cropped = image.convert("RGB").crop((10, 10, 60, 60))
-    painted = Image.new("L", (50, 50))
-    painted.paste(255, (5, 5, 20, 20))
-    crop_and_mask(path, cropped, painted)
+    # Painted on a preview of half the size: x 30 to 45, y 10 to 30.
+    preview = Image.new("RGBA", (60, 40))
+    preview.paste((227, 93, 43, 255), (30, 10, 45, 30))
+    edit_photo(path, (0.25, 0.0, 0.75, 1.0), read_mask(png_address(preview)))
     with Image.open(path) as image, Image.open(mask_path(path)) as mask:
-        assert image.size == mask.size == (50, 50)
+        assert image.size == mask.size == (60, 80)
         assert mask.getextrema() == (0, 255)
+        # In the crop, which begins at x = 30 of the photo.
+        assert mask.getpixel((45, 40)) == 255
+        assert mask.getpixel((20, 40)) == mask.getpixel((45, 70)) == 0
+    edit_photo(path, (0.0, 0.0, 1.0, 0.5), None)
+    with Image.open(path) as image:
+        assert image.size == (60, 40)
+    assert not mask_path(path).exists()
     restore_original(path)
     assert path.read_bytes() == before
     assert not mask_path(path).exists()
+
+
+@pytest.mark.parametrize(
+    "crop",
+    [(0, 0, 1), (0, 0, 2, 1), (-0.1, 0, 1, 1), (0.5, 0, 0.5, 1), (0.9, 0, 0.1, 1),
+     ("0", 0, 1, 1), (float("nan"), 0, 1, 1), (0, 0, 0.1, 0.1), "abcd", (None,) * 4],
+)  # fmt: skip
+def test_a_crop_that_is_none_changes_nothing(
+    workspace: Workspace, subject: str, crop: object
+) -> None:
+    path = photo_path(workspace, subject, "001.jpg")
+    before = path.read_bytes()
+    with pytest.raises(AppError, match="crop"):
+        edit_photo(path, crop, None)  # type: ignore[arg-type]
+    assert path.read_bytes() == before
+    assert not (path.parent.parent / "originals").exists()
+
+
+@pytest.mark.parametrize(
+    "mask", ["x", "data:image/svg+xml,<svg/>", "data:image/png;base64,AAAA", 5, ["a"], "a" * 2**23]
+)
+def test_a_mask_that_is_no_picture_is_refused(mask: object) -> None:
+    with pytest.raises(AppError, match="paint it again"):
+        read_mask(mask)
+
+
+def test_a_mask_is_small() -> None:
+    assert read_mask("") is None
+    assert read_mask(png_address(Image.new("RGBA", (8, 8)))) is not None
+    with pytest.raises(AppError, match="paint it again"):
+        read_mask(png_address(Image.new("L", (5000, 5000))))
 
 
 def test_the_crop_shown_is_the_middle_square(workspace: Workspace, tmp_path: Path) -> None:

@@ -9,6 +9,10 @@ import gradio as gr
 from dora_diffusion.app.settings import FIELDS
 from dora_diffusion.config import setting_type
 
+# How handlers are registered: not in the API's list, with or without a sign of work.
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
+
 
 def setting_field(name: str, value: Any) -> Any:
     """The field of a setting: its name on the command line, its help, its choices."""
@@ -36,3 +40,17 @@ def id_dropdown(**options: Any) -> Any:
     dropdown = gr.Dropdown([], **options)
     dropdown.preprocess = lambda payload: payload if isinstance(payload, str) else None
     return dropdown
+
+
+# Buttons inside of HTML say what to do (data-do) and with what (data-value).
+CLICKS = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('[data-do]');
+  if (button) trigger('click', {what: button.dataset.do, value: button.dataset.value});
+});
+"""
+
+
+def clicked(event: gr.EventData) -> tuple[str, str]:
+    """What a button inside of HTML was pressed for; anybody can send anything."""
+    return str(getattr(event, "what", "")), str(getattr(event, "value", ""))

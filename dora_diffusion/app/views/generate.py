@@ -10,17 +10,16 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.app import html
+from dora_diffusion.app.chooser import candidates
 from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.exports import chosen_adapter
-from dora_diffusion.app.settings import EMBEDDED
-from dora_diffusion.app.snapshot import Job
-from dora_diffusion.app.studio import MAX_BATCH, Picture, Request, clean_prompt, read_settings
-from dora_diffusion.app.views.fields import id_dropdown
+from dora_diffusion.app.snapshot import RESULT_NAME, Job
+from dora_diffusion.app.studio import MAX_BATCH, Picture, Request, read_settings
+from dora_diffusion.app.views.fields import QUIET, id_dropdown
+from dora_diffusion.app.views.request import BASE, MERGED, OWN, field_value, make_request, numbers
 from dora_diffusion.app.workspace import AppError
+from dora_diffusion.cli import SAMPLERS
 
-# What `dora_diffusion.models.components.SAMPLERS` holds; that module imports torch.
-_SAMPLERS = ("ddim", "ddpm", "pndm", "heun", "euler", "euler_a", "dpm++", "dpm++_karras", "unipc")
-_OWN = "the model's own"
 _TEMPLATES = (
     "a photo of a {subject}",
     "a photo of a {subject} on the snow",
@@ -31,7 +30,6 @@ _TEMPLATES = (
 _BUSY: dict[str, Any] = {
     "api_visibility": "private", "concurrency_id": "device", "concurrency_limit": 1,
 }  # fmt: skip
-_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _EMPTY = html.empty(
     "No pictures yet",
     "Choose a run, press Make pictures. Compare shows the same seed with and without the adapter.",
@@ -103,14 +101,16 @@ def build(context: Context) -> GenerateTab:
             with gr.Accordion("Steps, guidance, scheduler, size", open=False):
                 form["steps"] = gr.Slider(1, 100, 25, step=1, label="Steps")
                 form["guidance_scale"] = gr.Slider(1, 15, 3.5, step=0.1, label="Guidance")
-                form["scheduler"] = gr.Dropdown([_OWN, *_SAMPLERS], value=_OWN, label="Scheduler")
+                form["scheduler"] = gr.Dropdown([OWN, *SAMPLERS], value=OWN, label="Scheduler")
                 with gr.Row():
                     form["width"] = gr.Number(None, label="Width", precision=0, min_width=110)
                     form["height"] = gr.Number(None, label="Height", precision=0, min_width=110)
             make = gr.Button("Make pictures", variant="primary", size="lg", elem_id="make")
             compare = gr.Button("Compare with the base model", size="md", elem_id="compare")
             with gr.Accordion("Grid of checkpoints and strengths", open=False):
-                strengths = gr.Textbox("0, 0.5, 1, 1.5", label="Strengths", max_lines=1)
+                strengths = gr.Textbox(
+                    "0, 0.5, 1, 1.5", label="Strengths", max_lines=1, elem_id="grid-strengths"
+                )
                 grid = gr.Button("Make the grid", size="md", elem_id="grid")
             with gr.Accordion("Load settings from a PNG", open=False):
                 load = gr.File(
@@ -179,10 +179,10 @@ def connect(context: Context, tab: GenerateTab) -> None:
         if one.adapter is None:
             raise AppError("choose a run: the grid shows its checkpoints")
         job = context.job(str(choice).partition("/")[0])
-        adapters = {name: chosen_adapter(job, name) for name in job.checkpoints[-6:]}
-        if job.state == "done":
-            adapters["result"] = chosen_adapter(job)
-        picture = context.studio.grid(one, adapters, _numbers(text), _on_step(progress))
+        adapters = {
+            f"step {job.step_of(name)}": chosen_adapter(job, name) for name in candidates(job)
+        }
+        picture = context.studio.grid(one, adapters, numbers(text), _on_step(progress))
         return _results(gallery=[picture], columns=1)
 
     @plain
@@ -192,53 +192,14 @@ def connect(context: Context, tab: GenerateTab) -> None:
         found = read_settings(Path(file))
         return [
             gr.update(value=value) if value is not None else gr.skip()
-            for value in (_field_value(name, found) for name in names)
+            for value in (field_value(name, found) for name in names)
         ]
 
     tab.make.click(make, [tab.adapter, *fields], results, **_BUSY)
     tab.compare.click(compare, [tab.adapter, *fields], results, **_BUSY)
     tab.grid.click(grid, [tab.adapter, tab.grid_strengths, *fields], results, **_BUSY)
-    tab.load.upload(load, [tab.load], fields, **_QUIET)
-    tab.template.input(lambda text: text, [tab.template], [tab.form["prompt"]], **_QUIET)
-
-
-def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> Request:
-    """What the fields ask for.
-
-    Raises:
-        AppError: If the run is gone or a value is out of its limits.
-    """
-    if not choice or choice == "base":
-        base, adapter, trigger = EMBEDDED, None, "mug"
-    else:
-        job_id, _, checkpoint = str(choice).partition("/")
-        job = context.job(job_id)
-        base, adapter = context.allowed_model(job.base), chosen_adapter(job, checkpoint)
-        trigger = job.trigger
-    scheduler = form["scheduler"]
-    prompt = clean_prompt(form["prompt"]).replace("{subject}", trigger)
-
-    def size(name: str) -> int | None:
-        value = form[name]
-        # Latents have 8 pixels a side.
-        return max(8, round(value / 8) * 8) if value else None
-
-    return Request(
-        base=base,
-        adapter=adapter,
-        prompt=prompt,
-        negative_prompt=clean_prompt(form["negative_prompt"], "negative prompt"),
-        seed=int(-1 if form["seed"] is None else form["seed"]),
-        count=int(form["count"] or 1),
-        steps=int(form["steps"] or 25),
-        guidance_scale=float(form["guidance_scale"] or 1),
-        scheduler=None if scheduler == _OWN else scheduler,
-        width=size("width"),
-        height=size("height"),
-        strength=float(form["strength"]),
-        direction=float(form["direction"]),
-        magnitude=float(form["magnitude"]),
-    )
+    tab.load.upload(load, [tab.load], fields, **QUIET)
+    tab.template.input(lambda text: text, [tab.template], [tab.form["prompt"]], **QUIET)
 
 
 def _on_step(progress: Any) -> Any:
@@ -246,13 +207,6 @@ def _on_step(progress: Any) -> Any:
         progress((done, total), desc="Making pictures", unit="steps")
 
     return show
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in str(text).replace(",", " ").split()]
-    except ValueError:
-        raise AppError(f"the strengths are {text!r}; write numbers such as 0, 0.5, 1") from None
 
 
 def _results(
@@ -275,52 +229,36 @@ def _results(
     ]
 
 
-def _field_value(name: str, found: dict[str, str]) -> Any:
-    """A field's value from a PNG's parameters; None leaves it as it is."""
-    width, _, height = found.get("Size", "").partition("x")
-    text = {
-        "prompt": found.get("Prompt"),
-        "negative_prompt": found.get("Negative prompt", ""),
-        "seed": found.get("Seed"),
-        "steps": found.get("Steps"),
-        "guidance_scale": found.get("CFG scale"),
-        "strength": found.get("Adapter strength"),
-        "direction": found.get("Direction strength"),
-        "magnitude": found.get("Magnitude strength"),
-        "width": width or None,
-        "height": height or None,
-        "count": "1",
-    }.get(name)
-    if name == "scheduler":
-        sampler = found.get("Sampler", _OWN)
-        return sampler if sampler in _SAMPLERS else _OWN
-    if name in ("prompt", "negative_prompt") or text is None:
-        return text
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return int(number) if number.is_integer() else number
-
-
 def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
     """What the clock sends to this tab."""
     choices = [
-        (f"{job.title} · {job.id[9:11]}:{job.id[11:13]}{_of(name)}", f"{job.id}{_slash(name)}")
+        (f"{job.title} · {job.id[9:11]}:{job.id[11:13]} · {_of(job, name)}", job.id + _slash(name))
         for job in jobs
         if job.can_generate
-        for name in (*([""] if job.state == "done" else []), *reversed(job.checkpoints))
+        for name in ("", *_others(job))
     ]
-    choices.append(("The base model alone", "base"))
+    choices += [
+        (f"{job.title} (one file) · {job.id[9:11]}:{job.id[11:13]}", f"{MERGED}/{job.id}")
+        for job in jobs
+        if job.kind == "merge" and job.state == "done"
+    ]
+    choices += [(f"{name} alone", f"{BASE}/{name}") for name in context.models]
     ids = [value for _, value in choices]
     # The newest result, until somebody chooses.
     value = chosen if chosen in ids else ids[0]
     return {"adapter": ((choices, value), lambda: gr.update(choices=choices, value=value))}
 
 
-def _of(checkpoint: str) -> str:
-    return f" · step {checkpoint.removeprefix('checkpoint-')}" if checkpoint else ""
+def _others(job: Job) -> list[str]:
+    """What a run has besides the adapter that stands for it, newest first."""
+    names = [*job.checkpoints, *([RESULT_NAME] if job.state == "done" else [])]
+    return [name for name in reversed(names) if name != job.stands]
 
 
-def _slash(checkpoint: str) -> str:
-    return f"/{checkpoint}" if checkpoint else ""
+def _of(job: Job, name: str) -> str:
+    mark = ", chosen" if job.chosen and not name else ""
+    return f"step {job.step_of(name or job.stands)}{mark}"
+
+
+def _slash(name: str) -> str:
+    return f"/{name}" if name else ""

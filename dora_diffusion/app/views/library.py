@@ -17,20 +17,21 @@ from dora_diffusion.app.exports import (
     export_adapter,
     formats,
     merge_command,
-    model_card,
     start_merge,
+    start_push,
+    write_card,
 )
-from dora_diffusion.app.jobs import delete_job
+from dora_diffusion.app.jobs import delete_job, stop_job
 from dora_diffusion.app.snapshot import Job
 from dora_diffusion.app.subjects import photos_in
-from dora_diffusion.app.views.fields import id_dropdown
+from dora_diffusion.app.views.fields import BUSY, CLICKS, QUIET, clicked, id_dropdown
+from dora_diffusion.app.workspace import AppError
 
-_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-_BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
 _NOTHING = html.empty(
     "The library is empty", "A run appears here when it is done. Start one in the Train tab."
 )
 _THUMBNAIL = 256
+_ERRANDS = ("merge", "push")
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,15 @@ class LibraryTab:
     gallery: Any
     run: Any
     facts: Any
+    side: Any
     target: Any
     convert: Any
     files: Any
     strength: Any
     merge: Any
+    repository: Any
+    private: Any
+    push: Any
     merges: Any
     delete: Any
 
@@ -67,7 +72,7 @@ def build(context: Context) -> LibraryTab:
             )
             run = id_dropdown(label="Run", elem_id="library-run")
             facts = gr.HTML(_NOTHING, padding=False, elem_id="library-facts")
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=320, visible=False) as side:
             gr.HTML(
                 html.heading("", "Take it away", "An adapter for your program, or one model."),
                 padding=False,
@@ -87,7 +92,20 @@ def build(context: Context) -> LibraryTab:
             )
             strength = gr.Slider(0, 2, 1, step=0.05, label="Merge strength")
             merge = gr.Button("Merge", size="md", elem_id="merge")
-            merges = gr.HTML("", padding=False, elem_id="merges")
+            with gr.Accordion("Publish on the Hugging Face hub", open=False):
+                gr.HTML(
+                    "<p class='dd-quiet'>Adapter, model card, settings, loss and samples; never "
+                    "the photos. Needs HF_TOKEN in the environment that the app was started in."
+                    "</p>",
+                    padding=False,
+                )
+                repository = gr.Textbox(
+                    label="Repository", placeholder="your-name/my-subject", max_lines=1,
+                    max_length=200, elem_id="repository",
+                )  # fmt: skip
+                private = gr.Checkbox(True, label="Private: only you can see it")
+                push = gr.Button("Publish", size="md", elem_id="push")
+            merges = gr.HTML("", padding=False, elem_id="merges", js_on_load=CLICKS)
             with gr.Accordion("Delete", open=False):
                 gr.HTML(
                     "<p class='dd-quiet'>Deletes the run with its adapter, checkpoints, "
@@ -95,7 +113,10 @@ def build(context: Context) -> LibraryTab:
                     padding=False,
                 )
                 delete = gr.Button("Delete this run", variant="stop", size="md", elem_id="delete")
-    return LibraryTab(gallery, run, facts, target, convert, files, strength, merge, merges, delete)
+    return LibraryTab(
+        gallery, run, facts, side, target, convert, files, strength, merge, repository, private,
+        push, merges, delete,
+    )  # fmt: skip
 
 
 def connect(context: Context, tab: LibraryTab) -> None:
@@ -118,15 +139,29 @@ def connect(context: Context, tab: LibraryTab) -> None:
         job = context.job(job_id)
         path, said = export_adapter(workspace, job, target)
         links = html.download(path, f"Download {path.name}")
-        card = model_card(workspace, job)
-        if card is not None:
-            links += html.download(card, "Model card")
+        links += html.download(write_card(workspace, job), "Model card")
         return links + html.note(said, "info")
 
     @plain
     def merge(job_id: str | None, strength: float) -> str:
         start_merge(workspace, context.job(job_id), float(strength))
         context.queue.tick()
+        return _merges(context.jobs(fresh=True))
+
+    @plain
+    def push(job_id: str | None, repository: str, private: bool) -> str:
+        if context.launch.is_open:
+            raise AppError(
+                "a shared app does not publish, since that would be in the name of whoever runs "
+                "it; download the adapter instead"
+            )
+        start_push(workspace, context.job(job_id), repository, private)
+        context.queue.tick()
+        return _merges(context.jobs(fresh=True))
+
+    @plain
+    def stop(event: gr.EventData) -> str:
+        stop_job(workspace.job(clicked(event)[1]))
         return _merges(context.jobs(fresh=True))
 
     @plain
@@ -138,16 +173,18 @@ def connect(context: Context, tab: LibraryTab) -> None:
         parts = refresh(jobs, None)
         return [parts["shelf"][1](), parts["shelf_run"][1](), html.note("Deleted", "info")]
 
-    tab.gallery.select(choose, None, [tab.run], **_QUIET)
-    tab.run.change(show, [tab.run], [tab.facts, tab.files], **_QUIET)
-    tab.convert.click(convert, [tab.run, tab.target], [tab.files], **_BUSY)
-    tab.merge.click(merge, [tab.run, tab.strength], [tab.merges], **_BUSY)
+    tab.gallery.select(choose, None, [tab.run], **QUIET)
+    tab.run.change(show, [tab.run], [tab.facts, tab.files], **QUIET)
+    tab.convert.click(convert, [tab.run, tab.target], [tab.files], **BUSY)
+    tab.merge.click(merge, [tab.run, tab.strength], [tab.merges], **BUSY)
+    tab.push.click(push, [tab.run, tab.repository, tab.private], [tab.merges], **BUSY)
+    tab.merges.click(stop, None, [tab.merges], **QUIET)
     tab.delete.click(
         delete,
         [tab.run],
         [tab.gallery, tab.run, tab.files],
         js="(id) => confirm('Delete this run with everything it made?') ? id : ''",
-        **_QUIET,
+        **QUIET,
     )
 
 
@@ -178,6 +215,7 @@ def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
             (choices, value),
             lambda: gr.update(choices=choices, value=value, visible=bool(shelf)),
         ),
+        "shelf_side": (bool(shelf), lambda: gr.update(visible=bool(shelf))),
         "merges": _merges(jobs),
     }
 
@@ -198,7 +236,8 @@ def _thumbnail(path: Path) -> Any:
     # The first picture of a sample grid, not all of them at the size of stamps.
     side = min(small.size)
     rows = 2 if path.name in ("adapted.png", "base.png") and small.height >= 2 * 64 else 1
-    side = small.height // rows if rows > 1 else side
+    # Less the gap between the rows.
+    side = small.height // rows - 2 if rows > 1 else side
     return small.crop((0, 0, side, side)).resize((_THUMBNAIL, _THUMBNAIL))
 
 
@@ -210,14 +249,13 @@ def _facts(job: Job) -> str:
     """What a run has made, as its adapter file says it."""
     from dora_diffusion.export import inspect_adapter
 
-    checkpoint = "" if job.state == "done" else job.checkpoints[-1]
-    report = inspect_adapter(chosen_adapter(job, checkpoint))
+    report = inspect_adapter(chosen_adapter(job))
     facts = {
         "trigger words": job.trigger,
         "base model": job.base,
         "method": f"{report.method}, rank {report.rank}, norm on the {report.norm_axis} axis",
         "layers": ", ".join(f"{count} {name}" for name, count in report.layers.items()),
-        "steps": f"{job.step} of {job.total}",
+        "steps": f"{job.step_of(job.stands)} of {job.total}",
         "size": f"{report.nbytes / 2**20:.1f} MB",
         "made": _when(job),
     }
@@ -229,12 +267,15 @@ def _facts(job: Job) -> str:
 
 
 def _merges(jobs: Sequence[Job]) -> str:
-    """Merge jobs, with a link to what is done."""
-    cards = []
-    for job in [job for job in jobs if job.kind == "merge"][:4]:
-        output = Path(str(job.facts.get("output")))
-        link = html.download(output, f"Download {output.name}") if job.state == "done" else ""
-        cards.append(
-            html.status_card(job) + link + html.command(merge_command(job), "On the command line")
-        )
-    return "".join(cards)
+    """Merging and publishing, with links to what is done."""
+    return "".join(_errand(job) for job in [job for job in jobs if job.kind in _ERRANDS][:4])
+
+
+def _errand(job: Job) -> str:
+    card = html.status_card(job, stop=True)
+    if job.kind == "push":
+        address = str(job.progress.get("address") or "")
+        return card + (html.outside(address) if job.state == "done" and address else "")
+    output = Path(str(job.facts.get("output")))
+    link = html.download(output, f"Download {output.name}") if job.state == "done" else ""
+    return card + link + html.command(merge_command(job), "On the command line")

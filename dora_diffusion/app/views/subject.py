@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -12,28 +13,18 @@ from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.subjects import (
     Subject,
     add_photos,
-    crop_and_mask,
     delete_subject,
-    mask_path,
     new_subject,
-    photo_path,
-    photo_warnings,
-    read_caption_of,
     read_subject,
-    remove_photo,
-    restore_original,
     sample_names,
-    save_caption,
     subjects_in,
     take_sample,
-    training_crop,
 )
 from dora_diffusion.app.uploads import MAX_BYTES, MAX_PHOTOS
-from dora_diffusion.app.views.fields import id_dropdown
+from dora_diffusion.app.views import photo
+from dora_diffusion.app.views.fields import BUSY, CLICKS, QUIET, clicked, id_dropdown
 from dora_diffusion.app.workspace import AppError, clean_text
 
-_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-_BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
 # Small photos are normal for the embedded model; for released ones this is their size.
 _WARN_BELOW = 512
 _EMPTY = html.empty(
@@ -51,22 +42,13 @@ class SubjectTab:
     create: Any
     remove: Any
     upload: Any
-    samples: dict[str, Any]
+    samples: Any
     report: Any
     blank: Any
     gallery: Any
     names: Any
-    chosen: Any
-    editor_box: Any
-    photo_title: Any
-    caption: Any
-    save: Any
-    drop: Any
-    edit: Any
-    canvas: Any
-    editor: Any
-    apply: Any
-    restore: Any
+    editing: photo.PhotoView
+    go_on: Any
 
 
 def build(context: Context) -> SubjectTab:
@@ -78,7 +60,10 @@ def build(context: Context) -> SubjectTab:
                 padding=False,
             )
             pick = id_dropdown(
-                label="Subject", info="Each keeps its photos and captions.", elem_id="subject"
+                label="Subject",
+                info="Each keeps its photos and captions.",
+                visible=False,
+                elem_id="subject",
             )
             upload = gr.File(
                 file_count="multiple",
@@ -89,24 +74,12 @@ def build(context: Context) -> SubjectTab:
                 elem_id="upload",
             )
             report = gr.HTML("", padding=False, elem_id="report")
-            names = sample_names(context.launch.samples)
-            samples: dict[str, Any] = {}
-            if names:
-                gr.HTML(
-                    "<p class='dd-quiet'>No photos at hand? Take a sample subject:</p>",
-                    padding=False,
-                )
-                with gr.Row():
-                    for name in names:
-                        photo = context.launch.samples / name / "01.jpg"
-                        samples[name] = gr.Button(
-                            name.replace("_", " ").capitalize(),
-                            icon=str(photo) if photo.is_file() else None,
-                            size="md",
-                            min_width=120,
-                            elem_id=f"sample-{name}",
-                            elem_classes="dd-sample",
-                        )
+            samples = gr.HTML(
+                _sample_cards(context.launch.samples),
+                padding=False,
+                elem_id="samples-to-take",
+                js_on_load=CLICKS,
+            )
             with gr.Accordion("New subject, or delete this one", open=False):
                 name = gr.Textbox(label="Name of the new subject", max_lines=1, max_length=60)
                 with gr.Row():
@@ -134,54 +107,24 @@ def build(context: Context) -> SubjectTab:
                 format="jpeg",
                 elem_id="crops",
             )
-            shown, chosen = gr.State([]), gr.State("")
-            with gr.Group(visible=False) as editor_box:
-                title = gr.HTML("", padding=False)
-                caption = gr.Textbox(
-                    label="Caption",
-                    info="Say what is around the subject, with the token: a photo of a sks mug on "
-                    "the grass. Empty: the instance prompt is used.",
-                    lines=2,
-                    max_length=1000,
-                    elem_id="caption",
-                )
-                with gr.Row():
-                    save = gr.Button("Save caption", variant="primary", size="md")
-                    drop = gr.Button("Remove photo", size="md")
-                edit = gr.Button("Crop or mask it", size="md", elem_id="edit")
-                with gr.Column(visible=False) as canvas:
-                    gr.HTML(
-                        "<p class='dd-quiet dd-photo'>Crop with the crop tool. Or paint over the "
-                        "subject: then only what is painted is learned (masked_loss).</p>",
-                        padding=False,
-                    )
-                    editor = gr.ImageEditor(
-                        type="pil",
-                        show_label=False,
-                        sources=("upload",),
-                        transforms=("crop",),
-                        layers=False,
-                        brush=gr.Brush(default_size=40, colors=["#e35d2b"], color_mode="fixed"),
-                        format="png",
-                        buttons=[],
-                        elem_id="editor",
-                    )
-                    with gr.Row():
-                        apply = gr.Button("Use this crop and mask", size="md", elem_id="apply")
-                        restore = gr.Button("Back to the original", size="md")
+            names = gr.State([])
+            editing = photo.build()
+            go_on = gr.Button(
+                "Go on: train on these photos", variant="primary", visible=False, elem_id="to-train"
+            )
     return SubjectTab(
-        pick, name, create, remove, upload, samples, report, blank, gallery, shown, chosen,
-        editor_box, title, caption, save, drop, edit, canvas, editor, apply, restore,
-    )  # fmt: skip
+        pick, name, create, remove, upload, samples, report, blank, gallery, names, editing, go_on
+    )
 
 
 def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks) -> None:
     """Say what the fields do."""
     workspace = context.workspace
-    view = [tab.gallery, tab.blank, tab.names, tab.report, tab.editor_box, tab.chosen]
+    editing = tab.editing
+    view = [tab.gallery, tab.blank, tab.names, tab.report, tab.go_on, editing.box, editing.chosen]
 
     def show(subject_id: str | None, said: str = "") -> list[Any]:
-        return _view(_subject(context, subject_id), said)
+        return photo.subject_view(_subject(context, subject_id), said)
 
     @plain
     def select(subject_id: str | None) -> list[Any]:
@@ -220,93 +163,26 @@ def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks) -> None:
         current = _current(context, None)
         return [_choices(context, current), *show(current, html.note("Subject deleted", "info"))]
 
+    @plain
+    def take(event: gr.EventData) -> list[Any]:
+        subject_id = take_sample(workspace, context.launch.samples, clicked(event)[1])
+        said = html.note("A sample subject, ready to train.", "good")
+        return [_choices(context, subject_id), *show(subject_id, said)]
+
     # Choosing is an input, not a change: answers to other events must not run it again.
-    tab.pick.input(select, [tab.pick], view, **_QUIET)
-    tab.upload.upload(upload, [tab.upload, tab.pick], [tab.upload, tab.pick, *view], **_BUSY)
-    tab.create.click(create, [tab.name], [tab.name, tab.pick, *view], **_QUIET)
+    tab.pick.input(select, [tab.pick], view, **QUIET)
+    tab.upload.upload(upload, [tab.upload, tab.pick], [tab.upload, tab.pick, *view], **BUSY)
+    tab.create.click(create, [tab.name], [tab.name, tab.pick, *view], **QUIET)
     tab.remove.click(
         remove,
         [tab.pick],
         [tab.pick, *view],
         js="(id) => confirm('Delete this subject with its photos and captions?') ? id : ''",
-        **_QUIET,
+        **QUIET,
     )
-    for name, button in tab.samples.items():
-
-        def take(name: str = name) -> list[Any]:
-            subject_id = take_sample(workspace, context.launch.samples, name)
-            said = html.note("A sample subject, ready to train: go on to the Train tab.", "good")
-            return [_choices(context, subject_id), *show(subject_id, said)]
-
-        button.click(plain(take), [], [tab.pick, *view], **_BUSY)
-    blocks.load(load, [tab.pick], [tab.pick, *view], **_QUIET)
-    _connect_photo(context, tab, view)
-
-
-def _connect_photo(context: Context, tab: SubjectTab, view: list[Any]) -> None:
-    """What can be done with the photo that was clicked."""
-    workspace = context.workspace
-    photo_fields = [tab.chosen, tab.editor_box, tab.photo_title, tab.caption, tab.canvas]
-
-    @plain
-    def choose(subject_id: str, names: list[str], event: gr.SelectData) -> list[Any]:
-        if not isinstance(event.index, int) or not 0 <= event.index < len(names):
-            raise AppError("this photo no longer exists; choose another one")
-        return _photo(context, subject_id, names[event.index])
-
-    @plain
-    def save(subject_id: str, photo: str, text: str) -> list[Any]:
-        caption = save_caption(workspace, subject_id, photo, text)
-        said = html.note(f"Caption of {photo} saved", "good")
-        gallery, _, names, report, *_ = _view(read_subject(workspace, subject_id), said)
-        return [caption, gallery, names, report]
-
-    @plain
-    def drop(subject_id: str, photo: str) -> list[Any]:
-        remove_photo(workspace, subject_id, photo)
-        return _view(read_subject(workspace, subject_id), html.note(f"{photo} removed", "info"))
-
-    @plain
-    def edit(subject_id: str, photo: str) -> dict[str, Any]:
-        path = str(photo_path(workspace, subject_id, photo))
-        return {"background": path, "layers": [], "composite": path}
-
-    @plain
-    def apply(subject_id: str, photo: str, value: dict[str, Any] | None) -> list[Any]:
-        path = photo_path(workspace, subject_id, photo)
-        if not value or value.get("background") is None:
-            raise AppError("there is no picture in the editor; click a photo first")
-        layers = value.get("layers") or []
-        painted = layers[0].getchannel("A") if layers and layers[0].mode == "RGBA" else None
-        crop_and_mask(path, value["background"], painted)
-        said = html.note(f"Crop and mask of {photo} saved", "good")
-        return _view(read_subject(workspace, subject_id), said)
-
-    @plain
-    def restore(subject_id: str, photo: str) -> list[Any]:
-        restore_original(photo_path(workspace, subject_id, photo))
-        said = html.note(f"{photo} is as it was", "info")
-        return _view(read_subject(workspace, subject_id), said)
-
-    tab.gallery.select(choose, [tab.pick, tab.names], photo_fields, **_QUIET)
-    tab.save.click(
-        save,
-        [tab.pick, tab.chosen, tab.caption],
-        [tab.caption, tab.gallery, tab.names, tab.report],
-        **_QUIET,
-    )
-    tab.drop.click(drop, [tab.pick, tab.chosen], view, **_QUIET)
-    # An editor draws nothing while it is hidden: its picture comes when it is opened.
-    opened = tab.edit.click(lambda: gr.update(visible=True), None, [tab.canvas], **_QUIET)
-    opened.then(edit, [tab.pick, tab.chosen], [tab.editor], **_QUIET)
-    tab.apply.click(apply, [tab.pick, tab.chosen, tab.editor], view, **_BUSY)
-    tab.restore.click(restore, [tab.pick, tab.chosen], view, **_BUSY)
-
-
-def _photo(context: Context, subject_id: str, photo: str) -> list[Any]:
-    path = photo_path(context.workspace, subject_id, photo)
-    title = f"<div class='dd-heading dd-photo'><h2>{html.esc(photo)}</h2></div>"
-    return [photo, gr.update(visible=True), title, read_caption_of(path), gr.update(visible=False)]
+    tab.samples.click(take, None, [tab.pick, *view], **BUSY)
+    blocks.load(load, [tab.pick], [tab.pick, *view], **QUIET)
+    photo.connect(context, editing, tab.pick, view)
 
 
 def _subject(context: Context, subject_id: str | None) -> Subject | None:
@@ -322,28 +198,21 @@ def _current(context: Context, subject_id: str | None) -> str | None:
 def _choices(context: Context, subject_id: str | None) -> Any:
     subjects = subjects_in(context.workspace)
     choices = [(f"{one.title} ({len(one.photos)} photos)", one.id) for one in subjects]
-    return gr.update(choices=choices, value=_current(context, subject_id))
+    current = _current(context, subject_id)
+    return gr.update(choices=choices, value=current, visible=bool(choices))
 
 
-def _view(subject: Subject | None, said: str = "") -> list[Any]:
-    """Gallery, empty state, names, report, and no photo chosen."""
-    photos = subject.photos if subject else ()
-    warnings = photo_warnings(subject, _WARN_BELOW) if subject and photos else {}
-    crops = [(training_crop(photo), _label(photo, warnings)) for photo in photos]
-    lines = [line for group in warnings.values() for line in group]
-    unique = list(dict.fromkeys(lines))
-    return [
-        gr.update(value=crops, visible=bool(crops), selected_index=None),
-        gr.update(visible=not crops),
-        [photo.name for photo in photos],
-        said + html.notes(unique, "warn"),
-        gr.update(visible=False),
-        "",
-    ]
-
-
-def _label(photo: Any, warnings: dict[str, list[str]]) -> str:
-    """A photo's caption in the gallery, with a mark where something is wrong with it."""
-    mark = "⚠ " if photo.name in warnings else ""
-    masked = " (masked)" if mask_path(photo).exists() else ""
-    return f"{mark}{read_caption_of(photo) or photo.name}{masked}"
+def _sample_cards(samples: Path) -> str:
+    """The project's samples as pictures to press; nothing where the app was started elsewhere."""
+    cards = "".join(
+        f"<button class='dd-sample' id='sample-{html.esc(name)}' data-do='take' "
+        f"data-value='{html.esc(name)}'>{html.picture(samples / name / '01.jpg', '')}"
+        f"<span>{html.esc(name.replace('_', ' ').capitalize())}</span></button>"
+        for name in sample_names(samples)
+    )
+    if not cards:
+        return ""
+    return (
+        "<p class='dd-quiet'>No photos at hand? Take a sample: the embedded model learns it in a "
+        f"minute or two.</p><div class='dd-samples'>{cards}</div>"
+    )

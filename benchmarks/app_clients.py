@@ -1,0 +1,179 @@
+"""How much ten open pages slow a training step down, and how fast the app answers meanwhile.
+
+Starts the real app, trains the embedded model in it, and measures the steps of metrics.jsonl in
+turns without and with clients. A client does what a page does: it opens the page and asks for a
+refresh every two seconds; it also fetches the page anew every 15 seconds, which is what is timed
+as "page".
+
+    python benchmarks/app_clients.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from dora_diffusion.app.jobs import create_job, worker_of
+from dora_diffusion.app.settings import EMBEDDED, as_yaml, make_config, preset_values
+from dora_diffusion.app.snapshot import read_metrics
+from dora_diffusion.app.workspace import Workspace
+
+ROOT = Path(__file__).resolve().parents[1]
+REFRESH, RELOAD = 2.0, 15.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, default=10, help="Open pages.")
+    parser.add_argument("--turns", type=int, default=4, help="Turns without and with clients.")
+    parser.add_argument("--seconds", type=float, default=20, help="Length of a turn.")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measure(Path(folder) / "runs", args.clients, args.turns, args.seconds)
+
+
+def measure(runs: Path, count: int, turns: int, seconds: float) -> None:
+    workspace = Workspace(runs).make()
+    with app(runs) as address:
+        job = workspace.root / start_run(workspace)
+        while len(read_metrics(job)) < 20:
+            time.sleep(0.5)
+        steps: dict[bool, list[float]] = {False: [], True: []}
+        pages: list[float] = []
+        refreshes: list[float] = []
+        for turn in range(2 * turns):
+            watched = bool(turn % 2)
+            before = len(read_metrics(job))
+            with clients(address, count if watched else 0, pages, refreshes):
+                time.sleep(seconds)
+            # The first steps of a turn may belong to the turn before.
+            new = [record["seconds"] for record in read_metrics(job)[before + 2 :]]
+            steps[watched].append(statistics.median(new))
+            print(f"turn {turn + 1}: {count if watched else 0} clients, {len(new)} steps, "
+                  f"median {steps[watched][-1] * 1000:.1f} ms", flush=True)  # fmt: skip
+        worker = worker_of(job)
+        if worker:
+            os.killpg(worker[0], signal.SIGKILL)
+    alone, watched_by = (statistics.median(steps[key]) for key in (False, True))
+    print(f"step: {alone * 1000:.1f} ms alone, {watched_by * 1000:.1f} ms with {count} clients: "
+          f"{watched_by / alone - 1:+.1%}")  # fmt: skip
+    for name, times in (("page", pages), ("refresh", refreshes)):
+        times.sort()
+        print(f"{name}: median {statistics.median(times) * 1000:.0f} ms, 95% below "
+              f"{times[int(0.95 * len(times))] * 1000:.0f} ms, slowest {times[-1] * 1000:.0f} ms, "
+              f"of {len(times)}")  # fmt: skip
+
+
+@contextmanager
+def app(runs: Path) -> Iterator[str]:
+    """The app as ``python app.py`` starts it."""
+    process = subprocess.Popen(
+        [sys.executable, "app.py", "--runs_dir", str(runs)],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().split()[1]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def start_run(workspace: Workspace) -> str:
+    """Queue a run that outlasts the measurement, with the page's balanced preset; no samples."""
+    values = preset_values("balanced", EMBEDDED) | {
+        "max_train_steps": 100_000, "checkpointing_steps": 100_000, "validation_steps": None,
+    }  # fmt: skip
+    photos = ROOT / "samples" / "bolt_mug"
+    word = yaml.safe_load((photos / "config.yaml").read_text())["class_word"]
+    return create_job(
+        workspace, "train", "benchmark", {},
+        lambda folder: as_yaml(make_config(EMBEDDED, photos, folder, "sks", word, [], values)),
+    )  # fmt: skip
+
+
+@contextmanager
+def clients(address: str, count: int, pages: list[float], refreshes: list[float]) -> Iterator[None]:
+    """Open pages in threads, until the block ends."""
+    ended = threading.Event()
+    threads = [
+        threading.Thread(
+            target=browse, args=(address, f"client{n}", n / count, ended, pages, refreshes)
+        )
+        for n in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+def browse(
+    address: str, session: str, delay: float, ended: threading.Event, pages: list[float],
+    refreshes: list[float],
+) -> None:  # fmt: skip
+    """One page: what Gradio's own client asks for, and when."""
+    with httpx.Client(base_url=address, timeout=60) as client:
+        config = client.get("config").json()
+        timer = next(
+            one for one in config["dependencies"]
+            if any(event == "tick" for _, event in one["targets"])
+        )  # fmt: skip
+        ended.wait(REFRESH * delay)
+        next_page = 0.0
+        by_change = {
+            target: one
+            for one in config["dependencies"]
+            for target, event in one["targets"]
+            if event == "change"
+        }
+        while not ended.is_set():
+            begun = time.perf_counter()
+            if begun >= next_page:
+                assert client.get("").status_code == 200
+                pages.append(time.perf_counter() - begun)
+                next_page = begun + RELOAD
+            begun = time.perf_counter()
+            answer = call(client, timer, session)
+            for changed in answer.get("changed_state_ids", []):
+                if changed in by_change:
+                    call(client, by_change[changed], session)
+            refreshes.append(time.perf_counter() - begun)
+            ended.wait(max(0.0, REFRESH - (time.perf_counter() - begun)))
+
+
+def call(client: httpx.Client, event: dict[str, Any], session: str) -> dict[str, Any]:
+    """Let the server handle an event, as Gradio's client does. Returns what it answers."""
+    data = [None] * len(event["inputs"])
+    body = {"data": data, "fn_index": event["id"], "session_hash": session}
+    client.post("gradio_api/queue/join", json=body).raise_for_status()
+    with client.stream("GET", "gradio_api/queue/data", params={"session_hash": session}) as answer:
+        for line in answer.iter_lines():
+            if "process_completed" in line:
+                said = json.loads(line.removeprefix("data: "))
+                assert said["success"] is True, line[:300]
+                return dict(said["output"])
+    raise AssertionError("the app did not answer")
+
+
+if __name__ == "__main__":
+    main()

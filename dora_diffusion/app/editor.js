@@ -1,0 +1,114 @@
+// Crop and mask of one photo, drawn on a canvas. Runs when its gr.HTML is first shown:
+// `element`, `trigger` and `watch` are Gradio's. What is sent is a crop in fractions of the
+// photo, and the mask as a small PNG.
+const state = { tool: 'crop', box: null, painted: false, from: null, image: null, mask: null };
+const paper = () => element.querySelector('canvas');
+
+function begin() {
+  const canvas = paper();
+  if (!canvas) return;
+  const image = new Image();
+  image.onload = () => {
+    canvas.width = image.width;
+    canvas.height = image.height;
+    const mask = document.createElement('canvas');
+    mask.width = image.width;
+    mask.height = image.height;
+    Object.assign(state, { image, mask, box: null, painted: false, from: null });
+    choose('crop');
+  };
+  image.src = canvas.dataset.photo;
+}
+
+function choose(tool) {
+  state.tool = tool;
+  for (const button of element.querySelectorAll('[data-tool]')) {
+    button.classList.toggle('dd-on', button.dataset.tool === tool);
+  }
+  draw();
+}
+
+function draw() {
+  const canvas = paper();
+  if (!canvas || !state.image) return;
+  const pen = canvas.getContext('2d');
+  pen.globalAlpha = 1;
+  pen.drawImage(state.image, 0, 0);
+  pen.globalAlpha = 0.6;
+  pen.drawImage(state.mask, 0, 0);
+  pen.globalAlpha = 1;
+  if (!state.box) return;
+  const [left, top, right, bottom] = state.box;
+  pen.fillStyle = 'rgba(0, 0, 0, .55)';
+  pen.beginPath();
+  pen.rect(0, 0, canvas.width, canvas.height);
+  pen.rect(left, top, right - left, bottom - top);
+  pen.fill('evenodd');
+  pen.strokeStyle = '#ffffff';
+  pen.lineWidth = Math.max(2, canvas.width / 300);
+  pen.strokeRect(left, top, right - left, bottom - top);
+}
+
+function at(event) {
+  const canvas = paper(), frame = canvas.getBoundingClientRect();
+  const inside = (value, size) => Math.min(size, Math.max(0, value));
+  return [
+    inside((event.clientX - frame.left) / frame.width * canvas.width, canvas.width),
+    inside((event.clientY - frame.top) / frame.height * canvas.height, canvas.height),
+  ];
+}
+
+function move(event) {
+  const canvas = paper(), to = at(event);
+  if (state.tool === 'crop') {
+    const [x, y] = state.from;
+    state.box = [Math.min(x, to[0]), Math.min(y, to[1]), Math.max(x, to[0]), Math.max(y, to[1])];
+  } else {
+    const pen = state.mask.getContext('2d');
+    pen.globalCompositeOperation = state.tool === 'erase' ? 'destination-out' : 'source-over';
+    pen.strokeStyle = '#e35d2b';
+    pen.lineWidth = canvas.width / 12;
+    pen.lineCap = 'round';
+    pen.beginPath();
+    pen.moveTo(...state.from);
+    pen.lineTo(to[0] + 0.01, to[1]);
+    pen.stroke();
+    state.painted = true;
+    state.from = to;
+  }
+  draw();
+}
+
+element.addEventListener('pointerdown', (event) => {
+  if (event.target !== paper() || !state.image) return;
+  event.preventDefault();
+  event.target.setPointerCapture(event.pointerId);
+  state.from = at(event);
+  if (state.tool === 'crop') state.box = null;
+  move(event);
+});
+element.addEventListener('pointermove', (event) => { if (state.from) move(event); });
+element.addEventListener('pointerup', () => {
+  // A click is no crop.
+  if (state.from && state.tool === 'crop' && state.box) {
+    const [left, top, right, bottom] = state.box;
+    if (right - left < 8 || bottom - top < 8) state.box = null;
+    draw();
+  }
+  state.from = null;
+});
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('[data-tool], [data-do]');
+  if (!button) return;
+  if (button.dataset.tool) return choose(button.dataset.tool);
+  if (button.dataset.do === 'clear') return begin();
+  if (button.dataset.do === 'restore') return trigger('click', { what: 'restore' });
+  const { width, height } = paper();
+  const crop = state.box && [
+    state.box[0] / width, state.box[1] / height, state.box[2] / width, state.box[3] / height,
+  ];
+  const mask = state.painted ? state.mask.toDataURL('image/png') : '';
+  trigger('click', { what: 'apply', crop, mask });
+});
+watch('value', begin);
+begin();

@@ -1,0 +1,151 @@
+"""The checkpoint chooser under a run: fixed-seed pictures, similarity, drift, and "use this"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from dora_diffusion.app import html
+from dora_diffusion.app.chooser import (
+    Comparison,
+    Row,
+    candidates,
+    choose,
+    comparing,
+    read_comparison,
+    start_comparison,
+)
+from dora_diffusion.app.context import Context, plain
+from dora_diffusion.app.jobs import stop_job
+from dora_diffusion.app.snapshot import Job
+from dora_diffusion.app.views.fields import CLICKS, QUIET, clicked
+
+_WHY = (
+    "More steps make it more like the subject, and less able to do anything else. Compare asks "
+    "every checkpoint for the same pictures at the same seeds and measures both."
+)
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """The fields of the chooser."""
+
+    box: Any
+    start: Any
+    cards: Any
+
+
+def build() -> Chooser:
+    """Make the fields."""
+    with gr.Column(visible=False, elem_id="chooser") as box:
+        gr.HTML(html.heading("", "Which checkpoint?", _WHY), padding=False)
+        start = gr.Button("Compare the checkpoints", size="md", elem_id="compare-checkpoints")
+        cards = gr.HTML("", padding=False, elem_id="checkpoints", js_on_load=CLICKS)
+    return Chooser(box, start, cards)
+
+
+def connect(context: Context, view: Chooser, run: Any) -> None:
+    """Say what the fields do; ``run`` holds the id of the run that is shown."""
+
+    def now(job_id: str) -> list[Any]:
+        parts = refresh(context, context.jobs(fresh=True), context.job(job_id))
+        return [parts[name][1]() if isinstance(parts[name], tuple) else parts[name]
+                for name in ("chooser", "chooser_start", "chooser_cards")]  # fmt: skip
+
+    @plain
+    def start(job_id: str | None) -> list[Any]:
+        job = context.job(job_id)
+        running = comparing(context.jobs(fresh=True), job.id)
+        if running is None or running.has_ended:
+            start_comparison(context.workspace, job)
+            context.queue.tick()
+        return now(job.id)
+
+    @plain
+    def click(job_id: str | None, event: gr.EventData) -> list[Any]:
+        job = context.job(job_id)
+        what, value = clicked(event)
+        if what == "stop":
+            stop_job(context.workspace.job(value))
+        else:
+            step = choose(job, value)
+            gr.Info(
+                f"Step {step} now stands for this run in Generate and in the Library.", title=""
+            )
+        return now(job.id)
+
+    outputs = [view.box, view.start, view.cards]
+    view.start.click(start, [run], outputs, **QUIET)
+    view.cards.click(click, [run], outputs, **QUIET)
+
+
+def refresh(context: Context, jobs: Sequence[Job], job: Job | None) -> dict[str, Any]:
+    """What the clock sends: whether the chooser shows, its button, and its cards."""
+    names = candidates(job) if job and job.has_ended and job.kind == "train" else ()
+    shown = bool(names)
+    running = comparing(jobs, job.id) if job else None
+    busy = running is not None and not running.has_ended
+    found = read_comparison(context.workspace, job) if job and shown else None
+    label = "Compare again" if found else "Compare the checkpoints"
+    return {
+        "chooser": (shown, lambda: gr.update(visible=shown)),
+        "chooser_start": (
+            (label, busy),
+            lambda: gr.update(value=label, visible=not busy),
+        ),
+        "chooser_cards": _cards(job, found, running) if job and shown else "",
+    }
+
+
+def _cards(job: Job, found: Comparison | None, running: Job | None) -> str:
+    said = ""
+    if running is not None and not running.has_ended:
+        said = html.status_card(running, stop=True)
+    elif running is not None and running.cause:
+        said = html.note(f"The comparison failed: {running.cause}", "bad")
+    if found is None:
+        return said
+    suggested = found.suggested
+    most = max((row.drift or 0 for row in found.rows), default=0) or 1
+    cards = "".join(_card(job, row, row.name == suggested, most) for row in found.rows)
+    late = [f"step {job.step_of(name)}" for name in found.missing]
+    new = html.note(f"Not compared yet: {', '.join(late)}.", "info") if late else ""
+    notes = "".join(f"<p class='dd-quiet'>{html.esc(note)}</p>" for note in found.notes)
+    why = "<p class='dd-quiet'>Suggested: the most similarity less drift.</p>" if suggested else ""
+    return f"{said}{new}<div class='dd-choices'>{cards}</div>{notes}{why}"
+
+
+def _card(job: Job, row: Row, is_suggested: bool, most_drift: float) -> str:
+    """One checkpoint: pictures, two bars, and the button."""
+    in_use = row.name == job.stands
+    title = f"Step {row.step}" if row.step else "Base model"
+    marks = "<span class='dd-pill dd-running'>suggested</span>" if is_suggested else ""
+    if in_use:
+        marks += "<span class='dd-pill dd-done'>in use</span>"
+    elif row.step:
+        marks += (
+            f"<button class='dd-button' data-do='use' data-value='{html.esc(row.name)}'>"
+            "Use this</button>"
+        )
+    subject, others = (html.picture(path, title) for path in row.pictures)
+    figures = ""
+    if row.similarity is not None:
+        figures = _bar("similarity", row.similarity, row.similarity)
+    if row.step and row.drift is not None:
+        figures += _bar("drift", row.drift, row.drift / most_drift)
+    return (
+        f"<div class='dd-choice{' dd-in-use' if in_use else ''}'>"
+        f"<div class='dd-row'><h3>{title}</h3><span class='dd-marks'>{marks}</span></div>"
+        f"<div class='dd-strips'>{subject}{others}</div><div class='dd-bars'>{figures}</div></div>"
+    )
+
+
+def _bar(name: str, value: float, share: float) -> str:
+    width = f"{min(1.0, max(0.0, share)):.0%}"
+    return (
+        f"<span>{name}</span><div class='dd-bar dd-{name}'><div style='width:{width}'></div></div>"
+        f"<b>{value:.2f}</b>"
+    )

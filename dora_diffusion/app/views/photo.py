@@ -1,0 +1,179 @@
+"""A photo of the subject: its caption, its crop and its mask; and the view of all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from dora_diffusion.app import html
+from dora_diffusion.app.context import Context, plain
+from dora_diffusion.app.photo_edits import (
+    edit_photo,
+    editor_picture,
+    read_mask,
+    restore_original,
+)
+from dora_diffusion.app.subjects import (
+    Subject,
+    mask_path,
+    photo_path,
+    photo_warnings,
+    read_caption_of,
+    read_subject,
+    remove_photo,
+    save_caption,
+    training_crop,
+)
+from dora_diffusion.app.views.fields import BUSY, QUIET, clicked
+from dora_diffusion.app.workspace import AppError
+
+# Small photos are normal for the embedded model; for released ones this is their size.
+_WARN_BELOW = 512
+_SCRIPT = (Path(__file__).parents[1] / "editor.js").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class PhotoView:
+    """The fields that others use too."""
+
+    chosen: Any
+    box: Any
+    title: Any
+    caption: Any
+    save: Any
+    drop: Any
+    edit: Any
+    editor: Any
+
+
+def build() -> PhotoView:
+    """Make the fields."""
+    chosen = gr.State("")
+    with gr.Group(visible=False) as box:
+        title = gr.HTML("", padding=False)
+        caption = gr.Textbox(
+            label="Caption",
+            info="Say what is around the subject, with the token: a photo of a sks mug on "
+            "the grass. Empty: the instance prompt is used.",
+            lines=2,
+            max_length=1000,
+            elem_id="caption",
+        )
+        with gr.Row():
+            save = gr.Button("Save caption", variant="primary", size="md")
+            drop = gr.Button("Remove photo", size="md")
+        edit = gr.Button("Crop or mask it", size="md", elem_id="edit")
+        editor = gr.HTML("", padding=False, elem_id="editor", js_on_load=_SCRIPT)
+    return PhotoView(chosen, box, title, caption, save, drop, edit, editor)
+
+
+def connect(context: Context, tab: PhotoView, subject: Any, view: list[Any]) -> None:
+    """What can be done with the photo that was clicked.
+
+    Args:
+        context: The app.
+        tab: The fields.
+        subject: The field that holds the subject's id.
+        view: The fields that `subject_view` fills.
+    """
+    workspace = context.workspace
+    gallery, _, names, report, *_ = view
+    photo_fields = [tab.chosen, tab.box, tab.title, tab.caption, tab.editor]
+
+    @plain
+    def choose(subject_id: str, listed: list[str], event: gr.SelectData) -> list[Any]:
+        if not isinstance(event.index, int) or not 0 <= event.index < len(listed):
+            raise AppError("this photo no longer exists; choose another one")
+        return _photo(context, subject_id, listed[event.index])
+
+    @plain
+    def save(subject_id: str, photo: str, text: str) -> list[Any]:
+        caption = save_caption(workspace, subject_id, photo, text)
+        said = html.note(f"Caption of {photo} saved", "good")
+        shown, _, listed, told, *_ = subject_view(read_subject(workspace, subject_id), said)
+        return [caption, shown, listed, told]
+
+    @plain
+    def drop(subject_id: str, photo: str) -> list[Any]:
+        remove_photo(workspace, subject_id, photo)
+        return subject_view(
+            read_subject(workspace, subject_id), html.note(f"{photo} removed", "info")
+        )
+
+    @plain
+    def edit(subject_id: str, photo: str) -> str:
+        return _editor(photo_path(workspace, subject_id, photo))
+
+    @plain
+    def change(subject_id: str, photo: str, event: gr.EventData) -> list[Any]:
+        path = photo_path(workspace, subject_id, photo)
+        if clicked(event)[0] == "restore":
+            restore_original(path)
+            said = f"{photo} is as it was"
+        else:
+            crop = getattr(event, "crop", None)
+            crop = crop if isinstance(crop, list) else None
+            edit_photo(path, crop, read_mask(getattr(event, "mask", None)))
+            said = f"Crop and mask of {photo} saved"
+        return subject_view(read_subject(workspace, subject_id), html.note(said, "good"))
+
+    gallery.select(choose, [subject, names], photo_fields, **QUIET)
+    tab.save.click(
+        save,
+        [subject, tab.chosen, tab.caption],
+        [tab.caption, gallery, names, report],
+        **QUIET,
+    )
+    tab.drop.click(drop, [subject, tab.chosen], view, **QUIET)
+    tab.edit.click(edit, [subject, tab.chosen], [tab.editor], **QUIET)
+    tab.editor.click(change, [subject, tab.chosen], view, **BUSY)
+
+
+def _editor(photo: Path) -> str:
+    """The photo to draw on, and the tools; editor.js does the drawing."""
+    tools = "".join(
+        f"<button class='dd-tool' data-tool='{name}'>{label}</button>"
+        for name, label in (("crop", "Crop"), ("paint", "Paint the subject"), ("erase", "Erase"))
+    )
+    return (
+        "<div class='dd-editor'><p class='dd-quiet'>Drag a rectangle to crop. Or paint over the "
+        "subject: then only what is painted is learned (masked_loss).</p>"
+        f"<div class='dd-tools'>{tools}<button class='dd-tool' data-do='clear'>Start over</button>"
+        f"</div><canvas data-photo='{editor_picture(photo)}'></canvas><div class='dd-tools'>"
+        "<button class='dd-button' data-do='apply'>Use this crop and mask</button>"
+        "<button class='dd-tool' data-do='restore'>Back to the original</button></div></div>"
+    )
+
+
+def _photo(context: Context, subject_id: str, photo: str) -> list[Any]:
+    path = photo_path(context.workspace, subject_id, photo)
+    title = f"<div class='dd-heading dd-photo'><h2>{html.esc(photo)}</h2></div>"
+    return [photo, gr.update(visible=True), title, read_caption_of(path), ""]
+
+
+def subject_view(subject: Subject | None, said: str = "") -> list[Any]:
+    """Gallery, empty state, names, report, the way on, and no photo chosen."""
+    photos = subject.photos if subject else ()
+    warnings = photo_warnings(subject, _WARN_BELOW) if subject and photos else {}
+    crops = [(training_crop(photo), _label(photo, warnings)) for photo in photos]
+    lines = [line for group in warnings.values() for line in group]
+    unique = list(dict.fromkeys(lines))
+    return [
+        gr.update(value=crops, visible=bool(crops), selected_index=None),
+        gr.update(visible=not crops),
+        [photo.name for photo in photos],
+        said + html.notes(unique, "warn"),
+        gr.update(visible=bool(crops)),
+        gr.update(visible=False),
+        "",
+    ]
+
+
+def _label(photo: Any, warnings: dict[str, list[str]]) -> str:
+    """A photo's caption in the gallery, with a mark where something is wrong with it."""
+    mark = "⚠ " if photo.name in warnings else ""
+    masked = " (masked)" if mask_path(photo).exists() else ""
+    return f"{mark}{read_caption_of(photo) or photo.name}{masked}"
