@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-MODELS = ("tiny-sd",)
+MODELS = ("tiny-sd", "tiny-sdxl")
 
 
 def model_folder(name: str) -> Path:
