@@ -20,7 +20,7 @@ from dora_diffusion.formats.adapter_keys import (
     name_resolver,
 )
 from dora_diffusion.formats.adapter_magnitude import BaseWeight, Magnitude, resolve_axes
-from dora_diffusion.formats.adapter_metadata import OWN, described
+from dora_diffusion.formats.adapter_metadata import OWN, UNET_LAYERS, described
 from dora_diffusion.formats.adapter_repair import (
     has_component,
     key_notes,
@@ -107,7 +107,7 @@ def _refuse_made_for_one_base(metadata: Mapping[str, str]) -> None:
 
 
 def _stamped_layout(metadata: Mapping[str, str]) -> UNetLayout | None:
-    count = metadata.get(OWN + "unet_layers_per_block", "")
+    count = metadata.get(OWN + UNET_LAYERS, "")
     return UNetLayout(int(count), ()) if re.fullmatch("[1-9]", count) else None
 
 

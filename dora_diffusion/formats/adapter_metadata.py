@@ -21,8 +21,9 @@ FORMAT_VERSION = "1"
 OWN = "dora_diffusion."
 _FACTS = ("family", "base_model", "trigger", "resolution", "format_version")
 # Facts about the layers, recomputed at every write.
-_COMPUTED = ("rank", "alpha", "norm_axis", "target", "unet_layers_per_block", "component")
+_COMPUTED = ("rank", "alpha", "norm_axis", "target", "component")
 TRAINED_ALPHA = "trained_alpha"
+UNET_LAYERS = "unet_layers_per_block"
 TAGS, THUMBNAIL = "modelspec.tags", "modelspec.thumbnail"
 TAG_FREQUENCY = "ss_tag_frequency"
 # Datasets have names there, often those of folders.
@@ -48,7 +49,8 @@ class AdapterMetadata:
         resolution: Training resolution in pixels.
         format_version: Version of our own metadata; ``""`` for a file of another program.
         extra: Further facts, such as ``prediction_type`` or ``base_model_hash``. ``trained_alpha``
-            keeps the alpha as trained where the file holds the scale multiplied in.
+            keeps the alpha as trained where the file holds the scale multiplied in;
+            ``unet_layers_per_block`` is what kohya's names of an SDXL UNet depend on.
         tags: Words that describe the adapter, for adapter managers.
         thumbnail: A small picture as a data URI (``data:image/jpeg;base64,...``).
         tag_frequency: How often each tag is in the captions that it was trained with.

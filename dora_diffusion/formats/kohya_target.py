@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from dora_diffusion.formats.adapter_keys import AdapterFormatError, rename_one_to_one
 from dora_diffusion.formats.adapter_metadata import (
     OWN,
+    UNET_LAYERS,
     AdapterMetadata,
     kohya_fields,
     own_fields,
@@ -23,6 +25,7 @@ from dora_diffusion.formats.adapter_targets import (
 )
 from dora_diffusion.formats.module_names import default_layout, guess_family, kohya_name
 from dora_diffusion.formats.safetensors_stream import data_hash
+from dora_diffusion.formats.sgm_blocks import SDXL_LAYOUT, UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
 
 KOHYA_FILE = "adapter_kohya.safetensors"
@@ -62,9 +65,17 @@ def kohya_names(layers: Layers, metadata: AdapterMetadata, options: WriteOptions
         AdapterFormatError: If the family is unknown, or the names are not one-to-one.
     """
     family = _known_family(layers, metadata)
-    layout = options.unet_layout or default_layout(family)
+    layout = options.unet_layout or _trained_layout(metadata) or default_layout(family)
     sgm = layout if family == "sdxl" else None
     return rename_one_to_one(layers, lambda name: kohya_name(name, sgm=sgm), "the kohya format")
+
+
+def _trained_layout(metadata: AdapterMetadata) -> UNetLayout | None:
+    """The layout of a UNet that is not shaped like the released one, None for one that is."""
+    count = metadata.extra.get(UNET_LAYERS, "")
+    if not re.fullmatch("[1-9]", count) or int(count) == SDXL_LAYOUT.layers_per_block:
+        return None
+    return UNetLayout(int(count), ())
 
 
 def kohya_metadata(
@@ -76,7 +87,7 @@ def kohya_metadata(
     stored = {name: _for_web_uis(layer) for name, layer in layers.items()}
     fields |= kohya_fields(metadata, stored, family, options.title)
     if options.unet_layout:
-        fields[OWN + "unet_layers_per_block"] = str(options.unet_layout.layers_per_block)
+        fields[OWN + UNET_LAYERS] = str(options.unet_layout.layers_per_block)
     return fields
 
 

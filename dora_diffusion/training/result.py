@@ -13,7 +13,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import tag_frequency
 from dora_diffusion.data.thumbnail import thumbnail
 from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.formats.adapter_metadata import without_path
+from dora_diffusion.formats.adapter_metadata import UNET_LAYERS, without_path
 from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.formats.sgm_blocks import UNetLayout
 from dora_diffusion.models.components import Components
@@ -46,6 +46,7 @@ def adapter_metadata(
             "prediction_type": components.prediction_type,
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
+            UNET_LAYERS: str(components.unet.config.layers_per_block),
         },
         tags=(subject.class_word,) if subject.class_word else (),
         tag_frequency=tag_frequency(captions),
