@@ -5,8 +5,8 @@
 
 Every run learns one subject from five photos with one seed, and is then asked for what
 `dora-diffusion evaluate` asks for. All methods share code, photos, draws, steps and prompts; each
-has the learning rate that was best on other subjects. Results are kept per run, so a stopped
-comparison goes on. Intervals are over subjects and seeds (two-level bootstrap).
+has a learning rate of its own, to be chosen on other subjects. Results are kept per run, so a
+stopped comparison goes on. Intervals are over subjects and seeds (two-level bootstrap).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from dora_diffusion.training.subject import subject_of
 
 METHODS = ("base", "dora", "lora", "full")
 RATES = {"base": 0.0, "dora": 2e-3, "lora": 2e-3, "full": 1e-4}
-"""The best of `GRID` on the tuning subjects."""
+"""The middle of `GRID`. Not tuned yet: that is what --tune is for."""
 
 GRID = {"dora": (1e-3, 2e-3, 4e-3), "lora": (1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4)}
 SHOWN = (
