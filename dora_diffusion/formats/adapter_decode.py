@@ -67,7 +67,9 @@ def decode_layers(
     _refuse_made_for_one_base(metadata)
     if base_weight is not None and module_shapes is not None:
         base_weight = _known_weights(base_weight, module_shapes)
-    resolve = name_resolver(module_shapes, _stamped_layout(metadata))
+    resolve = name_resolver(
+        module_shapes, UNetLayout.from_depth(metadata.get(OWN + UNET_LAYERS, ""))
+    )
     groups = group_keys(tensors, resolve, component)
     if not groups:
         raise AdapterFormatError("the file holds no adapter: it has no tensors")
@@ -104,11 +106,6 @@ def _refuse_made_for_one_base(metadata: Mapping[str, str]) -> None:
             "its magnitudes are changed to be exact in ComfyUI on one base model, and wrong "
             "elsewhere; use the adapter that it was converted from"
         )
-
-
-def _stamped_layout(metadata: Mapping[str, str]) -> UNetLayout | None:
-    count = metadata.get(OWN + UNET_LAYERS, "")
-    return UNetLayout(int(count), ()) if re.fullmatch("[1-9]", count) else None
 
 
 def _numbers(key: str, part: Part, tensor: Tensor) -> Tensor:

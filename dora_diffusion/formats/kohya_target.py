@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
@@ -72,10 +71,9 @@ def kohya_names(layers: Layers, metadata: AdapterMetadata, options: WriteOptions
 
 def _trained_layout(metadata: AdapterMetadata) -> UNetLayout | None:
     """The layout of a UNet that is not shaped like the released one, None for one that is."""
-    count = metadata.extra.get(UNET_LAYERS, "")
-    if not re.fullmatch("[1-9]", count) or int(count) == SDXL_LAYOUT.layers_per_block:
-        return None
-    return UNetLayout(int(count), ())
+    layout = UNetLayout.from_depth(metadata.extra.get(UNET_LAYERS, ""))
+    is_released = layout and layout.layers_per_block == SDXL_LAYOUT.layers_per_block
+    return None if is_released else layout
 
 
 def kohya_metadata(

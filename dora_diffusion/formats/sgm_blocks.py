@@ -72,6 +72,11 @@ class UNetLayout:
         return cls(layers, tuple("CrossAttn" in str(kind) for kind in types))
 
     @classmethod
+    def from_depth(cls, text: str) -> UNetLayout | None:
+        """The layout that a file's metadata records as layers per block; None if it does not."""
+        return cls(int(text), ()) if re.fullmatch("[1-9]", text) else None
+
+    @classmethod
     def from_names(cls, names: Iterable[str]) -> UNetLayout:
         """Read the layout from the UNet's module names (complete, without a ``unet.`` prefix)."""
         found = [match for match in map(_LEVEL.match, names) if match]
