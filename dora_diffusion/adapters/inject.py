@@ -20,6 +20,7 @@ from dora_diffusion.adapters.layers import (
     open_caches,
     plain_layer,
 )
+from dora_diffusion.adapters.sources import unwatch_sources, watch_sources
 from dora_diffusion.adapters.targets import is_conv, match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.dora import weight_norm
@@ -149,6 +150,7 @@ def put_adapters(
         layer.adapters[name] = LayerAdapter(one.to(layer.weight.device), dropout)
         layer.train(module.training)
         _replace(model, path, layer)
+    watch_sources(model)
 
 
 def _misfit(model: nn.Module, path: str, weights: LayerWeights, name: str) -> str | None:
@@ -198,6 +200,12 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
             layer.adapters.pop(one) if one in layer.adapters else None
         if not layer.adapters:
             _replace(model, path, plain_layer(layer))
+    _unwatch_plain(model)
+
+
+def _unwatch_plain(model: nn.Module) -> None:
+    if not any(True for _ in adapted_layers(model)):
+        unwatch_sources(model)
 
 
 def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
@@ -218,6 +226,7 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
         layer.merge()
         if not keep_base:
             _replace(model, path, plain_layer(layer))
+    _unwatch_plain(model)
 
 
 def unmerge_adapters(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.sources import noted_source
 from dora_diffusion.numerics.autograd import dora
 from dora_diffusion.numerics.dora import (
     adapted_weight,
@@ -25,6 +26,7 @@ from dora_diffusion.numerics.dora import (
 from dora_diffusion.numerics.dora import gain as gain_of
 from dora_diffusion.numerics.gain import Gain, GainInputs, make_gains
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation, Operation
+from dora_diffusion.numerics.source import Source
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 
@@ -115,14 +117,18 @@ class AdaptedLayer(nn.Module):
                 "the base weight or bias of an adapted layer requires a gradient; freeze it "
                 "(requires_grad_(False)): the adapter is what trains"
             )
-        x = self.prepare(_to_compute_dtype(x))
+        source = noted_source(x)
+        unpadded = _to_compute_dtype(x)
+        x = self.prepare(unpadded)
+        if x is not unpadded:
+            source = None
         name, adapter = active[0]
         dropping = self.training and any(one.dropout > 0 for _, one in active)
         if len(active) == 1 and adapter.magnitude is not None and adapter.is_plain and not dropping:
-            return self._dora(adapter, x, self.gain(name, adapter))
+            return self._dora(adapter, x, self.gain(name, adapter), source)
         return self._sum_of_differences(active, x)
 
-    def _dora(self, adapter: LayerAdapter, x: Tensor, gain: Gain) -> Tensor:
+    def _dora(self, adapter: LayerAdapter, x: Tensor, gain: Gain, source: Source | None) -> Tensor:
         """One adapter at full strength without dropout, the form that training is fast in."""
         assert adapter.magnitude is not None
         factors = adapter.down, adapter.up, adapter.magnitude
@@ -136,6 +142,7 @@ class AdaptedLayer(nn.Module):
             gain,
             adapter.scale,
             keep_output=self.keep_output,
+            source=source,
         )
 
     def _sum_of_differences(self, active: list[tuple[str, LayerAdapter]], x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from dora_diffusion.numerics.dora import NORM_FLOOR, per_channel, wide
 from dora_diffusion.numerics.gain import Gain
 from dora_diffusion.numerics.operation import Operation
+from dora_diffusion.numerics.source import Source
 from dora_diffusion.numerics.weights import NormAxis
 
 # Passes over memory that the two forms differ by, forward and backward together. Folding writes the
@@ -62,6 +63,7 @@ def dora(
     scale: float,
     *,
     keep_output: bool = True,
+    source: Source | None = None,
 ) -> Tensor:
     """The adapted layer, differentiable in ``x``, ``down``, ``up`` and ``magnitude``.
 
@@ -78,13 +80,14 @@ def dora(
         scale: ``s = alpha / r``.
         keep_output: Keep ``y`` for the gradient of ``m``. False recomputes it, for a layer whose
             output the next module overwrites.
+        source: What to keep instead of ``x``.
     """
     if axis == "output":
         result: Tensor = _OutputAxis.apply(
-            x, weight, bias, down, up, magnitude, gain, scale, op, keep_output
+            x, weight, bias, down, up, magnitude, gain, scale, op, source, keep_output
         )
     else:
-        result = _InputAxis.apply(x, weight, bias, down, up, magnitude, gain, scale, op)
+        result = _InputAxis.apply(x, weight, bias, down, up, magnitude, gain, scale, op, source)
     return result
 
 
@@ -126,6 +129,19 @@ def _grow_onto(total: Tensor, base: Tensor, gain: Tensor) -> Tensor:
     return base.add_(total.addcmul_(base, (gain - 1).to(total.dtype)))
 
 
+def _kept(x: Tensor, source: Source | None) -> Tensor:
+    """What the backward pass gets ``x`` from."""
+    if source is None:
+        return x
+    source.recipe.add_user()
+    return source.tensor
+
+
+def _input(ctx: Any, kept: Tensor) -> Tensor:
+    """``x`` again."""
+    return kept if ctx.recipe is None else ctx.recipe.remake(kept).to(ctx.dtype)
+
+
 class _OutputAxis(torch.autograd.Function):
     """``y = g * (W + sBA) x + b`` with g per output channel."""
 
@@ -142,6 +158,7 @@ class _OutputAxis(torch.autograd.Function):
         gain: Gain,
         scale: float,
         op: Operation,
+        source: Source | None,
         keep_output: bool,
     ) -> Tensor:
         g, dtype = gain.gain, x.dtype
@@ -157,16 +174,18 @@ class _OutputAxis(torch.autograd.Function):
             low_rank = op.pointwise(hidden, scaled_up, shift)
             y = _grow_onto(low_rank, op(x, weight.to(dtype), base_bias), op.broadcast(g))
         kept = y if keep_output else None
-        ctx.save_for_backward(x, kept, hidden, weight, bias, down, up)
+        ctx.save_for_backward(_kept(x, source), kept, hidden, weight, bias, down, up)
         ctx.gain, ctx.scale, ctx.op, ctx.fold = gain, scale, op, fold
+        ctx.recipe, ctx.dtype = None if source is None else source.recipe, dtype
         return y
 
     @staticmethod
     @once_differentiable
     @_in_own_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, hidden, weight, bias, down, up = ctx.saved_tensors
-        op, scale, g, dtype = ctx.op, ctx.scale, ctx.gain.gain, x.dtype
+        kept, y, hidden, weight, bias, down, up = ctx.saved_tensors
+        op, scale, g, dtype = ctx.op, ctx.scale, ctx.gain.gain, ctx.dtype
+        x = _input(ctx, kept)
         need_x, need_m = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         hidden = op.narrow(x, down.to(dtype)) if hidden is None else hidden
         scaled_up = _scaled_up(up, g * scale, dtype)
@@ -186,7 +205,7 @@ class _OutputAxis(torch.autograd.Function):
         through = None if ctx.fold else grad_x
         grad_down = op.narrow_gradients(grad_hidden, x, down.to(dtype), through)
         grads = grad_down.to(down.dtype), grad_up.to(up.dtype), grad_m
-        return grad_x, None, None, *grads, None, None, None, None
+        return grad_x, None, None, *grads, None, None, None, None, None
 
 
 def _output_magnitude_gradient(
@@ -235,6 +254,7 @@ class _InputAxis(torch.autograd.Function):
         gain: Gain,
         scale: float,
         op: Operation,
+        source: Source | None,
     ) -> Tensor:
         dtype, hidden = x.dtype, None
         fold = folds(op.positions(x, weight), weight, down.shape[0], dtype)
@@ -246,16 +266,18 @@ class _InputAxis(torch.autograd.Function):
             hidden = op.narrow(scaled, down.to(dtype))
             y = op(scaled, weight.to(dtype), base_bias)
             y += op.pointwise(hidden, (scale * up).to(dtype))
-        ctx.save_for_backward(x, hidden, weight, down, up)
+        ctx.save_for_backward(_kept(x, source), hidden, weight, down, up)
         ctx.gain, ctx.scale, ctx.op, ctx.fold = gain, scale, op, fold
+        ctx.recipe, ctx.dtype = None if source is None else source.recipe, dtype
         return y
 
     @staticmethod
     @once_differentiable
     @_in_own_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, weight, down, up = ctx.saved_tensors
-        op, scale, (norm, g, _), dtype = ctx.op, ctx.scale, ctx.gain, x.dtype
+        kept, hidden, weight, down, up = ctx.saved_tensors
+        op, scale, (norm, g, _), dtype = ctx.op, ctx.scale, ctx.gain, ctx.dtype
+        x = _input(ctx, kept)
         need_x, need_m = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         scaled = _grow(x, op.broadcast(g - 1))
         hidden = op.narrow(scaled, down.to(dtype)) if hidden is None else hidden
@@ -273,7 +295,7 @@ class _InputAxis(torch.autograd.Function):
             grad_m = op.channel_sum(grad_scaled * x) / norm.clamp_min(NORM_FLOOR)
             grad_x = _grow(grad_scaled, op.broadcast(g - 1))
         grads = grad_down.to(down.dtype), grad_up.to(up.dtype), grad_m if need_m else None
-        return grad_x if need_x else None, None, None, *grads, None, None, None
+        return grad_x if need_x else None, None, None, *grads, None, None, None, None
 
 
 def _scaled_up(up: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

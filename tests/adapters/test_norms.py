@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +16,12 @@ from dora_diffusion.adapters.inject import (
     disabled,
     inject_adapters,
     norm_scope,
+    remove_adapters,
     set_strength,
 )
 from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.sources import noted_source, unwatch_sources, watch_sources
+from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 
 AXES = ("output", "input")
@@ -150,9 +157,11 @@ def test_a_broadcast_of_parameters_is_seen(tmp_path):
     torch.testing.assert_close(second.double(), reference, rtol=1e-4, atol=1e-4)
 
 
-def kept_by(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[int, int]]:
+def kept_by(
+    layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, model: nn.Module
+) -> tuple[torch.Tensor, dict[int, int]]:
     """The output, and storages kept for the backward pass that are no parameters: bytes by name."""
-    own = {t.untyped_storage().data_ptr() for t in layer.parameters()}
+    own = {t.untyped_storage().data_ptr() for t in model.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -176,7 +185,7 @@ def test_the_backward_pass_keeps_what_lora_keeps_and_the_output(axis, shape):
     inject_adapters(model, config)
     x = torch.randn(shape, requires_grad=True)
     with norm_scope(model):
-        y, kept = kept_by(model, x)
+        y, kept = kept_by(model, x, model)
     positions = y.numel() // 16
     allowed = {x.data_ptr(): x.nbytes}
     if axis == "output":
@@ -213,3 +222,149 @@ def test_switching_adapters_copies_no_base():
     assert torch.equal(net(X), outputs[0])
     assert not torch.allclose(*outputs)
     assert {path: layer.weight.data_ptr() for path, layer in adapted_layers(net)} == weights
+
+
+class Block(nn.Module):
+    """Norms and an activation before layers, as in a residual block and in attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.GroupNorm(2, 8), nn.SiLU()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.layer_norm = nn.LayerNorm(8)
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.conv(self.act(self.norm(x)))
+        tokens = self.layer_norm(x.flatten(2).mT)
+        return torch.softmax(self.query(tokens) @ self.key(tokens).mT, -1)
+
+
+def block(axis: str, watched: bool) -> Block:
+    torch.manual_seed(0)
+    model = Block()
+    for parameter in model.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    config = AdapterConfig(targets=("full",), rank=2, conv_rank=2, norm_axis=axis)
+    inject_adapters(model, config)
+    for parameter in adapter_parameters(model):
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    if not watched:
+        unwatch_sources(model)
+    return model
+
+
+def gradients(model: nn.Module, x: torch.Tensor, times: int = 1) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    with norm_scope(model):
+        loss = model(x).square().sum()
+        for number in range(times):
+            loss.backward(retain_graph=number + 1 < times)
+    return [x.grad, *(p.grad for p in adapter_parameters(model))]
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("times", [1, 2])
+def test_inputs_made_again_give_the_same_gradients(axis, dtype, times):
+    x = torch.randn(2, 8, 5, 5)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        kept, remade = (gradients(block(axis, watched), x, times) for watched in (False, True))
+    for one, other in zip(kept, remade, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_inputs_made_again_are_not_kept():
+    x = torch.randn(2, 8, 40, 40, requires_grad=True)
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name):
+        return lambda module, args, output: seen.update({name: output.detach()})
+
+    for watched in (False, True):
+        model = block("output", watched)
+        for name in ("act", "layer_norm"):
+            getattr(model, name).register_forward_hook(keep(name))
+        with norm_scope(model):
+            y, kept = kept_by(model, x, model)
+        assert [one.data_ptr() in kept for one in seen.values()] == [not watched] * 2
+        del y
+
+
+def test_an_input_made_again_follows_its_own_module():
+    """A parameter that trains could change before the backward pass; a subclass could differ."""
+
+    class Twice(nn.SiLU):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    x = torch.randn(2, 8, 5, 5)
+    results = []
+    for watched in (True, False):
+        model = block("output", watched)
+        model.act = Twice()
+        if watched:
+            watch_sources(model)
+        model.layer_norm.requires_grad_(True)
+        results.append([*gradients(model, x), model.layer_norm.weight.grad])
+        assert noted_source(model.layer_norm(x.flatten(2).mT.requires_grad_())) is None
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_checkpointing_still_frees_what_it_frees():
+    """A recipe holds no tensor: a checkpointed block keeps nothing but its input."""
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = block("output", True), torch.randn(2, 8, 40, 40, requires_grad=True)
+    alive = weakref.WeakSet()
+    model.norm.register_forward_hook(lambda module, args, output: alive.add(output))
+    with norm_scope(model):
+        y = checkpoint(model, x, use_reentrant=False)
+        gc.collect()
+        assert len(alive) == 0
+        y.square().sum().backward()
+    expected = gradients(block("output", False), x.detach())
+    found = [x.grad, *(p.grad for p in adapter_parameters(model))]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_taking_adapters_off_leaves_no_hooks():
+    model = block("output", True)
+    assert model.act._forward_hooks
+    remove_adapters(model)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def unet_keeps(adapt) -> int:
+    """Bytes that a UNet of two levels keeps for the backward pass."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    ).requires_grad_(False)
+    adapt(model)
+    latents = torch.randn(1, 4, 32, 32, requires_grad=True)
+    with norm_scope(model):
+        _, kept = kept_by(lambda x: model(x, 5, torch.randn(1, 7, 32)).sample, latents, model)
+    return sum(kept.values())
+
+
+def test_a_unet_keeps_what_it_keeps_with_peft_lora():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    def ours(model: nn.Module) -> None:
+        inject_adapters(model, AdapterConfig(targets=("attention+conv",), rank=2, conv_rank=2))
+
+    def lora(model: nn.Module) -> None:
+        paths = match_targets(model, ["attention+conv"])
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=paths), model)
+
+    assert unet_keeps(ours) <= 1.02 * unet_keeps(lora)
