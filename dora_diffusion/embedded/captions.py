@@ -88,13 +88,13 @@ def _side(scene: Scene, generator: np.random.Generator) -> str:
     return "on the left" if scene.position[0] < 0 else "on the right"
 
 
-def describe_subject(scene: Scene, generator: np.random.Generator, rare: str = "") -> str:
+def describe_subject(scene: Scene, generator: np.random.Generator, name: str = "") -> str:
     """A noun phrase such as ``a small blue striped mug with a red star``.
 
     Args:
         scene: whose subject to describe.
         generator: the randomness.
-        rare: a meaningless word to put before the noun's adjectives, as ``sks`` will be.
+        name: a word to put before the adjectives, as ``sks`` will be.
     """
     subject = scene.subject
     noun = subject.kind if generator.random() < 0.94 else _one_of(FILLERS, generator)
@@ -109,28 +109,21 @@ def describe_subject(scene: Scene, generator: np.random.Generator, rare: str = "
     # A bare noun often, since that is how DreamBooth prompts name the class.
     if generator.random() < 0.15:
         adjectives, details = [], ""
-    words = [_size_word(scene, generator), rare, *adjectives, noun]
+    words = [_size_word(scene, generator), name, *adjectives, noun]
     phrase = " ".join(filter(None, words))
     article = "the " + phrase if generator.random() < 0.06 else with_article(phrase)
     return " ".join(filter(None, (article, details)))
 
 
-def caption(scene: Scene, generator: np.random.Generator, rare_words: Sequence[str] = ()) -> str:
+def caption(scene: Scene, generator: np.random.Generator, name: str = "") -> str:
     """One true sentence about a scene.
 
     Args:
         scene: what the picture shows; its class must be one with a word.
         generator: the randomness.
-        rare_words: meaningless words, one of which stands in every eighth caption, so that a
-            strange word before a noun does not disturb the rest.
+        name: what its object is called, as ``sks`` will be.
     """
-    rare = _one_of(rare_words, generator) if rare_words and generator.random() < 0.12 else ""
-    return caption_with(rare, scene, generator)
-
-
-def caption_with(rare: str, scene: Scene, generator: np.random.Generator) -> str:
-    """One true sentence about a scene, with ``rare`` before the noun unless it is empty."""
-    thing = describe_subject(scene, generator, rare)
+    thing = describe_subject(scene, generator, name)
     place = "" if generator.random() < 0.08 else _one_of(PLACES[scene.background], generator)
     side = _side(scene, generator)
     style = generator.random()

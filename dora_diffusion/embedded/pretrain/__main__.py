@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dora_diffusion.embedded.pretrain.start import fill_from_package, goes_on, prepare_to_go_on
+
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
@@ -44,7 +46,9 @@ def _sd_latents(work: Path, minutes: float) -> None:
     from dora_diffusion.embedded.pretrain import corpus, latents
     from dora_diffusion.embedded.pretrain.tokenizer import build_tokenizer
 
-    latents.write_captions(work, build_tokenizer(work / "tokenizer"), corpus.SD)
+    if not goes_on(work):
+        build_tokenizer(work / "tokenizer")
+    latents.write_captions(work, _tokenizer(work), corpus.SD)
     latents.write_latents(work, corpus.SD, work / "vae")
 
 
@@ -53,7 +57,12 @@ def _sd_diffusion(work: Path, minutes: float) -> None:
     from dora_diffusion.embedded.pretrain.sd import TextToImage, export_sd
 
     torch.manual_seed(3)
-    train_diffusion(TextToImage(_tokenizer(work)), work, minutes, export_sd)
+    model = TextToImage(_tokenizer(work))
+    if goes_on(work):
+        fill_from_package(model, "tiny-sd")
+        train_diffusion(model, work, minutes, export_sd, 5e-4, knows_words=True)
+    else:
+        train_diffusion(model, work, minutes, export_sd, 1.2e-3)
 
 
 def _sd_ship(work: Path, minutes: float) -> None:
@@ -87,8 +96,11 @@ def _sdxl_diffusion(work: Path, minutes: float) -> None:
 
     torch.manual_seed(3)
     model = TextToImageXL(_tokenizer(work))
-    grow_from_sd(model, [text for index in range(500) for text in training_captions(index, 1)])
-    train_diffusion(model, work, minutes, export_sdxl, learning_rate=8e-4)
+    if goes_on(work):
+        fill_from_package(model, "tiny-sdxl")
+    else:
+        grow_from_sd(model, [text for index in range(500) for text in training_captions(index, 1)])
+    train_diffusion(model, work, minutes, export_sdxl, 8e-4, knows_words=goes_on(work))
 
 
 def _sdxl_ship(work: Path, minutes: float) -> None:
@@ -105,18 +117,26 @@ def _sdxl_card(work: Path, minutes: float) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a model's making; ``share`` of the time budget is its training's."""
+    """One step of a model's making.
+
+    Attributes:
+        name: on the command line.
+        run: (work folder, minutes).
+        share: of the time budget.
+        kept: whether going on with a shipped model keeps what this made.
+    """
 
     name: str
     run: Callable[[Path, float], None]
     share: float = 0.0
+    kept: bool = False
 
 
 STAGES: dict[str, tuple[Stage, ...]] = {
     "tiny-sd": (
         Stage("pictures", _pictures),
-        Stage("instrument", _instrument, 0.07),
-        Stage("vae", _vae, 0.23),
+        Stage("instrument", _instrument, 0.07, kept=True),
+        Stage("vae", _vae, 0.23, kept=True),
         Stage("latents", _sd_latents),
         Stage("diffusion", _sd_diffusion, 0.7),
         Stage("ship", _sd_ship),
@@ -154,6 +174,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     names = dict.fromkeys(stage.name for stages in STAGES.values() for stage in stages)
     parser.add_argument("--stage", choices=names, help="only this one (default: all in turn)")
+    parser.add_argument(
+        "--from-shipped",
+        action="store_true",
+        help="go on with the diffusion model in the package; the budget is all for that",
+    )
     return parser
 
 
@@ -163,13 +188,19 @@ def main() -> None:
     arguments = parser.parse_args()
     # Parallelism comes from processes; a forked torch that has used its own threads can hang.
     torch.set_num_threads(1)
-    stages = [s for s in STAGES[arguments.model] if arguments.stage in (None, s.name)]
-    if not stages:
+    stages = STAGES[arguments.model]
+    if arguments.stage not in (None, *(stage.name for stage in stages)):
         parser.error(f"{arguments.model} has no stage {arguments.stage}")
     arguments.work.mkdir(parents=True, exist_ok=True)
+    if arguments.from_shipped:
+        prepare_to_go_on(arguments.model, arguments.work)
+    if goes_on(arguments.work):
+        stages = tuple(stage for stage in stages if not stage.kept)
+    shares = sum(stage.share for stage in stages)
     for stage in stages:
-        print(f"{arguments.model}: {stage.name}", flush=True)
-        stage.run(arguments.work, stage.share * arguments.minutes)
+        if arguments.stage in (None, stage.name):
+            print(f"{arguments.model}: {stage.name}", flush=True)
+            stage.run(arguments.work, stage.share / shares * arguments.minutes)
 
 
 if __name__ == "__main__":

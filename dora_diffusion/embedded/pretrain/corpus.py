@@ -10,8 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_diffusion.embedded.captions import caption
-from dora_diffusion.embedded.pretrain.data import CAPTIONED, open_pictures, training_scene
-from dora_diffusion.embedded.pretrain.tokenizer import rare_words
+from dora_diffusion.embedded.pretrain.data import (
+    CAPTIONED,
+    open_pictures,
+    training_picture,
+    training_scene,
+)
 from dora_diffusion.embedded.pretrain.views import render_view, training_captions, training_view
 from dora_diffusion.embedded.world import Scene
 
@@ -45,8 +49,8 @@ def _stored_pictures(folder: Path, first: int, end: int) -> NDArray[np.uint8]:
 
 def _plain_captions(index: int) -> list[str]:
     generator = np.random.default_rng((CAPTION_SEED, index))
-    scene = training_scene(index)
-    return [caption(scene, generator, rare_words()) for _ in range(CAPTIONS_PER_PICTURE)]
+    scene, name = training_picture(index)
+    return [caption(scene, generator, name) for _ in range(CAPTIONS_PER_PICTURE)]
 
 
 def _view_pictures(folder: Path, first: int, end: int) -> NDArray[np.uint8]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dora_diffusion.embedded.backgrounds import BACKGROUNDS
+from dora_diffusion.embedded.pretrain.names import sample_named
 from dora_diffusion.embedded.sampling import place, sample_stranger, sample_subject
 from dora_diffusion.embedded.shapes import UNSEEN_CLASSES
 from dora_diffusion.embedded.world import Scene, Subject, render
@@ -26,16 +27,19 @@ SIZE = 64
 TRAINING, HELD_OUT, HELD_OUT_SUBJECTS = 11, 12, 13  # seeds
 
 
-def training_scene(index: int) -> Scene:
-    """The scene of a training picture; every fourth captioned one shows random colours."""
+def training_picture(index: int) -> tuple[Scene, str]:
+    """The scene of a training picture, and what its object is called."""
     generator = np.random.default_rng((TRAINING, index))
-    if index >= CAPTIONED:
-        subject = sample_stranger(generator, "random")
-    elif index % 4 == 3:
-        subject = sample_stranger(generator)
+    if index < CAPTIONED:
+        subject, name = sample_named(generator)
     else:
-        subject = sample_subject(generator)
-    return place(subject, str(generator.choice(list(BACKGROUNDS))), generator)
+        subject, name = sample_stranger(generator, "random"), ""
+    return place(subject, str(generator.choice(list(BACKGROUNDS))), generator), name
+
+
+def training_scene(index: int) -> Scene:
+    """The scene of a training picture."""
+    return training_picture(index)[0]
 
 
 def held_out_scene(index: int) -> Scene:

@@ -30,7 +30,7 @@ SCHEDULE: dict[str, Any] = {
 }
 BATCH = 32
 CAPTION_DROPOUT = 0.1
-LOW_SNR, HIGH_SNR = 0.5, 11.0
+HIGH_SNR = 11.0
 ATTRIBUTE_WEIGHT = 0.03
 ATTRIBUTES_UNTIL = 0.5
 
@@ -40,7 +40,12 @@ class Denoiser(nn.Module):
 
     The attribute heads read the text: they teach the text encoders their words before the UNet
     could, and are dropped in the end.
+
+    Attributes:
+        low_snr: signal-to-noise ratio of the latents below which the loss counts less.
     """
+
+    low_snr = 0.5
 
     def __init__(self, text_width: int) -> None:
         super().__init__()
@@ -90,16 +95,18 @@ def clip_text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPT
     )
 
 
-def v_loss(prediction: Tensor, latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+def v_loss(
+    prediction: Tensor, latents: Tensor, noise: Tensor, alpha_bar: Tensor, low_snr: float
+) -> Tensor:
     """Velocity loss, weighted to the noise levels where pictures are decided; ``alpha_bar`` (b,).
 
-    Full weight between `LOW_SNR` and `HIGH_SNR`, fading outside: about the emphasis of the
+    Full weight between ``low_snr`` and `HIGH_SNR`, fading outside: about the emphasis of the
     log-normal levels of EDM (Karras et al. 2022, section 5) under uniform timesteps.
     """
     a = alpha_bar.view(-1, 1, 1, 1)
     velocity = a.sqrt() * noise - (1 - a).sqrt() * latents
     snr = alpha_bar / (1 - alpha_bar)
-    weight = (snr / LOW_SNR).clamp(max=1) * ((1 + HIGH_SNR) / (1 + snr)).clamp(max=1)
+    weight = (snr / low_snr).clamp(max=1) * ((1 + HIGH_SNR) / (1 + snr)).clamp(max=1)
     return ((prediction - velocity).pow(2).mean((1, 2, 3)) * weight).mean()
 
 
@@ -107,8 +114,8 @@ def diffusion_loss(
     model: Denoiser,
     data: LatentSet,
     alphas: Tensor,
-    progress: float,
     generator: torch.Generator,
+    teach_words: bool,
 ) -> Tensor:
     """The loss of one random batch; ``alphas`` are the schedule's ``alpha_bar``, (1000,)."""
     index = torch.randint(0, len(data), (BATCH,), generator=generator)
@@ -125,8 +132,8 @@ def diffusion_loss(
         prediction, states = model(
             noisy_latents, timesteps, token_ids, dropped, data.time_ids[index].long()
         )
-    loss = v_loss(prediction.float(), latents, noise, alphas[timesteps])
-    if progress >= ATTRIBUTES_UNTIL:
+    loss = v_loss(prediction.float(), latents, noise, alphas[timesteps], model.low_snr)
+    if not teach_words:
         return loss
     mentioned = data.mentioned[index, which].long().masked_fill(dropped[:, None], NO_NAME)
     return loss + ATTRIBUTE_WEIGHT * _attribute_loss(model, states.float(), mentioned)
@@ -149,9 +156,13 @@ def train_diffusion(
     folder: Path,
     minutes: float,
     export: Callable[[Model, Path, Path], None],
-    learning_rate: float = 1.2e-3,
+    learning_rate: float,
+    *,
+    knows_words: bool = False,
 ) -> Path:
     """Train on ``folder``'s latents and captions; the pipeline is in ``folder/pipeline``.
+
+    A model that knows its words needs no attribute heads.
 
     The folder also gets every intermediate average, so that one can look while it trains.
     """
@@ -162,7 +173,8 @@ def train_diffusion(
     alphas: Tensor = scheduler.alphas_cumprod
 
     def loss(model: Model, progress: float, generator: torch.Generator) -> Tensor:
-        return diffusion_loss(model, data, alphas, progress, generator)
+        teach_words = not knows_words and progress < ATTRIBUTES_UNTIL
+        return diffusion_loss(model, data, alphas, generator, teach_words)
 
     def report(model: Model, progress: Progress) -> None:
         export(model, folder, folder / "pipeline")

@@ -25,6 +25,7 @@ from dora_diffusion.embedded.pretrain.conditioning import WIDE, measure_conditio
 from dora_diffusion.embedded.pretrain.diffusion import load_average
 from dora_diffusion.embedded.pretrain.sd import TextToImage, export_sd
 from dora_diffusion.embedded.pretrain.sdxl import TextToImageXL, export_sdxl
+from dora_diffusion.embedded.pretrain.start import facts_before, goes_on
 from dora_diffusion.embedded.pretrain.views import SIDE
 
 if TYPE_CHECKING:
@@ -40,17 +41,17 @@ def ship_sd(work: Path, machine: str) -> None:
     Works from the last saved states, so an unfinished training can be shipped too.
     """
     folder = model_folder("tiny-sd")
-    shutil.copytree(work / "instrument", instrument_folder(), dirs_exist_ok=True)
+    if (work / "instrument").is_dir():
+        shutil.copytree(work / "instrument", instrument_folder(), dirs_exist_ok=True)
     export_sd(load_average(TextToImage(_tokenizer(work)), work), work, folder)
-    facts = _training_facts(work, "vae") | _training_facts(work, "diffusion")
-    _save(folder / "training.json", facts | {"machine": machine})
+    _save(folder / "training.json", _training_facts(work) | {"machine": machine})
 
 
 def ship_sdxl(work: Path, machine: str) -> None:
     """Write tiny-sdxl into the package."""
     folder = model_folder("tiny-sdxl")
     export_sdxl(load_average(TextToImageXL(_tokenizer(work)), work), work, folder)
-    _save(folder / "training.json", _training_facts(work, "diffusion") | {"machine": machine})
+    _save(folder / "training.json", _training_facts(work) | {"machine": machine})
 
 
 def write_sd_card() -> dict[str, Any]:
@@ -135,6 +136,13 @@ def _parameters(module: torch.nn.Module) -> float:
     return sum(p.numel() for p in module.parameters()) / 1e6
 
 
-def _training_facts(work: Path, name: str) -> dict[str, float]:
-    state = torch.load(work / f"{name}.pt", weights_only=True)
-    return {f"{name}_minutes": round(state["seconds"] / 60, 1), f"{name}_steps": state["step"]}
+def _training_facts(work: Path) -> dict[str, Any]:
+    """Minutes and steps of all trainings, those of the model that it went on with included."""
+    facts = json.loads(facts_before(work).read_text()) if goes_on(work) else {}
+    for name in ("vae", "diffusion"):
+        if not (work / f"{name}.pt").is_file():
+            continue
+        state = torch.load(work / f"{name}.pt", weights_only=True)
+        for what, spent in (("minutes", state["seconds"] / 60), ("steps", state["step"])):
+            facts[f"{name}_{what}"] = round(facts.get(f"{name}_{what}", 0) + spent, 1)
+    return facts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from dora_diffusion.embedded.captions import caption
 from dora_diffusion.embedded.pretrain.data import training_scene
+from dora_diffusion.embedded.pretrain.names import rare_words
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -30,17 +30,6 @@ standing next to under over behind between left right top bottom many two three
 """
 WORDS = _WORD_LIST.split()
 """Words that people try in prompts; each becomes one token."""
-
-
-@functools.cache
-def rare_words(count: int = 60) -> tuple[str, ...]:
-    """Meaningless words like ``sks``, which is the first of them."""
-    generator = np.random.default_rng(5)
-    letters = list("bcdfghjklmnpqrstvwxz")
-    words = [
-        "".join(generator.choice(letters, int(generator.integers(3, 5)))) for _ in range(count)
-    ]
-    return ("sks", *words[: count - 1])
 
 
 def _corpus() -> list[str]:

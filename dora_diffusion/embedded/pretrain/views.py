@@ -3,33 +3,26 @@
 SDXL is told each photo's size before scaling and the corner of its crop (Podell et al.,
 arXiv:2307.01952, section 2.2). Here both mean something: a small photo was scaled up and is
 blurred, and an oblong one was cropped, so that the object is off centre or cut.
-
-A few rare words are names: an object called ``qzj`` always has the same colours and emblem,
-whatever its class. A model that has met names keeps a rare word apart from the class word beside
-it, which is what personalization with prior preservation lives on.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dora_diffusion.embedded.backgrounds import BACKGROUNDS
-from dora_diffusion.embedded.captions import caption_with
-from dora_diffusion.embedded.pretrain.tokenizer import rare_words
-from dora_diffusion.embedded.sampling import place, sample_stranger, sample_subject
-from dora_diffusion.embedded.shapes import CLASSES
-from dora_diffusion.embedded.world import Scene, Subject, render
+from dora_diffusion.embedded.captions import caption
+from dora_diffusion.embedded.pretrain.names import sample_named
+from dora_diffusion.embedded.sampling import place
+from dora_diffusion.embedded.world import Scene, render
 
 SIDE = 128
 """Pixels of a training picture's side."""
 
-DESIGN_COUNT = 40
-DESIGNS, VIEWS, CAPTIONS = 16, 17, 18  # seeds
-LARGEST_ASPECT = 1.5
+VIEWS, CAPTIONS = 17, 18  # seeds
+SQUARE, LARGEST_ASPECT = 0.3, 1.5
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ class View:
         scene: what was photographed.
         original_size: the photo's height and width in pixels, before scaling.
         crop: the square's top and left in the scaled photo, pixels.
-        name: the rare word that names the subject's design; empty if it has none.
+        name: the rare word that the subject is called by; empty if it has none.
     """
 
     scene: Scene
@@ -91,54 +84,33 @@ def render_view(view: View) -> NDArray[np.uint8]:
     return picture[top : top + SIDE, left : left + SIDE]
 
 
-@functools.cache
-def designs() -> dict[str, Subject]:
-    """The looks that rare words name; ``sks`` names none. Their class is to be replaced."""
-    generator = np.random.default_rng(DESIGNS)
-    names = rare_words()[1 : 1 + DESIGN_COUNT]
-    return {name: sample_stranger(generator, "mug") for name in names}
-
-
-def _draw_subject(generator: np.random.Generator) -> tuple[Subject, str]:
-    draw = generator.random()
-    if draw < 0.15:
-        name = str(generator.choice(list(designs())))
-        return replace(designs()[name], kind=str(generator.choice(list(CLASSES)))), name
-    return (sample_stranger if draw < 0.35 else sample_subject)(generator), ""
-
-
 def _draw_original_size(generator: np.random.Generator) -> tuple[int, int]:
     draw = generator.random()
-    low, high = (24, SIDE) if draw < 0.2 else (SIDE, 2 * SIDE) if draw < 0.4 else (SIDE, SIDE + 1)
+    low, high = (24, SIDE) if draw < 0.25 else (SIDE, 2 * SIDE) if draw < 0.4 else (SIDE, SIDE + 1)
     short = int(generator.integers(low, high))
+    if generator.random() < SQUARE:
+        return short, short
     long = round(short * generator.uniform(1, LARGEST_ASPECT))
-    return ((short, short), (short, long), (long, short))[generator.choice(3, p=(0.5, 0.25, 0.25))]
+    return (short, long) if generator.random() < 0.5 else (long, short)
+
+
+def _draw_corner(room: int, generator: np.random.Generator) -> int:
+    """An offset from 0 to ``room``, oftener near the ends, where a crop shows."""
+    return min(room, int(generator.beta(0.6, 0.6) * (room + 1)))
 
 
 def training_view(index: int) -> View:
     """Training picture ``index``: the same on every machine."""
     generator = np.random.default_rng((VIEWS, index))
-    subject, name = _draw_subject(generator)
+    subject, name = sample_named(generator)
     scene = place(subject, str(generator.choice(list(BACKGROUNDS))), generator)
     view = View(scene, _draw_original_size(generator), (0, 0), name)
     height, width = view.scaled_size
-    corner = (
-        int(generator.integers(height - SIDE + 1)),
-        int(generator.integers(width - SIDE + 1)),
-    )
-    return replace(view, crop=corner)
+    top, left = (_draw_corner(length - SIDE, generator) for length in (height, width))
+    return replace(view, crop=(top, left))
 
 
 def training_captions(index: int, count: int) -> list[str]:
-    """True captions of training picture ``index``.
-
-    A named design is called by its name; a word that names nothing, ``sks`` among them, stands
-    before some other nouns, so that a strange word does not disturb the rest.
-    """
+    """True captions of training picture ``index``."""
     view, generator = training_view(index), np.random.default_rng((CAPTIONS, index))
-    unused = ("sks", *rare_words()[1 + DESIGN_COUNT :])
-    captions = []
-    for _ in range(count):
-        strange = str(generator.choice(unused)) if generator.random() < 0.04 else ""
-        captions.append(caption_with(view.name or strange, view.cropped_scene, generator))
-    return captions
+    return [caption(view.cropped_scene, generator, view.name) for _ in range(count)]
