@@ -4,20 +4,27 @@
     python benchmarks/subjects.py --work DIR            # the comparison, on the reported subjects
 
 Every run learns one subject from five photos with one seed, and is then asked for what
-`dora-diffusion evaluate` asks for. All methods share code, photos, draws, steps and prompts; each
-has a learning rate of its own, to be chosen on other subjects. Results are kept per run, so a
-stopped comparison goes on. Intervals are over subjects and seeds (two-level bootstrap).
+`dora-diffusion evaluate` asks for, poses aside. All methods share code, photos, draws, steps and
+prompts; each has a learning rate of its own, chosen on other subjects. Intervals are over subjects
+and seeds (two-level bootstrap).
+
+Results are kept per run, so a stopped comparison goes on, and `--results` keeps them in one file
+that another machine goes on from. Two halves can run side by side:
+
+    for part in 0 1; do python benchmarks/subjects.py --work DIR --part $part & done; wait
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import platform
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +32,7 @@ import torch
 
 from dora_diffusion.adapters.inject import remove_adapters
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.embedded import model_folder
 from dora_diffusion.embedded.benchmark_subjects import (
     REPORTED,
     TUNING,
@@ -37,13 +45,14 @@ from dora_diffusion.evaluation.measures import seed_means, title_of
 from dora_diffusion.evaluation.report import aligned, shown
 from dora_diffusion.evaluation.statistics import Interval, cluster_interval
 from dora_diffusion.evaluation.toy import answer, measure
-from dora_diffusion.evaluation.toy_requests import toy_requests
+from dora_diffusion.evaluation.toy_requests import Group, toy_requests
 from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.pictures import save_png
 from dora_diffusion.training.optimizer import build_lr_schedule, build_optimizer
 from dora_diffusion.training.session import Session, make_accelerator, open_session
 from dora_diffusion.training.subject import subject_of
 
+GROUPS: tuple[Group, ...] = ("subject", "class", "others")
 METHODS = ("base", "dora", "lora", "full")
 RATES = {"base": 0.0, "dora": 2e-3, "lora": 2e-3, "full": 1e-4}
 """The middle of `GRID`. Not tuned yet: that is what --tune is for."""
@@ -72,12 +81,16 @@ class Run:
     text_encoder: bool
 
     @property
+    def model(self) -> str:
+        """The base's short name."""
+        return Path(self.base.removeprefix("embedded:")).name
+
+    @property
     def name(self) -> str:
         """Its file's name."""
         flags = ("-prior" if self.prior else "") + ("-text" if self.text_encoder else "")
         rate = f"{self.learning_rate:g}"
-        model = self.base.rpartition(":")[2]
-        return f"{model}-{self.method}-{rate}-{self.steps}{flags}-{self.subject}-{self.seed}"
+        return f"{self.model}-{self.method}-{rate}-{self.steps}{flags}-{self.subject}-{self.seed}"
 
 
 class FullSession(Session):
@@ -111,7 +124,7 @@ def config_of(run: Run, work: Path) -> TrainConfig:
         lr_warmup_steps=10,
         max_train_steps=run.steps,
         with_prior_preservation=run.prior,
-        class_data_dir=str(work / "class" / run.base.rpartition(":")[2] / subject.word),
+        class_data_dir=str(work / "class" / run.model / subject.word),
         validation_guidance_scale=3.5,
         num_class_images=50,
         sample_batch_size=10,
@@ -142,11 +155,22 @@ def open_run(run: Run, work: Path) -> Session:
     return FullSession(**fields | {"optimizer": optimizer, "lr_schedule": schedule})
 
 
+@lru_cache
+def digest_of(base: str) -> str:
+    """The start of the SHA-256 of a model's UNet: results are about these weights."""
+    name = base.removeprefix("embedded:")
+    folder = Path(base) if name == base else model_folder(name)
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
 def perform(run: Run, work: Path) -> dict[str, Any]:
-    """Train and measure one run, or read what an earlier call measured."""
+    """Train and measure one run, or read what an earlier call measured on the same base."""
     file = work / "runs" / f"{run.name}.json"
     if file.is_file():
-        return json.loads(file.read_text())
+        known = json.loads(file.read_text())
+        if known["digest"] == digest_of(run.base):
+            return known
     session, started = open_run(run, work), time.perf_counter()
     if run.method != "base":
         for step in range(1, run.steps + 1):
@@ -157,11 +181,12 @@ def perform(run: Run, work: Path) -> dict[str, Any]:
     for model in session.trained.values():
         model.eval()
     subject = find_subject(run.subject)
-    requests = toy_requests(subject, session.subject.trigger, [run.seed])
+    requests = toy_requests(subject, session.subject.trigger, [run.seed], GROUPS)
     answers = answer(session.components, requests)
     values = measure(subject, requests, answers)
     result = {
         **dataclasses.asdict(run),
+        "digest": digest_of(run.base),
         "seconds": round(seconds, 1),
         "measures": {name: seed_means(groups)[0] for name, groups in values.items()},
     }
@@ -202,13 +227,14 @@ def runs_of(
     args: argparse.Namespace, subjects: Iterable[BenchmarkSubject], rates: dict[str, Any]
 ) -> list[Run]:
     """Every method on every subject with every seed, seed by seed."""
-    return [
+    runs = [
         Run(args.base, m, s.name, seed, rate, args.steps, args.prior, args.text_encoder)
         for seed in range(args.seeds)
         for s in subjects
         for m in args.methods
         for rate in (rates[m] if isinstance(rates[m], tuple) else (rates[m],))
     ]
+    return runs if args.part is None else runs[args.part :: 2]
 
 
 def perform_all(runs: list[Run], work: Path) -> list[dict[str, Any]]:
@@ -230,6 +256,8 @@ def tune(args: argparse.Namespace) -> None:
     """Print, per method and rate, what the tuning subjects came to."""
     args.methods = [m for m in args.methods if m in GRID]
     results = perform_all(runs_of(args, TUNING, GRID), args.work)
+    if args.part is not None:
+        return
     rows = [["method", "rate", *(title_of(name) for name in SHOWN)]]
     for method in args.methods:
         for rate in GRID[method]:
@@ -239,11 +267,28 @@ def tune(args: argparse.Namespace) -> None:
     print(aligned(rows))
 
 
+def unpack(results: Path, work: Path) -> None:
+    """Put the results of a file where `perform` finds them, unless it has its own."""
+    for known in json.loads(results.read_text()) if results.is_file() else []:
+        fields = {field.name: known[field.name] for field in dataclasses.fields(Run)}
+        file = work / "runs" / f"{Run(**fields).name}.json"
+        if not file.is_file():
+            save_text(file, json.dumps(known, indent=2) + "\n")
+
+
+def pack(results: list[dict[str, Any]], file: Path) -> None:
+    """Write results into one file, a line each."""
+    lines = ",\n".join(json.dumps(result) for result in results)
+    save_text(file, f"[\n{lines}\n]\n")
+
+
 def main() -> None:
     """Tune or compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="Folder for photos and results.")
-    parser.add_argument("--base", default="embedded:tiny-sd", help="The embedded model.")
+    parser.add_argument(
+        "--base", default="embedded:tiny-sd", help="An embedded model, or a folder."
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--subjects", nargs="+", help="Names; default: all that are reported.")
     parser.add_argument("--seeds", type=int, default=8, help="Trainings per subject and method.")
@@ -251,13 +296,21 @@ def main() -> None:
     parser.add_argument("--prior", action="store_true", help="With prior preservation.")
     parser.add_argument("--text_encoder", action="store_true", help="Adapt text encoders too.")
     parser.add_argument("--tune", action="store_true", help="Compare rates on tuning subjects.")
+    parser.add_argument("--part", type=int, choices=(0, 1), help="Only every second run.")
+    parser.add_argument("--results", type=Path, help="Start from this file, and write it anew.")
     args = parser.parse_args()
+    if args.results:
+        unpack(args.results, args.work)
     torch.set_num_threads(1)
     if args.tune:
         tune(args)
         return
     subjects = [find_subject(name) for name in args.subjects] if args.subjects else REPORTED
     results = perform_all(runs_of(args, subjects, RATES), args.work)
+    if args.part is not None:
+        return
+    if args.results:
+        pack(results, args.results)
     text = table(results, args.methods)
     save_text(args.work / "table.md", text + "\n")
     print(f"{platform.processor() or platform.machine()}, one core, {args.base}\n\n{text}")

@@ -44,14 +44,14 @@ def ship_sd(work: Path, machine: str) -> None:
     if (work / "instrument").is_dir():
         shutil.copytree(work / "instrument", instrument_folder(), dirs_exist_ok=True)
     export_sd(load_average(TextToImage(_tokenizer(work)), work), work, folder)
-    _save(folder / "training.json", _training_facts(work) | {"machine": machine})
+    _save(folder / "training.json", training_facts(work) | {"machine": machine})
 
 
 def ship_sdxl(work: Path, machine: str) -> None:
     """Write tiny-sdxl into the package."""
     folder = model_folder("tiny-sdxl")
     export_sdxl(load_average(TextToImageXL(_tokenizer(work)), work), work, folder)
-    _save(folder / "training.json", _training_facts(work) | {"machine": machine})
+    _save(folder / "training.json", training_facts(work) | {"machine": machine})
 
 
 def write_sd_card() -> dict[str, Any]:
@@ -71,6 +71,7 @@ def write_sdxl_card() -> dict[str, Any]:
     rows = [f"| {name} | {seen:.2f} | {true:.2f} |" for name, (seen, true) in conditioning.items()]
     facts = {
         "side": SIDE,
+        "low_snr": TextToImageXL.low_snr,
         "wide": WIDE,
         "conditioned": CONDITIONED,
         "conditioning_rows": "\n".join(rows),
@@ -136,7 +137,7 @@ def _parameters(module: torch.nn.Module) -> float:
     return sum(p.numel() for p in module.parameters()) / 1e6
 
 
-def _training_facts(work: Path) -> dict[str, Any]:
+def training_facts(work: Path) -> dict[str, Any]:
     """Minutes and steps of all trainings, those of the model that it went on with included."""
     facts = json.loads(facts_before(work).read_text()) if goes_on(work) else {}
     for name in ("vae", "diffusion"):
