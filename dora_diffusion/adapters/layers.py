@@ -20,11 +20,10 @@ from dora_diffusion.numerics.dora import (
     adapted_weight,
     merged_weight,
     moved_magnitude,
-    squared_norm,
     wide,
 )
 from dora_diffusion.numerics.dora import gain as gain_of
-from dora_diffusion.numerics.gain import Gain, GainInputs, make_gains
+from dora_diffusion.numerics.gain import Gain, GainInputs, WeightFacts, make_gains
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation, Operation
 from dora_diffusion.numerics.source import Source
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
@@ -84,7 +83,7 @@ class AdaptedLayer(nn.Module):
     keep_output: bool
     # Plain attributes, no part of the state dict: caches, and the weight that a merge replaced.
     _gain_cache: dict[str, Gain] | None
-    _squared: tuple[tuple[Any, ...], Tensor] | None
+    _facts: tuple[tuple[Any, ...], WeightFacts] | None
     _unmerged: Tensor | None
 
     def operation(self) -> Operation:
@@ -207,20 +206,20 @@ class AdaptedLayer(nn.Module):
             adapter.up,
             adapter.scale,
             axis,
-            self._squared_norm(axis),
+            self._weight_facts(axis),
         )
 
     def close_cache(self) -> None:
         """Forget the gains."""
         self._gain_cache = None
 
-    def _squared_norm(self, axis: NormAxis) -> Tensor:
-        """``|W|^2``, kept for as long as the base weight is what it was."""
+    def _weight_facts(self, axis: NormAxis) -> WeightFacts:
+        """What is known of the base weight, for as long as it is what it was."""
         weight = self.weight
         identity = (axis, weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if self._squared is None or self._squared[0] != identity:
-            self._squared = (identity, squared_norm(weight.detach(), axis))
-        return self._squared[1]
+        if self._facts is None or self._facts[0] != identity:
+            self._facts = (identity, WeightFacts.of(weight.detach(), axis))
+        return self._facts[1]
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -322,7 +321,7 @@ def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
         )
     layer = cast(AdaptedLayer, _recast(module, _ADAPTED[type(module)]))
     layer.adapters = nn.ModuleDict()
-    layer._gain_cache = layer._squared = layer._unmerged = None
+    layer._gain_cache = layer._facts = layer._unmerged = None
     layer.keep_output = keep_output
     return layer
 
@@ -331,7 +330,7 @@ def plain_layer(layer: AdaptedLayer) -> nn.Module:
     """The Linear or Conv2d that an adapted layer stands for, with its present weight."""
     module = _recast(layer, _PLAIN[type(layer)])
     del module._modules["adapters"]
-    for name in ("_gain_cache", "_squared", "_unmerged", "keep_output"):
+    for name in ("_gain_cache", "_facts", "_unmerged", "keep_output"):
         del module.__dict__[name]
     return module
 

@@ -11,6 +11,7 @@ Everything here is computed in float32 (float64 for float64 weights), whatever t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -111,16 +112,51 @@ def squared_norm_change(
     Per output, with ``M = 2s W A' + s^2 B A A'``, it is the row sum of ``B * M``; per input the
     same with the roles of A and B exchanged.
     """
-    inputs = weight.shape[1]
+    return change_and_checksum(weight, down, up, scale, axis)[0]
+
+
+def change_and_checksum(
+    weight: Tensor, down: Tensor, up: Tensor, scale: float, axis: NormAxis
+) -> tuple[Tensor, Tensor]:
+    """`squared_norm_change`, and the weight's `checksum` from the same pass over the weight."""
+    inputs, rank = weight.shape[1], down.shape[0]
     weight, down, up = (wide(tensor).flatten(1) for tensor in (weight, down, up))
     if axis == "output":
-        product = up @ (down @ down.t())
-        product.addmm_(weight, down.t(), beta=scale * scale, alpha=2 * scale)
-        return product.mul_(up).sum(dim=1)
-    product = (up.t() @ up) @ down
-    product.addmm_(up.t(), weight, beta=scale * scale, alpha=2 * scale)
+        seen = weight @ torch.cat([down, _probe(down.shape[1], down)]).t()
+        product = torch.addmm(
+            seen[:, :rank], up, down @ down.t(), beta=2 * scale, alpha=scale * scale
+        )
+        return product.mul_(up).sum(dim=1), seen[:, rank]
+    seen = torch.cat([up.t(), _probe(up.shape[0], up)]) @ weight
+    product = torch.addmm(seen[:rank], up.t() @ up, down, beta=2 * scale, alpha=scale * scale)
     # (r, in * k) -> (in,): the taps of a convolution are summed with the ranks.
-    return product.mul_(down).view(down.shape[0], inputs, -1).sum(dim=(0, 2))
+    change = product.mul_(down).view(rank, inputs, -1).sum(dim=(0, 2))
+    return change, seen[rank].view(inputs, -1).sum(dim=1)
+
+
+def checksum(weight: Tensor, axis: NormAxis) -> Tensor:
+    """A number per channel that tells a weight from another: ``(out,)`` or ``(in,)``.
+
+    It is the product with a fixed unit vector, of about ``|W_i| / sqrt(n)``. Another weight would
+    have to be orthogonal to the difference in all channels to have the same.
+    """
+    rows = wide(weight).flatten(1)
+    if axis == "output":
+        return rows.mv(_probe(rows.shape[1], rows)[0])
+    columns = rows.t().mv(_probe(rows.shape[0], rows)[0])
+    return columns.view(weight.shape[1], -1).sum(dim=1)
+
+
+def _probe(length: int, like: Tensor) -> Tensor:
+    """The unit vector of a length, ``(1, length)``."""
+    return _probe_on(length, like.device, like.dtype)
+
+
+@lru_cache(maxsize=256)
+def _probe_on(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # A chirp: as good as random, and the same everywhere.
+    chirp = torch.arange(length, dtype=torch.float64).square().cos()
+    return torch.div(chirp, torch.linalg.vector_norm(chirp))[None].to(device, dtype)
 
 
 def _dense_channels(

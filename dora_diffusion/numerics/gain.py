@@ -17,8 +17,9 @@ from torch import Tensor
 from dora_diffusion.numerics.dora import (
     adapted_norm,
     cancels,
+    change_and_checksum,
+    checksum,
     squared_norm,
-    squared_norm_change,
 )
 from dora_diffusion.numerics.dora import gain as gain_of
 from dora_diffusion.numerics.weights import NormAxis
@@ -26,6 +27,8 @@ from dora_diffusion.numerics.weights import NormAxis
 # Output channels whose |g| is below this recompute their direction for the gradient of m: dividing
 # g out of y would magnify the rounding of y, or be 0 / 0.
 SMALL_GAIN = 1e-3
+# Checksums of one weight differ by their rounding, of about 1e-6 |W_i|; this is squared.
+SAME_WEIGHT = 1e-10
 
 
 class Gain(NamedTuple):
@@ -42,6 +45,23 @@ class Gain(NamedTuple):
     small: Tensor | None
 
 
+class WeightFacts(NamedTuple):
+    """What is known of a frozen weight ``(out, in, *k)``; both ``(n,)`` on the norm's axis.
+
+    Attributes:
+        squared_norm: ``|W|^2``.
+        checksum: Tells whether it is still the same weight.
+    """
+
+    squared_norm: Tensor
+    checksum: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, axis: NormAxis) -> WeightFacts:
+        """The facts of a weight, which are a pass over it each."""
+        return cls(squared_norm(weight, axis), checksum(weight, axis))
+
+
 class GainInputs(NamedTuple):
     """What one adapter's gain is computed from; shapes as in `adapted_norm`."""
 
@@ -51,7 +71,7 @@ class GainInputs(NamedTuple):
     up: Tensor
     scale: float
     axis: NormAxis
-    weight_squared_norm: Tensor
+    known: WeightFacts
 
 
 def make_gain(magnitude: Tensor, norm: Tensor) -> Gain:
@@ -67,29 +87,28 @@ def make_gains(layers: Sequence[GainInputs]) -> list[Gain]:
 
     A layer with a channel that needs care (one that cancels, or whose gain is small) takes the
     path of its own; whether there is any is all that is read back from the device. So does a layer
-    whose ``weight_squared_norm`` is not its weight's any more: no version counter sees a base
-    weight that is written through ``.data``, but the norm of its first channel does.
+    whose weight is not what it was any more: no version counter sees a base weight that is written
+    through ``.data``, but its checksum does.
     """
     if not layers:
         return []
-    if len({(one.weight.device, one.weight_squared_norm.dtype) for one in layers}) > 1:
+    if len({(one.weight.device, one.known.squared_norm.dtype) for one in layers}) > 1:
         return [_careful(one) for one in layers]
     with torch.autocast(layers[0].weight.device.type, enabled=False):
         return _make_together(layers)
 
 
 def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
-    sizes = [len(one.weight_squared_norm) for one in layers]
-    base = torch.cat([one.weight_squared_norm for one in layers])
-    change = [squared_norm_change(*one[1:6]) for one in layers]
-    total = torch.cat(change).add_(base)
+    sizes = [len(one.known.squared_norm) for one in layers]
+    base = torch.cat([one.known.squared_norm for one in layers])
+    then = torch.cat([one.known.checksum for one in layers])
+    changes, checksums = zip(*(change_and_checksum(*one[1:6]) for one in layers), strict=True)
+    total = torch.cat(changes).add_(base)
     norm = total.sqrt()
     gain = gain_of(torch.cat([one.magnitude for one in layers]), norm)
     # Not less: a negative total has no root, and its channel must be found too.
     delicate = cancels(total, base).logical_or_(~(gain.abs() >= SMALL_GAIN))
-    firsts = torch.tensor([0, *accumulate(sizes)][:-1], device=base.device)
-    now = torch.cat([_first_squared_norm(one.weight, one.axis) for one in layers])
-    delicate[firsts] |= (now - base[firsts]).abs() > 1e-4 * now
+    delicate |= (torch.cat(checksums) - then).square() > SAME_WEIGHT * base
     gains = [
         Gain(*pair, None)
         for pair in zip(torch.split(norm, sizes), torch.split(gain, sizes), strict=True)
@@ -97,11 +116,6 @@ def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
     for number in _owners(delicate.nonzero().flatten().tolist(), sizes):
         gains[number] = _careful(layers[number])
     return gains
-
-
-def _first_squared_norm(weight: Tensor, axis: NormAxis) -> Tensor:
-    first = weight[:1] if axis == "output" else weight[:, :1]
-    return squared_norm(first, axis)
 
 
 def _careful(one: GainInputs) -> Gain:

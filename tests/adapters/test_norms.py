@@ -97,6 +97,12 @@ def write_base_through_data(net: Net) -> None:
     net.linear.weight.data = 0.5 * net.linear.weight.data
 
 
+def write_one_channel_through_data(net: Net) -> None:
+    """Of the output and of the input, the last one."""
+    net.linear.weight.data[-1] *= 2
+    net.conv.weight.data[:, -1] *= 1.5
+
+
 def another(net: Net) -> dict[str, torch.Tensor]:
     return adapted(net.linear.adapters["default"].norm_axis, seed=5).state_dict()
 
@@ -106,6 +112,7 @@ MUTATIONS = {
     "through .data": write_through_data,
     "base in place": write_base_in_place,
     "base through .data": write_base_through_data,
+    "one channel of the base through .data": write_one_channel_through_data,
     "load_state_dict": lambda net: net.load_state_dict(another(net)),
     "load_state_dict, assigned": lambda net: net.load_state_dict(another(net), assign=True),
     "to another dtype and back": lambda net: net.to(torch.bfloat16).to(torch.float32),

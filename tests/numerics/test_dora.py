@@ -13,7 +13,10 @@ from dora_diffusion.numerics.autograd import dora, folds
 from dora_diffusion.numerics.dora import (
     adapted_norm,
     adapted_weight,
+    change_and_checksum,
+    checksum,
     merged_weight,
+    squared_norm,
     weight_norm,
 )
 from dora_diffusion.numerics.gain import make_gain
@@ -284,3 +287,29 @@ def test_layer_weights_refuse_shapes_that_do_not_belong_together():
         LayerWeights(down, up, torch.zeros(5))
     with pytest.raises(ValueError, match="for a weight of shape"):
         adapted_weight(torch.zeros(5, 6), LayerWeights(down, up))
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+@pytest.mark.parametrize("shape", [(6, 5), (320, 768), (6, 5, 3, 3), (640, 320, 3, 3)])
+def test_a_checksum_tells_a_weight_from_one_with_a_changed_channel(axis, shape):
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    down = torch.randn(2, *shape[1:])
+    up = torch.randn(shape[0], 2, *[1] * (len(shape) - 2))
+    known = checksum(weight, axis)
+    change, same = change_and_checksum(weight, down, up, 0.5, axis)
+    dims = [dim for dim in range(weight.ndim) if dim != (0 if axis == "output" else 1)]
+    adapted = weight.double() + 0.5 * (up.double().flatten(1) @ down.double().flatten(1)).view(
+        shape
+    )
+    expected = adapted.square().sum(dims) - weight.double().square().sum(dims)
+    torch.testing.assert_close(change.double(), expected, rtol=1e-4, atol=1e-3)
+    norm = squared_norm(weight, axis)
+    assert ((same - known).square() <= 1e-11 * norm).all()
+    for channel in (0, 3, -1):
+        other = weight.clone()
+        other[channel] *= 1.01
+        differs = (checksum(other, axis) - known).square() > 1e-10 * norm
+        assert differs.any()
+        if axis == "output":
+            assert differs.nonzero().flatten().tolist() == [channel % shape[0]]
