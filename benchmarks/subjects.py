@@ -237,6 +237,13 @@ def runs_of(
     return runs if args.part is None else runs[args.part :: 2]
 
 
+def chosen(
+    args: argparse.Namespace, default: tuple[BenchmarkSubject, ...]
+) -> tuple[BenchmarkSubject, ...]:
+    """The subjects that were named, or the default."""
+    return tuple(map(find_subject, args.subjects)) if args.subjects else default
+
+
 def perform_all(runs: list[Run], work: Path) -> list[dict[str, Any]]:
     """All runs in turn, with a line each."""
     results = []
@@ -255,7 +262,7 @@ def perform_all(runs: list[Run], work: Path) -> list[dict[str, Any]]:
 def tune(args: argparse.Namespace) -> None:
     """Print, per method and rate, what the tuning subjects came to."""
     args.methods = [m for m in args.methods if m in GRID]
-    results = perform_all(runs_of(args, TUNING, GRID), args.work)
+    results = perform_all(runs_of(args, chosen(args, TUNING), GRID), args.work)
     if args.part is not None:
         return
     rows = [["method", "rate", *(title_of(name) for name in SHOWN)]]
@@ -290,7 +297,7 @@ def main() -> None:
         "--base", default="embedded:tiny-sd", help="An embedded model, or a folder."
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--subjects", nargs="+", help="Names; default: all that are reported.")
+    parser.add_argument("--subjects", nargs="+", help="Names; default: all of their kind.")
     parser.add_argument("--seeds", type=int, default=8, help="Trainings per subject and method.")
     parser.add_argument("--steps", type=int, default=300, help="Optimizer steps of each.")
     parser.add_argument("--prior", action="store_true", help="With prior preservation.")
@@ -305,8 +312,7 @@ def main() -> None:
     if args.tune:
         tune(args)
         return
-    subjects = [find_subject(name) for name in args.subjects] if args.subjects else REPORTED
-    results = perform_all(runs_of(args, subjects, RATES), args.work)
+    results = perform_all(runs_of(args, chosen(args, REPORTED), RATES), args.work)
     if args.part is not None:
         return
     if args.results:

@@ -51,7 +51,8 @@ def test_what_was_spent_before_is_counted_once(tmp_path: Path) -> None:
     prepare_to_go_on("tiny-sd", tmp_path)
     prepare_to_go_on("tiny-sd", tmp_path)
     torch.save({"seconds": 90.0, "step": 7}, tmp_path / "diffusion.pt")
-    facts = training_facts(tmp_path)
+    facts = training_facts(tmp_path, "an abacus")
+    assert facts["machine"] == before["machine"] + " and an abacus"
     assert facts["diffusion_minutes"] == pytest.approx(before["diffusion_minutes"] + 1.5)
     assert facts["diffusion_steps"] == before["diffusion_steps"] + 7
     assert facts["vae_steps"] == before["vae_steps"]
@@ -61,7 +62,8 @@ def test_what_was_spent_before_is_counted_once(tmp_path: Path) -> None:
 def test_a_new_training_counts_itself_alone(tmp_path: Path) -> None:
     torch.save({"seconds": 90.0, "step": 7}, tmp_path / "diffusion.pt")
     assert not goes_on(tmp_path)
-    assert training_facts(tmp_path) == {"diffusion_minutes": 1.5, "diffusion_steps": 7}
+    facts = training_facts(tmp_path, "an abacus")
+    assert facts == {"machine": "an abacus", "diffusion_minutes": 1.5, "diffusion_steps": 7}
 
 
 def test_the_shares_of_a_budget_are_all_of_it() -> None:

@@ -44,14 +44,14 @@ def ship_sd(work: Path, machine: str) -> None:
     if (work / "instrument").is_dir():
         shutil.copytree(work / "instrument", instrument_folder(), dirs_exist_ok=True)
     export_sd(load_average(TextToImage(_tokenizer(work)), work), work, folder)
-    _save(folder / "training.json", training_facts(work) | {"machine": machine})
+    _save(folder / "training.json", training_facts(work, machine))
 
 
 def ship_sdxl(work: Path, machine: str) -> None:
     """Write tiny-sdxl into the package."""
     folder = model_folder("tiny-sdxl")
     export_sdxl(load_average(TextToImageXL(_tokenizer(work)), work), work, folder)
-    _save(folder / "training.json", training_facts(work) | {"machine": machine})
+    _save(folder / "training.json", training_facts(work, machine))
 
 
 def write_sd_card() -> dict[str, Any]:
@@ -137,9 +137,11 @@ def _parameters(module: torch.nn.Module) -> float:
     return sum(p.numel() for p in module.parameters()) / 1e6
 
 
-def training_facts(work: Path) -> dict[str, Any]:
-    """Minutes and steps of all trainings, those of the model that it went on with included."""
-    facts = json.loads(facts_before(work).read_text()) if goes_on(work) else {}
+def training_facts(work: Path, machine: str) -> dict[str, Any]:
+    """Machines, minutes and steps of all trainings, also of the model that it went on with."""
+    facts = json.loads(facts_before(work).read_text()) if goes_on(work) else {"machine": machine}
+    if machine not in facts["machine"]:
+        facts["machine"] += f" and {machine}"
     for name in ("vae", "diffusion"):
         if not (work / f"{name}.pt").is_file():
             continue
