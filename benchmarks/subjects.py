@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from dora_diffusion.adapters.inject import remove_adapters
 from dora_diffusion.config import TrainConfig
@@ -40,12 +41,13 @@ from dora_diffusion.embedded.benchmark_subjects import (
     find_subject,
     write_photos,
 )
+from dora_diffusion.embedded.captions import PLACES
 from dora_diffusion.embedded.samples import TRIGGER
 from dora_diffusion.evaluation.measures import seed_means, title_of
-from dora_diffusion.evaluation.report import aligned, shown
+from dora_diffusion.evaluation.report import aligned, sheet, shown
 from dora_diffusion.evaluation.statistics import Interval, cluster_interval
 from dora_diffusion.evaluation.toy import answer, measure
-from dora_diffusion.evaluation.toy_requests import Group, toy_requests
+from dora_diffusion.evaluation.toy_requests import Group, toy_requests, true_pictures
 from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.pictures import save_png
 from dora_diffusion.training.optimizer import build_lr_schedule, build_optimizer
@@ -289,6 +291,22 @@ def pack(results: list[dict[str, Any]], file: Path) -> None:
     save_text(file, f"[\n{lines}\n]\n")
 
 
+def picture_grid(
+    subjects: Iterable[BenchmarkSubject], methods: Iterable[str], work: Path
+) -> Image.Image:
+    """The first seed's picture of every subject in its first new place, under the truth."""
+    rows: dict[str, list[Image.Image]] = {"truth": []}
+    labels = []
+    for subject in subjects:
+        (request, *_) = toy_requests(subject, f"{TRIGGER} {subject.word}", [0], ("subject",))
+        rows["truth"] += true_pictures([request], 128)
+        labels.append(f"{subject.name} {PLACES[request.wanted['background']][0]}")
+        for method in methods:
+            file = f"{method}-{subject.name}-{request.wanted['background']}.png"
+            rows.setdefault(method, []).append(Image.open(work / "pictures" / file))
+    return sheet(rows, labels)
+
+
 def main() -> None:
     """Tune or compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -305,6 +323,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="Compare rates on tuning subjects.")
     parser.add_argument("--part", type=int, choices=(0, 1), help="Only every second run.")
     parser.add_argument("--results", type=Path, help="Start from this file, and write it anew.")
+    parser.add_argument("--grid", type=Path, help="Write pictures of every method here.")
     args = parser.parse_args()
     if args.results:
         unpack(args.results, args.work)
@@ -319,6 +338,8 @@ def main() -> None:
         pack(results, args.results)
     text = table(results, args.methods)
     save_text(args.work / "table.md", text + "\n")
+    if args.grid:
+        save_png(picture_grid(chosen(args, REPORTED), args.methods, args.work), args.grid)
     print(f"{platform.processor() or platform.machine()}, one core, {args.base}\n\n{text}")
 
 

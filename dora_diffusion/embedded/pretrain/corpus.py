@@ -70,4 +70,4 @@ def _view_time_ids(index: int) -> tuple[int, ...]:
 
 
 SD = Corpus(CAPTIONED, _stored_pictures, training_scene, _plain_captions)
-SDXL = Corpus(64_000, _view_pictures, _view_scene, _view_captions, _view_time_ids)
+SDXL = Corpus(40_000, _view_pictures, _view_scene, _view_captions, _view_time_ids)

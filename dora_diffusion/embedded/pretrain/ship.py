@@ -11,6 +11,7 @@ import torch
 
 from dora_diffusion.embedded import instrument_folder, model_folder
 from dora_diffusion.embedded.instrument import Instrument, load_instrument
+from dora_diffusion.embedded.pretrain import corpus
 from dora_diffusion.embedded.pretrain.card import (
     GUIDANCE,
     STEPS,
@@ -71,6 +72,7 @@ def write_sdxl_card() -> dict[str, Any]:
     rows = [f"| {name} | {seen:.2f} | {true:.2f} |" for name, (seen, true) in conditioning.items()]
     facts = {
         "side": SIDE,
+        "pictures": corpus.SDXL.count,
         "low_snr": TextToImageXL.low_snr,
         "wide": WIDE,
         "conditioned": CONDITIONED,
