@@ -3,8 +3,9 @@
     python benchmarks/train_step.py
 
 On the embedded model: a step of `train` against the same UNet, adapters and latents without the
-trainer; AdamW's implementations on the same gradients; and the time from the command to the first
-optimizer step against an empty Python that only imports torch and diffusers.
+trainer; AdamW's implementations on the same gradients; the time from the command to the first
+optimizer step against an empty Python that only imports torch and diffusers; and the demo's training,
+from the command to the written adapter and its samples, against the same command with LoRA.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dora_diffusion.training.session import Session, make_accelerator, open_sess
 from dora_diffusion.training.subject import subject_of
 
 ALONE, STEP = "UNet alone", "training step"
+LORA_HERE = "the same with LoRA"
 SETTINGS = {
     "pretrained_model_name_or_path": "embedded:tiny-sd",
     "instance_data_dir": "samples/bolt_mug",
@@ -122,16 +124,32 @@ def start_up(output: str, rounds: int) -> None:
     print(markdown(["command", "processor seconds"], rows))
 
 
+def demo(output: str, steps: int, rounds: int) -> None:
+    command = [
+        sys.executable, "-m", "dora_diffusion", "train", "--config", "samples/bolt_mug/config.yaml",
+        "--output_dir", output, "--overwrite_output_dir", "--max_train_steps", str(steps),
+    ]  # fmt: skip
+    commands = {LORA_HERE: [*command, "--no-use_dora"], "DoRA": command}
+    samples: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, one in commands.items():
+            samples[name].append(children_seconds(one))
+    rows = [[n, f"{median(samples[n]):.1f}", ratio(samples, n, LORA_HERE)] for n in commands]
+    print(markdown([f"the demo's training, {steps} steps", "seconds", "to LoRA"], rows), "\n")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--demo_steps", type=int, default=100, help="of the demo's training")
     args = parser.parse_args()
     print(machine(), "\n")
     with tempfile.TemporaryDirectory() as folder:
         output = str(Path(folder) / "run")
         step_beside_unet(output, args.rounds)
         optimizers(output, args.rounds)
+        demo(output, args.demo_steps, 3)
         start_up(output, 3)
 
 
