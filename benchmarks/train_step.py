@@ -4,8 +4,8 @@
 
 On the embedded model: a step of `train` against the same UNet, adapters and latents without the
 trainer; AdamW's implementations on the same gradients; the time from the command to the first
-optimizer step against an empty Python that only imports torch and diffusers; and the demo's training,
-from the command to the written adapter and its samples, against the same command with LoRA.
+optimizer step against an empty Python that only imports torch and diffusers; and the training of
+the demo, from the command to the written adapter and its samples, against the same with LoRA.
 """
 
 from __future__ import annotations
