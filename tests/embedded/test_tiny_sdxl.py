@@ -73,22 +73,28 @@ def test_the_autoencoder_keeps_new_subjects_themselves(pipeline: Any) -> None:
     assert measured["identity"] >= 0.95 * measured["identity_ceiling"]
 
 
+def pictures(pipeline: Any, count: int, **conditioning: tuple[int, int]) -> torch.Tensor:
+    """Red mugs in the studio, (count, 3, SIDE, SIDE) in [-1, 1]."""
+    prompts = ["a red mug in a studio"] * count
+    images = generate(pipeline, prompts, target_size=(SIDE, SIDE), **conditioning)
+    return to_pixels(np.stack([np.asarray(image) for image in images]))
+
+
 def test_it_looks_at_its_sizes(pipeline: Any) -> None:
-    sizes = {"target_size": (SIDE, SIDE), "crops_coords_top_left": (0, 0)}
     small, large = (
-        to_pixels(
-            np.stack(
-                [
-                    np.asarray(image)
-                    for image in generate(
-                        pipeline, ["a red mug in a studio"] * 4, original_size=size, **sizes
-                    )
-                ]
-            )
-        )
-        for size in ((SIDE // 4, SIDE // 4), (SIDE, SIDE))
+        pictures(pipeline, 4, original_size=(side, side), crops_coords_top_left=(0, 0))
+        for side in (SIDE // 4, SIDE)
     )
     assert sharpness(small) < 0.95 * sharpness(large)
+
+
+def test_it_looks_at_its_crops(pipeline: Any) -> None:
+    """A tall photo's lower part has its middle further up."""
+    upper, lower = (
+        pictures(pipeline, 4, original_size=(3 * SIDE // 2, SIDE), crops_coords_top_left=(top, 0))
+        for top in (0, SIDE // 2)
+    )
+    assert mean_center(lower.mT) < mean_center(upper.mT) - 0.4
 
 
 def test_center_and_sharpness_are_what_they_say() -> None:

@@ -20,7 +20,7 @@ from dora_diffusion.embedded.pretrain.views import SIDE, View, render_view
 from dora_diffusion.embedded.sampling import place, sample_subject
 
 WIDE = 3 * SIDE // 2
-LEFTS = (0, SIDE // 4, SIDE // 2)
+OFFSETS = (0, SIDE // 4, SIDE // 2)
 SIZES = (SIDE // 4, SIDE // 2, SIDE)
 # The studio is grey, and these would not stand out from it.
 _COLORS = tuple(name for name in ATTRIBUTES["color"] if name not in ("white", "black", "brown"))
@@ -29,18 +29,21 @@ _COLORS = tuple(name for name in ATTRIBUTES["color"] if name not in ("white", "b
 def measure_conditioning(pipeline: Any, count: int) -> dict[str, tuple[float, float]]:
     """Ask for crops and sizes; per question, (what pictures show, what true renders show)."""
     measured = {}
-    for left in LEFTS:
-        asked = {"original_size": (SIDE, WIDE), "crops_coords_top_left": (0, left)}
-        pictures, truth = _asked(pipeline, asked, count), _true((SIDE, WIDE), left, count)
-        measured[f"crop {left} from the left"] = (mean_center(pictures), mean_center(truth))
-    for size in SIZES:
-        asked = {"original_size": (size, size), "crops_coords_top_left": (0, 0)}
-        pictures, truth = _asked(pipeline, asked, count), _true((size, size), 0, count)
-        measured[f"size {size}"] = (sharpness(pictures), sharpness(truth))
+    for edge, size in (("left", (SIDE, WIDE)), ("top", (WIDE, SIDE))):
+        for offset in OFFSETS:
+            corner = (0, offset) if edge == "left" else (offset, 0)
+            both = _asked(pipeline, size, corner, count), _true(size, corner, count)
+            if edge == "top":
+                both = both[0].mT, both[1].mT
+            measured[f"crop {offset} from the {edge}"] = mean_center(both[0]), mean_center(both[1])
+    for side in SIZES:
+        pictures = _asked(pipeline, (side, side), (0, 0), count)
+        truth = _true((side, side), (0, 0), count)
+        measured[f"size {side}"] = (sharpness(pictures), sharpness(truth))
     return measured
 
 
-def _asked(pipeline: Any, conditioning: dict[str, tuple[int, int]], count: int) -> Tensor:
+def _asked(pipeline: Any, size: tuple[int, int], corner: tuple[int, int], count: int) -> Tensor:
     generator = np.random.default_rng((HELD_OUT, 78))
     wishes = [
         {
@@ -52,17 +55,23 @@ def _asked(pipeline: Any, conditioning: dict[str, tuple[int, int]], count: int) 
         for _ in range(count)
     ]
     prompts = [prompt_of(wish) for wish in wishes]
-    images = generate(pipeline, prompts, **conditioning, target_size=(SIDE, SIDE))
+    images = generate(
+        pipeline,
+        prompts,
+        original_size=size,
+        crops_coords_top_left=corner,
+        target_size=(SIDE, SIDE),
+    )
     return to_pixels(np.stack([np.asarray(image) for image in images]))
 
 
-def _true(original_size: tuple[int, int], left: int, count: int) -> Tensor:
+def _true(size: tuple[int, int], corner: tuple[int, int], count: int) -> Tensor:
     generator = np.random.default_rng((HELD_OUT, 79))
     pictures: list[np.ndarray] = []
     while len(pictures) < count:
         subject = replace(sample_subject(generator), pattern="plain")
         if subject.color in _COLORS:
-            view = View(place(subject, STUDIO, generator), original_size, (0, left))
+            view = View(place(subject, STUDIO, generator), size, corner)
             pictures.append(render_view(view))
     return to_pixels(np.stack(pictures))
 

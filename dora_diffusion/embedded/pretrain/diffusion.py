@@ -43,9 +43,11 @@ class Denoiser(nn.Module):
 
     Attributes:
         low_snr: signal-to-noise ratio of the latents below which the loss counts less.
+        schedule: settings of the noise schedule.
     """
 
     low_snr = 0.5
+    schedule = SCHEDULE
 
     def __init__(self, text_width: int) -> None:
         super().__init__()
@@ -106,7 +108,9 @@ def v_loss(
     a = alpha_bar.view(-1, 1, 1, 1)
     velocity = a.sqrt() * noise - (1 - a).sqrt() * latents
     snr = alpha_bar / (1 - alpha_bar)
-    weight = (snr / low_snr).clamp(max=1) * ((1 + HIGH_SNR) / (1 + snr)).clamp(max=1)
+    weight = ((1 + HIGH_SNR) / (1 + snr)).clamp(max=1)
+    if low_snr > 0:
+        weight = weight * (snr / low_snr).clamp(max=1)
     return ((prediction - velocity).pow(2).mean((1, 2, 3)) * weight).mean()
 
 
@@ -169,7 +173,7 @@ def train_diffusion(
     from diffusers import DDPMScheduler
 
     data = open_latents(folder)
-    scheduler: Any = DDPMScheduler(**SCHEDULE)
+    scheduler: Any = DDPMScheduler(**model.schedule)
     alphas: Tensor = scheduler.alphas_cumprod
 
     def loss(model: Model, progress: float, generator: torch.Generator) -> Tensor:

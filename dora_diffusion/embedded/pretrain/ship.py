@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 PROMPTS = 300
-CONDITIONED = 60
+CONDITIONED = 30
 
 
 def ship_sd(work: Path, machine: str) -> None:
@@ -73,7 +73,6 @@ def write_sdxl_card() -> dict[str, Any]:
     facts = {
         "side": SIDE,
         "pictures": corpus.SDXL.count,
-        "low_snr": TextToImageXL.low_snr,
         "wide": WIDE,
         "conditioned": CONDITIONED,
         "conditioning_rows": "\n".join(rows),
