@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 PROMPTS = 300
-CONDITIONED = 30
+CONDITIONED = 20
 
 
 def ship_sd(work: Path, machine: str) -> None:
