@@ -190,7 +190,7 @@ def perform(run: Run, work: Path) -> dict[str, Any]:
         **dataclasses.asdict(run),
         "digest": digest_of(run.base),
         "seconds": round(seconds, 1),
-        "measures": {name: seed_means(groups)[0] for name, groups in values.items()},
+        "measures": {n: round(seed_means(groups)[0], 5) for n, groups in values.items()},
     }
     for request, picture in zip(requests, answers.pictures, strict=True):
         if request.group == "subject" and run.seed == 0:
@@ -219,6 +219,29 @@ def table(results: list[dict[str, Any]], methods: Iterable[str]) -> str:
         rows.append([title_of(name), *(shown(one, name in SHARES) for one in found)])
     rows.append(["seconds of training", *(f"{_mean_seconds(r):.0f}" for r in columns.values())])
     return aligned(rows)
+
+
+def differences(results: list[dict[str, Any]], methods: Iterable[str]) -> str:
+    """Each method's difference to LoRA on the same subject and seed."""
+    others = [method for method in methods if method not in ("base", "lora")]
+    rows = [["difference to lora", *others]]
+    for name in SHOWN:
+        found = [_difference(results, method, name) for method in others]
+        rows.append([title_of(name), *(shown(one, name in SHARES) for one in found)])
+    return aligned(rows)
+
+
+def _difference(results: list[dict[str, Any]], method: str, name: str) -> Interval | None:
+    values = {
+        (r["method"], r["subject"], r["seed"]): r["measures"][name]
+        for r in results
+        if name in r["measures"]
+    }
+    by_subject: dict[str, list[float]] = {}
+    for (kind, subject, seed), value in values.items():
+        if kind == method and ("lora", subject, seed) in values:
+            by_subject.setdefault(subject, []).append(value - values["lora", subject, seed])
+    return cluster_interval(by_subject) if by_subject else None
 
 
 def _mean_seconds(results: list[dict[str, Any]]) -> float:
@@ -285,9 +308,10 @@ def unpack(results: Path, work: Path) -> None:
             save_text(file, json.dumps(known, indent=2) + "\n")
 
 
-def pack(results: list[dict[str, Any]], file: Path) -> None:
-    """Write results into one file, a line each."""
-    lines = ",\n".join(json.dumps(result) for result in results)
+def pack(base: str, work: Path, file: Path) -> None:
+    """Write all results that there are on a base into one file, a line each."""
+    known = [json.loads(one.read_text()) for one in sorted((work / "runs").glob("*.json"))]
+    lines = ",\n".join(json.dumps(one) for one in known if one.get("digest") == digest_of(base))
     save_text(file, f"[\n{lines}\n]\n")
 
 
@@ -335,8 +359,10 @@ def main() -> None:
     if args.part is not None:
         return
     if args.results:
-        pack(results, args.results)
+        pack(args.base, args.work, args.results)
     text = table(results, args.methods)
+    if "lora" in args.methods:
+        text += "\n\n" + differences(results, args.methods)
     save_text(args.work / "table.md", text + "\n")
     if args.grid:
         save_png(picture_grid(chosen(args, REPORTED), args.methods, args.work), args.grid)
