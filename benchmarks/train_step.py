@@ -39,9 +39,14 @@ SETTINGS = {
 }
 
 
-def session(output: str, **settings: object) -> Session:
+def settings(output: str, **chosen: object) -> TrainConfig:
+    """A run's on the embedded model."""
+    return TrainConfig(**SETTINGS, output_dir=output, **chosen)
+
+
+def session(output: str) -> Session:
     """A run on the embedded model, ready for its first step."""
-    config = TrainConfig(**SETTINGS, output_dir=output, **settings)
+    config = settings(output)
     return open_session(config, subject_of(config), make_accelerator(config))
 
 

@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dora_diffusion.numerics.product import matrix_product
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 # Far below any pretrained norm, and far enough above float32's smallest number that m / FLOOR
@@ -122,12 +123,12 @@ def change_and_checksum(
     inputs, rank = weight.shape[1], down.shape[0]
     weight, down, up = (wide(tensor).flatten(1) for tensor in (weight, down, up))
     if axis == "output":
-        seen = weight @ torch.cat([down, _probe(down.shape[1], down)]).t()
+        seen = matrix_product(weight, torch.cat([down, _probe(down.shape[1], down)]).t())
         product = torch.addmm(
             seen[:, :rank], up, down @ down.t(), beta=2 * scale, alpha=scale * scale
         )
         return product.mul_(up).sum(dim=1), seen[:, rank]
-    seen = torch.cat([up.t(), _probe(up.shape[0], up)]) @ weight
+    seen = matrix_product(torch.cat([up.t(), _probe(up.shape[0], up)]), weight)
     product = torch.addmm(seen[:rank], up.t() @ up, down, beta=2 * scale, alpha=scale * scale)
     # (r, in * k) -> (in,): the taps of a convolution are summed with the ranks.
     change = product.mul_(down).view(rank, inputs, -1).sum(dim=(0, 2))

@@ -88,6 +88,25 @@ def test_training_views_follow_from_their_number_and_cover_the_conditioning() ->
     assert render_view(views[0]).shape == (SIDE, SIDE, 3)
 
 
+def test_only_the_crop_tells_where_the_object_of_a_wide_photo_is_seen() -> None:
+    views = {index: training_view(index) for index in range(400)}
+    wide = {index: view for index, view in views.items() if view.is_wide}
+    assert 100 < len(wide) < 180
+    assert max(abs(view.scene.position[0]) for view in wide.values()) <= 0.25 * 0.45
+    seen = [view.cropped_scene.position[0] for view in wide.values()]
+    assert min(seen) < -0.3
+    assert max(seen) > 0.3
+    sided = {
+        i
+        for i in views
+        if any(
+            " on the left" in text or " on the right" in text for text in training_captions(i, 4)
+        )
+    }
+    assert len(sided) > 50
+    assert not sided & wide.keys()
+
+
 def test_captions_of_a_view_call_it_by_its_name_and_nothing_else() -> None:
     words, views = set(rare_words()), [training_view(index) for index in range(200)]
     assert 30 < sum(bool(view.name) for view in views) < 70

@@ -17,6 +17,7 @@ from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.formats.adapter_file import read_adapter
 from dora_diffusion.training.loop import TrainingError, train
+from dora_diffusion.training.session import make_accelerator
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 
@@ -178,6 +179,32 @@ def test_bfloat16_stays_near_float32(sd1_folder, photos, tmp_path):
     for step, loss in losses(tmp_path / "fp32").items():
         assert losses(tmp_path / "bf16")[step] == pytest.approx(loss, rel=0.03)
     assert {t.up.dtype for t in read_adapter(tmp_path / "bf16").layers.values()} == {torch.float32}
+
+
+def test_float16_with_its_gradient_scaler_stays_near_float32(
+    sd1_folder, photos, tmp_path, monkeypatch
+):
+    """What Accelerate sets up on a GPU for fp16, on this CPU: autocast and scaler, half weights."""
+    exact = make_config(sd1_folder, photos, tmp_path / "fp32")
+    train(exact)
+    scaler = torch.amp.GradScaler("cpu")
+
+    def on_cpu(config):
+        accelerator = make_accelerator(replace(config, mixed_precision="no"))
+        accelerator.state._mixed_precision = "fp16"
+        accelerator.native_amp, accelerator.scaler = True, scaler
+        return accelerator
+
+    monkeypatch.setattr("dora_diffusion.training.loop.make_accelerator", on_cpu)
+    train(replace(exact, mixed_precision="fp16", output_dir=str(tmp_path / "fp16")))
+    for step, loss in losses(tmp_path / "fp32").items():
+        assert losses(tmp_path / "fp16")[step] == pytest.approx(loss, rel=0.01)
+    assert scaler.get_scale() > 1, "no step was skipped until nothing was left of the scale"
+    halves, wholes = (read_adapter(tmp_path / name).layers for name in ("fp16", "fp32"))
+    assert {layer.up.dtype for layer in halves.values()} == {torch.float32}
+    moved = torch.cat([layer.up.flatten() for layer in halves.values()])
+    expected = torch.cat([layer.up.flatten() for layer in wholes.values()])
+    assert torch.nn.functional.cosine_similarity(moved, expected, dim=0) > 0.9
 
 
 def test_magnitudes_do_not_decay_and_rates_are_separate(sd1_folder):

@@ -2,7 +2,8 @@
 
 SDXL is told each photo's size before scaling and the corner of its crop (Podell et al.,
 arXiv:2307.01952, section 2.2). Here both mean something: a small photo was scaled up and is
-blurred, and an oblong one was cropped, so that the object is off centre or cut.
+blurred, and an oblong one was cropped, so that the object is off centre or cut. In a wide photo the
+object stood near the middle, and no caption says on which side it is seen: only the crop does.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ SIDE = 128
 
 VIEWS, CAPTIONS = 17, 18  # seeds
 SQUARE, LARGEST_ASPECT = 0.3, 1.5
+OFF_THE_MIDDLE = 0.25
+"""How far from the middle an object of a wide photo stands, relative to one of a square photo."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,19 @@ class View:
         return max(SIDE, round(height * scale)), max(SIDE, round(width * scale))
 
     @property
+    def is_wide(self) -> bool:
+        """Whether its crop is one from left to right."""
+        height, width = self.original_size
+        return width > height
+
+    @property
     def time_ids(self) -> tuple[int, ...]:
         """What SDXL is told: original size, crop's corner, target size."""
         return (*self.original_size, *self.crop, SIDE, SIDE)
 
     @property
     def cropped_scene(self) -> Scene:
-        """The scene with the object where the crop shows it, for a caption that is true."""
+        """The scene with the object where the crop shows it."""
         height, width = self.scaled_size
         top, left = self.crop
         across, down = (2 * left + SIDE - width) / SIDE, (2 * top + SIDE - height) / SIDE
@@ -105,6 +114,9 @@ def training_view(index: int) -> View:
     subject, name = sample_named(generator)
     scene = place(subject, str(generator.choice(list(BACKGROUNDS))), generator)
     view = View(scene, _draw_original_size(generator), (0, 0), name)
+    if view.is_wide:
+        x, y = scene.position
+        view = replace(view, scene=replace(scene, position=(OFF_THE_MIDDLE * x, y)))
     height, width = view.scaled_size
     top, left = (_draw_corner(length - SIDE, generator) for length in (height, width))
     return replace(view, crop=(top, left))
@@ -113,4 +125,7 @@ def training_view(index: int) -> View:
 def training_captions(index: int, count: int) -> list[str]:
     """True captions of training picture ``index``."""
     view, generator = training_view(index), np.random.default_rng((CAPTIONS, index))
-    return [caption(view.cropped_scene, generator, view.name) for _ in range(count)]
+    scene = view.cropped_scene
+    if view.is_wide:
+        scene = replace(scene, position=(0.0, scene.position[1]))  # where it is is not told
+    return [caption(scene, generator, view.name) for _ in range(count)]
