@@ -47,7 +47,7 @@ from dora_diffusion.evaluation.measures import seed_means, title_of
 from dora_diffusion.evaluation.report import aligned, sheet, shown
 from dora_diffusion.evaluation.statistics import Interval, cluster_interval
 from dora_diffusion.evaluation.toy import answer, measure
-from dora_diffusion.evaluation.toy_requests import Group, toy_requests, true_pictures
+from dora_diffusion.evaluation.toy_requests import Group, Request, toy_requests, true_pictures
 from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.pictures import save_png
 from dora_diffusion.training.optimizer import build_lr_schedule, build_optimizer
@@ -166,10 +166,27 @@ def digest_of(base: str) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
-def perform(run: Run, work: Path) -> dict[str, Any]:
-    """Train and measure one run, or read what an earlier call measured on the same base."""
+def picture_file(work: Path, method: str, subject: BenchmarkSubject, place: str) -> Path:
+    """Where the first seed's picture of a subject in a place is."""
+    return work / "pictures" / f"{method}-{subject.name}-{place}.png"
+
+
+def first_request(subject: BenchmarkSubject) -> Request:
+    """What the grid shows of a subject: its first new place."""
+    (request, *_) = toy_requests(subject, f"{TRIGGER} {subject.word}", [0], ("subject",))
+    return request
+
+
+def perform(run: Run, work: Path, *, with_picture: bool = False) -> dict[str, Any]:
+    """Train and measure one run, or read what an earlier call measured on the same base.
+
+    ``with_picture`` does it again if there is no picture of it for the grid.
+    """
     file = work / "runs" / f"{run.name}.json"
-    if file.is_file():
+    subject = find_subject(run.subject)
+    place = first_request(subject).wanted["background"]
+    in_grid = picture_file(work, run.method, subject, place)
+    if file.is_file() and (in_grid.is_file() or run.seed > 0 or not with_picture):
         known = json.loads(file.read_text())
         if known["digest"] == digest_of(run.base):
             return known
@@ -182,7 +199,6 @@ def perform(run: Run, work: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     for model in session.trained.values():
         model.eval()
-    subject = find_subject(run.subject)
     requests = toy_requests(subject, session.subject.trigger, [run.seed], GROUPS)
     answers = answer(session.components, requests)
     values = measure(subject, requests, answers)
@@ -195,7 +211,7 @@ def perform(run: Run, work: Path) -> dict[str, Any]:
     for request, picture in zip(requests, answers.pictures, strict=True):
         if request.group == "subject" and run.seed == 0:
             place = request.wanted["background"]
-            save_png(picture, work / "pictures" / f"{run.method}-{run.subject}-{place}.png")
+            save_png(picture, picture_file(work, run.method, subject, place))
     save_text(file, json.dumps(result, indent=2) + "\n")
     return result
 
@@ -269,11 +285,13 @@ def chosen(
     return tuple(map(find_subject, args.subjects)) if args.subjects else default
 
 
-def perform_all(runs: list[Run], work: Path) -> list[dict[str, Any]]:
+def perform_all(
+    runs: list[Run], work: Path, *, with_pictures: bool = False
+) -> list[dict[str, Any]]:
     """All runs in turn, with a line each."""
     results = []
     for number, run in enumerate(runs, 1):
-        results.append(perform(run, work))
+        results.append(perform(run, work, with_picture=with_pictures))
         figures = results[-1]["measures"]
         print(
             f"{number}/{len(runs)} {run.name}: similarity {figures['subject_similarity']:.3f}, "
@@ -322,12 +340,13 @@ def picture_grid(
     rows: dict[str, list[Image.Image]] = {"truth": []}
     labels = []
     for subject in subjects:
-        (request, *_) = toy_requests(subject, f"{TRIGGER} {subject.word}", [0], ("subject",))
+        request = first_request(subject)
+        place = request.wanted["background"]
         rows["truth"] += true_pictures([request], 128)
-        labels.append(f"{subject.name} {PLACES[request.wanted['background']][0]}")
+        labels.append(f"{subject.name} {PLACES[place][0]}")
         for method in methods:
-            file = f"{method}-{subject.name}-{request.wanted['background']}.png"
-            rows.setdefault(method, []).append(Image.open(work / "pictures" / file))
+            file = picture_file(work, method, subject, place)
+            rows.setdefault(method, []).append(Image.open(file))
     return sheet(rows, labels)
 
 
@@ -355,7 +374,8 @@ def main() -> None:
     if args.tune:
         tune(args)
         return
-    results = perform_all(runs_of(args, chosen(args, REPORTED), RATES), args.work)
+    runs = runs_of(args, chosen(args, REPORTED), RATES)
+    results = perform_all(runs, args.work, with_pictures=args.grid is not None)
     if args.part is not None:
         return
     if args.results:
