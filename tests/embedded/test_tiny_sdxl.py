@@ -88,13 +88,22 @@ def test_it_looks_at_its_sizes(pipeline: Any) -> None:
     assert sharpness(small) < 0.95 * sharpness(large)
 
 
-def test_it_looks_at_its_crops(pipeline: Any) -> None:
-    """A tall photo's lower part has its middle further up."""
-    upper, lower = (
-        pictures(pipeline, 4, original_size=(3 * SIDE // 2, SIDE), crops_coords_top_left=(top, 0))
-        for top in (0, SIDE // 2)
+@pytest.mark.parametrize("wide", [False, True])
+def test_it_looks_at_its_crops(pipeline: Any, wide: bool) -> None:
+    """What a tall photo has in its middle, its lower part has further up; a wide one alike."""
+    size = (SIDE, 3 * SIDE // 2) if wide else (3 * SIDE // 2, SIDE)
+    first, last = (
+        pictures(
+            pipeline,
+            4,
+            original_size=size,
+            crops_coords_top_left=(0, offset) if wide else (offset, 0),
+        )
+        for offset in (0, SIDE // 2)
     )
-    assert mean_center(lower.mT) < mean_center(upper.mT) - 0.4
+    if not wide:
+        first, last = first.mT, last.mT
+    assert mean_center(last) < mean_center(first) - 0.4
 
 
 def test_center_and_sharpness_are_what_they_say() -> None:
