@@ -148,7 +148,7 @@ class Conv2dOperation:
         """The transposed convolution."""
         few = grad.shape[0] * grad[0, 0].numel() <= FEW_POSITIONS * weight.shape[0]
         if few and x.device.type == "cpu" and x.is_contiguous():
-            # In this order, with the columns last, it is up to four times as fast.
+            # In this order, with the columns last, it is much faster.
             rows = grad.flatten(2).mT
             columns = matrix_product(rows.reshape(-1, rows.shape[2]), weight.flatten(1))
             return self._fold(columns.view(*rows.shape[:2], -1).mT, x, weight)

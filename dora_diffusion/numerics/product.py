@@ -11,8 +11,8 @@ HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyp
 def matrix_product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right`` of two matrices.
 
-    In float32 on a CPU, PyTorch asks BLAS. oneDNN, which computes its convolutions, is up to twice
-    as fast where BLAS is not made for the processor, and several times where a matrix is thin.
+    In float32 on a CPU, PyTorch asks BLAS. oneDNN, which computes its convolutions, is faster where
+    BLAS is not made for the processor, and most of all where a matrix is thin.
     """
     if not _suits_onednn(left, right):
         return left @ right
