@@ -40,7 +40,7 @@ SETTINGS = {
 
 
 def settings(output: str, **chosen: object) -> TrainConfig:
-    """A run's on the embedded model."""
+    """Those of a run on the embedded model."""
     return TrainConfig(**SETTINGS, output_dir=output, **chosen)
 
 

@@ -80,7 +80,7 @@ class LinearOperation:
 
     def input_gradient(self, grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """``grad @ weight``."""
-        return matrix_product(_rows(grad), weight).view(*grad.shape[:-1], -1)
+        return matrix_product(_rows(grad), weight).view(*grad.shape[:-1], weight.shape[1])
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """``grad.T @ x`` over all leading dimensions."""
@@ -92,7 +92,7 @@ class LinearOperation:
 
     def narrow(self, x: Tensor, down: Tensor) -> Tensor:
         """``x @ down.T``."""
-        return matrix_product(_rows(x), down.t()).view(*x.shape[:-1], -1)
+        return matrix_product(_rows(x), down.t()).view(*x.shape[:-1], down.shape[0])
 
     def narrow_gradients(
         self, grad: Tensor, x: Tensor, down: Tensor, grad_x: Tensor | None

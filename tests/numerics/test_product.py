@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dora_diffusion.numerics.operation import LinearOperation
 from dora_diffusion.numerics.product import HAS_ONEDNN, _suits_onednn, matrix_product
 
 
@@ -58,3 +59,12 @@ def test_autocast_does_not_lower_its_precision() -> None:
         expected = matrix_product(a, b)
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(matrix_product(a, b), expected)
+
+
+@pytest.mark.parametrize("leading", [(0,), (0, 3), (2, 0)])
+def test_a_linear_has_an_answer_for_no_rows(leading: tuple[int, ...]) -> None:
+    op, weight = LinearOperation(), torch.randn(4, 6)
+    x, grad = torch.randn(*leading, 6), torch.randn(*leading, 4)
+    assert op.input_gradient(grad, weight, x).shape == x.shape
+    assert op.narrow(x, weight[:2]).shape == (*leading, 2)
+    assert torch.equal(op.weight_gradient(grad, x, weight), torch.zeros(4, 6))
