@@ -208,6 +208,11 @@ class Conv2dOperation:
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The correlation of input and output gradient."""
+        small = any(x.shape[2 + i] < self._reach(weight, i) for i in (0, 1))
+        if small and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+            # oneDNN leaves taps there that only ever met padding as it found them in memory, with
+            # whatever numbers these were, NaN among them. Its float32 is right.
+            return self._backward(grad.float(), x.float(), weight.float(), False).to(x.dtype)
         return self._backward(grad, x, weight, of_input=False)
 
     def broadcast(self, vector: Tensor) -> Tensor:
@@ -226,9 +231,13 @@ class Conv2dOperation:
         """Pixels of the output, over the batch."""
         count = x.shape[0]
         for dim in (0, 1):
-            span = self.dilation[dim] * (weight.shape[2 + dim] - 1) + 1
-            count *= (x.shape[2 + dim] + 2 * self.padding[dim] - span) // self.stride[dim] + 1
+            free = x.shape[2 + dim] + 2 * self.padding[dim] - self._reach(weight, dim)
+            count *= free // self.stride[dim] + 1
         return count
+
+    def _reach(self, weight: Tensor, dim: int) -> int:
+        """How many pixels the kernel spans, from its first tap to its last."""
+        return self.dilation[dim] * (weight.shape[2 + dim] - 1) + 1
 
 
 _POINTWISE = Conv2dOperation()

@@ -62,8 +62,8 @@ class MetricsLog:
         values = {k: v.item() if isinstance(v, Tensor) else v for k, v in record.items()}
         if not math.isfinite(values["loss"]):
             raise TrainingError(
-                f"the loss is {values['loss']} at step {values['step']}; lower the learning rate, "
-                "or train with --mixed_precision bf16 instead of fp16"
+                f"the loss is {values['loss']} at step {values['step']}; lower the learning rate "
+                "(or, if it trains in fp16, choose --mixed_precision bf16)"
             )
         if self._file is not None:
             self._file.write(json.dumps(values) + "\n")
