@@ -9,10 +9,8 @@ from dora_diffusion.numerics.operation import Conv2dOperation
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("size", "kernel", "stride"),
-    [((1, 1), 3, 2), ((8, 1), 3, 2), ((2, 1), 5, 2), ((1, 8), 5, 1), ((2, 2), 7, 4), ((4, 4), 3, 2)],
-)
+@pytest.mark.parametrize("size", [(1, 1), (8, 1), (2, 3), (4, 4)])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 1), (5, 2), (7, 4)])
 def test_weight_gradient_of_a_map_smaller_than_the_kernel(size, kernel, stride, dtype):
     torch.manual_seed(0)
     padding = kernel // 2
