@@ -23,7 +23,7 @@ def bars(axes: Any, relative: dict[str, float], title: str) -> None:
     """One bar per peer, relative to LoRA's."""
     colors = [COLORS.get(name, OTHER) for name in relative]
     drawn = axes.barh(list(relative), list(relative.values()), color=colors)
-    axes.bar_label(drawn, fmt="%.2f", padding=3)
+    axes.bar_label(drawn, fmt="%.2f", label_type="center", color="white", weight="bold")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlim(0, 1.15 * max(relative.values()))
     axes.invert_yaxis()

@@ -85,19 +85,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _strengths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--strength", type=float, default=1.0, help="0 is the base, 1 the adapter as trained."
+        "--strength",
+        type=float,
+        default=1.0,
+        help="0 is the base, 1 the adapter as trained. Default: %(default)s.",
     )
     parser.add_argument(
         "--direction_strength",
         type=float,
         default=1.0,
-        help="Scales the low-rank update inside the norm.",
+        help="Scales the low-rank update inside the norm. Default: %(default)s.",
     )
     parser.add_argument(
         "--magnitude_strength",
         type=float,
         default=1.0,
-        help="Moves the magnitude by this share of its change.",
+        help="Moves the magnitude by this share of its change. Default: %(default)s.",
     )
 
 
@@ -116,10 +119,18 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="Picture file, X.png.")
     parser.add_argument("--negative_prompt", default="", help="What to steer away from.")
     parser.add_argument("--seed", type=int, help="Of the first picture. Default: random, shown.")
-    parser.add_argument("--num_images", type=int, default=1, help="Pictures, one per seed.")
-    parser.add_argument("--batch_size", type=int, default=4, help="Pictures at once.")
-    parser.add_argument("--steps", type=int, default=30, help="Denoising steps.")
-    parser.add_argument("--guidance_scale", type=float, default=7.5, help="Guidance.")
+    parser.add_argument(
+        "--num_images", type=int, default=1, help="Pictures, one per seed. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=4, help="Pictures at once. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--steps", type=int, default=30, help="Denoising steps. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--guidance_scale", type=float, default=7.5, help="Guidance. Default: %(default)s."
+    )
     parser.add_argument("--scheduler", choices=SAMPLERS, help="Default: the model's own.")
     parser.add_argument("--width", type=int, help="Pixels. Default: what the model was made for.")
     parser.add_argument("--height", type=int, help="Pixels.")
@@ -136,7 +147,9 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         help="Folder of photos that training has not seen; or a subject of the toy world, such as "
         "bolt_mug, for an embedded model.",
     )
-    parser.add_argument("--output", default="evaluation", help="Folder of the results.")
+    parser.add_argument(
+        "--output", default="evaluation", help="Folder of the results. Default: %(default)s."
+    )
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     parser.add_argument(
         "--metric_model",
@@ -150,21 +163,29 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", help="Text file, one prompt per line, with {} where the subject is named."
     )
-    parser.add_argument("--num_seeds", type=int, default=4, help="Pictures per prompt.")
-    parser.add_argument("--seed", type=int, default=0, help="The first seed.")
-    parser.add_argument("--steps", type=int, default=25, help="Denoising steps.")
+    parser.add_argument(
+        "--num_seeds", type=int, default=4, help="Pictures per prompt. Default: %(default)s."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="The first seed. Default: %(default)s.")
+    parser.add_argument(
+        "--steps", type=int, default=25, help="Denoising steps. Default: %(default)s."
+    )
     parser.add_argument(
         "--guidance_scale", type=float, help="Default: 3.5 for the toy world, else 7.5."
     )
     parser.add_argument("--scheduler", choices=SAMPLERS, help="Default: the model's own.")
-    parser.add_argument("--batch_size", type=int, default=8, help="Pictures at once.")
+    parser.add_argument(
+        "--batch_size", type=int, default=8, help="Pictures at once. Default: %(default)s."
+    )
     _loading(parser)
     _strengths(parser)
 
 
 def _loading(parser: argparse.ArgumentParser) -> None:
     """How the base of `generate` and `evaluate` is loaded."""
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Precision.")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="Precision. Default: %(default)s."
+    )
     parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
     parser.add_argument(
         "--config",
@@ -187,7 +208,10 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     _strengths(parser)
     for part, text in (("unet", "UNet"), ("text_encoder", "text encoders")):
         parser.add_argument(
-            f"--{part}_strength", type=float, default=1.0, help=f"Times --strength, for the {text}."
+            f"--{part}_strength",
+            type=float,
+            default=1.0,
+            help=f"Times --strength, for the {text}. Default: %(default)s.",
         )
 
 
@@ -215,7 +239,14 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", help="An adapter file or folder.")
     parser.add_argument("output", help="The file or folder to write.")
-    parser.add_argument("--to", required=True, choices=FORMATS, help="What to write.")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=FORMATS,
+        help="What to write. diffusers, peft; kohya: for LyCORIS, and for web UIs where trained on "
+        "the input axis; for one --base: comfyui (and Forge), dense (A1111 too; large), and lora, "
+        "lora-diffusers, which approximate it without magnitudes.",
+    )
     _base(parser, required=False)
     parser.add_argument(
         "--family", choices=("sd1", "sd2", "sdxl"), help="For files that do not say it."

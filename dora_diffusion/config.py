@@ -156,7 +156,9 @@ class TrainConfig:
         None,
         "What the subject is. Default: the words that follow the token in the instance prompt.",
     )
-    resolution: int | None = _flag(None, "Training size in pixels. Default: the model family's.")
+    resolution: int | None = _flag(
+        None, "Training size in pixels. Default: what the model was made for."
+    )
     center_crop: bool = _flag(False, "Crop the middle instead of drawing a crop in every epoch.")
     random_flip: bool = _flag(
         False, "Mirror half of the photos; not for subjects with text or a side."
@@ -214,7 +216,7 @@ class TrainConfig:
     )
 
     # The optimisation
-    max_train_steps: int | None = _flag(None, "Optimizer steps. Default: the model family's.")
+    max_train_steps: int | None = _flag(None, "Optimizer steps. Default: 800, for SDXL 1000.")
     num_train_epochs: int | None = _flag(None, "Epochs instead of max_train_steps.")
     train_batch_size: int = _flag(1, "Photos per step and process.")
     gradient_accumulation_steps: int = _flag(1, "Batches per optimizer step.")

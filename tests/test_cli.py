@@ -101,8 +101,11 @@ class TestHelp:
         text = " ".join(capsys.readouterr().out.split())
         for setting in dataclasses.fields(TrainConfig):
             assert f"--{setting.name}" in text
-            assert " ".join(setting.metadata["help"].split())[:25] in text
-        assert "Default: 8e-05." in text
+            said = " ".join(setting.metadata["help"].split())
+            assert said[:25] in text
+            if isinstance(setting.default, int | float) and setting.default is not False:
+                default = "on" if setting.default is True else setting.default
+                assert f"{said} Default: {default}." in text
 
     def test_written_out_choices_are_those_of_the_modules(self):
         assert tuple(SAMPLERS) == cli.SAMPLERS
@@ -364,7 +367,10 @@ class TestFiles:
     def test_convert_and_inspect(self, trained, sd1_folder, tmp_path, capsys):
         file = tmp_path / "kohya.safetensors"
         assert cli.main(["convert", str(trained), str(file), "--to", "kohya"]) == 0
-        assert f"{file}: " in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"{file}: " in said
+        assert "\nexact: LyCORIS\n" in said
+        assert "\nwrong: diffusers, ComfyUI and Forge, A1111, InvokeAI, sd-scripts; " in said
         assert cli.main(["inspect", str(file), "--json"]) == 0
         facts = json.loads(capsys.readouterr().out)
         assert (facts["method"], facts["spelling"], facts["rank"]) == ("DoRA", "kohya", "2")

@@ -112,7 +112,7 @@ def make_config(
     token = clean_text(token, 50, "token")
     class_word = clean_text(class_word, 100, "class")
     if not token or " " in token:
-        raise AppError("the token must be one word that the model does not know, such as sks")
+        raise AppError("the token must be one rare word, such as sks")
     if not class_word:
         raise AppError("say what the subject is: one or two words such as mug, dog or toy robot")
     subject = f"{token} {class_word}"

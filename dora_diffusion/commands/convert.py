@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 
 
 def run(args: argparse.Namespace) -> int:
     """Write an adapter for another tool, and say how exact it is."""
     import torch
 
-    from dora_diffusion.export import CONVERSIONS, convert_adapter
+    from dora_diffusion.export import CONVERSIONS, convert_adapter, inspect_adapter
 
     options = {} if args.rank is None else {"rank": args.rank}
     report = convert_adapter(
@@ -39,4 +40,17 @@ def run(args: argparse.Namespace) -> int:
         )
     for note in report.notes:
         print(f"repaired: {note}")
+    _print_where_it_works(inspect_adapter(report.path).tools)
     return 0
+
+
+def _print_where_it_works(verdicts: Mapping[str, str]) -> None:
+    """The programs, by what `inspect` says of each."""
+    programs: dict[str, list[str]] = {}
+    for program, verdict in verdicts.items():
+        programs.setdefault(verdict.partition(":")[0], []).append(program)
+    for verdict, names in programs.items():
+        if verdict.startswith("exact"):
+            print(f"{verdict}: {', '.join(names)}")
+    if wrong := ", ".join(programs.get("wrong", ())):
+        print(f"wrong: {wrong}; choose another --to for these, or export a merged model")

@@ -40,7 +40,9 @@ def _help(setting: dataclasses.Field[Any]) -> str:
         default: Any = " ".join(setting.default_factory())
     else:
         default = setting.default
-    if default not in (None, "", False, True):
+    if isinstance(default, bool):
+        default = "on" if default else ""
+    if default not in (None, ""):
         text += f" Default: {default}."
     return text.replace("%", "%%")
 

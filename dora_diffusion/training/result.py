@@ -103,11 +103,11 @@ def model_card(
         f"**{caption}**\n\n![{caption}]({path})" for caption, path in samples.items()
     )
     steps = metadata.extra["training_steps"]
+    library = "" if adapter.name == KOHYA_FILE else "\nlibrary_name: diffusers"
     return f"""---
 base_model: {base}
-instance_prompt: {config.instance_prompt!r}
-library_name: diffusers
-tags: [text-to-image, diffusers, {method.lower()}, dreambooth]
+instance_prompt: {config.instance_prompt!r}{library}
+tags: [text-to-image, {method.lower()}, dreambooth]
 ---
 
 # {subject.trigger or Path(config.output_dir).name}

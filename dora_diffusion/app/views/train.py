@@ -68,7 +68,7 @@ def build(context: Context, subjects: SubjectTab) -> TrainTab:
                 token = gr.Textbox(
                     "sks",
                     label="Token",
-                    info="A word the model does not know.",
+                    info="A rare word, for this subject alone.",
                     max_lines=1,
                     min_width=140,
                 )

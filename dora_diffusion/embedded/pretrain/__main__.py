@@ -98,9 +98,10 @@ def _sdxl_diffusion(work: Path, minutes: float) -> None:
     model = TextToImageXL(_tokenizer(work))
     if goes_on(work):
         fill_from_package(model, "tiny-sdxl")
+        train_diffusion(model, work, minutes, export_sdxl, 3e-4, knows_words=True)
     else:
         grow_from_sd(model, [text for index in range(500) for text in training_captions(index, 1)])
-    train_diffusion(model, work, minutes, export_sdxl, 8e-4, knows_words=goes_on(work))
+        train_diffusion(model, work, minutes, export_sdxl, 8e-4)
 
 
 def _sdxl_ship(work: Path, minutes: float) -> None:
