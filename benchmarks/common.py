@@ -46,12 +46,21 @@ def machine() -> str:
         ]
         model = names[0] if names else model
         model += " with AMX" if "amx_tile" in info else ""
-    from importlib.metadata import version
-
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "lycoris-lora"))
+    versions = ((name, _version(name)) for name in ("torch", "peft", "lycoris-lora"))
+    packages = ", ".join(f"{name} {version}" for name, version in versions if version)
     threads = torch.get_num_threads()
     used = "one thread, processor time" if threads == 1 else f"{threads} threads, wall-clock time"
     return f"{os.cpu_count()} cores of an {model}; {used}; {packages}"
+
+
+def _version(package: str) -> str:
+    """Of an installed package, else nothing."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

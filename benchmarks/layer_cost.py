@@ -3,8 +3,8 @@
     python benchmarks/layer_cost.py --family sd1
     python benchmarks/layer_cost.py --family sdxl --rounds 3
 
-Each shape runs one optimizer step's forward and backward, once with the gradient of its input and
-once without, on each peer in turns. Totals weigh a shape by how often the UNet has it.
+Each shape runs one optimizer step's forward and backward, with the gradient of its input or
+(`--no-input`) without, on each peer in turns. Totals weigh a shape by how often the UNet has it.
 """
 
 from __future__ import annotations

@@ -166,9 +166,9 @@ def digest_of(base: str) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
-def picture_file(work: Path, method: str, subject: BenchmarkSubject, place: str) -> Path:
-    """Where the first seed's picture of a subject in a place is."""
-    return work / "pictures" / f"{method}-{subject.name}-{place}.png"
+def picture_file(run: Run, work: Path, place: str) -> Path:
+    """Where a run's picture of its subject in a place is; only those of the first seed are kept."""
+    return work / "pictures" / f"{run.name}-{place}.png"
 
 
 def first_request(subject: BenchmarkSubject) -> Request:
@@ -185,7 +185,7 @@ def perform(run: Run, work: Path, *, with_picture: bool = False) -> dict[str, An
     file = work / "runs" / f"{run.name}.json"
     subject = find_subject(run.subject)
     place = first_request(subject).wanted["background"]
-    in_grid = picture_file(work, run.method, subject, place)
+    in_grid = picture_file(run, work, place)
     if file.is_file() and (in_grid.is_file() or run.seed > 0 or not with_picture):
         known = json.loads(file.read_text())
         if known["digest"] == digest_of(run.base):
@@ -211,7 +211,7 @@ def perform(run: Run, work: Path, *, with_picture: bool = False) -> dict[str, An
     for request, picture in zip(requests, answers.pictures, strict=True):
         if request.group == "subject" and run.seed == 0:
             place = request.wanted["background"]
-            save_png(picture, picture_file(work, run.method, subject, place))
+            save_png(picture, picture_file(run, work, place))
     save_text(file, json.dumps(result, indent=2) + "\n")
     return result
 
@@ -333,21 +333,20 @@ def pack(base: str, work: Path, file: Path) -> None:
     save_text(file, f"[\n{lines}\n]\n")
 
 
-def picture_grid(
-    subjects: Iterable[BenchmarkSubject], methods: Iterable[str], work: Path
-) -> Image.Image:
+def picture_grid(runs: Iterable[Run], work: Path) -> Image.Image:
     """The first seed's picture of every subject in its first new place, under the truth."""
     rows: dict[str, list[Image.Image]] = {"truth": []}
-    labels = []
-    for subject in subjects:
-        request = first_request(subject)
+    labels: dict[str, str] = {}
+    for run in runs:
+        if run.seed > 0:
+            continue
+        request = first_request(find_subject(run.subject))
         place = request.wanted["background"]
-        rows["truth"] += true_pictures([request], 128)
-        labels.append(f"{subject.name} {PLACES[place][0]}")
-        for method in methods:
-            file = picture_file(work, method, subject, place)
-            rows.setdefault(method, []).append(Image.open(file))
-    return sheet(rows, labels)
+        if run.subject not in labels:
+            labels[run.subject] = f"{run.subject} {PLACES[place][0]}"
+            rows["truth"] += true_pictures([request], 128)
+        rows.setdefault(run.method, []).append(Image.open(picture_file(run, work, place)))
+    return sheet(rows, list(labels.values()))
 
 
 def main() -> None:
@@ -385,7 +384,7 @@ def main() -> None:
         text += "\n\n" + differences(results, args.methods)
     save_text(args.work / "table.md", text + "\n")
     if args.grid:
-        save_png(picture_grid(chosen(args, REPORTED), args.methods, args.work), args.grid)
+        save_png(picture_grid(runs, args.work), args.grid)
     print(f"{platform.processor() or platform.machine()}, one core, {args.base}\n\n{text}")
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.dora import adapted_weight, merged_weight, wide
+from dora_diffusion.numerics.dora import adapted_weight, merged_weight
+from dora_diffusion.numerics.precision import wide
 from dora_diffusion.numerics.weights import LayerWeights
 
 # Values that are merged at a time: their float32 copies fit into a processor's cache.

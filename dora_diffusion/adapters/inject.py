@@ -17,8 +17,10 @@ from dora_diffusion.adapters.layers import (
     adapt_layer,
     adapted_layers,
     can_adapt,
+    close_caches,
+    is_wrapped,
+    make_plain,
     open_caches,
-    plain_layer,
 )
 from dora_diffusion.adapters.sources import unwatch_sources, watch_sources
 from dora_diffusion.adapters.targets import is_conv, match_targets
@@ -145,11 +147,10 @@ def put_adapters(
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
     keep_output = not _writes_in_place(model)
     for path, one in weights.items():
-        module = model.get_submodule(path)
-        layer = adapt_layer(module, keep_output)
+        layer = adapt_layer(model.get_submodule(path), keep_output)
         layer.adapters[name] = LayerAdapter(one.to(layer.weight.device), dropout)
-        layer.train(module.training)
-        _replace(model, path, layer)
+        layer.forget(name)
+        layer.train(layer.training)
     watch_sources(model)
 
 
@@ -160,7 +161,8 @@ def _misfit(model: nn.Module, path: str, weights: LayerWeights, name: str) -> st
     except AttributeError:
         return f"there is no layer {path}"
     if not can_adapt(module):
-        return f"{path} is a {type(module).__name__}"
+        wrapped = " whose forward another tool has wrapped" if is_wrapped(module) else ""
+        return f"{path} is a {type(module).__name__}{wrapped}"
     shape = tuple(cast(torch.Tensor, module.weight).shape)
     if weights.weight_shape != shape:
         return f"{path} has shape {shape}, the adapter's is {weights.weight_shape}"
@@ -172,11 +174,6 @@ def _misfit(model: nn.Module, path: str, weights: LayerWeights, name: str) -> st
 def _writes_in_place(model: nn.Module) -> bool:
     """Whether an activation such as ``ReLU(inplace=True)`` may overwrite a layer's output."""
     return any(getattr(module, "inplace", False) is True for module in model.modules())
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def remove_adapters(model: nn.Module, name: str | None = None) -> None:
@@ -191,15 +188,15 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     Raises:
         ValueError: If no layer has an adapter of this name.
     """
-    layers = list(adapted_layers(model))
-    if name is not None and not any(name in layer.adapters for _, layer in layers):
+    layers = [layer for _, layer in adapted_layers(model)]
+    if name is not None and not any(name in layer.adapters for layer in layers):
         raise ValueError(f"the model has no adapter named {name!r}")
-    for path, layer in layers:
+    for layer in layers:
         layer.unmerge()
         for one in list(layer.adapters) if name is None else [name]:
             layer.adapters.pop(one) if one in layer.adapters else None
         if not layer.adapters:
-            _replace(model, path, plain_layer(layer))
+            make_plain(layer)
     _unwatch_plain(model)
 
 
@@ -222,10 +219,10 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
         >>> merge_adapters(model); type(model[0]).__name__
         'Linear'
     """
-    for path, layer in list(adapted_layers(model)):
+    for _, layer in list(adapted_layers(model)):
         layer.merge()
         if not keep_base:
-            _replace(model, path, plain_layer(layer))
+            make_plain(layer)
     _unwatch_plain(model)
 
 
@@ -315,8 +312,7 @@ def norm_scope(*models: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer in opened:
-            layer.close_cache()
+        close_caches(opened)
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Parameter]:

@@ -1,8 +1,8 @@
 """Linear and Conv2d layers that carry adapters.
 
-An adapted layer *is* the layer it replaces: it shares its parameters, buffers and hooks, so that
-the base model's state dict, dtype and device handling stay as they were. Adapters live in the
-child module ``adapters``.
+An adapted layer *is* the layer that it was, of another class: its parameters, buffers, hooks and
+places in the model, so that the base model's state dict, dtype and device handling stay as they
+were. Adapters live in the child module ``adapters``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dora_diffusion.numerics.dora import (
     adapted_weight,
     merged_weight,
     moved_magnitude,
-    wide,
 )
 from dora_diffusion.numerics.dora import gain as gain_of
 from dora_diffusion.numerics.gain import Gain, GainInputs, WeightFacts, make_gains
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation, Operation
+from dora_diffusion.numerics.precision import full_precision, wide
 from dora_diffusion.numerics.source import Source
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
@@ -209,31 +209,38 @@ class AdaptedLayer(nn.Module):
             self._weight_facts(axis),
         )
 
-    def close_cache(self) -> None:
-        """Forget the gains."""
-        self._gain_cache = None
+    def forget(self, name: str) -> None:
+        """Drop the gain of an adapter that is not what it was."""
+        if self._gain_cache is not None:
+            self._gain_cache.pop(name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: not the gains, which nobody would close for it."""
+        return {**self.__dict__, "_gain_cache": None}
 
     def _weight_facts(self, axis: NormAxis) -> WeightFacts:
         """What is known of the base weight, for as long as it is what it was."""
         weight = self.weight
-        identity = (axis, weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        version = None if weight.is_inference() else weight._version
+        identity = (axis, weight.data_ptr(), version, weight.dtype, weight.device)
         if self._facts is None or self._facts[0] != identity:
-            self._facts = (identity, WeightFacts.of(weight.detach(), axis))
+            self._facts = (identity, WeightFacts(weight.detach(), axis))
         return self._facts[1]
 
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The weight with every active adapter in it, float32."""
-        adapted = [
-            adapted_weight(
-                self.weight,
-                adapter.weights(),
-                strength=adapter.strength,
-                direction_strength=adapter.direction_strength,
-                magnitude_strength=adapter.magnitude_strength,
-            )
-            for _, adapter in self.active()
-        ]
+        with full_precision(self.weight.device):
+            adapted = [
+                adapted_weight(
+                    self.weight,
+                    adapter.weights(),
+                    strength=adapter.strength,
+                    direction_strength=adapter.direction_strength,
+                    magnitude_strength=adapter.magnitude_strength,
+                )
+                for _, adapter in self.active()
+            ]
         return merged_weight(self.weight, adapted) if adapted else wide(self.weight)
 
     @torch.no_grad()
@@ -262,6 +269,10 @@ class DoRALinear(AdaptedLayer, nn.Linear):
 
 class DoRAConv2d(AdaptedLayer, nn.Conv2d):
     """``nn.Conv2d`` (one group) with adapters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `AdaptedLayer.forward`; like ``nn.Conv2d``, it takes one picture without a batch."""
+        return super().forward(x[None])[0] if x.ndim == 3 else super().forward(x)
 
     @property
     def _pads_itself(self) -> bool:
@@ -304,11 +315,21 @@ def can_adapt(module: nn.Module) -> bool:
     """
     if isinstance(module, AdaptedLayer):
         return True
+    if is_wrapped(module):
+        return False
     return type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
 
 
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether a Linear or Conv2d has a forward of its own, as Accelerate's offloading gives it.
+
+    That calls the forward of the class that the module had then, past any adapter.
+    """
+    return type(module) in _ADAPTED and "forward" in vars(module)
+
+
 def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
-    """The module as a layer that can carry adapters, sharing its parameters and hooks.
+    """Make the module a layer that can carry adapters.
 
     Raises:
         TypeError: If the module is neither a Linear nor a Conv2d with one group.
@@ -319,44 +340,41 @@ def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
         raise TypeError(
             f"cannot adapt {type(module).__name__}: only nn.Linear and nn.Conv2d with groups=1"
         )
-    layer = cast(AdaptedLayer, _recast(module, _ADAPTED[type(module)]))
+    module.__class__ = _ADAPTED[type(module)]
+    layer = cast(AdaptedLayer, module)
     layer.adapters = nn.ModuleDict()
     layer._gain_cache = layer._facts = layer._unmerged = None
     layer.keep_output = keep_output
     return layer
 
 
-def plain_layer(layer: AdaptedLayer) -> nn.Module:
-    """The Linear or Conv2d that an adapted layer stands for, with its present weight."""
-    module = _recast(layer, _PLAIN[type(layer)])
-    del module._modules["adapters"]
-    for name in ("_gain_cache", "_facts", "_unmerged", "keep_output"):
-        del module.__dict__[name]
-    return module
-
-
-def _recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """A module of another class over the same parameters, buffers, hooks and settings."""
-    other = kind.__new__(kind)
-    other.__dict__.update(
-        (name, value.copy() if isinstance(value, dict) else value)
-        for name, value in module.__dict__.items()
-    )
-    return other
+def make_plain(layer: AdaptedLayer) -> None:
+    """Make an adapted layer the Linear or Conv2d that it was, with its present weight."""
+    for name in ("adapters", "_gain_cache", "_facts", "_unmerged", "keep_output"):
+        delattr(layer, name)
+    layer.__class__ = _PLAIN[type(layer)]  # type: ignore[assignment]
 
 
 def open_caches(layers: Sequence[AdaptedLayer]) -> None:
-    """Compute every active adapter's gain now, all together, and keep them until `close_cache`."""
+    """Compute every active adapter's gain now, all together, and keep it until `close_caches`."""
     wanted = [
         (layer, name, layer._gain_inputs(adapter))
         for layer in layers
         for name, adapter in layer.active()
         if adapter.magnitude is not None
     ]
+    gains = make_gains([inputs for _, _, inputs in wanted])
     for layer in layers:
         layer._gain_cache = {}
-    for (layer, name, _), gain in zip(wanted, make_gains([one[2] for one in wanted]), strict=True):
+    for (layer, name, _), gain in zip(wanted, gains, strict=True):
         cast(dict[str, Gain], layer._gain_cache)[name] = gain
+
+
+def close_caches(layers: Sequence[AdaptedLayer]) -> None:
+    """Forget the gains of layers, some of which may be plain again."""
+    for layer in layers:
+        if isinstance(layer, AdaptedLayer):
+            layer._gain_cache = None
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:

@@ -2,47 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_diffusion.numerics.source import Recipe, Source
 
 _NOTED = "_dora_source"
 
-
-def _silu(module: nn.SiLU) -> Callable[[Tensor], Tensor] | None:
-    return None if module.inplace else F.silu
-
-
-def _layer_norm(module: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
-    shape, eps = module.normalized_shape, module.eps
-    return lambda x: F.layer_norm(x, shape, module.weight, module.bias, eps)
-
-
-def _group_norm(module: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
-    groups, eps = module.num_groups, module.eps
-    return lambda x: F.group_norm(x, groups, module.weight, module.bias, eps)
-
-
-_MAKERS: dict[type[nn.Module], Callable[[Any], Callable[[Tensor], Tensor] | None]] = {
-    nn.SiLU: _silu,
-    nn.LayerNorm: _layer_norm,
-    nn.GroupNorm: _group_norm,
-}
+# Exactly these classes: a subclass may compute something else.
+_WATCHED = (nn.SiLU, nn.LayerNorm, nn.GroupNorm)
 
 
 def watch_sources(model: nn.Module) -> None:
-    """Have every norm and activation of a model note on its output what it was made from.
-
-    Exactly the known classes: a subclass may compute something else.
-    """
+    """Have every norm and activation of a model note on its output what it was made from."""
     for module in model.modules():
-        if type(module) in _MAKERS and _note not in module._forward_hooks.values():
-            module.register_forward_hook(_note)
+        if type(module) in _WATCHED and _note not in module._forward_hooks.values():
+            # Before hooks that change what the module has made.
+            module.register_forward_hook(_note, prepend=True)
 
 
 def unwatch_sources(model: nn.Module) -> None:
@@ -53,21 +32,35 @@ def unwatch_sources(model: nn.Module) -> None:
 
 
 def noted_source(x: Tensor) -> Source | None:
-    """What `watch_sources` had noted on a tensor, if anything."""
-    source: Source | None = getattr(x, _NOTED, None)
-    return source
+    """What `watch_sources` had noted on a tensor, unless it was written to since."""
+    source, version = getattr(x, _NOTED, (None, 0))
+    return source if source is not None and x._version == version else None
 
 
 def _note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
     # What needs no gradient was not kept.
-    if torch.compiler.is_compiling() or len(args) != 1 or not args[0].requires_grad:
+    if len(args) != 1 or not args[0].requires_grad or not _can_repeat(module):
         return
-    # A parameter that trains may have another value in the backward pass.
+    device = output.device.type
+    dtype, on = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    recipe = Recipe(partial(_again, module, device, dtype, on))
+    setattr(output, _NOTED, (Source(args[0].detach(), recipe), output._version))
+
+
+def _can_repeat(module: nn.Module) -> bool:
+    """Whether the module's own forward gives the same in the backward pass."""
+    # A parameter that trains may have another value then.
     trains = any(p.requires_grad for p in module.parameters(recurse=False))
-    make = None if trains else _MAKERS[type(module)](module)
-    if make is None or not torch.is_grad_enabled():
-        return
-    dtype = output.dtype
-    # Autocast runs norms in float32, whatever they are given.
-    recipe = Recipe(lambda kept: make(kept.to(dtype)))
-    setattr(output, _NOTED, Source(args[0].detach(), recipe))
+    # Tools that hook a model wrap the forward of an instance.
+    return not (trains or getattr(module, "inplace", False) or "forward" in module.__dict__)
+
+
+def _again(
+    module: nn.Module, device: str, dtype: torch.dtype, autocast: bool, kept: Tensor
+) -> Tensor:
+    """What a module made, under the autocast of then: CUDA's runs norms in float32."""
+    with torch.autocast(device, dtype, enabled=autocast):
+        made: Tensor = type(module).forward(module, kept)
+    return made

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from dora_diffusion.adapters.layers import can_adapt
+from dora_diffusion.adapters.layers import can_adapt, is_wrapped
 
 _ATTENTION = r"to_q|to_k|to_v|to_out\.0"
 # conv_in and conv_out are left to "full": four channels on one side leave no room for a rank.
@@ -47,8 +47,15 @@ def match_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
             dots.
 
     Raises:
-        TargetError: If one of the targets matches nothing.
+        TargetError: If one of the targets matches nothing, or a layer that cannot be adapted since
+            another tool has wrapped its forward.
     """
+    for path, module in model.named_modules():
+        if is_wrapped(module) and any(_matches(target, path, module) for target in targets):
+            raise TargetError(
+                f"{path} cannot be adapted: another tool has wrapped its forward; put adapters on "
+                "before that tool hooks the model"
+            )
     candidates = {
         path: module for path, module in model.named_modules() if path and can_adapt(module)
     }

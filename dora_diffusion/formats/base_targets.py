@@ -33,7 +33,8 @@ from dora_diffusion.formats.kohya_target import (
     with_hash,
 )
 from dora_diffusion.formats.safetensors_stream import TensorSpec
-from dora_diffusion.numerics.dora import adapted_norm, adapted_weight, weight_norm, wide
+from dora_diffusion.numerics.dora import adapted_norm, adapted_weight, weight_norm
+from dora_diffusion.numerics.precision import wide
 from dora_diffusion.numerics.weights import LayerWeights
 
 _OVERSAMPLING = 16

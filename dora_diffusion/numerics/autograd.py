@@ -1,9 +1,9 @@
 """DoRA as autograd functions that keep no more for the backward pass than LoRA does.
 
 With the norm detached (paper, section 4.3), ``y = g * (W + sBA) x + b`` on the output axis and
-``y = (W + sBA)(g * x) + b`` on the input axis, with ``g = m / norm``. Saved are ``x``, on the
-output axis ``y`` (which the next operation usually keeps anyway), the rank-wide ``A x`` and
-vectors; the base result is not.
+``y = (W + sBA)(g * x) + b`` on the input axis, with ``g = m / norm``. Saved are ``x`` (or what it
+follows from, `Source`), on the output axis ``y`` (which the next operation usually keeps anyway),
+the rank-wide ``A x`` and vectors; the base result is not.
 
 Two exact forms of the same product are used, and the cheaper one is chosen by shape alone:
 
@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dora_diffusion.numerics.dora import NORM_FLOOR, per_channel, wide
+from dora_diffusion.numerics.dora import NORM_FLOOR, per_channel
 from dora_diffusion.numerics.gain import Gain
 from dora_diffusion.numerics.operation import Operation
+from dora_diffusion.numerics.precision import is_wide, wide
 from dora_diffusion.numerics.source import Source
 from dora_diffusion.numerics.weights import NormAxis
 
@@ -42,7 +43,7 @@ def folds(positions: int, weight: Tensor, rank: int, dtype: torch.dtype) -> bool
 
     Folding passes over ``out * fan_in`` numbers; following over ``positions * (out + in)``.
     """
-    if dtype not in (torch.float32, torch.float64):
+    if not is_wide(dtype):
         return False
     out, inputs = weight.shape[:2]
     input_passes = FOLLOW_INPUT_PASSES + rank * weight.shape[2:].numel() / ROWS_PER_PASS
@@ -124,7 +125,7 @@ def _grow_onto(total: Tensor, base: Tensor, gain: Tensor) -> Tensor:
 
     There the whole correction is summed before it meets the base, so that it is rounded once.
     """
-    if total.dtype in (torch.float32, torch.float64):
+    if is_wide(total.dtype):
         return total.addcmul_(base, gain.to(total.dtype))
     return base.add_(total.addcmul_(base, (gain - 1).to(total.dtype)))
 

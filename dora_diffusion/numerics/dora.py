@@ -16,24 +16,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dora_diffusion.numerics.precision import wide, wide_dtype
 from dora_diffusion.numerics.product import matrix_product
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 # Far below any pretrained norm, and far enough above float32's smallest number that m / FLOOR
-# stays finite: a zero row then gives zeros instead of NaN. Never added, so no norm is changed.
+# stays finite. A channel of a smaller norm is 0. Never added, so no norm is changed.
 NORM_FLOOR = 1e-30
 # Below this share of |W|^2, the factored norm has lost about four of its twenty-four bits to
 # cancellation, and the channel is recomputed from the dense weight.
 CANCELLATION = 1 / 16
-
-
-def _wide_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Return the tensor in the precision that norms and merges are computed in."""
-    return tensor.to(_wide_dtype(tensor))
 
 
 def per_channel(vector: Tensor, ndim: int, axis: NormAxis) -> Tensor:
@@ -53,7 +45,7 @@ def squared_norm(weight: Tensor, axis: NormAxis) -> Tensor:
         return columns.view(weight.shape[1], -1).sum(dim=1)
     # One pass over the weight in its own dtype, summed in the wide one.
     dims = list(range(1, weight.ndim))
-    norm: Tensor = torch.linalg.vector_norm(weight, dim=dims, dtype=_wide_dtype(weight))
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=dims, dtype=wide_dtype(weight))
     return norm.square()
 
 
@@ -121,7 +113,8 @@ def change_and_checksum(
 ) -> tuple[Tensor, Tensor]:
     """`squared_norm_change`, and the weight's `checksum` from the same pass over the weight."""
     inputs, rank = weight.shape[1], down.shape[0]
-    weight, down, up = (wide(tensor).flatten(1) for tensor in (weight, down, up))
+    weight = wide(weight).flatten(1)
+    down, up = (tensor.to(weight.dtype).flatten(1) for tensor in (down, up))
     if axis == "output":
         seen = matrix_product(weight, torch.cat([down, _probe(down.shape[1], down)]).t())
         product = torch.addmm(
@@ -138,8 +131,8 @@ def change_and_checksum(
 def checksum(weight: Tensor, axis: NormAxis) -> Tensor:
     """A number per channel that tells a weight from another: ``(out,)`` or ``(in,)``.
 
-    It is the product with a fixed unit vector, of about ``|W_i| / sqrt(n)``. Another weight would
-    have to be orthogonal to the difference in all channels to have the same.
+    It is the product with a fixed unit vector, of about ``|W_i| / sqrt(n)``, to which a difference
+    between two weights would have to be orthogonal in all channels to go unseen.
     """
     rows = wide(weight).flatten(1)
     if axis == "output":
@@ -150,13 +143,16 @@ def checksum(weight: Tensor, axis: NormAxis) -> Tensor:
 
 def _probe(length: int, like: Tensor) -> Tensor:
     """The unit vector of a length, ``(1, length)``."""
-    return _probe_on(length, like.device, like.dtype)
+    probe = _probe_on(length, like.device, like.dtype)
+    if type(probe) is not Tensor:
+        _probe_on.cache_clear()  # A fake tensor must not outlive the mode that made it.
+    return probe
 
 
 @lru_cache(maxsize=256)
 def _probe_on(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     # A chirp: as good as random, and the same everywhere.
-    chirp = torch.arange(length, dtype=torch.float64).square().cos()
+    chirp = torch.arange(length, dtype=torch.float64, device="cpu").square().cos()
     return torch.div(chirp, torch.linalg.vector_norm(chirp))[None].to(device, dtype)
 
 
@@ -172,8 +168,9 @@ def _dense_channels(
 
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """``g = m / norm``, which a channel of the direction is multiplied by; finite at norm 0."""
-    return wide(magnitude) / norm.clamp_min(NORM_FLOOR)
+    """``g = m / norm``, which a channel of the direction is multiplied by; 0 where that is 0."""
+    quotient = wide(magnitude) / norm.clamp_min(NORM_FLOOR)
+    return quotient.masked_fill(norm <= NORM_FLOOR, 0.0)
 
 
 def moved_magnitude(weight: Tensor, layer: LayerWeights, magnitude_strength: float) -> Tensor:
@@ -213,8 +210,8 @@ def adapted_weight(
         )
     base = wide(weight)
     # In place from here on: at the size of a model, fresh memory costs more than the arithmetic.
-    adapted = low_rank_delta(layer.down, layer.up, direction_strength * layer.scale)
-    adapted = adapted.to(base.dtype).add_(base)
+    down, up = (tensor.to(base.dtype) for tensor in (layer.down, layer.up))
+    adapted = low_rank_delta(down, up, direction_strength * layer.scale).add_(base)
     if layer.magnitude is not None:
         norm = weight_norm(adapted, layer.norm_axis)
         factor = gain(moved_magnitude(base, layer, magnitude_strength), norm)

@@ -22,6 +22,7 @@ from dora_diffusion.numerics.dora import (
     squared_norm,
 )
 from dora_diffusion.numerics.dora import gain as gain_of
+from dora_diffusion.numerics.precision import full_precision
 from dora_diffusion.numerics.weights import NormAxis
 
 # Output channels whose |g| is below this recompute their direction for the gradient of m: dividing
@@ -45,7 +46,7 @@ class Gain(NamedTuple):
     small: Tensor | None
 
 
-class WeightFacts(NamedTuple):
+class WeightFacts:
     """What is known of a frozen weight ``(out, in, *k)``; both ``(n,)`` on the norm's axis.
 
     Attributes:
@@ -53,13 +54,15 @@ class WeightFacts(NamedTuple):
         checksum: Tells whether it is still the same weight.
     """
 
-    squared_norm: Tensor
-    checksum: Tensor
+    def __init__(self, weight: Tensor, axis: NormAxis) -> None:
+        self.axis: NormAxis = axis
+        self.renew(weight)
 
-    @classmethod
-    def of(cls, weight: Tensor, axis: NormAxis) -> WeightFacts:
-        """The facts of a weight, which are a pass over it each."""
-        return cls(squared_norm(weight, axis), checksum(weight, axis))
+    def renew(self, weight: Tensor) -> None:
+        """Take the facts of a weight, which are a pass over it each."""
+        with full_precision(weight.device):
+            self.squared_norm = squared_norm(weight, self.axis)
+            self.checksum = checksum(weight, self.axis)
 
 
 class GainInputs(NamedTuple):
@@ -93,8 +96,8 @@ def make_gains(layers: Sequence[GainInputs]) -> list[Gain]:
     if not layers:
         return []
     if len({(one.weight.device, one.known.squared_norm.dtype) for one in layers}) > 1:
-        return [_careful(one) for one in layers]
-    with torch.autocast(layers[0].weight.device.type, enabled=False):
+        return [gain for one in layers for gain in make_gains([one])]
+    with full_precision(layers[0].weight.device):
         return _make_together(layers)
 
 
@@ -119,7 +122,8 @@ def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
 
 
 def _careful(one: GainInputs) -> Gain:
-    return make_gain(one.magnitude, adapted_norm(*one[1:6]))
+    one.known.renew(one.weight)
+    return make_gain(one.magnitude, adapted_norm(*one[1:6], one.known.squared_norm))
 
 
 def _owners(channels: Sequence[int], sizes: Sequence[int]) -> set[int]:

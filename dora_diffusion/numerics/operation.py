@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_diffusion.numerics.precision import is_wide, wide_dtype
 from dora_diffusion.numerics.product import matrix_product
 
 aten = torch.ops.aten
@@ -22,10 +23,6 @@ aten = torch.ops.aten
 # Below this many positions per output channel, a convolution's input gradient on a CPU is faster as
 # one product of matrices: the library's convolutions first copy the weight into a layout of theirs.
 FEW_POSITIONS = 1 / 2
-
-
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 class Operation(Protocol):
@@ -108,7 +105,7 @@ class LinearOperation:
 
     def channel_sum(self, activation: Tensor) -> Tensor:
         """``(..., channels)`` -> ``(channels,)``."""
-        return _rows(activation).sum(dim=0, dtype=_sum_dtype(activation))
+        return _rows(activation).sum(dim=0, dtype=wide_dtype(activation))
 
     def select(self, activation: Tensor, channels: Tensor) -> Tensor:
         """Channels are the last dimension."""
@@ -146,18 +143,18 @@ class Conv2dOperation:
 
     def input_gradient(self, grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """The transposed convolution."""
-        few = grad.shape[0] * grad[0, 0].numel() <= FEW_POSITIONS * weight.shape[0]
+        few = grad.shape[0] * math.prod(grad.shape[2:]) <= FEW_POSITIONS * weight.shape[0]
         if few and x.device.type == "cpu" and x.is_contiguous():
             # In this order, with the columns last, it is much faster.
             rows = grad.flatten(2).mT
             columns = matrix_product(rows.reshape(-1, rows.shape[2]), weight.flatten(1))
-            return self._fold(columns.view(*rows.shape[:2], -1).mT, x, weight)
+            return self._fold(columns.view(*rows.shape[:2], columns.shape[1]).mT, x, weight)
         return self._backward(grad, x, weight, of_input=True)
 
     def _fold(self, columns: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Sum ``(N, channels * taps, positions)`` into maps of the size of ``x``."""
         if self._is_product(weight):
-            return columns.reshape(x.shape[0], -1, *x.shape[2:])
+            return columns.reshape(x.shape[0], columns.shape[1], *x.shape[2:])
         kernel = weight.shape[2], weight.shape[3]
         return F.fold(columns, x.shape[2:], kernel, self.dilation, self.padding, self.stride)
 
@@ -177,7 +174,7 @@ class Conv2dOperation:
         return (
             same
             and self.stride == (1, 1)
-            and x.dtype in (torch.float32, torch.float64)
+            and is_wide(x.dtype)
             and x.is_contiguous()
             and down.shape[0] * down.shape[2:].numel() <= down.shape[1]
         )
@@ -202,7 +199,7 @@ class Conv2dOperation:
             shifted = F.unfold(grad, (height, width), self.dilation, self.padding)
         if grad_x is not None:
             across = _taps(down).t().expand(x.shape[0], -1, -1)
-            grad_x.view(*x.shape[:2], -1).baddbmm_(across, shifted)
+            grad_x.view(*x.shape[:2], shifted.shape[2]).baddbmm_(across, shifted)
         grad_taps = (shifted @ x.flatten(2).mT).sum(dim=0)
         return grad_taps.view(rank, height, width, -1).flip(1, 2).permute(0, 3, 1, 2)
 
@@ -221,7 +218,7 @@ class Conv2dOperation:
 
     def channel_sum(self, activation: Tensor) -> Tensor:
         """``(N, channels, H, W)`` -> ``(channels,)``."""
-        return activation.sum(dim=(0, 2, 3), dtype=_sum_dtype(activation))
+        return activation.sum(dim=(0, 2, 3), dtype=wide_dtype(activation))
 
     def select(self, activation: Tensor, channels: Tensor) -> Tensor:
         """Channels are the second dimension."""

@@ -14,10 +14,11 @@ from torch import Tensor
 
 
 class Recipe:
-    """How an input is made again. It holds no tensor between the passes.
+    """How an input is made again.
 
     Several layers may share one, as queries, keys and values do: the first of them in the backward
-    pass computes, and the last one lets go.
+    pass computes, and the last one lets go. Where one of them has no backward pass, the input is
+    held until the graph goes.
     """
 
     def __init__(self, make: Callable[[Tensor], Tensor]) -> None:

@@ -66,7 +66,11 @@ class MetricsLog:
                 "(or, if it trains in fp16, choose --mixed_precision bf16)"
             )
         if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
+            # An fp16 step that overflowed, and was skipped, has no norm of its gradients.
+            written = {
+                k: None if v in (math.inf, -math.inf) or v != v else v for k, v in values.items()
+            }
+            self._file.write(json.dumps(written) + "\n")
             self._file.flush()
         self._on_record(values)
 

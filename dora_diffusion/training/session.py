@@ -174,6 +174,7 @@ class Session:
         if limit:
             norm: Tensor = self.accelerator.clip_grad_norm_(self.parameters, limit)
             return norm
+        self.accelerator.unscale_gradients()
         return total_norm(self.parameters)
 
 

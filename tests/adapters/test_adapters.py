@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -416,6 +417,134 @@ def test_grouped_convolutions_and_attention_projections_are_not_adapted():
     )
     with pytest.raises(TargetError):
         match_targets(net, ["full"])
+
+
+def test_a_layer_whose_forward_is_wrapped_is_refused(net):
+    """As Accelerate's offloading does it: the wrapper would go past the adapter."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    add_hook_to_module(net.square, ModelHook())
+    with pytest.raises(TargetError, match="square cannot be adapted: another tool has wrapped"):
+        inject_adapters(net, everything())
+    twin = Net()
+    inject_adapters(twin, everything())
+    weights = {"square": twin.square.adapters["default"].weights()}
+    with pytest.raises(ValueError, match="square is a Linear whose forward another tool"):
+        put_adapters(net, weights, name="default")
+    inject_adapters(net, AdapterConfig(targets=("wide",), rank=2))
+    assert [path for path, _ in adapted_layers(net)] == ["wide"]
+
+
+def test_a_layer_with_two_names_is_adapted_under_both():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.second = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    model, x = Tied(), torch.randn(3, 8)
+    linear, calls = model.first, []
+    hook = linear.register_forward_hook(lambda module, args, output: calls.append(module))
+    inject_adapters(model, everything())
+    move(model)
+    adapted = model(x)
+    assert model.first is model.second is linear
+    assert calls == [linear, linear]
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), adapted, rtol=1e-5, atol=1e-5)
+    hook.remove()
+    model(x)
+    assert len(calls) == 4, "a handle from before still takes its hook off"
+    assert type(linear) is nn.Linear
+    assert set(vars(linear)) == set(vars(nn.Linear(8, 8)))
+
+
+def test_a_copy_made_inside_a_scope_takes_no_norms_with_it(net, x):
+    inject_adapters(net, everything())
+    move(net)
+    with norm_scope(net):
+        twin = copy.deepcopy(net)
+    move(net, seed=3)
+    move(twin, seed=3)
+    assert torch.equal(twin(x), net(x))
+
+
+def test_a_scope_that_fails_to_open_leaves_nothing_behind(net, x, monkeypatch):
+    inject_adapters(net, everything())
+
+    def fail(inputs):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dora_diffusion.adapters.layers.make_gains", fail)
+        with pytest.raises(torch.OutOfMemoryError), norm_scope(net):
+            pass
+    before = net(x)
+    move(net)
+    after = net(x)
+    assert not torch.allclose(before, after)
+    merge_adapters(net)
+    torch.testing.assert_close(net(x), after, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_replaced_inside_a_scope_has_its_own_norm(net, x):
+    inject_adapters(net, everything())
+    move(net)
+    with norm_scope(net):
+        net(x)
+        for _, layer in adapted_layers(net):
+            del layer.adapters["default"]
+        inject_adapters(net, everything())
+        move(net, seed=4)
+        inside = net(x)
+    torch.testing.assert_close(inside, net(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_a_float64_model_is_adapted_in_float64(net, x, axis):
+    net.double()
+    inject_adapters(net, everything(norm_axis=axis))
+    move(net)
+    adapted = net(x.double())
+    assert adapted.dtype == torch.float64
+    adapted.square().sum().backward()
+    assert all(p.grad.dtype == p.dtype for p in adapter_parameters(net))
+    merge_adapters(net)
+    # The adapter itself is float32.
+    torch.testing.assert_close(net(x.double()), adapted, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_convolutions_take_one_picture_and_none(net, x, axis):
+    inject_adapters(net, everything(norm_axis=axis))
+    move(net)
+    convs = nn.Sequential(net.conv, net.down, net.point)
+    torch.testing.assert_close(convs(x[0]), convs(x)[0])
+    for norms in (nullcontext(), norm_scope(convs)):
+        with norms:
+            nothing = x[:0].clone().requires_grad_()
+            convs(nothing).sum().backward()
+    assert nothing.grad.shape == nothing.shape
+    assert all(not p.grad.any() for p in adapter_parameters(convs))
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_merging_under_autocast_is_as_exact_as_without(net, axis):
+    inject_adapters(net, everything(norm_axis=axis))
+    move(net)
+    for _, layer in adapted_layers(net):
+        with torch.autocast("cpu", torch.bfloat16):
+            merged = layer.merged()
+        assert torch.equal(merged, layer.merged())
+
+
+def test_a_model_made_in_inference_mode_is_adapted(x):
+    with torch.inference_mode():
+        net = Net()
+        inject_adapters(net, everything())
+        assert net(x).shape == (2, 20, 17)
 
 
 def test_an_unfrozen_base_weight_is_an_error(net, x):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_diffusion.numerics import autograd as dora_autograd
+from dora_diffusion.numerics import gain as gain_module
 from dora_diffusion.numerics.autograd import dora, folds
 from dora_diffusion.numerics.dora import (
     adapted_norm,
@@ -19,8 +20,9 @@ from dora_diffusion.numerics.dora import (
     squared_norm,
     weight_norm,
 )
-from dora_diffusion.numerics.gain import make_gain
+from dora_diffusion.numerics.gain import GainInputs, WeightFacts, make_gain, make_gains
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
+from dora_diffusion.numerics.precision import full_precision
 from dora_diffusion.numerics.weights import LayerWeights
 
 AXES = ("output", "input")
@@ -313,3 +315,64 @@ def test_a_checksum_tells_a_weight_from_one_with_a_changed_channel(axis, shape):
         assert differs.any()
         if axis == "output":
             assert differs.nonzero().flatten().tolist() == [channel % shape[0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_channel_of_zeros_stays_zero_whatever_its_magnitude(dtype):
+    from dora_diffusion.adapters.inject import inject_adapters, merge_adapters
+    from dora_diffusion.config import AdapterConfig
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32)).to(dtype)
+    model[0].weight.data[2] = 0
+    inject_adapters(model, AdapterConfig(targets=("full",), rank=2))
+    model[0].adapters["default"].magnitude.data += 0.01
+    x = torch.randn(2, 64).to(dtype)
+    adapted = model(x)
+    assert torch.equal(adapted[:, 2], model[0].bias[2].expand(2))
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), adapted, rtol=0.01, atol=0.01)
+
+
+def test_full_precision_is_without_tensorfloat_and_autocast():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        for allowed in (True, False):
+            matmul.allow_tf32 = allowed
+            with full_precision(torch.device("cuda")):
+                assert not matmul.allow_tf32
+            assert matmul.allow_tf32 == allowed
+    finally:
+        matmul.allow_tf32 = before
+    with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_facts_of_a_weight_are_renewed_when_it_was_written_to(monkeypatch):
+    """Once: a layer whose weight was written through ``.data`` is not looked at twice for ever."""
+    weight, down, up = torch.randn(8, 6), torch.randn(2, 6), torch.randn(8, 2)
+    known = WeightFacts(weight, "output")
+    careful = []
+    plain = gain_module._careful
+    monkeypatch.setattr(gain_module, "_careful", lambda one: careful.append(1) or plain(one))
+    for expected in (0, 1, 1):
+        if expected:
+            weight.data.mul_(1.0 if careful else 1.5)
+        magnitude = weight_norm(weight, "output")
+        inputs = GainInputs(magnitude, weight, down, up, 0.5, "output", known)
+        (gain,) = make_gains([inputs])
+        assert len(careful) == expected
+        dense = (weight.double() + 0.5 * up.double() @ down.double()).norm(dim=1)
+        torch.testing.assert_close(gain.norm.double(), dense, rtol=1e-5, atol=0)
+
+
+def test_a_fake_forward_leaves_no_fake_tensor_behind():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    length = 4099  # No other test has asked for it.
+    with FakeTensorMode():
+        checksum(torch.empty(3, length), "output")
+    found = checksum(torch.ones(3, length), "output")
+    assert type(found) is torch.Tensor
+    assert torch.isfinite(found).all()

@@ -47,9 +47,9 @@ def make_config(model, photos, output_dir, **kwargs):
     return TrainConfig(**{**settings, **kwargs})
 
 
-def losses(folder):
+def losses(folder, figure="loss"):
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return {json.loads(line)["step"]: json.loads(line)["loss"] for line in lines}
+    return {json.loads(line)["step"]: json.loads(line)[figure] for line in lines}
 
 
 def assert_same_adapter(first, second, **tolerance):
@@ -181,13 +181,14 @@ def test_bfloat16_stays_near_float32(sd1_folder, photos, tmp_path):
     assert {t.up.dtype for t in read_adapter(tmp_path / "bf16").layers.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
 def test_float16_with_its_gradient_scaler_stays_near_float32(
-    sd1_folder, photos, tmp_path, monkeypatch
+    max_grad_norm, sd1_folder, photos, tmp_path, monkeypatch
 ):
     """What Accelerate sets up on a GPU for fp16, on this CPU: autocast and scaler, half weights."""
-    exact = make_config(sd1_folder, photos, tmp_path / "fp32")
+    exact = make_config(sd1_folder, photos, tmp_path / "fp32", max_grad_norm=max_grad_norm)
     train(exact)
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
 
     def on_cpu(config):
         accelerator = make_accelerator(replace(config, mixed_precision="no"))
@@ -199,6 +200,8 @@ def test_float16_with_its_gradient_scaler_stays_near_float32(
     train(replace(exact, mixed_precision="fp16", output_dir=str(tmp_path / "fp16")))
     for step, loss in losses(tmp_path / "fp32").items():
         assert losses(tmp_path / "fp16")[step] == pytest.approx(loss, rel=0.01)
+    norms, expected = (losses(tmp_path / name, "grad_norm") for name in ("fp16", "fp32"))
+    assert norms[1] == pytest.approx(expected[1], rel=0.05)
     assert scaler.get_scale() > 1, "no step was skipped until nothing was left of the scale"
     halves, wholes = (read_adapter(tmp_path / name).layers for name in ("fp16", "fp32"))
     assert {layer.up.dtype for layer in halves.values()} == {torch.float32}
