@@ -221,7 +221,9 @@ class TrainConfig:
     train_batch_size: int = _flag(1, "Photos per step and process.")
     gradient_accumulation_steps: int = _flag(1, "Batches per optimizer step.")
     learning_rate: float = _flag(8e-5, "Learning rate of the UNet's adapter.")
-    text_encoder_lr: float = _flag(5e-6, "Learning rate of the text encoders' adapter.")
+    text_encoder_lr: float = _flag(
+        5e-6, "Learning rate of the text encoders' adapter; prodigy takes learning_rate for all."
+    )
     magnitude_lr: float | None = _flag(None, "Learning rate of magnitudes. Default: their layer's.")
     loraplus_ratio: float = _flag(
         1.0, "Learning rate of B over that of A (LoRA+, arXiv:2402.12354)."
@@ -279,8 +281,21 @@ class TrainConfig:
             0 <= self.caption_dropout <= 1,
             f"caption_dropout is {self.caption_dropout}; it must be between 0 and 1",
         )
+        if self.optimizer_name == "prodigy":
+            self._check_prodigy()
         for targets, rank_only in ((self.targets, False), (self.text_encoder_targets, True)):
             self._adapter(tuple(targets), rank_only)
+
+    def _check_prodigy(self) -> None:
+        _require(
+            self.learning_rate >= 0.1,
+            f"learning_rate is {self.learning_rate}; Prodigy finds the rate itself, and multiplies "
+            "it by learning_rate: use 1",
+        )
+        _require(
+            self.magnitude_lr is None and self.loraplus_ratio == 1,
+            "Prodigy has one rate for everything: leave out magnitude_lr and loraplus_ratio",
+        )
 
     def _adapter(self, targets: tuple[str, ...], linear_only: bool) -> AdapterConfig:
         return AdapterConfig(

@@ -153,10 +153,14 @@ class EpochSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """The state, for a checkpoint."""
-        return asdict(self.state) | {"num_samples": self.num_samples, "seed": self.seed}
+        order = {"num_samples": self.num_samples, "seed": self.seed}
+        return asdict(self.state) | order | {"global_batch_size": self.global_batch_size}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint, with any number of processes.
+
+        Where batches are of one group each, another global batch size goes on at the next epoch:
+        the place in this one would lie inside of a batch.
 
         Raises:
             ValueError: If it belongs to another dataset or seed: the order would differ silently.
@@ -167,4 +171,8 @@ class EpochSampler:
                     f"cannot resume: the checkpoint was trained with {name} {state[name]}, "
                     f"this run has {ours}"
                 )
-        self.state = SamplerState(int(state["epoch"]), int(state["position"]))
+        size = state.get("global_batch_size", self.global_batch_size)
+        if self.groups is not None and size != self.global_batch_size:
+            self.state = SamplerState(int(state["epoch"]) + 1, 0)
+        else:
+            self.state = SamplerState(int(state["epoch"]), int(state["position"]))

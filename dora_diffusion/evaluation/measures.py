@@ -115,6 +115,8 @@ MEASURES: dict[str, Measure] = {
 }  # fmt: skip
 """Every figure by its name; a name followed by ``@MODEL`` is that figure by a metric model."""
 
+_SHARED_BY_SEEDS = ("diversity_features", "diversity_pixels", "denoising_loss")
+
 TAKEN = 0.7
 """Cosine above which a picture shows the subject: one subject scores 0.95, two hardly ever 0.7."""
 
@@ -167,18 +169,30 @@ def summarize(name: str, values: Values) -> Interval:
     Means over prompts count the spread between prompts as chance, which makes them wider than the
     chance of seeds alone would.
     """
-    flat = _flat(values)
     if measure_of(name).kind == "share":
+        flat = _flat(values)
         return wilson_interval(sum(flat), len(flat))
-    return t_interval(flat)
+    return t_interval(_independent(name, values))
 
 
 def difference(name: str, values: Values, base: Values) -> Interval:
     """Mean change against the base: means paired by picture, shares with Newcombe's interval."""
     if measure_of(name).kind == "share":
         return share_difference(summarize(name, values), summarize(name, base))
-    pairs = zip(_flat(values), _flat(base), strict=True)
+    pairs = zip(_independent(name, values), _independent(name, base), strict=True)
     return t_interval([mine - theirs for mine, theirs in pairs])
+
+
+def _independent(name: str, values: Values) -> list[float]:
+    """Values that know nothing of each other: a picture's, or a prompt's or photo's over all seeds.
+
+    Distances between pictures of one prompt share pictures, and the losses of all seeds are on the
+    same photos.
+    """
+    shared = name.partition("@")[0] in _SHARED_BY_SEEDS
+    if shared and len({len(one) for one in values}) == 1:
+        return [float(mean) for mean in np.mean(values, axis=0)]
+    return _flat(values)
 
 
 def _flat(values: Values) -> list[float]:

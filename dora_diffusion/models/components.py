@@ -30,6 +30,10 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# They ignore a schedule that ends in pure noise.
+_NOT_TO_ZERO_SNR = ("PNDMScheduler", "HeunDiscreteScheduler")
+
+
 @dataclass
 class Components:
     """The modules of one model, frozen and in evaluation mode as loaded.
@@ -151,7 +155,7 @@ class Components:
         """Build a sampler over this model's noise schedule.
 
         Raises:
-            ValueError: If the name is not known.
+            ValueError: If the name is not known, or that sampler cannot follow the schedule.
         """
         import diffusers
 
@@ -165,6 +169,11 @@ class Components:
         config |= {"clip_sample": False, "steps_offset": 1, **settings}
         config.setdefault("set_alpha_to_one", False)
         if config.get("rescale_betas_zero_snr"):
+            if class_name in _NOT_TO_ZERO_SNR:
+                raise ValueError(
+                    f"the scheduler {name or own_class} cannot follow this model's noise schedule, "
+                    "which ends in pure noise; choose ddim, euler or dpm++"
+                )
             # With a zero-SNR schedule, sampling must start at the last step (arXiv:2305.08891).
             config["timestep_spacing"] = "trailing"
         return getattr(diffusers, class_name).from_config(config)

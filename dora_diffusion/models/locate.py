@@ -31,7 +31,7 @@ def resolve_folder(
     Raises:
         ModelNotFoundError: If there is no such model, in one line with what to do.
     """
-    text = str(name)
+    text = os.path.expanduser(name)
     if text.startswith(EMBEDDED_PREFIX):
         return _embedded_folder(text.removeprefix(EMBEDDED_PREFIX))
     if Path(text).is_dir():

@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dora_diffusion.models.family import Family
+from dora_diffusion.models.family import Family, UnsupportedModelError
 
 
 def training_scheduler(config: Mapping[str, Any]) -> Any:
-    """DDPM over the model's noise schedule, whatever sampler its folder names."""
+    """DDPM over the model's noise schedule, whatever sampler its folder names.
+
+    Raises:
+        UnsupportedModelError: If the folder's scheduler has no schedule of betas.
+    """
     import diffusers
 
+    own = str(config.get("_class_name", ""))
+    if own.startswith(("EDM", "FlowMatch")):
+        raise UnsupportedModelError(
+            f"the model's scheduler, {own}, has another kind of noise schedule than Stable "
+            "Diffusion 1, 2 and XL; such models are not supported"
+        )
     scheduler_class: Any = diffusers.DDPMScheduler
     return scheduler_class.from_config({**config, "clip_sample": False})
 

@@ -41,12 +41,17 @@ def parameters_by_name(trained: Mapping[str, nn.Module]) -> dict[str, nn.Paramet
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
+    return checkpoints_after(output_dir, -1)
+
+
+def checkpoints_after(output_dir: Path, step: int) -> list[Path]:
+    """The complete checkpoints after a step, oldest first."""
     found = [
         (int(match[1]), path)
         for path in output_dir.glob("checkpoint-*")
         if (match := _NAME.fullmatch(path.name)) and (path / _STATE).is_file()
     ]
-    return [path for _, path in sorted(found)]
+    return [path for number, path in sorted(found) if number > step]
 
 
 def save_checkpoint(
@@ -124,6 +129,25 @@ def load_state(path: Path, config: TrainConfig) -> dict[str, Any]:
         listed = ", ".join(f"{key} ({before.get(key)!r} -> {now[key]!r})" for key in changed)
         raise ConfigError(f"cannot resume {path.name}: these settings differ: {listed}")
     return state
+
+
+def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]) -> None:
+    """Put saved moments and the schedule's place back; rates and decays stay those of this run.
+
+    Args:
+        optimizer: This run's, fresh.
+        lr_schedule: This run's, fresh: a `LambdaLR`, or Accelerate's wrapper of one.
+        state: What a checkpoint holds.
+    """
+    settings = ("initial_lr", "weight_decay", "betas", "eps")
+    own = [{k: group[k] for k in settings if k in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    lr_schedule.load_state_dict(state["lr_schedule"])
+    plain = getattr(lr_schedule, "scheduler", lr_schedule)
+    plain.base_lrs = [group["initial_lr"] for group in own]
+    for group, mine, factor in zip(optimizer.param_groups, own, plain.lr_lambdas, strict=True):
+        group.update(mine)
+        group["lr"] = mine["initial_lr"] * factor(plain.last_epoch)
 
 
 def restore_parameters(trained: Mapping[str, nn.Module], saved: Mapping[str, torch.Tensor]) -> None:

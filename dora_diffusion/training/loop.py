@@ -20,16 +20,19 @@ from dora_diffusion.formats.sgm_blocks import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.pictures import save_png
 from dora_diffusion.training.checkpoint import (
+    checkpoints_after,
     checkpoints_in,
     find_checkpoint,
     load_state,
     parameters_by_name,
+    restore_optimizer,
     restore_parameters,
     save_checkpoint,
 )
 from dora_diffusion.training.metrics import MetricsLog, TrainingError
 from dora_diffusion.training.result import (
     adapter_metadata,
+    drop_result,
     model_card,
     save_config,
     write_result_adapter,
@@ -180,9 +183,10 @@ class _Run:
     def _begin(self, start: int) -> None:
         session = self.session
         if self.is_main:
+            for old in checkpoints_after(self.output_dir, start):
+                shutil.rmtree(old, ignore_errors=True)
             if not start:
-                for old in checkpoints_in(self.output_dir):
-                    shutil.rmtree(old, ignore_errors=True)
+                drop_result(self.output_dir)
             save_config(self.config, self.output_dir / "config.yaml")
         if self.config.report_to:
             session.accelerator.init_trackers("dreambooth")
@@ -213,13 +217,23 @@ class _Run:
         session = self.session
         path = find_checkpoint(self.config.resume_from_checkpoint, self.output_dir)
         state = load_state(path, self.config)
+        self._check_later(int(state["step"]))
         restore_parameters(session.trained, state["parameters"])
-        session.optimizer.load_state_dict(state["optimizer"])
-        session.lr_schedule.load_state_dict(state["lr_schedule"])
+        restore_optimizer(session.optimizer, session.lr_schedule, state)
         session.sampler.load_state_dict(state["sampler"])
         if state["scaler"] is not None and session.accelerator.scaler is not None:
             session.accelerator.scaler.load_state_dict(state["scaler"])
         return int(state["step"])
+
+    def _check_later(self, start: int) -> None:
+        """Refuse to mix this run's checkpoints with later ones of the run that it leaves."""
+        later = checkpoints_after(self.output_dir, start)
+        if later and not self.config.overwrite_output_dir:
+            raise ConfigError(
+                f"{self.output_dir} holds checkpoints after step {start} ({later[-1].name}); go on "
+                "from there with --resume_from_checkpoint latest, choose another output_dir, or "
+                "drop them with --overwrite_output_dir"
+            )
 
     def _checkpoint(self, step: int) -> None:
         session = self.session

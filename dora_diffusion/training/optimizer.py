@@ -24,7 +24,8 @@ def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> l
     """
     groups = []
     for component, model in trained.items():
-        rate = config.learning_rate if component == "unet" else config.text_encoder_lr
+        own_rate = component != "unet" and config.optimizer_name != "prodigy"
+        rate = config.text_encoder_lr if own_rate else config.learning_rate
         magnitude_rate = rate if config.magnitude_lr is None else config.magnitude_lr
         roles = {
             "down": (rate, config.adam_weight_decay),

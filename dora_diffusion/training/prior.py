@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.images import PhotoError, list_photos
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.atomic_file import save_text
@@ -38,6 +39,11 @@ def class_prompts(config: TrainConfig, subject: Subject, captions: Sequence[str]
         ConfigError: If a prompt would still contain the token, or no class word is known.
     """
     if config.class_prompt:
+        if subject.token and contains_token(config.class_prompt, subject.token):
+            raise ConfigError(
+                f"class_prompt {config.class_prompt!r} contains the token {subject.token!r}; "
+                "describe other members of the class, without it"
+            )
         return [config.class_prompt]
     if not subject.class_word:
         raise ConfigError(

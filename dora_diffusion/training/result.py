@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,17 +17,29 @@ from dora_diffusion.data.thumbnail import thumbnail
 from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.adapter_metadata import UNET_LAYERS, without_path
 from dora_diffusion.formats.atomic_file import save_text
+from dora_diffusion.formats.base_targets import TARGETS
 from dora_diffusion.formats.sgm_blocks import UNetLayout
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.training.subject import Subject
 
 KOHYA_FILE = "dora_kohya.safetensors"
+_SAMPLE = re.compile(r"(base|adapted|base_above_adapted|step-\d+)\.png")
 
 
 def save_config(config: TrainConfig, path: Path) -> Path:
     """Write the resolved settings, which ``--config`` reads back."""
     return save_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def drop_result(folder: Path) -> None:
+    """Remove what an earlier run left in a folder, so that nothing takes it for the next one's."""
+    adapters = [folder / name for name in (TARGETS["diffusers"].file_name, KOHYA_FILE) if name]
+    if not any(adapter.is_file() for adapter in adapters):
+        return
+    samples = [p for p in folder.glob("samples/*.png") if _SAMPLE.fullmatch(p.name)]
+    for path in (*adapters, folder / "README.md", *samples):
+        path.unlink(missing_ok=True)
 
 
 def adapter_metadata(
@@ -106,7 +120,7 @@ def model_card(
     library = "" if adapter.name == KOHYA_FILE else "\nlibrary_name: diffusers"
     return f"""---
 base_model: {base}
-instance_prompt: {config.instance_prompt!r}{library}
+instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}{library}
 tags: [text-to-image, {method.lower()}, dreambooth]
 ---
 

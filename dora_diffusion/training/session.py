@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("mixed_precision fp16 needs a CUDA GPU; use bf16 or no")
@@ -85,7 +86,8 @@ def make_accelerator(config: TrainConfig) -> Any:
         mixed_precision=config.mixed_precision,
         log_with=config.report_to,
         project_dir=str(Path(config.output_dir) / "logs"),
-        kwargs_handlers=[handler],
+        # The other processes wait while the first one makes class images.
+        kwargs_handlers=[handler, InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
 
 

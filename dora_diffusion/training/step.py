@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ from dora_diffusion.numerics.loss import (
     training_target,
 )
 from dora_diffusion.numerics.noise import sample_noise, sample_timestep
+
+KNOWN_CAPTIONS = 256
+"""Captions whose conditioning is kept, a third of a megabyte each for SDXL in half precision."""
 
 
 @dataclass(frozen=True)
@@ -128,16 +132,26 @@ class Conditioner:
         self.components = components
         self.trains = trains
         self._known: dict[str, Conditioning] = {}
+        self._warned: set[str] = set()
 
     def __call__(self, captions: Sequence[str]) -> Conditioning:
         """Conditioning of B captions."""
         if self.trains:
-            return encode_prompts(self.components, captions)
-        for caption in captions:
-            if caption not in self._known:
-                with torch.no_grad():
-                    self._known[caption] = encode_prompts(self.components, [caption])
-        return Conditioning.cat([self._known[caption] for caption in captions])
+            with warnings.catch_warnings():
+                if self._warned.issuperset(captions):
+                    warnings.simplefilter("ignore")
+                self._warned.update(captions)
+                return encode_prompts(self.components, captions)
+        found = {caption: self._encoded(caption) for caption in captions}
+        while len(self._known) > KNOWN_CAPTIONS:  # Shuffled tags hardly ever come again.
+            del self._known[next(iter(self._known))]
+        return Conditioning.cat([found[caption] for caption in captions])
+
+    def _encoded(self, caption: str) -> Conditioning:
+        if caption not in self._known:
+            with torch.no_grad():
+                self._known[caption] = encode_prompts(self.components, [caption])
+        return self._known[caption]
 
 
 class Objective(nn.Module):

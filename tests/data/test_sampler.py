@@ -131,3 +131,20 @@ def test_seeds_of_different_parts_differ() -> None:
 def test_impossible_settings_are_refused(arguments: dict) -> None:
     with pytest.raises(ValueError, match=r"."):
         EpochSampler(**arguments)
+
+
+def test_another_batch_size_goes_on_with_whole_groups():
+    """A place between two batches of the old size is inside one of the new."""
+    groups = ["wide"] * 5 + ["tall"] * 5
+    before = EpochSampler(10, batch_size=1, seed=3, groups=groups)
+    before.advance(3)
+    after = EpochSampler(10, batch_size=2, seed=3, groups=groups)
+    after.load_state_dict(before.state_dict())
+    batches = iter(after)
+    for _ in range(12):
+        batch = next(batches)
+        assert len({groups[one.index] for one in batch}) == 1
+        assert batch[0].epoch >= 1
+    same = EpochSampler(10, batch_size=1, seed=3, groups=groups)
+    same.load_state_dict(before.state_dict())
+    assert next(iter(same)) == next(iter(before))

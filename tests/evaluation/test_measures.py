@@ -119,3 +119,35 @@ def test_every_measure_is_explained_in_the_manual() -> None:
     manual = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
     for measure in MEASURES.values():
         assert measure.title in manual
+
+
+@pytest.mark.parametrize("dimensions", [1, 48])
+def test_intervals_of_diversity_hold_what_they_promise(dimensions):
+    """Over 300 evaluations of 10 prompts and 4 seeds, nine in ten at least hold the truth."""
+    generator = np.random.default_rng(0)
+    first, second = generator.standard_normal((2, 20_000, dimensions))
+    truth = np.sqrt(((first - second) ** 2).sum(1)).mean() / np.sqrt(dimensions)
+    keys = list(range(10)) * 4
+    held = 0
+    for _ in range(300):
+        pictures = torch.tensor(generator.standard_normal((40, dimensions)), dtype=torch.float32)
+        distances = mean_distances(pictures, keys, cosine=False)
+        rounds = tuple(tuple(distances[start : start + 10]) for start in range(0, 40, 10))
+        interval = summarize("diversity_pixels", rounds)
+        assert interval.mean == pytest.approx(np.mean(distances))
+        held += interval.low <= truth <= interval.high
+    assert held / 300 > 0.9
+
+
+def test_intervals_of_losses_are_over_photos():
+    """Each seed is asked about the same five photos, which differ more than the seeds do."""
+    generator = np.random.default_rng(1)
+    held = 0
+    for _ in range(1000):
+        photos = generator.standard_normal(5)
+        losses = tuple(tuple(photos + 0.3 * generator.standard_normal(5)) for _ in range(4))
+        change = tuple(tuple(np.array(one) + generator.standard_normal(5) * 0.1) for one in losses)
+        interval = summarize("denoising_loss", losses)
+        held += interval.low <= 0 <= interval.high
+        assert interval.n == difference("denoising_loss", change, losses).n == 5
+    assert 0.92 < held / 1000 < 0.98

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dora_diffusion.models.components import SAMPLERS
 from dora_diffusion.models.family import FAMILIES, UnsupportedModelError, detect_checkpoint_family
 from dora_diffusion.models.load import (
     ModelNotFoundError,
@@ -378,3 +379,27 @@ class TestNames:
         monkeypatch.setattr(embedded, "model_folder", lambda name: sd1_folder / name)
         with pytest.raises(ModelNotFoundError, match="not a diffusers pipeline"):
             resolve_folder("embedded:lost")
+
+
+def test_a_schedule_of_another_kind_is_refused():
+    from dora_diffusion.models.scheduling import training_scheduler
+
+    with pytest.raises(UnsupportedModelError, match="EDMDPMSolverMultistepScheduler"):
+        training_scheduler({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0})
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_ends_in_pure_noise_where_the_model_does_or_says_no(name):
+    components = load_components("embedded:tiny-sdxl")
+    if name in ("pndm", "heun"):
+        with pytest.raises(ValueError, match=f"{name} cannot follow this model's noise schedule"):
+            components.sampler(name)
+    else:
+        assert components.sampler(name).alphas_cumprod[-1] < 1e-6
+
+
+def test_a_home_folder_is_found(sd1_folder, monkeypatch):
+    from dora_diffusion.models.locate import resolve_folder
+
+    monkeypatch.setenv("HOME", str(sd1_folder.parent))
+    assert resolve_folder(f"~/{sd1_folder.name}") == sd1_folder

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -354,6 +355,132 @@ def test_a_resume_with_other_settings_is_refused(sd1_folder, photos, tmp_path):
         train(replace(config, resume_from_checkpoint="latest", rank=3))
 
 
+def test_a_resumed_run_has_its_own_rates(sd1_folder, photos, tmp_path):
+    config = make_config(
+        sd1_folder, photos, tmp_path / "out",
+        max_train_steps=2, checkpointing_steps=2, lr_scheduler="linear", lr_warmup_steps=0,
+    )  # fmt: skip
+    train(config)
+    changed = replace(
+        config, resume_from_checkpoint="latest", max_train_steps=4,
+        learning_rate=4e-4, adam_weight_decay=0.5,
+    )  # fmt: skip
+    train(changed)
+    rates = losses(tmp_path / "out", "lr")
+    # Linear to 0 over 4 steps, of the new rate.
+    assert [rates[step]["unet/down"] for step in (3, 4)] == pytest.approx([2e-4, 1e-4])
+    state = torch.load(tmp_path / "out" / "checkpoint-4" / "training_state.pt", weights_only=True)
+    decays = {group["name"]: group["weight_decay"] for group in state["optimizer"]["param_groups"]}
+    assert decays == {"unet/down": 0.5, "unet/up": 0.5, "unet/magnitude": 0.0}
+
+
+def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones_when_asked(
+    sd1_folder, photos, tmp_path
+):
+    config = make_config(sd1_folder, photos, tmp_path / "out", checkpointing_steps=1)
+    train(config)
+    back = replace(config, resume_from_checkpoint="checkpoint-2", checkpoints_total_limit=2)
+    with pytest.raises(ConfigError, match=r"holds checkpoints after step 2 \(checkpoint-4\)"):
+        train(back)
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
+
+    def interrupt(event):
+        if event["event"] == "step" and event["step"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    train(
+        replace(back, overwrite_output_dir=True, learning_rate=1e-2, max_train_steps=9), interrupt
+    )
+    left = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert left[-1] in ("checkpoint-3", "checkpoint-4"), "none is from the run that was left"
+    assert losses(tmp_path / "out", "lr")[3]["unet/down"] == pytest.approx(1e-2)
+    assert len(left) == 2
+
+
+def test_an_overwritten_result_leaves_nothing_behind(sd1_folder, photos, tmp_path):
+    out = tmp_path / "out"
+    config = make_config(sd1_folder, photos, out, max_train_steps=1, validation_steps=1)
+    train(replace(config, max_train_steps=2, num_validation_images=1))
+    (out / "samples" / "mine.png").write_bytes(b"kept")
+    assert (out / "samples" / "step-000001.png").is_file()
+    train(replace(config, overwrite_output_dir=True, norm_axis="input"))
+    assert [path.name for path in out.glob("*.safetensors")] == ["dora_kohya.safetensors"]
+    assert {layer.norm_axis for layer in read_adapter(out).layers.values()} == {"input"}
+    assert [path.name for path in (out / "samples").iterdir()] == ["mine.png"]
+
+
+def test_a_folder_that_is_not_a_result_keeps_its_files(sd1_folder, photos, tmp_path):
+    from dora_diffusion.training.result import drop_result
+
+    (tmp_path / "README.md").write_text("mine")
+    drop_result(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_prodigy_takes_one_rate_near_one(sd1_folder, photos, tmp_path):
+    config = {"optimizer": "prodigy", "train_text_encoder": True}
+    with pytest.raises(ConfigError, match="Prodigy finds the rate itself"):
+        make_config(sd1_folder, photos, tmp_path / "out", **config)
+    config["learning_rate"] = 1.0
+    with pytest.raises(ConfigError, match="one rate for everything"):
+        make_config(sd1_folder, photos, tmp_path / "out", loraplus_ratio=2.0, **config)
+    train(make_config(sd1_folder, photos, tmp_path / "out", checkpointing_steps=2, **config))
+    rates = losses(tmp_path / "out", "lr")[4]
+    assert set(rates.values()) == {1.0}
+    assert {name.partition("/")[0] for name in rates} == {"unet", "text_encoder"}
+    resumed = make_config(
+        sd1_folder, photos, tmp_path / "out",
+        resume_from_checkpoint="latest", max_train_steps=6, **config,
+    )  # fmt: skip
+    train(resumed)
+    moved = [layer.up.abs().max() for layer in read_adapter(tmp_path / "out").layers.values()]
+    assert max(moved) > 0
+
+
+def test_the_card_is_valid_whatever_the_prompt_says(sd1_folder, photos, tmp_path):
+    import yaml
+
+    prompt = 'a photo of it\'s "big": sks mug # 1'
+    train(
+        make_config(sd1_folder, photos, tmp_path / "out", instance_prompt=prompt, max_train_steps=1)
+    )
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1])["instance_prompt"] == prompt
+
+
+def test_a_class_prompt_with_the_token_is_refused(sd1_folder, photos, tmp_path):
+    config = make_config(
+        sd1_folder, photos, tmp_path / "out",
+        with_prior_preservation=True, class_prompt="a photo of a sks mug",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"class_prompt .* contains the token 'sks'"):
+        train(config)
+
+
+def test_captions_are_warned_of_once_and_not_kept_for_ever(sd1_folder, monkeypatch):
+    from dora_diffusion.models.load import load_components
+    from dora_diffusion.training import step
+
+    components, long = load_components(str(sd1_folder)), "mug " * 200
+    trains = step.Conditioner(components, trains=True)
+    with pytest.warns(UserWarning, match="longer than the model's"):
+        trains([long, "a mug"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trains(["a mug", long])
+    monkeypatch.setattr(step, "KNOWN_CAPTIONS", 2)
+    kept = step.Conditioner(components, trains=False)
+    whole = kept(["a", "b", "c", "a"]).encoder_hidden_states
+    assert len(kept._known) == 2
+    assert torch.equal(whole[0], whole[3])
+    assert torch.equal(kept(["a"]).encoder_hidden_states, whole[:1])
+
+
+def test_processes_wait_as_long_as_class_images_take(sd1_folder, photos, tmp_path):
+    accelerator = make_accelerator(make_config(sd1_folder, photos, tmp_path / "out"))
+    assert accelerator.init_handler.timeout.total_seconds() > 3600
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(sd1_folder, photos, tmp_path):
     config = make_config(sd1_folder, photos, tmp_path / "out", learning_rate=1e30, max_grad_norm=0)
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d"):
@@ -370,7 +497,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(sd1_folder, photos, tmp_path, mon
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk is full"):
-        train(replace(config, resume_from_checkpoint="checkpoint-2"))
+        train(replace(config, resume_from_checkpoint="latest", max_train_steps=6))
     monkeypatch.undo()
     assert set(read_adapter(tmp_path / "out" / "checkpoint-4").layers) == set(kept.layers)
     assert not list((tmp_path / "out").glob(".*"))
