@@ -272,17 +272,21 @@ def read_settings(file: Path) -> dict[str, str]:
     Raises:
         AppError: If it is no picture of ours or A1111's.
     """
+    from PIL.Image import DecompressionBombError
+
     from dora_diffusion.app.uploads import MAX_BYTES
-    from dora_diffusion.data.images import PhotoError, photo_size
+    from dora_diffusion.data.images import sniff_format
     from dora_diffusion.pictures import parse_parameters, read_parameters
 
     if file.stat().st_size > MAX_BYTES:
         raise AppError(f"the file is larger than {MAX_BYTES // 2**20} MB")
+    # Not as a photo is opened: a grid may be a strip. Only the header is read, and no pixel.
+    if sniff_format(file.read_bytes()) != "PNG":
+        raise AppError("this file cannot be read as a PNG, whatever its name says")
     try:
-        photo_size(file)
         text = read_parameters(file)
-    except (PhotoError, OSError, SyntaxError, ValueError) as error:
-        raise AppError(f"this file cannot be read as a picture: {error}") from error
+    except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
+        raise AppError("this file cannot be read as a PNG; it is damaged or too large") from error
     if not text:
         raise AppError("this picture does not say how it was made (it has no parameters text)")
     return parse_parameters(text[:20_000])

@@ -34,6 +34,10 @@ __all__ = [
 ]
 
 MAX_MEGAPIXELS = 40.0
+# Resizing a photo until it covers a crop multiplies its pixels by at most its aspect ratio: without
+# a limit, a file of 80 bytes would fill the memory.
+MAX_ASPECT = 10
+MIN_SIDE = 16
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif")
 MASK_SUFFIX = ".mask.png"
 # What Pillow's decoders raise on damaged files: each plugin has its own idea.
@@ -95,7 +99,7 @@ def open_photo(path: str | Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> P
         max_megapixels: Refused above this size, before any pixel is decoded.
 
     Raises:
-        PhotoError: If it is not such a file, is too large, or is damaged.
+        PhotoError: If it is not such a file, is too large, too small or too thin, or is damaged.
     """
     return open_photo_with_alpha(path, max_megapixels=max_megapixels)[0]
 
@@ -115,7 +119,7 @@ def photo_size(path: str | Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> t
     """Upright ``(height, width)`` of a photo, from its header alone.
 
     Raises:
-        PhotoError: If it is not a photo or is too large.
+        PhotoError: If it is not a photo, or is too large, too small or too thin.
     """
     path = Path(path)
     with _reasons(path), _open_checked(path, read_bytes(path), max_megapixels) as image:
@@ -154,7 +158,7 @@ def sniff_format(data: bytes) -> str | None:
 
 
 def _open_checked(path: Path, data: bytes, max_megapixels: float) -> PILImage.Image:
-    """Read the header only, and refuse what is no photo or too large."""
+    """Read the header only, and refuse what is no photo, too large, too small or too thin."""
     from PIL import Image
 
     kind = sniff_format(data)
@@ -181,6 +185,15 @@ def _open_checked(path: Path, data: bytes, max_megapixels: float) -> PILImage.Im
         raise PhotoError(
             f"{path.name}: {width} x {height} is {width * height / 1e6:.1f} megapixels, above the "
             f"limit of {max_megapixels:g}; save a smaller copy"
+        )
+    if min(width, height) < MIN_SIDE:
+        raise PhotoError(
+            f"{path.name}: {width} x {height} is smaller than {MIN_SIDE} pixels; use a larger photo"
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise PhotoError(
+            f"{path.name}: {width} x {height} is a strip, more than {MAX_ASPECT} times as long as "
+            "it is wide; crop it"
         )
     return image
 

@@ -24,6 +24,7 @@ from dora_diffusion.app.snapshot import Job, adapter_of, read_job, read_metrics
 from dora_diffusion.app.studio import Request, Studio, read_settings
 from dora_diffusion.app.workspace import AppError, Workspace
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.pictures import save_png
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +276,11 @@ def test_only_pictures_that_say_how_they_were_made_load(tmp_path: Path) -> None:
     for name, match in (("a.png", "does not say"), ("b.png", "cannot be read")):
         with pytest.raises(AppError, match=match):
             read_settings(tmp_path / name)
+
+
+def test_settings_load_from_a_grid_that_is_a_strip(tmp_path: Path) -> None:
+    path = save_png(Image.new("RGB", (640, 20)), tmp_path / "a.png", "a dog\nSteps: 3, Seed: 7")
+    assert read_settings(path)["Seed"] == "7"
 
 
 @pytest.mark.parametrize("target", ["diffusers", "kohya", "lora", "peft"])

@@ -146,6 +146,11 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(
     assert "megapixels" in refused(bomb, folder)
 
 
+def test_a_strip_is_refused(tmp_path: Path, folder: Path) -> None:
+    strip = photo(tmp_path / "strip.png", (600, 20))
+    assert "600 x 20 is a strip" in refused(strip, folder)
+
+
 def test_a_large_file_is_refused_unread(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,12 +269,13 @@ def test_crop_and_mask_can_be_undone(workspace: Workspace, subject: str) -> None
 @pytest.mark.parametrize(
     "crop",
     [(0, 0, 1), (0, 0, 2, 1), (-0.1, 0, 1, 1), (0.5, 0, 0.5, 1), (0.9, 0, 0.1, 1),
-     ("0", 0, 1, 1), (float("nan"), 0, 1, 1), (0, 0, 0.1, 0.1), "abcd", (None,) * 4],
+     (0, 0, 1, 0.13), ("0", 0, 1, 1), (float("nan"), 0, 1, 1), (0, 0, 0.1, 0.1), "abcd", (None,) * 4],
 )  # fmt: skip
 def test_a_crop_that_is_none_changes_nothing(
     workspace: Workspace, subject: str, crop: object
 ) -> None:
     path = photo_path(workspace, subject, "001.jpg")
+    photo(path, (400, 300))
     before = path.read_bytes()
     with pytest.raises(AppError, match="crop"):
         edit_photo(path, crop, None)  # type: ignore[arg-type]
