@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
 import struct
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -172,6 +175,29 @@ def test_more_photos_than_a_subject_may_have_are_refused_at_once(
     with pytest.raises(AppError, match="at most 2"):
         store_photos([one, one], folder)
     assert len(list(folder.iterdir())) == 1
+
+
+def test_uploads_at_once_lose_nothing(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both pause where they have a number and not yet a file."""
+    paused = threading.Barrier(2)
+    next_number = uploads.next_number
+
+    def number_and_wait(folder: Path) -> int:
+        number = next_number(folder)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            paused.wait(0.2)
+        return number
+
+    monkeypatch.setattr(uploads, "next_number", number_and_wait)
+    with ThreadPoolExecutor(2) as pool:
+        files = [[photo(tmp_path / f"{a}{b}.jpg") for a in "12"] for b in "34"]
+        results = [*pool.map(lambda some: store_photos(some, folder), files)]
+    accepted = sorted(path.name for result in results for path in result.accepted)
+    assert accepted == sorted(path.name for path in folder.iterdir())
+    assert accepted == ["001.jpg", "002.jpg", "003.jpg", "004.jpg"]
+    assert [result.refused for result in results] == [(), ()]
 
 
 def test_names_from_outside_cannot_write_on_the_terminal() -> None:
