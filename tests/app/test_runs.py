@@ -22,7 +22,7 @@ from dora_diffusion.app.processes import Lock
 from dora_diffusion.app.settings import as_yaml, command_line
 from dora_diffusion.app.snapshot import Job, adapter_of, read_job, read_metrics
 from dora_diffusion.app.studio import Request, Studio, read_settings
-from dora_diffusion.app.workspace import AppError, Workspace
+from dora_diffusion.app.workspace import AppError, Workspace, read_json
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.pictures import save_png
 
@@ -310,6 +310,21 @@ def test_a_merge_is_a_job_and_its_result_loads(finished: tuple[Workspace, str]) 
     assert output.is_relative_to(workspace.exports)
     assert any(name.startswith("model.diffusion_model.") for name in read_header(output).specs)
     assert merge.step == merge.total > 100
+
+
+def test_merges_of_a_run_do_not_replace_each_other(finished: tuple[Workspace, str]) -> None:
+    workspace, job = finished[0], job_of(finished)
+    asked = [(1.0, ""), (0.5, ""), (0.5, "checkpoint-2")]
+    outputs = []
+    for strength, checkpoint in asked:
+        merge = workspace.root / start_merge(workspace, job, strength, checkpoint)
+        outputs.append(Path(read_json(merge / jobs.JOB)["output"]).name)
+        jobs.delete_job(workspace, merge.name)
+    assert outputs == [
+        "sks-dog-step-3-strength-1-merged.safetensors",
+        "sks-dog-step-3-strength-0.5-merged.safetensors",
+        "sks-dog-step-2-strength-0.5-merged.safetensors",
+    ]
 
 
 def test_the_model_card_can_be_downloaded(finished: tuple[Workspace, str]) -> None:
