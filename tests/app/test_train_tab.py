@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,17 @@ def test_a_run_can_go_on_from_another_working_directory(
     settings = yaml.safe_load((folder / jobs.SETTINGS).read_text())
     assert settings["output_dir"] == str(folder)
     assert settings["instance_data_dir"] == str(folder / "photos")
+
+
+def test_a_sample_prompt_without_the_token_is_refused_before_the_start(
+    context: Context, subject: str
+) -> None:
+    asked = fields(subject, "a photo of a {subject}\na photo of a mug at night")
+    reason = "alidation_prompt 'a photo of a mug at night' does not contain the token 'sks'; put it"
+    # HTML on the page.
+    said = [html.unescape(text) for text in handler(context, "plan")(*asked)]
+    assert f"V{reason}" in said[0]
+    with pytest.raises(gradio.Error) as refusal:
+        handler(context, "start")(*asked)
+    assert f"V{reason}" in html.unescape(refusal.value.message)
+    assert ids_in(context.workspace.root) == []
