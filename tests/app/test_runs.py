@@ -107,6 +107,9 @@ def finished(
     job_id = add_run(workspace, sd1_folder, photos)
     wait(workspace, queue, job_id, done)
     queue.close()
+    lock = Lock(workspace.device_lock)
+    assert lock.take(wait=True)  # the worker may still be leaving
+    lock.free()
     return workspace, job_id
 
 
@@ -235,6 +238,31 @@ def test_direction_and_magnitude_are_written_into_the_file(
     (picture,) = studio.make(ask(finished, direction=0.5, magnitude=0.0))
     found = read_settings(picture.path)
     assert (found["Direction strength"], found["Magnitude strength"]) == ("0.5", "0")
+
+
+def test_the_page_says_what_of_a_long_prompt_was_not_read(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from dora_diffusion.app.views.generate import _results
+
+    short = ask(finished)
+    long = ask(finished, prompt="a photo of a sks dog" + " on grass" * 60 + " by the <lake>")
+    adapters = {"result": short.adapter}
+    for pictures in (
+        studio.make(long),
+        studio.compare(long),
+        [studio.grid(long, adapters, [1.0], lambda *_: None)],
+    ):
+        for picture in pictures:
+            (line,) = picture.unread
+            assert line.startswith("The prompt is longer than the model's 77 tokens; it did not see")
+            assert line.endswith("by the < lake >")
+    assert "by the &lt; lake &gt;" in _results(gallery=pictures)[-1]
+    (negative,) = studio.make(ask(finished, negative_prompt="blurred, " * 80))[0].unread
+    assert negative.startswith("The negative prompt is longer")
+    assert studio.make(short)[0].unread == ()
+    assert "longer than" not in _results(pair=studio.compare(short))[-1]
 
 
 def test_a_grid_has_a_cell_per_checkpoint_and_strength(
