@@ -38,7 +38,9 @@ MAX_MEGAPIXELS = 40.0
 # a limit, a file of 80 bytes would fill the memory.
 MAX_ASPECT = 10
 MIN_SIDE = 16
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif")
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif")
+# Pictures that are not read; whoever has them beside photos wants to know.
+OTHER_SUFFIXES = (".avif", ".bmp", ".dng", ".gif", ".jp2", ".jxl", ".tif", ".tiff")
 MASK_SUFFIX = ".mask.png"
 # What Pillow's decoders raise on damaged files: each plugin has its own idea.
 DECODE_ERRORS = (
@@ -66,8 +68,11 @@ def list_photos(folder: str | Path) -> list[Path]:
 
     Raises:
         PhotoError: If the folder is missing or holds no photo.
+
+    Warns:
+        UserWarning: Of pictures in formats that are not read, by name.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise PhotoError(f"{folder}: the photo folder {what}; give a folder of photos")
@@ -78,6 +83,12 @@ def list_photos(folder: str | Path) -> list[Path]:
         raise PhotoError(
             f"{folder}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)}; "
             f"found {found}); sub-folders are not searched"
+        )
+    others = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
+    if others:
+        warnings.warn(
+            f"{folder}: left out {', '.join(others)}; convert them to JPEG or PNG to use them",
+            stacklevel=2,
         )
     return photos
 

@@ -319,10 +319,34 @@ def test_heic_without_its_package_says_what_to_install(
 
 
 def test_listing_takes_photos_only(tmp_path: Path) -> None:
-    for name in ("b.jpg", "a.PNG", "c.webp", ".hidden.jpg", "b.txt", "d.mask.png", "e.gif"):
+    for name in ("b.jpg", "a.PNG", "c.webp", ".hidden.jpg", "b.txt", "d.mask.png", ".e.gif"):
         (tmp_path / name).touch()
     (tmp_path / "sub.jpg").mkdir()
-    assert [path.name for path in list_photos(tmp_path)] == ["a.PNG", "b.jpg", "c.webp"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [path.name for path in list_photos(tmp_path)] == ["a.PNG", "b.jpg", "c.webp"]
+
+
+def test_jpegs_by_their_other_names_are_listed_and_open(tmp_path: Path) -> None:
+    for name in ("a.jfif", "b.JPE", "c.jpg"):
+        noise_image(20, 20).save(tmp_path / name, "JPEG")
+    listed = list_photos(tmp_path)
+    assert [path.name for path in listed] == ["a.jfif", "b.JPE", "c.jpg"]
+    assert [open_photo(path).size for path in listed] == [(20, 20)] * 3
+
+
+def test_pictures_that_are_left_out_are_named(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.bmp", "c.TIF", "d.gif", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match=r"left out b\.bmp, c\.TIF, d\.gif; convert them"):
+        assert [path.name for path in list_photos(tmp_path)] == ["a.jpg"]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "a.jpg").touch()
+    assert list_photos("~/dog") == [tmp_path / "dog" / "a.jpg"]
 
 
 def test_listing_nothing_says_what_was_looked_for(tmp_path: Path) -> None:
