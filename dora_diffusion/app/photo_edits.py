@@ -32,12 +32,14 @@ def edit_photo(photo: Path, crop: Sequence[float] | None, mask: Image | None) ->
     Raises:
         AppError: If the crop is none, or too small or too thin to train on.
     """
-    from dora_diffusion.data.images import open_photo
+    from dora_diffusion.data.images import open_photo_with_alpha
 
-    whole = open_photo(photo)
+    whole, alpha = open_photo_with_alpha(photo)
     box = _pixels(crop, whole.size) if crop is not None else (0, 0, *whole.size)
     if box != (0, 0, *whole.size):
         _keep_original(photo)
+        if alpha is not None and photo.suffix != ".jpg":  # JPEG has none
+            whole.putalpha(alpha)
         kind: dict[str, Any] = {"quality": 95} if photo.suffix == ".jpg" else {}
         whole.crop(box).save(photo, **kind)
         mask_path(photo).unlink(missing_ok=True)

@@ -292,6 +292,21 @@ def test_crop_and_mask_can_be_undone(workspace: Workspace, subject: str) -> None
     assert not mask_path(path).exists()
 
 
+def test_a_crop_keeps_the_alpha_mask(workspace: Workspace, tmp_path: Path) -> None:
+    image = Image.new("RGBA", (100, 80), (255, 255, 255, 0))
+    image.paste((0, 200, 0, 255), (30, 20, 70, 60))
+    image.save(tmp_path / "cutout.png")
+    subject = new_subject(workspace, "Cutout")
+    (stored,) = add_photos(workspace, subject, [tmp_path / "cutout.png"]).accepted
+    edit_photo(stored, (0.2, 0.0, 0.8, 1.0), None)
+    with Image.open(stored) as cropped:
+        assert cropped.mode == "RGBA"
+        assert cropped.tobytes() == image.crop((20, 0, 80, 80)).tobytes()
+    restore_original(stored)
+    with Image.open(stored) as restored:
+        assert restored.tobytes() == image.tobytes()
+
+
 @pytest.mark.parametrize(
     "crop",
     [(0, 0, 1), (0, 0, 2, 1), (-0.1, 0, 1, 1), (0.5, 0, 0.5, 1), (0.9, 0, 0.1, 1),
