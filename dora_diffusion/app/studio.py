@@ -189,7 +189,7 @@ class Studio:
                     on_step(len(images), cells)
             unread = _unread(components, request)
         sheet = image_grid(images, len(strengths), labels=labels)
-        return self._write(request, seed, sheet, unread)
+        return self._write(request, seed, sheet, unread, images[0].size)
 
     @contextmanager
     def _device(self, request: Request) -> Iterator[None]:
@@ -227,25 +227,28 @@ class Studio:
         return self._components
 
     def _write(
-        self, request: Request, seed: int, image: Image, unread: tuple[str, ...]
+        self,
+        request: Request,
+        seed: int,
+        image: Image,
+        unread: tuple[str, ...],
+        size: tuple[int, int] | None = None,
     ) -> Picture:
+        """Save a picture; ``size`` is that of each in a sheet."""
         from dora_diffusion.pictures import parameters_text, save_png
 
         text = parameters_text(
             request.prompt,
             seed,
             request.settings,
-            image.size,
+            size or image.size,
             request.base,
             # The folder: every run's file has the same name.
             request.adapter and request.adapter.parent,
             request.strength,
+            request.direction,
+            request.magnitude,
         )
-        if request.adapter is not None and (request.direction, request.magnitude) != (1, 1):
-            text += (
-                f", Direction strength: {request.direction:g}, "
-                f"Magnitude strength: {request.magnitude:g}"
-            )
         name = f"{new_id()}-{seed}.png"
         return Picture(save_png(image, self.workspace.pictures / name, text), seed, text, unread)
 

@@ -21,7 +21,7 @@ from dora_diffusion.app.exports import export_adapter, start_merge, write_card
 from dora_diffusion.app.processes import Lock
 from dora_diffusion.app.settings import as_yaml, command_line
 from dora_diffusion.app.snapshot import Job, adapter_of, read_job, read_metrics
-from dora_diffusion.app.studio import Request, Studio, read_settings
+from dora_diffusion.app.studio import Picture, Request, Studio, read_settings
 from dora_diffusion.app.workspace import AppError, Workspace, read_json
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.pictures import save_png
@@ -240,6 +240,22 @@ def test_direction_and_magnitude_are_written_into_the_file(
     assert (found["Direction strength"], found["Magnitude strength"]) == ("0.5", "0")
 
 
+def test_the_page_reads_an_adapters_strengths_back(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from dora_diffusion.app.views.request import field_value
+
+    def fields(picture: Picture) -> list[Any]:
+        found = read_settings(picture.path)
+        return [field_value(name, found) for name in ("strength", "direction", "magnitude")]
+
+    adapted = ask(finished, strength=0.75, direction=0.5)
+    assert fields(studio.make(adapted)[0]) == [0.75, 0.5, 1]
+    assert fields(studio.make(ask(finished))[0]) == [1, 1, 1]
+    assert fields(studio.compare(adapted)[0]) == [None, None, None]
+
+
 def test_the_page_says_what_of_a_long_prompt_was_not_read(
     finished: tuple[Workspace, str], studio: Studio
 ) -> None:
@@ -277,6 +293,7 @@ def test_a_grid_has_a_cell_per_checkpoint_and_strength(
     picture = studio.grid(ask(finished), adapters, [0.0, 1.0], lambda done, _: steps.append(done))
     with Image.open(picture.path) as image:
         assert image.width == 2 * 64 + 2
+    assert read_settings(picture.path)["Size"] == "64x64"
     assert steps == [1, 2, 3, 4]
 
 
