@@ -199,7 +199,7 @@ def test_a_run_is_not_deleted_under_a_job_about_it(
     waiting = workspace.root / jobs.create_job(workspace, "merge", "Merge it", {"run": run.name})
     busy = workspace.root / jobs.create_job(workspace, kind, "Use sks mug", {"run": run.name})
     pretend_running(busy, sleeper)
-    with pytest.raises(AppError, match='^"Use sks mug" is still running and needs this run; stop'):
+    with pytest.raises(AppError, match='"Use sks mug" is still running and needs this run'):
         jobs.delete_job(workspace, run.name)
     assert run.is_dir()
     assert waiting.is_dir()

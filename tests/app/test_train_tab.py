@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-gradio = pytest.importorskip("gradio", reason="gradio is not installed")
+pytest.importorskip("gradio", reason="gradio is not installed")
+import gradio
 import yaml
 from PIL import Image
 

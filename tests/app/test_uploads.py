@@ -310,7 +310,8 @@ def test_a_crop_keeps_the_alpha_mask(workspace: Workspace, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "crop",
     [(0, 0, 1), (0, 0, 2, 1), (-0.1, 0, 1, 1), (0.5, 0, 0.5, 1), (0.9, 0, 0.1, 1),
-     (0, 0, 1, 0.13), ("0", 0, 1, 1), (float("nan"), 0, 1, 1), (0, 0, 0.1, 0.1), "abcd", (None,) * 4],
+     ("0", 0, 1, 1), (float("nan"), 0, 1, 1), (0, 0, 0.1, 0.1), "abcd", (None,) * 4,
+     (0, 0, 1, 0.13)],
 )  # fmt: skip
 def test_a_crop_that_is_none_changes_nothing(
     workspace: Workspace, subject: str, crop: object
