@@ -38,6 +38,8 @@ def parameters_text(
     model: str,
     adapter: str | Path | None = None,
     strength: float = 1.0,
+    direction: float = 1.0,
+    magnitude: float = 1.0,
 ) -> str:
     """The generation settings as A1111's ``parameters`` text; no local path is in it.
 
@@ -49,6 +51,8 @@ def parameters_text(
         model: Name of the base model.
         adapter: The adapter file or folder.
         strength: Its strength.
+        direction: The strength of its low-rank update; 1 is not written.
+        magnitude: The strength of its magnitude; 1 is not written.
     """
     lines = [prompt]
     if settings.negative_prompt:
@@ -65,6 +69,8 @@ def parameters_text(
     if adapter is not None:
         name = without_path(str(Path(adapter).resolve()))
         facts |= {"Adapter": name, "Adapter strength": f"{strength:g}"}
+        parts = {"Direction strength": direction, "Magnitude strength": magnitude}
+        facts |= {part: f"{value:g}" for part, value in parts.items() if value != 1}
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in facts.items()))
     return "\n".join(lines)
 

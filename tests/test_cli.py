@@ -299,6 +299,17 @@ class TestGenerate:
         )
         assert np.abs(one - other).max() <= 1
 
+    def test_partial_strengths_are_written_into_the_picture(self, sd1_folder, trained, tmp_path):
+        path, adapter = tmp_path / "x.png", ("--adapter", str(trained))
+        part = ("--direction_strength", "0.5", "--magnitude_strength", "0")
+        assert self.run(sd1_folder, path, *adapter, *part) == 0
+        facts = parse_parameters(read_parameters(path))
+        assert (facts["Direction strength"], facts["Magnitude strength"]) == ("0.5", "0")
+        assert facts["Adapter strength"] == "1"
+        assert self.run(sd1_folder, path, *adapter) == 0
+        assert "Direction" not in read_parameters(path)
+        assert "Magnitude" not in read_parameters(path)
+
     def test_strength_zero_is_the_base(self, sd1_folder, trained, tmp_path):
         adapter = ("--adapter", str(trained), "--strength", "0")
         assert self.run(sd1_folder, tmp_path / "base.png", "--seed", "1") == 0

@@ -28,7 +28,8 @@ class Context:
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
-        self.workspace = Workspace(launch.runs_dir).make()
+        # Absolute: jobs keep paths, and may go on from another working directory.
+        self.workspace = Workspace(launch.runs_dir.resolve()).make()
         self.studio = Studio(self.workspace)
         self.queue = JobQueue(self.workspace, before_start=self.studio.release)
         self._lock = threading.Lock()

@@ -72,10 +72,13 @@ def start_merge(workspace: Workspace, job: Job, strength: float, checkpoint: str
     """
     if not -2 <= strength <= 3:
         raise AppError(f"the strength is {strength:g}; it must be between -2 and 3")
+    adapter = chosen_adapter(job, checkpoint)
+    # What is in the file, so that no merge replaces another one.
+    content = f"{_name(job)}-step-{job.step_of(checkpoint or job.stands)}-strength-{strength:g}"
     facts = {
         "base": job.base,
-        "adapter": str(chosen_adapter(job, checkpoint)),
-        "output": str(workspace.exports / job.id / f"{_name(job)}-{MERGED}"),
+        "adapter": str(adapter),
+        "output": str(workspace.exports / job.id / f"{content}-{MERGED}"),
         "strength": float(strength),
         "run": job.id,
         "trigger": job.trigger,

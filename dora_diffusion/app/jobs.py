@@ -165,16 +165,19 @@ def delete_job(workspace: Workspace, job_id: str) -> None:
     """Delete a job with its files, its exports, and the jobs that made them.
 
     Raises:
-        AppError: If it is running, or unknown.
+        AppError: If it or a job about it is running, or it is unknown.
     """
     folder = workspace.job(job_id)
     if is_running(folder):
         raise AppError("this run is still running; stop it first")
-    remove_folder(folder)
-    others = [workspace.root / name for name in ids_in(workspace.root)]
-    for other in others:
-        if read_json(other / JOB).get("run") == job_id and not is_running(other):
-            remove_folder(other)
+    jobs = [workspace.root / name for name in ids_in(workspace.root)]
+    about_it = [job for job in jobs if read_json(job / JOB).get("run") == job_id]
+    for job in about_it:
+        if is_running(job):
+            title = read_json(job / JOB).get("title")
+            raise AppError(f'"{title}" is still running and needs this run; stop it first')
+    for job in (*about_it, folder):
+        remove_folder(job)
     if job_id in ids_in(workspace.exports):
         remove_folder(workspace.exports / job_id)
 

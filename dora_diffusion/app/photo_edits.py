@@ -30,14 +30,16 @@ def edit_photo(photo: Path, crop: Sequence[float] | None, mask: Image | None) ->
         mask: Of the whole photo ("L", any size): bright is the subject. None leaves it as it is.
 
     Raises:
-        AppError: If the crop is none, or too small to train on.
+        AppError: If the crop is none, or too small or too thin to train on.
     """
-    from dora_diffusion.data.images import open_photo
+    from dora_diffusion.data.images import open_photo_with_alpha
 
-    whole = open_photo(photo)
+    whole, alpha = open_photo_with_alpha(photo)
     box = _pixels(crop, whole.size) if crop is not None else (0, 0, *whole.size)
     if box != (0, 0, *whole.size):
         _keep_original(photo)
+        if alpha is not None and photo.suffix != ".jpg":  # JPEG has none
+            whole.putalpha(alpha)
         kind: dict[str, Any] = {"quality": 95} if photo.suffix == ".jpg" else {}
         whole.crop(box).save(photo, **kind)
         mask_path(photo).unlink(missing_ok=True)
@@ -48,6 +50,8 @@ def edit_photo(photo: Path, crop: Sequence[float] | None, mask: Image | None) ->
 
 def _pixels(crop: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
     """Fractions of a photo as pixels."""
+    from dora_diffusion.data.images import MAX_ASPECT
+
     numbers = [value for value in crop if isinstance(value, (int, float)) and 0 <= value <= 1]
     if len(numbers) != 4 or len(crop) != 4:
         raise AppError("this is no crop; draw a rectangle inside of the photo")
@@ -56,6 +60,8 @@ def _pixels(crop: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int
     )
     if right - left < SMALLEST_CROP or bottom - top < SMALLEST_CROP:
         raise AppError(f"the crop is smaller than {SMALLEST_CROP} pixels; draw a larger rectangle")
+    if max(right - left, bottom - top) > MAX_ASPECT * min(right - left, bottom - top):
+        raise AppError("the crop is a strip; draw a rectangle that is nearer to a square")
     return left, top, right, bottom
 
 

@@ -84,11 +84,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with the file it was written to."""
+    """A picture with the file it was written to.
+
+    ``unread`` says which ends of the prompts the model did not see, a line each.
+    """
 
     path: Path
     seed: int
     parameters: str
+    unread: tuple[str, ...] = ()
 
 
 class Studio:
@@ -129,8 +133,10 @@ class Studio:
             images = generate_images(
                 components, request.prompt, seeds, request.settings, on_step=on_step
             )
+            unread = _unread(components, request)
         return [
-            self._write(request, seed, image) for seed, image in zip(seeds, images, strict=True)
+            self._write(request, seed, image, unread)
+            for seed, image in zip(seeds, images, strict=True)
         ]
 
     def compare(self, request: Request, on_step: Step | None = None) -> tuple[Picture, Picture]:
@@ -149,8 +155,12 @@ class Studio:
                     images += generate_images(
                         components, request.prompt, seed, request.settings, on_step=on_step
                     )
+            unread = _unread(components, request)
         plain = _without_adapter(request)
-        return self._write(plain, seed[0], images[0]), self._write(request, seed[0], images[1])
+        return (
+            self._write(plain, seed[0], images[0], unread),
+            self._write(request, seed[0], images[1], unread),
+        )
 
     def grid(
         self, request: Request, adapters: dict[str, Path], strengths: list[float], on_step: Step
@@ -177,8 +187,9 @@ class Studio:
                     images += generate_images(components, one.prompt, [seed], one.settings)
                     labels.append(f"{name} x {strength:g}")
                     on_step(len(images), cells)
+            unread = _unread(components, request)
         sheet = image_grid(images, len(strengths), labels=labels)
-        return self._write(request, seed, sheet)
+        return self._write(request, seed, sheet, unread, images[0].size)
 
     @contextmanager
     def _device(self, request: Request) -> Iterator[None]:
@@ -215,26 +226,31 @@ class Studio:
                 )
         return self._components
 
-    def _write(self, request: Request, seed: int, image: Image) -> Picture:
+    def _write(
+        self,
+        request: Request,
+        seed: int,
+        image: Image,
+        unread: tuple[str, ...],
+        size: tuple[int, int] | None = None,
+    ) -> Picture:
+        """Save a picture; ``size`` is that of each in a sheet."""
         from dora_diffusion.pictures import parameters_text, save_png
 
         text = parameters_text(
             request.prompt,
             seed,
             request.settings,
-            image.size,
+            size or image.size,
             request.base,
             # The folder: every run's file has the same name.
             request.adapter and request.adapter.parent,
             request.strength,
+            request.direction,
+            request.magnitude,
         )
-        if request.adapter is not None and (request.direction, request.magnitude) != (1, 1):
-            text += (
-                f", Direction strength: {request.direction:g}, "
-                f"Magnitude strength: {request.magnitude:g}"
-            )
         name = f"{new_id()}-{seed}.png"
-        return Picture(save_png(image, self.workspace.pictures / name, text), seed, text)
+        return Picture(save_png(image, self.workspace.pictures / name, text), seed, text, unread)
 
 
 @contextmanager
@@ -248,6 +264,21 @@ def _threads_for(base: str) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _unread(components: Any, request: Request) -> tuple[str, ...]:
+    """A line for each prompt that is longer than the model reads, with the end that it misses."""
+    from dora_diffusion.models.text import truncated_text
+
+    tokenizer = components.tokenizers[0]
+    prompts = {"prompt": request.prompt, "negative prompt": request.negative_prompt}
+    ends = {name: truncated_text(tokenizer, prompt) for name, prompt in prompts.items()}
+    return tuple(
+        f"The {name} is longer than the model's {tokenizer.model_max_length} tokens; it did not "
+        f"see the end: {end}"
+        for name, end in ends.items()
+        if end
+    )
 
 
 def _without_adapter(request: Request) -> Request:
@@ -272,17 +303,21 @@ def read_settings(file: Path) -> dict[str, str]:
     Raises:
         AppError: If it is no picture of ours or A1111's.
     """
+    from PIL.Image import DecompressionBombError
+
     from dora_diffusion.app.uploads import MAX_BYTES
-    from dora_diffusion.data.images import PhotoError, photo_size
+    from dora_diffusion.data.images import sniff_format
     from dora_diffusion.pictures import parse_parameters, read_parameters
 
     if file.stat().st_size > MAX_BYTES:
         raise AppError(f"the file is larger than {MAX_BYTES // 2**20} MB")
+    # Not as a photo is opened: a grid may be a strip. Only the header is read, and no pixel.
+    if sniff_format(file.read_bytes()) != "PNG":
+        raise AppError("this file cannot be read as a PNG, whatever its name says")
     try:
-        photo_size(file)
         text = read_parameters(file)
-    except (PhotoError, OSError, SyntaxError, ValueError) as error:
-        raise AppError(f"this file cannot be read as a picture: {error}") from error
+    except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
+        raise AppError("this file cannot be read as a PNG; it is damaged or too large") from error
     if not text:
         raise AppError("this picture does not say how it was made (it has no parameters text)")
     return parse_parameters(text[:20_000])

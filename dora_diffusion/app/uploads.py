@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dora_diffusion.app.processes import Lock
 from dora_diffusion.app.workspace import AppError
 from dora_diffusion.data.images import PhotoError, open_photo_with_alpha
 
@@ -33,6 +34,7 @@ def store_photos(files: Sequence[str | Path], folder: Path) -> Upload:
 
     Only pixels survive: orientation is applied, then EXIF with its GPS position, colour profiles,
     comments and whatever was appended to the file are gone. The uploaded files are not changed.
+    Uploads to one subject take turns, in whatever tab or app they began.
 
     Args:
         files: Paths of uploaded files.
@@ -41,6 +43,15 @@ def store_photos(files: Sequence[str | Path], folder: Path) -> Upload:
     Raises:
         AppError: If there are more files than one subject may have.
     """
+    turn = Lock(folder.with_name(".upload.lock"))
+    turn.take(wait=True)
+    try:
+        return _store_all([Path(file) for file in files], folder)
+    finally:
+        turn.free()
+
+
+def _store_all(files: Sequence[Path], folder: Path) -> Upload:
     present = sum(1 for path in folder.iterdir() if _is_own(path))
     if present + len(files) > MAX_PHOTOS:
         raise AppError(
@@ -49,7 +60,7 @@ def store_photos(files: Sequence[str | Path], folder: Path) -> Upload:
         )
     accepted: list[Path] = []
     refused: list[str] = []
-    for file in map(Path, files):
+    for file in files:
         try:
             accepted.append(_store(file, folder))
         except (AppError, PhotoError) as error:

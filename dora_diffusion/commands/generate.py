@@ -82,7 +82,15 @@ def _save(args: argparse.Namespace, settings: Any, seeds: list[int], images: lis
     for seed, image in zip(seeds, images, strict=True):
         path = output if len(seeds) == 1 else output.with_stem(f"{output.stem}-{seed}")
         text = parameters_text(
-            args.prompt, seed, settings, image.size, args.base, args.adapter, args.strength
+            args.prompt,
+            seed,
+            settings,
+            image.size,
+            args.base,
+            args.adapter,
+            args.strength,
+            args.direction_strength,
+            args.magnitude_strength,
         )
         save_png(image, path, text)
         print(f"{path} (seed {seed})")

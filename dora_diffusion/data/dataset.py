@@ -15,15 +15,8 @@ from dora_diffusion.data.batch import Batch, Sample, collate
 from dora_diffusion.data.cache import TensorCache
 from dora_diffusion.data.captions import drop_caption, shuffle_tags
 from dora_diffusion.data.crops import CropRecord, apply_crop, apply_crop_to_mask, plan_crop
-from dora_diffusion.data.images import (
-    MASK_SUFFIX,
-    PhotoError,
-    has_alpha_mask,
-    list_photos,
-    open_photo,
-    open_photo_with_alpha,
-)
-from dora_diffusion.data.photos import ClassImages, Photo, read_photos
+from dora_diffusion.data.images import PhotoError, list_photos, open_photo
+from dora_diffusion.data.photos import ClassImages, Photo, open_mask, read_photos
 from dora_diffusion.data.sampler import EpochIndex, EpochSampler, SamplerState, generator_for
 
 __all__ = [
@@ -95,7 +88,7 @@ class DreamBoothDataset(Dataset[Sample]):
         skip_unreadable: bool = False,
         target_sizes: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
     ) -> None:
-        """Verify all photos at once, so that no run fails on one halfway.
+        """Verify all photos and masks at once, so that no run fails on one halfway.
 
         Args:
             photos: A folder, or the photos themselves.
@@ -111,14 +104,16 @@ class DreamBoothDataset(Dataset[Sample]):
                 ``resolution``.
 
         Raises:
-            PhotoError: If photos are bad or missing.
+            PhotoError: If photos or masks are bad, or photos are missing.
             ValueError: If the resolution does not fit the model.
         """
         if isinstance(photos, (str, Path)):
             paths = list_photos(photos)
         else:
             paths = [Path(path) for path in photos]
-        self.photos, self.skipped = read_photos(paths, prompt, skip_unreadable=skip_unreadable)
+        self.photos, self.skipped = read_photos(
+            paths, prompt, skip_unreadable=skip_unreadable, use_masks=use_masks
+        )
         if not self.photos:
             raise PhotoError("no photos were given; choose at least one")
         self.resolution = resolution
@@ -247,18 +242,9 @@ class DreamBoothDataset(Dataset[Sample]):
         return {"moments": self._cache.get_or_compute(key, compute)["moments"]}
 
     def _mask(self, photo: Photo, crop: CropRecord) -> Tensor | None:
-        """The mask file beside a photo, else its alpha channel where that hides anything."""
-        path = photo.path.with_name(photo.path.stem + MASK_SUFFIX)
-        if path.is_file():
-            mask = open_photo(path).convert("L")
-            if (mask.height, mask.width) != photo.size:
-                raise PhotoError(
-                    f"{path.name}: the mask is {mask.width} x {mask.height}, its photo "
-                    f"{photo.size[1]} x {photo.size[0]}; save it at the photo's size"
-                )
-            return apply_crop_to_mask(mask, crop)
-        alpha = open_photo_with_alpha(photo.path)[1]
-        return apply_crop_to_mask(alpha, crop) if alpha and has_alpha_mask(alpha) else None
+        """The crop of a photo's mask, where it has one."""
+        mask = open_mask(photo)
+        return None if mask is None else apply_crop_to_mask(mask, crop)
 
 
 def iterate_batches(

@@ -34,7 +34,13 @@ __all__ = [
 ]
 
 MAX_MEGAPIXELS = 40.0
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif")
+# Resizing a photo until it covers a crop multiplies its pixels by at most its aspect ratio: without
+# a limit, a file of 80 bytes would fill the memory.
+MAX_ASPECT = 10
+MIN_SIDE = 16
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif")
+# Pictures that are not read; whoever has them beside photos wants to know.
+OTHER_SUFFIXES = (".avif", ".bmp", ".dng", ".gif", ".jp2", ".jxl", ".tif", ".tiff")
 MASK_SUFFIX = ".mask.png"
 # What Pillow's decoders raise on damaged files: each plugin has its own idea.
 DECODE_ERRORS = (
@@ -62,8 +68,11 @@ def list_photos(folder: str | Path) -> list[Path]:
 
     Raises:
         PhotoError: If the folder is missing or holds no photo.
+
+    Warns:
+        UserWarning: Of pictures in formats that are not read, by name.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise PhotoError(f"{folder}: the photo folder {what}; give a folder of photos")
@@ -74,6 +83,12 @@ def list_photos(folder: str | Path) -> list[Path]:
         raise PhotoError(
             f"{folder}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)}; "
             f"found {found}); sub-folders are not searched"
+        )
+    others = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
+    if others:
+        warnings.warn(
+            f"{folder}: left out {', '.join(others)}; convert them to JPEG or PNG to use them",
+            stacklevel=2,
         )
     return photos
 
@@ -95,7 +110,7 @@ def open_photo(path: str | Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> P
         max_megapixels: Refused above this size, before any pixel is decoded.
 
     Raises:
-        PhotoError: If it is not such a file, is too large, or is damaged.
+        PhotoError: If it is not such a file, is too large, too small or too thin, or is damaged.
     """
     return open_photo_with_alpha(path, max_megapixels=max_megapixels)[0]
 
@@ -115,7 +130,7 @@ def photo_size(path: str | Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> t
     """Upright ``(height, width)`` of a photo, from its header alone.
 
     Raises:
-        PhotoError: If it is not a photo or is too large.
+        PhotoError: If it is not a photo, or is too large, too small or too thin.
     """
     path = Path(path)
     with _reasons(path), _open_checked(path, read_bytes(path), max_megapixels) as image:
@@ -154,7 +169,7 @@ def sniff_format(data: bytes) -> str | None:
 
 
 def _open_checked(path: Path, data: bytes, max_megapixels: float) -> PILImage.Image:
-    """Read the header only, and refuse what is no photo or too large."""
+    """Read the header only, and refuse what is no photo, too large, too small or too thin."""
     from PIL import Image
 
     kind = sniff_format(data)
@@ -181,6 +196,15 @@ def _open_checked(path: Path, data: bytes, max_megapixels: float) -> PILImage.Im
         raise PhotoError(
             f"{path.name}: {width} x {height} is {width * height / 1e6:.1f} megapixels, above the "
             f"limit of {max_megapixels:g}; save a smaller copy"
+        )
+    if min(width, height) < MIN_SIDE:
+        raise PhotoError(
+            f"{path.name}: {width} x {height} is smaller than {MIN_SIDE} pixels; use a larger photo"
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise PhotoError(
+            f"{path.name}: {width} x {height} is a strip, more than {MAX_ASPECT} times as long as "
+            "it is wide; crop it"
         )
     return image
 

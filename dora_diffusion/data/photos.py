@@ -1,4 +1,4 @@
-"""Verified photos with their captions: the subject's, and class images beside them."""
+"""Verified photos with their captions and masks: the subject's, and class images beside them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,21 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dora_diffusion.data.captions import read_caption
-from dora_diffusion.data.images import PhotoError, list_photos, verify_photo
+from dora_diffusion.data.images import (
+    MASK_SUFFIX,
+    PhotoError,
+    has_alpha_mask,
+    list_photos,
+    open_photo,
+    open_photo_with_alpha,
+    verify_photo,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
 
 
 @dataclass(frozen=True)
@@ -21,8 +33,27 @@ class Photo:
     size: tuple[int, int]
 
 
+def open_mask(photo: Photo) -> PILImage.Image | None:
+    """The mask file ("L") beside a photo, else its alpha channel where that hides anything.
+
+    Raises:
+        PhotoError: If the file cannot be used, or is not of the photo's size.
+    """
+    path = photo.path.with_name(photo.path.stem + MASK_SUFFIX)
+    if path.is_file():
+        mask = open_photo(path).convert("L")
+        if (mask.height, mask.width) != photo.size:
+            raise PhotoError(
+                f"{path.name}: the mask is {mask.width} x {mask.height}, its photo "
+                f"{photo.size[1]} x {photo.size[0]}; save it at the photo's size"
+            )
+        return mask
+    alpha = open_photo_with_alpha(photo.path)[1]
+    return alpha if has_alpha_mask(alpha) else None
+
+
 def read_photos(
-    paths: Sequence[Path], prompt: str, *, skip_unreadable: bool = False
+    paths: Sequence[Path], prompt: str, *, skip_unreadable: bool = False, use_masks: bool = False
 ) -> tuple[list[Photo], list[str]]:
     """Verify photos by decoding each once, and read their captions.
 
@@ -30,6 +61,7 @@ def read_photos(
         paths: The photos.
         prompt: Caption of photos without a caption file.
         skip_unreadable: Leave bad photos out with a warning each, instead of failing.
+        use_masks: Verify their masks too; a photo with a bad mask is bad.
 
     Returns:
         The good photos, and the reasons for those left out.
@@ -42,10 +74,13 @@ def read_photos(
     for path in paths:
         try:
             info = verify_photo(path)
+            photo = Photo(path, read_caption(path, prompt), info.digest, info.size)
+            if use_masks:
+                open_mask(photo)
         except PhotoError as error:
             reasons.append(str(error))
         else:
-            photos.append(Photo(path, read_caption(path, prompt), info.digest, info.size))
+            photos.append(photo)
     if reasons and not (skip_unreadable and photos):
         raise PhotoError(f"{len(reasons)} of {len(paths)} photos unusable: {'; '.join(reasons)}")
     for reason in reasons:

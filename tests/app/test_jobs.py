@@ -191,6 +191,24 @@ def test_what_was_made_of_a_deleted_run_goes_with_it(workspace: Workspace) -> No
     assert len(kept) == 2
 
 
+@pytest.mark.parametrize("kind", ["merge", "compare", "push"])
+def test_a_run_is_not_deleted_under_a_job_about_it(
+    workspace: Workspace, sleeper: subprocess.Popen[bytes], kind: str
+) -> None:
+    run = make(workspace)
+    waiting = workspace.root / jobs.create_job(workspace, "merge", "Merge it", {"run": run.name})
+    busy = workspace.root / jobs.create_job(workspace, kind, "Use sks mug", {"run": run.name})
+    pretend_running(busy, sleeper)
+    with pytest.raises(AppError, match='"Use sks mug" is still running and needs this run'):
+        jobs.delete_job(workspace, run.name)
+    assert run.is_dir()
+    assert waiting.is_dir()
+    assert busy.is_dir()
+    write_json(busy / jobs.RESULT, {"code": 143})
+    jobs.delete_job(workspace, run.name)
+    assert snapshot(workspace.root) == ()
+
+
 def test_photos_are_copied_before_the_queue_can_see_the_job(
     workspace: Workspace, tmp_path: Path
 ) -> None:

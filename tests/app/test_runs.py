@@ -21,9 +21,10 @@ from dora_diffusion.app.exports import export_adapter, start_merge, write_card
 from dora_diffusion.app.processes import Lock
 from dora_diffusion.app.settings import as_yaml, command_line
 from dora_diffusion.app.snapshot import Job, adapter_of, read_job, read_metrics
-from dora_diffusion.app.studio import Request, Studio, read_settings
-from dora_diffusion.app.workspace import AppError, Workspace
+from dora_diffusion.app.studio import Picture, Request, Studio, read_settings
+from dora_diffusion.app.workspace import AppError, Workspace, read_json
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.pictures import save_png
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,9 @@ def finished(
     job_id = add_run(workspace, sd1_folder, photos)
     wait(workspace, queue, job_id, done)
     queue.close()
+    lock = Lock(workspace.device_lock)
+    assert lock.take(wait=True)  # the worker may still be leaving
+    lock.free()
     return workspace, job_id
 
 
@@ -236,6 +240,47 @@ def test_direction_and_magnitude_are_written_into_the_file(
     assert (found["Direction strength"], found["Magnitude strength"]) == ("0.5", "0")
 
 
+def test_the_page_reads_an_adapters_strengths_back(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from dora_diffusion.app.views.request import field_value
+
+    def fields(picture: Picture) -> list[Any]:
+        found = read_settings(picture.path)
+        return [field_value(name, found) for name in ("strength", "direction", "magnitude")]
+
+    adapted = ask(finished, strength=0.75, direction=0.5)
+    assert fields(studio.make(adapted)[0]) == [0.75, 0.5, 1]
+    assert fields(studio.make(ask(finished))[0]) == [1, 1, 1]
+    assert fields(studio.compare(adapted)[0]) == [None, None, None]
+
+
+def test_the_page_says_what_of_a_long_prompt_was_not_read(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from dora_diffusion.app.views.generate import _results
+
+    short = ask(finished)
+    long = ask(finished, prompt="a photo of a sks dog" + " on grass" * 60 + " by the <lake>")
+    adapters = {"result": short.adapter}
+    for pictures in (
+        studio.make(long),
+        studio.compare(long),
+        [studio.grid(long, adapters, [1.0], lambda *_: None)],
+    ):
+        for picture in pictures:
+            (line,) = picture.unread
+            assert line.startswith("The prompt is longer than the model's 77 tokens; it did not")
+            assert line.endswith("by the < lake >")
+    assert "by the &lt; lake &gt;" in _results(gallery=pictures)[-1]
+    (negative,) = studio.make(ask(finished, negative_prompt="blurred, " * 80))[0].unread
+    assert negative.startswith("The negative prompt is longer")
+    assert studio.make(short)[0].unread == ()
+    assert "longer than" not in _results(pair=studio.compare(short))[-1]
+
+
 def test_a_grid_has_a_cell_per_checkpoint_and_strength(
     finished: tuple[Workspace, str], studio: Studio
 ) -> None:
@@ -248,6 +293,7 @@ def test_a_grid_has_a_cell_per_checkpoint_and_strength(
     picture = studio.grid(ask(finished), adapters, [0.0, 1.0], lambda done, _: steps.append(done))
     with Image.open(picture.path) as image:
         assert image.width == 2 * 64 + 2
+    assert read_settings(picture.path)["Size"] == "64x64"
     assert steps == [1, 2, 3, 4]
 
 
@@ -277,6 +323,11 @@ def test_only_pictures_that_say_how_they_were_made_load(tmp_path: Path) -> None:
             read_settings(tmp_path / name)
 
 
+def test_settings_load_from_a_grid_that_is_a_strip(tmp_path: Path) -> None:
+    path = save_png(Image.new("RGB", (640, 20)), tmp_path / "a.png", "a dog\nSteps: 3, Seed: 7")
+    assert read_settings(path)["Seed"] == "7"
+
+
 @pytest.mark.parametrize("target", ["diffusers", "kohya", "lora", "peft"])
 def test_the_library_gives_every_format(finished: tuple[Workspace, str], target: str) -> None:
     workspace, job = finished[0], job_of(finished)
@@ -304,6 +355,21 @@ def test_a_merge_is_a_job_and_its_result_loads(finished: tuple[Workspace, str]) 
     assert output.is_relative_to(workspace.exports)
     assert any(name.startswith("model.diffusion_model.") for name in read_header(output).specs)
     assert merge.step == merge.total > 100
+
+
+def test_merges_of_a_run_do_not_replace_each_other(finished: tuple[Workspace, str]) -> None:
+    workspace, job = finished[0], job_of(finished)
+    asked = [(1.0, ""), (0.5, ""), (0.5, "checkpoint-2")]
+    outputs = []
+    for strength, checkpoint in asked:
+        merge = workspace.root / start_merge(workspace, job, strength, checkpoint)
+        outputs.append(Path(read_json(merge / jobs.JOB)["output"]).name)
+        jobs.delete_job(workspace, merge.name)
+    assert outputs == [
+        "sks-dog-step-3-strength-1-merged.safetensors",
+        "sks-dog-step-3-strength-0.5-merged.safetensors",
+        "sks-dog-step-2-strength-0.5-merged.safetensors",
+    ]
 
 
 def test_the_model_card_can_be_downloaded(finished: tuple[Workspace, str]) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
 import struct
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -146,6 +149,11 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(
     assert "megapixels" in refused(bomb, folder)
 
 
+def test_a_strip_is_refused(tmp_path: Path, folder: Path) -> None:
+    strip = photo(tmp_path / "strip.png", (600, 20))
+    assert "600 x 20 is a strip" in refused(strip, folder)
+
+
 def test_a_large_file_is_refused_unread(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +175,29 @@ def test_more_photos_than_a_subject_may_have_are_refused_at_once(
     with pytest.raises(AppError, match="at most 2"):
         store_photos([one, one], folder)
     assert len(list(folder.iterdir())) == 1
+
+
+def test_uploads_at_once_lose_nothing(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both pause where they have a number and not yet a file."""
+    paused = threading.Barrier(2)
+    next_number = uploads.next_number
+
+    def number_and_wait(folder: Path) -> int:
+        number = next_number(folder)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            paused.wait(0.2)
+        return number
+
+    monkeypatch.setattr(uploads, "next_number", number_and_wait)
+    with ThreadPoolExecutor(2) as pool:
+        files = [[photo(tmp_path / f"{a}{b}.jpg") for a in "12"] for b in "34"]
+        results = [*pool.map(lambda some: store_photos(some, folder), files)]
+    accepted = sorted(path.name for result in results for path in result.accepted)
+    assert accepted == sorted(path.name for path in folder.iterdir())
+    assert accepted == ["001.jpg", "002.jpg", "003.jpg", "004.jpg"]
+    assert [result.refused for result in results] == [(), ()]
 
 
 def test_names_from_outside_cannot_write_on_the_terminal() -> None:
@@ -261,15 +292,32 @@ def test_crop_and_mask_can_be_undone(workspace: Workspace, subject: str) -> None
     assert not mask_path(path).exists()
 
 
+def test_a_crop_keeps_the_alpha_mask(workspace: Workspace, tmp_path: Path) -> None:
+    image = Image.new("RGBA", (100, 80), (255, 255, 255, 0))
+    image.paste((0, 200, 0, 255), (30, 20, 70, 60))
+    image.save(tmp_path / "cutout.png")
+    subject = new_subject(workspace, "Cutout")
+    (stored,) = add_photos(workspace, subject, [tmp_path / "cutout.png"]).accepted
+    edit_photo(stored, (0.2, 0.0, 0.8, 1.0), None)
+    with Image.open(stored) as cropped:
+        assert cropped.mode == "RGBA"
+        assert cropped.tobytes() == image.crop((20, 0, 80, 80)).tobytes()
+    restore_original(stored)
+    with Image.open(stored) as restored:
+        assert restored.tobytes() == image.tobytes()
+
+
 @pytest.mark.parametrize(
     "crop",
     [(0, 0, 1), (0, 0, 2, 1), (-0.1, 0, 1, 1), (0.5, 0, 0.5, 1), (0.9, 0, 0.1, 1),
-     ("0", 0, 1, 1), (float("nan"), 0, 1, 1), (0, 0, 0.1, 0.1), "abcd", (None,) * 4],
+     ("0", 0, 1, 1), (float("nan"), 0, 1, 1), (0, 0, 0.1, 0.1), "abcd", (None,) * 4,
+     (0, 0, 1, 0.13)],
 )  # fmt: skip
 def test_a_crop_that_is_none_changes_nothing(
     workspace: Workspace, subject: str, crop: object
 ) -> None:
     path = photo_path(workspace, subject, "001.jpg")
+    photo(path, (400, 300))
     before = path.read_bytes()
     with pytest.raises(AppError, match="crop"):
         edit_photo(path, crop, None)  # type: ignore[arg-type]

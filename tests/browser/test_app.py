@@ -532,7 +532,7 @@ def test_the_library_gives_files_merges_and_remembers(
     assert download.value.suggested_filename == "sks-mug.safetensors"
     assert len(read_header(Path(download.value.path())).specs) > 10
     page.page.click("#merge")
-    page.wait_text("#merges", "Download sks-mug-merged")
+    page.wait_text("#merges", "Download sks-mug-step-")
     (merged,) = app.runs.glob("exports/*/*merged.safetensors")
     assert any(name.startswith("model.diffusion_model.") for name in read_header(merged).specs)
     with page.page.expect_download() as download:

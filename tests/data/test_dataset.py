@@ -169,9 +169,19 @@ def test_masks_come_from_files_or_alpha_and_follow_the_crop(tmp_path: Path) -> N
     assert torch.equal(batch.mask[1, 0, 0], (torch.arange(10, 50) >= 30).float())
     assert batch.mask[2].min() == 1
     assert DreamBoothDataset(paths, PROMPT, 40)[0].mask is None
-    Image.fromarray(columns[:20]).save(folder / "00.mask.png")
-    with pytest.raises(PhotoError, match=r"00\.mask\.png: the mask is 60 x 20, its photo 60 x 40"):
-        dataset[0]
+
+
+def test_masks_are_verified_with_their_photos(photos: Path) -> None:
+    Image.new("L", (60, 20)).save(photos / "00.mask.png")
+    (photos / "02.mask.png").write_text("not a picture")
+    reasons = r"00\.mask\.png: the mask is 60 x 20, its photo 60 x 40.*; 02\.mask\.png: not a"
+    with pytest.raises(PhotoError, match=f"2 of [0-9] photos unusable: {reasons}"):
+        DreamBoothDataset(photos, PROMPT, 40, use_masks=True)
+    with pytest.warns(UserWarning, match=r"photo left out: 0.\.mask\.png"):
+        kept = DreamBoothDataset(photos, PROMPT, 40, use_masks=True, skip_unreadable=True)
+    assert not {"00.png", "02.png"} & {photo.path.name for photo in kept.photos}
+    unmasked = DreamBoothDataset(photos, PROMPT, 40)
+    assert len(unmasked) == len(kept) + 2
 
 
 def fake_encode(pixels: torch.Tensor) -> torch.Tensor:

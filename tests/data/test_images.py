@@ -6,6 +6,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,39 @@ def test_the_limit_can_be_moved(tmp_path: Path) -> None:
         open_photo(path, max_megapixels=0.0011)
 
 
+@pytest.mark.parametrize("read", [open_photo, photo_size, verify_photo])
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [((600, 1), "600 x 1 is smaller than 16 pixels; use a larger photo"),
+     ((15, 15), "15 x 15 is smaller than 16 pixels; use a larger photo"),
+     ((177, 16), "177 x 16 is a strip, more than 10 times as long as it is wide; crop it"),
+     ((20, 201), "20 x 201 is a strip, more than 10 times as long as it is wide; crop it")],
+)  # fmt: skip
+def test_tiny_pictures_and_strips_are_refused_before_decoding(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: Callable[[Path], object],
+    size: tuple[int, int],
+    reason: str,
+) -> None:
+    path = tmp_path / "thin.png"
+    path.write_bytes(flat_png(*size))
+
+    def decoded(*_: object) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decoded)
+    with pytest.raises(PhotoError, match=f"^thin.png: {reason}$"):
+        read(path)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (160, 16), (16, 160), (1000, 100)])
+def test_ordinary_shapes_are_photos(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(flat_png(*size))
+    assert verify_photo(path).size == photo_size(path) == size[::-1]
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("kept", [0.05, 0.5, 0.95])
 def test_a_truncated_photo_is_refused(tmp_path: Path, kind: str, kept: float) -> None:
@@ -179,7 +213,7 @@ def test_missing_files_and_folders_say_so(tmp_path: Path) -> None:
 
 
 def test_alpha_is_composited_on_white_and_kept(tmp_path: Path) -> None:
-    image = noise_image(20, 12, "RGBA")
+    image = noise_image(26, 18, "RGBA")
     path = tmp_path / "cutout.png"
     image.save(path)
     rgb, alpha = open_photo_with_alpha(path)
@@ -189,12 +223,12 @@ def test_alpha_is_composited_on_white_and_kept(tmp_path: Path) -> None:
     assert np.abs(np.asarray(rgb) - expected).max() <= 1
     assert alpha is not None
     np.testing.assert_array_equal(np.asarray(alpha), np.asarray(image)[..., 3])
-    noise_image(20, 12).save(path)
+    noise_image(26, 18).save(path)
     assert open_photo_with_alpha(path)[1] is None
 
 
 def test_a_palette_with_a_transparent_entry_has_alpha(tmp_path: Path) -> None:
-    image = Image.new("P", (4, 2), 0)
+    image = Image.new("P", (20, 16), 0)
     image.putpalette([200, 10, 10, 0, 0, 255])
     image.putpixel((1, 0), 1)
     path = tmp_path / "palette.png"
@@ -207,16 +241,16 @@ def test_a_palette_with_a_transparent_entry_has_alpha(tmp_path: Path) -> None:
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
-    values = np.array([[0, 257, 32896, 65535]], np.uint16)
+    values = np.tile(np.array([0, 257, 32896, 65535], np.uint16), (16, 4))
     path = tmp_path / "deep.png"
     Image.fromarray(values).save(path)
     grey = np.asarray(open_photo(path))[..., 0]
-    np.testing.assert_array_equal(grey, [[0, 1, 128, 255]])
+    np.testing.assert_array_equal(grey, np.tile([0, 1, 128, 255], (16, 4)))
 
 
 def test_cmyk_jpeg_becomes_rgb(tmp_path: Path) -> None:
     path = tmp_path / "print.jpg"
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(path, quality=100)
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(path, quality=100)
     red, green, blue = open_photo(path).getpixel((4, 4))
     assert red > 240
     assert max(green, blue) < 15
@@ -239,19 +273,19 @@ def test_a_wide_gamut_profile_is_converted(tmp_path: Path) -> None:
         "sRGB built-in".encode("utf-16-be"), "swap built-in".encode("utf-16-be")
     )
     path = tmp_path / "wide.png"
-    Image.new("RGB", (4, 4), (255, 0, 0)).save(path, icc_profile=bytes(swapped))
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(path, icc_profile=bytes(swapped))
     pixel = open_photo(path).getpixel((1, 1))
     assert pixel[1] > 240
     assert pixel[0] < 15
-    Image.new("RGB", (4, 4), (255, 0, 0)).save(path, icc_profile=profile)
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(path, icc_profile=profile)
     assert open_photo(path).getpixel((1, 1)) == (255, 0, 0)
-    Image.new("RGB", (4, 4), (255, 0, 0)).save(path, icc_profile=b"damaged")
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(path, icc_profile=b"damaged")
     assert open_photo(path).getpixel((1, 1)) == (255, 0, 0)
 
 
 def test_the_first_frame_of_an_animation_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "moving.webp"
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
     assert open_photo(path).getpixel((0, 0)) == (255, 0, 0)
 
@@ -285,10 +319,34 @@ def test_heic_without_its_package_says_what_to_install(
 
 
 def test_listing_takes_photos_only(tmp_path: Path) -> None:
-    for name in ("b.jpg", "a.PNG", "c.webp", ".hidden.jpg", "b.txt", "d.mask.png", "e.gif"):
+    for name in ("b.jpg", "a.PNG", "c.webp", ".hidden.jpg", "b.txt", "d.mask.png", ".e.gif"):
         (tmp_path / name).touch()
     (tmp_path / "sub.jpg").mkdir()
-    assert [path.name for path in list_photos(tmp_path)] == ["a.PNG", "b.jpg", "c.webp"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [path.name for path in list_photos(tmp_path)] == ["a.PNG", "b.jpg", "c.webp"]
+
+
+def test_jpegs_by_their_other_names_are_listed_and_open(tmp_path: Path) -> None:
+    for name in ("a.jfif", "b.JPE", "c.jpg"):
+        noise_image(20, 20).save(tmp_path / name, "JPEG")
+    listed = list_photos(tmp_path)
+    assert [path.name for path in listed] == ["a.jfif", "b.JPE", "c.jpg"]
+    assert [open_photo(path).size for path in listed] == [(20, 20)] * 3
+
+
+def test_pictures_that_are_left_out_are_named(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.bmp", "c.TIF", "d.gif", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match=r"left out b\.bmp, c\.TIF, d\.gif; convert them"):
+        assert [path.name for path in list_photos(tmp_path)] == ["a.jpg"]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "a.jpg").touch()
+    assert list_photos("~/dog") == [tmp_path / "dog" / "a.jpg"]
 
 
 def test_listing_nothing_says_what_was_looked_for(tmp_path: Path) -> None:

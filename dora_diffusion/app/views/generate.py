@@ -225,6 +225,7 @@ def _results(
         gr.update(value=slider, visible=bool(pair)),
         gr.update(value=pictures, visible=bool(gallery), columns=columns),
         (said if pair else "")
+        + html.notes(last.unread, "warn")
         + html.command(last.parameters, "How it was made (also inside of the PNG)"),
     ]
 

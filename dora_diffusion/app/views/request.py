@@ -82,6 +82,8 @@ def _configuration(base: str) -> str | None:
 def field_value(name: str, found: dict[str, str]) -> Any:
     """A field's value from a PNG's parameters; None leaves it as it is."""
     width, _, height = found.get("Size", "").partition("x")
+    # Of an adapter's picture, what is not written was 1.
+    whole = "1" if "Adapter" in found else None
     text = {
         "prompt": found.get("Prompt"),
         "negative_prompt": found.get("Negative prompt", ""),
@@ -89,8 +91,8 @@ def field_value(name: str, found: dict[str, str]) -> Any:
         "steps": found.get("Steps"),
         "guidance_scale": found.get("CFG scale"),
         "strength": found.get("Adapter strength"),
-        "direction": found.get("Direction strength"),
-        "magnitude": found.get("Magnitude strength"),
+        "direction": found.get("Direction strength", whole),
+        "magnitude": found.get("Magnitude strength", whole),
         "width": width or None,
         "height": height or None,
         "count": "1",

@@ -28,6 +28,7 @@ from dora_diffusion.app.views.fields import QUIET, setting_field
 from dora_diffusion.app.views.subject import SubjectTab
 from dora_diffusion.app.workspace import AppError
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.training.subject import subject_of
 
 _PROMPTS = "a photo of a {subject} on the snow\na photo of a {subject} at night"
 
@@ -136,13 +137,12 @@ def connect(context: Context, tab: TrainTab, subjects: SubjectTab, opened: Any) 
         chosen["masked_loss"] |= any(mask_path(photo).exists() for photo in subject.photos)
         output = context.workspace.root / "new-run"
         lines = str(prompts).splitlines()[:8]
-        return (
-            make_config(
-                context.allowed_model(model), subject.folder, output, token, class_word, lines,
-                chosen,
-            ),
-            subject,
-        )  # fmt: skip
+        one = make_config(
+            context.allowed_model(model), subject.folder, output, token, class_word, lines, chosen
+        )
+        # The worker would refuse prompts that do not name the subject.
+        subject_of(one)
+        return one, subject
 
     def plan(*values: Any) -> list[str]:
         try:
