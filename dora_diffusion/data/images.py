@@ -99,7 +99,12 @@ def is_photo(path: Path) -> bool:
     return name.endswith(PHOTO_SUFFIXES) and not name.endswith(MASK_SUFFIX) and path.is_file()
 
 
-def open_photo(path: str | Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> PILImage.Image:
+def open_photo(
+    path: str | Path,
+    *,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    max_aspect: float = MAX_ASPECT,
+) -> PILImage.Image:
     """Open and fully decode a photo as RGB, upright, without metadata.
 
     EXIF orientation is applied and then dropped with all other metadata (GPS, device). Alpha is
@@ -108,20 +113,25 @@ def open_photo(path: str | Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> P
     Args:
         path: A JPEG, PNG or WebP file; HEIC where pillow-heif is installed.
         max_megapixels: Refused above this size, before any pixel is decoded.
+        max_aspect: Refused if it is more times as long as it is wide.
 
     Raises:
         PhotoError: If it is not such a file, is too large, too small or too thin, or is damaged.
     """
-    return open_photo_with_alpha(path, max_megapixels=max_megapixels)[0]
+    limits = {"max_megapixels": max_megapixels, "max_aspect": max_aspect}
+    return open_photo_with_alpha(path, **limits)[0]
 
 
 def open_photo_with_alpha(
-    path: str | Path, *, max_megapixels: float = MAX_MEGAPIXELS
+    path: str | Path,
+    *,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    max_aspect: float = MAX_ASPECT,
 ) -> tuple[PILImage.Image, PILImage.Image | None]:
     """Open a photo as :func:`open_photo` does, with its alpha channel ("L") or None beside it."""
     path = Path(path)
     data = read_bytes(path)
-    with _reasons(path), _open_checked(path, data, max_megapixels) as image:
+    with _reasons(path), _open_checked(path, data, max_megapixels, max_aspect) as image:
         image.load()
         return _split_alpha(_to_srgb(_upright(image)))
 
@@ -133,7 +143,7 @@ def photo_size(path: str | Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> t
         PhotoError: If it is not a photo, or is too large, too small or too thin.
     """
     path = Path(path)
-    with _reasons(path), _open_checked(path, read_bytes(path), max_megapixels) as image:
+    with _reasons(path), _open_checked(path, read_bytes(path), max_megapixels, MAX_ASPECT) as image:
         width, height = image.size
         # Orientations 5 to 8 are turned by 90 degrees.
         turned = _orientation(image) >= 5
@@ -168,7 +178,9 @@ def sniff_format(data: bytes) -> str | None:
     return "HEIF" if data[4:8] == b"ftyp" and data[8:12] in heif_brands else None
 
 
-def _open_checked(path: Path, data: bytes, max_megapixels: float) -> PILImage.Image:
+def _open_checked(
+    path: Path, data: bytes, max_megapixels: float, max_aspect: float
+) -> PILImage.Image:
     """Read the header only, and refuse what is no photo, too large, too small or too thin."""
     from PIL import Image
 
@@ -201,9 +213,9 @@ def _open_checked(path: Path, data: bytes, max_megapixels: float) -> PILImage.Im
         raise PhotoError(
             f"{path.name}: {width} x {height} is smaller than {MIN_SIDE} pixels; use a larger photo"
         )
-    if max(width, height) > MAX_ASPECT * min(width, height):
+    if max(width, height) > max_aspect * min(width, height):
         raise PhotoError(
-            f"{path.name}: {width} x {height} is a strip, more than {MAX_ASPECT} times as long as "
+            f"{path.name}: {width} x {height} is a strip, more than {max_aspect:g} times as long as "
             "it is wide; crop it"
         )
     return image

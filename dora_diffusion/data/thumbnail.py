@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from pathlib import Path
 
 from dora_diffusion.data.images import open_photo
@@ -17,7 +18,9 @@ def thumbnail(path: str | Path) -> str:
     Raises:
         ValueError, OSError: If it is not a picture.
     """
-    picture = open_photo(Path(path).expanduser())
+    # A sheet of many samples may be larger than a photo, and a strip.
+    path = Path(path).expanduser()
+    picture = open_photo(path, max_megapixels=math.inf, max_aspect=math.inf)
     picture.thumbnail((_SIDE, _SIDE))
     data = io.BytesIO()
     picture.save(data, format="JPEG", quality=85)

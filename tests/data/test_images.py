@@ -367,3 +367,13 @@ def test_real_photos_open_and_have_distinct_digests(photos_root: Path) -> None:
         assert photo_size(path) == info.size
         with Image.open(path) as reference:
             np.testing.assert_array_equal(np.asarray(open_photo(path)), np.asarray(reference))
+
+
+def test_a_sheet_of_samples_has_a_thumbnail(tmp_path):
+    from dora_diffusion.data.thumbnail import thumbnail
+
+    for size in ((512, 7000), (7000, 7000)):
+        Image.new("RGB", size, "red").save(tmp_path / "sheet.png")
+        with pytest.raises(PhotoError):
+            open_photo(tmp_path / "sheet.png")
+        assert thumbnail(tmp_path / "sheet.png").startswith("data:image/jpeg;base64,")
