@@ -215,8 +215,8 @@ def _open_checked(
         )
     if max(width, height) > max_aspect * min(width, height):
         raise PhotoError(
-            f"{path.name}: {width} x {height} is a strip, more than {max_aspect:g} times as long as "
-            "it is wide; crop it"
+            f"{path.name}: {width} x {height} is a strip, more than {max_aspect:g} times as long "
+            "as wide; crop it"
         )
     return image
 

@@ -78,9 +78,13 @@ def test_an_empty_field_means_the_default() -> None:
 
 @pytest.mark.parametrize(
     ("token", "word", "match"),
-    [("", "dog", "token"), ("two words", "dog", "one rare word"), ("sks", " ", "what the subject is"),
-     ("sks", "x" * 101, "at most 100")],
-)  # fmt: skip
+    [
+        ("", "dog", "token"),
+        ("two words", "dog", "one rare word"),
+        ("sks", " ", "what the subject is"),
+        ("sks", "x" * 101, "at most 100"),
+    ],
+)
 def test_a_subject_without_a_name_is_refused(token: str, word: str, match: str) -> None:
     with pytest.raises(AppError, match=match):
         make_config(EMBEDDED, Path("p"), Path("o"), token, word, [], {})
