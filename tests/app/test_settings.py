@@ -78,8 +78,8 @@ def test_an_empty_field_means_the_default() -> None:
 
 @pytest.mark.parametrize(
     ("token", "word", "match"),
-    [("", "dog", "token"), ("two words", "dog", "one rare word"), ("sks", " ", "what the subject is"),
-     ("sks", "x" * 101, "at most 100")],
+    [("", "dog", "token"), ("two words", "dog", "one rare word"),
+     ("sks", " ", "what the subject is"), ("sks", "x" * 101, "at most 100")],
 )  # fmt: skip
 def test_a_subject_without_a_name_is_refused(token: str, word: str, match: str) -> None:
     with pytest.raises(AppError, match=match):
