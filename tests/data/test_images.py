@@ -118,8 +118,8 @@ def test_the_limit_can_be_moved(tmp_path: Path) -> None:
     ("size", "reason"),
     [((600, 1), "600 x 1 is smaller than 16 pixels; use a larger photo"),
      ((15, 15), "15 x 15 is smaller than 16 pixels; use a larger photo"),
-     ((177, 16), "177 x 16 is a strip, more than 10 times as long as it is wide; crop it"),
-     ((20, 201), "20 x 201 is a strip, more than 10 times as long as it is wide; crop it")],
+     ((177, 16), "177 x 16 is a strip, more than 10 times as long as wide; crop it"),
+     ((20, 201), "20 x 201 is a strip, more than 10 times as long as wide; crop it")],
 )  # fmt: skip
 def test_tiny_pictures_and_strips_are_refused_before_decoding(
     tmp_path: Path,
