@@ -6,7 +6,8 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 try:
@@ -79,10 +80,11 @@ class Lock:
 
 
 @contextlib.contextmanager
-def holding(path: Path) -> Iterator[bool]:
-    """Try to hold a lock inside the block; yields whether it is held."""
+def holding(path: Path, or_wait: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+    """Try to hold a lock inside the block, while ``or_wait`` says so; yields whether it is held."""
     lock = Lock(path)
-    taken = lock.take()
+    while not (taken := lock.take()) and or_wait():
+        time.sleep(0.1)
     try:
         yield taken
     finally:

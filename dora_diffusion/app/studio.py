@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.app.jobs import is_small
+from dora_diffusion.app.jobs import is_running, is_small
 from dora_diffusion.app.processes import holding
-from dora_diffusion.app.workspace import AppError, Workspace, clean_text, new_id
+from dora_diffusion.app.workspace import AppError, Workspace, clean_text, ids_in, new_id
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID = 16, 200, 2048, 48
 SEED_LIMIT = 2**32
+LEAVING_SECONDS = 60.0
 Step = Callable[[int, int], None]
 
 
@@ -193,7 +195,7 @@ class Studio:
 
     @contextmanager
     def _device(self, request: Request) -> Iterator[None]:
-        with self._mine, holding(self.workspace.device_lock) as held:
+        with self._mine, holding(self.workspace.device_lock, or_wait=self._may_wait()) as held:
             if not held:
                 raise AppError(
                     "a run is using the device; make pictures when it has ended, or stop it in "
@@ -201,6 +203,16 @@ class Studio:
                 )
             with _threads_for(request.base):
                 yield
+
+    def _may_wait(self) -> Callable[[], bool]:
+        """Whether the device will be free soon: a worker that has ended lets go a little later."""
+        deadline, root = time.monotonic() + LEAVING_SECONDS, self.workspace.root
+
+        def answer() -> bool:
+            running = any(is_running(root / name) for name in ids_in(root))
+            return not running and time.monotonic() < deadline
+
+        return answer
 
     def _model(self, request: Request) -> Any:
         """The model with the adapter at its strengths; loaded anew only if another is asked for."""

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -297,9 +298,30 @@ def test_a_grid_has_a_cell_per_checkpoint_and_strength(
     assert steps == [1, 2, 3, 4]
 
 
-def test_pictures_wait_for_a_run(finished: tuple[Workspace, str], studio: Studio) -> None:
+def test_pictures_are_refused_while_a_run_has_the_device(
+    finished: tuple[Workspace, str], studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, asked = Lock(finished[0].device_lock), []
+    assert lock.take()
+    monkeypatch.setattr("dora_diffusion.app.studio.is_running", lambda job: asked.append(job) or 1)
+    with pytest.raises(AppError, match="a run is using the device"):
+        studio.make(ask(finished))
+    assert len(asked) == 1, "it does not wait for a run"
+    lock.free()
+
+
+def test_pictures_wait_for_a_worker_that_is_leaving(
+    finished: tuple[Workspace, str], studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has written its result, and lets go of the device when its process has ended."""
     lock = Lock(finished[0].device_lock)
     assert lock.take()
+    leaving = threading.Timer(0.5, lock.free)
+    leaving.start()
+    assert len(studio.make(ask(finished))) == 1
+    leaving.join()
+    assert lock.take()
+    monkeypatch.setattr("dora_diffusion.app.studio.LEAVING_SECONDS", 0.0)
     with pytest.raises(AppError, match="a run is using the device"):
         studio.make(ask(finished))
     lock.free()
