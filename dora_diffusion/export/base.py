@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.formats.checkpoint_file import CheckpointFile
@@ -39,6 +40,12 @@ class OpenModel:
         if isinstance(self.weights, CheckpointFile):
             return {"checkpoint": self.weights.reader.files}
         return {name: reader.files for name, reader in self.weights.readers.items()}
+
+    def schedule(self) -> dict[str, Any]:
+        """The settings of its scheduler; of a single file, those that it states."""
+        if isinstance(self.weights, CheckpointFile):
+            return self.weights.schedule()
+        return {"prediction_type": "epsilon", **self.weights.config("scheduler")}
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ def export_checkpoint(
         weights: BaseWeights = WithVae(model.weights, new_vae) if new_vae else model.weights
         read = recipe.read(weights.module_shapes(), model.family)
         merged = MergedModel(weights, recipe.weighted(read), dtype)
-        notes = MergeNotes(model, recipe, read, output, prediction_type(model))
+        notes = MergeNotes(model, recipe, read, output)
         stack.callback(notes.close)
         _write(model, merged, output, notes, config, new_vae, on_progress)
     return output
@@ -112,19 +112,10 @@ def _write(
         write_folder_as_file(merged, source, model.family, output, notes, on_progress)
         return
     if isinstance(source, CheckpointFile):
-        folder = configuration_folder(config, model.family)
+        folder = configuration_folder(config, model.family, source)
         plan = plan_of_checkpoint(source, folder, shapes_of_configuration(folder))
     else:
         plan = plan_of_folder(source)
     if vae is not None:
         plan = plan.with_tensors("vae", vae.specs)
     write_folder(merged, plan, output, notes, on_progress, vae.config if vae else None)
-
-
-def prediction_type(model: OpenModel) -> str:
-    """``"epsilon"``, ``"v_prediction"``, or ``""`` where a single file does not tell."""
-    if not isinstance(model.weights, CheckpointFile):
-        return str(model.weights.config("scheduler").get("prediction_type", "epsilon"))
-    if model.family == "sd2":
-        return ""
-    return "v_prediction" if "v_pred" in model.weights.reader.specs else "epsilon"

@@ -339,6 +339,70 @@ def test_v_prediction_reaches_the_folder(
         assert reader.metadata["modelspec.prediction_type"] == "v"
 
 
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"modelspec.prediction_type": "v"}, "v_prediction"),
+        ({"modelspec.prediction_type": "epsilon"}, "epsilon"),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v_prediction"),
+        ({"modelspec.architecture": "stable-diffusion-v2-512"}, "epsilon"),
+        ({}, "the configuration's"),
+    ],
+)
+def test_the_prediction_type_of_a_single_file_is_kept(
+    tmp_path: Path, sd2_folder: Path, random_adapter: MakeAdapter, stated: dict[str, str],
+    expected: str,
+) -> None:  # fmt: skip
+    """In the folder made from it, whatever the configuration says, and in another single file."""
+    path = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(random_adapter(sd2_folder, every=20))
+    )
+    single = export_checkpoint(sd2_folder, path, tmp_path / "base.safetensors")
+    hashes = {"modelspec.hash_sha256": "0xbeef", "sshs_model_hash": "beef"}
+    save_file(load_file(single), single, {**stated, **hashes})
+    for configured in ("epsilon", "v_prediction"):
+        config = tmp_path / configured
+        shutil.copytree(sd2_folder, config)
+        scheduler = config / "scheduler" / "scheduler_config.json"
+        values = json.loads(scheduler.read_text())
+        scheduler.write_text(json.dumps({**values, "prediction_type": configured}))
+        output = export_checkpoint(single, path, tmp_path / f"m-{configured}", config=config)
+        written = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
+        assert written["prediction_type"] == (expected if stated else configured)
+    notes = read_header(export_checkpoint(single, path, tmp_path / "s.safetensors")).metadata
+    assert not hashes.keys() & notes.keys()
+    if stated:
+        is_v = expected == "v_prediction"
+        assert notes["modelspec.prediction_type"] == ("v" if is_v else "epsilon")
+        assert notes["modelspec.architecture"].endswith("-768-v" if is_v else "-512")
+    else:
+        assert not {"modelspec.prediction_type", "modelspec.architecture"} & notes.keys()
+        with pytest.raises(ExportError, match="does not say whether it predicts the noise or v"):
+            export_checkpoint(single, path, tmp_path / "m")
+
+
+def test_position_numbers_as_floats(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """Many merged models of Stable Diffusion 1 hold them so."""
+    path = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(random_adapter(sd1_folder, every=9))
+    )
+    single = export_checkpoint(sd1_folder, path, tmp_path / "base.safetensors", strength=0.0)
+    key = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+    save_file({**load_file(single), key: torch.arange(77.0)[None]}, single)
+    folder = export_checkpoint(single, path, tmp_path / "m", config=sd1_folder)
+    expected = tensors_of(export_checkpoint(sd1_folder, path, tmp_path / "plain"))
+    found = tensors_of(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    again = export_checkpoint(single, path, tmp_path / "m.safetensors", dtype=torch.float16)
+    positions = load_file(again)[key]
+    assert positions.dtype == torch.int64
+    assert torch.equal(positions, torch.arange(77)[None])
+    assert verify_checkpoint(again, single, path).ok
+
+
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 @pytest.mark.parametrize("prefix", ["", "text_model.text_model."])
 def test_text_encoders_with_a_wrong_prefix(
