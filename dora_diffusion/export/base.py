@@ -45,7 +45,8 @@ class OpenModel:
         """The settings of its scheduler; of a single file, those that it states."""
         if isinstance(self.weights, CheckpointFile):
             return self.weights.schedule()
-        return {"prediction_type": "epsilon", **self.weights.config("scheduler")}
+        usual = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+        return {**usual, **self.weights.config("scheduler")}
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ RELEASED = {
     "sd2": "stabilityai/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
-_WEIGHT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner.")
+WEIGHT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner.")
 _BUFFERS = ("position_ids", "logit_scale", "attn_mask")
 
 
@@ -109,7 +109,7 @@ def plan_of_checkpoint(checkpoint: CheckpointFile, config: Path, shapes: Shapes)
     extra += [
         key
         for key in checkpoint.copied_specs()
-        if key.startswith(_WEIGHT_PREFIXES) and not key.endswith(_BUFFERS) and ".loss." not in key
+        if key.startswith(WEIGHT_PREFIXES) and not key.endswith(_BUFFERS) and ".loss." not in key
     ]
     if missing or extra:
         raise ExportError(

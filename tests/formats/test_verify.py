@@ -20,7 +20,7 @@ from dora_diffusion.export.verify import rounding_of
 from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.pipeline_folder import PipelineFolder
 from dora_diffusion.formats.safetensors_stream import TensorFileError, TensorReader, read_header
-from dora_diffusion.merge import Strengths, merge_tensor
+from dora_diffusion.merge import MergeError, Strengths, merge_tensor
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -129,6 +129,105 @@ def test_missing_tensors_and_other_adapters_are_found(
     save_file(tensors, output)
     report = verify_checkpoint(output, sd1_folder, paths[0])
     assert report.problems == ["unet.conv_out.bias is not in the merged model"]
+
+
+def exported(folder: Path, base: Path, make: MakeAdapter) -> tuple[Path, Path]:
+    """An adapter and a single file with it merged in."""
+    adapter = write_adapter(folder / "a.safetensors", AdapterFile(make(base, every=20)))
+    return adapter, export_checkpoint(base, adapter, folder / "merged.safetensors")
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_names_that_programs_do_not_find(
+    tmp_path: Path, family: str, request: pytest.FixtureRequest, random_adapter: MakeAdapter
+) -> None:
+    base = request.getfixturevalue(f"{family}_folder")
+    path, merged = exported(tmp_path, base, random_adapter)
+    tensors = {
+        key.replace("transformer.text_model.", "transformer."): tensor
+        for key, tensor in load_file(merged).items()
+    }
+    renamed = sum(".transformer.encoder." in key for key in tensors)
+    assert renamed > 10
+    save_file(tensors, merged)
+    problems = verify_checkpoint(merged, base, path).problems
+    assert sum("should be called" in problem for problem in problems) > renamed
+    assert all("most programs do not find it" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("key", "problem"),
+    [
+        ("v_pred", "it is marked as v_pred, the base is not"),
+        ("ztsnr", "it is marked as ztsnr, the base is not"),
+        ("model.diffusion_model.extra.weight", "extra.weight is not in the base"),
+        ("model_ema.diffusion_modelout2bias", "it holds averaged copies"),
+    ],
+)
+def test_tensors_that_the_base_lacks(
+    tmp_path: Path, sdxl_folder: Path, random_adapter: MakeAdapter, key: str, problem: str
+) -> None:
+    path, merged = exported(tmp_path, sdxl_folder, random_adapter)
+    single = export_checkpoint(sdxl_folder, path, tmp_path / "base.safetensors", strength=0.0)
+    harmless = "first_stage_model.loss.logvar"
+    save_file({**load_file(merged), key: torch.ones(1), harmless: torch.ones(1)}, merged)
+    (found,) = verify_checkpoint(merged, sdxl_folder, path).problems[:1]
+    assert problem in found
+    problems = verify_checkpoint(merged, single, path).problems
+    assert any(problem in one for one in problems)
+    assert f"{harmless} is not in the base" in problems
+
+
+def test_another_schedule_is_found(
+    tmp_path: Path, sdxl_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """A folder whose scheduler was changed, and a single file without its markers."""
+    base = tmp_path / "base"
+    shutil.copytree(sdxl_folder, base)
+    scheduler = base / "scheduler" / "scheduler_config.json"
+    values = json.loads(scheduler.read_text())
+    v_prediction = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    scheduler.write_text(json.dumps({**values, **v_prediction}))
+    path, merged = exported(tmp_path, base, random_adapter)
+    assert verify_checkpoint(merged, base, path).ok
+    tensors = load_file(merged)
+    del tensors["v_pred"], tensors["ztsnr"]
+    save_file(tensors, merged)
+    assert set(verify_checkpoint(merged, base, path).problems) == {
+        "the base is marked as v_pred, it is not",
+        "the base is marked as ztsnr, it is not",
+    }
+    folder = export_checkpoint(sdxl_folder, path, tmp_path / "folder")
+    shutil.copy(scheduler, folder / "scheduler" / "scheduler_config.json")
+    assert verify_checkpoint(folder, sdxl_folder, path).problems == [
+        "its prediction_type is v_prediction, the base's is epsilon",
+        "its rescale_betas_zero_snr is True, the base's is False",
+    ]
+
+
+def test_numbers_that_half_precision_does_not_hold(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """In a weight that no adapter acts on: not written, and found in another program's file."""
+    base = tmp_path / "base"
+    shutil.copytree(sd1_folder, base)
+    file = base / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("layers.1.mlp.fc1.bias"))
+    tensors[key][3] = 1e5
+    save_file(tensors, file, {"format": "pt"})
+    path = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=20)))
+    with pytest.raises(MergeError, match=r"layers\.1\.mlp\.fc1\.bias: .* beyond float16; take"):
+        export_checkpoint(base, path, tmp_path / "half", dtype=torch.float16)
+    assert not (tmp_path / "half").exists()
+    output = export_checkpoint(base, path, tmp_path / "full")
+    assert verify_checkpoint(output, base, path).ok
+    file = output / "text_encoder" / "model.safetensors"
+    save_file({k: t.half() for k, t in load_file(file).items()}, file, {"format": "pt"})
+    (problem,) = verify_checkpoint(output, base, path).problems
+    assert problem.endswith("layers.1.mlp.fc1.bias is not finite, and the base's is")
+    wide = export_checkpoint(base, path, tmp_path / "wide", dtype=torch.bfloat16)
+    assert verify_checkpoint(wide, base, path).ok
 
 
 def test_the_rounding_of_a_cast_is_bounded() -> None:
