@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.numerics.dora import adapted_weight, merged_weight
-from dora_diffusion.numerics.precision import wide
+from dora_diffusion.numerics.precision import wide_dtype
 from dora_diffusion.numerics.weights import LayerWeights
 
 # Values that are merged at a time: their float32 copies fit into a processor's cache.
@@ -106,7 +106,7 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _is_finite(tensor: Tensor) -> bool:
     # A sum with infinity or NaN in it is one of them, and is known much sooner than each number.
     # Only a sum that overflows on its own needs these.
-    total = tensor.sum(dtype=wide(tensor[:0]).dtype)
+    total = tensor.sum(dtype=wide_dtype(tensor))
     return math.isfinite(total) or bool(tensor.isfinite().all())
 
 

@@ -20,6 +20,7 @@ from dora_diffusion.export.vae import WithVae, open_vae
 from dora_diffusion.formats.checkpoint_file import LEFT_OUT, MARKERS, CheckpointFile, standard_key
 from dora_diffusion.formats.module_names import split_component
 from dora_diffusion.merge import layers_of, merge_tensor
+from dora_diffusion.numerics.precision import wide
 
 # What another machine's or library's summation order may change, relative to the largest entry.
 _FLOAT32_NOISE = 16 * torch.finfo(torch.float32).eps
@@ -197,7 +198,7 @@ def rounding_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _overflowed(actual: Tensor, expected: Tensor) -> bool:
     """Whether numbers that were finite are not any more."""
     narrowed = actual.is_floating_point() and actual.dtype != expected.dtype
-    return narrowed and bool((expected.isfinite() & ~actual.isfinite()).any())
+    return narrowed and bool((wide(expected).isfinite() & ~wide(actual).isfinite()).any())
 
 
 def _beside_the_weights(found: OpenModel, base: OpenModel) -> Iterator[str]:

@@ -70,7 +70,7 @@ def decode_layers(
     if base_weight is not None and module_shapes is not None:
         base_weight = _known_weights(base_weight, module_shapes)
     resolve = name_resolver(
-        module_shapes, UNetLayout.from_depth(metadata.get(OWN + UNET_LAYERS, ""))
+        module_shapes, UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
     )
     groups = group_keys(tensors, resolve, component)
     if not groups:
