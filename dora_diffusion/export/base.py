@@ -76,6 +76,7 @@ def open_model(model: str | Path, variant: str | None = None) -> Iterator[OpenMo
         with CheckpointFile.open(file, family) as checkpoint:
             yield OpenModel(file, family, checkpoint)
         return
-    folder = resolve_folder(model, variant=variant)
+    is_home = str(model).startswith("~")
+    folder = resolve_folder(file if is_home else model, variant=variant)
     with PipelineFolder.open(folder, variant) as pipeline:
         yield OpenModel(folder, detect_folder_family(folder).name, pipeline)

@@ -25,6 +25,7 @@ from dora_diffusion.export.output import OnProgress, check_output
 from dora_diffusion.export.recipe import Adapters, Recipe
 from dora_diffusion.export.single_file import write_file_as_file, write_folder_as_file
 from dora_diffusion.export.vae import VaeFile, WithVae, open_vae
+from dora_diffusion.formats.adapter_file import find_adapter
 from dora_diffusion.formats.checkpoint_file import CheckpointFile
 
 
@@ -83,10 +84,15 @@ def export_checkpoint(
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(open_model(base, variant))
-        check_output(output, model.path, overwrite)
+        inputs = [find_adapter(path) for path, _ in recipe.pairs()]
+        if vae is not None:
+            inputs.append(Path(vae).expanduser())
+        check_output(output, model.path, inputs, overwrite)
         new_vae = None if vae is None else stack.enter_context(open_vae(vae))
         weights: BaseWeights = WithVae(model.weights, new_vae) if new_vae else model.weights
-        read = recipe.read(weights.module_shapes(), model.family)
+        read = recipe.read(
+            weights.module_shapes(), model.family, lambda name: weights[f"{name}.weight"]
+        )
         merged = MergedModel(weights, recipe.weighted(read), dtype)
         notes = MergeNotes(model, recipe, read, output)
         stack.callback(notes.close)

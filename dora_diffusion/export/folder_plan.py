@@ -17,6 +17,7 @@ from dora_diffusion.formats.pipeline_folder import (
     WEIGHT_SUFFIXES,
     PipelineFolder,
     canonical_tensor,
+    read_index,
     read_json,
 )
 
@@ -116,7 +117,7 @@ def plan_of_checkpoint(checkpoint: CheckpointFile, config: Path, shapes: Shapes)
             f"{config} is the configuration of another model than {checkpoint.reader.path.name}: "
             f"{listing(missing or extra)} {'differ' if missing else 'would be left out'}"
         )
-    index = read_json(config / "model_index.json")
+    index = read_index(config)
     plan = FolderPlan(config, other_files(config, index), index, {}, checkpoint.schedule())
     for component in WEIGHT_COMPONENTS:
         if names := [name for name in shapes if name.startswith(f"{component}.")]:
@@ -161,7 +162,7 @@ def shapes_of_configuration(config: Path) -> dict[str, tuple[int, ...]]:
     import transformers
 
     shapes: dict[str, tuple[int, ...]] = {}
-    for component, value in read_json(config / "model_index.json").items():
+    for component, value in read_index(config).items():
         if component not in WEIGHT_COMPONENTS or not isinstance(value, list):
             continue
         values = read_json(config / component / "config.json")

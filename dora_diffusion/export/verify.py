@@ -108,7 +108,10 @@ def verify_checkpoint(
         weights: BaseWeights = model.weights
         if vae is not None:
             weights = WithVae(model.weights, stack.enter_context(open_vae(vae)))
-        layers = recipe.weighted(recipe.read(weights.module_shapes(), model.family))
+        read = recipe.read(
+            weights.module_shapes(), model.family, lambda name: weights[f"{name}.weight"]
+        )
+        layers = recipe.weighted(read)
         comparison = Comparison(found, MergedModel(weights, layers))
         report = comparison.run(on_progress)
         report.problems.extend(_beside_the_weights(found, model))

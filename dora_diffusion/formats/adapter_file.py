@@ -222,7 +222,7 @@ def find_adapter(path: str | Path) -> Path:
         FileNotFoundError: If nothing is there.
         AdapterFormatError: If a folder holds no adapter, or several without saying which.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"there is no adapter at {path}")
     if path.is_file():
