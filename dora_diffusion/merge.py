@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.numerics.dora import adapted_weight, merged_weight
-from dora_diffusion.numerics.precision import wide
+from dora_diffusion.numerics.precision import wide_dtype
 from dora_diffusion.numerics.weights import LayerWeights
 
 # Values that are merged at a time: their float32 copies fit into a processor's cache.
@@ -68,11 +68,11 @@ def merge_tensor(
         The merged weight, cast once, on the device of ``weight``.
 
     Raises:
-        MergeError: If the result is not finite.
+        MergeError: If the result is not finite; without layers, if only the cast makes it so.
     """
     dtype = dtype or weight.dtype
     if not layers:
-        return weight.to(dtype)
+        return _cast(weight, dtype)
     layers = [(layer.to(weight.device), strengths) for layer, strengths in layers]
     merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for dim, start, length in _blocks(weight, [layer for layer, _ in layers]):
@@ -92,10 +92,21 @@ def merge_tensor(
     return merged
 
 
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = weight.to(dtype)
+    if dtype != weight.dtype and not _is_finite(cast) and _is_finite(weight):
+        name = str(dtype).removeprefix("torch.")
+        raise MergeError(
+            f"the base's weight {tuple(weight.shape)} has numbers that are beyond {name}; take a "
+            "data type with larger numbers (bfloat16 or float32)"
+        )
+    return cast
+
+
 def _is_finite(tensor: Tensor) -> bool:
     # A sum with infinity or NaN in it is one of them, and is known much sooner than each number.
     # Only a sum that overflows on its own needs these.
-    total = tensor.sum(dtype=wide(tensor[:0]).dtype)
+    total = tensor.sum(dtype=wide_dtype(tensor))
     return math.isfinite(total) or bool(tensor.isfinite().all())
 
 

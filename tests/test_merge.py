@@ -177,3 +177,13 @@ def test_the_largest_number_of_a_dtype_is_still_written(largest: float, fits: bo
     else:
         with pytest.raises(MergeError, match="not finite"):
             merge_tensor(weight, [(layer, Strengths())], torch.float16)
+
+
+def test_a_weight_that_nothing_acts_on_is_cast_if_the_dtype_holds_it() -> None:
+    for weight in (torch.tensor(4.5), torch.tensor([[1.0, -float("inf")]]), torch.tensor([7])):
+        assert torch.equal(merge_tensor(weight, [], torch.float16), weight.half())
+    with pytest.raises(MergeError, match=r"weight \(2,\) has numbers that are beyond float16"):
+        merge_tensor(torch.tensor([1.0, 1e5]), [], torch.float16)
+    # A sum that overflows on its own is none of them.
+    large = torch.full((4,), 3e38)
+    assert torch.equal(merge_tensor(large.double(), [], torch.float32), large)

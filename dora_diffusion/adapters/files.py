@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import DEFAULT_NAME
 from dora_diffusion.adapters.state import adapter_state, load_adapter_state, module_shapes
@@ -88,9 +89,28 @@ def load_adapter(
         '1'
     """
     components = _as_components(components)
-    adapter = read_adapter(path, module_shapes(components), base_family=family)
+    adapter = read_adapter(
+        path,
+        module_shapes(components),
+        base_family=family,
+        base_weight=base_weights(components),
+    )
     load_adapter_state(components, adapter.layers, name=name)
     return adapter.metadata
+
+
+def base_weights(components: Components) -> Callable[[str], Tensor]:
+    """The live modules' weights by canonical module name, on the CPU."""
+
+    def weight_of(name: str) -> Tensor:
+        component, _, path = name.partition(".")
+        model = components[component]
+        if component.startswith("text_encoder") and not hasattr(model, "text_model"):
+            path = path.removeprefix("text_model.")
+        weight = cast(nn.Linear, model.get_submodule(path)).weight
+        return weight.detach().cpu()
+
+    return weight_of
 
 
 def _as_components(components: nn.Module | Components) -> Components:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.formats.checkpoint_file import CheckpointFile
@@ -40,6 +41,13 @@ class OpenModel:
             return {"checkpoint": self.weights.reader.files}
         return {name: reader.files for name, reader in self.weights.readers.items()}
 
+    def schedule(self) -> dict[str, Any]:
+        """The settings of its scheduler; of a single file, those that it states."""
+        if isinstance(self.weights, CheckpointFile):
+            return self.weights.schedule()
+        usual = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+        return {**usual, **self.weights.config("scheduler")}
+
 
 @contextlib.contextmanager
 def open_model(model: str | Path, variant: str | None = None) -> Iterator[OpenModel]:
@@ -68,6 +76,7 @@ def open_model(model: str | Path, variant: str | None = None) -> Iterator[OpenMo
         with CheckpointFile.open(file, family) as checkpoint:
             yield OpenModel(file, family, checkpoint)
         return
-    folder = resolve_folder(model, variant=variant)
+    is_home = str(model).startswith("~")
+    folder = resolve_folder(file if is_home else model, variant=variant)
     with PipelineFolder.open(folder, variant) as pipeline:
         yield OpenModel(folder, detect_folder_family(folder).name, pipeline)

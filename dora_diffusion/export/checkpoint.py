@@ -25,6 +25,7 @@ from dora_diffusion.export.output import OnProgress, check_output
 from dora_diffusion.export.recipe import Adapters, Recipe
 from dora_diffusion.export.single_file import write_file_as_file, write_folder_as_file
 from dora_diffusion.export.vae import VaeFile, WithVae, open_vae
+from dora_diffusion.formats.adapter_file import find_adapter
 from dora_diffusion.formats.checkpoint_file import CheckpointFile
 
 
@@ -83,12 +84,17 @@ def export_checkpoint(
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(open_model(base, variant))
-        check_output(output, model.path, overwrite)
+        inputs = [find_adapter(path) for path, _ in recipe.pairs()]
+        if vae is not None:
+            inputs.append(Path(vae).expanduser())
+        check_output(output, model.path, inputs, overwrite)
         new_vae = None if vae is None else stack.enter_context(open_vae(vae))
         weights: BaseWeights = WithVae(model.weights, new_vae) if new_vae else model.weights
-        read = recipe.read(weights.module_shapes(), model.family)
+        read = recipe.read(
+            weights.module_shapes(), model.family, lambda name: weights[f"{name}.weight"]
+        )
         merged = MergedModel(weights, recipe.weighted(read), dtype)
-        notes = MergeNotes(model, recipe, read, output, prediction_type(model))
+        notes = MergeNotes(model, recipe, read, output)
         stack.callback(notes.close)
         _write(model, merged, output, notes, config, new_vae, on_progress)
     return output
@@ -112,19 +118,10 @@ def _write(
         write_folder_as_file(merged, source, model.family, output, notes, on_progress)
         return
     if isinstance(source, CheckpointFile):
-        folder = configuration_folder(config, model.family)
+        folder = configuration_folder(config, model.family, source)
         plan = plan_of_checkpoint(source, folder, shapes_of_configuration(folder))
     else:
         plan = plan_of_folder(source)
     if vae is not None:
         plan = plan.with_tensors("vae", vae.specs)
     write_folder(merged, plan, output, notes, on_progress, vae.config if vae else None)
-
-
-def prediction_type(model: OpenModel) -> str:
-    """``"epsilon"``, ``"v_prediction"``, or ``""`` where a single file does not tell."""
-    if not isinstance(model.weights, CheckpointFile):
-        return str(model.weights.config("scheduler").get("prediction_type", "epsilon"))
-    if model.family == "sd2":
-        return ""
-    return "v_prediction" if "v_pred" in model.weights.reader.specs else "epsilon"

@@ -17,6 +17,7 @@ from dora_diffusion.export.base import open_model
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.formats.adapter_file import AdapterFile, read_adapter, write_adapter
 from dora_diffusion.formats.base_targets import TARGETS, approximate, needs_compensation
+from dora_diffusion.formats.module_names import known_layout
 from dora_diffusion.merge import check_dtype
 
 # Plain-LoRA approximations, and the format that each is written in.
@@ -132,7 +133,10 @@ def convert_adapter(
             extra = {**adapter.metadata.extra, "approximation": f"singular values, rank {rank}"}
             metadata = dataclasses.replace(adapter.metadata, extra=extra)
             adapter = dataclasses.replace(adapter, layers=layers, metadata=metadata)
-        path = write_adapter(output, adapter, kind, dtype=dtype, base_weight=weights.load)
+        path = write_adapter(
+            output, adapter, kind, dtype=dtype, base_weight=weights.load,
+            unet_layout=known_layout(weights.shapes),
+        )  # fmt: skip
     written = _written_as(target, adapter)
     return ConversionReport(path, written, len(adapter.layers), errors, total, adapter.notes)
 

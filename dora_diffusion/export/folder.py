@@ -43,6 +43,7 @@ def write_folder(
     written = sum(merged.spec(name).nbytes for name in plan.names)
     check_space(output, written + sum(file.stat().st_size for file in plan.others))
     report = ProgressReporter(written, on_progress)
+    output = output.resolve()  # of a link, the folder that it leads to is replaced
     with temporary_sibling(output) as temporary:
         for file in plan.others:
             target = temporary / file.relative_to(plan.source)

@@ -17,6 +17,7 @@ from dora_diffusion.formats.pipeline_folder import (
     WEIGHT_SUFFIXES,
     PipelineFolder,
     canonical_tensor,
+    read_index,
     read_json,
 )
 
@@ -30,7 +31,7 @@ RELEASED = {
     "sd2": "stabilityai/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
-_WEIGHT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner.")
+WEIGHT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner.")
 _BUFFERS = ("position_ids", "logit_scale", "attn_mask")
 
 
@@ -109,38 +110,40 @@ def plan_of_checkpoint(checkpoint: CheckpointFile, config: Path, shapes: Shapes)
     extra += [
         key
         for key in checkpoint.copied_specs()
-        if key.startswith(_WEIGHT_PREFIXES) and not key.endswith(_BUFFERS) and ".loss." not in key
+        if key.startswith(WEIGHT_PREFIXES) and not key.endswith(_BUFFERS) and ".loss." not in key
     ]
     if missing or extra:
         raise ExportError(
             f"{config} is the configuration of another model than {checkpoint.reader.path.name}: "
             f"{listing(missing or extra)} {'differ' if missing else 'would be left out'}"
         )
-    index = read_json(config / "model_index.json")
-    markers: dict[str, dict[str, Any]] = {
-        "v_pred": {"prediction_type": "v_prediction"},
-        "ztsnr": {"rescale_betas_zero_snr": True},
-    }
-    scheduler = {
-        k: v for m in markers if m in checkpoint.reader.specs for k, v in markers[m].items()
-    }
-    plan = FolderPlan(config, other_files(config, index), index, {}, scheduler)
+    index = read_index(config)
+    plan = FolderPlan(config, other_files(config, index), index, {}, checkpoint.schedule())
     for component in WEIGHT_COMPONENTS:
         if names := [name for name in shapes if name.startswith(f"{component}.")]:
             plan = plan.with_tensors(component, names)
     return plan
 
 
-def configuration_folder(config: str | Path | None, family: str) -> Path:
+def configuration_folder(
+    config: str | Path | None, family: str, checkpoint: CheckpointFile
+) -> Path:
     """The folder with configuration and tokenizers: the given one, or the released model's.
 
     Raises:
+        ExportError: If none is given, and the file is of one of two released models.
         ModelNotFoundError: If it cannot be had, with what to do.
     """
     from dora_diffusion.models.locate import ModelNotFoundError, fetch_snapshot, resolve_folder
 
     if config is not None:
         return resolve_folder(config)
+    if family == "sd2" and "prediction_type" not in checkpoint.schedule():
+        raise ExportError(
+            f"{checkpoint.reader.path.name} does not say whether it predicts the noise or v, as "
+            "Stable Diffusion 2 has both: give a diffusers folder or hub id of its kind as config "
+            f"(--config), such as {RELEASED['sd2']} (v) or {RELEASED['sd2']}-base (the noise)"
+        )
     try:
         return fetch_snapshot(
             RELEASED[family], None, ["model_index.json", "*/*.json", "tokenizer*/*"], []
@@ -159,7 +162,7 @@ def shapes_of_configuration(config: Path) -> dict[str, tuple[int, ...]]:
     import transformers
 
     shapes: dict[str, tuple[int, ...]] = {}
-    for component, value in read_json(config / "model_index.json").items():
+    for component, value in read_index(config).items():
         if component not in WEIGHT_COMPONENTS or not isinstance(value, list):
             continue
         values = read_json(config / component / "config.json")

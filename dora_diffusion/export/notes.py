@@ -15,6 +15,8 @@ from dora_diffusion.formats.checkpoint_file import CheckpointFile
 
 MERGED, BASE = OWN + "merged", OWN + "base"
 _UNKNOWN_HASH = "0" * 64
+# What a base says of its own bytes is not true of a changed file.
+_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 
 class MergeNotes:
@@ -30,15 +32,18 @@ class MergeNotes:
         recipe: Recipe,
         adapters: Sequence[AdapterFile],
         output: Path,
-        prediction_type: str,
     ) -> None:
         kept: Mapping[str, str] = {}
         if isinstance(model.weights, CheckpointFile):
-            kept = model.weights.reader.metadata
+            metadata = model.weights.reader.metadata
+            kept = {name: text for name, text in metadata.items() if name not in _HASHES}
         self._name = model.name
         self._fields = {**kept, "format": "pt", MERGED: json.dumps(recipe.record())}
         if output.suffix == ".safetensors":
             triggers = dict.fromkeys(a.metadata.trigger for a in adapters if a.metadata.trigger)
+            # Only of Stable Diffusion 2 there are both; the others say so if they predict v.
+            usual = "" if model.family == "sd2" else "epsilon"
+            prediction_type = model.schedule().get("prediction_type", usual)
             spec = modelspec_fields(model.family, output.stem, ", ".join(triggers), prediction_type)
             if not prediction_type:  # of two architectures; what the base says of itself stays
                 del spec["modelspec.architecture"]

@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dora_diffusion.formats.atomic_file import DiskFullError, disk_full
@@ -49,12 +49,18 @@ def check_space(output: Path, needed: int) -> None:
         raise DiskFullError(error.errno, f"{error.strerror} ({text})")
 
 
-def check_output(output: Path, base: Path, overwrite: bool) -> None:
+def check_output(output: Path, base: Path, inputs: Sequence[Path], overwrite: bool) -> None:
     """Refuse an output that would destroy something.
+
+    Args:
+        output: The file or folder to write.
+        base: The base model.
+        inputs: What else is read: adapters, and another autoencoder.
+        overwrite: Whether an output that exists may be replaced.
 
     Raises:
         ExportError: If the output exists (and is not to be replaced, or is not a model), lies
-            inside the base or around it, or asks for a pickle.
+            inside the base or around it, is or holds an input, or asks for a pickle.
     """
     source, target = base.resolve(), output.resolve()
     if output.suffix in PICKLED:
@@ -65,6 +71,12 @@ def check_output(output: Path, base: Path, overwrite: bool) -> None:
         )
     if not output.exists():
         return
+    for path in (base, *inputs):
+        own = path.resolve()
+        if target == own or target in own.parents or (own.is_dir() and own in target.parents):
+            raise ExportError(
+                f"{output} is or holds {path.name}, which is read for it; choose another name"
+            )
     if not overwrite:
         raise ExportError(f"{output} exists; choose another name, or overwrite it (--overwrite)")
     if output.is_dir() and output.suffix == ".safetensors":
@@ -95,9 +107,10 @@ def replace_folder(temporary: Path, output: Path) -> None:
         os.rename(temporary, output)
         return
     with temporary_sibling(output) as old:
-        os.rename(output, old)
         try:
+            os.rename(output, old)
             os.rename(temporary, output)
-        except OSError:
-            os.rename(old, output)
+        except BaseException:  # an interruption, too
+            if old.exists() and not output.exists():
+                os.rename(old, output)
             raise

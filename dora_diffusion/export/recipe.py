@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.formats.adapter_file import AdapterFile, find_adapter, read_adapter
@@ -61,13 +63,26 @@ class Recipe:
         """The strengths that act on all adapters, but the plain one."""
         return {name: getattr(self, name) for name in _KNOBS}
 
-    def read(self, shapes: Mapping[str, tuple[int, ...]], family: str) -> list[AdapterFile]:
-        """Read the adapters for a base of this family with these weight shapes, in their order.
+    def read(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        family: str,
+        base_weight: Callable[[str], Tensor],
+    ) -> list[AdapterFile]:
+        """Read the adapters for a base, in their order.
+
+        Args:
+            shapes: The base's weight shapes by canonical module name.
+            family: Its family.
+            base_weight: Its weights, which tell the axis of magnitudes whose shape does not.
 
         Raises:
             AdapterFormatError, MergeError: If one cannot be read, or does not fit the base.
         """
-        adapters = [read_adapter(path, shapes, base_family=family) for path, _ in self.pairs()]
+        adapters = [
+            read_adapter(path, shapes, base_family=family, base_weight=base_weight)
+            for path, _ in self.pairs()
+        ]
         check_fit(shapes, [WeightedAdapter(adapter.layers) for adapter in adapters])
         return adapters
 

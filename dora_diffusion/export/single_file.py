@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dora_diffusion.export.merged import MergedModel, check_sample
@@ -16,7 +17,7 @@ from dora_diffusion.export.output import (
     check_space,
 )
 from dora_diffusion.formats.atomic_file import atomic_file
-from dora_diffusion.formats.checkpoint_file import CheckpointFile, standard_key
+from dora_diffusion.formats.checkpoint_file import POSITIONS, CheckpointFile, standard_key
 from dora_diffusion.formats.checkpoint_keys import (
     Entry,
     ModelFacts,
@@ -54,15 +55,19 @@ def write_file_as_file(
 ) -> None:
     """Write a single-file checkpoint's merged weights in the same layout.
 
-    Tensors of no component, such as the noise schedule, are copied as they are.
+    Tensors of no component, such as the noise schedule, are copied as they are; the numbers of a
+    text encoder's positions are written as integers.
     """
     entries = [replace(entry, key=standard_key(entry.key)) for entry in checkpoint.entries]
     copied = checkpoint.copied_specs()
     key_of = {standard_key(key): key for key in copied}
-    specs = {key: copied[old] for key, old in key_of.items()}
+    specs = {
+        key: TensorSpec(torch.int64, copied[old].shape) if key.endswith(POSITIONS) else copied[old]
+        for key, old in key_of.items()
+    }
 
     def load(key: str) -> Tensor:
-        return checkpoint.reader[key_of[key]]
+        return checkpoint.reader[key_of[key]].to(specs[key].dtype)
 
     _write(merged, entries, specs, load, output, notes, on_progress)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.export.base import OpenModel, open_model
+from dora_diffusion.export.folder_plan import WEIGHT_PREFIXES
 from dora_diffusion.export.merged import BaseWeights, MergedModel
 from dora_diffusion.export.notes import MERGED
 from dora_diffusion.export.output import OnProgress, ProgressReporter
 from dora_diffusion.export.recipe import Adapters, Recipe, adapter_hash, recorded
 from dora_diffusion.export.vae import WithVae, open_vae
-from dora_diffusion.formats.checkpoint_file import CheckpointFile
+from dora_diffusion.formats.checkpoint_file import LEFT_OUT, MARKERS, CheckpointFile, standard_key
 from dora_diffusion.formats.module_names import split_component
 from dora_diffusion.merge import layers_of, merge_tensor
+from dora_diffusion.numerics.precision import wide
 
 # What another machine's or library's summation order may change, relative to the largest entry.
 _FLOAT32_NOISE = 16 * torch.finfo(torch.float32).eps
 # Tensors that some layouts have and others do not.
-_OPTIONAL = ("position_ids", "logit_scale")
+_OPTIONAL = ("position_ids", "logit_scale", "attn_mask")
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,13 @@ def verify_checkpoint(
         weights: BaseWeights = model.weights
         if vae is not None:
             weights = WithVae(model.weights, stack.enter_context(open_vae(vae)))
-        layers = recipe.weighted(recipe.read(weights.module_shapes(), model.family))
+        read = recipe.read(
+            weights.module_shapes(), model.family, lambda name: weights[f"{name}.weight"]
+        )
+        layers = recipe.weighted(read)
         comparison = Comparison(found, MergedModel(weights, layers))
         report = comparison.run(on_progress)
+        report.problems.extend(_beside_the_weights(found, model))
     hint = _recorded_strengths(found, recipe)
     if report.problems and hint:
         report.problems.append(hint)
@@ -152,7 +158,10 @@ class Comparison:
 
     def _compare_unadapted(self, name: str) -> None:
         actual = self.found[name]
-        if _same_bits(actual, self.expected.base[name].to(actual.dtype)):
+        expected = self.expected.base[name]
+        if _overflowed(actual, expected):
+            self.problems.append(f"{name} is not finite, and the base's is")
+        elif _same_bits(actual, expected.to(actual.dtype)):
             self.unchanged += 1
         else:
             self.problems.append(f"{name} is not adapted, but differs from the base's")
@@ -187,6 +196,53 @@ def rounding_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     info = torch.finfo(dtype)
     smallest = info.tiny * info.eps / 2  # half the smallest subnormal number
     return tensor.abs() * (info.eps / 2) + smallest
+
+
+def _overflowed(actual: Tensor, expected: Tensor) -> bool:
+    """Whether numbers that were finite are not any more."""
+    narrowed = actual.is_floating_point() and actual.dtype != expected.dtype
+    return narrowed and bool((wide(expected).isfinite() & ~wide(actual).isfinite()).any())
+
+
+def _beside_the_weights(found: OpenModel, base: OpenModel) -> Iterator[str]:
+    """What is wrong with names, with tensors of no component, and with the noise schedule."""
+    if isinstance(found.weights, CheckpointFile):
+        keys = found.weights.reader.specs
+        for key in keys:
+            if standard_key(key) != key:
+                yield f"{key} should be called {standard_key(key)}: most programs do not find it"
+        yield from (f"{key} is not in the base" for key in _extra_keys(found.weights, base))
+        has, should_have = _markers(found), _markers(base)
+        yield from (f"it is marked as {one}, the base is not" for one in has - should_have)
+        yield from (f"the base is marked as {one}, it is not" for one in should_have - has)
+        if any(key.startswith(LEFT_OUT) for key in keys):
+            yield "it holds averaged copies (model_ema), which some programs load instead"
+    settings, expected = found.schedule(), base.schedule()
+    for name in ("prediction_type", "rescale_betas_zero_snr"):
+        if name in settings and settings[name] != expected.get(name, settings[name]):
+            yield f"its {name} is {settings[name]}, the base's is {expected[name]}"
+
+
+def _extra_keys(found: CheckpointFile, base: OpenModel) -> list[str]:
+    """Tensors of no component that the base lacks; beside a folder, only those that look like one.
+
+    The noise schedule, for one, is a config in folders, and is often left in single files.
+    """
+    keys = [k for k in found.copied_specs() if k not in MARKERS and not k.endswith(_OPTIONAL)]
+    if isinstance(base.weights, CheckpointFile):
+        known = {standard_key(key) for key in base.weights.copied_specs()}
+        return [key for key in keys if standard_key(key) not in known]
+    return [key for key in keys if key.startswith(WEIGHT_PREFIXES) and ".loss." not in key]
+
+
+def _markers(model: OpenModel) -> set[str]:
+    """The markers of a single file, or those that a folder gets when it becomes one."""
+    if isinstance(model.weights, CheckpointFile):
+        return set(MARKERS.keys() & model.weights.reader.specs.keys())
+    schedule = model.schedule()
+    if model.family != "sdxl" or schedule["prediction_type"] != "v_prediction":
+        return set()
+    return {"v_pred", "ztsnr"} if schedule["rescale_betas_zero_snr"] else {"v_pred"}
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The alpha of layers whose file does not hold it as a tensor: from configs and metadata."""
+"""What PEFT's configs and other metadata say of layers: their alpha, and how they were started."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dora_diffusion.formats.adapter_keys import AdapterFormatError
+from dora_diffusion.formats.adapter_metadata import OWN
 from dora_diffusion.formats.adapter_repair import NO_ALPHA
 from dora_diffusion.formats.module_names import split_component
 
 DIFFUSERS_METADATA = "lora_adapter_metadata"
+# PEFT changes the base's weights when it starts such an adapter, and again when it loads one.
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # (canonical name, rank) -> effective alpha
 AlphaOf = Callable[[str, int], float]
 
@@ -35,6 +38,9 @@ def alpha_rule(
     if DIFFUSERS_METADATA not in metadata:
         return _alpha_by_training(metadata, notes)
     packed = json_object(metadata[DIFFUSERS_METADATA], f"its {DIFFUSERS_METADATA}")
+    for key, value in packed.items():
+        if key.endswith(".init_lora_weights"):
+            refuse_changed_base(value)
 
     def alpha_of(name: str, rank: int) -> float:
         component, path = split_component(name)
@@ -44,6 +50,26 @@ def alpha_rule(
         return _peft_alpha(own, path, rank)
 
     return alpha_of
+
+
+def says_alpha(metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> bool:
+    """Whether a config or metadata tell the alpha for certain, so that it was not lost."""
+    ours = OWN + "target" in metadata
+    return ours or DIFFUSERS_METADATA in metadata or "lora_alpha" in (config or {})
+
+
+def refuse_changed_base(start: object) -> None:
+    """Refuse an adapter whose ``init_lora_weights`` says that it belongs to other base weights.
+
+    Raises:
+        AdapterFormatError: If it does.
+    """
+    name = str(start).lower()
+    if name.startswith(_CHANGES_THE_BASE):
+        raise AdapterFormatError(
+            f"it was started by {name}, which changes the base's weights, so that it fits no "
+            "released model; let PEFT convert it (path_initial_model_for_weight_conversion)"
+        )
 
 
 def _alpha_by_training(metadata: Mapping[str, str], notes: list[str]) -> AlphaOf:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.adapter_alpha import AlphaOf, alpha_rule
+from dora_diffusion.formats.adapter_alpha import AlphaOf, alpha_rule, says_alpha
 from dora_diffusion.formats.adapter_keys import (
     AdapterFormatError,
     Part,
@@ -65,10 +65,12 @@ def decode_layers(
             axis cannot be told, numbers that are not finite, or a layer the model does not have.
     """
     _refuse_made_for_one_base(metadata)
+    if alpha is not None and says_alpha(metadata, config):
+        raise AdapterFormatError("its alpha was not lost: the file says it; give none")
     if base_weight is not None and module_shapes is not None:
         base_weight = _known_weights(base_weight, module_shapes)
     resolve = name_resolver(
-        module_shapes, UNetLayout.from_depth(metadata.get(OWN + UNET_LAYERS, ""))
+        module_shapes, UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
     )
     groups = group_keys(tensors, resolve, component)
     if not groups:

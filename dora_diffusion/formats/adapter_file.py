@@ -202,9 +202,9 @@ def _read(
     alpha: float | None,
 ) -> AdapterFile:
     if found.is_dir():
-        return _read_peft_folders(found, module_shapes)
+        return _read_peft_folders(found, module_shapes, alpha)
     if found.name == PEFT_FILE and (found.parent / PEFT_CONFIG).is_file():
-        return _read_peft_folders(found.parent, module_shapes)
+        return _read_peft_folders(found.parent, module_shapes, alpha)
     tensors, metadata = _load(found)
     if any(key.startswith("base_model.model.") for key in tensors):
         raise AdapterFormatError(f"{found.name} is a PEFT file without its {PEFT_CONFIG}")
@@ -222,7 +222,7 @@ def find_adapter(path: str | Path) -> Path:
         FileNotFoundError: If nothing is there.
         AdapterFormatError: If a folder holds no adapter, or several without saying which.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"there is no adapter at {path}")
     if path.is_file():
@@ -241,7 +241,9 @@ def find_adapter(path: str | Path) -> Path:
     return files[0]
 
 
-def _read_peft_folders(path: Path, module_shapes: ModuleShapes | None) -> AdapterFile:
+def _read_peft_folders(
+    path: Path, module_shapes: ModuleShapes | None, alpha: float | None
+) -> AdapterFile:
     layers: dict[str, LayerWeights] = {}
     facts: AdapterMetadata | None = None
     for folder in peft_folders(path):
@@ -252,8 +254,9 @@ def _read_peft_folders(path: Path, module_shapes: ModuleShapes | None) -> Adapte
                 list(tensors), folder.name, metadata.get(OWN + "component", "")
             )
             own, _ = decode_layers(
-                tensors, metadata, module_shapes=module_shapes, component=component, config=config
-            )
+                tensors, metadata, module_shapes=module_shapes, component=component, config=config,
+                alpha=alpha,
+            )  # fmt: skip
         layers |= own
         facts = facts or _facts(metadata, own)
     return AdapterFile(layers, facts or AdapterMetadata(format_version=""))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dora_diffusion.formats.adapter_alpha import DIFFUSERS_METADATA
 from dora_diffusion.formats.adapter_file import (
     AdapterFile,
     AdapterFormatError,
@@ -18,10 +19,10 @@ from dora_diffusion.formats.adapter_file import (
     find_adapter,
     read_adapter,
 )
-from dora_diffusion.formats.adapter_keys import PEFT_PREFIX, is_kohya_key, name_resolver
+from dora_diffusion.formats.adapter_keys import name_resolver
 from dora_diffusion.formats.adapter_metadata import OWN, TRAINED_ALPHA, describe, parse_metadata
 from dora_diffusion.formats.adapter_targets import PEFT_FILE
-from dora_diffusion.formats.consumers import file_kind, tools_for
+from dora_diffusion.formats.consumers import OTHER, file_kind, spelling_of, tools_for
 from dora_diffusion.formats.module_names import guess_family
 from dora_diffusion.formats.safetensors_stream import Header, TensorFileError, read_header
 from dora_diffusion.numerics.weights import LayerWeights
@@ -33,7 +34,8 @@ class AdapterReport:
 
     Attributes:
         path: The file, or the folder of a PEFT adapter.
-        spelling: ``"diffusers"``, ``"kohya"`` or ``"peft"``.
+        spelling: ``"diffusers"``, ``"kohya"`` or ``"peft"``; ``"other"`` if a key is spelled
+            otherwise than these programs spell it.
         metadata: What the file says of itself; the family is guessed from shapes if it does not.
         layers: Number of layers per component.
         kinds: Number of layers per kind: ``"Linear"``, ``"Conv2d 1x1"``, ``"Conv2d 3x3"``.
@@ -88,7 +90,8 @@ def inspect_adapter(
         return _report_for_one_base(found, headers[0], module_shapes)
     adapter, fits = _read(found, module_shapes, base_weight, base_family)
     layers = adapter.layers
-    spelling = _spelling(headers)
+    spelling = spelling_of(key for header in headers for key in header.specs)
+    readable = spelling if _is_as_programs_read_it(spelling, layers, headers) else OTHER
     shapes = {name: layer.weight_shape for name, layer in layers.items()}
     facts = adapter.metadata
     if not facts.family:
@@ -106,8 +109,8 @@ def inspect_adapter(
         alpha=facts.extra.get(TRAINED_ALPHA, alpha),
         parameters=sum(_parameters(layer) for layer in layers.values()),
         nbytes=sum(file.stat().st_size for file in files),
-        notes=(*adapter.notes, *_notes(spelling, _axis(layers), headers)),
-        tools=tools_for(file_kind(spelling, _axis(layers))),
+        notes=(*adapter.notes, *_notes(readable, _axis(layers), headers)),
+        tools=tools_for(file_kind(readable, _axis(layers))),
         fits=fits,
     )
 
@@ -183,11 +186,27 @@ def _kind_of_shape(shape: tuple[int, ...]) -> str:
     return "Linear" if len(shape) == 2 else f"Conv2d {shape[2]}x{shape[3]}"
 
 
-def _spelling(headers: list[Header]) -> str:
-    keys = [key for header in headers for key in header.specs]
-    if keys and is_kohya_key(keys[0]):
-        return "kohya"
-    return "peft" if keys and keys[0].startswith(PEFT_PREFIX) else "diffusers"
+def _is_as_programs_read_it(
+    spelling: str, layers: Mapping[str, LayerWeights], headers: list[Header]
+) -> bool:
+    """Whether programs that know the keys also read the numbers as they are meant.
+
+    None takes alpha from what kohya's scripts note of the training; magnitudes must lie along
+    their axis; and PEFT makes all layers of a component DoRA, or none.
+    """
+    specs = {key: spec for header in headers for key, spec in header.specs.items()}
+    says_alpha = sum(key.endswith(".alpha") for key in specs) >= len(layers) or spelling == "peft"
+    says_alpha |= any(DIFFUSERS_METADATA in header.metadata for header in headers)
+    if not says_alpha and any(layer.scale != 1.0 for layer in layers.values()):
+        return False
+    if spelling != "kohya":
+        kinds = {(n.split(".")[0], one.magnitude is None) for n, one in layers.items()}
+        return len(kinds) == len({component for component, _ in kinds})
+    if (axis := _axis(layers)) == "mixed":
+        return True
+    along = 1 if axis == "input" else 0
+    shapes = [spec.shape for key, spec in specs.items() if key.endswith(".dora_scale")]
+    return all(len(shape) > 1 and shape[along] == math.prod(shape) for shape in shapes)
 
 
 def _kind(layer: LayerWeights) -> str:
@@ -211,7 +230,9 @@ def _parameters(layer: LayerWeights) -> int:
 
 def _notes(spelling: str, axis: str, headers: list[Header]) -> list[str]:
     notes = []
-    if not axis:
+    if spelling == OTHER:
+        notes.append("programs read few of such files as they are meant: convert it for yours")
+    elif not axis:
         notes.append("a plain LoRA: every program computes it alike")
     elif spelling != "kohya":
         notes.append("for web UIs convert it, or export a merged checkpoint")

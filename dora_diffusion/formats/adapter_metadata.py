@@ -50,7 +50,8 @@ class AdapterMetadata:
         format_version: Version of our own metadata; ``""`` for a file of another program.
         extra: Further facts, such as ``prediction_type`` or ``base_model_hash``. ``trained_alpha``
             keeps the alpha as trained where the file holds the scale multiplied in;
-            ``unet_layers_per_block`` is what kohya's names of an SDXL UNet depend on.
+            ``unet_layers_per_block`` is what kohya's names of an SDXL UNet depend on, as
+            `UNetLayout.text` gives it.
         tags: Words that describe the adapter, for adapter managers.
         thumbnail: A small picture as a data URI (``data:image/jpeg;base64,...``).
         tag_frequency: How often each tag is in the captions that it was trained with.

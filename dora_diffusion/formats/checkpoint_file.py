@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +30,17 @@ from dora_diffusion.formats.sgm_blocks import UNetLayout, from_sgm
 from dora_diffusion.formats.vae_names import count_levels, is_attention_weight, vae_from_original
 
 # Averaged copies of the unmerged weights; some loaders prefer them to the merged ones.
-_LEFT_OUT = ("model_ema.",)
+LEFT_OUT = ("model_ema.",)
+# Of a text encoder, told by its shape: some programs store them as floating-point numbers.
+POSITIONS = ".position_ids"
+# Empty tensors by which a file says how its noise schedule is meant.
+MARKERS: Mapping[str, Mapping[str, Any]] = {
+    "v_pred": {"prediction_type": "v_prediction"},
+    "ztsnr": {"rescale_betas_zero_snr": True},
+}
+# What `modelspec.prediction_type` says, and the ends of Stable Diffusion 2's architectures.
+_PREDICTIONS = {"v": "v_prediction", "epsilon": "epsilon"}
+_ARCHITECTURES = {"-768-v": "v_prediction", "-512": "epsilon"}
 _RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
 _TOP_BACK = {original: name for name, original in OPEN_CLIP_TOP.items()}
 _LEAVES_BACK = {original: name for name, original in OPEN_CLIP_LEAVES.items()}
@@ -88,8 +99,21 @@ class CheckpointFile:
         return {
             key: spec
             for key, spec in self.reader.specs.items()
-            if key not in planned and not key.startswith(_LEFT_OUT)
+            if key not in planned and not key.startswith(LEFT_OUT)
         }
+
+    def schedule(self) -> dict[str, Any]:
+        """The settings of a scheduler that the file states: by marker tensors, or metadata."""
+        metadata = self.reader.metadata
+        architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
+        stated = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""), "")
+        for end, prediction in _ARCHITECTURES.items():
+            if not stated and architecture.endswith(end):
+                stated = prediction
+        settings: dict[str, Any] = {"prediction_type": stated} if stated else {}
+        for marker in MARKERS.keys() & self.reader.specs.keys():
+            settings |= MARKERS[marker]
+        return settings
 
 
 def standard_key(key: str) -> str:
@@ -117,7 +141,7 @@ def original_entries(family: str, specs: Mapping[str, TensorSpec]) -> list[Entry
     levels = count_levels(key.removeprefix(VAE_PREFIX) for key in specs)
     entries = []
     for key, spec in specs.items():
-        if not spec.dtype.is_floating_point:  # position_ids
+        if not spec.dtype.is_floating_point or key.endswith(POSITIONS):
             continue
         entry = _unet_entry(key, layout) or vae_entry(key, levels)
         for component in COMPONENTS[1:]:

@@ -7,13 +7,19 @@ against a restatement of its published formula (ComfyUI and Forge, A1111), or ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+
+from dora_diffusion.formats.adapter_keys import PEFT_PREFIX
+from dora_diffusion.formats.module_names import KOHYA_PREFIXES
 
 EXACT = "exact"
 _PLAIN = "wrong: the magnitudes are ignored, so it acts as a plain LoRA"
 _NOT_FOR_IT = "convert: the file is not made for it"
 _BY_SOURCE = "exact: by its source, which we have read and not run"
 _OTHER_BASES = "exact for its base: wrong with any other"
+_UNKNOWN = "convert: its spelling is not one that we have checked"
+OTHER = "other"
 
 CONSUMERS = (
     "diffusers",
@@ -97,16 +103,50 @@ VERDICTS: Mapping[str, Mapping[str, str]] = {
 }
 
 
+# All keys of a file must be spelled so, to the last letter: diffusers loads nothing where a UNet's
+# component is missing, and loses an `.alpha`, a `dora_scale`, or a text encoder's bare magnitude.
+_SPELLINGS = {
+    "kohya": re.compile(
+        rf"(?:{'|'.join(KOHYA_PREFIXES)})[^.]+"
+        r"\.(?:lora_(?:down|up|mid)\.weight|alpha|dora_scale)"
+    ),
+    "peft": re.compile(re.escape(PEFT_PREFIX) + r".+\.(?:lora_[AB]\.weight|lora_magnitude_vector)"),
+    "diffusers": re.compile(
+        r"unet\.(?:conv_in|conv_out|time_embedding|add_embedding|mid_block|(?:down|up)_blocks)\b.*"
+        r"\.(?:lora_[AB]\.weight|lora_magnitude_vector(?:\.weight)?"
+        r"|lora\.(?:down|up)\.weight|processor\.\w+_lora\.(?:down|up)\.weight)"
+        r"|text_encoder(?:_2)?\..+"
+        r"\.(?:lora_[AB]|lora_magnitude_vector|lora_linear_layer\.(?:down|up))\.weight"
+    ),
+}
+# Attention projections trained as one matrix, which only some programs split.
+_JOINED = ("to_qkv.", "to_kv.", "in_proj.", "qkv_proj.")
+
+
+def spelling_of(keys: Iterable[str]) -> str:
+    """The spelling that all keys of a file share: a program's own, or ``"other"``."""
+    keys = list(keys)
+    if any(joined in key for key in keys for joined in _JOINED):
+        return OTHER
+    for spelling, pattern in _SPELLINGS.items():
+        if all(map(pattern.fullmatch, keys)):
+            return spelling
+    return OTHER
+
+
 def file_kind(spelling: str, norm_axis: str, target: str = "") -> str:
-    """The key of ``VERDICTS`` for a file, ``""`` if it mixes axes.
+    """The key of ``VERDICTS`` for a file, ``""`` if it mixes axes, ``"other"`` for other files.
 
     Args:
-        spelling: ``"diffusers"``, ``"kohya"`` or ``"peft"``.
+        spelling: ``"diffusers"``, ``"kohya"``, ``"peft"`` or ``"other"``.
         norm_axis: ``"output"``, ``"input"``, ``"mixed"``, or ``""`` for a plain LoRA.
         target: ``"comfyui"`` or ``"dense"`` for files made for one base model.
     """
     if target in VERDICTS:
         return target
+    # PEFT and diffusers know no magnitudes on the input axis.
+    if spelling == OTHER or (spelling != "kohya" and norm_axis == "input"):
+        return OTHER
     kind = f"{spelling} {'DoRA' if norm_axis else 'LoRA'}"
     if spelling == "kohya" and norm_axis:
         kind += f", {norm_axis} axis"
@@ -115,4 +155,6 @@ def file_kind(spelling: str, norm_axis: str, target: str = "") -> str:
 
 def tools_for(kind: str) -> dict[str, str]:
     """Verdict per consumer for a file of this kind, empty if it mixes axes."""
+    if kind == OTHER:
+        return dict.fromkeys(CONSUMERS, _UNKNOWN)
     return dict(VERDICTS[kind]) if kind else {}

@@ -24,7 +24,7 @@ from dora_diffusion.formats.adapter_targets import (
 )
 from dora_diffusion.formats.module_names import default_layout, guess_family, kohya_name
 from dora_diffusion.formats.safetensors_stream import data_hash
-from dora_diffusion.formats.sgm_blocks import SDXL_LAYOUT, UNetLayout
+from dora_diffusion.formats.sgm_blocks import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
 
 KOHYA_FILE = "adapter_kohya.safetensors"
@@ -64,16 +64,10 @@ def kohya_names(layers: Layers, metadata: AdapterMetadata, options: WriteOptions
         AdapterFormatError: If the family is unknown, or the names are not one-to-one.
     """
     family = _known_family(layers, metadata)
-    layout = options.unet_layout or _trained_layout(metadata) or default_layout(family)
+    trained = UNetLayout.from_text(metadata.extra.get(UNET_LAYERS, ""))
+    layout = options.unet_layout or trained or default_layout(family)
     sgm = layout if family == "sdxl" else None
     return rename_one_to_one(layers, lambda name: kohya_name(name, sgm=sgm), "the kohya format")
-
-
-def _trained_layout(metadata: AdapterMetadata) -> UNetLayout | None:
-    """The layout of a UNet that is not shaped like the released one, None for one that is."""
-    layout = UNetLayout.from_depth(metadata.extra.get(UNET_LAYERS, ""))
-    is_released = layout and layout.layers_per_block == SDXL_LAYOUT.layers_per_block
-    return None if is_released else layout
 
 
 def kohya_metadata(
@@ -84,8 +78,8 @@ def kohya_metadata(
     fields = own_fields(metadata, layers, target)
     stored = {name: _for_web_uis(layer) for name, layer in layers.items()}
     fields |= kohya_fields(metadata, stored, family, options.title)
-    if options.unet_layout:
-        fields[OWN + UNET_LAYERS] = str(options.unet_layout.layers_per_block)
+    if options.unet_layout and family == "sdxl":
+        fields[OWN + UNET_LAYERS] = options.unet_layout.text()
     return fields
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.formats.adapter_alpha import json_object
+from dora_diffusion.formats.adapter_alpha import json_object, refuse_changed_base
 from dora_diffusion.formats.adapter_keys import AdapterFormatError
 from dora_diffusion.formats.adapter_targets import PEFT_CONFIG
 from dora_diffusion.formats.module_names import COMPONENTS
-
-# PEFT changes the base's weights when it starts such an adapter, and again when it loads one.
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 def peft_folders(path: Path) -> list[Path]:
@@ -33,10 +30,14 @@ def peft_config(folder: Path) -> dict[str, Any]:
         raise AdapterFormatError(f"{path} is not a text file") from error
     if config.get("peft_type") != "LORA":
         raise AdapterFormatError(f"{folder} holds {config.get('peft_type')}, not a LoRA")
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(_CHANGES_THE_BASE):
+    try:
+        refuse_changed_base(config.get("init_lora_weights"))
+    except AdapterFormatError as error:
+        raise AdapterFormatError(f"{folder}: {error}") from error
+    if whole := config.get("modules_to_save"):
         raise AdapterFormatError(
-            f"{folder}: it was started by {start}, which changes the base's weights, so that it "
-            "fits no released model; let PEFT convert it (path_initial_model_for_weight_conversion)"
+            f"{folder}: it also holds whole trained modules (modules_to_save: {whole}), "
+            "which no LoRA or DoRA file can; merge it with PEFT (merge_and_unload) and use that "
+            "model, or train it again without them"
         )
     return config

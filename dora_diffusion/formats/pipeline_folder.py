@@ -45,7 +45,7 @@ class PipelineFolder:
 
     def __init__(self, path: Path, variant: str | None = None) -> None:
         self.path = path
-        self.index = read_json(path / "model_index.json")
+        self.index = read_index(path)
         self.readers: dict[str, TensorReader] = {}
         self.specs: dict[str, TensorSpec] = {}
         self._raw: dict[str, tuple[str, str]] = {}
@@ -134,6 +134,23 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
         )
     problem = f"several: {', '.join(f.name for f in found)}" if found else "none"
     raise TensorFileError(f"{folder}: it should hold one safetensors weight file; found {problem}")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The ``model_index.json`` of a pipeline folder.
+
+    Raises:
+        TensorFileError: If it is missing or damaged, or names a component that could lie outside
+            of the folder: components are arguments of the pipeline, so names as in code.
+    """
+    index = read_json(folder / "model_index.json")
+    for name, value in index.items():
+        if isinstance(value, list) and not name.isidentifier():
+            raise TensorFileError(
+                f"{folder / 'model_index.json'} names a component {name!r}, which is not the name "
+                "of a folder in it; do not use this model, or remove that line"
+            )
+    return index
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -72,9 +72,22 @@ class UNetLayout:
         return cls(layers, tuple("CrossAttn" in str(kind) for kind in types))
 
     @classmethod
-    def from_depth(cls, text: str) -> UNetLayout | None:
-        """The layout that a file's metadata records as layers per block; None if it does not."""
-        return cls(int(text), ()) if re.fullmatch("[1-9]", text) else None
+    def from_text(cls, text: str) -> UNetLayout | None:
+        """The layout that a file's metadata record, None if they do not.
+
+        Older files record the depth alone; what lies beside it is then taken to be SDXL's.
+        """
+        match = re.fullmatch("([1-9])(?: up_attention=([01]{1,9}))?", text)
+        if match is None:
+            return None
+        if match[2] is None:
+            return cls(int(match[1]), SDXL_LAYOUT.up_attention)
+        return cls(int(match[1]), tuple(flag == "1" for flag in match[2]))
+
+    def text(self) -> str:
+        """What is recorded of it in metadata, such as ``2 up_attention=110``."""
+        flags = "".join("1" if has_attention else "0" for has_attention in self.up_attention)
+        return f"{self.layers_per_block} up_attention={flags}"
 
     @classmethod
     def from_names(cls, names: Iterable[str]) -> UNetLayout:

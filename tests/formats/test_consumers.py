@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dora_diffusion.export import inspect_adapter
 from dora_diffusion.export.convert import CONVERSIONS
 from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.consumers import CONSUMERS, VERDICTS, file_kind, tools_for
@@ -265,6 +267,8 @@ def test_kinds_of_files() -> None:
     assert file_kind("peft", "") == "peft LoRA"
     assert file_kind("kohya", "mixed") == ""
     assert tools_for("") == {}
+    assert file_kind("peft", "input") == "other"
+    assert all(verdict.startswith("convert") for verdict in tools_for("other").values())
 
 
 def test_diffusers_and_a_kohya_file(tmp_path: Path, sd1_folder: Path) -> None:
@@ -289,3 +293,110 @@ def test_diffusers_and_a_kohya_file(tmp_path: Path, sd1_folder: Path) -> None:
         # Both times the plain LoRA.
         torch.testing.assert_close(fused, weight + 0.75 * up @ down, rtol=0, atol=1e-5)
         pipeline.unet.get_submodule(name).weight.data.copy_(weight)
+
+
+TO_K = "unet.down_blocks.2.attentions.0.transformer_blocks.0.attn2.to_k"
+K_PROJ = "text_encoder.text_model.encoder.layers.0.self_attn.k_proj"
+FACTORS = (".lora_A.weight", ".lora_B.weight")
+FLAT = "lora_unet_" + TO_K.removeprefix("unet.").replace(".", "_")
+KOHYA = (".lora_down.weight", ".lora_up.weight")
+TRAINED = {"ss_network_dim": "4", "ss_network_alpha": "1"}
+# module, its name in the file, names of the factors, shape of a magnitude by its key, alpha in the
+# file, metadata, and whether `inspect` calls it exact in diffusers.
+SPELLINGS = {
+    "diffusers": (TO_K, TO_K, FACTORS, {}, None, {}, True),
+    "dora": (TO_K, TO_K, FACTORS, {".lora_magnitude_vector.weight": (-1,)}, None, {}, True),
+    "bare in the unet": (TO_K, TO_K, FACTORS, {".lora_magnitude_vector": (-1,)}, None, {}, True),
+    "text encoder": (K_PROJ, K_PROJ, FACTORS, {".lora_magnitude_vector.weight": (-1,)}, None, {},
+                     True),
+    "bare in the text encoder": (K_PROJ, K_PROJ, FACTORS, {".lora_magnitude_vector": (-1,)}, None,
+                                 {}, False),
+    "early": (TO_K, TO_K, (".lora.down.weight", ".lora.up.weight"), {}, None, {}, True),
+    "processor": (TO_K, TO_K.replace(".to_k", ".processor.to_k"),
+                  ("_lora.down.weight", "_lora.up.weight"), {}, None, {}, True),
+    "early text encoder": (K_PROJ, K_PROJ, (".lora_linear_layer.down.weight",
+                           ".lora_linear_layer.up.weight"), {}, None, {}, True),
+    "PEFT's name inside": (TO_K, TO_K, (".lora_A.default.weight", ".lora_B.default.weight"), {},
+                           None, {}, False),
+    "no component": (TO_K, TO_K.removeprefix("unet."), FACTORS, {}, None, {}, False),
+    "alpha": (TO_K, TO_K, FACTORS, {}, 2.0, {}, False),
+    "dotted kohya": (TO_K, TO_K, KOHYA, {}, 2.0, {}, False),
+    "dora_scale": (TO_K, TO_K, FACTORS, {".dora_scale": (-1, 1)}, None, {}, False),
+    "dora_scale on the input axis": (TO_K, TO_K, KOHYA, {".dora_scale": (1, -1)}, 2.0, {}, False),
+    "kohya": (TO_K, FLAT, KOHYA, {}, 2.0, TRAINED, True),
+    "kohya's alpha in the metadata": (TO_K, FLAT, KOHYA, {}, None, TRAINED, False),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def diffusers_pipeline(sd1_folder: Path) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_pretrained(sd1_folder, local_files_only=True)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_what_is_called_exact_is_exact_in_diffusers(
+    tmp_path: Path, diffusers_pipeline: Any, spelling: str
+) -> None:
+    """And what is not is either refused there, or computed otherwise."""
+    module, key, (down_key, up_key), magnitudes, alpha, metadata, is_exact = SPELLINGS[spelling]
+    component, _, path = module.partition(".")
+    model = getattr(diffusers_pipeline, component)
+    if component == "text_encoder" and not hasattr(model, "text_model"):
+        path = path.removeprefix("text_model.")
+    parameter = model.get_submodule(path).weight
+    weight = parameter.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    down = 0.1 * torch.randn(4, weight.shape[1], generator=generator)
+    up = 0.1 * torch.randn(weight.shape[0], 4, generator=generator)
+    tensors = {key + down_key: down, key + up_key: up}
+    axis, magnitude = "output", None
+    for magnitude_key, shape in magnitudes.items():
+        axis = "input" if shape == (1, -1) else "output"
+        magnitude = 1.2 * norms(weight, axis).flatten()
+        tensors[key + magnitude_key] = magnitude.view(shape)
+    if alpha:
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    file = tmp_path / "a.safetensors"
+    save_file(tensors, file, metadata)
+    verdicts = inspect_adapter(file).tools
+    assert (verdicts["diffusers"] == "exact") == is_exact
+    if not is_exact:
+        assert all(verdict.startswith("convert") for verdict in verdicts.values())
+    alpha = alpha or (1.0 if metadata else 4.0)
+    wanted = meant(weight.double(), LayerWeights(down, up, magnitude, alpha, axis))
+    try:
+        diffusers_pipeline.load_lora_weights(file)
+        diffusers_pipeline.fuse_lora(components=[component])
+        fused = parameter.detach().double()
+    except (ValueError, IndexError, RuntimeError):
+        fused = torch.full_like(wanted, torch.nan)
+    finally:
+        diffusers_pipeline.unload_lora_weights()
+        model.get_submodule(path).weight.data.copy_(weight)
+    error = (fused - wanted).norm() / (wanted - weight).norm()
+    assert (error < EXACT).item() == is_exact
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({}, "exact"),
+        ({".dora_scale": ".lora_magnitude_vector"}, "convert"),
+        ({".lora_down.weight": ".lora_A.weight", ".lora_up.weight": ".lora_B.weight"}, "convert"),
+        ({"lora_unet_": "lora_unet."}, "convert"),
+        ({"to_k.": "to_kv."}, "convert"),
+    ],
+)
+def test_kohya_files_in_other_spellings(tmp_path: Path, change: dict[str, str], kind: str) -> None:
+    """Only the spelling that LyCORIS writes is called exact there."""
+    tensors = {
+        f"{FLAT}.lora_down.weight": torch.ones(2, 6), f"{FLAT}.lora_up.weight": torch.ones(8, 2),
+        f"{FLAT}.alpha": torch.tensor(1.0), f"{FLAT}.dora_scale": torch.ones(8, 1),
+    }  # fmt: skip
+    for old, new in change.items():
+        tensors = {key.replace(old, new): tensor for key, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    report = inspect_adapter(tmp_path / "a.safetensors")
+    assert report.tools["LyCORIS"].partition(":")[0] == kind

@@ -252,12 +252,33 @@ def test_wrong_kinds_of_numbers_are_named(
         read_adapter(path)
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga"])
 def test_adapters_of_a_changed_base_are_refused(tmp_path: Path, start: str) -> None:
     """PEFT subtracts them from the base's weights before it trains: they fit no released model."""
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({"peft_type": "LORA", "init_lora_weights": start}))
     with pytest.raises(AdapterFormatError, match=f"started by {start}, which changes the base's"):
+        read_adapter(tmp_path)
+    # diffusers keeps PEFT's config in the metadata of its file.
+    config = {"unet.r": 2, "unet.lora_alpha": 2, "unet.init_lora_weights": start}
+    tensors = {
+        "unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3),
+        "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1),
+    }
+    file = tmp_path / "a.safetensors"
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(AdapterFormatError, match=f"started by {start}, which changes the base's"):
+        read_adapter(file)
+
+
+def test_whole_modules_beside_an_adapter_are_named(tmp_path: Path) -> None:
+    """As PEFT itself saves them."""
+    from peft import LoraConfig, get_peft_model
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
+    config = LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    with pytest.raises(AdapterFormatError, match=r"whole trained modules .*'1'"):
         read_adapter(tmp_path)
 
 

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dora_diffusion.export import ExportError, export_checkpoint, output
+from dora_diffusion.adapters.files import load_adapter
+from dora_diffusion.adapters.state import adapter_state
+from dora_diffusion.export import ExportError, export_checkpoint, output, verify_checkpoint
 from dora_diffusion.formats import safetensors_stream
 from dora_diffusion.formats.adapter_file import (
     AdapterFile,
@@ -25,8 +27,9 @@ from dora_diffusion.formats.adapter_file import (
 )
 from dora_diffusion.formats.atomic_file import DiskFullError
 from dora_diffusion.formats.pipeline_folder import PipelineFolder
-from dora_diffusion.formats.safetensors_stream import TensorReader
+from dora_diffusion.formats.safetensors_stream import TensorFileError, TensorReader
 from dora_diffusion.merge import Strengths, WeightedAdapter, merge_state
+from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]
@@ -305,3 +308,125 @@ def test_a_file_that_reads_back_wrong_is_not_kept(
     with pytest.raises(ExportError, match="did not read back"):
         export_checkpoint(sd1_folder, file, tmp_path / "merged.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_components_outside_of_the_folder_are_refused(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """A model from elsewhere could copy files from anywhere to anywhere."""
+    base = tmp_path / "models" / "base"
+    shutil.copytree(sd1_folder, base)
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "key").write_text("private")
+    file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=20)))
+    index = json.loads((base / "model_index.json").read_text())
+    output = tmp_path / "one" / "two" / "merged"
+    single = export_checkpoint(sd1_folder, file, tmp_path / "base.safetensors")
+    for name in ("../../secrets", str(tmp_path / "secrets"), "unet/../../../secrets", ".."):
+        text = json.dumps({**index, name: ["diffusers", "Anything"]})
+        (base / "model_index.json").write_text(text)
+        with pytest.raises(TensorFileError, match="is not the name of a folder in it"):
+            export_checkpoint(base, file, output)
+        with pytest.raises(TensorFileError, match="is not the name of a folder in it"):
+            export_checkpoint(single, file, output, config=base)
+    assert [path.parent.name for path in tmp_path.rglob("key")] == ["secrets"]
+
+
+def test_what_is_read_is_not_overwritten(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    layers = random_adapter(sd1_folder, every=20)
+    file = write_adapter(tmp_path / "a.safetensors", AdapterFile(layers))
+    merged = export_checkpoint(sd1_folder, file, tmp_path / "merged")
+    inside = write_adapter(merged / "lora.safetensors", AdapterFile(layers))
+    peft = write_adapter(tmp_path / "peft", AdapterFile(layers), "peft")
+    single = export_checkpoint(sd1_folder, file, tmp_path / "single.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for base, adapter, target, vae in (
+        (sd1_folder, file, file, None),
+        (sd1_folder, inside, merged, None),
+        (sd1_folder, peft, peft / "unet" / "adapter_model.safetensors", None),
+        (merged, file, merged, None),
+        (single, file, single, None),
+        (sd1_folder, file, merged, merged / "vae"),
+        (sd1_folder, file, single, single),
+    ):
+        with pytest.raises(ExportError, match="which is read for it; choose another name"):
+            export_checkpoint(base, adapter, target, vae=vae, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_an_interruption_puts_the_old_folder_back(
+    tmp_path: Path, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch, random_adapter: MakeAdapter,
+    calls: int,
+) -> None:  # fmt: skip
+    file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=20)))
+    merged = export_checkpoint(sd1_folder, file, tmp_path / "merged")
+    (merged / "mine.txt").write_text("of the old folder")
+    rename = os.rename
+    done = 0
+
+    def interrupted(source: Path, target: Path) -> None:
+        nonlocal done
+        done += 1
+        if done == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+        if done == calls == 1:
+            done += 1
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output.os, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export_checkpoint(sd1_folder, file, merged, strength=0.5, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "merged"]
+    assert (merged / "mine.txt").read_text() == "of the old folder"
+
+
+def test_a_linked_folder_is_replaced_where_it_lies(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=20)))
+    real = export_checkpoint(sd1_folder, file, tmp_path / "elsewhere" / "real", strength=0.0)
+    link = tmp_path / "link"
+    link.symlink_to(real)
+    export_checkpoint(sd1_folder, file, link, overwrite=True)
+    assert link.is_symlink()
+    assert not real.is_symlink()
+    expected = tensors_of(export_checkpoint(sd1_folder, file, tmp_path / "plain"))
+    assert_equal(tensors_of(real), expected)
+
+
+def test_the_home_folder_is_found(
+    tmp_path: Path, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch, random_adapter: MakeAdapter
+) -> None:
+    """A quoted ~ in a command, and every one in Python."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(sd1_folder, tmp_path / "base")
+    write_adapter(tmp_path / "a.safetensors", AdapterFile(random_adapter(sd1_folder, every=20)))
+    export_checkpoint("~/base", "~/a.safetensors", "~/merged")
+    assert (tmp_path / "merged" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+def test_flat_magnitudes_are_merged_as_the_base_tells(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, axis: str
+) -> None:
+    """Exported, verified and put on live modules: the same as with magnitudes that tell."""
+    layers = random_adapter(sd1_folder, axis=axis, every=7)
+    facts = AdapterMetadata("sd1")
+    file = write_adapter(tmp_path / "a.safetensors", AdapterFile(layers, facts), "kohya")
+    flat = tmp_path / "flat.safetensors"
+    tensors = load_file(file)
+    save_file({k: t.flatten() if k.endswith("dora_scale") else t for k, t in tensors.items()}, flat)
+    expected = tensors_of(export_checkpoint(sd1_folder, file, tmp_path / "plain"))
+    output = export_checkpoint(sd1_folder, flat, tmp_path / "merged")
+    assert_equal(tensors_of(output), expected)
+    assert verify_checkpoint(output, sd1_folder, flat).ok
+    components = load_components(sd1_folder).adaptable()
+    load_adapter(components, flat)
+    state = adapter_state(components)
+    assert {layer.norm_axis for layer in state.values()} == {axis}
+    assert all(torch.equal(state[name].magnitude, one.magnitude) for name, one in layers.items())

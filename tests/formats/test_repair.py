@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,8 +148,33 @@ def test_a_lost_alpha_is_given_back(
     found = convert_adapter(path, tmp_path / "c", "kohya", base=sd1_folder)
     assert_same_layers(read_adapter(found.path).layers, layers)
     assert found.notes == ("its layers do not say their alpha; alpha 3 of its training was taken",)
+    good = load_file(tmp_path / "good.safetensors")
     with pytest.raises(AdapterFormatError, match="says that its alpha is 3; it was not lost"):
-        read_adapter(tmp_path / "good.safetensors", alpha=2.0)
+        read_adapter(saved(tmp_path, good), alpha=2.0)
+
+
+@pytest.mark.parametrize("target", ["diffusers", "kohya", "peft"])
+def test_an_alpha_that_was_not_lost_is_not_replaced(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, target: str
+) -> None:
+    """Our own files hold or record it, also where the scale is multiplied in."""
+    layers = random_adapter(sd1_folder, every=9)
+    path = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")), target)
+    with pytest.raises(AdapterFormatError, match="its alpha was not lost"):
+        convert_adapter(path, tmp_path / "b", "kohya", alpha=2.0)
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_alpha_in_diffusers_metadata_is_not_replaced(tmp_path: Path) -> None:
+    tensors = {
+        "unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3),
+        "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1),
+    }
+    config = json.dumps({"unet.r": 2, "unet.lora_alpha": 6})
+    path = saved(tmp_path, tensors, {"lora_adapter_metadata": config})
+    assert read_adapter(path).layers["unet.conv_in"].scale == 3.0
+    with pytest.raises(AdapterFormatError, match="its alpha was not lost"):
+        read_adapter(path, alpha=2.0)
 
 
 def test_text_encoder_keys_without_prefixes(

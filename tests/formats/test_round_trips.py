@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+import dora_diffusion
+from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter_file import (
     AdapterFile,
     AdapterMetadata,
@@ -22,10 +25,12 @@ from dora_diffusion.formats.adapter_file import (
     write_adapter,
 )
 from dora_diffusion.formats.pipeline_folder import PipelineFolder
+from dora_diffusion.formats.sgm_blocks import SDXL_LAYOUT, UNetLayout
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]
+EMBEDDED = Path(dora_diffusion.__file__).parent / "embedded"
 FAMILIES = ("sd1", "sd2", "sdxl")
 HOLDS = {"output": ("diffusers", "peft", "kohya"), "input": ("kohya",)}
 HOLDS |= {"none": HOLDS["output"]}
@@ -140,3 +145,62 @@ def test_kohya_names_follow_a_unet_of_another_depth(tmp_path: Path) -> None:
     assert "lora_unet_input_blocks_5_1_proj_in" in modules
     assert "lora_unet_output_blocks_3_0_out_layers_3" in modules
     assert set(read_adapter(kohya).layers) == set(layers)
+
+
+UPSAMPLERS = {
+    "unet.up_blocks.0.upsamplers.0.conv": "lora_unet_output_blocks_1_2_conv",
+    "unet.up_blocks.1.upsamplers.0.conv": "lora_unet_output_blocks_3_1_conv",
+    "unet.up_blocks.2.upsamplers.0.conv": "lora_unet_output_blocks_5_2_conv",
+}
+
+
+def test_the_slot_of_an_upsampler_follows_the_attention_of_its_level(tmp_path: Path) -> None:
+    """Behind attention it is the third module of its block; the record of that goes along."""
+    factors = torch.randn(2, 4, 3, 3), torch.randn(4, 2, 1, 1)
+    layers = {name: LayerWeights(*factors, None, 2.0) for name in UPSAMPLERS}
+    layout = UNetLayout(1, (True, False, True, False))
+    first = write_adapter(
+        tmp_path / "first.safetensors", AdapterFile(layers, AdapterMetadata("sdxl")), "kohya",
+        unet_layout=layout,
+    )  # fmt: skip
+    diffusers = write_adapter(tmp_path / "d.safetensors", read_adapter(first), "diffusers")
+    again = write_adapter(tmp_path / "again.safetensors", read_adapter(diffusers), "kohya")
+    for path in (first, again):
+        with safe_open(path, "pt") as file:
+            modules = {key.partition(".")[0] for key in file.keys()}  # noqa: SIM118
+        assert modules == set(UPSAMPLERS.values())
+        assert set(read_adapter(path).layers) == set(layers)
+
+
+@pytest.mark.parametrize("text", ["0", "x", "1 up_attention=", "1 up_attention=12", "10"])
+def test_what_is_no_layout_is_left_out(text: str) -> None:
+    assert UNetLayout.from_text(text) is None
+    assert UNetLayout.from_text(SDXL_LAYOUT.text()) == SDXL_LAYOUT
+
+
+@pytest.mark.parametrize("target", ["kohya", "comfyui", "dense", "lora"])
+def test_kohya_names_follow_the_base(tmp_path: Path, target: str) -> None:
+    """For a file that says nothing of the UNet it was trained on, of one layer per block."""
+    names = {
+        "unet.down_blocks.2.attentions.0.transformer_blocks.0.attn2.to_k":
+            "lora_unet_input_blocks_5_1_transformer_blocks_0_attn2_to_k",
+        "unet.up_blocks.1.upsamplers.0.conv": "lora_unet_output_blocks_3_2_conv",
+        "unet.up_blocks.2.upsamplers.0.conv": "lora_unet_output_blocks_5_1_conv",
+    }  # fmt: skip
+    base = EMBEDDED / "tiny-sdxl"
+    shapes = PipelineFolder(base).module_shapes()
+    tensors = {}
+    for name in names:
+        out, into, *kernel = shapes[name]
+        tensors[f"{name}.lora_A.weight"] = torch.randn(2, into, *kernel)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(out, 2, *[1] * len(kernel))
+    save_file(tensors, tmp_path / "foreign.safetensors")
+    path = convert_adapter(
+        tmp_path / "foreign.safetensors", tmp_path / "out.safetensors", target, base=base
+    ).path
+    with safe_open(path, "pt") as file:
+        assert {key.partition(".")[0] for key in file.keys()} == set(names.values())  # noqa: SIM118
+    if target == "kohya":
+        layers = read_adapter(path, shapes).layers
+        for name in names:
+            assert torch.equal(layers[name].down, tensors[f"{name}.lora_A.weight"])

@@ -20,7 +20,7 @@ from dora_diffusion.export.verify import rounding_of
 from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.pipeline_folder import PipelineFolder
 from dora_diffusion.formats.safetensors_stream import TensorFileError, TensorReader, read_header
-from dora_diffusion.merge import Strengths, merge_tensor
+from dora_diffusion.merge import MergeError, Strengths, merge_tensor
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -129,6 +129,105 @@ def test_missing_tensors_and_other_adapters_are_found(
     save_file(tensors, output)
     report = verify_checkpoint(output, sd1_folder, paths[0])
     assert report.problems == ["unet.conv_out.bias is not in the merged model"]
+
+
+def exported(folder: Path, base: Path, make: MakeAdapter) -> tuple[Path, Path]:
+    """An adapter and a single file with it merged in."""
+    adapter = write_adapter(folder / "a.safetensors", AdapterFile(make(base, every=20)))
+    return adapter, export_checkpoint(base, adapter, folder / "merged.safetensors")
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_names_that_programs_do_not_find(
+    tmp_path: Path, family: str, request: pytest.FixtureRequest, random_adapter: MakeAdapter
+) -> None:
+    base = request.getfixturevalue(f"{family}_folder")
+    path, merged = exported(tmp_path, base, random_adapter)
+    tensors = {
+        key.replace("transformer.text_model.", "transformer."): tensor
+        for key, tensor in load_file(merged).items()
+    }
+    renamed = sum(".transformer.encoder." in key for key in tensors)
+    assert renamed > 10
+    save_file(tensors, merged)
+    problems = verify_checkpoint(merged, base, path).problems
+    assert sum("should be called" in problem for problem in problems) > renamed
+    assert all("most programs do not find it" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("key", "problem"),
+    [
+        ("v_pred", "it is marked as v_pred, the base is not"),
+        ("ztsnr", "it is marked as ztsnr, the base is not"),
+        ("model.diffusion_model.extra.weight", "extra.weight is not in the base"),
+        ("model_ema.diffusion_modelout2bias", "it holds averaged copies"),
+    ],
+)
+def test_tensors_that_the_base_lacks(
+    tmp_path: Path, sdxl_folder: Path, random_adapter: MakeAdapter, key: str, problem: str
+) -> None:
+    path, merged = exported(tmp_path, sdxl_folder, random_adapter)
+    single = export_checkpoint(sdxl_folder, path, tmp_path / "base.safetensors", strength=0.0)
+    harmless = "first_stage_model.loss.logvar"
+    save_file({**load_file(merged), key: torch.ones(1), harmless: torch.ones(1)}, merged)
+    (found,) = verify_checkpoint(merged, sdxl_folder, path).problems[:1]
+    assert problem in found
+    problems = verify_checkpoint(merged, single, path).problems
+    assert any(problem in one for one in problems)
+    assert f"{harmless} is not in the base" in problems
+
+
+def test_another_schedule_is_found(
+    tmp_path: Path, sdxl_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """A folder whose scheduler was changed, and a single file without its markers."""
+    base = tmp_path / "base"
+    shutil.copytree(sdxl_folder, base)
+    scheduler = base / "scheduler" / "scheduler_config.json"
+    values = json.loads(scheduler.read_text())
+    v_prediction = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    scheduler.write_text(json.dumps({**values, **v_prediction}))
+    path, merged = exported(tmp_path, base, random_adapter)
+    assert verify_checkpoint(merged, base, path).ok
+    tensors = load_file(merged)
+    del tensors["v_pred"], tensors["ztsnr"]
+    save_file(tensors, merged)
+    assert set(verify_checkpoint(merged, base, path).problems) == {
+        "the base is marked as v_pred, it is not",
+        "the base is marked as ztsnr, it is not",
+    }
+    folder = export_checkpoint(sdxl_folder, path, tmp_path / "folder")
+    shutil.copy(scheduler, folder / "scheduler" / "scheduler_config.json")
+    assert verify_checkpoint(folder, sdxl_folder, path).problems == [
+        "its prediction_type is v_prediction, the base's is epsilon",
+        "its rescale_betas_zero_snr is True, the base's is False",
+    ]
+
+
+def test_numbers_that_half_precision_does_not_hold(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """In a weight that no adapter acts on: not written, and found in another program's file."""
+    base = tmp_path / "base"
+    shutil.copytree(sd1_folder, base)
+    file = base / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("layers.1.mlp.fc1.bias"))
+    tensors[key][3] = 1e5
+    save_file(tensors, file, {"format": "pt"})
+    path = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=20)))
+    with pytest.raises(MergeError, match=r"layers\.1\.mlp\.fc1\.bias: .* beyond float16; take"):
+        export_checkpoint(base, path, tmp_path / "half", dtype=torch.float16)
+    assert not (tmp_path / "half").exists()
+    output = export_checkpoint(base, path, tmp_path / "full")
+    assert verify_checkpoint(output, base, path).ok
+    file = output / "text_encoder" / "model.safetensors"
+    save_file({k: t.half() for k, t in load_file(file).items()}, file, {"format": "pt"})
+    (problem,) = verify_checkpoint(output, base, path).problems
+    assert problem.endswith("layers.1.mlp.fc1.bias is not finite, and the base's is")
+    wide = export_checkpoint(base, path, tmp_path / "wide", dtype=torch.bfloat16)
+    assert verify_checkpoint(wide, base, path).ok
 
 
 def test_the_rounding_of_a_cast_is_bounded() -> None:
@@ -337,6 +436,70 @@ def test_v_prediction_reaches_the_folder(
     with TensorReader(again) as reader:
         assert {"v_pred", "ztsnr"} <= reader.specs.keys()
         assert reader.metadata["modelspec.prediction_type"] == "v"
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"modelspec.prediction_type": "v"}, "v_prediction"),
+        ({"modelspec.prediction_type": "epsilon"}, "epsilon"),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v_prediction"),
+        ({"modelspec.architecture": "stable-diffusion-v2-512"}, "epsilon"),
+        ({}, "the configuration's"),
+    ],
+)
+def test_the_prediction_type_of_a_single_file_is_kept(
+    tmp_path: Path, sd2_folder: Path, random_adapter: MakeAdapter, stated: dict[str, str],
+    expected: str,
+) -> None:  # fmt: skip
+    """In the folder made from it, whatever the configuration says, and in another single file."""
+    path = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(random_adapter(sd2_folder, every=20))
+    )
+    single = export_checkpoint(sd2_folder, path, tmp_path / "base.safetensors")
+    hashes = {"modelspec.hash_sha256": "0xbeef", "sshs_model_hash": "beef"}
+    save_file(load_file(single), single, {**stated, **hashes})
+    for configured in ("epsilon", "v_prediction"):
+        config = tmp_path / configured
+        shutil.copytree(sd2_folder, config)
+        scheduler = config / "scheduler" / "scheduler_config.json"
+        values = json.loads(scheduler.read_text())
+        scheduler.write_text(json.dumps({**values, "prediction_type": configured}))
+        output = export_checkpoint(single, path, tmp_path / f"m-{configured}", config=config)
+        written = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
+        assert written["prediction_type"] == (expected if stated else configured)
+    notes = read_header(export_checkpoint(single, path, tmp_path / "s.safetensors")).metadata
+    assert not hashes.keys() & notes.keys()
+    if stated:
+        is_v = expected == "v_prediction"
+        assert notes["modelspec.prediction_type"] == ("v" if is_v else "epsilon")
+        assert notes["modelspec.architecture"].endswith("-768-v" if is_v else "-512")
+    else:
+        assert not {"modelspec.prediction_type", "modelspec.architecture"} & notes.keys()
+        with pytest.raises(ExportError, match="does not say whether it predicts the noise or v"):
+            export_checkpoint(single, path, tmp_path / "m")
+
+
+def test_position_numbers_as_floats(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """Many merged models of Stable Diffusion 1 hold them so."""
+    path = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(random_adapter(sd1_folder, every=9))
+    )
+    single = export_checkpoint(sd1_folder, path, tmp_path / "base.safetensors", strength=0.0)
+    key = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+    save_file({**load_file(single), key: torch.arange(77.0)[None]}, single)
+    folder = export_checkpoint(single, path, tmp_path / "m", config=sd1_folder)
+    expected = tensors_of(export_checkpoint(sd1_folder, path, tmp_path / "plain"))
+    found = tensors_of(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    again = export_checkpoint(single, path, tmp_path / "m.safetensors", dtype=torch.float16)
+    positions = load_file(again)[key]
+    assert positions.dtype == torch.int64
+    assert torch.equal(positions, torch.arange(77)[None])
+    assert verify_checkpoint(again, single, path).ok
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
