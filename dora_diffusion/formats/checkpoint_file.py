@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +103,21 @@ class CheckpointFile:
         }
 
     def schedule(self) -> dict[str, Any]:
-        """The settings of a scheduler that the file states: by marker tensors, or metadata."""
-        metadata = self.reader.metadata
-        architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
-        stated = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""), "")
-        for end, prediction in _ARCHITECTURES.items():
-            if not stated and architecture.endswith(end):
-                stated = prediction
-        settings: dict[str, Any] = {"prediction_type": stated} if stated else {}
-        for marker in MARKERS.keys() & self.reader.specs.keys():
-            settings |= MARKERS[marker]
-        return settings
+        """See `stated_schedule`."""
+        return stated_schedule(self.reader.metadata, self.reader.specs)
+
+
+def stated_schedule(metadata: Mapping[str, str], names: Iterable[str]) -> dict[str, Any]:
+    """The settings of a scheduler that a file states: by marker tensors, or metadata."""
+    architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
+    stated = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""), "")
+    for end, prediction in _ARCHITECTURES.items():
+        if not stated and architecture.endswith(end):
+            stated = prediction
+    settings: dict[str, Any] = {"prediction_type": stated} if stated else {}
+    for marker in MARKERS.keys() & set(names):
+        settings |= MARKERS[marker]
+    return settings
 
 
 def standard_key(key: str) -> str:

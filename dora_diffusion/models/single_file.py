@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dora_diffusion.formats.checkpoint_file import CheckpointFile, standard_key
+from dora_diffusion.formats.checkpoint_file import CheckpointFile, standard_key, stated_schedule
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.family import Family, detect_checkpoint_family
 from dora_diffusion.models.locate import is_offline, resolve_folder
@@ -32,7 +32,7 @@ def load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) 
     from safetensors import safe_open
 
     with plain_errors(str(path)), safe_open(path, framework="pt") as checkpoint:
-        keys = set(checkpoint.keys())
+        keys, stated = set(checkpoint.keys()), checkpoint.metadata() or {}
     family = detect_checkpoint_family(keys, str(path))
     pipeline_class: Any = getattr(diffusers, family.pipeline_class)
     options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": is_offline()}
@@ -45,7 +45,7 @@ def load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) 
             vae_options = options | {"torch_dtype": torch.float32, "subfolder": "vae"}
             options["vae"] = diffusers.AutoencoderKL.from_single_file(str(path), **vae_options)
         pipeline = pipeline_class.from_single_file(str(path), **options)
-    scheduler_config = {**pipeline.scheduler.config, **_prediction_markers(keys)}
+    scheduler_config = {**pipeline.scheduler.config, **stated_schedule(stated, keys)}
     scheduler_config["_class_name"] = type(pipeline.scheduler).__name__
     return Components(
         family=family,
@@ -74,13 +74,3 @@ def _text_encoder(path: Path, family: Family, config: Path) -> torch.nn.Module:
     if not fill_respelled(model, tensors):
         raise ValueError(f"{path}: its text encoder does not fit the configuration {config}")
     return model.eval()
-
-
-def _prediction_markers(keys: set[str]) -> dict[str, Any]:
-    """Scheduler settings that a checkpoint states by marker tensors (v-prediction SDXL)."""
-    settings: dict[str, Any] = {}
-    if "v_pred" in keys:
-        settings["prediction_type"] = "v_prediction"
-    if "ztsnr" in keys:
-        settings["rescale_betas_zero_snr"] = True
-    return settings

@@ -60,7 +60,7 @@ def adapter_metadata(
             "prediction_type": components.prediction_type,
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
-            UNET_LAYERS: str(components.unet.config.layers_per_block),
+            UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
         },
         tags=(subject.class_word,) if subject.class_word else (),
         tag_frequency=tag_frequency(captions),

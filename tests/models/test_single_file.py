@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dora_diffusion.export import export_checkpoint
 from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
@@ -88,3 +89,14 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     adapter.write_bytes(b"not safetensors at all")
     with pytest.raises(ValueError, match=r"adapter\.safetensors could not be loaded"):
         load_components(adapter)
+
+
+def test_a_stated_prediction_type_wins_over_the_configuration(
+    sd1_folder: Path, tmp_path: Path
+) -> None:
+    file = single_file(sd1_folder, tmp_path)
+    with safe_open(file, framework="pt") as opened:
+        stated = dict(opened.metadata())
+    assert load_components(file, config=sd1_folder).prediction_type == "epsilon"
+    save_file(load_file(file), file, {**stated, "modelspec.prediction_type": "v"})
+    assert load_components(file, config=sd1_folder).prediction_type == "v_prediction"
