@@ -115,8 +115,6 @@ MEASURES: dict[str, Measure] = {
 }  # fmt: skip
 """Every figure by its name; a name followed by ``@MODEL`` is that figure by a metric model."""
 
-_SHARED_BY_SEEDS = ("diversity_features", "diversity_pixels", "denoising_loss")
-
 TAKEN = 0.7
 """Cosine above which a picture shows the subject: one subject scores 0.95, two hardly ever 0.7."""
 
@@ -184,13 +182,11 @@ def difference(name: str, values: Values, base: Values) -> Interval:
 
 
 def _independent(name: str, values: Values) -> list[float]:
-    """Values that know nothing of each other: a picture's, or a prompt's or photo's over all seeds.
+    """Values that know nothing of each other: a picture's, or a prompt's distances over all seeds.
 
-    Distances between pictures of one prompt share pictures, and the losses of all seeds are on the
-    same photos.
+    Distances between pictures of one prompt share pictures.
     """
-    shared = name.partition("@")[0] in _SHARED_BY_SEEDS
-    if shared and len({len(one) for one in values}) == 1:
+    if name.startswith("diversity") and len({len(one) for one in values}) == 1:
         return [float(mean) for mean in np.mean(values, axis=0)]
     return _flat(values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -107,3 +108,19 @@ def test_bad_calls_say_so(sd1_folder, tmp_path) -> None:
         evaluate_photos(components, tmp_path, "sks mug", "mug", [0], SETTINGS)
     with pytest.raises(ValueError, match="no seeds"):
         evaluate_photos(components, tmp_path, "sks mug", "mug", [], SETTINGS)
+
+
+def test_intervals_of_losses_are_over_photos():
+    """Each seed is asked about the same five photos, which differ more than the seeds do."""
+    generator = np.random.default_rng(1)
+    requests = photo_requests("sks mug", "mug", [0], ["a photo of {} on grass"])
+    pictures = [Image.new("RGB", (8, 8))] * len(requests)
+    held = 0
+    for _ in range(500):
+        photos = generator.standard_normal(5)
+        losses = [list(photos + 0.3 * generator.standard_normal(5)) for _ in range(4)]
+        found = measure_photos(requests, pictures, losses, pictures, [], pictures)
+        interval = summarize("denoising_loss", found["denoising_loss"])
+        assert (interval.n, interval.mean) == (5, pytest.approx(np.mean(losses)))
+        held += interval.low <= 0 <= interval.high
+    assert 0.92 < held / 500 < 0.98
