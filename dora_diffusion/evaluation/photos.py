@@ -190,7 +190,7 @@ def measure_photos(
     Args:
         requests: What was asked for.
         pictures: What came.
-        losses: Denoising losses per seed and photo.
+        losses: Denoising losses per seed and photo; empty where none were taken.
         references: True photos of the subject.
         metric_models: The judges.
         base: The base model's pictures of the same requests.
@@ -219,8 +219,8 @@ def measure_photos(
         distances = mean_distances(_thumbnails(pictures), keys, cosine=False)
         scores.add("diversity_pixels", "subject", distances)
     # All seeds are asked about the same photos, which alone are independent of each other.
-    by_photo = tuple(float(loss) for loss in np.mean(losses, axis=0))
-    return scores.values | {"denoising_loss": (by_photo,)}
+    by_photo = tuple(float(np.mean(of_one)) for of_one in zip(*losses, strict=True))
+    return scores.values | ({"denoising_loss": (by_photo,)} if by_photo else {})
 
 
 def measure_references(
