@@ -448,8 +448,15 @@ def test_checkpoints_are_compared_and_one_is_chosen(
 
 def set_slider(page: Visit, name: str, value: str) -> None:
     field = page.page.get_by_label(f"number input for {name}")
+    # A slider that was just unfolded may be drawn once more, with the value that it had.
+    wait_for(lambda: _filled(page, field, value))
+
+
+def _filled(page: Visit, field: Any, value: str) -> bool:
     field.fill(value)
     field.press("Tab")
+    page.page.wait_for_timeout(500)
+    return bool(field.input_value() == value)
 
 
 def press(page: Visit, app: App, selector: str, count: int = 1) -> list[Path]:
