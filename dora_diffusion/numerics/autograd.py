@@ -9,7 +9,7 @@ Two exact forms of the same product are used, and the cheaper one is chosen by s
 
 * *fold*: build ``W + sBA`` and run one operation. Right when the weight is applied at many
   positions. Never in low precision, where rounding the sum to the weight's dtype would lose small
-  updates.
+  updates, nor where torch rounds the operands of float32 products, as TensorFloat-32 does.
 * *follow*: run the base operation and correct its result. Right for few positions.
 
 Both start as an exact identity: with ``B = 0`` and ``g = 1`` every correction is zero.
@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from dora_diffusion.numerics.dora import NORM_FLOOR, per_channel
 from dora_diffusion.numerics.gain import Gain
 from dora_diffusion.numerics.operation import Operation
-from dora_diffusion.numerics.precision import is_wide, wide
+from dora_diffusion.numerics.precision import is_wide, keeps_small_updates, wide
 from dora_diffusion.numerics.source import Source
 from dora_diffusion.numerics.weights import NormAxis
 
@@ -43,7 +43,7 @@ def folds(positions: int, weight: Tensor, rank: int, dtype: torch.dtype) -> bool
 
     Folding passes over ``out * fan_in`` numbers; following over ``positions * (out + in)``.
     """
-    if not is_wide(dtype):
+    if not keeps_small_updates(dtype, weight.device.type, "conv" if weight.ndim > 2 else "matmul"):
         return False
     out, inputs = weight.shape[:2]
     input_passes = FOLLOW_INPUT_PASSES + rank * weight.shape[2:].numel() / ROWS_PER_PASS

@@ -97,7 +97,8 @@ def low_rank_reach(down: Tensor, up: Tensor, scale: float, axis: NormAxis) -> Te
     At least the norm of that channel of ``s B A``, however its ranks cancel one another.
     """
     own, other = (up, down) if axis == "output" else (down, up)
-    return abs(scale) * torch.linalg.vector_norm(wide(other)) * weight_norm(wide(own), axis)
+    size: Tensor = torch.linalg.vector_norm(wide(other))
+    return abs(scale) * size * weight_norm(wide(own), axis)
 
 
 def cancels(total: Tensor, base: Tensor, reach: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from dora_diffusion.generate import SamplingSettings, generate_images
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_moments
 from dora_diffusion.models.load import load_components
+from dora_diffusion.numerics.precision import allow_tf32
 from dora_diffusion.training.metrics import total_norm
 from dora_diffusion.training.optimizer import (
     build_lr_schedule,
@@ -77,7 +78,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     # A process may train more than once, with another precision.
     AcceleratorState._reset_state(reset_partial_state=False)
     if config.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+        allow_tf32()
     # SDXL never uses the last layer of its first text encoder.
     handler = DistributedDataParallelKwargs(
         find_unused_parameters=config.train_text_encoder, broadcast_buffers=False

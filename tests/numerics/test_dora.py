@@ -22,7 +22,6 @@ from dora_diffusion.numerics.dora import (
 )
 from dora_diffusion.numerics.gain import GainInputs, WeightFacts, make_gain, make_gains
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
-from dora_diffusion.numerics.precision import full_precision
 from dora_diffusion.numerics.weights import LayerWeights
 
 AXES = ("output", "input")
@@ -362,21 +361,6 @@ def test_a_channel_of_zeros_stays_zero_whatever_its_magnitude(dtype):
     assert torch.equal(adapted[:, 2], model[0].bias[2].expand(2))
     merge_adapters(model)
     torch.testing.assert_close(model(x), adapted, rtol=0.01, atol=0.01)
-
-
-def test_full_precision_is_without_tensorfloat_and_autocast():
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    try:
-        for allowed in (True, False):
-            matmul.allow_tf32 = allowed
-            with full_precision(torch.device("cuda")):
-                assert not matmul.allow_tf32
-            assert matmul.allow_tf32 == allowed
-    finally:
-        matmul.allow_tf32 = before
-    with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
 def test_facts_of_a_weight_are_renewed_when_it_was_written_to(monkeypatch):
