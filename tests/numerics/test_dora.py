@@ -160,6 +160,43 @@ def test_zero_and_tiny_magnitudes_have_exact_gradients(axis):
 
 
 @pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("keep_output", [True, False])
+@pytest.mark.parametrize("shrink", [1.0, 1e-4])
+def test_the_magnitude_gradient_of_float16_does_not_overflow(case, axis, keep_output, shrink):
+    """Under a loss scale: each product with an output is beyond float16, and no gradient is."""
+    shape, input_shape, op, plain = CASES[case]
+    weight, bias, down, up, magnitude = make(shape, axis=axis)
+    # A gain below SMALL_GAIN takes another path.
+    magnitude[0] *= shrink
+    g = torch.Generator().manual_seed(1)
+    x = 30 * torch.randn(input_shape, generator=g, dtype=torch.float64)
+    upstream = torch.randn(plain(x, weight, bias).shape, generator=g, dtype=torch.float64)
+    upstream *= 2000
+    half = [t.half() for t in (x, weight, bias, upstream)]
+    x, weight, bias, upstream = (t.double() for t in half)
+    down, up, magnitude = (t.float().double() for t in (down, up, magnitude))
+    (expected,) = gradients(
+        lambda m: plain(x, reference_weight(weight, down, up, m, 0.1, axis), bias),
+        [magnitude],
+        upstream,
+    )[1]
+    factors = [t.float() for t in (down, up, magnitude)]
+    y, (_, found) = gradients(
+        lambda x, m: run_ours(
+            op, axis, x, half[1], half[2], *factors[:2], m, 0.1, keep_output=keep_output
+        ),
+        [half[0], factors[2]],
+        half[3],
+    )
+    assert (y.float().abs().max() * half[3].float().abs().max()).item() > 65504
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found.double(), expected, rtol=0.02, atol=5e-3 * expected.abs().max().item()
+    )
+
+
+@pytest.mark.parametrize("axis", AXES)
 def test_input_without_gradient_is_skipped(axis):
     weight, bias, down, up, magnitude = make((12, 7), axis=axis)
     leaves = [t.requires_grad_() for t in (down, up, magnitude)]
