@@ -11,7 +11,7 @@ from dora_diffusion.formats.adapter_keys import (
     is_kohya_key,
     joined_parts,
 )
-from dora_diffusion.formats.module_names import COMPONENT_ALIASES, COMPONENTS
+from dora_diffusion.formats.module_names import is_sgm_path, split_prefix
 from dora_diffusion.numerics.weights import LayerWeights
 
 NO_ALPHA = "it does not say its alpha; alpha = rank is assumed"
@@ -53,8 +53,8 @@ def split_joined(layers: Mapping[str, LayerWeights], notes: list[str]) -> dict[s
 
 def has_component(key: str) -> bool:
     """Whether a key says which component it belongs to."""
-    first = key.removeprefix(PEFT_PREFIX).partition(".")[0]
-    return is_kohya_key(key) or first in COMPONENTS or first in COMPONENT_ALIASES
+    component, path = split_prefix(key.removeprefix(PEFT_PREFIX))
+    return is_kohya_key(key) or component is not None or is_sgm_path(path)
 
 
 def key_notes(keys: Iterable[str]) -> list[str]:

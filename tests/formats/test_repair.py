@@ -270,6 +270,8 @@ def test_onetrainer_spellings(
 ) -> None:  # fmt: skip
     """Its older files are kohya's with diffusers' block names; the newer ones have dots.
 
+    OMI's are of January 2025; COMFY and ORIGINAL, with PEFT's names of the factors, of 2026.
+
     Magnitudes run along the inputs, (1, in) and (1, in, 1, 1), unless it is told otherwise.
     """
     from dora_diffusion.formats.sgm_blocks import SD_LAYOUT, SDXL_LAYOUT, to_sgm
@@ -282,20 +284,27 @@ def test_onetrainer_spellings(
         "older": {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
         "newer": {"unet": "unet", "text_encoder": "clip_l", "text_encoder_2": "clip_g"},
         "inside": {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+        "comfy": {
+            "unet": "diffusion_model",
+            "text_encoder": "text_encoders.clip_l.transformer",
+            "text_encoder_2": "text_encoders.clip_g.transformer",
+        },
+        "original": {"unet": "", "text_encoder": "clip_l", "text_encoder_2": "clip_g"},
     }
     for spelling, names in prefixes.items():
         tensors = {}
         for name, layer in layers.items():
             component, _, path = name.partition(".")
             assert layer.magnitude is not None
-            if spelling == "newer" and component == "unet":
+            if spelling in ("newer", "comfy", "original") and component == "unet":
                 path = str(to_sgm(path, layout))
             joint = "_" if spelling == "older" else "."
-            key = names[component] + joint + path.replace(".", joint)
+            key = (names[component] + joint + path.replace(".", joint)).removeprefix(".")
             ones = [1] * (layer.down.ndim - 2)
+            down, up = ("A", "B") if spelling in ("comfy", "original") else ("down", "up")
             tensors |= {
-                f"{key}.lora_down.weight": layer.down,
-                f"{key}.lora_up.weight": layer.up,
+                f"{key}.lora_{down}.weight": layer.down,
+                f"{key}.lora_{up}.weight": layer.up,
                 f"{key}.alpha": torch.tensor(layer.alpha),
                 f"{key}.dora_scale": layer.magnitude.view(1, -1, *ones),
             }
