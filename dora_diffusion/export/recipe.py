@@ -68,6 +68,7 @@ class Recipe:
         shapes: Mapping[str, tuple[int, ...]],
         family: str,
         base_weight: Callable[[str], Tensor],
+        alpha: float | None = None,
     ) -> list[AdapterFile]:
         """Read the adapters for a base, in their order.
 
@@ -75,16 +76,37 @@ class Recipe:
             shapes: The base's weight shapes by canonical module name.
             family: Its family.
             base_weight: Its weights, which tell the axis of magnitudes whose shape does not.
+            alpha: What those adapters were trained with whose files do not say it.
 
         Raises:
             AdapterFormatError, MergeError: If one cannot be read, or does not fit the base.
+            ExportError: If an alpha is given, and every file says its own.
         """
-        adapters = [
-            read_adapter(path, shapes, base_family=family, base_weight=base_weight)
-            for path, _ in self.pairs()
-        ]
+
+        def read(path: str | Path, alpha: float | None = None) -> AdapterFile:
+            return read_adapter(
+                path, shapes, base_family=family, base_weight=base_weight, alpha=alpha
+            )
+
+        adapters = [read(path) for path, _ in self.pairs()]
+        if alpha is not None:
+            if not any(adapter.lacks_alpha for adapter in adapters):
+                raise ExportError(f"alpha {alpha:g} has no effect: every adapter says its own")
+            adapters = [
+                read(path, alpha) if adapter.lacks_alpha else adapter
+                for adapter, (path, _) in zip(adapters, self.pairs(), strict=True)
+            ]
         check_fit(shapes, [WeightedAdapter(adapter.layers) for adapter in adapters])
         return adapters
+
+    def assumptions(self, adapters: Sequence[AdapterFile]) -> list[str]:
+        """What was assumed of the adapters that `read` gave, one line each with the file's name."""
+        names = [find_adapter(path).name for path, _ in self.pairs()]
+        return [
+            f"{name}: {assumption}"
+            for name, adapter in zip(names, adapters, strict=True)
+            for assumption in adapter.assumptions
+        ]
 
     def weighted(self, adapters: Sequence[AdapterFile]) -> list[WeightedAdapter]:
         """The adapters that `read` gave, with the strengths of each component."""

@@ -16,12 +16,15 @@ from dora_diffusion.formats.adapter_keys import (
     AdapterFormatError,
     Part,
     group_keys,
+    is_ai_toolkit_key,
     listing,
     name_resolver,
 )
 from dora_diffusion.formats.adapter_magnitude import BaseWeight, Magnitude, resolve_axes
 from dora_diffusion.formats.adapter_metadata import OWN, UNET_LAYERS, described
 from dora_diffusion.formats.adapter_repair import (
+    AI_TOOLKIT,
+    NO_ALPHA,
     has_component,
     key_notes,
     move_to_second_encoder,
@@ -76,11 +79,16 @@ def decode_layers(
     if not groups:
         raise AdapterFormatError("the file holds no adapter: it has no tensors")
     notes = key_notes(tensors) if component is None else []
+    is_said = alpha is not None or says_alpha(metadata, config)
+    if not is_said and any("alpha" not in parts for parts in groups.values()):
+        notes.append(AI_TOOLKIT if any(map(is_ai_toolkit_key, tensors)) else NO_ALPHA)
     rule = alpha_rule(metadata, config, notes)
     layers, magnitudes = {}, {}
     for name, parts in groups.items():
         own = {part: _numbers(key, part, tensors[key]) for part, key in parts.items()}
         layers[name] = _factors(name, own, rule, alpha)
+        if is_ai_toolkit_key(parts.get("magnitude", "")) and layers[name].scale != 1.0:
+            raise AdapterFormatError(_not_dora(name, layers[name]))
         if magnitude := _magnitude(name, own, layers[name].weight_shape):
             magnitudes[name] = magnitude
     axes = resolve_axes(
@@ -96,6 +104,14 @@ def decode_layers(
     if not component and not all(has_component(key) for key in tensors):
         layers = move_to_second_encoder(layers, module_shapes, notes)
     return fit_to_model(layers, module_shapes), notes
+
+
+def _not_dora(name: str, layer: LayerWeights) -> str:
+    return (
+        f"{name}: ai-toolkit applies alpha / rank ({layer.alpha:g} / {layer.rank}) outside of the "
+        "norm, m (W + BA) / norm(W + BA) + (alpha / rank - 1) BA, which is no DoRA: no other "
+        "program computes that; train it again with alpha equal to the rank, or use it there"
+    )
 
 
 def _known_weights(base_weight: BaseWeight, shapes: ModuleShapes) -> BaseWeight:

@@ -20,6 +20,7 @@ from dora_diffusion.formats.adapter_metadata import (
     describe,
     parse_metadata,
 )
+from dora_diffusion.formats.adapter_repair import ALPHA_IS_RANK, ALPHA_OF_TRAINING
 from dora_diffusion.formats.adapter_targets import (
     DIFFUSERS_FILE,
     PEFT_CONFIG,
@@ -64,6 +65,16 @@ class AdapterFile:
     layers: dict[str, LayerWeights]
     metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
     notes: tuple[str, ...] = ()
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """Those of the notes that say what was assumed, and may be wrong."""
+        return tuple(note for note in self.notes if ALPHA_IS_RANK in note)
+
+    @property
+    def lacks_alpha(self) -> bool:
+        """Whether its layers do not say their alpha, so that one may be given."""
+        return any(ALPHA_IS_RANK in note or ALPHA_OF_TRAINING in note for note in self.notes)
 
 
 def write_adapter(
@@ -246,6 +257,7 @@ def _read_peft_folders(
 ) -> AdapterFile:
     layers: dict[str, LayerWeights] = {}
     facts: AdapterMetadata | None = None
+    notes: list[str] = []
     for folder in peft_folders(path):
         config = peft_config(folder)
         tensors, metadata = _load(folder / PEFT_FILE)
@@ -253,18 +265,23 @@ def _read_peft_folders(
             component = peft_component(
                 list(tensors), folder.name, metadata.get(OWN + "component", "")
             )
-            own, _ = decode_layers(
+            own, said = decode_layers(
                 tensors, metadata, module_shapes=module_shapes, component=component, config=config,
                 alpha=alpha,
             )  # fmt: skip
         layers |= own
+        notes += said
         facts = facts or _facts(metadata, own)
-    return AdapterFile(layers, facts or AdapterMetadata(format_version=""))
+    facts = facts or AdapterMetadata(format_version="")
+    return AdapterFile(layers, facts, tuple(dict.fromkeys(notes)))
 
 
 def _facts(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> AdapterMetadata:
     facts = parse_metadata(metadata)
     trained = metadata.get(OWN + "alpha", "")
+    # The alpha of what was approximated is not the plain LoRA's.
+    if OWN + "approximation" in metadata:
+        return facts
     if not trained or trained == describe({name: layer.alpha for name, layer in layers.items()}):
         return facts
     # The scale is multiplied in, so the layers no longer tell the alpha they were trained with.

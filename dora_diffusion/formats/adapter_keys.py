@@ -80,6 +80,11 @@ def is_kohya_key(key: str) -> bool:
     return key.replace(".", "_").startswith((*KOHYA_PREFIXES, LYCORIS_PREFIX))
 
 
+def is_ai_toolkit_key(key: str) -> bool:
+    """Whether a key is a magnitude of ai-toolkit's DoRA."""
+    return key.endswith(".magnitude")
+
+
 def name_resolver(known: Iterable[str] | None = None, layout: UNetLayout | None = None) -> Resolve:
     """Function from a kohya-style module name to the canonical name (None if unknown).
 
