@@ -140,7 +140,10 @@ def _report_for_one_base(
     )
     note = "full differences: add them to the base's weights"
     if not dense:
-        note = "its magnitudes are changed to be exact in ComfyUI and Forge, and wrong elsewhere"
+        note = (
+            "its magnitudes are changed to be exact in ComfyUI 0.3.64 and Forge: wrong elsewhere, "
+            "and there too if their formula changes; a merged checkpoint never breaks"
+        )
     own = header.metadata
     fits = "" if shapes is None else _fits_one_base(header, keys, shapes)
     return AdapterReport(
@@ -250,11 +253,11 @@ def _notes(spelling: str, axis: str, headers: list[Header]) -> list[str]:
     elif not axis:
         notes.append("a plain LoRA: programs compute the layers that they read of it alike")
     elif spelling != "kohya":
-        notes.append("for web UIs convert it, or export a merged checkpoint")
+        notes.append("for web UIs export a merged checkpoint, which never breaks, or convert it")
     elif axis == "output":
         notes.append(
-            "convert it to diffusers for diffusers, to dense or lora for web UIs, or to comfyui "
-            "for ComfyUI and Forge"
+            "for web UIs export a merged checkpoint, which never breaks, or convert it to dense, "
+            "lora or comfyui; for diffusers convert it to diffusers"
         )
     if headers and OWN + "format_version" not in headers[0].metadata:
         notes.append("written by another program")

@@ -507,3 +507,44 @@ def test_kohya_files_in_other_spellings(tmp_path: Path, change: dict[str, str], 
     save_file(tensors, tmp_path / "a.safetensors")
     report = inspect_adapter(tmp_path / "a.safetensors")
     assert report.tools["LyCORIS"].partition(":")[0] == kind
+
+
+def test_strength_stacking_and_hotswap_in_diffusers(
+    tmp_path: Path, sd1_folder: Path, random_layer: Callable[..., LayerWeights]
+) -> None:
+    """Its scale is our direction strength; two DoRAs are no sum there; a hotswap is refused."""
+    from diffusers import StableDiffusionPipeline
+
+    from dora_diffusion.merge import Strengths, merge_tensor
+
+    pipeline = StableDiffusionPipeline.from_pretrained(sd1_folder, local_files_only=True)
+    path = TO_K.removeprefix("unet.")
+    weight = pipeline.unet.get_submodule(path).weight.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    layers = [random_layer(weight, generator) for _ in range(2)]
+    files = [
+        write_adapter(tmp_path / str(i), AdapterFile({TO_K: layer}, AdapterMetadata("sd1")))
+        for i, layer in enumerate(layers)
+    ]
+    x = torch.randn(9, weight.shape[1], generator=generator)
+
+    def off(*merged: tuple[LayerWeights, Strengths]) -> float:
+        """Distance of diffusers' output from a merge, relative to the change of both adapters."""
+        found = pipeline.unet.get_submodule(path)(x).detach()
+        whole = merge_tensor(weight, [(layer, Strengths()) for layer in layers]) - weight
+        wanted = x @ merge_tensor(weight, list(merged)).T
+        return ((found - wanted).norm() / (x @ whole.T).norm()).item()
+
+    one, other = layers
+    pipeline.load_lora_weights(files[0], adapter_name="a")
+    for scale in (1.0, 0.4, 0.0):
+        pipeline.set_adapters(["a"], [scale])
+        assert off((one, Strengths(1.0, scale, 1.0))) < 1e-5
+        assert (off((one, Strengths(scale, 1.0, 1.0))) > 0.01) == (scale < 1)
+    with pytest.raises(RuntimeError, match="lora_magnitude_vector"):
+        pipeline.load_lora_weights(files[1], adapter_name="a", hotswap=True)
+    pipeline.unload_lora_weights()
+    for name, file in zip("ab", files, strict=True):
+        pipeline.load_lora_weights(file, adapter_name=name)
+    pipeline.set_adapters(["a", "b"], [1.0, 1.0])
+    assert off((one, Strengths()), (other, Strengths())) > 0.01
