@@ -101,7 +101,11 @@ def load_adapter(
         base_weight=base_weights(components),
     )
     for assumption in adapter.assumptions:
-        warnings.warn(f"{find_adapter(path).name}: {assumption}", stacklevel=2)
+        warnings.warn(
+            f"{find_adapter(path).name}: {assumption}; if it was trained with another, convert it "
+            "with --alpha",
+            stacklevel=2,
+        )
     load_adapter_state(components, adapter.layers, name=name)
     return adapter.metadata
 

@@ -98,7 +98,7 @@ def export_checkpoint(
             weights.module_shapes(), model.family, lambda name: weights[f"{name}.weight"], alpha
         )
         for assumption in recipe.assumptions(read):
-            warnings.warn(assumption, stacklevel=2)
+            warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
         merged = MergedModel(weights, recipe.weighted(read), dtype)
         notes = MergeNotes(model, recipe, read, output)
         stack.callback(notes.close)

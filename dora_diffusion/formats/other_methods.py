@@ -26,6 +26,7 @@ _METHODS: Mapping[str, re.Pattern[str]] = {
     }.items()
 }
 _BUNDLED = re.compile(r"bundle_emb\..*")
+_NUMBERED = re.compile(r"(unet|text_encoder):\d+:(up|down)")
 # What one can do about it; merging with the program that trained it, where nothing is said.
 _ADVICE = {
     "T-LoRA": "its effect changes with the timestep, so that no merged model holds it; use it in "
@@ -42,6 +43,11 @@ def other_method(keys: Collection[str]) -> str | None:
     """A sentence on what these keys belong to instead of a LoRA or DoRA, None if it is unknown."""
     if any(map(_BUNDLED.fullmatch, keys)):
         return _sentence("embeddings bundled with the adapter")
+    if any(map(_NUMBERED.fullmatch, keys)):
+        return (
+            "its layers have numbers where other files have names, as the first LoRA trainer "
+            "(cloneofsimo/lora) wrote them; convert it with that trainer"
+        )
     for method, pattern in _METHODS.items():
         if any(map(pattern.fullmatch, keys)):
             return _sentence(method)

@@ -209,6 +209,11 @@ def test_methods_of_other_programs_are_named(keys: list[str], method: str) -> No
         group_keys(keys, name_resolver(), "unet")
 
 
+def test_numbered_layers_are_told() -> None:
+    with pytest.raises(AdapterFormatError, match="have numbers where other files have names"):
+        group_keys(["unet:0:down", "unet:0:up", "text_encoder:3:up", "<s1>"], name_resolver())
+
+
 def test_two_keys_for_one_tensor_are_listed() -> None:
     keys = ["unet.conv_in.lora_A.weight", "lora_unet_input_blocks_0_0.lora_down.weight"]
     with pytest.raises(AdapterFormatError, match="two keys for one tensor"):
