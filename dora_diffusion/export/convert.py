@@ -134,7 +134,7 @@ def convert_adapter(
     with open_base(base) as weights:
         adapter = read_adapter(
             source, weights.shapes, base_weight=weights.load, alpha=alpha,
-            base_family=weights.family,
+            base_family=weights.family, sums=target == "dense",
         )  # fmt: skip
         adapter = dataclasses.replace(facts, family=facts.family or weights.family).added_to(
             adapter
@@ -212,7 +212,7 @@ def _check_free(
         # A PEFT folder may be that of one component, inside of the output.
         is_around = file.is_dir() and file.resolve() in path.resolve().parents
         if is_around or (path.exists() and file.samefile(path)):
-            raise ExportError(f"{file} is or holds what is read ({path}); choose another name")
+            raise ExportError(f"{file} is or holds what is read for it; choose another name")
     if not overwrite:
         raise ExportError(f"{file} exists; choose another name, or ask to overwrite it")
 

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from torch import Tensor
@@ -85,7 +86,7 @@ class Recipe:
 
         def read(path: str | Path, alpha: float | None = None) -> AdapterFile:
             return read_adapter(
-                path, shapes, base_family=family, base_weight=base_weight, alpha=alpha
+                path, shapes, base_family=family, base_weight=base_weight, alpha=alpha, sums=True
             )
 
         adapters = [read(path) for path, _ in self.pairs()]
@@ -96,7 +97,8 @@ class Recipe:
                 read(path, alpha) if adapter.lacks_alpha else adapter
                 for adapter, (path, _) in zip(adapters, self.pairs(), strict=True)
             ]
-        check_fit(shapes, [WeightedAdapter(adapter.layers) for adapter in adapters])
+        parts = [part for adapter in adapters for part in (adapter.layers, adapter.beside)]
+        check_fit(shapes, [WeightedAdapter(part) for part in parts])
         return adapters
 
     def assumptions(self, adapters: Sequence[AdapterFile]) -> list[str]:
@@ -110,19 +112,16 @@ class Recipe:
 
     def weighted(self, adapters: Sequence[AdapterFile]) -> list[WeightedAdapter]:
         """The adapters that `read` gave, with the strengths of each component."""
+        shares = ((True, self.unet_strength), (False, self.text_encoder_strength))
         weighted = []
         for adapter, (_, own) in zip(adapters, self.pairs(), strict=True):
-            for is_unet, share in ((True, self.unet_strength), (False, self.text_encoder_strength)):
-                layers = {
-                    name: layer
-                    for name, layer in adapter.layers.items()
-                    if name.startswith("unet.") == is_unet
-                }
+            for part, (is_unet, share) in product((adapter.layers, adapter.beside), shares):
+                layers = {n: one for n, one in part.items() if n.startswith("unet.") == is_unet}
                 strengths = Strengths(
                     own * self.strength * share, self.direction_strength, self.magnitude_strength
                 )
                 weighted.append(WeightedAdapter(layers, strengths))
-        return weighted
+        return [one for one in weighted if one.layers]
 
     def record(self) -> list[dict[str, object]]:
         """What was merged: names and hashes, no paths; strengths other than 1 that act on all."""

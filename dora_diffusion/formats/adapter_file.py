@@ -60,11 +60,14 @@ class AdapterFile:
         layers: The layers.
         metadata: Facts that the tensors do not hold.
         notes: What was broken in the file and how it was read, one line each.
+        beside: Plain LoRA layers whose change is added to that of ``layers``. Only an ai-toolkit
+            DoRA has them, and only for who asks `read_adapter` for ``sums``.
     """
 
     layers: dict[str, LayerWeights]
     metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
     notes: tuple[str, ...] = ()
+    beside: dict[str, LayerWeights] = field(default_factory=dict)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -117,12 +120,16 @@ def write_adapter(
         raise AdapterFormatError(f"unknown target {target!r}; there is {', '.join(TARGETS)}")
     if not adapter.layers:
         raise AdapterFormatError("the adapter has no layers; nothing was written")
+    if adapter.beside and target != "dense":
+        raise AdapterFormatError(f"the {target} format cannot hold a DoRA with a LoRA beside it")
     file_name = TARGETS[target].file_name
     if file_name is not None and path.suffix != ".safetensors":
         path = path / file_name
     elif file_name is None and path.suffix == ".safetensors":
         raise AdapterFormatError(f"the {target} target is a folder, not a file: {path.name}")
-    options = WriteOptions(dtype, path.stem, unet_layout, text_model_prefix, base_weight)
+    options = WriteOptions(
+        dtype, path.stem, unet_layout, text_model_prefix, base_weight, adapter.beside
+    )
     files = TARGETS[target].encode(adapter.layers, adapter.metadata, options)
     if file_name is None:
         _write_folder(path, files)
@@ -162,6 +169,7 @@ def read_adapter(
     base_weight: Callable[[str], Tensor] | None = None,
     alpha: float | None = None,
     base_family: str = "",
+    sums: bool = False,
 ) -> AdapterFile:
     """Read an adapter file, an output folder that holds one, or a PEFT folder.
 
@@ -174,6 +182,8 @@ def read_adapter(
         alpha: What it was trained with, for a file that lost it.
         base_family: Family of the model, to be named if the adapter is made for another one; told
             by the shapes where not given.
+        sums: Read an ai-toolkit DoRA with alpha other than its rank as what it is, a DoRA with a
+            LoRA ``beside`` it, instead of refusing it.
 
     Raises:
         AdapterFormatError: If it is not an adapter, does not fit the model, or cannot be read
@@ -182,7 +192,7 @@ def read_adapter(
     """
     found = find_adapter(path)
     try:
-        return _read(found, module_shapes, base_weight, alpha)
+        return _read(found, module_shapes, base_weight, alpha, sums)
     except AdapterFormatError as error:
         if module_shapes is None:
             raise
@@ -199,7 +209,7 @@ def read_adapter(
 def _family(path: Path) -> str:
     """What the file says, or its shapes; ``""`` if neither tells, or it cannot be read."""
     try:
-        adapter = _read(path, None, None, None)
+        adapter = _read(path, None, None, None, sums=True)
     except AdapterFormatError:
         return ""
     shapes = {name: layer.weight_shape for name, layer in adapter.layers.items()}
@@ -211,6 +221,7 @@ def _read(
     module_shapes: ModuleShapes | None,
     base_weight: Callable[[str], Tensor] | None,
     alpha: float | None,
+    sums: bool,
 ) -> AdapterFile:
     if found.is_dir():
         return _read_peft_folders(found, module_shapes, alpha)
@@ -219,11 +230,13 @@ def _read(
     tensors, metadata = _load(found)
     if any(key.startswith("base_model.model.") for key in tensors):
         raise AdapterFormatError(f"{found.name} is a PEFT file without its {PEFT_CONFIG}")
+    beside: dict[str, LayerWeights] = {}
     with _naming(found):
         layers, notes = decode_layers(
-            tensors, metadata, module_shapes=module_shapes, base_weight=base_weight, alpha=alpha
-        )
-    return AdapterFile(layers, _facts(metadata, layers), tuple(notes))
+            tensors, metadata, module_shapes=module_shapes, base_weight=base_weight, alpha=alpha,
+            beside=beside if sums else None,
+        )  # fmt: skip
+    return AdapterFile(layers, _facts(metadata, layers), tuple(notes), beside)
 
 
 def find_adapter(path: str | Path) -> Path:
