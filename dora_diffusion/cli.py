@@ -150,6 +150,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", default="evaluation", help="Folder of the results. Default: %(default)s."
     )
+    parser.add_argument("--overwrite", action="store_true", help="Replace results that exist.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     parser.add_argument(
         "--metric_model",
@@ -201,7 +202,12 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         required=True,
         nargs="+",
-        help="Adapter files or output folders; FILE:0.5 gives one its own strength.",
+        action="extend",
+        help="Adapter files or output folders; FILE:0.5 gives one its own strength. May be "
+        "repeated.",
+    )
+    parser.add_argument(
+        "--alpha", type=float, help="What adapters were trained with whose files do not say it."
     )
     parser.add_argument("--vae", help="Another VAE: folder, hub id or .safetensors file.")
     parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
@@ -232,7 +238,10 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("merged", help="The merged model: a folder or a .safetensors file.")
+    # Behind --adapter it would be taken for one more adapter: the command tells them apart.
+    parser.add_argument(
+        "merged", nargs="?", help="The merged model: a folder or a .safetensors file."
+    )
     _merge_arguments(parser)
 
 

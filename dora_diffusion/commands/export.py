@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
             text_encoder_strength=args.text_encoder_strength,
             direction_strength=args.direction_strength,
             magnitude_strength=args.magnitude_strength,
+            alpha=args.alpha,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             vae=args.vae,
             variant=args.variant,

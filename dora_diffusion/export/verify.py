@@ -55,11 +55,14 @@ class VerifyReport:
         kinds: The adapted tensors by kind, such as ``"unet Linear"``.
         unchanged: Number of other tensors that equal the base's, bit for bit.
         problems: What is wrong, one line each; empty if the model is proven.
+        assumptions: What was assumed of the adapters, one line each: the proof holds as far as
+            that is true.
     """
 
     kinds: dict[str, KindReport]
     unchanged: int
     problems: list[str] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -77,6 +80,7 @@ def verify_checkpoint(
     text_encoder_strength: float = 1.0,
     direction_strength: float = 1.0,
     magnitude_strength: float = 1.0,
+    alpha: float | None = None,
     vae: str | Path | None = None,
     variant: str | None = None,
     on_progress: OnProgress | None = None,
@@ -92,6 +96,7 @@ def verify_checkpoint(
         text_encoder_strength: Multiplies it for the text encoders.
         direction_strength: Scales the low-rank difference inside the norm.
         magnitude_strength: Moves the magnitude by a share of its change.
+        alpha: What adapters were trained with whose files do not say it.
         vae: The autoencoder that was baked in.
         variant: Weight variant of the base.
         on_progress: Called with (bytes compared, bytes in all).
@@ -111,12 +116,13 @@ def verify_checkpoint(
         if vae is not None:
             weights = WithVae(model.weights, stack.enter_context(open_vae(vae)))
         read = recipe.read(
-            weights.module_shapes(), model.family, lambda name: weights[f"{name}.weight"]
+            weights.module_shapes(), model.family, lambda name: weights[f"{name}.weight"], alpha
         )
         layers = recipe.weighted(read)
         comparison = Comparison(found, MergedModel(weights, layers))
         report = comparison.run(on_progress)
         report.problems.extend(_beside_the_weights(found, model))
+        report.assumptions.extend(recipe.assumptions(read))
     hint = _recorded_strengths(found, recipe)
     if report.problems and hint:
         report.problems.append(hint)

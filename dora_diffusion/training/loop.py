@@ -14,6 +14,7 @@ import torch
 from dora_diffusion.adapters.inject import disabled, remove_adapters
 from dora_diffusion.adapters.state import adapter_state, load_adapter_state, module_shapes
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.data.photo_record import write_photo_record
 from dora_diffusion.formats.adapter_file import AdapterMetadata, find_adapter, read_adapter
 from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.formats.sgm_blocks import UNetLayout
@@ -188,6 +189,7 @@ class _Run:
             if not start:
                 drop_result(self.output_dir)
             save_config(self.config, self.output_dir / "config.yaml")
+            write_photo_record(self.output_dir, (p.sample_id for p in session.dataset.photos))
         if self.config.report_to:
             session.accelerator.init_trackers("dreambooth")
         self.on_event(

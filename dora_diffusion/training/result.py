@@ -150,8 +150,9 @@ def _diffusers_example(base: str, adapter: Path, prompt: str) -> str:
     if adapter.name == KOHYA_FILE:
         return (
             "\nThe magnitudes are on the input axis, which Diffusers cannot load: "
-            f"`{adapter.name}` is in the kohya form, which ComfyUI, Forge and A1111 compute "
-            "exactly.\n"
+            f"`{adapter.name}` is in the kohya form, which ComfyUI 0.3.64, Forge and A1111 compute "
+            "as it was trained. What they compute from a DoRA may change; the merged model of the "
+            "second command is exact in every program, and stays so.\n"
         )
     source, helper = f'"{base}"', ""
     if base.startswith("embedded:"):

@@ -97,7 +97,7 @@ def test_every_family_trains_unet_and_text_encoders_with_prior(family, photos, t
     output = tmp_path / "out"
     assert {path.name for path in output.iterdir()} == {
         "pytorch_lora_weights.safetensors", "config.yaml", "metrics.jsonl", "samples",
-        "README.md", "class_images",
+        "README.md", "class_images", "photos.json",
     }  # fmt: skip
     card = (output / "README.md").read_text()
     assert "sks mug" in card
