@@ -60,7 +60,7 @@ def test_flags_in_documents_exist(path):
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text("utf-8")))
     text = path.read_text(encoding="utf-8")
     if path.name == "coming-from.md":
-        # The first column of its tables, and what is said not to be here, are other programs' flags.
+        # Its tables begin with the flags of other programs, and so does what is not here.
         text = re.sub(r"^\| [^|]*\|", "|", text, flags=re.MULTILINE)
         text = re.sub(r"\*\*Not here\*\*:.*?\n\n", "", text, flags=re.DOTALL)
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text))
