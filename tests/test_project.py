@@ -35,6 +35,8 @@ SCRIPTS = {"train_dreambooth_dora.py": "train", "app.py": "app", "dora_diffusion
 
 def own_command(words: list[str]) -> list[str] | None:
     """What our own parser is given by a shell command; None for other programs."""
+    if "dora_diffusion" in words:
+        return words[words.index("dora_diffusion") + 1 :]
     for place, word in enumerate(words):
         if command := SCRIPTS.get(Path(word).name):
             return [command, *words[place + 1 :]]
