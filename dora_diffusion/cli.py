@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from dora_diffusion import __version__
@@ -21,6 +21,8 @@ SAMPLERS = (
     "ddim", "ddpm", "pndm", "heun", "euler", "euler_a", "dpm++", "dpm++_karras", "unipc",
 )  # fmt: skip
 FORMATS = ("diffusers", "peft", "kohya", "comfyui", "dense", "lora", "lora-diffusers")
+# The app and the demo stand above the command line, which knows them by name only.
+_HOMES = {"app": "dora_diffusion.app.launch", "demo": "dora_diffusion.demo"}
 FAMILIES = ("sd1", "sd2", "sdxl")
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -32,12 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed (the last line says why), 2 wrong usage, 3 out of memory,
         128 + N saved and stopped by signal N.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    _complete(parser)
+    args = parser.parse_args(argv)
     tune_process()
-    command = import_module(f"dora_diffusion.commands.{args.command}")
+    command = import_module(_HOMES.get(args.command, f"dora_diffusion.commands.{args.command}"))
     with reporting_errors(args.command, debug=args.debug) as outcome:
         outcome.code = int(command.run(args) or 0)
     return outcome.code
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks, through argcomplete, how the line could go on; then exit."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
 
 
 def tune_process() -> None:
@@ -73,6 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
         ("convert", "write an adapter in another tool's format", _convert_arguments),
         ("inspect", "say what an adapter file is, and which tools read it exactly", _inspect),
         ("push", "publish a run on the Hugging Face hub, privately by default", _push_arguments),
+        ("app", "train, compare and export in the browser", _arguments_of("app")),
+        ("demo", "train, judge and merge a sample subject", _arguments_of("demo")),
+        ("samples", "copy the sample subjects: photos, captions, settings", _samples_arguments),
     ):
         # No abbreviations: a flag that is added later would break them.
         command = commands.add_parser(
@@ -81,6 +96,15 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="Show tracebacks.")
         add_arguments(command)
     return parser
+
+
+def _arguments_of(command: str) -> Callable[[argparse.ArgumentParser], None]:
+    """The flags of a command that stands above the command line."""
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        import_module(_HOMES[command]).add_arguments(parser)
+
+    return add_arguments
 
 
 def _strengths(parser: argparse.ArgumentParser) -> None:
@@ -281,6 +305,12 @@ def _push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="The output folder of a run.")
     parser.add_argument("repository", help="NAME/MODEL on the hub; made where there is none.")
     parser.add_argument("--public", action="store_true", help="Let everybody see it.")
+
+
+def _samples_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", nargs="?", default="samples", help="Where to. Default: %(default)s."
+    )
 
 
 if __name__ == "__main__":

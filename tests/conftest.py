@@ -237,9 +237,6 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def photos_root() -> Path:
-    """The folder of real subject photos beside the checkout; skips where it is absent."""
-    root = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
-    if not (root / "dog3").is_dir():
-        pytest.skip("the real photos are not beside this checkout (../shared/data/photos)")
-    return root
+def samples_root() -> Path:
+    """The sample subjects: JPEG photos of 768 pixels, square and not, with captions."""
+    return Path(__file__).resolve().parents[1] / "samples"

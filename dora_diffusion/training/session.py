@@ -26,6 +26,7 @@ from dora_diffusion.data.batch import Batch
 from dora_diffusion.data.buckets import Buckets
 from dora_diffusion.data.cache import TensorCache
 from dora_diffusion.data.captions import require_token
+from dora_diffusion.data.checks import FEWEST, WANTED
 from dora_diffusion.data.dataset import (
     Augmentation,
     ClassImages,
@@ -55,7 +56,6 @@ _DEFAULT_STEPS = {"sdxl": 1000}
 _WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Crops per photo where they are drawn: the latents of all of them fit in memory.
 _CROP_VARIANTS = 8
-_FEW_PHOTOS = 3
 
 
 def make_accelerator(config: TrainConfig) -> Any:
@@ -283,10 +283,10 @@ def _dataset(
     captions = [photo.caption for photo in photos]
     if subject.token:
         require_token(captions, subject.token)
-    if len(photos) < _FEW_PHOTOS:
+    if len(photos) < FEWEST:
         warnings.warn(
             f"only {len(photos)} photo(s) to learn from: their background will be learned with "
-            "the subject; 4 to 10 photos in different places work best",
+            f"the subject; use {WANTED}",
             stacklevel=2,
         )
     class_images = None

@@ -268,8 +268,8 @@ def test_impossible_augmentation_is_refused(settings: dict) -> None:
         Augmentation(**settings)
 
 
-def test_real_photos_make_batches(photos_root: Path) -> None:
-    dataset = DreamBoothDataset(photos_root / "robot_toy", "a photo of sks toy", 64)
+def test_jpeg_photos_make_batches(samples_root: Path) -> None:
+    dataset = DreamBoothDataset(samples_root / "ring_robot", "a photo of sks toy", 64)
     sampler = EpochSampler(len(dataset), batch_size=5)
     batch = next(iterate_batches(dataset, sampler))
     assert batch.pixels.shape == (5, 3, 64, 64)
