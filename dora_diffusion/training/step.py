@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,16 +136,11 @@ class Conditioner:
         self.components = components
         self.trains = trains
         self._known: dict[str, Conditioning] = {}
-        self._warned: set[str] = set()
 
     def __call__(self, captions: Sequence[str]) -> Conditioning:
         """Conditioning of B captions."""
         if self.trains:
-            with warnings.catch_warnings():
-                if self._warned.issuperset(captions):
-                    warnings.simplefilter("ignore")
-                self._warned.update(captions)
-                return self._encode(captions)
+            return self._encode(captions)
         found = {caption: self._encoded(caption) for caption in captions}
         while len(self._known) > KNOWN_CAPTIONS:  # Shuffled tags hardly ever come again.
             del self._known[next(iter(self._known))]
