@@ -260,6 +260,7 @@ class TrainConfig:
     validation_inference_steps: int = _flag(25, "Denoising steps of a sample picture.")
     validation_guidance_scale: float = _flag(7.5, "Guidance of a sample picture.")
     checkpointing_steps: int = _flag(500, "Save a checkpoint every so many steps; 0 saves none.")
+    checkpointing_minutes: float = _flag(5.0, "Save one in between every so many minutes; 0: none.")
     checkpoints_total_limit: int | None = _flag(None, "Keep only the newest checkpoints.")
     resume_from_checkpoint: str | None = _flag(
         None, "A checkpoint folder to go on from, or 'latest' in OUTPUT_DIR."

@@ -65,6 +65,19 @@ def build_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.
     return Adafactor(groups, scale_parameter=False, relative_step=False)
 
 
+def learning_rates(groups: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The rates of the step that comes, as a step's record holds them.
+
+    Returns:
+        ``{"lr": {group: rate}}``. Prodigy multiplies its rate by ``d``, the step size that it has
+        found (arXiv:2306.06101): that product is in ``"effective_lr"``.
+    """
+    rates = {"lr": {group["name"]: group["lr"] for group in groups}}
+    if all("d" in group for group in groups):
+        rates["effective_lr"] = {group["name"]: float(group["d"]) * group["lr"] for group in groups}
+    return rates
+
+
 def _can_fuse(groups: list[dict[str, Any]]) -> bool:
     """Whether one kernel can update every parameter, which is fastest for many small ones."""
     devices = {parameter.device.type for group in groups for parameter in group["params"]}

@@ -77,7 +77,7 @@ def ensure_class_images(
         identity: What the pictures depend on besides: model, size and sampling.
         generate: Makes pictures.
         batch_size: Pictures per call of ``generate``.
-        on_image: Called with (images there, images wanted).
+        on_image: Called with (images there, images wanted), first before any is generated.
     """
     own = _own_images(folder)
     if len(own) >= count:
@@ -85,12 +85,16 @@ def ensure_class_images(
     digest = hashlib.sha256("\n".join([identity, str(seed), *prompts]).encode()).hexdigest()[:12]
     plans = _plan(folder / f"generated-{digest}", prompts, count - len(own), seed)
     missing = [plan for plan in plans if not plan.path.is_file()]
+    done = count - len(missing)
+    if missing and on_image is not None:
+        on_image(done, count)
     for group in _batches(missing, batch_size):
         images = generate(group[0].prompt, [plan.seed for plan in group])
         for plan, image in zip(group, images, strict=True):
             _save(plan, image)
+        done += len(group)
         if on_image is not None:
-            on_image(len(own) + sum(plan.path.is_file() for plan in plans), count)
+            on_image(done, count)
     return own + [plan.path for plan in plans]
 
 

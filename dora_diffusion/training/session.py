@@ -41,10 +41,12 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_moments
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.precision import allow_tf32
+from dora_diffusion.training.events import OnEvent, ignore
 from dora_diffusion.training.metrics import total_norm
 from dora_diffusion.training.optimizer import (
     build_lr_schedule,
     build_optimizer,
+    learning_rates,
     parameter_groups,
 )
 from dora_diffusion.training.prior import class_prompts, ensure_class_images
@@ -140,12 +142,12 @@ class Session:
                     loss = self._backward(micro_step, 1 / accumulation)
                 losses.append(loss)
         norm = self._clip()
-        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        rates = learning_rates(self.optimizer.param_groups)
         self.optimizer.step()
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         means = self.accelerator.reduce(torch.stack(losses).mean(dim=0), reduction="mean")
-        record = {"step": step, "loss": means[0], "grad_norm": norm, "lr": rates}
+        record = {"step": step, "loss": means[0], "grad_norm": norm, **rates}
         return record | ({"prior_loss": means[1]} if self.config.with_prior_preservation else {})
 
     def _backward(self, micro_step: int, share: float) -> Tensor:
@@ -181,8 +183,16 @@ class Session:
         return total_norm(self.parameters)
 
 
-def open_session(config: TrainConfig, subject: Subject, accelerator: Any) -> Session:
+def open_session(
+    config: TrainConfig, subject: Subject, accelerator: Any, on_event: OnEvent = ignore
+) -> Session:
     """Load the model, put the adapter on, and make the data and the optimizer.
+
+    Args:
+        config: All settings.
+        subject: Token and class word.
+        accelerator: What `make_accelerator` made.
+        on_event: Called with ``{"event": "class_images", ...}`` while those are generated.
 
     Raises:
         ConfigError, PhotoError, ModelNotFoundError, TargetError: With what to do.
@@ -199,7 +209,7 @@ def open_session(config: TrainConfig, subject: Subject, accelerator: Any) -> Ses
         config=config.model_config,
     ).to(accelerator.device)
     resolution = config.resolution or components.default_resolution
-    dataset = _dataset(config, subject, components, resolution, paths, accelerator)
+    dataset = _dataset(config, subject, components, resolution, paths, accelerator, on_event)
     trained, report = _inject(components, config)
     sampler = EpochSampler(
         len(dataset),
@@ -277,6 +287,7 @@ def _dataset(
     resolution: int,
     paths: Sequence[Path],
     accelerator: Any,
+    on_event: OnEvent,
 ) -> DreamBoothDataset:
     """The photos, with class images beside them where prior preservation wants them."""
     photos, _ = read_photos(paths, config.instance_prompt or "", skip_unreadable=True)
@@ -291,7 +302,9 @@ def _dataset(
         )
     class_images = None
     if config.with_prior_preservation and config.prior_preservation_mode == "images":
-        class_images = _class_images(config, subject, components, resolution, captions, accelerator)
+        class_images = _class_images(
+            config, subject, components, resolution, captions, accelerator, on_event
+        )
     cached = config.dataloader_num_workers == 0
     dataset = DreamBoothDataset(
         [photo.path for photo in photos],
@@ -336,6 +349,7 @@ def _class_images(
     resolution: int,
     captions: Sequence[str],
     accelerator: Any,
+    on_event: OnEvent,
 ) -> ClassImages:
     """Class images from the base model: the adapters are not on it yet."""
     prompts = class_prompts(config, subject, captions)
@@ -348,8 +362,16 @@ def _class_images(
 
     def generate(prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
         return generate_images(
-            components, prompt, seeds, settings, batch_size=config.sample_batch_size
+            components,
+            prompt,
+            seeds,
+            settings,
+            batch_size=config.sample_batch_size,
+            require_finite=True,
         )
+
+    def show(done: int, total: int) -> None:
+        on_event({"event": "class_images", "done": done, "total": total})
 
     folder = Path(config.class_data_dir or Path(config.output_dir) / "class_images")
     # The first process makes what is missing; the others then find it there.
@@ -362,5 +384,6 @@ def _class_images(
             identity=f"{components.identity()} {settings}",
             generate=generate,
             batch_size=config.sample_batch_size,
+            on_image=show,
         )
     return ClassImages(paths, prompts[0], skip_unreadable=True)
