@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from dora_diffusion.training.loop import train
 
 _HOMES = {
-    "AdapterConfig": "config",
-    "TrainConfig": "config",
+    "AdapterConfig": "config.adapter",
+    "TrainConfig": "config.train",
     "disabled": "adapters.inject",
     "export_checkpoint": "export",
     "generate_images": "generate",

@@ -14,7 +14,9 @@ from importlib import import_module
 
 from dora_diffusion import __version__
 from dora_diffusion.commands.flags import add_train_flags
+from dora_diffusion.commands.parser import Parser
 from dora_diffusion.commands.report import reporting_errors
+from dora_diffusion.config.flag_map import refusal
 
 # Written out, since asking the modules that define them would import torch for every --help.
 SAMPLERS = (
@@ -23,6 +25,7 @@ SAMPLERS = (
 FORMATS = ("diffusers", "peft", "kohya", "comfyui", "dense", "lora", "lora-diffusers")
 FAMILIES = ("sd1", "sd2", "sdxl")
 DTYPES = ("float32", "float16", "bfloat16")
+AUTO_DTYPES = ("auto", *DTYPES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +61,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dora-diffusion",
         description="Teach Stable Diffusion or SDXL your subject with DoRA.",
     )
@@ -74,9 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
         ("inspect", "say what an adapter file is, and which tools read it exactly", _inspect),
         ("push", "publish a run on the Hugging Face hub, privately by default", _push_arguments),
     ):
-        # No abbreviations: a flag that is added later would break them.
         command = commands.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            refusals=refusal if name == "train" else None,
         )
         command.add_argument("--debug", action="store_true", help="Show tracebacks.")
         add_arguments(command)
@@ -184,7 +189,11 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 def _loading(parser: argparse.ArgumentParser) -> None:
     """How the base of `generate` and `evaluate` is loaded."""
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="Precision. Default: %(default)s."
+        "--dtype",
+        choices=AUTO_DTYPES,
+        default="auto",
+        help="Precision. auto: bfloat16 on a GPU that computes it, else float16; float32 on a CPU "
+        "and on Apple's GPUs. Default: %(default)s.",
     )
     parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
     parser.add_argument(
@@ -222,7 +231,13 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="X.safetensors for one file that user interfaces read; else a Diffusers folder.",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="Of the result. Default: the base's.")
+    parser.add_argument(
+        "--dtype",
+        choices=AUTO_DTYPES,
+        default="auto",
+        help="Precision of the result. auto: the base's own, whatever machine merges it. Default: "
+        "%(default)s.",
+    )
     parser.add_argument(
         "--config",
         help="Diffusers folder with the configuration, for a folder made from a single file. "

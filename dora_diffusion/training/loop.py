@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 
 from dora_diffusion.adapters.inject import disabled, remove_adapters
 from dora_diffusion.adapters.state import adapter_state, load_adapter_state, module_shapes
-from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.formats.adapter_file import AdapterMetadata, find_adapter, read_adapter
 from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.formats.sgm_blocks import UNetLayout
+from dora_diffusion.models.precision import precision_of
 from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.pictures import save_png
 from dora_diffusion.training.checkpoint import (
@@ -29,6 +31,7 @@ from dora_diffusion.training.checkpoint import (
     restore_parameters,
     save_checkpoint,
 )
+from dora_diffusion.training.continuity import first_segment, segments_after
 from dora_diffusion.training.metrics import MetricsLog, TrainingError
 from dora_diffusion.training.result import (
     adapter_metadata,
@@ -78,8 +81,8 @@ def train(config: TrainConfig, on_event: OnEvent | None = None) -> TrainResult:
 
     Args:
         config: All settings.
-        on_event: Called in the main process with ``{"event": "start" | "step" | "sample" |
-            "checkpoint" | "done", ...}``.
+        on_event: Called in the main process with ``{"event": "load" | "start" | "step" |
+            "sample" | "checkpoint" | "done", ...}``.
 
     Raises:
         ConfigError, PhotoError, ModelNotFoundError, TargetError: Before anything is trained.
@@ -95,10 +98,21 @@ def train(config: TrainConfig, on_event: OnEvent | None = None) -> TrainResult:
         'pytorch_lora_weights.safetensors'
     """
     subject = subject_of(config)
+    for reason in without_effect(config).values():
+        warnings.warn(reason, stacklevel=2)
+    config = replace(config, mixed_precision=precision_of(config.mixed_precision))
     accelerator = make_accelerator(config)
     output_dir = Path(config.output_dir)
     if accelerator.is_main_process:
         _check_output(config, output_dir)
+        (on_event or _ignore)(
+            {
+                "event": "load",
+                "model": config.pretrained_model_name_or_path,
+                "device": str(accelerator.device),
+                "precision": config.mixed_precision,
+            }
+        )
     accelerator.wait_for_everyone()
     session = open_session(config, subject, accelerator)
     run = _Run(session, output_dir, on_event or _ignore)
@@ -140,6 +154,8 @@ class _Run:
         self.on_event = on_event if self.is_main else _ignore
         self.validation = Validation.from_config(session.config, session.resolution)
         self.samples: dict[str, Path] = {}
+        self.segments = [first_segment(session.config)]
+        self.changed: dict[str, tuple[Any, Any]] = {}
 
     def train(self, stop: StopRequest) -> int:
         """Run all steps, or those until a signal. Returns the number of steps done."""
@@ -187,7 +203,7 @@ class _Run:
                 shutil.rmtree(old, ignore_errors=True)
             if not start:
                 drop_result(self.output_dir)
-            save_config(self.config, self.output_dir / "config.yaml")
+            save_config(self.config, self.output_dir / "config.yaml", self.segments)
         if self.config.report_to:
             session.accelerator.init_trackers("dreambooth")
         self.on_event(
@@ -201,6 +217,7 @@ class _Run:
                 "device": str(session.accelerator.device),
                 "adapter": str(session.report),
                 "trigger": session.subject.trigger,
+                "changed": self.changed,
             }
         )
 
@@ -216,7 +233,8 @@ class _Run:
             return 0
         session = self.session
         path = find_checkpoint(self.config.resume_from_checkpoint, self.output_dir)
-        state = load_state(path, self.config)
+        state = load_state(path, self.config, session.dataset.contents())
+        self.segments, self.changed = segments_after(state, self.config)
         self._check_later(int(state["step"]))
         restore_parameters(session.trained, state["parameters"])
         restore_optimizer(session.optimizer, session.lr_schedule, state)
@@ -242,6 +260,8 @@ class _Run:
             state = {
                 "step": step,
                 "config": self.config.to_dict(),
+                "contents": session.dataset.contents(),
+                "segments": self.segments,
                 "parameters": {
                     name: p.detach().cpu()
                     for name, p in parameters_by_name(session.trained).items()
