@@ -59,10 +59,10 @@ if TYPE_CHECKING:
     from dora_diffusion.training.metrics import TrainingError
 
 _HOMES = {
-    "AdapterConfig": "config",
+    "AdapterConfig": "config.adapter",
     "AdapterFormatError": "formats.adapter_keys",
     "CheckpointLayoutError": "formats.checkpoint_keys",
-    "ConfigError": "config",
+    "ConfigError": "config.checks",
     "DiskFullError": "formats.atomic_file",
     "ExportError": "export",
     "MergeError": "merge",
@@ -71,7 +71,7 @@ _HOMES = {
     "SamplingSettings": "generate",
     "TargetError": "adapters.targets",
     "TensorFileError": "formats.safetensors_header",
-    "TrainConfig": "config",
+    "TrainConfig": "config.train",
     "TrainingError": "training.metrics",
     "UnsupportedModelError": "models.family",
     "disabled": "adapters.inject",

@@ -14,7 +14,9 @@ from importlib import import_module
 
 from dora_diffusion import __version__
 from dora_diffusion.commands.flags import add_train_flags
+from dora_diffusion.commands.parser import Parser
 from dora_diffusion.commands.report import reporting_errors
+from dora_diffusion.config.flag_map import refusal
 
 # Written out, since asking the modules that define them would import torch for every --help.
 SAMPLERS = (
@@ -25,6 +27,7 @@ FORMATS = ("diffusers", "peft", "kohya", "comfyui", "dense", "lora", "lora-diffu
 _HOMES = {"app": "dora_diffusion.app.launch", "demo": "dora_diffusion.demo"}
 FAMILIES = ("sd1", "sd2", "sdxl")
 DTYPES = ("float32", "float16", "bfloat16")
+AUTO_DTYPES = ("auto", *DTYPES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +73,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dora-diffusion",
         description="Teach Stable Diffusion or SDXL your subject with DoRA.",
     )
@@ -89,9 +92,11 @@ def build_parser() -> argparse.ArgumentParser:
         ("demo", "train, judge and merge a sample subject", _arguments_of("demo")),
         ("samples", "copy the sample subjects: photos, captions, settings", _samples_arguments),
     ):
-        # No abbreviations: a flag that is added later would break them.
         command = commands.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            refusals=refusal if name == "train" else None,
         )
         command.add_argument("--debug", action="store_true", help="Show tracebacks.")
         add_arguments(command)
@@ -209,7 +214,11 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 def _loading(parser: argparse.ArgumentParser) -> None:
     """How the base of `generate` and `evaluate` is loaded."""
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="Precision. Default: %(default)s."
+        "--dtype",
+        choices=AUTO_DTYPES,
+        default="auto",
+        help="Precision. auto: bfloat16 on a GPU that computes it, else float16; float32 on a CPU "
+        "and on Apple's GPUs. Default: %(default)s.",
     )
     parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
     parser.add_argument(
@@ -252,7 +261,13 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="X.safetensors for one file that user interfaces read; else a Diffusers folder.",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="Of the result. Default: the base's.")
+    parser.add_argument(
+        "--dtype",
+        choices=AUTO_DTYPES,
+        default="auto",
+        help="Precision of the result. auto: the base's own, whatever machine merges it. Default: "
+        "%(default)s.",
+    )
     parser.add_argument(
         "--config",
         help="Diffusers folder with the configuration, for a folder made from a single file. "

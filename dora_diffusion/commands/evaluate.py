@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 def run(args: argparse.Namespace) -> int:
     """Measure an adapter; print the table or JSON, and write both with a sheet of pictures."""
     _check(args)
-    import torch
-
     from dora_diffusion.generate import load_adapted
+    from dora_diffusion.models.precision import dtype_of
 
     components, metadata = load_adapted(
         args.base,
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         strength=args.strength,
         direction=args.direction_strength,
         magnitude=args.magnitude_strength,
-        dtype=getattr(torch, args.dtype),
+        dtype=dtype_of(args.dtype),
         variant=args.variant,
         config=args.config,
     )
