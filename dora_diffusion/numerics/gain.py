@@ -87,7 +87,7 @@ def make_gain(magnitude: Tensor, norm: Tensor) -> Gain:
 
 @torch.no_grad()
 def make_gains(layers: Sequence[GainInputs]) -> list[Gain]:
-    """The gains of many layers, with one wait for the device instead of two per layer.
+    """The gains of many layers, with one wait for the device in all, not one for each layer.
 
     A layer with a channel that needs care (one that cancels, or whose gain is small) takes the
     path of its own; whether there is any is all that is read back from the device. So does a layer
