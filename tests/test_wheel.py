@@ -23,7 +23,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns(
-    ".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "demo-output", "dreambooth-output"
+    ".*", "*.egg-info", "build", "dist", "runs", "demo-output", "dreambooth-output"
 )
 # Optional libraries are not what is checked, and take mypy a minute.
 MYPY_CONFIG = """[mypy]
