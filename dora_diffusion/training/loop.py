@@ -265,11 +265,10 @@ class _Run:
             )
 
     def _checkpoint(self, step: int, log: MetricsLog, *, interim: bool = False) -> None:
-        """Save a checkpoint, unless this step has one that stays."""
+        """Save a checkpoint, unless this step has tried to."""
         session, saver = self.session, self.saver
         log.flush()  # A loss that is not finite raises here, before it is saved.
-        wanted = self.output_dir / f"checkpoint-{step}"
-        if self.is_main and (saver.newest != wanted or saver.interim == wanted):
+        if self.is_main and saver.last_step != step:
             path = saver.save(
                 step,
                 self._state(step),

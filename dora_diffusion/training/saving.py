@@ -42,6 +42,7 @@ class CheckpointSaver:
         self.limit = limit
         self.interim: Path | None = None
         self.newest: Path | None = None
+        self.last_step: int | None = None
         self._clock = clock
         self._begun = clock()
 
@@ -72,7 +73,7 @@ class CheckpointSaver:
         Returns:
             The checkpoint, or None: training goes on without it.
         """
-        self._begun = self._clock()
+        self._begun, self.last_step = self._clock(), step
         try:
             state = {**state, "interim": interim}
             path = save_checkpoint(self.output_dir, step, state, write_adapter)
