@@ -93,7 +93,7 @@ def test_a_runs_sheets_say_what_they_are(tiny_run, sd1_folder, tmp_path):
         "adapted.png", "base.png", "base_above_adapted.png", "step-000001.png",
     ]  # fmt: skip
     facts = {name: parse_parameters(read_parameters(samples / f"{name}.png"))
-             for name in ("base", "adapted", "step-000001")}  # fmt: skip
+             for name in ("base", "adapted", "step-000001", "base_above_adapted")}  # fmt: skip
     for name, step in (("base", "2"), ("adapted", "2"), ("step-000001", "1")):
         assert facts[name]["Prompt"] == PROMPTS[0]
         assert json.loads(facts[name]["Prompts"]) == PROMPTS
@@ -103,6 +103,7 @@ def test_a_runs_sheets_say_what_they_are(tiny_run, sd1_folder, tmp_path):
         assert facts[name]["Size"] == "32x32"
         assert str(tmp_path) not in str(facts[name])
     assert "Adapter" not in facts["base"]
+    assert facts["base_above_adapted"] == facts["adapted"]
     assert facts["adapted"]["Adapter"] == facts["step-000001"]["Adapter"] == "out"
     # What the text says makes the image that is there.
     settings = SamplingSettings(steps=2, guidance_scale=4.0, width=32, height=32)
