@@ -43,6 +43,7 @@ class CheckpointSaver:
         self.interim: Path | None = None
         self.newest: Path | None = None
         self.last_step: int | None = None
+        self._adapter_alone: Path | None = None
         self._clock = clock
         self._begun = clock()
 
@@ -94,6 +95,9 @@ class CheckpointSaver:
         try:
             folder = save_adapter_alone(self.output_dir, step, write_adapter)
             saved = f"only the adapter was saved, {folder.name}, which generates and cannot resume"
+            if self._adapter_alone is not None:  # The newest is enough, where room is scarce.
+                shutil.rmtree(self._adapter_alone, ignore_errors=True)
+            self._adapter_alone = folder
         except OSError:
             saved = "not even the adapter was saved"
         warnings.warn(

@@ -214,13 +214,15 @@ def test_a_disk_without_room_costs_the_checkpoint_and_not_the_run(tiny_run, tmp_
     expected = train(tiny_run(output_dir=str(tmp_path / "whole"))).adapter
     config = tiny_run(checkpointing_steps=2, max_train_steps=4)
     no_room(monkeypatch, 100_000)
-    with pytest.warns(UserWarning, match=r"no checkpoint at step 2: it takes 1 MB, and the disk"):
+    with pytest.warns(
+        UserWarning, match=r"no checkpoint at step 2: it takes 1\.\d MB, and the disk"
+    ):
         result = train(config)
     assert (result.steps, result.checkpoint) == (4, None)
     assert same(result.adapter, expected)
     assert checkpoints_in(tmp_path / "out") == []
-    assert names(tmp_path / "out") == ["checkpoint-2", "checkpoint-4"]
-    assert read_adapter(tmp_path / "out" / "checkpoint-2").metadata.extra["training_steps"] == "2"
+    assert names(tmp_path / "out") == ["checkpoint-4"], "the newest adapter is enough"
+    assert same(tmp_path / "out" / "checkpoint-4", expected)
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="no checkpoint to resume from"):
         train(replace(config, resume_from_checkpoint="latest"))
