@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.commands.flags import train_config
+from dora_diffusion.commands.flags import given_settings, train_config
 from dora_diffusion.commands.progress import Counter, say
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.resume import listed
+from dora_diffusion.wording import counted
 
 if TYPE_CHECKING:
     from dora_diffusion.training.loop import TrainResult
@@ -16,6 +20,11 @@ if TYPE_CHECKING:
 def run(args: argparse.Namespace) -> int:
     """Train, with a progress bar. Returns the exit code."""
     config = train_config(args)
+    _say_toy_model(config, given_settings(args))
+    if config.push_to_hub:
+        from dora_diffusion.hub import check
+
+        check(config.hub_model_id or "")
     from dora_diffusion.training.loop import train
 
     progress = TrainProgress()
@@ -30,6 +39,10 @@ def run(args: argparse.Namespace) -> int:
     if result.adapter is not None:
         print(f"done: {result.adapter}")
         print(f"write {progress.trigger!r} in a prompt to get the subject")
+        if config.push_to_hub:
+            from dora_diffusion.hub import push
+
+            print(push(result.output_dir, config.hub_model_id or "", private=True))
     return 0
 
 
@@ -43,6 +56,17 @@ def stopped_line(result: TrainResult) -> str:
     if step_of(result.checkpoint) < result.steps:
         return f"{where}; --resume_from_checkpoint latest resumes from {result.checkpoint.name}"
     return f"{where}, checkpoint saved; resume with --resume_from_checkpoint latest"
+
+
+def _say_toy_model(config: TrainConfig, given: set[str]) -> None:
+    """Say loudly that no base model was named."""
+    if "pretrained_model_name_or_path" not in given:
+        warnings.warn(
+            f"NO BASE MODEL WAS GIVEN: {config.pretrained_model_name_or_path} is trained, a toy "
+            "model of 64 pixels that knows only its own drawn world and cannot learn a real "
+            "photo; name yours with --pretrained_model_name_or_path",
+            stacklevel=1,
+        )
 
 
 class TrainProgress:
@@ -61,7 +85,10 @@ class TrainProgress:
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
         kind = event["event"]
-        if kind == "start":
+        if kind == "load":
+            precision = {"no": "float32"}.get(event["precision"], event["precision"])
+            print(f"training {event['model']} on {event['device']} in {precision}", flush=True)
+        elif kind == "start":
             self._start(event)
         elif kind == "class_images":
             self._count_class_images(event["done"], event["total"])
@@ -94,11 +121,13 @@ class TrainProgress:
 
         self.trigger = event["trigger"]
         print(
-            f"{event['family']} on {event['device']}: {event['photos']} photos at "
+            f"{event['family']} on {event['device']}: {counted(event['photos'], 'photo')} at "
             f"{event['resolution']} px, {event['adapter']}"
         )
         if event["resumed_from"]:
             print(_resumed_line(event))
+        if event["changed"]:
+            print(f"changed from step {event['step'] + 1} on: {listed(event['changed'])}")
         self.bar = tqdm(
             total=event["total_steps"], initial=event["step"], unit="step", dynamic_ncols=True
         )

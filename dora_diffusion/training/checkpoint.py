@@ -17,20 +17,12 @@ from torch import nn
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.formats.atomic_file import DiskFullError, atomic_file
+from dora_diffusion.training.continuity import Contents, check_same_run
 
 _STATE = "training_state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What else a run writes meanwhile: samples, metrics.
 _MARGIN = 2**20
-
-# A run that is resumed with another value of these would be another run.
-_FIXED = (
-    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "resolution", "seed",
-    "targets", "text_encoder_targets", "train_text_encoder", "rank", "lora_alpha", "conv_rank",
-    "conv_alpha", "rslora", "use_dora", "norm_axis", "optimizer", "use_8bit_adam",
-    "with_prior_preservation", "prior_preservation_mode", "center_crop", "random_flip",
-    "aspect_ratio_buckets", "masked_loss", "shuffle_tags", "keep_tags",
-)  # fmt: skip
 
 
 def parameters_by_name(trained: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -163,22 +155,23 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
     raise ConfigError(f"{name} is not a checkpoint of a training run (it has no {_STATE})")
 
 
-def load_state(path: Path, config: TrainConfig) -> dict[str, Any]:
+def load_state(path: Path, config: TrainConfig, contents: Contents | None = None) -> dict[str, Any]:
     """Read a checkpoint's state, and check that it belongs to this run.
 
+    Args:
+        path: The checkpoint's folder.
+        config: The settings of this run.
+        contents: Its images, captions and masks; None compares settings only.
+
     Raises:
-        ConfigError: If it cannot be read, or a setting that must not change has changed.
+        ConfigError: If it cannot be read, or what must not change has changed.
     """
     try:
         # weights_only: the file holds tensors and plain values, and cannot run code.
         state: dict[str, Any] = torch.load(path / _STATE, weights_only=True, map_location="cpu")
     except Exception as error:
         raise ConfigError(f"cannot read the checkpoint {path}: {error}") from error
-    before, now = state["config"], config.to_dict()
-    changed = [key for key in _FIXED if before.get(key) != now[key]]
-    if changed:
-        listed = ", ".join(f"{key} ({before.get(key)!r} -> {now[key]!r})" for key in changed)
-        raise ConfigError(f"cannot resume {path.name}: these settings differ: {listed}")
+    check_same_run(path.name, state, config, contents)
     return state
 
 

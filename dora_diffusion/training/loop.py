@@ -8,7 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from PIL import Image
 
 from dora_diffusion.adapters.inject import disabled, remove_adapters
 from dora_diffusion.adapters.state import adapter_state, load_adapter_state, module_shapes
-from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config import ConfigError, TrainConfig, without_effect
+from dora_diffusion.data.photo_record import write_photo_record
 from dora_diffusion.formats.adapter_file import AdapterMetadata, find_adapter, read_adapter
 from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.formats.sgm_blocks import UNetLayout
 from dora_diffusion.generate import image_grid
+from dora_diffusion.models.precision import precision_of
 from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.pictures import save_png
 from dora_diffusion.training.checkpoint import (
@@ -33,6 +35,7 @@ from dora_diffusion.training.checkpoint import (
     restore_optimizer,
     restore_parameters,
 )
+from dora_diffusion.training.continuity import first_segment, segments_after
 from dora_diffusion.training.events import OnEvent, ignore
 from dora_diffusion.training.folders import METRICS_NAME, output_folder
 from dora_diffusion.training.metrics import MetricsLog, TrainingError
@@ -97,8 +100,8 @@ def train(config: TrainConfig, on_event: OnEvent | None = None) -> TrainResult:
 
     Args:
         config: All settings.
-        on_event: Called in the main process with ``{"event": "class_images" | "start" | "step" |
-            "sampling" | "sample" | "checkpoint" | "done", ...}``.
+        on_event: Called in the main process with ``{"event": "load" | "class_images" | "start" |
+            "step" | "sampling" | "sample" | "checkpoint" | "done", ...}``.
 
     Raises:
         ConfigError, PhotoError, ModelNotFoundError, TargetError: Before anything is trained.
@@ -115,6 +118,9 @@ def train(config: TrainConfig, on_event: OnEvent | None = None) -> TrainResult:
         'pytorch_lora_weights.safetensors'
     """
     subject = subject_of(config)
+    for reason in without_effect(config).values():
+        warnings.warn(reason, stacklevel=2)
+    config = replace(config, mixed_precision=precision_of(config.mixed_precision))
     with StopRequest() as stop:
         try:
             accelerator = make_accelerator(config)
@@ -122,6 +128,14 @@ def train(config: TrainConfig, on_event: OnEvent | None = None) -> TrainResult:
             main = accelerator.is_main_process
             with output_folder(config) if main else contextlib.nullcontext():
                 accelerator.wait_for_everyone()
+                show(
+                    {
+                        "event": "load",
+                        "model": config.pretrained_model_name_or_path,
+                        "device": str(accelerator.device),
+                        "precision": config.mixed_precision,
+                    }
+                )
                 session = open_session(config, subject, accelerator, show)
                 run = _Run(session, Path(config.output_dir), show, stop)
                 result = run.finish(run.train())
@@ -152,6 +166,8 @@ class _Run:
             limit=session.config.checkpoints_total_limit,
         )
         self.samples: dict[str, Path] = {}
+        self.segments = [first_segment(session.config)]
+        self.changed: dict[str, tuple[Any, Any]] = {}
 
     def train(self) -> int:
         """Run all steps, or those until a signal. Returns the number of steps done."""
@@ -203,7 +219,8 @@ class _Run:
                 shutil.rmtree(old, ignore_errors=True)
             if not start:
                 drop_result(self.output_dir)
-            save_config(self.config, self.output_dir / "config.yaml")
+            save_config(self.config, self.output_dir / "config.yaml", self.segments)
+            write_photo_record(self.output_dir, (p.sample_id for p in session.dataset.photos))
         log_file = self.output_dir / METRICS_NAME if self.is_main else None
         log = MetricsLog(log_file, start, self._on_step)
         self.trackers.begin(
@@ -224,6 +241,7 @@ class _Run:
                 "device": str(session.accelerator.device),
                 "adapter": str(session.report),
                 "trigger": session.subject.trigger,
+                "changed": self.changed,
             }
         )
         return log
@@ -238,7 +256,8 @@ class _Run:
             return 0
         session = self.session
         path = find_checkpoint(self.config.resume_from_checkpoint, self.output_dir)
-        state = load_state(path, self.config)
+        state = load_state(path, self.config, session.dataset.contents())
+        self.segments, self.changed = segments_after(state, self.config)
         self._check_steps(path, int(state["step"]))
         restore_parameters(session.trained, state["parameters"])
         restore_optimizer(session.optimizer, session.lr_schedule, state)
@@ -285,6 +304,8 @@ class _Run:
         return {
             "step": step,
             "config": self.config.to_dict(),
+            "contents": session.dataset.contents(),
+            "segments": self.segments,
             "parameters": {
                 name: p.detach().cpu() for name, p in parameters_by_name(session.trained).items()
             },
