@@ -163,6 +163,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheduler", choices=SAMPLERS, help="Default: the model's own.")
     parser.add_argument("--width", type=int, help="Pixels. Default: what the model was made for.")
     parser.add_argument("--height", type=int, help="Pixels.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
     _loading(parser)
     _strengths(parser)
 

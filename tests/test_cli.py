@@ -342,7 +342,7 @@ class TestGenerate:
         facts = parse_parameters(read_parameters(path))
         assert (facts["Direction strength"], facts["Magnitude strength"]) == ("0.5", "0")
         assert facts["Adapter strength"] == "1"
-        assert self.run(sd1_folder, path, *adapter) == 0
+        assert self.run(sd1_folder, path, *adapter, "--overwrite") == 0
         assert "Direction" not in read_parameters(path)
         assert "Magnitude" not in read_parameters(path)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import secrets
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from dora_diffusion.config import ConfigError
 
 def run(args: argparse.Namespace) -> int:
     """Make pictures and write them with what made them."""
-    _check(args)
+    seeds = _seeds(args)
+    _check(args, seeds)
     from dora_diffusion.generate import (
         SamplingSettings,
         generate_images,
@@ -47,39 +50,65 @@ def run(args: argparse.Namespace) -> int:
             f"{metadata.trigger!r} to get the subject",
             stacklevel=1,
         )
-    seeds = _seeds(args)
     with step_progress() as show:
         images = generate_images(
-            components, args.prompt, seeds, settings, batch_size=args.batch_size, on_step=show
+            components,
+            args.prompt,
+            seeds,
+            settings,
+            batch_size=args.batch_size,
+            on_step=show,
+            require_finite=True,
         )
     _save(args, settings, seeds, images)
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse what could not be written before a model is loaded."""
+def _check(args: argparse.Namespace, seeds: Sequence[int]) -> None:
+    """Refuse what could not be sampled or written before a model is loaded."""
     if Path(args.output).suffix.lower() != ".png":
         raise ConfigError(f"output {args.output} must end in .png")
-    for name in ("num_images", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"{name} is {getattr(args, name)}; it must be at least 1")
-    if args.seed is not None and not 0 <= args.seed < 2**63:
-        raise ConfigError(f"seed is {args.seed}; it must be between 0 and 2**63 - 1")
+    existing = [path for path in _paths(args, seeds) if path.exists()]
+    if existing and not args.overwrite:
+        raise ConfigError(
+            f"{existing[0]} exists; choose another --output, or replace it with --overwrite"
+        )
+    for name in ("num_images", "batch_size", "steps", "width", "height"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if not 0 <= args.guidance_scale < math.inf:
+        raise ConfigError(f"guidance_scale is {args.guidance_scale}; it must be 0 or more")
+    for name in ("strength", "direction_strength", "magnitude_strength"):
+        if not math.isfinite(getattr(args, name)):
+            raise ConfigError(f"{name} is {getattr(args, name)}; it must be a number")
 
 
 def _seeds(args: argparse.Namespace) -> list[int]:
-    """Consecutive seeds, from a random one where none is given."""
+    """Consecutive seeds, from a random one where none is given.
+
+    Raises:
+        ConfigError: If torch cannot take one of them.
+    """
     first = secrets.randbelow(2**32) if args.seed is None else args.seed
+    if not 0 <= first <= 2**63 - max(1, args.num_images):
+        raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images")
     return [first + i for i in range(args.num_images)]
 
 
+def _paths(args: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
+    """One image gets the name that was asked for; several get their seed behind it."""
+    output = Path(args.output)
+    if len(seeds) == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{seed}") for seed in seeds]
+
+
 def _save(args: argparse.Namespace, settings: Any, seeds: list[int], images: list[Any]) -> None:
-    """One picture gets the name that was asked for; several get their seed behind it."""
+    """Write the images with what made them."""
     from dora_diffusion.pictures import parameters_text, save_png
 
-    output = Path(args.output)
-    for seed, image in zip(seeds, images, strict=True):
-        path = output if len(seeds) == 1 else output.with_stem(f"{output.stem}-{seed}")
+    for seed, path, image in zip(seeds, _paths(args, seeds), images, strict=True):
         text = parameters_text(
             args.prompt,
             seed,

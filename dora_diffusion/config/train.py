@@ -159,7 +159,11 @@ class TrainConfig:
         least=0,
     )
     caption_dropout: float = flag(
-        IMAGES, 0.0, "Share of captions replaced by the empty prompt.", least=0, most=1
+        IMAGES,
+        0.0,
+        "Share of captions dropped: trained as what guidance uses without a negative prompt.",
+        least=0,
+        most=1,
     )
     cache_latents: bool = flag(
         IMAGES,
@@ -461,7 +465,8 @@ class TrainConfig:
     checkpointing_steps: int = flag(
         OUTPUT,
         500,
-        "Save a checkpoint every so many steps; 0 saves none.",
+        "Save a checkpoint every so many steps and of the last one; 0 saves none, so that a "
+        "finished run cannot be extended.",
         resume="apart",
         least=0,
     )

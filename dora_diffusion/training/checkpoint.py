@@ -114,7 +114,7 @@ def _require_room(folder: Path, size: int) -> None:
     if free < size:
         raise DiskFullError(
             errno.ENOSPC,
-            f"it takes {size / 2**20:.0f} MB, and the disk has {free / 2**20:.0f} MB free",
+            f"it takes {size / 2**20:.1f} MB, and the disk has {free / 2**20:.1f} MB free",
         )
 
 

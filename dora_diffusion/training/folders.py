@@ -15,7 +15,7 @@ METRICS_NAME = "metrics.jsonl"
 # What a run writes at the top of its folder, and which somebody may have a file of their own as.
 _COMMON_NAMES = ("README.md", "config.yaml")
 # Sub-folders that a run writes to and deletes from.
-_OWN_FOLDERS = ("samples", "logs", "class_images")
+_OWN_FOLDERS = ("samples", "class_images")
 
 
 @contextlib.contextmanager
@@ -77,7 +77,11 @@ def check_folders(config: TrainConfig) -> None:
     output, photos = Path(config.output_dir).resolve(), _folder(config.instance_data_dir)
     if photos is not None:
         _apart("output_dir", output, "instance_data_dir", photos)
-        for name in (*_OWN_FOLDERS, *(path.name for path in output.glob("checkpoint-*"))):
+        for name in (
+            *_OWN_FOLDERS,
+            config.logging_dir,
+            *(path.name for path in output.glob("checkpoint-*")),
+        ):
             _apart("instance_data_dir", photos, f"the run's {name},", output / name)
     if config.with_prior_preservation and config.prior_preservation_mode == "images":
         _check_class_folder(config, output, photos)
@@ -96,7 +100,7 @@ def _check_class_folder(config: TrainConfig, output: Path, photos: Path | None) 
             f"class_data_dir is the folder of the subject's photos, {folder}; class images show "
             "other members of the class: choose another folder, or leave it out"
         )
-    if folder in (output, output / "samples", output / "logs"):
+    if folder in (output, output / "samples", output / config.logging_dir):
         raise ConfigError(
             f"class_data_dir {folder} is where the run writes its own images and files; choose "
             "another folder, or leave it out"

@@ -284,11 +284,10 @@ class _Run:
             )
 
     def _checkpoint(self, step: int, log: MetricsLog, *, interim: bool = False) -> None:
-        """Save a checkpoint, unless this step has one that stays."""
+        """Save a checkpoint, unless this step has tried to."""
         session, saver = self.session, self.saver
         log.flush()  # A loss that is not finite raises here, before it is saved.
-        wanted = self.output_dir / f"checkpoint-{step}"
-        if self.is_main and (saver.newest != wanted or saver.interim == wanted):
+        if self.is_main and saver.last_step != step:
             path = saver.save(
                 step,
                 self._state(step),
@@ -395,7 +394,8 @@ class _Run:
             with disabled(*components.adaptable().values()):
                 images = self._images()
             base = self._save_sheet("base", images, "The base model", step, adapter=False)
-            self._save("base_above_adapted", stacked([base, adapted]), None)
+            text = self._parameters(images[0].size, step, adapter=True)
+            self._save("base_above_adapted", stacked([base, adapted]), text)
 
     def _save_sheet(
         self,
@@ -407,14 +407,16 @@ class _Run:
         adapter: bool = True,
     ) -> Image.Image:
         sheet = self.validation.sheet(images, title)
-        run, base = str(self.output_dir), self.config.pretrained_model_name_or_path
-        text = self.validation.parameters(images[0].size, base, run if adapter else None, step)
-        self._save(name, sheet, text)
+        self._save(name, sheet, self._parameters(images[0].size, step, adapter=adapter))
         tag = "samples/adapter" if adapter else "samples/base"
         self.trackers.log_image(tag, sheet, step)
         return sheet
 
-    def _save(self, name: str, image: Image.Image, parameters: str | None) -> None:
+    def _parameters(self, size: tuple[int, int], step: int, *, adapter: bool) -> str:
+        run, base = str(self.output_dir), self.config.pretrained_model_name_or_path
+        return self.validation.parameters(size, base, run if adapter else None, step)
+
+    def _save(self, name: str, image: Image.Image, parameters: str) -> None:
         path = save_png(image, self.output_dir / "samples" / f"{name}.png", parameters)
         if not name.startswith("step-"):
             self.samples[name] = path

@@ -42,6 +42,8 @@ class CheckpointSaver:
         self.limit = limit
         self.interim: Path | None = None
         self.newest: Path | None = None
+        self.last_step: int | None = None
+        self._adapter_alone: Path | None = None
         self._clock = clock
         self._begun = clock()
 
@@ -72,7 +74,7 @@ class CheckpointSaver:
         Returns:
             The checkpoint, or None: training goes on without it.
         """
-        self._begun = self._clock()
+        self._begun, self.last_step = self._clock(), step
         try:
             state = {**state, "interim": interim}
             path = save_checkpoint(self.output_dir, step, state, write_adapter)
@@ -93,6 +95,9 @@ class CheckpointSaver:
         try:
             folder = save_adapter_alone(self.output_dir, step, write_adapter)
             saved = f"only the adapter was saved, {folder.name}, which generates and cannot resume"
+            if self._adapter_alone is not None:  # The newest is enough, where room is scarce.
+                shutil.rmtree(self._adapter_alone, ignore_errors=True)
+            self._adapter_alone = folder
         except OSError:
             saved = "not even the adapter was saved"
         warnings.warn(

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.config import TrainConfig, settings
 from dora_diffusion.formats.adapter_metadata import without_path
 
 _PROJECT = "dreambooth"
 # Settings that name folders of this computer: only a name goes to a tracker's server.
-_PLACES = ("_dir", "_path", "model_config", "resume_from_checkpoint")
+_PLACES = frozenset(setting.name for setting in settings() if setting.is_path)
 
 
 class Trackers:
@@ -28,13 +28,13 @@ class Trackers:
         self._accelerator = accelerator
         self._enabled = enabled
 
-    def begin(self, settings: Mapping[str, Any]) -> None:
+    def begin(self, values: Mapping[str, Any]) -> None:
         """Open the trackers and give them the run's settings."""
         if not self._enabled:
             return
         self._accelerator.init_trackers(_PROJECT)
         for tracker in self._accelerator.trackers:
-            self._attempt(partial(_store_settings, tracker, settings))
+            self._attempt(partial(_store_settings, tracker, values))
 
     def log_step(self, record: Mapping[str, Any]) -> None:
         """Log a step's numbers."""
@@ -83,22 +83,22 @@ def tracked_settings(config: TrainConfig, **resolved: Any) -> dict[str, Any]:
 
 
 def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, str) and name.endswith(_PLACES):
+    if isinstance(value, str) and name in _PLACES:
         return without_path(value)
     if isinstance(value, list):
         return " | ".join(str(item) for item in value)
     return "" if value is None else value
 
 
-def _store_settings(tracker: Any, settings: Mapping[str, Any]) -> None:
+def _store_settings(tracker: Any, values: Mapping[str, Any]) -> None:
     if tracker.name != "tensorboard":
-        tracker.store_init_configuration(dict(settings))
+        tracker.store_init_configuration(dict(values))
         return
     from torch.utils.tensorboard.summary import hparams
 
     # Into the run's own file, so that its loss stands beside its settings in the HPARAMS tab.
     # Accelerate would make a run of its own for them.
-    for summary in hparams(dict(settings), {"train/loss": 0.0}):
+    for summary in hparams(dict(values), {"train/loss": 0.0}):
         tracker.writer.file_writer.add_summary(summary)
-    lines = [f"    {name}: {value}" for name, value in settings.items()]
+    lines = [f"    {name}: {value}" for name, value in values.items()]
     tracker.writer.add_text("settings", "\n".join(lines))

@@ -123,7 +123,7 @@ def job_of(finished: tuple[Workspace, str]) -> Job:
 def test_a_run_ends_with_an_adapter_and_its_measurements(finished: tuple[Workspace, str]) -> None:
     job = job_of(finished)
     assert (job.state, job.step, job.total) == ("done", 3, 3)
-    assert job.checkpoints == ("checkpoint-2",)
+    assert job.checkpoints == ("checkpoint-2", "checkpoint-3")
     assert job.trigger == "sks dog"
     assert job.result["peak_memory"] > 0.05
     assert job.progress["device"] == "cpu"
