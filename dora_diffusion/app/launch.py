@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dora_diffusion.commands.parser import Parser
 from dora_diffusion.config import ConfigError
 
 AUTH_VARIABLE = "DORA_DIFFUSION_AUTH"
@@ -18,7 +18,7 @@ class Launch:
     """How the app is served.
 
     Raises:
-        ConfigError: If it could be reached from elsewhere by anybody.
+        ConfigError: If it could be reached from elsewhere by anybody, or the port is none.
     """
 
     host: str = "127.0.0.1"
@@ -30,6 +30,8 @@ class Launch:
     models: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}; it must be between 1 and 65535")
         if self.is_open and self.auth is None:
             what = "--share" if self.share else f"--host {self.host}"
             raise ConfigError(
@@ -61,9 +63,7 @@ def parse_launch(argv: list[str] | None = None) -> Launch:
     Raises:
         ConfigError: If they would open the app to anybody.
     """
-    parser = argparse.ArgumentParser(
-        prog="app.py", description="Teach a model your subject in the browser."
-    )
+    parser = Parser(prog="app.py", description="Teach a model your subject in the browser.")
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on.")
     parser.add_argument("--port", type=int, help="Port. Default: the first free one from 7860.")
     parser.add_argument("--share", action="store_true", help="Make a public link (needs --auth).")

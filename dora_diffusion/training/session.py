@@ -27,6 +27,7 @@ from dora_diffusion.data.batch import Batch
 from dora_diffusion.data.buckets import Buckets
 from dora_diffusion.data.cache import TensorCache
 from dora_diffusion.data.captions import require_token
+from dora_diffusion.data.checks import FEWEST, RECOMMENDED
 from dora_diffusion.data.dataset import (
     Augmentation,
     ClassImages,
@@ -57,7 +58,6 @@ from dora_diffusion.wording import counted
 _DEFAULT_STEPS = {"sdxl": 1000}
 # Crops per photo where they are drawn: the latents of all of them fit in memory.
 _CROP_VARIANTS = 8
-_FEW_PHOTOS = 3
 
 
 def make_accelerator(config: TrainConfig) -> Any:
@@ -309,10 +309,10 @@ def _dataset(
     captions = [photo.caption for photo in photos]
     if subject.token:
         require_token(captions, subject.token)
-    if len(photos) < _FEW_PHOTOS:
+    if len(photos) < FEWEST:
         warnings.warn(
             f"only {counted(len(photos), 'photo')} to learn from: the background will be learned "
-            "with the subject; 4 to 10 photos in different places work best",
+            f"with the subject; {RECOMMENDED} work best",
             stacklevel=2,
         )
     if config.is_image_free:
