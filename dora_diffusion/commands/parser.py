@@ -136,10 +136,16 @@ class Parser(argparse.ArgumentParser):
                 words.append(f"{action.option_strings[-1]} {action.dest.upper()}")
         return f"{' '.join(words)} [flags]   ({self.prog} --help lists them)"
 
+    def _commands(self) -> list[str]:
+        actions = (a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+        return [name for action in actions for name in action.choices]
+
     def _plain(self, message: str) -> str:
         """A message of argparse in the words of the other errors."""
         choice = re.fullmatch(
-            r"argument (.+?): invalid choice: '?(.*?)'? \(choose from (.*)\)", message, re.DOTALL
+            r"argument (.+?): invalid choice: '?(.*?)'?(?:, maybe .*)? \(choose from (.*)\)",
+            message,
+            re.DOTALL,
         )
         if choice:
             words = [word.strip().strip("'") for word in choice[3].split(",")]
@@ -155,6 +161,8 @@ class Parser(argparse.ArgumentParser):
         if missing:
             return f"{missing[1]} needs a value"
         required = re.fullmatch(r"the following arguments are required: (.*)", message)
+        if required and required[1] == "COMMAND":
+            return f"name a command: {', '.join(self._commands())}"
         if required:
             return f"{required[1]} must be given"
         return message

@@ -33,7 +33,7 @@ MISUSES = [
     ("convert a b --to comfy", "--to cannot be 'comfy' (did you mean comfyui?); choose diffusers"),
     ("trainn", "there is no command 'trainn' (did you mean train?); choose train, generate"),
     ("--rank 4", "there is no flag --rank before the command"),
-    ("", "COMMAND must be given"),
+    ("", "name a command: train, generate, "),
 ]  # fmt: skip
 
 
