@@ -12,13 +12,12 @@ from torch import Tensor
 
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo
-from dora_diffusion.wording import counted
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
 FEWEST, MOST = 3, 30
-RECOMMENDED = "4 to 10 photos of different views and places"
+WANTED = f"{FEWEST} to {MOST} photos, from different sides and in different places"
 # Sharp photos of the DreamBooth dataset measure 0.18 to 0.36; blurred by 3 pixels, 0.58 and more.
 BLURRED = 0.55
 # Differing bits, of 64, below which two photos look the same (a copy, resized or re-encoded).
@@ -72,8 +71,8 @@ def check_photos(photos: Sequence[Photo], resolution: int) -> list[PhotoWarning]
 def _check_count(count: int) -> list[PhotoWarning]:
     if count < FEWEST:
         message = (
-            f"only {counted(count, 'photo')}: the result will repeat "
-            f"{'it' if count == 1 else 'them'}, background and all; {RECOMMENDED} work best"
+            f"only {count} photo{'s' if count != 1 else ''}: the result will repeat them; "
+            f"use {WANTED}"
         )
         return [PhotoWarning("few", (), message)]
     if count > MOST:

@@ -27,7 +27,7 @@ from dora_diffusion.data.batch import Batch
 from dora_diffusion.data.buckets import Buckets
 from dora_diffusion.data.cache import TensorCache
 from dora_diffusion.data.captions import require_token
-from dora_diffusion.data.checks import FEWEST, RECOMMENDED
+from dora_diffusion.data.checks import FEWEST, WANTED
 from dora_diffusion.data.dataset import (
     Augmentation,
     ClassImages,
@@ -311,8 +311,8 @@ def _dataset(
         require_token(captions, subject.token)
     if len(photos) < FEWEST:
         warnings.warn(
-            f"only {counted(len(photos), 'photo')} to learn from: the background will be learned "
-            f"with the subject; {RECOMMENDED} work best",
+            f"only {counted(len(photos), 'photo')} to learn from: their background will be learned "
+            f"with the subject; use {WANTED}",
             stacklevel=2,
         )
     if config.is_image_free:
