@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
             description=f"{text[0].upper()}{text[1:]}.",
             refusals=refusal if name == "train" else None,
             suggest=meant_by if name == "train" else None,
+            usage="%(prog)s [--config FILE] [--SETTING VALUE ...]" if name == "train" else None,
         )
         command.add_argument("--debug", action="store_true", help="Show tracebacks.")
         add_arguments(command)

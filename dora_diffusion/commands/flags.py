@@ -19,6 +19,8 @@ from dora_diffusion.config import (
 from dora_diffusion.config.derived import overridden
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
 
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
+
 
 def add_train_flags(parser: argparse.ArgumentParser) -> None:
     """Add ``--config``, one flag per setting, and what else Diffusers' scripts accept."""
@@ -52,7 +54,8 @@ def _add_flag(group: Any, setting: Setting) -> None:
         shown = "{" + ",".join(setting.choices) + "}"
         common |= {"type": setting.cast, "choices": either, "metavar": shown}
     else:
-        common["type"] = setting.kind
+        shown = "PATH" if setting.is_path else _METAVARS[setting.kind]
+        common |= {"type": setting.kind, "metavar": shown}
     group.add_argument(f"--{setting.name}", **common)
 
 

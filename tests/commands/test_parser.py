@@ -84,6 +84,8 @@ def test_help_lists_settings_under_their_headings(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     text = capsys.readouterr().out
+    assert text.startswith("usage: dora-diffusion train [--config FILE] [--SETTING VALUE ...]\n")
+    assert "--rank N " in text
     headings = ["Base model:", "Subject:", "Prior preservation:", "Adapter:", "Optimizer and"]
     places = [text.index(heading) for heading in headings]
     assert places == sorted(places)
