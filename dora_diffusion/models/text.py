@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.wording import quoted
+
 if TYPE_CHECKING:
     from dora_diffusion.models.family import HiddenState
     from dora_diffusion.models.load import Components
@@ -163,7 +165,7 @@ def warn_of_truncation(tokenizer: Any, prompts: Sequence[str]) -> None:
         if cut:
             warnings.warn(
                 f"the prompt is longer than the model's {tokenizer.model_max_length} tokens; "
-                f"it will not see the end: {cut!r}",
+                f"it will not see the end: {quoted(cut)}",
                 stacklevel=3,
             )
 
