@@ -31,9 +31,11 @@ def differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, C
         old, new = before.get(setting.name, setting.default), getattr(now, setting.name)
         if setting.resume == "apart" or setting.idle_reason(now) or _same(setting, old, new):
             continue
-        if old in (None, []) and (setting.name in DERIVED or setting.name == "resolution"):
-            continue  # The checkpoint says what was given, not what followed from it.
-        (refused if setting.resume == "same" else allowed)[setting.name] = (old, new)
+        if setting.resume == "free":
+            allowed[setting.name] = (old, new)
+        # Otherwise the checkpoint says what was given, not what followed from it.
+        elif old is not None or setting.name not in (*DERIVED, "resolution"):
+            refused[setting.name] = (old, new)
     return refused, allowed
 
 
