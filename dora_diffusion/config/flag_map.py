@@ -146,6 +146,7 @@ _ABSENT = {
     "train_text_encoder_ti_frac": _PIVOTAL,
     "train_text_encoder_frac": "the text encoders train for the whole run; train twice, or lower "
     "--text_encoder_lr",
+    "lora_layers": "use --targets with names or patterns of layers",
     "lora_unet_blocks": "use --targets 'up_blocks.0.attentions.0.*', without 'unet.'",
     "use_blora": "use --targets 'up_blocks.0.attentions.0.*' 'up_blocks.0.attentions.1.*'",
 }
@@ -168,6 +169,10 @@ _OTHER_NAMES = {
     "rank": "network_dim dim lora_rank lora_r r",
     "lora_alpha": "network_alpha alpha",
     "conv_rank": "conv_dim",
+    "lr_num_cycles": "lr_scheduler_num_cycles",
+    "lr_power": "lr_scheduler_power",
+    "dataloader_num_workers": "max_data_loader_n_workers num_workers",
+    "checkpoints_total_limit": "save_last_n_steps",
     "lora_dropout": "network_dropout dropout",
     "optimizer": "optimizer_type",
     "mixed_precision": "precision dtype fp16 bf16",
@@ -212,13 +217,19 @@ def meant_by(name: str) -> str | None:
 
 
 def as_markdown() -> str:
-    """The table for documentation, by what happens to the flags."""
-    defaults = {setting.name: setting.default_text for setting in settings()}
-    lines = ["| Diffusers' flag | here | |", "|---|---|---|"]
-    heads = {"same": "the same", "renamed": "accepted", "ignored": "accepted, not needed"}
-    for name, answer in DIFFUSERS_FLAGS.items():
-        text = answer.text
-        if answer.status == "same" and not text:
-            text = f"default: {defaults[name]}"
-        lines.append(f"| `--{name}` | {heads.get(answer.status, 'not here')} | {text} |")
-    return "\n".join(lines) + "\n"
+    """The answers for documentation: what is the same, what differs, what is not here."""
+    same = [f"`--{name}`" for name, text in _SAME.items() if not text]
+    rows = {
+        "**Same name, another default or more**": {n: t for n, t in _SAME.items() if t},
+        "**Accepted**": {n: a.text for n, a in _RENAMED.items()} | _IGNORED,
+        "**Not here**": _ABSENT,
+    }
+    parts = [f"**Same name, same meaning, same default**: {', '.join(same)}.\n"]
+    for title, texts in rows.items():
+        lines = [f"| `--{name}` | {text} |" for name, text in texts.items()]
+        parts.append("\n".join([title, "", "| Diffusers | here |", "|---|---|", *lines]) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")
