@@ -16,7 +16,7 @@ from dora_diffusion import __version__
 from dora_diffusion.commands.flags import add_train_flags
 from dora_diffusion.commands.parser import Parser
 from dora_diffusion.commands.report import reporting_errors
-from dora_diffusion.config.flag_map import refusal
+from dora_diffusion.config.flag_map import meant_by, refusal
 
 # Written out, since asking the modules that define them would import torch for every --help.
 SAMPLERS = (
@@ -97,6 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
             refusals=refusal if name == "train" else None,
+            suggest=meant_by if name == "train" else None,
+            usage="%(prog)s [--config FILE] [--SETTING VALUE ...]" if name == "train" else None,
         )
         command.add_argument("--debug", action="store_true", help="Show tracebacks.")
         add_arguments(command)
@@ -110,6 +112,12 @@ def _arguments_of(command: str) -> Callable[[argparse.ArgumentParser], None]:
         import_module(_HOMES[command]).add_arguments(parser)
 
     return add_arguments
+
+
+def _dtype(name: str) -> str:
+    """A dtype in torch's name; fp16, bf16 and fp32 are taken too."""
+    short = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+    return short.get(name, name)
 
 
 def _strengths(parser: argparse.ArgumentParser) -> None:
@@ -216,6 +224,7 @@ def _loading(parser: argparse.ArgumentParser) -> None:
     """How the base of `generate` and `evaluate` is loaded."""
     parser.add_argument(
         "--dtype",
+        type=_dtype,
         choices=AUTO_DTYPES,
         default="auto",
         help="Precision. auto: bfloat16 on a GPU that computes it, else float16; float32 on a CPU "
@@ -264,6 +273,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
+        type=_dtype,
         choices=AUTO_DTYPES,
         default="auto",
         help="Precision of the result. auto: the base's own, whatever machine merges it. Default: "
@@ -307,7 +317,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="Print JSON, with the error of every layer."
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="Of the factors. Default: float32.")
+    parser.add_argument(
+        "--dtype", type=_dtype, choices=DTYPES, help="Of the factors. Default: float32."
+    )
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
 
 

@@ -35,15 +35,19 @@ def quoted(text: str, limit: int = QUOTE_LIMIT) -> str:
 
 def closest(word: object, words: Iterable[str]) -> str | None:
     """The known word that was probably meant, or None."""
-    known = list(words)
-    typed = str(word).replace("-", "_").lower()
-    by_form = {name.replace("-", "_").lower(): name for name in known}
+    typed = _form(word)
+    by_form = {_form(name): name for name in words}
     found = difflib.get_close_matches(typed, by_form, n=1, cutoff=0.6)
     if found:
         return by_form[found[0]]
     # A name cut short is not close by its letters: max_train for max_train_steps.
     longer = [name for form, name in by_form.items() if len(typed) > 3 and form.startswith(typed)]
     return longer[0] if len(longer) == 1 else None
+
+
+def _form(word: object) -> str:
+    """A word without what people leave out or write otherwise: case, dashes before and inside."""
+    return str(word).lstrip("-").replace("-", "_").lower()
 
 
 def did_you_mean(word: object, words: Iterable[str]) -> str:

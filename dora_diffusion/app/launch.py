@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dora_diffusion.commands.parser import Parser
 from dora_diffusion.config import ConfigError
 from dora_diffusion.embedded import samples_folder
 
@@ -19,7 +20,7 @@ class Launch:
     """How the app is served.
 
     Raises:
-        ConfigError: If it could be reached from elsewhere by anybody.
+        ConfigError: If it could be reached from elsewhere by anybody, or the port is none.
     """
 
     host: str = "127.0.0.1"
@@ -31,6 +32,8 @@ class Launch:
     models: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}; it must be between 1 and 65535")
         if self.is_open and self.auth is None:
             what = "--share" if self.share else f"--host {self.host}"
             raise ConfigError(
@@ -62,7 +65,7 @@ def parse_launch(argv: list[str] | None = None) -> Launch:
     Raises:
         ConfigError: If they would open the app to anybody.
     """
-    parser = argparse.ArgumentParser(prog="dora-diffusion app")
+    parser = Parser(prog="app.py", description="Teach a model your subject in the browser.")
     add_arguments(parser)
     return launch_from(parser.parse_args(argv))
 

@@ -17,8 +17,9 @@ from dora_diffusion.config import (
     without_effect,
 )
 from dora_diffusion.config.derived import overridden
-from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, refusal
-from dora_diffusion.wording import did_you_mean
+from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
+
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 def add_train_flags(parser: argparse.ArgumentParser) -> None:
@@ -48,10 +49,13 @@ def _add_flag(group: Any, setting: Setting) -> None:
     if setting.is_list:
         common["nargs"] = "+"
     if setting.choices:
-        # Diffusers' scripts write AdamW.
-        common |= {"type": setting.cast, "choices": setting.choices}
+        # Diffusers' scripts write AdamW, and report_to may be none.
+        either = (*setting.choices, None) if setting.default is None else setting.choices
+        shown = "{" + ",".join(setting.choices) + "}"
+        common |= {"type": setting.cast, "choices": either, "metavar": shown}
     else:
-        common["type"] = setting.kind
+        shown = "PATH" if setting.is_path else _METAVARS[setting.kind]
+        common |= {"type": setting.kind, "metavar": shown}
     group.add_argument(f"--{setting.name}", **common)
 
 
@@ -109,7 +113,8 @@ def _known(
         elif answer and answer.status == "ignored":
             _warn_ignored(key)
         else:
-            what = refusal(key) or f"there is no setting {key}{did_you_mean(key, names)}"
+            hint = f" (did you mean {meant}?)" if (meant := meant_by(key)) else ""
+            what = refusal(key) or f"there is no setting {key}{hint}"
             unknown.append(f"line {lines.get(key, '?')}: {what}")
     if unknown:
         raise ConfigError(f"{file}, {'; '.join(unknown)}")

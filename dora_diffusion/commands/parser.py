@@ -8,10 +8,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from dora_diffusion.wording import closest, counted, did_you_mean
+from dora_diffusion.wording import closest, counted
 
 _SWITCH = {"true": True, "yes": True, "on": True, "1": True}
 _SWITCH |= {"false": False, "no": False, "off": False, "0": False}
+# What people type for the flags of the other commands.
+_OTHER_NAMES = {
+    "model": "base", "checkpoint": "base", "lora": "adapter", "out": "output", "n": "num_images",
+    "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "num_inference_steps": "steps",
+    "sampler": "scheduler", "format": "to", "negative": "negative_prompt", "weight": "strength",
+}  # fmt: skip
 _TYPES = {"int": "a whole number", "float": "a number"}
 
 
@@ -63,21 +69,26 @@ class Parser(argparse.ArgumentParser):
     """A parser that answers a mistake in one line and shows a short usage above it.
 
     Args:
-        refusals: What to say of a flag that is unknown here, by its name without dashes.
+        refusals: What to say of a flag that other programs have, by its name without dashes.
+        suggest: What was meant by an unknown flag, by its name without dashes.
         kwargs: What `argparse.ArgumentParser` takes.
     """
 
-    def __init__(self, *args: Any, refusals: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, refusals: Any = None, suggest: Any = None, **kwargs: Any
+    ) -> None:
         # No abbreviations: a flag that is added later would break them.
         kwargs = {"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs}
         super().__init__(*args, **kwargs)
         self._refusals = refusals or (lambda name: None)
+        self._suggest = suggest or self._near_flag
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, after looking for flags that do not exist, and refuse what is left over."""
         words = sys.argv[1:] if args is None else list(args)
-        if self._subparsers is None:
-            self._refuse_unknown_flags(words)
+        commands = next((i for i, word in enumerate(words) if not word.startswith("-")), None)
+        # Behind its command, a flag is the command's.
+        self._refuse_unknown_flags(words if self._subparsers is None else words[:commands])
         known, left = super().parse_known_args(words, namespace)
         if left:
             what = counted(len(left), "word")
@@ -92,15 +103,23 @@ class Parser(argparse.ArgumentParser):
                 break
             name = word.partition("=")[0]
             if name.startswith("--") and name not in flags:
-                unknown.append(self._answer(name, flags))
+                unknown.append(self._answer(name))
         if unknown:
             self.error("; ".join(dict.fromkeys(unknown)))
 
-    def _answer(self, name: str, flags: Sequence[str]) -> str:
+    def _answer(self, name: str) -> str:
         refusal = self._refusals(name[2:].replace("-", "_"))
         if refusal:
             return f"--{refusal}"
-        return f"there is no flag {name}{did_you_mean(name, flags)}"
+        where = "" if self._subparsers is None else " before the command"
+        meant = self._suggest(name[2:])
+        return f"there is no flag {name}{where}" + (f" (did you mean --{meant}?)" if meant else "")
+
+    def _near_flag(self, name: str) -> str | None:
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        known = [flag[2:] for flag in flags if not flag.startswith("--no-")]
+        meant = _OTHER_NAMES.get(name)
+        return meant if meant in known else closest(name, known)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line, with exit code 2."""
@@ -117,13 +136,20 @@ class Parser(argparse.ArgumentParser):
                 words.append(f"{action.option_strings[-1]} {action.dest.upper()}")
         return f"{' '.join(words)} [flags]   ({self.prog} --help lists them)"
 
+    def _commands(self) -> list[str]:
+        actions = (a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+        return [name for action in actions for name in action.choices]
+
     def _plain(self, message: str) -> str:
         """A message of argparse in the words of the other errors."""
         choice = re.fullmatch(
-            r"argument (.+?): invalid choice: '?(.*?)'? \(choose from (.*)\)", message, re.DOTALL
+            r"argument (.+?): invalid choice: '?(.*?)'?(?:, maybe .*)? \(choose from (.*)\)",
+            message,
+            re.DOTALL,
         )
         if choice:
-            choices = [word.strip().strip("'") for word in choice[3].split(",")]
+            words = [word.strip().strip("'") for word in choice[3].split(",")]
+            choices = [word for word in words if word != "None"]
             what = "there is no command" if choice[1] == "COMMAND" else f"{choice[1]} cannot be"
             near = closest(choice[2], choices)
             hint = f" (did you mean {near}?)" if near else ""
@@ -135,6 +161,8 @@ class Parser(argparse.ArgumentParser):
         if missing:
             return f"{missing[1]} needs a value"
         required = re.fullmatch(r"the following arguments are required: (.*)", message)
+        if required and required[1] == "COMMAND":
+            return f"name a command: {', '.join(self._commands())}"
         if required:
             return f"{required[1]} must be given"
         return message

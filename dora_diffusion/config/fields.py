@@ -17,6 +17,9 @@ from dora_diffusion.config.checks import require, require_choice
 # apart: no property of the training (places, names, what happens afterwards).
 Resume = Literal["same", "free", "apart"]
 
+# Names of precisions, as other programs have them.
+_SPELLINGS = {"fp32": "no", "float32": "no", "float16": "fp16", "bfloat16": "bf16", "none": "no"}
+
 TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 
 
@@ -178,9 +181,13 @@ class Setting:
         return value
 
     def _known_spelling(self, value: Any) -> Any:
-        """A choice in another case as it is written here: AdamW is adamw."""
+        """A choice as it is written here: AdamW is adamw, fp32 is no, and none is None."""
         assert self.choices is not None
-        return {word.lower(): word for word in self.choices}.get(str(value).lower(), value)
+        word = str(value).lower()
+        if word == "none" and self.default is None:
+            return None
+        word = word if word in self.choices else _SPELLINGS.get(word, word)
+        return word if word in self.choices else value
 
 
 def flag(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dora_diffusion.config.train import settings
+from dora_diffusion.wording import closest
 
 Status = Literal["same", "renamed", "ignored", "absent"]
 
@@ -145,9 +146,52 @@ _ABSENT = {
     "train_text_encoder_ti_frac": _PIVOTAL,
     "train_text_encoder_frac": "the text encoders train for the whole run; train twice, or lower "
     "--text_encoder_lr",
+    "lora_layers": "use --targets with names or patterns of layers",
     "lora_unet_blocks": "use --targets 'up_blocks.0.attentions.0.*', without 'unet.'",
     "use_blora": "use --targets 'up_blocks.0.attentions.0.*' 'up_blocks.0.attentions.1.*'",
 }
+
+# What people type, and what other trainers call it.
+_OTHER_NAMES = {
+    "pretrained_model_name_or_path": "model base base_model model_name checkpoint ckpt",
+    "pretrained_vae_model_name_or_path": "vae",
+    "instance_data_dir": "data data_dir train_data_dir image_dir images photos dataset folder",
+    "instance_prompt": "prompt caption",
+    "token": "trigger trigger_word identifier",
+    "class_word": "class class_name subject",
+    "class_data_dir": "reg_data_dir regularization_dir",
+    "output_dir": "output out output_name",
+    "max_train_steps": "steps max_steps num_steps train_steps iterations",
+    "num_train_epochs": "epochs num_epochs max_train_epochs",
+    "train_batch_size": "batch batch_size",
+    "learning_rate": "lr unet_lr",
+    "text_encoder_lr": "text_encoder_learning_rate te_lr",
+    "rank": "network_dim dim lora_rank lora_r r",
+    "lora_alpha": "network_alpha alpha",
+    "conv_rank": "conv_dim",
+    "lr_num_cycles": "lr_scheduler_num_cycles",
+    "lr_power": "lr_scheduler_power",
+    "dataloader_num_workers": "max_data_loader_n_workers num_workers",
+    "checkpoints_total_limit": "save_last_n_steps",
+    "lora_dropout": "network_dropout dropout",
+    "optimizer": "optimizer_type",
+    "mixed_precision": "precision dtype fp16 bf16",
+    "validation_prompt": "sample_prompts sample_prompt validation_prompts",
+    "validation_steps": "sample_every_n_steps sample_every",
+    "checkpointing_steps": "save_every_n_steps save_every save_steps",
+    "resume_from_checkpoint": "resume",
+    "aspect_ratio_buckets": "enable_bucket buckets",
+    "random_flip": "flip_aug flip",
+    "caption_dropout": "caption_dropout_rate",
+    "shuffle_tags": "shuffle_caption",
+    "keep_tags": "keep_tokens",
+    "snr_gamma": "min_snr_gamma",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "with_prior_preservation": "prior_preservation regularization",
+    "report_to": "log_with",
+}
+OTHER_NAMES = {word: name for name, words in _OTHER_NAMES.items() for word in words.split()}
+"""Name that is none here -> the setting that is meant."""
 
 DIFFUSERS_FLAGS: dict[str, Answer] = {
     **{name: Answer("same", text, name) for name, text in _SAME.items()},
@@ -166,14 +210,26 @@ def refusal(name: str) -> str | None:
     return f"{name} of Diffusers' scripts is not here: {answer.text}"
 
 
+def meant_by(name: str) -> str | None:
+    """The setting that is meant by a name that is none; None where nothing is close."""
+    known = [setting.name for setting in settings()]
+    return OTHER_NAMES.get(name.lower().replace("-", "_")) or closest(name, known)
+
+
 def as_markdown() -> str:
-    """The table for documentation, by what happens to the flags."""
-    defaults = {setting.name: setting.default_text for setting in settings()}
-    lines = ["| Diffusers' flag | here | |", "|---|---|---|"]
-    heads = {"same": "the same", "renamed": "accepted", "ignored": "accepted, not needed"}
-    for name, answer in DIFFUSERS_FLAGS.items():
-        text = answer.text
-        if answer.status == "same" and not text:
-            text = f"default: {defaults[name]}"
-        lines.append(f"| `--{name}` | {heads.get(answer.status, 'not here')} | {text} |")
-    return "\n".join(lines) + "\n"
+    """The answers for documentation: what is the same, what differs, what is not here."""
+    same = [f"`--{name}`" for name, text in _SAME.items() if not text]
+    rows = {
+        "**Same name, another default or more**": {n: t for n, t in _SAME.items() if t},
+        "**Accepted**": {n: a.text for n, a in _RENAMED.items()} | _IGNORED,
+        "**Not here**": _ABSENT,
+    }
+    parts = [f"**Same name, same meaning, same default**: {', '.join(same)}.\n"]
+    for title, texts in rows.items():
+        lines = [f"| `--{name}` | {text} |" for name, text in texts.items()]
+        parts.append("\n".join([title, "", "| Diffusers | here |", "|---|---|", *lines]) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")

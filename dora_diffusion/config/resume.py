@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from dora_diffusion.config.derived import DERIVED
 from dora_diffusion.config.fields import Setting, shown
 from dora_diffusion.config.train import TrainConfig, settings
 
@@ -30,7 +31,11 @@ def differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, C
         old, new = before.get(setting.name, setting.default), getattr(now, setting.name)
         if setting.resume == "apart" or setting.idle_reason(now) or _same(setting, old, new):
             continue
-        (refused if setting.resume == "same" else allowed)[setting.name] = (old, new)
+        if setting.resume == "free":
+            allowed[setting.name] = (old, new)
+        # Otherwise the checkpoint says what was given, not what followed from it.
+        elif old is not None or setting.name not in (*DERIVED, "resolution"):
+            refused[setting.name] = (old, new)
     return refused, allowed
 
 

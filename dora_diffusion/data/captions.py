@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from dora_diffusion.wording import quoted
+
 # Neutral prompts for subjects, for runs that ask for varied captions instead of one.
 TEMPLATES = (
     "a photo of {token} {class}",
@@ -109,15 +111,17 @@ def require_token(captions: Sequence[str], token: str) -> None:
         raise ValueError("the trigger token is empty; choose a rare word such as sks")
     lacking = [caption for caption in captions if not contains_token(caption, token)]
     if lacking and len(lacking) == len(captions):
+        one = len(captions) == 1
+        where = "not in the caption" if one else f"in none of the {len(captions)} captions, first"
         raise ValueError(
-            f"the trigger token {token!r} is in none of the {len(captions)} captions (first: "
-            f"{lacking[0]!r}); put it into the instance prompt or the captions"
+            f"the trigger token {token!r} is {where} {quoted(lacking[0])}; put it into the "
+            "instance prompt or the captions"
         )
     if lacking:
-        quoted = ", ".join(repr(caption) for caption in lacking[:3])
+        first = ", ".join(quoted(caption) for caption in lacking[:3])
         warnings.warn(
             f"the trigger token {token!r} is missing from {len(lacking)} of {len(captions)} "
-            f"captions: {quoted}",
+            f"captions: {first}",
             stacklevel=2,
         )
 

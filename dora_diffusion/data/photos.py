@@ -18,6 +18,7 @@ from dora_diffusion.data.images import (
     open_photo_with_alpha,
     verify_photo,
 )
+from dora_diffusion.wording import counted
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -82,7 +83,8 @@ def read_photos(
         else:
             photos.append(photo)
     if reasons and not (skip_unreadable and photos):
-        raise PhotoError(f"{len(reasons)} of {len(paths)} photos unusable: {'; '.join(reasons)}")
+        total = counted(len(paths), "photo")
+        raise PhotoError(f"{len(reasons)} of {total} unusable: {'; '.join(reasons)}")
     for reason in reasons:
         warnings.warn(f"photo left out: {reason}", stacklevel=3)
     return photos, reasons

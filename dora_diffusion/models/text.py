@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.wording import quoted
+
 if TYPE_CHECKING:
     from dora_diffusion.models.family import HiddenState
     from dora_diffusion.models.load import Components
@@ -170,7 +172,7 @@ def warn_of_truncation(tokenizer: Any, prompts: Sequence[str]) -> None:
             warned.add(prompt)
             warnings.warn(
                 f"the prompt is longer than the model's {tokenizer.model_max_length} tokens; "
-                f"it will not see the end: {cut!r}",
+                f"it will not see the end: {quoted(cut)}",
                 stacklevel=3,
             )
 

@@ -42,7 +42,7 @@ def class_prompts(config: TrainConfig, subject: Subject, captions: Sequence[str]
     if config.class_prompt:
         if subject.token and contains_token(config.class_prompt, subject.token):
             raise ConfigError(
-                f"class_prompt {config.class_prompt!r} contains the token {subject.token!r}; "
+                f"class_prompt {quoted(config.class_prompt)} contains the token {subject.token!r}; "
                 "describe other members of the class, without it"
             )
         return [config.class_prompt]

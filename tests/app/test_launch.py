@@ -33,6 +33,12 @@ def test_an_open_app_without_a_password_is_refused(flags: list[str]) -> None:
         parse_launch(flags)
 
 
+@pytest.mark.parametrize("port", ["99999", "0", "-1"])
+def test_a_port_that_is_none_is_refused(port: str) -> None:
+    with pytest.raises(ConfigError, match=f"port is {port}; it must be between 1 and 65535"):
+        parse_launch(["--port", port])
+
+
 @pytest.mark.parametrize("auth", ["ann", "ann:short", ":longenough", "ann:"])
 def test_a_bad_password_is_refused(auth: str) -> None:
     with pytest.raises(ConfigError, match="NAME:PASSWORD"):

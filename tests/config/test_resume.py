@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from dora_diffusion.config import TrainConfig, differences, settings
+from dora_diffusion.config.derived import resolve
 
 OTHER: dict[str, Any] = {
     "caption_dropout": 0.3, "snr_gamma": 1.0, "noise_offset": 0.1, "lora_dropout": 0.2,
     "lr_scheduler": "linear", "lr_warmup_steps": 3, "instance_prompt": "a photo of a sks cat",
-    "token": "zwx", "class_word": "cat", "rank": 9, "seed": 5, "masked_loss": True,
+    "token": "zwx", "rank": 9, "seed": 5, "masked_loss": True,
     "cache_latents": False, "optimizer": "adafactor", "random_flip": True,
-    "with_prior_preservation": True, "targets": ["attention"], "resolution": 96,
+    "with_prior_preservation": True, "targets": ["attention"],
     "pretrained_model_name_or_path": "org/other", "variant": "fp16",
 }  # fmt: skip
 FREE: dict[str, Any] = {
@@ -68,7 +69,27 @@ def test_one_place_under_two_names_is_the_same(
     assert differences(before, now) == ({}, {})
 
 
+def test_a_checkpoint_without_derived_settings_is_not_refused_for_them() -> None:
+    now = resolve(
+        TrainConfig(instance_prompt="a sks dog"),
+        resolution=64,
+        total_steps=800,
+        steps_per_epoch=5,
+        mixed_precision="no",
+    )
+    refused, _ = differences(TrainConfig(instance_prompt="a sks dog").to_dict(), now)
+    assert refused == {}
+
+
 def test_a_setting_that_the_checkpoint_does_not_know_had_its_default() -> None:
     before = TrainConfig().to_dict()
     del before["prodigy_decouple"]
     assert differences(before, TrainConfig()) == ({}, {})
+
+
+@pytest.mark.parametrize("name", ["resolution", "class_word", "lora_alpha", "conv_alpha"])
+def test_derived_settings_are_compared_as_they_were_used(name: str) -> None:
+    used = {"resolution": 64, "class_word": "dog", "lora_alpha": 8.0, "conv_alpha": 4.0}
+    other = {"resolution": 96, "class_word": "cat", "lora_alpha": 1.0, "conv_alpha": 1.0}
+    before, now = TrainConfig(**used), TrainConfig(**{**used, name: other[name]})
+    assert differences(before.to_dict(), now) == ({name: (used[name], other[name])}, {})

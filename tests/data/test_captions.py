@@ -91,7 +91,17 @@ def test_the_trigger_token_is_required() -> None:
         require_token(["a SKS dog", "sks, asleep"], "sks")
     with pytest.warns(UserWarning, match="missing from 1 of 2 captions: 'a dog'"):
         require_token(["a sks dog", "a dog"], "sks")
-    with pytest.raises(ValueError, match="'sks' is in none of the 1 captions"):
+    with pytest.raises(ValueError, match="'sks' is not in the caption 'a sksy dog'"):
         require_token(["a sksy dog"], "sks")
     with pytest.raises(ValueError, match="token is empty"):
         require_token(["a dog"], " ")
+
+
+def test_long_captions_are_quoted_short_and_one_is_singular():
+    long = "a photo of a dog on a beach, " + "very detailed, " * 60
+    with pytest.raises(ValueError, match=r"not in the caption 'a photo of a") as error:
+        require_token([long], "sks")
+    assert len(str(error.value)) < 250
+    with pytest.warns(UserWarning, match="missing from 1 of 2 captions: 'a photo") as said:
+        require_token([long, "a sks dog"], "sks")
+    assert len(str(said[0].message)) < 200

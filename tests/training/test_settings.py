@@ -251,3 +251,20 @@ class TestCommand:
         assert cli.main(["train", *self.FLAGS, *more]) == 0
         lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: ")]
         assert lines == ["warning: keep_tags has no effect because shuffle_tags is off"]
+
+    def test_a_finished_run_is_published_privately_when_asked(self, config, monkeypatch, capsys):
+        calls = []
+        monkeypatch.setattr("dora_diffusion.hub.check", lambda name: calls.append(("check", name)))
+
+        def push(folder, name, *, private):
+            assert list(Path(folder).glob("*.safetensors"))
+            calls.append(("push", name, private))
+            return "https://hub/me/mug"
+
+        monkeypatch.setattr("dora_diffusion.hub.push", push)
+        flags = [*self.FLAGS, "--instance_data_dir", config.instance_data_dir]
+        flags += ["--output_dir", config.output_dir]
+        flags += ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path]
+        assert cli.main(["train", *flags, "--push_to_hub", "--hub_model_id", "me/mug"]) == 0
+        assert calls == [("check", "me/mug"), ("push", "me/mug", True)]
+        assert capsys.readouterr().out.splitlines()[-1] == "https://hub/me/mug"
