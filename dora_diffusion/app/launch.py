@@ -28,6 +28,7 @@ class Launch:
     runs_dir: Path = Path("runs")
     samples: Path = Path("samples")
     models: tuple[str, ...] = ()
+    model_folders: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if self.is_open and self.auth is None:
@@ -77,6 +78,15 @@ def parse_launch(argv: list[str] | None = None) -> Launch:
         help="Base models to offer; when others can reach the app, the only ones besides the "
         "embedded ones.",
     )
+    parser.add_argument(
+        "--model_folders",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FOLDER",
+        help="Folders to look for base models in. Others: DORA_DIFFUSION_MODELS, COMFYUI_PATH, "
+        "A1111_PATH, and a line each in RUNS_DIR/model_folders.txt.",
+    )
     args = parser.parse_args(argv)
     return Launch(
         host=args.host,
@@ -85,6 +95,7 @@ def parse_launch(argv: list[str] | None = None) -> Launch:
         auth=_auth(args.auth or os.environ.get(AUTH_VARIABLE)),
         runs_dir=args.runs_dir,
         models=tuple(args.models),
+        model_folders=tuple(args.model_folders),
     )
 
 

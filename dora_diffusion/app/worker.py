@@ -105,8 +105,9 @@ def _train(folder: Path, job: dict[str, Any], note: _Progress) -> int:
 
     from dora_diffusion.commands.train import TrainProgress
     from dora_diffusion.config import TrainConfig, read_config_file
+    from dora_diffusion.memory import describe_device
 
-    note(phase="loading the model")
+    note(phase="loading the model", device_name=describe_device().name)
     from dora_diffusion.training.checkpoint import checkpoints_in
     from dora_diffusion.training.loop import train
 

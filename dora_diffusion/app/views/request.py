@@ -27,9 +27,13 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
     prompt = clean_prompt(form["prompt"]).replace("{subject}", model.trigger)
 
     def size(name: str) -> int | None:
-        value = form[name]
+        text = str(form[name] or "").strip()
+        if not text:
+            return None
+        if not text.isdecimal() or int(text) == 0:
+            raise AppError(f"the {name} is {text!r}; write pixels, such as 512, or leave it empty")
         # Latents have 8 pixels a side.
-        return max(8, round(value / 8) * 8) if value else None
+        return max(8, round(int(text) / 8) * 8)
 
     return Request(
         base=model.base,
