@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from dora_diffusion.app.settings import ADVANCED, FIELDS, PRESET_NAMES
@@ -12,19 +13,20 @@ FORM = ("preset", "model", "token", "class_word", "prompts")
 _LIMIT = 4000
 
 
-def make_draft(subject: str | None, form: Sequence[Any], advanced: Sequence[Any]) -> dict[str, Any]:
-    """A form as the browser keeps it.
-
-    Args:
-        subject: Id of the subject that it is about.
-        form: Values of `FORM`.
-        advanced: Values of `ADVANCED`.
-    """
-    return {
-        "subject": subject or "",
-        "form": dict(zip(FORM, form, strict=True)),
-        "advanced": dict(zip(ADVANCED, advanced, strict=True)),
-    }
+# Keeps a form: given are what is kept, the subject's id, and the values of `FORM` and `ADVANCED`.
+# It runs in the browser, so that a page that is loaded again at once has lost nothing; and not
+# before the page has got back what was kept, since its fields change when they are first drawn.
+SAVE_SCRIPT = f"""(kept, subject, ...values) => {{
+  if (!window.ddRestored) return kept;
+  const named = (names, first) =>
+    Object.fromEntries(names.map((name, place) => [name, values[first + place] ?? null]));
+  return {{
+    subject: subject ?? '',
+    form: named({json.dumps(FORM)}, 0),
+    advanced: named({json.dumps(ADVANCED)}, {len(FORM)}),
+  }};
+}}"""
+RESTORED_SCRIPT = "() => { window.ddRestored = true; }"
 
 
 def subject_of_draft(draft: object) -> str:

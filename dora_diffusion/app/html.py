@@ -108,8 +108,8 @@ def status_card(job: Job, *, stop: bool = False) -> str:
     if job.state == "done" and job.trigger:
         cause = note(f"Write “{job.trigger}” in a prompt to get the subject.", "good")
     if job.kind == "train":
-        word, sample = job.settings.get("class_word"), job.facts.get("sample")
-        cause += note(outside_toy_world(job.base, str(word or ""), str(sample or "")), "warn")
+        word = str(job.settings.get("class_word") or "")
+        cause += note(outside_toy_world(job.base, word), "warn")
     end = ""
     if stop and not job.has_ended:
         end = f"<button class='dd-button' data-do='stop' data-value='{esc(job.id)}'>Stop</button>"

@@ -222,7 +222,7 @@ def setting_text(value: Any) -> Any:
 
 
 def command_line(config: TrainConfig) -> str:
-    """The command that does the same run: every setting that is not the default's.
+    """The command that does the same run: the base model, and what is not the default's.
 
     Example:
         >>> command_line(TrainConfig(rank=4)).splitlines()[-1].strip()
@@ -231,7 +231,7 @@ def command_line(config: TrainConfig) -> str:
     default, words = TrainConfig(), []
     for name in FIELDS:
         value = getattr(config, name)
-        if value == getattr(default, name):
+        if value == getattr(default, name) and name != "pretrained_model_name_or_path":
             continue
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")

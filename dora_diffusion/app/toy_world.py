@@ -20,15 +20,14 @@ def is_toy_word(class_word: str) -> bool:
     return head[0] in _WORDS or head[0].removesuffix("s") in _WORDS
 
 
-def outside_toy_world(base: str, class_word: str, sample: str = "") -> str:
+def outside_toy_world(base: str, class_word: str) -> str:
     """What to say of a subject that the base model knows nothing like; empty where that is fine.
 
     Args:
         base: The base model.
         class_word: What the subject is.
-        sample: Name of the sample that it is, if it is one.
     """
-    if not is_small(base) or sample or not class_word.strip() or is_toy_word(class_word):
+    if not is_small(base) or not class_word.strip() or is_toy_word(class_word):
         return ""
     return (
         f"{base} is a toy model of a drawn world: it knows {', '.join(CLASSES)}, and no "

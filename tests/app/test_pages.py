@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -159,8 +160,7 @@ def test_a_run_names_its_model_and_device_and_what_the_model_does_not_know(
 
     assert "embedded:tiny-sd on NVIDIA X" in card()
     assert "toy model of a drawn world" in card()
-    facts = json.loads((folder / jobs.JOB).read_text())
-    write_json(folder / jobs.JOB, facts | {"sample": "ring_robot"})
+    (folder / jobs.SETTINGS).write_text(as_yaml(dataclasses.replace(settings, class_word="mugs")))
     assert "toy model" not in card()
 
 

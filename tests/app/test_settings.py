@@ -63,6 +63,7 @@ def test_the_command_line_makes_the_same_config(changes: dict[str, object]) -> N
     one = config(**changes)
     words = shlex.split(command_line(one).replace("\\\n", " "))
     assert words[:5] == ["OMP_NUM_THREADS=1", "python", "-m", "dora_diffusion", "train"]
+    assert words[words.index("--pretrained_model_name_or_path") + 1] == EMBEDDED
     assert train_config(build_parser().parse_args(words[4:])) == one
 
 

@@ -16,9 +16,11 @@ import yaml
 
 from dora_diffusion.app.processes import Lock
 from dora_diffusion.app.settings import ADVANCED, GROUPS, PRESET_NAMES, preset_values
+from dora_diffusion.app.subjects import take_sample
 from dora_diffusion.app.workspace import Workspace
 from dora_diffusion.memory import Device
 
+ROOT = Path(__file__).resolve().parents[2]
 Visit = App = Any
 SD1, SDXL = (
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -59,6 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     workspace = Workspace(tmp_path_factory.mktemp("form") / "runs").make()
     lock = Lock(workspace.queue_lock)
     assert lock.take()
+    take_sample(workspace, ROOT / "samples", "bolt_mug")
     yield workspace.root
     lock.free()
 
@@ -85,8 +88,6 @@ def test_every_preset_of_every_base_is_trained_as_it_is_shown(
     visit: Callable[..., Visit], app: App
 ) -> None:
     page = visit()
-    page.click("#sample-bolt_mug")
-    page.wait_text("#report", "ready to train")
     page.tab("Train")
     page.wait("document.querySelector('#class-word input, #class-word textarea')?.value === 'mug'")
     unfold_all(page)
@@ -185,7 +186,7 @@ def test_a_subject_outside_of_the_toy_world_is_warned_of_beside_the_start(
     visit: Callable[..., Visit], app: App
 ) -> None:
     page = visit()
-    photos = sorted((Path(__file__).parents[2] / "samples" / "bolt_mug").glob("0*.jpg"))
+    photos = sorted((ROOT / "samples" / "bolt_mug").glob("0*.jpg"))
     page.unfold("New subject")
     page.set_text("Name of the new subject", "My dog")
     page.press("button", "Make it")

@@ -134,7 +134,7 @@ def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks, size: list[Any
 
     @plain
     def load(subject_id: str | None, *chosen: Any) -> list[Any]:
-        current = _current(context, subject_id)
+        current = current_subject(context, subject_id)
         return [_choices(context, subject_id), *show(current, photo.side(*chosen))]
 
     @plain
@@ -163,7 +163,7 @@ def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks, size: list[Any
         if not subject_id:  # nothing to delete, or not confirmed
             return [gr.skip()] * (1 + len(view))
         delete_subject(workspace, subject_id)
-        current, said = _current(context, None), html.note("Subject deleted", "info")
+        current, said = current_subject(context, None), html.note("Subject deleted", "info")
         return [_choices(context, current), *show(current, photo.side(*chosen), said)]
 
     @plain
@@ -194,7 +194,7 @@ def _subject(context: Context, subject_id: str | None) -> Subject | None:
     return read_subject(context.workspace, subject_id) if subject_id else None
 
 
-def _current(context: Context, subject_id: str | None) -> str | None:
+def current_subject(context: Context, subject_id: str | None) -> str | None:
     """The subject that is asked for, else the newest."""
     ids = [subject.id for subject in subjects_in(context.workspace)]
     return subject_id if subject_id in ids else next(iter(ids), None)
@@ -203,7 +203,7 @@ def _current(context: Context, subject_id: str | None) -> str | None:
 def _choices(context: Context, subject_id: str | None) -> Any:
     subjects = subjects_in(context.workspace)
     choices = [(f"{one.title} ({len(one.photos)} photos)", one.id) for one in subjects]
-    current = _current(context, subject_id)
+    current = current_subject(context, subject_id)
     return gr.update(choices=choices, value=current, visible=bool(choices))
 
 

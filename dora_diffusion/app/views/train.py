@@ -10,7 +10,14 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.draft import advanced_values, form_values, make_draft, subject_of_draft
+from dora_diffusion.app.draft import (
+    FORM,
+    RESTORED_SCRIPT,
+    SAVE_SCRIPT,
+    advanced_values,
+    form_values,
+    subject_of_draft,
+)
 from dora_diffusion.app.estimates import estimate
 from dora_diffusion.app.jobs import create_job
 from dora_diffusion.app.settings import (
@@ -29,7 +36,7 @@ from dora_diffusion.app.subjects import Subject, mask_path, read_subject
 from dora_diffusion.app.toy_world import CHOOSE_ANOTHER, outside_toy_world
 from dora_diffusion.app.views import run
 from dora_diffusion.app.views.fields import QUIET, setting_field
-from dora_diffusion.app.views.subject import SubjectTab
+from dora_diffusion.app.views.subject import SubjectTab, current_subject
 from dora_diffusion.app.workspace import AppError
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.training.subject import subject_of
@@ -137,14 +144,12 @@ def connect(
 
     def plan(*values: Any) -> list[str]:
         try:
-            one, subject = read_form(context, *values)
+            one, _ = read_form(context, *values)
             cost = estimate(one, context.jobs(), context.workspace.root, context.device())
         except (ValueError, OSError) as error:
             text = str(error)
             return [html.note(text[:1].upper() + text[1:], "warn"), ""]
-        toy = outside_toy_world(
-            one.pretrained_model_name_or_path, one.class_word or "", subject.sample
-        )
+        toy = outside_toy_world(one.pretrained_model_name_or_path, one.class_word or "")
         said = html.note(f"{toy} {CHOOSE_ANOTHER}" if toy else "", "warn")
         card = html.estimate_card(cost, one.max_train_steps)
         return [card + said, html.command(command_line(one))]
@@ -180,9 +185,11 @@ def connect(
         values = preset_values(preset, model or "", context.device())
         return [gr.update(value=setting_text(value)) for value in values.values()]
 
-    chosen = gr.on(
-        [tab.preset.input, tab.model.input], use_preset, [tab.preset, tab.model], fields, **QUIET
-    )
+    # The last choice counts, also while an earlier one is still being filled in.
+    gr.on(
+        [tab.preset.input, tab.model.input], use_preset, [tab.preset, tab.model], fields,
+        trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
     gr.on(
         [*(field.change for field in (*asked, subjects.names)), opened],
         plan, asked, [tab.cost, tab.plan], trigger_mode="always_last", **QUIET,
@@ -190,7 +197,7 @@ def connect(
     tab.start.click(
         start, asked, [tab.shown.run, tab.said], api_visibility="private", show_progress="minimal"
     )
-    _connect_draft(context, tab, subjects, chosen, blocks)
+    _connect_draft(context, tab, subjects, blocks)
     run.connect(context, tab.shown)
 
 
@@ -224,21 +231,21 @@ def read_form(
 
 
 def _connect_draft(
-    context: Context, tab: TrainTab, subjects: SubjectTab, preset_chosen: Any, blocks: gr.Blocks
+    context: Context, tab: TrainTab, subjects: SubjectTab, blocks: gr.Blocks
 ) -> None:
     """Keep what was typed when the page is loaded again: in the browser, since it is a person's."""
     fields = [tab.advanced[name] for name in ADVANCED]
     form = [tab.preset, tab.model, tab.token, tab.class_word, tab.prompts]
     draft = gr.BrowserState({}, storage_key="dora-studio-train", secret="kept in this browser")
 
-    def save(subject_id: str | None, *values: Any) -> dict[str, Any]:
-        return make_draft(subject_id, values[: len(form)], values[len(form) :])
-
     def restore(kept: Any) -> list[Any]:
         found, advanced = form_values(kept), advanced_values(kept)
         if not context.launch.allows_model(found.get("model", EMBEDDED)):
-            return [gr.skip()] * (3 + len(fields))
-        values = [found.get(name) for name in ("preset", "model", "prompts")]
+            return [gr.skip()] * (len(form) + len(fields))
+        if subject_of_draft(kept) != current_subject(context, None):
+            # The page shows the newest subject, with its own token and class.
+            found |= {"token": "", "class_word": ""}
+        values = [found.get(name) or None for name in FORM]
         values += [advanced.get(name) for name in ADVANCED]
         return [gr.skip() if value is None else value for value in values]
 
@@ -252,13 +259,13 @@ def _connect_draft(
         word = typed.get("class_word") or subject.class_word
         return [word or gr.skip(), typed.get("token") or subject.token]
 
-    kept = [subjects.pick, *form, *fields]
     gr.on(
-        [field.input for field in (*form[1:], *fields)],
-        save, kept, [draft], trigger_mode="always_last", **QUIET,
+        [field.change for field in (*form, *fields)],
+        None, [draft, subjects.pick, *form, *fields], [draft], js=SAVE_SCRIPT,
+        trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    preset_chosen.then(save, kept, [draft], **QUIET)
-    blocks.load(restore, [draft], [tab.preset, tab.model, tab.prompts, *fields], **QUIET)
+    restored = blocks.load(restore, [draft], [*form, *fields], **QUIET)
+    restored.then(None, None, None, js=RESTORED_SCRIPT, **QUIET)
     subjects.pick.change(fill, [subjects.pick, draft], [tab.class_word, tab.token], **QUIET)
 
 
