@@ -5,7 +5,6 @@ No torch is needed to read the table or to choose settings; only `describe_devic
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,15 +14,16 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class MeasuredRow:
-    """Peak memory of one training process, in GiB.
+class MemoryRow:
+    """Peak resident memory of one training process, in GiB.
 
     Attributes:
         family: ``"sd1"`` or ``"sdxl"``.
         resolution: Side in pixels.
         gradient_checkpointing: Whether it was on.
         batch: Images per step.
-        gib: Peak resident memory; infinite where the process was ended at 16.5 GiB.
+        gib: The peak.
+        is_measured: False: derived from the row of the same kind at another size.
     """
 
     family: str
@@ -31,23 +31,26 @@ class MeasuredRow:
     gradient_checkpointing: bool
     batch: int
     gib: float
+    is_measured: bool = True
 
 
-# benchmarks/memory.py: bfloat16, random weights in the released shapes, default targets and rank,
-# UNet and text encoders adapted, AdamW, the process's peak on a CPU. A GPU adds its context and
-# takes off what Python itself holds, which are about the same.
-MEASURED: tuple[MeasuredRow, ...] = (
-    MeasuredRow("sd1", 512, True, 1, 3.19),
-    MeasuredRow("sd1", 512, False, 1, 3.74),
-    MeasuredRow("sd1", 768, True, 1, 4.03),
-    MeasuredRow("sd1", 768, False, 1, 5.28),
-    MeasuredRow("sdxl", 768, True, 1, 9.3),
-    MeasuredRow("sdxl", 768, False, 1, 12.59),
-    MeasuredRow("sdxl", 1024, True, 1, 10.7),
-    MeasuredRow("sdxl", 1024, False, 1, 17.5),
+# benchmarks/memory.py and full_size.py: bfloat16, random weights in the released shapes, default
+# targets and rank, UNet and text encoders adapted, AdamW, the process's peak on a CPU. A GPU adds
+# its context and takes off what Python itself holds, which are about the same. Derived rows scale
+# what is above 7.4 GiB (SDXL's weights, adapter, optimizer, process) with the pixels: the two lines
+# of Stable Diffusion 1.5 meet in such a sum, 2.5 GiB.
+TABLE: tuple[MemoryRow, ...] = (
+    MemoryRow("sd1", 512, True, 1, 3.19),
+    MemoryRow("sd1", 512, False, 1, 3.74),
+    MemoryRow("sd1", 768, True, 1, 4.03),
+    MemoryRow("sd1", 768, False, 1, 5.28),
+    MemoryRow("sdxl", 768, True, 1, 9.3, is_measured=False),
+    MemoryRow("sdxl", 768, False, 1, 12.59),
+    MemoryRow("sdxl", 1024, True, 1, 10.7),
+    MemoryRow("sdxl", 1024, False, 1, 16.6, is_measured=False),
 )
 # Of a process that holds no model: this does not double in float32.
-PROCESS_GIB = 0.6
+PROCESS_GIB = 0.4
 # Stable Diffusion 2 is version 1 with a larger text encoder: 0.22 billion more weights.
 _SD2_MORE_GIB = 0.42
 # AdamW keeps two float32 moments per adapted weight; in 8 bits they take a quarter.
@@ -82,10 +85,9 @@ def training_memory(
     """
     rows = [
         row
-        for row in MEASURED
+        for row in TABLE
         if row.family == ("sd1" if family == "sd2" else family)
         and row.gradient_checkpointing == gradient_checkpointing
-        and math.isfinite(row.gib)
     ]
     if len(rows) < 2:
         return None
@@ -93,7 +95,7 @@ def training_memory(
     return gib if precision != "no" else PROCESS_GIB + 2 * (gib - PROCESS_GIB)
 
 
-def _on_the_line(rows: list[MeasuredRow], pixels: int) -> float:
+def _on_the_line(rows: list[MemoryRow], pixels: int) -> float:
     """Through the two measured rows around a number of pixels, or the two that are nearest."""
     points = sorted({row.resolution**2 * row.batch: row.gib for row in rows}.items())
     place = next((i for i, (at, _) in enumerate(points) if at >= pixels), len(points) - 1)

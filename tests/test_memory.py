@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from pathlib import Path
 
 import pytest
 
 from dora_diffusion.memory import (
-    MEASURED,
     PROCESS_GIB,
+    TABLE,
     Device,
+    MemoryRow,
     describe_device,
     fitting_settings,
     needed_memory,
@@ -25,18 +26,18 @@ def card(free: float, *, bf16: bool = True, adam: bool = False) -> Device:
     return Device("cuda", "a card", free, has_bf16=bf16, has_8bit_adam=adam)
 
 
-@pytest.mark.parametrize("row", [row for row in MEASURED if math.isfinite(row.gib)])
-def test_a_measured_row_comes_back_as_it_was_measured(row: object) -> None:
+@pytest.mark.parametrize("row", TABLE)
+def test_a_row_of_the_table_comes_back_as_it_is(row: MemoryRow) -> None:
     gib = training_memory(
         row.family, row.resolution, batch=row.batch,
         gradient_checkpointing=row.gradient_checkpointing,
     )  # fmt: skip
-    assert gib == pytest.approx(row.gib, rel=0.05)
+    assert gib == pytest.approx(row.gib)
 
 
 def test_activations_grow_with_pixels_and_float32_doubles_all_but_the_process() -> None:
     small, large = (
-        next(r.gib for r in MEASURED if (r.family, r.resolution, r.batch) == ("sd1", side, 1)
+        next(r.gib for r in TABLE if (r.family, r.resolution, r.batch) == ("sd1", side, 1)
              and not r.gradient_checkpointing)
         for side in (512, 768)
     )  # fmt: skip
@@ -48,6 +49,33 @@ def test_activations_grow_with_pixels_and_float32_doubles_all_but_the_process() 
     assert full == pytest.approx(2 * small - PROCESS_GIB)
     assert training_memory("sd2", 512) == pytest.approx(small + 0.42)
     assert training_memory("", 512) is training_memory("sd3", 512) is None
+
+
+def test_both_lines_of_a_family_meet_at_what_does_not_grow_with_the_image() -> None:
+    """Weights, adapter, optimizer and process: the same with and without checkpointing."""
+    for family, fixed in (("sd1", 2.5), ("sdxl", 7.4)):
+        for on in (True, False):
+            rows = [r for r in TABLE if (r.family, r.gradient_checkpointing) == (family, on)]
+            (x0, y0), (x1, y1) = sorted((r.resolution**2 * r.batch, r.gib) for r in rows)[:2]
+            assert y0 - x0 * (y1 - y0) / (x1 - x0) == pytest.approx(fixed, abs=0.15)
+
+
+def test_the_document_states_the_table() -> None:
+    document = (Path(__file__).parents[1] / "docs" / "app.md").read_text(encoding="utf-8")
+    titles = {"sd1": "Stable Diffusion 1.5", "sdxl": "SDXL"}
+    for row in TABLE:
+        line = next(
+            line for line in document.splitlines()
+            if line.startswith(f"| {titles[row.family]} | {row.resolution} px |")
+        )  # fmt: skip
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        cell = cells[2 if row.gradient_checkpointing else 3]
+        assert cell == f"{row.gib:.1f} GiB" + ("" if row.is_measured else " (derived)")
+        float32 = training_memory(
+            row.family, row.resolution, precision="no",
+            gradient_checkpointing=row.gradient_checkpointing,
+        )  # fmt: skip
+        assert cells[4 if row.gradient_checkpointing else 5] == f"{float32:.1f} GiB"
 
 
 def test_less_is_taken_with_checkpointing_and_more_by_larger_images() -> None:

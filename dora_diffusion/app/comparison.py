@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.app.chooser import BASE_NAME, COMPARISON
 from dora_diffusion.app.jobs import is_small
+from dora_diffusion.app.loading import ModelFiles, load_model
 from dora_diffusion.app.workspace import write_json
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ def compare(
     questions: Questions,
     folder: Path,
     on_picture: Callable[[int, int], None],
+    files: ModelFiles | None = None,
 ) -> list[dict[str, Any]]:
     """Ask the base and every adapter, write pictures and figures into a folder.
 
@@ -201,13 +203,12 @@ def compare(
         questions: What to ask.
         folder: Where the pictures and `COMPARISON` go.
         on_picture: Called with pictures done and in all.
+        files: How the base is loaded.
 
     Returns:
         The rows of the comparison.
     """
-    from dora_diffusion.generate import load_adapted
-
-    components, _ = load_adapted(base)
+    components = load_model(base, None, files or ModelFiles())
     folder.mkdir(parents=True, exist_ok=True)
     count, total = len(questions.prompts), (1 + len(adapters)) * len(questions.prompts)
     rows: list[dict[str, Any]] = []

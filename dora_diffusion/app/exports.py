@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zipfile
 from pathlib import Path
 
 from dora_diffusion.app.jobs import create_job
+from dora_diffusion.app.loading import ModelFiles
 from dora_diffusion.app.snapshot import Job, adapter_of
 from dora_diffusion.app.workspace import AppError, Workspace, clean_text
 
@@ -83,6 +85,7 @@ def start_merge(workspace: Workspace, job: Job, strength: float, checkpoint: str
         "strength": float(strength),
         "run": job.id,
         "trigger": job.trigger,
+        **dataclasses.asdict(ModelFiles.of(job.settings)),
     }
     return create_job(workspace, "merge", f"Merge {job.title}", facts)
 
@@ -95,6 +98,8 @@ def merge_command(job: Job) -> str:
     words = ["--base", facts["base"], "--adapter", facts["adapter"], "--output", facts["output"]]
     if facts["strength"] != 1:
         words += ["--strength", f"{facts['strength']:g}"]
+    for flag, name in (("--vae", "vae"), ("--config", "config"), ("--variant", "variant")):
+        words += [flag, facts[name]] if facts.get(name) else []
     return "python -m dora_diffusion export " + " ".join(map(shlex.quote, words))
 
 
