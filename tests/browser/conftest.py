@@ -191,7 +191,7 @@ class Visit:
             raise AssertionError(f"{error}\nwaited for {script} {arg}\n{shown[-3000:]}") from error
 
     def act(self, action: Callable[[float], Any]) -> None:
-        """Do something as soon as the page lets it be done; an attempt that ran out did nothing."""
+        """Do something as soon as the page lets it be done; it may be done twice."""
 
         def look() -> bool:
             try:
@@ -207,7 +207,12 @@ class Visit:
         self.act(lambda limit: self.page.locator(selector).first.wait_for(timeout=limit))
 
     def click(self, selector: str, nth: int = 0) -> None:
-        self.act(lambda limit: self.page.locator(selector).nth(nth).click(timeout=limit))
+        self.click_on(self.page.locator(selector).nth(nth))
+
+    def click_on(self, element: Any) -> None:
+        """Click once, when that can be done: an attempt that ran out may have clicked already."""
+        self.act(lambda limit: element.click(timeout=limit, trial=True))
+        element.click()
 
     def fill(self, selector: str, value: str) -> None:
         self.act(lambda limit: self.page.locator(selector).first.fill(value, timeout=limit))
@@ -239,8 +244,7 @@ class Visit:
 
     def press(self, role: str, name: str) -> None:
         """Click the first element of a role and name."""
-        element = self.page.get_by_role(role, name=name).first
-        self.act(lambda limit: element.click(timeout=limit))
+        self.click_on(self.page.get_by_role(role, name=name).first)
 
     def tab(self, name: str) -> None:
         self.press("tab", name)
