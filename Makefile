@@ -14,6 +14,10 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 READY_TO_TEST = $(VENV)/.ready-to-test
 
+SAY_SIZE = @echo 'Installing torch, Diffusers and the rest into $(VENV), once. On Linux, torch comes with' \
+	'gigabytes for NVIDIA GPUs; without one, stop, and start again with' \
+	'PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"'
+
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # The tests' models are tiny: threads of several workers would only wait for each other.
 TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -38,14 +42,16 @@ format: $(READY_TO_TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable .
+	$(SAY_SIZE)
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable .
 	touch $@
 
-$(READY_TO_TEST): pyproject.toml
+$(READY_TO_TEST): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable ".[test,lint]"
+	$(SAY_SIZE)
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable ".[test,lint]"
 	touch $(READY) $@
 
 clean:

@@ -1,16 +1,23 @@
 """Export at full size: peak memory, and time against copying the same file on the same disk.
 
     python benchmarks/export_speed.py --family sdxl --work /tmp/export
+    python benchmarks/export_speed.py --family sdxl --work /tmp/export --prove
 
 Makes a Diffusers folder of Stable Diffusion 1.5 or SDXL in float16 with random weights, a DoRA on
 every Linear and Conv2d of the UNet and the text encoders, and exports a single file through the
 command line, in a process of its own. The copy is of that file, synced as the export is.
 Both take turns, and both find what they read in the system's cache.
+
+With ``--prove``, exports every combination of folder and single file, float16 and bfloat16, default
+and full targets instead, as on anybody's machine (no variable set that changes arithmetic or the
+number of threads), and has each proven by ``verify``, tensor by tensor. What is done is kept in
+``proof-FAMILY.json``: the same command goes on where it was stopped. Outputs are removed at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -18,12 +25,14 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import torch
 from full_size import CLIP_BIG_G, CLIP_L, SCALING, UNETS, VAE, measured, tokenizer
 
+from dora_diffusion.adapters.targets import match_targets
+from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.formats.module_names import COMPONENTS
@@ -32,6 +41,8 @@ from dora_diffusion.formats.safetensors_stream import TensorSpec, write_tensors
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights
 
+# What may change arithmetic or its order.
+VARIABLES = ("MKL_CBWR", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY")
 BLOCK = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) / 30
 
 
@@ -83,15 +94,25 @@ def fill(spec: TensorSpec) -> torch.Tensor:
 
 
 def make_adapter(
-    family: str, base: Path, path: Path, rank: int, components: Sequence[str] = COMPONENTS
+    family: str,
+    base: Path,
+    path: Path,
+    rank: int,
+    components: Sequence[str] = COMPONENTS,
+    only: Container[str] | None = None,
 ) -> int:
-    """Write a DoRA on every Linear and Conv2d of some components; returns their number."""
+    """Write a DoRA on every Linear and Conv2d of some components; returns their number.
+
+    ``only`` limits it to some modules, by canonical name.
+    """
     generator = torch.Generator().manual_seed(1)
     layers = {}
     with PipelineFolder.open(base) as pipeline:
         for name, (out, into, *kernel) in pipeline.module_shapes().items():
             component = name.partition(".")[0]
             if component not in components or (component != "unet" and "embedding" in name):
+                continue
+            if only is not None and name not in only:
                 continue
             down = torch.randn(rank, into, *kernel, generator=generator) / 100
             up = torch.randn(out, rank, *[1] * len(kernel), generator=generator) / 100
@@ -121,6 +142,66 @@ def copy_seconds(source: Path, target: Path) -> float:
     return round(seconds, 1)
 
 
+def default_targets(family: str) -> set[str]:
+    """Canonical names of the layers that are trained by default."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNETS[family])
+    return {f"unet.{path}" for path in match_targets(unet, AdapterConfig().targets)}
+
+
+def machine() -> dict[str, str]:
+    """What the figures are of."""
+    cpu = next(
+        (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")),
+        platform.machine(),
+    )
+    return {"machine": f"{cpu}, {os.cpu_count()} cores", "torch": torch.__version__}
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text("utf-8").splitlines() if path.is_file() else []
+
+
+def prove(family: str, rank: int, base: Path, work: Path) -> None:
+    """Export in every way, and verify each."""
+    adapters = {"default": work / f"{family}-default.safetensors"}
+    adapters["full"] = work / f"{family}-full.safetensors"
+    only = {"default": default_targets(family), "full": None}
+    layers = {t: make_adapter(family, base, adapters[t], rank, only=only[t]) for t in adapters}
+    results = work / f"proof-{family}.json"
+    report = json.loads(results.read_text()) if results.is_file() else {"cases": {}}
+    report |= {**machine(), "adapted_layers": layers}
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+    for targets, dtype, layout in itertools.product(
+        adapters, ("float16", "bfloat16"), ("folder", "file")
+    ):
+        case = f"{targets} targets, {dtype}, {layout}"
+        if case not in report["cases"]:
+            output = work / ("proof.safetensors" if layout == "file" else "proof")
+            report["cases"][case] = prove_one(base, adapters[targets], output, dtype)
+            save_text(results, json.dumps(report, indent=2))
+    print(json.dumps(report, indent=2))
+
+
+def prove_one(base: Path, adapter: Path, output: Path, dtype: str) -> dict[str, dict[str, float]]:
+    """Export and verify through the command line; a failure ends the program."""
+    command = (sys.executable, "-m", "dora_diffusion")
+    inputs = ("--base", str(base), "--adapter", str(adapter))
+    options = ("--output", str(output), "--overwrite", "--dtype", dtype)
+    try:
+        return {
+            "export": measured([*command, "export", *inputs, *options]),
+            "verify": measured([*command, "verify", str(output), *inputs]),
+        }
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+        output.unlink(missing_ok=True)
+
+
 def main() -> None:
     """Make, then export and copy in turns, and report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -128,11 +209,15 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--prove", action="store_true")
     args = parser.parse_args()
     base, adapter = args.work / args.family, args.work / f"{args.family}.safetensors"
     output, copy = args.work / "merged.safetensors", args.work / "copy.safetensors"
     if not (base / "model_index.json").is_file():
         make_base(args.family, base)
+    if args.prove:
+        prove(args.family, args.rank, base, args.work)
+        return
     layers = make_adapter(args.family, base, adapter, args.rank)
     command = [
         *(sys.executable, "-m", "dora_diffusion", "export", "--overwrite"),

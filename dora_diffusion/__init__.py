@@ -7,15 +7,27 @@ The whole Python interface::
     set_strength, norm_scope                          its knobs, and norms computed once
     save_adapter, load_adapter                        one file, which other tools read exactly
     TrainConfig, train                                DreamBooth from photos to a finished folder
-    load_components, generate_images                  a model by name, and its pictures
+    load_components                                   a model by name
+    SamplingSettings, generate_images                 its images
     export_checkpoint                                 base + adapter -> merged model
+
+What it raises, each a `ValueError` unless said otherwise, with one line for a user::
+
+    ConfigError                                       a setting cannot work
+    TargetError                                       no layer to adapt
+    PhotoError                                        photos, masks or captions cannot be used
+    TrainingError                                     a run cannot continue (a `RuntimeError`)
+    ModelNotFoundError, UnsupportedModelError         a base model
+    AdapterFormatError, TensorFileError               an adapter file
+    CheckpointLayoutError, MergeError, ExportError    a merge
+    DiskFullError                                     no space to write (an `OSError`)
 
 Names are imported when they are first used, so that ``import dora_diffusion`` costs nothing.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -30,15 +42,38 @@ if TYPE_CHECKING:
         set_strength,
         unmerge_adapters,
     )
-    from dora_diffusion.config import AdapterConfig, TrainConfig
-    from dora_diffusion.export import export_checkpoint
-    from dora_diffusion.generate import generate_images
+    from dora_diffusion.adapters.targets import TargetError
+    from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
+    from dora_diffusion.data.images import PhotoError
+    from dora_diffusion.export import ExportError, export_checkpoint
+    from dora_diffusion.formats.adapter_keys import AdapterFormatError
+    from dora_diffusion.formats.atomic_file import DiskFullError
+    from dora_diffusion.formats.checkpoint_keys import CheckpointLayoutError
+    from dora_diffusion.formats.safetensors_header import TensorFileError
+    from dora_diffusion.generate import SamplingSettings, generate_images
+    from dora_diffusion.merge import MergeError
+    from dora_diffusion.models.family import UnsupportedModelError
     from dora_diffusion.models.load import load_components
+    from dora_diffusion.models.locate import ModelNotFoundError
     from dora_diffusion.training.loop import train
+    from dora_diffusion.training.metrics import TrainingError
 
 _HOMES = {
-    "AdapterConfig": "config",
-    "TrainConfig": "config",
+    "AdapterConfig": "config.adapter",
+    "AdapterFormatError": "formats.adapter_keys",
+    "CheckpointLayoutError": "formats.checkpoint_keys",
+    "ConfigError": "config.checks",
+    "DiskFullError": "formats.atomic_file",
+    "ExportError": "export",
+    "MergeError": "merge",
+    "ModelNotFoundError": "models.locate",
+    "PhotoError": "data.images",
+    "SamplingSettings": "generate",
+    "TargetError": "adapters.targets",
+    "TensorFileError": "formats.safetensors_header",
+    "TrainConfig": "config.train",
+    "TrainingError": "training.metrics",
+    "UnsupportedModelError": "models.family",
     "disabled": "adapters.inject",
     "export_checkpoint": "export",
     "generate_images": "generate",
@@ -56,7 +91,20 @@ _HOMES = {
 
 __all__ = [
     "AdapterConfig",
+    "AdapterFormatError",
+    "CheckpointLayoutError",
+    "ConfigError",
+    "DiskFullError",
+    "ExportError",
+    "MergeError",
+    "ModelNotFoundError",
+    "PhotoError",
+    "SamplingSettings",
+    "TargetError",
+    "TensorFileError",
     "TrainConfig",
+    "TrainingError",
+    "UnsupportedModelError",
     "disabled",
     "export_checkpoint",
     "generate_images",
@@ -73,10 +121,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name from where it lives."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'dora_diffusion' has no attribute {name!r}")
-    from importlib import import_module
+def __dir__() -> list[str]:
+    """The public names, which are not there before they are used, and the submodules."""
+    return sorted({*globals(), *__all__})
 
-    return getattr(import_module(f"dora_diffusion.{_HOMES[name]}"), name)
+
+if not TYPE_CHECKING:  # A type checker knows the names, and is to report all others.
+
+    def __getattr__(name: str) -> object:
+        """Import a public name from where it lives."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'dora_diffusion' has no attribute {name!r}")
+        from importlib import import_module
+
+        return getattr(import_module(f"dora_diffusion.{_HOMES[name]}"), name)

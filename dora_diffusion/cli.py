@@ -9,20 +9,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from dora_diffusion import __version__
 from dora_diffusion.commands.flags import add_train_flags
+from dora_diffusion.commands.parser import Parser
 from dora_diffusion.commands.report import reporting_errors
+from dora_diffusion.config.flag_map import refusal
 
 # Written out, since asking the modules that define them would import torch for every --help.
 SAMPLERS = (
     "ddim", "ddpm", "pndm", "heun", "euler", "euler_a", "dpm++", "dpm++_karras", "unipc",
 )  # fmt: skip
 FORMATS = ("diffusers", "peft", "kohya", "comfyui", "dense", "lora", "lora-diffusers")
+# The app and the demo stand above the command line, which knows them by name only.
+_HOMES = {"app": "dora_diffusion.app.launch", "demo": "dora_diffusion.demo"}
 FAMILIES = ("sd1", "sd2", "sdxl")
 DTYPES = ("float32", "float16", "bfloat16")
+AUTO_DTYPES = ("auto", *DTYPES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,12 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed (the last line says why), 2 wrong usage, 3 out of memory,
         128 + N saved and stopped by signal N.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    _complete(parser)
+    args = parser.parse_args(argv)
     tune_process()
-    command = import_module(f"dora_diffusion.commands.{args.command}")
+    command = import_module(_HOMES.get(args.command, f"dora_diffusion.commands.{args.command}"))
     with reporting_errors(args.command, debug=args.debug) as outcome:
         outcome.code = int(command.run(args) or 0)
     return outcome.code
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks, through argcomplete, how the line could go on; then exit."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
 
 
 def tune_process() -> None:
@@ -58,7 +73,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dora-diffusion",
         description="Teach Stable Diffusion or SDXL your subject with DoRA.",
     )
@@ -73,14 +88,28 @@ def build_parser() -> argparse.ArgumentParser:
         ("convert", "write an adapter in another tool's format", _convert_arguments),
         ("inspect", "say what an adapter file is, and which tools read it exactly", _inspect),
         ("push", "publish a run on the Hugging Face hub, privately by default", _push_arguments),
+        ("app", "train, compare and export in the browser", _arguments_of("app")),
+        ("demo", "train, judge and merge a sample subject", _arguments_of("demo")),
+        ("samples", "copy the sample subjects: photos, captions, settings", _samples_arguments),
     ):
-        # No abbreviations: a flag that is added later would break them.
         command = commands.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            refusals=refusal if name == "train" else None,
         )
         command.add_argument("--debug", action="store_true", help="Show tracebacks.")
         add_arguments(command)
     return parser
+
+
+def _arguments_of(command: str) -> Callable[[argparse.ArgumentParser], None]:
+    """The flags of a command that stands above the command line."""
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        import_module(_HOMES[command]).add_arguments(parser)
+
+    return add_arguments
 
 
 def _strengths(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +179,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", default="evaluation", help="Folder of the results. Default: %(default)s."
     )
+    parser.add_argument("--overwrite", action="store_true", help="Replace results that exist.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     parser.add_argument(
         "--metric_model",
@@ -184,7 +214,11 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 def _loading(parser: argparse.ArgumentParser) -> None:
     """How the base of `generate` and `evaluate` is loaded."""
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="Precision. Default: %(default)s."
+        "--dtype",
+        choices=AUTO_DTYPES,
+        default="auto",
+        help="Precision. auto: bfloat16 on a GPU that computes it, else float16; float32 on a CPU "
+        "and on Apple's GPUs. Default: %(default)s.",
     )
     parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
     parser.add_argument(
@@ -201,7 +235,12 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         required=True,
         nargs="+",
-        help="Adapter files or output folders; FILE:0.5 gives one its own strength.",
+        action="extend",
+        help="Adapter files or output folders; FILE:0.5 gives one its own strength. May be "
+        "repeated.",
+    )
+    parser.add_argument(
+        "--alpha", type=float, help="What adapters were trained with whose files do not say it."
     )
     parser.add_argument("--vae", help="Another VAE: folder, hub id or .safetensors file.")
     parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
@@ -222,7 +261,13 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="X.safetensors for one file that user interfaces read; else a Diffusers folder.",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="Of the result. Default: the base's.")
+    parser.add_argument(
+        "--dtype",
+        choices=AUTO_DTYPES,
+        default="auto",
+        help="Precision of the result. auto: the base's own, whatever machine merges it. Default: "
+        "%(default)s.",
+    )
     parser.add_argument(
         "--config",
         help="Diffusers folder with the configuration, for a folder made from a single file. "
@@ -232,7 +277,10 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("merged", help="The merged model: a folder or a .safetensors file.")
+    # Behind --adapter it would be taken for one more adapter: the command tells them apart.
+    parser.add_argument(
+        "merged", nargs="?", help="The merged model: a folder or a .safetensors file."
+    )
     _merge_arguments(parser)
 
 
@@ -272,6 +320,12 @@ def _push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="The output folder of a run.")
     parser.add_argument("repository", help="NAME/MODEL on the hub; made where there is none.")
     parser.add_argument("--public", action="store_true", help="Let everybody see it.")
+
+
+def _samples_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", nargs="?", default="samples", help="Where to. Default: %(default)s."
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The whole product in a few minutes on a laptop: ``make demo``.
+"""The whole product in a few minutes on a laptop: ``make demo``, or ``dora-diffusion demo``.
 
 Teaches the embedded model a sample subject from its photos, asks for it in places the photos never
 showed, beside what the base model makes of the same prompts and seeds, has the pictures judged by
@@ -10,35 +10,49 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.cli import tune_process
-from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
+from dora_diffusion.cli import main
+from dora_diffusion.config import TrainConfig, read_config_file
+from dora_diffusion.embedded import samples_folder
 
 if TYPE_CHECKING:
     from dora_diffusion.evaluation.report import Evaluation
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the demo."""
-    parser = argparse.ArgumentParser(prog="dora_diffusion.demo", description=__doc__)
-    parser.add_argument("--subject", default="bolt_mug", help="A folder of samples/.")
-    parser.add_argument("--samples", type=Path, default=Path("samples"), help="The samples folder.")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="Result folder.")
-    parser.add_argument("--seeds", type=int, default=4, help="Pictures judged per place.")
-    args = parser.parse_args(argv)
-    tune_process()
-    config_file = args.samples / args.subject / "config.yaml"
-    if not config_file.is_file():
-        raise SystemExit(f"error: {config_file} is missing; run the demo from the project's folder")
-    run(args.subject, args.samples, args.output, args.seeds)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the demo's flags."""
+    subjects = sorted(path.parent.name for path in samples_folder().glob("*/config.yaml"))
+    parser.add_argument(
+        "--subject", choices=subjects, default="bolt_mug", help="Sample. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo-output"),
+        help="Result folder. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--max_train_steps", type=int, help="Optimizer steps. Default: the sample's own."
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=4, help="Images judged per background. Default: %(default)s."
+    )
 
 
-def run(subject: str, samples: Path, output: Path, seeds: int) -> Evaluation:
-    """Train, show, judge and merge. Returns what was measured."""
+def run(args: argparse.Namespace) -> int:
+    """Train on a sample subject, judge and merge. Returns the exit code."""
+    config = demo_config(args.subject, args.output)
+    if args.max_train_steps is not None:
+        config = dataclasses.replace(config, max_train_steps=args.max_train_steps)
+    return show(args.subject, config, args.output, args.seeds)
+
+
+def show(subject: str, config: TrainConfig, output: Path, seeds: int) -> int:
+    """Train, generate, judge and merge. Returns the exit code."""
     import torch
 
     from dora_diffusion.commands.train import TrainProgress
@@ -48,14 +62,13 @@ def run(subject: str, samples: Path, output: Path, seeds: int) -> Evaluation:
     # The embedded model is so small that threads mostly wait for each other, and do nothing else
     # where other programs run.
     torch.set_num_threads(1)
-    config = demo_config(subject, samples, output)
     print(f"1. Training on the photos in {config.instance_data_dir}")
     started = time.perf_counter()
     progress = TrainProgress()
     result = train(config, progress)
     progress.close()
     if result.adapter is None:
-        raise SystemExit("stopped; nothing was finished")
+        return 128 + (result.signal_number or 0)
     print(f"   {result.steps} steps in {time.perf_counter() - started:.0f} s -> {result.adapter}")
     print("2. Asking for the subject where it was never photographed")
     picture, evaluation = compare(config, result.adapter, subject, seeds, output)
@@ -67,18 +80,15 @@ def run(subject: str, samples: Path, output: Path, seeds: int) -> Evaluation:
     (output / "scores.json").write_text(report, encoding="utf-8")
     print(f"\n{evaluation.table()}\n")
     print(f"pictures: {picture}\nadapter:  {result.adapter}\nmerged:   {merged}")
-    return evaluation
+    return 0
 
 
-def demo_config(subject: str, samples: Path, output: Path) -> TrainConfig:
+def demo_config(subject: str, output: Path) -> TrainConfig:
     """The sample's own settings, written to the demo's folder."""
-    settings = read_config_file(samples / subject / "config.yaml")
-    config = TrainConfig.from_dict(settings)
-    if not config.instance_data_dir:
-        raise ConfigError(f"the config of {subject} names no photos")
+    folder = samples_folder() / subject
     return dataclasses.replace(
-        config,
-        instance_data_dir=str(samples / subject),
+        TrainConfig.from_dict(read_config_file(folder / "config.yaml")),
+        instance_data_dir=str(folder),
         output_dir=str(output / subject),
         overwrite_output_dir=True,
     )
@@ -109,4 +119,4 @@ def compare(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["demo", *sys.argv[1:]]))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -16,8 +18,14 @@ from dora_diffusion.data.captions import contains_token
 from dora_diffusion.formats.adapter_file import AdapterMetadata
 from dora_diffusion.models.components import SAMPLERS, Components
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.text import warn_of_truncation
+from dora_diffusion.models.weights import quiet_libraries
 
 _LABEL_HEIGHT = 18
+
+
+class BrokenImageError(ValueError):
+    """Sampling gave NaN, or an image that is black all over."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class SamplingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be 0 or more")
         if self.scheduler is not None and self.scheduler not in SAMPLERS:
             raise ValueError(
                 f"scheduler is {self.scheduler!r}; it must be one of {', '.join(SAMPLERS)}"
@@ -113,6 +123,7 @@ def generate_images(
     *,
     batch_size: int = 4,
     on_step: Callable[[int, int], None] | None = None,
+    require_finite: bool = False,
 ) -> list[Image.Image]:
     """Sample one picture per seed, with whatever adapters are on.
 
@@ -126,14 +137,20 @@ def generate_images(
         settings: Steps, guidance, size.
         batch_size: Pictures at once.
         on_step: Called with (steps done, steps in all).
+        require_finite: Refuse images that hold NaN, which becomes black, or are black all over.
 
     Raises:
         ValueError: If there are several prompts, but not one per seed.
+        BrokenImageError: If an image is refused.
+
+    Warns:
+        UserWarning: Once for each prompt beyond the token limit, naming the text that was cut.
     """
     if not isinstance(prompt, str) and len(prompt) != len(seeds):
         raise ValueError(f"{len(prompt)} prompts for {len(seeds)} seeds")
     settings = settings or SamplingSettings()
-    pipeline = components.pipeline(settings.scheduler)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    warn_of_truncation(components.tokenizers[0], [*prompts, settings.negative_prompt])
     modules = list(components.modules().values())
     training = [module.training for module in modules]
     images: list[Image.Image] = []
@@ -142,11 +159,15 @@ def generate_images(
         for module in modules:
             module.eval()
         # No parameter changes while sampling: every norm is computed once.
-        with torch.no_grad(), norm_scope(*components.adaptable().values()):
+        with torch.no_grad(), norm_scope(*components.adaptable().values()), quiet_libraries():
+            pipeline = components.pipeline(settings.scheduler)
             for number, batch in enumerate(batches):
                 report = _reporter(on_step, number, len(batches))
                 wanted = prompt if isinstance(prompt, str) else list(prompt[batch])
-                images += _sample(pipeline, components, wanted, seeds[batch], settings, report)
+                pixels = _sample(pipeline, components, wanted, seeds[batch], settings, report)
+                if require_finite:
+                    _require_finite(pixels, seeds[batch])
+                images += pipeline.image_processor.numpy_to_pil(np.nan_to_num(pixels))
     finally:
         for module, mode in zip(modules, training, strict=True):
             module.train(mode)
@@ -160,12 +181,13 @@ def _sample(
     seeds: Sequence[int],
     settings: SamplingSettings,
     report: Callable[..., dict[str, Any]] | None,
-) -> list[Image.Image]:
+) -> np.ndarray:
+    """Pixels ``(B, H, W, 3)`` in [0, 1], or NaN."""
     size = components.default_resolution
     negative: Any = settings.negative_prompt or None
     if negative and not isinstance(prompt, str):
         negative = [negative] * len(prompt)
-    result: list[Image.Image] = pipeline(
+    pixels: np.ndarray = pipeline(
         prompt,
         negative_prompt=negative,
         num_images_per_prompt=len(seeds) if isinstance(prompt, str) else 1,
@@ -175,8 +197,24 @@ def _sample(
         height=settings.height or size,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         callback_on_step_end=report,
+        output_type="np",
     ).images
-    return result
+    return pixels
+
+
+def _require_finite(pixels: np.ndarray, seeds: Sequence[int]) -> None:
+    for seed, image in zip(seeds, pixels, strict=True):
+        if not np.isfinite(image).all():
+            raise BrokenImageError(
+                f"the image of seed {seed} is not finite (it would be black): float16 overflows in "
+                "some models, above all in SDXL's own VAE; or the adapter's values or strength are "
+                "too large. Try --dtype bfloat16 or float32, or a lower strength"
+            )
+        if not (image * 255).round().any():
+            raise BrokenImageError(
+                f"the image of seed {seed} is black all over; try another precision, a lower "
+                "strength of the adapter, or a lower guidance scale"
+            )
 
 
 def _reporter(

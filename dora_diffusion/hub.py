@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.config import settings
 from dora_diffusion.formats.adapter_file import find_adapter
 from dora_diffusion.formats.adapter_metadata import without_path
 from dora_diffusion.models.locate import is_network_error, is_offline
 
-_PLACES = (
-    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "model_config",
-    "instance_data_dir", "class_data_dir", "output_dir", "resume_from_checkpoint",
-)  # fmt: skip
+_PLACES = tuple(setting.name for setting in settings() if setting.is_path)
 
 
 class HubError(ValueError):

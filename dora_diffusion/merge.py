@@ -9,20 +9,27 @@ float32, and the sum is cast once to the dtype of ``W``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.dora import adapted_weight, merged_weight
+from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.precision import wide_dtype
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.threads import map_ahead
+from dora_diffusion.numerics.weights import LayerWeights, Strengths
 
-# Values that are merged at a time: their float32 copies fit into a processor's cache.
-_BLOCK = 2**18
-# Neighbouring inputs that are merged at a time: fewer would read a part of each cache line.
-_COLUMNS = 128
+__all__ = [
+    "MergeError",
+    "Strengths",
+    "WeightedAdapter",
+    "check_dtype",
+    "check_fit",
+    "layers_of",
+    "merge_state",
+    "merge_tensor",
+]
 
 
 class MergeError(ValueError):
@@ -30,26 +37,11 @@ class MergeError(ValueError):
 
 
 @dataclass(frozen=True)
-class Strengths:
-    """How strongly one adapter acts.
-
-    Attributes:
-        strength: ``W + strength * (W' - W)``: 0 is the base, 1 the adapter as trained.
-        direction_strength: Scales the low-rank difference inside the norm.
-        magnitude_strength: Moves the magnitude by a share of its change from the base's norm.
-    """
-
-    strength: float = 1.0
-    direction_strength: float = 1.0
-    magnitude_strength: float = 1.0
-
-
-@dataclass(frozen=True)
 class WeightedAdapter:
     """The layers of one adapter, by canonical module name, and how strongly they act."""
 
     layers: Mapping[str, LayerWeights]
-    strengths: Strengths = Strengths()
+    strengths: Strengths = field(default_factory=Strengths)
 
 
 def merge_tensor(
@@ -73,23 +65,17 @@ def merge_tensor(
     dtype = dtype or weight.dtype
     if not layers:
         return _cast(weight, dtype)
-    layers = [(layer.to(weight.device), strengths) for layer, strengths in layers]
-    merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    for dim, start, length in _blocks(weight, [layer for layer, _ in layers]):
-        block = weight.narrow(dim, start, length)
-        adapted = [
-            _adapted(block, layer.narrow(dim, start, length), strengths)
-            for layer, strengths in layers
-        ]
-        target = merged.narrow(dim, start, length).copy_(merged_weight(block, adapted))
+
+    def check(block: Tensor) -> None:
         # Beyond the largest number of the dtype the cast gives inf: better no file than that file.
-        if not _is_finite(target):
+        if not _is_finite(block):
             name = str(dtype).removeprefix("torch.")
             raise MergeError(
                 f"the merged weight {tuple(weight.shape)} is not finite in {name}; lower the "
                 "strength, or take a data type with larger numbers"
             )
-    return merged
+
+    return merge_layers(weight, layers, dtype, check)
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,32 +94,6 @@ def _is_finite(tensor: Tensor) -> bool:
     # Only a sum that overflows on its own needs these.
     total = tensor.sum(dtype=wide_dtype(tensor))
     return math.isfinite(total) or bool(tensor.isfinite().all())
-
-
-def _adapted(weight: Tensor, layer: LayerWeights, strengths: Strengths) -> Tensor:
-    return adapted_weight(
-        weight,
-        layer,
-        strength=strengths.strength,
-        direction_strength=strengths.direction_strength,
-        magnitude_strength=strengths.magnitude_strength,
-    )
-
-
-def _blocks(weight: Tensor, layers: Sequence[LayerWeights]) -> Iterator[tuple[int, int, int]]:
-    """Parts of a weight that can be merged each on its own, as (dim, start, length).
-
-    A channel along the norm axis depends on no other. Blocks of them that stay in the processor's
-    cache are merged several times faster than the whole, which goes through the memory for every
-    operation. Adapters on both axes leave no such blocks.
-    """
-    axes = {layer.norm_axis for layer in layers if layer.magnitude is not None}
-    dim = 1 if axes == {"input"} else 0
-    channels = weight.shape[dim]
-    least = _COLUMNS if dim else 1
-    length = channels if len(axes) > 1 else max(least, _BLOCK * channels // max(1, weight.numel()))
-    for start in range(0, channels, length):
-        yield dim, start, min(length, channels - start)
 
 
 def check_fit(shapes: Mapping[str, Sequence[int]], adapters: Iterable[WeightedAdapter]) -> None:
@@ -197,7 +157,11 @@ def merge_state(
         if key.endswith(".weight")
     }
     check_fit(shapes, adapters)
-    return {key: merge_tensor(tensor, layers_of(key, adapters)) for key, tensor in base.items()}
+
+    def merge(key: str) -> Tensor:
+        return merge_tensor(base[key], layers_of(key, adapters))
+
+    return dict(map_ahead(merge, base))
 
 
 def layers_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -40,6 +41,8 @@ def parameters_text(
     strength: float = 1.0,
     direction: float = 1.0,
     magnitude: float = 1.0,
+    *,
+    extra: Mapping[str, object] | None = None,
 ) -> str:
     """The generation settings as A1111's ``parameters`` text; no local path is in it.
 
@@ -53,6 +56,7 @@ def parameters_text(
         strength: Its strength.
         direction: The strength of its low-rank update; 1 is not written.
         magnitude: The strength of its magnitude; 1 is not written.
+        extra: Further facts by name.
     """
     lines = [prompt]
     if settings.negative_prompt:
@@ -71,6 +75,7 @@ def parameters_text(
         facts |= {"Adapter": name, "Adapter strength": f"{strength:g}"}
         parts = {"Direction strength": direction, "Magnitude strength": magnitude}
         facts |= {part: f"{value:g}" for part, value in parts.items() if value != 1}
+    facts |= extra or {}
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in facts.items()))
     return "\n".join(lines)
 

@@ -21,8 +21,17 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# Property tests try the same examples in every run of the suite, and as many times more as
+# DORA_DIFFUSION_FUZZ says, other ones each time.
+MORE = int(os.environ.get("DORA_DIFFUSION_FUZZ", "1"))
+settings.register_profile(
+    "dora_diffusion", max_examples=100 * MORE, derandomize=MORE == 1, deadline=None
+)
+settings.load_profile("dora_diffusion")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -228,9 +237,6 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def photos_root() -> Path:
-    """The folder of real subject photos beside the checkout; skips where it is absent."""
-    root = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
-    if not (root / "dog3").is_dir():
-        pytest.skip("the real photos are not beside this checkout (../shared/data/photos)")
-    return root
+def samples_root() -> Path:
+    """The sample subjects: JPEG photos of 768 pixels, square and not, with captions."""
+    return Path(__file__).resolve().parents[1] / "samples"

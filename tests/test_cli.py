@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -103,9 +104,32 @@ class TestHelp:
             assert f"--{setting.name}" in text
             said = " ".join(setting.metadata["help"].split())
             assert said[:25] in text
-            if isinstance(setting.default, int | float) and setting.default is not False:
-                default = "on" if setting.default is True else setting.default
-                assert f"{said} Default: {default}." in text
+            assert f"{said} Default: " in text
+            if isinstance(setting.default, bool):
+                assert f"{said} Default: {'on' if setting.default else 'off'}." in text
+            elif isinstance(setting.default, int | float):
+                assert f"{said} Default: {setting.default}." in text
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_every_optional_flag_says_its_default(self, command):
+        parser = cli.build_parser()._subparsers._group_actions[0].choices[command]
+        formatter = parser._get_formatter()
+        for action in parser._actions:
+            is_shown = action.option_strings and action.help != argparse.SUPPRESS
+            if is_shown and not action.required and action.dest != "help":
+                assert "Default: " in formatter._get_help_string(action), action.option_strings
+
+    def test_derived_defaults_are_said(self, capsys):
+        with pytest.raises(SystemExit):
+            cli.main(["train", "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        for words in (
+            "Alpha of Linear layers. Default: rank.",
+            "Training size in pixels. Default: the base model's own.",
+            "Optimizer steps. Default: 800, for SDXL 1000.",
+            "Learning rate of magnitudes. Default: their layer's.",
+        ):
+            assert words in text
 
     def test_written_out_choices_are_those_of_the_modules(self):
         assert tuple(SAMPLERS) == cli.SAMPLERS
@@ -130,7 +154,9 @@ class TestUsage:
         with pytest.raises(SystemExit) as stop:
             cli.main(argv)
         assert stop.value.code == 2
-        assert "usage:" in capsys.readouterr().err
+        usage, error = capsys.readouterr().err.splitlines()
+        assert usage.startswith("usage: dora-diffusion")
+        assert error.startswith("error: ")
 
 
 class TestSettings:
@@ -164,13 +190,23 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("learning_rte: 1", "unknown settings: learning_rte (did you mean learning_rate?)"),
-            ("rank: many", "rank is 'many'; it must be of type int"),
-            ("use_dora: 1", "use_dora is 1; it must be true or false"),
-            ("rank: 0", "rank is 0; it must be greater than 0"),
-            ("optimizer: sgd", "optimizer is 'sgd'; it must be one of adamw"),
+            (
+                "seed: 1\nlearning_rte: 1",
+                "run.yaml, line 2: there is no setting learning_rte (did you mean learning_rate?)",
+            ),
+            ("seed: 1\nrank: many", "run.yaml, line 2: rank is 'many'; it must be a whole number"),
+            ("use_dora: 1", "line 1: use_dora is 1; it must be true or false"),
+            ("rank: 0", "line 1: rank is 0; it must be greater than 0"),
+            ("optimizer: sgd", "line 1: optimizer is 'sgd'; it must be one of adamw"),
+            ("optimizer: adamx", "(did you mean adamw?)"),
             ("- rank", "must hold 'setting: value' lines"),
-            ("rank: [", "is not valid YAML"),
+            ("seed: 1\nrank: [", "run.yaml, line 2: this is not valid YAML"),
+            ("seed: 1\nrank: 4\nseed: 2", "run.yaml, line 3: seed is already set in line 1"),
+            (
+                "seed: 1\nscale_lr: true",
+                "line 2: scale_lr of Diffusers' scripts is not here",
+            ),
+            ("instance_prompt: a: b", "run.yaml, line 1: this is not valid YAML"),
         ],
     )
     def test_a_wrong_file_is_one_line(self, tmp_path, capsys, text, message):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
-from dora_diffusion import merge
 from dora_diffusion.merge import (
     MergeError,
     Strengths,
@@ -17,6 +19,7 @@ from dora_diffusion.merge import (
     merge_state,
     merge_tensor,
 )
+from dora_diffusion.numerics import merging
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 SHAPES = [(6, 10), (8, 8), (10, 4, 1, 1), (6, 6, 3, 3), (4, 7, 3, 3)]
@@ -71,7 +74,7 @@ def test_blocks_do_not_change_the_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A large weight is merged some channels at a time; here, down to one."""
-    monkeypatch.setattr(merge, "_BLOCK", block)
+    monkeypatch.setattr(merging, "_BLOCK", block)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     layers = [random_layer(weight, 2 + i, axis) for i, axis in enumerate(axes)]
     merged = merge_tensor(weight, [(layer, Strengths(0.5)) for layer in layers])
@@ -187,3 +190,50 @@ def test_a_weight_that_nothing_acts_on_is_cast_if_the_dtype_holds_it() -> None:
     # A sum that overflows on its own is none of them.
     large = torch.full((4,), 3e38)
     assert torch.equal(merge_tensor(large.double(), [], torch.float32), large)
+
+
+# Shapes whose blocks leave a short last one, on either axis.
+_MERGE_WITH_THREADS = """
+import hashlib, sys, torch
+from dora_diffusion.adapters.layers import adapt_layer, LayerAdapter
+from dora_diffusion.merge import Strengths, merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights
+
+torch.set_num_threads(int(sys.argv[1]))
+generator = torch.Generator().manual_seed(0)
+for shape in ((320, 640, 3, 3), (2560, 333), (640, 320)):
+    for axis in ("output", "input"):
+        out, into, *kernel = shape
+        weight = torch.randn(shape, generator=generator)
+        down = torch.randn(4, into, *kernel, generator=generator) / 100
+        up = torch.randn(out, 4, *[1] * len(kernel), generator=generator) / 100
+        magnitude = 1 + torch.rand(out if axis == "output" else into, generator=generator)
+        layer = LayerWeights(down, up, magnitude, 4.0, axis)
+        shifted = torch.empty(weight.numel() + 1)[1:].view(shape).copy_(weight)
+        module = torch.nn.Conv2d(into, out, 3, bias=False) if kernel else torch.nn.Linear(into, out)
+        module.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+        adapted = adapt_layer(module)
+        adapted.adapters["default"] = LayerAdapter(layer)
+        for result in (
+            merge_tensor(weight, [(layer, Strengths())]),
+            merge_tensor(shifted, [(layer, Strengths())]),
+            adapted.merged(),
+        ):
+            print(shape, axis, hashlib.sha256(result.numpy()).hexdigest())
+assert torch.get_num_threads() == int(sys.argv[1])
+"""
+
+
+def test_a_merge_is_the_same_bits_on_any_number_of_threads() -> None:
+    """As users have it: without MKL's reproducible mode, which the other tests run in."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("MKL_CBWR", "OMP_NUM_THREADS")}
+    outputs = []
+    for threads in ("1", "2", "4"):
+        command = [sys.executable, "-c", _MERGE_WITH_THREADS, threads]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        outputs.append(done.stdout.splitlines())
+    assert len(outputs[0]) == 18
+    assert outputs[1] == outputs[0]
+    assert outputs[2] == outputs[0]
+    # One formula: where the weight lies in memory, and whether it is a live layer's, is no matter.
+    assert len(set(outputs[0])) == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,30 @@ def test_the_names_are_those_with_a_home():
 def test_a_name_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'dora_diffusion' has no attribute 'nothing'"):
         _ = dora_diffusion.nothing
+
+
+def test_help_shows_names_signatures_and_docstrings():
+    """In a process of its own, where no name has been used yet."""
+    code = "import dora_diffusion; print(*dir(dora_diffusion)); help(dora_diffusion)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names, _, text = done.stdout.partition("\n")
+    assert set(dora_diffusion.__all__) <= set(names.split())
+    assert "train(config: 'TrainConfig'" in text
+    assert "class SamplingSettings(" in text
+    assert inspect.getdoc(dora_diffusion.generate_images).partition("\n")[0] in text
+
+
+def test_every_error_of_the_rooms_it_opens_is_public():
+    """Whoever calls a public function can name what it raises."""
+    rooms = {home.split(".")[1] for home in HOMES}
+    raised = {
+        name
+        for path in (ROOT / "dora_diffusion").rglob("*.py")
+        if path.relative_to(ROOT / "dora_diffusion").parts[0].removesuffix(".py") in rooms
+        for name in re.findall(r"^class (\w+Error)\(", path.read_text("utf-8"), flags=re.MULTILINE)
+    }
+    assert raised
+    assert raised == {name for name in dora_diffusion.__all__ if name.endswith("Error")}
 
 
 def test_importing_imports_nothing_heavy():

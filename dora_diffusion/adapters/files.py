@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
@@ -13,6 +14,7 @@ from dora_diffusion.adapters.state import adapter_state, load_adapter_state, mod
 from dora_diffusion.formats.adapter_file import (
     AdapterFile,
     AdapterMetadata,
+    find_adapter,
     read_adapter,
     write_adapter,
 )
@@ -74,6 +76,9 @@ def load_adapter(
     Returns:
         The file's facts.
 
+    Warns:
+        UserWarning: Of an alpha that the file does not say.
+
     Raises:
         AdapterFormatError: If it cannot be read without guessing.
         ValueError: If it does not fit the components.
@@ -95,6 +100,12 @@ def load_adapter(
         base_family=family,
         base_weight=base_weights(components),
     )
+    for assumption in adapter.assumptions:
+        warnings.warn(
+            f"{find_adapter(path).name}: {assumption}; if it was trained with another, convert it "
+            "with --alpha",
+            stacklevel=2,
+        )
     load_adapter_state(components, adapter.layers, name=name)
     return adapter.metadata
 

@@ -26,6 +26,7 @@ from dora_diffusion.adapters.sources import unwatch_sources, watch_sources
 from dora_diffusion.adapters.targets import is_conv, match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.dora import weight_norm
+from dora_diffusion.numerics.threads import map_ahead
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 DEFAULT_NAME = "default"
@@ -219,11 +220,19 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
         >>> merge_adapters(model); type(model[0]).__name__
         'Linear'
     """
-    for _, layer in list(adapted_layers(model)):
-        layer.merge()
+    layers = [layer for _, layer in adapted_layers(model)]
+    # Of a GPU's streams, a new thread knows the default one only.
+    on_cpu = all(layer.weight.device.type == "cpu" for layer in layers)
+    results = map_ahead(_merged, layers) if on_cpu else ((one, _merged(one)) for one in layers)
+    for layer, merged in results:
+        layer.merge(merged)
         if not keep_base:
             make_plain(layer)
     _unwatch_plain(model)
+
+
+def _merged(layer: AdaptedLayer) -> torch.Tensor | None:
+    return None if layer.is_merged else layer.merged()
 
 
 def unmerge_adapters(model: nn.Module) -> None:

@@ -16,17 +16,14 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.sources import noted_source
 from dora_diffusion.numerics.autograd import dora
-from dora_diffusion.numerics.dora import (
-    adapted_weight,
-    merged_weight,
-    moved_magnitude,
-)
 from dora_diffusion.numerics.dora import gain as gain_of
+from dora_diffusion.numerics.dora import moved_magnitude
 from dora_diffusion.numerics.gain import Gain, GainInputs, WeightFacts, make_gains
+from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation, Operation
-from dora_diffusion.numerics.precision import full_precision, wide
+from dora_diffusion.numerics.precision import wide, wide_dtype
 from dora_diffusion.numerics.source import Source
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
 
 
 class LayerAdapter(nn.Module):
@@ -68,6 +65,11 @@ class LayerAdapter(nn.Module):
         """``s``, with the direction's strength in it."""
         return self.direction_strength * self.alpha / self.down.shape[0]
 
+    @property
+    def strengths(self) -> Strengths:
+        """The knobs."""
+        return Strengths(self.strength, self.direction_strength, self.magnitude_strength)
+
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         kind = "LoRA" if self.magnitude is None else f"DoRA, norm_axis={self.norm_axis}"
@@ -85,6 +87,11 @@ class AdaptedLayer(nn.Module):
     _gain_cache: dict[str, Gain] | None
     _facts: tuple[tuple[Any, ...], WeightFacts] | None
     _unmerged: Tensor | None
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the adapters are in the weight."""
+        return self._unmerged is not None
 
     def operation(self) -> Operation:
         """What the weight does to an input."""
@@ -230,24 +237,19 @@ class AdaptedLayer(nn.Module):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The weight with every active adapter in it, float32."""
-        with full_precision(self.weight.device):
-            adapted = [
-                adapted_weight(
-                    self.weight,
-                    adapter.weights(),
-                    strength=adapter.strength,
-                    direction_strength=adapter.direction_strength,
-                    magnitude_strength=adapter.magnitude_strength,
-                )
-                for _, adapter in self.active()
-            ]
-        return merged_weight(self.weight, adapted) if adapted else wide(self.weight)
+        layers = [(adapter.weights(), adapter.strengths) for _, adapter in self.active()]
+        if not layers:
+            return wide(self.weight)
+        return merge_layers(self.weight, layers, wide_dtype(self.weight))
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Write the adapters into the weight; the base weight is kept for `unmerge`."""
+    def merge(self, merged: Tensor | None = None) -> None:
+        """Write the adapters into the weight; the base weight is kept for `unmerge`.
+
+        ``merged`` is what `merged` returns, if it is at hand.
+        """
         if self._unmerged is None:
-            merged = self.merged().to(self.weight.dtype)
+            merged = self.merged() if merged is None else merged
             self._unmerged = self.weight.detach().clone()
             self.weight.copy_(merged)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dora_diffusion.config import ConfigError
+from dora_diffusion.embedded import samples_folder
 
 AUTH_VARIABLE = "DORA_DIFFUSION_AUTH"
 
@@ -26,7 +27,7 @@ class Launch:
     share: bool = False
     auth: tuple[str, str] | None = None
     runs_dir: Path = Path("runs")
-    samples: Path = Path("samples")
+    samples: Path = field(default_factory=samples_folder)
     models: tuple[str, ...] = ()
     model_folders: tuple[Path, ...] = ()
 
@@ -62,9 +63,22 @@ def parse_launch(argv: list[str] | None = None) -> Launch:
     Raises:
         ConfigError: If they would open the app to anybody.
     """
-    parser = argparse.ArgumentParser(
-        prog="app.py", description="Teach a model your subject in the browser."
-    )
+    parser = argparse.ArgumentParser(prog="dora-diffusion app")
+    add_arguments(parser)
+    return launch_from(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve the app until it is interrupted."""
+    launch = launch_from(args)
+    # Gradio is heavy: --help and refusals answer without it.
+    from dora_diffusion.app.serve import serve
+
+    serve(launch)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the app's flags."""
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on.")
     parser.add_argument("--port", type=int, help="Port. Default: the first free one from 7860.")
     parser.add_argument("--share", action="store_true", help="Make a public link (needs --auth).")
@@ -87,7 +101,14 @@ def parse_launch(argv: list[str] | None = None) -> Launch:
         help="Folders to look for base models in. Others: DORA_DIFFUSION_MODELS, COMFYUI_PATH, "
         "A1111_PATH, and a line each in RUNS_DIR/model_folders.txt.",
     )
-    args = parser.parse_args(argv)
+
+
+def launch_from(args: argparse.Namespace) -> Launch:
+    """How the app is served, by its flags.
+
+    Raises:
+        ConfigError: If they would open the app to anybody.
+    """
     return Launch(
         host=args.host,
         port=args.port,

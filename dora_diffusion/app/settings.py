@@ -12,7 +12,7 @@ from typing import Any
 from dora_diffusion.app.bases import UNKNOWN, check_base, check_variant, facts_of
 from dora_diffusion.app.jobs import is_small
 from dora_diffusion.app.workspace import AppError, clean_text
-from dora_diffusion.config import TrainConfig, setting_type
+from dora_diffusion.config import TrainConfig, setting_type, without_effect
 from dora_diffusion.embedded import MODELS
 from dora_diffusion.memory import Device, fitting_settings
 from dora_diffusion.models.family import FAMILIES
@@ -111,6 +111,19 @@ def _released_values(preset: str, model: str, device: Device) -> dict[str, Any]:
     family = facts.family if facts.has_released_shape else ""
     batch = 2 if table["with_prior_preservation"] else 1
     return values | fitting_settings(family, facts.resolution, device, batch=batch)
+
+
+def idle_settings(config: TrainConfig) -> list[str]:
+    """Settings that were changed by hand and have no effect, each with the reason."""
+    presets = [
+        preset_values(preset, config.pretrained_model_name_or_path) for preset in PRESET_NAMES
+    ]
+    changed = [
+        name
+        for name in ADVANCED
+        if all(getattr(config, name) != values[name] for values in presets)
+    ]
+    return list(without_effect(config, changed).values())
 
 
 def make_config(

@@ -39,16 +39,18 @@ def run(args: argparse.Namespace) -> int:
             f"largest {error:.2%} in {name}, in total {report.total_error:.2%}"
         )
     for note in report.notes:
-        print(f"repaired: {note}")
+        print(f"note: {note}")
     _print_where_it_works(inspect_adapter(report.path).tools)
     return 0
 
 
 def _print_where_it_works(verdicts: Mapping[str, str]) -> None:
-    """The programs, by what `inspect` says of each."""
+    """The programs, by what `inspect` says of each, with what it says of one alone."""
     programs: dict[str, list[str]] = {}
     for program, verdict in verdicts.items():
-        programs.setdefault(verdict.partition(":")[0], []).append(program)
+        short, _, detail = verdict.partition(": ")
+        is_own = detail and sum(one.endswith(detail) for one in verdicts.values()) == 1
+        programs.setdefault(short, []).append(f"{program} ({detail})" if is_own else program)
     for verdict, names in programs.items():
         if verdict.startswith("exact"):
             print(f"{verdict}: {', '.join(names)}")

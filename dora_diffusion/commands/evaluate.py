@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 def run(args: argparse.Namespace) -> int:
     """Measure an adapter; print the table or JSON, and write both with a sheet of pictures."""
     _check(args)
-    import torch
-
     from dora_diffusion.generate import load_adapted
+    from dora_diffusion.models.precision import dtype_of
 
     components, metadata = load_adapted(
         args.base,
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         strength=args.strength,
         direction=args.direction_strength,
         magnitude=args.magnitude_strength,
-        dtype=getattr(torch, args.dtype),
+        dtype=dtype_of(args.dtype),
         variant=args.variant,
         config=args.config,
     )
@@ -53,6 +52,12 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"{name} is {getattr(args, name)}; it must be at least 1")
     if not 0 <= args.seed < 2**32:
         raise ConfigError(f"seed is {args.seed}; it must be between 0 and 2**32 - 1")
+    from dora_diffusion.evaluation.report import Evaluation
+
+    if Evaluation.exists(Path(args.output)) and not args.overwrite:
+        raise ConfigError(
+            f"{args.output} holds an evaluation already; choose another --output, or --overwrite"
+        )
     if args.prompts and not Path(args.prompts).is_file():
         raise ConfigError(f"prompts {args.prompts} is not a file of prompts, one per line")
 
@@ -107,8 +112,10 @@ def _evaluate_toy(
 def _evaluate_photos(
     args: argparse.Namespace, components: Components, trigger: str
 ) -> tuple[Evaluation, SamplingSettings]:
+    from dora_diffusion.data.images import list_photos
+    from dora_diffusion.data.photo_record import read_photo_record
     from dora_diffusion.evaluation.metric_models import LITE, lite_is_installed, open_metric_model
-    from dora_diffusion.evaluation.photos import PROMPTS, evaluate_photos
+    from dora_diffusion.evaluation.photos import PROMPTS, cautions, evaluate_photos
 
     if not trigger:
         raise ConfigError("the adapter does not say its trigger; give it with --trigger 'sks dog'")
@@ -116,6 +123,12 @@ def _evaluate_photos(
     models = [open_metric_model(name) for name in names]
     lines = Path(args.prompts).read_text(encoding="utf-8").splitlines() if args.prompts else []
     settings = _settings(args, 7.5)
+    trained_on = read_photo_record(args.adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to say of the folder, the evaluation says
+        found = cautions(list_photos(args.subject), trained_on or ())
+    for caution in found:
+        warnings.warn(caution, stacklevel=1)
     with step_progress() as show:
         evaluation = evaluate_photos(
             components,
@@ -128,6 +141,7 @@ def _evaluate_photos(
             prompts=[line.strip() for line in lines if line.strip()] or PROMPTS,
             batch_size=args.batch_size,
             on_step=show,
+            trained_on=trained_on,
         )
     return evaluation, settings
 

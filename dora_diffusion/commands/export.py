@@ -11,9 +11,8 @@ from typing import Any
 
 def run(args: argparse.Namespace) -> int:
     """Merge adapters into a base, check what was written, and say where it is."""
-    import torch
-
     from dora_diffusion.export import export_checkpoint
+    from dora_diffusion.models.precision import AUTO, dtype_of
 
     with byte_progress("written") as show:
         path = export_checkpoint(
@@ -25,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
             text_encoder_strength=args.text_encoder_strength,
             direction_strength=args.direction_strength,
             magnitude_strength=args.magnitude_strength,
-            dtype=getattr(torch, args.dtype) if args.dtype else None,
+            alpha=args.alpha,
+            dtype=None if args.dtype == AUTO else dtype_of(args.dtype),
             vae=args.vae,
             variant=args.variant,
             config=args.config,

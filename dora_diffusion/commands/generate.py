@@ -15,14 +15,13 @@ from dora_diffusion.config import ConfigError
 def run(args: argparse.Namespace) -> int:
     """Make pictures and write them with what made them."""
     _check(args)
-    import torch
-
     from dora_diffusion.generate import (
         SamplingSettings,
         generate_images,
         lacks_trigger,
         load_adapted,
     )
+    from dora_diffusion.models.precision import dtype_of
 
     settings = SamplingSettings(
         steps=args.steps,
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         strength=args.strength,
         direction=args.direction_strength,
         magnitude=args.magnitude_strength,
-        dtype=getattr(torch, args.dtype),
+        dtype=dtype_of(args.dtype),
         variant=args.variant,
         config=args.config,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import textwrap
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from dora_diffusion.export import AdapterReport
 
 # Facts of the metadata that have rows of their own, or are about the file's layers.
-_SHOWN = ("trained_alpha", "prediction_type")
+_SHOWN = ("trained_alpha", "prediction_type", "approximates", "approximation_error")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
 
     report = inspect_adapter(args.file, args.base)
     if args.json:
-        print(json.dumps(dataclasses.asdict(report), indent=2, default=str))
+        print(json.dumps(report.to_dict(), indent=2))
     else:
         _print_table([*_facts(report), *_verdicts(report)])
     return 0

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dora_diffusion.commands.progress import say
+
 FAILED, OUT_OF_MEMORY = 1, 3
 # What uses less memory, by command.
 _MEMORY_ADVICE = {
@@ -90,6 +92,6 @@ def _show_plain_warnings() -> None:
     warnings.filterwarnings("always", category=UserWarning, module=r"dora_diffusion\.")
 
     def show(message: Any, *_: Any, **__: Any) -> None:
-        print(f"warning: {_one_line(str(message))}", file=sys.stderr)
+        say(f"warning: {_one_line(str(message))}", sys.stderr)
 
     warnings.showwarning = show

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.commands.flags import train_config
+from dora_diffusion.commands.flags import given_settings, train_config
+from dora_diffusion.commands.progress import Counter, say
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.resume import listed
+from dora_diffusion.wording import counted
+
+if TYPE_CHECKING:
+    from dora_diffusion.training.loop import TrainResult
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, with a progress bar. Returns the exit code."""
     config = train_config(args)
+    _say_toy_model(config, given_settings(args))
+    if config.push_to_hub:
+        from dora_diffusion.hub import check
+
+        check(config.hub_model_id or "")
     from dora_diffusion.training.loop import train
 
     progress = TrainProgress()
@@ -20,15 +34,39 @@ def run(args: argparse.Namespace) -> int:
         progress.close()
     if result.signal_number is not None:
         if progress.started:
-            print(
-                f"stopped at step {result.steps} of {result.total_steps}, checkpoint saved; go on "
-                "with --resume_from_checkpoint latest"
-            )
+            print(stopped_line(result))
         return 128 + result.signal_number
     if result.adapter is not None:
         print(f"done: {result.adapter}")
         print(f"write {progress.trigger!r} in a prompt to get the subject")
+        if config.push_to_hub:
+            from dora_diffusion.hub import push
+
+            print(push(result.output_dir, config.hub_model_id or "", private=True))
     return 0
+
+
+def stopped_line(result: TrainResult) -> str:
+    """Where an interrupted run stopped, and from where it can be resumed."""
+    from dora_diffusion.training.checkpoint import step_of
+
+    where = f"stopped at step {result.steps} of {result.total_steps}"
+    if result.checkpoint is None:
+        return f"{where}; no checkpoint was saved"
+    if step_of(result.checkpoint) < result.steps:
+        return f"{where}; --resume_from_checkpoint latest resumes from {result.checkpoint.name}"
+    return f"{where}, checkpoint saved; resume with --resume_from_checkpoint latest"
+
+
+def _say_toy_model(config: TrainConfig, given: set[str]) -> None:
+    """Say loudly that no base model was named."""
+    if "pretrained_model_name_or_path" not in given:
+        warnings.warn(
+            f"NO BASE MODEL WAS GIVEN: {config.pretrained_model_name_or_path} is trained, a toy "
+            "model of 64 pixels that knows only its own drawn world and cannot learn a real "
+            "photo; name yours with --pretrained_model_name_or_path",
+            stacklevel=1,
+        )
 
 
 class TrainProgress:
@@ -36,6 +74,7 @@ class TrainProgress:
 
     def __init__(self) -> None:
         self.bar: Any = None
+        self.class_images: Counter | None = None
         self.trigger = ""
 
     @property
@@ -46,27 +85,57 @@ class TrainProgress:
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
         kind = event["event"]
-        if kind == "start":
+        if kind == "load":
+            precision = {"no": "float32"}.get(event["precision"], event["precision"])
+            print(f"training {event['model']} on {event['device']} in {precision}", flush=True)
+        elif kind == "start":
             self._start(event)
+        elif kind == "class_images":
+            self._count_class_images(event["done"], event["total"])
+        elif kind == "sampling":
+            done = event["done"] == event["total"]
+            share = f"sampling {100 * event['done'] // event['total']}%"
+            # In a log, every refresh would be a line.
+            self.bar.set_description_str("" if done else share, refresh=sys.stderr.isatty())
         elif kind == "step":
             self.bar.set_postfix(loss=f"{event['loss']:.4f}", refresh=False)
             self.bar.update()
         elif kind in ("sample", "checkpoint"):
-            self.bar.write(f"{kind}: {event['path']}")
+            say(f"{kind}: {event['path']}")
 
     def close(self) -> None:
         """End the bar's line, so that what is said next has one of its own."""
-        if self.bar is not None:
-            self.bar.close()
+        for bar in (self.class_images, self.bar):
+            if bar is not None:
+                bar.close()
+
+    def _count_class_images(self, done: int, total: int) -> None:
+        if self.class_images is None:
+            self.class_images = Counter("image", description="class images")
+        self.class_images(done, total)
+        if done >= total:
+            self.class_images.close()
 
     def _start(self, event: dict[str, Any]) -> None:
         from tqdm import tqdm
 
         self.trigger = event["trigger"]
         print(
-            f"{event['family']} on {event['device']}: {event['photos']} photos at "
+            f"{event['family']} on {event['device']}: {counted(event['photos'], 'photo')} at "
             f"{event['resolution']} px, {event['adapter']}"
         )
+        if event["resumed_from"]:
+            print(_resumed_line(event))
+        if event["changed"]:
+            print(f"changed from step {event['step'] + 1} on: {listed(event['changed'])}")
         self.bar = tqdm(
             total=event["total_steps"], initial=event["step"], unit="step", dynamic_ncols=True
         )
+
+
+def _resumed_line(event: dict[str, Any]) -> str:
+    step, total, dropped = event["step"], event["total_steps"], event["steps_dropped"]
+    line = f"resuming from {event['resumed_from']}, at step {step} of {total}"
+    if dropped:
+        line += f"; steps {step + 1} to {step + dropped} are trained again"
+    return line + ("; nothing is left to train" if step == total else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dora_diffusion.commands.export import adapter_and_strength, byte_progress
+from dora_diffusion.config import ConfigError
 
 _SHOWN = 10
 
@@ -13,16 +14,18 @@ def run(args: argparse.Namespace) -> int:
     """Compute a merged model again; 1 if it is not what base and adapters give."""
     from dora_diffusion.export import verify_checkpoint
 
+    merged, adapters = _merged_and_adapters(args.merged, args.adapter)
     with byte_progress("compared") as show:
         report = verify_checkpoint(
-            args.merged,
+            merged,
             args.base,
-            [adapter_and_strength(text) for text in args.adapter],
+            [adapter_and_strength(text) for text in adapters],
             strength=args.strength,
             unet_strength=args.unet_strength,
             text_encoder_strength=args.text_encoder_strength,
             direction_strength=args.direction_strength,
             magnitude_strength=args.magnitude_strength,
+            alpha=args.alpha,
             vae=args.vae,
             variant=args.variant,
             on_progress=show,
@@ -33,8 +36,24 @@ def run(args: argparse.Namespace) -> int:
     print(f"{report.unchanged} other tensors equal the base's, bit for bit")
     for problem in _shortened(report.problems):
         print(f"wrong: {problem}")
-    print("proven" if report.ok else "NOT what this base and these adapters give")
+    print("proven" if report.ok else "NOT what this base and these adapters give", end="")
+    print(f", as far as this is right: {'; '.join(report.assumptions)}" * bool(report.assumptions))
     return 0 if report.ok else 1
+
+
+def _merged_and_adapters(merged: str | None, adapters: list[str]) -> tuple[str, list[str]]:
+    """The model to prove, which is the last word of ``--adapter A B merged``, and the adapters.
+
+    Raises:
+        ConfigError: If there is only one word for both.
+    """
+    if merged is not None:
+        return merged, adapters
+    if len(adapters) < 2:
+        raise ConfigError(
+            "the merged model is missing: dora-diffusion verify MERGED --base BASE --adapter FILE"
+        )
+    return adapters[-1], adapters[:-1]
 
 
 def _shortened(problems: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image as PILImage
 
 FEWEST, MOST = 3, 30
+WANTED = f"{FEWEST} to {MOST} photos, from different sides and in different places"
 # Sharp photos of the DreamBooth dataset measure 0.18 to 0.36; blurred by 3 pixels, 0.58 and more.
 BLURRED = 0.55
 # Differing bits, of 64, below which two photos look the same (a copy, resized or re-encoded).
@@ -88,7 +89,7 @@ def _check_count(count: int) -> list[PhotoWarning]:
     if count < FEWEST:
         message = (
             f"only {count} photo{'s' if count != 1 else ''}: the result will repeat them; "
-            f"use {FEWEST} to {MOST}, of different views and places"
+            f"use {WANTED}"
         )
         return [PhotoWarning("few", (), message)]
     if count > MOST:

@@ -16,6 +16,7 @@ from dora_diffusion.data.cache import TensorCache
 from dora_diffusion.data.captions import drop_caption, shuffle_tags
 from dora_diffusion.data.crops import CropRecord, apply_crop, apply_crop_to_mask, plan_crop
 from dora_diffusion.data.images import PhotoError, list_photos, open_photo
+from dora_diffusion.data.masks import check_masks, mask_digest
 from dora_diffusion.data.photos import ClassImages, Photo, open_mask, read_photos
 from dora_diffusion.data.sampler import EpochIndex, EpochSampler, SamplerState, generator_for
 
@@ -33,6 +34,10 @@ __all__ = [
     "iterate_batches",
     "read_photos",
 ]
+
+
+# Crops in which a mask must show something.
+_TRIED_CROPS = 8
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,10 @@ class DreamBoothDataset(Dataset[Sample]):
         self._cache: TensorCache | None = None
         for photo in self.photos:
             self.plan(photo, 0)
+        if use_masks:
+            check_masks(
+                self.photos, lambda photo: (self.plan(photo, turn) for turn in range(_TRIED_CROPS))
+            )
 
     def __len__(self) -> int:
         """Number of photos."""
@@ -137,6 +146,27 @@ class DreamBoothDataset(Dataset[Sample]):
     def captions(self) -> list[str]:
         """The photos' captions before dropout and shuffling."""
         return [photo.caption for photo in self.photos]
+
+    def contents(self) -> dict[str, list[dict[str, str]]]:
+        """What is trained on, by content: name, digest, caption and mask of each image, in order.
+
+        A checkpoint keeps it, so that a run is not resumed on other images.
+        """
+        photos = {"images": self.photos, "class_images": []}
+        if self.class_images is not None:
+            photos["class_images"] = self.class_images.photos
+        return {
+            kind: [
+                {
+                    "name": photo.path.name,
+                    "image": photo.sample_id,
+                    "caption": photo.caption,
+                    "mask": mask_digest(photo) if self.use_masks and kind == "images" else "",
+                }
+                for photo in rows
+            ]
+            for kind, rows in photos.items()
+        }
 
     @property
     def groups(self) -> list[tuple[int, int]]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_diffusion.data.crops import CropRecord, apply_crop, crop_photo, plan_crop
+from dora_diffusion.wording import counted
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -42,6 +44,8 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".
 # Pictures that are not read; whoever has them beside photos wants to know.
 OTHER_SUFFIXES = (".avif", ".bmp", ".dng", ".gif", ".jp2", ".jxl", ".tif", ".tiff")
 MASK_SUFFIX = ".mask.png"
+# Files of a sub-folder that are looked at for photos that are not read.
+_LOOKED_THROUGH = 5000
 # What Pillow's decoders raise on damaged files: each plugin has its own idea.
 DECODE_ERRORS = (
     OSError,
@@ -61,16 +65,20 @@ class PhotoError(ValueError):
     """A photo cannot be used; one line with the file, what is wrong and what to do."""
 
 
-def list_photos(folder: str | Path) -> list[Path]:
+def list_photos(folder: str | Path, *, say_nested: bool = True) -> list[Path]:
     """List a folder's photos by file extension, sorted by name.
 
-    Hidden files, sub-directories, captions (``.txt``) and masks (``.mask.png``) are left out.
+    Hidden files, sub-folders, captions (``.txt``) and masks (``.mask.png``) are left out.
+
+    Args:
+        folder: The folder.
+        say_nested: Warn of photos in sub-folders.
 
     Raises:
         PhotoError: If the folder is missing or holds no photo.
 
     Warns:
-        UserWarning: Of pictures in formats that are not read, by name.
+        UserWarning: Of images in formats that are not read, by name; of sub-folders with photos.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -78,11 +86,18 @@ def list_photos(folder: str | Path) -> list[Path]:
         raise PhotoError(f"{folder}: the photo folder {what}; give a folder of photos")
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     photos = [path for path in entries if is_photo(path)]
+    nested = _nested_photos(entries)
     if not photos:
-        found = ", ".join(path.name for path in entries[:5]) or "nothing"
+        found = nested or ", ".join(path.name for path in entries[:5]) or "nothing"
         raise PhotoError(
             f"{folder}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)}; "
             f"found {found}); sub-folders are not searched"
+        )
+    if nested and say_nested:
+        warnings.warn(
+            f"{folder}: left out {nested}; sub-folders are not read, move the photos up to use "
+            "them",
+            stacklevel=2,
         )
     others = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
     if others:
@@ -91,6 +106,19 @@ def list_photos(folder: str | Path) -> list[Path]:
             stacklevel=2,
         )
     return photos
+
+
+def _nested_photos(entries: Sequence[Path]) -> str:
+    """How many photos lie in which sub-folders: ``"12 photos in 10_sks, 3 photos in old"``."""
+    counts = {path.name: _count_photos(path) for path in entries if path.is_dir()}
+    found = [f"{counted(count, 'photo')} in {name}" for name, count in counts.items() if count]
+    return ", ".join(found[:5]) + (f", and {len(found) - 5} more folders" if found[5:] else "")
+
+
+def _count_photos(folder: Path) -> int:
+    """Photos in a folder and below, of its first thousands of files."""
+    files = itertools.islice(folder.rglob("*"), _LOOKED_THROUGH)
+    return sum(is_photo(path) for path in files)
 
 
 def is_photo(path: Path) -> bool:

@@ -22,6 +22,18 @@ def model_folder(name: str) -> Path:
     return Path(__file__).parent / name
 
 
+def samples_folder() -> Path:
+    """The folder of the sample subjects: photos, captions and settings.
+
+    A wheel holds it inside the package; a clone has it beside the package.
+    """
+    package = Path(__file__).parents[1]
+    return next(
+        (path for path in (package / "samples", package.parent / "samples") if path.is_dir()),
+        Path("samples"),
+    )
+
+
 def instrument_folder() -> Path:
     """The folder of the networks that judge pictures of the toy world."""
     return Path(__file__).parent / "judges"

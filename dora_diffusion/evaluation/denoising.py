@@ -17,10 +17,11 @@ from dora_diffusion.adapters.inject import norm_scope
 from dora_diffusion.data.crops import crop_photo
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.denoise import predict
 from dora_diffusion.models.latents import encode_images
 from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
-from dora_diffusion.numerics.loss import denoising_loss, training_target
-from dora_diffusion.numerics.noise import sample_noise
+from dora_diffusion.numerics.loss import prediction_loss
+from dora_diffusion.numerics.noise import add_noise, sample_noise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -104,21 +105,17 @@ def _batch_loss(
     conditioning: Conditioning,
     ids: Tensor | None,
 ) -> Tensor:
-    """Loss of each of B timesteps for one picture's latents (1, C, h, w): (B,)."""
-    count, scheduler = len(timesteps), components.scheduler
+    """Loss of each of B timesteps for one image's latents (1, C, h, w): (B,)."""
+    count = len(timesteps)
     timesteps, latents = timesteps.to(latents.device), latents.expand(count, -1, -1, -1)
-    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-    dtype = components.unet.dtype
-    repeated = conditioning[[0] * count].to(latents.device, dtype)
-    ids = None if ids is None else ids.expand(count, -1)
-    model_pred = components.unet(
-        noisy_latents.to(dtype),
+    alpha_bar = components.scheduler.alphas_cumprod.to(latents.device)[timesteps]
+    model_pred = predict(
+        components.unet,
+        add_noise(latents, noise, alpha_bar),
         timesteps,
-        repeated.encoder_hidden_states,
-        added_cond_kwargs=repeated.added_cond_kwargs(
-            None if ids is None else ids.expand(count, -1)
-        ),
-    ).sample
-    alpha_bar = scheduler.alphas_cumprod.to(latents.device)[timesteps]
-    target = training_target(components.prediction_type, latents, noise, alpha_bar)
-    return denoising_loss(model_pred, target)
+        conditioning[[0] * count],
+        None if ids is None else ids.expand(count, -1),
+    )
+    return prediction_loss(
+        model_pred, latents, noise, alpha_bar, prediction_type=components.prediction_type
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.data.captions import read_caption
-from dora_diffusion.data.images import list_photos, open_photo
+from dora_diffusion.data.images import list_photos, open_photo, verify_photo
 from dora_diffusion.embedded.captions import with_article
 from dora_diffusion.evaluation.denoising import held_out_losses
 from dora_diffusion.evaluation.measures import Scores, Values, mean_distances
@@ -110,6 +110,7 @@ def evaluate_photos(
     prompts: Sequence[str] = PROMPTS,
     batch_size: int = 4,
     on_step: OnStep | None = None,
+    trained_on: Collection[str] | None = None,
 ) -> Evaluation:
     """Measure the adapters that are on the model, beside the base.
 
@@ -124,6 +125,8 @@ def evaluate_photos(
         prompts: See `photo_requests`.
         batch_size: Pictures at once.
         on_step: Called with (steps done, steps in all), for both models.
+        trained_on: Digests of the photos that were trained on, as `read_photo_record` gives them;
+            None if they are not known.
 
     Raises:
         PhotoError: The folder holds no photo.
@@ -174,6 +177,26 @@ def evaluate_photos(
         },
         labels=[requests[row].prompt.removeprefix("a photo of ") for row in shown],
         notes=_missing(metric_models),
+        cautions=cautions(paths, trained_on or ()),
+    )
+
+
+def cautions(paths: Sequence[Path], trained_on: Collection[str]) -> tuple[str, ...]:
+    """What to know of figures on photos of which some were trained on; empty if none was.
+
+    Args:
+        paths: The photos.
+        trained_on: Digests of those that were trained on.
+    """
+    known = sum(verify_photo(path).digest in trained_on for path in paths) if trained_on else 0
+    if not known:
+        return ()
+    which = f"{known} of these {len(paths)} photos {'was' if known == 1 else 'were'}"
+    if known == len(paths):
+        which = "all of these photos were"
+    return (
+        f"{which} trained on: likeness to them rewards copying, and their denoising loss is not "
+        "that of new photos; keep photos out of training for this",
     )
 
 

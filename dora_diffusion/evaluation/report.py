@@ -28,6 +28,7 @@ METHOD = (
     "95% intervals over pictures, each of a seed of its own: Student's t (changes are paired by "
     "prompt and seed); for shares (%) Wilson's, and Newcombe's for their change"
 )
+FILES = {"scores": "scores.json", "table": "scores.md", "pictures": "pictures.png"}
 _LABEL = 52
 
 
@@ -43,6 +44,7 @@ class Evaluation:
         labels: What each column of the sheet shows.
         notes: What could not be measured, and why.
         facts: Base, adapter, trigger, sampling: what the figures are of.
+        cautions: What to know before the figures are believed.
     """
 
     subject: str
@@ -52,6 +54,7 @@ class Evaluation:
     labels: Sequence[str] = ()
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    cautions: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -76,6 +79,7 @@ class Evaluation:
             "intervals": METHOD,
             "measures": {name: self._measure(name) for name in self.names},
             "notes": list(self.notes),
+            "cautions": list(self.cautions),
         }
 
     def _measure(self, name: str) -> dict[str, Any]:
@@ -102,19 +106,27 @@ class Evaluation:
                 for column in columns
             ]
             rows.append([title_of(name), *cells])
-        notes = [f"not measured: {note}" for note in self.notes]
+        notes = [f"caution: {caution}" for caution in self.cautions]
+        notes += [f"not measured: {note}" for note in self.notes]
         return "\n".join([aligned(rows), "", METHOD + ".", *notes])
 
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether a folder holds an evaluation, which `write` would replace."""
+        return any((folder / name).exists() for name in FILES.values())
+
     def write(self, folder: Path) -> dict[str, Path]:
-        """Write ``scores.json``, ``scores.md`` and ``pictures.png``; returns the files."""
+        """Write the `FILES`; returns their paths."""
         files = {
             "scores": save_text(
-                folder / "scores.json", json.dumps(self.to_dict(), indent=2) + "\n"
+                folder / FILES["scores"], json.dumps(self.to_dict(), indent=2) + "\n"
             ),
-            "table": save_text(folder / "scores.md", f"# {self.subject}\n\n{self.table()}\n"),
+            "table": save_text(folder / FILES["table"], f"# {self.subject}\n\n{self.table()}\n"),
         }
         if self.pictures:
-            files["pictures"] = save_png(sheet(self.pictures, self.labels), folder / "pictures.png")
+            files["pictures"] = save_png(
+                sheet(self.pictures, self.labels), folder / FILES["pictures"]
+            )
         return files
 
 

@@ -31,8 +31,12 @@ class OpenModel:
 
     @property
     def name(self) -> str:
-        """What it is called, without its folder."""
-        return self.path.resolve().name
+        """What it is called: its hub id in the hub's cache, else its file or folder alone."""
+        path = self.path.resolve()
+        parts = path.parts[-3:]
+        if len(parts) == 3 and parts[0].startswith("models--") and parts[1] == "snapshots":
+            return parts[0].removeprefix("models--").replace("--", "/", 1)
+        return path.name
 
     @property
     def files(self) -> dict[str, list[Path]]:

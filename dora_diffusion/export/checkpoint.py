@@ -7,6 +7,7 @@ only then renamed: an interrupted export leaves nothing behind and destroys noth
 from __future__ import annotations
 
 import contextlib
+import warnings
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ def export_checkpoint(
     text_encoder_strength: float = 1.0,
     direction_strength: float = 1.0,
     magnitude_strength: float = 1.0,
+    alpha: float | None = None,
     dtype: torch.dtype | None = None,
     vae: str | Path | None = None,
     variant: str | None = None,
@@ -60,6 +62,8 @@ def export_checkpoint(
         text_encoder_strength: Multiplies it for the text encoders.
         direction_strength: Scales the low-rank difference inside the norm.
         magnitude_strength: Moves the magnitude by a share of its change.
+        alpha: What adapters were trained with whose files do not say it; None takes their rank,
+            with a warning.
         dtype: Of the UNet and the text encoders; None keeps that of the base. The VAE keeps its
             own: SDXL's overflows in half precision.
         vae: Another autoencoder to bake in: a folder, a hub id or a ``.safetensors`` file.
@@ -91,8 +95,10 @@ def export_checkpoint(
         new_vae = None if vae is None else stack.enter_context(open_vae(vae))
         weights: BaseWeights = WithVae(model.weights, new_vae) if new_vae else model.weights
         read = recipe.read(
-            weights.module_shapes(), model.family, lambda name: weights[f"{name}.weight"]
+            weights.module_shapes(), model.family, lambda name: weights[f"{name}.weight"], alpha
         )
+        for assumption in recipe.assumptions(read):
+            warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
         merged = MergedModel(weights, recipe.weighted(read), dtype)
         notes = MergeNotes(model, recipe, read, output)
         stack.callback(notes.close)

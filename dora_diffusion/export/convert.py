@@ -15,8 +15,20 @@ from torch import Tensor
 from dora_diffusion.data.thumbnail import thumbnail as make_thumbnail
 from dora_diffusion.export.base import open_model
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.formats.adapter_file import AdapterFile, read_adapter, write_adapter
+from dora_diffusion.formats.adapter_file import (
+    AdapterFile,
+    find_adapter,
+    read_adapter,
+    write_adapter,
+)
+from dora_diffusion.formats.adapter_metadata import (
+    APPROXIMATES,
+    APPROXIMATION_ERROR,
+    TRAINED_ALPHA,
+    AdapterMetadata,
+)
 from dora_diffusion.formats.base_targets import TARGETS, approximate, needs_compensation
+from dora_diffusion.formats.consumers import stated_approximation
 from dora_diffusion.formats.module_names import known_layout
 from dora_diffusion.merge import check_dtype
 
@@ -98,8 +110,8 @@ def convert_adapter(
         overwrite: Replace an output that exists.
 
     Raises:
-        ExportError: If the output exists, or the target is unknown or an approximation that needs
-            a base.
+        ExportError: If the output exists or is what is read, or the target is unknown or an
+            approximation that needs a base.
         AdapterFormatError: If the source cannot be read, or the target cannot hold it or needs a
             base.
     """
@@ -107,7 +119,8 @@ def convert_adapter(
     if target not in CONVERSIONS:
         raise ExportError(f"unknown target {target!r}; there is {', '.join(CONVERSIONS)}")
     kind = _APPROXIMATE.get(target, target)
-    _check_free(output, TARGETS[kind].file_name, overwrite)
+    inputs = [find_adapter(source), *([Path(base).expanduser()] if base is not None else [])]
+    _check_free(output, TARGETS[kind].file_name, inputs, overwrite)
     facts = Facts(family or "", tuple(tags), make_thumbnail(thumbnail) if thumbnail else "")
     if rank < 1:
         raise ExportError(f"the rank of a plain LoRA must be at least 1, got {rank}")
@@ -121,7 +134,7 @@ def convert_adapter(
     with open_base(base) as weights:
         adapter = read_adapter(
             source, weights.shapes, base_weight=weights.load, alpha=alpha,
-            base_family=weights.family,
+            base_family=weights.family, sums=target == "dense",
         )  # fmt: skip
         adapter = dataclasses.replace(facts, family=facts.family or weights.family).added_to(
             adapter
@@ -130,15 +143,32 @@ def convert_adapter(
         total = 0.0
         if target in _APPROXIMATE:
             layers, errors, total = approximate(adapter.layers, weights.load, rank)
-            extra = {**adapter.metadata.extra, "approximation": f"singular values, rank {rank}"}
-            metadata = dataclasses.replace(adapter.metadata, extra=extra)
-            adapter = dataclasses.replace(adapter, layers=layers, metadata=metadata)
+            adapter = dataclasses.replace(
+                adapter, layers=layers, metadata=_approximation_of(adapter, rank, total)
+            )
         path = write_adapter(
             output, adapter, kind, dtype=dtype, base_weight=weights.load,
             unet_layout=known_layout(weights.shapes),
         )  # fmt: skip
     written = _written_as(target, adapter)
     return ConversionReport(path, written, len(adapter.layers), errors, total, adapter.notes)
+
+
+def _approximation_of(adapter: AdapterFile, rank: int, error: float) -> AdapterMetadata:
+    """The facts of a plain LoRA: what it approximates, and how far off it is at most."""
+    old = dict(adapter.metadata.extra)
+    # Its own rank and alpha are those of the approximation.
+    old.pop(TRAINED_ALPHA, None)
+    is_dora = any(layer.magnitude is not None for layer in adapter.layers.values())
+    stated = stated_approximation(old)
+    before = stated.error or 0.0 if stated else 0.0
+    extra = {
+        **old,
+        "approximation": f"singular values, rank {rank}",
+        APPROXIMATES: old.get(APPROXIMATES, "DoRA" if is_dora else "LoRA"),
+        APPROXIMATION_ERROR: f"{before + error + before * error:.3g}",
+    }
+    return dataclasses.replace(adapter.metadata, extra=extra)
 
 
 def _written_as(target: str, adapter: AdapterFile) -> str:
@@ -171,9 +201,19 @@ class Facts:
         return dataclasses.replace(adapter, metadata=new)
 
 
-def _check_free(output: Path, file_name: str | None, overwrite: bool) -> None:
+def _check_free(
+    output: Path, file_name: str | None, inputs: Sequence[Path], overwrite: bool
+) -> None:
+    """Refuse an output that exists, or would replace what it is made from."""
     file = output if output.suffix == ".safetensors" or file_name is None else output / file_name
-    if file.exists() and not overwrite:
+    if not file.exists():
+        return
+    for path in inputs:
+        # A PEFT folder may be that of one component, inside of the output.
+        is_around = file.is_dir() and file.resolve() in path.resolve().parents
+        if is_around or (path.exists() and file.samefile(path)):
+            raise ExportError(f"{file} is or holds what is read for it; choose another name")
+    if not overwrite:
         raise ExportError(f"{file} exists; choose another name, or ask to overwrite it")
 
 

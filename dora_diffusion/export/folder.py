@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_diffusion.export.card import read_card
 from dora_diffusion.export.folder_plan import FolderPlan, Shard, dump
 from dora_diffusion.export.merged import MergedModel, check_sample
 from dora_diffusion.export.notes import MergeNotes
@@ -51,6 +52,7 @@ def write_folder(
             shutil.copyfile(file, target)
         if vae_config is not None:
             shutil.copyfile(vae_config, temporary / "vae" / "config.json")
+        save_text(temporary / "README.md", notes.card(read_card(plan.source)))
         for component, shards in plan.shards.items():
             _write_component(merged, component, shards, temporary / component, notes, report)
         _update(temporary / "scheduler" / "scheduler_config.json", plan.scheduler)

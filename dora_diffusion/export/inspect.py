@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dora_diffusion.export.base import open_model
 from dora_diffusion.formats import adapter_inspect
-from dora_diffusion.formats.adapter_inspect import AdapterReport
+from dora_diffusion.formats.adapter_report import AdapterReport
 
 
 def inspect_adapter(path: str | Path, base: str | Path | None = None) -> AdapterReport:

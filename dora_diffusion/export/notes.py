@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from dora_diffusion.export.base import OpenModel
+from dora_diffusion.export.card import merged_card
 from dora_diffusion.export.recipe import Recipe, file_hash
 from dora_diffusion.formats.adapter_file import AdapterFile
 from dora_diffusion.formats.adapter_metadata import OWN, modelspec_fields
@@ -38,9 +39,12 @@ class MergeNotes:
             metadata = model.weights.reader.metadata
             kept = {name: text for name, text in metadata.items() if name not in _HASHES}
         self._name = model.name
-        self._fields = {**kept, "format": "pt", MERGED: json.dumps(recipe.record())}
+        self._record = recipe.record()
+        self._title = output.resolve().name
+        self._fields = {**kept, "format": "pt", MERGED: json.dumps(self._record)}
+        triggers = dict.fromkeys(a.metadata.trigger for a in adapters if a.metadata.trigger)
+        self._triggers = list(triggers)
         if output.suffix == ".safetensors":
-            triggers = dict.fromkeys(a.metadata.trigger for a in adapters if a.metadata.trigger)
             # Only of Stable Diffusion 2 there are both; the others say so if they predict v.
             usual = "" if model.family == "sd2" else "epsilon"
             prediction_type = model.schedule().get("prediction_type", usual)
@@ -52,6 +56,10 @@ class MergeNotes:
         self._hashes: dict[str, Future[str]] = {
             name: self._pool.submit(file_hash, files) for name, files in model.files.items()
         }
+
+    def card(self, old: str) -> str:
+        """The model card of a merged folder; ``old`` is that of the base."""
+        return merged_card(self._title, self._name, self._record, self._triggers, old)
 
     def draft(self) -> dict[str, str]:
         """The metadata with zeros for the base's hashes."""

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from torch import Tensor
@@ -68,6 +69,7 @@ class Recipe:
         shapes: Mapping[str, tuple[int, ...]],
         family: str,
         base_weight: Callable[[str], Tensor],
+        alpha: float | None = None,
     ) -> list[AdapterFile]:
         """Read the adapters for a base, in their order.
 
@@ -75,32 +77,51 @@ class Recipe:
             shapes: The base's weight shapes by canonical module name.
             family: Its family.
             base_weight: Its weights, which tell the axis of magnitudes whose shape does not.
+            alpha: What those adapters were trained with whose files do not say it.
 
         Raises:
             AdapterFormatError, MergeError: If one cannot be read, or does not fit the base.
+            ExportError: If an alpha is given, and every file says its own.
         """
-        adapters = [
-            read_adapter(path, shapes, base_family=family, base_weight=base_weight)
-            for path, _ in self.pairs()
-        ]
-        check_fit(shapes, [WeightedAdapter(adapter.layers) for adapter in adapters])
+
+        def read(path: str | Path, alpha: float | None = None) -> AdapterFile:
+            return read_adapter(
+                path, shapes, base_family=family, base_weight=base_weight, alpha=alpha, sums=True
+            )
+
+        adapters = [read(path) for path, _ in self.pairs()]
+        if alpha is not None:
+            if not any(adapter.lacks_alpha for adapter in adapters):
+                raise ExportError(f"alpha {alpha:g} has no effect: every adapter says its own")
+            adapters = [
+                read(path, alpha) if adapter.lacks_alpha else adapter
+                for adapter, (path, _) in zip(adapters, self.pairs(), strict=True)
+            ]
+        parts = [part for adapter in adapters for part in (adapter.layers, adapter.beside)]
+        check_fit(shapes, [WeightedAdapter(part) for part in parts])
         return adapters
+
+    def assumptions(self, adapters: Sequence[AdapterFile]) -> list[str]:
+        """What was assumed of the adapters that `read` gave, one line each with the file's name."""
+        names = [find_adapter(path).name for path, _ in self.pairs()]
+        return [
+            f"{name}: {assumption}"
+            for name, adapter in zip(names, adapters, strict=True)
+            for assumption in adapter.assumptions
+        ]
 
     def weighted(self, adapters: Sequence[AdapterFile]) -> list[WeightedAdapter]:
         """The adapters that `read` gave, with the strengths of each component."""
+        shares = ((True, self.unet_strength), (False, self.text_encoder_strength))
         weighted = []
         for adapter, (_, own) in zip(adapters, self.pairs(), strict=True):
-            for is_unet, share in ((True, self.unet_strength), (False, self.text_encoder_strength)):
-                layers = {
-                    name: layer
-                    for name, layer in adapter.layers.items()
-                    if name.startswith("unet.") == is_unet
-                }
+            for part, (is_unet, share) in product((adapter.layers, adapter.beside), shares):
+                layers = {n: one for n, one in part.items() if n.startswith("unet.") == is_unet}
                 strengths = Strengths(
                     own * self.strength * share, self.direction_strength, self.magnitude_strength
                 )
                 weighted.append(WeightedAdapter(layers, strengths))
-        return weighted
+        return [one for one in weighted if one.layers]
 
     def record(self) -> list[dict[str, object]]:
         """What was merged: names and hashes, no paths; strengths other than 1 that act on all."""

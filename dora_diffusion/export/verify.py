@@ -20,7 +20,9 @@ from dora_diffusion.export.vae import WithVae, open_vae
 from dora_diffusion.formats.checkpoint_file import LEFT_OUT, MARKERS, CheckpointFile, standard_key
 from dora_diffusion.formats.module_names import split_component
 from dora_diffusion.merge import layers_of, merge_tensor
+from dora_diffusion.numerics.merging import cast_error, merge_error
 from dora_diffusion.numerics.precision import wide
+from dora_diffusion.numerics.threads import map_ahead
 
 # What another machine's or library's summation order may change, relative to the largest entry.
 _FLOAT32_NOISE = 16 * torch.finfo(torch.float32).eps
@@ -53,11 +55,14 @@ class VerifyReport:
         kinds: The adapted tensors by kind, such as ``"unet Linear"``.
         unchanged: Number of other tensors that equal the base's, bit for bit.
         problems: What is wrong, one line each; empty if the model is proven.
+        assumptions: What was assumed of the adapters, one line each: the proof holds as far as
+            that is true.
     """
 
     kinds: dict[str, KindReport]
     unchanged: int
     problems: list[str] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -75,6 +80,7 @@ def verify_checkpoint(
     text_encoder_strength: float = 1.0,
     direction_strength: float = 1.0,
     magnitude_strength: float = 1.0,
+    alpha: float | None = None,
     vae: str | Path | None = None,
     variant: str | None = None,
     on_progress: OnProgress | None = None,
@@ -90,6 +96,7 @@ def verify_checkpoint(
         text_encoder_strength: Multiplies it for the text encoders.
         direction_strength: Scales the low-rank difference inside the norm.
         magnitude_strength: Moves the magnitude by a share of its change.
+        alpha: What adapters were trained with whose files do not say it.
         vae: The autoencoder that was baked in.
         variant: Weight variant of the base.
         on_progress: Called with (bytes compared, bytes in all).
@@ -109,12 +116,13 @@ def verify_checkpoint(
         if vae is not None:
             weights = WithVae(model.weights, stack.enter_context(open_vae(vae)))
         read = recipe.read(
-            weights.module_shapes(), model.family, lambda name: weights[f"{name}.weight"]
+            weights.module_shapes(), model.family, lambda name: weights[f"{name}.weight"], alpha
         )
         layers = recipe.weighted(read)
         comparison = Comparison(found, MergedModel(weights, layers))
         report = comparison.run(on_progress)
         report.problems.extend(_beside_the_weights(found, model))
+        report.assumptions.extend(recipe.assumptions(read))
     hint = _recorded_strengths(found, recipe)
     if report.problems and hint:
         report.problems.append(hint)
@@ -139,11 +147,11 @@ class Comparison:
                 self.problems.append(f"{name} is not in {whose}")
         names = sorted(base.keys() & found.keys())
         report = ProgressReporter(sum(found[name].nbytes for name in names), on_progress)
-        for name in names:
+        for name, wanted in map_ahead(self._wanted, names):
             if base[name].shape != found[name].shape:
                 self.problems.append(f"{name} has another shape than the base's")
-            elif layers_of(name, self.expected.adapters):
-                self._compare_adapted(name)
+            elif wanted is not None:
+                self._compare_adapted(name, wanted)
             else:
                 self._compare_unadapted(name)
             report.step(found[name].nbytes)
@@ -166,21 +174,34 @@ class Comparison:
         else:
             self.problems.append(f"{name} is not adapted, but differs from the base's")
 
-    def _compare_adapted(self, name: str) -> None:
+    def _wanted(self, name: str) -> Tensor | None:
+        """The merged tensor in float32; None for a tensor that is not adapted, or another's."""
+        layers, base = layers_of(name, self.expected.adapters), self.expected.base
+        if not layers or base.specs[name].shape != self.found.specs[name].shape:
+            return None
+        return merge_tensor(base[name], layers, torch.float32)
+
+    def _compare_adapted(self, name: str, wanted: Tensor) -> None:
         actual = self.found[name]
         if not actual.is_floating_point():
             self.problems.append(f"{name} holds {actual.dtype}, not floating-point numbers")
             return
-        layers = layers_of(name, self.expected.adapters)
-        wanted = merge_tensor(self.expected.base[name], layers, torch.float32)
         size = wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
         difference = (actual.float() - wanted).abs()
-        rounding = rounding_of(wanted, actual.dtype) + _FLOAT32_NOISE * size
+        rounding = cast_error(wanted, actual.dtype) + _FLOAT32_NOISE * size
         # In this form, so that a NaN is a problem, too.
+        if not bool((difference <= rounding).all()):
+            # Where terms nearly cancel, rounding is a larger share of what they add up to.
+            rounding = torch.maximum(rounding, cast_error(wanted, actual.dtype) + self._error(name))
         if not bool((difference <= rounding).all()):
             worst = (difference / size).max().item()
             self.problems.append(f"{name} differs by {worst:.1e}, beyond the rounding of its dtype")
         self._count(name, wanted, (difference / size).max().item(), (rounding / size).max().item())
+
+    def _error(self, name: str) -> Tensor:
+        """How far two computations of a merged tensor may be apart."""
+        layers = layers_of(name, self.expected.adapters)
+        return 2 * merge_error(self.expected.base[name], layers)
 
     def _count(self, name: str, tensor: Tensor, largest: float, allowed: float) -> None:
         kind = _kind(name, tensor)
@@ -189,13 +210,6 @@ class Comparison:
             worse = one if not largest <= old.largest else old
             one = KindReport(old.tensors + 1, worse.largest, worse.worst, max(allowed, old.allowed))
         self.kinds[kind] = one
-
-
-def rounding_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the distance between neighbours of each entry in a dtype: the error of one cast."""
-    info = torch.finfo(dtype)
-    smallest = info.tiny * info.eps / 2  # half the smallest subnormal number
-    return tensor.abs() * (info.eps / 2) + smallest
 
 
 def _overflowed(actual: Tensor, expected: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dora_diffusion.formats.adapter_keys import AdapterFormatError
 from dora_diffusion.formats.adapter_metadata import OWN
-from dora_diffusion.formats.adapter_repair import NO_ALPHA
+from dora_diffusion.formats.adapter_repair import ALPHA_OF_TRAINING, NO_ALPHA
 from dora_diffusion.formats.module_names import split_component
 
 DIFFUSERS_METADATA = "lora_adapter_metadata"
@@ -80,7 +80,7 @@ def _alpha_by_training(metadata: Mapping[str, str], notes: list[str]) -> AlphaOf
         return lambda name, rank: float(rank)
     if NO_ALPHA in notes:
         notes[notes.index(NO_ALPHA)] = (
-            f"its layers do not say their alpha; alpha {alpha_then:g} of its training was taken"
+            f"its layers do not say their alpha; alpha {alpha_then:g} {ALPHA_OF_TRAINING}"
         )
     return lambda name, rank: alpha_then if rank == rank_then else float(rank)
 

@@ -16,12 +16,15 @@ from dora_diffusion.formats.adapter_keys import (
     AdapterFormatError,
     Part,
     group_keys,
+    is_ai_toolkit_key,
     listing,
     name_resolver,
 )
 from dora_diffusion.formats.adapter_magnitude import BaseWeight, Magnitude, resolve_axes
 from dora_diffusion.formats.adapter_metadata import OWN, UNET_LAYERS, described
 from dora_diffusion.formats.adapter_repair import (
+    AI_TOOLKIT,
+    NO_ALPHA,
     has_component,
     key_notes,
     move_to_second_encoder,
@@ -43,6 +46,7 @@ def decode_layers(
     component: str | None = None,
     config: Mapping[str, Any] | None = None,
     alpha: float | None = None,
+    beside: dict[str, LayerWeights] | None = None,
 ) -> tuple[dict[str, LayerWeights], list[str]]:
     """Layers of one file, in float32.
 
@@ -56,6 +60,8 @@ def decode_layers(
         component: Component of a PEFT folder's names.
         config: A PEFT folder's ``adapter_config.json``.
         alpha: What it was trained with, for a file that lost it.
+        beside: Gets the plain LoRA layers that are to be added to an ai-toolkit DoRA with alpha
+            other than its rank; without it such a file is refused.
 
     Returns:
         The layers, and a line for each thing that was found broken and repaired.
@@ -76,11 +82,18 @@ def decode_layers(
     if not groups:
         raise AdapterFormatError("the file holds no adapter: it has no tensors")
     notes = key_notes(tensors) if component is None else []
+    is_said = alpha is not None or says_alpha(metadata, config)
+    if not is_said and any("alpha" not in parts for parts in groups.values()):
+        notes.append(AI_TOOLKIT if any(map(is_ai_toolkit_key, tensors)) else NO_ALPHA)
     rule = alpha_rule(metadata, config, notes)
     layers, magnitudes = {}, {}
     for name, parts in groups.items():
         own = {part: _numbers(key, part, tensors[key]) for part, key in parts.items()}
         layers[name] = _factors(name, own, rule, alpha)
+        if is_ai_toolkit_key(parts.get("magnitude", "")) and layers[name].scale != 1.0:
+            if beside is None:
+                raise AdapterFormatError(_not_dora(name, layers[name]))
+            layers[name], beside[name] = _dora_and_rest(layers[name])
         if magnitude := _magnitude(name, own, layers[name].weight_shape):
             magnitudes[name] = magnitude
     axes = resolve_axes(
@@ -91,11 +104,30 @@ def decode_layers(
         layers[name] = _with_magnitude(name, layers[name], magnitude, axes[name])
     layers = {name: _without_padding(name, one, metadata) for name, one in layers.items()}
     layers = split_joined(layers, notes)
+    if beside:
+        split = split_joined(beside, [])
+        beside.clear()
+        beside |= split if module_shapes is None else fit_to_model(split, module_shapes)
     if module_shapes is None:
         return layers, notes
     if not component and not all(has_component(key) for key in tensors):
         layers = move_to_second_encoder(layers, module_shapes, notes)
     return fit_to_model(layers, module_shapes), notes
+
+
+def _not_dora(name: str, layer: LayerWeights) -> str:
+    return (
+        f"{name}: ai-toolkit applies alpha / rank ({layer.alpha:g} / {layer.rank}) outside of the "
+        "norm, m (W + BA) / norm(W + BA) + (alpha / rank - 1) BA, which is no DoRA, and which no "
+        "other program computes; with that alpha, export merges it exactly, and convert --to dense "
+        "writes its differences for one base model"
+    )
+
+
+def _dora_and_rest(layer: LayerWeights) -> tuple[LayerWeights, LayerWeights]:
+    """What ai-toolkit computes, as a DoRA with alpha = rank and a plain LoRA added to it."""
+    rest = dataclasses.replace(layer, alpha=layer.alpha - layer.rank)
+    return dataclasses.replace(layer, alpha=float(layer.rank)), rest
 
 
 def _known_weights(base_weight: BaseWeight, shapes: ModuleShapes) -> BaseWeight:

@@ -20,6 +20,7 @@ from dora_diffusion.formats.adapter_metadata import (
     describe,
     parse_metadata,
 )
+from dora_diffusion.formats.adapter_repair import ALPHA_IS_RANK, ALPHA_OF_TRAINING
 from dora_diffusion.formats.adapter_targets import (
     DIFFUSERS_FILE,
     PEFT_CONFIG,
@@ -59,11 +60,24 @@ class AdapterFile:
         layers: The layers.
         metadata: Facts that the tensors do not hold.
         notes: What was broken in the file and how it was read, one line each.
+        beside: Plain LoRA layers whose change is added to that of ``layers``. Only an ai-toolkit
+            DoRA has them, and only for who asks `read_adapter` for ``sums``.
     """
 
     layers: dict[str, LayerWeights]
     metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
     notes: tuple[str, ...] = ()
+    beside: dict[str, LayerWeights] = field(default_factory=dict)
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """Those of the notes that say what was assumed, and may be wrong."""
+        return tuple(note for note in self.notes if ALPHA_IS_RANK in note)
+
+    @property
+    def lacks_alpha(self) -> bool:
+        """Whether its layers do not say their alpha, so that one may be given."""
+        return any(ALPHA_IS_RANK in note or ALPHA_OF_TRAINING in note for note in self.notes)
 
 
 def write_adapter(
@@ -106,12 +120,16 @@ def write_adapter(
         raise AdapterFormatError(f"unknown target {target!r}; there is {', '.join(TARGETS)}")
     if not adapter.layers:
         raise AdapterFormatError("the adapter has no layers; nothing was written")
+    if adapter.beside and target != "dense":
+        raise AdapterFormatError(f"the {target} format cannot hold a DoRA with a LoRA beside it")
     file_name = TARGETS[target].file_name
     if file_name is not None and path.suffix != ".safetensors":
         path = path / file_name
     elif file_name is None and path.suffix == ".safetensors":
         raise AdapterFormatError(f"the {target} target is a folder, not a file: {path.name}")
-    options = WriteOptions(dtype, path.stem, unet_layout, text_model_prefix, base_weight)
+    options = WriteOptions(
+        dtype, path.stem, unet_layout, text_model_prefix, base_weight, adapter.beside
+    )
     files = TARGETS[target].encode(adapter.layers, adapter.metadata, options)
     if file_name is None:
         _write_folder(path, files)
@@ -151,6 +169,7 @@ def read_adapter(
     base_weight: Callable[[str], Tensor] | None = None,
     alpha: float | None = None,
     base_family: str = "",
+    sums: bool = False,
 ) -> AdapterFile:
     """Read an adapter file, an output folder that holds one, or a PEFT folder.
 
@@ -163,6 +182,8 @@ def read_adapter(
         alpha: What it was trained with, for a file that lost it.
         base_family: Family of the model, to be named if the adapter is made for another one; told
             by the shapes where not given.
+        sums: Read an ai-toolkit DoRA with alpha other than its rank as what it is, a DoRA with a
+            LoRA ``beside`` it, instead of refusing it.
 
     Raises:
         AdapterFormatError: If it is not an adapter, does not fit the model, or cannot be read
@@ -171,7 +192,7 @@ def read_adapter(
     """
     found = find_adapter(path)
     try:
-        return _read(found, module_shapes, base_weight, alpha)
+        return _read(found, module_shapes, base_weight, alpha, sums)
     except AdapterFormatError as error:
         if module_shapes is None:
             raise
@@ -188,7 +209,7 @@ def read_adapter(
 def _family(path: Path) -> str:
     """What the file says, or its shapes; ``""`` if neither tells, or it cannot be read."""
     try:
-        adapter = _read(path, None, None, None)
+        adapter = _read(path, None, None, None, sums=True)
     except AdapterFormatError:
         return ""
     shapes = {name: layer.weight_shape for name, layer in adapter.layers.items()}
@@ -200,6 +221,7 @@ def _read(
     module_shapes: ModuleShapes | None,
     base_weight: Callable[[str], Tensor] | None,
     alpha: float | None,
+    sums: bool,
 ) -> AdapterFile:
     if found.is_dir():
         return _read_peft_folders(found, module_shapes, alpha)
@@ -208,11 +230,13 @@ def _read(
     tensors, metadata = _load(found)
     if any(key.startswith("base_model.model.") for key in tensors):
         raise AdapterFormatError(f"{found.name} is a PEFT file without its {PEFT_CONFIG}")
+    beside: dict[str, LayerWeights] = {}
     with _naming(found):
         layers, notes = decode_layers(
-            tensors, metadata, module_shapes=module_shapes, base_weight=base_weight, alpha=alpha
-        )
-    return AdapterFile(layers, _facts(metadata, layers), tuple(notes))
+            tensors, metadata, module_shapes=module_shapes, base_weight=base_weight, alpha=alpha,
+            beside=beside if sums else None,
+        )  # fmt: skip
+    return AdapterFile(layers, _facts(metadata, layers), tuple(notes), beside)
 
 
 def find_adapter(path: str | Path) -> Path:
@@ -246,6 +270,7 @@ def _read_peft_folders(
 ) -> AdapterFile:
     layers: dict[str, LayerWeights] = {}
     facts: AdapterMetadata | None = None
+    notes: list[str] = []
     for folder in peft_folders(path):
         config = peft_config(folder)
         tensors, metadata = _load(folder / PEFT_FILE)
@@ -253,18 +278,23 @@ def _read_peft_folders(
             component = peft_component(
                 list(tensors), folder.name, metadata.get(OWN + "component", "")
             )
-            own, _ = decode_layers(
+            own, said = decode_layers(
                 tensors, metadata, module_shapes=module_shapes, component=component, config=config,
                 alpha=alpha,
             )  # fmt: skip
         layers |= own
+        notes += said
         facts = facts or _facts(metadata, own)
-    return AdapterFile(layers, facts or AdapterMetadata(format_version=""))
+    facts = facts or AdapterMetadata(format_version="")
+    return AdapterFile(layers, facts, tuple(dict.fromkeys(notes)))
 
 
 def _facts(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> AdapterMetadata:
     facts = parse_metadata(metadata)
     trained = metadata.get(OWN + "alpha", "")
+    # The alpha of what was approximated is not the plain LoRA's.
+    if OWN + "approximation" in metadata:
+        return facts
     if not trained or trained == describe({name: layer.alpha for name, layer in layers.items()}):
         return facts
     # The scale is multiplied in, so the layers no longer tell the alpha they were trained with.

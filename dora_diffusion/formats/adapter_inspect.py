@@ -6,64 +6,42 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dora_diffusion.formats.adapter_alpha import DIFFUSERS_METADATA
 from dora_diffusion.formats.adapter_file import (
     AdapterFile,
     AdapterFormatError,
-    AdapterMetadata,
     find_adapter,
     read_adapter,
 )
-from dora_diffusion.formats.adapter_keys import name_resolver
-from dora_diffusion.formats.adapter_metadata import OWN, TRAINED_ALPHA, describe, parse_metadata
+from dora_diffusion.formats.adapter_keys import listing, name_resolver
+from dora_diffusion.formats.adapter_metadata import (
+    OWN,
+    TRAINED_ALPHA,
+    describe,
+    parse_metadata,
+)
+from dora_diffusion.formats.adapter_report import AdapterReport
 from dora_diffusion.formats.adapter_targets import PEFT_FILE
-from dora_diffusion.formats.consumers import OTHER, file_kind, spelling_of, tools_for
+from dora_diffusion.formats.consumers import (
+    OTHER,
+    file_kind,
+    left_out_by_diffusers,
+    spelling_of,
+    stated_approximation,
+    tools_for,
+    verdicts,
+)
 from dora_diffusion.formats.module_names import guess_family
 from dora_diffusion.formats.safetensors_stream import Header, TensorFileError, read_header
 from dora_diffusion.numerics.weights import LayerWeights
 
-
-@dataclass(frozen=True)
-class AdapterReport:
-    """Facts of an adapter file.
-
-    Attributes:
-        path: The file, or the folder of a PEFT adapter.
-        spelling: ``"diffusers"``, ``"kohya"`` or ``"peft"``; ``"other"`` if a key is spelled
-            otherwise than these programs spell it.
-        metadata: What the file says of itself; the family is guessed from shapes if it does not.
-        layers: Number of layers per component.
-        kinds: Number of layers per kind: ``"Linear"``, ``"Conv2d 1x1"``, ``"Conv2d 3x3"``.
-        method: ``"DoRA"``, ``"LoRA"`` or ``"DoRA and LoRA"``.
-        norm_axis: ``"output"``, ``"input"``, ``"mixed"``, or ``""`` for a LoRA.
-        rank: The rank, or JSON per layer if they differ.
-        alpha: The alpha as trained, or JSON per layer if they differ.
-        parameters: Number of trained values.
-        nbytes: Size on disk.
-        tools: Programs, and whether they compute it as it was trained; see docs/formats.md.
-        fits: Whether it fits the base model that was given, ``""`` without one.
-        notes: What to know before using it, and what to repair.
-    """
-
-    path: Path
-    spelling: str
-    metadata: AdapterMetadata
-    layers: Mapping[str, int]
-    kinds: Mapping[str, int]
-    method: str
-    norm_axis: str
-    rank: str
-    alpha: str
-    parameters: int
-    nbytes: int
-    notes: tuple[str, ...]
-    tools: Mapping[str, str] = field(default_factory=dict)
-    fits: str = ""
+# Data types in which numbers are rounded -> the largest relative error of one.
+_HALF = {torch.float16: "5e-4", torch.bfloat16: "4e-3"}
 
 
 def inspect_adapter(
@@ -90,8 +68,10 @@ def inspect_adapter(
         return _report_for_one_base(found, headers[0], module_shapes)
     adapter, fits = _read(found, module_shapes, base_weight, base_family)
     layers = adapter.layers
-    spelling = spelling_of(key for header in headers for key in header.specs)
+    keys = [key for header in headers for key in header.specs]
+    spelling = spelling_of(keys)
     readable = spelling if _is_as_programs_read_it(spelling, layers, headers) else OTHER
+    kind = file_kind(readable, _axis(layers))
     shapes = {name: layer.weight_shape for name, layer in layers.items()}
     facts = adapter.metadata
     if not facts.family:
@@ -110,7 +90,7 @@ def inspect_adapter(
         parameters=sum(_parameters(layer) for layer in layers.values()),
         nbytes=sum(file.stat().st_size for file in files),
         notes=(*adapter.notes, *_notes(readable, _axis(layers), headers)),
-        tools=tools_for(file_kind(readable, _axis(layers))),
+        tools=verdicts(kind, layers, keys, stated_approximation(facts.extra)),
         fits=fits,
     )
 
@@ -151,16 +131,21 @@ def _report_for_one_base(
 ) -> AdapterReport:
     """Report what names, shapes and metadata tell, without reading layers."""
     dense = any(key.endswith(".diff") for key in header.specs)
-    resolve, mark = name_resolver(), ".diff" if dense else ".lora_down.weight"
+    resolve, mark = name_resolver(shapes), ".diff" if dense else ".lora_down.weight"
     keys = {key: resolve(key.partition(".")[0]) for key in header.specs if key.endswith(mark)}
-    components = Counter((name or "other").split(".")[0] for name in keys.values())
+    by_structure = name_resolver()
+    components = Counter(
+        (name or by_structure(key.partition(".")[0]) or "other").split(".")[0]
+        for key, name in keys.items()
+    )
     note = "full differences: add them to the base's weights"
     if not dense:
-        note = "its magnitudes are changed to be exact in ComfyUI and Forge, and wrong elsewhere"
-    own, fits = header.metadata, ""
-    if shapes is not None:
-        known = [name for name in keys.values() if name in shapes]
-        fits = f"{len(known)} of {len(keys)} layers by their names; made for one base model"
+        note = (
+            "its magnitudes are changed to be exact in ComfyUI 0.3.64 and Forge: wrong elsewhere, "
+            "and there too if their formula changes; a merged checkpoint never breaks"
+        )
+    own = header.metadata
+    fits = "" if shapes is None else _fits_one_base(header, keys, shapes)
     return AdapterReport(
         path=path,
         spelling="kohya",
@@ -180,6 +165,29 @@ def _report_for_one_base(
         tools=tools_for("dense" if dense else "comfyui"),
         fits=fits,
     )
+
+
+def _fits_one_base(
+    header: Header, keys: Mapping[str, str | None], shapes: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Whether a base has all layers of a ``comfyui`` or ``dense`` file, in their shapes."""
+    if unknown := [key for key, name in keys.items() if name is None]:
+        return f"no: the model has no module for {listing(unknown, 3)}"
+    wrong = [
+        f"{name} {_weight_shape(header, key)} on {tuple(shapes[name])}"
+        for key, name in keys.items()
+        if name is not None and _weight_shape(header, key) != tuple(shapes[name])
+    ]
+    if wrong:
+        return f"no: it was made for another model: {listing(wrong, 3)}"
+    return f"yes, all {len(keys)} layers by their names and shapes; it is right for one base only"
+
+
+def _weight_shape(header: Header, key: str) -> tuple[int, ...]:
+    """Shape of the weight that a difference, or the low-rank factors, change."""
+    shape = tuple(header.specs[key].shape)
+    up = header.specs.get(key.replace(".lora_down.", ".lora_up."))
+    return shape if up is None or key.endswith(".diff") else (up.shape[0], *shape[1:])
 
 
 def _kind_of_shape(shape: tuple[int, ...]) -> str:
@@ -230,16 +238,26 @@ def _parameters(layer: LayerWeights) -> int:
 
 def _notes(spelling: str, axis: str, headers: list[Header]) -> list[str]:
     notes = []
+    keys = [key for header in headers for key in header.specs]
+    if left_out := left_out_by_diffusers(keys):
+        notes.append(
+            "it mixes two ways to name the factors, of which diffusers reads one per component: it "
+            f"leaves {len(left_out)} layers unchanged without a message ({listing(left_out, 3)})"
+        )
+    dtypes = {spec.dtype for header in headers for spec in header.specs.values()}
+    for dtype in _HALF.keys() & dtypes:
+        name = str(dtype).removeprefix("torch.")
+        notes.append(f"its numbers are rounded to {name}: exact means up to {_HALF[dtype]}")
     if spelling == OTHER:
         notes.append("programs read few of such files as they are meant: convert it for yours")
     elif not axis:
-        notes.append("a plain LoRA: every program computes it alike")
+        notes.append("a plain LoRA: programs compute the layers that they read of it alike")
     elif spelling != "kohya":
-        notes.append("for web UIs convert it, or export a merged checkpoint")
+        notes.append("for web UIs export a merged checkpoint, which never breaks, or convert it")
     elif axis == "output":
         notes.append(
-            "convert it to diffusers for diffusers, to dense or lora for web UIs, or to comfyui "
-            "for ComfyUI and Forge"
+            "for web UIs export a merged checkpoint, which never breaks, or convert it to dense, "
+            "lora or comfyui; for diffusers convert it to diffusers"
         )
     if headers and OWN + "format_version" not in headers[0].metadata:
         notes.append("written by another program")

@@ -3,7 +3,8 @@
 Read here: PEFT (``base_model.model.<module>.lora_A.weight``), diffusers old and new
 (``unet.<module>.lora_A.weight``, ``.lora.down.weight``, ``processor.to_q_lora.down.weight``,
 ``text_encoder.<module>.lora_linear_layer.down.weight``), kohya and LyCORIS
-(``lora_unet_<module>.lora_down.weight``). A key that nothing claims, or two keys for one tensor,
+(``lora_unet_<module>.lora_down.weight``), OneTrainer's (original blocks with dots, bare or behind
+``unet.`` or ``diffusion_model.``). A key that nothing claims, or two keys for one tensor,
 is an error that lists them: a loader that skips keys loads half an adapter without a word.
 """
 
@@ -14,15 +15,17 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from dora_diffusion.formats.module_names import (
-    COMPONENT_ALIASES,
     COMPONENTS,
     KOHYA_PREFIXES,
     LYCORIS_PREFIX,
     canonical,
     component_of,
+    is_sgm_path,
     resolve_by_structure,
     spelling_table,
+    split_prefix,
 )
+from dora_diffusion.formats.other_methods import other_method
 from dora_diffusion.formats.sgm_blocks import SDXL_LAYOUT, UNetLayout
 
 # Projections trained as one matrix, one below the other -> their own names.
@@ -64,14 +67,6 @@ _DOTTED = re.compile(
     r"|\.(?P<other>alpha|dora_scale|magnitude))"
 )
 # Attention processors of early diffusers named the text encoder's projections as the UNet's.
-_SGM_TOPS = (
-    "input_blocks.",
-    "middle_block.",
-    "output_blocks.",
-    "time_embed.",
-    "label_emb.",
-    "out.",
-)
 _OLD_TEXT_LEAVES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -83,6 +78,11 @@ def is_kohya_key(key: str) -> bool:
     """Whether a key is spelled as kohya's scripts and LyCORIS spell it."""
     # With a dot after the prefix, too: `lora_unet.conv_in.lora_magnitude_vector`, half renamed.
     return key.replace(".", "_").startswith((*KOHYA_PREFIXES, LYCORIS_PREFIX))
+
+
+def is_ai_toolkit_key(key: str) -> bool:
+    """Whether a key is a magnitude of ai-toolkit's DoRA."""
+    return key.endswith(".magnitude")
 
 
 def name_resolver(known: Iterable[str] | None = None, layout: UNetLayout | None = None) -> Resolve:
@@ -123,16 +123,13 @@ def parse_key(key: str, resolve: Resolve, component: str | None = None) -> tuple
     """
     if is_kohya_key(key):
         return _parse_kohya_key(key, resolve)
-    path = key.removeprefix(PEFT_PREFIX)
-    prefix, _, rest = path.partition(".")
-    if prefix in COMPONENTS or prefix in COMPONENT_ALIASES:
-        component, path = COMPONENT_ALIASES.get(prefix, prefix), rest
+    said, path = split_prefix(key.removeprefix(PEFT_PREFIX))
     match = _DOTTED.fullmatch(path.replace(".processor.", "."))
     if match is None:
         return None
-    component = component or component_of(match["module"])
-    if component == "unet" and match["module"].startswith(_SGM_TOPS):
-        # OneTrainer's newer files: original block names, with dots.
+    component = said or component or component_of(match["module"])
+    if component == "unet" and is_sgm_path(match["module"]):
+        # OneTrainer's OMI, COMFY and ORIGINAL files: original block names, with dots.
         name = resolve("lora_unet_" + match["module"].replace(".", "_"))
         return None if name is None else (name, _part(match))
     if component is None:
@@ -204,28 +201,13 @@ _MODEL_KEYS = (
     "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.",
     "down_blocks.0.resnets.0.norm1.weight", "text_model.embeddings.", "embeddings.",
 )  # fmt: skip
-_OTHER_METHODS = {
-    "bundle_emb": "embeddings bundled with the adapter",
-    ".hada_": "LoHa",
-    ".lokr_": "LoKr",
-    ".oft_": "OFT",
-    ".diff_b": "differences of biases",
-    ".lora_B.bias": "LoRA biases",
-    ".bias": "LoRA biases",
-    ".w_norm": "norm weights",
-}
 
 
 def _left_over_message(keys: list[str]) -> str:
     if any(key.startswith(_MODEL_KEYS) for key in keys):
         return f"it is a model, not an adapter: {listing(keys, 3)}"
-    if any(key.endswith(".diff") for key in keys):
-        return (
-            f"this file holds full differences, which is no part of a LoRA or DoRA: {listing(keys)}"
-        )
-    for mark, method in _OTHER_METHODS.items():
-        if any(mark in key for key in keys):
-            return f"this file holds {method}, which is no part of a LoRA or DoRA: {listing(keys)}"
+    if sentence := other_method(keys):
+        return f"{sentence} (keys such as {listing(keys, 3)})"
     return f"{len(keys)} keys belong to no known module: {listing(keys)}"
 
 

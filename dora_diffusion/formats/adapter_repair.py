@@ -11,10 +11,17 @@ from dora_diffusion.formats.adapter_keys import (
     is_kohya_key,
     joined_parts,
 )
-from dora_diffusion.formats.module_names import COMPONENT_ALIASES, COMPONENTS
+from dora_diffusion.formats.module_names import is_sgm_path, split_prefix
 from dora_diffusion.numerics.weights import LayerWeights
 
-NO_ALPHA = "it does not say its alpha; alpha = rank is assumed"
+# What stands in every note that says so, by which it is found again.
+ALPHA_IS_RANK = "alpha = rank is assumed"
+ALPHA_OF_TRAINING = "of its training was taken"
+NO_ALPHA = f"it does not say its alpha; {ALPHA_IS_RANK}"
+AI_TOOLKIT = (
+    "its magnitudes are named as ai-toolkit names them, whose formula is DoRA's only where alpha "
+    f"equals the rank; {ALPHA_IS_RANK}"
+)
 
 
 def split_joined(layers: Mapping[str, LayerWeights], notes: list[str]) -> dict[str, LayerWeights]:
@@ -53,8 +60,8 @@ def split_joined(layers: Mapping[str, LayerWeights], notes: list[str]) -> dict[s
 
 def has_component(key: str) -> bool:
     """Whether a key says which component it belongs to."""
-    first = key.removeprefix(PEFT_PREFIX).partition(".")[0]
-    return is_kohya_key(key) or first in COMPONENTS or first in COMPONENT_ALIASES
+    component, path = split_prefix(key.removeprefix(PEFT_PREFIX))
+    return is_kohya_key(key) or component is not None or is_sgm_path(path)
 
 
 def key_notes(keys: Iterable[str]) -> list[str]:
@@ -66,10 +73,8 @@ def key_notes(keys: Iterable[str]) -> list[str]:
     if kohya and magnitudes:
         notes.append(
             f"{len(magnitudes)} magnitude keys were left half renamed by diffusers' own converter, "
-            "which also writes the rank for alpha; if it was trained with another, give that alpha"
+            f"which also writes the rank for alpha; {ALPHA_IS_RANK}"
         )
-    elif kohya and not any(key.endswith(".alpha") for key in keys):
-        notes.append(NO_ALPHA)
     bare = (k.startswith("text_encoder") and k.endswith(".lora_magnitude_vector") for k in keys)
     if any(bare):
         notes.append(

@@ -49,6 +49,7 @@ class WriteOptions:
         text_model_prefix: In a ``peft`` folder, name CLIPTextModel's modules ``text_model....``,
             as transformers before 5.6 do.
         base_weight: Base weight by canonical module name, for the targets that need it.
+        beside: Plain LoRA layers whose change is added, for ``dense``.
     """
 
     dtype: torch.dtype | None = None
@@ -56,6 +57,7 @@ class WriteOptions:
     unet_layout: UNetLayout | None = None
     text_model_prefix: bool = False
     base_weight: Callable[[str], Tensor] | None = None
+    beside: Layers = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,11 @@ def encode_dense(
     dtype = options.dtype or torch.float32
 
     def make(name: str) -> Tensor:
-        return difference(base_weight(name), layers[name]).to(dtype)
+        weight = base_weight(name)
+        change = difference(weight, layers[name])
+        if name in options.beside:
+            change += difference(weight, options.beside[name])
+        return change.to(dtype)
 
     lazy = {
         f"{names[name]}.diff": (TensorSpec(dtype, layer.weight_shape), partial(make, name))

@@ -1,22 +1,26 @@
 """Which programs compute an adapter file as it was trained. docs/formats.md gives the reasons.
 
-Every verdict is either proven by a test against the program itself (diffusers, PEFT, LyCORIS) or
-against a restatement of its published formula (ComfyUI and Forge, A1111), or taken from its source
-(InvokeAI, sd-scripts).
+Every verdict is proven by a test against the program itself (diffusers, PEFT, LyCORIS), or was seen
+when the program was run (ComfyUI, Forge, A1111's network code, InvokeAI, sd-scripts); tests restate
+the published formulas of ComfyUI and A1111.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from dora_diffusion.formats.adapter_keys import PEFT_PREFIX
-from dora_diffusion.formats.module_names import KOHYA_PREFIXES
+from dora_diffusion.formats.adapter_metadata import APPROXIMATES, APPROXIMATION_ERROR
+from dora_diffusion.formats.module_names import COMPONENTS, KOHYA_PREFIXES
+from dora_diffusion.formats.sgm_blocks import TOP_MODULES
 
 EXACT = "exact"
+# The error of an approximation that is none, but for the rounding of its numbers.
+_ROUNDING = 1e-5
 _PLAIN = "wrong: the magnitudes are ignored, so it acts as a plain LoRA"
 _NOT_FOR_IT = "convert: the file is not made for it"
-_BY_SOURCE = "exact: by its source, which we have read and not run"
 _OTHER_BASES = "exact for its base: wrong with any other"
 _UNKNOWN = "convert: its spelling is not one that we have checked"
 OTHER = "other"
@@ -72,7 +76,7 @@ VERDICTS: Mapping[str, Mapping[str, str]] = {
         lycoris="exact if told so: with wd_on_output=False, and an error without",
         comfyui=EXACT,
         a1111=EXACT,
-        invokeai=_BY_SOURCE,
+        invokeai=EXACT,
         sd_scripts=_PLAIN,
     ),
     "comfyui": _verdicts(
@@ -88,6 +92,7 @@ VERDICTS: Mapping[str, Mapping[str, str]] = {
         lycoris=_OTHER_BASES,
         comfyui=_OTHER_BASES,
         a1111=_OTHER_BASES,
+        invokeai=_OTHER_BASES,
     ),
     "kohya LoRA": _verdicts(
         diffusers=EXACT,
@@ -95,8 +100,8 @@ VERDICTS: Mapping[str, Mapping[str, str]] = {
         lycoris=EXACT,
         comfyui=EXACT,
         a1111=EXACT,
-        invokeai=_BY_SOURCE,
-        sd_scripts=_BY_SOURCE,
+        invokeai=EXACT,
+        sd_scripts=EXACT,
     ),
     "diffusers LoRA": _verdicts(diffusers=EXACT, peft=_NOT_FOR_IT),
     "peft LoRA": _verdicts(diffusers=_NOT_FOR_IT, peft=EXACT),
@@ -119,6 +124,11 @@ _SPELLINGS = {
         r"\.(?:lora_[AB]|lora_magnitude_vector|lora_linear_layer\.(?:down|up))\.weight"
     ),
 }
+# How the two factors of a layer are named: PEFT's way, and that of the diffusers before it.
+_PEFT_FACTORS = re.compile(r".+\.lora_[AB]\.weight")
+_OLD_FACTORS = re.compile(
+    r".+(?:\.lora|\.lora_linear_layer|\.processor\.\w+_lora)\.(?:down|up)\.weight"
+)
 # Attention projections trained as one matrix, which only some programs split.
 _JOINED = ("to_qkv.", "to_kv.", "in_proj.", "qkv_proj.")
 
@@ -128,10 +138,30 @@ def spelling_of(keys: Iterable[str]) -> str:
     keys = list(keys)
     if any(joined in key for key in keys for joined in _JOINED):
         return OTHER
+    if any(mixes_factors(key for key in keys if key.startswith(f"{c}.")) for c in COMPONENTS):
+        return OTHER
     for spelling, pattern in _SPELLINGS.items():
         if all(map(pattern.fullmatch, keys)):
             return spelling
     return OTHER
+
+
+def mixes_factors(keys: Iterable[str]) -> bool:
+    """Whether some of these keys name the factors as PEFT does, and others as old diffusers did."""
+    keys = list(keys)
+    return any(map(_PEFT_FACTORS.fullmatch, keys)) and any(map(_OLD_FACTORS.fullmatch, keys))
+
+
+def left_out_by_diffusers(keys: Iterable[str]) -> list[str]:
+    """UNet layers that diffusers leaves unchanged, without a message, of a file that mixes names.
+
+    It renames a UNet's keys only if the first one, in alphabetical order, is not PEFT's.
+    """
+    unet = sorted(key.removeprefix("unet.") for key in keys if key.startswith("unet."))
+    if not unet or not mixes_factors(unet) or "lora_A" not in unet[0]:
+        return []
+    old = [key.replace(".processor.", ".") for key in unet if _OLD_FACTORS.fullmatch(key)]
+    return sorted({re.sub(r"[._]lora(_linear_layer)?\.(down|up)\.weight$", "", k) for k in old})
 
 
 def file_kind(spelling: str, norm_axis: str, target: str = "") -> str:
@@ -158,3 +188,78 @@ def tools_for(kind: str) -> dict[str, str]:
     if kind == OTHER:
         return dict.fromkeys(CONSUMERS, _UNKNOWN)
     return dict(VERDICTS[kind]) if kind else {}
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """What a plain LoRA stands in for.
+
+    Attributes:
+        of: ``"DoRA"`` or ``"LoRA"``.
+        error: Relative error of the change of all layers; None if the file does not say it.
+    """
+
+    of: str
+    error: float | None
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return f"which approximates the {self.of}"
+        share = f"{self.error:.1%}" if self.error >= 0.001 else "less than 0.1%"
+        return f"which approximates the {self.of} by {share}"
+
+
+def stated_approximation(extra: Mapping[str, str]) -> Approximation | None:
+    """What the metadata of a file of ours say that it approximates; None if it is exact."""
+    if not (of := extra.get(APPROXIMATES)):
+        return None
+    try:
+        error = float(extra.get(APPROXIMATION_ERROR, ""))
+    except ValueError:
+        return Approximation(of, None)
+    return Approximation(of, error) if error > _ROUNDING else None
+
+
+def verdicts(
+    kind: str,
+    layers: Collection[str],
+    keys: Collection[str] = (),
+    approximation: Approximation | None = None,
+) -> dict[str, str]:
+    """Verdict per consumer for one file; empty if it mixes axes.
+
+    Args:
+        kind: From `file_kind`.
+        layers: Its layers' canonical names.
+        keys: Its keys.
+        approximation: What it approximates, if it is a plain LoRA made from something else.
+    """
+    found = tools_for(kind)
+    if left_out := left_out_by_diffusers(keys):
+        found["diffusers"] = f"wrong: it leaves {_some(left_out)} unchanged"
+    if approximation is not None:
+        found = {
+            program: f"exact for this LoRA, {approximation}" if verdict == EXACT else verdict
+            for program, verdict in found.items()
+        }
+    if kind == "kohya LoRA" and (outside := outside_of_blocks(layers)):
+        found["sd-scripts"] = f"wrong: it leaves {_some(outside)} unchanged"
+        found["diffusers"] += (
+            f": in 0.42; 0.35 leaves {_some(outside)} unchanged, or refuses SDXL's"
+        )
+    return found
+
+
+def outside_of_blocks(layers: Iterable[str]) -> list[str]:
+    """Layers beside the blocks of UNet and text encoders, where sd-scripts looks for none."""
+    return [
+        name
+        for name in layers
+        if name.removeprefix("unet.") in TOP_MODULES or name.endswith(".text_projection")
+    ]
+
+
+def _some(names: Collection[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} layer{'s' * (len(names) != 1)} ({', '.join(names[:3])}{more})"

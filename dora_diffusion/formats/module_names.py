@@ -34,8 +34,19 @@ KOHYA_PREFIXES = {
     "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
 }
-# What OneTrainer's newer files call the text encoders.
-COMPONENT_ALIASES = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+# What dotted names start with -> component; of those that share a start, the longest first.
+# OneTrainer's OMI files say `clip_l`, its COMFY files what ComfyUI calls its modules.
+COMPONENT_PREFIXES = {
+    "model.diffusion_model": "unet",
+    "diffusion_model": "unet",
+    "cond_stage_model.transformer": "text_encoder",
+    "conditioner.embedders.0.transformer": "text_encoder",
+    "text_encoders.clip_l.transformer": "text_encoder",
+    "text_encoders.clip_g.transformer": "text_encoder_2",
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    **{component: component for component in COMPONENTS},
+}
 LYCORIS_PREFIX = "lycoris_"  # LyCORIS' own wrapper: the path in whichever model was wrapped
 
 # `#` stands for a number.
@@ -131,9 +142,22 @@ def split_component(name: str) -> tuple[str, str]:
 def component_of(path: str) -> str | None:
     """Component that a module path without prefix belongs to, by its first words."""
     top = path.split(".")[0]
-    if top in {name.split(".")[0] for name in _UNET}:
+    if top in {name.split(".")[0] for name in (*_UNET, *_SGM_UNET)}:
         return "unet"
     return "text_encoder" if top in ("text_model", "encoder", "text_projection") else None
+
+
+def split_prefix(path: str) -> tuple[str | None, str]:
+    """Component that a dotted name says, None if it says none, and the path behind it."""
+    for prefix, component in COMPONENT_PREFIXES.items():
+        if path.startswith(f"{prefix}."):
+            return component, path.removeprefix(f"{prefix}.")
+    return None, path
+
+
+def is_sgm_path(path: str) -> bool:
+    """Whether a UNet path starts as those of the original blocks do."""
+    return path.split(".")[0] in {name.split(".")[0] for name in _SGM_UNET}
 
 
 def kohya_name(name: str, *, sgm: UNetLayout | None) -> str | None:

@@ -10,11 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +30,7 @@ from dora_diffusion.formats.safetensors_header import (
     TensorSpec,
     read_header,
 )
+from dora_diffusion.numerics.threads import map_ahead
 
 __all__ = [
     "DTYPES",
@@ -47,8 +45,6 @@ __all__ = [
     "shard_files",
     "write_tensors",
 ]
-
-_MOST_WORKERS = 4
 
 
 class TensorReader:
@@ -172,7 +168,7 @@ def write_tensors(
         with SyncedFile(temporary) as file:
             header = _encode_header(order, specs, notes)
             file.write(header)
-            for name, tensor in _made_ahead(load, order):
+            for name, tensor in map_ahead(load, order):
                 _write_one(file, name, specs[name], tensor)
                 if on_written is not None:
                     on_written(specs[name].nbytes)
@@ -185,38 +181,6 @@ def write_tensors(
         if written.specs != dict(specs) or written.metadata != notes:
             raise TensorFileError(f"{path.name} did not read back as it was written")
     return path
-
-
-def _made_ahead(
-    make: Callable[[str], Tensor], names: Sequence[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Make tensors in threads, a few ahead of their use, and give them in their order."""
-    # One more than there are cores: some of them wait for the disk.
-    workers = min(_MOST_WORKERS, (os.cpu_count() or 1) + 1)
-    waiting: deque[tuple[str, Future[Tensor]]] = deque()
-    pool = ThreadPoolExecutor(workers)
-    with one_thread_each():
-        try:
-            for name in names:
-                waiting.append((name, pool.submit(make, name)))
-                if len(waiting) > workers:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            for first, future in waiting:
-                yield first, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Let threads that start inside compute with one thread each, not with all cores each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _file_order(specs: Mapping[str, TensorSpec]) -> list[str]:

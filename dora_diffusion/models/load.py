@@ -25,7 +25,7 @@ from dora_diffusion.models.locate import (
 )
 from dora_diffusion.models.scheduling import training_scheduler, zeros_for_empty_prompt
 from dora_diffusion.models.single_file import load_single_file
-from dora_diffusion.models.weights import load_module, plain_errors, quiet_progress, read_json
+from dora_diffusion.models.weights import load_module, plain_errors, quiet_libraries, read_json
 
 __all__ = [
     "SAMPLERS",
@@ -71,7 +71,7 @@ def load_components(
         raise ModelNotFoundError(
             f"{path} is a pickle, which can run code when opened; convert it to .safetensors first"
         )
-    with quiet_progress():
+    with quiet_libraries():
         if path.suffix == ".safetensors" and path.is_file():
             components = load_single_file(path, dtype, config)
         else:

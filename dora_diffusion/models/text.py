@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ def encode_prompts(components: Components, prompts: Sequence[str]) -> Conditioni
         Conditioning with ``encoder_hidden_states (B, tokens, C)`` and, of SDXL, ``pooled (B, P)``.
 
     Warns:
-        UserWarning: For each prompt beyond the token limit, naming the text that was cut.
+        UserWarning: Once for each prompt beyond the token limit, naming the text that was cut.
     """
     if isinstance(prompts, str):
         raise TypeError("encode_prompts takes a list of prompts, got a single string")
@@ -156,11 +157,17 @@ def truncated_text(tokenizer: Any, prompt: str) -> str:
     return str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])).strip()
 
 
+# Prompts that were warned of, by tokenizer: a caption comes again with every epoch.
+_WARNED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+
 def warn_of_truncation(tokenizer: Any, prompts: Sequence[str]) -> None:
-    """Warn of each distinct prompt that is too long, naming what the model will not see."""
+    """Warn once of each distinct prompt that is too long, naming what the model will not see."""
+    warned = _WARNED.setdefault(tokenizer, set())
     for prompt in dict.fromkeys(prompts):
-        cut = truncated_text(tokenizer, prompt)
+        cut = "" if prompt in warned else truncated_text(tokenizer, prompt)
         if cut:
+            warned.add(prompt)
             warnings.warn(
                 f"the prompt is longer than the model's {tokenizer.model_max_length} tokens; "
                 f"it will not see the end: {cut!r}",

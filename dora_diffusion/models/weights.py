@@ -94,20 +94,25 @@ def plain_errors(name: str, hint: str = "it is missing or damaged") -> Iterator[
 
 
 @contextlib.contextmanager
-def quiet_progress() -> Iterator[None]:
-    """Switch the libraries' loading bars off for a while."""
+def quiet_libraries() -> Iterator[None]:
+    """Switch the libraries' loading bars and warnings off for a while.
+
+    What a user can act on among them, such as a prompt that is cut, this package says itself.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     states = [
-        (logging, logging.is_progress_bar_enabled())
+        (logging, logging.is_progress_bar_enabled(), logging.get_verbosity())
         for logging in (diffusers_logging, transformers_logging)
     ]
-    for logging, _ in states:
+    for logging, _, _ in states:
         logging.disable_progress_bar()
+        logging.set_verbosity_error()
     try:
         yield
     finally:
-        for logging, enabled in states:
+        for logging, enabled, verbosity in states:
+            logging.set_verbosity(verbosity)
             if enabled:
                 logging.enable_progress_bar()

@@ -9,7 +9,7 @@ Two exact forms of the same product are used, and the cheaper one is chosen by s
 
 * *fold*: build ``W + sBA`` and run one operation. Right when the weight is applied at many
   positions. Never in low precision, where rounding the sum to the weight's dtype would lose small
-  updates.
+  updates, nor where torch rounds the operands of float32 products, as TensorFloat-32 does.
 * *follow*: run the base operation and correct its result. Right for few positions.
 
 Both start as an exact identity: with ``B = 0`` and ``g = 1`` every correction is zero.
@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from dora_diffusion.numerics.dora import NORM_FLOOR, per_channel
 from dora_diffusion.numerics.gain import Gain
 from dora_diffusion.numerics.operation import Operation
-from dora_diffusion.numerics.precision import is_wide, wide
+from dora_diffusion.numerics.precision import is_wide, keeps_small_updates, wide
 from dora_diffusion.numerics.source import Source
 from dora_diffusion.numerics.weights import NormAxis
 
@@ -43,7 +43,7 @@ def folds(positions: int, weight: Tensor, rank: int, dtype: torch.dtype) -> bool
 
     Folding passes over ``out * fan_in`` numbers; following over ``positions * (out + in)``.
     """
-    if not is_wide(dtype):
+    if not keeps_small_updates(dtype, weight.device.type, "conv" if weight.ndim > 2 else "matmul"):
         return False
     out, inputs = weight.shape[:2]
     input_passes = FOLLOW_INPUT_PASSES + rank * weight.shape[2:].numel() / ROWS_PER_PASS
@@ -130,6 +130,17 @@ def _grow_onto(total: Tensor, base: Tensor, gain: Tensor) -> Tensor:
     return base.add_(total.addcmul_(base, (gain - 1).to(total.dtype)))
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left * right`` of two activations, in float32 where they are float16.
+
+    Under a loss scale, their product passes float16's largest number long before either does.
+    """
+    if left.dtype != torch.float16:
+        return left * right
+    # One operation, which widens what it reads, without copies of its own on CUDA.
+    return torch.addcmul(left.new_zeros(1, dtype=torch.float32), left, right)
+
+
 def _kept(x: Tensor, source: Source | None) -> Tensor:
     """What the backward pass gets ``x`` from."""
     if source is None:
@@ -193,7 +204,7 @@ class _OutputAxis(torch.autograd.Function):
         grad_hidden = op.pointwise.input_gradient(grad, scaled_up, hidden)
         grad_up = wide(op.pointwise.weight_gradient(grad, hidden, up.to(dtype)))
         grad_up = grad_up * per_channel(g * scale, up.ndim, "output")
-        product = None if y is None else grad * y
+        product = None if y is None else _product(grad, y)
         grad_m = grad_x = None
         if need_m:
             grad_m = _output_magnitude_gradient(ctx, grad, x, product, weight, bias, down, up)
@@ -201,7 +212,8 @@ class _OutputAxis(torch.autograd.Function):
             grad_x = op.input_gradient(grad, _folded(weight, down, scaled_up, g, dtype), x)
         elif need_x:
             # The product is summed up: its memory takes what follows.
-            grown = _grow(grad, op.broadcast(g - 1), out=product)
+            memory = product if product is not None and product.dtype == grad.dtype else None
+            grown = _grow(grad, op.broadcast(g - 1), out=memory)
             grad_x = op.input_gradient(grown, weight.to(dtype), x)
         through = None if ctx.fold else grad_x
         grad_down = op.narrow_gradients(grad_hidden, x, down.to(dtype), through)
@@ -235,7 +247,8 @@ def _output_magnitude_gradient(
         total = total / torch.where(g == 0, torch.ones_like(g), g)
     if channels is not None:
         rows = _folded(weight[channels], down, ctx.scale * up[channels], None, x.dtype)
-        total[channels] = op.channel_sum(op.select(grad, channels) * op(x, rows)).to(total.dtype)
+        of_rows = _product(op.select(grad, channels), op(x, rows))
+        total[channels] = op.channel_sum(of_rows).to(total.dtype)
     return total / norm.clamp_min(NORM_FLOOR)
 
 
@@ -293,7 +306,7 @@ class _InputAxis(torch.autograd.Function):
         through = None if ctx.fold else grad_scaled
         grad_down = op.narrow_gradients(grad_hidden, scaled, down.to(dtype), through)
         if grad_scaled is not None:
-            grad_m = op.channel_sum(grad_scaled * x) / norm.clamp_min(NORM_FLOOR)
+            grad_m = op.channel_sum(_product(grad_scaled, x)) / norm.clamp_min(NORM_FLOOR)
             grad_x = _grow(grad_scaled, op.broadcast(g - 1))
         grads = grad_down.to(down.dtype), grad_up.to(up.dtype), grad_m if need_m else None
         return grad_x if need_x else None, None, None, *grads, None, None, None, None

@@ -23,9 +23,10 @@ from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 # Far below any pretrained norm, and far enough above float32's smallest number that m / FLOOR
 # stays finite. A channel of a smaller norm is 0. Never added, so no norm is changed.
 NORM_FLOOR = 1e-30
-# Below this share of |W|^2, the factored norm has lost about four of its twenty-four bits to
-# cancellation, and the channel is recomputed from the dense weight.
-CANCELLATION = 1 / 16
+# Below this share of its terms' magnitudes, the factored norm may be off by more than 1e-5, and the
+# channel is recomputed from the dense weight: the terms were seen to be rounded to up to ten times
+# 2^-24 of them.
+CANCELLATION = 1 / 32
 
 
 def per_channel(vector: Tensor, ndim: int, axis: NormAxis) -> Tensor:
@@ -70,7 +71,7 @@ def adapted_norm(
 ) -> Tensor:
     """``norm(W + s B A)`` per channel without building ``W + s B A``: ``(out,)`` or ``(in,)``.
 
-    Channels in which ``|W|^2`` and its change nearly cancel are recomputed from the dense sum.
+    Channels in which its terms nearly cancel are recomputed from the dense sum.
 
     Args:
         weight: Base weight ``(out, in, *k)``.
@@ -82,19 +83,36 @@ def adapted_norm(
     """
     base = squared_norm(weight, axis) if weight_squared_norm is None else weight_squared_norm
     total = base + squared_norm_change(weight, down, up, scale, axis)
-    cancelled = cancels(total, base).nonzero().flatten()
+    reach = low_rank_reach(down, up, scale, axis)
+    cancelled = cancels(total, base, reach).nonzero().flatten()
     if len(cancelled):
         dense = _dense_channels(weight, down, up, scale, axis, cancelled)
         total[cancelled] = squared_norm(dense, axis).to(total.dtype)
     return total.sqrt()
 
 
-def cancels(total: Tensor, base: Tensor) -> Tensor:
-    """Where ``|W + sBA|^2`` is lost in the rounding of its terms, of which ``|W|^2`` is one.
+def low_rank_reach(down: Tensor, up: Tensor, scale: float, axis: NormAxis) -> Tensor:
+    """``|s| |B_i| |A|`` per output, ``|s| |A_j| |B|`` per input: ``(out,)`` or ``(in,)``.
 
-    By the triangle inequality the other terms are no larger than a few times ``|W|^2`` there.
+    At least the norm of that channel of ``s B A``, however its ranks cancel one another.
     """
-    return total < CANCELLATION * base
+    own, other = (up, down) if axis == "output" else (down, up)
+    size: Tensor = torch.linalg.vector_norm(wide(other))
+    return abs(scale) * size * weight_norm(wide(own), axis)
+
+
+def cancels(total: Tensor, base: Tensor, reach: Tensor) -> Tensor:
+    """Where ``|W + sBA|^2`` is lost in the rounding of the terms that it was summed from.
+
+    Their magnitudes are no more than ``(|W| + reach)^2`` in sum (Cauchy-Schwarz), and rounding is a
+    share of these, whatever is left of them: ``|W|^2`` against the change, or rank against rank.
+
+    Args:
+        total: ``|W + sBA|^2`` per channel, as summed.
+        base: ``|W|^2``.
+        reach: `low_rank_reach`.
+    """
+    return total < CANCELLATION * (base.sqrt() + reach).square()
 
 
 def squared_norm_change(

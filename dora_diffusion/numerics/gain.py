@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -20,9 +20,10 @@ from dora_diffusion.numerics.dora import (
     change_and_checksum,
     checksum,
     squared_norm,
+    weight_norm,
 )
 from dora_diffusion.numerics.dora import gain as gain_of
-from dora_diffusion.numerics.precision import full_precision
+from dora_diffusion.numerics.precision import full_precision, wide
 from dora_diffusion.numerics.weights import NormAxis
 
 # Output channels whose |g| is below this recompute their direction for the gradient of m: dividing
@@ -110,7 +111,7 @@ def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
     norm = total.sqrt()
     gain = gain_of(torch.cat([one.magnitude for one in layers]), norm)
     # Not less: a negative total has no root, and its channel must be found too.
-    delicate = cancels(total, base).logical_or_(~(gain.abs() >= SMALL_GAIN))
+    delicate = cancels(total, base, _reach(layers)).logical_or_(~(gain.abs() >= SMALL_GAIN))
     delicate |= (torch.cat(checksums) - then).square() > SAME_WEIGHT * base
     gains = [
         Gain(*pair, None)
@@ -119,6 +120,24 @@ def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
     for number in _owners(delicate.nonzero().flatten().tolist(), sizes):
         gains[number] = _careful(layers[number])
     return gains
+
+
+def _reach(layers: Sequence[GainInputs]) -> Tensor:
+    """`low_rank_reach` of all channels of all layers, in few operations."""
+    others = [one.down if one.axis == "output" else one.up for one in layers]
+    norms = torch._foreach_norm([wide(factor) for factor in others])
+    torch._foreach_mul_(norms, [abs(one.scale) for one in layers])
+    channels = torch.cat(
+        [norm.expand(len(one.known.squared_norm)) for norm, one in zip(norms, layers, strict=True)]
+    )
+    own: list[Tensor] = []
+    for (axis, _), group in groupby(layers, key=lambda one: (one.axis, one.up.shape[1])):
+        if axis == "input":
+            own += [weight_norm(wide(one.down), axis) for one in group]
+        else:
+            rows = torch.cat([wide(one.up).flatten(1) for one in group])
+            own.append(weight_norm(rows, axis))
+    return torch.cat(own).mul_(channels)
 
 
 def _careful(one: GainInputs) -> Gain:

@@ -77,6 +77,37 @@ def denoising_loss(
     return per_sample if weight is None else per_sample * weight.to(per_sample)
 
 
+def prediction_loss(
+    model_pred: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    alpha_bar: Tensor,
+    *,
+    prediction_type: str,
+    snr_gamma: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The objective: each sample's loss of a prediction, ``(B,)``.
+
+    Args:
+        model_pred: ``(B, C, h, w)``.
+        latents: What was noised, ``(B, C, h, w)``.
+        noise: What was added, ``(B, C, h, w)``.
+        alpha_bar: ``(B,)``.
+        prediction_type: See `training_target`.
+        snr_gamma: See `min_snr_weight`; 0 weights all timesteps alike.
+        mask: See `denoising_loss`.
+    """
+    target = training_target(prediction_type, latents, noise, alpha_bar)
+    weight = loss_weight(alpha_bar, snr_gamma, prediction_type)
+    return denoising_loss(model_pred, target, weight, mask)
+
+
+def loss_weight(alpha_bar: Tensor, snr_gamma: float, prediction_type: str) -> Tensor | None:
+    """Loss weight of each sample, ``(B,)``; None where all weigh the same (``snr_gamma`` 0)."""
+    return min_snr_weight(alpha_bar, snr_gamma, prediction_type) if snr_gamma else None
+
+
 def split_prior(per_sample: Tensor, is_prior: Tensor) -> tuple[Tensor, Tensor]:
     """Mean loss of the subject's samples and of the class images (0 where there are none).
 

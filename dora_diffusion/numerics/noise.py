@@ -1,4 +1,4 @@
-"""What a training step draws: timesteps and noise, each from its own generator."""
+"""Timesteps and noise, each drawn from its own generator, and the forward process."""
 
 from __future__ import annotations
 
@@ -28,3 +28,16 @@ def sample_noise(
         constant = torch.randn((shape[0], 1, 1), generator=generator, device=generator.device)
         noise = noise + offset * constant
     return noise
+
+
+def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The forward process, ``sqrt(a) latents + sqrt(1 - a) noise``: ``(B, C, h, w)``.
+
+    Args:
+        latents: ``(B, C, h, w)``.
+        noise: ``(B, C, h, w)``, standard normal.
+        alpha_bar: Cumulative product of alphas at each sample's timestep, ``(B,)`` (Ho et al.,
+            arXiv:2006.11239, equation 4).
+    """
+    a = alpha_bar.to(latents).view(-1, *[1] * (latents.ndim - 1))
+    return a.sqrt() * latents + (1 - a).sqrt() * noise

@@ -1,12 +1,24 @@
-"""What norms, gains and merges are computed in: float32, or float64 for float64 weights."""
+"""What products, norms, gains and merges are computed in.
+
+Norms and merges take float32, or float64 for float64 weights. But float32 says less than it seems:
+torch may round the operands of a float32 product to the 10 bits of TensorFloat-32 (convolutions on
+CUDA do so by default) or to bfloat16's 7, which loses an update that is small beside its weight.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+# What multiplies: ``F.linear`` and ``@``, or ``F.conv2d``. torch sets the precision of each.
+Product = Literal["matmul", "conv"]
+
+_ROUNDED = ("tf32", "bf16")
 
 
 def is_wide(dtype: torch.dtype) -> bool:
@@ -24,16 +36,87 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(wide_dtype(tensor))
 
 
+def keeps_small_updates(dtype: torch.dtype, device_type: str, product: Product) -> bool:
+    """Whether a product with ``W + sBA`` shows an update that is small beside ``W``.
+
+    Args:
+        dtype: Of its operands.
+        device_type: ``"cuda"``, ``"cpu"``...
+        product: What multiplies.
+    """
+    if dtype != torch.float32:
+        return is_wide(dtype)
+    return not rounds_float32(device_type, product)
+
+
+def rounds_float32(device_type: str, product: Product) -> bool:
+    """Whether torch is set to round the operands of a float32 product. Never raises."""
+    setting = _setting(device_type, product)
+    if setting is not None:
+        return setting.fp32_precision in _ROUNDED
+    if device_type == "cuda":
+        switch = torch.backends.cudnn if product == "conv" else torch.backends.cuda.matmul
+        return bool(switch.allow_tf32)
+    return device_type == "cpu" and product == "matmul" and _medium()
+
+
+# torch.compile cannot trace these settings: this says to read them while it compiles. (The public
+# `torch.compiler.assume_constant_result` does the same, and imports all of the compiler for it.)
+rounds_float32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache
+def _setting(device_type: str, product: Product) -> Any:
+    """The object with the setting ``fp32_precision``; None before torch 2.9, which has none.
+
+    It also knows of the older switches, which in their turn cannot be read once this one was set:
+    `torch.backends.cuda.matmul.allow_tf32` raises a RuntimeError then.
+    """
+    library = {"cuda": "cuda" if product == "matmul" else "cudnn", "cpu": "mkldnn"}
+    setting = getattr(getattr(torch.backends, library.get(device_type, ""), None), product, None)
+    return setting if hasattr(setting, "fp32_precision") else None
+
+
+def _medium() -> bool:
+    return torch.get_float32_matmul_precision() == "medium"
+
+
+def allow_tf32() -> None:
+    """Let products of float32 matrices on CUDA run in TensorFloat-32; convolutions do by default.
+
+    By torch's older switch: programs that read it would fail if the newer one was set.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Products as precise as their dtype: without autocast, and without TensorFloat-32 on CUDA."""
+    """Products of matrices as precise as their dtype: without autocast, TF32 and bfloat16."""
     with torch.autocast(device.type, enabled=False):
-        matmul = torch.backends.cuda.matmul
-        if device.type != "cuda" or torch.compiler.is_compiling() or not matmul.allow_tf32:
+        if torch.compiler.is_compiling() or not rounds_float32(device.type, "matmul"):
             yield
             return
-        matmul.allow_tf32 = False
+        restore = _stop_rounding(device.type)
         try:
             yield
         finally:
-            matmul.allow_tf32 = True
+            restore()
+
+
+def _stop_rounding(device_type: str) -> Callable[[], None]:
+    """Have products of matrices round nothing. Returns what undoes it."""
+    setting = _setting(device_type, "matmul")
+    if setting is not None:
+        before = setting.fp32_precision
+        setting.fp32_precision = "ieee"
+        return lambda: _restore(setting, before)
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    return lambda: torch.set_float32_matmul_precision(previous)
+
+
+def _restore(setting: Any, before: str) -> None:
+    # Where it followed a more general setting, it does so again.
+    setting.fp32_precision = "none"
+    if setting.fp32_precision != before:
+        setting.fp32_precision = before

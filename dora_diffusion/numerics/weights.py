@@ -93,3 +93,18 @@ class LayerWeights:
             magnitude = magnitude.narrow(0, start, length)
         part = getattr(self, name).narrow(dim, start, length)
         return dataclasses.replace(self, magnitude=magnitude, **{name: part})
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """How strongly one adapter acts.
+
+    Attributes:
+        strength: ``W + strength * (W' - W)``: 0 is the base, 1 the adapter as trained.
+        direction_strength: Scales the low-rank difference inside the norm.
+        magnitude_strength: Moves the magnitude by a share of its change from the base's norm.
+    """
+
+    strength: float = 1.0
+    direction_strength: float = 1.0
+    magnitude_strength: float = 1.0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,13 @@ from torch import nn
 
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.formats.atomic_file import atomic_file
+from dora_diffusion.formats.atomic_file import DiskFullError, atomic_file
+from dora_diffusion.training.continuity import Contents, check_same_run
 
 _STATE = "training_state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-# A run that is resumed with another value of these would be another run.
-_FIXED = (
-    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "resolution", "seed",
-    "targets", "text_encoder_targets", "train_text_encoder", "rank", "lora_alpha", "conv_rank",
-    "conv_alpha", "rslora", "use_dora", "norm_axis", "optimizer", "use_8bit_adam",
-    "with_prior_preservation", "prior_preservation_mode", "center_crop", "random_flip",
-    "aspect_ratio_buckets", "masked_loss", "shuffle_tags", "keep_tags",
-)  # fmt: skip
+# What else a run writes meanwhile: samples, metrics.
+_MARGIN = 2**20
 
 
 def parameters_by_name(trained: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -46,12 +42,23 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
 
 def checkpoints_after(output_dir: Path, step: int) -> list[Path]:
     """The complete checkpoints after a step, oldest first."""
+    return [path for path in folders_after(output_dir, step) if (path / _STATE).is_file()]
+
+
+def folders_after(output_dir: Path, step: int) -> list[Path]:
+    """Checkpoint folders after a step, oldest first, with those that hold an adapter alone."""
     found = [
         (int(match[1]), path)
         for path in output_dir.glob("checkpoint-*")
-        if (match := _NAME.fullmatch(path.name)) and (path / _STATE).is_file()
+        if (match := _NAME.fullmatch(path.name))
     ]
     return [path for number, path in sorted(found) if number > step]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of ``checkpoint-STEP``; 0 for a folder of another name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else 0
 
 
 def save_checkpoint(
@@ -59,40 +66,72 @@ def save_checkpoint(
     step: int,
     state: Mapping[str, Any],
     write_adapter: Callable[[Path], object],
-    *,
-    limit: int | None = None,
 ) -> Path:
-    """Write ``checkpoint-STEP`` under a temporary name, rename it, then drop the oldest.
+    """Write ``checkpoint-STEP`` under a temporary name and rename it.
 
     Args:
         output_dir: The run's folder.
         step: Optimizer steps done.
         state: What `torch.save` writes.
         write_adapter: Called with the folder, to put a usable adapter beside the state.
-        limit: Checkpoints to keep; None keeps all.
 
     Raises:
         DiskFullError: If there is no room; earlier checkpoints are untouched.
     """
+    # Through memory: torch's own writer hides why a write failed, and the size is known first.
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    adapter_bytes = sum(value.nbytes for value in state["parameters"].values())
+    _require_room(output_dir, buffer.getbuffer().nbytes + 2 * adapter_bytes + _MARGIN)
+    with _new_folder(output_dir, step) as temporary:
+        write_adapter(temporary)
+        with atomic_file(temporary / _STATE) as file:
+            file.write_bytes(buffer.getbuffer())
+    return output_dir / f"checkpoint-{step}"
+
+
+def drop_oldest(output_dir: Path, keep: int) -> None:
+    """Delete all but the newest checkpoints."""
+    for old in checkpoints_in(output_dir)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def save_adapter_alone(
+    output_dir: Path, step: int, write_adapter: Callable[[Path], object]
+) -> Path:
+    """Write ``checkpoint-STEP`` with the adapter only: to use, not to resume from.
+
+    Raises:
+        DiskFullError: If there is no room even for that.
+    """
+    with _new_folder(output_dir, step) as temporary:
+        write_adapter(temporary)
+    return output_dir / f"checkpoint-{step}"
+
+
+def _require_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise DiskFullError(
+            errno.ENOSPC,
+            f"it takes {size / 2**20:.0f} MB, and the disk has {free / 2**20:.0f} MB free",
+        )
+
+
+@contextlib.contextmanager
+def _new_folder(output_dir: Path, step: int) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``checkpoint-STEP`` if the block succeeds."""
     final = output_dir / f"checkpoint-{step}"
     temporary = output_dir / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        write_adapter(temporary)
-        # Through memory: torch's own writer hides why a write failed.
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        with atomic_file(temporary / _STATE) as file:
-            file.write_bytes(buffer.getbuffer())
+        yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(final, ignore_errors=True)
     temporary.replace(final)
-    for old in checkpoints_in(output_dir)[: -limit if limit else 0]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def find_checkpoint(name: str, output_dir: Path) -> Path:
@@ -104,7 +143,11 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
     if name == "latest":
         found = checkpoints_in(output_dir)
         if not found:
-            raise ConfigError(f"{output_dir} holds no checkpoint to resume from")
+            raise ConfigError(
+                f"{output_dir} holds no checkpoint to resume from (a run with "
+                "--checkpointing_steps 0 keeps none); train anew with --overwrite_output_dir, or "
+                "leave out --resume_from_checkpoint"
+            )
         return found[-1]
     for path in (Path(name), output_dir / name):
         if (path / _STATE).is_file():
@@ -112,22 +155,23 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
     raise ConfigError(f"{name} is not a checkpoint of a training run (it has no {_STATE})")
 
 
-def load_state(path: Path, config: TrainConfig) -> dict[str, Any]:
+def load_state(path: Path, config: TrainConfig, contents: Contents | None = None) -> dict[str, Any]:
     """Read a checkpoint's state, and check that it belongs to this run.
 
+    Args:
+        path: The checkpoint's folder.
+        config: The settings of this run.
+        contents: Its images, captions and masks; None compares settings only.
+
     Raises:
-        ConfigError: If it cannot be read, or a setting that must not change has changed.
+        ConfigError: If it cannot be read, or what must not change has changed.
     """
     try:
         # weights_only: the file holds tensors and plain values, and cannot run code.
         state: dict[str, Any] = torch.load(path / _STATE, weights_only=True, map_location="cpu")
     except Exception as error:
         raise ConfigError(f"cannot read the checkpoint {path}: {error}") from error
-    before, now = state["config"], config.to_dict()
-    changed = [key for key in _FIXED if before.get(key) != now[key]]
-    if changed:
-        listed = ", ".join(f"{key} ({before.get(key)!r} -> {now[key]!r})" for key in changed)
-        raise ConfigError(f"cannot resume {path.name}: these settings differ: {listed}")
+    check_same_run(path.name, state, config, contents)
     return state
 
 

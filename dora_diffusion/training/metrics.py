@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dora_diffusion.formats.atomic_file import save_text
 
 
 class TrainingError(RuntimeError):
@@ -31,12 +35,14 @@ class MetricsLog:
     ) -> None:
         self._on_record = on_record
         self._waiting: deque[dict[str, Any]] = deque()
-        self._file = None
+        self._file: _LineFile | None = None
+        self.steps_dropped = 0
         if path is not None:
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(kept), encoding="utf-8")
-            self._file = path.open("a", encoding="utf-8")
+            lines = _lines(path)
+            kept = [line for line in lines if json.loads(line)["step"] <= start_step]
+            self.steps_dropped = len(lines) - len(kept)
+            save_text(path, "".join(kept))
+            self._file = _LineFile(path)
 
     def add(self, record: dict[str, Any]) -> None:
         """Take a step's record, whose values may be tensors, and write the one before it.
@@ -71,8 +77,39 @@ class MetricsLog:
                 k: None if v in (math.inf, -math.inf) or v != v else v for k, v in values.items()
             }
             self._file.write(json.dumps(written) + "\n")
-            self._file.flush()
         self._on_record(values)
+
+
+class _LineFile:
+    """Lines at the end of a file, whole: what a full disk refuses waits for the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._end = path.stat().st_size
+        self._waiting = b""
+
+    def write(self, line: str) -> None:
+        data = self._waiting + line.encode()
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+            if not self._waiting:
+                warnings.warn(
+                    f"metrics.jsonl cannot be written: {error.strerror}; training goes on, and its "
+                    "lines are written when there is room",
+                    stacklevel=2,
+                )
+            self._waiting = data
+        else:
+            self._end += len(data)
+            self._waiting = b""
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _lines(path: Path) -> list[str]:

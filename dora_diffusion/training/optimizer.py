@@ -27,9 +27,12 @@ def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> l
         own_rate = component != "unet" and config.optimizer_name != "prodigy"
         rate = config.text_encoder_lr if own_rate else config.learning_rate
         magnitude_rate = rate if config.magnitude_lr is None else config.magnitude_lr
+        decay_rate = config.adam_weight_decay
+        if component != "unet" and config.adam_weight_decay_text_encoder is not None:
+            decay_rate = config.adam_weight_decay_text_encoder
         roles = {
-            "down": (rate, config.adam_weight_decay),
-            "up": (rate * config.loraplus_ratio, config.adam_weight_decay),
+            "down": (rate, decay_rate),
+            "up": (rate * config.loraplus_ratio, decay_rate),
             "magnitude": (magnitude_rate, 0.0),
         }
         for role, (lr, decay) in roles.items():
@@ -58,11 +61,30 @@ def build_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.
     if name == "prodigy":
         library = _library("prodigyopt", name)
         return library.Prodigy(  # type: ignore[no-any-return]
-            groups, betas=betas, eps=config.adam_epsilon, decouple=True, safeguard_warmup=True
+            groups,
+            betas=betas,
+            beta3=config.prodigy_beta3,
+            eps=config.adam_epsilon,
+            decouple=config.prodigy_decouple,
+            use_bias_correction=config.prodigy_use_bias_correction,
+            safeguard_warmup=config.prodigy_safeguard_warmup,
         )
     from transformers.optimization import Adafactor
 
     return Adafactor(groups, scale_parameter=False, relative_step=False)
+
+
+def learning_rates(groups: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The rates of the step that comes, as a step's record holds them.
+
+    Returns:
+        ``{"lr": {group: rate}}``. Prodigy multiplies its rate by ``d``, the step size that it has
+        found (arXiv:2306.06101): that product is in ``"effective_lr"``.
+    """
+    rates = {"lr": {group["name"]: group["lr"] for group in groups}}
+    if all("d" in group for group in groups):
+        rates["effective_lr"] = {group["name"]: float(group["d"]) * group["lr"] for group in groups}
+    return rates
 
 
 def _can_fuse(groups: list[dict[str, Any]]) -> bool:
@@ -90,7 +112,7 @@ def build_lr_schedule(
     from diffusers.optimization import get_scheduler
 
     return get_scheduler(
-        config.lr_scheduler,
+        config.lr_schedule,
         optimizer=optimizer,
         num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=total_steps,

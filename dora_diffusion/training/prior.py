@@ -16,6 +16,7 @@ from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.pictures import save_png
 from dora_diffusion.training.subject import Subject
+from dora_diffusion.wording import counted, quoted
 
 _PREFIX = "class-"
 
@@ -45,11 +46,41 @@ def class_prompts(config: TrainConfig, subject: Subject, captions: Sequence[str]
                 "describe other members of the class, without it"
             )
         return [config.class_prompt]
+    if not subject.token:
+        raise ConfigError(
+            "prior preservation with token '' needs class_prompt: without a token, captions "
+            "cannot be turned into captions of the class"
+        )
     if not subject.class_word:
         raise ConfigError(
             "prior preservation needs to know what the subject is; set class_word or class_prompt"
         )
     return list(dict.fromkeys(subject.class_caption(caption) for caption in captions))
+
+
+def check_image_free(subject: Subject, captions: Sequence[str]) -> None:
+    """Refuse an image-free prior that would hold the very prediction that is being trained.
+
+    The prior keeps the prediction for each caption's class caption, which must be another one.
+
+    Raises:
+        ConfigError: If there is no token, or a caption lacks it.
+    """
+    why = "the image-free prior would hold the very prediction that is being trained"
+    if not subject.token:
+        raise ConfigError(
+            f"prior_preservation_mode image-free with token '': {why}; choose a token, or use "
+            "prior_preservation_mode images with class_prompt"
+        )
+    if not subject.class_word:
+        raise ConfigError("prior preservation needs to know what the subject is; set class_word")
+    lacking = [caption for caption in captions if not contains_token(caption, subject.token)]
+    if lacking:
+        raise ConfigError(
+            f"{counted(len(lacking), 'caption')} of {len(captions)} without the token "
+            f"{subject.token!r} (first: {quoted(lacking[0])}): for them {why}; put the token into "
+            "each caption, or use prior_preservation_mode images"
+        )
 
 
 def ensure_class_images(
@@ -77,7 +108,7 @@ def ensure_class_images(
         identity: What the pictures depend on besides: model, size and sampling.
         generate: Makes pictures.
         batch_size: Pictures per call of ``generate``.
-        on_image: Called with (images there, images wanted).
+        on_image: Called with (images there, images wanted), first before any is generated.
     """
     own = _own_images(folder)
     if len(own) >= count:
@@ -85,18 +116,23 @@ def ensure_class_images(
     digest = hashlib.sha256("\n".join([identity, str(seed), *prompts]).encode()).hexdigest()[:12]
     plans = _plan(folder / f"generated-{digest}", prompts, count - len(own), seed)
     missing = [plan for plan in plans if not plan.path.is_file()]
+    done = count - len(missing)
+    if missing and on_image is not None:
+        on_image(done, count)
     for group in _batches(missing, batch_size):
         images = generate(group[0].prompt, [plan.seed for plan in group])
         for plan, image in zip(group, images, strict=True):
             _save(plan, image)
+        done += len(group)
         if on_image is not None:
-            on_image(len(own) + sum(plan.path.is_file() for plan in plans), count)
+            on_image(done, count)
     return own + [plan.path for plan in plans]
 
 
 def _own_images(folder: Path) -> list[Path]:
     try:
-        return list_photos(folder)
+        # Those that were generated lie in sub-folders.
+        return list_photos(folder, say_nested=False)
     except PhotoError:
         return []
 

@@ -12,6 +12,8 @@ import yaml
 
 from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.data.captions import tag_frequency
 from dora_diffusion.data.thumbnail import thumbnail
 from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
@@ -21,15 +23,24 @@ from dora_diffusion.formats.base_targets import TARGETS
 from dora_diffusion.formats.sgm_blocks import UNetLayout
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.training.continuity import Segment, told_apart
 from dora_diffusion.training.subject import Subject
 
 KOHYA_FILE = "dora_kohya.safetensors"
 _SAMPLE = re.compile(r"(base|adapted|base_above_adapted|step-\d+)\.png")
 
 
-def save_config(config: TrainConfig, path: Path) -> Path:
-    """Write the resolved settings, which ``--config`` reads back."""
-    return save_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+def save_config(config: TrainConfig, path: Path, segments: Sequence[Segment] = ()) -> Path:
+    """Write the resolved settings, which ``--config`` reads back.
+
+    The settings are those of the last segment. Where a resumed run changed some, ``segments``
+    says from which step on each value was used.
+    """
+    text, apart = as_yaml(config), told_apart(segments)
+    if apart:
+        record = yaml.safe_dump({SEGMENTS: apart}, sort_keys=False, allow_unicode=True)
+        text = f"# Of a resumed run: see segments for what changed.\n{text}{record}"
+    return save_text(path, text)
 
 
 def drop_result(folder: Path) -> None:
@@ -150,8 +161,9 @@ def _diffusers_example(base: str, adapter: Path, prompt: str) -> str:
     if adapter.name == KOHYA_FILE:
         return (
             "\nThe magnitudes are on the input axis, which Diffusers cannot load: "
-            f"`{adapter.name}` is in the kohya form, which ComfyUI, Forge and A1111 compute "
-            "exactly.\n"
+            f"`{adapter.name}` is in the kohya form, which ComfyUI 0.3.64, Forge and A1111 compute "
+            "as it was trained. What they compute from a DoRA may change; the merged model of the "
+            "second command is exact in every program, and stays so.\n"
         )
     source, helper = f'"{base}"', ""
     if base.startswith("embedded:"):

@@ -22,10 +22,12 @@ from dora_diffusion.adapters.inject import (
     norm_scope,
 )
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.derived import resolve
 from dora_diffusion.data.batch import Batch
 from dora_diffusion.data.buckets import Buckets
 from dora_diffusion.data.cache import TensorCache
 from dora_diffusion.data.captions import require_token
+from dora_diffusion.data.checks import FEWEST, WANTED
 from dora_diffusion.data.dataset import (
     Augmentation,
     ClassImages,
@@ -34,25 +36,29 @@ from dora_diffusion.data.dataset import (
     read_photos,
 )
 from dora_diffusion.data.images import list_photos
+from dora_diffusion.data.masks import warn_of_unused_masks
 from dora_diffusion.data.sampler import EpochSampler, generator_for
 from dora_diffusion.generate import SamplingSettings, generate_images
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_moments
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
+from dora_diffusion.numerics.precision import allow_tf32
+from dora_diffusion.training.events import OnEvent, ignore
 from dora_diffusion.training.metrics import total_norm
 from dora_diffusion.training.optimizer import (
     build_lr_schedule,
     build_optimizer,
+    learning_rates,
     parameter_groups,
 )
-from dora_diffusion.training.prior import class_prompts, ensure_class_images
+from dora_diffusion.training.prior import check_image_free, class_prompts, ensure_class_images
 from dora_diffusion.training.step import Objective, draw_inputs
 from dora_diffusion.training.subject import Subject
+from dora_diffusion.wording import counted
 
-_WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Crops per photo where they are drawn: the latents of all of them fit in memory.
 _CROP_VARIANTS = 8
-_FEW_PHOTOS = 3
 
 
 def make_accelerator(config: TrainConfig) -> Any:
@@ -75,15 +81,15 @@ def make_accelerator(config: TrainConfig) -> Any:
     # A process may train more than once, with another precision.
     AcceleratorState._reset_state(reset_partial_state=False)
     if config.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+        allow_tf32()
     # SDXL never uses the last layer of its first text encoder.
     handler = DistributedDataParallelKwargs(
         find_unused_parameters=config.train_text_encoder, broadcast_buffers=False
     )
     return Accelerator(
-        mixed_precision=config.mixed_precision,
+        mixed_precision=precision_of(config.mixed_precision),
         log_with=config.report_to,
-        project_dir=str(Path(config.output_dir) / "logs"),
+        project_dir=str(Path(config.output_dir, config.logging_dir)),
         # The other processes wait while the first one makes class images.
         kwargs_handlers=[handler, InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
@@ -137,12 +143,12 @@ class Session:
                     loss = self._backward(micro_step, 1 / accumulation)
                 losses.append(loss)
         norm = self._clip()
-        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        rates = learning_rates(self.optimizer.param_groups)
         self.optimizer.step()
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         means = self.accelerator.reduce(torch.stack(losses).mean(dim=0), reduction="mean")
-        record = {"step": step, "loss": means[0], "grad_norm": norm, "lr": rates}
+        record = {"step": step, "loss": means[0], "grad_norm": norm, **rates}
         return record | ({"prior_loss": means[1]} if self.config.with_prior_preservation else {})
 
     def _backward(self, micro_step: int, share: float) -> Tensor:
@@ -178,13 +184,22 @@ class Session:
         return total_norm(self.parameters)
 
 
-def open_session(config: TrainConfig, subject: Subject, accelerator: Any) -> Session:
+def open_session(
+    config: TrainConfig, subject: Subject, accelerator: Any, on_event: OnEvent = ignore
+) -> Session:
     """Load the model, put the adapter on, and make the data and the optimizer.
+
+    Args:
+        config: All settings.
+        subject: Token and class word.
+        accelerator: What `make_accelerator` made.
+        on_event: Called with ``{"event": "class_images", ...}`` while those are generated.
 
     Raises:
         ConfigError, PhotoError, ModelNotFoundError, TargetError: With what to do.
     """
-    dtype = _WEIGHT_DTYPES[config.mixed_precision]
+    precision = precision_of(config.mixed_precision, accelerator.device)
+    dtype = PRECISION_DTYPES[precision]
     # Before the model is loaded, which takes longer.
     paths = list_photos(config.instance_data_dir or "")
     components = load_components(
@@ -196,7 +211,7 @@ def open_session(config: TrainConfig, subject: Subject, accelerator: Any) -> Ses
         config=config.model_config,
     ).to(accelerator.device)
     resolution = config.resolution or components.default_resolution
-    dataset = _dataset(config, subject, components, resolution, paths, accelerator)
+    dataset = _dataset(config, subject, components, resolution, paths, accelerator, on_event)
     trained, report = _inject(components, config)
     sampler = EpochSampler(
         len(dataset),
@@ -207,6 +222,14 @@ def open_session(config: TrainConfig, subject: Subject, accelerator: Any) -> Ses
         groups=dataset.groups if config.aspect_ratio_buckets else None,
     )
     total_steps = _total_steps(config, components, sampler)
+    config = resolve(
+        config,
+        resolution=resolution,
+        total_steps=total_steps,
+        steps_per_epoch=-(-sampler.batches_per_epoch // config.gradient_accumulation_steps),
+        mixed_precision=precision,
+    )
+    _warn_of_length_and_layers(config, report)
     optimizer = accelerator.prepare_optimizer(
         build_optimizer(parameter_groups(trained, config), config)
     )
@@ -230,6 +253,21 @@ def open_session(config: TrainConfig, subject: Subject, accelerator: Any) -> Ses
         optimizer,
         build_lr_schedule(optimizer.optimizer, config, total_steps),
     )
+
+
+def _warn_of_length_and_layers(config: TrainConfig, report: InjectionReport) -> None:
+    """Say what only shows once the number of steps and the adapted layers are known."""
+    steps = config.max_train_steps or 0
+    if config.lr_warmup_steps >= steps:
+        warnings.warn(
+            f"lr_warmup_steps is {config.lr_warmup_steps}, and the run has "
+            f"{counted(steps, 'step')}: the learning rate never reaches {config.learning_rate:g}; "
+            "make the warm-up shorter",
+            stacklevel=4,
+        )
+    has_conv = any("Conv" in layer.kind for layer in report.layers)
+    if config.conv_rank != TrainConfig().conv_rank and not has_conv:
+        warnings.warn("conv_rank has no effect because targets name no Conv2d layer", stacklevel=4)
 
 
 def _total_steps(config: TrainConfig, components: Components, sampler: EpochSampler) -> int:
@@ -274,22 +312,29 @@ def _dataset(
     resolution: int,
     paths: Sequence[Path],
     accelerator: Any,
+    on_event: OnEvent,
 ) -> DreamBoothDataset:
     """The photos, with class images beside them where prior preservation wants them."""
     photos, _ = read_photos(paths, config.instance_prompt or "", skip_unreadable=True)
     captions = [photo.caption for photo in photos]
     if subject.token:
         require_token(captions, subject.token)
-    if len(photos) < _FEW_PHOTOS:
+    if len(photos) < FEWEST:
         warnings.warn(
-            f"only {len(photos)} photo(s) to learn from: their background will be learned with "
-            "the subject; 4 to 10 photos in different places work best",
+            f"only {counted(len(photos), 'photo')} to learn from: the background will be learned "
+            f"with the subject; use {WANTED}",
             stacklevel=2,
         )
+    if config.is_image_free:
+        check_image_free(subject, captions)
+    if not config.masked_loss:
+        warn_of_unused_masks([photo.path for photo in photos])
     class_images = None
     if config.with_prior_preservation and config.prior_preservation_mode == "images":
-        class_images = _class_images(config, subject, components, resolution, captions, accelerator)
-    cached = config.dataloader_num_workers == 0
+        class_images = _class_images(
+            config, subject, components, resolution, captions, accelerator, on_event
+        )
+    cached = config.cache_latents
     dataset = DreamBoothDataset(
         [photo.path for photo in photos],
         config.instance_prompt or "",
@@ -333,6 +378,7 @@ def _class_images(
     resolution: int,
     captions: Sequence[str],
     accelerator: Any,
+    on_event: OnEvent,
 ) -> ClassImages:
     """Class images from the base model: the adapters are not on it yet."""
     prompts = class_prompts(config, subject, captions)
@@ -345,8 +391,16 @@ def _class_images(
 
     def generate(prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
         return generate_images(
-            components, prompt, seeds, settings, batch_size=config.sample_batch_size
+            components,
+            prompt,
+            seeds,
+            settings,
+            batch_size=config.sample_batch_size,
+            require_finite=True,
         )
+
+    def show(done: int, total: int) -> None:
+        on_event({"event": "class_images", "done": done, "total": total})
 
     folder = Path(config.class_data_dir or Path(config.output_dir) / "class_images")
     # The first process makes what is missing; the others then find it there.
@@ -359,5 +413,6 @@ def _class_images(
             identity=f"{components.identity()} {settings}",
             generate=generate,
             batch_size=config.sample_batch_size,
+            on_image=show,
         )
     return ClassImages(paths, prompts[0], skip_unreadable=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +12,16 @@ from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.data.batch import Batch
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.denoise import predict
 from dora_diffusion.models.latents import encode_moments, latents_from_moments
 from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
 from dora_diffusion.numerics.loss import (
     denoising_loss,
-    min_snr_weight,
+    loss_weight,
+    prediction_loss,
     split_prior,
-    training_target,
 )
-from dora_diffusion.numerics.noise import sample_noise, sample_timestep
+from dora_diffusion.numerics.noise import add_noise, sample_noise, sample_timestep
 
 KNOWN_CAPTIONS = 256
 """Captions whose conditioning is kept, a third of a megabyte each for SDXL in half precision."""
@@ -126,22 +125,22 @@ def _rows(is_prior: list[bool]) -> list[tuple[int, bool]]:
 
 
 class Conditioner:
-    """Captions to conditioning: encoded once each, unless the text encoders train."""
+    """Captions to conditioning: encoded once each, unless the text encoders train.
+
+    The empty caption is the dropped one. It becomes what the pipeline's guidance uses where no
+    negative prompt is given, so that caption dropout trains what is sampled: zeros where the
+    pipeline says ``force_zeros_for_empty_prompt`` (SDXL), else the encoded empty prompt.
+    """
 
     def __init__(self, components: Components, trains: bool) -> None:
         self.components = components
         self.trains = trains
         self._known: dict[str, Conditioning] = {}
-        self._warned: set[str] = set()
 
     def __call__(self, captions: Sequence[str]) -> Conditioning:
         """Conditioning of B captions."""
         if self.trains:
-            with warnings.catch_warnings():
-                if self._warned.issuperset(captions):
-                    warnings.simplefilter("ignore")
-                self._warned.update(captions)
-                return encode_prompts(self.components, captions)
+            return self._encode(captions)
         found = {caption: self._encoded(caption) for caption in captions}
         while len(self._known) > KNOWN_CAPTIONS:  # Shuffled tags hardly ever come again.
             del self._known[next(iter(self._known))]
@@ -150,8 +149,20 @@ class Conditioner:
     def _encoded(self, caption: str) -> Conditioning:
         if caption not in self._known:
             with torch.no_grad():
-                self._known[caption] = encode_prompts(self.components, [caption])
+                self._known[caption] = self._encode([caption])
         return self._known[caption]
+
+    def _encode(self, captions: Sequence[str]) -> Conditioning:
+        encoded = encode_prompts(self.components, captions)
+        if not self.components.zeros_for_empty_prompt or all(captions):
+            return encoded
+        device = encoded.encoder_hidden_states.device
+        dropped = torch.tensor([not caption for caption in captions], device=device)
+        hidden = encoded.encoder_hidden_states.masked_fill(dropped.view(-1, 1, 1), 0)
+        pooled = encoded.pooled
+        return Conditioning(
+            hidden, None if pooled is None else pooled.masked_fill(dropped.view(-1, 1), 0)
+        )
 
 
 class Objective(nn.Module):
@@ -168,7 +179,6 @@ class Objective(nn.Module):
         self.unet = components.unet
         self.text_encoders = nn.ModuleList(components.text_encoders if train_text_encoder else [])
         self.condition = Conditioner(components, train_text_encoder)
-        self.scheduler: Any = components.scheduler
         self.prediction_type = components.prediction_type
         self.snr_gamma = snr_gamma
         self.alphas_cumprod: Tensor
@@ -176,39 +186,38 @@ class Objective(nn.Module):
 
     def forward(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """Loss of the subject and of the prior, both scalar."""
-        noisy_latents = self.scheduler.add_noise(inputs.latents, inputs.noise, inputs.timesteps)
         alpha_bar = self.alphas_cumprod[inputs.timesteps]
-        model_pred = self._predict(noisy_latents, inputs, self.condition(inputs.captions))
-        target = training_target(self.prediction_type, inputs.latents, inputs.noise, alpha_bar)
-        weight = None
-        if self.snr_gamma:
-            weight = min_snr_weight(alpha_bar, self.snr_gamma, self.prediction_type)
-        per_sample = denoising_loss(model_pred, target, weight, inputs.mask)
+        noisy_latents = add_noise(inputs.latents, inputs.noise, alpha_bar)
+        per_sample = prediction_loss(
+            self._predict(noisy_latents, inputs, inputs.captions),
+            inputs.latents,
+            inputs.noise,
+            alpha_bar,
+            prediction_type=self.prediction_type,
+            snr_gamma=self.snr_gamma,
+            mask=inputs.mask,
+        )
         subject, prior = split_prior(per_sample, inputs.is_prior)
         if inputs.class_captions is not None:
-            prior = self._image_free_prior(noisy_latents, inputs, weight)
+            weight = loss_weight(alpha_bar, self.snr_gamma, self.prediction_type)
+            prior = self._image_free_prior(noisy_latents, inputs, inputs.class_captions, weight)
         return subject, prior
 
     def _predict(
-        self, noisy_latents: Tensor, inputs: StepInputs, conditioning: Conditioning
+        self, noisy_latents: Tensor, inputs: StepInputs, captions: Sequence[str]
     ) -> Tensor:
-        dtype = self.unet.dtype
-        conditioning = conditioning.to(dtype)
-        prediction: Tensor = self.unet(
-            noisy_latents.to(dtype),
-            inputs.timesteps,
-            conditioning.encoder_hidden_states,
-            added_cond_kwargs=conditioning.added_cond_kwargs(inputs.time_ids),
-        ).sample
-        return prediction
+        conditioning = self.condition(captions)
+        return predict(self.unet, noisy_latents, inputs.timesteps, conditioning, inputs.time_ids)
 
     def _image_free_prior(
-        self, noisy_latents: Tensor, inputs: StepInputs, weight: Tensor | None
+        self,
+        noisy_latents: Tensor,
+        inputs: StepInputs,
+        class_captions: Sequence[str],
+        weight: Tensor | None,
     ) -> Tensor:
-        """Hold the answer to the class caption at what the model says with its adapter off."""
-        assert inputs.class_captions is not None
+        """Hold the prediction for the class caption at that of the model without its adapter."""
         with torch.no_grad(), disabled(self.unet, *self.text_encoders):
-            conditioning = self.condition(inputs.class_captions)
-            target = self._predict(noisy_latents, inputs, conditioning)
-        pred = self._predict(noisy_latents, inputs, self.condition(inputs.class_captions))
-        return denoising_loss(pred, target, weight).mean()
+            target = self._predict(noisy_latents, inputs, class_captions)
+        model_pred = self._predict(noisy_latents, inputs, class_captions)
+        return denoising_loss(model_pred, target, weight).mean()

@@ -1,42 +1,85 @@
-"""A first SIGINT or SIGTERM asks the run to save and leave; a second one ends it at once."""
+"""Signals: the first one asks a run to save and leave, the second one ends it at once."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+# A closed terminal sends SIGHUP; Windows has none.
+_HANGUP = getattr(signal, "SIGHUP", None)
+_SIGNALS = tuple(n for n in (signal.SIGINT, signal.SIGTERM, _HANGUP) if n is not None)
+
+
+class Stopped(BaseException):
+    """A signal came while there was nothing to save. Libraries that catch `Exception` let it by."""
+
 
 class StopRequest:
     """Inside the block, signals set `requested` instead of ending the process.
+
+    The first one is answered by what `answer_with` last said: a line, or `Stopped` at once where
+    there is nothing to save. After SIGINT (Ctrl-C) or SIGTERM, the next one ends the process.
+    Further SIGHUPs are ignored, since a closing shell sends its own after the terminal's; one that
+    was ignored when the process began (``nohup``) stays ignored.
 
     Signal handlers can be set in the main thread only; elsewhere the block changes nothing.
     """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self._answer: str | None = None
         self._previous: dict[int, Any] = {}
+        self._process = os.getpid()
+        self._terminals = [fd for fd in (1, 2) if _is_terminal(fd)]
 
     @property
     def requested(self) -> bool:
         """Whether a signal has come."""
         return self.signal_number is not None
 
+    def answer_with(self, text: str | None) -> None:
+        """Say what the first signal leads to from here on; None means to leave at once."""
+        self._answer = text
+
     def __enter__(self) -> StopRequest:
         """Take over the signals."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._ask)
+            for number in _SIGNALS:
+                if number != _HANGUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._ask)
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.signal_number = number
-        self._restore()
+        if os.getpid() != self._process:
+            return  # A data loader's worker, which ends with its parent.
+        if number == _HANGUP:
+            self._leave_closed_terminal()
+            signal.signal(number, signal.SIG_IGN)
+        else:
+            self._restore(*(set(self._previous) - {_HANGUP}))
+        if self.signal_number is None:
+            self.signal_number = number
+        if self._answer is None:
+            _say("stopping: nothing has been trained yet")
+            raise Stopped
+        _say(f"{self._answer}; press Ctrl-C again to leave now")
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def _leave_closed_terminal(self) -> None:
+        """Send output for a terminal that is gone to nowhere: a write to it would be an error."""
+        for descriptor in self._terminals:
+            if not _is_terminal(descriptor):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+
+    def _restore(self, *numbers: int) -> None:
+        for number in numbers or tuple(self._previous):
+            signal.signal(number, self._previous[number])
 
     def __exit__(
         self,
@@ -46,3 +89,24 @@ class StopRequest:
     ) -> None:
         """Give the signals back."""
         self._restore()
+
+
+def _is_terminal(descriptor: int) -> bool:
+    try:
+        return os.isatty(descriptor)
+    except OSError:
+        return False
+
+
+def _say(text: str) -> None:
+    """Print from a signal handler, which may have interrupted another print.
+
+    The line break comes first, since a progress bar's line is usually open.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return  # Of several processes, the first one speaks.
+    with contextlib.suppress(OSError, ValueError):
+        try:
+            print(f"\n{text}", file=sys.stderr, flush=True)
+        except RuntimeError:
+            os.write(2, f"\n{text}\n".encode())

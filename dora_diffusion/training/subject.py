@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 from dataclasses import dataclass
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.derived import class_word_in
 from dora_diffusion.data.captions import class_caption, contains_token
-
-# A class word ends where the prompt goes on to say where the subject is or how it is drawn.
-_NEXT_PHRASE = re.compile(
-    r"[,.;:()]|\b(?:on|in|at|with|by|under|over|near|against|wearing|from|and|of|beside)\b.*", re.I
-)
+from dora_diffusion.wording import quoted
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,10 @@ def subject_of(config: TrainConfig) -> Subject:
     """The subject that a config describes.
 
     Raises:
-        ConfigError: If the prompts do not name it.
+        ConfigError: If the instance prompt does not name it.
+
+    Warns:
+        UserWarning: Of validation prompts that do not: their samples show the class.
     """
     if not config.instance_data_dir:
         raise ConfigError("instance_data_dir is not set; name the folder of subject photos")
@@ -50,22 +50,16 @@ def subject_of(config: TrainConfig) -> Subject:
             'such as "a photo of a sks dog"'
         )
     token = config.token.strip()
-    for name, prompts in (
-        ("instance_prompt", [config.instance_prompt]),
-        ("validation_prompt", config.validation_prompt),
-    ):
-        for prompt in prompts:
-            if token and not contains_token(prompt, token):
-                raise ConfigError(
-                    f"{name} {prompt!r} does not contain the token {token!r}; "
-                    "put it in front of the class word, or choose another with --token"
-                )
+    if token and not contains_token(config.instance_prompt, token):
+        raise ConfigError(
+            f"instance_prompt {quoted(config.instance_prompt)} does not contain the token "
+            f"{token!r}; put it in front of the class word, or choose another with --token"
+        )
+    for prompt in config.validation_prompt:
+        if token and not contains_token(prompt, token):
+            warnings.warn(
+                f"validation_prompt {quoted(prompt)} does not contain the token {token!r}: its "
+                "samples show how the class drifts, not the subject",
+                stacklevel=3,
+            )
     return Subject(token, config.class_word or class_word_in(config.instance_prompt, token))
-
-
-def class_word_in(prompt: str, token: str) -> str:
-    """The words after the token: ``"a photo of a sks robot toy on grass"`` -> ``"robot toy"``."""
-    if not token:
-        return ""
-    _, _, rest = prompt.lower().partition(token.lower())
-    return _NEXT_PHRASE.split(rest, maxsplit=1)[0].strip()

@@ -1,15 +1,20 @@
-"""Fixed-seed sample pictures, as grids: one row per prompt, one column per seed."""
+"""Fixed-seed sample images, as labelled sheets: one row per prompt, one column per seed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.generate import SamplingSettings, generate_images, image_grid
+from dora_diffusion.generate import SamplingSettings, generate_images
 from dora_diffusion.models.components import Components
+from dora_diffusion.pictures import parameters_text
+from dora_diffusion.training.sheets import labelled_sheet
+
+OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,40 @@ class Validation:
         )
         return cls(tuple(prompts), tuple(seeds), settings)
 
-    def grid(self, components: Components) -> Image.Image:
-        """Sample all pictures with whatever adapters are on."""
-        pictures: list[Image.Image] = []
-        for prompt in self.prompts:
-            pictures += generate_images(components, prompt, self.seeds, self.settings)
-        return image_grid(pictures, columns=len(self.seeds))
+    def images(self, components: Components, on_step: OnStep | None = None) -> list[Image.Image]:
+        """Sample all images, prompt by prompt, with whatever adapters are on.
 
+        Args:
+            components: The model.
+            on_step: Called with (denoising steps done, denoising steps in all).
+        """
+        images: list[Image.Image] = []
+        for row, prompt in enumerate(self.prompts):
+            report = None if on_step is None else self._in_row(row, on_step)
+            images += generate_images(components, prompt, self.seeds, self.settings, on_step=report)
+        return images
 
-def side_by_side(rows: Sequence[Image.Image]) -> Image.Image:
-    """Grids above each other."""
-    return image_grid(list(rows), columns=1)
+    def _in_row(self, row: int, on_step: OnStep) -> OnStep:
+        return lambda done, total: on_step(row * total + done, len(self.prompts) * total)
+
+    def sheet(self, images: Sequence[Image.Image], title: str) -> Image.Image:
+        """The images under their prompts and seeds."""
+        return labelled_sheet(images, title, self.prompts, [f"seed {seed}" for seed in self.seeds])
+
+    def parameters(self, size: tuple[int, int], model: str, adapter: str | None, step: int) -> str:
+        """What made a sheet, as `parameters_text` writes it of the first image, and the rest.
+
+        Args:
+            size: Width and height of one image.
+            model: Name of the base model.
+            adapter: The run's folder; None where the adapter is off.
+            step: Optimizer steps done.
+        """
+        extra = {
+            "Seeds": ", ".join(str(seed) for seed in self.seeds),
+            "Prompts": json.dumps(self.prompts, ensure_ascii=False),
+            "Training step": step,
+        }
+        return parameters_text(
+            self.prompts[0], self.seeds[0], self.settings, size, model, adapter, extra=extra
+        )

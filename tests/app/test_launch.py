@@ -63,7 +63,7 @@ def test_a_shared_app_offers_listed_models_only() -> None:
 
 def test_help_and_refusal_need_no_gradio() -> None:
     code = (
-        "import sys; sys.argv = ['app.py', '--share']; import app; code = app.main(['--share']);"
+        "import sys; from dora_diffusion.cli import main; code = main(['app', '--share']);"
         "print(code, 'gradio' in sys.modules, 'torch' in sys.modules)"
     )
     result = subprocess.run(

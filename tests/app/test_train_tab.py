@@ -17,7 +17,13 @@ from PIL import Image
 from dora_diffusion.app import jobs
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
-from dora_diffusion.app.settings import ADVANCED, EMBEDDED, preset_values, setting_text
+from dora_diffusion.app.settings import (
+    ADVANCED,
+    EMBEDDED,
+    PRESET_NAMES,
+    preset_values,
+    setting_text,
+)
 from dora_diffusion.app.subjects import add_photos, new_subject
 from dora_diffusion.app.workspace import ids_in
 from dora_diffusion.memory import Device, needed_memory
@@ -72,18 +78,29 @@ def test_a_run_can_go_on_from_another_working_directory(
     assert settings["instance_data_dir"] == str(folder / "photos")
 
 
-def test_a_sample_prompt_without_the_token_is_refused_before_the_start(
+def test_a_sample_prompt_without_the_token_is_said_to_show_the_class(
     context: Context, subject: str
 ) -> None:
     asked = fields(subject, "a photo of a {subject}\na photo of a mug at night")
-    reason = "alidation_prompt 'a photo of a mug at night' does not contain the token 'sks'; put it"
     # HTML on the page.
-    said = [html.unescape(text) for text in handler(context, "plan")(*asked)]
-    assert f"V{reason}" in said[0]
-    with pytest.raises(gradio.Error) as refusal:
-        handler(context, "start")(*asked)
-    assert f"V{reason}" in html.unescape(refusal.value.message)
-    assert ids_in(context.workspace.root) == []
+    said = html.unescape(handler(context, "plan")(*asked)[0])
+    assert "Sample prompt 'a photo of a mug at night' does not contain the token 'sks'" in said
+    assert "'a photo of a sks mug' does not" not in said
+
+
+def test_a_setting_without_effect_is_said_and_presets_have_none(
+    context: Context, subject: str
+) -> None:
+    def said(model: str, preset: str, **changes: Any) -> str:
+        values = {name: setting_text(v) for name, v in preset_values(preset, model).items()}
+        asked = [subject, model, "sks", "mug", "", *(values | changes).values()]
+        return html.unescape(handler(context, "plan")(*asked)[0])
+
+    for model in (EMBEDDED, "stabilityai/stable-diffusion-xl-base-1.0"):
+        for preset in PRESET_NAMES:
+            assert "has no effect" not in said(model, preset)
+    changed = said(EMBEDDED, "fast", keep_tags="3")
+    assert "keep_tags has no effect because shuffle_tags is off" in changed
 
 
 def test_no_number_field_can_be_empty(context: Context) -> None:

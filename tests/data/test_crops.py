@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -100,7 +100,6 @@ def test_a_mask_follows_its_photo() -> None:
     torch.testing.assert_close(mask, apply_crop(image, record)[:1] / 2 + 0.5, atol=1e-6, rtol=0)
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.tuples(st.integers(1, 900), st.integers(1, 900)),
     st.tuples(st.integers(1, 12), st.integers(1, 12)),

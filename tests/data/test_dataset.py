@@ -173,6 +173,7 @@ def test_masks_come_from_files_or_alpha_and_follow_the_crop(tmp_path: Path) -> N
 
 def test_masks_are_verified_with_their_photos(photos: Path) -> None:
     Image.new("L", (60, 20)).save(photos / "00.mask.png")
+    Image.new("L", (60, 40), 255).save(photos / "01.mask.png")
     (photos / "02.mask.png").write_text("not a picture")
     reasons = r"00\.mask\.png: the mask is 60 x 20, its photo 60 x 40.*; 02\.mask\.png: not a"
     with pytest.raises(PhotoError, match=f"2 of [0-9] photos unusable: {reasons}"):
@@ -268,8 +269,8 @@ def test_impossible_augmentation_is_refused(settings: dict) -> None:
         Augmentation(**settings)
 
 
-def test_real_photos_make_batches(photos_root: Path) -> None:
-    dataset = DreamBoothDataset(photos_root / "robot_toy", "a photo of sks toy", 64)
+def test_jpeg_photos_make_batches(samples_root: Path) -> None:
+    dataset = DreamBoothDataset(samples_root / "ring_robot", "a photo of sks toy", 64)
     sampler = EpochSampler(len(dataset), batch_size=5)
     batch = next(iterate_batches(dataset, sampler))
     assert batch.pixels.shape == (5, 3, 64, 64)

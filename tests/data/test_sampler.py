@@ -6,7 +6,7 @@ from collections import Counter
 from itertools import chain, islice
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_diffusion.data.sampler import EpochIndex, EpochSampler, generator_for
@@ -16,7 +16,6 @@ def batches(sampler: EpochSampler, count: int) -> list[list[EpochIndex]]:
     return list(islice(iter(sampler), count))
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 3), st.integers(0, 99), st.booleans())
 def test_processes_share_one_stream_of_global_batches(
     samples: int, batch: int, processes: int, seed: int, grouped: bool

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from dora_diffusion.cli import main
+from dora_diffusion.data.images import list_photos
 from dora_diffusion.evaluation.measures import MEASURES
 from dora_diffusion.evaluation.report import SCHEMA
 
 ROOT = Path(__file__).parents[2]
 BASE = "embedded:tiny-sd"
+FILE = "pytorch_lora_weights.safetensors"
 FAST = ["--steps", "1", "--guidance_scale", "1"]
 
 
@@ -70,6 +73,65 @@ def test_photos_with_metric_models_as_json(
     assert measures["others_change@tiny-dino"]["base"]["mean"] == pytest.approx(0, abs=1e-6)
     assert measures["others_change@tiny-dino"]["adapted"]["mean"] > 0
     assert report["notes"] == []
+
+
+def test_photos_that_were_trained_on_are_told(adapter, tmp_path, capsys, held_out_photos) -> None:
+    """By the digests in the run's folder, whatever the photos are called; and in the results."""
+    trained = sorted((ROOT / "samples" / "bolt_mug").glob("*.jpg"))
+    mixed = tmp_path / "mixed"
+    shutil.copytree(held_out_photos, mixed)
+    new = len(list_photos(mixed))
+    flags = ["--base", BASE, "--num_seeds", "1", *FAST, "--output", str(tmp_path / "out")]
+    assert main(["evaluate", str(adapter), "--subject", str(mixed), *flags]) == 0
+    assert "trained on" not in "".join(capsys.readouterr())
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["cautions"] == []
+    for number, photo in enumerate(trained[:2]):
+        shutil.copyfile(photo, mixed / f"z{number}{photo.suffix}")
+    expected = f"2 of these {new + 2} photos were trained on"
+    # A checkpoint's folder, and a file, belong to the run around them.
+    (adapter / "checkpoint-1").mkdir(exist_ok=True)
+    for path in (
+        adapter,
+        adapter / FILE,
+        Path(shutil.copy(adapter / FILE, adapter / "checkpoint-1")),
+    ):
+        command = ["evaluate", str(path), "--subject", str(mixed), *flags, "--overwrite"]
+        assert main(command) == 0
+        output = capsys.readouterr()
+        assert f"warning: {expected}" in output.err
+        assert f"caution: {expected}" in output.out
+        (caution,) = json.loads((tmp_path / "out" / "scores.json").read_text())["cautions"]
+        assert caution.startswith(expected)
+    for photo in mixed.iterdir():
+        if not photo.name.startswith("z"):
+            photo.unlink()
+    assert main(["evaluate", str(adapter), "--subject", str(mixed), *flags, "--overwrite"]) == 0
+    assert "warning: all of these photos were trained on" in capsys.readouterr().err
+
+
+def test_the_record_of_photos_stays_in_the_runs_folder(adapter) -> None:
+    """Digests alone, of all photos; neither the adapter nor what is published holds them."""
+    from dora_diffusion.data.photos import read_photos
+    from dora_diffusion.hub import _files
+
+    folder = ROOT / "samples" / "bolt_mug"
+    photos, _ = read_photos(list_photos(folder), "")
+    text = (adapter / "photos.json").read_text()
+    assert json.loads(text) == {"digests": sorted(photo.sample_id for photo in photos)}
+    assert not any(photo.path.name in text for photo in photos)
+    raw = (adapter / FILE).read_bytes()
+    assert not any(photo.sample_id.encode() in raw for photo in photos)
+    assert "photos.json" not in _files(adapter, None, None)
+
+
+def test_results_that_exist_are_kept(adapter, tmp_path, capsys) -> None:
+    for name in ("scores.json", "scores.md", "pictures.png"):
+        (tmp_path / name).write_text("kept")
+        flags = ["--base", BASE, "--subject", "bolt_mug", "--output", str(tmp_path), *FAST]
+        assert main(["evaluate", str(adapter), *flags]) == 1
+        assert f"{tmp_path} holds an evaluation already" in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == "kept"
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize(

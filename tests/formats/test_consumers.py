@@ -379,6 +379,113 @@ def test_what_is_called_exact_is_exact_in_diffusers(
     assert (error < EXACT).item() == is_exact
 
 
+BLOCKS = "unet.down_blocks.2.attentions.0.transformer_blocks.0"
+NAMED = {
+    "PEFT": ("{}.lora_A.weight", "{}.lora_B.weight"),
+    "old": ("{}.lora.down.weight", "{}.lora.up.weight"),
+    "processor": ("{0}.processor.{1}_lora.down.weight", "{0}.processor.{1}_lora.up.weight"),
+}
+# How each of three layers names its factors, and how many of them diffusers leaves unchanged.
+MIXTURES = {
+    ("PEFT", "PEFT", "PEFT"): 0,
+    ("old", "old", "processor"): 0,
+    ("PEFT", "old", "old"): 2,
+    ("PEFT", "PEFT", "processor"): 1,
+    ("PEFT", "processor", "PEFT"): 0,
+    ("old", "PEFT", "PEFT"): 0,
+}
+
+
+@pytest.mark.parametrize("names", MIXTURES)
+def test_layers_that_diffusers_leaves_unchanged_are_named(
+    tmp_path: Path, diffusers_pipeline: Any, names: tuple[str, ...]
+) -> None:
+    """Of a file that mixes ways to name the factors; it depends on the first key."""
+    layers = [f"{BLOCKS}.attn1.to_k", f"{BLOCKS}.attn1.to_q", f"{BLOCKS}.attn2.to_k"]
+    generator = torch.Generator().manual_seed(0)
+    tensors, weights = {}, {}
+    for layer, way in zip(layers, names, strict=True):
+        weight = diffusers_pipeline.unet.get_submodule(layer.removeprefix("unet.")).weight
+        weights[layer] = (weight, weight.detach().clone())
+        parent, _, leaf = layer.rpartition(".")
+        for template, shape in zip(
+            NAMED[way], ((4, weight.shape[1]), (weight.shape[0], 4)), strict=True
+        ):
+            key = template.format(*([parent, leaf] if way == "processor" else [layer]))
+            tensors[key] = 0.1 * torch.randn(shape, generator=generator)
+    save_file(tensors, tmp_path / "a.safetensors")
+    report = inspect_adapter(tmp_path / "a.safetensors")
+    diffusers_pipeline.load_lora_weights(tmp_path / "a.safetensors")
+    try:
+        diffusers_pipeline.fuse_lora(components=["unet"])
+        unchanged = [n for n, (now, before) in weights.items() if torch.equal(now, before)]
+    finally:
+        diffusers_pipeline.unload_lora_weights()
+        for now, before in weights.values():
+            now.data.copy_(before)
+    assert len(unchanged) == MIXTURES[names]
+    verdict = report.tools["diffusers"]
+    if not unchanged:
+        is_mixed = "PEFT" in names and len(set(names)) > 1
+        assert verdict.partition(":")[0] == ("convert" if is_mixed else "exact")
+        return
+    assert verdict.startswith(f"wrong: it leaves {len(unchanged)} layer")
+    assert all(name.removeprefix("unet.") in verdict for name in unchanged)
+    assert not any(
+        name.removeprefix("unet.") in verdict for name in weights if name not in unchanged
+    )
+    assert any(f"leaves {len(unchanged)} layers unchanged" in note for note in report.notes)
+    assert report.spelling == "other"
+
+
+# What sd-scripts looks for no adapter in, by its source: it has Transformer2DModel, ResnetBlock2D,
+# Downsample2D and Upsample2D, CLIPAttention and CLIPMLP.
+OUTSIDE = {
+    "sd1": {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"},
+    "sdxl": {
+        "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2",
+        "add_embedding.linear_1", "add_embedding.linear_2",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OUTSIDE)
+def test_layers_outside_of_the_blocks(
+    tmp_path: Path, family: str, request: pytest.FixtureRequest, random_adapter: Any
+) -> None:
+    """Diffusers 0.42 reads them from a kohya file; sd-scripts does not, and that is said."""
+    import diffusers
+
+    folder = request.getfixturevalue(f"{family}_folder")
+    layers = random_adapter(folder, axis=None, components=["unet"])
+    inside = {
+        name: layer
+        for name, layer in layers.items()
+        if not name.removeprefix("unet.").startswith(tuple(OUTSIDE[family]))
+    }
+    assert len(layers) - len(inside) == len(OUTSIDE[family])
+    facts = AdapterMetadata(family)
+    path = write_adapter(tmp_path / "in.safetensors", AdapterFile(inside, facts), "kohya")
+    tools = inspect_adapter(path).tools
+    assert (tools["sd-scripts"], tools["diffusers"]) == ("exact", "exact")
+    path = write_adapter(tmp_path / "all.safetensors", AdapterFile(layers, facts), "kohya")
+    tools = inspect_adapter(path).tools
+    count = len(OUTSIDE[family])
+    assert tools["sd-scripts"].startswith(f"wrong: it leaves {count} layers (unet.")
+    assert tools["diffusers"].startswith(f"exact: in 0.42; 0.35 leaves {count} layers")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    names = {name: name.removeprefix("unet.") for name in layers}
+    before = {n: pipeline.unet.get_submodule(p).weight.detach() for n, p in names.items()}
+    before = {name: weight.clone() for name, weight in before.items()}
+    pipeline.load_lora_weights(path)
+    pipeline.fuse_lora(components=["unet"])
+    pipeline.unload_lora_weights()
+    for name, layer in layers.items():
+        wanted = meant(before[name].double(), layer)
+        found = pipeline.unet.get_submodule(names[name]).weight.double()
+        assert (found - wanted).norm() < EXACT * (wanted - before[name]).norm(), name
+
+
 @pytest.mark.parametrize(
     ("change", "kind"),
     [
@@ -400,3 +507,44 @@ def test_kohya_files_in_other_spellings(tmp_path: Path, change: dict[str, str], 
     save_file(tensors, tmp_path / "a.safetensors")
     report = inspect_adapter(tmp_path / "a.safetensors")
     assert report.tools["LyCORIS"].partition(":")[0] == kind
+
+
+def test_strength_stacking_and_hotswap_in_diffusers(
+    tmp_path: Path, sd1_folder: Path, random_layer: Callable[..., LayerWeights]
+) -> None:
+    """Its scale is our direction strength; two DoRAs are no sum there; a hotswap is refused."""
+    from diffusers import StableDiffusionPipeline
+
+    from dora_diffusion.merge import Strengths, merge_tensor
+
+    pipeline = StableDiffusionPipeline.from_pretrained(sd1_folder, local_files_only=True)
+    path = TO_K.removeprefix("unet.")
+    weight = pipeline.unet.get_submodule(path).weight.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    layers = [random_layer(weight, generator) for _ in range(2)]
+    files = [
+        write_adapter(tmp_path / str(i), AdapterFile({TO_K: layer}, AdapterMetadata("sd1")))
+        for i, layer in enumerate(layers)
+    ]
+    x = torch.randn(9, weight.shape[1], generator=generator)
+
+    def off(*merged: tuple[LayerWeights, Strengths]) -> float:
+        """Distance of diffusers' output from a merge, relative to the change of both adapters."""
+        found = pipeline.unet.get_submodule(path)(x).detach()
+        whole = merge_tensor(weight, [(layer, Strengths()) for layer in layers]) - weight
+        wanted = x @ merge_tensor(weight, list(merged)).T
+        return ((found - wanted).norm() / (x @ whole.T).norm()).item()
+
+    one, other = layers
+    pipeline.load_lora_weights(files[0], adapter_name="a")
+    for scale in (1.0, 0.4, 0.0):
+        pipeline.set_adapters(["a"], [scale])
+        assert off((one, Strengths(1.0, scale, 1.0))) < 1e-5
+        assert (off((one, Strengths(scale, 1.0, 1.0))) > 0.01) == (scale < 1)
+    with pytest.raises(RuntimeError, match="lora_magnitude_vector"):
+        pipeline.load_lora_weights(files[1], adapter_name="a", hotswap=True)
+    pipeline.unload_lora_weights()
+    for name, file in zip("ab", files, strict=True):
+        pipeline.load_lora_weights(file, adapter_name=name)
+    pipeline.set_adapters(["a", "b"], [1.0, 1.0])
+    assert off((one, Strengths()), (other, Strengths())) > 0.01

@@ -108,7 +108,9 @@ def test_inspect_says_if_it_fits(
     assert other.layers == report.layers
     dense = convert_adapter(path, tmp_path / "d", "dense", base=sd1_folder).path
     report = inspect_adapter(dense, sd1_folder)
-    assert report.fits.startswith(f"{len(adapter.layers)} of {len(adapter.layers)} layers")
+    assert report.fits.startswith(
+        f"yes, all {len(adapter.layers)} layers by their names and shapes"
+    )
     assert report.tools["ComfyUI and Forge"] == "exact for its base: wrong with any other"
 
 

@@ -196,11 +196,15 @@ def test_text_encoder_keys_without_prefixes(
             assert report.notes[0].endswith(
                 "text-encoder keys lack their component, which was added"
             )
-            assert len(report.notes) == (1 if component == "text_encoder" else 2)
+            *_, told = report.notes
+            assert report.notes[1] == "it does not say its alpha; alpha = rank is assumed"
+            assert told.startswith("by their widths") == (component == "text_encoder_2")
+            assert len(report.notes) == (2 if component == "text_encoder" else 3)
     path = saved(tmp_path, {f"text_encoder_2.{key}": t for key, t in shorter.items()})
     report = convert_adapter(path, tmp_path / "d", "diffusers", base=sdxl_folder)
     assert report.notes == (
         f"{len(shorter)} text-encoder keys lack `text_model.`, which was added",
+        "it does not say its alpha; alpha = rank is assumed",
     )
 
 
@@ -245,7 +249,9 @@ def test_joined_projections_are_split_exactly(
                 }
     path = saved(tmp_path, tensors)
     for adapter in (read_adapter(path), read_adapter(path, shapes)):
-        assert adapter.notes == ("3 joined attention projections were split into their parts",)
+        said = tuple(note for note in adapter.notes if note not in adapter.assumptions)
+        assert said == ("3 joined attention projections were split into their parts",)
+        assert bool(adapter.assumptions) == (spelling == "diffusers")
         assert adapter.layers.keys() == expected.keys()
         for part, (weight, merged) in expected.items():
             result = merge_tensor(weight, [(adapter.layers[part], Strengths())])
@@ -270,6 +276,8 @@ def test_onetrainer_spellings(
 ) -> None:  # fmt: skip
     """Its older files are kohya's with diffusers' block names; the newer ones have dots.
 
+    OMI's are of January 2025; COMFY and ORIGINAL, with PEFT's names of the factors, of 2026.
+
     Magnitudes run along the inputs, (1, in) and (1, in, 1, 1), unless it is told otherwise.
     """
     from dora_diffusion.formats.sgm_blocks import SD_LAYOUT, SDXL_LAYOUT, to_sgm
@@ -282,20 +290,27 @@ def test_onetrainer_spellings(
         "older": {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
         "newer": {"unet": "unet", "text_encoder": "clip_l", "text_encoder_2": "clip_g"},
         "inside": {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+        "comfy": {
+            "unet": "diffusion_model",
+            "text_encoder": "text_encoders.clip_l.transformer",
+            "text_encoder_2": "text_encoders.clip_g.transformer",
+        },
+        "original": {"unet": "", "text_encoder": "clip_l", "text_encoder_2": "clip_g"},
     }
     for spelling, names in prefixes.items():
         tensors = {}
         for name, layer in layers.items():
             component, _, path = name.partition(".")
             assert layer.magnitude is not None
-            if spelling == "newer" and component == "unet":
+            if spelling in ("newer", "comfy", "original") and component == "unet":
                 path = str(to_sgm(path, layout))
             joint = "_" if spelling == "older" else "."
-            key = names[component] + joint + path.replace(".", joint)
+            key = (names[component] + joint + path.replace(".", joint)).removeprefix(".")
             ones = [1] * (layer.down.ndim - 2)
+            down, up = ("A", "B") if spelling in ("comfy", "original") else ("down", "up")
             tensors |= {
-                f"{key}.lora_down.weight": layer.down,
-                f"{key}.lora_up.weight": layer.up,
+                f"{key}.lora_{down}.weight": layer.down,
+                f"{key}.lora_{up}.weight": layer.up,
                 f"{key}.alpha": torch.tensor(layer.alpha),
                 f"{key}.dora_scale": layer.magnitude.view(1, -1, *ones),
             }
@@ -314,11 +329,11 @@ def test_the_first_dora_of_ai_toolkit(tmp_path: Path) -> None:
     tensors = {
         f"{prefix}.lora_down": torch.randn(2, 8),
         f"{prefix}.lora_up": torch.randn(8, 2),
-        f"{prefix}.alpha": torch.tensor(1.0),
+        f"{prefix}.alpha": torch.tensor(2.0),
         f"{prefix}.magnitude": torch.rand(1, 8),
     }
     (layer,) = read_adapter(saved(tmp_path, tensors)).layers.values()
-    assert (layer.norm_axis, layer.scale) == ("input", 0.5)
+    assert (layer.norm_axis, layer.scale) == ("input", 1.0)
     name = f"unet.{BLOCK}.attn1.to_q"
     tensors = {
         f"{name}.lora_A.weight": torch.randn(2, 8),
@@ -327,6 +342,135 @@ def test_the_first_dora_of_ai_toolkit(tmp_path: Path) -> None:
     }
     (layer,) = read_adapter(saved(tmp_path, tensors)).layers.values()
     assert layer.norm_axis == "output"
+
+
+def ai_toolkit_forward(
+    x: Tensor, weight: Tensor, tensors: dict[str, Tensor], scale: float
+) -> Tensor:
+    """What its module returns, by its source: base + scaled LoRA + correction of the unscaled one.
+
+    ai-toolkit, `toolkit/models/DoRA.py` and `toolkit/network_mixins.py`.
+    """
+    product = tensors["lora_up.weight"] @ tensors["lora_down.weight"]
+    changed = weight + product
+    correction = tensors["magnitude"] / changed.norm(dim=1) - 1
+    return x @ weight.T + scale * (x @ product.T) + correction * (x @ changed.T)
+
+
+@pytest.mark.parametrize("alpha", [None, 4.0, 1.0])
+def test_the_dora_of_ai_toolkit_is_one_where_alpha_is_the_rank(
+    tmp_path: Path, alpha: float | None
+) -> None:
+    """With another alpha its module computes another formula, which is refused."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 8, generator=generator)
+    parts = {
+        "lora_down.weight": torch.randn(4, 8, generator=generator),
+        "lora_up.weight": 0.2 * torch.randn(12, 4, generator=generator),
+        "magnitude": weight.norm(dim=1) * (1 + 0.1 * torch.rand(12, generator=generator)),
+    }
+    prefix = f"lora_unet_{BLOCK}.attn1.to_q".replace(".", "_")
+    tensors = {f"{prefix}.{part}": tensor for part, tensor in parts.items()}
+    path, x = saved(tmp_path, tensors), torch.randn(5, 8, generator=generator)
+    layer = read_adapter(path).layers[f"unet.{BLOCK}.attn1.to_q"]
+    expected = ai_toolkit_forward(x, weight, parts, (alpha or 4.0) / 4)
+    ours = (
+        x @ merge_tensor(weight, [(dataclasses.replace(layer, alpha=alpha or 4.0), Strengths())]).T
+    )
+    if alpha == 1.0:
+        assert (ours - expected).norm() > 0.05 * (expected - x @ weight.T).norm()
+        with pytest.raises(AdapterFormatError, match=r"alpha / rank \(1 / 4\) outside"):
+            read_adapter(path, alpha=alpha)
+        saved(tmp_path, {**tensors, f"{prefix}.alpha": torch.tensor(alpha)})
+        with pytest.raises(AdapterFormatError, match=r"alpha / rank \(1 / 4\) outside"):
+            read_adapter(path)
+        return
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    adapter = read_adapter(path, alpha=alpha)
+    assert [n for n in adapter.notes if "only where alpha equals the rank" in n] == list(
+        adapter.assumptions
+    )
+    assert len(adapter.assumptions) == (alpha is None)
+
+
+def test_the_dora_of_ai_toolkit_is_merged_with_its_alpha(
+    tmp_path: Path, sd1_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exactly, into a checkpoint and into the differences for one base; refused by the rest."""
+    name = f"unet.{BLOCK}.attn2.to_k"
+    generator = torch.Generator().manual_seed(0)
+    with PipelineFolder.open(sd1_folder) as pipeline:
+        weight = pipeline[f"{name}.weight"]
+    parts = {
+        "lora_down.weight": torch.randn(4, weight.shape[1], generator=generator),
+        "lora_up.weight": 0.05 * torch.randn(weight.shape[0], 4, generator=generator),
+        "magnitude": weight.norm(dim=1) * (1 + torch.rand(weight.shape[0], generator=generator)),
+    }
+    prefix = "lora_unet_" + name.removeprefix("unet.").replace(".", "_")
+    path = saved(tmp_path, {f"{prefix}.{part}": tensor for part, tensor in parts.items()})
+    base = ["--base", str(sd1_folder), "--alpha", "1"]
+    # The weight that has the module's output: its rows of the identity.
+    expected = ai_toolkit_forward(torch.eye(weight.shape[1]), weight, parts, 1 / 4).T
+    merged = tmp_path / "merged"
+    command = [*base, "--adapter", str(path)]
+    assert main(["export", *command, "--output", str(merged)]) == 0
+    with PipelineFolder.open(merged) as pipeline:
+        torch.testing.assert_close(pipeline[f"{name}.weight"], expected, rtol=0, atol=1e-6)
+    assert main(["verify", *command, str(merged)]) == 0
+    dense = tmp_path / "dense.safetensors"
+    assert main(["convert", str(path), str(dense), "--to", "dense", *base]) == 0
+    found = weight + load_file(dense)[f"{prefix}.diff"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    capsys.readouterr()
+    for target in ("kohya", "diffusers", "comfyui", "lora"):
+        output = str(tmp_path / target)
+        assert main(["convert", str(path), output, "--to", target, *base]) == 1
+        error = capsys.readouterr().err
+        assert "outside of the norm" in error
+        assert "export merges it exactly, and convert --to dense" in error
+    adapter = read_adapter(path, alpha=1.0, sums=True)
+    with pytest.raises(AdapterFormatError, match="kohya format cannot hold a DoRA with a LoRA"):
+        write_adapter(tmp_path / "k", adapter, "kohya")
+
+
+def test_an_alpha_that_is_assumed_is_said(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """By every command, also for a Diffusers file without metadata; and `--alpha` gives it."""
+    layers = random_adapter(sd1_folder, every=9)  # rank 4, alpha 3
+    good = load_file(write_adapter(tmp_path / "good", AdapterFile(layers), "peft") / "unet" /
+                     "adapter_model.safetensors")  # fmt: skip
+    tensors = {key.replace("base_model.model.", "unet."): tensor for key, tensor in good.items()}
+    unet = {name: one for name, one in layers.items() if name.startswith("unet.")}
+    path, base = saved(tmp_path, tensors), str(sd1_folder)
+    said = "it does not say its alpha; alpha = rank is assumed"
+    assert read_adapter(path).assumptions == (said,)
+    assert main(["inspect", str(path)]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+    merged = tmp_path / "m.safetensors"
+    common = ["--base", base, "--adapter", str(path)]
+    assert main(["export", *common, "--output", str(merged)]) == 0
+    assert f"warning: broken.safetensors: {said}" in capsys.readouterr().err
+    assert main(["verify", str(merged), *common]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"proven, as far as this is right: broken.safetensors: {said}"
+    )
+    picture = ["--prompt", "x", "--output", str(tmp_path / "x.png"), "--steps", "1"]
+    size = ["--width", "64", "--height", "64"]
+    assert main(["generate", *common, *picture, *size]) == 0
+    assert f"warning: broken.safetensors: {said}" in capsys.readouterr().err
+    given = tmp_path / "given.safetensors"
+    assert main(["export", *common, "--output", str(given), "--alpha", "3"]) == 0
+    assert "alpha" not in capsys.readouterr().err
+    assert main(["verify", str(given), *common, "--alpha", "3"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "proven"
+    assert main(["verify", str(merged), *common, "--alpha", "3"]) == 1
+    with PipelineFolder.open(sd1_folder) as pipeline:
+        name = next(iter(unet))
+        wanted = merge_tensor(pipeline[f"{name}.weight"], [(unet[name], Strengths())])
+        open_file = load_file(given)
+        assert any(t.shape == wanted.shape and torch.equal(t, wanted) for t in open_file.values())
 
 
 def test_the_command_says_what_it_repaired(
@@ -342,4 +486,4 @@ def test_the_command_says_what_it_repaired(
     assert main([*command, "--family", "sd1"]) == 1
     assert "Give the base model" in capsys.readouterr().err
     assert main([*command, "--base", str(sd1_folder)]) == 0
-    assert "repaired:" in capsys.readouterr().out
+    assert "note: " in capsys.readouterr().out

@@ -177,6 +177,7 @@ def test_running_out_of_memory_keeps_the_checkpoints(flags, tmp_path, capfd, mon
     assert not (tmp_path / "output" / ADAPTER).exists(), "an unfinished run has no result"
     more = flags(max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint="latest")
     assert main(more) == 0
+    assert "resuming from checkpoint-2, at step 2 of 4" in capfd.readouterr().out
     assert (tmp_path / "output" / ADAPTER).is_file()
 
 
@@ -202,7 +203,8 @@ def test_a_terminated_run_saves_and_goes_on(flags, tmp_path, capfd):
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM, text
-    assert "checkpoint saved; go on with --resume_from_checkpoint latest" in text
+    assert "stopping after this step, and saving a checkpoint; press Ctrl-C again" in text
+    assert "checkpoint saved; resume with --resume_from_checkpoint latest" in text
     (checkpoint,) = checkpoints_in(output)
     step = int(checkpoint.name.partition("-")[2])
     assert f"stopped at step {step} of 100000" in text

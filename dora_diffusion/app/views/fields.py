@@ -7,8 +7,9 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.app.settings import FIELDS, setting_text
-from dora_diffusion.config import setting_type
+from dora_diffusion.config import setting_type, settings
 
+_DEFAULTS = {setting.name: setting.default_text for setting in settings()}
 # How handlers are registered: not in the API's list, with or without a sign of work.
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
@@ -26,7 +27,11 @@ def setting_field(name: str, value: Any) -> Any:
         return gr.Dropdown(list(choices), value=value, **common)
     limit = 500 if is_list else 40 if kind in (int, float) else 1000
     return gr.Textbox(
-        setting_text(value), placeholder="default", max_lines=1, max_length=limit, **common
+        setting_text(value),
+        placeholder=f"default: {_DEFAULTS[name]}",
+        max_lines=1,
+        max_length=limit,
+        **common,
     )
 
 

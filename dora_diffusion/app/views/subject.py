@@ -24,10 +24,11 @@ from dora_diffusion.app.uploads import MAX_BYTES, MAX_PHOTOS
 from dora_diffusion.app.views import photo
 from dora_diffusion.app.views.fields import BUSY, CLICKS, QUIET, clicked, id_dropdown
 from dora_diffusion.app.workspace import AppError, clean_text
+from dora_diffusion.data.checks import WANTED
 
 _EMPTY = html.empty(
     "No photos yet",
-    "Add 3 to 30 photos of one subject: different views, places and light. Or take a sample.",
+    f"Add {WANTED}. Or take a sample.",
 )
 
 

@@ -28,6 +28,7 @@ from dora_diffusion.app.settings import (
     as_yaml,
     check_model,
     command_line,
+    idle_settings,
     make_config,
     preset_values,
     setting_text,
@@ -39,6 +40,7 @@ from dora_diffusion.app.views.fields import QUIET, setting_field
 from dora_diffusion.app.views.subject import SubjectTab, current_subject
 from dora_diffusion.app.workspace import AppError
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.data.captions import contains_token
 from dora_diffusion.training.subject import subject_of
 
 _PROMPTS = "a photo of a {subject} on the snow\na photo of a {subject} at night"
@@ -151,6 +153,8 @@ def connect(
             return [html.note(text[:1].upper() + text[1:], "warn"), ""]
         toy = outside_toy_world(one.pretrained_model_name_or_path, one.class_word or "")
         said = html.note(f"{toy} {CHOOSE_ANOTHER}" if toy else "", "warn")
+        said += html.notes(idle_settings(one), "warn")
+        said += html.notes(_class_prompts(one), "info")
         card = html.estimate_card(cost, one.max_train_steps)
         return [card + said, html.command(command_line(one))]
 
@@ -267,6 +271,16 @@ def _connect_draft(
     restored = blocks.load(restore, [draft], [*form, *fields], **QUIET)
     restored.then(None, None, None, js=RESTORED_SCRIPT, **QUIET)
     subjects.pick.change(fill, [subjects.pick, draft], [tab.class_word, tab.token], **QUIET)
+
+
+def _class_prompts(config: TrainConfig) -> list[str]:
+    """Sample prompts that do not name the subject."""
+    return [
+        f"Sample prompt {prompt!r} does not contain the token {config.token!r}: its images show "
+        "how the class drifts, not the subject."
+        for prompt in config.validation_prompt
+        if not contains_token(prompt, config.token)
+    ]
 
 
 def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:

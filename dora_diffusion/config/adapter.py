@@ -1,0 +1,67 @@
+"""What an adapter is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dora_diffusion.config.checks import require, require_choice, require_positive
+
+PRESETS = ("cross-attention", "attention", "attention+conv", "full")
+TEXT_ENCODER_PRESETS = ("text-encoder-attention", "text-encoder")
+NORM_AXES = ("output", "input")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is made of.
+
+    Attributes:
+        targets: Preset names (`PRESETS`, `TEXT_ENCODER_PRESETS`) or glob patterns of module paths.
+        rank: r of Linear layers.
+        alpha: The scale is ``alpha / rank``. None means ``alpha = rank``.
+        conv_rank: r of Conv2d layers. None means ``rank``.
+        conv_alpha: None means ``conv_alpha = conv_rank``.
+        rslora: Scale by ``alpha / sqrt(rank)`` instead (arXiv:2312.03732).
+        use_dora: Train a magnitude. False gives plain LoRA.
+        norm_axis: ``"output"`` (one magnitude per output channel, as PEFT has it) or ``"input"``
+            (one per input channel, as the paper prints it).
+        dropout: Probability of dropping an input of the low-rank path.
+
+    Example:
+        >>> AdapterConfig(rank=8).conv_rank_or_rank
+        8
+
+    Raises:
+        ConfigError: If a value cannot work.
+    """
+
+    targets: tuple[str, ...] = ("attention+conv",)
+    rank: int = 8
+    alpha: float | None = None
+    conv_rank: int | None = None
+    conv_alpha: float | None = None
+    rslora: bool = False
+    use_dora: bool = True
+    norm_axis: str = "output"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            object.__setattr__(self, "targets", (self.targets,))
+        require(bool(self.targets), "targets is empty; name a preset or a pattern of module paths")
+        for name in ("rank", "alpha", "conv_rank", "conv_alpha"):
+            require_positive(name, getattr(self, name))
+        require_choice("norm_axis", self.norm_axis, NORM_AXES)
+        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)")
+
+    @property
+    def conv_rank_or_rank(self) -> int:
+        """The rank that Conv2d layers get."""
+        return self.rank if self.conv_rank is None else self.conv_rank
+
+    def rank_and_alpha(self, is_conv: bool) -> tuple[int, float]:
+        """Rank and effective alpha (the scale is always ``alpha / rank``) of a kind of layer."""
+        rank = self.conv_rank_or_rank if is_conv else self.rank
+        alpha = self.conv_alpha if is_conv else self.alpha
+        alpha = float(rank if alpha is None else alpha)
+        return rank, alpha * rank**0.5 if self.rslora else alpha

@@ -1,0 +1,216 @@
+"""What is known of a setting besides its value: metadata of its dataclass field.
+
+Flag, YAML key, help, range check, group, effect and resuming are all derived from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from dora_diffusion.config.checks import require, require_choice
+
+# same: a resumed run must have it; free: it may change, which is said and recorded;
+# apart: no property of the training (places, names, what happens afterwards).
+Resume = Literal["same", "free", "apart"]
+
+TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
+
+
+@dataclass(frozen=True)
+class Need:
+    """A setting that must have one of these values (any true one, where none is given)."""
+
+    setting: str
+    values: tuple[Any, ...] = ()
+
+    def __call__(self, config: Any) -> str | None:
+        """Why it is not met; None where it is."""
+        value = getattr(config, self.setting)
+        if value in self.values if self.values else value:
+            return None
+        return f"{self.setting} is {shown(value)}"
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """At least one of several needs."""
+
+    needs: tuple[Need, ...]
+
+    def __call__(self, config: Any) -> str | None:
+        """Why none is met; None where one is."""
+        reasons = [need(config) for need in self.needs]
+        return None if None in reasons else " and ".join(str(reason) for reason in reasons)
+
+
+# Gives the reason why a setting has no effect, or None where it has one.
+Condition = Callable[[Any], "str | None"]
+
+
+def shown(value: Any) -> str:
+    """A value as a command line has it."""
+    if value is None or value == []:
+        return "not set"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | tuple):
+        return " ".join(str(item) for item in value)
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting, read from its field.
+
+    Attributes:
+        name: Flag and YAML key.
+        kind: Its plain type.
+        is_list: Whether it takes several values.
+        default: The value where none is given.
+        help: What it is, in a sentence.
+        derived: What the default is, in words, where it follows from something else.
+        group: Heading under which it stands.
+        choices: What it may be; None is anything.
+        resume: Whether a resumed run must have the same.
+        needs: What must hold for it to have an effect.
+        is_path: Whether it names a place on this machine.
+        above: It must be greater.
+        least: The least that it may be.
+        most: The most that it may be.
+        below: It must be less.
+    """
+
+    name: str
+    kind: type
+    is_list: bool
+    default: Any
+    help: str
+    derived: str
+    group: str
+    choices: tuple[str, ...] | None
+    resume: Resume
+    needs: tuple[Condition, ...]
+    is_path: bool
+    above: float | None
+    least: float | None
+    most: float | None
+    below: float | None
+
+    @classmethod
+    def from_field(cls, source: dataclasses.Field[Any]) -> Setting:
+        """Read a field of a config."""
+        kind, is_list = setting_type(source)
+        default = source.default
+        if default is dataclasses.MISSING:
+            assert source.default_factory is not dataclasses.MISSING
+            default = source.default_factory()
+        return cls(source.name, kind, is_list, default, **source.metadata)
+
+    @cached_property
+    def default_text(self) -> str:
+        """The default in words."""
+        if self.derived:
+            return self.derived
+        return "none" if self.default is None else shown(self.default)
+
+    def idle_reason(self, config: Any) -> str | None:
+        """Why the setting has no effect in this config; None where it has one."""
+        return next((reason for need in self.needs if (reason := need(config))), None)
+
+    def check(self, value: Any) -> None:
+        """Check a value's range or choice.
+
+        Raises:
+            ConfigError: If it cannot work.
+        """
+        if value is None:
+            return
+        if self.choices and not self.is_list:
+            require_choice(self.name, value, self.choices)
+        problem = ""
+        if self.above is not None and not value > self.above:
+            problem = f"be greater than {self.above:g}"
+        elif self.least is not None and not value >= self.least:
+            problem = f"be at least {self.least:g}" if self.least else "not be negative"
+        elif self.most is not None and not value <= self.most:
+            problem = f"be at most {self.most:g}"
+        elif self.below is not None and not value < self.below:
+            problem = f"be less than {self.below:g}"
+        require(not problem, f"{self.name} is {value}; it must {problem}", self.name)
+
+    def cast(self, value: Any) -> Any:
+        """A value from YAML or a command line in the setting's type; YAML reads 1e-4 as a string.
+
+        Raises:
+            ConfigError: If it is of another type.
+        """
+        if value is None:
+            return None
+        if self.is_list:
+            items = value if isinstance(value, list | tuple) else [value]
+            return [self.kind(item) for item in items]
+        if self.kind is bool or isinstance(value, bool):
+            return self._cast_bool(value)
+        try:
+            cast = self.kind(value)
+        except (TypeError, ValueError):
+            cast = None
+        whole = not (self.kind is int and isinstance(value, float) and value != cast)
+        wanted = {int: "a whole number", float: "a number"}.get(self.kind, "text")
+        require(
+            cast is not None and whole, f"{self.name} is {value!r}; it must be {wanted}", self.name
+        )
+        return self._known_spelling(cast) if self.choices else cast
+
+    def _cast_bool(self, value: Any) -> Any:
+        if value is False and "no" in (self.choices or ()):
+            return "no"  # YAML reads a bare no as false.
+        wanted = "true or false" if self.kind is bool else self.kind.__name__
+        require(
+            self.kind is bool and isinstance(value, bool),
+            f"{self.name} is {value!r}; it must be {wanted}",
+            self.name,
+        )
+        return value
+
+    def _known_spelling(self, value: Any) -> Any:
+        """A choice in another case as it is written here: AdamW is adamw."""
+        assert self.choices is not None
+        return {word.lower(): word for word in self.choices}.get(str(value).lower(), value)
+
+
+def flag(
+    group: str,
+    default: Any,
+    text: str,
+    *,
+    derived: str = "",
+    choices: tuple[str, ...] | None = None,
+    resume: Resume = "same",
+    needs: tuple[Condition, ...] = (),
+    is_path: bool = False,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with what `Setting` tells of it."""
+    metadata = {
+        "help": text, "derived": derived, "group": group, "choices": choices, "resume": resume,
+        "needs": needs, "is_path": is_path, "above": above, "least": least, "most": most,
+        "below": below,
+    }  # fmt: skip
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def setting_type(source: dataclasses.Field[Any]) -> tuple[type, bool]:
+    """The plain type of a setting, and whether it is a list: ``list[str]`` -> ``(str, True)``."""
+    name = str(source.type).removesuffix(" | None")
+    is_list = name.startswith("list[")
+    return TYPES[name.removeprefix("list[").removesuffix("]")], is_list

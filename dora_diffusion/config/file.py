@@ -1,0 +1,71 @@
+"""YAML files of settings, with the line of every key for messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion.config.checks import ConfigError, require
+
+SEGMENTS = "segments"
+"""Key under which a resumed run records what changed at which step; no setting."""
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file. Relative paths in it are meant from the working directory.
+
+    Raises:
+        ConfigError: If the file is missing, is not YAML, names a setting twice, or does not hold
+            a mapping; with the file's name and the line.
+    """
+    return read_config_lines(path)[0]
+
+
+def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, int]]:
+    """The settings in a YAML file, and the line of each, from 1.
+
+    Raises:
+        ConfigError: As `read_config_file` does.
+    """
+    import yaml
+
+    text = _read_text(path)
+    try:
+        values = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}, line {mark.line + 1}" if mark else str(path)
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(
+            f"{place}: this is not valid YAML ({what}); write 'setting: value', and quote a value "
+            "that holds ': ' or begins with a sign"
+        ) from error
+    values = {} if values is None else values
+    require(isinstance(values, dict), f"{path} must hold 'setting: value' lines")
+    found = {str(key): value for key, value in values.items() if key != SEGMENTS}
+    return found, _lines(path, root)
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the config file {path} is not UTF-8 text; save it again") from error
+
+
+def _lines(path: str | Path, root: Any) -> dict[str, int]:
+    """The line of every key of the outermost mapping."""
+    lines: dict[str, int] = {}
+    for key, _ in getattr(root, "value", None) or ():
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise ConfigError(
+                f"{path}, line {line}: {key.value} is already set in line {lines[key.value]}; "
+                "keep one of them"
+            )
+        lines[key.value] = line
+    return lines

@@ -1,0 +1,77 @@
+"""The model card of a merged folder: what it was made from, in place of the base's own card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# What of the base's card holds for whoever uses the merged model, too.
+_LICENSE_FIELDS = ("license", "license_name", "license_link", "extra_gated_prompt")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def merged_card(
+    title: str, base: str, merged: Sequence[Mapping[str, Any]], triggers: Sequence[str], old: str
+) -> str:
+    """The README of a merged model.
+
+    Args:
+        title: Name of its folder.
+        base: Name of the base: a hub id, which is linked, or the name of a folder or file.
+        merged: The adapters with their strengths, as `Recipe.record` gives them.
+        triggers: The trigger words of the adapters.
+        old: The base's card, whose licence stays.
+    """
+    facts: dict[str, Any] = {"base_model": base} if _HUB_ID.fullmatch(base) else {}
+    facts |= {"library_name": "diffusers", "tags": ["text-to-image"]}
+    facts |= {name: value for name, value in front_matter(old).items() if name in _LICENSE_FIELDS}
+    linked = f"[{base}](https://huggingface.co/{base})" if "base_model" in facts else f"`{base}`"
+    rows = "\n".join(
+        f"| `{one['adapter']}` | {one['strength']:g} | `{str(one['sha256'])[:16]}` |{_knobs(one)}"
+        for one in merged
+    )
+    words = " and ".join(f"**`{trigger}`**" for trigger in triggers)
+    ask = f"\nWrite {words} in a prompt to get the subject.\n" if words else ""
+    head = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
+    return f"""---
+{head}---
+
+# {title}
+
+{linked} with adapters merged into its weights by dora_diffusion. What the card of the base says of
+its training holds for the base; its figures are not those of this model.
+{ask}
+| adapter | strength | SHA-256 |
+|---|---|---|
+{rows}
+
+`dora-diffusion verify FOLDER --base BASE --adapter FILE` computes every merged tensor again.
+"""
+
+
+def _knobs(one: Mapping[str, Any]) -> str:
+    """Strengths of parts that are not 1, behind a row."""
+    knobs = {k: v for k, v in one.items() if k not in ("adapter", "sha256", "strength")}
+    return "".join(f" {name.replace('_', ' ')} {value:g}" for name, value in knobs.items())
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """The YAML between the dashes at the top of a card; empty if there is none or it is damaged."""
+    match = re.match(r"---\r?\n(.*?)\r?\n---\s", card, re.DOTALL)
+    try:
+        found = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_card(folder: Path) -> str:
+    """The card of a model folder, empty if it has none that is text."""
+    try:
+        return (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""

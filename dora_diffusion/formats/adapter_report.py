@@ -1,0 +1,74 @@
+"""The report on an adapter file, for people and for scripts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion.formats.adapter_metadata import AdapterMetadata
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """Facts of an adapter file.
+
+    Attributes:
+        path: The file, or the folder of a PEFT adapter.
+        spelling: ``"diffusers"``, ``"kohya"`` or ``"peft"``; ``"other"`` if a key is spelled
+            otherwise than these programs spell it.
+        metadata: What the file says of itself; the family is guessed from shapes if it does not.
+        layers: Number of layers per component.
+        kinds: Number of layers per kind: ``"Linear"``, ``"Conv2d 1x1"``, ``"Conv2d 3x3"``.
+        method: ``"DoRA"``, ``"LoRA"`` or ``"DoRA and LoRA"``.
+        norm_axis: ``"output"``, ``"input"``, ``"mixed"``, or ``""`` for a LoRA.
+        rank: The rank, or JSON per layer if they differ.
+        alpha: The alpha as trained, or JSON per layer if they differ; of an approximation its own.
+        parameters: Number of trained values.
+        nbytes: Size on disk.
+        tools: Programs, and whether they compute it as it was trained; see docs/formats.md.
+        fits: Whether it fits the base model that was given, ``""`` without one.
+        notes: What to know before using it, and what to repair.
+    """
+
+    path: Path
+    spelling: str
+    metadata: AdapterMetadata
+    layers: Mapping[str, int]
+    kinds: Mapping[str, int]
+    method: str
+    norm_axis: str
+    rank: str
+    alpha: str
+    parameters: int
+    nbytes: int
+    notes: tuple[str, ...]
+    tools: Mapping[str, str] = field(default_factory=dict)
+    fits: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON: what differs between layers is a dictionary."""
+        values = {**dataclasses.asdict(self), "path": str(self.path)}
+        values |= {name: numbers(values[name]) for name in ("rank", "alpha")}
+        extra = {name: numbers(text) for name, text in self.metadata.extra.items()}
+        values["metadata"] = {**values["metadata"], "extra": extra}
+        return values
+
+
+def numbers(text: str) -> float | dict[str, float] | str:
+    """What a `describe` text holds: one number, or one per layer; any other text as it is."""
+    try:
+        found = json.loads(text)
+        if isinstance(found, dict):
+            return {str(name): _number(value) for name, value in found.items()}
+        return _number(found)
+    except (ValueError, TypeError, RecursionError):
+        return text
+
+
+def _number(value: object) -> float:
+    found = float(value)  # type: ignore[arg-type]
+    return int(found) if found.is_integer() else found

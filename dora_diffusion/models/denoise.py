@@ -1,0 +1,36 @@
+"""The one place where a UNet is asked: noisy latents and conditioning to a prediction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from dora_diffusion.models.text import Conditioning
+
+
+def predict(
+    unet: Any,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    time_ids: Tensor | None = None,
+) -> Tensor:
+    """The UNet's prediction (noise or velocity, by its prediction type), ``(B, C, h, w)``.
+
+    Args:
+        unet: A ``UNet2DConditionModel``, with whatever adapters are on it. Inputs are cast to its
+            dtype.
+        noisy_latents: ``(B, C, h, w)``.
+        timesteps: ``(B,)`` int64.
+        conditioning: Of B prompts.
+        time_ids: SDXL's size and crop conditioning, ``(B, 6)``; None for other families.
+    """
+    conditioning = conditioning.to(noisy_latents.device, unet.dtype)
+    prediction: Tensor = unet(
+        noisy_latents.to(unet.dtype),
+        timesteps,
+        conditioning.encoder_hidden_states,
+        added_cond_kwargs=conditioning.added_cond_kwargs(time_ids),
+    ).sample
+    return prediction

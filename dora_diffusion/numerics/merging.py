@@ -1,0 +1,146 @@
+"""Adapters merged into a weight, block by block, and how far rounding may take the result.
+
+    merged = W + sum_i strength_i * (W'_i - W)
+
+Exports and live layers both merge here, on a CPU in blocks of a fixed size and on one thread each,
+from operands that were copied to fresh memory: so the result is the same bits whatever the number
+of threads and wherever the tensors lie. Another processor or BLAS may round otherwise:
+`merge_error` bounds by how much.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.numerics.dora import (
+    NORM_FLOOR,
+    adapted_weight,
+    low_rank_delta,
+    merged_weight,
+    per_channel,
+    weight_norm,
+)
+from dora_diffusion.numerics.precision import full_precision, wide, wide_dtype
+from dora_diffusion.numerics.threads import one_thread
+from dora_diffusion.numerics.weights import LayerWeights, Strengths
+
+Layers = Sequence[tuple[LayerWeights, Strengths]]
+
+# Values that are merged at a time: their float32 copies fit into a processor's cache.
+_BLOCK = 2**18
+# Neighbouring inputs that are merged at a time: fewer would read a part of each cache line.
+_COLUMNS = 128
+# Roundings of an entry's terms, in any order, as a share of the sum of their magnitudes.
+_SUMMATION = 8
+
+
+@torch.no_grad()
+def merge_layers(
+    weight: Tensor,
+    layers: Layers,
+    dtype: torch.dtype,
+    check: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """The weight with layers merged in, computed in float32 and cast once.
+
+    Args:
+        weight: Base weight ``(out, in, *k)``, any floating dtype.
+        layers: The layers that adapt it, at least one, each with its strengths.
+        dtype: Of the result.
+        check: Called with each block as it is cast.
+
+    Returns:
+        A new tensor on the device of ``weight``.
+    """
+    merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    with full_precision(weight.device), one_thread():
+        layers = [(_copied(layer, weight), strengths) for layer, strengths in layers]
+        for dim, start, length in _blocks(weight, [layer for layer, _ in layers]):
+            block = weight.narrow(dim, start, length)
+            adapted = [
+                adapted_weight(
+                    block, layer.narrow(dim, start, length), **dataclasses.asdict(strengths)
+                )
+                for layer, strengths in layers
+            ]
+            target = merged.narrow(dim, start, length).copy_(merged_weight(block, adapted))
+            if check is not None:
+                check(target)
+    return merged
+
+
+def _copied(layer: LayerWeights, weight: Tensor) -> LayerWeights:
+    """The layer on the weight's device, its factors in fresh memory and in the merge's dtype.
+
+    BLAS may sum in another order where its operands are aligned otherwise.
+    """
+    device, dtype = weight.device, wide_dtype(weight)
+    down, up = (
+        factor.to(device, dtype).clone(memory_format=torch.contiguous_format)
+        for factor in (layer.down, layer.up)
+    )
+    magnitude = None if layer.magnitude is None else layer.magnitude.to(device)
+    return dataclasses.replace(layer, down=down, up=up, magnitude=magnitude)
+
+
+def _blocks(weight: Tensor, layers: Sequence[LayerWeights]) -> Iterator[tuple[int, int, int]]:
+    """Parts of a weight that can be merged each on its own, as (dim, start, length).
+
+    A channel along the norm axis depends on no other. Blocks of them that stay in the processor's
+    cache are merged several times faster than the whole, which goes through the memory for every
+    operation. Adapters on both axes leave no such blocks, and a GPU gains nothing from them.
+    """
+    axes = {layer.norm_axis for layer in layers if layer.magnitude is not None}
+    dim = 1 if axes == {"input"} else 0
+    channels, whole = weight.shape[dim], len(axes) > 1 or weight.device.type != "cpu"
+    least = _COLUMNS if dim else 1
+    length = channels if whole else max(least, _BLOCK * channels // max(1, weight.numel()))
+    for start in range(0, channels, max(1, length)):
+        yield dim, start, min(length, channels - start)
+
+
+@torch.no_grad()
+def merge_error(weight: Tensor, layers: Layers) -> Tensor:
+    """How far rounding may take each entry of a merge before its cast: ``(out, in, *k)``.
+
+    An entry of ``W' = g (W + s B A)`` is off by a share of the magnitudes of its terms,
+    ``g (|W| + s |B| |A|)``, and so is the norm in ``g``. Where the terms nearly cancel, they are
+    many times what they add up to.
+    """
+    base = wide(weight)
+    total = base.abs()
+    for layer, strengths in layers:
+        error = _adapted_error(base, _copied(layer, weight), strengths)
+        total = total + abs(strengths.strength) * (error + base.abs())
+    return _SUMMATION * torch.finfo(torch.float32).eps * total
+
+
+def _adapted_error(base: Tensor, layer: LayerWeights, strengths: Strengths) -> Tensor:
+    """The magnitudes of the terms of ``W'``, those of its norm among them."""
+    scale = strengths.direction_strength * layer.scale
+    terms = low_rank_delta(layer.down.abs(), layer.up.abs(), abs(scale)) + base.abs()
+    if layer.magnitude is None:
+        return terms
+    direction = base + low_rank_delta(layer.down, layer.up, scale)
+    norm = weight_norm(direction, layer.norm_axis).clamp_min(NORM_FLOOR)
+    magnitude = wide(layer.magnitude).abs()
+    if strengths.magnitude_strength != 1.0:
+        start = weight_norm(base, layer.norm_axis)
+        magnitude = start + abs(strengths.magnitude_strength) * (magnitude + start)
+
+    def along(vector: Tensor) -> Tensor:
+        return per_channel(vector, base.ndim, layer.norm_axis)
+
+    of_norm = weight_norm(terms, layer.norm_axis) / norm
+    return along(magnitude / norm) * (terms + direction.abs() * along(of_norm))
+
+
+def cast_error(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the distance between neighbours of each entry in a dtype: the error of one cast."""
+    info = torch.finfo(dtype)
+    smallest = info.tiny * info.eps / 2  # half the smallest subnormal number
+    return wide(tensor).abs() * (info.eps / 2) + smallest

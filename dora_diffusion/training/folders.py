@@ -1,0 +1,146 @@
+"""The run's folder: that it is not one of the user's own, and that one run at a time has it."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.training.checkpoint import checkpoints_in, folders_after
+
+LOCK_NAME = ".training.lock"
+METRICS_NAME = "metrics.jsonl"
+# What a run writes at the top of its folder, and which somebody may have a file of their own as.
+_COMMON_NAMES = ("README.md", "config.yaml")
+# Sub-folders that a run writes to and deletes from.
+_OWN_FOLDERS = ("samples", "logs", "class_images")
+
+
+@contextlib.contextmanager
+def output_folder(config: TrainConfig) -> Iterator[Path]:
+    """Check and make ``output_dir``, and hold its lock inside the block.
+
+    The lock is the operating system's: it ends with this process, however that happens. Its file
+    stays, since deleting it would let two others each hold one of that name.
+
+    Raises:
+        ConfigError: If the folder cannot be written to, is one of the user's own, is in use by
+            another run, or holds a result that was not asked to be replaced.
+    """
+    folder = Path(config.output_dir)
+    check_folders(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make output_dir {folder}: {error.strerror}") from error
+    with _locked(folder):
+        _check_contents(config, folder)
+        yield folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(
+            f"another run is writing to output_dir {folder}; wait until it has ended, or choose "
+            "another output_dir"
+        ) from error
+    except PermissionError as error:
+        raise ConfigError(f"cannot write to output_dir {folder}: {error.strerror}") from error
+    except (OSError, NotImplementedError):
+        warnings.warn(
+            f"the disk of output_dir {folder} has no locks: see to it that no other run writes "
+            "there",
+            stacklevel=4,
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Refuse to write among photos, class images or a model's files.
+
+    Photos may lie in a folder of their own inside ``output_dir``, where no run writes.
+
+    Raises:
+        ConfigError: With the two settings that point to one place.
+    """
+    output, photos = Path(config.output_dir).resolve(), _folder(config.instance_data_dir)
+    if photos is not None:
+        _apart("output_dir", output, "instance_data_dir", photos)
+        for name in (*_OWN_FOLDERS, *(path.name for path in output.glob("checkpoint-*"))):
+            _apart("instance_data_dir", photos, f"the run's {name},", output / name)
+    if config.with_prior_preservation and config.prior_preservation_mode == "images":
+        _check_class_folder(config, output, photos)
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+        model = _folder(getattr(config, name))
+        if model is not None:
+            _apart("output_dir", output, name, model)
+
+
+def _check_class_folder(config: TrainConfig, output: Path, photos: Path | None) -> None:
+    folder = _folder(config.class_data_dir)
+    if folder is None:
+        return
+    if folder == photos:
+        raise ConfigError(
+            f"class_data_dir is the folder of the subject's photos, {folder}; class images show "
+            "other members of the class: choose another folder, or leave it out"
+        )
+    if folder in (output, output / "samples", output / "logs"):
+        raise ConfigError(
+            f"class_data_dir {folder} is where the run writes its own images and files; choose "
+            "another folder, or leave it out"
+        )
+
+
+def _folder(name: str | None) -> Path | None:
+    """An existing local folder; None for anything else, such as a hub id or a single file."""
+    path = Path(name or "").expanduser()
+    return path.resolve() if name and path.is_dir() else None
+
+
+def _apart(inner_name: str, inner: Path, outer_name: str, outer: Path) -> None:
+    """Refuse a folder that is another, or lies inside it."""
+    if inner == outer:
+        raise ConfigError(
+            f"{inner_name} and {outer_name} are one folder, {inner}; choose another for one of them"
+        )
+    if outer in inner.parents:
+        raise ConfigError(
+            f"{inner_name} {inner} lies inside {outer_name} {outer}; choose another folder"
+        )
+
+
+def _check_contents(config: TrainConfig, folder: Path) -> None:
+    """Never write over another run's result, or files that no run made, by accident."""
+    if config.resume_from_checkpoint or config.overwrite_output_dir:
+        return
+    checkpoints = checkpoints_in(folder)
+    if checkpoints:
+        raise ConfigError(
+            f"output_dir {folder} already holds checkpoints up to {checkpoints[-1].name}; choose "
+            "another, continue with --resume_from_checkpoint latest (and a larger "
+            "--max_train_steps, if it has ended), or start anew with --overwrite_output_dir"
+        )
+    if any(folder.glob("*.safetensors")) or folders_after(folder, -1):
+        raise ConfigError(
+            f"output_dir {folder} already holds a trained adapter, and no checkpoint to continue "
+            "from (a run with --checkpointing_steps 0 keeps none); choose another, or start anew "
+            "with --overwrite_output_dir"
+        )
+    foreign = [name for name in _COMMON_NAMES if (folder / name).exists()]
+    if foreign and not (folder / METRICS_NAME).exists():
+        raise ConfigError(
+            f"output_dir {folder} holds {' and '.join(foreign)}, which no run has written and this "
+            "one would replace; choose another output_dir, or replace with --overwrite_output_dir"
+        )

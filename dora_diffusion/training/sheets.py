@@ -1,0 +1,94 @@
+"""Sheets of images with a title, a line of text above each row, and a label above each column."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+_SMALLEST_FONT, _IMAGES_PER_FONT = 12, 24
+# A single small image must leave room for words.
+_LEAST_CHARACTERS = 24
+_GAP = 2
+
+
+def labelled_sheet(
+    images: Sequence[Image.Image],
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+) -> Image.Image:
+    """Images of one size on white, with their labels in letters that fit the images' size.
+
+    Args:
+        images: Row by row.
+        title: Above all.
+        rows: What is written above each row, in as many lines as it takes.
+        columns: What is written above each column.
+    """
+    width, height = images[0].size
+    text = _Text(max(_SMALLEST_FONT, width // _IMAGES_PER_FONT))
+    total = max(len(columns) * (width + _GAP) - _GAP, _LEAST_CHARACTERS * text.size // 2)
+    titled = [text.wrap(row, total) for row in rows]
+    head = text.wrap(title, total)
+    lines = len(head) + 1 + sum(len(row) for row in titled)
+    sheet = Image.new("RGB", (total, lines * text.line + len(rows) * (height + _GAP)), "white")
+    y = text.draw(sheet, head, 0)
+    for column, label in enumerate(columns):
+        text.draw(sheet, text.wrap(label, width)[:1], y, column * (width + _GAP))
+    y += text.line
+    for number, row in enumerate(titled):
+        y = text.draw(sheet, row, y)
+        for column in range(len(columns)):
+            sheet.paste(images[number * len(columns) + column], (column * (width + _GAP), y))
+        y += height + _GAP
+    return sheet
+
+
+def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Sheets above each other."""
+    size = (max(sheet.width for sheet in sheets), sum(sheet.height + _GAP for sheet in sheets))
+    whole, y = Image.new("RGB", size, "white"), 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, y))
+        y += sheet.height + _GAP
+    return whole
+
+
+@dataclass
+class _Text:
+    """Letters of one size, in pixels."""
+
+    size: int
+    font: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.font = ImageFont.load_default(self.size)
+
+    @property
+    def line(self) -> int:
+        """Height of a line."""
+        return self.size + self.size // 3
+
+    def wrap(self, text: str, width: int) -> list[str]:
+        """Break a text into lines of at most ``width`` pixels; a longer word is cut."""
+        lines = [""]
+        for word in text.split():
+            longer = f"{lines[-1]} {word}".strip()
+            if self.font.getlength(longer) <= width - 4:
+                lines[-1] = longer
+                continue
+            while self.font.getlength(word) > width - 4 and len(word) > 1:
+                word = word[:-1]
+            lines = [*lines, word] if lines[-1] else [word]
+        return lines
+
+    def draw(self, sheet: Image.Image, lines: Sequence[str], y: int, x: int = 0) -> int:
+        """Write lines from ``y`` on. Returns where the next one begins."""
+        draw = ImageDraw.Draw(sheet)
+        for line in lines:
+            draw.text((x + 2, y), line, fill="black", font=self.font)
+            y += self.line
+        return y

@@ -1,0 +1,52 @@
+"""Words of messages: counts in singular and plural, shortened quotes, and "did you mean"."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+QUOTE_LIMIT = 80
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "photo"), counted(0, "photo"), counted(2, "class", "classes")
+        ('1 photo', '0 photos', '2 classes')
+    """
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
+def quoted(text: str, limit: int = QUOTE_LIMIT) -> str:
+    """A text in quotes on one line, its middle left out where it is long.
+
+    Example:
+        >>> quoted("a photo of a sks dog")
+        "'a photo of a sks dog'"
+        >>> quoted("word " * 30, 20)
+        "'word word ... word word'"
+    """
+    line = " ".join(text.split())
+    if len(line) > limit:
+        line = f"{line[: limit // 2].rstrip()} ... {line[-limit // 2 :].lstrip()}"
+    return repr(line)
+
+
+def closest(word: object, words: Iterable[str]) -> str | None:
+    """The known word that was probably meant, or None."""
+    known = list(words)
+    typed = str(word).replace("-", "_").lower()
+    by_form = {name.replace("-", "_").lower(): name for name in known}
+    found = difflib.get_close_matches(typed, by_form, n=1, cutoff=0.6)
+    if found:
+        return by_form[found[0]]
+    # A name cut short is not close by its letters: max_train for max_train_steps.
+    longer = [name for form, name in by_form.items() if len(typed) > 3 and form.startswith(typed)]
+    return longer[0] if len(longer) == 1 else None
+
+
+def did_you_mean(word: object, words: Iterable[str]) -> str:
+    """``" (did you mean X?)"``, or nothing where no known word is close."""
+    name = closest(word, words)
+    return f" (did you mean {name}?)" if name else ""

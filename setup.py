@@ -1,0 +1,53 @@
+"""What pyproject.toml cannot say of a build: the sample subjects, and the package page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
+
+
+def package_page(readme: str, repository: str | None) -> str:
+    """README.md for a page elsewhere, where links to files of the repository lead nowhere.
+
+    Args:
+        readme: Its text.
+        repository: Address of the repository, whose files the links are pointed at; None takes
+            images out and leaves of other links their text.
+    """
+
+    def replace(link: re.Match[str]) -> str:
+        image, text, path = link.groups()
+        if repository is None:
+            return "" if image else text
+        return f"{image}[{text}]({repository}/{'raw' if image else 'blob'}/HEAD/{path})"
+
+    return re.sub(r"\n{3,}", "\n\n", _LINK.sub(replace, readme))
+
+
+def repository_url() -> str | None:
+    """``Repository`` of ``[project.urls]``, where the project has a public address."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^Repository = "(.+?)/?"$', project, flags=re.MULTILINE)
+    return found[1] if found else None
+
+
+if __name__ == "__main__":
+    setup(
+        # The samples lie at the top, where people find them, and are a part of the package.
+        packages=[*find_packages(include=["dora_diffusion*"]), "dora_diffusion.samples"],
+        package_dir={"dora_diffusion.samples": "samples"},
+        package_data={
+            "dora_diffusion": ["py.typed", "embedded/**/*", "app/*.css", "app/*.js"],
+            "dora_diffusion.samples": ["**/*"],
+        },
+        exclude_package_data={"": ["*.pyc"]},
+        long_description=package_page(
+            (ROOT / "README.md").read_text(encoding="utf-8"), repository_url()
+        ),
+        long_description_content_type="text/markdown",
+    )

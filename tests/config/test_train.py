@@ -1,0 +1,49 @@
+"""What `TrainConfig` refuses, and what every field says of itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from dora_diffusion.config import ConfigError, TrainConfig, settings
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 0}, "rank is 0; it must be greater than 0"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; it must not be negative"),
+        ({"learning_rate": math.nan}, "learning_rate is nan; it must not be negative"),
+        ({"caption_dropout": 1.5}, "caption_dropout is 1.5; it must be at most 1"),
+        ({"norm_axis": "inptu"}, "must be one of output, input (did you mean input?)"),
+        ({"optimizer": "prodigy", "learning_rate": 1.0, "use_8bit_adam": True},
+         "use_8bit_adam is another optimizer than prodigy; leave one of them out"),
+        ({"push_to_hub": True}, "push_to_hub needs --hub_model_id NAME/MODEL"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0; it must be less than 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(**values)
+    assert message in str(error.value)
+
+
+def test_values_are_read_as_diffusers_scripts_and_yaml_write_them() -> None:
+    config = TrainConfig.from_dict({"optimizer": "AdamW", "mixed_precision": False, "rank": "4"})
+    assert (config.optimizer, config.mixed_precision, config.rank) == ("adamw", "no", 4)
+
+
+def test_every_setting_says_what_it_is() -> None:
+    for setting in settings():
+        assert setting.help.endswith("."), setting.name
+        assert setting.group, setting.name
+        # A default of None means something, which is said.
+        assert setting.default is not None or setting.default_text, setting.name
+
+
+def test_the_warm_up_takes_effect_with_the_constant_schedule() -> None:
+    assert TrainConfig().lr_schedule == "constant"
+    assert TrainConfig(lr_warmup_steps=3).lr_schedule == "constant_with_warmup"
+    assert TrainConfig(lr_warmup_steps=3, lr_scheduler="cosine").lr_schedule == "cosine"

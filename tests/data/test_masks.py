@@ -1,0 +1,92 @@
+"""Masks from which nothing would be learned are refused before a run."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dora_diffusion.data.dataset import Augmentation, DreamBoothDataset
+from dora_diffusion.data.images import PhotoError
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three images of 80 x 40 pixels."""
+    random = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        pixels = random.integers(0, 255, (40, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def write_mask(photos: Path, name: str, left: int = 0, right: int = 80) -> None:
+    mask = Image.new("L", (80, 40), 0)
+    mask.paste(255, (left, 0, right, 40))
+    mask.save(photos / f"{name}.mask.png")
+
+
+def masked(photos: Path, **draw: object) -> DreamBoothDataset:
+    return DreamBoothDataset(
+        photos, "a sks dog", 40, use_masks=True, augmentation=Augmentation(**draw)
+    )
+
+
+def test_no_mask_at_all_is_refused_with_the_name_that_one_must_have(photos: Path) -> None:
+    with pytest.raises(PhotoError) as error:
+        masked(photos)
+    assert "none of the 3 images has a mask" in str(error.value)
+    assert "the mask of a.png is a.mask.png" in str(error.value)
+    assert DreamBoothDataset(photos, "a sks dog", 40)[0].mask is None
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_a_black_mask_is_refused_with_its_image(alpha: bool, photos: Path) -> None:
+    for name in "abc":
+        write_mask(photos, name)
+    if alpha:
+        (photos / "b.mask.png").unlink()
+        image = Image.open(photos / "b.png").convert("RGBA")
+        image.putalpha(0)
+        image.save(photos / "b.png")
+    else:
+        write_mask(photos, "b", 0, 0)
+    what = r"the alpha channel of b\.png" if alpha else r"b\.mask\.png"
+    with pytest.raises(PhotoError, match=rf"^{what} is black .*nothing of b\.png"):
+        masked(photos)
+
+
+def test_a_mask_outside_of_the_only_crop_is_refused(photos: Path) -> None:
+    """A middle crop takes columns 20 to 60."""
+    for name in "abc":
+        write_mask(photos, name)
+    write_mask(photos, "c", 0, 15)
+    with pytest.raises(PhotoError, match=r"c\.mask\.png is black in every crop"):
+        masked(photos, center_crop=True)
+    # Where crops are drawn, one of the first few shows it.
+    assert len(masked(photos, center_crop=False)) == 3
+
+
+def test_images_without_a_mask_beside_others_are_named(photos: Path) -> None:
+    write_mask(photos, "b")
+    with pytest.warns(UserWarning, match=r"2 images of 3 without a mask.*: a\.png, c\.png"):
+        assert masked(photos)[0].mask is None
+
+
+def test_contents_are_names_digests_captions_and_masks_in_order(photos: Path) -> None:
+    for name in "abc":
+        write_mask(photos, name)
+    (photos / "b.txt").write_text("a sks cat")
+    rows = masked(photos).contents()["images"]
+    assert [row["name"] for row in rows] == ["a.png", "b.png", "c.png"]
+    assert [row["caption"] for row in rows] == ["a sks dog", "a sks cat", "a sks dog"]
+    for row in rows:
+        image, mask = photos / row["name"], photos / row["name"].replace(".png", ".mask.png")
+        assert row["image"] == hashlib.sha256(image.read_bytes()).hexdigest()[:32]
+        assert row["mask"] == hashlib.sha256(mask.read_bytes()).hexdigest()[:32]
+    unmasked = DreamBoothDataset(photos, "a sks dog", 40).contents()
+    assert {row["mask"] for row in unmasked["images"]} == {""}
+    assert unmasked["class_images"] == []

@@ -1,0 +1,45 @@
+"""Training teaches: the embedded model learns a sample subject, and keeps what it knew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+
+from dora_diffusion.config import TrainConfig, read_config_file
+from dora_diffusion.embedded.benchmark_subjects import find_subject
+from dora_diffusion.evaluation.toy import evaluate_toy
+from dora_diffusion.generate import load_adapted
+from dora_diffusion.training.loop import train
+
+SAMPLE = Path(__file__).parents[2] / "samples" / "bolt_mug"
+
+
+def test_a_short_run_learns_the_subject_and_keeps_the_rest(tmp_path: Path) -> None:
+    """Measured: similarity 0.16 -> 0.80; loss on other classes 0.11 -> 0.13."""
+    settings = read_config_file(SAMPLE / "config.yaml") | {
+        "instance_data_dir": str(SAMPLE),
+        "output_dir": str(tmp_path / "out"),
+        "max_train_steps": 100,
+        "num_validation_images": 0,
+    }
+    result = train(TrainConfig.from_dict(settings))
+    components, metadata = load_adapted("embedded:tiny-sd", result.adapter)
+    evaluation = evaluate_toy(
+        components,
+        find_subject("bolt_mug"),
+        metadata.trigger,
+        range(2),
+        groups=("subject", "others"),
+        batch_size=8,
+    )
+    base, adapted = (
+        {name: mean(value for row in rows for value in row) for name, rows in values.items()}
+        for values in (evaluation.columns["base"], evaluation.columns["adapted"])
+    )
+    assert base["subject_similarity"] < 0.3
+    assert adapted["subject_similarity"] > 0.65
+    assert adapted["background"] >= 0.9, "held-out backgrounds must still follow the prompt"
+    # Language drift is bounded: other classes stay what they are.
+    assert adapted["others_kind"] >= 0.9
+    assert adapted["others_loss"] < base["others_loss"] + 0.05
+    assert adapted["denoising_loss"] < base["denoising_loss"] - 0.01

@@ -1,0 +1,52 @@
+"""What `auto` means on each device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dora_diffusion.config import ConfigError
+from dora_diffusion.models import precision
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "dtype", "name"),
+    [
+        ("cuda", True, torch.bfloat16, "bf16"),
+        ("cuda:1", False, torch.float16, "fp16"),
+        ("cpu", True, torch.float32, "no"),
+        ("mps", True, torch.float32, "no"),
+    ],
+)
+def test_auto_is_what_the_device_computes(device, has_bf16, dtype, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert precision.auto_dtype(device) == dtype
+    assert precision.dtype_of("auto", device) == dtype
+    assert precision.precision_of("auto", device) == name
+
+
+def test_emulated_bfloat16_is_none(monkeypatch):
+    """Old GPUs emulate it, slower than float16."""
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    assert precision.auto_dtype("cuda") == torch.float16
+
+
+def test_what_is_named_is_taken():
+    assert precision.dtype_of("float16", "cpu") == torch.float16
+    assert precision.precision_of("bf16", "cpu") == "bf16"
+    with pytest.raises(ConfigError, match="dtype is 'fp8'"):
+        precision.dtype_of("fp8")
+
+
+def test_the_default_device_is_the_gpu_unless_accelerate_is_told_otherwise(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert precision.default_device() == "cuda"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert precision.default_device() == "cpu"
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert precision.default_device() == "mps"

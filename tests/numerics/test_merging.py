@@ -1,0 +1,50 @@
+"""How far rounding takes a merge; what threads do to it is in `tests/test_merge.py`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dora_diffusion.merge import merge_tensor
+from dora_diffusion.numerics.merging import cast_error, merge_error
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
+
+
+def test_the_cast_error_a_cast_is_bounded() -> None:
+    """Against casts of numbers of all sizes, subnormal ones too."""
+    exponents = torch.linspace(-60, 15, 100_000)
+    values = 2.0**exponents * (1 + torch.rand(100_000, generator=torch.Generator().manual_seed(0)))
+    for dtype in (torch.float16, torch.bfloat16):
+        usable = values[values < torch.finfo(dtype).max]
+        error = (usable.to(dtype).float() - usable).abs()
+        bound = cast_error(usable, dtype)
+        assert (error <= bound).all()
+        assert (error > 0.9 * bound).any()
+
+
+@pytest.mark.parametrize("axis", ["output", "input", None])
+@pytest.mark.parametrize("rank", [1, 4, 64])
+@pytest.mark.parametrize("cancels", [False, True])
+@pytest.mark.parametrize("knobs", [Strengths(), Strengths(0.7, 1.3, 0.4), Strengths(2.0, -1.0)])
+def test_rounding_keeps_its_bound_and_the_bound_is_tight(
+    axis: NormAxis | None, rank: int, cancels: bool, knobs: Strengths
+) -> None:
+    """Against the same merge in float64, also where ``W`` and ``sBA`` nearly cancel."""
+    generator = torch.Generator().manual_seed(rank)
+    for out, into, *kernel in ((64, 333), (24, 320, 3, 3), (320, 8, 1, 1)):
+        down = torch.randn(rank, into, *kernel, generator=generator)
+        up = torch.randn(out, rank, *[1] * len(kernel), generator=generator)
+        weight = torch.randn(out, into, *kernel, generator=generator)
+        if cancels:
+            delta = (up.double().flatten(1) @ down.double().flatten(1)).view_as(weight)
+            weight = (1e-3 * weight - knobs.direction_strength * delta).float()
+        size = out if axis == "output" else into
+        magnitude = None if axis is None else 1 + torch.rand(size, generator=generator)
+        layer = LayerWeights(down, up, magnitude, float(rank), axis or "output")
+        exact = merge_tensor(weight.double(), [(layer.to(torch.float64), knobs)])
+        bound = merge_error(weight, [(layer, knobs)]).double()
+        error = (merge_tensor(weight, [(layer, knobs)]).double() - exact).abs()
+        assert (error <= 0.5 * bound).all()
+        assert (error > 0.005 * bound).any()
+        half = merge_tensor(weight, [(layer, knobs)], torch.float16).double()
+        assert ((half - exact).abs() <= bound + cast_error(exact, torch.float16)).all()

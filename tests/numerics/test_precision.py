@@ -1,0 +1,241 @@
+"""What torch is set to round, by either of its ways to set it; and what rounding must not lose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_diffusion.numerics import operation, precision
+from dora_diffusion.numerics.autograd import dora, folds
+from dora_diffusion.numerics.dora import weight_norm
+from dora_diffusion.numerics.gain import make_gain
+from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
+from dora_diffusion.numerics.precision import (
+    allow_tf32,
+    full_precision,
+    keeps_small_updates,
+    rounds_float32,
+)
+
+B = torch.backends
+HAS_NEW = hasattr(B.cuda.matmul, "fp32_precision")
+new_api = pytest.mark.skipif(not HAS_NEW, reason="torch before 2.9 has no fp32_precision")
+
+
+@pytest.fixture(autouse=True)
+def as_torch_starts() -> Iterator[None]:
+    """The settings are the process's own."""
+    reset()
+    yield
+    reset()
+
+
+def reset() -> None:
+    torch.set_float32_matmul_precision("highest")
+    B.cudnn.allow_tf32 = True
+    if HAS_NEW:
+        for setting in (B, B.cuda.matmul, B.cudnn, B.mkldnn, B.mkldnn.matmul, B.mkldnn.conv):
+            setting.fp32_precision = "none"
+
+
+def everything(newer: bool = HAS_NEW) -> dict[str, Any]:
+    """All settings as they read; the older ones may refuse to be read."""
+    found: dict[str, Any] = {"rounds": [rounds_float32(d, p) for d, p in PLACES]}
+    reads: dict[str, Callable[[], Any]] = {
+        "matmul switch": lambda: B.cuda.matmul.allow_tf32,
+        "conv switch": lambda: B.cudnn.allow_tf32,
+        "word": torch.get_float32_matmul_precision,
+    }
+    if newer:
+        reads |= {
+            "matmul": lambda: B.cuda.matmul.fp32_precision,
+            "conv": lambda: B.cudnn.conv.fp32_precision,
+            "cpu": lambda: (B.mkldnn.matmul.fp32_precision, B.mkldnn.conv.fp32_precision),
+        }
+    for name, read in reads.items():
+        try:
+            found[name] = read()
+        except RuntimeError:
+            found[name] = RuntimeError
+    return found
+
+
+PLACES: list[tuple[str, precision.Product]] = [
+    ("cuda", "matmul"), ("cuda", "conv"), ("cpu", "matmul"), ("cpu", "conv"),
+]  # fmt: skip
+
+
+def put(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    return lambda: setattr(owner, name, value)
+
+
+# What a program may have set -> whether it rounds at each of PLACES.
+OLDER: dict[str, tuple[Callable[[], Any], tuple[bool, ...]]] = {
+    "nothing": (lambda: None, (False, True, False, False)),
+    "allow_tf32": (put(B.cuda.matmul, "allow_tf32", True), (True, True, False, False)),
+    "our own": (allow_tf32, (True, True, False, False)),
+    "cudnn.allow_tf32": (put(B.cudnn, "allow_tf32", False), (False, False, False, False)),
+    "medium": (
+        lambda: torch.set_float32_matmul_precision("medium"), (True, True, True, False),
+    ),
+}  # fmt: skip
+NEWER: dict[str, tuple[Callable[[], Any], tuple[bool, ...]]] = {}
+if HAS_NEW:
+    NEWER = {
+        "high": (lambda: torch.set_float32_matmul_precision("high"), (True, True, True, False)),
+        "matmul": (put(B.cuda.matmul, "fp32_precision", "tf32"), (True, True, False, False)),
+        "all of cuda": (put(B.cudnn, "fp32_precision", "tf32"), (True, True, False, False)),
+        "all": (put(B, "fp32_precision", "tf32"), (True, True, True, True)),
+        "conv": (put(B.cudnn.conv, "fp32_precision", "ieee"), (False, False, False, False)),
+        "cpu": (put(B.mkldnn.matmul, "fp32_precision", "bf16"), (False, True, True, False)),
+    }
+
+
+@pytest.mark.parametrize("name", [*OLDER, *NEWER])
+def test_what_is_set_is_read_whichever_way_it_was_set(name: str) -> None:
+    """Where the newer way was used, the older one raises."""
+    apply, expected = (OLDER | NEWER)[name]
+    apply()
+    for (device, product), rounds in zip(PLACES, expected, strict=True):
+        assert rounds_float32(device, product) == rounds, (device, product)
+        assert keeps_small_updates(torch.float32, device, product) == (not rounds)
+        assert keeps_small_updates(torch.float64, device, product)
+        assert not keeps_small_updates(torch.bfloat16, device, product)
+    assert not rounds_float32("mps", "conv")
+
+
+@pytest.mark.parametrize("name", [*OLDER, *NEWER])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_full_precision_rounds_no_product_and_puts_everything_back(name: str, device: str) -> None:
+    apply, _ = (OLDER | NEWER)[name]
+    apply()
+    before = everything()
+    with full_precision(torch.device(device)):
+        assert not rounds_float32(device, "matmul")
+    assert everything() == before
+    with pytest.raises(KeyError), full_precision(torch.device(device)):
+        raise KeyError
+    assert everything() == before
+
+
+@new_api
+def test_a_setting_that_followed_a_more_general_one_follows_it_again() -> None:
+    B.fp32_precision = "tf32"
+    with full_precision(torch.device("cuda")):
+        assert not rounds_float32("cuda", "matmul")
+    assert rounds_float32("cuda", "matmul")
+    B.fp32_precision = "ieee"
+    assert not rounds_float32("cuda", "matmul")
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_a_torch_without_the_newer_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_setting", lambda *_: None)
+    apply, expected = OLDER[name]
+    apply()
+    before = everything(newer=False)
+    assert tuple(before["rounds"]) == expected
+    for device in ("cuda", "cpu"):
+        with full_precision(torch.device(device)):
+            assert not rounds_float32(device, "matmul")
+        assert everything(newer=False) == before
+
+
+def test_settings_of_torch_before_its_newer_ones_are_not_found() -> None:
+    class Older:
+        allow_tf32 = True
+
+    class Backends:
+        class cuda:
+            matmul = Older()
+
+        cudnn = mkldnn = Older()
+
+    precision._setting.cache_clear()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "backends", Backends)
+            assert [precision._setting(*place) for place in PLACES] == [None] * 4
+            assert rounds_float32("cuda", "conv")
+            assert rounds_float32("cuda", "matmul")
+    finally:
+        precision._setting.cache_clear()
+
+
+def test_allow_tf32_can_still_be_read_by_others() -> None:
+    if HAS_NEW:
+        B.cuda.matmul.fp32_precision = "ieee"
+    allow_tf32()
+    assert B.cuda.matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_norms_and_merges_are_without_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def tf32(tensor: Tensor) -> Tensor:
+    """Rounded to 10 bits of mantissa, half to even, as CUDA rounds operands."""
+    bits = tensor.float().contiguous().view(torch.int32)
+    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture
+def tensor_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that multiplies as CUDA does, and says so."""
+    monkeypatch.setattr(precision, "rounds_float32", lambda *_: True)
+    conv2d, linear, product = F.conv2d, F.linear, operation.matrix_product
+    monkeypatch.setattr(F, "conv2d", lambda x, w, *rest: conv2d(tf32(x), tf32(w), *rest))
+    monkeypatch.setattr(F, "linear", lambda x, w, b=None: linear(tf32(x), tf32(w), b))
+    monkeypatch.setattr(operation, "matrix_product", lambda x, y: product(tf32(x), tf32(y)))
+
+
+def share(found: Tensor, wanted: Tensor) -> float:
+    """How much of a wanted change is there: noise averages out, a lost update does not."""
+    return ((found * wanted).sum() / wanted.square().sum()).item()
+
+
+@pytest.mark.usefixtures("tensor_float")
+@pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("axis", ["output", "input"])
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_tensor_float_32_does_not_lose_a_small_update(
+    size: float, axis: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    if kind == "conv":
+        shape, x = (64, 64, 3, 3), torch.randn(1, 64, 24, 24, generator=g)
+        op, plain = Conv2dOperation(padding=(1, 1)), lambda x, w: F.conv2d(x, w, None, 1, 1)
+    else:
+        shape, x = (128, 128), torch.randn(2048, 128, generator=g)
+        op, plain = LinearOperation(), F.linear
+    weight = torch.randn(shape, generator=g) / 24
+    down = torch.randn(4, *shape[1:], generator=g)
+    up = torch.randn(shape[0], 4, *[1] * (len(shape) - 2), generator=g)
+    delta = (up.flatten(1) @ down.flatten(1)).view(shape)
+    up = up * (size * weight.norm() / delta.norm())
+    delta = (up.double().flatten(1) @ down.double().flatten(1)).view(shape)
+    magnitude = norm = weight_norm((weight + delta).float(), axis)  # the gain is 1
+    gain = make_gain(magnitude, norm)
+
+    def change() -> Tensor:
+        y = dora(op, axis, x, weight, None, down, up, magnitude, gain, 1.0)
+        return y.double() - plain(x, weight).double()
+
+    with monkeypatch.context() as patch:
+        patch.undo()
+        wanted = plain(x.double(), delta)
+    assert folds(op.positions(x, weight), weight, 4, torch.float32) is False
+    found = change()
+    assert abs(share(found, wanted) - 1) < 0.05
+    assert ((found - wanted).norm() / wanted.norm()).item() < (0.3 if size == 1e-5 else 0.05)
+    # What is guarded against: the other path loses most of it.
+    monkeypatch.setattr("dora_diffusion.numerics.autograd.folds", lambda *_: True)
+    lost = change()
+    assert ((lost - wanted).norm() / wanted.norm()).item() > (0.25 if size == 1e-3 else 1)

@@ -1,0 +1,153 @@
+"""Signals: what the first and the second one do, in which phase, and with which words."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+
+import pytest
+import yaml
+
+from dora_diffusion.training.loop import train
+from dora_diffusion.training.stop import Stopped, StopRequest
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+
+
+@pytest.fixture
+def quiet_hangup():
+    """SIGHUP as a terminal's process has it, whatever the test runner was started by."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_is_answered_and_kept(number, quiet_hangup, capsys):
+    with StopRequest() as stop:
+        stop.answer_with("saving")
+        assert not stop.requested
+        signal.raise_signal(number)
+        assert stop.signal_number == number
+    assert capsys.readouterr().err == "\nsaving; press Ctrl-C again to leave now\n"
+
+
+def test_a_second_interrupt_leaves_at_once():
+    with StopRequest() as stop:
+        stop.answer_with("saving")
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_hangup_does_not_lose_the_checkpoint(quiet_hangup):
+    """The terminal sends one, and the shell in it another."""
+    with StopRequest() as stop:
+        stop.answer_with("saving")
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.signal_number == signal.SIGHUP
+        signal.raise_signal(signal.SIGINT)  # still a first one
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_handlers_before_come_back(quiet_hangup):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    with StopRequest() as stop:
+        stop.answer_with("saving")
+        assert all(signal.getsignal(number) == stop._ask for number in numbers)
+        signal.raise_signal(signal.SIGHUP)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_with_nothing_to_save_the_first_signal_leaves():
+    with pytest.raises(Stopped), StopRequest():
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("place", ["load_components", "ensure_class_images"])
+def test_a_signal_before_the_first_step_leaves_nothing_to_resume(
+    place, tiny_run, tmp_path, monkeypatch, capsys
+):
+    """While a model is loaded and class images are made, which takes minutes."""
+
+    def long_operation(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(f"dora_diffusion.training.session.{place}", long_operation)
+    result = train(tiny_run(with_prior_preservation=True, num_class_images=2))
+    assert (result.signal_number, result.steps, result.checkpoint) == (signal.SIGINT, 0, None)
+    assert "stopping: nothing has been trained yet" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_signal_ends_sampling_and_the_run_is_saved(tiny_run, tmp_path):
+    """Sampling in the middle of a run: the rest of it is left out, the step is not lost."""
+    events = []
+
+    def interrupt(event):
+        events.append(event)
+        if event["event"] == "sampling":
+            signal.raise_signal(signal.SIGTERM)
+
+    config = tiny_run(validation_steps=2, num_validation_images=1, validation_inference_steps=9)
+    result = train(config, interrupt)
+    assert [event["done"] for event in events if event["event"] == "sampling"] == [1]
+    assert not [event for event in events if event["event"] == "sample"]
+    assert (result.steps, result.signal_number) == (2, signal.SIGTERM)
+    assert result.checkpoint == tmp_path / "out" / "checkpoint-2"
+
+
+def test_a_signal_at_the_end_leaves_the_samples_out_and_the_result_whole(tiny_run, tmp_path):
+    def interrupt(event):
+        if event["event"] == "sampling":
+            signal.raise_signal(signal.SIGINT)
+
+    result = train(tiny_run(num_validation_images=1, max_train_steps=1), interrupt)
+    assert not result.interrupted
+    assert result.adapter.is_file()
+    assert (tmp_path / "out" / "README.md").is_file()
+    assert result.samples == {}
+
+
+def test_a_closed_terminal_leaves_a_checkpoint(tiny_run, tmp_path):
+    """A real terminal that goes away: output to it fails from then on."""
+    pty = pytest.importorskip("pty")
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump(tiny_run(max_train_steps=100_000).to_dict()))
+    pid, master = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        command = [sys.executable, "-m", "dora_diffusion", "train", "--config", str(settings)]
+        os.execv(sys.executable, command)
+    log = tmp_path / "out" / "metrics.jsonl"
+    shown = b""
+    while not (log.is_file() and log.read_text().count("\n") > 1):
+        readable, _, _ = select.select([master], [], [], 0.05)
+        try:
+            shown += os.read(master, 4096) if readable else b""
+        except OSError:
+            pytest.fail(f"the run ended by itself: {shown.decode(errors='replace')[-2000:]}")
+    os.close(master)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert log.read_text().endswith("}\n")
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert (checkpoint / "training_state.pt").is_file()
