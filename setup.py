@@ -8,6 +8,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+_CAPTIONED = re.compile(r"^!\[[^\]]*\]\([^)]+\)\n\n\*[^*]+\*\n", re.MULTILINE)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
 
 
@@ -26,7 +27,8 @@ def package_page(readme: str, repository: str | None) -> str:
             return "" if image else text
         return f"{image}[{text}]({repository}/{'raw' if image else 'blob'}/HEAD/{path})"
 
-    return re.sub(r"\n{3,}", "\n\n", _LINK.sub(replace, readme))
+    shown = readme if repository else _CAPTIONED.sub("", readme)
+    return re.sub(r"\n{3,}", "\n\n", _LINK.sub(replace, shown))
 
 
 def repository_url() -> str | None:

@@ -1,8 +1,8 @@
 """The whole product in a few minutes on a laptop: ``make demo``, or ``dora-diffusion demo``.
 
-Teaches the embedded model a sample subject from its photos, asks for it in places the photos never
-showed, beside what the base model makes of the same prompts and seeds, has the pictures judged by
-networks that were trained on the toy world, and merges the result.
+Trains the embedded model on a sample subject, generates it on held-out backgrounds, beside the base
+model's images of the same prompts and seeds, has the images judged by networks that were trained on
+the toy world, and merges the result.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def show(subject: str, config: TrainConfig, output: Path, seeds: int) -> int:
     if result.adapter is None:
         return 128 + (result.signal_number or 0)
     print(f"   {result.steps} steps in {time.perf_counter() - started:.0f} s -> {result.adapter}")
-    print("2. Asking for the subject where it was never photographed")
-    picture, evaluation = compare(config, result.adapter, subject, seeds, output)
+    print("2. Generating it on held-out backgrounds, and judging the images")
+    sheet_file, evaluation = compare(config, result.adapter, subject, seeds, output)
     print("3. Merging the adapter into the model")
     merged = export_checkpoint(
         config.pretrained_model_name_or_path, result.output_dir, output / "merged", overwrite=True
@@ -79,7 +79,7 @@ def show(subject: str, config: TrainConfig, output: Path, seeds: int) -> int:
     report = json.dumps(evaluation.to_dict(), indent=2) + "\n"
     (output / "scores.json").write_text(report, encoding="utf-8")
     print(f"\n{evaluation.table()}\n")
-    print(f"pictures: {picture}\nadapter:  {result.adapter}\nmerged:   {merged}")
+    print(f"images:  {sheet_file}\nadapter: {result.adapter}\nmerged:  {merged}")
     return 0
 
 
@@ -97,7 +97,7 @@ def demo_config(subject: str, output: Path) -> TrainConfig:
 def compare(
     config: TrainConfig, adapter: Path, subject: str, seeds: int, output: Path
 ) -> tuple[Path, Evaluation]:
-    """Base and adapted pictures at the same seeds, saved as one picture and judged."""
+    """Base and adapted images at the same seeds, saved as one sheet and judged."""
     from dora_diffusion.embedded.benchmark_subjects import find_subject
     from dora_diffusion.evaluation.report import sheet
     from dora_diffusion.evaluation.toy import evaluate_toy
@@ -114,8 +114,8 @@ def compare(
         batch_size=seeds,
     )
     rows = {name: evaluation.pictures[name] for name in ("truth", "base", "adapted")}
-    picture = save_png(sheet(rows, evaluation.labels, side=160), output / f"{subject}.png")
-    return picture, evaluation
+    sheet_file = save_png(sheet(rows, evaluation.labels, side=160), output / f"{subject}.png")
+    return sheet_file, evaluation
 
 
 if __name__ == "__main__":

@@ -417,14 +417,18 @@ class TestFiles:
         said = capsys.readouterr().out
         assert f"{file}: " in said
         assert "\nexact: LyCORIS\n" in said
-        assert "\nwrong: diffusers, ComfyUI and Forge, A1111, InvokeAI, sd-scripts; " in said
+        wrong = next(line for line in said.splitlines() if line.startswith("wrong: "))
+        for program in ("diffusers", "ComfyUI and Forge", "A1111", "InvokeAI", "sd-scripts"):
+            assert program in wrong
         assert cli.main(["inspect", str(file), "--json"]) == 0
         facts = json.loads(capsys.readouterr().out)
-        assert (facts["method"], facts["spelling"], facts["rank"]) == ("DoRA", "kohya", "2")
+        assert (facts["method"], facts["spelling"], facts["rank"]) == ("DoRA", "kohya", 2)
         assert cli.main(["inspect", str(trained)]) == 0
         assert "sks mug" in capsys.readouterr().out
-        assert cli.main(["convert", str(file), str(file), "--to", "diffusers"]) == 1
+        assert cli.main(["convert", str(trained), str(file), "--to", "kohya"]) == 1
         assert "exists" in last_line(capsys)
+        assert cli.main(["convert", str(file), str(file), "--to", "diffusers"]) == 1
+        assert "is or holds what is read for it" in last_line(capsys)
         approximation = [str(file), str(tmp_path / "lora.safetensors"), "--to", "lora"]
         assert cli.main(["convert", *approximation]) == 1
         assert "base model" in last_line(capsys)

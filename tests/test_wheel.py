@@ -23,7 +23,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns(
-    ".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "demo-output", "dreambooth-output"
+    ".*", "*.egg-info", "build", "dist", "runs", "demo-output", "dreambooth-output"
 )
 # Optional libraries are not what is checked, and take mypy a minute.
 MYPY_CONFIG = """[mypy]
@@ -147,19 +147,21 @@ def test_the_package_page_has_no_link_that_leads_nowhere(installed):
 @pytest.mark.parametrize(
     ("repository", "expected"),
     [
-        (None, "see a page and [a site](https://example.org/a.png)"),
+        (None, "see a page and [a site](https://example.org/a.png)\n\nthe end"),
         (
             "https://example.org/repo",
             "see [a page](https://example.org/repo/blob/HEAD/docs/a.md) and "
             "[a site](https://example.org/a.png)"
-            "![a picture](https://example.org/repo/raw/HEAD/docs/b.png)",
+            "\n\n![an image](https://example.org/repo/raw/HEAD/docs/b.png)\n\n"
+            "*Its\ncaption.*\n\nthe end",
         ),
     ],
 )
 def test_links_follow_the_repository_s_address(repository, expected):
     package_page = runpy.run_path(str(ROOT / "setup.py"))["package_page"]
     readme = (
-        "see [a page](docs/a.md) and [a site](https://example.org/a.png)![a picture](docs/b.png)"
+        "see [a page](docs/a.md) and [a site](https://example.org/a.png)\n\n"
+        "![an image](docs/b.png)\n\n*Its\ncaption.*\n\nthe end"
     )
     assert package_page(readme, repository) == expected
 

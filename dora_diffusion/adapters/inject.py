@@ -69,7 +69,8 @@ def inject_adapters(
 ) -> InjectionReport:
     """Freeze the model and put a fresh adapter on the layers that the config names.
 
-    A fresh adapter changes nothing, to the last bit.
+    A fresh adapter changes nothing, to the last bit. Open a `norm_scope` around each step of
+    training: without one, every call of a layer computes its norm anew.
 
     Args:
         model: Any module tree with Linear or Conv2d layers. It is frozen and changed in place.
@@ -310,9 +311,20 @@ def disabled(*models: nn.Module, name: str | None = None) -> Iterator[None]:
 def norm_scope(*models: nn.Module) -> Iterator[None]:
     """Compute each adapter's norm once inside the block, in which no parameter may change.
 
-    The training loop opens one around the forward and backward passes of one optimizer step;
-    sampling opens one around all its steps. Nothing survives the block, so that a norm from old
-    parameters cannot be used.
+    Open one around the forward and backward passes of one optimizer step, as the training loop
+    does, and one around all steps of a sampling run. Nothing survives the block, so that a norm
+    from old parameters cannot be used.
+
+    Without one the results are the same, but every call of every adapted layer computes its norm
+    from the whole weight, again when gradient checkpointing recomputes it, and on a GPU waits for
+    the device: 609 times for a forward pass of SDXL, where a block waits once.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> report = inject_adapters(model, AdapterConfig(targets=("*",), rank=2))
+        >>> with norm_scope(model):
+        ...     model(torch.ones(1, 8)).sum().backward()
     """
     opened = [
         layer for model in models for _, layer in adapted_layers(model) if layer._gain_cache is None

@@ -45,11 +45,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_where_it_works(verdicts: Mapping[str, str]) -> None:
-    """The programs, by what `inspect` says of each, with what it says of one alone."""
+    """The programs, by what `inspect` says of each, with what is special to one of them."""
     programs: dict[str, list[str]] = {}
     for program, verdict in verdicts.items():
         short, _, detail = verdict.partition(": ")
-        is_own = detail and sum(one.endswith(detail) for one in verdicts.values()) == 1
+        is_own = sum(one.endswith(detail) for one in verdicts.values()) == 1
+        # Why a program is wrong, `inspect` says; that it is so for some layers only, matters here.
+        is_own &= short.startswith("exact") or detail.startswith("it leaves")
         programs.setdefault(short, []).append(f"{program} ({detail})" if is_own else program)
     for verdict, names in programs.items():
         if verdict.startswith("exact"):

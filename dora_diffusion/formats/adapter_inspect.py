@@ -31,6 +31,7 @@ from dora_diffusion.formats.consumers import (
     OTHER,
     file_kind,
     left_out_by_diffusers,
+    some_layers,
     spelling_of,
     stated_approximation,
     tools_for,
@@ -241,8 +242,8 @@ def _notes(spelling: str, axis: str, headers: list[Header]) -> list[str]:
     keys = [key for header in headers for key in header.specs]
     if left_out := left_out_by_diffusers(keys):
         notes.append(
-            "it mixes two ways to name the factors, of which diffusers reads one per component: it "
-            f"leaves {len(left_out)} layers unchanged without a message ({listing(left_out, 3)})"
+            f"it mixes two ways to name the factors: diffusers leaves {some_layers(left_out)} "
+            "unchanged without a message"
         )
     dtypes = {spec.dtype for header in headers for spec in header.specs.values()}
     for dtype in _HALF.keys() & dtypes:

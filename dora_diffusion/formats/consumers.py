@@ -236,16 +236,16 @@ def verdicts(
     """
     found = tools_for(kind)
     if left_out := left_out_by_diffusers(keys):
-        found["diffusers"] = f"wrong: it leaves {_some(left_out)} unchanged"
+        found["diffusers"] = f"wrong: it leaves {some_layers(left_out)} unchanged"
     if approximation is not None:
         found = {
             program: f"exact for this LoRA, {approximation}" if verdict == EXACT else verdict
             for program, verdict in found.items()
         }
     if kind == "kohya LoRA" and (outside := outside_of_blocks(layers)):
-        found["sd-scripts"] = f"wrong: it leaves {_some(outside)} unchanged"
+        found["sd-scripts"] = f"wrong: it leaves {some_layers(outside)} unchanged"
         found["diffusers"] += (
-            f": in 0.42; 0.35 leaves {_some(outside)} unchanged, or refuses SDXL's"
+            f": in 0.42; 0.35 leaves {some_layers(outside)} unchanged, or refuses SDXL's"
         )
     return found
 
@@ -259,7 +259,8 @@ def outside_of_blocks(layers: Iterable[str]) -> list[str]:
     ]
 
 
-def _some(names: Collection[str]) -> str:
+def some_layers(names: Collection[str]) -> str:
+    """``"5 layers (a, b, c and 2 more)"``."""
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{len(names)} layer{'s' * (len(names) != 1)} ({', '.join(names[:3])}{more})"

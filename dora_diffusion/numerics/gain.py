@@ -87,7 +87,7 @@ def make_gain(magnitude: Tensor, norm: Tensor) -> Gain:
 
 @torch.no_grad()
 def make_gains(layers: Sequence[GainInputs]) -> list[Gain]:
-    """The gains of many layers, with one wait for the device instead of two per layer.
+    """The gains of many layers, with one wait for the device in all, not one for each layer.
 
     A layer with a channel that needs care (one that cancels, or whose gain is small) takes the
     path of its own; whether there is any is all that is read back from the device. So does a layer
@@ -98,8 +98,15 @@ def make_gains(layers: Sequence[GainInputs]) -> list[Gain]:
         return []
     if len({(one.weight.device, one.known.squared_norm.dtype) for one in layers}) > 1:
         return [gain for one in layers for gain in make_gains([one])]
+    # Neighbours of one kind share operations.
+    order = sorted(range(len(layers)), key=lambda i: _kind(layers[i]))
     with full_precision(layers[0].weight.device):
-        return _make_together(layers)
+        gains = _make_together([layers[i] for i in order])
+    return [gain for _, gain in sorted(zip(order, gains, strict=True), key=lambda pair: pair[0])]
+
+
+def _kind(one: GainInputs) -> tuple[NormAxis, int]:
+    return one.axis, one.up.shape[1]
 
 
 def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
@@ -117,7 +124,8 @@ def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
         Gain(*pair, None)
         for pair in zip(torch.split(norm, sizes), torch.split(gain, sizes), strict=True)
     ]
-    for number in _owners(delicate.nonzero().flatten().tolist(), sizes):
+    # All of them are read back at once: a search on the device would be a wait of its own.
+    for number in _owners(delicate.cpu().nonzero().flatten().tolist(), sizes):
         gains[number] = _careful(layers[number])
     return gains
 
@@ -131,7 +139,7 @@ def _reach(layers: Sequence[GainInputs]) -> Tensor:
         [norm.expand(len(one.known.squared_norm)) for norm, one in zip(norms, layers, strict=True)]
     )
     own: list[Tensor] = []
-    for (axis, _), group in groupby(layers, key=lambda one: (one.axis, one.up.shape[1])):
+    for (axis, _), group in groupby(layers, key=_kind):
         if axis == "input":
             own += [weight_norm(wide(one.down), axis) for one in group]
         else:

@@ -22,7 +22,7 @@ class TrainingError(RuntimeError):
 
 
 class MetricsLog:
-    """Steps' numbers, read from the device one step late, so that the device is never waited for.
+    """Steps' numbers, read from the device one step late, so that logging does not wait for it.
 
     Args:
         path: The ``metrics.jsonl`` to append to; None writes nothing.

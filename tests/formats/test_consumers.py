@@ -434,7 +434,7 @@ def test_layers_that_diffusers_leaves_unchanged_are_named(
     assert not any(
         name.removeprefix("unet.") in verdict for name in weights if name not in unchanged
     )
-    assert any(f"leaves {len(unchanged)} layers unchanged" in note for note in report.notes)
+    assert any(f"diffusers leaves {len(unchanged)} layer" in note for note in report.notes)
     assert report.spelling == "other"
 
 

@@ -216,8 +216,11 @@ def test_refusals_say_what_to_do(
         with pytest.raises(AdapterFormatError, match="pickles are not written"):
             convert_adapter(source, tmp_path / name, "kohya", family="sd1")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    with pytest.raises(ExportError, match="exists"):
+    with pytest.raises(ExportError, match="is or holds what is read for it"):
         convert_adapter(source, tmp_path / "a", "diffusers")
+    convert_adapter(source, tmp_path / "d", "diffusers")
+    with pytest.raises(ExportError, match="exists"):
+        convert_adapter(source, tmp_path / "d", "diffusers")
     with pytest.raises(AdapterFormatError, match="family is unknown"):
         convert_adapter(source, tmp_path / "b", "kohya")
     assert convert_adapter(source, tmp_path / "b", "kohya", family="sd1").layers == len(layers)
