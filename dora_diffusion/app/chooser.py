@@ -17,6 +17,7 @@ from pathlib import Path
 from dora_diffusion.app.jobs import CHOSEN, create_job
 from dora_diffusion.app.snapshot import RESULT_NAME, Job
 from dora_diffusion.app.workspace import AppError, Workspace, read_json, write_json
+from dora_diffusion.evaluation.statistics import Interval, t_interval
 
 COMPARISON = "comparison.json"
 BASE_NAME = "base"
@@ -34,6 +35,7 @@ class Row:
         similarity: How like the subject its pictures are; None if that could not be measured.
         drift: How far other things have moved from the base's pictures of the same seeds.
         pictures: The subject, and other things.
+        similarities: Of each picture of the subject, in the same order for every row.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Row:
     similarity: float | None
     drift: float | None
     pictures: tuple[Path, ...]
+    similarities: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,59 @@ class Comparison:
         rows: The base first, then checkpoints by step; those that are gone are left out.
         missing: Checkpoints that it does not cover, since they are newer.
         notes: What the figures are, and what could not be measured.
+        similar_to: What similarity is to, in few words.
     """
 
     rows: tuple[Row, ...]
     missing: tuple[str, ...]
     notes: tuple[str, ...]
+    similar_to: str = ""
+
+    def gain(self, row: Row) -> Interval | None:
+        """How much more like the subject than the base's its pictures are, paired by seed.
+
+        Returns:
+            The mean difference with its 95% confidence interval; None if that was not measured.
+        """
+        base = next((one for one in self.rows if not one.step), None)
+        if base is None or not row.step or len(row.similarities) != len(base.similarities):
+            return None
+        if len(row.similarities) < 2:
+            return None
+        pairs = zip(row.similarities, base.similarities, strict=True)
+        return t_interval([mine - theirs for mine, theirs in pairs])
 
     @property
     def suggested(self) -> str:
-        """The row of the highest similarity less drift; empty if either was not measured."""
+        """The row of the highest similarity less drift among those that have learned the subject.
+
+        Empty if none is more like the subject than the base, or if that was not measured.
+        """
         scores = {
             row.name: row.similarity - row.drift
             for row in self.rows
-            if row.step and row.similarity is not None and row.drift is not None
+            if row.similarity is not None and row.drift is not None and self._has_learned(row)
         }
         return max(scores, key=lambda name: scores[name], default="")
+
+    def _has_learned(self, row: Row) -> bool:
+        gain = self.gain(row)
+        return gain is not None and gain.low is not None and gain.low > 0
+
+    @property
+    def verdict(self) -> str:
+        """That nothing was learned, with the interval; empty where something was."""
+        gains = {row: gain for row in self.rows if (gain := self.gain(row)) is not None}
+        if not gains or self.suggested:
+            return ""
+        best = max(gains, key=lambda row: gains[row].mean)
+        gain = gains[best]
+        return (
+            "None of these checkpoints is more like the subject than the base model: the best, "
+            f"step {best.step}, differs by {gain.mean:+.2f} (95% confidence interval "
+            f"{gain.low:+.2f} to {gain.high:+.2f}, {gain.n} images). Train longer, raise "
+            "learning_rate or rank, or check the photos and captions."
+        )
 
 
 def candidates(job: Job) -> tuple[str, ...]:
@@ -100,13 +141,14 @@ def read_comparison(workspace: Workspace, job: Job) -> Comparison | None:
             one["similarity"],
             one["drift"],
             tuple(folder / name for name in one["pictures"]),
+            tuple(one.get("similarities") or ()),
         )
         for one in found["rows"]
         if one["name"] in known
     )
     measured = {row.name for row in rows}
     missing = tuple(name for name in candidates(job) if name not in measured)
-    return Comparison(rows, missing, tuple(found["notes"]))
+    return Comparison(rows, missing, tuple(found["notes"]), str(found.get("similar_to", "")))
 
 
 def start_comparison(workspace: Workspace, job: Job) -> str:

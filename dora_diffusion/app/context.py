@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from dora_diffusion.app.bases import Base, bases, named_bases
 from dora_diffusion.app.jobs import JobQueue
 from dora_diffusion.app.launch import Launch
 from dora_diffusion.app.settings import EMBEDDED, EMBEDDED_MODELS
@@ -18,6 +19,8 @@ from dora_diffusion.app.snapshot import Job, read_job, snapshot
 from dora_diffusion.app.studio import Studio
 from dora_diffusion.app.workspace import AppError, Workspace
 from dora_diffusion.commands.report import explain
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.memory import Device, describe_device
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 _FRESH_SECONDS = 0.8
@@ -57,8 +60,19 @@ class Context:
 
     @property
     def models(self) -> list[str]:
-        """Base models to offer."""
+        """Base models that may be used by name, whether or not they are on this machine."""
         return [*dict.fromkeys((*EMBEDDED_MODELS, *self.launch.models))]
+
+    def bases(self) -> list[Base]:
+        """Base models to offer; those found on this machine only where others cannot reach it."""
+        if self.launch.is_open:
+            return named_bases(self.launch.models)
+        root, launch = self.workspace.root, self.launch
+        return bases(root, launch.models, launch.model_folders)
+
+    def device(self) -> Device:
+        """What a run would train on, with the memory that is free now."""
+        return describe_device()
 
     def allowed_model(self, name: object) -> str:
         """A base model's name, if it may be loaded.
@@ -73,6 +87,22 @@ class Context:
                 "can add models with --models"
             )
         return model
+
+    def check_paths(self, config: TrainConfig) -> None:
+        """Refuse other models and folders than those that whoever started the app has named.
+
+        Raises:
+            AppError: If others can reach the app, and a setting names a model or a folder.
+        """
+        if not self.launch.is_open:
+            return
+        if config.pretrained_vae_model_name_or_path:
+            self.allowed_model(config.pretrained_vae_model_name_or_path)
+        for name in ("model_config", "class_data_dir"):
+            if getattr(config, name):
+                raise AppError(
+                    f"this app is shared, and takes no folder for {name}; leave it empty"
+                )
 
 
 def plain(handler: Handler) -> Handler:

@@ -1,16 +1,18 @@
-"""What a run will cost: measured in earlier runs on this machine, or said to be unknown."""
+"""What a run will cost: measured in earlier runs on this machine, or from the table of sizes."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dora_diffusion.app.bases import facts_of
 from dora_diffusion.app.snapshot import Job
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.memory import Device, needed_memory, what_would_fit
 
 # What step time and memory depend on most.
 _SAME = (
@@ -25,28 +27,35 @@ class Estimate:
 
     Attributes:
         seconds: Time of the training steps.
-        memory: Peak memory of a like run.
-        free_memory: What is free now.
+        memory: Peak memory.
+        device: What it would train on, with the memory that is free now.
         disk: Size on disk of a like run's folder.
         free_disk: What is free now.
-        runs: How many earlier runs it was measured in.
+        runs: How many earlier runs it was measured in; 0: memory is from the table.
+        change: What to change so that it fits; empty where it fits, or nothing helps.
     """
 
     seconds: float | None
     memory: float | None
-    free_memory: float | None
+    device: Device
     disk: float | None
     free_disk: float
     runs: int
+    change: str = ""
 
     @property
-    def is_tight(self) -> bool:
-        """Whether a like run took more memory than is free."""
-        return bool(self.memory and self.free_memory and self.memory > self.free_memory)
+    def will_not_fit(self) -> bool:
+        """Whether it takes more memory than is free."""
+        free = self.device.free_gib
+        return self.memory is not None and free is not None and self.memory > free
 
 
-def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path) -> Estimate:
-    """Compare with earlier runs of the same model, size, batch and precision."""
+def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: Device) -> Estimate:
+    """Compare with earlier runs of the same model, size, batch and precision, and with the table.
+
+    Raises:
+        AppError: If the base model cannot be trained.
+    """
     settings = config.to_dict()
     like = [
         job
@@ -57,15 +66,28 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path) -> Estima
     ]
     pace = [job.step_seconds for job in like if job.step_seconds]
     peaks = [peak for job in like if (peak := _peak(job))]
+    facts = facts_of(config.pretrained_model_name_or_path)
+    size = config.resolution or facts.resolution
+    family = facts.family if facts.has_released_shape else ""
+    batch = config.train_batch_size * (2 if config.with_prior_preservation else 1)
+    memory = max(peaks) if peaks else needed_memory(family, size, settings, device, batch=batch)
     steps = config.max_train_steps or 0
-    return Estimate(
+    found = Estimate(
         seconds=statistics.median(pace) * steps if pace and steps else None,
-        memory=max(peaks) if peaks else None,
-        free_memory=free_memory(),
+        memory=memory,
+        device=device,
         disk=max((_size(job.folder) for job in like[:3]), default=None),
         free_disk=shutil.disk_usage(runs_dir).free / 2**30,
-        runs=len(like),
+        runs=len(peaks),
     )
+    if not found.will_not_fit or not family:
+        return found
+    smaller = ["train_batch_size 1"] if config.train_batch_size > 1 else []
+    smaller += ["with_prior_preservation off"] if config.with_prior_preservation else []
+    change = what_would_fit(
+        family, size, settings, device, batch=batch, smaller_batch=" and ".join(smaller)
+    )
+    return dataclasses.replace(found, change=change)
 
 
 def _peak(job: Job) -> float | None:
@@ -75,16 +97,3 @@ def _peak(job: Job) -> float | None:
 
 def _size(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**30
-
-
-def free_memory() -> float | None:
-    """Free memory in GiB: the GPU's once torch runs on one, else the machine's."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[0]) / 2**30
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) / 2**20 if found else None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zipfile
 from pathlib import Path
 
 from dora_diffusion.app.jobs import create_job
+from dora_diffusion.app.loading import ModelFiles
 from dora_diffusion.app.snapshot import Job, adapter_of
 from dora_diffusion.app.workspace import AppError, Workspace, clean_text
 
@@ -48,7 +50,8 @@ def export_adapter(workspace: Workspace, job: Job, target: str) -> tuple[Path, s
     source = chosen_adapter(job)
     folder = workspace.exports / job.id / target
     # PEFT writes a folder per component; the other formats are one file each.
-    output = folder / "adapter" if target == "peft" else folder / f"{_name(job)}.safetensors"
+    name = file_name(job, target)
+    output = folder / "adapter" if target == "peft" else folder / f"{name}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     report = convert_adapter(source, output, target, base=job.base or None, overwrite=True)
     note = f"{report.layers} layers; {formats()[target]}"
@@ -56,7 +59,7 @@ def export_adapter(workspace: Workspace, job: Job, target: str) -> tuple[Path, s
         note += f"; median error of the change {report.median_error:.1%}"
     if not output.is_dir():
         return output, note
-    archive = folder / f"{_name(job)}-peft.zip"
+    archive = folder / f"{name}.zip"
     with zipfile.ZipFile(archive, "w") as file:
         for path in sorted(output.rglob("*")):
             if path.is_file():
@@ -74,7 +77,7 @@ def start_merge(workspace: Workspace, job: Job, strength: float, checkpoint: str
         raise AppError(f"the strength is {strength:g}; it must be between -2 and 3")
     adapter = chosen_adapter(job, checkpoint)
     # What is in the file, so that no merge replaces another one.
-    content = f"{_name(job)}-step-{job.step_of(checkpoint or job.stands)}-strength-{strength:g}"
+    content = file_name(job, f"strength-{strength:g}", checkpoint)
     facts = {
         "base": job.base,
         "adapter": str(adapter),
@@ -82,6 +85,7 @@ def start_merge(workspace: Workspace, job: Job, strength: float, checkpoint: str
         "strength": float(strength),
         "run": job.id,
         "trigger": job.trigger,
+        **dataclasses.asdict(ModelFiles.of(job.settings)),
     }
     return create_job(workspace, "merge", f"Merge {job.title}", facts)
 
@@ -94,6 +98,8 @@ def merge_command(job: Job) -> str:
     words = ["--base", facts["base"], "--adapter", facts["adapter"], "--output", facts["output"]]
     if facts["strength"] != 1:
         words += ["--strength", f"{facts['strength']:g}"]
+    for flag, name in (("--vae", "vae"), ("--config", "config"), ("--variant", "variant")):
+        words += [flag, facts[name]] if facts.get(name) else []
     return "python -m dora_diffusion export " + " ".join(map(shlex.quote, words))
 
 
@@ -121,7 +127,7 @@ def card_of(job: Job) -> str:
 
 def write_card(workspace: Workspace, job: Job) -> Path:
     """The model card where it may be downloaded."""
-    target = workspace.exports / job.id / "README.md"
+    target = workspace.exports / job.id / f"{file_name(job, 'README')}.md"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(card_of(job), encoding="utf-8")
     return target
@@ -143,7 +149,19 @@ def start_push(workspace: Workspace, job: Job, repository: object, private: bool
     return create_job(workspace, "push", f"Publish {job.title}", facts)
 
 
-def _name(job: Job) -> str:
-    """A file name from the trigger word, of plain letters only."""
+def file_name(job: Job, what: str, checkpoint: str = "") -> str:
+    """A file name without suffix that no other run, checkpoint or format has.
+
+    Args:
+        job: The run.
+        what: The format, or what else the file is.
+        checkpoint: One of the run's; default: what stands for it.
+    """
+    step = job.step_of(checkpoint or job.stands)
+    return f"{_plain_trigger(job)}-{job.id[:15]}-step-{step}-{what}"
+
+
+def _plain_trigger(job: Job) -> str:
+    """The trigger words in plain letters, hyphenated."""
     plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in job.trigger.lower())
     return "-".join(part for part in plain.split("-") if part)[:60] or "subject"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from dora_diffusion.app.estimates import Estimate
 from dora_diffusion.app.jobs import stop_asked
 from dora_diffusion.app.snapshot import Job
+from dora_diffusion.app.toy_world import outside_toy_world
 
 _WORDS = {
     "waiting": "waiting",
@@ -105,6 +107,9 @@ def status_card(job: Job, *, stop: bool = False) -> str:
     cause = note(job.cause, "bad")
     if job.state == "done" and job.trigger:
         cause = note(f"Write “{job.trigger}” in a prompt to get the subject.", "good")
+    if job.kind == "train":
+        word = str(job.settings.get("class_word") or "")
+        cause += note(outside_toy_world(job.base, word), "warn")
     end = ""
     if stop and not job.has_ended:
         end = f"<button class='dd-button' data-do='stop' data-value='{esc(job.id)}'>Stop</button>"
@@ -125,7 +130,7 @@ def _done(job: Job) -> str:
 def _live_facts(job: Job) -> list[str]:
     if job.state == "waiting":
         return [f"number {job.position} in the queue"]
-    facts = []
+    facts = [_model_and_device(job)] if job.kind == "train" and job.base else []
     if job.is_active:
         facts.append(phase(job))
         if job.remaining_seconds is not None and job.progress.get("phase") == "training":
@@ -136,9 +141,14 @@ def _live_facts(job: Job) -> list[str]:
         facts.append(f"took {duration(job.result['finished'] - job.result['started'])}")
     if job.step_seconds is not None:
         facts.append(f"{job.step_seconds:.2f} s a step")
-    if job.progress.get("device"):
-        facts.append(str(job.progress["device"]))
     return facts
+
+
+def _model_and_device(job: Job) -> str:
+    device = job.progress.get("device_name") or job.progress.get("device")
+    return f"{Path(job.base).name if Path(job.base).is_absolute() else job.base}" + (
+        f" on {device}" if device else ""
+    )
 
 
 def phase(job: Job) -> str:
@@ -177,37 +187,47 @@ def command(text: str, label: str = "The same run on the command line") -> str:
 
 
 def estimate_card(value: Estimate, steps: int | None) -> str:
-    """What a run will cost, and where that is known from."""
+    """What a run will cost, where that is known from, and whether it will not fit."""
 
     def size(gib: float | None) -> str:
         if gib is None:
-            return "not measured yet"
+            return "not known yet"
         return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
 
     time = duration(value.seconds) if value.seconds is not None else "known after the first steps"
+    free = value.device.free_gib
     facts = {
-        "steps": str(steps or "by epochs"),
+        "steps": str(steps or "the default of the model's family"),
         "training time": time,
-        "memory": f"{size(value.memory)}, {size(value.free_memory)} free",
+        "device": value.device.name,
+        "memory": f"{size(value.memory)}, {size(free)} free",
         "disk": f"{size(value.disk)}, {size(value.free_disk)} free",
     }
-    source = (
-        f"Measured in {value.runs} earlier run{'s' if value.runs != 1 else ''} like this on this "
-        "machine."
-        if value.runs
-        else "No run like this was made on this machine yet: time and memory are measured as it "
-        "goes."
-    )
-    tight = (
-        note(
-            "A run like this took more memory than is free now: close other programs, or use "
-            "gradient_checkpointing and a smaller batch.",
-            "warn",
+    too_much = ""
+    if value.will_not_fit:
+        help_text = (
+            f"Set {value.change}." if value.change else "Close other programs, or choose a "
+            "smaller model."
+        )  # fmt: skip
+        too_much = note(
+            f"This will not fit: it takes about {size(value.memory)} of memory, and {size(free)} "
+            f"are free. {help_text}",
+            "bad",
         )
-        if value.is_tight
-        else ""
-    )
-    return f"{definitions(facts)}<p class='dd-quiet'>{esc(source)}</p>{tight}"
+    return f"{definitions(facts)}<p class='dd-quiet'>{esc(_source(value))}</p>{too_much}"
+
+
+def _source(value: Estimate) -> str:
+    """Where an estimate is from."""
+    if value.runs:
+        runs = f"{value.runs} earlier run{'s' if value.runs != 1 else ''}"
+        return f"Measured in {runs} like this on this machine."
+    if value.memory is not None:
+        return (
+            "Memory is from runs at full size with random weights on a CPU, with a tenth added; "
+            "time is measured as it goes."
+        )
+    return "No run like this was made on this machine yet: time and memory are measured as it goes."
 
 
 def definitions(facts: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ class Launch:
     runs_dir: Path = Path("runs")
     samples: Path = field(default_factory=samples_folder)
     models: tuple[str, ...] = ()
+    model_folders: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if self.port is not None and not 1 <= self.port <= 65535:
@@ -94,6 +95,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Base models to offer; when others can reach the app, the only ones besides the "
         "embedded ones.",
     )
+    parser.add_argument(
+        "--model_folders",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FOLDER",
+        help="Folders to look for base models in. Others: DORA_DIFFUSION_MODELS, COMFYUI_PATH, "
+        "A1111_PATH, and a line each in RUNS_DIR/model_folders.txt.",
+    )
 
 
 def launch_from(args: argparse.Namespace) -> Launch:
@@ -109,6 +119,7 @@ def launch_from(args: argparse.Namespace) -> Launch:
         auth=_auth(args.auth or os.environ.get(AUTH_VARIABLE)),
         runs_dir=args.runs_dir,
         models=tuple(args.models),
+        model_folders=tuple(args.model_folders),
     )
 
 

@@ -32,8 +32,9 @@ def build_page(context: Context) -> gr.Blocks:
                 generating = generate.build(context)
             with gr.Tab("Library", id="library", render_children=True):
                 shelves = library.build(context)
-        subject.connect(context, subjects, blocks)
-        train.connect(context, training, subjects, train_tab.select)
+        size = [training.model, training.advanced["resolution"]]
+        subject.connect(context, subjects, blocks, size)
+        train.connect(context, training, subjects, train_tab.select, blocks)
         generate.connect(context, generating)
         library.connect(context, shelves)
         shown = training.shown

@@ -59,7 +59,8 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
             for path in (context.workspace.pictures, context.workspace.exports, launch.samples)
         ],
         max_file_size=MAX_BYTES,
-        footer_links=["settings"],
+        # Gradio's "Settings" would offer to record the screen.
+        footer_links=[],
         run_history=False,
         ssr_mode=False,
         pwa=False,

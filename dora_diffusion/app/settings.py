@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.app.bases import UNKNOWN, check_base, check_variant, facts_of
 from dora_diffusion.app.jobs import is_small
 from dora_diffusion.app.workspace import AppError, clean_text
-from dora_diffusion.config import TrainConfig, setting_type
+from dora_diffusion.config import TrainConfig, setting_type, without_effect
 from dora_diffusion.embedded import MODELS
-from dora_diffusion.models.locate import EMBEDDED_PREFIX
+from dora_diffusion.memory import Device, fitting_settings
+from dora_diffusion.models.family import FAMILIES
+from dora_diffusion.models.locate import EMBEDDED_PREFIX, looks_local
 
 PROMPT_LIMIT = 1000
 EMBEDDED_MODELS = tuple(f"{EMBEDDED_PREFIX}{name}" for name in MODELS)
@@ -35,13 +39,16 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "lr_warmup_steps", "optimizer", "adam_weight_decay", "max_grad_norm", "snr_gamma",
         "noise_offset", "mixed_precision", "gradient_checkpointing", "allow_tf32",
     ),
+    "Base model": (
+        "pretrained_vae_model_name_or_path", "model_config", "variant", "revision",
+    ),
     "Photos and captions": (
         "resolution", "center_crop", "random_flip", "aspect_ratio_buckets", "masked_loss",
         "shuffle_tags", "keep_tags", "caption_dropout",
     ),
     "Keeping the class (prior preservation)": (
-        "with_prior_preservation", "prior_preservation_mode", "class_prompt", "num_class_images",
-        "prior_loss_weight", "sample_batch_size",
+        "with_prior_preservation", "prior_preservation_mode", "class_prompt", "class_data_dir",
+        "num_class_images", "prior_loss_weight", "sample_batch_size",
     ),
 }  # fmt: skip
 ADVANCED: tuple[str, ...] = tuple(name for names in GROUPS.values() for name in names)
@@ -60,30 +67,63 @@ _EMBEDDED_COMMON: Mapping[str, Any] = {
     "train_batch_size": 5, "num_class_images": 40, "validation_guidance_scale": 3.5,
     "validation_steps": 50, "checkpointing_steps": 50,
 }  # fmt: skip
-_RELEASED: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"max_train_steps": 400, "with_prior_preservation": False},
-    "balanced": {
-        "max_train_steps": 800,
-        "with_prior_preservation": True,
-        "prior_preservation_mode": "image-free",
-    },
-    "quality": {"max_train_steps": 1200, "with_prior_preservation": True, "rank": 16},
+# Steps as a share of the command line's default for the family.
+_RELEASED: Mapping[str, tuple[float, Mapping[str, Any]]] = {
+    "fast": (0.5, {"with_prior_preservation": False}),
+    "balanced": (1, {"with_prior_preservation": True, "prior_preservation_mode": "image-free"}),
+    "quality": (1.5, {"with_prior_preservation": True, "rank": 16}),
 }
 _RELEASED_COMMON: Mapping[str, Any] = {"validation_steps": 200, "checkpointing_steps": 100}
 
 
-def preset_values(preset: str, model: str) -> dict[str, Any]:
-    """Every advanced setting of a preset for a model.
+def preset_values(preset: str, model: str, device: Device | None = None) -> dict[str, Any]:
+    """Every advanced setting of a preset for a model on a device.
+
+    Args:
+        preset: One of `PRESET_NAMES`.
+        model: Base model; one that is not there gets what suits Stable Diffusion 1.
+        device: What it would train on, for precision, gradient checkpointing and optimizer.
 
     Raises:
         AppError: If there is no such preset.
     """
     if preset not in PRESET_NAMES:
         raise AppError(f"there is no preset {preset!r}; choose {', '.join(PRESET_NAMES)}")
-    small = is_small(model)
-    table, common = (_EMBEDDED, _EMBEDDED_COMMON) if small else (_RELEASED, _RELEASED_COMMON)
-    values = {**TrainConfig().to_dict(), **_COMMON, **common, **table[preset]}
+    values = TrainConfig().to_dict() | dict(_COMMON)
+    if is_small(model):
+        values |= {**_EMBEDDED_COMMON, **_EMBEDDED[preset]}
+    else:
+        values |= _released_values(preset, model, device or Device())
     return {name: values[name] for name in ADVANCED}
+
+
+def _released_values(preset: str, model: str, device: Device) -> dict[str, Any]:
+    try:
+        facts = facts_of(model)
+    except AppError:
+        facts = UNKNOWN
+    share, table = _RELEASED[preset]
+    values = {
+        **_RELEASED_COMMON,
+        **table,
+        "max_train_steps": round(share * FAMILIES[facts.family or "sd1"].default_steps),
+    }
+    family = facts.family if facts.has_released_shape else ""
+    batch = 2 if table["with_prior_preservation"] else 1
+    return values | fitting_settings(family, facts.resolution, device, batch=batch)
+
+
+def idle_settings(config: TrainConfig) -> list[str]:
+    """Settings that were changed by hand and have no effect, each with the reason."""
+    presets = [
+        preset_values(preset, config.pretrained_model_name_or_path) for preset in PRESET_NAMES
+    ]
+    changed = [
+        name
+        for name in ADVANCED
+        if all(getattr(config, name) != values[name] for values in presets)
+    ]
+    return list(without_effect(config, changed).values())
 
 
 def make_config(
@@ -132,19 +172,70 @@ def make_config(
     )
 
 
+def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
+    """Say before a run that a model, or a folder that it names, is not there.
+
+    Args:
+        config: The settings.
+        ask_hub: Ask the hub for models that are not on this machine.
+
+    Raises:
+        AppError: What is missing, and what to do.
+    """
+    check_base(config.pretrained_model_name_or_path, config.revision, ask_hub=ask_hub)
+    vae, folder = config.pretrained_vae_model_name_or_path, config.model_config
+    if vae and looks_local(vae) and not Path(vae).expanduser().exists():
+        raise AppError(f"the VAE {vae} does not exist; give a folder, a file or a hub id")
+    if folder and looks_local(folder) and not Path(folder, "model_index.json").is_file():
+        raise AppError(f"model_config {folder} is no Diffusers folder: it has no model_index.json")
+    classes = config.class_data_dir
+    if classes and Path(classes).exists() and not Path(classes).is_dir():
+        raise AppError(f"class_data_dir {classes} is a file; give a folder of class images")
+    check_variant(config.pretrained_model_name_or_path, config.variant)
+
+
 def _value(name: str, value: Any) -> Any:
     """A field's value in the setting's type; an empty field means the default."""
     kind, is_list = setting_type(FIELDS[name])
     if is_list:
         items = value.split() if isinstance(value, str) else list(value or [])
         return items or list(getattr(TrainConfig(), name))
-    if value is None or (kind is str and not str(value).strip()):
+    if value is None or (kind is not bool and not str(value).strip()):
         return getattr(TrainConfig(), name)
-    return clean_text(value, PROMPT_LIMIT, name) if kind is str else value
+    if kind is bool:
+        return value
+    text = clean_text(str(value), PROMPT_LIMIT, name)
+    return text if kind is str else _number(name, kind, text)
+
+
+def _number(name: str, kind: type, text: str) -> int | float:
+    """A number as it was typed."""
+    try:
+        number = float(text)
+        if kind is float and math.isfinite(number):
+            return number
+        if kind is int and number.is_integer():
+            return int(number)
+    except (ValueError, OverflowError):
+        pass
+    wanted = "a whole number, such as 8" if kind is int else "a number, such as 0.5 or 1e-4"
+    raise AppError(f"{name} is {text!r}; it must be {wanted}, or empty for the default")
+
+
+def setting_text(value: Any) -> Any:
+    """A setting's value as its field shows it: text, but for a box that is ticked.
+
+    Numbers are text too: an empty number field of Gradio's turns into 0 when it is unfolded.
+    """
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, list):
+        return " ".join(value)
+    return "" if value is None else str(value)
 
 
 def command_line(config: TrainConfig) -> str:
-    """The command that does the same run: every setting that is not the default's.
+    """The command that does the same run: the base model, and what is not the default's.
 
     Example:
         >>> command_line(TrainConfig(rank=4)).splitlines()[-1].strip()
@@ -153,7 +244,7 @@ def command_line(config: TrainConfig) -> str:
     default, words = TrainConfig(), []
     for name in FIELDS:
         value = getattr(config, name)
-        if value == getattr(default, name):
+        if value == getattr(default, name) and name != "pretrained_model_name_or_path":
             continue
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")

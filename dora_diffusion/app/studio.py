@@ -8,11 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.app.jobs import is_running, is_small
+from dora_diffusion.app.loading import ModelFiles, load_model
 from dora_diffusion.app.processes import holding
 from dora_diffusion.app.workspace import AppError, Workspace, clean_text, ids_in, new_id
 
@@ -31,7 +32,7 @@ Step = Callable[[int, int], None]
 class Request:
     """What to make. Strengths are the adapter's; ``adapter`` None is the base model alone.
 
-    ``config`` names the model whose configuration a single-file base has.
+    ``files`` says how the base is loaded: with which VAE, configuration, variant and revision.
 
     Raises:
         AppError: If a value is out of its limits.
@@ -51,7 +52,7 @@ class Request:
     strength: float = 1.0
     direction: float = 1.0
     magnitude: float = 1.0
-    config: str | None = None
+    files: ModelFiles = field(default_factory=ModelFiles)
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -217,16 +218,13 @@ class Studio:
     def _model(self, request: Request) -> Any:
         """The model with the adapter at its strengths; loaded anew only if another is asked for."""
         from dora_diffusion.adapters.inject import layer_adapters, set_strength
-        from dora_diffusion.generate import load_adapted
-        from dora_diffusion.models.locate import resolve_folder
 
         adapter = request.adapter
-        key = (request.base, adapter, adapter and adapter.stat().st_mtime_ns)
+        key = (request.base, request.files, adapter, adapter and adapter.stat().st_mtime_ns)
         if self._loaded != key:
             # Two large models may not fit beside each other.
             self._loaded = self._components = None
-            config = resolve_folder(request.config) if request.config else None
-            self._components, _ = load_adapted(request.base, adapter, config=config)
+            self._components = load_model(request.base, adapter, request.files)
             self._loaded = key
         for model in self._components.adaptable().values():
             if any(layer_adapters(model)):

@@ -105,8 +105,9 @@ def _train(folder: Path, job: dict[str, Any], note: _Progress) -> int:
 
     from dora_diffusion.commands.train import TrainProgress
     from dora_diffusion.config import TrainConfig, read_config_file
+    from dora_diffusion.memory import describe_device
 
-    note(phase="loading the model")
+    note(phase="loading the model", device_name=describe_device().name)
     from dora_diffusion.training.checkpoint import checkpoints_in
     from dora_diffusion.training.loop import train
 
@@ -135,9 +136,12 @@ def _train(folder: Path, job: dict[str, Any], note: _Progress) -> int:
 
 def _merge(folder: Path, job: dict[str, Any], note: _Progress) -> int:
     """What ``dora-diffusion export`` does."""
+    from dora_diffusion.app.loading import ModelFiles
     from dora_diffusion.export import export_checkpoint
 
     note(phase="merging")
+    names = ("vae", "config", "variant", "revision")
+    files = ModelFiles(**{name: job.get(name) for name in names})
 
     def show(done: int, total: int) -> None:
         note(often=done < total, phase="merging", done=done, total=total)
@@ -145,10 +149,13 @@ def _merge(folder: Path, job: dict[str, Any], note: _Progress) -> int:
     output = Path(job["output"])
     output.parent.mkdir(parents=True, exist_ok=True)
     export_checkpoint(
-        job["base"],
+        files.base(job["base"]),
         job["adapter"],
         output,
         strength=job["strength"],
+        vae=files.vae,
+        variant=files.variant,
+        config=files.config,
         overwrite=True,
         on_progress=show,
     )
@@ -160,6 +167,7 @@ def _compare(folder: Path, job: dict[str, Any], note: _Progress) -> int:
     """Ask every checkpoint of a run for the same pictures, and measure them."""
     from dora_diffusion.app.chooser import comparison_folder
     from dora_diffusion.app.comparison import compare, questions_about
+    from dora_diffusion.app.loading import ModelFiles
     from dora_diffusion.app.snapshot import adapter_of
 
     note(phase="loading the model")
@@ -171,7 +179,8 @@ def _compare(folder: Path, job: dict[str, Any], note: _Progress) -> int:
         note(often=done < total, phase="making pictures", done=done, total=total)
 
     target = comparison_folder(Workspace(folder.parent), run.id)
-    compare(job["base"], adapters, questions_about(run), target, show)
+    files = ModelFiles.of(run.settings)
+    compare(job["base"], adapters, questions_about(run), target, show, files)
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Literal
@@ -61,11 +61,28 @@ def check_photos(photos: Sequence[Photo], resolution: int) -> list[PhotoWarning]
             message = f"{name}: looks blurred, and the subject will too; use a sharper photo"
             warnings.append(PhotoWarning("blurred", (name,), message))
         hashes[name] = difference_hash(image)
-    for (first, left), (second, right) in combinations(hashes.items(), 2):
-        if int((left != right).sum()) < NEAR_DUPLICATE_BITS:
-            message = f"{first} and {second} are nearly the same photo; keep one of them"
-            warnings.append(PhotoWarning("duplicate", (first, second), message))
+    for names in near_duplicates(hashes):
+        listed = f"{', '.join(names[:-1])} and {names[-1]}"
+        message = f"{listed} are nearly the same photo; keep one of them"
+        warnings.append(PhotoWarning("duplicate", names, message))
     return warnings
+
+
+def near_duplicates(hashes: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """Groups of photos that look the same, each joined to the group by one of it.
+
+    Args:
+        hashes: Name -> `difference_hash`.
+    """
+    group_of = {name: [name] for name in hashes}
+    for (first, left), (second, right) in combinations(hashes.items(), 2):
+        mine, other = group_of[first], group_of[second]
+        if mine is not other and int((left != right).sum()) < NEAR_DUPLICATE_BITS:
+            mine.extend(other)
+            group_of.update(dict.fromkeys(other, mine))
+    order = {name: place for place, name in enumerate(hashes)}
+    groups = {id(group): group for group in group_of.values() if len(group) > 1}
+    return [tuple(sorted(group, key=order.__getitem__)) for group in groups.values()]
 
 
 def _check_count(count: int) -> list[PhotoWarning]:

@@ -29,6 +29,7 @@ class Family:
         has_pooled: The last text encoder's projected pooled output conditions the UNet too.
         has_time_ids: Original size, crop and target size condition the UNet.
         default_resolution: Side in pixels that the released models were trained at.
+        default_steps: Optimizer steps of a run that does not say how many.
         vae_wants_float32: The released autoencoder overflows in float16.
         pipeline_class: Name of the diffusers text-to-image pipeline.
         checkpoint_key: A tensor name that only this family's single-file checkpoints hold.
@@ -40,6 +41,7 @@ class Family:
     has_pooled: bool
     has_time_ids: bool
     default_resolution: int
+    default_steps: int
     vae_wants_float32: bool
     pipeline_class: str
     checkpoint_key: str
@@ -70,6 +72,7 @@ FAMILIES: dict[str, Family] = {
             has_pooled=False,
             has_time_ids=False,
             default_resolution=512,
+            default_steps=800,
             vae_wants_float32=False,
             pipeline_class="StableDiffusionPipeline",
             checkpoint_key="cond_stage_model.transformer.text_model.final_layer_norm.weight",
@@ -83,6 +86,7 @@ FAMILIES: dict[str, Family] = {
             has_pooled=False,
             has_time_ids=False,
             default_resolution=768,
+            default_steps=800,
             vae_wants_float32=False,
             pipeline_class="StableDiffusionPipeline",
             checkpoint_key="cond_stage_model.model.ln_final.weight",
@@ -95,6 +99,7 @@ FAMILIES: dict[str, Family] = {
             has_pooled=True,
             has_time_ids=True,
             default_resolution=1024,
+            default_steps=1000,
             vae_wants_float32=True,
             pipeline_class="StableDiffusionXLPipeline",
             checkpoint_key="conditioner.embedders.1.model.ln_final.weight",

@@ -57,8 +57,6 @@ from dora_diffusion.training.step import Objective, draw_inputs
 from dora_diffusion.training.subject import Subject
 from dora_diffusion.wording import counted
 
-# Published LoRA settings; see the documentation of the defaults.
-_DEFAULT_STEPS = {"sdxl": 1000}
 # Crops per photo where they are drawn: the latents of all of them fit in memory.
 _CROP_VARIANTS = 8
 
@@ -278,7 +276,7 @@ def _total_steps(config: TrainConfig, components: Components, sampler: EpochSamp
     if config.num_train_epochs is not None:
         batches = config.num_train_epochs * sampler.batches_per_epoch
         return max(1, -(-batches // config.gradient_accumulation_steps))
-    return _DEFAULT_STEPS.get(components.family.name, 800)
+    return components.family.default_steps
 
 
 def _inject(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,18 +100,48 @@ def test_a_tampered_choice_is_ignored(workspace: Workspace, name: object) -> Non
     assert reread(workspace, job.id).stands == "checkpoint-50"
 
 
-def test_the_suggestion_weighs_likeness_against_drift() -> None:
-    def row(step: int, similarity: float | None, drift: float | None) -> Row:
-        return Row(f"checkpoint-{step}", step, similarity, drift, ())
+PICTURES = (Path("gone.png"), Path("gone-others.png"))
 
+
+def row(step: int, each: tuple[float, ...], drift: float | None) -> Row:
+    name = f"checkpoint-{step}" if step else "base"
+    return Row(name, step, sum(each) / len(each) if each else None, drift, PICTURES, each)
+
+
+def test_the_suggestion_weighs_likeness_against_drift() -> None:
     rows = (
-        Row("base", 0, 0.99, 0.0, ()),
-        row(50, 0.5, 0.0),
-        row(100, 0.8, 0.1),
-        row(150, 0.9, 0.3),
+        row(0, (0.2, 0.21, 0.19), 0.0),
+        row(50, (0.5, 0.51, 0.5), 0.0),
+        row(100, (0.8, 0.79, 0.81), 0.1),
+        row(150, (0.9, 0.9, 0.91), 0.3),
     )
-    assert Comparison(rows, (), ()).suggested == "checkpoint-100"
-    assert Comparison((row(50, None, 0.1),), (), ()).suggested == ""
+    found = Comparison(rows, (), ())
+    assert (found.suggested, found.verdict) == ("checkpoint-100", "")
+    assert Comparison((row(0, (), 0.0), row(50, (), 0.1)), (), ()).suggested == ""
+
+
+def test_where_nothing_was_learned_nothing_is_suggested_and_it_is_said() -> None:
+    base = (0.18, 0.20, 0.16, 0.22, 0.14)
+    little = (0.19, 0.18, 0.20, 0.20, 0.18)  # means 0.19 and 0.18
+    found = Comparison((row(0, base, 0.0), row(50, little, 0.0), row(100, base, 0.1)), (), ())
+    assert found.suggested == ""
+    # By hand: differences 0.01, -0.02, 0.04, -0.02, 0.04; t(4, 97.5%) = 2.776.
+    differences = torch.tensor([0.01, -0.02, 0.04, -0.02, 0.04], dtype=torch.float64)
+    half = 2.7764451 * float(differences.std()) / 5**0.5
+    gain = found.gain(found.rows[1])
+    assert gain is not None
+    assert (gain.low, gain.high) == (pytest.approx(0.01 - half), pytest.approx(0.01 + half))
+    assert (
+        "None of these checkpoints is more like the subject than the base model: the best, step 50,"
+        f" differs by +0.01 (95% confidence interval {0.01 - half:+.2f} to {0.01 + half:+.2f}, 5 im"
+    ) in found.verdict
+    from dora_diffusion.app.views.chooser import _cards
+
+    job: Any = SimpleNamespace(stands="", step_of=lambda name: 50)
+    page = _cards(job, dataclasses.replace(found, similar_to="training photos"), None)
+    assert "None of these checkpoints" in page
+    assert "suggested" not in page.lower()
+    assert "similarity to training photos" in page
 
 
 def test_a_comparison_is_a_job_and_needs_checkpoints(workspace: Workspace) -> None:
@@ -222,6 +253,8 @@ def test_a_metric_model_measures_likeness_and_drift(
     monkeypatch.setattr(metric_models, "open_metric_model", lambda name: Brightness())
     questions = ask_photos(refs, "sks dog", "dog", SETTINGS)
     assert "brightness" in questions.notes[1]
+    assert "trained on" in questions.notes[0]
+    assert questions.similar_to == "training photos"
     base, first, second = compare(
         str(sd1_folder), adapters, questions, tmp_path / "c", lambda *at: None
     )
@@ -236,6 +269,9 @@ def test_a_metric_model_measures_likeness_and_drift(
     model = Brightness()
     alike = (model.image_features(pictures) @ model.image_features([Image.open(refs[0])]).T).mean()
     assert base["similarity"] == pytest.approx(float(alike), abs=1e-3)
+    assert len(second["similarities"]) == 5
+    assert sum(second["similarities"]) / 5 == pytest.approx(second["similarity"])
+    assert first["similarities"] == pytest.approx(base["similarities"], abs=1e-3)
     assert (base["drift"], first["drift"]) == (pytest.approx(0, abs=1e-5),) * 2
     assert second["drift"] > first["drift"]
 
@@ -254,9 +290,11 @@ def test_a_sample_is_judged_against_its_truth() -> None:
         return true_pictures(groups[0][:5] + groups[1][:6], 64)
 
     right, wrong = truth("bolt_mug"), truth("heart_teapot")
-    similarity, drift = questions.judge(right, right)
-    assert similarity == pytest.approx(0.95, abs=0.05)
+    similarities, drift = questions.judge(right, right)
+    assert similarities is not None
+    assert len(similarities) == 5
+    assert sum(similarities) / 5 == pytest.approx(0.95, abs=0.05)
     assert drift == pytest.approx(0, abs=1e-5)
-    similarity, drift = questions.judge(wrong, right)
-    assert similarity is not None
-    assert similarity < 0.3
+    similarities, drift = questions.judge(wrong, right)
+    assert similarities is not None
+    assert sum(similarities) / 5 < 0.3

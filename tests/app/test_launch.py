@@ -77,3 +77,8 @@ def test_help_and_refusal_need_no_gradio() -> None:
     )
     assert result.stdout.split() == ["1", "False", "False"]
     assert result.stderr.startswith("error: --share lets others reach this app")
+
+
+def test_model_folders_are_named_on_the_command_line() -> None:
+    launch = parse_launch(["--model_folders", "a", "b", "--models", "c"])
+    assert (launch.model_folders, launch.models) == ((Path("a"), Path("b")), ("c",))

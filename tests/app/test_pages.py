@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.app import html, jobs
-from dora_diffusion.app.estimates import estimate, free_memory
+from dora_diffusion.app.estimates import estimate
 from dora_diffusion.app.plot import loss_plot, smoothed
 from dora_diffusion.app.settings import as_yaml
 from dora_diffusion.app.snapshot import log_tail, read_job, read_metrics, snapshot
 from dora_diffusion.app.workspace import AppError, Workspace, clean_text, ids_in, write_json
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.memory import Device
 
 METRICS = '{{"step": {step}, "loss": 0.{step}, "seconds": 2.0}}\n'
 
@@ -130,13 +132,36 @@ def test_estimates_are_measured_or_unknown(workspace: Workspace) -> None:
     folder = run(workspace, 4)
     write_json(folder / jobs.RESULT, {"code": 143, "peak_memory": 3.5})
     same, other = TrainConfig(max_train_steps=100), TrainConfig(train_batch_size=3)
-    found = estimate(same, snapshot(workspace.root), workspace.root)
+    device = Device(free_gib=3.0)
+    found = estimate(same, snapshot(workspace.root), workspace.root, device)
     assert (found.seconds, found.memory, found.runs) == (200.0, 3.5, 1)
-    unknown = estimate(other, snapshot(workspace.root), workspace.root)
+    assert found.will_not_fit
+    assert "This will not fit" in html.estimate_card(found, 10)
+    unknown = estimate(other, snapshot(workspace.root), workspace.root, device)
     assert (unknown.seconds, unknown.memory, unknown.runs) == (None, None, 0)
-    assert "known after the first steps" in html.estimate_card(unknown, 10)
-    free = free_memory()
-    assert free is None or free > 0
+    card = html.estimate_card(unknown, 10)
+    assert "known after the first steps" in card
+    assert "will not fit" not in card
+
+
+def test_a_run_names_its_model_and_device_and_what_the_model_does_not_know(
+    workspace: Workspace,
+) -> None:
+    settings = TrainConfig(max_train_steps=10, token="sks", class_word="dog")
+    job_id = jobs.create_job(workspace, "train", "sks dog", {}, lambda folder: as_yaml(settings))
+    folder = workspace.root / job_id
+    write_json(folder / jobs.PROGRESS, {"phase": "training", "device_name": "NVIDIA X"})
+    write_json(folder / jobs.RESULT, {"code": 143})
+
+    def card() -> str:
+        job = read_job(folder)
+        assert job is not None
+        return html.status_card(job)
+
+    assert "embedded:tiny-sd on NVIDIA X" in card()
+    assert "toy model of a drawn world" in card()
+    (folder / jobs.SETTINGS).write_text(as_yaml(dataclasses.replace(settings, class_word="mugs")))
+    assert "toy model" not in card()
 
 
 @pytest.mark.parametrize(

@@ -355,7 +355,8 @@ def test_the_library_gives_every_format(finished: tuple[Workspace, str], target:
     workspace, job = finished[0], job_of(finished)
     path, said = export_adapter(workspace, job, target)
     assert path.is_relative_to(workspace.exports / job.id)
-    assert path.name.startswith("sks-dog")
+    suffix = ".zip" if target == "peft" else ".safetensors"
+    assert path.name == f"sks-dog-{job.id[:15]}-step-3-{target}{suffix}"
     assert "layers" in said
     if target == "peft":
         assert any("adapter_model" in name for name in zipfile.ZipFile(path).namelist())
@@ -387,13 +388,16 @@ def test_merges_of_a_run_do_not_replace_each_other(finished: tuple[Workspace, st
         merge = workspace.root / start_merge(workspace, job, strength, checkpoint)
         outputs.append(Path(read_json(merge / jobs.JOB)["output"]).name)
         jobs.delete_job(workspace, merge.name)
+    named = f"sks-dog-{job.id[:15]}"
     assert outputs == [
-        "sks-dog-step-3-strength-1-merged.safetensors",
-        "sks-dog-step-3-strength-0.5-merged.safetensors",
-        "sks-dog-step-2-strength-0.5-merged.safetensors",
+        f"{named}-step-3-strength-1-merged.safetensors",
+        f"{named}-step-3-strength-0.5-merged.safetensors",
+        f"{named}-step-2-strength-0.5-merged.safetensors",
     ]
 
 
 def test_the_model_card_can_be_downloaded(finished: tuple[Workspace, str]) -> None:
-    card = write_card(finished[0], job_of(finished))
+    job = job_of(finished)
+    card = write_card(finished[0], job)
+    assert card.name == f"sks-dog-{job.id[:15]}-step-3-README.md"
     assert "sks dog" in card.read_text(encoding="utf-8")

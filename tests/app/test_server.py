@@ -207,7 +207,8 @@ def test_a_files_path_that_was_not_uploaded_is_refused(served: Served) -> None:
 
 
 def test_errors_are_plain_and_escaped(served: Served) -> None:
-    said = served.call("connect.<locals>.create", ["<img src=x>" * 20])
+    size = ["embedded:tiny-sd", ""]
+    said = served.call("connect.<locals>.create", ["<img src=x>" * 20, *size])
     message = json.loads(said.removeprefix("data: "))["output"]["error"]
     assert re.match(r"The name has \d+ characters; at most 60 are taken", message)
 

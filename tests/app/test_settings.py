@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,14 +15,18 @@ from dora_diffusion.app.settings import (
     FIELDS,
     PRESET_NAMES,
     as_yaml,
+    check_model,
     command_line,
     make_config,
     preset_values,
+    setting_text,
 )
 from dora_diffusion.app.workspace import AppError
 from dora_diffusion.cli import build_parser
 from dora_diffusion.commands.flags import train_config
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
+from dora_diffusion.memory import Device, needed_memory
+from dora_diffusion.models.family import FAMILIES
 
 
 def config(**changes: object) -> TrainConfig:
@@ -31,8 +37,11 @@ def config(**changes: object) -> TrainConfig:
     )  # fmt: skip
 
 
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
 @pytest.mark.parametrize("preset", PRESET_NAMES)
-@pytest.mark.parametrize("model", [EMBEDDED, "org/model"])
+@pytest.mark.parametrize("model", [EMBEDDED, "org/model", SDXL])
 def test_every_preset_is_a_valid_config(preset: str, model: str) -> None:
     values = preset_values(preset, model)
     assert set(values) == set(ADVANCED) <= set(FIELDS)
@@ -54,6 +63,7 @@ def test_the_command_line_makes_the_same_config(changes: dict[str, object]) -> N
     one = config(**changes)
     words = shlex.split(command_line(one).replace("\\\n", " "))
     assert words[:5] == ["OMP_NUM_THREADS=1", "python", "-m", "dora_diffusion", "train"]
+    assert words[words.index("--pretrained_model_name_or_path") + 1] == EMBEDDED
     assert train_config(build_parser().parse_args(words[4:])) == one
 
 
@@ -67,6 +77,85 @@ def test_prompts_name_the_subject() -> None:
     one = config()
     assert one.instance_prompt == "a photo of a sks toy robot"
     assert one.validation_prompt == ["a sks toy robot at night"]
+
+
+@pytest.mark.parametrize(
+    ("model", "family"), [("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd1"), (SDXL, "sdxl")]
+)
+def test_balanced_takes_as_many_steps_as_the_command_line(model: str, family: str) -> None:
+    steps = {preset: preset_values(preset, model)["max_train_steps"] for preset in PRESET_NAMES}
+    default = FAMILIES[family].default_steps
+    assert default == {"sd1": 800, "sdxl": 1000}[family]
+    assert str(default) in str(FIELDS["max_train_steps"].metadata["derived"])
+    assert (steps["fast"], steps["balanced"], steps["quality"]) == (
+        default // 2, default, default * 3 // 2,
+    )  # fmt: skip
+
+
+def test_presets_follow_the_device_but_for_the_toy_models() -> None:
+    def chosen(preset: str, model: str, free: float, kind: str = "cuda") -> tuple[Any, ...]:
+        values = preset_values(preset, model, Device(kind, "x", free, True, True))
+        names = ("mixed_precision", "gradient_checkpointing", "optimizer")
+        return tuple(values[name] for name in names)
+
+    assert chosen("fast", SDXL, 80) == ("bf16", False, "adamw")
+    assert chosen("fast", SDXL, 2) == ("bf16", True, "adamw8bit")
+    assert chosen("fast", SDXL, 80, "cpu") == ("no", False, "adamw")
+    default = TrainConfig()
+    assert chosen("fast", EMBEDDED, 0.1) == (
+        default.mixed_precision, default.gradient_checkpointing, default.optimizer,
+    )  # fmt: skip
+    # Prior preservation doubles a batch.
+    memory = {"mixed_precision": "bf16", "gradient_checkpointing": False}
+    device = Device("cuda", "x", None)
+    needed = needed_memory("sdxl", 1024, memory, device)
+    assert needed is not None
+    assert chosen("fast", SDXL, needed) == ("bf16", False, "adamw")
+    assert chosen("balanced", SDXL, needed) == ("bf16", True, "adamw")
+
+
+def test_fields_hold_text_that_comes_back_as_the_value() -> None:
+    for model in (EMBEDDED, SDXL):
+        for preset in PRESET_NAMES:
+            values = preset_values(preset, model)
+            typed = {name: setting_text(value) for name, value in values.items()}
+            assert all(isinstance(text, str | bool) for text in typed.values())
+            made = make_config(model, Path("p"), Path("o"), "sks", "dog", [], typed)
+            assert {name: getattr(made, name) for name in ADVANCED} == values
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("rank", "eight", "rank is 'eight'; it must be a whole number"),
+        ("rank", "8.5", "rank is '8.5'; it must be a whole number"),
+        ("magnitude_lr", "1e-4x", "magnitude_lr is '1e-4x'; it must be a number"),
+        ("learning_rate", "nan", "learning_rate is 'nan'; it must be a number"),
+        ("lora_alpha", "inf", "lora_alpha is 'inf'; it must be a number"),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(name: str, text: str, match: str) -> None:
+    with pytest.raises(AppError, match=re.escape(match)):
+        config(**{name: text})
+
+
+def test_a_zero_that_was_typed_is_a_zero() -> None:
+    assert config(magnitude_lr="0").magnitude_lr == 0.0
+    assert config(magnitude_lr="").magnitude_lr is None
+    assert config(rank=" 16 ").rank == 16
+    assert config(learning_rate="1e-4").learning_rate == 1e-4
+
+
+def test_paths_are_looked_for_before_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for changes, match in (
+        ({"pretrained_vae_model_name_or_path": "/no/vae"}, "the VAE /no/vae does not exist"),
+        ({"model_config": str(tmp_path)}, "no model_index.json"),
+        ({"class_data_dir": str(tmp_path / "file")}, "is a file; give a folder"),
+    ):
+        with pytest.raises(AppError, match=match):
+            check_model(config(**changes))
+    check_model(config(class_data_dir=str(tmp_path / "to be made")))
 
 
 def test_an_empty_field_means_the_default() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
-from dora_diffusion.data.checks import PhotoWarning, blur, check_photos
+from dora_diffusion.data.checks import PhotoWarning, blur, check_photos, near_duplicates
 from dora_diffusion.data.images import list_photos, open_photo
 from dora_diffusion.data.photos import read_photos
 
@@ -16,13 +17,13 @@ def check(paths: list[Path], resolution: int = 512) -> list[PhotoWarning]:
     return check_photos(read_photos(paths, "a dog")[0], resolution)
 
 
-@pytest.mark.parametrize("subject", ["dog3", "robot_toy", "backpack_dog"])
-def test_good_photos_raise_nothing(photos_root: Path, subject: str) -> None:
-    assert check(list_photos(photos_root / subject)) == []
+@pytest.mark.parametrize("subject", ["bolt_mug", "heart_teapot", "ring_robot"])
+def test_good_photos_raise_nothing(samples_root: Path, subject: str) -> None:
+    assert check(list_photos(samples_root / subject)) == []
 
 
-def test_spoiled_copies_are_named(photos_root: Path, tmp_path: Path) -> None:
-    paths = list_photos(photos_root / "dog3")[:3]
+def test_spoiled_copies_are_named(samples_root: Path, tmp_path: Path) -> None:
+    paths = list_photos(samples_root / "bolt_mug")[:3]
     sharp = open_photo(paths[0])
     sharp.resize((500, 500)).save(tmp_path / "copy.jpg", quality=60)
     open_photo(paths[1]).filter(ImageFilter.GaussianBlur(4)).save(tmp_path / "soft.png")
@@ -50,3 +51,26 @@ def test_few_and_many_photos(tmp_path: Path) -> None:
 
 def test_a_flat_image_is_not_blurred() -> None:
     assert blur(Image.new("L", (64, 64), 128)) == 0.0
+
+
+def test_copies_of_one_photo_are_one_warning(tmp_path: Path) -> None:
+    names = [f"{number:03d}.png" for number in range(5)]
+    grain = Image.effect_noise((60, 60), 90)
+    for name in (*names[:2], names[3]):
+        grain.save(tmp_path / name)
+    for name, seed in ((names[2], 60), (names[4], 60)):
+        Image.effect_noise((60, 60), seed).save(tmp_path / name)
+    found = [w for w in check([tmp_path / name for name in names], 8) if w.kind == "duplicate"]
+    (warning,) = found
+    assert warning.names == ("000.png", "001.png", "003.png")
+    assert warning.message == (
+        "000.png, 001.png and 003.png are nearly the same photo; keep one of them"
+    )
+
+
+def test_groups_join_photos_that_are_near_to_one_of_them() -> None:
+    """A chain: each differs from the next in 4 bits, the ends in 12."""
+    bits = {f"{n}": torch.arange(64) < 4 * n for n in range(4)} | {"far": torch.ones(64) > 0}
+    shuffled = {name: bits[name] for name in ("3", "far", "0", "2", "1")}
+    assert near_duplicates(shuffled) == [("3", "0", "2", "1")]
+    assert near_duplicates({"a": bits["0"], "b": bits["far"]}) == []

@@ -110,16 +110,23 @@ def _cards(job: Job, found: Comparison | None, running: Job | None) -> str:
         return said
     suggested = found.suggested
     most = max((row.drift or 0 for row in found.rows), default=0) or 1
-    cards = "".join(_card(job, row, row.name == suggested, most) for row in found.rows)
+    cards = "".join(_card(job, row, found, most) for row in found.rows)
     late = [f"step {job.step_of(name)}" for name in found.missing]
     new = html.note(f"Not compared yet: {', '.join(late)}.", "info") if late else ""
     notes = "".join(f"<p class='dd-quiet'>{html.esc(note)}</p>" for note in found.notes)
-    why = "<p class='dd-quiet'>Suggested: the most similarity less drift.</p>" if suggested else ""
-    return f"{said}{new}<div class='dd-choices'>{cards}</div>{notes}{why}"
+    why = (
+        "<p class='dd-quiet'>Suggested: the most similarity less drift, among those that are more "
+        "like the subject than the base.</p>"
+        if suggested
+        else ""
+    )
+    verdict = html.note(found.verdict, "warn")
+    return f"{said}{new}{verdict}<div class='dd-choices'>{cards}</div>{notes}{why}"
 
 
-def _card(job: Job, row: Row, is_suggested: bool, most_drift: float) -> str:
+def _card(job: Job, row: Row, found: Comparison, most_drift: float) -> str:
     """One checkpoint: pictures, two bars, and the button."""
+    is_suggested = row.name == found.suggested
     in_use = row.name == job.stands
     title = f"Step {row.step}" if row.step else "Base model"
     marks = "<span class='dd-pill dd-running'>suggested</span>" if is_suggested else ""
@@ -133,7 +140,8 @@ def _card(job: Job, row: Row, is_suggested: bool, most_drift: float) -> str:
     subject, others = (html.picture(path, title) for path in row.pictures)
     figures = ""
     if row.similarity is not None:
-        figures = _bar("similarity", row.similarity, row.similarity)
+        to = f" to {found.similar_to}" if found.similar_to else ""
+        figures = _bar("similarity", row.similarity, row.similarity, f"similarity{to}")
     if row.step and row.drift is not None:
         figures += _bar("drift", row.drift, row.drift / most_drift)
     return (
@@ -143,9 +151,9 @@ def _card(job: Job, row: Row, is_suggested: bool, most_drift: float) -> str:
     )
 
 
-def _bar(name: str, value: float, share: float) -> str:
+def _bar(name: str, value: float, share: float, label: str = "") -> str:
     width = f"{min(1.0, max(0.0, share)):.0%}"
     return (
-        f"<span>{name}</span><div class='dd-bar dd-{name}'><div style='width:{width}'></div></div>"
-        f"<b>{value:.2f}</b>"
+        f"<span>{html.esc(label or name)}</span>"
+        f"<div class='dd-bar dd-{name}'><div style='width:{width}'></div></div><b>{value:.2f}</b>"
     )

@@ -6,9 +6,10 @@ from typing import Any
 
 import gradio as gr
 
-from dora_diffusion.app.settings import FIELDS
-from dora_diffusion.config import setting_type
+from dora_diffusion.app.settings import FIELDS, setting_text
+from dora_diffusion.config import setting_type, settings
 
+_DEFAULTS = {setting.name: setting.default_text for setting in settings()}
 # How handlers are registered: not in the API's list, with or without a sign of work.
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
@@ -24,11 +25,14 @@ def setting_field(name: str, value: Any) -> Any:
         return gr.Checkbox(value, **common)
     if choices:
         return gr.Dropdown(list(choices), value=value, **common)
-    if is_list:
-        return gr.Textbox(" ".join(value), max_lines=1, max_length=500, **common)
-    if kind in (int, float):
-        return gr.Number(value, precision=0 if kind is int else None, **common)
-    return gr.Textbox(value or "", max_lines=1, max_length=1000, **common)
+    limit = 500 if is_list else 40 if kind in (int, float) else 1000
+    return gr.Textbox(
+        setting_text(value),
+        placeholder=f"default: {_DEFAULTS[name]}",
+        max_lines=1,
+        max_length=limit,
+        **common,
+    )
 
 
 def id_dropdown(**options: Any) -> Any:

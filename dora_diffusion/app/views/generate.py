@@ -103,8 +103,12 @@ def build(context: Context) -> GenerateTab:
                 form["guidance_scale"] = gr.Slider(1, 15, 3.5, step=0.1, label="Guidance")
                 form["scheduler"] = gr.Dropdown([OWN, *SAMPLERS], value=OWN, label="Scheduler")
                 with gr.Row():
-                    form["width"] = gr.Number(None, label="Width", precision=0, min_width=110)
-                    form["height"] = gr.Number(None, label="Height", precision=0, min_width=110)
+                    # Text: an empty number field turns into 0 when it is unfolded.
+                    for side in ("width", "height"):
+                        form[side] = gr.Textbox(
+                            label=side.capitalize(), placeholder="the model's", max_lines=1,
+                            max_length=5, min_width=110, elem_id=side,
+                        )  # fmt: skip
             make = gr.Button("Make pictures", variant="primary", size="lg", elem_id="make")
             compare = gr.Button("Compare with the base model", size="md", elem_id="compare")
             with gr.Accordion("Grid of checkpoints and strengths", open=False):

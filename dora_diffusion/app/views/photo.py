@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.app import html
+from dora_diffusion.app.bases import facts_of
 from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.photo_edits import (
     edit_photo,
@@ -16,6 +17,7 @@ from dora_diffusion.app.photo_edits import (
     read_mask,
     restore_original,
 )
+from dora_diffusion.app.settings import EMBEDDED
 from dora_diffusion.app.subjects import (
     Subject,
     mask_path,
@@ -30,8 +32,7 @@ from dora_diffusion.app.subjects import (
 from dora_diffusion.app.views.fields import BUSY, QUIET, clicked
 from dora_diffusion.app.workspace import AppError
 
-# Small photos are normal for the embedded model; for released ones this is their size.
-_WARN_BELOW = 512
+_LARGEST_SIDE = 8192
 _SCRIPT = (Path(__file__).parents[1] / "editor.js").read_text(encoding="utf-8")
 
 
@@ -70,16 +71,17 @@ def build() -> PhotoView:
     return PhotoView(chosen, box, title, caption, save, drop, edit, editor)
 
 
-def connect(context: Context, tab: PhotoView, subject: Any, view: list[Any]) -> None:
+def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any]) -> None:
     """What can be done with the photo that was clicked.
 
     Args:
         context: The app.
         tab: The fields.
-        subject: The field that holds the subject's id.
+        about: The fields of the subject's id, the base model and the resolution.
         view: The fields that `subject_view` fills.
     """
     workspace = context.workspace
+    subject, *size = about
     gallery, _, names, report, *_ = view
     photo_fields = [tab.chosen, tab.box, tab.title, tab.caption, tab.editor]
 
@@ -90,25 +92,25 @@ def connect(context: Context, tab: PhotoView, subject: Any, view: list[Any]) -> 
         return _photo(context, subject_id, listed[event.index])
 
     @plain
-    def save(subject_id: str, photo: str, text: str) -> list[Any]:
+    def save(subject_id: str, photo: str, text: str, *chosen: Any) -> list[Any]:
         caption = save_caption(workspace, subject_id, photo, text)
         said = html.note(f"Caption of {photo} saved", "good")
-        shown, _, listed, told, *_ = subject_view(read_subject(workspace, subject_id), said)
+        now = read_subject(workspace, subject_id)
+        shown, _, listed, told, *_ = subject_view(now, side(*chosen), said)
         return [caption, shown, listed, told]
 
     @plain
-    def drop(subject_id: str, photo: str) -> list[Any]:
+    def drop(subject_id: str, photo: str, *chosen: Any) -> list[Any]:
         remove_photo(workspace, subject_id, photo)
-        return subject_view(
-            read_subject(workspace, subject_id), html.note(f"{photo} removed", "info")
-        )
+        said = html.note(f"{photo} removed", "info")
+        return subject_view(read_subject(workspace, subject_id), side(*chosen), said)
 
     @plain
     def edit(subject_id: str, photo: str) -> str:
         return _editor(photo_path(workspace, subject_id, photo))
 
     @plain
-    def change(subject_id: str, photo: str, event: gr.EventData) -> list[Any]:
+    def change(subject_id: str, photo: str, event: gr.EventData, *chosen: Any) -> list[Any]:
         path = photo_path(workspace, subject_id, photo)
         if clicked(event)[0] == "restore":
             restore_original(path)
@@ -118,18 +120,19 @@ def connect(context: Context, tab: PhotoView, subject: Any, view: list[Any]) -> 
             crop = crop if isinstance(crop, list) else None
             edit_photo(path, crop, read_mask(getattr(event, "mask", None)))
             said = f"Crop and mask of {photo} saved"
-        return subject_view(read_subject(workspace, subject_id), html.note(said, "good"))
+        now = read_subject(workspace, subject_id)
+        return subject_view(now, side(*chosen), html.note(said, "good"))
 
     gallery.select(choose, [subject, names], photo_fields, **QUIET)
     tab.save.click(
         save,
-        [subject, tab.chosen, tab.caption],
+        [subject, tab.chosen, tab.caption, *size],
         [tab.caption, gallery, names, report],
         **QUIET,
     )
-    tab.drop.click(drop, [subject, tab.chosen], view, **QUIET)
+    tab.drop.click(drop, [subject, tab.chosen, *size], view, **QUIET)
     tab.edit.click(edit, [subject, tab.chosen], [tab.editor], **QUIET)
-    tab.editor.click(change, [subject, tab.chosen], view, **BUSY)
+    tab.editor.click(change, [subject, tab.chosen, *size], view, **BUSY)
 
 
 def _editor(photo: Path) -> str:
@@ -154,10 +157,27 @@ def _photo(context: Context, subject_id: str, photo: str) -> list[Any]:
     return [photo, gr.update(visible=True), title, read_caption_of(path), ""]
 
 
-def subject_view(subject: Subject | None, said: str = "") -> list[Any]:
-    """Gallery, empty state, names, report, the way on, and no photo chosen."""
+def side(model: object, resolution: object) -> int:
+    """Side in pixels that a run would train at: what was typed, else the model's own."""
+    text = str(resolution or "").strip()
+    if text.isdecimal() and 0 < int(text) <= _LARGEST_SIDE:
+        return int(text)
+    try:
+        return facts_of(str(model or EMBEDDED)).resolution
+    except AppError:
+        return facts_of(EMBEDDED).resolution
+
+
+def subject_view(subject: Subject | None, side: int, said: str = "") -> list[Any]:
+    """Gallery, empty state, names, report, the way on, and no photo chosen.
+
+    Args:
+        subject: Whose photos.
+        side: Pixels that they would be trained at; smaller ones are said to be small.
+        said: What comes before the warnings.
+    """
     photos = subject.photos if subject else ()
-    warnings = photo_warnings(subject, _WARN_BELOW) if subject and photos else {}
+    warnings = photo_warnings(subject, side) if subject and photos else {}
     crops = [(training_crop(photo), _label(photo, warnings)) for photo in photos]
     lines = [line for group in warnings.values() for line in group]
     unique = list(dict.fromkeys(lines))

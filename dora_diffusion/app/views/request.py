@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.exports import chosen_adapter
+from dora_diffusion.app.loading import ModelFiles
+from dora_diffusion.app.snapshot import Job
 from dora_diffusion.app.studio import Request, clean_prompt
 from dora_diffusion.app.workspace import AppError
 from dora_diffusion.cli import SAMPLERS
@@ -27,14 +29,18 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
     prompt = clean_prompt(form["prompt"]).replace("{subject}", model.trigger)
 
     def size(name: str) -> int | None:
-        value = form[name]
+        text = str(form[name] or "").strip()
+        if not text:
+            return None
+        if not text.isdecimal() or int(text) == 0:
+            raise AppError(f"the {name} is {text!r}; write pixels, such as 512, or leave it empty")
         # Latents have 8 pixels a side.
-        return max(8, round(value / 8) * 8) if value else None
+        return max(8, round(int(text) / 8) * 8)
 
     return Request(
         base=model.base,
         adapter=model.adapter,
-        config=model.config,
+        files=model.files,
         prompt=prompt,
         negative_prompt=clean_prompt(form["negative_prompt"], "negative prompt"),
         seed=int(-1 if form["seed"] is None else form["seed"]),
@@ -57,7 +63,7 @@ class _Model:
     base: str
     adapter: Path | None
     trigger: str
-    config: str | None = None
+    files: ModelFiles = field(default_factory=ModelFiles)
 
 
 def _model(context: Context, choice: str) -> _Model:
@@ -69,14 +75,16 @@ def _model(context: Context, choice: str) -> _Model:
         job = context.job(name)
         if job.kind != "merge" or job.state != "done":
             raise AppError("this merged model no longer exists; choose another one")
-        return _Model(str(job.facts["output"]), None, job.trigger, _configuration(job.base))
+        files = ModelFiles(config=_configuration(job))
+        return _Model(str(job.facts["output"]), None, job.trigger, files)
     job = context.job(kind)
-    return _Model(context.allowed_model(job.base), chosen_adapter(job, name), job.trigger)
+    base, adapter = context.allowed_model(job.base), chosen_adapter(job, name)
+    return _Model(base, adapter, job.trigger, ModelFiles.of(job.settings))
 
 
-def _configuration(base: str) -> str | None:
-    """Where a merged file's configuration is: its base's, unless that is a single file too."""
-    return None if base.endswith(".safetensors") else base
+def _configuration(job: Job) -> str | None:
+    """Where a merged file's configuration is: its base's, or what its base was loaded with."""
+    return job.facts.get("config") or (None if job.base.endswith(".safetensors") else job.base)
 
 
 def field_value(name: str, found: dict[str, str]) -> Any:

@@ -26,8 +26,6 @@ from dora_diffusion.app.views.fields import BUSY, CLICKS, QUIET, clicked, id_dro
 from dora_diffusion.app.workspace import AppError, clean_text
 from dora_diffusion.data.checks import WANTED
 
-# Small photos are normal for the embedded model; for released ones this is their size.
-_WARN_BELOW = 512
 _EMPTY = html.empty(
     "No photos yet",
     f"Add {WANTED}. Or take a sample.",
@@ -118,25 +116,30 @@ def build(context: Context) -> SubjectTab:
     )
 
 
-def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks) -> None:
-    """Say what the fields do."""
+def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks, size: list[Any]) -> None:
+    """Say what the fields do; ``size`` are the fields of base model and resolution."""
     workspace = context.workspace
     editing = tab.editing
     view = [tab.gallery, tab.blank, tab.names, tab.report, tab.go_on, editing.box, editing.chosen]
 
-    def show(subject_id: str | None, said: str = "") -> list[Any]:
-        return photo.subject_view(_subject(context, subject_id), said)
+    def show(subject_id: str | None, side: int, said: str = "") -> list[Any]:
+        return photo.subject_view(_subject(context, subject_id), side, said)
 
     @plain
-    def select(subject_id: str | None) -> list[Any]:
-        return show(subject_id)
+    def select(subject_id: str | None, *chosen: Any) -> list[Any]:
+        return show(subject_id, photo.side(*chosen))
 
     @plain
-    def load(subject_id: str | None) -> list[Any]:
-        return [_choices(context, subject_id), *show(_current(context, subject_id))]
+    def resize(subject_id: str | None, *chosen: Any) -> str:
+        return str(show(subject_id, photo.side(*chosen))[3])
 
     @plain
-    def upload(files: list[str] | None, subject_id: str | None) -> list[Any]:
+    def load(subject_id: str | None, *chosen: Any) -> list[Any]:
+        current = current_subject(context, subject_id)
+        return [_choices(context, subject_id), *show(current, photo.side(*chosen))]
+
+    @plain
+    def upload(files: list[str] | None, subject_id: str | None, *chosen: Any) -> list[Any]:
         if not files:
             return [gr.skip()] * (2 + len(view))
         if not subject_id:
@@ -146,51 +149,53 @@ def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks) -> None:
         if result.accepted:
             count = len(result.accepted)
             said = html.note(f"{count} photo{'s' if count != 1 else ''} added", "good") + said
-        return [None, _choices(context, subject_id), *show(subject_id, said)]
+        return [None, _choices(context, subject_id), *show(subject_id, photo.side(*chosen), said)]
 
     @plain
-    def create(title: str) -> list[Any]:
+    def create(title: str, *chosen: Any) -> list[Any]:
         title = clean_text(title, 60, "name")
         if not title:
             raise AppError("give the new subject a name first")
         subject_id = new_subject(workspace, title)
-        return ["", _choices(context, subject_id), *show(subject_id)]
+        return ["", _choices(context, subject_id), *show(subject_id, photo.side(*chosen))]
 
     @plain
-    def remove(subject_id: str | None) -> list[Any]:
+    def remove(subject_id: str | None, *chosen: Any) -> list[Any]:
         if not subject_id:  # nothing to delete, or not confirmed
             return [gr.skip()] * (1 + len(view))
         delete_subject(workspace, subject_id)
-        current = _current(context, None)
-        return [_choices(context, current), *show(current, html.note("Subject deleted", "info"))]
+        current, said = current_subject(context, None), html.note("Subject deleted", "info")
+        return [_choices(context, current), *show(current, photo.side(*chosen), said)]
 
     @plain
-    def take(event: gr.EventData) -> list[Any]:
+    def take(event: gr.EventData, *chosen: Any) -> list[Any]:
         subject_id = take_sample(workspace, context.launch.samples, clicked(event)[1])
         said = html.note("A sample subject, ready to train.", "good")
-        return [_choices(context, subject_id), *show(subject_id, said)]
+        return [_choices(context, subject_id), *show(subject_id, photo.side(*chosen), said)]
 
     # Choosing is an input, not a change: answers to other events must not run it again.
-    tab.pick.input(select, [tab.pick], view, **QUIET)
-    tab.upload.upload(upload, [tab.upload, tab.pick], [tab.upload, tab.pick, *view], **BUSY)
-    tab.create.click(create, [tab.name], [tab.name, tab.pick, *view], **QUIET)
+    tab.pick.input(select, [tab.pick, *size], view, **QUIET)
+    gr.on([field.change for field in size], resize, [tab.pick, *size], [tab.report], **QUIET)
+    tab.upload.upload(upload, [tab.upload, tab.pick, *size], [tab.upload, tab.pick, *view], **BUSY)
+    tab.create.click(create, [tab.name, *size], [tab.name, tab.pick, *view], **QUIET)
     tab.remove.click(
         remove,
-        [tab.pick],
+        [tab.pick, *size],
         [tab.pick, *view],
-        js="(id) => confirm('Delete this subject with its photos and captions?') ? id : ''",
+        js="(id, ...rest) => [confirm('Delete this subject with its photos and captions?')"
+        " ? id : '', ...rest]",
         **QUIET,
     )
-    tab.samples.click(take, None, [tab.pick, *view], **BUSY)
-    blocks.load(load, [tab.pick], [tab.pick, *view], **QUIET)
-    photo.connect(context, editing, tab.pick, view)
+    tab.samples.click(take, size, [tab.pick, *view], **BUSY)
+    blocks.load(load, [tab.pick, *size], [tab.pick, *view], **QUIET)
+    photo.connect(context, editing, [tab.pick, *size], view)
 
 
 def _subject(context: Context, subject_id: str | None) -> Subject | None:
     return read_subject(context.workspace, subject_id) if subject_id else None
 
 
-def _current(context: Context, subject_id: str | None) -> str | None:
+def current_subject(context: Context, subject_id: str | None) -> str | None:
     """The subject that is asked for, else the newest."""
     ids = [subject.id for subject in subjects_in(context.workspace)]
     return subject_id if subject_id in ids else next(iter(ids), None)
@@ -199,7 +204,7 @@ def _current(context: Context, subject_id: str | None) -> str | None:
 def _choices(context: Context, subject_id: str | None) -> Any:
     subjects = subjects_in(context.workspace)
     choices = [(f"{one.title} ({len(one.photos)} photos)", one.id) for one in subjects]
-    current = _current(context, subject_id)
+    current = current_subject(context, subject_id)
     return gr.update(choices=choices, value=current, visible=bool(choices))
 
 

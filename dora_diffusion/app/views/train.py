@@ -10,6 +10,14 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
+from dora_diffusion.app.draft import (
+    FORM,
+    RESTORED_SCRIPT,
+    SAVE_SCRIPT,
+    advanced_values,
+    form_values,
+    subject_of_draft,
+)
 from dora_diffusion.app.estimates import estimate
 from dora_diffusion.app.jobs import create_job
 from dora_diffusion.app.settings import (
@@ -18,16 +26,21 @@ from dora_diffusion.app.settings import (
     GROUPS,
     PRESET_NAMES,
     as_yaml,
+    check_model,
     command_line,
+    idle_settings,
     make_config,
     preset_values,
+    setting_text,
 )
 from dora_diffusion.app.subjects import Subject, mask_path, read_subject
+from dora_diffusion.app.toy_world import CHOOSE_ANOTHER, outside_toy_world
 from dora_diffusion.app.views import run
 from dora_diffusion.app.views.fields import QUIET, setting_field
-from dora_diffusion.app.views.subject import SubjectTab
+from dora_diffusion.app.views.subject import SubjectTab, current_subject
 from dora_diffusion.app.workspace import AppError
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.data.captions import contains_token
 from dora_diffusion.training.subject import subject_of
 
 _PROMPTS = "a photo of a {subject} on the snow\na photo of a {subject} at night"
@@ -72,6 +85,7 @@ def build(context: Context, subjects: SubjectTab) -> TrainTab:
                     info="A rare word, for this subject alone.",
                     max_lines=1,
                     min_width=140,
+                    elem_id="token",
                 )
             preset = gr.Radio(
                 [(name.capitalize(), name) for name in PRESET_NAMES],
@@ -80,12 +94,14 @@ def build(context: Context, subjects: SubjectTab) -> TrainTab:
                 elem_id="preset",
             )
             model = gr.Dropdown(
-                context.models,
+                [(base.label, base.name) for base in context.bases()],
                 value=EMBEDDED,
                 label="Base model",
-                info="The embedded one trains in minutes on a laptop. Or a hub id, a Diffusers "
-                "folder, a .safetensors checkpoint.",
+                info="The embedded ones are toys that train in minutes on a laptop. For real "
+                "photos: Stable Diffusion or SDXL. Or type a hub id, a Diffusers folder or a "
+                ".safetensors checkpoint.",
                 allow_custom_value=not context.launch.is_open,
+                elem_id="base-model",
             )
             prompts = gr.Textbox(
                 _PROMPTS,
@@ -93,6 +109,7 @@ def build(context: Context, subjects: SubjectTab) -> TrainTab:
                 info="{subject} stands for token and class.",
                 lines=2,
                 max_length=4000,
+                elem_id="sample-prompts",
             )
             advanced: dict[str, Any] = {}
             values = preset_values("balanced", EMBEDDED)
@@ -102,7 +119,9 @@ def build(context: Context, subjects: SubjectTab) -> TrainTab:
                         for name in names:
                             advanced[name] = setting_field(name, values[name])
             cost = gr.HTML(
-                html.empty("No subject yet", "Add photos in the Subject tab first."), padding=False
+                html.empty("No subject yet", "Add photos in the Subject tab first."),
+                padding=False,
+                elem_id="cost",
             )
             start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
             said = gr.HTML("", padding=False, elem_id="train-said")
@@ -118,45 +137,30 @@ def build(context: Context, subjects: SubjectTab) -> TrainTab:
     )
 
 
-def connect(context: Context, tab: TrainTab, subjects: SubjectTab, opened: Any) -> None:
+def connect(
+    context: Context, tab: TrainTab, subjects: SubjectTab, opened: Any, blocks: gr.Blocks
+) -> None:
     """Say what the fields do; ``opened`` is the event of the tab being opened."""
     fields = [tab.advanced[name] for name in ADVANCED]
     asked = [subjects.pick, tab.model, tab.token, tab.class_word, tab.prompts, *fields]
 
-    def config(subject_id: str | None, *values: Any) -> tuple[TrainConfig, Subject]:
-        model, token, class_word, prompts, *advanced = values
-        if not subject_id:
-            raise AppError(
-                "there is no subject yet: add photos in the Subject tab, or take a sample"
-            )
-        subject = read_subject(context.workspace, subject_id)
-        if not subject.photos:
-            raise AppError("the subject has no photos yet; add some in the Subject tab")
-        chosen = dict(zip(ADVANCED, advanced, strict=True))
-        # Whoever paints a mask wants it used.
-        chosen["masked_loss"] |= any(mask_path(photo).exists() for photo in subject.photos)
-        output = context.workspace.root / "new-run"
-        lines = str(prompts).splitlines()[:8]
-        one = make_config(
-            context.allowed_model(model), subject.folder, output, token, class_word, lines, chosen
-        )
-        # The worker would refuse prompts that do not name the subject.
-        subject_of(one)
-        return one, subject
-
     def plan(*values: Any) -> list[str]:
         try:
-            one, _ = config(*values)
+            one, _ = read_form(context, *values)
+            cost = estimate(one, context.jobs(), context.workspace.root, context.device())
         except (ValueError, OSError) as error:
             text = str(error)
             return [html.note(text[:1].upper() + text[1:], "warn"), ""]
-        cost = estimate(one, context.jobs(), context.workspace.root)
-        line = html.command(command_line(one))
-        return [html.estimate_card(cost, one.max_train_steps), line]
+        toy = outside_toy_world(one.pretrained_model_name_or_path, one.class_word or "")
+        said = html.note(f"{toy} {CHOOSE_ANOTHER}" if toy else "", "warn")
+        said += html.notes(idle_settings(one), "warn")
+        said += html.notes(_class_prompts(one), "info")
+        card = html.estimate_card(cost, one.max_train_steps)
+        return [card + said, html.command(command_line(one))]
 
     @plain
     def start(*values: Any) -> list[Any]:
-        one, subject = config(*values)
+        one, subject = read_form(context, *values, ask_hub=True)
         title = f"{one.token} {one.class_word}"
         facts = {
             "subject": subject.id,
@@ -177,24 +181,19 @@ def connect(context: Context, tab: TrainTab, subjects: SubjectTab, opened: Any) 
         )
         return [
             gr.update(choices=run.run_choices(jobs), value=job_id, visible=True),
-            html.note(text, "good"),
+            html.note(f"{text}, on {one.pretrained_model_name_or_path}", "good"),
         ]
 
     @plain
     def use_preset(preset: str, model: str) -> list[Any]:
-        return [gr.update(value=_shown(v)) for v in preset_values(preset, model or "").values()]
+        values = preset_values(preset, model or "", context.device())
+        return [gr.update(value=setting_text(value)) for value in values.values()]
 
-    def fill(subject_id: str | None) -> list[Any]:
-        try:
-            subject = read_subject(context.workspace, subject_id)
-        except AppError:
-            return [gr.skip(), gr.skip()]
-        return [subject.class_word or gr.skip(), subject.token]
-
+    # The last choice counts, also while an earlier one is still being filled in.
     gr.on(
-        [tab.preset.input, tab.model.change], use_preset, [tab.preset, tab.model], fields, **QUIET
-    )
-    subjects.pick.change(fill, [subjects.pick], [tab.class_word, tab.token], **QUIET)
+        [tab.preset.input, tab.model.input], use_preset, [tab.preset, tab.model], fields,
+        trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
     gr.on(
         [*(field.change for field in (*asked, subjects.names)), opened],
         plan, asked, [tab.cost, tab.plan], trigger_mode="always_last", **QUIET,
@@ -202,7 +201,86 @@ def connect(context: Context, tab: TrainTab, subjects: SubjectTab, opened: Any) 
     tab.start.click(
         start, asked, [tab.shown.run, tab.said], api_visibility="private", show_progress="minimal"
     )
+    _connect_draft(context, tab, subjects, blocks)
     run.connect(context, tab.shown)
+
+
+def read_form(
+    context: Context, subject_id: str | None, *values: Any, ask_hub: bool = False
+) -> tuple[TrainConfig, Subject]:
+    """The form as settings, checked as far as can be before a run.
+
+    Raises:
+        AppError, ConfigError: If a run could not begin with it.
+    """
+    model, token, class_word, prompts, *advanced = values
+    if not subject_id:
+        raise AppError("there is no subject yet: add photos in the Subject tab, or take a sample")
+    subject = read_subject(context.workspace, subject_id)
+    if not subject.photos:
+        raise AppError("the subject has no photos yet; add some in the Subject tab")
+    chosen = dict(zip(ADVANCED, advanced, strict=True))
+    # Whoever paints a mask wants it used.
+    chosen["masked_loss"] |= any(mask_path(photo).exists() for photo in subject.photos)
+    output = context.workspace.root / "new-run"
+    lines = str(prompts).splitlines()[:8]
+    config = make_config(
+        context.allowed_model(model), subject.folder, output, token, class_word, lines, chosen
+    )
+    context.check_paths(config)
+    check_model(config, ask_hub=ask_hub)
+    # The worker would refuse prompts that do not name the subject.
+    subject_of(config)
+    return config, subject
+
+
+def _connect_draft(
+    context: Context, tab: TrainTab, subjects: SubjectTab, blocks: gr.Blocks
+) -> None:
+    """Keep what was typed when the page is loaded again: in the browser, since it is a person's."""
+    fields = [tab.advanced[name] for name in ADVANCED]
+    form = [tab.preset, tab.model, tab.token, tab.class_word, tab.prompts]
+    draft = gr.BrowserState({}, storage_key="dora-studio-train", secret="kept in this browser")
+
+    def restore(kept: Any) -> list[Any]:
+        found, advanced = form_values(kept), advanced_values(kept)
+        if not context.launch.allows_model(found.get("model", EMBEDDED)):
+            return [gr.skip()] * (len(form) + len(fields))
+        if subject_of_draft(kept) != current_subject(context, None):
+            # The page shows the newest subject, with its own token and class.
+            found |= {"token": "", "class_word": ""}
+        values = [found.get(name) or None for name in FORM]
+        values += [advanced.get(name) for name in ADVANCED]
+        return [gr.skip() if value is None else value for value in values]
+
+    def fill(subject_id: str | None, kept: Any) -> list[Any]:
+        """A subject's class and token, or what was typed for it."""
+        try:
+            subject = read_subject(context.workspace, subject_id)
+        except AppError:
+            return [gr.skip(), gr.skip()]
+        typed = form_values(kept) if subject_of_draft(kept) == subject.id else {}
+        word = typed.get("class_word") or subject.class_word
+        return [word or gr.skip(), typed.get("token") or subject.token]
+
+    gr.on(
+        [field.change for field in (*form, *fields)],
+        None, [draft, subjects.pick, *form, *fields], [draft], js=SAVE_SCRIPT,
+        trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
+    restored = blocks.load(restore, [draft], [*form, *fields], **QUIET)
+    restored.then(None, None, None, js=RESTORED_SCRIPT, **QUIET)
+    subjects.pick.change(fill, [subjects.pick, draft], [tab.class_word, tab.token], **QUIET)
+
+
+def _class_prompts(config: TrainConfig) -> list[str]:
+    """Sample prompts that do not name the subject."""
+    return [
+        f"Sample prompt {prompt!r} does not contain the token {config.token!r}: its images show "
+        "how the class drifts, not the subject."
+        for prompt in config.validation_prompt
+        if not contains_token(prompt, config.token)
+    ]
 
 
 def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:
@@ -211,7 +289,3 @@ def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:
     return dataclasses.replace(
         config, output_dir=str(folder), instance_data_dir=str(folder / "photos")
     )
-
-
-def _shown(value: Any) -> Any:
-    return " ".join(value) if isinstance(value, list) else value

@@ -1,0 +1,69 @@
+"""Loading a run's base model for images as the run itself loaded it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dora_diffusion.models.components import Components
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What besides its name says how a base model is loaded; see the settings of these names.
+
+    Attributes:
+        vae: ``pretrained_vae_model_name_or_path``.
+        config: ``model_config``.
+        variant: Of the weights.
+        revision: Of a hub id.
+    """
+
+    vae: str | None = None
+    config: str | None = None
+    variant: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> ModelFiles:
+        """Those of a run's settings."""
+        return cls(
+            settings.get("pretrained_vae_model_name_or_path") or None,
+            settings.get("model_config") or None,
+            settings.get("variant") or None,
+            settings.get("revision") or None,
+        )
+
+    def base(self, name: str) -> str:
+        """A base model's name, or its folder where a revision is asked for."""
+        from dora_diffusion.models.locate import resolve_folder
+
+        if not self.revision:
+            return name
+        return str(resolve_folder(name, revision=self.revision, variant=self.variant))
+
+
+def load_model(name: str, adapter: Path | None, files: ModelFiles) -> Components:
+    """A model to sample from, in half precision on a GPU.
+
+    Raises:
+        ValueError: If a part of it cannot be had.
+    """
+    import torch
+
+    from dora_diffusion.generate import load_adapted
+    from dora_diffusion.memory import auto_precision, describe_device
+    from dora_diffusion.models.load import load_vae
+
+    dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    dtype = dtypes[auto_precision(describe_device())]
+    components, _ = load_adapted(
+        files.base(name), adapter, dtype=dtype, variant=files.variant, config=files.config
+    )
+    if files.vae:
+        vae = load_vae(files.vae, dtype=dtype, family=components.family)
+        components.vae = vae.eval().requires_grad_(False).to(components.device)
+    return components

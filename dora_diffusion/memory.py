@@ -1,0 +1,254 @@
+"""What training takes of memory, measured at full size, and the settings that fit a device.
+
+No torch is needed to read the table or to choose settings; only `describe_device` asks torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Peak resident memory of one training process, in GiB.
+
+    Attributes:
+        family: ``"sd1"`` or ``"sdxl"``.
+        resolution: Side in pixels.
+        gradient_checkpointing: Whether it was on.
+        batch: Images per step.
+        gib: The peak.
+        is_measured: False: derived from the row of the same kind at another size.
+    """
+
+    family: str
+    resolution: int
+    gradient_checkpointing: bool
+    batch: int
+    gib: float
+    is_measured: bool = True
+
+
+# benchmarks/memory.py and full_size.py: bfloat16, random weights in the released shapes, default
+# targets and rank, UNet and text encoders adapted, AdamW, the process's peak on a CPU. A GPU adds
+# its context and takes off what Python itself holds, which are about the same. Derived rows scale
+# what is above 7.4 GiB (SDXL's weights, adapter, optimizer, process) with the pixels: the two lines
+# of Stable Diffusion 1.5 meet in such a sum, 2.5 GiB.
+TABLE: tuple[MemoryRow, ...] = (
+    MemoryRow("sd1", 512, True, 1, 3.19),
+    MemoryRow("sd1", 512, False, 1, 3.74),
+    MemoryRow("sd1", 768, True, 1, 4.03),
+    MemoryRow("sd1", 768, False, 1, 5.28),
+    MemoryRow("sdxl", 768, True, 1, 9.3, is_measured=False),
+    MemoryRow("sdxl", 768, False, 1, 12.59),
+    MemoryRow("sdxl", 1024, True, 1, 10.7),
+    MemoryRow("sdxl", 1024, False, 1, 16.6, is_measured=False),
+)
+# Of a process that holds no model: this does not double in float32.
+PROCESS_GIB = 0.4
+# Stable Diffusion 2 is version 1 with a larger text encoder: 0.22 billion more weights.
+_SD2_MORE_GIB = 0.42
+# AdamW keeps two float32 moments per adapted weight; in 8 bits they take a quarter.
+_EIGHT_BIT_SAVES_GIB = 0.1
+# Measured on another machine's processor: leave room for what differs.
+_MARGIN = 1.1
+_SIZES = (1024, 896, 768, 640, 512, 448, 384, 320, 256)
+
+
+def training_memory(
+    family: str,
+    resolution: int,
+    *,
+    batch: int = 1,
+    precision: str = "bf16",
+    gradient_checkpointing: bool = False,
+) -> float | None:
+    """Peak memory of training in GiB, from the measured table.
+
+    Activations grow with pixels times batch, so that two rows give a line; float32 doubles all but
+    the process itself. Rows that were measured come back as they are.
+
+    Args:
+        family: ``"sd1"``, ``"sd2"`` or ``"sdxl"``.
+        resolution: Side in pixels.
+        batch: Images per step, class images counted.
+        precision: ``"bf16"``, ``"fp16"`` or ``"no"`` (float32).
+        gradient_checkpointing: Whether it is on.
+
+    Returns:
+        GiB; None for a family that was not measured.
+    """
+    rows = [
+        row
+        for row in TABLE
+        if row.family == ("sd1" if family == "sd2" else family)
+        and row.gradient_checkpointing == gradient_checkpointing
+    ]
+    if len(rows) < 2:
+        return None
+    gib = _on_the_line(rows, resolution**2 * batch) + (_SD2_MORE_GIB if family == "sd2" else 0)
+    return gib if precision != "no" else PROCESS_GIB + 2 * (gib - PROCESS_GIB)
+
+
+def _on_the_line(rows: list[MemoryRow], pixels: int) -> float:
+    """Through the two measured rows around a number of pixels, or the two that are nearest."""
+    points = sorted({row.resolution**2 * row.batch: row.gib for row in rows}.items())
+    place = next((i for i, (at, _) in enumerate(points) if at >= pixels), len(points) - 1)
+    (x0, y0), (x1, y1) = points[max(0, place - 1) : max(0, place - 1) + 2]
+    # Below the smallest row the weights remain.
+    return max(y0 + (pixels - x0) * (y1 - y0) / (x1 - x0), 0.8 * points[0][1])
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a run would train on.
+
+    Attributes:
+        kind: ``"cuda"``, ``"mps"`` or ``"cpu"``.
+        name: What to call it.
+        free_gib: Free memory; None if that cannot be told.
+        has_bf16: Whether it computes in bfloat16.
+        has_8bit_adam: Whether bitsandbytes is there for it.
+    """
+
+    kind: str = "cpu"
+    name: str = "CPU"
+    free_gib: float | None = None
+    has_bf16: bool = True
+    has_8bit_adam: bool = False
+
+
+def describe_device() -> Device:
+    """The device that accelerate would choose, as it is now."""
+    import torch
+
+    if torch.cuda.is_available():
+        return Device(
+            "cuda",
+            torch.cuda.get_device_name(0),
+            torch.cuda.mem_get_info()[0] / 2**30,
+            torch.cuda.is_bf16_supported(including_emulation=False),
+            find_spec("bitsandbytes") is not None,
+        )
+    if torch.backends.mps.is_available():
+        return Device("mps", "Apple GPU", free_machine_memory())
+    return Device("cpu", "CPU", free_machine_memory())
+
+
+def free_machine_memory() -> float | None:
+    """The machine's free memory in GiB; None where the system does not say it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        except (ValueError, OSError):
+            return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) / 2**20 if found else None
+
+
+def fitting_settings(
+    family: str, resolution: int, device: Device, *, batch: int = 1
+) -> dict[str, Any]:
+    """Precision, gradient checkpointing and optimizer that fit a device's free memory.
+
+    The quicker settings are kept while they fit: checkpointing, then 8-bit Adam, and on a CPU
+    bfloat16 come when memory asks for them. What still does not fit gets the smallest settings.
+
+    Args:
+        family: Of the base model; one that is not in the table gets safe settings.
+        resolution: Side in pixels.
+        device: What it would train on.
+        batch: Images per step, class images counted.
+
+    Returns:
+        Settings of `TrainConfig` by name.
+    """
+    first = auto_precision(device)
+    precisions = (first,) if device.kind == "cuda" else (first, "bf16")
+    choices = [
+        {"mixed_precision": precision, "gradient_checkpointing": on, "optimizer": "adamw"}
+        for precision in precisions
+        for on in (False, True)
+    ]
+    if training_memory(family, resolution) is None or device.free_gib is None:
+        return choices[1]
+    if device.has_8bit_adam and device.kind == "cuda":
+        choices.append(choices[-1] | {"optimizer": "adamw8bit"})
+    fitting = (one for one in choices if _fits(family, resolution, one, device, batch))
+    return next(fitting, choices[-1])
+
+
+def auto_precision(device: Device) -> str:
+    """The precision that suits a device: half where a GPU has it, float32 elsewhere."""
+    if device.kind != "cuda":
+        return "no"
+    return "bf16" if device.has_bf16 else "fp16"
+
+
+def needed_memory(
+    family: str, resolution: int, settings: Mapping[str, Any], device: Device, *, batch: int = 1
+) -> float | None:
+    """What to have free for settings, in GiB: the table's figure with a margin of a tenth."""
+    precision = str(settings["mixed_precision"])
+    gib = training_memory(
+        family,
+        resolution,
+        batch=batch,
+        precision=auto_precision(device) if precision == "auto" else precision,
+        gradient_checkpointing=bool(settings["gradient_checkpointing"]),
+    )
+    if gib is None:
+        return None
+    saved = _EIGHT_BIT_SAVES_GIB if settings.get("optimizer") == "adamw8bit" else 0
+    return _MARGIN * (gib - saved)
+
+
+def what_would_fit(
+    family: str,
+    resolution: int,
+    settings: Mapping[str, Any],
+    device: Device,
+    *,
+    batch: int = 1,
+    smaller_batch: str = "train_batch_size 1",
+) -> str:
+    """What to change so that settings fit a device; empty if nothing of it helps.
+
+    Args:
+        family: Of the base model.
+        resolution: Side in pixels.
+        settings: The settings that do not fit.
+        device: What it would train on.
+        batch: Images per step, class images counted.
+        smaller_batch: What makes a batch of one.
+    """
+    half = "fp16" if device.kind == "cuda" and not device.has_bf16 else "bf16"
+    said: list[str] = []
+    changed = dict(settings)
+    for name, value in (("mixed_precision", half), ("gradient_checkpointing", True)):
+        is_used = changed[name] == value or (name, changed[name]) == ("mixed_precision", "fp16")
+        if not is_used:
+            said.append(f"{name} {'on' if value is True else value}")
+            changed[name] = value
+        if said and _fits(family, resolution, changed, device, batch):
+            return " and ".join(said)
+    if batch > 1:
+        said.append(smaller_batch)
+    for size in (resolution, *(size for size in _SIZES if size < resolution)):
+        if _fits(family, size, changed, device, 1):
+            return " and ".join([*said, *([f"resolution {size}"] if size < resolution else [])])
+    return ""
+
+
+def _fits(
+    family: str, resolution: int, settings: Mapping[str, Any], device: Device, batch: int
+) -> bool:
+    needed = needed_memory(family, resolution, settings, device, batch=batch)
+    return needed is not None and device.free_gib is not None and needed <= device.free_gib

@@ -1,0 +1,337 @@
+"""The app as a process of its own, and tabs of headless Chromium that wait for what happens.
+
+Nothing here waits by the clock. A wait ends when what it waits for is there. It fails when a run
+that it depends on has failed, when the app has ended, or when nothing moves any more: no job
+changes, no process of the app works, and the page has been asked again and again meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+# Nothing that Chromium does by itself may look for a network.
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+# Looks at a page in one go, and how many in a row may find that nothing has moved. Each look needs
+# an answer of the page and one of the server: where all is slow, so are they.
+LOOK_MILLISECONDS, PAUSE_SECONDS = 1000, 0.1
+PATIENCE = 120
+BAD_STATES = ("failed", "crashed")
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without Chromium or the embedded model there is nothing to see."""
+    embedded = ROOT / "dora_diffusion" / "embedded" / "tiny-sd" / "model_index.json"
+    reasons = {"there is no Chromium": Path(CHROMIUM).exists(),
+               "the embedded model is not there": embedded.is_file()}  # fmt: skip
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            for reason, is_there in reasons.items():
+                item.add_marker(pytest.mark.skipif(not is_there, reason=reason))
+
+
+class App:
+    """The server as a process of its own, as ``python app.py`` starts it."""
+
+    def __init__(self, runs: Path, **environment: str) -> None:
+        self.runs = runs
+        self.url = ""
+        self.environment = environment
+        # Runs that a test ends by force; all others must end well.
+        self.may_fail: set[str] = set()
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "app.py", "--runs_dir", str(self.runs)],
+            cwd=ROOT,
+            env=environment | self.environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line.startswith("open http://127.0.0.1:"), line
+        self.url = line.split()[1]
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait()
+            self._process = None
+
+    def workers(self) -> list[int]:
+        """Living workers' pids."""
+        from dora_diffusion.app.jobs import worker_of
+
+        found = (worker_of(folder) for folder in self.runs.glob("2*"))
+        return [worker[0] for worker in found if worker is not None]
+
+    def jobs(self) -> tuple[Any, ...]:
+        """All jobs, newest first."""
+        from dora_diffusion.app.snapshot import snapshot
+
+        return snapshot(self.runs) if self.runs.is_dir() else ()
+
+    def until(self, look: Callable[[], Any]) -> Any:
+        """Look until there is something to see, and return it."""
+        seen: object = None
+        unmoved = 0
+        while unmoved < PATIENCE:
+            if found := look():
+                return found
+            self._check()
+            now = self._moved()
+            unmoved = unmoved + 1 if now == seen else 0
+            seen = now
+            time.sleep(PAUSE_SECONDS)
+        raise AssertionError(f"nothing moves any more: {seen}")
+
+    def _check(self) -> None:
+        assert self._process is not None
+        assert self._process.poll() is None, "the app has ended"
+        with urllib.request.urlopen(f"{self.url}gradio_api/startup-events") as answer:
+            answer.read()
+        for job in self.jobs():
+            if job.id not in self.may_fail:
+                assert job.state not in BAD_STATES, f"{job.title} has {job.state}: {job.cause}"
+
+    def _moved(self) -> object:
+        """What changes while anything goes on: jobs, and the processor time of who does them."""
+        assert self._process is not None
+        jobs = [(job.id, job.state, job.step, job.progress.get("phase")) for job in self.jobs()]
+        at_work = self.workers()
+        if self._device_is_taken():
+            at_work.append(self._process.pid)
+        return jobs, [_processor_time(pid) for pid in at_work]
+
+    def _device_is_taken(self) -> bool:
+        """Whether somebody makes images. The lock is not tried: that would be in their way."""
+        from dora_diffusion.app.workspace import Workspace
+
+        try:
+            inode = Workspace(self.runs).device_lock.stat().st_ino
+            return f":{inode} " in Path("/proc/locks").read_text()
+        except OSError:
+            return False
+
+
+def _processor_time(pid: int) -> int:
+    """Clock ticks that a process has worked; 0 where it is gone or the system does not say."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(fields[11]) + int(fields[12])
+
+
+class Visit:
+    """One tab of the browser, and what must stay empty while it is used."""
+
+    def __init__(self, browser: Any, app: App, width: int = 1280) -> None:
+        self.app = app
+        self.page = browser.new_page(viewport={"width": width, "height": 900})
+        # Steps of the page itself have no limit: `wait` is what waits for others.
+        self.page.set_default_timeout(0)
+        self.wrong: list[str] = []
+        self.page.on("console", self._console)
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("request", self._request)
+        self.page.on("dialog", lambda dialog: dialog.accept())
+        self.page.goto(app.url)
+        self._wait_for_load()
+
+    def _wait_for_load(self) -> None:
+        self.wait_for("#upload")
+        # The page's load event fills the fields.
+        self.wait("!document.querySelector('.dd-connecting')")
+
+    def _console(self, message: Any) -> None:
+        if message.type == "error":
+            self.wrong.append(message.text)
+
+    def _request(self, request: Any) -> None:
+        outside = request.url.startswith("http") and "//127.0.0.1:" not in request.url
+        if outside:
+            self.wrong.append(f"left the machine: {request.url}")
+
+    def wait(self, script: str, arg: Any = None) -> None:
+        """Wait until a script holds in the page: an expression, or a function of ``arg``."""
+
+        def look() -> bool:
+            try:
+                self.page.wait_for_function(script, arg=arg, timeout=LOOK_MILLISECONDS)
+            except playwright.TimeoutError:
+                return False
+            return True
+
+        try:
+            self.app.until(look)
+        except AssertionError as error:
+            shown = self.page.evaluate("document.body.innerText")
+            raise AssertionError(f"{error}\nwaited for {script} {arg}\n{shown[-3000:]}") from error
+
+    def act(self, action: Callable[[float], Any]) -> None:
+        """Do something as soon as the page lets it be done; it may be done twice."""
+
+        def look() -> bool:
+            try:
+                action(LOOK_MILLISECONDS)
+            except playwright.TimeoutError:
+                return False
+            return True
+
+        self.app.until(look)
+
+    def wait_for(self, selector: str) -> None:
+        """Wait until an element is to be seen."""
+        self.act(lambda limit: self.page.locator(selector).first.wait_for(timeout=limit))
+
+    def click(self, selector: str, nth: int = 0) -> None:
+        self.click_on(self.page.locator(selector).nth(nth))
+
+    def click_on(self, element: Any) -> None:
+        """Click once, when that can be done: an attempt that ran out may have clicked already."""
+        self.act(lambda limit: element.click(timeout=limit, trial=True))
+        element.click()
+
+    def fill(self, selector: str, value: str) -> None:
+        self.act(lambda limit: self.page.locator(selector).first.fill(value, timeout=limit))
+
+    def check(self, label: str) -> None:
+        box = self.page.get_by_label(label)
+        self.act(lambda limit: box.check(timeout=limit))
+
+    def choose(self, selector: str, text: str = "", nth: int = 0) -> None:
+        """Pick an option of a dropdown by its text, or by its place."""
+        field = self.page.locator(f"{selector} input").first
+        options = self.page.locator(f"{selector} [role=option]")
+        option = options.filter(has_text=text).nth(nth) if text else options.nth(nth)
+
+        def pick(limit: float) -> None:
+            # The list is gone as soon as the field loses the focus.
+            field.evaluate("field => field.blur()")
+            field.click(timeout=limit)
+            option.click(timeout=limit)
+
+        self.act(pick)
+
+    def download(self, selector: str) -> Any:
+        """Click a link and take what it gives."""
+        self.wait_for(selector)
+        with self.page.expect_download(timeout=0) as download:
+            self.click(selector)
+        return download.value
+
+    def press(self, role: str, name: str) -> None:
+        """Click the first element of a role and name."""
+        self.click_on(self.page.get_by_role(role, name=name).first)
+
+    def tab(self, name: str) -> None:
+        self.press("tab", name)
+
+    def text(self, selector: str) -> str:
+        return str(self.page.locator(selector).first.inner_text())
+
+    def wait_text(self, selector: str, pattern: str) -> str:
+        """Wait until an element's text matches."""
+        self.wait(
+            "([s, p]) => new RegExp(p).test(document.querySelector(s)?.innerText ?? '')",
+            [selector, pattern],
+        )
+        return self.text(selector)
+
+    def toast(self) -> str:
+        self.wait_for(".toast-wrap .toast-body")
+        text = self.text(".toast-wrap")
+        self.click(".toast-close")
+        return text
+
+    def set_text(self, label: str, value: str) -> None:
+        field = self.page.get_by_label(label, exact=False).first
+        self.act(lambda limit: field.fill(value, timeout=limit))
+        field.press("Tab")
+
+    def unfold(self, *titles: str) -> None:
+        """Open accordions, from the outside in."""
+        for title in titles:
+            self.press("button", title)
+
+    def reload(self) -> None:
+        """Load the page again. What that cuts off complains, which is no fault of the page."""
+        before = list(self.wrong)
+        self.page.reload()
+        self._wait_for_load()
+        self.wrong = before
+
+    def close(self) -> None:
+        assert self.wrong == []
+        self.page.close()
+
+
+@pytest.fixture(scope="module")
+def app_environment() -> dict[str, str]:
+    """What a module adds to the environment of its app."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs folder of a module's app."""
+    return tmp_path_factory.mktemp("app") / "runs"
+
+
+@pytest.fixture(scope="module")
+def app(runs: Path, app_environment: dict[str, str]) -> Iterator[App]:
+    one = App(runs, **app_environment)
+    one.start()
+    yield one
+    one.end()
+    for pid in one.workers():
+        os.killpg(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        one = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield one
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def open_tab(browser: Any, app: App) -> Callable[..., Visit]:
+    """Opens a tab that its user closes."""
+    return lambda width=1280: Visit(browser, app, width)
+
+
+@pytest.fixture
+def visit(open_tab: Callable[..., Visit]) -> Iterator[Callable[..., Visit]]:
+    opened: list[Visit] = []
+
+    def open_page(width: int = 1280) -> Visit:
+        opened.append(open_tab(width))
+        return opened[-1]
+
+    yield open_page
+    for one in opened:
+        one.close()

@@ -1,0 +1,253 @@
+"""The Train form in the browser: what is shown is what is trained with, and a reload keeps it.
+
+The runs that are started here wait in the queue: somebody else holds its lock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dora_diffusion.app.processes import Lock
+from dora_diffusion.app.settings import ADVANCED, GROUPS, PRESET_NAMES, preset_values
+from dora_diffusion.app.subjects import take_sample
+from dora_diffusion.app.workspace import Workspace
+from dora_diffusion.memory import Device
+
+ROOT = Path(__file__).resolve().parents[2]
+Visit = App = Any
+SD1, SDXL = (
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-xl-base-1.0",
+)
+BASES = ("embedded:tiny-sd", "embedded:tiny-sdxl", SD1, SDXL)
+
+
+def add_to_cache(cache: Path, name: str, family: str) -> None:
+    """The configuration of a released model where the hub's library keeps it, without weights."""
+    snapshot = cache / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / "0"
+    (snapshot / "unet").mkdir(parents=True)
+    kinds = {
+        "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
+    }  # fmt: skip
+    unet: dict[str, Any] = {"sample_size": 64, "block_out_channels": [320, 640, 1280, 1280]}
+    if family == "sdxl":
+        kinds["text_encoder_2"] = "CLIPTextModelWithProjection"
+        unet = {"sample_size": 128, "block_out_channels": [320, 640, 1280]}
+        unet["addition_embed_type"] = "text_time"
+    index = {part: ["diffusers", kind] for part, kind in kinds.items()}
+    (snapshot / "model_index.json").write_text(json.dumps(index))
+    (snapshot / "unet" / "config.json").write_text(json.dumps(unet))
+    (snapshot / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+
+
+@pytest.fixture(scope="module")
+def app_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    cache = tmp_path_factory.mktemp("hub")
+    add_to_cache(cache, SD1, "sd1")
+    add_to_cache(cache, SDXL, "sdxl")
+    return {"HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub")}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A runs folder whose queue another app leads, so that no run begins."""
+    workspace = Workspace(tmp_path_factory.mktemp("form") / "runs").make()
+    lock = Lock(workspace.queue_lock)
+    assert lock.take()
+    take_sample(workspace, ROOT / "samples", "bolt_mug")
+    yield workspace.root
+    lock.free()
+
+
+def started(app: App, page: Visit) -> dict[str, Any]:
+    """Press Start; the settings of the run that this makes."""
+    before = set(app.runs.glob("2*/settings.yaml"))
+    page.click("#start")
+
+    def new() -> set[Path]:
+        return set(app.runs.glob("2*/settings.yaml")) - before
+
+    (file,) = app.until(new)
+    settings: dict[str, Any] = yaml.safe_load(file.read_text())
+    page.wait_text("#train-said", f"Queued sks mug: number {len(before) + 1} in the queue")
+    return settings
+
+
+def unfold_all(page: Visit) -> None:
+    page.unfold("Advanced settings", *GROUPS)
+
+
+def test_every_preset_of_every_base_is_trained_as_it_is_shown(
+    visit: Callable[..., Visit], app: App
+) -> None:
+    page = visit()
+    page.tab("Train")
+    page.wait("document.querySelector('#class-word input, #class-word textarea')?.value === 'mug'")
+    unfold_all(page)
+    for base in BASES:
+        page.choose("#base-model", f"{base} ·")
+        for preset in PRESET_NAMES:
+            page.check(preset.capitalize())
+            # What memory is free decides some of them.
+            devices = [Device(free_gib=free) for free in (None, 0, *range(1, 40), 1e9)]
+            wanted = [preset_values(preset, base, device) for device in devices]
+            shown = {str(one["max_train_steps"]) for one in wanted}
+            page.wait_text("#plan", f"max_train_steps ({'|'.join(shown)}) ")
+            settings = started(app, page)
+            assert settings["pretrained_model_name_or_path"] == base
+            for name in ADVANCED:
+                allowed = [one[name] for one in wanted]
+                assert settings[name] in allowed, (base, preset, name, settings[name])
+
+
+def test_a_section_that_is_closed_and_opened_changes_nothing(
+    visit: Callable[..., Visit], app: App
+) -> None:
+    page = visit()
+    page.tab("Train")
+    page.wait_text("#plan", "max_train_steps 300")
+    for _ in range(2):
+        unfold_all(page)
+        page.unfold(*GROUPS, "Advanced settings")
+    settings, wanted = started(app, page), preset_values("balanced", BASES[0])
+    assert {name: settings[name] for name in ADVANCED} == wanted
+    assert settings["magnitude_lr"] is settings["lora_alpha"] is settings["resolution"] is None
+
+
+def test_a_word_in_the_place_of_a_number_is_said_before_the_start(
+    visit: Callable[..., Visit], app: App
+) -> None:
+    page = visit()
+    page.tab("Train")
+    page.wait_text("#plan", "max_train_steps 300")
+    page.unfold("Advanced settings", "Adapter")
+    page.set_text("lora_alpha", "eight")
+    page.wait_text("#cost", "Lora_alpha is 'eight'; it must be a number")
+    before = len(list(app.runs.glob("2*")))
+    page.click("#start")
+    assert "Lora_alpha is 'eight'" in page.toast()
+    assert len(list(app.runs.glob("2*"))) == before
+
+
+def test_a_reload_keeps_the_form(visit: Callable[..., Visit], app: App) -> None:
+    page = visit()
+    page.tab("Train")
+    page.wait_text("#plan", "max_train_steps 300")
+    page.choose("#base-model", f"{SDXL} ·")
+    page.check("Quality")
+    page.wait_text("#plan", "max_train_steps 1500")
+    page.fill("#class-word input, #class-word textarea", "teacup")
+    page.fill("#token input, #token textarea", "zwx")
+    page.fill("#sample-prompts textarea", "a {subject} under water")
+    page.unfold("Advanced settings", "Adapter")
+    page.set_text("lora_alpha", "5.5")
+    page.wait_text("#plan", "--lora_alpha 5.5")
+    page.wait_text("#plan", "a zwx teacup under water")
+    page.reload()
+    page.tab("Train")
+    said = page.wait_text("#plan", "--lora_alpha 5.5")
+    for words in (SDXL, "--max_train_steps 1500", "a zwx teacup under water", "--rank 16"):
+        assert words in said
+    assert page.page.get_by_label("Quality").is_checked()
+    # Another person's browser knows nothing of it.
+    other = visit()
+    other.tab("Train")
+    other.wait_text("#plan", "max_train_steps 300")
+
+
+def test_a_model_that_is_not_there_is_said_before_the_start(
+    visit: Callable[..., Visit], app: App
+) -> None:
+    page = visit()
+    page.tab("Train")
+    page.wait_text("#plan", "max_train_steps 300")
+    for name, said in (
+        ("/no/such/model.safetensors", "does not exist; choose a Diffusers folder"),
+        (str(app.runs), "is a folder but not a diffusers pipeline"),
+    ):
+        page.fill("#base-model input", name)
+        page.page.keyboard.press("Enter")
+        page.wait_text("#cost", said)
+    page.fill("#base-model input", "nobody/nothing")
+    page.page.keyboard.press("Enter")
+    page.wait_text("#plan", "nobody/nothing")
+    page.click("#start")
+    assert "HF_HUB_OFFLINE is set" in page.toast()
+
+
+def test_a_subject_outside_of_the_toy_world_is_warned_of_beside_the_start(
+    visit: Callable[..., Visit], app: App
+) -> None:
+    page = visit()
+    photos = sorted((ROOT / "samples" / "bolt_mug").glob("0*.jpg"))
+    page.unfold("New subject")
+    page.set_text("Name of the new subject", "My dog")
+    page.press("button", "Make it")
+    page.wait_text("body", "No photos yet")
+    page.page.set_input_files("#upload input[type=file]", photos[:3])
+    page.wait_text("#report", "3 photos added")
+    page.tab("Train")
+    page.fill("#class-word input, #class-word textarea", "dog")
+    said = page.wait_text("#cost", "toy model of a drawn world")
+    assert "no dog" in said
+    assert "Choose Stable Diffusion 1.5, SDXL" in said
+    page.choose("#base-model", f"{SD1} ·")
+    page.wait_text("#cost", "Memory is from runs at full size")
+    assert "toy model" not in page.text("#cost")
+
+
+def test_sizes_are_judged_by_the_model_that_is_chosen(
+    visit: Callable[..., Visit], app: App, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    photo = tmp_path / "photo.png"
+    Image.effect_noise((200, 200), 80).convert("RGB").save(photo)
+    page = visit()
+    page.unfold("New subject")
+    page.set_text("Name of the new subject", "Small")
+    page.press("button", "Make it")
+    page.wait_text("body", "No photos yet")
+    page.page.set_input_files("#upload input[type=file]", photo)
+    said = page.wait_text("#report", "1 photo added")
+    assert "smaller than the training size" not in said
+    page.tab("Train")
+    page.choose("#base-model", f"{SDXL} ·")
+    page.tab("Subject")
+    page.wait_text("#report", "200 x 200 is smaller than the training size 1024")
+
+
+def test_the_footer_offers_no_screen_recording(visit: Callable[..., Visit]) -> None:
+    page = visit()
+    assert page.page.locator("footer").get_by_text("Settings").count() == 0
+
+
+def test_photos_stand_in_two_columns_on_a_phone(visit: Callable[..., Visit], app: App) -> None:
+    page = visit(390)
+    page.click("#sample-heart_teapot")
+    page.wait_text("#report", "ready to train")
+    page.wait("document.querySelectorAll('#crops img').length >= 4")
+    lefts = page.page.evaluate(
+        "[...document.querySelectorAll('#crops .thumbnail-item')]"
+        ".map(e => Math.round(e.getBoundingClientRect().left))"
+    )
+    assert len(set(lefts)) == 2
+
+
+if os.environ.get("DORA_DIFFUSION_SCREENS"):  # for whoever wants to look
+
+    @pytest.mark.parametrize("width", [1280, 390])
+    def test_screens(visit: Callable[..., Visit], width: int) -> None:
+        page = visit(width)
+        page.tab("Train")
+        page.choose("#base-model", f"{SDXL} ·")
+        page.wait_text("#cost", "Memory is from runs")
+        folder = Path(os.environ["DORA_DIFFUSION_SCREENS"])
+        page.page.screenshot(path=str(folder / f"train-{width}.png"), full_page=True)

@@ -1,0 +1,165 @@
+"""What training takes of memory: the measured rows, what follows from them, and what fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dora_diffusion.memory import (
+    PROCESS_GIB,
+    TABLE,
+    Device,
+    MemoryRow,
+    describe_device,
+    fitting_settings,
+    needed_memory,
+    training_memory,
+    what_would_fit,
+)
+
+A100 = Device("cuda", "A100", 38.0, has_bf16=True, has_8bit_adam=True)
+HALF = {"mixed_precision": "bf16", "gradient_checkpointing": False, "optimizer": "adamw"}
+
+
+def card(free: float, *, bf16: bool = True, adam: bool = False) -> Device:
+    return Device("cuda", "a card", free, has_bf16=bf16, has_8bit_adam=adam)
+
+
+@pytest.mark.parametrize("row", TABLE)
+def test_a_row_of_the_table_comes_back_as_it_is(row: MemoryRow) -> None:
+    gib = training_memory(
+        row.family, row.resolution, batch=row.batch,
+        gradient_checkpointing=row.gradient_checkpointing,
+    )  # fmt: skip
+    assert gib == pytest.approx(row.gib)
+
+
+def test_activations_grow_with_pixels_and_float32_doubles_all_but_the_process() -> None:
+    small, large = (
+        next(r.gib for r in TABLE if (r.family, r.resolution, r.batch) == ("sd1", side, 1)
+             and not r.gradient_checkpointing)
+        for side in (512, 768)
+    )  # fmt: skip
+    slope = (large - small) / (768**2 - 512**2)
+    assert training_memory("sd1", 640) == pytest.approx(small + slope * (640**2 - 512**2))
+    assert training_memory("sd1", 1024) == pytest.approx(large + slope * (1024**2 - 768**2))
+    assert training_memory("sd1", 512, batch=2) == pytest.approx(small + slope * 512**2)
+    full = training_memory("sd1", 512, precision="no")
+    assert full == pytest.approx(2 * small - PROCESS_GIB)
+    assert training_memory("sd2", 512) == pytest.approx(small + 0.42)
+    assert training_memory("", 512) is training_memory("sd3", 512) is None
+
+
+def test_both_lines_of_a_family_meet_at_what_does_not_grow_with_the_image() -> None:
+    """Weights, adapter, optimizer and process: the same with and without checkpointing."""
+    for family, fixed in (("sd1", 2.5), ("sdxl", 7.4)):
+        for on in (True, False):
+            rows = [r for r in TABLE if (r.family, r.gradient_checkpointing) == (family, on)]
+            (x0, y0), (x1, y1) = sorted((r.resolution**2 * r.batch, r.gib) for r in rows)[:2]
+            assert y0 - x0 * (y1 - y0) / (x1 - x0) == pytest.approx(fixed, abs=0.15)
+
+
+def test_the_document_states_the_table() -> None:
+    document = (Path(__file__).parents[1] / "docs" / "app.md").read_text(encoding="utf-8")
+    titles = {"sd1": "Stable Diffusion 1.5", "sdxl": "SDXL"}
+    for row in TABLE:
+        line = next(
+            line for line in document.splitlines()
+            if line.startswith(f"| {titles[row.family]} | {row.resolution} px |")
+        )  # fmt: skip
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        cell = cells[2 if row.gradient_checkpointing else 3]
+        assert cell == f"{row.gib:.1f} GiB" + ("" if row.is_measured else " (derived)")
+        float32 = training_memory(
+            row.family, row.resolution, precision="no",
+            gradient_checkpointing=row.gradient_checkpointing,
+        )  # fmt: skip
+        assert cells[4 if row.gradient_checkpointing else 5] == f"{float32:.1f} GiB"
+
+
+def test_less_is_taken_with_checkpointing_and_more_by_larger_images() -> None:
+    for family, sizes in (("sd1", (256, 512, 768, 1024)), ("sdxl", (512, 768, 1024))):
+        for on in (False, True):
+            taken = [training_memory(family, s, gradient_checkpointing=on) for s in sizes]
+            assert taken == sorted(taken)
+            assert taken[0] > 1
+        for size in sizes[1:]:
+            saved = training_memory(family, size, gradient_checkpointing=True)
+            assert saved < training_memory(family, size)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [(card(38), "bf16"), (card(38, bf16=False), "fp16"), (Device("cpu", "CPU", 64.0), "no"),
+     (Device("mps", "Apple GPU", 64.0), "no")],
+)  # fmt: skip
+def test_with_memory_to_spare_the_quick_settings_stay(device: Device, precision: str) -> None:
+    assert fitting_settings("sdxl", 1024, device) == {
+        "mixed_precision": precision, "gradient_checkpointing": False, "optimizer": "adamw",
+    }  # fmt: skip
+
+
+def test_settings_follow_the_free_memory_step_by_step() -> None:
+    plain = needed_memory("sdxl", 1024, HALF, A100)
+    saving = needed_memory("sdxl", 1024, HALF | {"gradient_checkpointing": True}, A100)
+
+    def chosen(free: float, *, adam: bool = True) -> tuple[bool, str]:
+        found = fitting_settings("sdxl", 1024, card(free, adam=adam))
+        assert found["mixed_precision"] == "bf16"
+        return found["gradient_checkpointing"], found["optimizer"]
+
+    assert chosen(plain) == (False, "adamw")
+    assert chosen(plain - 0.01) == (True, "adamw")
+    assert chosen(saving) == (True, "adamw")
+    assert chosen(saving - 0.01) == (True, "adamw8bit")
+    assert chosen(saving - 0.01, adam=False) == (True, "adamw")
+    assert chosen(1.0) == (True, "adamw8bit")
+
+
+def test_a_cpu_goes_to_bfloat16_where_float32_does_not_fit() -> None:
+    single = {"mixed_precision": "no", "gradient_checkpointing": True}
+    free = needed_memory("sd1", 512, single, Device())
+    assert fitting_settings("sd1", 512, Device(free_gib=free))["mixed_precision"] == "no"
+    assert fitting_settings("sd1", 512, Device(free_gib=free - 0.01))["mixed_precision"] == "bf16"
+
+
+def test_8_bit_adam_is_for_a_gpu_with_bitsandbytes_alone() -> None:
+    cpu = Device("cpu", "CPU", 1.0, has_8bit_adam=True)
+    assert fitting_settings("sdxl", 1024, cpu)["optimizer"] == "adamw"
+    assert fitting_settings("sdxl", 1024, card(1.0))["optimizer"] == "adamw"
+
+
+def test_what_is_not_known_gets_settings_that_are_safe() -> None:
+    for device, family in ((card(38), ""), (Device("cuda", "a card", None), "sdxl")):
+        found = fitting_settings(family, 1024, device)
+        assert found["gradient_checkpointing"]
+        assert found["mixed_precision"] == "bf16"
+
+
+def test_what_to_change_is_said_and_then_fits() -> None:
+    single = {"mixed_precision": "no", "gradient_checkpointing": False}
+    halved = needed_memory("sdxl", 1024, HALF, A100)
+    assert what_would_fit("sdxl", 1024, single, card(halved)) == "mixed_precision bf16"
+    saving = HALF | {"gradient_checkpointing": True}
+    saved = needed_memory("sdxl", 1024, saving, A100)
+    said = what_would_fit("sdxl", 1024, single, card(saved))
+    assert said == "mixed_precision bf16 and gradient_checkpointing on"
+    smaller = needed_memory("sdxl", 768, saving, A100)
+    assert what_would_fit("sdxl", 1024, saving, card(smaller)) == "resolution 768"
+    assert what_would_fit("sdxl", 1024, saving, card(saved), batch=4) == "train_batch_size 1"
+    assert what_would_fit("sdxl", 1024, saving, card(0.5)) == ""
+
+
+def test_auto_is_what_the_device_makes_of_it() -> None:
+    auto = {"mixed_precision": "auto", "gradient_checkpointing": False}
+    for device, precision in ((A100, "bf16"), (Device("cpu", "CPU", 9.0), "no")):
+        same = auto | {"mixed_precision": precision}
+        assert needed_memory("sd1", 512, auto, device) == needed_memory("sd1", 512, same, device)
+
+
+def test_this_machine_is_described() -> None:
+    device = describe_device()
+    assert device.kind in ("cpu", "cuda", "mps")
+    assert device.name
+    assert device.free_gib is None or device.free_gib > 0
