@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("gradio", reason="gradio is not installed")
-import gradio
 import yaml
 from PIL import Image
 
@@ -71,15 +69,7 @@ def test_a_run_can_go_on_from_another_working_directory(
     assert settings["instance_data_dir"] == str(folder / "photos")
 
 
-def test_a_sample_prompt_without_the_token_is_refused_before_the_start(
-    context: Context, subject: str
-) -> None:
+def test_a_sample_prompt_without_the_token_is_warned_of(context: Context, subject: str) -> None:
     asked = fields(subject, "a photo of a {subject}\na photo of a mug at night")
-    reason = "alidation_prompt 'a photo of a mug at night' does not contain the token 'sks'; put it"
-    # HTML on the page.
-    said = [html.unescape(text) for text in handler(context, "plan")(*asked)]
-    assert f"V{reason}" in said[0]
-    with pytest.raises(gradio.Error) as refusal:
-        handler(context, "start")(*asked)
-    assert f"V{reason}" in html.unescape(refusal.value.message)
-    assert ids_in(context.workspace.root) == []
+    with pytest.warns(UserWarning, match="'a photo of a mug at night' does not contain the token"):
+        handler(context, "plan")(*asked)
