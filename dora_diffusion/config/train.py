@@ -387,8 +387,8 @@ class TrainConfig:
     mixed_precision: str = flag(
         DEVICE,
         "auto",
-        "Precision of the frozen model. auto: bf16 on a GPU that computes it, else fp16; float32 "
-        "(no) on a CPU and on Apple's GPUs.",
+        "Precision of the frozen model. auto: what accelerate launch was given, else bf16 on a "
+        "GPU that computes it and fp16 on others; float32 (no) on a CPU and on Apple's GPUs.",
         choices=PRECISIONS,
         resume="free",
     )

@@ -57,8 +57,15 @@ def dtype_of(name: str, device: torch.device | str | None = None) -> torch.dtype
 
 
 def precision_of(name: str, device: torch.device | str | None = None) -> str:
-    """The precision that ``--mixed_precision`` names, ``auto`` resolved: no, fp16 or bf16."""
+    """The precision that ``--mixed_precision`` names, ``auto`` resolved: no, fp16 or bf16.
+
+    ``accelerate launch --mixed_precision`` settles ``auto``; its ``no`` does not, which it sets
+    unasked.
+    """
     if name != AUTO:
         return name
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    if launched in ("fp16", "bf16"):
+        return launched
     dtype = dtype_of(AUTO, device)
     return next(word for word, known in PRECISION_DTYPES.items() if known == dtype)

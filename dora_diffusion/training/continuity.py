@@ -71,6 +71,8 @@ def _content_problems(kind: str, before: Contents, now: Contents) -> list[str]:
         )
         if names
     ]
+    if problems and kind == "class_images":
+        problems.append("they follow validation_inference_steps and validation_guidance_scale too")
     shared = [(old[digest], row) for digest, row in new.items() if digest in old]
     for a, b in shared:
         if a["caption"] != b["caption"]:

@@ -19,6 +19,7 @@ from dora_diffusion.models import precision
     ],
 )
 def test_auto_is_what_the_device_computes(device, has_bf16, dtype, name, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     assert precision.auto_dtype(device) == dtype
     assert precision.dtype_of("auto", device) == dtype
@@ -38,6 +39,16 @@ def test_what_is_named_is_taken():
     assert precision.precision_of("bf16", "cpu") == "bf16"
     with pytest.raises(ConfigError, match="dtype is 'fp8'"):
         precision.dtype_of("fp8")
+
+
+@pytest.mark.parametrize(("launched", "name"), [("bf16", "bf16"), ("fp16", "fp16"), ("no", "no")])
+def test_accelerate_launch_settles_auto(launched, name, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert precision.precision_of("auto", "cpu") == name
+    assert precision.precision_of("no", "cpu") == "no"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    on_gpu = "bf16" if launched == "no" else launched  # it says no where nothing was asked
+    assert precision.precision_of("auto", "cuda") == on_gpu
 
 
 def test_the_default_device_is_the_gpu_unless_accelerate_is_told_otherwise(monkeypatch):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dora_diffusion.commands.train import TrainProgress
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
-from dora_diffusion.training.continuity import told_apart
+from dora_diffusion.training.continuity import check_same_run, told_apart
 from dora_diffusion.training.loop import train
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -165,3 +165,18 @@ def test_the_saved_settings_resume_their_own_run(again):
         "max_train_steps": 3,
     }
     assert train(TrainConfig.from_dict(saved | own)).steps == 3
+
+
+def test_class_images_are_compared_by_content():
+    row = {"name": "class-00000.png", "image": "a", "caption": "a mug", "mask": ""}
+    before = {"images": [], "class_images": [row]}
+    now = {"images": [], "class_images": [row | {"image": "b"}]}
+    state = {"config": TrainConfig().to_dict(), "contents": before}
+    check_same_run("checkpoint-2", state, TrainConfig(), before)
+    with pytest.raises(ConfigError) as error:
+        check_same_run("checkpoint-2", state, TrainConfig(), now)
+    assert "1 class image missing (class-00000.png); 1 class image new" in str(error.value)
+    assert "they follow validation_inference_steps" in str(error.value)
+    captioned = {"images": [], "class_images": [row | {"caption": "a cup"}]}
+    with pytest.raises(ConfigError, match=r"another caption of class-00000\.png \('a mug' -> "):
+        check_same_run("checkpoint-2", state, TrainConfig(), captioned)
