@@ -22,7 +22,7 @@ _ROUNDING = 1e-5
 _PLAIN = "wrong: the magnitudes are ignored, so it acts as a plain LoRA"
 _NOT_FOR_IT = "convert: the file is not made for it"
 _OTHER_BASES = "exact for its base: wrong with any other"
-_UNKNOWN = "convert: its spelling is not one that we have checked"
+_UNKNOWN = "convert: its key format is not one that we have checked"
 OTHER = "other"
 
 CONSUMERS = (
