@@ -1,4 +1,4 @@
-"""Warnings about photo sets, on real photos and spoiled copies of them."""
+"""Warnings about photo sets, on the samples and spoiled copies of them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def check(paths: list[Path], resolution: int = 512) -> list[PhotoWarning]:
     return check_photos(read_photos(paths, "a dog")[0], resolution)
 
 
-@pytest.mark.parametrize("subject", ["dog3", "robot_toy", "backpack_dog"])
-def test_good_photos_raise_nothing(photos_root: Path, subject: str) -> None:
-    assert check(list_photos(photos_root / subject)) == []
+@pytest.mark.parametrize("subject", ["bolt_mug", "heart_teapot", "ring_robot"])
+def test_good_photos_raise_nothing(samples_root: Path, subject: str) -> None:
+    assert check(list_photos(samples_root / subject)) == []
 
 
-def test_spoiled_copies_are_named(photos_root: Path, tmp_path: Path) -> None:
-    paths = list_photos(photos_root / "dog3")[:3]
+def test_spoiled_copies_are_named(samples_root: Path, tmp_path: Path) -> None:
+    paths = list_photos(samples_root / "bolt_mug")[:3]
     sharp = open_photo(paths[0])
     sharp.resize((500, 500)).save(tmp_path / "copy.jpg", quality=60)
     open_photo(paths[1]).filter(ImageFilter.GaussianBlur(4)).save(tmp_path / "soft.png")
