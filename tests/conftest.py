@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random pipelines with the real families' structure, and real photos.
+"""Shared fixtures: tiny random pipelines with the real families' structure, and the samples.
 
 The widths are tiny; the levels, layers per block and attention placement are those of the
 released models, so that module names and checkpoint key maps meet every case. Folders are built

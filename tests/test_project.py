@@ -91,6 +91,13 @@ def test_sample_settings_are_valid(name):
     assert (ROOT / config.instance_data_dir).is_dir()
 
 
+def test_no_test_needs_files_from_outside_the_clone():
+    named = re.compile(r"parents\[\d\] / ['\"](\w+)['\"]")
+    for path in (ROOT / "tests").rglob("*.py"):
+        for name in named.findall(path.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), f"{path} reads {name}"
+
+
 def test_make_offers_what_the_documents_say():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))

@@ -1,4 +1,4 @@
-"""Warnings about photo sets, on real photos and spoiled copies of them."""
+"""Warnings about photo sets, on the samples and spoiled copies of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The result is the same everywhere: one adapter, trained on real photos, in every program.
+"""The result is the same everywhere: one adapter, trained on photos, in every program.
 
 The picture of the output folder in our own sampler is the reference. Diffusers' pipeline with the
 folder as a LoRA, the merged folder, the merged single file and the converted files must give it.
@@ -28,8 +28,10 @@ from dora_diffusion.models.components import Components
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 SUBJECTS = {
-    "sd1": ("dog3", "dog"), "sd2": ("robot_toy", "robot toy"), "sdxl": ("backpack_dog", "backpack"),
-}  # fmt: skip
+    "sd1": ("bolt_mug", "mug"),
+    "sd2": ("ring_robot", "toy"),
+    "sdxl": ("heart_teapot", "teapot"),
+}
 # What gets no gradient: queries and keys of self-attention at 1 x 1, where there is one place to
 # look at; and the last layer of SDXL's first text encoder, whose penultimate layer is read.
 _ONE_PLACE = r"unet\.mid_block\..*attn1\.to_[qk]"
@@ -93,20 +95,18 @@ def difference(latents: torch.Tensor, reference: torch.Tensor) -> float:
 
 @pytest.fixture(scope="session", params=list(SUBJECTS))
 def run(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, photos_root: Path
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, samples_root: Path
 ) -> Run:
-    """Train UNet and text encoders of one family on one real subject, with prior preservation."""
+    """Train UNet and text encoders of one family on one subject, with prior preservation."""
     family = request.param
     subject, class_word = SUBJECTS[family]
-    if not (photos_root / subject).is_dir():
-        pytest.skip(f"the photos of {subject} are not beside this checkout")
     base = request.getfixturevalue(f"{family}_folder")
     folder = tmp_path_factory.mktemp(f"everywhere-{family}")
     prompt = f"a photo of a sks {class_word}"
     result = train(
         TrainConfig(
             pretrained_model_name_or_path=str(base),
-            instance_data_dir=str(photos_root / subject),
+            instance_data_dir=str(samples_root / subject),
             instance_prompt=prompt,
             resolution=SIZE,
             center_crop=True,
@@ -251,8 +251,8 @@ def test_an_sdxl_that_encodes_the_empty_prompt_is_sampled_as_diffusers_does(
     assert difference(zeros, expected) > 100 * ROUNDING
 
 
-def test_the_run_leaves_no_local_path_behind(run: Run, photos_root: Path) -> None:
+def test_the_run_leaves_no_local_path_behind(run: Run, samples_root: Path) -> None:
     """What is shared (the adapter and its card) does not name this computer's folders."""
-    for private in (str(run.output.parent), str(run.base), str(photos_root)):
+    for private in (str(run.output.parent), str(run.base), str(samples_root)):
         assert private.encode() not in run.adapter.read_bytes()
         assert private not in (run.output / "README.md").read_text()
