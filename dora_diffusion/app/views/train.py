@@ -186,7 +186,7 @@ def connect(
 
     @plain
     def use_preset(preset: str, model: str) -> list[Any]:
-        values = preset_values(preset, model or "", context.device())
+        values = preset_values(preset, context.allowed_model(model), context.device())
         return [gr.update(value=setting_text(value)) for value in values.values()]
 
     # The last choice counts, also while an earlier one is still being filled in.
