@@ -183,3 +183,19 @@ def test_a_shared_app_takes_no_folders_and_no_other_vae(
     allowed = {"pretrained_vae_model_name_or_path": "org/vae"}
     handler(context, "start")(*asked(context, subject, EMBEDDED, **allowed))
     assert len(ids_in(context.workspace.root)) == 1
+
+
+def test_a_shared_app_looks_at_no_other_model(
+    context: Context, subject: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A visitor must not learn from presets or warnings what lies on the machine."""
+    from dora_diffusion.app.views import photo
+
+    sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
+    assert photo.side(context, sdxl, "") == 1024
+    shared = Launch(share=True, auth=("ann", "correct horse"))
+    monkeypatch.setattr(context, "launch", shared)
+    assert photo.side(context, sdxl, "") == 64
+    assert photo.side(context, sdxl, "300") == 300
+    with pytest.raises(gradio.Error, match="offers only"):
+        handler(context, "use_preset")("fast", sdxl)

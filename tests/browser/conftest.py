@@ -288,6 +288,12 @@ class Visit:
         self.page.close()
 
 
+@pytest.fixture
+def app_class() -> type[App]:
+    """For the tests of the waiting itself."""
+    return App
+
+
 @pytest.fixture(scope="module")
 def app_environment() -> dict[str, str]:
     """What a module adds to the environment of its app."""

@@ -96,14 +96,14 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
         caption = save_caption(workspace, subject_id, photo, text)
         said = html.note(f"Caption of {photo} saved", "good")
         now = read_subject(workspace, subject_id)
-        shown, _, listed, told, *_ = subject_view(now, side(*chosen), said)
+        shown, _, listed, told, *_ = subject_view(now, side(context, *chosen), said)
         return [caption, shown, listed, told]
 
     @plain
     def drop(subject_id: str, photo: str, *chosen: Any) -> list[Any]:
         remove_photo(workspace, subject_id, photo)
         said = html.note(f"{photo} removed", "info")
-        return subject_view(read_subject(workspace, subject_id), side(*chosen), said)
+        return subject_view(read_subject(workspace, subject_id), side(context, *chosen), said)
 
     @plain
     def edit(subject_id: str, photo: str) -> str:
@@ -121,7 +121,7 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
             edit_photo(path, crop, read_mask(getattr(event, "mask", None)))
             said = f"Crop and mask of {photo} saved"
         now = read_subject(workspace, subject_id)
-        return subject_view(now, side(*chosen), html.note(said, "good"))
+        return subject_view(now, side(context, *chosen), html.note(said, "good"))
 
     gallery.select(choose, [subject, names], photo_fields, **QUIET)
     tab.save.click(
@@ -157,13 +157,13 @@ def _photo(context: Context, subject_id: str, photo: str) -> list[Any]:
     return [photo, gr.update(visible=True), title, read_caption_of(path), ""]
 
 
-def side(model: object, resolution: object) -> int:
+def side(context: Context, model: object, resolution: object) -> int:
     """Side in pixels that a run would train at: what was typed, else the model's own."""
     text = str(resolution or "").strip()
     if text.isdecimal() and 0 < int(text) <= _LARGEST_SIDE:
         return int(text)
     try:
-        return facts_of(str(model or EMBEDDED)).resolution
+        return facts_of(context.allowed_model(model)).resolution
     except AppError:
         return facts_of(EMBEDDED).resolution
 

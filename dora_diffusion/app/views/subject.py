@@ -127,16 +127,16 @@ def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks, size: list[Any
 
     @plain
     def select(subject_id: str | None, *chosen: Any) -> list[Any]:
-        return show(subject_id, photo.side(*chosen))
+        return show(subject_id, photo.side(context, *chosen))
 
     @plain
     def resize(subject_id: str | None, *chosen: Any) -> str:
-        return str(show(subject_id, photo.side(*chosen))[3])
+        return str(show(subject_id, photo.side(context, *chosen))[3])
 
     @plain
     def load(subject_id: str | None, *chosen: Any) -> list[Any]:
         current = current_subject(context, subject_id)
-        return [_choices(context, subject_id), *show(current, photo.side(*chosen))]
+        return [_choices(context, subject_id), *show(current, photo.side(context, *chosen))]
 
     @plain
     def upload(files: list[str] | None, subject_id: str | None, *chosen: Any) -> list[Any]:
@@ -149,7 +149,11 @@ def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks, size: list[Any
         if result.accepted:
             count = len(result.accepted)
             said = html.note(f"{count} photo{'s' if count != 1 else ''} added", "good") + said
-        return [None, _choices(context, subject_id), *show(subject_id, photo.side(*chosen), said)]
+        return [
+            None,
+            _choices(context, subject_id),
+            *show(subject_id, photo.side(context, *chosen), said),
+        ]
 
     @plain
     def create(title: str, *chosen: Any) -> list[Any]:
@@ -157,7 +161,7 @@ def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks, size: list[Any
         if not title:
             raise AppError("give the new subject a name first")
         subject_id = new_subject(workspace, title)
-        return ["", _choices(context, subject_id), *show(subject_id, photo.side(*chosen))]
+        return ["", _choices(context, subject_id), *show(subject_id, photo.side(context, *chosen))]
 
     @plain
     def remove(subject_id: str | None, *chosen: Any) -> list[Any]:
@@ -165,13 +169,16 @@ def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks, size: list[Any
             return [gr.skip()] * (1 + len(view))
         delete_subject(workspace, subject_id)
         current, said = current_subject(context, None), html.note("Subject deleted", "info")
-        return [_choices(context, current), *show(current, photo.side(*chosen), said)]
+        return [_choices(context, current), *show(current, photo.side(context, *chosen), said)]
 
     @plain
     def take(event: gr.EventData, *chosen: Any) -> list[Any]:
         subject_id = take_sample(workspace, context.launch.samples, clicked(event)[1])
         said = html.note("A sample subject, ready to train.", "good")
-        return [_choices(context, subject_id), *show(subject_id, photo.side(*chosen), said)]
+        return [
+            _choices(context, subject_id),
+            *show(subject_id, photo.side(context, *chosen), said),
+        ]
 
     # Choosing is an input, not a change: answers to other events must not run it again.
     tab.pick.input(select, [tab.pick, *size], view, **QUIET)

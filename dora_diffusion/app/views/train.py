@@ -146,47 +146,31 @@ def connect(
 
     def plan(*values: Any) -> list[str]:
         try:
-            one, _ = read_form(context, *values)
-            cost = estimate(one, context.jobs(), context.workspace.root, context.device())
+            return _plan(context, read_form(context, *values)[0])
         except (ValueError, OSError) as error:
             text = str(error)
             return [html.note(text[:1].upper() + text[1:], "warn"), ""]
-        toy = outside_toy_world(one.pretrained_model_name_or_path, one.class_word or "")
-        said = html.note(f"{toy} {CHOOSE_ANOTHER}" if toy else "", "warn")
-        said += html.notes(idle_settings(one), "warn")
-        said += html.notes(_class_prompts(one), "info")
-        card = html.estimate_card(cost, one.max_train_steps)
-        return [card + said, html.command(command_line(one))]
 
     @plain
     def start(*values: Any) -> list[Any]:
-        one, subject = read_form(context, *values, ask_hub=True)
-        title = f"{one.token} {one.class_word}"
-        facts = {
-            "subject": subject.id,
-            "sample": subject.sample,
-            "base": one.pretrained_model_name_or_path,
-        }
-        job_id = create_job(
-            context.workspace, "train", title, facts,
-            lambda folder: as_yaml(_in_folder(one, folder)), subject.folder,
-        )  # fmt: skip
+        config, subject = read_form(context, *values, ask_hub=True)
+        job_id = _queue_run(context, config, subject)
         context.queue.tick()
         jobs = context.jobs(fresh=True)
         job = next(one for one in jobs if one.id == job_id)
         text = (
-            f"Queued {title}: number {job.position} in the queue"
+            f"Queued {job.title}: number {job.position} in the queue"
             if job.state == "waiting"
-            else f"Started {title}"
+            else f"Started {job.title}"
         )
         return [
             gr.update(choices=run.run_choices(jobs), value=job_id, visible=True),
-            html.note(f"{text}, on {one.pretrained_model_name_or_path}", "good"),
+            html.note(f"{text}, on {job.base}", "good"),
         ]
 
     @plain
     def use_preset(preset: str, model: str) -> list[Any]:
-        values = preset_values(preset, model or "", context.device())
+        values = preset_values(preset, context.allowed_model(model), context.device())
         return [gr.update(value=setting_text(value)) for value in values.values()]
 
     # The last choice counts, also while an earlier one is still being filled in.
@@ -271,6 +255,30 @@ def _connect_draft(
     restored = blocks.load(restore, [draft], [*form, *fields], **QUIET)
     restored.then(None, None, None, js=RESTORED_SCRIPT, **QUIET)
     subjects.pick.change(fill, [subjects.pick, draft], [tab.class_word, tab.token], **QUIET)
+
+
+def _plan(context: Context, config: TrainConfig) -> list[str]:
+    """What a run will cost, with what is wrong with it, and its command."""
+    cost = estimate(config, context.jobs(), context.workspace.root, context.device())
+    toy = outside_toy_world(config.pretrained_model_name_or_path, config.class_word or "")
+    said = html.note(f"{toy} {CHOOSE_ANOTHER}" if toy else "", "warn")
+    said += html.notes(idle_settings(config), "warn")
+    said += html.notes(_class_prompts(config), "info")
+    card = html.estimate_card(cost, config.max_train_steps)
+    return [card + said, html.command(command_line(config))]
+
+
+def _queue_run(context: Context, config: TrainConfig, subject: Subject) -> str:
+    """Put a run at the end of the queue, with a copy of its photos. Returns its id."""
+    facts = {
+        "subject": subject.id,
+        "sample": subject.sample,
+        "base": config.pretrained_model_name_or_path,
+    }
+    return create_job(
+        context.workspace, "train", f"{config.token} {config.class_word}", facts,
+        lambda folder: as_yaml(_in_folder(config, folder)), subject.folder,
+    )  # fmt: skip
 
 
 def _class_prompts(config: TrainConfig) -> list[str]:
