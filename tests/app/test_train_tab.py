@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("gradio", reason="gradio is not installed")
+import gradio
 import yaml
 from PIL import Image
 
