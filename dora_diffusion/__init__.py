@@ -20,6 +20,7 @@ What it raises, each a `ValueError` unless said otherwise, with one line for a u
     ModelNotFoundError, UnsupportedModelError         a base model
     AdapterFormatError, TensorFileError               an adapter file
     CheckpointLayoutError, MergeError, ExportError    a merge
+    BrokenImageError                                  a model made a black or broken image
     DiskFullError                                     no space to write (an `OSError`)
 
 Names are imported when they are first used, so that ``import dora_diffusion`` costs nothing.
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from dora_diffusion.formats.atomic_file import DiskFullError
     from dora_diffusion.formats.checkpoint_keys import CheckpointLayoutError
     from dora_diffusion.formats.safetensors_header import TensorFileError
-    from dora_diffusion.generate import SamplingSettings, generate_images
+    from dora_diffusion.generate import BrokenImageError, SamplingSettings, generate_images
     from dora_diffusion.merge import MergeError
     from dora_diffusion.models.family import UnsupportedModelError
     from dora_diffusion.models.load import load_components
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdapterConfig": "config.adapter",
     "AdapterFormatError": "formats.adapter_keys",
+    "BrokenImageError": "generate",
     "CheckpointLayoutError": "formats.checkpoint_keys",
     "ConfigError": "config.checks",
     "DiskFullError": "formats.atomic_file",
@@ -92,6 +94,7 @@ _HOMES = {
 __all__ = [
     "AdapterConfig",
     "AdapterFormatError",
+    "BrokenImageError",
     "CheckpointLayoutError",
     "ConfigError",
     "DiskFullError",

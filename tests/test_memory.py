@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,21 @@ def test_this_machine_is_described() -> None:
     assert device.kind in ("cpu", "cuda", "mps")
     assert device.name
     assert device.free_gib is None or device.free_gib > 0
+
+
+def test_the_readme_has_the_rows_and_the_cards_that_they_fit() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    titles = {"sd1": "Stable Diffusion 1.5", "sdxl": "SDXL"}
+    for family, size in {(row.family, row.resolution) for row in TABLE}:
+        cells = []
+        for on in (True, False):
+            [row] = [
+                r
+                for r in TABLE
+                if (r.family, r.resolution, r.gradient_checkpointing) == (family, size, on)
+            ]
+            derived = "" if row.is_measured else " (derived)"
+            fits = next(gb for gb in (4, 6, 8, 12, 16, 24) if gb >= 1.1 * row.gib + 0.5)
+            cells += [f"{row.gib:.1f} GiB{derived}", f"{fits} GB"]
+        line = " | ".join([titles[family], f"{size} px", *cells])
+        assert re.search(rf"^\| {re.escape(line)} \|$", readme, flags=re.MULTILINE), line

@@ -58,7 +58,7 @@ def _locked(folder: Path) -> Iterator[None]:
         warnings.warn(
             f"the disk of output_dir {folder} has no locks: see to it that no other run writes "
             "there",
-            stacklevel=4,
+            stacklevel=3,
         )
     try:
         yield

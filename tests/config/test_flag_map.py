@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +87,12 @@ def test_the_documentation_names_every_flag_once() -> None:
     listed = re.findall(r"`--(\w+)`", text.splitlines()[0])
     assert sorted(firsts + listed) == sorted(DIFFUSERS_FLAGS)
     assert "| `--hub_token` | set the environment variable HF_TOKEN" in text
+
+
+def test_the_documentation_prints_the_answers():
+    page = (Path(__file__).parents[2] / "docs" / "coming-from.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition("<!-- Flags of Diffusers' scripts: begin. -->\n")
+    assert (
+        rest.partition("<!-- Flags of Diffusers' scripts: end. -->")[0].strip()
+        == as_markdown().strip()
+    )

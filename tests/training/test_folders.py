@@ -76,10 +76,11 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch):
 
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
     with (
-        pytest.warns(UserWarning, match="has no locks"),
+        pytest.warns(UserWarning, match="has no locks") as caught,
         output_folder(TrainConfig(output_dir=str(tmp_path / "out"))),
     ):
         pass
+    assert Path(caught[0].filename).name == "folders.py", "the command line shows ours only"
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_a_run_shows_class_images_before_its_first_step(tiny_run, capsys):
     assert numbers[0] == (0, 6)
     assert numbers[-1] == (6, 6)
     kinds = list(dict.fromkeys(event["event"] for event in events))
-    assert kinds == ["class_images", "start", "step", "done"]
+    assert kinds == ["load", "class_images", "start", "step", "done"]
     assert "class images: 100%" in capsys.readouterr().err
 
 
