@@ -71,7 +71,9 @@ def training_memory(
     """Peak memory of training in GiB, from the measured table.
 
     Activations grow with pixels times batch, so that two rows give a line; float32 doubles all but
-    the process itself. Rows that were measured come back as they are.
+    the process itself. Rows that were measured come back as they are. For batches the line is on
+    the safe side: four images of 512 pixels took 4.5 GiB where it says 5.2 (Stable Diffusion 1.5,
+    gradient checkpointing).
 
     Args:
         family: ``"sd1"``, ``"sd2"`` or ``"sdxl"``.

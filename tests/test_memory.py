@@ -61,6 +61,12 @@ def test_both_lines_of_a_family_meet_at_what_does_not_grow_with_the_image() -> N
             assert y0 - x0 * (y1 - y0) / (x1 - x0) == pytest.approx(fixed, abs=0.15)
 
 
+def test_a_batch_that_was_measured_is_not_understated() -> None:
+    said = training_memory("sd1", 512, batch=4, gradient_checkpointing=True)
+    assert said is not None
+    assert 4.47 <= said <= 1.2 * 4.47
+
+
 def test_the_document_states_the_table() -> None:
     document = (Path(__file__).parents[1] / "docs" / "app.md").read_text(encoding="utf-8")
     titles = {"sd1": "Stable Diffusion 1.5", "sdxl": "SDXL"}
