@@ -622,3 +622,20 @@ def test_merging_twice_and_in_inference_mode(net, x, threads):
         torch.testing.assert_close(net(x), adapted, rtol=1e-5, atol=1e-5)
         unmerge_adapters(net)
         assert torch.equal(net.square.weight, base)
+
+
+def test_layers_that_share_a_weight_merge_one_after_the_other(monkeypatch):
+    def all_at_once(make, items):
+        return [(item, make(item)) for item in items]
+
+    monkeypatch.setattr("dora_diffusion.adapters.inject.map_ahead", all_at_once)
+    first, second = (nn.Linear(256, 256, bias=False) for _ in range(2))
+    second.weight = first.weight
+    model = nn.Sequential(first, second)
+    inject_adapters(model, everything())
+    move(model)
+    expected = first.weight
+    for layer in model:
+        expected = adapted_weight(expected, layer.adapters["default"].weights())
+    merge_adapters(model)
+    torch.testing.assert_close(first.weight, expected, rtol=1e-4, atol=1e-5)
