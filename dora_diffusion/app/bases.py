@@ -221,7 +221,7 @@ def bases(workspace: Path, listed: Sequence[str], folders: Sequence[Path]) -> li
 
 def named_bases(listed: Sequence[str]) -> list[Base]:
     """The embedded models, and those that whoever started the app named."""
-    found = [_base(f"{EMBEDDED_PREFIX}{name}", "a toy in this package") for name in MODELS]
+    found = [_base(f"{EMBEDDED_PREFIX}{name}", "toy") for name in MODELS]
     return found + [_base(name, "named with --models") for name in listed]
 
 

@@ -47,6 +47,12 @@ def labelled_sheet(
     return sheet
 
 
+def one_image(sheet: Image.Image, width: int, height: int) -> Image.Image:
+    """The first image of a labelled sheet's last row, which ends the sheet but for a gap."""
+    bottom = sheet.height - _GAP
+    return sheet.crop((0, bottom - height, width, bottom))
+
+
 def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
     """Sheets above each other."""
     size = (max(sheet.width for sheet in sheets), sum(sheet.height + _GAP for sheet in sheets))

@@ -229,16 +229,20 @@ def _picture(job: Job) -> Path | None:
 
 @functools.lru_cache(maxsize=256)
 def _thumbnail(path: Path) -> Any:
+    """A photo's upper square, or one image of a sheet, whose text says how large they are."""
     from PIL import Image
 
-    with Image.open(path) as image:
-        small = image.convert("RGB")
-    # The first picture of a sample grid, not all of them at the size of stamps.
-    side = min(small.size)
-    rows = 2 if path.name in ("adapted.png", "base.png") and small.height >= 2 * 64 else 1
-    # Less the gap between the rows.
-    side = small.height // rows - 2 if rows > 1 else side
-    return small.crop((0, 0, side, side)).resize((_THUMBNAIL, _THUMBNAIL))
+    from dora_diffusion.pictures import parse_parameters, read_parameters
+    from dora_diffusion.training.sheets import one_image
+
+    text = read_parameters(path) if path.suffix == ".png" else None
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    size = parse_parameters(text).get("Size", "").split("x") if text else []
+    if len(size) == 2 and all(side.isdecimal() for side in size):
+        image = one_image(image, int(size[0]), int(size[1]))
+    side = min(image.size)
+    return image.crop((0, 0, side, side)).resize((_THUMBNAIL, _THUMBNAIL))
 
 
 def _when(job: Job) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,8 +214,8 @@ def read_form(
     )
     context.check_paths(config)
     check_model(config, ask_hub=ask_hub)
-    # The worker would refuse prompts that do not name the subject.
-    subject_of(config)
+    # The worker would refuse a subject without a name. Of sample prompts the plan speaks itself.
+    subject_of(dataclasses.replace(config, validation_prompt=[]))
     return config, subject
 
 
@@ -292,8 +293,6 @@ def _class_prompts(config: TrainConfig) -> list[str]:
 
 
 def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:
-    import dataclasses
-
     return dataclasses.replace(
         config, output_dir=str(folder), instance_data_dir=str(folder / "photos")
     )
