@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -222,14 +222,22 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
         'Linear'
     """
     layers = [layer for _, layer in adapted_layers(model)]
-    # Of a GPU's streams, a new thread knows the default one only.
-    on_cpu = all(layer.weight.device.type == "cpu" for layer in layers)
-    results = map_ahead(_merged, layers) if on_cpu else ((one, _merged(one)) for one in layers)
+    ahead = _can_merge_ahead(layers)
+    results = map_ahead(_merged, layers) if ahead else ((one, _merged(one)) for one in layers)
     for layer, merged in results:
         layer.merge(merged)
         if not keep_base:
             make_plain(layer)
     _unwatch_plain(model)
+
+
+def _can_merge_ahead(layers: Sequence[AdaptedLayer]) -> bool:
+    """Whether threads may merge some layers before others are written."""
+    # Of a GPU's streams, a new thread knows the default one only.
+    if any(layer.weight.device.type != "cpu" for layer in layers):
+        return False
+    # One weight of two layers takes one merge after the other.
+    return len({layer.weight.data_ptr() for layer in layers}) == len(layers)
 
 
 def _merged(layer: AdaptedLayer) -> torch.Tensor | None:

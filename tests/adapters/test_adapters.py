@@ -599,3 +599,43 @@ def test_a_compiled_model_is_one_graph_inside_a_scope(net, x, axis):
     torch.testing.assert_close(compiled, y)
     for parameter, gradient in zip(adapter_parameters(net), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_merging_twice_and_in_inference_mode(net, x, threads):
+    """Only in that mode may its weights be written to, and workers are not in it."""
+    with torch.inference_mode():
+        net = copy.deepcopy(net)
+        inject_adapters(net, everything())
+        move(net)
+        base, adapted = net.square.weight.clone(), net(x)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            merge_adapters(net, keep_base=True)
+            merged = net.square.weight.clone()
+            merge_adapters(net, keep_base=True)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(net.square.weight, merged)
+        torch.testing.assert_close(net(x), adapted, rtol=1e-5, atol=1e-5)
+        unmerge_adapters(net)
+        assert torch.equal(net.square.weight, base)
+
+
+def test_layers_that_share_a_weight_merge_one_after_the_other(monkeypatch):
+    def all_at_once(make, items):
+        return [(item, make(item)) for item in items]
+
+    monkeypatch.setattr("dora_diffusion.adapters.inject.map_ahead", all_at_once)
+    first, second = (nn.Linear(256, 256, bias=False) for _ in range(2))
+    second.weight = first.weight
+    model = nn.Sequential(first, second)
+    inject_adapters(model, everything())
+    move(model)
+    expected = first.weight
+    for layer in model:
+        expected = adapted_weight(expected, layer.adapters["default"].weights())
+    merge_adapters(model)
+    torch.testing.assert_close(first.weight, expected, rtol=1e-4, atol=1e-5)
