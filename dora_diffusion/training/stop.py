@@ -61,7 +61,7 @@ class StopRequest:
             self._leave_closed_terminal()
             signal.signal(number, signal.SIG_IGN)
         else:
-            self._restore(*(set(self._previous) - {_HANGUP}))
+            self._let_the_next_end()
         if self.signal_number is None:
             self.signal_number = number
         if self._answer is None:
@@ -77,9 +77,17 @@ class StopRequest:
                 os.dup2(nowhere, descriptor)
                 os.close(nowhere)
 
-    def _restore(self, *numbers: int) -> None:
-        for number in numbers or tuple(self._previous):
-            signal.signal(number, self._previous[number])
+    def _let_the_next_end(self) -> None:
+        """What was there before, or the default: a shell's background jobs ignore SIGINT."""
+        default: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
+        for number in set(self._previous) - {_HANGUP}:
+            before = self._previous[number]
+            ignored = before == signal.SIG_IGN
+            signal.signal(number, default.get(number, signal.SIG_DFL) if ignored else before)
+
+    def _restore(self) -> None:
+        for number, before in self._previous.items():
+            signal.signal(number, before)
 
     def __exit__(
         self,

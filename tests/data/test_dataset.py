@@ -144,7 +144,7 @@ def test_unreadable_photos_are_named_and_skipped_only_if_asked(photos: Path) -> 
     assert len(dataset) == 3
     assert [str(w.message).split(":")[1].strip() for w in caught] == ["03.png", "04.jpg"]
     assert len(dataset.skipped) == 2
-    with pytest.raises(PhotoError, match="1 of 1 photos unusable"):
+    with pytest.raises(PhotoError, match="1 of 1 photo unusable"):
         read_photos([photos / "04.jpg"], PROMPT, skip_unreadable=True)
 
 

@@ -34,12 +34,19 @@ def test_the_first_signal_is_answered_and_kept(number, quiet_hangup, capsys):
     assert capsys.readouterr().err == "\nsaving; press Ctrl-C again to leave now\n"
 
 
-def test_a_second_interrupt_leaves_at_once():
-    with StopRequest() as stop:
-        stop.answer_with("saving")
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_second_interrupt_leaves_at_once(before):
+    """In a shell's background job, too, where SIGINT was ignored."""
+    outer = signal.signal(signal.SIGINT, before)
+    try:
+        with StopRequest() as stop:
+            stop.answer_with("saving")
             signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == before
+    finally:
+        signal.signal(signal.SIGINT, outer)
 
 
 def test_a_second_hangup_does_not_lose_the_checkpoint(quiet_hangup):
