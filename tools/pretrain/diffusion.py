@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_diffusion.embedded.instrument import ATTRIBUTES
-from dora_diffusion.embedded.pretrain.fit import FitSettings, Progress, fit
-from dora_diffusion.embedded.pretrain.instrument import NO_NAME
-from dora_diffusion.embedded.pretrain.latents import LatentSet, open_latents
-from dora_diffusion.embedded.pretrain.tokenizer import MAX_LENGTH
+from tools.pretrain.fit import FitSettings, Progress, fit
+from tools.pretrain.instrument import NO_NAME
+from tools.pretrain.latents import LatentSet, open_latents
+from tools.pretrain.tokenizer import MAX_LENGTH
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer

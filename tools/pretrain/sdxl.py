@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.embedded.pretrain.diffusion import SCHEDULE, Denoiser, clip_text_config
-from dora_diffusion.embedded.pretrain.pipeline import finish_folder
-from dora_diffusion.embedded.pretrain.vae import LATENT_CHANNELS
-from dora_diffusion.embedded.pretrain.views import SIDE
+from tools.pretrain.diffusion import SCHEDULE, Denoiser, clip_text_config
+from tools.pretrain.pipeline import finish_folder
+from tools.pretrain.vae import LATENT_CHANNELS
+from tools.pretrain.views import SIDE
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from dora_diffusion.embedded import model_folder
-from dora_diffusion.embedded.pretrain.grow import grow_from_sd
-from dora_diffusion.embedded.pretrain.latents import tokenize
-from dora_diffusion.embedded.pretrain.sdxl import POOLED, WIDTHS, TextToImageXL
-from dora_diffusion.embedded.pretrain.views import training_captions
+from tools.pretrain.grow import grow_from_sd
+from tools.pretrain.latents import tokenize
+from tools.pretrain.sdxl import POOLED, WIDTHS, TextToImageXL
+from tools.pretrain.views import training_captions
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dora_diffusion.embedded.captions import PATTERN_PHRASES, PATTERN_WORDS, PLACES
 from dora_diffusion.embedded.instrument import ATTRIBUTES
-from dora_diffusion.embedded.pretrain.corpus import CAPTIONS_PER_PICTURE, Corpus
-from dora_diffusion.embedded.pretrain.data import to_pixels
-from dora_diffusion.embedded.pretrain.instrument import NO_NAME
-from dora_diffusion.embedded.pretrain.tokenizer import MAX_LENGTH
 from dora_diffusion.embedded.world import Scene
+from tools.pretrain.corpus import CAPTIONS_PER_PICTURE, Corpus
+from tools.pretrain.data import to_pixels
+from tools.pretrain.instrument import NO_NAME
+from tools.pretrain.tokenizer import MAX_LENGTH
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

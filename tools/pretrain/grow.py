@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.embedded import model_folder
-from dora_diffusion.embedded.pretrain.latents import tokenize
+from tools.pretrain.latents import tokenize
 
 if TYPE_CHECKING:
-    from dora_diffusion.embedded.pretrain.sdxl import TextToImageXL
+    from tools.pretrain.sdxl import TextToImageXL
 
 
 @torch.no_grad()
