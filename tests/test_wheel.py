@@ -129,6 +129,8 @@ def test_the_wheel_holds_models_samples_and_types_and_nothing_else(installed):
     tops = {name.partition("/")[0] for name in files}
     assert tops == {"dora_diffusion", next(top for top in tops if top.endswith(".dist-info"))}
     assert not [name for name in files if name.endswith(".pyc")]
+    # What only made the embedded models is in the source distribution alone.
+    assert [name for name in files if "pretrain" in name] == []
     licences = [name for name in files if name.endswith("/LICENSE")]
     assert [files[name] for name in licences] == [(ROOT / "LICENSE").read_bytes()]
 

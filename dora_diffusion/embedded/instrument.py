@@ -85,20 +85,6 @@ class Instrument:
     measured: dict[str, float]
 
 
-def save_instrument(instrument: Instrument, folder: Path) -> None:
-    """Write the networks in float16 and what was measured with them."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("classifier", "embedder"):
-        state = getattr(instrument, name).state_dict()
-        halves = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-        file = folder / f"{name}.safetensors"
-        save_file(halves, file)
-        file.chmod(0o644)  # safetensors writes for its owner alone
-    (folder / "measured.json").write_text(json.dumps(instrument.measured, indent=2) + "\n")
-
-
 def load_instrument(folder: Path | None = None) -> Instrument:
     """Open the networks that come with the package, or those of another folder.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dora_diffusion.wording import quoted
 
 if TYPE_CHECKING:
-    from dora_diffusion.models.family import HiddenState
+    from dora_diffusion.models.family import Family, HiddenState
     from dora_diffusion.models.load import Components
 
 
@@ -89,40 +89,60 @@ def encode_prompts(components: Components, prompts: Sequence[str]) -> Conditioni
     if isinstance(prompts, str):
         raise TypeError("encode_prompts takes a list of prompts, got a single string")
     warn_of_truncation(components.tokenizers[0], prompts)
-    states: list[Tensor] = []
-    pooled: Tensor | None = None
-    for encoder, tokenizer, choice in zip(
-        components.text_encoders,
-        components.tokenizers,
-        components.family.hidden_states,
-        strict=True,
-    ):
-        state, pooled = _encode(encoder, tokenizer, list(prompts), choice)
-        states.append(state)
-    hidden = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
-    return Conditioning(hidden, pooled if components.family.has_pooled else None)
+    tokens = [tokenize(tokenizer, prompts) for tokenizer in components.tokenizers]
+    encoded = [
+        encode_tokens(encoder, token.input_ids, choice, token.attention_mask)
+        for encoder, token, choice in zip(
+            components.text_encoders, tokens, components.family.hidden_states, strict=True
+        )
+    ]
+    return join_encoders(encoded, components.family)
 
 
-def _encode(
-    encoder: nn.Module, tokenizer: Any, prompts: list[str], choice: HiddenState
-) -> tuple[Tensor, Tensor]:
-    """One encoder's states ``(B, tokens, C)`` and pooled (projected, where it has one) output."""
-    tokens = tokenizer(
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Any:
+    """The prompts' ``input_ids`` and ``attention_mask``, each ``(B, tokens)``.
+
+    Padded and cut to the tokenizer's limit; embeddings of several vectors are written out.
+    """
+    return tokenizer(
         [expand_multi_vector_tokens(tokenizer, prompt) for prompt in prompts],
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     )
+
+
+def encode_tokens(
+    encoder: nn.Module,
+    input_ids: Tensor,
+    choice: HiddenState,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One encoder's states ``(B, tokens, C)`` and pooled (projected, where it has one) output.
+
+    Args:
+        encoder: A CLIP text encoder, with or without a projection.
+        input_ids: ``(B, tokens)`` int64.
+        choice: Which hidden state conditions the UNet (`Family.hidden_states`).
+        attention_mask: ``(B, tokens)``, used where the encoder's config asks for it.
+    """
     device = next(encoder.parameters()).device
+    input_ids = input_ids.to(device)
     if choice == "penultimate":
-        output = encoder(tokens.input_ids.to(device), output_hidden_states=True)
+        output = encoder(input_ids, output_hidden_states=True)
         return output.hidden_states[-2], output[0]
     # A few SD1-style models ask for the padding to be masked; CLIP's own configs never do.
-    masked = getattr(encoder.config, "use_attention_mask", False)
-    mask = tokens.attention_mask.to(device) if masked else None
-    output = encoder(tokens.input_ids.to(device), attention_mask=mask)
+    mask = attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+    output = encoder(input_ids, attention_mask=None if mask is None else mask.to(device))
     return output[0], output[1]
+
+
+def join_encoders(encoded: Sequence[tuple[Tensor, Tensor]], family: Family) -> Conditioning:
+    """The family's conditioning from what `encode_tokens` made of each of its text encoders."""
+    states = [state for state, _ in encoded]
+    hidden = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+    return Conditioning(hidden, encoded[-1][1] if family.has_pooled else None)
 
 
 def expand_multi_vector_tokens(tokenizer: Any, prompt: str) -> str:

@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from dora_diffusion.embedded import model_folder
-from dora_diffusion.embedded.instrument import Instrument, load_instrument
-from dora_diffusion.embedded.pretrain.card import measure_prompts, measure_vae
-from dora_diffusion.embedded.pretrain.instrument import measure_classifier, measure_embedder
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +16,6 @@ def pipeline() -> Any:
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline.from_pretrained(model_folder("tiny-sd"), local_files_only=True)
-
-
-@pytest.fixture(scope="module")
-def instrument() -> Instrument:
-    return load_instrument()
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are() -> None:
@@ -74,45 +65,3 @@ def test_the_classic_tokenizer_files_agree_with_the_fast_one(pipeline: Any) -> N
     classic = CLIPTokenizer(vocab=json.loads((folder / "vocab.json").read_text()), merges=merges)
     text = "a photo of a sks mug, qwxv in front of a brick wall"
     assert classic(text).input_ids == pipeline.tokenizer(text).input_ids
-
-
-def test_judges_know_the_world_on_fresh_renders(instrument: Instrument) -> None:
-    accuracy = measure_classifier(instrument.classifier, 150)
-    assert min(accuracy[name] for name in ("kind", "color", "pattern", "background")) >= 0.95
-    subjects = measure_embedder(instrument.embedder, 60)
-    assert subjects["same_subject"] >= 0.8
-    assert subjects["other_subject"] <= 0.3
-    assert subjects["retrieval"] >= 0.9
-
-
-def test_the_autoencoder_keeps_new_subjects_themselves(
-    pipeline: Any, instrument: Instrument
-) -> None:
-    measured = measure_vae(pipeline.vae, instrument, 40)
-    assert measured["psnr"] >= 32
-    assert measured["self"] >= 0.9
-    assert measured["identity"] >= 0.93 * measured["identity_ceiling"]
-
-
-def test_latents_have_unit_variance(pipeline: Any) -> None:
-    from dora_diffusion.embedded.pretrain.data import to_pixels
-    from dora_diffusion.embedded.pretrain.vae import held_out_subject_pictures
-
-    with torch.no_grad():
-        latents = pipeline.vae.encode(to_pixels(held_out_subject_pictures(40))).latent_dist.mode()
-    assert 0.8 < float(latents.std()) * pipeline.vae.config.scaling_factor < 1.25
-
-
-def test_it_draws_what_prompts_say(pipeline: Any, instrument: Instrument) -> None:
-    accuracy = measure_prompts(pipeline, instrument, 16)
-    assert accuracy["kind"] >= 0.85
-    assert accuracy["color"] >= 0.85
-    assert accuracy["background"] >= 0.9
-    assert accuracy["all"] >= 0.7
-
-
-def test_one_seed_gives_one_picture(pipeline: Any) -> None:
-    from dora_diffusion.embedded.pretrain.card import generate
-
-    first, second = (np.asarray(generate(pipeline, ["a red mug"], 5)[0]) for _ in range(2))
-    np.testing.assert_array_equal(first, second)

@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dora_diffusion.embedded.backgrounds import BACKGROUNDS
 from dora_diffusion.embedded.benchmark_subjects import REPORTED
 from dora_diffusion.embedded.instrument import Instrument, load_instrument
-from dora_diffusion.embedded.pretrain.data import held_out_scene
-from dora_diffusion.embedded.world import render
+from dora_diffusion.embedded.sampling import place, sample_subject
+from dora_diffusion.embedded.world import Scene, render
 from dora_diffusion.evaluation.judge import judge, judged_pixels, similarity
 from dora_diffusion.evaluation.toy_requests import reference_pictures
+
+
+def drawn_scene(index: int) -> Scene:
+    generator = np.random.default_rng((12, index))
+    background = str(generator.choice(list(BACKGROUNDS)))
+    return place(sample_subject(generator), background, generator)
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +27,7 @@ def instrument() -> Instrument:
 
 
 def test_pictures_of_any_size_are_judged_at_64() -> None:
-    scene = held_out_scene(3)
+    scene = drawn_scene(3)
     large = Image.fromarray(render(scene, (320, 256)))
     small = np.asarray(judged_pixels([Image.fromarray(render(scene, 64))]))
     assert np.abs(np.asarray(judged_pixels([large])) - small).mean() < 0.03
@@ -29,7 +36,7 @@ def test_pictures_of_any_size_are_judged_at_64() -> None:
 
 
 def test_the_judge_reads_real_renders(instrument: Instrument) -> None:
-    scenes = [held_out_scene(i) for i in range(40)]
+    scenes = [drawn_scene(i) for i in range(40)]
     seen = judge(instrument, [Image.fromarray(render(scene, 64)) for scene in scenes])
     for name, truth in {
         "kind": [s.subject.kind for s in scenes],

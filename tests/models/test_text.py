@@ -12,8 +12,11 @@ from dora_diffusion.models.load import Components, load_components
 from dora_diffusion.models.text import (
     Conditioning,
     encode_prompts,
+    encode_tokens,
     encode_unconditional,
+    join_encoders,
     time_ids,
+    tokenize,
     truncated_text,
 )
 
@@ -51,6 +54,30 @@ def test_prompts_encode_as_in_the_pipeline(components: Components) -> None:
     assert_same(encoded, hidden, pooled)
     assert encoded.encoder_hidden_states.shape[-1] == components.unet.config.cross_attention_dim
     assert_same(encode_prompts(components, [""]), *reference(components, [""])[0:4:2])
+
+
+def test_token_ids_encode_as_their_prompts_do(components: Components) -> None:
+    encoded = [
+        encode_tokens(encoder, tokenize(tokenizer, PROMPTS).input_ids, choice)
+        for encoder, tokenizer, choice in zip(
+            components.text_encoders,
+            components.tokenizers,
+            components.family.hidden_states,
+            strict=True,
+        )
+    ]
+    hidden, _, pooled, _ = reference(components, PROMPTS)
+    assert_same(join_encoders(encoded, components.family), hidden, pooled)
+
+
+def test_padding_is_masked_where_the_encoder_asks_for_it(sd1_folder: Path) -> None:
+    components = load_components(sd1_folder)
+    unmasked = encode_prompts(components, PROMPTS)
+    components.text_encoders[0].config.use_attention_mask = True
+    hidden, _, pooled, _ = reference(components, PROMPTS)
+    masked = encode_prompts(components, PROMPTS)
+    assert_same(masked, hidden, pooled)
+    assert not torch.equal(masked.encoder_hidden_states, unmasked.encoder_hidden_states)
 
 
 def test_unconditional_is_what_guidance_uses(components: Components) -> None:

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from dora_diffusion.embedded.captions import PLACES
 from dora_diffusion.embedded.instrument import ATTRIBUTES, Instrument
-from dora_diffusion.embedded.pretrain.data import (
+from dora_diffusion.embedded.world import render
+from tools.pretrain.data import (
     HELD_OUT,
     SIZE,
     held_out_sighting,
     to_pictures,
     to_pixels,
 )
-from dora_diffusion.embedded.pretrain.vae import held_out_subject_pictures, psnr, round_trip
-from dora_diffusion.embedded.world import render
+from tools.pretrain.vae import held_out_subject_pictures, psnr, round_trip
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from dora_diffusion.embedded.pretrain.data import CAPTIONED, training_picture
-from dora_diffusion.embedded.pretrain.names import designs, newcomers, rare_words, sample_named
 from dora_diffusion.embedded.samples import TRIGGER
+from tools.pretrain.names import designs, newcomers, rare_words, sample_named
 
 
 def drawn(count: int = 600) -> list:
@@ -36,8 +35,3 @@ def test_a_newcomer_is_somebody_else_each_time() -> None:
     assert 0.06 < len(named) / 600 < 0.14
     assert len({subject.body for subject, _ in named}) == len(named)
     assert all(subject.color is None for subject, _ in named)
-
-
-def test_nonsense_shapes_have_no_name() -> None:
-    assert {training_picture(CAPTIONED + number)[1] for number in range(50)} == {""}
-    assert {bool(training_picture(number)[1]) for number in range(50)} == {False, True}

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_diffusion.embedded.captions import caption
-from dora_diffusion.embedded.pretrain.data import (
+from dora_diffusion.embedded.world import Scene
+from tools.pretrain.data import (
     CAPTIONED,
     open_pictures,
     training_picture,
     training_scene,
 )
-from dora_diffusion.embedded.pretrain.views import render_view, training_captions, training_view
-from dora_diffusion.embedded.world import Scene
+from tools.pretrain.views import render_view, training_captions, training_view
 
 CAPTIONS_PER_PICTURE = 4
 CAPTION_SEED = 15

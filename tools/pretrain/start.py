@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dora_diffusion.embedded import model_folder
 
 if TYPE_CHECKING:
-    from dora_diffusion.embedded.pretrain.diffusion import Denoiser
+    from tools.pretrain.diffusion import Denoiser
 
 _BEFORE = "before.json"
 

@@ -11,10 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_diffusion.embedded.instrument import ATTRIBUTES
-from dora_diffusion.embedded.pretrain.fit import FitSettings, Progress, fit
-from dora_diffusion.embedded.pretrain.instrument import NO_NAME
-from dora_diffusion.embedded.pretrain.latents import LatentSet, open_latents
-from dora_diffusion.embedded.pretrain.tokenizer import MAX_LENGTH
+from dora_diffusion.models.family import Family
+from dora_diffusion.models.text import Conditioning, encode_tokens, join_encoders
+from dora_diffusion.numerics.loss import denoising_loss, training_target
+from dora_diffusion.numerics.noise import add_noise
+from tools.pretrain.fit import FitSettings, Progress, fit
+from tools.pretrain.instrument import NO_NAME
+from tools.pretrain.latents import LatentSet, open_latents
+from tools.pretrain.tokenizer import MAX_LENGTH
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
@@ -42,10 +46,13 @@ class Denoiser(nn.Module):
     could, and are dropped in the end.
 
     Attributes:
+        family: whose text encoders it has, by the names of `Family.text_encoder_names`, and which
+            of their states it reads.
         low_snr: signal-to-noise ratio of the latents below which the loss counts less.
         schedule: settings of the noise schedule.
     """
 
+    family: Family
     low_snr = 0.5
     schedule = SCHEDULE
 
@@ -54,6 +61,16 @@ class Denoiser(nn.Module):
         self.attribute_heads = nn.ModuleList(
             nn.Linear(text_width, len(choices)) for choices in ATTRIBUTES.values()
         )
+
+    def encode_text(self, token_ids: Tensor) -> Conditioning:
+        """What the family's text encoders say of token ids ``(b, MAX_LENGTH)``."""
+        encoders = [getattr(self, name) for name in self.family.text_encoder_names]
+        choices = self.family.hidden_states
+        encoded = [
+            encode_tokens(encoder, token_ids, choice)
+            for encoder, choice in zip(encoders, choices, strict=True)
+        ]
+        return join_encoders(encoded, self.family)
 
     def forward(
         self,
@@ -97,21 +114,19 @@ def clip_text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPT
     )
 
 
-def v_loss(
-    prediction: Tensor, latents: Tensor, noise: Tensor, alpha_bar: Tensor, low_snr: float
-) -> Tensor:
-    """Velocity loss, weighted to the noise levels where pictures are decided; ``alpha_bar`` (b,).
+def velocity_weight(alpha_bar: Tensor, low_snr: float) -> Tensor:
+    """Loss weight of each sample, for the noise levels where images are decided; ``(b,)``.
 
     Full weight between ``low_snr`` and `HIGH_SNR`, fading outside: about the emphasis of the
     log-normal levels of EDM (Karras et al. 2022, section 5) under uniform timesteps.
+
+    Args:
+        alpha_bar: ``(b,)``.
+        low_snr: signal-to-noise ratio below which the loss counts less; 0 fades nowhere below.
     """
-    a = alpha_bar.view(-1, 1, 1, 1)
-    velocity = a.sqrt() * noise - (1 - a).sqrt() * latents
     snr = alpha_bar / (1 - alpha_bar)
     weight = ((1 + HIGH_SNR) / (1 + snr)).clamp(max=1)
-    if low_snr > 0:
-        weight = weight * (snr / low_snr).clamp(max=1)
-    return ((prediction - velocity).pow(2).mean((1, 2, 3)) * weight).mean()
+    return weight * (snr / low_snr).clamp(max=1) if low_snr > 0 else weight
 
 
 def diffusion_loss(
@@ -129,14 +144,16 @@ def diffusion_loss(
     dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
     timesteps = torch.randint(0, len(alphas), (BATCH,), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
-    a = alphas[timesteps].view(-1, 1, 1, 1)
-    noisy_latents = a.sqrt() * latents + (1 - a).sqrt() * noise
+    alpha_bar = alphas[timesteps]
+    noisy_latents = add_noise(latents, noise, alpha_bar)
     token_ids = data.token_ids[index, which].long()
     with torch.autocast("cpu", torch.bfloat16):
         prediction, states = model(
             noisy_latents, timesteps, token_ids, dropped, data.time_ids[index].long()
         )
-    loss = v_loss(prediction.float(), latents, noise, alphas[timesteps], model.low_snr)
+    target = training_target(model.schedule["prediction_type"], latents, noise, alpha_bar)
+    weight = velocity_weight(alpha_bar, model.low_snr)
+    loss = denoising_loss(prediction, target, weight).mean()
     if not teach_words:
         return loss
     mentioned = data.mentioned[index, which].long().masked_fill(dropped[:, None], NO_NAME)

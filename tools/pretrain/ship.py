@@ -11,8 +11,8 @@ import torch
 
 from dora_diffusion.embedded import instrument_folder, model_folder
 from dora_diffusion.embedded.instrument import Instrument, load_instrument
-from dora_diffusion.embedded.pretrain import corpus
-from dora_diffusion.embedded.pretrain.card import (
+from tools.pretrain import corpus
+from tools.pretrain.card import (
     GUIDANCE,
     STEPS,
     generate,
@@ -22,12 +22,12 @@ from dora_diffusion.embedded.pretrain.card import (
     random_wishes,
     write_grid,
 )
-from dora_diffusion.embedded.pretrain.conditioning import WIDE, measure_conditioning
-from dora_diffusion.embedded.pretrain.diffusion import load_average
-from dora_diffusion.embedded.pretrain.sd import TextToImage, export_sd
-from dora_diffusion.embedded.pretrain.sdxl import TextToImageXL, export_sdxl
-from dora_diffusion.embedded.pretrain.start import facts_before, goes_on
-from dora_diffusion.embedded.pretrain.views import SIDE
+from tools.pretrain.conditioning import WIDE, measure_conditioning
+from tools.pretrain.diffusion import load_average
+from tools.pretrain.sd import TextToImage, export_sd
+from tools.pretrain.sdxl import TextToImageXL, export_sdxl
+from tools.pretrain.start import facts_before, goes_on
+from tools.pretrain.views import SIDE
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

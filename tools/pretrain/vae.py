@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_diffusion.embedded.pretrain.data import (
+from dora_diffusion.embedded.world import render
+from tools.pretrain.data import (
     CAPTIONED,
     held_out_sighting,
     open_pictures,
     to_pixels,
 )
-from dora_diffusion.embedded.pretrain.fit import FitSettings, Progress, fit
-from dora_diffusion.embedded.world import render
+from tools.pretrain.fit import FitSettings, Progress, fit
 
 LATENT_CHANNELS = 8
 KL_WEIGHT = 2e-4

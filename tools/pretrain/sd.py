@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.embedded.pretrain.diffusion import SCHEDULE, Denoiser, clip_text_config
-from dora_diffusion.embedded.pretrain.latents import tokenize
-from dora_diffusion.embedded.pretrain.pipeline import finish_folder
-from dora_diffusion.embedded.pretrain.vae import LATENT_CHANNELS
+from dora_diffusion.models.denoise import predict
+from dora_diffusion.models.family import FAMILIES
+from dora_diffusion.models.text import tokenize
+from tools.pretrain.diffusion import SCHEDULE, Denoiser, clip_text_config
+from tools.pretrain.pipeline import finish_folder
+from tools.pretrain.vae import LATENT_CHANNELS
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -23,6 +25,7 @@ TEXT_WIDTH = 128
 class TextToImage(Denoiser):
     """UNet and text encoder; a caption is left out by encoding the empty one."""
 
+    family = FAMILIES["sd1"]
     empty: Tensor
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
@@ -35,7 +38,7 @@ class TextToImage(Denoiser):
         # products make the whole step a quarter faster.
         self.unet.set_attn_processor(AttnProcessor())
         self.text_encoder = CLIPTextModel(clip_text_config(tokenizer, TEXT_WIDTH, 2))
-        self.register_buffer("empty", tokenize(tokenizer, [""])[0], persistent=False)
+        self.register_buffer("empty", tokenize(tokenizer, [""]).input_ids[0], persistent=False)
 
     def forward(
         self,
@@ -47,8 +50,9 @@ class TextToImage(Denoiser):
     ) -> tuple[Tensor, Tensor]:
         """See `Denoiser.forward`."""
         token_ids = torch.where(dropped[:, None], self.empty, token_ids)
-        states = self.text_encoder(token_ids).last_hidden_state
-        return self.unet(noisy_latents, timesteps, states).sample, states
+        conditioning = self.encode_text(token_ids)
+        prediction = predict(self.unet, noisy_latents, timesteps, conditioning)
+        return prediction, conditioning.encoder_hidden_states
 
 
 def new_unet() -> Any:

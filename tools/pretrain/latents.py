@@ -14,11 +14,12 @@ from torch import Tensor
 
 from dora_diffusion.embedded.captions import PATTERN_PHRASES, PATTERN_WORDS, PLACES
 from dora_diffusion.embedded.instrument import ATTRIBUTES
-from dora_diffusion.embedded.pretrain.corpus import CAPTIONS_PER_PICTURE, Corpus
-from dora_diffusion.embedded.pretrain.data import to_pixels
-from dora_diffusion.embedded.pretrain.instrument import NO_NAME
-from dora_diffusion.embedded.pretrain.tokenizer import MAX_LENGTH
 from dora_diffusion.embedded.world import Scene
+from dora_diffusion.models.text import tokenize
+from tools.pretrain.corpus import CAPTIONS_PER_PICTURE, Corpus
+from tools.pretrain.data import to_pixels
+from tools.pretrain.instrument import NO_NAME
+from tools.pretrain.tokenizer import MAX_LENGTH
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -74,13 +75,6 @@ def _captions(arguments: tuple[Corpus, int]) -> tuple[list[str], list[list[int]]
     return texts, [mentioned_attributes(text, scene) for text in texts], time_ids
 
 
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """Token ids padded to the model's length: (n, MAX_LENGTH)."""
-    return tokenizer(
-        texts, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
-    ).input_ids
-
-
 def write_captions(folder: Path, tokenizer: CLIPTokenizer, corpus: Corpus) -> Path:
     """Write ``folder/captions.pt``: token ids, mentioned attributes and SDXL's sizes."""
     path = folder / "captions.pt"
@@ -89,7 +83,7 @@ def write_captions(folder: Path, tokenizer: CLIPTokenizer, corpus: Corpus) -> Pa
     with Pool(2) as pool:
         numbers = [(corpus, index) for index in range(corpus.count)]
         drawn = pool.map(_captions, numbers, chunksize=CHUNK)
-    ids = torch.cat([tokenize(tokenizer, texts).to(torch.int16) for texts, _, _ in drawn])
+    ids = torch.cat([tokenize(tokenizer, texts).input_ids.to(torch.int16) for texts, _, _ in drawn])
     told = {
         "token_ids": ids.view(corpus.count, CAPTIONS_PER_PICTURE, MAX_LENGTH),
         "mentioned": torch.tensor([mentioned for _, mentioned, _ in drawn], dtype=torch.int16),

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dora_diffusion.embedded.captions import caption
-from dora_diffusion.embedded.pretrain.data import training_scene
-from dora_diffusion.embedded.pretrain.names import rare_words
+from tools.pretrain.data import training_scene
+from tools.pretrain.names import rare_words
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -6,13 +6,15 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from dora_diffusion.embedded.pretrain.diffusion import SCHEDULE, Denoiser, clip_text_config
-from dora_diffusion.embedded.pretrain.pipeline import finish_folder
-from dora_diffusion.embedded.pretrain.vae import LATENT_CHANNELS
-from dora_diffusion.embedded.pretrain.views import SIDE
+from dora_diffusion.models.denoise import predict
+from dora_diffusion.models.family import FAMILIES
+from dora_diffusion.models.text import Conditioning
+from tools.pretrain.diffusion import SCHEDULE, Denoiser, clip_text_config
+from tools.pretrain.pipeline import finish_folder
+from tools.pretrain.vae import LATENT_CHANNELS
+from tools.pretrain.views import SIDE
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -32,6 +34,7 @@ class TextToImageXL(Denoiser):
     times as many places that tell it: only without any does a model need what crops say.
     """
 
+    family = FAMILIES["sdxl"]
     low_snr = 0.0
     schedule = SCHEDULE | {"rescale_betas_zero_snr": True}
 
@@ -46,14 +49,6 @@ class TextToImageXL(Denoiser):
         self.text_encoder = CLIPTextModel(clip_text_config(tokenizer, WIDTHS[0], 3))
         self.text_encoder_2 = CLIPTextModelWithProjection(clip_text_config(tokenizer, WIDTHS[1], 3))
 
-    def encode_text(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Both encoders' states (b, n, sum(WIDTHS)) and the second's pooled vector (b, POOLED)."""
-        first = self.text_encoder(token_ids, output_hidden_states=True)
-        second = self.text_encoder_2(token_ids, output_hidden_states=True)
-        # SDXL reads the penultimate layer of both encoders.
-        states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
-        return states, second.text_embeds
-
     def forward(
         self,
         noisy_latents: Tensor,
@@ -63,13 +58,12 @@ class TextToImageXL(Denoiser):
         time_ids: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """See `Denoiser.forward`."""
-        states, pooled = self.encode_text(token_ids)
+        text = self.encode_text(token_ids)
+        states, pooled = text.encoder_hidden_states, text.pooled
+        assert pooled is not None
         keep = (~dropped).to(states.dtype)
-        conditioning = {"text_embeds": pooled * keep[:, None], "time_ids": time_ids}
-        prediction = self.unet(
-            noisy_latents, timesteps, states * keep[:, None, None], added_cond_kwargs=conditioning
-        ).sample
-        return prediction, states
+        kept = Conditioning(states * keep[:, None, None], pooled * keep[:, None])
+        return predict(self.unet, noisy_latents, timesteps, kept, time_ids), states
 
 
 def new_unet() -> Any:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.embedded import model_folder
-from dora_diffusion.embedded.pretrain.latents import tokenize
+from dora_diffusion.models.text import tokenize
 
 if TYPE_CHECKING:
-    from dora_diffusion.embedded.pretrain.sdxl import TextToImageXL
+    from tools.pretrain.sdxl import TextToImageXL
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def grow_from_sd(model: TextToImageXL, captions: Sequence[str]) -> None:
     # The first encoder has one layer more, which SDXL does not read.
     missing = model.text_encoder.load_state_dict(text_encoder.state_dict(), strict=False)
     assert not missing.unexpected_keys
-    translation = _translation(model, text_encoder, tokenize(tokenizer, list(captions)))
+    translation = _translation(model, text_encoder, tokenize(tokenizer, captions).input_ids)
     core = UNet2DConditionModel.from_pretrained(folder / "unet").state_dict()
     _fill_core(model.unet, core, translation)
     _silence_new_level(model.unet)
@@ -50,7 +50,7 @@ def _translation(model: TextToImageXL, text_encoder: Any, token_ids: Tensor) -> 
     SDXL reads states before the final normalization, tiny-sd after it.
     """
     wanted = text_encoder(token_ids).last_hidden_state.flatten(0, 1)
-    states = model.encode_text(token_ids)[0].flatten(0, 1)
+    states = model.encode_text(token_ids).encoder_hidden_states.flatten(0, 1)
     ridge = 1e-3 * len(states) * torch.eye(states.shape[1])
     solved = torch.linalg.solve(states.T @ states + ridge, states.T @ wanted)
     return solved.T

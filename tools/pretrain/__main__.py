@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dora_diffusion.embedded.pretrain.start import fill_from_package, goes_on, prepare_to_go_on
+from tools.pretrain.start import fill_from_package, goes_on, prepare_to_go_on
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -25,26 +25,26 @@ def _tokenizer(work: Path) -> CLIPTokenizer:
 
 
 def _pictures(work: Path, minutes: float) -> None:
-    from dora_diffusion.embedded.pretrain.data import write_pictures
+    from tools.pretrain.data import write_pictures
 
     write_pictures(work)
 
 
 def _instrument(work: Path, minutes: float) -> None:
-    from dora_diffusion.embedded.pretrain.instrument import train_instrument
+    from tools.pretrain.instrument import train_instrument
 
     train_instrument(work, minutes, work / "instrument")
 
 
 def _vae(work: Path, minutes: float) -> None:
-    from dora_diffusion.embedded.pretrain.vae import train_vae
+    from tools.pretrain.vae import train_vae
 
     train_vae(work, minutes)
 
 
 def _sd_latents(work: Path, minutes: float) -> None:
-    from dora_diffusion.embedded.pretrain import corpus, latents
-    from dora_diffusion.embedded.pretrain.tokenizer import build_tokenizer
+    from tools.pretrain import corpus, latents
+    from tools.pretrain.tokenizer import build_tokenizer
 
     if not goes_on(work):
         build_tokenizer(work / "tokenizer")
@@ -53,8 +53,8 @@ def _sd_latents(work: Path, minutes: float) -> None:
 
 
 def _sd_diffusion(work: Path, minutes: float) -> None:
-    from dora_diffusion.embedded.pretrain.diffusion import train_diffusion
-    from dora_diffusion.embedded.pretrain.sd import TextToImage, export_sd
+    from tools.pretrain.diffusion import train_diffusion
+    from tools.pretrain.sd import TextToImage, export_sd
 
     torch.manual_seed(3)
     model = TextToImage(_tokenizer(work))
@@ -66,13 +66,13 @@ def _sd_diffusion(work: Path, minutes: float) -> None:
 
 
 def _sd_ship(work: Path, minutes: float) -> None:
-    from dora_diffusion.embedded.pretrain.ship import ship_sd
+    from tools.pretrain.ship import ship_sd
 
     ship_sd(work, machine())
 
 
 def _sd_card(work: Path, minutes: float) -> None:
-    from dora_diffusion.embedded.pretrain.ship import write_sd_card
+    from tools.pretrain.ship import write_sd_card
 
     print(write_sd_card())
 
@@ -80,7 +80,7 @@ def _sd_card(work: Path, minutes: float) -> None:
 def _sdxl_latents(work: Path, minutes: float) -> None:
     """Autoencoder and tokenizer are those of the tiny-sd that ships."""
     from dora_diffusion.embedded import model_folder
-    from dora_diffusion.embedded.pretrain import corpus, latents
+    from tools.pretrain import corpus, latents
 
     for part in ("vae", "tokenizer"):
         shutil.copytree(model_folder("tiny-sd") / part, work / part, dirs_exist_ok=True)
@@ -89,10 +89,10 @@ def _sdxl_latents(work: Path, minutes: float) -> None:
 
 
 def _sdxl_diffusion(work: Path, minutes: float) -> None:
-    from dora_diffusion.embedded.pretrain.diffusion import train_diffusion
-    from dora_diffusion.embedded.pretrain.grow import grow_from_sd
-    from dora_diffusion.embedded.pretrain.sdxl import TextToImageXL, export_sdxl
-    from dora_diffusion.embedded.pretrain.views import training_captions
+    from tools.pretrain.diffusion import train_diffusion
+    from tools.pretrain.grow import grow_from_sd
+    from tools.pretrain.sdxl import TextToImageXL, export_sdxl
+    from tools.pretrain.views import training_captions
 
     torch.manual_seed(3)
     model = TextToImageXL(_tokenizer(work))
@@ -105,13 +105,13 @@ def _sdxl_diffusion(work: Path, minutes: float) -> None:
 
 
 def _sdxl_ship(work: Path, minutes: float) -> None:
-    from dora_diffusion.embedded.pretrain.ship import ship_sdxl
+    from tools.pretrain.ship import ship_sdxl
 
     ship_sdxl(work, machine())
 
 
 def _sdxl_card(work: Path, minutes: float) -> None:
-    from dora_diffusion.embedded.pretrain.ship import write_sdxl_card
+    from tools.pretrain.ship import write_sdxl_card
 
     print(write_sdxl_card())
 
@@ -161,7 +161,7 @@ def machine() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m dora_diffusion.embedded.pretrain",
+        prog="python -m tools.pretrain",
         description="Make an embedded model, from its pictures to its card in the package.",
     )
     parser.add_argument("model", choices=STAGES)

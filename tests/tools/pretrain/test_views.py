@@ -8,15 +8,15 @@ import torch
 
 from dora_diffusion.embedded.backgrounds import BACKGROUNDS
 from dora_diffusion.embedded.pose import silhouette
-from dora_diffusion.embedded.pretrain.names import rare_words
-from dora_diffusion.embedded.pretrain.views import (
+from dora_diffusion.embedded.world import Scene, Subject, render
+from tools.pretrain.names import rare_words
+from tools.pretrain.views import (
     SIDE,
     View,
     render_view,
     training_captions,
     training_view,
 )
-from dora_diffusion.embedded.world import Scene, Subject, render
 
 
 @pytest.fixture

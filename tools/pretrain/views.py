@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from dora_diffusion.embedded.backgrounds import BACKGROUNDS
 from dora_diffusion.embedded.captions import caption
-from dora_diffusion.embedded.pretrain.names import sample_named
 from dora_diffusion.embedded.sampling import place
 from dora_diffusion.embedded.world import Scene, render
+from tools.pretrain.names import sample_named
 
 SIDE = 128
 """Pixels of a training picture's side."""

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dora_diffusion.embedded.instrument import ATTRIBUTES
 from dora_diffusion.embedded.pose import STUDIO, silhouette
-from dora_diffusion.embedded.pretrain.card import generate, prompt_of
-from dora_diffusion.embedded.pretrain.data import HELD_OUT, to_pixels
-from dora_diffusion.embedded.pretrain.views import SIDE, View, render_view
 from dora_diffusion.embedded.sampling import place, sample_subject
+from tools.pretrain.card import generate, prompt_of
+from tools.pretrain.data import HELD_OUT, to_pixels
+from tools.pretrain.views import SIDE, View, render_view
 
 WIDE = 3 * SIDE // 2
 OFFSETS = (0, SIDE // 4, SIDE // 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from dora_diffusion.embedded.instrument import (
     Classifier,
     Instrument,
     SubjectEmbedder,
-    save_instrument,
 )
-from dora_diffusion.embedded.pretrain.data import (
+from dora_diffusion.embedded.sampling import place, sample_stranger
+from dora_diffusion.embedded.shapes import UNSEEN_CLASSES
+from dora_diffusion.embedded.world import Scene, render
+from tools.pretrain.data import (
     CAPTIONED,
     SIZE,
     held_out_scene,
@@ -28,10 +31,7 @@ from dora_diffusion.embedded.pretrain.data import (
     to_pixels,
     training_scene,
 )
-from dora_diffusion.embedded.pretrain.fit import FitSettings, fit
-from dora_diffusion.embedded.sampling import place, sample_stranger
-from dora_diffusion.embedded.shapes import UNSEEN_CLASSES
-from dora_diffusion.embedded.world import Scene, render
+from tools.pretrain.fit import FitSettings, fit
 
 NO_NAME = -100
 """The label of what has no name, ignored by the loss: the colour of a random RGB body."""
@@ -146,6 +146,20 @@ def measure_embedder(embedder: SubjectEmbedder, count: int = 300) -> dict[str, f
         "other_subject": float(others.mean()),
         "retrieval": float((cosines.argmax(1) == torch.arange(count)).float().mean()),
     }
+
+
+def save_instrument(instrument: Instrument, folder: Path) -> None:
+    """Write the networks in float16 and what was measured with them."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("classifier", "embedder"):
+        state = getattr(instrument, name).state_dict()
+        halves = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+        file = folder / f"{name}.safetensors"
+        save_file(halves, file)
+        file.chmod(0o644)  # safetensors writes for its owner alone
+    (folder / "measured.json").write_text(json.dumps(instrument.measured, indent=2) + "\n")
 
 
 def train_instrument(folder: Path, minutes: float, output: Path) -> None:

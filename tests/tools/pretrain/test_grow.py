@@ -9,17 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from dora_diffusion.embedded import model_folder
-from dora_diffusion.embedded.pretrain.grow import grow_from_sd
-from dora_diffusion.embedded.pretrain.latents import tokenize
-from dora_diffusion.embedded.pretrain.sdxl import POOLED, WIDTHS, TextToImageXL
-from dora_diffusion.embedded.pretrain.views import training_captions
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(model_folder("tiny-sd") / "tokenizer")
+from dora_diffusion.models.text import tokenize
+from tools.pretrain.grow import grow_from_sd
+from tools.pretrain.sdxl import POOLED, WIDTHS, TextToImageXL
+from tools.pretrain.views import training_captions
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +24,10 @@ def grown(tokenizer: Any) -> TextToImageXL:
 
 
 def test_encoders_have_their_widths_and_a_pooled_vector(grown: Any, tokenizer: Any) -> None:
-    states, pooled = grown.encode_text(tokenize(tokenizer, ["a red mug", "a sks mug"]))
-    assert states.shape == (2, 32, sum(WIDTHS))
+    token_ids = tokenize(tokenizer, ["a red mug", "a sks mug"]).input_ids
+    conditioning = grown.encode_text(token_ids)
+    pooled = conditioning.pooled
+    assert conditioning.encoder_hidden_states.shape == (2, 32, sum(WIDTHS))
     assert pooled.shape == (2, POOLED)
     assert not torch.allclose(pooled[0], pooled[1])
 
@@ -46,7 +41,9 @@ def test_the_grown_unet_answers_as_its_core_does_on_averaged_latents(
 
     core = UNet2DConditionModel.from_pretrained(model_folder("tiny-sd") / "unet")
     encoder = CLIPTextModel.from_pretrained(model_folder("tiny-sd") / "text_encoder")
-    token_ids = tokenize(tokenizer, ["a photo of a red striped mug on the grass", "a fish"])
+    token_ids = tokenize(
+        tokenizer, ["a photo of a red striped mug on the grass", "a fish"]
+    ).input_ids
     # Of a single colour each: the level around the core convolves before it averages.
     latents = torch.randn(2, 8, 1, 1, generator=torch.Generator().manual_seed(1))
     timesteps, time_ids = torch.tensor([300, 700]), torch.full((2, 6), 128)
@@ -63,7 +60,7 @@ def test_the_grown_unet_answers_as_its_core_does_on_averaged_latents(
 @torch.no_grad()
 def test_dropped_captions_are_zeros_and_sizes_say_nothing_yet(grown: Any, tokenizer: Any) -> None:
     latents = torch.randn(1, 8, 32, 32, generator=torch.Generator().manual_seed(2))
-    first, second = tokenize(tokenizer, ["a mug", "a blue fish at night"]).split(1)
+    first, second = tokenize(tokenizer, ["a mug", "a blue fish at night"]).input_ids.split(1)
 
     def answer(token_ids: torch.Tensor, dropped: bool, side: int) -> torch.Tensor:
         ids, drop = torch.full((1, 6), side), torch.tensor([dropped])
