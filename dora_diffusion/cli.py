@@ -81,10 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text, add_arguments in (
         ("train", "teach a model a subject from photos", add_train_flags),
-        ("generate", "make pictures", _generate_arguments),
+        ("generate", "generate images", _generate_arguments),
         ("evaluate", "measure what an adapter has learned, and what it has cost", _evaluate),
         ("export", "merge an adapter into a model", _export_arguments),
-        ("verify", "prove a merged model: compute it again", _verify_arguments),
+        ("verify", "prove a merged model: recompute it and compare", _verify_arguments),
         ("convert", "write an adapter in another tool's format", _convert_arguments),
         ("inspect", "say what an adapter file is, and which tools read it exactly", _inspect),
         ("push", "publish a run on the Hugging Face hub, privately by default", _push_arguments),
@@ -141,6 +141,15 @@ def _strengths(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _alpha(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        help="Alpha that an adapter was trained with whose file does not say it. Default: its "
+        "rank, with a warning.",
+    )
+
+
 def _base(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
         "--base",
@@ -152,27 +161,31 @@ def _base(parser: argparse.ArgumentParser, required: bool = True) -> None:
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     _base(parser)
     parser.add_argument("--adapter", help="An adapter file, or the output folder of a run.")
-    parser.add_argument("--prompt", required=True, help="What to show.")
-    parser.add_argument("--output", required=True, help="Picture file, X.png.")
-    parser.add_argument("--negative_prompt", default="", help="What to steer away from.")
-    parser.add_argument("--seed", type=int, help="Of the first picture. Default: random, shown.")
+    parser.add_argument("--prompt", required=True, help="Prompt.")
+    parser.add_argument("--output", required=True, help="Image file, X.png.")
+    parser.add_argument("--negative_prompt", default="", help="Negative prompt.")
+    parser.add_argument("--seed", type=int, help="Seed of the first image. Default: random, shown.")
     parser.add_argument(
-        "--num_images", type=int, default=1, help="Pictures, one per seed. Default: %(default)s."
+        "--num_images",
+        type=int,
+        default=1,
+        help="Images, one per seed. Default: %(default)s.",
     )
     parser.add_argument(
-        "--batch_size", type=int, default=4, help="Pictures at once. Default: %(default)s."
+        "--batch_size", type=int, default=4, help="Images generated at once. Default: %(default)s."
     )
     parser.add_argument(
         "--steps", type=int, default=30, help="Denoising steps. Default: %(default)s."
     )
     parser.add_argument(
-        "--guidance_scale", type=float, default=7.5, help="Guidance. Default: %(default)s."
+        "--guidance_scale", type=float, default=7.5, help="Guidance scale. Default: %(default)s."
     )
     parser.add_argument("--scheduler", choices=SAMPLERS, help="Default: the model's own.")
-    parser.add_argument("--width", type=int, help="Pixels. Default: what the model was made for.")
-    parser.add_argument("--height", type=int, help="Pixels.")
+    parser.add_argument("--width", type=int, help="Width in pixels. Default: the model's own.")
+    parser.add_argument("--height", type=int, help="Height in pixels. Default: the model's own.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
     _loading(parser)
+    _alpha(parser)
     _strengths(parser)
 
 
@@ -195,28 +208,35 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         help="What compares photos: folders or hub ids of CLIP, DINO or DINOv2, or "
-        "efficientnet-lite0, which is the default where it is installed.",
+        "efficientnet-lite0. Default: efficientnet-lite0 where it is installed.",
     )
-    parser.add_argument("--trigger", help="What calls the subject. Default: what the file says.")
-    parser.add_argument("--class_word", help="What it is. Default: the trigger without its token.")
+    parser.add_argument("--trigger", help="Trigger words. Default: what the file says.")
     parser.add_argument(
-        "--prompts", help="Text file, one prompt per line, with {} where the subject is named."
+        "--class_word", help="What it is. Default: the trigger words without their token."
     )
     parser.add_argument(
-        "--num_seeds", type=int, default=4, help="Pictures per prompt. Default: %(default)s."
+        "--prompts",
+        help="Text file, one prompt per line, with {} where the subject is named. "
+        "Default: a list of its own.",
+    )
+    parser.add_argument(
+        "--num_seeds", type=int, default=4, help="Images per prompt. Default: %(default)s."
     )
     parser.add_argument("--seed", type=int, default=0, help="The first seed. Default: %(default)s.")
     parser.add_argument(
         "--steps", type=int, default=25, help="Denoising steps. Default: %(default)s."
     )
     parser.add_argument(
-        "--guidance_scale", type=float, help="Default: 3.5 for the toy world, else 7.5."
+        "--guidance_scale",
+        type=float,
+        help="Guidance scale. Default: 3.5 for the toy world, else 7.5.",
     )
     parser.add_argument("--scheduler", choices=SAMPLERS, help="Default: the model's own.")
     parser.add_argument(
-        "--batch_size", type=int, default=8, help="Pictures at once. Default: %(default)s."
+        "--batch_size", type=int, default=8, help="Images generated at once. Default: %(default)s."
     )
     _loading(parser)
+    _alpha(parser)
     _strengths(parser)
 
 
@@ -249,9 +269,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
         help="Adapter files or output folders; FILE:0.5 gives one its own strength. May be "
         "repeated.",
     )
-    parser.add_argument(
-        "--alpha", type=float, help="What adapters were trained with whose files do not say it."
-    )
+    _alpha(parser)
     parser.add_argument("--vae", help="Another VAE: folder, hub id or .safetensors file.")
     parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
     _strengths(parser)
@@ -311,14 +329,17 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--family", choices=("sd1", "sd2", "sdxl"), help="For files that do not say it."
     )
     parser.add_argument("--rank", type=int, help="Rank of the lora targets. Default: 64.")
-    parser.add_argument("--alpha", type=float, help="What it was trained with, if it lost that.")
+    _alpha(parser)
     parser.add_argument("--tags", nargs="*", default=[], help="Words that adapter managers show.")
-    parser.add_argument("--thumbnail", help="A picture that adapter managers show.")
+    parser.add_argument("--thumbnail", help="An image that adapter managers show.")
     parser.add_argument(
         "--json", action="store_true", help="Print JSON, with the error of every layer."
     )
     parser.add_argument(
-        "--dtype", type=_dtype, choices=DTYPES, help="Of the factors. Default: float32."
+        "--dtype",
+        type=_dtype,
+        choices=DTYPES,
+        help="Of the low-rank factors. Default: float32.",
     )
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
 

@@ -71,6 +71,7 @@ def load_adapted(
     strength: float = 1.0,
     direction: float = 1.0,
     magnitude: float = 1.0,
+    alpha: float | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     variant: str | None = None,
@@ -84,13 +85,14 @@ def load_adapted(
         strength: 0 is exactly the base, 1 exactly the adapter.
         direction: Scales the low-rank update before the norm is taken.
         magnitude: Moves the magnitude by this share of its change.
+        alpha: What the adapter was trained with, for a file that does not say it.
         dtype: Of the base; an adapter always computes its norms in float32.
         device: None is the GPU where there is one.
         variant: Weight variant of the base, such as "fp16".
         config: For a single file: a diffusers folder of the same architecture.
 
     Returns:
-        The model, and the adapter's facts; its ``trigger`` holds the words that call the subject.
+        The model, and the adapter's facts; its ``trigger`` holds the trigger words.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.
@@ -101,7 +103,9 @@ def load_adapted(
     components = load_components(base, variant=variant, dtype=dtype, config=config).to(device)
     if adapter is None:
         return components, AdapterMetadata()
-    metadata = load_adapter(components.adaptable(), adapter, family=components.family.name)
+    metadata = load_adapter(
+        components.adaptable(), adapter, family=components.family.name, alpha=alpha
+    )
     for model in components.adaptable().values():
         if any(layer_adapters(model)):
             set_strength(model, strength, direction=direction, magnitude=magnitude)

@@ -45,8 +45,8 @@ def generate(sd1_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("strength", "nan", "strength is nan; it must be a number"),
-        ("strength", "-inf", "strength is -inf; it must be a number"),
+        ("strength", "nan", "strength is nan; it must be a finite number"),
+        ("strength", "-inf", "strength is -inf; it must be a finite number"),
         ("direction_strength", "inf", "direction_strength is inf"),
         ("magnitude_strength", "nan", "magnitude_strength is nan"),
         ("guidance_scale", "nan", "guidance_scale is nan"),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +39,29 @@ def test_a_long_text_is_quoted_on_one_short_line() -> None:
 def test_the_word_that_was_meant_is_found(word: str, expected: str | None) -> None:
     known = ("rank", "learning_rate", "max_train_steps", "train_batch_size")
     assert wording.closest(word, known) == expected
+
+
+PACKAGE = Path(wording.__file__).parent
+# The app and the making of the embedded models have their own words; captions are what they are.
+NOT_READ = ("app", "pretrain", "captions.py")
+
+
+def texts(path: Path) -> Iterator[tuple[int, str]]:
+    """Strings of a module that are no docstrings, with their lines."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+            yield node.lineno, node.value
+
+
+def test_messages_say_image_not_picture() -> None:
+    """The field's word, in what is printed and written."""
+    said = [
+        f"{path.name}:{line}: {text}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if not set(NOT_READ) & set(path.relative_to(PACKAGE).parts)
+        for line, text in texts(path)
+        if re.search(r"\bpictures?\b", text, re.IGNORECASE)
+    ]
+    assert said == []

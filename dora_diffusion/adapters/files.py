@@ -64,6 +64,7 @@ def load_adapter(
     *,
     name: str = DEFAULT_NAME,
     family: str = "",
+    alpha: float | None = None,
 ) -> AdapterMetadata:
     """Read an adapter file and put it on the components as a new adapter.
 
@@ -72,6 +73,7 @@ def load_adapter(
         path: A file in any known spelling, or a folder that holds one.
         name: Name of the new adapter.
         family: ``"sd1"``, ``"sd2"`` or ``"sdxl"``, for the message if the adapter is for another.
+        alpha: What it was trained with, for a file that does not say it.
 
     Returns:
         The file's facts.
@@ -99,11 +101,12 @@ def load_adapter(
         module_shapes(components),
         base_family=family,
         base_weight=base_weights(components),
+        alpha=alpha,
     )
     for assumption in adapter.assumptions:
         warnings.warn(
-            f"{find_adapter(path).name}: {assumption}; if it was trained with another, convert it "
-            "with --alpha",
+            f"{find_adapter(path).name}: {assumption}; if it was trained with another, give "
+            "--alpha",
             stacklevel=2,
         )
     load_adapter_state(components, adapter.layers, name=name)

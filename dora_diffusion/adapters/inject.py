@@ -28,6 +28,7 @@ from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.threads import map_ahead
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from dora_diffusion.wording import counted
 
 DEFAULT_NAME = "default"
 
@@ -57,7 +58,8 @@ class InjectionReport:
     def __str__(self) -> str:
         kinds = sorted({layer.kind for layer in self.layers}, reverse=True)
         counts = ", ".join(f"{sum(one.kind == k for one in self.layers)} {k}" for k in kinds)
-        return f"{len(self.layers)} layers adapted ({counts}), {self.parameters:,} parameters"
+        layers = counted(len(self.layers), "layer")
+        return f"{layers} adapted ({counts}), {self.parameters:,} parameters"
 
 
 def inject_adapters(
@@ -86,7 +88,7 @@ def inject_adapters(
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.GELU())
         >>> print(inject_adapters(model, AdapterConfig(targets=("*",), rank=2)))
-        1 layers adapted (1 Linear), 34 parameters
+        1 layer adapted (1 Linear), 34 parameters
     """
     paths = match_targets(model, config.targets)
     for path in paths:

@@ -5,16 +5,37 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping
+
+from dora_diffusion.wording import counted
+
+# What a file of each format is; how exact it is, the lines after it say.
+_WRITTEN = {
+    "diffusers": "in the key format of Diffusers",
+    "peft": "in the key format of PEFT, a folder per component",
+    "kohya": "in the key format of kohya's sd-scripts and LyCORIS",
+    "comfyui": "with magnitudes changed for ComfyUI and Forge on one base model",
+    "dense": "as full differences for one base model",
+    "lora": "approximated by a plain LoRA in the key format of kohya's sd-scripts",
+    "lora-diffusers": "approximated by a plain LoRA in the key format of Diffusers",
+}
+# Those whose layers are computed anew.
+_WITH_RANK = ("lora", "lora-diffusers")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write an adapter for another tool, and say how exact it is."""
     import torch
 
-    from dora_diffusion.export import CONVERSIONS, convert_adapter, inspect_adapter
+    from dora_diffusion.export import convert_adapter, inspect_adapter
 
     options = {} if args.rank is None else {"rank": args.rank}
+    if options and args.to not in _WITH_RANK:
+        warnings.warn(
+            f"rank has no effect because {args.to} files keep the adapter's; --to lora takes one",
+            stacklevel=1,
+        )
     report = convert_adapter(
         args.input,
         args.output,
@@ -31,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(report), indent=2, default=str))
         return 0
-    print(f"{report.path}: {report.layers} layers, {CONVERSIONS[report.target]}")
+    print(f"{report.path}: {counted(report.layers, 'layer')}, {_WRITTEN[report.target]}")
     if report.worst is not None:
         name, error = report.worst
         print(

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_diffusion.commands.effect import check_sampling, warn_without_effect
 from dora_diffusion.commands.progress import step_progress
 from dora_diffusion.config import ConfigError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 def run(args: argparse.Namespace) -> int:
     """Measure an adapter; print the table or JSON, and write both with a sheet of pictures."""
     _check(args)
+    warn_without_effect(args)
     from dora_diffusion.generate import load_adapted
     from dora_diffusion.models.precision import dtype_of
 
@@ -30,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
         strength=args.strength,
         direction=args.direction_strength,
         magnitude=args.magnitude_strength,
+        alpha=args.alpha,
         dtype=dtype_of(args.dtype),
         variant=args.variant,
         config=args.config,
@@ -47,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("num_seeds", "batch_size"):
+    check_sampling(args)
+    for name in ("num_seeds", "batch_size", "steps"):
         if getattr(args, name) < 1:
             raise ConfigError(f"{name} is {getattr(args, name)}; it must be at least 1")
     if not 0 <= args.seed < 2**32:
@@ -86,7 +90,7 @@ def _evaluate_toy(
 
     if not args.base.startswith("embedded:"):
         warnings.warn(
-            f"{args.subject} is a subject of the toy world; its judges know no other pictures than "
+            f"{args.subject} is a subject of the toy world; its judges know no other images than "
             "those of the embedded models",
             stacklevel=1,
         )

@@ -8,12 +8,15 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dora_diffusion.commands.effect import warn_without_effect
+
 
 def run(args: argparse.Namespace) -> int:
     """Merge adapters into a base, check what was written, and say where it is."""
     from dora_diffusion.export import export_checkpoint
     from dora_diffusion.models.precision import AUTO, dtype_of
 
+    warn_without_effect(args)
     with byte_progress("written") as show:
         path = export_checkpoint(
             args.base,

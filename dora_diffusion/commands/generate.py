@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import secrets
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.commands.effect import check_sampling, warn_without_effect
 from dora_diffusion.commands.progress import step_progress
 from dora_diffusion.config import ConfigError
 
@@ -18,6 +18,7 @@ def run(args: argparse.Namespace) -> int:
     """Make pictures and write them with what made them."""
     seeds = _seeds(args)
     _check(args, seeds)
+    warn_without_effect(args)
     from dora_diffusion.generate import (
         SamplingSettings,
         generate_images,
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
         strength=args.strength,
         direction=args.direction_strength,
         magnitude=args.magnitude_strength,
+        alpha=args.alpha,
         dtype=dtype_of(args.dtype),
         variant=args.variant,
         config=args.config,
@@ -77,11 +79,7 @@ def _check(args: argparse.Namespace, seeds: Sequence[int]) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
-    if not 0 <= args.guidance_scale < math.inf:
-        raise ConfigError(f"guidance_scale is {args.guidance_scale}; it must be 0 or more")
-    for name in ("strength", "direction_strength", "magnitude_strength"):
-        if not math.isfinite(getattr(args, name)):
-            raise ConfigError(f"{name} is {getattr(args, name)}; it must be a number")
+    check_sampling(args)
 
 
 def _seeds(args: argparse.Namespace) -> list[int]:

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from dora_diffusion.export import AdapterReport
 
 # Facts of the metadata that have rows of their own, or are about the file's layers.
-_SHOWN = ("trained_alpha", "prediction_type", "approximates", "approximation_error")
+_SHOWN = (
+    "trained_alpha", "prediction_type", "approximates", "approximation_error",
+    "unet_layers_per_block",
+)  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,13 +39,13 @@ def _facts(report: AdapterReport) -> list[tuple[str, str]]:
     family = FAMILY_TITLES.get(facts.family)
     axis = f", magnitudes on the {report.norm_axis} axis" if report.norm_axis else ""
     rows = [
-        ("file", f"{report.path.name}, {report.spelling} names, {size:.2f} MB"),
+        ("file", f"{report.path.name}, {_key_format(report.spelling)}, {size:.2f} MB"),
         ("method", report.method + axis),
         ("family", f"{family} ({facts.family})" if family else "unknown; convert with --family"),
         ("rank", _one_or_range(report.rank)),
         ("alpha", _one_or_range(report.alpha)),
         ("layers", f"{_listed(report.layers)}; {_listed(report.kinds)}"),
-        ("values", f"{report.parameters:,} trained"),
+        ("values", f"{report.parameters:,}"),
         ("trigger", facts.trigger),
         ("base model", facts.base_model),
         ("predicts", facts.extra.get("prediction_type", "")),
@@ -59,10 +62,17 @@ def _facts(report: AdapterReport) -> list[tuple[str, str]]:
 def _verdicts(report: AdapterReport) -> list[tuple[str, str]]:
     """Which programs compute it as it was trained, whether it fits, and what to know."""
     heading = ("PROGRAM", "COMPUTES IT AS IT WAS TRAINED?")
-    rows = [("", ""), heading, *report.tools.items(), ("", "")]
+    programs = [
+        (name, "not known" if verdict == "-" else verdict) for name, verdict in report.tools.items()
+    ]
+    rows = [("", ""), heading, *programs, ("", "")]
     if report.fits:
         rows.append(("fits", report.fits))
     return rows + [("note", note) for note in report.notes]
+
+
+def _key_format(name: str) -> str:
+    return "a key format of no program here" if name == "other" else f"{name} key format"
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -11,7 +11,7 @@ from dora_diffusion.commands.flags import given_settings, train_config
 from dora_diffusion.commands.progress import Counter, say
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.resume import listed
-from dora_diffusion.wording import counted
+from dora_diffusion.wording import counted, quoted
 
 if TYPE_CHECKING:
     from dora_diffusion.training.loop import TrainResult
@@ -38,12 +38,19 @@ def run(args: argparse.Namespace) -> int:
         return 128 + result.signal_number
     if result.adapter is not None:
         print(f"done: {result.adapter}")
-        print(f"write {progress.trigger!r} in a prompt to get the subject")
+        print(trigger_line(progress.trigger, config.instance_prompt or ""))
         if config.push_to_hub:
             from dora_diffusion.hub import push
 
             print(push(result.output_dir, config.hub_model_id or "", private=True))
     return 0
+
+
+def trigger_line(trigger: str, prompt: str) -> str:
+    """What to write in a prompt: the trigger words, or a caption where there are none."""
+    if trigger:
+        return f"write {trigger!r} in a prompt to get the subject"
+    return f"it has no trigger word: write prompts like its captions, such as {quoted(prompt)}"
 
 
 def stopped_line(result: TrainResult) -> str:
@@ -128,6 +135,8 @@ class TrainProgress:
             print(_resumed_line(event))
         if event["changed"]:
             print(f"changed from step {event['step'] + 1} on: {listed(event['changed'])}")
+        if event["unused"]:
+            print(f"without effect, since no step is left: {listed(event['unused'])}")
         self.bar = tqdm(
             total=event["total_steps"], initial=event["step"], unit="step", dynamic_ncols=True
         )

@@ -6,6 +6,7 @@ Flag, YAML key, help, range check, group, effect and resuming are all derived fr
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -128,14 +129,16 @@ class Setting:
         """Check a value's range or choice.
 
         Raises:
-            ConfigError: If it cannot work.
+            ConfigError: If it cannot work, or is no finite number.
         """
         if value is None:
             return
         if self.choices and not self.is_list:
             require_choice(self.name, value, self.choices)
         problem = ""
-        if self.above is not None and not value > self.above:
+        if isinstance(value, float) and not math.isfinite(value):
+            problem = "be a finite number"
+        elif self.above is not None and not value > self.above:
             problem = f"be greater than {self.above:g}"
         elif self.least is not None and not value >= self.least:
             problem = f"be at least {self.least:g}" if self.least else "not be negative"

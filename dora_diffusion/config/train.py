@@ -244,7 +244,8 @@ class TrainConfig:
         ADAPTER,
         "output",
         "output: one magnitude per output channel, as PEFT and Diffusers have it. input: one per "
-        "input channel, which ComfyUI, Forge and A1111 compute exactly.",
+        "input channel, whose file Diffusers cannot load, and ComfyUI, Forge and A1111 of today "
+        "compute as it was trained (export is exact in every program).",
         choices=NORM_AXES,
         needs=(Need("use_dora"),),
     )

@@ -41,7 +41,7 @@ MAX_MEGAPIXELS = 40.0
 MAX_ASPECT = 10
 MIN_SIDE = 16
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif")
-# Pictures that are not read; whoever has them beside photos wants to know.
+# Images that are not read; whoever has them beside photos wants to know.
 OTHER_SUFFIXES = (".avif", ".bmp", ".dng", ".gif", ".jp2", ".jxl", ".tif", ".tiff")
 MASK_SUFFIX = ".mask.png"
 # Files of a sub-folder that are looked at for photos that are not read.
@@ -215,7 +215,7 @@ def _open_checked(
     kind = sniff_format(data)
     if kind is None:
         raise PhotoError(
-            f"{path.name}: not a JPEG, PNG, WebP or HEIC picture, whatever its name says; "
+            f"{path.name}: not a JPEG, PNG, WebP or HEIC image, whatever its name says; "
             "convert it or remove it"
         )
     if kind == "HEIF":

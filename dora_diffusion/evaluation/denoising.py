@@ -53,7 +53,7 @@ def held_out_losses(
         ValueError: The lengths differ.
     """
     if not len(images) == len(captions) == len(seeds):
-        raise ValueError(f"{len(images)} pictures, {len(captions)} captions, {len(seeds)} seeds")
+        raise ValueError(f"{len(images)} images, {len(captions)} captions, {len(seeds)} seeds")
     modules = list(components.modules().values())
     training = [module.training for module in modules]
     for module in modules:

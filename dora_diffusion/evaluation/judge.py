@@ -47,7 +47,7 @@ def judged_pixels(images: Sequence[Image]) -> Tensor:
         ValueError: there is no picture.
     """
     if not images:
-        raise ValueError("no pictures to judge")
+        raise ValueError("no images to judge")
     squares = []
     for image in images:
         side = min(image.size)

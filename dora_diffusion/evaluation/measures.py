@@ -41,7 +41,7 @@ class Measure:
 MEASURES: dict[str, Measure] = {
     "subject_similarity": Measure(
         "subject similarity", "mean", "higher",
-        "cosine of generated pictures to true pictures of the subject, by an embedder",
+        "cosine of generated images to true images of the subject, by an embedder",
     ),
     "subject_kind": Measure(
         "subject: class", "share", "higher", "the subject is seen as what it is",
@@ -62,26 +62,26 @@ MEASURES: dict[str, Measure] = {
         "size as asked", "share", "higher", "it is small or large as the prompt says",
     ),
     "prompt_similarity": Measure(
-        "prompt similarity", "mean", "higher", "cosine of picture and prompt, by CLIP",
+        "prompt similarity", "mean", "higher", "cosine of image and prompt, by CLIP",
     ),
     "diversity_features": Measure(
         "diversity, features", "mean", "base",
-        "mean distance (1 - cosine) between pictures of one prompt, in an image network's features",
+        "mean distance (1 - cosine) between images of one prompt, in an image network's features",
     ),
     "diversity_pixels": Measure(
         "diversity, pixels", "mean", "base",
-        "root mean square difference between pictures of one prompt, pixels from 0 to 1",
+        "root mean square difference between images of one prompt, pixels from 0 to 1",
     ),
     "class_kind": Measure(
         "own class: class", "share", "base", "asked for without the token, the class is right",
     ),
     "class_similarity": Measure(
         "own class: similarity", "mean", "base",
-        "cosine to the subject of pictures asked for without the token: does every mug become it?",
+        "cosine to the subject of images asked for without the token: does every mug become it?",
     ),
     "class_taken": Measure(
         "own class: taken over", "share", "lower",
-        "pictures asked for without the token that show the subject (cosine above 0.7)",
+        "images asked for without the token that show the subject (cosine above 0.7)",
     ),
     "others_kind": Measure(
         "other classes: class", "share", "base", "another class is what was asked for",
@@ -94,23 +94,23 @@ MEASURES: dict[str, Measure] = {
     ),
     "others_taken": Measure(
         "other classes: taken over", "share", "lower",
-        "pictures of other classes that show the subject (cosine above 0.7)",
+        "images of other classes that show the subject (cosine above 0.7)",
     ),
     "others_similarity": Measure(
         "other things: prompt similarity", "mean", "base",
-        "cosine of picture and prompt for things that are not the subject, by CLIP",
+        "cosine of image and prompt for things that are not the subject, by CLIP",
     ),
     "others_change": Measure(
         "other classes: change", "mean", "lower",
-        "distance (1 - cosine) between the base's and this picture of the same prompt and seed",
+        "distance (1 - cosine) between the base's and this image of the same prompt and seed",
     ),
     "denoising_loss": Measure(
         "denoising loss, subject", "mean", "lower",
-        "squared error of the prediction on held-out pictures of the subject, at fixed noise",
+        "squared error of the prediction on held-out images of the subject, at fixed noise",
     ),
     "others_loss": Measure(
         "denoising loss, others", "mean", "base",
-        "the same on pictures of other classes",
+        "the same on images of other classes",
     ),
 }  # fmt: skip
 """Every figure by its name; a name followed by ``@MODEL`` is that figure by a metric model."""

@@ -179,7 +179,7 @@ def read_preprocessing(file: Path) -> Preprocessing:
     resize, crop = _side(values.get("size")), _side(values.get("crop_size"))
     side = crop if values.get("do_center_crop", crop is not None) and crop else resize
     if side is None:
-        raise MetricModelError(f"{file} does not say the size of a picture")
+        raise MetricModelError(f"{file} does not say the size of an image")
     plain = not values.get("do_normalize", True)
     return Preprocessing(
         max(resize or side, side),

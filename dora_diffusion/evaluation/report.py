@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 METHOD = (
-    "95% intervals over pictures, each of a seed of its own: Student's t (changes are paired by "
+    "95% intervals over images, each of a seed of its own: Student's t (changes are paired by "
     "prompt and seed); for shares (%) Wilson's, and Newcombe's for their change"
 )
-FILES = {"scores": "scores.json", "table": "scores.md", "pictures": "pictures.png"}
+FILES = {"scores": "scores.json", "table": "scores.md", "images": "images.png"}
 _LABEL = 52
 
 
@@ -124,9 +124,7 @@ class Evaluation:
             "table": save_text(folder / FILES["table"], f"# {self.subject}\n\n{self.table()}\n"),
         }
         if self.pictures:
-            files["pictures"] = save_png(
-                sheet(self.pictures, self.labels), folder / FILES["pictures"]
-            )
+            files["images"] = save_png(sheet(self.pictures, self.labels), folder / FILES["images"])
         return files
 
 

@@ -124,7 +124,7 @@ def measure(
     """
     instrument = instrument or _instrument()
     if len(answers.pictures) != len(requests):
-        raise ValueError(f"{len(requests)} requests but {len(answers.pictures)} pictures")
+        raise ValueError(f"{len(requests)} requests but {len(answers.pictures)} images")
     seen = judge(instrument, answers.pictures)
     cosines = similarity(seen.identity, _references(subject, instrument)).tolist()
     scores = Scores([request.group for request in requests], [r.round for r in requests])

@@ -30,13 +30,14 @@ from dora_diffusion.formats.adapter_metadata import (
 from dora_diffusion.formats.base_targets import TARGETS, approximate, needs_compensation
 from dora_diffusion.formats.consumers import stated_approximation
 from dora_diffusion.formats.module_names import known_layout
+from dora_diffusion.formats.safetensors_header import PICKLED
 from dora_diffusion.merge import check_dtype
 
 # Plain-LoRA approximations, and the format that each is written in.
 _APPROXIMATE = {"lora": "kohya", "lora-diffusers": "diffusers"}
 
 CONVERSIONS: Mapping[str, str] = {
-    "diffusers": "exact in diffusers (output axis only)",
+    "diffusers": "exact in Diffusers (output axis only)",
     "peft": "exact in PEFT, a folder per component (output axis only)",
     "kohya": "standard dora_scale: exact in LyCORIS, and on the input axis in most web UIs",
     "comfyui": "output axis compensated for ComfyUI and Forge with one base model; wrong elsewhere",
@@ -92,7 +93,7 @@ def convert_adapter(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> ConversionReport:
-    """Read an adapter in any known spelling and write it for another program.
+    """Read an adapter in any known key format and write it for another program.
 
     Args:
         source: Adapter file or folder.
@@ -105,7 +106,7 @@ def convert_adapter(
         rank: Rank of an approximation.
         alpha: What it was trained with, for a file that lost it.
         tags: Words that adapter managers and web UIs show.
-        thumbnail: A picture that they show.
+        thumbnail: An image that they show.
         dtype: Of the low-rank factors; None keeps float32.
         overwrite: Replace an output that exists.
 
@@ -126,7 +127,9 @@ def convert_adapter(
         raise ExportError(f"the rank of a plain LoRA must be at least 1, got {rank}")
     if base is None:
         if target in _APPROXIMATE:
-            raise ExportError(f"{target} files are made for one base model; give that model")
+            raise ExportError(
+                f"{target} files are made for one base model; give that model with --base"
+            )
         adapter = facts.added_to(read_adapter(source, alpha=alpha))
         path = write_adapter(output, adapter, kind, dtype=dtype)
         written = _written_as(target, adapter)
@@ -205,6 +208,8 @@ def _check_free(
     output: Path, file_name: str | None, inputs: Sequence[Path], overwrite: bool
 ) -> None:
     """Refuse an output that exists, or would replace what it is made from."""
+    if output.suffix in PICKLED:
+        raise ExportError(f"{output.name}: pickles are not written; use the suffix .safetensors")
     file = output if output.suffix == ".safetensors" or file_name is None else output / file_name
     if not file.exists():
         return
@@ -214,7 +219,7 @@ def _check_free(
         if is_around or (path.exists() and file.samefile(path)):
             raise ExportError(f"{file} is or holds what is read for it; choose another name")
     if not overwrite:
-        raise ExportError(f"{file} exists; choose another name, or ask to overwrite it")
+        raise ExportError(f"{file} exists; choose another name, or overwrite it (--overwrite)")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -18,6 +19,7 @@ from dora_diffusion.formats.adapter_file import AdapterFile, find_adapter, read_
 from dora_diffusion.formats.adapter_metadata import without_path
 from dora_diffusion.formats.adapter_targets import PEFT_FILE
 from dora_diffusion.merge import Strengths, WeightedAdapter, check_fit
+from dora_diffusion.numerics.weights import LayerWeights
 
 Adapters = str | Path | Sequence[tuple[str | Path, float]]
 _CHUNK = 2**18  # stays in the processor's cache between reading and hashing
@@ -82,6 +84,9 @@ class Recipe:
         Raises:
             AdapterFormatError, MergeError: If one cannot be read, or does not fit the base.
             ExportError: If an alpha is given, and every file says its own.
+
+        Warns:
+            UserWarning: Of strengths that act on nothing that these adapters hold.
         """
 
         def read(path: str | Path, alpha: float | None = None) -> AdapterFile:
@@ -99,7 +104,25 @@ class Recipe:
             ]
         parts = [part for adapter in adapters for part in (adapter.layers, adapter.beside)]
         check_fit(shapes, [WeightedAdapter(part) for part in parts])
+        for reason in self._without_effect([layer for part in parts for layer in part.items()]):
+            warnings.warn(reason, stacklevel=3)
         return adapters
+
+    def _without_effect(self, layers: Sequence[tuple[str, LayerWeights]]) -> list[str]:
+        """Strengths other than 1 that act on nothing, with the reason."""
+        acts_on = {
+            "unet_strength": (any(n.startswith("unet.") for n, _ in layers), "layer of a UNet"),
+            "text_encoder_strength": (
+                any(n.startswith("text_encoder") for n, _ in layers),
+                "layer of a text encoder",
+            ),
+            "magnitude_strength": (any(w.magnitude is not None for _, w in layers), "magnitude"),
+        }
+        return [
+            f"{name} has no effect because no adapter holds a {what}"
+            for name, (is_there, what) in acts_on.items()
+            if getattr(self, name) != 1 and not is_there
+        ]
 
     def assumptions(self, adapters: Sequence[AdapterFile]) -> list[str]:
         """What was assumed of the adapters that `read` gave, one line each with the file's name."""

@@ -194,8 +194,10 @@ class Comparison:
             # Where terms nearly cancel, rounding is a larger share of what they add up to.
             rounding = torch.maximum(rounding, cast_error(wanted, actual.dtype) + self._error(name))
         if not bool((difference <= rounding).all()):
-            worst = (difference / size).max().item()
-            self.problems.append(f"{name} differs by {worst:.1e}, beyond the rounding of its dtype")
+            ratio = (difference / rounding).max().item()
+            self.problems.append(
+                f"{name} differs by {ratio:.2g} times the rounding of its dtype, in one number"
+            )
         self._count(name, wanted, (difference / size).max().item(), (rounding / size).max().item())
 
     def _error(self, name: str) -> Tensor:

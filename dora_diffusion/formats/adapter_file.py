@@ -260,7 +260,7 @@ def find_adapter(path: str | Path) -> Path:
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_lora_weights.bin"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files)
-        problem = f"several files could be it: {names}" if files else "no adapter file in it"
+        problem = f"name one of its files: {names}" if files else "no adapter file in it"
         raise AdapterFormatError(f"{path}: {problem}")
     return files[0]
 

@@ -43,7 +43,9 @@ _POWER_ITERATIONS = 6
 
 def _base_weights(options: WriteOptions, target: str) -> Callable[[str], Tensor]:
     if options.base_weight is None:
-        raise AdapterFormatError(f"{target} files are made for one base model; give that model")
+        raise AdapterFormatError(
+            f"{target} files are made for one base model; give that model with --base"
+        )
     return options.base_weight
 
 

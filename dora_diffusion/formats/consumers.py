@@ -206,7 +206,7 @@ class Approximation:
         if self.error is None:
             return f"which approximates the {self.of}"
         share = f"{self.error:.1%}" if self.error >= 0.001 else "less than 0.1%"
-        return f"which approximates the {self.of} by {share}"
+        return f"which is off the {self.of} by {share}"
 
 
 def stated_approximation(extra: Mapping[str, str]) -> Approximation | None:

@@ -95,9 +95,10 @@ def plain_errors(name: str, hint: str = "it is missing or damaged") -> Iterator[
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Switch the libraries' loading bars and warnings off for a while.
+    """Switch the libraries' loading bars, warnings and errors off for a while.
 
-    What a user can act on among them, such as a prompt that is cut, this package says itself.
+    What a user can act on among them, such as a prompt that is cut, this package says itself;
+    what fails is raised besides being logged.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -108,7 +109,7 @@ def quiet_libraries() -> Iterator[None]:
     ]
     for logging, _, _ in states:
         logging.disable_progress_bar()
-        logging.set_verbosity_error()
+        logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:

@@ -149,9 +149,14 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
                 "leave out --resume_from_checkpoint"
             )
         return found[-1]
-    for path in (Path(name), output_dir / name):
+    places = (Path(name).expanduser(), output_dir / name)
+    for path in places:
         if (path / _STATE).is_file():
             return path
+    if not any(path.exists() for path in places):
+        there = checkpoints_in(output_dir)
+        newest = f"; the newest in {output_dir} is {there[-1].name}" if there else ""
+        raise ConfigError(f"the checkpoint {name} does not exist{newest}")
     raise ConfigError(f"{name} is not a checkpoint of a training run (it has no {_STATE})")
 
 

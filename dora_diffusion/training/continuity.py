@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dora_diffusion.config import ConfigError, TrainConfig, settings
 from dora_diffusion.config.resume import differences, listed
+from dora_diffusion.config.train import SAMPLES
 from dora_diffusion.wording import counted, quoted
 
 # Image, caption and mask of each file, as `DreamBoothDataset.contents` gives them.
@@ -101,13 +103,33 @@ def segments_after(
     Returns:
         The segments, of which a new one begins where settings differ; and name -> (before, now).
     """
-    before = state["config"]
-    segments = list(state.get("segments") or [{"from_step": 1, "settings": _free(before)}])
-    _, changed = differences(before, config)
+    segments = saved_segments(state)
+    _, changed = differences(state["config"], config)
     if changed:
         start = int(state["step"]) + 1
         segments.append({"from_step": start, "settings": _free(config.to_dict())})
     return segments, changed
+
+
+def saved_segments(state: Mapping[str, Any]) -> list[Segment]:
+    """The segments that a checkpoint holds."""
+    return list(state.get("segments") or [{"from_step": 1, "settings": _free(state["config"])}])
+
+
+def without_more_steps(
+    state: Mapping[str, Any], config: TrainConfig
+) -> tuple[TrainConfig, dict[str, tuple[Any, Any]]]:
+    """The settings of a resumed run that trains no step any more: those it was trained with.
+
+    Samples are made again, with this run's settings.
+
+    Returns:
+        The settings, and name -> (before, now) of those that were asked for and have no effect.
+    """
+    used = {setting.name for setting in settings() if setting.group == SAMPLES}
+    _, changed = differences(state["config"], config)
+    unused = {n: change for n, change in changed.items() if n not in used | {"max_train_steps"}}
+    return dataclasses.replace(config, **{name: old for name, (old, _) in unused.items()}), unused
 
 
 def _free(values: Mapping[str, Any]) -> dict[str, Any]:

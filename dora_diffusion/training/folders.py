@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.training.checkpoint import checkpoints_in, folders_after
+from dora_diffusion.training.checkpoint import checkpoints_in, find_checkpoint, folders_after
 
 LOCK_NAME = ".training.lock"
 METRICS_NAME = "metrics.jsonl"
@@ -34,7 +34,8 @@ def output_folder(config: TrainConfig) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot make output_dir {folder}: {error.strerror}") from error
+        reason = "it is a file" if folder.is_file() else error.strerror
+        raise ConfigError(f"cannot make output_dir {folder}: {reason}") from error
     with _locked(folder):
         _check_contents(config, folder)
         yield folder
@@ -127,18 +128,20 @@ def _apart(inner_name: str, inner: Path, outer_name: str, outer: Path) -> None:
 
 def _check_contents(config: TrainConfig, folder: Path) -> None:
     """Never write over another run's result, or files that no run made, by accident."""
+    if config.resume_from_checkpoint:
+        find_checkpoint(config.resume_from_checkpoint, folder)  # before the model is loaded
     if config.resume_from_checkpoint or config.overwrite_output_dir:
         return
     checkpoints = checkpoints_in(folder)
     if checkpoints:
         raise ConfigError(
             f"output_dir {folder} already holds checkpoints up to {checkpoints[-1].name}; choose "
-            "another, continue with --resume_from_checkpoint latest (and a larger "
+            "another, resume with --resume_from_checkpoint latest (and a larger "
             "--max_train_steps, if it has ended), or start anew with --overwrite_output_dir"
         )
     if any(folder.glob("*.safetensors")) or folders_after(folder, -1):
         raise ConfigError(
-            f"output_dir {folder} already holds a trained adapter, and no checkpoint to continue "
+            f"output_dir {folder} already holds a trained adapter, and no checkpoint to resume "
             "from (a run with --checkpointing_steps 0 keeps none); choose another, or start anew "
             "with --overwrite_output_dir"
         )

@@ -35,7 +35,12 @@ from dora_diffusion.training.checkpoint import (
     restore_optimizer,
     restore_parameters,
 )
-from dora_diffusion.training.continuity import first_segment, segments_after
+from dora_diffusion.training.continuity import (
+    first_segment,
+    saved_segments,
+    segments_after,
+    without_more_steps,
+)
 from dora_diffusion.training.events import OnEvent, ignore
 from dora_diffusion.training.folders import METRICS_NAME, output_folder
 from dora_diffusion.training.metrics import MetricsLog, TrainingError
@@ -168,6 +173,7 @@ class _Run:
         self.samples: dict[str, Path] = {}
         self.segments = [first_segment(session.config)]
         self.changed: dict[str, tuple[Any, Any]] = {}
+        self.unused: dict[str, tuple[Any, Any]] = {}
 
     def train(self) -> int:
         """Run all steps, or those until a signal. Returns the number of steps done."""
@@ -242,6 +248,7 @@ class _Run:
                 "adapter": str(session.report),
                 "trigger": session.subject.trigger,
                 "changed": self.changed,
+                "unused": self.unused,
             }
         )
         return log
@@ -257,8 +264,12 @@ class _Run:
         session = self.session
         path = find_checkpoint(self.config.resume_from_checkpoint, self.output_dir)
         state = load_state(path, self.config, session.dataset.contents())
-        self.segments, self.changed = segments_after(state, self.config)
         self._check_steps(path, int(state["step"]))
+        if int(state["step"]) == session.total_steps:
+            self.config, self.unused = without_more_steps(state, self.config)
+            self.segments = saved_segments(state)
+        else:
+            self.segments, self.changed = segments_after(state, self.config)
         restore_parameters(session.trained, state["parameters"])
         restore_optimizer(session.optimizer, session.lr_schedule, state)
         session.sampler.load_state_dict(state["sampler"])

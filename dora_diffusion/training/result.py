@@ -110,7 +110,7 @@ def model_card(
     report: str,
     samples: Mapping[str, str],
 ) -> str:
-    """The README of a result, with the trigger word first, its pictures, and how to use it.
+    """The README of a result, with the trigger word first, its images, and how to use it.
 
     Args:
         config: The run's settings.
@@ -118,14 +118,14 @@ def model_card(
         metadata: The adapter's facts.
         adapter: The adapter file.
         report: What was adapted.
-        samples: Caption -> path of a picture, relative to the card.
+        samples: Caption -> path of an image, relative to the card.
     """
     base = without_path(metadata.base_model)
     prompt = config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
     method = "DoRA" if config.use_dora else "LoRA"
     axis = f", norm on the {config.norm_axis} axis" if config.use_dora else ""
-    pictures = "\n\n".join(
-        f"**{caption}**\n\n![{caption}]({path})" for caption, path in samples.items()
+    images = "".join(
+        f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
     )
     steps = metadata.extra["training_steps"]
     library = "" if adapter.name == KOHYA_FILE else "\nlibrary_name: diffusers"
@@ -137,15 +137,13 @@ tags: [text-to-image, {method.lower()}, dreambooth]
 
 # {subject.trigger or Path(config.output_dir).name}
 
-Write **`{subject.trigger}`** in a prompt to get the subject.
-
-{pictures}
-
+{_trigger_sentence(subject, prompt or "")}
+{images}
 ## Use it
 
 ```bash
 dora-diffusion generate --base {base} --adapter {adapter.parent.name} \\
-    --prompt "{prompt}" --output picture.png
+    --prompt "{prompt}" --output image.png
 dora-diffusion export --base {base} --adapter {adapter.parent.name} --output merged
 ```
 {_diffusers_example(base, adapter, prompt or "")}
@@ -155,6 +153,12 @@ dora-diffusion export --base {base} --adapter {adapter.parent.name} --output mer
 dora_diffusion {__version__} at {metadata.resolution} px for {steps} steps: {report}.
 All settings are in `config.yaml`; the loss of every step is in `metrics.jsonl`.
 """
+
+
+def _trigger_sentence(subject: Subject, prompt: str) -> str:
+    if subject.trigger:
+        return f"Write **`{subject.trigger}`** in a prompt to get the subject."
+    return f"It has no trigger word: write prompts like its captions, such as `{prompt}`."
 
 
 def _diffusers_example(base: str, adapter: Path, prompt: str) -> str:

@@ -266,8 +266,12 @@ def _warn_of_length_and_layers(config: TrainConfig, report: InjectionReport) -> 
             stacklevel=4,
         )
     has_conv = any("Conv" in layer.kind for layer in report.layers)
-    if config.conv_rank != TrainConfig().conv_rank and not has_conv:
-        warnings.warn("conv_rank has no effect because targets name no Conv2d layer", stacklevel=4)
+    moved = {
+        "conv_rank": config.conv_rank != TrainConfig().conv_rank,
+        "conv_alpha": config.conv_alpha != config.conv_rank,
+    }
+    for name in (name for name in moved if moved[name] and not has_conv):
+        warnings.warn(f"{name} has no effect because targets name no Conv2d layer", stacklevel=4)
 
 
 def _total_steps(config: TrainConfig, components: Components, sampler: EpochSampler) -> int:

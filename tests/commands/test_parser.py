@@ -36,6 +36,11 @@ MISUSES = [
     ("", "name a command: train, generate, "),
 ]  # fmt: skip
 
+COMMANDS = (
+    "train", "generate", "evaluate", "export", "verify", "convert", "inspect", "push", "app",
+    "demo", "samples",
+)  # fmt: skip
+
 
 @pytest.mark.parametrize(("line", "message"), MISUSES, ids=[line for line, _ in MISUSES])
 def test_a_mistake_is_answered_in_one_line(line, message, capsys):
@@ -90,3 +95,23 @@ def test_help_lists_settings_under_their_headings(capsys):
     places = [text.index(heading) for heading in headings]
     assert places == sorted(places)
     assert "enable_xformers" not in text
+
+
+def test_no_help_text_speaks_of_pictures(capsys):
+    """The field's word is image."""
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        assert "picture" not in capsys.readouterr().out.lower(), command
+
+
+def test_every_command_that_reads_an_adapter_takes_its_alpha():
+    base = ["--base", "b", "--alpha", "3"]
+    for words in (
+        ["generate", "--prompt", "x", "--output", "x.png", "--adapter", "a"],
+        ["evaluate", "a", "--subject", "s"],
+        ["export", "--adapter", "a", "--output", "o"],
+        ["verify", "m", "--adapter", "a"],
+        ["convert", "a", "o", "--to", "kohya"],
+    ):
+        assert cli.build_parser().parse_args([*words, *base]).alpha == 3.0

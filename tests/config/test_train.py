@@ -15,7 +15,10 @@ from dora_diffusion.config import ConfigError, TrainConfig, settings
     [
         ({"rank": 0}, "rank is 0; it must be greater than 0"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; it must not be negative"),
-        ({"learning_rate": math.nan}, "learning_rate is nan; it must not be negative"),
+        ({"learning_rate": math.nan}, "learning_rate is nan; it must be a finite number"),
+        ({"learning_rate": math.inf}, "learning_rate is inf; it must be a finite number"),
+        ({"validation_guidance_scale": math.nan},
+         "validation_guidance_scale is nan; it must be a finite number"),
         ({"caption_dropout": 1.5}, "caption_dropout is 1.5; it must be at most 1"),
         ({"norm_axis": "inptu"}, "must be one of output, input (did you mean input?)"),
         ({"optimizer": "prodigy", "learning_rate": 1.0, "use_8bit_adam": True},

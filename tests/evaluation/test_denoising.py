@@ -67,5 +67,5 @@ def test_an_adapter_moves_it_and_the_base_is_exact(sd1_folder) -> None:
     components.unet.train()
     assert held_out_losses(components, images, captions, [1, 2]) != before
     assert components.unet.training
-    with pytest.raises(ValueError, match="2 pictures, 1 captions"):
+    with pytest.raises(ValueError, match="2 images, 1 captions"):
         held_out_losses(components, images, captions[:1], [1, 2])

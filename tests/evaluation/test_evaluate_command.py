@@ -39,7 +39,7 @@ def test_a_subject_of_the_toy_world(adapter, tmp_path, capsys) -> None:
     assert main(["evaluate", str(adapter), *flags, *FAST]) == 0
     printed = capsys.readouterr().out
     assert "| subject similarity" in printed
-    assert str(tmp_path / "pictures.png") in printed
+    assert str(tmp_path / "images.png") in printed
     report = json.loads((tmp_path / "scores.json").read_text())
     assert report["schema"] == SCHEMA
     assert (report["base"], report["adapter"], report["trigger"]) == (BASE, "adapter", "sks mug")
@@ -52,7 +52,7 @@ def test_a_subject_of_the_toy_world(adapter, tmp_path, capsys) -> None:
     assert loss["base"]["mean"] != loss["adapted"]["mean"]
     assert report["measures"]["subject_similarity"]["truth"]["mean"] > 0.85
     assert printed.splitlines()[0] in (tmp_path / "scores.md").read_text()
-    with Image.open(tmp_path / "pictures.png") as picture:
+    with Image.open(tmp_path / "images.png") as picture:
         assert picture.width > 1000
 
 
@@ -125,7 +125,7 @@ def test_the_record_of_photos_stays_in_the_runs_folder(adapter) -> None:
 
 
 def test_results_that_exist_are_kept(adapter, tmp_path, capsys) -> None:
-    for name in ("scores.json", "scores.md", "pictures.png"):
+    for name in ("scores.json", "scores.md", "images.png"):
         (tmp_path / name).write_text("kept")
         flags = ["--base", BASE, "--subject", "bolt_mug", "--output", str(tmp_path), *FAST]
         assert main(["evaluate", str(adapter), *flags]) == 1

@@ -31,7 +31,7 @@ def test_pictures_of_any_size_are_judged_at_64() -> None:
     large = Image.fromarray(render(scene, (320, 256)))
     small = np.asarray(judged_pixels([Image.fromarray(render(scene, 64))]))
     assert np.abs(np.asarray(judged_pixels([large])) - small).mean() < 0.03
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         judged_pixels([])
 
 

@@ -104,7 +104,7 @@ def test_the_json_says_everything(evaluation: Evaluation, tmp_path: Path) -> Non
     table = files["table"].read_text()
     assert "| place as asked" in table
     assert "not measured: likeness" in table
-    with Image.open(files["pictures"]) as picture:
+    with Image.open(files["images"]) as picture:
         assert picture.width > 3 * 112
 
 

@@ -133,7 +133,7 @@ def test_the_base_does_not_drift_from_itself() -> None:
 def test_bad_calls_say_so() -> None:
     subject = find_subject("cross_mug")
     requests = toy_requests(subject, "sks mug", [0], ["subject"])
-    with pytest.raises(ValueError, match="5 requests but 1 pictures"):
+    with pytest.raises(ValueError, match="5 requests but 1 images"):
         measure(subject, requests, Answers([Image.new("RGB", (64, 64))], [None]))
     with pytest.raises(ValueError, match="no seeds"):
         evaluate_toy(load_components("embedded:tiny-sd"), subject, "sks mug", [])

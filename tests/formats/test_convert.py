@@ -404,7 +404,7 @@ def test_quantised_bases_are_refused(
     merged = export_checkpoint(sd1_folder, path, tmp_path / "m")
     shutil.copy(file, merged / "unet" / file.name)
     problems = verify_checkpoint(merged, sd1_folder, path).problems
-    assert any("beyond the rounding" in one or "not floating-point" in one for one in problems)
+    assert any("times the rounding" in one or "not floating-point" in one for one in problems)
 
 
 def test_a_merge_beyond_the_dtype_says_where(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.cli import main
 from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter_file import (
@@ -22,6 +23,7 @@ from dora_diffusion.formats.adapter_file import (
     write_adapter,
 )
 from dora_diffusion.formats.pipeline_folder import PipelineFolder
+from dora_diffusion.generate import load_adapted
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights
@@ -460,6 +462,13 @@ def test_an_alpha_that_is_assumed_is_said(
     size = ["--width", "64", "--height", "64"]
     assert main(["generate", *common, *picture, *size]) == 0
     assert f"warning: broken.safetensors: {said}" in capsys.readouterr().err
+    other = ["generate", *common, "--prompt", "x", "--output", str(tmp_path / "y.png"), *size]
+    seed = ["--seed", "1", "--steps", "1"]
+    assert main([*other, *seed, "--alpha", "3"]) == 0
+    assert "alpha" not in capsys.readouterr().err
+    adapted, _ = load_adapted(sd1_folder, path, alpha=3.0)
+    loaded = adapter_state(adapted.adaptable())
+    assert {layer.alpha for layer in loaded.values()} == {3.0}
     given = tmp_path / "given.safetensors"
     assert main(["export", *common, "--output", str(given), "--alpha", "3"]) == 0
     assert "alpha" not in capsys.readouterr().err

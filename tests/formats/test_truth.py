@@ -67,7 +67,7 @@ def test_an_approximation_is_called_exact_for_itself_only(
         measured = total_error(sd1_folder, random_adapter(sd1_folder, every=9), path)
         assert report.total_error == pytest.approx(measured, rel=1e-3)
     assert 0.01 < report.total_error < 1
-    sentence = f"exact for this LoRA, which approximates the DoRA by {report.total_error:.1%}"
+    sentence = f"exact for this LoRA, which is off the DoRA by {report.total_error:.1%}"
     assert any(line.startswith(f"{sentence}: diffusers") for line in lines)
     assert not any(line.startswith("exact:") for line in lines)
     tools = inspect_adapter(path).tools
@@ -79,7 +79,7 @@ def test_an_approximation_is_called_exact_for_itself_only(
     again = convert_adapter(path, tmp_path / "b.safetensors", target, base=sd1_folder, rank=3)
     most = report.total_error + again.total_error * (1 + report.total_error)
     verdict = inspect_adapter(again.path).tools["LyCORIS" if target == "lora" else "diffusers"]
-    assert verdict == f"exact for this LoRA, which approximates the DoRA by {most:.1%}"
+    assert verdict == f"exact for this LoRA, which is off the DoRA by {most:.1%}"
 
 
 def test_an_approximation_of_full_rank_is_exact(

@@ -109,7 +109,7 @@ def test_one_wrong_number_is_found(
     out = capsys.readouterr().out
     assert name in out
     assert "NOT what" in out
-    assert ("beyond the rounding" if part == "adapted" else "not adapted, but differs") in out
+    assert ("times the rounding" if part == "adapted" else "not adapted, but differs") in out
 
 
 def test_missing_tensors_and_other_adapters_are_found(

@@ -77,7 +77,7 @@ def add_bad_photos(folder: Path) -> dict[str, str]:
     assert (folder / "huge.png").stat().st_size < 100_000
     return {
         "cut.jpg": "cut short",
-        "text.jpg": "not a JPEG, PNG, WebP or HEIC picture",
+        "text.jpg": "not a JPEG, PNG, WebP or HEIC image",
         "empty.png": "the file is empty",
         "huge.png": "100.0 megapixels, above the limit of 40",
     }
@@ -142,7 +142,7 @@ def test_a_folder_without_photos_is_one_line(spoil, message, flags, photos, tmp_
         ({"targets": "text-encoder"}, "the preset 'text-encoder' matches no layer"),
         ({"conv_rank": 64, "targets": "full"}, "use conv_rank <= 32"),
         ({"instance_prompt": None}, "instance_prompt is not set"),
-        ({"resume_from_checkpoint": "nowhere"}, "nowhere is not a checkpoint"),
+        ({"resume_from_checkpoint": "nowhere"}, "the checkpoint nowhere does not exist"),
         ({"pretrained_model_name_or_path": "no-such/model"}, "no-such/model is not a local folder"),
         ({"pretrained_model_name_or_path": "{photos}"}, "it has no model_index.json"),
         ({"output_dir": "{photos}/01.jpg"}, "01.jpg"),

@@ -180,3 +180,26 @@ def test_class_images_are_compared_by_content():
     captioned = {"images": [], "class_images": [row | {"caption": "a cup"}]}
     with pytest.raises(ConfigError, match=r"another caption of class-00000\.png \('a mug' -> "):
         check_same_run("checkpoint-2", state, TrainConfig(), captioned)
+
+
+def test_settings_for_which_no_step_is_left_are_said_and_not_recorded(again, capsys):
+    """A finished run that is asked for again trains nothing at the new rate, and says so."""
+    progress = TrainProgress()
+    train(replace(again, max_train_steps=2, learning_rate=4e-5, num_validation_images=0), progress)
+    progress.close()
+    said = capsys.readouterr().out
+    assert "at step 2 of 2; nothing is left to train" in said
+    assert "without effect, since no step is left: learning_rate (8e-05 -> 4e-05)\n" in said
+    assert "changed from" not in said
+    saved = yaml.safe_load((Path(again.output_dir) / "config.yaml").read_text())
+    assert saved["learning_rate"] == 8e-5
+    assert "segments" not in saved
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_before_the_model_is_loaded(again):
+    missing = replace(
+        again, resume_from_checkpoint="checkpoint-9", pretrained_model_name_or_path="no-such/model"
+    )
+    message = "the checkpoint checkpoint-9 does not exist; the newest in .* is checkpoint-2"
+    with pytest.raises(ConfigError, match=message):
+        train(missing)

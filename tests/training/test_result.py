@@ -22,3 +22,24 @@ def test_the_card_of_an_input_axis_promises_what_docs_formats_says(tmp_path: Pat
     assert "which ComfyUI 0.3.64, Forge and A1111 compute as it was trained." in text
     assert "What they compute from a DoRA may change" in text
     assert "compute exactly" not in text
+
+
+def card_of(tmp_path: Path, samples: dict[str, str], **settings: str) -> str:
+    config = TrainConfig(instance_data_dir="photos", output_dir=str(tmp_path), **settings)
+    metadata = AdapterMetadata("sd1", "some/model", extra={"training_steps": "7"})
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    return model_card(config, subject_of(config), metadata, file, "2 layers", samples)
+
+
+def test_the_card_of_a_run_without_a_token_names_no_empty_trigger_word(tmp_path: Path) -> None:
+    card = card_of(tmp_path, {}, instance_prompt="a mug on grass", token="")
+    assert "``" not in card.replace("```", "")
+    assert "no trigger word: write prompts like its captions, such as `a mug on grass`." in card
+
+
+def test_the_card_has_no_gap_where_there_are_no_samples(tmp_path: Path) -> None:
+    prompt = "a photo of a sks dog"
+    assert "\n\n\n" not in card_of(tmp_path, {}, instance_prompt=prompt)
+    card = card_of(tmp_path, {"Base": "samples/base.png"}, instance_prompt=prompt)
+    assert "\n\n**Base**\n\n![Base](samples/base.png)\n\n## Use it\n" in card
+    assert "\n\n\n" not in card

@@ -128,6 +128,9 @@ def test_settings_without_effect_are_said_once_each(config):
 def test_a_conv_rank_without_conv_layers_is_said(config):
     said = said_by(replace(config, targets=["attention"]))
     assert said == ["conv_rank has no effect because targets name no Conv2d layer"]
+    said = said_by(replace(config, targets=["attention"], conv_rank=4, conv_alpha=2.0,
+                           overwrite_output_dir=True))  # fmt: skip
+    assert said == ["conv_alpha has no effect because targets name no Conv2d layer"]
 
 
 def test_a_prompt_that_watches_drift_is_warned_of_and_sampled(config):
@@ -244,6 +247,14 @@ class TestCommand:
         captured = capsys.readouterr()
         assert "warning: NO BASE MODEL WAS GIVEN: embedded:tiny-sd is trained" in captured.err
         assert "training embedded:tiny-sd on cpu" in captured.out
+
+    def test_a_run_without_a_token_names_no_empty_trigger_word(self, config, capsys):
+        flags = [*self.FLAGS, "--instance_data_dir", config.instance_data_dir, "--token", ""]
+        flags += ["--output_dir", config.output_dir, "--pretrained_model_name_or_path"]
+        assert cli.main(["train", *flags, config.pretrained_model_name_or_path]) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith("it has no trigger word: write prompts like its captions")
+        assert last.endswith("such as 'a photo of a sks mug'")
 
     def test_a_flag_without_effect_is_said_at_its_default_too(self, photos, tmp_path, capsys):
         more = ["--instance_data_dir", str(photos), "--output_dir", str(tmp_path / "out")]

@@ -1,0 +1,60 @@
+"""Flags of the other commands that do nothing: each is said, with its reason."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from dora_diffusion import cli
+from dora_diffusion.commands.effect import warn_without_effect
+
+
+def said(line: str) -> list[str]:
+    args = cli.build_parser().parse_args(line.split())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_without_effect(args)
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("generate --base b --prompt x --output x.png", []),
+        ("generate --base b --prompt x --output x.png --adapter a --strength 0.5 --alpha 3", []),
+        ("generate --base b --prompt x --output x.png --strength 0.5 --alpha 3",
+         ["strength has no effect because no adapter is given",
+          "alpha has no effect because no adapter is given"]),
+        ("evaluate a --base b --subject s --config c",
+         ["config has no effect because the base is not a single .safetensors file"]),
+        ("generate --base b.safetensors --config c --prompt x --output x.png", []),
+        ("export --base b.safetensors --adapter a --output o --config c", []),
+        ("export --base b.safetensors --adapter a --output o.safetensors --config c",
+         ["config has no effect because the output is a single file, which holds none"]),
+    ],
+)  # fmt: skip
+def test_a_flag_without_effect_is_said(line, expected):
+    assert said(line) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--strength nan", "strength is nan; it must be a finite number"),
+        ("--magnitude_strength inf", "magnitude_strength is inf; it must be a finite number"),
+        ("--guidance_scale nan", "guidance_scale is nan; it must be 0 or more"),
+        ("--steps 0", "steps is 0; it must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", ["evaluate a --subject s", "generate --prompt x --output x.png"]
+)
+def test_numbers_that_cannot_work_are_refused_before_the_model_is_loaded(
+    command, flags, message, tmp_path, monkeypatch, capsys
+):
+    """A table of NaNs with exit code 0 would be taken for a result."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*f"{command} --base no-such/model {flags}".split()]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
+    assert not list(tmp_path.iterdir())
