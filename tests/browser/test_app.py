@@ -37,7 +37,7 @@ def test_an_empty_start_is_refused_in_plain_words(visit: Callable[..., Visit]) -
     assert "add photos in the Subject tab" in page.toast()
     page.wait_text("#status", "Nothing trained yet[^]*Choose a subject")
     page.tab("Generate")
-    page.wait_text("body", "No pictures yet[^]*Make pictures")
+    page.wait_text("body", "No images yet[^]*Generate images")
     page.tab("Library")
     page.wait_text("#library-facts", "The library is empty[^]*Train tab")
     assert page.page.locator("#convert:visible").count() == 0
@@ -231,7 +231,7 @@ def test_a_killed_worker_shows_as_crashed_and_the_queue_goes_on(
     (worker,) = app.workers()
     app.may_fail.add(started)
     os.kill(worker, signal.SIGKILL)
-    page.wait_text("#status", "crashed[^]*Resume goes on")
+    page.wait_text("#status", "crashed[^]*Resume continues")
     choose_run(page, 0)
     page.wait_text("#status", "Write .sks mug. in a prompt")
     assert state_of(app, second).state == "done"
@@ -258,6 +258,7 @@ def test_resume_goes_on_counting_and_stop_saves(
     app.until(lambda: state_of(app, started).step > at)
     page.click("#stop")
     page.wait_text("#status", "stopped")
+    assert page.text("#run-said") == ""  # nothing that was true only for a while
     stopped = state_of(app, started)
     assert stopped.checkpoints[-1] == f"checkpoint-{stopped.step}"
     page.click("#remove")
@@ -324,7 +325,7 @@ def set_up_pictures(page: Visit) -> None:
     page.fill("#seed input", "7")
     page.press("button", "Steps, guidance")
     set_slider(page, "Steps", "2")
-    set_slider(page, "Pictures", "1")
+    set_slider(page, "Images", "1")
 
 
 def test_pictures_repeat_compare_and_say_how_they_were_made(
