@@ -177,25 +177,27 @@ class Studio:
         """
         import dataclasses
 
-        from dora_diffusion.generate import generate_images, image_grid
+        from dora_diffusion.generate import generate_images
+        from dora_diffusion.training.sheets import labelled_sheet
 
         cells = len(adapters) * len(strengths)
         if not 1 <= cells <= MAX_GRID:
             raise AppError(f"the grid has {cells} images; it can have 1 to {MAX_GRID}")
         seed = _seeds(request)[0]
-        images, labels = [], []
+        images = []
         with self._device(request):
-            for name, adapter in adapters.items():
+            for adapter in adapters.values():
                 for strength in strengths:
                     one = dataclasses.replace(request, adapter=adapter, strength=strength)
                     components = self._model(one)
                     images += generate_images(
                         components, one.prompt, [seed], one.settings, require_finite=True
                     )
-                    labels.append(f"{name} x {strength:g}")
                     on_step(len(images), cells)
             unread = _unread(components, request)
-        sheet = image_grid(images, len(strengths), labels=labels)
+        columns = [f"{strength:g}" for strength in strengths]
+        title = f"Seed {seed}; above each column, the strength"
+        sheet = labelled_sheet(images, title, list(adapters), columns)
         return self._write(request, seed, sheet, unread, images[0].size)
 
     @contextmanager

@@ -36,6 +36,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter_file import read_adapter
 from dora_diffusion.generate import BrokenImageError
 from dora_diffusion.pictures import save_png
+from dora_diffusion.training.sheets import labelled_sheet
 
 
 @pytest.fixture(scope="module")
@@ -329,8 +330,17 @@ def test_a_grid_has_a_cell_per_checkpoint_and_strength(
     steps: list[int] = []
     adapters = {"checkpoint-2": early, "result": result}
     picture = studio.grid(ask(finished), adapters, [0.0, 1.0], lambda done, _: steps.append(done))
+    cells = [
+        Image.open(studio.make(replace(ask(finished), adapter=adapter, strength=strength))[0].path)
+        for adapter in adapters.values()
+        for strength in (0.0, 1.0)
+    ]
+    # Names of checkpoints are longer than a small image is wide: each has a line of its own.
+    title = f"Seed {picture.seed}; above each column, the strength"
+    wanted = labelled_sheet(cells, title, ["checkpoint-2", "result"], ["0", "1"])
     with Image.open(picture.path) as image:
-        assert image.width == 2 * 64 + 2
+        assert image.size == wanted.size
+        assert image.tobytes() == wanted.tobytes()
     assert read_settings(picture.path)["Size"] == "64x64"
     assert steps == [1, 2, 3, 4]
 

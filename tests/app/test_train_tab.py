@@ -14,9 +14,8 @@ import gradio
 import yaml
 from PIL import Image
 
-from dora_diffusion.app import context as app_context
 from dora_diffusion.app import jobs
-from dora_diffusion.app.bases import Base, Facts
+from dora_diffusion.app.bases import Base
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
 from dora_diffusion.app.settings import (
@@ -190,12 +189,13 @@ def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suggest = handler(context, "suggest")
-    sd1 = Base("org/one", "sd1", "in the hub's cache")
-    sdxl = Base("org/xl", "sdxl", "in the hub's cache")
+    one, xl = (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0",
+    )  # fmt: skip
+    sd1 = Base(one, "sd1", "in the hub's cache")
+    sdxl = Base(xl, "sdxl", "in the hub's cache")
     download = Base("org/far", "sd1", "to be downloaded")
     toy = Base(EMBEDDED, "sd1", "toy")
-    sizes = {"org/one": Facts("sd1", 512, True), "org/xl": Facts("sdxl", 1024, True)}
-    monkeypatch.setattr(app_context, "facts_of", lambda name: sizes[name])
 
     def chosen(
         found: list[Base], word: str, *, free: float | None = 8.0, settled: str = "",
@@ -209,16 +209,16 @@ def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
         if isinstance(base, str):
             assert f"Base model set to {base}" in said
             assert "know no dog" in said
-            steps = {"org/one": "800", "org/xl": "1000"}[base]
+            steps = {one: "800", xl: "1000"}[base]
             assert values[ADVANCED.index("max_train_steps")]["value"] == steps
             return base
         return None
 
     every = [toy, sdxl, sd1, download]
-    assert chosen(every, "dog") == "org/one"  # 8 GiB do not hold SDXL
-    assert chosen(every, "dog", free=40.0) == "org/xl"
-    assert chosen(every, "dog", free=40.0, kind="cpu") == "org/one"
-    assert chosen([sd1, sdxl], "dog", free=None) == "org/one"  # the first
+    assert chosen(every, "dog") == one  # 8 GiB do not hold SDXL
+    assert chosen(every, "dog", free=40.0) == xl
+    assert chosen(every, "dog", free=40.0, kind="cpu") == one
+    assert chosen([sd1, sdxl], "dog", free=None) == one  # the first
     assert chosen([toy, download], "dog") is None  # the toy stays, with its warning
     assert chosen(every, "mug") is None
     assert chosen(every, "dog", settled="dog") is None  # chosen by hand, or asked before
