@@ -57,6 +57,7 @@ _SD2_MORE_GIB = 0.42
 _EIGHT_BIT_SAVES_GIB = 0.1
 # Measured on another machine's processor: leave room for what differs.
 _MARGIN = 1.1
+_TRUE = ("1", "true", "yes", "on", "y", "t")
 _SIZES = (1024, 896, 768, 640, 512, 448, 384, 320, 256)
 
 
@@ -125,11 +126,26 @@ class Device:
     has_8bit_adam: bool = False
 
 
-def describe_device() -> Device:
-    """The device that accelerate would choose, as it is now."""
+def default_device() -> str:
+    """The device that is used where none is named: a CUDA GPU, Apple's, or the CPU.
+
+    Accelerate's ``ACCELERATE_USE_CPU`` is honoured.
+    """
     import torch
 
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE:
+        return "cpu"
     if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def describe_device() -> Device:
+    """The default device, as it is now."""
+    import torch
+
+    kind = default_device()
+    if kind == "cuda":
         return Device(
             "cuda",
             torch.cuda.get_device_name(0),
@@ -137,7 +153,7 @@ def describe_device() -> Device:
             torch.cuda.is_bf16_supported(including_emulation=False),
             find_spec("bitsandbytes") is not None,
         )
-    if torch.backends.mps.is_available():
+    if kind == "mps":
         return Device("mps", "Apple GPU", free_machine_memory())
     return Device("cpu", "CPU", free_machine_memory())
 
@@ -188,7 +204,11 @@ def fitting_settings(
 
 
 def auto_precision(device: Device) -> str:
-    """The precision that suits a device: half where a GPU has it, float32 elsewhere."""
+    """The precision that ``auto`` means on a device: no, fp16 or bf16.
+
+    bfloat16 on a CUDA GPU that computes it, else float16. float32 elsewhere: CPUs emulate half
+    precision slowly, and Apple's GPUs lack the gradient scaler that float16 needs.
+    """
     if device.kind != "cuda":
         return "no"
     return "bf16" if device.has_bf16 else "fp16"

@@ -34,6 +34,7 @@ from dora_diffusion.models.locate import (
 )
 
 FOLDERS_FILE = "model_folders.txt"
+_TO_DOWNLOAD = "to be downloaded"
 _MOST_FOUND = 60
 _DEPTH = 2
 # Where the programs keep whole models, below their own folder.
@@ -190,6 +191,15 @@ def check_variant(name: str, variant: str | None) -> None:
         )
 
 
+def on_this_machine(found: Sequence[Base]) -> list[Base]:
+    """Of `bases`, those that know photographs and need no download."""
+    return [
+        base
+        for base in found
+        if base.family and base.where != _TO_DOWNLOAD and not is_small(base.name)
+    ]
+
+
 def _released() -> dict[str, str]:
     """Hub id of a released model -> family."""
     from dora_diffusion.export.folder_plan import RELEASED
@@ -209,7 +219,7 @@ def bases(workspace: Path, listed: Sequence[str], folders: Sequence[Path]) -> li
     for folder, where in model_folders(os.environ, workspace, folders):
         found += in_folder(folder, where)
     found += [
-        Base(name, family, "to be downloaded")
+        Base(name, family, _TO_DOWNLOAD)
         for name, family in _released().items()
         if family in ("sd1", "sdxl")
     ]

@@ -106,7 +106,7 @@ def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> Questions:
 
     return _questions(
         requests, settings, judge,
-        ("Similarity is to true pictures of the subject on held-out backgrounds.",),
+        ("Similarity is to true images of the subject on held-out backgrounds.",),
         "the true subject",
     )  # fmt: skip
 
@@ -206,16 +206,28 @@ def compare(
         files: How the base is loaded.
 
     Returns:
-        The rows of the comparison.
+        The rows of the comparison; an adapter that gives NaN or black images has none.
+
+    Raises:
+        BrokenImageError: If the base gives such images.
     """
+    from dora_diffusion.generate import BrokenImageError
+
     components = load_model(base, None, files or ModelFiles())
     folder.mkdir(parents=True, exist_ok=True)
     count, total = len(questions.prompts), (1 + len(adapters)) * len(questions.prompts)
     rows: list[dict[str, Any]] = []
+    notes = list(questions.notes)
     before: list[Image] = []
     for number, name in enumerate((BASE_NAME, *adapters)):
         with _adapter_on(components, adapters.get(name)):
-            pictures = _answer(components, questions, lambda n: on_picture(n, total), number)
+            try:
+                pictures = _answer(components, questions, lambda n: on_picture(n, total), number)
+            except BrokenImageError as error:
+                if name == BASE_NAME:
+                    raise
+                notes.append(f"{name} was left out: {error}.")
+                continue
         before = before or pictures
         similarities, drift = questions.judge(pictures, before)
         shown = _write(folder, name, pictures, questions.subjects)
@@ -229,7 +241,7 @@ def compare(
             }
         )
         on_picture((number + 1) * count, total)
-    facts = {"notes": list(questions.notes), "similar_to": questions.similar_to}
+    facts = {"notes": notes, "similar_to": questions.similar_to}
     write_json(folder / COMPARISON, {"rows": rows, **facts})
     return rows
 
@@ -245,8 +257,9 @@ def _answer(
         done(number * count + step * count // steps)
 
     return generate_images(
-        components, questions.prompts, questions.seeds, questions.settings, on_step=on_step
-    )
+        components, questions.prompts, questions.seeds, questions.settings,
+        on_step=on_step, require_finite=True,
+    )  # fmt: skip
 
 
 @contextmanager

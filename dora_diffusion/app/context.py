@@ -11,16 +11,18 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from dora_diffusion.app.bases import Base, bases, named_bases
+from dora_diffusion.app.bases import Base, bases, facts_of, named_bases, on_this_machine
 from dora_diffusion.app.jobs import JobQueue
 from dora_diffusion.app.launch import Launch
-from dora_diffusion.app.settings import EMBEDDED, EMBEDDED_MODELS
+from dora_diffusion.app.settings import ADVANCED, EMBEDDED, EMBEDDED_MODELS, SETTINGS
 from dora_diffusion.app.snapshot import Job, read_job, snapshot
 from dora_diffusion.app.studio import Studio
+from dora_diffusion.app.toy_world import outside_toy_world
 from dora_diffusion.app.workspace import AppError, Workspace
 from dora_diffusion.commands.report import explain
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.memory import Device, describe_device
+from dora_diffusion.memory import Device, describe_device, fitting_settings, needed_memory
+from dora_diffusion.models.family import FAMILIES
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 _FRESH_SECONDS = 0.8
@@ -74,6 +76,28 @@ class Context:
         """What a run would train on, with the memory that is free now."""
         return describe_device()
 
+    def suggested_base(self, model: str, class_word: str) -> str:
+        """A model of this machine for a class that the chosen toy model does not know.
+
+        Returns:
+            The first that fits the free memory, else the first, of the smallest family on a CPU;
+            empty where the choice is fine, or nothing else is there.
+        """
+        if not outside_toy_world(model, class_word):
+            return ""
+        found, device = on_this_machine(self.bases()), self.device()
+        if device.kind == "cpu":
+            found.sort(key=lambda base: FAMILIES[base.family].default_resolution)
+        fitting = (base for base in found if self._fits(base.name, device))
+        chosen = next(fitting, next(iter(found), None))
+        return chosen.name if chosen else ""
+
+    def _fits(self, name: str, device: Device) -> bool:
+        facts = facts_of(name)
+        settings = fitting_settings(facts.family, facts.resolution, device)
+        needed = needed_memory(facts.family, facts.resolution, settings, device)
+        return needed is not None and device.free_gib is not None and needed <= device.free_gib
+
     def allowed_model(self, name: object) -> str:
         """A base model's name, if it may be loaded.
 
@@ -98,8 +122,14 @@ class Context:
             return
         if config.pretrained_vae_model_name_or_path:
             self.allowed_model(config.pretrained_vae_model_name_or_path)
-        for name in ("model_config", "class_data_dir"):
-            if getattr(config, name):
+        if config.report_to == "wandb":
+            raise AppError(
+                "a shared app does not report to wandb, since that would be in the name of whoever "
+                "runs it; choose tensorboard or none for report_to"
+            )
+        for name in ADVANCED:
+            is_vae = name == "pretrained_vae_model_name_or_path"
+            if SETTINGS[name].is_path and not is_vae and getattr(config, name):
                 raise AppError(
                     f"this app is shared, and takes no folder for {name}; leave it empty"
                 )

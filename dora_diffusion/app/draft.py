@@ -6,8 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from dora_diffusion.app.settings import ADVANCED, FIELDS, PRESET_NAMES
-from dora_diffusion.config import setting_type
+from dora_diffusion.app.settings import ADVANCED, PRESET_NAMES, SETTINGS, shown_choices
 
 FORM = ("preset", "model", "token", "class_word", "prompts")
 _LIMIT = 4000
@@ -50,10 +49,10 @@ def advanced_values(draft: object) -> dict[str, Any]:
 
 
 def _can_be(name: str, value: object) -> bool:
-    kind, _ = setting_type(FIELDS[name])
-    choices = FIELDS[name].metadata.get("choices")
-    if kind is bool:
+    setting = SETTINGS[name]
+    if setting.kind is bool:
         return isinstance(value, bool)
+    choices = [choice for _, choice in shown_choices(setting)]
     return isinstance(value, str) and len(value) <= _LIMIT and (not choices or value in choices)
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dora_diffusion.app.jobs import create_job
 from dora_diffusion.app.loading import ModelFiles
 from dora_diffusion.app.snapshot import Job, adapter_of
 from dora_diffusion.app.workspace import AppError, Workspace, clean_text
+
+if TYPE_CHECKING:
+    from dora_diffusion.export import ConversionReport
 
 MERGED = "merged.safetensors"
 
@@ -33,17 +38,30 @@ def chosen_adapter(job: Job, checkpoint: str = "") -> Path:
     return path
 
 
-def export_adapter(workspace: Workspace, job: Job, target: str) -> tuple[Path, str]:
-    """Write a run's adapter in a format, once, and say how exact it is.
+@dataclass(frozen=True)
+class Exported:
+    """An adapter in a format, and what there is to say of it.
 
-    Returns:
-        The file (a .zip where the format is a folder), and the note.
+    Attributes:
+        path: The file; a .zip where the format is a folder.
+        facts: How exact it is, and in which programs, a line each.
+        cautions: What to know before it is used.
+    """
+
+    path: Path
+    facts: tuple[str, ...]
+    cautions: tuple[str, ...]
+
+
+def export_adapter(workspace: Workspace, job: Job, target: str) -> Exported:
+    """Write a run's adapter in a format, and say what ``dora-diffusion convert`` says of it.
 
     Raises:
         AppError: If there is no adapter, or no such format.
         ExportError, AdapterFormatError: If the format cannot hold it.
     """
-    from dora_diffusion.export import convert_adapter
+    from dora_diffusion.commands.convert import where_it_works
+    from dora_diffusion.export import convert_adapter, inspect_adapter
 
     if target not in formats():
         raise AppError("there is no such format; choose one of the list")
@@ -54,17 +72,30 @@ def export_adapter(workspace: Workspace, job: Job, target: str) -> tuple[Path, s
     output = folder / "adapter" if target == "peft" else folder / f"{name}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     report = convert_adapter(source, output, target, base=job.base or None, overwrite=True)
-    note = f"{report.layers} layers; {formats()[target]}"
-    if report.worst is not None:
-        note += f"; median error of the change {report.median_error:.1%}"
-    if not output.is_dir():
-        return output, note
-    archive = folder / f"{name}.zip"
+    exact, wrong = where_it_works(inspect_adapter(report.path).tools)
+    cautions = [f"Wrong in {wrong}: choose another format for these, or merge."] if wrong else []
+    path = _zipped(output, folder / f"{name}.zip") if output.is_dir() else output
+    return Exported(path, (_exactness(report), *exact), (*report.notes, *cautions))
+
+
+def _exactness(report: ConversionReport) -> str:
+    """Layers, where they are exact, and the error of an approximation."""
+    text = f"{report.layers} layers; {formats()[report.target]}"
+    if report.worst is None:
+        return text
+    name, error = report.worst
+    return (
+        f"{text}; relative error of the change: median {report.median_error:.2%}, largest "
+        f"{error:.2%} in {name}, in total {report.total_error:.2%}"
+    )
+
+
+def _zipped(folder: Path, archive: Path) -> Path:
     with zipfile.ZipFile(archive, "w") as file:
-        for path in sorted(output.rglob("*")):
+        for path in sorted(folder.rglob("*")):
             if path.is_file():
-                file.write(path, path.relative_to(output))
-    return archive, note
+                file.write(path, path.relative_to(folder))
+    return archive
 
 
 def start_merge(workspace: Workspace, job: Job, strength: float, checkpoint: str = "") -> str:

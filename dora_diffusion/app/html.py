@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from dora_diffusion.app.estimates import Estimate
 from dora_diffusion.app.jobs import stop_asked
-from dora_diffusion.app.snapshot import Job
+from dora_diffusion.app.snapshot import Job, log_warnings
 from dora_diffusion.app.toy_world import outside_toy_world
 
 _WORDS = {
@@ -27,7 +27,7 @@ _RUNNING = {
     "compare": "comparing",
     "push": "publishing",
 }
-_UNITS = {"train": "step", "compare": "picture", "push": "commit"}
+_UNITS = {"train": "step", "compare": "image", "push": "commit"}
 
 
 def esc(value: object) -> str:
@@ -104,9 +104,9 @@ def status_card(job: Job, *, stop: bool = False) -> str:
         f"<div style='width:{share:.1%}'></div></div>"
     )
     lines = [_done(job), *_live_facts(job)]
-    cause = note(job.cause, "bad")
+    cause = note(job.cause, "bad") + notes(log_warnings(job.folder), "warn")
     if job.state == "done" and job.trigger:
-        cause = note(f"Write “{job.trigger}” in a prompt to get the subject.", "good")
+        cause += note(f"Write “{job.trigger}” in a prompt to get the subject.", "good")
     if job.kind == "train":
         word = str(job.settings.get("class_word") or "")
         cause += note(outside_toy_world(job.base, word), "warn")
@@ -159,7 +159,7 @@ def phase(job: Job) -> str:
         made = sum(1 for _ in images.rglob("*.png"))
         wanted = int(job.settings.get("num_class_images") or 0)
         if made < wanted:
-            return f"making class pictures: {made} of {wanted}"
+            return f"generating class images: {made} of {wanted}"
     return said
 
 
@@ -227,6 +227,8 @@ def _source(value: Estimate) -> str:
             "Memory is from runs at full size with random weights on a CPU, with a tenth added; "
             "time is measured as it goes."
         )
+    if value.seconds is not None:
+        return "Time is that of a run like this on this machine; memory is known when one ends."
     return "No run like this was made on this machine yet: time and memory are measured as it goes."
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from dora_diffusion.app.bases import UNKNOWN, check_base, check_variant, facts_of
 from dora_diffusion.app.jobs import is_small
 from dora_diffusion.app.workspace import AppError, clean_text
-from dora_diffusion.config import TrainConfig, setting_type, without_effect
+from dora_diffusion.config import Setting, TrainConfig, settings, without_effect
 from dora_diffusion.embedded import MODELS
 from dora_diffusion.memory import Device, fitting_settings
 from dora_diffusion.models.family import FAMILIES
@@ -23,36 +22,20 @@ EMBEDDED_MODELS = tuple(f"{EMBEDDED_PREFIX}{name}" for name in MODELS)
 EMBEDDED = EMBEDDED_MODELS[0]
 PRESET_NAMES = ("fast", "balanced", "quality")
 
-# Advanced settings by heading. Each keeps its name on the command line.
+# Fields of their own on the page, and what the app itself decides: where a run lies, when it
+# resumes, and (in the Library) whether it is published. use_8bit_adam is an optimizer's other name.
+_NOT_ADVANCED = frozenset((
+    "pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "token", "class_word",
+    "validation_prompt", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
+    "logging_dir", "push_to_hub", "hub_model_id", "use_8bit_adam",
+))  # fmt: skip
+SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in settings()}
+ADVANCED: tuple[str, ...] = tuple(name for name in SETTINGS if name not in _NOT_ADVANCED)
+# Advanced settings by heading, as --help has them. Each keeps its name on the command line.
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "Length and samples": (
-        "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "seed",
-        "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
-        "num_validation_images", "validation_inference_steps", "validation_guidance_scale",
-    ),
-    "Adapter": (
-        "use_dora", "norm_axis", "rank", "lora_alpha", "conv_rank", "conv_alpha", "rslora",
-        "lora_dropout", "targets", "train_text_encoder", "text_encoder_targets",
-    ),
-    "Optimisation": (
-        "learning_rate", "text_encoder_lr", "magnitude_lr", "loraplus_ratio", "lr_scheduler",
-        "lr_warmup_steps", "optimizer", "adam_weight_decay", "max_grad_norm", "snr_gamma",
-        "noise_offset", "mixed_precision", "gradient_checkpointing", "allow_tf32",
-    ),
-    "Base model": (
-        "pretrained_vae_model_name_or_path", "model_config", "variant", "revision",
-    ),
-    "Photos and captions": (
-        "resolution", "center_crop", "random_flip", "aspect_ratio_buckets", "masked_loss",
-        "shuffle_tags", "keep_tags", "caption_dropout",
-    ),
-    "Keeping the class (prior preservation)": (
-        "with_prior_preservation", "prior_preservation_mode", "class_prompt", "class_data_dir",
-        "num_class_images", "prior_loss_weight", "sample_batch_size",
-    ),
-}  # fmt: skip
-ADVANCED: tuple[str, ...] = tuple(name for names in GROUPS.values() for name in names)
-FIELDS = {setting.name: setting for setting in dataclasses.fields(TrainConfig)}
+    group: tuple(name for name in ADVANCED if SETTINGS[name].group == group)
+    for group in dict.fromkeys(SETTINGS[name].group for name in ADVANCED)
+}
 
 # A crop that is drawn cannot be shown beforehand: the app trains on the middle unless told not to.
 _COMMON: Mapping[str, Any] = {"center_crop": True, "num_validation_images": 3}
@@ -64,8 +47,8 @@ _EMBEDDED: Mapping[str, Mapping[str, Any]] = {
 }
 _EMBEDDED_COMMON: Mapping[str, Any] = {
     "learning_rate": 2e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 10, "conv_rank": 8,
-    "train_batch_size": 5, "num_class_images": 40, "validation_guidance_scale": 3.5,
-    "validation_steps": 50, "checkpointing_steps": 50,
+    "train_batch_size": 5, "validation_guidance_scale": 3.5, "validation_steps": 50,
+    "checkpointing_steps": 50,
 }  # fmt: skip
 # Steps as a share of the command line's default for the family.
 _RELEASED: Mapping[str, tuple[float, Mapping[str, Any]]] = {
@@ -143,7 +126,7 @@ def make_config(
         output_dir: The job's folder.
         token: The word that will mean the subject.
         class_word: What the subject is.
-        prompts: Prompts of the sample pictures; ``{subject}`` stands for token and class word.
+        prompts: Prompts of the sample images; ``{subject}`` stands for token and class word.
         advanced: Values by setting name, as the page's fields give them.
 
     Raises:
@@ -196,8 +179,8 @@ def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
 
 def _value(name: str, value: Any) -> Any:
     """A field's value in the setting's type; an empty field means the default."""
-    kind, is_list = setting_type(FIELDS[name])
-    if is_list:
+    kind = SETTINGS[name].kind
+    if SETTINGS[name].is_list:
         items = value.split() if isinstance(value, str) else list(value or [])
         return items or list(getattr(TrainConfig(), name))
     if value is None or (kind is not bool and not str(value).strip()):
@@ -234,6 +217,13 @@ def setting_text(value: Any) -> Any:
     return "" if value is None else str(value)
 
 
+def shown_choices(setting: Setting) -> list[tuple[str, str]]:
+    """What a setting may be, as (label, `setting_text`); empty where it may be anything."""
+    choices = [(choice, choice) for choice in setting.choices or ()]
+    is_optional = bool(choices) and setting.default is None
+    return [(setting.default_text, ""), *choices] if is_optional else choices
+
+
 def command_line(config: TrainConfig) -> str:
     """The command that does the same run: the base model, and what is not the default's.
 
@@ -242,7 +232,7 @@ def command_line(config: TrainConfig) -> str:
         '--rank 4'
     """
     default, words = TrainConfig(), []
-    for name in FIELDS:
+    for name in SETTINGS:
         value = getattr(config, name)
         if value == getattr(default, name) and name != "pretrained_model_name_or_path":
             continue

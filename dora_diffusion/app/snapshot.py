@@ -30,10 +30,11 @@ from dora_diffusion.app.workspace import Workspace, ids_in, read_json
 RUNNING_STATES = ("running", "stopping")
 RESULT_NAME = "result"
 _LOG_BYTES = 60_000
+_WARNINGS_BYTES = 4_000_000
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _KILLED = (
     "the process ended without a word (killed, or the machine ran out of memory); "
-    "Resume goes on from the last checkpoint"
+    "Resume continues from the last checkpoint"
 )
 
 
@@ -334,6 +335,24 @@ def log_tail(folder: Path, lines: int = 40) -> str:
     # A bar returns to the start of its line: what was there before is overwritten.
     shown = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
     return "\n".join([line for line in shown if line.strip()][-lines:])
+
+
+def log_warnings(folder: Path) -> tuple[str, ...]:
+    """What the latest attempt of a job has warned of, each once."""
+    try:
+        facts = (folder / LOG).stat()
+    except OSError:
+        return ()
+    return _warnings(folder / LOG, facts.st_mtime_ns, facts.st_size)
+
+
+@functools.lru_cache(maxsize=128)
+def _warnings(log: Path, modified: int, size: int) -> tuple[str, ...]:
+    with log.open("rb") as file:
+        text = file.read(_WARNINGS_BYTES).decode("utf-8", errors="replace")
+    lines = text.rpartition("\n--- ")[2].replace("\r", "\n").splitlines()
+    found = (line.removeprefix("warning: ") for line in lines if line.startswith("warning: "))
+    return tuple(dict.fromkeys(found))
 
 
 def last_error(folder: Path) -> str:

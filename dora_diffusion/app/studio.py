@@ -1,4 +1,4 @@
-"""Pictures for the Generate tab: one model in memory, under the lock that training takes too."""
+"""Images for the Generate tab: one model in memory, under the lock that training takes too."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class Request:
 
     def __post_init__(self) -> None:
         if not self.prompt:
-            raise AppError("write a prompt: what should the picture show?")
+            raise AppError("write a prompt: what should the image show?")
         for name, value, low, high in (
-            ("pictures", self.count, 1, MAX_BATCH),
+            ("images", self.count, 1, MAX_BATCH),
             ("steps", self.steps, 1, MAX_STEPS),
             ("width", self.width or 8, 8, MAX_SIDE),
             ("height", self.height or 8, 8, MAX_SIDE),
@@ -112,7 +112,7 @@ class Studio:
         self._mine = threading.Lock()
 
     def release(self) -> None:
-        """Forget the model, so that a worker has the memory. A picture in the making is let be."""
+        """Forget the model, so that a worker has the memory. An image in the making is let be."""
         if self._mine.acquire(blocking=False):
             try:
                 self._loaded = self._components = None
@@ -134,8 +134,9 @@ class Studio:
         with self._device(request):
             components = self._model(request)
             images = generate_images(
-                components, request.prompt, seeds, request.settings, on_step=on_step
-            )
+                components, request.prompt, seeds, request.settings,
+                on_step=on_step, require_finite=True,
+            )  # fmt: skip
             unread = _unread(components, request)
         return [
             self._write(request, seed, image, unread)
@@ -156,8 +157,9 @@ class Studio:
                     if base:
                         stack.enter_context(disabled(*components.adaptable().values()))
                     images += generate_images(
-                        components, request.prompt, seed, request.settings, on_step=on_step
-                    )
+                        components, request.prompt, seed, request.settings,
+                        on_step=on_step, require_finite=True,
+                    )  # fmt: skip
             unread = _unread(components, request)
         plain = _without_adapter(request)
         return (
@@ -175,23 +177,27 @@ class Studio:
         """
         import dataclasses
 
-        from dora_diffusion.generate import generate_images, image_grid
+        from dora_diffusion.generate import generate_images
+        from dora_diffusion.training.sheets import labelled_sheet
 
         cells = len(adapters) * len(strengths)
         if not 1 <= cells <= MAX_GRID:
-            raise AppError(f"the grid has {cells} pictures; it can have 1 to {MAX_GRID}")
+            raise AppError(f"the grid has {cells} images; it can have 1 to {MAX_GRID}")
         seed = _seeds(request)[0]
-        images, labels = [], []
+        images = []
         with self._device(request):
-            for name, adapter in adapters.items():
+            for adapter in adapters.values():
                 for strength in strengths:
                     one = dataclasses.replace(request, adapter=adapter, strength=strength)
                     components = self._model(one)
-                    images += generate_images(components, one.prompt, [seed], one.settings)
-                    labels.append(f"{name} x {strength:g}")
+                    images += generate_images(
+                        components, one.prompt, [seed], one.settings, require_finite=True
+                    )
                     on_step(len(images), cells)
             unread = _unread(components, request)
-        sheet = image_grid(images, len(strengths), labels=labels)
+        columns = [f"{strength:g}" for strength in strengths]
+        title = f"Seed {seed}; above each column, the strength"
+        sheet = labelled_sheet(images, title, list(adapters), columns)
         return self._write(request, seed, sheet, unread, images[0].size)
 
     @contextmanager
@@ -199,7 +205,7 @@ class Studio:
         with self._mine, holding(self.workspace.device_lock, or_wait=self._may_wait()) as held:
             if not held:
                 raise AppError(
-                    "a run is using the device; make pictures when it has ended, or stop it in "
+                    "a run is using the device; generate images when it has ended, or stop it in "
                     "the Train tab"
                 )
             with _threads_for(request.base):
@@ -329,5 +335,5 @@ def read_settings(file: Path) -> dict[str, str]:
     except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
         raise AppError("this file cannot be read as a PNG; it is damaged or too large") from error
     if not text:
-        raise AppError("this picture does not say how it was made (it has no parameters text)")
+        raise AppError("this image does not say how it was made (it has no parameters text)")
     return parse_parameters(text[:20_000])

@@ -118,8 +118,11 @@ def take_sample(workspace: Workspace, samples: Path, name: str) -> str:
     Raises:
         AppError: If there is no such sample.
     """
-    if name not in sample_names(samples):
-        raise AppError("this sample is not there; start the app in the project's folder")
+    names = sample_names(samples)
+    if name not in names:
+        raise AppError(
+            f"there is no sample subject {name!r}; there is {', '.join(names) or 'none here'}"
+        )
     from dora_diffusion.config import read_config_file
 
     settings = read_config_file(samples / name / "config.yaml")

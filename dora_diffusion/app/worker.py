@@ -164,7 +164,7 @@ def _merge(folder: Path, job: dict[str, Any], note: _Progress) -> int:
 
 
 def _compare(folder: Path, job: dict[str, Any], note: _Progress) -> int:
-    """Ask every checkpoint of a run for the same pictures, and measure them."""
+    """Ask every checkpoint of a run for the same images, and measure them."""
     from dora_diffusion.app.chooser import comparison_folder
     from dora_diffusion.app.comparison import compare, questions_about
     from dora_diffusion.app.loading import ModelFiles
@@ -176,7 +176,7 @@ def _compare(folder: Path, job: dict[str, Any], note: _Progress) -> int:
     adapters = {name: path for name, path in found.items() if path is not None}
 
     def show(done: int, total: int) -> None:
-        note(often=done < total, phase="making pictures", done=done, total=total)
+        note(often=done < total, phase="generating images", done=done, total=total)
 
     target = comparison_folder(Workspace(folder.parent), run.id)
     files = ModelFiles.of(run.settings)
@@ -225,4 +225,7 @@ def _peaks() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # By its name: warnings that are put down to a module called __main__ are not this package's.
+    from dora_diffusion.app import worker
+
+    sys.exit(worker.main())

@@ -61,12 +61,20 @@ def run(args: argparse.Namespace) -> int:
         )
     for note in report.notes:
         print(f"note: {note}")
-    _print_where_it_works(inspect_adapter(report.path).tools)
+    exact, wrong = where_it_works(inspect_adapter(report.path).tools)
+    for line in exact:
+        print(line)
+    if wrong:
+        print(f"wrong: {wrong}; choose another --to for these, or export a merged model")
     return 0
 
 
-def _print_where_it_works(verdicts: Mapping[str, str]) -> None:
-    """The programs, by what `inspect` says of each, with what is special to one of them."""
+def where_it_works(verdicts: Mapping[str, str]) -> tuple[list[str], str]:
+    """The programs, by what `inspect` says of each, with what is special to one of them.
+
+    Returns:
+        A line for each way of being exact, and the programs that read it wrong.
+    """
     programs: dict[str, list[str]] = {}
     for program, verdict in verdicts.items():
         short, _, detail = verdict.partition(": ")
@@ -74,8 +82,9 @@ def _print_where_it_works(verdicts: Mapping[str, str]) -> None:
         # Why a program is wrong, `inspect` says; that it is so for some layers only, matters here.
         is_own &= short.startswith("exact") or detail.startswith("it leaves")
         programs.setdefault(short, []).append(f"{program} ({detail})" if is_own else program)
-    for verdict, names in programs.items():
-        if verdict.startswith("exact"):
-            print(f"{verdict}: {', '.join(names)}")
-    if wrong := ", ".join(programs.get("wrong", ())):
-        print(f"wrong: {wrong}; choose another --to for these, or export a merged model")
+    exact = [
+        f"{verdict}: {', '.join(names)}"
+        for verdict, names in programs.items()
+        if verdict.startswith("exact")
+    ]
+    return exact, ", ".join(programs.get("wrong", ()))

@@ -7,35 +7,20 @@ import os
 import torch
 
 from dora_diffusion.config import ConfigError
+from dora_diffusion.memory import Device, auto_precision, default_device
+
+__all__ = ["AUTO", "PRECISION_DTYPES", "auto_dtype", "default_device", "dtype_of", "precision_of"]
 
 AUTO = "auto"
 # What Accelerate calls the precisions.
 PRECISION_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_TRUE = ("1", "true", "yes", "on", "y", "t")
-
-
-def default_device() -> str:
-    """The device that is used where none is named: a CUDA GPU, Apple's, or the CPU.
-
-    Accelerate's ``ACCELERATE_USE_CPU`` is honoured.
-    """
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE:
-        return "cpu"
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def auto_dtype(device: torch.device | str) -> torch.dtype:
-    """The precision that ``auto`` means on a device.
-
-    bfloat16 on a CUDA GPU that computes it, else float16. float32 elsewhere: CPUs emulate half
-    precision slowly, and Apple's GPUs lack the gradient scaler that float16 needs.
-    """
-    if torch.device(device).type != "cuda":
-        return torch.float32
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float16
+    """The precision that ``auto`` means on a device, as `auto_precision` says it."""
+    kind = torch.device(device).type
+    has_bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return PRECISION_DTYPES[auto_precision(Device(kind, has_bf16=has_bf16))]
 
 
 def dtype_of(name: str, device: torch.device | str | None = None) -> torch.dtype:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dora_diffusion.app import jobs
 from dora_diffusion.app.chooser import (
@@ -26,7 +28,7 @@ from dora_diffusion.app.chooser import (
 from dora_diffusion.app.comparison import ask_photos, ask_toy, compare
 from dora_diffusion.app.settings import as_yaml
 from dora_diffusion.app.snapshot import Job, adapter_of, read_job, snapshot
-from dora_diffusion.app.workspace import AppError, Workspace, write_json
+from dora_diffusion.app.workspace import AppError, Workspace, read_json, write_json
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.evaluation import metric_models, photos
 from dora_diffusion.generate import SamplingSettings, load_adapted
@@ -228,6 +230,26 @@ def test_without_a_metric_model_likeness_is_said_to_be_unmeasured(
         for name in row["pictures"]:
             with Image.open(tmp_path / "c" / name) as image:
                 assert image.height == 160
+
+
+def test_a_checkpoint_that_gives_nan_is_left_out_with_the_reason(
+    sd1_folder: Path,
+    adapters: dict[str, Path],
+    refs: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metric_models, "lite_is_installed", lambda: False)
+    with safe_open(adapters["checkpoint-2"], "pt") as file:
+        tensors = {name: torch.full_like(file.get_tensor(name), 3e38) for name in file.keys()}  # noqa: SIM118
+        save_file(tensors, tmp_path / "b.safetensors", file.metadata())
+    found = {"checkpoint-1": adapters["checkpoint-1"], "checkpoint-2": tmp_path / "b.safetensors"}
+    questions = ask_photos(refs, "sks dog", "dog", SETTINGS)
+    folder = tmp_path / "c"
+    rows = compare(str(sd1_folder), found, questions, folder, lambda *_: None)
+    assert [row["name"] for row in rows] == ["base", "checkpoint-1"]
+    (note,) = read_json(folder / COMPARISON)["notes"][len(questions.notes) :]
+    assert note.startswith("checkpoint-2 was left out: the image of seed ")
 
 
 def test_a_metric_model_measures_likeness_and_drift(

@@ -139,6 +139,9 @@ def test_estimates_are_measured_or_unknown(workspace: Workspace) -> None:
     assert "This will not fit" in html.estimate_card(found, 10)
     unknown = estimate(other, snapshot(workspace.root), workspace.root, device)
     assert (unknown.seconds, unknown.memory, unknown.runs) == (None, None, 0)
+    card = html.estimate_card(dataclasses.replace(unknown, seconds=60.0), 10)
+    assert "Time is that of a run like this" in card
+    assert "No run like this" not in card
     card = html.estimate_card(unknown, 10)
     assert "known after the first steps" in card
     assert "will not fit" not in card
@@ -166,7 +169,7 @@ def test_a_run_names_its_model_and_device_and_what_the_model_does_not_know(
 
 @pytest.mark.parametrize(
     ("kind", "shown"),
-    [("train", "step 4 of 10"), ("merge", "1.5 of 3.0 MB"), ("compare", "picture 3 of 6"),
+    [("train", "step 4 of 10"), ("merge", "1.5 of 3.0 MB"), ("compare", "image 3 of 6"),
      ("push", "commit 1 of 1")],
 )  # fmt: skip
 def test_every_kind_of_job_has_its_unit(workspace: Workspace, kind: str, shown: str) -> None:

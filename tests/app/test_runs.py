@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,21 +13,30 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dora_diffusion.app import jobs
-from dora_diffusion.app.exports import export_adapter, start_merge, write_card
+from dora_diffusion.app.exports import chosen_adapter, export_adapter, start_merge, write_card
+from dora_diffusion.app.html import status_card
 from dora_diffusion.app.processes import Lock
 from dora_diffusion.app.settings import as_yaml, command_line
-from dora_diffusion.app.snapshot import Job, adapter_of, read_job, read_metrics
+from dora_diffusion.app.snapshot import Job, adapter_of, log_warnings, read_job, read_metrics
 from dora_diffusion.app.studio import Picture, Request, Studio, read_settings
 from dora_diffusion.app.workspace import AppError, Workspace, read_json
+from dora_diffusion.cli import main
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.formats.adapter_file import read_adapter
+from dora_diffusion.generate import BrokenImageError
 from dora_diffusion.pictures import save_png
+from dora_diffusion.training.sheets import labelled_sheet
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +293,33 @@ def test_the_page_says_what_of_a_long_prompt_was_not_read(
     assert "longer than" not in _results(pair=studio.compare(short))[-1]
 
 
+def test_images_that_would_be_black_are_refused_in_words(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    job, pictures = job_of(finished), finished[0].pictures
+    file = adapter_of(job)
+    assert file is not None
+    broken = file.with_name("broken.safetensors")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(
+        {name: torch.full_like(tensor, 3e38) for name, tensor in load_file(file).items()},
+        broken,
+        metadata,
+    )
+    asked = replace(ask(finished), adapter=broken)
+    before = sorted(pictures.glob("*"))
+    for make in (
+        studio.make,
+        studio.compare,
+        lambda one: studio.grid(one, {"x": broken}, [1.0], lambda *_: None),
+    ):
+        with pytest.raises(BrokenImageError, match=r"not finite|black all"):
+            make(asked)
+    broken.unlink()
+    assert sorted(pictures.glob("*")) == before
+
+
 def test_a_grid_has_a_cell_per_checkpoint_and_strength(
     finished: tuple[Workspace, str], studio: Studio
 ) -> None:
@@ -292,8 +330,17 @@ def test_a_grid_has_a_cell_per_checkpoint_and_strength(
     steps: list[int] = []
     adapters = {"checkpoint-2": early, "result": result}
     picture = studio.grid(ask(finished), adapters, [0.0, 1.0], lambda done, _: steps.append(done))
+    cells = [
+        Image.open(studio.make(replace(ask(finished), adapter=adapter, strength=strength))[0].path)
+        for adapter in adapters.values()
+        for strength in (0.0, 1.0)
+    ]
+    # Names of checkpoints are longer than a small image is wide: each has a line of its own.
+    title = f"Seed {picture.seed}; above each column, the strength"
+    wanted = labelled_sheet(cells, title, ["checkpoint-2", "result"], ["0", "1"])
     with Image.open(picture.path) as image:
-        assert image.width == 2 * 64 + 2
+        assert image.size == wanted.size
+        assert image.tobytes() == wanted.tobytes()
     assert read_settings(picture.path)["Size"] == "64x64"
     assert steps == [1, 2, 3, 4]
 
@@ -353,13 +400,76 @@ def test_settings_load_from_a_grid_that_is_a_strip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["diffusers", "kohya", "lora", "peft"])
 def test_the_library_gives_every_format(finished: tuple[Workspace, str], target: str) -> None:
     workspace, job = finished[0], job_of(finished)
-    path, said = export_adapter(workspace, job, target)
+    made = export_adapter(workspace, job, target)
+    path = made.path
     assert path.is_relative_to(workspace.exports / job.id)
     suffix = ".zip" if target == "peft" else ".safetensors"
     assert path.name == f"sks-dog-{job.id[:15]}-step-3-{target}{suffix}"
-    assert "layers" in said
+    adapter = chosen_adapter(job)
+    assert made.facts[0].startswith(f"{len(read_adapter(adapter).layers)} layers; ")
     if target == "peft":
         assert any("adapter_model" in name for name in zipfile.ZipFile(path).namelist())
+
+
+@pytest.mark.parametrize("target", ["kohya", "comfyui", "lora"])
+def test_a_download_says_what_the_command_line_says(
+    finished: tuple[Workspace, str],
+    target: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    workspace, job = finished[0], job_of(finished)
+    made = export_adapter(workspace, job, target)
+    output = tmp_path / "a.safetensors"
+    words = ["convert", str(chosen_adapter(job)), str(output), "--to", target, "--base", job.base]
+    assert main(words) == 0
+    _, *said = capsys.readouterr().out.splitlines()  # the first line names the file
+    exact = [line for line in said if line.startswith("exact")]
+    assert list(made.facts[1:]) == exact
+    wrong = [line.removeprefix("wrong: ") for line in said if line.startswith("wrong: ")]
+    assert bool(wrong) == (target != "lora") == bool(made.cautions)
+    if wrong:
+        assert made.cautions[-1].startswith(f"Wrong in {wrong[0].partition(';')[0]}: ")
+    for line in said:
+        if line.startswith("relative error"):
+            assert made.facts[0].endswith(line)
+
+
+def test_what_the_source_file_lacked_is_said(
+    workspace: Workspace, sd1_folder: Path, finished: tuple[Workspace, str]
+) -> None:
+    """An adapter file without its metadata does not say its alpha; both exports assume one."""
+    job = copy_of(finished, workspace)
+    file = adapter_of(job)
+    assert file is not None
+    tensors = {name: tensor for name, tensor in load_file(file).items() if "alpha" not in name}
+    save_file(tensors, file)
+    made = export_adapter(workspace, job, "kohya")
+    assert any("alpha" in caution for caution in made.cautions), made
+    queue = jobs.JobQueue(workspace)
+    merge = wait(workspace, queue, start_merge(workspace, job, 1.0), done)
+    queue.close()
+    assert any("alpha" in line for line in log_warnings(merge.folder))
+    card = html.unescape(status_card(merge))
+    assert all(line in card for line in log_warnings(merge.folder))
+
+
+def copy_of(finished: tuple[Workspace, str], workspace: Workspace) -> Job:
+    """The finished run in a workspace whose files a test may change."""
+    folder = workspace.root / finished[1]
+    shutil.copytree(finished[0].root / finished[1], folder)
+    job = read_job(folder)
+    assert job is not None
+    return job
+
+
+def test_only_the_latest_attempt_s_warnings_are_shown(tmp_path: Path) -> None:
+    bar = "steps:  50%\r"
+    (tmp_path / jobs.LOG).write_text(
+        f"--- 1 a ---\nwarning: old\n--- 2 a ---\n{bar}warning: new\nwarning: new\n{bar}done\n"
+    )
+    assert log_warnings(tmp_path) == ("new",)
+    assert log_warnings(tmp_path / "nowhere") == ()
 
 
 def test_an_unknown_format_is_refused(finished: tuple[Workspace, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 from dora_diffusion.app.settings import (
     ADVANCED,
     EMBEDDED,
-    FIELDS,
+    GROUPS,
     PRESET_NAMES,
+    SETTINGS,
     as_yaml,
     check_model,
     command_line,
@@ -24,7 +26,7 @@ from dora_diffusion.app.settings import (
 from dora_diffusion.app.workspace import AppError
 from dora_diffusion.cli import build_parser
 from dora_diffusion.commands.flags import train_config
-from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
+from dora_diffusion.config import ConfigError, TrainConfig, read_config_file, without_effect
 from dora_diffusion.memory import Device, needed_memory
 from dora_diffusion.models.family import FAMILIES
 
@@ -44,7 +46,7 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 @pytest.mark.parametrize("model", [EMBEDDED, "org/model", SDXL])
 def test_every_preset_is_a_valid_config(preset: str, model: str) -> None:
     values = preset_values(preset, model)
-    assert set(values) == set(ADVANCED) <= set(FIELDS)
+    assert set(values) == set(ADVANCED) <= set(SETTINGS)
     made = make_config(model, Path("p"), Path("o"), "sks", "dog", [], values)
     assert made.center_crop  # the crop that the Subject tab shows
     assert made.checkpointing_steps > 0  # Stop and Resume need checkpoints
@@ -86,7 +88,7 @@ def test_balanced_takes_as_many_steps_as_the_command_line(model: str, family: st
     steps = {preset: preset_values(preset, model)["max_train_steps"] for preset in PRESET_NAMES}
     default = FAMILIES[family].default_steps
     assert default == {"sd1": 800, "sdxl": 1000}[family]
-    assert str(default) in str(FIELDS["max_train_steps"].metadata["derived"])
+    assert str(default) in str(SETTINGS["max_train_steps"].derived)
     assert (steps["fast"], steps["balanced"], steps["quality"]) == (
         default // 2, default, default * 3 // 2,
     )  # fmt: skip
@@ -156,6 +158,32 @@ def test_paths_are_looked_for_before_the_start(tmp_path: Path) -> None:
         with pytest.raises(AppError, match=match):
             check_model(config(**changes))
     check_model(config(class_data_dir=str(tmp_path / "to be made")))
+
+
+def test_every_setting_has_a_field_but_those_that_the_page_decides() -> None:
+    # Typed again here on purpose: a new setting must be given a field, or be listed with a reason.
+    own_field = {"pretrained_model_name_or_path", "token", "class_word", "validation_prompt"}
+    the_app_s = {
+        "instance_data_dir", "instance_prompt", "output_dir", "overwrite_output_dir",
+        "resume_from_checkpoint", "logging_dir", "push_to_hub", "hub_model_id",
+    }  # fmt: skip
+    another_name = {"use_8bit_adam"}
+    every = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert every - set(ADVANCED) == own_field | the_app_s | another_name
+    assert [name for names in GROUPS.values() for name in names] == list(ADVANCED)
+    for group, names in GROUPS.items():
+        fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+        assert {fields[name].metadata["group"] for name in names} == {group}
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+@pytest.mark.parametrize("model", [EMBEDDED, "embedded:tiny-sdxl", "org/model", SDXL])
+@pytest.mark.parametrize("device", [Device(), Device("cuda", "x", 8.0, True, True)])
+def test_no_preset_holds_a_value_without_effect(preset: str, model: str, device: Device) -> None:
+    made = make_config(
+        model, Path("p"), Path("o"), "sks", "dog", [], preset_values(preset, model, device)
+    )
+    assert without_effect(made) == {}
 
 
 def test_an_empty_field_means_the_default() -> None:

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from dora_diffusion.app import jobs
+from dora_diffusion.app.bases import Base
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
 from dora_diffusion.app.settings import (
@@ -160,6 +161,70 @@ def test_the_plan_warns_of_a_subject_that_the_toy_world_does_not_know(
     assert "toy model" not in said("stable-diffusion-v1-5/stable-diffusion-v1-5", "dog")
 
 
+def settings_field(context: Context, name: str) -> Any:
+    """The field of a setting on the page."""
+    from dora_diffusion.app.page import build_page
+
+    fields = [
+        one for one in build_page(context).blocks.values() if getattr(one, "label", 0) == name
+    ]
+    (field,) = fields
+    return field
+
+
+def test_a_field_says_what_the_setting_says(context: Context) -> None:
+    alpha = settings_field(context, "lora_alpha")
+    assert (alpha.info, alpha.placeholder, alpha.value) == (
+        "Alpha of Linear layers.", "default: rank", "",
+    )  # fmt: skip
+    minutes = settings_field(context, "checkpointing_minutes")
+    assert minutes.placeholder == "default: 5.0"
+    assert settings_field(context, "cache_latents").value is True
+    tracker = settings_field(context, "report_to")
+    assert tracker.choices == [("none", ""), ("tensorboard", "tensorboard"), ("wandb", "wandb")]
+    assert tracker.value == ""
+
+
+def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suggest = handler(context, "suggest")
+    one, xl = (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0",
+    )  # fmt: skip
+    sd1 = Base(one, "sd1", "in the hub's cache")
+    sdxl = Base(xl, "sdxl", "in the hub's cache")
+    download = Base("org/far", "sd1", "to be downloaded")
+    toy = Base(EMBEDDED, "sd1", "toy")
+
+    def chosen(
+        found: list[Base], word: str, *, free: float | None = 8.0, settled: str = "",
+        model: str = EMBEDDED, kind: str = "cuda",
+    ) -> Any:  # fmt: skip
+        monkeypatch.setattr(context, "bases", lambda: found)
+        monkeypatch.setattr(context, "device", lambda: Device(kind, "a card", free))
+        remembered, base, said, *values = suggest(word, settled, "balanced", model)
+        assert remembered == word
+        assert len(values) == len(ADVANCED)
+        if isinstance(base, str):
+            assert f"Base model set to {base}" in said
+            assert "know no dog" in said
+            steps = {one: "800", xl: "1000"}[base]
+            assert values[ADVANCED.index("max_train_steps")]["value"] == steps
+            return base
+        return None
+
+    every = [toy, sdxl, sd1, download]
+    assert chosen(every, "dog") == one  # 8 GiB do not hold SDXL
+    assert chosen(every, "dog", free=40.0) == xl
+    assert chosen(every, "dog", free=40.0, kind="cpu") == one
+    assert chosen([sd1, sdxl], "dog", free=None) == one  # the first
+    assert chosen([toy, download], "dog") is None  # the toy stays, with its warning
+    assert chosen(every, "mug") is None
+    assert chosen(every, "dog", settled="dog") is None  # chosen by hand, or asked before
+    assert chosen(every, "dog", model="org/other") is None
+
+
 def test_a_model_that_is_not_there_starts_nothing(context: Context, subject: str) -> None:
     for model, match in (("/no/model", "does not exist"), ("no/body", "HF_HUB_OFFLINE is set")):
         with pytest.raises(gradio.Error, match=match):
@@ -176,6 +241,7 @@ def test_a_shared_app_takes_no_folders_and_no_other_vae(
         ("model_config", "/etc", "takes no folder for model_config"),
         ("class_data_dir", "/etc", "takes no folder for class_data_dir"),
         ("pretrained_vae_model_name_or_path", "/etc", "offers only"),
+        ("report_to", "wandb", "does not report to wandb"),
     ):
         with pytest.raises(gradio.Error, match=match):
             handler(context, "start")(*asked(context, subject, EMBEDDED, **{name: value}))

@@ -363,7 +363,7 @@ def test_a_sample_becomes_a_subject_with_its_captions(workspace: Workspace) -> N
     subject = read_subject(workspace, take_sample(workspace, SAMPLES, "bolt_mug"))
     assert (subject.class_word, len(subject.photos)) == ("mug", 5)
     assert read_caption_of(subject.photos[0]).startswith("a photo of a sks mug")
-    with pytest.raises(AppError):
+    with pytest.raises(AppError, match="there is bolt_mug, heart_teapot, ring_robot"):
         take_sample(workspace, SAMPLES, "../samples/bolt_mug")
 
 

@@ -37,7 +37,7 @@ def test_an_empty_start_is_refused_in_plain_words(visit: Callable[..., Visit]) -
     assert "add photos in the Subject tab" in page.toast()
     page.wait_text("#status", "Nothing trained yet[^]*Choose a subject")
     page.tab("Generate")
-    page.wait_text("body", "No pictures yet[^]*Make pictures")
+    page.wait_text("body", "No images yet[^]*Generate images")
     page.tab("Library")
     page.wait_text("#library-facts", "The library is empty[^]*Train tab")
     assert page.page.locator("#convert:visible").count() == 0
@@ -144,8 +144,7 @@ def set_up_run(page: Visit, steps: int) -> None:
     page.tab("Train")
     page.wait("document.querySelector('#class-word input, #class-word textarea')?.value === 'mug'")
     page.check("Fast")
-    page.press("button", "Advanced settings")
-    page.press("button", "Length and samples")
+    page.unfold("Advanced settings", "Length and batch", "Samples during", "Output, checkpoints")
     for name, value in (
         ("max_train_steps", steps),
         ("checkpointing_steps", 4),
@@ -231,7 +230,7 @@ def test_a_killed_worker_shows_as_crashed_and_the_queue_goes_on(
     (worker,) = app.workers()
     app.may_fail.add(started)
     os.kill(worker, signal.SIGKILL)
-    page.wait_text("#status", "crashed[^]*Resume goes on")
+    page.wait_text("#status", "crashed[^]*Resume continues")
     choose_run(page, 0)
     page.wait_text("#status", "Write .sks mug. in a prompt")
     assert state_of(app, second).state == "done"
@@ -258,6 +257,7 @@ def test_resume_goes_on_counting_and_stop_saves(
     app.until(lambda: state_of(app, started).step > at)
     page.click("#stop")
     page.wait_text("#status", "stopped")
+    assert page.text("#run-said").strip() == ""  # nothing that was true only for a while
     stopped = state_of(app, started)
     assert stopped.checkpoints[-1] == f"checkpoint-{stopped.step}"
     page.click("#remove")
@@ -324,7 +324,7 @@ def set_up_pictures(page: Visit) -> None:
     page.fill("#seed input", "7")
     page.press("button", "Steps, guidance")
     set_slider(page, "Steps", "2")
-    set_slider(page, "Pictures", "1")
+    set_slider(page, "Images", "1")
 
 
 def test_pictures_repeat_compare_and_say_how_they_were_made(
@@ -350,7 +350,7 @@ def test_pictures_repeat_compare_and_say_how_they_were_made(
     page.fill("#grid-strengths input, #grid-strengths textarea", "0, 1")
     (grid,) = press(page, app, "#grid")
     with Image.open(grid) as image:
-        assert image.width == 2 * 64 + 2  # two strengths
+        assert image.width >= 2 * 64 + 2  # two strengths
         assert image.height > 2 * 64  # two checkpoints, under labels
     page.press("button", "Load settings from a PNG")
     page.fill("#seed input", "99")

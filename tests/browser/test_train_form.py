@@ -66,7 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     lock.free()
 
 
-def started(app: App, page: Visit) -> dict[str, Any]:
+def started(app: App, page: Visit, title: str = "sks mug") -> dict[str, Any]:
     """Press Start; the settings of the run that this makes."""
     before = set(app.runs.glob("2*/settings.yaml"))
     page.click("#start")
@@ -76,7 +76,7 @@ def started(app: App, page: Visit) -> dict[str, Any]:
 
     (file,) = app.until(new)
     settings: dict[str, Any] = yaml.safe_load(file.read_text())
-    page.wait_text("#train-said", f"Queued sks mug: number {len(before) + 1} in the queue")
+    page.wait_text("#train-said", f"Queued {title}: number {len(before) + 1} in the queue")
     return settings
 
 
@@ -198,9 +198,46 @@ def test_a_subject_outside_of_the_toy_world_is_warned_of_beside_the_start(
     said = page.wait_text("#cost", "toy model of a drawn world")
     assert "no dog" in said
     assert "Choose Stable Diffusion 1.5, SDXL" in said
-    page.choose("#base-model", f"{SD1} ·")
-    page.wait_text("#cost", "Memory is from runs at full size")
+    # As soon as the class is written, a model of this machine that knows it is taken.
+    page.page.keyboard.press("Tab")
+    said = page.wait_text("#train-said", "Base model set to")
+    chosen = next(name for name in (SD1, SDXL) if name in said)
+    steps = {SD1: 800, SDXL: 1000}[chosen]
+    page.wait_text("#plan", f"{chosen} [^]*max_train_steps {steps} ")
     assert "toy model" not in page.text("#cost")
+    # Whoever takes the toy model nevertheless keeps it.
+    page.choose("#base-model", f"{BASES[0]} ·")
+    page.wait_text("#cost", "toy model of a drawn world")
+    page.page.locator("#class-word input, #class-word textarea").first.click()
+    page.page.keyboard.press("Tab")
+    settings = started(app, page, "sks dog")
+    assert settings["pretrained_model_name_or_path"] == BASES[0]
+
+
+@pytest.mark.parametrize("width", [390, 800, 1280])
+def test_nothing_scrolls_sideways(visit: Callable[..., Visit], app: App, width: int) -> None:
+    page = visit(width)
+    page.click("#sample-heart_teapot")
+    page.wait("document.querySelectorAll('#crops img').length >= 4")
+
+    def scrolling() -> Any:
+        return page.page.evaluate(
+            "[...document.querySelectorAll('*')].filter(e => e.clientWidth"
+            " && e.scrollWidth > e.clientWidth"
+            " && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX))"
+            ".map(e => [e.tagName, e.id, e.className, e.scrollWidth, e.clientWidth])"
+        )
+
+    for name, section in (
+        ("Subject", "New subject"), ("Train", "Advanced settings"), ("Generate", "Grid of"),
+        ("Library", ""),
+    ):  # fmt: skip
+        page.tab(name)
+        assert scrolling() == [], name
+        if section:
+            page.unfold(section)
+            page.wait("!document.getAnimations().some(one => one.playState === 'running')")
+            assert scrolling() == [], section
 
 
 def test_sizes_are_judged_by_the_model_that_is_chosen(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dora_diffusion.config import ConfigError
+from dora_diffusion.memory import describe_device
 from dora_diffusion.models import precision
 
 
@@ -32,6 +33,18 @@ def test_emulated_bfloat16_is_none(monkeypatch):
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
     )
     assert precision.auto_dtype("cuda") == torch.float16
+
+
+def test_memory_and_models_state_one_rule(monkeypatch):
+    """What `auto` means on a device is decided in one place."""
+    monkeypatch.setattr(precision, "auto_precision", lambda device: "fp16")
+    assert precision.auto_dtype("cpu") == torch.float16
+
+
+def test_accelerate_on_the_cpu_is_estimated_for_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "yes")
+    assert describe_device().kind == "cpu"
 
 
 def test_what_is_named_is_taken():

@@ -1,4 +1,4 @@
-"""The checkpoint chooser under a run: fixed-seed pictures, similarity, drift, and "use this"."""
+"""The checkpoint chooser under a run: fixed-seed images, similarity, drift, and "use this"."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from dora_diffusion.app.chooser import (
 )
 from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.jobs import stop_job
-from dora_diffusion.app.snapshot import Job
+from dora_diffusion.app.snapshot import Job, log_warnings
 from dora_diffusion.app.views.fields import CLICKS, QUIET, clicked
 
 _WHY = (
     "More steps make it more like the subject, and less able to do anything else. Compare asks "
-    "every checkpoint for the same pictures at the same seeds and measures both."
+    "every checkpoint for the same images at the same seeds and measures both."
 )
 
 
@@ -104,15 +104,16 @@ def _cards(job: Job, found: Comparison | None, running: Job | None) -> str:
     said = ""
     if running is not None and not running.has_ended:
         said = html.status_card(running, stop=True)
-    elif running is not None and running.cause:
-        said = html.note(f"The comparison failed: {running.cause}", "bad")
+    elif running is not None:
+        failed = f"The comparison failed: {running.cause}" if running.cause else ""
+        said = html.note(failed, "bad") + html.notes(log_warnings(running.folder), "warn")
     if found is None:
         return said
     suggested = found.suggested
     most = max((row.drift or 0 for row in found.rows), default=0) or 1
     cards = "".join(_card(job, row, found, most) for row in found.rows)
     late = [f"step {job.step_of(name)}" for name in found.missing]
-    new = html.note(f"Not compared yet: {', '.join(late)}.", "info") if late else ""
+    new = html.note(f"Not compared: {', '.join(late)}.", "info") if late else ""
     notes = "".join(f"<p class='dd-quiet'>{html.esc(note)}</p>" for note in found.notes)
     why = (
         "<p class='dd-quiet'>Suggested: the most similarity less drift, among those that are more "
@@ -125,7 +126,7 @@ def _cards(job: Job, found: Comparison | None, running: Job | None) -> str:
 
 
 def _card(job: Job, row: Row, found: Comparison, most_drift: float) -> str:
-    """One checkpoint: pictures, two bars, and the button."""
+    """One checkpoint: images, two bars, and the button."""
     is_suggested = row.name == found.suggested
     in_use = row.name == job.stands
     title = f"Step {row.step}" if row.step else "Base model"

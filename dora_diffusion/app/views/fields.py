@@ -6,10 +6,8 @@ from typing import Any
 
 import gradio as gr
 
-from dora_diffusion.app.settings import FIELDS, setting_text
-from dora_diffusion.config import setting_type, settings
+from dora_diffusion.app.settings import SETTINGS, setting_text, shown_choices
 
-_DEFAULTS = {setting.name: setting.default_text for setting in settings()}
 # How handlers are registered: not in the API's list, with or without a sign of work.
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
@@ -17,18 +15,16 @@ BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
 
 def setting_field(name: str, value: Any) -> Any:
     """The field of a setting: its name on the command line, its help, its choices."""
-    setting = FIELDS[name]
-    kind, is_list = setting_type(setting)
-    common: dict[str, Any] = {"label": name, "info": str(setting.metadata["help"])}
-    choices = setting.metadata.get("choices")
-    if kind is bool:
-        return gr.Checkbox(value, **common)
-    if choices:
-        return gr.Dropdown(list(choices), value=value, **common)
-    limit = 500 if is_list else 40 if kind in (int, float) else 1000
+    setting, text = SETTINGS[name], setting_text(value)
+    common: dict[str, Any] = {"label": name, "info": setting.help}
+    if setting.kind is bool:
+        return gr.Checkbox(text, **common)
+    if choices := shown_choices(setting):
+        return gr.Dropdown(choices, value=text, **common)
+    limit = 500 if setting.is_list else 40 if setting.kind in (int, float) else 1000
     return gr.Textbox(
-        setting_text(value),
-        placeholder=f"default: {_DEFAULTS[name]}",
+        text,
+        placeholder=f"default: {setting.default_text}",
         max_lines=1,
         max_length=limit,
         **common,

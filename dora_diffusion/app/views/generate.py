@@ -1,4 +1,4 @@
-"""The Generate tab: pictures, base against adapted, and the grid of checkpoints and strengths."""
+"""The Generate tab: images, base against adapted, and the grid of checkpoints and strengths."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _BUSY: dict[str, Any] = {
     "api_visibility": "private", "concurrency_id": "device", "concurrency_limit": 1,
 }  # fmt: skip
 _EMPTY = html.empty(
-    "No pictures yet",
-    "Choose a run, press Make pictures. Compare shows the same seed with and without the adapter.",
+    "No images yet",
+    "Choose a run and press Generate images. Compare shows one seed with and without the adapter.",
 )
 
 
@@ -60,7 +60,7 @@ def build(context: Context) -> GenerateTab:
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             gr.HTML(
-                html.heading("5", "Pictures", "Ask for your subject where it never was."),
+                html.heading("5", "Images", "Ask for your subject where it never was."),
                 padding=False,
             )
             adapter = id_dropdown(label="Run or checkpoint", elem_id="adapter")
@@ -83,7 +83,7 @@ def build(context: Context) -> GenerateTab:
                     -1, label="Seed", info="-1 draws one.", precision=0, min_width=110,
                     elem_id="seed",
                 )  # fmt: skip
-                form["count"] = gr.Slider(1, MAX_BATCH, 4, step=1, label="Pictures", min_width=150)
+                form["count"] = gr.Slider(1, MAX_BATCH, 4, step=1, label="Images", min_width=150)
             gr.HTML("<p class='dd-quiet'>How much of the adapter</p>", padding=False)
             form["strength"] = gr.Slider(
                 0, 2, 1, step=0.05, label="Strength", info="0 is exactly the base model.",
@@ -109,7 +109,7 @@ def build(context: Context) -> GenerateTab:
                             label=side.capitalize(), placeholder="the model's", max_lines=1,
                             max_length=5, min_width=110, elem_id=side,
                         )  # fmt: skip
-            make = gr.Button("Make pictures", variant="primary", size="lg", elem_id="make")
+            make = gr.Button("Generate images", variant="primary", size="lg", elem_id="make")
             compare = gr.Button("Compare with the base model", size="md", elem_id="compare")
             with gr.Accordion("Grid of checkpoints and strengths", open=False):
                 strengths = gr.Textbox(
@@ -119,7 +119,7 @@ def build(context: Context) -> GenerateTab:
             with gr.Accordion("Load settings from a PNG", open=False):
                 load = gr.File(
                     file_types=[".png"],
-                    label="A picture made here, or by A1111",
+                    label="An image made here, or by A1111",
                     height=120,
                     elem_id="load-png",
                 )
@@ -208,7 +208,7 @@ def connect(context: Context, tab: GenerateTab) -> None:
 
 def _on_step(progress: Any) -> Any:
     def show(done: int, total: int) -> None:
-        progress((done, total), desc="Making pictures", unit="steps")
+        progress((done, total), desc="Generating images", unit="steps")
 
     return show
 
@@ -219,7 +219,7 @@ def _results(
     pair: tuple[Picture, Picture] | None = None,
     columns: int = 2,
 ) -> list[Any]:
-    """Either pictures or a pair, and how they were made."""
+    """Either images or a pair, and how they were made."""
     last = pair[1] if pair else gallery[0]
     slider = tuple(str(picture.path) for picture in pair) if pair else None
     pictures = [(str(picture.path), f"seed {picture.seed}") for picture in gallery]

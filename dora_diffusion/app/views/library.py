@@ -74,7 +74,7 @@ def build(context: Context) -> LibraryTab:
             facts = gr.HTML(_NOTHING, padding=False, elem_id="library-facts")
         with gr.Column(scale=5, min_width=320, visible=False) as side:
             gr.HTML(
-                html.heading("", "Take it away", "An adapter for your program, or one model."),
+                html.heading("", "Export", "An adapter for your program, or one model."),
                 padding=False,
             )
             target = gr.Dropdown(
@@ -137,10 +137,10 @@ def connect(context: Context, tab: LibraryTab) -> None:
     @plain
     def convert(job_id: str | None, target: str) -> str:
         job = context.job(job_id)
-        path, said = export_adapter(workspace, job, target)
-        links = html.download(path, f"Download {path.name}")
+        made = export_adapter(workspace, job, target)
+        links = html.download(made.path, f"Download {made.path.name}")
         links += html.download(write_card(workspace, job), "Model card")
-        return links + html.note(said, "info")
+        return links + html.notes(made.facts, "info") + html.notes(made.cautions, "warn")
 
     @plain
     def merge(job_id: str | None, strength: float) -> str:

@@ -21,7 +21,7 @@ from dora_diffusion.config import TrainConfig
 
 _NOTHING = html.empty(
     "Nothing trained yet",
-    "Choose a subject, say what it is, and start: progress, loss and sample pictures appear here.",
+    "Choose a subject, say what it is, and start: progress, loss and sample images appear here.",
 )
 _CONTROLS = ("run", "status", "stop", "kill", "resume", "remove")
 
@@ -60,9 +60,9 @@ def build() -> RunView:
     said = gr.HTML("", padding=False, elem_id="run-said")
     with gr.Row(visible=False) as further:
         to_generate = gr.Button(
-            "Make pictures with it", size="md", variant="primary", elem_id="to-generate"
+            "Generate images with it", size="md", variant="primary", elem_id="to-generate"
         )
-        to_library = gr.Button("Take it away", size="md", elem_id="to-library")
+        to_library = gr.Button("Export it", size="md", elem_id="to-library")
     loss = gr.HTML("", padding=False, elem_id="loss")
     samples = gr.Gallery(
         show_label=False,
@@ -106,9 +106,10 @@ def connect(context: Context, view: RunView) -> None:
 
         return run
 
+    # Of stopping and resuming the card tells, as long as it is true.
     def stop(folder: Path) -> str:
         stop_job(folder)
-        return "The run saves a checkpoint and stops"
+        return ""
 
     def kill(folder: Path) -> str:
         kill_job(folder)
@@ -117,7 +118,7 @@ def connect(context: Context, view: RunView) -> None:
     def resume(folder: Path) -> str:
         requeue_job(folder)
         context.queue.tick()
-        return "The run goes on from its latest checkpoint"
+        return ""
 
     def remove(folder: Path) -> str:
         delete_job(workspace, folder.name)

@@ -109,7 +109,7 @@ def build(context: Context) -> SubjectTab:
             names = gr.State([])
             editing = photo.build()
             go_on = gr.Button(
-                "Go on: train on these photos", variant="primary", visible=False, elem_id="to-train"
+                "Next: train on these photos", variant="primary", visible=False, elem_id="to-train"
             )
     return SubjectTab(
         pick, name, create, remove, upload, samples, report, blank, gallery, names, editing, go_on

@@ -49,12 +49,16 @@ _PROMPTS = "a photo of a {subject} on the snow\na photo of a {subject} at night"
 
 @dataclass(frozen=True)
 class TrainTab:
-    """The tab's fields that others use too."""
+    """The tab's fields that others use too.
+
+    ``settled`` is the class that the base model was last chosen for: no choice is changed twice.
+    """
 
     class_word: Any
     token: Any
     preset: Any
     model: Any
+    settled: Any
     prompts: Any
     advanced: dict[str, Any]
     cost: Any
@@ -104,6 +108,7 @@ def build(context: Context, subjects: SubjectTab) -> TrainTab:
                 allow_custom_value=not context.launch.is_open,
                 elem_id="base-model",
             )
+            settled = gr.State("")
             prompts = gr.Textbox(
                 _PROMPTS,
                 label="Sample prompts, one per line",
@@ -129,12 +134,12 @@ def build(context: Context, subjects: SubjectTab) -> TrainTab:
             plan = gr.HTML("", padding=False, elem_id="plan")
         with gr.Column(scale=6, min_width=320):
             gr.HTML(
-                html.heading("4", "How it goes", "Close this page if you like: it goes on."),
+                html.heading("4", "How it goes", "Close this page if you like: the run continues."),
                 padding=False,
             )
             shown = run.build()
     return TrainTab(
-        class_word, token, preset, model, prompts, advanced, cost, plan, start, said, shown
+        class_word, token, preset, model, settled, prompts, advanced, cost, plan, start, said, shown
     )
 
 
@@ -174,6 +179,22 @@ def connect(
         values = preset_values(preset, context.allowed_model(model), context.device())
         return [gr.update(value=setting_text(value)) for value in values.values()]
 
+    @plain
+    def suggest(word: str, settled: str, preset: str, model: str) -> list[Any]:
+        found = context.suggested_base(model, word) if word != settled else ""
+        if not found:
+            return [word, *[gr.skip()] * (2 + len(fields))]
+        said = (
+            f"Base model set to {found}, which is on this machine: the embedded models are toys "
+            f"that know no {word.strip()}."
+        )
+        return [word, found, html.note(said, "info"), *use_preset(preset, found)]
+
+    tab.class_word.blur(
+        suggest, [tab.class_word, tab.settled, tab.preset, tab.model],
+        [tab.settled, tab.model, tab.said, *fields], **QUIET,
+    )  # fmt: skip
+    tab.model.input(lambda word: word, [tab.class_word], [tab.settled], **QUIET)
     # The last choice counts, also while an earlier one is still being filled in.
     gr.on(
         [tab.preset.input, tab.model.input], use_preset, [tab.preset, tab.model], fields,
@@ -230,11 +251,11 @@ def _connect_draft(
     def restore(kept: Any) -> list[Any]:
         found, advanced = form_values(kept), advanced_values(kept)
         if not context.launch.allows_model(found.get("model", EMBEDDED)):
-            return [gr.skip()] * (len(form) + len(fields))
+            return [gr.skip()] * (1 + len(form) + len(fields))
         if subject_of_draft(kept) != current_subject(context, None):
             # The page shows the newest subject, with its own token and class.
             found |= {"token": "", "class_word": ""}
-        values = [found.get(name) or None for name in FORM]
+        values = [found.get(name) or None for name in ("class_word", *FORM)]
         values += [advanced.get(name) for name in ADVANCED]
         return [gr.skip() if value is None else value for value in values]
 
@@ -253,7 +274,7 @@ def _connect_draft(
         None, [draft, subjects.pick, *form, *fields], [draft], js=SAVE_SCRIPT,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    restored = blocks.load(restore, [draft], [*form, *fields], **QUIET)
+    restored = blocks.load(restore, [draft], [tab.settled, *form, *fields], **QUIET)
     restored.then(None, None, None, js=RESTORED_SCRIPT, **QUIET)
     subjects.pick.change(fill, [subjects.pick, draft], [tab.class_word, tab.token], **QUIET)
 
