@@ -253,7 +253,7 @@ def test_several_adapters_are_order_free_and_merge_as_they_run(net, x):
 
 
 def test_norms_are_computed_once_in_a_scope_and_never_survive_it(net, x, monkeypatch):
-    from dora_diffusion.numerics import gain
+    from dora_diffusion.numerics.fast import gain
 
     inject_adapters(net, everything())
     move(net)
@@ -478,7 +478,7 @@ def test_a_scope_that_fails_to_open_leaves_nothing_behind(net, x, monkeypatch):
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("dora_diffusion.adapters.layers.make_gains", fail)
+        patch.setattr("dora_diffusion.numerics.fast.make_gains", fail)
         with pytest.raises(torch.OutOfMemoryError), norm_scope(net):
             pass
     before = net(x)

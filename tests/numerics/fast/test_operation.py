@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dora_diffusion.numerics.operation import Conv2dOperation
+from dora_diffusion.numerics.fast.operation import FastConv2d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -14,7 +14,7 @@ from dora_diffusion.numerics.operation import Conv2dOperation
 def test_weight_gradient_of_a_map_smaller_than_the_kernel(size, kernel, stride, dtype):
     torch.manual_seed(0)
     padding = kernel // 2
-    op = Conv2dOperation(stride=(stride, stride), padding=(padding, padding))
+    op = FastConv2d(stride=(stride, stride), padding=(padding, padding))
     for channels, rank in ((32, 4), (128, 4), (16, 2)):
         x = torch.randn(1, channels, *size, dtype=dtype)
         weight = torch.randn(rank, channels, kernel, kernel, dtype=dtype)
