@@ -170,6 +170,7 @@ class _OutputAxis(torch.autograd.Function):
             shift = None if bias is None else ((1 - g) * bias).to(dtype)
             low_rank = op.pointwise(hidden, scaled_up, shift)
             y = _grow_onto(low_rank, op(x, weight.to(dtype), base_bias), op.broadcast(g))
+        # y and not the base result: what comes next mostly keeps y for its own gradient anyway.
         kept = y if keep_output else None
         ctx.save_for_backward(_kept(x, source), kept, hidden, weight, bias, down, up)
         ctx.gain, ctx.scale, ctx.op, ctx.use_merged = gain, scale, op, use_merged
@@ -186,6 +187,7 @@ class _OutputAxis(torch.autograd.Function):
         need_x, need_m = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         hidden = op.down_project(x, down.to(dtype)) if hidden is None else hidden
         scaled_up = _scaled_up(up, g * scale, dtype)
+        # Through the rank on either path: the gradient of the full weight is never computed.
         grad_hidden = op.up.input_gradient(grad, scaled_up, hidden)
         grad_up = wide(op.up.weight_gradient(grad, hidden, up.to(dtype)))
         grad_up = grad_up * per_channel(g * scale, up.ndim, "output")
@@ -196,10 +198,11 @@ class _OutputAxis(torch.autograd.Function):
         if need_x and ctx.use_merged:
             grad_x = op.input_gradient(grad, _merged_weight(weight, down, scaled_up, g, dtype), x)
         elif need_x:
-            # The product is summed up: its memory takes what follows.
+            # The product was summed already: its memory is free to take the scaled gradient.
             memory = product if product is not None and product.dtype == grad.dtype else None
             grown = _grow(grad, op.broadcast(g - 1), out=memory)
             grad_x = op.input_gradient(grown, weight.to(dtype), x)
+        # The merged weight has the low-rank part of dx in it; the base weight has not.
         through = None if ctx.use_merged else grad_x
         grad_down = op.down_project_gradients(grad_hidden, x, down.to(dtype), through)
         grads = grad_down.to(down.dtype), grad_up.to(up.dtype), grad_m
@@ -278,6 +281,7 @@ class _InputAxis(torch.autograd.Function):
         op, scale, (norm, g, _), dtype = ctx.op, ctx.scale, ctx.gain, ctx.dtype
         x = recompute_input(ctx, kept)
         need_x, need_m = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        # Scaled once more rather than kept: others keep x anyway, but nobody else keeps g * x.
         scaled = _grow(x, op.broadcast(g - 1))
         hidden = op.down_project(scaled, down.to(dtype)) if hidden is None else hidden
         grad_hidden = op.up.input_gradient(grad, (scale * up).to(dtype), hidden)

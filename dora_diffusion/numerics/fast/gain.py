@@ -99,7 +99,7 @@ def make_gains(layers: Sequence[GainInputs]) -> list[Gain]:
         return []
     if len({(one.weight.device, one.statistics.squared_norm.dtype) for one in layers}) > 1:
         return [gain for one in layers for gain in make_gains([one])]
-    # Neighbours of one kind share operations.
+    # Neighbours of one kind are concatenated, and share operations.
     order = sorted(range(len(layers)), key=lambda i: _kind(layers[i]))
     with full_precision(layers[0].weight.device):
         gains = _make_together([layers[i] for i in order])
@@ -127,7 +127,8 @@ def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
         Gain(*pair, None)
         for pair in zip(torch.split(norm, sizes), torch.split(gain, sizes), strict=True)
     ]
-    # All of them are read back at once: a search on the device would be a wait of its own.
+    # The one read back of a step. `nonzero` on the device would wait for it as well, to learn how
+    # many there are, and the owners would be a second wait.
     for number in _owners(delicate.cpu().nonzero().flatten().tolist(), sizes):
         gains[number] = _recomputed(layers[number])
     return gains

@@ -127,7 +127,8 @@ class FastConv2d(Conv2dOperation):
         """The transposed convolution."""
         few = grad.shape[0] * math.prod(grad.shape[2:]) <= FEW_POSITIONS * weight.shape[0]
         if few and x.device.type == "cpu" and x.is_contiguous():
-            # In this order, with the columns last, it is much faster.
+            # One product of matrices, whose columns are then summed into the map (col2im). In this
+            # order, with the columns last, it is much faster.
             rows = grad.flatten(2).mT
             columns = matrix_product(rows.reshape(-1, rows.shape[2]), weight.flatten(1))
             return self._sum_taps(columns.view(*rows.shape[:2], columns.shape[1]).mT, x, weight)
@@ -165,6 +166,7 @@ class FastConv2d(Conv2dOperation):
         """Convolve with few output channels."""
         if not self._is_thin(x, down):
             return self(x, down)
+        # im2col would copy x once for every tap; this copies its r-wide products instead.
         return self._sum_taps(_taps(down) @ x.flatten(2), x, down)
 
     def down_project_gradients(
