@@ -19,8 +19,8 @@ from dora_diffusion.adapters.layers import (
     can_adapt,
     close_caches,
     is_wrapped,
-    make_plain,
     open_caches,
+    restore_base_class,
 )
 from dora_diffusion.adapters.sources import unwatch_sources, watch_sources
 from dora_diffusion.adapters.targets import is_conv, match_targets
@@ -200,7 +200,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
         for one in list(layer.adapters) if name is None else [name]:
             layer.adapters.pop(one) if one in layer.adapters else None
         if not layer.adapters:
-            make_plain(layer)
+            restore_base_class(layer)
     _unwatch_plain(model)
 
 
@@ -229,7 +229,7 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
     for layer, merged in results:
         layer.merge(merged)
         if not keep_base:
-            make_plain(layer)
+            restore_base_class(layer)
     _unwatch_plain(model)
 
 

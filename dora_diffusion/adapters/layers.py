@@ -7,6 +7,7 @@ were. Adapters live in the child module ``adapters``.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -15,14 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.sources import noted_source
-from dora_diffusion.numerics.autograd import dora
-from dora_diffusion.numerics.dora import gain as gain_of
-from dora_diffusion.numerics.dora import moved_magnitude
-from dora_diffusion.numerics.gain import Gain, GainInputs, WeightFacts, make_gains
+from dora_diffusion.numerics import fast
+from dora_diffusion.numerics.dora import dora_difference, dora_forward, moved_magnitude
+from dora_diffusion.numerics.fast import Gain, GainInputs, Source, WeightStatistics
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation, Operation
 from dora_diffusion.numerics.precision import wide, wide_dtype
-from dora_diffusion.numerics.source import Source
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
 
 
@@ -55,6 +54,13 @@ class LayerAdapter(nn.Module):
         """The live tensors, not copies."""
         return LayerWeights(self.down, self.up, self.magnitude, self.alpha, self.norm_axis)
 
+    def scaled_weights(self) -> LayerWeights:
+        """`weights`, with the direction's strength in their scale."""
+        weights = self.weights()
+        if self.direction_strength == 1.0:
+            return weights
+        return dataclasses.replace(weights, alpha=self.direction_strength * self.alpha)
+
     @property
     def is_plain(self) -> bool:
         """Whether every knob is at 1, so that the trained formula applies as it is."""
@@ -85,7 +91,7 @@ class AdaptedLayer(nn.Module):
     keep_output: bool
     # Plain attributes, no part of the state dict: caches, and the weight that a merge replaced.
     _gain_cache: dict[str, Gain] | None
-    _facts: tuple[tuple[Any, ...], WeightFacts] | None
+    _statistics: tuple[tuple[Any, ...], WeightStatistics] | None
     _unmerged: Tensor | None
 
     @property
@@ -133,15 +139,17 @@ class AdaptedLayer(nn.Module):
             source = None
         name, adapter = active[0]
         dropping = self.training and any(one.dropout > 0 for _, one in active)
-        if len(active) == 1 and adapter.magnitude is not None and adapter.is_plain and not dropping:
-            return self._dora(adapter, x, self.gain(name, adapter), source)
-        return self._sum_of_differences(active, x)
+        if len(active) > 1 or adapter.magnitude is None or not adapter.is_plain or dropping:
+            return self._sum_of_differences(active, x)
+        if not fast.ENABLED:
+            return dora_forward(self.operation(), x, self.weight, self.bias, adapter.weights())
+        return self._fast(adapter, x, self.gain(name, adapter), source)
 
-    def _dora(self, adapter: LayerAdapter, x: Tensor, gain: Gain, source: Source | None) -> Tensor:
-        """One adapter at full strength without dropout, the form that training is fast in."""
+    def _fast(self, adapter: LayerAdapter, x: Tensor, gain: Gain, source: Source | None) -> Tensor:
+        """`dora_forward`, for less: one adapter at full strength without dropout."""
         assert adapter.magnitude is not None
         factors = adapter.down, adapter.up, adapter.magnitude
-        return dora(
+        return fast.dora(
             self.operation(),
             adapter.norm_axis,
             x,
@@ -157,37 +165,30 @@ class AdaptedLayer(nn.Module):
     def _sum_of_differences(self, active: list[tuple[str, LayerAdapter]], x: Tensor) -> Tensor:
         """``base(x) + sum_k strength_k * (adapted_k(x) - base(x))``, of the unmerged base."""
         op, dtype = self.operation(), x.dtype
-        weight = self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        base = op(x, weight, bias)
+        base = op(x, self.weight.to(dtype), bias)
         unbiased = base if bias is None else base - op.broadcast(bias)
         result = base
         for name, adapter in active:
+            # Dropout is on the low-rank path as in PEFT, where W x is part of that path.
             dropped = F.dropout(x, adapter.dropout, self.training)
-            direct = unbiased if dropped is x or adapter.dropout == 0 else None
-            difference = self._difference(name, adapter, dropped, direct, weight)
+            difference = dora_difference(
+                op,
+                dropped,
+                self.weight,
+                adapter.scaled_weights(),
+                adapter.magnitude_strength,
+                norm=self._norm(name, adapter),
+                unbiased=unbiased if dropped is x or adapter.dropout == 0 else None,
+            )
             result = result + (adapter.strength * difference).to(dtype)
         return result
 
-    def _difference(
-        self, name: str, adapter: LayerAdapter, x: Tensor, unbiased: Tensor | None, weight: Tensor
-    ) -> Tensor:
-        """``adapted(x) - base(x)`` without the bias; ``unbiased`` is ``W x`` where it is known."""
-        op, scale = self.operation(), adapter.scale
-        down, up = adapter.down.to(x.dtype), adapter.up.to(x.dtype)
-        if adapter.magnitude is None:
-            return scale * op.pointwise(op(x, down), up)
-        g = self._differentiable_gain(name, adapter)
-        if adapter.norm_axis == "input":
-            grown = op.pointwise(op((x * op.broadcast(g)).to(x.dtype), down), up)
-            return op((x * op.broadcast(g - 1)).to(x.dtype), weight) + scale * grown
-        unbiased = op(x, weight) if unbiased is None else unbiased
-        low_rank = op.pointwise(op(x, down), up)
-        return op.broadcast(g - 1) * unbiased + op.broadcast(g * scale) * low_rank
-
-    def _differentiable_gain(self, name: str, adapter: LayerAdapter) -> Tensor:
-        norm = self.gain(name, adapter).norm
-        return gain_of(self._magnitude(adapter), norm)
+    def _norm(self, name: str, adapter: LayerAdapter) -> Tensor | None:
+        """``norm(W + delta)``, where the fast path keeps it for a step; None where it does not."""
+        if adapter.magnitude is None or not fast.ENABLED:
+            return None
+        return self.gain(name, adapter).norm
 
     def _magnitude(self, adapter: LayerAdapter) -> Tensor:
         """``m``, moved by ``magnitude_strength``."""
@@ -201,7 +202,7 @@ class AdaptedLayer(nn.Module):
         cache = self._gain_cache
         if cache is not None and name in cache:
             return cache[name]
-        gain = make_gains([self._gain_inputs(adapter)])[0]
+        gain = fast.make_gains([self._gain_inputs(adapter)])[0]
         if cache is not None:
             cache[name] = gain
         return gain
@@ -216,7 +217,7 @@ class AdaptedLayer(nn.Module):
             adapter.up,
             adapter.scale,
             axis,
-            self._weight_facts(axis),
+            self._weight_statistics(axis),
         )
 
     def forget(self, name: str) -> None:
@@ -228,14 +229,14 @@ class AdaptedLayer(nn.Module):
         """What a copy gets: not the gains, which nobody would close for it."""
         return {**self.__dict__, "_gain_cache": None}
 
-    def _weight_facts(self, axis: NormAxis) -> WeightFacts:
-        """What is known of the base weight, for as long as it is what it was."""
+    def _weight_statistics(self, axis: NormAxis) -> WeightStatistics:
+        """Statistics of the base weight, for as long as it is what it was."""
         weight = self.weight
         version = None if weight.is_inference() else weight._version
         identity = (axis, weight.data_ptr(), version, weight.dtype, weight.device)
-        if self._facts is None or self._facts[0] != identity:
-            self._facts = (identity, WeightFacts(weight.detach(), axis))
-        return self._facts[1]
+        if self._statistics is None or self._statistics[0] != identity:
+            self._statistics = (identity, WeightStatistics(weight.detach(), axis))
+        return self._statistics[1]
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -276,7 +277,7 @@ class DoRAConv2d(AdaptedLayer, nn.Conv2d):
     """``nn.Conv2d`` (one group) with adapters."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `AdaptedLayer.forward`; like ``nn.Conv2d``, it takes one picture without a batch."""
+        """See `AdaptedLayer.forward`; like ``nn.Conv2d``, it takes one image without a batch."""
         return super().forward(x[None])[0] if x.ndim == 3 else super().forward(x)
 
     @property
@@ -348,27 +349,32 @@ def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
     module.__class__ = _ADAPTED[type(module)]
     layer = cast(AdaptedLayer, module)
     layer.adapters = nn.ModuleDict()
-    layer._gain_cache = layer._facts = layer._unmerged = None
+    layer._gain_cache = layer._statistics = layer._unmerged = None
     layer.keep_output = keep_output
     return layer
 
 
-def make_plain(layer: AdaptedLayer) -> None:
+def restore_base_class(layer: AdaptedLayer) -> None:
     """Make an adapted layer the Linear or Conv2d that it was, with its present weight."""
-    for name in ("adapters", "_gain_cache", "_facts", "_unmerged", "keep_output"):
+    for name in ("adapters", "_gain_cache", "_statistics", "_unmerged", "keep_output"):
         delattr(layer, name)
     layer.__class__ = _PLAIN[type(layer)]  # type: ignore[assignment]
 
 
 def open_caches(layers: Sequence[AdaptedLayer]) -> None:
-    """Compute every active adapter's gain now, all together, and keep it until `close_caches`."""
+    """Compute every active adapter's gain now, all together, and keep it until `close_caches`.
+
+    Without the fast path nothing is kept: the page computes a norm where it needs one.
+    """
+    if not fast.ENABLED:
+        return
     wanted = [
         (layer, name, layer._gain_inputs(adapter))
         for layer in layers
         for name, adapter in layer.active()
         if adapter.magnitude is not None
     ]
-    gains = make_gains([inputs for _, _, inputs in wanted])
+    gains = fast.make_gains([inputs for _, _, inputs in wanted])
     for layer in layers:
         layer._gain_cache = {}
     for (layer, name, _), gain in zip(wanted, gains, strict=True):

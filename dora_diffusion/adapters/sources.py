@@ -1,4 +1,4 @@
-"""Which layers' inputs follow from something kept anyway, noted on a tensor as it passes."""
+"""Which layers' inputs can be recomputed from a tensor kept anyway, noted as they pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.numerics.source import Recipe, Source
+from dora_diffusion.numerics import fast
+from dora_diffusion.numerics.fast import Recomputation, Source
 
 _NOTED = "_dora_source"
 
@@ -17,7 +18,9 @@ _WATCHED = (nn.SiLU, nn.LayerNorm, nn.GroupNorm)
 
 
 def watch_sources(model: nn.Module) -> None:
-    """Have every norm and activation of a model note on its output what it was made from."""
+    """Have norms and activations note on their output what it can be recomputed from."""
+    if not fast.ENABLED:
+        return
     for module in model.modules():
         if type(module) in _WATCHED and _note not in module._forward_hooks.values():
             # Before hooks that change what the module has made.
@@ -45,8 +48,8 @@ def _note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         return
     device = output.device.type
     dtype, on = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-    recipe = Recipe(partial(_again, module, device, dtype, on))
-    setattr(output, _NOTED, (Source(args[0].detach(), recipe), output._version))
+    recomputation = Recomputation(partial(_recompute, module, device, dtype, on))
+    setattr(output, _NOTED, (Source(args[0].detach(), recomputation), output._version))
 
 
 def _can_repeat(module: nn.Module) -> bool:
@@ -57,7 +60,7 @@ def _can_repeat(module: nn.Module) -> bool:
     return not (trains or getattr(module, "inplace", False) or "forward" in module.__dict__)
 
 
-def _again(
+def _recompute(
     module: nn.Module, device: str, dtype: torch.dtype, autocast: bool, kept: Tensor
 ) -> Tensor:
     """What a module made, under the autocast of then: CUDA's runs norms in float32."""

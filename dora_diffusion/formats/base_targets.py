@@ -33,7 +33,8 @@ from dora_diffusion.formats.kohya_target import (
     with_hash,
 )
 from dora_diffusion.formats.safetensors_stream import TensorSpec
-from dora_diffusion.numerics.dora import adapted_norm, adapted_weight, weight_norm
+from dora_diffusion.numerics.dora import adapted_weight, weight_norm
+from dora_diffusion.numerics.fast import adapted_norm
 from dora_diffusion.numerics.precision import wide
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -76,7 +77,7 @@ def _compensated(weight: Tensor, layer: LayerWeights) -> LayerWeights:
     if layer.magnitude is None or layer.norm_axis == "input":
         return layer
     start = weight_norm(weight, "output")
-    norm = adapted_norm(weight, layer.down, layer.up, layer.scale, "output")
+    norm = adapted_norm(weight, layer)
     # ComfyUI adds float32's epsilon to the norm it divides by.
     factor = (start + torch.finfo(torch.float32).eps) / norm.clamp_min(1e-30)
     return dataclasses.replace(layer, magnitude=wide(layer.magnitude) * factor)

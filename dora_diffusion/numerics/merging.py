@@ -20,7 +20,6 @@ from dora_diffusion.numerics.dora import (
     NORM_FLOOR,
     adapted_weight,
     low_rank_delta,
-    merged_weight,
     per_channel,
     weight_norm,
 )
@@ -36,6 +35,18 @@ _BLOCK = 2**18
 _COLUMNS = 128
 # Roundings of an entry's terms, in any order, as a share of the sum of their magnitudes.
 _SUMMATION = 8
+
+
+def merged_weight(weight: Tensor, adapted: Sequence[Tensor]) -> Tensor:
+    """Several adapters on one base: ``W + sum_k (W'_k - W)``, in float32.
+
+    Every difference is taken from the unmerged base. They are summed in float64, so that the order
+    of the adapters does not matter.
+    """
+    if len(adapted) == 1:
+        return adapted[0]
+    base = weight.double()
+    return wide(sum((one.double() - base for one in adapted), base).to(wide(weight).dtype))
 
 
 @torch.no_grad()

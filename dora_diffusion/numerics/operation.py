@@ -1,119 +1,42 @@
-"""Linear and Conv2d as one kind of object: the operation, and its two gradients.
-
-The DoRA functions are written once against these, so that a layer kind is data and not a second
-copy of the formula.
-"""
+"""Linear and Conv2d as one kind of object, so that a layer kind is data, no second formula."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from dora_diffusion.numerics.precision import is_wide, wide_dtype
-from dora_diffusion.numerics.product import matrix_product
-
-aten = torch.ops.aten
-
-
-# Below this many positions per output channel, a convolution's input gradient on a CPU is faster as
-# one product of matrices: the library's convolutions first copy the weight into a layout of theirs.
-FEW_POSITIONS = 1 / 2
 
 
 class Operation(Protocol):
     """A linear map with a weight ``(out, in, *k)``."""
 
-    @property
-    def pointwise(self) -> Operation:
-        """The operation that ``up`` (``(out, r)`` or ``(out, r, 1, 1)``) is applied with."""
-
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply the weight to ``x``."""
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        """Gradient of ``x`` from the gradient of the output."""
-
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Gradient of ``weight`` from the gradient of the output."""
-
-    def narrow(self, x: Tensor, down: Tensor) -> Tensor:
-        """Apply ``down``, whose few output channels allow a cheaper way than a full weight's."""
-
-    def narrow_gradients(
-        self, grad: Tensor, x: Tensor, down: Tensor, grad_x: Tensor | None
-    ) -> Tensor:
-        """Gradient of ``down``; that of ``x`` through it is added to ``grad_x`` if there is one."""
+    def pointwise(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply ``up``, ``(out, r)`` or ``(out, r, 1, 1)``, to what ``down`` made."""
 
     def broadcast(self, vector: Tensor) -> Tensor:
         """Shape ``(channels,)`` to multiply an activation."""
-
-    def channel_sum(self, activation: Tensor) -> Tensor:
-        """Sum an activation over all but its channels, in float32 or wider: ``(channels,)``."""
-
-    def select(self, activation: Tensor, channels: Tensor) -> Tensor:
-        """Take some channels of an activation."""
-
-    def positions(self, x: Tensor, weight: Tensor) -> int:
-        """How many times the weight is applied to ``x``."""
 
 
 @dataclass(frozen=True)
 class LinearOperation:
     """``x (..., in)`` -> ``(..., out)``."""
 
-    @property
-    def pointwise(self) -> LinearOperation:
-        """A Linear's low-rank factors are both Linears."""
-        return self
-
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ weight.T + bias``."""
         return F.linear(x, weight, bias)
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        """``grad @ weight``."""
-        return matrix_product(_rows(grad), weight).view(*grad.shape[:-1], weight.shape[1])
-
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """``grad.T @ x`` over all leading dimensions."""
-        left, right = _rows(grad), _rows(x)
-        # The same product, but faster where the thin matrix comes first.
-        if left.shape[1] > right.shape[1]:
-            return matrix_product(right.t(), left).t()
-        return matrix_product(left.t(), right)
-
-    def narrow(self, x: Tensor, down: Tensor) -> Tensor:
-        """``x @ down.T``."""
-        return matrix_product(_rows(x), down.t()).view(*x.shape[:-1], down.shape[0])
-
-    def narrow_gradients(
-        self, grad: Tensor, x: Tensor, down: Tensor, grad_x: Tensor | None
-    ) -> Tensor:
-        """``grad.T @ x``, and ``grad_x += grad @ down``."""
-        if grad_x is not None:
-            grad_x.view(-1, grad_x.shape[-1]).addmm_(_rows(grad), down)
-        return self.weight_gradient(grad, x, down)
+    def pointwise(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A Linear's low-rank factors are both Linears."""
+        return F.linear(x, up, bias)
 
     def broadcast(self, vector: Tensor) -> Tensor:
         """Channels are last already."""
         return vector
-
-    def channel_sum(self, activation: Tensor) -> Tensor:
-        """``(..., channels)`` -> ``(channels,)``."""
-        return _rows(activation).sum(dim=0, dtype=wide_dtype(activation))
-
-    def select(self, activation: Tensor, channels: Tensor) -> Tensor:
-        """Channels are the last dimension."""
-        return activation[..., channels]
-
-    def positions(self, x: Tensor, weight: Tensor) -> int:
-        """Rows of ``x``."""
-        return math.prod(x.shape[:-1])
 
 
 @dataclass(frozen=True)
@@ -124,127 +47,14 @@ class Conv2dOperation:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
 
-    @property
-    def pointwise(self) -> Conv2dOperation:
-        """``up`` is a 1x1 convolution on what ``down`` made, whatever the stride was."""
-        return _POINTWISE
-
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Convolve."""
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
 
-    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, of_input: bool) -> Tensor:
-        mask = (of_input, not of_input, False)
-        gradients = aten.convolution_backward(
-            grad, x, weight, None, self.stride, self.padding, self.dilation, False, (0, 0), 1, mask
-        )
-        gradient: Tensor = gradients[0 if of_input else 1]
-        return gradient
-
-    def input_gradient(self, grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        """The transposed convolution."""
-        few = grad.shape[0] * math.prod(grad.shape[2:]) <= FEW_POSITIONS * weight.shape[0]
-        if few and x.device.type == "cpu" and x.is_contiguous():
-            # In this order, with the columns last, it is much faster.
-            rows = grad.flatten(2).mT
-            columns = matrix_product(rows.reshape(-1, rows.shape[2]), weight.flatten(1))
-            return self._fold(columns.view(*rows.shape[:2], columns.shape[1]).mT, x, weight)
-        return self._backward(grad, x, weight, of_input=True)
-
-    def _fold(self, columns: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Sum ``(N, channels * taps, positions)`` into maps of the size of ``x``."""
-        if self._is_product(weight):
-            return columns.reshape(x.shape[0], columns.shape[1], *x.shape[2:])
-        kernel = weight.shape[2], weight.shape[3]
-        return F.fold(columns, x.shape[2:], kernel, self.dilation, self.padding, self.stride)
-
-    def _is_product(self, weight: Tensor) -> bool:
-        """Whether every position is multiplied on its own."""
-        return weight.shape[2:].numel() == 1 and self == _POINTWISE
-
-    def _is_narrow(self, x: Tensor, down: Tensor) -> bool:
-        """Whether ``down`` is cheaper as one product of matrices with shifted results.
-
-        Its results are shifted rather than ``x``, which is many times larger. Not in low precision,
-        where the sum over the taps would be rounded at each of them.
-        """
-        same = all(
-            2 * self.padding[i] == self.dilation[i] * (down.shape[2 + i] - 1) for i in (0, 1)
-        )
-        return (
-            same
-            and self.stride == (1, 1)
-            and is_wide(x.dtype)
-            and x.is_contiguous()
-            and down.shape[0] * down.shape[2:].numel() <= down.shape[1]
-        )
-
-    def narrow(self, x: Tensor, down: Tensor) -> Tensor:
-        """Convolve with few output channels."""
-        if not self._is_narrow(x, down):
-            return self(x, down)
-        return self._fold(_taps(down) @ x.flatten(2), x, down)
-
-    def narrow_gradients(
-        self, grad: Tensor, x: Tensor, down: Tensor, grad_x: Tensor | None
-    ) -> Tensor:
-        """Both gradients of a convolution with few output channels, from one set of shifts."""
-        if not self._is_narrow(x, down):
-            if grad_x is not None:
-                grad_x += self.input_gradient(grad, down, x)
-            return self.weight_gradient(grad, x, down)
-        rank, _, height, width = down.shape
-        shifted = grad.flatten(2)
-        if not self._is_product(down):
-            shifted = F.unfold(grad, (height, width), self.dilation, self.padding)
-        if grad_x is not None:
-            across = _taps(down).t().expand(x.shape[0], -1, -1)
-            grad_x.view(*x.shape[:2], shifted.shape[2]).baddbmm_(across, shifted)
-        grad_taps = (shifted @ x.flatten(2).mT).sum(dim=0)
-        return grad_taps.view(rank, height, width, -1).flip(1, 2).permute(0, 3, 1, 2)
-
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The correlation of input and output gradient."""
-        small = any(x.shape[2 + i] < self._reach(weight, i) for i in (0, 1))
-        if small and x.dtype == torch.bfloat16 and x.device.type == "cpu":
-            # oneDNN leaves taps there that only ever met padding as it found them in memory, with
-            # whatever numbers these were, NaN among them. Its float32 is right.
-            return self._backward(grad.float(), x.float(), weight.float(), False).to(x.dtype)
-        return self._backward(grad, x, weight, of_input=False)
+    def pointwise(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``up`` is a 1x1 convolution on what ``down`` made, whatever the stride was."""
+        return F.conv2d(x, up, bias)
 
     def broadcast(self, vector: Tensor) -> Tensor:
         """``(channels,)`` -> ``(channels, 1, 1)``."""
         return vector.view(-1, 1, 1)
-
-    def channel_sum(self, activation: Tensor) -> Tensor:
-        """``(N, channels, H, W)`` -> ``(channels,)``."""
-        return activation.sum(dim=(0, 2, 3), dtype=wide_dtype(activation))
-
-    def select(self, activation: Tensor, channels: Tensor) -> Tensor:
-        """Channels are the second dimension."""
-        return activation[:, channels]
-
-    def positions(self, x: Tensor, weight: Tensor) -> int:
-        """Pixels of the output, over the batch."""
-        count = x.shape[0]
-        for dim in (0, 1):
-            free = x.shape[2 + dim] + 2 * self.padding[dim] - self._reach(weight, dim)
-            count *= free // self.stride[dim] + 1
-        return count
-
-    def _reach(self, weight: Tensor, dim: int) -> int:
-        """How many pixels the kernel spans, from its first tap to its last."""
-        return self.dilation[dim] * (weight.shape[2 + dim] - 1) + 1
-
-
-_POINTWISE = Conv2dOperation()
-
-
-def _rows(activation: Tensor) -> Tensor:
-    """``(..., channels)`` -> ``(positions, channels)``."""
-    return activation.reshape(-1, activation.shape[-1])
-
-
-def _taps(down: Tensor) -> Tensor:
-    """``(r, in, kh, kw)`` -> ``(r * kh * kw, in)``, turned by 180 degrees: from input to output."""
-    return down.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, down.shape[1])

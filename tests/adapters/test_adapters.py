@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -24,9 +25,11 @@ from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.state import adapter_state, load_adapter_state
 from dora_diffusion.adapters.targets import TargetError, match_targets
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.numerics import fast
 from dora_diffusion.numerics.dora import adapted_weight
 
 AXES = ("output", "input")
+fast_only = partial(pytest.mark.skipif, not fast.ENABLED)
 
 
 class Net(nn.Module):
@@ -252,8 +255,9 @@ def test_several_adapters_are_order_free_and_merge_as_they_run(net, x):
     torch.testing.assert_close(merged["square"], expected)
 
 
+@fast_only(reason="the page computes norms at every call")
 def test_norms_are_computed_once_in_a_scope_and_never_survive_it(net, x, monkeypatch):
-    from dora_diffusion.numerics import gain
+    from dora_diffusion.numerics.fast import gain
 
     inject_adapters(net, everything())
     move(net)
@@ -471,6 +475,7 @@ def test_a_copy_made_inside_a_scope_takes_no_norms_with_it(net, x):
     assert torch.equal(twin(x), net(x))
 
 
+@fast_only(reason="a scope opens nothing for the page")
 def test_a_scope_that_fails_to_open_leaves_nothing_behind(net, x, monkeypatch):
     inject_adapters(net, everything())
 
@@ -478,7 +483,7 @@ def test_a_scope_that_fails_to_open_leaves_nothing_behind(net, x, monkeypatch):
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("dora_diffusion.adapters.layers.make_gains", fail)
+        patch.setattr("dora_diffusion.numerics.fast.make_gains", fail)
         with pytest.raises(torch.OutOfMemoryError), norm_scope(net):
             pass
     before = net(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.sources import noted_source, unwatch_sources, watch_sources
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.numerics import fast
 
 AXES = ("output", "input")
+fast_only = partial(pytest.mark.skipif, not fast.ENABLED)
 
 
 class Net(nn.Module):
@@ -182,10 +185,11 @@ def kept_by(
     return y, kept
 
 
+@fast_only(reason="plain autograd keeps more")
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("shape", [(2, 640, 12), (3, 7, 12), (2, 12, 40, 40), (2, 12, 3, 3)])
 def test_the_backward_pass_keeps_what_lora_keeps_and_the_output(axis, shape):
-    """Many positions fold, few follow; the output is what the next layer usually keeps too."""
+    """On either path; the output is what the next layer usually keeps too."""
     layer = nn.Linear(12, 16) if len(shape) == 3 else nn.Conv2d(12, 16, 3, padding=1)
     model = nn.Sequential(layer)
     config = AdapterConfig(targets=("full",), rank=2, conv_rank=2, norm_axis=axis)
@@ -202,6 +206,7 @@ def test_the_backward_pass_keeps_what_lora_keeps_and_the_output(axis, shape):
     assert x.data_ptr() in kept
 
 
+@fast_only(reason="the page caches no norms")
 def test_sampling_caches_vectors_only():
     net = adapted().eval()
     with norm_scope(net), torch.no_grad():
@@ -273,15 +278,16 @@ def gradients(model: nn.Module, x: torch.Tensor, times: int = 1) -> list[torch.T
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("times", [1, 2])
-def test_inputs_made_again_give_the_same_gradients(axis, dtype, times):
+def test_recomputed_inputs_give_the_same_gradients(axis, dtype, times):
     x = torch.randn(2, 8, 5, 5)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        kept, remade = (gradients(block(axis, watched), x, times) for watched in (False, True))
-    for one, other in zip(kept, remade, strict=True):
+        kept, recomputed = (gradients(block(axis, watched), x, times) for watched in (False, True))
+    for one, other in zip(kept, recomputed, strict=True):
         assert torch.equal(one, other)
 
 
-def test_inputs_made_again_are_not_kept():
+@fast_only(reason="plain autograd keeps inputs")
+def test_recomputed_inputs_are_not_kept():
     x = torch.randn(2, 8, 40, 40, requires_grad=True)
     seen: dict[str, torch.Tensor] = {}
 
@@ -298,7 +304,7 @@ def test_inputs_made_again_are_not_kept():
         del y
 
 
-def test_an_input_made_again_follows_its_own_module():
+def test_an_input_is_recomputed_by_its_own_module():
     """A parameter that trains could change before the backward pass; a subclass could differ."""
 
     class Twice(nn.SiLU):
@@ -320,7 +326,7 @@ def test_an_input_made_again_follows_its_own_module():
 
 
 def test_checkpointing_still_frees_what_it_frees():
-    """A recipe holds no tensor: a checkpointed block keeps nothing but its input."""
+    """A recomputation holds no tensor: a checkpointed block keeps nothing but its input."""
     from torch.utils.checkpoint import checkpoint
 
     model, x = block("output", True), torch.randn(2, 8, 40, 40, requires_grad=True)
@@ -337,6 +343,7 @@ def test_checkpointing_still_frees_what_it_frees():
         torch.testing.assert_close(one, other)
 
 
+@fast_only(reason="the page hooks no module")
 def test_taking_adapters_off_leaves_no_hooks():
     model = block("output", True)
     assert model.act._forward_hooks
@@ -364,6 +371,7 @@ def unet_keeps(adapt) -> int:
     return sum(kept.values())
 
 
+@fast_only(reason="plain autograd keeps more")
 def test_a_unet_keeps_what_it_keeps_with_peft_lora():
     from peft import LoraConfig, inject_adapter_in_model
 

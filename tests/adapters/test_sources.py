@@ -1,4 +1,4 @@
-"""Inputs made again in the backward pass are what the layer was given, or are not used."""
+"""Inputs recomputed in the backward pass are what the layer was given, or are not used."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def dense_gradients(model: nn.Sequential, x: torch.Tensor) -> dict[str, torch.Te
 
 @pytest.mark.parametrize("axis", ["output", "input"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_output_of_a_norm_is_not_made_again(change, axis):
+def test_a_changed_output_of_a_norm_is_not_recomputed(change, axis):
     torch.manual_seed(0)
     model = nn.Sequential(norm_with(change), CHANGES[change](), nn.Conv2d(8, 8, 3, padding=1))
     config = AdapterConfig(targets=("2",), rank=2, conv_rank=2, norm_axis=axis)
@@ -142,8 +142,8 @@ AS_ON_CUDA = """
     plain = lambda: nn.Sequential(nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, padding=1))
     for make, shape in ((tokens, (2, 5, 8)), (pictures, (2, 8, 5, 5)), (plain, (2, 8, 5, 5))):
         x = torch.randn(shape)
-        kept, remade = (gradients(make, x.bfloat16(), watched) for watched in (False, True))
-        assert all(torch.equal(*pair) for pair in zip(kept, remade, strict=True))
+        kept, recomputed = (gradients(make, x.bfloat16(), watched) for watched in (False, True))
+        assert all(torch.equal(*pair) for pair in zip(kept, recomputed, strict=True))
     print("same")
 """
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dora_diffusion.merge import merge_tensor
-from dora_diffusion.numerics.merging import cast_error, merge_error
+from dora_diffusion.numerics.dora import adapted_weight, weight_norm
+from dora_diffusion.numerics.merging import cast_error, merge_error, merged_weight
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
 
 
@@ -48,3 +49,14 @@ def test_rounding_keeps_its_bound_and_the_bound_is_tight(
         assert (error > 0.005 * bound).any()
         half = merge_tensor(weight, [(layer, knobs)], torch.float16).double()
         assert ((half - exact).abs() <= bound + cast_error(exact, torch.float16)).all()
+
+
+def test_several_adapters_sum_their_differences_in_any_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, down, up = (torch.randn(n, generator=generator) for n in ((12, 7), (3, 7), (12, 3)))
+    magnitude = 1.3 * weight_norm(weight, "output")
+    first = adapted_weight(weight, LayerWeights(down, up, magnitude, 3.0))
+    second = adapted_weight(weight, LayerWeights(down.flip(0), up, magnitude, 1.0))
+    both = merged_weight(weight, [first, second])
+    assert torch.equal(both, merged_weight(weight, [second, first]))
+    torch.testing.assert_close(both, first + second - weight)

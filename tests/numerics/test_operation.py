@@ -1,29 +1,40 @@
-"""A convolution's gradients where the library's own are wrong."""
+"""Operations are the layers that they stand for."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from dora_diffusion.numerics.operation import Conv2dOperation
+from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
+
+X = torch.randn(2, 6, 9, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [(1, 1), (8, 1), (2, 3), (4, 4)])
-@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 1), (5, 2), (7, 4)])
-def test_weight_gradient_of_a_map_smaller_than_the_kernel(size, kernel, stride, dtype):
-    torch.manual_seed(0)
-    padding = kernel // 2
-    op = Conv2dOperation(stride=(stride, stride), padding=(padding, padding))
-    for channels, rank in ((32, 4), (128, 4), (16, 2)):
-        x = torch.randn(1, channels, *size, dtype=dtype)
-        weight = torch.randn(rank, channels, kernel, kernel, dtype=dtype)
-        grad = torch.randn_like(op(x, weight))
-        exact = weight.double().requires_grad_()
-        (op(x.double(), exact) * grad).sum().backward()
-        for _ in range(20):
-            # What lies in the memory that is taken next must not be found in the gradient.
-            del [torch.full((weight.numel(),), torch.nan, dtype=torch.float32)][:]
-            found = op.weight_gradient(grad, x, weight)
-            assert found.dtype == dtype
-            torch.testing.assert_close(found.double(), exact.grad, rtol=0.02, atol=0.02)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear(bias):
+    layer, x = nn.Linear(8, 5, bias=bias), X
+    op = LinearOperation()
+    assert torch.equal(op(x, layer.weight, layer.bias), layer(x))
+    assert torch.equal(op.pointwise(x, layer.weight, layer.bias), layer(x))
+    torch.testing.assert_close(
+        op.broadcast(layer.weight[:, 0]) * layer(x), layer(x) @ layer.weight[:, 0].diag()
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": (1, 1)},
+        {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)},
+    ],
+)
+def test_a_convolution(options, bias):
+    layer = nn.Conv2d(6, 5, bias=bias, **options)
+    op = Conv2dOperation(layer.stride, layer.padding, layer.dilation)
+    assert torch.equal(op(X, layer.weight, layer.bias), layer(X))
+    up = nn.Conv2d(5, 7, 1)
+    assert torch.equal(op.pointwise(layer(X), up.weight, up.bias), up(layer(X)))
+    scaled = op.broadcast(torch.arange(5.0)) * layer(X)
+    torch.testing.assert_close(scaled, torch.einsum("nohw,o->nohw", layer(X), torch.arange(5.0)))

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_diffusion.numerics import operation, precision
-from dora_diffusion.numerics.autograd import dora, folds
+from dora_diffusion.numerics import precision
 from dora_diffusion.numerics.dora import weight_norm
-from dora_diffusion.numerics.gain import make_gain
+from dora_diffusion.numerics.fast import operation
+from dora_diffusion.numerics.fast.autograd import dora
+from dora_diffusion.numerics.fast.gain import make_gain
+from dora_diffusion.numerics.fast.paths import uses_merged_weight
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
 from dora_diffusion.numerics.precision import (
     allow_tf32,
@@ -231,11 +233,12 @@ def test_tensor_float_32_does_not_lose_a_small_update(
     with monkeypatch.context() as patch:
         patch.undo()
         wanted = plain(x.double(), delta)
-    assert folds(op.positions(x, weight), weight, 4, torch.float32) is False
+    positions = operation.with_gradients(op).positions(x, weight)
+    assert uses_merged_weight(positions, weight, 4, torch.float32) is False
     found = change()
     assert abs(share(found, wanted) - 1) < 0.05
     assert ((found - wanted).norm() / wanted.norm()).item() < (0.3 if size == 1e-5 else 0.05)
     # What is guarded against: the other path loses most of it.
-    monkeypatch.setattr("dora_diffusion.numerics.autograd.folds", lambda *_: True)
+    monkeypatch.setattr("dora_diffusion.numerics.fast.autograd.uses_merged_weight", lambda *_: True)
     lost = change()
     assert ((lost - wanted).norm() / wanted.norm()).item() > (0.25 if size == 1e-3 else 1)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.operation import LinearOperation
-from dora_diffusion.numerics.product import HAS_ONEDNN, _suits_onednn, matrix_product
+from dora_diffusion.numerics.fast.operation import FastLinear
+from dora_diffusion.numerics.fast.product import HAS_ONEDNN, _suits_onednn, matrix_product
 
 
 def strided(rows: int, columns: int, how: str) -> Tensor:
@@ -63,8 +63,8 @@ def test_autocast_does_not_lower_its_precision() -> None:
 
 @pytest.mark.parametrize("leading", [(0,), (0, 3), (2, 0)])
 def test_a_linear_has_an_answer_for_no_rows(leading: tuple[int, ...]) -> None:
-    op, weight = LinearOperation(), torch.randn(4, 6)
+    op, weight = FastLinear(), torch.randn(4, 6)
     x, grad = torch.randn(*leading, 6), torch.randn(*leading, 4)
     assert op.input_gradient(grad, weight, x).shape == x.shape
-    assert op.narrow(x, weight[:2]).shape == (*leading, 2)
+    assert op.down_project(x, weight[:2]).shape == (*leading, 2)
     assert torch.equal(op.weight_gradient(grad, x, weight), torch.zeros(4, 6))

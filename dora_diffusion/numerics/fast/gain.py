@@ -1,7 +1,9 @@
 """What a DoRA layer needs that follows from its parameters alone: the norm and the gain.
 
 The norm is detached (paper, section 4.3), so both are computed once per optimizer step, outside of
-the graph, for all layers together.
+the graph, and reused over gradient accumulation, checkpoint recomputation, guidance and all of
+sampling. For all layers together: on small vectors an operation's fixed price is the whole price,
+and on a GPU each read back to the host is a wait.
 """
 
 from __future__ import annotations
@@ -14,15 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.dora import (
-    adapted_norm,
-    cancels,
+from dora_diffusion.numerics.dora import gain as gain_of
+from dora_diffusion.numerics.dora import squared_norm, weight_norm
+from dora_diffusion.numerics.fast.norms import (
     change_and_checksum,
     checksum,
-    squared_norm,
-    weight_norm,
+    factored_norm,
+    is_ill_conditioned,
 )
-from dora_diffusion.numerics.dora import gain as gain_of
 from dora_diffusion.numerics.precision import full_precision, wide
 from dora_diffusion.numerics.weights import NormAxis
 
@@ -47,8 +48,8 @@ class Gain(NamedTuple):
     small: Tensor | None
 
 
-class WeightFacts:
-    """What is known of a frozen weight ``(out, in, *k)``; both ``(n,)`` on the norm's axis.
+class WeightStatistics:
+    """Statistics of a frozen base weight ``(out, in, *k)``; both ``(n,)`` on the norm's axis.
 
     Attributes:
         squared_norm: ``|W|^2``.
@@ -57,17 +58,17 @@ class WeightFacts:
 
     def __init__(self, weight: Tensor, axis: NormAxis) -> None:
         self.axis: NormAxis = axis
-        self.renew(weight)
+        self.update(weight)
 
-    def renew(self, weight: Tensor) -> None:
-        """Take the facts of a weight, which are a pass over it each."""
+    def update(self, weight: Tensor) -> None:
+        """Compute the statistics of a weight, which are a pass over it each."""
         with full_precision(weight.device):
             self.squared_norm = squared_norm(weight, self.axis)
             self.checksum = checksum(weight, self.axis)
 
 
 class GainInputs(NamedTuple):
-    """What one adapter's gain is computed from; shapes as in `adapted_norm`."""
+    """What one adapter's gain is computed from; shapes as in `factored_norm`."""
 
     magnitude: Tensor
     weight: Tensor
@@ -75,7 +76,7 @@ class GainInputs(NamedTuple):
     up: Tensor
     scale: float
     axis: NormAxis
-    known: WeightFacts
+    statistics: WeightStatistics
 
 
 def make_gain(magnitude: Tensor, norm: Tensor) -> Gain:
@@ -89,16 +90,16 @@ def make_gain(magnitude: Tensor, norm: Tensor) -> Gain:
 def make_gains(layers: Sequence[GainInputs]) -> list[Gain]:
     """The gains of many layers, with one wait for the device in all, not one for each layer.
 
-    A layer with a channel that needs care (one that cancels, or whose gain is small) takes the
+    A layer with an ill-conditioned channel (whose terms cancel, or whose gain is small) takes a
     path of its own; whether there is any is all that is read back from the device. So does a layer
     whose weight is not what it was any more: no version counter sees a base weight that is written
     through ``.data``, but its checksum does.
     """
     if not layers:
         return []
-    if len({(one.weight.device, one.known.squared_norm.dtype) for one in layers}) > 1:
+    if len({(one.weight.device, one.statistics.squared_norm.dtype) for one in layers}) > 1:
         return [gain for one in layers for gain in make_gains([one])]
-    # Neighbours of one kind share operations.
+    # Neighbours of one kind are concatenated, and share operations.
     order = sorted(range(len(layers)), key=lambda i: _kind(layers[i]))
     with full_precision(layers[0].weight.device):
         gains = _make_together([layers[i] for i in order])
@@ -110,33 +111,39 @@ def _kind(one: GainInputs) -> tuple[NormAxis, int]:
 
 
 def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
-    sizes = [len(one.known.squared_norm) for one in layers]
-    base = torch.cat([one.known.squared_norm for one in layers])
-    then = torch.cat([one.known.checksum for one in layers])
+    sizes = [len(one.statistics.squared_norm) for one in layers]
+    base = torch.cat([one.statistics.squared_norm for one in layers])
+    then = torch.cat([one.statistics.checksum for one in layers])
     changes, checksums = zip(*(change_and_checksum(*one[1:6]) for one in layers), strict=True)
     total = torch.cat(changes).add_(base)
     norm = total.sqrt()
     gain = gain_of(torch.cat([one.magnitude for one in layers]), norm)
     # Not less: a negative total has no root, and its channel must be found too.
-    delicate = cancels(total, base, _reach(layers)).logical_or_(~(gain.abs() >= SMALL_GAIN))
+    delicate = is_ill_conditioned(total, base, _bound(layers)).logical_or_(
+        ~(gain.abs() >= SMALL_GAIN)
+    )
     delicate |= (torch.cat(checksums) - then).square() > SAME_WEIGHT * base
     gains = [
         Gain(*pair, None)
         for pair in zip(torch.split(norm, sizes), torch.split(gain, sizes), strict=True)
     ]
-    # All of them are read back at once: a search on the device would be a wait of its own.
+    # The one read back of a step. `nonzero` on the device would wait for it as well, to learn how
+    # many there are, and the owners would be a second wait.
     for number in _owners(delicate.cpu().nonzero().flatten().tolist(), sizes):
-        gains[number] = _careful(layers[number])
+        gains[number] = _recomputed(layers[number])
     return gains
 
 
-def _reach(layers: Sequence[GainInputs]) -> Tensor:
-    """`low_rank_reach` of all channels of all layers, in few operations."""
+def _bound(layers: Sequence[GainInputs]) -> Tensor:
+    """`low_rank_bound` of all channels of all layers, in few operations."""
     others = [one.down if one.axis == "output" else one.up for one in layers]
     norms = torch._foreach_norm([wide(factor) for factor in others])
     torch._foreach_mul_(norms, [abs(one.scale) for one in layers])
     channels = torch.cat(
-        [norm.expand(len(one.known.squared_norm)) for norm, one in zip(norms, layers, strict=True)]
+        [
+            norm.expand(len(one.statistics.squared_norm))
+            for norm, one in zip(norms, layers, strict=True)
+        ]
     )
     own: list[Tensor] = []
     for (axis, _), group in groupby(layers, key=_kind):
@@ -148,9 +155,9 @@ def _reach(layers: Sequence[GainInputs]) -> Tensor:
     return torch.cat(own).mul_(channels)
 
 
-def _careful(one: GainInputs) -> Gain:
-    one.known.renew(one.weight)
-    return make_gain(one.magnitude, adapted_norm(*one[1:6], one.known.squared_norm))
+def _recomputed(one: GainInputs) -> Gain:
+    one.statistics.update(one.weight)
+    return make_gain(one.magnitude, factored_norm(*one[1:6], one.statistics.squared_norm))
 
 
 def _owners(channels: Sequence[int], sizes: Sequence[int]) -> set[int]:

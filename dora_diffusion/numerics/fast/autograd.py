@@ -1,16 +1,15 @@
 """DoRA as autograd functions that keep no more for the backward pass than LoRA does.
 
 With the norm detached (paper, section 4.3), ``y = g * (W + sBA) x + b`` on the output axis and
-``y = (W + sBA)(g * x) + b`` on the input axis, with ``g = m / norm``. Saved are ``x`` (or what it
-follows from, `Source`), on the output axis ``y`` (which the next operation usually keeps anyway),
-the rank-wide ``A x`` and vectors; the base result is not.
+``y = (W + sBA)(g * x) + b`` on the input axis, with ``g = m / norm``. Plain autograd would keep the
+base result and the low-rank result of each layer. Here only ``x`` is saved (or a tensor that it is
+recomputed from, `Source`), on the output axis ``y`` (which the next operation usually keeps
+anyway), the rank-wide ``A x`` and vectors.
 
 Two exact forms of the same product are used, and the cheaper one is chosen by shape alone:
 
-* *fold*: build ``W + sBA`` and run one operation. Right when the weight is applied at many
-  positions. Never in low precision, where rounding the sum to the weight's dtype would lose small
-  updates, nor where torch rounds the operands of float32 products, as TensorFloat-32 does.
-* *follow*: run the base operation and correct its result. Right for few positions.
+* the *merged-weight path* builds ``W + sBA`` and runs one operation;
+* the *low-rank path* runs the base operation and corrects its result.
 
 Both start as an exact identity: with ``B = 0`` and ``g = 1`` every correction is zero.
 """
@@ -26,29 +25,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dora_diffusion.numerics.dora import NORM_FLOOR, per_channel
-from dora_diffusion.numerics.gain import Gain
+from dora_diffusion.numerics.fast.gain import Gain
+from dora_diffusion.numerics.fast.operation import FastOperation, with_gradients
+from dora_diffusion.numerics.fast.paths import uses_merged_weight
+from dora_diffusion.numerics.fast.source import Source
 from dora_diffusion.numerics.operation import Operation
-from dora_diffusion.numerics.precision import is_wide, keeps_small_updates, wide
-from dora_diffusion.numerics.source import Source
+from dora_diffusion.numerics.precision import is_wide, wide
 from dora_diffusion.numerics.weights import NormAxis
-
-# Passes over memory that the two forms differ by, forward and backward together. Folding writes the
-# weight and adds to it, twice. Following adds to the output, scales its gradient, and adds to the
-# input's gradient, where the product with A is a pass for every ten of its rows and taps.
-FOLD_PASSES, FOLLOW_OUTPUT_PASSES, FOLLOW_INPUT_PASSES, ROWS_PER_PASS = 8, 5, 2, 10
-
-
-def folds(positions: int, weight: Tensor, rank: int, dtype: torch.dtype) -> bool:
-    """Whether building the adapted weight is cheaper than correcting activations.
-
-    Folding passes over ``out * fan_in`` numbers; following over ``positions * (out + in)``.
-    """
-    if not keeps_small_updates(dtype, weight.device.type, "conv" if weight.ndim > 2 else "matmul"):
-        return False
-    out, inputs = weight.shape[:2]
-    input_passes = FOLLOW_INPUT_PASSES + rank * weight.shape[2:].numel() / ROWS_PER_PASS
-    following = positions * (FOLLOW_OUTPUT_PASSES * out + input_passes * inputs)
-    return FOLD_PASSES * weight.numel() < following
 
 
 def dora(
@@ -83,12 +66,13 @@ def dora(
             output the next module overwrites.
         source: What to keep instead of ``x``.
     """
+    fast = with_gradients(op)
     if axis == "output":
         result: Tensor = _OutputAxis.apply(
-            x, weight, bias, down, up, magnitude, gain, scale, op, source, keep_output
+            x, weight, bias, down, up, magnitude, gain, scale, fast, source, keep_output
         )
     else:
-        result = _InputAxis.apply(x, weight, bias, down, up, magnitude, gain, scale, op, source)
+        result = _InputAxis.apply(x, weight, bias, down, up, magnitude, gain, scale, fast, source)
     return result
 
 
@@ -105,7 +89,7 @@ def _in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _folded(
+def _merged_weight(
     weight: Tensor, down: Tensor, scaled_up: Tensor, gain: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """``g * W + scaled_up @ A``, where ``scaled_up`` has the gain of the output axis in it."""
@@ -145,13 +129,13 @@ def _kept(x: Tensor, source: Source | None) -> Tensor:
     """What the backward pass gets ``x`` from."""
     if source is None:
         return x
-    source.recipe.add_user()
+    source.recomputation.add_user()
     return source.tensor
 
 
-def _input(ctx: Any, kept: Tensor) -> Tensor:
-    """``x`` again."""
-    return kept if ctx.recipe is None else ctx.recipe.remake(kept).to(ctx.dtype)
+def recompute_input(ctx: Any, kept: Tensor) -> Tensor:
+    """``x``, from what was kept."""
+    return kept if ctx.recomputation is None else ctx.recomputation.run(kept).to(ctx.dtype)
 
 
 class _OutputAxis(torch.autograd.Function):
@@ -169,26 +153,28 @@ class _OutputAxis(torch.autograd.Function):
         magnitude: Tensor,
         gain: Gain,
         scale: float,
-        op: Operation,
+        op: FastOperation,
         source: Source | None,
         keep_output: bool,
     ) -> Tensor:
         g, dtype = gain.gain, x.dtype
-        fold, hidden = folds(op.positions(x, weight), weight, down.shape[0], dtype), None
+        positions = op.positions(x, weight)
+        use_merged, hidden = uses_merged_weight(positions, weight, down.shape[0], dtype), None
         base_bias = None if bias is None else bias.to(dtype)
         scaled_up = _scaled_up(up, g * scale, dtype)
-        if fold:
-            y = op(x, _folded(weight, down, scaled_up, g, dtype), base_bias)
+        if use_merged:
+            y = op(x, _merged_weight(weight, down, scaled_up, g, dtype), base_bias)
         else:
-            hidden = op.narrow(x, down.to(dtype))
+            hidden = op.down_project(x, down.to(dtype))
             # The base result has its bias in it, which is scaled with the rest and put right here.
             shift = None if bias is None else ((1 - g) * bias).to(dtype)
             low_rank = op.pointwise(hidden, scaled_up, shift)
             y = _grow_onto(low_rank, op(x, weight.to(dtype), base_bias), op.broadcast(g))
+        # y and not the base result: what comes next mostly keeps y for its own gradient anyway.
         kept = y if keep_output else None
         ctx.save_for_backward(_kept(x, source), kept, hidden, weight, bias, down, up)
-        ctx.gain, ctx.scale, ctx.op, ctx.fold = gain, scale, op, fold
-        ctx.recipe, ctx.dtype = None if source is None else source.recipe, dtype
+        ctx.gain, ctx.scale, ctx.op, ctx.use_merged = gain, scale, op, use_merged
+        ctx.recomputation, ctx.dtype = None if source is None else source.recomputation, dtype
         return y
 
     @staticmethod
@@ -197,26 +183,28 @@ class _OutputAxis(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, y, hidden, weight, bias, down, up = ctx.saved_tensors
         op, scale, g, dtype = ctx.op, ctx.scale, ctx.gain.gain, ctx.dtype
-        x = _input(ctx, kept)
+        x = recompute_input(ctx, kept)
         need_x, need_m = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
-        hidden = op.narrow(x, down.to(dtype)) if hidden is None else hidden
+        hidden = op.down_project(x, down.to(dtype)) if hidden is None else hidden
         scaled_up = _scaled_up(up, g * scale, dtype)
-        grad_hidden = op.pointwise.input_gradient(grad, scaled_up, hidden)
-        grad_up = wide(op.pointwise.weight_gradient(grad, hidden, up.to(dtype)))
+        # Through the rank on either path: the gradient of the full weight is never computed.
+        grad_hidden = op.up.input_gradient(grad, scaled_up, hidden)
+        grad_up = wide(op.up.weight_gradient(grad, hidden, up.to(dtype)))
         grad_up = grad_up * per_channel(g * scale, up.ndim, "output")
         product = None if y is None else _product(grad, y)
         grad_m = grad_x = None
         if need_m:
             grad_m = _output_magnitude_gradient(ctx, grad, x, product, weight, bias, down, up)
-        if need_x and ctx.fold:
-            grad_x = op.input_gradient(grad, _folded(weight, down, scaled_up, g, dtype), x)
+        if need_x and ctx.use_merged:
+            grad_x = op.input_gradient(grad, _merged_weight(weight, down, scaled_up, g, dtype), x)
         elif need_x:
-            # The product is summed up: its memory takes what follows.
+            # The product was summed already: its memory is free to take the scaled gradient.
             memory = product if product is not None and product.dtype == grad.dtype else None
             grown = _grow(grad, op.broadcast(g - 1), out=memory)
             grad_x = op.input_gradient(grown, weight.to(dtype), x)
-        through = None if ctx.fold else grad_x
-        grad_down = op.narrow_gradients(grad_hidden, x, down.to(dtype), through)
+        # The merged weight has the low-rank part of dx in it; the base weight has not.
+        through = None if ctx.use_merged else grad_x
+        grad_down = op.down_project_gradients(grad_hidden, x, down.to(dtype), through)
         grads = grad_down.to(down.dtype), grad_up.to(up.dtype), grad_m
         return grad_x, None, None, *grads, None, None, None, None, None
 
@@ -246,7 +234,7 @@ def _output_magnitude_gradient(
             total = total - bias * op.channel_sum(grad)
         total = total / torch.where(g == 0, torch.ones_like(g), g)
     if channels is not None:
-        rows = _folded(weight[channels], down, ctx.scale * up[channels], None, x.dtype)
+        rows = _merged_weight(weight[channels], down, ctx.scale * up[channels], None, x.dtype)
         of_rows = _product(op.select(grad, channels), op(x, rows))
         total[channels] = op.channel_sum(of_rows).to(total.dtype)
     return total / norm.clamp_min(NORM_FLOOR)
@@ -267,22 +255,22 @@ class _InputAxis(torch.autograd.Function):
         magnitude: Tensor,
         gain: Gain,
         scale: float,
-        op: Operation,
+        op: FastOperation,
         source: Source | None,
     ) -> Tensor:
         dtype, hidden = x.dtype, None
-        fold = folds(op.positions(x, weight), weight, down.shape[0], dtype)
+        use_merged = uses_merged_weight(op.positions(x, weight), weight, down.shape[0], dtype)
         scaled = _grow(x, op.broadcast(gain.gain - 1))
         base_bias = None if bias is None else bias.to(dtype)
-        if fold:
-            y = op(scaled, _folded(weight, down, scale * up, None, dtype), base_bias)
+        if use_merged:
+            y = op(scaled, _merged_weight(weight, down, scale * up, None, dtype), base_bias)
         else:
-            hidden = op.narrow(scaled, down.to(dtype))
+            hidden = op.down_project(scaled, down.to(dtype))
             y = op(scaled, weight.to(dtype), base_bias)
             y += op.pointwise(hidden, (scale * up).to(dtype))
         ctx.save_for_backward(_kept(x, source), hidden, weight, down, up)
-        ctx.gain, ctx.scale, ctx.op, ctx.fold = gain, scale, op, fold
-        ctx.recipe, ctx.dtype = None if source is None else source.recipe, dtype
+        ctx.gain, ctx.scale, ctx.op, ctx.use_merged = gain, scale, op, use_merged
+        ctx.recomputation, ctx.dtype = None if source is None else source.recomputation, dtype
         return y
 
     @staticmethod
@@ -291,20 +279,21 @@ class _InputAxis(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, hidden, weight, down, up = ctx.saved_tensors
         op, scale, (norm, g, _), dtype = ctx.op, ctx.scale, ctx.gain, ctx.dtype
-        x = _input(ctx, kept)
+        x = recompute_input(ctx, kept)
         need_x, need_m = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        # Scaled once more rather than kept: others keep x anyway, but nobody else keeps g * x.
         scaled = _grow(x, op.broadcast(g - 1))
-        hidden = op.narrow(scaled, down.to(dtype)) if hidden is None else hidden
-        grad_hidden = op.pointwise.input_gradient(grad, (scale * up).to(dtype), hidden)
-        grad_up = scale * wide(op.pointwise.weight_gradient(grad, hidden, up.to(dtype)))
+        hidden = op.down_project(scaled, down.to(dtype)) if hidden is None else hidden
+        grad_hidden = op.up.input_gradient(grad, (scale * up).to(dtype), hidden)
+        grad_up = scale * wide(op.up.weight_gradient(grad, hidden, up.to(dtype)))
         grad_scaled = grad_x = grad_m = None
         if need_x or need_m:
             whole = weight.to(dtype)
-            if ctx.fold:
-                whole = _folded(weight, down, scale * up, None, dtype)
+            if ctx.use_merged:
+                whole = _merged_weight(weight, down, scale * up, None, dtype)
             grad_scaled = op.input_gradient(grad, whole, x)
-        through = None if ctx.fold else grad_scaled
-        grad_down = op.narrow_gradients(grad_hidden, scaled, down.to(dtype), through)
+        through = None if ctx.use_merged else grad_scaled
+        grad_down = op.down_project_gradients(grad_hidden, scaled, down.to(dtype), through)
         if grad_scaled is not None:
             grad_m = op.channel_sum(_product(grad_scaled, x)) / norm.clamp_min(NORM_FLOOR)
             grad_x = _grow(grad_scaled, op.broadcast(g - 1))

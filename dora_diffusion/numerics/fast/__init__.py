@@ -1,0 +1,57 @@
+"""The page of `numerics.dora`, for less: the one entry to all work on speed.
+
+Results are the page's to rounding, which tests hold in every dtype. What is saved, and where:
+
+* `norms`: the norm through the rank, without a dense temporary;
+* `gain`: norms and gains of all layers together, once per optimizer step;
+* `autograd`: a layer's output and gradients, from fewer kept activations and fewer passes;
+* `paths`: whether to build the adapted weight or to correct activations;
+* `operation`, `product`: products of thin matrices and gradients on a CPU;
+* `source`: inputs that are recomputed instead of kept.
+
+The environment variable ``DORA_DIFFUSION_FAST=0`` turns it off: layers then compute the page.
+"""
+
+from __future__ import annotations
+
+import os
+
+from torch import Tensor
+
+from dora_diffusion.numerics import dora as page
+from dora_diffusion.numerics.fast.autograd import dora
+from dora_diffusion.numerics.fast.gain import Gain, GainInputs, WeightStatistics, make_gains
+from dora_diffusion.numerics.fast.norms import factored_norm
+from dora_diffusion.numerics.fast.source import Recomputation, Source
+from dora_diffusion.numerics.weights import LayerWeights
+
+__all__ = [
+    "ENABLED",
+    "Gain",
+    "GainInputs",
+    "Recomputation",
+    "Source",
+    "WeightStatistics",
+    "adapted_norm",
+    "dora",
+    "make_gains",
+]
+
+_VARIABLE = "DORA_DIFFUSION_FAST"
+
+
+def _enabled(value: str) -> bool:
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{_VARIABLE} is {value!r}; it must be 0 (plain autograd) or 1 (default)")
+    return value != "0"
+
+
+# Read once: layers ask at every call, and torch.compile cannot trace the environment.
+ENABLED = _enabled(os.environ.get(_VARIABLE, ""))
+
+
+def adapted_norm(weight: Tensor, layer: LayerWeights) -> Tensor:
+    """``norm(W + s B A)``, by the factored norm or by the page: ``(out,)`` or ``(in,)``."""
+    if not ENABLED:
+        return page.adapted_norm(weight, layer)
+    return factored_norm(weight, layer.down, layer.up, layer.scale, layer.norm_axis)

@@ -1,0 +1,70 @@
+"""Norms and gains of many layers together, against dense norms in float64."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dora_diffusion.numerics.dora import weight_norm
+from dora_diffusion.numerics.fast import gain as gain_module
+from dora_diffusion.numerics.fast.gain import GainInputs, WeightStatistics, make_gains
+
+AXES = ("output", "input")
+
+
+def dense_norm(weight: torch.Tensor, axis: str) -> torch.Tensor:
+    """The norm as a plain sum, kept broadcastable."""
+    keep = 0 if axis == "output" else 1
+    dims = [d for d in range(weight.ndim) if d != keep]
+    return weight.pow(2).sum(dims, keepdim=True).sqrt()
+
+
+@st.composite
+def layers(draw):
+    """A layer whose ranks or whose weight and update may cancel, in float32, with its scale."""
+    axis, rank = draw(st.sampled_from(AXES)), draw(st.integers(1, 6))
+    kernel = draw(st.sampled_from([(), (1, 1), (3, 3)]))
+    shape = (draw(st.integers(1, 20)), draw(st.integers(1, 20)), *kernel)
+    g = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    sizes = (shape, (rank, *shape[1:]), (shape[0], rank, *[1] * len(kernel)))
+    weight, down, up = (torch.randn(n, generator=g, dtype=torch.float64) for n in sizes)
+    scale = draw(st.sampled_from([-3.0, -0.8, 0.1, 0.8, 30.0]))
+    if rank > 1 and draw(st.booleans()):
+        down[1], up[:, 1] = down[0], -up[:, 0] * (1 + 1e-3)
+    if draw(st.booleans()):
+        delta = (up.flatten(1) @ down.flatten(1)).view_as(weight)
+        weight = draw(st.sampled_from([1e-3, 0.1, 1.0])) * weight - scale * delta
+    return weight.float(), down.float(), up.float(), scale, axis
+
+
+@given(st.lists(layers(), min_size=1, max_size=4))
+def test_norms_of_many_layers_equal_the_dense_norms(several):
+    """All together, whatever cancels in them."""
+    inputs = [
+        GainInputs(torch.ones(len(statistics.squared_norm)), *layer, statistics)
+        for layer in several
+        for statistics in [WeightStatistics(layer[0], layer[4])]
+    ]
+    for (weight, down, up, scale, axis), gain in zip(several, make_gains(inputs), strict=True):
+        delta = (up.double().flatten(1) @ down.double().flatten(1)).view_as(weight)
+        expected = dense_norm(weight.double() + scale * delta, axis).flatten()
+        torch.testing.assert_close(gain.norm.double(), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_statistics_of_a_weight_are_renewed_when_it_was_written_to(monkeypatch):
+    """Once: a layer whose weight was written through ``.data`` is not looked at twice for ever."""
+    weight, down, up = torch.randn(8, 6), torch.randn(2, 6), torch.randn(8, 2)
+    statistics = WeightStatistics(weight, "output")
+    recomputed = []
+    plain = gain_module._recomputed
+    monkeypatch.setattr(gain_module, "_recomputed", lambda one: recomputed.append(1) or plain(one))
+    for expected in (0, 1, 1):
+        if expected:
+            weight.data.mul_(1.0 if recomputed else 1.5)
+        magnitude = weight_norm(weight, "output")
+        inputs = GainInputs(magnitude, weight, down, up, 0.5, "output", statistics)
+        (gain,) = make_gains([inputs])
+        assert len(recomputed) == expected
+        dense = (weight.double() + 0.5 * up.double() @ down.double()).norm(dim=1)
+        torch.testing.assert_close(gain.norm.double(), dense, rtol=1e-5, atol=0)
