@@ -1,4 +1,4 @@
-"""The Library tab's thumbnails."""
+"""The Library tab: its thumbnails, and fields over things that are deleted."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ import pytest
 pytest.importorskip("gradio", reason="gradio is not installed")
 from PIL import Image
 
+from dora_diffusion.app.views.fields import id_dropdown
 from dora_diffusion.app.views.library import _thumbnail
 from dora_diffusion.pictures import save_png
 from dora_diffusion.training.sheets import labelled_sheet
+
+
+def test_an_id_that_is_no_choice_any_more_reaches_its_handler() -> None:
+    """Gradio makes a field anew with each update, and would refuse what was just deleted."""
+    field = id_dropdown(label="Run")
+    again = type(field)(**{**field.constructor_args, "choices": [("b", "b")]})
+    assert again.preprocess("a") == "a"
+    assert again.preprocess(["a"]) is None
+    assert again.get_block_name() == "dropdown"
 
 
 def test_of_a_sheet_one_image_is_shown_without_its_labels(tmp_path: Path) -> None:

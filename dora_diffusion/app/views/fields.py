@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from typing import Any
 
 import gradio as gr
@@ -31,15 +32,27 @@ def setting_field(name: str, value: Any) -> Any:
     )
 
 
+def _text_only(self: Any, payload: Any) -> str | None:
+    return payload if isinstance(payload, str) else None
+
+
+# An update makes a field anew from its class: what was set on the field itself is lost with it.
+# Not by a class statement, for which Gradio's metaclass writes a .pyi file beside this one.
+_IdDropdown: Any = ABCMeta.__new__(
+    type(gr.Dropdown),
+    "Dropdown",
+    (gr.Dropdown,),
+    {"preprocess": _text_only, "__module__": gr.Dropdown.__module__},
+)
+
+
 def id_dropdown(**options: Any) -> Any:
     """A dropdown over ids that come and go.
 
-    Gradio compares a choice with the list of this visit, which is empty again after a restart of
-    the app; ids are looked up where they are used.
+    Gradio compares a choice with the list of this visit, which lacks what was just deleted, and is
+    empty after a restart of the app; ids are looked up where they are used.
     """
-    dropdown = gr.Dropdown([], **options)
-    dropdown.preprocess = lambda payload: payload if isinstance(payload, str) else None
-    return dropdown
+    return _IdDropdown([], **options)
 
 
 # Buttons inside of HTML say what to do (data-do) and with what (data-value).
