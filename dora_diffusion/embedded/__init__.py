@@ -18,7 +18,7 @@ def model_folder(name: str) -> Path:
         ValueError: no embedded model has that name.
     """
     if name not in MODELS:
-        raise ValueError(f"no embedded model {name!r}; there are {', '.join(MODELS)}")
+        raise ValueError(f"choose {' or '.join(MODELS)}, not {name!r}")
     return Path(__file__).parent / name
 
 

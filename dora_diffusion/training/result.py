@@ -34,8 +34,10 @@ def save_config(config: TrainConfig, path: Path, segments: Sequence[Segment] = (
     """Write the resolved settings, which ``--config`` reads back.
 
     The settings are those of the last segment. Where a resumed run changed some, ``segments``
-    says from which step on each value was used.
+    says from which step on each value was used. Resuming and overwriting were asked for once: kept
+    in the file, they would act on every run that is made from it.
     """
+    config = dataclasses.replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
     text, apart = as_yaml(config), told_apart(segments)
     if apart:
         record = yaml.safe_dump({SEGMENTS: apart}, sort_keys=False, allow_unicode=True)

@@ -203,3 +203,13 @@ def test_a_checkpoint_that_is_not_there_is_refused_before_the_model_is_loaded(ag
     message = "the checkpoint checkpoint-9 does not exist; the newest in .* is checkpoint-2"
     with pytest.raises(ConfigError, match=message):
         train(missing)
+
+
+def test_the_saved_settings_of_a_resumed_run_start_another_one(again, tmp_path):
+    """Neither --resume_from_checkpoint nor --overwrite_output_dir is a property of the run."""
+    train(replace(again, overwrite_output_dir=True))
+    saved = read_config_file(Path(again.output_dir) / "config.yaml")
+    assert saved["resume_from_checkpoint"] is None
+    assert saved["overwrite_output_dir"] is False
+    fresh = TrainConfig.from_dict(saved | {"output_dir": str(tmp_path / "fresh")})
+    assert train(fresh).steps == 3
