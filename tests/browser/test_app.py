@@ -449,5 +449,6 @@ def test_delete_asks_and_removes_everything(
     # The page hears of it too, though its fields held what is gone.
     page.wait_text("#library-facts", "The library is empty")
     page.wait("!document.querySelector('#convert')?.checkVisibility()")
-    page.wait("document.querySelector('#adapter input').value.includes('alone')")
+    page.tab("Generate")
+    page.wait("document.querySelector('#adapter input')?.value.includes('alone')")
     assert page.page.locator(".toast-wrap .toast-body").count() == 0

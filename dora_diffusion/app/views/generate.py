@@ -83,7 +83,7 @@ def build(context: Context) -> GenerateTab:
                     -1, label="Seed", info="-1 draws one.", precision=0, min_width=110,
                     elem_id="seed",
                 )  # fmt: skip
-                form["count"] = gr.Slider(1, MAX_BATCH, 4, step=1, label="Images", min_width=150)
+                form["count"] = gr.Slider(1, MAX_BATCH, 4, step=1, label="Images", min_width=165)
             gr.HTML("<p class='dd-quiet'>How much of the adapter</p>", padding=False)
             form["strength"] = gr.Slider(
                 0, 2, 1, step=0.05, label="Strength", info="0 is exactly the base model.",
@@ -92,11 +92,11 @@ def build(context: Context) -> GenerateTab:
             with gr.Row():
                 form["direction"] = gr.Slider(
                     0, 2, 1, step=0.05, label="Direction", info="The low-rank update.",
-                    min_width=150,
+                    min_width=165,
                 )  # fmt: skip
                 form["magnitude"] = gr.Slider(
                     0, 2, 1, step=0.05, label="Magnitude", info="DoRA's learned norms.",
-                    min_width=150,
+                    min_width=165,
                 )  # fmt: skip
             with gr.Accordion("Steps, guidance, scheduler, size", open=False):
                 form["steps"] = gr.Slider(1, 100, 25, step=1, label="Steps")
