@@ -271,6 +271,19 @@ class Visit:
         self.act(lambda limit: field.fill(value, timeout=limit))
         field.press("Tab")
 
+    def set_setting(self, name: str, value: str) -> None:
+        """Type a setting until the command line has it: a preset may still be filled in."""
+
+        def action(limit: float) -> None:
+            self.set_text(name, value)
+            self.page.wait_for_function(
+                "text => document.querySelector('#plan')?.innerText.includes(text)",
+                arg=f"--{name} {value}",
+                timeout=limit,
+            )
+
+        self.act(action)
+
     def unfold(self, *titles: str) -> None:
         """Open accordions, from the outside in."""
         for title in titles:

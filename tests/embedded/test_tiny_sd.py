@@ -19,7 +19,7 @@ def pipeline() -> Any:
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(ValueError, match=r"'huge-sd'.*tiny-sd"):
+    with pytest.raises(ValueError, match=r"choose tiny-sd or tiny-sdxl, not 'huge-sd'"):
         model_folder("huge-sd")
 
 

@@ -193,7 +193,7 @@ def test_without_checkpoints_the_advice_does_not_name_one(tiny_run):
     train(config)
     with pytest.raises(ConfigError) as error:
         train(config)
-    assert "no checkpoint to continue from (a run with --checkpointing_steps 0 keeps none)" in str(
+    assert "no checkpoint to resume from (a run with --checkpointing_steps 0 keeps none)" in str(
         error.value
     )
     assert "--overwrite_output_dir" in str(error.value)
