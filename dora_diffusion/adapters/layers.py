@@ -250,7 +250,7 @@ class AdaptedLayer(nn.Module):
     def merge(self, merged: Tensor | None = None) -> None:
         """Write the adapters into the weight; the base weight is kept for `unmerge`.
 
-        ``merged`` is what `merged` returns, if it is at hand.
+        ``merged`` is what `merged` returns, where that was computed already.
         """
         if self._unmerged is None:
             merged = self.merged() if merged is None else merged

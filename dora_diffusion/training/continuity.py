@@ -98,7 +98,7 @@ def first_segment(config: TrainConfig) -> Segment:
 def segments_after(
     state: Mapping[str, Any], config: TrainConfig
 ) -> tuple[list[Segment], dict[str, tuple[Any, Any]]]:
-    """The segments of a run that goes on from a checkpoint, and what changes with it.
+    """The segments of a run that is resumed from a checkpoint, and what changes with it.
 
     Returns:
         The segments, of which a new one begins where settings differ; and name -> (before, now).
@@ -121,7 +121,7 @@ def without_more_steps(
 ) -> tuple[TrainConfig, dict[str, tuple[Any, Any]]]:
     """The settings of a resumed run that trains no step any more: those it was trained with.
 
-    Samples are made again, with this run's settings.
+    Samples are generated anew, with this run's settings.
 
     Returns:
         The settings, and name -> (before, now) of those that were asked for and have no effect.
