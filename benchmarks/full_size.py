@@ -109,6 +109,19 @@ def measured(command: list[str]) -> dict[str, float]:
     return {"seconds": seconds, "peak_gib": round(usage.ru_maxrss / 2**20, 2)}
 
 
+def model_in(work: Path, family: str) -> Path:
+    """The folder of a family's model in bfloat16 with random weights; made where it is missing."""
+    base = work / family
+    if not (base / "model_index.json").is_file():
+        # In a process of its own: a child's peak memory starts at its parent's.
+        maker = multiprocessing.get_context("spawn").Process(
+            target=make_model, args=(family, base, torch.bfloat16)
+        )
+        maker.start()
+        maker.join()
+    return base
+
+
 def main() -> None:
     """Make, train, export, report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -118,14 +131,7 @@ def main() -> None:
     parser.add_argument("--photos", default="samples/bolt_mug")
     parser.add_argument("--work", type=Path, required=True)
     args = parser.parse_args()
-    base = args.work / args.family
-    if not (base / "model_index.json").is_file():
-        # In a process of its own: a child's peak memory starts at its parent's.
-        maker = multiprocessing.get_context("spawn").Process(
-            target=make_model, args=(args.family, base, torch.bfloat16)
-        )
-        maker.start()
-        maker.join()
+    base = model_in(args.work, args.family)
     output, cli = args.work / f"{args.family}-output", [sys.executable, "-m", "dora_diffusion"]
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

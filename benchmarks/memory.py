@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,8 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from full_size import UNETS, make_model
+from full_size import UNETS, model_in
 
 
 def peak_memory(command: list[str], limit: float) -> float | None:
@@ -53,13 +51,7 @@ def main() -> None:
     parser.add_argument("--photos", default="samples/bolt_mug")
     parser.add_argument("--work", type=Path, required=True)
     args = parser.parse_args()
-    base = args.work / args.family
-    if not (base / "model_index.json").is_file():
-        maker = multiprocessing.get_context("spawn").Process(
-            target=make_model, args=(args.family, base, torch.bfloat16)
-        )
-        maker.start()
-        maker.join()
+    base = model_in(args.work, args.family)
     command = [
         sys.executable, "-m", "dora_diffusion", "train",
         "--pretrained_model_name_or_path", str(base),
