@@ -33,16 +33,6 @@ from PIL import Image
 
 from dora_diffusion.adapters.inject import remove_adapters
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.embedded import model_folder
-from dora_diffusion.embedded.benchmark_subjects import (
-    REPORTED,
-    TUNING,
-    BenchmarkSubject,
-    find_subject,
-    write_photos,
-)
-from dora_diffusion.embedded.captions import PLACES
-from dora_diffusion.embedded.samples import TRIGGER
 from dora_diffusion.evaluation.measures import seed_means, title_of
 from dora_diffusion.evaluation.report import aligned, sheet, shown
 from dora_diffusion.evaluation.statistics import Interval, cluster_interval
@@ -50,6 +40,16 @@ from dora_diffusion.evaluation.toy import answer, measure
 from dora_diffusion.evaluation.toy_requests import Group, Request, toy_requests, true_pictures
 from dora_diffusion.formats.atomic_file import save_text
 from dora_diffusion.pictures import save_png
+from dora_diffusion.toy import model_folder
+from dora_diffusion.toy.benchmark_subjects import (
+    REPORTED,
+    TUNING,
+    BenchmarkSubject,
+    find_subject,
+    write_photos,
+)
+from dora_diffusion.toy.captions import PLACES
+from dora_diffusion.toy.samples import TRIGGER
 from dora_diffusion.training.optimizer import build_lr_schedule, build_optimizer
 from dora_diffusion.training.session import Session, make_accelerator, open_session
 from dora_diffusion.training.subject import subject_of

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from dora_diffusion.cli import main
 from dora_diffusion.config import TrainConfig, read_config_file
-from dora_diffusion.embedded import samples_folder
+from dora_diffusion.toy import samples_folder
 
 if TYPE_CHECKING:
     from dora_diffusion.evaluation.report import Evaluation
@@ -98,11 +98,11 @@ def compare(
     config: TrainConfig, adapter: Path, subject: str, seeds: int, output: Path
 ) -> tuple[Path, Evaluation]:
     """Base and adapted images at the same seeds, saved as one sheet and judged."""
-    from dora_diffusion.embedded.benchmark_subjects import find_subject
     from dora_diffusion.evaluation.report import sheet
     from dora_diffusion.evaluation.toy import evaluate_toy
     from dora_diffusion.generate import load_adapted
     from dora_diffusion.pictures import save_png
+    from dora_diffusion.toy.benchmark_subjects import find_subject
 
     components, metadata = load_adapted(config.pretrained_model_name_or_path, adapter)
     evaluation = evaluate_toy(

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 import dora_diffusion
-from dora_diffusion.embedded import model_folder
+from dora_diffusion.toy import model_folder
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "PIL", "yaml", "diffusers", "transformers", "accelerate", "gradio")

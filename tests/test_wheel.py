@@ -124,7 +124,7 @@ def test_the_wheel_holds_models_samples_and_types_and_nothing_else(installed):
             name = f"dora_diffusion/samples/{sample.relative_to(ROOT / 'samples').as_posix()}"
             assert files[name] == sample.read_bytes()
     for model in ("tiny-sd", "tiny-sdxl"):
-        assert f"dora_diffusion/embedded/{model}/unet/diffusion_pytorch_model.safetensors" in files
+        assert f"dora_diffusion/toy/{model}/unet/diffusion_pytorch_model.safetensors" in files
     assert {"dora_diffusion/py.typed", "dora_diffusion/app/style.css"} <= set(files)
     tops = {name.partition("/")[0] for name in files}
     assert tops == {"dora_diffusion", next(top for top in tops if top.endswith(".dist-info"))}

@@ -17,7 +17,6 @@ from typing import Any
 
 from dora_diffusion.app.jobs import is_small
 from dora_diffusion.app.workspace import AppError
-from dora_diffusion.embedded import MODELS
 from dora_diffusion.models.family import (
     FAMILIES,
     UnsupportedModelError,
@@ -32,6 +31,7 @@ from dora_diffusion.models.locate import (
     looks_local,
     resolve_folder,
 )
+from dora_diffusion.toy import MODELS
 
 FOLDERS_FILE = "model_folders.txt"
 _TO_DOWNLOAD = "to be downloaded"

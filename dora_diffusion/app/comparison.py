@@ -91,9 +91,9 @@ def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> Questions:
     Raises:
         ValueError: There is no such sample.
     """
-    from dora_diffusion.embedded.benchmark_subjects import find_subject
     from dora_diffusion.evaluation.toy import Answers, measure
     from dora_diffusion.evaluation.toy_requests import toy_requests
+    from dora_diffusion.toy.benchmark_subjects import find_subject
 
     subject = find_subject(sample)
     requests = _few(toy_requests(subject, trigger, [SEED], ("subject", "others")))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dora_diffusion.commands.parser import Parser
 from dora_diffusion.config import ConfigError
-from dora_diffusion.embedded import samples_folder
+from dora_diffusion.toy import samples_folder
 
 AUTH_VARIABLE = "DORA_DIFFUSION_AUTH"
 

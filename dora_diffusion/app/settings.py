@@ -12,10 +12,10 @@ from dora_diffusion.app.bases import UNKNOWN, check_base, check_variant, facts_o
 from dora_diffusion.app.jobs import is_small
 from dora_diffusion.app.workspace import AppError, clean_text
 from dora_diffusion.config import Setting, TrainConfig, settings, without_effect
-from dora_diffusion.embedded import MODELS
 from dora_diffusion.memory import Device, fitting_settings
 from dora_diffusion.models.family import FAMILIES
 from dora_diffusion.models.locate import EMBEDDED_PREFIX, looks_local
+from dora_diffusion.toy import MODELS
 
 PROMPT_LIMIT = 1000
 EMBEDDED_MODELS = tuple(f"{EMBEDDED_PREFIX}{name}" for name in MODELS)

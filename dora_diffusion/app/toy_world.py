@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dora_diffusion.app.jobs import is_small
-from dora_diffusion.embedded.captions import FILLERS
-from dora_diffusion.embedded.shapes import CLASSES
+from dora_diffusion.toy.captions import FILLERS
+from dora_diffusion.toy.shapes import CLASSES
 
 _WORDS = frozenset((*CLASSES, *FILLERS))
 

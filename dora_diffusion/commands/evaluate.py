@@ -70,7 +70,7 @@ def _evaluate(
     args: argparse.Namespace, components: Components, trigger: str
 ) -> tuple[Evaluation, SamplingSettings]:
     """A subject of the toy world by its name, or real photos in a folder."""
-    from dora_diffusion.embedded.benchmark_subjects import SUBJECTS
+    from dora_diffusion.toy.benchmark_subjects import SUBJECTS
 
     # A folder, even where it has the name of a subject, has to be written as a path.
     if args.subject in SUBJECTS:
@@ -85,8 +85,8 @@ def _evaluate(
 def _evaluate_toy(
     args: argparse.Namespace, components: Components, trigger: str
 ) -> tuple[Evaluation, SamplingSettings]:
-    from dora_diffusion.embedded.benchmark_subjects import find_subject
     from dora_diffusion.evaluation.toy import SAMPLING, evaluate_toy
+    from dora_diffusion.toy.benchmark_subjects import find_subject
 
     if not args.base.startswith("embedded:"):
         warnings.warn(

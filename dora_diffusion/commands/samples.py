@@ -6,7 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from dora_diffusion.embedded import samples_folder
+from dora_diffusion.toy import samples_folder
 
 
 def run(args: argparse.Namespace) -> None:

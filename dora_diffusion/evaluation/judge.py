@@ -1,6 +1,6 @@
 """Judging pictures of the toy world: what do they show, and whose likeness is it?
 
-The judges are networks trained on renders (`embedded.instrument`); on anything but the toy world
+The judges are networks trained on renders (`toy.instrument`); on anything but the toy world
 their answers mean nothing.
 """
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_diffusion.embedded.instrument import ATTRIBUTES, Instrument
+from dora_diffusion.toy.instrument import ATTRIBUTES, Instrument
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,13 +14,13 @@ from torch import Tensor
 from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.images import list_photos, open_photo, verify_photo
-from dora_diffusion.embedded.captions import with_article
 from dora_diffusion.evaluation.denoising import held_out_losses
 from dora_diffusion.evaluation.measures import Scores, Values, mean_distances
 from dora_diffusion.evaluation.metric_models import LITE_PACKAGES, MetricModel
 from dora_diffusion.evaluation.report import Evaluation
 from dora_diffusion.generate import SamplingSettings, generate_images
 from dora_diffusion.models.components import Components
+from dora_diffusion.toy.captions import with_article
 
 if TYPE_CHECKING:
     from PIL.Image import Image

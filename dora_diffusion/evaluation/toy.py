@@ -10,16 +10,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dora_diffusion.adapters.inject import disabled
-from dora_diffusion.embedded.benchmark_subjects import BenchmarkSubject
-from dora_diffusion.embedded.instrument import ATTRIBUTES, Instrument, load_instrument
-from dora_diffusion.embedded.pose import (
-    SIDES,
-    SIZES,
-    Silhouette,
-    follows,
-    middle_size,
-    silhouette,
-)
 from dora_diffusion.evaluation.denoising import held_out_losses
 from dora_diffusion.evaluation.judge import (
     JUDGED_SIZE,
@@ -40,6 +30,16 @@ from dora_diffusion.evaluation.toy_requests import (
 )
 from dora_diffusion.generate import SamplingSettings, generate_images
 from dora_diffusion.models.components import Components
+from dora_diffusion.toy.benchmark_subjects import BenchmarkSubject
+from dora_diffusion.toy.instrument import ATTRIBUTES, Instrument, load_instrument
+from dora_diffusion.toy.pose import (
+    SIDES,
+    SIZES,
+    Silhouette,
+    follows,
+    middle_size,
+    silhouette,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dora_diffusion.embedded.backgrounds import BACKGROUNDS
-from dora_diffusion.embedded.benchmark_subjects import BenchmarkSubject
-from dora_diffusion.embedded.captions import PLACES, with_article
-from dora_diffusion.embedded.pose import STUDIO
-from dora_diffusion.embedded.sampling import place, sample_subject
-from dora_diffusion.embedded.shapes import CLASSES
-from dora_diffusion.embedded.world import COLORS, Scene, Subject, render
+from dora_diffusion.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.toy.benchmark_subjects import BenchmarkSubject
+from dora_diffusion.toy.captions import PLACES, with_article
+from dora_diffusion.toy.pose import STUDIO
+from dora_diffusion.toy.sampling import place, sample_subject
+from dora_diffusion.toy.shapes import CLASSES
+from dora_diffusion.toy.world import COLORS, Scene, Subject, render
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -119,11 +119,11 @@ def _weights(variant: str | None) -> list[str]:
 def _embedded_folder(name: str) -> Path:
     """Ask the embedded models for a folder."""
     try:
-        from dora_diffusion import embedded
+        from dora_diffusion import toy
     except ImportError as error:
         raise ModelNotFoundError(f"no embedded models are installed (asked for {name})") from error
     try:
-        folder = Path(embedded.model_folder(name))
+        folder = Path(toy.model_folder(name))
     except (KeyError, ValueError, FileNotFoundError) as error:
         detail = str(error.args[0]) if error.args else name
         raise ModelNotFoundError(f"no embedded model is called {name!r}: {detail}") from error

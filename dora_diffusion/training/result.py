@@ -174,7 +174,7 @@ def _diffusers_example(base: str, adapter: Path, prompt: str) -> str:
     source, helper = f'"{base}"', ""
     if base.startswith("embedded:"):
         source = f'model_folder("{base.removeprefix("embedded:")}")'
-        helper = "\nfrom dora_diffusion.embedded import model_folder"
+        helper = "\nfrom dora_diffusion.toy import model_folder"
     return f"""
 In Diffusers:
 

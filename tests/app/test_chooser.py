@@ -303,8 +303,8 @@ def test_a_sample_is_judged_against_its_truth() -> None:
     assert (questions.subjects, len(questions.prompts)) == (5, 11)
     assert all("sks mug" in prompt for prompt in questions.prompts[:5])
     assert not any("sks" in prompt for prompt in questions.prompts[5:])
-    from dora_diffusion.embedded.benchmark_subjects import find_subject
     from dora_diffusion.evaluation.toy_requests import toy_requests, true_pictures
+    from dora_diffusion.toy.benchmark_subjects import find_subject
 
     def truth(name: str) -> list[Any]:
         requests = toy_requests(find_subject(name), "sks mug", [0], ("subject", "others"))

@@ -38,7 +38,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without Chromium or the embedded model there is nothing to see."""
-    embedded = ROOT / "dora_diffusion" / "embedded" / "tiny-sd" / "model_index.json"
+    embedded = ROOT / "dora_diffusion" / "toy" / "tiny-sd" / "model_index.json"
     reasons = {"there is no Chromium": Path(CHROMIUM).exists(),
                "the embedded model is not there": embedded.is_file()}  # fmt: skip
     here = Path(__file__).parent

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_diffusion.embedded.benchmark_subjects import find_subject, write_photos
+from dora_diffusion.toy.benchmark_subjects import find_subject, write_photos
 
 PREPROCESSING = {
     "do_center_crop": True,

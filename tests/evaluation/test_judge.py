@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_diffusion.embedded.backgrounds import BACKGROUNDS
-from dora_diffusion.embedded.benchmark_subjects import REPORTED
-from dora_diffusion.embedded.instrument import Instrument, load_instrument
-from dora_diffusion.embedded.sampling import place, sample_subject
-from dora_diffusion.embedded.world import Scene, render
 from dora_diffusion.evaluation.judge import judge, judged_pixels, similarity
 from dora_diffusion.evaluation.toy_requests import reference_pictures
+from dora_diffusion.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.toy.benchmark_subjects import REPORTED
+from dora_diffusion.toy.instrument import Instrument, load_instrument
+from dora_diffusion.toy.sampling import place, sample_subject
+from dora_diffusion.toy.world import Scene, render
 
 
 def drawn_scene(index: int) -> Scene:

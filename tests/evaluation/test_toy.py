@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_diffusion.embedded.benchmark_subjects import REPORTED, SUBJECTS, find_subject
-from dora_diffusion.embedded.shapes import CLASSES
 from dora_diffusion.evaluation.measures import MEASURES, summarize
 from dora_diffusion.evaluation.toy import Answers, evaluate_toy, measure, true_answers
 from dora_diffusion.evaluation.toy_requests import (
@@ -18,6 +16,8 @@ from dora_diffusion.evaluation.toy_requests import (
 )
 from dora_diffusion.generate import SamplingSettings
 from dora_diffusion.models.load import load_components
+from dora_diffusion.toy.benchmark_subjects import REPORTED, SUBJECTS, find_subject
+from dora_diffusion.toy.shapes import CLASSES
 
 SEEDS = (0, 1)
 

@@ -30,7 +30,7 @@ from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]
-EMBEDDED = Path(dora_diffusion.__file__).parent / "embedded"
+EMBEDDED = Path(dora_diffusion.__file__).parent / "toy"
 FAMILIES = ("sd1", "sd2", "sdxl")
 HOLDS = {"output": ("diffusers", "peft", "kohya"), "input": ("kohya",)}
 HOLDS |= {"none": HOLDS["output"]}

@@ -13,8 +13,8 @@ from PIL import Image
 
 from dora_diffusion.cli import main
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.embedded import model_folder
 from dora_diffusion.pictures import read_parameters
+from dora_diffusion.toy import model_folder
 
 ROOT = Path(__file__).parents[2]
 BASE = "embedded:tiny-sd"

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dora_diffusion.embedded.instrument import ATTRIBUTES
-from dora_diffusion.embedded.pose import STUDIO, silhouette
-from dora_diffusion.embedded.sampling import place, sample_subject
+from dora_diffusion.toy.instrument import ATTRIBUTES
+from dora_diffusion.toy.pose import STUDIO, silhouette
+from dora_diffusion.toy.sampling import place, sample_subject
 from tools.pretrain.card import generate, prompt_of
 from tools.pretrain.data import HELD_OUT, to_pixels
 from tools.pretrain.views import SIDE, View, render_view

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dora_diffusion.embedded.backgrounds import BACKGROUNDS
-from dora_diffusion.embedded.sampling import place, sample_stranger, sample_subject
-from dora_diffusion.embedded.shapes import UNSEEN_CLASSES
-from dora_diffusion.embedded.world import Scene, Subject, render
+from dora_diffusion.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.toy.sampling import place, sample_stranger, sample_subject
+from dora_diffusion.toy.shapes import UNSEEN_CLASSES
+from dora_diffusion.toy.world import Scene, Subject, render
 from tools.pretrain.names import sample_named
 
 CAPTIONED = 96_000

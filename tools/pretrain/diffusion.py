@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_diffusion.embedded.instrument import ATTRIBUTES
 from dora_diffusion.models.family import Family
 from dora_diffusion.models.text import Conditioning, encode_tokens, join_encoders
 from dora_diffusion.numerics.loss import denoising_loss, training_target
 from dora_diffusion.numerics.noise import add_noise
+from dora_diffusion.toy.instrument import ATTRIBUTES
 from tools.pretrain.fit import FitSettings, Progress, fit
 from tools.pretrain.instrument import NO_NAME
 from tools.pretrain.latents import LatentSet, open_latents

@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dora_diffusion.embedded.backgrounds import BACKGROUNDS
-from dora_diffusion.embedded.instrument import (
+from dora_diffusion.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.toy.instrument import (
     ATTRIBUTES,
     Classifier,
     Instrument,
     SubjectEmbedder,
 )
-from dora_diffusion.embedded.sampling import place, sample_stranger
-from dora_diffusion.embedded.shapes import UNSEEN_CLASSES
-from dora_diffusion.embedded.world import Scene, render
+from dora_diffusion.toy.sampling import place, sample_stranger
+from dora_diffusion.toy.shapes import UNSEEN_CLASSES
+from dora_diffusion.toy.world import Scene, render
 from tools.pretrain.data import (
     CAPTIONED,
     SIZE,

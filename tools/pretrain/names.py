@@ -14,9 +14,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from dora_diffusion.embedded.sampling import sample_stranger, sample_subject
-from dora_diffusion.embedded.shapes import CLASSES
-from dora_diffusion.embedded.world import Subject
+from dora_diffusion.toy.sampling import sample_stranger, sample_subject
+from dora_diffusion.toy.shapes import CLASSES
+from dora_diffusion.toy.world import Subject
 
 DESIGN_COUNT = 40
 _WORDS, _DESIGNS = 5, 16  # seeds

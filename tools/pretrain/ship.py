@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dora_diffusion.embedded import instrument_folder, model_folder
-from dora_diffusion.embedded.instrument import Instrument, load_instrument
+from dora_diffusion.toy import instrument_folder, model_folder
+from dora_diffusion.toy.instrument import Instrument, load_instrument
 from tools.pretrain import corpus
 from tools.pretrain.card import (
     GUIDANCE,

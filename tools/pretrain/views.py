@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_diffusion.embedded.backgrounds import BACKGROUNDS
-from dora_diffusion.embedded.captions import caption
-from dora_diffusion.embedded.sampling import place
-from dora_diffusion.embedded.world import Scene, render
+from dora_diffusion.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.toy.captions import caption
+from dora_diffusion.toy.sampling import place
+from dora_diffusion.toy.world import Scene, render
 from tools.pretrain.names import sample_named
 
 SIDE = 128

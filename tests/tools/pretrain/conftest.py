@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.embedded import model_folder
-from dora_diffusion.embedded.instrument import Instrument, load_instrument
+from dora_diffusion.toy import model_folder
+from dora_diffusion.toy.instrument import Instrument, load_instrument
 
 
 @pytest.fixture(scope="module")

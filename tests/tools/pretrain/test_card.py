@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dora_diffusion.embedded.instrument import Instrument
+from dora_diffusion.toy.instrument import Instrument
 from tools.pretrain.card import for_judges, generate, measure_prompts, measure_vae
 
 

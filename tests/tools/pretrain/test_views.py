@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dora_diffusion.embedded.backgrounds import BACKGROUNDS
-from dora_diffusion.embedded.pose import silhouette
-from dora_diffusion.embedded.world import Scene, Subject, render
+from dora_diffusion.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.toy.pose import silhouette
+from dora_diffusion.toy.world import Scene, Subject, render
 from tools.pretrain.names import rare_words
 from tools.pretrain.views import (
     SIDE,

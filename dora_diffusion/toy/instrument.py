@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_diffusion.embedded import instrument_folder
-from dora_diffusion.embedded.backgrounds import BACKGROUNDS
-from dora_diffusion.embedded.shapes import CLASSES
-from dora_diffusion.embedded.world import COLORS, PATTERNS
+from dora_diffusion.toy import instrument_folder
+from dora_diffusion.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.toy.shapes import CLASSES
+from dora_diffusion.toy.world import COLORS, PATTERNS
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "kind": tuple(CLASSES),

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from dora_diffusion.embedded import sdf
-from dora_diffusion.embedded.shapes import CLASSES, RGB
-from dora_diffusion.embedded.world import COLORS, PATTERNS, Emblem, Scene, Subject
+from dora_diffusion.toy import sdf
+from dora_diffusion.toy.shapes import CLASSES, RGB
+from dora_diffusion.toy.world import COLORS, PATTERNS, Emblem, Scene, Subject
 
 
 def contrasting(body: RGB) -> RGB:

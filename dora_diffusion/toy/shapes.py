@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from dora_diffusion.embedded import sdf
-from dora_diffusion.embedded.sdf import Grid, Point
+from dora_diffusion.toy import sdf
+from dora_diffusion.toy.sdf import Grid, Point
 
 RGB = tuple[float, float, float]
 Paint = Literal["body", "shade", "lit", "accent"] | RGB

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dora_diffusion.embedded import model_folder
+from dora_diffusion.toy import model_folder
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_diffusion.embedded import sdf
-from dora_diffusion.embedded.backgrounds import (
+from dora_diffusion.toy import sdf
+from dora_diffusion.toy.backgrounds import (
     BACKGROUNDS,
     coverage,
     mix,
     paint_background,
 )
-from dora_diffusion.embedded.sdf import Grid
-from dora_diffusion.embedded.shapes import RGB, Part, Shape, find_shape
+from dora_diffusion.toy.sdf import Grid
+from dora_diffusion.toy.shapes import RGB, Part, Shape, find_shape
 
 Pattern = Literal["plain", "striped", "dotted", "checked"]
 PATTERNS: tuple[Pattern, ...] = ("plain", "striped", "dotted", "checked")

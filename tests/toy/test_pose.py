@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dora_diffusion.embedded.benchmark_subjects import REPORTED
-from dora_diffusion.embedded.pose import Silhouette, follows, middle_size, silhouette
-from dora_diffusion.embedded.world import render
+from dora_diffusion.toy.benchmark_subjects import REPORTED
+from dora_diffusion.toy.pose import Silhouette, follows, middle_size, silhouette
+from dora_diffusion.toy.world import render
 
 
 def test_a_rectangle_on_grey_is_found() -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_diffusion.embedded.backgrounds import BACKGROUNDS
-from dora_diffusion.embedded.benchmark_subjects import (
+from dora_diffusion.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.toy.benchmark_subjects import (
     PHOTOS,
     REPORTED,
     SAMPLES,
@@ -17,8 +17,8 @@ from dora_diffusion.embedded.benchmark_subjects import (
     find_subject,
     write_photos,
 )
-from dora_diffusion.embedded.shapes import CLASSES, UNSEEN_CLASSES
-from dora_diffusion.embedded.world import COLORS
+from dora_diffusion.toy.shapes import CLASSES, UNSEEN_CLASSES
+from dora_diffusion.toy.world import COLORS
 
 ROBOT_BODY = (0.7045033553437224, 0.19197217036037878, 0.9547967425274093)
 

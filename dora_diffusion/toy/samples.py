@@ -1,6 +1,6 @@
 """The sample subjects, three objects the embedded models never saw, and their photos.
 
-``python -m dora_diffusion.embedded.samples`` renders them again. The photos show five places; the
+``python -m dora_diffusion.toy.samples`` renders them again. The photos show five places; the
 other five are left for judging whether a learned subject can go where it was never photographed.
 """
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dora_diffusion.embedded.backgrounds import BACKGROUNDS
-from dora_diffusion.embedded.captions import PLACES
-from dora_diffusion.embedded.world import Emblem, Scene, Subject, render
+from dora_diffusion.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.toy.captions import PLACES
+from dora_diffusion.toy.world import Emblem, Scene, Subject, render
 
 TRIGGER = "sks"
 PHOTO_BACKGROUNDS = ("grass", "sand", "wood", "studio", "forest")

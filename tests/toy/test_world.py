@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dora_diffusion.embedded import sdf
-from dora_diffusion.embedded.backgrounds import BACKGROUNDS
-from dora_diffusion.embedded.captions import PATTERN_PHRASES, PATTERN_WORDS, PLACES, caption
-from dora_diffusion.embedded.samples import NEW_BACKGROUNDS, PHOTO_BACKGROUNDS, SAMPLE_SUBJECTS
-from dora_diffusion.embedded.sampling import place, sample_subject
-from dora_diffusion.embedded.shapes import CLASSES, UNSEEN_CLASSES
-from dora_diffusion.embedded.world import COLORS, PATTERNS, Emblem, Scene, Subject, render
+from dora_diffusion.toy import sdf
+from dora_diffusion.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.toy.captions import PATTERN_PHRASES, PATTERN_WORDS, PLACES, caption
+from dora_diffusion.toy.samples import NEW_BACKGROUNDS, PHOTO_BACKGROUNDS, SAMPLE_SUBJECTS
+from dora_diffusion.toy.sampling import place, sample_subject
+from dora_diffusion.toy.shapes import CLASSES, UNSEEN_CLASSES
+from dora_diffusion.toy.world import COLORS, PATTERNS, Emblem, Scene, Subject, render
 
 EVERY_CLASS = [*CLASSES, *UNSEEN_CLASSES]
 

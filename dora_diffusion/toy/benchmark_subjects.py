@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dora_diffusion.embedded.backgrounds import BACKGROUNDS
-from dora_diffusion.embedded.samples import PHOTO_BACKGROUNDS, SAMPLE_SUBJECTS, SampleSubject
-from dora_diffusion.embedded.shapes import CLASSES, RGB
-from dora_diffusion.embedded.world import COLORS, PATTERNS, Emblem, Pattern, Subject, render
+from dora_diffusion.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.toy.samples import PHOTO_BACKGROUNDS, SAMPLE_SUBJECTS, SampleSubject
+from dora_diffusion.toy.shapes import CLASSES, RGB
+from dora_diffusion.toy.world import COLORS, PATTERNS, Emblem, Pattern, Subject, render
 
 PHOTOS = 5
 PHOTO_SIZE = 256

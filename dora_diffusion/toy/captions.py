@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dora_diffusion.embedded.world import Scene, Subject
+from dora_diffusion.toy.world import Scene, Subject
 
 PLACES: dict[str, tuple[str, ...]] = {
     "grass": ("on the grass", "on grass", "in a meadow", "on a green lawn"),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_diffusion.embedded.sdf import Grid
+from dora_diffusion.toy.sdf import Grid
 
 Canvas = NDArray[np.float32]
 
