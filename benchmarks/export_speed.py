@@ -34,11 +34,11 @@ from full_size import CLIP_BIG_G, CLIP_L, SCALING, UNETS, VAE, measured, tokeniz
 
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.formats.atomic_file import save_text
-from dora_diffusion.formats.module_names import COMPONENTS
-from dora_diffusion.formats.pipeline_folder import PipelineFolder
-from dora_diffusion.formats.safetensors_stream import TensorSpec, write_tensors
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.formats.files.stream import TensorSpec, write_tensors
+from dora_diffusion.formats.names.modules import COMPONENTS
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights
 

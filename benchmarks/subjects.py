@@ -38,7 +38,7 @@ from dora_diffusion.evaluation.report import aligned, sheet, shown
 from dora_diffusion.evaluation.statistics import Interval, cluster_interval
 from dora_diffusion.evaluation.toy import answer, measure
 from dora_diffusion.evaluation.toy_requests import Group, Request, toy_requests, true_pictures
-from dora_diffusion.formats.atomic_file import save_text
+from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.pictures import save_png
 from dora_diffusion.toy import model_folder
 from dora_diffusion.toy.benchmark_subjects import (

@@ -47,10 +47,10 @@ if TYPE_CHECKING:
     from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
     from dora_diffusion.data.images import PhotoError
     from dora_diffusion.export import ExportError, export_checkpoint
-    from dora_diffusion.formats.adapter_keys import AdapterFormatError
-    from dora_diffusion.formats.atomic_file import DiskFullError
-    from dora_diffusion.formats.checkpoint_keys import CheckpointLayoutError
-    from dora_diffusion.formats.safetensors_header import TensorFileError
+    from dora_diffusion.formats.adapter.keys import AdapterFormatError
+    from dora_diffusion.formats.checkpoint.keys import CheckpointLayoutError
+    from dora_diffusion.formats.files.atomic import DiskFullError
+    from dora_diffusion.formats.files.header import TensorFileError
     from dora_diffusion.generate import BrokenImageError, SamplingSettings, generate_images
     from dora_diffusion.merge import MergeError
     from dora_diffusion.models.family import UnsupportedModelError

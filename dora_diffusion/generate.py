@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from dora_diffusion.adapters.files import load_adapter
 from dora_diffusion.adapters.inject import layer_adapters, norm_scope, set_strength
 from dora_diffusion.data.captions import contains_token
-from dora_diffusion.formats.adapter_file import AdapterMetadata
+from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.models.components import SAMPLERS, Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import warn_of_truncation

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import settings
-from dora_diffusion.formats.adapter_file import find_adapter
-from dora_diffusion.formats.adapter_metadata import without_path
+from dora_diffusion.formats.adapter.file import find_adapter
+from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.models.locate import is_network_error, is_offline
 
 _PLACES = tuple(setting.name for setting in settings() if setting.is_path)

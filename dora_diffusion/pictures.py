@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from dora_diffusion.formats.adapter_metadata import without_path
-from dora_diffusion.formats.atomic_file import atomic_file
+from dora_diffusion.formats.adapter.metadata import without_path
+from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.generate import SamplingSettings
 
 _CHUNK = "parameters"

@@ -24,7 +24,7 @@ from dora_diffusion.commands import report
 from dora_diffusion.commands.flags import train_config
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.export import CONVERSIONS
-from dora_diffusion.formats.adapter_file import read_adapter
+from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.components import SAMPLERS
 from dora_diffusion.models.load import load_components
 from dora_diffusion.pictures import parse_parameters, read_parameters

@@ -20,7 +20,7 @@ from dora_diffusion.adapters.inject import (
     layer_adapters,
 )
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.formats.adapter_file import AdapterMetadata
+from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.generate import (
     SamplingSettings,
     generate_images,

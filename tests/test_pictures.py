@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_diffusion.formats.atomic_file import DiskFullError
+from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.generate import SamplingSettings
 from dora_diffusion.pictures import parameters_text, parse_parameters, read_parameters, save_png
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import DEFAULT_NAME
 from dora_diffusion.adapters.state import adapter_state, load_adapter_state, module_shapes
-from dora_diffusion.formats.adapter_file import (
+from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
     find_adapter,

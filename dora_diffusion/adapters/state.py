@@ -14,7 +14,7 @@ from torch import nn
 
 from dora_diffusion.adapters.inject import DEFAULT_NAME, put_adapters
 from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers
-from dora_diffusion.formats.module_names import with_text_model
+from dora_diffusion.formats.names.modules import with_text_model
 from dora_diffusion.numerics.weights import LayerWeights
 
 _TEXT_LEVEL = "text_model."

@@ -135,7 +135,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=256)
 def _file_family(path: Path, modified: int) -> str:
-    from dora_diffusion.formats.safetensors_header import read_header
+    from dora_diffusion.formats.files.header import read_header
 
     return detect_checkpoint_family(read_header(path).specs.keys(), str(path)).name
 

@@ -216,7 +216,7 @@ def _unusable_result(folder: Path, facts: Mapping[str, Any]) -> str:
 @functools.lru_cache(maxsize=512)
 def _opens(file: Path, modified: int) -> str:
     """Open an adapter once for each time it was written."""
-    from dora_diffusion.formats.adapter_inspect import inspect_adapter
+    from dora_diffusion.formats.adapter.inspect import inspect_adapter
 
     try:
         inspect_adapter(file)

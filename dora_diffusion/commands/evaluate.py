@@ -165,7 +165,7 @@ def _seeds(args: argparse.Namespace) -> list[int]:
 
 
 def _facts(args: argparse.Namespace, trigger: str, settings: SamplingSettings) -> dict[str, Any]:
-    from dora_diffusion.formats.adapter_metadata import without_path
+    from dora_diffusion.formats.adapter.metadata import without_path
 
     return {
         "base": without_path(args.base),

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _facts(report: AdapterReport) -> list[tuple[str, str]]:
-    from dora_diffusion.formats.module_names import FAMILY_TITLES
+    from dora_diffusion.formats.names.modules import FAMILY_TITLES
 
     facts, size = report.metadata, report.nbytes / 1e6
     family = FAMILY_TITLES.get(facts.family)

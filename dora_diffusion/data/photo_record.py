@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from dora_diffusion.formats.atomic_file import save_text
+from dora_diffusion.formats.files.atomic import save_text
 
 PHOTO_RECORD = "photos.json"
 

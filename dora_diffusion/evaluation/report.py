@@ -17,7 +17,7 @@ from dora_diffusion.evaluation.measures import (
     title_of,
 )
 from dora_diffusion.evaluation.statistics import Interval
-from dora_diffusion.formats.atomic_file import save_text
+from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.pictures import save_png
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dora_diffusion.export.convert import CONVERSIONS, ConversionReport, convert
 from dora_diffusion.export.inspect import inspect_adapter
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.export.verify import VerifyReport, verify_checkpoint
-from dora_diffusion.formats.adapter_report import AdapterReport
+from dora_diffusion.formats.adapter.report import AdapterReport
 
 __all__ = [
     "CONVERSIONS",

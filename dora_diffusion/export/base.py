@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.formats.checkpoint_file import CheckpointFile
-from dora_diffusion.formats.pipeline_folder import PipelineFolder
-from dora_diffusion.formats.safetensors_header import PICKLED
-from dora_diffusion.formats.safetensors_stream import read_header
+from dora_diffusion.formats.checkpoint.file import CheckpointFile
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.files.header import PICKLED
+from dora_diffusion.formats.files.stream import read_header
 
 
 @dataclass(frozen=True)

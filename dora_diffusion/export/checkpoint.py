@@ -26,8 +26,8 @@ from dora_diffusion.export.output import OnProgress, check_output
 from dora_diffusion.export.recipe import Adapters, Recipe
 from dora_diffusion.export.single_file import write_file_as_file, write_folder_as_file
 from dora_diffusion.export.vae import VaeFile, WithVae, open_vae
-from dora_diffusion.formats.adapter_file import find_adapter
-from dora_diffusion.formats.checkpoint_file import CheckpointFile
+from dora_diffusion.formats.adapter.file import find_adapter
+from dora_diffusion.formats.checkpoint.file import CheckpointFile
 
 
 def export_checkpoint(

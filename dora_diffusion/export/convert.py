@@ -15,22 +15,22 @@ from torch import Tensor
 from dora_diffusion.data.thumbnail import thumbnail as make_thumbnail
 from dora_diffusion.export.base import open_model
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.formats.adapter_file import (
+from dora_diffusion.formats.adapter.base_targets import TARGETS, approximate, needs_compensation
+from dora_diffusion.formats.adapter.consumers import stated_approximation
+from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     find_adapter,
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.adapter_metadata import (
+from dora_diffusion.formats.adapter.metadata import (
     APPROXIMATES,
     APPROXIMATION_ERROR,
     TRAINED_ALPHA,
     AdapterMetadata,
 )
-from dora_diffusion.formats.base_targets import TARGETS, approximate, needs_compensation
-from dora_diffusion.formats.consumers import stated_approximation
-from dora_diffusion.formats.module_names import known_layout
-from dora_diffusion.formats.safetensors_header import PICKLED
+from dora_diffusion.formats.files.header import PICKLED
+from dora_diffusion.formats.names.modules import known_layout
 from dora_diffusion.merge import check_dtype
 
 # Plain-LoRA approximations, and the format that each is written in.

@@ -22,9 +22,9 @@ from dora_diffusion.export.output import (
     replace_folder,
     temporary_sibling,
 )
-from dora_diffusion.formats.atomic_file import save_text
-from dora_diffusion.formats.checkpoint_keys import Entry
-from dora_diffusion.formats.safetensors_stream import write_tensors
+from dora_diffusion.formats.checkpoint.keys import Entry
+from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.formats.files.stream import write_tensors
 
 
 def write_folder(

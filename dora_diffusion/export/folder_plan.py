@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.formats.adapter_keys import listing
-from dora_diffusion.formats.checkpoint_file import CheckpointFile
-from dora_diffusion.formats.checkpoint_keys import UNET_PREFIX, VAE_PREFIX
-from dora_diffusion.formats.pipeline_folder import (
+from dora_diffusion.formats.adapter.keys import listing
+from dora_diffusion.formats.checkpoint.file import CheckpointFile
+from dora_diffusion.formats.checkpoint.folder import (
     WEIGHT_COMPONENTS,
     WEIGHT_SUFFIXES,
     PipelineFolder,
@@ -20,6 +19,7 @@ from dora_diffusion.formats.pipeline_folder import (
     read_index,
     read_json,
 )
+from dora_diffusion.formats.checkpoint.keys import UNET_PREFIX, VAE_PREFIX
 
 # One weight file: name of each tensor in it -> canonical name.
 Shard = dict[str, str]

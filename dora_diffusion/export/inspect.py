@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dora_diffusion.export.base import open_model
-from dora_diffusion.formats import adapter_inspect
-from dora_diffusion.formats.adapter_report import AdapterReport
+from dora_diffusion.formats.adapter.inspect import inspect_adapter as inspect_file
+from dora_diffusion.formats.adapter.report import AdapterReport
 
 
 def inspect_adapter(path: str | Path, base: str | Path | None = None) -> AdapterReport:
@@ -20,9 +20,9 @@ def inspect_adapter(path: str | Path, base: str | Path | None = None) -> Adapter
         AdapterFormatError: If it is not an adapter that can be read, with the reason.
     """
     if base is None:
-        return adapter_inspect.inspect_adapter(path)
+        return inspect_file(path)
     with open_model(base) as model:
         weights = model.weights
-        return adapter_inspect.inspect_adapter(
+        return inspect_file(
             path, weights.module_shapes(), lambda name: weights[f"{name}.weight"], model.family
         )

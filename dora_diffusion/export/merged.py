@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.formats.checkpoint_keys import Entry, build_entry
-from dora_diffusion.formats.safetensors_stream import TensorReader, TensorSpec
+from dora_diffusion.formats.checkpoint.keys import Entry, build_entry
+from dora_diffusion.formats.files.stream import TensorReader, TensorSpec
 from dora_diffusion.merge import (
     MergeError,
     WeightedAdapter,

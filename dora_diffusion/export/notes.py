@@ -10,9 +10,9 @@ from pathlib import Path
 from dora_diffusion.export.base import OpenModel
 from dora_diffusion.export.card import merged_card
 from dora_diffusion.export.recipe import Recipe, file_hash
-from dora_diffusion.formats.adapter_file import AdapterFile
-from dora_diffusion.formats.adapter_metadata import OWN, modelspec_fields
-from dora_diffusion.formats.checkpoint_file import CheckpointFile
+from dora_diffusion.formats.adapter.file import AdapterFile
+from dora_diffusion.formats.adapter.metadata import OWN, modelspec_fields
+from dora_diffusion.formats.checkpoint.file import CheckpointFile
 
 MERGED, BASE = OWN + "merged", OWN + "base"
 _UNKNOWN_HASH = "0" * 64

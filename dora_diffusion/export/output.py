@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dora_diffusion.formats.atomic_file import DiskFullError, disk_full
-from dora_diffusion.formats.safetensors_header import PICKLED
+from dora_diffusion.formats.files.atomic import DiskFullError, disk_full
+from dora_diffusion.formats.files.header import PICKLED
 
 # Called with the number of bytes written so far, and of all.
 OnProgress = Callable[[int, int], None]

@@ -15,9 +15,9 @@ from pathlib import Path
 from torch import Tensor
 
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.formats.adapter_file import AdapterFile, find_adapter, read_adapter
-from dora_diffusion.formats.adapter_metadata import without_path
-from dora_diffusion.formats.adapter_targets import PEFT_FILE
+from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
+from dora_diffusion.formats.adapter.metadata import without_path
+from dora_diffusion.formats.adapter.targets import PEFT_FILE
 from dora_diffusion.merge import Strengths, WeightedAdapter, check_fit
 from dora_diffusion.numerics.weights import LayerWeights
 

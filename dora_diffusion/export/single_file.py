@@ -16,17 +16,17 @@ from dora_diffusion.export.output import (
     ProgressReporter,
     check_space,
 )
-from dora_diffusion.formats.atomic_file import atomic_file
-from dora_diffusion.formats.checkpoint_file import POSITIONS, CheckpointFile, standard_key
-from dora_diffusion.formats.checkpoint_keys import (
+from dora_diffusion.formats.checkpoint.file import POSITIONS, CheckpointFile, standard_key
+from dora_diffusion.formats.checkpoint.folder import WEIGHT_COMPONENTS, PipelineFolder
+from dora_diffusion.formats.checkpoint.keys import (
     Entry,
     ModelFacts,
     entry_spec,
     marker_tensors,
     plan_checkpoint,
 )
-from dora_diffusion.formats.pipeline_folder import WEIGHT_COMPONENTS, PipelineFolder
-from dora_diffusion.formats.safetensors_stream import TensorSpec, write_tensors
+from dora_diffusion.formats.files.atomic import atomic_file
+from dora_diffusion.formats.files.stream import TensorSpec, write_tensors
 
 
 def write_folder_as_file(

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from dora_diffusion.export.merged import BaseWeights
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.formats.adapter_keys import listing
-from dora_diffusion.formats.checkpoint_file import vae_entry
-from dora_diffusion.formats.checkpoint_keys import VAE_PREFIX
-from dora_diffusion.formats.pipeline_folder import canonical_tensor, find_weights
-from dora_diffusion.formats.safetensors_header import PICKLED
-from dora_diffusion.formats.safetensors_stream import TensorReader, TensorSpec
-from dora_diffusion.formats.vae_names import count_levels
+from dora_diffusion.formats.adapter.keys import listing
+from dora_diffusion.formats.checkpoint.file import vae_entry
+from dora_diffusion.formats.checkpoint.folder import canonical_tensor, find_weights
+from dora_diffusion.formats.checkpoint.keys import VAE_PREFIX
+from dora_diffusion.formats.files.header import PICKLED
+from dora_diffusion.formats.files.stream import TensorReader, TensorSpec
+from dora_diffusion.formats.names.vae import count_levels
 
 
 class VaeFile:

@@ -17,8 +17,8 @@ from dora_diffusion.export.notes import MERGED
 from dora_diffusion.export.output import OnProgress, ProgressReporter
 from dora_diffusion.export.recipe import Adapters, Recipe, adapter_hash, recorded
 from dora_diffusion.export.vae import WithVae, open_vae
-from dora_diffusion.formats.checkpoint_file import LEFT_OUT, MARKERS, CheckpointFile, standard_key
-from dora_diffusion.formats.module_names import split_component
+from dora_diffusion.formats.checkpoint.file import LEFT_OUT, MARKERS, CheckpointFile, standard_key
+from dora_diffusion.formats.names.modules import split_component
 from dora_diffusion.merge import layers_of, merge_tensor
 from dora_diffusion.numerics.merging import cast_error, merge_error
 from dora_diffusion.numerics.precision import wide

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dora_diffusion.formats.module_names import FAMILY_TITLES
+from dora_diffusion.formats.names.modules import FAMILY_TITLES
 
 HiddenState = Literal["last", "penultimate"]
 
@@ -156,7 +156,7 @@ def detect_checkpoint_family(keys: Collection[str], name: str = "the checkpoint"
     Raises:
         UnsupportedModelError: If no family's marker is among them.
     """
-    from dora_diffusion.formats.checkpoint_file import standard_key  # imports torch
+    from dora_diffusion.formats.checkpoint.file import standard_key  # imports torch
 
     names = {standard_key(key) for key in keys}
     for family in FAMILIES.values():

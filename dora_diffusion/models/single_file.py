@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dora_diffusion.formats.checkpoint_file import CheckpointFile, standard_key, stated_schedule
+from dora_diffusion.formats.checkpoint.file import CheckpointFile, standard_key, stated_schedule
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.family import Family, detect_checkpoint_family
 from dora_diffusion.models.locate import is_offline, resolve_folder

@@ -16,7 +16,7 @@ from torch import nn
 
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.formats.atomic_file import DiskFullError, atomic_file
+from dora_diffusion.formats.files.atomic import DiskFullError, atomic_file
 from dora_diffusion.training.continuity import Contents, check_same_run
 
 _STATE = "training_state.pt"

@@ -19,9 +19,9 @@ from dora_diffusion.adapters.inject import disabled, remove_adapters
 from dora_diffusion.adapters.state import adapter_state, load_adapter_state, module_shapes
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.data.photo_record import write_photo_record
-from dora_diffusion.formats.adapter_file import AdapterMetadata, find_adapter, read_adapter
-from dora_diffusion.formats.atomic_file import save_text
-from dora_diffusion.formats.sgm_blocks import UNetLayout
+from dora_diffusion.formats.adapter.file import AdapterMetadata, find_adapter, read_adapter
+from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.formats.names.sgm_blocks import UNetLayout
 from dora_diffusion.generate import image_grid
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.numerics.weights import LayerWeights

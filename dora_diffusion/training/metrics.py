@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.atomic_file import save_text
+from dora_diffusion.formats.files.atomic import save_text
 
 
 class TrainingError(RuntimeError):

@@ -13,7 +13,7 @@ from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.images import PhotoError, list_photos
 from dora_diffusion.data.sampler import generator_for
-from dora_diffusion.formats.atomic_file import save_text
+from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.pictures import save_png
 from dora_diffusion.training.subject import Subject
 from dora_diffusion.wording import counted, quoted

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dora_diffusion.config import TrainConfig, settings
-from dora_diffusion.formats.adapter_metadata import without_path
+from dora_diffusion.formats.adapter.metadata import without_path
 
 _PROJECT = "dreambooth"
 # Settings that name folders of this computer: only a name goes to a tracker's server.

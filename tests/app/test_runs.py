@@ -33,7 +33,7 @@ from dora_diffusion.app.studio import Picture, Request, Studio, read_settings
 from dora_diffusion.app.workspace import AppError, Workspace, read_json
 from dora_diffusion.cli import main
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.formats.adapter_file import read_adapter
+from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.generate import BrokenImageError
 from dora_diffusion.pictures import save_png
 from dora_diffusion.training.sheets import labelled_sheet
@@ -478,7 +478,7 @@ def test_an_unknown_format_is_refused(finished: tuple[Workspace, str]) -> None:
 
 
 def test_a_merge_is_a_job_and_its_result_loads(finished: tuple[Workspace, str]) -> None:
-    from dora_diffusion.formats.safetensors_stream import read_header
+    from dora_diffusion.formats.files.stream import read_header
 
     workspace, job = finished[0], job_of(finished)
     queue = jobs.JobQueue(workspace)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dora_diffusion.export import ExportError
 from dora_diffusion.export.merged import MergedModel, check_sample
-from dora_diffusion.formats.checkpoint_keys import Entry
-from dora_diffusion.formats.safetensors_stream import (
+from dora_diffusion.formats.checkpoint.keys import Entry
+from dora_diffusion.formats.files.stream import (
     TensorReader,
     TensorSpec,
     save_tensors,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.pipeline_folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 

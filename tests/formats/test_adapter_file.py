@@ -15,16 +15,16 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 
-from dora_diffusion.formats import safetensors_stream
-from dora_diffusion.formats.adapter_file import (
+from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
     AdapterMetadata,
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.atomic_file import DiskFullError
-from dora_diffusion.formats.pipeline_folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.files import stream as safetensors_stream
+from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 

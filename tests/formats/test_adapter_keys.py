@@ -8,17 +8,24 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from dora_diffusion.formats import module_names, sgm_blocks
-from dora_diffusion.formats.adapter_keys import (
+from dora_diffusion.formats.adapter.keys import (
     AdapterFormatError,
     group_keys,
     name_resolver,
     parse_key,
     rename_one_to_one,
 )
-from dora_diffusion.formats.module_names import kohya_name, spelling_table
-from dora_diffusion.formats.pipeline_folder import PipelineFolder
-from dora_diffusion.formats.sgm_blocks import SD_LAYOUT, SDXL_LAYOUT, UNetLayout, from_sgm, to_sgm
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.names import modules as module_names
+from dora_diffusion.formats.names import sgm_blocks
+from dora_diffusion.formats.names.modules import kohya_name, spelling_table
+from dora_diffusion.formats.names.sgm_blocks import (
+    SD_LAYOUT,
+    SDXL_LAYOUT,
+    UNetLayout,
+    from_sgm,
+    to_sgm,
+)
 
 
 def modules(folder: Path) -> list[str]:

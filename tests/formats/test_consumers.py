@@ -22,8 +22,8 @@ from torch import Tensor
 
 from dora_diffusion.export import inspect_adapter
 from dora_diffusion.export.convert import CONVERSIONS
-from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.formats.consumers import CONSUMERS, VERDICTS, file_kind, tools_for
+from dora_diffusion.formats.adapter.consumers import CONSUMERS, VERDICTS, file_kind, tools_for
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.numerics.weights import LayerWeights
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "formats.md"

@@ -24,20 +24,20 @@ from dora_diffusion.export import (
     inspect_adapter,
     verify_checkpoint,
 )
-from dora_diffusion.formats import adapter_file
-from dora_diffusion.formats.adapter_file import (
+from dora_diffusion.formats.adapter import file as adapter_file
+from dora_diffusion.formats.adapter.base_targets import approximate, difference, low_rank
+from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
     AdapterMetadata,
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.atomic_file import DiskFullError
-from dora_diffusion.formats.base_targets import approximate, difference, low_rank
-from dora_diffusion.formats.checkpoint_file import CheckpointFile
-from dora_diffusion.formats.checkpoint_keys import ModelFacts, plan_checkpoint
-from dora_diffusion.formats.pipeline_folder import PipelineFolder
-from dora_diffusion.formats.safetensors_stream import read_header
+from dora_diffusion.formats.checkpoint.file import CheckpointFile
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.keys import ModelFacts, plan_checkpoint
+from dora_diffusion.formats.files.atomic import DiskFullError
+from dora_diffusion.formats.files.stream import read_header
 from dora_diffusion.merge import MergeError, Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
 

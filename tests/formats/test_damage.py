@@ -18,15 +18,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from dora_diffusion.formats.adapter_file import (
+from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
     AdapterMetadata,
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.adapter_inspect import inspect_adapter
-from dora_diffusion.formats.safetensors_stream import TensorFileError, TensorReader, read_header
+from dora_diffusion.formats.adapter.inspect import inspect_adapter
+from dora_diffusion.formats.files.stream import TensorFileError, TensorReader, read_header
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
 

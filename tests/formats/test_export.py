@@ -18,16 +18,16 @@ from torch import Tensor
 from dora_diffusion.adapters.files import load_adapter
 from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.export import ExportError, export_checkpoint, output, verify_checkpoint
-from dora_diffusion.formats import safetensors_stream
-from dora_diffusion.formats.adapter_file import (
+from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.atomic_file import DiskFullError
-from dora_diffusion.formats.pipeline_folder import PipelineFolder
-from dora_diffusion.formats.safetensors_stream import TensorFileError, TensorReader
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.files import stream as safetensors_stream
+from dora_diffusion.formats.files.atomic import DiskFullError
+from dora_diffusion.formats.files.stream import TensorFileError, TensorReader
 from dora_diffusion.merge import Strengths, WeightedAdapter, merge_state
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights

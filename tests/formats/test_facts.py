@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.cli import main
 from dora_diffusion.export import convert_adapter, inspect_adapter
-from dora_diffusion.formats.adapter_file import (
+from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.safetensors_stream import read_header
+from dora_diffusion.formats.files.stream import read_header
 from dora_diffusion.numerics.weights import LayerWeights
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.cli import main
-from dora_diffusion.formats.adapter_file import AdapterFile, write_adapter
+from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.numerics.weights import LayerWeights
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dora_diffusion.adapters.files import load_adapter
 from dora_diffusion.adapters.inject import merge_adapters
 from dora_diffusion.export import export_checkpoint
-from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 
 FAMILIES = ["sd1", "sd2", "sdxl"]
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae")

@@ -15,14 +15,14 @@ from torch import Tensor
 from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.cli import main
 from dora_diffusion.export import convert_adapter
-from dora_diffusion.formats.adapter_file import (
+from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
     AdapterMetadata,
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.pipeline_folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.generate import load_adapted
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.dora import weight_norm
@@ -282,7 +282,7 @@ def test_onetrainer_spellings(
 
     Magnitudes run along the inputs, (1, in) and (1, in, 1, 1), unless it is told otherwise.
     """
-    from dora_diffusion.formats.sgm_blocks import SD_LAYOUT, SDXL_LAYOUT, to_sgm
+    from dora_diffusion.formats.names.sgm_blocks import SD_LAYOUT, SDXL_LAYOUT, to_sgm
 
     folder = request.getfixturevalue(f"{family}_folder")
     layers = random_adapter(folder, axis="input", every=3)

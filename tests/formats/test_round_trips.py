@@ -18,14 +18,14 @@ from torch import Tensor
 
 import dora_diffusion
 from dora_diffusion.export import convert_adapter
-from dora_diffusion.formats.adapter_file import (
+from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.pipeline_folder import PipelineFolder
-from dora_diffusion.formats.sgm_blocks import SDXL_LAYOUT, UNetLayout
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.names.sgm_blocks import SDXL_LAYOUT, UNetLayout
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
 

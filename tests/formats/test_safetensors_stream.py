@@ -15,9 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dora_diffusion.formats import atomic_file, safetensors_stream
-from dora_diffusion.formats.atomic_file import DiskFullError
-from dora_diffusion.formats.safetensors_stream import (
+from dora_diffusion.formats.files import atomic as atomic_file
+from dora_diffusion.formats.files import stream as safetensors_stream
+from dora_diffusion.formats.files.atomic import DiskFullError
+from dora_diffusion.formats.files.stream import (
     TensorFileError,
     TensorReader,
     TensorSpec,

@@ -20,9 +20,9 @@ from dora_diffusion.export import (
     inspect_adapter,
     verify_checkpoint,
 )
-from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.formats.base_targets import difference
-from dora_diffusion.formats.pipeline_folder import PipelineFolder
+from dora_diffusion.formats.adapter.base_targets import difference
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.numerics.weights import LayerWeights
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]

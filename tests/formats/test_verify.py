@@ -16,9 +16,9 @@ from torch import Tensor
 from dora_diffusion.cli import main
 from dora_diffusion.export import ExportError, export_checkpoint, verify_checkpoint
 from dora_diffusion.export.recipe import file_hash
-from dora_diffusion.formats.adapter_file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.formats.pipeline_folder import PipelineFolder
-from dora_diffusion.formats.safetensors_stream import TensorFileError, TensorReader, read_header
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.files.stream import TensorFileError, TensorReader, read_header
 from dora_diffusion.merge import MergeError, Strengths, merge_tensor
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights

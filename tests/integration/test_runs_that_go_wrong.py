@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from dora_diffusion.cli import main
-from dora_diffusion.formats.adapter_file import read_adapter
+from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.checkpoint import checkpoints_in
 from dora_diffusion.training.session import Session
 

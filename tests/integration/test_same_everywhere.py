@@ -21,8 +21,8 @@ import torch
 from dora_diffusion import export_checkpoint, generate_images, load_components, train
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.export import convert_adapter
-from dora_diffusion.formats.adapter_file import read_adapter
-from dora_diffusion.formats.pipeline_folder import PipelineFolder
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.generate import SamplingSettings, load_adapted
 from dora_diffusion.models.components import Components
 

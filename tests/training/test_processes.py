@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from dora_diffusion.formats.adapter_file import read_adapter
+from dora_diffusion.formats.adapter.file import read_adapter
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.formats.adapter_file import AdapterMetadata
+from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.training.result import KOHYA_FILE, model_card
 from dora_diffusion.training.subject import subject_of
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dora_diffusion.config import ConfigError
-from dora_diffusion.formats.adapter_file import read_adapter
+from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training import saving
 from dora_diffusion.training.checkpoint import checkpoints_in
 from dora_diffusion.training.loop import train

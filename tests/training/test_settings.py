@@ -15,7 +15,7 @@ import yaml
 from dora_diffusion import cli
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.data.images import PhotoError
-from dora_diffusion.formats.adapter_file import read_adapter
+from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.optimizer import build_optimizer, parameter_groups

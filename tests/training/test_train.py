@@ -16,7 +16,7 @@ import torch
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.data.images import PhotoError
-from dora_diffusion.formats.adapter_file import read_adapter
+from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.loop import TrainingError, train
 from dora_diffusion.training.session import make_accelerator
 

@@ -122,7 +122,7 @@ def test_the_thumbnail_shows_samples_and_no_letters(tiny_run, tmp_path):
     import base64
     import io
 
-    from dora_diffusion.formats.adapter_file import read_adapter
+    from dora_diffusion.formats.adapter.file import read_adapter
 
     result = train(tiny_run(max_train_steps=1, num_validation_images=2))
     uri = read_adapter(result.adapter).metadata.thumbnail

@@ -11,23 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.adapter_alpha import DIFFUSERS_METADATA
-from dora_diffusion.formats.adapter_file import (
-    AdapterFile,
-    AdapterFormatError,
-    find_adapter,
-    read_adapter,
-)
-from dora_diffusion.formats.adapter_keys import listing, name_resolver
-from dora_diffusion.formats.adapter_metadata import (
-    OWN,
-    TRAINED_ALPHA,
-    describe,
-    parse_metadata,
-)
-from dora_diffusion.formats.adapter_report import AdapterReport
-from dora_diffusion.formats.adapter_targets import PEFT_FILE
-from dora_diffusion.formats.consumers import (
+from dora_diffusion.formats.adapter.alpha import DIFFUSERS_METADATA
+from dora_diffusion.formats.adapter.consumers import (
     OTHER,
     file_kind,
     left_out_by_diffusers,
@@ -37,8 +22,23 @@ from dora_diffusion.formats.consumers import (
     tools_for,
     verdicts,
 )
-from dora_diffusion.formats.module_names import guess_family
-from dora_diffusion.formats.safetensors_stream import Header, TensorFileError, read_header
+from dora_diffusion.formats.adapter.file import (
+    AdapterFile,
+    AdapterFormatError,
+    find_adapter,
+    read_adapter,
+)
+from dora_diffusion.formats.adapter.keys import listing, name_resolver
+from dora_diffusion.formats.adapter.metadata import (
+    OWN,
+    TRAINED_ALPHA,
+    describe,
+    parse_metadata,
+)
+from dora_diffusion.formats.adapter.report import AdapterReport
+from dora_diffusion.formats.adapter.targets import PEFT_FILE
+from dora_diffusion.formats.files.stream import Header, TensorFileError, read_header
+from dora_diffusion.formats.names.modules import guess_family
 from dora_diffusion.numerics.weights import LayerWeights
 
 # Data types in which numbers are rounded -> the largest relative error of one.

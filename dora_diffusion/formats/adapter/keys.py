@@ -14,7 +14,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
-from dora_diffusion.formats.module_names import (
+from dora_diffusion.formats.adapter.other_methods import other_method
+from dora_diffusion.formats.names.modules import (
     COMPONENTS,
     KOHYA_PREFIXES,
     LYCORIS_PREFIX,
@@ -25,8 +26,7 @@ from dora_diffusion.formats.module_names import (
     spelling_table,
     split_prefix,
 )
-from dora_diffusion.formats.other_methods import other_method
-from dora_diffusion.formats.sgm_blocks import SDXL_LAYOUT, UNetLayout
+from dora_diffusion.formats.names.sgm_blocks import SDXL_LAYOUT, UNetLayout
 
 # Projections trained as one matrix, one below the other -> their own names.
 _JOINED = {

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_diffusion.formats.checkpoint_keys import (
+from dora_diffusion.formats.checkpoint.keys import (
     CLIP_PREFIXES,
     OPEN_CLIP_LEAVES,
     OPEN_CLIP_PREFIXES,
@@ -24,10 +24,10 @@ from dora_diffusion.formats.checkpoint_keys import (
     VAE_PREFIX,
     Entry,
 )
-from dora_diffusion.formats.module_names import COMPONENTS, with_text_model
-from dora_diffusion.formats.safetensors_stream import TensorReader, TensorSpec
-from dora_diffusion.formats.sgm_blocks import UNetLayout, from_sgm
-from dora_diffusion.formats.vae_names import count_levels, is_attention_weight, vae_from_original
+from dora_diffusion.formats.files.stream import TensorReader, TensorSpec
+from dora_diffusion.formats.names.modules import COMPONENTS, with_text_model
+from dora_diffusion.formats.names.sgm_blocks import UNetLayout, from_sgm
+from dora_diffusion.formats.names.vae import count_levels, is_attention_weight, vae_from_original
 
 # Averaged copies of the unmerged weights; some loaders prefer them to the merged ones.
 LEFT_OUT = ("model_ema.",)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dora_diffusion.formats.adapter_keys import AdapterFormatError, listing
+from dora_diffusion.formats.adapter.keys import AdapterFormatError, listing
 from dora_diffusion.numerics.dora import squared_norm, weight_norm
 from dora_diffusion.numerics.weights import NORM_AXES, NormAxis
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from dora_diffusion.formats.adapter_keys import (
+from dora_diffusion.formats.adapter.keys import (
     PEFT_PREFIX,
     AdapterFormatError,
     is_kohya_key,
     joined_parts,
 )
-from dora_diffusion.formats.module_names import is_sgm_path, split_prefix
+from dora_diffusion.formats.names.modules import is_sgm_path, split_prefix
 from dora_diffusion.numerics.weights import LayerWeights
 
 # What stands in every note that says so, by which it is found again.

@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dora_diffusion.formats.adapter_keys import (
+from dora_diffusion.formats.adapter.keys import (
     PEFT_PREFIX,
     AdapterFormatError,
     listing,
 )
-from dora_diffusion.formats.adapter_metadata import (
+from dora_diffusion.formats.adapter.metadata import (
     OWN,
     AdapterMetadata,
     own_fields,
     without_path,
 )
-from dora_diffusion.formats.module_names import split_component
-from dora_diffusion.formats.safetensors_stream import TensorSpec
-from dora_diffusion.formats.sgm_blocks import UNetLayout
+from dora_diffusion.formats.files.stream import TensorSpec
+from dora_diffusion.formats.names.modules import split_component
+from dora_diffusion.formats.names.sgm_blocks import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"

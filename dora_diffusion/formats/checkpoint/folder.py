@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_diffusion.formats.module_names import COMPONENTS, with_text_model
-from dora_diffusion.formats.safetensors_stream import TensorFileError, TensorReader, TensorSpec
-from dora_diffusion.formats.vae_names import modern_vae_path
+from dora_diffusion.formats.files.stream import TensorFileError, TensorReader, TensorSpec
+from dora_diffusion.formats.names.modules import COMPONENTS, with_text_model
+from dora_diffusion.formats.names.vae import modern_vae_path
 
 WEIGHT_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _STEMS = ("diffusion_pytorch_model", "model")

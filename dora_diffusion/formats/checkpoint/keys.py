@@ -21,10 +21,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.adapter_keys import listing
-from dora_diffusion.formats.module_names import with_text_model
-from dora_diffusion.formats.safetensors_stream import TensorSpec
-from dora_diffusion.formats.sgm_blocks import UNetLayout, to_sgm
+from dora_diffusion.formats.adapter.keys import listing
+from dora_diffusion.formats.files.stream import TensorSpec
+from dora_diffusion.formats.names.modules import with_text_model
+from dora_diffusion.formats.names.sgm_blocks import UNetLayout, to_sgm
 
 Operation = Literal["copy", "concatenate", "transpose", "as_conv", "as_integer"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.formats.adapter_metadata import AdapterMetadata
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 
 
 @dataclass(frozen=True)

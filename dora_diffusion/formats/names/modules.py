@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from dora_diffusion.formats.sgm_blocks import (
+from dora_diffusion.formats.names.sgm_blocks import (
     RESNET_MODULES,
     SD_LAYOUT,
     SDXL_LAYOUT,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.adapter_alpha import AlphaOf, alpha_rule, says_alpha
-from dora_diffusion.formats.adapter_keys import (
+from dora_diffusion.formats.adapter.alpha import AlphaOf, alpha_rule, says_alpha
+from dora_diffusion.formats.adapter.keys import (
     AdapterFormatError,
     Part,
     group_keys,
@@ -20,9 +20,9 @@ from dora_diffusion.formats.adapter_keys import (
     listing,
     name_resolver,
 )
-from dora_diffusion.formats.adapter_magnitude import BaseWeight, Magnitude, resolve_axes
-from dora_diffusion.formats.adapter_metadata import OWN, UNET_LAYERS, described
-from dora_diffusion.formats.adapter_repair import (
+from dora_diffusion.formats.adapter.magnitude import BaseWeight, Magnitude, resolve_axes
+from dora_diffusion.formats.adapter.metadata import OWN, UNET_LAYERS, described
+from dora_diffusion.formats.adapter.repair import (
     AI_TOOLKIT,
     NO_ALPHA,
     has_component,
@@ -30,8 +30,8 @@ from dora_diffusion.formats.adapter_repair import (
     move_to_second_encoder,
     split_joined,
 )
-from dora_diffusion.formats.module_names import component_of
-from dora_diffusion.formats.sgm_blocks import UNetLayout
+from dora_diffusion.formats.names.modules import component_of
+from dora_diffusion.formats.names.sgm_blocks import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 ModuleShapes = Mapping[str, tuple[int, ...]]

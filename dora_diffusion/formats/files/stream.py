@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.atomic_file import SyncedFile, atomic_file
-from dora_diffusion.formats.safetensors_header import (
+from dora_diffusion.formats.files.atomic import SyncedFile, atomic_file
+from dora_diffusion.formats.files.header import (
     DTYPE_NAMES,
     DTYPES,
     MAX_HEADER_BYTES,

@@ -11,35 +11,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.adapter_decode import ModuleShapes, decode_layers, peft_component
-from dora_diffusion.formats.adapter_keys import AdapterFormatError
-from dora_diffusion.formats.adapter_metadata import (
+from dora_diffusion.formats.adapter.base_targets import TARGETS
+from dora_diffusion.formats.adapter.decode import ModuleShapes, decode_layers, peft_component
+from dora_diffusion.formats.adapter.keys import AdapterFormatError
+from dora_diffusion.formats.adapter.metadata import (
     OWN,
     TRAINED_ALPHA,
     AdapterMetadata,
     describe,
     parse_metadata,
 )
-from dora_diffusion.formats.adapter_repair import ALPHA_IS_RANK, ALPHA_OF_TRAINING
-from dora_diffusion.formats.adapter_targets import (
+from dora_diffusion.formats.adapter.peft_folder import peft_config, peft_folders
+from dora_diffusion.formats.adapter.repair import ALPHA_IS_RANK, ALPHA_OF_TRAINING
+from dora_diffusion.formats.adapter.targets import (
     DIFFUSERS_FILE,
     PEFT_CONFIG,
     PEFT_FILE,
     EncodedFile,
     WriteOptions,
 )
-from dora_diffusion.formats.atomic_file import atomic_file, save_text
-from dora_diffusion.formats.base_targets import TARGETS
-from dora_diffusion.formats.module_names import FAMILY_TITLES, guess_family
-from dora_diffusion.formats.peft_folder import peft_config, peft_folders
-from dora_diffusion.formats.safetensors_header import PICKLED
-from dora_diffusion.formats.safetensors_stream import (
+from dora_diffusion.formats.files.atomic import atomic_file, save_text
+from dora_diffusion.formats.files.header import PICKLED
+from dora_diffusion.formats.files.stream import (
     TensorFileError,
     TensorReader,
     save_tensors,
     write_tensors,
 )
-from dora_diffusion.formats.sgm_blocks import UNetLayout
+from dora_diffusion.formats.names.modules import FAMILY_TITLES, guess_family
+from dora_diffusion.formats.names.sgm_blocks import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
 
 __all__ = [

@@ -7,24 +7,24 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.adapter_keys import AdapterFormatError, rename_one_to_one
-from dora_diffusion.formats.adapter_metadata import (
+from dora_diffusion.formats.adapter.keys import AdapterFormatError, rename_one_to_one
+from dora_diffusion.formats.adapter.metadata import (
     OWN,
     UNET_LAYERS,
     AdapterMetadata,
     kohya_fields,
     own_fields,
 )
-from dora_diffusion.formats.adapter_targets import (
+from dora_diffusion.formats.adapter.targets import (
     EncodedFile,
     Layers,
     WriteOptions,
     factors,
     unit_scale,
 )
-from dora_diffusion.formats.module_names import default_layout, guess_family, kohya_name
-from dora_diffusion.formats.safetensors_stream import data_hash
-from dora_diffusion.formats.sgm_blocks import UNetLayout
+from dora_diffusion.formats.files.stream import data_hash
+from dora_diffusion.formats.names.modules import default_layout, guess_family, kohya_name
+from dora_diffusion.formats.names.sgm_blocks import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
 
 KOHYA_FILE = "adapter_kohya.safetensors"

@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dora_diffusion.formats.adapter_keys import AdapterFormatError
-from dora_diffusion.formats.adapter_metadata import OWN
-from dora_diffusion.formats.adapter_repair import ALPHA_OF_TRAINING, NO_ALPHA
-from dora_diffusion.formats.module_names import split_component
+from dora_diffusion.formats.adapter.keys import AdapterFormatError
+from dora_diffusion.formats.adapter.metadata import OWN
+from dora_diffusion.formats.adapter.repair import ALPHA_OF_TRAINING, NO_ALPHA
+from dora_diffusion.formats.names.modules import split_component
 
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 # PEFT changes the base's weights when it starts such an adapter, and again when it loads one.

@@ -14,9 +14,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.adapter_keys import AdapterFormatError
-from dora_diffusion.formats.adapter_metadata import AdapterMetadata
-from dora_diffusion.formats.adapter_targets import (
+from dora_diffusion.formats.adapter.keys import AdapterFormatError
+from dora_diffusion.formats.adapter.kohya_target import (
+    KOHYA_FILE,
+    encode_kohya,
+    kohya_metadata,
+    kohya_names,
+    with_hash,
+)
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata
+from dora_diffusion.formats.adapter.targets import (
     DIFFUSERS_FILE,
     EncodedFile,
     Layers,
@@ -25,14 +32,7 @@ from dora_diffusion.formats.adapter_targets import (
     encode_diffusers,
     encode_peft,
 )
-from dora_diffusion.formats.kohya_target import (
-    KOHYA_FILE,
-    encode_kohya,
-    kohya_metadata,
-    kohya_names,
-    with_hash,
-)
-from dora_diffusion.formats.safetensors_stream import TensorSpec
+from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.numerics.dora import adapted_weight, weight_norm
 from dora_diffusion.numerics.fast import adapted_norm
 from dora_diffusion.numerics.precision import wide

@@ -1,0 +1,1 @@
+"""Base models as files: Diffusers folders, and single files in the original layout."""

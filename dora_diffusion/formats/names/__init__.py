@@ -1,0 +1,1 @@
+"""Names of modules and tensors, and how each layout calls them."""
