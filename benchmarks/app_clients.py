@@ -28,10 +28,10 @@ from typing import Any
 import httpx
 import yaml
 
-from dora_diffusion.app.jobs import create_job, worker_of
 from dora_diffusion.app.settings import EMBEDDED, as_yaml, make_config, preset_values
-from dora_diffusion.app.snapshot import read_metrics
-from dora_diffusion.app.workspace import Workspace
+from dora_diffusion.jobs.queue import create_job, worker_of
+from dora_diffusion.jobs.snapshot import read_metrics
+from dora_diffusion.jobs.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 REFRESH, RELOAD = 2.0, 15.0

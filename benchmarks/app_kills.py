@@ -33,11 +33,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from app_clients import ROOT
 
-from dora_diffusion.app.jobs import JOB, create_job, requeue_job, worker_of
 from dora_diffusion.app.settings import EMBEDDED, as_yaml, make_config, preset_values
-from dora_diffusion.app.snapshot import Job, read_job, read_metrics
-from dora_diffusion.app.workspace import Workspace
 from dora_diffusion.formats.adapter.inspect import inspect_adapter
+from dora_diffusion.jobs.queue import JOB, create_job, requeue_job, worker_of
+from dora_diffusion.jobs.snapshot import Job, read_job, read_metrics
+from dora_diffusion.jobs.workspace import Workspace
 
 LIMIT = 300.0
 PHOTOS = ROOT / "samples" / "bolt_mug"

@@ -15,8 +15,8 @@ from importlib import import_module
 from dora_diffusion import __version__
 from dora_diffusion.commands.flags import add_train_flags
 from dora_diffusion.commands.parser import Parser
-from dora_diffusion.commands.report import reporting_errors
 from dora_diffusion.config.flag_map import meant_by, refusal
+from dora_diffusion.console.errors import reporting_errors
 
 # Written out, since asking the modules that define them would import torch for every --help.
 SAMPLERS = (

@@ -20,9 +20,9 @@ import yaml
 from PIL import Image
 
 from dora_diffusion import cli
-from dora_diffusion.commands import report
 from dora_diffusion.commands.flags import train_config
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.console import errors
 from dora_diffusion.export import CONVERSIONS
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.components import SAMPLERS
@@ -460,7 +460,7 @@ class TestReport:
     """How errors end a command."""
 
     def ending(self, error, command="train", debug=False):
-        with report.reporting_errors(command, debug=debug) as outcome:
+        with errors.reporting_errors(command, debug=debug) as outcome:
             raise error
         return outcome.code
 
@@ -481,7 +481,7 @@ class TestReport:
     def test_the_cpu_allocator_is_recognised(self):
         with pytest.raises(RuntimeError) as failure:
             torch.empty(10**15)
-        assert report.is_out_of_memory(failure.value)
+        assert errors.is_out_of_memory(failure.value)
 
     @pytest.mark.parametrize(
         ("error", "line"),

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.app.jobs import is_small
-from dora_diffusion.app.workspace import AppError
+from dora_diffusion.jobs.queue import is_small
+from dora_diffusion.jobs.workspace import AppError
 from dora_diffusion.models.family import (
     FAMILIES,
     UnsupportedModelError,

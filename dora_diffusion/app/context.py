@@ -12,15 +12,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from dora_diffusion.app.bases import Base, bases, facts_of, named_bases, on_this_machine
-from dora_diffusion.app.jobs import JobQueue
 from dora_diffusion.app.launch import Launch
 from dora_diffusion.app.settings import ADVANCED, EMBEDDED, EMBEDDED_MODELS, SETTINGS
-from dora_diffusion.app.snapshot import Job, read_job, snapshot
 from dora_diffusion.app.studio import Studio
 from dora_diffusion.app.toy_world import outside_toy_world
-from dora_diffusion.app.workspace import AppError, Workspace
-from dora_diffusion.commands.report import explain
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.console.errors import explain
+from dora_diffusion.jobs.queue import JobQueue
+from dora_diffusion.jobs.snapshot import Job, read_job, snapshot
+from dora_diffusion.jobs.workspace import AppError, Workspace
 from dora_diffusion.memory import Device, describe_device, fitting_settings, needed_memory
 from dora_diffusion.models.family import FAMILIES
 

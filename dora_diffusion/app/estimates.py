@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.app.bases import facts_of
-from dora_diffusion.app.snapshot import Job
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.memory import Device, needed_memory, what_would_fit
 
 # What step time and memory depend on most.

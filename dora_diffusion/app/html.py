@@ -9,9 +9,9 @@ from typing import Any
 from urllib.parse import quote
 
 from dora_diffusion.app.estimates import Estimate
-from dora_diffusion.app.jobs import stop_asked
-from dora_diffusion.app.snapshot import Job, log_warnings
 from dora_diffusion.app.toy_world import outside_toy_world
+from dora_diffusion.jobs.queue import stop_asked
+from dora_diffusion.jobs.snapshot import Job, log_warnings
 
 _WORDS = {
     "waiting": "waiting",

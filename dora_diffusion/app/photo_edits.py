@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.app.subjects import mask_path, original_of
-from dora_diffusion.app.workspace import AppError
+from dora_diffusion.jobs.subjects import mask_path, original_of
+from dora_diffusion.jobs.workspace import AppError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

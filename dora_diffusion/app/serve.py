@@ -11,7 +11,7 @@ from typing import Any
 
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
-from dora_diffusion.app.uploads import MAX_BYTES
+from dora_diffusion.jobs.uploads import MAX_BYTES
 
 STYLE = Path(__file__).with_name("style.css")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.app.bases import UNKNOWN, check_base, check_variant, facts_of
-from dora_diffusion.app.jobs import is_small
-from dora_diffusion.app.workspace import AppError, clean_text
 from dora_diffusion.config import Setting, TrainConfig, settings, without_effect
+from dora_diffusion.jobs.queue import is_small
+from dora_diffusion.jobs.workspace import AppError, clean_text
 from dora_diffusion.memory import Device, fitting_settings
 from dora_diffusion.models.family import FAMILIES
 from dora_diffusion.models.locate import EMBEDDED_PREFIX, looks_local

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.app.jobs import is_running, is_small
-from dora_diffusion.app.loading import ModelFiles, load_model
-from dora_diffusion.app.processes import holding
-from dora_diffusion.app.workspace import AppError, Workspace, clean_text, ids_in, new_id
+from dora_diffusion.jobs.loading import ModelFiles, load_model
+from dora_diffusion.jobs.processes import holding
+from dora_diffusion.jobs.queue import is_running, is_small
+from dora_diffusion.jobs.workspace import AppError, Workspace, clean_text, ids_in, new_id
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -321,8 +321,8 @@ def read_settings(file: Path) -> dict[str, str]:
     """
     from PIL.Image import DecompressionBombError
 
-    from dora_diffusion.app.uploads import MAX_BYTES
     from dora_diffusion.data.images import sniff_format
+    from dora_diffusion.jobs.uploads import MAX_BYTES
     from dora_diffusion.pictures import parse_parameters, read_parameters
 
     if file.stat().st_size > MAX_BYTES:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dora_diffusion.app.jobs import is_small
+from dora_diffusion.jobs.queue import is_small
 from dora_diffusion.toy.captions import FILLERS
 from dora_diffusion.toy.shapes import CLASSES
 

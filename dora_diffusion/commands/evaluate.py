@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.commands.effect import check_sampling, warn_without_effect
-from dora_diffusion.commands.progress import step_progress
 from dora_diffusion.config import ConfigError
+from dora_diffusion.console.progress import step_progress
 
 if TYPE_CHECKING:
     from dora_diffusion.evaluation.report import Evaluation

@@ -8,9 +8,9 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.commands.flags import given_settings, train_config
-from dora_diffusion.commands.progress import Counter, say
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.resume import listed
+from dora_diffusion.console.progress import Counter, say
 from dora_diffusion.wording import counted, quoted
 
 if TYPE_CHECKING:

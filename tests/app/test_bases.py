@@ -19,7 +19,7 @@ from dora_diffusion.app.bases import (
     in_hub_cache,
     model_folders,
 )
-from dora_diffusion.app.workspace import AppError
+from dora_diffusion.jobs.workspace import AppError
 from dora_diffusion.models.family import FAMILIES
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"

@@ -13,8 +13,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dora_diffusion.app import jobs
-from dora_diffusion.app.chooser import (
+from dora_diffusion.app.settings import as_yaml
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.evaluation import metric_models, photos
+from dora_diffusion.generate import SamplingSettings, load_adapted
+from dora_diffusion.jobs import queue as jobs
+from dora_diffusion.jobs.chooser import (
     COMPARISON,
     Comparison,
     Row,
@@ -25,13 +29,9 @@ from dora_diffusion.app.chooser import (
     read_comparison,
     start_comparison,
 )
-from dora_diffusion.app.comparison import ask_photos, ask_toy, compare
-from dora_diffusion.app.settings import as_yaml
-from dora_diffusion.app.snapshot import Job, adapter_of, read_job, snapshot
-from dora_diffusion.app.workspace import AppError, Workspace, read_json, write_json
-from dora_diffusion.config import TrainConfig
-from dora_diffusion.evaluation import metric_models, photos
-from dora_diffusion.generate import SamplingSettings, load_adapted
+from dora_diffusion.jobs.comparison import ask_photos, ask_toy, compare
+from dora_diffusion.jobs.snapshot import Job, adapter_of, read_job, snapshot
+from dora_diffusion.jobs.workspace import AppError, Workspace, read_json, write_json
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from dora_diffusion.app import jobs
-from dora_diffusion.app.processes import Lock, end_group, holding, is_alive, process_start
-from dora_diffusion.app.snapshot import Job, read_job, snapshot
-from dora_diffusion.app.workspace import AppError, Workspace, read_json, write_json
+from dora_diffusion.jobs import queue as jobs
+from dora_diffusion.jobs.processes import Lock, end_group, holding, is_alive, process_start
+from dora_diffusion.jobs.snapshot import Job, read_job, snapshot
+from dora_diffusion.jobs.workspace import AppError, Workspace, read_json, write_json
 
 
 @pytest.fixture
@@ -221,7 +221,8 @@ def test_photos_are_copied_before_the_queue_can_see_the_job(
 def test_a_lock_is_free_again_when_its_holder_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     code = (
-        "import sys, time; from pathlib import Path; from dora_diffusion.app.processes import Lock;"
+        "import sys, time; from pathlib import Path;"
+        "from dora_diffusion.jobs.processes import Lock;"
         "lock = Lock(Path(sys.argv[1])); print(lock.take(), flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)

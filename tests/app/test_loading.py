@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from dora_diffusion.app import jobs
-from dora_diffusion.app.exports import merge_command, start_merge
-from dora_diffusion.app.loading import ModelFiles, load_model
 from dora_diffusion.app.settings import as_yaml
-from dora_diffusion.app.snapshot import read_job
-from dora_diffusion.app.workspace import AppError, Workspace, write_json
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.jobs import queue as jobs
+from dora_diffusion.jobs.exports import merge_command, start_merge
+from dora_diffusion.jobs.loading import ModelFiles, load_model
+from dora_diffusion.jobs.snapshot import read_job
+from dora_diffusion.jobs.workspace import AppError, Workspace, write_json
 from dora_diffusion.models.load import load_vae
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from dora_diffusion.app import html, jobs
+from dora_diffusion.app import html
 from dora_diffusion.app.estimates import estimate
 from dora_diffusion.app.plot import loss_plot, smoothed
 from dora_diffusion.app.settings import as_yaml
-from dora_diffusion.app.snapshot import log_tail, read_job, read_metrics, snapshot
-from dora_diffusion.app.workspace import AppError, Workspace, clean_text, ids_in, write_json
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.jobs import queue as jobs
+from dora_diffusion.jobs.snapshot import log_tail, read_job, read_metrics, snapshot
+from dora_diffusion.jobs.workspace import AppError, Workspace, clean_text, ids_in, write_json
 from dora_diffusion.memory import Device
 
 METRICS = '{{"step": {step}, "loss": 0.{step}, "seconds": 2.0}}\n'

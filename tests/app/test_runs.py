@@ -23,18 +23,18 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dora_diffusion.app import jobs
-from dora_diffusion.app.exports import chosen_adapter, export_adapter, start_merge, write_card
 from dora_diffusion.app.html import status_card
-from dora_diffusion.app.processes import Lock
 from dora_diffusion.app.settings import as_yaml, command_line
-from dora_diffusion.app.snapshot import Job, adapter_of, log_warnings, read_job, read_metrics
 from dora_diffusion.app.studio import Picture, Request, Studio, read_settings
-from dora_diffusion.app.workspace import AppError, Workspace, read_json
 from dora_diffusion.cli import main
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.generate import BrokenImageError
+from dora_diffusion.jobs import queue as jobs
+from dora_diffusion.jobs.exports import chosen_adapter, export_adapter, start_merge, write_card
+from dora_diffusion.jobs.processes import Lock
+from dora_diffusion.jobs.snapshot import Job, adapter_of, log_warnings, read_job, read_metrics
+from dora_diffusion.jobs.workspace import AppError, Workspace, read_json
 from dora_diffusion.pictures import save_png
 from dora_diffusion.training.sheets import labelled_sheet
 

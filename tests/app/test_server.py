@@ -13,11 +13,11 @@ import pytest
 pytest.importorskip("gradio", reason="gradio is not installed")
 import httpx
 
-from dora_diffusion.app import jobs
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
-from dora_diffusion.app.subjects import new_subject
-from dora_diffusion.app.workspace import AppError, Workspace
+from dora_diffusion.jobs import queue as jobs
+from dora_diffusion.jobs.subjects import new_subject
+from dora_diffusion.jobs.workspace import AppError, Workspace
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 

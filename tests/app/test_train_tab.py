@@ -14,7 +14,6 @@ import gradio
 import yaml
 from PIL import Image
 
-from dora_diffusion.app import jobs
 from dora_diffusion.app.bases import Base
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
@@ -25,8 +24,9 @@ from dora_diffusion.app.settings import (
     preset_values,
     setting_text,
 )
-from dora_diffusion.app.subjects import add_photos, new_subject
-from dora_diffusion.app.workspace import ids_in
+from dora_diffusion.jobs import queue as jobs
+from dora_diffusion.jobs.subjects import add_photos, new_subject
+from dora_diffusion.jobs.workspace import ids_in
 from dora_diffusion.memory import Device, needed_memory
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dora_diffusion.app import uploads
 from dora_diffusion.app.photo_edits import edit_photo, read_mask, restore_original
-from dora_diffusion.app.subjects import (
+from dora_diffusion.jobs import uploads
+from dora_diffusion.jobs.subjects import (
     add_photos,
     delete_subject,
     mask_path,
@@ -33,8 +33,8 @@ from dora_diffusion.app.subjects import (
     take_sample,
     training_crop,
 )
-from dora_diffusion.app.uploads import store_photos
-from dora_diffusion.app.workspace import AppError, Workspace
+from dora_diffusion.jobs.uploads import store_photos
+from dora_diffusion.jobs.workspace import AppError, Workspace
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 

@@ -81,14 +81,14 @@ class App:
 
     def workers(self) -> list[int]:
         """Living workers' pids."""
-        from dora_diffusion.app.jobs import worker_of
+        from dora_diffusion.jobs.queue import worker_of
 
         found = (worker_of(folder) for folder in self.runs.glob("2*"))
         return [worker[0] for worker in found if worker is not None]
 
     def jobs(self) -> tuple[Any, ...]:
         """All jobs, newest first."""
-        from dora_diffusion.app.snapshot import snapshot
+        from dora_diffusion.jobs.snapshot import snapshot
 
         return snapshot(self.runs) if self.runs.is_dir() else ()
 
@@ -126,7 +126,7 @@ class App:
 
     def _device_is_taken(self) -> bool:
         """Whether somebody makes images. The lock is not tried: that would be in their way."""
-        from dora_diffusion.app.workspace import Workspace
+        from dora_diffusion.jobs.workspace import Workspace
 
         try:
             inode = Workspace(self.runs).device_lock.stat().st_ino

@@ -207,7 +207,7 @@ def second(app: App, open_tab: Callable[..., Visit], started: str) -> str:
 
 
 def state_of(app: App, job_id: str) -> Any:
-    from dora_diffusion.app.snapshot import read_job
+    from dora_diffusion.jobs.snapshot import read_job
 
     job = read_job(app.runs / job_id)
     assert job is not None

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from dora_diffusion.app.processes import Lock
 from dora_diffusion.app.settings import ADVANCED, GROUPS, PRESET_NAMES, preset_values
-from dora_diffusion.app.subjects import take_sample
-from dora_diffusion.app.workspace import Workspace
+from dora_diffusion.jobs.processes import Lock
+from dora_diffusion.jobs.subjects import take_sample
+from dora_diffusion.jobs.workspace import Workspace
 from dora_diffusion.memory import Device
 
 ROOT = Path(__file__).resolve().parents[2]

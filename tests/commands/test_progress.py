@@ -8,8 +8,8 @@ import re
 import warnings
 from collections.abc import Iterator
 
-from dora_diffusion.commands.progress import Counter, say
-from dora_diffusion.commands.report import reporting_errors
+from dora_diffusion.console.errors import reporting_errors
+from dora_diffusion.console.progress import Counter, say
 
 
 def screen(text: str) -> list[str]:

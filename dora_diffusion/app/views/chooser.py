@@ -9,7 +9,9 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.app import html
-from dora_diffusion.app.chooser import (
+from dora_diffusion.app.context import Context, plain
+from dora_diffusion.app.views.fields import CLICKS, QUIET, clicked
+from dora_diffusion.jobs.chooser import (
     Comparison,
     Row,
     candidates,
@@ -18,10 +20,8 @@ from dora_diffusion.app.chooser import (
     read_comparison,
     start_comparison,
 )
-from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.jobs import stop_job
-from dora_diffusion.app.snapshot import Job, log_warnings
-from dora_diffusion.app.views.fields import CLICKS, QUIET, clicked
+from dora_diffusion.jobs.queue import stop_job
+from dora_diffusion.jobs.snapshot import Job, log_warnings
 
 _WHY = (
     "More steps make it more like the subject, and less able to do anything else. Compare asks "

@@ -10,15 +10,15 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.app import html
-from dora_diffusion.app.chooser import candidates
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.exports import chosen_adapter
-from dora_diffusion.app.snapshot import RESULT_NAME, Job
 from dora_diffusion.app.studio import MAX_BATCH, Picture, Request, read_settings
 from dora_diffusion.app.views.fields import QUIET, id_dropdown
 from dora_diffusion.app.views.request import BASE, MERGED, OWN, field_value, make_request, numbers
-from dora_diffusion.app.workspace import AppError
 from dora_diffusion.cli import SAMPLERS
+from dora_diffusion.jobs.chooser import candidates
+from dora_diffusion.jobs.exports import chosen_adapter
+from dora_diffusion.jobs.snapshot import RESULT_NAME, Job
+from dora_diffusion.jobs.workspace import AppError
 
 _TEMPLATES = (
     "a photo of a {subject}",

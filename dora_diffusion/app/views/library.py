@@ -12,7 +12,8 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.exports import (
+from dora_diffusion.app.views.fields import BUSY, CLICKS, QUIET, clicked, id_dropdown
+from dora_diffusion.jobs.exports import (
     chosen_adapter,
     export_adapter,
     formats,
@@ -21,11 +22,10 @@ from dora_diffusion.app.exports import (
     start_push,
     write_card,
 )
-from dora_diffusion.app.jobs import delete_job, stop_job
-from dora_diffusion.app.snapshot import Job
-from dora_diffusion.app.subjects import photos_in
-from dora_diffusion.app.views.fields import BUSY, CLICKS, QUIET, clicked, id_dropdown
-from dora_diffusion.app.workspace import AppError
+from dora_diffusion.jobs.queue import delete_job, stop_job
+from dora_diffusion.jobs.snapshot import Job
+from dora_diffusion.jobs.subjects import photos_in
+from dora_diffusion.jobs.workspace import AppError
 
 _NOTHING = html.empty(
     "The library is empty", "A run appears here when it is done. Start one in the Train tab."

@@ -18,7 +18,8 @@ from dora_diffusion.app.photo_edits import (
     restore_original,
 )
 from dora_diffusion.app.settings import EMBEDDED
-from dora_diffusion.app.subjects import (
+from dora_diffusion.app.views.fields import BUSY, QUIET, clicked
+from dora_diffusion.jobs.subjects import (
     Subject,
     mask_path,
     photo_path,
@@ -29,8 +30,7 @@ from dora_diffusion.app.subjects import (
     save_caption,
     training_crop,
 )
-from dora_diffusion.app.views.fields import BUSY, QUIET, clicked
-from dora_diffusion.app.workspace import AppError
+from dora_diffusion.jobs.workspace import AppError
 
 _LARGEST_SIDE = 8192
 _SCRIPT = (Path(__file__).parents[1] / "editor.js").read_text(encoding="utf-8")

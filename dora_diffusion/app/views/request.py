@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.app.context import Context
-from dora_diffusion.app.exports import chosen_adapter
-from dora_diffusion.app.loading import ModelFiles
-from dora_diffusion.app.snapshot import Job
 from dora_diffusion.app.studio import Request, clean_prompt
-from dora_diffusion.app.workspace import AppError
 from dora_diffusion.cli import SAMPLERS
+from dora_diffusion.jobs.exports import chosen_adapter
+from dora_diffusion.jobs.loading import ModelFiles
+from dora_diffusion.jobs.snapshot import Job
+from dora_diffusion.jobs.workspace import AppError
 
 OWN = "the model's own"
 BASE, MERGED = "base", "merged"

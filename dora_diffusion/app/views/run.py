@@ -11,13 +11,13 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.jobs import delete_job, kill_job, requeue_job, stop_job
 from dora_diffusion.app.plot import loss_plot
 from dora_diffusion.app.settings import command_line
-from dora_diffusion.app.snapshot import Job, log_tail, read_metrics
 from dora_diffusion.app.views import chooser
 from dora_diffusion.app.views.fields import QUIET, id_dropdown
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.jobs.queue import delete_job, kill_job, requeue_job, stop_job
+from dora_diffusion.jobs.snapshot import Job, log_tail, read_metrics
 
 _NOTHING = html.empty(
     "Nothing trained yet",

@@ -10,7 +10,10 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.subjects import (
+from dora_diffusion.app.views import photo
+from dora_diffusion.app.views.fields import BUSY, CLICKS, QUIET, clicked, id_dropdown
+from dora_diffusion.data.checks import WANTED
+from dora_diffusion.jobs.subjects import (
     Subject,
     add_photos,
     delete_subject,
@@ -20,11 +23,8 @@ from dora_diffusion.app.subjects import (
     subjects_in,
     take_sample,
 )
-from dora_diffusion.app.uploads import MAX_BYTES, MAX_PHOTOS
-from dora_diffusion.app.views import photo
-from dora_diffusion.app.views.fields import BUSY, CLICKS, QUIET, clicked, id_dropdown
-from dora_diffusion.app.workspace import AppError, clean_text
-from dora_diffusion.data.checks import WANTED
+from dora_diffusion.jobs.uploads import MAX_BYTES, MAX_PHOTOS
+from dora_diffusion.jobs.workspace import AppError, clean_text
 
 _EMPTY = html.empty(
     "No photos yet",

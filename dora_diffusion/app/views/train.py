@@ -20,7 +20,6 @@ from dora_diffusion.app.draft import (
     subject_of_draft,
 )
 from dora_diffusion.app.estimates import estimate
-from dora_diffusion.app.jobs import create_job
 from dora_diffusion.app.settings import (
     ADVANCED,
     EMBEDDED,
@@ -34,14 +33,15 @@ from dora_diffusion.app.settings import (
     preset_values,
     setting_text,
 )
-from dora_diffusion.app.subjects import Subject, mask_path, read_subject
 from dora_diffusion.app.toy_world import CHOOSE_ANOTHER, outside_toy_world
 from dora_diffusion.app.views import run
 from dora_diffusion.app.views.fields import QUIET, setting_field
 from dora_diffusion.app.views.subject import SubjectTab, current_subject
-from dora_diffusion.app.workspace import AppError
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import contains_token
+from dora_diffusion.jobs.queue import create_job
+from dora_diffusion.jobs.subjects import Subject, mask_path, read_subject
+from dora_diffusion.jobs.workspace import AppError
 from dora_diffusion.training.subject import subject_of
 
 _PROMPTS = "a photo of a {subject} on the snow\na photo of a {subject} at night"

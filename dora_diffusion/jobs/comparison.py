@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.app.chooser import BASE_NAME, COMPARISON
-from dora_diffusion.app.jobs import is_small
-from dora_diffusion.app.loading import ModelFiles, load_model
-from dora_diffusion.app.workspace import write_json
+from dora_diffusion.jobs.chooser import BASE_NAME, COMPARISON
+from dora_diffusion.jobs.loading import ModelFiles, load_model
+from dora_diffusion.jobs.queue import is_small
+from dora_diffusion.jobs.workspace import write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dora_diffusion.app.snapshot import Job
     from dora_diffusion.generate import SamplingSettings
+    from dora_diffusion.jobs.snapshot import Job
     from dora_diffusion.models.components import Components
 
 SEED = 0
@@ -79,7 +79,7 @@ def questions_about(run: Job) -> Questions:
     sample = run.facts.get("sample")
     if sample and is_small(run.base):
         return ask_toy(str(sample), run.trigger, settings)
-    from dora_diffusion.app.subjects import photos_in
+    from dora_diffusion.jobs.subjects import photos_in
 
     photos = photos_in(run.folder / "photos")
     return ask_photos(photos, run.trigger, str(run.settings.get("class_word") or ""), settings)

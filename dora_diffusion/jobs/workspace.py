@@ -3,7 +3,7 @@
 ::
 
     runs/
-      <job id>/      one training or merge job (see `dora_diffusion.app.jobs`)
+      <job id>/      one training or merge job (see `dora_diffusion.jobs.queue`)
       subjects/<id>/ photos, captions and masks of a subject
       pictures/      what the Generate tab has made
       exports/<id>/  converted adapters and merged checkpoints, for download

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from dora_diffusion.app.jobs import (
+from dora_diffusion.jobs.queue import (
     CHOSEN,
     JOB,
     LOG,
@@ -25,7 +25,7 @@ from dora_diffusion.app.jobs import (
     stop_asked,
     worker_of,
 )
-from dora_diffusion.app.workspace import Workspace, ids_in, read_json
+from dora_diffusion.jobs.workspace import Workspace, ids_in, read_json
 
 RUNNING_STATES = ("running", "stopping")
 RESULT_NAME = "result"

@@ -25,8 +25,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.app.processes import Lock, end_group, is_alive, process_start
-from dora_diffusion.app.workspace import (
+from dora_diffusion.jobs.processes import Lock, end_group, is_alive, process_start
+from dora_diffusion.jobs.workspace import (
     AppError,
     Workspace,
     ids_in,
@@ -253,7 +253,7 @@ def start_worker(folder: Path) -> subprocess.Popen[bytes]:
         environment.setdefault("OMP_NUM_THREADS", "1")
     with (folder / LOG).open("ab") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "dora_diffusion.app.worker", str(folder)],
+            [sys.executable, "-m", "dora_diffusion.jobs.worker", str(folder)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

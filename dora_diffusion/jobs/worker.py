@@ -1,4 +1,4 @@
-"""The process that does one job: ``python -m dora_diffusion.app.worker runs/<id>``.
+"""The process that does one job: ``python -m dora_diffusion.jobs.worker runs/<id>``.
 
 It calls the same functions as the command line, and leaves with the same exit codes.
 """
@@ -16,13 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.app.jobs import JOB, PROGRESS, RESULT, SETTINGS, STOP, WORKER
-from dora_diffusion.app.processes import Lock, process_start
-from dora_diffusion.app.workspace import AppError, Workspace, read_json, write_json
-from dora_diffusion.commands.report import reporting_errors
+from dora_diffusion.console.errors import reporting_errors
+from dora_diffusion.jobs.processes import Lock, process_start
+from dora_diffusion.jobs.queue import JOB, PROGRESS, RESULT, SETTINGS, STOP, WORKER
+from dora_diffusion.jobs.workspace import AppError, Workspace, read_json, write_json
 
 if TYPE_CHECKING:
-    from dora_diffusion.app.snapshot import Job
+    from dora_diffusion.jobs.snapshot import Job
 
 _STOPPED = 128 + signal.SIGTERM
 
@@ -136,8 +136,8 @@ def _train(folder: Path, job: dict[str, Any], note: _Progress) -> int:
 
 def _merge(folder: Path, job: dict[str, Any], note: _Progress) -> int:
     """What ``dora-diffusion export`` does."""
-    from dora_diffusion.app.loading import ModelFiles
     from dora_diffusion.export import export_checkpoint
+    from dora_diffusion.jobs.loading import ModelFiles
 
     note(phase="merging")
     names = ("vae", "config", "variant", "revision")
@@ -165,10 +165,10 @@ def _merge(folder: Path, job: dict[str, Any], note: _Progress) -> int:
 
 def _compare(folder: Path, job: dict[str, Any], note: _Progress) -> int:
     """Ask every checkpoint of a run for the same images, and measure them."""
-    from dora_diffusion.app.chooser import comparison_folder
-    from dora_diffusion.app.comparison import compare, questions_about
-    from dora_diffusion.app.loading import ModelFiles
-    from dora_diffusion.app.snapshot import adapter_of
+    from dora_diffusion.jobs.chooser import comparison_folder
+    from dora_diffusion.jobs.comparison import compare, questions_about
+    from dora_diffusion.jobs.loading import ModelFiles
+    from dora_diffusion.jobs.snapshot import adapter_of
 
     note(phase="loading the model")
     run = _run_of(folder, job)
@@ -186,8 +186,8 @@ def _compare(folder: Path, job: dict[str, Any], note: _Progress) -> int:
 
 def _push(folder: Path, job: dict[str, Any], note: _Progress) -> int:
     """What ``dora-diffusion push`` does."""
-    from dora_diffusion.app.exports import card_of, chosen_adapter
     from dora_diffusion.hub import push
+    from dora_diffusion.jobs.exports import card_of, chosen_adapter
 
     run = _run_of(folder, job)
     note(phase="uploading")
@@ -205,7 +205,7 @@ def _push(folder: Path, job: dict[str, Any], note: _Progress) -> int:
 
 def _run_of(folder: Path, job: dict[str, Any]) -> Job:
     """The training run that a job is about."""
-    from dora_diffusion.app.snapshot import read_job
+    from dora_diffusion.jobs.snapshot import read_job
 
     run = read_job(Workspace(folder.parent).job(job["run"]))
     if run is None:
@@ -226,6 +226,6 @@ def _peaks() -> dict[str, float]:
 
 if __name__ == "__main__":
     # By its name: warnings that are put down to a module called __main__ are not this package's.
-    from dora_diffusion.app import worker
+    from dora_diffusion.jobs import worker
 
     sys.exit(worker.main())

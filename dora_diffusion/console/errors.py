@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dora_diffusion.commands.progress import say
+from dora_diffusion.console.progress import say
 
 FAILED, OUT_OF_MEMORY = 1, 3
 # What uses less memory, by command.

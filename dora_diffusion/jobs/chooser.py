@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.app.jobs import CHOSEN, create_job
-from dora_diffusion.app.snapshot import RESULT_NAME, Job
-from dora_diffusion.app.workspace import AppError, Workspace, read_json, write_json
 from dora_diffusion.evaluation.statistics import Interval, t_interval
+from dora_diffusion.jobs.queue import CHOSEN, create_job
+from dora_diffusion.jobs.snapshot import RESULT_NAME, Job
+from dora_diffusion.jobs.workspace import AppError, Workspace, read_json, write_json
 
 COMPARISON = "comparison.json"
 BASE_NAME = "base"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.app.jobs import create_job
-from dora_diffusion.app.loading import ModelFiles
-from dora_diffusion.app.snapshot import Job, adapter_of
-from dora_diffusion.app.workspace import AppError, Workspace, clean_text
+from dora_diffusion.jobs.loading import ModelFiles
+from dora_diffusion.jobs.queue import create_job
+from dora_diffusion.jobs.snapshot import Job, adapter_of
+from dora_diffusion.jobs.workspace import AppError, Workspace, clean_text
 
 if TYPE_CHECKING:
     from dora_diffusion.export import ConversionReport

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.app.processes import Lock
-from dora_diffusion.app.workspace import AppError
 from dora_diffusion.data.images import PhotoError, open_photo_with_alpha
+from dora_diffusion.jobs.processes import Lock
+from dora_diffusion.jobs.workspace import AppError
 
 MAX_BYTES = 20 * 2**20
 MAX_PHOTOS = 50

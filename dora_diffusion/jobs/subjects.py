@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.app.uploads import Upload, store_photos
-from dora_diffusion.app.workspace import (
+from dora_diffusion.jobs.uploads import Upload, store_photos
+from dora_diffusion.jobs.workspace import (
     AppError,
     Workspace,
     clean_text,

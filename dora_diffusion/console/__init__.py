@@ -1,0 +1,1 @@
+"""What the command line and the app say alike: errors and progress."""
