@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # The tests' models are tiny: threads of several workers would only wait for each other.
 TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-slow lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m dora_diffusion.demo $(DEMO_ARGS)
@@ -30,6 +30,10 @@ demo: $(READY)
 test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder \
 		$(PYTEST_ARGS)
+
+# Longer proofs: every combination where `make test` takes a diagonal, and the figures of what ships.
+test-slow: $(READY_TO_TEST)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m slow $(PYTEST_ARGS)
 
 lint: $(READY_TO_TEST)
 	$(BIN)/ruff check .

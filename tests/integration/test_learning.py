@@ -15,11 +15,11 @@ SAMPLE = Path(__file__).parents[2] / "samples" / "bolt_mug"
 
 
 def test_a_short_run_learns_the_subject_and_keeps_the_rest(tmp_path: Path) -> None:
-    """Measured: similarity 0.16 -> 0.80; loss on other classes 0.11 -> 0.13."""
+    """Measured: similarity 0.16 -> 0.75; loss on other classes 0.11 -> 0.12."""
     settings = read_config_file(SAMPLE / "config.yaml") | {
         "instance_data_dir": str(SAMPLE),
         "output_dir": str(tmp_path / "out"),
-        "max_train_steps": 100,
+        "max_train_steps": 60,
         "num_validation_images": 0,
     }
     result = train(TrainConfig.from_dict(settings))
@@ -28,7 +28,7 @@ def test_a_short_run_learns_the_subject_and_keeps_the_rest(tmp_path: Path) -> No
         components,
         find_subject("bolt_mug"),
         metadata.trigger,
-        range(2),
+        range(1),
         groups=("subject", "others"),
         batch_size=8,
     )
@@ -37,7 +37,7 @@ def test_a_short_run_learns_the_subject_and_keeps_the_rest(tmp_path: Path) -> No
         for values in (evaluation.columns["base"], evaluation.columns["adapted"])
     )
     assert base["subject_similarity"] < 0.3
-    assert adapted["subject_similarity"] > 0.65
+    assert adapted["subject_similarity"] > 0.6
     assert adapted["background"] >= 0.9, "held-out backgrounds must still follow the prompt"
     # Language drift is bounded: other classes stay what they are.
     assert adapted["others_kind"] >= 0.9

@@ -93,7 +93,9 @@ def difference(latents: torch.Tensor, reference: torch.Tensor) -> float:
     return float((latents - reference).abs().max() / reference.abs().max())
 
 
-@pytest.fixture(scope="session", params=list(SUBJECTS))
+@pytest.fixture(
+    scope="session", params=["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"]
+)
 def run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, samples_root: Path
 ) -> Run:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from dora_diffusion.toy.instrument import Instrument
 from tools.pretrain.card import for_judges, generate, measure_prompts, measure_vae
 
 
+@pytest.mark.slow
 def test_tiny_sd_draws_what_prompts_say(tiny_sd: Any, instrument: Instrument) -> None:
     accuracy = measure_prompts(tiny_sd, instrument, 16)
     assert accuracy["kind"] >= 0.85
@@ -19,6 +21,7 @@ def test_tiny_sd_draws_what_prompts_say(tiny_sd: Any, instrument: Instrument) ->
     assert accuracy["all"] >= 0.7
 
 
+@pytest.mark.slow
 def test_tiny_sdxl_draws_what_prompts_say(tiny_sdxl: Any, instrument: Instrument) -> None:
     accuracy = measure_prompts(tiny_sdxl, instrument, 12)
     assert accuracy["kind"] >= 0.8
@@ -26,6 +29,7 @@ def test_tiny_sdxl_draws_what_prompts_say(tiny_sdxl: Any, instrument: Instrument
     assert accuracy["background"] >= 0.8
 
 
+@pytest.mark.slow
 def test_the_autoencoder_of_tiny_sd_keeps_new_subjects_themselves(
     tiny_sd: Any, instrument: Instrument
 ) -> None:
@@ -35,6 +39,7 @@ def test_the_autoencoder_of_tiny_sd_keeps_new_subjects_themselves(
     assert measured["identity"] >= 0.93 * measured["identity_ceiling"]
 
 
+@pytest.mark.slow
 def test_the_autoencoder_of_tiny_sdxl_keeps_new_subjects_themselves(
     tiny_sdxl: Any, instrument: Instrument
 ) -> None:

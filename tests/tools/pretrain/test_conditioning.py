@@ -21,6 +21,7 @@ def pictures(pipeline: Any, count: int, **conditioning: tuple[int, int]) -> torc
     return to_pixels(np.stack([np.asarray(image) for image in images]))
 
 
+@pytest.mark.slow
 def test_it_looks_at_its_sizes(tiny_sdxl: Any) -> None:
     small, large = (
         pictures(tiny_sdxl, 4, original_size=(side, side), crops_coords_top_left=(0, 0))
@@ -29,6 +30,7 @@ def test_it_looks_at_its_sizes(tiny_sdxl: Any) -> None:
     assert sharpness(small) < 0.95 * sharpness(large)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", [False, True])
 def test_it_looks_at_its_crops(tiny_sdxl: Any, wide: bool) -> None:
     """What a tall photo has in its middle, its lower part has further up; a wide one alike."""
