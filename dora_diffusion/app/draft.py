@@ -26,6 +26,8 @@ SAVE_SCRIPT = f"""(kept, subject, ...values) => {{
   }};
 }}"""
 RESTORED_SCRIPT = "() => { window.ddRestored = true; }"
+# Until the fields that change together have all changed.
+SETTLE_SCRIPT = "() => new Promise((done) => setTimeout(done, 50))"
 
 
 def subject_of_draft(draft: object) -> str:

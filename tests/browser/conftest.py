@@ -271,14 +271,14 @@ class Visit:
         self.act(lambda limit: field.fill(value, timeout=limit))
         field.press("Tab")
 
-    def set_setting(self, name: str, value: str) -> None:
-        """Type a setting until the command line has it: a preset may still be filled in."""
+    def set_setting(self, name: str, value: str, selector: str = "#plan", shown: str = "") -> None:
+        """Type a setting until the page answers: a field that was just unfolded is drawn anew."""
 
         def action(limit: float) -> None:
             self.set_text(name, value)
             self.page.wait_for_function(
-                "text => document.querySelector('#plan')?.innerText.includes(text)",
-                arg=f"--{name} {value}",
+                "([s, text]) => document.querySelector(s)?.innerText.includes(text)",
+                arg=[selector, shown or f"--{name} {value}"],
                 timeout=limit,
             )
 

@@ -137,8 +137,7 @@ def test_a_word_in_the_place_of_a_number_is_said_before_the_start(
     page.tab("Train")
     page.wait_text("#plan", "max_train_steps 300")
     page.unfold("Advanced settings", "Adapter")
-    page.set_text("lora_alpha", "eight")
-    page.wait_text("#cost", "Lora_alpha is 'eight'; it must be a number")
+    page.set_setting("lora_alpha", "eight", "#cost", "Lora_alpha is 'eight'; it must be a number")
     before = len(list(app.runs.glob("2*")))
     page.click("#start")
     assert "Lora_alpha is 'eight'" in page.toast()
@@ -172,6 +171,28 @@ def test_a_reload_keeps_the_form(visit: Callable[..., Visit], app: App) -> None:
     other = visit()
     other.tab("Train")
     other.wait_text("#plan", "max_train_steps 300")
+
+
+def test_many_fields_that_change_together_ask_for_one_plan(visit: Callable[..., Visit]) -> None:
+    """Requests of the same moment overtake each other, and the last answer is what is shown."""
+    page = visit()
+    page.tab("Train")
+    page.wait_text("#plan", "max_train_steps 300")
+    asked: list[list[Any]] = []
+
+    def note(request: Any) -> None:
+        if "queue/join" in request.url:
+            values = json.loads(request.post_data)["data"]
+            # The subject, the model, token, class and prompts come before the settings.
+            if len(values) == 5 + len(ADVANCED):
+                asked.append(values[5:])
+
+    page.page.on("request", note)
+    page.choose("#base-model", f"{SDXL} ·")
+    page.wait_text("#plan", f"{SDXL} [^]*max_train_steps 1000 ")
+    # Of the model, of its settings, and once more for what came meanwhile.
+    assert len(asked) <= 3
+    assert asked[-1][list(ADVANCED).index("max_train_steps")] == "1000"
 
 
 def test_a_model_that_is_not_there_is_said_before_the_start(

@@ -15,6 +15,7 @@ from dora_diffusion.app.draft import (
     FORM,
     RESTORED_SCRIPT,
     SAVE_SCRIPT,
+    SETTLE_SCRIPT,
     advanced_values,
     form_values,
     subject_of_draft,
@@ -200,10 +201,13 @@ def connect(
         [tab.preset.input, tab.model.input], use_preset, [tab.preset, tab.model], fields,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    gr.on(
+    # A preset changes a dozen fields, each with an event of its own; requests that are sent at
+    # once overtake each other. So each waits until all fields have changed, and one asks for all.
+    changed = gr.on(
         [*(field.change for field in (*asked, subjects.names)), opened],
-        plan, asked, [tab.cost, tab.plan], trigger_mode="always_last", **QUIET,
+        None, None, None, js=SETTLE_SCRIPT, **QUIET,
     )  # fmt: skip
+    changed.then(plan, asked, [tab.cost, tab.plan], trigger_mode="always_last", **QUIET)
     tab.start.click(
         start, asked, [tab.shown.run, tab.said], api_visibility="private", show_progress="minimal"
     )
