@@ -72,7 +72,7 @@ def load_adapter(
         components: As in `save_adapter`.
         path: A file in any known spelling, or a folder that holds one.
         name: Name of the new adapter.
-        family: ``"sd1"``, ``"sd2"`` or ``"sdxl"``, for the message if the adapter is for another.
+        family: Name of the model's `Family`, for the message if the adapter is for another.
         alpha: What it was trained with, for a file that does not say it.
 
     Returns:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.export.output import ExportError
+from dora_diffusion.families import WEIGHT_COMPONENTS, Family
 from dora_diffusion.formats.adapter.keys import listing
 from dora_diffusion.formats.checkpoint.file import CheckpointFile
 from dora_diffusion.formats.checkpoint.folder import (
-    WEIGHT_COMPONENTS,
     WEIGHT_SUFFIXES,
     PipelineFolder,
     canonical_tensor,
@@ -25,12 +25,6 @@ from dora_diffusion.formats.checkpoint.keys import UNET_PREFIX, VAE_PREFIX
 Shard = dict[str, str]
 Shapes = Mapping[str, tuple[int, ...]]
 
-# The released models, whose configuration and tokenizers fit their single files.
-RELEASED = {
-    "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd2": "stabilityai/stable-diffusion-2-1",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
 WEIGHT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner.")
 _BUFFERS = ("position_ids", "logit_scale", "attn_mask")
 
@@ -126,7 +120,7 @@ def plan_of_checkpoint(checkpoint: CheckpointFile, config: Path, shapes: Shapes)
 
 
 def configuration_folder(
-    config: str | Path | None, family: str, checkpoint: CheckpointFile
+    config: str | Path | None, family: Family, checkpoint: CheckpointFile
 ) -> Path:
     """The folder with configuration and tokenizers: the given one, or the released model's.
 
@@ -138,15 +132,16 @@ def configuration_folder(
 
     if config is not None:
         return resolve_folder(config)
-    if family == "sd2" and "prediction_type" not in checkpoint.schedule():
+    if family.released_epsilon_id and "prediction_type" not in checkpoint.schedule():
         raise ExportError(
             f"{checkpoint.reader.path.name} does not say whether it predicts the noise or v, as "
-            "Stable Diffusion 2 has both: give a diffusers folder or hub id of its kind as config "
-            f"(--config), such as {RELEASED['sd2']} (v) or {RELEASED['sd2']}-base (the noise)"
+            f"{family.title} has both: give a diffusers folder or hub id of its kind as config "
+            f"(--config), such as {family.released_id} (v) or {family.released_epsilon_id} "
+            "(the noise)"
         )
     try:
         return fetch_snapshot(
-            RELEASED[family], None, ["model_index.json", "*/*.json", "tokenizer*/*"], []
+            family.released_id, None, ["model_index.json", "*/*.json", "tokenizer*/*"], []
         )
     except ModelNotFoundError as error:
         raise ModelNotFoundError(

@@ -18,6 +18,7 @@ from dora_diffusion.export.output import OnProgress, ProgressReporter
 from dora_diffusion.export.recipe import Adapters, Recipe, adapter_hash, recorded
 from dora_diffusion.export.vae import WithVae, open_vae
 from dora_diffusion.formats.checkpoint.file import LEFT_OUT, MARKERS, CheckpointFile, standard_key
+from dora_diffusion.formats.checkpoint.keys import marker_names
 from dora_diffusion.formats.names.modules import split_component
 from dora_diffusion.merge import layers_of, merge_tensor
 from dora_diffusion.numerics.merging import cast_error, merge_error
@@ -256,9 +257,9 @@ def _markers(model: OpenModel) -> set[str]:
     if isinstance(model.weights, CheckpointFile):
         return set(MARKERS.keys() & model.weights.reader.specs.keys())
     schedule = model.schedule()
-    if model.family != "sdxl" or schedule["prediction_type"] != "v_prediction":
-        return set()
-    return {"v_pred", "ztsnr"} if schedule["rescale_betas_zero_snr"] else {"v_pred"}
+    return set(
+        marker_names(model.family, schedule["prediction_type"], schedule["rescale_betas_zero_snr"])
+    )
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_diffusion.models.family import Family
+from dora_diffusion.families import Family
 from dora_diffusion.models.latents import vae_factor
 
 # Name shown to users -> (diffusers scheduler class, settings that make it that sampler).

@@ -10,12 +10,8 @@ from typing import Any
 
 import torch
 
+from dora_diffusion.families import Family, detect_folder_family
 from dora_diffusion.models.components import SAMPLERS, Components, cast_to_weight, fingerprint
-from dora_diffusion.models.family import (
-    Family,
-    UnsupportedModelError,
-    detect_folder_family,
-)
 from dora_diffusion.models.locate import (
     ModelNotFoundError,
     fetch_snapshot,
@@ -31,7 +27,6 @@ __all__ = [
     "SAMPLERS",
     "Components",
     "ModelNotFoundError",
-    "UnsupportedModelError",
     "fingerprint",
     "load_components",
     "load_vae",
@@ -158,15 +153,12 @@ def _load_tokenizer(folder: Path) -> Any:
 def _load_text_encoders(
     family: Family, folder: Path, dtype: torch.dtype, variant: str | None
 ) -> tuple[Any, ...]:
-    """Load the family's text encoders; the pooled one has a projection."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    """Load the family's text encoders."""
+    import transformers
 
-    classes: list[Any] = [CLIPTextModel] * family.num_text_encoders
-    if family.has_pooled:
-        classes[-1] = CLIPTextModelWithProjection
     return tuple(
-        load_module(kind, folder / part, dtype, variant)
-        for kind, part in zip(classes, family.text_encoder_names, strict=True)
+        load_module(getattr(transformers, kind), folder / part, dtype, variant)
+        for kind, part in zip(family.text_encoder_classes, family.text_encoder_names, strict=True)
     )
 
 

@@ -6,10 +6,11 @@ import os
 import re
 from pathlib import Path
 
+from dora_diffusion.families import WEIGHT_COMPONENTS
+
 EMBEDDED_PREFIX = "embedded:"
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
-COMPONENT_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 class ModelNotFoundError(ValueError):
@@ -42,7 +43,7 @@ def resolve_folder(
             "a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5, or embedded:NAME"
         )
     allow = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
-    allow += [f"{folder}/{file}" for folder in COMPONENT_FOLDERS for file in _weights(variant)]
+    allow += [f"{folder}/{file}" for folder in WEIGHT_COMPONENTS for file in _weights(variant)]
     ignore = [] if variant else ["*.fp16.*", "*.fp16-*", "*non_ema*", "*.bf16.*"]
     return _checked_folder(fetch_snapshot(text, revision, allow, ignore))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dora_diffusion.models.family import Family, UnsupportedModelError
+from dora_diffusion.families import Family, UnsupportedModelError
 
 
 def training_scheduler(config: Mapping[str, Any]) -> Any:

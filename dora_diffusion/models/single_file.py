@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 
-from dora_diffusion.formats.checkpoint.file import CheckpointFile, standard_key, stated_schedule
+from dora_diffusion.families import Family
+from dora_diffusion.formats.checkpoint.file import (
+    CheckpointFile,
+    detect_checkpoint_family,
+    standard_key,
+    stated_schedule,
+)
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.family import Family, detect_checkpoint_family
 from dora_diffusion.models.locate import is_offline, resolve_folder
 from dora_diffusion.models.scheduling import training_scheduler, zeros_for_empty_prompt
 from dora_diffusion.models.weights import fill_respelled, plain_errors, read_json
@@ -66,7 +71,7 @@ def _text_encoder(path: Path, family: Family, config: Path) -> torch.nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     prefix = "text_encoder."
-    with CheckpointFile.open(path, family.name) as file:
+    with CheckpointFile.open(path, family) as file:
         names = [name for name in file.specs if name.startswith(prefix)]
         tensors = {name.removeprefix(prefix): file[name] for name in names}
     settings = read_json(config / "text_encoder" / "config.json")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dora_diffusion.wording import quoted
 
 if TYPE_CHECKING:
-    from dora_diffusion.models.family import Family, HiddenState
+    from dora_diffusion.families import Family, HiddenState
     from dora_diffusion.models.load import Components
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dora_diffusion.families import FAMILIES, UnsupportedModelError
+from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
 from dora_diffusion.models.components import SAMPLERS
-from dora_diffusion.models.family import FAMILIES, UnsupportedModelError, detect_checkpoint_family
 from dora_diffusion.models.load import (
     ModelNotFoundError,
     load_components,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_diffusion.models.family import Family
+from dora_diffusion.families import Family
 from dora_diffusion.models.text import Conditioning, encode_tokens, join_encoders
 from dora_diffusion.numerics.loss import denoising_loss, training_target
 from dora_diffusion.numerics.noise import add_noise
