@@ -29,18 +29,15 @@ class TextEncoder:
 
     Attributes:
         component: ``"text_encoder"`` or ``"text_encoder_2"``.
-        hidden_state: Which state conditions the UNet: ``"last"`` (after the final layer norm) or
-            ``"penultimate"`` (before it, without a norm).
+        kohya_prefix: What its modules start with in a kohya file.
         checkpoint_prefix: What its tensors start with in a single-file checkpoint.
         is_open_clip: There it has open_clip's layout instead of CLIP's: q, k, v in one matrix.
-        kohya_prefix: What its modules start with in a kohya file.
     """
 
     component: str
-    hidden_state: HiddenState
-    checkpoint_prefix: str
-    is_open_clip: bool
     kohya_prefix: str
+    checkpoint_prefix: str
+    is_open_clip: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,8 @@ class Family:
         title: The name that people use.
         pipeline_class: Name of the diffusers text-to-image pipeline.
         text_encoders: In the order in which their states are joined.
+        hidden_state: Which of their states conditions the UNet: ``"last"`` (after the final layer
+            norm) or ``"penultimate"`` (before it, without a norm).
         has_pooled: The last text encoder's projected pooled output conditions the UNet too.
         has_time_ids: Original size, crop and target size condition the UNet.
         prompt_width: Width of the states that the UNet's cross-attention reads.
@@ -97,12 +96,9 @@ class Family:
     title: str
     pipeline_class: str
     text_encoders: tuple[TextEncoder, ...]
-    has_pooled: bool
-    has_time_ids: bool
+    hidden_state: HiddenState
     prompt_width: int
     up_attention: tuple[bool, ...]
-    uses_linear_projection: bool
-    vae_wants_float32: bool
     default_resolution: int
     default_steps: int
     released_id: str
@@ -111,6 +107,10 @@ class Family:
     version_mark: str
     architecture_mark: str
     memory: tuple[MemoryRow, ...]
+    has_pooled: bool = False
+    has_time_ids: bool = False
+    uses_linear_projection: bool = False
+    vae_wants_float32: bool = False
     released_epsilon_id: str = ""
     is_suggested: bool = True
     is_kohya_v2: bool = False
@@ -118,11 +118,6 @@ class Family:
     v_architecture: str = ""
     marks_v_prediction: bool = False
     more_memory_gib: float = 0.0
-
-    @property
-    def hidden_states(self) -> tuple[HiddenState, ...]:
-        """Per text encoder, the state that conditions the UNet."""
-        return tuple(encoder.hidden_state for encoder in self.text_encoders)
 
     @property
     def text_encoder_names(self) -> tuple[str, ...]:
@@ -178,16 +173,11 @@ FAMILIES: Mapping[str, Family] = {
             title="Stable Diffusion 1",
             pipeline_class="StableDiffusionPipeline",
             text_encoders=(
-                TextEncoder(
-                    "text_encoder", "last", "cond_stage_model.transformer.", False, "lora_te_"
-                ),
+                TextEncoder("text_encoder", "lora_te_", "cond_stage_model.transformer."),
             ),
-            has_pooled=False,
-            has_time_ids=False,
+            hidden_state="last",
             prompt_width=768,
             up_attention=(False, True, True, True),
-            uses_linear_projection=False,
-            vae_wants_float32=False,
             default_resolution=512,
             default_steps=800,
             released_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -197,21 +187,19 @@ FAMILIES: Mapping[str, Family] = {
             architecture_mark="diffusion-v1",
             memory=_SD1_MEMORY,
         ),
-        # The diffusers release of SD2 already drops the last encoder layer (23 of 24), so its
-        # "last" state is the penultimate one of the original model.
         Family(
             name="sd2",
             title="Stable Diffusion 2",
             pipeline_class="StableDiffusionPipeline",
             text_encoders=(
-                TextEncoder("text_encoder", "last", "cond_stage_model.model.", True, "lora_te_"),
+                TextEncoder("text_encoder", "lora_te_", "cond_stage_model.model.", True),
             ),
-            has_pooled=False,
-            has_time_ids=False,
+            # The diffusers release already drops the last encoder layer (23 of 24), so its "last"
+            # state is the penultimate one of the original model.
+            hidden_state="last",
             prompt_width=1024,
             up_attention=(False, True, True, True),
             uses_linear_projection=True,
-            vae_wants_float32=False,
             default_resolution=768,
             default_steps=800,
             released_id="stabilityai/stable-diffusion-2-1",
@@ -227,27 +215,15 @@ FAMILIES: Mapping[str, Family] = {
             memory=_SD1_MEMORY,
             more_memory_gib=0.42,
         ),
-        # SDXL reads the penultimate layer of both encoders.
         Family(
             name="sdxl",
             title="Stable Diffusion XL",
             pipeline_class="StableDiffusionXLPipeline",
             text_encoders=(
-                TextEncoder(
-                    "text_encoder",
-                    "penultimate",
-                    "conditioner.embedders.0.transformer.",
-                    False,
-                    "lora_te1_",
-                ),
-                TextEncoder(
-                    "text_encoder_2",
-                    "penultimate",
-                    "conditioner.embedders.1.model.",
-                    True,
-                    "lora_te2_",
-                ),
+                TextEncoder("text_encoder", "lora_te1_", "conditioner.embedders.0.transformer."),
+                TextEncoder("text_encoder_2", "lora_te2_", "conditioner.embedders.1.model.", True),
             ),
+            hidden_state="penultimate",
             has_pooled=True,
             has_time_ids=True,
             prompt_width=2048,

@@ -90,11 +90,10 @@ def encode_prompts(components: Components, prompts: Sequence[str]) -> Conditioni
         raise TypeError("encode_prompts takes a list of prompts, got a single string")
     warn_of_truncation(components.tokenizers[0], prompts)
     tokens = [tokenize(tokenizer, prompts) for tokenizer in components.tokenizers]
+    state = components.family.hidden_state
     encoded = [
-        encode_tokens(encoder, token.input_ids, choice, token.attention_mask)
-        for encoder, token, choice in zip(
-            components.text_encoders, tokens, components.family.hidden_states, strict=True
-        )
+        encode_tokens(encoder, token.input_ids, state, token.attention_mask)
+        for encoder, token in zip(components.text_encoders, tokens, strict=True)
     ]
     return join_encoders(encoded, components.family)
 
@@ -124,7 +123,7 @@ def encode_tokens(
     Args:
         encoder: A CLIP text encoder, with or without a projection.
         input_ids: ``(B, tokens)`` int64.
-        choice: Which hidden state conditions the UNet (`Family.hidden_states`).
+        choice: Which hidden state conditions the UNet (`Family.hidden_state`).
         attention_mask: ``(B, tokens)``, used where the encoder's config asks for it.
     """
     device = next(encoder.parameters()).device
