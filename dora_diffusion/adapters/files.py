@@ -10,7 +10,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import DEFAULT_NAME
-from dora_diffusion.adapters.state import adapter_state, load_adapter_state, module_shapes
+from dora_diffusion.adapters.state import adapter_state, load_adapter_state, module_shapes, path_in
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
@@ -117,11 +117,8 @@ def base_weights(components: Components) -> Callable[[str], Tensor]:
     """The live modules' weights by canonical module name, on the CPU."""
 
     def weight_of(name: str) -> Tensor:
-        component, _, path = name.partition(".")
-        model = components[component]
-        if component.startswith("text_encoder") and not hasattr(model, "text_model"):
-            path = path.removeprefix("text_model.")
-        weight = cast(nn.Linear, model.get_submodule(path)).weight
+        component, path = path_in(components, name)
+        weight = cast(nn.Linear, components[component].get_submodule(path)).weight
         return weight.detach().cpu()
 
     return weight_of

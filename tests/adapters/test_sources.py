@@ -55,7 +55,7 @@ def dense_gradients(model: nn.Sequential, x: torch.Tensor) -> dict[str, torch.Te
     ((_, layer),) = adapted_layers(model)
     one = layer.adapters["default"]
     down, up, m = (t.detach().double().requires_grad_() for t in (one.down, one.up, one.magnitude))
-    weight = layer.weight.double() + one.scale * (up.flatten(1) @ down.flatten(1)).view_as(
+    weight = layer.weight.double() + one.weights().scale * (up.flatten(1) @ down.flatten(1)).view_as(
         layer.weight
     )
     dims, view = (
