@@ -26,7 +26,10 @@ Shard = dict[str, str]
 Shapes = Mapping[str, tuple[int, ...]]
 
 WEIGHT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner.")
-_BUFFERS = ("position_ids", "logit_scale", "attn_mask")
+# Tensors that some layouts have and others do not.
+BUFFERS = ("position_ids", "logit_scale", "attn_mask")
+# Stable Diffusion 2 leaves out the last layer and the projection of its text encoder.
+UNUSED = ("text_encoder.text_projection.", "text_encoder.text_model.encoder.layers.")
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,11 @@ def plan_of_checkpoint(checkpoint: CheckpointFile, config: Path, shapes: Shapes)
         for name, shape in shapes.items()
         if name not in checkpoint.specs or checkpoint.specs[name].shape != shape
     ]
-    # Stable Diffusion 2 leaves out the last layer and the projection of its text encoder.
-    unused = ("text_encoder.text_projection.", "text_encoder.text_model.encoder.layers.")
-    extra = [n for n in checkpoint.specs if n not in shapes and not n.startswith(unused)]
+    extra = [n for n in checkpoint.specs if n not in shapes and not n.startswith(UNUSED)]
     extra += [
         key
         for key in checkpoint.copied_specs()
-        if key.startswith(WEIGHT_PREFIXES) and not key.endswith(_BUFFERS) and ".loss." not in key
+        if key.startswith(WEIGHT_PREFIXES) and not key.endswith(BUFFERS) and ".loss." not in key
     ]
     if missing or extra:
         raise ExportError(
@@ -170,7 +171,7 @@ def shapes_of_configuration(config: Path) -> dict[str, tuple[int, ...]]:
         shapes |= {
             canonical_tensor(component, key): tuple(tensor.shape)
             for key, tensor in model.state_dict().items()
-            if not key.endswith(_BUFFERS)
+            if not key.endswith(BUFFERS)
         }
     return shapes
 

@@ -5,12 +5,14 @@ Weights are read from safetensors only: no pickles, no remote code.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dora_diffusion.families import Family, detect_folder_family
+from dora_diffusion.formats.files.header import PICKLED
 from dora_diffusion.models.components import SAMPLERS, Components, cast_to_weight, fingerprint
 from dora_diffusion.models.locate import (
     ModelNotFoundError,
@@ -62,7 +64,7 @@ def load_components(
         ValueError: If its files are incomplete or do not belong together.
     """
     path = Path(name).expanduser()
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if path.suffix in PICKLED:
         raise ModelNotFoundError(
             f"{path} is a pickle, which can run code when opened; convert it to .safetensors first"
         )
@@ -72,11 +74,10 @@ def load_components(
         else:
             folder = resolve_folder(str(name), revision=revision, variant=variant)
             components = _load_folder(folder, dtype, variant)
-        if vae is not None:
-            components.vae = load_vae(vae, dtype=dtype, family=components.family)
+        own_vae, family = components.vae, components.family
+        other_vae = own_vae if vae is None else load_vae(vae, dtype=dtype, family=family)
+    components = dataclasses.replace(components, name=str(name), vae=other_vae)
     _bridge_dtypes(components.vae, dtype)
-    components.name = str(name)
-    components.__post_init__()
     for module in components.modules().values():
         module.eval().requires_grad_(False)
     return components

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from dora_diffusion import toy
 from dora_diffusion.families import WEIGHT_COMPONENTS
 
 EMBEDDED_PREFIX = "embedded:"
@@ -118,17 +119,10 @@ def _weights(variant: str | None) -> list[str]:
 
 
 def _embedded_folder(name: str) -> Path:
-    """Ask the embedded models for a folder."""
     try:
-        from dora_diffusion import toy
-    except ImportError as error:
-        raise ModelNotFoundError(f"no embedded models are installed (asked for {name})") from error
-    try:
-        folder = Path(toy.model_folder(name))
-    except (KeyError, ValueError, FileNotFoundError) as error:
-        detail = str(error.args[0]) if error.args else name
-        raise ModelNotFoundError(f"no embedded model is called {name!r}: {detail}") from error
-    return _checked_folder(folder)
+        return _checked_folder(toy.model_folder(name))
+    except ValueError as error:
+        raise ModelNotFoundError(f"no embedded model is called {name!r}: {error}") from error
 
 
 def _checked_folder(folder: Path) -> Path:

@@ -53,7 +53,6 @@ def test_folders_load_frozen_with_their_facts(
     assert components.vae_factor == 8
     assert components.latent_channels == 4
     assert components.default_resolution == 64
-    assert components.token_limit == 77
     assert components.scheduler.config.beta_schedule == "scaled_linear"
     assert components.scheduler.config.clip_sample is False
     names = ["unet", "text_encoder", "text_encoder_2"][: 1 + encoders]
