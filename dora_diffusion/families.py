@@ -144,7 +144,7 @@ class Family:
 
     def text_encoder(self, component: str) -> TextEncoder | None:
         """The text encoder that is this component of a pipeline, None if it is not one."""
-        return next((one for one in self.text_encoders if one.component == component), None)
+        return next((e for e in self.text_encoders if e.component == component), None)
 
 
 # benchmarks/memory.py and full_size.py: bfloat16, random weights in the released shapes, default
@@ -275,7 +275,7 @@ def detect_family(
             f"{name} is a {kind} of a kind that is not supported; use a base model of {TITLES}"
         )
     is_linear = bool(unet_config.get("use_linear_projection"))
-    return next((one for one in fitting if one.uses_linear_projection == is_linear), fitting[0])
+    return next((f for f in fitting if f.uses_linear_projection == is_linear), fitting[0])
 
 
 def detect_folder_family(folder: Path) -> Family:
@@ -297,9 +297,9 @@ def guess_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
     A second text encoder tells; otherwise the width of the prompt.
     """
     if any(name.startswith("text_encoder_2.") for name in shapes):
-        return next(name for name, one in FAMILIES.items() if len(one.text_encoders) == 2)
+        return next(name for name, f in FAMILIES.items() if len(f.text_encoders) == 2)
     widths = {
         shape[1] for name, shape in shapes.items() if name.endswith(("attn2.to_k", "attn2.to_v"))
     }
-    names = [name for name, one in FAMILIES.items() if {one.prompt_width} == widths]
+    names = [name for name, f in FAMILIES.items() if {f.prompt_width} == widths]
     return names[0] if names else ""

@@ -126,8 +126,8 @@ def free_machine_memory() -> float | None:
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         except (ValueError, OSError):
             return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) / 2**20 if found else None
+    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(available[0]) / 2**20 if available else None
 
 
 def fitting_settings(
@@ -158,7 +158,7 @@ def fitting_settings(
         return choices[1]
     if device.has_8bit_adam and device.kind == "cuda":
         choices.append(choices[-1] | {"optimizer": "adamw8bit"})
-    fitting = (one for one in choices if _fits(family, resolution, one, device, batch))
+    fitting = (c for c in choices if _fits(family, resolution, c, device, batch))
     return next(fitting, choices[-1])
 
 
@@ -211,20 +211,20 @@ def what_would_fit(
         smaller_batch: What makes a batch of one.
     """
     half = "fp16" if device.kind == "cuda" and not device.has_bf16 else "bf16"
-    said: list[str] = []
+    changes: list[str] = []
     changed = dict(settings)
     for name, value in (("mixed_precision", half), ("gradient_checkpointing", True)):
         is_used = changed[name] == value or (name, changed[name]) == ("mixed_precision", "fp16")
         if not is_used:
-            said.append(f"{name} {'on' if value is True else value}")
+            changes.append(f"{name} {'on' if value is True else value}")
             changed[name] = value
-        if said and _fits(family, resolution, changed, device, batch):
-            return " and ".join(said)
+        if changes and _fits(family, resolution, changed, device, batch):
+            return " and ".join(changes)
     if batch > 1:
-        said.append(smaller_batch)
+        changes.append(smaller_batch)
     for size in (resolution, *(size for size in _SIZES if size < resolution)):
         if _fits(family, size, changed, device, 1):
-            return " and ".join([*said, *([f"resolution {size}"] if size < resolution else [])])
+            return " and ".join([*changes, *([f"resolution {size}"] if size < resolution else [])])
     return ""
 
 

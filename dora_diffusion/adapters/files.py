@@ -30,7 +30,7 @@ def save_adapter(
     metadata: AdapterMetadata | None = None,
     name: str = DEFAULT_NAME,
 ) -> Path:
-    """Write one adapter in the spelling of a target.
+    """Write one adapter in the key format of a target.
 
     Args:
         components: ``{"unet": ..., "text_encoder": ...}``, or a UNet (or any module) alone.
@@ -70,7 +70,7 @@ def load_adapter(
 
     Args:
         components: As in `save_adapter`.
-        path: A file in any known spelling, or a folder that holds one.
+        path: A file in any known key format, or a folder that holds one.
         name: Name of the new adapter.
         family: Name of the model's `Family`, for the message if the adapter is for another.
         alpha: What it was trained with, for a file that does not say it.

@@ -46,7 +46,7 @@ class InjectionReport:
 
     def __str__(self) -> str:
         kinds = sorted({layer.kind for layer in self.layers}, reverse=True)
-        counts = ", ".join(f"{sum(one.kind == k for one in self.layers)} {k}" for k in kinds)
+        counts = ", ".join(f"{sum(layer.kind == k for layer in self.layers)} {k}" for k in kinds)
         layers = counted(len(self.layers), "layer")
         return f"{layers} adapted ({counts}), {self.parameters:,} parameters"
 

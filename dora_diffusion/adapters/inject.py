@@ -76,22 +76,22 @@ def put_adapters(
         ValueError: If the model lacks a layer, shapes differ, or the name is taken: all of them
             are listed, and nothing was changed.
     """
-    problems = [text for path, one in weights.items() if (text := _misfit(model, path, one, name))]
-    if problems:
+    reasons = [_mismatch_reason(model, path, layer, name) for path, layer in weights.items()]
+    if problems := [reason for reason in reasons if reason]:
         raise ValueError("the adapter does not fit the model: " + "; ".join(problems))
     trained = {id(parameter) for parameter in adapter_parameters(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
     keep_output = not _writes_in_place(model)
-    for path, one in weights.items():
+    for path, layer_weights in weights.items():
         layer = adapt_layer(model.get_submodule(path), keep_output)
-        layer.adapters[name] = LayerAdapter(one.to(layer.weight.device), dropout)
+        layer.adapters[name] = LayerAdapter(layer_weights.to(layer.weight.device), dropout)
         layer.forget(name)
         layer.train(layer.training)
     watch_sources(model)
 
 
-def _misfit(model: nn.Module, path: str, weights: LayerWeights, name: str) -> str | None:
+def _mismatch_reason(model: nn.Module, path: str, weights: LayerWeights, name: str) -> str | None:
     """Why the weights cannot go on the layer at this path."""
     try:
         module = model.get_submodule(path)
@@ -130,8 +130,8 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
         raise ValueError(f"the model has no adapter named {name!r}")
     for layer in layers:
         layer.unmerge()
-        for one in list(layer.adapters) if name is None else [name]:
-            layer.adapters.pop(one) if one in layer.adapters else None
+        for key in [key for key in layer.adapters if name in (None, key)]:
+            del layer.adapters[key]
         if not layer.adapters:
             restore_base_class(layer)
     _unwatch_plain(model)
@@ -158,7 +158,7 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
     """
     layers = [layer for _, layer in adapted_layers(model)]
     ahead = _can_merge_ahead(layers)
-    results = map_ahead(_merged, layers) if ahead else ((one, _merged(one)) for one in layers)
+    results = map_ahead(_merged, layers) if ahead else ((layer, _merged(layer)) for layer in layers)
     for layer, merged in results:
         layer.merge(merged)
         if not keep_base:
@@ -193,11 +193,11 @@ def set_strength(
     magnitude: float | None = None,
     name: str | None = None,
 ) -> None:
-    """Set the knobs of one adapter, or of all: ``W + strength * (W' - W)``.
+    """Set the strengths of one adapter, or of all: ``W + strength * (W' - W)``.
 
     Args:
         model: A model with adapters.
-        strength: 0 is exactly the base, 1 exactly the adapter. None leaves a knob as it is.
+        strength: 0 is exactly the base, 1 exactly the adapter. None leaves a strength as it is.
         direction: Scales the low-rank update before the norm is taken.
         magnitude: Moves the magnitude by this share of its change.
         name: The adapter. None means all.
@@ -210,7 +210,7 @@ def set_strength(
         "direction_strength": direction,
         "magnitude_strength": magnitude,
     }
-    changed = {knob: float(value) for knob, value in asked.items() if value is not None}
+    changed = {key: float(value) for key, value in asked.items() if value is not None}
     adapters = list(layer_adapters(model, name))
     if not adapters:
         raise ValueError("the model has no adapter" + (f" named {name!r}" if name else ""))

@@ -79,7 +79,7 @@ class AdaptedLayer(nn.Module):
         unpadded = _to_compute_dtype(x)
         x = self.prepare(unpadded)
         name, adapter = active[0]
-        dropping = self.training and any(one.dropout > 0 for _, one in active)
+        dropping = self.training and any(other.dropout > 0 for _, other in active)
         is_plain = adapter.strengths == Strengths() and adapter.magnitude is not None
         if len(active) > 1 or not is_plain or dropping:
             return self._sum_of_differences(active, x)

@@ -17,7 +17,7 @@ from dora_diffusion.formats.checkpoint.file import (
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.locate import is_offline, resolve_folder
 from dora_diffusion.models.scheduling import training_scheduler, zeros_for_empty_prompt
-from dora_diffusion.models.weights import fill_respelled, plain_errors, read_json
+from dora_diffusion.models.weights import fill_renamed, plain_errors, read_json
 
 
 def load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Components:
@@ -67,7 +67,7 @@ def load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) 
 
 
 def _text_encoder(path: Path, family: Family, config: Path) -> torch.nn.Module:
-    """CLIP from a file that misspells its names, which diffusers does not find there."""
+    """CLIP from a file with other names, which diffusers does not find there."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     prefix = "text_encoder."
@@ -76,6 +76,6 @@ def _text_encoder(path: Path, family: Family, config: Path) -> torch.nn.Module:
         tensors = {name.removeprefix(prefix): file[name] for name in names}
     settings = read_json(config / "text_encoder" / "config.json")
     model: torch.nn.Module = CLIPTextModel(CLIPTextConfig(**settings))
-    if not fill_respelled(model, tensors):
+    if not fill_renamed(model, tensors):
         raise ValueError(f"{path}: its text encoder does not fit the configuration {config}")
     return model.eval()
