@@ -47,13 +47,13 @@ if TYPE_CHECKING:
     from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
     from dora_diffusion.data.images import PhotoError
     from dora_diffusion.export import ExportError, export_checkpoint
+    from dora_diffusion.families import UnsupportedModelError
     from dora_diffusion.formats.adapter.keys import AdapterFormatError
     from dora_diffusion.formats.checkpoint.keys import CheckpointLayoutError
     from dora_diffusion.formats.files.atomic import DiskFullError
     from dora_diffusion.formats.files.header import TensorFileError
     from dora_diffusion.generate import BrokenImageError, SamplingSettings, generate_images
     from dora_diffusion.merge import MergeError
-    from dora_diffusion.models.family import UnsupportedModelError
     from dora_diffusion.models.load import load_components
     from dora_diffusion.models.locate import ModelNotFoundError
     from dora_diffusion.training.loop import train
@@ -75,7 +75,7 @@ _HOMES = {
     "TensorFileError": "formats.safetensors_header",
     "TrainConfig": "config.train",
     "TrainingError": "training.metrics",
-    "UnsupportedModelError": "models.family",
+    "UnsupportedModelError": "families",
     "disabled": "adapters.inject",
     "export_checkpoint": "export",
     "generate_images": "generate",

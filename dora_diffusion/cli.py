@@ -17,6 +17,7 @@ from dora_diffusion.commands.flags import add_train_flags
 from dora_diffusion.commands.parser import Parser
 from dora_diffusion.config.flag_map import meant_by, refusal
 from dora_diffusion.console.errors import reporting_errors
+from dora_diffusion.families import FAMILIES
 
 # Written out, since asking the modules that define them would import torch for every --help.
 SAMPLERS = (
@@ -25,7 +26,6 @@ SAMPLERS = (
 FORMATS = ("diffusers", "peft", "kohya", "comfyui", "dense", "lora", "lora-diffusers")
 # The app and the demo stand above the command line, which knows them by name only.
 _HOMES = {"app": "dora_diffusion.app.launch", "demo": "dora_diffusion.demo"}
-FAMILIES = ("sd1", "sd2", "sdxl")
 DTYPES = ("float32", "float16", "bfloat16")
 AUTO_DTYPES = ("auto", *DTYPES)
 
@@ -325,9 +325,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "lora-diffusers, which approximate it without magnitudes.",
     )
     _base(parser, required=False)
-    parser.add_argument(
-        "--family", choices=("sd1", "sd2", "sdxl"), help="For files that do not say it."
-    )
+    parser.add_argument("--family", choices=tuple(FAMILIES), help="For files that do not say it.")
     parser.add_argument("--rank", type=int, help="Rank of the lora targets. Default: 64.")
     _alpha(parser)
     parser.add_argument("--tags", nargs="*", default=[], help="Words that adapter managers show.")

@@ -1,4 +1,4 @@
-"""Pictures from a loaded model: for previews, class images, the app and the command line."""
+"""Images from a loaded model: for previews, class images, the app and the command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BrokenImageError(ValueError):
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How pictures are sampled.
+    """How images are sampled.
 
     Attributes:
         steps: Denoising steps.
@@ -76,6 +76,7 @@ def load_adapted(
     device: torch.device | str | None = None,
     variant: str | None = None,
     config: str | Path | None = None,
+    vae: str | Path | None = None,
 ) -> tuple[Components, AdapterMetadata]:
     """Load a base model with an adapter on it, ready to sample from.
 
@@ -90,6 +91,7 @@ def load_adapted(
         device: None is the GPU where there is one.
         variant: Weight variant of the base, such as "fp16".
         config: For a single file: a diffusers folder of the same architecture.
+        vae: Another autoencoder, as `load_components` takes it.
 
     Returns:
         The model, and the adapter's facts; its ``trigger`` holds the trigger words.
@@ -100,7 +102,8 @@ def load_adapted(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    components = load_components(base, variant=variant, dtype=dtype, config=config).to(device)
+    components = load_components(base, variant=variant, vae=vae, dtype=dtype, config=config)
+    components.to(device)
     if adapter is None:
         return components, AdapterMetadata()
     metadata = load_adapter(
@@ -114,7 +117,7 @@ def load_adapted(
 
 
 def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:
-    """Whether a prompt leaves out the word that calls the adapter's subject."""
+    """Whether a prompt leaves out the adapter's trigger word."""
     token = metadata.trigger.partition(" ")[0]
     return bool(token) and not contains_token(prompt, token)
 
@@ -129,17 +132,17 @@ def generate_images(
     on_step: Callable[[int, int], None] | None = None,
     require_finite: bool = False,
 ) -> list[Image.Image]:
-    """Sample one picture per seed, with whatever adapters are on.
+    """Sample one image per seed, with whatever adapters are on.
 
-    Each picture has a generator of its own on the CPU, so that a seed gives the same picture
+    Each image has a generator of its own on the CPU, so that a seed gives the same image
     alone, in a batch (up to float rounding) and on another device.
 
     Args:
         components: The loaded model; its modules' train or eval mode is restored.
         prompt: What to show; or one prompt per seed, which may differ within a batch.
-        seeds: One per picture.
+        seeds: One per image.
         settings: Steps, guidance, size.
-        batch_size: Pictures at once.
+        batch_size: Images at once.
         on_step: Called with (steps done, steps in all).
         require_finite: Refuse images that hold NaN, which becomes black, or are black all over.
 
@@ -155,26 +158,19 @@ def generate_images(
     settings = settings or SamplingSettings()
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     warn_of_truncation(components.tokenizers[0], [*prompts, settings.negative_prompt])
-    modules = list(components.modules().values())
-    training = [module.training for module in modules]
     images: list[Image.Image] = []
     batches = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
-    try:
-        for module in modules:
-            module.eval()
-        # No parameter changes while sampling: every norm is computed once.
-        with torch.no_grad(), norm_scope(*components.adaptable().values()), quiet_libraries():
-            pipeline = components.pipeline(settings.scheduler)
-            for number, batch in enumerate(batches):
-                report = _reporter(on_step, number, len(batches))
-                wanted = prompt if isinstance(prompt, str) else list(prompt[batch])
-                pixels = _sample(pipeline, components, wanted, seeds[batch], settings, report)
-                if require_finite:
-                    _require_finite(pixels, seeds[batch])
-                images += pipeline.image_processor.numpy_to_pil(np.nan_to_num(pixels))
-    finally:
-        for module, mode in zip(modules, training, strict=True):
-            module.train(mode)
+    # No parameter changes while sampling: every norm is computed once.
+    scope = norm_scope(*components.adaptable().values())
+    with components.eval_mode(), torch.no_grad(), scope, quiet_libraries():
+        pipeline = components.pipeline(settings.scheduler)
+        for number, batch in enumerate(batches):
+            report = _reporter(on_step, number, len(batches))
+            wanted = prompt if isinstance(prompt, str) else list(prompt[batch])
+            pixels = _sample(pipeline, components, wanted, seeds[batch], settings, report)
+            if require_finite:
+                _require_finite(pixels, seeds[batch])
+            images += pipeline.image_processor.numpy_to_pil(np.nan_to_num(pixels))
     return images
 
 
@@ -243,7 +239,7 @@ def image_grid(
     *,
     labels: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Pictures of one size in rows, on white, each under its label where there are labels."""
+    """Images of one size in rows, on white, each under its label where there are labels."""
     width, height = images[0].size
     top = _LABEL_HEIGHT if labels is not None else 0
     rows = -(-len(images) // columns)

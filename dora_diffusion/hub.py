@@ -96,10 +96,10 @@ def check(repository: str) -> None:
 
 def _files(folder: Path, adapter: Path | None, card: str | None) -> dict[str, Path | bytes]:
     """Path in the repository -> what to upload."""
-    found = adapter or find_adapter(folder)
-    if found.is_dir():
-        raise HubError(f"{found} is in PEFT's layout; publish the run that made it")
-    files: dict[str, Path | bytes] = {found.name: found}
+    file = adapter or find_adapter(folder)
+    if file.is_dir():
+        raise HubError(f"{file} is in PEFT's layout; publish the run that made it")
+    files: dict[str, Path | bytes] = {file.name: file}
     if card is not None:
         files["README.md"] = card.encode("utf-8")
     elif (folder / "README.md").is_file():
@@ -126,7 +126,7 @@ def _without_places(file: Path) -> bytes:
 def _reason(error: Any) -> str:
     """What the hub says, in one line."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    said = getattr(error, "server_message", None) or str(error).strip().splitlines()[0]
+    message = getattr(error, "server_message", None) or str(error).strip().splitlines()[0]
     if status in (401, 403):
-        return f"{said} (does the token in HF_TOKEN belong to that name, and may it write?)"
-    return str(said)
+        return f"{message} (does the token in HF_TOKEN belong to that name, and may it write?)"
+    return str(message)

@@ -12,47 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.families import FAMILIES, MemoryRow
 
-@dataclass(frozen=True)
-class MemoryRow:
-    """Peak resident memory of one training process, in GiB.
-
-    Attributes:
-        family: ``"sd1"`` or ``"sdxl"``.
-        resolution: Side in pixels.
-        gradient_checkpointing: Whether it was on.
-        batch: Images per step.
-        gib: The peak.
-        is_measured: False: derived from the row of the same kind at another size.
-    """
-
-    family: str
-    resolution: int
-    gradient_checkpointing: bool
-    batch: int
-    gib: float
-    is_measured: bool = True
-
-
-# benchmarks/memory.py and full_size.py: bfloat16, random weights in the released shapes, default
-# targets and rank, UNet and text encoders adapted, AdamW, the process's peak on a CPU. A GPU adds
-# its context and takes off what Python itself holds, which are about the same. Derived rows scale
-# what is above 7.4 GiB (SDXL's weights, adapter, optimizer, process) with the pixels: the two lines
-# of Stable Diffusion 1.5 meet in such a sum, 2.5 GiB.
-TABLE: tuple[MemoryRow, ...] = (
-    MemoryRow("sd1", 512, True, 1, 3.19),
-    MemoryRow("sd1", 512, False, 1, 3.74),
-    MemoryRow("sd1", 768, True, 1, 4.03),
-    MemoryRow("sd1", 768, False, 1, 5.28),
-    MemoryRow("sdxl", 768, True, 1, 9.3, is_measured=False),
-    MemoryRow("sdxl", 768, False, 1, 12.59),
-    MemoryRow("sdxl", 1024, True, 1, 10.7),
-    MemoryRow("sdxl", 1024, False, 1, 16.6, is_measured=False),
-)
 # Of a process that holds no model: this does not double in float32.
 PROCESS_GIB = 0.4
-# Stable Diffusion 2 is version 1 with a larger text encoder: 0.22 billion more weights.
-_SD2_MORE_GIB = 0.42
 # AdamW keeps two float32 moments per adapted weight; in 8 bits they take a quarter.
 _EIGHT_BIT_SAVES_GIB = 0.1
 # Measured on another machine's processor: leave room for what differs.
@@ -77,30 +40,26 @@ def training_memory(
     gradient checkpointing).
 
     Args:
-        family: ``"sd1"``, ``"sd2"`` or ``"sdxl"``.
+        family: Name of a `Family`.
         resolution: Side in pixels.
         batch: Images per step, class images counted.
         precision: ``"bf16"``, ``"fp16"`` or ``"no"`` (float32).
         gradient_checkpointing: Whether it is on.
 
     Returns:
-        GiB; None for a family that was not measured.
+        GiB; None for a model of no known family.
     """
-    rows = [
-        row
-        for row in TABLE
-        if row.family == ("sd1" if family == "sd2" else family)
-        and row.gradient_checkpointing == gradient_checkpointing
-    ]
-    if len(rows) < 2:
+    if family not in FAMILIES:
         return None
-    gib = _on_the_line(rows, resolution**2 * batch) + (_SD2_MORE_GIB if family == "sd2" else 0)
+    facts = FAMILIES[family]
+    rows = [row for row in facts.memory if row.gradient_checkpointing == gradient_checkpointing]
+    gib = _on_the_line(rows, resolution**2 * batch) + facts.more_memory_gib
     return gib if precision != "no" else PROCESS_GIB + 2 * (gib - PROCESS_GIB)
 
 
 def _on_the_line(rows: list[MemoryRow], pixels: int) -> float:
     """Through the two measured rows around a number of pixels, or the two that are nearest."""
-    points = sorted({row.resolution**2 * row.batch: row.gib for row in rows}.items())
+    points = sorted({row.resolution**2: row.gib for row in rows}.items())
     place = next((i for i, (at, _) in enumerate(points) if at >= pixels), len(points) - 1)
     (x0, y0), (x1, y1) = points[max(0, place - 1) : max(0, place - 1) + 2]
     # Below the smallest row the weights remain.
@@ -167,8 +126,8 @@ def free_machine_memory() -> float | None:
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         except (ValueError, OSError):
             return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) / 2**20 if found else None
+    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(available[0]) / 2**20 if available else None
 
 
 def fitting_settings(
@@ -199,7 +158,7 @@ def fitting_settings(
         return choices[1]
     if device.has_8bit_adam and device.kind == "cuda":
         choices.append(choices[-1] | {"optimizer": "adamw8bit"})
-    fitting = (one for one in choices if _fits(family, resolution, one, device, batch))
+    fitting = (c for c in choices if _fits(family, resolution, c, device, batch))
     return next(fitting, choices[-1])
 
 
@@ -252,20 +211,20 @@ def what_would_fit(
         smaller_batch: What makes a batch of one.
     """
     half = "fp16" if device.kind == "cuda" and not device.has_bf16 else "bf16"
-    said: list[str] = []
+    changes: list[str] = []
     changed = dict(settings)
     for name, value in (("mixed_precision", half), ("gradient_checkpointing", True)):
         is_used = changed[name] == value or (name, changed[name]) == ("mixed_precision", "fp16")
         if not is_used:
-            said.append(f"{name} {'on' if value is True else value}")
+            changes.append(f"{name} {'on' if value is True else value}")
             changed[name] = value
-        if said and _fits(family, resolution, changed, device, batch):
-            return " and ".join(said)
+        if changes and _fits(family, resolution, changed, device, batch):
+            return " and ".join(changes)
     if batch > 1:
-        said.append(smaller_batch)
+        changes.append(smaller_batch)
     for size in (resolution, *(size for size in _SIZES if size < resolution)):
         if _fits(family, size, changed, device, 1):
-            return " and ".join([*said, *([f"resolution {size}"] if size < resolution else [])])
+            return " and ".join([*changes, *([f"resolution {size}"] if size < resolution else [])])
     return ""
 
 

@@ -30,6 +30,7 @@ from dora_diffusion.generate import (
 )
 from dora_diffusion.models.components import SAMPLERS
 from dora_diffusion.models.load import load_components
+from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.pictures import parameters_text, parse_parameters, read_parameters, save_png
 
 QUICK = SamplingSettings(steps=3, guidance_scale=4.0)
@@ -132,11 +133,8 @@ def test_the_knobs_reach_every_layer(sd1_folder, sd1_adapter):
         sd1_folder, sd1_adapter, strength=0.5, direction=0.25, magnitude=0.75
     )
     for model in components.adaptable().values():
-        knobs = {
-            (one.strength, one.direction_strength, one.magnitude_strength)
-            for one in layer_adapters(model)
-        }
-        assert knobs == {(0.5, 0.25, 0.75)}
+        strengths = {adapter.strengths for adapter in layer_adapters(model)}
+        assert strengths == {Strengths(0.5, 0.25, 0.75)}
 
 
 def test_an_adapter_of_the_unet_alone_loads_on_sdxl(sdxl_folder, tmp_path):

@@ -10,7 +10,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import DEFAULT_NAME
-from dora_diffusion.adapters.state import adapter_state, load_adapter_state, module_shapes
+from dora_diffusion.adapters.state import adapter_state, load_adapter_state, module_shapes, path_in
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
@@ -30,7 +30,7 @@ def save_adapter(
     metadata: AdapterMetadata | None = None,
     name: str = DEFAULT_NAME,
 ) -> Path:
-    """Write one adapter in the spelling of a target.
+    """Write one adapter in the key format of a target.
 
     Args:
         components: ``{"unet": ..., "text_encoder": ...}``, or a UNet (or any module) alone.
@@ -70,9 +70,9 @@ def load_adapter(
 
     Args:
         components: As in `save_adapter`.
-        path: A file in any known spelling, or a folder that holds one.
+        path: A file in any known key format, or a folder that holds one.
         name: Name of the new adapter.
-        family: ``"sd1"``, ``"sd2"`` or ``"sdxl"``, for the message if the adapter is for another.
+        family: Name of the model's `Family`, for the message if the adapter is for another.
         alpha: What it was trained with, for a file that does not say it.
 
     Returns:
@@ -117,11 +117,8 @@ def base_weights(components: Components) -> Callable[[str], Tensor]:
     """The live modules' weights by canonical module name, on the CPU."""
 
     def weight_of(name: str) -> Tensor:
-        component, _, path = name.partition(".")
-        model = components[component]
-        if component.startswith("text_encoder") and not hasattr(model, "text_model"):
-            path = path.removeprefix("text_model.")
-        weight = cast(nn.Linear, model.get_submodule(path)).weight
+        component, path = path_in(components, name)
+        weight = cast(nn.Linear, components[component].get_submodule(path)).weight
         return weight.detach().cpu()
 
     return weight_of

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import nn
 
+from dora_diffusion.adapters.fresh import InjectionReport, check_rank, fresh_weights
+from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.layers import (
     AdaptedLayer,
-    LayerAdapter,
     adapt_layer,
     adapted_layers,
     can_adapt,
@@ -23,43 +23,12 @@ from dora_diffusion.adapters.layers import (
     restore_base_class,
 )
 from dora_diffusion.adapters.sources import unwatch_sources, watch_sources
-from dora_diffusion.adapters.targets import is_conv, match_targets
+from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.threads import map_ahead
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis
-from dora_diffusion.wording import counted
+from dora_diffusion.numerics.weights import LayerWeights
 
 DEFAULT_NAME = "default"
-
-
-@dataclass(frozen=True)
-class AdaptedLayerReport:
-    """One line of an `InjectionReport`."""
-
-    path: str
-    kind: str
-    weight_shape: tuple[int, ...]
-    rank: int
-    parameters: int
-
-
-@dataclass(frozen=True)
-class InjectionReport:
-    """What was adapted, and how many parameters train: ``r * (fan_in + out)`` and magnitudes."""
-
-    layers: tuple[AdaptedLayerReport, ...]
-
-    @property
-    def parameters(self) -> int:
-        """Trainable parameters of the adapter."""
-        return sum(layer.parameters for layer in self.layers)
-
-    def __str__(self) -> str:
-        kinds = sorted({layer.kind for layer in self.layers}, reverse=True)
-        counts = ", ".join(f"{sum(one.kind == k for one in self.layers)} {k}" for k in kinds)
-        layers = counted(len(self.layers), "layer")
-        return f"{layers} adapted ({counts}), {self.parameters:,} parameters"
 
 
 def inject_adapters(
@@ -92,46 +61,10 @@ def inject_adapters(
     """
     paths = match_targets(model, config.targets)
     for path in paths:
-        _check_rank(path, model.get_submodule(path), config)
-    weights = {path: _fresh_weights(model.get_submodule(path), config, generator) for path in paths}
+        check_rank(path, model.get_submodule(path), config)
+    weights = {path: fresh_weights(model.get_submodule(path), config, generator) for path in paths}
     put_adapters(model, weights, name=name, dropout=config.dropout)
-    return InjectionReport(tuple(_report(path, one) for path, one in weights.items()))
-
-
-def _report(path: str, weights: LayerWeights) -> AdaptedLayerReport:
-    kind = "Conv2d" if weights.down.ndim == 4 else "Linear"
-    tensors = (weights.down, weights.up, weights.magnitude)
-    count = sum(tensor.numel() for tensor in tensors if tensor is not None)
-    return AdaptedLayerReport(path, kind, weights.weight_shape, weights.rank, count)
-
-
-def _check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
-    weight = cast(torch.Tensor, module.weight)
-    rank, _ = config.rank_and_alpha(is_conv(module))
-    largest = min(weight.shape[0], weight[0].numel())
-    if rank > largest:
-        setting = "conv_rank" if is_conv(module) else "rank"
-        raise ValueError(
-            f"{setting} {rank} is larger than the layer {path} with its weight "
-            f"{tuple(weight.shape)}; use {setting} <= {largest}, or leave that layer out"
-        )
-
-
-def _fresh_weights(
-    module: nn.Module, config: AdapterConfig, generator: torch.Generator | None
-) -> LayerWeights:
-    """A from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) as PEFT draws it, B = 0, m = norm(W); float32."""
-    weight = cast(torch.Tensor, module.weight).detach()
-    rank, alpha = config.rank_and_alpha(is_conv(module))
-    axis = cast(NormAxis, config.norm_axis)
-    # Drawn on the generator's device, so that a seed gives the same adapter on every device.
-    source = torch.device("cpu") if generator is None else generator.device
-    bound = 1 / math.sqrt(weight[0].numel())
-    down = torch.empty(rank, *weight.shape[1:], device=source)
-    down.uniform_(-bound, bound, generator=generator)
-    up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2), device=weight.device)
-    magnitude = weight_norm(weight, axis).float() if config.use_dora else None
-    return LayerWeights(down.to(weight.device), up, magnitude, alpha, axis)
+    return InjectionReport.of(weights)
 
 
 def put_adapters(
@@ -143,22 +76,22 @@ def put_adapters(
         ValueError: If the model lacks a layer, shapes differ, or the name is taken: all of them
             are listed, and nothing was changed.
     """
-    problems = [text for path, one in weights.items() if (text := _misfit(model, path, one, name))]
-    if problems:
+    reasons = [_mismatch_reason(model, path, layer, name) for path, layer in weights.items()]
+    if problems := [reason for reason in reasons if reason]:
         raise ValueError("the adapter does not fit the model: " + "; ".join(problems))
     trained = {id(parameter) for parameter in adapter_parameters(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
     keep_output = not _writes_in_place(model)
-    for path, one in weights.items():
+    for path, layer_weights in weights.items():
         layer = adapt_layer(model.get_submodule(path), keep_output)
-        layer.adapters[name] = LayerAdapter(one.to(layer.weight.device), dropout)
+        layer.adapters[name] = LayerAdapter(layer_weights.to(layer.weight.device), dropout)
         layer.forget(name)
         layer.train(layer.training)
     watch_sources(model)
 
 
-def _misfit(model: nn.Module, path: str, weights: LayerWeights, name: str) -> str | None:
+def _mismatch_reason(model: nn.Module, path: str, weights: LayerWeights, name: str) -> str | None:
     """Why the weights cannot go on the layer at this path."""
     try:
         module = model.get_submodule(path)
@@ -197,8 +130,8 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
         raise ValueError(f"the model has no adapter named {name!r}")
     for layer in layers:
         layer.unmerge()
-        for one in list(layer.adapters) if name is None else [name]:
-            layer.adapters.pop(one) if one in layer.adapters else None
+        for key in [key for key in layer.adapters if name in (None, key)]:
+            del layer.adapters[key]
         if not layer.adapters:
             restore_base_class(layer)
     _unwatch_plain(model)
@@ -225,7 +158,7 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
     """
     layers = [layer for _, layer in adapted_layers(model)]
     ahead = _can_merge_ahead(layers)
-    results = map_ahead(_merged, layers) if ahead else ((one, _merged(one)) for one in layers)
+    results = map_ahead(_merged, layers) if ahead else ((layer, _merged(layer)) for layer in layers)
     for layer, merged in results:
         layer.merge(merged)
         if not keep_base:
@@ -260,11 +193,11 @@ def set_strength(
     magnitude: float | None = None,
     name: str | None = None,
 ) -> None:
-    """Set the knobs of one adapter, or of all: ``W + strength * (W' - W)``.
+    """Set the strengths of one adapter, or of all: ``W + strength * (W' - W)``.
 
     Args:
         model: A model with adapters.
-        strength: 0 is exactly the base, 1 exactly the adapter. None leaves a knob as it is.
+        strength: 0 is exactly the base, 1 exactly the adapter. None leaves a strength as it is.
         direction: Scales the low-rank update before the norm is taken.
         magnitude: Moves the magnitude by this share of its change.
         name: The adapter. None means all.
@@ -272,18 +205,17 @@ def set_strength(
     Raises:
         ValueError: If no layer has such an adapter.
     """
-    knobs = {
+    asked = {
         "strength": strength,
         "direction_strength": direction,
         "magnitude_strength": magnitude,
     }
+    changed = {key: float(value) for key, value in asked.items() if value is not None}
     adapters = list(layer_adapters(model, name))
     if not adapters:
         raise ValueError("the model has no adapter" + (f" named {name!r}" if name else ""))
     for adapter in adapters:
-        for knob, value in knobs.items():
-            if value is not None:
-                setattr(adapter, knob, float(value))
+        adapter.strengths = dataclasses.replace(adapter.strengths, **changed)
     for _, layer in adapted_layers(model):
         if layer._gain_cache is not None:
             layer._gain_cache.clear()

@@ -7,7 +7,6 @@ were. Adapters live in the child module ``adapters``.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -15,71 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.sources import noted_source
 from dora_diffusion.numerics import fast
 from dora_diffusion.numerics.dora import dora_difference, dora_forward, moved_magnitude
-from dora_diffusion.numerics.fast import Gain, GainInputs, Source, WeightStatistics
+from dora_diffusion.numerics.fast import Gain, GainInputs, WeightStatistics
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation, Operation
 from dora_diffusion.numerics.precision import wide, wide_dtype
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
-
-
-class LayerAdapter(nn.Module):
-    """The parameters of one adapter on one layer, float32, and its knobs.
-
-    Attributes:
-        down, up, magnitude: As in `LayerWeights`.
-        strength: ``W + strength * (W' - W)``.
-        direction_strength: Scales ``delta`` before the norm is taken.
-        magnitude_strength: Moves ``m`` by this share of its change from ``norm(W)``.
-        enabled: False switches the adapter off.
-    """
-
-    magnitude: nn.Parameter | None
-
-    def __init__(self, weights: LayerWeights, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.down = nn.Parameter(weights.down)
-        self.up = nn.Parameter(weights.up)
-        magnitude = weights.magnitude
-        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
-        self.alpha = weights.alpha
-        self.norm_axis: NormAxis = weights.norm_axis
-        self.dropout = dropout
-        self.strength = self.direction_strength = self.magnitude_strength = 1.0
-        self.enabled = True
-
-    def weights(self) -> LayerWeights:
-        """The live tensors, not copies."""
-        return LayerWeights(self.down, self.up, self.magnitude, self.alpha, self.norm_axis)
-
-    def scaled_weights(self) -> LayerWeights:
-        """`weights`, with the direction's strength in their scale."""
-        weights = self.weights()
-        if self.direction_strength == 1.0:
-            return weights
-        return dataclasses.replace(weights, alpha=self.direction_strength * self.alpha)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether every knob is at 1, so that the trained formula applies as it is."""
-        return self.strength == self.direction_strength == self.magnitude_strength == 1.0
-
-    @property
-    def scale(self) -> float:
-        """``s``, with the direction's strength in it."""
-        return self.direction_strength * self.alpha / self.down.shape[0]
-
-    @property
-    def strengths(self) -> Strengths:
-        """The knobs."""
-        return Strengths(self.strength, self.direction_strength, self.magnitude_strength)
-
-    def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
-        kind = "LoRA" if self.magnitude is None else f"DoRA, norm_axis={self.norm_axis}"
-        return f"{kind}, rank={self.down.shape[0]}, alpha={self.alpha:g}"
+from dora_diffusion.numerics.weights import NormAxis, Strengths
 
 
 class AdaptedLayer(nn.Module):
@@ -111,7 +54,7 @@ class AdaptedLayer(nn.Module):
         """The adapters that change the output."""
         for name, adapter in self.adapters.items():
             adapter = cast(LayerAdapter, adapter)
-            if adapter.enabled and adapter.strength != 0:
+            if adapter.enabled and adapter.strengths.strength != 0:
                 yield name, adapter
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,31 +78,23 @@ class AdaptedLayer(nn.Module):
         source = noted_source(x)
         unpadded = _to_compute_dtype(x)
         x = self.prepare(unpadded)
-        if x is not unpadded:
-            source = None
         name, adapter = active[0]
-        dropping = self.training and any(one.dropout > 0 for _, one in active)
-        if len(active) > 1 or adapter.magnitude is None or not adapter.is_plain or dropping:
+        dropping = self.training and any(other.dropout > 0 for _, other in active)
+        is_plain = adapter.strengths == Strengths() and adapter.magnitude is not None
+        if len(active) > 1 or not is_plain or dropping:
             return self._sum_of_differences(active, x)
+        weights = adapter.weights()
         if not fast.ENABLED:
-            return dora_forward(self.operation(), x, self.weight, self.bias, adapter.weights())
-        return self._fast(adapter, x, self.gain(name, adapter), source)
-
-    def _fast(self, adapter: LayerAdapter, x: Tensor, gain: Gain, source: Source | None) -> Tensor:
-        """`dora_forward`, for less: one adapter at full strength without dropout."""
-        assert adapter.magnitude is not None
-        factors = adapter.down, adapter.up, adapter.magnitude
+            return dora_forward(self.operation(), x, self.weight, self.bias, weights)
         return fast.dora(
             self.operation(),
-            adapter.norm_axis,
             x,
             self.weight,
             self.bias,
-            *factors,
-            gain,
-            adapter.scale,
+            weights,
+            self.gain(name, adapter),
             keep_output=self.keep_output,
-            source=source,
+            source=source if x is unpadded else None,
         )
 
     def _sum_of_differences(self, active: list[tuple[str, LayerAdapter]], x: Tensor) -> Tensor:
@@ -172,30 +107,19 @@ class AdaptedLayer(nn.Module):
         for name, adapter in active:
             # Dropout is on the low-rank path as in PEFT, where W x is part of that path.
             dropped = F.dropout(x, adapter.dropout, self.training)
+            # The fast path keeps it for a step.
+            keeps_norm = fast.ENABLED and adapter.magnitude is not None
             difference = dora_difference(
                 op,
                 dropped,
                 self.weight,
                 adapter.scaled_weights(),
-                adapter.magnitude_strength,
-                norm=self._norm(name, adapter),
+                adapter.strengths.magnitude_strength,
+                norm=self.gain(name, adapter).norm if keeps_norm else None,
                 unbiased=unbiased if dropped is x or adapter.dropout == 0 else None,
             )
-            result = result + (adapter.strength * difference).to(dtype)
+            result = result + (adapter.strengths.strength * difference).to(dtype)
         return result
-
-    def _norm(self, name: str, adapter: LayerAdapter) -> Tensor | None:
-        """``norm(W + delta)``, where the fast path keeps it for a step; None where it does not."""
-        if adapter.magnitude is None or not fast.ENABLED:
-            return None
-        return self.gain(name, adapter).norm
-
-    def _magnitude(self, adapter: LayerAdapter) -> Tensor:
-        """``m``, moved by ``magnitude_strength``."""
-        assert adapter.magnitude is not None
-        if adapter.magnitude_strength == 1.0:
-            return wide(adapter.magnitude)
-        return moved_magnitude(self.weight, adapter.weights(), adapter.magnitude_strength)
 
     def gain(self, name: str, adapter: LayerAdapter) -> Gain:
         """Norm and gain of one adapter: from the scope's cache where one is open, else computed."""
@@ -209,15 +133,11 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def _gain_inputs(self, adapter: LayerAdapter) -> GainInputs:
-        axis = adapter.norm_axis
+        layer, axis = adapter.scaled_weights(), adapter.norm_axis
+        magnitude = moved_magnitude(self.weight, layer, adapter.strengths.magnitude_strength)
+        statistics = self._weight_statistics(axis)
         return GainInputs(
-            self._magnitude(adapter),
-            self.weight,
-            adapter.down,
-            adapter.up,
-            adapter.scale,
-            axis,
-            self._weight_statistics(axis),
+            magnitude, self.weight, layer.down, layer.up, layer.scale, axis, statistics
         )
 
     def forget(self, name: str) -> None:

@@ -7,30 +7,26 @@ CLIPTextModel and kept it in CLIPTextModelWithProjection; names on disk always h
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
 from dora_diffusion.adapters.inject import DEFAULT_NAME, put_adapters
-from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers
-from dora_diffusion.formats.names.modules import with_text_model
+from dora_diffusion.adapters.layer_adapter import LayerAdapter
+from dora_diffusion.adapters.layers import adapted_layers, can_adapt
+from dora_diffusion.formats.names.modules import canonical
 from dora_diffusion.numerics.weights import LayerWeights
 
-_TEXT_LEVEL = "text_model."
 
-
-def _on_disk(component: str, path: str) -> str:
-    if component.startswith("text_encoder"):
-        path = with_text_model(path)  # but the projection, which lies beside that level
-    return f"{component}.{path}"
-
-
-def _in_model(component: str, name: str, model: nn.Module) -> str:
-    path = name.removeprefix(f"{component}.")
-    if component.startswith("text_encoder") and not hasattr(model, "text_model"):
-        path = path.removeprefix(_TEXT_LEVEL)
-    return path
+def path_in(components: Mapping[str, nn.Module], name: str) -> tuple[str, str]:
+    """The component, and the module's path in its live model, of a canonical name."""
+    component, _, path = name.partition(".")
+    is_text = component.startswith("text_encoder")
+    if is_text and not hasattr(components.get(component), "text_model"):
+        path = path.removeprefix("text_model.")
+    return component, path
 
 
 def adapter_state(
@@ -46,7 +42,7 @@ def adapter_state(
         ValueError: If no component has this adapter.
     """
     state = {
-        _on_disk(component, path): _detached(cast(LayerAdapter, layer.adapters[name]))
+        canonical(component, path): _detached(cast(LayerAdapter, layer.adapters[name]))
         for component, model in components.items()
         for path, layer in adapted_layers(model)
         if name in layer.adapters
@@ -57,17 +53,11 @@ def adapter_state(
 
 
 def _detached(adapter: LayerAdapter) -> LayerWeights:
-    def copy(tensor: nn.Parameter) -> nn.Parameter:
-        return cast(nn.Parameter, tensor.detach().to("cpu", copy=True))
-
-    weights = adapter.weights()
-    return LayerWeights(
-        copy(adapter.down),
-        copy(adapter.up),
-        None if adapter.magnitude is None else copy(adapter.magnitude),
-        weights.alpha,
-        weights.norm_axis,
-    )
+    copies: dict[str, Any] = {
+        name: parameter.detach().to("cpu", copy=True)
+        for name, parameter in adapter.named_parameters()
+    }
+    return dataclasses.replace(adapter.weights(), **copies)
 
 
 def load_adapter_state(
@@ -85,9 +75,8 @@ def load_adapter_state(
     split: dict[str, dict[str, LayerWeights]] = {component: {} for component in components}
     strangers = []
     for key, weights in state.items():
-        component = key.partition(".")[0]
+        component, path = path_in(components, key)
         if component in split:
-            path = _in_model(component, key, components[component])
             split[component][path] = weights
         else:
             strangers.append(key)
@@ -102,10 +91,8 @@ def load_adapter_state(
 
 def module_shapes(components: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """Canonical name -> weight shape of every layer that could be adapted."""
-    from dora_diffusion.adapters.layers import can_adapt
-
     return {
-        _on_disk(component, path): tuple(cast(nn.Linear, module).weight.shape)
+        canonical(component, path): tuple(cast(nn.Linear, module).weight.shape)
         for component, model in components.items()
         for path, module in model.named_modules()
         if path and can_adapt(module)

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.jobs.queue import is_small
-from dora_diffusion.jobs.workspace import AppError
-from dora_diffusion.models.family import (
+from dora_diffusion.families import (
     FAMILIES,
+    USUAL,
+    Family,
     UnsupportedModelError,
-    detect_checkpoint_family,
     detect_folder_family,
 )
+from dora_diffusion.jobs.queue import is_small
+from dora_diffusion.jobs.workspace import AppError
 from dora_diffusion.models.locate import (
     EMBEDDED_PREFIX,
     HUB_ID,
@@ -51,7 +52,7 @@ class Base:
 
     Attributes:
         name: What ``pretrained_model_name_or_path`` is given.
-        family: ``"sd1"``, ``"sd2"``, ``"sdxl"``; ``""`` while it is not known.
+        family: Name of its `Family`; ``""`` while it is not known.
         where: In a few words, where it is.
     """
 
@@ -72,7 +73,7 @@ class Facts:
     """What of a model decides the settings that suit it.
 
     Attributes:
-        family: ``"sd1"``, ``"sd2"``, ``"sdxl"``; ``""`` while it is not on this machine.
+        family: Name of its `Family`; ``""`` while it is not on this machine.
         resolution: Side in pixels that it trains at by default.
         has_released_shape: Whether it is as large as the released models of its family.
     """
@@ -82,7 +83,7 @@ class Facts:
     has_released_shape: bool
 
 
-UNKNOWN = Facts("", FAMILIES["sd1"].default_resolution, False)
+UNKNOWN = Facts("", USUAL.default_resolution, False)
 
 
 def facts_of(name: str) -> Facts:
@@ -94,8 +95,7 @@ def facts_of(name: str) -> Facts:
     try:
         path = Path(name).expanduser()
         if path.is_file():
-            family = _file_family(path, path.stat().st_mtime_ns)
-            return Facts(family, FAMILIES[family].default_resolution, True)
+            return _released_facts(_file_family(path, path.stat().st_mtime_ns))
         folder = _folder_of(name)
         if folder is not None:
             return _folder_facts(folder, (folder / "model_index.json").stat().st_mtime_ns)
@@ -103,8 +103,12 @@ def facts_of(name: str) -> Facts:
         raise AppError(str(error)) from error
     except (OSError, KeyError, ValueError) as error:
         raise AppError(f"{name} cannot be read as a model: {error}") from error
-    released = _released().get(name)
-    return Facts(released, FAMILIES[released].default_resolution, True) if released else UNKNOWN
+    released = (_released_facts(one) for one in FAMILIES.values() if one.released_id == name)
+    return next(released, UNKNOWN)
+
+
+def _released_facts(family: Family) -> Facts:
+    return Facts(family.name, family.default_resolution, True)
 
 
 def _folder_of(name: str) -> Path | None:
@@ -134,10 +138,11 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=256)
-def _file_family(path: Path, modified: int) -> str:
+def _file_family(path: Path, modified: int) -> Family:
+    from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
     from dora_diffusion.formats.files.header import read_header
 
-    return detect_checkpoint_family(read_header(path).specs.keys(), str(path)).name
+    return detect_checkpoint_family(read_header(path).specs.keys(), str(path))
 
 
 def check_base(name: str, revision: str | None = None, *, ask_hub: bool = False) -> None:
@@ -200,13 +205,6 @@ def on_this_machine(found: Sequence[Base]) -> list[Base]:
     ]
 
 
-def _released() -> dict[str, str]:
-    """Hub id of a released model -> family."""
-    from dora_diffusion.export.folder_plan import RELEASED
-
-    return {name: family for family, name in RELEASED.items()}
-
-
 def bases(workspace: Path, listed: Sequence[str], folders: Sequence[Path]) -> list[Base]:
     """Every base model to offer on this machine, the embedded ones first.
 
@@ -219,9 +217,9 @@ def bases(workspace: Path, listed: Sequence[str], folders: Sequence[Path]) -> li
     for folder, where in model_folders(os.environ, workspace, folders):
         found += in_folder(folder, where)
     found += [
-        Base(name, family, _TO_DOWNLOAD)
-        for name, family in _released().items()
-        if family in ("sd1", "sdxl")
+        Base(family.released_id, family.name, _TO_DOWNLOAD)
+        for family in FAMILIES.values()
+        if family.is_suggested
     ]
     unique: dict[str, Base] = {}
     for base in found:

@@ -18,11 +18,11 @@ from dora_diffusion.app.studio import Studio
 from dora_diffusion.app.toy_world import outside_toy_world
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.console.errors import explain
+from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs.queue import JobQueue
 from dora_diffusion.jobs.snapshot import Job, read_job, snapshot
 from dora_diffusion.jobs.workspace import AppError, Workspace
 from dora_diffusion.memory import Device, describe_device, fitting_settings, needed_memory
-from dora_diffusion.models.family import FAMILIES
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 _FRESH_SECONDS = 0.8

@@ -10,10 +10,10 @@ from typing import Any
 
 from dora_diffusion.app.bases import UNKNOWN, check_base, check_variant, facts_of
 from dora_diffusion.config import Setting, TrainConfig, settings, without_effect
+from dora_diffusion.families import FAMILIES, USUAL
 from dora_diffusion.jobs.queue import is_small
 from dora_diffusion.jobs.workspace import AppError, clean_text
 from dora_diffusion.memory import Device, fitting_settings
-from dora_diffusion.models.family import FAMILIES
 from dora_diffusion.models.locate import EMBEDDED_PREFIX, looks_local
 from dora_diffusion.toy import MODELS
 
@@ -89,7 +89,7 @@ def _released_values(preset: str, model: str, device: Device) -> dict[str, Any]:
     values = {
         **_RELEASED_COMMON,
         **table,
-        "max_train_steps": round(share * FAMILIES[facts.family or "sd1"].default_steps),
+        "max_train_steps": round(share * FAMILIES.get(facts.family, USUAL).default_steps),
     }
     family = facts.family if facts.has_released_shape else ""
     batch = 2 if table["with_prior_preservation"] else 1

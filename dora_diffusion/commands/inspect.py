@@ -33,15 +33,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _facts(report: AdapterReport) -> list[tuple[str, str]]:
-    from dora_diffusion.formats.names.modules import FAMILY_TITLES
+    from dora_diffusion.families import FAMILIES
 
     facts, size = report.metadata, report.nbytes / 1e6
-    family = FAMILY_TITLES.get(facts.family)
+    family = FAMILIES.get(facts.family)
     axis = f", magnitudes on the {report.norm_axis} axis" if report.norm_axis else ""
     rows = [
         ("file", f"{report.path.name}, {_key_format(report.spelling)}, {size:.2f} MB"),
         ("method", report.method + axis),
-        ("family", f"{family} ({facts.family})" if family else "unknown; convert with --family"),
+        (
+            "family",
+            f"{family.title} ({family.name})" if family else "unknown; convert with --family",
+        ),
         ("rank", _one_or_range(report.rank)),
         ("alpha", _one_or_range(report.alpha)),
         ("layers", f"{_listed(report.layers)}; {_listed(report.kinds)}"),

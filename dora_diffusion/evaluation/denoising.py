@@ -54,20 +54,12 @@ def held_out_losses(
     """
     if not len(images) == len(captions) == len(seeds):
         raise ValueError(f"{len(images)} images, {len(captions)} captions, {len(seeds)} seeds")
-    modules = list(components.modules().values())
-    training = [module.training for module in modules]
-    for module in modules:
-        module.eval()
-    try:
-        with norm_scope(*components.adaptable().values()):
-            conditioning = _conditioning(components, captions)
-            return [
-                _loss(components, image, conditioning[row], seed, batch_size)
-                for row, (image, seed) in enumerate(zip(images, seeds, strict=True))
-            ]
-    finally:
-        for module, mode in zip(modules, training, strict=True):
-            module.train(mode)
+    with components.eval_mode(), norm_scope(*components.adaptable().values()):
+        conditioning = _conditioning(components, captions)
+        return [
+            _loss(components, image, conditioning[row], seed, batch_size)
+            for row, (image, seed) in enumerate(zip(images, seeds, strict=True))
+        ]
 
 
 def _conditioning(components: Components, captions: Sequence[str]) -> Conditioning:

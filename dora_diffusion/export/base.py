@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.formats.checkpoint.file import CheckpointFile
+from dora_diffusion.families import Family, detect_folder_family
+from dora_diffusion.formats.checkpoint.file import CheckpointFile, detect_checkpoint_family
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.files.header import PICKLED
 from dora_diffusion.formats.files.stream import read_header
@@ -21,12 +22,12 @@ class OpenModel:
 
     Attributes:
         path: Its folder or file.
-        family: ``"sd1"``, ``"sd2"`` or ``"sdxl"``.
+        family: What kind of model it is.
         weights: Its tensors by canonical name.
     """
 
     path: Path
-    family: str
+    family: Family
     weights: PipelineFolder | CheckpointFile
 
     @property
@@ -67,7 +68,6 @@ def open_model(model: str | Path, variant: str | None = None) -> Iterator[OpenMo
         UnsupportedModelError, ModelNotFoundError: If it is another kind of model, or none.
     """
     # Imported here: the model layer may import heavy libraries.
-    from dora_diffusion.models.family import detect_checkpoint_family, detect_folder_family
     from dora_diffusion.models.locate import resolve_folder
 
     file = Path(model).expanduser()
@@ -76,11 +76,11 @@ def open_model(model: str | Path, variant: str | None = None) -> Iterator[OpenMo
             f"{file.name} is a pickle, which can run code when opened; give a .safetensors file"
         )
     if file.suffix == ".safetensors" and file.is_file():
-        family = detect_checkpoint_family(read_header(file).specs, file.name).name
+        family = detect_checkpoint_family(read_header(file).specs, file.name)
         with CheckpointFile.open(file, family) as checkpoint:
             yield OpenModel(file, family, checkpoint)
         return
     is_home = str(model).startswith("~")
     folder = resolve_folder(file if is_home else model, variant=variant)
     with PipelineFolder.open(folder, variant) as pipeline:
-        yield OpenModel(folder, detect_folder_family(folder).name, pipeline)
+        yield OpenModel(folder, detect_folder_family(folder), pipeline)

@@ -102,7 +102,7 @@ def convert_adapter(
         base: The base model (folder, hub id, ``embedded:NAME`` or single file). Needed by
             ``dense``, the approximations, and ``comfyui`` for magnitudes on the output axis;
             checks the adapter's fit in any case.
-        family: ``"sd1"``, ``"sd2"`` or ``"sdxl"``, for files that do not say it.
+        family: Name of a `Family`, for files that do not say it.
         rank: Rank of an approximation.
         alpha: What it was trained with, for a file that lost it.
         tags: Words that adapter managers and web UIs show.
@@ -241,4 +241,4 @@ def open_base(base: str | Path) -> Iterator[ModuleWeights]:
             check_dtype(name, weights.specs[f"{name}.weight"].dtype)
             return weights[f"{name}.weight"]
 
-        yield ModuleWeights(model.family, weights.module_shapes(), load)
+        yield ModuleWeights(model.family.name, weights.module_shapes(), load)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.export.output import ExportError
+from dora_diffusion.families import WEIGHT_COMPONENTS, Family
 from dora_diffusion.formats.adapter.keys import listing
 from dora_diffusion.formats.checkpoint.file import CheckpointFile
 from dora_diffusion.formats.checkpoint.folder import (
-    WEIGHT_COMPONENTS,
     WEIGHT_SUFFIXES,
     PipelineFolder,
     canonical_tensor,
@@ -25,14 +25,11 @@ from dora_diffusion.formats.checkpoint.keys import UNET_PREFIX, VAE_PREFIX
 Shard = dict[str, str]
 Shapes = Mapping[str, tuple[int, ...]]
 
-# The released models, whose configuration and tokenizers fit their single files.
-RELEASED = {
-    "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd2": "stabilityai/stable-diffusion-2-1",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
 WEIGHT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner.")
-_BUFFERS = ("position_ids", "logit_scale", "attn_mask")
+# Tensors that some layouts have and others do not.
+BUFFERS = ("position_ids", "logit_scale", "attn_mask")
+# Stable Diffusion 2 leaves out the last layer and the projection of its text encoder.
+UNUSED = ("text_encoder.text_projection.", "text_encoder.text_model.encoder.layers.")
 
 
 @dataclass(frozen=True)
@@ -104,13 +101,11 @@ def plan_of_checkpoint(checkpoint: CheckpointFile, config: Path, shapes: Shapes)
         for name, shape in shapes.items()
         if name not in checkpoint.specs or checkpoint.specs[name].shape != shape
     ]
-    # Stable Diffusion 2 leaves out the last layer and the projection of its text encoder.
-    unused = ("text_encoder.text_projection.", "text_encoder.text_model.encoder.layers.")
-    extra = [n for n in checkpoint.specs if n not in shapes and not n.startswith(unused)]
+    extra = [n for n in checkpoint.specs if n not in shapes and not n.startswith(UNUSED)]
     extra += [
         key
         for key in checkpoint.copied_specs()
-        if key.startswith(WEIGHT_PREFIXES) and not key.endswith(_BUFFERS) and ".loss." not in key
+        if key.startswith(WEIGHT_PREFIXES) and not key.endswith(BUFFERS) and ".loss." not in key
     ]
     if missing or extra:
         raise ExportError(
@@ -126,7 +121,7 @@ def plan_of_checkpoint(checkpoint: CheckpointFile, config: Path, shapes: Shapes)
 
 
 def configuration_folder(
-    config: str | Path | None, family: str, checkpoint: CheckpointFile
+    config: str | Path | None, family: Family, checkpoint: CheckpointFile
 ) -> Path:
     """The folder with configuration and tokenizers: the given one, or the released model's.
 
@@ -138,15 +133,16 @@ def configuration_folder(
 
     if config is not None:
         return resolve_folder(config)
-    if family == "sd2" and "prediction_type" not in checkpoint.schedule():
+    if family.released_epsilon_id and "prediction_type" not in checkpoint.schedule():
         raise ExportError(
             f"{checkpoint.reader.path.name} does not say whether it predicts the noise or v, as "
-            "Stable Diffusion 2 has both: give a diffusers folder or hub id of its kind as config "
-            f"(--config), such as {RELEASED['sd2']} (v) or {RELEASED['sd2']}-base (the noise)"
+            f"{family.title} has both: give a diffusers folder or hub id of its kind as config "
+            f"(--config), such as {family.released_id} (v) or {family.released_epsilon_id} "
+            "(the noise)"
         )
     try:
         return fetch_snapshot(
-            RELEASED[family], None, ["model_index.json", "*/*.json", "tokenizer*/*"], []
+            family.released_id, None, ["model_index.json", "*/*.json", "tokenizer*/*"], []
         )
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
@@ -175,7 +171,7 @@ def shapes_of_configuration(config: Path) -> dict[str, tuple[int, ...]]:
         shapes |= {
             canonical_tensor(component, key): tuple(tensor.shape)
             for key, tensor in model.state_dict().items()
-            if not key.endswith(_BUFFERS)
+            if not key.endswith(BUFFERS)
         }
     return shapes
 

@@ -24,5 +24,5 @@ def inspect_adapter(path: str | Path, base: str | Path | None = None) -> Adapter
     with open_model(base) as model:
         weights = model.weights
         return inspect_file(
-            path, weights.module_shapes(), lambda name: weights[f"{name}.weight"], model.family
+            path, weights.module_shapes(), lambda name: weights[f"{name}.weight"], model.family.name
         )

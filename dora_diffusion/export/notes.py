@@ -45,8 +45,8 @@ class MergeNotes:
         triggers = dict.fromkeys(a.metadata.trigger for a in adapters if a.metadata.trigger)
         self._triggers = list(triggers)
         if output.suffix == ".safetensors":
-            # Only of Stable Diffusion 2 there are both; the others say so if they predict v.
-            usual = "" if model.family == "sd2" else "epsilon"
+            # Where there are releases of both kinds, silence tells nothing.
+            usual = "" if model.family.released_epsilon_id else "epsilon"
             prediction_type = model.schedule().get("prediction_type", usual)
             spec = modelspec_fields(model.family, output.stem, ", ".join(triggers), prediction_type)
             if not prediction_type:  # of two architectures; what the base says of itself stays

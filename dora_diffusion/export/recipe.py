@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dora_diffusion.export.output import ExportError
+from dora_diffusion.families import Family
 from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
 from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.adapter.targets import PEFT_FILE
@@ -69,7 +70,7 @@ class Recipe:
     def read(
         self,
         shapes: Mapping[str, tuple[int, ...]],
-        family: str,
+        family: Family,
         base_weight: Callable[[str], Tensor],
         alpha: float | None = None,
     ) -> list[AdapterFile]:
@@ -91,7 +92,12 @@ class Recipe:
 
         def read(path: str | Path, alpha: float | None = None) -> AdapterFile:
             return read_adapter(
-                path, shapes, base_family=family, base_weight=base_weight, alpha=alpha, sums=True
+                path,
+                shapes,
+                base_family=family.name,
+                base_weight=base_weight,
+                alpha=alpha,
+                sums=True,
             )
 
         adapters = [read(path) for path, _ in self.pairs()]

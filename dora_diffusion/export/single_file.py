@@ -16,8 +16,9 @@ from dora_diffusion.export.output import (
     ProgressReporter,
     check_space,
 )
+from dora_diffusion.families import WEIGHT_COMPONENTS, Family
 from dora_diffusion.formats.checkpoint.file import POSITIONS, CheckpointFile, standard_key
-from dora_diffusion.formats.checkpoint.folder import WEIGHT_COMPONENTS, PipelineFolder
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.checkpoint.keys import (
     Entry,
     ModelFacts,
@@ -32,7 +33,7 @@ from dora_diffusion.formats.files.stream import TensorSpec, write_tensors
 def write_folder_as_file(
     merged: MergedModel,
     pipeline: PipelineFolder,
-    family: str,
+    family: Family,
     output: Path,
     notes: MergeNotes,
     on_progress: OnProgress | None,

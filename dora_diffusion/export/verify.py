@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.export.base import OpenModel, open_model
-from dora_diffusion.export.folder_plan import WEIGHT_PREFIXES
+from dora_diffusion.export.folder_plan import BUFFERS, UNUSED, WEIGHT_PREFIXES
 from dora_diffusion.export.merged import BaseWeights, MergedModel
 from dora_diffusion.export.notes import MERGED
 from dora_diffusion.export.output import OnProgress, ProgressReporter
 from dora_diffusion.export.recipe import Adapters, Recipe, adapter_hash, recorded
 from dora_diffusion.export.vae import WithVae, open_vae
 from dora_diffusion.formats.checkpoint.file import LEFT_OUT, MARKERS, CheckpointFile, standard_key
+from dora_diffusion.formats.checkpoint.keys import marker_names
 from dora_diffusion.formats.names.modules import split_component
 from dora_diffusion.merge import layers_of, merge_tensor
 from dora_diffusion.numerics.merging import cast_error, merge_error
@@ -26,8 +27,6 @@ from dora_diffusion.numerics.threads import map_ahead
 
 # What another machine's or library's summation order may change, relative to the largest entry.
 _FLOAT32_NOISE = 16 * torch.finfo(torch.float32).eps
-# Tensors that some layouts have and others do not.
-_OPTIONAL = ("position_ids", "logit_scale", "attn_mask")
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class Comparison:
         """Compare all tensors."""
         base, found = self.expected.base.specs, self.found.specs
         for name in sorted(base.keys() ^ found.keys()):
-            if not name.endswith(_OPTIONAL) and not self._left_out(name):
+            if not name.endswith(BUFFERS) and not self._left_out(name):
                 whose = "the merged model" if name in base else "the base"
                 self.problems.append(f"{name} is not in {whose}")
         names = sorted(base.keys() & found.keys())
@@ -160,9 +159,8 @@ class Comparison:
     def _left_out(self, name: str) -> bool:
         """What a folder does not hold of an original Stable Diffusion 2 checkpoint."""
         original = isinstance(self.expected.base, CheckpointFile)
-        unused = ("text_encoder.text_projection.", "text_encoder.text_model.encoder.layers.")
         adapted = layers_of(name, self.expected.adapters)
-        return original and name not in self.found.specs and name.startswith(unused) and not adapted
+        return original and name not in self.found.specs and name.startswith(UNUSED) and not adapted
 
     def _compare_unadapted(self, name: str) -> None:
         actual = self.found[name]
@@ -244,7 +242,7 @@ def _extra_keys(found: CheckpointFile, base: OpenModel) -> list[str]:
 
     The noise schedule, for one, is a config in folders, and is often left in single files.
     """
-    keys = [k for k in found.copied_specs() if k not in MARKERS and not k.endswith(_OPTIONAL)]
+    keys = [k for k in found.copied_specs() if k not in MARKERS and not k.endswith(BUFFERS)]
     if isinstance(base.weights, CheckpointFile):
         known = {standard_key(key) for key in base.weights.copied_specs()}
         return [key for key in keys if standard_key(key) not in known]
@@ -256,9 +254,9 @@ def _markers(model: OpenModel) -> set[str]:
     if isinstance(model.weights, CheckpointFile):
         return set(MARKERS.keys() & model.weights.reader.specs.keys())
     schedule = model.schedule()
-    if model.family != "sdxl" or schedule["prediction_type"] != "v_prediction":
-        return set()
-    return {"v_pred", "ztsnr"} if schedule["rescale_betas_zero_snr"] else {"v_pred"}
+    return set(
+        marker_names(model.family, schedule["prediction_type"], schedule["rescale_betas_zero_snr"])
+    )
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -56,14 +56,11 @@ def load_model(name: str, adapter: Path | None, files: ModelFiles) -> Components
 
     from dora_diffusion.generate import load_adapted
     from dora_diffusion.memory import auto_precision, describe_device
-    from dora_diffusion.models.load import load_vae
 
     dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = dtypes[auto_precision(describe_device())]
     components, _ = load_adapted(
-        files.base(name), adapter, dtype=dtype, variant=files.variant, config=files.config
-    )
-    if files.vae:
-        vae = load_vae(files.vae, dtype=dtype, family=components.family)
-        components.vae = vae.eval().requires_grad_(False).to(components.device)
+        files.base(name), adapter, dtype=dtype, variant=files.variant, config=files.config,
+        vae=files.vae,
+    )  # fmt: skip
     return components

@@ -1,1 +1,1 @@
-"""The Stable Diffusion families as data, and how they are loaded."""
+"""How a model of a Stable Diffusion family is loaded and asked."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from dora_diffusion.models.family import Family
+from dora_diffusion.families import Family
 from dora_diffusion.models.latents import vae_factor
 
 # Name shown to users -> (diffusers scheduler class, settings that make it that sampler).
@@ -34,7 +35,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 _NOT_TO_ZERO_SNR = ("PNDMScheduler", "HeunDiscreteScheduler")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Components:
     """The modules of one model, frozen and in evaluation mode as loaded.
 
@@ -97,11 +98,6 @@ class Components:
         return int(size if isinstance(size, int) else max(size)) * self.vae_factor
 
     @property
-    def token_limit(self) -> int:
-        """Longest prompt in tokens, with the start and end tokens."""
-        return int(self.tokenizers[0].model_max_length)
-
-    @property
     def device(self) -> torch.device:
         """Device of the UNet."""
         weight: torch.Tensor = next(self.unet.parameters())
@@ -123,6 +119,18 @@ class Components:
         for module in self.modules().values():
             module.to(device)
         return self
+
+    @contextmanager
+    def eval_mode(self) -> Iterator[None]:
+        """Every module in evaluation mode inside the block, and as it was after it."""
+        modes = [(module, module.training) for module in self.modules().values()]
+        for module, _ in modes:
+            module.eval()
+        try:
+            yield
+        finally:
+            for module, is_training in modes:
+                module.train(is_training)
 
     def pipeline(self, scheduler: str | None = None) -> Any:
         """Build the family's text-to-image pipeline from these same modules.

@@ -1,4 +1,4 @@
-"""Pixels to scaled latents and back, through any AutoencoderKL."""
+"""Pixels to scaled latents, through any AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def latents_from_moments(
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     posterior = DiagonalGaussianDistribution(moments)
-    drawn = posterior.mode() if generator is None else posterior.sample(generator)
-    return _scale(vae, drawn)
+    drawn: Tensor = posterior.mode() if generator is None else posterior.sample(generator)
+    shift, divisor = _statistics(vae, drawn)
+    return (drawn - shift) / divisor * float(vae.config.scaling_factor)
 
 
 def encode_images(vae: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -49,14 +50,6 @@ def encode_images(vae: Any, pixels: Tensor, generator: torch.Generator | None = 
     return latents_from_moments(vae, encode_moments(vae, pixels), generator)
 
 
-def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Decode scaled latents ``(B, C, h, w)`` to pixels ``(B, 3, H, W)``, nominally in [-1, 1]."""
-    weight = next(vae.parameters())
-    unscaled = _unscale(vae, latents.to(weight.device, weight.dtype))
-    pixels: Tensor = vae.decode(unscaled, return_dict=False)[0]
-    return pixels
-
-
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """The shift and the divisor of raw latents, broadcastable to ``(B, C, h, w)``.
 
@@ -68,13 +61,3 @@ def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     if mean is not None and std is not None:
         return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1)
     return like.new_tensor(shift), like.new_tensor(1.0)
-
-
-def _scale(vae: Any, raw: Tensor) -> Tensor:
-    shift, divisor = _statistics(vae, raw)
-    return (raw - shift) / divisor * float(vae.config.scaling_factor)
-
-
-def _unscale(vae: Any, latents: Tensor) -> Tensor:
-    shift, divisor = _statistics(vae, latents)
-    return latents / float(vae.config.scaling_factor) * divisor + shift

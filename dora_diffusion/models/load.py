@@ -5,17 +5,15 @@ Weights are read from safetensors only: no pickles, no remote code.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dora_diffusion.families import Family, detect_folder_family
+from dora_diffusion.formats.files.header import PICKLED
 from dora_diffusion.models.components import SAMPLERS, Components, cast_to_weight, fingerprint
-from dora_diffusion.models.family import (
-    Family,
-    UnsupportedModelError,
-    detect_folder_family,
-)
 from dora_diffusion.models.locate import (
     ModelNotFoundError,
     fetch_snapshot,
@@ -31,7 +29,6 @@ __all__ = [
     "SAMPLERS",
     "Components",
     "ModelNotFoundError",
-    "UnsupportedModelError",
     "fingerprint",
     "load_components",
     "load_vae",
@@ -67,7 +64,7 @@ def load_components(
         ValueError: If its files are incomplete or do not belong together.
     """
     path = Path(name).expanduser()
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if path.suffix in PICKLED:
         raise ModelNotFoundError(
             f"{path} is a pickle, which can run code when opened; convert it to .safetensors first"
         )
@@ -77,11 +74,10 @@ def load_components(
         else:
             folder = resolve_folder(str(name), revision=revision, variant=variant)
             components = _load_folder(folder, dtype, variant)
-        if vae is not None:
-            components.vae = load_vae(vae, dtype=dtype, family=components.family)
+        own_vae, family = components.vae, components.family
+        other_vae = own_vae if vae is None else load_vae(vae, dtype=dtype, family=family)
+    components = dataclasses.replace(components, name=str(name), vae=other_vae)
     _bridge_dtypes(components.vae, dtype)
-    components.name = str(name)
-    components.__post_init__()
     for module in components.modules().values():
         module.eval().requires_grad_(False)
     return components
@@ -158,15 +154,12 @@ def _load_tokenizer(folder: Path) -> Any:
 def _load_text_encoders(
     family: Family, folder: Path, dtype: torch.dtype, variant: str | None
 ) -> tuple[Any, ...]:
-    """Load the family's text encoders; the pooled one has a projection."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    """Load the family's text encoders."""
+    import transformers
 
-    classes: list[Any] = [CLIPTextModel] * family.num_text_encoders
-    if family.has_pooled:
-        classes[-1] = CLIPTextModelWithProjection
     return tuple(
-        load_module(kind, folder / part, dtype, variant)
-        for kind, part in zip(classes, family.text_encoder_names, strict=True)
+        load_module(getattr(transformers, kind), folder / part, dtype, variant)
+        for kind, part in zip(family.text_encoder_classes, family.text_encoder_names, strict=True)
     )
 
 

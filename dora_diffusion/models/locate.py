@@ -6,10 +6,12 @@ import os
 import re
 from pathlib import Path
 
+from dora_diffusion import toy
+from dora_diffusion.families import WEIGHT_COMPONENTS
+
 EMBEDDED_PREFIX = "embedded:"
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
-COMPONENT_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 class ModelNotFoundError(ValueError):
@@ -42,7 +44,7 @@ def resolve_folder(
             "a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5, or embedded:NAME"
         )
     allow = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
-    allow += [f"{folder}/{file}" for folder in COMPONENT_FOLDERS for file in _weights(variant)]
+    allow += [f"{folder}/{file}" for folder in WEIGHT_COMPONENTS for file in _weights(variant)]
     ignore = [] if variant else ["*.fp16.*", "*.fp16-*", "*non_ema*", "*.bf16.*"]
     return _checked_folder(fetch_snapshot(text, revision, allow, ignore))
 
@@ -117,17 +119,10 @@ def _weights(variant: str | None) -> list[str]:
 
 
 def _embedded_folder(name: str) -> Path:
-    """Ask the embedded models for a folder."""
     try:
-        from dora_diffusion import toy
-    except ImportError as error:
-        raise ModelNotFoundError(f"no embedded models are installed (asked for {name})") from error
-    try:
-        folder = Path(toy.model_folder(name))
-    except (KeyError, ValueError, FileNotFoundError) as error:
-        detail = str(error.args[0]) if error.args else name
-        raise ModelNotFoundError(f"no embedded model is called {name!r}: {detail}") from error
-    return _checked_folder(folder)
+        return _checked_folder(toy.model_folder(name))
+    except ValueError as error:
+        raise ModelNotFoundError(f"no embedded model is called {name!r}: {error}") from error
 
 
 def _checked_folder(folder: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dora_diffusion.models.family import Family, UnsupportedModelError
+from dora_diffusion.families import Family, UnsupportedModelError
 
 
 def training_scheduler(config: Mapping[str, Any]) -> Any:
@@ -16,10 +16,10 @@ def training_scheduler(config: Mapping[str, Any]) -> Any:
     """
     import diffusers
 
-    own = str(config.get("_class_name", ""))
-    if own.startswith(("EDM", "FlowMatch")):
+    name = str(config.get("_class_name", ""))
+    if name.startswith(("EDM", "FlowMatch")):
         raise UnsupportedModelError(
-            f"the model's scheduler, {own}, has another kind of noise schedule than Stable "
+            f"the model's scheduler, {name}, has another kind of noise schedule than Stable "
             "Diffusion 1, 2 and XL; such models are not supported"
         )
     scheduler_class: Any = diffusers.DDPMScheduler

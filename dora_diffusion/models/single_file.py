@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 
-from dora_diffusion.formats.checkpoint.file import CheckpointFile, standard_key, stated_schedule
+from dora_diffusion.families import Family
+from dora_diffusion.formats.checkpoint.file import (
+    CheckpointFile,
+    detect_checkpoint_family,
+    standard_key,
+    stated_schedule,
+)
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.family import Family, detect_checkpoint_family
 from dora_diffusion.models.locate import is_offline, resolve_folder
 from dora_diffusion.models.scheduling import training_scheduler, zeros_for_empty_prompt
-from dora_diffusion.models.weights import fill_respelled, plain_errors, read_json
+from dora_diffusion.models.weights import fill_renamed, plain_errors, read_json
 
 
 def load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Components:
@@ -62,15 +67,15 @@ def load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) 
 
 
 def _text_encoder(path: Path, family: Family, config: Path) -> torch.nn.Module:
-    """CLIP from a file that misspells its names, which diffusers does not find there."""
+    """CLIP from a file with other names, which diffusers does not find there."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     prefix = "text_encoder."
-    with CheckpointFile.open(path, family.name) as file:
+    with CheckpointFile.open(path, family) as file:
         names = [name for name in file.specs if name.startswith(prefix)]
         tensors = {name.removeprefix(prefix): file[name] for name in names}
     settings = read_json(config / "text_encoder" / "config.json")
     model: torch.nn.Module = CLIPTextModel(CLIPTextConfig(**settings))
-    if not fill_respelled(model, tensors):
+    if not fill_renamed(model, tensors):
         raise ValueError(f"{path}: its text encoder does not fit the configuration {config}")
     return model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dora_diffusion.wording import quoted
 
 if TYPE_CHECKING:
-    from dora_diffusion.models.family import Family, HiddenState
+    from dora_diffusion.families import Family, HiddenState
     from dora_diffusion.models.load import Components
 
 
@@ -37,18 +37,23 @@ class Conditioning:
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Conditioning:
         """The chosen rows, always with a batch dimension."""
         rows = [index] if isinstance(index, int) else index
-        pooled = None if self.pooled is None else self.pooled[rows]
-        return Conditioning(self.encoder_hidden_states[rows], pooled)
+        return self._with(lambda tensor: tensor[rows])
 
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
         """Move or cast the tensors, as ``Tensor.to`` does."""
-        pooled = None if self.pooled is None else self.pooled.to(*args, **kwargs)
-        return Conditioning(self.encoder_hidden_states.to(*args, **kwargs), pooled)
+        return self._with(lambda tensor: tensor.to(*args, **kwargs))
 
     def detach(self) -> Conditioning:
         """Cut the tensors from the autograd graph."""
-        pooled = None if self.pooled is None else self.pooled.detach()
-        return Conditioning(self.encoder_hidden_states.detach(), pooled)
+        return self._with(Tensor.detach)
+
+    def zeros(self) -> Conditioning:
+        """Zeros of the same shapes."""
+        return self._with(torch.zeros_like)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        pooled = None if self.pooled is None else change(self.pooled)
+        return Conditioning(change(self.encoder_hidden_states), pooled)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, as caches and files store them."""
@@ -90,11 +95,10 @@ def encode_prompts(components: Components, prompts: Sequence[str]) -> Conditioni
         raise TypeError("encode_prompts takes a list of prompts, got a single string")
     warn_of_truncation(components.tokenizers[0], prompts)
     tokens = [tokenize(tokenizer, prompts) for tokenizer in components.tokenizers]
+    state = components.family.hidden_state
     encoded = [
-        encode_tokens(encoder, token.input_ids, choice, token.attention_mask)
-        for encoder, token, choice in zip(
-            components.text_encoders, tokens, components.family.hidden_states, strict=True
-        )
+        encode_tokens(encoder, token.input_ids, state, token.attention_mask)
+        for encoder, token in zip(components.text_encoders, tokens, strict=True)
     ]
     return join_encoders(encoded, components.family)
 
@@ -124,7 +128,7 @@ def encode_tokens(
     Args:
         encoder: A CLIP text encoder, with or without a projection.
         input_ids: ``(B, tokens)`` int64.
-        choice: Which hidden state conditions the UNet (`Family.hidden_states`).
+        choice: Which hidden state conditions the UNet (`Family.hidden_state`).
         attention_mask: ``(B, tokens)``, used where the encoder's config asks for it.
     """
     device = next(encoder.parameters()).device
@@ -167,10 +171,7 @@ def encode_unconditional(components: Components, count: int = 1) -> Conditioning
     The released SDXL was trained with zeros instead of an encoded empty prompt.
     """
     empty = encode_prompts(components, [""] * count)
-    if not components.zeros_for_empty_prompt:
-        return empty
-    pooled = None if empty.pooled is None else torch.zeros_like(empty.pooled)
-    return Conditioning(torch.zeros_like(empty.encoder_hidden_states), pooled)
+    return empty.zeros() if components.zeros_for_empty_prompt else empty
 
 
 def truncated_text(tokenizer: Any, prompt: str) -> str:

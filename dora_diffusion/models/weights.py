@@ -31,17 +31,17 @@ def load_module(kind: Any, folder: Path, dtype: torch.dtype, variant: str | None
             output_loading_info=True,
         )
     missing = sorted(report["missing_keys"])
-    if missing and not _load_respelled(module, folder, variant):
+    if missing and not _load_renamed(module, folder, variant):
         raise ValueError(
             f"{folder} is incomplete: {len(missing)} weights are missing, first {missing[0]}"
         )
     return module
 
 
-def _load_respelled(module: nn.Module, folder: Path, variant: str | None) -> bool:
-    """Fill a text encoder whose file spells its names with or without ``text_model.``.
+def _load_renamed(module: nn.Module, folder: Path, variant: str | None) -> bool:
+    """Fill a text encoder whose file has its names with or without ``text_model.``.
 
-    transformers flattened ``CLIPTextModel``; releases differ in which of the spellings they read.
+    transformers flattened ``CLIPTextModel``; releases differ in which of the two they read.
     """
     from safetensors.torch import load_file
 
@@ -49,22 +49,22 @@ def _load_respelled(module: nn.Module, folder: Path, variant: str | None) -> boo
     stored: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob(pattern)):
         stored |= load_file(file)
-    return fill_respelled(module, stored)
+    return fill_renamed(module, stored)
 
 
-def fill_respelled(module: nn.Module, stored: Mapping[str, torch.Tensor]) -> bool:
+def fill_renamed(module: nn.Module, stored: Mapping[str, torch.Tensor]) -> bool:
     """Fill a text encoder with tensors named with or without ``text_model.``; whether they fit."""
     wanted = module.state_dict()
     prefix = "text_model."
-    spellings: list[Callable[[str], str]] = [
+    renames: list[Callable[[str], str]] = [
         lambda key: key,
         lambda key: prefix + key,
         lambda key: key.removeprefix(prefix),
     ]
-    for spell in spellings:
-        found = {key: stored[spell(key)] for key in wanted if spell(key) in stored}
-        if len(found) == len(wanted):
-            module.load_state_dict(found)
+    for rename in renames:
+        tensors = {key: stored[rename(key)] for key in wanted if rename(key) in stored}
+        if len(tensors) == len(wanted):
+            module.load_state_dict(tensors)
             return True
     return False
 

@@ -55,9 +55,9 @@ def dense_gradients(model: nn.Sequential, x: torch.Tensor) -> dict[str, torch.Te
     ((_, layer),) = adapted_layers(model)
     one = layer.adapters["default"]
     down, up, m = (t.detach().double().requires_grad_() for t in (one.down, one.up, one.magnitude))
-    weight = layer.weight.double() + one.scale * (up.flatten(1) @ down.flatten(1)).view_as(
-        layer.weight
-    )
+    weight = layer.weight.double() + one.weights().scale * (
+        up.flatten(1) @ down.flatten(1)
+    ).view_as(layer.weight)
     dims, view = (
         ((1, 2, 3), (-1, 1, 1, 1)) if one.norm_axis == "output" else ((0, 2, 3), (-1, 1, 1))
     )

@@ -19,8 +19,8 @@ from dora_diffusion.app.bases import (
     in_hub_cache,
     model_folders,
 )
+from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs.workspace import AppError
-from dora_diffusion.models.family import FAMILIES
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 

@@ -26,9 +26,9 @@ from dora_diffusion.app.settings import (
 from dora_diffusion.cli import build_parser
 from dora_diffusion.commands.flags import train_config
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file, without_effect
+from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs.workspace import AppError
 from dora_diffusion.memory import Device, needed_memory
-from dora_diffusion.models.family import FAMILIES
 
 
 def config(**changes: object) -> TrainConfig:

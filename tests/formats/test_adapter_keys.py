@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 from torch import nn
 
+from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.adapter.keys import (
     AdapterFormatError,
     group_keys,
@@ -20,10 +22,9 @@ from dora_diffusion.formats.names import modules as module_names
 from dora_diffusion.formats.names import sgm_blocks
 from dora_diffusion.formats.names.modules import kohya_name, spelling_table
 from dora_diffusion.formats.names.sgm_blocks import (
-    SD_LAYOUT,
-    SDXL_LAYOUT,
     UNetLayout,
     from_sgm,
+    released_layout,
     to_sgm,
 )
 
@@ -37,8 +38,7 @@ def modules(folder: Path) -> list[str]:
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_kohya_names_go_there_and_back(family: str, request: pytest.FixtureRequest) -> None:
     names = modules(request.getfixturevalue(f"{family}_folder"))
-    sgm = SDXL_LAYOUT if family == "sdxl" else None
-    renamed = rename_one_to_one(names, lambda name: kohya_name(name, sgm=sgm), "kohya")
+    renamed = rename_one_to_one(names, lambda name: kohya_name(name, FAMILIES[family]), "kohya")
     by_structure, by_table = name_resolver(), name_resolver(names)
     for name, flat in renamed.items():
         assert by_structure(flat) == name
@@ -48,11 +48,11 @@ def test_kohya_names_go_there_and_back(family: str, request: pytest.FixtureReque
 
 def test_both_block_spellings_of_sdxl_are_read(sdxl_folder: Path) -> None:
     names = modules(sdxl_folder)
+    by_diffusers = dataclasses.replace(FAMILIES["sdxl"], kohya_names_original_blocks=False)
     for name in names:
-        diffusers_spelling = kohya_name(name, sgm=None)
+        diffusers_spelling = kohya_name(name, by_diffusers)
         assert diffusers_spelling is not None
-        if not name.startswith("text_encoder_2."):
-            assert name_resolver(names)(diffusers_spelling) == name
+        assert name_resolver(names)(diffusers_spelling) == name
         assert name_resolver()(diffusers_spelling) == name
 
 
@@ -102,7 +102,12 @@ def test_each_underscore_name_has_one_reading() -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", [SD_LAYOUT, SDXL_LAYOUT, UNetLayout(1, (False, True)), UNetLayout(3, (True, False))]
+    "layout",
+    [
+        *map(released_layout, FAMILIES.values()),
+        UNetLayout(1, (False, True)),
+        UNetLayout(3, (True, False)),
+    ],
 )
 def test_sgm_blocks_are_one_to_one(layout: UNetLayout) -> None:
     names = [*sgm_blocks.TOP_MODULES, "mid_block.resnets.1.conv1", "mid_block.attentions.0.proj_in"]

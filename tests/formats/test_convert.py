@@ -24,6 +24,7 @@ from dora_diffusion.export import (
     inspect_adapter,
     verify_checkpoint,
 )
+from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.adapter import file as adapter_file
 from dora_diffusion.formats.adapter.base_targets import approximate, difference, low_rank
 from dora_diffusion.formats.adapter.file import (
@@ -346,10 +347,13 @@ def test_the_two_plans_are_inverse(
     folder = request.getfixturevalue(f"{family}_folder")
     zero = write_adapter(tmp_path / "z", AdapterFile(random_adapter(folder, every=50)))
     base = export_checkpoint(folder, zero, tmp_path / "base.safetensors", strength=0.0)
-    with PipelineFolder.open(folder) as pipeline, CheckpointFile.open(base, family) as file:
+    with (
+        PipelineFolder.open(folder) as pipeline,
+        CheckpointFile.open(base, FAMILIES[family]) as file,
+    ):
         configs = {c: pipeline.config(c) for c in ("unet", "vae", "scheduler")}
         names = list(pipeline.specs)
-        plan = plan_checkpoint(ModelFacts.from_configs(family, configs), names)
+        plan = plan_checkpoint(ModelFacts.from_configs(FAMILIES[family], configs), names)
         assert sorted(file.entries, key=lambda entry: entry.key) == plan
         for name in names:
             assert torch.equal(file[name], pipeline[name]), name

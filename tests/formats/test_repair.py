@@ -15,6 +15,7 @@ from torch import Tensor
 from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.cli import main
 from dora_diffusion.export import convert_adapter
+from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
@@ -282,12 +283,12 @@ def test_onetrainer_spellings(
 
     Magnitudes run along the inputs, (1, in) and (1, in, 1, 1), unless it is told otherwise.
     """
-    from dora_diffusion.formats.names.sgm_blocks import SD_LAYOUT, SDXL_LAYOUT, to_sgm
+    from dora_diffusion.formats.names.sgm_blocks import released_layout, to_sgm
 
     folder = request.getfixturevalue(f"{family}_folder")
     layers = random_adapter(folder, axis="input", every=3)
     shapes = PipelineFolder(folder).module_shapes()
-    layout = SDXL_LAYOUT if family == "sdxl" else SD_LAYOUT
+    layout = released_layout(FAMILIES[family])
     prefixes = {
         "older": {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
         "newer": {"unet": "unet", "text_encoder": "clip_l", "text_encoder_2": "clip_g"},

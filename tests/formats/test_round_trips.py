@@ -25,7 +25,7 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.formats.names.sgm_blocks import SDXL_LAYOUT, UNetLayout
+from dora_diffusion.formats.names.sgm_blocks import USUAL_LAYOUT, UNetLayout
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -175,7 +175,7 @@ def test_the_slot_of_an_upsampler_follows_the_attention_of_its_level(tmp_path: P
 @pytest.mark.parametrize("text", ["0", "x", "1 up_attention=", "1 up_attention=12", "10"])
 def test_what_is_no_layout_is_left_out(text: str) -> None:
     assert UNetLayout.from_text(text) is None
-    assert UNetLayout.from_text(SDXL_LAYOUT.text()) == SDXL_LAYOUT
+    assert UNetLayout.from_text(USUAL_LAYOUT.text()) == USUAL_LAYOUT
 
 
 @pytest.mark.parametrize("target", ["kohya", "comfyui", "dense", "lora"])

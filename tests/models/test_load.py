@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dora_diffusion.families import FAMILIES, UnsupportedModelError
+from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
 from dora_diffusion.models.components import SAMPLERS
-from dora_diffusion.models.family import FAMILIES, UnsupportedModelError, detect_checkpoint_family
 from dora_diffusion.models.load import (
     ModelNotFoundError,
     load_components,
@@ -52,7 +53,6 @@ def test_folders_load_frozen_with_their_facts(
     assert components.vae_factor == 8
     assert components.latent_channels == 4
     assert components.default_resolution == 64
-    assert components.token_limit == 77
     assert components.scheduler.config.beta_schedule == "scaled_linear"
     assert components.scheduler.config.clip_sample is False
     names = ["unet", "text_encoder", "text_encoder_2"][: 1 + encoders]
@@ -128,7 +128,7 @@ def test_text_encoders_load_in_either_spelling(folder: Path, tmp_path: Path) -> 
 
 
 def test_the_spelling_fallback_fills_what_the_library_does_not(sdxl_folder: Path) -> None:
-    from dora_diffusion.models.weights import _load_respelled
+    from dora_diffusion.models.weights import _load_renamed
 
     components = load_components(sdxl_folder)
     for part, encoder in zip(
@@ -137,9 +137,9 @@ def test_the_spelling_fallback_fills_what_the_library_does_not(sdxl_folder: Path
         expected = {key: value.clone() for key, value in encoder.state_dict().items()}
         for weight in encoder.parameters():
             weight.zero_()
-        assert _load_respelled(encoder, sdxl_folder / part, None)
+        assert _load_renamed(encoder, sdxl_folder / part, None)
         assert all(torch.equal(encoder.state_dict()[key], value) for key, value in expected.items())
-    assert not _load_respelled(components.unet, sdxl_folder / "unet", None)
+    assert not _load_renamed(components.unet, sdxl_folder / "unet", None)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])

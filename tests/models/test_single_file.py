@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.export import export_checkpoint
+from dora_diffusion.families import UnsupportedModelError
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.models.family import UnsupportedModelError
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.numerics.weights import LayerWeights

@@ -58,13 +58,10 @@ def test_prompts_encode_as_in_the_pipeline(components: Components) -> None:
 
 def test_token_ids_encode_as_their_prompts_do(components: Components) -> None:
     encoded = [
-        encode_tokens(encoder, tokenize(tokenizer, PROMPTS).input_ids, choice)
-        for encoder, tokenizer, choice in zip(
-            components.text_encoders,
-            components.tokenizers,
-            components.family.hidden_states,
-            strict=True,
+        encode_tokens(
+            encoder, tokenize(tokenizer, PROMPTS).input_ids, components.family.hidden_state
         )
+        for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True)
     ]
     hidden, _, pooled, _ = reference(components, PROMPTS)
     assert_same(join_encoders(encoded, components.family), hidden, pooled)

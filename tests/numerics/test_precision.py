@@ -23,6 +23,7 @@ from dora_diffusion.numerics.precision import (
     keeps_small_updates,
     rounds_float32,
 )
+from dora_diffusion.numerics.weights import LayerWeights
 
 B = torch.backends
 HAS_NEW = hasattr(B.cuda.matmul, "fp32_precision")
@@ -227,7 +228,7 @@ def test_tensor_float_32_does_not_lose_a_small_update(
     gain = make_gain(magnitude, norm)
 
     def change() -> Tensor:
-        y = dora(op, axis, x, weight, None, down, up, magnitude, gain, 1.0)
+        y = dora(op, x, weight, None, LayerWeights(down, up, magnitude, 4.0, axis), gain)
         return y.double() - plain(x, weight).double()
 
     with monkeypatch.context() as patch:

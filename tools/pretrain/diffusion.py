@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_diffusion.models.family import Family
+from dora_diffusion.families import Family
 from dora_diffusion.models.text import Conditioning, encode_tokens, join_encoders
 from dora_diffusion.numerics.loss import denoising_loss, training_target
 from dora_diffusion.numerics.noise import add_noise
@@ -65,11 +65,8 @@ class Denoiser(nn.Module):
     def encode_text(self, token_ids: Tensor) -> Conditioning:
         """What the family's text encoders say of token ids ``(b, MAX_LENGTH)``."""
         encoders = [getattr(self, name) for name in self.family.text_encoder_names]
-        choices = self.family.hidden_states
-        encoded = [
-            encode_tokens(encoder, token_ids, choice)
-            for encoder, choice in zip(encoders, choices, strict=True)
-        ]
+        state = self.family.hidden_state
+        encoded = [encode_tokens(encoder, token_ids, state) for encoder in encoders]
         return join_encoders(encoded, self.family)
 
     def forward(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dora_diffusion.families import FAMILIES
 from dora_diffusion.models.denoise import predict
-from dora_diffusion.models.family import FAMILIES
 from dora_diffusion.models.text import tokenize
 from tools.pretrain.diffusion import SCHEDULE, Denoiser, clip_text_config
 from tools.pretrain.pipeline import finish_folder

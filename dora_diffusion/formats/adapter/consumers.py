@@ -11,9 +11,10 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from dora_diffusion.families import COMPONENTS
 from dora_diffusion.formats.adapter.keys import PEFT_PREFIX
 from dora_diffusion.formats.adapter.metadata import APPROXIMATES, APPROXIMATION_ERROR
-from dora_diffusion.formats.names.modules import COMPONENTS, KOHYA_PREFIXES
+from dora_diffusion.formats.names.modules import KOHYA_PREFIXES
 from dora_diffusion.formats.names.sgm_blocks import TOP_MODULES
 
 EXACT = "exact"

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.families import FAMILIES, guess_family
 from dora_diffusion.formats.adapter.base_targets import TARGETS
 from dora_diffusion.formats.adapter.decode import ModuleShapes, decode_layers, peft_component
 from dora_diffusion.formats.adapter.keys import AdapterFormatError
@@ -38,7 +39,6 @@ from dora_diffusion.formats.files.stream import (
     save_tensors,
     write_tensors,
 )
-from dora_diffusion.formats.names.modules import FAMILY_TITLES, guess_family
 from dora_diffusion.formats.names.sgm_blocks import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -196,13 +196,16 @@ def read_adapter(
     except AdapterFormatError as error:
         if module_shapes is None:
             raise
-        family, base_family = _family(found), base_family or guess_family(module_shapes)
-        if not family or not base_family or family == base_family:
+        made_for, used_on = (
+            FAMILIES.get(name)
+            for name in (_family(found), base_family or guess_family(module_shapes))
+        )
+        if made_for is None or used_on is None or made_for == used_on:
             raise
         raise AdapterFormatError(
-            f"{found.name}: this adapter was made for {FAMILY_TITLES[family]} ({family}), the base "
-            f"is {FAMILY_TITLES[base_family]} ({base_family}): use it with a base model of its own "
-            "family, or train it again on this one"
+            f"{found.name}: this adapter was made for {made_for.title} ({made_for.name}), the base "
+            f"is {used_on.title} ({used_on.name}): use it with a base model of its own family, or "
+            "train it again on this one"
         ) from error
 
 

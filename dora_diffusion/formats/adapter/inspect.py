@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.families import guess_family
 from dora_diffusion.formats.adapter.alpha import DIFFUSERS_METADATA
 from dora_diffusion.formats.adapter.consumers import (
     OTHER,
@@ -38,7 +39,6 @@ from dora_diffusion.formats.adapter.metadata import (
 from dora_diffusion.formats.adapter.report import AdapterReport
 from dora_diffusion.formats.adapter.targets import PEFT_FILE
 from dora_diffusion.formats.files.stream import Header, TensorFileError, read_header
-from dora_diffusion.formats.names.modules import guess_family
 from dora_diffusion.numerics.weights import LayerWeights
 
 # Data types in which numbers are rounded -> the largest relative error of one.

@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
+from dora_diffusion.families import COMPONENTS
 from dora_diffusion.formats.adapter.other_methods import other_method
 from dora_diffusion.formats.names.modules import (
-    COMPONENTS,
     KOHYA_PREFIXES,
     LYCORIS_PREFIX,
     canonical,
@@ -26,7 +26,7 @@ from dora_diffusion.formats.names.modules import (
     spelling_table,
     split_prefix,
 )
-from dora_diffusion.formats.names.sgm_blocks import SDXL_LAYOUT, UNetLayout
+from dora_diffusion.formats.names.sgm_blocks import USUAL_LAYOUT, UNetLayout
 
 # Projections trained as one matrix, one below the other -> their own names.
 _JOINED = {
@@ -90,9 +90,9 @@ def name_resolver(known: Iterable[str] | None = None, layout: UNetLayout | None 
 
     Args:
         known: Canonical module names of the model. They decide where given.
-        layout: UNet layout for original block names, SDXL's if None.
+        layout: UNet layout for original block names, the released SDXL's if None.
     """
-    by_structure = layout or SDXL_LAYOUT
+    by_structure = layout or USUAL_LAYOUT
     if known is None:
         return lambda flat: resolve_by_structure(flat, by_structure)
     names = {name for name in known if name.partition(".")[0] in COMPONENTS}

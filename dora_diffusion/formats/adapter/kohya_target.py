@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dora_diffusion.families import FAMILIES, Family, guess_family
 from dora_diffusion.formats.adapter.keys import AdapterFormatError, rename_one_to_one
 from dora_diffusion.formats.adapter.metadata import (
     OWN,
@@ -23,8 +24,8 @@ from dora_diffusion.formats.adapter.targets import (
     unit_scale,
 )
 from dora_diffusion.formats.files.stream import data_hash
-from dora_diffusion.formats.names.modules import default_layout, guess_family, kohya_name
-from dora_diffusion.formats.names.sgm_blocks import UNetLayout
+from dora_diffusion.formats.names.modules import kohya_name
+from dora_diffusion.formats.names.sgm_blocks import USUAL_LAYOUT, UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights
 
 KOHYA_FILE = "adapter_kohya.safetensors"
@@ -65,9 +66,10 @@ def kohya_names(layers: Layers, metadata: AdapterMetadata, options: WriteOptions
     """
     family = _known_family(layers, metadata)
     trained = UNetLayout.from_text(metadata.extra.get(UNET_LAYERS, ""))
-    layout = options.unet_layout or trained or default_layout(family)
-    sgm = layout if family == "sdxl" else None
-    return rename_one_to_one(layers, lambda name: kohya_name(name, sgm=sgm), "the kohya format")
+    layout = options.unet_layout or trained or USUAL_LAYOUT
+    return rename_one_to_one(
+        layers, lambda name: kohya_name(name, family, layout), "the kohya format"
+    )
 
 
 def kohya_metadata(
@@ -78,20 +80,21 @@ def kohya_metadata(
     fields = own_fields(metadata, layers, target)
     stored = {name: _for_web_uis(layer) for name, layer in layers.items()}
     fields |= kohya_fields(metadata, stored, family, options.title)
-    if options.unet_layout and family == "sdxl":
+    if options.unet_layout and family.kohya_names_original_blocks:
         fields[OWN + UNET_LAYERS] = options.unet_layout.text()
     return fields
 
 
-def _known_family(layers: Layers, metadata: AdapterMetadata) -> str:
+def _known_family(layers: Layers, metadata: AdapterMetadata) -> Family:
     shapes = {name: layer.weight_shape for name, layer in layers.items()}
-    family = metadata.family or guess_family(shapes)
-    if not family:
+    name = metadata.family or guess_family(shapes)
+    if not name:
+        *others, last = FAMILIES
         raise AdapterFormatError(
             "kohya names differ between model families, and this adapter's family is unknown; "
-            "say which it is (sd1, sd2 or sdxl)"
+            f"say which it is ({', '.join(others)} or {last})"
         )
-    return family
+    return FAMILIES[name]
 
 
 def _kohya_tensors(prefix: str, layer: LayerWeights, options: WriteOptions) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dora_diffusion.families import FAMILIES, Family
 from dora_diffusion.numerics.weights import LayerWeights
 
 FORMAT_VERSION = "1"
@@ -31,13 +32,7 @@ TAG_FREQUENCY = "ss_tag_frequency"
 # Datasets have names there, often those of folders.
 _DATASET = "images"
 
-_BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
-_ARCHITECTURES = {
-    "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2-512",
-    "sdxl": "stable-diffusion-xl-v1-base",
-}
-_SD2_V_ARCHITECTURE = "stable-diffusion-v2-768-v"
+_V_ARCHITECTURES = tuple(filter(None, (family.v_architecture for family in FAMILIES.values())))
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class AdapterMetadata:
     """Facts about an adapter that its tensors do not hold.
 
     Attributes:
-        family: ``"sd1"``, ``"sd2"``, ``"sdxl"``, or ``""`` if unknown.
+        family: Name of a `Family`, or ``""`` if unknown.
         base_model: Name of the model it was trained on (a hub id, not a path).
         trigger: The prompt words that call the subject up.
         resolution: Training resolution in pixels.
@@ -70,8 +65,8 @@ class AdapterMetadata:
     tag_frequency: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.family not in ("", *_ARCHITECTURES):
-            raise ValueError(f"family is {self.family!r}; it must be one of {list(_ARCHITECTURES)}")
+        if self.family not in ("", *FAMILIES):
+            raise ValueError(f"family is {self.family!r}; it must be one of {list(FAMILIES)}")
         if self.thumbnail and not self.thumbnail.startswith("data:image/"):
             raise ValueError(f"the thumbnail must be a data URI, got {self.thumbnail[:20]!r}")
 
@@ -133,7 +128,9 @@ def described(text: str, name: str) -> str:
         return ""
 
 
-def modelspec_fields(family: str, title: str, trigger: str, prediction_type: str) -> dict[str, str]:
+def modelspec_fields(
+    family: Family, title: str, trigger: str, prediction_type: str
+) -> dict[str, str]:
     """The ``modelspec.*`` fields of a whole model in the original layout; no empty ones."""
     fields = {
         "modelspec.sai_model_spec": "1.0.0",
@@ -146,26 +143,26 @@ def modelspec_fields(family: str, title: str, trigger: str, prediction_type: str
     return {name: value for name, value in fields.items() if value}
 
 
-def _architecture(family: str, prediction_type: str) -> str:
-    v_prediction = family == "sd2" and prediction_type == "v_prediction"
-    return _SD2_V_ARCHITECTURE if v_prediction else _ARCHITECTURES[family]
+def _architecture(family: Family, prediction_type: str) -> str:
+    predicts_v = prediction_type == "v_prediction"
+    return (predicts_v and family.v_architecture) or family.architecture
 
 
 def kohya_fields(
-    metadata: AdapterMetadata, layers: Mapping[str, LayerWeights], family: str, title: str
+    metadata: AdapterMetadata, layers: Mapping[str, LayerWeights], family: Family, title: str
 ) -> dict[str, str]:
     """The ``ss_*`` and ``modelspec.*`` fields of a kohya-style file."""
     prediction_type = metadata.extra.get("prediction_type", "")
     v_prediction = prediction_type == "v_prediction"
     fields = {
-        "ss_base_model_version": _BASE_VERSIONS[family] + ("_v" if v_prediction else ""),
-        "ss_v2": str(family == "sd2"),
+        "ss_base_model_version": family.kohya_base_version + ("_v" if v_prediction else ""),
+        "ss_v2": str(family.is_kohya_v2),
         "ss_output_name": title,
         "ss_sd_model_name": without_path(metadata.base_model),
         "ss_sd_model_hash": metadata.extra.get("base_model_hash", ""),
         "modelspec.sai_model_spec": "1.0.0",
         TAG_FREQUENCY: _tag_frequency(metadata),
-        "modelspec.implementation": "sgm" if family == "sdxl" else "diffusers",
+        "modelspec.implementation": "sgm" if family.kohya_names_original_blocks else "diffusers",
         "modelspec.architecture": f"{_architecture(family, prediction_type)}/lora",
         "modelspec.title": title,
         "modelspec.trigger_phrase": metadata.trigger,
@@ -210,7 +207,7 @@ def parse_metadata(fields: Mapping[str, str]) -> AdapterMetadata:
     extra = {k: v for k, v in own.items() if k not in (*_FACTS, *_COMPUTED)}
     family = own.get("family", "")
     return AdapterMetadata(
-        family=family if family in _ARCHITECTURES else "",
+        family=family if family in FAMILIES else "",
         base_model=own.get("base_model", ""),
         trigger=own.get("trigger", ""),
         resolution=_pixels(own.get("resolution", "")),
@@ -246,7 +243,7 @@ def _parse_foreign(fields: Mapping[str, str]) -> AdapterMetadata:
     version = fields.get("ss_base_model_version", "").lower()
     architecture = fields.get("modelspec.architecture", "").lower()
     extra = {}
-    if version.endswith("_v") or architecture.startswith(_SD2_V_ARCHITECTURE):
+    if version.endswith("_v") or architecture.startswith(_V_ARCHITECTURES):
         extra["prediction_type"] = "v_prediction"
     return AdapterMetadata(
         family=_family_of(version, architecture, fields.get("ss_v2", "")),
@@ -262,11 +259,15 @@ def _parse_foreign(fields: Mapping[str, str]) -> AdapterMetadata:
 
 
 def _family_of(version: str, architecture: str, v2: str) -> str:
-    if "sdxl" in version or "stable-diffusion-xl" in architecture:
-        return "sdxl"
-    if v2.lower() == "true" or version.startswith("sd_v2") or "diffusion-v2" in architecture:
-        return "sd2"
-    return "sd1" if version.startswith("sd_v1") or "diffusion-v1" in architecture else ""
+    is_v2 = v2.lower() == "true"
+    names = [
+        name
+        for name, family in FAMILIES.items()
+        if family.version_mark in version
+        or family.architecture_mark in architecture
+        or (is_v2 and family.is_kohya_v2)
+    ]
+    return names[-1] if names else ""
 
 
 def _pixels(text: str) -> int | None:

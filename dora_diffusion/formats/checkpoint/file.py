@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dora_diffusion.families import COMPONENTS, FAMILIES, TITLES, Family, UnsupportedModelError
 from dora_diffusion.formats.checkpoint.keys import (
-    CLIP_PREFIXES,
     OPEN_CLIP_LEAVES,
-    OPEN_CLIP_PREFIXES,
     OPEN_CLIP_TOP,
     QKV,
     UNET_PREFIX,
@@ -25,7 +24,7 @@ from dora_diffusion.formats.checkpoint.keys import (
     Entry,
 )
 from dora_diffusion.formats.files.stream import TensorReader, TensorSpec
-from dora_diffusion.formats.names.modules import COMPONENTS, with_text_model
+from dora_diffusion.formats.names.modules import with_text_model
 from dora_diffusion.formats.names.sgm_blocks import UNetLayout, from_sgm
 from dora_diffusion.formats.names.vae import count_levels, is_attention_weight, vae_from_original
 
@@ -38,6 +37,12 @@ MARKERS: Mapping[str, Mapping[str, Any]] = {
     "v_pred": {"prediction_type": "v_prediction"},
     "ztsnr": {"rescale_betas_zero_snr": True},
 }
+_CLIP_PREFIXES = [
+    encoder.checkpoint_prefix
+    for family in FAMILIES.values()
+    for encoder in family.text_encoders
+    if not encoder.is_open_clip
+]
 # What `modelspec.prediction_type` says, and the ends of Stable Diffusion 2's architectures.
 _PREDICTIONS = {"v": "v_prediction", "epsilon": "epsilon"}
 _ARCHITECTURES = {"-768-v": "v_prediction", "-512": "epsilon"}
@@ -56,7 +61,7 @@ class CheckpointFile:
         specs: Dtype and shape of the canonical tensors.
     """
 
-    def __init__(self, reader: TensorReader, family: str) -> None:
+    def __init__(self, reader: TensorReader, family: Family) -> None:
         self.reader = reader
         self.entries = original_entries(family, reader.specs)
         self.specs: dict[str, TensorSpec] = {}
@@ -68,7 +73,7 @@ class CheckpointFile:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path, family: str) -> Iterator[CheckpointFile]:
+    def open(cls, path: Path, family: Family) -> Iterator[CheckpointFile]:
         """Open a checkpoint of a known family and close it afterwards."""
         with TensorReader(path) as reader:
             yield cls(reader, family)
@@ -125,10 +130,26 @@ def standard_key(key: str) -> str:
 
     Without it most programs leave the text encoder as it was, or do not load the file at all.
     """
-    for prefix in CLIP_PREFIXES.values():
+    for prefix in _CLIP_PREFIXES:
         if key.startswith(prefix):
             return prefix + with_text_model(key.removeprefix(prefix))
     return key
+
+
+def detect_checkpoint_family(keys: Collection[str], name: str = "the checkpoint") -> Family:
+    """Tell the family of a single-file checkpoint from its tensor names.
+
+    Raises:
+        UnsupportedModelError: If no family's marker is among them.
+    """
+    names = {standard_key(key) for key in keys}
+    for family in FAMILIES.values():
+        if family.checkpoint_key in names:
+            return family
+    raise UnsupportedModelError(
+        f"{name} is not a full checkpoint of {TITLES}: its text encoder was not found among its "
+        f"{len(keys)} tensors; an adapter or a bare UNet cannot serve as the base model"
+    )
 
 
 def _source_spec(entry: Entry, spec: TensorSpec) -> TensorSpec:
@@ -139,7 +160,7 @@ def _source_spec(entry: Entry, spec: TensorSpec) -> TensorSpec:
     return TensorSpec(spec.dtype, spec.shape[:2]) if entry.operation == "as_conv" else spec
 
 
-def original_entries(family: str, specs: Mapping[str, TensorSpec]) -> list[Entry]:
+def original_entries(family: Family, specs: Mapping[str, TensorSpec]) -> list[Entry]:
     """Entries for the file's UNet, text-encoder and VAE tensors; unknown names have none."""
     layout = layout_of_keys(specs)
     levels = count_levels(key.removeprefix(VAE_PREFIX) for key in specs)
@@ -186,14 +207,13 @@ def vae_entry(key: str, levels: int, prefix: str = VAE_PREFIX) -> Entry | None:
     return Entry(key, (f"vae.{name}",), "as_conv" if is_attention_weight(path) else "copy")
 
 
-def _text_entry(family: str, component: str, key: str) -> Entry | None:
-    clip = CLIP_PREFIXES.get((family, component))
-    if clip and key.startswith(clip):
-        return Entry(key, (f"{component}.{with_text_model(key.removeprefix(clip))}",))
-    open_clip = OPEN_CLIP_PREFIXES.get((family, component))
-    if not open_clip or not key.startswith(open_clip):
+def _text_entry(family: Family, component: str, key: str) -> Entry | None:
+    encoder = family.text_encoder(component)
+    if encoder is None or not key.startswith(encoder.checkpoint_prefix):
         return None
-    path = key.removeprefix(open_clip)
+    path = key.removeprefix(encoder.checkpoint_prefix)
+    if not encoder.is_open_clip:
+        return Entry(key, (f"{component}.{with_text_model(path)}",))
     if path == "text_projection":
         return Entry(key, (f"{component}.text_projection.weight",), "transpose")
     if path in _TOP_BACK:

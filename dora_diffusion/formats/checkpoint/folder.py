@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from dora_diffusion.families import COMPONENTS, WEIGHT_COMPONENTS
 from dora_diffusion.formats.files.stream import TensorFileError, TensorReader, TensorSpec
-from dora_diffusion.formats.names.modules import COMPONENTS, with_text_model
+from dora_diffusion.formats.names.modules import with_text_model
 from dora_diffusion.formats.names.vae import modern_vae_path
 
-WEIGHT_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _STEMS = ("diffusion_pytorch_model", "model")
 WEIGHT_SUFFIXES = (
     ".safetensors",

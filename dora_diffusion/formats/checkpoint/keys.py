@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dora_diffusion.families import Family
 from dora_diffusion.formats.adapter.keys import listing
 from dora_diffusion.formats.files.stream import TensorSpec
 from dora_diffusion.formats.names.modules import with_text_model
@@ -30,14 +31,6 @@ Operation = Literal["copy", "concatenate", "transpose", "as_conv", "as_integer"]
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-CLIP_PREFIXES = {
-    ("sd1", "text_encoder"): "cond_stage_model.transformer.",
-    ("sdxl", "text_encoder"): "conditioner.embedders.0.transformer.",
-}
-OPEN_CLIP_PREFIXES = {
-    ("sd2", "text_encoder"): "cond_stage_model.model.",
-    ("sdxl", "text_encoder_2"): "conditioner.embedders.1.model.",
-}
 
 
 class CheckpointLayoutError(ValueError):
@@ -65,21 +58,21 @@ class ModelFacts:
     """What the layout of a checkpoint depends on, read from a pipeline's configs.
 
     Attributes:
-        family: ``"sd1"``, ``"sd2"`` or ``"sdxl"``.
+        family: Of the model.
         unet: Block layout of the UNet.
         vae_levels: Number of resolution levels of the VAE.
         prediction_type: ``"epsilon"`` or ``"v_prediction"``.
         zero_terminal_snr: Whether the noise schedule ends at zero SNR.
     """
 
-    family: str
+    family: Family
     unet: UNetLayout
     vae_levels: int
     prediction_type: str = "epsilon"
     zero_terminal_snr: bool = False
 
     @classmethod
-    def from_configs(cls, family: str, configs: Mapping[str, Mapping[str, Any]]) -> ModelFacts:
+    def from_configs(cls, family: Family, configs: Mapping[str, Mapping[str, Any]]) -> ModelFacts:
         """Read the facts from a pipeline's configs, by component name.
 
         Raises:
@@ -128,23 +121,24 @@ def plan_checkpoint(facts: ModelFacts, names: Iterable[str]) -> list[Entry]:
 
 
 def _plan_component(facts: ModelFacts, component: str, paths: list[str]) -> list[Entry]:
-    where = (facts.family, component)
+    encoder = facts.family.text_encoder(component)
     if component == "unet":
         planned = {p: _prefixed(UNET_PREFIX, to_sgm(p, facts.unet)) for p in paths}
         entries = [Entry(key, (f"unet.{p}",)) for p, key in planned.items() if key]
     elif component == "vae":
         entries = [e for p in paths if (e := _vae_entry(p, facts.vae_levels))]
-    elif where in CLIP_PREFIXES:
-        entries = [_clip_entry(p, CLIP_PREFIXES[where]) for p in paths]
-    elif where in OPEN_CLIP_PREFIXES:
-        entries = _open_clip_entries(paths, component, OPEN_CLIP_PREFIXES[where])
+    elif encoder is None:
+        name = facts.family.name
+        raise CheckpointLayoutError(f"a {name} checkpoint has no place for {component}")
+    elif encoder.is_open_clip:
+        entries = _open_clip_entries(paths, component, encoder.checkpoint_prefix)
         paths = [p for p in paths if not p.endswith("position_ids")]  # open_clip has none
     else:
-        raise CheckpointLayoutError(f"a {facts.family} checkpoint has no place for {component}")
+        entries = [_clip_entry(p, component, encoder.checkpoint_prefix) for p in paths]
     used = {source for entry in entries for source in entry.sources}
     if lost := [p for p in paths if f"{component}.{p}" not in used]:
         raise CheckpointLayoutError(
-            f"tensors of the {component} without a place in a {facts.family} checkpoint: "
+            f"tensors of the {component} without a place in a {facts.family.name} checkpoint: "
             f"{listing(lost)}"
         )
     return entries
@@ -154,9 +148,9 @@ def _prefixed(prefix: str, name: str | None) -> str | None:
     return None if name is None else prefix + name
 
 
-def _clip_entry(path: str, prefix: str) -> Entry:
+def _clip_entry(path: str, component: str, prefix: str) -> Entry:
     operation: Operation = "as_integer" if path.endswith("position_ids") else "copy"
-    return Entry(prefix + with_text_model(path), (f"text_encoder.{path}",), operation)
+    return Entry(prefix + with_text_model(path), (f"{component}.{path}",), operation)
 
 
 _VAE_TOP = {"conv_norm_out": "norm_out", "conv_in": "conv_in", "conv_out": "conv_out"}
@@ -286,11 +280,16 @@ def build_entry(entry: Entry, tensors: Iterable[Tensor]) -> Tensor:
 
 
 def marker_tensors(facts: ModelFacts) -> dict[str, Tensor]:
-    """Empty tensors by which user interfaces recognise an SDXL model that predicts v."""
-    if facts.family != "sdxl" or facts.prediction_type != "v_prediction":
-        return {}
-    names = ["v_pred", *(["ztsnr"] if facts.zero_terminal_snr else [])]
+    """The empty tensors by which user interfaces recognise an SDXL model that predicts v."""
+    names = marker_names(facts.family, facts.prediction_type, facts.zero_terminal_snr)
     return {name: torch.empty(0) for name in names}
+
+
+def marker_names(family: Family, prediction_type: str, zero_terminal_snr: bool) -> list[str]:
+    """Names of the empty tensors by which a single file says how its noise schedule is meant."""
+    if not family.marks_v_prediction or prediction_type != "v_prediction":
+        return []
+    return ["v_pred", "ztsnr"] if zero_terminal_snr else ["v_pred"]
 
 
 def _twice(keys: Iterable[str]) -> list[str]:

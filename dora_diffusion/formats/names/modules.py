@@ -9,30 +9,25 @@ CLIP text model, in which each underscore name has at most one reading.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
+from dora_diffusion.families import COMPONENTS, FAMILIES, Family
 from dora_diffusion.formats.names.sgm_blocks import (
     RESNET_MODULES,
-    SD_LAYOUT,
-    SDXL_LAYOUT,
     TOP_MODULES,
+    USUAL_LAYOUT,
     UNetLayout,
     from_sgm,
     to_sgm,
 )
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-FAMILY_TITLES = {
-    "sd1": "Stable Diffusion 1",
-    "sd2": "Stable Diffusion 2",
-    "sdxl": "Stable Diffusion XL",
-}
-# Prefixes of kohya-style names. `lora_te_` is the only text encoder of SD1 and SD2.
 KOHYA_PREFIXES = {
     "lora_unet_": "unet",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te_": "text_encoder",
+    **{
+        encoder.kohya_prefix: encoder.component
+        for family in FAMILIES.values()
+        for encoder in family.text_encoders
+    },
 }
 # What dotted names start with -> component; of those that share a start, the longest first.
 # OneTrainer's OMI files say `clip_l`, its COMFY files what ComfyUI calls its modules.
@@ -160,25 +155,23 @@ def is_sgm_path(path: str) -> bool:
     return path.split(".")[0] in {name.split(".")[0] for name in _SGM_UNET}
 
 
-def kohya_name(name: str, *, sgm: UNetLayout | None) -> str | None:
+def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> str | None:
     """Kohya spelling of a canonical module name, None if it has none.
 
     Args:
         name: Canonical module name.
-        sgm: Layout of an SDXL UNet, whose modules are named after the original blocks and whose
-            text encoders are ``te1`` and ``te2``. None for SD1 and SD2.
+        family: Of the model.
+        layout: Of its UNet, for a family whose modules are named after the original blocks.
     """
     component, path = split_component(name)
     if component == "unet":
-        renamed = path if sgm is None else to_sgm(path, sgm)
+        renamed = to_sgm(path, layout) if family.kohya_names_original_blocks else path
         return None if renamed is None else "lora_unet_" + renamed.replace(".", "_")
-    prefix = {"text_encoder": "lora_te_" if sgm is None else "lora_te1_"}.get(
-        component, "lora_te2_"
-    )
-    return prefix + path.replace(".", "_")
+    encoder = family.text_encoder(component)
+    return None if encoder is None else encoder.kohya_prefix + path.replace(".", "_")
 
 
-def resolve_by_structure(flat: str, layout: UNetLayout = SDXL_LAYOUT) -> str | None:
+def resolve_by_structure(flat: str, layout: UNetLayout = USUAL_LAYOUT) -> str | None:
     """Canonical name of a kohya-style module name, by the vocabulary; None if it has none."""
     for prefix, component in KOHYA_PREFIXES.items():
         if flat.startswith(prefix):
@@ -237,22 +230,3 @@ def known_layout(names: Iterable[str]) -> UNetLayout | None:
         return UNetLayout.from_names(paths)
     except ValueError:  # no UNet, or only some of its modules
         return None
-
-
-def guess_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """``"sd1"``, ``"sd2"`` or ``"sdxl"`` from adapted weights' shapes, ``""`` if they do not tell.
-
-    A second text encoder means SDXL; otherwise the width of the prompt tells (768, 1024, 2048).
-    """
-    if any(name.startswith("text_encoder_2.") for name in shapes):
-        return "sdxl"
-    widths = {
-        shape[1] for name, shape in shapes.items() if name.endswith(("attn2.to_k", "attn2.to_v"))
-    }
-    families = {{768: "sd1", 1024: "sd2", 2048: "sdxl"}.get(width, "") for width in widths}
-    return families.pop() if len(families) == 1 else ""
-
-
-def default_layout(family: str) -> UNetLayout:
-    """Layout of the released UNets of a family."""
-    return SDXL_LAYOUT if family == "sdxl" else SD_LAYOUT

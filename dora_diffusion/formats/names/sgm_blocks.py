@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dora_diffusion.families import FAMILIES, Family
+
 TOP_MODULES = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -75,13 +77,13 @@ class UNetLayout:
     def from_text(cls, text: str) -> UNetLayout | None:
         """The layout that a file's metadata record, None if they do not.
 
-        Older files record the depth alone; what lies beside it is then taken to be SDXL's.
+        Older files record the depth alone; the rest is then taken to be the released SDXL's.
         """
         match = re.fullmatch("([1-9])(?: up_attention=([01]{1,9}))?", text)
         if match is None:
             return None
         if match[2] is None:
-            return cls(int(match[1]), SDXL_LAYOUT.up_attention)
+            return cls(int(match[1]), USUAL_LAYOUT.up_attention)
         return cls(int(match[1]), tuple(flag == "1" for flag in match[2]))
 
     def text(self) -> str:
@@ -101,8 +103,15 @@ class UNetLayout:
         return cls(max(resnets) + 1, tuple(i in attention for i in range(max(levels) + 1)))
 
 
-SD_LAYOUT = UNetLayout(2, (False, True, True, True))
-SDXL_LAYOUT = UNetLayout(2, (True, True, False))
+def released_layout(family: Family) -> UNetLayout:
+    """Layout of the released UNets of a family."""
+    return UNetLayout(2, family.up_attention)
+
+
+# Of the UNets that adapter files name by original blocks.
+USUAL_LAYOUT = next(
+    released_layout(family) for family in FAMILIES.values() if family.kohya_names_original_blocks
+)
 
 
 def to_sgm(name: str, layout: UNetLayout) -> str | None:

@@ -31,48 +31,39 @@ from dora_diffusion.numerics.fast.paths import uses_merged_weight
 from dora_diffusion.numerics.fast.source import Source
 from dora_diffusion.numerics.operation import Operation
 from dora_diffusion.numerics.precision import is_wide, wide
-from dora_diffusion.numerics.weights import NormAxis
+from dora_diffusion.numerics.weights import LayerWeights
 
 
 def dora(
     op: Operation,
-    axis: NormAxis,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    magnitude: Tensor,
+    layer: LayerWeights,
     gain: Gain,
-    scale: float,
     *,
     keep_output: bool = True,
     source: Source | None = None,
 ) -> Tensor:
-    """The adapted layer, differentiable in ``x``, ``down``, ``up`` and ``magnitude``.
+    """The adapted layer, differentiable in ``x``, A, B and m.
 
     Args:
         op: What the weight does: a Linear or a Conv2d.
-        axis: Norm axis of the magnitude.
         x: Input, ``(..., in)`` or ``(N, in, H, W)``; computed in its dtype.
         weight: Frozen base weight, ``(out, in, *k)``.
         bias: Frozen bias ``(out,)``; it is not scaled.
-        down: ``A``.
-        up: ``B``.
-        magnitude: ``m``; its value is already in ``gain``, this is where its gradient goes.
+        layer: The adapter, with a magnitude, whose value is in ``gain`` already.
         gain: ``make_gain`` of these very parameters.
-        scale: ``s = alpha / r``.
         keep_output: Keep ``y`` for the gradient of ``m``. False recomputes it, for a layer whose
             output the next module overwrites.
         source: What to keep instead of ``x``.
     """
     fast = with_gradients(op)
-    if axis == "output":
-        result: Tensor = _OutputAxis.apply(
-            x, weight, bias, down, up, magnitude, gain, scale, fast, source, keep_output
-        )
+    inputs = x, weight, bias, layer.down, layer.up, layer.magnitude, gain, layer.scale, fast, source
+    if layer.norm_axis == "output":
+        result: Tensor = _OutputAxis.apply(*inputs, keep_output)
     else:
-        result = _InputAxis.apply(x, weight, bias, down, up, magnitude, gain, scale, fast, source)
+        result = _InputAxis.apply(*inputs)
     return result
 
 

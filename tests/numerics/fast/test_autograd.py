@@ -12,6 +12,7 @@ from dora_diffusion.numerics.fast.autograd import dora
 from dora_diffusion.numerics.fast.gain import make_gain
 from dora_diffusion.numerics.fast.norms import factored_norm
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
+from dora_diffusion.numerics.weights import LayerWeights
 
 AXES = ("output", "input")
 # kind -> (weight shape, input shape, operation, the same operation in plain torch)
@@ -72,7 +73,8 @@ def make(shape, rank=3, axis="output", dtype=torch.float64, seed=0, bias=True):
 def run_ours(op, axis, x, weight, bias, down, up, magnitude, scale, **kwargs):
     norm = factored_norm(weight, down.detach(), up.detach(), scale, axis)
     gain = make_gain(magnitude, norm)
-    return dora(op, axis, x, weight, bias, down, up, magnitude, gain, scale, **kwargs)
+    layer = LayerWeights(down, up, magnitude, scale * len(down), axis)
+    return dora(op, x, weight, bias, layer, gain, **kwargs)
 
 
 def gradients(function, leaves, upstream):

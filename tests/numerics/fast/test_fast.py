@@ -63,8 +63,7 @@ def run_fast(op, x, weight, bias, layer, **options):
     statistics = WeightStatistics(weight, layer.norm_axis)
     inputs = GainInputs(layer.magnitude, weight, *factors, layer.scale, layer.norm_axis, statistics)
     (gain,) = make_gains([inputs])
-    rest = bias, *factors, layer.magnitude, gain, layer.scale
-    return fast.dora(op, layer.norm_axis, x, weight, *rest, **options)
+    return fast.dora(op, x, weight, bias, layer, gain, **options)
 
 
 def results(function, kind, axis, dtype=torch.float64, bias=True):

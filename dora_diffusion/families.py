@@ -1,0 +1,305 @@
+"""The Stable Diffusion families: everything that differs between them, as data.
+
+No other module compares a family's name: it asks for the fact that it needs, such as
+`Family.has_time_ids`. A new family is one more entry of `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+# What adapters can be on, and everything of a pipeline that has weights: the names of its folders.
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+WEIGHT_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+HiddenState = Literal["last", "penultimate"]
+
+
+class UnsupportedModelError(ValueError):
+    """The model exists, but it is not one of the supported Stable Diffusion families."""
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder of a family.
+
+    Attributes:
+        component: ``"text_encoder"`` or ``"text_encoder_2"``.
+        kohya_prefix: What its modules start with in a kohya file.
+        checkpoint_prefix: What its tensors start with in a single-file checkpoint.
+        is_open_clip: There it has open_clip's layout instead of CLIP's: q, k, v in one matrix.
+    """
+
+    component: str
+    kohya_prefix: str
+    checkpoint_prefix: str
+    is_open_clip: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Peak resident memory of one training process, one image per step.
+
+    Attributes:
+        resolution: Side in pixels.
+        gradient_checkpointing: Whether it was on.
+        gib: The peak in GiB.
+        is_measured: False: derived from the row of the same kind at another size.
+    """
+
+    resolution: int
+    gradient_checkpointing: bool
+    gib: float
+    is_measured: bool = True
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts of one model family.
+
+    Attributes:
+        name: As stored in adapter files.
+        title: The name that people use.
+        pipeline_class: Name of the diffusers text-to-image pipeline.
+        text_encoders: In the order in which their states are joined.
+        hidden_state: Which of their states conditions the UNet: ``"last"`` (after the final layer
+            norm) or ``"penultimate"`` (before it, without a norm).
+        has_pooled: The last text encoder's projected pooled output conditions the UNet too.
+        has_time_ids: Original size, crop and target size condition the UNet.
+        prompt_width: Width of the states that the UNet's cross-attention reads.
+        up_attention: For each up level of the UNet, whether it has attention.
+        uses_linear_projection: The UNet's ``use_linear_projection``.
+        vae_wants_float32: The released autoencoder overflows in float16.
+        default_resolution: Side in pixels that the released models were trained at.
+        default_steps: Optimizer steps of a run that does not say how many.
+        released_id: Hub id of the released model, whose configuration fits single files.
+        released_epsilon_id: Hub id of a second release, which predicts the noise where the first
+            predicts v: a file must then say which it does. ``""`` where all predict the noise.
+        is_suggested: The app offers to download the released model.
+        kohya_base_version: ``ss_base_model_version`` of a model that predicts the noise.
+        is_kohya_v2: Its ``ss_v2``.
+        kohya_names_original_blocks: kohya files name UNet modules after the original (sgm) blocks.
+        architecture: Its ``modelspec.architecture``.
+        v_architecture: That of a model that predicts v; ``""`` where it is the same.
+        version_mark: What ``ss_base_model_version`` of any program holds.
+        architecture_mark: What ``modelspec.architecture`` of any program holds.
+        marks_v_prediction: A single file that predicts v holds empty tensors that say so.
+        memory: What training takes, measured.
+        more_memory_gib: What it takes besides, where the rows are a smaller family's.
+    """
+
+    name: str
+    title: str
+    pipeline_class: str
+    text_encoders: tuple[TextEncoder, ...]
+    hidden_state: HiddenState
+    prompt_width: int
+    up_attention: tuple[bool, ...]
+    default_resolution: int
+    default_steps: int
+    released_id: str
+    kohya_base_version: str
+    architecture: str
+    version_mark: str
+    architecture_mark: str
+    memory: tuple[MemoryRow, ...]
+    has_pooled: bool = False
+    has_time_ids: bool = False
+    uses_linear_projection: bool = False
+    vae_wants_float32: bool = False
+    released_epsilon_id: str = ""
+    is_suggested: bool = True
+    is_kohya_v2: bool = False
+    kohya_names_original_blocks: bool = False
+    v_architecture: str = ""
+    marks_v_prediction: bool = False
+    more_memory_gib: float = 0.0
+
+    @property
+    def text_encoder_names(self) -> tuple[str, ...]:
+        """Component names of the text encoders, in order."""
+        return tuple(encoder.component for encoder in self.text_encoders)
+
+    @property
+    def text_encoder_classes(self) -> tuple[str, ...]:
+        """Names of the text encoders' transformers classes: the pooled one has a projection."""
+        classes = ["CLIPTextModel"] * len(self.text_encoders)
+        return (*classes[:-1], classes[-1] + ("WithProjection" if self.has_pooled else ""))
+
+    @property
+    def tokenizer_names(self) -> tuple[str, ...]:
+        """Component names of the tokenizers, in order."""
+        return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoder_names)
+
+    @property
+    def checkpoint_key(self) -> str:
+        """A tensor name that only this family's single-file checkpoints hold."""
+        encoder = self.text_encoders[-1]
+        norm = "ln_final" if encoder.is_open_clip else "text_model.final_layer_norm"
+        return f"{encoder.checkpoint_prefix}{norm}.weight"
+
+    def text_encoder(self, component: str) -> TextEncoder | None:
+        """The text encoder that is this component of a pipeline, None if it is not one."""
+        return next((e for e in self.text_encoders if e.component == component), None)
+
+
+# benchmarks/memory.py and full_size.py: bfloat16, random weights in the released shapes, default
+# targets and rank, UNet and text encoders adapted, AdamW, the process's peak on a CPU. A GPU adds
+# its context and takes off what Python itself holds, which are about the same. Derived rows scale
+# what is above 7.4 GiB (SDXL's weights, adapter, optimizer, process) with the pixels: the two lines
+# of Stable Diffusion 1.5 meet in such a sum, 2.5 GiB.
+_SD1_MEMORY = (
+    MemoryRow(512, True, 3.19),
+    MemoryRow(512, False, 3.74),
+    MemoryRow(768, True, 4.03),
+    MemoryRow(768, False, 5.28),
+)
+_SDXL_MEMORY = (
+    MemoryRow(768, True, 9.3, is_measured=False),
+    MemoryRow(768, False, 12.59),
+    MemoryRow(1024, True, 10.7),
+    MemoryRow(1024, False, 16.6, is_measured=False),
+)
+
+FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            name="sd1",
+            title="Stable Diffusion 1",
+            pipeline_class="StableDiffusionPipeline",
+            text_encoders=(
+                TextEncoder("text_encoder", "lora_te_", "cond_stage_model.transformer."),
+            ),
+            hidden_state="last",
+            prompt_width=768,
+            up_attention=(False, True, True, True),
+            default_resolution=512,
+            default_steps=800,
+            released_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            kohya_base_version="sd_v1",
+            architecture="stable-diffusion-v1",
+            version_mark="sd_v1",
+            architecture_mark="diffusion-v1",
+            memory=_SD1_MEMORY,
+        ),
+        Family(
+            name="sd2",
+            title="Stable Diffusion 2",
+            pipeline_class="StableDiffusionPipeline",
+            text_encoders=(
+                TextEncoder("text_encoder", "lora_te_", "cond_stage_model.model.", True),
+            ),
+            # The diffusers release already drops the last encoder layer (23 of 24), so its "last"
+            # state is the penultimate one of the original model.
+            hidden_state="last",
+            prompt_width=1024,
+            up_attention=(False, True, True, True),
+            uses_linear_projection=True,
+            default_resolution=768,
+            default_steps=800,
+            released_id="stabilityai/stable-diffusion-2-1",
+            released_epsilon_id="stabilityai/stable-diffusion-2-1-base",
+            is_suggested=False,
+            kohya_base_version="sd_v2",
+            is_kohya_v2=True,
+            architecture="stable-diffusion-v2-512",
+            v_architecture="stable-diffusion-v2-768-v",
+            version_mark="sd_v2",
+            architecture_mark="diffusion-v2",
+            # Version 1 with a larger text encoder: 0.22 billion more weights.
+            memory=_SD1_MEMORY,
+            more_memory_gib=0.42,
+        ),
+        Family(
+            name="sdxl",
+            title="Stable Diffusion XL",
+            pipeline_class="StableDiffusionXLPipeline",
+            text_encoders=(
+                TextEncoder("text_encoder", "lora_te1_", "conditioner.embedders.0.transformer."),
+                TextEncoder("text_encoder_2", "lora_te2_", "conditioner.embedders.1.model.", True),
+            ),
+            hidden_state="penultimate",
+            has_pooled=True,
+            has_time_ids=True,
+            prompt_width=2048,
+            up_attention=(True, True, False),
+            uses_linear_projection=True,
+            vae_wants_float32=True,
+            default_resolution=1024,
+            default_steps=1000,
+            released_id="stabilityai/stable-diffusion-xl-base-1.0",
+            kohya_base_version="sdxl_base_v1-0",
+            kohya_names_original_blocks=True,
+            architecture="stable-diffusion-xl-v1-base",
+            version_mark="sdxl",
+            architecture_mark="stable-diffusion-xl",
+            marks_v_prediction=True,
+            memory=_SDXL_MEMORY,
+        ),
+    )
+}
+# What is assumed of a model that is not there yet.
+USUAL = next(iter(FAMILIES.values()))
+TITLES = ", ".join(family.title for family in FAMILIES.values())
+
+
+def detect_family(
+    model_index: Mapping[str, Any], unet_config: Mapping[str, Any], name: str = "the model"
+) -> Family:
+    """Tell the family from a pipeline's ``model_index.json`` and its UNet's ``config.json``.
+
+    The decision rests on what the components are, never on the model's name.
+
+    Raises:
+        UnsupportedModelError: If it is another kind of model, with what was found.
+    """
+    kinds = {key: value[1] for key, value in model_index.items() if isinstance(value, list)}
+    # The SDXL refiner has only the second encoder, and other size conditioning.
+    encoders = {name: kinds[name] for name in COMPONENTS[1:] if kinds.get(name)}
+    fitting = [
+        family
+        for family in FAMILIES.values()
+        if (kinds.get("unet"), kinds.get("vae")) == ("UNet2DConditionModel", "AutoencoderKL")
+        and encoders
+        == dict(zip(family.text_encoder_names, family.text_encoder_classes, strict=True))
+        and (unet_config.get("addition_embed_type") == "text_time") == family.has_time_ids
+    ]
+    if not fitting:
+        kind = model_index.get("_class_name", "a pipeline without a class name")
+        raise UnsupportedModelError(
+            f"{name} is a {kind} of a kind that is not supported; use a base model of {TITLES}"
+        )
+    is_linear = bool(unet_config.get("use_linear_projection"))
+    return next((f for f in fitting if f.uses_linear_projection == is_linear), fitting[0])
+
+
+def detect_folder_family(folder: Path) -> Family:
+    """Tell the family of a diffusers pipeline folder.
+
+    Raises:
+        UnsupportedModelError: If it is another kind of model.
+        OSError: If a configuration file is missing.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    unet_config = folder / "unet" / "config.json"
+    config = json.loads(unet_config.read_text(encoding="utf-8")) if unet_config.is_file() else {}
+    return detect_family(index, config, str(folder))
+
+
+def guess_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Name of the family that adapted weights' shapes tell, ``""`` if they do not.
+
+    A second text encoder tells; otherwise the width of the prompt.
+    """
+    if any(name.startswith("text_encoder_2.") for name in shapes):
+        return next(name for name, f in FAMILIES.items() if len(f.text_encoders) == 2)
+    widths = {
+        shape[1] for name, shape in shapes.items() if name.endswith(("attn2.to_k", "attn2.to_v"))
+    }
+    names = [name for name, f in FAMILIES.items() if {f.prompt_width} == widths]
+    return names[0] if names else ""
