@@ -13,7 +13,7 @@ from PIL import Image
 
 from dora_diffusion.cli import main
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.pictures import read_parameters
+from dora_diffusion.images import read_parameters
 from dora_diffusion.toy import model_folder
 
 ROOT = Path(__file__).parents[2]

@@ -1,7 +1,9 @@
-"""Picture files that say how they were made, as A1111 writes and other tools read it."""
+"""Image files that say how they were made, as A1111 writes and other tools read it."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -9,11 +11,14 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
+from dora_diffusion.data.images import open_photo
 from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.generate import SamplingSettings
+from dora_diffusion.numerics.weights import Strengths
 
 _CHUNK = "parameters"
+_THUMBNAIL_SIDE = 256
 _NEGATIVE = "Negative prompt: "
 _FACT = re.compile(r'\s*([\w -]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
@@ -38,9 +43,7 @@ def parameters_text(
     size: tuple[int, int],
     model: str,
     adapter: str | Path | None = None,
-    strength: float = 1.0,
-    direction: float = 1.0,
-    magnitude: float = 1.0,
+    strengths: Strengths = Strengths(),  # noqa: B008 - frozen
     *,
     extra: Mapping[str, object] | None = None,
 ) -> str:
@@ -48,14 +51,12 @@ def parameters_text(
 
     Args:
         prompt: The prompt.
-        seed: The picture's seed.
+        seed: The image's seed.
         settings: Steps, guidance, sampler, negative prompt.
         size: Width and height in pixels.
         model: Name of the base model.
         adapter: The adapter file or folder.
-        strength: Its strength.
-        direction: The strength of its low-rank update; 1 is not written.
-        magnitude: The strength of its magnitude; 1 is not written.
+        strengths: How strongly it acts; of the parts' strengths, 1 is not written.
         extra: Further facts by name.
     """
     lines = [prompt]
@@ -72,8 +73,11 @@ def parameters_text(
     }
     if adapter is not None:
         name = without_path(str(Path(adapter).resolve()))
-        facts |= {"Adapter": name, "Adapter strength": f"{strength:g}"}
-        parts = {"Direction strength": direction, "Magnitude strength": magnitude}
+        facts |= {"Adapter": name, "Adapter strength": f"{strengths.strength:g}"}
+        parts = {
+            "Direction strength": strengths.direction_strength,
+            "Magnitude strength": strengths.magnitude_strength,
+        }
         facts |= {part: f"{value:g}" for part, value in parts.items() if value != 1}
     facts |= extra or {}
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in facts.items()))
@@ -127,7 +131,28 @@ def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> P
 
 
 def read_parameters(path: str | Path) -> str | None:
-    """The ``parameters`` text of a picture, or None."""
+    """The ``parameters`` text of an image, or None."""
     with Image.open(path) as image:
         text = image.info.get(_CHUNK)
     return None if text is None else str(text)
+
+
+def thumbnail(path: str | Path) -> str:
+    """The small image that adapter managers show, as a JPEG's data URI, without any metadata.
+
+    Raises:
+        PhotoError: If it is not an image.
+    """
+    # A sheet of many samples may be larger than a photo, and a strip.
+    image = open_photo(Path(path).expanduser(), limited=False)
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    data = io.BytesIO()
+    image.save(data, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+
+
+def center_square(image: Image.Image) -> Image.Image:
+    """The largest square in the middle of an image, as RGB."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.convert("RGB").crop((left, top, left + side, top + side))
