@@ -1,4 +1,4 @@
-"""Pictures from a loaded model: for previews, class images, the app and the command line."""
+"""Images from a loaded model: for previews, class images, the app and the command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BrokenImageError(ValueError):
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How pictures are sampled.
+    """How images are sampled.
 
     Attributes:
         steps: Denoising steps.
@@ -129,17 +129,17 @@ def generate_images(
     on_step: Callable[[int, int], None] | None = None,
     require_finite: bool = False,
 ) -> list[Image.Image]:
-    """Sample one picture per seed, with whatever adapters are on.
+    """Sample one image per seed, with whatever adapters are on.
 
-    Each picture has a generator of its own on the CPU, so that a seed gives the same picture
+    Each image has a generator of its own on the CPU, so that a seed gives the same image
     alone, in a batch (up to float rounding) and on another device.
 
     Args:
         components: The loaded model; its modules' train or eval mode is restored.
         prompt: What to show; or one prompt per seed, which may differ within a batch.
-        seeds: One per picture.
+        seeds: One per image.
         settings: Steps, guidance, size.
-        batch_size: Pictures at once.
+        batch_size: Images at once.
         on_step: Called with (steps done, steps in all).
         require_finite: Refuse images that hold NaN, which becomes black, or are black all over.
 
@@ -243,7 +243,7 @@ def image_grid(
     *,
     labels: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Pictures of one size in rows, on white, each under its label where there are labels."""
+    """Images of one size in rows, on white, each under its label where there are labels."""
     width, height = images[0].size
     top = _LABEL_HEIGHT if labels is not None else 0
     rows = -(-len(images) // columns)

@@ -1,6 +1,6 @@
-"""Sampling: seeds, batches, strengths, the state of the modules, and pictures that say their make.
+"""Sampling: seeds, batches, strengths, the state of the modules, and images that say their make.
 
-The reference of a picture is Diffusers' own pipeline, loaded from the folder.
+The reference of an image is Diffusers' own pipeline, loaded from the folder.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def sd1_adapter(sd1_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", ["sd1_folder", "sd2_folder", "sdxl_folder"])
-def test_a_seed_gives_the_same_picture_alone_and_in_any_batch(family, request):
+def test_a_seed_gives_the_same_image_alone_and_in_any_batch(family, request):
     components = load_components(request.getfixturevalue(family))
     together = pixels(generate_images(components, PROMPT, [5, 6, 7], QUICK, batch_size=2))
     alone = pixels([generate_images(components, PROMPT, [s], QUICK)[0] for s in (5, 6, 7)])
@@ -86,7 +86,7 @@ def test_prompts_may_differ_within_a_batch(sd1):
         generate_images(sd1, prompts[:2], [5], settings)
 
 
-def test_pictures_are_those_of_the_diffusers_pipeline(sd1_folder, sd1):
+def test_images_are_those_of_the_diffusers_pipeline(sd1_folder, sd1):
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(sd1_folder)
@@ -207,7 +207,7 @@ def test_a_prompt_without_the_trigger_is_told():
     assert not lacks_trigger("a photo of a dog", AdapterMetadata())
 
 
-def test_a_grid_places_pictures_in_rows():
+def test_a_grid_places_images_in_rows():
     colors = ["red", "green", "blue"]
     grid = image_grid([Image.new("RGB", (8, 6), color) for color in colors], 2, gap=1)
     assert grid.size == (17, 13)

@@ -115,7 +115,7 @@ def caption(scene: Scene, generator: np.random.Generator, name: str = "") -> str
     """One true sentence about a scene.
 
     Args:
-        scene: what the picture shows; its class must be one with a word.
+        scene: what the image shows; its class must be one with a word.
         generator: the randomness.
         name: what its object is called, as ``sks`` will be.
     """

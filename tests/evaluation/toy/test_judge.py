@@ -50,8 +50,8 @@ def test_the_judge_reads_real_renders(instrument: Instrument) -> None:
 
 
 def test_every_subject_resembles_itself_alone(instrument: Instrument) -> None:
-    pictures = [reference_images(subject, 64, views=2) for subject in REPORTED]
-    vectors = [judge(instrument, found).identity for found in pictures]
+    images = [reference_images(subject, 64, views=2) for subject in REPORTED]
+    vectors = [judge(instrument, found).identity for found in images]
     table = np.array([[float(similarity(a, b).mean()) for b in vectors] for a in vectors])
     assert table.diagonal().min() >= 0.9
     assert table[~np.eye(len(REPORTED), dtype=bool)].max() <= 0.5
