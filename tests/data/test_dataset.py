@@ -183,17 +183,6 @@ def test_a_dataset_that_encodes_refuses_workers(photos: Path) -> None:
         next(iterate_batches(dataset, EpochSampler(4), num_workers=1))
 
 
-def test_mixed_batches_are_refused() -> None:
-    def sample(side: int, prior: Sample | None = None) -> Sample:
-        crop = CropRecord((64, 64), (0, 0), (side, side))
-        return Sample("id", "", crop, pixels=torch.zeros(3, side, side), prior=prior)
-
-    with pytest.raises(ValueError, match="different sizes"):
-        collate([sample(32), sample(40)])
-    with pytest.raises(ValueError, match="some have none"):
-        collate([sample(32), sample(32, prior=sample(32))])
-
-
 def test_jpeg_photos_make_batches(samples_root: Path) -> None:
     dataset = open_folder(samples_root / "ring_robot", Draws(64), "a photo of sks toy")
     sampler = EpochSampler(len(dataset), batch_size=5)
