@@ -8,8 +8,8 @@ Every run learns one subject from five photos with one seed, and is then asked f
 prompts; each has a learning rate of its own, chosen on other subjects. Intervals are over subjects
 and seeds (two-level bootstrap).
 
-Results are kept per run, so a stopped comparison goes on, and `--results` keeps them in one file
-that another machine goes on from. Two halves can run side by side:
+Results are kept per run, so a stopped comparison continues, and `--results` keeps them in one file
+that another machine continues from. Two halves can run side by side:
 
     for part in 0 1; do python benchmarks/subjects.py --work DIR --part $part & done; wait
 """

@@ -20,7 +20,7 @@ from dora_diffusion.numerics.weights import Strengths
 _CHUNK = "parameters"
 _THUMBNAIL_SIDE = 256
 _NEGATIVE = "Negative prompt: "
-_FACT = re.compile(r'\s*([\w -]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_FIELD = re.compile(r'\s*([\w -]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 # Our samplers under the names that A1111 gives them.
 A1111_SAMPLERS = {
@@ -34,6 +34,7 @@ A1111_SAMPLERS = {
     "dpm++_karras": "DPM++ 2M Karras",
     "unipc": "UniPC",
 }
+_OUR_SAMPLERS = {a1111: name for name, a1111 in A1111_SAMPLERS.items()}
 
 
 def parameters_text(
@@ -57,15 +58,15 @@ def parameters_text(
         model: Name of the base model.
         adapter: The adapter file or folder.
         strengths: How strongly it acts; of the parts' strengths, 1 is not written.
-        extra: Further facts by name.
+        extra: Further fields by name.
     """
     lines = [prompt]
     if settings.negative_prompt:
         lines.append(f"{_NEGATIVE}{settings.negative_prompt}")
-    facts: dict[str, object] = {"Steps": settings.steps}
+    fields: dict[str, object] = {"Steps": settings.steps}
     if settings.scheduler is not None:
-        facts["Sampler"] = A1111_SAMPLERS[settings.scheduler]
-    facts |= {
+        fields["Sampler"] = A1111_SAMPLERS[settings.scheduler]
+    fields |= {
         "CFG scale": f"{settings.guidance_scale:g}",
         "Seed": seed,
         "Size": f"{size[0]}x{size[1]}",
@@ -73,14 +74,14 @@ def parameters_text(
     }
     if adapter is not None:
         name = without_path(str(Path(adapter).resolve()))
-        facts |= {"Adapter": name, "Adapter strength": f"{strengths.strength:g}"}
+        fields |= {"Adapter": name, "Adapter strength": f"{strengths.strength:g}"}
         parts = {
             "Direction strength": strengths.direction_strength,
             "Magnitude strength": strengths.magnitude_strength,
         }
-        facts |= {part: f"{value:g}" for part, value in parts.items() if value != 1}
-    facts |= extra or {}
-    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in facts.items()))
+        fields |= {part: f"{value:g}" for part, value in parts.items() if value != 1}
+    fields |= extra or {}
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items()))
     return "\n".join(lines)
 
 
@@ -99,20 +100,19 @@ def parse_parameters(text: str) -> dict[str, str]:
     """Read a ``parameters`` text, ours or A1111's.
 
     Returns:
-        ``"Prompt"``, ``"Negative prompt"``, and the facts of the last line under their names. A
+        ``"Prompt"``, ``"Negative prompt"``, and the fields of the last line under their names. A
         sampler that we have goes by our name.
     """
     body, _, last = text.strip().rpartition("\n")
     if not re.match(r"Steps: \d", last):
         body, last = text.strip(), ""
     prompt, _, negative = f"\n{body}".partition(f"\n{_NEGATIVE}")
-    facts = {"Prompt": prompt.strip(), "Negative prompt": negative.strip()}
-    for name, value in _FACT.findall(last):
-        facts[name] = json.loads(value) if value.startswith('"') else value.strip()
-    ours = {theirs: name for name, theirs in A1111_SAMPLERS.items()}
-    if "Sampler" in facts:
-        facts["Sampler"] = ours.get(facts["Sampler"], facts["Sampler"])
-    return facts
+    fields = {"Prompt": prompt.strip(), "Negative prompt": negative.strip()}
+    for name, value in _FIELD.findall(last):
+        fields[name] = json.loads(value) if value.startswith('"') else value.strip()
+    if "Sampler" in fields:
+        fields["Sampler"] = _OUR_SAMPLERS.get(fields["Sampler"], fields["Sampler"])
+    return fields
 
 
 def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> Path:

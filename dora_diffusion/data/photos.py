@@ -139,10 +139,10 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
     photos = [path for path in entries if is_photo(path)]
     nested = _nested_photos(entries)
     if not photos:
-        found = nested or ", ".join(path.name for path in entries[:5]) or "nothing"
+        instead = nested or ", ".join(path.name for path in entries[:5]) or "nothing"
         raise PhotoError(
             f"{folder}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)}; "
-            f"found {found}); sub-folders are not searched"
+            f"found {instead}); sub-folders are not searched"
         )
     if nested and warn_of_nested:
         warnings.warn(

@@ -72,8 +72,8 @@ def held_out_losses(
 
 def _conditioning(components: Components, captions: Sequence[str]) -> Conditioning:
     """Conditioning of n captions, each distinct one encoded once."""
-    known = {c: encode_prompts(components, [c]) for c in dict.fromkeys(captions)}
-    return Conditioning.cat([known[caption] for caption in captions])
+    encoded = {c: encode_prompts(components, [c]) for c in dict.fromkeys(captions)}
+    return Conditioning.cat([encoded[caption] for caption in captions])
 
 
 def _loss(

@@ -111,11 +111,11 @@ def ensure_class_images(
         batch_size: Images per call of ``generate``.
         on_image: Called with (images there, images wanted), first before any is generated.
     """
-    own = _own_images(folder)
-    if len(own) >= count:
-        return own[:count]
+    given = _given_images(folder)
+    if len(given) >= count:
+        return given[:count]
     digest = hashlib.sha256("\n".join([identity, str(seed), *prompts]).encode()).hexdigest()[:12]
-    plans = _plan(folder / f"generated-{digest}", prompts, count - len(own), seed)
+    plans = _plan(folder / f"generated-{digest}", prompts, count - len(given), seed)
     missing = [plan for plan in plans if not plan.path.is_file()]
     done = count - len(missing)
     if missing and on_image is not None:
@@ -127,10 +127,10 @@ def ensure_class_images(
         done += len(group)
         if on_image is not None:
             on_image(done, count)
-    return own + [plan.path for plan in plans]
+    return given + [plan.path for plan in plans]
 
 
-def _own_images(folder: Path) -> list[Path]:
+def _given_images(folder: Path) -> list[Path]:
     try:
         # Those that were generated lie in sub-folders.
         return list_photos(folder, warn_of_nested=False)

@@ -112,7 +112,9 @@ def test_masks_come_from_files_or_alpha_and_follow_the_crop(tmp_path: Path, writ
     rgba.save(folder / "01.png")
     paths = [*list_photos(folder), *write_images(tmp_path / "plain", 1, seed=5)]
     draws = Draws(40)
-    dataset = DreamBoothDataset(read_photos(paths, PROMPT, mask_crops=draws.first_crops), draws)
+    with pytest.warns(UserWarning, match="1 image of 3 without a mask"):
+        masked = read_photos(paths, PROMPT, mask_crops=draws.first_crops)
+    dataset = DreamBoothDataset(masked, draws)
     batch = collate([dataset[index] for index in range(3)])
     assert batch.mask.shape == (3, 1, 40, 40)
     assert torch.equal(batch.mask[0, 0, 0], (torch.arange(10, 50) < 30).float())

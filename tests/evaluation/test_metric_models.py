@@ -100,7 +100,7 @@ def test_a_batch_does_not_change_features(dino_folder, images) -> None:
         ({"size": 256, "crop_size": 224, "do_center_crop": False}, 256, 256),
     ],
 )
-def test_sizes_are_read_in_every_spelling(values, resize, crop, tmp_path) -> None:
+def test_sizes_are_read_in_every_form(values, resize, crop, tmp_path) -> None:
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps(values))
     found = read_preprocessing(file)

@@ -125,9 +125,9 @@ def _own_class(subject: BenchmarkSubject, seed: int) -> list[ToyRequest]:
 def _others(subject: BenchmarkSubject, seed: int) -> list[ToyRequest]:
     """Every other class once, every second time in a colour; places and colours take turns."""
     generator = np.random.default_rng((seed, 4))
-    own = subject.sample.subject.kind
+    own_kind = subject.sample.subject.kind
     requests = []
-    for number, kind in enumerate(name for name in CLASSES if name != own):
+    for number, kind in enumerate(name for name in CLASSES if name != own_kind):
         background = list(BACKGROUNDS)[(3 * number + seed) % len(BACKGROUNDS)]
         drawn, color = sample_subject(generator, kind), ""
         if (number + seed) % 2:
