@@ -72,6 +72,8 @@ def test_a_mask_outside_of_the_only_crop_is_refused(photos: Path) -> None:
 
 def test_images_without_a_mask_beside_others_are_named(photos: Path) -> None:
     write_mask(photos, "b")
+    opaque = Image.open(photos / "c.png").convert("RGBA")
+    opaque.save(photos / "c.png")
     with pytest.warns(UserWarning, match=r"2 images of 3 without a mask.*: a\.png, c\.png"):
         found = masked(photos)
     assert [photo.mask_path for photo in found] == [None, photos / "b.mask.png", None]
