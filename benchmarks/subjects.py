@@ -8,8 +8,8 @@ Every run learns one subject from five photos with one seed, and is then asked f
 prompts; each has a learning rate of its own, chosen on other subjects. Intervals are over subjects
 and seeds (two-level bootstrap).
 
-Results are kept per run, so a stopped comparison goes on, and `--results` keeps them in one file
-that another machine goes on from. Two halves can run side by side:
+Results are kept per run, so a stopped comparison continues, and `--results` keeps them in one file
+that another machine continues from. Two halves can run side by side:
 
     for part in 0 1; do python benchmarks/subjects.py --work DIR --part $part & done; wait
 """
@@ -36,10 +36,10 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.evaluation.measures import seed_means, title_of
 from dora_diffusion.evaluation.report import aligned, sheet, shown
 from dora_diffusion.evaluation.statistics import Interval, cluster_interval
-from dora_diffusion.evaluation.toy import answer, measure
-from dora_diffusion.evaluation.toy_requests import Group, Request, toy_requests, true_pictures
+from dora_diffusion.evaluation.toy.evaluate import answer, measure
+from dora_diffusion.evaluation.toy.requests import Group, ToyRequest, toy_requests, true_images
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.pictures import save_png
+from dora_diffusion.images import save_png
 from dora_diffusion.toy import model_folder
 from dora_diffusion.toy.benchmark_subjects import (
     REPORTED,
@@ -61,11 +61,11 @@ RATES = {"base": 0.0, "dora": 2e-3, "lora": 2e-3, "full": 8e-4}
 
 GRID = {"dora": (1e-3, 2e-3, 4e-3), "lora": (1e-3, 2e-3, 4e-3), "full": (2e-4, 4e-4, 8e-4, 1.6e-3)}
 SHOWN = (
-    "subject_similarity", "background", "class_kind", "class_taken", "others_kind", "others_color",
-    "others_background", "others_taken", "denoising_loss", "others_loss",
+    "subject_similarity", "background", "class_kind", "class_leakage", "others_kind",
+    "others_color", "others_background", "others_leakage", "denoising_loss", "others_loss",
 )  # fmt: skip
-SHARES = {"background", "class_kind", "class_taken", "others_kind", "others_color"} | {
-    "others_background", "others_taken",
+SHARES = {"background", "class_kind", "class_leakage", "others_kind", "others_color"} | {
+    "others_background", "others_leakage",
 }  # fmt: skip
 
 
@@ -166,27 +166,27 @@ def digest_of(base: str) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
-def picture_file(run: Run, work: Path, place: str) -> Path:
-    """Where a run's picture of its subject in a place is; only those of the first seed are kept."""
+def image_file(run: Run, work: Path, place: str) -> Path:
+    """Where a run's image of its subject in a place is; only those of the first seed are kept."""
     return work / "pictures" / f"{run.name}-{place}.png"
 
 
-def first_request(subject: BenchmarkSubject) -> Request:
+def first_request(subject: BenchmarkSubject) -> ToyRequest:
     """What the grid shows of a subject: its first new place."""
     (request, *_) = toy_requests(subject, f"{TRIGGER} {subject.word}", [0], ("subject",))
     return request
 
 
-def perform(run: Run, work: Path, *, with_picture: bool = False) -> dict[str, Any]:
+def perform(run: Run, work: Path, *, with_image: bool = False) -> dict[str, Any]:
     """Train and measure one run, or read what an earlier call measured on the same base.
 
-    ``with_picture`` does it again if there is no picture of it for the grid.
+    ``with_image`` does it again if there is no image of it for the grid.
     """
     file = work / "runs" / f"{run.name}.json"
     subject = find_subject(run.subject)
     place = first_request(subject).wanted["background"]
-    in_grid = picture_file(run, work, place)
-    if file.is_file() and (in_grid.is_file() or run.seed > 0 or not with_picture):
+    in_grid = image_file(run, work, place)
+    if file.is_file() and (in_grid.is_file() or run.seed > 0 or not with_image):
         known = json.loads(file.read_text())
         if known["digest"] == digest_of(run.base):
             return known
@@ -208,10 +208,10 @@ def perform(run: Run, work: Path, *, with_picture: bool = False) -> dict[str, An
         "seconds": round(seconds, 1),
         "measures": {n: round(seed_means(groups)[0], 5) for n, groups in values.items()},
     }
-    for request, picture in zip(requests, answers.pictures, strict=True):
+    for request, image in zip(requests, answers.images, strict=True):
         if request.group == "subject" and run.seed == 0:
             place = request.wanted["background"]
-            save_png(picture, picture_file(run, work, place))
+            save_png(image, image_file(run, work, place))
     save_text(file, json.dumps(result, indent=2) + "\n")
     return result
 
@@ -285,13 +285,11 @@ def chosen(
     return tuple(map(find_subject, args.subjects)) if args.subjects else default
 
 
-def perform_all(
-    runs: list[Run], work: Path, *, with_pictures: bool = False
-) -> list[dict[str, Any]]:
+def perform_all(runs: list[Run], work: Path, *, with_images: bool = False) -> list[dict[str, Any]]:
     """All runs in turn, with a line each."""
     results = []
     for number, run in enumerate(runs, 1):
-        results.append(perform(run, work, with_picture=with_pictures))
+        results.append(perform(run, work, with_image=with_images))
         figures = results[-1]["measures"]
         print(
             f"{number}/{len(runs)} {run.name}: similarity {figures['subject_similarity']:.3f}, "
@@ -333,8 +331,8 @@ def pack(base: str, work: Path, file: Path) -> None:
     save_text(file, f"[\n{lines}\n]\n")
 
 
-def picture_grid(runs: Iterable[Run], work: Path) -> Image.Image:
-    """The first seed's picture of every subject in its first new place, under the truth."""
+def image_grid(runs: Iterable[Run], work: Path) -> Image.Image:
+    """The first seed's image of every subject in its first new place, under the truth."""
     rows: dict[str, list[Image.Image]] = {"truth": []}
     labels: dict[str, str] = {}
     for run in runs:
@@ -344,8 +342,8 @@ def picture_grid(runs: Iterable[Run], work: Path) -> Image.Image:
         place = request.wanted["background"]
         if run.subject not in labels:
             labels[run.subject] = f"{run.subject} {PLACES[place][0]}"
-            rows["truth"] += true_pictures([request], 128)
-        rows.setdefault(run.method, []).append(Image.open(picture_file(run, work, place)))
+            rows["truth"] += true_images([request], 128)
+        rows.setdefault(run.method, []).append(Image.open(image_file(run, work, place)))
     return sheet(rows, list(labels.values()))
 
 
@@ -365,7 +363,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="Compare rates on tuning subjects.")
     parser.add_argument("--part", type=int, choices=(0, 1), help="Only every second run.")
     parser.add_argument("--results", type=Path, help="Start from this file, and write it anew.")
-    parser.add_argument("--grid", type=Path, help="Write pictures of every method here.")
+    parser.add_argument("--grid", type=Path, help="Write images of every method here.")
     args = parser.parse_args()
     if args.results:
         unpack(args.results, args.work)
@@ -374,7 +372,7 @@ def main() -> None:
         tune(args)
         return
     runs = runs_of(args, chosen(args, REPORTED), RATES)
-    results = perform_all(runs, args.work, with_pictures=args.grid is not None)
+    results = perform_all(runs, args.work, with_images=args.grid is not None)
     if args.part is not None:
         return
     if args.results:
@@ -384,7 +382,7 @@ def main() -> None:
         text += "\n\n" + differences(results, args.methods)
     save_text(args.work / "table.md", text + "\n")
     if args.grid:
-        save_png(picture_grid(runs, args.work), args.grid)
+        save_png(image_grid(runs, args.work), args.grid)
     print(f"{platform.processor() or platform.machine()}, one core, {args.base}\n\n{text}")
 
 

@@ -99,9 +99,9 @@ def compare(
 ) -> tuple[Path, Evaluation]:
     """Base and adapted images at the same seeds, saved as one sheet and judged."""
     from dora_diffusion.evaluation.report import sheet
-    from dora_diffusion.evaluation.toy import evaluate_toy
+    from dora_diffusion.evaluation.toy.evaluate import evaluate_toy
     from dora_diffusion.generate import load_adapted
-    from dora_diffusion.pictures import save_png
+    from dora_diffusion.images import save_png
     from dora_diffusion.toy.benchmark_subjects import find_subject
 
     components, metadata = load_adapted(config.pretrained_model_name_or_path, adapter)
@@ -113,7 +113,7 @@ def compare(
         groups=("subject",),
         batch_size=seeds,
     )
-    rows = {name: evaluation.pictures[name] for name in ("truth", "base", "adapted")}
+    rows = {name: evaluation.images[name] for name in ("truth", "base", "adapted")}
     sheet_file = save_png(sheet(rows, evaluation.labels, side=160), output / f"{subject}.png")
     return sheet_file, evaluation
 

@@ -1,4 +1,4 @@
-"""Words of messages: counts in singular and plural, shortened quotes, and "did you mean"."""
+"""Words of messages: counts, articles, shortened quotes, and "did you mean"."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ def quoted(text: str, limit: int = QUOTE_LIMIT) -> str:
     if len(line) > limit:
         line = f"{line[: limit // 2].rstrip()} ... {line[-limit // 2 :].lstrip()}"
     return repr(line)
+
+
+def with_article(noun: str) -> str:
+    """A noun with its indefinite article.
+
+    Example:
+        >>> with_article("red mug"), with_article("orange mug")
+        ('a red mug', 'an orange mug')
+    """
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
 def closest(word: object, words: Iterable[str]) -> str | None:

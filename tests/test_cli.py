@@ -25,9 +25,9 @@ from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.console import errors
 from dora_diffusion.export import CONVERSIONS
 from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.images import parse_parameters, read_parameters
 from dora_diffusion.models.components import SAMPLERS
 from dora_diffusion.models.load import load_components
-from dora_diffusion.pictures import parse_parameters, read_parameters
 from dora_diffusion.training.metrics import TrainingError
 
 ROOT = Path(__file__).parents[1]

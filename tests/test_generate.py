@@ -1,6 +1,6 @@
-"""Sampling: seeds, batches, strengths, the state of the modules, and pictures that say their make.
+"""Sampling: seeds, batches, strengths, the state of the modules, and images that say their make.
 
-The reference of a picture is Diffusers' own pipeline, loaded from the folder.
+The reference of an image is Diffusers' own pipeline, loaded from the folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from dora_diffusion.generate import (
 from dora_diffusion.models.components import SAMPLERS
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.pictures import parameters_text, parse_parameters, read_parameters, save_png
 
 QUICK = SamplingSettings(steps=3, guidance_scale=4.0)
 PROMPT = "a photo of a sks dog"
@@ -67,7 +66,7 @@ def sd1_adapter(sd1_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", ["sd1_folder", "sd2_folder", "sdxl_folder"])
-def test_a_seed_gives_the_same_picture_alone_and_in_any_batch(family, request):
+def test_a_seed_gives_the_same_image_alone_and_in_any_batch(family, request):
     components = load_components(request.getfixturevalue(family))
     together = pixels(generate_images(components, PROMPT, [5, 6, 7], QUICK, batch_size=2))
     alone = pixels([generate_images(components, PROMPT, [s], QUICK)[0] for s in (5, 6, 7)])
@@ -88,7 +87,7 @@ def test_prompts_may_differ_within_a_batch(sd1):
         generate_images(sd1, prompts[:2], [5], settings)
 
 
-def test_pictures_are_those_of_the_diffusers_pipeline(sd1_folder, sd1):
+def test_images_are_those_of_the_diffusers_pipeline(sd1_folder, sd1):
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(sd1_folder)
@@ -206,7 +205,7 @@ def test_a_prompt_without_the_trigger_is_told():
     assert not lacks_trigger("a photo of a dog", AdapterMetadata())
 
 
-def test_a_grid_places_pictures_in_rows():
+def test_a_grid_places_images_in_rows():
     colors = ["red", "green", "blue"]
     grid = image_grid([Image.new("RGB", (8, 6), color) for color in colors], 2, gap=1)
     assert grid.size == (17, 13)
@@ -218,70 +217,6 @@ def test_a_grid_places_pictures_in_rows():
     assert labelled.size[1] > 6
     assert labelled.getpixel((0, labelled.size[1] - 1)) == (255, 0, 0)
     assert any(labelled.crop((0, 0, 40, 18)).getdata(band) for band in range(3))
-
-
-FULL = SamplingSettings(
-    steps=20, guidance_scale=7.5, scheduler="dpm++_karras", negative_prompt="blurred,\nsmall"
-)
-
-
-def test_parameters_are_written_as_a1111_writes_them():
-    text = parameters_text(
-        PROMPT, 12, FULL, (512, 768), "/home/me/models/base: one", "out/run", 0.8
-    )
-    assert text.splitlines() == [
-        "a photo of a sks dog",
-        "Negative prompt: blurred,",
-        "small",
-        "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: 12, Size: 512x768, "
-        'Model: "base: one", Adapter: run, Adapter strength: 0.8',
-    ]
-
-
-@pytest.mark.parametrize("prompt", [PROMPT, "un chien très sage, 狗", 'two\nlines: "quoted", x'])
-def test_a_png_keeps_its_parameters(tmp_path, prompt):
-    path = tmp_path / "new" / "picture.png"
-    image = Image.new("RGB", (16, 8), "teal")
-    text = parameters_text(prompt, 12, FULL, image.size, "embedded:tiny-sd")
-    save_png(image, path, text)
-    assert read_parameters(path) == text
-    facts = parse_parameters(text)
-    assert facts["Prompt"] == prompt
-    assert facts["Negative prompt"] == "blurred,\nsmall"
-    assert (facts["Seed"], facts["Size"]) == ("12", "16x8")
-    assert (facts["Sampler"], facts["Model"]) == ("dpm++_karras", "embedded:tiny-sd")
-    assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
-    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
-
-
-def test_parameters_of_a1111_are_read():
-    facts = parse_parameters(
-        "a castle, <lora:x:1>\nNegative prompt: fog\nSteps: 30, Sampler: Euler a, CFG scale: 6, "
-        'Seed: 99, Size: 512x512, Lora hashes: "x: abc, y: def", Version: v1.10.1'
-    )
-    assert facts["Prompt"] == "a castle, <lora:x:1>"
-    assert facts["Negative prompt"] == "fog"
-    assert facts["Sampler"] == "euler_a"
-    assert facts["Lora hashes"] == "x: abc, y: def"
-    assert parse_parameters("only a prompt")["Prompt"] == "only a prompt"
-
-
-def test_a_picture_without_parameters_gives_none(tmp_path):
-    save_png(Image.new("RGB", (4, 4)), tmp_path / "x.png")
-    assert read_parameters(tmp_path / "x.png") is None
-
-
-def test_a_failed_save_keeps_the_old_picture(tmp_path, monkeypatch):
-    path = save_png(Image.new("RGB", (4, 4), "red"), tmp_path / "x.png", "old")
-
-    def fail(self, file, **kwargs):
-        raise OSError(5, "broken disk")
-
-    monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="broken disk"):
-        save_png(Image.new("RGB", (4, 4), "blue"), path, "new")
-    assert read_parameters(path) == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_sampling_warns_of_nothing(sd1):

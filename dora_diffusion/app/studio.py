@@ -251,7 +251,8 @@ class Studio:
         size: tuple[int, int] | None = None,
     ) -> Picture:
         """Save a picture; ``size`` is that of each in a sheet."""
-        from dora_diffusion.pictures import parameters_text, save_png
+        from dora_diffusion.images import parameters_text, save_png
+        from dora_diffusion.numerics.weights import Strengths
 
         text = parameters_text(
             request.prompt,
@@ -261,9 +262,7 @@ class Studio:
             request.base,
             # The folder: every run's file has the same name.
             request.adapter and request.adapter.parent,
-            request.strength,
-            request.direction,
-            request.magnitude,
+            Strengths(request.strength, request.direction, request.magnitude),
         )
         name = f"{new_id()}-{seed}.png"
         return Picture(save_png(image, self.workspace.pictures / name, text), seed, text, unread)
@@ -322,8 +321,8 @@ def read_settings(file: Path) -> dict[str, str]:
     from PIL.Image import DecompressionBombError
 
     from dora_diffusion.data.images import sniff_format
+    from dora_diffusion.images import parse_parameters, read_parameters
     from dora_diffusion.jobs.uploads import MAX_BYTES
-    from dora_diffusion.pictures import parse_parameters, read_parameters
 
     if file.stat().st_size > MAX_BYTES:
         raise AppError(f"the file is larger than {MAX_BYTES // 2**20} MB")

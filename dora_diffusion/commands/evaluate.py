@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure an adapter; print the table or JSON, and write both with a sheet of pictures."""
+    """Measure an adapter; print the table or JSON, and write both with a sheet of images."""
     _check(args)
     warn_without_effect(args)
     from dora_diffusion.generate import load_adapted
@@ -85,7 +85,7 @@ def _evaluate(
 def _evaluate_toy(
     args: argparse.Namespace, components: Components, trigger: str
 ) -> tuple[Evaluation, SamplingSettings]:
-    from dora_diffusion.evaluation.toy import SAMPLING, evaluate_toy
+    from dora_diffusion.evaluation.toy.evaluate import SAMPLING, evaluate_toy
     from dora_diffusion.toy.benchmark_subjects import find_subject
 
     if not args.base.startswith("embedded:"):
@@ -116,10 +116,9 @@ def _evaluate_toy(
 def _evaluate_photos(
     args: argparse.Namespace, components: Components, trigger: str
 ) -> tuple[Evaluation, SamplingSettings]:
-    from dora_diffusion.data.images import list_photos
     from dora_diffusion.data.photo_record import read_photo_record
     from dora_diffusion.evaluation.metric_models import LITE, lite_is_installed, open_metric_model
-    from dora_diffusion.evaluation.photos import PROMPTS, cautions, evaluate_photos
+    from dora_diffusion.evaluation.photos import PROMPTS, evaluate_photos, read_subject
 
     if not trigger:
         raise ConfigError("the adapter does not say its trigger; give it with --trigger 'sks dog'")
@@ -127,25 +126,21 @@ def _evaluate_photos(
     models = [open_metric_model(name) for name in names]
     lines = Path(args.prompts).read_text(encoding="utf-8").splitlines() if args.prompts else []
     settings = _settings(args, 7.5)
-    trained_on = read_photo_record(args.adapter)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what there is to say of the folder, the evaluation says
-        found = cautions(list_photos(args.subject), trained_on or ())
-    for caution in found:
+    class_word = args.class_word or trigger.partition(" ")[2]
+    trained_on = read_photo_record(args.adapter) or ()
+    subject = read_subject(args.subject, trigger, class_word, trained_on)
+    for caution in subject.cautions:
         warnings.warn(caution, stacklevel=1)
     with step_progress() as show:
         evaluation = evaluate_photos(
             components,
-            args.subject,
-            trigger,
-            args.class_word or trigger.partition(" ")[2],
+            subject,
             _seeds(args),
             settings,
             metric_models=models,
             prompts=[line.strip() for line in lines if line.strip()] or PROMPTS,
             batch_size=args.batch_size,
             on_step=show,
-            trained_on=trained_on,
         )
     return evaluation, settings
 

@@ -104,7 +104,8 @@ def _paths(args: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
 
 def _save(args: argparse.Namespace, settings: Any, seeds: list[int], images: list[Any]) -> None:
     """Write the images with what made them."""
-    from dora_diffusion.pictures import parameters_text, save_png
+    from dora_diffusion.images import parameters_text, save_png
+    from dora_diffusion.numerics.weights import Strengths
 
     for seed, path, image in zip(seeds, _paths(args, seeds), images, strict=True):
         text = parameters_text(
@@ -114,9 +115,7 @@ def _save(args: argparse.Namespace, settings: Any, seeds: list[int], images: lis
             image.size,
             args.base,
             args.adapter,
-            args.strength,
-            args.direction_strength,
-            args.magnitude_strength,
+            Strengths(args.strength, args.direction_strength, args.magnitude_strength),
         )
         save_png(image, path, text)
         print(f"{path} (seed {seed})")

@@ -1,4 +1,4 @@
-"""Captions: files beside photos, templates, tag shuffling, dropout, and class-word captions."""
+"""Captions: files beside photos, tag shuffling, dropout, and class-word captions."""
 
 from __future__ import annotations
 
@@ -12,21 +12,6 @@ import torch
 
 from dora_diffusion.wording import quoted
 
-# Neutral prompts for subjects, for runs that ask for varied captions instead of one.
-TEMPLATES = (
-    "a photo of {token} {class}",
-    "a close-up photo of {token} {class}",
-    "a bright photo of {token} {class}",
-    "a cropped photo of {token} {class}",
-    "a good photo of {token} {class}",
-    "a photo of one {token} {class}",
-)
-
-
-def caption_path(photo: str | Path) -> Path:
-    """Where a photo's caption lies: the same name with ``.txt``."""
-    return Path(photo).with_suffix(".txt")
-
 
 def read_caption(photo: str | Path, default: str) -> str:
     """Read the caption beside a photo; the default where there is none or it is empty.
@@ -36,7 +21,7 @@ def read_caption(photo: str | Path, default: str) -> str:
     Raises:
         ValueError: If the file is not UTF-8 text.
     """
-    path = caption_path(photo)
+    path = Path(photo).with_suffix(".txt")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -46,27 +31,22 @@ def read_caption(photo: str | Path, default: str) -> str:
     return " ".join(text.split()) or default
 
 
-def fill_template(template: str, token: str, class_word: str) -> str:
-    """Fill ``{token}`` and ``{class}``; other braces are left alone."""
-    filled = template.replace("{token}", token).replace("{class}", class_word)
-    return " ".join(filled.split())
-
-
-def shuffle_tags(
-    caption: str, generator: torch.Generator, *, keep: int = 0, separator: str = ","
-) -> str:
+def shuffle_tags(caption: str, generator: torch.Generator, *, keep: int = 0) -> str:
     """Shuffle a caption's comma-separated tags, the first ``keep`` of them held in place."""
-    tags = [tag.strip() for tag in caption.split(separator) if tag.strip()]
+    tags = _tags(caption)
     fixed, free = tags[:keep], tags[keep:]
     order = torch.randperm(len(free), generator=generator).tolist()
-    return f"{separator} ".join(fixed + [free[i] for i in order])
+    return ", ".join(fixed + [free[i] for i in order])
 
 
-def tag_frequency(captions: Sequence[str], separator: str = ",") -> dict[str, int]:
-    """How many captions hold each tag (a part between separators), most frequent first."""
-    tags = [{tag.strip() for tag in caption.split(separator)} for caption in captions]
-    counts = Counter(sorted(tag for own in tags for tag in own if tag))
+def tag_frequency(captions: Sequence[str]) -> dict[str, int]:
+    """How many captions hold each comma-separated tag, most frequent first."""
+    counts = Counter(sorted(tag for caption in captions for tag in set(_tags(caption))))
     return dict(counts.most_common())
+
+
+def _tags(caption: str) -> list[str]:
+    return [tag.strip() for tag in caption.split(",") if tag.strip()]
 
 
 def drop_caption(caption: str, probability: float, generator: torch.Generator) -> str:
@@ -111,8 +91,8 @@ def require_token(captions: Sequence[str], token: str) -> None:
         raise ValueError("the trigger token is empty; choose a rare word such as sks")
     lacking = [caption for caption in captions if not contains_token(caption, token)]
     if lacking and len(lacking) == len(captions):
-        one = len(captions) == 1
-        where = "not in the caption" if one else f"in none of the {len(captions)} captions, first"
+        count = len(captions)
+        where = "not in the caption" if count == 1 else f"in none of the {count} captions, first"
         raise ValueError(
             f"the trigger token {token!r} is {where} {quoted(lacking[0])}; put it into the "
             "instance prompt or the captions"

@@ -33,11 +33,6 @@ class CropRecord:
         """Size of the photo after resizing: it just covers the crop."""
         return covering_size(self.original_size, self.target_size)
 
-    @property
-    def key(self) -> str:
-        """The record as text, for cache keys."""
-        return f"{self.original_size}{self.crop_top_left}{self.target_size}{self.flipped}"
-
 
 def covering_size(original: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
     """The smallest size of the original's shape that covers the target, ``(height, width)``.
@@ -53,7 +48,6 @@ def plan_crop(
     resolution: int | tuple[int, int],
     *,
     center: bool = True,
-    flip: bool = False,
     generator: torch.Generator | None = None,
     multiple: int = 8,
 ) -> CropRecord:
@@ -63,12 +57,11 @@ def plan_crop(
         original_size: ``(height, width)`` of the upright photo.
         resolution: Side of the square crop, or its ``(height, width)``.
         center: Take the middle; otherwise the place is drawn.
-        flip: Mirror with probability one half, drawn.
-        generator: Source of the draws; needed unless ``center`` and not ``flip``.
+        generator: Source of the draw; needed unless ``center``.
         multiple: The autoencoder's pixels per latent; both sides must be multiples of it.
 
     Raises:
-        ValueError: If the resolution does not fit, or draws are asked for without a generator.
+        ValueError: If the resolution does not fit, or a place is to be drawn without a generator.
     """
     target = (resolution, resolution) if isinstance(resolution, int) else resolution
     if min(target) < multiple or any(side % multiple for side in target):
@@ -76,17 +69,15 @@ def plan_crop(
             f"resolution {resolution} must be a multiple of {multiple}, the model's pixels per "
             f"latent; try {max(1, round(target[0] / multiple)) * multiple}"
         )
-    if generator is None and (flip or not center):
-        raise ValueError("a random crop or flip needs a generator")
     height, width = covering_size(original_size, target)
-    spare = (height - target[0], width - target[1])
-    # Always three draws, so that one setting does not move the draws of another.
-    draws = torch.rand(3, generator=generator).tolist() if generator is not None else [0.5] * 3
-    corner = tuple(
-        room // 2 if center else min(room, int(draw * (room + 1)))
-        for room, draw in zip(spare, draws, strict=False)
-    )
-    return CropRecord(original_size, (corner[0], corner[1]), target, flip and draws[2] < 0.5)
+    rows, columns = height - target[0], width - target[1]
+    if center:
+        return CropRecord(original_size, (rows // 2, columns // 2), target)
+    if generator is None:
+        raise ValueError("a random crop needs a generator")
+    down, right = torch.rand(2, generator=generator).tolist()
+    top, left = min(rows, int(down * (rows + 1))), min(columns, int(right * (columns + 1)))
+    return CropRecord(original_size, (top, left), target)
 
 
 def cut(image: PILImage.Image, record: CropRecord) -> PILImage.Image:
@@ -110,45 +101,17 @@ def cut(image: PILImage.Image, record: CropRecord) -> PILImage.Image:
     return resized.crop((left, top, left + columns, top + rows))
 
 
-def to_pixels(image: PILImage.Image) -> Tensor:
-    """An RGB image to ``(3, H, W)`` float32 in [-1, 1]."""
-    width, height = image.size
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return flat.view(height, width, 3).permute(2, 0, 1).float().div(127.5).sub(1.0).contiguous()
-
-
 def apply_crop(image: PILImage.Image, record: CropRecord) -> Tensor:
     """Cut an RGB photo to pixels ``(3, H, W)`` float32 in [-1, 1]."""
-    return to_pixels(cut(image, record))
+    return _pixels(cut(image, record), 3).div(127.5).sub(1.0).contiguous()
 
 
 def apply_crop_to_mask(mask: PILImage.Image, record: CropRecord) -> Tensor:
     """Cut a mask ("L") with its photo's record to ``(1, H, W)`` float32 in [0, 1]."""
-    image = cut(mask, record)
+    return _pixels(cut(mask, record), 1).div(255.0)
+
+
+def _pixels(image: PILImage.Image, channels: int) -> Tensor:
+    """Values from 0 to 255 as ``(channels, H, W)`` float32."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return flat.view(1, image.height, image.width).float().div(255.0)
-
-
-def crop_photo(
-    image: PILImage.Image,
-    resolution: int | tuple[int, int],
-    *,
-    center: bool = True,
-    flip: bool = False,
-    generator: torch.Generator | None = None,
-    multiple: int = 8,
-) -> tuple[Tensor, CropRecord]:
-    """Crop an RGB photo: :func:`plan_crop`, then :func:`apply_crop`.
-
-    Returns:
-        Pixels ``(3, H, W)`` float32 in [-1, 1], and the record.
-    """
-    record = plan_crop(
-        (image.height, image.width),
-        resolution,
-        center=center,
-        flip=flip,
-        generator=generator,
-        multiple=multiple,
-    )
-    return apply_crop(image, record), record
+    return flat.view(image.height, image.width, channels).permute(2, 0, 1).float()

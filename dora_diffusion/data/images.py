@@ -1,51 +1,25 @@
-"""Photos on disk to cropped pixels: opening with limits, EXIF, alpha, and the crop's record."""
+"""Image files of any origin to upright RGB: formats, limits, EXIF, colour profiles, alpha."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import io
-import itertools
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.data.crops import CropRecord, apply_crop, crop_photo, plan_crop
-from dora_diffusion.wording import counted
-
 if TYPE_CHECKING:
     from PIL import Image as PILImage
-
-__all__ = [
-    "CropRecord",
-    "PhotoError",
-    "PhotoInfo",
-    "apply_crop",
-    "crop_photo",
-    "has_alpha_mask",
-    "list_photos",
-    "open_photo",
-    "open_photo_with_alpha",
-    "photo_size",
-    "plan_crop",
-    "verify_photo",
-]
 
 MAX_MEGAPIXELS = 40.0
 # Resizing a photo until it covers a crop multiplies its pixels by at most its aspect ratio: without
 # a limit, a file of 80 bytes would fill the memory.
 MAX_ASPECT = 10
 MIN_SIDE = 16
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif")
-# Images that are not read; whoever has them beside photos wants to know.
-OTHER_SUFFIXES = (".avif", ".bmp", ".dng", ".gif", ".jp2", ".jxl", ".tif", ".tiff")
-MASK_SUFFIX = ".mask.png"
-# Files of a sub-folder that are looked at for photos that are not read.
-_LOOKED_THROUGH = 5000
 # What Pillow's decoders raise on damaged files: each plugin has its own idea.
 DECODE_ERRORS = (
     OSError,
@@ -65,74 +39,7 @@ class PhotoError(ValueError):
     """A photo cannot be used; one line with the file, what is wrong and what to do."""
 
 
-def list_photos(folder: str | Path, *, say_nested: bool = True) -> list[Path]:
-    """List a folder's photos by file extension, sorted by name.
-
-    Hidden files, sub-folders, captions (``.txt``) and masks (``.mask.png``) are left out.
-
-    Args:
-        folder: The folder.
-        say_nested: Warn of photos in sub-folders.
-
-    Raises:
-        PhotoError: If the folder is missing or holds no photo.
-
-    Warns:
-        UserWarning: Of images in formats that are not read, by name; of sub-folders with photos.
-    """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise PhotoError(f"{folder}: the photo folder {what}; give a folder of photos")
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    photos = [path for path in entries if is_photo(path)]
-    nested = _nested_photos(entries)
-    if not photos:
-        found = nested or ", ".join(path.name for path in entries[:5]) or "nothing"
-        raise PhotoError(
-            f"{folder}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)}; "
-            f"found {found}); sub-folders are not searched"
-        )
-    if nested and say_nested:
-        warnings.warn(
-            f"{folder}: left out {nested}; sub-folders are not read, move the photos up to use "
-            "them",
-            stacklevel=2,
-        )
-    others = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
-    if others:
-        warnings.warn(
-            f"{folder}: left out {', '.join(others)}; convert them to JPEG or PNG to use them",
-            stacklevel=2,
-        )
-    return photos
-
-
-def _nested_photos(entries: Sequence[Path]) -> str:
-    """How many photos lie in which sub-folders: ``"12 photos in 10_sks, 3 photos in old"``."""
-    counts = {path.name: _count_photos(path) for path in entries if path.is_dir()}
-    found = [f"{counted(count, 'photo')} in {name}" for name, count in counts.items() if count]
-    return ", ".join(found[:5]) + (f", and {len(found) - 5} more folders" if found[5:] else "")
-
-
-def _count_photos(folder: Path) -> int:
-    """Photos in a folder and below, of its first thousands of files."""
-    files = itertools.islice(folder.rglob("*"), _LOOKED_THROUGH)
-    return sum(is_photo(path) for path in files)
-
-
-def is_photo(path: Path) -> bool:
-    """Whether a path is a file that is named like a photo."""
-    name = path.name.lower()
-    return name.endswith(PHOTO_SUFFIXES) and not name.endswith(MASK_SUFFIX) and path.is_file()
-
-
-def open_photo(
-    path: str | Path,
-    *,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    max_aspect: float = MAX_ASPECT,
-) -> PILImage.Image:
+def open_photo(path: str | Path, *, limited: bool = True) -> PILImage.Image:
     """Open and fully decode a photo as RGB, upright, without metadata.
 
     EXIF orientation is applied and then dropped with all other metadata (GPS, device). Alpha is
@@ -140,42 +47,29 @@ def open_photo(
 
     Args:
         path: A JPEG, PNG or WebP file; HEIC where pillow-heif is installed.
-        max_megapixels: Refused above this size, before any pixel is decoded.
-        max_aspect: Refused if it is more times as long as it is wide.
+        limited: Refuse what is larger than `MAX_MEGAPIXELS` or longer than `MAX_ASPECT`, before any
+            pixel is decoded.
 
     Raises:
         PhotoError: If it is not such a file, is too large, too small or too thin, or is damaged.
     """
-    limits = {"max_megapixels": max_megapixels, "max_aspect": max_aspect}
-    return open_photo_with_alpha(path, **limits)[0]
+    path = Path(path)
+    return decode_photo(path.name, read_bytes(path), limited=limited)[0]
 
 
-def open_photo_with_alpha(
-    path: str | Path,
-    *,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    max_aspect: float = MAX_ASPECT,
-) -> tuple[PILImage.Image, PILImage.Image | None]:
+def open_photo_with_alpha(path: str | Path) -> tuple[PILImage.Image, PILImage.Image | None]:
     """Open a photo as :func:`open_photo` does, with its alpha channel ("L") or None beside it."""
     path = Path(path)
-    data = read_bytes(path)
-    with _reasons(path), _open_checked(path, data, max_megapixels, max_aspect) as image:
+    return decode_photo(path.name, read_bytes(path))
+
+
+def decode_photo(
+    name: str, data: bytes, *, limited: bool = True
+) -> tuple[PILImage.Image, PILImage.Image | None]:
+    """A photo's bytes as :func:`open_photo_with_alpha` gives them; errors begin with its name."""
+    with _reasons(name), _open_checked(name, data, limited) as image:
         image.load()
         return _split_alpha(_to_srgb(_upright(image)))
-
-
-def photo_size(path: str | Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[int, int]:
-    """Upright ``(height, width)`` of a photo, from its header alone.
-
-    Raises:
-        PhotoError: If it is not a photo, or is too large, too small or too thin.
-    """
-    path = Path(path)
-    with _reasons(path), _open_checked(path, read_bytes(path), max_megapixels, MAX_ASPECT) as image:
-        width, height = image.size
-        # Orientations 5 to 8 are turned by 90 degrees.
-        turned = _orientation(image) >= 5
-    return (width, height) if turned else (height, width)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -194,6 +88,11 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
+def digest_of(data: bytes) -> str:
+    """What tells a file's content from another's: 32 hex digits of its SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
 def sniff_format(data: bytes) -> str | None:
     """Tell "JPEG", "PNG", "WEBP" or "HEIF" by a file's first bytes; None for anything else."""
     if data.startswith(b"\xff\xd8\xff"):
@@ -206,20 +105,18 @@ def sniff_format(data: bytes) -> str | None:
     return "HEIF" if data[4:8] == b"ftyp" and data[8:12] in heif_brands else None
 
 
-def _open_checked(
-    path: Path, data: bytes, max_megapixels: float, max_aspect: float
-) -> PILImage.Image:
+def _open_checked(name: str, data: bytes, limited: bool) -> PILImage.Image:
     """Read the header only, and refuse what is no photo, too large, too small or too thin."""
     from PIL import Image
 
     kind = sniff_format(data)
     if kind is None:
         raise PhotoError(
-            f"{path.name}: not a JPEG, PNG, WebP or HEIC image, whatever its name says; "
+            f"{name}: not a JPEG, PNG, WebP or HEIC image, whatever its name says; "
             "convert it or remove it"
         )
     if kind == "HEIF":
-        _register_heif(path)
+        _register_heif(name)
     with warnings.catch_warnings():
         # Pillow warns of sizes above a higher limit than ours, and of damaged EXIF blocks, which
         # do not matter.
@@ -228,40 +125,37 @@ def _open_checked(
             image = Image.open(io.BytesIO(data), formats=(kind,))
         except Image.DecompressionBombError as error:
             raise PhotoError(
-                f"{path.name}: far above the limit of {max_megapixels:g} megapixels; "
-                "save a smaller copy"
+                f"{name}: far above the limit of {MAX_MEGAPIXELS:g} megapixels; save a smaller copy"
             ) from error
     width, height = image.size
-    if width * height > max_megapixels * 1e6:
-        raise PhotoError(
-            f"{path.name}: {width} x {height} is {width * height / 1e6:.1f} megapixels, above the "
-            f"limit of {max_megapixels:g}; save a smaller copy"
-        )
+    shown = f"{name}: {width} x {height} is"
     if min(width, height) < MIN_SIDE:
+        raise PhotoError(f"{shown} smaller than {MIN_SIDE} pixels; use a larger photo")
+    if limited and width * height > MAX_MEGAPIXELS * 1e6:
         raise PhotoError(
-            f"{path.name}: {width} x {height} is smaller than {MIN_SIDE} pixels; use a larger photo"
+            f"{shown} {width * height / 1e6:.1f} megapixels, above the limit of "
+            f"{MAX_MEGAPIXELS:g}; save a smaller copy"
         )
-    if max(width, height) > max_aspect * min(width, height):
+    if limited and max(width, height) > MAX_ASPECT * min(width, height):
         raise PhotoError(
-            f"{path.name}: {width} x {height} is a strip, more than {max_aspect:g} times as long "
-            "as wide; crop it"
+            f"{shown} a strip, more than {MAX_ASPECT:g} times as long as wide; crop it"
         )
     return image
 
 
-def _register_heif(path: Path) -> None:
+def _register_heif(name: str) -> None:
     try:
         import pillow_heif
     except ImportError as error:
         raise PhotoError(
-            f"{path.name}: HEIC photos need the pillow-heif package; install it "
+            f"{name}: HEIC photos need the pillow-heif package; install it "
             "(pip install pillow-heif) or convert the photo to JPEG"
         ) from error
     pillow_heif.register_heif_opener()
 
 
 @contextlib.contextmanager
-def _reasons(path: Path) -> Iterator[None]:
+def _reasons(name: str) -> Iterator[None]:
     """Turn the decoders' many errors into one plain line."""
     try:
         yield
@@ -274,7 +168,7 @@ def _reasons(path: Path) -> Iterator[None]:
         unreadable = isinstance(error, UnidentifiedImageError)
         cause = "its header cannot be read" if unreadable else " ".join(str(error).split())
         raise PhotoError(
-            f"{path.name}: damaged or cut short ({cause}); copy the photo again or remove it"
+            f"{name}: damaged or cut short ({cause}); copy the photo again or remove it"
         ) from error
 
 
@@ -344,27 +238,3 @@ def _bare(image: PILImage.Image) -> PILImage.Image:
     from PIL import Image
 
     return Image.frombytes(image.mode, image.size, image.tobytes())
-
-
-def has_alpha_mask(alpha: PILImage.Image | None) -> bool:
-    """Whether an alpha channel masks anything out."""
-    return alpha is not None and alpha.getextrema() != (255, 255)
-
-
-@dataclass(frozen=True)
-class PhotoInfo:
-    """A photo's content digest and upright ``(height, width)``."""
-
-    digest: str
-    size: tuple[int, int]
-
-
-def verify_photo(path: Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> PhotoInfo:
-    """Decode a photo once to prove it usable; its digest is of the file's bytes.
-
-    Raises:
-        PhotoError: If it cannot be used.
-    """
-    width, height = open_photo(path, max_megapixels=max_megapixels).size
-    digest = hashlib.sha256(read_bytes(path)).hexdigest()[:32]
-    return PhotoInfo(digest, (height, width))

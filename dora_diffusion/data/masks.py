@@ -1,16 +1,37 @@
-"""Checks of masks before a run: whether there are any, and whether they leave anything to learn."""
+"""Masks: where an image is learned, found beside it or in its alpha channel, and checked."""
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dora_diffusion.data.crops import CropRecord, apply_crop_to_mask
-from dora_diffusion.data.images import MASK_SUFFIX, PhotoError, read_bytes
-from dora_diffusion.data.photos import Photo, open_mask
+from dora_diffusion.data.images import (
+    PhotoError,
+    decode_photo,
+    digest_of,
+    open_photo,
+    open_photo_with_alpha,
+    read_bytes,
+)
 from dora_diffusion.wording import counted
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+    from dora_diffusion.data.photos import Photo
+
+MASK_SUFFIX = ".mask.png"
+
+MaskCrops = Callable[["Photo"], Iterable[CropRecord]]
+"""Photo -> crops that it will be trained on, or some of them."""
+
+
+class MaskError(PhotoError):
+    """A photo's mask cannot be used."""
 
 
 def mask_path(photo: Path) -> Path:
@@ -18,38 +39,66 @@ def mask_path(photo: Path) -> Path:
     return photo.with_name(photo.stem + MASK_SUFFIX)
 
 
-def mask_digest(photo: Photo) -> str:
-    """Digest of an image's mask file; empty where it has none (alpha is part of the image)."""
-    path = mask_path(photo.path)
-    return hashlib.sha256(read_bytes(path)).hexdigest()[:32] if path.is_file() else ""
-
-
-def check_masks(photos: Sequence[Photo], crops: Callable[[Photo], Iterable[CropRecord]]) -> None:
-    """Refuse masks from which nothing would be learned.
-
-    Args:
-        photos: The verified images.
-        crops: The crops that an image will be trained on, or some of them.
+def find_mask(photo: Photo, alpha: PILImage.Image | None, crops: MaskCrops) -> Photo:
+    """A photo with its mask: the file beside it, else its alpha channel where that hides anything.
 
     Raises:
-        PhotoError: If no image has a mask, or a mask is black wherever it is looked at.
+        MaskError: If the file cannot be used, is not of the photo's size, or the mask is black
+            wherever it is looked at.
+    """
+    path, mask = mask_path(photo.path), alpha
+    if path.is_file():
+        mask, digest = _read_mask(path, photo.size)
+        photo = replace(photo, mask_path=path, mask_digest=digest)
+    elif mask is not None and mask.getextrema() != (255, 255):
+        photo = replace(photo, mask_path=photo.path)
+    else:
+        return photo
+    if not any(apply_crop_to_mask(mask, crop).any() for crop in crops(photo)):
+        name = photo.path.name
+        where = path.name if photo.mask_path == path else f"the alpha channel of {name}"
+        raise MaskError(
+            f"{where} is black in every crop that is trained on, so nothing of {name} would be "
+            "learned; make bright what to learn, or remove it"
+        )
+    return photo
+
+
+def _read_mask(path: Path, size: tuple[int, int]) -> tuple[PILImage.Image, str]:
+    """A mask file for a photo of ``(height, width)``, as "L", and its digest."""
+    try:
+        data = read_bytes(path)
+        mask = decode_photo(path.name, data)[0].convert("L")
+    except PhotoError as error:
+        raise MaskError(str(error)) from error
+    if (mask.height, mask.width) != size:
+        raise MaskError(
+            f"{path.name}: the mask is {mask.width} x {mask.height}, its photo "
+            f"{size[1]} x {size[0]}; save it at the photo's size"
+        )
+    return mask, digest_of(data)
+
+
+def open_mask(photo: Photo) -> PILImage.Image | None:
+    """The mask ("L") that a photo was read with; None where it was read without one."""
+    if photo.mask_path is None:
+        return None
+    if photo.mask_path == photo.path:
+        return open_photo_with_alpha(photo.path)[1]
+    return open_photo(photo.mask_path).convert("L")
+
+
+def require_masks(photos: Sequence[Photo]) -> None:
+    """Refuse photos of which none has a mask.
+
+    Raises:
+        PhotoError: If none has.
 
     Warns:
-        UserWarning: Of images without a mask beside others that have one.
+        UserWarning: Of photos without a mask beside others that have one.
     """
-    bare = []
-    for photo in photos:
-        mask = open_mask(photo)
-        if mask is None:
-            bare.append(photo.path.name)
-        elif not any(apply_crop_to_mask(mask, crop).any() for crop in crops(photo)):
-            file = mask_path(photo.path)
-            where = file.name if file.is_file() else f"the alpha channel of {photo.path.name}"
-            raise PhotoError(
-                f"{where} is black in every crop that is trained on, so nothing of "
-                f"{photo.path.name} would be learned; make bright what to learn, or remove it"
-            )
-    if len(bare) == len(photos):
+    bare = [photo.path.name for photo in photos if photo.mask_path is None]
+    if photos and len(bare) == len(photos):
         first = photos[0].path
         raise PhotoError(
             f"masked_loss is on, but none of the {counted(len(photos), 'image')} has a mask: the "
@@ -60,16 +109,16 @@ def check_masks(photos: Sequence[Photo], crops: Callable[[Photo], Iterable[CropR
         warnings.warn(
             f"{counted(len(bare), 'image')} of {len(photos)} without a mask, whose whole area is "
             f"learned: {', '.join(bare[:5])}{', ...' if len(bare) > 5 else ''}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def warn_of_unused_masks(paths: Sequence[Path]) -> None:
-    """Say that masks lie beside images and are not read."""
-    found = sum(mask_path(path).is_file() for path in paths)
-    if found:
+def warn_of_unused_masks(photos: Sequence[Photo]) -> None:
+    """Say that masks lie beside photos and are not read."""
+    count = sum(mask_path(photo.path).is_file() for photo in photos)
+    if count:
         warnings.warn(
-            f"{counted(found, 'mask file')} (NAME{MASK_SUFFIX}) beside the images "
-            f"{'has' if found == 1 else 'have'} no effect because masked_loss is off",
+            f"{counted(count, 'mask file')} (NAME{MASK_SUFFIX}) beside the images "
+            f"{'has' if count == 1 else 'have'} no effect because masked_loss is off",
             stacklevel=3,
         )

@@ -11,14 +11,16 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from dora_diffusion.data.photos import Photo
 from dora_diffusion.formats.files.atomic import save_text
 
 PHOTO_RECORD = "photos.json"
 
 
-def write_photo_record(folder: Path, digests: Iterable[str]) -> Path:
-    """Write the digests of the photos (`PhotoInfo.digest`) that a run trains on."""
-    return save_text(folder / PHOTO_RECORD, json.dumps({"digests": sorted(digests)}) + "\n")
+def write_photo_record(folder: Path, photos: Iterable[Photo]) -> Path:
+    """Write the digests of the photos that a run trains on."""
+    digests = sorted(photo.digest for photo in photos)
+    return save_text(folder / PHOTO_RECORD, json.dumps({"digests": digests}) + "\n")
 
 
 def read_photo_record(adapter: str | Path) -> frozenset[str] | None:
@@ -30,8 +32,8 @@ def read_photo_record(adapter: str | Path) -> frozenset[str] | None:
     path = Path(adapter).expanduser().resolve()
     for folder in (path, path.parent, path.parent.parent):
         try:
-            found = json.loads((folder / PHOTO_RECORD).read_text(encoding="utf-8"))
-            return frozenset(map(str, found["digests"]))
+            record = json.loads((folder / PHOTO_RECORD).read_text(encoding="utf-8"))
+            return frozenset(map(str, record["digests"]))
         except (OSError, ValueError, TypeError, KeyError):
             continue
     return None

@@ -1,122 +1,178 @@
-"""Verified photos with their captions and masks: the subject's, and class images beside them."""
+"""Photos of a folder: each is opened, turned upright, checked and digested once, here."""
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dora_diffusion.data.appearance import Appearance, appearance_of
 from dora_diffusion.data.captions import read_caption
-from dora_diffusion.data.images import (
-    MASK_SUFFIX,
-    PhotoError,
-    has_alpha_mask,
-    list_photos,
-    open_photo,
-    open_photo_with_alpha,
-    verify_photo,
-)
+from dora_diffusion.data.images import PhotoError, decode_photo, digest_of, read_bytes
+from dora_diffusion.data.masks import MASK_SUFFIX, MaskCrops, MaskError, find_mask, require_masks
 from dora_diffusion.wording import counted
 
-if TYPE_CHECKING:
-    from PIL import Image as PILImage
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif")
+# Images that are not read; whoever has them beside photos wants to know.
+OTHER_SUFFIXES = (".avif", ".bmp", ".dng", ".gif", ".jp2", ".jxl", ".tif", ".tiff")
+# Files of a sub-folder that are looked at for photos that are not read.
+_LOOKED_THROUGH = 5000
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A verified photo: where it is, what it shows, and its digest and upright (height, width)."""
+    """A photo of the subject, or a class image, that can be used: every later room takes these.
+
+    Attributes:
+        path: The file.
+        digest: Of the file's bytes. Draws and caches know the photo by it, whatever its name is.
+        size: Upright ``(height, width)``.
+        caption: The text beside it, else the prompt.
+        mask_path: Its mask's file, or its own where its alpha channel is the mask; None without
+            one, or where masks are not used.
+        mask_digest: Of the mask file's bytes; empty without one.
+        appearance: How sharp it is and what it looks like; None where that was not measured.
+    """
 
     path: Path
-    caption: str
-    sample_id: str
+    digest: str
     size: tuple[int, int]
+    caption: str
+    mask_path: Path | None = None
+    mask_digest: str = ""
+    appearance: Appearance | None = None
+
+    def record(self) -> dict[str, str]:
+        """What a checkpoint keeps of it, so that a run is not resumed on other photos."""
+        return {
+            "name": self.path.name,
+            "image": self.digest,
+            "caption": self.caption,
+            "mask": self.mask_digest,
+        }
 
 
-def open_mask(photo: Photo) -> PILImage.Image | None:
-    """The mask file ("L") beside a photo, else its alpha channel where that hides anything.
+def read_photo(
+    path: Path, prompt: str, *, mask_crops: MaskCrops | None = None, measure: bool = False
+) -> Photo:
+    """Open a photo, turn it upright, check and digest it, and read its caption.
+
+    Args:
+        path: The file, which is read and decoded once.
+        prompt: Its caption where it has no caption file.
+        mask_crops: Use its mask, which must be bright somewhere in these crops of the photo.
+        measure: Measure its appearance too.
 
     Raises:
-        PhotoError: If the file cannot be used, or is not of the photo's size.
+        PhotoError: If it cannot be used; a `MaskError` if its mask cannot.
     """
-    path = photo.path.with_name(photo.path.stem + MASK_SUFFIX)
-    if path.is_file():
-        mask = open_photo(path).convert("L")
-        if (mask.height, mask.width) != photo.size:
-            raise PhotoError(
-                f"{path.name}: the mask is {mask.width} x {mask.height}, its photo "
-                f"{photo.size[1]} x {photo.size[0]}; save it at the photo's size"
-            )
-        return mask
-    alpha = open_photo_with_alpha(photo.path)[1]
-    return alpha if has_alpha_mask(alpha) else None
+    data = read_bytes(path)
+    image, alpha = decode_photo(path.name, data)
+    size = (image.height, image.width)
+    photo = Photo(path, digest_of(data), size, read_caption(path, prompt))
+    if mask_crops is not None:
+        photo = find_mask(photo, alpha, mask_crops)
+    return replace(photo, appearance=appearance_of(image)) if measure else photo
 
 
 def read_photos(
-    paths: Sequence[Path], prompt: str, *, skip_unreadable: bool = False, use_masks: bool = False
-) -> tuple[list[Photo], list[str]]:
-    """Verify photos by decoding each once, and read their captions.
+    paths: Sequence[Path],
+    prompt: str,
+    *,
+    skip_unreadable: bool = False,
+    mask_crops: MaskCrops | None = None,
+    measure: bool = False,
+) -> list[Photo]:
+    """Read photos as `read_photo` does.
 
     Args:
-        paths: The photos.
+        paths: The files.
         prompt: Caption of photos without a caption file.
-        skip_unreadable: Leave bad photos out with a warning each, instead of failing.
-        use_masks: Verify their masks too; a photo with a bad mask is bad.
-
-    Returns:
-        The good photos, and the reasons for those left out.
+        skip_unreadable: Leave bad photos out with a warning each, instead of failing. A bad mask
+            fails all the same: without it, the whole photo would be learned.
+        mask_crops: Use masks, of which there must be one at least.
+        measure: Measure the photos' appearance, for `check_photos`.
 
     Raises:
-        PhotoError: If a photo is bad (all reasons in one line), or none is left.
+        PhotoError: If a photo or mask is bad (all reasons in one line), or none is left.
     """
     photos: list[Photo] = []
-    reasons: list[str] = []
+    errors: list[PhotoError] = []
     for path in paths:
         try:
-            info = verify_photo(path)
-            photo = Photo(path, read_caption(path, prompt), info.digest, info.size)
-            if use_masks:
-                open_mask(photo)
+            photos.append(read_photo(path, prompt, mask_crops=mask_crops, measure=measure))
         except PhotoError as error:
-            reasons.append(str(error))
-        else:
-            photos.append(photo)
-    if reasons and not (skip_unreadable and photos):
-        total = counted(len(paths), "photo")
-        raise PhotoError(f"{len(reasons)} of {total} unusable: {'; '.join(reasons)}")
-    for reason in reasons:
+            errors.append(error)
+    can_skip = skip_unreadable and photos and not any(isinstance(e, MaskError) for e in errors)
+    if errors and not can_skip:
+        total, reasons = counted(len(paths), "photo"), "; ".join(map(str, errors))
+        raise PhotoError(f"{len(errors)} of {total} unusable: {reasons}")
+    for reason in errors:
         warnings.warn(f"photo left out: {reason}", stacklevel=3)
-    return photos, reasons
+    if mask_crops is not None:
+        require_masks(photos)
+    return photos
 
 
-class ClassImages:
-    """A folder of class images for prior preservation, each with the prompt that made it.
+def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path]:
+    """List a folder's photos by file extension, sorted by name.
 
-    The prompt of image ``i`` is the ``.txt`` beside it, else the class prompt.
+    Hidden files, sub-folders, captions (``.txt``) and masks (``.mask.png``) are left out.
+
+    Args:
+        folder: The folder.
+        warn_of_nested: Warn of photos in sub-folders.
+
+    Raises:
+        PhotoError: If the folder is missing or holds no photo.
+
+    Warns:
+        UserWarning: Of images in formats that are not read, by name; of sub-folders with photos.
     """
-
-    def __init__(
-        self,
-        images: str | Path | Sequence[Path],
-        class_prompt: str,
-        *,
-        skip_unreadable: bool = False,
-    ) -> None:
-        """Verify the images: a folder's, or those that are listed.
-
-        Raises:
-            PhotoError: If there is none, or one is bad and ``skip_unreadable`` is off.
-        """
-        paths = list_photos(images) if isinstance(images, (str, Path)) else list(images)
-        self.photos, self.skipped = read_photos(
-            paths, class_prompt, skip_unreadable=skip_unreadable
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise PhotoError(f"{folder}: the photo folder {what}; give a folder of photos")
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    photos = [path for path in entries if is_photo(path)]
+    nested = _nested_photos(entries)
+    if not photos:
+        instead = nested or ", ".join(path.name for path in entries[:5]) or "nothing"
+        raise PhotoError(
+            f"{folder}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)}; "
+            f"found {instead}); sub-folders are not searched"
         )
+    if nested and warn_of_nested:
+        warnings.warn(
+            f"{folder}: left out {nested}; sub-folders are not read, move the photos up to use "
+            "them",
+            stacklevel=2,
+        )
+    others = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
+    if others:
+        warnings.warn(
+            f"{folder}: left out {', '.join(others)}; convert them to JPEG or PNG to use them",
+            stacklevel=2,
+        )
+    return photos
 
-    def __len__(self) -> int:
-        """Number of class images."""
-        return len(self.photos)
 
-    def __getitem__(self, index: int) -> Photo:
-        """One class image."""
-        return self.photos[index]
+def _nested_photos(entries: Sequence[Path]) -> str:
+    """How many photos lie in which sub-folders: ``"12 photos in 10_sks, 3 photos in old"``."""
+    counts = {path.name: _count_photos(path) for path in entries if path.is_dir()}
+    nested = [f"{counted(count, 'photo')} in {name}" for name, count in counts.items() if count]
+    return ", ".join(nested[:5]) + (f", and {len(nested) - 5} more folders" if nested[5:] else "")
+
+
+def _count_photos(folder: Path) -> int:
+    """Photos in a folder and below, of its first thousands of files."""
+    files = itertools.islice(folder.rglob("*"), _LOOKED_THROUGH)
+    return sum(is_photo(path) for path in files)
+
+
+def is_photo(path: Path) -> bool:
+    """Whether a path is a file that is named like a photo."""
+    name = path.name.lower()
+    return name.endswith(PHOTO_SUFFIXES) and not name.endswith(MASK_SUFFIX) and path.is_file()

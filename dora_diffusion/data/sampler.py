@@ -52,7 +52,6 @@ class EpochSampler:
         *,
         batch_size: int = 1,
         seed: int = 0,
-        shuffle: bool = True,
         num_processes: int = 1,
         process_index: int = 0,
         groups: Sequence[object] | None = None,
@@ -63,7 +62,6 @@ class EpochSampler:
             num_samples: Size of the dataset.
             batch_size: Samples per process and batch.
             seed: Of the shuffle.
-            shuffle: Shuffle every epoch anew; otherwise keep the dataset's order.
             num_processes: How many processes train together.
             process_index: Which of them this is.
             groups: Per sample, what must be equal within a global batch (a bucket's size). A
@@ -81,7 +79,6 @@ class EpochSampler:
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
-        self.shuffle = shuffle
         self.num_processes = num_processes
         self.process_index = process_index
         self.groups = groups
@@ -102,12 +99,7 @@ class EpochSampler:
         generator = generator_for("order", self.seed, epoch)
         if self.groups is not None:
             return self._grouped_order(generator)
-        return self._permuted(list(range(self.num_samples)), generator)
-
-    def _permuted(self, indices: list[int], generator: torch.Generator) -> list[int]:
-        if not self.shuffle:
-            return indices
-        return [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
+        return _permuted(range(self.num_samples), generator)
 
     def _grouped_order(self, generator: torch.Generator) -> list[int]:
         """Whole global batches, each of one group, in shuffled order."""
@@ -118,11 +110,11 @@ class EpochSampler:
         size = self.global_batch_size
         batches: list[list[int]] = []
         for indices in members.values():
-            order = self._permuted(indices, generator)
+            order = _permuted(indices, generator)
             count = -(-len(order) // size) * size
             filled = [order[i % len(order)] for i in range(count)]
             batches += [filled[start : start + size] for start in range(0, count, size)]
-        order_of_batches = self._permuted(list(range(len(batches))), generator)
+        order_of_batches = _permuted(range(len(batches)), generator)
         return [index for batch in order_of_batches for index in batches[batch]]
 
     def __iter__(self) -> Iterator[list[EpochIndex]]:
@@ -159,8 +151,8 @@ class EpochSampler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint, with any number of processes.
 
-        Where batches are of one group each, another global batch size goes on at the next epoch:
-        the place in this one would lie inside of a batch.
+        Where batches are of one group each, another global batch size continues with the next
+        epoch: the place in this one would lie inside of a batch.
 
         Raises:
             ValueError: If it belongs to another dataset or seed: the order would differ silently.
@@ -176,3 +168,7 @@ class EpochSampler:
             self.state = SamplerState(int(state["epoch"]) + 1, 0)
         else:
             self.state = SamplerState(int(state["epoch"]), int(state["position"]))
+
+
+def _permuted(indices: Sequence[int], generator: torch.Generator) -> list[int]:
+    return [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]

@@ -1,1 +1,1 @@
-"""Subject fidelity and prompt fidelity in the toy world, judged by networks."""
+"""Subject fidelity, prompt fidelity, subject leakage and language drift of an adapter."""

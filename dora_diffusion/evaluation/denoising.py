@@ -1,8 +1,8 @@
-"""The denoising loss on held-out pictures at fixed timesteps and noise.
+"""The denoising loss on held-out images at fixed timesteps and noise.
 
 Nothing is sampled: two models are asked the same questions, and their difference is not blurred by
 luck. That makes it the most sensitive of all measures, and the least telling: it says that a model
-expects such pictures, not that it can make them.
+expects such images, not that it can make them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.inject import norm_scope
-from dora_diffusion.data.crops import crop_photo
+from dora_diffusion.data.crops import apply_crop, plan_crop
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.denoise import predict
@@ -38,13 +38,13 @@ def held_out_losses(
     *,
     batch_size: int = 10,
 ) -> list[float]:
-    """Each picture's mean squared error of the model's prediction, over evenly spaced timesteps.
+    """Each image's mean squared error of the model's prediction, over evenly spaced timesteps.
 
     The target is the model's own (noise or velocity), without a weight.
 
     Args:
         components: The model, with whatever adapters are on.
-        images: n pictures, cut to the model's resolution from the middle.
+        images: n images, cut to the model's resolution from the middle.
         captions: n prompts.
         seeds: n seeds of the noise; the same for every model that is compared.
         batch_size: Predictions at once.
@@ -64,15 +64,16 @@ def held_out_losses(
 
 def _conditioning(components: Components, captions: Sequence[str]) -> Conditioning:
     """Conditioning of n captions, each distinct one encoded once."""
-    known = {c: encode_prompts(components, [c]) for c in dict.fromkeys(captions)}
-    return Conditioning.cat([known[caption] for caption in captions])
+    encoded = {c: encode_prompts(components, [c]) for c in dict.fromkeys(captions)}
+    return Conditioning.cat([encoded[caption] for caption in captions])
 
 
 def _loss(
     components: Components, image: Image, conditioning: Conditioning, seed: int, batch_size: int
 ) -> float:
-    pixels, crop = crop_photo(image, components.default_resolution, multiple=components.vae_factor)
-    latents = encode_images(components.vae, pixels[None]).float()
+    size, side = (image.height, image.width), components.default_resolution
+    crop = plan_crop(size, side, multiple=components.vae_factor)
+    latents = encode_images(components.vae, apply_crop(image, crop)[None]).float()
     steps = components.scheduler.config.num_train_timesteps
     timesteps = ((torch.arange(TIMESTEPS) + 0.5) / TIMESTEPS * steps).long()
     shape = (latents.shape[1], latents.shape[2], latents.shape[3])

@@ -1,4 +1,4 @@
-"""What is measured, and how sure it is: names, meanings and intervals of every figure."""
+"""What is measured: name, meaning and confidence interval of every figure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dora_diffusion.evaluation.statistics import (
 )
 
 Values = tuple[tuple[float, ...], ...]
-"""One value per picture, grouped by the seed that the pictures were made from."""
+"""One value per image, grouped by the seed that the images were made from."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Measure:
 
     Attributes:
         title: How tables call it.
-        kind: ``"share"`` of pictures that are right, or the ``"mean"`` of something.
+        kind: ``"share"`` of images that are right, or the ``"mean"`` of something.
         better: Which way is good; ``"base"`` means that it should stay where the base model is.
         meaning: What it says, in a sentence.
     """
@@ -53,7 +53,7 @@ MEASURES: dict[str, Measure] = {
         "subject: pattern", "share", "higher", "its pattern is seen, or that it has none",
     ),
     "background": Measure(
-        "place as asked", "share", "higher", "the place is the one that the prompt names",
+        "background as asked", "share", "higher", "the background is the one that the prompt names",
     ),
     "side": Measure(
         "side as asked", "share", "higher", "it stands on the left or the right as the prompt says",
@@ -73,32 +73,36 @@ MEASURES: dict[str, Measure] = {
         "root mean square difference between images of one prompt, pixels from 0 to 1",
     ),
     "class_kind": Measure(
-        "own class: class", "share", "base", "asked for without the token, the class is right",
+        "own class: class", "share", "base",
+        "language drift: asked for without the token, the class is right",
     ),
     "class_similarity": Measure(
         "own class: similarity", "mean", "base",
         "cosine to the subject of images asked for without the token: does every mug become it?",
     ),
-    "class_taken": Measure(
-        "own class: taken over", "share", "lower",
+    "class_leakage": Measure(
+        "own class: subject leakage", "share", "lower",
         "images asked for without the token that show the subject (cosine above 0.7)",
     ),
     "others_kind": Measure(
-        "other classes: class", "share", "base", "another class is what was asked for",
+        "other classes: class", "share", "base",
+        "language drift: another class is what was asked for",
     ),
     "others_color": Measure(
-        "other classes: colour", "share", "base", "another class has the colour asked for",
+        "other classes: colour", "share", "base",
+        "language drift: another class has the colour asked for",
     ),
     "others_background": Measure(
-        "other classes: place", "share", "base", "another class is in the place asked for",
+        "other classes: background", "share", "base",
+        "language drift: another class is before the background asked for",
     ),
-    "others_taken": Measure(
-        "other classes: taken over", "share", "lower",
+    "others_leakage": Measure(
+        "other classes: subject leakage", "share", "lower",
         "images of other classes that show the subject (cosine above 0.7)",
     ),
     "others_similarity": Measure(
         "other things: prompt similarity", "mean", "base",
-        "cosine of image and prompt for things that are not the subject, by CLIP",
+        "language drift: cosine of image and prompt for things that are not the subject, by CLIP",
     ),
     "others_change": Measure(
         "other classes: change", "mean", "lower",
@@ -115,34 +119,57 @@ MEASURES: dict[str, Measure] = {
 }  # fmt: skip
 """Every figure by its name; a name followed by ``@MODEL`` is that figure by a metric model."""
 
-TAKEN = 0.7
-"""Cosine above which a picture shows the subject: one subject scores 0.95, two hardly ever 0.7."""
+LEAKAGE = 0.7
+"""Cosine above which an image shows the subject: one subject scores 0.95, two hardly ever 0.7."""
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image to make.
+
+    Attributes:
+        group: What it is about: ``"subject"``, its ``"class"`` without the token, ``"others"``, ...
+        prompt: What the model is asked.
+        round: Number of the round of all prompts; every round has seeds of its own.
+        seed: Of the image.
+    """
+
+    group: str
+    prompt: str
+    round: int
+    seed: int
 
 
 class Scores:
-    """Collects values by measure, of pictures that belong to a group and a round of seeds."""
+    """Collects values by measure, of images that belong to a group and a round of seeds."""
 
-    def __init__(self, groups: Sequence[str], rounds: Sequence[int]) -> None:
-        """Take each picture's group and round."""
-        self.groups, self.rounds = groups, rounds
+    def __init__(self, requests: Sequence[ImageRequest]) -> None:
+        """Take what each image was asked for."""
+        self.requests = requests
         self.values: dict[str, Values] = {}
 
-    @property
-    def has_several_rounds(self) -> bool:
-        """Whether there is more than one picture per prompt."""
-        return len(set(self.rounds)) > 1
-
     def add(self, name: str, group: str, values: Sequence[float | None]) -> None:
-        """Add a measure of one group, from a value per picture (of all groups).
+        """Add a measure of one group, from a value per image (of all groups).
 
-        A picture whose value is None does not count; a measure without values is left out.
+        An image whose value is None does not count; a measure without values is left out.
         """
-        found: dict[int, list[float]] = {}
-        for owner, number, value in zip(self.groups, self.rounds, values, strict=True):
-            if owner == group and value is not None:
-                found.setdefault(number, []).append(float(value))
-        if found:
-            self.values[name] = tuple(tuple(found[number]) for number in sorted(found))
+        rounds: dict[int, list[float]] = {}
+        for request, value in zip(self.requests, values, strict=True):
+            if request.group == group and value is not None:
+                rounds.setdefault(request.round, []).append(float(value))
+        if rounds:
+            self.values[name] = tuple(tuple(rounds[number]) for number in sorted(rounds))
+
+    def add_diversity(self, name: str, vectors: Tensor, *, cosine: bool) -> None:
+        """Add how far apart the subject's images of one prompt are, where there are several."""
+        if len({request.round for request in self.requests}) > 1:
+            keys = [(request.group, request.prompt) for request in self.requests]
+            self.add(name, "subject", mean_distances(vectors, keys, cosine=cosine))
+
+    def add_change(self, name: str, features: Tensor, base: Tensor) -> None:
+        """Add how far images of other things are from the base's: unit vectors ``(n, d)`` each."""
+        change = (1 - (features * base).sum(1)).clamp_min(0).tolist()
+        self.add(name, "others", change)
 
 
 def measure_of(name: str) -> Measure:
@@ -162,7 +189,7 @@ def seed_means(values: Values) -> list[float]:
 
 
 def summarize(name: str, values: Values) -> Interval:
-    """Estimate and interval over pictures, each of a seed of its own: Wilson's for shares, else t.
+    """Estimate and interval over images, each of a seed of its own: Wilson's for shares, else t.
 
     Means over prompts count the spread between prompts as chance, which makes them wider than the
     chance of seeds alone would.
@@ -174,19 +201,19 @@ def summarize(name: str, values: Values) -> Interval:
 
 
 def difference(name: str, values: Values, base: Values) -> Interval:
-    """Mean change against the base: means paired by picture, shares with Newcombe's interval."""
+    """Mean change against the base: means paired by image, shares with Newcombe's interval."""
     if measure_of(name).kind == "share":
         return share_difference(summarize(name, values), summarize(name, base))
     pairs = zip(_independent(name, values), _independent(name, base), strict=True)
-    return t_interval([mine - theirs for mine, theirs in pairs])
+    return t_interval([adapted - before for adapted, before in pairs])
 
 
 def _independent(name: str, values: Values) -> list[float]:
-    """Values that know nothing of each other: a picture's, or a prompt's distances over all seeds.
+    """Values that know nothing of each other: an image's, or a prompt's distances over all seeds.
 
-    Distances between pictures of one prompt share pictures.
+    Distances between images of one prompt share images.
     """
-    if name.startswith("diversity") and len({len(one) for one in values}) == 1:
+    if name.startswith("diversity") and len({len(group) for group in values}) == 1:
         return [float(mean) for mean in np.mean(values, axis=0)]
     return _flat(values)
 
@@ -195,24 +222,24 @@ def _flat(values: Values) -> list[float]:
     return [value for group in values for value in group]
 
 
-def mean_distances(pictures: Tensor, groups: Sequence[object], *, cosine: bool) -> list[float]:
+def mean_distances(vectors: Tensor, groups: Sequence[object], *, cosine: bool) -> list[float]:
     """Each row's mean distance to the other rows of its group; 0 for a row that is alone.
 
     Averaged over a group this is its mean pairwise distance.
 
     Args:
-        pictures: ``(n, d)``: unit vectors for ``cosine``, else pixels from 0 to 1.
+        vectors: ``(n, d)``: unit vectors for ``cosine``, else pixels from 0 to 1.
         groups: n keys; rows of one key are compared.
         cosine: ``1 - cosine``; else the root mean square difference.
     """
     result = [0.0] * len(groups)
     for key in dict.fromkeys(groups):
         rows = [row for row, group in enumerate(groups) if group == key]
-        chosen = pictures[rows]
+        chosen = vectors[rows]
         if cosine:
             distances = 1 - chosen @ chosen.T
         else:
-            distances = torch.cdist(chosen, chosen) / pictures.shape[1] ** 0.5
+            distances = torch.cdist(chosen, chosen) / vectors.shape[1] ** 0.5
         distances.fill_diagonal_(0)
         for row, total in zip(rows, distances.sum(1).tolist(), strict=True):
             result[row] = total / max(1, len(rows) - 1)

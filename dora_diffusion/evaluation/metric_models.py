@@ -38,7 +38,7 @@ class MetricModelError(ValueError):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pictures become a network's input, as ``preprocessor_config.json`` says it.
+    """How images become a network's input, as ``preprocessor_config.json`` says it.
 
     Attributes:
         resize: Length of the shorter side before the crop.
@@ -55,10 +55,10 @@ class Preprocessing:
     resample: int = 3
 
     def __call__(self, image: Image) -> Tensor:
-        """A picture to ``(3, crop, crop)``."""
+        """An image to ``(3, crop, crop)``."""
         image = image.convert("RGB")
         scale = self.resize / min(image.size)
-        # Truncated as in transformers, whose pictures it should give.
+        # Truncated as in transformers, whose images it should give.
         size = (int(image.width * scale + 1e-6), int(image.height * scale + 1e-6))
         resized = image.resize(size, resample=self.resample)
         left, top = (size[0] - self.crop) // 2, (size[1] - self.crop) // 2
@@ -75,7 +75,7 @@ class MetricModel:
     Attributes:
         name: How reports call it.
         network: The model.
-        preprocessing: Of its pictures.
+        preprocessing: Of its images.
         tokenizer: Of its texts; None without a text network.
     """
 
@@ -86,7 +86,7 @@ class MetricModel:
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Image]) -> Tensor:
-        """N pictures -> ``(n, d)`` unit vectors."""
+        """N images -> ``(n, d)`` unit vectors."""
         rows = [
             self._features(torch.stack([self.preprocessing(image) for image in batch]))
             for batch in (images[i : i + _BATCH] for i in range(0, len(images), _BATCH))
@@ -173,7 +173,7 @@ def read_preprocessing(file: Path) -> Preprocessing:
     """Read a ``preprocessor_config.json``.
 
     Raises:
-        MetricModelError: It does not say how large a picture is.
+        MetricModelError: It does not say how large an image is.
     """
     values = json.loads(file.read_text(encoding="utf-8"))
     resize, crop = _side(values.get("size")), _side(values.get("crop_size"))

@@ -1,4 +1,4 @@
-"""An evaluation as a table, as JSON and as a sheet of pictures."""
+"""An evaluation as a table, as JSON and as a sheet of images."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from dora_diffusion.evaluation.measures import (
 )
 from dora_diffusion.evaluation.statistics import Interval
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.pictures import save_png
+from dora_diffusion.images import center_square, save_png
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SCHEMA = 1
+SCHEMA = 2
 METHOD = (
-    "95% intervals over images, each of a seed of its own: Student's t (changes are paired by "
-    "prompt and seed); for shares (%) Wilson's, and Newcombe's for their change"
+    "95% confidence intervals over images, each of a seed of its own: Student's t (changes are "
+    "paired by prompt and seed); for shares (%) Wilson's, and Newcombe's for their change"
 )
 FILES = {"scores": "scores.json", "table": "scores.md", "images": "images.png"}
 _LABEL = 52
@@ -40,7 +40,7 @@ class Evaluation:
         subject: Its name.
         columns: ``"base"``, ``"adapted"`` and, where it is known, ``"truth"`` -> measures.
         seeds: One round of prompts each.
-        pictures: Row of the sheet -> pictures, in the columns of ``labels``.
+        images: Row of the sheet -> images, in the columns of ``labels``.
         labels: What each column of the sheet shows.
         notes: What could not be measured, and why.
         facts: Base, adapter, trigger, sampling: what the figures are of.
@@ -50,7 +50,7 @@ class Evaluation:
     subject: str
     columns: Mapping[str, Mapping[str, Values]]
     seeds: tuple[int, ...]
-    pictures: Mapping[str, Sequence[Image]] = field(default_factory=dict)
+    images: Mapping[str, Sequence[Image]] = field(default_factory=dict)
     labels: Sequence[str] = ()
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Evaluation:
         return None if values is None else summarize(name, values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the pictures, as plain values."""
+        """Everything but the images, as plain values."""
         return {
             "schema": SCHEMA,
             "subject": self.subject,
@@ -87,7 +87,7 @@ class Evaluation:
         intervals = {column: self.interval(column, name) for column in columns}
         return {
             **asdict(measure_of(name)),
-            **{key: None if one is None else asdict(one) for key, one in intervals.items()},
+            **{column: found and asdict(found) for column, found in intervals.items()},
             "per_seed": {
                 column: seed_means(values[name])
                 for column, values in self.columns.items()
@@ -123,8 +123,8 @@ class Evaluation:
             ),
             "table": save_text(folder / FILES["table"], f"# {self.subject}\n\n{self.table()}\n"),
         }
-        if self.pictures:
-            files["images"] = save_png(sheet(self.pictures, self.labels), folder / FILES["images"])
+        if self.images:
+            files["images"] = save_png(sheet(self.images, self.labels), folder / FILES["images"])
         return files
 
 
@@ -164,7 +164,7 @@ def sheet(
     columns: int = 11,
     side: int = 112,
 ) -> Image:
-    """Pictures under their labels, in bands of as many columns as fit, one row per model."""
+    """Images under their labels, in bands of as many columns as fit, one row per model."""
     from PIL import Image as PILImage
     from PIL import ImageDraw
 
@@ -184,14 +184,8 @@ def sheet(
             for x, image in enumerate(images[band * columns : band * columns + len(texts)]):
                 filters = PILImage.Resampling
                 how = filters.BICUBIC if image.width < side else filters.LANCZOS
-                canvas.paste(_square(image).resize((side, side), how), (left + x * step, at))
+                canvas.paste(center_square(image).resize((side, side), how), (left + x * step, at))
     return canvas
-
-
-def _square(image: Image) -> Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.convert("RGB").crop((left, top, left + side, top + side))
 
 
 def _wrapped(text: str, width: int = 19, lines: int = 3) -> str:

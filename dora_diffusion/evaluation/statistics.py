@@ -1,4 +1,4 @@
-"""How sure a mean is: intervals for means, shares, and runs that share a subject."""
+"""Confidence intervals of means, of shares, and of runs that share a subject."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the 95% interval around it.
+    """An estimate and its 95% confidence interval.
 
     Attributes:
         mean: The estimate.
         low: Lower end; None where one value gives no interval.
         high: Upper end; None where one value gives no interval.
-        n: How many values it is from: pictures or runs.
+        n: How many values it is from: images or runs.
         method: ``"t"``, ``"wilson"``, ``"newcombe"`` or ``"bootstrap"``.
     """
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion.data.thumbnail import thumbnail as make_thumbnail
 from dora_diffusion.export.base import open_model
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.formats.adapter.base_targets import TARGETS, approximate, needs_compensation
@@ -31,6 +30,7 @@ from dora_diffusion.formats.adapter.metadata import (
 )
 from dora_diffusion.formats.files.header import PICKLED
 from dora_diffusion.formats.names.modules import known_layout
+from dora_diffusion.images import thumbnail as make_thumbnail
 from dora_diffusion.merge import check_dtype
 
 # Plain-LoRA approximations, and the format that each is written in.

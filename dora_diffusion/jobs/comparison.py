@@ -91,8 +91,8 @@ def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> Questions:
     Raises:
         ValueError: There is no such sample.
     """
-    from dora_diffusion.evaluation.toy import Answers, measure
-    from dora_diffusion.evaluation.toy_requests import toy_requests
+    from dora_diffusion.evaluation.toy.evaluate import Answers, measure
+    from dora_diffusion.evaluation.toy.requests import toy_requests
     from dora_diffusion.toy.benchmark_subjects import find_subject
 
     subject = find_subject(sample)
@@ -176,7 +176,7 @@ def _mean(values: Mapping[str, Any], name: str) -> float | None:
 
 def _pixel_drift(requests: Sequence[Any]) -> Any:
     """Root mean square difference of pixels from 0 to 1, of all but the subject's pictures."""
-    from dora_diffusion.evaluation.judge import judged_pixels
+    from dora_diffusion.evaluation.toy.judge import judged_pixels
 
     rows = [row for row, request in enumerate(requests) if request.group == "others"]
 
@@ -282,7 +282,7 @@ def _adapter_on(components: Components, adapter: Path | None) -> Iterator[None]:
 def _write(folder: Path, name: str, pictures: Pictures, subjects: int) -> tuple[str, str]:
     """Two strips: the subject, and other things. Small ones are enlarged to be looked at."""
     from dora_diffusion.generate import image_grid
-    from dora_diffusion.pictures import save_png
+    from dora_diffusion.images import save_png
 
     others = pictures[subjects : subjects + _SHOWN_OTHERS]
     strips = {f"{name}.png": pictures[:subjects], f"{name}-others.png": others}

@@ -82,7 +82,7 @@ def read_subject(workspace: Workspace, subject_id: object) -> Subject:
 
 def photos_in(folder: Path) -> list[Path]:
     """A subject's photos by name; none where the folder is empty."""
-    from dora_diffusion.data.images import is_photo
+    from dora_diffusion.data.photos import is_photo
 
     return sorted(path for path in folder.iterdir() if is_photo(path)) if folder.is_dir() else []
 
@@ -238,5 +238,6 @@ def _check(
     from dora_diffusion.data.checks import check_photos
     from dora_diffusion.data.photos import read_photos
 
-    photos, _ = read_photos([Path(path) for path, _ in stamps], "", skip_unreadable=True)
+    paths = [Path(path) for path, _ in stamps]
+    photos = read_photos(paths, "", skip_unreadable=True, measure=True)
     return [(one.names, one.message) for one in check_photos(photos, resolution)]

@@ -1,6 +1,6 @@
 """Small Stable Diffusion models that come with the package, and the toy world they know.
 
-They are pretrained, in the hour that two CPU cores need, on rendered pictures with true captions,
+They are pretrained, in the hour that two CPU cores need, on rendered images with true captions,
 so that training and export can be tried and tested without a download or a GPU.
 """
 
@@ -35,5 +35,5 @@ def samples_folder() -> Path:
 
 
 def instrument_folder() -> Path:
-    """The folder of the networks that judge pictures of the toy world."""
+    """The folder of the networks that judge images of the toy world."""
     return Path(__file__).parent / "judges"

@@ -2,7 +2,7 @@
 
 ``x`` and ``y`` run from -1 to 1 with ``y`` up; ``pixel`` is one pixel's width in those units, so
 that edges stay one pixel soft at every resolution. All randomness is drawn in a fixed order and
-never per pixel, so one seed gives one picture at any size.
+never per pixel, so one seed gives one image at any size.
 """
 
 from __future__ import annotations

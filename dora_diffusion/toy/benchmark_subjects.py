@@ -117,7 +117,7 @@ def _any_rgb(generator: np.random.Generator) -> RGB:
 
 
 def _apart(first: RGB, generator: np.random.Generator) -> tuple[RGB, RGB, RGB]:
-    """Two more colours, all three easy to tell apart in a small picture."""
+    """Two more colours, all three easy to tell apart in a small image."""
     while True:
         second, third = _any_rgb(generator), _any_rgb(generator)
         pairs = ((first, second), (first, third), (second, third))
@@ -173,8 +173,8 @@ def write_photos(subject: BenchmarkSubject, folder: Path) -> list[Path]:
     photos = []
     for number, background in enumerate(subject.photo_backgrounds, start=1):
         photo = folder / f"{number:02d}.png"
-        picture = render(subject.sample.scene(background, number), PHOTO_SIZE)
-        Image.fromarray(picture).save(photo)
+        image = render(subject.sample.scene(background, number), PHOTO_SIZE)
+        Image.fromarray(image).save(photo)
         photo.with_suffix(".txt").write_text(subject.sample.prompt(background) + "\n")
         photos.append(photo)
     return photos

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dora_diffusion.toy.world import Scene, Subject
+from dora_diffusion.wording import with_article
 
 PLACES: dict[str, tuple[str, ...]] = {
     "grass": ("on the grass", "on grass", "in a meadow", "on a green lawn"),
@@ -51,11 +52,6 @@ FILLERS: tuple[str, ...] = ("toy", "object", "thing")
 
 def _one_of(options: Sequence[str], generator: np.random.Generator) -> str:
     return options[int(generator.integers(len(options)))]
-
-
-def with_article(noun: str) -> str:
-    """``red mug`` -> ``a red mug``, ``orange mug`` -> ``an orange mug``."""
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
 def _color_words(subject: Subject, generator: np.random.Generator) -> str:
@@ -119,7 +115,7 @@ def caption(scene: Scene, generator: np.random.Generator, name: str = "") -> str
     """One true sentence about a scene.
 
     Args:
-        scene: what the picture shows; its class must be one with a word.
+        scene: what the image shows; its class must be one with a word.
         generator: the randomness.
         name: what its object is called, as ``sks`` will be.
     """

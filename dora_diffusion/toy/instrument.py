@@ -1,4 +1,4 @@
-"""The networks that judge pictures of the toy world: what they show, and whose likeness it is."""
+"""The networks that judge images of the toy world: what they show, and whose likeness it is."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Trunk(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Class, body colour, pattern and background of a picture."""
+    """Class, body colour, pattern and background of an image."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where in a picture an object is, and how large, seen in the toy world's grey studio.
+"""Where in an image an object is, and how large, seen in the toy world's grey studio.
 
 The studio is grey and the shadow too, so that what has a colour is the object. No network is asked.
 """
@@ -25,7 +25,7 @@ class Silhouette:
 
 
 def silhouette(pixels: Tensor) -> Silhouette | None:
-    """Find the object in a studio picture ``(3, h, w)`` in [0, 1]; None if nothing has a colour."""
+    """Find the object in a studio image ``(3, h, w)`` in [0, 1]; None if nothing has a colour."""
     mask = (pixels.amax(0) - pixels.amin(0)) > _COLORFUL
     share = float(mask.float().mean())
     if share < _LEAST:
@@ -58,6 +58,6 @@ def follows(pose: str, shape: Silhouette | None, middle: float) -> bool:
 
 
 def middle_size(shapes: Mapping[str, Sequence[Silhouette | None]]) -> float | None:
-    """The size half way between true small and true large pictures; None if none was seen."""
+    """The size half way between true small and true large images; None if none was seen."""
     found = [[shape.size for shape in shapes[word] if shape is not None] for word in SIZES]
     return sum(sum(sizes) / len(sizes) for sizes in found) / 2 if all(found) else None

@@ -96,8 +96,8 @@ def write_photos(sample: SampleSubject, folder: Path) -> list[Path]:
     for number, background in enumerate(PHOTO_BACKGROUNDS, start=1):
         size = (768, 768) if number % 2 else (768, 640)
         photo = folder / f"{number:02d}.jpg"
-        picture = render(sample.scene(background, number), size)
-        Image.fromarray(picture).save(photo, quality=90)
+        image = render(sample.scene(background, number), size)
+        Image.fromarray(image).save(photo, quality=90)
         photo.with_suffix(".txt").write_text(sample.prompt(background) + "\n")
         photos.append(photo)
     return photos

@@ -1,6 +1,6 @@
-"""The toy world: a scene is a few numbers, and `render` takes its picture at any resolution.
+"""The toy world: a scene is a few numbers, and `render` takes its image at any resolution.
 
-It gives the embedded models pictures whose captions are true by construction, and subjects no
+It gives the embedded models images whose captions are true by construction, and subjects no
 model has seen whose likeness can be measured against the truth.
 """
 
@@ -115,11 +115,11 @@ class Scene:
 
 
 def render(scene: Scene, size: int | tuple[int, int]) -> NDArray[np.uint8]:
-    """Take a scene's picture.
+    """Take a scene's image.
 
     Args:
         scene: what to show.
-        size: side of a square picture, or (width, height); the shorter side spans -1 to 1.
+        size: side of a square image, or (width, height); the shorter side spans -1 to 1.
 
     Returns:
         (height, width, 3) colours.
@@ -207,7 +207,7 @@ def _body_colors(subject: Subject, shape: Shape, u: Grid, v: Grid, pixel: float)
 def _pattern_mask(subject: Subject, u: Grid, v: Grid, pixel: float) -> Grid:
     """Where the pattern's second colour shows, 0 to 1; its period is half the object's half size.
 
-    Periods are long on purpose: in a 64-pixel picture a stripe is five pixels wide.
+    Periods are long on purpose: in a 64-pixel image a stripe is five pixels wide.
     """
     cos, sin = (
         float(np.cos(subject.pattern_angle)),

@@ -23,9 +23,9 @@ from dora_diffusion.formats.adapter.file import AdapterMetadata, find_adapter, r
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.sgm_blocks import UNetLayout
 from dora_diffusion.generate import image_grid
+from dora_diffusion.images import save_png
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.numerics.weights import LayerWeights
-from dora_diffusion.pictures import save_png
 from dora_diffusion.training.checkpoint import (
     checkpoints_after,
     find_checkpoint,
@@ -226,7 +226,7 @@ class _Run:
             if not start:
                 drop_result(self.output_dir)
             save_config(self.config, self.output_dir / "config.yaml", self.segments)
-            write_photo_record(self.output_dir, (p.sample_id for p in session.dataset.photos))
+            write_photo_record(self.output_dir, session.dataset.photos)
         log_file = self.output_dir / METRICS_NAME if self.is_main else None
         log = MetricsLog(log_file, start, self._on_step)
         self.trackers.begin(

@@ -11,16 +11,17 @@ from PIL import Image
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.data.captions import contains_token
-from dora_diffusion.data.images import PhotoError, list_photos
+from dora_diffusion.data.images import PhotoError
+from dora_diffusion.data.photos import list_photos
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.pictures import save_png
+from dora_diffusion.images import save_png
 from dora_diffusion.training.subject import Subject
 from dora_diffusion.wording import counted, quoted
 
 _PREFIX = "class-"
 
-# Prompt and seeds -> one picture per seed.
+# Prompt and seeds -> one image per seed.
 Generate = Callable[[str, Sequence[int]], list[Image.Image]]
 
 
@@ -98,23 +99,23 @@ def ensure_class_images(
 
     Images that the user put into the folder count first. Generated ones go into a sub-folder named
     after everything that determines them, so that those of other prompts or another model are
-    never reused; each is made from a seed of its own, so that an interrupted run goes on.
+    never reused; each is made from a seed of its own, so that an interrupted run continues.
 
     Args:
         folder: The class folder.
         prompts: Prompts to cycle through.
         count: How many images to have.
         seed: The run's seed.
-        identity: What the pictures depend on besides: model, size and sampling.
-        generate: Makes pictures.
-        batch_size: Pictures per call of ``generate``.
+        identity: What the images depend on besides: model, size and sampling.
+        generate: Makes images.
+        batch_size: Images per call of ``generate``.
         on_image: Called with (images there, images wanted), first before any is generated.
     """
-    own = _own_images(folder)
-    if len(own) >= count:
-        return own[:count]
+    given = _given_images(folder)
+    if len(given) >= count:
+        return given[:count]
     digest = hashlib.sha256("\n".join([identity, str(seed), *prompts]).encode()).hexdigest()[:12]
-    plans = _plan(folder / f"generated-{digest}", prompts, count - len(own), seed)
+    plans = _plan(folder / f"generated-{digest}", prompts, count - len(given), seed)
     missing = [plan for plan in plans if not plan.path.is_file()]
     done = count - len(missing)
     if missing and on_image is not None:
@@ -126,13 +127,13 @@ def ensure_class_images(
         done += len(group)
         if on_image is not None:
             on_image(done, count)
-    return own + [plan.path for plan in plans]
+    return given + [plan.path for plan in plans]
 
 
-def _own_images(folder: Path) -> list[Path]:
+def _given_images(folder: Path) -> list[Path]:
     try:
         # Those that were generated lie in sub-folders.
-        return list_photos(folder, say_nested=False)
+        return list_photos(folder, warn_of_nested=False)
     except PhotoError:
         return []
 
@@ -160,6 +161,6 @@ def _batches(plans: Sequence[ClassImagePlan], size: int) -> list[list[ClassImage
 
 
 def _save(plan: ClassImagePlan, image: Image.Image) -> None:
-    """Caption first, picture last, both by rename: a picture that is there is complete."""
+    """Caption first, image last, both by rename: an image that is there is complete."""
     save_text(plan.path.with_suffix(".txt"), plan.prompt + "\n")
     save_png(image, plan.path)

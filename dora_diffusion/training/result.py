@@ -15,12 +15,12 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.data.captions import tag_frequency
-from dora_diffusion.data.thumbnail import thumbnail
 from dora_diffusion.formats.adapter.base_targets import TARGETS
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.adapter.metadata import UNET_LAYERS, without_path
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.sgm_blocks import UNetLayout
+from dora_diffusion.images import thumbnail
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.training.continuity import Segment, told_apart

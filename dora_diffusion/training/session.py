@@ -25,18 +25,12 @@ from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.data.batch import Batch
 from dora_diffusion.data.buckets import Buckets
-from dora_diffusion.data.cache import TensorCache
 from dora_diffusion.data.captions import require_token
-from dora_diffusion.data.checks import FEWEST, WANTED
-from dora_diffusion.data.dataset import (
-    Augmentation,
-    ClassImages,
-    DreamBoothDataset,
-    iterate_batches,
-    read_photos,
-)
-from dora_diffusion.data.images import list_photos
+from dora_diffusion.data.checks import too_few
+from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
+from dora_diffusion.data.draws import Draws
 from dora_diffusion.data.masks import warn_of_unused_masks
+from dora_diffusion.data.photos import Photo, list_photos, read_photos
 from dora_diffusion.data.sampler import EpochSampler, generator_for
 from dora_diffusion.generate import SamplingSettings, generate_images
 from dora_diffusion.models.components import Components
@@ -319,51 +313,46 @@ def _dataset(
     on_event: OnEvent,
 ) -> DreamBoothDataset:
     """The photos, with class images beside them where prior preservation wants them."""
-    photos, _ = read_photos(paths, config.instance_prompt or "", skip_unreadable=True)
+    draws = Draws(
+        resolution,
+        seed=config.seed,
+        multiple=components.vae_factor,
+        buckets=_buckets(config, components, resolution),
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+        crop_variants=_CROP_VARIANTS if config.cache_latents else None,
+        caption_dropout=config.caption_dropout,
+        shuffle_tags=config.shuffle_tags,
+        keep_tags=config.keep_tags,
+    )
+    photos = read_photos(
+        paths,
+        config.instance_prompt or "",
+        skip_unreadable=True,
+        mask_crops=draws.first_crops if config.masked_loss else None,
+    )
     captions = [photo.caption for photo in photos]
     if subject.token:
         require_token(captions, subject.token)
-    if len(photos) < FEWEST:
-        warnings.warn(
-            f"only {counted(len(photos), 'photo')} to learn from: the background will be learned "
-            f"with the subject; use {WANTED}",
-            stacklevel=2,
-        )
+    if message := too_few(len(photos)):
+        warnings.warn(message, stacklevel=2)
     if config.is_image_free:
         check_image_free(subject, captions)
     if not config.masked_loss:
-        warn_of_unused_masks([photo.path for photo in photos])
-    class_images = None
+        warn_of_unused_masks(photos)
+    class_images: list[Photo] = []
     if config.with_prior_preservation and config.prior_preservation_mode == "images":
         class_images = _class_images(
             config, subject, components, resolution, captions, accelerator, on_event
         )
-    cached = config.cache_latents
-    dataset = DreamBoothDataset(
-        [photo.path for photo in photos],
-        config.instance_prompt or "",
-        resolution,
-        seed=config.seed,
-        multiple=components.vae_factor,
-        augmentation=Augmentation(
-            center_crop=config.center_crop,
-            random_flip=config.random_flip,
-            crop_variants=_CROP_VARIANTS if cached else None,
-            caption_dropout=config.caption_dropout,
-            shuffle_tags=config.shuffle_tags,
-            keep_tags=config.keep_tags,
-        ),
-        class_images=class_images,
-        use_masks=config.masked_loss,
-        target_sizes=_buckets(config, components, resolution),
-    )
-    if cached:
+    dataset = DreamBoothDataset(photos, draws, class_images)
+    if config.cache_latents:
 
         def encode(pixels: Tensor) -> Tensor:
             with torch.no_grad():
                 return encode_moments(components.vae, pixels)
 
-        dataset.cache_moments(encode, TensorCache(components.identity("vae")))
+        dataset.cache_moments(encode)
     return dataset
 
 
@@ -383,7 +372,7 @@ def _class_images(
     captions: Sequence[str],
     accelerator: Any,
     on_event: OnEvent,
-) -> ClassImages:
+) -> list[Photo]:
     """Class images from the base model: the adapters are not on it yet."""
     prompts = class_prompts(config, subject, captions)
     settings = SamplingSettings(
@@ -419,4 +408,4 @@ def _class_images(
             batch_size=config.sample_batch_size,
             on_image=show,
         )
-    return ClassImages(paths, prompts[0], skip_unreadable=True)
+    return read_photos(paths, prompts[0], skip_unreadable=True)

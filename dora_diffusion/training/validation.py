@@ -10,8 +10,8 @@ from PIL import Image
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.generate import SamplingSettings, generate_images
+from dora_diffusion.images import parameters_text
 from dora_diffusion.models.components import Components
-from dora_diffusion.pictures import parameters_text
 from dora_diffusion.training.sheets import labelled_sheet
 
 OnStep = Callable[[int, int], None]

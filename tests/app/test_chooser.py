@@ -303,13 +303,13 @@ def test_a_sample_is_judged_against_its_truth() -> None:
     assert (questions.subjects, len(questions.prompts)) == (5, 11)
     assert all("sks mug" in prompt for prompt in questions.prompts[:5])
     assert not any("sks" in prompt for prompt in questions.prompts[5:])
-    from dora_diffusion.evaluation.toy_requests import toy_requests, true_pictures
+    from dora_diffusion.evaluation.toy.requests import toy_requests, true_images
     from dora_diffusion.toy.benchmark_subjects import find_subject
 
     def truth(name: str) -> list[Any]:
         requests = toy_requests(find_subject(name), "sks mug", [0], ("subject", "others"))
         groups = [[one for one in requests if one.group == g] for g in ("subject", "others")]
-        return true_pictures(groups[0][:5] + groups[1][:6], 64)
+        return true_images(groups[0][:5] + groups[1][:6], 64)
 
     right, wrong = truth("bolt_mug"), truth("heart_teapot")
     similarities, drift = questions.judge(right, right)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dora_diffusion.app.views.fields import id_dropdown
 from dora_diffusion.app.views.library import _thumbnail
-from dora_diffusion.pictures import save_png
+from dora_diffusion.images import save_png
 from dora_diffusion.training.sheets import labelled_sheet
 
 

@@ -30,12 +30,12 @@ from dora_diffusion.cli import main
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.generate import BrokenImageError
+from dora_diffusion.images import save_png
 from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs.exports import chosen_adapter, export_adapter, start_merge, write_card
 from dora_diffusion.jobs.processes import Lock
 from dora_diffusion.jobs.snapshot import Job, adapter_of, log_warnings, read_job, read_metrics
 from dora_diffusion.jobs.workspace import AppError, Workspace, read_json
-from dora_diffusion.pictures import save_png
 from dora_diffusion.training.sheets import labelled_sheet
 
 

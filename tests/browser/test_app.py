@@ -330,7 +330,7 @@ def set_up_pictures(page: Visit) -> None:
 def test_pictures_repeat_compare_and_say_how_they_were_made(
     visit: Callable[..., Visit], app: App, second: str
 ) -> None:
-    from dora_diffusion.pictures import parse_parameters, read_parameters
+    from dora_diffusion.images import parse_parameters, read_parameters
 
     page = visit()
     set_up_pictures(page)

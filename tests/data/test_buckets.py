@@ -12,11 +12,10 @@ from PIL import Image
 
 from dora_diffusion.data.buckets import Buckets
 from dora_diffusion.data.crops import covering_size
-from dora_diffusion.data.dataset import (
-    DreamBoothDataset,
-    EpochSampler,
-    iterate_batches,
-)
+from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
+from dora_diffusion.data.draws import Draws
+from dora_diffusion.data.photos import list_photos, read_photos
+from dora_diffusion.data.sampler import EpochSampler
 
 
 def test_sizes_keep_step_area_and_ratio() -> None:
@@ -58,7 +57,8 @@ def test_batches_hold_one_bucket_each(tmp_path: Path) -> None:
     for index, (height, width) in enumerate([(60, 90), (90, 60), (64, 64), (50, 80), (40, 40)]):
         values = random.integers(0, 256, (height, width, 3), np.uint8)
         Image.fromarray(values).save(tmp_path / f"{index}.png")
-    dataset = DreamBoothDataset(tmp_path, "a dog", 64, target_sizes=Buckets(64, step=8))
+    photos = read_photos(list_photos(tmp_path), "a dog")
+    dataset = DreamBoothDataset(photos, Draws(64, buckets=Buckets(64, step=8)))
     sampler = EpochSampler(len(dataset), batch_size=2, groups=dataset.groups)
     stream = iterate_batches(dataset, sampler)
     batches = [next(stream) for _ in range(sampler.batches_per_epoch)]
@@ -66,5 +66,5 @@ def test_batches_hold_one_bucket_each(tmp_path: Path) -> None:
     assert sizes == set(dataset.groups)
     assert len(sizes) == 3
     assert {name for batch in batches for name in batch.sample_ids} == {
-        photo.sample_id for photo in dataset.photos
+        photo.digest for photo in dataset.photos
     }

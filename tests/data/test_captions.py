@@ -1,4 +1,4 @@
-"""Captions: files, templates, tags, dropout, class words and the trigger token."""
+"""Captions: files, tags, dropout, class words and the trigger token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from dora_diffusion.data.captions import (
     class_caption,
     drop_caption,
-    fill_template,
     read_caption,
     require_token,
     shuffle_tags,
@@ -78,11 +77,6 @@ def test_dropout_has_the_asked_rate() -> None:
     assert 430 < dropped < 570
     assert drop_caption("sks dog", 0.0, generator) == "sks dog"
     assert drop_caption("sks dog", 1.0, generator) == ""
-
-
-def test_templates_fill_their_two_fields() -> None:
-    assert fill_template("a photo of {token} {class}", "sks", "dog") == "a photo of sks dog"
-    assert fill_template("a {token} {class} {0}", "sks", "") == "a sks {0}"
 
 
 def test_the_trigger_token_is_required() -> None:

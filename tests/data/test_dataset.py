@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,35 +13,25 @@ import torch
 from PIL import Image
 
 from dora_diffusion.data.batch import Sample, collate
-from dora_diffusion.data.cache import TensorCache
 from dora_diffusion.data.crops import CropRecord
-from dora_diffusion.data.dataset import (
-    Augmentation,
-    ClassImages,
-    DreamBoothDataset,
-    iterate_batches,
-)
-from dora_diffusion.data.images import PhotoError, list_photos
-from dora_diffusion.data.photos import read_photos
+from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
+from dora_diffusion.data.draws import Draws
+from dora_diffusion.data.images import PhotoError
+from dora_diffusion.data.photos import list_photos, read_photo, read_photos
 from dora_diffusion.data.sampler import EpochIndex, EpochSampler
 
 PROMPT = "a photo of sks dog"
-RANDOM = Augmentation(center_crop=False, random_flip=True)
-
-
-def write_photos(folder: Path, count: int, seed: int = 0, size: tuple[int, int] = (40, 60)) -> Path:
-    """Write ``count`` pictures of noise, of ``size`` (height, width)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(seed)
-    for index in range(count):
-        values = random.integers(0, 256, (*size, 3), np.uint8)
-        Image.fromarray(values).save(folder / f"{index:02d}.png")
-    return folder
+RANDOM = Draws(32, center_crop=False, random_flip=True)
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    return write_photos(tmp_path / "photos", 4)
+def photos(tmp_path: Path, write_images) -> Path:
+    write_images(tmp_path / "photos", 4)
+    return tmp_path / "photos"
+
+
+def open_folder(folder: Path, draws: Draws, prompt: str = PROMPT) -> DreamBoothDataset:
+    return DreamBoothDataset(read_photos(list_photos(folder), prompt), draws)
 
 
 def same(left: Sample, right: Sample) -> bool:
@@ -55,12 +45,11 @@ def same(left: Sample, right: Sample) -> bool:
 
 def test_samples_hold_the_photo_its_digest_and_caption(photos: Path) -> None:
     (photos / "02.txt").write_text("sks dog asleep")
-    dataset = DreamBoothDataset(photos, PROMPT, 32)
+    dataset = open_folder(photos, Draws(32))
     assert len(dataset) == 4
     assert dataset.captions == [PROMPT, PROMPT, "sks dog asleep", PROMPT]
     sample = dataset[2]
-    data = (photos / "02.png").read_bytes()
-    assert sample.sample_id == hashlib.sha256(data).hexdigest()[:32]
+    assert sample.sample_id == read_photo(photos / "02.png", "").digest
     assert sample.crop == CropRecord((40, 60), (0, 8), (32, 32))
     assert sample.pixels.shape == (3, 32, 32)
     assert sample.prior is None
@@ -68,50 +57,29 @@ def test_samples_hold_the_photo_its_digest_and_caption(photos: Path) -> None:
 
 
 def test_a_sample_depends_on_seed_epoch_and_photo_alone(photos: Path) -> None:
-    dataset = DreamBoothDataset(photos, PROMPT, 32, seed=3, augmentation=RANDOM)
+    draws = replace(RANDOM, seed=3)
+    dataset = open_folder(photos, draws)
     first = {(e, i): dataset[EpochIndex(e, i)] for e in range(3) for i in range(4)}
     # Backwards, from another object, after other accesses, with the files in another order.
-    paths = list_photos(photos)[::-1]
-    again = DreamBoothDataset(paths, PROMPT, 32, seed=3, augmentation=RANDOM)
+    again = DreamBoothDataset(read_photos(list_photos(photos)[::-1], PROMPT), draws)
     for (epoch, index), sample in reversed(first.items()):
-        again.set_epoch(epoch)
-        assert same(again[3 - index], sample)
+        assert same(again[EpochIndex(epoch, 3 - index)], sample)
+    assert same(dataset[2], first[0, 2])
     crops = {sample.crop for sample in first.values()}
     assert len(crops) > 6
     assert {crop.flipped for crop in crops} == {True, False}
-    other = DreamBoothDataset(photos, PROMPT, 32, seed=4, augmentation=RANDOM)
+    other = open_folder(photos, replace(RANDOM, seed=4))
     assert any(other[i].crop != first[0, i].crop for i in range(4))
 
 
-def test_crop_variants_bound_the_crops_but_not_the_flips(photos: Path) -> None:
-    drawn = Augmentation(center_crop=False, random_flip=True, crop_variants=3)
-    dataset = DreamBoothDataset(photos, PROMPT, 32, augmentation=drawn)
-    places = []
-    for photo in dataset.photos:
-        crops = {dataset.plan(photo, epoch) for epoch in range(80)}
-        places.append({crop.crop_top_left for crop in crops})
-        assert len(crops) == 2 * len(places[-1])
-    # Two variants of a photo may fall on one place by chance, never more than were asked for.
-    assert max(len(place) for place in places) == 3
-    assert min(len(place) for place in places) >= 2
-
-
-def test_caption_dropout_and_shuffling_are_drawn_per_epoch(photos: Path) -> None:
-    drawn = Augmentation(caption_dropout=0.3, shuffle_tags=True, keep_tags=1)
-    dataset = DreamBoothDataset(photos, "sks dog, red, big, old", 32, augmentation=drawn)
-    captions = [dataset[EpochIndex(epoch, 0)].caption for epoch in range(60)]
-    assert captions == [dataset[EpochIndex(epoch, 0)].caption for epoch in range(60)]
-    assert 8 <= captions.count("") <= 30
-    assert len(set(captions)) > 4
-    assert all(caption.startswith("sks dog, ") for caption in captions if caption)
-
-
-def test_class_images_pair_with_their_own_prompts(photos: Path, tmp_path: Path) -> None:
-    folder = write_photos(tmp_path / "class", 6, seed=9)
-    (folder / "01.txt").write_text("a dog asleep")
-    class_images = ClassImages(folder, "a photo of dog")
-    dataset = DreamBoothDataset(photos, PROMPT, 32, class_images=class_images)
-    prompts = {photo.sample_id: photo.caption for photo in class_images.photos}
+def test_class_images_pair_with_their_own_prompts(
+    photos: Path, tmp_path: Path, write_images
+) -> None:
+    paths = write_images(tmp_path / "class", 6, seed=9)
+    paths[1].with_suffix(".txt").write_text("a dog asleep")
+    class_images = read_photos(paths, "a photo of dog")
+    dataset = DreamBoothDataset(read_photos(list_photos(photos), PROMPT), Draws(32), class_images)
+    prompts = {image.digest: image.caption for image in class_images}
     seen = set()
     for epoch in range(3):
         batch = collate([dataset[EpochIndex(epoch, index)] for index in range(4)])
@@ -124,65 +92,35 @@ def test_class_images_pair_with_their_own_prompts(photos: Path, tmp_path: Path) 
     assert seen == set(prompts)  # 4 photos still reach all 6 class images
 
 
-def test_class_images_follow_their_partners_size(photos: Path, tmp_path: Path) -> None:
-    class_images = ClassImages(write_photos(tmp_path / "class", 1, size=(50, 30)), "a dog")
-    dataset = DreamBoothDataset(
-        photos, PROMPT, 32, class_images=class_images, target_sizes=lambda size: (24, 40)
-    )
+def test_class_images_follow_their_partners_size(
+    photos: Path, tmp_path: Path, write_images
+) -> None:
+    class_images = read_photos(write_images(tmp_path / "class", 1, size=(50, 30)), "a dog")
+    draws = Draws(32, buckets=lambda size: (24, 40))
+    dataset = DreamBoothDataset(read_photos(list_photos(photos), PROMPT), draws, class_images)
     assert dataset.groups == [(24, 40)] * 4
     assert collate([dataset[0]]).pixels.shape == (2, 3, 24, 40)
 
 
-def test_unreadable_photos_are_named_and_skipped_only_if_asked(photos: Path) -> None:
-    (photos / "03.png").write_bytes((photos / "03.png").read_bytes()[:200])
-    (photos / "04.jpg").write_text("not a photo")
-    with pytest.raises(PhotoError, match=r"2 of 5 photos unusable: 03\.png.*; 04\.jpg"):
-        DreamBoothDataset(photos, PROMPT, 32)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        dataset = DreamBoothDataset(photos, PROMPT, 32, skip_unreadable=True)
-    assert len(dataset) == 3
-    assert [str(w.message).split(":")[1].strip() for w in caught] == ["03.png", "04.jpg"]
-    assert len(dataset.skipped) == 2
-    with pytest.raises(PhotoError, match="1 of 1 photo unusable"):
-        read_photos([photos / "04.jpg"], PROMPT, skip_unreadable=True)
-
-
-def test_bad_resolutions_fail_at_once(photos: Path) -> None:
-    with pytest.raises(ValueError, match="multiple of 16"):
-        DreamBoothDataset(photos, PROMPT, 40, multiple=16)
-
-
-def test_masks_come_from_files_or_alpha_and_follow_the_crop(tmp_path: Path) -> None:
-    folder = write_photos(tmp_path / "photos", 2)
+def test_masks_come_from_files_or_alpha_and_follow_the_crop(tmp_path: Path, write_images) -> None:
+    folder = tmp_path / "photos"
+    write_images(folder, 2)
     columns = np.tile(np.where(np.arange(60) < 30, 255, 0).astype(np.uint8), (40, 1))
     Image.fromarray(columns).save(folder / "00.mask.png")
     rgba = Image.open(folder / "01.png").convert("RGBA")
     rgba.putalpha(Image.fromarray(columns[:, ::-1].copy()))
     rgba.save(folder / "01.png")
-    write_photos(tmp_path / "plain", 1, seed=5)
-    paths = [*list_photos(folder), tmp_path / "plain" / "00.png"]
-    dataset = DreamBoothDataset(paths, PROMPT, 40, use_masks=True)
+    paths = [*list_photos(folder), *write_images(tmp_path / "plain", 1, seed=5)]
+    draws = Draws(40)
+    with pytest.warns(UserWarning, match="1 image of 3 without a mask"):
+        masked = read_photos(paths, PROMPT, mask_crops=draws.first_crops)
+    dataset = DreamBoothDataset(masked, draws)
     batch = collate([dataset[index] for index in range(3)])
     assert batch.mask.shape == (3, 1, 40, 40)
     assert torch.equal(batch.mask[0, 0, 0], (torch.arange(10, 50) < 30).float())
     assert torch.equal(batch.mask[1, 0, 0], (torch.arange(10, 50) >= 30).float())
     assert batch.mask[2].min() == 1
-    assert DreamBoothDataset(paths, PROMPT, 40)[0].mask is None
-
-
-def test_masks_are_verified_with_their_photos(photos: Path) -> None:
-    Image.new("L", (60, 20)).save(photos / "00.mask.png")
-    Image.new("L", (60, 40), 255).save(photos / "01.mask.png")
-    (photos / "02.mask.png").write_text("not a picture")
-    reasons = r"00\.mask\.png: the mask is 60 x 20, its photo 60 x 40.*; 02\.mask\.png: not a"
-    with pytest.raises(PhotoError, match=f"2 of [0-9] photos unusable: {reasons}"):
-        DreamBoothDataset(photos, PROMPT, 40, use_masks=True)
-    with pytest.warns(UserWarning, match=r"photo left out: 0.\.mask\.png"):
-        kept = DreamBoothDataset(photos, PROMPT, 40, use_masks=True, skip_unreadable=True)
-    assert not {"00.png", "02.png"} & {photo.path.name for photo in kept.photos}
-    unmasked = DreamBoothDataset(photos, PROMPT, 40)
-    assert len(unmasked) == len(kept) + 2
+    assert DreamBoothDataset(read_photos(paths, PROMPT), draws)[0].mask is None
 
 
 def fake_encode(pixels: torch.Tensor) -> torch.Tensor:
@@ -190,37 +128,34 @@ def fake_encode(pixels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.avg_pool2d(pixels, 8)
 
 
-def test_cached_moments_belong_to_their_photo_after_any_shuffle(
-    photos: Path, tmp_path: Path
-) -> None:
-    plain = DreamBoothDataset(photos, PROMPT, 32, augmentation=RANDOM)
-    cached = DreamBoothDataset(photos, PROMPT, 32, augmentation=RANDOM)
-    cached.cache_moments(fake_encode, TensorCache("vae", folder=tmp_path / "cache"))
+def test_cached_moments_belong_to_their_photo_after_any_shuffle(photos: Path) -> None:
+    plain, cached = open_folder(photos, RANDOM), open_folder(photos, RANDOM)
+    encoded: list[torch.Tensor] = []
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        encoded.append(pixels)
+        return fake_encode(pixels).requires_grad_()
+
+    cached.cache_moments(encode)
     sampler = EpochSampler(4, batch_size=3, seed=11)
     for indices in islice(iter(sampler), 12):
         batch = collate([cached[index] for index in indices])
         expected = torch.stack([fake_encode(plain[index].pixels) for index in indices])
         assert torch.equal(batch.moments, expected)
+        assert not batch.moments.requires_grad
         assert batch.pixels is None
-    order = [1, 2, 3, 0]
-    expected = [[fake_encode(plain[EpochIndex(e, i)].pixels) for i in order] for e in range(4)]
-    # Renamed and reordered photos find their own entries; no photo is encoded twice.
-    (photos / "00.png").rename(photos / "zz.png")
-
-    def refuse(pixels: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("encoded again")
-
-    again = DreamBoothDataset(photos, PROMPT, 32, augmentation=RANDOM)
-    again.cache_moments(refuse, TensorCache("vae", folder=tmp_path / "cache"))
-    for epoch in range(4):
-        for index in range(4):
-            sample = again[EpochIndex(epoch, index)]
-            assert torch.equal(sample.moments, expected[epoch][index])
+    count = len(encoded)
+    # In another order, each crop finds its own entry, and none is encoded twice.
+    cached.photos.reverse()
+    for index in [EpochIndex(epoch, row) for epoch in (2, 0, 1) for row in range(4)]:
+        expected = fake_encode(plain[EpochIndex(index.epoch, 3 - index.index)].pixels)
+        assert torch.equal(cached[index].moments, expected)
+    assert len(encoded) == count <= 36
 
 
 def test_batches_resume_exactly_with_workers(photos: Path) -> None:
     def load(count: int, state: dict | None = None, workers: int = 0) -> tuple[list, dict]:
-        dataset = DreamBoothDataset(photos, PROMPT, 32, seed=1, augmentation=RANDOM)
+        dataset = open_folder(photos, replace(RANDOM, seed=1))
         sampler = EpochSampler(len(dataset), batch_size=3, seed=1)
         if state is not None:
             sampler.load_state_dict(state)
@@ -237,40 +172,21 @@ def test_batches_resume_exactly_with_workers(photos: Path) -> None:
 
 
 def test_loading_leaves_the_global_generator_alone(photos: Path) -> None:
-    dataset = DreamBoothDataset(photos, PROMPT, 32, augmentation=RANDOM)
+    dataset = open_folder(photos, RANDOM)
     before = torch.get_rng_state()
     next(iterate_batches(dataset, EpochSampler(4, batch_size=2)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_dataset_that_encodes_refuses_workers(photos: Path) -> None:
-    dataset = DreamBoothDataset(photos, PROMPT, 32)
-    dataset.cache_moments(fake_encode, TensorCache("vae"))
+    dataset = open_folder(photos, Draws(32))
+    dataset.cache_moments(fake_encode)
     with pytest.raises(ValueError, match="main process"):
         next(iterate_batches(dataset, EpochSampler(4), num_workers=1))
 
 
-def test_mixed_batches_are_refused() -> None:
-    def sample(side: int, prior: Sample | None = None) -> Sample:
-        crop = CropRecord((64, 64), (0, 0), (side, side))
-        return Sample("id", "", crop, pixels=torch.zeros(3, side, side), prior=prior)
-
-    with pytest.raises(ValueError, match="different sizes"):
-        collate([sample(32), sample(40)])
-    with pytest.raises(ValueError, match="some have none"):
-        collate([sample(32), sample(32, prior=sample(32))])
-
-
-@pytest.mark.parametrize(
-    "settings", [{"caption_dropout": 1.5}, {"crop_variants": 0}, {"keep_tags": -1}]
-)
-def test_impossible_augmentation_is_refused(settings: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        Augmentation(**settings)
-
-
 def test_jpeg_photos_make_batches(samples_root: Path) -> None:
-    dataset = DreamBoothDataset(samples_root / "ring_robot", "a photo of sks toy", 64)
+    dataset = open_folder(samples_root / "ring_robot", Draws(64), "a photo of sks toy")
     sampler = EpochSampler(len(dataset), batch_size=5)
     batch = next(iterate_batches(dataset, sampler))
     assert batch.pixels.shape == (5, 3, 64, 64)
@@ -278,3 +194,31 @@ def test_jpeg_photos_make_batches(samples_root: Path) -> None:
     assert batch.pixels.max() <= 1
     assert len(set(batch.sample_ids)) == 5
     assert batch.pixels.flatten(1).std(dim=1).min() > 0.1
+
+
+def test_contents_are_names_digests_captions_and_masks_in_order(photos: Path) -> None:
+    """What a checkpoint compares when it is resumed."""
+    Image.new("L", (60, 40), 255).save(photos / "01.mask.png")
+    (photos / "01.txt").write_text("a sks cat")
+    draws = Draws(32)
+    first, second = (
+        read_photo(photos / name, PROMPT, mask_crops=draws.first_crops)
+        for name in ("00.png", "01.png")
+    )
+    contents = DreamBoothDataset([second], draws, [first]).contents()
+    assert contents == {
+        "images": [
+            {
+                "name": "01.png",
+                "image": hashlib.sha256((photos / "01.png").read_bytes()).hexdigest()[:32],
+                "caption": "a sks cat",
+                "mask": hashlib.sha256((photos / "01.mask.png").read_bytes()).hexdigest()[:32],
+            }
+        ],
+        "class_images": [{"name": "00.png", "image": first.digest, "caption": PROMPT, "mask": ""}],
+    }
+
+
+def test_a_dataset_without_photos_is_refused() -> None:
+    with pytest.raises(PhotoError, match="no photos were given"):
+        DreamBoothDataset([], Draws(32))

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_diffusion.data.dataset import Augmentation, DreamBoothDataset
+from dora_diffusion.data.draws import Draws
 from dora_diffusion.data.images import PhotoError
+from dora_diffusion.data.masks import open_mask
+from dora_diffusion.data.photos import Photo, list_photos, read_photos
 
 
 @pytest.fixture
@@ -29,10 +31,9 @@ def write_mask(photos: Path, name: str, left: int = 0, right: int = 80) -> None:
     mask.save(photos / f"{name}.mask.png")
 
 
-def masked(photos: Path, **draw: object) -> DreamBoothDataset:
-    return DreamBoothDataset(
-        photos, "a sks dog", 40, use_masks=True, augmentation=Augmentation(**draw)
-    )
+def masked(folder: Path, **settings: object) -> list[Photo]:
+    crops = Draws(40, **settings).first_crops
+    return read_photos(list_photos(folder), "a sks dog", mask_crops=crops)
 
 
 def test_no_mask_at_all_is_refused_with_the_name_that_one_must_have(photos: Path) -> None:
@@ -40,7 +41,6 @@ def test_no_mask_at_all_is_refused_with_the_name_that_one_must_have(photos: Path
         masked(photos)
     assert "none of the 3 images has a mask" in str(error.value)
     assert "the mask of a.png is a.mask.png" in str(error.value)
-    assert DreamBoothDataset(photos, "a sks dog", 40)[0].mask is None
 
 
 @pytest.mark.parametrize("alpha", [False, True])
@@ -55,7 +55,7 @@ def test_a_black_mask_is_refused_with_its_image(alpha: bool, photos: Path) -> No
     else:
         write_mask(photos, "b", 0, 0)
     what = r"the alpha channel of b\.png" if alpha else r"b\.mask\.png"
-    with pytest.raises(PhotoError, match=rf"^{what} is black .*nothing of b\.png"):
+    with pytest.raises(PhotoError, match=rf"{what} is black .*nothing of b\.png"):
         masked(photos)
 
 
@@ -72,21 +72,26 @@ def test_a_mask_outside_of_the_only_crop_is_refused(photos: Path) -> None:
 
 def test_images_without_a_mask_beside_others_are_named(photos: Path) -> None:
     write_mask(photos, "b")
+    opaque = Image.open(photos / "c.png").convert("RGBA")
+    opaque.save(photos / "c.png")
     with pytest.warns(UserWarning, match=r"2 images of 3 without a mask.*: a\.png, c\.png"):
-        assert masked(photos)[0].mask is None
+        found = masked(photos)
+    assert [photo.mask_path for photo in found] == [None, photos / "b.mask.png", None]
+    assert open_mask(found[0]) is None
 
 
-def test_contents_are_names_digests_captions_and_masks_in_order(photos: Path) -> None:
-    for name in "abc":
-        write_mask(photos, name)
-    (photos / "b.txt").write_text("a sks cat")
-    rows = masked(photos).contents()["images"]
-    assert [row["name"] for row in rows] == ["a.png", "b.png", "c.png"]
-    assert [row["caption"] for row in rows] == ["a sks dog", "a sks cat", "a sks dog"]
-    for row in rows:
-        image, mask = photos / row["name"], photos / row["name"].replace(".png", ".mask.png")
-        assert row["image"] == hashlib.sha256(image.read_bytes()).hexdigest()[:32]
-        assert row["mask"] == hashlib.sha256(mask.read_bytes()).hexdigest()[:32]
-    unmasked = DreamBoothDataset(photos, "a sks dog", 40).contents()
-    assert {row["mask"] for row in unmasked["images"]} == {""}
-    assert unmasked["class_images"] == []
+def test_a_mask_is_the_file_else_the_alpha_channel(photos: Path) -> None:
+    for name in "ab":
+        write_mask(photos, name, 30, 50)
+    for name in "bc":
+        image = Image.open(photos / f"{name}.png").convert("RGBA")
+        image.putalpha(Image.linear_gradient("L").resize((80, 40)))
+        image.save(photos / f"{name}.png")
+    file, both, alpha = masked(photos)
+    digest = hashlib.sha256((photos / "a.mask.png").read_bytes()).hexdigest()[:32]
+    assert [photo.mask_digest for photo in (file, both, alpha)] == [digest, digest, ""]
+    for photo in (file, both):
+        assert np.asarray(open_mask(photo))[0].nonzero()[0].tolist() == list(range(30, 50))
+    expected = Image.open(photos / "c.png").getchannel("A")
+    np.testing.assert_array_equal(np.asarray(open_mask(alpha)), np.asarray(expected))
+    assert {photo.mask_path for photo in read_photos(list_photos(photos), "")} == {None}

@@ -50,18 +50,6 @@ def test_every_epoch_sees_every_sample_once_in_a_new_order() -> None:
     assert [item.epoch for item in stream] == sorted(item.epoch for item in stream)
 
 
-def test_unshuffled_keeps_the_order() -> None:
-    stream = batches(EpochSampler(3, batch_size=2, shuffle=False), 3)
-    assert [(item.epoch, item.index) for batch in stream for item in batch] == [
-        (0, 0),
-        (0, 1),
-        (0, 2),
-        (1, 0),
-        (1, 1),
-        (1, 2),
-    ]
-
-
 @pytest.mark.parametrize("consumed", [0, 1, 3, 10])
 def test_a_resumed_sampler_continues_the_stream(consumed: int) -> None:
     expected = batches(EpochSampler(7, batch_size=3, seed=5), 20)

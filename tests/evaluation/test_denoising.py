@@ -14,7 +14,7 @@ from dora_diffusion.evaluation.denoising import TIMESTEPS, held_out_losses
 from dora_diffusion.models.load import load_components
 
 
-def picture(seed: int, size: tuple[int, int]) -> Image.Image:
+def noise_image(seed: int, size: tuple[int, int]) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)
     return Image.fromarray(noise)
 
@@ -23,7 +23,7 @@ def picture(seed: int, size: tuple[int, int]) -> Image.Image:
 def test_it_is_the_mean_squared_error_of_the_prediction(family, request) -> None:
     components = load_components(request.getfixturevalue(f"{family}_folder"))
     side = components.default_resolution
-    image, caption = picture(0, (side, side)), "a photo of a dog"
+    image, caption = noise_image(0, (side, side)), "a photo of a dog"
     [found] = held_out_losses(components, [image], [caption], [7], batch_size=4)
 
     pipeline = components.pipeline()
@@ -54,7 +54,7 @@ def test_it_is_the_mean_squared_error_of_the_prediction(family, request) -> None
 
 def test_an_adapter_moves_it_and_the_base_is_exact(sd1_folder) -> None:
     components = load_components(sd1_folder)
-    images, captions = [picture(1, (80, 64)), picture(2, (64, 64))], ["a cat", "a dog"]
+    images, captions = [noise_image(1, (80, 64)), noise_image(2, (64, 64))], ["a cat", "a dog"]
     before = held_out_losses(components, images, captions, [1, 2])
     assert before == held_out_losses(components, images, captions, [1, 2])
     assert before != held_out_losses(components, images, captions, [1, 3])

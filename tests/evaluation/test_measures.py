@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dora_diffusion.evaluation.measures import (
     MEASURES,
+    ImageRequest,
     Scores,
     difference,
     mean_distances,
     summarize,
     title_of,
 )
-from dora_diffusion.evaluation.report import Evaluation, sheet, shown
-from dora_diffusion.evaluation.statistics import Interval
 
 
 def test_distances_are_those_of_pairs() -> None:
@@ -39,7 +36,8 @@ def test_distances_are_those_of_pairs() -> None:
 
 
 def test_scores_are_kept_by_round_and_group() -> None:
-    scores = Scores(["subject", "others", "subject", "subject"], [0, 0, 1, 1])
+    groups, rounds = ["subject", "others", "subject", "subject"], [0, 0, 1, 1]
+    scores = Scores([ImageRequest(g, "", r, 0) for g, r in zip(groups, rounds, strict=True)])
     scores.add("background", "subject", [True, False, False, None])
     scores.add("side", "pose", [1, 1, 1, 1])
     assert scores.values == {"background": ((1.0,), (0.0,))}
@@ -50,69 +48,11 @@ def test_shares_and_means_have_their_intervals() -> None:
     assert (share.method, share.n, share.mean) == ("wilson", 6, 5 / 6)
     mean = summarize("subject_similarity@dino", ((0.2, 0.4), (0.6, 0.8)))
     assert (mean.method, mean.n, mean.mean) == ("t", 4, pytest.approx(0.5))
-    # Paired: the spread of the pictures cancels.
+    # Paired: the spread of the images cancels.
     moved = difference("denoising_loss", ((1.1, 2.1), (3.1, 4.1)), ((1, 2), (3, 4)))
     assert moved.low == pytest.approx(0.1)
     assert difference("background", ((1,),), ((0,),)).method == "newcombe"
     assert title_of("subject_similarity@dino") == "subject similarity (dino)"
-
-
-@pytest.mark.parametrize(
-    ("interval", "is_share", "signed", "text"),
-    [
-        (None, False, False, "-"),
-        (Interval(0.834, 0.8, 0.87, 9, "t"), False, False, "0.83 [0.80, 0.87]"),
-        (Interval(0.95, 0.834, 0.99, 9, "wilson"), True, False, "95% [83, 99]"),
-        (Interval(-0.05, -0.2, 0.1, 9, "newcombe"), True, True, "-5 [-20, +10]"),
-        (Interval(0.0123, 0.01, 0.02, 9, "t"), False, True, "+0.0123 [+0.0100, +0.0200]"),
-        (Interval(0.5, None, None, 1, "t"), False, False, "0.50"),
-    ],
-)
-def test_figures_are_shown_with_their_intervals(interval, is_share, signed, text) -> None:
-    assert shown(interval, is_share, signed=signed) == text
-
-
-@pytest.fixture
-def evaluation() -> Evaluation:
-    columns = {
-        "base": {"background": ((1, 0), (1, 1)), "denoising_loss": ((0.3, 0.2), (0.4, 0.3))},
-        "adapted": {"background": ((1, 1), (1, 1)), "denoising_loss": ((0.2, 0.1), (0.3, 0.2))},
-        "truth": {"background": ((1, 1), (1, 1))},
-    }
-    pictures = {name: [Image.new("RGB", (8, 8), name)] * 3 for name in ("red", "blue")}
-    return Evaluation(
-        "mug", columns, (0, 1), pictures, ["a", "b", "c"], ("likeness: no model",), {"base": "x"}
-    )
-
-
-def test_the_json_says_everything(evaluation: Evaluation, tmp_path: Path) -> None:
-    files = evaluation.write(tmp_path)
-    report = json.loads(files["scores"].read_text())
-    assert (report["schema"], report["subject"], report["base"]) == (1, "mug", "x")
-    assert report["seeds"] == [0, 1]
-    background = report["measures"]["background"]
-    assert background["kind"] == "share"
-    assert background["base"]["mean"] == 0.75
-    assert background["change"]["mean"] == 0.25
-    assert background["per_seed"] == {"base": [0.5, 1], "adapted": [1, 1], "truth": [1, 1]}
-    loss = report["measures"]["denoising_loss"]
-    assert loss["change"]["mean"] == pytest.approx(-0.1)
-    assert loss["truth"] is None
-    for interval in (background["adapted"], loss["change"]):
-        assert interval.keys() == {"mean", "low", "high", "n", "method"}
-    assert report["notes"] == ["likeness: no model"]
-    table = files["table"].read_text()
-    assert "| place as asked" in table
-    assert "not measured: likeness" in table
-    with Image.open(files["images"]) as picture:
-        assert picture.width > 3 * 112
-
-
-def test_a_sheet_breaks_into_bands() -> None:
-    rows = {"base": [Image.new("RGB", (9, 7), "red")] * 5}
-    one, two = sheet(rows, ["x"] * 5, columns=5), sheet(rows, ["x"] * 5, columns=3)
-    assert (one.width > two.width, two.height) == (True, 2 * one.height)
-    assert (np.asarray(one) == (255, 0, 0)).all(-1).sum() > 5 * 100 * 100
 
 
 def test_every_measure_is_explained_in_the_manual() -> None:
@@ -130,8 +70,8 @@ def test_intervals_of_diversity_hold_what_they_promise(dimensions):
     keys = list(range(10)) * 4
     held = 0
     for _ in range(300):
-        pictures = torch.tensor(generator.standard_normal((40, dimensions)), dtype=torch.float32)
-        distances = mean_distances(pictures, keys, cosine=False)
+        vectors = torch.tensor(generator.standard_normal((40, dimensions)), dtype=torch.float32)
+        distances = mean_distances(vectors, keys, cosine=False)
         rounds = tuple(tuple(distances[start : start + 10]) for start in range(0, 40, 10))
         interval = summarize("diversity_pixels", rounds)
         assert interval.mean == pytest.approx(np.mean(distances))

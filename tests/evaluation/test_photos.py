@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.data.images import PhotoError, list_photos
+from dora_diffusion.data.images import PhotoError
+from dora_diffusion.data.photos import list_photos
 from dora_diffusion.evaluation.measures import summarize
 from dora_diffusion.evaluation.metric_models import open_metric_model
 from dora_diffusion.evaluation.photos import (
@@ -17,6 +20,7 @@ from dora_diffusion.evaluation.photos import (
     measure_photos,
     measure_references,
     photo_requests,
+    read_subject,
 )
 from dora_diffusion.generate import SamplingSettings
 from dora_diffusion.models.load import load_components
@@ -46,10 +50,10 @@ def test_figures_are_the_plain_cosines(clip_folder, dino_folder, held_out_photos
     models = [open_metric_model(clip_folder), open_metric_model(dino_folder)]
     requests = photo_requests("sks mug", "mug", [0, 1], ["a photo of {} on grass"])
     count = len(requests)
-    pictures = [Image.new("RGB", (40, 40), (5 * k, 255 - 7 * k, 90)) for k in range(count)]
-    base = pictures[::-1]
+    images = [Image.new("RGB", (40, 40), (5 * k, 255 - 7 * k, 90)) for k in range(count)]
+    base = images[::-1]
     losses = [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]]
-    found = measure_photos(requests, pictures, losses, references, models, base)
+    found = measure_photos(requests, images, losses, references, models, base)
 
     def flat(name: str) -> list[float]:
         return [value for group in found[name] for value in group]
@@ -58,7 +62,7 @@ def test_figures_are_the_plain_cosines(clip_folder, dino_folder, held_out_photos
         return [row for row, request in enumerate(requests) if request.group == group]
 
     for model in models:
-        seen, truth = model.image_features(pictures), model.image_features(references)
+        seen, truth = model.image_features(images), model.image_features(references)
         before = model.image_features(base)
         wanted = [float((seen[r] @ truth.T).mean()) for r in rows("subject")]
         assert flat(f"subject_similarity@{model.name}") == pytest.approx(wanted, abs=1e-6)
@@ -70,7 +74,7 @@ def test_figures_are_the_plain_cosines(clip_folder, dino_folder, held_out_photos
         assert diversity == pytest.approx([apart, apart], abs=1e-6)
     clip = models[0]
     text = clip.text_features(["a photo of a mug on grass"])[0]
-    wanted = [float(clip.image_features([pictures[r]])[0] @ text) for r in rows("subject")]
+    wanted = [float(clip.image_features([images[r]])[0] @ text) for r in rows("subject")]
     assert flat("prompt_similarity@tiny-clip") == pytest.approx(wanted, abs=1e-6)
     assert "prompt_similarity@tiny-dino" not in found
     assert summarize("denoising_loss", found["denoising_loss"]).mean == pytest.approx(0.2)
@@ -89,9 +93,8 @@ def test_photos_are_measured_against_each_other(dino_folder, held_out_photos) ->
 
 def test_without_metric_models_it_says_what_is_missing(sd1_folder, held_out_photos) -> None:
     components = load_components(sd1_folder)
-    evaluation = evaluate_photos(
-        components, held_out_photos, "sks mug", "mug", [0, 1], SETTINGS, prompts=["{} at sea"]
-    )
+    subject = read_subject(held_out_photos, "sks mug", "mug")
+    evaluation = evaluate_photos(components, subject, [0, 1], SETTINGS, prompts=["{} at sea"])
     assert set(evaluation.columns) == {"base", "adapted"}
     assert set(evaluation.names) == {"diversity_pixels", "denoising_loss"}
     assert "pip install efficientnet" in evaluation.notes[0]
@@ -102,24 +105,39 @@ def test_without_metric_models_it_says_what_is_missing(sd1_folder, held_out_phot
         assert change.mean == 0
 
 
-def test_bad_calls_say_so(sd1_folder, tmp_path) -> None:
-    components = load_components(sd1_folder)
+def test_bad_calls_say_so(sd1_folder, tmp_path, held_out_photos) -> None:
     with pytest.raises(PhotoError, match="no photo"):
-        evaluate_photos(components, tmp_path, "sks mug", "mug", [0], SETTINGS)
+        read_subject(tmp_path, "sks mug", "mug")
+    subject = read_subject(held_out_photos, "sks mug", "mug")
     with pytest.raises(ValueError, match="no seeds"):
-        evaluate_photos(components, tmp_path, "sks mug", "mug", [], SETTINGS)
+        evaluate_photos(load_components(sd1_folder), subject, [], SETTINGS)
+
+
+def test_photos_that_were_trained_on_are_counted_by_their_content(held_out_photos) -> None:
+    subject = read_subject(held_out_photos, "sks mug", "mug")
+    digests = {photo.digest for photo in subject.photos}
+    assert len(digests) == 3
+    for known, which in (
+        (0, ""),
+        (1, "1 of these 3 photos was"),
+        (2, "2 of these 3 photos were"),
+        (3, "all of these photos were"),
+    ):
+        trained_on = {*sorted(digests)[:known], "another"}
+        cautions = replace(subject, trained_on=trained_on).cautions
+        assert [text.partition(" trained on")[0] for text in cautions] == ([which] if which else [])
 
 
 def test_intervals_of_losses_are_over_photos():
     """Each seed is asked about the same five photos, which differ more than the seeds do."""
     generator = np.random.default_rng(1)
     requests = photo_requests("sks mug", "mug", [0], ["a photo of {} on grass"])
-    pictures = [Image.new("RGB", (8, 8))] * len(requests)
+    images = [Image.new("RGB", (8, 8))] * len(requests)
     held = 0
     for _ in range(500):
         photos = generator.standard_normal(5)
         losses = [list(photos + 0.3 * generator.standard_normal(5)) for _ in range(4)]
-        found = measure_photos(requests, pictures, losses, pictures, [], pictures)
+        found = measure_photos(requests, images, losses, images, [], images)
         interval = summarize("denoising_loss", found["denoising_loss"])
         assert (interval.n, interval.mean) == (5, pytest.approx(np.mean(losses)))
         held += interval.low <= 0 <= interval.high

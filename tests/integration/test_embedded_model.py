@@ -13,7 +13,7 @@ from PIL import Image
 
 from dora_diffusion.cli import main
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.pictures import read_parameters
+from dora_diffusion.images import read_parameters
 from dora_diffusion.toy import model_folder
 
 ROOT = Path(__file__).parents[2]
@@ -45,23 +45,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "output"
 
 
-def picture(base: str | Path, file: Path, *more: str) -> np.ndarray:
+def image(base: str | Path, file: Path, *more: str) -> np.ndarray:
     flags = ["--base", str(base), "--prompt", PROMPT, "--seed", "3", "--steps", "4"]
     assert main(["generate", *flags, "--output", str(file), *more]) == 0
     return np.asarray(Image.open(file), dtype=np.int16)
 
 
 def test_it_trains_samples_merges_and_reloads(trained: Path, tmp_path: Path) -> None:
-    adapted = picture(BASE, tmp_path / "adapted.png", "--adapter", str(trained))
-    base = picture(BASE, tmp_path / "base.png")
+    adapted = image(BASE, tmp_path / "adapted.png", "--adapter", str(trained))
+    base = image(BASE, tmp_path / "base.png")
     assert np.abs(adapted - base).max() > 20
     merged = tmp_path / "merged"
     # The embedded weights are float16: merged in float32, they hold the adapter unrounded.
     flags = ["--base", BASE, "--adapter", str(trained), "--dtype", "float32"]
     assert main(["export", *flags, "--output", str(merged)]) == 0
-    assert np.abs(picture(merged, tmp_path / "merged.png") - adapted).max() <= 1
+    assert np.abs(image(merged, tmp_path / "merged.png") - adapted).max() <= 1
     assert main(["export", *flags[:-1], "float16", "--output", str(tmp_path / "half")]) == 0
-    assert np.abs(picture(tmp_path / "half", tmp_path / "half.png") - adapted).mean() < 1
+    assert np.abs(image(tmp_path / "half", tmp_path / "half.png") - adapted).mean() < 1
     text = read_parameters(tmp_path / "adapted.png")
     assert text is not None
     assert f'Model: "{BASE}", Adapter: output' in text

@@ -1,4 +1,4 @@
-"""Finding an object in a studio picture: against rectangles, and against where renders put it."""
+"""Finding an object in a studio image: against rectangles, and against where renders put it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_renders_are_seen_where_and_as_large_as_they_are(subject) -> None:
     for x in (-0.3, 0.0, 0.3):
         sizes = []
         for size in (0.58, 0.82):
-            picture = render(replace(view, size=size, position=(x, -0.1)), 64)
-            found = silhouette(torch.from_numpy(picture).permute(2, 0, 1) / 255)
+            image = render(replace(view, size=size, position=(x, -0.1)), 64)
+            found = silhouette(torch.from_numpy(image).permute(2, 0, 1) / 255)
             assert found is not None
             assert found.center == pytest.approx(x, abs=0.25)
             sizes.append(found.size)

@@ -1,4 +1,4 @@
-"""The toy world: pictures follow from scenes alone, captions say the truth."""
+"""The toy world: images follow from scenes alone, captions say the truth."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def drawn_scene(index: int) -> Scene:
     return place(sample_subject(generator), background, generator)
 
 
-def shrunk(picture: np.ndarray, factor: int) -> np.ndarray:
-    height, width, _ = picture.shape
-    blocks = picture.reshape(height // factor, factor, width // factor, factor, 3)
+def shrunk(image: np.ndarray, factor: int) -> np.ndarray:
+    height, width, _ = image.shape
+    blocks = image.reshape(height // factor, factor, width // factor, factor, 3)
     return blocks.mean((1, 3))
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
-def test_a_picture_shrunk_is_the_small_picture(background: str) -> None:
+def test_an_image_shrunk_is_the_small_image(background: str) -> None:
     scene = a_scene("teapot", background, rotation=0.1)
     small, large = render(scene, 64), render(scene, 256)
     assert np.abs(shrunk(large, 4) - small).mean() < 3.0  # of 255
@@ -58,7 +58,7 @@ def test_rendering_is_deterministic_and_depends_on_the_seed() -> None:
     assert (render(scene, 64) != render(replace(scene, seed=4), 64)).any()
 
 
-def test_a_wide_picture_has_the_square_one_in_its_middle() -> None:
+def test_a_wide_image_has_the_square_one_in_its_middle() -> None:
     scene = a_scene()
     wide = render(scene, (96, 64))
     assert wide.shape == (64, 96, 3)

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageChops
 
 from dora_diffusion.generate import SamplingSettings, generate_images
+from dora_diffusion.images import parse_parameters, read_parameters
 from dora_diffusion.models.load import load_components
-from dora_diffusion.pictures import parse_parameters, read_parameters
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.sheets import labelled_sheet, stacked
 

@@ -24,10 +24,10 @@ def _tokenizer(work: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(work / "tokenizer")
 
 
-def _pictures(work: Path, minutes: float) -> None:
-    from tools.pretrain.data import write_pictures
+def _images(work: Path, minutes: float) -> None:
+    from tools.pretrain.data import write_images
 
-    write_pictures(work)
+    write_images(work)
 
 
 def _instrument(work: Path, minutes: float) -> None:
@@ -135,7 +135,7 @@ class Stage:
 
 STAGES: dict[str, tuple[Stage, ...]] = {
     "tiny-sd": (
-        Stage("pictures", _pictures),
+        Stage("pictures", _images),
         Stage("instrument", _instrument, 0.07, kept=True),
         Stage("vae", _vae, 0.23, kept=True),
         Stage("latents", _sd_latents),
@@ -162,7 +162,7 @@ def machine() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.pretrain",
-        description="Make an embedded model, from its pictures to its card in the package.",
+        description="Make an embedded model, from its images to its card in the package.",
     )
     parser.add_argument("model", choices=STAGES)
     parser.add_argument("--work", type=Path, required=True, help="folder for data and states")

@@ -17,10 +17,10 @@ from tools.pretrain.data import (
     HELD_OUT,
     SIZE,
     held_out_sighting,
-    to_pictures,
+    to_images,
     to_pixels,
 )
-from tools.pretrain.vae import held_out_subject_pictures, psnr, round_trip
+from tools.pretrain.vae import held_out_subject_images, psnr, round_trip
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,7 +47,7 @@ def prompt_of(wish: dict[str, str]) -> str:
 def generate(
     pipeline: Any, prompts: list[str], seed: int = 0, batch: int = 25, **conditioning: Any
 ) -> list[Image]:
-    """Pictures for prompts, the n-th from noise that depends on ``seed`` and n alone.
+    """Images for prompts, the n-th from noise that depends on ``seed`` and n alone.
 
     ``conditioning`` is passed on: the sizes and crops that SDXL's pipeline takes.
     """
@@ -69,13 +69,13 @@ def generate(
 
 
 def for_judges(pixels: Tensor) -> Tensor:
-    """Scale pictures down to what the judges have seen, by means of blocks: (n, 3, 64, 64)."""
+    """Scale images down to what the judges have seen, by means of blocks: (n, 3, 64, 64)."""
     return F.interpolate(pixels, size=(SIZE, SIZE), mode="area")
 
 
 @torch.no_grad()
 def measure_prompts(pipeline: Any, instrument: Instrument, count: int) -> dict[str, float]:
-    """Accuracy of generated pictures in the classifier's eyes."""
+    """Accuracy of generated images in the classifier's eyes."""
     wishes = random_wishes(count)
     images = generate(pipeline, [prompt_of(wish) for wish in wishes])
     pixels = to_pixels(np.stack([np.asarray(image) for image in images]))
@@ -95,20 +95,20 @@ def measure_prompts(pipeline: Any, instrument: Instrument, count: int) -> dict[s
 def measure_vae(vae: Any, instrument: Instrument, count: int = 200) -> dict[str, float]:
     """What a round trip leaves of new subjects.
 
-    "psnr" in dB; "identity": cosine of round trips to *another* real picture of the subject, whose
-    ceiling without a round trip is "identity_ceiling"; "self": to the picture itself.
+    "psnr" in dB; "identity": cosine of round trips to *another* real image of the subject, whose
+    ceiling without a round trip is "identity_ceiling"; "self": to the image itself.
     """
     side = vae.config.sample_size
-    pictures = held_out_subject_pictures(count, side)
+    images = held_out_subject_images(count, side)
     others = np.stack([render(held_out_sighting(i).views[1], side) for i in range(count)])
-    pixels = to_pixels(pictures)
-    # Through bytes, as every generated picture goes.
-    rebuilt = to_pixels(to_pictures(round_trip(vae, pixels)))
+    pixels = to_pixels(images)
+    # Through bytes, as every generated image goes.
+    rebuilt = to_pixels(to_images(round_trip(vae, pixels)))
     real, other, back = (
         instrument.embedder(for_judges(p)) for p in (pixels, to_pixels(others), rebuilt)
     )
     return {
-        "psnr": psnr(vae, pictures),
+        "psnr": psnr(vae, images),
         "identity": float((back * other).sum(1).mean()),
         "identity_ceiling": float((real * other).sum(1).mean()),
         "self": float((back * real).sum(1).mean()),
@@ -116,7 +116,7 @@ def measure_vae(vae: Any, instrument: Instrument, count: int = 200) -> dict[str,
 
 
 def write_grid(images: list[Image], path: Path, columns: int = 10) -> None:
-    """Put equally large pictures into one, row by row."""
+    """Put equally large images into one, row by row."""
     arrays = [np.asarray(image) for image in images[: len(images) // columns * columns]]
     rows = [np.concatenate(arrays[k : k + columns], 1) for k in range(0, len(arrays), columns)]
     from PIL import Image

@@ -1,6 +1,6 @@
 """Whether SDXL's conditioning does what it says: a crop asked for is seen, and so is a size.
 
-True pictures are rendered as the training's were, so that each figure has its truth beside it.
+True images are rendered as the training's were, so that each figure has its truth beside it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _COLORS = tuple(name for name in ATTRIBUTES["color"] if name not in ("white", "b
 
 
 def measure_conditioning(pipeline: Any, count: int) -> dict[str, tuple[float, float]]:
-    """Ask for crops and sizes; per question, (what pictures show, what true renders show)."""
+    """Ask for crops and sizes; per question, (what images show, what true renders show)."""
     measured = {}
     for edge, size in (("left", (SIDE, WIDE)), ("top", (WIDE, SIDE))):
         for offset in OFFSETS:
@@ -37,9 +37,9 @@ def measure_conditioning(pipeline: Any, count: int) -> dict[str, tuple[float, fl
                 both = both[0].mT, both[1].mT
             measured[f"crop {offset} from the {edge}"] = mean_center(both[0]), mean_center(both[1])
     for side in SIZES:
-        pictures = _asked(pipeline, (side, side), (0, 0), count)
+        images = _asked(pipeline, (side, side), (0, 0), count)
         truth = _true((side, side), (0, 0), count)
-        measured[f"size {side}"] = (sharpness(pictures), sharpness(truth))
+        measured[f"size {side}"] = (sharpness(images), sharpness(truth))
     return measured
 
 
@@ -67,18 +67,18 @@ def _asked(pipeline: Any, size: tuple[int, int], corner: tuple[int, int], count:
 
 def _true(size: tuple[int, int], corner: tuple[int, int], count: int) -> Tensor:
     generator = np.random.default_rng((HELD_OUT, 79))
-    pictures: list[np.ndarray] = []
-    while len(pictures) < count:
+    images: list[np.ndarray] = []
+    while len(images) < count:
         subject = replace(sample_subject(generator), pattern="plain")
         if subject.color in _COLORS:
             view = View(place(subject, STUDIO, generator), size, corner)
-            pictures.append(render_view(view))
-    return to_pixels(np.stack(pictures))
+            images.append(render_view(view))
+    return to_pixels(np.stack(images))
 
 
 def mean_center(pixels: Tensor) -> float:
     """Mean horizontal centre of the objects, -1 (left) to 1; pixels (n, 3, h, w) in [-1, 1]."""
-    found = [silhouette((picture + 1) / 2) for picture in pixels]
+    found = [silhouette((image + 1) / 2) for image in pixels]
     return float(np.mean([shape.center for shape in found if shape is not None]))
 
 

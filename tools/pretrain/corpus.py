@@ -1,4 +1,4 @@
-"""What a diffusion model is trained on: numbered pictures with captions, one corpus per model."""
+"""What a diffusion model is trained on: numbered images with captions, one corpus per model."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from dora_diffusion.toy.captions import caption
 from dora_diffusion.toy.world import Scene
 from tools.pretrain.data import (
     CAPTIONED,
-    open_pictures,
-    training_picture,
+    open_images,
+    training_image,
     training_scene,
 )
 from tools.pretrain.views import render_view, training_captions, training_view
 
-CAPTIONS_PER_PICTURE = 4
+CAPTIONS_PER_IMAGE = 4
 CAPTION_SEED = 15
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Pictures and captions by number; everything follows from the number alone.
+    """Images and captions by number; everything follows from the number alone.
 
     Attributes:
-        count: how many pictures there are.
-        pictures: (work folder, first, end) -> (end - first, side, side, 3) uint8.
-        scene: number -> what the picture shows.
-        captions: number -> `CAPTIONS_PER_PICTURE` true captions.
+        count: how many images there are.
+        images: (work folder, first, end) -> (end - first, side, side, 3) uint8.
+        scene: number -> what the image shows.
+        captions: number -> `CAPTIONS_PER_IMAGE` true captions.
         time_ids: number -> SDXL's sizes and crop; None for a model that is told none.
     """
 
     count: int
-    pictures: Callable[[Path, int, int], NDArray[np.uint8]]
+    images: Callable[[Path, int, int], NDArray[np.uint8]]
     scene: Callable[[int], Scene]
     captions: Callable[[int], list[str]]
     time_ids: Callable[[int], tuple[int, ...]] | None = None
 
 
-def _stored_pictures(folder: Path, first: int, end: int) -> NDArray[np.uint8]:
-    stored: NDArray[np.uint8] = open_pictures(folder)[first:end].numpy()
+def _stored_images(folder: Path, first: int, end: int) -> NDArray[np.uint8]:
+    stored: NDArray[np.uint8] = open_images(folder)[first:end].numpy()
     return stored
 
 
 def _plain_captions(index: int) -> list[str]:
     generator = np.random.default_rng((CAPTION_SEED, index))
-    scene, name = training_picture(index)
-    return [caption(scene, generator, name) for _ in range(CAPTIONS_PER_PICTURE)]
+    scene, name = training_image(index)
+    return [caption(scene, generator, name) for _ in range(CAPTIONS_PER_IMAGE)]
 
 
-def _view_pictures(folder: Path, first: int, end: int) -> NDArray[np.uint8]:
+def _view_images(folder: Path, first: int, end: int) -> NDArray[np.uint8]:
     return np.stack([render_view(training_view(index)) for index in range(first, end)])
 
 
@@ -62,12 +62,12 @@ def _view_scene(index: int) -> Scene:
 
 
 def _view_captions(index: int) -> list[str]:
-    return training_captions(index, CAPTIONS_PER_PICTURE)
+    return training_captions(index, CAPTIONS_PER_IMAGE)
 
 
 def _view_time_ids(index: int) -> tuple[int, ...]:
     return training_view(index).time_ids
 
 
-SD = Corpus(CAPTIONED, _stored_pictures, training_scene, _plain_captions)
-SDXL = Corpus(40_000, _view_pictures, _view_scene, _view_captions, _view_time_ids)
+SD = Corpus(CAPTIONED, _stored_images, training_scene, _plain_captions)
+SDXL = Corpus(40_000, _view_images, _view_scene, _view_captions, _view_time_ids)

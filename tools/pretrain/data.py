@@ -1,6 +1,6 @@
-"""Training pictures of the toy world, by number: picture 17 is the same picture on every machine.
+"""Training images of the toy world, by number: image 17 is the same image on every machine.
 
-The first `CAPTIONED` pictures show objects that captions can name; the rest are nonsense shapes,
+The first `CAPTIONED` images show objects that captions can name; the rest are nonsense shapes,
 which teach the autoencoder not to expect one of a dozen classes.
 """
 
@@ -27,8 +27,8 @@ SIZE = 64
 TRAINING, HELD_OUT, HELD_OUT_SUBJECTS = 11, 12, 13  # seeds
 
 
-def training_picture(index: int) -> tuple[Scene, str]:
-    """The scene of a training picture, and what its object is called."""
+def training_image(index: int) -> tuple[Scene, str]:
+    """The scene of a training image, and what its object is called."""
     generator = np.random.default_rng((TRAINING, index))
     if index < CAPTIONED:
         subject, name = sample_named(generator)
@@ -38,8 +38,8 @@ def training_picture(index: int) -> tuple[Scene, str]:
 
 
 def training_scene(index: int) -> Scene:
-    """The scene of a training picture."""
-    return training_picture(index)[0]
+    """The scene of a training image."""
+    return training_image(index)[0]
 
 
 def held_out_scene(index: int) -> Scene:
@@ -70,12 +70,12 @@ def held_out_sighting(index: int) -> Sighting:
     )
 
 
-def to_pixels(pictures: NDArray[np.uint8] | Tensor) -> Tensor:
+def to_pixels(images: NDArray[np.uint8] | Tensor) -> Tensor:
     """(n, h, w, 3) bytes -> (n, 3, h, w) float32 in [-1, 1]."""
-    return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_pictures(pixels: Tensor) -> NDArray[np.uint8]:
+def to_images(pixels: Tensor) -> NDArray[np.uint8]:
     """(n, 3, h, w) in [-1, 1] -> (n, h, w, 3) bytes."""
     scaled = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return scaled.permute(0, 2, 3, 1).contiguous().numpy()
@@ -86,22 +86,22 @@ def _render_range(bounds: tuple[int, int]) -> tuple[int, NDArray[np.uint8]]:
     return start, np.stack([render(training_scene(i), SIZE) for i in range(start, end)])
 
 
-def write_pictures(folder: Path, processes: int = 2) -> Path:
+def write_images(folder: Path, processes: int = 2) -> Path:
     """Render the training set to ``folder/pictures.npy``: (n, 64, 64, 3) uint8, about 1.5 GB."""
     path, total, chunk = folder / "pictures.npy", CAPTIONED + NONSENSE, 500
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    pictures = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (total, SIZE, SIZE, 3))
+    images = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (total, SIZE, SIZE, 3))
     with Pool(processes) as pool:
         bounds = [(start, min(start + chunk, total)) for start in range(0, total, chunk)]
         for start, block in pool.imap_unordered(_render_range, bounds):
-            pictures[start : start + len(block)] = block
-    pictures.flush()
+            images[start : start + len(block)] = block
+    images.flush()
     return unfinished.rename(path)
 
 
-def open_pictures(folder: Path) -> Tensor:
+def open_images(folder: Path) -> Tensor:
     """The rendered training set, memory-mapped copy-on-write: (n, 64, 64, 3) uint8."""
     return torch.from_numpy(np.load(folder / "pictures.npy", mmap_mode="c"))

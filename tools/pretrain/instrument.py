@@ -27,7 +27,7 @@ from tools.pretrain.data import (
     SIZE,
     held_out_scene,
     held_out_sighting,
-    open_pictures,
+    open_images,
     to_pixels,
     training_scene,
 )
@@ -52,7 +52,7 @@ def labels_of(scene: Scene) -> list[int]:
 
 
 def roughened(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Add noise and now and then blur, since generated pictures are never as clean as renders."""
+    """Add noise and now and then blur, since generated images are never as clean as renders."""
     strength = 0.07 * torch.rand(len(pixels), 1, 1, 1, generator=generator)
     pixels = pixels + strength * torch.randn(pixels.shape, generator=generator)
     if torch.rand((), generator=generator) < 0.33:
@@ -62,13 +62,13 @@ def roughened(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_classifier(folder: Path, minutes: float) -> Classifier:
-    """Train on the captioned pictures."""
-    pictures = open_pictures(folder)
+    """Train on the captioned images."""
+    images = open_images(folder)
     labels = torch.tensor([labels_of(training_scene(i)) for i in range(CAPTIONED)])
 
     def loss(model: nn.Module, progress: float, generator: torch.Generator) -> Tensor:
         index = torch.randint(0, CAPTIONED, (48,), generator=generator)
-        pixels = roughened(to_pixels(pictures[index]), generator)
+        pixels = roughened(to_pixels(images[index]), generator)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(pixels)
         losses = [

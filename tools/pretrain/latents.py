@@ -1,4 +1,4 @@
-"""What the diffusion model trains on: latents of every captioned picture, and its captions."""
+"""What the diffusion model trains on: latents of every captioned image, and its captions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dora_diffusion.models.text import tokenize
 from dora_diffusion.toy.captions import PATTERN_PHRASES, PATTERN_WORDS, PLACES
 from dora_diffusion.toy.instrument import ATTRIBUTES
 from dora_diffusion.toy.world import Scene
-from tools.pretrain.corpus import CAPTIONS_PER_PICTURE, Corpus
+from tools.pretrain.corpus import CAPTIONS_PER_IMAGE, Corpus
 from tools.pretrain.data import to_pixels
 from tools.pretrain.instrument import NO_NAME
 from tools.pretrain.tokenizer import MAX_LENGTH
@@ -34,9 +34,9 @@ class LatentSet:
     Attributes:
         latents: the encoder's posterior, mean and deviation, scaled to unit variance,
             (n, 2, c, h, w) float16.
-        token_ids: (n, CAPTIONS_PER_PICTURE, MAX_LENGTH) int16.
+        token_ids: (n, CAPTIONS_PER_IMAGE, MAX_LENGTH) int16.
         mentioned: indices into `ATTRIBUTES` that each caption mentions, else `NO_NAME`;
-            (n, CAPTIONS_PER_PICTURE, 4) int16.
+            (n, CAPTIONS_PER_IMAGE, 4) int16.
         time_ids: SDXL's sizes and crop, (n, 6) int16; (n, 0) for a model that is told none.
     """
 
@@ -46,7 +46,7 @@ class LatentSet:
     time_ids: Tensor
 
     def __len__(self) -> int:
-        """The number of pictures."""
+        """The number of images."""
         return len(self.latents)
 
 
@@ -85,7 +85,7 @@ def write_captions(folder: Path, tokenizer: CLIPTokenizer, corpus: Corpus) -> Pa
         drawn = pool.map(_captions, numbers, chunksize=CHUNK)
     ids = torch.cat([tokenize(tokenizer, texts).input_ids.to(torch.int16) for texts, _, _ in drawn])
     told = {
-        "token_ids": ids.view(corpus.count, CAPTIONS_PER_PICTURE, MAX_LENGTH),
+        "token_ids": ids.view(corpus.count, CAPTIONS_PER_IMAGE, MAX_LENGTH),
         "mentioned": torch.tensor([mentioned for _, mentioned, _ in drawn], dtype=torch.int16),
         "time_ids": torch.tensor([time_ids for _, _, time_ids in drawn], dtype=torch.int16),
     }
@@ -99,10 +99,10 @@ def _encode_range(arguments: tuple[Path, Path, Corpus, int]) -> tuple[int, NDArr
     folder, vae_folder, corpus, start = arguments
     torch.set_num_threads(1)
     vae = AutoencoderKL.from_pretrained(vae_folder).eval()
-    pictures = corpus.pictures(folder, start, min(start + CHUNK, corpus.count))
+    images = corpus.images(folder, start, min(start + CHUNK, corpus.count))
     blocks = []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for block in torch.from_numpy(pictures).split(50):
+        for block in torch.from_numpy(images).split(50):
             posterior = vae.encode(to_pixels(block)).latent_dist
             both = torch.stack([posterior.mean.float(), posterior.std.float()], 1)
             blocks.append((both * vae.config.scaling_factor).half())
@@ -110,7 +110,7 @@ def _encode_range(arguments: tuple[Path, Path, Corpus, int]) -> tuple[int, NDArr
 
 
 def write_latents(folder: Path, corpus: Corpus, vae_folder: Path) -> Path:
-    """Write ``folder/latents.npy``: the posterior of every captioned picture, one or two GB."""
+    """Write ``folder/latents.npy``: the posterior of every captioned image, one or two GB."""
     path = folder / "latents.npy"
     if path.exists():
         return path

@@ -1,4 +1,4 @@
-"""Who is in the training pictures, and which rare words are names.
+"""Who is in the training images, and which rare words are names.
 
 A model that has met names keeps a rare word apart from the class word beside it, which is what
 personalization with prior preservation lives on: in published models too, a strange word stands
@@ -20,7 +20,7 @@ from dora_diffusion.toy.world import Subject
 
 DESIGN_COUNT = 40
 _WORDS, _DESIGNS = 5, 16  # seeds
-_DESIGN, _NEWCOMER, _STRANGER = 0.15, 0.1, 0.15  # shares of the pictures
+_DESIGN, _NEWCOMER, _STRANGER = 0.15, 0.1, 0.15  # shares of the images
 
 
 @functools.cache

@@ -30,7 +30,7 @@ class TextToImageXL(Denoiser):
     """UNet and both text encoders; a caption is left out by zeros, as SDXL's pipeline does.
 
     Its schedule ends in pure noise (Lin et al., arXiv:2305.08891), and the loss counts there. Where
-    an object stands is seen in the least trace of a picture, since latents of 128 pixels have four
+    an object stands is seen in the least trace of an image, since latents of 128 pixels have four
     times as many places that tell it: only without any does a model need what crops say.
     """
 

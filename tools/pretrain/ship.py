@@ -72,7 +72,7 @@ def write_sdxl_card() -> dict[str, Any]:
     rows = [f"| {name} | {seen:.2f} | {true:.2f} |" for name, (seen, true) in conditioning.items()]
     facts = {
         "side": SIDE,
-        "pictures": corpus.SDXL.count,
+        "images": corpus.SDXL.count,
         "wide": WIDE,
         "conditioned": CONDITIONED,
         "conditioning_rows": "\n".join(rows),

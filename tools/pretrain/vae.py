@@ -1,4 +1,4 @@
-"""The autoencoder: 64x64 pictures to 8 channels of 16x16 latents.
+"""The autoencoder: 64x64 images to 8 channels of 16x16 latents.
 
 It is trained on random colours and nonsense shapes as much as on the captioned world: an
 autoencoder that has seen ten flat colours repaints a new subject in them, and personalization
@@ -19,7 +19,7 @@ from dora_diffusion.toy.world import render
 from tools.pretrain.data import (
     CAPTIONED,
     held_out_sighting,
-    open_pictures,
+    open_images,
     to_pixels,
 )
 from tools.pretrain.fit import FitSettings, Progress, fit
@@ -55,20 +55,20 @@ def reconstruction_loss(pixels: Tensor, rebuilt: Tensor) -> Tensor:
 def train_vae(folder: Path, minutes: float) -> Any:
     """Train on ``folder/pictures.npy``; the result is in ``folder/vae``, latents of unit variance.
 
-    The first part sees 32x32 crops: four times as many pictures a second, and a convolutional
+    The first part sees 32x32 crops: four times as many images a second, and a convolutional
     network does not mind.
     """
-    pictures = open_pictures(folder)
-    new_pictures = held_out_subject_pictures(64)
+    images = open_images(folder)
+    new_images = held_out_subject_images(64)
 
     def loss(model: Any, progress: float, generator: torch.Generator) -> Tensor:
         cropped = progress < CROPS_UNTIL
         # Half of the batch from the nonsense shapes would starve the classes; a third does not.
         captioned = torch.randint(0, CAPTIONED, (22 if cropped else 11,), generator=generator)
         nonsense = torch.randint(
-            CAPTIONED, len(pictures), (10 if cropped else 5,), generator=generator
+            CAPTIONED, len(images), (10 if cropped else 5,), generator=generator
         )
-        batch = pictures[torch.cat([captioned, nonsense])]
+        batch = images[torch.cat([captioned, nonsense])]
         if cropped:
             top, left = torch.randint(0, 33, (2,), generator=generator).tolist()
             batch = batch[:, top : top + 32, left : left + 32]
@@ -82,25 +82,25 @@ def train_vae(folder: Path, minutes: float) -> Any:
         return reconstruction_loss(pixels, rebuilt.float()) + KL_WEIGHT * kl
 
     def report(model: Any, progress: Progress) -> None:
-        print(f"  new subjects: {psnr(model, new_pictures):.2f} dB", flush=True)
+        print(f"  new subjects: {psnr(model, new_images):.2f} dB", flush=True)
 
     torch.manual_seed(0)
     settings = FitSettings(minutes, learning_rate=1.6e-3, ema_decay=0.998, weight_decay=1e-4)
     vae = fit("vae", folder, new_vae(), loss, settings, report)
-    save_vae(vae, pictures, folder / "vae")
+    save_vae(vae, images, folder / "vae")
     return vae
 
 
-def save_vae(vae: Any, pictures: Tensor, folder: Path) -> None:
+def save_vae(vae: Any, images: Tensor, folder: Path) -> None:
     """Write the model with the scaling factor that gives its latents unit variance."""
     with torch.no_grad():
-        latents = vae.encode(to_pixels(pictures[:512])).latent_dist.mode()
+        latents = vae.encode(to_pixels(images[:512])).latent_dist.mode()
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     vae.save_pretrained(folder)
 
 
-def held_out_subject_pictures(count: int, side: int = 64) -> Tensor:
-    """One picture each of subjects that no training has seen: (count, side, side, 3) uint8."""
+def held_out_subject_images(count: int, side: int = 64) -> Tensor:
+    """One image each of subjects that no training has seen: (count, side, side, 3) uint8."""
     scenes = [held_out_sighting(i).views[0] for i in range(count)]
     return torch.from_numpy(np.stack([render(scene, side) for scene in scenes]))
 
@@ -113,8 +113,8 @@ def round_trip(vae: Any, pixels: Tensor) -> Tensor:
     )
 
 
-def psnr(vae: Any, pictures: Tensor) -> float:
-    """Mean peak signal-to-noise ratio of the round trip in dB, pictures (n, h, w, 3) uint8."""
-    pixels = to_pixels(pictures)
+def psnr(vae: Any, images: Tensor) -> float:
+    """Mean peak signal-to-noise ratio of the round trip in dB, images (n, h, w, 3) uint8."""
+    pixels = to_pixels(images)
     error = (round_trip(vae, pixels).clamp(-1, 1) - pixels).pow(2).mean((1, 2, 3))
     return float((10 * torch.log10(4 / error)).mean())

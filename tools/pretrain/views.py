@@ -20,7 +20,7 @@ from dora_diffusion.toy.world import Scene, render
 from tools.pretrain.names import sample_named
 
 SIDE = 128
-"""Pixels of a training picture's side."""
+"""Pixels of a training image's side."""
 
 VIEWS, CAPTIONS = 17, 18  # seeds
 SQUARE, LARGEST_ASPECT = 0.3, 1.5
@@ -79,18 +79,18 @@ class View:
 
 
 def render_view(view: View) -> NDArray[np.uint8]:
-    """The cropped picture: (SIDE, SIDE, 3) uint8."""
+    """The cropped image: (SIDE, SIDE, 3) uint8."""
     from PIL import Image
 
     height, width = view.scaled_size
     top, left = view.crop
     if min(view.original_size) >= SIDE:
-        picture = render(view.scene, (width, height))
+        image = render(view.scene, (width, height))
     else:
         small = render(view.scene, (view.original_size[1], view.original_size[0]))
         scaled = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-        picture = np.asarray(scaled)
-    return picture[top : top + SIDE, left : left + SIDE]
+        image = np.asarray(scaled)
+    return image[top : top + SIDE, left : left + SIDE]
 
 
 def _draw_original_size(generator: np.random.Generator) -> tuple[int, int]:
@@ -109,7 +109,7 @@ def _draw_corner(room: int, generator: np.random.Generator) -> int:
 
 
 def training_view(index: int) -> View:
-    """Training picture ``index``: the same on every machine."""
+    """Training image ``index``: the same on every machine."""
     generator = np.random.default_rng((VIEWS, index))
     subject, name = sample_named(generator)
     scene = place(subject, str(generator.choice(list(BACKGROUNDS))), generator)
@@ -123,7 +123,7 @@ def training_view(index: int) -> View:
 
 
 def training_captions(index: int, count: int) -> list[str]:
-    """True captions of training picture ``index``."""
+    """True captions of training image ``index``."""
     view, generator = training_view(index), np.random.default_rng((CAPTIONS, index))
     scene = view.cropped_scene
     if view.is_wide:

@@ -232,7 +232,7 @@ def _thumbnail(path: Path) -> Any:
     """A photo's upper square, or one image of a sheet, whose text says how large they are."""
     from PIL import Image
 
-    from dora_diffusion.pictures import parse_parameters, read_parameters
+    from dora_diffusion.images import parse_parameters, read_parameters
     from dora_diffusion.training.sheets import one_image
 
     text = read_parameters(path) if path.suffix == ".png" else None

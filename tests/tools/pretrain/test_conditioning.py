@@ -14,7 +14,7 @@ from tools.pretrain.data import to_pixels
 from tools.pretrain.views import SIDE
 
 
-def pictures(pipeline: Any, count: int, **conditioning: tuple[int, int]) -> torch.Tensor:
+def images(pipeline: Any, count: int, **conditioning: tuple[int, int]) -> torch.Tensor:
     """Red mugs in the studio, (count, 3, SIDE, SIDE) in [-1, 1]."""
     prompts = ["a red mug in a studio"] * count
     images = generate(pipeline, prompts, target_size=(SIDE, SIDE), **conditioning)
@@ -24,7 +24,7 @@ def pictures(pipeline: Any, count: int, **conditioning: tuple[int, int]) -> torc
 @pytest.mark.slow
 def test_it_looks_at_its_sizes(tiny_sdxl: Any) -> None:
     small, large = (
-        pictures(tiny_sdxl, 4, original_size=(side, side), crops_coords_top_left=(0, 0))
+        images(tiny_sdxl, 4, original_size=(side, side), crops_coords_top_left=(0, 0))
         for side in (SIDE // 4, SIDE)
     )
     assert sharpness(small) < 0.95 * sharpness(large)
@@ -36,7 +36,7 @@ def test_it_looks_at_its_crops(tiny_sdxl: Any, wide: bool) -> None:
     """What a tall photo has in its middle, its lower part has further up; a wide one alike."""
     size = (SIDE, 3 * SIDE // 2) if wide else (3 * SIDE // 2, SIDE)
     first, last = (
-        pictures(
+        images(
             tiny_sdxl,
             4,
             original_size=size,
@@ -50,10 +50,10 @@ def test_it_looks_at_its_crops(tiny_sdxl: Any, wide: bool) -> None:
 
 
 def test_center_and_sharpness_are_what_they_say() -> None:
-    picture = np.full((1, 64, 128, 3), 128, np.uint8)
-    picture[:, 20:40, 96:112] = (255, 0, 0)
+    image = np.full((1, 64, 128, 3), 128, np.uint8)
+    image[:, 20:40, 96:112] = (255, 0, 0)
     # Pixels 96 to 111 of 128 have their middle at 0.63 of the way from -1 to 1.
-    assert mean_center(to_pixels(picture)) == pytest.approx(2 * 103.5 / 127 - 1, abs=0.01)
+    assert mean_center(to_pixels(image)) == pytest.approx(2 * 103.5 / 127 - 1, abs=0.01)
     stripes = np.zeros((1, 4, 4, 3), np.uint8)
     stripes[:, :, ::2] = 255
     assert sharpness(to_pixels(stripes)) == pytest.approx(127.5, abs=0.01)

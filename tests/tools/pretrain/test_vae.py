@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from tools.pretrain.data import to_pixels
-from tools.pretrain.vae import held_out_subject_pictures
+from tools.pretrain.vae import held_out_subject_images
 
 
 def test_latents_have_unit_variance(tiny_sd: Any) -> None:
     with torch.no_grad():
-        latents = tiny_sd.vae.encode(to_pixels(held_out_subject_pictures(40))).latent_dist.mode()
+        latents = tiny_sd.vae.encode(to_pixels(held_out_subject_images(40))).latent_dist.mode()
     assert 0.8 < float(latents.std()) * tiny_sd.vae.config.scaling_factor < 1.25

@@ -1,4 +1,4 @@
-"""SDXL's training photos: what the conditioning says is what the picture shows."""
+"""SDXL's training photos: what the conditioning says is what the image shows."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def scene() -> Scene:
     return Scene(Subject("ball", (0.9, 0.1, 0.1), (0.9, 0.1, 0.1)), "studio", size=0.3)
 
 
-def center(picture: np.ndarray) -> float:
-    shape = silhouette(torch.from_numpy(picture.copy()).permute(2, 0, 1) / 255)
+def center(image: np.ndarray) -> float:
+    shape = silhouette(torch.from_numpy(image.copy()).permute(2, 0, 1) / 255)
     assert shape is not None
     return shape.center
 
@@ -54,8 +54,8 @@ def test_a_crop_from_below_moves_the_object_up(scene: Scene) -> None:
 
 def test_small_photos_are_blurred_and_large_ones_are_not(scene: Scene) -> None:
     def edges(side: int) -> float:
-        picture = render_view(View(scene, (side, side))).astype(float)
-        return float(np.abs(np.diff(picture, axis=1)).max())
+        image = render_view(View(scene, (side, side))).astype(float)
+        return float(np.abs(np.diff(image, axis=1)).max())
 
     assert edges(32) < 0.6 * edges(SIDE)
     np.testing.assert_array_equal(

@@ -1,4 +1,4 @@
-"""What a model is asked for in the toy world, and the picture that would be a right answer."""
+"""What a model is asked for in the toy world, and the image that would be a right answer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from dora_diffusion.evaluation.measures import ImageRequest
 from dora_diffusion.toy.backgrounds import BACKGROUNDS
 from dora_diffusion.toy.benchmark_subjects import BenchmarkSubject
-from dora_diffusion.toy.captions import PLACES, with_article
+from dora_diffusion.toy.captions import PLACES
 from dora_diffusion.toy.pose import STUDIO
 from dora_diffusion.toy.sampling import place, sample_subject
 from dora_diffusion.toy.shapes import CLASSES
 from dora_diffusion.toy.world import COLORS, Scene, Subject, render
+from dora_diffusion.wording import with_article
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,24 +31,15 @@ _REFERENCES = 2000
 
 
 @dataclass(frozen=True)
-class Request:
-    """One picture to make.
+class ToyRequest(ImageRequest):
+    """An image of the subject on a held-out background or in a pose, its class, or another class.
 
     Attributes:
-        group: ``"subject"``: the subject in a new place; ``"pose"``: where and how large;
-            ``"class"``: its class without the token; ``"others"``: another class.
-        prompt: What the model is asked.
-        round: Number of the round of all prompts; every round has seeds of its own.
-        seed: Of the picture.
         scene: A right answer.
         wanted: Attribute -> value that the prompt asks for.
         pose: The word for side or size, of the group ``"pose"``.
     """
 
-    group: Group
-    prompt: str
-    round: int
-    seed: int
     scene: Scene
     wanted: Mapping[str, str] = field(default_factory=dict)
     pose: str = ""
@@ -57,8 +50,8 @@ def toy_requests(
     trigger: str,
     seeds: Sequence[int],
     groups: Sequence[Group] = GROUPS,
-) -> list[Request]:
-    """All requests: per seed the subject in every new place, its poses, its class, the others.
+) -> list[ToyRequest]:
+    """Per seed, the subject on every held-out background, its poses, its class, the others.
 
     Args:
         subject: The subject.
@@ -84,9 +77,9 @@ def _photo_of(phrase: str, *details: str) -> str:
     return " ".join(["a photo of", with_article(phrase), *details])
 
 
-def _subject(subject: BenchmarkSubject, trigger: str, seed: int) -> list[Request]:
+def _subject(subject: BenchmarkSubject, trigger: str, seed: int) -> list[ToyRequest]:
     return [
-        Request(
+        ToyRequest(
             "subject",
             _photo_of(trigger, PLACES[background][0]),
             0,
@@ -98,7 +91,7 @@ def _subject(subject: BenchmarkSubject, trigger: str, seed: int) -> list[Request
     ]
 
 
-def _poses(subject: BenchmarkSubject, trigger: str, seed: int) -> list[Request]:
+def _poses(subject: BenchmarkSubject, trigger: str, seed: int) -> list[ToyRequest]:
     view = subject.sample.scene(STUDIO, _TRUTH + seed)
     where = PLACES[STUDIO][0]
     plans = {
@@ -108,16 +101,16 @@ def _poses(subject: BenchmarkSubject, trigger: str, seed: int) -> list[Request]:
         "large": (_photo_of(f"large {trigger}", where), LARGE, 0.0),
     }
     return [
-        Request("pose", prompt, 0, 0, replace(view, size=size, position=(x, -0.1)), {}, pose)
+        ToyRequest("pose", prompt, 0, 0, replace(view, size=size, position=(x, -0.1)), {}, pose)
         for pose, (prompt, size, x) in plans.items()
     ]
 
 
-def _own_class(subject: BenchmarkSubject, seed: int) -> list[Request]:
+def _own_class(subject: BenchmarkSubject, seed: int) -> list[ToyRequest]:
     word, generator = subject.word, np.random.default_rng((seed, 3))
     kind = subject.sample.subject.kind if subject.known_class else None
     return [
-        Request(
+        ToyRequest(
             "class",
             _photo_of(word, PLACES[background][0]),
             0,
@@ -129,12 +122,12 @@ def _own_class(subject: BenchmarkSubject, seed: int) -> list[Request]:
     ]
 
 
-def _others(subject: BenchmarkSubject, seed: int) -> list[Request]:
+def _others(subject: BenchmarkSubject, seed: int) -> list[ToyRequest]:
     """Every other class once, every second time in a colour; places and colours take turns."""
     generator = np.random.default_rng((seed, 4))
-    own = subject.sample.subject.kind
+    own_kind = subject.sample.subject.kind
     requests = []
-    for number, kind in enumerate(name for name in CLASSES if name != own):
+    for number, kind in enumerate(name for name in CLASSES if name != own_kind):
         background = list(BACKGROUNDS)[(3 * number + seed) % len(BACKGROUNDS)]
         drawn, color = sample_subject(generator, kind), ""
         if (number + seed) % 2:
@@ -143,7 +136,7 @@ def _others(subject: BenchmarkSubject, seed: int) -> list[Request]:
         wanted = {"kind": kind, "background": background} | ({"color": color} if color else {})
         prompt = _photo_of(f"{color} {kind}".strip(), PLACES[background][0])
         scene = place(drawn, background, generator)
-        requests.append(Request("others", prompt, 0, 0, scene, wanted))
+        requests.append(ToyRequest("others", prompt, 0, 0, scene, wanted))
     return requests
 
 
@@ -153,15 +146,15 @@ def _colored(kind: str, color: str) -> Subject:
     return Subject(kind, COLORS[color], shade, color=color, accent_color=color)
 
 
-def true_pictures(requests: Sequence[Request], size: int) -> list[Image]:
-    """The right answers as pictures of a size."""
+def true_images(requests: Sequence[ToyRequest], size: int) -> list[Image]:
+    """The right answers at a size."""
     from PIL import Image
 
     return [Image.fromarray(render(request.scene, size)) for request in requests]
 
 
-def reference_pictures(subject: BenchmarkSubject, size: int, views: int = 4) -> list[Image]:
-    """True pictures of the subject in the new places, in views that no request has."""
+def reference_images(subject: BenchmarkSubject, size: int, views: int = 4) -> list[Image]:
+    """True images of the subject on held-out backgrounds, in views that no request has."""
     from PIL import Image
 
     return [

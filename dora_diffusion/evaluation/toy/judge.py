@@ -1,4 +1,4 @@
-"""Judging pictures of the toy world: what do they show, and whose likeness is it?
+"""Judging images of the toy world: what do they show, and whose likeness is it?
 
 The judges are networks trained on renders (`toy.instrument`); on anything but the toy world
 their answers mean nothing.
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_diffusion.images import center_square
 from dora_diffusion.toy.instrument import ATTRIBUTES, Instrument
 
 if TYPE_CHECKING:
@@ -25,12 +26,12 @@ JUDGED_SIZE = 64
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the judges say of n pictures.
+    """What the judges say of n images.
 
     Attributes:
         pixels: ``(n, 3, 64, 64)`` in [0, 1].
         identity: ``(n, d)`` unit vectors: alike for one subject wherever it is.
-        features: ``(n, d)`` unit vectors: alike for pictures that look alike.
+        features: ``(n, d)`` unit vectors: alike for images that look alike.
         answers: Attribute ("kind", "color", "pattern", "background") -> n values.
     """
 
@@ -41,19 +42,17 @@ class Judgement:
 
 
 def judged_pixels(images: Sequence[Image]) -> Tensor:
-    """Pictures of any size -> (n, 3, 64, 64) in [-1, 1], from the centre square.
+    """Images of any size -> (n, 3, 64, 64) in [-1, 1], from the centre square.
 
     Raises:
-        ValueError: there is no picture.
+        ValueError: there is no image.
     """
     if not images:
         raise ValueError("no images to judge")
     squares = []
     for image in images:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.convert("RGB").crop((left, top, left + side, top + side))
-        if side != JUDGED_SIZE:
+        square = center_square(image)
+        if square.width != JUDGED_SIZE:
             square = square.resize((JUDGED_SIZE, JUDGED_SIZE), resample=4)  # PIL's BOX: the mean
         squares.append(np.asarray(square, np.float32))
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 127.5 - 1
@@ -61,10 +60,10 @@ def judged_pixels(images: Sequence[Image]) -> Tensor:
 
 @torch.no_grad()
 def judge(instrument: Instrument, images: Sequence[Image]) -> Judgement:
-    """Let the judges look at pictures.
+    """Let the judges look at images.
 
     Raises:
-        ValueError: there is no picture.
+        ValueError: there is no image.
     """
     pixels = judged_pixels(images)
     logits = instrument.classifier(pixels)

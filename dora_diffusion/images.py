@@ -1,7 +1,9 @@
-"""Picture files that say how they were made, as A1111 writes and other tools read it."""
+"""Image files that say how they were made, as A1111 writes and other tools read it."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -9,13 +11,16 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
+from dora_diffusion.data.images import open_photo
 from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.generate import SamplingSettings
+from dora_diffusion.numerics.weights import Strengths
 
 _CHUNK = "parameters"
+_THUMBNAIL_SIDE = 256
 _NEGATIVE = "Negative prompt: "
-_FACT = re.compile(r'\s*([\w -]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_FIELD = re.compile(r'\s*([\w -]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 # Our samplers under the names that A1111 gives them.
 A1111_SAMPLERS = {
@@ -29,6 +34,7 @@ A1111_SAMPLERS = {
     "dpm++_karras": "DPM++ 2M Karras",
     "unipc": "UniPC",
 }
+_OUR_SAMPLERS = {a1111: name for name, a1111 in A1111_SAMPLERS.items()}
 
 
 def parameters_text(
@@ -38,9 +44,7 @@ def parameters_text(
     size: tuple[int, int],
     model: str,
     adapter: str | Path | None = None,
-    strength: float = 1.0,
-    direction: float = 1.0,
-    magnitude: float = 1.0,
+    strengths: Strengths = Strengths(),  # noqa: B008 - frozen
     *,
     extra: Mapping[str, object] | None = None,
 ) -> str:
@@ -48,23 +52,21 @@ def parameters_text(
 
     Args:
         prompt: The prompt.
-        seed: The picture's seed.
+        seed: The image's seed.
         settings: Steps, guidance, sampler, negative prompt.
         size: Width and height in pixels.
         model: Name of the base model.
         adapter: The adapter file or folder.
-        strength: Its strength.
-        direction: The strength of its low-rank update; 1 is not written.
-        magnitude: The strength of its magnitude; 1 is not written.
-        extra: Further facts by name.
+        strengths: How strongly it acts; of the parts' strengths, 1 is not written.
+        extra: Further fields by name.
     """
     lines = [prompt]
     if settings.negative_prompt:
         lines.append(f"{_NEGATIVE}{settings.negative_prompt}")
-    facts: dict[str, object] = {"Steps": settings.steps}
+    fields: dict[str, object] = {"Steps": settings.steps}
     if settings.scheduler is not None:
-        facts["Sampler"] = A1111_SAMPLERS[settings.scheduler]
-    facts |= {
+        fields["Sampler"] = A1111_SAMPLERS[settings.scheduler]
+    fields |= {
         "CFG scale": f"{settings.guidance_scale:g}",
         "Seed": seed,
         "Size": f"{size[0]}x{size[1]}",
@@ -72,11 +74,14 @@ def parameters_text(
     }
     if adapter is not None:
         name = without_path(str(Path(adapter).resolve()))
-        facts |= {"Adapter": name, "Adapter strength": f"{strength:g}"}
-        parts = {"Direction strength": direction, "Magnitude strength": magnitude}
-        facts |= {part: f"{value:g}" for part, value in parts.items() if value != 1}
-    facts |= extra or {}
-    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in facts.items()))
+        fields |= {"Adapter": name, "Adapter strength": f"{strengths.strength:g}"}
+        parts = {
+            "Direction strength": strengths.direction_strength,
+            "Magnitude strength": strengths.magnitude_strength,
+        }
+        fields |= {part: f"{value:g}" for part, value in parts.items() if value != 1}
+    fields |= extra or {}
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items()))
     return "\n".join(lines)
 
 
@@ -95,20 +100,19 @@ def parse_parameters(text: str) -> dict[str, str]:
     """Read a ``parameters`` text, ours or A1111's.
 
     Returns:
-        ``"Prompt"``, ``"Negative prompt"``, and the facts of the last line under their names. A
+        ``"Prompt"``, ``"Negative prompt"``, and the fields of the last line under their names. A
         sampler that we have goes by our name.
     """
     body, _, last = text.strip().rpartition("\n")
     if not re.match(r"Steps: \d", last):
         body, last = text.strip(), ""
     prompt, _, negative = f"\n{body}".partition(f"\n{_NEGATIVE}")
-    facts = {"Prompt": prompt.strip(), "Negative prompt": negative.strip()}
-    for name, value in _FACT.findall(last):
-        facts[name] = json.loads(value) if value.startswith('"') else value.strip()
-    ours = {theirs: name for name, theirs in A1111_SAMPLERS.items()}
-    if "Sampler" in facts:
-        facts["Sampler"] = ours.get(facts["Sampler"], facts["Sampler"])
-    return facts
+    fields = {"Prompt": prompt.strip(), "Negative prompt": negative.strip()}
+    for name, value in _FIELD.findall(last):
+        fields[name] = json.loads(value) if value.startswith('"') else value.strip()
+    if "Sampler" in fields:
+        fields["Sampler"] = _OUR_SAMPLERS.get(fields["Sampler"], fields["Sampler"])
+    return fields
 
 
 def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> Path:
@@ -127,7 +131,28 @@ def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> P
 
 
 def read_parameters(path: str | Path) -> str | None:
-    """The ``parameters`` text of a picture, or None."""
+    """The ``parameters`` text of an image, or None."""
     with Image.open(path) as image:
         text = image.info.get(_CHUNK)
     return None if text is None else str(text)
+
+
+def thumbnail(path: str | Path) -> str:
+    """The small image that adapter managers show, as a JPEG's data URI, without any metadata.
+
+    Raises:
+        PhotoError: If it is not an image.
+    """
+    # A sheet of many samples may be larger than a photo, and a strip.
+    image = open_photo(Path(path).expanduser(), limited=False)
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    data = io.BytesIO()
+    image.save(data, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+
+
+def center_square(image: Image.Image) -> Image.Image:
+    """The largest square in the middle of an image, as RGB."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.convert("RGB").crop((left, top, left + side, top + side))

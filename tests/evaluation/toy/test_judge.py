@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_diffusion.evaluation.judge import judge, judged_pixels, similarity
-from dora_diffusion.evaluation.toy_requests import reference_pictures
+from dora_diffusion.evaluation.toy.judge import judge, judged_pixels, similarity
+from dora_diffusion.evaluation.toy.requests import reference_images
 from dora_diffusion.toy.backgrounds import BACKGROUNDS
 from dora_diffusion.toy.benchmark_subjects import REPORTED
 from dora_diffusion.toy.instrument import Instrument, load_instrument
@@ -26,7 +26,7 @@ def instrument() -> Instrument:
     return load_instrument()
 
 
-def test_pictures_of_any_size_are_judged_at_64() -> None:
+def test_images_of_any_size_are_judged_at_64() -> None:
     scene = drawn_scene(3)
     large = Image.fromarray(render(scene, (320, 256)))
     small = np.asarray(judged_pixels([Image.fromarray(render(scene, 64))]))
@@ -50,8 +50,8 @@ def test_the_judge_reads_real_renders(instrument: Instrument) -> None:
 
 
 def test_every_subject_resembles_itself_alone(instrument: Instrument) -> None:
-    pictures = [reference_pictures(subject, 64, views=2) for subject in REPORTED]
-    vectors = [judge(instrument, found).identity for found in pictures]
+    images = [reference_images(subject, 64, views=2) for subject in REPORTED]
+    vectors = [judge(instrument, found).identity for found in images]
     table = np.array([[float(similarity(a, b).mean()) for b in vectors] for a in vectors])
     assert table.diagonal().min() >= 0.9
     assert table[~np.eye(len(REPORTED), dtype=bool)].max() <= 0.5

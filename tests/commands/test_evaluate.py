@@ -1,4 +1,4 @@
-"""``dora-diffusion evaluate`` from a two-step adapter to table, JSON and picture."""
+"""``dora-diffusion evaluate`` from a two-step adapter to table, JSON and sheet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.cli import main
-from dora_diffusion.data.images import list_photos
+from dora_diffusion.data.photos import list_photos
 from dora_diffusion.evaluation.measures import MEASURES
 from dora_diffusion.evaluation.report import SCHEMA
 
@@ -52,8 +52,8 @@ def test_a_subject_of_the_toy_world(adapter, tmp_path, capsys) -> None:
     assert loss["base"]["mean"] != loss["adapted"]["mean"]
     assert report["measures"]["subject_similarity"]["truth"]["mean"] > 0.85
     assert printed.splitlines()[0] in (tmp_path / "scores.md").read_text()
-    with Image.open(tmp_path / "images.png") as picture:
-        assert picture.width > 1000
+    with Image.open(tmp_path / "images.png") as image:
+        assert image.width > 1000
 
 
 def test_photos_with_metric_models_as_json(
@@ -115,12 +115,12 @@ def test_the_record_of_photos_stays_in_the_runs_folder(adapter) -> None:
     from dora_diffusion.hub import _files
 
     folder = ROOT / "samples" / "bolt_mug"
-    photos, _ = read_photos(list_photos(folder), "")
+    photos = read_photos(list_photos(folder), "")
     text = (adapter / "photos.json").read_text()
-    assert json.loads(text) == {"digests": sorted(photo.sample_id for photo in photos)}
+    assert json.loads(text) == {"digests": sorted(photo.digest for photo in photos)}
     assert not any(photo.path.name in text for photo in photos)
     raw = (adapter / FILE).read_bytes()
-    assert not any(photo.sample_id.encode() in raw for photo in photos)
+    assert not any(photo.digest.encode() in raw for photo in photos)
     assert "photos.json" not in _files(adapter, None, None)
 
 

@@ -7,17 +7,15 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.evaluation.measures import MEASURES, summarize
-from dora_diffusion.evaluation.toy import Answers, evaluate_toy, measure, true_answers
-from dora_diffusion.evaluation.toy_requests import (
-    GROUPS,
-    reference_pictures,
+from dora_diffusion.evaluation.toy.evaluate import Answers, evaluate_toy, measure, true_answers
+from dora_diffusion.evaluation.toy.requests import (
+    reference_images,
     toy_requests,
-    true_pictures,
+    true_images,
 )
 from dora_diffusion.generate import SamplingSettings
 from dora_diffusion.models.load import load_components
-from dora_diffusion.toy.benchmark_subjects import REPORTED, SUBJECTS, find_subject
-from dora_diffusion.toy.shapes import CLASSES
+from dora_diffusion.toy.benchmark_subjects import REPORTED, find_subject
 
 SEEDS = (0, 1)
 
@@ -38,16 +36,16 @@ def test_a_perfect_model_reaches_the_ceiling(subject) -> None:
     assert all(found[name] >= 0.9 for name in found if name.startswith("subject_"))
     assert ("subject_kind" in found) == ("class_kind" in found) == subject.known_class
     assert found["class_similarity"] <= 0.5
-    assert found["class_taken"] <= 0.2
-    assert found["others_taken"] <= 0.15
+    assert found["class_leakage"] <= 0.2
+    assert found["others_leakage"] <= 0.15
     assert found["others_change"] == pytest.approx(0, abs=1e-6)
     assert found.keys() <= MEASURES.keys()
 
 
-def test_another_subject_scores_nothing_and_takes_nothing_over() -> None:
+def test_another_subject_scores_nothing_and_leaks_nothing() -> None:
     subject, other = find_subject("cross_mug"), find_subject("star_teapot")
     requests = toy_requests(subject, "sks mug", SEEDS)
-    strangers = reference_pictures(other, 64) * len(requests)
+    strangers = reference_images(other, 64) * len(requests)
     found = means(subject, requests, Answers(strangers[: len(requests)], [None] * len(requests)))
     assert found["subject_similarity"] <= 0.3
     assert found["subject_kind"] == found["class_kind"] == 0
@@ -57,58 +55,28 @@ def test_another_subject_scores_nothing_and_takes_nothing_over() -> None:
 def test_a_subject_that_swallows_everything_is_found_out() -> None:
     subject = find_subject("cross_mug")
     requests = toy_requests(subject, "sks mug", SEEDS)
-    itself = (reference_pictures(subject, 64) * len(requests))[: len(requests)]
+    itself = (reference_images(subject, 64) * len(requests))[: len(requests)]
     base = true_answers(requests)
     found = means(subject, requests, Answers(itself, [None] * len(requests)), base)
     assert found["subject_similarity"] >= 0.9
-    assert found["class_taken"] == found["others_taken"] == 1
+    assert found["class_leakage"] == found["others_leakage"] == 1
     assert found["class_similarity"] >= 0.9
     assert found["others_kind"] <= 0.1
     assert found["others_change"] > 0.1
 
 
-def test_one_picture_again_and_again_has_no_diversity() -> None:
+def test_one_image_again_and_again_has_no_diversity() -> None:
     subject = find_subject("heart_ball")
     requests = toy_requests(subject, "sks ball", SEEDS, ["subject"])
     rounds = len(requests) // len(SEEDS)
-    pictures = true_pictures(requests[:rounds], 64) * len(SEEDS)
-    found = means(subject, requests, Answers(pictures, [None] * len(requests)))
+    images = true_images(requests[:rounds], 64) * len(SEEDS)
+    found = means(subject, requests, Answers(images, [None] * len(requests)))
     varied = means(subject, requests, true_answers(requests))
     for name in ("diversity_features", "diversity_pixels"):
         assert found[name] == pytest.approx(0, abs=1e-3)
         assert varied[name] > 0.01
     alone = toy_requests(subject, "sks ball", [0], ["subject"])
     assert "diversity_pixels" not in means(subject, alone, true_answers(alone))
-
-
-@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=lambda s: s.name)
-def test_requests_ask_for_what_their_scenes_show(subject) -> None:
-    requests = toy_requests(subject, "zwx thing", (3, 4))
-    assert len({request.seed for request in requests}) == len(requests)
-    per_round = len(requests) // 2
-    assert [r.prompt for r in requests[:5]] == [r.prompt for r in requests[per_round:][:5]]
-    for request in requests:
-        has_token = "zwx" in request.prompt
-        assert has_token == (request.group in ("subject", "pose"))
-        assert (request.scene.subject == subject.sample.subject) == has_token
-        assert request.wanted.get("background", request.scene.background) == (
-            request.scene.background
-        )
-    new = {request.scene.background for request in requests if request.group == "subject"}
-    assert new == set(subject.new_backgrounds)
-    others = {r.scene.subject.kind for r in requests if r.group == "others"}
-    assert others == set(CLASSES) - {subject.sample.subject.kind}
-    assert {request.group for request in requests} == set(GROUPS)
-
-
-def test_prompts_read_like_captions() -> None:
-    prompts = {r.prompt for r in toy_requests(find_subject("cross_mug"), "sks mug", [0])}
-    assert {
-        "a photo of a sks mug in the sea",
-        "a photo of a sks mug on the left in a studio",
-        "a photo of a small sks mug in a studio",
-        "a photo of a mug in the sea",
-    } <= prompts
 
 
 def test_the_base_does_not_drift_from_itself() -> None:
@@ -125,9 +93,9 @@ def test_the_base_does_not_drift_from_itself() -> None:
     loss = evaluation.interval("base", "denoising_loss")
     assert loss is not None
     assert 0 < loss.mean < 1
-    pictures = evaluation.pictures
-    assert len(pictures["base"]) == len(pictures["truth"]) == len(evaluation.labels)
-    assert np.array_equal(np.asarray(pictures["base"][0]), np.asarray(pictures["adapted"][0]))
+    images = evaluation.images
+    assert len(images["base"]) == len(images["truth"]) == len(evaluation.labels)
+    assert np.array_equal(np.asarray(images["base"][0]), np.asarray(images["adapted"][0]))
 
 
 def test_bad_calls_say_so() -> None:

@@ -1,0 +1,100 @@
+"""What is drawn for a sample: where its photo is cut, whether it is mirrored, and its caption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass, replace
+
+import torch
+
+from dora_diffusion.data.captions import drop_caption, shuffle_tags
+from dora_diffusion.data.crops import CropRecord, plan_crop
+from dora_diffusion.data.photos import Photo
+from dora_diffusion.data.sampler import generator_for
+
+# Crops in which a mask must show something.
+_TRIED_CROPS = 8
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Crops and captions, each a function of the seed, the epoch and the photo's digest alone.
+
+    The order of access, the number of workers and the neighbours do not matter, so a resumed run
+    sees what an uninterrupted one would have.
+
+    Attributes:
+        resolution: Side of the square crops.
+        seed: Of all draws.
+        multiple: The model's pixels per latent; sides must be multiples of it.
+        buckets: Photo size to crop size, for aspect-ratio buckets; overrides ``resolution``.
+        center_crop: Take the middle of the photo instead of drawing a place.
+        random_flip: Mirror half of the samples.
+        crop_variants: Draw among this many fixed crops per photo, so that a cache of latents
+            fills up without losing the variety; None draws a new place every time.
+        caption_dropout: Probability of the empty prompt.
+        shuffle_tags: Shuffle comma-separated tags.
+        keep_tags: Tags at the start that stay in place.
+
+    Raises:
+        ValueError: If a setting is impossible, or the resolution does not fit the model.
+    """
+
+    resolution: int
+    _: KW_ONLY
+    seed: int = 0
+    multiple: int = 8
+    buckets: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+    center_crop: bool = True
+    random_flip: bool = False
+    crop_variants: int | None = None
+    caption_dropout: float = 0.0
+    shuffle_tags: bool = False
+    keep_tags: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not 0.0 <= self.caption_dropout <= 1.0:
+            raise ValueError(f"caption_dropout must be within 0 and 1, got {self.caption_dropout}")
+        if self.crop_variants is not None and self.crop_variants < 1:
+            raise ValueError(f"crop_variants must be at least 1, got {self.crop_variants}")
+        if self.keep_tags < 0:
+            raise ValueError(f"keep_tags must not be negative, got {self.keep_tags}")
+        plan_crop((self.resolution, self.resolution), self.resolution, multiple=self.multiple)
+
+    def target_size(self, photo: Photo) -> tuple[int, int]:
+        """The crop size ``(height, width)`` of a photo."""
+        return self.buckets(photo.size) if self.buckets else (self.resolution, self.resolution)
+
+    def crop(
+        self, photo: Photo, epoch: int, target_size: tuple[int, int] | None = None
+    ) -> CropRecord:
+        """The crop of a photo in an epoch; place and flip are drawn apart, each from its own."""
+        turn: object = epoch
+        if self.crop_variants is not None:
+            chooser = generator_for("variant", self.seed, epoch, photo.digest)
+            turn = f"variant {torch.randint(self.crop_variants, (), generator=chooser).item()}"
+        crop = plan_crop(
+            photo.size,
+            target_size or self.target_size(photo),
+            center=self.center_crop,
+            generator=generator_for("crop", self.seed, turn, photo.digest),
+            multiple=self.multiple,
+        )
+        coin = generator_for("flip", self.seed, epoch, photo.digest)
+        flipped = self.random_flip and torch.rand((), generator=coin).item() < 0.5
+        return replace(crop, flipped=flipped)
+
+    def first_crops(self, photo: Photo) -> Iterator[CropRecord]:
+        """Crops of the first epochs, in which a mask must show something."""
+        return (self.crop(photo, epoch) for epoch in range(_TRIED_CROPS))
+
+    def caption(self, photo: Photo, epoch: int) -> str:
+        """The caption of a photo in an epoch, after shuffling and dropout."""
+        generator = generator_for("caption", self.seed, epoch, photo.digest)
+        text = photo.caption
+        if self.shuffle_tags:
+            text = shuffle_tags(text, generator, keep=self.keep_tags)
+        if self.caption_dropout > 0.0:
+            text = drop_caption(text, self.caption_dropout, generator)
+        return text

@@ -1,0 +1,1 @@
+"""Evaluation in the toy world, where the truth can be rendered, by judges trained on renders."""

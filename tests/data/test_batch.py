@@ -1,0 +1,42 @@
+"""Batches: what is stacked in which order, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dora_diffusion.data.batch import Sample, collate
+from dora_diffusion.data.crops import CropRecord
+
+
+def sample(side: int, number: int = 0, **more: object) -> Sample:
+    crop = CropRecord((64, 64), (0, number), (side, side))
+    return Sample(f"id {number}", f"{number}", crop, **more)
+
+
+def test_rows_stay_together_photos_before_their_class_images() -> None:
+    rows = []
+    for number in range(3):
+        prior = sample(8, 10 + number, moments=torch.full((4, 2, 2), 10.0 + number), is_prior=True)
+        mask = torch.zeros(1, 8, 8) if number == 1 else None
+        moments = torch.full((4, 2, 2), float(number))
+        rows.append(sample(8, number, moments=moments, mask=mask, prior=prior))
+    batch = collate(rows).to("cpu")
+    numbers = [0, 1, 2, 10, 11, 12]
+    assert len(batch) == 6
+    assert batch.sample_ids == [f"id {number}" for number in numbers]
+    assert batch.captions == [f"{number}" for number in numbers]
+    assert [crop.crop_top_left[1] for crop in batch.crops] == numbers
+    assert batch.moments[:, 0, 0, 0].tolist() == numbers
+    assert batch.is_prior.tolist() == [False] * 3 + [True] * 3
+    assert batch.pixels is None
+    # Rows without a mask count everywhere.
+    assert batch.mask.flatten(1).mean(1).tolist() == [1, 0, 1, 1, 1, 1]
+    assert collate(rows[:1]).mask is None
+
+
+def test_mixed_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match="different sizes"):
+        collate([sample(32), sample(40)])
+    with pytest.raises(ValueError, match="some have none"):
+        collate([sample(32), sample(32, prior=sample(32))])

@@ -1,0 +1,87 @@
+"""Draws: functions of seed, epoch and content, each setting's from its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dora_diffusion.data.draws import Draws
+from dora_diffusion.data.photos import Photo
+
+
+def photo(number: int, caption: str = "", size: tuple[int, int] = (40, 60)) -> Photo:
+    return Photo(Path(f"{number}.png"), f"digest {number}", size, caption)
+
+
+def test_places_and_flips_follow_seed_epoch_and_digest_alone() -> None:
+    draws = Draws(32, seed=3, center_crop=False, random_flip=True)
+    crops = [draws.crop(photo(7), epoch) for epoch in range(60)]
+    renamed = replace(photo(7), path=Path("other.png"), caption="other")
+    assert [draws.crop(renamed, epoch) for epoch in range(60)] == crops
+    for other in (replace(draws, seed=4), draws):
+        assert [other.crop(photo(8), epoch) for epoch in range(60)] != crops
+    assert replace(draws, seed=4).crop(photo(7), 0) != crops[0]
+    assert len({crop.crop_top_left for crop in crops}) > 6
+    assert 18 < sum(crop.flipped for crop in crops) < 42
+
+
+def test_a_setting_does_not_move_the_draws_of_another() -> None:
+    draws = Draws(32, center_crop=False, caption_dropout=0.5)
+    flipping = replace(draws, random_flip=True, shuffle_tags=True)
+    for epoch in range(20):
+        plain, flipped = draws.crop(photo(1), epoch), flipping.crop(photo(1), epoch)
+        assert plain.crop_top_left == flipped.crop_top_left
+        assert not plain.flipped
+
+
+def test_crop_variants_bound_the_crops_but_not_the_flips() -> None:
+    draws = Draws(32, center_crop=False, random_flip=True, crop_variants=3)
+    places = []
+    for number in range(4):
+        crops = {draws.crop(photo(number), epoch) for epoch in range(80)}
+        places.append({crop.crop_top_left for crop in crops})
+        assert len(crops) == 2 * len(places[-1])
+    # Two variants of a photo may fall on one place by chance, never more than were asked for.
+    assert max(len(place) for place in places) == 3
+    assert min(len(place) for place in places) >= 2
+
+
+def test_caption_dropout_and_shuffling_are_drawn_per_epoch() -> None:
+    draws = Draws(32, caption_dropout=0.3, shuffle_tags=True, keep_tags=1)
+    tagged = photo(0, "sks dog, red, big, old")
+    captions = [draws.caption(tagged, epoch) for epoch in range(60)]
+    assert captions == [draws.caption(tagged, epoch) for epoch in range(60)]
+    assert 8 <= captions.count("") <= 30
+    assert len(set(captions)) > 4
+    assert all(caption.startswith("sks dog, ") for caption in captions if caption)
+    assert Draws(32).caption(tagged, 5) == tagged.caption
+
+
+def test_sizes_are_the_resolution_the_bucket_or_the_partners() -> None:
+    tall = photo(0, size=(90, 50))
+    assert Draws(40).crop(tall, 0).target_size == (40, 40)
+    bucketed = Draws(40, buckets=lambda size: (48, 24))
+    assert bucketed.target_size(tall) == bucketed.crop(tall, 0).target_size == (48, 24)
+    assert bucketed.crop(tall, 0, (24, 48)).target_size == (24, 48)
+
+
+def test_the_first_crops_are_those_of_the_first_epochs() -> None:
+    draws = Draws(32, center_crop=False)
+    crops = list(draws.first_crops(photo(5)))
+    assert crops == [draws.crop(photo(5), epoch) for epoch in range(len(crops))]
+    assert len(set(crops)) > 3
+
+
+@pytest.mark.parametrize(
+    "settings", [{"caption_dropout": 1.5}, {"crop_variants": 0}, {"keep_tags": -1}]
+)
+def test_impossible_draws_are_refused(settings: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Draws(32, **settings)
+
+
+def test_bad_resolutions_fail_at_once() -> None:
+    with pytest.raises(ValueError, match="multiple of 16"):
+        Draws(40, multiple=16)

@@ -1,0 +1,191 @@
+"""Photos: listed by name, and opened, turned, checked and digested once."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import shutil
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.data.draws import Draws
+from dora_diffusion.data.images import PhotoError, open_photo
+from dora_diffusion.data.masks import MaskError
+from dora_diffusion.data.photos import Photo, list_photos, read_photo, read_photos
+
+PROMPT = "a photo of sks dog"
+WATCHED: list[list[Path]] = []
+
+
+@functools.cache  # A hook cannot be taken out again.
+def watch_files() -> None:
+    """Let Python itself tell of each file that is opened, by whatever library."""
+
+    def hook(event: str, arguments: tuple) -> None:
+        if WATCHED and event == "open" and isinstance(arguments[0], (str, Path)):
+            WATCHED[-1].append(Path(arguments[0]))
+
+    sys.addaudithook(hook)
+
+
+def test_opening_a_training_dataset_opens_and_decodes_each_file_once(
+    sd1_folder: Path,
+    samples_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three photos with a mask file, one with an alpha channel, one with neither."""
+    from dora_diffusion.training.session import make_accelerator, open_session
+    from dora_diffusion.training.subject import subject_of
+
+    folder = Path(shutil.copytree(samples_root / "bolt_mug", tmp_path / "photos"))
+    (folder / "config.yaml").unlink()
+    photos = sorted(folder.glob("*.jpg"))
+    for photo in photos[:3]:
+        Image.new("L", Image.open(photo).size, 255).save(photo.with_name(f"{photo.stem}.mask.png"))
+    cut_out = Image.open(photos[3]).convert("RGBA")
+    cut_out.putalpha(Image.linear_gradient("L").resize(cut_out.size))
+    cut_out.save(photos[3].with_suffix(".png"))
+    photos[3].unlink()
+    files = [file for file in folder.iterdir() if file.suffix in (".jpg", ".png")]
+    assert len(files) == 8
+
+    decoded = []
+    load = ImageFile.ImageFile.load
+
+    def count(image: ImageFile.ImageFile) -> object:
+        if image.tile and getattr(image, "_im", None) is None:
+            decoded.append(image.size)
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", count)
+    config = TrainConfig(
+        pretrained_model_name_or_path=str(sd1_folder),
+        instance_data_dir=str(folder),
+        instance_prompt="a photo of a sks mug",
+        output_dir=str(tmp_path / "run"),
+        resolution=32,
+        rank=2,
+        conv_rank=2,
+        max_train_steps=1,
+        masked_loss=True,
+    )
+    watch_files()
+    WATCHED.append([])
+    with pytest.warns(UserWarning, match=r"1 image of 5 without a mask.*: 05\.jpg"):
+        open_session(config, subject_of(config), make_accelerator(config))
+    opened = Counter(file for file in WATCHED.pop() if file.parent == folder and file.exists())
+    assert {file.name: opened[file] for file in files} == {file.name: 1 for file in files}
+    assert max(opened.values()) == 1, "captions are read once too"
+    assert len(decoded) == len(files)
+
+
+def test_a_photo_is_its_content_upright_with_its_caption(tmp_path: Path, write_images) -> None:
+    [path] = write_images(tmp_path, 1)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.open(path).save(path, exif=turned)
+    path.with_suffix(".txt").write_text("sks dog asleep")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    expected = Photo(path, digest, (60, 40), "sks dog asleep")
+    assert read_photo(path, PROMPT) == expected
+    assert (open_photo(path).height, open_photo(path).width) == expected.size
+    path.with_suffix(".txt").unlink()
+    again = path.rename(tmp_path / "again.png")
+    assert read_photo(again, PROMPT) == Photo(again, digest, (60, 40), PROMPT)
+
+
+def test_jpeg_photos_open_and_have_distinct_digests(samples_root: Path) -> None:
+    paths = list_photos(samples_root / "bolt_mug")
+    photos = read_photos(paths, PROMPT)
+    assert len({photo.digest for photo in photos}) == len(paths) == 5
+    for path, photo in zip(paths, photos, strict=True):
+        with Image.open(path) as reference:
+            assert photo.size == (reference.height, reference.width)
+            np.testing.assert_array_equal(np.asarray(open_photo(path)), np.asarray(reference))
+
+
+def test_unreadable_photos_are_named_and_skipped_only_if_asked(
+    tmp_path: Path, write_images
+) -> None:
+    write_images(tmp_path, 4)
+    (tmp_path / "03.png").write_bytes((tmp_path / "03.png").read_bytes()[:200])
+    (tmp_path / "04.jpg").write_text("not a photo")
+    paths = list_photos(tmp_path)
+    with pytest.raises(PhotoError, match=r"2 of 5 photos unusable: 03\.png.*; 04\.jpg"):
+        read_photos(paths, PROMPT)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        photos = read_photos(paths, PROMPT, skip_unreadable=True)
+    assert [photo.path for photo in photos] == paths[:3]
+    assert [str(w.message).split(":")[1].strip() for w in caught] == ["03.png", "04.jpg"]
+    with pytest.raises(PhotoError, match="1 of 1 photo unusable"):
+        read_photos([tmp_path / "04.jpg"], PROMPT, skip_unreadable=True)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_bad_masks_are_named_and_never_skipped(tmp_path: Path, write_images, skip: bool) -> None:
+    """Without its mask the whole photo would be learned."""
+    photos = write_images(tmp_path, 4)
+    Image.new("L", (60, 20)).save(tmp_path / "00.mask.png")
+    Image.new("L", (60, 40), 255).save(tmp_path / "01.mask.png")
+    (tmp_path / "02.mask.png").write_text("not an image")
+    photos[3].write_text("not a photo")
+    crops = Draws(40).first_crops
+    reasons = (
+        r"00\.mask\.png: the mask is 60 x 20, its photo 60 x 40.*; 02\.mask\.png: not a.*; "
+        r"03\.png: not a"
+    )
+    with pytest.raises(PhotoError, match=f"3 of 4 photos unusable: {reasons}"):
+        read_photos(photos, PROMPT, mask_crops=crops, skip_unreadable=skip)
+    with pytest.raises(MaskError):
+        read_photo(photos[2], PROMPT, mask_crops=crops)
+    assert len(read_photos(photos[:3], PROMPT)) == 3
+
+
+def test_listing_takes_photos_only(tmp_path: Path) -> None:
+    for name in ("b.jpg", "a.PNG", "c.webp", ".hidden.jpg", "b.txt", "d.mask.png", ".e.gif"):
+        (tmp_path / name).touch()
+    (tmp_path / "sub.jpg").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [path.name for path in list_photos(tmp_path)] == ["a.PNG", "b.jpg", "c.webp"]
+
+
+def test_images_that_are_left_out_are_named(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.bmp", "c.TIF", "d.gif", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match=r"left out b\.bmp, c\.TIF, d\.gif; convert them"):
+        assert [path.name for path in list_photos(tmp_path)] == ["a.jpg"]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "a.jpg").touch()
+    assert list_photos("~/dog") == [tmp_path / "dog" / "a.jpg"]
+
+
+def test_listing_nothing_says_what_was_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(PhotoError, match=r"no photos .*\.jpg.*\.heic.*found notes\.txt"):
+        list_photos(tmp_path)
+    with pytest.raises(PhotoError, match="does not exist"):
+        list_photos(tmp_path / "absent")
+    with pytest.raises(PhotoError, match="is a file, not a folder"):
+        list_photos(tmp_path / "notes.txt")
+
+
+def test_jpegs_by_their_other_names_are_listed_and_open(tmp_path: Path) -> None:
+    for name in ("a.jfif", "b.JPE", "c.jpg"):
+        Image.effect_noise((20, 20), 90).save(tmp_path / name, "JPEG")
+    listed = list_photos(tmp_path)
+    assert [path.name for path in listed] == ["a.jfif", "b.JPE", "c.jpg"]
+    assert [open_photo(path).size for path in listed] == [(20, 20)] * 3
