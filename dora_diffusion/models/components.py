@@ -147,7 +147,7 @@ class Components:
         parts: dict[str, Any] = {
             **self.modules(),
             **dict(zip(self.family.tokenizer_names, self.tokenizers, strict=True)),
-            "scheduler": self.sampler(scheduler),
+            "scheduler": self.sampling_scheduler(scheduler),
         }
         if self.family.has_pooled:
             parts["force_zeros_for_empty_prompt"] = self.zeros_for_empty_prompt
@@ -159,11 +159,11 @@ class Components:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def sampler(self, name: str | None = None) -> Any:
-        """Build a sampler over this model's noise schedule.
+    def sampling_scheduler(self, name: str | None = None) -> Any:
+        """Build a scheduler to sample with, over this model's noise schedule.
 
         Raises:
-            ValueError: If the name is not known, or that sampler cannot follow the schedule.
+            ValueError: If the name is not known, or that one cannot follow the schedule.
         """
         import diffusers
 

@@ -108,9 +108,9 @@ def test_zero_terminal_snr_schedules_sample_from_the_last_step(
     edit_json(folder / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
     components = load_components(folder)
     assert components.scheduler.alphas_cumprod[-1] == 0
-    sampler = components.sampler("ddim")
-    sampler.set_timesteps(10)
-    assert sampler.timesteps[0] == 999
+    scheduler = components.sampling_scheduler("ddim")
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps[0] == 999
 
 
 @pytest.mark.parametrize("folder", FOLDERS, indirect=True)
@@ -393,9 +393,9 @@ def test_every_sampler_ends_in_pure_noise_where_the_model_does_or_says_no(name):
     components = load_components("embedded:tiny-sdxl")
     if name in ("pndm", "heun"):
         with pytest.raises(ValueError, match=f"{name} cannot follow this model's noise schedule"):
-            components.sampler(name)
+            components.sampling_scheduler(name)
     else:
-        assert components.sampler(name).alphas_cumprod[-1] < 1e-6
+        assert components.sampling_scheduler(name).alphas_cumprod[-1] < 1e-6
 
 
 def test_a_home_folder_is_found(sd1_folder, monkeypatch):

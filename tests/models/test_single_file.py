@@ -37,7 +37,7 @@ def test_a_single_file_loads_as_its_folder(
     assert loaded.family is expected.family
     assert loaded.prediction_type == expected.prediction_type
     assert loaded.zeros_for_empty_prompt == expected.zeros_for_empty_prompt
-    assert type(loaded.sampler()) is type(expected.sampler())
+    assert type(loaded.sampling_scheduler()) is type(expected.sampling_scheduler())
     for name, module in expected.modules().items():
         state = loaded.modules()[name].state_dict()
         for key, tensor in module.state_dict().items():
@@ -67,7 +67,7 @@ def test_markers_of_v_prediction_win_over_the_configuration(
     # The configuration that is given says epsilon; the file itself knows better.
     loaded = load_components(single_file(folder, tmp_path), config=sdxl_folder)
     assert loaded.prediction_type == "v_prediction"
-    assert loaded.sampler("euler").config.prediction_type == "v_prediction"
+    assert loaded.sampling_scheduler("euler").config.prediction_type == "v_prediction"
     assert loaded.scheduler.config.rescale_betas_zero_snr is True
 
 
