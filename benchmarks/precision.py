@@ -20,7 +20,8 @@ from common import machine, markdown
 from train_step import settings
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.training.session import make_accelerator, open_session
+from dora_diffusion.training.accelerator import make_accelerator
+from dora_diffusion.training.session import open_session
 from dora_diffusion.training.subject import subject_of
 
 

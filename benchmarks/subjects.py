@@ -50,8 +50,10 @@ from dora_diffusion.toy.benchmark_subjects import (
 )
 from dora_diffusion.toy.captions import PLACES
 from dora_diffusion.toy.samples import TRIGGER
+from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.optimizer import build_lr_schedule, build_optimizer
-from dora_diffusion.training.session import Session, make_accelerator, open_session
+from dora_diffusion.training.session import Session, open_session
+from dora_diffusion.training.step import TrainingStep
 from dora_diffusion.training.subject import subject_of
 
 GROUPS: tuple[Group, ...] = ("subject", "class", "others")
@@ -95,7 +97,7 @@ class Run:
         return f"{self.model}-{self.method}-{rate}-{self.steps}{flags}-{self.subject}-{self.seed}"
 
 
-class FullSession(Session):
+class FullStep(TrainingStep):
     """The same training of every weight that the adapters would adapt, and of their biases."""
 
     @property
@@ -142,9 +144,9 @@ def open_run(run: Run, work: Path) -> Session:
     session = open_session(config, subject_of(config), make_accelerator(config))
     if run.method != "full":
         return session
-    adapted = {layer.path for layer in session.report.layers}
+    adapted = {layer.path for layer in session.adapters.report.layers}
     trained = []
-    for part, model in session.trained.items():
+    for part, model in session.adapters.modules.items():
         remove_adapters(model)
         for name, parameter in model.named_parameters():
             owner = name.rpartition(".")[0]
@@ -152,9 +154,10 @@ def open_run(run: Run, work: Path) -> Session:
                 trained.append(parameter.requires_grad_(True))
     group = {"name": "weights", "params": trained, "lr": run.learning_rate, "weight_decay": 0.01}
     optimizer = session.accelerator.prepare_optimizer(build_optimizer([group], config))
-    schedule = build_lr_schedule(optimizer.optimizer, config, run.steps)
-    fields = {f.name: getattr(session, f.name) for f in dataclasses.fields(session)}
-    return FullSession(**fields | {"optimizer": optimizer, "lr_schedule": schedule})
+    schedule = build_lr_schedule(optimizer.optimizer, config)
+    fields = {f.name: getattr(session.train_step, f.name) for f in dataclasses.fields(TrainingStep)}
+    step = FullStep(**fields | {"optimizer": optimizer, "lr_schedule": schedule})
+    return dataclasses.replace(session, train_step=step)
 
 
 @lru_cache
@@ -197,7 +200,7 @@ def perform(run: Run, work: Path, *, with_image: bool = False) -> dict[str, Any]
             if loss != loss:
                 raise FloatingPointError(f"{run.name}: the loss is not a number at step {step}")
     seconds = time.perf_counter() - started
-    for model in session.trained.values():
+    for model in session.adapters.modules.values():
         model.eval()
     requests = toy_requests(subject, session.subject.trigger, [run.seed], GROUPS)
     answers = answer(session.components, requests)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from dora_diffusion.adapters.inject import norm_scope
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.training.session import Session, make_accelerator, open_session
+from dora_diffusion.training.accelerator import make_accelerator
+from dora_diffusion.training.session import Session, open_session
 from dora_diffusion.training.subject import subject_of
 
 ALONE, STEP = "UNet alone", "training step"
@@ -59,7 +60,7 @@ def bare_step(run: Session) -> None:
     states = torch.randn(batch, 77, unet.config.cross_attention_dim)
     with norm_scope(unet):
         unet(latents, torch.full((batch,), 500), states).sample.square().mean().backward()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.train_step.optimizer.zero_grad(set_to_none=True)
 
 
 def step_beside_unet(output: str, rounds: int) -> None:
@@ -72,17 +73,17 @@ def step_beside_unet(output: str, rounds: int) -> None:
 
 
 def optimizers(output: str, rounds: int) -> None:
-    run = session(output)
+    trained = session(output).train_step.parameters
     kinds = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
     steps = {}
     for name, kind in kinds.items():
-        parameters = [torch.nn.Parameter(p.detach().clone()) for p in run.parameters]
+        parameters = [torch.nn.Parameter(p.detach().clone()) for p in trained]
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
         steps[name] = torch.optim.AdamW(parameters, **kind).step
     samples = interleaved(steps, rounds, at_least=0.2)
     rows = [[n, f"{1e3 * median(samples[n]):.1f}", ratio(samples, n, "plain")] for n in steps]
-    print(markdown([f"AdamW, {len(run.parameters)} tensors", "ms", "to plain"], rows), "\n")
+    print(markdown([f"AdamW, {len(trained)} tensors", "ms", "to plain"], rows), "\n")
 
 
 def children_seconds(command: list[str]) -> float:

@@ -11,6 +11,16 @@ from dora_diffusion.commands.flags import given_settings, train_config
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.resume import listed
 from dora_diffusion.console.progress import Counter, say
+from dora_diffusion.training.events import (
+    CheckpointSaved,
+    ClassImagesProgress,
+    Event,
+    ModelLoading,
+    SampleSaved,
+    SamplingProgress,
+    StepDone,
+    TrainingStarted,
+)
 from dora_diffusion.wording import counted, quoted
 
 if TYPE_CHECKING:
@@ -89,26 +99,27 @@ class TrainProgress:
         """Whether this process reports."""
         return self.bar is not None
 
-    def __call__(self, event: dict[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         """Show one event."""
-        kind = event["event"]
-        if kind == "load":
-            precision = {"no": "float32"}.get(event["precision"], event["precision"])
-            print(f"training {event['model']} on {event['device']} in {precision}", flush=True)
-        elif kind == "start":
-            self._start(event)
-        elif kind == "class_images":
-            self._count_class_images(event["done"], event["total"])
-        elif kind == "sampling":
-            done = event["done"] == event["total"]
-            share = f"sampling {100 * event['done'] // event['total']}%"
-            # In a log, every refresh would be a line.
-            self.bar.set_description_str("" if done else share, refresh=sys.stderr.isatty())
-        elif kind == "step":
-            self.bar.set_postfix(loss=f"{event['loss']:.4f}", refresh=False)
-            self.bar.update()
-        elif kind in ("sample", "checkpoint"):
-            say(f"{kind}: {event['path']}")
+        match event:
+            case ModelLoading():
+                precision = {"no": "float32"}.get(event.precision, event.precision)
+                print(f"training {event.model} on {event.device} in {precision}", flush=True)
+            case TrainingStarted():
+                self._start(event)
+            case ClassImagesProgress(done, total):
+                self._count_class_images(done, total)
+            case SamplingProgress(done, total):
+                share = "" if done == total else f"sampling {100 * done // total}%"
+                # In a log, every refresh would be a line.
+                self.bar.set_description_str(share, refresh=sys.stderr.isatty())
+            case StepDone():
+                self.bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
+                self.bar.update()
+            case SampleSaved():
+                say(f"sample: {event.path}")
+            case CheckpointSaved():
+                say(f"checkpoint: {event.path}")
 
     def close(self) -> None:
         """End the bar's line, so that what is said next has one of its own."""
@@ -123,28 +134,28 @@ class TrainProgress:
         if done >= total:
             self.class_images.close()
 
-    def _start(self, event: dict[str, Any]) -> None:
+    def _start(self, event: TrainingStarted) -> None:
         from tqdm import tqdm
 
-        self.trigger = event["trigger"]
+        self.trigger = event.trigger
         print(
-            f"{event['family']} on {event['device']}: {counted(event['photos'], 'photo')} at "
-            f"{event['resolution']} px, {event['adapter']}"
+            f"{event.family} on {event.device}: {counted(event.photos, 'photo')} at "
+            f"{event.resolution} px, {event.adapter}"
         )
-        if event["resumed_from"]:
+        if event.resumed_from:
             print(_resumed_line(event))
-        if event["changed"]:
-            print(f"changed from step {event['step'] + 1} on: {listed(event['changed'])}")
-        if event["unused"]:
-            print(f"without effect, since no step is left: {listed(event['unused'])}")
+        if event.changed:
+            print(f"changed from step {event.step + 1} on: {listed(event.changed)}")
+        if event.unused:
+            print(f"without effect, since no step is left: {listed(event.unused)}")
         self.bar = tqdm(
-            total=event["total_steps"], initial=event["step"], unit="step", dynamic_ncols=True
+            total=event.total_steps, initial=event.step, unit="step", dynamic_ncols=True
         )
 
 
-def _resumed_line(event: dict[str, Any]) -> str:
-    step, total, dropped = event["step"], event["total_steps"], event["steps_dropped"]
-    line = f"resuming from {event['resumed_from']}, at step {step} of {total}"
+def _resumed_line(event: TrainingStarted) -> str:
+    step, total, dropped = event.step, event.total_steps, event.steps_dropped
+    line = f"resuming from {event.resumed_from}, at step {step} of {total}"
     if dropped:
         line += f"; steps {step + 1} to {step + dropped} are trained again"
     return line + ("; nothing is left to train" if step == total else "")

@@ -145,7 +145,7 @@ def card_of(job: Job) -> str:
         return written.read_text(encoding="utf-8")
     from dora_diffusion.config import TrainConfig
     from dora_diffusion.export import inspect_adapter
-    from dora_diffusion.training.result import model_card
+    from dora_diffusion.training.card import model_card
     from dora_diffusion.training.subject import subject_of
 
     config, report = TrainConfig.from_dict(job.settings), inspect_adapter(chosen)

@@ -109,6 +109,7 @@ def _train(folder: Path, job: dict[str, Any], note: _Progress) -> int:
 
     note(phase="loading the model", device_name=describe_device().name)
     from dora_diffusion.training.checkpoint import checkpoints_in
+    from dora_diffusion.training.events import Event, StepDone, TrainingStarted
     from dora_diffusion.training.loop import train
 
     config = TrainConfig.from_dict(read_config_file(folder / SETTINGS))
@@ -122,12 +123,12 @@ def _train(folder: Path, job: dict[str, Any], note: _Progress) -> int:
         config = dataclasses.replace(config, **again)
     show = TrainProgress()
 
-    def on_event(event: dict[str, Any]) -> None:
+    def on_event(event: Event) -> None:
         show(event)
-        if event["event"] == "start":
-            facts = {k: v for k, v in event.items() if k not in ("event", "step")}
-            note(phase="training", first_step=event["step"], **facts)
-        elif event["event"] == "step" and event["step"] == event["total_steps"]:
+        if isinstance(event, TrainingStarted):
+            facts = dataclasses.asdict(event)
+            note(phase="training", first_step=facts.pop("step"), **facts)
+        elif isinstance(event, StepDone) and event.step == event.total_steps:
             note(phase="saving and sampling")
 
     result = train(config, on_event)

@@ -1,13 +1,9 @@
-"""Checkpoints: everything that a run needs to go on exactly, and an adapter to use at once."""
+"""Checkpoints: everything that a run needs to resume exactly, beside an adapter to use at once."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import io
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +12,10 @@ from torch import nn
 
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.formats.files.atomic import DiskFullError, atomic_file
 from dora_diffusion.training.continuity import Contents, check_same_run
 
-_STATE = "training_state.pt"
+STATE_FILE = "training_state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
-# What else a run writes meanwhile: samples, metrics.
-_MARGIN = 2**20
 
 
 def parameters_by_name(trained: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -42,7 +35,7 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
 
 def checkpoints_after(output_dir: Path, step: int) -> list[Path]:
     """The complete checkpoints after a step, oldest first."""
-    return [path for path in folders_after(output_dir, step) if (path / _STATE).is_file()]
+    return [path for path in folders_after(output_dir, step) if (path / STATE_FILE).is_file()]
 
 
 def folders_after(output_dir: Path, step: int) -> list[Path]:
@@ -59,79 +52,6 @@ def step_of(checkpoint: Path) -> int:
     """The step of ``checkpoint-STEP``; 0 for a folder of another name."""
     match = _NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else 0
-
-
-def save_checkpoint(
-    output_dir: Path,
-    step: int,
-    state: Mapping[str, Any],
-    write_adapter: Callable[[Path], object],
-) -> Path:
-    """Write ``checkpoint-STEP`` under a temporary name and rename it.
-
-    Args:
-        output_dir: The run's folder.
-        step: Optimizer steps done.
-        state: What `torch.save` writes.
-        write_adapter: Called with the folder, to put a usable adapter beside the state.
-
-    Raises:
-        DiskFullError: If there is no room; earlier checkpoints are untouched.
-    """
-    # Through memory: torch's own writer hides why a write failed, and the size is known first.
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    adapter_bytes = sum(value.nbytes for value in state["parameters"].values())
-    _require_room(output_dir, buffer.getbuffer().nbytes + 2 * adapter_bytes + _MARGIN)
-    with _new_folder(output_dir, step) as temporary:
-        write_adapter(temporary)
-        with atomic_file(temporary / _STATE) as file:
-            file.write_bytes(buffer.getbuffer())
-    return output_dir / f"checkpoint-{step}"
-
-
-def drop_oldest(output_dir: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints."""
-    for old in checkpoints_in(output_dir)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def save_adapter_alone(
-    output_dir: Path, step: int, write_adapter: Callable[[Path], object]
-) -> Path:
-    """Write ``checkpoint-STEP`` with the adapter only: to use, not to resume from.
-
-    Raises:
-        DiskFullError: If there is no room even for that.
-    """
-    with _new_folder(output_dir, step) as temporary:
-        write_adapter(temporary)
-    return output_dir / f"checkpoint-{step}"
-
-
-def _require_room(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise DiskFullError(
-            errno.ENOSPC,
-            f"it takes {size / 2**20:.1f} MB, and the disk has {free / 2**20:.1f} MB free",
-        )
-
-
-@contextlib.contextmanager
-def _new_folder(output_dir: Path, step: int) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``checkpoint-STEP`` if the block succeeds."""
-    final = output_dir / f"checkpoint-{step}"
-    temporary = output_dir / f".checkpoint-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.replace(final)
 
 
 def find_checkpoint(name: str, output_dir: Path) -> Path:
@@ -151,13 +71,13 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
         return found[-1]
     places = (Path(name).expanduser(), output_dir / name)
     for path in places:
-        if (path / _STATE).is_file():
+        if (path / STATE_FILE).is_file():
             return path
     if not any(path.exists() for path in places):
         there = checkpoints_in(output_dir)
         newest = f"; the newest in {output_dir} is {there[-1].name}" if there else ""
         raise ConfigError(f"the checkpoint {name} does not exist{newest}")
-    raise ConfigError(f"{name} is not a checkpoint of a training run (it has no {_STATE})")
+    raise ConfigError(f"{name} is not a checkpoint of a training run (it has no {STATE_FILE})")
 
 
 def load_state(path: Path, config: TrainConfig, contents: Contents | None = None) -> dict[str, Any]:
@@ -173,7 +93,7 @@ def load_state(path: Path, config: TrainConfig, contents: Contents | None = None
     """
     try:
         # weights_only: the file holds tensors and plain values, and cannot run code.
-        state: dict[str, Any] = torch.load(path / _STATE, weights_only=True, map_location="cpu")
+        state: dict[str, Any] = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
     except Exception as error:
         raise ConfigError(f"cannot read the checkpoint {path}: {error}") from error
     check_same_run(path.name, state, config, contents)

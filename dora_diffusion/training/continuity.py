@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dora_diffusion.config import ConfigError, TrainConfig, settings
 from dora_diffusion.config.resume import differences, listed
-from dora_diffusion.config.train import SAMPLES
 from dora_diffusion.wording import counted, quoted
 
 # Image, caption and mask of each file, as `DreamBoothDataset.contents` gives them.
@@ -90,54 +88,10 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def first_segment(config: TrainConfig) -> Segment:
-    """The segment that a fresh run begins with."""
-    return {"from_step": 1, "settings": _free(config.to_dict())}
-
-
-def segments_after(
-    state: Mapping[str, Any], config: TrainConfig
-) -> tuple[list[Segment], dict[str, tuple[Any, Any]]]:
-    """The segments of a run that is resumed from a checkpoint, and what changes with it.
-
-    Returns:
-        The segments, of which a new one begins where settings differ; and name -> (before, now).
-    """
-    segments = saved_segments(state)
-    _, changed = differences(state["config"], config)
-    if changed:
-        start = int(state["step"]) + 1
-        segments.append({"from_step": start, "settings": _free(config.to_dict())})
-    return segments, changed
-
-
-def saved_segments(state: Mapping[str, Any]) -> list[Segment]:
-    """The segments that a checkpoint holds."""
-    return list(state.get("segments") or [{"from_step": 1, "settings": _free(state["config"])}])
-
-
-def without_more_steps(
-    state: Mapping[str, Any], config: TrainConfig
-) -> tuple[TrainConfig, dict[str, tuple[Any, Any]]]:
-    """The settings of a resumed run that trains no step any more: those it was trained with.
-
-    Samples are generated anew, with this run's settings.
-
-    Returns:
-        The settings, and name -> (before, now) of those that were asked for and have no effect.
-    """
-    used = {setting.name for setting in settings() if setting.group == SAMPLES}
-    _, changed = differences(state["config"], config)
-    unused = {n: change for n, change in changed.items() if n not in used | {"max_train_steps"}}
-    return dataclasses.replace(config, **{name: old for name, (old, _) in unused.items()}), unused
-
-
-def _free(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        setting.name: values[setting.name]
-        for setting in settings()
-        if setting.resume == "free" and setting.name in values
-    }
+def segment(step: int, values: Mapping[str, Any]) -> Segment:
+    """What is used from a step on, of the settings that may change when a run is resumed."""
+    names = [setting.name for setting in settings() if setting.resume == "free"]
+    return {"from_step": step, "settings": {n: values[n] for n in names if n in values}}
 
 
 def told_apart(segments: Sequence[Segment]) -> list[Segment]:

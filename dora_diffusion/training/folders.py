@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.formats.adapter.base_targets import TARGETS
+from dora_diffusion.training.card import KOHYA_FILE
 from dora_diffusion.training.checkpoint import checkpoints_in, find_checkpoint, folders_after
 
 LOCK_NAME = ".training.lock"
@@ -16,6 +20,7 @@ METRICS_NAME = "metrics.jsonl"
 _COMMON_NAMES = ("README.md", "config.yaml")
 # Sub-folders that a run writes to and deletes from.
 _OWN_FOLDERS = ("samples", "class_images")
+_SAMPLE = re.compile(r"(base|adapted|base_above_adapted|step-\d+)\.png")
 
 
 @contextlib.contextmanager
@@ -151,3 +156,14 @@ def _check_contents(config: TrainConfig, folder: Path) -> None:
             f"output_dir {folder} holds {' and '.join(foreign)}, which no run has written and this "
             "one would replace; choose another output_dir, or replace with --overwrite_output_dir"
         )
+
+
+def clear_folder(folder: Path, step: int) -> None:
+    """Remove what an earlier run left after a step, so that nothing takes it for this one's."""
+    for old in [*folders_after(folder, step), *folder.glob(".checkpoint-*.tmp")]:
+        shutil.rmtree(old, ignore_errors=True)
+    adapters = [folder / name for name in (TARGETS["diffusers"].file_name, KOHYA_FILE) if name]
+    if step == 0 and any(adapter.is_file() for adapter in adapters):
+        samples = [p for p in folder.glob("samples/*.png") if _SAMPLE.fullmatch(p.name)]
+        for path in (*adapters, folder / "README.md", *samples):
+            path.unlink(missing_ok=True)

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dora_diffusion.formats.files.atomic import save_text
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on, with its step and what to do."""
+    """A run that cannot continue, with its step and what to do."""
 
 
 class MetricsLog:
@@ -99,8 +98,8 @@ class _LineFile:
                 self._file.truncate(self._end)
             if not self._waiting:
                 warnings.warn(
-                    f"metrics.jsonl cannot be written: {error.strerror}; training goes on, and its "
-                    "lines are written when there is room",
+                    f"metrics.jsonl cannot be written: {error.strerror}; training continues, and "
+                    "its lines are written when there is room",
                     stacklevel=2,
                 )
             self._waiting = data
@@ -118,8 +117,3 @@ def _lines(path: Path) -> list[str]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [line for line in lines if line.endswith("}\n")]
-
-
-def total_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """L2 norm of all gradients, on their device."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

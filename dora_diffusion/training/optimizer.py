@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.wording import counted
 
 
 def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> list[dict[str, Any]]:
@@ -105,17 +107,27 @@ def _library(module: str, optimizer: str) -> Any:
         ) from error
 
 
-def build_lr_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int
-) -> Any:
-    """The configured learning-rate schedule, stepped once per optimizer step."""
+def build_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> Any:
+    """The configured learning-rate schedule over ``max_train_steps`` optimizer steps.
+
+    Warns:
+        UserWarning: Of a warm-up that is longer than the run.
+    """
     from diffusers.optimization import get_scheduler
 
+    steps = config.max_train_steps or 0
+    if config.lr_warmup_steps >= steps:
+        warnings.warn(
+            f"lr_warmup_steps is {config.lr_warmup_steps}, and the run has "
+            f"{counted(steps, 'step')}: the learning rate never reaches {config.learning_rate:g}; "
+            "make the warm-up shorter",
+            stacklevel=2,
+        )
     return get_scheduler(
         config.lr_schedule,
         optimizer=optimizer,
         num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=total_steps,
+        num_training_steps=steps,
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
     )

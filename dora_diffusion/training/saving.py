@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.training.checkpoint import drop_oldest, save_adapter_alone, save_checkpoint
+import torch
 
-Clock = Callable[[], float]
+from dora_diffusion.formats.files.atomic import DiskFullError, atomic_file
+from dora_diffusion.training.checkpoint import STATE_FILE, checkpoints_in
+
+# What else a run writes meanwhile: samples, metrics.
+_MARGIN = 2**20
 
 
 class CheckpointSaver:
@@ -34,7 +41,7 @@ class CheckpointSaver:
         every_steps: int,
         every_minutes: float,
         limit: int | None,
-        clock: Clock = time.monotonic,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.output_dir = output_dir
         self.every_steps = every_steps
@@ -72,12 +79,11 @@ class CheckpointSaver:
         """Save a checkpoint; where it cannot be written, the small adapter alone, with a warning.
 
         Returns:
-            The checkpoint, or None: training goes on without it.
+            The checkpoint, or None: training continues without it.
         """
         self._begun, self.last_step = self._clock(), step
         try:
-            state = {**state, "interim": interim}
-            path = save_checkpoint(self.output_dir, step, state, write_adapter)
+            path = _write(self.output_dir, step, {**state, "interim": interim}, write_adapter)
         except OSError as error:
             self._save_adapter(step, write_adapter, error)
             return None
@@ -85,7 +91,8 @@ class CheckpointSaver:
             shutil.rmtree(self.interim, ignore_errors=True)
         self.interim, self.newest = (path if interim else None), path
         if self.limit and not interim:
-            drop_oldest(self.output_dir, self.limit)
+            for old in checkpoints_in(self.output_dir)[: -self.limit]:
+                shutil.rmtree(old, ignore_errors=True)
         return path
 
     def _save_adapter(
@@ -93,7 +100,9 @@ class CheckpointSaver:
     ) -> None:
         before = f"the newest is {self.newest.name}" if self.newest else "there is none before it"
         try:
-            folder = save_adapter_alone(self.output_dir, step, write_adapter)
+            with _new_folder(self.output_dir, step) as folder:
+                write_adapter(folder)
+            folder = self.output_dir / f"checkpoint-{step}"
             saved = f"only the adapter was saved, {folder.name}, which generates and cannot resume"
             if self._adapter_alone is not None:  # The newest is enough, where room is scarce.
                 shutil.rmtree(self._adapter_alone, ignore_errors=True)
@@ -101,7 +110,45 @@ class CheckpointSaver:
         except OSError:
             saved = "not even the adapter was saved"
         warnings.warn(
-            f"no checkpoint at step {step}: {cause.strerror or cause}; {saved}. Training goes on; "
-            f"free some space ({before})",
+            f"no checkpoint at step {step}: {cause.strerror or cause}; {saved}. Training continues"
+            f"; free some space ({before})",
             stacklevel=2,
         )
+
+
+def _write(
+    output_dir: Path, step: int, state: dict[str, Any], write_adapter: Callable[[Path], object]
+) -> Path:
+    """Write ``checkpoint-STEP``; earlier ones are untouched if there is no room."""
+    # Through memory: torch's own writer hides why a write failed, and the size is known first.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    adapter_bytes = sum(value.nbytes for value in state["parameters"].values())
+    size = buffer.getbuffer().nbytes + 2 * adapter_bytes + _MARGIN
+    free = shutil.disk_usage(output_dir).free
+    if free < size:
+        raise DiskFullError(
+            errno.ENOSPC,
+            f"it takes {size / 2**20:.1f} MB, and the disk has {free / 2**20:.1f} MB free",
+        )
+    with _new_folder(output_dir, step) as folder:
+        write_adapter(folder)
+        with atomic_file(folder / STATE_FILE) as file:
+            file.write_bytes(buffer.getbuffer())
+    return output_dir / f"checkpoint-{step}"
+
+
+@contextlib.contextmanager
+def _new_folder(output_dir: Path, step: int) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``checkpoint-STEP`` if the block succeeds."""
+    final = output_dir / f"checkpoint-{step}"
+    temporary = output_dir / f".checkpoint-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.replace(final)

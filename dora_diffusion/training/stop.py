@@ -85,10 +85,6 @@ class StopRequest:
             ignored = before == signal.SIG_IGN
             signal.signal(number, default.get(number, signal.SIG_DFL) if ignored else before)
 
-    def _restore(self) -> None:
-        for number, before in self._previous.items():
-            signal.signal(number, before)
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -96,7 +92,8 @@ class StopRequest:
         traceback: TracebackType | None,
     ) -> None:
         """Give the signals back."""
-        self._restore()
+        for number, before in self._previous.items():
+            signal.signal(number, before)
 
 
 def _is_terminal(descriptor: int) -> bool:

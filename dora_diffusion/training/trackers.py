@@ -21,7 +21,7 @@ _PLACES = frozenset(setting.name for setting in settings() if setting.is_path)
 class Trackers:
     """The configured trackers; none where ``report_to`` is not set.
 
-    A tracker that cannot write warns once, and training goes on without it.
+    A tracker that cannot write warns once, and training continues without it.
     """
 
     def __init__(self, accelerator: Any, enabled: bool) -> None:
@@ -57,7 +57,7 @@ class Trackers:
         except OSError as error:
             self._enabled = False
             warnings.warn(
-                f"the tracker cannot write: {error}; training goes on without it", stacklevel=3
+                f"the tracker cannot write: {error}; training continues without it", stacklevel=3
             )
 
 
@@ -73,13 +73,9 @@ def step_tags(record: Mapping[str, Any]) -> dict[str, float]:
     return tags
 
 
-def tracked_settings(config: TrainConfig, **resolved: Any) -> dict[str, Any]:
-    """Settings as plain values, with what the run made of those that were left open.
-
-    Lists are joined, and names of folders lose the way to them.
-    """
-    values = {**config.to_dict(), **resolved}
-    return {name: _plain(name, value) for name, value in values.items()}
+def tracked_settings(config: TrainConfig) -> dict[str, Any]:
+    """Settings as plain values: lists are joined, and folders lose the way to them."""
+    return {name: _plain(name, value) for name, value in config.to_dict().items()}
 
 
 def _plain(name: str, value: Any) -> Any:

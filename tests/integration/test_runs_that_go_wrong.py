@@ -21,7 +21,7 @@ from PIL import Image
 from dora_diffusion.cli import main
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.checkpoint import checkpoints_in
-from dora_diffusion.training.session import Session
+from dora_diffusion.training.step import TrainingStep
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -160,7 +160,7 @@ def test_settings_that_cannot_work_are_one_line(changes, message, flags, photos,
 
 
 def test_running_out_of_memory_keeps_the_checkpoints(flags, tmp_path, capfd, monkeypatch):
-    real = Session.train_step
+    real = TrainingStep.__call__
 
     def fail_at_three(self, step):
         if step == 3:
@@ -168,7 +168,7 @@ def test_running_out_of_memory_keeps_the_checkpoints(flags, tmp_path, capfd, mon
         return real(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "train_step", fail_at_three)
+        patch.setattr(TrainingStep, "__call__", fail_at_three)
         assert main(flags(max_train_steps=4, checkpointing_steps=2)) == 3
     (line,) = lines(capfd.readouterr().err, "error: ")
     assert line.startswith("error: out of memory; ")

@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from dora_diffusion.config import TrainConfig
-
-SAMPLES = Path(__file__).parents[2] / "samples"
+from tests.training.helpers import SAMPLES
 
 
 @pytest.fixture
@@ -41,3 +42,27 @@ def tiny_run(sd1_folder: Path, photos: Path, tmp_path: Path) -> Callable[..., Tr
         return TrainConfig(**{**settings, **changes})
 
     return make
+
+
+@pytest.fixture
+def config(tiny_run: Callable[..., TrainConfig]) -> TrainConfig:
+    """Settings of a two-step run that adapts Conv2d layers too, none of them without effect."""
+    return tiny_run(max_train_steps=2, targets=["attention+conv"], validation_inference_steps=25)
+
+
+@pytest.fixture
+def shaped_photos(tmp_path: Path) -> Path:
+    """Five photos of different shapes, each with its own caption and, but for one, its mask."""
+    folder = Path(shutil.copytree(SAMPLES / "bolt_mug", tmp_path / "photos"))
+    for number, old in enumerate(sorted(folder.glob("*.jpg"))):
+        with Image.open(old) as image:
+            shaped = image.convert("RGB").resize((70 + 9 * number, 110 - 7 * number))
+        old.unlink()
+        path = old.with_suffix(".png")
+        shaped.save(path)
+        path.with_suffix(".txt").write_text(f"sks mug, photo number {number}", encoding="utf-8")
+        if number:
+            rows = np.linspace(0, 255, shaped.height).astype(np.uint8)
+            mask = np.repeat(rows[:, None], shaped.width, axis=1)
+            Image.fromarray(mask).save(path.with_suffix(".mask.png"))
+    return folder

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.folders import check_folders, output_folder
 from dora_diffusion.training.loop import train
+from tests.training.helpers import make_config
 
 _HOLD = """
 import sys, time
@@ -153,3 +155,31 @@ def test_files_that_no_run_wrote_are_not_replaced_unasked(name, tiny_run, tmp_pa
     assert (tmp_path / "out" / name).read_text() == "mine"
     (tmp_path / "out" / "metrics.jsonl").write_text("")  # a run's own, that saved nothing
     train(tiny_run(max_train_steps=1))
+
+
+def test_a_finished_result_is_not_written_over(sd1_folder, photos, tmp_path):
+    config = make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=1)
+    train(config)
+    with pytest.raises(ConfigError, match="already holds a trained adapter"):
+        train(config)
+    train(replace(config, overwrite_output_dir=True))
+
+
+def test_an_overwritten_result_leaves_nothing_behind(sd1_folder, photos, tmp_path):
+    out = tmp_path / "out"
+    config = make_config(sd1_folder, photos, out, max_train_steps=1, validation_steps=1)
+    train(replace(config, max_train_steps=2, num_validation_images=1))
+    (out / "samples" / "mine.png").write_bytes(b"kept")
+    assert (out / "samples" / "step-000001.png").is_file()
+    train(replace(config, overwrite_output_dir=True, norm_axis="input"))
+    assert [path.name for path in out.glob("*.safetensors")] == ["dora_kohya.safetensors"]
+    assert {layer.norm_axis for layer in read_adapter(out).layers.values()} == {"input"}
+    assert [path.name for path in (out / "samples").iterdir()] == ["mine.png"]
+
+
+def test_a_folder_that_is_not_a_result_keeps_its_files(sd1_folder, photos, tmp_path):
+    from dora_diffusion.training.folders import clear_folder
+
+    (tmp_path / "README.md").write_text("mine")
+    clear_folder(tmp_path, 0)
+    assert (tmp_path / "README.md").read_text() == "mine"

@@ -24,7 +24,8 @@ from dora_diffusion.data.crops import CropRecord
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
-from dora_diffusion.training.step import Objective, StepInputs, draw_inputs
+from dora_diffusion.training.inputs import StepInputs, draw_inputs
+from dora_diffusion.training.objective import Objective
 
 # A seed whose timesteps are some early, with an SNR above min-SNR's gamma, and some late.
 SEED, MICRO_STEP, FIRST_ROW = 26, 5, 3

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 from PIL import Image
 
 from dora_diffusion.commands.train import TrainProgress
+from dora_diffusion.config import ConfigError
 from dora_diffusion.generate import BrokenImageError
+from dora_diffusion.training.events import (
+    ClassImagesProgress,
+    ModelLoading,
+    StepDone,
+    TrainingEnded,
+    TrainingStarted,
+)
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.prior import ensure_class_images
+from tests.training.helpers import make_config
 
 
 def make(folder, count, told, stop_at=None):
@@ -49,16 +61,15 @@ def test_a_run_shows_class_images_before_its_first_step(tiny_run, capsys):
 
     train(tiny_run(with_prior_preservation=True, num_class_images=6, max_train_steps=1), watch)
     show.close()
-    numbers = [(e["done"], e["total"]) for e in events if e["event"] == "class_images"]
+    numbers = [(e.done, e.total) for e in events if isinstance(e, ClassImagesProgress)]
     assert numbers[0] == (0, 6)
     assert numbers[-1] == (6, 6)
-    kinds = list(dict.fromkeys(event["event"] for event in events))
-    assert kinds == ["load", "class_images", "start", "step", "done"]
+    kinds = list(dict.fromkeys(type(event) for event in events))
+    assert kinds == [ModelLoading, ClassImagesProgress, TrainingStarted, StepDone, TrainingEnded]
     assert "class images: 100%" in capsys.readouterr().err
 
 
 def test_a_black_class_image_is_not_trained_on(tiny_run, tmp_path, monkeypatch):
-    import torch
     from diffusers import AutoencoderKL
 
     monkeypatch.setattr(
@@ -67,3 +78,54 @@ def test_a_black_class_image_is_not_trained_on(tiny_run, tmp_path, monkeypatch):
     with pytest.raises(BrokenImageError, match="is not finite"):
         train(tiny_run(with_prior_preservation=True, num_class_images=1, sample_batch_size=1))
     assert not list((tmp_path / "out").rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "caption", "message"),
+    [
+        (
+            {"token": "", "class_word": "mug"},
+            None,
+            r"image-free with token '': the image-free prior",
+        ),
+        ({}, "a mug on a table", r"1 caption of 5 without the token 'sks' \(first: 'a mug on a"),
+    ],
+)
+def test_an_image_free_prior_of_what_is_trained_is_refused(
+    changes, caption, message, config, photos
+):
+    if caption:
+        (photos / "01.txt").write_text(caption)
+    held = replace(
+        config, with_prior_preservation=True, prior_preservation_mode="image-free", **changes
+    )
+    with pytest.raises(ConfigError, match=f"{message}.*very prediction that is being trained"):
+        train(held)
+
+
+def test_class_images_of_the_captions_themselves_are_refused(config):
+    with pytest.raises(ConfigError, match="prior preservation with token '' needs class_prompt"):
+        train(replace(config, with_prior_preservation=True, token="", class_word="mug"))
+
+
+def test_class_images_are_reused_only_for_the_same_prompts(sd1_folder, photos, tmp_path):
+    config = make_config(
+        sd1_folder, photos, tmp_path / "a", with_prior_preservation=True, num_class_images=2,
+        class_data_dir=str(tmp_path / "classes"), max_train_steps=1,
+    )  # fmt: skip
+    train(config)
+    first = {p: p.stat().st_mtime_ns for p in (tmp_path / "classes").rglob("*.png")}
+    assert len(first) == 2
+    train(replace(config, output_dir=str(tmp_path / "b")))
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "classes").rglob("*.png")} == first
+    train(replace(config, output_dir=str(tmp_path / "c"), class_prompt="a painting of a mug"))
+    assert len(list((tmp_path / "classes").rglob("*.png"))) == 4
+
+
+def test_a_class_prompt_with_the_token_is_refused(sd1_folder, photos, tmp_path):
+    config = make_config(
+        sd1_folder, photos, tmp_path / "out",
+        with_prior_preservation=True, class_prompt="a photo of a sks mug",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"class_prompt .* contains the token 'sks'"):
+        train(config)

@@ -1,45 +1,28 @@
-"""The model card of a run."""
+"""The adapter file that a run leaves."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from PIL import Image
 
-from dora_diffusion.config import TrainConfig
-from dora_diffusion.formats.adapter.file import AdapterMetadata
-from dora_diffusion.training.result import KOHYA_FILE, model_card
-from dora_diffusion.training.subject import subject_of
-
-
-def test_the_card_of_an_input_axis_promises_what_docs_formats_says(tmp_path: Path) -> None:
-    """As it was trained in the versions that were seen; only the merged model for ever."""
-    config = TrainConfig(
-        instance_data_dir="photos", instance_prompt="a photo of a sks dog", norm_axis="input",
-        output_dir=str(tmp_path),
-    )  # fmt: skip
-    metadata = AdapterMetadata("sd1", "some/model", extra={"training_steps": "7"})
-    card = model_card(config, subject_of(config), metadata, tmp_path / KOHYA_FILE, "2 layers", {})
-    text = " ".join(card.split())
-    assert "which ComfyUI 0.3.64, Forge and A1111 compute as it was trained." in text
-    assert "What they compute from a DoRA may change" in text
-    assert "compute exactly" not in text
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training.loop import train
+from tests.training.helpers import make_config
 
 
-def card_of(tmp_path: Path, samples: dict[str, str], **settings: str) -> str:
-    config = TrainConfig(instance_data_dir="photos", output_dir=str(tmp_path), **settings)
-    metadata = AdapterMetadata("sd1", "some/model", extra={"training_steps": "7"})
-    file = tmp_path / "pytorch_lora_weights.safetensors"
-    return model_card(config, subject_of(config), metadata, file, "2 layers", samples)
+def test_an_input_axis_adapter_is_written_in_the_kohya_form(sd1_folder, photos, tmp_path):
+    result = train(make_config(sd1_folder, photos, tmp_path / "out", norm_axis="input"))
+    assert result.adapter.name == "dora_kohya.safetensors"
+    layers = read_adapter(tmp_path / "out").layers
+    assert {layer.norm_axis for layer in layers.values()} == {"input"}
 
 
-def test_the_card_of_a_run_without_a_token_names_no_empty_trigger_word(tmp_path: Path) -> None:
-    card = card_of(tmp_path, {}, instance_prompt="a mug on grass", token="")
-    assert "``" not in card.replace("```", "")
-    assert "no trigger word: write prompts like its captions, such as `a mug on grass`." in card
+def test_the_thumbnail_shows_samples_and_no_letters(tiny_run, tmp_path):
+    import base64
+    import io
 
+    from dora_diffusion.formats.adapter.file import read_adapter
 
-def test_the_card_has_no_gap_where_there_are_no_samples(tmp_path: Path) -> None:
-    prompt = "a photo of a sks dog"
-    assert "\n\n\n" not in card_of(tmp_path, {}, instance_prompt=prompt)
-    card = card_of(tmp_path, {"Base": "samples/base.png"}, instance_prompt=prompt)
-    assert "\n\n**Base**\n\n![Base](samples/base.png)\n\n## Use it\n" in card
-    assert "\n\n\n" not in card
+    result = train(tiny_run(max_train_steps=1, num_validation_images=2))
+    uri = read_adapter(result.adapter).metadata.thumbnail
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as thumbnail:
+        assert thumbnail.size == (66, 32), "two images and the gap between them"

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import shutil
 import signal
-import warnings
-from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,30 +15,11 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training import saving
 from dora_diffusion.training.checkpoint import checkpoints_in
+from dora_diffusion.training.events import StepDone
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.saving import CheckpointSaver
-from dora_diffusion.training.session import Session
-
-Usage = namedtuple("Usage", "total used free")
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("checkpoint-*"))
-
-
-def steps_in(folder: Path) -> list[int]:
-    return [
-        json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
-
-
-def same(first: Path, second: Path) -> bool:
-    first, second = read_adapter(first).layers, read_adapter(second).layers
-    return set(first) == set(second) and all(
-        torch.equal(getattr(layer, part), getattr(second[name], part))
-        for name, layer in first.items()
-        for part in ("down", "up", "magnitude")
-    )
+from dora_diffusion.training.step import TrainingStep
+from tests.training.helpers import assert_same_adapter, make_config, names, no_room, same
 
 
 class Clock:
@@ -122,7 +99,7 @@ def test_a_run_that_crashes_has_lost_minutes(tiny_run, tmp_path, monkeypatch):
     clock = Clock()
     monkeypatch.setattr(saving.CheckpointSaver.__init__, "__kwdefaults__", {"clock": clock})
 
-    real = Session.train_step
+    real = TrainingStep.__call__
 
     def two_minutes(self, step):
         clock.now += 120
@@ -130,83 +107,20 @@ def test_a_run_that_crashes_has_lost_minutes(tiny_run, tmp_path, monkeypatch):
             raise RuntimeError("power cut")
         return real(self, step)
 
-    monkeypatch.setattr(Session, "train_step", two_minutes)
+    monkeypatch.setattr(TrainingStep, "__call__", two_minutes)
     whole = tiny_run(max_train_steps=9, checkpointing_steps=1000, output_dir=str(tmp_path / "w"))
     train(whole)
     crashed = replace(whole, output_dir=str(tmp_path / "c"))
     with pytest.raises(RuntimeError, match="power cut"):
         train(crashed)
     assert names(tmp_path / "c") == ["checkpoint-6"], "after 6 minutes, and again after 12"
-    monkeypatch.setattr(Session, "train_step", real)
+    monkeypatch.setattr(TrainingStep, "__call__", real)
     train(replace(crashed, resume_from_checkpoint="latest"))
     assert same(tmp_path / "w", tmp_path / "c")
     assert names(tmp_path / "c") == ["checkpoint-9"]
 
 
-def test_a_finished_run_is_extended_from_its_last_step(tiny_run, tmp_path):
-    whole = tiny_run(max_train_steps=5, checkpointing_steps=2, output_dir=str(tmp_path / "whole"))
-    train(whole)
-    short = tiny_run(max_train_steps=3, checkpointing_steps=2)
-    assert train(short).checkpoint == tmp_path / "out" / "checkpoint-3"
-    assert names(tmp_path / "out") == ["checkpoint-2", "checkpoint-3"]
-    events = []
-    train(replace(short, max_train_steps=5, resume_from_checkpoint="latest"), events.append)
-    (start,) = (event for event in events if event["event"] == "start")
-    assert (start["step"], start["resumed_from"], start["steps_dropped"]) == (3, "checkpoint-3", 0)
-    assert same(tmp_path / "whole", tmp_path / "out")
-    assert steps_in(tmp_path / "out") == [1, 2, 3, 4, 5]
-
-
-def test_steps_that_are_trained_again_are_said(tiny_run, tmp_path, capsys):
-    from dora_diffusion.commands.train import TrainProgress
-
-    config = tiny_run(checkpointing_steps=2)
-    train(config)
-    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
-    show = TrainProgress()
-    train(replace(config, max_train_steps=5, resume_from_checkpoint="latest"), show)
-    show.close()
-    line = "resuming from checkpoint-2, at step 2 of 5; steps 3 to 4 are trained again"
-    assert line in capsys.readouterr().out.splitlines()
-
-
-def test_fewer_steps_than_the_checkpoint_has_is_an_error(tiny_run, tmp_path):
-    config = tiny_run(checkpointing_steps=2)
-    train(config)
-    before = (tmp_path / "out" / "metrics.jsonl").read_text()
-    with pytest.raises(ConfigError, match=r"checkpoint-4 has 4 steps, more than the 3 that are"):
-        train(replace(config, max_train_steps=3, resume_from_checkpoint="latest"))
-    assert (tmp_path / "out" / "metrics.jsonl").read_text() == before
-
-
-def test_as_many_steps_write_the_result_again(tiny_run, tmp_path):
-    """What a run needs that ended between its last step and its result."""
-    config = tiny_run(checkpointing_steps=2)
-    adapter = train(config).adapter
-    before = adapter.read_bytes()
-    adapter.unlink()
-    assert train(replace(config, resume_from_checkpoint="latest")).adapter.read_bytes() == before
-
-
-def test_without_checkpoints_the_advice_does_not_name_one(tiny_run):
-    config = tiny_run(checkpointing_steps=0)
-    train(config)
-    with pytest.raises(ConfigError) as error:
-        train(config)
-    assert "no checkpoint to resume from (a run with --checkpointing_steps 0 keeps none)" in str(
-        error.value
-    )
-    assert "--overwrite_output_dir" in str(error.value)
-    assert "resume_from_checkpoint" not in str(error.value)
-    with pytest.raises(ConfigError, match="train anew with --overwrite_output_dir"):
-        train(replace(config, resume_from_checkpoint="latest"))
-
-
 # Full disks
-
-
-def no_room(monkeypatch, free: int, real=shutil.disk_usage) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 10**12 - free, free))
 
 
 def test_a_disk_without_room_costs_the_checkpoint_and_not_the_run(tiny_run, tmp_path, monkeypatch):
@@ -253,7 +167,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_says_where_to_resume(
     from dora_diffusion.commands.train import stopped_line
 
     def stop(event):
-        if event["event"] == "step" and event["step"] == 3:
+        if isinstance(event, StepDone) and event.step == 3:
             no_room(monkeypatch, 0)
             signal.raise_signal(signal.SIGTERM)
 
@@ -266,47 +180,27 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_says_where_to_resume(
     assert line.endswith("--resume_from_checkpoint latest resumes from checkpoint-2")
 
 
-def test_metrics_that_a_full_disk_refuses_are_written_later(tmp_path, monkeypatch):
-    from dora_diffusion.training.metrics import MetricsLog
-
-    log = MetricsLog(tmp_path / "metrics.jsonl", 0, lambda record: None)
-    real, refused = log._file._file.write, []
-
-    class Full:
-        """A disk that takes half of a line and then nothing."""
-
-        def write(self, data):
-            if not refused:
-                refused.append(data)
-                return real(data[:5])
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        def __getattr__(self, name):
-            return getattr(disk, name)
-
-    disk, log._file._file = log._file._file, Full()
-    log.add({"step": 1, "loss": 0.5})
-    with pytest.warns(UserWarning, match="metrics.jsonl cannot be written: No space left"):
-        log.add({"step": 2, "loss": 0.5})
-    log.add({"step": 3, "loss": 0.5})
-    assert (tmp_path / "metrics.jsonl").read_text() == "", "no half line"
-    log._file._file = disk
-    log.flush()
-    log.close()
-    assert steps_in(tmp_path) == [1, 2, 3]
+def test_checkpoints_are_limited_and_load(sd1_folder, photos, tmp_path):
+    config = make_config(
+        sd1_folder, photos, tmp_path / "out", checkpointing_steps=1, checkpoints_total_limit=2
+    )
+    train(config)
+    names = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert names == ["checkpoint-3", "checkpoint-4"]
+    assert_same_adapter(tmp_path / "out", tmp_path / "out" / "checkpoint-4")
 
 
-def test_samples_that_a_full_disk_refuses_are_a_warning(tiny_run, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_checkpoint(sd1_folder, photos, tmp_path, monkeypatch):
+    config = make_config(sd1_folder, photos, tmp_path / "out", checkpointing_steps=2)
+    train(config)
+    kept = read_adapter(tmp_path / "out" / "checkpoint-4")
+
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dora_diffusion.training.loop.save_png", full)
-    config = tiny_run(max_train_steps=2, validation_steps=1, num_validation_images=1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = train(config)
-    told = [str(one.message) for one in caught if "No space left" in str(one.message)]
-    assert told[0].startswith("no samples at step 1: ")
-    assert told[1].startswith("the adapter is written, but not all of its samples and card: ")
-    assert read_adapter(result.adapter).layers
-    assert os.listdir(tmp_path / "out")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="disk is full"):
+        train(replace(config, resume_from_checkpoint="latest", max_train_steps=6))
+    monkeypatch.undo()
+    assert set(read_adapter(tmp_path / "out" / "checkpoint-4").layers) == set(kept.layers)
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".training.lock"]

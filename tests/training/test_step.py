@@ -1,101 +1,109 @@
-"""A step's conditioning, against what Diffusers' own pipelines compute when they sample."""
+"""One optimizer step of a run: how losses add up, and what AdamW makes of their gradients."""
 
 from __future__ import annotations
 
-import json
-import shutil
-
-import diffusers
 import pytest
 import torch
 
-from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
-from dora_diffusion.config import AdapterConfig
-from dora_diffusion.generate import SamplingSettings, generate_images
-from dora_diffusion.models.load import load_components
-from dora_diffusion.training.step import Conditioner
+from dora_diffusion.adapters.inject import norm_scope
+from dora_diffusion.data.captions import class_caption
+from dora_diffusion.training.checkpoint import parameters_by_name
+from dora_diffusion.training.inputs import draw_inputs
+from dora_diffusion.training.objective import Objective
+from dora_diffusion.training.session import Session
+from tests.training.helpers import open_run
 
-CAPTIONS = ["a photo of a sks dog", "", "a red toy", ""]
-FAMILIES = ("sd1_folder", "sd2_folder", "sdxl_folder", "sdxl_encoded")
-
-
-@pytest.fixture
-def folder(request, tmp_path):
-    """A pipeline folder; ``sdxl_encoded`` is an SDXL whose guidance encodes the empty prompt."""
-    if request.param != "sdxl_encoded":
-        return request.getfixturevalue(request.param)
-    folder = shutil.copytree(request.getfixturevalue("sdxl_folder"), tmp_path / "sdxl")
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(
-        json.dumps(index | {"force_zeros_for_empty_prompt": False})
-    )
-    return folder
-
-
-def expected(folder, captions):
-    """Diffusers' embeddings: of each caption, and of guidance where the caption was dropped."""
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
-    rows = []
-    for caption in captions:
-        encoded = pipeline.encode_prompt(
-            caption or "anything", device="cpu", num_images_per_prompt=1,
-            do_classifier_free_guidance=True, negative_prompt=None,
-        )  # fmt: skip
-        half = len(encoded) // 2  # (hidden, negative) or (hidden, negative, pooled, negative)
-        rows.append([encoded[2 * part + (not caption)] for part in range(half)])
-    return [torch.cat(parts) for parts in zip(*rows, strict=True)]
-
-
-@pytest.mark.parametrize("trains", [False, True])
-@pytest.mark.parametrize("folder", FAMILIES, indirect=True)
-def test_a_dropped_caption_is_conditioned_as_guidance_samples_it(folder, trains):
-    conditioning = Conditioner(load_components(folder), trains)(CAPTIONS)
-    found = [tensor.detach() for tensor in conditioning.tensors().values()]
-    for ours, theirs in zip(found, expected(folder, CAPTIONS), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+PRIOR_WEIGHT = 0.7
 
 
 @pytest.mark.parametrize(
-    ("folder", "learns"),
-    [("sd1_folder", True), ("sdxl_folder", False), ("sdxl_encoded", True)],
-    indirect=["folder"],
+    ("prior", "limit"), [(None, 0.0), (None, 1e-3), ("images", 1e-3), ("image-free", 0.0)]
 )
-def test_text_encoders_learn_from_a_dropped_caption_only_where_it_is_encoded(folder, learns):
-    """Beside a kept caption, whose gradient must be what it is without the dropped one."""
-    components = load_components(folder)
-    encoders = components.text_encoders
-    for encoder in encoders:
-        inject_adapters(encoder, AdapterConfig(targets=("text-encoder-attention",), rank=2))
-    parameters = [p for encoder in encoders for p in adapter_parameters(encoder)]
-    condition = Conditioner(components, trains=True)
+def test_one_step_is_the_mean_of_its_losses_clipped_and_taken_by_adamw(
+    sd1_folder, shaped_photos, tmp_path, prior, limit
+) -> None:
+    settings = {
+        "train_text_encoder": True,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "masked_loss": True,
+        "noise_offset": 0.1,
+        "learning_rate": 1e-3,
+        "text_encoder_lr": 3e-4,
+        "magnitude_lr": 7e-4,
+        "loraplus_ratio": 4.0,
+        "adam_weight_decay": 0.1,
+        "max_grad_norm": limit,
+        "with_prior_preservation": prior is not None,
+        "prior_loss_weight": PRIOR_WEIGHT,
+        "num_class_images": 3,
+        "validation_inference_steps": 1,
+        "class_data_dir": str(tmp_path / "class"),
+    }
+    if prior is not None:
+        settings["prior_preservation_mode"] = prior
+    session = open_run(sd1_folder, shaped_photos, tmp_path / "a", **settings)
+    expected = open_run(sd1_folder, shaped_photos, tmp_path / "b", **settings)
+    parameters = parameters_by_name(expected.adapters.modules)
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    record = session.train_step(1)
 
-    def gradients(captions):
-        hidden = condition(captions).encoder_hidden_states
-        grads = torch.autograd.grad(
-            hidden.square().sum(), parameters, allow_unused=True, materialize_grads=True
-        )
-        return torch.cat([grad.flatten() for grad in grads])
+    losses = by_hand(expected, image_free=prior == "image-free")
+    loss, prior_loss = torch.stack(losses).mean(dim=0)
+    assert float(record["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert (float(prior_loss) > 0) == (prior is not None)
+    if prior is not None:
+        assert float(record["prior_loss"]) == pytest.approx(float(prior_loss), rel=1e-5)
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()
+    }
+    total = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+    assert float(record["grad_norm"]) == pytest.approx(float(total), rel=1e-4)
+    share = min(1.0, limit / float(total)) if limit else 1.0
+    checked = set()
+    for name, parameter in parameters_by_name(session.adapters.modules).items():
+        kind = name.rsplit(".", 1)[1]
+        rate = 1e-3 if name.startswith("unet.") else 3e-4
+        rate = {"magnitude": 7e-4, "up": 4 * rate, "down": rate}[kind]
+        decay = 0.0 if kind == "magnitude" else 0.1
+        g = gradients[name] * share
+        # AdamW's first step: both moments, corrected, are the gradient's.
+        wanted = start[name] * (1 - rate * decay) - rate * g / (g.abs() + 1e-8)
+        # A gradient near Adam's epsilon is lost in its own rounding.
+        clear = (g.abs() > 1e-5 * g.abs().max()) & (g.abs() > 1e-7)
+        if clear.any():
+            torch.testing.assert_close(parameter[clear], wanted[clear], rtol=1e-5, atol=2e-6)
+            checked.add(kind)
+    assert checked == {"down", "up", "magnitude"}
 
-    kept, both, dropped = gradients(["a dog"]), gradients(["a dog", ""]), gradients([""])
-    assert kept.abs().max() > 0
-    torch.testing.assert_close(both, kept + dropped, rtol=1e-4, atol=1e-4)
-    assert (dropped.abs().max() > 0) == learns
+
+def by_hand(session: Session, image_free: bool) -> list[torch.Tensor]:
+    """Losses ``(total, prior)`` of the step's two batches; the mean of their gradients is left."""
+    objective = Objective(session.components, train_text_encoder=True, snr_gamma=5.0)
+    losses = []
+    for micro_step in range(2):
+        batch = next(session.train_step.inputs.batches)
+        inputs = draw_inputs(
+            session.components, batch, seed=3, micro_step=micro_step, first_row=0,
+            noise_offset=0.1,
+            class_captions=[class_caption(c, "sks", "mug") for c in batch.captions]
+            if image_free
+            else None,
+        )  # fmt: skip
+        with norm_scope(*session.adapters.modules.values()):
+            subject, prior = objective(inputs)
+            total = subject + PRIOR_WEIGHT * prior
+            (total / 2).backward()
+        losses.append(torch.stack([total.detach(), prior.detach()]))
+    return losses
 
 
-@pytest.mark.parametrize("folder", ["sdxl_folder", "sdxl_encoded"], indirect=True)
-def test_our_sampler_guides_with_what_a_dropped_caption_trains(folder):
-    """The same images as a pipeline that is handed the trained embeddings as its negative."""
-    components = load_components(folder)
-    dropped = Conditioner(components, trains=False)([""])
-    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    hidden, _, pooled, _ = pipeline.encode_prompt("a red toy", do_classifier_free_guidance=False)
-    theirs = pipeline(
-        prompt_embeds=hidden, pooled_prompt_embeds=pooled,
-        negative_prompt_embeds=dropped.encoder_hidden_states,
-        negative_pooled_prompt_embeds=dropped.pooled,
-        num_inference_steps=3, guidance_scale=4.0, generator=torch.Generator().manual_seed(5),
-    ).images  # fmt: skip
-    settings = SamplingSettings(steps=3, guidance_scale=4.0, negative_prompt="")
-    ours = generate_images(components, "a red toy", [5], settings)
-    assert ours[0].tobytes() == theirs[0].tobytes()
+def test_steps_differ_and_a_seed_repeats_them(sd1_folder, shaped_photos, tmp_path) -> None:
+    def two_losses(name: str, seed: int) -> list[float]:
+        session = open_run(sd1_folder, shaped_photos, tmp_path / name, seed=seed)
+        return [float(session.train_step(step)["loss"]) for step in (1, 2)]
+
+    first = two_losses("a", 3)
+    assert first == two_losses("b", 3)
+    assert first[0] != first[1]
+    assert first[0] != two_losses("c", 4)[0]

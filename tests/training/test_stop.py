@@ -10,6 +10,7 @@ import sys
 import pytest
 import yaml
 
+from dora_diffusion.training.events import SampleSaved, SamplingProgress
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.stop import Stopped, StopRequest
 
@@ -87,7 +88,7 @@ def test_with_nothing_to_save_the_first_signal_leaves():
         signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("place", ["load_components", "ensure_class_images"])
+@pytest.mark.parametrize("place", ["session.load_components", "prior.ensure_class_images"])
 def test_a_signal_before_the_first_step_leaves_nothing_to_resume(
     place, tiny_run, tmp_path, monkeypatch, capsys
 ):
@@ -97,7 +98,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_resume(
         signal.raise_signal(signal.SIGINT)
         pytest.fail("it went on")
 
-    monkeypatch.setattr(f"dora_diffusion.training.session.{place}", long_operation)
+    monkeypatch.setattr(f"dora_diffusion.training.{place}", long_operation)
     result = train(tiny_run(with_prior_preservation=True, num_class_images=2))
     assert (result.signal_number, result.steps, result.checkpoint) == (signal.SIGINT, 0, None)
     assert "stopping: nothing has been trained yet" in capsys.readouterr().err
@@ -110,20 +111,20 @@ def test_a_signal_ends_sampling_and_the_run_is_saved(tiny_run, tmp_path):
 
     def interrupt(event):
         events.append(event)
-        if event["event"] == "sampling":
+        if isinstance(event, SamplingProgress):
             signal.raise_signal(signal.SIGTERM)
 
     config = tiny_run(validation_steps=2, num_validation_images=1, validation_inference_steps=9)
     result = train(config, interrupt)
-    assert [event["done"] for event in events if event["event"] == "sampling"] == [1]
-    assert not [event for event in events if event["event"] == "sample"]
+    assert [event.done for event in events if isinstance(event, SamplingProgress)] == [1]
+    assert not [event for event in events if isinstance(event, SampleSaved)]
     assert (result.steps, result.signal_number) == (2, signal.SIGTERM)
     assert result.checkpoint == tmp_path / "out" / "checkpoint-2"
 
 
 def test_a_signal_at_the_end_leaves_the_samples_out_and_the_result_whole(tiny_run, tmp_path):
     def interrupt(event):
-        if event["event"] == "sampling":
+        if isinstance(event, SamplingProgress):
             signal.raise_signal(signal.SIGINT)
 
     result = train(tiny_run(num_validation_images=1, max_train_steps=1), interrupt)

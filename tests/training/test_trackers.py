@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_settings_that_name_folders_lose_the_way_to_them():
     config = TrainConfig(
         instance_data_dir="/home/me/private/dog", output_dir="/home/me/out", class_word=None
     )
-    settings = tracked_settings(config, resolution=512)
+    settings = tracked_settings(replace(config, resolution=512))
     assert settings["instance_data_dir"] == "dog"
     assert settings["output_dir"] == "out"
     assert (settings["class_word"], settings["resolution"]) == ("", 512)

@@ -1,0 +1,56 @@
+"""Devices, processes and precision of a run, by Accelerate."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.models.precision import precision_of
+from dora_diffusion.numerics.precision import allow_tf32
+
+
+def make_accelerator(config: TrainConfig) -> Any:
+    """The accelerator, which knows devices, processes and precision.
+
+    Raises:
+        ConfigError: If the precision is not possible here, or the tracker is not installed.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("mixed_precision fp16 needs a CUDA GPU; use bf16 or no")
+    if config.report_to and find_spec(config.report_to) is None:
+        raise ConfigError(
+            f"report_to {config.report_to} needs a package that is not installed; "
+            f"run 'pip install {config.report_to}'"
+        )
+    # A process may train more than once, with another precision.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    if config.allow_tf32:
+        allow_tf32()
+    # SDXL never uses the last layer of its first text encoder.
+    handler = DistributedDataParallelKwargs(
+        find_unused_parameters=config.train_text_encoder, broadcast_buffers=False
+    )
+    return Accelerator(
+        mixed_precision=precision_of(config.mixed_precision),
+        log_with=config.report_to,
+        project_dir=str(Path(config.output_dir, config.logging_dir)),
+        # The other processes wait while the first one makes class images.
+        kwargs_handlers=[handler, InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+    )
+
+
+def set_by_any(accelerator: Any, *flags: bool) -> list[bool]:
+    """Which flags any process has set, so that all of them stop, and save, at the same step."""
+    if accelerator.num_processes == 1:
+        return list(flags)
+    counts = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
+    return [bool(count) for count in accelerator.reduce(counts, reduction="sum").tolist()]

@@ -1,0 +1,75 @@
+"""The adapters that a run trains."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dora_diffusion.adapters.inject import InjectionReport, inject_adapters
+from dora_diffusion.adapters.state import adapter_state
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.models.components import Components
+from dora_diffusion.numerics.weights import LayerWeights
+
+
+@dataclass(frozen=True)
+class TrainedAdapters:
+    """Where fresh adapters are.
+
+    Attributes:
+        modules: The components that carry them, by name.
+        report: Which of their layers.
+    """
+
+    modules: dict[str, nn.Module]
+    report: InjectionReport
+
+    def state(self) -> dict[str, LayerWeights]:
+        """Copies of their tensors on the CPU, by canonical name."""
+        return adapter_state(self.modules)
+
+
+def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapters:
+    """Put adapters on the components that train, and those into training mode.
+
+    Raises:
+        TargetError: If a target matches no layer.
+        ValueError: If a rank is larger than a layer.
+    """
+    modules, layers = {}, []
+    for name, model in components.adaptable().items():
+        if name != "unet" and not config.train_text_encoder:
+            continue
+        adapter = config.unet_adapter if name == "unet" else config.text_encoder_adapter
+        generator = generator_for("adapter", config.seed, name)
+        layers += inject_adapters(model, adapter, generator=generator).layers
+        modules[name] = model.train()
+        if config.gradient_checkpointing:
+            _checkpoint_gradients(model)
+    report = InjectionReport(tuple(layers))
+    _warn_of_unused_conv_settings(config, report)
+    return TrainedAdapters(modules, report)
+
+
+def _checkpoint_gradients(model: Any) -> None:
+    if hasattr(model, "gradient_checkpointing_enable"):
+        # The reentrant form needs an input that requires a gradient, and a prompt has none.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.enable_gradient_checkpointing()
+
+
+def _warn_of_unused_conv_settings(config: TrainConfig, report: InjectionReport) -> None:
+    """Say which settings of Conv2d layers have no effect, since none is adapted."""
+    if any(layer.kind == "Conv2d" for layer in report.layers):
+        return
+    given = {
+        "conv_rank": config.conv_rank != TrainConfig().conv_rank,
+        "conv_alpha": config.conv_alpha not in (None, config.conv_rank),
+    }
+    for name in (name for name in given if given[name]):
+        warnings.warn(f"{name} has no effect because targets name no Conv2d layer", stacklevel=4)

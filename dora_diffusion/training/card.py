@@ -1,0 +1,99 @@
+"""The model card of a result: its README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from dora_diffusion import __version__
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.formats.adapter.file import AdapterMetadata
+from dora_diffusion.formats.adapter.metadata import without_path
+from dora_diffusion.training.subject import Subject
+
+KOHYA_FILE = "dora_kohya.safetensors"
+
+
+def model_card(
+    config: TrainConfig,
+    subject: Subject,
+    metadata: AdapterMetadata,
+    adapter: Path,
+    report: str,
+    samples: Mapping[str, str],
+) -> str:
+    """The README of a result, with the trigger word first, its images, and how to use it.
+
+    Args:
+        config: The run's settings.
+        subject: Token and class word.
+        metadata: The adapter's facts.
+        adapter: The adapter file.
+        report: What was adapted.
+        samples: Caption -> path of an image, relative to the card.
+    """
+    base = without_path(metadata.base_model)
+    prompt = config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
+    method = "DoRA" if config.use_dora else "LoRA"
+    axis = f", norm on the {config.norm_axis} axis" if config.use_dora else ""
+    images = "".join(
+        f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
+    )
+    steps = metadata.extra["training_steps"]
+    library = "" if adapter.name == KOHYA_FILE else "\nlibrary_name: diffusers"
+    return f"""---
+base_model: {base}
+instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}{library}
+tags: [text-to-image, {method.lower()}, dreambooth]
+---
+
+# {subject.trigger or Path(config.output_dir).name}
+
+{_trigger_sentence(subject, prompt or "")}
+{images}
+## Use it
+
+```bash
+dora-diffusion generate --base {base} --adapter {adapter.parent.name} \\
+    --prompt "{prompt}" --output image.png
+dora-diffusion export --base {base} --adapter {adapter.parent.name} --output merged
+```
+{_diffusers_example(base, adapter, prompt or "")}
+## How it was made
+
+{method} (rank {config.rank}, convolutions {config.conv_rank}{axis}) on `{base}`, trained with
+dora_diffusion {__version__} at {metadata.resolution} px for {steps} steps: {report}.
+All settings are in `config.yaml`; the loss of every step is in `metrics.jsonl`.
+"""
+
+
+def _trigger_sentence(subject: Subject, prompt: str) -> str:
+    if subject.trigger:
+        return f"Write **`{subject.trigger}`** in a prompt to get the subject."
+    return f"It has no trigger word: write prompts like its captions, such as `{prompt}`."
+
+
+def _diffusers_example(base: str, adapter: Path, prompt: str) -> str:
+    if adapter.name == KOHYA_FILE:
+        return (
+            "\nThe magnitudes are on the input axis, which Diffusers cannot load: "
+            f"`{adapter.name}` is in the kohya form, which ComfyUI 0.3.64, Forge and A1111 compute "
+            "as it was trained. What they compute from a DoRA may change; the merged model of the "
+            "second command is exact in every program, and stays so.\n"
+        )
+    source, helper = f'"{base}"', ""
+    if base.startswith("embedded:"):
+        source = f'model_folder("{base.removeprefix("embedded:")}")'
+        helper = "\nfrom dora_diffusion.toy import model_folder"
+    return f"""
+In Diffusers:
+
+```python
+from diffusers import AutoPipelineForText2Image{helper}
+
+pipeline = AutoPipelineForText2Image.from_pretrained({source})
+pipeline.load_lora_weights("{adapter.parent.name}", weight_name="{adapter.name}")
+image = pipeline("{prompt}").images[0]
+```
+"""

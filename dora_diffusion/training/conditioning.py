@@ -1,0 +1,54 @@
+"""Captions to what conditions the UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.text import Conditioning, encode_prompts
+
+KNOWN_CAPTIONS = 256
+"""Captions whose conditioning is kept, a third of a megabyte each for SDXL in half precision."""
+
+
+class Conditioner:
+    """Captions to conditioning: encoded once each, unless the text encoders train.
+
+    The empty caption is the dropped one. It becomes what the pipeline's guidance uses where no
+    negative prompt is given, so that caption dropout trains what is sampled: zeros where the
+    pipeline says ``force_zeros_for_empty_prompt`` (SDXL), else the encoded empty prompt.
+    """
+
+    def __init__(self, components: Components, trains: bool) -> None:
+        self.components = components
+        self.trains = trains
+        self._known: dict[str, Conditioning] = {}
+
+    def __call__(self, captions: Sequence[str]) -> Conditioning:
+        """Conditioning of B captions."""
+        if self.trains:
+            return self._encode(captions)
+        found = {caption: self._encoded(caption) for caption in captions}
+        while len(self._known) > KNOWN_CAPTIONS:  # Shuffled tags hardly ever come again.
+            del self._known[next(iter(self._known))]
+        return Conditioning.cat([found[caption] for caption in captions])
+
+    def _encoded(self, caption: str) -> Conditioning:
+        if caption not in self._known:
+            with torch.no_grad():
+                self._known[caption] = self._encode([caption])
+        return self._known[caption]
+
+    def _encode(self, captions: Sequence[str]) -> Conditioning:
+        encoded = encode_prompts(self.components, captions)
+        if not self.components.zeros_for_empty_prompt or all(captions):
+            return encoded
+        device = encoded.encoder_hidden_states.device
+        dropped = torch.tensor([not caption for caption in captions], device=device)
+        hidden = encoded.encoder_hidden_states.masked_fill(dropped.view(-1, 1, 1), 0)
+        pooled = encoded.pooled
+        return Conditioning(
+            hidden, None if pooled is None else pooled.masked_fill(dropped.view(-1, 1), 0)
+        )

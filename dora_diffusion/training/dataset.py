@@ -1,0 +1,93 @@
+"""A run's photos as a dataset, with class images beside them for prior preservation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.data.buckets import Buckets
+from dora_diffusion.data.captions import require_token
+from dora_diffusion.data.checks import too_few
+from dora_diffusion.data.dataset import DreamBoothDataset
+from dora_diffusion.data.draws import Draws
+from dora_diffusion.data.masks import warn_of_unused_masks
+from dora_diffusion.data.photos import Photo, read_photos
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.latents import encode_moments
+from dora_diffusion.training.events import OnEvent
+from dora_diffusion.training.prior import check_image_free, class_images
+from dora_diffusion.training.subject import Subject
+
+# Crops per photo where they are drawn: the latents of all of them fit in memory.
+_CROP_VARIANTS = 8
+
+
+def open_dataset(
+    config: TrainConfig,
+    subject: Subject,
+    components: Components,
+    paths: Sequence[Path],
+    accelerator: Any,
+    on_event: OnEvent,
+) -> DreamBoothDataset:
+    """The photos at ``config.resolution``, with class images where the settings want them.
+
+    Class images are generated where they are missing, so no adapter may be on the model.
+
+    Raises:
+        ConfigError, PhotoError: If photos, masks or captions cannot be trained on.
+    """
+    draws = Draws(
+        config.resolution or components.default_resolution,
+        seed=config.seed,
+        multiple=components.vae_factor,
+        buckets=_buckets(config, components),
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+        crop_variants=_CROP_VARIANTS if config.cache_latents else None,
+        caption_dropout=config.caption_dropout,
+        shuffle_tags=config.shuffle_tags,
+        keep_tags=config.keep_tags,
+    )
+    photos = read_photos(
+        paths,
+        config.instance_prompt or "",
+        skip_unreadable=True,
+        mask_crops=draws.first_crops if config.masked_loss else None,
+    )
+    captions = [photo.caption for photo in photos]
+    if subject.token:
+        require_token(captions, subject.token)
+    if message := too_few(len(photos)):
+        warnings.warn(message, stacklevel=2)
+    if config.is_image_free:
+        check_image_free(subject, captions)
+    if not config.masked_loss:
+        warn_of_unused_masks(photos)
+    prior: list[Photo] = []
+    if config.with_prior_preservation and not config.is_image_free:
+        prior = class_images(config, subject, components, captions, accelerator, on_event)
+    dataset = DreamBoothDataset(photos, draws, prior)
+    if config.cache_latents:
+
+        @torch.no_grad()
+        def encode(pixels: Tensor) -> Tensor:
+            return encode_moments(components.vae, pixels)
+
+        dataset.cache_moments(encode)
+    return dataset
+
+
+def _buckets(config: TrainConfig, components: Components) -> Buckets | None:
+    """Crop sizes, with sides that the UNet can halve at each of its levels."""
+    if not config.aspect_ratio_buckets:
+        return None
+    levels = len(components.unet.config.block_out_channels) - 1
+    resolution = config.resolution or components.default_resolution
+    return Buckets(resolution, step=components.vae_factor * 2**levels)

@@ -1,0 +1,131 @@
+"""What several tests of training share: settings, and readers of what a run leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training.accelerator import make_accelerator
+from dora_diffusion.training.checkpoint import parameters_by_name
+from dora_diffusion.training.loop import train
+from dora_diffusion.training.session import Session, open_session
+from dora_diffusion.training.subject import subject_of
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+Usage = namedtuple("Usage", "total used free")
+
+
+def make_config(model, photos, output_dir, **kwargs):
+    settings = {
+        "pretrained_model_name_or_path": str(model),
+        "instance_data_dir": str(photos),
+        "instance_prompt": "a photo of a sks mug",
+        "output_dir": str(output_dir),
+        "resolution": 32,
+        "rank": 2,
+        "conv_rank": 2,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "text_encoder_lr": 1e-3,
+        "num_validation_images": 0,
+        "validation_inference_steps": 2,
+        "checkpointing_steps": 0,
+        "seed": 3,
+    }
+    return TrainConfig(**{**settings, **kwargs})
+
+
+def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Session:
+    config = TrainConfig(
+        pretrained_model_name_or_path=str(model),
+        instance_data_dir=str(photos),
+        instance_prompt="a photo of a sks mug",
+        output_dir=str(output),
+        resolution=64,
+        rank=2,
+        conv_rank=2,
+        max_train_steps=4,
+        **{"seed": 3, **settings},
+    )
+    session = open_session(config, subject_of(config), make_accelerator(config))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():  # A fresh adapter is the base: everything must have moved.
+        for parameter in parameters_by_name(session.adapters.modules).values():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(parameter * (1 + 0.1 * noise) + 0.05 * noise)
+    return session
+
+
+def warnings_of(config):
+    """The warnings of a run."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(config)
+    return [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+
+
+def losses(folder, figure="loss"):
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return {json.loads(line)["step"]: json.loads(line)[figure] for line in lines}
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [
+        json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def assert_same_adapter(first, second, **tolerance):
+    first, second = read_adapter(first).layers, read_adapter(second).layers
+    assert set(first) == set(second)
+    for name, layer in first.items():
+        for part in ("down", "up", "magnitude"):
+            torch.testing.assert_close(
+                getattr(layer, part),
+                getattr(second[name], part),
+                **{"rtol": 0, "atol": 0, **tolerance},
+            )
+
+
+def same(first: Path, second: Path) -> bool:
+    first, second = read_adapter(first).layers, read_adapter(second).layers
+    return set(first) == set(second) and all(
+        torch.equal(getattr(layer, part), getattr(second[name], part))
+        for name, layer in first.items()
+        for part in ("down", "up", "magnitude")
+    )
+
+
+def no_room(monkeypatch, free: int, real=shutil.disk_usage) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 10**12 - free, free))
+
+
+def find(sheet: Image.Image, image: Image.Image) -> list[tuple[int, int]]:
+    """Where an image lies in a sheet, pixel by pixel: (left, top) of each place."""
+    whole, part = np.asarray(sheet.convert("RGB")), np.asarray(image.convert("RGB"))
+    height, width = part.shape[:2]
+    return [
+        (x, y)
+        for y in range(whole.shape[0] - height + 1)
+        for x in range(whole.shape[1] - width + 1)
+        if np.array_equal(whole[y, x], part[0, 0])
+        and np.array_equal(whole[y : y + height, x : x + width], part)
+    ]
+
+
+def noise(size: tuple[int, int], seed: int) -> Image.Image:
+    drawn = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(drawn)

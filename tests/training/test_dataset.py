@@ -1,0 +1,139 @@
+"""A run's photos: what is left out, refused or said of them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dora_diffusion.data.images import PhotoError
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training.accelerator import make_accelerator
+from dora_diffusion.training.loop import train
+from dora_diffusion.training.session import open_session
+from dora_diffusion.training.subject import subject_of
+from tests.training.helpers import losses, make_config, noise, open_run, warnings_of
+
+
+def test_masked_loss_without_masks_is_refused(config):
+    with pytest.raises(PhotoError, match=r"masked_loss is on, but none .*01\.mask\.png beside it"):
+        train(replace(config, masked_loss=True))
+    assert not list(Path(config.output_dir).glob("*.safetensors"))
+
+
+def test_masks_that_are_not_read_are_said(config, photos):
+    (photos / "01.mask.png").write_bytes(b"")
+    assert any(
+        text
+        == "1 mask file (NAME.mask.png) beside the images has no effect because masked_loss is "
+        "off"
+        for text in warnings_of(config)
+    )
+
+
+def test_workers_leave_the_latent_cache_on(config):
+    plain = replace(config, output_dir=f"{config.output_dir}-plain")
+    train(plain)
+    said = warnings_of(replace(config, dataloader_num_workers=2))
+    assert said == ["dataloader_num_workers has no effect because cache_latents is on"]
+    first, second = (read_adapter(run.output_dir).layers for run in (plain, config))
+    assert all(torch.equal(layer.up, second[name].up) for name, layer in first.items())
+
+
+def test_without_the_cache_workers_load_pixels(config):
+    bare = replace(config, cache_latents=False, dataloader_num_workers=1)
+    session = open_session(bare, subject_of(bare), make_accelerator(bare))
+    batch = next(session.train_step.inputs.batches)
+    assert batch.moments is None
+    assert batch.pixels.shape == (1, 3, 32, 32)
+
+
+def test_photos_in_sub_folders_are_counted_and_named(config, photos):
+    for name, count in (("10_sks", 2), ("old", 1)):
+        (photos / name).mkdir()
+        for number in range(count):
+            shutil.copy(photos / "01.jpg", photos / name / f"{number}.jpg")
+    said = warnings_of(replace(config, max_train_steps=1))
+    assert any("left out 2 photos in 10_sks, 1 photo in old; sub-folders" in text for text in said)
+    for photo in photos.glob("*.jpg"):
+        photo.unlink()
+    with pytest.raises(PhotoError, match="found 2 photos in 10_sks, 1 photo in old"):
+        train(replace(config, output_dir=f"{config.output_dir}-2"))
+
+
+def test_a_bad_photo_among_good_ones_is_left_out(sd1_folder, photos, tmp_path):
+    (photos / "text.jpg").write_text("not a picture")
+    whole = (photos / "01.jpg").read_bytes()
+    (photos / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match=r"photo left out: .*(text|truncated)\.jpg"):
+        train(make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=1))
+    for path in photos.glob("0*.jpg"):
+        path.unlink()
+    with pytest.raises(PhotoError, match=r"2 of 2 photos unusable.*text\.jpg"):
+        train(make_config(sd1_folder, photos, tmp_path / "out2", max_train_steps=1))
+
+
+def test_one_photo_trains_with_a_warning(sd1_folder, photos, tmp_path):
+    for path in photos.glob("0[2-9].jpg"):
+        path.unlink()
+    with pytest.warns(UserWarning, match=r"only 1 photo"):
+        train(make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=1))
+
+
+def test_buckets_masks_and_tags_train_together(sd1_folder, photos, tmp_path):
+    from PIL import Image
+
+    for path in photos.glob("*.jpg"):
+        size = Image.open(path).size
+        mask = Image.new("L", size, 0)
+        mask.paste(255, (0, 0, size[0], size[1] // 2))
+        mask.save(path.with_name(f"{path.stem}.mask.png"))
+    config = make_config(
+        sd1_folder, photos, tmp_path / "masked", resolution=64, aspect_ratio_buckets=True,
+        masked_loss=True, shuffle_tags=True, train_batch_size=2,
+    )  # fmt: skip
+    train(config)
+    train(replace(config, masked_loss=False, output_dir=str(tmp_path / "whole")))
+    masked, whole = losses(tmp_path / "masked"), losses(tmp_path / "whole")
+    assert all(masked[step] != whole[step] for step in masked)
+
+
+def test_every_cached_latent_is_that_of_its_own_image(sd1_folder, tmp_path):
+    """Over three epochs, in each one's order, with photos and class images of one size."""
+    files = {}
+    for kind, caption in (("photos", "a sks mug"), ("class", "a mug")):
+        (tmp_path / kind).mkdir()
+        for number in range(3):
+            file = tmp_path / kind / f"{number}.png"
+            noise((64, 64), len(files)).save(file)
+            file.with_suffix(".txt").write_text(f"{caption}, number {number}")
+            files[f"{caption}, number {number}"] = file
+    session = open_run(
+        sd1_folder, tmp_path / "photos", tmp_path / "out", train_batch_size=2,
+        with_prior_preservation=True, num_class_images=3, class_data_dir=str(tmp_path / "class"),
+    )  # fmt: skip
+    seen = []
+    for _ in range(5):
+        batch = next(session.train_step.inputs.batches)
+        for caption, moments in zip(batch.captions, batch.moments, strict=True):
+            pixels = torch.from_numpy(np.array(Image.open(files[caption]))).permute(2, 0, 1)
+            with torch.no_grad():
+                posterior = session.components.vae.encode(pixels[None] / 127.5 - 1).latent_dist
+            torch.testing.assert_close(moments, posterior.parameters[0], rtol=1e-4, atol=1e-4)
+            seen.append(caption)
+    assert min(seen.count(caption) for caption in files) > 1, "some came from the cache"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_dropped_captions_are_dropped(dropout, sd1_folder, shaped_photos, tmp_path):
+    session = open_run(
+        sd1_folder, shaped_photos, tmp_path / "out", train_batch_size=5, caption_dropout=dropout
+    )
+    captions = next(session.train_step.inputs.batches).captions
+    assert len(captions) == 5
+    assert all((caption == "") == (dropout == 1.0) for caption in captions)

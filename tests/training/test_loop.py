@@ -1,0 +1,103 @@
+"""Whole runs on tiny random pipelines: what they write and agree on, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training.events import StepDone
+from dora_diffusion.training.loop import train
+from tests.training.helpers import make_config, warnings_of
+
+
+def test_settings_without_effect_are_said_once_each(config):
+    said = warnings_of(replace(config, text_encoder_lr=1e-3, keep_tags=3))
+    assert said == [
+        "keep_tags has no effect because shuffle_tags is off",
+        "text_encoder_lr has no effect because train_text_encoder is off",
+    ]
+
+
+@pytest.mark.parametrize("family", ["sd1_folder", "sd2_folder", "sdxl_folder"])
+def test_every_family_trains_unet_and_text_encoders_with_prior(family, photos, tmp_path, request):
+    folder = request.getfixturevalue(family)
+    events = []
+    config = make_config(
+        folder, photos, tmp_path / "out",
+        train_text_encoder=True,
+        with_prior_preservation=True,
+        num_class_images=3,
+        gradient_accumulation_steps=2,
+        num_validation_images=2,
+        validation_prompt=["a sks mug on the moon"],
+        random_flip=True,
+    )  # fmt: skip
+    result = train(config, events.append)
+    adapter = read_adapter(result.adapter)
+    parts = {name.split(".")[0] for name in adapter.layers}
+    assert {"unet", "text_encoder"} <= parts
+    assert ("text_encoder_2" in parts) == (family == "sdxl_folder")
+    assert any(layer.down.ndim == 4 for layer in adapter.layers.values())
+    moved = [layer.up.abs().sum() > 0 for layer in adapter.layers.values()]
+    # SDXL reads the penultimate layers: the last layer of its first encoder gets no gradient.
+    assert sum(moved) >= len(moved) - 4
+    assert adapter.metadata.trigger == "sks mug"
+    assert adapter.metadata.tags == ("mug",)
+    captions = [path.read_text().strip() for path in Path(photos).glob("*.txt")]
+    assert adapter.metadata.tag_frequency == dict.fromkeys(sorted(captions), 1)
+    assert adapter.metadata.thumbnail.startswith("data:image/jpeg;base64,")
+    assert str(tmp_path).encode() not in result.adapter.read_bytes()
+    output = tmp_path / "out"
+    assert {path.name for path in output.iterdir()} == {
+        "pytorch_lora_weights.safetensors", "config.yaml", "metrics.jsonl", "samples",
+        "README.md", "class_images", "photos.json", ".training.lock",
+    }  # fmt: skip
+    card = (output / "README.md").read_text()
+    assert "sks mug" in card
+    assert str(tmp_path) not in card
+    assert (output / "samples" / "base_above_adapted.png").is_file()
+    prompts = {path.read_text().strip() for path in output.rglob("class-*.txt")}
+    assert prompts
+    assert not any("sks" in prompt for prompt in prompts)
+    assert [e.step for e in events if isinstance(e, StepDone)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"instance_prompt": "a photo of a mug"}, "does not contain the token 'sks'"),
+        ({"instance_data_dir": None}, "instance_data_dir is not set"),
+        ({"targets": ["nothing.*"]}, "'nothing.*' matches no layer"),
+        ({"rank": 500}, "rank 500 is larger than the layer"),
+        ({"pretrained_model_name_or_path": "./nowhere"}, "nowhere"),
+        ({"resolution": 33}, "33"),
+        ({"resume_from_checkpoint": "latest"}, "no checkpoint to resume from"),
+        ({"mixed_precision": "fp16"}, "fp16 needs a CUDA GPU"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(settings, message, sd1_folder, photos, tmp_path):
+    if "fp16" in message and torch.cuda.is_available():
+        pytest.skip("fp16 works here")
+    with pytest.raises(ValueError, match=r".") as error:
+        train(make_config(sd1_folder, photos, tmp_path / "out", **settings))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_plain_lora_and_image_free_prior_train(sd1_folder, photos, tmp_path):
+    config = make_config(
+        sd1_folder, photos, tmp_path / "out", use_dora=False,
+        with_prior_preservation=True, prior_preservation_mode="image-free",
+    )  # fmt: skip
+    train(config)
+    layers = read_adapter(tmp_path / "out").layers
+    assert all(layer.magnitude is None for layer in layers.values())
+    lines = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["prior_loss"] == 0, "a fresh adapter answers as the base does"
+    assert lines[-1]["prior_loss"] > 0
+    assert not (tmp_path / "out" / "class_images").exists()

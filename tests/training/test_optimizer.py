@@ -1,0 +1,105 @@
+"""Rates, decays and schedules of each parameter group."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.models.load import load_components
+from dora_diffusion.training.loop import train
+from dora_diffusion.training.optimizer import build_optimizer, parameter_groups
+from tests.training.helpers import losses, make_config, warnings_of
+
+
+def rates(config):
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["lr"]["unet/down"] for line in lines]
+
+
+def test_a_warm_up_rises_with_the_constant_schedule(config):
+    run = replace(config, max_train_steps=4, lr_warmup_steps=2, learning_rate=1e-3)
+    train(run)
+    assert rates(run) == pytest.approx([0, 5e-4, 1e-3, 1e-3])
+    saved = yaml.safe_load((Path(run.output_dir) / "config.yaml").read_text())
+    assert saved["lr_scheduler"] == "constant_with_warmup"
+
+
+def test_a_warm_up_longer_than_the_run_is_said(config):
+    said = warnings_of(replace(config, lr_warmup_steps=500))
+    assert any("lr_warmup_steps is 500, and the run has 2 steps" in text for text in said)
+
+
+def test_text_encoders_have_their_own_weight_decay(sd1_folder):
+    from dora_diffusion.adapters.inject import inject_adapters
+
+    components = load_components(str(sd1_folder))
+    config = TrainConfig(adam_weight_decay=0.1, adam_weight_decay_text_encoder=0.3, rank=2)
+    inject_adapters(components.unet, config.unet_adapter)
+    inject_adapters(components.text_encoders[0], config.text_encoder_adapter)
+    groups = {
+        g["name"]: g["weight_decay"] for g in parameter_groups(components.adaptable(), config)
+    }
+    assert (groups["unet/down"], groups["text_encoder/down"]) == (0.1, 0.3)
+    assert (groups["unet/magnitude"], groups["text_encoder/magnitude"]) == (0.0, 0.0)
+
+
+def test_prodigy_gets_its_settings():
+    pytest.importorskip("prodigyopt")
+    config = TrainConfig(
+        optimizer="prodigy", learning_rate=1.0, prodigy_beta3=0.7, prodigy_decouple=False,
+        prodigy_use_bias_correction=True, prodigy_safeguard_warmup=False,
+    )  # fmt: skip
+    group = {"name": "x", "params": [torch.nn.Parameter(torch.ones(2))], "lr": 1.0}
+    chosen = build_optimizer([group], config).param_groups[0]
+    names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+    assert [chosen[name] for name in names] == [0.7, False, True, False]
+
+
+def test_magnitudes_do_not_decay_and_rates_are_separate(sd1_folder):
+    from dora_diffusion.adapters.inject import inject_adapters
+    from dora_diffusion.models.load import load_components
+    from dora_diffusion.training.optimizer import parameter_groups
+
+    components = load_components(str(sd1_folder))
+    config = TrainConfig(
+        rank=2, conv_rank=2, learning_rate=1e-4, text_encoder_lr=1e-5, magnitude_lr=3e-4,
+        loraplus_ratio=4.0, adam_weight_decay=0.1,
+    )  # fmt: skip
+    inject_adapters(components.unet, config.unet_adapter)
+    inject_adapters(components.text_encoders[0], config.text_encoder_adapter)
+    groups = {g["name"]: g for g in parameter_groups(components.adaptable(), config)}
+    assert {name: (g["lr"], g["weight_decay"]) for name, g in groups.items()} == {
+        "unet/down": (1e-4, 0.1),
+        "unet/up": (4e-4, 0.1),
+        "unet/magnitude": (3e-4, 0.0),
+        "text_encoder/down": (1e-5, 0.1),
+        "text_encoder/up": (4e-5, 0.1),
+        "text_encoder/magnitude": (3e-4, 0.0),
+    }
+
+
+def test_prodigy_takes_one_rate_near_one(sd1_folder, photos, tmp_path):
+    config = {"optimizer": "prodigy", "train_text_encoder": True}
+    with pytest.raises(ConfigError, match="Prodigy finds the rate itself"):
+        make_config(sd1_folder, photos, tmp_path / "out", **config)
+    config["learning_rate"] = 1.0
+    with pytest.raises(ConfigError, match="one rate for everything"):
+        make_config(sd1_folder, photos, tmp_path / "out", loraplus_ratio=2.0, **config)
+    train(make_config(sd1_folder, photos, tmp_path / "out", checkpointing_steps=2, **config))
+    rates = losses(tmp_path / "out", "lr")[4]
+    assert set(rates.values()) == {1.0}
+    assert {name.partition("/")[0] for name in rates} == {"unet", "text_encoder"}
+    resumed = make_config(
+        sd1_folder, photos, tmp_path / "out",
+        resume_from_checkpoint="latest", max_train_steps=6, **config,
+    )  # fmt: skip
+    train(resumed)
+    moved = [layer.up.abs().max() for layer in read_adapter(tmp_path / "out").layers.values()]
+    assert max(moved) > 0

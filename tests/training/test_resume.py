@@ -1,0 +1,134 @@
+"""Resuming: to the same bits, with what may change, and from nothing that does not fit."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dora_diffusion.config import ConfigError
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training.events import StepDone, TrainingStarted
+from dora_diffusion.training.loop import train
+from tests.training.helpers import assert_same_adapter, losses, make_config, names, same, steps_in
+
+
+def test_a_finished_run_is_extended_from_its_last_step(tiny_run, tmp_path):
+    whole = tiny_run(max_train_steps=5, checkpointing_steps=2, output_dir=str(tmp_path / "whole"))
+    train(whole)
+    short = tiny_run(max_train_steps=3, checkpointing_steps=2)
+    assert train(short).checkpoint == tmp_path / "out" / "checkpoint-3"
+    assert names(tmp_path / "out") == ["checkpoint-2", "checkpoint-3"]
+    events = []
+    train(replace(short, max_train_steps=5, resume_from_checkpoint="latest"), events.append)
+    (start,) = (event for event in events if isinstance(event, TrainingStarted))
+    assert (start.step, start.resumed_from, start.steps_dropped) == (3, "checkpoint-3", 0)
+    assert same(tmp_path / "whole", tmp_path / "out")
+    assert steps_in(tmp_path / "out") == [1, 2, 3, 4, 5]
+
+
+def test_steps_that_are_trained_again_are_said(tiny_run, tmp_path, capsys):
+    from dora_diffusion.commands.train import TrainProgress
+
+    config = tiny_run(checkpointing_steps=2)
+    train(config)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    show = TrainProgress()
+    train(replace(config, max_train_steps=5, resume_from_checkpoint="latest"), show)
+    show.close()
+    line = "resuming from checkpoint-2, at step 2 of 5; steps 3 to 4 are trained again"
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_fewer_steps_than_the_checkpoint_has_is_an_error(tiny_run, tmp_path):
+    config = tiny_run(checkpointing_steps=2)
+    train(config)
+    before = (tmp_path / "out" / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match=r"checkpoint-4 has 4 steps, more than the 3 that are"):
+        train(replace(config, max_train_steps=3, resume_from_checkpoint="latest"))
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == before
+
+
+def test_as_many_steps_write_the_result_again(tiny_run, tmp_path):
+    """What a run needs that ended between its last step and its result."""
+    config = tiny_run(checkpointing_steps=2)
+    adapter = train(config).adapter
+    before = adapter.read_bytes()
+    adapter.unlink()
+    assert train(replace(config, resume_from_checkpoint="latest")).adapter.read_bytes() == before
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(sd1_folder, photos, tmp_path):
+    whole = make_config(
+        sd1_folder, photos, tmp_path / "whole",
+        max_train_steps=6, train_text_encoder=True, train_batch_size=2, lora_dropout=0.1,
+        lr_scheduler="cosine", lora_alpha=3.0, random_flip=True, caption_dropout=0.2,
+    )  # fmt: skip
+    train(whole)
+    parted = replace(whole, output_dir=str(tmp_path / "parted"))
+
+    def interrupt(event):
+        if isinstance(event, StepDone) and event.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    first = train(parted, interrupt)
+    assert first.interrupted
+    assert first.signal_number == signal.SIGTERM
+    assert first.steps < 6
+    assert read_adapter(tmp_path / "parted" / f"checkpoint-{first.steps}").layers
+    second = train(replace(parted, resume_from_checkpoint="latest"))
+    assert not second.interrupted
+    assert_same_adapter(tmp_path / "whole", tmp_path / "parted")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parted")
+
+
+def test_a_resume_with_other_settings_is_refused(sd1_folder, photos, tmp_path):
+    config = make_config(sd1_folder, photos, tmp_path / "out", checkpointing_steps=2)
+    train(config)
+    with pytest.raises(ConfigError, match=r"settings differ: rank \(2 -> 3\)"):
+        train(replace(config, resume_from_checkpoint="latest", rank=3))
+
+
+def test_a_resumed_run_has_its_own_rates(sd1_folder, photos, tmp_path):
+    config = make_config(
+        sd1_folder, photos, tmp_path / "out",
+        max_train_steps=2, checkpointing_steps=2, lr_scheduler="linear", lr_warmup_steps=0,
+    )  # fmt: skip
+    train(config)
+    changed = replace(
+        config, resume_from_checkpoint="latest", max_train_steps=4,
+        learning_rate=4e-4, adam_weight_decay=0.5,
+    )  # fmt: skip
+    train(changed)
+    rates = losses(tmp_path / "out", "lr")
+    # Linear to 0 over 4 steps, of the new rate.
+    assert [rates[step]["unet/down"] for step in (3, 4)] == pytest.approx([2e-4, 1e-4])
+    state = torch.load(tmp_path / "out" / "checkpoint-4" / "training_state.pt", weights_only=True)
+    decays = {group["name"]: group["weight_decay"] for group in state["optimizer"]["param_groups"]}
+    assert decays == {"unet/down": 0.5, "unet/up": 0.5, "unet/magnitude": 0.0}
+
+
+def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones_when_asked(
+    sd1_folder, photos, tmp_path
+):
+    config = make_config(sd1_folder, photos, tmp_path / "out", checkpointing_steps=1)
+    train(config)
+    back = replace(config, resume_from_checkpoint="checkpoint-2", checkpoints_total_limit=2)
+    with pytest.raises(ConfigError, match=r"holds checkpoints after step 2 \(checkpoint-4\)"):
+        train(back)
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
+
+    def interrupt(event):
+        if isinstance(event, StepDone) and event.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    train(
+        replace(back, overwrite_output_dir=True, learning_rate=1e-2, max_train_steps=9), interrupt
+    )
+    left = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert left[-1] in ("checkpoint-3", "checkpoint-4"), "none is from the run that was left"
+    assert losses(tmp_path / "out", "lr")[3]["unet/down"] == pytest.approx(1e-2)
+    assert len(left) == 2
