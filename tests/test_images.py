@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -193,4 +195,8 @@ def test_a_sheet_of_samples_has_a_thumbnail(tmp_path):
         Image.new("RGB", size, "red").save(tmp_path / "sheet.png")
         with pytest.raises(PhotoError):
             open_photo(tmp_path / "sheet.png")
-        assert thumbnail(tmp_path / "sheet.png").startswith("data:image/jpeg;base64,")
+        kind, _, data = thumbnail(tmp_path / "sheet.png").partition(",")
+        assert kind == "data:image/jpeg;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data))) as small:
+            assert max(small.size) == 256
+            assert abs(small.width / small.height - size[0] / size[1]) < 0.01
