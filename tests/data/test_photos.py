@@ -42,7 +42,8 @@ def test_opening_a_training_dataset_opens_and_decodes_each_file_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three photos with a mask file, one with an alpha channel, one with neither."""
-    from dora_diffusion.training.session import make_accelerator, open_session
+    from dora_diffusion.training.accelerator import make_accelerator
+    from dora_diffusion.training.session import open_session
     from dora_diffusion.training.subject import subject_of
 
     folder = Path(shutil.copytree(samples_root / "bolt_mug", tmp_path / "photos"))
