@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import dora_diffusion
+from dora_diffusion.config import settings
+from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 from dora_diffusion.families import (
     COMPONENTS,
     FAMILIES,
@@ -87,6 +89,15 @@ def test_what_tells_families_apart_differs() -> None:
     for family in families:
         assert family.text_encoder_names == COMPONENTS[1 : 1 + len(family.text_encoders)]
         assert family.text_encoder("vae") is None
+
+
+def test_the_default_number_of_steps_is_stated_as_it_is() -> None:
+    usual, large = FAMILIES["sd1"].default_steps, FAMILIES["sdxl"].default_steps
+    text = f"{usual}, for SDXL {large}"
+    assert FAMILIES["sd2"].default_steps == usual
+    [setting] = [setting for setting in settings() if setting.name == "max_train_steps"]
+    assert setting.default_text == text
+    assert DIFFUSERS_FLAGS["max_train_steps"].text == f"default: {text}"
 
 
 @pytest.mark.parametrize(
