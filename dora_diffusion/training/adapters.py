@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from dora_diffusion.adapters.inject import InjectionReport, inject_adapters
+from dora_diffusion.adapters.fresh import InjectionReport
+from dora_diffusion.adapters.inject import inject_adapters
 from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
