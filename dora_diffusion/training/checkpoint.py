@@ -40,12 +40,12 @@ def checkpoints_after(output_dir: Path, step: int) -> list[Path]:
 
 def folders_after(output_dir: Path, step: int) -> list[Path]:
     """Checkpoint folders after a step, oldest first, with those that hold an adapter alone."""
-    found = [
+    folders = [
         (int(match[1]), path)
         for path in output_dir.glob("checkpoint-*")
         if (match := _NAME.fullmatch(path.name))
     ]
-    return [path for number, path in sorted(found) if number > step]
+    return [path for number, path in sorted(folders) if number > step]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -61,21 +61,21 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
         ConfigError: If there is none.
     """
     if name == "latest":
-        found = checkpoints_in(output_dir)
-        if not found:
+        checkpoints = checkpoints_in(output_dir)
+        if not checkpoints:
             raise ConfigError(
                 f"{output_dir} holds no checkpoint to resume from (a run with "
                 "--checkpointing_steps 0 keeps none); train anew with --overwrite_output_dir, or "
                 "leave out --resume_from_checkpoint"
             )
-        return found[-1]
+        return checkpoints[-1]
     places = (Path(name).expanduser(), output_dir / name)
     for path in places:
         if (path / STATE_FILE).is_file():
             return path
     if not any(path.exists() for path in places):
-        there = checkpoints_in(output_dir)
-        newest = f"; the newest in {output_dir} is {there[-1].name}" if there else ""
+        others = checkpoints_in(output_dir)
+        newest = f"; the newest in {output_dir} is {others[-1].name}" if others else ""
         raise ConfigError(f"the checkpoint {name} does not exist{newest}")
     raise ConfigError(f"{name} is not a checkpoint of a training run (it has no {STATE_FILE})")
 
@@ -109,14 +109,14 @@ def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]
         state: What a checkpoint holds.
     """
     settings = ("initial_lr", "weight_decay", "betas", "eps")
-    own = [{k: group[k] for k in settings if k in group} for group in optimizer.param_groups]
+    fresh = [{k: group[k] for k in settings if k in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     lr_schedule.load_state_dict(state["lr_schedule"])
     plain = getattr(lr_schedule, "scheduler", lr_schedule)
-    plain.base_lrs = [group["initial_lr"] for group in own]
-    for group, mine, factor in zip(optimizer.param_groups, own, plain.lr_lambdas, strict=True):
-        group.update(mine)
-        group["lr"] = mine["initial_lr"] * factor(plain.last_epoch)
+    plain.base_lrs = [group["initial_lr"] for group in fresh]
+    for group, values, factor in zip(optimizer.param_groups, fresh, plain.lr_lambdas, strict=True):
+        group.update(values)
+        group["lr"] = values["initial_lr"] * factor(plain.last_epoch)
 
 
 def restore_parameters(trained: Mapping[str, nn.Module], saved: Mapping[str, torch.Tensor]) -> None:

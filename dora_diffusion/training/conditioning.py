@@ -30,10 +30,10 @@ class Conditioner:
         """Conditioning of B captions."""
         if self.trains:
             return self._encode(captions)
-        found = {caption: self._encoded(caption) for caption in captions}
+        encoded = {caption: self._encoded(caption) for caption in captions}
         while len(self._known) > KNOWN_CAPTIONS:  # Shuffled tags hardly ever come again.
             del self._known[next(iter(self._known))]
-        return Conditioning.cat([found[caption] for caption in captions])
+        return Conditioning.cat([encoded[caption] for caption in captions])
 
     def _encoded(self, caption: str) -> Conditioning:
         if caption not in self._known:

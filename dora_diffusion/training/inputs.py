@@ -100,12 +100,7 @@ def draw_inputs(
         generator_for("draw", seed, micro_step, first_row + row % photos, prior)
         for row, prior in enumerate(batch.is_prior.tolist())
     ]
-    moments = batch.moments
-    if moments is None:
-        assert batch.pixels is not None
-        with torch.no_grad():
-            moments = encode_moments(components.vae, batch.pixels)
-    rows = moments.to(device, torch.float32).split(1)
+    rows = _moments(components, batch).to(device, torch.float32).split(1)
     latents = torch.cat(
         [latents_from_moments(components.vae, *pair) for pair in zip(rows, generators, strict=True)]
     )
@@ -131,3 +126,12 @@ def draw_inputs(
         class_captions,
         mask,
     )
+
+
+@torch.no_grad()
+def _moments(components: Components, batch: Batch) -> Tensor:
+    """The autoencoder's moments of a batch, ``(B, 2C, h, w)``."""
+    if batch.moments is not None:
+        return batch.moments
+    assert batch.pixels is not None
+    return encode_moments(components.vae, batch.pixels)

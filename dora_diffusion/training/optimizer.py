@@ -26,8 +26,8 @@ def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> l
     """
     groups = []
     for component, model in trained.items():
-        own_rate = component != "unet" and config.optimizer_name != "prodigy"
-        rate = config.text_encoder_lr if own_rate else config.learning_rate
+        has_own_rate = component != "unet" and config.optimizer_name != "prodigy"
+        rate = config.text_encoder_lr if has_own_rate else config.learning_rate
         magnitude_rate = rate if config.magnitude_lr is None else config.magnitude_lr
         decay_rate = config.adam_weight_decay
         if component != "unet" and config.adam_weight_decay_text_encoder is not None:
@@ -38,8 +38,8 @@ def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> l
             "magnitude": (magnitude_rate, 0.0),
         }
         for role, (lr, decay) in roles.items():
-            found = [getattr(adapter, role) for adapter in layer_adapters(model)]
-            parameters = [parameter for parameter in found if parameter is not None]
+            factors = [getattr(adapter, role) for adapter in layer_adapters(model)]
+            parameters = [parameter for parameter in factors if parameter is not None]
             if parameters:
                 name = f"{component}/{role}"
                 groups.append({"name": name, "params": parameters, "lr": lr, "weight_decay": decay})
