@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from app_clients import ROOT
 
 from dora_diffusion.app.settings import EMBEDDED, as_yaml, make_config, preset_values
-from dora_diffusion.formats.adapter.inspect import inspect_adapter
+from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.jobs.queue import JOB, create_job, requeue_job, worker_of
 from dora_diffusion.jobs.snapshot import Job, read_job, read_metrics
 from dora_diffusion.jobs.workspace import Workspace
@@ -152,7 +152,7 @@ def check(app: App, folder: Path, state: str, before: set[str]) -> None:
     assert f"dd-{state}'>{word}" in page, "the page shows another state"
     assert before <= set(job.checkpoints), (before, job.checkpoints)
     for name in job.checkpoints:
-        inspect_adapter(folder / name / "pytorch_lora_weights.safetensors")
+        report_on(folder / name / "pytorch_lora_weights.safetensors")
         torch.load(folder / name / "training_state.pt", weights_only=True)
 
 

@@ -36,8 +36,10 @@ from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.weights import module_shapes
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.formats.files.stream import TensorSpec, write_tensors
+from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.files.stream import write_tensors
 from dora_diffusion.formats.names.modules import COMPONENTS
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights
@@ -109,7 +111,7 @@ def make_adapter(
     generator = torch.Generator().manual_seed(1)
     layers = {}
     with PipelineFolder.open(base) as pipeline:
-        for name, (out, into, *kernel) in pipeline.module_shapes().items():
+        for name, (out, into, *kernel) in module_shapes(pipeline).items():
             component = name.partition(".")[0]
             if component not in components or (component != "unet" and "embedding" in name):
                 continue

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from dora_diffusion.export import ExportError, export_checkpoint
     from dora_diffusion.families import UnsupportedModelError
     from dora_diffusion.formats.adapter.keys import AdapterFormatError
-    from dora_diffusion.formats.checkpoint.keys import CheckpointLayoutError
+    from dora_diffusion.formats.checkpoint.entries import CheckpointLayoutError
     from dora_diffusion.formats.files.atomic import DiskFullError
     from dora_diffusion.formats.files.header import TensorFileError
     from dora_diffusion.generate import BrokenImageError, SamplingSettings, generate_images
@@ -61,18 +61,18 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdapterConfig": "config.adapter",
-    "AdapterFormatError": "formats.adapter_keys",
+    "AdapterFormatError": "formats.adapter.keys",
     "BrokenImageError": "generate",
-    "CheckpointLayoutError": "formats.checkpoint_keys",
+    "CheckpointLayoutError": "formats.checkpoint.entries",
     "ConfigError": "config.checks",
-    "DiskFullError": "formats.atomic_file",
+    "DiskFullError": "formats.files.atomic",
     "ExportError": "export",
     "MergeError": "merge",
     "ModelNotFoundError": "models.locate",
     "PhotoError": "data.images",
     "SamplingSettings": "generate",
     "TargetError": "adapters.targets",
-    "TensorFileError": "formats.safetensors_header",
+    "TensorFileError": "formats.files.header",
     "TrainConfig": "config.train",
     "TrainingError": "training.metrics",
     "UnsupportedModelError": "families",

@@ -18,6 +18,18 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
+def listing(names: Iterable[str], limit: int = 10) -> str:
+    """Some names in their order, with the number of those left out.
+
+    Example:
+        >>> listing(["b", "a"]), listing("cba", 2)
+        ('a, b', 'a, b and 1 more')
+    """
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
 def quoted(text: str, limit: int = QUOTE_LIMIT) -> str:
     """A text in quotes on one line, its middle left out where it is long.
 

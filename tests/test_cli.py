@@ -422,7 +422,7 @@ class TestFiles:
             assert program in wrong
         assert cli.main(["inspect", str(file), "--json"]) == 0
         facts = json.loads(capsys.readouterr().out)
-        assert (facts["method"], facts["spelling"], facts["rank"]) == ("DoRA", "kohya", 2)
+        assert (facts["method"], facts["key_format"], facts["rank"]) == ("DoRA", "kohya", 2)
         assert cli.main(["inspect", str(trained)]) == 0
         assert "sks mug" in capsys.readouterr().out
         assert cli.main(["convert", str(trained), str(file), "--to", "kohya"]) == 1

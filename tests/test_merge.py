@@ -15,8 +15,7 @@ from dora_diffusion.merge import (
     MergeError,
     Strengths,
     WeightedAdapter,
-    check_fit,
-    merge_state,
+    layers_of,
     merge_tensor,
 )
 from dora_diffusion.numerics import merging
@@ -127,26 +126,15 @@ def test_the_base_is_not_changed() -> None:
     assert torch.equal(weight, before)
 
 
-def test_merge_state_merges_only_adapted_weights() -> None:
-    base = {
-        "unet.a.weight": torch.randn(4, 6),
-        "unet.a.bias": torch.randn(4),
-        "unet.b.weight": torch.randn(4, 4),
-    }
-    layer = random_layer(base["unet.a.weight"], 0)
-    merged = merge_state(base, [WeightedAdapter({"unet.a": layer})])
-    expected = dense_merge(base["unet.a.weight"], layer)
-    torch.testing.assert_close(merged["unet.a.weight"].double(), expected, rtol=1e-6, atol=1e-6)
-    assert torch.equal(merged["unet.a.bias"], base["unet.a.bias"])
-    assert torch.equal(merged["unet.b.weight"], base["unet.b.weight"])
-
-
-def test_layers_that_do_not_fit_are_listed() -> None:
-    layer = random_layer(torch.randn(4, 6), 0)
-    with pytest.raises(MergeError, match=r"no weights for unet\.x, unet\.y"):
-        check_fit({"unet.a": (4, 6)}, [WeightedAdapter({"unet.y": layer, "unet.x": layer})])
-    with pytest.raises(MergeError, match=r"another model: unet\.a: \(4, 6\) on \(6, 4\)"):
-        check_fit({"unet.a": (6, 4)}, [WeightedAdapter({"unet.a": layer})])
+def test_only_the_layers_of_a_weight_are_merged_into_it() -> None:
+    layer, other = (random_layer(torch.randn(4, 6), seed) for seed in (0, 1))
+    adapters = [
+        WeightedAdapter({"unet.a": layer, "unet.b": other}),
+        WeightedAdapter({"unet.a": other}),
+    ]
+    assert layers_of("unet.a.weight", adapters) == [(layer, Strengths()), (other, Strengths())]
+    assert layers_of("unet.b.weight", adapters) == [(other, Strengths())]
+    assert layers_of("unet.a.bias", adapters) == layers_of("unet.a", adapters) == []
 
 
 def test_a_result_beyond_the_dtype_is_an_error() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from dora_diffusion.adapters.inject import DEFAULT_NAME
-from dora_diffusion.adapters.state import adapter_state, load_adapter_state, module_shapes, path_in
+from dora_diffusion.adapters.state import (
+    LiveModules,
+    LiveWeights,
+    adapter_state,
+    load_adapter_state,
+)
+from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
@@ -19,11 +23,9 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 
-Components = Mapping[str, nn.Module]
-
 
 def save_adapter(
-    components: nn.Module | Components,
+    components: nn.Module | LiveModules,
     path: str | Path,
     target: str = "diffusers",
     *,
@@ -59,7 +61,7 @@ def save_adapter(
 
 
 def load_adapter(
-    components: nn.Module | Components,
+    components: nn.Module | LiveModules,
     path: str | Path,
     *,
     name: str = DEFAULT_NAME,
@@ -96,13 +98,7 @@ def load_adapter(
         '1'
     """
     components = _as_components(components)
-    adapter = read_adapter(
-        path,
-        module_shapes(components),
-        base_family=family,
-        base_weight=base_weights(components),
-        alpha=alpha,
-    )
+    adapter = read_adapter(path, LiveWeights(components, FAMILIES.get(family)), alpha=alpha)
     for assumption in adapter.assumptions:
         warnings.warn(
             f"{find_adapter(path).name}: {assumption}; if it was trained with another, give "
@@ -113,16 +109,5 @@ def load_adapter(
     return adapter.metadata
 
 
-def base_weights(components: Components) -> Callable[[str], Tensor]:
-    """The live modules' weights by canonical module name, on the CPU."""
-
-    def weight_of(name: str) -> Tensor:
-        component, path = path_in(components, name)
-        weight = cast(nn.Linear, components[component].get_submodule(path)).weight
-        return weight.detach().cpu()
-
-    return weight_of
-
-
-def _as_components(components: nn.Module | Components) -> Components:
+def _as_components(components: nn.Module | LiveModules) -> LiveModules:
     return {"unet": components} if isinstance(components, nn.Module) else components

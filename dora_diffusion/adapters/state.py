@@ -2,7 +2,7 @@
 
 Canonical names are ``unet.<path>``, ``text_encoder.text_model.<path>`` and
 ``text_encoder_2.text_model.<path>``. Transformers 5.6 dropped the ``text_model`` level from
-CLIPTextModel and kept it in CLIPTextModelWithProjection; names on disk always have it.
+CLIPTextModel and kept it in CLIPTextModelWithProjection; canonical names always have it.
 """
 
 from __future__ import annotations
@@ -11,27 +11,44 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import DEFAULT_NAME, put_adapters
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.layers import adapted_layers, can_adapt
-from dora_diffusion.formats.names.modules import canonical
+from dora_diffusion.families import Family
+from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.names.modules import canonical, installed_path
 from dora_diffusion.numerics.weights import LayerWeights
 
-
-def path_in(components: Mapping[str, nn.Module], name: str) -> tuple[str, str]:
-    """The component, and the module's path in its live model, of a canonical name."""
-    component, _, path = name.partition(".")
-    is_text = component.startswith("text_encoder")
-    if is_text and not hasattr(components.get(component), "text_model"):
-        path = path.removeprefix("text_model.")
-    return component, path
+LiveModules = Mapping[str, nn.Module]
 
 
-def adapter_state(
-    components: Mapping[str, nn.Module], name: str = DEFAULT_NAME
-) -> dict[str, LayerWeights]:
+class LiveWeights:
+    """The base weights of live modules that can be adapted, on the CPU: a `ModelWeights`.
+
+    Attributes:
+        components: ``{"unet": ..., "text_encoder": ...}``.
+        family: What kind of model they are of, None if that is not known.
+        specs: Dtype and shape of each weight by canonical name.
+    """
+
+    def __init__(self, components: LiveModules, family: Family | None = None) -> None:
+        self.components, self.family = components, family
+        self._weights = {
+            f"{canonical(component, path)}.weight": cast(nn.Linear, module).weight
+            for component, model in components.items()
+            for path, module in model.named_modules()
+            if path and can_adapt(module)
+        }
+        self.specs = {name: TensorSpec.of(weight) for name, weight in self._weights.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One weight."""
+        return self._weights[name].detach().cpu()
+
+
+def adapter_state(components: LiveModules, name: str = DEFAULT_NAME) -> dict[str, LayerWeights]:
     """One adapter of a pipeline's components as detached copies on the CPU, by canonical name.
 
     Args:
@@ -61,7 +78,7 @@ def _detached(adapter: LayerAdapter) -> LayerWeights:
 
 
 def load_adapter_state(
-    components: Mapping[str, nn.Module],
+    components: LiveModules,
     state: Mapping[str, LayerWeights],
     *,
     name: str = DEFAULT_NAME,
@@ -73,27 +90,19 @@ def load_adapter_state(
             lacks, or of another shape.
     """
     split: dict[str, dict[str, LayerWeights]] = {component: {} for component in components}
-    strangers = []
+    unexpected = []
     for key, weights in state.items():
-        component, path = path_in(components, key)
+        component = key.partition(".")[0]
         if component in split:
-            split[component][path] = weights
+            # CLIPTextModel has no such level in recent versions of transformers.
+            flat = component != "unet" and not hasattr(components[component], "text_model")
+            split[component][installed_path(key, flat=flat)] = weights
         else:
-            strangers.append(key)
-    if strangers:
+            unexpected.append(key)
+    if unexpected:
         raise ValueError(
-            f"the adapter has {len(strangers)} layers of components that the model lacks, "
-            f"such as {strangers[0]}"
+            f"the adapter has {len(unexpected)} layers of components that the model lacks, "
+            f"such as {unexpected[0]}"
         )
     for component, layers in split.items():
         put_adapters(components[component], layers, name=name)
-
-
-def module_shapes(components: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> weight shape of every layer that could be adapted."""
-    return {
-        canonical(component, path): tuple(cast(nn.Linear, module).weight.shape)
-        for component, model in components.items()
-        for path, module in model.named_modules()
-        if path and can_adapt(module)
-    }

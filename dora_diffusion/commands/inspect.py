@@ -39,7 +39,7 @@ def _facts(report: AdapterReport) -> list[tuple[str, str]]:
     family = FAMILIES.get(facts.family)
     axis = f", magnitudes on the {report.norm_axis} axis" if report.norm_axis else ""
     rows = [
-        ("file", f"{report.path.name}, {_key_format(report.spelling)}, {size:.2f} MB"),
+        ("file", f"{report.path.name}, {_key_format(report.key_format)}, {size:.2f} MB"),
         ("method", report.method + axis),
         (
             "family",

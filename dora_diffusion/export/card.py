@@ -22,7 +22,7 @@ def merged_card(
     Args:
         title: Name of its folder.
         base: Name of the base: a hub id, which is linked, or the name of a folder or file.
-        merged: The adapters with their strengths, as `Recipe.record` gives them.
+        merged: The adapters with their strengths, as `MergeSpec.record` gives them.
         triggers: The trigger words of the adapters.
         old: The base's card, whose licence stays.
     """
@@ -31,8 +31,8 @@ def merged_card(
     facts |= {name: value for name, value in front_matter(old).items() if name in _LICENSE_FIELDS}
     linked = f"[{base}](https://huggingface.co/{base})" if "base_model" in facts else f"`{base}`"
     rows = "\n".join(
-        f"| `{one['adapter']}` | {one['strength']:g} | `{str(one['sha256'])[:16]}` |{_knobs(one)}"
-        for one in merged
+        f"| `{row['adapter']}` | {row['strength']:g} | `{str(row['sha256'])[:16]}` |{_knobs(row)}"
+        for row in merged
     )
     words = " and ".join(f"**`{trigger}`**" for trigger in triggers)
     ask = f"\nWrite {words} in a prompt to get the subject.\n" if words else ""
@@ -53,9 +53,9 @@ its training holds for the base; its figures are not those of this model.
 """
 
 
-def _knobs(one: Mapping[str, Any]) -> str:
+def _knobs(adapter: Mapping[str, Any]) -> str:
     """Strengths of parts that are not 1, behind a row."""
-    knobs = {k: v for k, v in one.items() if k not in ("adapter", "sha256", "strength")}
+    knobs = {k: v for k, v in adapter.items() if k not in ("adapter", "sha256", "strength")}
     return "".join(f" {name.replace('_', ' ')} {value:g}" for name, value in knobs.items())
 
 
@@ -63,10 +63,10 @@ def front_matter(card: str) -> dict[str, Any]:
     """The YAML between the dashes at the top of a card; empty if there is none or it is damaged."""
     match = re.match(r"---\r?\n(.*?)\r?\n---\s", card, re.DOTALL)
     try:
-        found = yaml.safe_load(match[1]) if match else None
+        fields = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def read_card(folder: Path) -> str:

@@ -12,22 +12,17 @@ from pathlib import Path
 
 import torch
 
-from dora_diffusion.export.base import OpenModel, open_model
-from dora_diffusion.export.folder import write_folder
-from dora_diffusion.export.folder_plan import (
-    configuration_folder,
-    plan_of_checkpoint,
-    plan_of_folder,
-    shapes_of_configuration,
-)
-from dora_diffusion.export.merged import BaseWeights, MergedModel
+from dora_diffusion.export.base import open_model
+from dora_diffusion.export.folder.plan import plan_folder
+from dora_diffusion.export.folder.write import write_folder
+from dora_diffusion.export.merge_spec import Adapters, MergeSpec
+from dora_diffusion.export.merged import MergedModel
 from dora_diffusion.export.notes import MergeNotes
 from dora_diffusion.export.output import OnProgress, check_output
-from dora_diffusion.export.recipe import Adapters, Recipe
-from dora_diffusion.export.single_file import write_file_as_file, write_folder_as_file
+from dora_diffusion.export.single_file import write_single_file
 from dora_diffusion.export.vae import VaeFile, WithVae, open_vae
 from dora_diffusion.formats.adapter.file import find_adapter
-from dora_diffusion.formats.checkpoint.file import CheckpointFile
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel
 
 
 def export_checkpoint(
@@ -82,52 +77,41 @@ def export_checkpoint(
         DiskFullError: If there is not enough space; nothing is changed then.
     """
     output = Path(output).expanduser()
-    recipe = Recipe(
+    spec = MergeSpec(
         adapters, strength, unet_strength, text_encoder_strength,
         direction_strength, magnitude_strength,
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(open_model(base, variant))
-        inputs = [find_adapter(path) for path, _ in recipe.pairs()]
+        inputs = [find_adapter(path) for path, _ in spec.pairs()]
         if vae is not None:
             inputs.append(Path(vae).expanduser())
         check_output(output, model.path, inputs, overwrite)
         new_vae = None if vae is None else stack.enter_context(open_vae(vae))
-        weights: BaseWeights = WithVae(model.weights, new_vae) if new_vae else model.weights
-        read = recipe.read(
-            weights.module_shapes(), model.family, lambda name: weights[f"{name}.weight"], alpha
-        )
-        for assumption in recipe.assumptions(read):
+        weights: ModelWeights = WithVae(model, new_vae) if new_vae else model
+        read = spec.read(weights, alpha)
+        for assumption in spec.assumptions(read):
             warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
-        merged = MergedModel(weights, recipe.weighted(read), dtype)
-        notes = MergeNotes(model, recipe, read, output)
+        merged = MergedModel(weights, spec.weighted(read), dtype)
+        notes = MergeNotes(model, spec, read, output)
         stack.callback(notes.close)
-        _write(model, merged, output, notes, config, new_vae, on_progress)
+        _write(merged, model, output, notes, config, new_vae, on_progress)
     return output
 
 
 def _write(
-    model: OpenModel,
     merged: MergedModel,
+    model: StoredModel,
     output: Path,
     notes: MergeNotes,
     config: str | Path | None,
     vae: VaeFile | None,
     on_progress: OnProgress | None,
 ) -> None:
-    source = model.weights
-    if output.suffix == ".safetensors" and isinstance(source, CheckpointFile):
-        write_file_as_file(merged, source, output, notes, on_progress)
-        return
     if output.suffix == ".safetensors":
-        assert not isinstance(source, CheckpointFile)
-        write_folder_as_file(merged, source, model.family, output, notes, on_progress)
+        write_single_file(merged, model.single_file(), output, notes, on_progress)
         return
-    if isinstance(source, CheckpointFile):
-        folder = configuration_folder(config, model.family, source)
-        plan = plan_of_checkpoint(source, folder, shapes_of_configuration(folder))
-    else:
-        plan = plan_of_folder(source)
+    plan = plan_folder(model, config)
     if vae is not None:
         plan = plan.with_tensors("vae", vae.specs)
     write_folder(merged, plan, output, notes, on_progress, vae.config if vae else None)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dora_diffusion.export.base import open_model
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.formats.adapter.base_targets import TARGETS, approximate, needs_compensation
 from dora_diffusion.formats.adapter.consumers import stated_approximation
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -28,10 +27,12 @@ from dora_diffusion.formats.adapter.metadata import (
     TRAINED_ALPHA,
     AdapterMetadata,
 )
+from dora_diffusion.formats.adapter.targets.one_base import needs_compensation
+from dora_diffusion.formats.adapter.targets.registry import TARGETS
+from dora_diffusion.formats.checkpoint.weights import module_weight
 from dora_diffusion.formats.files.header import PICKLED
-from dora_diffusion.formats.names.modules import known_layout
 from dora_diffusion.images import thumbnail as make_thumbnail
-from dora_diffusion.merge import check_dtype
+from dora_diffusion.numerics.low_rank import approximate
 
 # Plain-LoRA approximations, and the format that each is written in.
 _APPROXIMATE = {"lora": "kohya", "lora-diffusers": "diffusers"}
@@ -116,92 +117,69 @@ def convert_adapter(
         AdapterFormatError: If the source cannot be read, or the target cannot hold it or needs a
             base.
     """
-    output = Path(output).expanduser()
-    if target not in CONVERSIONS:
-        raise ExportError(f"unknown target {target!r}; there is {', '.join(CONVERSIONS)}")
-    kind = _APPROXIMATE.get(target, target)
+    output, kind = Path(output).expanduser(), _APPROXIMATE.get(target, target)
+    _check_request(target, base, rank)
     inputs = [find_adapter(source), *([Path(base).expanduser()] if base is not None else [])]
     _check_free(output, TARGETS[kind].file_name, inputs, overwrite)
-    facts = Facts(family or "", tuple(tags), make_thumbnail(thumbnail) if thumbnail else "")
+    errors: dict[str, float] = {}
+    total = 0.0
+    with contextlib.ExitStack() as stack:
+        model = None if base is None else stack.enter_context(open_model(base))
+        sums = model is not None and target == "dense"
+        adapter = read_adapter(source, model, alpha=alpha, sums=sums)
+        family = family or (model.family.name if model else "")
+        metadata = _with_facts(adapter.metadata, family, tags, thumbnail)
+        adapter = dataclasses.replace(adapter, metadata=metadata)
+        if model is not None and target in _APPROXIMATE:
+            weight_of = partial(module_weight, model)
+            layers, errors, total = approximate(adapter.layers, weight_of, rank)
+            metadata = _approximation_of(adapter, rank, total)
+            adapter = dataclasses.replace(adapter, layers=layers, metadata=metadata)
+        path = write_adapter(output, adapter, kind, dtype=dtype, base=model)
+    # A comfyui file without output-axis magnitudes is a kohya one.
+    plain = target == "comfyui" and not needs_compensation(adapter.layers)
+    written = "kohya" if plain else target
+    return ConversionReport(path, written, len(adapter.layers), errors, total, adapter.notes)
+
+
+def _check_request(target: str, base: str | Path | None, rank: int) -> None:
+    if target not in CONVERSIONS:
+        raise ExportError(f"unknown target {target!r}; there is {', '.join(CONVERSIONS)}")
     if rank < 1:
         raise ExportError(f"the rank of a plain LoRA must be at least 1, got {rank}")
-    if base is None:
-        if target in _APPROXIMATE:
-            raise ExportError(
-                f"{target} files are made for one base model; give that model with --base"
-            )
-        adapter = facts.added_to(read_adapter(source, alpha=alpha))
-        path = write_adapter(output, adapter, kind, dtype=dtype)
-        written = _written_as(target, adapter)
-        return ConversionReport(path, written, len(adapter.layers), notes=adapter.notes)
-    with open_base(base) as weights:
-        adapter = read_adapter(
-            source, weights.shapes, base_weight=weights.load, alpha=alpha,
-            base_family=weights.family, sums=target == "dense",
-        )  # fmt: skip
-        adapter = dataclasses.replace(facts, family=facts.family or weights.family).added_to(
-            adapter
+    if base is None and target in _APPROXIMATE:
+        raise ExportError(
+            f"{target} files are made for one base model; give that model with --base"
         )
-        errors: dict[str, float] = {}
-        total = 0.0
-        if target in _APPROXIMATE:
-            layers, errors, total = approximate(adapter.layers, weights.load, rank)
-            adapter = dataclasses.replace(
-                adapter, layers=layers, metadata=_approximation_of(adapter, rank, total)
-            )
-        path = write_adapter(
-            output, adapter, kind, dtype=dtype, base_weight=weights.load,
-            unet_layout=known_layout(weights.shapes),
-        )  # fmt: skip
-    written = _written_as(target, adapter)
-    return ConversionReport(path, written, len(adapter.layers), errors, total, adapter.notes)
 
 
 def _approximation_of(adapter: AdapterFile, rank: int, error: float) -> AdapterMetadata:
     """The facts of a plain LoRA: what it approximates, and how far off it is at most."""
-    old = dict(adapter.metadata.extra)
-    # Its own rank and alpha are those of the approximation.
-    old.pop(TRAINED_ALPHA, None)
+    extra = dict(adapter.metadata.extra)
+    extra.pop(TRAINED_ALPHA, None)  # its own rank and alpha are those of the approximation
     is_dora = any(layer.magnitude is not None for layer in adapter.layers.values())
-    stated = stated_approximation(old)
+    stated = stated_approximation(extra)
     before = stated.error or 0.0 if stated else 0.0
-    extra = {
-        **old,
+    extra |= {
         "approximation": f"singular values, rank {rank}",
-        APPROXIMATES: old.get(APPROXIMATES, "DoRA" if is_dora else "LoRA"),
+        APPROXIMATES: extra.get(APPROXIMATES, "DoRA" if is_dora else "LoRA"),
         APPROXIMATION_ERROR: f"{before + error + before * error:.3g}",
     }
     return dataclasses.replace(adapter.metadata, extra=extra)
 
 
-def _written_as(target: str, adapter: AdapterFile) -> str:
-    """The target, or what its file is where there was nothing to change for it."""
-    plain = target == "comfyui" and not needs_compensation(adapter.layers)
-    return "kohya" if plain else target
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Facts that the user adds to an adapter's metadata."""
-
-    family: str
-    tags: tuple[str, ...]
-    thumbnail: str
-
-    def added_to(self, adapter: AdapterFile) -> AdapterFile:
-        """The adapter with these facts; its own family stays."""
-        old = adapter.metadata
-        counts = dict(old.tag_frequency)
-        if counts:
-            counts = dict.fromkeys(self.tags, 1) | counts
-        new = dataclasses.replace(
-            old,
-            family=old.family or self.family,
-            tags=tuple(dict.fromkeys((*old.tags, *self.tags))),
-            thumbnail=self.thumbnail or old.thumbnail,
-            tag_frequency=counts,
-        )
-        return dataclasses.replace(adapter, metadata=new)
+def _with_facts(
+    old: AdapterMetadata, family: str, tags: Sequence[str], thumbnail: str | Path | None
+) -> AdapterMetadata:
+    """The metadata with what the user adds; the adapter's own family stays."""
+    counts = dict(old.tag_frequency)
+    return dataclasses.replace(
+        old,
+        family=old.family or family,
+        tags=tuple(dict.fromkeys((*old.tags, *tags))),
+        thumbnail=make_thumbnail(thumbnail) if thumbnail else old.thumbnail,
+        tag_frequency=dict.fromkeys(tags, 1) | counts if counts else counts,
+    )
 
 
 def _check_free(
@@ -220,25 +198,3 @@ def _check_free(
             raise ExportError(f"{file} is or holds what is read for it; choose another name")
     if not overwrite:
         raise ExportError(f"{file} exists; choose another name, or overwrite it (--overwrite)")
-
-
-@dataclass(frozen=True)
-class ModuleWeights:
-    """The base weights that adapters act on, by canonical module name."""
-
-    family: str
-    shapes: dict[str, tuple[int, ...]]
-    load: Callable[[str], Tensor]
-
-
-@contextlib.contextmanager
-def open_base(base: str | Path) -> Iterator[ModuleWeights]:
-    """Open a base model's weights: a folder, a hub id, an embedded model, or a single file."""
-    with open_model(base) as model:
-        weights = model.weights
-
-        def load(name: str) -> Tensor:
-            check_dtype(name, weights.specs[f"{name}.weight"].dtype)
-            return weights[f"{name}.weight"]
-
-        yield ModuleWeights(model.family.name, weights.module_shapes(), load)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dora_diffusion.export.base import open_model
-from dora_diffusion.formats.adapter.inspect import inspect_adapter as inspect_file
+from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.adapter.report import AdapterReport
 
 
@@ -20,9 +20,6 @@ def inspect_adapter(path: str | Path, base: str | Path | None = None) -> Adapter
         AdapterFormatError: If it is not an adapter that can be read, with the reason.
     """
     if base is None:
-        return inspect_file(path)
+        return report_on(path)
     with open_model(base) as model:
-        weights = model.weights
-        return inspect_file(
-            path, weights.module_shapes(), lambda name: weights[f"{name}.weight"], model.family.name
-        )
+        return report_on(path, model)

@@ -4,39 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.formats.checkpoint.keys import Entry, build_entry
-from dora_diffusion.formats.files.stream import TensorReader, TensorSpec
+from dora_diffusion.families import Family
+from dora_diffusion.formats.checkpoint.entries import Entry
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, check_dtype
+from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.files.stream import TensorReader
 from dora_diffusion.merge import (
     MergeError,
     WeightedAdapter,
-    check_dtype,
     layers_of,
     merge_tensor,
 )
 from dora_diffusion.numerics.merging import cast_error, merge_error
 
 _CHECKED_TENSORS = 8
-
-
-class BaseWeights(Protocol):
-    """Base weights by canonical tensor name: a ``PipelineFolder`` or a ``CheckpointFile``."""
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Dtype and shape of every tensor."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Load one tensor."""
-
-    def module_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Weight shapes by canonical module name."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +40,7 @@ class MergedModel:
         MergeError: If an adapted weight of the base is quantised.
     """
 
-    base: BaseWeights
+    base: ModelWeights
     adapters: Sequence[WeightedAdapter]
     dtype: torch.dtype | None = None
 
@@ -61,24 +49,38 @@ class MergedModel:
             for name in adapter.layers:
                 check_dtype(name, self.base.specs[f"{name}.weight"].dtype)
 
-    def spec(self, name: str) -> TensorSpec:
-        """Dtype and shape that the tensor is written with."""
-        spec = self.base.specs[name]
-        if self.dtype is None or name.startswith("vae.") or not spec.dtype.is_floating_point:
-            return spec
-        return TensorSpec(self.dtype, spec.shape)
+    @property
+    def family(self) -> Family | None:
+        """That of the base."""
+        return self.base.family
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The merged tensor, in the dtype that it is written with or in another."""
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Dtype and shape that each tensor is written with."""
+        return {
+            name: spec
+            if self.dtype is None or name.startswith("vae.") or not spec.dtype.is_floating_point
+            else TensorSpec(self.dtype, spec.shape)
+            for name, spec in self.base.specs.items()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The merged tensor, as it is written."""
+        return self.tensor(name, self.specs[name].dtype)
+
+    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The merged tensor in a dtype, computed in float32 and cast once."""
         layers = layers_of(name, self.adapters)
         try:
-            return merge_tensor(self.base[name], layers, dtype or self.spec(name).dtype)
+            return merge_tensor(self.base[name], layers, dtype)
         except MergeError as error:
             raise MergeError(f"{name}: {error}") from error
 
     def build(self, entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the single-file layout, from merged sources."""
-        return build_entry(entry, (self.tensor(name, dtype) for name in entry.sources))
+        return entry.build(
+            self[name] if dtype is None else self.tensor(name, dtype) for name in entry.sources
+        )
 
     def explains(self, entry: Entry, written: Tensor) -> bool:
         """Whether a tensor is the merged one, but for the rounding that is due.
@@ -92,7 +94,7 @@ class MergedModel:
             return True
         wanted = self.build(entry, torch.float32)
         errors = (self._error(name) for name in entry.sources)
-        allowed = cast_error(wanted, written.dtype) + 2 * build_entry(entry, errors)
+        allowed = cast_error(wanted, written.dtype) + 2 * entry.build(errors)
         # In this form, so that a NaN is a difference, too.
         return bool(((written.float() - wanted).abs() <= allowed).all())
 

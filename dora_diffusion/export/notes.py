@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from dora_diffusion.export.base import OpenModel
+from dora_diffusion.export.base import model_name
 from dora_diffusion.export.card import merged_card
-from dora_diffusion.export.recipe import Recipe, file_hash
+from dora_diffusion.export.merge_spec import MergeSpec, file_hash
 from dora_diffusion.formats.adapter.file import AdapterFile
 from dora_diffusion.formats.adapter.metadata import OWN, modelspec_fields
-from dora_diffusion.formats.checkpoint.file import CheckpointFile
+from dora_diffusion.formats.checkpoint.weights import StoredModel
 
 MERGED, BASE = OWN + "merged", OWN + "base"
 _UNKNOWN_HASH = "0" * 64
@@ -29,17 +29,16 @@ class MergeNotes:
 
     def __init__(
         self,
-        model: OpenModel,
-        recipe: Recipe,
+        model: StoredModel,
+        spec: MergeSpec,
         adapters: Sequence[AdapterFile],
         output: Path,
     ) -> None:
         kept: Mapping[str, str] = {}
-        if isinstance(model.weights, CheckpointFile):
-            metadata = model.weights.reader.metadata
-            kept = {name: text for name, text in metadata.items() if name not in _HASHES}
-        self._name = model.name
-        self._record = recipe.record()
+        if model.is_single_file:
+            kept = {name: text for name, text in model.metadata.items() if name not in _HASHES}
+        self._name = model_name(model.path)
+        self._record = spec.record()
         self._title = output.resolve().name
         self._fields = {**kept, "format": "pt", MERGED: json.dumps(self._record)}
         triggers = dict.fromkeys(a.metadata.trigger for a in adapters if a.metadata.trigger)
@@ -48,10 +47,12 @@ class MergeNotes:
             # Where there are releases of both kinds, silence tells nothing.
             usual = "" if model.family.released_epsilon_id else "epsilon"
             prediction_type = model.schedule().get("prediction_type", usual)
-            spec = modelspec_fields(model.family, output.stem, ", ".join(triggers), prediction_type)
+            fields = modelspec_fields(
+                model.family, output.stem, ", ".join(triggers), prediction_type
+            )
             if not prediction_type:  # of two architectures; what the base says of itself stays
-                del spec["modelspec.architecture"]
-            self._fields |= spec
+                del fields["modelspec.architecture"]
+            self._fields |= fields
         self._pool = ThreadPoolExecutor(1)
         self._hashes: dict[str, Future[str]] = {
             name: self._pool.submit(file_hash, files) for name, files in model.files.items()

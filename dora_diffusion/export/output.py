@@ -72,8 +72,9 @@ def check_output(output: Path, base: Path, inputs: Sequence[Path], overwrite: bo
     if not output.exists():
         return
     for path in (base, *inputs):
-        own = path.resolve()
-        if target == own or target in own.parents or (own.is_dir() and own in target.parents):
+        taken = path.resolve()
+        is_inside = taken.is_dir() and taken in target.parents
+        if target == taken or target in taken.parents or is_inside:
             raise ExportError(
                 f"{output} is or holds {path.name}, which is read for it; choose another name"
             )

@@ -9,15 +9,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dora_diffusion.export.merged import BaseWeights
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.formats.adapter.keys import listing
-from dora_diffusion.formats.checkpoint.file import vae_entry
-from dora_diffusion.formats.checkpoint.folder import canonical_tensor, find_weights
-from dora_diffusion.formats.checkpoint.keys import VAE_PREFIX
-from dora_diffusion.formats.files.header import PICKLED
-from dora_diffusion.formats.files.stream import TensorReader, TensorSpec
-from dora_diffusion.formats.names.vae import count_levels
+from dora_diffusion.formats.checkpoint.folder import find_weights
+from dora_diffusion.formats.checkpoint.weights import ModelWeights
+from dora_diffusion.formats.files.header import PICKLED, TensorSpec
+from dora_diffusion.formats.files.stream import TensorReader
+from dora_diffusion.formats.names.checkpoint import VAE_PREFIX
+from dora_diffusion.formats.names.vae import count_levels, modern_vae_path, vae_names
+from dora_diffusion.wording import listing
 
 
 class VaeFile:
@@ -36,15 +35,13 @@ class VaeFile:
         # A whole checkpoint has the autoencoder's tensors under a prefix.
         prefix = VAE_PREFIX if any(key.startswith(VAE_PREFIX) for key in reader.specs) else ""
         keys = [key for key in reader.specs if key.startswith(prefix)]
-        levels = count_levels(key.removeprefix(prefix) for key in keys)
+        names = vae_names(count_levels(key.removeprefix(prefix) for key in keys))
         self._key_of: dict[str, str] = {}
         unknown = []
         for key in keys:
-            entry = vae_entry(key, levels, prefix)
-            if entry:
-                self._key_of[entry.sources[0]] = key
-            elif "_block" in key or ".conv_norm_out." in key:
-                self._key_of[canonical_tensor("vae", key)] = key
+            path = modern_vae_path(key.removeprefix(prefix))
+            if name := names.to_canonical(path) or (names.to_original(path) and path):
+                self._key_of[f"vae.{name}"] = key
             elif not key.startswith((f"{prefix}loss.", "model_ema.")):
                 unknown.append(key)
         if unknown or not self._key_of:
@@ -68,13 +65,13 @@ class WithVae:
         ExportError: If the autoencoders differ in shape.
     """
 
-    def __init__(self, base: BaseWeights, vae: VaeFile) -> None:
-        self.base, self.vae = base, vae
-        own = {name: spec for name, spec in base.specs.items() if name.startswith("vae.")}
+    def __init__(self, base: ModelWeights, vae: VaeFile) -> None:
+        self.base, self.vae, self.family = base, vae, base.family
+        replaced = {name: spec for name, spec in base.specs.items() if name.startswith("vae.")}
         wrong = [
             name
-            for name in own.keys() | vae.specs.keys()
-            if _size(own.get(name)) != _size(vae.specs.get(name))
+            for name in replaced.keys() | vae.specs.keys()
+            if _size(replaced.get(name)) != _size(vae.specs.get(name))
         ]
         if wrong:
             raise ExportError(
@@ -85,10 +82,6 @@ class WithVae:
     def __getitem__(self, name: str) -> Tensor:
         """Load one tensor."""
         return self.vae[name] if name.startswith("vae.") else self.base[name]
-
-    def module_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Weight shapes by canonical module name."""
-        return self.base.module_shapes()
 
 
 def _size(spec: TensorSpec | None) -> tuple[int, int]:

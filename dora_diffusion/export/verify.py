@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion.export.base import OpenModel, open_model
-from dora_diffusion.export.folder_plan import BUFFERS, UNUSED, WEIGHT_PREFIXES
-from dora_diffusion.export.merged import BaseWeights, MergedModel
+from dora_diffusion.export.base import open_model
+from dora_diffusion.export.folder.plan import BUFFERS, UNUSED, WEIGHT_PREFIXES
+from dora_diffusion.export.merge_spec import Adapters, MergeSpec, adapter_hash, recorded
+from dora_diffusion.export.merged import MergedModel
 from dora_diffusion.export.notes import MERGED
 from dora_diffusion.export.output import OnProgress, ProgressReporter
-from dora_diffusion.export.recipe import Adapters, Recipe, adapter_hash, recorded
 from dora_diffusion.export.vae import WithVae, open_vae
-from dora_diffusion.formats.checkpoint.file import LEFT_OUT, MARKERS, CheckpointFile, standard_key
-from dora_diffusion.formats.checkpoint.keys import marker_names
+from dora_diffusion.formats.checkpoint.file import MARKERS
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel
+from dora_diffusion.formats.names.checkpoint import standard_key
 from dora_diffusion.formats.names.modules import split_component
 from dora_diffusion.merge import layers_of, merge_tensor
 from dora_diffusion.numerics.merging import cast_error, merge_error
@@ -88,13 +89,13 @@ def verify_checkpoint(
 
     Args:
         merged: The model to prove, a folder or a single file, written by any program.
-        base: As for ``export_checkpoint``, like all that follows.
+        base: As for `export_checkpoint`, like all that follows.
         adapters: What was merged.
         strength: Of all adapters.
-        unet_strength: Multiplies it for the UNet.
-        text_encoder_strength: Multiplies it for the text encoders.
-        direction_strength: Scales the low-rank difference inside the norm.
-        magnitude_strength: Moves the magnitude by a share of its change.
+        unet_strength: Of their UNet layers.
+        text_encoder_strength: Of those of text encoders.
+        direction_strength: Of the low-rank difference inside the norm.
+        magnitude_strength: Of the magnitude's change.
         alpha: What adapters were trained with whose files do not say it.
         vae: The autoencoder that was baked in.
         variant: Weight variant of the base.
@@ -104,35 +105,32 @@ def verify_checkpoint(
         MergeError, AdapterFormatError: If an adapter does not fit the base.
         TensorFileError: If a file is damaged.
     """
-    recipe = Recipe(
+    spec = MergeSpec(
         adapters, strength, unet_strength, text_encoder_strength,
         direction_strength, magnitude_strength,
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(open_model(merged))
         model = stack.enter_context(open_model(base, variant))
-        weights: BaseWeights = model.weights
+        weights: ModelWeights = model
         if vae is not None:
-            weights = WithVae(model.weights, stack.enter_context(open_vae(vae)))
-        read = recipe.read(
-            weights.module_shapes(), model.family, lambda name: weights[f"{name}.weight"], alpha
-        )
-        layers = recipe.weighted(read)
-        comparison = Comparison(found, MergedModel(weights, layers))
-        report = comparison.run(on_progress)
+            weights = WithVae(model, stack.enter_context(open_vae(vae)))
+        read = spec.read(weights, alpha)
+        expected = MergedModel(weights, spec.weighted(read))
+        report = WeightComparison(found, expected, model.is_single_file).run(on_progress)
         report.problems.extend(_beside_the_weights(found, model))
-        report.assumptions.extend(recipe.assumptions(read))
-    hint = _recorded_strengths(found, recipe)
+        report.assumptions.extend(spec.assumptions(read))
+    hint = _recorded_strengths(found, spec)
     if report.problems and hint:
         report.problems.append(hint)
     return report
 
 
-class Comparison:
-    """One merged model against what it should be."""
+class WeightComparison:
+    """The weights of a merged model against what they should be."""
 
-    def __init__(self, found: OpenModel, expected: MergedModel) -> None:
-        self.found, self.expected = found.weights, expected
+    def __init__(self, found: ModelWeights, expected: MergedModel, from_single_file: bool) -> None:
+        self.found, self.expected, self.from_single_file = found, expected, from_single_file
         self.kinds: dict[str, KindReport] = {}
         self.problems: list[str] = []
         self.unchanged = 0
@@ -158,9 +156,9 @@ class Comparison:
 
     def _left_out(self, name: str) -> bool:
         """What a folder does not hold of an original Stable Diffusion 2 checkpoint."""
-        original = isinstance(self.expected.base, CheckpointFile)
-        adapted = layers_of(name, self.expected.adapters)
-        return original and name not in self.found.specs and name.startswith(UNUSED) and not adapted
+        if not self.from_single_file or name in self.found.specs:
+            return False
+        return name.startswith(UNUSED) and not layers_of(name, self.expected.adapters)
 
     def _compare_unadapted(self, name: str) -> None:
         actual = self.found[name]
@@ -205,11 +203,12 @@ class Comparison:
 
     def _count(self, name: str, tensor: Tensor, largest: float, allowed: float) -> None:
         kind = _kind(name, tensor)
-        one = KindReport(1, largest, name, allowed)
+        report = KindReport(1, largest, name, allowed)
         if old := self.kinds.get(kind):
-            worse = one if not largest <= old.largest else old
-            one = KindReport(old.tensors + 1, worse.largest, worse.worst, max(allowed, old.allowed))
-        self.kinds[kind] = one
+            worse = report if not largest <= old.largest else old
+            allowed = max(allowed, old.allowed)
+            report = KindReport(old.tensors + 1, worse.largest, worse.worst, allowed)
+        self.kinds[kind] = report
 
 
 def _overflowed(actual: Tensor, expected: Tensor) -> bool:
@@ -218,45 +217,30 @@ def _overflowed(actual: Tensor, expected: Tensor) -> bool:
     return narrowed and bool((wide(expected).isfinite() & ~wide(actual).isfinite()).any())
 
 
-def _beside_the_weights(found: OpenModel, base: OpenModel) -> Iterator[str]:
+def _beside_the_weights(found: StoredModel, base: StoredModel) -> Iterator[str]:
     """What is wrong with names, with tensors of no component, and with the noise schedule."""
-    if isinstance(found.weights, CheckpointFile):
-        keys = found.weights.reader.specs
-        for key in keys:
-            if standard_key(key) != key:
-                yield f"{key} should be called {standard_key(key)}: most programs do not find it"
-        yield from (f"{key} is not in the base" for key in _extra_keys(found.weights, base))
-        has, should_have = _markers(found), _markers(base)
-        yield from (f"it is marked as {one}, the base is not" for one in has - should_have)
-        yield from (f"the base is marked as {one}, it is not" for one in should_have - has)
-        if any(key.startswith(LEFT_OUT) for key in keys):
-            yield "it holds averaged copies (model_ema), which some programs load instead"
+    yield from found.naming_problems()
+    yield from (f"{key} is not in the base" for key in _extra_keys(found, base))
+    if found.is_single_file:
+        has, should_have = found.markers(), base.markers()
+        yield from (f"it is marked as {marker}, the base is not" for marker in has - should_have)
+        yield from (f"the base is marked as {marker}, it is not" for marker in should_have - has)
     settings, expected = found.schedule(), base.schedule()
     for name in ("prediction_type", "rescale_betas_zero_snr"):
         if name in settings and settings[name] != expected.get(name, settings[name]):
             yield f"its {name} is {settings[name]}, the base's is {expected[name]}"
 
 
-def _extra_keys(found: CheckpointFile, base: OpenModel) -> list[str]:
+def _extra_keys(found: StoredModel, base: StoredModel) -> list[str]:
     """Tensors of no component that the base lacks; beside a folder, only those that look like one.
 
     The noise schedule, for one, is a config in folders, and is often left in single files.
     """
-    keys = [k for k in found.copied_specs() if k not in MARKERS and not k.endswith(BUFFERS)]
-    if isinstance(base.weights, CheckpointFile):
-        known = {standard_key(key) for key in base.weights.copied_specs()}
+    keys = [k for k in found.other_specs if k not in MARKERS and not k.endswith(BUFFERS)]
+    if base.is_single_file:
+        known = {standard_key(key) for key in base.other_specs}
         return [key for key in keys if standard_key(key) not in known]
     return [key for key in keys if key.startswith(WEIGHT_PREFIXES) and ".loss." not in key]
-
-
-def _markers(model: OpenModel) -> set[str]:
-    """The markers of a single file, or those that a folder gets when it becomes one."""
-    if isinstance(model.weights, CheckpointFile):
-        return set(MARKERS.keys() & model.weights.reader.specs.keys())
-    schedule = model.schedule()
-    return set(
-        marker_names(model.family, schedule["prediction_type"], schedule["rescale_betas_zero_snr"])
-    )
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -271,27 +255,25 @@ def _kind(name: str, tensor: Tensor) -> str:
     return f"{component} {shape}"
 
 
-def _recorded_strengths(found: OpenModel, recipe: Recipe) -> str:
+def _recorded_strengths(found: StoredModel, spec: MergeSpec) -> str:
     """A line on strengths, if the merged model says that it was made with others."""
-    if isinstance(found.weights, CheckpointFile):
-        metadata = found.weights.reader.metadata
-    else:
-        metadata = next(iter(found.weights.readers.values())).metadata
-    says = recorded(metadata.get(MERGED, ""))
-    if not says:
+    record = recorded(found.metadata.get(MERGED, ""))
+    if not record:
         return ""
-    knobs = list(recipe.knobs().values())
-    given = {adapter_hash(path): [own * recipe.strength, *knobs] for path, own in recipe.pairs()}
-    if says.keys() != given.keys():
+    knobs = list(spec.knobs().values())
+    given = {
+        adapter_hash(path): [strength * spec.strength, *knobs] for path, strength in spec.pairs()
+    }
+    if record.keys() != given.keys():
         return "the model says that it was made from other adapters than these"
-    if says == given:
+    if record == given:
         return ""
-    return f"the model says that it was merged with other strengths: {_strengths(says.values())}"
+    return f"the model says that it was merged with other strengths: {_strengths(record.values())}"
 
 
 def _strengths(values: Iterable[list[float]]) -> str:
     names = ("strength", "unet", "text encoder", "direction", "magnitude")
     return "; ".join(
-        ", ".join(f"{name} {value:g}" for name, value in zip(names, one, strict=True))
-        for one in values
+        ", ".join(f"{name} {value:g}" for name, value in zip(names, strengths, strict=True))
+        for strengths in values
     )

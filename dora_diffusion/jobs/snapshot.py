@@ -216,10 +216,10 @@ def _unusable_result(folder: Path, facts: Mapping[str, Any]) -> str:
 @functools.lru_cache(maxsize=512)
 def _opens(file: Path, modified: int) -> str:
     """Open an adapter once for each time it was written."""
-    from dora_diffusion.formats.adapter.inspect import inspect_adapter
+    from dora_diffusion.formats.adapter.inspect import report_on
 
     try:
-        inspect_adapter(file)
+        report_on(file)
     except (ValueError, OSError) as error:
         return f"its adapter file cannot be opened: {error}"
     return ""

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from dora_diffusion.families import Family
 from dora_diffusion.formats.checkpoint.file import (
     CheckpointFile,
     detect_checkpoint_family,
-    standard_key,
     stated_schedule,
 )
+from dora_diffusion.formats.names.checkpoint import standard_key
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.locate import is_offline, resolve_folder
 from dora_diffusion.models.scheduling import training_scheduler, zeros_for_empty_prompt
@@ -44,7 +43,7 @@ def load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) 
     if config is not None:
         options |= {"config": str(resolve_folder(str(config))), "local_files_only": True}
     if config is not None and any(standard_key(key) != key for key in keys):
-        options["text_encoder"] = _text_encoder(path, family, Path(options["config"])).to(dtype)
+        options["text_encoder"] = _text_encoder(path, Path(options["config"])).to(dtype)
     with plain_errors(str(path), "its configuration is needed: pass a diffusers folder as config"):
         if family.vae_wants_float32 and dtype != torch.float32:
             vae_options = options | {"torch_dtype": torch.float32, "subfolder": "vae"}
@@ -66,12 +65,12 @@ def load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) 
     )
 
 
-def _text_encoder(path: Path, family: Family, config: Path) -> torch.nn.Module:
+def _text_encoder(path: Path, config: Path) -> torch.nn.Module:
     """CLIP from a file with other names, which diffusers does not find there."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     prefix = "text_encoder."
-    with CheckpointFile.open(path, family) as file:
+    with CheckpointFile.open(path) as file:
         names = [name for name in file.specs if name.startswith(prefix)]
         tensors = {name.removeprefix(prefix): file[name] for name in names}
     settings = read_json(config / "text_encoder" / "config.json")

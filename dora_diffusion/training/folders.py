@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.formats.adapter.base_targets import TARGETS
+from dora_diffusion.formats.adapter.targets.registry import TARGETS
 from dora_diffusion.training.card import KOHYA_FILE
 from dora_diffusion.training.checkpoint import checkpoints_in, find_checkpoint, folders_after
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dora_diffusion import __version__
 from dora_diffusion.adapters.inject import remove_adapters
-from dora_diffusion.adapters.state import load_adapter_state, module_shapes
+from dora_diffusion.adapters.state import LiveWeights, load_adapter_state
 from dora_diffusion.data.captions import tag_frequency
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -21,7 +21,7 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.formats.adapter.metadata import UNET_LAYERS
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.formats.names.sgm_blocks import UNetLayout
+from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.images import save_png, thumbnail
 from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.training.card import KOHYA_FILE, model_card
@@ -102,7 +102,7 @@ def _reload(session: Session, file: Path) -> None:
     components = session.components.adaptable()
     for model in session.adapters.modules.values():
         remove_adapters(model)
-    load_adapter_state(components, read_adapter(file, module_shapes(components)).layers)
+    load_adapter_state(components, read_adapter(file, LiveWeights(components)).layers)
 
 
 def _write_card(session: Session, adapter: Path, steps: int, samples: Mapping[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""Inputs recomputed in the backward pass are what the layer was given, or are not used."""
+"""Inputs that are recomputed in the backward pass, and those that must not be."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import copy
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
+from dora_diffusion.adapters.inject import (
+    adapter_parameters,
+    inject_adapters,
+    norm_scope,
+    remove_adapters,
+)
 from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.sources import noted_source, unwatch_sources, watch_sources
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.numerics import fast
 
 
 class Written(nn.Module):
@@ -152,3 +161,124 @@ def test_half_precision_norms_under_autocast_as_on_cuda():
     code = textwrap.dedent(AS_ON_CUDA)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "same\n", done.stderr[-2000:]
+
+
+AXES = ("output", "input")
+
+
+fast_only = partial(pytest.mark.skipif, not fast.ENABLED)
+
+
+def kept_by(
+    layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, model: nn.Module
+) -> tuple[torch.Tensor, dict[int, int]]:
+    """The output, and storages kept for the backward pass that are no parameters: bytes by name."""
+    own = {t.untyped_storage().data_ptr() for t in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    return y, kept
+
+
+class Block(nn.Module):
+    """Norms and an activation before layers, as in a residual block and in attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.GroupNorm(2, 8), nn.SiLU()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.layer_norm = nn.LayerNorm(8)
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.conv(self.act(self.norm(x)))
+        tokens = self.layer_norm(x.flatten(2).mT)
+        return torch.softmax(self.query(tokens) @ self.key(tokens).mT, -1)
+
+
+def block(axis: str, watched: bool) -> Block:
+    torch.manual_seed(0)
+    model = Block()
+    for parameter in model.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    config = AdapterConfig(targets=("full",), rank=2, conv_rank=2, norm_axis=axis)
+    inject_adapters(model, config)
+    for parameter in adapter_parameters(model):
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    if not watched:
+        unwatch_sources(model)
+    return model
+
+
+def gradients(model: nn.Module, x: torch.Tensor, times: int = 1) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    with norm_scope(model):
+        loss = model(x).square().sum()
+        for number in range(times):
+            loss.backward(retain_graph=number + 1 < times)
+    return [x.grad, *(p.grad for p in adapter_parameters(model))]
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("times", [1, 2])
+def test_recomputed_inputs_give_the_same_gradients(axis, dtype, times):
+    x = torch.randn(2, 8, 5, 5)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        kept, recomputed = (gradients(block(axis, watched), x, times) for watched in (False, True))
+    for one, other in zip(kept, recomputed, strict=True):
+        assert torch.equal(one, other)
+
+
+@fast_only(reason="plain autograd keeps inputs")
+def test_recomputed_inputs_are_not_kept():
+    x = torch.randn(2, 8, 40, 40, requires_grad=True)
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name):
+        return lambda module, args, output: seen.update({name: output.detach()})
+
+    for watched in (False, True):
+        model = block("output", watched)
+        for name in ("act", "layer_norm"):
+            getattr(model, name).register_forward_hook(keep(name))
+        with norm_scope(model):
+            y, kept = kept_by(model, x, model)
+        assert [one.data_ptr() in kept for one in seen.values()] == [not watched] * 2
+        del y
+
+
+def test_an_input_is_recomputed_by_its_own_module():
+    """A parameter that trains could change before the backward pass; a subclass could differ."""
+
+    class Twice(nn.SiLU):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    x = torch.randn(2, 8, 5, 5)
+    results = []
+    for watched in (True, False):
+        model = block("output", watched)
+        model.act = Twice()
+        if watched:
+            watch_sources(model)
+        model.layer_norm.requires_grad_(True)
+        results.append([*gradients(model, x), model.layer_norm.weight.grad])
+        assert noted_source(model.layer_norm(x.flatten(2).mT.requires_grad_())) is None
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@fast_only(reason="the page hooks no module")
+def test_taking_adapters_off_leaves_no_hooks():
+    model = block("output", True)
+    assert model.act._forward_hooks
+    remove_adapters(model)
+    assert not any(module._forward_hooks for module in model.modules())

@@ -478,7 +478,7 @@ def test_an_unknown_format_is_refused(finished: tuple[Workspace, str]) -> None:
 
 
 def test_a_merge_is_a_job_and_its_result_loads(finished: tuple[Workspace, str]) -> None:
-    from dora_diffusion.formats.files.stream import read_header
+    from dora_diffusion.formats.files.header import read_header
 
     workspace, job = finished[0], job_of(finished)
     queue = jobs.JobQueue(workspace)

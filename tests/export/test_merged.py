@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dora_diffusion.export import ExportError
+from dora_diffusion.export import ExportError, convert_adapter, export_checkpoint, verify_checkpoint
 from dora_diffusion.export.merged import MergedModel, check_sample
-from dora_diffusion.formats.checkpoint.keys import Entry
-from dora_diffusion.formats.files.stream import (
-    TensorReader,
-    TensorSpec,
-    save_tensors,
-    write_tensors,
-)
-from dora_diffusion.merge import Strengths, WeightedAdapter
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.checkpoint.entries import Entry
+from dora_diffusion.formats.files import stream as safetensors_stream
+from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.files.stream import TensorReader, save_tensors, write_tensors
+from dora_diffusion.merge import MergeError, Strengths, WeightedAdapter
 from dora_diffusion.numerics import merging
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
@@ -35,6 +36,8 @@ SHAPES = {
     "unet.q": (64, 40),
     "unet.k": (64, 40),
 }
+
+
 ENTRIES = [
     Entry("conv", ("unet.conv.weight",)),
     Entry("linear", ("unet.linear.weight",)),
@@ -42,18 +45,19 @@ ENTRIES = [
     Entry("in_proj", ("unet.q.weight", "unet.k.weight"), "concatenate"),
     Entry("bias", ("unet.conv.bias",)),
 ]
+
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 class Weights(dict[str, Tensor]):
     """A base model in memory."""
 
+    family = None
+
     @property
     def specs(self) -> dict[str, TensorSpec]:
         return {name: TensorSpec.of(tensor) for name, tensor in self.items()}
-
-    def module_shapes(self) -> dict[str, tuple[int, ...]]:
-        return SHAPES
 
 
 def layer_for(weight: Tensor, generator: torch.Generator, axis: NormAxis) -> LayerWeights:
@@ -186,6 +190,64 @@ def test_another_strength_is_refused(dtype: torch.dtype, strength: float, tmp_pa
     for entry in ENTRIES[:4]:
         assert not model.explains(entry, other[entry.key])
         assert model.explains(entry, model.build(entry))
+
+
+MakeAdapter = Callable[..., dict[str, LayerWeights]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_bases_are_refused(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, dtype: torch.dtype
+) -> None:
+    """They mean something only with their scales; and 8 bits would round an adapter away."""
+    base = tmp_path / "base"
+    shutil.copytree(sd1_folder, base)
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: t.to(dtype) if t.ndim == 2 else t for k, t in load_file(file).items()}, file)
+    path = write_adapter(
+        tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=9), AdapterMetadata("sd1"))
+    )
+    kind = str(dtype).removeprefix("torch.")
+    for name in ("m", "m.safetensors"):
+        with pytest.raises(MergeError, match=rf"the base stores unet\..* as {kind}"):
+            export_checkpoint(base, path, tmp_path / name)
+    for target in ("dense", "lora", "comfyui"):
+        with pytest.raises(MergeError, match=f"as {kind}.*half precision"):
+            convert_adapter(path, tmp_path / "c", target, base=base)
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "base"}
+    merged = export_checkpoint(sd1_folder, path, tmp_path / "m")
+    shutil.copy(file, merged / "unet" / file.name)
+    problems = verify_checkpoint(merged, sd1_folder, path).problems
+    assert any("times the rounding" in one or "not floating-point" in one for one in problems)
+
+
+def test_a_merge_beyond_the_dtype_says_where(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    path = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=9)))
+    with pytest.raises(MergeError, match=r"\.weight: .* not finite in float16; lower the strength"):
+        export_checkpoint(
+            sd1_folder, path, tmp_path / "m.safetensors", strength=1e6, dtype=torch.float16
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_that_reads_back_wrong_is_not_kept(
+    sd1_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    random_adapter: MakeAdapter,
+) -> None:
+    file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=20)))
+    write_one = safetensors_stream._write_one
+
+    def corrupt(stream: Any, key: str, spec: Any, tensor: Tensor) -> None:
+        write_one(stream, key, spec, tensor + 1 if tensor.is_floating_point() else tensor)
+
+    monkeypatch.setattr(safetensors_stream, "_write_one", corrupt)
+    with pytest.raises(ExportError, match="did not read back"):
+        export_checkpoint(sd1_folder, file, tmp_path / "merged.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 if __name__ == "__main__":

@@ -44,10 +44,11 @@ def alpha_rule(
 
     def alpha_of(name: str, rank: int) -> float:
         component, path = split_component(name)
-        own = {k.partition(".")[2]: v for k, v in packed.items() if k.startswith(component + ".")}
-        if not own:
+        start = f"{component}."
+        config = {k.removeprefix(start): v for k, v in packed.items() if k.startswith(start)}
+        if not config:
             raise AdapterFormatError(f"its {DIFFUSERS_METADATA} says nothing of the {component}")
-        return _peft_alpha(own, path, rank)
+        return _peft_alpha(config, path, rank)
 
     return alpha_of
 
@@ -90,8 +91,8 @@ def _peft_alpha(config: Mapping[str, Any], path: str, rank: int) -> float:
     try:
         alpha = config.get("lora_alpha", rank)
         for pattern, value in (config.get("alpha_pattern") or {}).items():
-            spelled = path if "text_model" in pattern else path.removeprefix("text_model.")
-            if re.match(rf"(.*\.)?({pattern})$", spelled):
+            name = path if "text_model" in pattern else path.removeprefix("text_model.")
+            if re.match(rf"(.*\.)?({pattern})$", name):
                 alpha = value
                 break
         return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
@@ -106,9 +107,9 @@ def json_object(text: str, what: str) -> dict[str, Any]:
         AdapterFormatError: If it is something else; it says ``what`` is.
     """
     try:
-        found = json.loads(text)
+        loaded = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise AdapterFormatError(f"{what} is not JSON") from error
-    if not isinstance(found, dict):
+    if not isinstance(loaded, dict):
         raise AdapterFormatError(f"{what} is not a JSON object")
-    return found
+    return loaded

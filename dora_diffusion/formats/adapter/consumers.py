@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from dora_diffusion.families import COMPONENTS
 from dora_diffusion.formats.adapter.keys import PEFT_PREFIX
 from dora_diffusion.formats.adapter.metadata import APPROXIMATES, APPROXIMATION_ERROR
-from dora_diffusion.formats.names.modules import KOHYA_PREFIXES
-from dora_diffusion.formats.names.sgm_blocks import TOP_MODULES
+from dora_diffusion.formats.names.kohya import KOHYA_PREFIXES
+from dora_diffusion.formats.names.unet import TOP_MODULES
+from dora_diffusion.wording import counted, listing
 
 EXACT = "exact"
 # The error of an approximation that is none, but for the rounding of its numbers.
@@ -37,81 +38,51 @@ CONSUMERS = (
 )
 
 
-def _verdicts(**known: str) -> dict[str, str]:
-    """One verdict per consumer, by the first word of its name in lower case."""
-    return {name: known.get(name.split()[0].lower().replace("-", "_"), "-") for name in CONSUMERS}
-
-
 # What a file holds -> verdict per consumer, in short before the colon; "-" where it is not known.
+_INPUT_NORMS = "wrong: it takes the norms per input"
 VERDICTS: Mapping[str, Mapping[str, str]] = {
-    "diffusers DoRA": _verdicts(
-        diffusers=EXACT,
-        peft=_NOT_FOR_IT,
-        lycoris=_NOT_FOR_IT,
-        comfyui=_NOT_FOR_IT,
-        a1111=_NOT_FOR_IT,
-        invokeai=_NOT_FOR_IT,
-        sd_scripts=_NOT_FOR_IT,
-    ),
-    "peft DoRA": _verdicts(
-        diffusers=_NOT_FOR_IT,
-        peft=EXACT,
-        lycoris=_NOT_FOR_IT,
-        comfyui=_NOT_FOR_IT,
-        a1111=_NOT_FOR_IT,
-        invokeai=_NOT_FOR_IT,
-        sd_scripts=_NOT_FOR_IT,
-    ),
-    "kohya DoRA, output axis": _verdicts(
-        diffusers=_PLAIN,
-        peft=_NOT_FOR_IT,
-        lycoris=EXACT,
-        comfyui="wrong: it divides by the norm of W where W + delta is meant",
-        a1111="wrong: it takes the norms per input",
-        invokeai="wrong: it takes the norms per input",
-        sd_scripts=_PLAIN,
-    ),
-    "kohya DoRA, input axis": _verdicts(
-        diffusers=_PLAIN,
-        peft=_NOT_FOR_IT,
-        lycoris="exact if told so: with wd_on_output=False, and an error without",
-        comfyui=EXACT,
-        a1111=EXACT,
-        invokeai=EXACT,
-        sd_scripts=_PLAIN,
-    ),
-    "comfyui": _verdicts(
-        diffusers=_PLAIN,
-        peft=_NOT_FOR_IT,
-        lycoris="wrong: the magnitudes are changed for ComfyUI",
-        comfyui=_OTHER_BASES,
-        a1111="wrong: it takes the norms per input",
-        invokeai="wrong: it takes the norms per input",
-        sd_scripts=_PLAIN,
-    ),
-    "dense": _verdicts(
-        lycoris=_OTHER_BASES,
-        comfyui=_OTHER_BASES,
-        a1111=_OTHER_BASES,
-        invokeai=_OTHER_BASES,
-    ),
-    "kohya LoRA": _verdicts(
-        diffusers=EXACT,
-        peft=_NOT_FOR_IT,
-        lycoris=EXACT,
-        comfyui=EXACT,
-        a1111=EXACT,
-        invokeai=EXACT,
-        sd_scripts=EXACT,
-    ),
-    "diffusers LoRA": _verdicts(diffusers=EXACT, peft=_NOT_FOR_IT),
-    "peft LoRA": _verdicts(diffusers=_NOT_FOR_IT, peft=EXACT),
+    kind: dict(zip(CONSUMERS, verdicts, strict=True))
+    for kind, verdicts in {
+        "diffusers DoRA": (EXACT, *[_NOT_FOR_IT] * 6),
+        "peft DoRA": (_NOT_FOR_IT, EXACT, *[_NOT_FOR_IT] * 5),
+        "kohya DoRA, output axis": (
+            _PLAIN,
+            _NOT_FOR_IT,
+            EXACT,
+            "wrong: it divides by the norm of W where W + delta is meant",
+            _INPUT_NORMS,
+            _INPUT_NORMS,
+            _PLAIN,
+        ),
+        "kohya DoRA, input axis": (
+            _PLAIN,
+            _NOT_FOR_IT,
+            "exact if told so: with wd_on_output=False, and an error without",
+            EXACT,
+            EXACT,
+            EXACT,
+            _PLAIN,
+        ),
+        "comfyui": (
+            _PLAIN,
+            _NOT_FOR_IT,
+            "wrong: the magnitudes are changed for ComfyUI",
+            _OTHER_BASES,
+            _INPUT_NORMS,
+            _INPUT_NORMS,
+            _PLAIN,
+        ),
+        "dense": ("-", "-", *[_OTHER_BASES] * 4, "-"),
+        "kohya LoRA": (EXACT, _NOT_FOR_IT, *[EXACT] * 5),
+        "diffusers LoRA": (EXACT, _NOT_FOR_IT, *["-"] * 5),
+        "peft LoRA": (_NOT_FOR_IT, EXACT, *["-"] * 5),
+    }.items()
 }
 
 
-# All keys of a file must be spelled so, to the last letter: diffusers loads nothing where a UNet's
+# All keys of a file must match, to the last letter: diffusers loads nothing where a UNet's
 # component is missing, and loses an `.alpha`, a `dora_scale`, or a text encoder's bare magnitude.
-_SPELLINGS = {
+_KEY_FORMATS = {
     "kohya": re.compile(
         rf"(?:{'|'.join(KOHYA_PREFIXES)})[^.]+"
         r"\.(?:lora_(?:down|up|mid)\.weight|alpha|dora_scale)"
@@ -134,16 +105,16 @@ _OLD_FACTORS = re.compile(
 _JOINED = ("to_qkv.", "to_kv.", "in_proj.", "qkv_proj.")
 
 
-def spelling_of(keys: Iterable[str]) -> str:
-    """The spelling that all keys of a file share: a program's own, or ``"other"``."""
+def key_format_of(keys: Iterable[str]) -> str:
+    """The key format that all keys of a file share: a program's own, or ``"other"``."""
     keys = list(keys)
     if any(joined in key for key in keys for joined in _JOINED):
         return OTHER
     if any(mixes_factors(key for key in keys if key.startswith(f"{c}.")) for c in COMPONENTS):
         return OTHER
-    for spelling, pattern in _SPELLINGS.items():
+    for key_format, pattern in _KEY_FORMATS.items():
         if all(map(pattern.fullmatch, keys)):
-            return spelling
+            return key_format
     return OTHER
 
 
@@ -165,21 +136,21 @@ def left_out_by_diffusers(keys: Iterable[str]) -> list[str]:
     return sorted({re.sub(r"[._]lora(_linear_layer)?\.(down|up)\.weight$", "", k) for k in old})
 
 
-def file_kind(spelling: str, norm_axis: str, target: str = "") -> str:
+def file_kind(key_format: str, norm_axis: str, target: str = "") -> str:
     """The key of ``VERDICTS`` for a file, ``""`` if it mixes axes, ``"other"`` for other files.
 
     Args:
-        spelling: ``"diffusers"``, ``"kohya"``, ``"peft"`` or ``"other"``.
+        key_format: ``"diffusers"``, ``"kohya"``, ``"peft"`` or ``"other"``.
         norm_axis: ``"output"``, ``"input"``, ``"mixed"``, or ``""`` for a plain LoRA.
         target: ``"comfyui"`` or ``"dense"`` for files made for one base model.
     """
     if target in VERDICTS:
         return target
     # PEFT and diffusers know no magnitudes on the input axis.
-    if spelling == OTHER or (spelling != "kohya" and norm_axis == "input"):
+    if key_format == OTHER or (key_format != "kohya" and norm_axis == "input"):
         return OTHER
-    kind = f"{spelling} {'DoRA' if norm_axis else 'LoRA'}"
-    if spelling == "kohya" and norm_axis:
+    kind = f"{key_format} {'DoRA' if norm_axis else 'LoRA'}"
+    if key_format == "kohya" and norm_axis:
         kind += f", {norm_axis} axis"
     return kind if kind in VERDICTS else ""
 
@@ -235,20 +206,20 @@ def verdicts(
         keys: Its keys.
         approximation: What it approximates, if it is a plain LoRA made from something else.
     """
-    found = tools_for(kind)
+    tools = tools_for(kind)
     if left_out := left_out_by_diffusers(keys):
-        found["diffusers"] = f"wrong: it leaves {some_layers(left_out)} unchanged"
+        tools["diffusers"] = f"wrong: it leaves {some_layers(left_out)} unchanged"
     if approximation is not None:
-        found = {
+        tools = {
             program: f"exact for this LoRA, {approximation}" if verdict == EXACT else verdict
-            for program, verdict in found.items()
+            for program, verdict in tools.items()
         }
     if kind == "kohya LoRA" and (outside := outside_of_blocks(layers)):
-        found["sd-scripts"] = f"wrong: it leaves {some_layers(outside)} unchanged"
-        found["diffusers"] += (
+        tools["sd-scripts"] = f"wrong: it leaves {some_layers(outside)} unchanged"
+        tools["diffusers"] += (
             f": in 0.42; 0.35 leaves {some_layers(outside)} unchanged, or refuses SDXL's"
         )
-    return found
+    return tools
 
 
 def outside_of_blocks(layers: Iterable[str]) -> list[str]:
@@ -256,12 +227,10 @@ def outside_of_blocks(layers: Iterable[str]) -> list[str]:
     return [
         name
         for name in layers
-        if name.removeprefix("unet.") in TOP_MODULES or name.endswith(".text_projection")
+        if name.removeprefix("unet.") in dict(TOP_MODULES) or name.endswith(".text_projection")
     ]
 
 
 def some_layers(names: Collection[str]) -> str:
     """``"5 layers (a, b, c and 2 more)"``."""
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{len(names)} layer{'s' * (len(names) != 1)} ({', '.join(names[:3])}{more})"
+    return f"{counted(len(names), 'layer')} ({listing(names, 3)})"

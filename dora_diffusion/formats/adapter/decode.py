@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_diffusion.families import COMPONENTS
 from dora_diffusion.formats.adapter.alpha import AlphaOf, alpha_rule, says_alpha
 from dora_diffusion.formats.adapter.keys import (
+    PEFT_PREFIX,
     AdapterFormatError,
     Part,
     group_keys,
     is_ai_toolkit_key,
-    listing,
-    name_resolver,
 )
-from dora_diffusion.formats.adapter.magnitude import BaseWeight, Magnitude, resolve_axes
+from dora_diffusion.formats.adapter.magnitude import Magnitude, resolve_axes
 from dora_diffusion.formats.adapter.metadata import OWN, UNET_LAYERS, described
 from dora_diffusion.formats.adapter.repair import (
     AI_TOOLKIT,
@@ -30,33 +30,32 @@ from dora_diffusion.formats.adapter.repair import (
     move_to_second_encoder,
     split_joined,
 )
-from dora_diffusion.formats.names.modules import component_of
-from dora_diffusion.formats.names.sgm_blocks import UNetLayout
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
+from dora_diffusion.formats.names.kohya import component_of, name_resolver
+from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from dora_diffusion.wording import listing
 
-ModuleShapes = Mapping[str, tuple[int, ...]]
+Layers = dict[str, LayerWeights]
 
 
 def decode_layers(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
+    base: ModelWeights | None = None,
     *,
-    module_shapes: ModuleShapes | None = None,
-    base_weight: BaseWeight | None = None,
     component: str | None = None,
     config: Mapping[str, Any] | None = None,
     alpha: float | None = None,
-    beside: dict[str, LayerWeights] | None = None,
-) -> tuple[dict[str, LayerWeights], list[str]]:
+    beside: Layers | None = None,
+) -> tuple[Layers, list[str]]:
     """Layers of one file, in float32.
 
     Args:
         tensors: The file's tensors.
         metadata: The file's metadata.
-        module_shapes: Weight shapes of the model by canonical module name. Each layer must be
-            among them; 1x1 convolutions and Linear layers are told apart by them.
-        base_weight: Base weight by canonical module name, to tell the axis of magnitudes whose
-            shape does not.
+        base: The base model. Each layer must be among its modules, which tell 1x1 convolutions and
+            Linear layers apart; its weights tell the axis of magnitudes whose shape does not.
         component: Component of a PEFT folder's names.
         config: A PEFT folder's ``adapter_config.json``.
         alpha: What it was trained with, for a file that lost it.
@@ -73,46 +72,55 @@ def decode_layers(
     _refuse_made_for_one_base(metadata)
     if alpha is not None and says_alpha(metadata, config):
         raise AdapterFormatError("its alpha was not lost: the file says it; give none")
-    if base_weight is not None and module_shapes is not None:
-        base_weight = _known_weights(base_weight, module_shapes)
-    resolve = name_resolver(
-        module_shapes, UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
-    )
-    groups = group_keys(tensors, resolve, component)
+    shapes = None if base is None else module_shapes(base)
+    layout = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
+    groups = group_keys(tensors, name_resolver(shapes, layout), component)
     if not groups:
         raise AdapterFormatError("the file holds no adapter: it has no tensors")
     notes = key_notes(tensors) if component is None else []
-    is_said = alpha is not None or says_alpha(metadata, config)
-    if not is_said and any("alpha" not in parts for parts in groups.values()):
+    is_stated = alpha is not None or says_alpha(metadata, config)
+    if not is_stated and any("alpha" not in parts for parts in groups.values()):
         notes.append(AI_TOOLKIT if any(map(is_ai_toolkit_key, tensors)) else NO_ALPHA)
-    rule = alpha_rule(metadata, config, notes)
-    layers, magnitudes = {}, {}
-    for name, parts in groups.items():
-        own = {part: _numbers(key, part, tensors[key]) for part, key in parts.items()}
-        layers[name] = _factors(name, own, rule, alpha)
-        if is_ai_toolkit_key(parts.get("magnitude", "")) and layers[name].scale != 1.0:
-            if beside is None:
-                raise AdapterFormatError(_not_dora(name, layers[name]))
-            layers[name], beside[name] = _dora_and_rest(layers[name])
-        if magnitude := _magnitude(name, own, layers[name].weight_shape):
-            magnitudes[name] = magnitude
-    axes = resolve_axes(
-        magnitudes, lambda name: described(metadata.get(OWN + "norm_axis", ""), name),
-        base_weight, notes,
-    )  # fmt: skip
+    alpha_of = alpha_rule(metadata, config, notes)
+    layers, magnitudes = _read_parts(tensors, groups, alpha_of, alpha, beside)
+    axes = resolve_axes(magnitudes, metadata.get(OWN + "norm_axis", ""), base, notes)
     for name, magnitude in magnitudes.items():
         layers[name] = _with_magnitude(name, layers[name], magnitude, axes[name])
-    layers = {name: _without_padding(name, one, metadata) for name, one in layers.items()}
+    layers = {name: _without_padding(name, layer, metadata) for name, layer in layers.items()}
     layers = split_joined(layers, notes)
     if beside:
         split = split_joined(beside, [])
         beside.clear()
-        beside |= split if module_shapes is None else fit_to_model(split, module_shapes)
-    if module_shapes is None:
+        beside.update(split if shapes is None else fit_to_model(split, shapes))
+    if shapes is None:
         return layers, notes
     if not component and not all(has_component(key) for key in tensors):
-        layers = move_to_second_encoder(layers, module_shapes, notes)
-    return fit_to_model(layers, module_shapes), notes
+        layers = move_to_second_encoder(layers, shapes, notes)
+    return fit_to_model(layers, shapes), notes
+
+
+def _read_parts(
+    tensors: Mapping[str, Tensor],
+    groups: Mapping[str, Mapping[Part, str]],
+    alpha_of: AlphaOf,
+    lost_alpha: float | None,
+    beside: Layers | None,
+) -> tuple[Layers, dict[str, Magnitude]]:
+    """The layers without their magnitudes, and these as the file holds them."""
+    layers, magnitudes = {}, {}
+    for name, keys in groups.items():
+        parts = {part: _numbers(key, part, tensors[key]) for part, key in keys.items()}
+        layer = _factors(name, parts, alpha_of, lost_alpha)
+        if is_ai_toolkit_key(keys.get("magnitude", "")) and layer.scale != 1.0:
+            if beside is None:
+                raise AdapterFormatError(_not_dora(name, layer))
+            # What ai-toolkit computes is a DoRA with alpha = rank and a plain LoRA added to it.
+            beside[name] = dataclasses.replace(layer, alpha=layer.alpha - layer.rank)
+            layer = dataclasses.replace(layer, alpha=float(layer.rank))
+        layers[name] = layer
+        if magnitude := _magnitude(name, parts, layer.weight_shape):
+            magnitudes[name] = magnitude
+    return layers, magnitudes
 
 
 def _not_dora(name: str, layer: LayerWeights) -> str:
@@ -122,16 +130,6 @@ def _not_dora(name: str, layer: LayerWeights) -> str:
         "other program computes; with that alpha, export merges it exactly, and convert --to dense "
         "writes its differences for one base model"
     )
-
-
-def _dora_and_rest(layer: LayerWeights) -> tuple[LayerWeights, LayerWeights]:
-    """What ai-toolkit computes, as a DoRA with alpha = rank and a plain LoRA added to it."""
-    rest = dataclasses.replace(layer, alpha=layer.alpha - layer.rank)
-    return dataclasses.replace(layer, alpha=float(layer.rank)), rest
-
-
-def _known_weights(base_weight: BaseWeight, shapes: ModuleShapes) -> BaseWeight:
-    return lambda name: base_weight(name) if name in shapes else None
 
 
 def _refuse_made_for_one_base(metadata: Mapping[str, str]) -> None:
@@ -229,20 +227,20 @@ def _without_padding(name: str, layer: LayerWeights, metadata: Mapping[str, str]
 
 
 def fit_to_model(
-    layers: Mapping[str, LayerWeights], module_shapes: ModuleShapes
-) -> dict[str, LayerWeights]:
+    layers: Mapping[str, LayerWeights], shapes: Mapping[str, tuple[int, ...]]
+) -> Layers:
     """Check that every layer fits a module of the model; give 1x1 convolutions their shape.
 
     Raises:
         AdapterFormatError: If layers have no module, or one of another shape; it lists them.
     """
-    if missing := [name for name in layers if name not in module_shapes]:
+    if missing := [name for name in layers if name not in shapes]:
         raise AdapterFormatError(f"the model has no module for {listing(missing)}")
-    fitted = {name: _as_module(layer, module_shapes[name]) for name, layer in layers.items()}
+    fitted = {name: _as_module(layer, shapes[name]) for name, layer in layers.items()}
     if wrong := [
-        f"{name} {layer.weight_shape} on {tuple(module_shapes[name])}"
+        f"{name} {layer.weight_shape} on {tuple(shapes[name])}"
         for name, layer in fitted.items()
-        if layer.weight_shape != tuple(module_shapes[name])
+        if layer.weight_shape != tuple(shapes[name])
     ]:
         raise AdapterFormatError(f"the adapter was made for another model: {listing(wrong)}")
     return fitted
@@ -266,9 +264,9 @@ def peft_component(keys: list[str], folder_name: str, stamped: str) -> str:
         AdapterFormatError: If none of these tells.
     """
     for name in (stamped, folder_name):
-        if name in ("unet", "text_encoder", "text_encoder_2"):
+        if name in COMPONENTS:
             return name
-    guesses = {component_of(key.removeprefix("base_model.model.")) for key in keys}
+    guesses = {component_of(key.removeprefix(PEFT_PREFIX)) for key in keys}
     guess = guesses.pop() if len(guesses) == 1 else None
     if guess is None:
         raise AdapterFormatError("its PEFT keys belong neither to a UNet nor to a text encoder")

@@ -1,10 +1,10 @@
-"""One adapter on disk: read any known spelling, write a named target atomically."""
+"""One adapter on disk: read any known key format, write a named target atomically."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.families import FAMILIES, guess_family
-from dora_diffusion.formats.adapter.base_targets import TARGETS
-from dora_diffusion.formats.adapter.decode import ModuleShapes, decode_layers, peft_component
-from dora_diffusion.formats.adapter.keys import AdapterFormatError
+from dora_diffusion.formats.adapter.decode import decode_layers, peft_component
+from dora_diffusion.formats.adapter.keys import PEFT_PREFIX, AdapterFormatError
 from dora_diffusion.formats.adapter.metadata import (
     OWN,
     TRAINED_ALPHA,
@@ -24,22 +23,14 @@ from dora_diffusion.formats.adapter.metadata import (
 )
 from dora_diffusion.formats.adapter.peft_folder import peft_config, peft_folders
 from dora_diffusion.formats.adapter.repair import ALPHA_IS_RANK, ALPHA_OF_TRAINING
-from dora_diffusion.formats.adapter.targets import (
-    DIFFUSERS_FILE,
-    PEFT_CONFIG,
-    PEFT_FILE,
-    EncodedFile,
-    WriteOptions,
-)
+from dora_diffusion.formats.adapter.targets.encode import EncodedFile, WriteOptions
+from dora_diffusion.formats.adapter.targets.peft import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
+from dora_diffusion.formats.adapter.targets.registry import TARGETS
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
 from dora_diffusion.formats.files.atomic import atomic_file, save_text
-from dora_diffusion.formats.files.header import PICKLED
-from dora_diffusion.formats.files.stream import (
-    TensorFileError,
-    TensorReader,
-    save_tensors,
-    write_tensors,
-)
-from dora_diffusion.formats.names.sgm_blocks import UNetLayout
+from dora_diffusion.formats.files.header import PICKLED, TensorFileError
+from dora_diffusion.formats.files.stream import TensorReader, save_tensors, write_tensors
+from dora_diffusion.formats.names.unet import UNetLayout, known_layout
 from dora_diffusion.numerics.weights import LayerWeights
 
 __all__ = [
@@ -70,6 +61,12 @@ class AdapterFile:
     beside: dict[str, LayerWeights] = field(default_factory=dict)
 
     @property
+    def family(self) -> str:
+        """What the file says, or its shapes; ``""`` if neither tells."""
+        shapes = {name: layer.weight_shape for name, layer in self.layers.items()}
+        return self.metadata.family or guess_family(shapes)
+
+    @property
     def assumptions(self) -> tuple[str, ...]:
         """Those of the notes that say what was assumed, and may be wrong."""
         return tuple(note for note in self.notes if ALPHA_IS_RANK in note)
@@ -87,8 +84,7 @@ def write_adapter(
     *,
     dtype: torch.dtype | None = None,
     unet_layout: UNetLayout | None = None,
-    text_model_prefix: bool = False,
-    base_weight: Callable[[str], Tensor] | None = None,
+    base: ModelWeights | None = None,
 ) -> Path:
     """Write an adapter, each file atomically.
 
@@ -99,10 +95,10 @@ def write_adapter(
         target: A name in ``TARGETS``.
         dtype: Of the low-rank factors (of the differences, for ``dense``); None keeps theirs.
             Magnitudes are float32.
-        unet_layout: For kohya names of an SDXL UNet not shaped like the released one.
-        text_model_prefix: In a ``peft`` folder, name modules as transformers before 5.6 do.
-        base_weight: Base weight by canonical module name, for targets made for one base model
-            (``comfyui`` with magnitudes on the output axis, and ``dense``).
+        unet_layout: For kohya names of an SDXL UNet not shaped like the released one; that of
+            the base if None.
+        base: The base model, for targets made for one (``comfyui`` with magnitudes on the output
+            axis, and ``dense``).
 
     Returns:
         The file (or the folder, for ``peft``) that was written.
@@ -127,9 +123,9 @@ def write_adapter(
         path = path / file_name
     elif file_name is None and path.suffix == ".safetensors":
         raise AdapterFormatError(f"the {target} target is a folder, not a file: {path.name}")
-    options = WriteOptions(
-        dtype, path.stem, unet_layout, text_model_prefix, base_weight, adapter.beside
-    )
+    if base is not None:
+        unet_layout = unet_layout or known_layout(module_shapes(base))
+    options = WriteOptions(dtype, path.stem, unet_layout, base, adapter.beside)
     files = TARGETS[target].encode(adapter.layers, adapter.metadata, options)
     if file_name is None:
         _write_folder(path, files)
@@ -164,24 +160,18 @@ def _write_file(path: Path, file: EncodedFile) -> None:
 
 def read_adapter(
     path: str | Path,
-    module_shapes: ModuleShapes | None = None,
+    base: ModelWeights | None = None,
     *,
-    base_weight: Callable[[str], Tensor] | None = None,
     alpha: float | None = None,
-    base_family: str = "",
     sums: bool = False,
 ) -> AdapterFile:
     """Read an adapter file, an output folder that holds one, or a PEFT folder.
 
     Args:
         path: The file or folder.
-        module_shapes: Weight shapes of the model by canonical module name: resolves underscore
-            names exactly for any model, and checks that every layer fits.
-        base_weight: Base weight by canonical module name; tells the axis of magnitudes whose
-            shape does not.
+        base: The model that it is for: resolves underscore names exactly, checks that every layer
+            fits, and tells the axis of magnitudes whose shape does not.
         alpha: What it was trained with, for a file that lost it.
-        base_family: Family of the model, to be named if the adapter is made for another one; told
-            by the shapes where not given.
         sums: Read an ai-toolkit DoRA with alpha other than its rank as what it is, a DoRA with a
             LoRA ``beside`` it, instead of refusing it.
 
@@ -190,20 +180,18 @@ def read_adapter(
             without guessing.
         FileNotFoundError: If there is nothing at the path.
     """
-    found = find_adapter(path)
+    file = find_adapter(path)
     try:
-        return _read(found, module_shapes, base_weight, alpha, sums)
+        return _read(file, base, alpha, sums)
     except AdapterFormatError as error:
-        if module_shapes is None:
+        if base is None:
             raise
-        made_for, used_on = (
-            FAMILIES.get(name)
-            for name in (_family(found), base_family or guess_family(module_shapes))
-        )
+        made_for = FAMILIES.get(_family(file))
+        used_on = base.family or FAMILIES.get(guess_family(module_shapes(base)))
         if made_for is None or used_on is None or made_for == used_on:
             raise
         raise AdapterFormatError(
-            f"{found.name}: this adapter was made for {made_for.title} ({made_for.name}), the base "
+            f"{file.name}: this adapter was made for {made_for.title} ({made_for.name}), the base "
             f"is {used_on.title} ({used_on.name}): use it with a base model of its own family, or "
             "train it again on this one"
         ) from error
@@ -212,33 +200,25 @@ def read_adapter(
 def _family(path: Path) -> str:
     """What the file says, or its shapes; ``""`` if neither tells, or it cannot be read."""
     try:
-        adapter = _read(path, None, None, None, sums=True)
+        adapter = _read(path, None, None, sums=True)
     except AdapterFormatError:
         return ""
-    shapes = {name: layer.weight_shape for name, layer in adapter.layers.items()}
-    return adapter.metadata.family or guess_family(shapes)
+    return adapter.family
 
 
-def _read(
-    found: Path,
-    module_shapes: ModuleShapes | None,
-    base_weight: Callable[[str], Tensor] | None,
-    alpha: float | None,
-    sums: bool,
-) -> AdapterFile:
-    if found.is_dir():
-        return _read_peft_folders(found, module_shapes, alpha)
-    if found.name == PEFT_FILE and (found.parent / PEFT_CONFIG).is_file():
-        return _read_peft_folders(found.parent, module_shapes, alpha)
-    tensors, metadata = _load(found)
-    if any(key.startswith("base_model.model.") for key in tensors):
-        raise AdapterFormatError(f"{found.name} is a PEFT file without its {PEFT_CONFIG}")
+def _read(file: Path, base: ModelWeights | None, alpha: float | None, sums: bool) -> AdapterFile:
+    if file.is_dir():
+        return _read_peft_folders(file, base, alpha)
+    if file.name == PEFT_FILE and (file.parent / PEFT_CONFIG).is_file():
+        return _read_peft_folders(file.parent, base, alpha)
+    tensors, metadata = _load(file)
+    if any(key.startswith(PEFT_PREFIX) for key in tensors):
+        raise AdapterFormatError(f"{file.name} is a PEFT file without its {PEFT_CONFIG}")
     beside: dict[str, LayerWeights] = {}
-    with _naming(found):
+    with _naming(file):
         layers, notes = decode_layers(
-            tensors, metadata, module_shapes=module_shapes, base_weight=base_weight, alpha=alpha,
-            beside=beside if sums else None,
-        )  # fmt: skip
+            tensors, metadata, base, alpha=alpha, beside=beside if sums else None
+        )
     return AdapterFile(layers, _facts(metadata, layers), tuple(notes), beside)
 
 
@@ -268,9 +248,7 @@ def find_adapter(path: str | Path) -> Path:
     return files[0]
 
 
-def _read_peft_folders(
-    path: Path, module_shapes: ModuleShapes | None, alpha: float | None
-) -> AdapterFile:
+def _read_peft_folders(path: Path, base: ModelWeights | None, alpha: float | None) -> AdapterFile:
     layers: dict[str, LayerWeights] = {}
     facts: AdapterMetadata | None = None
     notes: list[str] = []
@@ -281,13 +259,12 @@ def _read_peft_folders(
             component = peft_component(
                 list(tensors), folder.name, metadata.get(OWN + "component", "")
             )
-            own, said = decode_layers(
-                tensors, metadata, module_shapes=module_shapes, component=component, config=config,
-                alpha=alpha,
-            )  # fmt: skip
-        layers |= own
-        notes += said
-        facts = facts or _facts(metadata, own)
+            of_component, repairs = decode_layers(
+                tensors, metadata, base, component=component, config=config, alpha=alpha
+            )
+        layers |= of_component
+        notes += repairs
+        facts = facts or _facts(metadata, of_component)
     facts = facts or AdapterMetadata(format_version="")
     return AdapterFile(layers, facts, tuple(dict.fromkeys(notes)))
 

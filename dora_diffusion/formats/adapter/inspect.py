@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from dora_diffusion.families import guess_family
 from dora_diffusion.formats.adapter.alpha import DIFFUSERS_METADATA
 from dora_diffusion.formats.adapter.consumers import (
     OTHER,
     file_kind,
+    key_format_of,
     left_out_by_diffusers,
     some_layers,
-    spelling_of,
     stated_approximation,
     tools_for,
     verdicts,
@@ -29,7 +27,6 @@ from dora_diffusion.formats.adapter.file import (
     find_adapter,
     read_adapter,
 )
-from dora_diffusion.formats.adapter.keys import listing, name_resolver
 from dora_diffusion.formats.adapter.metadata import (
     OWN,
     TRAINED_ALPHA,
@@ -37,76 +34,64 @@ from dora_diffusion.formats.adapter.metadata import (
     parse_metadata,
 )
 from dora_diffusion.formats.adapter.report import AdapterReport
-from dora_diffusion.formats.adapter.targets import PEFT_FILE
-from dora_diffusion.formats.files.stream import Header, TensorFileError, read_header
+from dora_diffusion.formats.adapter.targets.peft import PEFT_FILE
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
+from dora_diffusion.formats.files.header import Header, TensorFileError, read_header
+from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.wording import listing
 
 # Data types in which numbers are rounded -> the largest relative error of one.
 _HALF = {torch.float16: "5e-4", torch.bfloat16: "4e-3"}
 
 
-def inspect_adapter(
-    path: str | Path,
-    module_shapes: Mapping[str, tuple[int, ...]] | None = None,
-    base_weight: Callable[[str], Tensor] | None = None,
-    base_family: str = "",
-) -> AdapterReport:
+def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterReport:
     """Read an adapter and report what it is.
 
     Args:
         path: The file or folder.
-        module_shapes: Weight shapes of a base model by canonical module name, to say if it fits.
-        base_weight: Its weights, to tell the axis of magnitudes whose shape does not.
-        base_family: Its family.
+        base: A model that it may fit; its weights tell the axis of magnitudes whose shape does not.
 
     Raises:
         AdapterFormatError: If it is not an adapter that can be read, with the reason.
     """
-    found = find_adapter(path)
-    files = sorted(found.rglob(PEFT_FILE)) if found.is_dir() else [found]
+    file = find_adapter(path)
+    files = sorted(file.rglob(PEFT_FILE)) if file.is_dir() else [file]
     headers = _headers(files)
     if _is_for_one_base(headers):
-        return _report_for_one_base(found, headers[0], module_shapes)
-    adapter, fits = _read(found, module_shapes, base_weight, base_family)
-    layers = adapter.layers
+        shapes = None if base is None else module_shapes(base)
+        return _report_for_one_base(file, headers[0], shapes)
+    adapter, fits = _read(file, base)
+    layers, axis = adapter.layers, _axis(adapter.layers)
     keys = [key for header in headers for key in header.specs]
-    spelling = spelling_of(keys)
-    readable = spelling if _is_as_programs_read_it(spelling, layers, headers) else OTHER
-    kind = file_kind(readable, _axis(layers))
-    shapes = {name: layer.weight_shape for name, layer in layers.items()}
-    facts = adapter.metadata
-    if not facts.family:
-        facts = dataclasses.replace(facts, family=guess_family(shapes))
+    key_format = key_format_of(keys)
+    readable = key_format if _is_as_programs_read_it(key_format, layers, headers) else OTHER
+    facts = dataclasses.replace(adapter.metadata, family=adapter.family)
     alpha = describe({name: layer.alpha for name, layer in layers.items()})
     return AdapterReport(
-        path=found,
-        spelling=spelling,
+        path=file,
+        key_format=key_format,
         metadata=facts,
         layers=dict(Counter(name.split(".")[0] for name in layers)),
-        kinds=dict(Counter(_kind(layer) for layer in layers.values())),
+        kinds=dict(Counter(_kind_of_shape(layer.weight_shape) for layer in layers.values())),
         method=_method(layers),
-        norm_axis=_axis(layers),
+        norm_axis=axis,
         rank=describe({name: layer.rank for name, layer in layers.items()}),
         alpha=facts.extra.get(TRAINED_ALPHA, alpha),
         parameters=sum(_parameters(layer) for layer in layers.values()),
-        nbytes=sum(file.stat().st_size for file in files),
-        notes=(*adapter.notes, *_notes(readable, _axis(layers), headers)),
-        tools=verdicts(kind, layers, keys, stated_approximation(facts.extra)),
+        nbytes=sum(part.stat().st_size for part in files),
+        notes=(*adapter.notes, *_notes(readable, axis, headers)),
+        tools=verdicts(file_kind(readable, axis), layers, keys, stated_approximation(facts.extra)),
         fits=fits,
     )
 
 
-def _read(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]] | None,
-    base_weight: Callable[[str], Tensor] | None,
-    base_family: str,
-) -> tuple[AdapterFile, str]:
+def _read(path: Path, base: ModelWeights | None) -> tuple[AdapterFile, str]:
     """The adapter, and whether it fits; one that does not is read all the same."""
-    if shapes is None:
+    if base is None:
         return read_adapter(path), ""
     try:
-        adapter = read_adapter(path, shapes, base_weight=base_weight, base_family=base_family)
+        adapter = read_adapter(path, base)
     except AdapterFormatError as error:
         return read_adapter(path), f"no: {str(error).removeprefix(path.name + ': ')}"
     return adapter, f"yes, all {len(adapter.layers)} layers"
@@ -145,23 +130,23 @@ def _report_for_one_base(
             "its magnitudes are changed to be exact in ComfyUI 0.3.64 and Forge: wrong elsewhere, "
             "and there too if their formula changes; a merged checkpoint never breaks"
         )
-    own = header.metadata
+    facts = header.metadata
     fits = "" if shapes is None else _fits_one_base(header, keys, shapes)
     return AdapterReport(
         path=path,
-        spelling="kohya",
-        metadata=parse_metadata(own),
+        key_format="kohya",
+        metadata=parse_metadata(facts),
         layers=dict(components),
         kinds=dict(Counter(_kind_of_shape(header.specs[key].shape) for key in keys)),
         method="full differences" if dense else "DoRA",
-        norm_axis=own.get(OWN + "norm_axis", "").replace("none", ""),
-        rank=own.get(OWN + "rank", ""),
-        alpha=own.get(OWN + "alpha", ""),
+        norm_axis=facts.get(OWN + "norm_axis", "").replace("none", ""),
+        rank=facts.get(OWN + "rank", ""),
+        alpha=facts.get(OWN + "alpha", ""),
         parameters=sum(math.prod(spec.shape) for spec in header.specs.values()),
         nbytes=path.stat().st_size,
         notes=(
             note,
-            f"for one base model: {parse_metadata(own).base_model or 'which is not said'}",
+            f"for one base model: {parse_metadata(facts).base_model or 'which is not said'}",
         ),
         tools=tools_for("dense" if dense else "comfyui"),
         fits=fits,
@@ -196,7 +181,7 @@ def _kind_of_shape(shape: tuple[int, ...]) -> str:
 
 
 def _is_as_programs_read_it(
-    spelling: str, layers: Mapping[str, LayerWeights], headers: list[Header]
+    key_format: str, layers: Mapping[str, LayerWeights], headers: list[Header]
 ) -> bool:
     """Whether programs that know the keys also read the numbers as they are meant.
 
@@ -204,22 +189,18 @@ def _is_as_programs_read_it(
     their axis; and PEFT makes all layers of a component DoRA, or none.
     """
     specs = {key: spec for header in headers for key, spec in header.specs.items()}
-    says_alpha = sum(key.endswith(".alpha") for key in specs) >= len(layers) or spelling == "peft"
+    says_alpha = sum(key.endswith(".alpha") for key in specs) >= len(layers) or key_format == "peft"
     says_alpha |= any(DIFFUSERS_METADATA in header.metadata for header in headers)
     if not says_alpha and any(layer.scale != 1.0 for layer in layers.values()):
         return False
-    if spelling != "kohya":
-        kinds = {(n.split(".")[0], one.magnitude is None) for n, one in layers.items()}
+    if key_format != "kohya":
+        kinds = {(n.split(".")[0], layer.magnitude is None) for n, layer in layers.items()}
         return len(kinds) == len({component for component, _ in kinds})
     if (axis := _axis(layers)) == "mixed":
         return True
     along = 1 if axis == "input" else 0
     shapes = [spec.shape for key, spec in specs.items() if key.endswith(".dora_scale")]
     return all(len(shape) > 1 and shape[along] == math.prod(shape) for shape in shapes)
-
-
-def _kind(layer: LayerWeights) -> str:
-    return _kind_of_shape(layer.weight_shape)
 
 
 def _method(layers: Mapping[str, LayerWeights]) -> str:
@@ -237,7 +218,7 @@ def _parameters(layer: LayerWeights) -> int:
     return layer.down.numel() + layer.up.numel() + magnitude
 
 
-def _notes(spelling: str, axis: str, headers: list[Header]) -> list[str]:
+def _notes(key_format: str, axis: str, headers: list[Header]) -> list[str]:
     notes = []
     keys = [key for header in headers for key in header.specs]
     if left_out := left_out_by_diffusers(keys):
@@ -249,11 +230,11 @@ def _notes(spelling: str, axis: str, headers: list[Header]) -> list[str]:
     for dtype in _HALF.keys() & dtypes:
         name = str(dtype).removeprefix("torch.")
         notes.append(f"its numbers are rounded to {name}: exact means up to {_HALF[dtype]}")
-    if spelling == OTHER:
+    if key_format == OTHER:
         notes.append("programs read few of such files as they are meant: convert it for yours")
     elif not axis:
         notes.append("a plain LoRA: programs compute the layers that they read of it alike")
-    elif spelling != "kohya":
+    elif key_format != "kohya":
         notes.append("for web UIs export a merged checkpoint, which never breaks, or convert it")
     elif axis == "output":
         notes.append(

@@ -11,39 +11,27 @@ is an error that lists them: a loader that skips keys loads half an adapter with
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Literal
 
-from dora_diffusion.families import COMPONENTS
 from dora_diffusion.formats.adapter.other_methods import other_method
-from dora_diffusion.formats.names.modules import (
+from dora_diffusion.formats.names.kohya import (
     KOHYA_PREFIXES,
     LYCORIS_PREFIX,
-    canonical,
+    Resolve,
     component_of,
     is_sgm_path,
-    resolve_by_structure,
-    spelling_table,
-    split_prefix,
 )
-from dora_diffusion.formats.names.sgm_blocks import USUAL_LAYOUT, UNetLayout
-
-# Projections trained as one matrix, one below the other -> their own names.
-_JOINED = {
-    "to_qkv": ("to_q", "to_k", "to_v"),
-    "to_kv": ("to_k", "to_v"),
-    "in_proj": ("q_proj", "k_proj", "v_proj"),
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-}
+from dora_diffusion.formats.names.modules import canonical, split_prefix
+from dora_diffusion.wording import listing
 
 # down and up are A and B; mid is the core of a Tucker-decomposed convolution. A `magnitude` is
 # PEFT's (always the output axis), a `dora_scale` tells its axis by its shape.
 Part = Literal["down", "up", "mid", "alpha", "magnitude", "dora_scale"]
-Resolve = Callable[[str], "str | None"]
 
 PEFT_PREFIX = "base_model.model."
 
-_DOWN_UP: dict[str, Part] = {"A": "down", "B": "up", "down": "down", "up": "up"}
+_FACTORS: dict[str, Part] = {"A": "down", "B": "up", "down": "down", "up": "up", "mid": "mid"}
 _KOHYA_PARTS: dict[str, Part] = {
     "lora_down.weight": "down",
     "lora_up.weight": "up",
@@ -75,7 +63,7 @@ class AdapterFormatError(ValueError):
 
 
 def is_kohya_key(key: str) -> bool:
-    """Whether a key is spelled as kohya's scripts and LyCORIS spell it."""
+    """Whether a key is in the key format of kohya's scripts and LyCORIS."""
     # With a dot after the prefix, too: `lora_unet.conv_in.lora_magnitude_vector`, half renamed.
     return key.replace(".", "_").startswith((*KOHYA_PREFIXES, LYCORIS_PREFIX))
 
@@ -83,33 +71,6 @@ def is_kohya_key(key: str) -> bool:
 def is_ai_toolkit_key(key: str) -> bool:
     """Whether a key is a magnitude of ai-toolkit's DoRA."""
     return key.endswith(".magnitude")
-
-
-def name_resolver(known: Iterable[str] | None = None, layout: UNetLayout | None = None) -> Resolve:
-    """Function from a kohya-style module name to the canonical name (None if unknown).
-
-    Args:
-        known: Canonical module names of the model. They decide where given.
-        layout: UNet layout for original block names, the released SDXL's if None.
-    """
-    by_structure = layout or USUAL_LAYOUT
-    if known is None:
-        return lambda flat: resolve_by_structure(flat, by_structure)
-    names = {name for name in known if name.partition(".")[0] in COMPONENTS}
-    table = spelling_table(names)
-
-    def resolve(flat: str) -> str | None:
-        name = table.get(flat) or resolve_by_structure(flat, by_structure)
-        parts = joined_parts(name) if name else []
-        return name if name in names or (parts and names.issuperset(parts)) else None
-
-    return resolve
-
-
-def joined_parts(name: str) -> list[str]:
-    """Canonical names that a joined attention projection stands for; empty for any other name."""
-    parent, _, leaf = name.rpartition(".")
-    return [f"{parent}.{part}" for part in _JOINED.get(leaf, ())]
 
 
 def parse_key(key: str, resolve: Resolve, component: str | None = None) -> tuple[str, Part] | None:
@@ -123,11 +84,11 @@ def parse_key(key: str, resolve: Resolve, component: str | None = None) -> tuple
     """
     if is_kohya_key(key):
         return _parse_kohya_key(key, resolve)
-    said, path = split_prefix(key.removeprefix(PEFT_PREFIX))
+    stated, path = split_prefix(key.removeprefix(PEFT_PREFIX))
     match = _DOTTED.fullmatch(path.replace(".processor.", "."))
     if match is None:
         return None
-    component = said or component or component_of(match["module"])
+    component = stated or component or component_of(match["module"])
     if component == "unet" and is_sgm_path(match["module"]):
         # OneTrainer's OMI, COMFY and ORIGINAL files: original block names, with dots.
         name = resolve("lora_unet_" + match["module"].replace(".", "_"))
@@ -154,12 +115,8 @@ def _parse_kohya_key(key: str, resolve: Resolve) -> tuple[str, Part] | None:
 def _part(match: re.Match[str]) -> Part:
     if match["magnitude"] is not None:
         return "magnitude"
-    if match["kohya"] == "mid":
-        return "mid"
     side = match["ab"] or match["updown"] or match["kohya"] or match["processor"]
-    if side:
-        return _DOWN_UP[side]
-    return _KOHYA_PARTS[match["other"]]
+    return _FACTORS[side] if side else _KOHYA_PARTS[match["other"]]
 
 
 def _modern_path(path: str, component: str) -> str:
@@ -211,13 +168,6 @@ def _left_over_message(keys: list[str]) -> str:
     return f"{len(keys)} keys belong to no known module: {listing(keys)}"
 
 
-def listing(names: Iterable[str], limit: int = 10) -> str:
-    """Some names for an error message, with the number of those left out."""
-    names = sorted(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
 def rename_one_to_one(
     names: Iterable[str], rename: Callable[[str], str | None], what: str
 ) -> dict[str, str]:
@@ -229,14 +179,9 @@ def rename_one_to_one(
     renamed = {name: rename(name) for name in names}
     if missing := [name for name, new in renamed.items() if new is None]:
         raise AdapterFormatError(f"modules without a name in {what}: {listing(missing)}")
-    found: dict[str, str] = {name: new for name, new in renamed.items() if new is not None}
-    if twice := _repeated(found):
-        raise AdapterFormatError(f"modules that would share a name in {what}: {listing(twice)}")
-    return found
-
-
-def _repeated(renamed: Mapping[str, str]) -> list[str]:
     owners: dict[str, list[str]] = {}
     for name, new in renamed.items():
-        owners.setdefault(new, []).append(name)
-    return [" and ".join(group) for group in owners.values() if len(group) > 1]
+        owners.setdefault(str(new), []).append(name)
+    if repeated := [" and ".join(group) for group in owners.values() if len(group) > 1]:
+        raise AdapterFormatError(f"modules that would share a name in {what}: {listing(repeated)}")
+    return {name: new for new, (name,) in owners.items()}

@@ -7,17 +7,18 @@ the shape of the input axis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from dora_diffusion.formats.adapter.keys import AdapterFormatError, listing
+from dora_diffusion.formats.adapter.keys import AdapterFormatError
+from dora_diffusion.formats.adapter.metadata import described
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
 from dora_diffusion.numerics.dora import squared_norm, weight_norm
 from dora_diffusion.numerics.weights import NORM_AXES, NormAxis
+from dora_diffusion.wording import listing
 
-# Base weight by canonical module name, None where the base has no such module.
-BaseWeight = Callable[[str], "Tensor | None"]
 # Magnitudes belong to an axis when they are this near to the base's norms there (relative), and
 # twice as near as to those of the other axis. Training moves them by a few percent.
 _NEAR = 0.5
@@ -65,22 +66,22 @@ class Magnitude:
 
 def resolve_axes(
     magnitudes: Mapping[str, Magnitude],
-    stated: Callable[[str], str],
-    base_weight: BaseWeight | None,
+    stated: str,
+    base: ModelWeights | None,
     notes: list[str],
 ) -> dict[str, NormAxis]:
     """The axis of each layer's magnitude.
 
     Args:
         magnitudes: By canonical module name.
-        stated: What the file itself says of a layer's axis, ``""`` if nothing.
-        base_weight: Base weight by canonical module name, to tell what shapes leave open.
+        stated: What the file itself says of the axis, as `describe` writes it.
+        base: The base model, whose weights tell what shapes leave open.
         notes: Gets a line for each kind of repair.
 
     Raises:
         AdapterFormatError: If an axis cannot be told.
     """
-    forms = {name: one.form() for name, one in magnitudes.items()}
+    forms = {name: magnitude.form() for name, magnitude in magnitudes.items()}
     _refuse_misfits(magnitudes, forms)
     # One network has one axis, so a square convolution is read as the rest of the file is.
     peft_shaped = "peft" in forms.values()
@@ -89,35 +90,35 @@ def resolve_axes(
     open_names = []
     peft = 0
     for name, form in forms.items():
-        own = stated(name)
-        if form == "peft" or (form == "square" and peft_shaped and not own):
+        axis_stated = described(stated, name)
+        if form == "peft" or (form == "square" and peft_shaped and not axis_stated):
             axes[name] = "output"
             peft += 1
         elif form in ("output", "input"):
             axes[name] = "output" if form == "output" else "input"
-        elif form == "square" and (own or not output_only):
-            axes[name] = "output" if own == "output" else "input"
+        elif form == "square" and (axis_stated or not output_only):
+            axes[name] = "output" if axis_stated == "output" else "input"
         else:
             open_names.append(name)
     if peft:
         notes.append(
             f"{peft} magnitudes were in PEFT's shape (1, out, 1, 1): put on the output axis"
         )
-    return axes | _told_by_base({name: magnitudes[name] for name in open_names}, base_weight, notes)
+    return axes | _told_by_base({name: magnitudes[name] for name in open_names}, base, notes)
 
 
 def _refuse_misfits(magnitudes: Mapping[str, Magnitude], forms: Mapping[str, str]) -> None:
     if wrong := sorted(name for name, form in forms.items() if not form):
-        one = magnitudes[wrong[0]]
+        first = magnitudes[wrong[0]]
         more = f"; so have {listing(wrong[1:])}" if wrong[1:] else ""
         raise AdapterFormatError(
-            f"{wrong[0]}: its dora_scale has shape {one.shape}, which fits neither axis of the "
-            f"weight {one.weight_shape}{more}"
+            f"{wrong[0]}: its dora_scale has shape {first.shape}, which fits neither axis of the "
+            f"weight {first.weight_shape}{more}"
         )
 
 
 def _told_by_base(
-    magnitudes: Mapping[str, Magnitude], base_weight: BaseWeight | None, notes: list[str]
+    magnitudes: Mapping[str, Magnitude], base: ModelWeights | None, notes: list[str]
 ) -> dict[str, NormAxis]:
     """The axis of magnitudes whose shape does not say it: one for all that fit both axes."""
     if not magnitudes:
@@ -129,7 +130,7 @@ def _told_by_base(
         f"{name}: its dora_scale is {what}, {first.shape}, so it does not tell whether it "
         f"belongs to the outputs or the inputs of the {first.weight_shape} weight"
     )
-    if base_weight is None:
+    if base is None:
         out, into = first.weight_shape[:2]
         others = magnitudes.keys() - {name}
         more = f"; nor do those of {listing(others)}" if others else ""
@@ -139,13 +140,13 @@ def _told_by_base(
         )
     both: dict[str, Magnitude] = {}
     axes: dict[str, NormAxis] = {}
-    for name, one in magnitudes.items():
-        if one.fits("output") and one.fits("input"):
-            both[name] = one
+    for name, magnitude in magnitudes.items():
+        if magnitude.fits("output") and magnitude.fits("input"):
+            both[name] = magnitude
         else:
-            axes[name] = "output" if one.fits("output") else "input"
-    found: set[NormAxis] = set(axes.values())
-    axis = found.pop() if len(found) == 1 else _nearest(both, base_weight) if both else "output"
+            axes[name] = "output" if magnitude.fits("output") else "input"
+    told: set[NormAxis] = set(axes.values())
+    axis = told.pop() if len(told) == 1 else _nearest(both, base) if both else "output"
     if axis is None:
         raise AdapterFormatError(
             f"{reason}, and the norms of this base's weights do not tell either"
@@ -157,14 +158,15 @@ def _told_by_base(
     return axes
 
 
-def _nearest(magnitudes: Mapping[str, Magnitude], base_weight: BaseWeight) -> NormAxis | None:
+def _nearest(magnitudes: Mapping[str, Magnitude], base: ModelWeights) -> NormAxis | None:
     """The axis whose norms in the base are clearly nearer to the magnitudes."""
     off = {"output": 0.0, "input": 0.0}
     size = 0.0
     for name, magnitude in magnitudes.items():
-        weight, values = base_weight(name), magnitude.tensor.flatten()
-        if weight is None or tuple(weight.shape) != magnitude.weight_shape:
+        spec = base.specs.get(f"{name}.weight")
+        if spec is None or spec.shape != magnitude.weight_shape:
             continue  # an adapter for another model, or a joined projection
+        weight, values = module_weight(base, name), magnitude.tensor.flatten()
         for axis in NORM_AXES:
             off[axis] += (values - weight_norm(weight, axis)).square().sum().item()
         size += squared_norm(weight, "output").sum().item()

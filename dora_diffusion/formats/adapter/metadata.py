@@ -50,7 +50,7 @@ class AdapterMetadata:
             ``unet_layers_per_block`` is what kohya's names of an SDXL UNet depend on, as
             `UNetLayout.text` gives it.
         tags: Words that describe the adapter, for adapter managers.
-        thumbnail: A small picture as a data URI (``data:image/jpeg;base64,...``).
+        thumbnail: A small image as a data URI (``data:image/jpeg;base64,...``).
         tag_frequency: How often each tag is in the captions that it was trained with.
     """
 

@@ -8,7 +8,7 @@ from typing import Any
 from dora_diffusion.families import COMPONENTS
 from dora_diffusion.formats.adapter.alpha import json_object, refuse_changed_base
 from dora_diffusion.formats.adapter.keys import AdapterFormatError
-from dora_diffusion.formats.adapter.targets import PEFT_CONFIG
+from dora_diffusion.formats.adapter.targets.peft import PEFT_CONFIG
 
 
 def peft_folders(path: Path) -> list[Path]:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from dora_diffusion.formats.adapter.keys import (
-    PEFT_PREFIX,
-    AdapterFormatError,
-    is_kohya_key,
-    joined_parts,
-)
-from dora_diffusion.formats.names.modules import is_sgm_path, split_prefix
+from dora_diffusion.formats.adapter.keys import PEFT_PREFIX, AdapterFormatError, is_kohya_key
+from dora_diffusion.formats.names.kohya import is_sgm_path, joined_parts
+from dora_diffusion.formats.names.modules import split_prefix
 from dora_diffusion.numerics.weights import LayerWeights
 
 # What stands in every note that says so, by which it is found again.
@@ -65,7 +61,7 @@ def has_component(key: str) -> bool:
 
 
 def key_notes(keys: Iterable[str]) -> list[str]:
-    """What the spelling of a file's keys says about who broke it."""
+    """What the format of a file's keys says about who broke it."""
     keys = list(keys)
     notes = []
     kohya = any(is_kohya_key(key) for key in keys)
@@ -79,7 +75,7 @@ def key_notes(keys: Iterable[str]) -> list[str]:
     if any(bare):
         notes.append(
             "diffusers with transformers 5 drops its text-encoder magnitudes without a word; "
-            "converted to diffusers they are spelled so that every version reads them"
+            "converted to diffusers they are named so that every version reads them"
         )
     text = [
         k for k in keys if not has_component(k) and ("text_model." in k or "encoder.layers" in k)
@@ -100,14 +96,14 @@ def move_to_second_encoder(
 ) -> dict[str, LayerWeights]:
     """Text-encoder layers of keys without a component, put where their shapes fit."""
     first, second = "text_encoder.", "text_encoder_2."
-    own = [name for name in layers if name.startswith(first)]
-    others = [second + name.removeprefix(first) for name in own]
-    misfit = any(shapes.get(name) != layers[name].weight_shape for name in own)
+    names = [name for name in layers if name.startswith(first)]
+    moved = [second + name.removeprefix(first) for name in names]
+    misfit = any(shapes.get(name) != layers[name].weight_shape for name in names)
     fits = all(
-        shapes.get(new) == layers[old].weight_shape for old, new in zip(own, others, strict=True)
+        shapes.get(new) == layers[old].weight_shape for old, new in zip(names, moved, strict=True)
     )
-    if not own or not misfit or not fits or any(new in layers for new in others):
+    if not names or not misfit or not fits or any(new in layers for new in moved):
         return dict(layers)
     notes.append("by their widths, these are the second text encoder's")
-    renamed = dict(zip(own, others, strict=True))
-    return {renamed.get(name, name): layer for name, layer in layers.items()}
+    new_name = dict(zip(names, moved, strict=True))
+    return {new_name.get(name, name): layer for name, layer in layers.items()}

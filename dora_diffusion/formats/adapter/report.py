@@ -18,8 +18,8 @@ class AdapterReport:
 
     Attributes:
         path: The file, or the folder of a PEFT adapter.
-        spelling: ``"diffusers"``, ``"kohya"`` or ``"peft"``; ``"other"`` if a key is spelled
-            otherwise than these programs spell it.
+        key_format: ``"diffusers"``, ``"kohya"`` or ``"peft"``; ``"other"`` if a key is not as
+            these programs write it.
         metadata: What the file says of itself; the family is guessed from shapes if it does not.
         layers: Number of layers per component.
         kinds: Number of layers per kind: ``"Linear"``, ``"Conv2d 1x1"``, ``"Conv2d 3x3"``.
@@ -35,7 +35,7 @@ class AdapterReport:
     """
 
     path: Path
-    spelling: str
+    key_format: str
     metadata: AdapterMetadata
     layers: Mapping[str, int]
     kinds: Mapping[str, int]
@@ -61,14 +61,14 @@ class AdapterReport:
 def numbers(text: str) -> float | dict[str, float] | str:
     """What a `describe` text holds: one number, or one per layer; any other text as it is."""
     try:
-        found = json.loads(text)
-        if isinstance(found, dict):
-            return {str(name): _number(value) for name, value in found.items()}
-        return _number(found)
+        values = json.loads(text)
+        if isinstance(values, dict):
+            return {str(name): _number(value) for name, value in values.items()}
+        return _number(values)
     except (ValueError, TypeError, RecursionError):
         return text
 
 
 def _number(value: object) -> float:
-    found = float(value)  # type: ignore[arg-type]
-    return int(found) if found.is_integer() else found
+    number = float(value)  # type: ignore[arg-type]
+    return int(number) if number.is_integer() else number

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dora_diffusion.families import COMPONENTS, WEIGHT_COMPONENTS
-from dora_diffusion.formats.files.stream import TensorFileError, TensorReader, TensorSpec
-from dora_diffusion.formats.names.modules import with_text_model
-from dora_diffusion.formats.names.vae import modern_vae_path
+from dora_diffusion.families import WEIGHT_COMPONENTS, detect_folder_family
+from dora_diffusion.formats.checkpoint.entries import names_of_configs, plan_checkpoint
+from dora_diffusion.formats.checkpoint.weights import SingleFile
+from dora_diffusion.formats.files.header import TensorFileError, TensorSpec
+from dora_diffusion.formats.files.stream import TensorReader
+from dora_diffusion.formats.names.modules import canonical
 
 _STEMS = ("diffusion_pytorch_model", "model")
 WEIGHT_SUFFIXES = (
@@ -30,22 +33,26 @@ WEIGHT_SUFFIXES = (
 
 
 class PipelineFolder:
-    """Lazy access to the weights of a diffusers folder. Use as a context manager.
+    """Lazy access to the weights of a Diffusers folder, a `StoredModel`. Use as a context manager.
 
     Attributes:
         path: The folder.
+        family: What kind of model it is.
         index: Its ``model_index.json``.
         readers: A reader per component that has weights.
-        specs: Canonical tensor name -> dtype and shape. Text encoders are spelled with
-            ``text_model.``, however the file spells them.
+        specs: Canonical tensor name -> dtype and shape.
 
     Raises:
         TensorFileError: If it is not a pipeline folder, or lacks readable weights.
+        UnsupportedModelError: If it is another kind of model.
     """
 
+    is_single_file = False
+    other_specs: Mapping[str, TensorSpec] = {}
+
     def __init__(self, path: Path, variant: str | None = None) -> None:
-        self.path = path
-        self.index = read_index(path)
+        self.path, self.index = path, read_index(path)
+        self.family = detect_folder_family(path)
         self.readers: dict[str, TensorReader] = {}
         self.specs: dict[str, TensorSpec] = {}
         self._raw: dict[str, tuple[str, str]] = {}
@@ -56,7 +63,7 @@ class PipelineFolder:
     def _add(self, component: str, reader: TensorReader) -> None:
         self.readers[component] = reader
         for key, spec in reader.specs.items():
-            name = canonical_tensor(component, key)
+            name = canonical(component, key)
             if name in self._raw:
                 raise TensorFileError(f"{component} holds {self._raw[name][1]} and {key}")
             self._raw[name] = (component, key)
@@ -77,28 +84,58 @@ class PipelineFolder:
         component, key = self._raw[name]
         return self.readers[component][key]
 
+    @property
+    def files(self) -> dict[str, list[Path]]:
+        """The weight files of each component."""
+        return {name: reader.files for name, reader in self.readers.items()}
+
+    def shards(self) -> dict[str, list[dict[str, str]]]:
+        """The weight files of each component, each as today's names in it -> canonical names."""
+        return {
+            component: [
+                {
+                    name.removeprefix(f"{component}."): name
+                    for name in (canonical(component, key) for key in reader.names_in(file))
+                }
+                for file in reader.files
+            ]
+            for component, reader in self.readers.items()
+        }
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the first component."""
+        return next(iter(self.readers.values())).metadata
+
     def config(self, component: str) -> dict[str, Any]:
         """A component's config, empty if it has none."""
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         path = self.path / component / name
         return read_json(path) if path.is_file() else {}
 
-    def module_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the UNet's and text encoders' 2-D and 4-D weights by canonical module name."""
-        return {
-            name.removesuffix(".weight"): spec.shape
-            for name, spec in self.specs.items()
-            if name.endswith(".weight")
-            and name.startswith(tuple(f"{component}." for component in COMPONENTS))
-            and len(spec.shape) in (2, 4)
-        }
+    def schedule(self) -> dict[str, Any]:
+        """The settings of its scheduler."""
+        usual = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+        return {**usual, **self.config("scheduler")}
 
+    def markers(self) -> set[str]:
+        """Those that its single file gets."""
+        schedule = self.schedule()
+        if not self.family.marks_v_prediction or schedule["prediction_type"] != "v_prediction":
+            return set()
+        return {"v_pred", "ztsnr"} if schedule["rescale_betas_zero_snr"] else {"v_pred"}
 
-def canonical_tensor(component: str, key: str) -> str:
-    """Canonical name of a tensor in a component's weight file."""
-    if component.startswith("text_encoder"):
-        key = with_text_model(key)
-    return f"{component}.{modern_vae_path(key) if component == 'vae' else key}"
+    def naming_problems(self) -> list[str]:
+        """None: a folder with other names is not opened."""
+        return []
+
+    def single_file(self) -> SingleFile:
+        """All tensors in the original layout, and the markers of a model that predicts v."""
+        configs = {name: self.config(name) for name in (*WEIGHT_COMPONENTS, "scheduler")}
+        names = names_of_configs(self.family, {n: c for n, c in configs.items() if c})
+        entries, empty = plan_checkpoint(self.family, names, self.specs), torch.empty(0)
+        markers = dict.fromkeys(self.markers(), TensorSpec.of(empty))
+        return SingleFile(entries, markers, lambda key: empty)
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path:

@@ -9,7 +9,6 @@ import secrets
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 _SYNCED_BYTES = 2**26
@@ -120,12 +119,7 @@ class SyncedFile:
         """Return the file."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         """Sync, unless writing failed, and close."""
         try:
             if kind is None:

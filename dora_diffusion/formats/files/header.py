@@ -101,10 +101,10 @@ def read_header(path: str | Path) -> Header:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    items = dict(pairs)
+    if len(items) != len(pairs):
         raise ValueError("a name appears twice")
-    return found
+    return items
 
 
 def _parse_spec(item: dict[str, Any]) -> TensorSpec:

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Mapping
 from io import BufferedReader
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,28 +22,12 @@ from torch import Tensor
 from dora_diffusion.formats.files.atomic import SyncedFile, atomic_file
 from dora_diffusion.formats.files.header import (
     DTYPE_NAMES,
-    DTYPES,
-    MAX_HEADER_BYTES,
-    Header,
     TensorFileError,
     TensorSpec,
     read_header,
 )
 from dora_diffusion.numerics.threads import map_ahead
-
-__all__ = [
-    "DTYPES",
-    "MAX_HEADER_BYTES",
-    "Header",
-    "TensorFileError",
-    "TensorReader",
-    "TensorSpec",
-    "data_hash",
-    "read_header",
-    "save_tensors",
-    "shard_files",
-    "write_tensors",
-]
+from dora_diffusion.wording import listing
 
 
 class TensorReader:
@@ -69,12 +52,12 @@ class TensorReader:
             header = read_header(file)
             self.metadata = self.metadata or header.metadata
             if repeated := self.specs.keys() & header.specs.keys():
-                raise TensorFileError(f"{self.path.name}: in two shards: {_listing(repeated)}")
+                raise TensorFileError(f"{self.path.name}: in two shards: {listing(repeated)}")
             self.specs.update(header.specs)
             self._starts.update(header.starts)
             self.file_of.update(dict.fromkeys(header.specs, file))
         if lost := _promised(self.path) - self.specs.keys():
-            raise TensorFileError(f"{self.path.name}: in no shard: {_listing(lost)}")
+            raise TensorFileError(f"{self.path.name}: in no shard: {listing(lost)}")
         self._handles: dict[Path, BufferedReader] = {}
         self._lock = threading.Lock()
 
@@ -82,15 +65,14 @@ class TensorReader:
         """Return the reader; files are opened when a tensor of theirs is asked for."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close all files."""
         self._handles.clear()
         self._stack.close()
+
+    def names_in(self, file: Path) -> list[str]:
+        """The tensors that one of its files holds."""
+        return [name for name, holder in self.file_of.items() if holder == file]
 
     def __getitem__(self, name: str) -> Tensor:
         """Load one tensor."""
@@ -111,10 +93,10 @@ def shard_files(path: Path) -> list[Path]:
         return [path]
     names = set(_weight_map(path).values())
     if bad := [name for name in names if Path(name).name != name]:
-        raise TensorFileError(f"{path.name} names shards outside its folder: {_listing(bad)}")
+        raise TensorFileError(f"{path.name} names shards outside its folder: {listing(bad)}")
     files = [path.parent / name for name in sorted(names)]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise TensorFileError(f"{path.name}: missing shards: {_listing(missing)}")
+        raise TensorFileError(f"{path.name}: missing shards: {listing(missing)}")
     return files
 
 
@@ -189,10 +171,10 @@ def _file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
 
 def data_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the data (all behind the header) of the file that `save_tensors` writes."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in _file_order({name: TensorSpec.of(tensor) for name, tensor in tensors.items()}):
-        found.update(_raw(tensors[name]))
-    return found.hexdigest()
+        digest.update(_raw(tensors[name]))
+    return digest.hexdigest()
 
 
 def save_tensors(
@@ -236,7 +218,3 @@ def _raw(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     view: memoryview = flat.view(torch.uint8).numpy().data
     return view
-
-
-def _listing(names: Any) -> str:
-    return ", ".join(sorted(names)[:10])

@@ -1,0 +1,1 @@
+"""A merged Diffusers folder: what it holds, and how it is written."""

@@ -1,0 +1,137 @@
+"""What everything that holds a model's weights has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.families import COMPONENTS, Family
+from dora_diffusion.formats.checkpoint.entries import Entry
+from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.numerics.merging import MergeError
+
+
+class ModelWeights(Protocol):
+    """A model's weights by canonical tensor name, in a folder, a file, live modules or a merge.
+
+    Text-encoder names have ``text_model.``, however the holder names them.
+    """
+
+    @property
+    def family(self) -> Family | None:
+        """What kind of model it is, None if that is not known."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Dtype and shape of every tensor."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Load one tensor."""
+
+
+class StoredModel(ModelWeights, Protocol):
+    """The weights of a whole model on disk: a Diffusers folder or a single file."""
+
+    @property
+    def family(self) -> Family:
+        """What kind of model it is."""
+
+    @property
+    def path(self) -> Path:
+        """The folder or file."""
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether it is one file in the original layout."""
+
+    @property
+    def files(self) -> Mapping[str, Sequence[Path]]:
+        """Its weight files by component; a single file is its own ``"checkpoint"``."""
+
+    def shards(self) -> dict[str, list[dict[str, str]]]:
+        """The weight files of each component, each as names in it -> canonical names.
+
+        A single file has none.
+        """
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The metadata of its (first) weight file."""
+
+    @property
+    def other_specs(self) -> Mapping[str, TensorSpec]:
+        """Tensors of no component that a single file holds, by their names in it."""
+
+    def schedule(self) -> dict[str, Any]:
+        """The settings of its noise schedule, as far as it states them."""
+
+    def markers(self) -> set[str]:
+        """Empty tensors by which it says, or would say, that it predicts v."""
+
+    def naming_problems(self) -> list[str]:
+        """Names by which programs miss tensors, or load others, one line each."""
+
+    def single_file(self) -> SingleFile:
+        """What one file in the original layout is written from.
+
+        Raises:
+            CheckpointLayoutError: If the model has no place in that layout.
+        """
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """The content of one file in the original layout.
+
+    Attributes:
+        entries: Tensors made from component tensors.
+        other_specs: Dtype and shape of the others, such as the noise schedule's.
+        load_other: Loads one of these.
+    """
+
+    entries: Sequence[Entry]
+    other_specs: Mapping[str, TensorSpec]
+    load_other: Callable[[str], Tensor]
+
+
+def module_shapes(weights: ModelWeights) -> dict[str, tuple[int, ...]]:
+    """Shapes of the UNet's and text encoders' 2-D and 4-D weights by canonical module name."""
+    return {
+        name.removesuffix(".weight"): spec.shape
+        for name, spec in weights.specs.items()
+        if name.endswith(".weight")
+        and name.partition(".")[0] in COMPONENTS
+        and len(spec.shape) in (2, 4)
+    }
+
+
+def module_weight(weights: ModelWeights, name: str) -> Tensor:
+    """The weight of a module, by its canonical name.
+
+    Raises:
+        MergeError: If it is quantised.
+    """
+    check_dtype(name, weights.specs[f"{name}.weight"].dtype)
+    return weights[f"{name}.weight"]
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Check that a base weight is stored as numbers that a merge can take as they are.
+
+    Quantised weights are not: they mean something only with their scales, which every program
+    stores elsewhere, and rounding to 8 bits loses most of what an adapter changes.
+
+    Raises:
+        MergeError: If it is not.
+    """
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        kind = str(dtype).removeprefix("torch.")
+        raise MergeError(
+            f"the base stores {name} as {kind}: adapters are merged into weights of 16 bits or "
+            "more; take this model in half precision"
+        )

@@ -1,0 +1,207 @@
+"""Module names in kohya's key format, with ``_`` for ``.``.
+
+That cannot be undone by splitting (``proj_out``, ``to_out_0``, ``time_emb_proj``). Two exact ways
+back are used: a table made from the module names of the model at hand, or the vocabulary of the
+Stable Diffusion UNet and of the CLIP text model, in which each name has at most one reading.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+
+from dora_diffusion.families import COMPONENTS, FAMILIES, Family
+from dora_diffusion.formats.names.modules import canonical, split_component
+from dora_diffusion.formats.names.table import renamed
+from dora_diffusion.formats.names.unet import (
+    RESNET_MODULES,
+    TOP_MODULES,
+    USUAL_LAYOUT,
+    UNetLayout,
+    known_layout,
+    released_layout,
+    unet_names,
+)
+
+KOHYA_PREFIXES = {
+    "lora_unet_": "unet",
+    **{
+        encoder.kohya_prefix: encoder.component
+        for family in FAMILIES.values()
+        for encoder in family.text_encoders
+    },
+}
+LYCORIS_PREFIX = "lycoris_"  # LyCORIS' own wrapper: the path in whichever model was wrapped
+# Projections trained as one matrix, one below the other -> their own names.
+_JOINED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "in_proj": ("q_proj", "k_proj", "v_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+}
+
+# The adaptable modules; `#` stands for a number.
+_ATTENTION = (
+    "proj_in",
+    "proj_out",
+    *(
+        f"transformer_blocks.#.{attention}.{leaf}"
+        for attention in ("attn1", "attn2")
+        for leaf in ("to_q", "to_k", "to_v", "to_out.0", "to_qkv", "to_kv")
+    ),
+    "transformer_blocks.#.ff.net.0.proj",
+    "transformer_blocks.#.ff.net.2",
+)
+_RESNET = tuple(name for name, _ in RESNET_MODULES if not name.startswith("norm"))
+UNET_MODULES = (
+    *(name for name, _ in TOP_MODULES if "norm" not in name),
+    *(
+        f"{block}.{leaf}"
+        for side in ("mid_block", "down_blocks.#", "up_blocks.#")
+        for block, leaves in ((f"{side}.resnets.#", _RESNET), (f"{side}.attentions.#", _ATTENTION))
+        for leaf in leaves
+    ),
+    "down_blocks.#.downsamplers.0.conv",
+    "up_blocks.#.upsamplers.0.conv",
+)
+_TEXT_LAYER = (
+    *(f"encoder.layers.#.self_attn.{leaf}_proj" for leaf in ("q", "k", "v", "out", "qkv")),
+    "encoder.layers.#.self_attn.in_proj",
+    "encoder.layers.#.mlp.fc1",
+    "encoder.layers.#.mlp.fc2",
+)
+TEXT_MODULES = (*(f"text_model.{name}" for name in _TEXT_LAYER), *_TEXT_LAYER, "text_projection")
+_UNET_STARTS = {name.split(".")[0] for name in UNET_MODULES}
+_SGM_STARTS = {original.split(".")[0] for original in unet_names(USUAL_LAYOUT).canonical}
+
+_RELEASED_LAYOUTS = [USUAL_LAYOUT, *map(released_layout, FAMILIES.values())]
+
+Resolve = Callable[[str], "str | None"]
+
+
+def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> str | None:
+    """Kohya's name of a canonical module, None if it has none.
+
+    Args:
+        name: Canonical module name.
+        family: Of the model.
+        layout: Of its UNet, for a family whose modules are named after the original blocks.
+    """
+    component, path = split_component(name)
+    if component != "unet":
+        encoder = family.text_encoder(component)
+        return None if encoder is None else encoder.kohya_prefix + path.replace(".", "_")
+    by_blocks = family.kohya_names_original_blocks
+    original = unet_names(layout).to_original(path) if by_blocks else path
+    return None if original is None else "lora_unet_" + original.replace(".", "_")
+
+
+def component_of(path: str) -> str | None:
+    """Component that a module path without prefix belongs to, by its first word."""
+    top = path.split(".")[0]
+    if top in _UNET_STARTS | _SGM_STARTS:
+        return "unet"
+    return "text_encoder" if top in ("text_model", "encoder", "text_projection") else None
+
+
+def is_sgm_path(path: str) -> bool:
+    """Whether a UNet path starts as those of the original blocks do."""
+    return path.split(".")[0] in _SGM_STARTS
+
+
+def joined_parts(name: str) -> list[str]:
+    """Canonical names that a joined attention projection stands for; empty for any other name."""
+    parent, _, leaf = name.rpartition(".")
+    return [f"{parent}.{part}" for part in _JOINED.get(leaf, ())]
+
+
+def name_resolver(known: Iterable[str] | None = None, layout: UNetLayout | None = None) -> Resolve:
+    """Function from a module name of kohya's to the canonical name (None if unknown).
+
+    Args:
+        known: Canonical module names of the model. They decide where given.
+        layout: UNet layout for original block names; None takes that of the known names, or of
+            the released models.
+    """
+    names = {name for name in known or () if name.partition(".")[0] in COMPONENTS}
+    layout = layout or known_layout(names)
+    layouts = [layout] if layout else _RELEASED_LAYOUTS
+    if known is None:
+        return lambda flat: _by_vocabulary(flat, layouts)
+    table = kohya_table(names)
+
+    def resolve(flat: str) -> str | None:
+        name = table.get(flat) or _by_vocabulary(flat, layouts)
+        parts = joined_parts(name) if name else []
+        return name if name in names or (parts and names.issuperset(parts)) else None
+
+    return resolve
+
+
+def kohya_table(names: Iterable[str]) -> dict[str, str]:
+    """Every name in kohya's key format of known canonical modules -> the canonical name.
+
+    Raises:
+        ValueError: If two modules share a name.
+    """
+    names = list(names)
+    table: dict[str, str] = {}
+    for flat, name in _flat_names(names):
+        if table.setdefault(flat, name) != name:
+            raise ValueError(f"{flat!r} could be {table[flat]!r} or {name!r}")
+    return table
+
+
+def _flat_names(names: list[str]) -> Iterable[tuple[str, str]]:
+    layout = known_layout(names)
+    for name in names:
+        component, path = split_component(name)
+        paths = [path]
+        if component == "unet" and layout and (original := unet_names(layout).to_original(path)):
+            paths.append(original)
+        elif component != "unet":
+            paths.append(path.removeprefix("text_model."))
+        prefixes = [prefix for prefix, owner in KOHYA_PREFIXES.items() if owner == component]
+        if component != "text_encoder_2":
+            prefixes.append(LYCORIS_PREFIX)
+        yield from ((prefix + p.replace(".", "_"), name) for prefix in prefixes for p in paths)
+
+
+def _by_vocabulary(flat: str, layouts: list[UNetLayout]) -> str | None:
+    prefixes = [*KOHYA_PREFIXES.items(), (LYCORIS_PREFIX, "unet"), (LYCORIS_PREFIX, "text_encoder")]
+    for prefix, component in prefixes:
+        if flat.startswith(prefix):
+            path = flat.removeprefix(prefix)
+            dotted = _unet_path(path, layouts) if component == "unet" else _dotted(path, _TEXT)
+            if dotted:
+                return canonical(component, dotted)
+    return None
+
+
+def _unet_path(flat: str, layouts: list[UNetLayout]) -> str | None:
+    original = (renamed(flat, _flat_blocks(layout), "_") for layout in layouts)
+    candidates = (_dotted(path, _UNET) for path in (flat, *original) if path)
+    return next(filter(None, candidates), None)
+
+
+@lru_cache
+def _flat_blocks(layout: UNetLayout) -> dict[str, str]:
+    return unet_names(layout).with_underscores().canonical
+
+
+def _compile(templates: Iterable[str]) -> list[tuple[re.Pattern[str], str]]:
+    return [
+        (re.compile(re.escape(template.replace(".", "_")).replace(r"\#", r"(\d+)")), template)
+        for template in templates
+    ]
+
+
+_UNET, _TEXT = _compile(UNET_MODULES), _compile(TEXT_MODULES)
+
+
+def _dotted(flat: str, vocabulary: list[tuple[re.Pattern[str], str]]) -> str | None:
+    for pattern, template in vocabulary:
+        if match := pattern.fullmatch(flat):
+            return template.replace("#", "{}").format(*match.groups())
+    return None

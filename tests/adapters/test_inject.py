@@ -1,0 +1,588 @@
+"""Adapters on live modules: exact against PEFT, merged, removed, scoped, compiled."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from dora_diffusion.adapters.inject import (
+    adapter_parameters,
+    disabled,
+    inject_adapters,
+    merge_adapters,
+    norm_scope,
+    put_adapters,
+    remove_adapters,
+    set_strength,
+    unmerge_adapters,
+)
+from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.state import adapter_state
+from dora_diffusion.adapters.targets import TargetError, match_targets
+from dora_diffusion.config import AdapterConfig
+from dora_diffusion.numerics import fast
+from dora_diffusion.numerics.dora import adapted_weight
+
+AXES = ("output", "input")
+
+
+fast_only = partial(pytest.mark.skipif, not fast.ENABLED)
+
+
+class Net(nn.Module):
+    """Linear (square and not), 1x1, 3x3 and strided convolutions, with and without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False)
+        self.point = nn.Conv2d(12, 10, 1)
+        self.square = nn.Linear(10, 10)
+        self.wide = nn.Linear(10, 17, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.point(nn.functional.silu(self.down(nn.functional.silu(self.conv(x)))))
+        return self.wide(nn.functional.gelu(self.square(x.flatten(2).mT)))
+
+
+def everything(**kwargs) -> AdapterConfig:
+    return AdapterConfig(
+        targets=("full",), **{"rank": 3, "alpha": 5.0, "conv_alpha": 5.0, **kwargs}
+    )
+
+
+def move(model: nn.Module, seed: int = 0, by: float = 0.2) -> None:
+    """Move every adapter parameter, magnitudes too, away from the start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model):
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    # Kernels may differ, in the last bit, between a weight that trains and one that does not.
+    return Net().requires_grad_(False)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_adapter_changes_no_bit(net, x, axis, dtype):
+    net, x = net.to(dtype), x.to(dtype)
+    base = net(x)
+    report = inject_adapters(net, everything(norm_axis=axis))
+    assert torch.equal(net(x), base)
+    assert len(report.layers) == 5
+    assert {p.dtype for p in adapter_parameters(net)} == {torch.float32}
+
+
+def test_the_report_counts_parameters_as_the_paper_does(net):
+    report = inject_adapters(net, AdapterConfig(targets=("square", "conv"), rank=3, conv_rank=2))
+    by_path = {layer.path: layer for layer in report.layers}
+    assert by_path["square"].parameters == 3 * (10 + 10) + 10
+    assert by_path["conv"].parameters == 2 * (27 + 8) + 8
+    assert report.parameters == sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert str(report) == "2 layers adapted (1 Linear, 1 Conv2d), 148 parameters"
+
+
+def peft_twin(net: nn.Module, ours: nn.Module, dropout: float = 0.0) -> nn.Module:
+    """The same adapter in PEFT."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = [path for path, _ in adapted_layers(ours)]
+    twin = inject_adapter_in_model(
+        LoraConfig(r=3, lora_alpha=5.0, use_dora=True, target_modules=names, lora_dropout=dropout),
+        copy.deepcopy(net),
+    )
+    with torch.no_grad():
+        for path, layer in adapted_layers(ours):
+            theirs, adapter = twin.get_submodule(path), layer.adapters["default"]
+            theirs.lora_A["default"].weight.copy_(adapter.down)
+            theirs.lora_B["default"].weight.copy_(adapter.up)
+            magnitude = theirs.lora_magnitude_vector["default"].weight
+            magnitude.copy_(adapter.magnitude.view_as(magnitude))
+    return twin
+
+
+def test_outputs_gradients_and_merge_agree_with_peft(net, x):
+    ours = copy.deepcopy(net)
+    inject_adapters(ours, everything())
+    move(ours)
+    twin = peft_twin(net, ours)
+    y, theirs = ours(x), twin(x)
+    torch.testing.assert_close(y, theirs, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    y.backward(upstream)
+    theirs.backward(upstream)
+    for path, layer in adapted_layers(ours):
+        adapter, other = layer.adapters["default"], twin.get_submodule(path)
+        for mine, their in (
+            (adapter.down, other.lora_A["default"].weight),
+            (adapter.up, other.lora_B["default"].weight),
+            (adapter.magnitude, other.lora_magnitude_vector["default"].weight),
+        ):
+            scale = their.grad.abs().max().item()
+            torch.testing.assert_close(
+                mine.grad, their.grad.view_as(mine), rtol=1e-4, atol=1e-5 * scale
+            )
+    for path, layer in adapted_layers(ours):
+        other = twin.get_submodule(path)
+        other.merge()
+        torch.testing.assert_close(layer.merged(), other.base_layer.weight, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_agrees_with_peft(x):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6, bias=False))
+    ours = copy.deepcopy(net)
+    inject_adapters(ours, everything(dropout=0.4))
+    move(ours)
+    twin = peft_twin(net, ours, dropout=0.4)
+    x = torch.randn(50, 8)
+    torch.manual_seed(7)
+    mine = ours(x)
+    torch.manual_seed(7)
+    torch.testing.assert_close(mine, twin(x), rtol=1e-5, atol=1e-5)
+    ours.eval(), twin.eval()
+    torch.testing.assert_close(ours(x), twin(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(mine, ours(x))
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_merged_equals_adapted_and_unmerge_restores_every_bit(net, x, axis):
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    inject_adapters(net, everything(norm_axis=axis))
+    move(net)
+    adapted = net(x)
+    merge_adapters(net, keep_base=True)
+    torch.testing.assert_close(net(x), adapted, rtol=1e-5, atol=1e-5)
+    unmerge_adapters(net)
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
+    assert torch.equal(net(x), adapted)
+    merge_adapters(net)
+    torch.testing.assert_close(net(x), adapted, rtol=1e-5, atol=1e-5)
+    assert type(net.square) is nn.Linear
+    assert type(net.down) is nn.Conv2d
+    assert set(net.state_dict()) == set(before)
+
+
+def test_removal_gives_the_base_back(net, x):
+    base, keys = net(x), set(net.state_dict())
+    inject_adapters(net, everything())
+    move(net)
+    assert not torch.allclose(net(x), base)
+    with disabled(net):
+        assert torch.equal(net(x), base)
+    assert not torch.allclose(net(x), base)
+    remove_adapters(net)
+    assert torch.equal(net(x), base)
+    assert set(net.state_dict()) == keys
+    with pytest.raises(ValueError, match="no adapter named 'other'"):
+        remove_adapters(net, "other")
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"strength": 0.3},
+        {"strength": 1.6},
+        {"direction": 0.5},
+        {"magnitude": 0.0},
+        {"strength": 0.7, "direction": 1.3, "magnitude": 0.4},
+    ],
+)
+def test_the_knobs_mean_the_same_in_forward_and_merge(net, x, axis, knobs):
+    inject_adapters(net, everything(norm_axis=axis))
+    move(net)
+    set_strength(net, **knobs)
+    y = net(x)
+    layer = net.square
+    expected = adapted_weight(
+        layer.weight,
+        layer.adapters["default"].weights(),
+        strength=knobs.get("strength", 1.0),
+        direction_strength=knobs.get("direction", 1.0),
+        magnitude_strength=knobs.get("magnitude", 1.0),
+    )
+    torch.testing.assert_close(layer.merged(), expected)
+    merge_adapters(net)
+    torch.testing.assert_close(net(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_strength_zero_is_the_base_and_one_the_adapter(net, x):
+    base = net(x)
+    inject_adapters(net, everything())
+    move(net)
+    adapted = net(x)
+    set_strength(net, 0.0)
+    assert torch.equal(net(x), base)
+    set_strength(net, 1.0)
+    assert torch.equal(net(x), adapted)
+
+
+def test_several_adapters_are_order_free_and_merge_as_they_run(net, x):
+    weights = {}
+    for seed, axis in enumerate(AXES):
+        one = copy.deepcopy(net)
+        inject_adapters(one, everything(norm_axis=axis))
+        move(one, seed)
+        weights[axis] = {
+            path.removeprefix("unet."): layer
+            for path, layer in adapter_state({"unet": one}).items()
+        }
+    results = []
+    for order in (AXES, AXES[::-1]):
+        both = copy.deepcopy(net)
+        for axis in order:
+            put_adapters(both, weights[axis], name=axis)
+        results.append(both(x))
+        merged = {path: layer.merged() for path, layer in adapted_layers(both)}
+        merge_adapters(both)
+        torch.testing.assert_close(both(x), results[-1], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    weight = net.square.weight
+    expected = weight + sum(adapted_weight(weight, weights[a]["square"]) - weight for a in AXES)
+    torch.testing.assert_close(merged["square"], expected)
+
+
+@fast_only(reason="the page computes norms at every call")
+def test_norms_are_computed_once_in_a_scope_and_never_survive_it(net, x, monkeypatch):
+    from dora_diffusion.numerics.fast import gain
+
+    inject_adapters(net, everything())
+    move(net)
+    calls = []
+    real = gain.change_and_checksum
+    monkeypatch.setattr(gain, "change_and_checksum", lambda *a: calls.append(1) or real(*a))
+    with norm_scope(net):
+        first = net(x)
+        assert torch.equal(net(x), first)
+        net(x).sum().backward()
+    assert len(calls) == 5
+    # Version counters do not see writes through .data: only the end of the scope protects.
+    for parameter in adapter_parameters(net):
+        parameter.data.add_(0.1)
+    fresh = copy.deepcopy(net)
+    with norm_scope(net):
+        assert torch.equal(net(x), fresh(x))
+    assert not torch.allclose(net(x), first)
+
+
+def test_knobs_changed_inside_a_scope_take_effect(net, x):
+    inject_adapters(net, everything())
+    move(net)
+    with norm_scope(net):
+        net(x)
+        set_strength(net, direction=0.5)
+        inside = net(x)
+    torch.testing.assert_close(inside, net(x))
+
+
+def test_a_reloaded_base_is_not_served_an_old_norm(net, x):
+    inject_adapters(net, everything())
+    move(net)
+    net(x)
+    other = Net()
+    inject_adapters(other, everything())
+    other.load_state_dict(net.state_dict())
+    doubled = {k: v * 2 if "adapters" not in k else v for k, v in net.state_dict().items()}
+    net.load_state_dict(doubled)
+    other.load_state_dict(doubled)
+    assert torch.equal(net(x), other(x))
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(net, x, axis, reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    inject_adapters(net, everything(norm_axis=axis))
+    move(net)
+    x = x.requires_grad_()
+    with norm_scope(net):
+        net(x).square().sum().backward()
+        plain = [p.grad.clone() for p in adapter_parameters(net)]
+        net.zero_grad()
+        checkpoint(net, x, use_reentrant=reentrant).square().sum().backward()
+    for parameter, expected in zip(adapter_parameters(net), plain, strict=True):
+        torch.testing.assert_close(parameter.grad, expected)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_autocast_stays_near_float32_and_keeps_float32_gradients(net, x, axis):
+    inject_adapters(net, everything(norm_axis=axis))
+    move(net, by=0.05)
+    net(x).sum().backward()
+    exact = [p.grad.clone() for p in adapter_parameters(net)]
+    net.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(x)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    for parameter, expected in zip(adapter_parameters(net), exact, strict=True):
+        assert parameter.grad.dtype == torch.float32
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(parameter.grad, expected, rtol=0.1, atol=0.05 * scale)
+
+
+def test_an_in_place_activation_after_the_layer_is_safe():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 6, 3))
+    plain = copy.deepcopy(net)
+    plain[1] = nn.ReLU()
+    for model in (net, plain):
+        inject_adapters(model, everything(), generator=torch.Generator().manual_seed(0))
+        move(model)
+        model(torch.ones(1, 3, 8, 8)).sum().backward()
+    for mine, expected in zip(adapter_parameters(net), adapter_parameters(plain), strict=True):
+        torch.testing.assert_close(mine.grad, expected.grad)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular", "reflect"])
+@pytest.mark.parametrize("padding", ["same", 1])
+def test_every_padding_of_conv2d_is_kept(padding_mode, padding):
+    conv = nn.Sequential(nn.Conv2d(3, 5, 3, padding=padding, padding_mode=padding_mode))
+    x = torch.randn(1, 3, 8, 8)
+    base = conv(x)
+    inject_adapters(conv, everything())
+    torch.testing.assert_close(conv(x), base, rtol=0, atol=0)
+    move(conv)
+    y = conv(x)
+    merge_adapters(conv)
+    torch.testing.assert_close(conv(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_plain_lora_is_the_update_without_a_norm(net, x):
+    inject_adapters(net, everything(use_dora=False))
+    move(net)
+    layer = net.square
+    adapter = layer.adapters["default"]
+    assert adapter.magnitude is None
+    expected = layer.weight + 5 / 3 * adapter.up @ adapter.down
+    torch.testing.assert_close(layer.merged(), expected)
+    y = net(x)
+    merge_adapters(net)
+    torch.testing.assert_close(net(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(net):
+    inject_adapters(net, AdapterConfig(targets=("square",), rank=4, alpha=6.0, rslora=True))
+    assert net.square.adapters["default"].weights().scale == pytest.approx(6 / 4**0.5)
+
+
+def test_a_rank_larger_than_the_layer_is_refused(net):
+    with pytest.raises(ValueError, match=r"rank 11 is larger than the layer square.*<= 10"):
+        inject_adapters(net, AdapterConfig(targets=("square",), rank=11))
+
+
+def test_grouped_convolutions_and_attention_projections_are_not_adapted():
+    net = nn.ModuleDict(
+        {"grouped": nn.Conv2d(4, 4, 3, groups=2), "mha": nn.MultiheadAttention(8, 2)}
+    )
+    with pytest.raises(TargetError):
+        match_targets(net, ["full"])
+
+
+def test_a_layer_whose_forward_is_wrapped_is_refused(net):
+    """As Accelerate's offloading does it: the wrapper would go past the adapter."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    add_hook_to_module(net.square, ModelHook())
+    with pytest.raises(TargetError, match="square cannot be adapted: another tool has wrapped"):
+        inject_adapters(net, everything())
+    twin = Net()
+    inject_adapters(twin, everything())
+    weights = {"square": twin.square.adapters["default"].weights()}
+    with pytest.raises(ValueError, match="square is a Linear whose forward another tool"):
+        put_adapters(net, weights, name="default")
+    inject_adapters(net, AdapterConfig(targets=("wide",), rank=2))
+    assert [path for path, _ in adapted_layers(net)] == ["wide"]
+
+
+def test_a_layer_with_two_names_is_adapted_under_both():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.second = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    model, x = Tied(), torch.randn(3, 8)
+    linear, calls = model.first, []
+    hook = linear.register_forward_hook(lambda module, args, output: calls.append(module))
+    inject_adapters(model, everything())
+    move(model)
+    adapted = model(x)
+    assert model.first is model.second is linear
+    assert calls == [linear, linear]
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), adapted, rtol=1e-5, atol=1e-5)
+    hook.remove()
+    model(x)
+    assert len(calls) == 4, "a handle from before still takes its hook off"
+    assert type(linear) is nn.Linear
+    assert set(vars(linear)) == set(vars(nn.Linear(8, 8)))
+
+
+def test_a_copy_made_inside_a_scope_takes_no_norms_with_it(net, x):
+    inject_adapters(net, everything())
+    move(net)
+    with norm_scope(net):
+        twin = copy.deepcopy(net)
+    move(net, seed=3)
+    move(twin, seed=3)
+    assert torch.equal(twin(x), net(x))
+
+
+@fast_only(reason="a scope opens nothing for the page")
+def test_a_scope_that_fails_to_open_leaves_nothing_behind(net, x, monkeypatch):
+    inject_adapters(net, everything())
+
+    def fail(inputs):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dora_diffusion.numerics.fast.make_gains", fail)
+        with pytest.raises(torch.OutOfMemoryError), norm_scope(net):
+            pass
+    before = net(x)
+    move(net)
+    after = net(x)
+    assert not torch.allclose(before, after)
+    merge_adapters(net)
+    torch.testing.assert_close(net(x), after, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_replaced_inside_a_scope_has_its_own_norm(net, x):
+    inject_adapters(net, everything())
+    move(net)
+    with norm_scope(net):
+        net(x)
+        for _, layer in adapted_layers(net):
+            del layer.adapters["default"]
+        inject_adapters(net, everything())
+        move(net, seed=4)
+        inside = net(x)
+    torch.testing.assert_close(inside, net(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_a_float64_model_is_adapted_in_float64(net, x, axis):
+    net.double()
+    inject_adapters(net, everything(norm_axis=axis))
+    move(net)
+    adapted = net(x.double())
+    assert adapted.dtype == torch.float64
+    adapted.square().sum().backward()
+    assert all(p.grad.dtype == p.dtype for p in adapter_parameters(net))
+    merge_adapters(net)
+    # The adapter itself is float32.
+    torch.testing.assert_close(net(x.double()), adapted, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_convolutions_take_one_picture_and_none(net, x, axis):
+    inject_adapters(net, everything(norm_axis=axis))
+    move(net)
+    convs = nn.Sequential(net.conv, net.down, net.point)
+    torch.testing.assert_close(convs(x[0]), convs(x)[0])
+    for norms in (nullcontext(), norm_scope(convs)):
+        with norms:
+            nothing = x[:0].clone().requires_grad_()
+            convs(nothing).sum().backward()
+    assert nothing.grad.shape == nothing.shape
+    assert all(not p.grad.any() for p in adapter_parameters(convs))
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_merging_under_autocast_is_as_exact_as_without(net, axis):
+    inject_adapters(net, everything(norm_axis=axis))
+    move(net)
+    for _, layer in adapted_layers(net):
+        with torch.autocast("cpu", torch.bfloat16):
+            merged = layer.merged()
+        assert torch.equal(merged, layer.merged())
+
+
+def test_a_model_made_in_inference_mode_is_adapted(x):
+    with torch.inference_mode():
+        net = Net()
+        inject_adapters(net, everything())
+        assert net(x).shape == (2, 20, 17)
+
+
+def test_an_unfrozen_base_weight_is_an_error(net, x):
+    inject_adapters(net, everything())
+    net.square.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="freeze it"):
+        net(x)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_a_compiled_model_is_one_graph_inside_a_scope(net, x, axis):
+    inject_adapters(net, everything(norm_axis=axis))
+    move(net)
+    with norm_scope(net):
+        y = net(x)
+        y.square().sum().backward()
+        expected = [p.grad.clone() for p in adapter_parameters(net)]
+        net.zero_grad()
+        # fullgraph raises where the graph would break.
+        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)(x)
+        compiled.square().sum().backward()
+    torch.testing.assert_close(compiled, y)
+    for parameter, gradient in zip(adapter_parameters(net), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_merging_twice_and_in_inference_mode(net, x, threads):
+    """Only in that mode may its weights be written to, and workers are not in it."""
+    with torch.inference_mode():
+        net = copy.deepcopy(net)
+        inject_adapters(net, everything())
+        move(net)
+        base, adapted = net.square.weight.clone(), net(x)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            merge_adapters(net, keep_base=True)
+            merged = net.square.weight.clone()
+            merge_adapters(net, keep_base=True)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(net.square.weight, merged)
+        torch.testing.assert_close(net(x), adapted, rtol=1e-5, atol=1e-5)
+        unmerge_adapters(net)
+        assert torch.equal(net.square.weight, base)
+
+
+def test_layers_that_share_a_weight_merge_one_after_the_other(monkeypatch):
+    def all_at_once(make, items):
+        return [(item, make(item)) for item in items]
+
+    monkeypatch.setattr("dora_diffusion.adapters.inject.map_ahead", all_at_once)
+    first, second = (nn.Linear(256, 256, bias=False) for _ in range(2))
+    second.weight = first.weight
+    model = nn.Sequential(first, second)
+    inject_adapters(model, everything())
+    move(model)
+    expected = first.weight
+    for layer in model:
+        expected = adapted_weight(expected, layer.adapters["default"].weights())
+    merge_adapters(model)
+    torch.testing.assert_close(first.weight, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,328 @@
+"""What layers keep for the backward pass, and norms that are never from old parameters."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dora_diffusion.adapters.inject import (
+    adapter_parameters,
+    disabled,
+    inject_adapters,
+    norm_scope,
+    set_strength,
+)
+from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.sources import unwatch_sources
+from dora_diffusion.adapters.targets import match_targets
+from dora_diffusion.config import AdapterConfig
+from dora_diffusion.numerics import fast
+
+AXES = ("output", "input")
+
+
+fast_only = partial(pytest.mark.skipif, not fast.ENABLED)
+
+
+class Net(nn.Module):
+    """A convolution and a Linear, both large enough for either form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 12, 3, padding=1)
+        self.linear = nn.Linear(12, 9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(F.silu(self.conv(x)).flatten(2).mT)
+
+
+def adapted(axis: str = "output", seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    net = Net()
+    config = AdapterConfig(targets=("full",), rank=2, conv_rank=2, norm_axis=axis)
+    inject_adapters(net, config)
+    with torch.no_grad():
+        for parameter in adapter_parameters(net):
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return net
+
+
+def dense(net: Net, x: torch.Tensor) -> torch.Tensor:
+    """The net from its definition in float64, with nothing of ours but the tensors."""
+    weights = {}
+    for path, layer in adapted_layers(net):
+        one = layer.adapters["default"]
+        weight, magnitude = layer.weight.double(), one.magnitude.double()
+        delta = (one.up.double().flatten(1) @ one.down.double().flatten(1)).view_as(weight)
+        direction = weight + one.alpha / one.down.shape[0] * delta
+        kept = 0 if one.norm_axis == "output" else 1
+        dims = [dim for dim in range(weight.ndim) if dim != kept]
+        norm = direction.square().sum(dims, keepdim=True).sqrt()
+        weights[path] = magnitude.view_as(norm) * direction / norm
+    hidden = F.conv2d(x.double(), weights["conv"], net.conv.bias.double(), padding=1)
+    return F.linear(F.silu(hidden).flatten(2).mT, weights["linear"], net.linear.bias.double())
+
+
+X = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(3))
+
+
+def optimizer_step(net: Net, **kind: bool) -> None:
+    optimizer = torch.optim.AdamW(adapter_parameters(net), lr=0.1, **kind)
+    with norm_scope(net):
+        net(X).square().mean().backward()
+    optimizer.step()
+
+
+def write_in_place(net: Net) -> None:
+    with torch.no_grad():
+        for parameter in adapter_parameters(net):
+            parameter.add_(0.1)
+
+
+def write_through_data(net: Net) -> None:
+    for parameter in adapter_parameters(net):
+        parameter.data.add_(0.1)
+
+
+def write_base_in_place(net: Net) -> None:
+    with torch.no_grad():
+        net.conv.weight.mul_(1.5)
+
+
+def write_base_through_data(net: Net) -> None:
+    net.conv.weight.data.mul_(1.5)
+    net.linear.weight.data = 0.5 * net.linear.weight.data
+
+
+def write_one_channel_through_data(net: Net) -> None:
+    """Of the output and of the input, the last one."""
+    net.linear.weight.data[-1] *= 2
+    net.conv.weight.data[:, -1] *= 1.5
+
+
+def another(net: Net) -> dict[str, torch.Tensor]:
+    return adapted(net.linear.adapters["default"].norm_axis, seed=5).state_dict()
+
+
+MUTATIONS = {
+    "in place": write_in_place,
+    "through .data": write_through_data,
+    "base in place": write_base_in_place,
+    "base through .data": write_base_through_data,
+    "one channel of the base through .data": write_one_channel_through_data,
+    "load_state_dict": lambda net: net.load_state_dict(another(net)),
+    "load_state_dict, assigned": lambda net: net.load_state_dict(another(net), assign=True),
+    "to another dtype and back": lambda net: net.to(torch.bfloat16).to(torch.float32),
+    "foreach optimizer": lambda net: optimizer_step(net, foreach=True),
+    "fused optimizer": lambda net: optimizer_step(net, fused=True),
+    "plain optimizer": lambda net: optimizer_step(net, foreach=False),
+}
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("scoped", [True, False])
+def test_no_norm_is_from_old_parameters(mutation, axis, scoped):
+    net = adapted(axis)
+    with norm_scope(net):
+        before = net(X)
+    MUTATIONS[mutation](net)
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    if scoped:
+        with norm_scope(net):
+            after = net(X)
+    else:
+        after = net(X)
+    assert not torch.allclose(after, before, atol=1e-4), "the mutation must matter"
+    torch.testing.assert_close(after.double(), dense(net, X), rtol=1e-4, atol=1e-4)
+
+
+def _broadcast(rank: int, store: str, results: str) -> None:
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    net = adapted(seed=rank)
+    with norm_scope(net):
+        net(X)
+    # The constructor sends the first process's parameters to all others.
+    wrapped = DistributedDataParallel(net)
+    with norm_scope(net):
+        torch.save((wrapped(X).detach(), dense(net, X).detach()), f"{results}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_a_broadcast_of_parameters_is_seen(tmp_path):
+    store = tmp_path / "store"
+    torch.multiprocessing.spawn(_broadcast, (str(store), str(tmp_path)), nprocs=2)
+    (first, reference), (second, _) = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(second.double(), reference, rtol=1e-4, atol=1e-4)
+
+
+def kept_by(
+    layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, model: nn.Module
+) -> tuple[torch.Tensor, dict[int, int]]:
+    """The output, and storages kept for the backward pass that are no parameters: bytes by name."""
+    own = {t.untyped_storage().data_ptr() for t in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    return y, kept
+
+
+@fast_only(reason="plain autograd keeps more")
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("shape", [(2, 640, 12), (3, 7, 12), (2, 12, 40, 40), (2, 12, 3, 3)])
+def test_the_backward_pass_keeps_what_lora_keeps_and_the_output(axis, shape):
+    """On either path; the output is what the next layer usually keeps too."""
+    layer = nn.Linear(12, 16) if len(shape) == 3 else nn.Conv2d(12, 16, 3, padding=1)
+    model = nn.Sequential(layer)
+    config = AdapterConfig(targets=("full",), rank=2, conv_rank=2, norm_axis=axis)
+    inject_adapters(model, config)
+    x = torch.randn(shape, requires_grad=True)
+    with norm_scope(model):
+        y, kept = kept_by(model, x, model)
+    positions = y.numel() // 16
+    allowed = {x.data_ptr(): x.nbytes}
+    if axis == "output":
+        allowed[y.data_ptr()] = y.nbytes
+    beyond = {pointer: size for pointer, size in kept.items() if pointer not in allowed}
+    assert sum(beyond.values()) <= 2 * 4 * positions, "the rank-wide A x, as LoRA keeps it"
+    assert x.data_ptr() in kept
+
+
+@fast_only(reason="the page caches no norms")
+def test_sampling_caches_vectors_only():
+    net = adapted().eval()
+    with norm_scope(net), torch.no_grad():
+        net(X)
+        for _, layer in adapted_layers(net):
+            for gain in layer._gain_cache.values():
+                assert gain.norm.shape == gain.gain.shape == (layer.weight.shape[0],)
+                assert gain.small is None
+    assert all(layer._gain_cache is None for _, layer in adapted_layers(net))
+
+
+def test_switching_adapters_copies_no_base():
+    net = adapted()
+    config = AdapterConfig(targets=("full",), rank=2, conv_rank=2)
+    inject_adapters(net, config, name="other", generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        for parameter in adapter_parameters(net, "other"):
+            parameter.add_(0.1)
+    weights = {path: layer.weight.data_ptr() for path, layer in adapted_layers(net)}
+    outputs = []
+    for off in ("other", "default"):
+        with disabled(net, name=off), norm_scope(net):
+            outputs.append(net(X))
+    set_strength(net, 0.0, name="other")
+    assert torch.equal(net(X), outputs[0])
+    assert not torch.allclose(*outputs)
+    assert {path: layer.weight.data_ptr() for path, layer in adapted_layers(net)} == weights
+
+
+class Block(nn.Module):
+    """Norms and an activation before layers, as in a residual block and in attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.GroupNorm(2, 8), nn.SiLU()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.layer_norm = nn.LayerNorm(8)
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.conv(self.act(self.norm(x)))
+        tokens = self.layer_norm(x.flatten(2).mT)
+        return torch.softmax(self.query(tokens) @ self.key(tokens).mT, -1)
+
+
+def block(axis: str, watched: bool) -> Block:
+    torch.manual_seed(0)
+    model = Block()
+    for parameter in model.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    config = AdapterConfig(targets=("full",), rank=2, conv_rank=2, norm_axis=axis)
+    inject_adapters(model, config)
+    for parameter in adapter_parameters(model):
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    if not watched:
+        unwatch_sources(model)
+    return model
+
+
+def gradients(model: nn.Module, x: torch.Tensor, times: int = 1) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    with norm_scope(model):
+        loss = model(x).square().sum()
+        for number in range(times):
+            loss.backward(retain_graph=number + 1 < times)
+    return [x.grad, *(p.grad for p in adapter_parameters(model))]
+
+
+def test_checkpointing_still_frees_what_it_frees():
+    """A recomputation holds no tensor: a checkpointed block keeps nothing but its input."""
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = block("output", True), torch.randn(2, 8, 40, 40, requires_grad=True)
+    alive = weakref.WeakSet()
+    model.norm.register_forward_hook(lambda module, args, output: alive.add(output))
+    with norm_scope(model):
+        y = checkpoint(model, x, use_reentrant=False)
+        gc.collect()
+        assert len(alive) == 0
+        y.square().sum().backward()
+    expected = gradients(block("output", False), x.detach())
+    found = [x.grad, *(p.grad for p in adapter_parameters(model))]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def unet_keeps(adapt) -> int:
+    """Bytes that a UNet of two levels keeps for the backward pass."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    ).requires_grad_(False)
+    adapt(model)
+    latents = torch.randn(1, 4, 32, 32, requires_grad=True)
+    with norm_scope(model):
+        _, kept = kept_by(lambda x: model(x, 5, torch.randn(1, 7, 32)).sample, latents, model)
+    return sum(kept.values())
+
+
+@fast_only(reason="plain autograd keeps more")
+def test_a_unet_keeps_what_it_keeps_with_peft_lora():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    def ours(model: nn.Module) -> None:
+        inject_adapters(model, AdapterConfig(targets=("attention+conv",), rank=2, conv_rank=2))
+
+    def lora(model: nn.Module) -> None:
+        paths = match_targets(model, ["attention+conv"])
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=paths), model)
+
+    assert unet_keeps(ours) <= 1.02 * unet_keeps(lora)

@@ -1,0 +1,386 @@
+"""Exports of whole models, loaded by Diffusers itself."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
+
+from dora_diffusion.adapters.files import load_adapter
+from dora_diffusion.adapters.state import adapter_state
+from dora_diffusion.export import convert_adapter, export_checkpoint, output, verify_checkpoint
+from dora_diffusion.formats.adapter.file import (
+    AdapterFile,
+    AdapterMetadata,
+    read_adapter,
+    write_adapter,
+)
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.files import stream as safetensors_stream
+from dora_diffusion.formats.files.atomic import DiskFullError
+from dora_diffusion.merge import Strengths, merge_tensor
+from dora_diffusion.models.load import load_components
+from dora_diffusion.numerics.weights import LayerWeights
+
+MakeAdapter = Callable[..., dict[str, LayerWeights]]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_single_file_base_merges_as_the_folder_does(
+    tmp_path: Path, family: str, request: pytest.FixtureRequest, random_adapter: MakeAdapter
+) -> None:
+    folder = request.getfixturevalue(f"{family}_folder")
+    zero = write_adapter(tmp_path / "z", AdapterFile(random_adapter(folder, every=50)))
+    base = export_checkpoint(folder, zero, tmp_path / "base.safetensors", strength=0.0)
+    file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(folder, seed=1)))
+    seen: list[Any] = []
+    merged = export_checkpoint(
+        base, file, tmp_path / "merged.safetensors", on_progress=lambda *step: seen.append(step)
+    )
+    expected = load_file(export_checkpoint(folder, file, tmp_path / "expected.safetensors"))
+    actual = load_file(merged)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    size = sum(tensor.nbytes for tensor in expected.values())
+    assert seen[-1] == (size, size)
+    report = convert_adapter(file, tmp_path / "d", "dense", base=base, family=family)
+    assert report.layers == len(read_adapter(file).layers)
+
+
+PREFIX = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+WHOLE = save(
+    {
+        f"{PREFIX}.lora_down.weight": torch.ones(2, 8),
+        f"{PREFIX}.lora_up.weight": torch.ones(6, 2),
+        f"{PREFIX}.alpha": torch.tensor(2.0),
+        f"{PREFIX}.dora_scale": torch.ones(6, 1),
+    },
+    {"ss_network_dim": "2", "ss_network_alpha": "1", "dora_diffusion.rank": "2"},
+)
+
+
+KILLED = """
+import os, signal, sys
+from dora_diffusion.export import export_checkpoint
+
+def kill_halfway(done, total):
+    if done > total / 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+base, adapter, output = sys.argv[1:]
+export_checkpoint(base, adapter, output, overwrite=True, on_progress=kill_halfway)
+"""
+
+
+@pytest.mark.parametrize("name", ["merged", "merged.safetensors"])
+def test_a_killed_export_leaves_the_old_one(
+    tmp_path: Path, sd1_folder: Path, random_adapter: Callable[..., Any], name: str
+) -> None:
+    path = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=9)))
+    output = tmp_path / name
+    if name == "merged":
+        output.mkdir()
+        (output / "model_index.json").write_text("{}")
+    else:
+        output.write_bytes(WHOLE)
+
+    def contents() -> dict[str, bytes]:
+        files = [output] if output.is_file() else sorted(output.rglob("*"))
+        return {file.name: file.read_bytes() for file in files}
+
+    before = contents()
+    command = [sys.executable, "-c", KILLED, str(sd1_folder), str(path), str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert contents() == before
+    left = {p.name for p in tmp_path.iterdir()} - {"a", name}
+    assert all(file.startswith(".") and file.endswith(".tmp") for file in left), left
+
+
+LIMITED = """
+import resource, sys
+from dora_diffusion.cli import main
+
+base, adapter, *outputs = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+for output in outputs:
+    assert main(["export", "--overwrite", "--base", base, "--adapter", adapter,
+                 "--output", output]) == 1
+for target in ("dense", "peft", "diffusers"):
+    assert main(["convert", adapter, outputs[0] + target, "--to", target, "--base", base]) == 1
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the limit is one of Unix")
+def test_files_that_may_grow_no_further(
+    tmp_path: Path, sd1_folder: Path, random_adapter: Callable[..., Any]
+) -> None:
+    """The system itself stops the writing halfway, at 100 kB: the same as a disk that is full."""
+    path = write_adapter(
+        tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=3), AdapterMetadata("sd1"))
+    )
+    old = tmp_path / "old.safetensors"
+    old.write_bytes(WHOLE)
+    command = [sys.executable, "-c", LIMITED, str(sd1_folder), str(path), str(tmp_path / "new"),
+               str(old)]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 5
+    assert all("would be larger than this disk or account allows" in line for line in lines)
+    assert "error: old.safetensors would" in lines[1]
+    assert lines[1].endswith("; the file that was there is unchanged")
+    assert lines[4].endswith("; no file was left behind")
+    assert old.read_bytes() == WHOLE
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "old.safetensors"}
+
+
+FAMILIES = ["sd1", "sd2", "sdxl"]
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def base(family: str, request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.getfixturevalue(f"{family}_folder")
+    return folder
+
+
+@pytest.fixture
+def adapter(
+    base: Path, family: str, tmp_path: Path, random_adapter: MakeAdapter
+) -> tuple[Path, dict[str, LayerWeights]]:
+    layers = random_adapter(base, axis="input" if family == "sd2" else "output", every=3)
+    facts = AdapterMetadata(family=family, trigger="sks dog")
+    path = write_adapter(tmp_path / "adapter.safetensors", AdapterFile(layers, facts), "kohya")
+    return path, read_adapter(path).layers  # as read: the file's own rounding is not the export's
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    with PipelineFolder.open(folder) as pipeline:
+        return {name: pipeline[name] for name in pipeline.specs}
+
+
+def state_of(pipeline: Any) -> dict[str, Tensor]:
+    """Canonical tensors of a live pipeline."""
+    state = {}
+    for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        model = getattr(pipeline, component, None)
+        for key, tensor in model.state_dict().items() if model is not None else ():
+            text = component.startswith("text_encoder") and not key.startswith("text_")
+            state[f"{component}.{'text_model.' if text else ''}{key}"] = tensor
+    return {name: tensor for name, tensor in state.items() if "position_ids" not in name}
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
+
+
+def merged_state(
+    base: dict[str, Tensor], layers: dict[str, LayerWeights], strengths: Strengths
+) -> dict[str, Tensor]:
+    return {
+        name: merge_tensor(tensor, [(layers[module], strengths)])
+        if (module := name.removesuffix(".weight")) in layers
+        else tensor
+        for name, tensor in base.items()
+    }
+
+
+def test_the_folder_loads_and_holds_the_merge(
+    base: Path, tmp_path: Path, adapter: tuple[Path, dict[str, LayerWeights]]
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    path, layers = adapter
+    seen: list[tuple[int, int]] = []
+    output = export_checkpoint(
+        base, path, tmp_path / "merged", strength=0.8,
+        on_progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    unmerged = tensors_of(base)
+    expected = merged_state(unmerged, layers, Strengths(0.8))
+    changed = [name for name, tensor in expected.items() if not torch.equal(tensor, unmerged[name])]
+    assert sorted(changed) == sorted(f"{name}.weight" for name in layers)
+    assert_equal(tensors_of(output), expected)
+    pipeline = DiffusionPipeline.from_pretrained(output, local_files_only=True)
+    assert_equal(state_of(pipeline), expected)
+    total = sum(tensor.nbytes for tensor in unmerged.values())
+    assert len(seen) == len(unmerged)
+    assert seen == sorted(seen)
+    assert seen[-1] == (total, total)
+    names = {p.relative_to(base) for p in base.rglob("*") if p.is_file()}
+    written = {p.relative_to(output) for p in output.rglob("*") if p.is_file()}
+    assert written == names | {Path("README.md")}
+
+
+def test_the_single_file_loads_and_equals_the_folder(
+    base: Path, family: str, tmp_path: Path, adapter: tuple[Path, dict[str, LayerWeights]]
+) -> None:
+    import diffusers
+
+    folder = export_checkpoint(base, adapter[0], tmp_path / "merged")
+    file = export_checkpoint(base, adapter[0], tmp_path / "merged.safetensors")
+    name = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+    pipeline = getattr(diffusers, name).from_single_file(
+        str(file), config=str(folder), local_files_only=True
+    )
+    assert_equal(state_of(pipeline), tensors_of(folder))
+    assert len(pipeline.tokenizer) > 500
+
+
+def test_dtype_applies_to_all_but_the_vae(
+    base: Path, tmp_path: Path, adapter: tuple[Path, dict[str, LayerWeights]]
+) -> None:
+    path, layers = adapter
+    output = export_checkpoint(base, path, tmp_path / "half", dtype=torch.float16)
+    expected = merged_state(tensors_of(base), layers, Strengths())
+    for name, tensor in tensors_of(output).items():
+        wanted = expected[name] if name.startswith("vae.") else expected[name].half()
+        assert torch.equal(tensor, wanted), name
+    config = json.loads((output / "text_encoder" / "config.json").read_text())
+    assert {config.get("dtype"), config.get("torch_dtype")} <= {None, "float16"}
+
+
+def test_several_adapters_in_any_order(
+    sd1_folder: Path, tmp_path: Path, random_adapter: MakeAdapter
+) -> None:
+    files = [
+        write_adapter(
+            tmp_path / str(i), AdapterFile(random_adapter(sd1_folder, seed=i, every=2 + i))
+        )
+        for i in range(2)
+    ]
+    one = export_checkpoint(
+        sd1_folder, [(files[0], 0.5), (files[1], 0.7)], tmp_path / "one.safetensors"
+    )
+    two = export_checkpoint(
+        sd1_folder, [(files[1], 0.7), (files[0], 0.5)], tmp_path / "two.safetensors"
+    )
+    first, second = load_file(one), load_file(two)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_shards_variants_and_left_over_weights(
+    sd1_folder: Path, tmp_path: Path, random_adapter: MakeAdapter
+) -> None:
+    """The merged folder has plain names, keeps shards, and no file with unmerged weights."""
+    from diffusers import StableDiffusionPipeline
+
+    base = tmp_path / "base"
+    shutil.copytree(sd1_folder, base)
+    weights = load_file(base / "unet/diffusion_pytorch_model.safetensors")
+    (base / "unet/diffusion_pytorch_model.safetensors").unlink()
+    keys = sorted(weights)
+    parts = [keys[::2], keys[1::2]]
+    places = {}
+    for number, part in enumerate(parts, start=1):
+        name = f"diffusion_pytorch_model-{number:05d}-of-00002.safetensors"
+        save_file({key: weights[key] for key in part}, base / "unet" / name, {"format": "pt"})
+        places |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (base / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (base / "text_encoder/model.safetensors").rename(base / "text_encoder/model.fp16.safetensors")
+    (base / "v1-5-pruned.safetensors").write_bytes(b"the unmerged single file")
+    (base / "unet/diffusion_pytorch_model.bin").write_bytes(b"the unmerged pickle")
+    description = json.loads((base / "model_index.json").read_text())
+    description["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (base / "model_index.json").write_text(json.dumps(description))
+    layers = random_adapter(sd1_folder)
+    file = write_adapter(tmp_path / "a", AdapterFile(layers))
+    output = export_checkpoint(base, file, tmp_path / "merged")
+    weights_left = {p.relative_to(output).as_posix() for p in output.rglob("*.safetensors")}
+    assert weights_left == {
+        "text_encoder/model.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    assert not list(output.rglob("*.bin"))
+    pipeline = StableDiffusionPipeline.from_pretrained(output, local_files_only=True)
+    expected = tensors_of(export_checkpoint(sd1_folder, file, tmp_path / "plain"))
+    assert_equal(state_of(pipeline), expected)
+
+
+@pytest.mark.parametrize("name", ["merged", "merged.safetensors"])
+def test_a_failed_export_leaves_nothing(
+    sd1_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    random_adapter: MakeAdapter,
+    name: str,
+) -> None:
+    file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=20)))
+    write_one = safetensors_stream._write_one
+    count = 0
+
+    def full_after_a_while(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > 100:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_one(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors_stream, "_write_one", full_after_a_while)
+        with pytest.raises(DiskFullError, match="the disk is full"):
+            export_checkpoint(sd1_folder, file, tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    with monkeypatch.context() as patch:
+        patch.setattr(output.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
+        with pytest.raises(DiskFullError, match=r"0\.00 GB free"):
+            export_checkpoint(sd1_folder, file, tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_home_folder_is_found(
+    tmp_path: Path, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch, random_adapter: MakeAdapter
+) -> None:
+    """A quoted ~ in a command, and every one in Python."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(sd1_folder, tmp_path / "base")
+    write_adapter(tmp_path / "a.safetensors", AdapterFile(random_adapter(sd1_folder, every=20)))
+    export_checkpoint("~/base", "~/a.safetensors", "~/merged")
+    assert (tmp_path / "merged" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+def test_flat_magnitudes_are_merged_as_the_base_tells(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, axis: str
+) -> None:
+    """Exported, verified and put on live modules: the same as with magnitudes that tell."""
+    layers = random_adapter(sd1_folder, axis=axis, every=7)
+    facts = AdapterMetadata("sd1")
+    file = write_adapter(tmp_path / "a.safetensors", AdapterFile(layers, facts), "kohya")
+    flat = tmp_path / "flat.safetensors"
+    tensors = load_file(file)
+    save_file({k: t.flatten() if k.endswith("dora_scale") else t for k, t in tensors.items()}, flat)
+    expected = tensors_of(export_checkpoint(sd1_folder, file, tmp_path / "plain"))
+    output = export_checkpoint(sd1_folder, flat, tmp_path / "merged")
+    assert_equal(tensors_of(output), expected)
+    assert verify_checkpoint(output, sd1_folder, flat).ok
+    components = load_components(sd1_folder).adaptable()
+    load_adapter(components, flat)
+    state = adapter_state(components)
+    assert {layer.norm_axis for layer in state.values()} == {axis}
+    assert all(torch.equal(state[name].magnitude, one.magnitude) for name, one in layers.items())

@@ -1,0 +1,203 @@
+"""Conversions: exact ones, approximations with their error, and refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dora_diffusion.cli import main
+from dora_diffusion.export import (
+    CONVERSIONS,
+    ExportError,
+    convert_adapter,
+    export_checkpoint,
+    inspect_adapter,
+)
+from dora_diffusion.formats.adapter.file import (
+    AdapterFile,
+    AdapterFormatError,
+    AdapterMetadata,
+    read_adapter,
+    write_adapter,
+)
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.numerics.low_rank import weight_change
+from dora_diffusion.numerics.weights import LayerWeights
+
+MakeAdapter = Callable[..., dict[str, LayerWeights]]
+
+
+def test_approximation_reports_its_error(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    layers = random_adapter(sd1_folder, axis="input", every=6)
+    source = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")), "kohya")
+    report = convert_adapter(source, tmp_path / "b", "lora-diffusers", base=sd1_folder, rank=6)
+    plain = read_adapter(report.path).layers
+    assert report.path.name == "pytorch_lora_weights.safetensors"
+    with PipelineFolder.open(sd1_folder) as pipeline:
+        for name, layer in layers.items():
+            wanted = weight_change(pipeline[f"{name}.weight"], layer)
+            got = weight_change(pipeline[f"{name}.weight"], plain[name])
+            error = ((wanted - got).norm() / wanted.norm()).item()
+            assert error == pytest.approx(report.errors[name], abs=1e-4), name
+    assert report.worst is not None
+    assert 0 < report.median_error <= report.worst[1] < 1
+    full = convert_adapter(source, tmp_path / "c", "lora", base=sd1_folder, rank=10_000)
+    assert full.worst is not None
+    assert full.worst[1] < 1e-5
+
+
+def test_the_command_lists_the_error_of_every_layer(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    layers = random_adapter(sd1_folder, every=9)
+    source = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")))
+    command = ["convert", str(source), str(tmp_path / "b"), "--to", "lora", "--rank", "2"]
+    assert main([*command, "--base", str(sd1_folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["errors"].keys() == layers.keys()
+    assert 0 < min(report["errors"].values()) <= report["total_error"] < 1
+    assert report["path"] == str(tmp_path / "b" / "adapter_kohya.safetensors")
+
+
+def test_refusals_say_what_to_do(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    layers = random_adapter(sd1_folder, every=9)
+    source = write_adapter(tmp_path / "a", AdapterFile(layers))
+    with pytest.raises(ExportError, match="unknown target 'x'; there is diffusers, peft"):
+        convert_adapter(source, tmp_path / "b", "x")
+    for target in ("comfyui", "dense", "lora", "lora-diffusers"):
+        with pytest.raises(ValueError, match="made for one base model"):
+            convert_adapter(source, tmp_path / "b", target)
+    for rank in (0, -3):
+        with pytest.raises(ExportError, match=f"at least 1, got {rank}"):
+            convert_adapter(source, tmp_path / "b", "lora", base=sd1_folder, rank=rank)
+    for name in ("a.pt", "a.ckpt", "a.bin"):
+        with pytest.raises(ExportError, match="pickles are not written"):
+            convert_adapter(source, tmp_path / name, "kohya", family="sd1")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    with pytest.raises(ExportError, match="is or holds what is read for it"):
+        convert_adapter(source, tmp_path / "a", "diffusers")
+    convert_adapter(source, tmp_path / "d", "diffusers")
+    with pytest.raises(ExportError, match="exists"):
+        convert_adapter(source, tmp_path / "d", "diffusers")
+    with pytest.raises(AdapterFormatError, match="family is unknown"):
+        convert_adapter(source, tmp_path / "b", "kohya")
+    assert convert_adapter(source, tmp_path / "b", "kohya", family="sd1").layers == len(layers)
+    assert convert_adapter(source, tmp_path / "c", "kohya", base=sd1_folder).path.exists()
+    assert set(CONVERSIONS) > {"diffusers", "kohya", "peft"}
+
+
+@pytest.fixture
+def dora(tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter) -> Path:
+    """A DoRA of rank 4 and alpha 3."""
+    layers = random_adapter(sd1_folder, every=9)
+    return write_adapter(tmp_path / "dora", AdapterFile(layers, AdapterMetadata("sd1")))
+
+
+def total_error(folder: Path, layers: dict[str, LayerWeights], file: Path) -> float:
+    """Distance of all merged weights of a kohya LoRA from the DoRA's, relative to the change."""
+    tensors, left, size = load_file(file), 0.0, 0.0
+    with PipelineFolder.open(folder) as pipeline:
+        for name, layer in layers.items():
+            component, _, path = name.partition(".")
+            prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[component]
+            key = prefix + path.replace(".", "_")
+            up, down = tensors[f"{key}.lora_up.weight"], tensors[f"{key}.lora_down.weight"]
+            scale = tensors[f"{key}.alpha"].item() / down.shape[0]
+            wanted = weight_change(pipeline[f"{name}.weight"], layer)
+            found = scale * (up.flatten(1) @ down.flatten(1)).view_as(wanted)
+            left += (wanted - found).square().sum().item()
+            size += wanted.square().sum().item()
+    return float((left / size) ** 0.5)
+
+
+@pytest.mark.parametrize("target", ["lora", "lora-diffusers"])
+def test_an_approximation_is_called_exact_for_itself_only(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, dora: Path, target: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """By one sentence with its error, in `convert` and in `inspect`; of any rank it is told."""
+    path = tmp_path / "lora.safetensors"
+    command = ["convert", str(dora), str(path), "--to", target, "--base", str(sd1_folder)]
+    assert main([*command, "--rank", "5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    report = convert_adapter(dora, path, target, base=sd1_folder, rank=5, overwrite=True)
+    if target == "lora":
+        measured = total_error(sd1_folder, random_adapter(sd1_folder, every=9), path)
+        assert report.total_error == pytest.approx(measured, rel=1e-3)
+    assert 0.01 < report.total_error < 1
+    sentence = f"exact for this LoRA, which is off the DoRA by {report.total_error:.1%}"
+    assert any(line.startswith(f"{sentence}: diffusers") for line in lines)
+    assert not any(line.startswith("exact:") for line in lines)
+    tools = inspect_adapter(path).tools
+    assert tools["diffusers"].partition(": ")[0] == sentence
+    assert "exact" not in tools.values()
+    assert main(["inspect", str(path)]) == 0
+    assert f"diffusers {sentence}" in " ".join(capsys.readouterr().out.split())
+    # Again: what is lost adds up, and is still told of the DoRA.
+    again = convert_adapter(path, tmp_path / "b.safetensors", target, base=sd1_folder, rank=3)
+    most = report.total_error + again.total_error * (1 + report.total_error)
+    verdict = inspect_adapter(again.path).tools["LyCORIS" if target == "lora" else "diffusers"]
+    assert verdict == f"exact for this LoRA, which is off the DoRA by {most:.1%}"
+
+
+def test_an_approximation_of_full_rank_is_exact(
+    tmp_path: Path, sd1_folder: Path, dora: Path
+) -> None:
+    report = convert_adapter(dora, tmp_path / "a", "lora", base=sd1_folder, rank=10_000)
+    assert report.total_error < 1e-5
+    assert inspect_adapter(report.path).tools["LyCORIS"] == "exact"
+
+
+def test_the_rank_of_an_approximation_stands_beside_its_own_alpha(
+    tmp_path: Path, sd1_folder: Path, dora: Path
+) -> None:
+    assert inspect_adapter(dora).alpha == "3"
+    report = convert_adapter(dora, tmp_path / "a", "lora-diffusers", base=sd1_folder, rank=5)
+    found = inspect_adapter(report.path)
+    ranks = found.to_dict()["rank"]
+    ranks = set(ranks.values()) if isinstance(ranks, dict) else {ranks}
+    assert max(ranks) == 5
+    assert found.to_dict()["alpha"] == found.to_dict()["rank"]
+    # Files of before held the DoRA's alpha.
+    with PipelineFolder.open(sd1_folder):
+        tensors = load_file(report.path)
+    save_file(
+        tensors,
+        report.path,
+        {"dora_diffusion.approximation": "singular values, rank 5", "dora_diffusion.alpha": "3",
+         "dora_diffusion.target": "diffusers", "dora_diffusion.family": "sd1"},
+    )  # fmt: skip
+    assert inspect_adapter(report.path).to_dict()["alpha"] != 3
+
+
+def test_what_is_read_is_not_replaced(
+    tmp_path: Path, sd1_folder: Path, dora: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By no name of it: itself, its folder, or a link."""
+    before = dora.read_bytes()
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(dora)
+    for source, output in ((dora, dora), (dora.parent, dora), (dora, dora.parent), (dora, link)):
+        command = ["convert", str(source), str(output), "--to", "diffusers", "--overwrite"]
+        assert main(command) == 1
+        assert "is or holds what is read" in capsys.readouterr().err
+    base = tmp_path / "base.safetensors"
+    export_checkpoint(sd1_folder, dora, base)
+    size = base.stat().st_size
+    with pytest.raises(ExportError, match="is or holds what is read"):
+        convert_adapter(dora, base, "kohya", base=base, overwrite=True)
+    assert (dora.read_bytes(), base.stat().st_size) == (before, size)
+    peft = convert_adapter(dora, tmp_path / "peft", "peft").path
+    with pytest.raises(ExportError, match="is or holds what is read"):
+        convert_adapter(peft / "unet", peft, "peft", overwrite=True)
+    assert (peft / "text_encoder").is_dir()
+    convert_adapter(dora, dora.parent, "kohya")  # another file of the same folder

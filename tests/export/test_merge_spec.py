@@ -1,0 +1,91 @@
+"""What is merged how strongly, and its record."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dora_diffusion.cli import main
+from dora_diffusion.export import ExportError, export_checkpoint, verify_checkpoint
+from dora_diffusion.export.merge_spec import file_hash
+from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.merge import Strengths, merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights
+
+MakeAdapter = Callable[..., dict[str, LayerWeights]]
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    with PipelineFolder.open(folder) as pipeline:
+        return {name: pipeline[name] for name in pipeline.specs}
+
+
+def test_strength_per_component_and_several_adapters(
+    tmp_path: Path, sdxl_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    layers = [random_adapter(sdxl_folder, every=5, seed=seed) for seed in range(2)]
+    paths = [
+        write_adapter(tmp_path / f"{i}.safetensors", AdapterFile(one))
+        for i, one in enumerate(layers)
+    ]
+    options = {
+        "strength": 0.9, "unet_strength": 0.5, "text_encoder_strength": 0.0,
+        "direction_strength": 0.8, "magnitude_strength": 1.2,
+    }  # fmt: skip
+    adapters = [(paths[0], 1.0), (paths[1], 0.25)]
+    output = export_checkpoint(sdxl_folder, adapters, tmp_path / "merged", **options)
+    base, merged = tensors_of(sdxl_folder), tensors_of(output)
+    for name, weight in base.items():
+        module = name.removesuffix(".weight")
+        if name.startswith("unet.") and module in layers[0] and name.endswith(".weight"):
+            each = [
+                (one[module], Strengths(own * 0.45, 0.8, 1.2))
+                for one, (_, own) in zip(layers, adapters, strict=True)
+                if module in one
+            ]
+            torch.testing.assert_close(
+                merged[name], merge_tensor(weight, each), rtol=0, atol=1e-6, msg=name
+            )
+            assert not torch.equal(merged[name], weight)
+        else:
+            assert torch.equal(merged[name], weight), name
+    assert verify_checkpoint(output, sdxl_folder, adapters, **options).ok
+    with pytest.raises(ExportError, match="finite numbers, got unet_strength nan"):
+        export_checkpoint(sdxl_folder, paths[0], tmp_path / "x", unet_strength=float("nan"))
+
+
+def test_the_hubs_name_of_a_file_is_its_hash(tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / ("ab" * 32)
+    blob.parent.mkdir()
+    blob.write_bytes(b"large")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    assert file_hash([tmp_path / "model.safetensors"]) == blob.name
+    assert file_hash([blob, blob]) == hashlib.sha256(b"largelarge").hexdigest()
+
+
+def test_a_strength_of_what_no_adapter_holds_is_said(
+    tmp_path: Path,
+    sd1_folder: Path,
+    random_adapter: Callable[..., dict[str, LayerWeights]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    layers = random_adapter(sd1_folder, components=("unet",), every=9)
+    file = write_adapter(tmp_path / "a", AdapterFile(layers), "diffusers")
+
+    def said(*flags: str) -> list[str]:
+        words = ["--base", str(sd1_folder), "--adapter", str(file), "--overwrite", *flags]
+        assert main(["export", *words, "--output", str(tmp_path / "m.safetensors")]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        return [line for line in lines if "has no effect" in line]
+
+    assert said("--text_encoder_strength", "0.5") == [
+        "warning: text_encoder_strength has no effect because no adapter holds a layer of a text "
+        "encoder"
+    ]
+    assert said("--unet_strength", "0.5", "--magnitude_strength", "0.5") == []

@@ -1,0 +1,88 @@
+"""Another autoencoder for a merged model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dora_diffusion.export import ExportError, export_checkpoint, verify_checkpoint
+from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.numerics.weights import LayerWeights
+
+MakeAdapter = Callable[..., dict[str, LayerWeights]]
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    with PipelineFolder.open(folder) as pipeline:
+        return {name: pipeline[name] for name in pipeline.specs}
+
+
+@pytest.mark.parametrize("form", ["folder", "model", "checkpoint", "original", "early"])
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+def test_another_vae_is_baked_in(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, form: str, suffix: str
+) -> None:
+    """From every form that autoencoders come in."""
+    other = tmp_path / "other"
+    shutil.copytree(sd1_folder, other)
+    file = other / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: (2 * t).half() for name, t in load_file(file).items()}, file)
+    config = json.loads((other / "vae" / "config.json").read_text())
+    (other / "vae" / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.5}))
+    path = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(random_adapter(sd1_folder, every=9))
+    )
+    vae = {"folder": other / "vae", "model": other}.get(form, tmp_path / "vae.safetensors")
+    whole = load_file(export_checkpoint(other, path, tmp_path / "o.safetensors", strength=0))
+    if form == "checkpoint":
+        save_file(whole, vae)
+    elif form == "original":
+        prefix = "first_stage_model."
+        part = {k.removeprefix(prefix): t for k, t in whole.items() if k.startswith(prefix)}
+        save_file({**part, "loss.logvar": torch.zeros(1)}, vae)
+    elif form == "early":
+        names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        tensors = load_file(file)
+        for new, old in names.items():
+            tensors = {
+                k.replace(f".attentions.0.{new}.", f".attentions.0.{old}."): t
+                for k, t in tensors.items()
+            }
+        assert any(".query." in key for key in tensors)
+        save_file(tensors, vae)
+    output = export_checkpoint(sd1_folder, path, tmp_path / f"merged{suffix}", vae=vae)
+    report = verify_checkpoint(output, sd1_folder, path, vae=vae)
+    assert report.ok, report.problems
+    assert not verify_checkpoint(output, sd1_folder, path).ok
+    if not suffix:
+        wanted, found = tensors_of(other), tensors_of(output)
+        names = [name for name in wanted if name.startswith("vae.")]
+        assert all(torch.equal(wanted[name], found[name]) for name in names)
+        if form in ("folder", "model"):
+            assert json.loads((output / "vae" / "config.json").read_text())["scaling_factor"] == 0.5
+
+
+def test_what_is_not_a_fitting_vae_is_refused(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    path = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(random_adapter(sd1_folder, every=9))
+    )
+    with pytest.raises(ExportError, match="not an autoencoder"):
+        export_checkpoint(sd1_folder, path, tmp_path / "m", vae=path)
+    part = load_file(sd1_folder / "vae" / "diffusion_pytorch_model.safetensors")
+    part.pop("quant_conv.bias")
+    save_file(part, tmp_path / "v.safetensors")
+    with pytest.raises(ExportError, match=r"another kind than the base's: vae\.quant_conv\.bias"):
+        export_checkpoint(sd1_folder, path, tmp_path / "m", vae=tmp_path / "v.safetensors")
+    with pytest.raises(ExportError, match="is a pickle"):
+        export_checkpoint(sd1_folder, path, tmp_path / "m", vae="vae.pt")
+    assert not (tmp_path / "m").exists()

@@ -1,0 +1,158 @@
+"""Files for LyCORIS and web UIs, merged by LyCORIS itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, safe_open
+from torch import Tensor, nn
+
+from dora_diffusion.formats.adapter.file import (
+    AdapterFile,
+    AdapterFormatError,
+    AdapterMetadata,
+    write_adapter,
+)
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.merge import Strengths, merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+
+MakeAdapter = Callable[..., dict[str, LayerWeights]]
+
+
+FACTS = AdapterMetadata(
+    family="sdxl",
+    base_model="some/model-xl",
+    trigger="a photo of sks dog",
+    resolution=1024,
+    extra={"prediction_type": "epsilon", "steps": "500"},
+)
+
+
+def merged(folder: Path, layers: dict[str, LayerWeights], name: str) -> Tensor:
+    with PipelineFolder.open(folder) as pipeline:
+        return merge_tensor(pipeline[f"{name}.weight"], [(layers[name], Strengths())])
+
+
+def module_at(pipeline: Any, name: str) -> nn.Module:
+    """The live module behind a canonical name."""
+    component, _, path = name.partition(".")
+    model = getattr(pipeline, component)
+    if component != "unet" and not hasattr(model, "text_model"):
+        path = path.removeprefix("text_model.")
+    module: nn.Module = model.get_submodule(path)
+    return module
+
+
+def assert_close_to_merge(
+    weight: Tensor, folder: Path, layers: dict[str, LayerWeights], name: str
+) -> None:
+    """Equal to our merge within 1e-6 of its largest entry, and different from the base."""
+    expected = merged(folder, layers, name)
+    size = expected.abs().max().item()
+    assert (weight - expected).abs().max().item() <= 1e-6 * size, name
+    with PipelineFolder.open(folder) as pipeline:
+        assert (weight - pipeline[f"{name}.weight"]).abs().max().item() > 1e-3 * size, name
+
+
+def load_pipeline(folder: Path) -> Any:
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+
+
+@contextlib.contextmanager
+def lycoris_axis(axis: NormAxis) -> Iterator[None]:
+    """LyCORIS rebuilds modules from files with its default axis; set that for a while."""
+    from lycoris.modules.locon import LoConModule
+
+    original = LoConModule.__init__
+
+    def with_axis(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{**kwargs, "wd_on_out": axis == "output"})
+
+    LoConModule.__init__ = with_axis
+    try:
+        yield
+    finally:
+        LoConModule.__init__ = original
+
+
+@pytest.mark.parametrize("axis", ["output", "input", None])
+def test_lycoris_merges_the_kohya_file_exactly(
+    tmp_path: Path, sd1_folder: Path, axis: NormAxis | None, random_adapter: MakeAdapter
+) -> None:
+    """LyCORIS 3.2 and later: `wd_on_out` for the output axis, without it for the input axis."""
+    from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
+
+    layers = random_adapter(sd1_folder, axis=axis, mixed_ranks=True, every=2)
+    file = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(layers, AdapterMetadata(family="sd1")), "kohya"
+    )
+    pipeline = load_pipeline(sd1_folder)
+    for prefix, component in (("lora_unet", "unet"), ("lora_te_text_model", "text_encoder")):
+        LycorisNetwork.LORA_PREFIX = prefix
+        try:
+            with lycoris_axis(axis or "output"):
+                model = getattr(pipeline, component)
+                network, _ = create_lycoris_from_weights(1.0, str(file), model)
+            network.merge_to(1.0)
+        finally:
+            LycorisNetwork.LORA_PREFIX = "lycoris"
+    for name in layers:
+        assert_close_to_merge(module_at(pipeline, name).weight, sd1_folder, layers, name)
+
+
+def test_lycoris_untold_of_the_input_axis(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """An error, not a wrong picture. If this fails, docs/formats.md is out of date."""
+    from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
+
+    layers = random_adapter(sd1_folder, axis="input", every=9, components=["unet"])
+    file = write_adapter(
+        tmp_path / "a.safetensors", AdapterFile(layers, AdapterMetadata(family="sd1")), "kohya"
+    )
+    LycorisNetwork.LORA_PREFIX = "lora_unet"
+    try:
+        with pytest.raises(RuntimeError, match="broadcast shape"):
+            create_lycoris_from_weights(1.0, str(file), load_pipeline(sd1_folder).unet)
+    finally:
+        LycorisNetwork.LORA_PREFIX = "lycoris"
+
+
+def test_kohya_shapes_and_metadata(
+    tmp_path: Path, sdxl_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    layers = random_adapter(sdxl_folder)
+    path = write_adapter(tmp_path / "my dog.safetensors", AdapterFile(layers, FACTS), "kohya")
+    tensors = load_file(path)
+    scales = {key: tuple(t.shape) for key, t in tensors.items() if key.endswith("dora_scale")}
+    assert scales["lora_unet_out_2.dora_scale"] == (4, 1, 1, 1)
+    assert scales["lora_te1_text_model_encoder_layers_0_self_attn_v_proj.dora_scale"] == (32, 1)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert metadata["ss_v2"] == "False"
+    assert metadata["ss_network_dim"] == "4"
+    assert metadata["ss_network_alpha"] == "3"
+    assert json.loads(metadata["ss_network_args"])["dora_wd"] == "True"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert metadata["modelspec.title"] == "my dog"
+    assert metadata["modelspec.trigger_phrase"] == FACTS.trigger
+    assert metadata["modelspec.resolution"] == "1024x1024"
+    assert all(isinstance(value, str) and value for value in metadata.values())
+    assert not any(str(tmp_path) in value for value in metadata.values())
+
+
+def test_a_kohya_file_needs_its_family(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    layers = random_adapter(sd1_folder, every=9)
+    with pytest.raises(AdapterFormatError, match="family is unknown"):
+        write_adapter(tmp_path, AdapterFile(layers), "kohya")

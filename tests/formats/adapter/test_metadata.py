@@ -1,0 +1,130 @@
+"""What files say of themselves: tags, thumbnails, hashes, no local paths."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dora_diffusion.export import convert_adapter
+from dora_diffusion.formats.adapter.file import (
+    AdapterFile,
+    AdapterMetadata,
+    read_adapter,
+    write_adapter,
+)
+from dora_diffusion.formats.files.header import read_header
+from dora_diffusion.numerics.weights import LayerWeights
+
+MakeAdapter = Callable[..., dict[str, LayerWeights]]
+
+
+@pytest.fixture
+def adapter(sd1_folder: Path, random_adapter: MakeAdapter) -> AdapterFile:
+    layers = random_adapter(sd1_folder, every=7)
+    return AdapterFile(layers, AdapterMetadata("sd1", "some/model", "sks dog", 512))
+
+
+def test_tags_and_thumbnail_go_along(tmp_path: Path, adapter: AdapterFile) -> None:
+    """Into every target and back; the picture small, and without a photo's own metadata."""
+    photo = tmp_path / "private place.jpg"
+    exif = Image.Exif()
+    exif[0x010F] = "secret camera"
+    Image.new("RGB", (1200, 800), "red").save(photo, exif=exif)
+    source = write_adapter(tmp_path / "a.safetensors", adapter)
+    first = convert_adapter(
+        source, tmp_path / "my dog.safetensors", "kohya", tags=["dog", "pet"], thumbnail=photo
+    ).path
+    fields = read_header(first).metadata
+    assert fields["modelspec.tags"] == "dog, pet"
+    assert json.loads(fields["ss_tag_frequency"]) == {"images": {"sks dog": 1, "dog": 1, "pet": 1}}
+    head, _, data = fields["modelspec.thumbnail"].partition(",")
+    picture = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert head == "data:image/jpeg;base64"
+    assert (picture.format, picture.size) == ("JPEG", (256, 171))
+    assert not picture.getexif()
+    assert not any(str(tmp_path) in text or "private" in text for text in fields.values())
+    assert fields["modelspec.implementation"] == "diffusers"
+    for target in ("diffusers", "peft", "kohya"):
+        convert_adapter(first, tmp_path / target, target)
+        facts = read_adapter(tmp_path / target).metadata
+        assert facts.tags == ("dog", "pet")
+        assert facts.thumbnail == fields["modelspec.thumbnail"]
+    more = convert_adapter(first, tmp_path / "more", "kohya", tags=["pet", "brown"]).path
+    assert read_adapter(more).metadata.tags == ("dog", "pet", "brown")
+    with pytest.raises(ValueError, match="must be a data URI"):
+        AdapterMetadata(thumbnail="/home/someone/dog.jpg")
+
+
+@pytest.mark.parametrize("target", ["kohya", "comfyui"])
+def test_the_hash_is_the_one_that_web_uis_compute(
+    tmp_path: Path, sd1_folder: Path, adapter: AdapterFile, target: str
+) -> None:
+    """SHA-256 of all that follows the header, whatever the header says."""
+    source = write_adapter(tmp_path / "a.safetensors", adapter)
+    path = convert_adapter(source, tmp_path / "b", target, base=sd1_folder).path
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    expected = hashlib.sha256(content[start:]).hexdigest()
+    assert read_header(path).metadata["sshs_model_hash"] == expected
+
+
+def test_local_names_stay_here(tmp_path: Path, sd1_folder: Path, adapter: AdapterFile) -> None:
+    facts = AdapterMetadata(
+        "sd1", str(tmp_path / "models" / "my base"), extra={"data": r"C:\Users\me\photos"}
+    )
+    for target in ("diffusers", "kohya", "peft", "comfyui", "dense"):
+        source = write_adapter(tmp_path / "a.safetensors", AdapterFile(adapter.layers, facts))
+        convert_adapter(source, tmp_path / target, target, base=sd1_folder)
+        for file in (tmp_path / target).rglob("*"):
+            if file.is_file():
+                raw = file.read_bytes()
+                assert str(tmp_path).encode() not in raw
+                assert b"Users" not in raw
+                assert b"my base" in raw or file.suffix == ".json" or target == "peft"
+
+
+@pytest.mark.parametrize("target", ["kohya", "diffusers", "peft"])
+def test_the_captions_tags_go_along(tmp_path: Path, adapter: AdapterFile, target: str) -> None:
+    """How often each was trained with, as web UIs count them; and what is added by hand."""
+    counts = {"sks dog": 4, "grass": 2}
+    facts = dataclasses.replace(adapter.metadata, tag_frequency=counts)
+    path = write_adapter(tmp_path / "a", dataclasses.replace(adapter, metadata=facts), target)
+    assert read_adapter(path).metadata.tag_frequency == counts
+    kohya = convert_adapter(path, tmp_path / "k", "kohya", tags=["pet", "grass"]).path
+    fields = read_header(kohya).metadata
+    assert json.loads(fields["ss_tag_frequency"]) == {"images": {**counts, "pet": 1}}
+    again = convert_adapter(kohya, tmp_path / "again", target).path
+    assert read_adapter(again).metadata.tag_frequency == {**counts, "pet": 1}
+
+
+def test_the_tags_of_other_programs_are_read(tmp_path: Path, adapter: AdapterFile) -> None:
+    """Of several datasets, whose folders' names stay behind; nonsense is left out."""
+    tensors = load_file(write_adapter(tmp_path / "a.safetensors", adapter, "kohya"))
+    path = tmp_path / "b.safetensors"
+    counts = {"10_my secret folder": {"dog": 2, "cat": 1}, "1_other": {"cat": 4}}
+    for text, expected in ((json.dumps(counts), {"cat": 5, "dog": 2}), ("[1]", {}), ("{", {})):
+        save_file(tensors, path, {"ss_v2": "False", "ss_tag_frequency": text})
+        assert read_adapter(path).metadata.tag_frequency == expected
+    assert b"secret" not in convert_adapter(path, tmp_path / "c", "diffusers").path.read_bytes()
+
+
+def test_rewriting_is_stable_with_all_facts(tmp_path: Path, adapter: AdapterFile) -> None:
+    """Write, read, write: the same bytes, hashes and pictures included."""
+    thumbnail = "data:image/png;base64," + base64.b64encode(b"picture").decode()
+    facts = AdapterMetadata("sd1", "some/model", "sks dog", 512, tags=("dog",), thumbnail=thumbnail)
+    for target in ("kohya", "diffusers"):
+        layers = adapter.layers
+        one = write_adapter(tmp_path / "1" / "a.safetensors", AdapterFile(layers, facts), target)
+        two = write_adapter(tmp_path / "2" / "a.safetensors", read_adapter(one), target)
+        assert one.read_bytes() == two.read_bytes()
+        assert all(t.dtype == torch.float32 for t in load_file(two).values())

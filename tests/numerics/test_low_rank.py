@@ -1,0 +1,39 @@
+"""The best plain LoRA of a change of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.numerics.low_rank import approximate, low_rank
+from dora_diffusion.numerics.weights import LayerWeights
+
+MakeAdapter = Callable[..., dict[str, LayerWeights]]
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (12, 8, 3, 3), (400, 300)])
+@pytest.mark.parametrize("rank", [1, 8])
+def test_approximations_are_the_best_ones(shape: tuple[int, ...], rank: int) -> None:
+    """Against the full decomposition; the large shape takes the randomised way."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(shape, generator=generator)
+    layer = low_rank(target, rank)
+    found = (layer.scale * layer.up.flatten(1) @ layer.down.flatten(1)).view_as(target)
+    singular = torch.linalg.svdvals(target.flatten(1).double())
+    best = singular[rank:].norm().item()
+    assert layer.weight_shape == shape
+    assert best * (1 - 1e-5) <= (target - found).norm().item() <= best * 1.02
+
+
+def test_a_plain_lora_is_approximated_exactly(
+    sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    layers = random_adapter(sd1_folder, axis=None, every=6)
+    with PipelineFolder.open(sd1_folder) as pipeline:
+        _, errors, total = approximate(layers, lambda name: pipeline[f"{name}.weight"], rank=4)
+    assert max(errors.values()) < 1e-5
+    assert total < 1e-5
