@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.merging import MergeError, merge_layers
+from dora_diffusion.formats.checkpoint.weights import MergeError
+from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.precision import wide_dtype
 from dora_diffusion.numerics.weights import LayerWeights, Strengths
 

@@ -37,10 +37,6 @@ _COLUMNS = 128
 _SUMMATION = 8
 
 
-class MergeError(ValueError):
-    """An adapter that does not fit the base weights, or a merge that is not finite."""
-
-
 def merged_weight(weight: Tensor, adapted: Sequence[Tensor]) -> Tensor:
     """Several adapters on one base: ``W + sum_k (W'_k - W)``, in float32.
 

@@ -13,7 +13,10 @@ from torch import Tensor
 from dora_diffusion.families import COMPONENTS, Family
 from dora_diffusion.formats.checkpoint.entries import Entry
 from dora_diffusion.formats.files.header import TensorSpec
-from dora_diffusion.numerics.merging import MergeError
+
+
+class MergeError(ValueError):
+    """Base weights that cannot be merged into, or a merge that is not finite."""
 
 
 class ModelWeights(Protocol):
