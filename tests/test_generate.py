@@ -28,8 +28,8 @@ from dora_diffusion.generate import (
     lacks_trigger,
     load_adapted,
 )
-from dora_diffusion.models.components import SAMPLERS
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
 
 QUICK = SamplingSettings(steps=3, guidance_scale=4.0)
@@ -101,7 +101,7 @@ def test_images_are_those_of_the_diffusers_pipeline(sd1_folder, sd1):
     assert np.array_equal(pixels(generate_images(sd1, PROMPT, [11], QUICK)), pixels(expected))
 
 
-@pytest.mark.parametrize("scheduler", list(SAMPLERS))
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
 def test_every_sampler_runs_and_repeats(sd1, scheduler):
     settings = SamplingSettings(steps=3, scheduler=scheduler)
     calls = []

@@ -13,13 +13,11 @@ from functools import cached_property
 from typing import Any, Literal
 
 from dora_diffusion.config.checks import require, require_choice
+from dora_diffusion.config.precision import precision_name
 
 # same: a resumed run must have it; free: it may change, which is said and recorded;
 # apart: no property of the training (places, names, what happens afterwards).
 Resume = Literal["same", "free", "apart"]
-
-# Names of precisions, as other programs have them.
-_SPELLINGS = {"fp32": "no", "float32": "no", "float16": "fp16", "bfloat16": "bf16", "none": "no"}
 
 TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 
@@ -170,7 +168,7 @@ class Setting:
         require(
             cast is not None and whole, f"{self.name} is {value!r}; it must be {wanted}", self.name
         )
-        return self._known_spelling(cast) if self.choices else cast
+        return self._known_choice(cast) if self.choices else cast
 
     def _cast_bool(self, value: Any) -> Any:
         if value is False and "no" in (self.choices or ()):
@@ -183,13 +181,13 @@ class Setting:
         )
         return value
 
-    def _known_spelling(self, value: Any) -> Any:
+    def _known_choice(self, value: Any) -> Any:
         """A choice as it is written here: AdamW is adamw, fp32 is no, and none is None."""
         assert self.choices is not None
         word = str(value).lower()
         if word == "none" and self.default is None:
             return None
-        word = word if word in self.choices else _SPELLINGS.get(word, word)
+        word = word if word in self.choices else precision_name(word)
         return word if word in self.choices else value
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_diffusion.formats.adapter.conversions import CONVERSIONS
 from dora_diffusion.jobs.loading import ModelFiles
 from dora_diffusion.jobs.queue import create_job
 from dora_diffusion.jobs.snapshot import Job, adapter_of
@@ -21,9 +22,7 @@ MERGED = "merged.safetensors"
 
 def formats() -> dict[str, str]:
     """Adapter format -> where it is exact."""
-    from dora_diffusion.export import CONVERSIONS
-
-    return dict(CONVERSIONS)
+    return {name: conversion.summary for name, conversion in CONVERSIONS.items()}
 
 
 def chosen_adapter(job: Job, checkpoint: str = "") -> Path:
