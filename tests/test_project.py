@@ -31,7 +31,7 @@ def commands_in(path: Path) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-SCRIPTS = {"train_dreambooth_dora.py": "train", "app.py": "app", "dora_diffusion.demo": "demo"}
+SCRIPTS = {"train_dreambooth_dora.py": "train", "app.py": "app"}
 
 
 def own_command(words: list[str]) -> list[str] | None:
@@ -136,7 +136,7 @@ def test_a_fresh_machine_gets_an_environment_first(target, tmp_path):
     # Gigabytes come: pip shows what it does.
     assert "--quiet" not in steps
     assert steps.index("-m venv") < steps.index("pip install")
-    last = {"demo": "-m dora_diffusion.demo", "test": "-m pytest"}[target]
+    last = {"demo": "-m dora_diffusion demo", "test": "-m pytest"}[target]
     assert steps.index("pip install") < steps.index(last)
 
 

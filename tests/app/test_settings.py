@@ -24,7 +24,7 @@ from dora_diffusion.app.settings import (
     setting_text,
 )
 from dora_diffusion.cli import build_parser
-from dora_diffusion.commands.flags import train_config
+from dora_diffusion.commands.train import train_config
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file, without_effect
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs.workspace import AppError

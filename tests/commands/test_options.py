@@ -1,4 +1,4 @@
-"""Flags of the other commands that do nothing: each is said, with its reason."""
+"""Flags that commands share: those that do nothing are said, those that cannot work refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from dora_diffusion import cli
-from dora_diffusion.commands.effect import warn_without_effect
+from dora_diffusion.commands.options import warn_without_effect
 
 
 def said(line: str) -> list[str]:
@@ -48,7 +48,7 @@ def test_a_flag_without_effect_is_said(line, expected):
     ],
 )
 @pytest.mark.parametrize(
-    "command", ["evaluate a --subject s", "generate --prompt x --output x.png"]
+    "command", ["evaluate a --subject bolt_mug", "generate --prompt x --output x.png"]
 )
 def test_numbers_that_cannot_work_are_refused_before_the_model_is_loaded(
     command, flags, message, tmp_path, monkeypatch, capsys
