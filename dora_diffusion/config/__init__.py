@@ -20,15 +20,11 @@ from dora_diffusion.config.checks import ConfigError
 from dora_diffusion.config.effect import without_effect
 from dora_diffusion.config.fields import Setting, setting_type
 from dora_diffusion.config.file import read_config_file, read_config_lines
+from dora_diffusion.config.learning import LR_SCHEDULES, OPTIMIZERS
+from dora_diffusion.config.precision import PRECISIONS
 from dora_diffusion.config.resume import differences
-from dora_diffusion.config.train import (
-    LR_SCHEDULES,
-    OPTIMIZERS,
-    PRECISIONS,
-    PRIOR_MODES,
-    TrainConfig,
-    settings,
-)
+from dora_diffusion.config.subject import PRIOR_MODES
+from dora_diffusion.config.train import TrainConfig, settings
 
 __all__ = [
     "LR_SCHEDULES",

@@ -33,6 +33,27 @@ def test_what_cannot_work_is_refused(values: dict[str, Any], message: str) -> No
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"targets": {"attention": 8}}, "targets is {'attention': 8}; it must be text"),
+        ({"targets": [["attention"]]}, "targets is ['attention']; it must be text"),
+        ({"instance_prompt": ["a sks dog"]}, "instance_prompt is ['a sks dog']; it must be text"),
+        ({"token": {"sks": 1}}, "token is {'sks': 1}; it must be text"),
+        ({"token": True}, "token is True; it must be text"),
+        ({"rank": True}, "rank is True; it must be a whole number"),
+        ({"rank": 1.5}, "rank is 1.5; it must be a whole number"),
+        ({"rank": math.inf}, "rank is inf; it must be a whole number"),
+        ({"learning_rate": [1]}, "learning_rate is [1]; it must be a number"),
+        ({"use_dora": "yes"}, "use_dora is 'yes'; it must be true or false"),
+    ],
+)
+def test_what_yaml_makes_of_another_type_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        TrainConfig.from_dict(values)
+    assert str(error.value) == message
+
+
 def test_values_are_read_as_diffusers_scripts_and_yaml_write_them() -> None:
     config = TrainConfig.from_dict({"optimizer": "AdamW", "mixed_precision": False, "rank": "4"})
     assert (config.optimizer, config.mixed_precision, config.rank) == ("adamw", "no", 4)
