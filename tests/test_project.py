@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import itertools
 import os
@@ -10,6 +11,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -162,3 +165,81 @@ def test_the_module_is_the_command():
         check=True,
     )
     assert done.stdout.strip() == dora_diffusion.__version__
+
+
+PACKAGE = ROOT / "dora_diffusion"
+# What a user calls with keywords, each documented.
+KEYWORD_INTERFACES = {
+    "export.checkpoint.export_checkpoint",
+    "export.convert.convert_adapter",
+    "export.verify.verify_checkpoint",
+    "generate.load_adapted",
+}
+MANY_PARAMETERS = KEYWORD_INTERFACES | {
+    "data.dataset.__init__",
+    "evaluation.photos.evaluate_photos",
+    "numerics.fast.autograd.dora",
+    "numerics.fast.autograd.forward",
+    "pictures.parameters_text",
+}
+LONG = {
+    "app.theme.make_theme",
+    "app.views.generate.build",
+    "app.views.library.build",
+    "app.views.library.connect",
+    "app.views.photo.connect",
+    "app.views.subject.build",
+    "app.views.subject.connect",
+    "app.views.train.build",
+    "app.views.train.connect",
+    "evaluation.photos.evaluate_photos",
+    "export.checkpoint.export_checkpoint",
+    "export.convert.convert_adapter",
+    "formats.adapter.decode.decode_layers",
+    "training.session.open_session",
+}
+HOMONYMS = {"Comparison", "Facts", "Request", "Subject"}
+
+
+def definitions() -> Iterator[tuple[str, ast.AST]]:
+    """Every class and function of the package, with its module's name before its own."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                yield f"{module.removesuffix('.__init__')}.{node.name}", node
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Their number, without a method's own object."""
+    args = function.args
+    names = [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+    names += ["*"] * ((args.vararg is not None) + (args.kwarg is not None))
+    return len(names) - (names[:1] in (["self"], ["cls"], ["ctx"]))
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for name, node in definitions():
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield name, node
+
+
+def test_functions_fit_on_a_screen() -> None:
+    """60 lines, docstring and all."""
+    long = {name for name, node in functions() if (node.end_lineno or 0) - node.lineno >= 60}
+    assert long <= LONG
+
+
+def test_signatures_are_short() -> None:
+    """Eight parameters; what belongs together is an object."""
+    many = {name for name, node in functions() if parameters(node) > 8}
+    assert many <= MANY_PARAMETERS
+
+
+def test_no_two_classes_have_one_name() -> None:
+    homes = defaultdict(list)
+    for name, node in definitions():
+        if isinstance(node, ast.ClassDef):
+            homes[node.name].append(name)
+    twice = {name: places for name, places in homes.items() if len(places) > 1}
+    assert not {name: twice[name] for name in twice.keys() - HOMONYMS}
