@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import dora_diffusion
 from dora_diffusion.config import ConfigError, TrainConfig, settings
 
 
@@ -71,3 +74,15 @@ def test_the_warm_up_takes_effect_with_the_constant_schedule() -> None:
     assert TrainConfig().lr_schedule == "constant"
     assert TrainConfig(lr_warmup_steps=3).lr_schedule == "constant_with_warmup"
     assert TrainConfig(lr_warmup_steps=3, lr_scheduler="cosine").lr_schedule == "cosine"
+
+
+def test_who_reads_a_setting_is_found_by_its_name() -> None:
+    """Beside the command line, the app and the fields themselves: that is where it acts."""
+    package = Path(dora_diffusion.__file__).parent
+    text = "".join(
+        path.read_text(encoding="utf-8")
+        for path in package.rglob("*.py")
+        if not {"app", "commands", "flag_map.py"} & set(path.relative_to(package).parts)
+    )
+    read = set(re.findall(r"\b(?:config|self)(?=\.(\w+))", text))
+    assert [setting.name for setting in settings() if setting.name not in read] == []
