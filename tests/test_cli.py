@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import os
 import subprocess
 import sys
@@ -72,6 +73,27 @@ class TestHelp:
             "Learning rate of magnitudes. Default: their layer's.",
         ):
             assert words in text
+
+    def test_names_and_defaults_in_help_texts_are_those_of_the_modules(self):
+        """Their modules import torch: said twice, and compared."""
+        from dora_diffusion.evaluation.metric_models import LITE
+        from dora_diffusion.export import convert_adapter
+        from dora_diffusion.generate import SamplingSettings
+
+        texts = {
+            (command, action.dest): action.help
+            for command, parser in cli.build_parser()._subparsers._group_actions[0].choices.items()
+            for action in parser._actions
+        }
+        assert f"Default: {LITE} where it is installed" in texts["evaluate", "metric_model"]
+        rank = inspect.signature(convert_adapter).parameters["rank"].default
+        assert f"Default: {rank}." in texts["convert", "rank"]
+        settings = SamplingSettings()
+        assert f"else {settings.guidance_scale}." in texts["evaluate", "guidance_scale"]
+        words = ["generate", "--base", "b", "--prompt", "x", "--output", "x.png"]
+        args = cli.build_parser().parse_args(words)
+        for name in ("steps", "guidance_scale", "scheduler", "width", "height", "negative_prompt"):
+            assert getattr(args, name) == getattr(settings, name)
 
 
 class TestUsage:
