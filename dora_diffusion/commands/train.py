@@ -139,7 +139,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     """
     names = {setting.name for setting in settings()}
     values, lines = read_config_lines(args.config) if args.config else ({}, {})
-    values = _known(args.config, values, lines, names)
+    values = _settings_of(args.config, values, lines, names)
     given = {name: value for name, value in vars(args).items() if name in names}
     values = overridden(values, given)
     try:
@@ -153,7 +153,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     return config
 
 
-def _known(
+def _settings_of(
     file: str, values: Mapping[str, Any], lines: Mapping[str, int], names: set[str]
 ) -> dict[str, Any]:
     """The file's settings, those under Diffusers' names renamed.
@@ -161,13 +161,13 @@ def _known(
     Raises:
         ConfigError: If a key is not a setting.
     """
-    found, unknown = {}, []
+    known, unknown = {}, []
     for key, value in values.items():
         answer = DIFFUSERS_FLAGS.get(key)
         if key in names:
-            found[key] = value
+            known[key] = value
         elif answer and answer.status == "renamed":
-            found[answer.setting] = value
+            known[answer.setting] = value
         elif answer and answer.status == "ignored":
             _warn_ignored(key)
         else:
@@ -176,7 +176,7 @@ def _known(
             unknown.append(f"line {lines.get(key, '?')}: {what}")
     if unknown:
         raise ConfigError(f"{file}, {'; '.join(unknown)}")
-    return found
+    return known
 
 
 def _warn_of_flags(args: argparse.Namespace, config: TrainConfig, given: Mapping[str, Any]) -> None:
