@@ -70,7 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure an adapter; print the table or JSON, and write both with a sheet of images."""
     _check(args)
-    settings = _settings(args)
+    from dora_diffusion.evaluation.toy.evaluate import SAMPLING
+    from dora_diffusion.generate import SamplingSettings
+
+    default = SAMPLING if _is_toy(args) else SamplingSettings()
+    guidance = default.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    settings = SamplingSettings(args.steps, guidance, args.scheduler)
     components, metadata = load_adapted_model(args)
     trigger = args.trigger or metadata.trigger
     evaluate = _evaluate_toy if _is_toy(args) else _evaluate_photos
@@ -117,15 +122,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"subject {args.subject} is neither a folder of photos nor one of {', '.join(SUBJECTS)}"
         )
-
-
-def _settings(args: argparse.Namespace) -> SamplingSettings:
-    from dora_diffusion.evaluation.toy.evaluate import SAMPLING
-    from dora_diffusion.generate import SamplingSettings
-
-    default = SAMPLING if _is_toy(args) else SamplingSettings()
-    guidance = default.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    return SamplingSettings(args.steps, guidance, args.scheduler)
 
 
 def _evaluate_toy(

@@ -156,9 +156,7 @@ class Parser(argparse.ArgumentParser):
         missing = re.fullmatch(r"argument (.+?): expected (?:one|at least one) argument", message)
         if missing:
             return f"{missing[1]} needs a value"
-        required = re.fullmatch(r"the following arguments are required: (.*)", message)
-        if required and required[1] == "COMMAND":
+        required = message.partition("the following arguments are required: ")[2]
+        if required == "COMMAND":
             return f"name a command: {', '.join(self._commands())}"
-        if required:
-            return f"{required[1]} must be given"
-        return message
+        return f"{required} must be given" if required else message

@@ -10,13 +10,8 @@ from dora_diffusion.config.fields import Condition, Need, flag
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
 LR_SCHEDULES = (
-    "constant",
-    "constant_with_warmup",
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-)
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
+)  # fmt: skip
 
 _TEXT_ENCODER = Need("train_text_encoder")
 _ADAM = Need("optimizer", ("adamw", "adamw8bit", "prodigy"))

@@ -13,40 +13,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
 from dora_diffusion.config.checks import require
 from dora_diffusion.config.fields import Setting
-from dora_diffusion.config.learning import (
-    AdapterSettings,
-    LengthSettings,
-    LossSettings,
-    OptimizerSettings,
-)
-from dora_diffusion.config.run import DeviceSettings, OutputSettings, SampleSettings
-from dora_diffusion.config.subject import (
-    ImageSettings,
-    ModelSettings,
-    PriorSettings,
-    SubjectSettings,
-)
 from dora_diffusion.wording import did_you_mean
 
 
 @dataclass(frozen=True)
-class TrainConfig(
-    # A dataclass has the fields of its last base first.
-    OutputSettings,
-    SampleSettings,
-    DeviceSettings,
-    LossSettings,
-    OptimizerSettings,
-    LengthSettings,
-    AdapterSettings,
-    PriorSettings,
-    ImageSettings,
-    SubjectSettings,
-    ModelSettings,
-):
+class TrainConfig(  # The fields of a dataclass are those of its last base first.
+    run.OutputSettings, run.SampleSettings, run.DeviceSettings,
+    learning.LossSettings, learning.OptimizerSettings, learning.LengthSettings,
+    learning.AdapterSettings,
+    subject.PriorSettings, subject.ImageSettings, subject.SubjectSettings, subject.ModelSettings,
+):  # fmt: skip
     """All settings of one DreamBooth run.
 
     Example:

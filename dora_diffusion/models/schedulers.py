@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class SamplingScheduler:
+class SamplingScheduler(NamedTuple):
     """A scheduler of Diffusers.
 
     Attributes:
@@ -19,7 +17,7 @@ class SamplingScheduler:
 
     class_name: str
     a1111: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = {}
 
 
 _DPM = {"algorithm_type": "dpmsolver++"}
