@@ -9,8 +9,8 @@ import warnings
 from dora_diffusion.commands.options import add_alpha, add_base, add_dtype, add_overwrite
 from dora_diffusion.console.programs import where_it_works
 from dora_diffusion.console.tables import print_json
-from dora_diffusion.formats.adapter.conversions import CONVERSIONS
 from dora_diffusion.families import FAMILIES
+from dora_diffusion.formats.adapter.conversions import CONVERSIONS
 from dora_diffusion.wording import counted
 
 
