@@ -9,8 +9,8 @@ from PIL import Image
 
 from dora_diffusion.cli import main
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.images import parse_parameters, read_parameters
 from dora_diffusion.models.load import load_components
-from dora_diffusion.pictures import parse_parameters, read_parameters
 
 
 @pytest.fixture
