@@ -175,13 +175,7 @@ KEYWORD_INTERFACES = {
     "export.verify.verify_checkpoint",
     "generate.load_adapted",
 }
-MANY_PARAMETERS = KEYWORD_INTERFACES | {
-    "data.dataset.__init__",
-    "evaluation.photos.evaluate_photos",
-    "numerics.fast.autograd.dora",
-    "numerics.fast.autograd.forward",
-    "pictures.parameters_text",
-}
+MANY_PARAMETERS = KEYWORD_INTERFACES | {"numerics.fast.autograd.forward"}
 LONG = {
     "app.theme.make_theme",
     "app.views.generate.build",
@@ -192,13 +186,12 @@ LONG = {
     "app.views.subject.connect",
     "app.views.train.build",
     "app.views.train.connect",
-    "evaluation.photos.evaluate_photos",
     "export.checkpoint.export_checkpoint",
     "export.convert.convert_adapter",
     "formats.adapter.decode.decode_layers",
-    "training.session.open_session",
+    "training.inputs.draw_inputs",
 }
-HOMONYMS = {"Comparison", "Facts", "Request", "Subject"}
+HOMONYMS = {"Comparison", "Facts", "Subject"}
 
 
 def definitions() -> Iterator[tuple[str, ast.AST]]:
