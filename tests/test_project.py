@@ -187,11 +187,8 @@ LONG = {
     "app.views.train.build",
     "app.views.train.connect",
     "export.checkpoint.export_checkpoint",
-    "export.convert.convert_adapter",
-    "formats.adapter.decode.decode_layers",
-    "training.inputs.draw_inputs",
 }
-HOMONYMS = {"Comparison", "Facts", "Subject"}
+HOMONYMS = {"Subject"}
 
 
 def definitions() -> Iterator[tuple[str, ast.AST]]:

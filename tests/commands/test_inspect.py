@@ -14,7 +14,7 @@ from dora_diffusion.cli import main
 def test_it_says_what_a_file_is_for_people_and_for_scripts(trained, capsys):
     assert main(["inspect", str(trained), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["method"], facts["spelling"], facts["rank"]) == ("DoRA", "diffusers", 2)
+    assert (facts["method"], facts["key_format"], facts["rank"]) == ("DoRA", "diffusers", 2)
     assert main(["inspect", str(trained)]) == 0
     rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line]
     assert ["trigger", "sks mug"] in rows
