@@ -25,7 +25,7 @@ TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .PHONY: demo test test-slow lint format clean
 
 demo: $(READY)
-	$(BIN)/python -m dora_diffusion.demo $(DEMO_ARGS)
+	$(BIN)/python -m dora_diffusion demo $(DEMO_ARGS)
 
 test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder \

@@ -10,7 +10,7 @@ All flags: ``--help``. The code is in ``dora_diffusion.training``.
 
 import sys
 
-from dora_diffusion.cli import train_main
+from dora_diffusion.cli import main
 
 if __name__ == "__main__":
-    sys.exit(train_main())
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -16,8 +16,9 @@ from dora_diffusion.adapters.files import load_adapter
 from dora_diffusion.adapters.inject import layer_adapters, norm_scope, set_strength
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.formats.adapter.file import AdapterMetadata
-from dora_diffusion.models.components import SAMPLERS, Components
+from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.models.text import warn_of_truncation
 from dora_diffusion.models.weights import quiet_libraries
 
@@ -35,7 +36,7 @@ class SamplingSettings:
     Attributes:
         steps: Denoising steps.
         guidance_scale: Classifier-free guidance (arXiv:2207.12598); 1 or less is none.
-        scheduler: A name of `SAMPLERS`; None is the model's own.
+        scheduler: A name of `SCHEDULERS`; None is the model's own.
         width: Pixels; None is what the model was trained at.
         height: Pixels.
         negative_prompt: What to steer away from.
@@ -58,9 +59,9 @@ class SamplingSettings:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be 0 or more")
-        if self.scheduler is not None and self.scheduler not in SAMPLERS:
+        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             raise ValueError(
-                f"scheduler is {self.scheduler!r}; it must be one of {', '.join(SAMPLERS)}"
+                f"scheduler is {self.scheduler!r}; it must be one of {', '.join(SCHEDULERS)}"
             )
 
 

@@ -15,6 +15,7 @@ from dora_diffusion.data.images import open_photo
 from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.generate import SamplingSettings
+from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
 
 _CHUNK = "parameters"
@@ -22,19 +23,8 @@ _THUMBNAIL_SIDE = 256
 _NEGATIVE = "Negative prompt: "
 _FIELD = re.compile(r'\s*([\w -]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
-# Our samplers under the names that A1111 gives them.
-A1111_SAMPLERS = {
-    "ddim": "DDIM",
-    "ddpm": "DDPM",
-    "pndm": "PLMS",
-    "heun": "Heun",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "dpm++": "DPM++ 2M",
-    "dpm++_karras": "DPM++ 2M Karras",
-    "unipc": "UniPC",
-}
-_OUR_SAMPLERS = {a1111: name for name, a1111 in A1111_SAMPLERS.items()}
+# A1111's name of a scheduler -> ours.
+_SCHEDULERS = {scheduler.a1111: name for name, scheduler in SCHEDULERS.items()}
 
 
 def parameters_text(
@@ -65,7 +55,7 @@ def parameters_text(
         lines.append(f"{_NEGATIVE}{settings.negative_prompt}")
     fields: dict[str, object] = {"Steps": settings.steps}
     if settings.scheduler is not None:
-        fields["Sampler"] = A1111_SAMPLERS[settings.scheduler]
+        fields["Sampler"] = SCHEDULERS[settings.scheduler].a1111
     fields |= {
         "CFG scale": f"{settings.guidance_scale:g}",
         "Seed": seed,
@@ -111,7 +101,7 @@ def parse_parameters(text: str) -> dict[str, str]:
     for name, value in _FIELD.findall(last):
         fields[name] = json.loads(value) if value.startswith('"') else value.strip()
     if "Sampler" in fields:
-        fields["Sampler"] = _OUR_SAMPLERS.get(fields["Sampler"], fields["Sampler"])
+        fields["Sampler"] = _SCHEDULERS.get(fields["Sampler"], fields["Sampler"])
     return fields
 
 

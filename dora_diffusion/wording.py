@@ -59,9 +59,9 @@ def closest(word: object, words: Iterable[str]) -> str | None:
     """The known word that was probably meant, or None."""
     typed = _form(word)
     by_form = {_form(name): name for name in words}
-    found = difflib.get_close_matches(typed, by_form, n=1, cutoff=0.6)
-    if found:
-        return by_form[found[0]]
+    matches = difflib.get_close_matches(typed, by_form, n=1, cutoff=0.6)
+    if matches:
+        return by_form[matches[0]]
     # A name cut short is not close by its letters: max_train for max_train_steps.
     longer = [name for form, name in by_form.items() if len(typed) > 3 and form.startswith(typed)]
     return longer[0] if len(longer) == 1 else None

@@ -5,6 +5,7 @@ The reference of an image is Diffusers' own pipeline, loaded from the folder.
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import numpy as np
@@ -22,14 +23,15 @@ from dora_diffusion.adapters.inject import (
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.generate import (
+    BrokenImageError,
     SamplingSettings,
     generate_images,
     image_grid,
     lacks_trigger,
     load_adapted,
 )
-from dora_diffusion.models.components import SAMPLERS
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
 
 QUICK = SamplingSettings(steps=3, guidance_scale=4.0)
@@ -101,7 +103,7 @@ def test_images_are_those_of_the_diffusers_pipeline(sd1_folder, sd1):
     assert np.array_equal(pixels(generate_images(sd1, PROMPT, [11], QUICK)), pixels(expected))
 
 
-@pytest.mark.parametrize("scheduler", list(SAMPLERS))
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
 def test_every_sampler_runs_and_repeats(sd1, scheduler):
     settings = SamplingSettings(steps=3, scheduler=scheduler)
     calls = []
@@ -223,3 +225,35 @@ def test_sampling_warns_of_nothing(sd1):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         generate_images(sd1, PROMPT, [1], QUICK)
+
+
+def test_a_black_image_is_refused_only_where_that_is_asked(sd1_folder, monkeypatch):
+    components = load_components(sd1_folder)
+    settings = SamplingSettings(steps=1)
+    decode = type(components.vae).decode
+
+    def black(self, *args, **kwargs):
+        (pixels,) = decode(self, *args, **kwargs)
+        return (torch.full_like(pixels, -2.0),)
+
+    monkeypatch.setattr(type(components.vae), "decode", black)
+    (image,) = generate_images(components, "a dog", [3], settings)
+    assert image.getextrema() == ((0, 0),) * 3
+    with pytest.raises(BrokenImageError, match="the image of seed 4 is black all over"):
+        generate_images(components, "a dog", [4], settings, require_finite=True)
+
+
+def test_a_long_prompt_is_said_once_and_in_our_words(sd1_folder, caplog, capsys):
+    components = load_components(sd1_folder)
+    for name in ("diffusers", "transformers"):
+        logging.getLogger(name).propagate = True
+    prompt = "a dog " + "on the red backpack " * 30
+    settings = SamplingSettings(steps=1, negative_prompt="zebra " * 30)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in (1, 2):
+            generate_images(components, prompt, [seed], settings)
+    told = [str(warning.message) for warning in caught if "tokens" in str(warning.message)]
+    assert len(told) == 2, "the prompt, and the negative one"
+    assert not caplog.records
+    assert "truncated" not in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import itertools
 import os
@@ -10,6 +11,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +34,7 @@ def commands_in(path: Path) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-SCRIPTS = {"train_dreambooth_dora.py": "train", "app.py": "app", "dora_diffusion.demo": "demo"}
+SCRIPTS = {"train_dreambooth_dora.py": "train", "app.py": "app"}
 
 
 def own_command(words: list[str]) -> list[str] | None:
@@ -102,7 +105,7 @@ def test_no_test_needs_files_from_outside_the_clone():
 
 def test_make_offers_what_the_documents_say():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
     named = {
         word
         for path in DOCUMENTS
@@ -136,7 +139,7 @@ def test_a_fresh_machine_gets_an_environment_first(target, tmp_path):
     # Gigabytes come: pip shows what it does.
     assert "--quiet" not in steps
     assert steps.index("-m venv") < steps.index("pip install")
-    last = {"demo": "-m dora_diffusion.demo", "test": "-m pytest"}[target]
+    last = {"demo": "-m dora_diffusion demo", "test": "-m pytest"}[target]
     assert steps.index("pip install") < steps.index(last)
 
 
@@ -162,3 +165,71 @@ def test_the_module_is_the_command():
         check=True,
     )
     assert done.stdout.strip() == dora_diffusion.__version__
+
+
+PACKAGE = ROOT / "dora_diffusion"
+# What a user calls with keywords, each documented.
+KEYWORD_INTERFACES = {
+    "export.checkpoint.export_checkpoint",
+    "export.convert.convert_adapter",
+    "export.verify.verify_checkpoint",
+    "generate.load_adapted",
+}
+MANY_PARAMETERS = KEYWORD_INTERFACES | {"numerics.fast.autograd.forward"}
+LONG = {
+    "app.theme.make_theme",
+    "app.views.generate.build",
+    "app.views.library.build",
+    "app.views.library.connect",
+    "app.views.photo.connect",
+    "app.views.subject.build",
+    "app.views.subject.connect",
+    "app.views.train.build",
+    "app.views.train.connect",
+    "export.checkpoint.export_checkpoint",
+}
+HOMONYMS = {"Subject"}
+
+
+def definitions() -> Iterator[tuple[str, ast.AST]]:
+    """Every class and function of the package, with its module's name before its own."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                yield f"{module.removesuffix('.__init__')}.{node.name}", node
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Their number, without a method's own object."""
+    args = function.args
+    names = [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+    names += ["*"] * ((args.vararg is not None) + (args.kwarg is not None))
+    return len(names) - (names[:1] in (["self"], ["cls"], ["ctx"]))
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for name, node in definitions():
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield name, node
+
+
+def test_functions_fit_on_a_screen() -> None:
+    """60 lines, docstring and all."""
+    long = {name for name, node in functions() if (node.end_lineno or 0) - node.lineno >= 60}
+    assert long <= LONG
+
+
+def test_signatures_are_short() -> None:
+    """Eight parameters; what belongs together is an object."""
+    many = {name for name, node in functions() if parameters(node) > 8}
+    assert many <= MANY_PARAMETERS
+
+
+def test_no_two_classes_have_one_name() -> None:
+    homes = defaultdict(list)
+    for name, node in definitions():
+        if isinstance(node, ast.ClassDef):
+            homes[node.name].append(name)
+    twice = {name: places for name, places in homes.items() if len(places) > 1}
+    assert not {name: twice[name] for name in twice.keys() - HOMONYMS}

@@ -4,34 +4,48 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import warnings
-from collections.abc import Mapping
 
+from dora_diffusion.commands.options import add_alpha, add_base, add_dtype, add_overwrite
+from dora_diffusion.console.programs import where_it_works
+from dora_diffusion.console.tables import print_json
+from dora_diffusion.families import FAMILIES
+from dora_diffusion.formats.adapter.conversions import CONVERSIONS
 from dora_diffusion.wording import counted
 
-# What a file of each format is; how exact it is, the lines after it say.
-_WRITTEN = {
-    "diffusers": "in the key format of Diffusers",
-    "peft": "in the key format of PEFT, a folder per component",
-    "kohya": "in the key format of kohya's sd-scripts and LyCORIS",
-    "comfyui": "with magnitudes changed for ComfyUI and Forge on one base model",
-    "dense": "as full differences for one base model",
-    "lora": "approximated by a plain LoRA in the key format of kohya's sd-scripts",
-    "lora-diffusers": "approximated by a plain LoRA in the key format of Diffusers",
-}
-# Those whose layers are computed anew.
-_WITH_RANK = ("lora", "lora-diffusers")
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument("input", help="An adapter file or folder.")
+    parser.add_argument("output", help="The file or folder to write.")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=tuple(CONVERSIONS),
+        help="What to write. diffusers, peft; kohya: for LyCORIS, and for web UIs where trained on "
+        "the input axis; for one --base: comfyui (and Forge), dense (A1111 too; large), and lora, "
+        "lora-diffusers, which approximate it without magnitudes.",
+    )
+    add_base(parser, required=False)
+    parser.add_argument("--family", choices=tuple(FAMILIES), help="For files that do not say it.")
+    parser.add_argument("--rank", type=int, help="Rank of the lora targets. Default: 64.")
+    add_alpha(parser)
+    parser.add_argument("--tags", nargs="*", default=[], help="Words that adapter managers show.")
+    parser.add_argument("--thumbnail", help="An image that adapter managers show.")
+    parser.add_argument(
+        "--json", action="store_true", help="Print JSON, with the error of every layer."
+    )
+    add_dtype(parser, "Of the low-rank factors. Default: float32.", default=None)
+    add_overwrite(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write an adapter for another tool, and say how exact it is."""
-    import torch
-
     from dora_diffusion.export import convert_adapter, inspect_adapter
+    from dora_diffusion.models.precision import dtype_of
 
     options = {} if args.rank is None else {"rank": args.rank}
-    if options and args.to not in _WITH_RANK:
+    if options and not CONVERSIONS[args.to].plain_lora_in:
         warnings.warn(
             f"rank has no effect because {args.to} files keep the adapter's; --to lora takes one",
             stacklevel=1,
@@ -45,14 +59,15 @@ def run(args: argparse.Namespace) -> int:
         alpha=args.alpha,
         tags=args.tags,
         thumbnail=args.thumbnail,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        dtype=dtype_of(args.dtype) if args.dtype else None,
         overwrite=args.overwrite,
         **options,
     )
     if args.json:
-        print(json.dumps(dataclasses.asdict(report), indent=2, default=str))
+        print_json(dataclasses.asdict(report))
         return 0
-    print(f"{report.path}: {counted(report.layers, 'layer')}, {_WRITTEN[report.target]}")
+    layers = counted(report.layers, "layer")
+    print(f"{report.path}: {layers}, {CONVERSIONS[report.target].written}")
     if report.worst is not None:
         name, error = report.worst
         print(
@@ -67,24 +82,3 @@ def run(args: argparse.Namespace) -> int:
     if wrong:
         print(f"wrong: {wrong}; choose another --to for these, or export a merged model")
     return 0
-
-
-def where_it_works(verdicts: Mapping[str, str]) -> tuple[list[str], str]:
-    """The programs, by what `inspect` says of each, with what is special to one of them.
-
-    Returns:
-        A line for each way of being exact, and the programs that read it wrong.
-    """
-    programs: dict[str, list[str]] = {}
-    for program, verdict in verdicts.items():
-        short, _, detail = verdict.partition(": ")
-        is_own = sum(one.endswith(detail) for one in verdicts.values()) == 1
-        # Why a program is wrong, `inspect` says; that it is so for some layers only, matters here.
-        is_own &= short.startswith("exact") or detail.startswith("it leaves")
-        programs.setdefault(short, []).append(f"{program} ({detail})" if is_own else program)
-    exact = [
-        f"{verdict}: {', '.join(names)}"
-        for verdict, names in programs.items()
-        if verdict.startswith("exact")
-    ]
-    return exact, ", ".join(programs.get("wrong", ()))

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.commands.effect import check_sampling, warn_without_effect
+from dora_diffusion.commands.options import (
+    add_adapted_model,
+    add_base,
+    load_adapted_model,
+    require_at_least_one,
+)
 from dora_diffusion.config import ConfigError
 from dora_diffusion.console.progress import step_progress
+from dora_diffusion.console.tables import print_json
+from dora_diffusion.models.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
     from dora_diffusion.evaluation.report import Evaluation
@@ -19,44 +25,86 @@ if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument("adapter", help="An adapter file, or the output folder of a run.")
+    add_base(parser)
+    parser.add_argument(
+        "--subject",
+        required=True,
+        help="Folder of photos that training has not seen; or a subject of the toy world, such as "
+        "bolt_mug, for an embedded model.",
+    )
+    parser.add_argument("--output", default="evaluation", help="Folder of the results.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace results that exist.")
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    parser.add_argument(
+        "--metric_model",
+        nargs="+",
+        default=[],
+        help="What compares photos: folders or hub ids of CLIP, DINO or DINOv2, or "
+        "efficientnet-lite0. Default: efficientnet-lite0 where it is installed.",
+    )
+    parser.add_argument("--trigger", help="Trigger words. Default: what the file says.")
+    parser.add_argument(
+        "--class_word", help="What it is. Default: the trigger words without their token."
+    )
+    parser.add_argument(
+        "--prompts",
+        help="Text file, one prompt per line, with {} where the subject is named. "
+        "Default: a list of its own.",
+    )
+    parser.add_argument("--num_seeds", type=int, default=4, help="Images per prompt.")
+    parser.add_argument("--seed", type=int, default=0, help="The first seed.")
+    parser.add_argument("--steps", type=int, default=25, help="Denoising steps.")
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="Guidance scale. Default: 3.5 for the toy world, else 7.5.",
+    )
+    parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="Default: the model's own.")
+    parser.add_argument("--batch_size", type=int, default=8, help="Images generated at once.")
+    add_adapted_model(parser)
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure an adapter; print the table or JSON, and write both with a sheet of images."""
     _check(args)
-    warn_without_effect(args)
-    from dora_diffusion.generate import load_adapted
-    from dora_diffusion.models.precision import dtype_of
+    from dora_diffusion.evaluation.toy.evaluate import SAMPLING
+    from dora_diffusion.generate import SamplingSettings
 
-    components, metadata = load_adapted(
-        args.base,
-        args.adapter,
-        strength=args.strength,
-        direction=args.direction_strength,
-        magnitude=args.magnitude_strength,
-        alpha=args.alpha,
-        dtype=dtype_of(args.dtype),
-        variant=args.variant,
-        config=args.config,
-    )
+    default = SAMPLING if _is_toy(args) else SamplingSettings()
+    guidance = default.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    settings = SamplingSettings(args.steps, guidance, args.scheduler)
+    components, metadata = load_adapted_model(args)
     trigger = args.trigger or metadata.trigger
-    evaluation, settings = _evaluate(args, components, trigger)
+    evaluate = _evaluate_toy if _is_toy(args) else _evaluate_photos
+    evaluation = evaluate(args, components, trigger, settings)
     evaluation = dataclasses.replace(evaluation, facts=_facts(args, trigger, settings))
     files = evaluation.write(Path(args.output))
     if args.json:
-        print(json.dumps(evaluation.to_dict(), indent=2))
+        print_json(evaluation.to_dict())
     else:
-        print(evaluation.table())
+        # Its cautions were warned of before it began.
+        print(dataclasses.replace(evaluation, cautions=()).table())
         print("\n" + "\n".join(f"{name}: {path}" for name, path in files.items()))
     return 0
 
 
+def _is_toy(args: argparse.Namespace) -> bool:
+    """Whether it is a subject of the toy world; a folder of that name is written as a path."""
+    from dora_diffusion.toy.benchmark_subjects import SUBJECTS
+
+    return args.subject in SUBJECTS
+
+
 def _check(args: argparse.Namespace) -> None:
-    check_sampling(args)
-    for name in ("num_seeds", "batch_size", "steps"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"{name} is {getattr(args, name)}; it must be at least 1")
+    """Refuse what could not be evaluated or written before a model is loaded."""
+    require_at_least_one(args, "num_seeds", "batch_size")
     if not 0 <= args.seed < 2**32:
         raise ConfigError(f"seed is {args.seed}; it must be between 0 and 2**32 - 1")
     from dora_diffusion.evaluation.report import Evaluation
+    from dora_diffusion.toy.benchmark_subjects import SUBJECTS
 
     if Evaluation.exists(Path(args.output)) and not args.overwrite:
         raise ConfigError(
@@ -64,28 +112,22 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.prompts and not Path(args.prompts).is_file():
         raise ConfigError(f"prompts {args.prompts} is not a file of prompts, one per line")
-
-
-def _evaluate(
-    args: argparse.Namespace, components: Components, trigger: str
-) -> tuple[Evaluation, SamplingSettings]:
-    """A subject of the toy world by its name, or real photos in a folder."""
-    from dora_diffusion.toy.benchmark_subjects import SUBJECTS
-
-    # A folder, even where it has the name of a subject, has to be written as a path.
-    if args.subject in SUBJECTS:
-        return _evaluate_toy(args, components, trigger or f"sks {SUBJECTS[args.subject].word}")
-    if not Path(args.subject).is_dir():
+    if _is_toy(args):
+        for name in ("metric_model", "prompts"):
+            if getattr(args, name):
+                raise ConfigError(
+                    f"--{name} is for photos; {args.subject} is a subject of the toy world"
+                )
+    elif not Path(args.subject).is_dir():
         raise ConfigError(
             f"subject {args.subject} is neither a folder of photos nor one of {', '.join(SUBJECTS)}"
         )
-    return _evaluate_photos(args, components, trigger)
 
 
 def _evaluate_toy(
-    args: argparse.Namespace, components: Components, trigger: str
-) -> tuple[Evaluation, SamplingSettings]:
-    from dora_diffusion.evaluation.toy.evaluate import SAMPLING, evaluate_toy
+    args: argparse.Namespace, components: Components, trigger: str, settings: SamplingSettings
+) -> Evaluation:
+    from dora_diffusion.evaluation.toy.evaluate import evaluate_toy
     from dora_diffusion.toy.benchmark_subjects import find_subject
 
     if not args.base.startswith("embedded:"):
@@ -94,28 +136,23 @@ def _evaluate_toy(
             "those of the embedded models",
             stacklevel=1,
         )
-    for name in ("metric_model", "prompts"):
-        if getattr(args, name):
-            raise ConfigError(
-                f"--{name} is for photos; {args.subject} is a subject of the toy world"
-            )
-    settings = _settings(args, SAMPLING.guidance_scale)
+    subject = find_subject(args.subject)
     with step_progress() as show:
         evaluation = evaluate_toy(
             components,
-            find_subject(args.subject),
-            trigger,
+            subject,
+            trigger or f"sks {subject.word}",
             _seeds(args),
             settings,
             batch_size=args.batch_size,
             on_step=show,
         )
-    return evaluation, settings
+    return evaluation
 
 
 def _evaluate_photos(
-    args: argparse.Namespace, components: Components, trigger: str
-) -> tuple[Evaluation, SamplingSettings]:
+    args: argparse.Namespace, components: Components, trigger: str, settings: SamplingSettings
+) -> Evaluation:
     from dora_diffusion.data.photo_record import read_photo_record
     from dora_diffusion.evaluation.metric_models import LITE, lite_is_installed, open_metric_model
     from dora_diffusion.evaluation.photos import PROMPTS, evaluate_photos, read_subject
@@ -125,7 +162,6 @@ def _evaluate_photos(
     names = args.metric_model or ([LITE] if lite_is_installed() else [])
     models = [open_metric_model(name) for name in names]
     lines = Path(args.prompts).read_text(encoding="utf-8").splitlines() if args.prompts else []
-    settings = _settings(args, 7.5)
     class_word = args.class_word or trigger.partition(" ")[2]
     trained_on = read_photo_record(args.adapter) or ()
     subject = read_subject(args.subject, trigger, class_word, trained_on)
@@ -142,17 +178,7 @@ def _evaluate_photos(
             batch_size=args.batch_size,
             on_step=show,
         )
-    return evaluation, settings
-
-
-def _settings(args: argparse.Namespace, guidance_scale: float) -> SamplingSettings:
-    from dora_diffusion.generate import SamplingSettings
-
-    return SamplingSettings(
-        steps=args.steps,
-        guidance_scale=guidance_scale if args.guidance_scale is None else args.guidance_scale,
-        scheduler=args.scheduler,
-    )
+    return evaluation
 
 
 def _seeds(args: argparse.Namespace) -> list[int]:

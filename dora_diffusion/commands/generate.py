@@ -5,27 +5,46 @@ from __future__ import annotations
 import argparse
 import secrets
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from dora_diffusion.commands.effect import check_sampling, warn_without_effect
+from dora_diffusion.commands.options import (
+    add_adapted_model,
+    add_base,
+    add_overwrite,
+    load_adapted_model,
+    require_at_least_one,
+)
 from dora_diffusion.config import ConfigError
 from dora_diffusion.console.progress import step_progress
+from dora_diffusion.models.schedulers import SCHEDULERS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    add_base(parser)
+    parser.add_argument("--adapter", help="An adapter file, or the output folder of a run.")
+    parser.add_argument("--prompt", required=True, help="Prompt.")
+    parser.add_argument("--output", required=True, help="Image file, X.png.")
+    parser.add_argument("--negative_prompt", default="", help="Negative prompt.")
+    parser.add_argument("--seed", type=int, help="Seed of the first image. Default: random, shown.")
+    parser.add_argument("--num_images", type=int, default=1, help="Images, one per seed.")
+    parser.add_argument("--batch_size", type=int, default=4, help="Images generated at once.")
+    parser.add_argument("--steps", type=int, default=30, help="Denoising steps.")
+    parser.add_argument("--guidance_scale", type=float, default=7.5, help="Guidance scale.")
+    parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="Default: the model's own.")
+    parser.add_argument("--width", type=int, help="Width in pixels. Default: the model's own.")
+    parser.add_argument("--height", type=int, help="Height in pixels. Default: the model's own.")
+    add_overwrite(parser)
+    add_adapted_model(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make pictures and write them with what made them."""
-    seeds = _seeds(args)
-    _check(args, seeds)
-    warn_without_effect(args)
-    from dora_diffusion.generate import (
-        SamplingSettings,
-        generate_images,
-        lacks_trigger,
-        load_adapted,
-    )
-    from dora_diffusion.models.precision import dtype_of
+    """Generate images, and write them with what made them."""
+    require_at_least_one(args, "num_images", "batch_size")
+    files = _files(args)
+    from dora_diffusion.generate import SamplingSettings, generate_images, lacks_trigger
+    from dora_diffusion.images import parameters_text, save_png
+    from dora_diffusion.numerics.weights import Strengths
 
     settings = SamplingSettings(
         steps=args.steps,
@@ -35,17 +54,7 @@ def run(args: argparse.Namespace) -> int:
         height=args.height,
         negative_prompt=args.negative_prompt,
     )
-    components, metadata = load_adapted(
-        args.base,
-        args.adapter,
-        strength=args.strength,
-        direction=args.direction_strength,
-        magnitude=args.magnitude_strength,
-        alpha=args.alpha,
-        dtype=dtype_of(args.dtype),
-        variant=args.variant,
-        config=args.config,
-    )
+    components, metadata = load_adapted_model(args)
     if lacks_trigger(args.prompt, metadata):
         warnings.warn(
             "the prompt lacks the adapter's trigger word; write "
@@ -56,66 +65,42 @@ def run(args: argparse.Namespace) -> int:
         images = generate_images(
             components,
             args.prompt,
-            seeds,
+            list(files),
             settings,
             batch_size=args.batch_size,
             on_step=show,
             require_finite=True,
         )
-    _save(args, settings, seeds, images)
-    return 0
-
-
-def _check(args: argparse.Namespace, seeds: Sequence[int]) -> None:
-    """Refuse what could not be sampled or written before a model is loaded."""
-    if Path(args.output).suffix.lower() != ".png":
-        raise ConfigError(f"output {args.output} must end in .png")
-    existing = [path for path in _paths(args, seeds) if path.exists()]
-    if existing and not args.overwrite:
-        raise ConfigError(
-            f"{existing[0]} exists; choose another --output, or replace it with --overwrite"
-        )
-    for name in ("num_images", "batch_size", "steps", "width", "height"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
-    check_sampling(args)
-
-
-def _seeds(args: argparse.Namespace) -> list[int]:
-    """Consecutive seeds, from a random one where none is given.
-
-    Raises:
-        ConfigError: If torch cannot take one of them.
-    """
-    first = secrets.randbelow(2**32) if args.seed is None else args.seed
-    if not 0 <= first <= 2**63 - max(1, args.num_images):
-        raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images")
-    return [first + i for i in range(args.num_images)]
-
-
-def _paths(args: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
-    """One image gets the name that was asked for; several get their seed behind it."""
-    output = Path(args.output)
-    if len(seeds) == 1:
-        return [output]
-    return [output.with_stem(f"{output.stem}-{seed}") for seed in seeds]
-
-
-def _save(args: argparse.Namespace, settings: Any, seeds: list[int], images: list[Any]) -> None:
-    """Write the images with what made them."""
-    from dora_diffusion.images import parameters_text, save_png
-    from dora_diffusion.numerics.weights import Strengths
-
-    for seed, path, image in zip(seeds, _paths(args, seeds), images, strict=True):
+    strengths = Strengths(args.strength, args.direction_strength, args.magnitude_strength)
+    for (seed, path), image in zip(files.items(), images, strict=True):
         text = parameters_text(
-            args.prompt,
-            seed,
-            settings,
-            image.size,
-            args.base,
-            args.adapter,
-            Strengths(args.strength, args.direction_strength, args.magnitude_strength),
+            args.prompt, seed, settings, image.size, args.base, args.adapter, strengths
         )
         save_png(image, path, text)
         print(f"{path} (seed {seed})")
+    return 0
+
+
+def _files(args: argparse.Namespace) -> dict[int, Path]:
+    """Seed -> file: one image gets the name that was asked for, several their seed behind it.
+
+    The seeds are consecutive, from a random one where none is given.
+
+    Raises:
+        ConfigError: If torch cannot take one of the seeds, or a file cannot be written.
+    """
+    output = Path(args.output)
+    if output.suffix.lower() != ".png":
+        raise ConfigError(f"output {output} must end in .png")
+    first = secrets.randbelow(2**32) if args.seed is None else args.seed
+    if not 0 <= first <= 2**63 - args.num_images:
+        raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images")
+    seeds = range(first, first + args.num_images)
+    files = {seed: output.with_stem(f"{output.stem}-{seed}") for seed in seeds}
+    files = files if len(files) > 1 else {first: output}
+    existing = next((path for path in files.values() if path.exists()), None)
+    if existing and not args.overwrite:
+        raise ConfigError(
+            f"{existing} exists; choose another --output, or replace it with --overwrite"
+        )
+    return files

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from dora_diffusion.commands.options import add_base
+from dora_diffusion.console.tables import print_json, print_rows
+from dora_diffusion.families import FAMILIES
 
 if TYPE_CHECKING:
     from dora_diffusion.export import AdapterReport
@@ -18,6 +20,14 @@ _SHOWN = (
     "trained_alpha", "prediction_type", "approximates", "approximation_error",
     "unet_layers_per_block",
 )  # fmt: skip
+_UNKNOWN = "unknown; convert with --family"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument("file", help="An adapter file or folder.")
+    add_base(parser, required=False)
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,25 +36,20 @@ def run(args: argparse.Namespace) -> int:
 
     report = inspect_adapter(args.file, args.base)
     if args.json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print_json(report.to_dict())
     else:
-        _print_table([*_facts(report), *_verdicts(report)])
+        print_rows([*_facts(report), *_verdicts(report)])
     return 0
 
 
 def _facts(report: AdapterReport) -> list[tuple[str, str]]:
-    from dora_diffusion.families import FAMILIES
-
     facts, size = report.metadata, report.nbytes / 1e6
     family = FAMILIES.get(facts.family)
     axis = f", magnitudes on the {report.norm_axis} axis" if report.norm_axis else ""
     rows = [
         ("file", f"{report.path.name}, {_key_format(report.key_format)}, {size:.2f} MB"),
         ("method", report.method + axis),
-        (
-            "family",
-            f"{family.title} ({family.name})" if family else "unknown; convert with --family",
-        ),
+        ("family", f"{family.title} ({family.name})" if family else _UNKNOWN),
         ("rank", _one_or_range(report.rank)),
         ("alpha", _one_or_range(report.alpha)),
         ("layers", f"{_listed(report.layers)}; {_listed(report.kinds)}"),
@@ -89,13 +94,3 @@ def _one_or_range(text: str) -> str:
     counts = Counter(json.loads(text).values())
     values = sorted(counts, key=float)
     return f"{values[0]} to {values[-1]}, mostly {counts.most_common(1)[0][0]}"
-
-
-def _print_table(rows: list[tuple[str, str]]) -> None:
-    indent = max(len(name) for name, _ in rows) + 2
-    width = min(shutil.get_terminal_size().columns, 120)
-    for name, value in rows:
-        lines = textwrap.wrap(value, max(width - indent, 40)) or [""]
-        for line in lines:
-            print(f"{name:<{indent}}{line}".rstrip())
-            name = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from dora_diffusion.wording import closest, counted
@@ -68,20 +68,17 @@ class SwitchAction(argparse.Action):
 class Parser(argparse.ArgumentParser):
     """A parser that answers a mistake in one line and shows a short usage above it.
 
-    Args:
-        refusals: What to say of a flag that other programs have, by its name without dashes.
-        suggest: What was meant by an unknown flag, by its name without dashes.
-        kwargs: What `argparse.ArgumentParser` takes.
+    Attributes:
+        refusal: What to say of a flag that other programs have, by its name without dashes; None
+            for any other.
+        meant_by: The flag that an unknown one stands for, or None; both without dashes.
     """
 
-    def __init__(
-        self, *args: Any, refusals: Any = None, suggest: Any = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, **options: Any) -> None:
         # No abbreviations: a flag that is added later would break them.
-        kwargs = {"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs}
-        super().__init__(*args, **kwargs)
-        self._refusals = refusals or (lambda name: None)
-        self._suggest = suggest or self._near_flag
+        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **options})
+        self.refusal: Callable[[str], str | None] = lambda name: None
+        self.meant_by: Callable[[str], str | None] = self._near_flag
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, after looking for flags that do not exist, and refuse what is left over."""
@@ -108,11 +105,10 @@ class Parser(argparse.ArgumentParser):
             self.error("; ".join(dict.fromkeys(unknown)))
 
     def _answer(self, name: str) -> str:
-        refusal = self._refusals(name[2:].replace("-", "_"))
-        if refusal:
+        if refusal := self.refusal(name[2:].replace("-", "_")):
             return f"--{refusal}"
         where = "" if self._subparsers is None else " before the command"
-        meant = self._suggest(name[2:])
+        meant = self.meant_by(name[2:])
         return f"there is no flag {name}{where}" + (f" (did you mean --{meant}?)" if meant else "")
 
     def _near_flag(self, name: str) -> str | None:
@@ -160,9 +156,7 @@ class Parser(argparse.ArgumentParser):
         missing = re.fullmatch(r"argument (.+?): expected (?:one|at least one) argument", message)
         if missing:
             return f"{missing[1]} needs a value"
-        required = re.fullmatch(r"the following arguments are required: (.*)", message)
-        if required and required[1] == "COMMAND":
+        required = message.partition("the following arguments are required: ")[2]
+        if required == "COMMAND":
             return f"name a command: {', '.join(self._commands())}"
-        if required:
-            return f"{required[1]} must be given"
-        return message
+        return f"{required} must be given" if required else message

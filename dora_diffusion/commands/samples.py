@@ -9,11 +9,19 @@ from pathlib import Path
 from dora_diffusion.toy import samples_folder
 
 
-def run(args: argparse.Namespace) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument(
+        "folder", nargs="?", default="samples", help="Where to. Default: %(default)s."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
     """Copy the sample subjects, and say how to train on them."""
     folder = copy_samples(Path(args.folder))
     for config in sorted(folder.glob("*/config.yaml")):
         print(f"dora-diffusion train --config {config}")
+    return 0
 
 
 def copy_samples(folder: Path) -> Path:

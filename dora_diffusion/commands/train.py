@@ -1,36 +1,77 @@
-"""``dora-diffusion train``."""
+"""``dora-diffusion train``: its flags are the fields of `TrainConfig`."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.commands.flags import given_settings, train_config
-from dora_diffusion.config import TrainConfig
-from dora_diffusion.config.resume import listed
-from dora_diffusion.console.progress import Counter, say
-from dora_diffusion.training.events import (
-    CheckpointSaved,
-    ClassImagesProgress,
-    Event,
-    ModelLoading,
-    SampleSaved,
-    SamplingProgress,
-    StepDone,
-    TrainingStarted,
+from dora_diffusion.commands.parser import Parser, SwitchAction
+from dora_diffusion.config import (
+    ConfigError,
+    Setting,
+    TrainConfig,
+    read_config_file,
+    read_config_lines,
+    settings,
+    without_effect,
 )
-from dora_diffusion.wording import counted, quoted
+from dora_diffusion.config.derived import overridden
+from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
+from dora_diffusion.console.training import TrainProgress
+from dora_diffusion.wording import quoted
 
 if TYPE_CHECKING:
     from dora_diffusion.training.loop import TrainResult
+
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add ``--config``, one flag per setting, and what else Diffusers' scripts accept."""
+    parser.usage = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
+    parser.refusal, parser.meant_by = refusal, meant_by
+    parser.add_argument(
+        "--config", help="YAML file of settings; flags given here take precedence over it."
+    )
+    groups: dict[str, Any] = {}
+    for setting in settings():
+        if setting.group not in groups:
+            groups[setting.group] = parser.add_argument_group(setting.group)
+        _add_flag(groups[setting.group], setting)
+    for name, answer in DIFFUSERS_FLAGS.items():
+        hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        if answer.status == "renamed":
+            parser.add_argument(f"--{name}", dest=answer.setting, **hidden)
+        elif answer.status == "ignored":
+            parser.add_argument(f"--{name}", nargs="?", **hidden)
+
+
+def _add_flag(group: Any, setting: Setting) -> None:
+    # A flag that is not given leaves no trace, so that it does not override the file.
+    text = f"{setting.help} Default: {setting.default_text}.".replace("%", "%%")
+    common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+    if setting.kind is bool:
+        group.add_argument(f"--{setting.name}", action=SwitchAction, **common)
+        return
+    if setting.is_list:
+        common["nargs"] = "+"
+    if setting.choices:
+        # Diffusers' scripts write AdamW, and report_to may be none.
+        either = (*setting.choices, None) if setting.default is None else setting.choices
+        shown = "{" + ",".join(setting.choices) + "}"
+        common |= {"type": setting.cast, "choices": either, "metavar": shown}
+    else:
+        shown = "PATH" if setting.is_path else _METAVARS[setting.kind]
+        common |= {"type": setting.kind, "metavar": shown}
+    group.add_argument(f"--{setting.name}", **common)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, with a progress bar. Returns the exit code."""
     config = train_config(args)
-    _say_toy_model(config, given_settings(args))
+    _warn_of_toy_model(config, args)
     if config.push_to_hub:
         from dora_diffusion.hub import check
 
@@ -75,8 +116,9 @@ def stopped_line(result: TrainResult) -> str:
     return f"{where}, checkpoint saved; resume with --resume_from_checkpoint latest"
 
 
-def _say_toy_model(config: TrainConfig, given: set[str]) -> None:
+def _warn_of_toy_model(config: TrainConfig, args: argparse.Namespace) -> None:
     """Say loudly that no base model was named."""
+    given = {*vars(args), *(read_config_file(args.config) if args.config else ())}
     if "pretrained_model_name_or_path" not in given:
         warnings.warn(
             f"NO BASE MODEL WAS GIVEN: {config.pretrained_model_name_or_path} is trained, a toy "
@@ -86,76 +128,67 @@ def _say_toy_model(config: TrainConfig, given: set[str]) -> None:
         )
 
 
-class TrainProgress:
-    """A progress bar with loss and time left, from the trainer's events."""
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    """The settings of a command line: the file's, with the given flags over them.
 
-    def __init__(self) -> None:
-        self.bar: Any = None
-        self.class_images: Counter | None = None
-        self.trigger = ""
+    Raises:
+        ConfigError: If the file or a value is not valid; with the file's line, if it is there.
 
-    @property
-    def started(self) -> bool:
-        """Whether this process reports."""
-        return self.bar is not None
-
-    def __call__(self, event: Event) -> None:
-        """Show one event."""
-        match event:
-            case ModelLoading():
-                precision = {"no": "float32"}.get(event.precision, event.precision)
-                print(f"training {event.model} on {event.device} in {precision}", flush=True)
-            case TrainingStarted():
-                self._start(event)
-            case ClassImagesProgress(done, total):
-                self._count_class_images(done, total)
-            case SamplingProgress(done, total):
-                share = "" if done == total else f"sampling {100 * done // total}%"
-                # In a log, every refresh would be a line.
-                self.bar.set_description_str(share, refresh=sys.stderr.isatty())
-            case StepDone():
-                self.bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
-                self.bar.update()
-            case SampleSaved():
-                say(f"sample: {event.path}")
-            case CheckpointSaved():
-                say(f"checkpoint: {event.path}")
-
-    def close(self) -> None:
-        """End the bar's line, so that what is said next has one of its own."""
-        for bar in (self.class_images, self.bar):
-            if bar is not None:
-                bar.close()
-
-    def _count_class_images(self, done: int, total: int) -> None:
-        if self.class_images is None:
-            self.class_images = Counter("image", description="class images")
-        self.class_images(done, total)
-        if done >= total:
-            self.class_images.close()
-
-    def _start(self, event: TrainingStarted) -> None:
-        from tqdm import tqdm
-
-        self.trigger = event.trigger
-        print(
-            f"{event.family} on {event.device}: {counted(event.photos, 'photo')} at "
-            f"{event.resolution} px, {event.adapter}"
-        )
-        if event.resumed_from:
-            print(_resumed_line(event))
-        if event.changed:
-            print(f"changed from step {event.step + 1} on: {listed(event.changed)}")
-        if event.unused:
-            print(f"without effect, since no step is left: {listed(event.unused)}")
-        self.bar = tqdm(
-            total=event.total_steps, initial=event.step, unit="step", dynamic_ncols=True
-        )
+    Warns:
+        UserWarning: Of flags that have no effect.
+    """
+    names = {setting.name for setting in settings()}
+    values, lines = read_config_lines(args.config) if args.config else ({}, {})
+    values = _settings_of(args.config, values, lines, names)
+    given = {name: value for name, value in vars(args).items() if name in names}
+    values = overridden(values, given)
+    try:
+        config = TrainConfig.from_dict(values | given)
+    except ConfigError as error:
+        if error.setting in lines and error.setting not in given:
+            place = f"{args.config}, line {lines[error.setting]}"
+            raise ConfigError(f"{place}: {error}", error.setting) from error
+        raise
+    _warn_of_flags(args, config, given)
+    return config
 
 
-def _resumed_line(event: TrainingStarted) -> str:
-    step, total, dropped = event.step, event.total_steps, event.steps_dropped
-    line = f"resuming from {event.resumed_from}, at step {step} of {total}"
-    if dropped:
-        line += f"; steps {step + 1} to {step + dropped} are trained again"
-    return line + ("; nothing is left to train" if step == total else "")
+def _settings_of(
+    file: str, values: Mapping[str, Any], lines: Mapping[str, int], names: set[str]
+) -> dict[str, Any]:
+    """The file's settings, those under Diffusers' names renamed.
+
+    Raises:
+        ConfigError: If a key is not a setting.
+    """
+    known, unknown = {}, []
+    for key, value in values.items():
+        answer = DIFFUSERS_FLAGS.get(key)
+        if key in names:
+            known[key] = value
+        elif answer and answer.status == "renamed":
+            known[answer.setting] = value
+        elif answer and answer.status == "ignored":
+            _warn_ignored(key)
+        else:
+            hint = f" (did you mean {meant}?)" if (meant := meant_by(key)) else ""
+            what = refusal(key) or f"there is no setting {key}{hint}"
+            unknown.append(f"line {lines.get(key, '?')}: {what}")
+    if unknown:
+        raise ConfigError(f"{file}, {'; '.join(unknown)}")
+    return known
+
+
+def _warn_of_flags(args: argparse.Namespace, config: TrainConfig, given: Mapping[str, Any]) -> None:
+    """Say which flags do nothing; those with another value than the default, training says."""
+    for name in vars(args):
+        if name in DIFFUSERS_FLAGS and DIFFUSERS_FLAGS[name].status == "ignored":
+            _warn_ignored(name)
+    defaults = {setting.name: setting.default for setting in settings()}
+    at_default = {name for name in given if getattr(config, name) == defaults[name]}
+    for reason in without_effect(config, at_default).values():
+        warnings.warn(reason, stacklevel=1)
+
+
+def _warn_ignored(name: str) -> None:
+    warnings.warn(f"{name} is not needed: {DIFFUSERS_FLAGS[name].text}", stacklevel=1)

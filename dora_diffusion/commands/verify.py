@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from dora_diffusion.commands.export import adapter_and_strength, byte_progress
+from dora_diffusion.commands.options import adapter_and_strength, add_merge, merge_options
 from dora_diffusion.config import ConfigError
+from dora_diffusion.console.progress import byte_progress
 
 _SHOWN = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    # Behind --adapter it would be taken for one more adapter: `run` tells them apart.
+    parser.add_argument(
+        "merged", nargs="?", help="The merged model: a folder or a .safetensors file."
+    )
+    add_merge(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,19 +30,13 @@ def run(args: argparse.Namespace) -> int:
             merged,
             args.base,
             [adapter_and_strength(text) for text in adapters],
-            strength=args.strength,
-            unet_strength=args.unet_strength,
-            text_encoder_strength=args.text_encoder_strength,
-            direction_strength=args.direction_strength,
-            magnitude_strength=args.magnitude_strength,
-            alpha=args.alpha,
-            vae=args.vae,
-            variant=args.variant,
             on_progress=show,
+            **merge_options(args),
         )
     print(f"{'adapted tensors':<28} {'number':>6}  {'largest':>8}  {'rounding':>8}")
-    for kind, one in sorted(report.kinds.items()):
-        print(f"{kind:<28} {one.tensors:>6}  {one.largest:>8.1e}  {one.allowed:>8.1e}  {one.worst}")
+    for name, kind in sorted(report.kinds.items()):
+        largest, allowed = f"{kind.largest:>8.1e}", f"{kind.allowed:>8.1e}"
+        print(f"{name:<28} {kind.tensors:>6}  {largest}  {allowed}  {kind.worst}")
     print(f"{report.unchanged} other tensors equal the base's, bit for bit")
     for problem in _shortened(report.problems):
         print(f"wrong: {problem}")

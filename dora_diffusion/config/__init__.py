@@ -2,42 +2,25 @@
 
 ::
 
-    train      TrainConfig, the fields          adapter   AdapterConfig
-    fields     what a field's metadata says     checks    ConfigError
-    effect     "X has no effect because Y"      resume    what a resumed run may change
-    file       YAML                             flag_map  flags of Diffusers' scripts
+    subject    what is trained on     train     TrainConfig, all of the three, and its checks
+    learning   how it is learned      adapter   AdapterConfig
+    run        the run around it      checks    ConfigError
+    fields     what a field says      effect    "X has no effect because Y"
+    derived    defaults that follow   resume    what a resumed run may change
+    file       YAML                   flag_map  flags of Diffusers' scripts
 
 Nothing here imports torch.
 """
 
-from dora_diffusion.config.adapter import (
-    NORM_AXES,
-    PRESETS,
-    TEXT_ENCODER_PRESETS,
-    AdapterConfig,
-)
+from dora_diffusion.config.adapter import AdapterConfig
 from dora_diffusion.config.checks import ConfigError
 from dora_diffusion.config.effect import without_effect
-from dora_diffusion.config.fields import Setting, setting_type
+from dora_diffusion.config.fields import Setting
 from dora_diffusion.config.file import read_config_file, read_config_lines
 from dora_diffusion.config.resume import differences
-from dora_diffusion.config.train import (
-    LR_SCHEDULES,
-    OPTIMIZERS,
-    PRECISIONS,
-    PRIOR_MODES,
-    TrainConfig,
-    settings,
-)
+from dora_diffusion.config.train import TrainConfig, settings
 
 __all__ = [
-    "LR_SCHEDULES",
-    "NORM_AXES",
-    "OPTIMIZERS",
-    "PRECISIONS",
-    "PRESETS",
-    "PRIOR_MODES",
-    "TEXT_ENCODER_PRESETS",
     "AdapterConfig",
     "ConfigError",
     "Setting",
@@ -45,7 +28,6 @@ __all__ = [
     "differences",
     "read_config_file",
     "read_config_lines",
-    "setting_type",
     "settings",
     "without_effect",
 ]

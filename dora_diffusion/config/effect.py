@@ -18,12 +18,12 @@ def without_effect(config: TrainConfig, given: Collection[str] | None = None) ->
         >>> without_effect(TrainConfig(keep_tags=3))
         {'keep_tags': 'keep_tags has no effect because shuffle_tags is off'}
     """
-    found = {}
+    reasons = {}
     for setting in settings():
         moved = getattr(config, setting.name) != setting.default
         if not (moved if given is None else setting.name in given):
             continue
         reason = setting.idle_reason(config)
         if reason:
-            found[setting.name] = f"{setting.name} has no effect because {reason}"
-    return found
+            reasons[setting.name] = f"{setting.name} has no effect because {reason}"
+    return reasons

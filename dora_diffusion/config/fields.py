@@ -5,6 +5,7 @@ Flag, YAML key, help, range check, group, effect and resuming are all derived fr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -13,15 +14,14 @@ from functools import cached_property
 from typing import Any, Literal
 
 from dora_diffusion.config.checks import require, require_choice
+from dora_diffusion.config.precision import precision_name
 
 # same: a resumed run must have it; free: it may change, which is said and recorded;
 # apart: no property of the training (places, names, what happens afterwards).
 Resume = Literal["same", "free", "apart"]
 
-# Names of precisions, as other programs have them.
-_SPELLINGS = {"fp32": "no", "float32": "no", "float16": "fp16", "bfloat16": "bf16", "none": "no"}
-
-TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
+_WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+TYPES: dict[str, type] = {kind.__name__: kind for kind in _WANTED}
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Setting:
         is_list: Whether it takes several values.
         default: The value where none is given.
         help: What it is, in a sentence.
-        derived: What the default is, in words, where it follows from something else.
         group: Heading under which it stands.
+        derived: What the default is, in words, where it follows from something else.
         choices: What it may be; None is anything.
         resume: Whether a resumed run must have the same.
         needs: What must hold for it to have an effect.
@@ -93,26 +93,26 @@ class Setting:
     is_list: bool
     default: Any
     help: str
-    derived: str
     group: str
-    choices: tuple[str, ...] | None
-    resume: Resume
-    needs: tuple[Condition, ...]
-    is_path: bool
-    above: float | None
-    least: float | None
-    most: float | None
-    below: float | None
+    derived: str = ""
+    choices: tuple[str, ...] | None = None
+    resume: Resume = "same"
+    needs: tuple[Condition, ...] = ()
+    is_path: bool = False
+    above: float | None = None
+    least: float | None = None
+    most: float | None = None
+    below: float | None = None
 
     @classmethod
-    def from_field(cls, source: dataclasses.Field[Any]) -> Setting:
-        """Read a field of a config."""
+    def from_field(cls, source: dataclasses.Field[Any], group: str) -> Setting:
+        """Read a field of a group of settings."""
         kind, is_list = setting_type(source)
         default = source.default
         if default is dataclasses.MISSING:
             assert source.default_factory is not dataclasses.MISSING
             default = source.default_factory()
-        return cls(source.name, kind, is_list, default, **source.metadata)
+        return cls(source.name, kind, is_list, default, group=group, **source.metadata)
 
     @cached_property
     def default_text(self) -> str:
@@ -158,62 +158,41 @@ class Setting:
             return None
         if self.is_list:
             items = value if isinstance(value, list | tuple) else [value]
-            return [self.kind(item) for item in items]
-        if self.kind is bool or isinstance(value, bool):
-            return self._cast_bool(value)
-        try:
-            cast = self.kind(value)
-        except (TypeError, ValueError):
-            cast = None
-        whole = not (self.kind is int and isinstance(value, float) and value != cast)
-        wanted = {int: "a whole number", float: "a number"}.get(self.kind, "text")
-        require(
-            cast is not None and whole, f"{self.name} is {value!r}; it must be {wanted}", self.name
-        )
-        return self._known_spelling(cast) if self.choices else cast
+            return [self._cast_item(item) for item in items]
+        return self._cast_item(value)
 
-    def _cast_bool(self, value: Any) -> Any:
+    def _cast_item(self, value: Any) -> Any:
         if value is False and "no" in (self.choices or ()):
             return "no"  # YAML reads a bare no as false.
-        wanted = "true or false" if self.kind is bool else self.kind.__name__
-        require(
-            self.kind is bool and isinstance(value, bool),
-            f"{self.name} is {value!r}; it must be {wanted}",
-            self.name,
-        )
-        return value
+        is_plain = not isinstance(value, dict | list | tuple | set)
+        item = None
+        if is_plain and isinstance(value, bool) == (self.kind is bool):
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
+                item = self.kind(value)
+        if self.kind is int and isinstance(value, float) and value != item:
+            item = None
+        wanted = _WANTED[self.kind]
+        require(item is not None, f"{self.name} is {value!r}; it must be {wanted}", self.name)
+        return self._known_choice(item) if self.choices else item
 
-    def _known_spelling(self, value: Any) -> Any:
+    def _known_choice(self, value: Any) -> Any:
         """A choice as it is written here: AdamW is adamw, fp32 is no, and none is None."""
-        assert self.choices is not None
-        word = str(value).lower()
+        choices, word = self.choices or (), str(value).lower()
         if word == "none" and self.default is None:
             return None
-        word = word if word in self.choices else _SPELLINGS.get(word, word)
-        return word if word in self.choices else value
+        word = word if word in choices else precision_name(word)
+        return word if word in choices else value
 
 
-def flag(
-    group: str,
-    default: Any,
-    text: str,
-    *,
-    derived: str = "",
-    choices: tuple[str, ...] | None = None,
-    resume: Resume = "same",
-    needs: tuple[Condition, ...] = (),
-    is_path: bool = False,
-    above: float | None = None,
-    least: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A dataclass field with what `Setting` tells of it."""
-    metadata = {
-        "help": text, "derived": derived, "group": group, "choices": choices, "resume": resume,
-        "needs": needs, "is_path": is_path, "above": above, "least": least, "most": most,
-        "below": below,
-    }  # fmt: skip
+def flag(default: Any, text: str, **facts: Any) -> Any:
+    """A dataclass field that is a setting.
+
+    Args:
+        default: The value where none is given.
+        text: What it is, in a sentence.
+        facts: What else `Setting` tells of it.
+    """
+    metadata = {"help": text, **facts}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -44,8 +44,8 @@ def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, in
         ) from error
     values = {} if values is None else values
     require(isinstance(values, dict), f"{path} must hold 'setting: value' lines")
-    found = {str(key): value for key, value in values.items() if key != SEGMENTS}
-    return found, _lines(path, root)
+    given = {str(key): value for key, value in values.items() if key != SEGMENTS}
+    return given, _lines(path, root)
 
 
 def _read_text(path: str | Path) -> str:

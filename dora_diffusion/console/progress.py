@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from typing import Any, TextIO
 
 
@@ -22,28 +21,16 @@ def say(line: str, file: TextIO | None = None) -> None:
         tqdm.tqdm.write(line, file=file or sys.stdout)
 
 
-@contextmanager
-def step_progress() -> Iterator[Callable[[int, int], None]]:
-    """Yield what to call with (steps done, steps in all)."""
-    with counting("step", leave=False) as show:
-        yield show
+class ProgressBar:
+    """A progress bar that is told (done, total), and begins where it is told first.
 
+    Args:
+        unit: What is counted.
+        options: Further keywords of ``tqdm``.
+    """
 
-@contextmanager
-def counting(unit: str, *, leave: bool, description: str = "") -> Iterator[Callable[..., None]]:
-    """A bar over (done, total)."""
-    counter = Counter(unit, leave=leave, description=description)
-    try:
-        yield counter
-    finally:
-        counter.close()
-
-
-class Counter:
-    """A progress bar that is told (done, total), and begins where it is told first."""
-
-    def __init__(self, unit: str, *, leave: bool = True, description: str = "") -> None:
-        self._options = {"unit": unit, "leave": leave, "desc": description or None}
+    def __init__(self, unit: str, **options: Any) -> None:
+        self._options = {"unit": unit, "dynamic_ncols": True, **options}
         self._bar: Any = None
 
     def __call__(self, done: int, total: int) -> None:
@@ -51,10 +38,25 @@ class Counter:
         from tqdm import tqdm
 
         if self._bar is None:
-            self._bar = tqdm(total=total, initial=done, dynamic_ncols=True, **self._options)
+            self._bar = tqdm(total=total, initial=done, **self._options)
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
         """End the bar's line."""
         if self._bar is not None:
             self._bar.close()
+
+
+def step_progress() -> closing[ProgressBar]:
+    """A context with a bar over denoising steps, which leaves no line."""
+    return closing(ProgressBar("step", leave=False))
+
+
+def byte_progress(what: str) -> closing[ProgressBar]:
+    """A context with a bar in bytes, with the rate and the time left; it leaves no line.
+
+    Args:
+        what: What happens to the bytes.
+    """
+    # What takes less than a second, such as a refusal, shows no bar.
+    return closing(ProgressBar("B", desc=what, unit_scale=True, leave=False, delay=1))

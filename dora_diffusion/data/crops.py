@@ -65,8 +65,9 @@ def plan_crop(
     """
     target = (resolution, resolution) if isinstance(resolution, int) else resolution
     if min(target) < multiple or any(side % multiple for side in target):
+        shown = " x ".join(map(str, dict.fromkeys(target[::-1])))
         raise ValueError(
-            f"resolution {resolution} must be a multiple of {multiple}, the model's pixels per "
+            f"resolution {shown} must be a multiple of {multiple}, the model's pixels per "
             f"latent; try {max(1, round(target[0] / multiple)) * multiple}"
         )
     height, width = covering_size(original_size, target)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dora_diffusion.export.checkpoint import export_checkpoint
-from dora_diffusion.export.convert import CONVERSIONS, ConversionReport, convert_adapter
+from dora_diffusion.export.convert import ConversionReport, convert_adapter
 from dora_diffusion.export.inspect import inspect_adapter
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.export.verify import VerifyReport, verify_checkpoint
 from dora_diffusion.formats.adapter.report import AdapterReport
 
 __all__ = [
-    "CONVERSIONS",
     "AdapterReport",
     "ConversionReport",
     "ExportError",

@@ -15,6 +15,7 @@ import torch
 from dora_diffusion.export.base import open_model
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.formats.adapter.consumers import stated_approximation
+from dora_diffusion.formats.adapter.conversions import CONVERSIONS
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     find_adapter,
@@ -35,16 +36,10 @@ from dora_diffusion.images import thumbnail as make_thumbnail
 from dora_diffusion.numerics.low_rank import approximate
 
 # Plain-LoRA approximations, and the format that each is written in.
-_APPROXIMATE = {"lora": "kohya", "lora-diffusers": "diffusers"}
-
-CONVERSIONS: Mapping[str, str] = {
-    "diffusers": "exact in Diffusers (output axis only)",
-    "peft": "exact in PEFT, a folder per component (output axis only)",
-    "kohya": "standard dora_scale: exact in LyCORIS, and on the input axis in most web UIs",
-    "comfyui": "output axis compensated for ComfyUI and Forge with one base model; wrong elsewhere",
-    "dense": "full differences for one base model: exact in ComfyUI, Forge and A1111, and large",
-    "lora": "plain LoRA for every web UI, approximated for one base model",
-    "lora-diffusers": "plain LoRA for diffusers, approximated for one base model",
+_APPROXIMATE = {
+    name: conversion.plain_lora_in
+    for name, conversion in CONVERSIONS.items()
+    if conversion.plain_lora_in
 }
 
 

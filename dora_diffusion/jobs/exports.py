@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_diffusion.console.programs import where_it_works
+from dora_diffusion.formats.adapter.conversions import CONVERSIONS
 from dora_diffusion.jobs.loading import ModelFiles
 from dora_diffusion.jobs.queue import create_job
 from dora_diffusion.jobs.snapshot import Job, adapter_of
@@ -21,9 +23,7 @@ MERGED = "merged.safetensors"
 
 def formats() -> dict[str, str]:
     """Adapter format -> where it is exact."""
-    from dora_diffusion.export import CONVERSIONS
-
-    return dict(CONVERSIONS)
+    return {name: conversion.summary for name, conversion in CONVERSIONS.items()}
 
 
 def chosen_adapter(job: Job, checkpoint: str = "") -> Path:
@@ -60,7 +60,6 @@ def export_adapter(workspace: Workspace, job: Job, target: str) -> Exported:
         AppError: If there is no adapter, or no such format.
         ExportError, AdapterFormatError: If the format cannot hold it.
     """
-    from dora_diffusion.commands.convert import where_it_works
     from dora_diffusion.export import convert_adapter, inspect_adapter
 
     if target not in formats():

@@ -103,8 +103,8 @@ def _train(folder: Path, job: dict[str, Any], note: _Progress) -> int:
     """What ``dora-diffusion train --config settings.yaml`` does."""
     import dataclasses
 
-    from dora_diffusion.commands.train import TrainProgress
     from dora_diffusion.config import TrainConfig, read_config_file
+    from dora_diffusion.console.training import TrainProgress
     from dora_diffusion.memory import describe_device
 
     note(phase="loading the model", device_name=describe_device().name)

@@ -13,23 +13,7 @@ from torch import nn
 
 from dora_diffusion.families import Family
 from dora_diffusion.models.latents import vae_factor
-
-# Name shown to users -> (diffusers scheduler class, settings that make it that sampler).
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpm++_karras": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
-    ),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
-
+from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler
 
 # They ignore a schedule that ends in pure noise.
 _NOT_TO_ZERO_SNR = ("PNDMScheduler", "HeunDiscreteScheduler")
@@ -136,7 +120,7 @@ class Components:
         """Build the family's text-to-image pipeline from these same modules.
 
         Args:
-            scheduler: A name of :data:`SAMPLERS`; None is the model's own.
+            scheduler: A name of `SCHEDULERS`; None is the model's own.
 
         Returns:
             A StableDiffusionPipeline or StableDiffusionXLPipeline without a safety checker or
@@ -169,22 +153,24 @@ class Components:
 
         config = {**self.scheduler.config, **self.scheduler_config}
         own_class = str(config.pop("_class_name", "DDIMScheduler"))
-        if name is not None and name not in SAMPLERS:
-            raise ValueError(f"unknown scheduler {name!r}; choose from {', '.join(SAMPLERS)}")
-        class_name, settings = (own_class, {}) if name is None else SAMPLERS[name]
+        if name is not None and name not in SCHEDULERS:
+            raise ValueError(f"unknown scheduler {name!r}; choose from {', '.join(SCHEDULERS)}")
+        chosen = SamplingScheduler(own_class, "") if name is None else SCHEDULERS[name]
         # Latents are not confined to [-1, 1]; a scheduler's default clips them, and the first
         # schedule step of the released models is offset by one.
-        config |= {"clip_sample": False, "steps_offset": 1, **settings}
+        config |= {"clip_sample": False, "steps_offset": 1} | dict(
+            chosen.settings if chosen else {}
+        )
         config.setdefault("set_alpha_to_one", False)
         if config.get("rescale_betas_zero_snr"):
-            if class_name in _NOT_TO_ZERO_SNR:
+            if chosen.class_name in _NOT_TO_ZERO_SNR:
                 raise ValueError(
                     f"the scheduler {name or own_class} cannot follow this model's noise schedule, "
                     "which ends in pure noise; choose ddim, euler or dpm++"
                 )
             # With a zero-SNR schedule, sampling must start at the last step (arXiv:2305.08891).
             config["timestep_spacing"] = "trailing"
-        return getattr(diffusers, class_name).from_config(config)
+        return getattr(diffusers, chosen.class_name).from_config(config)
 
     def identity(self, *components: str) -> str:
         """Digest of the named components' configuration and weights, for caches keyed by content.

@@ -13,7 +13,7 @@ import torch
 
 from dora_diffusion.families import Family, detect_folder_family
 from dora_diffusion.formats.files.header import PICKLED
-from dora_diffusion.models.components import SAMPLERS, Components, cast_to_weight, fingerprint
+from dora_diffusion.models.components import Components, cast_to_weight, fingerprint
 from dora_diffusion.models.locate import (
     ModelNotFoundError,
     fetch_snapshot,
@@ -26,7 +26,6 @@ from dora_diffusion.models.single_file import load_single_file
 from dora_diffusion.models.weights import load_module, plain_errors, quiet_libraries, read_json
 
 __all__ = [
-    "SAMPLERS",
     "Components",
     "ModelNotFoundError",
     "fingerprint",

@@ -6,14 +6,16 @@ import os
 
 import torch
 
-from dora_diffusion.config import ConfigError
+from dora_diffusion.config.checks import require_choice
+from dora_diffusion.config.precision import AUTO, DTYPES, precision_name
 from dora_diffusion.memory import Device, auto_precision, default_device
 
-__all__ = ["AUTO", "PRECISION_DTYPES", "auto_dtype", "default_device", "dtype_of", "precision_of"]
+__all__ = ["PRECISION_DTYPES", "auto_dtype", "default_device", "dtype_of", "precision_of"]
 
-AUTO = "auto"
-# What Accelerate calls the precisions.
-PRECISION_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# By Accelerate's names.
+PRECISION_DTYPES: dict[str, torch.dtype] = {
+    precision_name(dtype): getattr(torch, dtype) for dtype in DTYPES
+}
 
 
 def auto_dtype(device: torch.device | str) -> torch.dtype:
@@ -35,10 +37,8 @@ def dtype_of(name: str, device: torch.device | str | None = None) -> torch.dtype
     """
     if name == AUTO:
         return auto_dtype(default_device() if device is None else device)
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"dtype is {name!r}; it must be auto, float32, float16 or bfloat16")
-    return dtype
+    require_choice("dtype", name, (AUTO, *DTYPES))
+    return PRECISION_DTYPES[precision_name(name)]
 
 
 def precision_of(name: str, device: torch.device | str | None = None) -> str:

@@ -18,6 +18,11 @@ from dora_diffusion.models.locate import is_offline, resolve_folder
 from dora_diffusion.models.scheduling import training_scheduler, zeros_for_empty_prompt
 from dora_diffusion.models.weights import fill_renamed, plain_errors, read_json
 
+_NEEDED = (
+    "its configuration is needed: give a Diffusers folder with it as --config (of train: "
+    "--model_config)"
+)
+
 
 def load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Components:
     """Load the components of a single-file checkpoint.
@@ -44,7 +49,7 @@ def load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) 
         options |= {"config": str(resolve_folder(str(config))), "local_files_only": True}
     if config is not None and any(standard_key(key) != key for key in keys):
         options["text_encoder"] = _text_encoder(path, Path(options["config"])).to(dtype)
-    with plain_errors(str(path), "its configuration is needed: pass a diffusers folder as config"):
+    with plain_errors(str(path), _NEEDED):
         if family.vae_wants_float32 and dtype != torch.float32:
             vae_options = options | {"torch_dtype": torch.float32, "subfolder": "vae"}
             options["vae"] = diffusers.AutoencoderKL.from_single_file(str(path), **vae_options)

@@ -7,6 +7,7 @@ CUDA do so by default) or to bfloat16's 7, which loses an update that is small b
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -85,7 +86,15 @@ def allow_tf32() -> None:
     """Let products of float32 matrices on CUDA run in TensorFloat-32; convolutions do by default.
 
     By torch's older switch: programs that read it would fail if the newer one was set.
+
+    Warns:
+        UserWarning: If no GPU here has TensorFloat-32.
     """
+    if not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)):
+        warnings.warn(
+            "allow_tf32 has no effect because there is no NVIDIA GPU of Ampere or later",
+            stacklevel=1,
+        )
     torch.backends.cuda.matmul.allow_tf32 = True
 
 

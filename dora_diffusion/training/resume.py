@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dora_diffusion.config import ConfigError, TrainConfig, settings
+from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.resume import Changes, differences
-from dora_diffusion.config.train import SAMPLES
+from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.training.checkpoint import checkpoints_after, find_checkpoint, load_state
 from dora_diffusion.training.continuity import Segment, segment, told_apart
@@ -63,7 +63,7 @@ def start_run(session: Session, output_dir: Path) -> tuple[Session, RunStart]:
     unused: Changes = {}
     if step == session.total_steps:
         # Samples are made anew; all else is what the steps were trained with.
-        used = {s.name for s in settings() if s.group == SAMPLES} | {"max_train_steps"}
+        used = {source.name for source in fields(SampleSettings)} | {"max_train_steps"}
         unused = {name: change for name, change in changed.items() if name not in used}
         config = replace(config, **{name: before for name, (before, _) in unused.items()})
         changed = {}

@@ -24,7 +24,7 @@ from dora_diffusion.app.settings import (
     setting_text,
 )
 from dora_diffusion.cli import build_parser
-from dora_diffusion.commands.flags import train_config
+from dora_diffusion.commands.train import train_config
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file, without_effect
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs.workspace import AppError
@@ -172,8 +172,7 @@ def test_every_setting_has_a_field_but_those_that_the_page_decides() -> None:
     assert every - set(ADVANCED) == own_field | the_app_s | another_name
     assert [name for names in GROUPS.values() for name in names] == list(ADVANCED)
     for group, names in GROUPS.items():
-        fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-        assert {fields[name].metadata["group"] for name in names} == {group}
+        assert {SETTINGS[name].group for name in names} == {group}
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)

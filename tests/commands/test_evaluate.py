@@ -99,7 +99,8 @@ def test_photos_that_were_trained_on_are_told(adapter, tmp_path, capsys, held_ou
         assert main(command) == 0
         output = capsys.readouterr()
         assert f"warning: {expected}" in output.err
-        assert f"caution: {expected}" in output.out
+        assert "trained on" not in output.out, "it is said once"
+        assert f"caution: {expected}" in (tmp_path / "out" / "scores.md").read_text()
         (caution,) = json.loads((tmp_path / "out" / "scores.json").read_text())["cautions"]
         assert caution.startswith(expected)
     for photo in mixed.iterdir():

@@ -15,6 +15,9 @@ IDLE: list[tuple[dict[str, Any], str, str]] = [
     ({"with_prior_preservation": True, "prior_preservation_mode": "image-free",
       "num_class_images": 7}, "num_class_images", "prior_preservation_mode is image-free"),
     ({"text_encoder_lr": 1e-4}, "text_encoder_lr", "train_text_encoder is off"),
+    ({"learning_rate": 0.0}, "learning_rate", "it is 0: the UNet's adapter is not trained"),
+    ({"text_encoder_lr": 0.0, "train_text_encoder": True}, "text_encoder_lr",
+     "it is 0: the text encoders' adapter is not trained"),
     ({"text_encoder_lr": 1e-4, "train_text_encoder": True, "optimizer": "prodigy",
       "learning_rate": 1.0}, "text_encoder_lr", "optimizer is prodigy"),
     ({"text_encoder_targets": ["text-encoder"]}, "text_encoder_targets",
@@ -54,6 +57,7 @@ def test_a_setting_without_effect_is_said_with_its_reason(
         {"train_text_encoder": True, "text_encoder_lr": 1e-4},
         {"optimizer": "prodigy", "learning_rate": 1.0, "adam_beta1": 0.8, "prodigy_beta3": 0.9},
         {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 3, "lr_warmup_steps": 5},
+        {"learning_rate": 0.0, "magnitude_lr": 1e-3},  # magnitudes alone
         {"lr_warmup_steps": 5},  # takes effect with the constant schedule
         {"num_train_epochs": 3, "validation_epochs": 1},
         {"revision": "v2", "pretrained_model_name_or_path": "org/model"},

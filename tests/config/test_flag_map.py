@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion import cli
-from dora_diffusion.commands.flags import train_config
+from dora_diffusion.commands.train import train_config
 from dora_diffusion.config import settings
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, as_markdown
 

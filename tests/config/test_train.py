@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import dora_diffusion
 from dora_diffusion.config import ConfigError, TrainConfig, settings
 
 
@@ -33,6 +36,27 @@ def test_what_cannot_work_is_refused(values: dict[str, Any], message: str) -> No
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"targets": {"attention": 8}}, "targets is {'attention': 8}; it must be text"),
+        ({"targets": [["attention"]]}, "targets is ['attention']; it must be text"),
+        ({"instance_prompt": ["a sks dog"]}, "instance_prompt is ['a sks dog']; it must be text"),
+        ({"token": {"sks": 1}}, "token is {'sks': 1}; it must be text"),
+        ({"token": True}, "token is True; it must be text"),
+        ({"rank": True}, "rank is True; it must be a whole number"),
+        ({"rank": 1.5}, "rank is 1.5; it must be a whole number"),
+        ({"rank": math.inf}, "rank is inf; it must be a whole number"),
+        ({"learning_rate": [1]}, "learning_rate is [1]; it must be a number"),
+        ({"use_dora": "yes"}, "use_dora is 'yes'; it must be true or false"),
+    ],
+)
+def test_what_yaml_makes_of_another_type_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        TrainConfig.from_dict(values)
+    assert str(error.value) == message
+
+
 def test_values_are_read_as_diffusers_scripts_and_yaml_write_them() -> None:
     config = TrainConfig.from_dict({"optimizer": "AdamW", "mixed_precision": False, "rank": "4"})
     assert (config.optimizer, config.mixed_precision, config.rank) == ("adamw", "no", 4)
@@ -50,3 +74,15 @@ def test_the_warm_up_takes_effect_with_the_constant_schedule() -> None:
     assert TrainConfig().lr_schedule == "constant"
     assert TrainConfig(lr_warmup_steps=3).lr_schedule == "constant_with_warmup"
     assert TrainConfig(lr_warmup_steps=3, lr_scheduler="cosine").lr_schedule == "cosine"
+
+
+def test_who_reads_a_setting_is_found_by_its_name() -> None:
+    """Beside the command line, the app and the fields themselves: that is where it acts."""
+    package = Path(dora_diffusion.__file__).parent
+    text = "".join(
+        path.read_text(encoding="utf-8")
+        for path in package.rglob("*.py")
+        if not {"app", "commands", "flag_map.py"} & set(path.relative_to(package).parts)
+    )
+    read = set(re.findall(r"\b(?:config|self)(?=\.(\w+))", text))
+    assert [setting.name for setting in settings() if setting.name not in read] == []

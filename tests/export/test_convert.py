@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.cli import main
 from dora_diffusion.export import (
-    CONVERSIONS,
     ExportError,
     convert_adapter,
     export_checkpoint,
     inspect_adapter,
 )
+from dora_diffusion.formats.adapter.conversions import CONVERSIONS
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.families import FAMILIES, UnsupportedModelError
 from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
-from dora_diffusion.models.components import SAMPLERS
 from dora_diffusion.models.load import (
     ModelNotFoundError,
     load_components,
     load_vae,
     resolve_folder,
 )
+from dora_diffusion.models.schedulers import SCHEDULERS
 
 FOLDERS = ["sd1_folder", "sd2_folder", "sdxl_folder"]
 HALF = [torch.float16, torch.bfloat16]
@@ -388,7 +388,7 @@ def test_a_schedule_of_another_kind_is_refused():
         training_scheduler({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0})
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_sampler_ends_in_pure_noise_where_the_model_does_or_says_no(name):
     components = load_components("embedded:tiny-sdxl")
     if name in ("pndm", "heun"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -168,6 +169,20 @@ def test_settings_of_torch_before_its_newer_ones_are_not_found() -> None:
             assert rounds_float32("cuda", "matmul")
     finally:
         precision._setting.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("is_available", "capability", "is_said"),
+    [(False, None, True), (True, (7, 5), True), (True, (8, 0), False), (True, (9, 0), False)],
+)
+def test_tf32_without_a_gpu_that_has_it_is_said(is_available, capability, is_said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        allow_tf32()
+    expected = "allow_tf32 has no effect because there is no NVIDIA GPU of Ampere or later"
+    assert [str(warning.message) for warning in caught] == [expected] * is_said
 
 
 def test_allow_tf32_can_still_be_read_by_others() -> None:

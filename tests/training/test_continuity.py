@@ -11,8 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
-from dora_diffusion.commands.train import TrainProgress
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
+from dora_diffusion.console.training import TrainProgress
 from dora_diffusion.training.continuity import check_same_run, told_apart
 from dora_diffusion.training.loop import train
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.commands.train import TrainProgress
 from dora_diffusion.config import ConfigError
+from dora_diffusion.console.training import TrainProgress
 from dora_diffusion.generate import BrokenImageError
 from dora_diffusion.training.events import (
     ClassImagesProgress,

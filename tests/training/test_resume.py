@@ -31,7 +31,7 @@ def test_a_finished_run_is_extended_from_its_last_step(tiny_run, tmp_path):
 
 
 def test_steps_that_are_trained_again_are_said(tiny_run, tmp_path, capsys):
-    from dora_diffusion.commands.train import TrainProgress
+    from dora_diffusion.console.training import TrainProgress
 
     config = tiny_run(checkpointing_steps=2)
     train(config)

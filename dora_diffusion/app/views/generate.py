@@ -14,11 +14,11 @@ from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.studio import MAX_BATCH, Picture, Request, read_settings
 from dora_diffusion.app.views.fields import QUIET, id_dropdown
 from dora_diffusion.app.views.request import BASE, MERGED, OWN, field_value, make_request, numbers
-from dora_diffusion.cli import SAMPLERS
 from dora_diffusion.jobs.chooser import candidates
 from dora_diffusion.jobs.exports import chosen_adapter
 from dora_diffusion.jobs.snapshot import RESULT_NAME, Job
 from dora_diffusion.jobs.workspace import AppError
+from dora_diffusion.models.schedulers import SCHEDULERS
 
 _TEMPLATES = (
     "a photo of a {subject}",
@@ -101,7 +101,7 @@ def build(context: Context) -> GenerateTab:
             with gr.Accordion("Steps, guidance, scheduler, size", open=False):
                 form["steps"] = gr.Slider(1, 100, 25, step=1, label="Steps")
                 form["guidance_scale"] = gr.Slider(1, 15, 3.5, step=0.1, label="Guidance")
-                form["scheduler"] = gr.Dropdown([OWN, *SAMPLERS], value=OWN, label="Scheduler")
+                form["scheduler"] = gr.Dropdown([OWN, *SCHEDULERS], value=OWN, label="Scheduler")
                 with gr.Row():
                     # Text: an empty number field turns into 0 when it is unfolded.
                     for side in ("width", "height"):

@@ -8,11 +8,11 @@ from typing import Any
 
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.studio import Request, clean_prompt
-from dora_diffusion.cli import SAMPLERS
 from dora_diffusion.jobs.exports import chosen_adapter
 from dora_diffusion.jobs.loading import ModelFiles
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.workspace import AppError
+from dora_diffusion.models.schedulers import SCHEDULERS
 
 OWN = "the model's own"
 BASE, MERGED = "base", "merged"
@@ -107,7 +107,7 @@ def field_value(name: str, found: dict[str, str]) -> Any:
     }.get(name)
     if name == "scheduler":
         sampler = found.get("Sampler", OWN)
-        return sampler if sampler in SAMPLERS else OWN
+        return sampler if sampler in SCHEDULERS else OWN
     if name in ("prompt", "negative_prompt") or text is None:
         return text
     try:

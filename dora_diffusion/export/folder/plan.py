@@ -129,8 +129,8 @@ def configuration_folder(config: str | Path | None, checkpoint: StoredModel) -> 
     if family.released_epsilon_id and "prediction_type" not in checkpoint.schedule():
         raise ExportError(
             f"{checkpoint.path.name} does not say whether it predicts the noise or v, as "
-            f"{family.title} has both: give a diffusers folder or hub id of its kind as config "
-            f"(--config), such as {family.released_id} (v) or {family.released_epsilon_id} "
+            f"{family.title} has both: give a diffusers folder or hub id of its kind with "
+            f"--config, such as {family.released_id} (v) or {family.released_epsilon_id} "
             "(the noise)"
         )
     try:
@@ -140,7 +140,7 @@ def configuration_folder(config: str | Path | None, checkpoint: StoredModel) -> 
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
             "a folder made from a single file needs its configuration and tokenizers: give a "
-            f"diffusers folder of the same kind of model as config ({error})"
+            f"diffusers folder of the same kind of model with --config ({error})"
         ) from error
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dora_diffusion.export import inspect_adapter
-from dora_diffusion.export.convert import CONVERSIONS
 from dora_diffusion.formats.adapter.consumers import CONSUMERS, VERDICTS, file_kind, tools_for
+from dora_diffusion.formats.adapter.conversions import CONVERSIONS
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.numerics.weights import LayerWeights

@@ -1,4 +1,4 @@
-"""Flags of the other commands that do nothing: each is said, with its reason."""
+"""Flags that commands share: those that do nothing are said, those that cannot work refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import warnings
 import pytest
 
 from dora_diffusion import cli
-from dora_diffusion.commands.effect import warn_without_effect
+from dora_diffusion.commands.options import (
+    adapter_and_strength,
+    merge_options,
+    warn_without_effect,
+)
 
 
 def said(line: str) -> list[str]:
@@ -48,7 +52,7 @@ def test_a_flag_without_effect_is_said(line, expected):
     ],
 )
 @pytest.mark.parametrize(
-    "command", ["evaluate a --subject s", "generate --prompt x --output x.png"]
+    "command", ["evaluate a --subject bolt_mug", "generate --prompt x --output x.png"]
 )
 def test_numbers_that_cannot_work_are_refused_before_the_model_is_loaded(
     command, flags, message, tmp_path, monkeypatch, capsys
@@ -58,3 +62,28 @@ def test_numbers_that_cannot_work_are_refused_before_the_model_is_loaded(
     assert cli.main([*f"{command} --base no-such/model {flags}".split()]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run", ("run", 1.0)),
+        ("a/b.safetensors:0.5", ("a/b.safetensors", 0.5)),
+        ("run:-1", ("run", -1.0)),
+        ("run:1e-3", ("run", 0.001)),
+        ("run:.5", ("run", 0.5)),
+        (r"C:\run", (r"C:\run", 1.0)),
+    ],
+)
+def test_an_adapter_may_have_its_own_strength(text, expected):
+    assert adapter_and_strength(text) == expected
+
+
+@pytest.mark.parametrize("command", ["export --output o", "verify merged"])
+def test_export_and_verify_are_given_the_same_merge(command):
+    words = f"{command} --base b --adapter a --unet_strength 0.5 --alpha 3 --vae v".split()
+    assert merge_options(cli.build_parser().parse_args(words)) == {
+        "strength": 1.0, "direction_strength": 1.0, "magnitude_strength": 1.0,
+        "unet_strength": 0.5, "text_encoder_strength": 1.0,
+        "alpha": 3.0, "vae": "v", "variant": None,
+    }  # fmt: skip

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 
 from dora_diffusion.console.errors import reporting_errors
-from dora_diffusion.console.progress import Counter, say
+from dora_diffusion.console.progress import ProgressBar, say
 
 
 def screen(text: str) -> list[str]:
@@ -33,7 +33,7 @@ def terminal() -> Iterator[io.StringIO]:
 
 def test_lines_and_warnings_stand_above_the_bar():
     with terminal() as shown, reporting_errors("train", debug=False):
-        bar = Counter("step", description="training")
+        bar = ProgressBar("step", desc="training")
         bar(3, 10)
         say("checkpoint: out/checkpoint-3")
         warnings.warn_explicit(
@@ -48,9 +48,9 @@ def test_lines_and_warnings_stand_above_the_bar():
     assert last.startswith("training: ")
 
 
-def test_a_counter_begins_where_it_is_told():
+def test_a_bar_begins_where_it_is_told():
     with terminal() as shown:
-        bar = Counter("image")
+        bar = ProgressBar("image")
         bar(5, 8)
         bar(8, 8)
         bar.close()

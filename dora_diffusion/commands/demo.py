@@ -1,4 +1,4 @@
-"""The whole product in a few minutes on a laptop: ``make demo``, or ``dora-diffusion demo``.
+"""``dora-diffusion demo``, or ``make demo``: the whole product in a few minutes on a laptop.
 
 Trains the embedded model on a sample subject, generates it on held-out backgrounds, beside the base
 model's images of the same prompts and seeds, has the images judged by networks that were trained on
@@ -8,14 +8,11 @@ the toy world, and merges the result.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.cli import main
 from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.toy import samples_folder
 
@@ -26,39 +23,28 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's flags."""
     subjects = sorted(path.parent.name for path in samples_folder().glob("*/config.yaml"))
-    parser.add_argument(
-        "--subject", choices=subjects, default="bolt_mug", help="Sample. Default: %(default)s."
-    )
+    parser.add_argument("--subject", choices=subjects, default="bolt_mug", help="Sample.")
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("demo-output"),
-        help="Result folder. Default: %(default)s.",
+        help="Result folder.",
     )
     parser.add_argument(
         "--max_train_steps", type=int, help="Optimizer steps. Default: the sample's own."
     )
-    parser.add_argument(
-        "--seeds", type=int, default=4, help="Images judged per background. Default: %(default)s."
-    )
+    parser.add_argument("--seeds", type=int, default=4, help="Images judged per background.")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train on a sample subject, judge and merge. Returns the exit code."""
-    config = demo_config(args.subject, args.output)
-    if args.max_train_steps is not None:
-        config = dataclasses.replace(config, max_train_steps=args.max_train_steps)
-    return show(args.subject, config, args.output, args.seeds)
-
-
-def show(subject: str, config: TrainConfig, output: Path, seeds: int) -> int:
-    """Train, generate, judge and merge. Returns the exit code."""
+    """Train on a sample subject, generate it, judge and merge. Returns the exit code."""
     import torch
 
-    from dora_diffusion.commands.train import TrainProgress
+    from dora_diffusion.console.training import TrainProgress
     from dora_diffusion.export import export_checkpoint
     from dora_diffusion.training.loop import train
 
+    config, output = demo_config(args), args.output
     # The embedded model is so small that threads mostly wait for each other, and do nothing else
     # where other programs run.
     torch.set_num_threads(1)
@@ -71,11 +57,10 @@ def show(subject: str, config: TrainConfig, output: Path, seeds: int) -> int:
         return 128 + (result.signal_number or 0)
     print(f"   {result.steps} steps in {time.perf_counter() - started:.0f} s -> {result.adapter}")
     print("2. Generating it on held-out backgrounds, and judging the images")
-    sheet_file, evaluation = compare(config, result.adapter, subject, seeds, output)
+    base = config.pretrained_model_name_or_path
+    sheet_file, evaluation = compare(base, result.adapter, args.subject, args.seeds, output)
     print("3. Merging the adapter into the model")
-    merged = export_checkpoint(
-        config.pretrained_model_name_or_path, result.output_dir, output / "merged", overwrite=True
-    )
+    merged = export_checkpoint(base, result.output_dir, output / "merged", overwrite=True)
     report = json.dumps(evaluation.to_dict(), indent=2) + "\n"
     (output / "scores.json").write_text(report, encoding="utf-8")
     print(f"\n{evaluation.table()}\n")
@@ -83,19 +68,21 @@ def show(subject: str, config: TrainConfig, output: Path, seeds: int) -> int:
     return 0
 
 
-def demo_config(subject: str, output: Path) -> TrainConfig:
+def demo_config(args: argparse.Namespace) -> TrainConfig:
     """The sample's own settings, written to the demo's folder."""
-    folder = samples_folder() / subject
-    return dataclasses.replace(
-        TrainConfig.from_dict(read_config_file(folder / "config.yaml")),
-        instance_data_dir=str(folder),
-        output_dir=str(output / subject),
-        overwrite_output_dir=True,
-    )
+    folder = samples_folder() / args.subject
+    values = read_config_file(folder / "config.yaml") | {
+        "instance_data_dir": str(folder),
+        "output_dir": str(args.output / args.subject),
+        "overwrite_output_dir": True,
+    }
+    if args.max_train_steps is not None:
+        values["max_train_steps"] = args.max_train_steps
+    return TrainConfig.from_dict(values)
 
 
 def compare(
-    config: TrainConfig, adapter: Path, subject: str, seeds: int, output: Path
+    base: str, adapter: Path, subject: str, seeds: int, output: Path
 ) -> tuple[Path, Evaluation]:
     """Base and adapted images at the same seeds, saved as one sheet and judged."""
     from dora_diffusion.evaluation.report import sheet
@@ -104,7 +91,7 @@ def compare(
     from dora_diffusion.images import save_png
     from dora_diffusion.toy.benchmark_subjects import find_subject
 
-    components, metadata = load_adapted(config.pretrained_model_name_or_path, adapter)
+    components, metadata = load_adapted(base, adapter)
     evaluation = evaluate_toy(
         components,
         find_subject(subject),
@@ -116,7 +103,3 @@ def compare(
     rows = {name: evaluation.images[name] for name in ("truth", "base", "adapted")}
     sheet_file = save_png(sheet(rows, evaluation.labels, side=160), output / f"{subject}.png")
     return sheet_file, evaluation
-
-
-if __name__ == "__main__":
-    sys.exit(main(["demo", *sys.argv[1:]]))

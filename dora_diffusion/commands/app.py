@@ -1,0 +1,72 @@
+"""``dora-diffusion app``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from dora_diffusion.app.launch import AUTH_VARIABLE, Launch
+from dora_diffusion.config import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument("--host", default="127.0.0.1", help="Address to listen on.")
+    parser.add_argument("--port", type=int, help="Port. Default: the first free one from 7860.")
+    parser.add_argument("--share", action="store_true", help="Make a public link (needs --auth).")
+    parser.add_argument("--auth", metavar="NAME:PASSWORD", help=f"Or set {AUTH_VARIABLE}.")
+    parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="Where all is kept.")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="Base models to offer; when others can reach the app, the only ones besides the "
+        "embedded ones.",
+    )
+    parser.add_argument(
+        "--model_folders",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FOLDER",
+        help="Folders to look for base models in. Others: DORA_DIFFUSION_MODELS, COMFYUI_PATH, "
+        "A1111_PATH, and a line each in RUNS_DIR/model_folders.txt.",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve the app until it is interrupted."""
+    launch = launch_from(args)
+    # Gradio is heavy: --help and refusals answer without it.
+    from dora_diffusion.app.serve import serve
+
+    serve(launch)
+    return 0
+
+
+def launch_from(args: argparse.Namespace) -> Launch:
+    """How the app is served, by its flags.
+
+    Raises:
+        ConfigError: If they would open the app to anybody.
+    """
+    return Launch(
+        host=args.host,
+        port=args.port,
+        share=args.share,
+        auth=_auth(args.auth or os.environ.get(AUTH_VARIABLE)),
+        runs_dir=args.runs_dir,
+        models=tuple(args.models),
+        model_folders=tuple(args.model_folders),
+    )
+
+
+def _auth(text: str | None) -> tuple[str, str] | None:
+    if not text:
+        return None
+    name, _, password = text.partition(":")
+    if not name or len(password) < 8:
+        raise ConfigError("--auth must be NAME:PASSWORD, with a password of at least 8 characters")
+    return name, password

@@ -1,0 +1,182 @@
+"""Flags that several commands have, and what is said of them before a model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_diffusion.config import ConfigError
+from dora_diffusion.config.checks import require
+from dora_diffusion.config.precision import AUTO, DTYPES, dtype_name
+
+if TYPE_CHECKING:
+    from dora_diffusion.formats.adapter.metadata import AdapterMetadata
+    from dora_diffusion.models.components import Components
+
+_STRENGTHS = {
+    "strength": "0 is the base, 1 the adapter as trained.",
+    "direction_strength": "Scales the low-rank update inside the norm.",
+    "magnitude_strength": "Moves the magnitude by this share of its change.",
+}
+_COMPONENT_STRENGTHS = {
+    "unet_strength": "Times --strength, for the UNet.",
+    "text_encoder_strength": "Times --strength, for the text encoders.",
+}
+
+
+def add_base(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add ``--base``."""
+    parser.add_argument(
+        "--base",
+        required=required,
+        help="Diffusers folder, hub id, single-file .safetensors checkpoint, or embedded:NAME.",
+    )
+
+
+def add_alpha(parser: argparse.ArgumentParser) -> None:
+    """Add ``--alpha``."""
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        help="Alpha that an adapter was trained with whose file does not say it. Default: its "
+        "rank, with a warning.",
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser, text: str, *, default: str | None = AUTO) -> None:
+    """Add ``--dtype``, with ``auto`` among its choices where that is the default."""
+    parser.add_argument(
+        "--dtype",
+        type=dtype_name,
+        choices=(AUTO, *DTYPES) if default == AUTO else DTYPES,
+        default=default,
+        help=text,
+    )
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add ``--overwrite``."""
+    parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
+
+
+def add_adapted_model(parser: argparse.ArgumentParser) -> None:
+    """Add what `load_adapted_model` takes besides ``--base`` and the adapter."""
+    add_dtype(
+        parser,
+        "Precision. auto: bfloat16 on a GPU that computes it, else float16; float32 on a CPU "
+        "and on Apple's GPUs.",
+    )
+    _add_variant(parser)
+    parser.add_argument(
+        "--config",
+        help="Diffusers folder with the configuration of a single-file base. Default: the "
+        "released model's, from the hub.",
+    )
+    add_alpha(parser)
+    _add_strengths(parser, _STRENGTHS)
+
+
+def add_merge(parser: argparse.ArgumentParser) -> None:
+    """Add what `export` merges and `verify` compares with."""
+    add_base(parser)
+    parser.add_argument(
+        "--adapter",
+        required=True,
+        nargs="+",
+        action="extend",
+        help="Adapter files or output folders; FILE:0.5 gives one its own strength. May be "
+        "repeated.",
+    )
+    add_alpha(parser)
+    parser.add_argument("--vae", help="Another VAE: folder, hub id or .safetensors file.")
+    _add_variant(parser)
+    _add_strengths(parser, _STRENGTHS | _COMPONENT_STRENGTHS)
+
+
+def merge_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_merge` added, as keywords of `export_checkpoint` and `verify_checkpoint`."""
+    names = (*_STRENGTHS, *_COMPONENT_STRENGTHS, "alpha", "vae", "variant")
+    return {name: getattr(args, name) for name in names}
+
+
+def adapter_and_strength(text: str) -> tuple[str, float]:
+    """Split ``FILE:0.5`` into the file and its strength; 1 where none is given."""
+    match = re.fullmatch(r"(.+):([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)", text)
+    return (match[1], float(match[2])) if match else (text, 1.0)
+
+
+def load_adapted_model(args: argparse.Namespace) -> tuple[Components, AdapterMetadata]:
+    """The base model with the adapter on it, ready to sample from.
+
+    Raises:
+        ConfigError: If a strength is no finite number, before anything is loaded.
+
+    Warns:
+        UserWarning: Of flags without effect.
+    """
+    for name in _STRENGTHS:
+        value = getattr(args, name)
+        require(math.isfinite(value), f"{name} is {value}; it must be a finite number", name)
+    warn_without_effect(args)
+    from dora_diffusion.generate import load_adapted
+    from dora_diffusion.models.precision import dtype_of
+
+    return load_adapted(
+        args.base,
+        args.adapter,
+        strength=args.strength,
+        direction=args.direction_strength,
+        magnitude=args.magnitude_strength,
+        alpha=args.alpha,
+        dtype=dtype_of(args.dtype),
+        variant=args.variant,
+        config=args.config,
+    )
+
+
+def require_at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        ConfigError: Of the first that is.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1", name)
+
+
+def warn_without_effect(args: argparse.Namespace) -> None:
+    """Say which flags do nothing, and why.
+
+    Args:
+        args: With ``base`` and ``config``; ``adapter`` is None where the base alone is used, and
+            ``output`` a model's or an image's name where there is one.
+
+    Warns:
+        UserWarning: One for each.
+    """
+    reasons = {}
+    if args.adapter is None:
+        defaults: dict[str, float | None] = {**dict.fromkeys(_STRENGTHS, 1.0), "alpha": None}
+        moved = [name for name, default in defaults.items() if getattr(args, name) != default]
+        reasons = dict.fromkeys(moved, "no adapter is given")
+    if args.config is not None and not args.base.endswith(".safetensors"):
+        reasons["config"] = "the base is not a single .safetensors file"
+    elif args.config is not None and Path(getattr(args, "output", "")).suffix == ".safetensors":
+        reasons["config"] = "the output is a single file, which holds none"
+    for name, reason in reasons.items():
+        warnings.warn(f"{name} has no effect because {reason}", stacklevel=2)
+
+
+def _add_variant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
+
+
+def _add_strengths(parser: argparse.ArgumentParser, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        parser.add_argument(f"--{name}", type=float, default=1.0, help=text)

@@ -1,0 +1,187 @@
+"""Settings of how it is learned: adapter, length, optimizer, loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dora_diffusion.config.adapter import NORM_AXES, PRESETS, TEXT_ENCODER_PRESETS
+from dora_diffusion.config.fields import Condition, Need, flag
+
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
+LR_SCHEDULES = (
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
+)  # fmt: skip
+
+_TEXT_ENCODER = Need("train_text_encoder")
+_ADAM = Need("optimizer", ("adamw", "adamw8bit", "prodigy"))
+_PRODIGY = Need("optimizer", ("prodigy",))
+
+
+def _rate(setting: str, what: str) -> Condition:
+    """A learning rate of 0 trains nothing, unless magnitudes have one of their own."""
+
+    def reason(config: OptimizerSettings) -> str | None:
+        is_zero = getattr(config, setting) == 0 and not config.magnitude_lr
+        return f"it is 0: {what} is not trained" if is_zero else None
+
+    return reason
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What is adapted, and how."""
+
+    heading: ClassVar = "Adapter"
+
+    targets: list[str] = flag(
+        ["attention+conv"],
+        f"UNet layers to adapt: {', '.join(PRESETS)}, or glob patterns of layer names.",
+    )
+    text_encoder_targets: list[str] = flag(
+        ["text-encoder-attention"],
+        f"Text-encoder layers to adapt: {', '.join(TEXT_ENCODER_PRESETS)}, or glob patterns.",
+        needs=(_TEXT_ENCODER,),
+    )
+    train_text_encoder: bool = flag(False, "Adapt the text encoders too.")
+    rank: int = flag(8, "Rank of Linear layers.", above=0)
+    lora_alpha: float | None = flag(None, "Alpha of Linear layers.", derived="rank", above=0)
+    conv_rank: int = flag(4, "Rank of Conv2d layers.", above=0)
+    conv_alpha: float | None = flag(None, "Alpha of Conv2d layers.", derived="conv_rank", above=0)
+    rslora: bool = flag(False, "Scale by alpha / sqrt(rank).")
+    lora_dropout: float = flag(0.0, "Dropout on the low-rank path.", least=0, below=1)
+    use_dora: bool = flag(True, "Train DoRA's magnitude; --no-use_dora trains plain LoRA.")
+    norm_axis: str = flag(
+        "output",
+        "output: one magnitude per output channel, as PEFT and Diffusers have it. input: one per "
+        "input channel, whose file Diffusers cannot load, and ComfyUI, Forge and A1111 of today "
+        "compute as it was trained (export is exact in every program).",
+        choices=NORM_AXES,
+        needs=(Need("use_dora"),),
+    )
+
+
+@dataclass(frozen=True)
+class LengthSettings:
+    """How long it trains, and on how much at once."""
+
+    heading: ClassVar = "Length and batch"
+
+    max_train_steps: int | None = flag(
+        None, "Optimizer steps.", derived="800, for SDXL 1000", resume="free", above=0
+    )
+    num_train_epochs: int | None = flag(
+        None,
+        "Epochs instead of max_train_steps.",
+        derived="as many as max_train_steps takes",
+        resume="free",
+        needs=(Need("max_train_steps", (None,)),),
+        above=0,
+    )
+    train_batch_size: int = flag(1, "Images per batch and process.", resume="free", above=0)
+    gradient_accumulation_steps: int = flag(
+        1, "Batches per optimizer step.", resume="free", above=0
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How the weights are moved."""
+
+    heading: ClassVar = "Optimizer and learning rate"
+
+    learning_rate: float = flag(
+        8e-5,
+        "Learning rate of the UNet's adapter.",
+        resume="free",
+        needs=(_rate("learning_rate", "the UNet's adapter"),),
+        least=0,
+    )
+    text_encoder_lr: float = flag(
+        5e-6,
+        "Learning rate of the text encoders' adapter; prodigy takes learning_rate for all.",
+        resume="free",
+        needs=(
+            _TEXT_ENCODER,
+            Need("optimizer", ("adamw", "adamw8bit", "adafactor")),
+            _rate("text_encoder_lr", "the text encoders' adapter"),
+        ),
+        least=0,
+    )
+    magnitude_lr: float | None = flag(
+        None,
+        "Learning rate of magnitudes.",
+        derived="their layer's",
+        resume="free",
+        needs=(Need("use_dora"),),
+        least=0,
+    )
+    loraplus_ratio: float = flag(
+        1.0, "Learning rate of B over that of A (LoRA+, arXiv:2402.12354).", resume="free", above=0
+    )
+    lr_scheduler: str = flag(
+        "constant",
+        "Learning-rate schedule; constant with --lr_warmup_steps is constant_with_warmup.",
+        choices=LR_SCHEDULES,
+    )
+    lr_warmup_steps: int = flag(0, "Optimizer steps over which the rate rises from 0.", least=0)
+    lr_num_cycles: int = flag(
+        1,
+        "Cycles of cosine_with_restarts.",
+        needs=(Need("lr_scheduler", ("cosine_with_restarts",)),),
+        above=0,
+    )
+    lr_power: float = flag(
+        1.0, "Power of the polynomial schedule.", needs=(Need("lr_scheduler", ("polynomial",)),)
+    )
+    optimizer: str = flag("adamw", "Optimizer.", choices=OPTIMIZERS)
+    use_8bit_adam: bool = flag(False, "The same as --optimizer adamw8bit (needs bitsandbytes).")
+    adam_beta1: float = flag(0.9, "First moment's decay.", resume="free", needs=(_ADAM,), least=0)
+    adam_beta2: float = flag(
+        0.999, "Second moment's decay.", resume="free", needs=(_ADAM,), least=0
+    )
+    adam_weight_decay: float = flag(
+        1e-4, "Weight decay of A and B; magnitudes never decay.", resume="free", least=0
+    )
+    adam_weight_decay_text_encoder: float | None = flag(
+        None,
+        "Weight decay of A and B in the text encoders.",
+        derived="adam_weight_decay",
+        resume="free",
+        needs=(_TEXT_ENCODER,),
+        least=0,
+    )
+    adam_epsilon: float = flag(1e-8, "Epsilon of Adam.", resume="free", needs=(_ADAM,), above=0)
+    prodigy_beta3: float | None = flag(
+        None,
+        "Decay of Prodigy's estimate of the step size.",
+        derived="the square root of adam_beta2",
+        needs=(_PRODIGY,),
+        least=0,
+    )
+    prodigy_decouple: bool = flag(
+        True, "AdamW's decoupled weight decay in Prodigy.", needs=(_PRODIGY,)
+    )
+    prodigy_use_bias_correction: bool = flag(
+        False, "Adam's bias correction in Prodigy.", needs=(_PRODIGY,)
+    )
+    prodigy_safeguard_warmup: bool = flag(
+        True,
+        "Leave the rate out of the denominator of Prodigy's estimate, for warm-ups.",
+        needs=(_PRODIGY,),
+    )
+    max_grad_norm: float = flag(
+        1.0, "Gradients are clipped to this norm; 0 does not clip.", resume="free", least=0
+    )
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the loss weighs."""
+
+    heading: ClassVar = "Loss"
+
+    snr_gamma: float = flag(
+        5.0, "min-SNR loss weighting (arXiv:2303.09556); 0 turns it off.", least=0
+    )
+    noise_offset: float = flag(0.0, "Share of noise that is constant over each channel.", least=0)

@@ -1,0 +1,138 @@
+"""Settings of the run around it: device, samples, output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dora_diffusion.config.fields import AnyOf, Need, flag
+from dora_diffusion.config.precision import PRECISIONS
+
+_SAMPLES = Need("num_validation_images")
+_PRIOR = Need("with_prior_preservation")
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """What it computes with."""
+
+    heading: ClassVar = "Precision and memory"
+
+    mixed_precision: str = flag(
+        "auto",
+        "Precision of the frozen model. auto: what accelerate launch was given, else bf16 on a "
+        "GPU that computes it and fp16 on others; float32 (no) on a CPU and on Apple's GPUs.",
+        choices=PRECISIONS,
+        resume="free",
+    )
+    gradient_checkpointing: bool = flag(
+        False, "Recompute activations in the backward pass: less memory, slower.", resume="free"
+    )
+    allow_tf32: bool = flag(False, "TensorFloat-32 on Ampere and later GPUs.", resume="free")
+    seed: int = flag(0, "Seed of everything that is drawn.", least=0)
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What shows how it goes."""
+
+    heading: ClassVar = "Samples during and after training"
+
+    validation_prompt: list[str] = flag(
+        [],
+        "Prompts of the samples: with the token for the subject, without it to watch how the "
+        "class drifts.",
+        derived="the instance prompt",
+        resume="free",
+        needs=(_SAMPLES,),
+    )
+    num_validation_images: int = flag(
+        4, "Samples per prompt; 0 samples nothing.", resume="free", least=0
+    )
+    validation_steps: int | None = flag(
+        None,
+        "Sample every so many steps.",
+        derived="at the end only",
+        resume="free",
+        needs=(_SAMPLES,),
+        above=0,
+    )
+    validation_epochs: int | None = flag(
+        None,
+        "Sample every so many epochs instead of validation_steps.",
+        derived="at the end only",
+        resume="free",
+        needs=(_SAMPLES, Need("validation_steps", (None,))),
+        above=0,
+    )
+    validation_inference_steps: int = flag(
+        25,
+        "Denoising steps of samples and class images.",
+        resume="free",
+        needs=(AnyOf((_SAMPLES, _PRIOR)),),
+        above=0,
+    )
+    validation_guidance_scale: float = flag(
+        7.5,
+        "Guidance scale of samples and class images.",
+        resume="free",
+        needs=(AnyOf((_SAMPLES, _PRIOR)),),
+    )
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What is written, and from where it resumes."""
+
+    heading: ClassVar = "Output, checkpoints and resuming"
+
+    output_dir: str = flag(
+        "dreambooth-output", "Where everything is written.", resume="apart", is_path=True
+    )
+    overwrite_output_dir: bool = flag(
+        False, "Replace an earlier result in output_dir, and drop its checkpoints.", resume="apart"
+    )
+    checkpointing_steps: int = flag(
+        500,
+        "Save a checkpoint every so many steps and of the last one; 0 saves none, so that a "
+        "finished run cannot be extended.",
+        resume="apart",
+        least=0,
+    )
+    checkpointing_minutes: float = flag(
+        5.0,
+        "Save a checkpoint in between, too, every so many minutes; 0 saves none.",
+        needs=(Need("checkpointing_steps"),),
+        resume="apart",
+        least=0,
+    )
+    checkpoints_total_limit: int | None = flag(
+        None, "Keep only the newest checkpoints.", derived="all", resume="apart", above=0
+    )
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "A checkpoint folder to resume from, or 'latest' in OUTPUT_DIR.",
+        resume="apart",
+        is_path=True,
+    )
+    report_to: str | None = flag(
+        None, "Tracker: tensorboard, wandb.", choices=("tensorboard", "wandb"), resume="apart"
+    )
+    logging_dir: str = flag(
+        "logs",
+        "Folder of the tracker's files, in OUTPUT_DIR.",
+        resume="apart",
+        needs=(Need("report_to"),),
+    )
+    push_to_hub: bool = flag(
+        False,
+        "Publish the result on the Hugging Face hub when training is done, privately.",
+        resume="apart",
+    )
+    hub_model_id: str | None = flag(
+        None,
+        "NAME/MODEL to publish as.",
+        derived="none, required by --push_to_hub",
+        resume="apart",
+        needs=(Need("push_to_hub"),),
+    )

@@ -1,0 +1,177 @@
+"""Settings of what is trained on: base model, subject, images, prior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from dora_diffusion.config.fields import Need, flag
+
+PRIOR_MODES = ("images", "image-free")
+
+_PRIOR = Need("with_prior_preservation")
+_CLASS_IMAGES = (_PRIOR, Need("prior_preservation_mode", ("images",)))
+
+
+def _single_file(config: ModelSettings) -> str | None:
+    is_file = config.pretrained_model_name_or_path.endswith(".safetensors")
+    return None if is_file else "the base model is not a single .safetensors file"
+
+
+def _on_the_hub(config: ModelSettings) -> str | None:
+    name = config.pretrained_model_name_or_path
+    is_local = name.startswith("embedded:") or Path(name).expanduser().exists()
+    return "the base model is not from the hub" if is_local else None
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model is trained."""
+
+    heading: ClassVar = "Base model"
+
+    pretrained_model_name_or_path: str = flag(
+        "embedded:tiny-sd",
+        "Diffusers folder, hub id, single-file .safetensors checkpoint, or embedded:NAME.",
+        derived="embedded:tiny-sd, a toy model that knows only its own drawn world",
+        is_path=True,
+    )
+    pretrained_vae_model_name_or_path: str | None = flag(
+        None,
+        "Another VAE: folder or hub id (for SDXL in fp16, one that is fp16-safe).",
+        derived="the base model's",
+        is_path=True,
+    )
+    model_config: str | None = flag(
+        None,
+        "For a single-file checkpoint: a Diffusers folder with its configuration and tokenizers.",
+        derived="the released model's, from the hub",
+        needs=(_single_file,),
+        is_path=True,
+    )
+    revision: str | None = flag(
+        None,
+        "Branch, tag or commit of a base model on the hub.",
+        derived="main",
+        needs=(_on_the_hub,),
+    )
+    variant: str | None = flag(None, "Variant of the weight files, such as fp16.")
+
+
+@dataclass(frozen=True)
+class SubjectSettings:
+    """What it is taught."""
+
+    heading: ClassVar = "Subject"
+
+    instance_data_dir: str | None = flag(
+        None,
+        "Folder of images of the subject, with optional .txt captions; sub-folders are not read.",
+        derived="none, required",
+        resume="apart",  # its images are compared by content
+        is_path=True,
+    )
+    instance_prompt: str | None = flag(
+        None,
+        'Caption of images that have none, with the token: "a photo of a sks dog".',
+        derived="none, required",
+    )
+    token: str = flag(
+        "sks",
+        "The trigger word. The instance prompt must contain it; captions that lack it are warned "
+        "of, and refused where all lack it. '' turns these checks off.",
+    )
+    class_word: str | None = flag(
+        None,
+        "What the subject is.",
+        derived="the words that follow the token in the instance prompt",
+    )
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images and captions are read."""
+
+    heading: ClassVar = "Images and captions"
+
+    resolution: int | None = flag(
+        None, "Training size in pixels.", derived="the base model's own", above=0
+    )
+    center_crop: bool = flag(False, "Crop the middle instead of drawing a crop in every epoch.")
+    random_flip: bool = flag(
+        False, "Mirror half of the images; not for subjects with text or a side."
+    )
+    aspect_ratio_buckets: bool = flag(
+        False, "Crop each image to a shape near its own instead of a square."
+    )
+    masked_loss: bool = flag(
+        False,
+        "Take the loss only where NAME.mask.png beside an image, or its alpha channel, is bright.",
+    )
+    shuffle_tags: bool = flag(False, "Shuffle the comma-separated tags of captions.")
+    keep_tags: int = flag(
+        1,
+        "Tags at a caption's start that --shuffle_tags leaves in place.",
+        needs=(Need("shuffle_tags"),),
+        least=0,
+    )
+    caption_dropout: float = flag(
+        0.0,
+        "Share of captions dropped: trained as what guidance uses without a negative prompt.",
+        least=0,
+        most=1,
+    )
+    cache_latents: bool = flag(
+        True,
+        "Encode up to 8 crops of each image once and keep their latents; off encodes a newly "
+        "drawn crop at every step.",
+    )
+    dataloader_num_workers: int = flag(
+        0,
+        "Processes that load images; 0 loads in the main process.",
+        needs=(Need("cache_latents", (False,)),),
+        resume="apart",
+        least=0,
+    )
+
+
+@dataclass(frozen=True)
+class PriorSettings:
+    """How the rest of the class is kept."""
+
+    heading: ClassVar = "Prior preservation"
+
+    with_prior_preservation: bool = flag(
+        False, "Prior preservation: keep other members of the class as they are."
+    )
+    prior_preservation_mode: str = flag(
+        "images",
+        "images: train on class images too, generated where there are none. image-free: hold the "
+        "adapted model's prediction for the class caption at the base model's.",
+        choices=PRIOR_MODES,
+        needs=(_PRIOR,),
+    )
+    class_data_dir: str | None = flag(
+        None,
+        "Folder of class images; missing ones are generated.",
+        derived="OUTPUT_DIR/class_images",
+        resume="apart",  # its images are compared by content
+        needs=_CLASS_IMAGES,
+        is_path=True,
+    )
+    class_prompt: str | None = flag(
+        None,
+        "Caption of class images.",
+        derived="each image's caption with the token taken out",
+        needs=_CLASS_IMAGES,
+    )
+    num_class_images: int = flag(
+        100, "How many class images to have.", needs=_CLASS_IMAGES, above=0
+    )
+    prior_loss_weight: float = flag(
+        1.0, "Weight of the prior-preservation loss.", needs=(_PRIOR,), least=0
+    )
+    sample_batch_size: int = flag(
+        4, "Class images generated at once.", needs=_CLASS_IMAGES, resume="apart", above=0
+    )

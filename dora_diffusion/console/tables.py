@@ -1,0 +1,25 @@
+"""Results on a terminal: rows of name and text, and JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+
+def print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    """Print names in one column and texts in the other, wrapped to the terminal."""
+    indent = max(len(name) for name, _ in rows) + 2
+    width = min(shutil.get_terminal_size().columns, 120)
+    for name, text in rows:
+        first, *rest = textwrap.wrap(text, max(width - indent, 40)) or [""]
+        print(f"{name:<{indent}}{first}".rstrip())
+        for line in rest:
+            print(" " * indent + line)
+
+
+def print_json(value: Any) -> None:
+    """Print a report for scripts; what JSON does not have, such as a path, as text."""
+    print(json.dumps(value, indent=2, default=str))

@@ -1,0 +1,45 @@
+"""What an adapter can be converted to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Conversion(NamedTuple):
+    """One kind of file.
+
+    Attributes:
+        summary: Where it is exact.
+        written: What was written, as a report says it.
+        plain_lora_in: The key format of an approximation without magnitudes; else empty.
+    """
+
+    summary: str
+    written: str
+    plain_lora_in: str = ""
+
+
+CONVERSIONS: Mapping[str, Conversion] = {
+    "diffusers": Conversion(
+        "exact in Diffusers (output axis only)",
+        "in the key format of Diffusers"),
+    "peft": Conversion(
+        "exact in PEFT, a folder per component (output axis only)",
+        "in the key format of PEFT, a folder per component"),
+    "kohya": Conversion(
+        "standard dora_scale: exact in LyCORIS, and on the input axis in most web UIs",
+        "in the key format of kohya's sd-scripts and LyCORIS"),
+    "comfyui": Conversion(
+        "output axis compensated for ComfyUI and Forge with one base model; wrong elsewhere",
+        "with magnitudes changed for ComfyUI and Forge on one base model"),
+    "dense": Conversion(
+        "full differences for one base model: exact in ComfyUI, Forge and A1111, and large",
+        "as full differences for one base model"),
+    "lora": Conversion(
+        "plain LoRA for every web UI, approximated for one base model",
+        "approximated by a plain LoRA in the key format of kohya's sd-scripts", "kohya"),
+    "lora-diffusers": Conversion(
+        "plain LoRA for diffusers, approximated for one base model",
+        "approximated by a plain LoRA in the key format of Diffusers", "diffusers"),
+}  # fmt: skip

@@ -1,0 +1,37 @@
+"""The schedulers that images can be sampled with, by the names that users choose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class SamplingScheduler(NamedTuple):
+    """A scheduler of Diffusers.
+
+    Attributes:
+        class_name: Its class.
+        a1111: What A1111 calls it in the text of its images.
+        settings: What makes the class this scheduler.
+    """
+
+    class_name: str
+    a1111: str
+    settings: Mapping[str, Any] = {}
+
+
+_DPM = {"algorithm_type": "dpmsolver++"}
+
+SCHEDULERS: Mapping[str, SamplingScheduler] = {
+    "ddim": SamplingScheduler("DDIMScheduler", "DDIM"),
+    "ddpm": SamplingScheduler("DDPMScheduler", "DDPM"),
+    "pndm": SamplingScheduler("PNDMScheduler", "PLMS", {"skip_prk_steps": True}),
+    "heun": SamplingScheduler("HeunDiscreteScheduler", "Heun"),
+    "euler": SamplingScheduler("EulerDiscreteScheduler", "Euler"),
+    "euler_a": SamplingScheduler("EulerAncestralDiscreteScheduler", "Euler a"),
+    "dpm++": SamplingScheduler("DPMSolverMultistepScheduler", "DPM++ 2M", _DPM),
+    "dpm++_karras": SamplingScheduler(
+        "DPMSolverMultistepScheduler", "DPM++ 2M Karras", _DPM | {"use_karras_sigmas": True}
+    ),
+    "unipc": SamplingScheduler("UniPCMultistepScheduler", "UniPC"),
+}

@@ -1,0 +1,75 @@
+"""``dora-diffusion convert``: what it writes, and lines that agree with what `inspect` says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dora_diffusion import cli
+from dora_diffusion.cli import main
+from dora_diffusion.formats.adapter.conversions import CONVERSIONS
+
+
+def test_every_conversion_can_be_asked_for() -> None:
+    for name in CONVERSIONS:
+        assert cli.build_parser().parse_args(["convert", "a", "b", "--to", name]).to == name
+
+
+def test_it_says_where_the_file_is_exact(trained, sd1_folder, tmp_path, capsys, last_line):
+    file = tmp_path / "kohya.safetensors"
+    assert main(["convert", str(trained), str(file), "--to", "kohya"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{file}: ")
+    assert "exact: LyCORIS" in lines
+    (wrong,) = (line for line in lines if line.startswith("wrong: "))
+    for program in ("diffusers", "ComfyUI and Forge", "A1111", "InvokeAI", "sd-scripts"):
+        assert program in wrong
+    assert main(["convert", str(trained), str(file), "--to", "kohya"]) == 1
+    assert "exists" in last_line()
+    assert main(["convert", str(file), str(file), "--to", "diffusers"]) == 1
+    assert "is or holds what is read for it" in last_line()
+
+
+def test_an_approximation_says_its_error(trained, sd1_folder, tmp_path, capsys, last_line):
+    command = ["convert", str(trained), str(tmp_path / "lora.safetensors"), "--to", "lora"]
+    assert main(command) == 1
+    assert "give that model with --base" in last_line()
+    assert main([*command, "--base", str(sd1_folder), "--rank", "8"]) == 0
+    assert "relative error of the change: median " in capsys.readouterr().out
+
+
+def test_a_plain_lora_is_not_described_as_a_dora(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How exact a file is, the verdicts say, which know what it holds."""
+    output = tmp_path / "k.safetensors"
+    assert main(["convert", str(lora), str(output), "--to", "kohya", "--family", "sd1"]) == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.endswith(" layers, in the key format of kohya's sd-scripts and LyCORIS")
+    assert any(line.startswith("exact: ") and "LyCORIS" in line for line in others)
+
+
+def test_a_rank_without_effect_is_said(
+    lora: Path, tmp_path: Path, last_line: Callable[[], str]
+) -> None:
+    words = ["convert", str(lora), str(tmp_path / "k"), "--to", "kohya", "--family", "sd1"]
+    assert main([*words, "--rank", "4"]) == 0
+    assert last_line().startswith("warning: rank has no effect because kohya files keep")
+
+
+def test_pickles_are_not_written(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", str(lora), str(tmp_path / "k.ckpt"), "--to", "kohya", "--family", "sd1"]
+    assert main(words) == 1
+    assert "k.ckpt: pickles are not written" in capsys.readouterr().err
+    assert not (tmp_path / "k.ckpt").exists()
+
+
+def test_a_base_that_is_missing_is_asked_for_by_its_flag(
+    lora: Path, tmp_path: Path, last_line: Callable[[], str]
+) -> None:
+    assert main(["convert", str(lora), str(tmp_path / "x"), "--to", "dense"]) == 1
+    assert "give that model with --base" in last_line()

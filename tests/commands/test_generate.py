@@ -1,0 +1,199 @@
+"""``dora-diffusion generate``: what it refuses before a model is loaded, and what it writes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dora_diffusion.cli import main
+from dora_diffusion.config import AdapterConfig
+from dora_diffusion.images import parse_parameters, read_parameters
+from dora_diffusion.models.load import load_components
+
+
+@pytest.fixture
+def generate(sd1_folder, tmp_path, capsys):
+    """Run the command with changes; returns (exit code, its error line)."""
+
+    def run(**changes):
+        settings = {
+            "base": sd1_folder,
+            "prompt": "a dog",
+            "output": tmp_path / "image.png",
+            "steps": 1,
+            "seed": 3,
+            **changes,
+        }
+        flags = []
+        for name, value in settings.items():
+            if value is True:
+                flags.append(f"--{name}")
+            elif value is not None:
+                # With "=", so that a negative number is not taken for a flag.
+                flags.append(f"--{name}={value}")
+        code = main(["generate", *flags])
+        lines = capsys.readouterr().err.splitlines()
+        return code, next((line for line in lines if line.startswith("error: ")), "")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("strength", "nan", "strength is nan; it must be a finite number"),
+        ("strength", "-inf", "strength is -inf; it must be a finite number"),
+        ("direction_strength", "inf", "direction_strength is inf"),
+        ("magnitude_strength", "nan", "magnitude_strength is nan"),
+        ("guidance_scale", "nan", "guidance_scale is nan"),
+        ("guidance_scale", "-1", "guidance_scale is -1.0; it must be 0 or more"),
+        ("guidance_scale", "inf", "guidance_scale is inf"),
+        ("steps", "0", "steps is 0; it must be at least 1"),
+        ("width", "0", "width is 0"),
+        ("height", "-8", "height is -8"),
+        ("num_images", "0", "num_images is 0"),
+        ("batch_size", "-1", "batch_size is -1"),
+        ("seed", "-1", "seed is -1; it must be between 0 and"),
+        ("seed", str(2**63), "seed is 9223372036854775808"),
+    ],
+)
+def test_numbers_are_checked_before_a_model_is_loaded(
+    name, value, message, generate, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dora_diffusion.generate.load_components", lambda *a, **k: 1 / 0)
+    code, error = generate(**{name: value})
+    assert code == 1
+    assert message in error
+    assert not (tmp_path / "image.png").exists()
+
+
+def test_the_last_of_several_seeds_must_be_one_too(generate):
+    assert generate(seed=2**63 - 2, num_images=3)[0] == 1
+
+
+def test_images_are_not_replaced_unasked(generate, tmp_path):
+    (tmp_path / "image.png").write_text("mine")
+    code, error = generate()
+    assert code == 1
+    assert "image.png exists; choose another --output, or replace it with --overwrite" in error
+    assert (tmp_path / "image.png").read_text() == "mine"
+    assert generate(overwrite=True) == (0, "")
+    with Image.open(tmp_path / "image.png") as image:
+        assert image.size == (64, 64)
+
+
+def test_of_several_images_none_is_replaced(generate, tmp_path):
+    (tmp_path / "image-4.png").write_text("mine")
+    code, error = generate(num_images=2)
+    assert code == 1
+    assert "image-4.png exists" in error
+    assert not (tmp_path / "image-3.png").exists()
+
+
+def test_a_strength_that_breaks_the_numbers_is_an_error_and_no_black_image(
+    generate, sd1_folder, tmp_path
+):
+    from dora_diffusion.adapters.files import save_adapter
+    from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
+
+    components = load_components(sd1_folder)
+    inject_adapters(components.unet, AdapterConfig(targets=("attention",), rank=2))
+    with torch.no_grad():
+        for parameter in adapter_parameters(components.unet):
+            parameter.add_(0.1)
+    adapter = save_adapter({"unet": components.unet}, tmp_path / "adapter")
+    code, error = generate(adapter=adapter, strength="1e38")
+    assert code == 1
+    assert "the image of seed 3 is not finite" in error
+    assert not (tmp_path / "image.png").exists()
+
+
+def run(sd1_folder, output, *more):
+    return main(
+        ["generate", "--base", str(sd1_folder), "--prompt", "a photo of a sks mug",
+         "--steps", "2", "--output", str(output), *more]
+    )  # fmt: skip
+
+
+def test_images_carry_their_seed_and_settings(sd1_folder, trained, tmp_path, capsys):
+    more = ("--adapter", str(trained), "--seed", "5", "--num_images", "2", "--strength", "0.5")
+    assert run(sd1_folder, tmp_path / "x.png", *more) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-5.png", "x-6.png"]
+    assert "(seed 6)" in capsys.readouterr().out
+    facts = parse_parameters(read_parameters(tmp_path / "x-6.png"))
+    assert facts["Prompt"] == "a photo of a sks mug"
+    assert (facts["Seed"], facts["Steps"], facts["Size"]) == ("6", "2", "64x64")
+    assert (facts["Adapter strength"], facts["Adapter"]) == ("0.5", trained.name)
+    assert run(sd1_folder, tmp_path / "y.png", *more[:2], "--seed", "6", *more[-2:]) == 0
+    one, other = (
+        np.asarray(Image.open(tmp_path / name), np.int16) for name in ("x-6.png", "y.png")
+    )
+    assert np.abs(one - other).max() <= 1
+
+
+def test_partial_strengths_are_written_into_the_image(sd1_folder, trained, tmp_path):
+    path, adapter = tmp_path / "x.png", ("--adapter", str(trained))
+    part = ("--direction_strength", "0.5", "--magnitude_strength", "0")
+    assert run(sd1_folder, path, *adapter, *part) == 0
+    facts = parse_parameters(read_parameters(path))
+    assert (facts["Direction strength"], facts["Magnitude strength"]) == ("0.5", "0")
+    assert facts["Adapter strength"] == "1"
+    assert run(sd1_folder, path, *adapter, "--overwrite") == 0
+    assert "Direction" not in read_parameters(path)
+    assert "Magnitude" not in read_parameters(path)
+
+
+def test_strength_zero_is_the_base(sd1_folder, trained, tmp_path):
+    adapter = ("--adapter", str(trained), "--strength", "0")
+    assert run(sd1_folder, tmp_path / "base.png", "--seed", "1") == 0
+    assert run(sd1_folder, tmp_path / "off.png", "--seed", "1", *adapter) == 0
+    base, off = (np.asarray(Image.open(tmp_path / n)) for n in ("base.png", "off.png"))
+    assert np.array_equal(base, off)
+
+
+def test_a_random_seed_is_shown(sd1_folder, tmp_path, capsys):
+    assert run(sd1_folder, tmp_path / "x.png") == 0
+    seed = parse_parameters(read_parameters(tmp_path / "x.png"))["Seed"]
+    assert f"(seed {seed})" in capsys.readouterr().out
+
+
+def test_a_forgotten_trigger_word_is_told(sd1_folder, trained, tmp_path, capsys):
+    more = ("--adapter", str(trained), "--prompt", "a photo of a mug")
+    assert run(sd1_folder, tmp_path / "x.png", *more) == 0
+    error = capsys.readouterr().err
+    assert "warning: the prompt lacks the adapter's trigger word; write 'sks mug'" in error
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--base", "./nowhere"), "nowhere does not exist"),
+        (("--adapter", "nowhere"), "there is no adapter at nowhere"),
+        (("--adapter", "{photos}"), "no adapter file in it"),
+        (("--adapter", "{broken}"), "broken.safetensors"),
+        (("--output", "x.jpg"), "x.jpg must end in .png"),
+        (("--num_images", "0"), "num_images is 0"),
+        (("--steps", "0"), "steps is 0"),
+        (("--width", "33"), "33"),
+        (("--seed", "-4"), "seed is -4"),
+    ],
+)
+def test_what_is_wrong_is_one_line(more, message, sd1_folder, photos, tmp_path, last_line):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"not a tensor file")
+    more = [part.format(photos=photos, broken=broken) for part in more]
+    assert run(sd1_folder, tmp_path / "x.png", *more) == 1
+    line = last_line()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_the_line_of_a_library_does_not_precede_ours(sd1_folder, tmp_path, capfd):
+    """Diffusers logs an error, and then raises it."""
+    assert run(sd1_folder, tmp_path / "x.png", "--variant", "fp16") == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "it has no 'fp16' variant" in line
