@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from dora_diffusion.app.estimates import Estimate
 from dora_diffusion.app.toy_world import outside_toy_world
+from dora_diffusion.jobs.estimates import Estimate
+from dora_diffusion.jobs.logs import log_warnings
 from dora_diffusion.jobs.queue import stop_asked
-from dora_diffusion.jobs.snapshot import Job, log_warnings
+from dora_diffusion.jobs.snapshot import Job
 
 _WORDS = {
     "waiting": "waiting",
@@ -132,43 +133,40 @@ def _live_facts(job: Job) -> list[str]:
         return [f"number {job.position} in the queue"]
     facts = [_model_and_device(job)] if job.kind == "train" and job.base else []
     if job.is_active:
-        facts.append(phase(job))
-        if job.remaining_seconds is not None and job.progress.get("phase") == "training":
+        facts.append(_phase(job))
+        if job.remaining_seconds is not None and job.progress.phase == "training":
             facts.append(f"about {duration(job.remaining_seconds)} left")
         if stop_asked(job.folder) is not None:
             facts.append("asked to save and stop")
-    elif {"started", "finished"} <= job.result.keys():
-        facts.append(f"took {duration(job.result['finished'] - job.result['started'])}")
+    elif job.result and job.result.seconds is not None:
+        facts.append(f"took {duration(job.result.seconds)}")
     if job.step_seconds is not None:
         facts.append(f"{job.step_seconds:.2f} s a step")
     return facts
 
 
 def _model_and_device(job: Job) -> str:
-    device = job.progress.get("device_name") or job.progress.get("device")
-    return f"{Path(job.base).name if Path(job.base).is_absolute() else job.base}" + (
-        f" on {device}" if device else ""
-    )
+    base, device = Path(job.base), job.progress.device_name
+    return f"{base.name if base.is_absolute() else job.base}{f' on {device}' if device else ''}"
 
 
-def phase(job: Job) -> str:
+def _phase(job: Job) -> str:
     """What the worker is doing, in words."""
-    said = str(job.progress.get("phase") or "starting")
+    phase = job.progress.phase or "starting"
     images = job.folder / "class_images"
-    if said == "loading the model" and images.is_dir():
+    if phase == "loading the model" and images.is_dir():
         made = sum(1 for _ in images.rglob("*.png"))
         wanted = int(job.settings.get("num_class_images") or 0)
         if made < wanted:
             return f"generating class images: {made} of {wanted}"
-    return said
+    return phase
 
 
 def queue_list(jobs: Sequence[Job]) -> str:
     """All jobs in one line each, newest first."""
     rows = "".join(
         f"<li>{state_pill(job)}<span>{esc(job.title)}</span>"
-        f"<span class='dd-quiet'>{esc(job.id[4:6])}-{esc(job.id[6:8])} {esc(job.id[9:11])}:"
-        f"{esc(job.id[11:13])}</span></li>"
+        f"<span class='dd-quiet'>{esc(job.made[5:])}</span></li>"
         for job in jobs[:12]
     )
     return f"<ul class='dd-list'>{rows}</ul>" if rows else ""
@@ -243,8 +241,8 @@ def _address(path: Any) -> str:
     return esc(f"gradio_api/file={quote(str(path.resolve()))}?{path.stat().st_mtime_ns}")
 
 
-def picture(path: Any, text: str) -> str:
-    """A picture that the server may give out; nothing where it is gone."""
+def image(path: Any, text: str) -> str:
+    """An image that the server may give out; nothing where it is gone."""
     if not path.is_file():
         return ""
     return f"<img src='{_address(path)}' alt='{esc(text)}' loading='lazy'>"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.plot import loss_plot
 from dora_diffusion.app.settings import command_line
 from dora_diffusion.app.views import chooser
-from dora_diffusion.app.views.fields import QUIET, id_dropdown
+from dora_diffusion.app.views.fields import QUIET, filled, gallery, html_block, id_dropdown
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.jobs.logs import log_tail, read_metrics
 from dora_diffusion.jobs.queue import delete_job, kill_job, requeue_job, stop_job
-from dora_diffusion.jobs.snapshot import Job, log_tail, read_metrics
+from dora_diffusion.jobs.snapshot import Job
 
 _NOTHING = html.empty(
     "Nothing trained yet",
@@ -26,69 +26,39 @@ _NOTHING = html.empty(
 _CONTROLS = ("run", "status", "stop", "kill", "resume", "remove")
 
 
-@dataclass(frozen=True)
 class RunView:
-    """The fields that others use too."""
+    """The fields of a run."""
 
-    run: Any
-    status: Any
-    loss: Any
-    log: Any
-    jobs: Any
-    samples: Any
-    stop: Any
-    kill: Any
-    resume: Any
-    remove: Any
-    said: Any
-    command: Any
-    next: Any
-    to_generate: Any
-    to_library: Any
-    details: Any
-    chooser: chooser.Chooser
-
-
-def build() -> RunView:
-    """Make the fields."""
-    run = id_dropdown(label="Run", show_label=False, container=False, visible=False, elem_id="run")
-    status = gr.HTML(_NOTHING, padding=False, elem_id="status")
-    with gr.Row():
-        stop = gr.Button("Stop and save", visible=False, size="md", elem_id="stop")
-        kill = gr.Button("Kill", visible=False, size="md", variant="stop")
-        resume = gr.Button("Resume", visible=False, size="md", variant="primary", elem_id="resume")
-    said = gr.HTML("", padding=False, elem_id="run-said")
-    with gr.Row(visible=False) as further:
-        to_generate = gr.Button(
-            "Generate images with it", size="md", variant="primary", elem_id="to-generate"
+    def __init__(self) -> None:
+        self.run = id_dropdown(
+            label="Run", show_label=False, container=False, visible=False, elem_id="run"
         )
-        to_library = gr.Button("Export it", size="md", elem_id="to-library")
-    loss = gr.HTML("", padding=False, elem_id="loss")
-    samples = gr.Gallery(
-        show_label=False,
-        columns=2,
-        height="auto",
-        fit_columns=False,
-        object_fit="contain",
-        buttons=["fullscreen"],
-        visible=False,
-        format="png",
-        elem_id="samples",
-    )
-    choosing = chooser.build()
-    with gr.Column(visible=False, elem_classes="dd-details") as details:
-        with gr.Accordion("Queue and history", open=True):
-            jobs = gr.HTML("", padding=False, elem_id="jobs")
-        with gr.Accordion("Log", open=False):
-            log = gr.HTML("", padding=False, elem_id="log")
-        with gr.Accordion("Command line of this run", open=False):
-            command = gr.HTML("", padding=False, elem_id="command")
-        remove = gr.Button("Remove this run", visible=False, size="sm", elem_id="remove")
-    return RunView(
-        run, status, loss, log, jobs, samples, stop, kill, resume, remove, said, command, further,
-        to_generate, to_library, details,
-        choosing,
-    )  # fmt: skip
+        self.status = html_block(_NOTHING, elem_id="status")
+        with gr.Row():
+            self.stop = gr.Button("Stop and save", visible=False, size="md", elem_id="stop")
+            self.kill = gr.Button("Kill", visible=False, size="md", variant="stop")
+            self.resume = gr.Button(
+                "Resume", visible=False, size="md", variant="primary", elem_id="resume"
+            )
+        self.said = html_block(elem_id="run-said")
+        with gr.Row(visible=False) as self.next:
+            self.to_generate = gr.Button(
+                "Generate images with it", size="md", variant="primary", elem_id="to-generate"
+            )
+            self.to_library = gr.Button("Export it", size="md", elem_id="to-library")
+        self.loss = html_block(elem_id="loss")
+        self.samples = gallery(
+            columns=2, buttons=["fullscreen"], visible=False, format="png", elem_id="samples"
+        )
+        self.chooser = chooser.ChooserView()
+        with gr.Column(visible=False, elem_classes="dd-details") as self.details:
+            with gr.Accordion("Queue and history", open=True):
+                self.jobs = html_block(elem_id="jobs")
+            with gr.Accordion("Log", open=False):
+                self.log = html_block(elem_id="log")
+            with gr.Accordion("Command line of this run", open=False):
+                self.command = html_block(elem_id="command")
+            self.remove = gr.Button("Remove this run", visible=False, size="sm", elem_id="remove")
 
 
 def connect(context: Context, view: RunView) -> None:
@@ -102,7 +72,7 @@ def connect(context: Context, view: RunView) -> None:
                 return [gr.skip()] * (1 + len(_CONTROLS))
             text = action(workspace.job(job_id))
             parts = refresh(context, context.jobs(fresh=True), job_id)
-            return [html.note(text, "info"), *(_made(parts[name]) for name in _CONTROLS)]
+            return [html.note(text, "info"), *(filled(parts[name]) for name in _CONTROLS)]
 
         return run
 
@@ -145,15 +115,10 @@ def connect(context: Context, view: RunView) -> None:
     chooser.connect(context, view.chooser, view.run)
 
 
-def _made(part: Any) -> Any:
-    """A part of `refresh` as what a field is given."""
-    return part[1]() if isinstance(part, tuple) else part
-
-
 def run_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
     """Training runs by title, time and state."""
     return [
-        (f"{job.title} · {job.id[9:11]}:{job.id[11:13]} · {job.state}", job.id)
+        (f"{job.title} · {job.made[11:]} · {job.state}", job.id)
         for job in jobs
         if job.kind == "train"
     ]
@@ -196,11 +161,11 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
 def _sample_gallery(samples: Sequence[Path]) -> Any:
     from PIL import Image
 
-    pictures = []
+    images = []
     for path in samples[:9]:
         with Image.open(path) as image:
-            pictures.append((image.convert("RGB"), _sample_title(path.stem)))
-    return gr.update(value=pictures, visible=bool(pictures))
+            images.append((image.convert("RGB"), _sample_title(path.stem)))
+    return gr.update(value=images, visible=bool(images))
 
 
 def _sample_title(name: str) -> str:
