@@ -33,7 +33,7 @@ Step = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class ImageRequest:
+class GenerationRequest:
     """What to generate.
 
     Attributes:
@@ -113,7 +113,7 @@ class Studio:
             finally:
                 self._mine.release()
 
-    def make(self, request: ImageRequest, on_step: Step | None = None) -> list[GeneratedImage]:
+    def make(self, request: GenerationRequest, on_step: Step | None = None) -> list[GeneratedImage]:
         """Images at consecutive seeds, written with what made them.
 
         Raises:
@@ -129,7 +129,7 @@ class Studio:
         ]
 
     def compare(
-        self, request: ImageRequest, on_step: Step | None = None
+        self, request: GenerationRequest, on_step: Step | None = None
     ) -> tuple[GeneratedImage, GeneratedImage]:
         """The base model's image and the adapted model's, at one seed."""
         from dora_diffusion.adapters.inject import disabled
@@ -147,7 +147,7 @@ class Studio:
 
     def grid(
         self,
-        request: ImageRequest,
+        request: GenerationRequest,
         adapters: dict[str, Path],
         strengths: list[float],
         on_step: Step,
@@ -178,7 +178,7 @@ class Studio:
         return self._write(request, seed, sheet, unread, images[0].size)
 
     def _sample(
-        self, request: ImageRequest, seeds: list[int], on_step: Step | None = None
+        self, request: GenerationRequest, seeds: list[int], on_step: Step | None = None
     ) -> list[Image]:
         from dora_diffusion.generate import generate_images
 
@@ -208,7 +208,7 @@ class Studio:
 
         return answer
 
-    def _model(self, request: ImageRequest) -> Any:
+    def _model(self, request: GenerationRequest) -> Any:
         """The model with the adapter at its strengths; loaded anew only if another is asked for."""
         from dora_diffusion.adapters.inject import layer_adapters, set_strength
 
@@ -229,7 +229,7 @@ class Studio:
                 )
         return self._components
 
-    def _unread(self, request: ImageRequest) -> tuple[str, ...]:
+    def _unread(self, request: GenerationRequest) -> tuple[str, ...]:
         """A line for each prompt that is longer than the model reads, with the end it misses."""
         from dora_diffusion.models.text import truncated_text
 
@@ -245,7 +245,7 @@ class Studio:
 
     def _write(
         self,
-        request: ImageRequest,
+        request: GenerationRequest,
         seed: int,
         image: Image,
         unread: tuple[str, ...],
@@ -270,6 +270,6 @@ class Studio:
         )
 
 
-def _seeds(request: ImageRequest) -> list[int]:
+def _seeds(request: GenerationRequest) -> list[int]:
     first = random.randrange(SEED_LIMIT - MAX_BATCH) if request.seed < 0 else request.seed
     return [first + number for number in range(request.count)]

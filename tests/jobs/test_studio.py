@@ -17,7 +17,7 @@ from dora_diffusion.generate import BrokenImageError, SamplingSettings
 from dora_diffusion.jobs.checkpoints import adapter_of
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.processes import Lock
-from dora_diffusion.jobs.studio import GeneratedImage, ImageRequest, Studio
+from dora_diffusion.jobs.studio import GeneratedImage, GenerationRequest, Studio
 from dora_diffusion.jobs.uploads import read_generation_settings
 from dora_diffusion.jobs.workspace import Workspace
 from dora_diffusion.numerics.weights import Strengths
@@ -35,13 +35,13 @@ def studio(finished: tuple[Workspace, str]) -> Studio:
 STRENGTHS = ("strength", "direction_strength", "magnitude_strength")
 
 
-def ask(finished: tuple[Workspace, str], **changes: Any) -> ImageRequest:
+def ask(finished: tuple[Workspace, str], **changes: Any) -> GenerationRequest:
     job = job_of(finished)
     prompt = changes.pop("prompt", "a photo of a sks dog")
     values = {"steps": 2, "width": 64, "height": 64} | changes
     request = {name: values.pop(name) for name in ("seed", "count") if name in values}
     strengths = {name: values.pop(name) for name in STRENGTHS if name in values}
-    return ImageRequest(
+    return GenerationRequest(
         job.base, adapter_of(job), prompt, SamplingSettings(**values),
         strengths=Strengths(**strengths), **({"seed": 5} | request),
     )  # fmt: skip

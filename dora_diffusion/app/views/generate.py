@@ -15,7 +15,7 @@ from dora_diffusion.app.views.request import BASE, MERGED, OWN, field_value, mak
 from dora_diffusion.jobs.checkpoints import RESULT_NAME, candidates, chosen_adapter
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.snapshot import Job
-from dora_diffusion.jobs.studio import MAX_BATCH, GeneratedImage, ImageRequest
+from dora_diffusion.jobs.studio import MAX_BATCH, GeneratedImage, GenerationRequest
 from dora_diffusion.jobs.uploads import read_generation_settings
 from dora_diffusion.models.schedulers import SCHEDULERS
 
@@ -140,7 +140,7 @@ def connect(context: Context, tab: GenerateTab) -> None:
     names, fields = list(tab.form), list(tab.form.values())
     results = [tab.blank, tab.slider, tab.gallery, tab.facts]
 
-    def request(choice: str | None, values: Sequence[Any]) -> ImageRequest:
+    def request(choice: str | None, values: Sequence[Any]) -> GenerationRequest:
         return make_request(context, choice, dict(zip(names, values, strict=True)))
 
     @plain

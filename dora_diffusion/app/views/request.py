@@ -12,7 +12,7 @@ from dora_diffusion.jobs.checkpoints import chosen_adapter
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.loading import ModelFiles
 from dora_diffusion.jobs.records import MergeRequest
-from dora_diffusion.jobs.studio import ImageRequest
+from dora_diffusion.jobs.studio import GenerationRequest
 from dora_diffusion.jobs.workspace import clean_text
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
@@ -21,7 +21,7 @@ OWN = "the model's own"
 BASE, MERGED = "base", "merged"
 
 
-def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> ImageRequest:
+def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> GenerationRequest:
     """What the fields ask for.
 
     Raises:
@@ -51,7 +51,7 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
         height=size("height"),
         negative_prompt=clean_text(form["negative_prompt"], PROMPT_LIMIT, "negative prompt"),
     )
-    return ImageRequest(
+    return GenerationRequest(
         base=model.base,
         adapter=model.adapter,
         prompt=prompt,
