@@ -52,11 +52,7 @@ class Context:
             return self._jobs
 
     def job(self, job_id: object) -> Job:
-        """One job, as it is now.
-
-        Raises:
-            RequestError: If there is none of this id.
-        """
+        """One job, as it is now; see `read_run`."""
         return read_run(self.workspace, job_id)
 
     @property
@@ -68,8 +64,7 @@ class Context:
         """Base models to offer; those found on this machine only where others cannot reach it."""
         if self.launch.is_open:
             return named_bases(self.launch.models)
-        root, launch = self.workspace.root, self.launch
-        return bases(root, launch.models, launch.model_folders)
+        return bases(self.workspace.root, self.launch.models, self.launch.model_folders)
 
     def device(self) -> Device:
         """What a run would train on, with the memory that is free now."""

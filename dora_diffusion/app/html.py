@@ -68,19 +68,35 @@ def notes(lines: Iterable[str], kind: str) -> str:
     return "".join(note(line, kind) for line in lines)
 
 
+def quiet(text: str) -> str:
+    """A paragraph beside the point; empty where there is none."""
+    return f"<p class='dd-quiet'>{esc(text)}</p>" if text else ""
+
+
+def pill(text: str, kind: str = "") -> str:
+    """A coloured word; the kind is a job's state."""
+    shade = f" dd-{esc(kind)}" if kind else ""
+    return f"<span class='dd-pill{shade}'>{esc(text)}</span>"
+
+
+def button(text: str, action: str, value: str) -> str:
+    """A button that `dora_diffusion.app.views.fields.CLICKS` listens to."""
+    data = f"data-do='{esc(action)}' data-value='{esc(value)}'"
+    return f"<button class='dd-button' {data}>{esc(text)}</button>"
+
+
 def masthead(jobs: Sequence[Job] | None) -> str:
     """Name of the app, and in one line what it is doing; None before that is known."""
     if jobs is None:
-        return _masthead("<span class='dd-pill dd-connecting'>connecting</span>")
+        return _masthead(pill("connecting", "connecting"))
     active = next((job for job in jobs if job.is_active), None)
     waiting = sum(job.state == "waiting" for job in jobs)
     if active is None:
-        now = "<span class='dd-pill'>idle</span>"
+        now = pill("idle")
     else:
         share = f" {active.step / active.total:.0%}" if active.total else ""
-        now = f"<span class='dd-pill dd-running'>{esc(active.title)}{share}</span>"
-    more = f"<span class='dd-pill'>{waiting} waiting</span>" if waiting else ""
-    return _masthead(now + more)
+        now = pill(f"{active.title}{share}", "running")
+    return _masthead(now + (pill(f"{waiting} waiting") if waiting else ""))
 
 
 def _masthead(pills: str) -> str:
@@ -94,7 +110,7 @@ def _masthead(pills: str) -> str:
 def state_pill(job: Job) -> str:
     """The state of a job as a coloured word."""
     word = _RUNNING[job.kind] if job.state == "running" else _WORDS[job.state]
-    return f"<span class='dd-pill dd-{esc(job.state)}'>{esc(word)}</span>"
+    return pill(word, job.state)
 
 
 def status_card(job: Job, *, stop: bool = False) -> str:
@@ -111,9 +127,7 @@ def status_card(job: Job, *, stop: bool = False) -> str:
     if job.kind == "train":
         word = str(job.settings.get("class_word") or "")
         cause += note(outside_toy_world(job.base, word), "warn")
-    end = ""
-    if stop and not job.has_ended:
-        end = f"<button class='dd-button' data-do='stop' data-value='{esc(job.id)}'>Stop</button>"
+    end = button("Stop", "stop", job.id) if stop and not job.has_ended else ""
     return (
         f"<div class='dd-card'><div class='dd-row'><h3>{esc(job.title)}</h3>"
         f"<span class='dd-marks'>{state_pill(job)}{end}</span></div>"
@@ -212,7 +226,7 @@ def estimate_card(value: Estimate, steps: int | None) -> str:
             f"are free. {help_text}",
             "bad",
         )
-    return f"{definitions(facts)}<p class='dd-quiet'>{esc(_source(value))}</p>{too_much}"
+    return f"{definitions(facts)}{quiet(_source(value))}{too_much}"
 
 
 def _source(value: Estimate) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from dora_diffusion.families import FAMILIES
@@ -129,9 +130,8 @@ def model_folders(
 
 def in_folder(folder: Path, where: str) -> list[Base]:
     """Whole models in a folder: Diffusers folders and single files; adapters and others are not."""
-    found = (_base(str(path), where) for path in _candidates(folder, _DEPTH))
-    known = (base for base in found if base.family)
-    return [base for base, _ in zip(known, range(_MOST_FOUND), strict=False)]
+    models = (_base(str(path), where) for path in _candidates(folder, _DEPTH))
+    return list(islice((base for base in models if base.family), _MOST_FOUND))
 
 
 def _candidates(folder: Path, depth: int) -> Iterable[Path]:

@@ -37,7 +37,9 @@ def edit_photo(photo: Path, crop: Sequence[float] | None, mask: Image.Image | No
     whole, alpha = open_photo_with_alpha(photo)
     box = _pixels(crop, whole.size) if crop is not None else (0, 0, *whole.size)
     if box != (0, 0, *whole.size):
-        _keep_original(photo)
+        if not original_of(photo).exists():
+            original_of(photo).parent.mkdir(exist_ok=True)
+            shutil.copyfile(photo, original_of(photo))
         if alpha is not None and photo.suffix != ".jpg":  # JPEG has none
             whole.putalpha(alpha)
         kind: dict[str, Any] = {"quality": JPEG_QUALITY} if photo.suffix == ".jpg" else {}
@@ -63,13 +65,6 @@ def _pixels(crop: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int
     if max(right - left, bottom - top) > MAX_ASPECT * min(right - left, bottom - top):
         raise RequestError("the crop is a strip; draw a rectangle that is nearer to a square")
     return left, top, right, bottom
-
-
-def _keep_original(photo: Path) -> None:
-    original = original_of(photo)
-    if not original.exists():
-        original.parent.mkdir(exist_ok=True)
-        shutil.copyfile(photo, original)
 
 
 def read_mask(address: object) -> Image.Image | None:

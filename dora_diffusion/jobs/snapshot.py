@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.jobs import queue, records
 from dora_diffusion.jobs.checkpoints import (
     RESULT_NAME,
     adapter_checkpoints,
@@ -18,25 +19,6 @@ from dora_diffusion.jobs.checkpoints import (
 )
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.logs import last_error, read_metrics
-from dora_diffusion.jobs.queue import (
-    is_waiting,
-    may_kill,
-    stop_asked,
-    waiting_jobs,
-    worker_of,
-)
-from dora_diffusion.jobs.records import (
-    SETTINGS,
-    JobProgress,
-    JobRecord,
-    JobRequest,
-    JobResult,
-    MergeRequest,
-    TrainRequest,
-    read_progress,
-    read_record,
-    read_result,
-)
 from dora_diffusion.jobs.workspace import Workspace
 
 _KILLED = (
@@ -69,11 +51,11 @@ class Job:
     """
 
     folder: Path
-    record: JobRecord
+    record: records.JobRecord
     state: str
     settings: Mapping[str, Any]
-    progress: JobProgress
-    result: JobResult | None
+    progress: records.JobProgress
+    result: records.JobResult | None
     cause: str = ""
     step: int = 0
     total: int = 0
@@ -95,7 +77,7 @@ class Job:
         return f"{self.id[:4]}-{self.id[4:6]}-{self.id[6:8]} {self.id[9:11]}:{self.id[11:13]}"
 
     @property
-    def request(self) -> JobRequest:
+    def request(self) -> records.JobRequest:
         """What is to be done."""
         return self.record.request
 
@@ -129,7 +111,7 @@ class Job:
     @property
     def trigger(self) -> str:
         """The trigger words."""
-        if isinstance(self.request, MergeRequest):
+        if isinstance(self.request, records.MergeRequest):
             return self.request.trigger
         token, word = self.settings.get("token") or "", self.settings.get("class_word") or ""
         return self.progress.trigger or f"{token} {word}".strip()
@@ -160,7 +142,7 @@ class Job:
 def snapshot(runs_dir: Path) -> tuple[Job, ...]:
     """All jobs, newest first, as the disk and the process table tell them now."""
     workspace, now = Workspace(runs_dir), time.time()
-    places = {folder: place for place, folder in enumerate(waiting_jobs(workspace), start=1)}
+    places = {folder: place for place, folder in enumerate(queue.waiting_jobs(workspace), start=1)}
     folders = reversed(workspace.job_folders)
     jobs = (read_job(folder, now, places.get(folder, 0)) for folder in folders)
     return tuple(job for job in jobs if job is not None)
@@ -168,16 +150,16 @@ def snapshot(runs_dir: Path) -> tuple[Job, ...]:
 
 def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job | None:
     """One job; None if the folder holds none."""
-    record = read_record(folder)
+    record = records.read_record(folder)
     if record is None:
         return None
     # In this order: a worker writes its result before it ends.
-    alive = worker_of(folder) is not None
-    result, progress = read_result(folder), read_progress(folder)
+    alive = queue.worker_of(folder) is not None
+    result, progress = records.read_result(folder), records.read_progress(folder)
     state, cause = _state(folder, record.request, result, alive)
-    metrics, settings = read_metrics(folder), _settings(folder / SETTINGS)
+    metrics, settings = read_metrics(folder), _settings(folder / records.SETTINGS)
     step, total = progress.done, progress.total
-    if isinstance(record.request, TrainRequest):
+    if isinstance(record.request, records.TrainRequest):
         step = int(metrics[-1]["step"]) if metrics else 0
         total = int(progress.total_steps or settings.get("max_train_steps") or 0)
     checkpoints = adapter_checkpoints(folder)
@@ -193,7 +175,7 @@ def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job |
         step=step,
         total=total,
         step_seconds=statistics.median(recent) if recent else None,
-        may_kill=may_kill(folder, time.time() if now is None else now),
+        may_kill=queue.may_kill(folder, time.time() if now is None else now),
         position=position,
         checkpoints=checkpoints,
         samples=_samples(folder),
@@ -214,28 +196,29 @@ def read_run(workspace: Workspace, job_id: object) -> Job:
 
 
 def _state(
-    folder: Path, request: JobRequest, result: JobResult | None, alive: bool
+    folder: Path, request: records.JobRequest, result: records.JobResult | None, alive: bool
 ) -> tuple[str, str]:
     """State and cause. A result wins over a process, which wins over the queue."""
     if result is None:
         if alive:
-            return ("stopping" if stop_asked(folder) is not None else "running"), ""
-        return ("waiting", "") if is_waiting(folder) else ("crashed", last_error(folder) or _KILLED)
-    if result.code == 0:
+            return ("stopping" if queue.stop_asked(folder) is not None else "running"), ""
+        if queue.is_waiting(folder):
+            return "waiting", ""
+    elif result.code == 0:
         wrong = _unusable_result(folder, request)
         return ("failed", wrong) if wrong else ("done", "")
-    if result.code is None:
-        return "crashed", last_error(folder) or _KILLED
-    if result.code > 128:
-        return "stopped", ""
-    return "failed", last_error(folder) or "it failed without saying why; the log may help"
+    elif result.code is not None:
+        if result.code > 128:
+            return "stopped", ""
+        return "failed", last_error(folder) or "it failed without saying why; the log may help"
+    return "crashed", last_error(folder) or _KILLED
 
 
-def _unusable_result(folder: Path, request: JobRequest) -> str:
+def _unusable_result(folder: Path, request: records.JobRequest) -> str:
     """Why a job that says it is done is not: its result must be there, and open."""
-    if isinstance(request, MergeRequest):
+    if isinstance(request, records.MergeRequest):
         return "" if Path(request.output).exists() else "the merged model is gone"
-    if not isinstance(request, TrainRequest):
+    if not isinstance(request, records.TrainRequest):
         return ""
     file = result_adapter(folder)
     if file is None:

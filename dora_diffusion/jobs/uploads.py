@@ -86,17 +86,16 @@ def _store(file: Path, folder: Path) -> Path:
             "save a smaller copy"
         )
     image, alpha = open_photo_with_alpha(file)
-    number = next_number(folder)
-    if alpha is not None:
-        image.putalpha(alpha)
-        target, options = folder / f"{number:03d}.png", {}
+    name, suffix = f"{next_number(folder):03d}", ".jpg"
+    temporary = folder / f".{name}.part"
+    if alpha is None:
+        image.save(temporary, format="JPEG", quality=JPEG_QUALITY)
     else:
-        target, options = folder / f"{number:03d}.jpg", {"quality": JPEG_QUALITY}
-    temporary = folder / f".{number:03d}.part"
-    kind = "PNG" if alpha is not None else "JPEG"
-    image.save(temporary, format=kind, **options)
-    os.replace(temporary, target)
-    return target
+        suffix = ".png"
+        image.putalpha(alpha)
+        image.save(temporary, format="PNG")
+    os.replace(temporary, folder / f"{name}{suffix}")
+    return folder / f"{name}{suffix}"
 
 
 def next_number(folder: Path) -> int:

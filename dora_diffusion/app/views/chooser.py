@@ -9,7 +9,7 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.views.fields import CLICKS, QUIET, clicked, filled, html_block
+from dora_diffusion.app.views.fields import CLICKS, QUIET, changing, clicked, filled, html_block
 from dora_diffusion.jobs.checkpoints import candidates, choose
 from dora_diffusion.jobs.compare import comparing, start_comparison
 from dora_diffusion.jobs.comparison import (
@@ -82,11 +82,8 @@ def refresh(context: Context, jobs: Sequence[Job], job: Job | None) -> dict[str,
     comparison = read_comparison(context.workspace, job) if job and shown else None
     label = "Compare again" if comparison else "Compare the checkpoints"
     return {
-        "chooser": (shown, lambda: gr.update(visible=shown)),
-        "chooser_start": (
-            (label, busy),
-            lambda: gr.update(value=label, visible=not busy),
-        ),
+        "chooser": changing(visible=shown),
+        "chooser_start": changing(value=label, visible=not busy),
         "chooser_cards": _cards(job, comparison, running) if job and shown else "",
     }
 
@@ -100,37 +97,31 @@ def _cards(job: Job, comparison: CheckpointComparison | None, running: Job | Non
         status = html.note(failed, "bad") + html.notes(log_warnings(running.folder), "warn")
     if comparison is None:
         return status
-    suggested = comparison.suggested
     most = max((row.drift or 0 for row in comparison.rows), default=0) or 1
     cards = "".join(_card(job, row, comparison, most) for row in comparison.rows)
     late = [f"step {job.step_of(name)}" for name in comparison.missing]
     new = html.note(f"Not compared: {', '.join(late)}.", "info") if late else ""
-    notes = "".join(f"<p class='dd-quiet'>{html.esc(note)}</p>" for note in comparison.notes)
-    why = (
-        "<p class='dd-quiet'>Suggested: the most similarity less drift, among those that are more "
-        "like the subject than the base.</p>"
-        if suggested
-        else ""
-    )
+    notes = "".join(map(html.quiet, comparison.notes))
+    if comparison.suggested:
+        notes += html.quiet(
+            "Suggested: the most similarity less drift, among those that are more like the "
+            "subject than the base."
+        )
     verdict = html.note(comparison.verdict, "warn")
-    return f"{status}{new}{verdict}<div class='dd-choices'>{cards}</div>{notes}{why}"
+    return f"{status}{new}{verdict}<div class='dd-choices'>{cards}</div>{notes}"
 
 
 def _card(
     job: Job, row: ComparedCheckpoint, comparison: CheckpointComparison, most_drift: float
 ) -> str:
     """One checkpoint: images, two bars, and the button."""
-    is_suggested = row.name == comparison.suggested
     in_use = row.name == job.stands
     title = f"Step {row.step}" if row.step else "Base model"
-    marks = "<span class='dd-pill dd-running'>suggested</span>" if is_suggested else ""
+    marks = html.pill("suggested", "running") if row.name == comparison.suggested else ""
     if in_use:
-        marks += "<span class='dd-pill dd-done'>in use</span>"
+        marks += html.pill("in use", "done")
     elif row.step:
-        marks += (
-            f"<button class='dd-button' data-do='use' data-value='{html.esc(row.name)}'>"
-            "Use this</button>"
-        )
+        marks += html.button("Use this", "use", row.name)
     subject, others = (html.image(path, title) for path in row.images)
     figures = ""
     if row.similarity is not None:

@@ -43,6 +43,11 @@ def setting_field(name: str, value: Any) -> Any:
     )
 
 
+def changing(**options: Any) -> Any:
+    """A part of the page that updates a field when one of the options changes."""
+    return options, lambda: gr.update(**options)
+
+
 def filled(part: Any) -> Any:
     """What a field is given: a part of the page is a value, or (its mark, how to make it)."""
     return part[1]() if isinstance(part, tuple) else part

@@ -10,7 +10,7 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.views.fields import QUIET, gallery, html_block, id_dropdown
+from dora_diffusion.app.views.fields import QUIET, changing, gallery, html_block, id_dropdown
 from dora_diffusion.app.views.request import BASE, MERGED, OWN, field_value, make_request, numbers
 from dora_diffusion.jobs.checkpoints import RESULT_NAME, candidates, chosen_adapter
 from dora_diffusion.jobs.errors import RequestError
@@ -78,7 +78,7 @@ class GenerateTab:
                 0, 2, 1, step=0.05, label=name.capitalize(), info=info, **options
             )
 
-        html_block("<p class='dd-quiet'>How much of the adapter</p>")
+        html_block(html.quiet("How much of the adapter"))
         slider("strength", "0 is exactly the base model.", elem_id="strength")
         with gr.Row():
             slider("direction", "The low-rank update.", min_width=165)
@@ -234,7 +234,7 @@ def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[s
     ids = [value for _, value in choices]
     # The newest result, until somebody chooses.
     value = chosen if chosen in ids else ids[0]
-    return {"adapter": ((choices, value), lambda: gr.update(choices=choices, value=value))}
+    return {"adapter": changing(choices=choices, value=value)}
 
 
 def _others(job: Job) -> list[str]:

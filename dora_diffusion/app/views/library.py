@@ -15,6 +15,7 @@ from dora_diffusion.app.views.fields import (
     BUSY,
     CLICKS,
     QUIET,
+    changing,
     clicked,
     filled,
     gallery,
@@ -65,19 +66,18 @@ class LibraryTab:
         )
         self.convert = gr.Button("Prepare the download", variant="primary", elem_id="convert")
         self.files = html_block(elem_id="files")
-        html_block(
-            "<p class='dd-quiet'>Or merge it into its base model: one file that every user "
-            "interface reads.</p>"
-        )
+        text = "Or merge it into its base model: one file that every user interface reads."
+        html_block(html.quiet(text))
         self.strength = gr.Slider(0, 2, 1, step=0.05, label="Merge strength")
         self.merge = gr.Button("Merge", size="md", elem_id="merge")
 
     def _add_push(self) -> None:
         with gr.Accordion("Publish on the Hugging Face hub", open=False):
-            html_block(
-                "<p class='dd-quiet'>Adapter, model card, settings, loss and samples; never the "
-                "photos. Needs HF_TOKEN in the environment that the app was started in.</p>"
+            text = (
+                "Adapter, model card, settings, loss and samples; never the photos. Needs HF_TOKEN "
+                "in the environment that the app was started in."
             )
+            html_block(html.quiet(text))
             self.repository = gr.Textbox(
                 label="Repository", placeholder="your-name/my-subject", max_lines=1,
                 max_length=200, elem_id="repository",
@@ -87,10 +87,8 @@ class LibraryTab:
 
     def _add_delete(self) -> None:
         with gr.Accordion("Delete", open=False):
-            html_block(
-                "<p class='dd-quiet'>Deletes the run with its adapter, checkpoints, samples and "
-                "exports. There is no way back.</p>"
-            )
+            text = "Deletes the run with its adapter, checkpoints, samples and exports."
+            html_block(html.quiet(f"{text} There is no way back."))
             self.delete = gr.Button("Delete this run", variant="stop", size="md", elem_id="delete")
 
 
@@ -190,11 +188,8 @@ def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
                 visible=bool(shelf),
             ),
         ),
-        "shelf_run": (
-            (choices, value),
-            lambda: gr.update(choices=choices, value=value, visible=bool(shelf)),
-        ),
-        "shelf_side": (bool(shelf), lambda: gr.update(visible=bool(shelf))),
+        "shelf_run": changing(choices=choices, value=value, visible=bool(shelf)),
+        "shelf_side": changing(visible=bool(shelf)),
         "errands": _errands(jobs),
     }
 

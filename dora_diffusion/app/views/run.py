@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,14 @@ from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.plot import loss_plot
 from dora_diffusion.app.settings import command_line
 from dora_diffusion.app.views import chooser
-from dora_diffusion.app.views.fields import QUIET, filled, gallery, html_block, id_dropdown
+from dora_diffusion.app.views.fields import (
+    QUIET,
+    changing,
+    filled,
+    gallery,
+    html_block,
+    id_dropdown,
+)
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.jobs.logs import log_tail, read_metrics
 from dora_diffusion.jobs.queue import delete_job, kill_job, requeue_job, stop_job
@@ -65,34 +72,23 @@ def connect(context: Context, view: RunView) -> None:
     """Stop, kill, resume and remove the run that is shown."""
     workspace = context.workspace
 
-    def act(action: Any) -> Any:
+    def act(action: Callable[[Path], None], text: str = "") -> Any:
         @plain
         def run(job_id: str | None) -> list[Any]:
             if not job_id:  # not confirmed
                 return [gr.skip()] * (1 + len(_CONTROLS))
-            text = action(workspace.job(job_id))
+            action(workspace.job(job_id))
             parts = refresh(context, context.jobs(fresh=True), job_id)
             return [html.note(text, "info"), *(filled(parts[name]) for name in _CONTROLS)]
 
         return run
 
-    # Of stopping and resuming the card tells, as long as it is true.
-    def stop(folder: Path) -> str:
-        stop_job(folder)
-        return ""
-
-    def kill(folder: Path) -> str:
-        kill_job(folder)
-        return "The run was ended at once"
-
-    def resume(folder: Path) -> str:
+    def resume(folder: Path) -> None:
         requeue_job(folder)
         context.queue.tick()
-        return ""
 
-    def remove(folder: Path) -> str:
+    def remove(folder: Path) -> None:
         delete_job(workspace, folder.name)
-        return "The run was removed"
 
     @plain
     def command(job_id: str | None) -> list[str]:
@@ -102,10 +98,12 @@ def connect(context: Context, view: RunView) -> None:
         return [html.command(command_line(TrainConfig.from_dict(job.settings))), ""]
 
     outputs = [view.said, *(getattr(view, name) for name in _CONTROLS)]
-    for button, action in ((view.stop, stop), (view.kill, kill), (view.resume, resume)):
-        button.click(act(action), [view.run], outputs, **QUIET)
+    # Of stopping and resuming the card tells, as long as it is true.
+    view.stop.click(act(stop_job), [view.run], outputs, **QUIET)
+    view.resume.click(act(resume), [view.run], outputs, **QUIET)
+    view.kill.click(act(kill_job, "The run was ended at once"), [view.run], outputs, **QUIET)
     view.remove.click(
-        act(remove),
+        act(remove, "The run was removed"),
         [view.run],
         outputs,
         js="(id) => confirm('Remove this run with everything it made?') ? id : ''",
@@ -133,27 +131,21 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
     choices = run_choices(jobs)
     value = job.id if job else None
 
-    def shown(yes: bool) -> Any:
-        return (yes, lambda: gr.update(visible=yes))
-
     samples = job.samples if job else ()
     stamps = tuple((str(path), path.stat().st_mtime_ns) for path in samples)
     return {
-        "run": (
-            (choices, value),
-            lambda: gr.update(choices=choices, value=value, visible=bool(choices)),
-        ),
+        "run": changing(choices=choices, value=value, visible=bool(choices)),
         "status": html.status_card(job) if job else _NOTHING,
         "loss": loss_plot(read_metrics(job.folder)) if job else "",
         "log": html.log_view(log_tail(job.folder)) if job else "",
         "jobs": html.queue_list(jobs),
         "samples": (stamps, lambda: _sample_gallery(samples)),
-        "stop": shown(bool(job and (job.state in ("running", "waiting")))),
-        "kill": shown(bool(job and job.may_kill)),
-        "resume": shown(bool(job and job.state in ("stopped", "failed", "crashed"))),
-        "remove": shown(bool(job and job.has_ended)),
-        "next": shown(bool(job and job.has_ended and job.can_generate)),
-        "details": shown(bool(jobs)),
+        "stop": changing(visible=bool(job and job.state in ("running", "waiting"))),
+        "kill": changing(visible=bool(job and job.may_kill)),
+        "resume": changing(visible=bool(job and job.state in ("stopped", "failed", "crashed"))),
+        "remove": changing(visible=bool(job and job.has_ended)),
+        "next": changing(visible=bool(job and job.has_ended and job.can_generate)),
+        "details": changing(visible=bool(jobs)),
         **chooser.refresh(context, jobs, job),
     }
 

@@ -194,7 +194,7 @@ def _choices(context: Context, subject_id: str | None) -> Any:
 
 
 def _sample_cards(samples: Path) -> str:
-    """The project's samples as pictures to press; nothing where the app was started elsewhere."""
+    """The project's samples as images to press; nothing where the app was started elsewhere."""
     cards = "".join(
         f"<button class='dd-sample' id='sample-{html.esc(name)}' data-do='take' "
         f"data-value='{html.esc(name)}'>{html.image(samples / name / '01.jpg', '')}"
@@ -203,7 +203,5 @@ def _sample_cards(samples: Path) -> str:
     )
     if not cards:
         return ""
-    return (
-        "<p class='dd-quiet'>No photos at hand? Take a sample: the embedded model learns it in a "
-        f"minute or two.</p><div class='dd-samples'>{cards}</div>"
-    )
+    offer = "No photos at hand? Take a sample: the embedded model learns it in a minute or two."
+    return f"{html.quiet(offer)}<div class='dd-samples'>{cards}</div>"
