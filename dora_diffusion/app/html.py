@@ -145,7 +145,11 @@ def _done(job: Job) -> str:
 def _live_facts(job: Job) -> list[str]:
     if job.state == "waiting":
         return [f"number {job.position} in the queue"]
-    facts = [_model_and_device(job)] if job.kind == "train" and job.base else []
+    facts = []
+    if job.kind == "train" and job.base:
+        base, device = Path(job.base), job.progress.device_name
+        name = base.name if base.is_absolute() else job.base
+        facts.append(f"{name} on {device}" if device else name)
     if job.is_active:
         facts.append(_phase(job))
         if job.remaining_seconds is not None and job.progress.phase == "training":
@@ -157,11 +161,6 @@ def _live_facts(job: Job) -> list[str]:
     if job.step_seconds is not None:
         facts.append(f"{job.step_seconds:.2f} s a step")
     return facts
-
-
-def _model_and_device(job: Job) -> str:
-    base, device = Path(job.base), job.progress.device_name
-    return f"{base.name if base.is_absolute() else job.base}{f' on {device}' if device else ''}"
 
 
 def _phase(job: Job) -> str:

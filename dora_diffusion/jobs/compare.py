@@ -129,10 +129,8 @@ def _adapter_on(components: Components, adapter: Path | None) -> Iterator[None]:
     from dora_diffusion.adapters.files import load_adapter
     from dora_diffusion.adapters.inject import remove_adapters
 
-    if adapter is None:
-        yield
-        return
-    load_adapter(components.adaptable(), adapter, family=components.family.name)
+    if adapter is not None:
+        load_adapter(components.adaptable(), adapter, family=components.family.name)
     try:
         yield
     finally:

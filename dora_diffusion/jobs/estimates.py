@@ -65,7 +65,8 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
         and all(job.settings.get(name) == settings[name] for name in _SAME)
     ]
     pace = [job.step_seconds for job in like if job.step_seconds]
-    peaks = [peak for job in like if (peak := _peak(job))]
+    results = [job.result for job in like if job.result]
+    peaks = [peak for result in results if (peak := result.peak_gpu_memory or result.peak_memory)]
     traits = traits_of(config.pretrained_model_name_or_path)
     size = config.resolution or traits.resolution
     family = traits.family if traits.has_released_shape else ""
@@ -88,10 +89,6 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
         family, size, settings, device, batch=batch, smaller_batch=" and ".join(smaller)
     )
     return dataclasses.replace(cost, change=change)
-
-
-def _peak(job: Job) -> float | None:
-    return (job.result.peak_gpu_memory or job.result.peak_memory) if job.result else None
 
 
 def _size(folder: Path) -> float:

@@ -201,12 +201,9 @@ class Studio:
     def _may_wait(self) -> Callable[[], bool]:
         """Whether the device will be free soon: a worker that has ended lets go a little later."""
         deadline = time.monotonic() + LEAVING_SECONDS
-
-        def answer() -> bool:
-            running = any(map(is_running, self.workspace.job_folders))
-            return not running and time.monotonic() < deadline
-
-        return answer
+        return lambda: (
+            time.monotonic() < deadline and not any(map(is_running, self.workspace.job_folders))
+        )
 
     def _model(self, request: GenerationRequest) -> Any:
         """The model with the adapter at its strengths; loaded anew only if another is asked for."""
