@@ -28,9 +28,11 @@ from typing import Any
 import httpx
 import yaml
 
-from dora_diffusion.app.settings import EMBEDDED, as_yaml, make_config, preset_values
+from dora_diffusion.app.settings import EMBEDDED, make_config, preset_values
+from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.jobs.logs import read_metrics
 from dora_diffusion.jobs.queue import create_job, worker_of
-from dora_diffusion.jobs.snapshot import read_metrics
+from dora_diffusion.jobs.records import TrainRequest
 from dora_diffusion.jobs.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +104,7 @@ def start_run(workspace: Workspace) -> str:
     photos = ROOT / "samples" / "bolt_mug"
     word = yaml.safe_load((photos / "config.yaml").read_text())["class_word"]
     return create_job(
-        workspace, "train", "benchmark", {},
+        workspace, TrainRequest(base=EMBEDDED), "benchmark",
         lambda folder: as_yaml(make_config(EMBEDDED, photos, folder, "sks", word, [], values)),
     )  # fmt: skip
 

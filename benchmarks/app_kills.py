@@ -33,10 +33,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from app_clients import ROOT
 
-from dora_diffusion.app.settings import EMBEDDED, as_yaml, make_config, preset_values
+from dora_diffusion.app.settings import EMBEDDED, make_config, preset_values
+from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.formats.adapter.inspect import report_on
-from dora_diffusion.jobs.queue import JOB, create_job, requeue_job, worker_of
-from dora_diffusion.jobs.snapshot import Job, read_job, read_metrics
+from dora_diffusion.jobs.logs import read_metrics
+from dora_diffusion.jobs.queue import create_job, requeue_job, worker_of
+from dora_diffusion.jobs.records import JOB, TrainRequest
+from dora_diffusion.jobs.snapshot import Job, read_job
 from dora_diffusion.jobs.workspace import Workspace
 
 LIMIT = 300.0
@@ -161,13 +164,13 @@ def go_on(folder: Path, state: str) -> str:
     if state == "crashed":
         at = max(int(name.removeprefix("checkpoint-")) for name in job_at(folder).checkpoints)
         requeue_job(folder)
-        wait(lambda: job_at(folder).progress.get("first_step") == at)
+        wait(lambda: job_at(folder).progress.first_step == at)
         wait(lambda: job_at(folder).step > at)
         said = f"resumed at step {at}"
     else:
         at = job_at(folder).step
         wait(lambda: job_at(folder).step > at)
-        said = f"went on from step {at}"
+        said = f"resumed from step {at}"
     steps = [record["step"] for record in read_metrics(folder)]
     assert steps == list(range(1, len(steps) + 1)), "a step is missing, or counted twice"
     return said
@@ -180,7 +183,7 @@ def add_run(workspace: Workspace, steps: int) -> str:
         "validation_steps": None, "num_validation_images": 0, "train_batch_size": 1,
     }  # fmt: skip
     return create_job(
-        workspace, "train", "sks mug", {},
+        workspace, TrainRequest(base=EMBEDDED), "sks mug",
         lambda folder: as_yaml(make_config(EMBEDDED, PHOTOS, folder, "sks", "mug", [], values)),
     )  # fmt: skip
 

@@ -177,14 +177,6 @@ KEYWORD_INTERFACES = {
 }
 MANY_PARAMETERS = KEYWORD_INTERFACES | {"numerics.fast.autograd.forward"}
 LONG = {
-    "app.theme.make_theme",
-    "app.views.generate.build",
-    "app.views.library.build",
-    "app.views.library.connect",
-    "app.views.photo.connect",
-    "app.views.subject.build",
-    "app.views.subject.connect",
-    "app.views.train.build",
     "app.views.train.connect",
     "export.checkpoint.export_checkpoint",
 }

@@ -11,17 +11,19 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from dora_diffusion.app.bases import Base, bases, facts_of, named_bases, on_this_machine
 from dora_diffusion.app.launch import Launch
 from dora_diffusion.app.settings import ADVANCED, EMBEDDED, EMBEDDED_MODELS, SETTINGS
-from dora_diffusion.app.studio import Studio
 from dora_diffusion.app.toy_world import outside_toy_world
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.console.errors import explain
 from dora_diffusion.families import FAMILIES
+from dora_diffusion.jobs.base_model import traits_of
+from dora_diffusion.jobs.bases import Base, bases, named_bases, on_this_machine
+from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.queue import JobQueue
-from dora_diffusion.jobs.snapshot import Job, read_job, snapshot
-from dora_diffusion.jobs.workspace import AppError, Workspace
+from dora_diffusion.jobs.snapshot import Job, read_run, snapshot
+from dora_diffusion.jobs.studio import Studio
+from dora_diffusion.jobs.workspace import Workspace
 from dora_diffusion.memory import Device, describe_device, fitting_settings, needed_memory
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
@@ -33,7 +35,7 @@ class Context:
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
-        # Absolute: jobs keep paths, and may go on from another working directory.
+        # Absolute: jobs keep paths, and may resume from another working directory.
         self.workspace = Workspace(launch.runs_dir.resolve()).make()
         self.studio = Studio(self.workspace)
         self.queue = JobQueue(self.workspace, before_start=self.studio.release)
@@ -50,15 +52,8 @@ class Context:
             return self._jobs
 
     def job(self, job_id: object) -> Job:
-        """One job, as it is now.
-
-        Raises:
-            AppError: If there is none of this id.
-        """
-        job = read_job(self.workspace.job(job_id))
-        if job is None:
-            raise AppError("this run no longer exists; choose another one")
-        return job
+        """One job, as it is now; see `read_run`."""
+        return read_run(self.workspace, job_id)
 
     @property
     def models(self) -> list[str]:
@@ -69,8 +64,7 @@ class Context:
         """Base models to offer; those found on this machine only where others cannot reach it."""
         if self.launch.is_open:
             return named_bases(self.launch.models)
-        root, launch = self.workspace.root, self.launch
-        return bases(root, launch.models, launch.model_folders)
+        return bases(self.workspace.root, self.launch.models, self.launch.model_folders)
 
     def device(self) -> Device:
         """What a run would train on, with the memory that is free now."""
@@ -85,28 +79,28 @@ class Context:
         """
         if not outside_toy_world(model, class_word):
             return ""
-        found, device = on_this_machine(self.bases()), self.device()
+        models, device = on_this_machine(self.bases()), self.device()
         if device.kind == "cpu":
-            found.sort(key=lambda base: FAMILIES[base.family].default_resolution)
-        fitting = (base for base in found if self._fits(base.name, device))
-        chosen = next(fitting, next(iter(found), None))
+            models.sort(key=lambda base: FAMILIES[base.family].default_resolution)
+        fitting = (base for base in models if self._fits(base.name, device))
+        chosen = next(fitting, next(iter(models), None))
         return chosen.name if chosen else ""
 
     def _fits(self, name: str, device: Device) -> bool:
-        facts = facts_of(name)
-        settings = fitting_settings(facts.family, facts.resolution, device)
-        needed = needed_memory(facts.family, facts.resolution, settings, device)
+        traits = traits_of(name)
+        settings = fitting_settings(traits.family, traits.resolution, device)
+        needed = needed_memory(traits.family, traits.resolution, settings, device)
         return needed is not None and device.free_gib is not None and needed <= device.free_gib
 
     def allowed_model(self, name: object) -> str:
         """A base model's name, if it may be loaded.
 
         Raises:
-            AppError: If others can reach the app and the model is not on its list.
+            RequestError: If others can reach the app and the model is not on its list.
         """
         model = str(name or "").strip() or EMBEDDED
         if not self.launch.allows_model(model):
-            raise AppError(
+            raise RequestError(
                 f"this app is shared, and offers only {', '.join(self.models)}; whoever runs it "
                 "can add models with --models"
             )
@@ -116,21 +110,21 @@ class Context:
         """Refuse other models and folders than those that whoever started the app has named.
 
         Raises:
-            AppError: If others can reach the app, and a setting names a model or a folder.
+            RequestError: If others can reach the app, and a setting names a model or a folder.
         """
         if not self.launch.is_open:
             return
         if config.pretrained_vae_model_name_or_path:
             self.allowed_model(config.pretrained_vae_model_name_or_path)
         if config.report_to == "wandb":
-            raise AppError(
+            raise RequestError(
                 "a shared app does not report to wandb, since that would be in the name of whoever "
                 "runs it; choose tensorboard or none for report_to"
             )
         for name in ADVANCED:
             is_vae = name == "pretrained_vae_model_name_or_path"
             if SETTINGS[name].is_path and not is_vae and getattr(config, name):
-                raise AppError(
+                raise RequestError(
                     f"this app is shared, and takes no folder for {name}; leave it empty"
                 )
 

@@ -37,11 +37,11 @@ def subject_of_draft(draft: object) -> str:
 
 def form_values(draft: object) -> dict[str, str]:
     """The values of `FORM` that a draft holds; those that cannot be are left out."""
-    values = _part(draft, "form")
-    found = {name: _text(values[name]) for name in FORM if isinstance(values.get(name), str)}
-    if found.get("preset") not in PRESET_NAMES:
-        found.pop("preset", None)
-    return found
+    kept = _part(draft, "form")
+    values = {name: _text(kept[name]) for name in FORM if isinstance(kept.get(name), str)}
+    if values.get("preset") not in PRESET_NAMES:
+        values.pop("preset", None)
+    return values
 
 
 def advanced_values(draft: object) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from dora_diffusion.app.estimates import Estimate
 from dora_diffusion.app.toy_world import outside_toy_world
+from dora_diffusion.jobs.estimates import Estimate
+from dora_diffusion.jobs.logs import log_warnings
 from dora_diffusion.jobs.queue import stop_asked
-from dora_diffusion.jobs.snapshot import Job, log_warnings
+from dora_diffusion.jobs.snapshot import Job
 
 _WORDS = {
     "waiting": "waiting",
@@ -67,19 +68,35 @@ def notes(lines: Iterable[str], kind: str) -> str:
     return "".join(note(line, kind) for line in lines)
 
 
+def quiet(text: str) -> str:
+    """A paragraph beside the point; empty where there is none."""
+    return f"<p class='dd-quiet'>{esc(text)}</p>" if text else ""
+
+
+def pill(text: str, kind: str = "") -> str:
+    """A coloured word; the kind is a job's state."""
+    shade = f" dd-{esc(kind)}" if kind else ""
+    return f"<span class='dd-pill{shade}'>{esc(text)}</span>"
+
+
+def button(text: str, action: str, value: str) -> str:
+    """A button that `dora_diffusion.app.views.fields.CLICKS` listens to."""
+    data = f"data-do='{esc(action)}' data-value='{esc(value)}'"
+    return f"<button class='dd-button' {data}>{esc(text)}</button>"
+
+
 def masthead(jobs: Sequence[Job] | None) -> str:
     """Name of the app, and in one line what it is doing; None before that is known."""
     if jobs is None:
-        return _masthead("<span class='dd-pill dd-connecting'>connecting</span>")
+        return _masthead(pill("connecting", "connecting"))
     active = next((job for job in jobs if job.is_active), None)
     waiting = sum(job.state == "waiting" for job in jobs)
     if active is None:
-        now = "<span class='dd-pill'>idle</span>"
+        now = pill("idle")
     else:
         share = f" {active.step / active.total:.0%}" if active.total else ""
-        now = f"<span class='dd-pill dd-running'>{esc(active.title)}{share}</span>"
-    more = f"<span class='dd-pill'>{waiting} waiting</span>" if waiting else ""
-    return _masthead(now + more)
+        now = pill(f"{active.title}{share}", "running")
+    return _masthead(now + (pill(f"{waiting} waiting") if waiting else ""))
 
 
 def _masthead(pills: str) -> str:
@@ -93,7 +110,7 @@ def _masthead(pills: str) -> str:
 def state_pill(job: Job) -> str:
     """The state of a job as a coloured word."""
     word = _RUNNING[job.kind] if job.state == "running" else _WORDS[job.state]
-    return f"<span class='dd-pill dd-{esc(job.state)}'>{esc(word)}</span>"
+    return pill(word, job.state)
 
 
 def status_card(job: Job, *, stop: bool = False) -> str:
@@ -110,9 +127,7 @@ def status_card(job: Job, *, stop: bool = False) -> str:
     if job.kind == "train":
         word = str(job.settings.get("class_word") or "")
         cause += note(outside_toy_world(job.base, word), "warn")
-    end = ""
-    if stop and not job.has_ended:
-        end = f"<button class='dd-button' data-do='stop' data-value='{esc(job.id)}'>Stop</button>"
+    end = button("Stop", "stop", job.id) if stop and not job.has_ended else ""
     return (
         f"<div class='dd-card'><div class='dd-row'><h3>{esc(job.title)}</h3>"
         f"<span class='dd-marks'>{state_pill(job)}{end}</span></div>"
@@ -130,45 +145,41 @@ def _done(job: Job) -> str:
 def _live_facts(job: Job) -> list[str]:
     if job.state == "waiting":
         return [f"number {job.position} in the queue"]
-    facts = [_model_and_device(job)] if job.kind == "train" and job.base else []
+    facts = []
+    if job.kind == "train" and job.base:
+        base, device = Path(job.base), job.progress.device_name
+        name = base.name if base.is_absolute() else job.base
+        facts.append(f"{name} on {device}" if device else name)
     if job.is_active:
-        facts.append(phase(job))
-        if job.remaining_seconds is not None and job.progress.get("phase") == "training":
+        facts.append(_phase(job))
+        if job.remaining_seconds is not None and job.progress.phase == "training":
             facts.append(f"about {duration(job.remaining_seconds)} left")
         if stop_asked(job.folder) is not None:
             facts.append("asked to save and stop")
-    elif {"started", "finished"} <= job.result.keys():
-        facts.append(f"took {duration(job.result['finished'] - job.result['started'])}")
+    elif job.result and job.result.seconds is not None:
+        facts.append(f"took {duration(job.result.seconds)}")
     if job.step_seconds is not None:
         facts.append(f"{job.step_seconds:.2f} s a step")
     return facts
 
 
-def _model_and_device(job: Job) -> str:
-    device = job.progress.get("device_name") or job.progress.get("device")
-    return f"{Path(job.base).name if Path(job.base).is_absolute() else job.base}" + (
-        f" on {device}" if device else ""
-    )
-
-
-def phase(job: Job) -> str:
+def _phase(job: Job) -> str:
     """What the worker is doing, in words."""
-    said = str(job.progress.get("phase") or "starting")
+    phase = job.progress.phase or "starting"
     images = job.folder / "class_images"
-    if said == "loading the model" and images.is_dir():
+    if phase == "loading the model" and images.is_dir():
         made = sum(1 for _ in images.rglob("*.png"))
         wanted = int(job.settings.get("num_class_images") or 0)
         if made < wanted:
             return f"generating class images: {made} of {wanted}"
-    return said
+    return phase
 
 
 def queue_list(jobs: Sequence[Job]) -> str:
     """All jobs in one line each, newest first."""
     rows = "".join(
         f"<li>{state_pill(job)}<span>{esc(job.title)}</span>"
-        f"<span class='dd-quiet'>{esc(job.id[4:6])}-{esc(job.id[6:8])} {esc(job.id[9:11])}:"
-        f"{esc(job.id[11:13])}</span></li>"
+        f"<span class='dd-quiet'>{esc(job.made[5:])}</span></li>"
         for job in jobs[:12]
     )
     return f"<ul class='dd-list'>{rows}</ul>" if rows else ""
@@ -214,7 +225,7 @@ def estimate_card(value: Estimate, steps: int | None) -> str:
             f"are free. {help_text}",
             "bad",
         )
-    return f"{definitions(facts)}<p class='dd-quiet'>{esc(_source(value))}</p>{too_much}"
+    return f"{definitions(facts)}{quiet(_source(value))}{too_much}"
 
 
 def _source(value: Estimate) -> str:
@@ -243,8 +254,8 @@ def _address(path: Any) -> str:
     return esc(f"gradio_api/file={quote(str(path.resolve()))}?{path.stat().st_mtime_ns}")
 
 
-def picture(path: Any, text: str) -> str:
-    """A picture that the server may give out; nothing where it is gone."""
+def image(path: Any, text: str) -> str:
+    """An image that the server may give out; nothing where it is gone."""
     if not path.is_file():
         return ""
     return f"<img src='{_address(path)}' alt='{esc(text)}' loading='lazy'>"

@@ -10,7 +10,7 @@ import gradio as gr
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.views import generate, library, run, subject, train
-from dora_diffusion.app.views.fields import QUIET
+from dora_diffusion.app.views.fields import QUIET, filled, html_block
 
 TICK_SECONDS = 2.0
 _DAY = 24 * 3600
@@ -21,35 +21,35 @@ def build_page(context: Context) -> gr.Blocks:
     with gr.Blocks(
         title="DoRA studio", analytics_enabled=False, delete_cache=(3600, _DAY), fill_width=False
     ) as blocks:
-        masthead = gr.HTML(html.masthead(None), padding=False)
+        masthead = html_block(html.masthead(None))
         with gr.Tabs() as tabs:
             # Tabs that are not rendered lose what is sent to them.
             with gr.Tab("Subject", id="subject", render_children=True):
-                subjects = subject.build(context)
+                subjects = subject.SubjectTab(context)
             with gr.Tab("Train", id="train", render_children=True) as train_tab:
-                training = train.build(context, subjects)
+                training = train.TrainTab(context)
             with gr.Tab("Generate", id="generate", render_children=True):
-                generating = generate.build(context)
+                generating = generate.GenerateTab(context)
             with gr.Tab("Library", id="library", render_children=True):
-                shelves = library.build(context)
+                shelves = library.LibraryTab()
         size = [training.model, training.advanced["resolution"]]
         subject.connect(context, subjects, blocks, size)
         train.connect(context, training, subjects, train_tab.select, blocks)
         generate.connect(context, generating)
         library.connect(context, shelves)
         shown = training.shown
-        subjects.go_on.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
+        subjects.to_train.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
         for button, tab, field in (
             (shown.to_generate, "generate", generating.adapter),
             (shown.to_library, "library", shelves.run),
         ):
             # With the run that is shown, whatever was chosen there.
-            button.click(_go_on_to(tab), [shown.run], [tabs, field], **QUIET)
+            button.click(_open_with_run(tab), [shown.run], [tabs, field], **QUIET)
         _connect_clock(context, blocks, masthead, training, generating, shelves)
     return blocks
 
 
-def _go_on_to(tab: str) -> Callable[[str | None], list[Any]]:
+def _open_with_run(tab: str) -> Callable[[str | None], list[Any]]:
     """Open another tab with a run."""
     return lambda run_id: [gr.Tabs(selected=tab), run_id]
 
@@ -72,7 +72,7 @@ def _connect_clock(
         "details": shown.details, "chooser": shown.chooser.box,
         "chooser_start": shown.chooser.start, "chooser_cards": shown.chooser.cards,
         "adapter": generating.adapter, "shelf": shelves.gallery, "shelf_run": shelves.run,
-        "shelf_side": shelves.side, "merges": shelves.merges,
+        "shelf_side": shelves.side, "errands": shelves.errands,
     }  # fmt: skip
     texts = {name: field for name, field in fields.items() if isinstance(field, gr.HTML)}
     others = {name: field for name, field in fields.items() if name not in texts}
@@ -109,11 +109,10 @@ def _changes(known: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -
     """What the page has seen from now on, then each part that is new to it."""
     seen, updates = dict(known or {}), []
     for name in names:
-        # A part is a value, or (what tells whether it changed, how to make it).
-        part, make = now[name] if isinstance(now[name], tuple) else (now[name], None)
-        is_new = seen.get(name, _NEVER) != part
-        seen[name] = part
-        updates.append((make() if make else part) if is_new else gr.skip())
+        part = now[name]
+        mark = part[0] if isinstance(part, tuple) else part
+        updates.append(filled(part) if seen.get(name, _NEVER) != mark else gr.skip())
+        seen[name] = mark
     return [seen, *updates]
 
 

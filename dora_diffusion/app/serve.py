@@ -17,7 +17,7 @@ STYLE = Path(__file__).with_name("style.css")
 
 
 def serve(launch: Launch) -> None:
-    """Serve until SIGINT or SIGTERM. Running jobs go on without the app."""
+    """Serve until SIGINT or SIGTERM. Running jobs continue without the app."""
     ended = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -56,7 +56,7 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
         inbrowser=False,
         allowed_paths=[
             str(path.resolve())
-            for path in (context.workspace.pictures, context.workspace.exports, launch.samples)
+            for path in (context.workspace.images, context.workspace.exports, launch.samples)
         ],
         max_file_size=MAX_BYTES,
         # Gradio's "Settings" would offer to record the screen.

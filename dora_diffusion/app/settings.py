@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.app.bases import UNKNOWN, check_base, check_variant, facts_of
 from dora_diffusion.config import Setting, TrainConfig, settings, without_effect
 from dora_diffusion.families import FAMILIES, USUAL
-from dora_diffusion.jobs.queue import is_small
-from dora_diffusion.jobs.workspace import AppError, clean_text
+from dora_diffusion.jobs.base_model import UNKNOWN, traits_of
+from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.workspace import clean_text
 from dora_diffusion.memory import Device, fitting_settings
-from dora_diffusion.models.locate import EMBEDDED_PREFIX, looks_local
+from dora_diffusion.models.locate import EMBEDDED_PREFIX, is_embedded
 from dora_diffusion.toy import MODELS
 
 PROMPT_LIMIT = 1000
@@ -68,12 +67,12 @@ def preset_values(preset: str, model: str, device: Device | None = None) -> dict
         device: What it would train on, for precision, gradient checkpointing and optimizer.
 
     Raises:
-        AppError: If there is no such preset.
+        RequestError: If there is no such preset.
     """
     if preset not in PRESET_NAMES:
-        raise AppError(f"there is no preset {preset!r}; choose {', '.join(PRESET_NAMES)}")
+        raise RequestError(f"there is no preset {preset!r}; choose {', '.join(PRESET_NAMES)}")
     values = TrainConfig().to_dict() | dict(_COMMON)
-    if is_small(model):
+    if is_embedded(model):
         values |= {**_EMBEDDED_COMMON, **_EMBEDDED[preset]}
     else:
         values |= _released_values(preset, model, device or Device())
@@ -82,18 +81,18 @@ def preset_values(preset: str, model: str, device: Device | None = None) -> dict
 
 def _released_values(preset: str, model: str, device: Device) -> dict[str, Any]:
     try:
-        facts = facts_of(model)
-    except AppError:
-        facts = UNKNOWN
+        traits = traits_of(model)
+    except RequestError:
+        traits = UNKNOWN
     share, table = _RELEASED[preset]
     values = {
         **_RELEASED_COMMON,
         **table,
-        "max_train_steps": round(share * FAMILIES.get(facts.family, USUAL).default_steps),
+        "max_train_steps": round(share * FAMILIES.get(traits.family, USUAL).default_steps),
     }
-    family = facts.family if facts.has_released_shape else ""
+    family = traits.family if traits.has_released_shape else ""
     batch = 2 if table["with_prior_preservation"] else 1
-    return values | fitting_settings(family, facts.resolution, device, batch=batch)
+    return values | fitting_settings(family, traits.resolution, device, batch=batch)
 
 
 def idle_settings(config: TrainConfig) -> list[str]:
@@ -130,14 +129,16 @@ def make_config(
         advanced: Values by setting name, as the page's fields give them.
 
     Raises:
-        AppError, ConfigError: If a value cannot work, in one line.
+        RequestError, ConfigError: If a value cannot work, in one line.
     """
     token = clean_text(token, 50, "token")
     class_word = clean_text(class_word, 100, "class")
     if not token or " " in token:
-        raise AppError("the token must be one rare word, such as sks")
+        raise RequestError("the token must be one rare word, such as sks")
     if not class_word:
-        raise AppError("say what the subject is: one or two words such as mug, dog or toy robot")
+        raise RequestError(
+            "say what the subject is: one or two words such as mug, dog or toy robot"
+        )
     subject = f"{token} {class_word}"
     lines = [clean_text(line, PROMPT_LIMIT, "sample prompt") for line in prompts]
     values = {name: _value(name, advanced[name]) for name in ADVANCED if name in advanced}
@@ -155,54 +156,14 @@ def make_config(
     )
 
 
-def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
-    """Say before a run that a model, or a folder that it names, is not there.
-
-    Args:
-        config: The settings.
-        ask_hub: Ask the hub for models that are not on this machine.
-
-    Raises:
-        AppError: What is missing, and what to do.
-    """
-    check_base(config.pretrained_model_name_or_path, config.revision, ask_hub=ask_hub)
-    vae, folder = config.pretrained_vae_model_name_or_path, config.model_config
-    if vae and looks_local(vae) and not Path(vae).expanduser().exists():
-        raise AppError(f"the VAE {vae} does not exist; give a folder, a file or a hub id")
-    if folder and looks_local(folder) and not Path(folder, "model_index.json").is_file():
-        raise AppError(f"model_config {folder} is no Diffusers folder: it has no model_index.json")
-    classes = config.class_data_dir
-    if classes and Path(classes).exists() and not Path(classes).is_dir():
-        raise AppError(f"class_data_dir {classes} is a file; give a folder of class images")
-    check_variant(config.pretrained_model_name_or_path, config.variant)
-
-
 def _value(name: str, value: Any) -> Any:
-    """A field's value in the setting's type; an empty field means the default."""
-    kind = SETTINGS[name].kind
+    """A field's value as a config file may have it; an empty field means the default."""
     if SETTINGS[name].is_list:
         items = value.split() if isinstance(value, str) else list(value or [])
         return items or list(getattr(TrainConfig(), name))
-    if value is None or (kind is not bool and not str(value).strip()):
-        return getattr(TrainConfig(), name)
-    if kind is bool:
-        return value
-    text = clean_text(str(value), PROMPT_LIMIT, name)
-    return text if kind is str else _number(name, kind, text)
-
-
-def _number(name: str, kind: type, text: str) -> int | float:
-    """A number as it was typed."""
-    try:
-        number = float(text)
-        if kind is float and math.isfinite(number):
-            return number
-        if kind is int and number.is_integer():
-            return int(number)
-    except (ValueError, OverflowError):
-        pass
-    wanted = "a whole number, such as 8" if kind is int else "a number, such as 0.5 or 1e-4"
-    raise AppError(f"{name} is {text!r}; it must be {wanted}, or empty for the default")
+    if value is None or isinstance(value, bool):
+        return getattr(TrainConfig(), name) if value is None else value
+    return clean_text(str(value), PROMPT_LIMIT, name) or getattr(TrainConfig(), name)
 
 
 def setting_text(value: Any) -> Any:
@@ -243,13 +204,5 @@ def command_line(config: TrainConfig) -> str:
         else:
             words.append(f"--{name} {shlex.quote(str(value))}")
     # With the threads that a job has: another number may round the last bits otherwise.
-    threads = "OMP_NUM_THREADS=1 " if is_small(config.pretrained_model_name_or_path) else ""
+    threads = "OMP_NUM_THREADS=1 " if is_embedded(config.pretrained_model_name_or_path) else ""
     return " \\\n    ".join([f"{threads}python -m dora_diffusion train", *words])
-
-
-def as_yaml(config: TrainConfig) -> str:
-    """The settings as ``--config`` reads them."""
-    import yaml
-
-    text: str = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
-    return text

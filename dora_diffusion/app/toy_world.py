@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dora_diffusion.jobs.queue import is_small
+from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.toy.captions import FILLERS
 from dora_diffusion.toy.shapes import CLASSES
 
@@ -27,7 +27,7 @@ def outside_toy_world(base: str, class_word: str) -> str:
         base: The base model.
         class_word: What the subject is.
     """
-    if not is_small(base) or not class_word.strip() or is_toy_word(class_word):
+    if not is_embedded(base) or not class_word.strip() or is_toy_word(class_word):
         return ""
     return (
         f"{base} is a toy model of a drawn world: it knows {', '.join(CLASSES)}, and no "

@@ -52,13 +52,11 @@ def load_model(name: str, adapter: Path | None, files: ModelFiles) -> Components
     Raises:
         ValueError: If a part of it cannot be had.
     """
-    import torch
-
     from dora_diffusion.generate import load_adapted
     from dora_diffusion.memory import auto_precision, describe_device
+    from dora_diffusion.models.precision import PRECISION_DTYPES
 
-    dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    dtype = dtypes[auto_precision(describe_device())]
+    dtype = PRECISION_DTYPES[auto_precision(describe_device())]
     components, _ = load_adapted(
         files.base(name), adapter, dtype=dtype, variant=files.variant, config=files.config,
         vae=files.vae,

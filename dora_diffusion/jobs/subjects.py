@@ -16,11 +16,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from PIL import Image
+
+from dora_diffusion.config import read_config_file
+from dora_diffusion.data.checks import check_photos
+from dora_diffusion.data.crops import cut, plan_crop
+from dora_diffusion.data.images import open_photo
+from dora_diffusion.data.masks import mask_path
+from dora_diffusion.data.photos import is_photo, read_photos
+from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.uploads import Upload, store_photos
 from dora_diffusion.jobs.workspace import (
-    AppError,
     Workspace,
     clean_text,
     confined,
@@ -31,16 +38,13 @@ from dora_diffusion.jobs.workspace import (
     write_json,
 )
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 CAPTION_LIMIT = 1000
 PREVIEW_SIDE = 320
-_FACTS = "subject.json"
+_SUBJECT = "subject.json"
 
 
 @dataclass(frozen=True)
-class Subject:
+class StoredSubject:
     """A subject as its folder tells it; ``sample`` names the project's sample that it shows."""
 
     id: str
@@ -56,21 +60,20 @@ class Subject:
         return self.photos[0].parent
 
 
-def subjects_in(workspace: Workspace) -> list[Subject]:
+def subjects_in(workspace: Workspace) -> list[StoredSubject]:
     """All subjects, newest first."""
-    found = (read_subject(workspace, name) for name in reversed(ids_in(workspace.subjects)))
-    return sorted(found, key=lambda subject: subject.id, reverse=True)
+    return [read_subject(workspace, name) for name in reversed(ids_in(workspace.subjects))]
 
 
-def read_subject(workspace: Workspace, subject_id: object) -> Subject:
+def read_subject(workspace: Workspace, subject_id: object) -> StoredSubject:
     """One subject.
 
     Raises:
-        AppError: If there is none of this id.
+        RequestError: If there is none of this id.
     """
     folder = workspace.subject(subject_id)
-    facts = read_json(folder / _FACTS)
-    return Subject(
+    facts = read_json(folder / _SUBJECT)
+    return StoredSubject(
         id=folder.name,
         title=str(facts.get("title") or "Subject"),
         class_word=str(facts.get("class_word") or ""),
@@ -82,8 +85,6 @@ def read_subject(workspace: Workspace, subject_id: object) -> Subject:
 
 def photos_in(folder: Path) -> list[Path]:
     """A subject's photos by name; none where the folder is empty."""
-    from dora_diffusion.data.photos import is_photo
-
     return sorted(path for path in folder.iterdir() if is_photo(path)) if folder.is_dir() else []
 
 
@@ -95,7 +96,7 @@ def new_subject(
     folder = workspace.subjects / subject_id
     (folder / "photos").mkdir(parents=True)
     facts = {"title": title, "class_word": class_word, "token": token, "sample": sample}
-    write_json(folder / _FACTS, facts | {"created": time.time()})
+    write_json(folder / _SUBJECT, facts | {"created": time.time()})
     return subject_id
 
 
@@ -103,12 +104,12 @@ def add_photos(workspace: Workspace, subject_id: str, files: Sequence[str | Path
     """Check uploaded files and add them to a subject.
 
     Raises:
-        AppError: If the subject is unknown, or would have too many photos.
+        RequestError: If the subject is unknown, or would have too many photos.
     """
     folder = workspace.subject(subject_id)
     upload = store_photos(files, folder / "photos")
     if upload.accepted:  # With other photos it is no longer what the sample shows.
-        write_json(folder / _FACTS, read_json(folder / _FACTS) | {"sample": ""})
+        write_json(folder / _SUBJECT, read_json(folder / _SUBJECT) | {"sample": ""})
     return upload
 
 
@@ -116,15 +117,13 @@ def take_sample(workspace: Workspace, samples: Path, name: str) -> str:
     """Make a subject of one of the project's samples; returns its id.
 
     Raises:
-        AppError: If there is no such sample.
+        RequestError: If there is no such sample.
     """
     names = sample_names(samples)
     if name not in names:
-        raise AppError(
+        raise RequestError(
             f"there is no sample subject {name!r}; there is {', '.join(names) or 'none here'}"
         )
-    from dora_diffusion.config import read_config_file
-
     settings = read_config_file(samples / name / "config.yaml")
     title = name.replace("_", " ").capitalize()
     word = str(settings.get("class_word") or "")
@@ -155,23 +154,16 @@ def save_caption(workspace: Workspace, subject_id: object, photo: object, text: 
     return caption
 
 
-def read_caption_of(photo: Path) -> str:
-    """A photo's own caption; empty where it has none."""
-    from dora_diffusion.data.captions import read_caption
-
-    return read_caption(photo, "")
-
-
 def photo_path(workspace: Workspace, subject_id: object, photo: object) -> Path:
     """A photo by its name.
 
     Raises:
-        AppError: If the subject or the photo is not there.
+        RequestError: If the subject or the photo is not there.
     """
     folder = workspace.subject(subject_id) / "photos"
     path = confined(folder, photo)
     if path not in photos_in(folder):
-        raise AppError("this photo no longer exists; choose another one")
+        raise RequestError("this photo no longer exists; choose another one")
     return path
 
 
@@ -187,17 +179,12 @@ def delete_subject(workspace: Workspace, subject_id: object) -> None:
     remove_folder(workspace.subject(subject_id))
 
 
-def mask_path(photo: Path) -> Path:
-    """Where a photo's mask lies."""
-    return photo.with_name(photo.stem + ".mask.png")
-
-
 def original_of(photo: Path) -> Path:
     """Where a photo lies as it was before its first crop."""
     return photo.parent.parent / "originals" / photo.name
 
 
-def training_crop(photo: Path, side: int = PREVIEW_SIDE) -> Image:
+def training_crop(photo: Path, side: int = PREVIEW_SIDE) -> Image.Image:
     """What of a photo is trained on (the middle square), at a size to look at; masked parts dim."""
     mask = mask_path(photo)
     return _crop(
@@ -206,12 +193,7 @@ def training_crop(photo: Path, side: int = PREVIEW_SIDE) -> Image:
 
 
 @functools.lru_cache(maxsize=256)
-def _crop(photo: Path, modified: int, mask_modified: int, side: int) -> Image:
-    from PIL import Image
-
-    from dora_diffusion.data.crops import cut, plan_crop
-    from dora_diffusion.data.images import open_photo
-
+def _crop(photo: Path, modified: int, mask_modified: int, side: int) -> Image.Image:
     image = open_photo(photo)
     record = plan_crop((image.height, image.width), side)
     crop = cut(image, record)
@@ -221,23 +203,20 @@ def _crop(photo: Path, modified: int, mask_modified: int, side: int) -> Image:
     return crop
 
 
-def photo_warnings(subject: Subject, resolution: int) -> dict[str, list[str]]:
+def photo_warnings(subject: StoredSubject, resolution: int) -> dict[str, list[str]]:
     """What will show in the result, by photo name; ``""`` holds what is about all of them."""
-    found: dict[str, list[str]] = {}
+    warnings: dict[str, list[str]] = {}
     stamps = tuple((str(path), path.stat().st_mtime_ns) for path in subject.photos)
     for names, message in _check(stamps, resolution):
         for name in names or ("",):
-            found.setdefault(name, []).append(message)
-    return found
+            warnings.setdefault(name, []).append(message)
+    return warnings
 
 
 @functools.lru_cache(maxsize=32)
 def _check(
     stamps: tuple[tuple[str, int], ...], resolution: int
 ) -> list[tuple[tuple[str, ...], str]]:
-    from dora_diffusion.data.checks import check_photos
-    from dora_diffusion.data.photos import read_photos
-
     paths = [Path(path) for path, _ in stamps]
     photos = read_photos(paths, "", skip_unreadable=True, measure=True)
-    return [(one.names, one.message) for one in check_photos(photos, resolution)]
+    return [(warning.names, warning.message) for warning in check_photos(photos, resolution)]

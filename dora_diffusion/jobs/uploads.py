@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.data.images import PhotoError, open_photo_with_alpha
+from PIL.Image import DecompressionBombError
+
+from dora_diffusion.data.images import PhotoError, open_photo_with_alpha, sniff_format
+from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.processes import Lock
-from dora_diffusion.jobs.workspace import AppError
 
 MAX_BYTES = 20 * 2**20
 MAX_PHOTOS = 50
@@ -41,7 +43,7 @@ def store_photos(files: Sequence[str | Path], folder: Path) -> Upload:
         folder: Folder of the subject's photos.
 
     Raises:
-        AppError: If there are more files than one subject may have.
+        RequestError: If there are more files than one subject may have.
     """
     turn = Lock(folder.with_name(".upload.lock"))
     turn.take(wait=True)
@@ -52,9 +54,10 @@ def store_photos(files: Sequence[str | Path], folder: Path) -> Upload:
 
 
 def _store_all(files: Sequence[Path], folder: Path) -> Upload:
-    present = sum(1 for path in folder.iterdir() if _is_own(path))
+    masks = len(list(folder.glob("*.mask.png")))
+    present = len([*folder.glob("*.jpg"), *folder.glob("*.png")]) - masks
     if present + len(files) > MAX_PHOTOS:
-        raise AppError(
+        raise RequestError(
             f"{len(files)} files were chosen and {present} photos are there; "
             f"a subject can have at most {MAX_PHOTOS}"
         )
@@ -63,7 +66,7 @@ def _store_all(files: Sequence[Path], folder: Path) -> Upload:
     for file in files:
         try:
             accepted.append(_store(file, folder))
-        except (AppError, PhotoError) as error:
+        except (RequestError, PhotoError) as error:
             refused.append(shown(str(error)))
     return Upload(tuple(accepted), tuple(refused))
 
@@ -73,34 +76,53 @@ def shown(text: str, limit: int = 300) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)[:limit]
 
 
-def _is_own(path: Path) -> bool:
-    return path.suffix in (".jpg", ".png") and not path.name.endswith(".mask.png")
-
-
 def _store(file: Path, folder: Path) -> Path:
     if file.is_symlink() or not file.is_file():
-        raise AppError(f"{file.name}: not an ordinary file")
+        raise RequestError(f"{file.name}: not an ordinary file")
     size = file.stat().st_size
     if size > MAX_BYTES:
-        raise AppError(
+        raise RequestError(
             f"{file.name}: {size / 2**20:.1f} MB is above the limit of {MAX_BYTES // 2**20} MB; "
             "save a smaller copy"
         )
     image, alpha = open_photo_with_alpha(file)
-    number = next_number(folder)
-    if alpha is not None:
-        image.putalpha(alpha)
-        target, options = folder / f"{number:03d}.png", {}
+    name, suffix = f"{next_number(folder):03d}", ".jpg"
+    temporary = folder / f".{name}.part"
+    if alpha is None:
+        image.save(temporary, format="JPEG", quality=JPEG_QUALITY)
     else:
-        target, options = folder / f"{number:03d}.jpg", {"quality": JPEG_QUALITY}
-    temporary = folder / f".{number:03d}.part"
-    kind = "PNG" if alpha is not None else "JPEG"
-    image.save(temporary, format=kind, **options)
-    os.replace(temporary, target)
-    return target
+        suffix = ".png"
+        image.putalpha(alpha)
+        image.save(temporary, format="PNG")
+    os.replace(temporary, folder / f"{name}{suffix}")
+    return folder / f"{name}{suffix}"
 
 
 def next_number(folder: Path) -> int:
     """A number that no photo of the folder has."""
     taken = [int(path.stem[:3]) for path in folder.iterdir() if path.stem[:3].isdigit()]
     return max(taken, default=0) + 1
+
+
+def read_generation_settings(file: Path) -> dict[str, str]:
+    """The generation settings of a PNG that somebody uploads.
+
+    Raises:
+        RequestError: If it is no image of ours or A1111's.
+    """
+    from dora_diffusion.images import parse_parameters, read_parameters
+
+    if file.stat().st_size > MAX_BYTES:
+        raise RequestError(f"the file is larger than {MAX_BYTES // 2**20} MB")
+    # Not as a photo is opened: a grid may be a strip. Only the header is read, and no pixel.
+    if sniff_format(file.read_bytes()) != "PNG":
+        raise RequestError("this file cannot be read as a PNG, whatever its name says")
+    try:
+        text = read_parameters(file)
+    except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
+        raise RequestError(
+            "this file cannot be read as a PNG; it is damaged or too large"
+        ) from error
+    if not text:
+        raise RequestError("this image does not say how it was made (it has no parameters text)")
+    return parse_parameters(text[:20_000])

@@ -1,11 +1,11 @@
-"""The runs folder: where everything of the app lies, and how ids from a page become paths.
+"""The runs folder: what lies where, and how ids from outside become paths.
 
 ::
 
     runs/
-      <job id>/      one training or merge job (see `dora_diffusion.jobs.queue`)
+      <job id>/      one job (see `dora_diffusion.jobs.records`)
       subjects/<id>/ photos, captions and masks of a subject
-      pictures/      what the Generate tab has made
+      pictures/      generated images
       exports/<id>/  converted adapters and merged checkpoints, for download
       cache/         Gradio's uploads
 """
@@ -22,11 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.jobs.errors import RequestError
+
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
-
-
-class AppError(ValueError):
-    """Something a user asked for cannot be done; one plain line with what to do."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Workspace:
     """The runs folder.
 
     Example:
-        >>> Workspace(Path("runs")).pictures.as_posix()
+        >>> Workspace(Path("runs")).images.as_posix()
         'runs/pictures'
     """
 
@@ -46,8 +44,8 @@ class Workspace:
         return self.root / "subjects"
 
     @property
-    def pictures(self) -> Path:
-        """Folder of generated pictures."""
+    def images(self) -> Path:
+        """Folder of generated images."""
         return self.root / "pictures"
 
     @property
@@ -72,15 +70,20 @@ class Workspace:
 
     def make(self) -> Workspace:
         """Create the folders."""
-        for folder in (self.root, self.subjects, self.pictures, self.exports, self.cache):
+        for folder in (self.root, self.subjects, self.images, self.exports, self.cache):
             folder.mkdir(parents=True, exist_ok=True)
         return self
+
+    @property
+    def job_folders(self) -> list[Path]:
+        """The folders of all jobs, oldest first."""
+        return [self.root / job for job in ids_in(self.root)]
 
     def job(self, job_id: object) -> Path:
         """The folder of a job.
 
         Raises:
-            AppError: If there is no such job.
+            RequestError: If there is no such job.
         """
         return look_up(self.root, job_id, "run")
 
@@ -88,7 +91,7 @@ class Workspace:
         """The folder of a subject.
 
         Raises:
-            AppError: If there is no such subject.
+            RequestError: If there is no such subject.
         """
         return look_up(self.subjects, subject_id, "subject")
 
@@ -113,24 +116,24 @@ def look_up(folder: Path, name: object, what: str) -> Path:
     """The sub-folder that an id names. Ids are compared with what is there, never joined unseen.
 
     Raises:
-        AppError: If there is none.
+        RequestError: If there is none.
     """
     if isinstance(name, str) and name in ids_in(folder):
         return folder / name
-    raise AppError(f"this {what} no longer exists; choose another one")
+    raise RequestError(f"this {what} no longer exists; choose another one")
 
 
 def confined(folder: Path, name: object) -> Path:
     """A file of a folder by its bare name, after links are followed.
 
     Raises:
-        AppError: If the name is not that of a file inside the folder.
+        RequestError: If the name is not that of a file inside the folder.
     """
     if isinstance(name, str) and name in os.listdir(folder):
         path = (folder / name).resolve()
         if path.is_file() and path.parent == folder.resolve():
             return folder / name
-    raise AppError("this file no longer exists; choose another one")
+    raise RequestError("this file no longer exists; choose another one")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -160,10 +163,10 @@ def clean_text(text: object, limit: int, what: str) -> str:
     """One line of user text without control characters.
 
     Raises:
-        AppError: If it is longer than ``limit`` characters.
+        RequestError: If it is longer than ``limit`` characters.
     """
     line = "".join(c if c.isprintable() else " " for c in str(text or ""))
     line = " ".join(line.split())
     if len(line) > limit:
-        raise AppError(f"the {what} has {len(line)} characters; at most {limit} are taken")
+        raise RequestError(f"the {what} has {len(line)} characters; at most {limit} are taken")
     return line

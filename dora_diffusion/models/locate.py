@@ -18,6 +18,11 @@ class ModelNotFoundError(ValueError):
     """No model by this name could be found or fetched; says what was tried and what to do."""
 
 
+def is_embedded(name: str) -> bool:
+    """Whether a model is one of this package's: so small that threads would wait for each other."""
+    return name.startswith(EMBEDDED_PREFIX)
+
+
 def resolve_folder(
     name: str | Path, *, revision: str | None = None, variant: str | None = None
 ) -> Path:

@@ -16,8 +16,6 @@ from dora_diffusion.app.settings import (
     GROUPS,
     PRESET_NAMES,
     SETTINGS,
-    as_yaml,
-    check_model,
     command_line,
     make_config,
     preset_values,
@@ -26,8 +24,10 @@ from dora_diffusion.app.settings import (
 from dora_diffusion.cli import build_parser
 from dora_diffusion.commands.train import train_config
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file, without_effect
+from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.families import FAMILIES
-from dora_diffusion.jobs.workspace import AppError
+from dora_diffusion.jobs.base_model import check_model
+from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.memory import Device, needed_memory
 
 
@@ -132,12 +132,12 @@ def test_fields_hold_text_that_comes_back_as_the_value() -> None:
         ("rank", "eight", "rank is 'eight'; it must be a whole number"),
         ("rank", "8.5", "rank is '8.5'; it must be a whole number"),
         ("magnitude_lr", "1e-4x", "magnitude_lr is '1e-4x'; it must be a number"),
-        ("learning_rate", "nan", "learning_rate is 'nan'; it must be a number"),
-        ("lora_alpha", "inf", "lora_alpha is 'inf'; it must be a number"),
+        ("learning_rate", "nan", "learning_rate is nan; it must be a finite number"),
+        ("lora_alpha", "inf", "lora_alpha is inf; it must be a finite number"),
     ],
 )
 def test_what_is_no_number_is_refused_by_name(name: str, text: str, match: str) -> None:
-    with pytest.raises(AppError, match=re.escape(match)):
+    with pytest.raises(ConfigError, match=re.escape(match)):
         config(**{name: text})
 
 
@@ -155,7 +155,7 @@ def test_paths_are_looked_for_before_the_start(tmp_path: Path) -> None:
         ({"model_config": str(tmp_path)}, "no model_index.json"),
         ({"class_data_dir": str(tmp_path / "file")}, "is a file; give a folder"),
     ):
-        with pytest.raises(AppError, match=match):
+        with pytest.raises(RequestError, match=match):
             check_model(config(**changes))
     check_model(config(class_data_dir=str(tmp_path / "to be made")))
 
@@ -202,7 +202,7 @@ def test_an_empty_field_means_the_default() -> None:
     ],
 )
 def test_a_subject_without_a_name_is_refused(token: str, word: str, match: str) -> None:
-    with pytest.raises(AppError, match=match):
+    with pytest.raises(RequestError, match=match):
         make_config(EMBEDDED, Path("p"), Path("o"), token, word, [], {})
 
 

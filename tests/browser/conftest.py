@@ -118,7 +118,7 @@ class App:
     def _moved(self) -> object:
         """What changes while anything goes on: jobs, and the processor time of who does them."""
         assert self._process is not None
-        jobs = [(job.id, job.state, job.step, job.progress.get("phase")) for job in self.jobs()]
+        jobs = [(job.id, job.state, job.step, job.progress.phase) for job in self.jobs()]
         at_work = self.workers()
         if self._device_is_taken():
             at_work.append(self._process.pid)

@@ -253,7 +253,7 @@ def test_resume_goes_on_counting_and_stop_saves(
     page.wait_text("#status", "crashed")
     page.click("#resume")
     # Until the run has begun again, its files tell of the attempt that crashed, which began at 0.
-    app.until(lambda: state_of(app, started).progress.get("first_step") == at)
+    app.until(lambda: state_of(app, started).progress.first_step == at)
     app.until(lambda: state_of(app, started).step > at)
     page.click("#stop")
     page.wait_text("#status", "stopped")

@@ -1,1 +1,1 @@
-"""The four tabs. Each module has ``build`` (the fields) and ``connect`` (what they do)."""
+"""The four tabs. Each module has a class of fields, and ``connect`` says what they do."""

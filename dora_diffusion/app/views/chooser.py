@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.views.fields import CLICKS, QUIET, clicked
-from dora_diffusion.jobs.chooser import (
-    Comparison,
-    Row,
-    candidates,
-    choose,
-    comparing,
+from dora_diffusion.app.views.fields import CLICKS, QUIET, changing, clicked, filled, html_block
+from dora_diffusion.jobs.checkpoints import candidates, choose
+from dora_diffusion.jobs.compare import comparing, start_comparison
+from dora_diffusion.jobs.comparison import (
+    CheckpointComparison,
+    ComparedCheckpoint,
     read_comparison,
-    start_comparison,
 )
+from dora_diffusion.jobs.logs import log_warnings
 from dora_diffusion.jobs.queue import stop_job
-from dora_diffusion.jobs.snapshot import Job, log_warnings
+from dora_diffusion.jobs.snapshot import Job
 
 _WHY = (
     "More steps make it more like the subject, and less able to do anything else. Compare asks "
@@ -29,31 +27,24 @@ _WHY = (
 )
 
 
-@dataclass(frozen=True)
-class Chooser:
+class ChooserView:
     """The fields of the chooser."""
 
-    box: Any
-    start: Any
-    cards: Any
+    def __init__(self) -> None:
+        with gr.Column(visible=False, elem_id="chooser") as self.box:
+            html_block(html.heading("", "Which checkpoint?", _WHY))
+            self.start = gr.Button(
+                "Compare the checkpoints", size="md", elem_id="compare-checkpoints"
+            )
+            self.cards = html_block(elem_id="checkpoints", js_on_load=CLICKS)
 
 
-def build() -> Chooser:
-    """Make the fields."""
-    with gr.Column(visible=False, elem_id="chooser") as box:
-        gr.HTML(html.heading("", "Which checkpoint?", _WHY), padding=False)
-        start = gr.Button("Compare the checkpoints", size="md", elem_id="compare-checkpoints")
-        cards = gr.HTML("", padding=False, elem_id="checkpoints", js_on_load=CLICKS)
-    return Chooser(box, start, cards)
-
-
-def connect(context: Context, view: Chooser, run: Any) -> None:
+def connect(context: Context, view: ChooserView, run: Any) -> None:
     """Say what the fields do; ``run`` holds the id of the run that is shown."""
 
     def now(job_id: str) -> list[Any]:
         parts = refresh(context, context.jobs(fresh=True), context.job(job_id))
-        return [parts[name][1]() if isinstance(parts[name], tuple) else parts[name]
-                for name in ("chooser", "chooser_start", "chooser_cards")]  # fmt: skip
+        return [filled(parts[name]) for name in ("chooser", "chooser_start", "chooser_cards")]
 
     @plain
     def start(job_id: str | None) -> list[Any]:
@@ -88,60 +79,53 @@ def refresh(context: Context, jobs: Sequence[Job], job: Job | None) -> dict[str,
     shown = bool(names)
     running = comparing(jobs, job.id) if job else None
     busy = running is not None and not running.has_ended
-    found = read_comparison(context.workspace, job) if job and shown else None
-    label = "Compare again" if found else "Compare the checkpoints"
+    comparison = read_comparison(context.workspace, job) if job and shown else None
+    label = "Compare again" if comparison else "Compare the checkpoints"
     return {
-        "chooser": (shown, lambda: gr.update(visible=shown)),
-        "chooser_start": (
-            (label, busy),
-            lambda: gr.update(value=label, visible=not busy),
-        ),
-        "chooser_cards": _cards(job, found, running) if job and shown else "",
+        "chooser": changing(visible=shown),
+        "chooser_start": changing(value=label, visible=not busy),
+        "chooser_cards": _cards(job, comparison, running) if job and shown else "",
     }
 
 
-def _cards(job: Job, found: Comparison | None, running: Job | None) -> str:
-    said = ""
+def _cards(job: Job, comparison: CheckpointComparison | None, running: Job | None) -> str:
+    status = ""
     if running is not None and not running.has_ended:
-        said = html.status_card(running, stop=True)
+        status = html.status_card(running, stop=True)
     elif running is not None:
         failed = f"The comparison failed: {running.cause}" if running.cause else ""
-        said = html.note(failed, "bad") + html.notes(log_warnings(running.folder), "warn")
-    if found is None:
-        return said
-    suggested = found.suggested
-    most = max((row.drift or 0 for row in found.rows), default=0) or 1
-    cards = "".join(_card(job, row, found, most) for row in found.rows)
-    late = [f"step {job.step_of(name)}" for name in found.missing]
+        status = html.note(failed, "bad") + html.notes(log_warnings(running.folder), "warn")
+    if comparison is None:
+        return status
+    most = max((row.drift or 0 for row in comparison.rows), default=0) or 1
+    cards = "".join(_card(job, row, comparison, most) for row in comparison.rows)
+    late = [f"step {job.step_of(name)}" for name in comparison.missing]
     new = html.note(f"Not compared: {', '.join(late)}.", "info") if late else ""
-    notes = "".join(f"<p class='dd-quiet'>{html.esc(note)}</p>" for note in found.notes)
-    why = (
-        "<p class='dd-quiet'>Suggested: the most similarity less drift, among those that are more "
-        "like the subject than the base.</p>"
-        if suggested
-        else ""
-    )
-    verdict = html.note(found.verdict, "warn")
-    return f"{said}{new}{verdict}<div class='dd-choices'>{cards}</div>{notes}{why}"
+    notes = "".join(map(html.quiet, comparison.notes))
+    if comparison.suggested:
+        notes += html.quiet(
+            "Suggested: the most similarity less drift, among those that are more like the "
+            "subject than the base."
+        )
+    verdict = html.note(comparison.verdict, "warn")
+    return f"{status}{new}{verdict}<div class='dd-choices'>{cards}</div>{notes}"
 
 
-def _card(job: Job, row: Row, found: Comparison, most_drift: float) -> str:
+def _card(
+    job: Job, row: ComparedCheckpoint, comparison: CheckpointComparison, most_drift: float
+) -> str:
     """One checkpoint: images, two bars, and the button."""
-    is_suggested = row.name == found.suggested
     in_use = row.name == job.stands
     title = f"Step {row.step}" if row.step else "Base model"
-    marks = "<span class='dd-pill dd-running'>suggested</span>" if is_suggested else ""
+    marks = html.pill("suggested", "running") if row.name == comparison.suggested else ""
     if in_use:
-        marks += "<span class='dd-pill dd-done'>in use</span>"
+        marks += html.pill("in use", "done")
     elif row.step:
-        marks += (
-            f"<button class='dd-button' data-do='use' data-value='{html.esc(row.name)}'>"
-            "Use this</button>"
-        )
-    subject, others = (html.picture(path, title) for path in row.pictures)
+        marks += html.button("Use this", "use", row.name)
+    subject, others = (html.image(path, title) for path in row.images)
     figures = ""
     if row.similarity is not None:
-        to = f" to {found.similar_to}" if found.similar_to else ""
+        to = f" to {comparison.similar_to}" if comparison.similar_to else ""
         figures = _bar("similarity", row.similarity, row.similarity, f"similarity{to}")
     if row.step and row.drift is not None:
         figures += _bar("drift", row.drift, row.drift / most_drift)

@@ -14,6 +14,17 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
 
 
+def html_block(value: str = "", **options: Any) -> Any:
+    """HTML without the space that Gradio puts around it."""
+    return gr.HTML(value, padding=False, **options)
+
+
+def gallery(**options: Any) -> Any:
+    """Images as they are: Gradio stretches a few of them to fill the width unless told not to."""
+    options = {"show_label": False, "height": "auto", "buttons": [], **options}
+    return gr.Gallery(fit_columns=False, object_fit="contain", **options)
+
+
 def setting_field(name: str, value: Any) -> Any:
     """The field of a setting: its name on the command line, its help, its choices."""
     setting, text = SETTINGS[name], setting_text(value)
@@ -30,6 +41,16 @@ def setting_field(name: str, value: Any) -> Any:
         max_length=limit,
         **common,
     )
+
+
+def changing(**options: Any) -> Any:
+    """A part of the page that updates a field when one of the options changes."""
+    return options, lambda: gr.update(**options)
+
+
+def filled(part: Any) -> Any:
+    """What a field is given: a part of the page is a value, or (its mark, how to make it)."""
+    return part[1]() if isinstance(part, tuple) else part
 
 
 def _text_only(self: Any, payload: Any) -> str | None:

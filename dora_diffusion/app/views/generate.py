@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.studio import MAX_BATCH, Picture, Request, read_settings
-from dora_diffusion.app.views.fields import QUIET, id_dropdown
+from dora_diffusion.app.views.fields import QUIET, changing, gallery, html_block, id_dropdown
 from dora_diffusion.app.views.request import BASE, MERGED, OWN, field_value, make_request, numbers
-from dora_diffusion.jobs.chooser import candidates
-from dora_diffusion.jobs.exports import chosen_adapter
-from dora_diffusion.jobs.snapshot import RESULT_NAME, Job
-from dora_diffusion.jobs.workspace import AppError
+from dora_diffusion.jobs.checkpoints import RESULT_NAME, candidates, chosen_adapter
+from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.snapshot import Job
+from dora_diffusion.jobs.studio import MAX_BATCH, GeneratedImage, GenerationRequest
+from dora_diffusion.jobs.uploads import read_generation_settings
 from dora_diffusion.models.schedulers import SCHEDULERS
 
 _TEMPLATES = (
@@ -36,120 +35,104 @@ _EMPTY = html.empty(
 )
 
 
-@dataclass(frozen=True)
 class GenerateTab:
-    """The tab's fields that others use too."""
+    """The tab's fields; ``form`` holds those that a request is made of, by name."""
 
-    adapter: Any
-    template: Any
-    form: dict[str, Any]
-    make: Any
-    compare: Any
-    grid: Any
-    grid_strengths: Any
-    load: Any
-    blank: Any
-    slider: Any
-    gallery: Any
-    facts: Any
+    def __init__(self, context: Context) -> None:
+        self.form: dict[str, Any] = {}
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=320):
+                self._add_prompt()
+                self._add_strengths()
+                self._add_sampling()
+                self._add_actions()
+            with gr.Column(scale=6, min_width=320):
+                self._add_results()
 
+    def _add_prompt(self) -> None:
+        html_block(html.heading("5", "Images", "Ask for your subject where it never was."))
+        self.adapter = id_dropdown(label="Run or checkpoint", elem_id="adapter")
+        self.template = gr.Dropdown(
+            list(_TEMPLATES), value=None, label="Prompt template", elem_id="template"
+        )
+        self.form["prompt"] = gr.Textbox(
+            "a photo of a {subject} on the snow",
+            label="Prompt",
+            info="{subject} stands for the run's trigger words.",
+            lines=2,
+            max_length=1000,
+            elem_id="prompt",
+        )
+        self.form["negative_prompt"] = gr.Textbox(
+            label="Negative prompt", max_lines=2, max_length=1000
+        )
+        with gr.Row():
+            self.form["seed"] = gr.Number(
+                -1, label="Seed", info="-1 draws one.", precision=0, min_width=110, elem_id="seed"
+            )
+            self.form["count"] = gr.Slider(1, MAX_BATCH, 4, step=1, label="Images", min_width=165)
 
-def build(context: Context) -> GenerateTab:
-    """Make the fields."""
-    form: dict[str, Any] = {}
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=320):
-            gr.HTML(
-                html.heading("5", "Images", "Ask for your subject where it never was."),
-                padding=False,
+    def _add_strengths(self) -> None:
+        def slider(name: str, info: str, **options: Any) -> None:
+            self.form[name] = gr.Slider(
+                0, 2, 1, step=0.05, label=name.capitalize(), info=info, **options
             )
-            adapter = id_dropdown(label="Run or checkpoint", elem_id="adapter")
-            template = gr.Dropdown(
-                list(_TEMPLATES), value=None, label="Prompt template", elem_id="template"
-            )
-            form["prompt"] = gr.Textbox(
-                "a photo of a {subject} on the snow",
-                label="Prompt",
-                info="{subject} stands for the run's trigger words.",
-                lines=2,
-                max_length=1000,
-                elem_id="prompt",
-            )
-            form["negative_prompt"] = gr.Textbox(
-                label="Negative prompt", max_lines=2, max_length=1000
-            )
+
+        html_block(html.quiet("How much of the adapter"))
+        slider("strength", "0 is exactly the base model.", elem_id="strength")
+        with gr.Row():
+            slider("direction", "The low-rank update.", min_width=165)
+            slider("magnitude", "DoRA's learned norms.", min_width=165)
+
+    def _add_sampling(self) -> None:
+        with gr.Accordion("Steps, guidance, scheduler, size", open=False):
+            self.form["steps"] = gr.Slider(1, 100, 25, step=1, label="Steps")
+            self.form["guidance_scale"] = gr.Slider(1, 15, 3.5, step=0.1, label="Guidance")
+            self.form["scheduler"] = gr.Dropdown([OWN, *SCHEDULERS], value=OWN, label="Scheduler")
             with gr.Row():
-                form["seed"] = gr.Number(
-                    -1, label="Seed", info="-1 draws one.", precision=0, min_width=110,
-                    elem_id="seed",
-                )  # fmt: skip
-                form["count"] = gr.Slider(1, MAX_BATCH, 4, step=1, label="Images", min_width=165)
-            gr.HTML("<p class='dd-quiet'>How much of the adapter</p>", padding=False)
-            form["strength"] = gr.Slider(
-                0, 2, 1, step=0.05, label="Strength", info="0 is exactly the base model.",
-                elem_id="strength",
-            )  # fmt: skip
-            with gr.Row():
-                form["direction"] = gr.Slider(
-                    0, 2, 1, step=0.05, label="Direction", info="The low-rank update.",
-                    min_width=165,
-                )  # fmt: skip
-                form["magnitude"] = gr.Slider(
-                    0, 2, 1, step=0.05, label="Magnitude", info="DoRA's learned norms.",
-                    min_width=165,
-                )  # fmt: skip
-            with gr.Accordion("Steps, guidance, scheduler, size", open=False):
-                form["steps"] = gr.Slider(1, 100, 25, step=1, label="Steps")
-                form["guidance_scale"] = gr.Slider(1, 15, 3.5, step=0.1, label="Guidance")
-                form["scheduler"] = gr.Dropdown([OWN, *SCHEDULERS], value=OWN, label="Scheduler")
-                with gr.Row():
-                    # Text: an empty number field turns into 0 when it is unfolded.
-                    for side in ("width", "height"):
-                        form[side] = gr.Textbox(
-                            label=side.capitalize(), placeholder="the model's", max_lines=1,
-                            max_length=5, min_width=110, elem_id=side,
-                        )  # fmt: skip
-            make = gr.Button("Generate images", variant="primary", size="lg", elem_id="make")
-            compare = gr.Button("Compare with the base model", size="md", elem_id="compare")
-            with gr.Accordion("Grid of checkpoints and strengths", open=False):
-                strengths = gr.Textbox(
-                    "0, 0.5, 1, 1.5", label="Strengths", max_lines=1, elem_id="grid-strengths"
-                )
-                grid = gr.Button("Make the grid", size="md", elem_id="grid")
-            with gr.Accordion("Load settings from a PNG", open=False):
-                load = gr.File(
-                    file_types=[".png"],
-                    label="An image made here, or by A1111",
-                    height=120,
-                    elem_id="load-png",
-                )
-        with gr.Column(scale=6, min_width=320):
-            gr.HTML(html.heading("", "Results", "Every PNG says how it was made."), padding=False)
-            blank = gr.HTML(_EMPTY, padding=False)
-            slider = gr.ImageSlider(
-                show_label=False,
-                visible=False,
-                interactive=False,
-                type="filepath",
-                format="png",
-                buttons=["fullscreen"],
-                elem_id="slider",
+                # Text: an empty number field turns into 0 when it is unfolded.
+                for side in ("width", "height"):
+                    self.form[side] = gr.Textbox(
+                        label=side.capitalize(), placeholder="the model's", max_lines=1,
+                        max_length=5, min_width=110, elem_id=side,
+                    )  # fmt: skip
+
+    def _add_actions(self) -> None:
+        self.make = gr.Button("Generate images", variant="primary", size="lg", elem_id="make")
+        self.compare = gr.Button("Compare with the base model", size="md", elem_id="compare")
+        with gr.Accordion("Grid of checkpoints and strengths", open=False):
+            self.grid_strengths = gr.Textbox(
+                "0, 0.5, 1, 1.5", label="Strengths", max_lines=1, elem_id="grid-strengths"
             )
-            gallery = gr.Gallery(
-                show_label=False,
-                visible=False,
-                columns=2,
-                height="auto",
-                fit_columns=False,
-                object_fit="contain",
-                format="png",
-                buttons=["download", "fullscreen"],
-                elem_id="pictures",
+            self.grid = gr.Button("Make the grid", size="md", elem_id="grid")
+        with gr.Accordion("Load settings from a PNG", open=False):
+            self.load = gr.File(
+                file_types=[".png"],
+                label="An image made here, or by A1111",
+                height=120,
+                elem_id="load-png",
             )
-            facts = gr.HTML("", padding=False, elem_id="parameters")
-    return GenerateTab(
-        adapter, template, form, make, compare, grid, strengths, load, blank, slider, gallery, facts
-    )
+
+    def _add_results(self) -> None:
+        html_block(html.heading("", "Results", "Every PNG says how it was made."))
+        self.blank = html_block(_EMPTY)
+        self.slider = gr.ImageSlider(
+            show_label=False,
+            visible=False,
+            interactive=False,
+            type="filepath",
+            format="png",
+            buttons=["fullscreen"],
+            elem_id="slider",
+        )
+        self.gallery = gallery(
+            visible=False,
+            columns=2,
+            format="png",
+            buttons=["download", "fullscreen"],
+            elem_id="pictures",
+        )
+        self.facts = html_block(elem_id="parameters")
 
 
 def connect(context: Context, tab: GenerateTab) -> None:
@@ -157,20 +140,20 @@ def connect(context: Context, tab: GenerateTab) -> None:
     names, fields = list(tab.form), list(tab.form.values())
     results = [tab.blank, tab.slider, tab.gallery, tab.facts]
 
-    def request(choice: str | None, values: Sequence[Any]) -> Request:
+    def request(choice: str | None, values: Sequence[Any]) -> GenerationRequest:
         return make_request(context, choice, dict(zip(names, values, strict=True)))
 
     @plain
     def make(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
-        pictures = context.studio.make(request(choice, values), _on_step(progress))
-        return _results(gallery=pictures)
+        images = context.studio.make(request(choice, values), _on_step(progress))
+        return _results(gallery=images)
 
     @plain
     def compare(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
-        one = request(choice, values)
-        if one.adapter is None:
-            raise AppError("choose a run or a checkpoint to compare with its base model")
-        return _results(pair=context.studio.compare(one, _on_step(progress)))
+        asked = request(choice, values)
+        if asked.adapter is None:
+            raise RequestError("choose a run or a checkpoint to compare with its base model")
+        return _results(pair=context.studio.compare(asked, _on_step(progress)))
 
     @plain
     def grid(
@@ -179,24 +162,24 @@ def connect(context: Context, tab: GenerateTab) -> None:
         *values: Any,
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> list[Any]:
-        one = request(choice, values)
-        if one.adapter is None:
-            raise AppError("choose a run: the grid shows its checkpoints")
+        asked = request(choice, values)
+        if asked.adapter is None:
+            raise RequestError("choose a run: the grid shows its checkpoints")
         job = context.job(str(choice).partition("/")[0])
         adapters = {
             f"step {job.step_of(name)}": chosen_adapter(job, name) for name in candidates(job)
         }
-        picture = context.studio.grid(one, adapters, numbers(text), _on_step(progress))
-        return _results(gallery=[picture], columns=1)
+        sheet = context.studio.grid(asked, adapters, numbers(text), _on_step(progress))
+        return _results(gallery=[sheet], columns=1)
 
     @plain
     def load(file: str | None) -> list[Any]:
         if not file:
             return [gr.skip()] * len(names)
-        found = read_settings(Path(file))
+        parameters = read_generation_settings(Path(file))
         return [
             gr.update(value=value) if value is not None else gr.skip()
-            for value in (field_value(name, found) for name in names)
+            for value in (field_value(name, parameters) for name in names)
         ]
 
     tab.make.click(make, [tab.adapter, *fields], results, **_BUSY)
@@ -215,20 +198,20 @@ def _on_step(progress: Any) -> Any:
 
 def _results(
     *,
-    gallery: Sequence[Picture] = (),
-    pair: tuple[Picture, Picture] | None = None,
+    gallery: Sequence[GeneratedImage] = (),
+    pair: tuple[GeneratedImage, GeneratedImage] | None = None,
     columns: int = 2,
 ) -> list[Any]:
     """Either images or a pair, and how they were made."""
     last = pair[1] if pair else gallery[0]
-    slider = tuple(str(picture.path) for picture in pair) if pair else None
-    pictures = [(str(picture.path), f"seed {picture.seed}") for picture in gallery]
-    said = html.note("Left: the base model. Right: with the adapter, at the same seed.", "info")
+    slider = tuple(str(image.path) for image in pair) if pair else None
+    images = [(str(image.path), f"seed {image.seed}") for image in gallery]
+    caption = html.note("Left: the base model. Right: with the adapter, at the same seed.", "info")
     return [
         gr.update(visible=False),
         gr.update(value=slider, visible=bool(pair)),
-        gr.update(value=pictures, visible=bool(gallery), columns=columns),
-        (said if pair else "")
+        gr.update(value=images, visible=bool(gallery), columns=columns),
+        (caption if pair else "")
         + html.notes(last.unread, "warn")
         + html.command(last.parameters, "How it was made (also inside of the PNG)"),
     ]
@@ -237,13 +220,13 @@ def _results(
 def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
     """What the clock sends to this tab."""
     choices = [
-        (f"{job.title} · {job.id[9:11]}:{job.id[11:13]} · {_of(job, name)}", job.id + _slash(name))
+        (f"{job.title} · {job.made[11:]} · {_of(job, name)}", f"{job.id}/{name}".rstrip("/"))
         for job in jobs
         if job.can_generate
         for name in ("", *_others(job))
     ]
     choices += [
-        (f"{job.title} (one file) · {job.id[9:11]}:{job.id[11:13]}", f"{MERGED}/{job.id}")
+        (f"{job.title} (one file) · {job.made[11:]}", f"{MERGED}/{job.id}")
         for job in jobs
         if job.kind == "merge" and job.state == "done"
     ]
@@ -251,7 +234,7 @@ def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[s
     ids = [value for _, value in choices]
     # The newest result, until somebody chooses.
     value = chosen if chosen in ids else ids[0]
-    return {"adapter": ((choices, value), lambda: gr.update(choices=choices, value=value))}
+    return {"adapter": changing(choices=choices, value=value)}
 
 
 def _others(job: Job) -> list[str]:
@@ -263,7 +246,3 @@ def _others(job: Job) -> list[str]:
 def _of(job: Job, name: str) -> str:
     mark = ", chosen" if job.chosen and not name else ""
     return f"step {job.step_of(name or job.stands)}{mark}"
-
-
-def _slash(name: str) -> str:
-    return f"/{name}" if name else ""

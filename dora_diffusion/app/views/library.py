@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,111 +11,85 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.views.fields import BUSY, CLICKS, QUIET, clicked, id_dropdown
-from dora_diffusion.jobs.exports import (
-    chosen_adapter,
-    export_adapter,
-    formats,
-    merge_command,
-    start_merge,
-    start_push,
-    write_card,
+from dora_diffusion.app.views.fields import (
+    BUSY,
+    CLICKS,
+    QUIET,
+    changing,
+    clicked,
+    filled,
+    gallery,
+    html_block,
+    id_dropdown,
 )
+from dora_diffusion.jobs.checkpoints import chosen_adapter
+from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.exports import export_adapter, formats, write_card
+from dora_diffusion.jobs.merge import merge_command, start_merge
+from dora_diffusion.jobs.push import start_push
 from dora_diffusion.jobs.queue import delete_job, stop_job
+from dora_diffusion.jobs.records import MergeRequest
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.subjects import photos_in
-from dora_diffusion.jobs.workspace import AppError
 
 _NOTHING = html.empty(
     "The library is empty", "A run appears here when it is done. Start one in the Train tab."
 )
 _THUMBNAIL = 256
-_ERRANDS = ("merge", "push")
 
 
-@dataclass(frozen=True)
 class LibraryTab:
-    """The tab's fields that others use too."""
+    """The tab's fields."""
 
-    gallery: Any
-    run: Any
-    facts: Any
-    side: Any
-    target: Any
-    convert: Any
-    files: Any
-    strength: Any
-    merge: Any
-    repository: Any
-    private: Any
-    push: Any
-    merges: Any
-    delete: Any
-
-
-def build(context: Context) -> LibraryTab:
-    """Make the fields."""
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=6, min_width=320):
-            gr.HTML(html.heading("6", "Library", "Everything you have trained."), padding=False)
-            gallery = gr.Gallery(
-                show_label=False,
-                columns=3,
-                height="auto",
-                fit_columns=False,
-                object_fit="contain",
-                allow_preview=False,
-                buttons=[],
-                format="jpeg",
-                elem_id="library",
-            )
-            run = id_dropdown(label="Run", elem_id="library-run")
-            facts = gr.HTML(_NOTHING, padding=False, elem_id="library-facts")
-        with gr.Column(scale=5, min_width=320, visible=False) as side:
-            gr.HTML(
-                html.heading("", "Export", "An adapter for your program, or one model."),
-                padding=False,
-            )
-            target = gr.Dropdown(
-                [(f"{name}: {text}", name) for name, text in formats().items()],
-                value="diffusers",
-                label="Adapter format",
-                elem_id="format",
-            )
-            convert = gr.Button("Prepare the download", variant="primary", elem_id="convert")
-            files = gr.HTML("", padding=False, elem_id="files")
-            gr.HTML(
-                "<p class='dd-quiet'>Or merge it into its base model: one file that every "
-                "user interface reads.</p>",
-                padding=False,
-            )
-            strength = gr.Slider(0, 2, 1, step=0.05, label="Merge strength")
-            merge = gr.Button("Merge", size="md", elem_id="merge")
-            with gr.Accordion("Publish on the Hugging Face hub", open=False):
-                gr.HTML(
-                    "<p class='dd-quiet'>Adapter, model card, settings, loss and samples; never "
-                    "the photos. Needs HF_TOKEN in the environment that the app was started in."
-                    "</p>",
-                    padding=False,
+    def __init__(self) -> None:
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=6, min_width=320):
+                html_block(html.heading("6", "Library", "Everything you have trained."))
+                self.gallery = gallery(
+                    columns=3, allow_preview=False, format="jpeg", elem_id="library"
                 )
-                repository = gr.Textbox(
-                    label="Repository", placeholder="your-name/my-subject", max_lines=1,
-                    max_length=200, elem_id="repository",
-                )  # fmt: skip
-                private = gr.Checkbox(True, label="Private: only you can see it")
-                push = gr.Button("Publish", size="md", elem_id="push")
-            merges = gr.HTML("", padding=False, elem_id="merges", js_on_load=CLICKS)
-            with gr.Accordion("Delete", open=False):
-                gr.HTML(
-                    "<p class='dd-quiet'>Deletes the run with its adapter, checkpoints, "
-                    "samples and exports. There is no way back.</p>",
-                    padding=False,
-                )
-                delete = gr.Button("Delete this run", variant="stop", size="md", elem_id="delete")
-    return LibraryTab(
-        gallery, run, facts, side, target, convert, files, strength, merge, repository, private,
-        push, merges, delete,
-    )  # fmt: skip
+                self.run = id_dropdown(label="Run", elem_id="library-run")
+                self.facts = html_block(_NOTHING, elem_id="library-facts")
+            with gr.Column(scale=5, min_width=320, visible=False) as self.side:
+                self._add_export()
+                self._add_push()
+                self.errands = html_block(elem_id="merges", js_on_load=CLICKS)
+                self._add_delete()
+
+    def _add_export(self) -> None:
+        html_block(html.heading("", "Export", "An adapter for your program, or one model."))
+        self.target = gr.Dropdown(
+            [(f"{name}: {text}", name) for name, text in formats().items()],
+            value="diffusers",
+            label="Adapter format",
+            elem_id="format",
+        )
+        self.convert = gr.Button("Prepare the download", variant="primary", elem_id="convert")
+        self.files = html_block(elem_id="files")
+        text = "Or merge it into its base model: one file that every user interface reads."
+        html_block(html.quiet(text))
+        self.strength = gr.Slider(0, 2, 1, step=0.05, label="Merge strength")
+        self.merge = gr.Button("Merge", size="md", elem_id="merge")
+
+    def _add_push(self) -> None:
+        with gr.Accordion("Publish on the Hugging Face hub", open=False):
+            text = (
+                "Adapter, model card, settings, loss and samples; never the photos. Needs HF_TOKEN "
+                "in the environment that the app was started in."
+            )
+            html_block(html.quiet(text))
+            self.repository = gr.Textbox(
+                label="Repository", placeholder="your-name/my-subject", max_lines=1,
+                max_length=200, elem_id="repository",
+            )  # fmt: skip
+            self.private = gr.Checkbox(True, label="Private: only you can see it")
+            self.push = gr.Button("Publish", size="md", elem_id="push")
+
+    def _add_delete(self) -> None:
+        with gr.Accordion("Delete", open=False):
+            text = "Deletes the run with its adapter, checkpoints, samples and exports."
+            html_block(html.quiet(f"{text} There is no way back."))
+            self.delete = gr.Button("Delete this run", variant="stop", size="md", elem_id="delete")
 
 
 def connect(context: Context, tab: LibraryTab) -> None:
@@ -130,9 +103,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
 
     @plain
     def show(job_id: str | None) -> list[Any]:
-        if not job_id:
-            return [_NOTHING, ""]
-        return [_facts(context.job(job_id)), ""]
+        return [_facts(context.job(job_id)) if job_id else _NOTHING, ""]
 
     @plain
     def convert(job_id: str | None, target: str) -> str:
@@ -143,42 +114,16 @@ def connect(context: Context, tab: LibraryTab) -> None:
         return links + html.notes(made.facts, "info") + html.notes(made.cautions, "warn")
 
     @plain
-    def merge(job_id: str | None, strength: float) -> str:
-        start_merge(workspace, context.job(job_id), float(strength))
-        context.queue.tick()
-        return _merges(context.jobs(fresh=True))
-
-    @plain
-    def push(job_id: str | None, repository: str, private: bool) -> str:
-        if context.launch.is_open:
-            raise AppError(
-                "a shared app does not publish, since that would be in the name of whoever runs "
-                "it; download the adapter instead"
-            )
-        start_push(workspace, context.job(job_id), repository, private)
-        context.queue.tick()
-        return _merges(context.jobs(fresh=True))
-
-    @plain
-    def stop(event: gr.EventData) -> str:
-        stop_job(workspace.job(clicked(event)[1]))
-        return _merges(context.jobs(fresh=True))
-
-    @plain
     def delete(job_id: str | None) -> list[Any]:
         if not job_id:  # not confirmed
             return [gr.skip()] * 3
         delete_job(workspace, str(job_id))
-        jobs = context.jobs(fresh=True)
-        parts = refresh(jobs, None)
-        return [parts["shelf"][1](), parts["shelf_run"][1](), html.note("Deleted", "info")]
+        parts = refresh(context.jobs(fresh=True), None)
+        return [filled(parts["shelf"]), filled(parts["shelf_run"]), html.note("Deleted", "info")]
 
     tab.gallery.select(choose, None, [tab.run], **QUIET)
     tab.run.change(show, [tab.run], [tab.facts, tab.files], **QUIET)
     tab.convert.click(convert, [tab.run, tab.target], [tab.files], **BUSY)
-    tab.merge.click(merge, [tab.run, tab.strength], [tab.merges], **BUSY)
-    tab.push.click(push, [tab.run, tab.repository, tab.private], [tab.merges], **BUSY)
-    tab.merges.click(stop, None, [tab.merges], **QUIET)
     tab.delete.click(
         delete,
         [tab.run],
@@ -186,6 +131,38 @@ def connect(context: Context, tab: LibraryTab) -> None:
         js="(id) => confirm('Delete this run with everything it made?') ? id : ''",
         **QUIET,
     )
+    _connect_errands(context, tab)
+
+
+def _connect_errands(context: Context, tab: LibraryTab) -> None:
+    """Merging and publishing, which are jobs."""
+    workspace = context.workspace
+
+    @plain
+    def merge(job_id: str | None, strength: float) -> str:
+        start_merge(workspace, context.job(job_id), float(strength))
+        context.queue.tick()
+        return _errands(context.jobs(fresh=True))
+
+    @plain
+    def push(job_id: str | None, repository: str, private: bool) -> str:
+        if context.launch.is_open:
+            raise RequestError(
+                "a shared app does not publish, since that would be in the name of whoever runs "
+                "it; download the adapter instead"
+            )
+        start_push(workspace, context.job(job_id), repository, private)
+        context.queue.tick()
+        return _errands(context.jobs(fresh=True))
+
+    @plain
+    def stop(event: gr.EventData) -> str:
+        stop_job(workspace.job(clicked(event)[1]))
+        return _errands(context.jobs(fresh=True))
+
+    tab.merge.click(merge, [tab.run, tab.strength], [tab.errands], **BUSY)
+    tab.push.click(push, [tab.run, tab.repository, tab.private], [tab.errands], **BUSY)
+    tab.errands.click(stop, None, [tab.errands], **QUIET)
 
 
 def _shelf(jobs: Sequence[Job]) -> list[Job]:
@@ -195,10 +172,10 @@ def _shelf(jobs: Sequence[Job]) -> list[Job]:
 def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
     """What the clock sends to this tab."""
     shelf = _shelf(jobs)
-    marks = tuple((job.id, job.state, _picture(job)) for job in shelf)
+    marks = tuple((job.id, job.state, _image(job)) for job in shelf)
     ids = [job.id for job in shelf]
     value = chosen if chosen in ids else next(iter(ids), None)
-    choices = [(f"{job.title} · {job.state} · {_when(job)}", job.id) for job in shelf]
+    choices = [(f"{job.title} · {job.state} · {job.made}", job.id) for job in shelf]
     return {
         "shelf": (
             marks,
@@ -206,21 +183,18 @@ def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
                 value=[
                     (_thumbnail(path), f"{job.trigger} · {job.state}")
                     for job in shelf
-                    if (path := _picture(job))
+                    if (path := _image(job))
                 ],
                 visible=bool(shelf),
             ),
         ),
-        "shelf_run": (
-            (choices, value),
-            lambda: gr.update(choices=choices, value=value, visible=bool(shelf)),
-        ),
-        "shelf_side": (bool(shelf), lambda: gr.update(visible=bool(shelf))),
-        "merges": _merges(jobs),
+        "shelf_run": changing(choices=choices, value=value, visible=bool(shelf)),
+        "shelf_side": changing(visible=bool(shelf)),
+        "errands": _errands(jobs),
     }
 
 
-def _picture(job: Job) -> Path | None:
+def _image(job: Job) -> Path | None:
     """A sample, else a photo: every run has photos."""
     if job.samples:
         return job.samples[0]
@@ -245,10 +219,6 @@ def _thumbnail(path: Path) -> Any:
     return image.crop((0, 0, side, side)).resize((_THUMBNAIL, _THUMBNAIL))
 
 
-def _when(job: Job) -> str:
-    return f"{job.id[:4]}-{job.id[4:6]}-{job.id[6:8]} {job.id[9:11]}:{job.id[11:13]}"
-
-
 def _facts(job: Job) -> str:
     """What a run has made, as its adapter file says it."""
     from dora_diffusion.export import inspect_adapter
@@ -261,7 +231,7 @@ def _facts(job: Job) -> str:
         "layers": ", ".join(f"{count} {name}" for name, count in report.layers.items()),
         "steps": f"{job.step_of(job.stands)} of {job.total}",
         "size": f"{report.nbytes / 2**20:.1f} MB",
-        "made": _when(job),
+        "made": job.made,
     }
     return (
         f"<div class='dd-card'><div class='dd-row'><h3>{html.esc(job.title)}</h3>"
@@ -270,16 +240,18 @@ def _facts(job: Job) -> str:
     )
 
 
-def _merges(jobs: Sequence[Job]) -> str:
+def _errands(jobs: Sequence[Job]) -> str:
     """Merging and publishing, with links to what is done."""
-    return "".join(_errand(job) for job in [job for job in jobs if job.kind in _ERRANDS][:4])
+    return "".join(
+        _errand(job) for job in [job for job in jobs if job.kind in ("merge", "push")][:4]
+    )
 
 
 def _errand(job: Job) -> str:
     card = html.status_card(job, stop=True)
-    if job.kind == "push":
-        address = str(job.progress.get("address") or "")
+    if not isinstance(job.request, MergeRequest):
+        address = job.progress.address
         return card + (html.outside(address) if job.state == "done" and address else "")
-    output = Path(str(job.facts.get("output")))
+    output = Path(job.request.output)
     link = html.download(output, f"Download {output.name}") if job.state == "done" else ""
-    return card + link + html.command(merge_command(job), "On the command line")
+    return card + link + html.command(merge_command(job.request), "On the command line")

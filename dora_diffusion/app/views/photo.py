@@ -2,73 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from dora_diffusion.app import html
-from dora_diffusion.app.bases import facts_of
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.photo_edits import (
+from dora_diffusion.app.settings import EMBEDDED
+from dora_diffusion.app.views.fields import BUSY, QUIET, clicked, html_block
+from dora_diffusion.data.captions import read_caption
+from dora_diffusion.data.masks import mask_path
+from dora_diffusion.jobs.base_model import traits_of
+from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.photo_edits import (
     edit_photo,
-    editor_picture,
+    editor_image,
     read_mask,
     restore_original,
 )
-from dora_diffusion.app.settings import EMBEDDED
-from dora_diffusion.app.views.fields import BUSY, QUIET, clicked
 from dora_diffusion.jobs.subjects import (
-    Subject,
-    mask_path,
+    StoredSubject,
     photo_path,
     photo_warnings,
-    read_caption_of,
     read_subject,
     remove_photo,
     save_caption,
     training_crop,
 )
-from dora_diffusion.jobs.workspace import AppError
 
 _LARGEST_SIDE = 8192
 _SCRIPT = (Path(__file__).parents[1] / "editor.js").read_text(encoding="utf-8")
 
 
-@dataclass(frozen=True)
 class PhotoView:
-    """The fields that others use too."""
+    """The fields of a photo."""
 
-    chosen: Any
-    box: Any
-    title: Any
-    caption: Any
-    save: Any
-    drop: Any
-    edit: Any
-    editor: Any
-
-
-def build() -> PhotoView:
-    """Make the fields."""
-    chosen = gr.State("")
-    with gr.Group(visible=False) as box:
-        title = gr.HTML("", padding=False)
-        caption = gr.Textbox(
-            label="Caption",
-            info="Say what is around the subject, with the token: a photo of a sks mug on "
-            "the grass. Empty: the instance prompt is used.",
-            lines=2,
-            max_length=1000,
-            elem_id="caption",
-        )
-        with gr.Row():
-            save = gr.Button("Save caption", variant="primary", size="md")
-            drop = gr.Button("Remove photo", size="md")
-        edit = gr.Button("Crop or mask it", size="md", elem_id="edit")
-        editor = gr.HTML("", padding=False, elem_id="editor", js_on_load=_SCRIPT)
-    return PhotoView(chosen, box, title, caption, save, drop, edit, editor)
+    def __init__(self) -> None:
+        self.chosen = gr.State("")
+        with gr.Group(visible=False) as self.box:
+            self.title = html_block()
+            self.caption = gr.Textbox(
+                label="Caption",
+                info="Say what is around the subject, with the token: a photo of a sks mug on "
+                "the grass. Empty: the instance prompt is used.",
+                lines=2,
+                max_length=1000,
+                elem_id="caption",
+            )
+            with gr.Row():
+                self.save = gr.Button("Save caption", variant="primary", size="md")
+                self.drop = gr.Button("Remove photo", size="md")
+            self.edit = gr.Button("Crop or mask it", size="md", elem_id="edit")
+            self.editor = html_block(elem_id="editor", js_on_load=_SCRIPT)
 
 
 def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any]) -> None:
@@ -83,27 +70,29 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
     workspace = context.workspace
     subject, *size = about
     gallery, _, names, report, *_ = view
-    photo_fields = [tab.chosen, tab.box, tab.title, tab.caption, tab.editor]
+
+    def show(subject_id: str, chosen: Sequence[Any], message: str, kind: str) -> list[Any]:
+        now = read_subject(workspace, subject_id)
+        return subject_view(now, side(context, *chosen), html.note(message, kind))
 
     @plain
     def choose(subject_id: str, listed: list[str], event: gr.SelectData) -> list[Any]:
         if not isinstance(event.index, int) or not 0 <= event.index < len(listed):
-            raise AppError("this photo no longer exists; choose another one")
-        return _photo(context, subject_id, listed[event.index])
+            raise RequestError("this photo no longer exists; choose another one")
+        path = photo_path(workspace, subject_id, listed[event.index])
+        title = f"<div class='dd-heading dd-photo'><h2>{html.esc(path.name)}</h2></div>"
+        return [path.name, gr.update(visible=True), title, read_caption(path, ""), ""]
 
     @plain
     def save(subject_id: str, photo: str, text: str, *chosen: Any) -> list[Any]:
         caption = save_caption(workspace, subject_id, photo, text)
-        said = html.note(f"Caption of {photo} saved", "good")
-        now = read_subject(workspace, subject_id)
-        shown, _, listed, told, *_ = subject_view(now, side(context, *chosen), said)
+        shown, _, listed, told, *_ = show(subject_id, chosen, f"Caption of {photo} saved", "good")
         return [caption, shown, listed, told]
 
     @plain
     def drop(subject_id: str, photo: str, *chosen: Any) -> list[Any]:
         remove_photo(workspace, subject_id, photo)
-        said = html.note(f"{photo} removed", "info")
-        return subject_view(read_subject(workspace, subject_id), side(context, *chosen), said)
+        return show(subject_id, chosen, f"{photo} removed", "info")
 
     @plain
     def edit(subject_id: str, photo: str) -> str:
@@ -114,25 +103,19 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
         path = photo_path(workspace, subject_id, photo)
         if clicked(event)[0] == "restore":
             restore_original(path)
-            said = f"{photo} is as it was"
-        else:
-            crop = getattr(event, "crop", None)
-            crop = crop if isinstance(crop, list) else None
-            edit_photo(path, crop, read_mask(getattr(event, "mask", None)))
-            said = f"Crop and mask of {photo} saved"
-        now = read_subject(workspace, subject_id)
-        return subject_view(now, side(context, *chosen), html.note(said, "good"))
+            return show(subject_id, chosen, f"{photo} is as it was", "good")
+        crop = getattr(event, "crop", None)
+        mask = read_mask(getattr(event, "mask", None))
+        edit_photo(path, crop if isinstance(crop, list) else None, mask)
+        return show(subject_id, chosen, f"Crop and mask of {photo} saved", "good")
 
+    photo_fields = [tab.chosen, tab.box, tab.title, tab.caption, tab.editor]
+    about_photo, saved = [subject, tab.chosen], [tab.caption, gallery, names, report]
     gallery.select(choose, [subject, names], photo_fields, **QUIET)
-    tab.save.click(
-        save,
-        [subject, tab.chosen, tab.caption, *size],
-        [tab.caption, gallery, names, report],
-        **QUIET,
-    )
-    tab.drop.click(drop, [subject, tab.chosen, *size], view, **QUIET)
-    tab.edit.click(edit, [subject, tab.chosen], [tab.editor], **QUIET)
-    tab.editor.click(change, [subject, tab.chosen, *size], view, **BUSY)
+    tab.save.click(save, [*about_photo, tab.caption, *size], saved, **QUIET)
+    tab.drop.click(drop, [*about_photo, *size], view, **QUIET)
+    tab.edit.click(edit, about_photo, [tab.editor], **QUIET)
+    tab.editor.click(change, [*about_photo, *size], view, **BUSY)
 
 
 def _editor(photo: Path) -> str:
@@ -145,16 +128,10 @@ def _editor(photo: Path) -> str:
         "<div class='dd-editor'><p class='dd-quiet'>Drag a rectangle to crop. Or paint over the "
         "subject: then only what is painted is learned (masked_loss).</p>"
         f"<div class='dd-tools'>{tools}<button class='dd-tool' data-do='clear'>Start over</button>"
-        f"</div><canvas data-photo='{editor_picture(photo)}'></canvas><div class='dd-tools'>"
+        f"</div><canvas data-photo='{editor_image(photo)}'></canvas><div class='dd-tools'>"
         "<button class='dd-button' data-do='apply'>Use this crop and mask</button>"
         "<button class='dd-tool' data-do='restore'>Back to the original</button></div></div>"
     )
-
-
-def _photo(context: Context, subject_id: str, photo: str) -> list[Any]:
-    path = photo_path(context.workspace, subject_id, photo)
-    title = f"<div class='dd-heading dd-photo'><h2>{html.esc(photo)}</h2></div>"
-    return [photo, gr.update(visible=True), title, read_caption_of(path), ""]
 
 
 def side(context: Context, model: object, resolution: object) -> int:
@@ -163,18 +140,18 @@ def side(context: Context, model: object, resolution: object) -> int:
     if text.isdecimal() and 0 < int(text) <= _LARGEST_SIDE:
         return int(text)
     try:
-        return facts_of(context.allowed_model(model)).resolution
-    except AppError:
-        return facts_of(EMBEDDED).resolution
+        return traits_of(context.allowed_model(model)).resolution
+    except RequestError:
+        return traits_of(EMBEDDED).resolution
 
 
-def subject_view(subject: Subject | None, side: int, said: str = "") -> list[Any]:
+def subject_view(subject: StoredSubject | None, side: int, message: str = "") -> list[Any]:
     """Gallery, empty state, names, report, the way on, and no photo chosen.
 
     Args:
         subject: Whose photos.
-        side: Pixels that they would be trained at; smaller ones are said to be small.
-        said: What comes before the warnings.
+        side: Pixels that they would be trained at; smaller ones are warned of.
+        message: What comes before the warnings.
     """
     photos = subject.photos if subject else ()
     warnings = photo_warnings(subject, side) if subject and photos else {}
@@ -185,7 +162,7 @@ def subject_view(subject: Subject | None, side: int, said: str = "") -> list[Any
         gr.update(value=crops, visible=bool(crops), selected_index=None),
         gr.update(visible=not crops),
         [photo.name for photo in photos],
-        said + html.notes(unique, "warn"),
+        message + html.notes(unique, "warn"),
         gr.update(visible=bool(crops)),
         gr.update(visible=False),
         "",
@@ -196,4 +173,4 @@ def _label(photo: Any, warnings: dict[str, list[str]]) -> str:
     """A photo's caption in the gallery, with a mark where something is wrong with it."""
     mark = "⚠ " if photo.name in warnings else ""
     masked = " (masked)" if mask_path(photo).exists() else ""
-    return f"{mark}{read_caption_of(photo) or photo.name}{masked}"
+    return f"{mark}{read_caption(photo, photo.name)}{masked}"

@@ -2,57 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion.app.context import Context
-from dora_diffusion.app.studio import Request, clean_prompt
-from dora_diffusion.jobs.exports import chosen_adapter
+from dora_diffusion.app.settings import PROMPT_LIMIT
+from dora_diffusion.jobs.checkpoints import chosen_adapter
+from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.loading import ModelFiles
-from dora_diffusion.jobs.snapshot import Job
-from dora_diffusion.jobs.workspace import AppError
+from dora_diffusion.jobs.records import MergeRequest
+from dora_diffusion.jobs.studio import GenerationRequest
+from dora_diffusion.jobs.workspace import clean_text
 from dora_diffusion.models.schedulers import SCHEDULERS
+from dora_diffusion.numerics.weights import Strengths
 
 OWN = "the model's own"
 BASE, MERGED = "base", "merged"
 
 
-def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> Request:
+def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> GenerationRequest:
     """What the fields ask for.
 
     Raises:
-        AppError: If the run is gone or a value is out of its limits.
+        RequestError: If the run is gone or a value is out of its limits.
     """
+    from dora_diffusion.generate import SamplingSettings
+
     model = _model(context, str(choice or BASE))
-    scheduler = form["scheduler"]
-    prompt = clean_prompt(form["prompt"]).replace("{subject}", model.trigger)
+    prompt = clean_text(form["prompt"], PROMPT_LIMIT, "prompt").replace("{subject}", model.trigger)
 
     def size(name: str) -> int | None:
         text = str(form[name] or "").strip()
         if not text:
             return None
         if not text.isdecimal() or int(text) == 0:
-            raise AppError(f"the {name} is {text!r}; write pixels, such as 512, or leave it empty")
+            raise RequestError(
+                f"the {name} is {text!r}; write pixels, such as 512, or leave it empty"
+            )
         # Latents have 8 pixels a side.
         return max(8, round(int(text) / 8) * 8)
 
-    return Request(
-        base=model.base,
-        adapter=model.adapter,
-        files=model.files,
-        prompt=prompt,
-        negative_prompt=clean_prompt(form["negative_prompt"], "negative prompt"),
-        seed=int(-1 if form["seed"] is None else form["seed"]),
-        count=int(form["count"] or 1),
+    settings = SamplingSettings(
         steps=int(form["steps"] or 25),
         guidance_scale=float(form["guidance_scale"] or 1),
-        scheduler=None if scheduler == OWN else scheduler,
+        scheduler=None if form["scheduler"] == OWN else form["scheduler"],
         width=size("width"),
         height=size("height"),
-        strength=float(form["strength"]),
-        direction=float(form["direction"]),
-        magnitude=float(form["magnitude"]),
+        negative_prompt=clean_text(form["negative_prompt"], PROMPT_LIMIT, "negative prompt"),
+    )
+    return GenerationRequest(
+        base=model.base,
+        adapter=model.adapter,
+        prompt=prompt,
+        settings=settings,
+        seed=int(-1 if form["seed"] is None else form["seed"]),
+        count=int(form["count"] or 1),
+        strengths=Strengths(
+            *(float(form[name]) for name in ("strength", "direction", "magnitude"))
+        ),
+        files=model.files,
     )
 
 
@@ -63,50 +72,50 @@ class _Model:
     base: str
     adapter: Path | None
     trigger: str
-    files: ModelFiles = field(default_factory=ModelFiles)
+    files: ModelFiles
 
 
 def _model(context: Context, choice: str) -> _Model:
     """A base model alone, a merged model, or a run with the name of its checkpoint."""
     kind, _, name = choice.partition("/")
     if kind == BASE:
-        return _Model(context.allowed_model(name), None, "mug")
+        return _Model(context.allowed_model(name), None, "mug", ModelFiles())
     if kind == MERGED:
         job = context.job(name)
-        if job.kind != "merge" or job.state != "done":
-            raise AppError("this merged model no longer exists; choose another one")
-        files = ModelFiles(config=_configuration(job))
-        return _Model(str(job.facts["output"]), None, job.trigger, files)
+        if not isinstance(job.request, MergeRequest) or job.state != "done":
+            raise RequestError("this merged model no longer exists; choose another one")
+        files = ModelFiles(config=_configuration(job.request))
+        return _Model(job.request.output, None, job.trigger, files)
     job = context.job(kind)
     base, adapter = context.allowed_model(job.base), chosen_adapter(job, name)
     return _Model(base, adapter, job.trigger, ModelFiles.of(job.settings))
 
 
-def _configuration(job: Job) -> str | None:
+def _configuration(merge: MergeRequest) -> str | None:
     """Where a merged file's configuration is: its base's, or what its base was loaded with."""
-    return job.facts.get("config") or (None if job.base.endswith(".safetensors") else job.base)
+    return merge.config or (None if merge.base.endswith(".safetensors") else merge.base)
 
 
-def field_value(name: str, found: dict[str, str]) -> Any:
+def field_value(name: str, parameters: dict[str, str]) -> Any:
     """A field's value from a PNG's parameters; None leaves it as it is."""
-    width, _, height = found.get("Size", "").partition("x")
-    # Of an adapter's picture, what is not written was 1.
-    whole = "1" if "Adapter" in found else None
+    width, _, height = parameters.get("Size", "").partition("x")
+    # Of an adapter's image, what is not written was 1.
+    whole = "1" if "Adapter" in parameters else None
     text = {
-        "prompt": found.get("Prompt"),
-        "negative_prompt": found.get("Negative prompt", ""),
-        "seed": found.get("Seed"),
-        "steps": found.get("Steps"),
-        "guidance_scale": found.get("CFG scale"),
-        "strength": found.get("Adapter strength"),
-        "direction": found.get("Direction strength", whole),
-        "magnitude": found.get("Magnitude strength", whole),
+        "prompt": parameters.get("Prompt"),
+        "negative_prompt": parameters.get("Negative prompt", ""),
+        "seed": parameters.get("Seed"),
+        "steps": parameters.get("Steps"),
+        "guidance_scale": parameters.get("CFG scale"),
+        "strength": parameters.get("Adapter strength"),
+        "direction": parameters.get("Direction strength", whole),
+        "magnitude": parameters.get("Magnitude strength", whole),
         "width": width or None,
         "height": height or None,
         "count": "1",
     }.get(name)
     if name == "scheduler":
-        sampler = found.get("Sampler", OWN)
+        sampler = parameters.get("Sampler", OWN)
         return sampler if sampler in SCHEDULERS else OWN
     if name in ("prompt", "negative_prompt") or text is None:
         return text
@@ -121,9 +130,9 @@ def numbers(text: str) -> list[float]:
     """Numbers that commas or spaces part.
 
     Raises:
-        AppError: If something else is among them.
+        RequestError: If something else is among them.
     """
     try:
         return [float(part) for part in str(text).replace(",", " ").split()]
     except ValueError:
-        raise AppError(f"the strengths are {text!r}; write numbers such as 0, 0.5, 1") from None
+        raise RequestError(f"the strengths are {text!r}; write numbers such as 0, 0.5, 1") from None

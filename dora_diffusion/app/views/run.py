@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,18 @@ from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.plot import loss_plot
 from dora_diffusion.app.settings import command_line
 from dora_diffusion.app.views import chooser
-from dora_diffusion.app.views.fields import QUIET, id_dropdown
+from dora_diffusion.app.views.fields import (
+    QUIET,
+    changing,
+    filled,
+    gallery,
+    html_block,
+    id_dropdown,
+)
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.jobs.logs import log_tail, read_metrics
 from dora_diffusion.jobs.queue import delete_job, kill_job, requeue_job, stop_job
-from dora_diffusion.jobs.snapshot import Job, log_tail, read_metrics
+from dora_diffusion.jobs.snapshot import Job
 
 _NOTHING = html.empty(
     "Nothing trained yet",
@@ -26,103 +33,62 @@ _NOTHING = html.empty(
 _CONTROLS = ("run", "status", "stop", "kill", "resume", "remove")
 
 
-@dataclass(frozen=True)
 class RunView:
-    """The fields that others use too."""
+    """The fields of a run."""
 
-    run: Any
-    status: Any
-    loss: Any
-    log: Any
-    jobs: Any
-    samples: Any
-    stop: Any
-    kill: Any
-    resume: Any
-    remove: Any
-    said: Any
-    command: Any
-    next: Any
-    to_generate: Any
-    to_library: Any
-    details: Any
-    chooser: chooser.Chooser
-
-
-def build() -> RunView:
-    """Make the fields."""
-    run = id_dropdown(label="Run", show_label=False, container=False, visible=False, elem_id="run")
-    status = gr.HTML(_NOTHING, padding=False, elem_id="status")
-    with gr.Row():
-        stop = gr.Button("Stop and save", visible=False, size="md", elem_id="stop")
-        kill = gr.Button("Kill", visible=False, size="md", variant="stop")
-        resume = gr.Button("Resume", visible=False, size="md", variant="primary", elem_id="resume")
-    said = gr.HTML("", padding=False, elem_id="run-said")
-    with gr.Row(visible=False) as further:
-        to_generate = gr.Button(
-            "Generate images with it", size="md", variant="primary", elem_id="to-generate"
+    def __init__(self) -> None:
+        self.run = id_dropdown(
+            label="Run", show_label=False, container=False, visible=False, elem_id="run"
         )
-        to_library = gr.Button("Export it", size="md", elem_id="to-library")
-    loss = gr.HTML("", padding=False, elem_id="loss")
-    samples = gr.Gallery(
-        show_label=False,
-        columns=2,
-        height="auto",
-        fit_columns=False,
-        object_fit="contain",
-        buttons=["fullscreen"],
-        visible=False,
-        format="png",
-        elem_id="samples",
-    )
-    choosing = chooser.build()
-    with gr.Column(visible=False, elem_classes="dd-details") as details:
-        with gr.Accordion("Queue and history", open=True):
-            jobs = gr.HTML("", padding=False, elem_id="jobs")
-        with gr.Accordion("Log", open=False):
-            log = gr.HTML("", padding=False, elem_id="log")
-        with gr.Accordion("Command line of this run", open=False):
-            command = gr.HTML("", padding=False, elem_id="command")
-        remove = gr.Button("Remove this run", visible=False, size="sm", elem_id="remove")
-    return RunView(
-        run, status, loss, log, jobs, samples, stop, kill, resume, remove, said, command, further,
-        to_generate, to_library, details,
-        choosing,
-    )  # fmt: skip
+        self.status = html_block(_NOTHING, elem_id="status")
+        with gr.Row():
+            self.stop = gr.Button("Stop and save", visible=False, size="md", elem_id="stop")
+            self.kill = gr.Button("Kill", visible=False, size="md", variant="stop")
+            self.resume = gr.Button(
+                "Resume", visible=False, size="md", variant="primary", elem_id="resume"
+            )
+        self.said = html_block(elem_id="run-said")
+        with gr.Row(visible=False) as self.next:
+            self.to_generate = gr.Button(
+                "Generate images with it", size="md", variant="primary", elem_id="to-generate"
+            )
+            self.to_library = gr.Button("Export it", size="md", elem_id="to-library")
+        self.loss = html_block(elem_id="loss")
+        self.samples = gallery(
+            columns=2, buttons=["fullscreen"], visible=False, format="png", elem_id="samples"
+        )
+        self.chooser = chooser.ChooserView()
+        with gr.Column(visible=False, elem_classes="dd-details") as self.details:
+            with gr.Accordion("Queue and history", open=True):
+                self.jobs = html_block(elem_id="jobs")
+            with gr.Accordion("Log", open=False):
+                self.log = html_block(elem_id="log")
+            with gr.Accordion("Command line of this run", open=False):
+                self.command = html_block(elem_id="command")
+            self.remove = gr.Button("Remove this run", visible=False, size="sm", elem_id="remove")
 
 
 def connect(context: Context, view: RunView) -> None:
     """Stop, kill, resume and remove the run that is shown."""
     workspace = context.workspace
 
-    def act(action: Any) -> Any:
+    def act(action: Callable[[Path], None], text: str = "") -> Any:
         @plain
         def run(job_id: str | None) -> list[Any]:
             if not job_id:  # not confirmed
                 return [gr.skip()] * (1 + len(_CONTROLS))
-            text = action(workspace.job(job_id))
+            action(workspace.job(job_id))
             parts = refresh(context, context.jobs(fresh=True), job_id)
-            return [html.note(text, "info"), *(_made(parts[name]) for name in _CONTROLS)]
+            return [html.note(text, "info"), *(filled(parts[name]) for name in _CONTROLS)]
 
         return run
 
-    # Of stopping and resuming the card tells, as long as it is true.
-    def stop(folder: Path) -> str:
-        stop_job(folder)
-        return ""
-
-    def kill(folder: Path) -> str:
-        kill_job(folder)
-        return "The run was ended at once"
-
-    def resume(folder: Path) -> str:
+    def resume(folder: Path) -> None:
         requeue_job(folder)
         context.queue.tick()
-        return ""
 
-    def remove(folder: Path) -> str:
+    def remove(folder: Path) -> None:
         delete_job(workspace, folder.name)
-        return "The run was removed"
 
     @plain
     def command(job_id: str | None) -> list[str]:
@@ -132,10 +98,12 @@ def connect(context: Context, view: RunView) -> None:
         return [html.command(command_line(TrainConfig.from_dict(job.settings))), ""]
 
     outputs = [view.said, *(getattr(view, name) for name in _CONTROLS)]
-    for button, action in ((view.stop, stop), (view.kill, kill), (view.resume, resume)):
-        button.click(act(action), [view.run], outputs, **QUIET)
+    # Of stopping and resuming the card tells, as long as it is true.
+    view.stop.click(act(stop_job), [view.run], outputs, **QUIET)
+    view.resume.click(act(resume), [view.run], outputs, **QUIET)
+    view.kill.click(act(kill_job, "The run was ended at once"), [view.run], outputs, **QUIET)
     view.remove.click(
-        act(remove),
+        act(remove, "The run was removed"),
         [view.run],
         outputs,
         js="(id) => confirm('Remove this run with everything it made?') ? id : ''",
@@ -145,15 +113,10 @@ def connect(context: Context, view: RunView) -> None:
     chooser.connect(context, view.chooser, view.run)
 
 
-def _made(part: Any) -> Any:
-    """A part of `refresh` as what a field is given."""
-    return part[1]() if isinstance(part, tuple) else part
-
-
 def run_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
     """Training runs by title, time and state."""
     return [
-        (f"{job.title} · {job.id[9:11]}:{job.id[11:13]} · {job.state}", job.id)
+        (f"{job.title} · {job.made[11:]} · {job.state}", job.id)
         for job in jobs
         if job.kind == "train"
     ]
@@ -168,27 +131,21 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
     choices = run_choices(jobs)
     value = job.id if job else None
 
-    def shown(yes: bool) -> Any:
-        return (yes, lambda: gr.update(visible=yes))
-
     samples = job.samples if job else ()
     stamps = tuple((str(path), path.stat().st_mtime_ns) for path in samples)
     return {
-        "run": (
-            (choices, value),
-            lambda: gr.update(choices=choices, value=value, visible=bool(choices)),
-        ),
+        "run": changing(choices=choices, value=value, visible=bool(choices)),
         "status": html.status_card(job) if job else _NOTHING,
         "loss": loss_plot(read_metrics(job.folder)) if job else "",
         "log": html.log_view(log_tail(job.folder)) if job else "",
         "jobs": html.queue_list(jobs),
         "samples": (stamps, lambda: _sample_gallery(samples)),
-        "stop": shown(bool(job and (job.state in ("running", "waiting")))),
-        "kill": shown(bool(job and job.may_kill)),
-        "resume": shown(bool(job and job.state in ("stopped", "failed", "crashed"))),
-        "remove": shown(bool(job and job.has_ended)),
-        "next": shown(bool(job and job.has_ended and job.can_generate)),
-        "details": shown(bool(jobs)),
+        "stop": changing(visible=bool(job and job.state in ("running", "waiting"))),
+        "kill": changing(visible=bool(job and job.may_kill)),
+        "resume": changing(visible=bool(job and job.state in ("stopped", "failed", "crashed"))),
+        "remove": changing(visible=bool(job and job.has_ended)),
+        "next": changing(visible=bool(job and job.has_ended and job.can_generate)),
+        "details": changing(visible=bool(jobs)),
         **chooser.refresh(context, jobs, job),
     }
 
@@ -196,11 +153,11 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
 def _sample_gallery(samples: Sequence[Path]) -> Any:
     from PIL import Image
 
-    pictures = []
+    images = []
     for path in samples[:9]:
         with Image.open(path) as image:
-            pictures.append((image.convert("RGB"), _sample_title(path.stem)))
-    return gr.update(value=pictures, visible=bool(pictures))
+            images.append((image.convert("RGB"), _sample_title(path.stem)))
+    return gr.update(value=images, visible=bool(images))
 
 
 def _sample_title(name: str) -> str:

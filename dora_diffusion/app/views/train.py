@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -20,14 +18,11 @@ from dora_diffusion.app.draft import (
     form_values,
     subject_of_draft,
 )
-from dora_diffusion.app.estimates import estimate
 from dora_diffusion.app.settings import (
     ADVANCED,
     EMBEDDED,
     GROUPS,
     PRESET_NAMES,
-    as_yaml,
-    check_model,
     command_line,
     idle_settings,
     make_config,
@@ -36,112 +31,101 @@ from dora_diffusion.app.settings import (
 )
 from dora_diffusion.app.toy_world import CHOOSE_ANOTHER, outside_toy_world
 from dora_diffusion.app.views import run
-from dora_diffusion.app.views.fields import QUIET, setting_field
+from dora_diffusion.app.views.fields import QUIET, html_block, setting_field
 from dora_diffusion.app.views.subject import SubjectTab, current_subject
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import contains_token
-from dora_diffusion.jobs.queue import create_job
-from dora_diffusion.jobs.subjects import Subject, mask_path, read_subject
-from dora_diffusion.jobs.workspace import AppError
+from dora_diffusion.data.masks import mask_path
+from dora_diffusion.jobs.base_model import check_model
+from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.estimates import estimate
+from dora_diffusion.jobs.subjects import StoredSubject, read_subject
+from dora_diffusion.jobs.train import start_training
 from dora_diffusion.training.subject import subject_of
 
 _PROMPTS = "a photo of a {subject} on the snow\na photo of a {subject} at night"
 
 
-@dataclass(frozen=True)
 class TrainTab:
-    """The tab's fields that others use too.
+    """The tab's fields.
 
     ``settled`` is the class that the base model was last chosen for: no choice is changed twice.
     """
 
-    class_word: Any
-    token: Any
-    preset: Any
-    model: Any
-    settled: Any
-    prompts: Any
-    advanced: dict[str, Any]
-    cost: Any
-    plan: Any
-    start: Any
-    said: Any
-    shown: run.RunView
-
-
-def build(context: Context, subjects: SubjectTab) -> TrainTab:
-    """Make the fields."""
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=320):
-            gr.HTML(
-                html.heading("3", "What it is", "Of the subject chosen in the Subject tab."),
-                padding=False,
-            )
-            with gr.Row():
-                class_word = gr.Textbox(
-                    label="Class",
-                    info="In one or two words: mug, dog, toy robot.",
-                    max_lines=1,
-                    min_width=140,
-                    elem_id="class-word",
+    def __init__(self, context: Context) -> None:
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=320):
+                self._add_subject()
+                self._add_model(context)
+                self._add_advanced()
+                self.cost = html_block(
+                    html.empty("No subject yet", "Add photos in the Subject tab first."),
+                    elem_id="cost",
                 )
-                token = gr.Textbox(
-                    "sks",
-                    label="Token",
-                    info="A rare word, for this subject alone.",
-                    max_lines=1,
-                    min_width=140,
-                    elem_id="token",
+                self.start = gr.Button(
+                    "Start training", variant="primary", size="lg", elem_id="start"
                 )
-            preset = gr.Radio(
-                [(name.capitalize(), name) for name in PRESET_NAMES],
-                value="balanced",
-                label="Preset",
-                elem_id="preset",
+                self.said = html_block(elem_id="train-said")
+                self.plan = html_block(elem_id="plan")
+            with gr.Column(scale=6, min_width=320):
+                text = "Close this page if you like: the run continues."
+                html_block(html.heading("4", "How it goes", text))
+                self.shown = run.RunView()
+
+    def _add_subject(self) -> None:
+        html_block(html.heading("3", "What it is", "Of the subject chosen in the Subject tab."))
+        with gr.Row():
+            self.class_word = gr.Textbox(
+                label="Class",
+                info="In one or two words: mug, dog, toy robot.",
+                max_lines=1,
+                min_width=140,
+                elem_id="class-word",
             )
-            model = gr.Dropdown(
-                [(base.label, base.name) for base in context.bases()],
-                value=EMBEDDED,
-                label="Base model",
-                info="The embedded ones are toys that train in minutes on a laptop. For real "
-                "photos: Stable Diffusion or SDXL. Or type a hub id, a Diffusers folder or a "
-                ".safetensors checkpoint.",
-                allow_custom_value=not context.launch.is_open,
-                elem_id="base-model",
+            self.token = gr.Textbox(
+                "sks",
+                label="Token",
+                info="A rare word, for this subject alone.",
+                max_lines=1,
+                min_width=140,
+                elem_id="token",
             )
-            settled = gr.State("")
-            prompts = gr.Textbox(
-                _PROMPTS,
-                label="Sample prompts, one per line",
-                info="{subject} stands for token and class.",
-                lines=2,
-                max_length=4000,
-                elem_id="sample-prompts",
-            )
-            advanced: dict[str, Any] = {}
-            values = preset_values("balanced", EMBEDDED)
-            with gr.Accordion("Advanced settings, by their command-line names", open=False):
-                for title, names in GROUPS.items():
-                    with gr.Accordion(title, open=False):
-                        for name in names:
-                            advanced[name] = setting_field(name, values[name])
-            cost = gr.HTML(
-                html.empty("No subject yet", "Add photos in the Subject tab first."),
-                padding=False,
-                elem_id="cost",
-            )
-            start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
-            said = gr.HTML("", padding=False, elem_id="train-said")
-            plan = gr.HTML("", padding=False, elem_id="plan")
-        with gr.Column(scale=6, min_width=320):
-            gr.HTML(
-                html.heading("4", "How it goes", "Close this page if you like: the run continues."),
-                padding=False,
-            )
-            shown = run.build()
-    return TrainTab(
-        class_word, token, preset, model, settled, prompts, advanced, cost, plan, start, said, shown
-    )
+
+    def _add_model(self, context: Context) -> None:
+        self.preset = gr.Radio(
+            [(name.capitalize(), name) for name in PRESET_NAMES],
+            value="balanced",
+            label="Preset",
+            elem_id="preset",
+        )
+        self.model = gr.Dropdown(
+            [(base.label, base.name) for base in context.bases()],
+            value=EMBEDDED,
+            label="Base model",
+            info="The embedded ones are toys that train in minutes on a laptop. For real "
+            "photos: Stable Diffusion or SDXL. Or type a hub id, a Diffusers folder or a "
+            ".safetensors checkpoint.",
+            allow_custom_value=not context.launch.is_open,
+            elem_id="base-model",
+        )
+        self.settled = gr.State("")
+
+    def _add_advanced(self) -> None:
+        self.prompts = gr.Textbox(
+            _PROMPTS,
+            label="Sample prompts, one per line",
+            info="{subject} stands for token and class.",
+            lines=2,
+            max_length=4000,
+            elem_id="sample-prompts",
+        )
+        self.advanced: dict[str, Any] = {}
+        values = preset_values("balanced", EMBEDDED)
+        with gr.Accordion("Advanced settings, by their command-line names", open=False):
+            for title, names in GROUPS.items():
+                with gr.Accordion(title, open=False):
+                    for name in names:
+                        self.advanced[name] = setting_field(name, values[name])
 
 
 def connect(
@@ -161,7 +145,7 @@ def connect(
     @plain
     def start(*values: Any) -> list[Any]:
         config, subject = read_form(context, *values, ask_hub=True)
-        job_id = _queue_run(context, config, subject)
+        job_id = start_training(context.workspace, config, subject)
         context.queue.tick()
         jobs = context.jobs(fresh=True)
         job = next(one for one in jobs if one.id == job_id)
@@ -217,18 +201,20 @@ def connect(
 
 def read_form(
     context: Context, subject_id: str | None, *values: Any, ask_hub: bool = False
-) -> tuple[TrainConfig, Subject]:
+) -> tuple[TrainConfig, StoredSubject]:
     """The form as settings, checked as far as can be before a run.
 
     Raises:
-        AppError, ConfigError: If a run could not begin with it.
+        RequestError, ConfigError: If a run could not begin with it.
     """
     model, token, class_word, prompts, *advanced = values
     if not subject_id:
-        raise AppError("there is no subject yet: add photos in the Subject tab, or take a sample")
+        raise RequestError(
+            "there is no subject yet: add photos in the Subject tab, or take a sample"
+        )
     subject = read_subject(context.workspace, subject_id)
     if not subject.photos:
-        raise AppError("the subject has no photos yet; add some in the Subject tab")
+        raise RequestError("the subject has no photos yet; add some in the Subject tab")
     chosen = dict(zip(ADVANCED, advanced, strict=True))
     # Whoever paints a mask wants it used.
     chosen["masked_loss"] |= any(mask_path(photo).exists() for photo in subject.photos)
@@ -253,13 +239,13 @@ def _connect_draft(
     draft = gr.BrowserState({}, storage_key="dora-studio-train", secret="kept in this browser")
 
     def restore(kept: Any) -> list[Any]:
-        found, advanced = form_values(kept), advanced_values(kept)
-        if not context.launch.allows_model(found.get("model", EMBEDDED)):
+        typed, advanced = form_values(kept), advanced_values(kept)
+        if not context.launch.allows_model(typed.get("model", EMBEDDED)):
             return [gr.skip()] * (1 + len(form) + len(fields))
         if subject_of_draft(kept) != current_subject(context, None):
             # The page shows the newest subject, with its own token and class.
-            found |= {"token": "", "class_word": ""}
-        values = [found.get(name) or None for name in ("class_word", *FORM)]
+            typed |= {"token": "", "class_word": ""}
+        values = [typed.get(name) or None for name in ("class_word", *FORM)]
         values += [advanced.get(name) for name in ADVANCED]
         return [gr.skip() if value is None else value for value in values]
 
@@ -267,7 +253,7 @@ def _connect_draft(
         """A subject's class and token, or what was typed for it."""
         try:
             subject = read_subject(context.workspace, subject_id)
-        except AppError:
+        except RequestError:
             return [gr.skip(), gr.skip()]
         typed = form_values(kept) if subject_of_draft(kept) == subject.id else {}
         word = typed.get("class_word") or subject.class_word
@@ -287,24 +273,11 @@ def _plan(context: Context, config: TrainConfig) -> list[str]:
     """What a run will cost, with what is wrong with it, and its command."""
     cost = estimate(config, context.jobs(), context.workspace.root, context.device())
     toy = outside_toy_world(config.pretrained_model_name_or_path, config.class_word or "")
-    said = html.note(f"{toy} {CHOOSE_ANOTHER}" if toy else "", "warn")
-    said += html.notes(idle_settings(config), "warn")
-    said += html.notes(_class_prompts(config), "info")
+    notes = html.note(f"{toy} {CHOOSE_ANOTHER}" if toy else "", "warn")
+    notes += html.notes(idle_settings(config), "warn")
+    notes += html.notes(_class_prompts(config), "info")
     card = html.estimate_card(cost, config.max_train_steps)
-    return [card + said, html.command(command_line(config))]
-
-
-def _queue_run(context: Context, config: TrainConfig, subject: Subject) -> str:
-    """Put a run at the end of the queue, with a copy of its photos. Returns its id."""
-    facts = {
-        "subject": subject.id,
-        "sample": subject.sample,
-        "base": config.pretrained_model_name_or_path,
-    }
-    return create_job(
-        context.workspace, "train", f"{config.token} {config.class_word}", facts,
-        lambda folder: as_yaml(_in_folder(config, folder)), subject.folder,
-    )  # fmt: skip
+    return [card + notes, html.command(command_line(config))]
 
 
 def _class_prompts(config: TrainConfig) -> list[str]:
@@ -315,9 +288,3 @@ def _class_prompts(config: TrainConfig) -> list[str]:
         for prompt in config.validation_prompt
         if not contains_token(prompt, config.token)
     ]
-
-
-def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:
-    return dataclasses.replace(
-        config, output_dir=str(folder), instance_data_dir=str(folder / "photos")
-    )

@@ -14,7 +14,6 @@ import gradio
 import yaml
 from PIL import Image
 
-from dora_diffusion.app.bases import Base
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
 from dora_diffusion.app.settings import (
@@ -24,7 +23,8 @@ from dora_diffusion.app.settings import (
     preset_values,
     setting_text,
 )
-from dora_diffusion.jobs import queue as jobs
+from dora_diffusion.jobs import records
+from dora_diffusion.jobs.bases import Base
 from dora_diffusion.jobs.subjects import add_photos, new_subject
 from dora_diffusion.jobs.workspace import ids_in
 from dora_diffusion.memory import Device, needed_memory
@@ -74,7 +74,7 @@ def test_a_run_can_go_on_from_another_working_directory(
     monkeypatch.chdir("/")
     (job_id,) = ids_in(tmp_path / "runs")
     folder = tmp_path.resolve() / "runs" / job_id
-    settings = yaml.safe_load((folder / jobs.SETTINGS).read_text())
+    settings = yaml.safe_load((folder / records.SETTINGS).read_text())
     assert settings["output_dir"] == str(folder)
     assert settings["instance_data_dir"] == str(folder / "photos")
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.app.bases import facts_of
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.jobs.base_model import traits_of
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.memory import Device, needed_memory, what_would_fit
 
@@ -54,7 +54,7 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
     """Compare with earlier runs of the same model, size, batch and precision, and with the table.
 
     Raises:
-        AppError: If the base model cannot be trained.
+        RequestError: If the base model cannot be trained.
     """
     settings = config.to_dict()
     like = [
@@ -65,14 +65,15 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
         and all(job.settings.get(name) == settings[name] for name in _SAME)
     ]
     pace = [job.step_seconds for job in like if job.step_seconds]
-    peaks = [peak for job in like if (peak := _peak(job))]
-    facts = facts_of(config.pretrained_model_name_or_path)
-    size = config.resolution or facts.resolution
-    family = facts.family if facts.has_released_shape else ""
+    results = [job.result for job in like if job.result]
+    peaks = [peak for result in results if (peak := result.peak_gpu_memory or result.peak_memory)]
+    traits = traits_of(config.pretrained_model_name_or_path)
+    size = config.resolution or traits.resolution
+    family = traits.family if traits.has_released_shape else ""
     batch = config.train_batch_size * (2 if config.with_prior_preservation else 1)
     memory = max(peaks) if peaks else needed_memory(family, size, settings, device, batch=batch)
     steps = config.max_train_steps or 0
-    found = Estimate(
+    cost = Estimate(
         seconds=statistics.median(pace) * steps if pace and steps else None,
         memory=memory,
         device=device,
@@ -80,19 +81,14 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
         free_disk=shutil.disk_usage(runs_dir).free / 2**30,
         runs=len(peaks),
     )
-    if not found.will_not_fit or not family:
-        return found
+    if not cost.will_not_fit or not family:
+        return cost
     smaller = ["train_batch_size 1"] if config.train_batch_size > 1 else []
     smaller += ["with_prior_preservation off"] if config.with_prior_preservation else []
     change = what_would_fit(
         family, size, settings, device, batch=batch, smaller_batch=" and ".join(smaller)
     )
-    return dataclasses.replace(found, change=change)
-
-
-def _peak(job: Job) -> float | None:
-    peak = job.result.get("peak_gpu_memory") or job.result.get("peak_memory")
-    return float(peak) if peak else None
+    return dataclasses.replace(cost, change=change)
 
 
 def _size(folder: Path) -> float:

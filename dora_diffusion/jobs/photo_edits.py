@@ -8,20 +8,22 @@ import io
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dora_diffusion.jobs.subjects import mask_path, original_of
-from dora_diffusion.jobs.workspace import AppError
+from PIL import Image
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from dora_diffusion.data.images import MAX_ASPECT, open_photo, open_photo_with_alpha
+from dora_diffusion.data.masks import mask_path
+from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.subjects import original_of
+from dora_diffusion.jobs.uploads import JPEG_QUALITY
 
 EDITOR_SIDE = 768
 SMALLEST_CROP = 32
 _PNG = "data:image/png;base64,"
 
 
-def edit_photo(photo: Path, crop: Sequence[float] | None, mask: Image | None) -> None:
+def edit_photo(photo: Path, crop: Sequence[float] | None, mask: Image.Image | None) -> None:
     """Take over what was cropped and painted; the photo before its first crop is kept.
 
     Args:
@@ -30,17 +32,17 @@ def edit_photo(photo: Path, crop: Sequence[float] | None, mask: Image | None) ->
         mask: Of the whole photo ("L", any size): bright is the subject. None leaves it as it is.
 
     Raises:
-        AppError: If the crop is none, or too small or too thin to train on.
+        RequestError: If the crop is none, or too small or too thin to train on.
     """
-    from dora_diffusion.data.images import open_photo_with_alpha
-
     whole, alpha = open_photo_with_alpha(photo)
     box = _pixels(crop, whole.size) if crop is not None else (0, 0, *whole.size)
     if box != (0, 0, *whole.size):
-        _keep_original(photo)
+        if not original_of(photo).exists():
+            original_of(photo).parent.mkdir(exist_ok=True)
+            shutil.copyfile(photo, original_of(photo))
         if alpha is not None and photo.suffix != ".jpg":  # JPEG has none
             whole.putalpha(alpha)
-        kind: dict[str, Any] = {"quality": 95} if photo.suffix == ".jpg" else {}
+        kind: dict[str, Any] = {"quality": JPEG_QUALITY} if photo.suffix == ".jpg" else {}
         whole.crop(box).save(photo, **kind)
         mask_path(photo).unlink(missing_ok=True)
     if mask is not None and mask.getbbox():
@@ -50,54 +52,43 @@ def edit_photo(photo: Path, crop: Sequence[float] | None, mask: Image | None) ->
 
 def _pixels(crop: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
     """Fractions of a photo as pixels."""
-    from dora_diffusion.data.images import MAX_ASPECT
-
     numbers = [value for value in crop if isinstance(value, (int, float)) and 0 <= value <= 1]
     if len(numbers) != 4 or len(crop) != 4:
-        raise AppError("this is no crop; draw a rectangle inside of the photo")
+        raise RequestError("this is no crop; draw a rectangle inside of the photo")
     left, top, right, bottom = (
         round(value * side) for value, side in zip(numbers, (*size, *size), strict=True)
     )
     if right - left < SMALLEST_CROP or bottom - top < SMALLEST_CROP:
-        raise AppError(f"the crop is smaller than {SMALLEST_CROP} pixels; draw a larger rectangle")
+        raise RequestError(
+            f"the crop is smaller than {SMALLEST_CROP} pixels; draw a larger rectangle"
+        )
     if max(right - left, bottom - top) > MAX_ASPECT * min(right - left, bottom - top):
-        raise AppError("the crop is a strip; draw a rectangle that is nearer to a square")
+        raise RequestError("the crop is a strip; draw a rectangle that is nearer to a square")
     return left, top, right, bottom
 
 
-def _keep_original(photo: Path) -> None:
-    original = original_of(photo)
-    if not original.exists():
-        original.parent.mkdir(exist_ok=True)
-        shutil.copyfile(photo, original)
-
-
-def read_mask(address: object) -> Image | None:
+def read_mask(address: object) -> Image.Image | None:
     """The painted part ("L") of a PNG that a page sent as a data URI; None if it is empty.
 
     Raises:
-        AppError: If it is no PNG, or a large one.
+        RequestError: If it is no PNG, or a large one.
     """
-    from PIL import Image as PILImage
-
     if not address:
         return None
     try:
         if not isinstance(address, str) or len(address) > 4 * 2**20:
             raise ValueError
         content = base64.b64decode(address.removeprefix(_PNG), validate=True)
-        with PILImage.open(io.BytesIO(content), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             if max(image.size) > 2 * EDITOR_SIDE:
                 raise ValueError
             return image.convert("RGBA").getchannel("A")
     except (ValueError, OSError, SyntaxError, binascii.Error) as error:
-        raise AppError("the mask could not be read; paint it again") from error
+        raise RequestError("the mask could not be read; paint it again") from error
 
 
-def editor_picture(photo: Path) -> str:
+def editor_image(photo: Path) -> str:
     """A photo as a data URI, small enough to be drawn on."""
-    from dora_diffusion.data.images import open_photo
-
     image = open_photo(photo)
     image.thumbnail((EDITOR_SIDE, EDITOR_SIDE))
     buffer = io.BytesIO()

@@ -16,8 +16,11 @@ import httpx
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
 from dora_diffusion.jobs import queue as jobs
+from dora_diffusion.jobs import records
+from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.records import TrainRequest
 from dora_diffusion.jobs.subjects import new_subject
-from dora_diffusion.jobs.workspace import AppError, Workspace
+from dora_diffusion.jobs.workspace import Workspace
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 
@@ -101,17 +104,17 @@ def test_the_page_is_served(served: Served) -> None:
 
 def test_exports_and_pictures_are_given_out_and_nothing_else(served: Served) -> None:
     workspace = served.context.workspace
-    job_id = jobs.create_job(workspace, "train", "secret", {})
+    job_id = jobs.create_job(workspace, TrainRequest(), "secret")
     export = workspace.exports / "a.safetensors"
     export.write_bytes(b"x")
     assert file_of(served, export.resolve()).status_code == 200
     inside = workspace.root.resolve()
     for path in (
-        inside / job_id / jobs.JOB,
+        inside / job_id / records.JOB,
         "/etc/passwd",
         Path(__file__).resolve(),
-        f"{inside}/exports/../{job_id}/{jobs.JOB}",
-        f"{inside}/exports/%2e%2e/{job_id}/{jobs.JOB}",
+        f"{inside}/exports/../{job_id}/{records.JOB}",
+        f"{inside}/exports/%2e%2e/{job_id}/{records.JOB}",
     ):
         assert file_of(served, path).status_code in (403, 404), path
 
@@ -168,7 +171,7 @@ def test_no_handler_can_be_led_astray(
 ) -> None:
     """Every endpoint, private or not, with something else in its fields than the page sends."""
     workspace = served.context.workspace
-    monkeypatch.setattr("dora_diffusion.app.studio.Studio._model", _no_model)
+    monkeypatch.setattr("dora_diffusion.jobs.studio.Studio._model", _no_model)
     before = files_of(workspace)
     value, refusals = HOSTILE[number], []
     for index, one in served.blocks.fns.items():
@@ -194,21 +197,21 @@ def files_of(workspace: Workspace) -> set[Path]:
 
 
 def _no_model(*_: object) -> None:
-    raise AppError("no model is loaded in this test")
+    raise RequestError("no model is loaded in this test")
 
 
 def test_a_files_path_that_was_not_uploaded_is_refused(served: Served) -> None:
     subject = new_subject(served.context.workspace, "x")
     photo = SAMPLES / "bolt_mug" / "01.jpg"
     stolen = [{"path": str(photo), "meta": {"_type": "gradio.FileData"}}]
-    said = served.call("connect.<locals>.upload", [stolen, subject])
+    said = served.call("<locals>.upload", [stolen, subject])
     assert json.loads(said.removeprefix("data: "))["success"] is False
     assert list((served.context.workspace.subjects / subject / "photos").iterdir()) == []
 
 
 def test_errors_are_plain_and_escaped(served: Served) -> None:
     size = ["embedded:tiny-sd", ""]
-    said = served.call("connect.<locals>.create", ["<img src=x>" * 20, *size])
+    said = served.call("<locals>.create", ["<img src=x>" * 20, *size])
     message = json.loads(said.removeprefix("data: "))["output"]["error"]
     assert re.match(r"The name has \d+ characters; at most 60 are taken", message)
 
@@ -228,13 +231,13 @@ def test_a_shared_app_does_not_publish_in_its_owner_s_name(tmp_path: Path) -> No
 
     launch = Launch(runs_dir=tmp_path / "runs", share=True, auth=("ann", "correct horse"))
     handlers = [one.fn for one in build_page(Context(launch)).fns.values() if one.fn]
-    (push,) = (fn for fn in handlers if fn.__qualname__.endswith("connect.<locals>.push"))
+    (push,) = (fn for fn in handlers if fn.__qualname__.endswith("<locals>.push"))
     with pytest.raises(gradio.Error, match="does not publish"):
         push("20261125-020304-abcdef", "ann/mug", True)
 
 
 def test_without_the_password_nothing_is_given_out(locked: Served) -> None:
-    picture = locked.context.workspace.pictures / "a.png"
+    picture = locked.context.workspace.images / "a.png"
     picture.write_bytes(b"x")
     for address in ("config", f"gradio_api/file={picture.resolve()}", "gradio_api/info"):
         assert locked.client.get(address).status_code == 401

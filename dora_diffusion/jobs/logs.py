@@ -1,0 +1,106 @@
+"""What a job's process writes as it works, followed while it grows: its metrics and its log."""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from dora_diffusion.jobs.records import LOG
+
+_LOG_BYTES = 60_000
+_WARNINGS_BYTES = 4_000_000
+# The line that a worker begins each attempt with.
+_NEW_ATTEMPT = "\n--- "
+
+
+def read_metrics(folder: Path) -> tuple[dict[str, Any], ...]:
+    """The steps' records that are whole. Of a file that has grown, only what is new is read."""
+    path = folder / "metrics.jsonl"
+    try:
+        with _METRICS_LOCK, path.open("rb") as file:
+            known = _METRICS.pop(path, None) or _MetricsFile()
+            _METRICS[path] = known.follow(file)
+            while len(_METRICS) > _MOST_METRICS:
+                del _METRICS[next(iter(_METRICS))]
+            return _METRICS[path].records
+    except OSError:
+        return ()
+
+
+@dataclass(frozen=True)
+class _MetricsFile:
+    """Records of a file up to ``end``, and its line that ends there."""
+
+    records: tuple[dict[str, Any], ...] = ()
+    end: int = 0
+    last: bytes = b""
+
+    def follow(self, file: IO[bytes]) -> _MetricsFile:
+        """These records with those that were added; all anew if a resumed run has cut the file."""
+        file.seek(self.end - len(self.last))
+        if file.read(len(self.last)) != self.last:
+            file.seek(0)
+            return _MetricsFile().follow(file)
+        records, end, last = [], self.end, self.last
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break  # half written
+            if not line.endswith(b"\n"):
+                break
+            records.append(record)
+            end, last = end + len(line), line
+        return _MetricsFile((*self.records, *records), end, last) if records else self
+
+
+_METRICS: dict[Path, _MetricsFile] = {}
+_METRICS_LOCK = threading.Lock()
+_MOST_METRICS = 64
+
+
+def log_tail(folder: Path, lines: int = 40) -> str:
+    """The last lines of a job's log; of a progress bar, its latest state."""
+    try:
+        with (folder / LOG).open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - _LOG_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    # A bar returns to the start of its line: what was there before is overwritten.
+    shown = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+    return "\n".join([line for line in shown if line.strip()][-lines:])
+
+
+def log_warnings(folder: Path) -> tuple[str, ...]:
+    """What the latest attempt of a job has warned of, each once."""
+    try:
+        status = (folder / LOG).stat()
+    except OSError:
+        return ()
+    return _warnings(folder / LOG, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=128)
+def _warnings(log: Path, modified: int, size: int) -> tuple[str, ...]:
+    with log.open("rb") as file:
+        text = file.read(_WARNINGS_BYTES).decode("utf-8", errors="replace")
+    lines = text.rpartition(_NEW_ATTEMPT)[2].replace("\r", "\n").splitlines()
+    warned = (line.removeprefix("warning: ") for line in lines if line.startswith("warning: "))
+    return tuple(dict.fromkeys(warned))
+
+
+def last_error(folder: Path) -> str:
+    """The cause that the log ends with: its last ``error:`` line, or a traceback's last line."""
+    text = log_tail(folder, 400).rpartition(_NEW_ATTEMPT)[2]
+    lines = text.splitlines()
+    for line in reversed(lines):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    if "Traceback (most recent call last)" in text and lines:
+        return f"unexpected error, please report it with the log: {lines[-1]}"
+    return ""

@@ -1,0 +1,272 @@
+"""Image generation: one model in memory, under the device lock that training takes too."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.loading import ModelFiles, load_model
+from dora_diffusion.jobs.processes import holding
+from dora_diffusion.jobs.queue import is_running
+from dora_diffusion.jobs.workspace import Workspace, new_id
+from dora_diffusion.models.locate import is_embedded
+from dora_diffusion.numerics.threads import one_thread
+from dora_diffusion.numerics.weights import Strengths
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from dora_diffusion.generate import SamplingSettings
+
+MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID = 16, 200, 2048, 48
+SEED_LIMIT = 2**32
+LEAVING_SECONDS = 60.0
+Step = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What to generate.
+
+    Attributes:
+        base: The base model.
+        adapter: The adapter file; None is the base model alone.
+        prompt: What to show.
+        settings: How to sample.
+        seed: Of the first image; -1 draws one.
+        count: Images, at consecutive seeds.
+        strengths: Of the adapter.
+        files: How the base is loaded.
+
+    Raises:
+        RequestError: If a value is out of its limits.
+    """
+
+    base: str
+    adapter: Path | None
+    prompt: str
+    settings: SamplingSettings
+    seed: int = -1
+    count: int = 1
+    strengths: Strengths = field(default_factory=Strengths)
+    files: ModelFiles = field(default_factory=ModelFiles)
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise RequestError("write a prompt: what should the image show?")
+        for name, value, low, high in (
+            ("images", self.count, 1, MAX_BATCH),
+            ("steps", self.settings.steps, 1, MAX_STEPS),
+            ("width", self.settings.width or 8, 8, MAX_SIDE),
+            ("height", self.settings.height or 8, 8, MAX_SIDE),
+            ("strength", self.strengths.strength, -2, 3),
+            ("direction", self.strengths.direction_strength, -2, 3),
+            ("magnitude", self.strengths.magnitude_strength, -2, 3),
+            ("seed", self.seed, -1, SEED_LIMIT - 1),
+        ):
+            if not low <= value <= high:
+                raise RequestError(f"{name} is {value}; it must be between {low} and {high}")
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """An image with the file it was written to.
+
+    ``unread`` says which ends of the prompts the model did not see, a line each.
+    """
+
+    path: Path
+    seed: int
+    parameters: str
+    unread: tuple[str, ...] = ()
+
+
+class Studio:
+    """Makes images and keeps the last model loaded.
+
+    Args:
+        workspace: The runs folder.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self._loaded: tuple[Any, ...] | None = None
+        self._components: Any = None
+        self._mine = threading.Lock()
+
+    def release(self) -> None:
+        """Forget the model, so that a worker has the memory. An image in the making is let be."""
+        if self._mine.acquire(blocking=False):
+            try:
+                self._loaded = self._components = None
+                torch = sys.modules.get("torch")
+                if torch is not None and torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            finally:
+                self._mine.release()
+
+    def make(self, request: GenerationRequest, on_step: Step | None = None) -> list[GeneratedImage]:
+        """Images at consecutive seeds, written with what made them.
+
+        Raises:
+            RequestError: If a job has the device.
+        """
+        seeds = _seeds(request)
+        with self._device(request.base):
+            images = self._sample(request, seeds, on_step)
+            unread = self._unread(request)
+        return [
+            self._write(request, seed, image, unread)
+            for seed, image in zip(seeds, images, strict=True)
+        ]
+
+    def compare(
+        self, request: GenerationRequest, on_step: Step | None = None
+    ) -> tuple[GeneratedImage, GeneratedImage]:
+        """The base model's image and the adapted model's, at one seed."""
+        from dora_diffusion.adapters.inject import disabled
+
+        seed = _seeds(request)[0]
+        with self._device(request.base):
+            with disabled(*self._model(request).adaptable().values()):
+                (base,) = self._sample(request, [seed], on_step)
+            (adapted,) = self._sample(request, [seed], on_step)
+            unread = self._unread(request)
+        return (
+            self._write(replace(request, adapter=None), seed, base, unread),
+            self._write(request, seed, adapted, unread),
+        )
+
+    def grid(
+        self,
+        request: GenerationRequest,
+        adapters: dict[str, Path],
+        strengths: list[float],
+        on_step: Step,
+    ) -> GeneratedImage:
+        """One seed over checkpoints (rows) and strengths (columns).
+
+        Raises:
+            RequestError: If the grid is empty or too large, or a job has the device.
+        """
+        from dora_diffusion.training.sheets import labelled_sheet
+
+        cells = len(adapters) * len(strengths)
+        if not 1 <= cells <= MAX_GRID:
+            raise RequestError(f"the grid has {cells} images; it can have 1 to {MAX_GRID}")
+        seed = _seeds(request)[0]
+        images: list[Image] = []
+        with self._device(request.base):
+            for adapter in adapters.values():
+                for strength in strengths:
+                    strengths_here = replace(request.strengths, strength=strength)
+                    cell = replace(request, adapter=adapter, strengths=strengths_here)
+                    images += self._sample(cell, [seed])
+                    on_step(len(images), cells)
+            unread = self._unread(request)
+        columns = [f"{strength:g}" for strength in strengths]
+        title = f"Seed {seed}; above each column, the strength"
+        sheet = labelled_sheet(images, title, list(adapters), columns)
+        return self._write(request, seed, sheet, unread, images[0].size)
+
+    def _sample(
+        self, request: GenerationRequest, seeds: list[int], on_step: Step | None = None
+    ) -> list[Image]:
+        from dora_diffusion.generate import generate_images
+
+        return generate_images(
+            self._model(request), request.prompt, seeds, request.settings,
+            on_step=on_step, require_finite=True,
+        )  # fmt: skip
+
+    @contextmanager
+    def _device(self, base: str) -> Iterator[None]:
+        with self._mine, holding(self.workspace.device_lock, or_wait=self._may_wait()) as held:
+            if not held:
+                raise RequestError(
+                    "a run is using the device; generate images when it has ended, or stop it in "
+                    "the Train tab"
+                )
+            with one_thread() if is_embedded(base) else nullcontext():
+                yield
+
+    def _may_wait(self) -> Callable[[], bool]:
+        """Whether the device will be free soon: a worker that has ended lets go a little later."""
+        deadline = time.monotonic() + LEAVING_SECONDS
+        return lambda: (
+            time.monotonic() < deadline and not any(map(is_running, self.workspace.job_folders))
+        )
+
+    def _model(self, request: GenerationRequest) -> Any:
+        """The model with the adapter at its strengths; loaded anew only if another is asked for."""
+        from dora_diffusion.adapters.inject import layer_adapters, set_strength
+
+        adapter, strengths = request.adapter, request.strengths
+        key = (request.base, request.files, adapter, adapter and adapter.stat().st_mtime_ns)
+        if self._loaded != key:
+            # Two large models may not fit beside each other.
+            self._loaded = self._components = None
+            self._components = load_model(request.base, adapter, request.files)
+            self._loaded = key
+        for model in self._components.adaptable().values():
+            if any(layer_adapters(model)):
+                set_strength(
+                    model,
+                    strengths.strength,
+                    direction=strengths.direction_strength,
+                    magnitude=strengths.magnitude_strength,
+                )
+        return self._components
+
+    def _unread(self, request: GenerationRequest) -> tuple[str, ...]:
+        """A line for each prompt that is longer than the model reads, with the end it misses."""
+        from dora_diffusion.models.text import truncated_text
+
+        tokenizer = self._components.tokenizers[0]
+        prompts = {"prompt": request.prompt, "negative prompt": request.settings.negative_prompt}
+        ends = {name: truncated_text(tokenizer, prompt) for name, prompt in prompts.items()}
+        return tuple(
+            f"The {name} is longer than the model's {tokenizer.model_max_length} tokens; it did "
+            f"not see the end: {end}"
+            for name, end in ends.items()
+            if end
+        )
+
+    def _write(
+        self,
+        request: GenerationRequest,
+        seed: int,
+        image: Image,
+        unread: tuple[str, ...],
+        size: tuple[int, int] | None = None,
+    ) -> GeneratedImage:
+        """Save an image; ``size`` is that of each in a sheet."""
+        from dora_diffusion.images import parameters_text, save_png
+
+        text = parameters_text(
+            request.prompt,
+            seed,
+            request.settings,
+            size or image.size,
+            request.base,
+            # The folder: every run's file has the same name.
+            request.adapter and request.adapter.parent,
+            request.strengths,
+        )
+        name = f"{new_id()}-{seed}.png"
+        return GeneratedImage(
+            save_png(image, self.workspace.images / name, text), seed, text, unread
+        )
+
+
+def _seeds(request: GenerationRequest) -> list[int]:
+    first = random.randrange(SEED_LIMIT - MAX_BATCH) if request.seed < 0 else request.seed
+    return [first + number for number in range(request.count)]

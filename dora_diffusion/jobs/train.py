@@ -1,0 +1,66 @@
+"""The job of training: what ``dora-diffusion train --config settings.yaml`` does."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion.config import TrainConfig, read_config_file
+from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.jobs.queue import create_job
+from dora_diffusion.jobs.records import SETTINGS, STOPPED_CODE, ProgressFile, TrainRequest
+from dora_diffusion.jobs.subjects import StoredSubject
+from dora_diffusion.jobs.workspace import Workspace
+
+
+def start_training(workspace: Workspace, config: TrainConfig, subject: StoredSubject) -> str:
+    """Put a run at the end of the queue, with a copy of its photos. Returns its id."""
+    base = config.pretrained_model_name_or_path
+    return create_job(
+        workspace,
+        TrainRequest(base=base, subject=subject.id, sample=subject.sample),
+        f"{config.token} {config.class_word}",
+        lambda folder: as_yaml(_in_folder(config, folder)),
+        subject.folder,
+    )
+
+
+def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:
+    photos = str(folder / "photos")
+    return dataclasses.replace(config, output_dir=str(folder), instance_data_dir=photos)
+
+
+def run_training(folder: Path, resume: bool, note: ProgressFile) -> int:
+    """Train, or resume. Returns the exit code."""
+    from dora_diffusion.console.training import TrainProgress
+    from dora_diffusion.memory import describe_device
+
+    note(phase="loading the model", device_name=describe_device().name)
+    from dora_diffusion.training.checkpoint import checkpoints_in
+    from dora_diffusion.training.events import Event, StepDone, TrainingStarted
+    from dora_diffusion.training.loop import train
+
+    config = TrainConfig.from_dict(read_config_file(folder / SETTINGS))
+    if resume:
+        # Without a checkpoint there is nothing to resume from, and nothing to lose.
+        is_there = checkpoints_in(Path(config.output_dir))
+        again: dict[str, Any] = {"resume_from_checkpoint": "latest"}
+        config = dataclasses.replace(
+            config, **(again if is_there else {"overwrite_output_dir": True})
+        )
+    show = TrainProgress()
+
+    def on_event(event: Event) -> None:
+        show(event)
+        if isinstance(event, TrainingStarted):
+            note(
+                phase="training",
+                first_step=event.step,
+                total_steps=event.total_steps,
+                trigger=event.trigger,
+            )
+        elif isinstance(event, StepDone) and event.step == event.total_steps:
+            note(phase="saving and sampling")
+
+    return STOPPED_CODE if train(config, on_event).interrupted else 0

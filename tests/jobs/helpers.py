@@ -1,0 +1,139 @@
+"""Jobs, photos and models as tests need them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.families import FAMILIES
+from dora_diffusion.jobs import queue as jobs
+from dora_diffusion.jobs import records
+from dora_diffusion.jobs.processes import process_start
+from dora_diffusion.jobs.records import TrainRequest
+from dora_diffusion.jobs.snapshot import Job, read_job
+from dora_diffusion.jobs.workspace import Workspace, write_json
+
+
+def make(workspace: Workspace, title: str = "sks mug") -> Path:
+    return workspace.root / jobs.create_job(workspace, TrainRequest(), title)
+
+
+def pretend_running(folder: Path, child: subprocess.Popen[bytes]) -> None:
+    write_json(folder / records.WORKER, {"pid": child.pid, "start": process_start(child.pid)})
+
+
+def seen(folder: Path) -> Job:
+    job = read_job(folder)
+    assert job is not None
+    return job
+
+
+def add_run(workspace: Workspace, base: Path, photos: Path, **changes: Any) -> str:
+    config: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(base),
+        "instance_data_dir": str(photos),
+        "instance_prompt": "a photo of a sks dog",
+        "class_word": "dog",
+        "resolution": 64,
+        "max_train_steps": 3,
+        "rank": 2,
+        "conv_rank": 2,
+        "learning_rate": 1e-2,
+        "num_validation_images": 0,
+        "checkpointing_steps": 2,
+        **changes,
+    }
+    return jobs.create_job(
+        workspace,
+        TrainRequest(),
+        "sks dog",
+        lambda folder: as_yaml(TrainConfig.from_dict(config | {"output_dir": str(folder)})),
+    )
+
+
+def wait(
+    workspace: Workspace, queue: jobs.JobQueue, job_id: str, until: Callable[[Job], bool]
+) -> Job:
+    """Tick as the app does until the job is as wanted; the limit is for a machine that hangs."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        queue.tick()
+        job = read_job(workspace.root / job_id)
+        assert job is not None
+        if until(job):
+            return job
+        if job.has_ended:
+            break
+        time.sleep(0.1)
+    pytest.fail(f"{job.state}: {(job.folder / records.LOG).read_text()[-2000:]}")
+
+
+def done(job: Job) -> bool:
+    return job.state == "done"
+
+
+def job_of(finished: tuple[Workspace, str]) -> Job:
+    job = read_job(finished[0].root / finished[1])
+    assert job is not None
+    return job
+
+
+METRICS = '{{"step": {step}, "loss": 0.{step}, "seconds": 2.0}}\n'
+
+
+def started_run(workspace: Workspace, steps: int, title: str = "sks mug") -> Path:
+    settings = TrainConfig(max_train_steps=10, token="sks", class_word="mug")
+    job_id = jobs.create_job(workspace, TrainRequest(), title, lambda folder: as_yaml(settings))
+    folder = workspace.root / job_id
+    lines = "".join(METRICS.format(step=step) for step in range(1, steps + 1))
+    (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def ended_run(workspace: Workspace, steps: tuple[int, ...], last: int, code: int = 143) -> Job:
+    """A run that ended at step ``last`` with checkpoints, as its folder would tell it."""
+    config = TrainConfig(max_train_steps=last, token="sks", class_word="mug")
+    job_id = jobs.create_job(workspace, TrainRequest(), "sks mug", lambda folder: as_yaml(config))
+    folder = workspace.root / job_id
+    for step in steps:
+        (folder / f"checkpoint-{step}").mkdir()
+        for name in ("training_state.pt", "pytorch_lora_weights.safetensors"):
+            (folder / f"checkpoint-{step}" / name).write_bytes(b"x")
+    (folder / "metrics.jsonl").write_text(f'{{"step": {last}, "loss": 1, "seconds": 1}}\n')
+    write_json(folder / records.RESULT, {"code": code})
+    return seen(folder)
+
+
+def photo(path: Path, size: tuple[int, int] = (96, 64), **options: object) -> Path:
+    image = Image.effect_noise(size, 80).convert("RGB")
+    image.save(path, **options)
+    return path
+
+
+def write_folder(folder: Path, *, kind: str = "UNet2DConditionModel", weights: bool = True) -> Path:
+    (folder / "unet").mkdir(parents=True)
+    index = {"unet": ["diffusers", kind], "vae": ["diffusers", "AutoencoderKL"],
+             "text_encoder": ["transformers", "CLIPTextModel"]}  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index))
+    config = {"sample_size": 64, "block_out_channels": [320, 640, 1280, 1280]}
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    if weights:
+        (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")
+    return folder
+
+
+def write_checkpoint(path: Path, family: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({FAMILIES[family].checkpoint_key: torch.zeros(1)}, path)
+    return path

@@ -1,0 +1,35 @@
+"""What a run will cost, measured in earlier runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dora_diffusion.app import html
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.jobs import records
+from dora_diffusion.jobs.estimates import estimate
+from dora_diffusion.jobs.snapshot import snapshot
+from dora_diffusion.jobs.workspace import Workspace, write_json
+from dora_diffusion.memory import Device
+from tests.jobs.helpers import (
+    started_run,
+)
+
+
+def test_estimates_are_measured_or_unknown(workspace: Workspace) -> None:
+    folder = started_run(workspace, 4)
+    write_json(folder / records.RESULT, {"code": 143, "peak_memory": 3.5})
+    same, other = TrainConfig(max_train_steps=100), TrainConfig(train_batch_size=3)
+    device = Device(free_gib=3.0)
+    found = estimate(same, snapshot(workspace.root), workspace.root, device)
+    assert (found.seconds, found.memory, found.runs) == (200.0, 3.5, 1)
+    assert found.will_not_fit
+    assert "This will not fit" in html.estimate_card(found, 10)
+    unknown = estimate(other, snapshot(workspace.root), workspace.root, device)
+    assert (unknown.seconds, unknown.memory, unknown.runs) == (None, None, 0)
+    card = html.estimate_card(dataclasses.replace(unknown, seconds=60.0), 10)
+    assert "Time is that of a run like this" in card
+    assert "No run like this" not in card
+    card = html.estimate_card(unknown, 10)
+    assert "known after the first steps" in card
+    assert "will not fit" not in card

@@ -1,0 +1,174 @@
+"""The queue: start, stop, kill, resume and delete, with processes that only sleep."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dora_diffusion.jobs import queue as jobs
+from dora_diffusion.jobs import records
+from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.records import CompareRequest, MergeRequest, PushRequest, TrainRequest
+from dora_diffusion.jobs.snapshot import snapshot
+from dora_diffusion.jobs.workspace import Workspace, read_json, write_json
+from tests.jobs.helpers import (
+    make,
+    pretend_running,
+    seen,
+)
+
+
+def test_a_new_job_waits_and_the_oldest_is_first(workspace: Workspace) -> None:
+    first, second = make(workspace, "one"), make(workspace, "two")
+    states = {job.id: (job.state, job.position) for job in snapshot(workspace.root)}
+    assert states == {first.name: ("waiting", 1), second.name: ("waiting", 2)}
+
+
+def test_a_living_process_is_running_until_it_is_asked_to_stop(
+    workspace: Workspace, sleeper: subprocess.Popen[bytes]
+) -> None:
+    folder = make(workspace)
+    pretend_running(folder, sleeper)
+    assert seen(folder).state == "running"
+    jobs.stop_job(folder)
+    assert (folder / records.STOP).exists()
+    assert seen(folder).state == "stopping"
+
+
+def test_a_waiting_job_can_be_taken_out_and_put_back(workspace: Workspace) -> None:
+    folder = make(workspace)
+    jobs.stop_job(folder)
+    assert seen(folder).state == "stopped"
+    jobs.requeue_job(folder)
+    assert seen(folder).state == "waiting"
+    assert read_json(folder / records.JOB)["resume"] is True
+
+
+def test_a_resumed_job_goes_to_the_end_of_the_queue(workspace: Workspace) -> None:
+    first, second = make(workspace), make(workspace)
+    jobs.stop_job(first)
+    jobs.requeue_job(first)
+    assert [seen(f).state for f in (first, second)] == ["waiting", "waiting"]
+    assert {j.id: j.position for j in snapshot(workspace.root)} == {second.name: 1, first.name: 2}
+
+
+def test_a_running_job_is_neither_resumed_nor_deleted(
+    workspace: Workspace, sleeper: subprocess.Popen[bytes]
+) -> None:
+    folder = make(workspace)
+    pretend_running(folder, sleeper)
+    with pytest.raises(RequestError, match="already waiting or running"):
+        jobs.requeue_job(folder)
+    with pytest.raises(RequestError, match="still running"):
+        jobs.delete_job(workspace, folder.name)
+
+
+def test_kill_is_refused_until_stop_had_its_time(
+    workspace: Workspace, sleeper: subprocess.Popen[bytes]
+) -> None:
+    folder = make(workspace)
+    pretend_running(folder, sleeper)
+    with pytest.raises(RequestError, match="stop the run first"):
+        jobs.kill_job(folder)
+    jobs.stop_job(folder)
+    assert not seen(folder).may_kill
+    long_ago = time.time() - jobs.KILL_AFTER_SECONDS - 1
+    os.utime(folder / records.STOP, (long_ago, long_ago))
+    assert seen(folder).may_kill
+    jobs.kill_job(folder)
+    assert sleeper.wait(10) == -signal.SIGKILL
+    assert seen(folder).state == "crashed"
+
+
+def test_delete_removes_the_job_and_its_exports(workspace: Workspace) -> None:
+    folder = make(workspace)
+    export = workspace.exports / folder.name
+    export.mkdir()
+    jobs.delete_job(workspace, folder.name)
+    assert not folder.exists()
+    assert not export.exists()
+    assert snapshot(workspace.root) == ()
+
+
+def test_what_was_made_of_a_deleted_run_goes_with_it(workspace: Workspace) -> None:
+    run, other = make(workspace), make(workspace)
+    for of in (run, other):
+        jobs.create_job(workspace, MergeRequest(run=of.name), "Merge")
+    jobs.delete_job(workspace, run.name)
+    kept = {job.id: job.request.run for job in snapshot(workspace.root)}
+    assert list(kept.values()).count(other.name) == 1
+    assert run.name not in kept.values()
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize("kind", [MergeRequest, CompareRequest, PushRequest])
+def test_a_run_is_not_deleted_under_a_job_about_it(
+    workspace: Workspace, sleeper: subprocess.Popen[bytes], kind: Any
+) -> None:
+    run = make(workspace)
+    waiting = workspace.root / jobs.create_job(workspace, MergeRequest(run=run.name), "Merge it")
+    busy = workspace.root / jobs.create_job(workspace, kind(run=run.name), "Use sks mug")
+    pretend_running(busy, sleeper)
+    with pytest.raises(RequestError, match='"Use sks mug" is still running and needs this run'):
+        jobs.delete_job(workspace, run.name)
+    assert run.is_dir()
+    assert waiting.is_dir()
+    assert busy.is_dir()
+    write_json(busy / records.RESULT, {"code": 143})
+    jobs.delete_job(workspace, run.name)
+    assert snapshot(workspace.root) == ()
+
+
+def test_photos_are_copied_before_the_queue_can_see_the_job(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "001.jpg").write_bytes(b"x")
+    job_id = jobs.create_job(workspace, TrainRequest(), "a", photos=tmp_path / "photos")
+    assert (workspace.root / job_id / "photos" / "001.jpg").read_bytes() == b"x"
+
+
+def test_only_one_app_starts_jobs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        started.append(folder.name)
+        write_json(folder / records.RESULT, {"code": 0})
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(jobs, "start_worker", start)
+    folder = make(workspace)
+    one, two = jobs.JobQueue(workspace), jobs.JobQueue(workspace)
+    assert one.tick() == folder.name
+    assert two.tick() is None
+    other = make(workspace)
+    assert two.tick() is None
+    one.close()
+    assert two.tick() == other.name
+    two.close()
+    assert started == [folder.name, other.name]
+
+
+def test_a_second_job_waits_for_the_first(
+    workspace: Workspace, sleeper: subprocess.Popen[bytes]
+) -> None:
+    first, second = make(workspace), make(workspace)
+    pretend_running(first, sleeper)
+    queue = jobs.JobQueue(workspace)
+    assert queue.tick() is None
+    assert seen(second).state == "waiting"
+    queue.close()
+
+
+def test_the_queue_has_an_end(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_MOST_JOBS_WAITING", 2)
+    make(workspace), make(workspace)
+    with pytest.raises(RequestError, match="the queue is full"):
+        make(workspace)

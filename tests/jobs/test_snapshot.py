@@ -1,0 +1,84 @@
+"""The state of a job as its folder and its process tell it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from dora_diffusion.jobs import queue as jobs
+from dora_diffusion.jobs import records
+from dora_diffusion.jobs.processes import end_group
+from dora_diffusion.jobs.snapshot import read_job, snapshot
+from dora_diffusion.jobs.workspace import Workspace, read_json, write_json
+from tests.jobs.helpers import make, pretend_running, seen, started_run
+
+
+def test_a_dead_process_is_a_crash_with_its_cause(
+    workspace: Workspace, sleeper: subprocess.Popen[bytes]
+) -> None:
+    folder = make(workspace)
+    pretend_running(folder, sleeper)
+    (folder / records.LOG).write_text(
+        "error: of before\n--- 2026 again ---\nerror: the disk is full\n"
+    )
+    sleeper.kill()
+    sleeper.wait()
+    assert (seen(folder).state, seen(folder).cause) == ("crashed", "the disk is full")
+    assert jobs.reap(workspace) == [folder.name]
+    assert read_json(folder / records.RESULT)["code"] is None
+    assert seen(folder).state == "crashed"
+
+
+def test_a_crash_without_a_word_says_what_to_do(workspace: Workspace) -> None:
+    folder = make(workspace)
+    write_json(folder / records.WORKER, {"pid": 2**22 + 1, "start": "1"})
+    assert "Resume" in seen(folder).cause
+
+
+def test_another_process_with_the_same_pid_is_not_the_worker(workspace: Workspace) -> None:
+    folder = make(workspace)
+    write_json(folder / records.WORKER, {"pid": os.getpid(), "start": "12"})
+    assert seen(folder).state == "crashed"
+    assert not end_group(os.getpid(), "12", signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("code", "state"), [(143, "stopped"), (130, "stopped"), (1, "failed"), (3, "failed")]
+)
+def test_the_exit_code_tells_how_a_job_ended(workspace: Workspace, code: int, state: str) -> None:
+    folder = make(workspace)
+    (folder / records.LOG).write_text("error: the loss is nan at step 3\n")
+    write_json(folder / records.RESULT, {"code": code})
+    assert seen(folder).state == state
+    assert seen(folder).cause == ("the loss is nan at step 3" if state == "failed" else "")
+
+
+def test_exit_code_0_without_an_adapter_that_opens_is_not_done(workspace: Workspace) -> None:
+    folder = make(workspace)
+    write_json(folder / records.RESULT, {"code": 0})
+    assert (seen(folder).state, seen(folder).cause) == (
+        "failed",
+        "the run ended without an adapter file",
+    )
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"\0" * 40)
+    assert seen(folder).state == "failed"
+    assert "cannot be opened" in seen(folder).cause
+
+
+def test_progress_and_time_left_come_from_measured_steps(workspace: Workspace) -> None:
+    job = read_job(started_run(workspace, 4))
+    assert job is not None
+    assert (job.step, job.total, job.step_seconds, job.remaining_seconds) == (4, 10, 2.0, 12.0)
+    assert job.trigger == "sks mug"
+
+
+def test_broken_files_do_not_break_the_page(workspace: Workspace) -> None:
+    folder = started_run(workspace, 1)
+    for name in (records.WORKER, records.RESULT, records.PROGRESS):
+        (folder / name).write_text("{")
+    assert len(snapshot(workspace.root)) == 1
+    (folder / records.JOB).write_text("")
+    assert snapshot(workspace.root) == ()

@@ -1,0 +1,214 @@
+"""Images of a finished run: seeds, strengths, grids, and the device lock."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dora_diffusion.generate import BrokenImageError, SamplingSettings
+from dora_diffusion.jobs.checkpoints import adapter_of
+from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.processes import Lock
+from dora_diffusion.jobs.studio import GeneratedImage, GenerationRequest, Studio
+from dora_diffusion.jobs.uploads import read_generation_settings
+from dora_diffusion.jobs.workspace import Workspace
+from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.training.sheets import labelled_sheet
+from tests.jobs.helpers import (
+    job_of,
+)
+
+
+@pytest.fixture(scope="module")
+def studio(finished: tuple[Workspace, str]) -> Studio:
+    return Studio(finished[0])
+
+
+STRENGTHS = ("strength", "direction_strength", "magnitude_strength")
+
+
+def ask(finished: tuple[Workspace, str], **changes: Any) -> GenerationRequest:
+    job = job_of(finished)
+    prompt = changes.pop("prompt", "a photo of a sks dog")
+    values = {"steps": 2, "width": 64, "height": 64} | changes
+    request = {name: values.pop(name) for name in ("seed", "count") if name in values}
+    strengths = {name: values.pop(name) for name in STRENGTHS if name in values}
+    return GenerationRequest(
+        job.base, adapter_of(job), prompt, SamplingSettings(**values),
+        strengths=Strengths(**strengths), **({"seed": 5} | request),
+    )  # fmt: skip
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+def test_one_seed_gives_the_same_pixels_and_the_file_says_how(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    (first,), (second,) = studio.make(ask(finished)), studio.make(ask(finished))
+    assert pixels(first.path) == pixels(second.path)
+    found = read_generation_settings(first.path)
+    assert (found["Prompt"], found["Seed"], found["Steps"]) == ("a photo of a sks dog", "5", "2")
+    assert found["Adapter strength"] == "1"
+    assert str(finished[0].root) not in first.parameters
+
+
+def test_strength_0_is_the_base_and_1_is_not(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    base, adapted = studio.compare(ask(finished))
+    (plain,) = studio.make(ask(finished, strength=0.0))
+    (full,) = studio.make(ask(finished))
+    assert pixels(plain.path) == pixels(base.path)
+    assert pixels(full.path) == pixels(adapted.path) != pixels(base.path)
+    assert "Adapter" not in base.parameters
+
+
+def test_direction_and_magnitude_are_written_into_the_file(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    (picture,) = studio.make(ask(finished, direction_strength=0.5, magnitude_strength=0.0))
+    found = read_generation_settings(picture.path)
+    assert (found["Direction strength"], found["Magnitude strength"]) == ("0.5", "0")
+
+
+def test_the_page_reads_an_adapters_strengths_back(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from dora_diffusion.app.views.request import field_value
+
+    def fields(image: GeneratedImage) -> list[Any]:
+        found = read_generation_settings(image.path)
+        return [field_value(name, found) for name in ("strength", "direction", "magnitude")]
+
+    adapted = ask(finished, strength=0.75, direction_strength=0.5)
+    assert fields(studio.make(adapted)[0]) == [0.75, 0.5, 1]
+    assert fields(studio.make(ask(finished))[0]) == [1, 1, 1]
+    assert fields(studio.compare(adapted)[0]) == [None, None, None]
+
+
+def test_the_page_says_what_of_a_long_prompt_was_not_read(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from dora_diffusion.app.views.generate import _results
+
+    short = ask(finished)
+    long = ask(finished, prompt="a photo of a sks dog" + " on grass" * 60 + " by the <lake>")
+    adapters = {"result": short.adapter}
+    for pictures in (
+        studio.make(long),
+        studio.compare(long),
+        [studio.grid(long, adapters, [1.0], lambda *_: None)],
+    ):
+        for picture in pictures:
+            (line,) = picture.unread
+            assert line.startswith("The prompt is longer than the model's 77 tokens; it did not")
+            assert line.endswith("by the < lake >")
+    assert "by the &lt; lake &gt;" in _results(gallery=pictures)[-1]
+    (negative,) = studio.make(ask(finished, negative_prompt="blurred, " * 80))[0].unread
+    assert negative.startswith("The negative prompt is longer")
+    assert studio.make(short)[0].unread == ()
+    assert "longer than" not in _results(pair=studio.compare(short))[-1]
+
+
+def test_images_that_would_be_black_are_refused_in_words(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    job, pictures = job_of(finished), finished[0].images
+    file = adapter_of(job)
+    assert file is not None
+    broken = file.with_name("broken.safetensors")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(
+        {name: torch.full_like(tensor, 3e38) for name, tensor in load_file(file).items()},
+        broken,
+        metadata,
+    )
+    asked = replace(ask(finished), adapter=broken)
+    before = sorted(pictures.glob("*"))
+    for make in (
+        studio.make,
+        studio.compare,
+        lambda one: studio.grid(one, {"x": broken}, [1.0], lambda *_: None),
+    ):
+        with pytest.raises(BrokenImageError, match=r"not finite|black all"):
+            make(asked)
+    broken.unlink()
+    assert sorted(pictures.glob("*")) == before
+
+
+def test_a_grid_has_a_cell_per_checkpoint_and_strength(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    job = job_of(finished)
+    result, early = adapter_of(job), adapter_of(job, "checkpoint-2")
+    assert result is not None
+    assert early is not None
+    steps: list[int] = []
+    adapters = {"checkpoint-2": early, "result": result}
+    picture = studio.grid(ask(finished), adapters, [0.0, 1.0], lambda done, _: steps.append(done))
+    cells = [
+        Image.open(studio.make(replace(ask(finished, strength=strength), adapter=adapter))[0].path)
+        for adapter in adapters.values()
+        for strength in (0.0, 1.0)
+    ]
+    # Names of checkpoints are longer than a small image is wide: each has a line of its own.
+    title = f"Seed {picture.seed}; above each column, the strength"
+    wanted = labelled_sheet(cells, title, ["checkpoint-2", "result"], ["0", "1"])
+    with Image.open(picture.path) as image:
+        assert image.size == wanted.size
+        assert image.tobytes() == wanted.tobytes()
+    assert read_generation_settings(picture.path)["Size"] == "64x64"
+    assert steps == [1, 2, 3, 4]
+
+
+def test_pictures_are_refused_while_a_run_has_the_device(
+    finished: tuple[Workspace, str], studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, asked = Lock(finished[0].device_lock), []
+    assert lock.take()
+    monkeypatch.setattr("dora_diffusion.jobs.studio.is_running", lambda job: asked.append(job) or 1)
+    with pytest.raises(RequestError, match="a run is using the device"):
+        studio.make(ask(finished))
+    assert len(asked) == 1, "it does not wait for a run"
+    lock.free()
+
+
+def test_pictures_wait_for_a_worker_that_is_leaving(
+    finished: tuple[Workspace, str], studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has written its result, and lets go of the device when its process has ended."""
+    lock = Lock(finished[0].device_lock)
+    assert lock.take()
+    leaving = threading.Timer(0.5, lock.free)
+    leaving.start()
+    assert len(studio.make(ask(finished))) == 1
+    leaving.join()
+    assert lock.take()
+    monkeypatch.setattr("dora_diffusion.jobs.studio.LEAVING_SECONDS", 0.0)
+    with pytest.raises(RequestError, match="a run is using the device"):
+        studio.make(ask(finished))
+    lock.free()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"prompt": ""}, {"count": 99}, {"steps": 999}, {"width": 10_000}, {"strength": 99},
+     {"seed": -2}],
+)  # fmt: skip
+def test_requests_have_limits(finished: tuple[Workspace, str], changes: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        ask(finished, **changes)

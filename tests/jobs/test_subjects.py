@@ -1,0 +1,111 @@
+"""Subjects on disk: photos, captions, samples and warnings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dora_diffusion.data.captions import read_caption
+from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.subjects import (
+    add_photos,
+    delete_subject,
+    new_subject,
+    photo_path,
+    photo_warnings,
+    photos_in,
+    read_subject,
+    remove_photo,
+    save_caption,
+    subjects_in,
+    take_sample,
+    training_crop,
+)
+from dora_diffusion.jobs.workspace import Workspace
+from tests.jobs.helpers import photo
+
+SAMPLES = Path(__file__).resolve().parents[2] / "samples"
+
+
+@pytest.mark.parametrize(
+    "name", ["../001.jpg", "/etc/passwd", "", None, 3, ["001.jpg"], "001.jpg\0", "009.jpg", "."]
+)
+def test_a_photo_is_looked_up_by_its_bare_name(
+    workspace: Workspace, subject: str, name: object
+) -> None:
+    with pytest.raises(RequestError, match="no longer exists"):
+        photo_path(workspace, subject, name)
+
+
+@pytest.mark.parametrize("name", ["..", "", None, "20261125-020304-abcdef", "../subjects", 1, "*"])
+def test_a_subject_is_looked_up_by_its_id(workspace: Workspace, name: object) -> None:
+    with pytest.raises(RequestError, match="no longer exists"):
+        read_subject(workspace, name)
+
+
+def test_a_linked_subject_or_photo_is_not_followed(
+    workspace: Workspace, subject: str, tmp_path: Path
+) -> None:
+    outside = photo(tmp_path / "outside.jpg")
+    os.symlink(outside, workspace.subject(subject) / "photos" / "003.jpg")
+    with pytest.raises(RequestError):
+        photo_path(workspace, subject, "003.jpg")
+    os.symlink(tmp_path, workspace.subjects / "20261125-020304-abcdef")
+    with pytest.raises(RequestError):
+        workspace.subject("20261125-020304-abcdef")
+
+
+def test_captions_are_one_printable_line_of_bounded_length(
+    workspace: Workspace, subject: str
+) -> None:
+    text = save_caption(workspace, subject, "001.jpg", "a sks\x00 dog\x1b[2J\n on  \u202egrass")
+    assert text == "a sks dog [2J on grass"
+    assert read_caption(photo_path(workspace, subject, "001.jpg"), "") == text
+    with pytest.raises(RequestError, match="at most 1000"):
+        save_caption(workspace, subject, "001.jpg", "x" * 1001)
+    save_caption(workspace, subject, "001.jpg", " ")
+    assert read_caption(photo_path(workspace, subject, "001.jpg"), "") == ""
+
+
+def test_a_removed_photo_takes_its_caption_along(workspace: Workspace, subject: str) -> None:
+    save_caption(workspace, subject, "001.jpg", "a sks dog")
+    remove_photo(workspace, subject, "001.jpg")
+    folder = workspace.subject(subject) / "photos"
+    assert sorted(path.name for path in folder.iterdir()) == ["002.jpg"]
+
+
+def test_the_crop_shown_is_the_middle_square(workspace: Workspace, tmp_path: Path) -> None:
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste((0, 0, 255), (100, 0, 200, 100))
+    image.save(tmp_path / "a.png")
+    subject = new_subject(workspace, "x")
+    (stored,) = add_photos(workspace, subject, [tmp_path / "a.png"]).accepted
+    crop = training_crop(stored, 96)
+    assert crop.size == (96, 96)
+    corners = [crop.getpixel(at) for at in ((4, 4), (91, 91))]
+    assert all(blue > 200 and red < 60 for red, _, blue in corners)
+
+
+def test_warnings_name_the_photo(workspace: Workspace, subject: str) -> None:
+    found = photo_warnings(read_subject(workspace, subject), 512)
+    assert "only 2 photos" in found[""][0]
+    assert any("smaller than the training size" in line for line in found["001.jpg"])
+
+
+@pytest.mark.skipif(not (SAMPLES / "bolt_mug").is_dir(), reason="the samples are not there")
+def test_a_sample_becomes_a_subject_with_its_captions(workspace: Workspace) -> None:
+    subject = read_subject(workspace, take_sample(workspace, SAMPLES, "bolt_mug"))
+    assert (subject.class_word, len(subject.photos)) == ("mug", 5)
+    assert read_caption(subject.photos[0], "").startswith("a photo of a sks mug")
+    with pytest.raises(RequestError, match="there is bolt_mug, heart_teapot, ring_robot"):
+        take_sample(workspace, SAMPLES, "../samples/bolt_mug")
+
+
+def test_subjects_are_listed_newest_first_and_deleted(workspace: Workspace, subject: str) -> None:
+    assert [one.id for one in subjects_in(workspace)] == [subject]
+    delete_subject(workspace, subject)
+    assert subjects_in(workspace) == []
+    assert photos_in(workspace.subjects / subject) == []

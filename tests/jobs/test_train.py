@@ -1,0 +1,65 @@
+"""A run is queued with a copy of its photos and settings, and resumes where it can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dora_diffusion.config import TrainConfig, read_config_file
+from dora_diffusion.jobs import records, train
+from dora_diffusion.jobs.records import ProgressFile, TrainRequest
+from dora_diffusion.jobs.subjects import read_subject
+from dora_diffusion.jobs.workspace import Workspace
+from dora_diffusion.training import checkpoint, loop
+from tests.jobs.helpers import seen
+
+CONFIG = TrainConfig(instance_prompt="a photo of a sks dog", class_word="dog", rank=3)
+
+
+def start(workspace: Workspace, subject: str) -> Path:
+    stored = read_subject(workspace, subject)
+    return workspace.root / train.start_training(workspace, CONFIG, stored)
+
+
+def test_a_run_has_its_own_photos_and_settings(workspace: Workspace, subject: str) -> None:
+    folder = start(workspace, subject)
+    job = seen(folder)
+    assert job.request == TrainRequest(base="embedded:tiny-sd", subject=subject)
+    assert (job.title, job.state, job.trigger) == ("sks dog", "waiting", "sks dog")
+    photos = folder / "photos"
+    assert [path.name for path in sorted(photos.iterdir())] == ["001.jpg", "002.jpg"]
+    settings = TrainConfig.from_dict(read_config_file(folder / records.SETTINGS))
+    assert (settings.output_dir, settings.instance_data_dir) == (str(folder), str(photos))
+    assert settings.rank == 3
+
+
+@pytest.mark.parametrize(
+    ("resume", "checkpoints", "latest", "overwrite"),
+    [(False, [], None, False), (True, [Path("checkpoint-2")], "latest", False),
+     (True, [], None, True)],
+)  # fmt: skip
+def test_a_run_resumes_from_its_latest_checkpoint_or_begins_again(
+    workspace: Workspace,
+    subject: str,
+    monkeypatch: pytest.MonkeyPatch,
+    resume: bool,
+    checkpoints: list[Path],
+    latest: str | None,
+    overwrite: bool,
+) -> None:
+    asked: list[TrainConfig] = []
+
+    def fake(config: TrainConfig, on_event: Any) -> Any:
+        asked.append(config)
+        return SimpleNamespace(interrupted=resume)
+
+    monkeypatch.setattr(loop, "train", fake)
+    monkeypatch.setattr(checkpoint, "checkpoints_in", lambda folder: checkpoints)
+    folder = start(workspace, subject)
+    code = train.run_training(folder, resume, ProgressFile(folder))
+    assert (asked[0].resume_from_checkpoint, asked[0].overwrite_output_dir) == (latest, overwrite)
+    assert code == (143 if resume else 0)
+    assert seen(folder).progress.device_name
