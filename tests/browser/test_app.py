@@ -144,6 +144,8 @@ def set_up_run(page: Visit, steps: int) -> None:
     page.tab("Train")
     page.wait("document.querySelector('#class-word input, #class-word textarea')?.value === 'mug'")
     page.check("Fast")
+    # What is typed before the preset has been filled in would be written over.
+    page.wait_text("#plan", "--max_train_steps 120 ")
     page.unfold("Advanced settings", "Length and batch", "Samples during", "Output, checkpoints")
     for name, value in (
         ("max_train_steps", steps),
