@@ -50,12 +50,12 @@ if TYPE_CHECKING:
     from dora_diffusion.families import UnsupportedModelError
     from dora_diffusion.formats.adapter.keys import AdapterFormatError
     from dora_diffusion.formats.checkpoint.entries import CheckpointLayoutError
+    from dora_diffusion.formats.checkpoint.weights import MergeError
     from dora_diffusion.formats.files.atomic import DiskFullError
     from dora_diffusion.formats.files.header import TensorFileError
     from dora_diffusion.generate import BrokenImageError, SamplingSettings, generate_images
     from dora_diffusion.models.load import load_components
     from dora_diffusion.models.locate import ModelNotFoundError
-    from dora_diffusion.numerics.merging import MergeError
     from dora_diffusion.training.loop import train
     from dora_diffusion.training.metrics import TrainingError
 
@@ -67,7 +67,7 @@ _HOMES = {
     "ConfigError": "config.checks",
     "DiskFullError": "formats.files.atomic",
     "ExportError": "export",
-    "MergeError": "numerics.merging",
+    "MergeError": "formats.checkpoint.weights",
     "ModelNotFoundError": "models.locate",
     "PhotoError": "data.images",
     "SamplingSettings": "generate",
