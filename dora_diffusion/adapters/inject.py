@@ -63,11 +63,11 @@ def inject_adapters(
     for path in paths:
         check_rank(path, model.get_submodule(path), config)
     weights = {path: fresh_weights(model.get_submodule(path), config, generator) for path in paths}
-    put_adapters(model, weights, name=name, dropout=config.dropout)
+    attach_adapters(model, weights, name=name, dropout=config.dropout)
     return InjectionReport.of(weights)
 
 
-def put_adapters(
+def attach_adapters(
     model: nn.Module, weights: Mapping[str, LayerWeights], *, name: str, dropout: float = 0.0
 ) -> None:
     """Freeze the model and put given weights on its layers, by path, each on its layer's device.

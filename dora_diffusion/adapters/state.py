@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.inject import DEFAULT_NAME, put_adapters
+from dora_diffusion.adapters.inject import DEFAULT_NAME, attach_adapters
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.layers import adapted_layers, can_adapt
 from dora_diffusion.families import Family
@@ -105,4 +105,4 @@ def load_adapter_state(
             f"such as {unexpected[0]}"
         )
     for component, layers in split.items():
-        put_adapters(components[component], layers, name=name)
+        attach_adapters(components[component], layers, name=name)

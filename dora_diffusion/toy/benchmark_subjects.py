@@ -17,7 +17,7 @@ import numpy as np
 from dora_diffusion.toy.backgrounds import BACKGROUNDS
 from dora_diffusion.toy.samples import PHOTO_BACKGROUNDS, SAMPLE_SUBJECTS, SampleSubject
 from dora_diffusion.toy.shapes import CLASSES, RGB
-from dora_diffusion.toy.world import COLORS, PATTERNS, Emblem, Pattern, Subject, render
+from dora_diffusion.toy.world import COLORS, PATTERNS, DrawnSubject, Emblem, Pattern, render
 
 PHOTOS = 5
 PHOTO_SIZE = 256
@@ -83,7 +83,7 @@ def draw_subject(
     body, accent, sign = _apart(first, generator)
     is_pattern = mark in PATTERNS
     pattern: Pattern = mark if is_pattern else "plain"  # type: ignore[assignment]
-    subject = Subject(
+    subject = DrawnSubject(
         kind=kind,
         body=body,
         accent=accent,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dora_diffusion.toy.world import Scene, Subject
+from dora_diffusion.toy.world import DrawnSubject, Scene
 from dora_diffusion.wording import with_article
 
 PLACES: dict[str, tuple[str, ...]] = {
@@ -54,7 +54,7 @@ def _one_of(options: Sequence[str], generator: np.random.Generator) -> str:
     return options[int(generator.integers(len(options)))]
 
 
-def _color_words(subject: Subject, generator: np.random.Generator) -> str:
+def _color_words(subject: DrawnSubject, generator: np.random.Generator) -> str:
     if subject.color is None or generator.random() > 0.88:
         return ""
     if subject.two_tone and subject.accent_color and generator.random() < 0.8:
@@ -62,7 +62,7 @@ def _color_words(subject: Subject, generator: np.random.Generator) -> str:
     return subject.color
 
 
-def _details(subject: Subject, generator: np.random.Generator) -> str:
+def _details(subject: DrawnSubject, generator: np.random.Generator) -> str:
     """A phrase after the noun, about the emblem or the pattern."""
     if subject.emblem is not None and generator.random() < 0.75:
         sign = " ".join(filter(None, (subject.emblem.color, subject.emblem.kind)))

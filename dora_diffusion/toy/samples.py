@@ -15,7 +15,7 @@ import numpy as np
 
 from dora_diffusion.toy.backgrounds import BACKGROUNDS
 from dora_diffusion.toy.captions import PLACES
-from dora_diffusion.toy.world import Emblem, Scene, Subject, render
+from dora_diffusion.toy.world import DrawnSubject, Emblem, Scene, render
 
 TRIGGER = "sks"
 PHOTO_BACKGROUNDS = ("grass", "sand", "wood", "studio", "forest")
@@ -28,7 +28,7 @@ class SampleSubject:
 
     name: str
     class_word: str
-    subject: Subject
+    subject: DrawnSubject
 
     def prompt(self, background: str, variant: int = 0) -> str:
         """``a photo of a sks mug on the grass``."""
@@ -55,7 +55,7 @@ class SampleSubject:
 BOLT_MUG = SampleSubject(
     "bolt_mug",
     "mug",
-    Subject(
+    DrawnSubject(
         kind="mug",
         body=(0.05, 0.50, 0.52),
         accent=(0.95, 0.42, 0.30),
@@ -65,7 +65,7 @@ BOLT_MUG = SampleSubject(
 HEART_TEAPOT = SampleSubject(
     "heart_teapot",
     "teapot",
-    Subject(
+    DrawnSubject(
         kind="teapot",
         body=(0.33, 0.10, 0.38),
         accent=(0.90, 0.70, 0.18),
@@ -75,7 +75,7 @@ HEART_TEAPOT = SampleSubject(
 RING_ROBOT = SampleSubject(
     "ring_robot",
     "toy",
-    Subject(
+    DrawnSubject(
         kind="robot",
         body=(0.55, 0.80, 0.62),
         accent=(0.72, 0.20, 0.45),

@@ -8,7 +8,7 @@ import numpy as np
 
 from dora_diffusion.toy import sdf
 from dora_diffusion.toy.shapes import CLASSES, RGB
-from dora_diffusion.toy.world import COLORS, PATTERNS, Emblem, Scene, Subject
+from dora_diffusion.toy.world import COLORS, PATTERNS, DrawnSubject, Emblem, Scene
 
 
 def contrasting(body: RGB) -> RGB:
@@ -17,12 +17,12 @@ def contrasting(body: RGB) -> RGB:
     return (0.12, 0.12, 0.14) if luminance > 0.68 else (0.95, 0.95, 0.94)
 
 
-def sample_subject(generator: np.random.Generator, kind: str | None = None) -> Subject:
+def sample_subject(generator: np.random.Generator, kind: str | None = None) -> DrawnSubject:
     """Draw an ordinary object: palette colours, at times two-tone or with an emblem."""
     kind = kind or str(generator.choice(list(CLASSES)))
     color = str(generator.choice(list(COLORS)))
     body = _jitter(COLORS[color], generator)
-    subject = Subject(
+    subject = DrawnSubject(
         kind=kind,
         body=body,
         accent=_scaled(body, 0.72),
@@ -51,7 +51,7 @@ def sample_subject(generator: np.random.Generator, kind: str | None = None) -> S
     return subject
 
 
-def sample_stranger(generator: np.random.Generator, kind: str | None = None) -> Subject:
+def sample_stranger(generator: np.random.Generator, kind: str | None = None) -> DrawnSubject:
     """Draw an object of random colours, the kind of subject that personalization meets.
 
     Args:
@@ -64,7 +64,7 @@ def sample_stranger(generator: np.random.Generator, kind: str | None = None) -> 
     emblem = None
     if generator.random() < 0.5:
         emblem = Emblem(str(generator.choice(sdf.EMBLEMS)), _any_rgb(generator))
-    return Subject(
+    return DrawnSubject(
         kind=kind,
         body=_any_rgb(generator),
         accent=_any_rgb(generator),
@@ -76,7 +76,7 @@ def sample_stranger(generator: np.random.Generator, kind: str | None = None) -> 
     )
 
 
-def place(subject: Subject, background: str, generator: np.random.Generator) -> Scene:
+def place(subject: DrawnSubject, background: str, generator: np.random.Generator) -> Scene:
     """Put a subject into a place, with a random view of it."""
     size = generator.uniform(0.55, 0.85)
     room = 1.0 - size

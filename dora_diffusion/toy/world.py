@@ -48,7 +48,7 @@ class Emblem:
 
 
 @dataclass(frozen=True)
-class Subject:
+class DrawnSubject:
     """What makes one object itself, wherever it stands.
 
     Attributes:
@@ -96,7 +96,7 @@ class Scene:
         seed: fixes the background's details.
     """
 
-    subject: Subject
+    subject: DrawnSubject
     background: str
     size: float = 0.7
     position: tuple[float, float] = (0.0, 0.0)
@@ -180,7 +180,7 @@ def _facing(part: Part, light: NDArray, local_pixel: float) -> Grid:
     return np.clip(bend * (right * light[0] - down * light[1]) + upward * light[2], 0, 1)
 
 
-def _part_color(part: Part, subject: Subject, body: NDArray) -> NDArray:
+def _part_color(part: Part, subject: DrawnSubject, body: NDArray) -> NDArray:
     if part.paint == "body":
         return body
     if part.paint == "shade":
@@ -190,7 +190,7 @@ def _part_color(part: Part, subject: Subject, body: NDArray) -> NDArray:
     return np.array(subject.accent if part.paint == "accent" else part.paint, np.float32)
 
 
-def _body_colors(subject: Subject, shape: Shape, u: Grid, v: Grid, pixel: float) -> NDArray:
+def _body_colors(subject: DrawnSubject, shape: Shape, u: Grid, v: Grid, pixel: float) -> NDArray:
     """The painted surface before lighting, on the object's own coordinates: (h, w, 3)."""
     colors = np.broadcast_to(np.array(subject.body, np.float32), (*u.shape, 3))
     pattern = _pattern_mask(subject, u, v, pixel)
@@ -204,7 +204,7 @@ def _body_colors(subject: Subject, shape: Shape, u: Grid, v: Grid, pixel: float)
     return colors
 
 
-def _pattern_mask(subject: Subject, u: Grid, v: Grid, pixel: float) -> Grid:
+def _pattern_mask(subject: DrawnSubject, u: Grid, v: Grid, pixel: float) -> Grid:
     """Where the pattern's second colour shows, 0 to 1; its period is half the object's half size.
 
     Periods are long on purpose: in a 64-pixel image a stripe is five pixels wide.

@@ -12,11 +12,11 @@ from torch import nn
 
 from dora_diffusion.adapters.inject import (
     adapter_parameters,
+    attach_adapters,
     disabled,
     inject_adapters,
     merge_adapters,
     norm_scope,
-    put_adapters,
     remove_adapters,
     set_strength,
     unmerge_adapters,
@@ -246,7 +246,7 @@ def test_several_adapters_are_order_free_and_merge_as_they_run(net, x):
     for order in (AXES, AXES[::-1]):
         both = copy.deepcopy(net)
         for axis in order:
-            put_adapters(both, weights[axis], name=axis)
+            attach_adapters(both, weights[axis], name=axis)
         results.append(both(x))
         merged = {path: layer.merged() for path, layer in adapted_layers(both)}
         merge_adapters(both)
@@ -406,7 +406,7 @@ def test_a_layer_whose_forward_is_wrapped_is_refused(net):
     inject_adapters(twin, everything())
     weights = {"square": twin.square.adapters["default"].weights()}
     with pytest.raises(ValueError, match="square is a Linear whose forward another tool"):
-        put_adapters(net, weights, name="default")
+        attach_adapters(net, weights, name="default")
     inject_adapters(net, AdapterConfig(targets=("wide",), rank=2))
     assert [path for path, _ in adapted_layers(net)] == ["wide"]
 

@@ -13,13 +13,13 @@ from dora_diffusion.toy.captions import PATTERN_PHRASES, PATTERN_WORDS, PLACES, 
 from dora_diffusion.toy.samples import NEW_BACKGROUNDS, PHOTO_BACKGROUNDS, SAMPLE_SUBJECTS
 from dora_diffusion.toy.sampling import place, sample_subject
 from dora_diffusion.toy.shapes import CLASSES, UNSEEN_CLASSES
-from dora_diffusion.toy.world import COLORS, PATTERNS, Emblem, Scene, Subject, render
+from dora_diffusion.toy.world import COLORS, PATTERNS, DrawnSubject, Emblem, Scene, render
 
 EVERY_CLASS = [*CLASSES, *UNSEEN_CLASSES]
 
 
 def a_scene(kind: str = "mug", background: str = "grass", **changes: object) -> Scene:
-    subject = Subject(kind, (0.8, 0.2, 0.2), (0.2, 0.2, 0.8), emblem=Emblem("star", (1, 1, 0)))
+    subject = DrawnSubject(kind, (0.8, 0.2, 0.2), (0.2, 0.2, 0.8), emblem=Emblem("star", (1, 1, 0)))
     return replace(Scene(subject, background, seed=3), **changes)
 
 
@@ -122,8 +122,8 @@ def test_distances_are_distances() -> None:
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: Subject("unicorn", (0, 0, 0), (0, 0, 0)),
-        lambda: Subject("mug", (0, 0, 0), (0, 0, 0), pattern="tartan"),
+        lambda: DrawnSubject("unicorn", (0, 0, 0), (0, 0, 0)),
+        lambda: DrawnSubject("mug", (0, 0, 0), (0, 0, 0), pattern="tartan"),
         lambda: a_scene(background="mars"),
         lambda: a_scene(size=0.0),
     ],

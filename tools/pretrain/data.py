@@ -18,7 +18,7 @@ from torch import Tensor
 from dora_diffusion.toy.backgrounds import BACKGROUNDS
 from dora_diffusion.toy.sampling import place, sample_stranger, sample_subject
 from dora_diffusion.toy.shapes import UNSEEN_CLASSES
-from dora_diffusion.toy.world import Scene, Subject, render
+from dora_diffusion.toy.world import DrawnSubject, Scene, render
 from tools.pretrain.names import sample_named
 
 CAPTIONED = 96_000
@@ -53,7 +53,7 @@ def held_out_scene(index: int) -> Scene:
 class Sighting:
     """Two views of one new subject."""
 
-    subject: Subject
+    subject: DrawnSubject
     views: tuple[Scene, Scene]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from dora_diffusion.toy.sampling import sample_stranger, sample_subject
 from dora_diffusion.toy.shapes import CLASSES
-from dora_diffusion.toy.world import Subject
+from dora_diffusion.toy.world import DrawnSubject
 
 DESIGN_COUNT = 40
 _WORDS, _DESIGNS = 5, 16  # seeds
@@ -35,7 +35,7 @@ def rare_words(count: int = 60) -> tuple[str, ...]:
 
 
 @functools.cache
-def designs() -> dict[str, Subject]:
+def designs() -> dict[str, DrawnSubject]:
     """The looks that rare words name. Their class is to be replaced."""
     generator = np.random.default_rng(_DESIGNS)
     names = rare_words()[1 : 1 + DESIGN_COUNT]
@@ -48,7 +48,7 @@ def newcomers() -> tuple[str, ...]:
     return tuple(word for word in rare_words() if word not in designs())
 
 
-def sample_named(generator: np.random.Generator) -> tuple[Subject, str]:
+def sample_named(generator: np.random.Generator) -> tuple[DrawnSubject, str]:
     """Draw an object that has a class word, and its name; ``""`` if it has none."""
     draw = generator.random()
     if draw < _DESIGN:

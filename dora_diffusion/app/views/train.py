@@ -159,6 +159,25 @@ def connect(
             html.note(f"{text}, on {job.base}", "good"),
         ]
 
+    # A preset changes a dozen fields, each with an event of its own; requests that are sent at
+    # once overtake each other. So each waits until all fields have changed, and one asks for all.
+    changed = gr.on(
+        [*(field.change for field in (*asked, subjects.names)), opened],
+        None, None, None, js=SETTLE_SCRIPT, **QUIET,
+    )  # fmt: skip
+    changed.then(plan, asked, [tab.cost, tab.plan], trigger_mode="always_last", **QUIET)
+    tab.start.click(
+        start, asked, [tab.shown.run, tab.said], api_visibility="private", show_progress="minimal"
+    )
+    _connect_presets(context, tab)
+    _connect_draft(context, tab, subjects, blocks)
+    run.connect(context, tab.shown)
+
+
+def _connect_presets(context: Context, tab: TrainTab) -> None:
+    """Fill in what a preset, or another base model, stands for."""
+    fields = [tab.advanced[name] for name in ADVANCED]
+
     @plain
     def use_preset(preset: str, model: str) -> list[Any]:
         values = preset_values(preset, context.allowed_model(model), context.device())
@@ -185,18 +204,6 @@ def connect(
         [tab.preset.input, tab.model.input], use_preset, [tab.preset, tab.model], fields,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
-    # A preset changes a dozen fields, each with an event of its own; requests that are sent at
-    # once overtake each other. So each waits until all fields have changed, and one asks for all.
-    changed = gr.on(
-        [*(field.change for field in (*asked, subjects.names)), opened],
-        None, None, None, js=SETTLE_SCRIPT, **QUIET,
-    )  # fmt: skip
-    changed.then(plan, asked, [tab.cost, tab.plan], trigger_mode="always_last", **QUIET)
-    tab.start.click(
-        start, asked, [tab.shown.run, tab.said], api_visibility="private", show_progress="minimal"
-    )
-    _connect_draft(context, tab, subjects, blocks)
-    run.connect(context, tab.shown)
 
 
 def read_form(

@@ -15,7 +15,7 @@ from dora_diffusion.toy.captions import PLACES
 from dora_diffusion.toy.pose import STUDIO
 from dora_diffusion.toy.sampling import place, sample_subject
 from dora_diffusion.toy.shapes import CLASSES
-from dora_diffusion.toy.world import COLORS, Scene, Subject, render
+from dora_diffusion.toy.world import COLORS, DrawnSubject, Scene, render
 from dora_diffusion.wording import with_article
 
 if TYPE_CHECKING:
@@ -140,10 +140,10 @@ def _others(subject: BenchmarkSubject, seed: int) -> list[ToyRequest]:
     return requests
 
 
-def _colored(kind: str, color: str) -> Subject:
+def _colored(kind: str, color: str) -> DrawnSubject:
     red, green, blue = COLORS[color]
     shade = (0.72 * red, 0.72 * green, 0.72 * blue)
-    return Subject(kind, COLORS[color], shade, color=color, accent_color=color)
+    return DrawnSubject(kind, COLORS[color], shade, color=color, accent_color=color)
 
 
 def true_images(requests: Sequence[ToyRequest], size: int) -> list[Image]:

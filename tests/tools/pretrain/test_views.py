@@ -8,7 +8,7 @@ import torch
 
 from dora_diffusion.toy.backgrounds import BACKGROUNDS
 from dora_diffusion.toy.pose import silhouette
-from dora_diffusion.toy.world import Scene, Subject, render
+from dora_diffusion.toy.world import DrawnSubject, Scene, render
 from tools.pretrain.names import rare_words
 from tools.pretrain.views import (
     SIDE,
@@ -21,7 +21,7 @@ from tools.pretrain.views import (
 
 @pytest.fixture
 def scene() -> Scene:
-    return Scene(Subject("ball", (0.9, 0.1, 0.1), (0.9, 0.1, 0.1)), "studio", size=0.3)
+    return Scene(DrawnSubject("ball", (0.9, 0.1, 0.1), (0.9, 0.1, 0.1)), "studio", size=0.3)
 
 
 def center(image: np.ndarray) -> float:
