@@ -42,9 +42,17 @@ settings.register_profile(
 settings.load_profile("dora_diffusion")
 
 
+LONGEST = ("browser", "test_wheel.py", "jobs", "integration", "commands", "training")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest story first: of several workers, the one that has it must not be the last."""
-    items.sort(key=lambda item: "browser" not in item.path.parts)
+    """The longest files first: of several workers, the one that has them must not be the last."""
+
+    def place(item: pytest.Item) -> int:
+        places = [i for i, name in enumerate(LONGEST) if name in item.path.parts]
+        return min(places, default=len(LONGEST))
+
+    items.sort(key=place)
 
 
 TOKEN_LIMIT = 77

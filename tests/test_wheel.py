@@ -181,6 +181,7 @@ def test_it_trains_on_a_sample_from_an_empty_folder(installed):
     assert "instance_data_dir: mine/bolt_mug" in (results / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_an_empty_folder(installed):
     said = installed.run("dora-diffusion", "demo", "--max_train_steps", "1", "--seeds", "1")
     assert "subject similarity" in said

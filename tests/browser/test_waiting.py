@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from dora_diffusion.jobs.records import JobProgress
+
 
 @pytest.fixture
 def watched(
@@ -25,7 +27,12 @@ def watched(
         def jobs() -> tuple[Any, ...]:
             at = looks[0]
             job = SimpleNamespace(
-                id="1", title="sks mug", state=state(at), step=step(at), progress={}, cause="cause"
+                id="1",
+                title="sks mug",
+                state=state(at),
+                step=step(at),
+                progress=JobProgress(),
+                cause="cause",
             )
             return (job,)
 

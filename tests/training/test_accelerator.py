@@ -48,6 +48,7 @@ def launch(config: dict, tmp_path: Path, processes: int) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(sd1_folder, tmp_path):
     photos = shutil.copytree(SAMPLES / "heart_teapot", tmp_path / "photos")
     config = {
