@@ -20,14 +20,14 @@ from dora_diffusion.console.errors import reporting_errors
 COMMANDS = {
     "train": "teach a model a subject from photos",
     "generate": "generate images",
-    "evaluate": "measure what an adapter has learned, and what it has cost",
+    "evaluate": "measure subject similarity, subject leakage and language drift",
     "export": "merge an adapter into a model",
     "verify": "prove a merged model: recompute it and compare",
     "convert": "write an adapter in another tool's format",
     "inspect": "say what an adapter file is, and which tools read it exactly",
     "push": "publish a run on the Hugging Face hub, privately by default",
     "app": "train, compare and export in the browser",
-    "demo": "train, judge and merge a sample subject",
+    "demo": "train, evaluate and merge a sample subject",
     "samples": "copy the sample subjects: photos, captions, settings",
 }
 

@@ -95,7 +95,7 @@ def load_adapted(
         vae: Another autoencoder, as `load_components` takes it.
 
     Returns:
-        The model, and the adapter's facts; its ``trigger`` holds the trigger words.
+        The model, and the adapter's metadata; its ``trigger`` holds the trigger words.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.

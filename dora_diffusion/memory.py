@@ -51,9 +51,9 @@ def training_memory(
     """
     if family not in FAMILIES:
         return None
-    facts = FAMILIES[family]
-    rows = [row for row in facts.memory if row.gradient_checkpointing == gradient_checkpointing]
-    gib = _on_the_line(rows, resolution**2 * batch) + facts.more_memory_gib
+    entry = FAMILIES[family]
+    rows = [row for row in entry.memory if row.gradient_checkpointing == gradient_checkpointing]
+    gib = _on_the_line(rows, resolution**2 * batch) + entry.more_memory_gib
     return gib if precision != "no" else PROCESS_GIB + 2 * (gib - PROCESS_GIB)
 
 

@@ -68,7 +68,7 @@ class TestHelp:
         text = " ".join(capsys.readouterr().out.split())
         for words in (
             "Alpha of Linear layers. Default: rank.",
-            "Training size in pixels. Default: the base model's own.",
+            "Training resolution in pixels. Default: the base model's own.",
             "Optimizer steps. Default: 800, for SDXL 1000.",
             "Learning rate of magnitudes. Default: their layer's.",
         ):

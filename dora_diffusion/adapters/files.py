@@ -38,7 +38,7 @@ def save_adapter(
         components: ``{"unet": ..., "text_encoder": ...}``, or a UNet (or any module) alone.
         path: A ``.safetensors`` file, or a folder that gets the target's own file name.
         target: ``"diffusers"``, ``"kohya"``, ``"peft"``; see `write_adapter`.
-        metadata: Facts to keep in the file, such as the trigger word.
+        metadata: What to keep in the file, such as the trigger word.
         name: The adapter.
 
     Returns:
@@ -78,7 +78,7 @@ def load_adapter(
         alpha: What it was trained with, for a file that does not say it.
 
     Returns:
-        The file's facts.
+        The file's metadata.
 
     Warns:
         UserWarning: Of an alpha that the file does not say.

@@ -145,22 +145,22 @@ def _done(job: Job) -> str:
 def _live_facts(job: Job) -> list[str]:
     if job.state == "waiting":
         return [f"number {job.position} in the queue"]
-    facts = []
+    parts = []
     if job.kind == "train" and job.base:
         base, device = Path(job.base), job.progress.device_name
         name = base.name if base.is_absolute() else job.base
-        facts.append(f"{name} on {device}" if device else name)
+        parts.append(f"{name} on {device}" if device else name)
     if job.is_active:
-        facts.append(_phase(job))
+        parts.append(_phase(job))
         if job.remaining_seconds is not None and job.progress.phase == "training":
-            facts.append(f"about {duration(job.remaining_seconds)} left")
+            parts.append(f"about {duration(job.remaining_seconds)} left")
         if stop_asked(job.folder) is not None:
-            facts.append("asked to save and stop")
+            parts.append("asked to save and stop")
     elif job.result and job.result.seconds is not None:
-        facts.append(f"took {duration(job.result.seconds)}")
+        parts.append(f"took {duration(job.result.seconds)}")
     if job.step_seconds is not None:
-        facts.append(f"{job.step_seconds:.2f} s a step")
-    return facts
+        parts.append(f"{job.step_seconds:.2f} s a step")
+    return parts
 
 
 def _phase(job: Job) -> str:
@@ -207,7 +207,7 @@ def estimate_card(value: Estimate, steps: int | None) -> str:
 
     time = duration(value.seconds) if value.seconds is not None else "known after the first steps"
     free = value.device.free_gib
-    facts = {
+    details = {
         "steps": str(steps or "the default of the model's family"),
         "training time": time,
         "device": value.device.name,
@@ -225,7 +225,7 @@ def estimate_card(value: Estimate, steps: int | None) -> str:
             f"are free. {help_text}",
             "bad",
         )
-    return f"{definitions(facts)}{quiet(_source(value))}{too_much}"
+    return f"{definitions(details)}{quiet(_source(value))}{too_much}"
 
 
 def _source(value: Estimate) -> str:
@@ -243,9 +243,9 @@ def _source(value: Estimate) -> str:
     return "No run like this was made on this machine yet: time and memory are measured as it goes."
 
 
-def definitions(facts: Mapping[str, Any]) -> str:
+def definitions(values: Mapping[str, Any]) -> str:
     """Names and values."""
-    rows = "".join(f"<dt>{esc(name)}</dt><dd>{esc(value)}</dd>" for name, value in facts.items())
+    rows = "".join(f"<dt>{esc(name)}</dt><dd>{esc(value)}</dd>" for name, value in values.items())
     return f"<dl class='dd-definitions'>{rows}</dl>"
 
 

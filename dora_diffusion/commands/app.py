@@ -15,8 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on.")
     parser.add_argument("--port", type=int, help="Port. Default: the first free one from 7860.")
     parser.add_argument("--share", action="store_true", help="Make a public link (needs --auth).")
-    parser.add_argument("--auth", metavar="NAME:PASSWORD", help=f"Or set {AUTH_VARIABLE}.")
-    parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="Where all is kept.")
+    parser.add_argument("--auth", metavar="NAME:PASSWORD", help=f"Login; or set {AUTH_VARIABLE}.")
+    parser.add_argument(
+        "--runs_dir", type=Path, default=Path("runs"), help="Folder of runs and photos."
+    )
     parser.add_argument(
         "--models",
         nargs="+",

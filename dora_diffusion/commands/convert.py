@@ -22,20 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         required=True,
         choices=tuple(CONVERSIONS),
-        help="What to write. diffusers, peft; kohya: for LyCORIS, and for web UIs where trained on "
+        help="Target format. diffusers, peft; kohya: for LyCORIS, and for web UIs where trained on "
         "the input axis; for one --base: comfyui (and Forge), dense (A1111 too; large), and lora, "
         "lora-diffusers, which approximate it without magnitudes.",
     )
     add_base(parser, required=False)
-    parser.add_argument("--family", choices=tuple(FAMILIES), help="For files that do not say it.")
+    parser.add_argument(
+        "--family", choices=tuple(FAMILIES), help="Model family, for files that do not say it."
+    )
     parser.add_argument("--rank", type=int, help="Rank of the lora targets. Default: 64.")
     add_alpha(parser)
-    parser.add_argument("--tags", nargs="*", default=[], help="Words that adapter managers show.")
+    parser.add_argument("--tags", nargs="*", default=[], help="Tags that adapter managers show.")
     parser.add_argument("--thumbnail", help="An image that adapter managers show.")
     parser.add_argument(
         "--json", action="store_true", help="Print JSON, with the error of every layer."
     )
-    add_dtype(parser, "Of the low-rank factors. Default: float32.", default=None)
+    add_dtype(parser, "Precision of the low-rank factors. Default: float32.", default=None)
     add_overwrite(parser)
 
 

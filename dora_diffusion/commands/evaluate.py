@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--subject",
         required=True,
-        help="Folder of photos that training has not seen; or a subject of the toy world, such as "
-        "bolt_mug, for an embedded model.",
+        help="Folder of held-out photos; or, for an embedded model, a subject of the toy "
+        "world such as bolt_mug.",
     )
     parser.add_argument("--output", default="evaluation", help="Folder of the results.")
     parser.add_argument("--overwrite", action="store_true", help="Replace results that exist.")
@@ -42,28 +42,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metric_model",
         nargs="+",
         default=[],
-        help="What compares photos: folders or hub ids of CLIP, DINO or DINOv2, or "
+        help="Image-similarity models: folders or hub ids of CLIP, DINO or DINOv2, or "
         "efficientnet-lite0. Default: efficientnet-lite0 where it is installed.",
     )
     parser.add_argument("--trigger", help="Trigger words. Default: what the file says.")
     parser.add_argument(
-        "--class_word", help="What it is. Default: the trigger words without their token."
+        "--class_word", help="Class of the subject. Default: the trigger words without their token."
     )
     parser.add_argument(
         "--prompts",
         help="Text file, one prompt per line, with {} where the subject is named. "
         "Default: a list of its own.",
     )
-    parser.add_argument("--num_seeds", type=int, default=4, help="Images per prompt.")
-    parser.add_argument("--seed", type=int, default=0, help="The first seed.")
+    parser.add_argument("--num_seeds", type=int, default=4, help="Images per prompt, one per seed.")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed of the first image.")
     parser.add_argument("--steps", type=int, default=25, help="Denoising steps.")
     parser.add_argument(
         "--guidance_scale",
         type=float,
         help="Guidance scale. Default: 3.5 for the toy world, else 7.5.",
     )
-    parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="Default: the model's own.")
-    parser.add_argument("--batch_size", type=int, default=8, help="Images generated at once.")
+    parser.add_argument(
+        "--scheduler", choices=tuple(SCHEDULERS), help="Scheduler. Default: the model's own."
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="Batch size.")
     add_adapted_model(parser)
 
 
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     trigger = args.trigger or metadata.trigger
     evaluate = _evaluate_toy if _is_toy(args) else _evaluate_photos
     evaluation = evaluate(args, components, trigger, settings)
-    evaluation = dataclasses.replace(evaluation, facts=_facts(args, trigger, settings))
+    evaluation = dataclasses.replace(evaluation, details=_details(args, trigger, settings))
     files = evaluation.write(Path(args.output))
     if args.json:
         print_json(evaluation.to_dict())
@@ -185,7 +187,7 @@ def _seeds(args: argparse.Namespace) -> list[int]:
     return list(range(args.seed, args.seed + args.num_seeds))
 
 
-def _facts(args: argparse.Namespace, trigger: str, settings: SamplingSettings) -> dict[str, Any]:
+def _details(args: argparse.Namespace, trigger: str, settings: SamplingSettings) -> dict[str, Any]:
     from dora_diffusion.formats.adapter.metadata import without_path
 
     return {

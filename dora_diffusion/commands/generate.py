@@ -27,11 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="Image file, X.png.")
     parser.add_argument("--negative_prompt", default="", help="Negative prompt.")
     parser.add_argument("--seed", type=int, help="Seed of the first image. Default: random, shown.")
-    parser.add_argument("--num_images", type=int, default=1, help="Images, one per seed.")
-    parser.add_argument("--batch_size", type=int, default=4, help="Images generated at once.")
+    parser.add_argument("--num_images", type=int, default=1, help="Number of images, one per seed.")
+    parser.add_argument("--batch_size", type=int, default=4, help="Batch size.")
     parser.add_argument("--steps", type=int, default=30, help="Denoising steps.")
     parser.add_argument("--guidance_scale", type=float, default=7.5, help="Guidance scale.")
-    parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="Default: the model's own.")
+    parser.add_argument(
+        "--scheduler", choices=tuple(SCHEDULERS), help="Scheduler. Default: the model's own."
+    )
     parser.add_argument("--width", type=int, help="Width in pixels. Default: the model's own.")
     parser.add_argument("--height", type=int, help="Height in pixels. Default: the model's own.")
     add_overwrite(parser)

@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _facts(report: AdapterReport) -> list[tuple[str, str]]:
-    facts, size = report.metadata, report.nbytes / 1e6
-    family = FAMILIES.get(facts.family)
+    metadata, size = report.metadata, report.nbytes / 1e6
+    family = FAMILIES.get(metadata.family)
     axis = f", magnitudes on the {report.norm_axis} axis" if report.norm_axis else ""
     rows = [
         ("file", f"{report.path.name}, {_key_format(report.key_format)}, {size:.2f} MB"),
@@ -54,15 +54,17 @@ def _facts(report: AdapterReport) -> list[tuple[str, str]]:
         ("alpha", _one_or_range(report.alpha)),
         ("layers", f"{_listed(report.layers)}; {_listed(report.kinds)}"),
         ("values", f"{report.parameters:,}"),
-        ("trigger", facts.trigger),
-        ("base model", facts.base_model),
-        ("predicts", facts.extra.get("prediction_type", "")),
-        ("resolution", f"{facts.resolution} px" if facts.resolution else ""),
-        ("tags", ", ".join(facts.tags)),
-        ("thumbnail", "yes" if facts.thumbnail else ""),
+        ("trigger", metadata.trigger),
+        ("base model", metadata.base_model),
+        ("predicts", metadata.extra.get("prediction_type", "")),
+        ("resolution", f"{metadata.resolution} px" if metadata.resolution else ""),
+        ("tags", ", ".join(metadata.tags)),
+        ("thumbnail", "yes" if metadata.thumbnail else ""),
     ]
     rows += [
-        (name.replace("_", " "), value) for name, value in facts.extra.items() if name not in _SHOWN
+        (name.replace("_", " "), value)
+        for name, value in metadata.extra.items()
+        if name not in _SHOWN
     ]
     return [(name, value) for name, value in rows if value]
 

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from dora_diffusion.models.components import Components
 
 _STRENGTHS = {
-    "strength": "0 is the base, 1 the adapter as trained.",
-    "direction_strength": "Scales the low-rank update inside the norm.",
-    "magnitude_strength": "Moves the magnitude by this share of its change.",
+    "strength": "Adapter strength: 0 is the base, 1 as trained.",
+    "direction_strength": "Scale of the low-rank update inside the norm.",
+    "magnitude_strength": "Share of the magnitude's change that is applied.",
 }
 _COMPONENT_STRENGTHS = {
-    "unet_strength": "Times --strength, for the UNet.",
-    "text_encoder_strength": "Times --strength, for the text encoders.",
+    "unet_strength": "Multiplies --strength for the UNet.",
+    "text_encoder_strength": "Multiplies --strength for the text encoders.",
 }
 
 

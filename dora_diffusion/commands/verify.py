@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compute a merged model again; 1 if it is not what base and adapters give."""
+    """Recompute a merged model; 1 if it is not what base and adapters give."""
     from dora_diffusion.export import verify_checkpoint
 
     merged, adapters = _merged_and_adapters(args.merged, args.adapter)

@@ -184,15 +184,15 @@ class Setting:
         return word if word in choices else value
 
 
-def flag(default: Any, text: str, **facts: Any) -> Any:
+def flag(default: Any, text: str, **metadata: Any) -> Any:
     """A dataclass field that is a setting.
 
     Args:
         default: The value where none is given.
         text: What it is, in a sentence.
-        facts: What else `Setting` tells of it.
+        metadata: What else `Setting` tells of it.
     """
-    metadata = {"help": text, **facts}
+    metadata = {"help": text, **metadata}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

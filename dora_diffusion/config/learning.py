@@ -48,7 +48,7 @@ class AdapterSettings:
     lora_alpha: float | None = flag(None, "Alpha of Linear layers.", derived="rank", above=0)
     conv_rank: int = flag(4, "Rank of Conv2d layers.", above=0)
     conv_alpha: float | None = flag(None, "Alpha of Conv2d layers.", derived="conv_rank", above=0)
-    rslora: bool = flag(False, "Scale by alpha / sqrt(rank).")
+    rslora: bool = flag(False, "rsLoRA: scale by alpha / sqrt(rank).")
     lora_dropout: float = flag(0.0, "Dropout on the low-rank path.", least=0, below=1)
     use_dora: bool = flag(True, "Train DoRA's magnitude; --no-use_dora trains plain LoRA.")
     norm_axis: str = flag(
@@ -78,9 +78,9 @@ class LengthSettings:
         needs=(Need("max_train_steps", (None,)),),
         above=0,
     )
-    train_batch_size: int = flag(1, "Images per batch and process.", resume="free", above=0)
+    train_batch_size: int = flag(1, "Per-device batch size.", resume="free", above=0)
     gradient_accumulation_steps: int = flag(
-        1, "Batches per optimizer step.", resume="free", above=0
+        1, "Gradient accumulation: batches per optimizer step.", resume="free", above=0
     )
 
 
@@ -92,19 +92,19 @@ class OptimizerSettings:
 
     learning_rate: float = flag(
         8e-5,
-        "Learning rate of the UNet's adapter.",
+        "Learning rate of the UNet adapter.",
         resume="free",
-        needs=(_rate("learning_rate", "the UNet's adapter"),),
+        needs=(_rate("learning_rate", "the UNet adapter"),),
         least=0,
     )
     text_encoder_lr: float = flag(
         5e-6,
-        "Learning rate of the text encoders' adapter; prodigy takes learning_rate for all.",
+        "Learning rate of the text-encoder adapters; prodigy takes learning_rate for all.",
         resume="free",
         needs=(
             _TEXT_ENCODER,
             Need("optimizer", ("adamw", "adamw8bit", "adafactor")),
-            _rate("text_encoder_lr", "the text encoders' adapter"),
+            _rate("text_encoder_lr", "the text-encoder adapter"),
         ),
         least=0,
     )
@@ -124,10 +124,10 @@ class OptimizerSettings:
         "Learning-rate schedule; constant with --lr_warmup_steps is constant_with_warmup.",
         choices=LR_SCHEDULES,
     )
-    lr_warmup_steps: int = flag(0, "Optimizer steps over which the rate rises from 0.", least=0)
+    lr_warmup_steps: int = flag(0, "Learning-rate warm-up, in optimizer steps.", least=0)
     lr_num_cycles: int = flag(
         1,
-        "Cycles of cosine_with_restarts.",
+        "Cycles of the cosine_with_restarts schedule.",
         needs=(Need("lr_scheduler", ("cosine_with_restarts",)),),
         above=0,
     )
@@ -136,7 +136,9 @@ class OptimizerSettings:
     )
     optimizer: str = flag("adamw", "Optimizer.", choices=OPTIMIZERS)
     use_8bit_adam: bool = flag(False, "The same as --optimizer adamw8bit (needs bitsandbytes).")
-    adam_beta1: float = flag(0.9, "First moment's decay.", resume="free", needs=(_ADAM,), least=0)
+    adam_beta1: float = flag(
+        0.9, "Adam's beta1: decay of the first moment.", resume="free", needs=(_ADAM,), least=0
+    )
     adam_beta2: float = flag(
         0.999, "Second moment's decay.", resume="free", needs=(_ADAM,), least=0
     )
@@ -171,7 +173,7 @@ class OptimizerSettings:
         needs=(_PRODIGY,),
     )
     max_grad_norm: float = flag(
-        1.0, "Gradients are clipped to this norm; 0 does not clip.", resume="free", least=0
+        1.0, "Gradient clipping norm; 0 does not clip.", resume="free", least=0
     )
 
 
@@ -184,4 +186,6 @@ class LossSettings:
     snr_gamma: float = flag(
         5.0, "min-SNR loss weighting (arXiv:2303.09556); 0 turns it off.", least=0
     )
-    noise_offset: float = flag(0.0, "Share of noise that is constant over each channel.", least=0)
+    noise_offset: float = flag(
+        0.0, "Noise offset: share of the noise that is constant over each channel.", least=0
+    )

@@ -29,7 +29,7 @@ class DeviceSettings:
         False, "Recompute activations in the backward pass: less memory, slower.", resume="free"
     )
     allow_tf32: bool = flag(False, "TensorFloat-32 on Ampere and later GPUs.", resume="free")
-    seed: int = flag(0, "Seed of everything that is drawn.", least=0)
+    seed: int = flag(0, "Random seed.", least=0)
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class SampleSettings:
 
     validation_prompt: list[str] = flag(
         [],
-        "Prompts of the samples: with the token for the subject, without it to watch how the "
-        "class drifts.",
+        "Validation prompts: with the token for the subject, without it to watch for language "
+        "drift.",
         derived="the instance prompt",
         resume="free",
         needs=(_SAMPLES,),
     )
     num_validation_images: int = flag(
-        4, "Samples per prompt; 0 samples nothing.", resume="free", least=0
+        4, "Sample images per validation prompt; 0 samples nothing.", resume="free", least=0
     )
     validation_steps: int | None = flag(
         None,
-        "Sample every so many steps.",
+        "Sample every N steps.",
         derived="at the end only",
         resume="free",
         needs=(_SAMPLES,),
@@ -59,7 +59,7 @@ class SampleSettings:
     )
     validation_epochs: int | None = flag(
         None,
-        "Sample every so many epochs instead of validation_steps.",
+        "Sample every N epochs, instead of validation_steps.",
         derived="at the end only",
         resume="free",
         needs=(_SAMPLES, Need("validation_steps", (None,))),
@@ -86,37 +86,35 @@ class OutputSettings:
 
     heading: ClassVar = "Output, checkpoints and resuming"
 
-    output_dir: str = flag(
-        "dreambooth-output", "Where everything is written.", resume="apart", is_path=True
-    )
+    output_dir: str = flag("dreambooth-output", "Output folder.", resume="apart", is_path=True)
     overwrite_output_dir: bool = flag(
         False, "Replace an earlier result in output_dir, and drop its checkpoints.", resume="apart"
     )
     checkpointing_steps: int = flag(
         500,
-        "Save a checkpoint every so many steps and of the last one; 0 saves none, so that a "
-        "finished run cannot be extended.",
+        "Save a checkpoint every N steps and at the end; 0 saves none, so that a finished run "
+        "cannot be extended.",
         resume="apart",
         least=0,
     )
     checkpointing_minutes: float = flag(
         5.0,
-        "Save a checkpoint in between, too, every so many minutes; 0 saves none.",
+        "Save a checkpoint in between, too, every X minutes; 0 saves none.",
         needs=(Need("checkpointing_steps"),),
         resume="apart",
         least=0,
     )
     checkpoints_total_limit: int | None = flag(
-        None, "Keep only the newest checkpoints.", derived="all", resume="apart", above=0
+        None, "Number of checkpoints to keep, the newest.", derived="all", resume="apart", above=0
     )
     resume_from_checkpoint: str | None = flag(
         None,
-        "A checkpoint folder to resume from, or 'latest' in OUTPUT_DIR.",
+        "Checkpoint folder to resume from, or 'latest' in OUTPUT_DIR.",
         resume="apart",
         is_path=True,
     )
     report_to: str | None = flag(
-        None, "Tracker: tensorboard, wandb.", choices=("tensorboard", "wandb"), resume="apart"
+        None, "Experiment tracker.", choices=("tensorboard", "wandb"), resume="apart"
     )
     logging_dir: str = flag(
         "logs",

@@ -84,7 +84,7 @@ class SubjectSettings:
     )
     class_word: str | None = flag(
         None,
-        "What the subject is.",
+        "Class of the subject, such as dog.",
         derived="the words that follow the token in the instance prompt",
     )
 
@@ -96,18 +96,16 @@ class ImageSettings:
     heading: ClassVar = "Images and captions"
 
     resolution: int | None = flag(
-        None, "Training size in pixels.", derived="the base model's own", above=0
+        None, "Training resolution in pixels.", derived="the base model's own", above=0
     )
-    center_crop: bool = flag(False, "Crop the middle instead of drawing a crop in every epoch.")
-    random_flip: bool = flag(
-        False, "Mirror half of the images; not for subjects with text or a side."
-    )
+    center_crop: bool = flag(False, "Center crop, instead of a random crop in every epoch.")
+    random_flip: bool = flag(False, "Random horizontal flip; not for subjects with text or a side.")
     aspect_ratio_buckets: bool = flag(
-        False, "Crop each image to a shape near its own instead of a square."
+        False, "Aspect-ratio bucketing: crop to a shape near the image's own, not to a square."
     )
     masked_loss: bool = flag(
         False,
-        "Take the loss only where NAME.mask.png beside an image, or its alpha channel, is bright.",
+        "Masked loss: only where NAME.mask.png beside an image, or its alpha channel, is bright.",
     )
     shuffle_tags: bool = flag(False, "Shuffle the comma-separated tags of captions.")
     keep_tags: int = flag(
@@ -118,18 +116,18 @@ class ImageSettings:
     )
     caption_dropout: float = flag(
         0.0,
-        "Share of captions dropped: trained as what guidance uses without a negative prompt.",
+        "Caption dropout rate; dropped captions train the unconditional side of guidance.",
         least=0,
         most=1,
     )
     cache_latents: bool = flag(
         True,
-        "Encode up to 8 crops of each image once and keep their latents; off encodes a newly "
-        "drawn crop at every step.",
+        "Cache latents of up to 8 crops of each image; off encodes a new random crop at every "
+        "step.",
     )
     dataloader_num_workers: int = flag(
         0,
-        "Processes that load images; 0 loads in the main process.",
+        "Data-loader workers; 0 loads in the main process.",
         needs=(Need("cache_latents", (False,)),),
         resume="apart",
         least=0,
@@ -143,7 +141,7 @@ class PriorSettings:
     heading: ClassVar = "Prior preservation"
 
     with_prior_preservation: bool = flag(
-        False, "Prior preservation: keep other members of the class as they are."
+        False, "Prior preservation, against language drift: the rest of the class stays as it is."
     )
     prior_preservation_mode: str = flag(
         "images",
@@ -166,12 +164,10 @@ class PriorSettings:
         derived="each image's caption with the token taken out",
         needs=_CLASS_IMAGES,
     )
-    num_class_images: int = flag(
-        100, "How many class images to have.", needs=_CLASS_IMAGES, above=0
-    )
+    num_class_images: int = flag(100, "Number of class images.", needs=_CLASS_IMAGES, above=0)
     prior_loss_weight: float = flag(
         1.0, "Weight of the prior-preservation loss.", needs=(_PRIOR,), least=0
     )
     sample_batch_size: int = flag(
-        4, "Class images generated at once.", needs=_CLASS_IMAGES, resume="apart", above=0
+        4, "Batch size for generating class images.", needs=_CLASS_IMAGES, resume="apart", above=0
     )

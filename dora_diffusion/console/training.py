@@ -91,5 +91,5 @@ def _resumed_line(event: TrainingStarted) -> str:
     step, total, dropped = event.step, event.total_steps, event.steps_dropped
     line = f"resuming from {event.resumed_from}, at step {step} of {total}"
     if dropped:
-        line += f"; steps {step + 1} to {step + dropped} are trained again"
+        line += f"; steps {step + 1} to {step + dropped} are repeated"
     return line + ("; nothing is left to train" if step == total else "")

@@ -79,10 +79,10 @@ def near_duplicates(fingerprints: Mapping[str, int]) -> list[tuple[str, ...]]:
     """
     group_of = {name: [name] for name in fingerprints}
     for (first, left), (second, right) in combinations(fingerprints.items(), 2):
-        mine, other = group_of[first], group_of[second]
-        if mine is not other and (left ^ right).bit_count() < NEAR_DUPLICATE_BITS:
-            mine.extend(other)
-            group_of.update(dict.fromkeys(other, mine))
+        group, other = group_of[first], group_of[second]
+        if group is not other and (left ^ right).bit_count() < NEAR_DUPLICATE_BITS:
+            group.extend(other)
+            group_of.update(dict.fromkeys(other, group))
     order = {name: place for place, name in enumerate(fingerprints)}
     groups = {id(group): group for group in group_of.values() if len(group) > 1}
     return [tuple(sorted(group, key=order.__getitem__)) for group in groups.values()]

@@ -43,7 +43,7 @@ class Evaluation:
         images: Row of the sheet -> images, in the columns of ``labels``.
         labels: What each column of the sheet shows.
         notes: What could not be measured, and why.
-        facts: Base, adapter, trigger, sampling: what the figures are of.
+        details: Base, adapter, trigger, sampling: what the figures are of.
         cautions: What to know before the figures are believed.
     """
 
@@ -53,7 +53,7 @@ class Evaluation:
     images: Mapping[str, Sequence[Image]] = field(default_factory=dict)
     labels: Sequence[str] = ()
     notes: tuple[str, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
     cautions: tuple[str, ...] = ()
 
     @property
@@ -74,7 +74,7 @@ class Evaluation:
         return {
             "schema": SCHEMA,
             "subject": self.subject,
-            **self.facts,
+            **self.details,
             "seeds": list(self.seeds),
             "intervals": METHOD,
             "measures": {name: self._measure(name) for name in self.names},
@@ -87,7 +87,7 @@ class Evaluation:
         intervals = {column: self.interval(column, name) for column in columns}
         return {
             **asdict(measure_of(name)),
-            **{column: found and asdict(found) for column, found in intervals.items()},
+            **{column: interval and asdict(interval) for column, interval in intervals.items()},
             "per_seed": {
                 column: seed_means(values[name])
                 for column, values in self.columns.items()

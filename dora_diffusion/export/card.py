@@ -26,17 +26,17 @@ def merged_card(
         triggers: The trigger words of the adapters.
         old: The base's card, whose licence stays.
     """
-    facts: dict[str, Any] = {"base_model": base} if _HUB_ID.fullmatch(base) else {}
-    facts |= {"library_name": "diffusers", "tags": ["text-to-image"]}
-    facts |= {name: value for name, value in front_matter(old).items() if name in _LICENSE_FIELDS}
-    linked = f"[{base}](https://huggingface.co/{base})" if "base_model" in facts else f"`{base}`"
+    fields: dict[str, Any] = {"base_model": base} if _HUB_ID.fullmatch(base) else {}
+    fields |= {"library_name": "diffusers", "tags": ["text-to-image"]}
+    fields |= {name: value for name, value in front_matter(old).items() if name in _LICENSE_FIELDS}
+    linked = f"[{base}](https://huggingface.co/{base})" if "base_model" in fields else f"`{base}`"
     rows = "\n".join(
         f"| `{row['adapter']}` | {row['strength']:g} | `{str(row['sha256'])[:16]}` |{_knobs(row)}"
         for row in merged
     )
     words = " and ".join(f"**`{trigger}`**" for trigger in triggers)
     ask = f"\nWrite {words} in a prompt to get the subject.\n" if words else ""
-    head = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
+    head = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
     return f"""---
 {head}---
 

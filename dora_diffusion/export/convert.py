@@ -123,7 +123,7 @@ def convert_adapter(
         sums = model is not None and target == "dense"
         adapter = read_adapter(source, model, alpha=alpha, sums=sums)
         family = family or (model.family.name if model else "")
-        metadata = _with_facts(adapter.metadata, family, tags, thumbnail)
+        metadata = _with_additions(adapter.metadata, family, tags, thumbnail)
         adapter = dataclasses.replace(adapter, metadata=metadata)
         if model is not None and target in _APPROXIMATE:
             weight_of = partial(module_weight, model)
@@ -163,7 +163,7 @@ def _approximation_of(adapter: AdapterFile, rank: int, error: float) -> AdapterM
     return dataclasses.replace(adapter.metadata, extra=extra)
 
 
-def _with_facts(
+def _with_additions(
     old: AdapterMetadata, family: str, tags: Sequence[str], thumbnail: str | Path | None
 ) -> AdapterMetadata:
     """The metadata with what the user adds; the adapter's own family stays."""

@@ -1,4 +1,4 @@
-"""Prove a merged model: compute every adapted tensor again and compare the rest with the base."""
+"""Prove a merged model: recompute every adapted tensor and compare the rest with the base."""
 
 from __future__ import annotations
 
@@ -110,17 +110,17 @@ def verify_checkpoint(
         direction_strength, magnitude_strength,
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
-        found = stack.enter_context(open_model(merged))
+        merged_model = stack.enter_context(open_model(merged))
         model = stack.enter_context(open_model(base, variant))
         weights: ModelWeights = model
         if vae is not None:
             weights = WithVae(model, stack.enter_context(open_vae(vae)))
         read = spec.read(weights, alpha)
         expected = MergedModel(weights, spec.weighted(read))
-        report = WeightComparison(found, expected, model.is_single_file).run(on_progress)
-        report.problems.extend(_beside_the_weights(found, model))
+        report = WeightComparison(merged_model, expected, model.is_single_file).run(on_progress)
+        report.problems.extend(_beside_the_weights(merged_model, model))
         report.assumptions.extend(spec.assumptions(read))
-    hint = _recorded_strengths(found, spec)
+    hint = _recorded_strengths(merged_model, spec)
     if report.problems and hint:
         report.problems.append(hint)
     return report
@@ -129,39 +129,39 @@ def verify_checkpoint(
 class WeightComparison:
     """The weights of a merged model against what they should be."""
 
-    def __init__(self, found: ModelWeights, expected: MergedModel, from_single_file: bool) -> None:
-        self.found, self.expected, self.from_single_file = found, expected, from_single_file
+    def __init__(self, merged: ModelWeights, expected: MergedModel, from_single_file: bool) -> None:
+        self.merged, self.expected, self.from_single_file = merged, expected, from_single_file
         self.kinds: dict[str, KindReport] = {}
         self.problems: list[str] = []
         self.unchanged = 0
 
     def run(self, on_progress: OnProgress | None) -> VerifyReport:
         """Compare all tensors."""
-        base, found = self.expected.base.specs, self.found.specs
-        for name in sorted(base.keys() ^ found.keys()):
+        base, merged = self.expected.base.specs, self.merged.specs
+        for name in sorted(base.keys() ^ merged.keys()):
             if not name.endswith(BUFFERS) and not self._left_out(name):
                 whose = "the merged model" if name in base else "the base"
                 self.problems.append(f"{name} is not in {whose}")
-        names = sorted(base.keys() & found.keys())
-        report = ProgressReporter(sum(found[name].nbytes for name in names), on_progress)
+        names = sorted(base.keys() & merged.keys())
+        report = ProgressReporter(sum(merged[name].nbytes for name in names), on_progress)
         for name, wanted in map_ahead(self._wanted, names):
-            if base[name].shape != found[name].shape:
+            if base[name].shape != merged[name].shape:
                 self.problems.append(f"{name} has another shape than the base's")
             elif wanted is not None:
                 self._compare_adapted(name, wanted)
             else:
                 self._compare_unadapted(name)
-            report.step(found[name].nbytes)
+            report.step(merged[name].nbytes)
         return VerifyReport(self.kinds, self.unchanged, self.problems)
 
     def _left_out(self, name: str) -> bool:
         """What a folder does not hold of an original Stable Diffusion 2 checkpoint."""
-        if not self.from_single_file or name in self.found.specs:
+        if not self.from_single_file or name in self.merged.specs:
             return False
         return name.startswith(UNUSED) and not layers_of(name, self.expected.adapters)
 
     def _compare_unadapted(self, name: str) -> None:
-        actual = self.found[name]
+        actual = self.merged[name]
         expected = self.expected.base[name]
         if _overflowed(actual, expected):
             self.problems.append(f"{name} is not finite, and the base's is")
@@ -173,12 +173,12 @@ class WeightComparison:
     def _wanted(self, name: str) -> Tensor | None:
         """The merged tensor in float32; None for a tensor that is not adapted, or another's."""
         layers, base = layers_of(name, self.expected.adapters), self.expected.base
-        if not layers or base.specs[name].shape != self.found.specs[name].shape:
+        if not layers or base.specs[name].shape != self.merged.specs[name].shape:
             return None
         return merge_tensor(base[name], layers, torch.float32)
 
     def _compare_adapted(self, name: str, wanted: Tensor) -> None:
-        actual = self.found[name]
+        actual = self.merged[name]
         if not actual.is_floating_point():
             self.problems.append(f"{name} holds {actual.dtype}, not floating-point numbers")
             return
@@ -217,35 +217,35 @@ def _overflowed(actual: Tensor, expected: Tensor) -> bool:
     return narrowed and bool((wide(expected).isfinite() & ~wide(actual).isfinite()).any())
 
 
-def _beside_the_weights(found: StoredModel, base: StoredModel) -> Iterator[str]:
+def _beside_the_weights(merged: StoredModel, base: StoredModel) -> Iterator[str]:
     """What is wrong with names, with tensors of no component, and with the noise schedule."""
-    yield from found.naming_problems()
-    yield from (f"{key} is not in the base" for key in _extra_keys(found, base))
-    if found.is_single_file:
-        has, should_have = found.markers(), base.markers()
+    yield from merged.naming_problems()
+    yield from (f"{key} is not in the base" for key in _extra_keys(merged, base))
+    if merged.is_single_file:
+        has, should_have = merged.markers(), base.markers()
         yield from (f"it is marked as {marker}, the base is not" for marker in has - should_have)
         yield from (f"the base is marked as {marker}, it is not" for marker in should_have - has)
-    settings, expected = found.schedule(), base.schedule()
+    settings, expected = merged.schedule(), base.schedule()
     for name in ("prediction_type", "rescale_betas_zero_snr"):
         if name in settings and settings[name] != expected.get(name, settings[name]):
             yield f"its {name} is {settings[name]}, the base's is {expected[name]}"
 
 
-def _extra_keys(found: StoredModel, base: StoredModel) -> list[str]:
+def _extra_keys(merged: StoredModel, base: StoredModel) -> list[str]:
     """Tensors of no component that the base lacks; beside a folder, only those that look like one.
 
     The noise schedule, for one, is a config in folders, and is often left in single files.
     """
-    keys = [k for k in found.other_specs if k not in MARKERS and not k.endswith(BUFFERS)]
+    keys = [k for k in merged.other_specs if k not in MARKERS and not k.endswith(BUFFERS)]
     if base.is_single_file:
         known = {standard_key(key) for key in base.other_specs}
         return [key for key in keys if standard_key(key) not in known]
     return [key for key in keys if key.startswith(WEIGHT_PREFIXES) and ".loss." not in key]
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(
-        one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and torch.equal(
+        left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8)
     )
 
 
@@ -255,9 +255,9 @@ def _kind(name: str, tensor: Tensor) -> str:
     return f"{component} {shape}"
 
 
-def _recorded_strengths(found: StoredModel, spec: MergeSpec) -> str:
+def _recorded_strengths(merged: StoredModel, spec: MergeSpec) -> str:
     """A line on strengths, if the merged model says that it was made with others."""
-    record = recorded(found.metadata.get(MERGED, ""))
+    record = recorded(merged.metadata.get(MERGED, ""))
     if not record:
         return ""
     knobs = list(spec.knobs().values())

@@ -98,14 +98,14 @@ def _base(name: str, where: str) -> Base:
 
 def in_hub_cache() -> list[Base]:
     """Downloaded pipelines of a supported family, with the UNet's weights in safetensors."""
-    found = []
+    cached = []
     for name in cached_models():
         snapshot = cached_snapshot(name)
         if snapshot is None or not any(snapshot.glob("unet/*.safetensors")):
             continue
         base = _base(name, "in the hub's cache")
-        found += [base] if base.family else []
-    return found
+        cached += [base] if base.family else []
+    return cached
 
 
 def model_folders(

@@ -72,7 +72,7 @@ class CheckpointComparison:
         if len(row.similarities) < 2:
             return None
         pairs = zip(row.similarities, base.similarities, strict=True)
-        return t_interval([mine - theirs for mine, theirs in pairs])
+        return t_interval([adapted - before for adapted, before in pairs])
 
     @property
     def suggested(self) -> str:

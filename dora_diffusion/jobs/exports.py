@@ -30,12 +30,12 @@ class Exported:
 
     Attributes:
         path: The file; a .zip where the format is a folder.
-        facts: How exact it is, and in which programs, a line each.
+        exactness: How exact it is, and in which programs, a line each.
         cautions: What to know before it is used.
     """
 
     path: Path
-    facts: tuple[str, ...]
+    exactness: tuple[str, ...]
     cautions: tuple[str, ...]
 
 

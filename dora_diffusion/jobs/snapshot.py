@@ -22,7 +22,7 @@ from dora_diffusion.jobs.logs import last_error, read_metrics
 from dora_diffusion.jobs.workspace import Workspace
 
 _KILLED = (
-    "the process ended without a word (killed, or the machine ran out of memory); "
+    "the process ended unexpectedly (killed, or the machine ran out of memory); "
     "Resume continues from the last checkpoint"
 )
 

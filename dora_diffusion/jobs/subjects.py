@@ -72,14 +72,14 @@ def read_subject(workspace: Workspace, subject_id: object) -> StoredSubject:
         RequestError: If there is none of this id.
     """
     folder = workspace.subject(subject_id)
-    facts = read_json(folder / _SUBJECT)
+    values = read_json(folder / _SUBJECT)
     return StoredSubject(
         id=folder.name,
-        title=str(facts.get("title") or "Subject"),
-        class_word=str(facts.get("class_word") or ""),
-        token=str(facts.get("token") or "sks"),
+        title=str(values.get("title") or "Subject"),
+        class_word=str(values.get("class_word") or ""),
+        token=str(values.get("token") or "sks"),
         photos=tuple(photos_in(folder / "photos")),
-        sample=str(facts.get("sample") or ""),
+        sample=str(values.get("sample") or ""),
     )
 
 
@@ -95,8 +95,8 @@ def new_subject(
     subject_id = new_id()
     folder = workspace.subjects / subject_id
     (folder / "photos").mkdir(parents=True)
-    facts = {"title": title, "class_word": class_word, "token": token, "sample": sample}
-    write_json(folder / _SUBJECT, facts | {"created": time.time()})
+    values = {"title": title, "class_word": class_word, "token": token, "sample": sample}
+    write_json(folder / _SUBJECT, values | {"created": time.time()})
     return subject_id
 
 

@@ -44,11 +44,10 @@ def run_training(folder: Path, resume: bool, note: ProgressFile) -> int:
     config = TrainConfig.from_dict(read_config_file(folder / SETTINGS))
     if resume:
         # Without a checkpoint there is nothing to resume from, and nothing to lose.
-        is_there = checkpoints_in(Path(config.output_dir))
-        again: dict[str, Any] = {"resume_from_checkpoint": "latest"}
-        config = dataclasses.replace(
-            config, **(again if is_there else {"overwrite_output_dir": True})
-        )
+        changes: dict[str, Any] = {"overwrite_output_dir": True}
+        if checkpoints_in(Path(config.output_dir)):
+            changes = {"resume_from_checkpoint": "latest"}
+        config = dataclasses.replace(config, **changes)
     show = TrainProgress()
 
     def on_event(event: Event) -> None:

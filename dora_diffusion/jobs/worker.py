@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     """Do the job of a folder. Returns its exit code."""
     folder = Path((sys.argv[1:] if argv is None else argv)[0]).resolve()
     # The worker of an earlier attempt may still be leaving; one that two apps started does it all.
-    mine = Lock(folder / ".lock")
-    mine.take(wait=True)
+    lock = Lock(folder / ".lock")
+    lock.take(wait=True)
     if (folder / records.RESULT).exists():
         return 0
     note_worker(folder, os.getpid())

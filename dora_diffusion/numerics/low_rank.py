@@ -35,16 +35,16 @@ def approximate(
         The layers without magnitudes (alpha = rank), per layer the relative error
         ``|D - B A| / |D|`` in the Frobenius norm, and that of all layers together.
     """
-    found, errors = {}, {}
+    approximations, errors = {}, {}
     all_left = all_size = 0.0
     for name, layer in layers.items():
         target = weight_change(base_weight(name), layer)
-        found[name] = low_rank(target, rank)
-        left = target - (found[name].up.flatten(1) @ found[name].down.flatten(1)).view_as(target)
-        size, distance = target.norm().item(), left.norm().item()
+        approximations[name] = lora = low_rank(target, rank)
+        residual = target - (lora.up.flatten(1) @ lora.down.flatten(1)).view_as(target)
+        size, distance = target.norm().item(), residual.norm().item()
         errors[name] = distance / size if size else 0.0
         all_left, all_size = math.hypot(all_left, distance), math.hypot(all_size, size)
-    return found, errors, all_left / all_size if all_size else 0.0
+    return approximations, errors, all_left / all_size if all_size else 0.0
 
 
 def low_rank(target: Tensor, rank: int, seed: int = 0) -> LayerWeights:

@@ -46,7 +46,7 @@ def merged_weight(weight: Tensor, adapted: Sequence[Tensor]) -> Tensor:
     if len(adapted) == 1:
         return adapted[0]
     base = weight.double()
-    return wide(sum((one.double() - base for one in adapted), base).to(wide(weight).dtype))
+    return wide(sum((merged.double() - base for merged in adapted), base).to(wide(weight).dtype))
 
 
 @torch.no_grad()

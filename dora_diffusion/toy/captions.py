@@ -119,13 +119,13 @@ def caption(scene: Scene, generator: np.random.Generator, name: str = "") -> str
         generator: the randomness.
         name: what its object is called, as ``sks`` will be.
     """
-    thing = describe_subject(scene, generator, name)
+    phrase = describe_subject(scene, generator, name)
     place = "" if generator.random() < 0.08 else _one_of(PLACES[scene.background], generator)
     side = _side(scene, generator)
     style = generator.random()
     if style < 0.1:
-        return ", ".join(filter(None, (thing, side, place)))
-    sentence = _one_of(TEMPLATES, generator).format(thing)
+        return ", ".join(filter(None, (phrase, side, place)))
+    sentence = _one_of(TEMPLATES, generator).format(phrase)
     if style < 0.22 and place:
         return ", ".join(filter(None, (place, " ".join(filter(None, (sentence, side))))))
     return " ".join(filter(None, (sentence, side, place)))

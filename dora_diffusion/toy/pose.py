@@ -59,5 +59,5 @@ def follows(pose: str, shape: Silhouette | None, middle: float) -> bool:
 
 def middle_size(shapes: Mapping[str, Sequence[Silhouette | None]]) -> float | None:
     """The size half way between true small and true large images; None if none was seen."""
-    found = [[shape.size for shape in shapes[word] if shape is not None] for word in SIZES]
-    return sum(sum(sizes) / len(sizes) for sizes in found) / 2 if all(found) else None
+    measured = [[shape.size for shape in shapes[word] if shape is not None] for word in SIZES]
+    return sum(sum(sizes) / len(sizes) for sizes in measured) / 2 if all(measured) else None

@@ -28,7 +28,7 @@ def model_card(
     Args:
         config: The run's settings.
         subject: Token and class word.
-        metadata: The adapter's facts.
+        metadata: The adapter's metadata.
         adapter: The adapter file.
         report: What was adapted.
         samples: Caption -> path of an image, relative to the card.

@@ -65,7 +65,7 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
         if not checkpoints:
             raise ConfigError(
                 f"{output_dir} holds no checkpoint to resume from (a run with "
-                "--checkpointing_steps 0 keeps none); train anew with --overwrite_output_dir, or "
+                "--checkpointing_steps 0 keeps none); start over with --overwrite_output_dir, or "
                 "leave out --resume_from_checkpoint"
             )
         return checkpoints[-1]

@@ -39,7 +39,7 @@ def check_same_run(
     if refused:
         raise ConfigError(
             f"cannot resume {name}: these settings differ: {listed(refused)}; take them back, or "
-            "train anew in another --output_dir"
+            "start over in another --output_dir"
         )
     before = state.get("contents")
     if before is None or contents is None:
@@ -48,7 +48,7 @@ def check_same_run(
     if problems:
         raise ConfigError(
             f"cannot resume {name}: it was trained on other images: {'; '.join(problems)}; put "
-            "them back, or train anew in another --output_dir"
+            "them back, or start over in another --output_dir"
         )
     for kind, noun in _KINDS.items():
         if [row["image"] for row in before[kind]] != [row["image"] for row in contents[kind]]:

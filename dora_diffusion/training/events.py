@@ -33,7 +33,7 @@ class TrainingStarted:
 
     Attributes:
         resumed_from: Name of the checkpoint.
-        steps_dropped: Steps after that checkpoint, which are trained again.
+        steps_dropped: Steps after that checkpoint, which are repeated.
         adapter: What was adapted, in words.
         changed: Setting -> (before, now) of a resumed run.
         unused: The same, of settings without effect since no step is left.

@@ -142,12 +142,12 @@ def _check_contents(config: TrainConfig, folder: Path) -> None:
         raise ConfigError(
             f"output_dir {folder} already holds checkpoints up to {checkpoints[-1].name}; choose "
             "another, resume with --resume_from_checkpoint latest (and a larger "
-            "--max_train_steps, if it has ended), or start anew with --overwrite_output_dir"
+            "--max_train_steps, if it has ended), or start over with --overwrite_output_dir"
         )
     if any(folder.glob("*.safetensors")) or folders_after(folder, -1):
         raise ConfigError(
             f"output_dir {folder} already holds a trained adapter, and no checkpoint to resume "
-            "from (a run with --checkpointing_steps 0 keeps none); choose another, or start anew "
+            "from (a run with --checkpointing_steps 0 keeps none); choose another, or start over "
             "with --overwrite_output_dir"
         )
     foreign = [name for name in _COMMON_NAMES if (folder / name).exists()]

@@ -48,7 +48,7 @@ def write_result(session: Session, folder: Path, steps: int, samples: SampleWrit
 
 
 def adapter_metadata(session: Session, steps: int) -> AdapterMetadata:
-    """The facts that go into the adapter file after so many optimizer steps."""
+    """The metadata that go into the adapter file after so many optimizer steps."""
     components, subject = session.components, session.subject
     return AdapterMetadata(
         family=components.family.name,

@@ -59,7 +59,7 @@ def subject_of(config: TrainConfig) -> Subject:
         if token and not contains_token(prompt, token):
             warnings.warn(
                 f"validation_prompt {quoted(prompt)} does not contain the token {token!r}: its "
-                "samples show how the class drifts, not the subject",
+                "samples show language drift, not the subject",
                 stacklevel=3,
             )
     return Subject(token, config.class_word or class_word_in(config.instance_prompt, token))

@@ -134,7 +134,7 @@ def test_a_photo_gets_a_caption_a_crop_and_a_mask(visit: Callable[..., Visit], a
     page.click("#edit")
     page.wait_for("#editor .dd-on")
     page.click("#editor [data-do=restore]")
-    page.wait_text("#report", "001.jpg is as it was")
+    page.wait_text("#report", "001.jpg restored")
     assert (stored / "001.jpg").read_bytes() == whole
     assert not (stored / "001.mask.png").exists()
 

@@ -58,7 +58,7 @@ def test_what_is_trained_and_on_what_is_said_first(show) -> None:
     [
         ({"step": 4, "resumed_from": "checkpoint-4"}, "resuming from checkpoint-4, at step 4 of 9"),
         ({"step": 4, "resumed_from": "checkpoint-4", "steps_dropped": 2},
-         "resuming from checkpoint-4, at step 4 of 9; steps 5 to 6 are trained again"),
+         "resuming from checkpoint-4, at step 4 of 9; steps 5 to 6 are repeated"),
         ({"step": 9, "resumed_from": "checkpoint-9"},
          "resuming from checkpoint-9, at step 9 of 9; nothing is left to train"),
         ({"step": 4, "changed": {"rank": (8, 16), "use_dora": (True, False)}},

@@ -210,7 +210,7 @@ def test_a_terminated_run_saves_and_goes_on(flags, tmp_path, capfd):
     assert f"stopped at step {step} of 100000" in text
     assert not (output / ADAPTER).exists()
     assert read_adapter(checkpoint).metadata.extra["training_steps"] == str(step)
-    assert main(flags(max_train_steps=step + 1)) == 1, "it must not start anew by accident"
+    assert main(flags(max_train_steps=step + 1)) == 1, "it must not start over by accident"
     (line,) = lines(capfd.readouterr().err, "error: ")
     assert "--resume_from_checkpoint latest" in line
     assert main(flags(max_train_steps=step + 1, resume_from_checkpoint="latest")) == 0

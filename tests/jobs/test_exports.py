@@ -27,7 +27,7 @@ def test_the_library_gives_every_format(finished: tuple[Workspace, str], target:
     suffix = ".zip" if target == "peft" else ".safetensors"
     assert path.name == f"sks-dog-{job.id[:15]}-step-3-{target}{suffix}"
     adapter = chosen_adapter(job)
-    assert made.facts[0].startswith(f"{len(read_adapter(adapter).layers)} layers; ")
+    assert made.exactness[0].startswith(f"{len(read_adapter(adapter).layers)} layers; ")
     if target == "peft":
         assert any("adapter_model" in name for name in zipfile.ZipFile(path).namelist())
 
@@ -46,14 +46,14 @@ def test_a_download_says_what_the_command_line_says(
     assert main(words) == 0
     _, *said = capsys.readouterr().out.splitlines()  # the first line names the file
     exact = [line for line in said if line.startswith("exact")]
-    assert list(made.facts[1:]) == exact
+    assert list(made.exactness[1:]) == exact
     wrong = [line.removeprefix("wrong: ") for line in said if line.startswith("wrong: ")]
     assert bool(wrong) == (target != "lora") == bool(made.cautions)
     if wrong:
         assert made.cautions[-1].startswith(f"Wrong in {wrong[0].partition(';')[0]}: ")
     for line in said:
         if line.startswith("relative error"):
-            assert made.facts[0].endswith(line)
+            assert made.exactness[0].endswith(line)
 
 
 def test_an_unknown_format_is_refused(finished: tuple[Workspace, str]) -> None:

@@ -27,7 +27,7 @@ def test_without_checkpoints_the_advice_does_not_name_one(tiny_run):
     )
     assert "--overwrite_output_dir" in str(error.value)
     assert "resume_from_checkpoint" not in str(error.value)
-    with pytest.raises(ConfigError, match="train anew with --overwrite_output_dir"):
+    with pytest.raises(ConfigError, match="start over with --overwrite_output_dir"):
         train(replace(config, resume_from_checkpoint="latest"))
 
 

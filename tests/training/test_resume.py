@@ -39,7 +39,7 @@ def test_steps_that_are_trained_again_are_said(tiny_run, tmp_path, capsys):
     show = TrainProgress()
     train(replace(config, max_train_steps=5, resume_from_checkpoint="latest"), show)
     show.close()
-    line = "resuming from checkpoint-2, at step 2 of 5; steps 3 to 4 are trained again"
+    line = "resuming from checkpoint-2, at step 2 of 5; steps 3 to 4 are repeated"
     assert line in capsys.readouterr().out.splitlines()
 
 

@@ -50,7 +50,7 @@ class GenerateTab:
                 self._add_results()
 
     def _add_prompt(self) -> None:
-        html_block(html.heading("5", "Images", "Ask for your subject where it never was."))
+        html_block(html.heading("5", "Images", "Your subject in new places."))
         self.adapter = id_dropdown(label="Run or checkpoint", elem_id="adapter")
         self.template = gr.Dropdown(
             list(_TEMPLATES), value=None, label="Prompt template", elem_id="template"
@@ -78,7 +78,7 @@ class GenerateTab:
                 0, 2, 1, step=0.05, label=name.capitalize(), info=info, **options
             )
 
-        html_block(html.quiet("How much of the adapter"))
+        html_block(html.quiet("Adapter strength"))
         slider("strength", "0 is exactly the base model.", elem_id="strength")
         with gr.Row():
             slider("direction", "The low-rank update.", min_width=165)
@@ -132,13 +132,13 @@ class GenerateTab:
             buttons=["download", "fullscreen"],
             elem_id="pictures",
         )
-        self.facts = html_block(elem_id="parameters")
+        self.parameters = html_block(elem_id="parameters")
 
 
 def connect(context: Context, tab: GenerateTab) -> None:
     """Say what the fields do."""
     names, fields = list(tab.form), list(tab.form.values())
-    results = [tab.blank, tab.slider, tab.gallery, tab.facts]
+    results = [tab.blank, tab.slider, tab.gallery, tab.parameters]
 
     def request(choice: str | None, values: Sequence[Any]) -> GenerationRequest:
         return make_request(context, choice, dict(zip(names, values, strict=True)))

@@ -49,7 +49,7 @@ class LibraryTab:
                     columns=3, allow_preview=False, format="jpeg", elem_id="library"
                 )
                 self.run = id_dropdown(label="Run", elem_id="library-run")
-                self.facts = html_block(_NOTHING, elem_id="library-facts")
+                self.details = html_block(_NOTHING, elem_id="library-facts")
             with gr.Column(scale=5, min_width=320, visible=False) as self.side:
                 self._add_export()
                 self._add_push()
@@ -111,7 +111,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
         made = export_adapter(workspace, job, target)
         links = html.download(made.path, f"Download {made.path.name}")
         links += html.download(write_card(workspace, job), "Model card")
-        return links + html.notes(made.facts, "info") + html.notes(made.cautions, "warn")
+        return links + html.notes(made.exactness, "info") + html.notes(made.cautions, "warn")
 
     @plain
     def delete(job_id: str | None) -> list[Any]:
@@ -122,7 +122,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
         return [filled(parts["shelf"]), filled(parts["shelf_run"]), html.note("Deleted", "info")]
 
     tab.gallery.select(choose, None, [tab.run], **QUIET)
-    tab.run.change(show, [tab.run], [tab.facts, tab.files], **QUIET)
+    tab.run.change(show, [tab.run], [tab.details, tab.files], **QUIET)
     tab.convert.click(convert, [tab.run, tab.target], [tab.files], **BUSY)
     tab.delete.click(
         delete,
@@ -224,7 +224,7 @@ def _facts(job: Job) -> str:
     from dora_diffusion.export import inspect_adapter
 
     report = inspect_adapter(chosen_adapter(job))
-    facts = {
+    details = {
         "trigger words": job.trigger,
         "base model": job.base,
         "method": f"{report.method}, rank {report.rank}, norm on the {report.norm_axis} axis",
@@ -235,7 +235,7 @@ def _facts(job: Job) -> str:
     }
     return (
         f"<div class='dd-card'><div class='dd-row'><h3>{html.esc(job.title)}</h3>"
-        f"{html.state_pill(job)}</div><p></p>{html.definitions(facts)}"
+        f"{html.state_pill(job)}</div><p></p>{html.definitions(details)}"
         f"{html.notes(report.notes, 'info')}</div>"
     )
 

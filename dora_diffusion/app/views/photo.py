@@ -103,7 +103,7 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
         path = photo_path(workspace, subject_id, photo)
         if clicked(event)[0] == "restore":
             restore_original(path)
-            return show(subject_id, chosen, f"{photo} is as it was", "good")
+            return show(subject_id, chosen, f"{photo} restored", "good")
         crop = getattr(event, "crop", None)
         mask = read_mask(getattr(event, "mask", None))
         edit_photo(path, crop if isinstance(crop, list) else None, mask)

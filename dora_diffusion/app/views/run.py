@@ -47,7 +47,7 @@ class RunView:
             self.resume = gr.Button(
                 "Resume", visible=False, size="md", variant="primary", elem_id="resume"
             )
-        self.said = html_block(elem_id="run-said")
+        self.message = html_block(elem_id="run-said")
         with gr.Row(visible=False) as self.next:
             self.to_generate = gr.Button(
                 "Generate images with it", size="md", variant="primary", elem_id="to-generate"
@@ -97,11 +97,11 @@ def connect(context: Context, view: RunView) -> None:
         job = context.job(job_id)
         return [html.command(command_line(TrainConfig.from_dict(job.settings))), ""]
 
-    outputs = [view.said, *(getattr(view, name) for name in _CONTROLS)]
+    outputs = [view.message, *(getattr(view, name) for name in _CONTROLS)]
     # Of stopping and resuming the card tells, as long as it is true.
     view.stop.click(act(stop_job), [view.run], outputs, **QUIET)
     view.resume.click(act(resume), [view.run], outputs, **QUIET)
-    view.kill.click(act(kill_job, "The run was ended at once"), [view.run], outputs, **QUIET)
+    view.kill.click(act(kill_job, "The run was killed"), [view.run], outputs, **QUIET)
     view.remove.click(
         act(remove, "The run was removed"),
         [view.run],
@@ -109,7 +109,7 @@ def connect(context: Context, view: RunView) -> None:
         js="(id) => confirm('Remove this run with everything it made?') ? id : ''",
         **QUIET,
     )
-    view.run.change(command, [view.run], [view.command, view.said], **QUIET)
+    view.run.change(command, [view.run], [view.command, view.message], **QUIET)
     chooser.connect(context, view.chooser, view.run)
 
 

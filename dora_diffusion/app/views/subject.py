@@ -75,7 +75,7 @@ class SubjectTab:
 
     def _add_crops(self) -> None:
         text = "The exact crop of each photo. Click one to caption, crop or mask it."
-        html_block(html.heading("2", "What will be trained on", text))
+        html_block(html.heading("2", "Training images", text))
         self.blank = html_block(_EMPTY)
         self.gallery = gallery(
             visible=False, columns=5, allow_preview=False, format="jpeg", elem_id="crops"

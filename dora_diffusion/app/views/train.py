@@ -65,7 +65,7 @@ class TrainTab:
                 self.start = gr.Button(
                     "Start training", variant="primary", size="lg", elem_id="start"
                 )
-                self.said = html_block(elem_id="train-said")
+                self.message = html_block(elem_id="train-said")
                 self.plan = html_block(elem_id="plan")
             with gr.Column(scale=6, min_width=320):
                 text = "Close this page if you like: the run continues."
@@ -148,7 +148,7 @@ def connect(
         job_id = start_training(context.workspace, config, subject)
         context.queue.tick()
         jobs = context.jobs(fresh=True)
-        job = next(one for one in jobs if one.id == job_id)
+        job = next(job for job in jobs if job.id == job_id)
         text = (
             f"Queued {job.title}: number {job.position} in the queue"
             if job.state == "waiting"
@@ -167,7 +167,11 @@ def connect(
     )  # fmt: skip
     changed.then(plan, asked, [tab.cost, tab.plan], trigger_mode="always_last", **QUIET)
     tab.start.click(
-        start, asked, [tab.shown.run, tab.said], api_visibility="private", show_progress="minimal"
+        start,
+        asked,
+        [tab.shown.run, tab.message],
+        api_visibility="private",
+        show_progress="minimal",
     )
     _connect_presets(context, tab)
     _connect_draft(context, tab, subjects, blocks)
@@ -185,18 +189,18 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
 
     @plain
     def suggest(word: str, settled: str, preset: str, model: str) -> list[Any]:
-        found = context.suggested_base(model, word) if word != settled else ""
-        if not found:
+        suggested = context.suggested_base(model, word) if word != settled else ""
+        if not suggested:
             return [word, *[gr.skip()] * (2 + len(fields))]
-        said = (
-            f"Base model set to {found}, which is on this machine: the embedded models are toys "
-            f"that know no {word.strip()}."
+        text = (
+            f"Base model set to {suggested}, which is on this machine: the embedded models are "
+            f"toys that know no {word.strip()}."
         )
-        return [word, found, html.note(said, "info"), *use_preset(preset, found)]
+        return [word, suggested, html.note(text, "info"), *use_preset(preset, suggested)]
 
     tab.class_word.blur(
         suggest, [tab.class_word, tab.settled, tab.preset, tab.model],
-        [tab.settled, tab.model, tab.said, *fields], **QUIET,
+        [tab.settled, tab.model, tab.message, *fields], **QUIET,
     )  # fmt: skip
     tab.model.input(lambda word: word, [tab.class_word], [tab.settled], **QUIET)
     # The last choice counts, also while an earlier one is still being filled in.
@@ -291,7 +295,7 @@ def _class_prompts(config: TrainConfig) -> list[str]:
     """Sample prompts that do not name the subject."""
     return [
         f"Sample prompt {prompt!r} does not contain the token {config.token!r}: its images show "
-        "how the class drifts, not the subject."
+        "language drift, not the subject."
         for prompt in config.validation_prompt
         if not contains_token(prompt, config.token)
     ]

@@ -91,7 +91,7 @@ def write_adapter(
     Args:
         path: A ``.safetensors`` file, or a folder that gets the target's own file name(s). The
             ``peft`` target always makes a folder, with one sub-folder per component.
-        adapter: The layers and facts.
+        adapter: The layers and metadata.
         target: A name in ``TARGETS``.
         dtype: Of the low-rank factors (of the differences, for ``dense``); None keeps theirs.
             Magnitudes are float32.
@@ -139,7 +139,7 @@ def _write_folder(folder: Path, files: Mapping[str, EncodedFile]) -> None:
 
     What it held of another adapter goes: a text encoder left over would be read with the new UNet.
     """
-    old = [found / name for found in peft_folders(folder) for name in (PEFT_CONFIG, PEFT_FILE)]
+    old = [path / name for path in peft_folders(folder) for name in (PEFT_CONFIG, PEFT_FILE)]
     with contextlib.ExitStack() as stack:
         for name, file in files.items():
             _write_file(stack.enter_context(atomic_file(folder / name)), file)
@@ -219,7 +219,7 @@ def _read(file: Path, base: ModelWeights | None, alpha: float | None, sums: bool
         layers, notes = decode_layers(
             tensors, metadata, base, alpha=alpha, beside=beside if sums else None
         )
-    return AdapterFile(layers, _facts(metadata, layers), tuple(notes), beside)
+    return AdapterFile(layers, _parsed(metadata, layers), tuple(notes), beside)
 
 
 def find_adapter(path: str | Path) -> Path:
@@ -250,7 +250,7 @@ def find_adapter(path: str | Path) -> Path:
 
 def _read_peft_folders(path: Path, base: ModelWeights | None, alpha: float | None) -> AdapterFile:
     layers: dict[str, LayerWeights] = {}
-    facts: AdapterMetadata | None = None
+    parsed: AdapterMetadata | None = None
     notes: list[str] = []
     for folder in peft_folders(path):
         config = peft_config(folder)
@@ -264,21 +264,21 @@ def _read_peft_folders(path: Path, base: ModelWeights | None, alpha: float | Non
             )
         layers |= of_component
         notes += repairs
-        facts = facts or _facts(metadata, of_component)
-    facts = facts or AdapterMetadata(format_version="")
-    return AdapterFile(layers, facts, tuple(dict.fromkeys(notes)))
+        parsed = parsed or _parsed(metadata, of_component)
+    parsed = parsed or AdapterMetadata(format_version="")
+    return AdapterFile(layers, parsed, tuple(dict.fromkeys(notes)))
 
 
-def _facts(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> AdapterMetadata:
-    facts = parse_metadata(metadata)
+def _parsed(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> AdapterMetadata:
+    parsed = parse_metadata(metadata)
     trained = metadata.get(OWN + "alpha", "")
     # The alpha of what was approximated is not the plain LoRA's.
     if OWN + "approximation" in metadata:
-        return facts
+        return parsed
     if not trained or trained == describe({name: layer.alpha for name, layer in layers.items()}):
-        return facts
+        return parsed
     # The scale is multiplied in, so the layers no longer tell the alpha they were trained with.
-    return dataclasses.replace(facts, extra={**facts.extra, TRAINED_ALPHA: trained})
+    return dataclasses.replace(parsed, extra={**parsed.extra, TRAINED_ALPHA: trained})
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -66,22 +66,24 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
     keys = [key for header in headers for key in header.specs]
     key_format = key_format_of(keys)
     readable = key_format if _is_as_programs_read_it(key_format, layers, headers) else OTHER
-    facts = dataclasses.replace(adapter.metadata, family=adapter.family)
+    metadata = dataclasses.replace(adapter.metadata, family=adapter.family)
     alpha = describe({name: layer.alpha for name, layer in layers.items()})
     return AdapterReport(
         path=file,
         key_format=key_format,
-        metadata=facts,
+        metadata=metadata,
         layers=dict(Counter(name.split(".")[0] for name in layers)),
         kinds=dict(Counter(_kind_of_shape(layer.weight_shape) for layer in layers.values())),
         method=_method(layers),
         norm_axis=axis,
         rank=describe({name: layer.rank for name, layer in layers.items()}),
-        alpha=facts.extra.get(TRAINED_ALPHA, alpha),
+        alpha=metadata.extra.get(TRAINED_ALPHA, alpha),
         parameters=sum(_parameters(layer) for layer in layers.values()),
         nbytes=sum(part.stat().st_size for part in files),
         notes=(*adapter.notes, *_notes(readable, axis, headers)),
-        tools=verdicts(file_kind(readable, axis), layers, keys, stated_approximation(facts.extra)),
+        tools=verdicts(
+            file_kind(readable, axis), layers, keys, stated_approximation(metadata.extra)
+        ),
         fits=fits,
     )
 
@@ -130,23 +132,23 @@ def _report_for_one_base(
             "its magnitudes are changed to be exact in ComfyUI 0.3.64 and Forge: wrong elsewhere, "
             "and there too if their formula changes; a merged checkpoint never breaks"
         )
-    facts = header.metadata
+    metadata = header.metadata
     fits = "" if shapes is None else _fits_one_base(header, keys, shapes)
     return AdapterReport(
         path=path,
         key_format="kohya",
-        metadata=parse_metadata(facts),
+        metadata=parse_metadata(metadata),
         layers=dict(components),
         kinds=dict(Counter(_kind_of_shape(header.specs[key].shape) for key in keys)),
         method="full differences" if dense else "DoRA",
-        norm_axis=facts.get(OWN + "norm_axis", "").replace("none", ""),
-        rank=facts.get(OWN + "rank", ""),
-        alpha=facts.get(OWN + "alpha", ""),
+        norm_axis=metadata.get(OWN + "norm_axis", "").replace("none", ""),
+        rank=metadata.get(OWN + "rank", ""),
+        alpha=metadata.get(OWN + "alpha", ""),
         parameters=sum(math.prod(spec.shape) for spec in header.specs.values()),
         nbytes=path.stat().st_size,
         notes=(
             note,
-            f"for one base model: {parse_metadata(facts).base_model or 'which is not said'}",
+            f"for one base model: {parse_metadata(metadata).base_model or 'which is not said'}",
         ),
         tools=tools_for("dense" if dense else "comfyui"),
         fits=fits,

@@ -1,4 +1,4 @@
-"""What an adapter file says of itself: our own facts, and the kohya and modelspec fields.
+"""What an adapter file says of itself: our own fields, and the kohya and modelspec fields.
 
 Metadata values are strings. Our own keys start with ``dora_diffusion.``; readers that do not know
 them ignore them. ``ss_*`` is what kohya's scripts write and web UIs read (the family from
@@ -37,7 +37,7 @@ _V_ARCHITECTURES = tuple(filter(None, (family.v_architecture for family in FAMIL
 
 @dataclass(frozen=True)
 class AdapterMetadata:
-    """Facts about an adapter that its tensors do not hold.
+    """What is known of an adapter that its tensors do not hold.
 
     Attributes:
         family: Name of a `Family`, or ``""`` if unknown.
@@ -45,7 +45,7 @@ class AdapterMetadata:
         trigger: The prompt words that call the subject up.
         resolution: Training resolution in pixels.
         format_version: Version of our own metadata; ``""`` for a file of another program.
-        extra: Further facts, such as ``prediction_type`` or ``base_model_hash``. ``trained_alpha``
+        extra: Further fields, such as ``prediction_type`` or ``base_model_hash``. ``trained_alpha``
             keeps the alpha as trained where the file holds the scale multiplied in;
             ``unet_layers_per_block`` is what kohya's names of an SDXL UNet depend on, as
             `UNetLayout.text` gives it.
@@ -86,18 +86,18 @@ def own_fields(
     metadata: AdapterMetadata, layers: Mapping[str, LayerWeights], target: str
 ) -> dict[str, str]:
     """Our own metadata fields of a file."""
-    facts = {name: str(getattr(metadata, name) or "") for name in _FACTS}
-    facts["base_model"] = without_path(metadata.base_model)
-    facts["format_version"] = FORMAT_VERSION
+    values = {name: str(getattr(metadata, name) or "") for name in _FACTS}
+    values["base_model"] = without_path(metadata.base_model)
+    values["format_version"] = FORMAT_VERSION
     alpha = describe({name: layer.alpha for name, layer in layers.items()})
-    facts |= {
+    values |= {
         "target": target,
         "rank": describe({name: layer.rank for name, layer in layers.items()}),
         "alpha": metadata.extra.get(TRAINED_ALPHA, alpha),
         "norm_axis": describe({name: _axis(layer) for name, layer in layers.items()}),
     }
     extra = {k: without_path(v) for k, v in metadata.extra.items() if k != TRAINED_ALPHA}
-    fields = {OWN + name: value for name, value in (extra | facts).items()}
+    fields = {OWN + name: value for name, value in (extra | values).items()}
     fields |= {TAGS: ", ".join(metadata.tags), THUMBNAIL: metadata.thumbnail}
     if metadata.tag_frequency:
         fields[TAG_FREQUENCY] = json.dumps({_DATASET: dict(metadata.tag_frequency)})
@@ -200,18 +200,18 @@ def _network_fields(layers: Mapping[str, LayerWeights]) -> dict[str, str]:
 
 
 def parse_metadata(fields: Mapping[str, str]) -> AdapterMetadata:
-    """The facts in a file's metadata, ours or another program's."""
-    own = {k.removeprefix(OWN): v for k, v in fields.items() if k.startswith(OWN)}
-    if not own:
+    """What a file's metadata say, ours or another program's."""
+    values = {k.removeprefix(OWN): v for k, v in fields.items() if k.startswith(OWN)}
+    if not values:
         return _parse_foreign(fields)
-    extra = {k: v for k, v in own.items() if k not in (*_FACTS, *_COMPUTED)}
-    family = own.get("family", "")
+    extra = {k: v for k, v in values.items() if k not in (*_FACTS, *_COMPUTED)}
+    family = values.get("family", "")
     return AdapterMetadata(
         family=family if family in FAMILIES else "",
-        base_model=own.get("base_model", ""),
-        trigger=own.get("trigger", ""),
-        resolution=_pixels(own.get("resolution", "")),
-        format_version=own.get("format_version", ""),
+        base_model=values.get("base_model", ""),
+        trigger=values.get("trigger", ""),
+        resolution=_pixels(values.get("resolution", "")),
+        format_version=values.get("format_version", ""),
         extra=extra,
         tags=_tags(fields),
         thumbnail=_thumbnail(fields),
@@ -229,14 +229,14 @@ def _read_tag_frequency(fields: Mapping[str, str]) -> dict[str, int]:
     with contextlib.suppress(ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         for tags in json.loads(fields.get(TAG_FREQUENCY, "{}")).values():
             counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
-    found = dict(counts.most_common())
+    frequency = dict(counts.most_common())
     written = _tags_once(fields.get("modelspec.trigger_phrase", ""), _tags(fields))
-    return {} if found == written else found
+    return {} if frequency == written else frequency
 
 
 def _thumbnail(fields: Mapping[str, str]) -> str:
-    found = fields.get(THUMBNAIL, "")
-    return found if found.startswith("data:image/") else ""
+    uri = fields.get(THUMBNAIL, "")
+    return uri if uri.startswith("data:image/") else ""
 
 
 def _parse_foreign(fields: Mapping[str, str]) -> AdapterMetadata:

@@ -161,15 +161,15 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
         for candidate in (f"{name}.safetensors", index):
             if (folder / candidate).is_file():
                 return folder / candidate
-    found = sorted(folder.glob("*.safetensors.index*.json")) or sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    if not found and (pickles := [*folder.glob("*.bin"), *folder.glob("*.ckpt")]):
+    files = sorted(folder.glob("*.safetensors.index*.json")) or sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if not files and (pickles := [*folder.glob("*.bin"), *folder.glob("*.ckpt")]):
         raise TensorFileError(
             f"{folder} holds its weights as a pickle ({pickles[0].name}), which can run code when "
             "opened; use a model with .safetensors weights, or convert it first"
         )
-    problem = f"several: {', '.join(f.name for f in found)}" if found else "none"
+    problem = f"several: {', '.join(f.name for f in files)}" if files else "none"
     raise TensorFileError(f"{folder}: it should hold one safetensors weight file; found {problem}")
 
 

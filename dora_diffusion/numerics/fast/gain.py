@@ -97,8 +97,8 @@ def make_gains(layers: Sequence[GainInputs]) -> list[Gain]:
     """
     if not layers:
         return []
-    if len({(one.weight.device, one.statistics.squared_norm.dtype) for one in layers}) > 1:
-        return [gain for one in layers for gain in make_gains([one])]
+    if len({(layer.weight.device, layer.statistics.squared_norm.dtype) for layer in layers}) > 1:
+        return [gain for layer in layers for gain in make_gains([layer])]
     # Neighbours of one kind are concatenated, and share operations.
     order = sorted(range(len(layers)), key=lambda i: _kind(layers[i]))
     with full_precision(layers[0].weight.device):
@@ -106,23 +106,23 @@ def make_gains(layers: Sequence[GainInputs]) -> list[Gain]:
     return [gain for _, gain in sorted(zip(order, gains, strict=True), key=lambda pair: pair[0])]
 
 
-def _kind(one: GainInputs) -> tuple[NormAxis, int]:
-    return one.axis, one.up.shape[1]
+def _kind(layer: GainInputs) -> tuple[NormAxis, int]:
+    return layer.axis, layer.up.shape[1]
 
 
 def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
-    sizes = [len(one.statistics.squared_norm) for one in layers]
-    base = torch.cat([one.statistics.squared_norm for one in layers])
-    then = torch.cat([one.statistics.checksum for one in layers])
-    changes, checksums = zip(*(change_and_checksum(*one[1:6]) for one in layers), strict=True)
+    sizes = [len(layer.statistics.squared_norm) for layer in layers]
+    base = torch.cat([layer.statistics.squared_norm for layer in layers])
+    recorded = torch.cat([layer.statistics.checksum for layer in layers])
+    changes, checksums = zip(*(change_and_checksum(*layer[1:6]) for layer in layers), strict=True)
     total = torch.cat(changes).add_(base)
     norm = total.sqrt()
-    gain = gain_of(torch.cat([one.magnitude for one in layers]), norm)
+    gain = gain_of(torch.cat([layer.magnitude for layer in layers]), norm)
     # Not less: a negative total has no root, and its channel must be found too.
     delicate = is_ill_conditioned(total, base, _bound(layers)).logical_or_(
         ~(gain.abs() >= SMALL_GAIN)
     )
-    delicate |= (torch.cat(checksums) - then).square() > SAME_WEIGHT * base
+    delicate |= (torch.cat(checksums) - recorded).square() > SAME_WEIGHT * base
     gains = [
         Gain(*pair, None)
         for pair in zip(torch.split(norm, sizes), torch.split(gain, sizes), strict=True)
@@ -136,28 +136,28 @@ def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
 
 def _bound(layers: Sequence[GainInputs]) -> Tensor:
     """`low_rank_bound` of all channels of all layers, in few operations."""
-    others = [one.down if one.axis == "output" else one.up for one in layers]
+    others = [layer.down if layer.axis == "output" else layer.up for layer in layers]
     norms = torch._foreach_norm([wide(factor) for factor in others])
-    torch._foreach_mul_(norms, [abs(one.scale) for one in layers])
-    channels = torch.cat(
+    torch._foreach_mul_(norms, [abs(layer.scale) for layer in layers])
+    factor_norms = torch.cat(
         [
-            norm.expand(len(one.statistics.squared_norm))
-            for norm, one in zip(norms, layers, strict=True)
+            norm.expand(len(layer.statistics.squared_norm))
+            for norm, layer in zip(norms, layers, strict=True)
         ]
     )
-    own: list[Tensor] = []
+    channel_norms: list[Tensor] = []
     for (axis, _), group in groupby(layers, key=_kind):
         if axis == "input":
-            own += [weight_norm(wide(one.down), axis) for one in group]
+            channel_norms += [weight_norm(wide(layer.down), axis) for layer in group]
         else:
-            rows = torch.cat([wide(one.up).flatten(1) for one in group])
-            own.append(weight_norm(rows, axis))
-    return torch.cat(own).mul_(channels)
+            rows = torch.cat([wide(layer.up).flatten(1) for layer in group])
+            channel_norms.append(weight_norm(rows, axis))
+    return torch.cat(channel_norms).mul_(factor_norms)
 
 
-def _recomputed(one: GainInputs) -> Gain:
-    one.statistics.update(one.weight)
-    return make_gain(one.magnitude, factored_norm(*one[1:6], one.statistics.squared_norm))
+def _recomputed(layer: GainInputs) -> Gain:
+    layer.statistics.update(layer.weight)
+    return make_gain(layer.magnitude, factored_norm(*layer[1:6], layer.statistics.squared_norm))
 
 
 def _owners(channels: Sequence[int], sizes: Sequence[int]) -> set[int]:

@@ -60,9 +60,9 @@ def low_rank_bound(down: Tensor, up: Tensor, scale: float, axis: NormAxis) -> Te
 
     At least the norm of that channel of ``s B A``, however its ranks cancel one another.
     """
-    own, other = (up, down) if axis == "output" else (down, up)
+    factor, other = (up, down) if axis == "output" else (down, up)
     size: Tensor = torch.linalg.vector_norm(wide(other))
-    return abs(scale) * size * weight_norm(wide(own), axis)
+    return abs(scale) * size * weight_norm(wide(factor), axis)
 
 
 def is_ill_conditioned(total: Tensor, base: Tensor, bound: Tensor) -> Tensor:
