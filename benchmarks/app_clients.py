@@ -2,7 +2,7 @@
 
 Starts the real app, trains the embedded model in it, and measures the steps of metrics.jsonl in
 turns without and with clients. A client does what a page does: it opens the page and asks for a
-refresh every two seconds; it also fetches the page anew every 15 seconds, which is what is timed
+refresh every two seconds; it also fetches the page again every 15 seconds, which is what is timed
 as "page".
 
     python benchmarks/app_clients.py

@@ -6,7 +6,7 @@ where it was killed, and checks what the app then serves and what is on disk:
 
 - the state shown is true: a run whose worker lives is running, one whose worker died has crashed;
 - nothing finished is lost: every checkpoint that was there opens, a finished run has its bytes;
-- resume goes on from the last checkpoint, and no step is missing or counted twice.
+- resume continues from the last checkpoint, and no step is missing or counted twice.
 
     python benchmarks/app_kills.py --seed 0
 """
@@ -123,7 +123,7 @@ def run(runs: Path, rounds: int, draw: random.Random) -> None:
             counts[what] += 1
             print(f"{number + 1}: killed {what}, shown {state}; {gone_on}", flush=True)
         print(f"{rounds} kills ({dict(counts)}): every state true, no checkpoint lost, "
-              f"every run went on; step {job_at(folder).step} in the end")  # fmt: skip
+              f"every run resumed; step {job_at(folder).step} in the end")  # fmt: skip
     finally:
         app.kill()
         for one in runs.glob("2*"):

@@ -365,7 +365,7 @@ def main() -> None:
     parser.add_argument("--text_encoder", action="store_true", help="Adapt text encoders too.")
     parser.add_argument("--tune", action="store_true", help="Compare rates on tuning subjects.")
     parser.add_argument("--part", type=int, choices=(0, 1), help="Only every second run.")
-    parser.add_argument("--results", type=Path, help="Start from this file, and write it anew.")
+    parser.add_argument("--results", type=Path, help="Start from this file, and rewrite it.")
     parser.add_argument("--grid", type=Path, help="Write images of every method here.")
     args = parser.parse_args()
     if args.results:

@@ -1,6 +1,6 @@
 """The Stable Diffusion families: everything that differs between them, as data.
 
-No other module compares a family's name: it asks for the fact that it needs, such as
+No other module compares a family's name: it asks for the property that it needs, such as
 `Family.has_time_ids`. A new family is one more entry of `FAMILIES`.
 """
 
@@ -59,7 +59,7 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class Family:
-    """Facts of one model family.
+    """Properties of one model family.
 
     Attributes:
         name: As stored in adapter files.

@@ -43,7 +43,7 @@ def parameters_text(
     Args:
         prompt: The prompt.
         seed: The image's seed.
-        settings: Steps, guidance, sampler, negative prompt.
+        settings: Steps, guidance, scheduler, negative prompt.
         size: Width and height in pixels.
         model: Name of the base model.
         adapter: The adapter file or folder.
@@ -91,7 +91,7 @@ def parse_parameters(text: str) -> dict[str, str]:
 
     Returns:
         ``"Prompt"``, ``"Negative prompt"``, and the fields of the last line under their names. A
-        sampler that we have goes by our name.
+        scheduler that we have goes by our name.
     """
     body, _, last = text.strip().rpartition("\n")
     if not re.match(r"Steps: \d", last):

@@ -84,6 +84,17 @@ def test_links_between_documents_lead_somewhere(path):
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_documents_name_exist(path):
+    """From the clone, or from the package; a name in capitals stands for any."""
+    text = path.read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w/.<-])(?:[a-z_]+/)+\w+\.py\b", text))
+    named |= set(re.findall(r"(?<![\w/])(?:tests|tools|benchmarks)/[\w/]+(?:\.py)?", text))
+    named = {name for name in named if not re.search("[A-Z]", name)}
+    assert named or path.name != "CONTRIBUTING.md"
+    assert not [n for n in named if not any((top / n).exists() for top in (ROOT, PACKAGE))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_documents_ask_for_as_many_photos_as_the_code(path):
     text = " ".join(path.read_text(encoding="utf-8").split())
     asked = set(re.findall(r"(\d+) (?:to|-) (\d+) photos", text))

@@ -42,26 +42,42 @@ def test_the_word_that_was_meant_is_found(word: str, expected: str | None) -> No
 
 
 PACKAGE = Path(wording.__file__).parent
-# The app has its own words, and its jobs keys and folders on disk; captions are what they are.
-NOT_READ = ("app", "jobs", "captions.py")
+ROOT = PACKAGE.parent
+# The app's ids and folders on disk keep their names; captions are what they are.
+NAMES = {"app", "jobs", "captions.py"}
+# What the field does not say -> its word.
+DIALECT = {
+    r"(go|goes|going|went) on\b": "resume, continue",
+    r"anew\b": "again, from scratch",
+    r"spellings?\b": "key format",
+    r"taken over\b": "subject leakage",
+    r"how sure\b": "confidence interval",
+}
 
 
-def texts(path: Path) -> Iterator[tuple[int, str]]:
-    """Strings of a module that are no docstrings, with their lines."""
+def pictures(path: Path) -> Iterator[str]:
+    """Strings of a module, but for docstrings, that say picture."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
-            yield node.lineno, node.value
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and id(node) not in docstrings and re.search(r"(?i)\bpictures?\b", node.value):
+            yield f"{path.name}:{node.lineno}: {node.value}"
 
 
 def test_messages_say_image_not_picture() -> None:
     """The field's word, in what is printed and written."""
-    said = [
-        f"{path.name}:{line}: {text}"
-        for path in sorted(PACKAGE.rglob("*.py"))
-        if not set(NOT_READ) & set(path.relative_to(PACKAGE).parts)
-        for line, text in texts(path)
-        if re.search(r"\bpictures?\b", text, re.IGNORECASE)
-    ]
-    assert said == []
+    paths = [p for p in PACKAGE.rglob("*.py") if not NAMES & {*p.relative_to(PACKAGE).parts}]
+    assert not [line for path in paths for line in pictures(path)]
+
+
+def test_documents_and_code_speak_the_words_of_the_field() -> None:
+    """A reader searches for resume, key format, confidence interval, subject leakage."""
+    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+    paths += [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("README.md")]
+    assert len(paths) > 200
+    for path in paths:
+        text = " ".join(path.read_text(encoding="utf-8").split())
+        for words, instead in DIALECT.items():
+            match = re.search(rf"(?i)\b{words}", text)
+            assert not match, f"{path}: {match[0]!r}: say {instead}"

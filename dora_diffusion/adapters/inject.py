@@ -41,7 +41,7 @@ def inject_adapters(
     """Freeze the model and put a fresh adapter on the layers that the config names.
 
     A fresh adapter changes nothing, to the last bit. Open a `norm_scope` around each step of
-    training: without one, every call of a layer computes its norm anew.
+    training: without one, every call of a layer recomputes its norm.
 
     Args:
         model: Any module tree with Linear or Conv2d layers. It is frozen and changed in place.
@@ -92,7 +92,7 @@ def attach_adapters(
 
 
 def _mismatch_reason(model: nn.Module, path: str, weights: LayerWeights, name: str) -> str | None:
-    """Why the weights cannot go on the layer at this path."""
+    """Why the weights do not fit the layer at this path."""
     try:
         module = model.get_submodule(path)
     except AttributeError:

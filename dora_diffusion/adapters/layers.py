@@ -61,7 +61,7 @@ class AdaptedLayer(nn.Module):
         """The adapted layer; the base layer where no adapter is on, or where they are merged.
 
         Outside of a norm scope, each call computes the norm from the whole weight and waits for the
-        device to see whether a channel needs care.
+        device to see whether a channel is ill-conditioned.
 
         Raises:
             RuntimeError: If the base weight or bias requires a gradient.

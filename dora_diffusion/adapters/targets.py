@@ -1,4 +1,4 @@
-"""Which layers an adapter goes on: named presets and glob patterns of module paths."""
+"""Which layers get an adapter: named presets and glob patterns of module paths."""
 
 from __future__ import annotations
 

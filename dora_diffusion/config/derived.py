@@ -11,7 +11,7 @@ from typing import Any
 from dora_diffusion.config.checks import ConfigError
 from dora_diffusion.config.train import TrainConfig, settings
 
-# A class word ends where the prompt goes on to say where the subject is or how it is drawn.
+# A class word ends where the prompt continues with where the subject is or how it is drawn.
 _NEXT_PHRASE = re.compile(
     r"[,.;:()]|\b(?:on|in|at|with|by|under|over|near|against|wearing|from|and|of|beside)\b.*", re.I
 )

@@ -17,7 +17,7 @@ from dora_diffusion.config.checks import require, require_choice
 from dora_diffusion.config.precision import precision_name
 
 # same: a resumed run must have it; free: it may change, which is said and recorded;
-# apart: no property of the training (places, names, what happens afterwards).
+# apart: no property of the training (folders, names, what happens afterwards).
 Resume = Literal["same", "free", "apart"]
 
 _WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

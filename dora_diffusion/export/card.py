@@ -49,7 +49,7 @@ its training holds for the base; its figures are not those of this model.
 |---|---|---|
 {rows}
 
-`dora-diffusion verify FOLDER --base BASE --adapter FILE` computes every merged tensor again.
+`dora-diffusion verify FOLDER --base BASE --adapter FILE` recomputes every merged tensor.
 """
 
 

@@ -40,7 +40,7 @@ class _MetricsFile:
     last: bytes = b""
 
     def follow(self, file: IO[bytes]) -> _MetricsFile:
-        """These records with those that were added; all anew if a resumed run has cut the file."""
+        """These records and the added ones; all are reread if a resumed run has cut the file."""
         file.seek(self.end - len(self.last))
         if file.read(len(self.last)) != self.last:
             file.seek(0)

@@ -21,7 +21,7 @@ SEED = 0
 SUBJECTS, OTHERS = 5, 6
 _COPYING = (
     "Similarity is to the photos that were trained on, so that copying them scores high too; on "
-    "photos that were kept aside, `dora-diffusion evaluate` measures it without that."
+    "held-out photos, `dora-diffusion evaluate` measures it without that."
 )
 _PHOTOS = "training photos"
 _NOT_INSTALLED = (

@@ -260,7 +260,7 @@ def start_worker(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def reap(workspace: Workspace) -> list[str]:
-    """Write down that jobs whose process died without a word have crashed. Returns their ids."""
+    """Mark jobs as crashed whose process ended without a result. Returns their ids."""
     crashed = []
     for folder in workspace.job_folders:
         if (folder / records.RESULT).exists() or not (folder / records.WORKER).exists():

@@ -131,7 +131,7 @@ class JobProgress:
 
 @dataclass(frozen=True)
 class JobResult:
-    """How the work ended: exit code (None: it died without a word), times, peaks in GiB."""
+    """How the work ended: exit code (None: it was killed, or crashed), times, peaks in GiB."""
 
     code: int | None = None
     started: float | None = None

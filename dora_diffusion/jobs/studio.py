@@ -206,7 +206,7 @@ class Studio:
         )
 
     def _model(self, request: GenerationRequest) -> Any:
-        """The model with the adapter at its strengths; loaded anew only if another is asked for."""
+        """The model with the adapter at its strengths; reloaded only if another is asked for."""
         from dora_diffusion.adapters.inject import layer_adapters, set_strength
 
         adapter, strengths = request.adapter, request.strengths
@@ -227,7 +227,7 @@ class Studio:
         return self._components
 
     def _unread(self, request: GenerationRequest) -> tuple[str, ...]:
-        """A line for each prompt that is longer than the model reads, with the end it misses."""
+        """A line for each prompt that is longer than the model reads, with its truncated end."""
         from dora_diffusion.models.text import truncated_text
 
         tokenizer = self._components.tokenizers[0]

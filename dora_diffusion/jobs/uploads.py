@@ -1,4 +1,4 @@
-"""Uploaded photos: refused by what they are, never by what they are called, and made anew."""
+"""Uploaded photos: refused by what they are, never by what they are called, and re-encoded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Upload:
 
 
 def store_photos(files: Sequence[str | Path], folder: Path) -> Upload:
-    """Decode uploaded files and write them anew as ``001.jpg``, ``002.png``, ...
+    """Decode uploaded files and re-encode them as ``001.jpg``, ``002.png``, ...
 
     Only pixels survive: orientation is applied, then EXIF with its GPS position, colour profiles,
     comments and whatever was appended to the file are gone. The uploaded files are not changed.

@@ -1,1 +1,1 @@
-"""How a model of a Stable Diffusion family is loaded and asked."""
+"""How a model of a Stable Diffusion family is loaded and called."""

@@ -24,7 +24,7 @@ class Components:
     """The modules of one model, frozen and in evaluation mode as loaded.
 
     Attributes:
-        family: Facts of the model's family.
+        family: Properties of the model's family.
         unet: The UNet2DConditionModel.
         vae: The AutoencoderKL; float32 where the family's overflows in half precision.
         text_encoders: One encoder, or SDXL's two.

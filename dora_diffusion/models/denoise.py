@@ -1,4 +1,4 @@
-"""The one place where a UNet is asked: noisy latents and conditioning to a prediction."""
+"""The UNet's prediction from noisy latents and conditioning: the one place that calls a UNet."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
     """Encode pixels ``(B, 3, H, W)`` in [-1, 1] to the posterior's moments ``(B, 2C, h, w)``.
 
     Moments (mean and log variance) are what a cache should hold: a latent can be drawn from them
-    anew at every step, as training on the photos themselves would.
+    at every step, as training on the photos themselves would.
     """
     weight = next(vae.parameters())
     moments: Tensor = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist.parameters

@@ -1,4 +1,4 @@
-"""Facts that a model's scheduler and pipeline settings state."""
+"""What a model's scheduler and pipeline settings state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dora_diffusion.families import Family, UnsupportedModelError
 
 
 def training_scheduler(config: Mapping[str, Any]) -> Any:
-    """DDPM over the model's noise schedule, whatever sampler its folder names.
+    """DDPM over the model's noise schedule, whatever scheduler its folder names.
 
     Raises:
         UnsupportedModelError: If the folder's scheduler has no schedule of betas.

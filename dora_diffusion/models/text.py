@@ -150,7 +150,7 @@ def join_encoders(encoded: Sequence[tuple[Tensor, Tensor]], family: Family) -> C
 
 
 def expand_multi_vector_tokens(tokenizer: Any, prompt: str) -> str:
-    """Spell out trained tokens of several vectors: ``<x>`` becomes ``<x> <x>_1 <x>_2``.
+    """Expand trained tokens of several vectors: ``<x>`` becomes ``<x> <x>_1 <x>_2``.
 
     This is the diffusers convention for embeddings that were learned with more than one vector.
     """

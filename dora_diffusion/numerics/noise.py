@@ -20,7 +20,7 @@ def sample_noise(
         shape: ``(C, h, w)``.
         generator: Source of the draw.
         offset: Share of an additional draw that is constant over each channel, with which a model
-            learns to change the mean of a picture (https://www.crosslabs.org/blog/
+            learns to change the mean of an image (https://www.crosslabs.org/blog/
             diffusion-with-offset-noise).
     """
     noise = torch.randn(shape, generator=generator, device=generator.device)

@@ -1,4 +1,4 @@
-"""Linear and Conv2d as one kind of object, so that a layer kind is data, no second formula."""
+"""Linear and Conv2d as one kind of object, so that the formula is written once for both."""
 
 from __future__ import annotations
 
@@ -53,8 +53,10 @@ class Conv2dOperation:
 
     def pointwise(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
         """``up`` is a 1x1 convolution on what ``down`` made, whatever the stride was."""
+        # Stride, padding and dilation were applied by A; applied twice, the sizes would not fit.
         return F.conv2d(x, up, bias)
 
     def broadcast(self, vector: Tensor) -> Tensor:
         """``(channels,)`` -> ``(channels, 1, 1)``."""
+        # Without a batch dimension: the same view fits images and batches.
         return vector.view(-1, 1, 1)

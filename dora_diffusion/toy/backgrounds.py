@@ -1,4 +1,4 @@
-"""The places of the toy world: each paints the whole frame from its coordinates.
+"""The backgrounds of the toy world: each paints the whole frame from its coordinates.
 
 ``x`` and ``y`` run from -1 to 1 with ``y`` up; ``pixel`` is one pixel's width in those units, so
 that edges stay one pixel soft at every resolution. All randomness is drawn in a fixed order and

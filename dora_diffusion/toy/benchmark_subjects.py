@@ -2,8 +2,8 @@
 
 A subject has a shape, three colours that stand apart, and an emblem or a pattern. Reported subjects
 are what a benchmark's figures are about; tuning subjects are what its settings are chosen on, and
-share no class with them. Photos show five places, another five for every subject; the rest are left
-for judging. Neither photos nor truth are ever mirrored: a lightning bolt or a moon would not be
+share no class with them. Photos show five backgrounds, another five for every subject; the rest
+are held out. Neither photos nor truth are ever mirrored: a lightning bolt or a moon would not be
 itself.
 """
 
@@ -30,7 +30,7 @@ _SEED = 29
 
 @dataclass(frozen=True)
 class BenchmarkSubject:
-    """A subject, and the places where it is photographed.
+    """A subject, and the backgrounds of its photos.
 
     Attributes:
         sample: The subject with its name, prompts and views.
@@ -53,8 +53,8 @@ class BenchmarkSubject:
         return self.sample.class_word
 
     @property
-    def new_backgrounds(self) -> tuple[str, ...]:
-        """The places that no photo shows."""
+    def held_out_backgrounds(self) -> tuple[str, ...]:
+        """The backgrounds that no photo shows."""
         return tuple(name for name in BACKGROUNDS if name not in self.photo_backgrounds)
 
 

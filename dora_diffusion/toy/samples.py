@@ -1,7 +1,7 @@
 """The sample subjects, three objects the embedded models never saw, and their photos.
 
-``python -m dora_diffusion.toy.samples`` renders them again. The photos show five places; the
-other five are left for judging whether a learned subject can go where it was never photographed.
+``python -m dora_diffusion.toy.samples`` renders them again. The photos show five backgrounds;
+the other five are held out for evaluation.
 """
 
 from __future__ import annotations

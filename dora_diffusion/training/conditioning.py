@@ -31,7 +31,7 @@ class Conditioner:
         if self.trains:
             return self._encode(captions)
         encoded = {caption: self._encoded(caption) for caption in captions}
-        while len(self._known) > KNOWN_CAPTIONS:  # Shuffled tags hardly ever come again.
+        while len(self._known) > KNOWN_CAPTIONS:  # Shuffled tags hardly ever recur.
             del self._known[next(iter(self._known))]
         return Conditioning.cat([encoded[caption] for caption in captions])
 

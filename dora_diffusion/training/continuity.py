@@ -94,7 +94,7 @@ def segment(step: int, values: Mapping[str, Any]) -> Segment:
     return {"from_step": step, "settings": {n: values[n] for n in names if n in values}}
 
 
-def told_apart(segments: Sequence[Segment]) -> list[Segment]:
+def changed_segments(segments: Sequence[Segment]) -> list[Segment]:
     """The segments with only the settings in which they differ; none for a run of one piece."""
     if len(segments) < 2:
         return []

@@ -16,7 +16,7 @@ from dora_diffusion.config.resume import Changes, differences
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.training.checkpoint import checkpoints_after, find_checkpoint, load_state
-from dora_diffusion.training.continuity import Segment, segment, told_apart
+from dora_diffusion.training.continuity import Segment, changed_segments, segment
 from dora_diffusion.training.session import Session
 
 
@@ -62,7 +62,7 @@ def start_run(session: Session, output_dir: Path) -> tuple[Session, RunStart]:
     _, changed = differences(state["config"], config)
     unused: Changes = {}
     if step == session.total_steps:
-        # Samples are made anew; all else is what the steps were trained with.
+        # Samples are generated again; all else is what the steps were trained with.
         used = {source.name for source in fields(SampleSettings)} | {"max_train_steps"}
         unused = {name: change for name, change in changed.items() if name not in used}
         config = replace(config, **{name: before for name, (before, _) in unused.items()})
@@ -82,7 +82,7 @@ def save_config(config: TrainConfig, path: Path, segments: Sequence[Segment]) ->
     in the file, they would act on every run that is made from it.
     """
     config = replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
-    text, apart = as_yaml(config), told_apart(segments)
+    text, apart = as_yaml(config), changed_segments(segments)
     if apart:
         record = yaml.safe_dump({SEGMENTS: apart}, sort_keys=False, allow_unicode=True)
         text = f"# Of a resumed run: see segments for what changed.\n{text}{record}"

@@ -53,7 +53,7 @@ class TrainingStep:
 
     def __call__(self, step: int) -> dict[str, Any]:
         """Do step number ``step``, from 1. Returns its numbers, still on the device."""
-        # Only dropout draws from the global generator. Seeding it anew makes resuming exact.
+        # Only dropout draws from the global generator. Reseeding it makes resuming exact.
         process = self.accelerator.process_index
         torch.manual_seed(generator_for("step", self.config.seed, step, process).initial_seed())
         accumulation = self.config.gradient_accumulation_steps

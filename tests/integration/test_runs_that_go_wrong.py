@@ -1,6 +1,6 @@
 """What goes wrong for users: photos, names, memory and signals, as the command line tells it.
 
-Each failure is exit code and one line; each warning is a line, and the run goes on.
+Each failure is exit code and one line; each warning is a line, and the run continues.
 """
 
 from __future__ import annotations

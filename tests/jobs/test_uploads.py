@@ -1,4 +1,4 @@
-"""Uploads: refused by what they are, and made anew."""
+"""Uploads: refused by what they are, and re-encoded."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ def test_its_colors_stand_apart_and_are_no_palette_colors(subject):
 @pytest.mark.parametrize("subject", [*REPORTED, *TUNING], ids=lambda s: s.name)
 def test_photos_show_five_places_and_truth_the_other_five(subject):
     assert len(set(subject.photo_backgrounds)) == PHOTOS
-    assert {*subject.photo_backgrounds, *subject.new_backgrounds} == set(BACKGROUNDS)
-    assert len(subject.new_backgrounds) == PHOTOS
+    assert {*subject.photo_backgrounds, *subject.held_out_backgrounds} == set(BACKGROUNDS)
+    assert len(subject.held_out_backgrounds) == PHOTOS
     assert not any(subject.sample.scene(b, k).flip for b in BACKGROUNDS for k in range(3))
 
 

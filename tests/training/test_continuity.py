@@ -13,7 +13,7 @@ from PIL import Image
 
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
 from dora_diffusion.console.training import TrainProgress
-from dora_diffusion.training.continuity import check_same_run, told_apart
+from dora_diffusion.training.continuity import changed_segments, check_same_run
 from dora_diffusion.training.loop import train
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -49,7 +49,7 @@ def first(sd1_folder, tmp_path_factory):
 
 @pytest.fixture
 def again(first, tmp_path):
-    """The config of a run that goes on, on a copy of its folder and its photos."""
+    """The config of a run that resumes, on a copy of its folder and its photos."""
     shutil.copytree(first.output_dir, tmp_path / "run")
     shutil.copytree(first.instance_data_dir, tmp_path / "photos")
     return replace(
@@ -143,7 +143,7 @@ def test_segments_grow_from_checkpoint_to_checkpoint(again):
         Path(again.output_dir) / "checkpoint-4" / "training_state.pt", weights_only=True
     )
     assert [segment["from_step"] for segment in state["segments"]] == [1, 3, 4]
-    apart = told_apart(state["segments"])
+    apart = changed_segments(state["segments"])
     assert [segment["settings"]["max_grad_norm"] for segment in apart] == [1.0, 1.0, 0.5]
     assert [segment["settings"]["max_train_steps"] for segment in apart] == [2, 3, 4]
 

@@ -1,4 +1,4 @@
-"""Command line of the pretraining: one command makes a model, and goes on where it was stopped."""
+"""Command line of the pretraining: one command makes a model, and resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Stage:
         name: on the command line.
         run: (work folder, minutes).
         share: of the time budget.
-        kept: whether going on with a shipped model keeps what this made.
+        kept: whether continuing from a shipped model keeps what this made.
     """
 
     name: str
@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--from-shipped",
         action="store_true",
-        help="go on with the diffusion model in the package; the budget is all for that",
+        help="continue from the diffusion model in the package; the budget is all for that",
     )
     return parser
 

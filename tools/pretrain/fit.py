@@ -3,7 +3,7 @@
 A budget in minutes replaces a number of steps, since the machine is whatever it is: the schedule
 follows the share of the budget that is spent. The clock is the processor's, not the wall's: a run
 that is paused, or shares its cores, takes longer and learns the same. Progress is saved, so a
-stopped run goes on.
+stopped run resumes.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def _parameters(module: torch.nn.Module) -> float:
 
 
 def training_facts(work: Path, machine: str) -> dict[str, Any]:
-    """Machines, minutes and steps of all trainings, also of the model that it went on with."""
+    """Machines, minutes and steps of all trainings, also of the model that it continued from."""
     facts = json.loads(facts_before(work).read_text()) if goes_on(work) else {"machine": machine}
     if machine not in facts["machine"]:
         facts["machine"] += f" and {machine}"

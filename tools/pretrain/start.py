@@ -1,4 +1,4 @@
-"""Going on with a model that ships, rather than beginning anew."""
+"""Continuing from a model that ships, rather than from random weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def prepare_to_go_on(name: str, work: Path) -> None:
 
     Args:
         name: of the model.
-        work: folder; whatever was prepared in it before stays, so that a stopped training goes on.
+        work: folder; whatever was prepared in it before stays, so that a stopped training resumes.
     """
     folder = model_folder(name)
     for part in ("vae", "tokenizer"):
@@ -29,7 +29,7 @@ def prepare_to_go_on(name: str, work: Path) -> None:
 
 
 def goes_on(work: Path) -> bool:
-    """Whether a work folder was prepared to go on with a shipped model."""
+    """Whether a work folder was prepared to continue from a shipped model."""
     return (work / _BEFORE).is_file()
 
 

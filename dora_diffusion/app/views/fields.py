@@ -1,4 +1,4 @@
-"""A field for a training setting, from the facts that its flag is made from."""
+"""A field for a training setting, from the metadata that its flag is made from."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _text_only(self: Any, payload: Any) -> str | None:
     return payload if isinstance(payload, str) else None
 
 
-# An update makes a field anew from its class: what was set on the field itself is lost with it.
+# An update rebuilds a field from its class: what was set on the field itself is lost with it.
 # Not by a class statement, for which Gradio's metaclass writes a .pyi file beside this one.
 _IdDropdown: Any = ABCMeta.__new__(
     type(gr.Dropdown),

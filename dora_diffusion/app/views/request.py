@@ -115,8 +115,8 @@ def field_value(name: str, parameters: dict[str, str]) -> Any:
         "count": "1",
     }.get(name)
     if name == "scheduler":
-        sampler = parameters.get("Sampler", OWN)
-        return sampler if sampler in SCHEDULERS else OWN
+        scheduler = parameters.get("Sampler", OWN)
+        return scheduler if scheduler in SCHEDULERS else OWN
     if name in ("prompt", "negative_prompt") or text is None:
         return text
     try:

@@ -198,7 +198,7 @@ def evaluate_toy(
     Args:
         components: An embedded model with an adapter on it.
         subject: Whose likeness it should have learned.
-        trigger: What calls it, such as "sks mug".
+        trigger: Trigger words, such as "sks mug".
         seeds: One round of prompts each.
         settings: How to sample.
         groups: What to ask for.

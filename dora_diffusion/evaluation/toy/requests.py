@@ -55,7 +55,7 @@ def toy_requests(
 
     Args:
         subject: The subject.
-        trigger: What calls it, such as "sks mug".
+        trigger: Trigger words, such as "sks mug".
         seeds: One round of prompts each.
         groups: What to ask for.
     """
@@ -87,7 +87,7 @@ def _subject(subject: BenchmarkSubject, trigger: str, seed: int) -> list[ToyRequ
             subject.sample.scene(background, _TRUTH + seed),
             {"background": background},
         )
-        for background in subject.new_backgrounds
+        for background in subject.held_out_backgrounds
     ]
 
 
@@ -118,7 +118,7 @@ def _own_class(subject: BenchmarkSubject, seed: int) -> list[ToyRequest]:
             place(sample_subject(generator, kind), background, generator),
             {"background": background} | ({"kind": kind} if kind else {}),
         )
-        for background in subject.new_backgrounds
+        for background in subject.held_out_backgrounds
     ]
 
 
@@ -159,6 +159,6 @@ def reference_images(subject: BenchmarkSubject, size: int, views: int = 4) -> li
 
     return [
         Image.fromarray(render(subject.sample.scene(background, _REFERENCES + view), size))
-        for background in subject.new_backgrounds
+        for background in subject.held_out_backgrounds
         for view in range(views)
     ]

@@ -196,7 +196,7 @@ def _with_magnitude(
 
 
 def _without_tucker_core(name: str, down: Tensor, mid: Tensor) -> Tensor:
-    """Fold a core ``(r, r, kh, kw)`` into ``down (r, in, 1, 1)``: -> ``(r, in, kh, kw)``."""
+    """Multiply a core ``(r, r, kh, kw)`` into ``down (r, in, 1, 1)``: -> ``(r, in, kh, kw)``."""
     if mid.ndim != 4 or mid.shape[1] != down.shape[0] or down.shape[2:].numel() != 1:
         raise AdapterFormatError(
             f"{name}: its core {tuple(mid.shape)} does not fit its factor {tuple(down.shape)}"

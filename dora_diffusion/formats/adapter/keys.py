@@ -5,7 +5,7 @@ Read here: PEFT (``base_model.model.<module>.lora_A.weight``), diffusers old and
 ``text_encoder.<module>.lora_linear_layer.down.weight``), kohya and LyCORIS
 (``lora_unet_<module>.lora_down.weight``), OneTrainer's (original blocks with dots, bare or behind
 ``unet.`` or ``diffusion_model.``). A key that nothing claims, or two keys for one tensor,
-is an error that lists them: a loader that skips keys loads half an adapter without a word.
+is an error that lists them: a loader that skips keys silently loads half an adapter.
 """
 
 from __future__ import annotations

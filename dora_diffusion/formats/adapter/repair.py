@@ -74,7 +74,7 @@ def key_notes(keys: Iterable[str]) -> list[str]:
     bare = (k.startswith("text_encoder") and k.endswith(".lora_magnitude_vector") for k in keys)
     if any(bare):
         notes.append(
-            "diffusers with transformers 5 drops its text-encoder magnitudes without a word; "
+            "diffusers with transformers 5 silently drops its text-encoder magnitudes; "
             "converted to diffusers they are named so that every version reads them"
         )
     text = [

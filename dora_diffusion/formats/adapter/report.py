@@ -14,7 +14,7 @@ from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """Facts of an adapter file.
+    """What an adapter file is.
 
     Attributes:
         path: The file, or the folder of a PEFT adapter.

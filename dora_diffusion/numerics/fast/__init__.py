@@ -1,4 +1,4 @@
-"""The page of `numerics.dora`, for less: the one entry to all work on speed.
+"""The formula of `numerics.dora`, faster: the one entry to all performance work.
 
 Results are the page's to rounding, which tests hold in every dtype. What is saved, and where:
 

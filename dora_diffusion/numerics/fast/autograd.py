@@ -72,6 +72,7 @@ def _in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def run(ctx: Any, tensor: Tensor, *args: Any) -> Any:
+        # Entering the context costs as much as a small operation.
         if not torch.is_autocast_enabled(tensor.device.type):
             return method(ctx, tensor, *args)
         with torch.autocast(tensor.device.type, enabled=False):
@@ -157,7 +158,7 @@ class _OutputAxis(torch.autograd.Function):
             y = op(x, _merged_weight(weight, down, scaled_up, g, dtype), base_bias)
         else:
             hidden = op.down_project(x, down.to(dtype))
-            # The base result has its bias in it, which is scaled with the rest and put right here.
+            # The base result has its bias in it, which is scaled with the rest and corrected here.
             shift = None if bias is None else ((1 - g) * bias).to(dtype)
             low_rank = op.pointwise(hidden, scaled_up, shift)
             y = _grow_onto(low_rank, op(x, weight.to(dtype), base_bias), op.broadcast(g))
@@ -187,6 +188,7 @@ class _OutputAxis(torch.autograd.Function):
         if need_m:
             grad_m = _output_magnitude_gradient(ctx, grad, x, product, weight, bias, down, up)
         if need_x and ctx.use_merged:
+            # Rebuilt, not kept: from forward to backward it would be a second copy of the model.
             grad_x = op.input_gradient(grad, _merged_weight(weight, down, scaled_up, g, dtype), x)
         elif need_x:
             # The product was summed already: its memory is free to take the scaled gradient.
@@ -223,6 +225,7 @@ def _output_magnitude_gradient(
         total = op.channel_sum(product)
         if bias is not None:
             total = total - bias * op.channel_sum(grad)
+        # Where g is 0 the quotient is replaced below: such channels are among the small ones.
         total = total / torch.where(g == 0, torch.ones_like(g), g)
     if channels is not None:
         rows = _merged_weight(weight[channels], down, ctx.scale * up[channels], None, x.dtype)

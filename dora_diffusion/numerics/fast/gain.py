@@ -92,8 +92,8 @@ def make_gains(layers: Sequence[GainInputs]) -> list[Gain]:
 
     A layer with an ill-conditioned channel (whose terms cancel, or whose gain is small) takes a
     path of its own; whether there is any is all that is read back from the device. So does a layer
-    whose weight is not what it was any more: no version counter sees a base weight that is written
-    through ``.data``, but its checksum does.
+    whose weight has changed: no version counter sees a base weight that is written through
+    ``.data``, but its checksum does.
     """
     if not layers:
         return []
@@ -119,17 +119,17 @@ def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
     norm = total.sqrt()
     gain = gain_of(torch.cat([layer.magnitude for layer in layers]), norm)
     # Not less: a negative total has no root, and its channel must be found too.
-    delicate = is_ill_conditioned(total, base, _bound(layers)).logical_or_(
+    flagged = is_ill_conditioned(total, base, _bound(layers)).logical_or_(
         ~(gain.abs() >= SMALL_GAIN)
     )
-    delicate |= (torch.cat(checksums) - recorded).square() > SAME_WEIGHT * base
+    flagged |= (torch.cat(checksums) - recorded).square() > SAME_WEIGHT * base
     gains = [
         Gain(*pair, None)
         for pair in zip(torch.split(norm, sizes), torch.split(gain, sizes), strict=True)
     ]
     # The one read back of a step. `nonzero` on the device would wait for it as well, to learn how
     # many there are, and the owners would be a second wait.
-    for number in _owners(delicate.cpu().nonzero().flatten().tolist(), sizes):
+    for number in _owners(flagged.cpu().nonzero().flatten().tolist(), sizes):
         gains[number] = _recomputed(layers[number])
     return gains
 
@@ -137,6 +137,7 @@ def _make_together(layers: Sequence[GainInputs]) -> list[Gain]:
 def _bound(layers: Sequence[GainInputs]) -> Tensor:
     """`low_rank_bound` of all channels of all layers, in few operations."""
     others = [layer.down if layer.axis == "output" else layer.up for layer in layers]
+    # One launch for all layers: the factors are so small that launches are what they cost.
     norms = torch._foreach_norm([wide(factor) for factor in others])
     torch._foreach_mul_(norms, [abs(layer.scale) for layer in layers])
     factor_norms = torch.cat(

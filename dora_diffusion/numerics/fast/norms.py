@@ -98,6 +98,7 @@ def change_and_checksum(
     weight = wide(weight).flatten(1)
     down, up = (tensor.to(weight.dtype).flatten(1) for tensor in (down, up))
     if axis == "output":
+        # The checksum is one more column of the product: one pass over the weight, not two.
         seen = matrix_product(weight, torch.cat([down, _probe(down.shape[1], down)]).t())
         product = torch.addmm(
             seen[:, :rank], up, down @ down.t(), beta=2 * scale, alpha=scale * scale

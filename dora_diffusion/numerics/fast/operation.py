@@ -143,6 +143,7 @@ class FastConv2d(Conv2dOperation):
 
     def _is_product(self, weight: Tensor) -> bool:
         """Whether every position is multiplied on its own."""
+        # Compared by value: a 1x1 kernel with a stride or padding still has to be placed.
         return weight.shape[2:].numel() == 1 and self == _POINTWISE
 
     def _is_thin(self, x: Tensor, down: Tensor) -> bool:
@@ -184,6 +185,7 @@ class FastConv2d(Conv2dOperation):
         if grad_x is not None:
             across = _taps(down).t().expand(x.shape[0], -1, -1)
             grad_x.view(*x.shape[:2], shifted.shape[2]).baddbmm_(across, shifted)
+        # Shifting grad instead of x turns the kernel by 180 degrees, which the flip undoes.
         grad_taps = (shifted @ x.flatten(2).mT).sum(dim=0)
         return grad_taps.view(rank, height, width, -1).flip(1, 2).permute(0, 3, 1, 2)
 

@@ -19,6 +19,7 @@ def matrix_product(left: Tensor, right: Tensor) -> Tensor:
     """
     if not _suits_onednn(left, right):
         return left @ right
+    # A linear layer, whose weight is (out, in): it transposes what it is given.
     result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
     return result
 

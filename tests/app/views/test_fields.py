@@ -10,7 +10,7 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 
 
 def test_an_id_that_is_no_choice_any_more_reaches_its_handler() -> None:
-    """Gradio makes a field anew with each update, and would refuse what was just deleted."""
+    """Gradio rebuilds a field with each update, and would refuse what was just deleted."""
     field = id_dropdown(label="Run")
     again = type(field)(**{**field.constructor_args, "choices": [("b", "b")]})
     assert again.preprocess("a") == "a"

@@ -23,7 +23,7 @@ def test_requests_ask_for_what_their_scenes_show(subject) -> None:
             request.scene.background
         )
     new = {request.scene.background for request in requests if request.group == "subject"}
-    assert new == set(subject.new_backgrounds)
+    assert new == set(subject.held_out_backgrounds)
     others = {r.scene.subject.kind for r in requests if r.group == "others"}
     assert others == set(CLASSES) - {subject.sample.subject.kind}
     assert {request.group for request in requests} == set(GROUPS)
