@@ -4,11 +4,11 @@ The whole Python interface::
 
     AdapterConfig, inject_adapters, remove_adapters   DoRA on any module with Linear or Conv2d
     merge_adapters, unmerge_adapters, disabled        write it into the weights, switch it off
-    set_strength, norm_scope                          its knobs, and norms computed once
+    set_strength, norm_scope                          its strengths, and norms computed once
     save_adapter, load_adapter                        one file, which other tools read exactly
     TrainConfig, train                                DreamBooth from photos to a finished folder
     load_components                                   a model by name
-    SamplingSettings, generate_images                 its images
+    SamplingSettings, generate_images                 images from it
     export_checkpoint                                 base + adapter -> merged model
 
 What it raises, each a `ValueError` unless said otherwise, with one line for a user::

@@ -60,7 +60,8 @@ def _connect_clock(
     """One timer, outside of the tabs, and the page's load refresh everything that can change.
 
     Text is sent by the clock itself. For every other field that an event may fill, Gradio rebuilds
-    its configuration, changed or not, which took most of the time of a refresh: those are filled by an event of their own, when one of them has changed.
+    its configuration, changed or not, which took most of the time of a refresh: those are filled
+    by an event of their own, when one of them has changed.
     """
     shown = training.shown
     inputs = [shown.run, generating.adapter, shelves.run]

@@ -78,7 +78,7 @@ MEASURES: dict[str, Measure] = {
     ),
     "class_similarity": Measure(
         "own class: similarity", "mean", "base",
-        "cosine to the subject of images asked for without the token: does every mug become it?",
+        "subject leakage: cosine to the subject of images asked for without the token",
     ),
     "class_leakage": Measure(
         "own class: subject leakage", "share", "lower",

@@ -149,10 +149,10 @@ def evaluate_photos(
 
     Args:
         components: The model with an adapter on it.
-        subject: Whose likeness it should have learned.
+        subject: What it should have learned.
         seeds: One round of prompts each.
         settings: How to sample.
-        metric_models: What likeness is measured with; without any, it is not.
+        metric_models: What similarity is measured with; without any, it is not.
         prompts: See `photo_requests`.
         batch_size: Images at once.
         on_step: Called with (steps done, steps in all), for both models.

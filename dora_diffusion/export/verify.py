@@ -220,7 +220,7 @@ def _overflowed(actual: Tensor, expected: Tensor) -> bool:
 def _beside_the_weights(merged: StoredModel, base: StoredModel) -> Iterator[str]:
     """What is wrong with names, with tensors of no component, and with the noise schedule."""
     yield from merged.naming_problems()
-    yield from (f"{key} is not in the base" for key in _extra_keys(merged, base))
+    yield from (f"{key} is not in the base" for key in _unexpected_keys(merged, base))
     if merged.is_single_file:
         has, should_have = merged.markers(), base.markers()
         yield from (f"it is marked as {marker}, the base is not" for marker in has - should_have)
@@ -231,7 +231,7 @@ def _beside_the_weights(merged: StoredModel, base: StoredModel) -> Iterator[str]
             yield f"its {name} is {settings[name]}, the base's is {expected[name]}"
 
 
-def _extra_keys(merged: StoredModel, base: StoredModel) -> list[str]:
+def _unexpected_keys(merged: StoredModel, base: StoredModel) -> list[str]:
     """Tensors of no component that the base lacks; beside a folder, only those that look like one.
 
     The noise schedule, for one, is a config in folders, and is often left in single files.

@@ -1,4 +1,4 @@
-"""The networks that judge images of the toy world: what they show, and whose likeness it is."""
+"""The networks that judge images of the toy world: what they show, and which subject it is."""
 
 from __future__ import annotations
 

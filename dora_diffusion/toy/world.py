@@ -1,7 +1,7 @@
 """The toy world: a scene is a few numbers, and `render` takes its image at any resolution.
 
 It gives the embedded models images whose captions are true by construction, and subjects no
-model has seen whose likeness can be measured against the truth.
+model has seen whose similarity to the truth can be measured.
 """
 
 from __future__ import annotations

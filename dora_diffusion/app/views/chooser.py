@@ -22,7 +22,7 @@ from dora_diffusion.jobs.queue import stop_job
 from dora_diffusion.jobs.snapshot import Job
 
 _WHY = (
-    "More steps make it more like the subject, and less able to do anything else. Compare asks "
+    "More steps raise the similarity to the subject, and language drift with it. Compare asks "
     "every checkpoint for the same images at the same seeds and measures both."
 )
 

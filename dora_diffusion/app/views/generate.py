@@ -68,7 +68,7 @@ class GenerateTab:
         )
         with gr.Row():
             self.form["seed"] = gr.Number(
-                -1, label="Seed", info="-1 draws one.", precision=0, min_width=110, elem_id="seed"
+                -1, label="Seed", info="-1 is random.", precision=0, min_width=110, elem_id="seed"
             )
             self.form["count"] = gr.Slider(1, MAX_BATCH, 4, step=1, label="Images", min_width=165)
 
@@ -114,7 +114,7 @@ class GenerateTab:
             )
 
     def _add_results(self) -> None:
-        html_block(html.heading("", "Results", "Every PNG says how it was made."))
+        html_block(html.heading("", "Results", "Every PNG holds its generation settings."))
         self.blank = html_block(_EMPTY)
         self.slider = gr.ImageSlider(
             show_label=False,
@@ -213,7 +213,7 @@ def _results(
         gr.update(value=images, visible=bool(gallery), columns=columns),
         (caption if pair else "")
         + html.notes(last.unread, "warn")
-        + html.command(last.parameters, "How it was made (also inside of the PNG)"),
+        + html.command(last.parameters, "Generation settings (also in the PNG)"),
     ]
 
 

@@ -66,7 +66,7 @@ class LibraryTab:
         )
         self.convert = gr.Button("Prepare the download", variant="primary", elem_id="convert")
         self.files = html_block(elem_id="files")
-        text = "Or merge it into its base model: one file that every user interface reads."
+        text = "Or a merged checkpoint: one file that every user interface reads."
         html_block(html.quiet(text))
         self.strength = gr.Slider(0, 2, 1, step=0.05, label="Merge strength")
         self.merge = gr.Button("Merge", size="md", elem_id="merge")

@@ -69,11 +69,13 @@ class TrainTab:
                 self.plan = html_block(elem_id="plan")
             with gr.Column(scale=6, min_width=320):
                 text = "Close this page if you like: the run continues."
-                html_block(html.heading("4", "How it goes", text))
+                html_block(html.heading("4", "Progress", text))
                 self.shown = run.RunView()
 
     def _add_subject(self) -> None:
-        html_block(html.heading("3", "What it is", "Of the subject chosen in the Subject tab."))
+        html_block(
+            html.heading("3", "Class and token", "Of the subject chosen in the Subject tab.")
+        )
         with gr.Row():
             self.class_word = gr.Textbox(
                 label="Class",
@@ -85,7 +87,7 @@ class TrainTab:
             self.token = gr.Textbox(
                 "sks",
                 label="Token",
-                info="A rare word, for this subject alone.",
+                info="The trigger word: a rare one, for this subject alone.",
                 max_lines=1,
                 min_width=140,
                 elem_id="token",

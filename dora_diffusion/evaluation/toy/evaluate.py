@@ -98,7 +98,7 @@ def measure(
     """Judge one model's answers.
 
     Args:
-        subject: Whose likeness it should have.
+        subject: What it should show.
         requests: What was asked for.
         answers: What came.
         base: The base model's answers to the same requests, for the change of other classes.
@@ -197,7 +197,7 @@ def evaluate_toy(
 
     Args:
         components: An embedded model with an adapter on it.
-        subject: Whose likeness it should have learned.
+        subject: What it should have learned.
         trigger: Trigger words, such as "sks mug".
         seeds: One round of prompts each.
         settings: How to sample.

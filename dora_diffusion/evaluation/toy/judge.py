@@ -1,4 +1,4 @@
-"""Judging images of the toy world: what do they show, and whose likeness is it?
+"""Judging images of the toy world: what do they show, and which subject is it?
 
 The judges are networks trained on renders (`toy.instrument`); on anything but the toy world
 their answers mean nothing.
