@@ -16,6 +16,7 @@ from dora_diffusion.adapters.files import load_adapter
 from dora_diffusion.adapters.inject import layer_adapters, norm_scope, set_strength
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.formats.adapter.file import AdapterMetadata
+from dora_diffusion.memory import default_device
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.schedulers import SCHEDULERS
@@ -89,7 +90,7 @@ def load_adapted(
         magnitude: Moves the magnitude by this share of its change.
         alpha: What the adapter was trained with, for a file that does not say it.
         dtype: Of the base; an adapter always computes its norms in float32.
-        device: None is the GPU where there is one.
+        device: None is the GPU where there is one: CUDA's, else Apple's.
         variant: Weight variant of the base, such as "fp16".
         config: For a single file: a diffusers folder of the same architecture.
         vae: Another autoencoder, as `load_components` takes it.
@@ -101,10 +102,8 @@ def load_adapted(
         ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.
         AdapterFormatError, ValueError: If the adapter cannot be read, or does not fit the base.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     components = load_components(base, variant=variant, vae=vae, dtype=dtype, config=config)
-    components.to(device)
+    components.to(default_device() if device is None else device)
     if adapter is None:
         return components, AdapterMetadata()
     metadata = load_adapter(

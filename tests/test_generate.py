@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from dora_diffusion.generate import (
     lacks_trigger,
     load_adapted,
 )
+from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
@@ -257,3 +259,14 @@ def test_a_long_prompt_is_said_once_and_in_our_words(sd1_folder, caplog, capsys)
     assert len(told) == 2, "the prompt, and the negative one"
     assert not caplog.records
     assert "truncated" not in capsys.readouterr().err
+
+
+def test_the_model_goes_to_the_device_that_training_would_take(
+    monkeypatch: pytest.MonkeyPatch, sd1_folder: Path
+) -> None:
+    moved: list[object] = []
+    monkeypatch.setattr("dora_diffusion.generate.default_device", lambda: "meta")
+    monkeypatch.setattr(Components, "to", lambda self, device: moved.append(device))
+    load_adapted(str(sd1_folder))
+    load_adapted(str(sd1_folder), device="cpu")
+    assert moved == ["meta", "cpu"]
