@@ -69,8 +69,10 @@ def main() -> None:
     parser.add_argument("--latent", type=int, default=32, help="side of the latents")
     parser.add_argument("--targets", default="attention+conv")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    parts = list(dict.fromkeys([ALL, *args.parts]))
     base = make_unet(args.family)
     paths = match_targets(base, [args.targets])
     inputs = unet_inputs(args.family, args.latent, 1)
@@ -93,8 +95,8 @@ def main() -> None:
         with patch:
             return kept_bytes(peer, forward) / 1e6
 
-    samples = interleaved({name: partial(run, name) for name in PARTS}, args.rounds)
-    memory = {name: kept(name) for name in PARTS}
+    samples = interleaved({name: partial(run, name) for name in parts}, args.rounds)
+    memory = {name: kept(name) for name in parts}
     print(
         f"{args.family}, {args.targets} ({len(paths)} layers), rank {args.rank}, "
         f"{args.latent}x{args.latent} latents. {machine()}\n"
@@ -107,7 +109,7 @@ def main() -> None:
             f"{memory[name]:.0f}",
             f"{memory[name] / memory[ALL]:.3f}",
         ]
-        for name in PARTS
+        for name in parts
     ]
     print(markdown(["", "seconds", f"to {ALL}", "kept, MB", f"to {ALL}"], rows))
 
