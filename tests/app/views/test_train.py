@@ -55,7 +55,7 @@ def handler(context: Context, name: str) -> Callable[..., list[Any]]:
     (found,) = (
         function for function in functions
         if getattr(function, "__module__", "").endswith("views.train")
-        and function.__qualname__ == f"connect.<locals>.{name}"
+        and function.__name__ == name
     )  # fmt: skip
     return found
 
