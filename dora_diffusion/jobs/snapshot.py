@@ -164,6 +164,9 @@ def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job |
         total = int(progress.total_steps or settings.get("max_train_steps") or 0)
     checkpoints = adapter_checkpoints(folder)
     recent = [float(line["seconds"]) for line in metrics[-20:]]
+    # Deleted while it was read: the files that were no longer there would look like a crash.
+    if not folder.exists():
+        return None
     return Job(
         folder=folder,
         record=record,

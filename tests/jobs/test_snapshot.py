@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.processes import end_group
 from dora_diffusion.jobs.snapshot import read_job, snapshot
-from dora_diffusion.jobs.workspace import Workspace, read_json, write_json
+from dora_diffusion.jobs.workspace import Workspace, read_json, remove_folder, write_json
 from tests.jobs.helpers import make, pretend_running, seen, started_run
 
 
@@ -82,3 +83,19 @@ def test_broken_files_do_not_break_the_page(workspace: Workspace) -> None:
     assert len(snapshot(workspace.root)) == 1
     (folder / records.JOB).write_text("")
     assert snapshot(workspace.root) == ()
+
+
+def test_a_job_that_is_deleted_while_it_is_read_is_not_a_crash(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(workspace)
+    write_json(folder / records.WORKER, {"pid": 2**22 + 1, "start": "1"})
+    write_json(folder / records.RESULT, {"code": 0})
+    read = records.read_result
+
+    def read_too_late(path: Path) -> records.JobResult | None:
+        remove_folder(path)
+        return read(path)
+
+    monkeypatch.setattr(records, "read_result", read_too_late)
+    assert read_job(folder) is None
