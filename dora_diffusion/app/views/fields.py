@@ -48,6 +48,14 @@ def changing(**options: Any) -> Any:
     return options, lambda: gr.update(**options)
 
 
+def choosing(choices: list[tuple[str, str]], value: Any, shown: Any, **options: Any) -> Any:
+    """A part of the page that updates a dropdown.
+
+    Its value is left alone where the page shows it already: somebody may choose another meanwhile.
+    """
+    return changing(choices=choices, **({} if value == shown else {"value": value}), **options)
+
+
 def filled(part: Any) -> Any:
     """What a field is given: a part of the page is a value, or (its mark, how to make it)."""
     return part[1]() if isinstance(part, tuple) else part

@@ -10,7 +10,7 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.views.fields import QUIET, changing, gallery, html_block, id_dropdown
+from dora_diffusion.app.views.fields import QUIET, choosing, gallery, html_block, id_dropdown
 from dora_diffusion.app.views.request import BASE, MERGED, OWN, field_value, make_request, numbers
 from dora_diffusion.jobs.checkpoints import RESULT_NAME, candidates, chosen_adapter
 from dora_diffusion.jobs.errors import RequestError
@@ -234,7 +234,7 @@ def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[s
     ids = [value for _, value in choices]
     # The newest result, until somebody chooses.
     value = chosen if chosen in ids else ids[0]
-    return {"adapter": changing(choices=choices, value=value)}
+    return {"adapter": choosing(choices, value, chosen)}
 
 
 def _others(job: Job) -> list[str]:

@@ -16,6 +16,7 @@ from dora_diffusion.app.views.fields import (
     CLICKS,
     QUIET,
     changing,
+    choosing,
     clicked,
     filled,
     gallery,
@@ -188,7 +189,7 @@ def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
                 visible=bool(shelf),
             ),
         ),
-        "shelf_run": changing(choices=choices, value=value, visible=bool(shelf)),
+        "shelf_run": choosing(choices, value, chosen, visible=bool(shelf)),
         "shelf_side": changing(visible=bool(shelf)),
         "errands": _errands(jobs),
     }

@@ -16,6 +16,7 @@ from dora_diffusion.app.views import chooser
 from dora_diffusion.app.views.fields import (
     QUIET,
     changing,
+    choosing,
     filled,
     gallery,
     html_block,
@@ -134,7 +135,7 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
     samples = job.samples if job else ()
     stamps = tuple((str(path), path.stat().st_mtime_ns) for path in samples)
     return {
-        "run": changing(choices=choices, value=value, visible=bool(choices)),
+        "run": choosing(choices, value, run, visible=bool(choices)),
         "status": html.status_card(job) if job else _NOTHING,
         "loss": loss_plot(read_metrics(job.folder)) if job else "",
         "log": html.log_view(log_tail(job.folder)) if job else "",
