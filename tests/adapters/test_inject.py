@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from functools import partial
 
 import pytest
 import torch
@@ -25,55 +24,14 @@ from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.adapters.targets import TargetError, match_targets
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.numerics import fast
 from dora_diffusion.numerics.dora import adapted_weight
-
-AXES = ("output", "input")
-
-
-fast_only = partial(pytest.mark.skipif, not fast.ENABLED)
-
-
-class Net(nn.Module):
-    """Linear (square and not), 1x1, 3x3 and strided convolutions, with and without bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False)
-        self.point = nn.Conv2d(12, 10, 1)
-        self.square = nn.Linear(10, 10)
-        self.wide = nn.Linear(10, 17, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.point(nn.functional.silu(self.down(nn.functional.silu(self.conv(x)))))
-        return self.wide(nn.functional.gelu(self.square(x.flatten(2).mT)))
-
-
-def everything(**kwargs) -> AdapterConfig:
-    return AdapterConfig(
-        targets=("full",), **{"rank": 3, "alpha": 5.0, "conv_alpha": 5.0, **kwargs}
-    )
-
-
-def move(model: nn.Module, seed: int = 0, by: float = 0.2) -> None:
-    """Move every adapter parameter, magnitudes too, away from the start."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapter_parameters(model):
-            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
-
-
-@pytest.fixture
-def net() -> Net:
-    torch.manual_seed(0)
-    # Kernels may differ, in the last bit, between a weight that trains and one that does not.
-    return Net().requires_grad_(False)
-
-
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(1))
+from tests.adapters.helpers import (
+    AXES,
+    Net,
+    everything,
+    fast_only,
+    move,
+)
 
 
 @pytest.mark.parametrize("axis", AXES)

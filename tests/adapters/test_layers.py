@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -20,15 +18,15 @@ from dora_diffusion.adapters.inject import (
     set_strength,
 )
 from dora_diffusion.adapters.layers import adapted_layers
-from dora_diffusion.adapters.sources import unwatch_sources
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.numerics import fast
-
-AXES = ("output", "input")
-
-
-fast_only = partial(pytest.mark.skipif, not fast.ENABLED)
+from tests.adapters.helpers import (
+    AXES,
+    block,
+    fast_only,
+    gradients,
+    kept_by,
+)
 
 
 class Net(nn.Module):
@@ -168,24 +166,6 @@ def test_a_broadcast_of_parameters_is_seen(tmp_path):
     torch.testing.assert_close(second.double(), reference, rtol=1e-4, atol=1e-4)
 
 
-def kept_by(
-    layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, model: nn.Module
-) -> tuple[torch.Tensor, dict[int, int]]:
-    """The output, and storages kept for the backward pass that are no parameters: bytes by name."""
-    own = {t.untyped_storage().data_ptr() for t in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(x)
-    return y, kept
-
-
 @fast_only(reason="plain autograd keeps more")
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("shape", [(2, 640, 12), (3, 7, 12), (2, 12, 40, 40), (2, 12, 3, 3)])
@@ -235,45 +215,6 @@ def test_switching_adapters_copies_no_base():
     assert torch.equal(net(X), outputs[0])
     assert not torch.allclose(*outputs)
     assert {path: layer.weight.data_ptr() for path, layer in adapted_layers(net)} == weights
-
-
-class Block(nn.Module):
-    """Norms and an activation before layers, as in a residual block and in attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.act = nn.GroupNorm(2, 8), nn.SiLU()
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
-        self.layer_norm = nn.LayerNorm(8)
-        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.conv(self.act(self.norm(x)))
-        tokens = self.layer_norm(x.flatten(2).mT)
-        return torch.softmax(self.query(tokens) @ self.key(tokens).mT, -1)
-
-
-def block(axis: str, watched: bool) -> Block:
-    torch.manual_seed(0)
-    model = Block()
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
-    config = AdapterConfig(targets=("full",), rank=2, conv_rank=2, norm_axis=axis)
-    inject_adapters(model, config)
-    for parameter in adapter_parameters(model):
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    if not watched:
-        unwatch_sources(model)
-    return model
-
-
-def gradients(model: nn.Module, x: torch.Tensor, times: int = 1) -> list[torch.Tensor]:
-    x = x.clone().requires_grad_()
-    with norm_scope(model):
-        loss = model(x).square().sum()
-        for number in range(times):
-            loss.backward(retain_graph=number + 1 < times)
-    return [x.grad, *(p.grad for p in adapter_parameters(model))]
 
 
 def test_checkpointing_still_frees_what_it_frees():

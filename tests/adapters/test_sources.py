@@ -6,8 +6,6 @@ import copy
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -21,9 +19,15 @@ from dora_diffusion.adapters.inject import (
     remove_adapters,
 )
 from dora_diffusion.adapters.layers import adapted_layers
-from dora_diffusion.adapters.sources import noted_source, unwatch_sources, watch_sources
+from dora_diffusion.adapters.sources import noted_source, watch_sources
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.numerics import fast
+from tests.adapters.helpers import (
+    AXES,
+    block,
+    fast_only,
+    gradients,
+    kept_by,
+)
 
 
 class Written(nn.Module):
@@ -161,69 +165,6 @@ def test_half_precision_norms_under_autocast_as_on_cuda():
     code = textwrap.dedent(AS_ON_CUDA)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "same\n", done.stderr[-2000:]
-
-
-AXES = ("output", "input")
-
-
-fast_only = partial(pytest.mark.skipif, not fast.ENABLED)
-
-
-def kept_by(
-    layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, model: nn.Module
-) -> tuple[torch.Tensor, dict[int, int]]:
-    """The output, and storages kept for the backward pass that are no parameters: bytes by name."""
-    own = {t.untyped_storage().data_ptr() for t in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(x)
-    return y, kept
-
-
-class Block(nn.Module):
-    """Norms and an activation before layers, as in a residual block and in attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.act = nn.GroupNorm(2, 8), nn.SiLU()
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
-        self.layer_norm = nn.LayerNorm(8)
-        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.conv(self.act(self.norm(x)))
-        tokens = self.layer_norm(x.flatten(2).mT)
-        return torch.softmax(self.query(tokens) @ self.key(tokens).mT, -1)
-
-
-def block(axis: str, watched: bool) -> Block:
-    torch.manual_seed(0)
-    model = Block()
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
-    config = AdapterConfig(targets=("full",), rank=2, conv_rank=2, norm_axis=axis)
-    inject_adapters(model, config)
-    for parameter in adapter_parameters(model):
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    if not watched:
-        unwatch_sources(model)
-    return model
-
-
-def gradients(model: nn.Module, x: torch.Tensor, times: int = 1) -> list[torch.Tensor]:
-    x = x.clone().requires_grad_()
-    with norm_scope(model):
-        loss = model(x).square().sum()
-        for number in range(times):
-            loss.backward(retain_graph=number + 1 < times)
-    return [x.grad, *(p.grad for p in adapter_parameters(model))]
 
 
 @pytest.mark.parametrize("axis", AXES)

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from dora_diffusion.adapters.inject import (
-    adapter_parameters,
     inject_adapters,
     remove_adapters,
 )
 from dora_diffusion.adapters.state import LiveWeights, adapter_state, load_adapter_state
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.checkpoint.weights import module_shapes
+from tests.adapters.helpers import (
+    Net,
+    everything,
+    move,
+)
 
 
 def test_the_projection_lies_beside_the_text_model(sdxl_folder: Path) -> None:
@@ -35,48 +38,6 @@ def test_the_projection_lies_beside_the_text_model(sdxl_folder: Path) -> None:
     remove_adapters(encoder)
     load_adapter_state(components, state)
     assert set(adapter_state(components)) == set(state)
-
-
-class Net(nn.Module):
-    """Linear (square and not), 1x1, 3x3 and strided convolutions, with and without bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False)
-        self.point = nn.Conv2d(12, 10, 1)
-        self.square = nn.Linear(10, 10)
-        self.wide = nn.Linear(10, 17, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.point(nn.functional.silu(self.down(nn.functional.silu(self.conv(x)))))
-        return self.wide(nn.functional.gelu(self.square(x.flatten(2).mT)))
-
-
-def everything(**kwargs) -> AdapterConfig:
-    return AdapterConfig(
-        targets=("full",), **{"rank": 3, "alpha": 5.0, "conv_alpha": 5.0, **kwargs}
-    )
-
-
-def move(model: nn.Module, seed: int = 0, by: float = 0.2) -> None:
-    """Move every adapter parameter, magnitudes too, away from the start."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapter_parameters(model):
-            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
-
-
-@pytest.fixture
-def net() -> Net:
-    torch.manual_seed(0)
-    # Kernels may differ, in the last bit, between a weight that trains and one that does not.
-    return Net().requires_grad_(False)
-
-
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(1))
 
 
 def test_state_round_trip_and_misfits(net, x):

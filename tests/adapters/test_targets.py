@@ -13,34 +13,6 @@ from dora_diffusion.adapters.targets import TargetError, match_targets
 from dora_diffusion.config import AdapterConfig
 
 
-class Net(nn.Module):
-    """Linear (square and not), 1x1, 3x3 and strided convolutions, with and without bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False)
-        self.point = nn.Conv2d(12, 10, 1)
-        self.square = nn.Linear(10, 10)
-        self.wide = nn.Linear(10, 17, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.point(nn.functional.silu(self.down(nn.functional.silu(self.conv(x)))))
-        return self.wide(nn.functional.gelu(self.square(x.flatten(2).mT)))
-
-
-@pytest.fixture
-def net() -> Net:
-    torch.manual_seed(0)
-    # Kernels may differ, in the last bit, between a weight that trains and one that does not.
-    return Net().requires_grad_(False)
-
-
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(1))
-
-
 def test_presets_on_a_diffusers_unet(sd1_folder):
     from diffusers import UNet2DConditionModel
 

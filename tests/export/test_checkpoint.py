@@ -27,14 +27,12 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.files import stream as safetensors_stream
 from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
+from tests.export.helpers import MakeAdapter, assert_equal, tensors_of
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
@@ -149,35 +147,6 @@ def test_files_that_may_grow_no_further(
     assert {p.name for p in tmp_path.iterdir()} == {"a", "old.safetensors"}
 
 
-FAMILIES = ["sd1", "sd2", "sdxl"]
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def base(family: str, request: pytest.FixtureRequest) -> Path:
-    folder: Path = request.getfixturevalue(f"{family}_folder")
-    return folder
-
-
-@pytest.fixture
-def adapter(
-    base: Path, family: str, tmp_path: Path, random_adapter: MakeAdapter
-) -> tuple[Path, dict[str, LayerWeights]]:
-    layers = random_adapter(base, axis="input" if family == "sd2" else "output", every=3)
-    facts = AdapterMetadata(family=family, trigger="sks dog")
-    path = write_adapter(tmp_path / "adapter.safetensors", AdapterFile(layers, facts), "kohya")
-    return path, read_adapter(path).layers  # as read: the file's own rounding is not the export's
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    with PipelineFolder.open(folder) as pipeline:
-        return {name: pipeline[name] for name in pipeline.specs}
-
-
 def state_of(pipeline: Any) -> dict[str, Tensor]:
     """Canonical tensors of a live pipeline."""
     state = {}
@@ -187,13 +156,6 @@ def state_of(pipeline: Any) -> dict[str, Tensor]:
             text = component.startswith("text_encoder") and not key.startswith("text_")
             state[f"{component}.{'text_model.' if text else ''}{key}"] = tensor
     return {name: tensor for name, tensor in state.items() if "position_ids" not in name}
-
-
-def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert actual[name].dtype == tensor.dtype, name
-        assert torch.equal(actual[name], tensor), name
 
 
 def merged_state(

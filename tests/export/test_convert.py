@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,8 +26,7 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.numerics.low_rank import weight_change
 from dora_diffusion.numerics.weights import LayerWeights
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
+from tests.export.helpers import MakeAdapter
 
 
 def test_approximation_reports_its_error(
@@ -93,13 +91,6 @@ def test_refusals_say_what_to_do(
     assert convert_adapter(source, tmp_path / "b", "kohya", family="sd1").layers == len(layers)
     assert convert_adapter(source, tmp_path / "c", "kohya", base=sd1_folder).path.exists()
     assert set(CONVERSIONS) > {"diffusers", "kohya", "peft"}
-
-
-@pytest.fixture
-def dora(tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter) -> Path:
-    """A DoRA of rank 4 and alpha 3."""
-    layers = random_adapter(sd1_folder, every=9)
-    return write_adapter(tmp_path / "dora", AdapterFile(layers, AdapterMetadata("sd1")))
 
 
 def total_error(folder: Path, layers: dict[str, LayerWeights], file: Path) -> float:

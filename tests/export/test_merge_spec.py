@@ -8,22 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from dora_diffusion.cli import main
 from dora_diffusion.export import ExportError, export_checkpoint, verify_checkpoint
 from dora_diffusion.export.merge_spec import file_hash
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    with PipelineFolder.open(folder) as pipeline:
-        return {name: pipeline[name] for name in pipeline.specs}
+from tests.export.helpers import MakeAdapter, tensors_of
 
 
 def test_strength_per_component_and_several_adapters(

@@ -3,60 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from dora_diffusion.export import ExportError, export_checkpoint, output
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
-    AdapterMetadata,
-    read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.numerics.weights import LayerWeights
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
-
-
-FAMILIES = ["sd1", "sd2", "sdxl"]
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def base(family: str, request: pytest.FixtureRequest) -> Path:
-    folder: Path = request.getfixturevalue(f"{family}_folder")
-    return folder
-
-
-@pytest.fixture
-def adapter(
-    base: Path, family: str, tmp_path: Path, random_adapter: MakeAdapter
-) -> tuple[Path, dict[str, LayerWeights]]:
-    layers = random_adapter(base, axis="input" if family == "sd2" else "output", every=3)
-    facts = AdapterMetadata(family=family, trigger="sks dog")
-    path = write_adapter(tmp_path / "adapter.safetensors", AdapterFile(layers, facts), "kohya")
-    return path, read_adapter(path).layers  # as read: the file's own rounding is not the export's
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    with PipelineFolder.open(folder) as pipeline:
-        return {name: pipeline[name] for name in pipeline.specs}
-
-
-def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert actual[name].dtype == tensor.dtype, name
-        assert torch.equal(actual[name], tensor), name
+from tests.export.helpers import MakeAdapter, assert_equal, tensors_of
 
 
 def test_existing_outputs_are_kept_unless_asked(

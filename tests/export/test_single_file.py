@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from dora_diffusion.export import export_checkpoint, verify_checkpoint
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
-    AdapterMetadata,
-    read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.files.stream import TensorReader
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
+from tests.export.helpers import MakeAdapter, tensors_of
 
 
 def test_averaged_copies_are_left_out(
@@ -36,30 +30,6 @@ def test_averaged_copies_are_left_out(
     save_file(tensors, base, {"modelspec.title": "kept"})
     merged = export_checkpoint(base, file, tmp_path / "merged.safetensors")
     assert load_file(merged).keys() == tensors.keys() - {"model_ema.decay"}
-
-
-FAMILIES = ["sd1", "sd2", "sdxl"]
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def base(family: str, request: pytest.FixtureRequest) -> Path:
-    folder: Path = request.getfixturevalue(f"{family}_folder")
-    return folder
-
-
-@pytest.fixture
-def adapter(
-    base: Path, family: str, tmp_path: Path, random_adapter: MakeAdapter
-) -> tuple[Path, dict[str, LayerWeights]]:
-    layers = random_adapter(base, axis="input" if family == "sd2" else "output", every=3)
-    facts = AdapterMetadata(family=family, trigger="sks dog")
-    path = write_adapter(tmp_path / "adapter.safetensors", AdapterFile(layers, facts), "kohya")
-    return path, read_adapter(path).layers  # as read: the file's own rounding is not the export's
 
 
 def test_single_file_keys_are_the_original_ones(
@@ -104,11 +74,6 @@ def test_v_prediction_markers(
     assert {"v_pred", "ztsnr"} <= keys
     keys = load_file(export_checkpoint(sdxl_folder, file, tmp_path / "e.safetensors")).keys()
     assert not {"v_pred", "ztsnr"} & keys
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    with PipelineFolder.open(folder) as pipeline:
-        return {name: pipeline[name] for name in pipeline.specs}
 
 
 def test_position_numbers_as_floats(

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from dora_diffusion.export import ExportError, export_checkpoint, verify_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.numerics.weights import LayerWeights
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    with PipelineFolder.open(folder) as pipeline:
-        return {name: pipeline[name] for name in pipeline.specs}
+from tests.export.helpers import MakeAdapter, tensors_of
 
 
 @pytest.mark.parametrize("form", ["folder", "model", "checkpoint", "original", "early"])

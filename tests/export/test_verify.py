@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from dora_diffusion.cli import main
 from dora_diffusion.export import export_checkpoint, verify_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.merge import MergeError
 from dora_diffusion.numerics.weights import LayerWeights
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
-
-
-@pytest.fixture
-def dora(tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter) -> Path:
-    """A DoRA of rank 4 and alpha 3."""
-    layers = random_adapter(sd1_folder, every=9)
-    return write_adapter(tmp_path / "dora", AdapterFile(layers, AdapterMetadata("sd1")))
+from tests.export.helpers import MakeAdapter, tensors_of
 
 
 def test_verify_finds_the_merged_model_behind_the_adapters(
@@ -59,11 +48,6 @@ def test_verify_finds_the_merged_model_behind_the_adapters(
     exported = tmp_path / "n.safetensors"
     assert main(["export", *base, *repeated, "--output", str(exported)]) == 0
     assert verify_checkpoint(exported, sd1_folder, [(path, 1.0) for path in adapters]).ok
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    with PipelineFolder.open(folder) as pipeline:
-        return {name: pipeline[name] for name in pipeline.specs}
 
 
 def files_in(folder: Path) -> set[Path]:

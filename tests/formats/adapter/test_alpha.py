@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.cli import main
@@ -25,13 +22,13 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.generate import load_adapted
 from dora_diffusion.merge import Strengths, merge_tensor
-from dora_diffusion.numerics.weights import LayerWeights
-
-
-def load_pipeline(folder: Path) -> Any:
-    from diffusers import DiffusionPipeline
-
-    return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+from tests.formats.adapter.helpers import (
+    MakeAdapter,
+    SameLayers,
+    kohya,
+    load_pipeline,
+    saved,
+)
 
 
 def test_the_file_that_diffusers_saves_is_read(tmp_path: Path, sd1_folder: Path) -> None:
@@ -64,24 +61,6 @@ def test_the_file_that_diffusers_saves_is_read(tmp_path: Path, sd1_folder: Path)
     assert {layer.scale for n, layer in layers.items() if n.startswith("text")} == {0.5}
     layers = read_adapter(tmp_path / "without", shapes).layers
     assert {layer.scale for layer in layers.values()} == {1.0}
-
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
-
-
-SameLayers = Callable[..., None]
-
-
-def kohya(folder: Path, layers: dict[str, LayerWeights], family: str = "sd1") -> dict[str, Tensor]:
-    """The tensors of a good kohya file, to be broken."""
-    path = folder / "good.safetensors"
-    return load_file(write_adapter(path, AdapterFile(layers, AdapterMetadata(family)), "kohya"))
-
-
-def saved(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    path = folder / "broken.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-    return path
 
 
 def test_a_lost_alpha_is_given_back(

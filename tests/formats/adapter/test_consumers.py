@@ -17,11 +17,11 @@ from dora_diffusion.formats.adapter.conversions import CONVERSIONS
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.numerics.weights import LayerWeights
+from tests.formats.adapter.helpers import (
+    BLOCK,
+)
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "formats.md"
-
-
-BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 
 
 SHAPES = {

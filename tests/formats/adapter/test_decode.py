@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from pathlib import Path
 
 import pytest
@@ -12,29 +10,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from dora_diffusion.adapters.state import LiveWeights
 from dora_diffusion.formats.adapter.file import AdapterFormatError, read_adapter
-from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.formats.files.header import TensorSpec
-from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
-
-
-def kohya_linear(
-    scale_shape: tuple[int, ...] | None, out: int = 6, into: int = 8
-) -> dict[str, Tensor]:
-    prefix = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    tensors = {
-        f"{prefix}.lora_down.weight": torch.randn(2, into),
-        f"{prefix}.lora_up.weight": torch.randn(out, 2),
-        f"{prefix}.alpha": torch.tensor(2.0**0.5),
-    }
-    if scale_shape is not None:
-        tensors[f"{prefix}.dora_scale"] = torch.rand(scale_shape)
-    return tensors
+from tests.formats.adapter.helpers import (
+    BLOCK,
+    MORE,
+    ODD,
+    kohya_linear,
+    read_or_refused,
+)
 
 
 def test_tucker_convolutions_are_folded(tmp_path: Path) -> None:
@@ -119,7 +107,6 @@ def mutated(edits: list[tuple[str, int, bytes]]) -> bytes:
 
 
 # DORA_DIFFUSION_FUZZ=20 tries twenty times as many.
-MORE = int(os.environ.get("DORA_DIFFUSION_FUZZ", "1"))
 
 
 @settings(max_examples=1500 * MORE, deadline=None, suppress_health_check=list(HealthCheck))
@@ -137,9 +124,6 @@ def test_no_damage_gets_past_the_readers(
     for layer in layers.values():
         assert isinstance(layer, LayerWeights)
         assert torch.isfinite(layer.down).all()
-
-
-BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 
 
 MODULES = ("attn1.to_q", "attn2.to_kv")
@@ -175,57 +159,11 @@ KEY = st.builds(
 )  # fmt: skip
 
 
-ODD = st.one_of(
-    st.sampled_from(
-        ["", "{", "[]", "{}", "null", "1e999", "nan", "-1", "²", "9" * 5000, "[" * 9999, "NaN"]
-    ),
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(
-            st.sampled_from(["unet.lora_alpha", "unet.alpha_pattern", "(", "to_q", "a"]), inner,
-            max_size=3,
-        ),
-        max_leaves=4,
-    ).map(json.dumps),
-)  # fmt: skip
-
-
 FIELDS = (
     "lora_adapter_metadata", "ss_network_dim", "ss_network_alpha", "ss_tag_frequency",
     "ss_resolution", "modelspec.resolution", "dora_diffusion.rank", "dora_diffusion.norm_axis",
     "dora_diffusion.alpha", "dora_diffusion.unet_layers_per_block", "dora_diffusion.resolution",
 )  # fmt: skip
-
-
-class Held(dict[str, torch.Tensor]):
-    """A base model in memory."""
-
-    family = None
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        return {name: TensorSpec.of(tensor) for name, tensor in self.items()}
-
-
-MODEL = Held({
-    f"unet.{BLOCK}.attn1.to_q.weight": torch.ones(8, 8),
-    f"unet.{BLOCK}.attn2.to_k.weight": torch.ones(6, 8),
-    f"unet.{BLOCK}.attn2.to_v.weight": torch.ones(6, 8),
-})  # fmt: skip
-
-
-def read_or_refused(path: Path, with_model: bool) -> None:
-    """What is read is whole; what is not is refused in our own words."""
-    try:
-        adapter = read_adapter(path, MODEL if with_model else None)
-        report_on(path)
-    except AdapterFormatError:
-        return
-    for name, layer in adapter.layers.items():
-        weight = torch.ones(layer.weight_shape)
-        assert math.isfinite(layer.scale)
-        assert not with_model or MODEL[f"{name}.weight"].shape == layer.weight_shape
-        assert layer.magnitude is None or merge_tensor(weight, [(layer, Strengths())]).numel()
 
 
 @settings(max_examples=600 * MORE, deadline=None, suppress_health_check=list(HealthCheck))

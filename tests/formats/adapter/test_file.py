@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from dora_diffusion.cli import main
 from dora_diffusion.formats.adapter import file as adapter_file
@@ -26,10 +24,11 @@ from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.files import stream as safetensors_stream
 from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.formats.files.header import read_header
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
-
+from dora_diffusion.numerics.weights import NormAxis
+from tests.formats.adapter.helpers import (
+    MakeAdapter,
+    kohya_linear,
+)
 
 FACTS = AdapterMetadata(
     family="sdxl",
@@ -90,20 +89,6 @@ def test_conversion_chain_keeps_the_effect(
         write_adapter(tmp_path / str(index), adapter, step)
         adapter = read_adapter(tmp_path / str(index))
     assert_same_layers(adapter.layers, layers, tolerance=1e-5)
-
-
-def kohya_linear(
-    scale_shape: tuple[int, ...] | None, out: int = 6, into: int = 8
-) -> dict[str, Tensor]:
-    prefix = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    tensors = {
-        f"{prefix}.lora_down.weight": torch.randn(2, into),
-        f"{prefix}.lora_up.weight": torch.randn(out, 2),
-        f"{prefix}.alpha": torch.tensor(2.0**0.5),
-    }
-    if scale_shape is not None:
-        tensors[f"{prefix}.dora_scale"] = torch.rand(scale_shape)
-    return tensors
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
@@ -189,12 +174,6 @@ def test_a_peft_folder_is_replaced_as_a_whole(
     assert not (tmp_path / "new").exists()
     write_adapter(folder, AdapterFile(alone), "peft")
     assert_same_layers(read_adapter(folder).layers, alone)
-
-
-@pytest.fixture
-def adapter(sd1_folder: Path, random_adapter: MakeAdapter) -> AdapterFile:
-    layers = random_adapter(sd1_folder, every=7)
-    return AdapterFile(layers, AdapterMetadata("sd1", "some/model", "sks dog", 512))
 
 
 @pytest.mark.parametrize("target", ["kohya", "diffusers", "peft"])

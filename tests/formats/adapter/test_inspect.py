@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,9 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.numerics.weights import LayerWeights
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
+from tests.formats.adapter.helpers import (
+    MakeAdapter,
+)
 
 
 @pytest.mark.parametrize("target", ["diffusers", "kohya", "peft"])
@@ -76,12 +75,6 @@ def test_a_model_is_no_adapter(
     for path in (single, unet, text):
         with pytest.raises(AdapterFormatError, match=r": it is a model, not an adapter: .{9,300}$"):
             read_adapter(path)
-
-
-@pytest.fixture
-def adapter(sd1_folder: Path, random_adapter: MakeAdapter) -> AdapterFile:
-    layers = random_adapter(sd1_folder, every=7)
-    return AdapterFile(layers, AdapterMetadata("sd1", "some/model", "sks dog", 512))
 
 
 def test_inspect_says_if_it_fits(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.adapter.file import read_adapter
@@ -20,7 +17,11 @@ from dora_diffusion.formats.adapter.keys import (
 )
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.names.kohya import name_resolver
-from dora_diffusion.numerics.weights import LayerWeights
+from tests.formats.adapter.helpers import (
+    MakeAdapter,
+    SameLayers,
+    saved,
+)
 
 
 @pytest.mark.parametrize(
@@ -75,18 +76,6 @@ def test_modules_that_share_a_name_are_refused() -> None:
         rename_one_to_one(["a.b", "a_b"], lambda name: name.replace(".", "_"), "test")
     with pytest.raises(AdapterFormatError, match=r"without a name in test: a\.b"):
         rename_one_to_one(["a.b"], lambda name: None, "test")
-
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
-
-
-SameLayers = Callable[..., None]
-
-
-def saved(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    path = folder / "broken.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-    return path
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

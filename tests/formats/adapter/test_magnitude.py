@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import (
-    AdapterFile,
     AdapterFormatError,
-    AdapterMetadata,
     read_adapter,
-    write_adapter,
 )
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights
-
-
-def kohya_linear(
-    scale_shape: tuple[int, ...] | None, out: int = 6, into: int = 8
-) -> dict[str, Tensor]:
-    prefix = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    tensors = {
-        f"{prefix}.lora_down.weight": torch.randn(2, into),
-        f"{prefix}.lora_up.weight": torch.randn(out, 2),
-        f"{prefix}.alpha": torch.tensor(2.0**0.5),
-    }
-    if scale_shape is not None:
-        tensors[f"{prefix}.dora_scale"] = torch.rand(scale_shape)
-    return tensors
+from tests.formats.adapter.helpers import (
+    BLOCK,
+    MakeAdapter,
+    SameLayers,
+    kohya,
+    kohya_linear,
+    saved,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,27 +48,6 @@ def test_a_magnitude_without_an_axis_is_refused(tmp_path: Path, shape: tuple[int
     reason = "flat" if len(shape) == 1 else "fits neither axis"
     with pytest.raises(AdapterFormatError, match=rf"a\.safetensors: unet\..*{reason}"):
         read_adapter(tmp_path / "a.safetensors")
-
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
-
-
-SameLayers = Callable[..., None]
-
-
-BLOCK = "mid_block.attentions.0.transformer_blocks.0"
-
-
-def kohya(folder: Path, layers: dict[str, LayerWeights], family: str = "sd1") -> dict[str, Tensor]:
-    """The tensors of a good kohya file, to be broken."""
-    path = folder / "good.safetensors"
-    return load_file(write_adapter(path, AdapterFile(layers, AdapterMetadata(family)), "kohya"))
-
-
-def saved(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    path = folder / "broken.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-    return path
 
 
 def slightly_moved(folder: Path, layers: dict[str, LayerWeights]) -> dict[str, LayerWeights]:

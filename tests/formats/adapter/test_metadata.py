@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,15 +22,6 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.files.header import read_header
-from dora_diffusion.numerics.weights import LayerWeights
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
-
-
-@pytest.fixture
-def adapter(sd1_folder: Path, random_adapter: MakeAdapter) -> AdapterFile:
-    layers = random_adapter(sd1_folder, every=7)
-    return AdapterFile(layers, AdapterMetadata("sd1", "some/model", "sks dog", 512))
 
 
 def test_tags_and_thumbnail_go_along(tmp_path: Path, adapter: AdapterFile) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,11 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dora_diffusion.formats.adapter.file import AdapterFormatError, read_adapter
-from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
+from tests.formats.adapter.helpers import (
+    BLOCK,
+    MORE,
+    ODD,
+    load_pipeline,
+    read_or_refused,
+)
 
 
 def merged(folder: Path, layers: dict[str, LayerWeights], name: str) -> Tensor:
@@ -37,12 +39,6 @@ def assert_close_to_merge(
     assert (weight - expected).abs().max().item() <= 1e-6 * size, name
     with PipelineFolder.open(folder) as pipeline:
         assert (weight - pipeline[f"{name}.weight"]).abs().max().item() > 1e-3 * size, name
-
-
-def load_pipeline(folder: Path) -> Any:
-    from diffusers import DiffusionPipeline
-
-    return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
 
 
 def test_a_peft_folder_made_by_peft_is_read(tmp_path: Path, sd1_folder: Path) -> None:
@@ -74,56 +70,6 @@ def test_a_peft_folder_made_by_peft_is_read(tmp_path: Path, sd1_folder: Path) ->
 
 
 # DORA_DIFFUSION_FUZZ=20 tries twenty times as many.
-MORE = int(os.environ.get("DORA_DIFFUSION_FUZZ", "1"))
-
-
-BLOCK = "mid_block.attentions.0.transformer_blocks.0"
-
-
-ODD = st.one_of(
-    st.sampled_from(
-        ["", "{", "[]", "{}", "null", "1e999", "nan", "-1", "²", "9" * 5000, "[" * 9999, "NaN"]
-    ),
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(
-            st.sampled_from(["unet.lora_alpha", "unet.alpha_pattern", "(", "to_q", "a"]), inner,
-            max_size=3,
-        ),
-        max_leaves=4,
-    ).map(json.dumps),
-)  # fmt: skip
-
-
-class Held(dict[str, torch.Tensor]):
-    """A base model in memory."""
-
-    family = None
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        return {name: TensorSpec.of(tensor) for name, tensor in self.items()}
-
-
-MODEL = Held({
-    f"unet.{BLOCK}.attn1.to_q.weight": torch.ones(8, 8),
-    f"unet.{BLOCK}.attn2.to_k.weight": torch.ones(6, 8),
-    f"unet.{BLOCK}.attn2.to_v.weight": torch.ones(6, 8),
-})  # fmt: skip
-
-
-def read_or_refused(path: Path, with_model: bool) -> None:
-    """What is read is whole; what is not is refused in our own words."""
-    try:
-        adapter = read_adapter(path, MODEL if with_model else None)
-        report_on(path)
-    except AdapterFormatError:
-        return
-    for name, layer in adapter.layers.items():
-        weight = torch.ones(layer.weight_shape)
-        assert math.isfinite(layer.scale)
-        assert not with_model or MODEL[f"{name}.weight"].shape == layer.weight_shape
-        assert layer.magnitude is None or merge_tensor(weight, [(layer, Strengths())]).numel()
 
 
 @settings(max_examples=200 * MORE, deadline=None, suppress_health_check=list(HealthCheck))

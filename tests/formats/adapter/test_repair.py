@@ -23,26 +23,13 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
-
-
-SameLayers = Callable[..., None]
-
-
-BLOCK = "mid_block.attentions.0.transformer_blocks.0"
-
-
-def kohya(folder: Path, layers: dict[str, LayerWeights], family: str = "sd1") -> dict[str, Tensor]:
-    """The tensors of a good kohya file, to be broken."""
-    path = folder / "good.safetensors"
-    return load_file(write_adapter(path, AdapterFile(layers, AdapterMetadata(family)), "kohya"))
-
-
-def saved(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    path = folder / "broken.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-    return path
+from tests.formats.adapter.helpers import (
+    BLOCK,
+    MakeAdapter,
+    SameLayers,
+    kohya,
+    saved,
+)
 
 
 def test_text_encoder_keys_without_prefixes(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, safe_open
-from torch import Tensor, nn
 
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -18,12 +17,13 @@ from dora_diffusion.formats.adapter.file import (
     AdapterMetadata,
     write_adapter,
 )
-from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.merge import Strengths, merge_tensor
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
-
+from dora_diffusion.numerics.weights import NormAxis
+from tests.formats.adapter.targets.helpers import (
+    MakeAdapter,
+    assert_close_to_merge,
+    load_pipeline,
+    module_at,
+)
 
 FACTS = AdapterMetadata(
     family="sdxl",
@@ -32,38 +32,6 @@ FACTS = AdapterMetadata(
     resolution=1024,
     extra={"prediction_type": "epsilon", "steps": "500"},
 )
-
-
-def merged(folder: Path, layers: dict[str, LayerWeights], name: str) -> Tensor:
-    with PipelineFolder.open(folder) as pipeline:
-        return merge_tensor(pipeline[f"{name}.weight"], [(layers[name], Strengths())])
-
-
-def module_at(pipeline: Any, name: str) -> nn.Module:
-    """The live module behind a canonical name."""
-    component, _, path = name.partition(".")
-    model = getattr(pipeline, component)
-    if component != "unet" and not hasattr(model, "text_model"):
-        path = path.removeprefix("text_model.")
-    module: nn.Module = model.get_submodule(path)
-    return module
-
-
-def assert_close_to_merge(
-    weight: Tensor, folder: Path, layers: dict[str, LayerWeights], name: str
-) -> None:
-    """Equal to our merge within 1e-6 of its largest entry, and different from the base."""
-    expected = merged(folder, layers, name)
-    size = expected.abs().max().item()
-    assert (weight - expected).abs().max().item() <= 1e-6 * size, name
-    with PipelineFolder.open(folder) as pipeline:
-        assert (weight - pipeline[f"{name}.weight"]).abs().max().item() > 1e-3 * size, name
-
-
-def load_pipeline(folder: Path) -> Any:
-    from diffusers import DiffusionPipeline
-
-    return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
 
 
 @contextlib.contextmanager

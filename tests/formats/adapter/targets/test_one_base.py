@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,9 @@ from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.files.header import read_header
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
+from tests.formats.adapter.targets.helpers import (
+    MakeAdapter,
+)
 
 
 def kohya_weights(

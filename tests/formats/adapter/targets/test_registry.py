@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,9 +25,9 @@ from dora_diffusion.formats.checkpoint.weights import module_shapes
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
-
-MakeAdapter = Callable[..., dict[str, LayerWeights]]
-
+from tests.formats.adapter.targets.helpers import (
+    MakeAdapter,
+)
 
 EMBEDDED = Path(dora_diffusion.__file__).parent / "toy"
 
