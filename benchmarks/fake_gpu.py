@@ -200,7 +200,7 @@ def fake_gpu() -> Iterator[None]:
         mock.patch.object(norms, "_probe", lambda n, like: probe(n, like.device, like.dtype)),
         mock.patch.object(flat, "_check_memory"),  # These have none.
         mock.patch.object(norms, "widens_products", lambda device: device in ("cuda", DEVICE)),
-        mock.patch.object(watch, "can_wait_for_events", return_value=True),
+        mock.patch.object(watch, "reads_at_once", return_value=False),
         mock.patch.object(watch, "record_event"),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):  # fmt: skip
