@@ -79,6 +79,12 @@ def preset_values(preset: str, model: str, device: Device | None = None) -> dict
     return {name: values[name] for name in ADVANCED}
 
 
+def default_guidance(model: str) -> float:
+    """The guidance scale that a base model's samples are made with, unless told otherwise."""
+    values = TrainConfig().to_dict() | (dict(_EMBEDDED_COMMON) if is_embedded(model) else {})
+    return float(values["validation_guidance_scale"])
+
+
 def _released_values(preset: str, model: str, device: Device) -> dict[str, Any]:
     try:
         traits = traits_of(model)
