@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -31,6 +29,7 @@ import yaml
 from dora_diffusion.app.settings import EMBEDDED, make_config, preset_values
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.jobs.logs import read_metrics
+from dora_diffusion.jobs.processes import end_tree
 from dora_diffusion.jobs.queue import create_job, worker_of
 from dora_diffusion.jobs.records import TrainRequest
 from dora_diffusion.jobs.workspace import Workspace
@@ -70,7 +69,7 @@ def measure(runs: Path, count: int, turns: int, seconds: float) -> None:
                   f"median {steps[watched][-1] * 1000:.1f} ms", flush=True)  # fmt: skip
         worker = worker_of(job)
         if worker:
-            os.killpg(worker[0], signal.SIGKILL)
+            end_tree(worker)
     alone, watched_by = (statistics.median(steps[key]) for key in (False, True))
     print(f"step: {alone * 1000:.1f} ms alone, {watched_by * 1000:.1f} ms with {count} clients: "
           f"{watched_by / alone - 1:+.1%}")  # fmt: skip

@@ -16,6 +16,7 @@ from types import ModuleType
 from dora_diffusion import __version__
 from dora_diffusion.commands.parser import Parser
 from dora_diffusion.console.errors import reporting_errors
+from dora_diffusion.system import let_break_interrupt
 
 COMMANDS = {
     "train": "teach a model a subject from photos",
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _complete(parser)
     args = parser.parse_args(argv)
     tune_process()
+    let_break_interrupt()
     with reporting_errors(args.command, debug=args.debug) as outcome:
         outcome.code = _module(args.command).run(args)
     return outcome.code

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +85,7 @@ class App:
         from dora_diffusion.jobs.queue import worker_of
 
         found = (worker_of(folder) for folder in self.runs.glob("2*"))
-        return [worker[0] for worker in found if worker is not None]
+        return [worker.pid for worker in found if worker is not None]
 
     def jobs(self) -> tuple[Any, ...]:
         """All jobs, newest first."""
@@ -135,13 +136,13 @@ class App:
             return False
 
 
-def _processor_time(pid: int) -> int:
-    """Clock ticks that a process has worked; 0 where it is gone or the system does not say."""
+def _processor_time(pid: int) -> float:
+    """Seconds that a process has worked; 0 where it is gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
         return 0
-    return int(fields[11]) + int(fields[12])
+    return times.user + times.system
 
 
 class Visit:
@@ -325,8 +326,10 @@ def app(runs: Path, app_environment: dict[str, str]) -> Iterator[App]:
     one.start()
     yield one
     one.end()
+    from dora_diffusion.jobs.processes import end_tree
+
     for pid in one.workers():
-        os.killpg(pid, signal.SIGKILL)
+        end_tree(psutil.Process(pid))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.processes import process_start
+from dora_diffusion.jobs.processes import start_time
 from dora_diffusion.jobs.records import TrainRequest
 from dora_diffusion.jobs.snapshot import Job, read_job
 from dora_diffusion.jobs.workspace import Workspace, write_json
@@ -30,7 +30,7 @@ def make(workspace: Workspace, title: str = "sks mug") -> Path:
 
 
 def pretend_running(folder: Path, child: subprocess.Popen[bytes]) -> None:
-    write_json(folder / records.WORKER, {"pid": child.pid, "start": process_start(child.pid)})
+    write_json(folder / records.WORKER, {"pid": child.pid, "start": start_time(child.pid)})
 
 
 def seen(folder: Path) -> Job:
