@@ -86,7 +86,7 @@ def app(runs: Path) -> Iterator[str]:
     process = subprocess.Popen(
         [sys.executable, "app.py", "--runs_dir", str(runs)],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+     encoding="utf-8")  # fmt: skip
     assert process.stdout is not None
     try:
         yield process.stdout.readline().split()[1]
@@ -101,7 +101,7 @@ def start_run(workspace: Workspace) -> str:
         "max_train_steps": 100_000, "checkpointing_steps": 100_000, "validation_steps": None,
     }  # fmt: skip
     photos = ROOT / "samples" / "bolt_mug"
-    word = yaml.safe_load((photos / "config.yaml").read_text())["class_word"]
+    word = yaml.safe_load((photos / "config.yaml").read_text(encoding="utf-8"))["class_word"]
     return create_job(
         workspace, TrainRequest(base=EMBEDDED), "benchmark",
         lambda folder: as_yaml(make_config(EMBEDDED, photos, folder, "sks", word, [], values)),

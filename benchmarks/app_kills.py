@@ -57,7 +57,7 @@ class App:
         self.process = subprocess.Popen(
             [sys.executable, "app.py", "--runs_dir", str(self.runs)],
             cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+         encoding="utf-8")  # fmt: skip
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().split()[1]
 

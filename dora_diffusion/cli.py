@@ -7,6 +7,7 @@ imports anything heavy before it runs, so that every ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     tune_process()
     let_break_interrupt()
+    _print_anything()
     with reporting_errors(args.command, debug=args.debug) as outcome:
         outcome.code = _module(args.command).run(args)
     return outcome.code
@@ -74,6 +76,12 @@ def tune_process() -> None:
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _print_anything() -> None:
+    """Let no character that a Windows code page lacks end a command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _module(command: str) -> ModuleType:

@@ -29,6 +29,11 @@ _IN_USE = (5, 32)
 _PAUSES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
+def is_windows() -> bool:
+    """Whether this is Windows."""
+    return os.name == "nt"
+
+
 def let_break_interrupt() -> None:
     """From here on, Ctrl-Break raises `KeyboardInterrupt`, as Ctrl-C does."""
     if BREAK is not None and threading.current_thread() is threading.main_thread():

@@ -248,6 +248,7 @@ def start_worker(folder: Path) -> subprocess.Popen[bytes]:
     (folder / records.STOP).unlink(missing_ok=True)
     # Bars are read from a file here: ten lines a second help nobody.
     environment = os.environ | {"TQDM_MININTERVAL": "2", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONIOENCODING"] = "utf-8"  # Windows has another one for what is no terminal.
     record = records.read_record(folder)
     if record is not None and is_embedded(record.request.base):
         environment.setdefault("OMP_NUM_THREADS", "1")

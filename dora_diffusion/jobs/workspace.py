@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from dora_diffusion import system
 from dora_diffusion.jobs.errors import RequestError
 
@@ -38,6 +40,18 @@ class Workspace:
     """
 
     root: Path
+
+    @classmethod
+    def default_root(cls) -> Path:
+        """``runs`` where the app is started; on Windows the user's own folder for such data.
+
+        A program that is started from Windows' menu has no working folder that it may write to. A
+        folder ``runs`` that is there is taken all the same.
+        """
+        here = Path("runs")
+        if not system.is_windows() or here.is_dir():
+            return here
+        return Path(platformdirs.user_data_dir("dora-diffusion", appauthor=False)) / "runs"
 
     @property
     def subjects(self) -> Path:

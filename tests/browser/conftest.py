@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -61,24 +60,36 @@ class App:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "app.py", "--runs_dir", str(self.runs)],
             cwd=ROOT,
             env=environment | self.environment,
             stdout=subprocess.PIPE,
             text=True,
+            encoding="utf-8",
         )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line.startswith("open http://127.0.0.1:"), line
         self.url = line.split()[1]
 
-    def end(self, number: signal.Signals = signal.SIGTERM) -> None:
+    def end(self) -> None:
+        """As its user does; on Windows the same as `kill`."""
         if self._process is not None:
-            self._process.send_signal(number)
-            self._process.wait()
-            self._process = None
+            self._process.terminate()
+            self._ended()
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._ended()
+
+    def _ended(self) -> None:
+        assert self._process is not None
+        self._process.communicate()
+        self._process = None
 
     def workers(self) -> list[int]:
         """Living workers' pids."""
@@ -131,7 +142,7 @@ class App:
 
         try:
             inode = Workspace(self.runs).device_lock.stat().st_ino
-            return f":{inode} " in Path("/proc/locks").read_text()
+            return f":{inode} " in Path("/proc/locks").read_text(encoding="utf-8")
         except OSError:
             return False
 

@@ -71,7 +71,7 @@ def test_an_interruption_puts_the_old_folder_back(
 ) -> None:  # fmt: skip
     file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=20)))
     merged = export_checkpoint(sd1_folder, file, tmp_path / "merged")
-    (merged / "mine.txt").write_text("of the old folder")
+    (merged / "mine.txt").write_text("of the old folder", encoding="utf-8")
     done = 0
 
     def interrupted(source: Path, target: Path) -> None:
@@ -89,7 +89,7 @@ def test_an_interruption_puts_the_old_folder_back(
         with pytest.raises(KeyboardInterrupt):
             export_checkpoint(sd1_folder, file, merged, strength=0.5, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "merged"]
-    assert (merged / "mine.txt").read_text() == "of the old folder"
+    assert (merged / "mine.txt").read_text(encoding="utf-8") == "of the old folder"
 
 
 def test_a_linked_folder_is_replaced_where_it_lies(

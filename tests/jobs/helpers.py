@@ -76,7 +76,7 @@ def wait(
         if job.has_ended:
             break
         time.sleep(0.1)
-    pytest.fail(f"{job.state}: {(job.folder / records.LOG).read_text()[-2000:]}")
+    pytest.fail(f"{job.state}: {(job.folder / records.LOG).read_text(encoding='utf-8')[-2000:]}")
 
 
 def done(job: Job) -> bool:
@@ -110,7 +110,9 @@ def ended_run(workspace: Workspace, steps: tuple[int, ...], last: int, code: int
         (folder / f"checkpoint-{step}").mkdir()
         for name in ("training_state.pt", "pytorch_lora_weights.safetensors"):
             (folder / f"checkpoint-{step}" / name).write_bytes(b"x")
-    (folder / "metrics.jsonl").write_text(f'{{"step": {last}, "loss": 1, "seconds": 1}}\n')
+    (folder / "metrics.jsonl").write_text(
+        f'{{"step": {last}, "loss": 1, "seconds": 1}}\n', encoding="utf-8"
+    )
     write_json(folder / records.RESULT, {"code": code})
     return seen(folder)
 
@@ -125,9 +127,9 @@ def write_folder(folder: Path, *, kind: str = "UNet2DConditionModel", weights: b
     (folder / "unet").mkdir(parents=True)
     index = {"unet": ["diffusers", kind], "vae": ["diffusers", "AutoencoderKL"],
              "text_encoder": ["transformers", "CLIPTextModel"]}  # fmt: skip
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     config = {"sample_size": 64, "block_out_channels": [320, 640, 1280, 1280]}
-    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    (folder / "unet" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if weights:
         (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")
     return folder

@@ -23,7 +23,7 @@ def test_a_dead_process_is_a_crash_with_its_cause(
     folder = make(workspace)
     pretend_running(folder, sleeper)
     (folder / records.LOG).write_text(
-        "error: of before\n--- 2026 again ---\nerror: the disk is full\n"
+        "error: of before\n--- 2026 again ---\nerror: the disk is full\n", encoding="utf-8"
     )
     sleeper.kill()
     sleeper.wait()
@@ -73,7 +73,7 @@ def test_a_worker_is_known_whatever_its_start_was_noted_as(
 )
 def test_the_exit_code_tells_how_a_job_ended(workspace: Workspace, code: int, state: str) -> None:
     folder = make(workspace)
-    (folder / records.LOG).write_text("error: the loss is nan at step 3\n")
+    (folder / records.LOG).write_text("error: the loss is nan at step 3\n", encoding="utf-8")
     write_json(folder / records.RESULT, {"code": code})
     assert seen(folder).state == state
     assert seen(folder).cause == ("the loss is nan at step 3" if state == "failed" else "")
@@ -101,9 +101,9 @@ def test_progress_and_time_left_come_from_measured_steps(workspace: Workspace) -
 def test_broken_files_do_not_break_the_page(workspace: Workspace) -> None:
     folder = started_run(workspace, 1)
     for name in (records.WORKER, records.RESULT, records.PROGRESS):
-        (folder / name).write_text("{")
+        (folder / name).write_text("{", encoding="utf-8")
     assert len(snapshot(workspace.root)) == 1
-    (folder / records.JOB).write_text("")
+    (folder / records.JOB).write_text("", encoding="utf-8")
     assert snapshot(workspace.root) == ()
 
 

@@ -253,12 +253,17 @@ def _file(path: Any, folder: int = -1) -> str:
 def _check_name(path: str) -> None:
     """Refuse a name that Windows does not have, and one that differs in case alone."""
     folder, name = os.path.split(path)
-    if _FORBIDDEN.search(name) or _DEVICE.fullmatch(name):
+    if not is_name(name):
         raise OSError(errno.EINVAL, "The filename, directory name is incorrect", path)
     if not os.path.lexists(path) and os.path.isdir(folder):
         for other in os.listdir(folder):
             if other != name and other.casefold() == name.casefold():
                 raise FileExistsError(errno.EEXIST, f"there is {other!r}, the same name", path)
+
+
+def is_name(name: str) -> bool:
+    """Whether Windows lets a file be called so."""
+    return bool(name) and not _FORBIDDEN.search(name) and not _DEVICE.fullmatch(name)
 
 
 def _check_move(source: str, target: str) -> None:
