@@ -51,11 +51,11 @@ def test_a_subject_goes_all_the_way_in_any_folder(home: Path) -> None:
     model = ["--base", BASE, "--adapter", str(run)]
     for _ in range(2):  # the second one replaces the first
         assert main(["export", *model, "--output", str(merged), "--overwrite"]) == 0
-        assert main(["export", *model, "--output", str(home / "Ordner"), "--overwrite"]) == 0
+        assert main(["export", *model, "--output", str(home / "Größe S"), "--overwrite"]) == 0
     assert main(["verify", str(merged), *model]) == 0
     assert main(["convert", str(run), str(home / "für A1111.safetensors"), "--to", "kohya"]) == 0
     image = home / "Bild ä.png"
-    draw = ["generate", "--base", str(home / "Ordner"), "--prompt", "a sks mug: ü", "--seed", "3"]
+    draw = ["generate", "--base", str(home / "Größe S"), "--prompt", "a sks mug: ü", "--seed", "3"]
     assert main([*draw, "--steps", "2", "--output", str(image)]) == 0
     with Image.open(image) as drawn:
         assert drawn.size == (64, 64)
@@ -68,7 +68,7 @@ def test_the_apps_jobs_work_in_any_folder(home: Path, sd1_folder: Path) -> None:
     for caption in (subject / "photos").glob("*.txt"):
         caption.unlink()
     queue = JobQueue(workspace)
-    model = Path(shutil.copytree(sd1_folder, home / "Modell"))
+    model = Path(shutil.copytree(sd1_folder, home / "Bäse"))
     job_id = add_run(
         workspace, model, subject / "photos", token="Käthes", class_word="Täßchen: 1/2?",
         instance_prompt="a photo of a Käthes mug", max_train_steps=1, checkpointing_steps=0,
