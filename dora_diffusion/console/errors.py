@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dora_diffusion.console.progress import say
+from dora_diffusion.system import is_windows
 
 FAILED, OUT_OF_MEMORY = 1, 3
+_LONGEST_PATH = 260
 # What uses less memory, by command.
 _MEMORY_ADVICE = {
     "train": "lower --resolution, --train_batch_size or --rank, or use --gradient_checkpointing "
@@ -63,6 +65,11 @@ def explain(error: Exception, command: str = "") -> tuple[int, str | None]:
     if is_out_of_memory(error):
         advice = _MEMORY_ADVICE.get(command, "close other programs, or use a larger machine")
         return OUT_OF_MEMORY, f"out of memory; {advice}"
+    if isinstance(error, OSError) and is_windows() and len(str(error.filename)) >= _LONGEST_PATH:
+        return FAILED, (
+            f"{error.filename} has more than the {_LONGEST_PATH} characters that Windows allows a "
+            "path; choose a folder nearer to the drive, or turn LongPathsEnabled on"
+        )
     if isinstance(error, FileNotFoundError) and error.filename:
         return FAILED, f"{error.filename} does not exist"
     if isinstance(error, OSError) and error.filename and error.strerror:
