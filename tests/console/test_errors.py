@@ -68,6 +68,17 @@ def test_a_defect_keeps_its_traceback_and_ends_with_asking_for_a_report(capsys):
     assert "what `dora-diffusion env` prints" in lines[-1]
 
 
+def test_an_installation_that_is_not_whole_is_no_bug(capsys):
+    missing = ModuleNotFoundError("No module named 'numpy'", name="numpy")
+    assert ending(missing) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: No module named 'numpy'; a package is missing or does not fit")
+    assert "`dora-diffusion env` says which" in line
+    assert line.count("\n") == 1
+    ending(ImportError("cannot import name 'x'", name="dora_diffusion.cli"))
+    assert "this is a bug" in last_line(capsys)
+
+
 def test_a_long_message_of_a_defect_is_cut():
     line = errors.asking_for_report(RuntimeError("a key is missing " * 999))
     assert line.startswith("unexpected RuntimeError: a key is missing a key ")
