@@ -8,6 +8,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+# Of the examples of `make test-properties`.
+SEED := $(or $(SEED),$(shell date +%s))
 
 BIN = $(VENV)/bin
 # A step that is done leaves a stamp, and is done again when what it was made from changes.
@@ -22,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # The tests' models are tiny: threads of several workers would only wait for each other.
 TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-portable test-slow lint format clean
+.PHONY: demo test test-portable test-slow test-properties lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m dora_diffusion demo $(DEMO_ARGS)
@@ -45,6 +47,13 @@ test-portable: $(READY_TO_TEST)
 # Longer proofs: every combination where `make test` takes a diagonal, and the figures of what ships.
 test-slow: $(READY_TO_TEST)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m slow $(PYTEST_ARGS)
+
+# Property tests with 10,000 examples each, other ones in every run; `make test` tries the same few
+# each time. A failure prints its example, and a line that repeats it.
+test-properties: $(READY_TO_TEST)
+	@echo 'SEED=$(SEED) repeats this run'
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m hypothesis --hypothesis-profile=long \
+		--hypothesis-seed=$(SEED) --verbose $(PYTEST_ARGS)
 
 lint: $(READY_TO_TEST)
 	$(BIN)/ruff check .

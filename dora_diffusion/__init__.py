@@ -10,6 +10,7 @@ The whole Python interface::
     load_components                                   a model by name
     SamplingSettings, generate_images                 images from it
     export_checkpoint                                 base + adapter -> merged model
+    describe_environment                              versions and machine, for a bug report
 
 What it raises, each a `ValueError` unless said otherwise, with one line for a user::
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     )
     from dora_diffusion.adapters.targets import TargetError
     from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
+    from dora_diffusion.console.environment import describe_environment
     from dora_diffusion.data.images import PhotoError
     from dora_diffusion.export import ExportError, export_checkpoint
     from dora_diffusion.families import UnsupportedModelError
@@ -76,6 +78,7 @@ _HOMES = {
     "TrainConfig": "config.train",
     "TrainingError": "training.metrics",
     "UnsupportedModelError": "families",
+    "describe_environment": "console.environment",
     "disabled": "adapters.inject",
     "export_checkpoint": "export",
     "generate_images": "generate",
@@ -108,6 +111,7 @@ __all__ = [
     "TrainConfig",
     "TrainingError",
     "UnsupportedModelError",
+    "describe_environment",
     "disabled",
     "export_checkpoint",
     "generate_images",

@@ -31,6 +31,7 @@ COMMANDS = {
     "app": "train, compare and export in the browser",
     "demo": "train, evaluate and merge a sample subject",
     "samples": "copy the sample subjects: photos, captions, settings",
+    "env": "say what this installation is, for a bug report",
 }
 
 

@@ -88,7 +88,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     # Built in a copy: setuptools leaves its traces in the tree.
     shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
     shutil.copytree(ROOT / ".ci", folder / "source" / ".ci")
-    for name in (".gitignore", ".pre-commit-config.yaml"):
+    for name in (".gitattributes", ".gitignore", ".pre-commit-config.yaml"):
         shutil.copy(ROOT / name, folder / "source")
     sdist = build("sdist", folder / "source", folder / "dist")
     with tarfile.open(sdist) as archive:

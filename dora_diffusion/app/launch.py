@@ -31,6 +31,7 @@ class Launch:
     samples: Path = field(default_factory=samples_folder)
     models: tuple[str, ...] = ()
     model_folders: tuple[Path, ...] = ()
+    browser: bool = False
 
     def __post_init__(self) -> None:
         if self.port is not None and not 1 <= self.port <= 65535:

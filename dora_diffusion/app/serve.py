@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import webbrowser
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +30,8 @@ def serve(launch: Launch) -> None:
     context, blocks, address = start(launch)
     try:
         print(f"open {address}", flush=True)
+        if launch.browser:
+            webbrowser.open(address)
         while not ended.wait(1):  # Windows lets no signal through a wait without an end.
             pass
     finally:

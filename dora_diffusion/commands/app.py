@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Folders to look for base models in. Others: DORA_DIFFUSION_MODELS, COMFYUI_PATH, "
         "A1111_PATH, and a line each in RUNS_DIR/model_folders.txt.",
     )
+    parser.add_argument("--browser", action="store_true", help="Open the page in the browser.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,6 +67,7 @@ def launch_from(args: argparse.Namespace) -> Launch:
         runs_dir=args.runs_dir,
         models=tuple(args.models),
         model_folders=tuple(args.model_folders),
+        browser=args.browser,
     )
 
 

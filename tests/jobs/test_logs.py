@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dora_diffusion.console.errors import asking_for_report
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.logs import log_tail, log_warnings, read_metrics
+from dora_diffusion.jobs.logs import last_error, log_tail, log_warnings, read_metrics
 from dora_diffusion.jobs.workspace import Workspace
 from tests.jobs.helpers import started_run
 
@@ -54,3 +55,11 @@ def test_only_the_latest_attempt_s_warnings_are_shown(tmp_path: Path) -> None:
     )
     assert log_warnings(tmp_path) == ("new",)
     assert log_warnings(tmp_path / "nowhere") == ()
+
+
+def test_a_defect_s_cause_asks_for_a_report_whoever_caught_it(tmp_path: Path) -> None:
+    trace = 'Traceback (most recent call last):\n  File "a.py", line 1\nTypeError: a defect\n'
+    cause = asking_for_report(TypeError("a defect"))
+    for log in (trace, f"{trace}error: {cause}\n"):
+        (tmp_path / records.LOG).write_text(f"--- 1 a ---\nerror: old\n--- 2 a ---\n{log}")
+        assert last_error(tmp_path) == cause
