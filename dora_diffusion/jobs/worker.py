@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from dora_diffusion.console.errors import reporting_errors
+from dora_diffusion.devices import peak_memory
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.processes import Lock
 from dora_diffusion.jobs.queue import note_worker
@@ -105,11 +106,10 @@ def _peaks() -> tuple[float, float | None]:
     """Most memory that was in use, in GiB, and on a GPU: the next run's estimate is from them."""
     unit = 1 if sys.platform == "darwin" else 1024
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    torch = sys.modules.get("torch")
+    gpu_memory = None
     with contextlib.suppress(Exception):
-        if torch is not None and torch.cuda.is_available():
-            return memory, torch.cuda.max_memory_allocated() / 2**30
-    return memory, None
+        gpu_memory = peak_memory()
+    return memory, None if gpu_memory is None else gpu_memory / 2**30
 
 
 if __name__ == "__main__":
