@@ -24,8 +24,11 @@ _MEMORY_ADVICE = {
 }
 # Of a defect's message, which may be that of a library and go on for pages.
 _LONG = 300
-# How torch's CPU allocator says it, which has no class of its own: on Linux and on Windows.
-_CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+# How torch's allocators say it that have no class of their own: a CPU's on Linux and on Windows,
+# and Apple's GPU's.
+_OUT_OF_MEMORY = (
+    "can't allocate memory", "not enough memory", "std::bad_alloc", "backend out of memory",
+)  # fmt: skip
 
 
 @dataclass
@@ -113,7 +116,7 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(t in str(error) for t in _CPU_OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(t in str(error) for t in _OUT_OF_MEMORY)
 
 
 def _one_line(text: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_diffusion.devices import release_memory
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.loading import ModelFiles, load_model
 from dora_diffusion.jobs.processes import holding
@@ -109,9 +109,7 @@ class Studio:
             try:
                 self._loaded = self._components = None
                 gc.collect()  # Weights on a CPU are a map of their file, which then is let go.
-                torch = sys.modules.get("torch")
-                if torch is not None and torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                release_memory()
             finally:
                 self._mine.release()
 

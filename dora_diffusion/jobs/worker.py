@@ -18,6 +18,7 @@ from types import FrameType
 
 from dora_diffusion import system
 from dora_diffusion.console.errors import reporting_errors
+from dora_diffusion.devices import peak_memory
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.processes import Lock
 from dora_diffusion.jobs.queue import note_worker
@@ -108,11 +109,10 @@ def _work(folder: Path, record: records.JobRecord, note: records.ProgressFile) -
 def _peaks() -> tuple[float, float | None]:
     """Most memory that was in use, in GiB, and on a GPU: the next run's estimate is from them."""
     memory = system.peak_memory()
-    torch = sys.modules.get("torch")
+    gpu_memory = None
     with contextlib.suppress(Exception):
-        if torch is not None and torch.cuda.is_available():
-            return memory, torch.cuda.max_memory_allocated() / 2**30
-    return memory, None
+        gpu_memory = peak_memory()
+    return memory, None if gpu_memory is None else gpu_memory / 2**30
 
 
 if __name__ == "__main__":
