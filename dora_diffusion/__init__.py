@@ -10,6 +10,7 @@ The whole Python interface::
     load_components                                   a model by name
     SamplingSettings, generate_images                 images from it
     export_checkpoint                                 base + adapter -> merged model
+    analyze_weights                                   what training did to a model's weights
 
 What it raises, each a `ValueError` unless said otherwise, with one line for a user::
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         unmerge_adapters,
     )
     from dora_diffusion.adapters.targets import TargetError
+    from dora_diffusion.analysis import analyze_weights
     from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
     from dora_diffusion.data.images import PhotoError
     from dora_diffusion.export import ExportError, export_checkpoint
@@ -76,6 +78,7 @@ _HOMES = {
     "TrainConfig": "config.train",
     "TrainingError": "training.metrics",
     "UnsupportedModelError": "families",
+    "analyze_weights": "analysis",
     "disabled": "adapters.inject",
     "export_checkpoint": "export",
     "generate_images": "generate",
@@ -108,6 +111,7 @@ __all__ = [
     "TrainConfig",
     "TrainingError",
     "UnsupportedModelError",
+    "analyze_weights",
     "disabled",
     "export_checkpoint",
     "generate_images",

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
-# Values of a weight that are in float64 at a time.
-_BLOCK = 2**20
+# Values of a weight that are in float64 at a time: few enough for a processor's cache.
+_BLOCK = 2**18
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def singular_values(weight: Tensor, tuned: Tensor) -> Tensor:
         change = after.narrow(1, start, length).double()
         change = change - before.narrow(1, start, length).double()
         gram.addmm_(change, change.t())
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+    squares: Tensor = torch.linalg.eigvalsh(gram)
+    return squares.flip(0).clamp_min(0).sqrt()
 
 
 @torch.no_grad()
@@ -123,7 +124,8 @@ def low_rank_singular_values(layer: LayerWeights) -> Tensor:
     """
     down, up = layer.down.flatten(1).double(), layer.up.flatten(1).double()
     left, right = torch.linalg.qr(up).R, torch.linalg.qr(down.t()).R
-    return torch.linalg.svdvals(layer.scale * (left @ right.t()))
+    values: Tensor = torch.linalg.svdvals(layer.scale * (left @ right.t()))
+    return values
 
 
 def effective_rank(values: Tensor) -> float:
@@ -134,7 +136,8 @@ def effective_rank(values: Tensor) -> float:
     total = values.sum()
     if total == 0:
         return 0.0
-    return torch.special.entr(values / total).sum().exp().item()
+    entropy: Tensor = torch.special.entr(values / total).sum()
+    return entropy.exp().item()
 
 
 def _blocks(count: int, size: int) -> Iterator[tuple[int, int]]:

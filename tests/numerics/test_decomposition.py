@@ -33,7 +33,7 @@ def channels(weight: Tensor, axis: NormAxis) -> NDArray[np.float64]:
     return array.reshape(array.shape[0], -1)
 
 
-@pytest.fixture(params=[2**20, 8], ids=["whole", "in blocks"])
+@pytest.fixture(params=[2**18, 8], ids=["whole", "in blocks"])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decomposition, "_BLOCK", request.param)
 
