@@ -2,10 +2,10 @@
 
     python benchmarks/analyze_size.py --family sdxl --work /tmp/analyze
 
-Makes a Diffusers folder of Stable Diffusion 1.5 or SDXL in float16 with random weights, a second one
-whose UNet and text encoders were all moved, and a DoRA on the layers that are trained by default;
-and takes both apart through the command line, in a process of its own each. The pair takes 14 GB of
-disk for SDXL, 4 GB for Stable Diffusion 1.5.
+Makes a Diffusers folder of Stable Diffusion 1.5 or SDXL in float16 with random weights, a second
+one whose UNet and text encoders were all moved, and a DoRA on the layers that are trained by
+default; and takes both apart through the command line, in a process of its own each. The pair takes
+14 GB of disk for SDXL, 4 GB for Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
