@@ -18,7 +18,7 @@ from dora_diffusion.analysis.changes import (
 )
 from dora_diffusion.analysis.layers import model_order
 from dora_diffusion.analysis.report import Analysis
-from dora_diffusion.analysis.sources import Source, TunedWeights, find_source, open_tuned
+from dora_diffusion.analysis.sources import SavedRun, TunedWeights, find_run, open_tuned
 from dora_diffusion.export.base import model_name, open_model
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.formats.checkpoint.weights import StoredModel, module_weight
@@ -79,7 +79,7 @@ def analyze_weights(
         raise ExportError("no run, adapter or model to analyze was given")
     if norm_axis not in NORM_AXES:
         raise ExportError(f"norm_axis is {norm_axis!r}; it must be one of {', '.join(NORM_AXES)}")
-    found = [find_source(path) for path in paths]
+    found = [find_run(path) for path in paths]
     names = [source.name for source in found]
     left = sum(len(source.checkpoints) for source in found)
     with open_model(base, variant) as model:
@@ -121,7 +121,7 @@ class _Analyzer:
     alpha: float | None
     count: _Counter
 
-    def run(self, source: Source, name: str) -> RunChange:
+    def run(self, source: SavedRun, name: str) -> RunChange:
         checkpoints: list[CheckpointChange] = []
         notes: list[str] = []
         for step, path in source.checkpoints:

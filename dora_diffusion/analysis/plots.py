@@ -148,11 +148,11 @@ def _draw_grid(figure: Figure, panel: Any, grid: Any, title: str) -> None:
     )
     bar = figure.colorbar(drawn, ax=panel, shrink=0.85)
     bar.ax.tick_params(labelsize=8)
-    panel.set_title(title, fontsize=9.5)
+    panel.set_title(title, fontsize=9.5, pad=18)
 
 
 def _label_columns(panel: Any, runs: Sequence[RunChange], more: str) -> None:
-    """Steps, and below those of a run its name."""
+    """Steps below, and the name of a run above them; of a single checkpoint, its run's name."""
     labels, start = [], 0
     for run in runs:
         several = len(run.checkpoints) > 1
@@ -162,10 +162,14 @@ def _label_columns(panel: Any, runs: Sequence[RunChange], more: str) -> None:
             panel.axvline(start - 0.5, color="white", linewidth=3)
         if several and len(runs) > 1:
             panel.annotate(
-                _short(run.name), (start + (len(steps) - 1) / 2, 0), (0, -80),
-                xycoords=("data", "axes fraction"), textcoords="offset points", ha="center",
-                va="top", fontsize=8.5, annotation_clip=False,
-            )  # fmt: skip
+                _short(run.name),
+                (start + (len(steps) - 1) / 2, 1),
+                (0, 4),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8.5,
+            )
         start += len(steps)
     panel.set_xticks(range(start), labels, rotation=90, fontsize=8)
     panel.set_xlabel(f"optimizer step{more}", fontsize=9)

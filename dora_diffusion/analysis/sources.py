@@ -32,8 +32,8 @@ from dora_diffusion.wording import listing
 
 
 @dataclass(frozen=True)
-class Source:
-    """One thing to analyze.
+class SavedRun:
+    """One thing to analyze: the checkpoints of a run, or a single one.
 
     Attributes:
         name: What it is called: its file or folder, or the name that it was given.
@@ -69,7 +69,7 @@ class TunedWeights(Protocol):
         """How many tensors without channels (biases, norms) differ from the base's."""
 
 
-def find_source(source: str | Path) -> Source:
+def find_run(source: str | Path) -> SavedRun:
     """Find the checkpoints behind a path or a model's name.
 
     A run's folder has those of its training, and its result where that is at another step.
@@ -87,7 +87,7 @@ def find_source(source: str | Path) -> Source:
         if step is None or step not in [step for step, _ in checkpoints]:
             checkpoints.append((step, source))
     name = model_name(path) if path.exists() else str(source)
-    return Source(name.removesuffix(".safetensors"), checkpoints)
+    return SavedRun(name.removesuffix(".safetensors"), checkpoints)
 
 
 def _is_checkpoint(folder: Path) -> bool:
