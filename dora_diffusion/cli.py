@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "teach a model a subject from photos",
     "generate": "generate images",
     "evaluate": "measure subject similarity, subject leakage and language drift",
+    "analyze": "take apart what training did to the weights: magnitude, direction, rank",
     "export": "merge an adapter into a model",
     "verify": "prove a merged model: recompute it and compare",
     "convert": "write an adapter in another tool's format",

@@ -27,8 +27,9 @@ _RUNNING = {
     "merge": "merging",
     "compare": "comparing",
     "push": "publishing",
+    "analyze": "analyzing",
 }
-_UNITS = {"train": "step", "compare": "image", "push": "commit"}
+_UNITS = {"train": "step", "compare": "image", "push": "commit", "analyze": "layer"}
 
 
 def esc(value: object) -> str:

@@ -103,6 +103,10 @@ def _work(folder: Path, record: records.JobRecord, note: records.ProgressFile) -
             from dora_diffusion.jobs.push import run_push
 
             run_push(workspace, request, note)
+        case records.AnalyzeRequest() as request:
+            from dora_diffusion.jobs.analyze import run_analysis
+
+            run_analysis(workspace, request, note)
     return 0
 
 

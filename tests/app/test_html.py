@@ -64,13 +64,14 @@ def test_a_run_names_its_model_and_device_and_what_the_model_does_not_know(
 @pytest.mark.parametrize(
     ("kind", "shown"),
     [("train", "step 4 of 10"), ("merge", "1.5 of 3.0 MB"), ("compare", "image 3 of 6"),
-     ("push", "commit 1 of 1")],
+     ("push", "commit 1 of 1"), ("analyze", "layer 7 of 90")],
 )  # fmt: skip
 def test_every_kind_of_job_has_its_unit(workspace: Workspace, kind: str, shown: str) -> None:
     folder = started_run(workspace, 4)
     facts = json.loads((folder / records.JOB).read_text(encoding="utf-8"))
     write_json(folder / records.JOB, facts | {"kind": kind})
     done = {"merge": (1.5 * 2**20, 3 * 2**20), "compare": (3, 6), "push": (1, 1)}
+    done["analyze"] = (7, 90)
     if kind in done:
         write_json(folder / records.PROGRESS, dict(zip(("done", "total"), done[kind], strict=True)))
     job = read_job(folder)

@@ -10,6 +10,7 @@ import pytest
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.loading import ModelFiles
 from dora_diffusion.jobs.records import (
+    AnalyzeRequest,
     CompareRequest,
     JobProgress,
     JobRecord,
@@ -34,6 +35,7 @@ from dora_diffusion.jobs.records import (
         MergeRequest("r", "b", "a.safetensors", "o.safetensors", 0.5, "sks mug", "v", "c"),
         CompareRequest("r", "b", ["checkpoint-1", "result"]),
         PushRequest("r", "ann/mug", private=False),
+        AnalyzeRequest("r", "b", "exports/r/analysis", "fp16", "main"),
     ],
     ids=lambda request: request.kind,
 )
