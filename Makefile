@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # The tests' models are tiny: threads of several workers would only wait for each other.
 TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-slow test-properties lint format clean
+.PHONY: demo test test-portable test-slow test-properties lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m dora_diffusion demo $(DEMO_ARGS)
@@ -32,6 +32,17 @@ demo: $(READY)
 test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder \
 		$(PYTEST_ARGS)
+
+# The rooms that touch files, processes and folders, where what Windows has not is gone: see
+# tests/portable/windows.py. PORTABLE_TESTS=tests runs all of them so, in about three times the time.
+PORTABLE_TESTS ?= tests/portable tests/test_system.py tests/console tests/jobs tests/formats/files \
+	tests/integration/test_any_folder.py tests/commands/test_train.py tests/commands/test_app.py \
+	tests/commands/test_samples.py tests/export/test_output.py tests/export/test_checkpoint.py \
+	tests/data/test_photos.py tests/data/test_dataset.py tests/app/test_serve.py \
+	$(addprefix tests/training/test_,$(addsuffix .py,stop saving resume folders metrics checkpoint))
+test-portable: $(READY_TO_TEST)
+	$(TEST_ENV) PYTHONPATH='$(CURDIR)/tests/portable' $(BIN)/python -m pytest -n $(WORKERS) \
+		--dist loadscope --no-loadscope-reorder $(PORTABLE_TESTS) $(PYTEST_ARGS)
 
 # Longer proofs: every combination where `make test` takes a diagonal, and the figures of what ships.
 test-slow: $(READY_TO_TEST)

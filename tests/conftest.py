@@ -282,7 +282,7 @@ LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "
 def save_metric_model(model: object, folder: Path, kind: str) -> Path:
     model.save_pretrained(folder)  # type: ignore[attr-defined]
     values = PREPROCESSING | {"image_processor_type": kind}
-    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    (folder / "preprocessor_config.json").write_text(json.dumps(values), encoding="utf-8")
     return folder
 
 

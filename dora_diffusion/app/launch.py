@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dora_diffusion.config import ConfigError
+from dora_diffusion.jobs.workspace import Workspace
 from dora_diffusion.toy import samples_folder
 
 AUTH_VARIABLE = "DORA_DIFFUSION_AUTH"
@@ -26,7 +27,7 @@ class Launch:
     port: int | None = None
     share: bool = False
     auth: tuple[str, str] | None = None
-    runs_dir: Path = Path("runs")
+    runs_dir: Path = field(default_factory=Workspace.default_root)
     samples: Path = field(default_factory=samples_folder)
     models: tuple[str, ...] = ()
     model_folders: tuple[Path, ...] = ()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dora_diffusion.app.launch import AUTH_VARIABLE, Launch
 from dora_diffusion.config import ConfigError
+from dora_diffusion.jobs.workspace import Workspace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--share", action="store_true", help="Make a public link (needs --auth).")
     parser.add_argument("--auth", metavar="NAME:PASSWORD", help=f"Login; or set {AUTH_VARIABLE}.")
     parser.add_argument(
-        "--runs_dir", type=Path, default=Path("runs"), help="Folder of runs and photos."
+        "--runs_dir",
+        type=Path,
+        default=Workspace.default_root(),
+        help="Folder of runs and photos. Default: %(default)s.",
     )
     parser.add_argument(
         "--models",

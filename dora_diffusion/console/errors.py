@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dora_diffusion.console.progress import say
+from dora_diffusion.system import is_windows
 
 FAILED, OUT_OF_MEMORY = 1, 3
+_LONGEST_PATH = 260
 # What uses less memory, by command.
 _MEMORY_ADVICE = {
     "train": "lower --resolution, --train_batch_size or --rank, or use --gradient_checkpointing "
@@ -22,8 +24,11 @@ _MEMORY_ADVICE = {
 }
 # Of a defect's message, which may be that of a library and go on for pages.
 _LONG = 300
-# How torch's CPU allocator says it, which has no class of its own: on Linux and on Windows.
-_CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+# How torch's allocators say it that have no class of their own: a CPU's on Linux and on Windows,
+# and Apple's GPU's.
+_OUT_OF_MEMORY = (
+    "can't allocate memory", "not enough memory", "std::bad_alloc", "backend out of memory",
+)  # fmt: skip
 
 
 @dataclass
@@ -69,6 +74,11 @@ def explain(error: Exception, command: str = "") -> tuple[int, str | None]:
     if is_out_of_memory(error):
         advice = _MEMORY_ADVICE.get(command, "close other programs, or use a larger machine")
         return OUT_OF_MEMORY, f"out of memory; {advice}"
+    if isinstance(error, OSError) and is_windows() and len(str(error.filename)) >= _LONGEST_PATH:
+        return FAILED, (
+            f"{error.filename} has more than the {_LONGEST_PATH} characters that Windows allows a "
+            "path; choose a folder nearer to the drive, or turn LongPathsEnabled on"
+        )
     if isinstance(error, FileNotFoundError) and error.filename:
         return FAILED, f"{error.filename} does not exist"
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -106,7 +116,7 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(t in str(error) for t in _CPU_OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(t in str(error) for t in _OUT_OF_MEMORY)
 
 
 def _one_line(text: str) -> str:

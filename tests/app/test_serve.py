@@ -122,7 +122,7 @@ def test_exports_and_pictures_are_given_out_and_nothing_else(served: Served) -> 
 
 def test_a_link_in_the_exports_is_not_a_way_out(served: Served, tmp_path: Path) -> None:
     secret = served.context.workspace.root / "secret.txt"
-    secret.write_text("secret")
+    secret.write_text("secret", encoding="utf-8")
     link = served.context.workspace.exports / "link.txt"
     link.symlink_to(secret.resolve())
     assert file_of(served, link.parent.resolve() / link.name).status_code in (403, 404)

@@ -71,7 +71,12 @@ def test_help_and_refusal_need_no_gradio() -> None:
         "print(code, 'gradio' in sys.modules, 'torch' in sys.modules)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
     )
     assert result.stdout.split() == ["1", "False", "False"]
     assert result.stderr.startswith("error: --share lets others reach this app")

@@ -24,6 +24,7 @@ def ending(error, command="train", debug=False):
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.2 GB, other allocations: 0)"),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
     ],
@@ -105,3 +106,15 @@ def test_debug_shows_every_traceback(monkeypatch):
 def test_an_interrupt_is_130(capsys):
     assert ending(KeyboardInterrupt()) == 130
     assert "interrupted" in last_line(capsys)
+
+
+def test_a_path_that_is_too_long_for_windows_is_said_to_be(monkeypatch, capsys):
+    path = "C:/" + "a" * 257
+    error = FileNotFoundError(2, "No such file or directory", path)
+    assert ending(error) == 1
+    assert last_line(capsys) == f"error: {path} does not exist"
+    monkeypatch.setattr(errors, "is_windows", lambda: True)
+    assert ending(error) == 1
+    assert "260 characters" in last_line(capsys)
+    assert ending(FileNotFoundError(2, "No such file or directory", path[:-1])) == 1
+    assert last_line(capsys) == f"error: {path[:-1]} does not exist"

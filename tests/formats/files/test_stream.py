@@ -146,21 +146,23 @@ def test_shards_read_as_one(tmp_path: Path) -> None:
     save_file({"b": content["b"], "c": content["c"]}, tmp_path / "m-2.safetensors")
     places = {"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "m-2.safetensors"}
     index = tmp_path / "m.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": places}))
+    index.write_text(json.dumps({"weight_map": places}), encoding="utf-8")
     with TensorReader(index) as reader:
         assert all(torch.equal(reader[name], tensor) for name, tensor in content.items())
     variant = index.rename(tmp_path / "m.safetensors.index.fp16.json")
     with TensorReader(variant) as reader:
         assert reader.specs.keys() == content.keys()
     variant.rename(index)
-    index.write_text(json.dumps({"weight_map": {**places, "d": "m-1.safetensors"}}))
+    index.write_text(
+        json.dumps({"weight_map": {**places, "d": "m-1.safetensors"}}), encoding="utf-8"
+    )
     with pytest.raises(TensorFileError, match="in no shard: d"):
         TensorReader(index)
-    index.write_text(json.dumps({"weight_map": places}))
+    index.write_text(json.dumps({"weight_map": places}), encoding="utf-8")
     (tmp_path / "m-2.safetensors").unlink()
     with pytest.raises(TensorFileError, match=r"missing shards: m-2\.safetensors"):
         TensorReader(index)
-    index.write_text(json.dumps({"weight_map": {"a": "../m-1.safetensors"}}))
+    index.write_text(json.dumps({"weight_map": {"a": "../m-1.safetensors"}}), encoding="utf-8")
     with pytest.raises(TensorFileError, match="outside its folder"):
         TensorReader(index)
 
