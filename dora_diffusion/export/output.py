@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from dora_diffusion import system
 from dora_diffusion.formats.files.atomic import DiskFullError, disk_full
 from dora_diffusion.formats.files.header import PICKLED
 
@@ -115,13 +115,13 @@ def temporary_sibling(output: Path) -> Iterator[Path]:
 def replace_folder(temporary: Path, output: Path) -> None:
     """Move a finished folder to its place; a folder that is there goes only once it is replaced."""
     if not output.exists():
-        os.rename(temporary, output)
+        system.replace(temporary, output)
         return
     with temporary_sibling(output) as old:
         try:
-            os.rename(output, old)
-            os.rename(temporary, output)
+            system.replace(output, old)
+            system.replace(temporary, output)
         except BaseException:  # an interruption, too
             if old.exists() and not output.exists():
-                os.rename(old, output)
+                system.replace(old, output)
             raise
