@@ -158,7 +158,8 @@ def main() -> None:
             ]
         )  # fmt: skip
     report["steps"] = [
-        json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     print(json.dumps(report, indent=2))
 

@@ -11,6 +11,7 @@ The whole Python interface::
     SamplingSettings, generate_images                 images from it
     export_checkpoint                                 base + adapter -> merged model
     analyze_weights                                   what training did to a model's weights
+    describe_environment                              versions and machine, for a bug report
 
 What it raises, each a `ValueError` unless said otherwise, with one line for a user::
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from dora_diffusion.adapters.targets import TargetError
     from dora_diffusion.analysis import analyze_weights
     from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
+    from dora_diffusion.console.environment import describe_environment
     from dora_diffusion.data.images import PhotoError
     from dora_diffusion.export import ExportError, export_checkpoint
     from dora_diffusion.families import UnsupportedModelError
@@ -79,6 +81,7 @@ _HOMES = {
     "TrainingError": "training.metrics",
     "UnsupportedModelError": "families",
     "analyze_weights": "analysis",
+    "describe_environment": "console.environment",
     "disabled": "adapters.inject",
     "export_checkpoint": "export",
     "generate_images": "generate",
@@ -112,6 +115,7 @@ __all__ = [
     "TrainingError",
     "UnsupportedModelError",
     "analyze_weights",
+    "describe_environment",
     "disabled",
     "export_checkpoint",
     "generate_images",

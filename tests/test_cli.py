@@ -35,7 +35,11 @@ class TestHelp:
             "'gradio', 'tqdm') if m in sys.modules], file=sys.stderr)"
         )
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            encoding="utf-8",
         )
         assert done.stderr.strip() == ""
 
@@ -148,4 +152,4 @@ def test_a_line_is_completed(line, expected, tmp_path):
     }
     code = "import sys; from dora_diffusion.cli import main; main()"
     subprocess.run([sys.executable, "-c", code], env=os.environ | environment, check=True)
-    assert set(answer.read_text().split("\n")) == expected
+    assert set(answer.read_text(encoding="utf-8").split("\n")) == expected

@@ -72,8 +72,7 @@ def add_adapted_model(parser: argparse.ArgumentParser) -> None:
     """Add what `load_adapted_model` takes besides ``--base`` and the adapter."""
     add_dtype(
         parser,
-        "Precision. auto: bfloat16 on a GPU that computes it, else float16; float32 on a CPU "
-        "and on Apple's GPUs.",
+        "Precision. auto: bfloat16 on a GPU that computes it, else float16; float32 on a CPU.",
     )
     add_variant(parser)
     parser.add_argument(

@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 
 from dora_diffusion.export.base import open_model
-from dora_diffusion.export.output import ExportError
+from dora_diffusion.export.output import ExportError, refuse_existing
 from dora_diffusion.formats.adapter.consumers import stated_approximation
 from dora_diffusion.formats.adapter.conversions import CONVERSIONS
+from dora_diffusion.formats.adapter.embeddings import said_of_embeddings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
+    embeddings_beside,
     find_adapter,
     read_adapter,
     write_adapter,
@@ -55,6 +57,7 @@ class ConversionReport:
         errors: Per layer, the relative error of an approximation; empty if the file is exact.
         total_error: The relative error of all layers together, 0 if the file is exact.
         notes: What was broken in the source and how it was repaired, one line each.
+        embeddings: The files that trained tokens went to, by token.
     """
 
     path: Path
@@ -63,6 +66,7 @@ class ConversionReport:
     errors: Mapping[str, float] = field(default_factory=dict)
     total_error: float = 0.0
     notes: tuple[str, ...] = ()
+    embeddings: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def worst(self) -> tuple[str, float] | None:
@@ -122,6 +126,9 @@ def convert_adapter(
         model = None if base is None else stack.enter_context(open_model(base))
         sums = model is not None and target == "dense"
         adapter = read_adapter(source, model, alpha=alpha, sums=sums)
+        embeddings = embeddings_beside(output, adapter)
+        if not overwrite:
+            refuse_existing(embeddings.values())
         family = family or (model.family.name if model else "")
         metadata = _with_additions(adapter.metadata, family, tags, thumbnail)
         adapter = dataclasses.replace(adapter, metadata=metadata)
@@ -134,7 +141,9 @@ def convert_adapter(
     # A comfyui file without output-axis magnitudes is a kohya one.
     plain = target == "comfyui" and not needs_compensation(adapter.layers)
     written = "kohya" if plain else target
-    return ConversionReport(path, written, len(adapter.layers), errors, total, adapter.notes)
+    said = (said_of_embeddings(embeddings),) if embeddings else ()
+    notes = (*adapter.notes, *said)
+    return ConversionReport(path, written, len(adapter.layers), errors, total, notes, embeddings)
 
 
 def _check_request(target: str, base: str | Path | None, rank: int) -> None:
@@ -192,4 +201,4 @@ def _check_free(
         if is_around or (path.exists() and file.samefile(path)):
             raise ExportError(f"{file} is or holds what is read for it; choose another name")
     if not overwrite:
-        raise ExportError(f"{file} exists; choose another name, or overwrite it (--overwrite)")
+        refuse_existing([file])

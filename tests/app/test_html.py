@@ -29,7 +29,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 def test_titles_are_escaped(workspace: Workspace) -> None:
     folder = started_run(workspace, 2, title="<img src=x onerror=alert(1)>")
-    (folder / records.LOG).write_text("error: <script>alert(2)</script>\n")
+    (folder / records.LOG).write_text("error: <script>alert(2)</script>\n", encoding="utf-8")
     write_json(folder / records.RESULT, {"code": 1})
     shown = snapshot(workspace.root)
     page = html.status_card(shown[0]) + html.queue_list(shown) + html.masthead(shown)
@@ -56,7 +56,7 @@ def test_a_run_names_its_model_and_device_and_what_the_model_does_not_know(
     assert "embedded:tiny-sd on NVIDIA X" in card()
     assert "toy model of a drawn world" in card()
     (folder / records.SETTINGS).write_text(
-        as_yaml(dataclasses.replace(settings, class_word="mugs"))
+        as_yaml(dataclasses.replace(settings, class_word="mugs")), encoding="utf-8"
     )
     assert "toy model" not in card()
 
@@ -68,7 +68,7 @@ def test_a_run_names_its_model_and_device_and_what_the_model_does_not_know(
 )  # fmt: skip
 def test_every_kind_of_job_has_its_unit(workspace: Workspace, kind: str, shown: str) -> None:
     folder = started_run(workspace, 4)
-    facts = json.loads((folder / records.JOB).read_text())
+    facts = json.loads((folder / records.JOB).read_text(encoding="utf-8"))
     write_json(folder / records.JOB, facts | {"kind": kind})
     done = {"merge": (1.5 * 2**20, 3 * 2**20), "compare": (3, 6), "push": (1, 1)}
     done["analyze"] = (7, 90)

@@ -130,6 +130,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
     def delete(job_id: str | None) -> list[Any]:
         if not job_id:  # not confirmed
             return [gr.skip()] * 3
+        context.studio.release()  # Windows deletes no model that is mapped into memory.
         delete_job(workspace, str(job_id))
         parts = refresh(context.jobs(fresh=True), None)
         return [filled(parts["shelf"]), filled(parts["shelf_run"]), html.note("Deleted", "info")]
