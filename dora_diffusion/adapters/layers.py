@@ -18,7 +18,7 @@ from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.sources import noted_source
 from dora_diffusion.numerics import fast
 from dora_diffusion.numerics.dora import dora_difference, dora_forward, moved_magnitude
-from dora_diffusion.numerics.fast import Gain, GainInputs, WeightStatistics
+from dora_diffusion.numerics.fast import Gain, PlanInputs, Watch, WeightStatistics
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation, Operation
 from dora_diffusion.numerics.precision import wide, wide_dtype
@@ -83,18 +83,16 @@ class AdaptedLayer(nn.Module):
         is_plain = adapter.strengths == Strengths() and adapter.magnitude is not None
         if len(active) > 1 or not is_plain or dropping:
             return self._sum_of_differences(active, x)
-        weights = adapter.weights()
         if not fast.ENABLED:
+            weights = adapter.weights()
             return dora_forward(self.operation(), x, self.weight, self.bias, weights)
         return fast.dora(
             self.operation(),
             x,
             self.weight,
             self.bias,
-            weights,
             self.gain(name, adapter),
-            keep_output=self.keep_output,
-            source=source if x is unpadded else None,
+            source if x is unpadded else None,
         )
 
     def _sum_of_differences(self, active: list[tuple[str, LayerAdapter]], x: Tensor) -> Tensor:
@@ -126,19 +124,18 @@ class AdaptedLayer(nn.Module):
         cache = self._gain_cache
         if cache is not None and name in cache:
             return cache[name]
-        gain = fast.make_gains([self._gain_inputs(adapter)])[0]
+        gain = fast.make_gains([self._plan_inputs(adapter)])[0]
         if cache is not None:
             cache[name] = gain
         return gain
 
     @torch.no_grad()
-    def _gain_inputs(self, adapter: LayerAdapter) -> GainInputs:
-        layer, axis = adapter.scaled_weights(), adapter.norm_axis
+    def _plan_inputs(self, adapter: LayerAdapter) -> PlanInputs:
+        layer = adapter.scaled_weights()
         magnitude = moved_magnitude(self.weight, layer, adapter.strengths.magnitude_strength)
-        statistics = self._weight_statistics(axis)
-        return GainInputs(
-            magnitude, self.weight, layer.down, layer.up, layer.scale, axis, statistics
-        )
+        statistics = self._weight_statistics(adapter.norm_axis)
+        weight, bias = self.weight, self.bias
+        return PlanInputs(layer, magnitude, weight, bias, statistics, self.keep_output)
 
     def forget(self, name: str) -> None:
         """Drop the gain of an adapter that is not what it was."""
@@ -281,7 +278,7 @@ def restore_base_class(layer: AdaptedLayer) -> None:
     layer.__class__ = _PLAIN[type(layer)]  # type: ignore[assignment]
 
 
-def open_caches(layers: Sequence[AdaptedLayer]) -> None:
+def open_caches(layers: Sequence[AdaptedLayer], watch: Watch | None = None) -> None:
     """Compute every active adapter's gain now, all together, and keep it until `close_caches`.
 
     Without the fast path nothing is kept: the page computes a norm where it needs one.
@@ -289,12 +286,12 @@ def open_caches(layers: Sequence[AdaptedLayer]) -> None:
     if not fast.ENABLED:
         return
     wanted = [
-        (layer, name, layer._gain_inputs(adapter))
+        (layer, name, layer._plan_inputs(adapter))
         for layer in layers
         for name, adapter in layer.active()
         if adapter.magnitude is not None
     ]
-    gains = fast.make_gains([inputs for _, _, inputs in wanted])
+    gains = fast.make_gains([inputs for _, _, inputs in wanted], watch)
     for layer in layers:
         layer._gain_cache = {}
     for (layer, name, _), gain in zip(wanted, gains, strict=True):
