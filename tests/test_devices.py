@@ -138,7 +138,9 @@ def test_nothing_is_loaded_to_report_nothing():
         "import sys; from dora_diffusion import devices; "
         "print(devices.peak_memory(), devices.release_memory(), 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, encoding="utf-8"
+    )
     assert done.stdout == "None None False\n", done.stderr
 
 
