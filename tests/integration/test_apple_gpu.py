@@ -43,7 +43,7 @@ FULL = {
 }  # fmt: skip
 CHECKPOINTED = {
     "targets": ["attention+conv"], "norm_axis": "input", "gradient_checkpointing": True,
-    "lora_dropout": 0.2, "train_text_encoder": True, "train_batch_size": 2,
+    "lora_dropout": 0.2, "train_text_encoder": True, "conv_rank": 2,
     "with_prior_preservation": True, "prior_preservation_mode": "image-free",
 }  # fmt: skip
 
@@ -95,6 +95,7 @@ def test_a_run_learns_what_it_learns_on_the_cpu(family, settings, run, request):
             assert (actual - reference).norm() <= 0.02 * reference.norm() + 1e-4, (name, part)
 
 
+@pytest.mark.slow
 def test_a_run_resumes(run, sd1_folder):
     whole, parts = (run(sd1_folder, name, **FULL) for name in ("whole", "parts"))
     with apple_gpu():
@@ -111,11 +112,12 @@ def test_a_run_resumes(run, sd1_folder):
     [(True, torch.bfloat16, 0.03), (False, torch.float16, 0.01)],
 )
 def test_auto_is_the_half_precision_that_the_device_has(
-    has_bf16, dtype, tolerance, run, sdxl_folder
+    has_bf16, dtype, tolerance, run, sd1_folder
 ):
     """fp16 with its gradient scaler before macOS 14, and never bfloat16 there."""
-    whole = run(sdxl_folder, "whole", train_text_encoder=True)
-    half = run(sdxl_folder, "half", train_text_encoder=True, mixed_precision="auto")
+    settings = {"targets": ["full"], "conv_rank": 2, "max_train_steps": 1}
+    whole = run(sd1_folder, "whole", **settings)
+    half = run(sd1_folder, "half", **settings, mixed_precision="auto")
     train(whole)
     with apple_gpu(has_bf16) as gpu:
         train(half)
