@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from dora_diffusion.adapters.files import load_adapter
+from dora_diffusion.adapters.files import attach_file
 from dora_diffusion.adapters.inject import layer_adapters, norm_scope, set_strength
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.devices import default_device
@@ -21,7 +21,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.precision import require_computes
 from dora_diffusion.models.schedulers import SCHEDULERS
-from dora_diffusion.models.text import warn_of_truncation
+from dora_diffusion.models.text import add_tokens, warn_of_truncation
 from dora_diffusion.models.weights import quiet_libraries
 
 _LABEL_HEIGHT = 18
@@ -81,7 +81,7 @@ def load_adapted(
     config: str | Path | None = None,
     vae: str | Path | None = None,
 ) -> tuple[Components, AdapterMetadata]:
-    """Load a base model with an adapter on it, ready to sample from.
+    """Load a base model with an adapter and its trained tokens on it, ready to sample from.
 
     Args:
         base: A diffusers folder, a hub id, ``embedded:NAME``, or a single file.
@@ -110,14 +110,13 @@ def load_adapted(
     components.to(device)
     if adapter is None:
         return components, AdapterMetadata()
-    metadata = load_adapter(
-        components.adaptable(), adapter, family=components.family.name, alpha=alpha
-    )
+    read = attach_file(components.adaptable(), adapter, family=components.family.name, alpha=alpha)
+    add_tokens(components, read.tokens)
     for model in components.adaptable().values():
         if any(layer_adapters(model)):
             set_strength(model, strength, direction=direction, magnitude=magnitude)
         model.eval()
-    return components, metadata
+    return components, read.metadata
 
 
 def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:

@@ -6,10 +6,8 @@ which asks torch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dora_diffusion import devices
@@ -110,17 +108,11 @@ def _free_memory(kind: str) -> float | None:
     return machine if machine is None or limit is None else min(machine, limit / 2**30)
 
 
-def free_machine_memory() -> float | None:
-    """The machine's free memory in GiB; None where the system does not say it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        except (ValueError, OSError):
-            return None
-    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(available[0]) / 2**20 if available else None
+def free_machine_memory() -> float:
+    """The machine's free memory in GiB."""
+    import psutil
+
+    return float(psutil.virtual_memory().available) / 2**30
 
 
 def fitting_settings(

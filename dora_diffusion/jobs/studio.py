@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
@@ -107,6 +108,7 @@ class Studio:
         if self._mine.acquire(blocking=False):
             try:
                 self._loaded = self._components = None
+                gc.collect()  # Weights on a CPU are a map of their file, which then is let go.
                 release_memory()
             finally:
                 self._mine.release()

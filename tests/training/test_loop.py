@@ -48,7 +48,7 @@ def test_every_family_trains_unet_and_text_encoders_with_prior(family, photos, t
     assert sum(moved) >= len(moved) - 4
     assert adapter.metadata.trigger == "sks mug"
     assert adapter.metadata.tags == ("mug",)
-    captions = [path.read_text().strip() for path in Path(photos).glob("*.txt")]
+    captions = [path.read_text(encoding="utf-8").strip() for path in Path(photos).glob("*.txt")]
     assert adapter.metadata.tag_frequency == dict.fromkeys(sorted(captions), 1)
     assert adapter.metadata.thumbnail.startswith("data:image/jpeg;base64,")
     assert str(tmp_path).encode() not in result.adapter.read_bytes()
@@ -57,11 +57,11 @@ def test_every_family_trains_unet_and_text_encoders_with_prior(family, photos, t
         "pytorch_lora_weights.safetensors", "config.yaml", "metrics.jsonl", "samples",
         "README.md", "class_images", "photos.json", ".training.lock",
     }  # fmt: skip
-    card = (output / "README.md").read_text()
+    card = (output / "README.md").read_text(encoding="utf-8")
     assert "sks mug" in card
     assert str(tmp_path) not in card
     assert (output / "samples" / "base_above_adapted.png").is_file()
-    prompts = {path.read_text().strip() for path in output.rglob("class-*.txt")}
+    prompts = {path.read_text(encoding="utf-8").strip() for path in output.rglob("class-*.txt")}
     assert prompts
     assert not any("sks" in prompt for prompt in prompts)
     assert [e.step for e in events if isinstance(e, StepDone)] == [1, 2, 3, 4]
@@ -97,7 +97,10 @@ def test_plain_lora_and_image_free_prior_train(sd1_folder, photos, tmp_path):
     train(config)
     layers = read_adapter(tmp_path / "out").layers
     assert all(layer.magnitude is None for layer in layers.values())
-    lines = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(x)
+        for x in (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert lines[0]["prior_loss"] == 0, "a fresh adapter answers as the base does"
     assert lines[-1]["prior_loss"] > 0
     assert not (tmp_path / "out" / "class_images").exists()
