@@ -211,8 +211,7 @@ def test_a_model_has_one_identity_and_one_error_everywhere(sdxl_folder):
 @pytest.mark.parametrize("axis", ["output", "input"])
 def test_channels_that_cancel_keep_their_norm(axis):
     """``W + sBA`` is nearly 0 in one channel: the factored norm is lost there."""
-
-    def norm_and_gradients() -> list[torch.Tensor]:
+    with apple_gpu():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(5, 6))
         inject_adapters(model, AdapterConfig(targets=("0",), rank=5, norm_axis=axis))
@@ -229,17 +228,15 @@ def test_channels_that_cancel_keep_their_norm(axis):
                 adapter.up[:, 0] = -layer.weight[:, 2] / adapter.weights().scale
                 channel = layer.weight[:, 2]
             channel += 1e-6 * torch.arange(1, len(channel) + 1)
-        model[0].to(device)
-        x = torch.randn(4, 5).to(device)
+        weights = adapter.weights()
+        delta = weights.scale * weights.up.detach().double() @ weights.down.detach().double()
+        expected = (
+            (layer.weight.detach().double() + delta).norm(dim=1 if axis == "output" else 0).float()
+        )
+        assert expected.min() < 1e-4
+        model[0].to("mps")
         with norm_scope(model):
             norm = layer.gain("default", adapter).norm
-            model[0](x).square().sum().backward()
-        return [norm.cpu(), *(p.grad.cpu() for p in adapter.parameters())]
-
-    device = "cpu"
-    expected = norm_and_gradients()
-    assert expected[0].min() < 1e-4
-    with apple_gpu():
-        device = "mps"
-        for actual, reference in zip(norm_and_gradients(), expected, strict=True):
-            torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-6)
+            model[0](torch.randn(4, 5).to("mps")).square().sum().backward()
+        torch.testing.assert_close(norm.cpu(), expected, rtol=1e-5, atol=0)
+        assert all(p.grad.isfinite().all() for p in adapter.parameters())
