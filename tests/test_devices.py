@@ -23,6 +23,9 @@ OF_ONE_VENDOR = {
     "dora_diffusion/devices.py": "the one home: how torch calls each kind, and what each lacks",
     "dora_diffusion/numerics/precision.py": "TensorFloat-32, of NVIDIA's GPUs, and its switches",
     "dora_diffusion/models/precision.py": "what Apple's GPU needs for bfloat16",
+    "dora_diffusion/console/environment.py": "names of variables, NVIDIA's driver: a report",
+    "dora_diffusion/console/probe.py": "all that torch was built for and finds, for a report",
+    "tools/start_app.py": "which build of torch to install, before there is a torch to ask",
 }
 
 
