@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.models.transfer import send
+from dora_diffusion.models.weights import quiet_libraries
 from dora_diffusion.wording import quoted
 
 if TYPE_CHECKING:
@@ -179,8 +180,9 @@ def add_tokens(components: Components, tokens: Mapping[str, Tensor]) -> None:
     if not tokens:
         return
     pipeline = components.pipeline()
-    for token, vectors in tokens.items():
-        pipeline.load_textual_inversion({token: vectors})
+    with quiet_libraries():
+        for token, vectors in tokens.items():
+            pipeline.load_textual_inversion({token: vectors})
 
 
 def encode_unconditional(components: Components, count: int = 1) -> Conditioning:
