@@ -1,0 +1,122 @@
+"""Several adapters in one, or one with a smaller rank: fitted to what they make of a base."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dora_diffusion.export.base import model_name, open_model
+from dora_diffusion.export.convert import ConversionReport, check_free
+from dora_diffusion.export.extract import facts_of
+from dora_diffusion.export.fit import FitSettings
+from dora_diffusion.export.merge_spec import Adapters, MergeSpec
+from dora_diffusion.export.output import ExportError, OnProgress
+from dora_diffusion.export.resize import axis_of, fit_to_adapters
+from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, write_adapter
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
+from dora_diffusion.formats.adapter.targets.registry import TARGETS
+from dora_diffusion.formats.checkpoint.weights import StoredModel
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+
+
+def combine_adapters(
+    base: str | Path,
+    adapters: Adapters,
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    conv_rank: int | None = None,
+    method: str = "dora",
+    energy: float | None = None,
+    norm_axis: NormAxis | None = None,
+    key_format: str | None = None,
+    alpha: float | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> ConversionReport:
+    """Write one adapter that does what several do together, ``W + sum_k s_k (W'_k - W)``.
+
+    A layer that only one adapter of strength 1 has is taken over bit for bit if its rank is small
+    enough. Of others the best layer of a rank is taken, which is exact (to rounding) where the rank
+    is the sum of theirs and all magnitudes are on one axis.
+
+    Args:
+        base: The model that they are for: a Diffusers folder, a hub id, ``embedded:NAME``, or a
+            single file.
+        adapters: ``[(adapter, strength), ...]``, or one adapter.
+        output: File (``.safetensors``) or folder to write.
+        rank: Largest rank; None: the sum of the ranks in each layer.
+        conv_rank: Largest rank of Conv2d layers; None: as ``rank``.
+        method: ``"dora"``, or ``"lora"``: without magnitudes.
+        energy: Take each layer's smallest rank that holds this share of the squared singular
+            values.
+        norm_axis: What the magnitudes run along. None: the adapters' own, the output axis where
+            they differ.
+        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the first; on the input axis
+            the last, which alone can hold it.
+        alpha: What adapters were trained with whose files do not say it.
+        dtype: Of the low-rank factors; None: float32.
+        overwrite: Replace a file that exists.
+        on_progress: Called with (bytes of the base's adapted weights done, bytes in all).
+
+    Returns:
+        What was written, with the error of each layer: ``|W'' - W'| / |W' - W|``.
+
+    Raises:
+        ExportError: If a setting cannot work, the output exists, or nothing is left of the sum.
+        AdapterFormatError, MergeError: If an adapter cannot be read or does not fit the base.
+    """
+    spec, output = MergeSpec(adapters), Path(output).expanduser()
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(open_model(base))
+        read = spec.read(model, alpha)
+        for assumption in spec.assumptions(read):
+            warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
+        axis = norm_axis or axis_of([layer for adapter in read for layer in _layers(adapter)])
+        settings = FitSettings(rank, conv_rank, energy, method, axis, dtype)
+        kind = settings.key_format(key_format)
+        inputs = [model.path, *(find_adapter(path) for path, _ in spec.pairs())]
+        check_free(output, TARGETS[kind].file_name, inputs, overwrite)
+        fitted = fit_to_adapters(model, spec.weighted(read), settings, on_progress)
+        if not fitted.layers:
+            raise ExportError("nothing is left of these adapters at these strengths")
+        metadata = _metadata(model, spec, read)
+        if fitted.total_error:
+            extra = fitted.stated(metadata.extra, "sum of the adapters", settings)
+            metadata = dataclasses.replace(metadata, extra=extra)
+        path = write_adapter(output, AdapterFile(fitted.layers, metadata), kind, base=model)
+    notes = [note for adapter in read for note in adapter.notes]
+    return ConversionReport(
+        path, kind, len(fitted.layers), fitted.errors, fitted.total_error, tuple(notes)
+    )
+
+
+def _layers(adapter: AdapterFile) -> list[LayerWeights]:
+    return [*adapter.layers.values(), *adapter.beside.values()]
+
+
+def _metadata(
+    model: StoredModel, spec: MergeSpec, adapters: Sequence[AdapterFile]
+) -> AdapterMetadata:
+    """Those of the only adapter, or what of several holds for their sum; and what was combined."""
+    parts = ", ".join(
+        f"{without_path(str(Path(path).resolve()))}:{strength:g}" for path, strength in spec.pairs()
+    )
+    facts = [adapter.metadata for adapter in adapters]
+    if len(facts) == 1:
+        return dataclasses.replace(facts[0], extra={**facts[0].extra, "combined": parts})
+    resolutions = {fact.resolution for fact in facts}
+    return AdapterMetadata(
+        family=model.family.name,
+        base_model=model_name(model.path),
+        trigger=", ".join(dict.fromkeys(fact.trigger for fact in facts if fact.trigger)),
+        resolution=resolutions.pop() if len(resolutions) == 1 else None,
+        extra={"combined": parts, **facts_of(model)},
+        tags=tuple(dict.fromkeys(tag for fact in facts for tag in fact.tags)),
+    )
