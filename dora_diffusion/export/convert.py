@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dora_diffusion.export.base import open_model
-from dora_diffusion.export.fit import FitSettings
+from dora_diffusion.export.fit import FitSettings, Fitted
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.export.resize import (
     axis_of,
@@ -49,6 +49,11 @@ _APPROXIMATE = {
     for name, conversion in CONVERSIONS.items()
     if conversion.plain_lora_in
 }
+
+_OF_THE_UPDATE = (
+    "the magnitudes stay and the error is that of the low-rank update; with --base the nearest "
+    "DoRA is found"
+)
 
 
 @dataclass(frozen=True)
@@ -177,28 +182,35 @@ def _of_smaller_rank(
     adapter: AdapterFile, target: str, settings: FitSettings, model: ModelWeights | None
 ) -> tuple[AdapterFile, Mapping[str, float], float]:
     """The adapter with other layers, the error of each, and that of all together."""
-    if model is not None and settings.rank is not None and target in _APPROXIMATE:
+    original, notes = "", adapter.notes
+    if target in _APPROXIMATE and model is not None and settings.rank is not None:
         weight_of = partial(module_weight, model)
         rank, energy = settings.rank, settings.energy
         layers, errors, total = approximate(adapter.layers, weight_of, rank, energy)
         how = f"singular values, rank {rank}" + ("" if energy is None else f", energy {energy:g}")
     else:
-        parts = [WeightedAdapter(adapter.layers), WeightedAdapter(adapter.beside)]
-        fitted = (
-            truncate_layers(adapter.layers, settings)
-            if model is None
-            else fit_to_adapters(model, parts, settings)
-        )
+        fitted, how, original = _resized(adapter, settings, model), str(settings), "original "
         layers, errors, total = fitted.layers, fitted.errors, fitted.total_error
-        how = (
-            f"singular values of the factors, {settings.ranks}" if model is None else str(settings)
-        )
-    metadata = _approximation_of(adapter, how, total) if any(errors.values()) else adapter.metadata
-    adapter = dataclasses.replace(adapter, layers=layers, beside={}, metadata=metadata)
+        if model is None:
+            how = f"singular values of the update, {settings.ranks}"
+        if model is None and total and any(w.magnitude is not None for w in layers.values()):
+            notes += (_OF_THE_UPDATE,)
+    is_exact = original and not total
+    metadata = adapter.metadata if is_exact else _approximation_of(adapter, how, original, total)
+    adapter = dataclasses.replace(adapter, layers=layers, beside={}, metadata=metadata, notes=notes)
     return adapter, errors, total
 
 
-def _approximation_of(adapter: AdapterFile, how: str, error: float) -> AdapterMetadata:
+def _resized(adapter: AdapterFile, settings: FitSettings, model: ModelWeights | None) -> Fitted:
+    if model is None:
+        return truncate_layers(adapter.layers, settings)
+    parts = [WeightedAdapter(adapter.layers), WeightedAdapter(adapter.beside)]
+    return fit_to_adapters(model, parts, settings)
+
+
+def _approximation_of(
+    adapter: AdapterFile, how: str, original: str, error: float
+) -> AdapterMetadata:
     """The facts of an approximation: of what, how, and how far off it is at most."""
     extra = dict(adapter.metadata.extra)
     extra.pop(TRAINED_ALPHA, None)  # its own rank and alpha are those of the approximation
@@ -207,7 +219,7 @@ def _approximation_of(adapter: AdapterFile, how: str, error: float) -> AdapterMe
     before = stated.error or 0.0 if stated else 0.0
     extra |= {
         "approximation": how,
-        APPROXIMATES: extra.get(APPROXIMATES, "DoRA" if is_dora else "LoRA"),
+        APPROXIMATES: extra.get(APPROXIMATES, original + ("DoRA" if is_dora else "LoRA")),
         APPROXIMATION_ERROR: f"{before + error + before * error:.3g}",
     }
     return dataclasses.replace(adapter.metadata, extra=extra)

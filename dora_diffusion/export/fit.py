@@ -218,8 +218,7 @@ def _fit(name: str, target: FitTarget, settings: FitSettings) -> tuple[LayerWeig
             )
         else:
             layer = low_rank(tuned - base, rank, settings.energy)
-    if settings.dtype is not None:
-        down, up = layer.down.to(settings.dtype), layer.up.to(settings.dtype)
-        layer = dataclasses.replace(layer, down=down, up=up)
+    dtype = settings.dtype or torch.float32
+    layer = dataclasses.replace(layer, down=layer.down.to(dtype), up=layer.up.to(dtype))
     merged = merge_layers(base, [(layer, Strengths())], tuned.dtype)
     return layer, merged.sub_(tuned).norm().item(), size

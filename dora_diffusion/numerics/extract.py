@@ -40,7 +40,7 @@ from dora_diffusion.numerics.low_rank import (
     random_start,
     rank_of_energy,
 )
-from dora_diffusion.numerics.precision import full_precision, wide
+from dora_diffusion.numerics.precision import full_precision, wide_dtype
 from dora_diffusion.numerics.weights import NORM_AXES, LayerWeights, NormAxis
 
 _MOST_TURNS = 60
@@ -89,11 +89,13 @@ def best_dora(
         start: Scales ``D`` to start from, ``(out,)`` or ``(in,)``, where they are known.
 
     Returns:
-        The layer in float32, with ``alpha = rank``.
+        The layer in float32 (float64 for float64 weights), with ``alpha = rank``.
     """
     with full_precision(weight.device):
-        base = wide(weight).flatten(1)
-        change = wide(tuned).flatten(1) - base
+        dtype = torch.promote_types(wide_dtype(weight), wide_dtype(tuned))
+        weight, tuned = weight.to(dtype), tuned.to(dtype)
+        base = weight.flatten(1)
+        change = tuned.flatten(1) - base
         kernel = weight[0, 0].numel()
         if norm_axis == "input":
             base, change = base.t(), change.t()

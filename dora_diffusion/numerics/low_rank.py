@@ -130,7 +130,8 @@ def random_start(matrix: Tensor, rank: int, seed: int) -> Tensor | None:
     width = rank + _OVERSAMPLING
     if 4 * width >= min(matrix.shape):
         return None
-    return torch.randn(matrix.shape[1], width, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
 
 
 def leading_svd(
