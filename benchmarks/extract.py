@@ -43,6 +43,7 @@ from dora_diffusion.toy import model_folder
 
 STEPS, RATE, BATCH, SIZE = 60, 1e-4, 4, 64
 RANKS = (1, 2, 4, 8, 16)
+ROUNDING = 1e-6  # of a weight
 
 
 def fine_tune(folder: Path, steps: int) -> None:
@@ -94,15 +95,21 @@ def compare_with_svd(base: Path, tuned: Path, work: Path, rank: int) -> dict[str
             left = squares[layer.rank :].sum()
             more = left - part * (squares[layer.rank] if layer.rank < len(squares) else 0.0)
             for kind, squared in (("whole rank", left), ("part of a rank more", more)):
+                peer = float(np.sqrt(max(squared, 0.0) / squares.sum()))
                 # Where both are exact but for rounding, neither is nearer.
-                peer = max(np.sqrt(squared / squares.sum()), 1e-6)
-                lower[kind].append(report.errors[name] / peer)
+                rounding = ROUNDING * np.linalg.norm(old) / np.sqrt(squares.sum())
+                if max(peer, report.errors[name]) > rounding:
+                    lower[kind].append(report.errors[name] / max(peer, rounding))
     return {
         "rank": rank,
         "layers": len(layers),
+        "of them exact both ways": len(layers) - len(lower["whole rank"]),
         "seconds": round(seconds, 1),
         "total error": round(report.total_error, 4),
-        **{f"nearer, {kind}": float(np.mean(np.array(r) < 1)) for kind, r in lower.items()},
+        **{
+            f"nearer, {kind}": round(float(np.mean(np.array(ratios) < 1)), 3)
+            for kind, ratios in lower.items()
+        },
         **{f"median ratio, {kind}": round(float(np.median(r)), 4) for kind, r in lower.items()},
     }
 

@@ -126,7 +126,7 @@ def test_commands_ask_torch_for_large_pages_unless_the_user_has_a_say(monkeypatc
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("dora-diffusion ex", {"export "}),
+        ("dora-diffusion ver", {"verify "}),
         ("dora-diffusion train --prior_preservation_mode i", {"images", "image-free"}),
         ("dora-diffusion demo --subject ring", {"ring_robot "}),
         ("dora-diffusion app --runs", {"--runs_dir "}),

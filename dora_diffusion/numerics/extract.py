@@ -44,11 +44,11 @@ from dora_diffusion.numerics.precision import full_precision, wide_dtype
 from dora_diffusion.numerics.weights import NORM_AXES, LayerWeights, NormAxis
 
 _MOST_TURNS = 60
-# A turn that lowers the error by less of itself is the last but two.
+# The second turn in a row that lowers the error by less of itself is the last.
 _PROGRESS = 1e-4
-_PATIENCE = 2
+_PATIENCE = 1
 # Where rounding in float32 leaves nothing to gain, relative to the weight.
-_EXACT = 3e-8
+_EXACT = 1e-7
 # Turns that are extrapolated over.
 _MEMORY = 6
 # A row's least scale: one that turns around is not held by a positive one.
@@ -168,31 +168,67 @@ class _Rows:
 
 
 def _alternate(rows: _Rows, rank: int, energy: float | None, start: Tensor | None) -> _Fit:
-    """Alternate the two closed forms until the error no longer falls."""
+    """Alternate the two closed forms until the error no longer falls.
+
+    From the scales that are best without an update, or those of a plain LoRA, whichever is nearer
+    once it has its own: of a change of low rank the first hide what is low in it.
+    """
     rank = min(rank, *rows.base.shape)
-    excess = rows.projection(rows.change) if start is None else start.to(rows.base) - 1
-    excess = excess.clamp_min(_LEAST_SCALE - 1)
-    basis, iterations = random_start(rows.base, rank, seed=0), _FIRST_ITERATIONS
+    given = rows.projection(rows.change) if start is None else start.to(rows.base) - 1
+    search = _Search(rows, rank, energy)
     exact = _EXACT * torch.linalg.vector_norm(rows.base).item()
-    extrapolation = _Extrapolation()
-    best, least, idle = None, float("inf"), 0
+    error, step = search.turn(given)
+    excess, least = given, error
+    if start is None:
+        error, other_step = search.turn(torch.zeros_like(given))
+        if error < least:
+            excess, least, step = torch.zeros_like(given), error, other_step
+    extrapolation, idle = _Extrapolation(), 0
     for _ in range(_MOST_TURNS):
-        rest = rows.rest(excess)
-        width = rank if basis is None else basis.shape[1]
-        u, s, vh = leading_svd(rest, width, basis, iterations)
-        if energy is not None:
-            rank, energy = rank_of_energy(s[:rank], rest, energy), None
-        basis, iterations = None if basis is None else vh.t(), _NEXT_ITERATIONS
-        rest.addmm_(u[:, :rank] * s[:rank], vh[:rank], alpha=-1)
-        error = torch.linalg.vector_norm(rest).item()
+        if least <= exact or idle > _PATIENCE:
+            break
+        tried = extrapolation.next(excess, step)
+        error, new_step = search.turn(tried)
+        if error >= least:  # too far: the plain step never is
+            extrapolation = _Extrapolation()
+            tried = excess + step
+            error, new_step = search.turn(tried)
         idle = 0 if error < (1 - _PROGRESS) * least else idle + 1
         if error < least:
-            best, least = _Fit(1 + excess, u[:, :rank], s[:rank], vh[:rank]), error
-        if error <= exact or idle > _PATIENCE:
-            break
-        excess = extrapolation.next(excess, rows.projection(rest)).clamp_min(_LEAST_SCALE - 1)
-    assert best is not None
-    return best
+            excess, step, least = tried, new_step, error
+    return search.best
+
+
+class _Search:
+    """Best updates for given scales; keeps the nearest of all.
+
+    Attributes:
+        best: Of all turns.
+    """
+
+    def __init__(self, rows: _Rows, rank: int, energy: float | None) -> None:
+        self._rows, self._rank, self._energy = rows, rank, energy
+        self._basis, self._iterations = random_start(rows.base, rank, seed=0), _FIRST_ITERATIONS
+        self._least = float("inf")
+        self.best = _Fit(*[torch.empty(0)] * 4)
+
+    def turn(self, excess: Tensor) -> tuple[float, Tensor]:
+        """The error with the best update for ``e``, and the step to the best scales for that."""
+        excess = excess.clamp_min(_LEAST_SCALE - 1)
+        rest = self._rows.rest(excess)
+        width = self._rank if self._basis is None else self._basis.shape[1]
+        u, s, vh = leading_svd(rest, width, self._basis, self._iterations)
+        self._iterations = _NEXT_ITERATIONS
+        self._basis = None if self._basis is None else vh.t()
+        if self._energy is not None:
+            self._rank = rank_of_energy(s[: self._rank], rest, self._energy)
+            self._energy = None
+        u, s, vh = u[:, : self._rank], s[: self._rank], vh[: self._rank]
+        rest.addmm_(u * s, vh, alpha=-1)
+        error = torch.linalg.vector_norm(rest).item()
+        if error < self._least:
+            self.best, self._least = _Fit(1 + excess, u, s, vh), error
+        return error, self._rows.projection(rest)
 
 
 class _Extrapolation:

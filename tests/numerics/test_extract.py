@@ -108,6 +108,17 @@ def test_it_is_as_near_as_the_plain_alternation(
 
 
 @pytest.mark.parametrize("axis", AXES)
+def test_changes_of_nearly_low_rank_stay_low(axis: NormAxis) -> None:
+    """The scales that are best alone would hide that in every channel."""
+    for seed in range(5):
+        weight = drawn((32, 32), seed)
+        u, _, vh = np.linalg.svd(array(drawn((32, 32), seed + 10)), False)
+        tuned = weight + torch.from_numpy((u * 0.05 * 0.5 ** np.arange(32)) @ vh)
+        found = distance(weight, tuned, best_dora(weight, tuned, 4, axis))
+        assert found < truncated_svd(weight, tuned, 4)
+
+
+@pytest.mark.parametrize("axis", AXES)
 def test_what_only_scales_channels_needs_no_update(axis: NormAxis) -> None:
     weight = drawn((24, 16, 3, 3))
     scale = 1 + drawn((24, 1, 1, 1) if axis == "output" else (1, 16, 1, 1), 1) * 5
