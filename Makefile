@@ -8,6 +8,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+# Of the examples of `make test-properties`.
+SEED := $(or $(SEED),$(shell date +%s))
 
 BIN = $(VENV)/bin
 # A step that is done leaves a stamp, and is done again when what it was made from changes.
@@ -22,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # The tests' models are tiny: threads of several workers would only wait for each other.
 TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-portable test-slow test-properties lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m dora_diffusion demo $(DEMO_ARGS)
@@ -31,9 +33,27 @@ test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder \
 		$(PYTEST_ARGS)
 
+# The rooms that touch files, processes and folders, where what Windows has not is gone: see
+# tests/portable/windows.py. PORTABLE_TESTS=tests runs all of them so, in about three times the time.
+PORTABLE_TESTS ?= tests/portable tests/test_system.py tests/console tests/jobs tests/formats/files \
+	tests/integration/test_any_folder.py tests/commands/test_train.py tests/commands/test_app.py \
+	tests/commands/test_samples.py tests/export/test_output.py tests/export/test_checkpoint.py \
+	tests/data/test_photos.py tests/data/test_dataset.py tests/app/test_serve.py \
+	$(addprefix tests/training/test_,$(addsuffix .py,stop saving resume folders metrics checkpoint))
+test-portable: $(READY_TO_TEST)
+	$(TEST_ENV) PYTHONPATH='$(CURDIR)/tests/portable' $(BIN)/python -m pytest -n $(WORKERS) \
+		--dist loadscope --no-loadscope-reorder $(PORTABLE_TESTS) $(PYTEST_ARGS)
+
 # Longer proofs: every combination where `make test` takes a diagonal, and the figures of what ships.
 test-slow: $(READY_TO_TEST)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m slow $(PYTEST_ARGS)
+
+# Property tests with 10,000 examples each, other ones in every run; `make test` tries the same few
+# each time. A failure prints its example, and a line that repeats it.
+test-properties: $(READY_TO_TEST)
+	@echo 'SEED=$(SEED) repeats this run'
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m hypothesis --hypothesis-profile=long \
+		--hypothesis-seed=$(SEED) --verbose $(PYTEST_ARGS)
 
 lint: $(READY_TO_TEST)
 	$(BIN)/ruff check .

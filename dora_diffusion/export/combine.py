@@ -9,19 +9,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dora_diffusion.export.base import model_name, open_model
 from dora_diffusion.export.convert import ConversionReport, check_free
 from dora_diffusion.export.extract import facts_of
 from dora_diffusion.export.fit import FitSettings
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec
-from dora_diffusion.export.output import ExportError, OnProgress
+from dora_diffusion.export.output import ExportError, OnProgress, refuse_existing
 from dora_diffusion.export.resize import axis_of, fit_to_adapters
-from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, write_adapter
+from dora_diffusion.formats.adapter.embeddings import said_of_embeddings
+from dora_diffusion.formats.adapter.file import (
+    AdapterFile,
+    embeddings_beside,
+    find_adapter,
+    write_adapter,
+)
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
 from dora_diffusion.formats.adapter.targets.registry import TARGETS
 from dora_diffusion.formats.checkpoint.weights import StoredModel
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from dora_diffusion.wording import listing
 
 
 def combine_adapters(
@@ -83,6 +91,9 @@ def combine_adapters(
         kind = settings.key_format(key_format)
         inputs = [model.path, *(find_adapter(path) for path, _ in spec.pairs())]
         check_free(output, TARGETS[kind].file_name, inputs, overwrite)
+        tokens = _tokens(read)
+        embeddings = embeddings_beside(output, AdapterFile({}, tokens=tokens))
+        refuse_existing(embeddings.values(), overwrite)
         fitted = fit_to_adapters(model, spec.weighted(read), settings, on_progress)
         if not fitted.layers:
             raise ExportError("nothing is left of these adapters at these strengths")
@@ -90,11 +101,26 @@ def combine_adapters(
         if fitted.total_error:
             extra = fitted.stated(metadata.extra, "sum of the adapters", settings)
             metadata = dataclasses.replace(metadata, extra=extra)
-        path = write_adapter(output, AdapterFile(fitted.layers, metadata), kind, base=model)
+        adapter = AdapterFile(fitted.layers, metadata, tokens=tokens)
+        path = write_adapter(output, adapter, kind, base=model)
     notes = [note for adapter in read for note in adapter.notes]
-    return ConversionReport(
-        path, kind, len(fitted.layers), fitted.errors, fitted.total_error, tuple(notes)
-    )
+    notes += said_of_embeddings(embeddings)
+    errors, total = fitted.errors, fitted.total_error
+    return ConversionReport(path, kind, len(errors), errors, total, tuple(notes), embeddings)
+
+
+def _tokens(adapters: Sequence[AdapterFile]) -> dict[str, Tensor]:
+    """The tokens that were trained with the adapters.
+
+    Raises:
+        ExportError: If two adapters have one.
+    """
+    tokens: dict[str, Tensor] = {}
+    for adapter in adapters:
+        if twice := tokens.keys() & adapter.tokens.keys():
+            raise ExportError(f"two adapters have a trained token of one name: {listing(twice)}")
+        tokens |= adapter.tokens
+    return tokens
 
 
 def _layers(adapter: AdapterFile) -> list[LayerWeights]:

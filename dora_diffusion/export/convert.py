@@ -14,7 +14,7 @@ import torch
 
 from dora_diffusion.export.base import open_model
 from dora_diffusion.export.fit import FitSettings, Fitted
-from dora_diffusion.export.output import ExportError
+from dora_diffusion.export.output import ExportError, refuse_existing
 from dora_diffusion.export.resize import (
     axis_of,
     fit_to_adapters,
@@ -23,8 +23,10 @@ from dora_diffusion.export.resize import (
 )
 from dora_diffusion.formats.adapter.consumers import stated_approximation
 from dora_diffusion.formats.adapter.conversions import CONVERSIONS, LORA_RANK
+from dora_diffusion.formats.adapter.embeddings import said_of_embeddings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
+    embeddings_beside,
     find_adapter,
     read_adapter,
     write_adapter,
@@ -68,6 +70,7 @@ class ConversionReport:
         errors: Per layer, the relative error of what was fitted; empty where nothing is.
         total_error: The relative error of all layers together, 0 if the file is exact.
         notes: What was broken in the source and how it was repaired, one line each.
+        embeddings: The files that trained tokens went to, by token.
     """
 
     path: Path
@@ -76,6 +79,7 @@ class ConversionReport:
     errors: Mapping[str, float] = field(default_factory=dict)
     total_error: float = 0.0
     notes: tuple[str, ...] = ()
+    embeddings: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def worst(self) -> tuple[str, float] | None:
@@ -140,6 +144,8 @@ def convert_adapter(
         settings = dataclasses.replace(settings, norm_axis=axis_of(adapter.layers.values()))
         kind = _key_format(target, adapter, settings, model)
         check_free(output, TARGETS[kind].file_name, inputs, overwrite)
+        embeddings = embeddings_beside(output, adapter)
+        refuse_existing(embeddings.values(), overwrite)
         family = family or (model.family.name if model else "")
         metadata = _with_additions(adapter.metadata, family, tags, thumbnail)
         adapter = dataclasses.replace(adapter, metadata=metadata)
@@ -149,9 +155,10 @@ def convert_adapter(
             adapter, errors, total = _of_smaller_rank(adapter, target, settings, model)
         path = write_adapter(output, adapter, kind, dtype=dtype, base=model)
     # A comfyui file without output-axis magnitudes is a kohya one.
-    plain = target == "comfyui" and not needs_compensation(adapter.layers)
-    written = "kohya" if plain else target
-    return ConversionReport(path, written, len(adapter.layers), errors, total, adapter.notes)
+    if target == "comfyui" and not needs_compensation(adapter.layers):
+        target = "kohya"
+    notes = (*adapter.notes, *said_of_embeddings(embeddings))
+    return ConversionReport(path, target, len(adapter.layers), errors, total, notes, embeddings)
 
 
 def _check_request(target: str, base: str | Path | None, settings: FitSettings) -> FitSettings:
@@ -253,5 +260,4 @@ def check_free(
         is_around = file.is_dir() and file.resolve() in path.resolve().parents
         if is_around or (path.exists() and file.samefile(path)):
             raise ExportError(f"{file} is or holds what is read for it; choose another name")
-    if not overwrite:
-        raise ExportError(f"{file} exists; choose another name, or overwrite it (--overwrite)")
+    refuse_existing([file], overwrite)
