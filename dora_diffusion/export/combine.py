@@ -14,7 +14,7 @@ from torch import Tensor
 from dora_diffusion.export.base import model_name, open_model
 from dora_diffusion.export.convert import ConversionReport, check_free
 from dora_diffusion.export.extract import facts_of
-from dora_diffusion.export.fit import FitSettings
+from dora_diffusion.export.fit import FitSettings, Fitted
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec
 from dora_diffusion.export.output import ExportError, OnProgress, refuse_existing
 from dora_diffusion.export.resize import axis_of, fit_to_adapters
@@ -48,33 +48,26 @@ def combine_adapters(
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> ConversionReport:
-    """Write one adapter that does what several do together, ``W + sum_k s_k (W'_k - W)``.
+    """Write one adapter that does what several do together, ``W' = W + sum_k s_k (W'_k - W)``.
 
-    A layer that only one adapter of strength 1 has is taken over bit for bit if its rank is small
-    enough. Of others the best layer of a rank is taken, which is exact (to rounding) where the rank
-    is the sum of theirs and all magnitudes are on one axis.
+    A layer that one adapter of strength 1 has alone is kept, bit for bit, if its rank is small
+    enough. Others are the nearest of a rank: exact where that is the sum of theirs, on one axis.
+    The report has the error of each: ``|W'' - W'| / |W' - W|``.
 
     Args:
-        base: The model that they are for: a Diffusers folder, a hub id, ``embedded:NAME``, or a
-            single file.
+        base: The model that they are for, a folder, a hub id, ``embedded:NAME`` or a single file.
         adapters: ``[(adapter, strength), ...]``, or one adapter.
         output: File (``.safetensors``) or folder to write.
         rank: Largest rank; None: the sum of the ranks in each layer.
         conv_rank: Largest rank of Conv2d layers; None: as ``rank``.
         method: ``"dora"``, or ``"lora"``: without magnitudes.
-        energy: Take each layer's smallest rank that holds this share of the squared singular
-            values.
-        norm_axis: What the magnitudes run along. None: the adapters' own, the output axis where
-            they differ.
-        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the first; on the input axis
-            the last, which alone can hold it.
+        energy: Take each layer's smallest rank with this share of the squared singular values.
+        norm_axis: Of the magnitudes. None: the adapters' own, the output axis where they differ.
+        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the one that can hold it.
         alpha: What adapters were trained with whose files do not say it.
         dtype: Of the low-rank factors; None: float32.
         overwrite: Replace a file that exists.
         on_progress: Called with (bytes of the base's adapted weights done, bytes in all).
-
-    Returns:
-        What was written, with the error of each layer: ``|W'' - W'| / |W' - W|``.
 
     Raises:
         ExportError: If a setting cannot work, the output exists, or nothing is left of the sum.
@@ -83,30 +76,29 @@ def combine_adapters(
     spec, output = MergeSpec(adapters), Path(output).expanduser()
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(open_model(base))
-        read = spec.read(model, alpha)
-        for assumption in spec.assumptions(read):
-            warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
+        read = _read(spec, model, alpha)
         axis = norm_axis or axis_of([layer for adapter in read for layer in _layers(adapter)])
         settings = FitSettings(rank, conv_rank, energy, method, axis, dtype)
         kind = settings.key_format(key_format)
         inputs = [model.path, *(find_adapter(path) for path, _ in spec.pairs())]
         check_free(output, TARGETS[kind].file_name, inputs, overwrite)
-        tokens = _tokens(read)
-        embeddings = embeddings_beside(output, AdapterFile({}, tokens=tokens))
+        adapter = AdapterFile({}, tokens=_tokens(read))
+        embeddings = embeddings_beside(output, adapter)
         refuse_existing(embeddings.values(), overwrite)
         fitted = fit_to_adapters(model, spec.weighted(read), settings, on_progress)
-        if not fitted.layers:
-            raise ExportError("nothing is left of these adapters at these strengths")
-        metadata = _metadata(model, spec, read)
-        if fitted.total_error:
-            extra = fitted.stated(metadata.extra, "sum of the adapters", settings)
-            metadata = dataclasses.replace(metadata, extra=extra)
-        adapter = AdapterFile(fitted.layers, metadata, tokens=tokens)
+        metadata = _metadata(model, spec, read, fitted, settings)
+        adapter = dataclasses.replace(adapter, layers=fitted.layers, metadata=metadata)
         path = write_adapter(output, adapter, kind, base=model)
-    notes = [note for adapter in read for note in adapter.notes]
-    notes += said_of_embeddings(embeddings)
+    notes = (*(note for part in read for note in part.notes), *said_of_embeddings(embeddings))
     errors, total = fitted.errors, fitted.total_error
-    return ConversionReport(path, kind, len(errors), errors, total, tuple(notes), embeddings)
+    return ConversionReport(path, kind, len(errors), errors, total, notes, embeddings)
+
+
+def _read(spec: MergeSpec, model: StoredModel, alpha: float | None) -> list[AdapterFile]:
+    adapters = spec.read(model, alpha)
+    for assumption in spec.assumptions(adapters):
+        warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=3)
+    return adapters
 
 
 def _tokens(adapters: Sequence[AdapterFile]) -> dict[str, Tensor]:
@@ -128,21 +120,34 @@ def _layers(adapter: AdapterFile) -> list[LayerWeights]:
 
 
 def _metadata(
-    model: StoredModel, spec: MergeSpec, adapters: Sequence[AdapterFile]
+    model: StoredModel,
+    spec: MergeSpec,
+    adapters: Sequence[AdapterFile],
+    fitted: Fitted,
+    settings: FitSettings,
 ) -> AdapterMetadata:
-    """Those of the only adapter, or what of several holds for their sum; and what was combined."""
+    """Those of the only adapter, or what of several holds for their sum; and what was combined.
+
+    Raises:
+        ExportError: If nothing was.
+    """
+    if not fitted.layers:
+        raise ExportError("nothing is left of these adapters at these strengths")
     parts = ", ".join(
         f"{without_path(str(Path(path).resolve()))}:{strength:g}" for path, strength in spec.pairs()
     )
     facts = [adapter.metadata for adapter in adapters]
+    extra = {**(facts[0].extra if len(facts) == 1 else facts_of(model)), "combined": parts}
+    if fitted.total_error:
+        extra = fitted.stated(extra, "sum of the adapters", settings)
     if len(facts) == 1:
-        return dataclasses.replace(facts[0], extra={**facts[0].extra, "combined": parts})
+        return dataclasses.replace(facts[0], extra=extra)
     resolutions = {fact.resolution for fact in facts}
     return AdapterMetadata(
         family=model.family.name,
         base_model=model_name(model.path),
         trigger=", ".join(dict.fromkeys(fact.trigger for fact in facts if fact.trigger)),
         resolution=resolutions.pop() if len(resolutions) == 1 else None,
-        extra={"combined": parts, **facts_of(model)},
+        extra=extra,
         tags=tuple(dict.fromkeys(tag for fact in facts for tag in fact.tags)),
     )

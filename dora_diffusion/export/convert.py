@@ -114,14 +114,12 @@ def convert_adapter(
         source: Adapter file or folder.
         output: File (``.safetensors``) or folder to write.
         target: A key of ``CONVERSIONS``.
-        base: The base model (folder, hub id, ``embedded:NAME`` or single file). Needed by
-            ``dense``, ``lora``, and ``comfyui`` for magnitudes on the output axis; ``dora`` is
-            nearer with it. Checks the adapter's fit in any case.
+        base: The base model. Needed by ``dense``, ``lora``, and ``comfyui`` for magnitudes on the
+            output axis; ``dora`` is nearer with it. Checks the adapter's fit in any case.
         family: Name of a `Family`, for files that do not say it.
         rank: Largest rank, of ``dora`` and ``lora``; None: ``LORA_RANK`` for ``lora``.
-        conv_rank: Of ``dora``: largest rank of Conv2d layers; None: ``rank``.
-        energy: Take each layer's smallest rank that holds this share of the squared singular
-            values.
+        conv_rank: Largest rank of Conv2d layers, of ``dora``; None: ``rank``.
+        energy: Take each layer's smallest rank with this share of the squared singular values.
         alpha: What it was trained with, for a file that lost it.
         tags: Words that adapter managers and web UIs show.
         thumbnail: An image that they show.
@@ -129,10 +127,9 @@ def convert_adapter(
         overwrite: Replace an output that exists.
 
     Raises:
-        ExportError: If the output exists or is what is read, or the target is unknown or an
-            approximation that needs a base.
-        AdapterFormatError: If the source cannot be read, or the target cannot hold it or needs a
-            base.
+        ExportError: If the output exists or is what is read, or the target is unknown or needs
+            a base or a rank.
+        AdapterFormatError: If the source cannot be read, or the target cannot hold it.
     """
     settings = _check_request(target, base, FitSettings(rank, conv_rank, energy, dtype=dtype))
     output, inputs = Path(output).expanduser(), [find_adapter(source)]
@@ -149,14 +146,9 @@ def convert_adapter(
         family = family or (model.family.name if model else "")
         metadata = _with_additions(adapter.metadata, family, tags, thumbnail)
         adapter = dataclasses.replace(adapter, metadata=metadata)
-        errors: Mapping[str, float] = {}
-        total = 0.0
-        if CONVERSIONS[target].takes_rank:
-            adapter, errors, total = _of_smaller_rank(adapter, target, settings, model)
+        adapter, errors, total = _of_smaller_rank(adapter, target, settings, model)
         path = write_adapter(output, adapter, kind, dtype=dtype, base=model)
-    # A comfyui file without output-axis magnitudes is a kohya one.
-    if target == "comfyui" and not needs_compensation(adapter.layers):
-        target = "kohya"
+    target = _written_as(target, adapter)
     notes = (*adapter.notes, *said_of_embeddings(embeddings))
     return ConversionReport(path, target, len(adapter.layers), errors, total, notes, embeddings)
 
@@ -176,6 +168,12 @@ def _check_request(target: str, base: str | Path | None, settings: FitSettings) 
     return settings
 
 
+def _written_as(target: str, adapter: AdapterFile) -> str:
+    """A comfyui file without output-axis magnitudes is a kohya one."""
+    plain = target == "comfyui" and not needs_compensation(adapter.layers)
+    return "kohya" if plain else target
+
+
 def _key_format(
     target: str, adapter: AdapterFile, settings: FitSettings, model: ModelWeights | None
 ) -> str:
@@ -189,6 +187,8 @@ def _of_smaller_rank(
     adapter: AdapterFile, target: str, settings: FitSettings, model: ModelWeights | None
 ) -> tuple[AdapterFile, Mapping[str, float], float]:
     """The adapter with other layers, the error of each, and that of all together."""
+    if not CONVERSIONS[target].takes_rank:
+        return adapter, {}, 0.0
     original, notes = "", adapter.notes
     if target in _APPROXIMATE and model is not None and settings.rank is not None:
         weight_of = partial(module_weight, model)
