@@ -30,7 +30,7 @@ _IMPORTED_AS = {
 _BESIDE = (
     "torchvision", "triton", "xformers", "tokenizers", "pydantic", "starlette", "fastapi", "hf-xet",
 )  # fmt: skip
-_TIMEOUT = 90
+_TIMEOUT = 180
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ def add_report(context: Context) -> None:
             "no name of yours. Add the traceback, or the end of the run's log."
         )
         html_block(html.quiet(text))
+        # Without its label it has no button.
         report = gr.Textbox(
-            show_label=False, container=False, lines=12, max_lines=40, interactive=False,
+            label="This installation", lines=12, max_lines=40, interactive=False,
             placeholder="Looking ...", buttons=["copy"], elem_id="bug-report-text",
         )  # fmt: skip
     box.expand(describe, None, [report], **BUSY)

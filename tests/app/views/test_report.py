@@ -32,6 +32,7 @@ def test_it_is_made_when_it_is_opened_and_can_be_copied(monkeypatch: pytest.Monk
     assert describe() == "runs in my-runs"
     (field,) = (block for block in blocks.blocks.values() if isinstance(block, gr.Textbox))
     assert (field.value, field.buttons) == (None, ["copy"])
+    assert field.show_label  # without it Gradio shows no button
 
 
 def test_others_are_not_told_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
