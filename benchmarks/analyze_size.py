@@ -52,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", choices=tuple(UNETS), default="sdxl")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--layers", nargs="+", default=["*"], help="As of analyze.")
     parser.add_argument("--work", type=Path, required=True)
     args = parser.parse_args()
     base, tuned = args.work / args.family, args.work / f"{args.family}-tuned"
@@ -60,13 +61,15 @@ def main() -> None:
         make_base(args.family, base)
     if not (tuned / "model_index.json").exists():
         make_tuned(base, tuned)
-    make_adapter(args.family, base, adapter, args.rank, only=default_targets(args.family))
+    if not adapter.is_file():
+        make_adapter(args.family, base, adapter, args.rank, only=default_targets(args.family))
     command = [sys.executable, "-m", "dora_diffusion", "analyze", "--base", str(base)]
-    report: dict[str, object] = {**machine(), "family": args.family}
+    command += ["--layers", *args.layers]
+    report: dict[str, object] = {**machine(), "family": args.family, "layers": args.layers}
     for name, source in (("DoRA", adapter), ("model", tuned)):
         output = args.work / f"{args.family}-{name}"
         warm(base)
-        figures = measured([*command, str(source), "--output", str(output), "--overwrite"])
+        figures = measured([*command, "--output", str(output), "--overwrite", "--", str(source)])
         analysis = json.loads((output / "analysis.json").read_text(encoding="utf-8"))
         layers = analysis["runs"][0]["checkpoints"][0]["layers"]
         report[name] = {**figures, "layers": layers}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Facts of the metadata that have rows of their own, or are about the file's layers.
 _SHOWN = (
     "trained_alpha", "prediction_type", "approximates", "approximation_error",
-    "unet_layers_per_block",
+    "unet_layers_per_block", "embeddings",
 )  # fmt: skip
 _UNKNOWN = "unknown; convert with --family"
 

@@ -101,16 +101,15 @@ def export_checkpoint(
         for assumption in spec.assumptions(read):
             warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
         embeddings = spec.embeddings(read, output)
-        if not overwrite:
-            refuse_existing(file for files in embeddings for file in files.values())
+        refuse_existing((file for files in embeddings for file in files.values()), overwrite)
         merged = MergedModel(weights, spec.weighted(read), dtype)
         notes = MergeNotes(model, spec, read, output)
         stack.callback(notes.close)
         _write(merged, model, output, notes, config, new_vae, on_progress)
         for adapter, files in zip(read, embeddings, strict=True):
             write_embeddings(files, adapter.tokens)
-    if said := [said_of_embeddings(files) for files in embeddings if files]:
-        warnings.warn(f"{output.name}: {'; '.join(said)}", stacklevel=2)
+    for said in (said for files in embeddings for said in said_of_embeddings(files)):
+        warnings.warn(f"{output.name}: {said}", stacklevel=2)
     return output
 
 

@@ -32,7 +32,7 @@ from dora_diffusion.formats.adapter.metadata import (
 )
 from dora_diffusion.formats.adapter.targets.one_base import needs_compensation
 from dora_diffusion.formats.adapter.targets.registry import TARGETS
-from dora_diffusion.formats.checkpoint.weights import module_weight
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
 from dora_diffusion.formats.files.header import PICKLED
 from dora_diffusion.images import thumbnail as make_thumbnail
 from dora_diffusion.numerics.low_rank import approximate
@@ -127,23 +127,18 @@ def convert_adapter(
         sums = model is not None and target == "dense"
         adapter = read_adapter(source, model, alpha=alpha, sums=sums)
         embeddings = embeddings_beside(output, adapter)
-        if not overwrite:
-            refuse_existing(embeddings.values())
+        refuse_existing(embeddings.values(), overwrite)
         family = family or (model.family.name if model else "")
         metadata = _with_additions(adapter.metadata, family, tags, thumbnail)
         adapter = dataclasses.replace(adapter, metadata=metadata)
         if model is not None and target in _APPROXIMATE:
-            weight_of = partial(module_weight, model)
-            layers, errors, total = approximate(adapter.layers, weight_of, rank)
-            metadata = _approximation_of(adapter, rank, total)
-            adapter = dataclasses.replace(adapter, layers=layers, metadata=metadata)
+            adapter, errors, total = _approximated(adapter, model, rank)
         path = write_adapter(output, adapter, kind, dtype=dtype, base=model)
     # A comfyui file without output-axis magnitudes is a kohya one.
-    plain = target == "comfyui" and not needs_compensation(adapter.layers)
-    written = "kohya" if plain else target
-    said = (said_of_embeddings(embeddings),) if embeddings else ()
-    notes = (*adapter.notes, *said)
-    return ConversionReport(path, written, len(adapter.layers), errors, total, notes, embeddings)
+    if target == "comfyui" and not needs_compensation(adapter.layers):
+        target = "kohya"
+    notes = (*adapter.notes, *said_of_embeddings(embeddings))
+    return ConversionReport(path, target, len(adapter.layers), errors, total, notes, embeddings)
 
 
 def _check_request(target: str, base: str | Path | None, rank: int) -> None:
@@ -155,6 +150,15 @@ def _check_request(target: str, base: str | Path | None, rank: int) -> None:
         raise ExportError(
             f"{target} files are made for one base model; give that model with --base"
         )
+
+
+def _approximated(
+    adapter: AdapterFile, model: ModelWeights, rank: int
+) -> tuple[AdapterFile, dict[str, float], float]:
+    """The adapter as a plain LoRA, the relative error of each layer, and that of all."""
+    layers, errors, total = approximate(adapter.layers, partial(module_weight, model), rank)
+    metadata = _approximation_of(adapter, rank, total)
+    return dataclasses.replace(adapter, layers=layers, metadata=metadata), errors, total
 
 
 def _approximation_of(adapter: AdapterFile, rank: int, error: float) -> AdapterMetadata:
@@ -200,5 +204,4 @@ def _check_free(
         is_around = file.is_dir() and file.resolve() in path.resolve().parents
         if is_around or (path.exists() and file.samefile(path)):
             raise ExportError(f"{file} is or holds what is read for it; choose another name")
-    if not overwrite:
-        refuse_existing([file])
+    refuse_existing([file], overwrite)

@@ -78,8 +78,7 @@ def check_output(output: Path, base: Path, inputs: Sequence[Path], overwrite: bo
             raise ExportError(
                 f"{output} is or holds {path.name}, which is read for it; choose another name"
             )
-    if not overwrite:
-        refuse_existing([output])
+    refuse_existing([output], overwrite)
     if output.is_dir() and output.suffix == ".safetensors":
         raise ExportError(f"{output} is a folder; a single file cannot replace it")
     if output.is_dir() and any(output.iterdir()) and not (output / "model_index.json").is_file():
@@ -88,14 +87,14 @@ def check_output(output: Path, base: Path, inputs: Sequence[Path], overwrite: bo
         raise ExportError(f"{output} is a file but not a model; it will not be replaced")
 
 
-def refuse_existing(outputs: Iterable[Path]) -> None:
-    """Refuse outputs that exist, where nothing is to be replaced.
+def refuse_existing(outputs: Iterable[Path], overwrite: bool) -> None:
+    """Refuse outputs that exist, where nothing is to be overwritten.
 
     Raises:
         ExportError: Of the first that does.
     """
     for path in outputs:
-        if path.exists():
+        if path.exists() and not overwrite:
             raise ExportError(f"{path} exists; choose another name, or overwrite it (--overwrite)")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,27 @@ def test_an_adapter_against_numpy(
         assert change.low_rank is not None
         found = change.low_rank.leading
         np.testing.assert_allclose(found, inner[: len(found)], rtol=1e-6, atol=1e-9 * inner[0])
+
+
+def test_a_small_change_is_not_rounded_away(
+    sd1_folder: Path, tmp_path: Path, random_adapter: MakeAdapter
+) -> None:
+    """An adapter after its first steps: a ten-thousandth of the weight."""
+    base = weights_of(sd1_folder)
+    layers = {
+        name: dataclasses.replace(
+            layer,
+            up=layer.up * 1e-4,
+            magnitude=torch.from_numpy(norms(base[f"{name}.weight"], "output") * 1.0001).float(),
+        )
+        for name, layer in random_adapter(sd1_folder, every=9).items()
+    }
+    path = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")))
+    (checkpoint,) = analyze_weights(path, sd1_folder).runs[0].checkpoints
+    assert checkpoint.whole.mean("delta_d") < 1e-7
+    for change in checkpoint.layers:
+        weight = base[f"{change.name}.weight"]
+        assert_is(change, weight, adapted(weight, layers[change.name]), "output")
 
 
 @pytest.mark.parametrize("axis", NORM_AXES)

@@ -72,17 +72,10 @@ def decode_layers(
     """
     _refuse_made_for_one_base(metadata)
     is_numbered = is_positional(tensors)
-    says = is_numbered or says_alpha(metadata, config)
-    if alpha is not None and says:
+    if (says := is_numbered or says_alpha(metadata, config)) and alpha is not None:
         raise AdapterFormatError("its alpha was not lost: the file says it; give none")
     shapes = None if base is None else module_shapes(base)
-    layout = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
-    if is_numbered:
-        groups = group_numbered(tensors, metadata, shapes)
-    else:
-        groups = group_keys(tensors, name_resolver(shapes, layout), component)
-    if not groups:
-        raise AdapterFormatError("the file holds no adapter: it has no tensors")
+    groups = _grouped(tensors, metadata, shapes, component)
     notes = key_notes(tensors) if component is None else []
     if not says and alpha is None and any("alpha" not in parts for parts in groups.values()):
         notes.append(AI_TOOLKIT if any(map(is_ai_toolkit_key, tensors)) else NO_ALPHA)
@@ -102,6 +95,21 @@ def decode_layers(
     if not component and not is_numbered and not all(map(has_component, tensors)):
         layers = move_to_second_encoder(layers, shapes, notes)
     return fit_to_model(layers, shapes), notes
+
+
+def _grouped(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    component: str | None,
+) -> dict[str, dict[Part, str]]:
+    """The file's keys by layer and part."""
+    if not tensors:
+        raise AdapterFormatError("the file holds no adapter: it has no tensors")
+    if is_positional(tensors):
+        return group_numbered(tensors, metadata, shapes)
+    layout = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
+    return group_keys(tensors, name_resolver(shapes, layout), component)
 
 
 def _read_parts(

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from dora_diffusion.families import FAMILIES, guess_family
 from dora_diffusion.formats.adapter.decode import decode_layers, peft_component
-from dora_diffusion.formats.adapter.embeddings import embedding_files, write_embeddings
+from dora_diffusion.formats.adapter.embeddings import (
+    EMBEDDINGS,
+    check_tokens,
+    embedding_files,
+    field_of,
+    read_embeddings,
+    write_embeddings,
+)
 from dora_diffusion.formats.adapter.find import find_adapter, load_tensors, naming
 from dora_diffusion.formats.adapter.keys import PEFT_PREFIX, AdapterFormatError
 from dora_diffusion.formats.adapter.metadata import (
@@ -133,7 +140,9 @@ def write_adapter(
     if base is not None:
         unet_layout = unet_layout or known_layout(module_shapes(base))
     options = WriteOptions(dtype, path.stem, unet_layout, base, adapter.beside)
-    files = TARGETS[target].encode(adapter.layers, adapter.metadata, options)
+    extra = {name: text for name, text in adapter.metadata.extra.items() if name != EMBEDDINGS}
+    metadata = dataclasses.replace(adapter.metadata, extra=extra | field_of(embeddings))
+    files = TARGETS[target].encode(adapter.layers, metadata, options)
     if file_name is None:
         _write_folder(path, files)
     else:
@@ -230,10 +239,12 @@ def _read(file: Path, base: ModelWeights | None, alpha: float | None, sums: bool
         raise AdapterFormatError(f"{file.name} is a PEFT file without its {PEFT_CONFIG}")
     beside: dict[str, LayerWeights] = {}
     with naming(file):
-        tokens = take_tokens(tensors, metadata, None if base is None else module_shapes(base))
+        tokens = take_tokens(tensors, metadata)
         layers, notes = decode_layers(
             tensors, metadata, base, alpha=alpha, beside=beside if sums else None
         )
+        tokens |= read_embeddings(file.parent, metadata, notes)
+        check_tokens(tokens, None if base is None else module_shapes(base))
     parsed = _parsed(metadata, layers)
     if tokens:
         parsed = dataclasses.replace(parsed, trigger=parsed.trigger or " ".join(tokens))
@@ -244,6 +255,7 @@ def _read_peft_folders(path: Path, base: ModelWeights | None, alpha: float | Non
     layers: dict[str, LayerWeights] = {}
     parsed: AdapterMetadata | None = None
     notes: list[str] = []
+    tokens: dict[str, Tensor] = {}
     for folder in peft_folders(path):
         config = peft_config(folder)
         tensors, metadata = load_tensors(folder / PEFT_FILE)
@@ -254,11 +266,13 @@ def _read_peft_folders(path: Path, base: ModelWeights | None, alpha: float | Non
             of_component, repairs = decode_layers(
                 tensors, metadata, base, component=component, config=config, alpha=alpha
             )
+            tokens |= read_embeddings(path, metadata, repairs)
+            check_tokens(tokens, None if base is None else module_shapes(base))
         layers |= of_component
         notes += repairs
         parsed = parsed or _parsed(metadata, of_component)
     parsed = parsed or AdapterMetadata(format_version="")
-    return AdapterFile(layers, parsed, tuple(dict.fromkeys(notes)))
+    return AdapterFile(layers, parsed, tuple(dict.fromkeys(notes)), tokens=tokens)
 
 
 def _parsed(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> AdapterMetadata:

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from dora_diffusion.formats.adapter.keys import AdapterFormatError, Part
@@ -20,8 +19,6 @@ from dora_diffusion.wording import listing
 _KEY = re.compile(r"(unet|text_encoder):(0|[1-9][0-9]{0,5}):(up|down)")
 _TOKEN_MARK = "<embed>"
 _FACTORS: tuple[Part, Part] = ("down", "up")
-# The width of a token's vector is that of the text encoder.
-_READS_TOKENS = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 
 
 def is_positional(keys: Iterable[str]) -> bool:
@@ -29,38 +26,12 @@ def is_positional(keys: Iterable[str]) -> bool:
     return any(map(_KEY.fullmatch, keys))
 
 
-def take_tokens(
-    tensors: dict[str, Tensor],
-    metadata: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]] | None,
-) -> dict[str, Tensor]:
-    """Take the trained tokens out of a file's tensors: ``(C,)``, or ``(n, C)`` for n vectors.
-
-    Args:
-        tensors: The file's tensors; what remains are layers.
-        metadata: The file's metadata.
-        shapes: Of the model's modules, None if it is not known.
-
-    Raises:
-        AdapterFormatError: If one is damaged, or is of another width than the model's.
-    """
+def take_tokens(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """Take the trained tokens out of a file's tensors, so that layers remain."""
     if not is_positional(tensors):
         return {}
     marked = sorted(name for name, mark in metadata.items() if mark == _TOKEN_MARK)
-    tokens = {name: tensors.pop(name) for name in marked if name in tensors}
-    for token, tensor in tokens.items():
-        is_vector = tensor.is_floating_point() and tensor.ndim in (1, 2) and tensor.numel()
-        if not is_vector or not torch.isfinite(tensor).all():
-            raise AdapterFormatError(
-                f"its token {token} is no vector of finite numbers; the file is damaged"
-            )
-        width = (shapes or {}).get(_READS_TOKENS, tensor.shape)[-1]
-        if tensor.shape[-1] != width:
-            raise AdapterFormatError(
-                f"its token {token} was made for another model: it has {tensor.shape[-1]} numbers, "
-                f"and this text encoder reads {width}"
-            )
-    return tokens
+    return {name: tensors.pop(name) for name in marked if name in tensors}
 
 
 def group_numbered(

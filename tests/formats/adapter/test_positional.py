@@ -121,8 +121,13 @@ def test_tokens_are_written_beside_a_conversion(
         assert torch.equal(vectors, VECTORS[token])
     assert any("<s1> in mine_s1.safetensors" in note for note in report.notes)
     if target != "dense":
-        layers = read_adapter(report.path).layers
-        assert layers.keys() == read_adapter(file).layers.keys()
+        again = read_adapter(output)
+        assert again.layers.keys() == read_adapter(file).layers.keys()
+        assert again.tokens.keys() == VECTORS.keys()
+        assert all(torch.equal(again.tokens[token], VECTORS[token]) for token in VECTORS)
+        report.embeddings["<s2>"].unlink()
+        (note,) = (n for n in read_adapter(output).notes if "trained token" in n)
+        assert note.startswith("its trained token's file embeddings/mine_s2.safetensors is not")
     if not is_folder:
         output.unlink()
         with pytest.raises(ValueError, match=r"mine_s1\.safetensors exists; choose another name"):
@@ -169,8 +174,13 @@ def test_tokens_are_written_beside_a_merged_model(
             export_checkpoint(sd1_folder, file, output)
 
 
-def test_generate_takes_the_tokens_up(file: Path, sd1_folder: Path) -> None:
+@pytest.mark.parametrize("is_converted", [False, True])
+def test_generate_takes_the_tokens_up(
+    tmp_path: Path, file: Path, sd1_folder: Path, is_converted: bool
+) -> None:
     """The prompt's tokens are the trained vectors, and no other prompt changes."""
+    if is_converted:
+        file = convert_adapter(file, tmp_path / "a", "diffusers").path
     components, metadata = load_adapted(sd1_folder, file, device="cpu")
     plain = load_pipeline(sd1_folder)
     encoder, tokenizer = components.text_encoders[0], components.tokenizers[0]
@@ -182,6 +192,20 @@ def test_generate_takes_the_tokens_up(file: Path, sd1_folder: Path) -> None:
     assert torch.equal(table[ids[2]].detach(), VECTORS["<s1>"])
     old = plain.text_encoder.get_input_embeddings().weight
     assert torch.equal(table[: len(old)], old)
+
+
+def test_a_lost_file_of_a_token_is_said(tmp_path: Path, file: Path, sd1_folder: Path) -> None:
+    report = convert_adapter(file, tmp_path / "a", "diffusers")
+    report.embeddings["<s1>"].unlink()
+    with pytest.warns(UserWarning, match=r"a_s1\.safetensors is not beside it, so that prompts"):
+        load_adapted(sd1_folder, report.path, device="cpu")
+    # A name that leads elsewhere is none that convert writes.
+    tensors = load_file(report.path)
+    with safe_open(report.path, "pt") as opened:
+        metadata = opened.metadata()
+    metadata["dora_diffusion.embeddings"] = json.dumps(["../a_s2.safetensors", 3])
+    save_file(tensors, tmp_path / "b.safetensors", metadata)
+    assert not read_adapter(tmp_path / "b.safetensors").tokens
 
 
 def test_live_modules_alone_say_that_they_leave_tokens(file: Path, sd1_folder: Path) -> None:
