@@ -52,7 +52,7 @@ def test_the_long_run_says_the_seed_that_repeats_it():
     def steps(*words: str) -> str:
         command = ["make", "--dry-run", "test-properties", *words]
         return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8"
+            command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True
         ).stdout
 
     said = re.search(r"SEED=(\d+) repeats this run", steps())
