@@ -16,6 +16,8 @@ NEWEST_PYTHON ?= python3.13
 BARE_PYTHON ?= $(PYTHON)
 VENV ?= .venv
 WORKERS ?= 2
+# Of the examples of `make test-properties`.
+SEED := $(or $(SEED),$(shell date +%s))
 
 BIN = $(VENV)/bin
 # A step that is done leaves a stamp, and is done again when what it was made from changes.
@@ -32,13 +34,25 @@ TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 SUITE = -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
-.PHONY: demo test test-slow test-lowest test-newest test-bare lint format clean
+.PHONY: demo test test-portable test-slow test-properties test-lowest test-newest test-bare
+.PHONY: lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m dora_diffusion demo $(DEMO_ARGS)
 
 test: lint
 	$(TEST_ENV) $(BIN)/python $(SUITE)
+
+# The rooms that touch files, processes and folders, where what Windows has not is gone: see
+# tests/portable/windows.py. PORTABLE_TESTS=tests runs all of them so, in about three times the time.
+PORTABLE_TESTS ?= tests/portable tests/test_system.py tests/console tests/jobs tests/formats/files \
+	tests/integration/test_any_folder.py tests/commands/test_train.py tests/commands/test_app.py \
+	tests/commands/test_samples.py tests/export/test_output.py tests/export/test_checkpoint.py \
+	tests/data/test_photos.py tests/data/test_dataset.py tests/app/test_serve.py \
+	$(addprefix tests/training/test_,$(addsuffix .py,stop saving resume folders metrics checkpoint))
+test-portable: $(READY_TO_TEST)
+	$(TEST_ENV) PYTHONPATH='$(CURDIR)/tests/portable' $(BIN)/python -m pytest -n $(WORKERS) \
+		--dist loadscope --no-loadscope-reorder $(PORTABLE_TESTS) $(PYTEST_ARGS)
 
 # Longer proofs: every combination where `make test` takes a diagonal, and the figures of what ships.
 test-slow: $(READY_TO_TEST)

@@ -10,6 +10,8 @@ The whole Python interface::
     load_components                                   a model by name
     SamplingSettings, generate_images                 images from it
     export_checkpoint                                 base + adapter -> merged model
+    analyze_weights                                   what training did to a model's weights
+    describe_environment                              versions and machine, for a bug report
 
 What it raises, each a `ValueError` unless said otherwise, with one line for a user::
 
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
         unmerge_adapters,
     )
     from dora_diffusion.adapters.targets import TargetError
+    from dora_diffusion.analysis import analyze_weights
     from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
+    from dora_diffusion.console.environment import describe_environment
     from dora_diffusion.data.images import PhotoError
     from dora_diffusion.export import ExportError, export_checkpoint
     from dora_diffusion.families import UnsupportedModelError
@@ -76,6 +80,8 @@ _HOMES = {
     "TrainConfig": "config.train",
     "TrainingError": "training.metrics",
     "UnsupportedModelError": "families",
+    "analyze_weights": "analysis",
+    "describe_environment": "console.environment",
     "disabled": "adapters.inject",
     "export_checkpoint": "export",
     "generate_images": "generate",
@@ -108,6 +114,8 @@ __all__ = [
     "TrainConfig",
     "TrainingError",
     "UnsupportedModelError",
+    "analyze_weights",
+    "describe_environment",
     "disabled",
     "export_checkpoint",
     "generate_images",

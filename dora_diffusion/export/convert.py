@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 
 from dora_diffusion.export.base import open_model
-from dora_diffusion.export.output import ExportError
+from dora_diffusion.export.output import ExportError, refuse_existing
 from dora_diffusion.formats.adapter.consumers import stated_approximation
 from dora_diffusion.formats.adapter.conversions import CONVERSIONS
+from dora_diffusion.formats.adapter.embeddings import said_of_embeddings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
+    embeddings_beside,
     find_adapter,
     read_adapter,
     write_adapter,
@@ -30,7 +32,7 @@ from dora_diffusion.formats.adapter.metadata import (
 )
 from dora_diffusion.formats.adapter.targets.one_base import needs_compensation
 from dora_diffusion.formats.adapter.targets.registry import TARGETS
-from dora_diffusion.formats.checkpoint.weights import module_weight
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
 from dora_diffusion.formats.files.header import PICKLED
 from dora_diffusion.images import thumbnail as make_thumbnail
 from dora_diffusion.numerics.low_rank import approximate
@@ -55,6 +57,7 @@ class ConversionReport:
         errors: Per layer, the relative error of an approximation; empty if the file is exact.
         total_error: The relative error of all layers together, 0 if the file is exact.
         notes: What was broken in the source and how it was repaired, one line each.
+        embeddings: The files that trained tokens went to, by token.
     """
 
     path: Path
@@ -63,6 +66,7 @@ class ConversionReport:
     errors: Mapping[str, float] = field(default_factory=dict)
     total_error: float = 0.0
     notes: tuple[str, ...] = ()
+    embeddings: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def worst(self) -> tuple[str, float] | None:
@@ -122,19 +126,19 @@ def convert_adapter(
         model = None if base is None else stack.enter_context(open_model(base))
         sums = model is not None and target == "dense"
         adapter = read_adapter(source, model, alpha=alpha, sums=sums)
+        embeddings = embeddings_beside(output, adapter)
+        refuse_existing(embeddings.values(), overwrite)
         family = family or (model.family.name if model else "")
         metadata = _with_additions(adapter.metadata, family, tags, thumbnail)
         adapter = dataclasses.replace(adapter, metadata=metadata)
         if model is not None and target in _APPROXIMATE:
-            weight_of = partial(module_weight, model)
-            layers, errors, total = approximate(adapter.layers, weight_of, rank)
-            metadata = _approximation_of(adapter, rank, total)
-            adapter = dataclasses.replace(adapter, layers=layers, metadata=metadata)
+            adapter, errors, total = _approximated(adapter, model, rank)
         path = write_adapter(output, adapter, kind, dtype=dtype, base=model)
     # A comfyui file without output-axis magnitudes is a kohya one.
-    plain = target == "comfyui" and not needs_compensation(adapter.layers)
-    written = "kohya" if plain else target
-    return ConversionReport(path, written, len(adapter.layers), errors, total, adapter.notes)
+    if target == "comfyui" and not needs_compensation(adapter.layers):
+        target = "kohya"
+    notes = (*adapter.notes, *said_of_embeddings(embeddings))
+    return ConversionReport(path, target, len(adapter.layers), errors, total, notes, embeddings)
 
 
 def _check_request(target: str, base: str | Path | None, rank: int) -> None:
@@ -146,6 +150,15 @@ def _check_request(target: str, base: str | Path | None, rank: int) -> None:
         raise ExportError(
             f"{target} files are made for one base model; give that model with --base"
         )
+
+
+def _approximated(
+    adapter: AdapterFile, model: ModelWeights, rank: int
+) -> tuple[AdapterFile, dict[str, float], float]:
+    """The adapter as a plain LoRA, the relative error of each layer, and that of all."""
+    layers, errors, total = approximate(adapter.layers, partial(module_weight, model), rank)
+    metadata = _approximation_of(adapter, rank, total)
+    return dataclasses.replace(adapter, layers=layers, metadata=metadata), errors, total
 
 
 def _approximation_of(adapter: AdapterFile, rank: int, error: float) -> AdapterMetadata:
@@ -191,5 +204,4 @@ def _check_free(
         is_around = file.is_dir() and file.resolve() in path.resolve().parents
         if is_around or (path.exists() and file.samefile(path)):
             raise ExportError(f"{file} is or holds what is read for it; choose another name")
-    if not overwrite:
-        raise ExportError(f"{file} exists; choose another name, or overwrite it (--overwrite)")
+    refuse_existing([file], overwrite)

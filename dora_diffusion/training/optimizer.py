@@ -12,6 +12,7 @@ from torch import nn
 
 from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.devices import has_fused_optimizers
 from dora_diffusion.wording import counted
 
 # Not everybody needs them, and they are installed apart.
@@ -95,8 +96,8 @@ def learning_rates(groups: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def _can_fuse(groups: list[dict[str, Any]]) -> bool:
     """Whether one kernel can update every parameter, which is fastest for many small ones."""
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    return devices <= {"cpu", "cuda"}
+    kinds = {parameter.device.type for group in groups for parameter in group["params"]}
+    return all(has_fused_optimizers(kind) for kind in kinds)
 
 
 def optimizer_library(name: str) -> Any:

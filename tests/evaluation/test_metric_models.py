@@ -102,10 +102,10 @@ def test_a_batch_does_not_change_features(dino_folder, images) -> None:
 )
 def test_sizes_are_read_in_every_form(values, resize, crop, tmp_path) -> None:
     file = tmp_path / "preprocessor_config.json"
-    file.write_text(json.dumps(values))
+    file.write_text(json.dumps(values), encoding="utf-8")
     found = read_preprocessing(file)
     assert (found.resize, found.crop, found.mean) == (resize, crop, (0.5, 0.5, 0.5))
-    file.write_text("{}")
+    file.write_text("{}", encoding="utf-8")
     with pytest.raises(MetricModelError, match="does not say the size"):
         read_preprocessing(file)
 

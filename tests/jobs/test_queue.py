@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -83,7 +82,7 @@ def test_kill_is_refused_until_stop_had_its_time(
     os.utime(folder / records.STOP, (long_ago, long_ago))
     assert seen(folder).may_kill
     jobs.kill_job(folder)
-    assert sleeper.wait(10) == -signal.SIGKILL
+    assert sleeper.wait(10) != 0
     assert seen(folder).state == "crashed"
 
 

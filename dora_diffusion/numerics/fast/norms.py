@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dora_diffusion.numerics.dora import low_rank_delta, squared_norm, weight_norm
 from dora_diffusion.numerics.fast.product import matrix_product
-from dora_diffusion.numerics.precision import wide
+from dora_diffusion.numerics.precision import to_float64, wide
 from dora_diffusion.numerics.weights import NormAxis
 
 # Below this share of its terms' magnitudes, the factored norm may be off by more than 1e-5, and the
@@ -51,7 +51,7 @@ def factored_norm(
     cancelled = is_ill_conditioned(total, base, bound).nonzero().flatten()
     if len(cancelled):
         dense = _dense_channels(weight, down, up, scale, axis, cancelled)
-        total[cancelled] = squared_norm(dense, axis).to(total.dtype)
+        total[cancelled] = squared_norm(dense, axis).to(total)
     return total.sqrt()
 
 
@@ -147,4 +147,4 @@ def _dense_channels(
         weight, up = weight[channels], up[channels]
     else:
         weight, down = weight[:, channels], down[:, channels]
-    return weight.double() + low_rank_delta(down.double(), up.double(), scale)
+    return to_float64(weight) + low_rank_delta(to_float64(down), to_float64(up), scale)
