@@ -95,8 +95,10 @@ def _module(command: str) -> ModuleType:
 def _complete(parser: argparse.ArgumentParser) -> None:
     """Answer a shell that asks, through argcomplete, how the line could continue; then exit."""
     if "_ARGCOMPLETE" in os.environ:
-        import argcomplete
-
+        try:
+            import argcomplete
+        except ImportError:
+            sys.exit("error: completion needs argcomplete; run 'pip install argcomplete'")
         argcomplete.autocomplete(parser)
 
 
