@@ -27,6 +27,7 @@ from dora_diffusion.adapters.inject import inject_adapters, norm_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.fast import Watch
+from dora_diffusion.training.flat import FlatParameters
 
 PEERS = (FROZEN, LORA, PEFT_DORA, OURS)
 PHASES = ("norms", "forward", "backward", "clip", "optimizer")
@@ -131,8 +132,10 @@ def count_step(
     models: Models, family: str, dtype: torch.dtype, latent: int, steps: int = 2
 ) -> None:
     """Count the second of two steps: the first makes the optimizer's state and statistics."""
-    parameters = models.parameters()
-    optimizer = torch.optim.AdamW(parameters, foreach=True) if parameters else None
+    groups: list[dict[str, Any]] = [{"params": models.parameters()}]
+    flat = FlatParameters(groups) if models.ours else None
+    parameters = (flat.groups if flat else groups)[0]["params"]
+    optimizer = torch.optim.AdamW(parameters, fused=True) if parameters else None
     low, watch = dtype != torch.float32, Watch()
     for _ in range(steps):
         scope = norm_scope(*models.all(), watch=watch) if models.ours else nullcontext()
@@ -145,11 +148,15 @@ def count_step(
             prediction.backward(upstream)
         scope.__exit__(None, None, None)
         with phase(models, "clip"):
+            if flat is not None:
+                flat.take_gradients()
             if parameters:
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         with phase(models, "optimizer"):
             if optimizer is not None:
                 optimizer.step()
+            if flat is not None:
+                flat.finish()
         for parameter in parameters:
             parameter.grad = None
 

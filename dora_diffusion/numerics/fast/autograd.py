@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dora_diffusion.numerics.fast.operation import FastOperation, with_gradients
-from dora_diffusion.numerics.fast.plan import Gain
+from dora_diffusion.numerics.fast.plan import Factors, Gain
 from dora_diffusion.numerics.fast.source import Source
 from dora_diffusion.numerics.operation import Operation
 
@@ -46,19 +45,26 @@ def dora(
         source: What to keep instead of ``x``.
     """
     factors, dtype = gain.factors(x.dtype), x.dtype
-    function = _OutputAxis if gain.direction.norm_axis == "output" else _InputAxis
-    frozen = weight.to(dtype), None if bias is None else bias.to(dtype)
+    function = _OutputAxis if gain.axis == "output" else _InputAxis
+    if weight.dtype != dtype:
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    down, up, _, _, sums = factors
     result: Tensor = function.apply(
-        x, factors.down, factors.up, factors.sums, *frozen, gain, with_gradients(op), source
+        x, down, up, sums, weight, bias, gain, factors, with_gradients(op), source
     )
     return result
 
 
-def _in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Run without autocast: these functions choose the precision of each product themselves."""
+def _once_in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Run without autocast: these functions choose the precision of each product themselves.
+
+    And only once: what torch's `once_differentiable` does for more than some operations take.
+    """
 
     @wraps(method)
     def run(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("an adapted layer has no second derivative (create_graph=True)")
         # Entering the context costs as much as a small operation.
         if not torch.is_autocast_enabled(grad.device.type):
             return method(ctx, grad)
@@ -74,11 +80,15 @@ def _grown(tensor: Tensor, gain: Tensor, out: Tensor | None = None) -> Tensor:
     Both this and `_grow_onto` widen what they read, and round once, as they write. Given where to
     write, autocast lets them be: it would copy their operands.
     """
+    if torch.compiler.is_compiling():  # It knows no such ways to write, and needs none.
+        return (tensor * gain).to(tensor.dtype)
     return torch.mul(tensor, gain, out=torch.empty_like(tensor) if out is None else out)
 
 
 def _grow_onto(total: Tensor, base: Tensor, gain: Tensor) -> Tensor:
     """``total + gain * base`` in place of ``total``."""
+    if torch.compiler.is_compiling():
+        return (total + gain * base).to(total.dtype)
     return torch.addcmul(total, base, gain, out=total)
 
 
@@ -122,10 +132,10 @@ class _OutputAxis(_Layer):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, down: Tensor, up: Tensor, sums: Tensor, weight: Tensor,
-        bias: Tensor | None, gain: Gain, op: FastOperation, source: Source | None,
+        bias: Tensor | None, gain: Gain, factors: Factors, op: FastOperation,
+        source: Source | None,
     ) -> Tensor:  # fmt: skip
-        ctx.gain, ctx.op, ctx.source = gain, op, source
-        ctx.factors = factors = gain.factors(x.dtype)
+        ctx.gain, ctx.factors, ctx.op, ctx.source = gain, factors, op, source
         hidden = op.apply(x, down)
         # The base result has its bias in it, which is scaled with the rest and corrected here.
         low_rank = op.pointwise(hidden, up, factors.shift)
@@ -136,8 +146,7 @@ class _OutputAxis(_Layer):
         return y
 
     @staticmethod
-    @once_differentiable
-    @_in_own_precision
+    @_once_in_own_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, y, hidden, weight = ctx.saved_tensors
         op, factors = ctx.op, ctx.factors
@@ -153,7 +162,7 @@ class _OutputAxis(_Layer):
             grown = _grown(grad, op.broadcast(factors.gain), out=memory)
             grad_x = op.input_gradient(grown, weight, x)
         grad_down = op.weight_gradient(grad_hidden, x, factors.down, grad_x)
-        return grad_x, grad_down, grad_up, sums, None, None, None, None, None
+        return grad_x, grad_down, grad_up, sums, None, None, None, None, None, None
 
 
 def _sums(ctx: Any, grad: Tensor, x: Tensor, product: Tensor | None, weight: Tensor) -> Tensor:
@@ -161,10 +170,10 @@ def _sums(ctx: Any, grad: Tensor, x: Tensor, product: Tensor | None, weight: Ten
     op, small, sums = ctx.op, ctx.gain.small, torch.empty_like(ctx.factors.sums)
     if product is not None:
         op.channel_sum(product, sums[0])
-    if len(sums) == 2:
+    if sums.shape[0] == 2:
         op.channel_sum(grad, sums[1])
     if small is not None:
-        layer = ctx.gain.direction
+        layer = ctx.gain.direction()
         base, up = weight[small], (layer.scale * layer.up[small]).flatten(1).to(x.dtype)
         rows = torch.addmm(base.flatten(1), up, layer.down.flatten(1).to(x.dtype)).view_as(base)
         own = sums.new_empty(len(small))
@@ -181,10 +190,10 @@ class _InputAxis(_Layer):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, down: Tensor, up: Tensor, sums: Tensor, weight: Tensor,
-        bias: Tensor | None, gain: Gain, op: FastOperation, source: Source | None,
+        bias: Tensor | None, gain: Gain, factors: Factors, op: FastOperation,
+        source: Source | None,
     ) -> Tensor:  # fmt: skip
-        ctx.gain, ctx.op, ctx.source = gain, op, source
-        ctx.factors = factors = gain.factors(x.dtype)
+        ctx.gain, ctx.factors, ctx.op, ctx.source = gain, factors, op, source
         scaled = _grown(x, op.broadcast(factors.gain))
         hidden = op.apply(scaled, down)
         y = op(scaled, weight, bias).add_(op.pointwise(hidden, up))
@@ -192,8 +201,7 @@ class _InputAxis(_Layer):
         return y
 
     @staticmethod
-    @once_differentiable
-    @_in_own_precision
+    @_once_in_own_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, hidden, weight = ctx.saved_tensors
         op, factors = ctx.op, ctx.factors
@@ -207,4 +215,4 @@ class _InputAxis(_Layer):
         sums = torch.empty_like(factors.sums)
         op.channel_sum(_product(grad_x, x), sums[0])
         grad_x = _grown(grad_x, gain) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_down, grad_up, sums, None, None, None, None, None
+        return grad_x, grad_down, grad_up, sums, None, None, None, None, None, None

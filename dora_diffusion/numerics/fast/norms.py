@@ -109,8 +109,12 @@ def _products(
     count, rank, length = parts[0].shape
     probe = _probe(length, parts[0]).expand(count, 1, length)
     rows = torch.cat([*parts, probe], dim=1).unbind()
-    products = [_product(weight, row, axis) for weight, row in zip(weights, rows, strict=True)]
-    made = torch.stack(products) if count > 1 else products[0][None]
+    matrices = [weight.flatten(1) for weight in weights]
+    if axis == "output":
+        pairs = [(matrix, row.t()) for matrix, row in zip(matrices, rows, strict=True)]
+    else:
+        pairs = [(row, matrix) for matrix, row in zip(matrices, rows, strict=True)]
+    made = _batch(pairs, parts[0].dtype)
     dim, columns = 2 if axis == "output" else 1, rank * len(parts)
     seen = made.narrow(dim, 0, columns)
     if len(parts) > 1:
@@ -118,13 +122,16 @@ def _products(
     return seen, made.select(dim, columns)
 
 
-def _product(weight: Tensor, rows: Tensor, axis: NormAxis) -> Tensor:
-    """``W rows'`` or ``rows W``, float32 or wider."""
-    matrix = weight.flatten(1)
-    pair = (matrix, rows.t()) if axis == "output" else (rows, matrix)
-    if not is_wide(rows.dtype):
-        return torch.mm(*pair, out_dtype=torch.float32)
-    return matrix_product(pair[0].to(rows.dtype), pair[1].to(rows.dtype))
+def _batch(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    """The product of each pair, float32 or wider, in one tensor."""
+    if is_wide(dtype):
+        products = [matrix_product(left.to(dtype), right.to(dtype)) for left, right in pairs]
+        return torch.stack(products) if len(products) > 1 else products[0][None]
+    (left, right), kind = pairs[0], torch.float32
+    made = torch.empty(len(pairs), len(left), right.shape[1], dtype=kind, device=left.device)
+    for pair, out in zip(pairs, made.unbind(), strict=True):
+        torch.ops.aten.mm.dtype_out(*pair, kind, out=out)
+    return made
 
 
 def widens(weight: Tensor) -> bool:
@@ -135,7 +142,7 @@ def widens(weight: Tensor) -> bool:
 
 def widens_products(device_type: str) -> bool:
     """Whether a product of bfloat16 matrices can be float32 on this kind of device."""
-    return device_type == "cuda" and hasattr(torch.ops.aten.mm, "dtype")
+    return device_type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")
 
 
 def parts_of(factor: Tensor) -> list[Tensor]:

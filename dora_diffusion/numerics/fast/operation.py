@@ -6,6 +6,7 @@ The plain operations are `numerics.operation`'s; `with_gradients` gives them the
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -51,6 +52,7 @@ class FastOperation(Operation, Protocol):
         """Take some channels of an activation."""
 
 
+@lru_cache
 def with_gradients(op: Operation) -> FastOperation:
     """A Linear or Conv2d with its gradients."""
     if isinstance(op, Conv2dOperation):

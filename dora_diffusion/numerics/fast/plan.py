@@ -12,6 +12,7 @@ follows from these is done there once.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -111,7 +112,7 @@ class Gain(NamedTuple):
         gain: ``g = m / norm``, ``(n,)``, float32.
         small: Channels whose direction is recomputed for the gradient of m, since ``|g|`` is too
             small to divide by, or since the next module overwrites the output; None: no channel.
-        direction: The adapter as it was when the plan was made, float32, without its magnitude.
+        axis: Norm axis.
         prepared: What all layers of the plan compute with.
         number: The layer's place there.
     """
@@ -119,7 +120,7 @@ class Gain(NamedTuple):
     norm: Tensor
     gain: Tensor
     small: Tensor | None
-    direction: LayerWeights
+    axis: NormAxis
     prepared: Prepared
     number: int
 
@@ -127,18 +128,22 @@ class Gain(NamedTuple):
         """What the layer computes with; made for all layers of the plan at the first call."""
         return self.prepared.factors(dtype)[self.number]
 
+    def direction(self) -> LayerWeights:
+        """The adapter as it was when the plan was made, float32, without its magnitude."""
+        return self.prepared.plan.direction(self.number)
+
 
 class Prepared:
     """The factors of a plan's layers, by dtype, each made when it is first asked for."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+        self.plan = plan
         self._made: dict[torch.dtype, list[Factors]] = {}
 
     def factors(self, dtype: torch.dtype) -> list[Factors]:
         """Of all layers, in the plan's order."""
         if dtype not in self._made:
-            self._made[dtype] = self._plan.factors(dtype)
+            self._made[dtype] = self.plan.factors(dtype)
         return self._made[dtype]
 
 
@@ -177,34 +182,39 @@ class Plan:
     def __init__(self, layers: Sequence[PlanInputs]) -> None:
         self.layers = layers
         self.wide = layers[0].statistics.squared_norm.dtype
-        self.sizes = [len(layer.magnitude) for layer in layers]
+        self.sizes = [layer.magnitude.shape[0] for layer in layers]
+        self.sum_rows = [_rows_of_sums(layer) for layer in layers]
+        self._ranks = [list(group) for _, group in groupby(layers, key=_rank)]
+        self._shapes = [(layer.weights.down.shape, layer.weights.up.shape) for layer in layers]
         self.down = self._joined([layer.weights.down for layer in layers])
         self.up = [
-            torch.cat([layer.weights.up.detach().flatten(1) for layer in group]).to(self.wide)
-            for group in self._ranks()
+            self._joined([layer.weights.up for layer in group]).view(-1, _rank(group[0]))
+            for group in self._ranks
         ]
 
     def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(self.wide)
 
-    def _ranks(self) -> list[list[PlanInputs]]:
-        return [list(group) for _, group in groupby(self.layers, key=_rank)]
-
     def _downs(self, joined: Tensor) -> list[Tensor]:
         """Each layer's part of what is laid out as A."""
-        shapes = [layer.weights.down.shape for layer in self.layers]
-        parts = torch.split(joined, [shape.numel() for shape in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        parts = torch.split(joined, [shape.numel() for shape, _ in self._shapes])
+        return [part.view(shape) for part, (shape, _) in zip(parts, self._shapes, strict=True)]
 
     def _ups(self, joined: Sequence[Tensor]) -> list[Tensor]:
         """Each layer's part of what is laid out as B."""
         parts: list[Tensor] = []
-        for group, rows in zip(self._ranks(), joined, strict=True):
-            ups = torch.split(rows, [len(layer.weights.up) for layer in group])
-            parts += [
-                part.view(layer.weights.up.shape) for part, layer in zip(ups, group, strict=True)
-            ]
-        return parts
+        for group, rows in zip(self._ranks, joined, strict=True):
+            parts += torch.split(rows, [layer.weights.up.shape[0] for layer in group])
+        # A Linear's is in shape already.
+        return [
+            part if len(shape) == 2 else part.view(shape)
+            for part, (_, shape) in zip(parts, self._shapes, strict=True)
+        ]
+
+    def direction(self, number: int) -> LayerWeights:
+        """One adapter, without its magnitude."""
+        down, up = self._downs(self.down)[number], self._ups(self.up)[number]
+        return dataclasses.replace(self.layers[number].weights, down=down, up=up, magnitude=None)
 
     def _vectors(self, joined: Tensor) -> Sequence[Tensor]:
         """Each layer's part of a vector over all channels."""
@@ -223,10 +233,9 @@ class Plan:
             if not layer.keep_output and layer.weights.norm_axis == "output":
                 self.small[number] = torch.arange(self.sizes[number], device=self.down.device)
         prepared = Prepared(self)
-        factors = zip(self.layers, self._downs(self.down), self._ups(self.up), strict=True)
         return [
-            Gain(norms[i], gains[i], self.small.get(i), _direction(*own), prepared, i)
-            for i, own in enumerate(factors)
+            Gain(norms[i], gains[i], self.small.get(i), layer.weights.norm_axis, prepared, i)
+            for i, layer in enumerate(self.layers)
         ]
 
     def _norms(self, margin: float) -> Tensor:
@@ -304,7 +313,7 @@ class Plan:
         ]
 
     def _shifts(self, dtype: torch.dtype) -> list[Tensor | None]:
-        shifted = [_rows_of_sums(layer) == 2 for layer in self.layers]
+        shifted = [rows == 2 for rows in self.sum_rows]
         if not any(shifted):
             return [None] * len(self.layers)
         self.bias = self._biases()
@@ -313,24 +322,25 @@ class Plan:
 
     def _biases(self) -> Tensor:
         """The biases on the output axis, and zeros where there is none."""
-        zeros = self.gain.new_zeros(max(self.sizes))
+        biases = [layer.bias.detach() for layer in self.layers if layer.bias is not None]
+        zeros = biases[0].new_zeros(max(self.sizes))
         parts = [
-            zeros[: len(layer.magnitude)] if _rows_of_sums(layer) == 1 else layer.bias
-            for layer in self.layers
+            zeros[:size] if rows == 1 or layer.bias is None else layer.bias.detach()
+            for layer, size, rows in zip(self.layers, self.sizes, self.sum_rows, strict=True)
         ]
-        return torch.cat([part.detach().to(self.wide) for part in parts if part is not None])
+        return torch.cat(parts).to(self.wide)
 
     def up_scales(self) -> list[Tensor]:
         """The factor of each row of B, as B is laid out: ``g s``, or ``s``."""
-        scales, start = [], 0
-        for group in self._ranks():
+        scales, start, one = [], 0, self.gain.new_ones(1)
+        for group in self._ranks:
             parts: list[Tensor] = []
             for layer in group:
-                size = len(layer.magnitude)
+                size = layer.magnitude.shape[0]
                 if layer.weights.norm_axis == "output":
                     parts.append(self.gain[start : start + size])
                 else:
-                    parts.append(self.gain.new_ones(1).expand(len(layer.weights.up)))
+                    parts.append(one.expand(len(layer.weights.up)))
                 start += size
             factor = torch.cat(parts)[:, None]
             own = {layer.weights.scale for layer in group}
@@ -372,13 +382,12 @@ class _Prepare(torch.autograd.Function):
         ctx.scales = scales
         down = plan.down.to(dtype)
         ups = [(up * scale).to(dtype) for up, scale in zip(plan.up, scales, strict=True)]
-        rows = [_rows_of_sums(layer) for layer in plan.layers]
-        counts = [r * size for r, size in zip(rows, plan.sizes, strict=True)]
+        counts = [rows * size for rows, size in zip(plan.sum_rows, plan.sizes, strict=True)]
         sums = torch.split(plan.gain.new_empty(sum(counts)), counts)
         return (
             *plan._downs(down),
             *plan._ups(ups),
-            *(part.view(r, -1) for part, r in zip(sums, rows, strict=True)),
+            *(part.view(r, -1) for part, r in zip(sums, plan.sum_rows, strict=True)),
         )
 
     @staticmethod
@@ -389,11 +398,10 @@ class _Prepare(torch.autograd.Function):
         whole = all(grad is not None for grad in grads)
         new = torch.empty_like if whole else torch.zeros_like
         down, up = new(plan.down), [new(rows) for rows in plan.up]
-        _copy(plan._downs(down), downs)
-        _copy(plan._ups(up), ups)
+        made = [*plan._downs(down), *plan._ups(up)]
+        _copy(made, [*downs, *ups])
         torch._foreach_mul_(up, ctx.scales)
-        magnitude = _magnitude_gradient(plan, sums)
-        made = [*plan._downs(down), *plan._ups(up), *plan._vectors(magnitude)]
+        made += plan._vectors(_magnitude_gradient(plan, sums))
         return (
             None,
             None,
@@ -418,9 +426,9 @@ def _magnitude_gradient(plan: Plan, sums: Sequence[Tensor | None]) -> Tensor:
     zeros = plan.gain.new_zeros(max(plan.sizes))
     pairs = list(zip(sums, plan.sizes, strict=True))
     total = torch.cat([zeros[:size] if part is None else part[0] for part, size in pairs])
-    if any(part is not None and len(part) == 2 for part in sums):
+    if any(part is not None and part.shape[0] == 2 for part in sums):
         shifted = [
-            zeros[:size] if part is None or len(part) == 1 else part[1] for part, size in pairs
+            zeros[:size] if part is None or part.shape[0] == 1 else part[1] for part, size in pairs
         ]
         total.addcmul_(torch.cat(shifted), plan.bias, value=-1)
     return total.div_(plan.divisor())
@@ -446,7 +454,3 @@ def _kind(layer: PlanInputs) -> tuple[Any, ...]:
     """What layers have in common whose norms are computed together; layers are sorted by it."""
     w = layer.weights
     return w.rank, w.norm_axis, tuple(layer.weight.shape), w.scale, str(layer.weight.dtype)
-
-
-def _direction(layer: PlanInputs, down: Tensor, up: Tensor) -> LayerWeights:
-    return LayerWeights(down, up, None, layer.weights.alpha, layer.weights.norm_axis)

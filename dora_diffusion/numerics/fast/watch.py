@@ -31,7 +31,7 @@ class Watch:
             sizes: Channels of each layer.
         """
         before, self._sent = self._sent, None
-        if flagged.device.type == "cpu" or not can_wait_for_events(flagged.device):
+        if reads_at_once(flagged.device):
             return _owners(flagged.cpu(), sizes)
         self._sent = flagged.to("cpu", non_blocking=True), record_event(flagged), list(sizes)
         if before is None or before[2] != list(sizes):
@@ -41,9 +41,9 @@ class Watch:
         return _owners(values, sizes)
 
 
-def can_wait_for_events(device: torch.device) -> bool:
-    """Whether a copy to the host can be waited for without waiting for all else."""
-    return device.type == "cuda"
+def reads_at_once(device: torch.device) -> bool:
+    """Whether nothing waits, or a copy cannot be waited for without waiting for all else."""
+    return device.type != "cuda"
 
 
 def record_event(tensor: Tensor) -> Any:
