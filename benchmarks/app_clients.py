@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -31,6 +29,7 @@ import yaml
 from dora_diffusion.app.settings import EMBEDDED, make_config, preset_values
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.jobs.logs import read_metrics
+from dora_diffusion.jobs.processes import end_tree
 from dora_diffusion.jobs.queue import create_job, worker_of
 from dora_diffusion.jobs.records import TrainRequest
 from dora_diffusion.jobs.workspace import Workspace
@@ -70,7 +69,7 @@ def measure(runs: Path, count: int, turns: int, seconds: float) -> None:
                   f"median {steps[watched][-1] * 1000:.1f} ms", flush=True)  # fmt: skip
         worker = worker_of(job)
         if worker:
-            os.killpg(worker[0], signal.SIGKILL)
+            end_tree(worker)
     alone, watched_by = (statistics.median(steps[key]) for key in (False, True))
     print(f"step: {alone * 1000:.1f} ms alone, {watched_by * 1000:.1f} ms with {count} clients: "
           f"{watched_by / alone - 1:+.1%}")  # fmt: skip
@@ -87,7 +86,7 @@ def app(runs: Path) -> Iterator[str]:
     process = subprocess.Popen(
         [sys.executable, "app.py", "--runs_dir", str(runs)],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+     encoding="utf-8")  # fmt: skip
     assert process.stdout is not None
     try:
         yield process.stdout.readline().split()[1]
@@ -102,7 +101,7 @@ def start_run(workspace: Workspace) -> str:
         "max_train_steps": 100_000, "checkpointing_steps": 100_000, "validation_steps": None,
     }  # fmt: skip
     photos = ROOT / "samples" / "bolt_mug"
-    word = yaml.safe_load((photos / "config.yaml").read_text())["class_word"]
+    word = yaml.safe_load((photos / "config.yaml").read_text(encoding="utf-8"))["class_word"]
     return create_job(
         workspace, TrainRequest(base=EMBEDDED), "benchmark",
         lambda folder: as_yaml(make_config(EMBEDDED, photos, folder, "sks", word, [], values)),

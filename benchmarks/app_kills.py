@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +35,7 @@ from dora_diffusion.app.settings import EMBEDDED, make_config, preset_values
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.jobs.logs import read_metrics
+from dora_diffusion.jobs.processes import end_tree
 from dora_diffusion.jobs.queue import create_job, requeue_job, worker_of
 from dora_diffusion.jobs.records import JOB, TrainRequest
 from dora_diffusion.jobs.snapshot import Job, read_job
@@ -58,7 +57,7 @@ class App:
         self.process = subprocess.Popen(
             [sys.executable, "app.py", "--runs_dir", str(self.runs)],
             cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+         encoding="utf-8")  # fmt: skip
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().split()[1]
 
@@ -129,7 +128,7 @@ def run(runs: Path, rounds: int, draw: random.Random) -> None:
         for one in runs.glob("2*"):
             worker = worker_of(one)
             if worker:
-                os.killpg(worker[0], signal.SIGKILL)
+                end_tree(worker)
 
 
 def strike(app: App, folder: Path, what: str) -> str:
@@ -138,7 +137,7 @@ def strike(app: App, folder: Path, what: str) -> str:
     if what != "worker":
         app.process.kill()
     if what != "app" and worker is not None:
-        os.killpg(worker[0], signal.SIGKILL)
+        end_tree(worker)
         wait(lambda: worker_of(folder) is None)
     if what != "worker":
         app.process.wait()

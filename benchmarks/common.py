@@ -40,7 +40,7 @@ def machine() -> str:
     """The processor, its cores, and what runs on it."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        info = Path("/proc/cpuinfo").read_text()
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         names = [
             line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line
         ]
@@ -295,4 +295,7 @@ def save(path: Path | None, figures: object) -> None:
     """Write the figures for ``plot.py``, with the machine that they come from."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), "figures": figures}, indent=1) + "\n")
+        path.write_text(
+            json.dumps({"machine": machine(), "figures": figures}, indent=1) + "\n",
+            encoding="utf-8",
+        )

@@ -174,7 +174,7 @@ def prove(family: str, rank: int, base: Path, work: Path, export_only: bool) -> 
     adapters["full"] = work / f"{family}-full.safetensors"
     only = {"default": default_targets(family), "full": None}
     results = work / f"proof-{family}.json"
-    report = json.loads(results.read_text()) if results.is_file() else {"cases": {}}
+    report = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {"cases": {}}
     report |= machine()
     layers = report.setdefault("adapted_layers", {})
     for name, path in adapters.items():

@@ -99,14 +99,16 @@ def make_model(family: str, folder: Path, dtype: torch.dtype) -> None:
 
 
 def measured(command: list[str]) -> dict[str, float]:
-    """Run a command; its seconds and peak resident memory in GiB."""
+    """Run a command; its seconds, those of processors, and its peak resident memory in GiB."""
     started = time.perf_counter()
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {' '.join(command)}")
     seconds = round(time.perf_counter() - started, 1)
-    return {"seconds": seconds, "peak_gib": round(usage.ru_maxrss / 2**20, 2)}
+    processors = round(usage.ru_utime + usage.ru_stime, 1)
+    peak = round(usage.ru_maxrss / 2**20, 2)
+    return {"seconds": seconds, "processor_seconds": processors, "peak_gib": peak}
 
 
 def model_in(work: Path, family: str) -> Path:
@@ -156,7 +158,8 @@ def main() -> None:
             ]
         )  # fmt: skip
     report["steps"] = [
-        json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     print(json.dumps(report, indent=2))
 

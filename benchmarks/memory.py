@@ -29,7 +29,7 @@ def peak_memory(command: list[str], limit: float) -> float | None:
         ended, code, usage = os.wait4(process.pid, os.WNOHANG)
         if ended:
             break
-        peak = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
+        peak = [x for x in status.read_text(encoding="utf-8").splitlines() if x.startswith("VmHWM")]
         if peak and int(peak[0].split()[1]) / 2**20 > limit:
             os.kill(process.pid, signal.SIGKILL)
             os.wait4(process.pid, 0)

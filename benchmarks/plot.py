@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    runs = [json.loads(path.read_text())["figures"] for path in args.runs]
+    runs = [json.loads(path.read_text(encoding="utf-8"))["figures"] for path in args.runs]
     figure, grid = plt.subplots(len(runs), 2, figsize=(9, 2 * len(runs) + 0.4), squeeze=False)
     for run, (left, right) in zip(runs, grid, strict=True):
         what = f"{run['targets']}, {run['latent']}x{run['latent']} latents"

@@ -190,7 +190,7 @@ def perform(run: Run, work: Path, *, with_image: bool = False) -> dict[str, Any]
     place = first_request(subject).wanted["background"]
     in_grid = image_file(run, work, place)
     if file.is_file() and (in_grid.is_file() or run.seed > 0 or not with_image):
-        known = json.loads(file.read_text())
+        known = json.loads(file.read_text(encoding="utf-8"))
         if known["digest"] == digest_of(run.base):
             return known
     session, started = open_run(run, work), time.perf_counter()
@@ -320,7 +320,7 @@ def tune(args: argparse.Namespace) -> None:
 
 def unpack(results: Path, work: Path) -> None:
     """Put the results of a file where `perform` finds them, unless it has its own."""
-    for known in json.loads(results.read_text()) if results.is_file() else []:
+    for known in json.loads(results.read_text(encoding="utf-8")) if results.is_file() else []:
         fields = {field.name: known[field.name] for field in dataclasses.fields(Run)}
         file = work / "runs" / f"{Run(**fields).name}.json"
         if not file.is_file():
@@ -329,7 +329,10 @@ def unpack(results: Path, work: Path) -> None:
 
 def pack(base: str, work: Path, file: Path) -> None:
     """Write all results that there are on a base into one file, a line each."""
-    known = [json.loads(one.read_text()) for one in sorted((work / "runs").glob("*.json"))]
+    known = [
+        json.loads(one.read_text(encoding="utf-8"))
+        for one in sorted((work / "runs").glob("*.json"))
+    ]
     lines = ",\n".join(json.dumps(one) for one in known if one.get("digest") == digest_of(base))
     save_text(file, f"[\n{lines}\n]\n")
 

@@ -7,6 +7,7 @@ imports anything heavy before it runs, so that every ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -16,19 +17,24 @@ from types import ModuleType
 from dora_diffusion import __version__
 from dora_diffusion.commands.parser import Parser
 from dora_diffusion.console.errors import reporting_errors
+from dora_diffusion.system import let_break_interrupt
 
 COMMANDS = {
     "train": "teach a model a subject from photos",
     "generate": "generate images",
     "evaluate": "measure subject similarity, subject leakage and language drift",
+    "analyze": "take apart what training did to the weights: magnitude, direction, rank",
     "export": "merge an adapter into a model",
     "verify": "prove a merged model: recompute it and compare",
-    "convert": "write an adapter in another tool's format",
+    "convert": "write an adapter in another tool's format, or with a smaller rank",
+    "extract": "make an adapter of the difference between two models",
+    "combine": "make one adapter of several",
     "inspect": "say what an adapter file is, and which tools read it exactly",
     "push": "publish a run on the Hugging Face hub, privately by default",
     "app": "train, compare and export in the browser",
     "demo": "train, evaluate and merge a sample subject",
     "samples": "copy the sample subjects: photos, captions, settings",
+    "env": "say what this installation is, for a bug report",
 }
 
 
@@ -43,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _complete(parser)
     args = parser.parse_args(argv)
     tune_process()
+    let_break_interrupt()
+    _print_anything()
     with reporting_errors(args.command, debug=args.debug) as outcome:
         outcome.code = _module(args.command).run(args)
     return outcome.code
@@ -74,6 +82,12 @@ def tune_process() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def _print_anything() -> None:
+    """Let no character that a Windows code page lacks end a command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _module(command: str) -> ModuleType:
     return import_module(f"dora_diffusion.commands.{command}")
 
@@ -81,8 +95,10 @@ def _module(command: str) -> ModuleType:
 def _complete(parser: argparse.ArgumentParser) -> None:
     """Answer a shell that asks, through argcomplete, how the line could continue; then exit."""
     if "_ARGCOMPLETE" in os.environ:
-        import argcomplete
-
+        try:
+            import argcomplete
+        except ImportError:
+            sys.exit("error: completion needs argcomplete; run 'pip install argcomplete'")
         argcomplete.autocomplete(parser)
 
 

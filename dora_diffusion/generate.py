@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from dora_diffusion.adapters.files import load_adapter
+from dora_diffusion.adapters.files import attach_file
 from dora_diffusion.adapters.inject import layer_adapters, norm_scope, set_strength
 from dora_diffusion.data.captions import contains_token
+from dora_diffusion.devices import default_device
 from dora_diffusion.formats.adapter.file import AdapterMetadata
-from dora_diffusion.memory import default_device
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.precision import require_computes
 from dora_diffusion.models.schedulers import SCHEDULERS
-from dora_diffusion.models.text import warn_of_truncation
+from dora_diffusion.models.text import add_tokens, warn_of_truncation
 from dora_diffusion.models.weights import quiet_libraries
 
 _LABEL_HEIGHT = 18
@@ -80,7 +81,7 @@ def load_adapted(
     config: str | Path | None = None,
     vae: str | Path | None = None,
 ) -> tuple[Components, AdapterMetadata]:
-    """Load a base model with an adapter on it, ready to sample from.
+    """Load a base model with an adapter and its trained tokens on it, ready to sample from.
 
     Args:
         base: A diffusers folder, a hub id, ``embedded:NAME``, or a single file.
@@ -90,7 +91,7 @@ def load_adapted(
         magnitude: Moves the magnitude by this share of its change.
         alpha: What the adapter was trained with, for a file that does not say it.
         dtype: Of the base; an adapter always computes its norms in float32.
-        device: None is the GPU where there is one: CUDA's, else Apple's.
+        device: None is the accelerator where there is one, else the CPU.
         variant: Weight variant of the base, such as "fp16".
         config: For a single file: a diffusers folder of the same architecture.
         vae: Another autoencoder, as `load_components` takes it.
@@ -101,19 +102,21 @@ def load_adapted(
     Raises:
         ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.
         AdapterFormatError, ValueError: If the adapter cannot be read, or does not fit the base.
+        ConfigError: If the device does not compute in the dtype.
     """
+    device = default_device() if device is None else device
+    require_computes(device, dtype)
     components = load_components(base, variant=variant, vae=vae, dtype=dtype, config=config)
-    components.to(default_device() if device is None else device)
+    components.to(device)
     if adapter is None:
         return components, AdapterMetadata()
-    metadata = load_adapter(
-        components.adaptable(), adapter, family=components.family.name, alpha=alpha
-    )
+    read = attach_file(components.adaptable(), adapter, family=components.family.name, alpha=alpha)
+    add_tokens(components, read.tokens)
     for model in components.adaptable().values():
         if any(layer_adapters(model)):
             set_strength(model, strength, direction=direction, magnitude=magnitude)
         model.eval()
-    return components, metadata
+    return components, read.metadata
 
 
 def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:

@@ -1,17 +1,16 @@
 """What training takes of memory, measured at full size, and the settings that fit a device.
 
-No torch is needed to read the table or to choose settings; only `describe_device` asks torch.
+No torch is needed to read the table or to choose settings; only `describe_device` asks `devices`,
+which asks torch.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+from dora_diffusion import devices
 from dora_diffusion.families import FAMILIES, MemoryRow
 
 # Of a process that holds no model: this does not double in float32.
@@ -20,7 +19,6 @@ PROCESS_GIB = 0.4
 _EIGHT_BIT_SAVES_GIB = 0.1
 # Measured on another machine's processor: leave room for what differs.
 _MARGIN = 1.1
-_TRUE = ("1", "true", "yes", "on", "y", "t")
 _SIZES = (1024, 896, 768, 640, 512, 448, 384, 320, 256)
 
 
@@ -71,11 +69,13 @@ class Device:
     """What a run would train on.
 
     Attributes:
-        kind: ``"cuda"``, ``"mps"`` or ``"cpu"``.
+        kind: ``"cpu"``, or an accelerator as torch calls it: ``"cuda"`` (NVIDIA's and AMD's GPUs),
+            ``"xpu"`` (Intel's), ``"mps"`` (Apple's).
         name: What to call it.
         free_gib: Free memory; None if that cannot be told.
         has_bf16: Whether it computes in bfloat16.
         has_8bit_adam: Whether bitsandbytes is there for it.
+        has_gradient_scaler: Whether fp16 can train on it.
     """
 
     kind: str = "cpu"
@@ -83,51 +83,36 @@ class Device:
     free_gib: float | None = None
     has_bf16: bool = True
     has_8bit_adam: bool = False
-
-
-def default_device() -> str:
-    """The device that is used where none is named: a CUDA GPU, Apple's, or the CPU.
-
-    Accelerate's ``ACCELERATE_USE_CPU`` is honoured.
-    """
-    import torch
-
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE:
-        return "cpu"
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    has_gradient_scaler: bool = True
 
 
 def describe_device() -> Device:
     """The default device, as it is now."""
-    import torch
-
-    kind = default_device()
-    if kind == "cuda":
-        return Device(
-            "cuda",
-            torch.cuda.get_device_name(0),
-            torch.cuda.mem_get_info()[0] / 2**30,
-            torch.cuda.is_bf16_supported(including_emulation=False),
-            find_spec("bitsandbytes") is not None,
-        )
-    if kind == "mps":
-        return Device("mps", "Apple GPU", free_machine_memory())
-    return Device("cpu", "CPU", free_machine_memory())
+    kind = devices.default_device()
+    return Device(
+        kind,
+        devices.device_name(kind),
+        _free_memory(kind),
+        devices.has_bf16(kind),
+        devices.has_8bit_adam(kind),
+        devices.has_gradient_scaler(kind),
+    )
 
 
-def free_machine_memory() -> float | None:
-    """The machine's free memory in GiB; None where the system does not say it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        except (ValueError, OSError):
-            return None
-    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(available[0]) / 2**20 if available else None
+def _free_memory(kind: str) -> float | None:
+    """Free memory for a device in GiB: its own, or what it may take of the machine's."""
+    free = devices.free_device_memory(kind)
+    if free is not None:
+        return free / 2**30
+    limit, machine = devices.memory_limit(kind), free_machine_memory()
+    return machine if machine is None or limit is None else min(machine, limit / 2**30)
+
+
+def free_machine_memory() -> float:
+    """The machine's free memory in GiB."""
+    import psutil
+
+    return float(psutil.virtual_memory().available) / 2**30
 
 
 def fitting_settings(
@@ -148,7 +133,7 @@ def fitting_settings(
         Settings of `TrainConfig` by name.
     """
     first = auto_precision(device)
-    precisions = (first,) if device.kind == "cuda" else (first, "bf16")
+    precisions = (first, "bf16") if device.kind == "cpu" else (first,)
     choices = [
         {"mixed_precision": precision, "gradient_checkpointing": on, "optimizer": "adamw"}
         for precision in precisions
@@ -156,7 +141,7 @@ def fitting_settings(
     ]
     if training_memory(family, resolution) is None or device.free_gib is None:
         return choices[1]
-    if device.has_8bit_adam and device.kind == "cuda":
+    if device.has_8bit_adam:
         choices.append(choices[-1] | {"optimizer": "adamw8bit"})
     fitting = (c for c in choices if _fits(family, resolution, c, device, batch))
     return next(fitting, choices[-1])
@@ -165,12 +150,14 @@ def fitting_settings(
 def auto_precision(device: Device) -> str:
     """The precision that ``auto`` means on a device: no, fp16 or bf16.
 
-    bfloat16 on a CUDA GPU that computes it, else float16. float32 elsewhere: CPUs emulate half
-    precision slowly, and Apple's GPUs lack the gradient scaler that float16 needs.
+    bfloat16 on an accelerator that computes it, else float16 where that can train. float32
+    elsewhere: CPUs emulate half precision slowly.
     """
-    if device.kind != "cuda":
+    if device.kind == "cpu":
         return "no"
-    return "bf16" if device.has_bf16 else "fp16"
+    if device.has_bf16:
+        return "bf16"
+    return "fp16" if device.has_gradient_scaler else "no"
 
 
 def needed_memory(
@@ -210,12 +197,15 @@ def what_would_fit(
         batch: Images per step, class images counted.
         smaller_batch: What makes a batch of one.
     """
-    half = "fp16" if device.kind == "cuda" and not device.has_bf16 else "bf16"
+    # A CPU computes bfloat16 too, slowly: `auto` does not take it.
+    half = "bf16" if device.kind == "cpu" else auto_precision(device)
     changes: list[str] = []
     changed = dict(settings)
+    if changed["mixed_precision"] == "auto":
+        changed["mixed_precision"] = auto_precision(device)
     for name, value in (("mixed_precision", half), ("gradient_checkpointing", True)):
-        is_used = changed[name] == value or (name, changed[name]) == ("mixed_precision", "fp16")
-        if not is_used:
+        saves = changed[name] == "no" != value if name == "mixed_precision" else not changed[name]
+        if saves:
             changes.append(f"{name} {'on' if value is True else value}")
             changed[name] = value
         if changes and _fits(family, resolution, changed, device, batch):

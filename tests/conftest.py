@@ -23,7 +23,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
@@ -33,13 +33,18 @@ from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 torch.set_num_threads(1)
 
-# Property tests try the same examples in every run of the suite, and as many times more as
-# DORA_DIFFUSION_FUZZ says, other ones each time.
-MORE = int(os.environ.get("DORA_DIFFUSION_FUZZ", "1"))
-settings.register_profile(
-    "dora_diffusion", max_examples=100 * MORE, derandomize=MORE == 1, deadline=None
+# Property tests try the same examples in every run of the suite, and many other ones each time in
+# the long one, `make test-properties`. Neither judges by the clock.
+suite = settings(
+    max_examples=100,
+    derandomize=True,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
 )
-settings.load_profile("dora_diffusion")
+settings.register_profile("suite", suite)
+settings.register_profile("long", suite, max_examples=10_000, derandomize=False)
+settings.load_profile("suite")
 
 
 LONGEST = ("browser", "test_wheel.py", "jobs", "integration", "commands", "training")
@@ -277,7 +282,7 @@ LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "
 def save_metric_model(model: object, folder: Path, kind: str) -> Path:
     model.save_pretrained(folder)  # type: ignore[attr-defined]
     values = PREPROCESSING | {"image_processor_type": kind}
-    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    (folder / "preprocessor_config.json").write_text(json.dumps(values), encoding="utf-8")
     return folder
 
 

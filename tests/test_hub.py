@@ -95,13 +95,14 @@ def run_folder(tmp_path: Path) -> Path:
     (folder / "photos").mkdir()
     (folder / "photos" / "001.jpg").write_bytes(b"secret photo")
     (folder / "pytorch_lora_weights.safetensors").write_bytes(b"adapter")
-    (folder / "README.md").write_text("# sks mug\n")
-    (folder / "log.txt").write_text("secret log")
-    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    (folder / "README.md").write_text("# sks mug\n", encoding="utf-8")
+    (folder / "log.txt").write_text("secret log", encoding="utf-8")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
     (folder / "samples" / "adapted.png").write_bytes(b"picture")
     (folder / "config.yaml").write_text(
         f"instance_data_dir: {folder}/photos\noutput_dir: {folder}\nrank: 8\n"
-        "pretrained_model_name_or_path: org/model\n"
+        "pretrained_model_name_or_path: org/model\n",
+        encoding="utf-8",
     )
     return folder
 
@@ -117,6 +118,7 @@ def push(hub: FakeHub, folder: Path, *flags: str, **environment: str) -> Any:
         capture_output=True,
         text=True,
         check=False,
+        encoding="utf-8",
     )
 
 

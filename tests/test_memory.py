@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,9 @@ def test_less_is_taken_with_checkpointing_and_more_by_larger_images() -> None:
 @pytest.mark.parametrize(
     ("device", "precision"),
     [(card(38), "bf16"), (card(38, bf16=False), "fp16"), (Device("cpu", "CPU", 64.0), "no"),
-     (Device("mps", "Apple GPU", 64.0), "no")],
+     (Device("mps", "Apple GPU", 64.0), "bf16"), (Device("xpu", "Arc", 64.0), "bf16"),
+     (Device("mps", "Apple GPU", 64.0, has_bf16=False), "fp16"),
+     (Device("mps", "Apple GPU", 64.0, has_bf16=False, has_gradient_scaler=False), "no")],
 )  # fmt: skip
 def test_with_memory_to_spare_the_quick_settings_stay(device: Device, precision: str) -> None:
     assert fitting_settings("sdxl", 1024, device) == {
@@ -134,9 +137,8 @@ def test_a_cpu_goes_to_bfloat16_where_float32_does_not_fit() -> None:
     assert fitting_settings("sd1", 512, Device(free_gib=free - 0.01))["mixed_precision"] == "bf16"
 
 
-def test_8_bit_adam_is_for_a_gpu_with_bitsandbytes_alone() -> None:
-    cpu = Device("cpu", "CPU", 1.0, has_8bit_adam=True)
-    assert fitting_settings("sdxl", 1024, cpu)["optimizer"] == "adamw"
+def test_8_bit_adam_is_for_a_device_with_bitsandbytes_alone() -> None:
+    assert fitting_settings("sdxl", 1024, card(1.0, adam=True))["optimizer"] == "adamw8bit"
     assert fitting_settings("sdxl", 1024, card(1.0))["optimizer"] == "adamw"
 
 
@@ -161,6 +163,18 @@ def test_what_to_change_is_said_and_then_fits() -> None:
     assert what_would_fit("sdxl", 1024, saving, card(0.5)) == ""
 
 
+def test_a_change_without_effect_is_not_proposed() -> None:
+    saved = needed_memory("sdxl", 1024, HALF | {"gradient_checkpointing": True}, A100)
+    for precision in ("auto", "bf16", "fp16"):
+        settings = HALF | {"mixed_precision": precision}
+        said = what_would_fit("sdxl", 1024, settings, card(saved))
+        assert said == "gradient_checkpointing on"
+    old = Device("mps", "Apple GPU", 1.0, has_bf16=False, has_gradient_scaler=False)
+    single = HALF | {"mixed_precision": "no"}
+    old = replace(old, free_gib=needed_memory("sdxl", 1024, single, old) - 0.01)
+    assert what_would_fit("sdxl", 1024, single, old) == "gradient_checkpointing on"
+
+
 def test_auto_is_what_the_device_makes_of_it() -> None:
     auto = {"mixed_precision": "auto", "gradient_checkpointing": False}
     for device, precision in ((A100, "bf16"), (Device("cpu", "CPU", 9.0), "no")):
@@ -170,7 +184,7 @@ def test_auto_is_what_the_device_makes_of_it() -> None:
 
 def test_this_machine_is_described() -> None:
     device = describe_device()
-    assert device.kind in ("cpu", "cuda", "mps")
+    assert device.kind in ("cpu", "cuda", "mps", "xpu")
     assert device.name
     assert device.free_gib is None or device.free_gib > 0
 

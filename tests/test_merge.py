@@ -219,7 +219,9 @@ def test_a_merge_is_the_same_bits_on_any_number_of_threads() -> None:
     outputs = []
     for threads in ("1", "2", "4"):
         command = [sys.executable, "-c", _MERGE_WITH_THREADS, threads]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True, encoding="utf-8"
+        )
         outputs.append(done.stdout.splitlines())
     assert len(outputs[0]) == 18
     assert outputs[1] == outputs[0]

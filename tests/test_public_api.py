@@ -42,7 +42,9 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 def test_help_shows_names_signatures_and_docstrings():
     """In a process of its own, where no name has been used yet."""
     code = "import dora_diffusion; print(*dir(dora_diffusion)); help(dora_diffusion)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     names, _, text = done.stdout.partition("\n")
     assert set(dora_diffusion.__all__) <= set(names.split())
     assert "train(config: 'TrainConfig'" in text
@@ -71,7 +73,9 @@ def test_importing_imports_nothing_heavy():
         "dora_diffusion.TrainConfig\n"
         f"print(*[name for name in {HEAVY} if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     assert done.stdout.split() == []
 
 

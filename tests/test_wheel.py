@@ -52,6 +52,7 @@ class Installed:
             env=environment(),
             capture_output=True,
             text=True,
+            encoding="utf-8",
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -70,7 +71,11 @@ def build(kind: str, source: Path, output: Path) -> Path:
         f"print(build_meta.build_{kind}(sys.argv[1]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(output)], cwd=source, capture_output=True, text=True
+        [sys.executable, "-c", code, str(output)],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     return output / done.stdout.splitlines()[-1]
@@ -83,7 +88,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     # Built in a copy: setuptools leaves its traces in the tree.
     shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
     shutil.copytree(ROOT / ".ci", folder / "source" / ".ci")
-    for name in (".gitignore", ".pre-commit-config.yaml"):
+    for name in (".gitattributes", ".gitignore", ".pre-commit-config.yaml"):
         shutil.copy(ROOT / name, folder / "source")
     sdist = build("sdist", folder / "source", folder / "dist")
     with tarfile.open(sdist) as archive:
@@ -107,6 +112,7 @@ def test_the_source_distribution_is_the_repository(installed):
         cwd=ROOT,
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     if tracked.returncode:
         pytest.skip("this is no clone")
@@ -178,7 +184,9 @@ def test_it_trains_on_a_sample_from_an_empty_folder(installed):
     installed.run(*command.split(), *less.split())
     results = installed.empty / "dreambooth-output" / "bolt_mug"
     assert (results / "pytorch_lora_weights.safetensors").is_file()
-    assert "instance_data_dir: mine/bolt_mug" in (results / "config.yaml").read_text()
+    assert "instance_data_dir: mine/bolt_mug" in (results / "config.yaml").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.slow
@@ -200,6 +208,7 @@ def app(installed) -> Iterator[subprocess.Popen[str]]:
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
     )
     yield process
     process.kill()
@@ -232,6 +241,7 @@ def test_a_user_s_program_passes_mypy_strictly(installed):
         env=environment(),
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     errors = [line for line in done.stdout.splitlines() if ": error: " in line]
     assert [line.partition(": error: ")[0] for line in errors] == ["wrong.py:3", "wrong.py:4"]

@@ -1,1 +1,1 @@
-"""Programs beside the package, run from a clone with the package installed."""
+"""Programs beside the package, run from a clone."""

@@ -15,6 +15,7 @@ from dora_diffusion.adapters.state import (
     load_adapter_state,
 )
 from dora_diffusion.families import FAMILIES
+from dora_diffusion.formats.adapter.embeddings import NOT_BESIDE_IT
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
@@ -22,6 +23,7 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
+from dora_diffusion.wording import listing
 
 
 def save_adapter(
@@ -81,7 +83,7 @@ def load_adapter(
         The file's metadata.
 
     Warns:
-        UserWarning: Of an alpha that the file does not say.
+        UserWarning: Of an alpha that the file does not say, and of trained tokens in it.
 
     Raises:
         AdapterFormatError: If it cannot be read without guessing.
@@ -97,16 +99,38 @@ def load_adapter(
         >>> load_adapter(model, file).format_version
         '1'
     """
-    components = _as_components(components)
+    adapter = attach_file(_as_components(components), path, name=name, family=family, alpha=alpha)
+    if adapter.tokens:
+        warnings.warn(
+            f"{find_adapter(path).name}: tokens were trained with it, {listing(adapter.tokens)}, "
+            "which live modules alone cannot take up; load_adapted adds them to the tokenizer, and "
+            "convert writes them to files",
+            stacklevel=2,
+        )
+    return adapter.metadata
+
+
+def attach_file(
+    components: LiveModules,
+    path: str | Path,
+    *,
+    name: str = DEFAULT_NAME,
+    family: str = "",
+    alpha: float | None = None,
+) -> AdapterFile:
+    """Do what `load_adapter` does, but for the file's trained tokens, which it returns."""
     adapter = read_adapter(path, LiveWeights(components, FAMILIES.get(family)), alpha=alpha)
     for assumption in adapter.assumptions:
         warnings.warn(
             f"{find_adapter(path).name}: {assumption}; if it was trained with another, give "
             "--alpha",
-            stacklevel=2,
+            stacklevel=3,
         )
+    for note in adapter.notes:
+        if NOT_BESIDE_IT in note:
+            warnings.warn(f"{find_adapter(path).name}: {note}", stacklevel=3)
     load_adapter_state(components, adapter.layers, name=name)
-    return adapter.metadata
+    return adapter
 
 
 def _as_components(components: nn.Module | LiveModules) -> LiveModules:

@@ -27,8 +27,9 @@ _RUNNING = {
     "merge": "merging",
     "compare": "comparing",
     "push": "publishing",
+    "analyze": "analyzing",
 }
-_UNITS = {"train": "step", "compare": "image", "push": "commit"}
+_UNITS = {"train": "step", "compare": "image", "push": "commit", "analyze": "layer"}
 
 
 def esc(value: object) -> str:
@@ -251,7 +252,7 @@ def definitions(values: Mapping[str, Any]) -> str:
 
 def _address(path: Any) -> str:
     """Where the server gives out a file of a folder that it may."""
-    return esc(f"gradio_api/file={quote(str(path.resolve()))}?{path.stat().st_mtime_ns}")
+    return esc(f"gradio_api/file={quote(path.resolve().as_posix())}?{path.stat().st_mtime_ns}")
 
 
 def image(path: Any, text: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dora_diffusion.config import ConfigError
+from dora_diffusion.jobs.workspace import Workspace
 from dora_diffusion.toy import samples_folder
 
 AUTH_VARIABLE = "DORA_DIFFUSION_AUTH"
@@ -26,10 +27,11 @@ class Launch:
     port: int | None = None
     share: bool = False
     auth: tuple[str, str] | None = None
-    runs_dir: Path = Path("runs")
+    runs_dir: Path = field(default_factory=Workspace.default_root)
     samples: Path = field(default_factory=samples_folder)
     models: tuple[str, ...] = ()
     model_folders: tuple[Path, ...] = ()
+    browser: bool = False
 
     def __post_init__(self) -> None:
         if self.port is not None and not 1 <= self.port <= 65535:

@@ -1,4 +1,4 @@
-"""The page: masthead, four tabs, and the one clock that keeps them true."""
+"""The page: masthead, four tabs, a footer, and the one clock that keeps them true."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context
-from dora_diffusion.app.views import generate, library, run, subject, train
+from dora_diffusion.app.views import generate, library, report, run, subject, train
 from dora_diffusion.app.views.fields import QUIET, filled, html_block
 
 TICK_SECONDS = 2.0
@@ -32,6 +32,7 @@ def build_page(context: Context) -> gr.Blocks:
                 generating = generate.GenerateTab(context)
             with gr.Tab("Library", id="library", render_children=True):
                 shelves = library.LibraryTab()
+        report.add_report(context)
         size = [training.model, training.advanced["resolution"]]
         subject.connect(context, subjects, blocks, size)
         train.connect(context, training, subjects, train_tab.select, blocks)

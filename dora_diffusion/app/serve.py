@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import webbrowser
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,23 +13,27 @@ from typing import Any
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
 from dora_diffusion.jobs.uploads import MAX_BYTES
+from dora_diffusion.system import INTERRUPTS
 
 STYLE = Path(__file__).with_name("style.css")
 
 
 def serve(launch: Launch) -> None:
-    """Serve until SIGINT or SIGTERM. Running jobs continue without the app."""
+    """Serve until Ctrl-C, Ctrl-Break or SIGTERM. Running jobs continue without the app."""
     ended = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:
         ended.set()
 
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
+    for number in (*INTERRUPTS, signal.SIGTERM):
+        signal.signal(number, end)
     context, blocks, address = start(launch)
     try:
         print(f"open {address}", flush=True)
-        ended.wait()
+        if launch.browser:
+            webbrowser.open(address)
+        while not ended.wait(1):  # Windows lets no signal through a wait without an end.
+            pass
     finally:
         context.queue.close()
         blocks.close(verbose=False)
@@ -40,6 +45,8 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
     # Uploads stay inside the runs folder. Gradio reads this when it is imported.
     os.environ["GRADIO_TEMP_DIR"] = str(context.workspace.cache.resolve())
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Not `launch(run_history=False)`: earlier releases have neither the history nor the argument.
+    os.environ["GRADIO_RUN_HISTORY"] = "False"
     from dora_diffusion.app.page import build_page
     from dora_diffusion.app.theme import HEAD, make_theme
 
@@ -61,7 +68,6 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
         max_file_size=MAX_BYTES,
         # Gradio's "Settings" would offer to record the screen.
         footer_links=[],
-        run_history=False,
         ssr_mode=False,
         pwa=False,
         mcp_server=False,

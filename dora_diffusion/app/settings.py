@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import Setting, TrainConfig, settings, without_effect
+from dora_diffusion.console.shell import shown_command
 from dora_diffusion.families import FAMILIES, USUAL
 from dora_diffusion.jobs.base_model import UNKNOWN, traits_of
 from dora_diffusion.jobs.errors import RequestError
@@ -77,6 +77,12 @@ def preset_values(preset: str, model: str, device: Device | None = None) -> dict
     else:
         values |= _released_values(preset, model, device or Device())
     return {name: values[name] for name in ADVANCED}
+
+
+def default_guidance(model: str) -> float:
+    """The guidance scale that a base model's samples are made with, unless told otherwise."""
+    values = TrainConfig().to_dict() | (dict(_EMBEDDED_COMMON) if is_embedded(model) else {})
+    return float(values["validation_guidance_scale"])
 
 
 def _released_values(preset: str, model: str, device: Device) -> dict[str, Any]:
@@ -192,17 +198,16 @@ def command_line(config: TrainConfig) -> str:
         >>> command_line(TrainConfig(rank=4)).splitlines()[-1].strip()
         '--rank 4'
     """
-    default, words = TrainConfig(), []
+    default, lines = TrainConfig(), [["python", "-m", "dora_diffusion", "train"]]
     for name in SETTINGS:
         value = getattr(config, name)
         if value == getattr(default, name) and name != "pretrained_model_name_or_path":
             continue
         if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            words.append(f"--{name} {' '.join(shlex.quote(str(item)) for item in value)}")
+            lines.append([f"--{name}" if value else f"--no-{name}"])
         else:
-            words.append(f"--{name} {shlex.quote(str(value))}")
+            values = value if isinstance(value, list) else [value]
+            lines.append([f"--{name}", *map(str, values)])
     # With the threads that a job has: another number may round the last bits otherwise.
-    threads = "OMP_NUM_THREADS=1 " if is_embedded(config.pretrained_model_name_or_path) else ""
-    return " \\\n    ".join([f"{threads}python -m dora_diffusion train", *words])
+    is_small = is_embedded(config.pretrained_model_name_or_path)
+    return shown_command(lines, "OMP_NUM_THREADS=1" if is_small else "")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dora_diffusion.app.launch import AUTH_VARIABLE, Launch
 from dora_diffusion.config import ConfigError
+from dora_diffusion.jobs.workspace import Workspace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--share", action="store_true", help="Make a public link (needs --auth).")
     parser.add_argument("--auth", metavar="NAME:PASSWORD", help=f"Login; or set {AUTH_VARIABLE}.")
     parser.add_argument(
-        "--runs_dir", type=Path, default=Path("runs"), help="Folder of runs and photos."
+        "--runs_dir",
+        type=Path,
+        default=Workspace.default_root(),
+        help="Folder of runs and photos. Default: %(default)s.",
     )
     parser.add_argument(
         "--models",
@@ -36,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Folders to look for base models in. Others: DORA_DIFFUSION_MODELS, COMFYUI_PATH, "
         "A1111_PATH, and a line each in RUNS_DIR/model_folders.txt.",
     )
+    parser.add_argument("--browser", action="store_true", help="Open the page in the browser.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,6 +67,7 @@ def launch_from(args: argparse.Namespace) -> Launch:
         runs_dir=args.runs_dir,
         models=tuple(args.models),
         model_folders=tuple(args.model_folders),
+        browser=args.browser,
     )
 
 

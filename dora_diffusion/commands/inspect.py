@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dora_diffusion.commands.options import add_base
 from dora_diffusion.console.tables import print_json, print_rows
 from dora_diffusion.families import FAMILIES
+from dora_diffusion.wording import counted
 
 if TYPE_CHECKING:
     from dora_diffusion.export import AdapterReport
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 # Facts of the metadata that have rows of their own, or are about the file's layers.
 _SHOWN = (
     "trained_alpha", "prediction_type", "approximates", "approximation_error",
-    "unet_layers_per_block",
+    "unet_layers_per_block", "embeddings",
 )  # fmt: skip
 _UNKNOWN = "unknown; convert with --family"
 
@@ -55,6 +56,7 @@ def _facts(report: AdapterReport) -> list[tuple[str, str]]:
         ("layers", f"{_listed(report.layers)}; {_listed(report.kinds)}"),
         ("values", f"{report.parameters:,}"),
         ("trigger", metadata.trigger),
+        ("tokens", _listed_tokens(report.tokens)),
         ("base model", metadata.base_model),
         ("predicts", metadata.extra.get("prediction_type", "")),
         ("resolution", f"{metadata.resolution} px" if metadata.resolution else ""),
@@ -87,6 +89,10 @@ def _key_format(name: str) -> str:
 
 def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _listed_tokens(tokens: Mapping[str, int]) -> str:
+    return ", ".join(f"{token} ({counted(count, 'vector')})" for token, count in tokens.items())
 
 
 def _one_or_range(text: str) -> str:

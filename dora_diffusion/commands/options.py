@@ -58,6 +58,11 @@ def add_dtype(parser: argparse.ArgumentParser, text: str, *, default: str | None
     )
 
 
+def add_variant(parser: argparse.ArgumentParser) -> None:
+    """Add ``--variant``."""
+    parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
+
+
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """Add ``--overwrite``."""
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
@@ -67,10 +72,9 @@ def add_adapted_model(parser: argparse.ArgumentParser) -> None:
     """Add what `load_adapted_model` takes besides ``--base`` and the adapter."""
     add_dtype(
         parser,
-        "Precision. auto: bfloat16 on a GPU that computes it, else float16; float32 on a CPU "
-        "and on Apple's GPUs.",
+        "Precision. auto: bfloat16 on a GPU that computes it, else float16; float32 on a CPU.",
     )
-    _add_variant(parser)
+    add_variant(parser)
     parser.add_argument(
         "--config",
         help="Diffusers folder with the configuration of a single-file base. Default: the "
@@ -93,7 +97,7 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     )
     add_alpha(parser)
     parser.add_argument("--vae", help="Another VAE: folder, hub id or .safetensors file.")
-    _add_variant(parser)
+    add_variant(parser)
     _add_strengths(parser, _STRENGTHS | _COMPONENT_STRENGTHS)
 
 
@@ -171,10 +175,6 @@ def warn_without_effect(args: argparse.Namespace) -> None:
         reasons["config"] = "the output is a single file, which holds none"
     for name, reason in reasons.items():
         warnings.warn(f"{name} has no effect because {reason}", stacklevel=2)
-
-
-def _add_variant(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
 
 
 def _add_strengths(parser: argparse.ArgumentParser, texts: dict[str, str]) -> None:

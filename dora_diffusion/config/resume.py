@@ -47,5 +47,6 @@ def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
 def _same(setting: Setting, old: Any, new: Any) -> bool:
     if old == new or not (setting.is_path and old and new):
         return bool(old == new)
-    places = [os.path.realpath(os.path.expanduser(str(value))) for value in (old, new)]
-    return places[0] == places[1] and os.path.exists(places[0])
+    # By what the file system says: names may differ in case, or be of a link.
+    places = [os.path.expanduser(str(value)) for value in (old, new)]
+    return all(map(os.path.exists, places)) and os.path.samefile(*places)

@@ -21,7 +21,7 @@ class DeviceSettings:
     mixed_precision: str = flag(
         "auto",
         "Precision of the frozen model. auto: what accelerate launch was given, else bf16 on a "
-        "GPU that computes it and fp16 on others; float32 (no) on a CPU and on Apple's GPUs.",
+        "GPU that computes it and fp16 on others; float32 (no) on a CPU.",
         choices=PRECISIONS,
         resume="free",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +12,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from dora_diffusion.console.progress import say
+from dora_diffusion.system import is_windows
 
 FAILED, OUT_OF_MEMORY = 1, 3
+_LONGEST_PATH = 260
 # What uses less memory, by command.
 _MEMORY_ADVICE = {
     "train": "lower --resolution, --train_batch_size or --rank, or use --gradient_checkpointing "
     "and --mixed_precision bf16",
     "generate": "lower --batch_size, --width and --height, or use --dtype float16",
 }
-# How torch's CPU allocator says it, which has no class of its own: on Linux and on Windows.
-_CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+# Of a defect's message, which may be that of a library and go on for pages.
+_LONG = 300
+# How torch's allocators say it that have no class of their own: a CPU's on Linux and on Windows,
+# and Apple's GPU's.
+_OUT_OF_MEMORY = (
+    "can't allocate memory", "not enough memory", "std::bad_alloc", "backend out of memory",
+)  # fmt: skip
 
 
 @dataclass
@@ -35,11 +43,11 @@ def reporting_errors(command: str = "", *, debug: bool) -> Iterator[Outcome]:
     """Turn errors into an exit code and a last line on stderr, and warnings into lines.
 
     Errors that a user can act on (`ValueError`, `OSError` and what derives from them) are one
-    line. Others are defects, and keep their traceback.
+    line. Others are defects: that line comes below their traceback, and asks for a report.
 
     Args:
         command: The command that runs, for advice.
-        debug: Let every error through with its traceback; ``DORA_DIFFUSION_DEBUG=1`` does too.
+        debug: Let every error through as it is; ``DORA_DIFFUSION_DEBUG=1`` does too.
     """
     outcome = Outcome()
     debug = debug or os.environ.get("DORA_DIFFUSION_DEBUG") == "1"
@@ -52,8 +60,11 @@ def reporting_errors(command: str = "", *, debug: bool) -> Iterator[Outcome]:
             outcome.code = 130
         except Exception as error:
             code, line = explain(error, command)
-            if debug or line is None:
+            if debug:
                 raise
+            if line is None:
+                traceback.print_exception(error)
+                line = asking_for_report(error)
             print(f"error: {line}", file=sys.stderr)
             outcome.code = code
 
@@ -63,21 +74,49 @@ def explain(error: Exception, command: str = "") -> tuple[int, str | None]:
     if is_out_of_memory(error):
         advice = _MEMORY_ADVICE.get(command, "close other programs, or use a larger machine")
         return OUT_OF_MEMORY, f"out of memory; {advice}"
+    if isinstance(error, OSError) and is_windows() and len(str(error.filename)) >= _LONGEST_PATH:
+        return FAILED, (
+            f"{error.filename} has more than the {_LONGEST_PATH} characters that Windows allows a "
+            "path; choose a folder nearer to the drive, or turn LongPathsEnabled on"
+        )
     if isinstance(error, FileNotFoundError) and error.filename:
         return FAILED, f"{error.filename} does not exist"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return FAILED, f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
         return FAILED, _one_line(error.strerror)
+    if isinstance(error, ImportError) and not (error.name or "").startswith("dora_diffusion"):
+        return FAILED, (
+            f"{_one_line(str(error))}; a package is missing or does not fit the others: "
+            "`dora-diffusion env` says which, and installing again mends it"
+        )
     known = isinstance(error, (ValueError, OSError)) or type(error).__name__ == "TrainingError"
     return FAILED, _one_line(str(error)) if known and str(error) else None
+
+
+def asking_for_report(error: Exception | str, place: str = "") -> str:
+    """The line that a defect ends with.
+
+    Args:
+        error: The exception, or what is to be told of it.
+        place: Where its traceback is, where that is not above this line.
+    """
+    if isinstance(error, Exception):
+        error = traceback.format_exception_only(error)[-1]
+    text = _one_line(error)
+    if len(text) > _LONG:
+        text = f"{text[:_LONG].rstrip()} ..."
+    return (
+        f"unexpected {text}; this is a bug: please report it, with the traceback{place} and with "
+        'what `dora-diffusion env` prints (in the app: "For a bug report")'
+    )
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(t in str(error) for t in _CPU_OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(t in str(error) for t in _OUT_OF_MEMORY)
 
 
 def _one_line(text: str) -> str:

@@ -39,6 +39,7 @@ class ProgressBar:
 
         if self._bar is None:
             self._bar = tqdm(total=total, initial=done, **self._options)
+        self._bar.total = total
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:

@@ -20,6 +20,16 @@ def print_rows(rows: Sequence[tuple[str, str]]) -> None:
             print(" " * indent + line)
 
 
+def rows_text(rows: Sequence[tuple[str, str]]) -> str:
+    """Names in one column and texts in the other, each on one line; a name said once."""
+    indent = max(len(name) for name, _ in rows) + 2
+    names = [name for name, _ in rows]
+    shown = [
+        "" if name == before else name for name, before in zip(names, ["", *names], strict=False)
+    ]
+    return "\n".join(f"{name:<{indent}}{text}" for name, (_, text) in zip(shown, rows, strict=True))
+
+
 def print_json(value: Any) -> None:
     """Print a report for scripts; what JSON does not have, such as a path, as text."""
     print(json.dumps(value, indent=2, default=str))

@@ -18,9 +18,10 @@ from dora_diffusion.export.folder.write import write_folder
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec
 from dora_diffusion.export.merged import MergedModel
 from dora_diffusion.export.notes import MergeNotes
-from dora_diffusion.export.output import OnProgress, check_output
+from dora_diffusion.export.output import OnProgress, check_output, refuse_existing
 from dora_diffusion.export.single_file import write_single_file
 from dora_diffusion.export.vae import VaeFile, WithVae, open_vae
+from dora_diffusion.formats.adapter.embeddings import said_of_embeddings, write_embeddings
 from dora_diffusion.formats.adapter.file import find_adapter
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel
 
@@ -44,6 +45,10 @@ def export_checkpoint(
     on_progress: OnProgress | None = None,
 ) -> Path:
     """Merge adapters into a base model and write the result.
+
+    Tokens that were trained with an adapter are no part of a model of the base's vocabulary: they
+    go to textual-inversion files, in a folder ``embeddings`` beside a single file or inside of a
+    folder.
 
     Args:
         base: A diffusers folder, a hub id, ``embedded:NAME``, or a single ``.safetensors``
@@ -75,6 +80,9 @@ def export_checkpoint(
         ExportError: If the output exists, or the written file fails its check.
         MergeError, AdapterFormatError: If an adapter does not fit the base.
         DiskFullError: If there is not enough space; nothing is changed then.
+
+    Warns:
+        UserWarning: Of an alpha that was assumed, and of the files that tokens went to.
     """
     output = Path(output).expanduser()
     spec = MergeSpec(
@@ -92,10 +100,16 @@ def export_checkpoint(
         read = spec.read(weights, alpha)
         for assumption in spec.assumptions(read):
             warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
+        embeddings = spec.embeddings(read, output)
+        refuse_existing((file for files in embeddings for file in files.values()), overwrite)
         merged = MergedModel(weights, spec.weighted(read), dtype)
         notes = MergeNotes(model, spec, read, output)
         stack.callback(notes.close)
         _write(merged, model, output, notes, config, new_vae, on_progress)
+        for adapter, files in zip(read, embeddings, strict=True):
+            write_embeddings(files, adapter.tokens)
+    for said in (said for files in embeddings for said in said_of_embeddings(files)):
+        warnings.warn(f"{output.name}: {said}", stacklevel=2)
     return output
 
 

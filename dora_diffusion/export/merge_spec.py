@@ -7,12 +7,14 @@ import json
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from dora_diffusion.export.output import ExportError
+from dora_diffusion.formats.adapter.embeddings import embedding_files
 from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
 from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.adapter.targets.peft import PEFT_FILE
@@ -122,6 +124,18 @@ class MergeSpec:
             for name, adapter in zip(names, adapters, strict=True)
             for assumption in adapter.assumptions
         ]
+
+    def embeddings(self, adapters: Sequence[AdapterFile], output: Path) -> list[dict[str, Path]]:
+        """Where the tokens of each adapter that `read` gave go, by token."""
+        folder = output.parent if output.suffix == ".safetensors" else output
+        stems: Counter[str] = Counter()
+        files = []
+        for adapter, (path, _) in zip(adapters, self.pairs(), strict=True):
+            stem = find_adapter(path).stem
+            stems[stem] += 1
+            number = f"_{stems[stem]}" if stems[stem] > 1 else ""
+            files.append(embedding_files(folder, stem + number, adapter.tokens))
+        return files
 
     def weighted(self, adapters: Sequence[AdapterFile]) -> list[WeightedAdapter]:
         """The adapters that `read` gave, with the strengths of each component."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from dora_diffusion import system
 from dora_diffusion.formats.files.atomic import DiskFullError, disk_full
 from dora_diffusion.formats.files.header import PICKLED
 
@@ -78,14 +78,24 @@ def check_output(output: Path, base: Path, inputs: Sequence[Path], overwrite: bo
             raise ExportError(
                 f"{output} is or holds {path.name}, which is read for it; choose another name"
             )
-    if not overwrite:
-        raise ExportError(f"{output} exists; choose another name, or overwrite it (--overwrite)")
+    refuse_existing([output], overwrite)
     if output.is_dir() and output.suffix == ".safetensors":
         raise ExportError(f"{output} is a folder; a single file cannot replace it")
     if output.is_dir() and any(output.iterdir()) and not (output / "model_index.json").is_file():
         raise ExportError(f"{output} is a folder but not a model; it will not be replaced")
     if output.is_file() and output.suffix != ".safetensors":
         raise ExportError(f"{output} is a file but not a model; it will not be replaced")
+
+
+def refuse_existing(outputs: Iterable[Path], overwrite: bool) -> None:
+    """Refuse outputs that exist, where nothing is to be overwritten.
+
+    Raises:
+        ExportError: Of the first that does.
+    """
+    for path in outputs:
+        if path.exists() and not overwrite:
+            raise ExportError(f"{path} exists; choose another name, or overwrite it (--overwrite)")
 
 
 @contextlib.contextmanager
@@ -105,13 +115,13 @@ def temporary_sibling(output: Path) -> Iterator[Path]:
 def replace_folder(temporary: Path, output: Path) -> None:
     """Move a finished folder to its place; a folder that is there goes only once it is replaced."""
     if not output.exists():
-        os.rename(temporary, output)
+        system.replace(temporary, output)
         return
     with temporary_sibling(output) as old:
         try:
-            os.rename(output, old)
-            os.rename(temporary, output)
+            system.replace(output, old)
+            system.replace(temporary, output)
         except BaseException:  # an interruption, too
             if old.exists() and not output.exists():
-                os.rename(old, output)
+                system.replace(old, output)
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dora_diffusion.console.programs import where_it_works
 from dora_diffusion.formats.adapter.conversions import CONVERSIONS
+from dora_diffusion.formats.files.names import file_stem
 from dora_diffusion.jobs.checkpoints import chosen_adapter
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.snapshot import Job
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def formats() -> dict[str, str]:
-    """Adapter format -> where it is exact."""
-    return {name: conversion.summary for name, conversion in CONVERSIONS.items()}
+    """Adapter format -> where it is exact; those alone for which nothing else is asked."""
+    return {name: kind.summary for name, kind in CONVERSIONS.items() if not kind.needs_rank}
 
 
 @dataclass(frozen=True)
@@ -116,5 +116,4 @@ def file_name(job: Job, what: str, checkpoint: str = "") -> str:
         checkpoint: One of the run's; default: what stands for it.
     """
     step = job.step_of(checkpoint or job.stands)
-    trigger = re.sub("[^a-z0-9]+", "-", job.trigger.lower()).strip("-")[:60] or "subject"
-    return f"{trigger}-{job.id[:15]}-step-{step}-{what}"
+    return f"{file_stem(job.trigger, 'subject')}-{job.id[:15]}-step-{step}-{what}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from dora_diffusion.console.errors import asking_for_report
 from dora_diffusion.jobs.records import LOG
 
 _LOG_BYTES = 60_000
@@ -102,5 +103,5 @@ def last_error(folder: Path) -> str:
         if line.startswith("error: "):
             return line.removeprefix("error: ")
     if "Traceback (most recent call last)" in text and lines:
-        return f"unexpected error, please report it with the log: {lines[-1]}"
+        return asking_for_report(lines[-1])
     return ""

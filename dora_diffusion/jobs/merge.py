@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from pathlib import Path
 
+from dora_diffusion.console.shell import shown_command
 from dora_diffusion.jobs.checkpoints import chosen_adapter
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.exports import file_name
@@ -48,7 +48,7 @@ def merge_command(request: MergeRequest) -> str:
     for name in ("vae", "config", "variant"):
         value = getattr(request, name)
         words += [f"--{name}", value] if value else []
-    return "python -m dora_diffusion export " + " ".join(map(shlex.quote, words))
+    return shown_command([["python", "-m", "dora_diffusion", "export", *words]])
 
 
 def run_merge(request: MergeRequest, note: ProgressFile) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from dora_diffusion import system
 from dora_diffusion.data.images import MAX_ASPECT, open_photo, open_photo_with_alpha
 from dora_diffusion.data.masks import mask_path
 from dora_diffusion.jobs.errors import RequestError
@@ -100,4 +101,4 @@ def restore_original(photo: Path) -> None:
     """Undo crop and mask."""
     mask_path(photo).unlink(missing_ok=True)
     if original_of(photo).exists():
-        original_of(photo).replace(photo)
+        system.replace(original_of(photo), photo)

@@ -3,80 +3,89 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock
-    fcntl = None  # type: ignore[assignment]
+import psutil
+from filelock import FileLock, Timeout
+
+_POLL_SECONDS = 0.05
 
 
-def process_start(pid: int) -> str | None:
-    """When a process was started, in the system's own words; None if it is gone or a zombie.
+def start_time(pid: int) -> float | None:
+    """When a process was started, in seconds since 1970; None if it is gone or a zombie."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
 
-    A pid alone is not enough: the system gives it to another process later.
+
+def find_process(
+    pid: object, start: object, is_ours: Callable[[list[str]], bool]
+) -> psutil.Process | None:
+    """The living process of a pid, if it is the one that was noted.
+
+    A pid alone is not enough: the system gives it to another process later. It is ours if it was
+    started at the noted time. Where the clock was set since, the system tells another time, and
+    earlier versions noted it in other words: then its command line says whether it is ours.
+
+    Args:
+        pid: What was noted as its pid.
+        start: What was noted as its start; see `start_time`.
+        is_ours: Knows it by the words of its command line.
     """
-    if Path("/proc/self/stat").exists():
-        try:
-            text = Path(f"/proc/{pid}/stat").read_text()
-        except OSError:
+    if not isinstance(pid, int) or pid <= 0:
+        return None
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
             return None
-        # The command in brackets may hold spaces; the state is the field after it.
-        fields = text.rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    answer = subprocess.run(
-        ["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
-    ).stdout.split(maxsplit=1)
-    return answer[1].strip() if len(answer) == 2 and "Z" not in answer[0] else None
+        is_the_one = process.create_time() == start or is_ours(process.cmdline())
+        return process if is_the_one else None
+    except psutil.Error:  # it is gone, or another user's
+        return None
 
 
-def is_alive(pid: object, start: object) -> bool:
-    """Whether the process of this pid still is the one that started then."""
-    return isinstance(pid, int) and start is not None and process_start(pid) == start
-
-
-def end_group(pid: int, start: str, number: signal.Signals) -> bool:
-    """Send a signal to a process and its children, if it still is the one that started then."""
-    if not is_alive(pid, start):
-        return False
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, number)
-    return True
+def end_tree(process: psutil.Process) -> None:
+    """End a process and all that it has started, at once."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.suspend()  # so that it starts no more of them meanwhile
+        for one in (*process.children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 class Lock:
-    """An flock on a file: the kernel frees it when its holder ends, however that happens."""
+    """A lock on a file, which the system frees when its holder ends, however that happens.
+
+    Raises:
+        OSError: When it is taken, if the disk has no locks.
+    """
 
     def __init__(self, path: Path) -> None:
-        if fcntl is None:
-            raise OSError("the app needs a system with flock (Linux, macOS or WSL)")
         self.path = path
-        self._file: int | None = None
+        # One thread may take what another one frees.
+        self._lock = FileLock(path, mode=0o600, thread_local=False)
 
     def take(self, *, wait: bool = False) -> bool:
-        """Take the lock; without ``wait``, False if another holds it."""
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(file)
+        """Take the lock; without ``wait``, False if another holds it, or this object."""
+        if self._lock.is_locked:
             return False
-        except BaseException:
-            os.close(file)
-            raise
-        self._file = file
+        try:
+            self._lock.acquire(timeout=-1 if wait else 0, poll_interval=_POLL_SECONDS)
+        except Timeout:
+            return False
+        except NotImplementedError as error:
+            raise OSError(
+                f"the disk of {self.path} has no locks; choose another folder (--runs_dir)"
+            ) from error
         return True
 
     def free(self) -> None:
         """Give the lock back."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        self._lock.release()
 
 
 @contextlib.contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -13,9 +13,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
+from dora_diffusion import system
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.processes import Lock, end_group, is_alive, process_start
+from dora_diffusion.jobs.processes import Lock, end_tree, find_process, start_time
 from dora_diffusion.jobs.workspace import (
     Workspace,
     ids_in,
@@ -28,6 +31,8 @@ from dora_diffusion.models.locate import is_embedded
 
 KILL_AFTER_SECONDS = 30.0
 _MOST_JOBS_WAITING = 50
+_LEAVING_SECONDS = 30.0
+_WORKER_MODULE = "dora_diffusion.jobs.worker"
 
 
 def create_job(
@@ -65,23 +70,27 @@ def create_job(
         shutil.copytree(photos, draft / "photos")
     now = time.time()
     records.write_record(draft, records.JobRecord(request, title, created=now, queued=now))
-    os.replace(draft, workspace.root / job_id)
+    system.replace(draft, workspace.root / job_id)
     return job_id
 
 
 def note_worker(folder: Path, pid: int) -> bool:
     """Write down which process works on a job; False if it is gone already."""
-    start = process_start(pid)
+    start = start_time(pid)
     if start is not None:
         write_json(folder / records.WORKER, {"pid": pid, "start": start})
     return start is not None
 
 
-def worker_of(folder: Path) -> tuple[int, str] | None:
-    """Pid and start time of a job's living process; None if there is none."""
+def worker_of(folder: Path) -> psutil.Process | None:
+    """A job's living process; None if there is none."""
+
+    def is_ours(words: list[str]) -> bool:
+        # By the job's id: the runs folder may have been renamed meanwhile.
+        return _WORKER_MODULE in words and Path(words[-1]).name == folder.name
+
     worker = read_json(folder / records.WORKER)
-    pid, start = worker.get("pid"), worker.get("start")
-    return (pid, start) if is_alive(pid, start) else None  # type: ignore[return-value]
+    return find_process(worker.get("pid"), worker.get("start"), is_ours)
 
 
 def is_waiting(folder: Path) -> bool:
@@ -137,7 +146,7 @@ def kill_job(folder: Path) -> None:
             f"stop the run first; it can be killed when it has not left {KILL_AFTER_SECONDS:.0f} "
             "seconds later"
         )
-    end_group(*worker, signal.SIGKILL)
+    end_tree(worker)
 
 
 def requeue_job(folder: Path) -> None:
@@ -172,9 +181,21 @@ def delete_job(workspace: Workspace, job_id: str) -> None:
                 f'"{record.title}" is still running and needs this run; stop it first'
             )
     for job in (*about_it, folder):
-        remove_folder(job)
+        _remove_job(job)
     if job_id in ids_in(workspace.exports):
         remove_folder(workspace.exports / job_id)
+
+
+def _remove_job(folder: Path) -> None:
+    """Delete a job's folder, where a worker that is leaving may still have its log open."""
+    try:
+        remove_folder(folder)
+    except RequestError:  # Windows keeps it
+        worker = worker_of(folder)
+        if worker is not None:
+            with contextlib.suppress(psutil.Error):
+                worker.wait(_LEAVING_SECONDS)
+        remove_folder(folder)
 
 
 class JobQueue:
@@ -237,21 +258,22 @@ class JobQueue:
 
 
 def start_worker(folder: Path) -> subprocess.Popen[bytes]:
-    """Start a job's process in a session of its own, and note who it is."""
+    """Start a job's process, which outlives this one, and note who it is."""
     (folder / records.STOP).unlink(missing_ok=True)
     # Bars are read from a file here: ten lines a second help nobody.
     environment = os.environ | {"TQDM_MININTERVAL": "2", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONIOENCODING"] = "utf-8"  # Windows has another one for what is no terminal.
     record = records.read_record(folder)
     if record is not None and is_embedded(record.request.base):
         environment.setdefault("OMP_NUM_THREADS", "1")
     with (folder / records.LOG).open("ab") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "dora_diffusion.jobs.worker", str(folder)],
+            [sys.executable, "-m", _WORKER_MODULE, str(folder)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
             env=environment,
+            **system.detached(),
         )
     # The worker writes the same, in case this process dies right here.
     if not note_worker(folder, child.pid):

@@ -93,7 +93,24 @@ class PushRequest:
     private: bool = True
 
 
-JobRequest = Union[TrainRequest, MergeRequest, CompareRequest, PushRequest]  # noqa: UP007
+@dataclass(frozen=True)
+class AnalyzeRequest:
+    """Say what a run did to the weights of its base, in a folder of files.
+
+    ``variant`` and ``revision`` say how the base is loaded, see `ModelFiles`.
+    """
+
+    kind: ClassVar[str] = "analyze"
+    run: str = ""
+    base: str = ""
+    output: str = ""
+    variant: str | None = None
+    revision: str | None = None
+
+
+JobRequest = Union[  # noqa: UP007
+    TrainRequest, MergeRequest, CompareRequest, PushRequest, AnalyzeRequest
+]
 _REQUESTS: Mapping[str, type[JobRequest]] = {kind.kind: kind for kind in get_args(JobRequest)}
 
 

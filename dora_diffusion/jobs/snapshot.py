@@ -83,7 +83,7 @@ class Job:
 
     @property
     def kind(self) -> str:
-        """``"train"``, ``"merge"``, ``"compare"`` or ``"push"``."""
+        """``"train"``, ``"merge"``, ``"compare"``, ``"push"`` or ``"analyze"``."""
         return self.request.kind
 
     @property
@@ -221,6 +221,8 @@ def _unusable_result(folder: Path, request: records.JobRequest) -> str:
     """Why a job that says it is done is not: its result must be there, and open."""
     if isinstance(request, records.MergeRequest):
         return "" if Path(request.output).exists() else "the merged model is gone"
+    if isinstance(request, records.AnalyzeRequest):
+        return "" if Path(request.output).exists() else "the analysis is gone"
     if not isinstance(request, records.TrainRequest):
         return ""
     file = result_adapter(folder)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_diffusion.devices import release_memory
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.loading import ModelFiles, load_model
 from dora_diffusion.jobs.processes import holding
@@ -107,9 +108,8 @@ class Studio:
         if self._mine.acquire(blocking=False):
             try:
                 self._loaded = self._components = None
-                torch = sys.modules.get("torch")
-                if torch is not None and torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                gc.collect()  # Weights on a CPU are a map of their file, which then is let go.
+                release_memory()
             finally:
                 self._mine.release()
 

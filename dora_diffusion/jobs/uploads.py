@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL.Image import DecompressionBombError
 
+from dora_diffusion import system
 from dora_diffusion.data.images import PhotoError, open_photo_with_alpha, sniff_format
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.processes import Lock
@@ -94,7 +94,7 @@ def _store(file: Path, folder: Path) -> Path:
         suffix = ".png"
         image.putalpha(alpha)
         image.save(temporary, format="PNG")
-    os.replace(temporary, folder / f"{name}{suffix}")
+    system.replace(temporary, folder / f"{name}{suffix}")
     return folder / f"{name}{suffix}"
 
 

@@ -5,9 +5,9 @@ It calls the same functions as the command line, and leaves with the same exit c
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
-import resource
 import signal
 import sys
 import threading
@@ -16,7 +16,9 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
+from dora_diffusion import system
 from dora_diffusion.console.errors import reporting_errors
+from dora_diffusion.devices import peak_memory
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.processes import Lock
 from dora_diffusion.jobs.queue import note_worker
@@ -50,10 +52,13 @@ def _raise_stopped(number: int, frame: FrameType | None) -> None:
 
 
 def _watch_for_stop(file: Path) -> None:
-    """Turn a records.STOP file into a SIGTERM, which the trainer answers by saving and leaving."""
+    """Turn a STOP file into a SIGTERM, which the trainer answers by saving and leaving.
+
+    The signal is Python's own: one that is sent through Windows ends a process at once.
+    """
     while not file.exists():
         time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
+    _thread.interrupt_main(signal.SIGTERM)
 
 
 def _run(folder: Path) -> int:
@@ -98,18 +103,20 @@ def _work(folder: Path, record: records.JobRecord, note: records.ProgressFile) -
             from dora_diffusion.jobs.push import run_push
 
             run_push(workspace, request, note)
+        case records.AnalyzeRequest() as request:
+            from dora_diffusion.jobs.analyze import run_analysis
+
+            run_analysis(workspace, request, note)
     return 0
 
 
 def _peaks() -> tuple[float, float | None]:
     """Most memory that was in use, in GiB, and on a GPU: the next run's estimate is from them."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    torch = sys.modules.get("torch")
+    memory = system.peak_memory()
+    gpu_memory = None
     with contextlib.suppress(Exception):
-        if torch is not None and torch.cuda.is_available():
-            return memory, torch.cuda.max_memory_allocated() / 2**30
-    return memory, None
+        gpu_memory = peak_memory()
+    return memory, None if gpu_memory is None else gpu_memory / 2**30
 
 
 if __name__ == "__main__":

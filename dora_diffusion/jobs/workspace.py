@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
+from dora_diffusion import system
 from dora_diffusion.jobs.errors import RequestError
 
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
@@ -37,6 +40,18 @@ class Workspace:
     """
 
     root: Path
+
+    @classmethod
+    def default_root(cls) -> Path:
+        """``runs`` where the app is started; on Windows the user's own folder for such data.
+
+        A program that is started from Windows' menu has no working folder that it may write to. A
+        folder ``runs`` that is there is taken all the same.
+        """
+        here = Path("runs")
+        if not system.is_windows() or here.is_dir():
+            return here
+        return Path(platformdirs.user_data_dir("dora-diffusion", appauthor=False)) / "runs"
 
     @property
     def subjects(self) -> Path:
@@ -140,22 +155,34 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write JSON so that a reader sees the old or the new file, never a part of one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}")
     temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    system.replace(temporary, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty where the file is missing or not whole."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(system.patiently(lambda: path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder; first rename it, so that a half-deleted one is never shown."""
+    """Delete a folder; first rename it, so that a half-deleted one is never shown.
+
+    Raises:
+        RequestError: If Windows does not let it go, since a file in it is open.
+    """
     doomed = folder.with_name(f".deleted-{folder.name}")
-    os.replace(folder, doomed)
+    try:
+        system.replace(folder, doomed)
+    except PermissionError as error:
+        if not system.is_in_use(error):
+            raise
+        raise RequestError(
+            f"{folder} cannot be deleted while a program has a file of it open; close it, or try "
+            "again in a moment"
+        ) from error
     shutil.rmtree(doomed, ignore_errors=True)
 
 

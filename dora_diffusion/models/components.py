@@ -191,7 +191,8 @@ def fingerprint(module: nn.Module, samples: int = 64) -> str:
     digest = hashlib.sha256(str(_settings(module)).encode())
     for name, tensor in module.state_dict().items():
         flat = tensor.detach().flatten()
-        chosen = flat[:: max(1, flat.numel() // samples)].to("cpu", torch.float64)
+        # Cast on the CPU: Apple's GPUs have no float64, not even on the way.
+        chosen = flat[:: max(1, flat.numel() // samples)].cpu().double()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(chosen.numpy().tobytes())
     return digest.hexdigest()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dora_diffusion.families import Family, detect_folder_family
+from dora_diffusion.formats.checkpoint.folder import read_json
 from dora_diffusion.formats.files.header import PICKLED
 from dora_diffusion.models.components import Components, cast_to_weight, fingerprint
 from dora_diffusion.models.locate import (
@@ -23,7 +24,7 @@ from dora_diffusion.models.locate import (
 )
 from dora_diffusion.models.scheduling import training_scheduler, zeros_for_empty_prompt
 from dora_diffusion.models.single_file import load_single_file
-from dora_diffusion.models.weights import load_module, plain_errors, quiet_libraries, read_json
+from dora_diffusion.models.weights import load_module, plain_errors, quiet_libraries
 
 __all__ = [
     "Components",

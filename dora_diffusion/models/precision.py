@@ -6,11 +6,10 @@ import os
 
 import torch
 
-from dora_diffusion.config.checks import require_choice
+from dora_diffusion.config.checks import ConfigError, require, require_choice
 from dora_diffusion.config.precision import AUTO, DTYPES, precision_name
-from dora_diffusion.memory import Device, auto_precision, default_device
-
-__all__ = ["PRECISION_DTYPES", "auto_dtype", "default_device", "dtype_of", "precision_of"]
+from dora_diffusion.devices import default_device, has_bf16, has_gradient_scaler
+from dora_diffusion.memory import Device, auto_precision
 
 # By Accelerate's names.
 PRECISION_DTYPES: dict[str, torch.dtype] = {
@@ -21,8 +20,8 @@ PRECISION_DTYPES: dict[str, torch.dtype] = {
 def auto_dtype(device: torch.device | str) -> torch.dtype:
     """The precision that ``auto`` means on a device, as `auto_precision` says it."""
     kind = torch.device(device).type
-    has_bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return PRECISION_DTYPES[auto_precision(Device(kind, has_bf16=has_bf16))]
+    known = Device(kind, has_bf16=has_bf16(kind), has_gradient_scaler=has_gradient_scaler(kind))
+    return PRECISION_DTYPES[auto_precision(known)]
 
 
 def dtype_of(name: str, device: torch.device | str | None = None) -> torch.dtype:
@@ -54,3 +53,29 @@ def precision_of(name: str, device: torch.device | str | None = None) -> str:
         return launched
     dtype = dtype_of(AUTO, device)
     return next(word for word, known in PRECISION_DTYPES.items() if known == dtype)
+
+
+def require_computes(device: torch.device | str, dtype: torch.dtype) -> None:
+    """Check that a device computes in a dtype.
+
+    Raises:
+        ConfigError: Apple's GPU does not compute in bfloat16 here, and another device would.
+    """
+    kind = torch.device(device).type
+    require(
+        kind != "mps" or dtype != torch.bfloat16 or has_bf16(kind),
+        "bfloat16 on Apple's GPU needs macOS 14 and torch 2.6; use float16 (fp16) or float32 (no)",
+    )
+
+
+def require_trains(device: torch.device | str, precision: str) -> None:
+    """Check that a device trains in a precision: no, fp16 or bf16.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    kind = torch.device(device).type
+    require_computes(device, PRECISION_DTYPES[precision])
+    if precision == "fp16" and not has_gradient_scaler(kind):
+        needs = "a GPU; use bf16 or no" if kind == "cpu" else "torch 2.8 on Apple's GPU; use no"
+        raise ConfigError(f"mixed_precision fp16 needs {needs}")

@@ -12,11 +12,12 @@ from dora_diffusion.formats.checkpoint.file import (
     detect_checkpoint_family,
     stated_schedule,
 )
+from dora_diffusion.formats.checkpoint.folder import read_json
 from dora_diffusion.formats.names.checkpoint import standard_key
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.locate import is_offline, resolve_folder
 from dora_diffusion.models.scheduling import training_scheduler, zeros_for_empty_prompt
-from dora_diffusion.models.weights import fill_renamed, plain_errors, read_json
+from dora_diffusion.models.weights import fill_renamed, plain_errors
 
 _NEEDED = (
     "its configuration is needed: give a Diffusers folder with it as --config (of train: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.models.transfer import send
+from dora_diffusion.models.weights import quiet_libraries
 from dora_diffusion.wording import quoted
 
 if TYPE_CHECKING:
@@ -164,6 +165,24 @@ def expand_multi_vector_tokens(tokenizer: Any, prompt: str) -> str:
                 index += 1
             prompt = prompt.replace(token, " ".join(vectors))
     return prompt
+
+
+def add_tokens(components: Components, tokens: Mapping[str, Tensor]) -> None:
+    """Add trained tokens to the first text encoder and its tokenizer; other prompts stay the same.
+
+    Args:
+        components: The loaded model.
+        tokens: Vectors ``(C,)``, or ``(n, C)``, by token.
+
+    Raises:
+        ValueError: If the model's vocabulary has such a token already.
+    """
+    if not tokens:
+        return
+    pipeline = components.pipeline()
+    with quiet_libraries():
+        for token, vectors in tokens.items():
+            pipeline.load_textual_inversion({token: vectors})
 
 
 def encode_unconditional(components: Components, count: int = 1) -> Conditioning:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,18 +66,6 @@ def fill_renamed(module: nn.Module, stored: Mapping[str, torch.Tensor]) -> bool:
             module.load_state_dict(tensors)
             return True
     return False
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: If the file is missing or damaged.
-    """
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is missing or damaged; download the model again") from error
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from dora_diffusion.numerics.dora import (
     per_channel,
     weight_norm,
 )
-from dora_diffusion.numerics.precision import full_precision, wide, wide_dtype
+from dora_diffusion.numerics.precision import full_precision, to_float64, wide, wide_dtype
 from dora_diffusion.numerics.threads import one_thread
 from dora_diffusion.numerics.weights import LayerWeights, Strengths
 
@@ -45,8 +45,9 @@ def merged_weight(weight: Tensor, adapted: Sequence[Tensor]) -> Tensor:
     """
     if len(adapted) == 1:
         return adapted[0]
-    base = weight.double()
-    return wide(sum((merged.double() - base for merged in adapted), base).to(wide(weight).dtype))
+    base = to_float64(weight)
+    total = sum((to_float64(merged) - base for merged in adapted), base)
+    return total.to(weight.device, wide_dtype(weight))
 
 
 @torch.no_grad()

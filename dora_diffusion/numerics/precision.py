@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dora_diffusion.devices import has_float64
+
 # What multiplies: ``F.linear`` and ``@``, or ``F.conv2d``. torch sets the precision of each.
 Product = Literal["matmul", "conv"]
 
@@ -35,6 +37,14 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 def wide(tensor: Tensor) -> Tensor:
     """Return the tensor in the precision that norms and merges are computed in."""
     return tensor.to(wide_dtype(tensor))
+
+
+def to_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64; on the CPU where its device has none, which an operation brings back.
+
+    Two steps there: Apple's GPUs do not cast on the way to the CPU either.
+    """
+    return (tensor if has_float64(tensor.device.type) else tensor.cpu()).double()
 
 
 def rounds_float32(device_type: str, product: Product) -> bool:

@@ -175,6 +175,8 @@ def write_photos(subject: BenchmarkSubject, folder: Path) -> list[Path]:
         photo = folder / f"{number:02d}.png"
         image = render(subject.sample.scene(background, number), PHOTO_SIZE)
         Image.fromarray(image).save(photo)
-        photo.with_suffix(".txt").write_text(subject.sample.prompt(background) + "\n")
+        photo.with_suffix(".txt").write_text(
+            subject.sample.prompt(background) + "\n", encoding="utf-8"
+        )
         photos.append(photo)
     return photos

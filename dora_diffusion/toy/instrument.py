@@ -97,5 +97,5 @@ def load_instrument(folder: Path | None = None) -> Instrument:
     classifier, embedder = Classifier(), SubjectEmbedder()
     classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
     embedder.load_state_dict(load_file(folder / "embedder.safetensors"))
-    measured = json.loads((folder / "measured.json").read_text())
+    measured = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
     return Instrument(classifier.eval(), embedder.eval(), measured)

@@ -98,7 +98,7 @@ def write_photos(sample: SampleSubject, folder: Path) -> list[Path]:
         photo = folder / f"{number:02d}.jpg"
         image = render(sample.scene(background, number), size)
         Image.fromarray(image).save(photo, quality=90)
-        photo.with_suffix(".txt").write_text(sample.prompt(background) + "\n")
+        photo.with_suffix(".txt").write_text(sample.prompt(background) + "\n", encoding="utf-8")
         photos.append(photo)
     return photos
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.models.precision import precision_of
+from dora_diffusion.devices import default_device
+from dora_diffusion.models.precision import precision_of, require_trains
 from dora_diffusion.numerics.precision import allow_tf32
 
 
@@ -24,8 +25,8 @@ def make_accelerator(config: TrainConfig) -> Any:
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("mixed_precision fp16 needs a CUDA GPU; use bf16 or no")
+    precision = precision_of(config.mixed_precision)
+    require_trains(default_device(), precision)
     if config.report_to and find_spec(config.report_to) is None:
         raise ConfigError(
             f"report_to {config.report_to} needs a package that is not installed; "
@@ -40,7 +41,7 @@ def make_accelerator(config: TrainConfig) -> Any:
         find_unused_parameters=config.train_text_encoder, broadcast_buffers=False
     )
     return Accelerator(
-        mixed_precision=precision_of(config.mixed_precision),
+        mixed_precision=precision,
         log_with=config.report_to,
         project_dir=str(Path(config.output_dir, config.logging_dir)),
         # The other processes wait while the first one makes class images.

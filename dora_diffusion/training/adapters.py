@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -15,6 +14,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.training.recompute import checkpoint_gradients
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,10 @@ def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapte
         layers += inject_adapters(model, adapter, generator=generator).layers
         modules[name] = model.train()
         if config.gradient_checkpointing:
-            _checkpoint_gradients(model)
+            checkpoint_gradients(model, components.device.type)
     report = InjectionReport(tuple(layers))
     _warn_of_unused_conv_settings(config, report)
     return TrainedAdapters(modules, report)
-
-
-def _checkpoint_gradients(model: Any) -> None:
-    if hasattr(model, "gradient_checkpointing_enable"):
-        # The reentrant form needs an input that requires a gradient, and a prompt has none.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.enable_gradient_checkpointing()
 
 
 def _warn_of_unused_conv_settings(config: TrainConfig, report: InjectionReport) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dora_diffusion import system
 from dora_diffusion.formats.files.atomic import DiskFullError, atomic_file
 from dora_diffusion.training.checkpoint import STATE_FILE, checkpoints_in
 
@@ -151,4 +152,4 @@ def _new_folder(output_dir: Path, step: int) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(final, ignore_errors=True)
-    temporary.replace(final)
+    system.replace(temporary, final)

@@ -10,9 +10,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-# A closed terminal sends SIGHUP; Windows has none.
-_HANGUP = getattr(signal, "SIGHUP", None)
-_SIGNALS = tuple(n for n in (signal.SIGINT, signal.SIGTERM, _HANGUP) if n is not None)
+from dora_diffusion.system import HANGUP, INTERRUPTS, STOP_SIGNALS
 
 
 class Stopped(BaseException):
@@ -23,9 +21,10 @@ class StopRequest:
     """Inside the block, signals set `requested` instead of ending the process.
 
     The first one is answered by what `answer_with` last said: a line, or `Stopped` at once where
-    there is nothing to save. After SIGINT (Ctrl-C) or SIGTERM, the next one ends the process.
-    Further SIGHUPs are ignored, since a closing shell sends its own after the terminal's; one that
-    was ignored when the process began (``nohup``) stays ignored.
+    there is nothing to save. After SIGINT (Ctrl-C), Windows' SIGBREAK (Ctrl-Break) or SIGTERM, the
+    next one ends the process. Further SIGHUPs (a closed terminal) are ignored, since a closing
+    shell sends its own after the terminal's; one that was ignored when the process began
+    (``nohup``) stays ignored.
 
     Signal handlers can be set in the main thread only; elsewhere the block changes nothing.
     """
@@ -49,15 +48,15 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         """Take over the signals."""
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                if number != _HANGUP or signal.getsignal(number) != signal.SIG_IGN:
+            for number in STOP_SIGNALS:
+                if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._ask)
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # A data loader's worker, which ends with its parent.
-        if number == _HANGUP:
+        if number == HANGUP:
             self._leave_closed_terminal()
             signal.signal(number, signal.SIG_IGN)
         else:
@@ -79,8 +78,8 @@ class StopRequest:
 
     def _let_the_next_end(self) -> None:
         """What was there before, or the default: a shell's background jobs ignore SIGINT."""
-        default: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
-        for number in set(self._previous) - {_HANGUP}:
+        default: dict[int, Any] = dict.fromkeys(INTERRUPTS, signal.default_int_handler)
+        for number in set(self._previous) - {HANGUP}:
             before = self._previous[number]
             ignored = before == signal.SIG_IGN
             signal.signal(number, default.get(number, signal.SIG_DFL) if ignored else before)

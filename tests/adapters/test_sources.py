@@ -163,7 +163,9 @@ AS_ON_CUDA = """
 
 def test_half_precision_norms_under_autocast_as_on_cuda():
     code = textwrap.dedent(AS_ON_CUDA)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8"
+    )
     assert done.stdout == "same\n", done.stderr[-2000:]
 
 

@@ -29,7 +29,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 def test_titles_are_escaped(workspace: Workspace) -> None:
     folder = started_run(workspace, 2, title="<img src=x onerror=alert(1)>")
-    (folder / records.LOG).write_text("error: <script>alert(2)</script>\n")
+    (folder / records.LOG).write_text("error: <script>alert(2)</script>\n", encoding="utf-8")
     write_json(folder / records.RESULT, {"code": 1})
     shown = snapshot(workspace.root)
     page = html.status_card(shown[0]) + html.queue_list(shown) + html.masthead(shown)
@@ -56,7 +56,7 @@ def test_a_run_names_its_model_and_device_and_what_the_model_does_not_know(
     assert "embedded:tiny-sd on NVIDIA X" in card()
     assert "toy model of a drawn world" in card()
     (folder / records.SETTINGS).write_text(
-        as_yaml(dataclasses.replace(settings, class_word="mugs"))
+        as_yaml(dataclasses.replace(settings, class_word="mugs")), encoding="utf-8"
     )
     assert "toy model" not in card()
 
@@ -64,13 +64,14 @@ def test_a_run_names_its_model_and_device_and_what_the_model_does_not_know(
 @pytest.mark.parametrize(
     ("kind", "shown"),
     [("train", "step 4 of 10"), ("merge", "1.5 of 3.0 MB"), ("compare", "image 3 of 6"),
-     ("push", "commit 1 of 1")],
+     ("push", "commit 1 of 1"), ("analyze", "layer 7 of 90")],
 )  # fmt: skip
 def test_every_kind_of_job_has_its_unit(workspace: Workspace, kind: str, shown: str) -> None:
     folder = started_run(workspace, 4)
-    facts = json.loads((folder / records.JOB).read_text())
+    facts = json.loads((folder / records.JOB).read_text(encoding="utf-8"))
     write_json(folder / records.JOB, facts | {"kind": kind})
     done = {"merge": (1.5 * 2**20, 3 * 2**20), "compare": (3, 6), "push": (1, 1)}
+    done["analyze"] = (7, 90)
     if kind in done:
         write_json(folder / records.PROGRESS, dict(zip(("done", "total"), done[kind], strict=True)))
     job = read_job(folder)

@@ -149,7 +149,7 @@ def test_a_zero_that_was_typed_is_a_zero() -> None:
 
 
 def test_paths_are_looked_for_before_the_start(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     for changes, match in (
         ({"pretrained_vae_model_name_or_path": "/no/vae"}, "the VAE /no/vae does not exist"),
         ({"model_config": str(tmp_path)}, "no model_index.json"),

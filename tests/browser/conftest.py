@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,31 +60,43 @@ class App:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "app.py", "--runs_dir", str(self.runs)],
             cwd=ROOT,
             env=environment | self.environment,
             stdout=subprocess.PIPE,
             text=True,
+            encoding="utf-8",
         )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line.startswith("open http://127.0.0.1:"), line
         self.url = line.split()[1]
 
-    def end(self, number: signal.Signals = signal.SIGTERM) -> None:
+    def end(self) -> None:
+        """As its user does; on Windows the same as `kill`."""
         if self._process is not None:
-            self._process.send_signal(number)
-            self._process.wait()
-            self._process = None
+            self._process.terminate()
+            self._ended()
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._ended()
+
+    def _ended(self) -> None:
+        assert self._process is not None
+        self._process.communicate()
+        self._process = None
 
     def workers(self) -> list[int]:
         """Living workers' pids."""
         from dora_diffusion.jobs.queue import worker_of
 
         found = (worker_of(folder) for folder in self.runs.glob("2*"))
-        return [worker[0] for worker in found if worker is not None]
+        return [worker.pid for worker in found if worker is not None]
 
     def jobs(self) -> tuple[Any, ...]:
         """All jobs, newest first."""
@@ -130,18 +142,18 @@ class App:
 
         try:
             inode = Workspace(self.runs).device_lock.stat().st_ino
-            return f":{inode} " in Path("/proc/locks").read_text()
+            return f":{inode} " in Path("/proc/locks").read_text(encoding="utf-8")
         except OSError:
             return False
 
 
-def _processor_time(pid: int) -> int:
-    """Clock ticks that a process has worked; 0 where it is gone or the system does not say."""
+def _processor_time(pid: int) -> float:
+    """Seconds that a process has worked; 0 where it is gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
         return 0
-    return int(fields[11]) + int(fields[12])
+    return times.user + times.system
 
 
 class Visit:
@@ -325,8 +337,10 @@ def app(runs: Path, app_environment: dict[str, str]) -> Iterator[App]:
     one.start()
     yield one
     one.end()
+    from dora_diffusion.jobs.processes import end_tree
+
     for pid in one.workers():
-        os.killpg(pid, signal.SIGKILL)
+        end_tree(psutil.Process(pid))
 
 
 @pytest.fixture(scope="module")

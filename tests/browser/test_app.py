@@ -5,13 +5,12 @@ The tests tell one story on one server, in their order: they share its runs.
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image, ImageFilter
 
@@ -61,7 +60,7 @@ def test_uploads_are_checked_file_by_file(
         for name in ("fake.jpg", "drawing.svg", "huge.png", "twin.jpg", "blurred.jpg")
     )
     fake.write_bytes(b"this is text")
-    vector.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    vector.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>", encoding="utf-8")
     Image.new("1", (7000, 7000)).save(huge)
     with Image.open(good[0]) as image:
         image.resize((620, 580)).save(twin)
@@ -101,7 +100,9 @@ def test_a_photo_gets_a_caption_a_crop_and_a_mask(visit: Callable[..., Visit], a
     page.fill("#caption textarea", "a photo of a sks dog <b>on grass</b>")
     page.press("button", "Save caption")
     page.wait_text("#report", "Caption of 001.jpg saved")
-    assert (stored / "001.txt").read_text() == "a photo of a sks dog <b>on grass</b>\n"
+    assert (stored / "001.txt").read_text(
+        encoding="utf-8"
+    ) == "a photo of a sks dog <b>on grass</b>\n"
     page.click("#edit")
     page.wait_for("#editor .dd-on")
     canvas = page.page.locator("#editor canvas")
@@ -231,7 +232,7 @@ def test_a_killed_worker_shows_as_crashed_and_the_queue_goes_on(
     page.wait_text("#status", "step [1-9]")
     (worker,) = app.workers()
     app.may_fail.add(started)
-    os.kill(worker, signal.SIGKILL)
+    psutil.Process(worker).kill()
     page.wait_text("#status", "crashed[^]*Resume continues")
     choose_run(page, 0)
     page.wait_text("#status", "Write .sks mug. in a prompt")
@@ -414,7 +415,7 @@ def test_publishing_says_what_is_missing(visit: Callable[..., Visit], second: st
 def test_a_restart_of_the_app_forgets_nothing(
     visit: Callable[..., Visit], app: App, second: str
 ) -> None:
-    app.end(signal.SIGKILL)
+    app.kill()
     app.start()
     page = visit()
     page.tab("Train")

@@ -42,8 +42,8 @@ def add_to_cache(cache: Path, name: str, family: str) -> None:
         unet = {"sample_size": 128, "block_out_channels": [320, 640, 1280]}
         unet["addition_embed_type"] = "text_time"
     index = {part: ["diffusers", kind] for part, kind in kinds.items()}
-    (snapshot / "model_index.json").write_text(json.dumps(index))
-    (snapshot / "unet" / "config.json").write_text(json.dumps(unet))
+    (snapshot / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    (snapshot / "unet" / "config.json").write_text(json.dumps(unet), encoding="utf-8")
     (snapshot / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
 
 
@@ -75,7 +75,7 @@ def started(app: App, page: Visit, title: str = "sks mug") -> dict[str, Any]:
         return set(app.runs.glob("2*/settings.yaml")) - before
 
     (file,) = app.until(new)
-    settings: dict[str, Any] = yaml.safe_load(file.read_text())
+    settings: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     page.wait_text("#train-said", f"Queued {title}: number {len(before) + 1} in the queue")
     return settings
 

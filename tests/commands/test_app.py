@@ -61,13 +61,22 @@ def test_model_folders_are_named_on_the_command_line() -> None:
     assert (launch.model_folders, launch.models) == ((Path("a"), Path("b")), ("c",))
 
 
+def test_the_browser_is_opened_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [parse_launch(flags).browser for flags in ([], ["--browser"])] == [False, True]
+
+
 def test_help_and_refusal_need_no_gradio() -> None:
     code = (
         "import sys; from dora_diffusion.cli import main; code = main(['app', '--share']);"
         "print(code, 'gradio' in sys.modules, 'torch' in sys.modules)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
     )
     assert result.stdout.split() == ["1", "False", "False"]
     assert result.stderr.startswith("error: --share lets others reach this app")

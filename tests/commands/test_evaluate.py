@@ -40,7 +40,7 @@ def test_a_subject_of_the_toy_world(adapter, tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     assert "| subject similarity" in printed
     assert str(tmp_path / "images.png") in printed
-    report = json.loads((tmp_path / "scores.json").read_text())
+    report = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert report["schema"] == SCHEMA
     assert (report["base"], report["adapter"], report["trigger"]) == (BASE, "adapter", "sks mug")
     assert report["sampling"] == {"steps": 1, "guidance_scale": 1.0, "scheduler": None}
@@ -51,7 +51,7 @@ def test_a_subject_of_the_toy_world(adapter, tmp_path, capsys) -> None:
     loss = report["measures"]["denoising_loss"]
     assert loss["base"]["mean"] != loss["adapted"]["mean"]
     assert report["measures"]["subject_similarity"]["truth"]["mean"] > 0.85
-    assert printed.splitlines()[0] in (tmp_path / "scores.md").read_text()
+    assert printed.splitlines()[0] in (tmp_path / "scores.md").read_text(encoding="utf-8")
     with Image.open(tmp_path / "images.png") as image:
         assert image.width > 1000
 
@@ -60,12 +60,12 @@ def test_photos_with_metric_models_as_json(
     adapter, tmp_path, capsys, clip_folder, dino_folder, held_out_photos
 ) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a photo of {} on grass\n\n{} at night\n")
+    prompts.write_text("a photo of {} on grass\n\n{} at night\n", encoding="utf-8")
     flags = ["--base", BASE, "--subject", str(held_out_photos), "--num_seeds", "2", "--json"]
     flags += ["--metric_model", str(clip_folder), str(dino_folder), "--prompts", str(prompts)]
     assert main(["evaluate", str(adapter), *flags, *FAST, "--output", str(tmp_path)]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report == json.loads((tmp_path / "scores.json").read_text())
+    assert report == json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert report["subject"] == "held-out"
     measures = report["measures"]
     assert {"subject_similarity@tiny-dino", "prompt_similarity@tiny-clip"} <= set(measures)
@@ -84,7 +84,9 @@ def test_photos_that_were_trained_on_are_told(adapter, tmp_path, capsys, held_ou
     flags = ["--base", BASE, "--num_seeds", "1", *FAST, "--output", str(tmp_path / "out")]
     assert main(["evaluate", str(adapter), "--subject", str(mixed), *flags]) == 0
     assert "trained on" not in "".join(capsys.readouterr())
-    assert json.loads((tmp_path / "out" / "scores.json").read_text())["cautions"] == []
+    assert (
+        json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))["cautions"] == []
+    )
     for number, photo in enumerate(trained[:2]):
         shutil.copyfile(photo, mixed / f"z{number}{photo.suffix}")
     expected = f"2 of these {new + 2} photos were trained on"
@@ -100,8 +102,12 @@ def test_photos_that_were_trained_on_are_told(adapter, tmp_path, capsys, held_ou
         output = capsys.readouterr()
         assert f"warning: {expected}" in output.err
         assert "trained on" not in output.out, "it is said once"
-        assert f"caution: {expected}" in (tmp_path / "out" / "scores.md").read_text()
-        (caution,) = json.loads((tmp_path / "out" / "scores.json").read_text())["cautions"]
+        assert f"caution: {expected}" in (tmp_path / "out" / "scores.md").read_text(
+            encoding="utf-8"
+        )
+        (caution,) = json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))[
+            "cautions"
+        ]
         assert caution.startswith(expected)
     for photo in mixed.iterdir():
         if not photo.name.startswith("z"):
@@ -117,7 +123,7 @@ def test_the_record_of_photos_stays_in_the_runs_folder(adapter) -> None:
 
     folder = ROOT / "samples" / "bolt_mug"
     photos = read_photos(list_photos(folder), "")
-    text = (adapter / "photos.json").read_text()
+    text = (adapter / "photos.json").read_text(encoding="utf-8")
     assert json.loads(text) == {"digests": sorted(photo.digest for photo in photos)}
     assert not any(photo.path.name in text for photo in photos)
     raw = (adapter / FILE).read_bytes()
@@ -127,11 +133,11 @@ def test_the_record_of_photos_stays_in_the_runs_folder(adapter) -> None:
 
 def test_results_that_exist_are_kept(adapter, tmp_path, capsys) -> None:
     for name in ("scores.json", "scores.md", "images.png"):
-        (tmp_path / name).write_text("kept")
+        (tmp_path / name).write_text("kept", encoding="utf-8")
         flags = ["--base", BASE, "--subject", "bolt_mug", "--output", str(tmp_path), *FAST]
         assert main(["evaluate", str(adapter), *flags]) == 1
         assert f"{tmp_path} holds an evaluation already" in capsys.readouterr().err
-        assert (tmp_path / name).read_text() == "kept"
+        assert (tmp_path / name).read_text(encoding="utf-8") == "kept"
         (tmp_path / name).unlink()
 
 

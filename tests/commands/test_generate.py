@@ -74,18 +74,18 @@ def test_the_last_of_several_seeds_must_be_one_too(generate):
 
 
 def test_images_are_not_replaced_unasked(generate, tmp_path):
-    (tmp_path / "image.png").write_text("mine")
+    (tmp_path / "image.png").write_text("mine", encoding="utf-8")
     code, error = generate()
     assert code == 1
     assert "image.png exists; choose another --output, or replace it with --overwrite" in error
-    assert (tmp_path / "image.png").read_text() == "mine"
+    assert (tmp_path / "image.png").read_text(encoding="utf-8") == "mine"
     assert generate(overwrite=True) == (0, "")
     with Image.open(tmp_path / "image.png") as image:
         assert image.size == (64, 64)
 
 
 def test_of_several_images_none_is_replaced(generate, tmp_path):
-    (tmp_path / "image-4.png").write_text("mine")
+    (tmp_path / "image-4.png").write_text("mine", encoding="utf-8")
     code, error = generate(num_images=2)
     assert code == 1
     assert "image-4.png exists" in error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_diffusion.console.tables import print_json, print_rows
+from dora_diffusion.console.tables import print_json, print_rows, rows_text
 
 
 def test_texts_stand_in_one_column_and_wrap_there(
@@ -34,3 +34,8 @@ def test_a_narrow_terminal_still_gets_forty_columns_of_text(
 def test_what_json_does_not_have_is_text(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"path": Path("a/b"), "error": 0.5})
     assert json.loads(capsys.readouterr().out) == {"path": "a/b", "error": 0.5}
+
+
+def test_rows_as_text_are_not_wrapped_and_say_a_name_once():
+    rows = [("a", "x " * 99), ("device", "1"), ("device", "2"), ("a", "3")]
+    assert rows_text(rows) == f"a       {'x ' * 99}\ndevice  1\n        2\na       3"

@@ -27,7 +27,7 @@ def test_a_caption_file_wins_over_the_prompt(tmp_path: Path) -> None:
     assert read_caption(photo, "a photo of sks dog") == "a photo of sks dog"
     (tmp_path / "photo.v2.txt").write_bytes("\ufeffsks dog,\r\n on gräss \n".encode())
     assert read_caption(photo, "default") == "sks dog, on gräss"
-    (tmp_path / "photo.v2.txt").write_text(" \n")
+    (tmp_path / "photo.v2.txt").write_text(" \n", encoding="utf-8")
     assert read_caption(photo, "default") == "default"
     (tmp_path / "photo.v2.txt").write_bytes(b"\xff\xfe\x00s")
     with pytest.raises(ValueError, match=r"photo\.v2\.txt: .*UTF-8"):

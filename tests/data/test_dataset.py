@@ -44,7 +44,7 @@ def same(left: Sample, right: Sample) -> bool:
 
 
 def test_samples_hold_the_photo_its_digest_and_caption(photos: Path) -> None:
-    (photos / "02.txt").write_text("sks dog asleep")
+    (photos / "02.txt").write_text("sks dog asleep", encoding="utf-8")
     dataset = open_folder(photos, Draws(32))
     assert len(dataset) == 4
     assert dataset.captions == [PROMPT, PROMPT, "sks dog asleep", PROMPT]
@@ -76,7 +76,7 @@ def test_class_images_pair_with_their_own_prompts(
     photos: Path, tmp_path: Path, write_images
 ) -> None:
     paths = write_images(tmp_path / "class", 6, seed=9)
-    paths[1].with_suffix(".txt").write_text("a dog asleep")
+    paths[1].with_suffix(".txt").write_text("a dog asleep", encoding="utf-8")
     class_images = read_photos(paths, "a photo of dog")
     dataset = DreamBoothDataset(read_photos(list_photos(photos), PROMPT), Draws(32), class_images)
     prompts = {image.digest: image.caption for image in class_images}
@@ -199,7 +199,7 @@ def test_jpeg_photos_make_batches(samples_root: Path) -> None:
 def test_contents_are_names_digests_captions_and_masks_in_order(photos: Path) -> None:
     """What a checkpoint compares when it is resumed."""
     Image.new("L", (60, 40), 255).save(photos / "01.mask.png")
-    (photos / "01.txt").write_text("a sks cat")
+    (photos / "01.txt").write_text("a sks cat", encoding="utf-8")
     draws = Draws(32)
     first, second = (
         read_photo(photos / name, PROMPT, mask_crops=draws.first_crops)

@@ -93,7 +93,7 @@ def test_a_photo_is_its_content_upright_with_its_caption(tmp_path: Path, write_i
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.open(path).save(path, exif=turned)
-    path.with_suffix(".txt").write_text("sks dog asleep")
+    path.with_suffix(".txt").write_text("sks dog asleep", encoding="utf-8")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
     expected = Photo(path, digest, (60, 40), "sks dog asleep")
     assert read_photo(path, PROMPT) == expected
@@ -118,7 +118,7 @@ def test_unreadable_photos_are_named_and_skipped_only_if_asked(
 ) -> None:
     write_images(tmp_path, 4)
     (tmp_path / "03.png").write_bytes((tmp_path / "03.png").read_bytes()[:200])
-    (tmp_path / "04.jpg").write_text("not a photo")
+    (tmp_path / "04.jpg").write_text("not a photo", encoding="utf-8")
     paths = list_photos(tmp_path)
     with pytest.raises(PhotoError, match=r"2 of 5 photos unusable: 03\.png.*; 04\.jpg"):
         read_photos(paths, PROMPT)
@@ -137,8 +137,8 @@ def test_bad_masks_are_named_and_never_skipped(tmp_path: Path, write_images, ski
     photos = write_images(tmp_path, 4)
     Image.new("L", (60, 20)).save(tmp_path / "00.mask.png")
     Image.new("L", (60, 40), 255).save(tmp_path / "01.mask.png")
-    (tmp_path / "02.mask.png").write_text("not an image")
-    photos[3].write_text("not a photo")
+    (tmp_path / "02.mask.png").write_text("not an image", encoding="utf-8")
+    photos[3].write_text("not a photo", encoding="utf-8")
     crops = Draws(40).first_crops
     reasons = (
         r"00\.mask\.png: the mask is 60 x 20, its photo 60 x 40.*; 02\.mask\.png: not a.*; "

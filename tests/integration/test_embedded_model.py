@@ -68,16 +68,16 @@ def test_it_trains_samples_merges_and_reloads(trained: Path, tmp_path: Path) -> 
 
 
 def test_the_result_says_how_it_was_made(trained: Path) -> None:
-    settings = yaml.safe_load((trained / "config.yaml").read_text())
+    settings = yaml.safe_load((trained / "config.yaml").read_text(encoding="utf-8"))
     config = TrainConfig.from_dict(settings)
     assert (config.max_train_steps, config.rank, config.instance_data_dir) == (
         5, 8, "samples/bolt_mug",
     )  # fmt: skip
     sample = TrainConfig.from_dict(
-        yaml.safe_load((ROOT / "samples" / "bolt_mug" / "config.yaml").read_text())
+        yaml.safe_load((ROOT / "samples" / "bolt_mug" / "config.yaml").read_text(encoding="utf-8"))
     )
     assert config.validation_prompt == sample.validation_prompt
-    card = (trained / "README.md").read_text()
+    card = (trained / "README.md").read_text(encoding="utf-8")
     assert f"base_model: {BASE}" in card
     assert "**`sks mug`**" in card
     with Image.open(trained / "samples" / "base_above_adapted.png") as grid:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from dora_diffusion.cli import main
 from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.system import HANGUP
 from dora_diffusion.training.checkpoint import checkpoints_in
 from dora_diffusion.training.step import TrainingStep
 
@@ -69,7 +70,7 @@ def add_bad_photos(folder: Path) -> dict[str, str]:
     """Write one photo of each bad kind. Returns file name -> what must be said of it."""
     good = next(folder.glob("*.jpg")).read_bytes()
     (folder / "cut.jpg").write_bytes(good[: len(good) // 2])
-    (folder / "text.jpg").write_text("not a picture")
+    (folder / "text.jpg").write_text("not a picture", encoding="utf-8")
     (folder / "empty.png").write_bytes(b"")
     (folder / "locked.webp").write_bytes(good)  # a JPEG by its bytes: fine, whatever its name
     # 100 megapixels in a few kilobytes: what must not be decoded to be refused.
@@ -181,7 +182,7 @@ def test_running_out_of_memory_keeps_the_checkpoints(flags, tmp_path, capfd, mon
     assert (tmp_path / "output" / ADAPTER).is_file()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.skipif(HANGUP is None, reason="signals between processes are POSIX's")
 def test_a_terminated_run_saves_and_goes_on(flags, tmp_path, capfd):
     output = tmp_path / "output"
     process = subprocess.Popen(
@@ -190,11 +191,12 @@ def test_a_terminated_run_saves_and_goes_on(flags, tmp_path, capfd):
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        encoding="utf-8",
     )
     try:
         deadline = time.monotonic() + 200
         log = output / "metrics.jsonl"
-        while not (log.is_file() and log.read_text().count("\n") > 1):
+        while not (log.is_file() and log.read_text(encoding="utf-8").count("\n") > 1):
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline, "the run did not start"
             time.sleep(0.05)

@@ -242,10 +242,10 @@ def test_an_sdxl_that_encodes_the_empty_prompt_is_sampled_as_diffusers_does(
     sdxl_folder: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(sdxl_folder, tmp_path / "sdxl"))
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     assert index["force_zeros_for_empty_prompt"] is True
     index["force_zeros_for_empty_prompt"] = False
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     prompt = "a photo of a dog"
     expected = sample_latents(diffusers_pipeline(folder), prompt)
     assert difference(our_latents(load_components(folder), prompt), expected) < ROUNDING
@@ -257,4 +257,4 @@ def test_the_run_leaves_no_local_path_behind(run: Run, samples_root: Path) -> No
     """What is shared (the adapter and its card) does not name this computer's folders."""
     for private in (str(run.output.parent), str(run.base), str(samples_root)):
         assert private.encode() not in run.adapter.read_bytes()
-        assert private not in (run.output / "README.md").read_text()
+        assert private not in (run.output / "README.md").read_text(encoding="utf-8")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +12,7 @@ from PIL import Image
 
 from dora_diffusion.jobs import base_model
 from dora_diffusion.jobs import queue as jobs
-from dora_diffusion.jobs.processes import Lock
+from dora_diffusion.jobs.processes import Lock, end_tree
 from dora_diffusion.jobs.subjects import (
     add_photos,
     new_subject,
@@ -30,10 +28,8 @@ def workspace(tmp_path: Path) -> Workspace:
 
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own, as a worker is."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True
-    )
+    """A process that stands for a worker."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     yield child
     child.kill()
     child.wait()
@@ -56,7 +52,7 @@ def queue(workspace: Workspace) -> Iterator[jobs.JobQueue]:
     for folder in workspace.root.iterdir():
         worker = jobs.worker_of(folder)
         if worker is not None:
-            os.killpg(worker[0], signal.SIGKILL)
+            end_tree(worker)
 
 
 @pytest.fixture(scope="session")

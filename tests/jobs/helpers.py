@@ -19,7 +19,7 @@ from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.processes import process_start
+from dora_diffusion.jobs.processes import start_time
 from dora_diffusion.jobs.records import TrainRequest
 from dora_diffusion.jobs.snapshot import Job, read_job
 from dora_diffusion.jobs.workspace import Workspace, write_json
@@ -30,7 +30,7 @@ def make(workspace: Workspace, title: str = "sks mug") -> Path:
 
 
 def pretend_running(folder: Path, child: subprocess.Popen[bytes]) -> None:
-    write_json(folder / records.WORKER, {"pid": child.pid, "start": process_start(child.pid)})
+    write_json(folder / records.WORKER, {"pid": child.pid, "start": start_time(child.pid)})
 
 
 def seen(folder: Path) -> Job:
@@ -76,7 +76,7 @@ def wait(
         if job.has_ended:
             break
         time.sleep(0.1)
-    pytest.fail(f"{job.state}: {(job.folder / records.LOG).read_text()[-2000:]}")
+    pytest.fail(f"{job.state}: {(job.folder / records.LOG).read_text(encoding='utf-8')[-2000:]}")
 
 
 def done(job: Job) -> bool:
@@ -110,7 +110,9 @@ def ended_run(workspace: Workspace, steps: tuple[int, ...], last: int, code: int
         (folder / f"checkpoint-{step}").mkdir()
         for name in ("training_state.pt", "pytorch_lora_weights.safetensors"):
             (folder / f"checkpoint-{step}" / name).write_bytes(b"x")
-    (folder / "metrics.jsonl").write_text(f'{{"step": {last}, "loss": 1, "seconds": 1}}\n')
+    (folder / "metrics.jsonl").write_text(
+        f'{{"step": {last}, "loss": 1, "seconds": 1}}\n', encoding="utf-8"
+    )
     write_json(folder / records.RESULT, {"code": code})
     return seen(folder)
 
@@ -125,9 +127,9 @@ def write_folder(folder: Path, *, kind: str = "UNet2DConditionModel", weights: b
     (folder / "unet").mkdir(parents=True)
     index = {"unet": ["diffusers", kind], "vae": ["diffusers", "AutoencoderKL"],
              "text_encoder": ["transformers", "CLIPTextModel"]}  # fmt: skip
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     config = {"sample_size": 64, "block_out_channels": [320, 640, 1280, 1280]}
-    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    (folder / "unet" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if weights:
         (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")
     return folder

@@ -58,7 +58,7 @@ def test_a_model_that_is_not_there_is_refused(name: str, match: str) -> None:
 def test_a_file_or_folder_that_is_no_base_model_is_refused(tmp_path: Path) -> None:
     save_file({"lora_unet_a.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     write_folder(tmp_path / "flux", kind="FluxTransformer2DModel")
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
     for name, match in (
         ("lora.safetensors", "not a full checkpoint"),
         ("flux", "not supported"),

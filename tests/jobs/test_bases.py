@@ -41,7 +41,9 @@ def test_the_usual_places_are_those_that_are_configured(tmp_path: Path) -> None:
     }
     for folder in places.values():
         folder.mkdir(parents=True)
-    (tmp_path / "model_folders.txt").write_text(f"{places['file']}\n\n/no/such/folder\n")
+    (tmp_path / "model_folders.txt").write_text(
+        f"{places['file']}\n\n/no/such/folder\n", encoding="utf-8"
+    )
     environment = {
         "COMFYUI_PATH": str(tmp_path / "comfy"),
         "A1111_PATH": str(tmp_path / "a1111"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dora_diffusion.console.errors import asking_for_report
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.logs import log_tail, log_warnings, read_metrics
+from dora_diffusion.jobs.logs import last_error, log_tail, log_warnings, read_metrics
 from dora_diffusion.jobs.workspace import Workspace
 from tests.jobs.helpers import started_run
 
@@ -14,7 +15,7 @@ METRICS = '{{"step": {step}, "loss": 0.{step}, "seconds": 2.0}}\n'
 
 def test_a_half_written_line_is_not_read(workspace: Workspace) -> None:
     folder = started_run(workspace, 2)
-    with (folder / "metrics.jsonl").open("a") as file:
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 3, "lo')
     assert [record["step"] for record in read_metrics(folder)] == [1, 2]
 
@@ -22,7 +23,7 @@ def test_a_half_written_line_is_not_read(workspace: Workspace) -> None:
 def test_metrics_are_read_again_when_they_grow(workspace: Workspace) -> None:
     folder = started_run(workspace, 1)
     assert len(read_metrics(folder)) == 1
-    with (folder / "metrics.jsonl").open("a") as file:
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(METRICS.format(step=2))
     assert len(read_metrics(folder)) == 2
 
@@ -33,23 +34,34 @@ def test_metrics_that_a_resumed_run_has_cut_are_read_anew(workspace: Workspace) 
     other = METRICS.replace("2.0", "9.0")
     lines = [METRICS.format(step=step) for step in (1, 2)]
     lines += [other.format(step=step) for step in (3, 4, 5, 6)]
-    (folder / "metrics.jsonl").write_text("".join(lines))
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
     assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
     assert [record["seconds"] for record in read_metrics(folder)] == [2, 2, 9, 9, 9, 9]
-    (folder / "metrics.jsonl").write_text("")
+    (folder / "metrics.jsonl").write_text("", encoding="utf-8")
     assert read_metrics(folder) == ()
 
 
 def test_a_progress_bar_shows_its_latest_state(workspace: Workspace) -> None:
     folder = started_run(workspace, 1)
-    (folder / records.LOG).write_text("start\n\r 1%|a\r 2%|b\r 3%|c\ndone\n")
+    (folder / records.LOG).write_text("start\n\r 1%|a\r 2%|b\r 3%|c\ndone\n", encoding="utf-8")
     assert log_tail(folder) == "start\n 3%|c\ndone"
 
 
 def test_only_the_latest_attempt_s_warnings_are_shown(tmp_path: Path) -> None:
     bar = "steps:  50%\r"
     (tmp_path / records.LOG).write_text(
-        f"--- 1 a ---\nwarning: old\n--- 2 a ---\n{bar}warning: new\nwarning: new\n{bar}done\n"
+        f"--- 1 a ---\nwarning: old\n--- 2 a ---\n{bar}warning: new\nwarning: new\n{bar}done\n",
+        encoding="utf-8",
     )
     assert log_warnings(tmp_path) == ("new",)
     assert log_warnings(tmp_path / "nowhere") == ()
+
+
+def test_a_defect_s_cause_asks_for_a_report_whoever_caught_it(tmp_path: Path) -> None:
+    trace = 'Traceback (most recent call last):\n  File "a.py", line 1\nTypeError: a defect\n'
+    cause = asking_for_report(TypeError("a defect"))
+    for log in (trace, f"{trace}error: {cause}\n"):
+        (tmp_path / records.LOG).write_text(
+            f"--- 1 a ---\nerror: old\n--- 2 a ---\n{log}", encoding="utf-8"
+        )
+        assert last_error(tmp_path) == cause

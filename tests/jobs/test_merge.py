@@ -101,7 +101,7 @@ def test_a_merge_takes_the_same_files_and_says_so(tmp_path: Path) -> None:
     job = read_job(run)
     assert job is not None
     merge = workspace.root / start_merge(workspace, job, 1.0)
-    facts = json.loads((merge / records.JOB).read_text())
+    facts = json.loads((merge / records.JOB).read_text(encoding="utf-8"))
     assert (facts["vae"], facts["config"], facts["variant"]) == ("/a vae", "/config", "fp16")
     shown = read_job(merge)
     assert shown is not None

@@ -10,6 +10,7 @@ import pytest
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.loading import ModelFiles
 from dora_diffusion.jobs.records import (
+    AnalyzeRequest,
     CompareRequest,
     JobProgress,
     JobRecord,
@@ -34,6 +35,7 @@ from dora_diffusion.jobs.records import (
         MergeRequest("r", "b", "a.safetensors", "o.safetensors", 0.5, "sks mug", "v", "c"),
         CompareRequest("r", "b", ["checkpoint-1", "result"]),
         PushRequest("r", "ann/mug", private=False),
+        AnalyzeRequest("r", "b", "exports/r/analysis", "fp16", "main"),
     ],
     ids=lambda request: request.kind,
 )
@@ -50,19 +52,21 @@ def test_a_job_is_one_flat_object_as_runs_folders_have_it(tmp_path: Path) -> Non
         "run": "20261125-020304-abcdef", "trigger": "sks mug", "vae": None, "config": "c",
         "variant": None, "revision": "main",
     }  # fmt: skip
-    (tmp_path / records.JOB).write_text(json.dumps(values | {"of_a_later_version": 1}))
+    (tmp_path / records.JOB).write_text(
+        json.dumps(values | {"of_a_later_version": 1}), encoding="utf-8"
+    )
     record = read_record(tmp_path)
     assert record is not None
     assert isinstance(record.request, MergeRequest)
     assert record.request.files == ModelFiles(None, "c", None, "main")
     assert (record.title, record.queued, record.request.strength) == ("Merge sks mug", 2.0, 0.5)
     write_record(tmp_path, record)
-    assert json.loads((tmp_path / records.JOB).read_text()) == values
+    assert json.loads((tmp_path / records.JOB).read_text(encoding="utf-8")) == values
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"kind": "dance"}', '{"kind": ["train"]}'])
 def test_what_is_no_job_is_none(tmp_path: Path, text: str) -> None:
-    (tmp_path / records.JOB).write_text(text)
+    (tmp_path / records.JOB).write_text(text, encoding="utf-8")
     assert read_record(tmp_path) is None
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.processes import end_group
+from dora_diffusion.jobs.queue import worker_of
 from dora_diffusion.jobs.snapshot import read_job, snapshot
 from dora_diffusion.jobs.workspace import Workspace, read_json, remove_folder, write_json
 from tests.jobs.helpers import make, pretend_running, seen, started_run
@@ -23,7 +23,7 @@ def test_a_dead_process_is_a_crash_with_its_cause(
     folder = make(workspace)
     pretend_running(folder, sleeper)
     (folder / records.LOG).write_text(
-        "error: of before\n--- 2026 again ---\nerror: the disk is full\n"
+        "error: of before\n--- 2026 again ---\nerror: the disk is full\n", encoding="utf-8"
     )
     sleeper.kill()
     sleeper.wait()
@@ -41,9 +41,31 @@ def test_a_crash_without_a_word_says_what_to_do(workspace: Workspace) -> None:
 
 def test_another_process_with_the_same_pid_is_not_the_worker(workspace: Workspace) -> None:
     folder = make(workspace)
-    write_json(folder / records.WORKER, {"pid": os.getpid(), "start": "12"})
+    write_json(folder / records.WORKER, {"pid": os.getpid(), "start": 12.0})
     assert seen(folder).state == "crashed"
-    assert not end_group(os.getpid(), "12", signal.SIGKILL)
+    assert worker_of(folder) is None
+
+
+@pytest.mark.parametrize("start", ["8423771", "Thu Nov 26 10:53:56 2026", 1795686836.0, None])
+def test_a_worker_is_known_whatever_its_start_was_noted_as(
+    workspace: Workspace, start: object
+) -> None:
+    """By an earlier version, in clock ticks or by ps; or before the clock was set."""
+    folder, other = make(workspace), make(workspace)
+    code = "import time; print(flush=True); time.sleep(60)"
+    words = [sys.executable, "-c", code, "dora_diffusion.jobs.worker", f"elsewhere/{folder.name}"]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        for job in (folder, other):
+            write_json(job / records.WORKER, {"pid": child.pid, "start": start})
+        assert seen(folder).state == "running"
+        assert seen(other).state == "crashed", "the pid is another job's worker's now"
+    finally:
+        child.kill()
+        child.communicate()
+    assert seen(folder).state == "crashed"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +73,7 @@ def test_another_process_with_the_same_pid_is_not_the_worker(workspace: Workspac
 )
 def test_the_exit_code_tells_how_a_job_ended(workspace: Workspace, code: int, state: str) -> None:
     folder = make(workspace)
-    (folder / records.LOG).write_text("error: the loss is nan at step 3\n")
+    (folder / records.LOG).write_text("error: the loss is nan at step 3\n", encoding="utf-8")
     write_json(folder / records.RESULT, {"code": code})
     assert seen(folder).state == state
     assert seen(folder).cause == ("the loss is nan at step 3" if state == "failed" else "")
@@ -79,9 +101,9 @@ def test_progress_and_time_left_come_from_measured_steps(workspace: Workspace) -
 def test_broken_files_do_not_break_the_page(workspace: Workspace) -> None:
     folder = started_run(workspace, 1)
     for name in (records.WORKER, records.RESULT, records.PROGRESS):
-        (folder / name).write_text("{")
+        (folder / name).write_text("{", encoding="utf-8")
     assert len(snapshot(workspace.root)) == 1
-    (folder / records.JOB).write_text("")
+    (folder / records.JOB).write_text("", encoding="utf-8")
     assert snapshot(workspace.root) == ()
 
 

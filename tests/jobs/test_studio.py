@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -212,3 +213,18 @@ def test_pictures_wait_for_a_worker_that_is_leaving(
 def test_requests_have_limits(finished: tuple[Workspace, str], changes: dict[str, Any]) -> None:
     with pytest.raises(RequestError):
         ask(finished, **changes)
+
+
+def test_a_released_model_lets_go_of_its_files(
+    finished: tuple[Workspace, str], studio: Studio
+) -> None:
+    """Its weights are maps of the files, which Windows would not let be deleted."""
+    base = job_of(finished).base
+
+    def mapped() -> list[str]:
+        return [map.path for map in psutil.Process().memory_maps() if map.path.startswith(base)]
+
+    studio.make(ask(finished))
+    assert mapped()
+    studio.release()
+    assert mapped() == []

@@ -49,7 +49,7 @@ def refused(file: Path, folder: Path) -> str:
 
 
 def test_names_are_made_by_the_server(tmp_path: Path, folder: Path) -> None:
-    first = photo(tmp_path / "..; rm -rf $(x) <b>.jpg")
+    first = photo(tmp_path / "..; rm -rf $(x) &b.jpg")
     result = store_photos([first, photo(tmp_path / "b.png")], folder)
     assert [path.name for path in result.accepted] == ["001.jpg", "002.jpg"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +77,7 @@ def test_a_killed_worker_is_a_crash_and_its_run_can_go_on(
     wait(workspace, queue, job_id, lambda job: bool(job.checkpoints))
     worker = jobs.worker_of(folder)
     assert worker is not None
-    os.kill(worker[0], signal.SIGKILL)
+    worker.kill()
     crashed = wait(workspace, queue, job_id, lambda job: job.state == "crashed")
     at = int(crashed.checkpoints[-1].removeprefix("checkpoint-"))
     lock = Lock(workspace.device_lock)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import platformdirs
 import pytest
 
+from dora_diffusion import system
 from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.workspace import Workspace, clean_text, ids_in
+from dora_diffusion.jobs.workspace import (
+    Workspace,
+    clean_text,
+    ids_in,
+    read_json,
+    remove_folder,
+    write_json,
+)
 from tests.jobs.helpers import (
     started_run,
 )
@@ -28,3 +39,57 @@ def test_text_is_one_printable_line() -> None:
     assert clean_text(" a\tb\x07\u2028c ", 10, "prompt") == "a b c"
     with pytest.raises(RequestError, match="at most 3"):
         clean_text("abcd", 3, "prompt")
+
+
+def test_runs_lie_where_the_app_is_started_and_on_windows_with_the_users_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Workspace.default_root() == Path("runs")
+    monkeypatch.setattr(system, "is_windows", lambda: True)
+    monkeypatch.setattr(
+        platformdirs, "user_data_dir", lambda name, appauthor: f"AppData/Local/{name}"
+    )
+    assert Workspace.default_root() == Path("AppData/Local/dora-diffusion/runs")
+    (tmp_path / "runs").mkdir()
+    assert Workspace.default_root() == Path("runs"), "runs that are there are not left behind"
+
+
+def in_use(*_: object, **__: object) -> None:
+    """What Windows says of a file that another program has open."""
+    error = PermissionError(13, "used by another process")
+    error.winerror = 32  # type: ignore[attr-defined]
+    raise error
+
+
+def test_a_folder_whose_files_are_in_use_is_kept_and_said_to_be(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = started_run(workspace, 1)
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr(system.os, "replace", in_use)
+    monkeypatch.setattr(system.time, "sleep", lambda _: None)
+    with pytest.raises(RequestError, match="while a program has a file of it open"):
+        remove_folder(folder)
+    assert sorted(folder.iterdir()) == before
+    monkeypatch.undo()
+    remove_folder(folder)
+    assert not folder.exists()
+
+
+def test_a_file_that_is_being_replaced_is_read_a_moment_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a job would look crashed for as long as its file is replaced on Windows."""
+    write_json(tmp_path / "worker.json", {"pid": 1})
+    real, refusals = Path.read_text, [1, 2]
+
+    def read_text(path: Path, **options: str) -> str:
+        if refusals:
+            refusals.pop()
+            in_use()
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert read_json(tmp_path / "worker.json") == {"pid": 1}
+    assert refusals == []

@@ -31,7 +31,9 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from dora_diffusion.config import ConfigError
-from dora_diffusion.memory import describe_device
 from dora_diffusion.models import precision
 
 
@@ -16,12 +15,18 @@ from dora_diffusion.models import precision
         ("cuda", True, torch.bfloat16, "bf16"),
         ("cuda:1", False, torch.float16, "fp16"),
         ("cpu", True, torch.float32, "no"),
-        ("mps", True, torch.float32, "no"),
+        ("xpu", True, torch.bfloat16, "bf16"),
+        ("mps", True, torch.bfloat16, "bf16"),
+        ("mps", False, torch.float16, "fp16"),
     ],
 )
 def test_auto_is_what_the_device_computes(device, has_bf16, dtype, name, monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    for home in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(
+            home, "is_bf16_supported", lambda including_emulation: has_bf16, raising=False
+        )
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: has_bf16)
     assert precision.auto_dtype(device) == dtype
     assert precision.dtype_of("auto", device) == dtype
     assert precision.precision_of("auto", device) == name
@@ -41,12 +46,6 @@ def test_memory_and_models_state_one_rule(monkeypatch):
     assert precision.auto_dtype("cpu") == torch.float16
 
 
-def test_accelerate_on_the_cpu_is_estimated_for_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "yes")
-    assert describe_device().kind == "cpu"
-
-
 def test_what_is_named_is_taken():
     assert precision.dtype_of("float16", "cpu") == torch.float16
     assert precision.precision_of("bf16", "cpu") == "bf16"
@@ -62,15 +61,3 @@ def test_accelerate_launch_settles_auto(launched, name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     on_gpu = "bf16" if launched == "no" else launched  # it says no where nothing was asked
     assert precision.precision_of("auto", "cuda") == on_gpu
-
-
-def test_the_default_device_is_the_gpu_unless_accelerate_is_told_otherwise(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    assert precision.default_device() == "cuda"
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert precision.default_device() == "cpu"
-    monkeypatch.delenv("ACCELERATE_USE_CPU")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert precision.default_device() == "mps"

@@ -63,7 +63,9 @@ def test_markers_of_v_prediction_win_over_the_configuration(
     folder = shutil.copytree(sdxl_folder, tmp_path / "v")
     path = folder / "scheduler" / "scheduler_config.json"
     changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8"
+    )
     # The configuration that is given says epsilon; the file itself knows better.
     loaded = load_components(single_file(folder, tmp_path), config=sdxl_folder)
     assert loaded.prediction_type == "v_prediction"

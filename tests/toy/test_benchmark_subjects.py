@@ -80,7 +80,10 @@ def test_photos_come_with_true_captions(tmp_path):
     subject = find_subject("moon_robot")
     photos = write_photos(subject, tmp_path)
     assert len(photos) == PHOTOS
-    assert photos[0].with_suffix(".txt").read_text() == "a photo of a sks toy on a wooden floor\n"
+    assert (
+        photos[0].with_suffix(".txt").read_text(encoding="utf-8")
+        == "a photo of a sks toy on a wooden floor\n"
+    )
     with Image.open(photos[0]) as first, Image.open(photos[1]) as second:
         assert first.size == second.size
         assert np.asarray(first).std() > 20

@@ -61,7 +61,12 @@ def test_the_classic_tokenizer_files_agree_with_the_fast_one(pipeline: Any) -> N
     from transformers import CLIPTokenizer
 
     folder = model_folder("tiny-sd") / "tokenizer"
-    merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines()[1:]]
-    classic = CLIPTokenizer(vocab=json.loads((folder / "vocab.json").read_text()), merges=merges)
+    merges = [
+        tuple(line.split())
+        for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    ]
+    classic = CLIPTokenizer(
+        vocab=json.loads((folder / "vocab.json").read_text(encoding="utf-8")), merges=merges
+    )
     text = "a photo of a sks mug, qwxv in front of a brick wall"
     assert classic(text).input_ids == pipeline.tokenizer(text).input_ids

@@ -74,13 +74,14 @@ def warnings_of(config):
 
 
 def losses(folder, figure="loss"):
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {json.loads(line)["step"]: json.loads(line)[figure] for line in lines}
 
 
 def steps_in(folder: Path) -> list[int]:
     return [
-        json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)["step"]
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
 
 

@@ -29,9 +29,9 @@ train(TrainConfig.from_dict(yaml.safe_load(open(sys.argv[1]))))
 
 def launch(config: dict, tmp_path: Path, processes: int) -> Path:
     script, settings = tmp_path / "run.py", tmp_path / f"{processes}.yaml"
-    script.write_text(_RUN)
+    script.write_text(_RUN, encoding="utf-8")
     output = tmp_path / f"out-{processes}"
-    settings.write_text(yaml.safe_dump(config | {"output_dir": str(output)}))
+    settings.write_text(yaml.safe_dump(config | {"output_dir": str(output)}), encoding="utf-8")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     # With ACCELERATE_USE_CPU, the launcher for several GPUs starts CPU processes.
@@ -43,6 +43,7 @@ def launch(config: dict, tmp_path: Path, processes: int) -> Path:
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         timeout=300,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return output
@@ -79,7 +80,7 @@ def test_two_processes_agree_with_one(sd1_folder, tmp_path):
             torch.testing.assert_close(
                 getattr(layer, part), getattr(second[name], part), rtol=2e-3, atol=2e-5
             )
-    assert len((two / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len((two / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
 
 
 def test_processes_wait_as_long_as_class_images_take(sd1_folder, photos, tmp_path):

@@ -54,5 +54,5 @@ def test_the_card_is_valid_whatever_the_prompt_says(sd1_folder, photos, tmp_path
     train(
         make_config(sd1_folder, photos, tmp_path / "out", instance_prompt=prompt, max_train_steps=1)
     )
-    text = (tmp_path / "out" / "README.md").read_text()
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert yaml.safe_load(text.split("---")[1])["instance_prompt"] == prompt

@@ -28,9 +28,9 @@ def folder(request, tmp_path):
     if request.param != "sdxl_encoded":
         return request.getfixturevalue(request.param)
     folder = shutil.copytree(request.getfixturevalue("sdxl_folder"), tmp_path / "sdxl")
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     (folder / "model_index.json").write_text(
-        json.dumps(index | {"force_zeros_for_empty_prompt": False})
+        json.dumps(index | {"force_zeros_for_empty_prompt": False}), encoding="utf-8"
     )
     return folder
 

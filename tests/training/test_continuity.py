@@ -67,7 +67,7 @@ def another_image(photos):
 
 
 def another_caption(photos):
-    (photos / "01.txt").write_text("a sks mug on the moon")
+    (photos / "01.txt").write_text("a sks mug on the moon", encoding="utf-8")
 
 
 def another_mask(photos):
@@ -128,7 +128,7 @@ def test_what_may_change_is_said_and_recorded_with_its_step(again, capsys):
     changes = "max_train_steps (2 -> 3), learning_rate (8e-05 -> 4e-05)"
     assert f"changed from step 3 on: {changes}" in said
     file = Path(again.output_dir) / "config.yaml"
-    record = yaml.safe_load(file.read_text())["segments"]
+    record = yaml.safe_load(file.read_text(encoding="utf-8"))["segments"]
     assert record == [
         {"from_step": 1, "settings": {"max_train_steps": 2, "learning_rate": 8e-5}},
         {"from_step": 3, "settings": {"max_train_steps": 3, "learning_rate": 4e-5}},
@@ -149,7 +149,7 @@ def test_segments_grow_from_checkpoint_to_checkpoint(again):
 
 
 def test_a_run_of_one_piece_records_no_segments(first):
-    text = (Path(first.output_dir) / "config.yaml").read_text()
+    text = (Path(first.output_dir) / "config.yaml").read_text(encoding="utf-8")
     assert "segments" not in text
     assert "max_train_steps: 2\n" in text
 
@@ -191,7 +191,7 @@ def test_settings_for_which_no_step_is_left_are_said_and_not_recorded(again, cap
     assert "at step 2 of 2; nothing is left to train" in said
     assert "without effect, since no step is left: learning_rate (8e-05 -> 4e-05)\n" in said
     assert "changed from" not in said
-    saved = yaml.safe_load((Path(again.output_dir) / "config.yaml").read_text())
+    saved = yaml.safe_load((Path(again.output_dir) / "config.yaml").read_text(encoding="utf-8"))
     assert saved["learning_rate"] == 8e-5
     assert "segments" not in saved
 

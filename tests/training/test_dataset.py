@@ -67,7 +67,7 @@ def test_photos_in_sub_folders_are_counted_and_named(config, photos):
 
 
 def test_a_bad_photo_among_good_ones_is_left_out(sd1_folder, photos, tmp_path):
-    (photos / "text.jpg").write_text("not a picture")
+    (photos / "text.jpg").write_text("not a picture", encoding="utf-8")
     whole = (photos / "01.jpg").read_bytes()
     (photos / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.warns(UserWarning, match=r"photo left out: .*(text|truncated)\.jpg"):
@@ -111,7 +111,7 @@ def test_every_cached_latent_is_that_of_its_own_image(sd1_folder, tmp_path):
         for number in range(3):
             file = tmp_path / kind / f"{number}.png"
             noise((64, 64), len(files)).save(file)
-            file.with_suffix(".txt").write_text(f"{caption}, number {number}")
+            file.with_suffix(".txt").write_text(f"{caption}, number {number}", encoding="utf-8")
             files[f"{caption}, number {number}"] = file
     session = open_run(
         sd1_folder, tmp_path / "photos", tmp_path / "out", train_batch_size=2,

@@ -22,7 +22,7 @@ def test_a_run_tells_what_it_does_in_order(tiny_run, tmp_path):
         tiny_run(max_train_steps=2, checkpointing_steps=2, num_validation_images=1), told.append
     )
     steps = [event for event in told if isinstance(event, events.StepDone)]
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [dict(event.record) for event in steps] == [json.loads(line) for line in lines]
     assert [(e.step, e.total_steps, e.loss) for e in steps] == [
         (e.record["step"], 2, e.record["loss"]) for e in steps

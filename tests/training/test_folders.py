@@ -31,7 +31,10 @@ with output_folder(TrainConfig(output_dir=sys.argv[1])):
 def other_run(tmp_path: Path):
     """Another process that holds the folder ``out``."""
     process = subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _HOLD, str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
     )
     assert process.stdout.readline() == "held\n"
     yield process
@@ -101,7 +104,7 @@ def test_a_run_does_not_write_among_photos_or_a_models_files(
 ):
     shutil.copytree(sd1_folder, tmp_path / "model")
     (tmp_path / "link").symlink_to(photos)
-    (photos / "README.md").write_text("mine")
+    (photos / "README.md").write_text("mine", encoding="utf-8")
     config = tiny_run(
         output_dir=os.path.join(tmp_path, output),
         pretrained_model_name_or_path=str(tmp_path / "model"),
@@ -149,11 +152,13 @@ def test_class_images_have_a_folder_of_their_own(place, message, tiny_run, tmp_p
 @pytest.mark.parametrize("name", ["README.md", "config.yaml"])
 def test_files_that_no_run_wrote_are_not_replaced_unasked(name, tiny_run, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).write_text("mine")
+    (tmp_path / "out" / name).write_text("mine", encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"holds {name}, which no run has written"):
         train(tiny_run(max_train_steps=1))
-    assert (tmp_path / "out" / name).read_text() == "mine"
-    (tmp_path / "out" / "metrics.jsonl").write_text("")  # a run's own, that saved nothing
+    assert (tmp_path / "out" / name).read_text(encoding="utf-8") == "mine"
+    (tmp_path / "out" / "metrics.jsonl").write_text(
+        "", encoding="utf-8"
+    )  # a run's own, that saved nothing
     train(tiny_run(max_train_steps=1))
 
 
@@ -180,6 +185,6 @@ def test_an_overwritten_result_leaves_nothing_behind(sd1_folder, photos, tmp_pat
 def test_a_folder_that_is_not_a_result_keeps_its_files(sd1_folder, photos, tmp_path):
     from dora_diffusion.training.folders import clear_folder
 
-    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
     clear_folder(tmp_path, 0)
-    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"

@@ -21,7 +21,10 @@ def test_every_row_is_one_photo_with_its_own_caption_crop_and_mask(
         train_batch_size=3, masked_loss=True, random_flip=True, dataloader_num_workers=0,
     )  # fmt: skip
     # No two photos share a caption or a shape.
-    files = {path.read_text(): path.with_suffix(".png") for path in shaped_photos.glob("*.txt")}
+    files = {
+        path.read_text(encoding="utf-8"): path.with_suffix(".png")
+        for path in shaped_photos.glob("*.txt")
+    }
     shapes, vae = set(), session.components.vae
     for _ in range(4):
         batch = next(session.train_step.inputs.batches)

@@ -33,7 +33,7 @@ def test_metrics_that_a_full_disk_refuses_are_written_later(tmp_path, monkeypatc
     with pytest.warns(UserWarning, match="metrics.jsonl cannot be written: No space left"):
         log.add({"step": 2, "loss": 0.5})
     log.add({"step": 3, "loss": 0.5})
-    assert (tmp_path / "metrics.jsonl").read_text() == "", "no half line"
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == "", "no half line"
     log._file._file = disk
     log.flush()
     log.close()

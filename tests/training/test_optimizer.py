@@ -19,7 +19,7 @@ from tests.training.helpers import losses, make_config, warnings_of
 
 
 def rates(config):
-    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["lr"]["unet/down"] for line in lines]
 
 
@@ -27,7 +27,7 @@ def test_a_warm_up_rises_with_the_constant_schedule(config):
     run = replace(config, max_train_steps=4, lr_warmup_steps=2, learning_rate=1e-3)
     train(run)
     assert rates(run) == pytest.approx([0, 5e-4, 1e-3, 1e-3])
-    saved = yaml.safe_load((Path(run.output_dir) / "config.yaml").read_text())
+    saved = yaml.safe_load((Path(run.output_dir) / "config.yaml").read_text(encoding="utf-8"))
     assert saved["lr_scheduler"] == "constant_with_warmup"
 
 

@@ -95,7 +95,7 @@ def test_an_image_free_prior_of_what_is_trained_is_refused(
     changes, caption, message, config, photos
 ):
     if caption:
-        (photos / "01.txt").write_text(caption)
+        (photos / "01.txt").write_text(caption, encoding="utf-8")
     held = replace(
         config, with_prior_preservation=True, prior_preservation_mode="image-free", **changes
     )

@@ -46,10 +46,10 @@ def test_steps_that_are_trained_again_are_said(tiny_run, tmp_path, capsys):
 def test_fewer_steps_than_the_checkpoint_has_is_an_error(tiny_run, tmp_path):
     config = tiny_run(checkpointing_steps=2)
     train(config)
-    before = (tmp_path / "out" / "metrics.jsonl").read_text()
+    before = (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8")
     with pytest.raises(ConfigError, match=r"checkpoint-4 has 4 steps, more than the 3 that are"):
         train(replace(config, max_train_steps=3, resume_from_checkpoint="latest"))
-    assert (tmp_path / "out" / "metrics.jsonl").read_text() == before
+    assert (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8") == before
 
 
 def test_as_many_steps_write_the_result_again(tiny_run, tmp_path):

@@ -14,7 +14,7 @@ from tests.training.helpers import losses, make_config
 
 def test_the_saved_settings_are_those_that_were_used(config):
     train(replace(config, resolution=None, max_train_steps=None, num_train_epochs=1))
-    saved = yaml.safe_load((Path(config.output_dir) / "config.yaml").read_text())
+    saved = yaml.safe_load((Path(config.output_dir) / "config.yaml").read_text(encoding="utf-8"))
     used = {
         "resolution": 64, "class_word": "mug", "lora_alpha": 2.0, "conv_alpha": 2.0,
         "max_train_steps": 5, "num_train_epochs": None, "mixed_precision": "no",

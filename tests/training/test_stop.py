@@ -10,22 +10,26 @@ import sys
 import pytest
 import yaml
 
+from dora_diffusion.system import BREAK, HANGUP, STOP_SIGNALS, let_break_interrupt
 from dora_diffusion.training.events import SampleSaved, SamplingProgress
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.stop import Stopped, StopRequest
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+needs_hangup = pytest.mark.skipif(HANGUP is None, reason="closed terminals send no signal")
 
 
 @pytest.fixture
 def quiet_hangup():
     """SIGHUP as a terminal's process has it, whatever the test runner was started by."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if HANGUP is None:
+        yield
+        return
+    before = signal.signal(HANGUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGHUP, before)
+    signal.signal(HANGUP, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_the_first_signal_is_answered_and_kept(number, quiet_hangup, capsys):
     with StopRequest() as stop:
         stop.answer_with("saving")
@@ -50,37 +54,56 @@ def test_a_second_interrupt_leaves_at_once(before):
         signal.signal(signal.SIGINT, outer)
 
 
+@pytest.mark.skipif(BREAK is None, reason="there is no Ctrl-Break")
+def test_ctrl_break_is_an_interrupt():
+    """It saves and leaves; the second one, and one outside of training, is a KeyboardInterrupt."""
+    before = signal.getsignal(BREAK)
+    try:
+        let_break_interrupt()
+        with StopRequest() as stop:
+            stop.answer_with("saving")
+            signal.raise_signal(BREAK)
+            assert stop.signal_number == BREAK
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(BREAK)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(BREAK)
+    finally:
+        signal.signal(BREAK, before)
+
+
+@needs_hangup
 def test_a_second_hangup_does_not_lose_the_checkpoint(quiet_hangup):
     """The terminal sends one, and the shell in it another."""
     with StopRequest() as stop:
         stop.answer_with("saving")
-        signal.raise_signal(signal.SIGHUP)
-        signal.raise_signal(signal.SIGHUP)
-        assert stop.signal_number == signal.SIGHUP
+        signal.raise_signal(HANGUP)
+        signal.raise_signal(HANGUP)
+        assert stop.signal_number == HANGUP
         signal.raise_signal(signal.SIGINT)  # still a first one
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
 
+@needs_hangup
 def test_nohup_is_respected():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(HANGUP, signal.SIG_IGN)
     try:
         with StopRequest() as stop:
-            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(HANGUP)
             assert not stop.requested
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(HANGUP) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(HANGUP, before)
 
 
 def test_the_handlers_before_come_back(quiet_hangup):
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopRequest() as stop:
         stop.answer_with("saving")
-        assert all(signal.getsignal(number) == stop._ask for number in numbers)
-        signal.raise_signal(signal.SIGHUP)
-    assert [signal.getsignal(number) for number in numbers] == before
+        assert all(signal.getsignal(number) == stop._ask for number in STOP_SIGNALS)
+        signal.raise_signal(STOP_SIGNALS[-1])
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 def test_with_nothing_to_save_the_first_signal_leaves():
@@ -138,16 +161,18 @@ def test_a_closed_terminal_leaves_a_checkpoint(tiny_run, tmp_path):
     """A real terminal that goes away: output to it fails from then on."""
     pty = pytest.importorskip("pty")
     settings = tmp_path / "settings.yaml"
-    settings.write_text(yaml.safe_dump(tiny_run(max_train_steps=100_000).to_dict()))
+    settings.write_text(
+        yaml.safe_dump(tiny_run(max_train_steps=100_000).to_dict()), encoding="utf-8"
+    )
     pid, master = pty.fork()
     if pid == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(HANGUP, signal.SIG_DFL)
         os.environ["OMP_NUM_THREADS"] = "1"
         command = [sys.executable, "-m", "dora_diffusion", "train", "--config", str(settings)]
         os.execv(sys.executable, command)
     log = tmp_path / "out" / "metrics.jsonl"
     shown = b""
-    while not (log.is_file() and log.read_text().count("\n") > 1):
+    while not (log.is_file() and log.read_text(encoding="utf-8").count("\n") > 1):
         readable, _, _ = select.select([master], [], [], 0.05)
         try:
             shown += os.read(master, 4096) if readable else b""
@@ -155,7 +180,7 @@ def test_a_closed_terminal_leaves_a_checkpoint(tiny_run, tmp_path):
             pytest.fail(f"the run ended by itself: {shown.decode(errors='replace')[-2000:]}")
     os.close(master)
     _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
-    assert log.read_text().endswith("}\n")
+    assert os.waitstatus_to_exitcode(status) == 128 + HANGUP
+    assert log.read_text(encoding="utf-8").endswith("}\n")
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert (checkpoint / "training_state.pt").is_file()

@@ -17,7 +17,10 @@ from dora_diffusion.training.trackers import Trackers, step_tags, tracked_settin
 
 
 def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_tensorboard_gets_numbers_settings_and_samples(tiny_run, tmp_path):

@@ -154,7 +154,11 @@ STAGES: dict[str, tuple[Stage, ...]] = {
 
 def machine() -> str:
     """The processor's name, for a card."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"2 cores of {named[0] if named else platform.processor() or platform.machine()}"
 

@@ -99,6 +99,7 @@ def write_images(folder: Path, processes: int = 2) -> Path:
         for start, block in pool.imap_unordered(_render_range, bounds):
             images[start : start + len(block)] = block
     images.flush()
+    del images  # closes it: Windows renames no file that is mapped
     return unfinished.rename(path)
 
 

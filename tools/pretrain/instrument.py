@@ -159,7 +159,9 @@ def save_instrument(instrument: Instrument, folder: Path) -> None:
         file = folder / f"{name}.safetensors"
         save_file(halves, file)
         file.chmod(0o644)  # safetensors writes for its owner alone
-    (folder / "measured.json").write_text(json.dumps(instrument.measured, indent=2) + "\n")
+    (folder / "measured.json").write_text(
+        json.dumps(instrument.measured, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def train_instrument(folder: Path, minutes: float, output: Path) -> None:

@@ -123,6 +123,7 @@ def write_latents(folder: Path, corpus: Corpus, vae_folder: Path) -> Path:
                 shape = (corpus.count, *block.shape[1:])
                 latents = np.lib.format.open_memmap(unfinished, "w+", np.float16, shape)
             latents[start : start + len(block)] = block
+    del latents  # closes it: Windows renames no file that is mapped
     return unfinished.rename(path)
 
 

@@ -33,9 +33,9 @@ def _edit_config(file: Path, **changes: str | None) -> None:
     The text encoder's type is one: without a ``torch_dtype``, transformers opens a model in the
     type that its config names, but diffusers opens its own in float32, and both must agree.
     """
-    config = json.loads(file.read_text()) | changes
+    config = json.loads(file.read_text(encoding="utf-8")) | changes
     kept = {key: value for key, value in config.items() if changes.get(key, "") is not None}
-    file.write_text(json.dumps(kept, indent=2) + "\n")
+    file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_published_names(file: Path) -> None:

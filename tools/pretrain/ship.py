@@ -91,17 +91,19 @@ def _write_card(
     }
     images = generate(pipeline, [prompt_of(wish) for wish in random_wishes(grid)])
     write_grid(images, folder / "samples.jpg")
-    template = (Path(__file__).parent / "cards" / f"{name}.md").read_text()
-    training = json.loads((folder / "training.json").read_text())
+    template = (Path(__file__).parent / "cards" / f"{name}.md").read_text(encoding="utf-8")
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     shared = _shared_facts(folder, pipeline, instrument, measured)
-    (folder / "README.md").write_text(template.format(**shared, **facts, **training))
+    (folder / "README.md").write_text(
+        template.format(**shared, **facts, **training), encoding="utf-8"
+    )
     rounded = {key: round(value, 4) for key, value in measured.items()} | more
     _save(folder / "measured.json", rounded)
     return rounded
 
 
 def _save(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n")
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _shared_facts(
@@ -140,7 +142,11 @@ def _parameters(module: torch.nn.Module) -> float:
 
 def training_facts(work: Path, machine: str) -> dict[str, Any]:
     """Machines, minutes and steps of all trainings, also of the model that it continued from."""
-    facts = json.loads(facts_before(work).read_text()) if goes_on(work) else {"machine": machine}
+    facts = (
+        json.loads(facts_before(work).read_text(encoding="utf-8"))
+        if goes_on(work)
+        else {"machine": machine}
+    )
     if machine not in facts["machine"]:
         facts["machine"] += f" and {machine}"
     for name in ("vae", "diffusion"):

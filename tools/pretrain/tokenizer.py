@@ -70,7 +70,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer(**arguments, model_max_length=MAX_LENGTH)
     tokenizer.save_pretrained(folder)
     # Recent transformers write tokenizer.json alone; older ones read only these two.
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = "\n".join(" ".join(pair) for pair in merges)
-    (folder / "merges.txt").write_text(f"#version: 0.2\n{lines}\n")
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{lines}\n", encoding="utf-8")
     return tokenizer

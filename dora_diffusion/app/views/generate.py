@@ -87,14 +87,16 @@ class GenerateTab:
     def _add_sampling(self) -> None:
         with gr.Accordion("Steps, guidance, scheduler, size", open=False):
             self.form["steps"] = gr.Slider(1, 100, 25, step=1, label="Steps")
-            self.form["guidance_scale"] = gr.Slider(1, 15, 3.5, step=0.1, label="Guidance")
             self.form["scheduler"] = gr.Dropdown([OWN, *SCHEDULERS], value=OWN, label="Scheduler")
             with gr.Row():
                 # Text: an empty number field turns into 0 when it is unfolded.
-                for side in ("width", "height"):
-                    self.form[side] = gr.Textbox(
-                        label=side.capitalize(), placeholder="the model's", max_lines=1,
-                        max_length=5, min_width=110, elem_id=side,
+                for name, unset in (
+                    ("guidance_scale", "the run's"), ("width", "the model's"),
+                    ("height", "the model's"),
+                ):  # fmt: skip
+                    self.form[name] = gr.Textbox(
+                        label=name.partition("_")[0].capitalize(), placeholder=unset, max_lines=1,
+                        max_length=5, min_width=90, elem_id=name,
                     )  # fmt: skip
 
     def _add_actions(self) -> None:

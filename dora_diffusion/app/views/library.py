@@ -23,15 +23,17 @@ from dora_diffusion.app.views.fields import (
     html_block,
     id_dropdown,
 )
+from dora_diffusion.jobs.analyze import analysis_figures, analyze_command, start_analysis
 from dora_diffusion.jobs.checkpoints import chosen_adapter
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.exports import export_adapter, formats, write_card
 from dora_diffusion.jobs.merge import merge_command, start_merge
 from dora_diffusion.jobs.push import start_push
 from dora_diffusion.jobs.queue import delete_job, stop_job
-from dora_diffusion.jobs.records import MergeRequest
+from dora_diffusion.jobs.records import AnalyzeRequest, MergeRequest
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.subjects import photos_in
+from dora_diffusion.jobs.workspace import Workspace
 
 _NOTHING = html.empty(
     "The library is empty", "A run appears here when it is done. Start one in the Train tab."
@@ -53,6 +55,7 @@ class LibraryTab:
                 self.details = html_block(_NOTHING, elem_id="library-facts")
             with gr.Column(scale=5, min_width=320, visible=False) as self.side:
                 self._add_export()
+                self._add_analysis()
                 self._add_push()
                 self.errands = html_block(elem_id="merges", js_on_load=CLICKS)
                 self._add_delete()
@@ -71,6 +74,15 @@ class LibraryTab:
         html_block(html.quiet(text))
         self.strength = gr.Slider(0, 2, 1, step=0.05, label="Merge strength")
         self.merge = gr.Button("Merge", size="md", elem_id="merge")
+
+    def _add_analysis(self) -> None:
+        with gr.Accordion("What training did to the weights", open=False):
+            text = (
+                "How far magnitude and direction moved in each layer, at all checkpoints: tables, "
+                "and plots where matplotlib is installed."
+            )
+            html_block(html.quiet(text))
+            self.analyze = gr.Button("Analyze", size="md", elem_id="analyze")
 
     def _add_push(self) -> None:
         with gr.Accordion("Publish on the Hugging Face hub", open=False):
@@ -118,6 +130,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
     def delete(job_id: str | None) -> list[Any]:
         if not job_id:  # not confirmed
             return [gr.skip()] * 3
+        context.studio.release()  # Windows deletes no model that is mapped into memory.
         delete_job(workspace, str(job_id))
         parts = refresh(context.jobs(fresh=True), None)
         return [filled(parts["shelf"]), filled(parts["shelf_run"]), html.note("Deleted", "info")]
@@ -136,12 +149,18 @@ def connect(context: Context, tab: LibraryTab) -> None:
 
 
 def _connect_errands(context: Context, tab: LibraryTab) -> None:
-    """Merging and publishing, which are jobs."""
+    """Merging, analyzing and publishing, which are jobs."""
     workspace = context.workspace
 
     @plain
     def merge(job_id: str | None, strength: float) -> str:
         start_merge(workspace, context.job(job_id), float(strength))
+        context.queue.tick()
+        return _errands(context.jobs(fresh=True))
+
+    @plain
+    def analyze(job_id: str | None) -> str:
+        start_analysis(workspace, context.job(job_id))
         context.queue.tick()
         return _errands(context.jobs(fresh=True))
 
@@ -162,6 +181,7 @@ def _connect_errands(context: Context, tab: LibraryTab) -> None:
         return _errands(context.jobs(fresh=True))
 
     tab.merge.click(merge, [tab.run, tab.strength], [tab.errands], **BUSY)
+    tab.analyze.click(analyze, [tab.run], [tab.errands], **BUSY)
     tab.push.click(push, [tab.run, tab.repository, tab.private], [tab.errands], **BUSY)
     tab.errands.click(stop, None, [tab.errands], **QUIET)
 
@@ -242,17 +262,34 @@ def _facts(job: Job) -> str:
 
 
 def _errands(jobs: Sequence[Job]) -> str:
-    """Merging and publishing, with links to what is done."""
-    return "".join(
-        _errand(job) for job in [job for job in jobs if job.kind in ("merge", "push")][:4]
-    )
+    """Merging, analyzing and publishing, with links to what is done."""
+    kinds = ("merge", "push", "analyze")
+    return "".join(_errand(job) for job in [job for job in jobs if job.kind in kinds][:4])
 
 
 def _errand(job: Job) -> str:
     card = html.status_card(job, stop=True)
+    if isinstance(job.request, AnalyzeRequest):
+        command = analyze_command(Workspace(job.folder.parent), job.request)
+        return card + _analysis(job) + html.command(command, "On the command line")
     if not isinstance(job.request, MergeRequest):
         address = job.progress.address
         return card + (html.outside(address) if job.state == "done" and address else "")
     output = Path(job.request.output)
     link = html.download(output, f"Download {output.name}") if job.state == "done" else ""
     return card + link + html.command(merge_command(job.request), "On the command line")
+
+
+def _analysis(job: Job) -> str:
+    """What an analysis that is done has found, its plots and its files."""
+    if job.state != "done" or not isinstance(job.request, AnalyzeRequest):
+        return ""
+    from dora_diffusion.analysis.plots import FILES as PLOTS
+    from dora_diffusion.analysis.report import FILES
+
+    folder = Path(job.request.output)
+    files = [path for name in FILES.values() if (path := folder / name).is_file()]
+    plots = "".join(html.image(folder / name, what) for what, name in PLOTS.items())
+    links = "".join(html.download(path, path.name) for path in files)
+    found = html.definitions(analysis_figures(folder))
+    return f"{found}<div class='dd-figures'>{plots}</div>{links}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion.app.context import Context
-from dora_diffusion.app.settings import PROMPT_LIMIT
+from dora_diffusion.app.settings import PROMPT_LIMIT, default_guidance
 from dora_diffusion.jobs.checkpoints import chosen_adapter
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.loading import ModelFiles
@@ -18,6 +19,7 @@ from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
 
 OWN = "the model's own"
+MOST_GUIDANCE = 30
 BASE, MERGED = "base", "merged"
 
 
@@ -45,7 +47,7 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
 
     settings = SamplingSettings(
         steps=int(form["steps"] or 25),
-        guidance_scale=float(form["guidance_scale"] or 1),
+        guidance_scale=_guidance(str(form["guidance_scale"] or "").strip(), model),
         scheduler=None if form["scheduler"] == OWN else form["scheduler"],
         width=size("width"),
         height=size("height"),
@@ -73,22 +75,39 @@ class _Model:
     adapter: Path | None
     trigger: str
     files: ModelFiles
+    guidance: float
+
+
+def _guidance(text: str, model: _Model) -> float:
+    """The guidance scale of the field, or of the run's own samples where it is empty."""
+    if not text:
+        return model.guidance
+    with contextlib.suppress(ValueError):
+        if 0 <= (scale := float(text)) <= MOST_GUIDANCE:
+            return scale
+    raise RequestError(
+        f"the guidance is {text!r}; write a number from 0 to {MOST_GUIDANCE}, or leave it empty"
+    )
 
 
 def _model(context: Context, choice: str) -> _Model:
     """A base model alone, a merged model, or a run with the name of its checkpoint."""
     kind, _, name = choice.partition("/")
     if kind == BASE:
-        return _Model(context.allowed_model(name), None, "mug", ModelFiles())
+        return _Model(
+            context.allowed_model(name), None, "mug", ModelFiles(), default_guidance(name)
+        )
     if kind == MERGED:
         job = context.job(name)
         if not isinstance(job.request, MergeRequest) or job.state != "done":
             raise RequestError("this merged model no longer exists; choose another one")
         files = ModelFiles(config=_configuration(job.request))
-        return _Model(job.request.output, None, job.trigger, files)
+        guidance = default_guidance(job.request.base)
+        return _Model(job.request.output, None, job.trigger, files, guidance)
     job = context.job(kind)
     base, adapter = context.allowed_model(job.base), chosen_adapter(job, name)
-    return _Model(base, adapter, job.trigger, ModelFiles.of(job.settings))
+    guidance = float(job.settings.get("validation_guidance_scale") or default_guidance(job.base))
+    return _Model(base, adapter, job.trigger, ModelFiles.of(job.settings), guidance)
 
 
 def _configuration(merge: MergeRequest) -> str | None:

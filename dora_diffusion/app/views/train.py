@@ -190,7 +190,8 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
         return [gr.update(value=setting_text(value)) for value in values.values()]
 
     @plain
-    def suggest(word: str, settled: str, preset: str, model: str) -> list[Any]:
+    def suggest(word: str | None, settled: str, preset: str, model: str) -> list[Any]:
+        word = word or ""  # a page sends text; anybody can send anything
         suggested = context.suggested_base(model, word) if word != settled else ""
         if not suggested:
             return [word, *[gr.skip()] * (2 + len(fields))]

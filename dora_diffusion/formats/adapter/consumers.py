@@ -26,6 +26,9 @@ _NOT_FOR_IT = "convert: the file is not made for it"
 _OTHER_BASES = "exact for its base: wrong with any other"
 _UNKNOWN = "convert: its key format is not one that we have checked"
 OTHER = "other"
+# Of early 2023: the first LoRA trainer's numbers, and attention processors of diffusers.
+NUMBERED, PROCESSORS = "cloneofsimo", "attn_procs"
+OLD_KEY_FORMATS = (NUMBERED, PROCESSORS)
 
 CONSUMERS = (
     "diffusers",
@@ -76,6 +79,13 @@ VERDICTS: Mapping[str, Mapping[str, str]] = {
         "kohya LoRA": (EXACT, _NOT_FOR_IT, *[EXACT] * 5),
         "diffusers LoRA": (EXACT, _NOT_FOR_IT, *["-"] * 5),
         "peft LoRA": (_NOT_FOR_IT, EXACT, *["-"] * 5),
+        "attn_procs LoRA": (
+            "exact if told so: with pipeline.unet.load_lora_adapter(FILE, prefix=None); "
+            "load_lora_weights leaves all of it out",
+            _NOT_FOR_IT,
+            *["-"] * 5,
+        ),
+        "cloneofsimo LoRA": (_NOT_FOR_IT,) * 7,
     }.items()
 }
 
@@ -95,6 +105,11 @@ _KEY_FORMATS = {
         r"|text_encoder(?:_2)?\..+"
         r"\.(?:lora_[AB]|lora_magnitude_vector|lora_linear_layer\.(?:down|up))\.weight"
     ),
+    PROCESSORS: re.compile(
+        r"(?:mid_block|(?:down|up)_blocks)\b.*\.attn[12]\.processor"
+        r"\.to_(?:q|k|v|out)_lora\.(?:down|up)\.weight"
+    ),
+    NUMBERED: re.compile(r"(?:unet|text_encoder):\d+:(?:down|up)"),
 }
 # How the two factors of a layer are named: PEFT's way, and that of the diffusers before it.
 _PEFT_FACTORS = re.compile(r".+\.lora_[AB]\.weight")
@@ -140,7 +155,7 @@ def file_kind(key_format: str, norm_axis: str, target: str = "") -> str:
     """The key of ``VERDICTS`` for a file, ``""`` if it mixes axes, ``"other"`` for other files.
 
     Args:
-        key_format: ``"diffusers"``, ``"kohya"``, ``"peft"`` or ``"other"``.
+        key_format: From `key_format_of`.
         norm_axis: ``"output"``, ``"input"``, ``"mixed"``, or ``""`` for a plain LoRA.
         target: ``"comfyui"`` or ``"dense"`` for files made for one base model.
     """
@@ -164,10 +179,10 @@ def tools_for(kind: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Approximation:
-    """What a plain LoRA stands in for.
+    """What a file stands in for.
 
     Attributes:
-        of: ``"DoRA"`` or ``"LoRA"``.
+        of: ``"DoRA"`` or ``"LoRA"``, ``"tuned model"``, ``"sum of the adapters"``.
         error: Relative error of the change of all layers; None if the file does not say it.
     """
 
@@ -204,14 +219,15 @@ def verdicts(
         kind: From `file_kind`.
         layers: Its layers' canonical names.
         keys: Its keys.
-        approximation: What it approximates, if it is a plain LoRA made from something else.
+        approximation: What it approximates, if it was made from something else.
     """
     tools = tools_for(kind)
     if left_out := left_out_by_diffusers(keys):
         tools["diffusers"] = f"wrong: it leaves {some_layers(left_out)} unchanged"
     if approximation is not None:
+        method = "DoRA" if "DoRA" in kind else "LoRA"
         tools = {
-            program: f"exact for this LoRA, {approximation}" if verdict == EXACT else verdict
+            program: f"exact for this {method}, {approximation}" if verdict == EXACT else verdict
             for program, verdict in tools.items()
         }
     if kind == "kohya LoRA" and (outside := outside_of_blocks(layers)):

@@ -22,6 +22,7 @@ from dora_diffusion.formats.adapter.keys import (
 )
 from dora_diffusion.formats.adapter.magnitude import Magnitude, resolve_axes
 from dora_diffusion.formats.adapter.metadata import OWN, UNET_LAYERS, described
+from dora_diffusion.formats.adapter.positional import group_numbered, is_positional
 from dora_diffusion.formats.adapter.repair import (
     AI_TOOLKIT,
     NO_ALPHA,
@@ -70,16 +71,13 @@ def decode_layers(
             axis cannot be told, numbers that are not finite, or a layer the model does not have.
     """
     _refuse_made_for_one_base(metadata)
-    if alpha is not None and says_alpha(metadata, config):
+    is_numbered = is_positional(tensors)
+    if (says := is_numbered or says_alpha(metadata, config)) and alpha is not None:
         raise AdapterFormatError("its alpha was not lost: the file says it; give none")
     shapes = None if base is None else module_shapes(base)
-    layout = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
-    groups = group_keys(tensors, name_resolver(shapes, layout), component)
-    if not groups:
-        raise AdapterFormatError("the file holds no adapter: it has no tensors")
+    groups = _grouped(tensors, metadata, shapes, component)
     notes = key_notes(tensors) if component is None else []
-    is_stated = alpha is not None or says_alpha(metadata, config)
-    if not is_stated and any("alpha" not in parts for parts in groups.values()):
+    if not says and alpha is None and any("alpha" not in parts for parts in groups.values()):
         notes.append(AI_TOOLKIT if any(map(is_ai_toolkit_key, tensors)) else NO_ALPHA)
     alpha_of = alpha_rule(metadata, config, notes)
     layers, magnitudes = _read_parts(tensors, groups, alpha_of, alpha, beside)
@@ -94,9 +92,24 @@ def decode_layers(
         beside.update(split if shapes is None else fit_to_model(split, shapes))
     if shapes is None:
         return layers, notes
-    if not component and not all(has_component(key) for key in tensors):
+    if not component and not is_numbered and not all(map(has_component, tensors)):
         layers = move_to_second_encoder(layers, shapes, notes)
     return fit_to_model(layers, shapes), notes
+
+
+def _grouped(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    component: str | None,
+) -> dict[str, dict[Part, str]]:
+    """The file's keys by layer and part."""
+    if not tensors:
+        raise AdapterFormatError("the file holds no adapter: it has no tensors")
+    if is_positional(tensors):
+        return group_numbered(tensors, metadata, shapes)
+    layout = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
+    return group_keys(tensors, name_resolver(shapes, layout), component)
 
 
 def _read_parts(

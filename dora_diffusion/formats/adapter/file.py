@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,15 @@ from torch import Tensor
 
 from dora_diffusion.families import FAMILIES, guess_family
 from dora_diffusion.formats.adapter.decode import decode_layers, peft_component
+from dora_diffusion.formats.adapter.embeddings import (
+    EMBEDDINGS,
+    check_tokens,
+    embedding_files,
+    field_of,
+    read_embeddings,
+    write_embeddings,
+)
+from dora_diffusion.formats.adapter.find import find_adapter, load_tensors, naming
 from dora_diffusion.formats.adapter.keys import PEFT_PREFIX, AdapterFormatError
 from dora_diffusion.formats.adapter.metadata import (
     OWN,
@@ -22,14 +31,15 @@ from dora_diffusion.formats.adapter.metadata import (
     parse_metadata,
 )
 from dora_diffusion.formats.adapter.peft_folder import peft_config, peft_folders
+from dora_diffusion.formats.adapter.positional import take_tokens
 from dora_diffusion.formats.adapter.repair import ALPHA_IS_RANK, ALPHA_OF_TRAINING
 from dora_diffusion.formats.adapter.targets.encode import EncodedFile, WriteOptions
-from dora_diffusion.formats.adapter.targets.peft import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
+from dora_diffusion.formats.adapter.targets.peft import PEFT_CONFIG, PEFT_FILE
 from dora_diffusion.formats.adapter.targets.registry import TARGETS
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
 from dora_diffusion.formats.files.atomic import atomic_file, save_text
-from dora_diffusion.formats.files.header import PICKLED, TensorFileError
-from dora_diffusion.formats.files.stream import TensorReader, save_tensors, write_tensors
+from dora_diffusion.formats.files.header import PICKLED
+from dora_diffusion.formats.files.stream import save_tensors, write_tensors
 from dora_diffusion.formats.names.unet import UNetLayout, known_layout
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -37,6 +47,7 @@ __all__ = [
     "AdapterFile",
     "AdapterFormatError",
     "AdapterMetadata",
+    "embeddings_beside",
     "find_adapter",
     "read_adapter",
     "write_adapter",
@@ -53,12 +64,14 @@ class AdapterFile:
         notes: What was broken in the file and how it was read, one line each.
         beside: Plain LoRA layers whose change is added to that of ``layers``. Only an ai-toolkit
             DoRA has them, and only for who asks `read_adapter` for ``sums``.
+        tokens: Vectors of tokens that were trained with it, ``(C,)`` or ``(n, C)``, by token.
     """
 
     layers: dict[str, LayerWeights]
     metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
     notes: tuple[str, ...] = ()
     beside: dict[str, LayerWeights] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
@@ -86,7 +99,7 @@ def write_adapter(
     unet_layout: UNetLayout | None = None,
     base: ModelWeights | None = None,
 ) -> Path:
-    """Write an adapter, each file atomically.
+    """Write an adapter, each file atomically; its tokens go to files of their own beside it.
 
     Args:
         path: A ``.safetensors`` file, or a folder that gets the target's own file name(s). The
@@ -108,6 +121,7 @@ def write_adapter(
         DiskFullError: If the disk fills up; a file that was there is unchanged.
     """
     path = Path(path)
+    embeddings = embeddings_beside(path, adapter)
     if path.suffix in PICKLED:
         raise AdapterFormatError(
             f"{path.name}: pickles are not written; use the suffix .safetensors"
@@ -126,12 +140,21 @@ def write_adapter(
     if base is not None:
         unet_layout = unet_layout or known_layout(module_shapes(base))
     options = WriteOptions(dtype, path.stem, unet_layout, base, adapter.beside)
-    files = TARGETS[target].encode(adapter.layers, adapter.metadata, options)
+    extra = {name: text for name, text in adapter.metadata.extra.items() if name != EMBEDDINGS}
+    metadata = dataclasses.replace(adapter.metadata, extra=extra | field_of(embeddings))
+    files = TARGETS[target].encode(adapter.layers, metadata, options)
     if file_name is None:
         _write_folder(path, files)
     else:
         _write_file(path, *files.values())
+    write_embeddings(embeddings, adapter.tokens)
     return path
+
+
+def embeddings_beside(path: Path, adapter: AdapterFile) -> dict[str, Path]:
+    """Where `write_adapter` puts an adapter's tokens: a file of its own for each."""
+    folder = path.parent if path.suffix == ".safetensors" else path
+    return embedding_files(folder, path.stem, adapter.tokens)
 
 
 def _write_folder(folder: Path, files: Mapping[str, EncodedFile]) -> None:
@@ -211,62 +234,45 @@ def _read(file: Path, base: ModelWeights | None, alpha: float | None, sums: bool
         return _read_peft_folders(file, base, alpha)
     if file.name == PEFT_FILE and (file.parent / PEFT_CONFIG).is_file():
         return _read_peft_folders(file.parent, base, alpha)
-    tensors, metadata = _load(file)
+    tensors, metadata = load_tensors(file)
     if any(key.startswith(PEFT_PREFIX) for key in tensors):
         raise AdapterFormatError(f"{file.name} is a PEFT file without its {PEFT_CONFIG}")
     beside: dict[str, LayerWeights] = {}
-    with _naming(file):
+    with naming(file):
+        tokens = take_tokens(tensors, metadata)
         layers, notes = decode_layers(
             tensors, metadata, base, alpha=alpha, beside=beside if sums else None
         )
-    return AdapterFile(layers, _parsed(metadata, layers), tuple(notes), beside)
-
-
-def find_adapter(path: str | Path) -> Path:
-    """The adapter behind a path: a file, or the PEFT folder itself.
-
-    Raises:
-        FileNotFoundError: If nothing is there.
-        AdapterFormatError: If a folder holds no adapter, or several without saying which.
-    """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"there is no adapter at {path}")
-    if path.is_file():
-        return path
-    if (path / DIFFUSERS_FILE).is_file():
-        return path / DIFFUSERS_FILE
-    if peft_folders(path):
-        return path
-    if (path / "model_index.json").is_file():
-        raise AdapterFormatError(f"{path} is a model, not an adapter")
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_lora_weights.bin"))
-    if len(files) != 1:
-        names = ", ".join(file.name for file in files)
-        problem = f"name one of its files: {names}" if files else "no adapter file in it"
-        raise AdapterFormatError(f"{path}: {problem}")
-    return files[0]
+        tokens |= read_embeddings(file.parent, metadata, notes)
+        check_tokens(tokens, None if base is None else module_shapes(base))
+    parsed = _parsed(metadata, layers)
+    if tokens:
+        parsed = dataclasses.replace(parsed, trigger=parsed.trigger or " ".join(tokens))
+    return AdapterFile(layers, parsed, tuple(notes), beside, tokens)
 
 
 def _read_peft_folders(path: Path, base: ModelWeights | None, alpha: float | None) -> AdapterFile:
     layers: dict[str, LayerWeights] = {}
     parsed: AdapterMetadata | None = None
     notes: list[str] = []
+    tokens: dict[str, Tensor] = {}
     for folder in peft_folders(path):
         config = peft_config(folder)
-        tensors, metadata = _load(folder / PEFT_FILE)
-        with _naming(folder / PEFT_FILE):
+        tensors, metadata = load_tensors(folder / PEFT_FILE)
+        with naming(folder / PEFT_FILE):
             component = peft_component(
                 list(tensors), folder.name, metadata.get(OWN + "component", "")
             )
             of_component, repairs = decode_layers(
                 tensors, metadata, base, component=component, config=config, alpha=alpha
             )
+            tokens |= read_embeddings(path, metadata, repairs)
+            check_tokens(tokens, None if base is None else module_shapes(base))
         layers |= of_component
         notes += repairs
         parsed = parsed or _parsed(metadata, of_component)
     parsed = parsed or AdapterMetadata(format_version="")
-    return AdapterFile(layers, parsed, tuple(dict.fromkeys(notes)))
+    return AdapterFile(layers, parsed, tuple(dict.fromkeys(notes)), tokens=tokens)
 
 
 def _parsed(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> AdapterMetadata:
@@ -279,27 +285,3 @@ def _parsed(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> 
         return parsed
     # The scale is multiplied in, so the layers no longer tell the alpha they were trained with.
     return dataclasses.replace(parsed, extra={**parsed.extra, TRAINED_ALPHA: trained})
-
-
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    pickled = path.with_suffix(".bin")
-    if not path.exists() and pickled.exists():  # what a PEFT folder may hold instead
-        path = pickled
-    if path.suffix in PICKLED:
-        raise AdapterFormatError(
-            f"{path.name} is a pickle, which can run code when opened; ask for a .safetensors file"
-        )
-    try:
-        with TensorReader(path) as reader:
-            return {name: reader[name] for name in reader.specs}, reader.metadata
-    except TensorFileError as error:
-        raise AdapterFormatError(str(error)) from error
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Put the file's name in front of a format error, so that a batch tells which file it was."""
-    try:
-        yield
-    except AdapterFormatError as error:
-        raise AdapterFormatError(f"{path.name}: {error}") from error

@@ -12,6 +12,7 @@ import torch
 
 from dora_diffusion.formats.adapter.alpha import DIFFUSERS_METADATA
 from dora_diffusion.formats.adapter.consumers import (
+    OLD_KEY_FORMATS,
     OTHER,
     file_kind,
     key_format_of,
@@ -21,6 +22,7 @@ from dora_diffusion.formats.adapter.consumers import (
     tools_for,
     verdicts,
 )
+from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
@@ -63,7 +65,7 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
         return _report_for_one_base(file, headers[0], shapes)
     adapter, fits = _read(file, base)
     layers, axis = adapter.layers, _axis(adapter.layers)
-    keys = [key for header in headers for key in header.specs]
+    keys = [key for header in headers for key in header.specs if key not in adapter.tokens]
     key_format = key_format_of(keys)
     readable = key_format if _is_as_programs_read_it(key_format, layers, headers) else OTHER
     metadata = dataclasses.replace(adapter.metadata, family=adapter.family)
@@ -78,14 +80,17 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
         norm_axis=axis,
         rank=describe({name: layer.rank for name, layer in layers.items()}),
         alpha=metadata.extra.get(TRAINED_ALPHA, alpha),
-        parameters=sum(_parameters(layer) for layer in layers.values()),
+        parameters=sum(_parameters(layer) for layer in layers.values())
+        + sum(tensor.numel() for tensor in adapter.tokens.values()),
         nbytes=sum(part.stat().st_size for part in files),
-        notes=(*adapter.notes, *_notes(readable, axis, headers)),
+        notes=(*adapter.notes, *_token_notes(adapter), *_notes(readable, axis, headers)),
         tools=verdicts(
             file_kind(readable, axis), layers, keys, stated_approximation(metadata.extra)
         ),
         fits=fits,
-    )
+        tokens={token: len(tensor.view(-1, tensor.shape[-1]))
+                for token, tensor in adapter.tokens.items()},
+    )  # fmt: skip
 
 
 def _read(path: Path, base: ModelWeights | None) -> tuple[AdapterFile, str]:
@@ -220,6 +225,15 @@ def _parameters(layer: LayerWeights) -> int:
     return layer.down.numel() + layer.up.numel() + magnitude
 
 
+def _token_notes(adapter: AdapterFile) -> list[str]:
+    if not adapter.tokens:
+        return []
+    return [
+        f"tokens were trained with it, {listing(adapter.tokens)}: generate uses them; convert and "
+        f"export write them as textual-inversion files into a folder {EMBEDDINGS}"
+    ]
+
+
 def _notes(key_format: str, axis: str, headers: list[Header]) -> list[str]:
     notes = []
     keys = [key for header in headers for key in header.specs]
@@ -232,7 +246,7 @@ def _notes(key_format: str, axis: str, headers: list[Header]) -> list[str]:
     for dtype in _HALF.keys() & dtypes:
         name = str(dtype).removeprefix("torch.")
         notes.append(f"its numbers are rounded to {name}: exact means up to {_HALF[dtype]}")
-    if key_format == OTHER:
+    if key_format in (OTHER, *OLD_KEY_FORMATS):
         notes.append("programs read few of such files as they are meant: convert it for yours")
     elif not axis:
         notes.append("a plain LoRA: programs compute the layers that they read of it alike")

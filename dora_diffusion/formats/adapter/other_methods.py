@@ -26,7 +26,7 @@ _METHODS: Mapping[str, re.Pattern[str]] = {
     }.items()
 }
 _BUNDLED = re.compile(r"bundle_emb\..*")
-_NUMBERED = re.compile(r"(unet|text_encoder):\d+:(up|down)")
+_PREFIX_TWICE = re.compile(r"(lora_unet_unet|lora_te\d?_te\d?|lora_te\d?_text_encoder)_.*")
 # What one can do about it; merging with the program that trained it, where nothing is said.
 _ADVICE = {
     "T-LoRA": "its effect changes with the timestep, so that no merged model holds it; use it in "
@@ -43,10 +43,10 @@ def other_method(keys: Collection[str]) -> str | None:
     """A sentence on what these keys belong to instead of a LoRA or DoRA, None if it is unknown."""
     if any(map(_BUNDLED.fullmatch, keys)):
         return _sentence("embeddings bundled with the adapter")
-    if any(map(_NUMBERED.fullmatch, keys)):
+    if any(map(_PREFIX_TWICE.fullmatch, keys)):
         return (
-            "its layers have numbers where other files have names, as the first LoRA trainer "
-            "(cloneofsimo/lora) wrote them; convert it with that trainer"
+            "its names have the component's prefix twice, as a broken converter wrote them, so "
+            "that no program finds its layers; convert the file that it was made from again"
         )
     for method, pattern in _METHODS.items():
         if any(map(pattern.fullmatch, keys)):

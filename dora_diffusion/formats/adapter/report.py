@@ -18,8 +18,9 @@ class AdapterReport:
 
     Attributes:
         path: The file, or the folder of a PEFT adapter.
-        key_format: ``"diffusers"``, ``"kohya"`` or ``"peft"``; ``"other"`` if a key is not as
-            these programs write it.
+        key_format: ``"diffusers"``, ``"kohya"`` or ``"peft"``; of early 2023 ``"attn_procs"``, the
+            attention processors of diffusers, and ``"cloneofsimo"``, the first LoRA trainer's
+            numbers; ``"other"`` if a key is not as these programs write it.
         metadata: What the file says of itself; the family is guessed from shapes if it does not.
         layers: Number of layers per component.
         kinds: Number of layers per kind: ``"Linear"``, ``"Conv2d 1x1"``, ``"Conv2d 3x3"``.
@@ -31,6 +32,7 @@ class AdapterReport:
         nbytes: Size on disk.
         tools: Programs, and whether they compute it as it was trained; see docs/formats.md.
         fits: Whether it fits the base model that was given, ``""`` without one.
+        tokens: Tokens that were trained with it, and the number of vectors of each.
         notes: What to know before using it, and what to repair.
     """
 
@@ -48,6 +50,7 @@ class AdapterReport:
     notes: tuple[str, ...]
     tools: Mapping[str, str] = field(default_factory=dict)
     fits: str = ""
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON: what differs between layers is a dictionary."""

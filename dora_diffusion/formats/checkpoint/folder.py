@@ -191,15 +191,15 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object of a model's folder.
 
     Raises:
-        TensorFileError: If the file is missing or not a JSON object.
+        TensorFileError: If the file is missing or holds something else.
     """
     try:
         loaded = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise TensorFileError(f"{path} is missing or not JSON") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise TensorFileError(f"{path} is missing or damaged; download the model again") from error
     if not isinstance(loaded, dict):
-        raise TensorFileError(f"{path} is not a JSON object")
+        raise TensorFileError(f"{path} holds no JSON object; download the model again")
     return loaded

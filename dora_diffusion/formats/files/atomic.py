@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
+from dora_diffusion import system
+
 _SYNCED_BYTES = 2**26
 
 
@@ -33,7 +35,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
     try:
         yield temporary
-        os.replace(temporary, path)
+        system.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
         _remove(temporary, new_folders)
@@ -41,6 +43,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
             raise disk_full(path) from error
         if error.errno == errno.EFBIG:
             raise _too_large(path) from error
+        if system.is_in_use(error):
+            raise _in_use(path) from error
         if error.filename == str(temporary):
             error.filename = str(path)  # the name that the user gave
         raise
@@ -69,6 +73,11 @@ def _too_large(path: Path) -> OSError:
         f"disk formatted as FAT32); {_kept(path)}"
     )
     return OSError(errno.EFBIG, text)
+
+
+def _in_use(path: Path) -> PermissionError:
+    text = f"{path.name} is open in another program, which must close it first; {_kept(path)}"
+    return PermissionError(errno.EACCES, text)
 
 
 def _kept(path: Path) -> str:
@@ -133,8 +142,7 @@ class SyncedFile:
 
 def _sync_and_drop(handle: int) -> None:
     os.fsync(handle)
-    if hasattr(os, "posix_fadvise"):  # not on macOS and Windows
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    system.drop_from_cache(handle)
 
 
 def _sync_folder(folder: Path) -> None:

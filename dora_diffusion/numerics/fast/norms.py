@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dora_diffusion.numerics.dora import low_rank_delta, squared_norm
 from dora_diffusion.numerics.fast.product import matrix_product
-from dora_diffusion.numerics.precision import is_wide, wide, wide_dtype
+from dora_diffusion.numerics.precision import is_wide, to_float64, wide, wide_dtype
 from dora_diffusion.numerics.weights import NormAxis
 
 # Below this share of its terms' magnitudes, the factored norm may be off by more than 1e-5, and the
@@ -185,7 +185,7 @@ def factored_norm(
     cancelled = is_ill_conditioned(total, base, terms.bound[0]).nonzero().flatten()
     if len(cancelled):
         dense = _dense_channels(weight, down, up, scale, axis, cancelled)
-        total[cancelled] = squared_norm(dense, axis).to(total.dtype)
+        total[cancelled] = squared_norm(dense, axis).to(total)
     return total.sqrt()
 
 
@@ -241,4 +241,4 @@ def _dense_channels(
         weight, up = weight[channels], up[channels]
     else:
         weight, down = weight[:, channels], down[:, channels]
-    return weight.double() + low_rank_delta(down.double(), up.double(), scale)
+    return to_float64(weight) + low_rank_delta(to_float64(down), to_float64(up), scale)

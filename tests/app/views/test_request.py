@@ -23,7 +23,39 @@ def test_a_size_that_is_none_is_refused(text: str) -> None:
         _asked(height=text)
 
 
-def _asked(**changes: object) -> Any:
+@pytest.mark.parametrize(
+    ("text", "scale"), [("5", 5.0), ("4.5", 4.5), (2, 2.0), ("0", 0.0), ("", 3.5), (None, 3.5)]
+)
+def test_an_empty_guidance_is_the_model_s(text: object, scale: float) -> None:
+    assert _asked(guidance_scale=text).settings.guidance_scale == scale
+
+
+def test_a_released_model_has_the_usual_guidance() -> None:
+    assert _asked("sd-photos", guidance_scale="").settings.guidance_scale == 7.5
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "31", "nan", "inf"])
+def test_a_guidance_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(RequestError, match=r"guidance is .*; write a number from 0 to 30"):
+        _asked(guidance_scale=text)
+
+
+@pytest.mark.parametrize("settings", [{"validation_guidance_scale": 6.0}, {}])
+def test_a_run_s_guidance_is_that_of_its_samples(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, float]
+) -> None:
+    request = pytest.importorskip("dora_diffusion.app.views.request")
+    monkeypatch.setattr(request, "chosen_adapter", lambda job, name: None)
+    run = SimpleNamespace(base="embedded:tiny-sd", trigger="sks mug", settings=settings)
+    model = request._model(_context(job=lambda name: run), "20260101-000000-abcdef")
+    assert model.guidance == settings.get("validation_guidance_scale", 3.5)
+
+
+def _context(**parts: Any) -> Any:
+    return SimpleNamespace(allowed_model=lambda name: name, **parts)
+
+
+def _asked(model: str = "embedded:tiny-sd", **changes: object) -> Any:
     pytest.importorskip("gradio", reason="gradio is not installed")
     from dora_diffusion.app.views.request import BASE, make_request
 
@@ -32,5 +64,4 @@ def _asked(**changes: object) -> Any:
         "guidance_scale": 2, "scheduler": None, "width": "", "height": "", "strength": 1,
         "direction": 1, "magnitude": 1,
     }  # fmt: skip
-    context: Any = SimpleNamespace(allowed_model=lambda name: name)
-    return make_request(context, f"{BASE}/embedded:tiny-sd", form | changes)
+    return make_request(_context(), f"{BASE}/{model}", form | changes)

@@ -74,7 +74,7 @@ def test_a_run_can_go_on_from_another_working_directory(
     monkeypatch.chdir("/")
     (job_id,) = ids_in(tmp_path / "runs")
     folder = tmp_path.resolve() / "runs" / job_id
-    settings = yaml.safe_load((folder / records.SETTINGS).read_text())
+    settings = yaml.safe_load((folder / records.SETTINGS).read_text(encoding="utf-8"))
     assert settings["output_dir"] == str(folder)
     assert settings["instance_data_dir"] == str(folder / "photos")
 

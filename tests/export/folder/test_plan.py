@@ -45,7 +45,9 @@ def test_v_prediction_reaches_the_folder(
     single = export_checkpoint(sdxl_folder, path, tmp_path / "base.safetensors")
     save_file({**load_file(single), "v_pred": torch.empty(0), "ztsnr": torch.empty(0)}, single)
     output = export_checkpoint(single, path, tmp_path / "m", config=sdxl_folder)
-    scheduler = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = json.loads(
+        (output / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
+    )
     assert scheduler["prediction_type"] == "v_prediction"
     assert scheduler["rescale_betas_zero_snr"] is True
     again = export_checkpoint(output, path, tmp_path / "again.safetensors")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,9 +65,6 @@ def kohya_linear(
     if scale_shape is not None:
         tensors[f"{prefix}.dora_scale"] = torch.rand(scale_shape)
     return tensors
-
-
-MORE = int(os.environ.get("DORA_DIFFUSION_FUZZ", "1"))
 
 
 ODD = st.one_of(

@@ -157,7 +157,7 @@ def test_an_alpha_that_is_assumed_is_said(
 def test_adapters_of_a_changed_base_are_refused(tmp_path: Path, start: str) -> None:
     """PEFT subtracts them from the base's weights before it trains: they fit no released model."""
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({"peft_type": "LORA", "init_lora_weights": start}))
+    path.write_text(json.dumps({"peft_type": "LORA", "init_lora_weights": start}), encoding="utf-8")
     with pytest.raises(AdapterFormatError, match=f"started by {start}, which changes the base's"):
         read_adapter(tmp_path)
     # diffusers keeps PEFT's config in the metadata of its file.

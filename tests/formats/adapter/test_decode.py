@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 from torch import nn
@@ -18,11 +18,11 @@ from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.adapter.helpers import (
     BLOCK,
-    MORE,
     ODD,
     kohya_linear,
     read_or_refused,
 )
+from tests.properties import at_least
 
 
 def test_tucker_convolutions_are_folded(tmp_path: Path) -> None:
@@ -106,10 +106,7 @@ def mutated(edits: list[tuple[str, int, bytes]]) -> bytes:
     return bytes(data)
 
 
-# DORA_DIFFUSION_FUZZ=20 tries twenty times as many.
-
-
-@settings(max_examples=1500 * MORE, deadline=None, suppress_health_check=list(HealthCheck))
+@at_least(1500)
 @given(edits=EDITS)
 def test_no_damage_gets_past_the_readers(
     edits: list[tuple[str, int, bytes]], tmp_path_factory: pytest.TempPathFactory
@@ -166,7 +163,7 @@ FIELDS = (
 )  # fmt: skip
 
 
-@settings(max_examples=600 * MORE, deadline=None, suppress_health_check=list(HealthCheck))
+@at_least(600)
 @given(
     good=st.booleans(), tensors=st.dictionaries(KEY, TENSOR, max_size=4),
     fields=st.dictionaries(st.sampled_from(FIELDS), ODD, max_size=2), with_model=st.booleans(),

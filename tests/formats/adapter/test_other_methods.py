@@ -63,6 +63,16 @@ def test_methods_of_other_programs_are_named(keys: list[str], method: str) -> No
         group_keys(keys, name_resolver(), "unet")
 
 
-def test_numbered_layers_are_told() -> None:
-    with pytest.raises(AdapterFormatError, match="have numbers where other files have names"):
-        group_keys(["unet:0:down", "unet:0:up", "text_encoder:3:up", "<s1>"], name_resolver())
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lora_unet_unet_down_blocks_0_attentions_0_proj_in_lora_down.weight",
+        "lora_unet_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",
+        "lora_te_text_encoder_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+        "lora_te1_te1_text_model_encoder_layers_0_mlp_fc1.alpha",
+    ],
+)
+def test_a_prefix_that_is_there_twice_is_told(key: str) -> None:
+    with pytest.raises(AdapterFormatError, match="have the component's prefix twice") as caught:
+        group_keys([key], name_resolver())
+    assert key in str(caught.value)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,11 +18,11 @@ from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.adapter.helpers import (
     BLOCK,
-    MORE,
     ODD,
     load_pipeline,
     read_or_refused,
 )
+from tests.properties import at_least
 
 
 def merged(folder: Path, layers: dict[str, LayerWeights], name: str) -> Tensor:
@@ -69,10 +69,7 @@ def test_a_peft_folder_made_by_peft_is_read(tmp_path: Path, sd1_folder: Path) ->
         assert_close_to_merge(weight, sd1_folder, adapter.layers, name)
 
 
-# DORA_DIFFUSION_FUZZ=20 tries twenty times as many.
-
-
-@settings(max_examples=200 * MORE, deadline=None, suppress_health_check=list(HealthCheck))
+@at_least(200)
 @given(
     config=st.one_of(
         ODD,
@@ -108,7 +105,7 @@ def test_whole_modules_beside_an_adapter_are_named(tmp_path: Path) -> None:
 
 
 def test_a_pickled_peft_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
     (tmp_path / "adapter_model.bin").write_bytes(b"would run code")
     with pytest.raises(AdapterFormatError, match=r"adapter_model\.bin is a pickle"):
         read_adapter(tmp_path)

@@ -143,6 +143,8 @@ def test_the_first_dora_of_ai_toolkit(tmp_path: Path) -> None:
     }
     (layer,) = read_adapter(saved(tmp_path, tensors)).layers.values()
     assert layer.norm_axis == "output"
+    assert layer.magnitude is not None
+    assert torch.equal(layer.magnitude, tensors[f"{name}.magnitude"])
 
 
 def ai_toolkit_forward(
@@ -287,5 +289,8 @@ def test_the_magnitudes_of_ai_toolkit_are_read(tmp_path: Path) -> None:
     )
     (layer,) = read_adapter(tmp_path / "a.safetensors").layers.values()
     assert (layer.norm_axis, layer.scale) == ("output", 1.0)
+    assert layer.magnitude is not None
+    stored = load_file(tmp_path / "a.safetensors")[f"{prefix}.magnitude"]
+    assert torch.equal(layer.magnitude, stored)
     notes = inspect_adapter(tmp_path / "a.safetensors").notes
     assert any(note.endswith("alpha = rank is assumed") for note in notes)

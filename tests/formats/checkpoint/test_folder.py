@@ -38,14 +38,14 @@ def test_components_outside_of_the_folder_are_refused(
     base = tmp_path / "models" / "base"
     shutil.copytree(sd1_folder, base)
     (tmp_path / "secrets").mkdir()
-    (tmp_path / "secrets" / "key").write_text("private")
+    (tmp_path / "secrets" / "key").write_text("private", encoding="utf-8")
     file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=20)))
-    index = json.loads((base / "model_index.json").read_text())
+    index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
     output = tmp_path / "one" / "two" / "merged"
     single = export_checkpoint(sd1_folder, file, tmp_path / "base.safetensors")
     for name in ("../../secrets", str(tmp_path / "secrets"), "unet/../../../secrets", ".."):
         text = json.dumps({**index, name: ["diffusers", "Anything"]})
-        (base / "model_index.json").write_text(text)
+        (base / "model_index.json").write_text(text, encoding="utf-8")
         with pytest.raises(TensorFileError, match="is not the name of a folder in it"):
             export_checkpoint(base, file, output)
         with pytest.raises(TensorFileError, match="is not the name of a folder in it"):

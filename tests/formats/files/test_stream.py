@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
@@ -21,6 +21,7 @@ from dora_diffusion.formats.files import stream as safetensors_stream
 from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.formats.files.header import TensorFileError, TensorSpec
 from dora_diffusion.formats.files.stream import TensorReader, save_tensors, write_tensors
+from tests.properties import at_least
 
 PREFIX = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 
@@ -34,10 +35,6 @@ WHOLE = save(
     },
     {"ss_network_dim": "2", "ss_network_alpha": "1", "dora_diffusion.rank": "2"},
 )
-
-
-# DORA_DIFFUSION_FUZZ=20 tries twenty times as many.
-MORE = int(os.environ.get("DORA_DIFFUSION_FUZZ", "1"))
 
 
 ODD = st.one_of(
@@ -55,7 +52,7 @@ ODD = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=200 * MORE, deadline=None, suppress_health_check=list(HealthCheck))
+@at_least(200)
 @given(
     index=st.one_of(
         ODD,
@@ -149,21 +146,23 @@ def test_shards_read_as_one(tmp_path: Path) -> None:
     save_file({"b": content["b"], "c": content["c"]}, tmp_path / "m-2.safetensors")
     places = {"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "m-2.safetensors"}
     index = tmp_path / "m.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": places}))
+    index.write_text(json.dumps({"weight_map": places}), encoding="utf-8")
     with TensorReader(index) as reader:
         assert all(torch.equal(reader[name], tensor) for name, tensor in content.items())
     variant = index.rename(tmp_path / "m.safetensors.index.fp16.json")
     with TensorReader(variant) as reader:
         assert reader.specs.keys() == content.keys()
     variant.rename(index)
-    index.write_text(json.dumps({"weight_map": {**places, "d": "m-1.safetensors"}}))
+    index.write_text(
+        json.dumps({"weight_map": {**places, "d": "m-1.safetensors"}}), encoding="utf-8"
+    )
     with pytest.raises(TensorFileError, match="in no shard: d"):
         TensorReader(index)
-    index.write_text(json.dumps({"weight_map": places}))
+    index.write_text(json.dumps({"weight_map": places}), encoding="utf-8")
     (tmp_path / "m-2.safetensors").unlink()
     with pytest.raises(TensorFileError, match=r"missing shards: m-2\.safetensors"):
         TensorReader(index)
-    index.write_text(json.dumps({"weight_map": {"a": "../m-1.safetensors"}}))
+    index.write_text(json.dumps({"weight_map": {"a": "../m-1.safetensors"}}), encoding="utf-8")
     with pytest.raises(TensorFileError, match="outside its folder"):
         TensorReader(index)
 

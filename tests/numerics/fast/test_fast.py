@@ -153,5 +153,7 @@ print("page")
 def test_without_it_layers_compute_the_page():
     environment = os.environ | {"DORA_DIFFUSION_FAST": "0"}
     command = [sys.executable, "-c", WITHOUT]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, encoding="utf-8"
+    )
     assert done.stdout == "page\n", done.stderr[-2000:]

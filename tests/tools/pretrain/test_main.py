@@ -24,7 +24,9 @@ def test_the_shares_of_a_budget_are_all_of_it() -> None:
 
 def test_it_starts_from_the_clone() -> None:
     command = [sys.executable, "-m", "tools.pretrain", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     assert done.stdout.startswith("usage: python -m tools.pretrain")
 
 

@@ -14,7 +14,7 @@ from tools.pretrain.start import goes_on, prepare_to_go_on
 
 
 def test_what_was_spent_before_is_counted_once(tmp_path: Path) -> None:
-    before = json.loads((model_folder("tiny-sd") / "training.json").read_text())
+    before = json.loads((model_folder("tiny-sd") / "training.json").read_text(encoding="utf-8"))
     prepare_to_go_on("tiny-sd", tmp_path)
     prepare_to_go_on("tiny-sd", tmp_path)
     torch.save({"seconds": 90.0, "step": 7}, tmp_path / "diffusion.pt")

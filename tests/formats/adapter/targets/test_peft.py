@@ -103,7 +103,7 @@ def test_peft_merges_the_folder_exactly(
         path = path.removeprefix("text_model.") if flat else path
         weight = peft_model.get_submodule(path).weight
         assert_close_to_merge(weight, sdxl_folder, layers, name)
-    text = (folder / component / "adapter_config.json").read_text()
+    text = (folder / component / "adapter_config.json").read_text(encoding="utf-8")
     assert "someone" not in text
     assert '"private"' in text
 

@@ -1,0 +1,196 @@
+"""Plots of an analysis: direction over magnitude as the paper has it, and layers by checkpoint.
+
+On white, with black labels, whatever the page around them: so they are the same in print and in
+dark mode. Colours are of viridis, whose order colour-blind people see too and which stays in order
+in grey; checkpoints also differ in their marker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dora_diffusion.analysis.changes import CheckpointChange, RunChange, correlation
+from dora_diffusion.analysis.layers import model_order, place_of
+from dora_diffusion.analysis.report import Analysis, shown
+from dora_diffusion.formats.files.atomic import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FILES = {"scatter": "scatter.png", "heat map": "heat-map.png"}
+MISSING = "no plots were drawn because matplotlib is not installed: pip install matplotlib"
+_DPI = 160
+_DELTA = "\N{GREEK CAPITAL LETTER DELTA}"
+_MARKERS = "osD^vP*X"
+_PANELS_IN_A_ROW = 3
+# Layers whose names are written; of more, the parts of the model are.
+_MOST_NAMES = 40
+
+
+def write_plots(analysis: Analysis, folder: Path) -> dict[str, Path]:
+    """Write the `FILES`; returns their paths.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    drawn = {"scatter": scatter(analysis), "heat map": heat_map(analysis)}
+    for name, figure in drawn.items():
+        with atomic_file(folder / FILES[name]) as temporary:
+            figure.savefig(temporary, format="png", dpi=_DPI, facecolor="white")
+    return {name: folder / FILES[name] for name in drawn}
+
+
+def scatter(analysis: Analysis) -> Figure:
+    """Delta D over delta M: a panel per run, a point per layer, a regression line per checkpoint.
+
+    Of a run with more checkpoints than there are markers, some are shown, spread over the run.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(_PANELS_IN_A_ROW, len(analysis.runs))
+    rows = -(-len(analysis.runs) // columns)
+    figure = Figure(figsize=(0.6 + 4.6 * columns, 0.3 + 4.1 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel, run in zip(panels, analysis.runs, strict=False):
+        _draw_run(panel, run)
+    for panel in panels[len(analysis.runs) :]:
+        panel.set_axis_off()
+    figure.supxlabel(
+        f"{_DELTA}M: mean change of norm per {analysis.norm_axis} channel (unit of the weights)",
+        fontsize=10,
+    )
+    figure.supylabel(f"{_DELTA}D: mean of 1 \N{MINUS SIGN} cosine", fontsize=10)
+    return figure
+
+
+def _draw_run(panel: Any, run: RunChange) -> None:
+    checkpoints = spread(run.checkpoints, len(_MARKERS))
+    for place, checkpoint in enumerate(checkpoints):
+        color = _color(place, len(checkpoints))
+        x, y = np.transpose([(layer.delta_m, layer.delta_d) for layer in checkpoint.layers])
+        panel.scatter(
+            x, y, s=16, color=color, marker=_MARKERS[place], alpha=0.6, linewidths=0,
+            label=checkpoint.label,
+        )  # fmt: skip
+        if len(x) > 2 and np.ptp(x) > 0:
+            slope, start = np.polyfit(x, y, 1)
+            ends = np.array([x.min(), x.max()])
+            panel.plot(ends, start + slope * ends, color=color, linewidth=1.8)
+    left_out = len(run.checkpoints) - len(checkpoints)
+    some = f", {len(checkpoints)} of {len(run.checkpoints)} checkpoints drawn" if left_out else ""
+    panel.set_title(
+        f"{run.name} ({run.method})\nr = {shown(correlation(run.checkpoints))}{some}", fontsize=9.5
+    )
+    panel.ticklabel_format(scilimits=(-2, 3), useMathText=True)
+    panel.tick_params(labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(color="0.9", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.legend(fontsize=8, frameon=False)
+
+
+def _color(place: int, count: int) -> Any:
+    """In order, from dark violet to green; the yellow end is too pale for white."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.8 * place / max(1, count - 1))
+
+
+def spread(checkpoints: Sequence[CheckpointChange], most: int) -> list[CheckpointChange]:
+    """At most so many of them, the first and the last among them."""
+    if len(checkpoints) <= most:
+        return list(checkpoints)
+    return [checkpoints[round(i * (len(checkpoints) - 1) / (most - 1))] for i in range(most)]
+
+
+def heat_map(analysis: Analysis) -> Figure:
+    """The changes of every layer at every checkpoint; on colours that grow by factors."""
+    from matplotlib.figure import Figure
+
+    checkpoints = [(run, c) for run in analysis.runs for c in run.checkpoints]
+    names = sorted({x.name for _, c in checkpoints for x in c.layers}, key=model_order)
+    height = min(8.5, max(3.6, 1.9 + 0.16 * len(names)))
+    width = 3.2 + 0.5 * len(names[0]) / 10 + 2 * max(1.6, 0.34 * len(checkpoints))
+    figure = Figure(figsize=(min(width, 16), height), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = {
+        "relative_delta_m": f"{_DELTA}M, share of the norm",
+        "delta_d": f"{_DELTA}D, 1 \N{MINUS SIGN} cosine",
+    }
+    for panel, (figure_name, title) in zip(panels, titles.items(), strict=True):
+        values = [
+            {layer.name: getattr(layer, figure_name) for layer in c.layers} for _, c in checkpoints
+        ]
+        grid = np.array([[column.get(name, 0.0) for column in values] for name in names])
+        _draw_grid(figure, panel, grid, title)
+        _label_columns(panel, analysis.runs, "; grey: not changed" if not grid.all() else "")
+    _label_rows(panels, names)
+    return figure
+
+
+def _draw_grid(figure: Figure, panel: Any, grid: Any, title: str) -> None:
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    shown_values = np.ma.masked_less_equal(grid, 0)
+    low = shown_values.min() if shown_values.count() else 1e-3
+    high = shown_values.max() if shown_values.count() else 1.0
+    # A share or a cosine has no unit. What was not changed stays grey.
+    colors = colormaps["viridis"].with_extremes(bad="0.85")
+    norm = LogNorm(low, max(high, 1.0001 * low))
+    drawn = panel.imshow(
+        shown_values, aspect="auto", cmap=colors, norm=norm, interpolation="nearest"
+    )
+    bar = figure.colorbar(drawn, ax=panel, shrink=0.85)
+    bar.ax.tick_params(labelsize=8)
+    panel.set_title(title, fontsize=9.5, pad=18)
+
+
+def _label_columns(panel: Any, runs: Sequence[RunChange], more: str) -> None:
+    """Steps below, and the name of a run above them; of a single checkpoint, its run's name."""
+    labels, start = [], 0
+    for run in runs:
+        several = len(run.checkpoints) > 1
+        steps = ["result" if c.step is None else str(c.step) for c in run.checkpoints]
+        labels += steps if several or len(runs) == 1 else [_short(run.name)]
+        if start:
+            panel.axvline(start - 0.5, color="white", linewidth=3)
+        if several and len(runs) > 1:
+            panel.annotate(
+                _short(run.name),
+                (start + (len(steps) - 1) / 2, 1),
+                (0, 4),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8.5,
+            )
+        start += len(steps)
+    panel.set_xticks(range(start), labels, rotation=90, fontsize=8)
+    panel.set_xlabel(f"optimizer step{more}", fontsize=9)
+
+
+def _short(name: str, limit: int = 16) -> str:
+    return name if len(name) <= limit else f"{name[: limit - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _label_rows(panels: Sequence[Any], names: Sequence[str]) -> None:
+    """Their names; of many layers, the parts of the model that they are in."""
+    ticks: dict[float, str] = dict(enumerate(names))
+    if len(names) > _MOST_NAMES:
+        ticks, start = {}, 0
+        for place, members in groupby(names, place_of):
+            count = len(list(members))
+            ticks[start + (count - 1) / 2] = f"{place} ({count})"
+            start += count
+            for panel in panels if start < len(names) else ():
+                panel.axhline(start - 0.5, color="white", linewidth=1.5)
+        panels[0].set_ylabel("layers, in the order of the model", fontsize=9)
+    panels[0].set_yticks(list(ticks), list(ticks.values()), fontsize=7.5)
+    for panel in panels:
+        panel.tick_params(axis="y", length=0)

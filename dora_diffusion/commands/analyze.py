@@ -1,0 +1,76 @@
+"""``dora-diffusion analyze``."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from contextlib import closing
+from pathlib import Path
+
+from dora_diffusion.commands.options import add_alpha, add_base, add_variant
+from dora_diffusion.config import ConfigError
+from dora_diffusion.console.progress import ProgressBar
+from dora_diffusion.console.tables import print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument(
+        "source",
+        nargs="+",
+        help="Output folder of a run (all its checkpoints), an adapter, or a model that was "
+        "trained from the base or merged; several are compared.",
+    )
+    add_base(parser)
+    parser.add_argument(
+        "--norm_axis",
+        choices=("output", "input"),
+        default="output",
+        help="What a channel of a weight is, whatever an adapter's own axis is.",
+    )
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        default=["*"],
+        metavar="PATTERN",
+        help="Layers by patterns of their names, such as '*.to_q'; * spans dots. Default: all.",
+    )
+    parser.add_argument("--output", default="analysis", help="Folder of the results.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace results that exist.")
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
+    add_alpha(parser)
+    add_variant(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Take weights apart; print tables or JSON, and write both with CSV and plots."""
+    from dora_diffusion.analysis import Analysis, analyze_weights
+
+    output = Path(args.output)
+    if Analysis.exists(output) and not args.overwrite:
+        raise ConfigError(
+            f"{args.output} holds an analysis already; choose another --output, or --overwrite"
+        )
+    with closing(ProgressBar("layer", leave=False)) as show:
+        analysis = analyze_weights(
+            args.source,
+            args.base,
+            norm_axis=args.norm_axis,
+            layers=args.layers,
+            alpha=args.alpha,
+            variant=args.variant,
+            on_progress=show,
+        )
+    files = analysis.write(output)
+    from dora_diffusion.analysis.plots import MISSING, write_plots
+
+    try:
+        files |= write_plots(analysis, output)
+    except ModuleNotFoundError:
+        warnings.warn(MISSING, stacklevel=1)
+    if args.json:
+        print_json(analysis.to_dict())
+    else:
+        print(analysis.table())
+        print("\n" + "\n".join(f"{name}: {path}" for name, path in files.items()))
+    return 0

@@ -1,0 +1,97 @@
+"""Where operating systems differ: the one module that may use what only POSIX has.
+
+Everything else is written against what Windows, Linux and macOS share.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+# A closed terminal sends it; Windows has none.
+HANGUP: int | None = getattr(signal, "SIGHUP", None)
+# Ctrl-Break, and on Windows also what a closed console sends; others have none.
+BREAK: int | None = getattr(signal, "SIGBREAK", None)
+# Pressed by whoever sits at the terminal.
+INTERRUPTS = tuple(number for number in (signal.SIGINT, BREAK) if number is not None)
+STOP_SIGNALS = tuple(n for n in (*INTERRUPTS, signal.SIGTERM, HANGUP) if n is not None)
+
+# What Windows says of a file that another program has open: access denied, a sharing violation.
+_IN_USE = (5, 32)
+_PAUSES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+
+
+def is_windows() -> bool:
+    """Whether this is Windows."""
+    return os.name == "nt"
+
+
+def let_break_interrupt() -> None:
+    """From here on, Ctrl-Break raises `KeyboardInterrupt`, as Ctrl-C does."""
+    if BREAK is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(BREAK, signal.default_int_handler)
+
+
+def detached() -> dict[str, Any]:
+    """Keywords of `subprocess.Popen` for a process that outlives this one and its terminal."""
+    if hasattr(os, "setsid"):
+        return {"start_new_session": True}
+    # No console of its own to be seen, and no Ctrl-C of ours.
+    names = ("CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")
+    return {"creationflags": sum(getattr(subprocess, name, 0) for name in names)}
+
+
+def peak_memory() -> float:
+    """Most memory that this process has had in use, in GiB; now in use where that is not kept."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return float(getattr(memory, "peak_wset", memory.rss)) / 2**30
+    unit = 1 if os.uname().sysname == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def drop_from_cache(handle: int) -> None:
+    """Let the system's cache forget a file that is on the disk, where it can be told to."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS and Windows
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def is_in_use(error: OSError) -> bool:
+    """Whether Windows refused since another program has the file open."""
+    return getattr(error, "winerror", None) in _IN_USE
+
+
+def patiently(action: Callable[[], Result]) -> Result:
+    """Do what a virus scanner, or another process that reads the file right now, is in the way of.
+
+    Windows lets nobody rename, replace or remove a file that is open, nor open one that is being
+    replaced. Such looks last for milliseconds: it is tried again for about a second and a half.
+
+    Raises:
+        OSError: Whatever else goes wrong, at once; or that it still is in use.
+    """
+    for pause in _PAUSES:
+        try:
+            return action()
+        except PermissionError as error:
+            if not is_in_use(error):
+                raise
+            time.sleep(pause)
+    return action()
+
+
+def replace(source: Path, target: Path) -> None:
+    """`os.replace`, patiently."""
+    patiently(lambda: os.replace(source, target))

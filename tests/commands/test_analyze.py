@@ -1,0 +1,79 @@
+"""``dora-diffusion analyze`` from a short run to tables, JSON, CSV and plots."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dora_diffusion.analysis import analyze_weights
+from dora_diffusion.analysis.report import SCHEMA
+from dora_diffusion.cli import main
+
+
+def test_a_run_is_told_of_in_tables_and_files(
+    trained: Path, sd1_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    last_line: Callable[[], str],
+) -> None:  # fmt: skip
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    command = ["analyze", str(trained), "--base", str(sd1_folder), "--output", str(tmp_path)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    names = {"analysis.json", "analysis.md", "layers.csv", "scatter.png", "heat-map.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert all(str(tmp_path / name) in printed for name in names)
+    assert "| run (DoRA) | step 3" in printed
+    report = json.loads((tmp_path / "analysis.json").read_text(encoding="utf-8"))
+    expected = analyze_weights(trained, sd1_folder)
+    assert report == json.loads(json.dumps(expected.to_dict()))
+    assert report["schema"] == SCHEMA
+    rows = list(csv.DictReader((tmp_path / "layers.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(rows) == len(expected.runs[0].checkpoints[0].layers)
+    # What is there is kept.
+    assert main(command) == 1
+    assert last_line() == (
+        f"error: {tmp_path} holds an analysis already; choose another --output, or --overwrite"
+    )
+    assert main([*command, "--overwrite", "--norm_axis", "input", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["norm_axis"] == "input"
+    assert again == json.loads((tmp_path / "analysis.json").read_text(encoding="utf-8"))
+    assert (
+        again["runs"][0]["checkpoints"][0]["delta_m"]
+        != (report["runs"][0]["checkpoints"][0]["delta_m"])
+    )
+
+
+def test_without_matplotlib_the_figures_are_there_and_one_line_says_what_is_not(
+    trained: Path, sd1_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    command = ["analyze", str(trained), "--base", str(sd1_folder), "--output", str(tmp_path)]
+    assert main([*command, "--layers", "*.attn2.to_q", "*.attn2.to_k"]) == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if "warning" in line] == [
+        "warning: no plots were drawn because matplotlib is not installed: pip install matplotlib"
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "analysis.json", "analysis.md", "layers.csv",
+    }  # fmt: skip
+    layers = json.loads((tmp_path / "analysis.json").read_text(encoding="utf-8"))["runs"][0][
+        "checkpoints"
+    ][0]
+    assert {name.rpartition(".")[2] for name in layers["by_layer"]} == {"to_q", "to_k"}
+
+
+def test_a_mistake_is_one_line(
+    trained: Path, sd1_folder: Path, tmp_path: Path, last_line: Callable[[], str]
+) -> None:
+    command = ["analyze", "--base", str(sd1_folder), "--output", str(tmp_path / "out")]
+    assert main([*command, str(trained), "--layers", "*.to_x"]) == 1
+    assert last_line().startswith("error: run: no layer is called *.to_x; it has unet.")
+    assert main([*command, str(tmp_path / "nothing.safetensors")]) == 1
+    assert "there is no adapter at" in last_line()
+    assert not (tmp_path / "out").exists()

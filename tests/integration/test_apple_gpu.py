@@ -1,0 +1,242 @@
+"""Training, sampling and merging on an emulated Apple GPU, against the same on the CPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dora_diffusion.adapters.inject import (
+    inject_adapters,
+    merge_adapters,
+    norm_scope,
+    unmerge_adapters,
+)
+from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.state import load_adapter_state
+from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
+from dora_diffusion.evaluation.denoising import held_out_losses
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.generate import SamplingSettings, generate_images, load_adapted
+from dora_diffusion.memory import describe_device, free_machine_memory
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.schedulers import SCHEDULERS
+from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.training.loop import train
+from tests.apple import AppleGPU, apple_gpu
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+PARTS = ("down", "up", "magnitude")
+
+FULL = {
+    "targets": ["full"], "train_text_encoder": True, "conv_rank": 2, "num_validation_images": 1,
+    "with_prior_preservation": True, "num_class_images": 2, "snr_gamma": 5.0, "noise_offset": 0.05,
+    "gradient_accumulation_steps": 2, "checkpointing_steps": 1,
+}  # fmt: skip
+CHECKPOINTED = {
+    "targets": ["attention+conv"], "norm_axis": "input", "gradient_checkpointing": True,
+    "lora_dropout": 0.2, "train_text_encoder": True, "conv_rank": 2,
+    "with_prior_preservation": True, "prior_preservation_mode": "image-free",
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., TrainConfig]:
+    """Settings of a run of two steps."""
+
+    def make(folder: Path, output: str, **changes: Any) -> TrainConfig:
+        photos = tmp_path / "photos"
+        if not photos.exists():
+            shutil.copytree(SAMPLES / "bolt_mug", photos)
+        settings = {
+            "pretrained_model_name_or_path": str(folder), "instance_data_dir": str(photos),
+            "instance_prompt": "a photo of a sks mug", "output_dir": str(tmp_path / output),
+            "resolution": 32, "rank": 2, "max_train_steps": 2, "learning_rate": 1e-3,
+            "text_encoder_lr": 1e-3, "num_validation_images": 0, "validation_inference_steps": 2,
+            "checkpointing_steps": 0, "seed": 3, "mixed_precision": "no",
+        }  # fmt: skip
+        return TrainConfig(**{**settings, **changes})
+
+    return make
+
+
+def figures(config: TrainConfig, name: str) -> list[float]:
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)[name] for line in lines]
+
+
+def was_trained_on(gpu: AppleGPU) -> None:
+    assert {"convolution_backward", "native_group_norm_backward", "_fused_adamw_"} <= gpu.operators
+
+
+@pytest.mark.parametrize(("family", "settings"), [("sd1", FULL), ("sdxl", CHECKPOINTED)])
+def test_a_run_learns_what_it_learns_on_the_cpu(family, settings, run, request):
+    """Class images, text encoders and samples in one; dropout that is recomputed in the other."""
+    folder = request.getfixturevalue(f"{family}_folder")
+    on_cpu, on_gpu = (run(folder, output, **settings) for output in ("cpu", "gpu"))
+    expected = read_adapter(train(on_cpu).adapter).layers
+    with apple_gpu() as gpu:
+        adapter = read_adapter(train(on_gpu).adapter).layers
+        was_trained_on(gpu)
+    for name in ("loss", "grad_norm"):
+        assert figures(on_gpu, name) == pytest.approx(figures(on_cpu, name), rel=1e-3)
+    assert adapter.keys() == expected.keys()
+    for name, layer in expected.items():
+        for part in PARTS:
+            actual, reference = getattr(adapter[name], part), getattr(layer, part)
+            assert (actual - reference).norm() <= 0.02 * reference.norm() + 1e-4, (name, part)
+
+
+@pytest.mark.slow
+def test_a_run_resumes(run, sd1_folder):
+    whole, parts = (run(sd1_folder, name, **FULL) for name in ("whole", "parts"))
+    with apple_gpu():
+        expected = read_adapter(train(whole).adapter).layers
+        shutil.copytree(whole.output_dir, parts.output_dir)
+        shutil.rmtree(Path(parts.output_dir) / "checkpoint-2", ignore_errors=True)
+        resumed = run(sd1_folder, "parts", **FULL, resume_from_checkpoint="checkpoint-1")
+        adapter = read_adapter(train(resumed).adapter).layers
+    assert all(torch.equal(layer.up, adapter[name].up) for name, layer in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("has_bf16", "dtype", "tolerance"),
+    [(True, torch.bfloat16, 0.03), (False, torch.float16, 0.01)],
+)
+def test_auto_is_the_half_precision_that_the_device_has(
+    has_bf16, dtype, tolerance, run, sd1_folder
+):
+    """fp16 with its gradient scaler before macOS 14, and never bfloat16 there."""
+    settings = {"targets": ["full"], "conv_rank": 2, "max_train_steps": 1}
+    whole = run(sd1_folder, "whole", **settings)
+    half = run(sd1_folder, "half", **settings, mixed_precision="auto")
+    train(whole)
+    with apple_gpu(has_bf16) as gpu:
+        train(half)
+        was_trained_on(gpu)
+        assert gpu.dtypes & {torch.bfloat16, torch.float16} == {dtype}
+        assert ("_amp_update_scale_" in gpu.operators) == (dtype == torch.float16)
+    assert figures(half, "loss") == pytest.approx(figures(whole, "loss"), rel=tolerance)
+
+
+def test_precision_that_the_device_lacks_is_refused_in_one_line(run, sd1_folder, monkeypatch):
+    with apple_gpu(has_bf16=False):
+        with pytest.raises(ConfigError, match="bfloat16 on Apple's GPU needs macOS 14"):
+            train(run(sd1_folder, "out", mixed_precision="bf16"))
+        with pytest.raises(ConfigError, match="bfloat16 on Apple's GPU needs macOS 14"):
+            load_adapted(sd1_folder, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch, "__version__", "2.7.1")
+    with apple_gpu(), pytest.raises(ConfigError, match=r"fp16 needs torch 2\.8 on Apple's GPU"):
+        train(run(sd1_folder, "out", mixed_precision="fp16"))
+
+
+def test_the_device_is_described():
+    with apple_gpu():
+        device = describe_device()
+        assert (device.kind, device.name, device.has_bf16) == ("mps", "Apple M3 Max", True)
+        assert device.has_gradient_scaler
+        assert not device.has_8bit_adam
+        assert device.free_gib == pytest.approx(min(12, free_machine_memory()), rel=0.2)
+
+
+def sample(components: Components, settings: SamplingSettings) -> np.ndarray:
+    images = generate_images(components, "a photo of a sks dog", [1], settings)
+    return np.stack([np.asarray(image, np.int16) for image in images])
+
+
+def images_of(folder: Path, adapters: list[dict[str, LayerWeights]]) -> np.ndarray:
+    """An image with adapters on a model, merged where there are several."""
+    components, _ = load_adapted(folder)
+    models = components.adaptable().values()
+    for number, layers in enumerate(adapters):
+        load_adapter_state(components.adaptable(), layers, name=str(number))
+    if len(adapters) > 1:
+        for model in models:
+            merge_adapters(model)
+    image = sample(components, SamplingSettings(2, 4.0, "ddim", 32, 32))
+    for model in models:
+        unmerge_adapters(model)
+    return image
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_images_are_those_of_the_cpu(family, count, request, random_adapter):
+    folder = request.getfixturevalue(f"{family}_folder")
+    axes = ("output", "input")
+    adapters = [random_adapter(folder, axis=axes[i], seed=i, every=3) for i in range(count)]
+    expected = images_of(folder, adapters)
+    with apple_gpu() as gpu:
+        actual = images_of(folder, adapters)
+        assert "convolution" in gpu.operators
+    assert np.abs(actual - expected).max() <= 2
+
+
+def test_every_scheduler_samples(sd1_folder):
+    """Diffusers computes their steps in float64 on other devices."""
+
+    def images() -> list[np.ndarray]:
+        components, _ = load_adapted(sd1_folder)
+        return [sample(components, SamplingSettings(2, 1.0, name, 32, 32)) for name in SCHEDULERS]
+
+    expected = images()
+    with apple_gpu():
+        for name, actual, reference in zip(SCHEDULERS, images(), expected, strict=True):
+            assert np.abs(actual - reference).max() <= 2, name
+
+
+def test_a_model_has_one_identity_and_one_error_everywhere(sdxl_folder):
+    """Class images and latents are kept by the identity; the error is what `evaluate` measures."""
+
+    def facts() -> tuple[str, float]:
+        components, _ = load_adapted(sdxl_folder)
+        image = Image.open(next((SAMPLES / "bolt_mug").glob("*.jpg"))).convert("RGB")
+        return components.identity(), held_out_losses(components, [image], ["a dog"], [1])[0]
+
+    expected = facts()
+    with apple_gpu():
+        identity, error = facts()
+    assert identity == expected[0]
+    assert error == pytest.approx(expected[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+def test_channels_that_cancel_keep_their_norm(axis):
+    """``W + sBA`` is nearly 0 in one channel: the factored norm is lost there."""
+    with apple_gpu():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 6))
+        inject_adapters(model, AdapterConfig(targets=("0",), rank=5, norm_axis=axis))
+        ((_, layer),) = adapted_layers(model)
+        adapter = layer.adapters["default"]
+        with torch.no_grad():
+            # The low-rank update of channel 2 is its weight, negative.
+            if axis == "output":
+                adapter.down.copy_(torch.eye(5))
+                adapter.up[2] = -layer.weight[2] / adapter.weights().scale
+                channel = layer.weight[2]
+            else:
+                adapter.down[:, 2] = torch.eye(5)[0]
+                adapter.up[:, 0] = -layer.weight[:, 2] / adapter.weights().scale
+                channel = layer.weight[:, 2]
+            channel += 1e-6 * torch.arange(1, len(channel) + 1)
+        weights = adapter.weights()
+        delta = weights.scale * weights.up.detach().double() @ weights.down.detach().double()
+        expected = (
+            (layer.weight.detach().double() + delta).norm(dim=1 if axis == "output" else 0).float()
+        )
+        assert expected.min() < 1e-4
+        model[0].to("mps")
+        with norm_scope(model):
+            norm = layer.gain("default", adapter).norm
+            model[0](torch.randn(4, 5).to("mps")).square().sum().backward()
+        torch.testing.assert_close(norm.cpu(), expected, rtol=1e-5, atol=0)
+        assert all(p.grad.isfinite().all() for p in adapter.parameters())

@@ -1,0 +1,102 @@
+"""Where operating systems differ: files that are in use, detached processes, memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from dora_diffusion import system
+
+
+def in_use(number: int = 32) -> PermissionError:
+    error = PermissionError(13, "used by another process")
+    error.winerror = number  # type: ignore[attr-defined]
+    return error
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What would be waited."""
+    slept: list[float] = []
+    monkeypatch.setattr(system.time, "sleep", slept.append)
+    return slept
+
+
+@pytest.mark.parametrize("number", [5, 32])
+def test_a_short_look_at_a_file_is_waited_for(number: int, pauses: list[float]) -> None:
+    answers = [in_use(number), in_use(number), None]
+
+    def action() -> str:
+        if (error := answers.pop(0)) is not None:
+            raise error
+        return "done"
+
+    assert system.patiently(action) == "done"
+    assert pauses == [0.01, 0.02]
+
+
+def test_a_file_that_stays_open_is_an_error_in_the_end(pauses: list[float]) -> None:
+    def action() -> None:
+        raise in_use()
+
+    with pytest.raises(PermissionError) as refused:
+        system.patiently(action)
+    assert system.is_in_use(refused.value)
+    assert 1 < sum(pauses) < 2
+
+
+def test_any_other_error_comes_at_once(pauses: list[float]) -> None:
+    for error in (PermissionError(13, "no"), FileNotFoundError(2, "no"), in_use(33)):
+
+        def action(error: OSError = error) -> None:
+            raise error
+
+        with pytest.raises(type(error)):
+            system.patiently(action)
+    assert pauses == []
+
+
+def test_replace_takes_the_place_of_a_file(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(b"old")
+    new.write_bytes(b"new")
+    system.replace(new, old)
+    assert old.read_bytes() == b"new"
+    assert not new.exists()
+
+
+@pytest.mark.skipif(system.HANGUP is None, reason="sessions are POSIX's")
+def test_a_detached_process_has_a_session_of_its_own() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, **system.detached())
+    try:
+        assert os.getsid(child.pid) == child.pid
+    finally:
+        child.communicate()
+
+
+def test_windows_is_told_so_by_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "os", SimpleNamespace())
+    monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0x200, raising=False)
+    monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x8000000, raising=False)
+    assert system.detached() == {"creationflags": 0x8000200}
+
+
+def test_the_most_memory_that_was_in_use() -> None:
+    """A process that holds 300 MB. A small one starts it: Linux hands its parent's peak down."""
+    code = (
+        "from dora_diffusion.system import peak_memory; import psutil;"
+        "held = bytearray(b'x') * 300_000_000; within = psutil.Process().memory_info().rss;"
+        "print(peak_memory(), within / 2**30)"
+    )
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], check=True)"
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, check=True)
+    peak, within = map(float, done.stdout.split())
+    assert within > 0.28
+    assert peak == pytest.approx(within, rel=0.05)
+    assert system.peak_memory() >= psutil.Process().memory_info().rss / 2**30 * 0.99
