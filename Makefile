@@ -69,6 +69,13 @@ test-newest: $(VENV)-newest/.ready
 test-bare: $(VENV)-bare/.ready
 	$(TEST_ENV) $(VENV)-bare/bin/python $(SUITE)
 
+# Property tests with 10,000 examples each, other ones in every run; `make test` tries the same few
+# each time. A failure prints its example, and a line that repeats it.
+test-properties: $(READY_TO_TEST)
+	@echo 'SEED=$(SEED) repeats this run'
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m hypothesis --hypothesis-profile=long \
+		--hypothesis-seed=$(SEED) --verbose $(PYTEST_ARGS)
+
 lint: $(READY_TO_TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
