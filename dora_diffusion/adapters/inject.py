@@ -262,6 +262,11 @@ def norm_scope(*models: nn.Module, watch: Watch | None = None) -> Iterator[None]
     from the whole weight, again when gradient checkpointing recomputes it, and on a GPU waits for
     the device: 609 times for a forward pass of SDXL, where a block waits once.
 
+    Args:
+        models: The models with adapters.
+        watch: For a loop of steps in which nothing but its optimizer changes anything, one for the
+            whole loop: then a block does not wait either (`numerics.fast.watch.Watch`).
+
     Example:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dora_diffusion.formats.files.atomic import save_text
@@ -64,7 +65,10 @@ class MetricsLog:
             self._file.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        values = {k: v.item() if isinstance(v, Tensor) else v for k, v in record.items()}
+        tensors = {k: v.detach() for k, v in record.items() if isinstance(v, Tensor)}
+        # One read, and so one wait, for all of them.
+        numbers = torch.stack(list(tensors.values())).tolist() if tensors else []
+        values = record | dict(zip(tensors, numbers, strict=True))
         if not math.isfinite(values["loss"]):
             raise TrainingError(
                 f"the loss is {values['loss']} at step {values['step']}; lower the learning rate "

@@ -14,7 +14,8 @@ from torch import Tensor
 from dora_diffusion.numerics import precision
 from dora_diffusion.numerics.fast import operation
 from dora_diffusion.numerics.fast.autograd import dora
-from dora_diffusion.numerics.fast.plan import PlanInputs, WeightStatistics, make_gains
+from dora_diffusion.numerics.fast.gain import PlanInputs, WeightStatistics
+from dora_diffusion.numerics.fast.plan import make_gains
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
 from dora_diffusion.numerics.precision import (
     allow_tf32,

@@ -4,6 +4,7 @@ Results are the page's to rounding, which tests hold in every dtype. What is sav
 
 * `norms`: the norm through the rank, without a dense temporary, for layers of one shape together;
 * `plan`: all that follows from parameters alone, for all layers together, once per optimizer step;
+* `gain`: one adapter's part in that;
 * `watch`: what that reads back from the device, without a wait;
 * `autograd`: a layer's output and gradients, from fewer kept activations and fewer passes;
 * `operation`, `product`: gradients, and products on a CPU;
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from dora_diffusion.numerics import dora as page
 from dora_diffusion.numerics.fast.autograd import dora
+from dora_diffusion.numerics.fast.gain import Gain, PlanInputs, WeightStatistics
 from dora_diffusion.numerics.fast.norms import factored_norm
-from dora_diffusion.numerics.fast.plan import Gain, PlanInputs, WeightStatistics, make_gains
+from dora_diffusion.numerics.fast.plan import make_gains
 from dora_diffusion.numerics.fast.source import Recomputation, Source
 from dora_diffusion.numerics.fast.watch import Watch
 from dora_diffusion.numerics.weights import LayerWeights

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_diffusion.numerics.fast.gain import Factors, Gain
 from dora_diffusion.numerics.fast.operation import FastOperation, with_gradients
-from dora_diffusion.numerics.fast.plan import Factors, Gain
 from dora_diffusion.numerics.fast.source import Source
 from dora_diffusion.numerics.operation import Operation
 

@@ -15,18 +15,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dora_diffusion.numerics.dora import NORM_FLOOR, squared_norm
+from dora_diffusion.numerics.dora import NORM_FLOOR
 from dora_diffusion.numerics.dora import gain as gain_of
+from dora_diffusion.numerics.fast.gain import Factors, Gain, PlanInputs, Prepared
 from dora_diffusion.numerics.fast.norms import (
     SameShape,
     Terms,
-    checksum,
     factored_norm,
     is_ill_conditioned,
     norm_terms,
@@ -35,7 +35,7 @@ from dora_diffusion.numerics.fast.norms import (
 )
 from dora_diffusion.numerics.fast.watch import Watch
 from dora_diffusion.numerics.precision import full_precision
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from dora_diffusion.numerics.weights import LayerWeights
 
 # Output channels whose |g| is below this recompute their direction for the gradient of m: dividing
 # g out of y would magnify the rounding of y, or be 0 / 0.
@@ -44,107 +44,6 @@ SMALL_GAIN = 1e-3
 SAME_WEIGHT = 1e-10
 # Where flags are read a step late, they are raised this much earlier.
 MARGIN = 2.0
-
-
-class WeightStatistics:
-    """Statistics of a frozen base weight ``(out, in, *k)``; both ``(n,)`` on the norm's axis.
-
-    Attributes:
-        squared_norm: ``|W|^2``.
-        checksum: Tells whether it is still the same weight.
-    """
-
-    def __init__(self, weight: Tensor, axis: NormAxis) -> None:
-        self.axis: NormAxis = axis
-        self.update(weight)
-
-    def update(self, weight: Tensor) -> None:
-        """Compute the statistics of a weight, which are a pass over it each."""
-        with full_precision(weight.device):
-            self.squared_norm = squared_norm(weight, self.axis)
-            self.checksum = checksum(weight, self.axis)
-
-
-class PlanInputs(NamedTuple):
-    """One adapter on one layer.
-
-    Attributes:
-        weights: Its parameters, with the strength of its direction in their scale.
-        magnitude: What acts as its magnitude, ``(n,)``: the parameter, unless a strength moves it.
-        weight: Base weight ``(out, in, *k)``.
-        bias: ``(out,)``, or None.
-        statistics: Of the weight.
-        keep_output: See `Factors.recomputed`.
-    """
-
-    weights: LayerWeights
-    magnitude: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    statistics: WeightStatistics
-    keep_output: bool = True
-
-
-class Factors(NamedTuple):
-    """What a layer computes with, in the dtype that it computes in. Gradients flow to A, B and m.
-
-    Attributes:
-        down: ``A``.
-        up: ``g s B`` on the output axis, ``s B`` on the input axis.
-        gain: ``g``, ``(n,)``, float32: in 16 bits, a gain near 1 would be rounded to 1.
-        shift: ``(1 - g) b`` on the output axis; None without a bias and on the input axis.
-        sums: Stands for m in the graph. Its gradient is what m's is made of: ``sum(dy * y)`` and,
-            with a bias, ``sum(dy)``, float32 ``(2, n)`` or ``(1, n)``.
-    """
-
-    down: Tensor
-    up: Tensor
-    gain: Tensor
-    shift: Tensor | None
-    sums: Tensor
-
-
-class Gain(NamedTuple):
-    """One adapter's part of a plan.
-
-    Attributes:
-        norm: ``norm(W + sBA)``, ``(n,)``, float32.
-        gain: ``g = m / norm``, ``(n,)``, float32.
-        small: Channels whose direction is recomputed for the gradient of m, since ``|g|`` is too
-            small to divide by, or since the next module overwrites the output; None: no channel.
-        axis: Norm axis.
-        prepared: What all layers of the plan compute with.
-        number: The layer's place there.
-    """
-
-    norm: Tensor
-    gain: Tensor
-    small: Tensor | None
-    axis: NormAxis
-    prepared: Prepared
-    number: int
-
-    def factors(self, dtype: torch.dtype) -> Factors:
-        """What the layer computes with; made for all layers of the plan at the first call."""
-        return self.prepared.factors(dtype)[self.number]
-
-    def direction(self) -> LayerWeights:
-        """The adapter as it was when the plan was made, float32, without its magnitude."""
-        return self.prepared.plan.direction(self.number)
-
-
-class Prepared:
-    """The factors of a plan's layers, by dtype, each made when it is first asked for."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self._made: dict[torch.dtype, list[Factors]] = {}
-
-    def factors(self, dtype: torch.dtype) -> list[Factors]:
-        """Of all layers, in the plan's order."""
-        if dtype not in self._made:
-            self._made[dtype] = self.plan.factors(dtype)
-        return self._made[dtype]
 
 
 def make_gains(layers: Sequence[PlanInputs], watch: Watch | None = None) -> list[Gain]:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.fast.autograd import dora
-from dora_diffusion.numerics.fast.plan import PlanInputs, WeightStatistics, make_gains
+from dora_diffusion.numerics.fast.gain import PlanInputs, WeightStatistics
+from dora_diffusion.numerics.fast.plan import make_gains
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
 from dora_diffusion.numerics.weights import LayerWeights
 

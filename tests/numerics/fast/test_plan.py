@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_diffusion.numerics.dora import weight_norm
-from dora_diffusion.numerics.fast.plan import Plan, PlanInputs, WeightStatistics, make_gains
+from dora_diffusion.numerics.fast.gain import PlanInputs, WeightStatistics
+from dora_diffusion.numerics.fast.plan import Plan, make_gains
 from dora_diffusion.numerics.weights import LayerWeights
 
 AXES = ("output", "input")
