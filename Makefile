@@ -4,8 +4,16 @@
 #   VENV=/path/to/venv  an environment elsewhere
 #   PIP_ARGS=...        passed on to pip, for example an index of CPU-only builds of torch
 #   PYTEST_ARGS=...     passed on to pytest, for example PYTEST_ARGS="-x tests/data"
+#
+# `make test-lowest`, `make test-newest` and `make test-bare` make .venv-lowest and so on, by uv:
+#
+#   LOWEST_PYTHON, NEWEST_PYTHON, BARE_PYTHON   their interpreters
+#   UV_ARGS=...         passed on to uv, for example UV_ARGS="--torch-backend cpu"
 
 PYTHON ?= python3
+LOWEST_PYTHON ?= python3.10
+NEWEST_PYTHON ?= python3.13
+BARE_PYTHON ?= $(PYTHON)
 VENV ?= .venv
 WORKERS ?= 2
 # Of the examples of `make test-properties`.
@@ -16,7 +24,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 READY_TO_TEST = $(VENV)/.ready-to-test
 
-SAY_SIZE = @echo 'Installing torch, Diffusers and the rest into $(VENV), once. On Linux, torch comes with' \
+SAY_SIZE = @echo 'Installing torch, Diffusers and the rest into $(@D), once. On Linux, torch comes with' \
 	'gigabytes for NVIDIA GPUs; without one, stop, and start again with' \
 	'PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"'
 
@@ -24,14 +32,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # The tests' models are tiny: threads of several workers would only wait for each other.
 TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-portable test-slow test-properties lint format clean
+SUITE = -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+
+.PHONY: demo test test-portable test-slow test-properties test-lowest test-newest test-bare
+.PHONY: lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m dora_diffusion demo $(DEMO_ARGS)
 
 test: lint
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder \
-		$(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python $(SUITE)
 
 # The rooms that touch files, processes and folders, where what Windows has not is gone: see
 # tests/portable/windows.py. PORTABLE_TESTS=tests runs all of them so, in about three times the time.
@@ -47,6 +57,17 @@ test-portable: $(READY_TO_TEST)
 # Longer proofs: every combination where `make test` takes a diagonal, and the figures of what ships.
 test-slow: $(READY_TO_TEST)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m slow $(PYTEST_ARGS)
+
+# The same tests with the lowest versions that pyproject.toml states, with the newest that there
+# are, and without one optional library.
+test-lowest: $(VENV)-lowest/.ready
+	$(TEST_ENV) $(VENV)-lowest/bin/python $(SUITE)
+
+test-newest: $(VENV)-newest/.ready
+	$(TEST_ENV) $(VENV)-newest/bin/python $(SUITE)
+
+test-bare: $(VENV)-bare/.ready
+	$(TEST_ENV) $(VENV)-bare/bin/python $(SUITE)
 
 # Property tests with 10,000 examples each, other ones in every run; `make test` tries the same few
 # each time. A failure prints its example, and a line that repeats it.
@@ -78,5 +99,20 @@ $(READY_TO_TEST): pyproject.toml setup.py
 	$(BIN)/python -m pip install $(PIP_ARGS) --editable ".[test,lint]"
 	touch $(READY) $@
 
+$(VENV)-lowest/.ready: INTERPRETER = $(LOWEST_PYTHON)
+$(VENV)-lowest/.ready: INSTALLED = --resolution lowest-direct --editable ".[test]"
+$(VENV)-newest/.ready: INTERPRETER = $(NEWEST_PYTHON)
+$(VENV)-newest/.ready: INSTALLED = --editable ".[test]"
+$(VENV)-bare/.ready: INTERPRETER = $(BARE_PYTHON)
+$(VENV)-bare/.ready: INSTALLED = --editable ".[bare-test]"
+
+# Made anew each time: what an environment holds already would be kept.
+$(VENV)-lowest/.ready $(VENV)-newest/.ready $(VENV)-bare/.ready: pyproject.toml setup.py
+	$(INTERPRETER) -m venv --clear $(@D)
+	$(SAY_SIZE)
+	$(@D)/bin/python -m pip install uv
+	$(@D)/bin/uv pip install --python $(@D)/bin/python $(INSTALLED) $(UV_ARGS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-bare build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

