@@ -145,6 +145,8 @@ def describe_environment(runs_dir: str | Path = "runs") -> Environment:
 
 
 def _versions(found: list[Package]) -> str:
+    if len(found) > 1 and all(package.version is None for package in found):
+        return "none of " + ", ".join(package.name for package in found)
     return ", ".join(f"{p.name} {p.version or 'is not installed'}" for p in found)
 
 

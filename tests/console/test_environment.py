@@ -96,6 +96,17 @@ def test_a_broken_torch_is_told_of_and_all_else_too(
     assert [row[0] for row in shown].count("hub's cache") == 1
 
 
+def test_an_extra_that_is_not_there_is_not_said_package_by_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = [Package(name, "optimizers", "", None) for name in ("bitsandbytes", "prodigyopt")]
+    there = [Package("peft", "test", "", "1"), Package("pytest", "test", "", None)]
+    monkeypatch.setattr(module, "packages", lambda: [*absent, *there])
+    shown = rows(describe_environment(tmp_path))
+    assert ["extra optimizers", "none of bitsandbytes, prodigyopt"] in shown
+    assert ["extra test", "peft 1, pytest is not installed"] in shown
+
+
 def test_an_nvidia_gpu_beside_a_torch_for_the_cpu_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
