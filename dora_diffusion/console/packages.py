@@ -16,7 +16,7 @@ NOT_TRIED = "not tried"
 PROJECT = "dora-diffusion"
 ROOT = Path(__file__).parents[2]
 # For those who work on the package: their versions are told, and they are not imported.
-_FOR_DEVELOPERS = ("test", "lint", "benchmarks")
+_FOR_DEVELOPERS = ("test", "bare-test", "lint", "benchmarks")
 # What a package is imported as, where its name does not say it; of those that import nothing until
 # they are asked, something that is used here.
 _IMPORTED_AS = {
@@ -73,7 +73,8 @@ def packages() -> list[Package]:
     """All requirements, and those of the extras, by the clone's pyproject.toml or by pip."""
     project = ROOT / "pyproject.toml"
     lines = _of_clone(project) if project.is_file() else metadata.requires(PROJECT) or []
-    return [_package(line) for line in lines]
+    # An extra that is made of others requires the project itself.
+    return [package for line in lines if (package := _package(line)).name != PROJECT]
 
 
 def beside() -> list[str]:

@@ -41,7 +41,7 @@ def test_diffusers_loads_the_exact_weights(
     file = write_adapter(tmp_path, AdapterFile(layers, AdapterMetadata(family=family)))
     assert file.name == "pytorch_lora_weights.safetensors"
     pipeline = load_pipeline(folder)
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     components = sorted({name.split(".")[0] for name in layers})
     pipeline.fuse_lora(components=components)
     pipeline.unload_lora_weights()
@@ -56,7 +56,7 @@ def test_diffusers_loads_plain_lora(
     layers = random_adapter(sd1_folder, axis=None, every=4)
     write_adapter(tmp_path, AdapterFile(layers))
     pipeline = load_pipeline(sd1_folder)
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     pipeline.fuse_lora(components=["unet", "text_encoder"])
     pipeline.unload_lora_weights()
     for name in layers:
@@ -78,7 +78,7 @@ def test_a_bare_magnitude_key_is_lost_by_diffusers(
     }
     save_file(bare, tmp_path / "bare.safetensors")
     pipeline = load_pipeline(sd1_folder)
-    pipeline.load_lora_weights(tmp_path / "bare.safetensors")
+    pipeline.load_lora_weights(tmp_path, weight_name="bare.safetensors")
     pipeline.fuse_lora(components=["text_encoder"])
     pipeline.unload_lora_weights()
     weight = module_at(pipeline, Q_PROJ).weight
