@@ -58,13 +58,6 @@ test-portable: $(READY_TO_TEST)
 test-slow: $(READY_TO_TEST)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m slow $(PYTEST_ARGS)
 
-# Property tests with 10,000 examples each, other ones in every run; `make test` tries the same few
-# each time. A failure prints its example, and a line that repeats it.
-test-properties: $(READY_TO_TEST)
-	@echo 'SEED=$(SEED) repeats this run'
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m hypothesis --hypothesis-profile=long \
-		--hypothesis-seed=$(SEED) --verbose $(PYTEST_ARGS)
-
 # The same tests with the lowest versions that pyproject.toml states, with the newest that there
 # are, and without one optional library.
 test-lowest: $(VENV)-lowest/.ready
@@ -75,6 +68,13 @@ test-newest: $(VENV)-newest/.ready
 
 test-bare: $(VENV)-bare/.ready
 	$(TEST_ENV) $(VENV)-bare/bin/python $(SUITE)
+
+# Property tests with 10,000 examples each, other ones in every run; `make test` tries the same few
+# each time. A failure prints its example, and a line that repeats it.
+test-properties: $(READY_TO_TEST)
+	@echo 'SEED=$(SEED) repeats this run'
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m hypothesis --hypothesis-profile=long \
+		--hypothesis-seed=$(SEED) --verbose $(PYTEST_ARGS)
 
 lint: $(READY_TO_TEST)
 	$(BIN)/ruff check .
