@@ -33,7 +33,7 @@ from full_size import UNETS
 
 from dora_diffusion.adapters import layers
 from dora_diffusion.adapters.targets import match_targets
-from dora_diffusion.numerics.fast import autograd, operation, product
+from dora_diffusion.numerics.fast import operation, product
 
 ALL = "all parts"
 PARTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
@@ -42,22 +42,16 @@ PARTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "few positions as a product (operation)": lambda: mock.patch.object(
         operation, "FEW_POSITIONS", 0
     ),
-    "thin convolutions by shifts (operation)": lambda: mock.patch.object(
-        operation.FastConv2d, "_is_thin", return_value=False
-    ),
-    "merged-weight path (paths)": lambda: mock.patch.object(
-        autograd, "uses_merged_weight", return_value=False
-    ),
     "recomputed inputs (source)": lambda: mock.patch.object(
         layers, "noted_source", return_value=None
     ),
-    "gains of all layers together (gain)": nullcontext,
+    "all layers together (plan)": nullcontext,
 }
 
 
 def without(name: str, peer: Peer) -> tuple[Peer, AbstractContextManager[object]]:
     """The peer, and the patch, of a step that lacks a part."""
-    if name.startswith("gains"):
+    if name.startswith("all layers"):
         return Peer(peer.model), nullcontext()
     return peer, PARTS[name]()
 

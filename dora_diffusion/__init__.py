@@ -10,6 +10,8 @@ The whole Python interface::
     load_components                                   a model by name
     SamplingSettings, generate_images                 images from it
     export_checkpoint                                 base + adapter -> merged model
+    extract_adapter                                   base and tuned model -> the nearest adapter
+    combine_adapters, convert_adapter                 several in one; another format or rank
     analyze_weights                                   what training did to a model's weights
     describe_environment                              versions and machine, for a bug report
 
@@ -50,7 +52,13 @@ if TYPE_CHECKING:
     from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
     from dora_diffusion.console.environment import describe_environment
     from dora_diffusion.data.images import PhotoError
-    from dora_diffusion.export import ExportError, export_checkpoint
+    from dora_diffusion.export import (
+        ExportError,
+        combine_adapters,
+        convert_adapter,
+        export_checkpoint,
+        extract_adapter,
+    )
     from dora_diffusion.families import UnsupportedModelError
     from dora_diffusion.formats.adapter.keys import AdapterFormatError
     from dora_diffusion.formats.checkpoint.entries import CheckpointLayoutError
@@ -81,9 +89,12 @@ _HOMES = {
     "TrainingError": "training.metrics",
     "UnsupportedModelError": "families",
     "analyze_weights": "analysis",
+    "combine_adapters": "export",
+    "convert_adapter": "export",
     "describe_environment": "console.environment",
     "disabled": "adapters.inject",
     "export_checkpoint": "export",
+    "extract_adapter": "export",
     "generate_images": "generate",
     "inject_adapters": "adapters.inject",
     "load_adapter": "adapters.files",
@@ -115,9 +126,12 @@ __all__ = [
     "TrainingError",
     "UnsupportedModelError",
     "analyze_weights",
+    "combine_adapters",
+    "convert_adapter",
     "describe_environment",
     "disabled",
     "export_checkpoint",
+    "extract_adapter",
     "generate_images",
     "inject_adapters",
     "load_adapter",

@@ -6,6 +6,7 @@ imported without torch; functions that only report say nothing where no other mo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from functools import lru_cache
@@ -47,6 +48,43 @@ def device_name(kind: str) -> str:
         name: str = getattr(torch.backends.mps, "get_name", lambda: "Apple GPU")()
         return name
     return "CPU" if kind == "cpu" else str(_home(kind).get_device_name(0))
+
+
+def built_for() -> str:
+    """The accelerators that this torch was built for, with the version of their software."""
+    import torch
+
+    for name, attribute in (("ROCm", "hip"), ("CUDA", "cuda"), ("XPU", "xpu")):
+        if number := getattr(torch.version, attribute, None):
+            return f"{name} {number}"
+    return "Apple's GPUs" if torch.backends.mps.is_built() else "the CPU"
+
+
+def describe_accelerators() -> list[str]:
+    """Each accelerator that torch can use, in a line: what it is called, and its memory."""
+    import torch
+
+    lines = []
+    for kind in ("cuda", "xpu"):
+        home = getattr(torch, kind, None)
+        if home is not None and home.is_available():
+            count = home.device_count()
+            lines += [f"{kind}:{index} {_described(home, index)}" for index in range(count)]
+    if torch.backends.mps.is_available():
+        gib = (memory_limit("mps") or 0) / 2**30
+        lines.append(f"mps {device_name('mps')}, at most {gib:.1f} GiB of the machine's memory")
+    return lines
+
+
+def _described(home: Any, index: int) -> str:
+    """Name and memory of a device; what a version of torch, or a driver, does not say is left."""
+    properties = home.get_device_properties(index)
+    parts = [str(properties.name), f"{properties.total_memory / 2**30:.1f} GiB"]
+    with contextlib.suppress(Exception):
+        parts.append(f"{home.mem_get_info(index)[0] / 2**30:.1f} GiB free")
+    with contextlib.suppress(Exception):
+        parts.append("compute capability {}.{}".format(*home.get_device_capability(index)))
+    return ", ".join(parts)
 
 
 def has_float64(kind: str) -> bool:

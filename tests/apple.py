@@ -114,14 +114,17 @@ class AppleGPU:
             torch.set_rng_state(cpu)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors among arguments, also in lists and dicts of them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+        elif isinstance(value, dict):
+            found += _tensors(value.values())
+    return found
 
 
 class _Operators(TorchDispatchMode):
@@ -134,7 +137,7 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():
-            operands = list(_tensors([args, kwargs]))
+            operands = _tensors((args, kwargs) if kwargs else args)
             # What C++ makes to compute with is where the operands of its caller are.
             on = any(map(self.gpu.holds, operands)) if operands else self.names.operands_on
             if self.names.moving or not on:
@@ -164,7 +167,7 @@ class _Operators(TorchDispatchMode):
         with self.gpu.drawing() if draws else ExitStack():
             result = func(*args, **kwargs)
         self.gpu.operators.add(name)
-        for tensor in _tensors([result]):
+        for tensor in _tensors((result,)):
             self.gpu.refuse_dtype(tensor.dtype)
             self.gpu.dtypes.add(tensor.dtype)
             self.gpu.take(tensor)
@@ -189,6 +192,8 @@ class _Names(TorchFunctionMode):
                 return DEVICE
             if func == Tensor.is_cpu.__get__:
                 return False
+            if getattr(func, "__name__", "") == "__get__":
+                return func(*args)
             if func in TO_PYTHON:
                 raise TypeError(
                     "can't convert mps:0 device type tensor to numpy. Use Tensor.cpu() to copy the "
@@ -204,7 +209,7 @@ class _Names(TorchFunctionMode):
 
     def _call(self, func, args, kwargs):
         before = self.operands_on
-        self.operands_on = any(map(self.gpu.holds, _tensors([args, kwargs])))
+        self.operands_on = any(map(self.gpu.holds, _tensors((args, kwargs))))
         try:
             if self.operands_on and func is F.scaled_dot_product_attention:
                 with sdpa_kernel(SDPBackend.MATH):  # what MPS takes where there are gradients
@@ -236,8 +241,8 @@ class _Names(TorchFunctionMode):
             raise RuntimeError("Expected a 'mps' device type for generator but found 'cpu'")
         with self._without_looking(), self.gpu.drawing() if on else ExitStack():
             result = func(*args, **kwargs | ({"device": "cpu"} if on else {}))
-        given = [tensor.untyped_storage()._cdata for tensor in _tensors([args])]
-        for tensor in _tensors([result]):
+        given = [tensor.untyped_storage()._cdata for tensor in _tensors(args)]
+        for tensor in _tensors((result,)):
             if on:
                 self.gpu.refuse_dtype(tensor.dtype)
                 assert tensor.untyped_storage()._cdata not in given, f"{func} moved nothing"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import os
 import subprocess
 import sys
@@ -81,7 +80,6 @@ class TestHelp:
     def test_names_and_defaults_in_help_texts_are_those_of_the_modules(self):
         """Their modules import torch: said twice, and compared."""
         from dora_diffusion.evaluation.metric_models import LITE
-        from dora_diffusion.export import convert_adapter
         from dora_diffusion.generate import SamplingSettings
 
         texts = {
@@ -90,8 +88,6 @@ class TestHelp:
             for action in parser._actions
         }
         assert f"Default: {LITE} where it is installed" in texts["evaluate", "metric_model"]
-        rank = inspect.signature(convert_adapter).parameters["rank"].default
-        assert f"Default: {rank}." in texts["convert", "rank"]
         settings = SamplingSettings()
         assert f"else {settings.guidance_scale}." in texts["evaluate", "guidance_scale"]
         words = ["generate", "--base", "b", "--prompt", "x", "--output", "x.png"]
@@ -134,7 +130,7 @@ def test_commands_ask_torch_for_large_pages_unless_the_user_has_a_say(monkeypatc
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("dora-diffusion ex", {"export "}),
+        ("dora-diffusion ver", {"verify "}),
         ("dora-diffusion train --prior_preservation_mode i", {"images", "image-free"}),
         ("dora-diffusion demo --subject ring", {"ring_robot "}),
         ("dora-diffusion app --runs", {"--runs_dir "}),

@@ -23,6 +23,8 @@ OF_ONE_VENDOR = {
     "dora_diffusion/devices.py": "the one home: how torch calls each kind, and what each lacks",
     "dora_diffusion/numerics/precision.py": "TensorFloat-32, of NVIDIA's GPUs, and its switches",
     "dora_diffusion/models/precision.py": "what Apple's GPU needs for bfloat16",
+    "dora_diffusion/console/environment.py": "NVIDIA's own program, and variables of each vendor",
+    "tools/start_app.py": "which torch to install, before there is one to ask",
 }
 
 
@@ -133,8 +135,55 @@ def test_nothing_is_loaded_to_report_nothing():
         "import sys; from dora_diffusion import devices; "
         "print(devices.peak_memory(), devices.release_memory(), 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT
+    )
     assert done.stdout == "None None False\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("versions", "built"),
+    [
+        ({"cuda": "12.8", "hip": None}, "CUDA 12.8"),
+        ({"cuda": None, "hip": "6.3"}, "ROCm 6.3"),
+        ({"xpu": "2025.1"}, "XPU 2025.1"),
+    ],
+)
+def test_the_kind_of_gpu_that_torch_was_built_for(
+    versions: dict[str, str | None], built: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "version", SimpleNamespace(**versions))
+    assert devices.built_for() == built
+
+
+def test_a_device_says_what_its_driver_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gpu(**more: object) -> SimpleNamespace:
+        properties = SimpleNamespace(name="GPU X", total_memory=8 * 2**30)
+        return SimpleNamespace(
+            is_available=lambda: True,
+            device_count=lambda: 1,
+            get_device_properties=lambda index: properties,
+            **more,
+        )
+
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    known = {
+        "mem_get_info": lambda index: (3 * 2**30, 8 * 2**30),
+        "get_device_capability": lambda index: (8, 6),
+    }
+    monkeypatch.setattr(torch, "cuda", gpu(**known))
+    monkeypatch.setattr(torch, "xpu", gpu(), raising=False)
+    assert devices.describe_accelerators() == [
+        "cuda:0 GPU X, 8.0 GiB, 3.0 GiB free, compute capability 8.6",
+        "xpu:0 GPU X, 8.0 GiB",
+    ]
+
+
+def test_what_torch_is_for_here():
+    gpus = torch.cuda.device_count() + torch.backends.mps.is_available()
+    assert len(devices.describe_accelerators()) == gpus
+    version = torch.version.cuda or torch.version.hip or ""
+    assert version in devices.built_for()
 
 
 def named_devices(source: str) -> Iterator[str]:

@@ -198,7 +198,9 @@ PACKAGE = ROOT / "dora_diffusion"
 # What a user calls with keywords, each documented.
 KEYWORD_INTERFACES = {
     "export.checkpoint.export_checkpoint",
+    "export.combine.combine_adapters",
     "export.convert.convert_adapter",
+    "export.extract.extract_adapter",
     "export.verify.verify_checkpoint",
     "generate.load_adapted",
 }

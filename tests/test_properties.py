@@ -51,7 +51,9 @@ def test_property_tests_leave_their_examples_to_the_profiles():
 def test_the_long_run_says_the_seed_that_repeats_it():
     def steps(*words: str) -> str:
         command = ["make", "--dry-run", "test-properties", *words]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True
+        ).stdout
 
     said = re.search(r"SEED=(\d+) repeats this run", steps())
     assert said

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -80,7 +81,7 @@ def test_a_detached_process_has_a_session_of_its_own() -> None:
 
 
 def test_windows_is_told_so_by_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "setsid", raising=False)
+    monkeypatch.setattr(system, "os", SimpleNamespace())
     monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0x200, raising=False)
     monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x8000000, raising=False)
     assert system.detached() == {"creationflags": 0x8000200}

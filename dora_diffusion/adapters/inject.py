@@ -25,6 +25,7 @@ from dora_diffusion.adapters.layers import (
 from dora_diffusion.adapters.sources import unwatch_sources, watch_sources
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.numerics.fast import Watch
 from dora_diffusion.numerics.threads import map_ahead
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -250,7 +251,7 @@ def disabled(*models: nn.Module, name: str | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def norm_scope(*models: nn.Module) -> Iterator[None]:
+def norm_scope(*models: nn.Module, watch: Watch | None = None) -> Iterator[None]:
     """Compute each adapter's norm once inside the block, in which no parameter may change.
 
     Open one around the forward and backward passes of one optimizer step, as the training loop
@@ -271,7 +272,7 @@ def norm_scope(*models: nn.Module) -> Iterator[None]:
     opened = [
         layer for model in models for _, layer in adapted_layers(model) if layer._gain_cache is None
     ]
-    open_caches(opened)
+    open_caches(opened, watch)
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ were. Adapters live in the child module ``adapters``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.sources import noted_source
 from dora_diffusion.numerics import fast
 from dora_diffusion.numerics.dora import dora_difference, dora_forward, moved_magnitude
-from dora_diffusion.numerics.fast import Gain, GainInputs, WeightStatistics
+from dora_diffusion.numerics.fast import Gain, PlanInputs, Watch, WeightStatistics
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation, Operation
 from dora_diffusion.numerics.precision import wide, wide_dtype
@@ -70,7 +71,8 @@ class AdaptedLayer(nn.Module):
         if not active:
             base: Tensor = super().forward(x)
             return base
-        if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
+        weight, bias = self.weight, self.bias
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
             raise RuntimeError(
                 "the base weight or bias of an adapted layer requires a gradient; freeze it "
                 "(requires_grad_(False)): the adapter is what trains"
@@ -80,22 +82,13 @@ class AdaptedLayer(nn.Module):
         x = self.prepare(unpadded)
         name, adapter = active[0]
         dropping = self.training and any(other.dropout > 0 for _, other in active)
-        is_plain = adapter.strengths == Strengths() and adapter.magnitude is not None
+        is_plain = adapter.strengths == _PLAIN_STRENGTHS and adapter.magnitude is not None
         if len(active) > 1 or not is_plain or dropping:
             return self._sum_of_differences(active, x)
-        weights = adapter.weights()
         if not fast.ENABLED:
-            return dora_forward(self.operation(), x, self.weight, self.bias, weights)
-        return fast.dora(
-            self.operation(),
-            x,
-            self.weight,
-            self.bias,
-            weights,
-            self.gain(name, adapter),
-            keep_output=self.keep_output,
-            source=source if x is unpadded else None,
-        )
+            return dora_forward(self.operation(), x, weight, bias, adapter.weights())
+        source = source if x is unpadded else None
+        return fast.dora(self.operation(), x, weight, bias, self.gain(name, adapter), source)
 
     def _sum_of_differences(self, active: list[tuple[str, LayerAdapter]], x: Tensor) -> Tensor:
         """``base(x) + sum_k strength_k * (adapted_k(x) - base(x))``, of the unmerged base."""
@@ -126,19 +119,19 @@ class AdaptedLayer(nn.Module):
         cache = self._gain_cache
         if cache is not None and name in cache:
             return cache[name]
-        gain = fast.make_gains([self._gain_inputs(adapter)])[0]
+        gain = fast.make_gains([self._plan_inputs(adapter)])[0]
         if cache is not None:
             cache[name] = gain
         return gain
 
     @torch.no_grad()
-    def _gain_inputs(self, adapter: LayerAdapter) -> GainInputs:
-        layer, axis = adapter.scaled_weights(), adapter.norm_axis
+    def _plan_inputs(self, adapter: LayerAdapter) -> PlanInputs:
+        plain = adapter.strengths.direction_strength == 1
+        layer = adapter.weights() if plain else adapter.scaled_weights()
         magnitude = moved_magnitude(self.weight, layer, adapter.strengths.magnitude_strength)
-        statistics = self._weight_statistics(axis)
-        return GainInputs(
-            magnitude, self.weight, layer.down, layer.up, layer.scale, axis, statistics
-        )
+        statistics = self._weight_statistics(adapter.norm_axis)
+        weight, bias = self.weight, self.bias
+        return PlanInputs(layer, magnitude, weight, bias, statistics, self.keep_output)
 
     def forget(self, name: str) -> None:
         """Drop the gain of an adapter that is not what it was."""
@@ -207,7 +200,7 @@ class DoRAConv2d(AdaptedLayer, nn.Conv2d):
     def operation(self) -> Operation:
         """A convolution with this layer's stride, padding and dilation."""
         padding = self.padding if self._pads_itself else (0, 0)
-        return Conv2dOperation(_pair(self.stride), _pair(padding), _pair(self.dilation))
+        return _convolution(_pair(self.stride), _pair(padding), _pair(self.dilation))
 
     def prepare(self, x: Tensor) -> Tensor:
         """Pad for ``padding_mode`` other than zeros, and for ``padding="same"``."""
@@ -218,8 +211,17 @@ class DoRAConv2d(AdaptedLayer, nn.Conv2d):
 
 
 _LINEAR = LinearOperation()
+_PLAIN_STRENGTHS = Strengths()
 _ADAPTED: dict[type[nn.Module], type[AdaptedLayer]] = {nn.Linear: DoRALinear, nn.Conv2d: DoRAConv2d}
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {new: old for old, new in _ADAPTED.items()}
+
+
+@lru_cache
+def _convolution(
+    stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> Conv2dOperation:
+    """One object for all layers of a kind, since they ask at every call."""
+    return Conv2dOperation(stride, padding, dilation)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -281,7 +283,7 @@ def restore_base_class(layer: AdaptedLayer) -> None:
     layer.__class__ = _PLAIN[type(layer)]  # type: ignore[assignment]
 
 
-def open_caches(layers: Sequence[AdaptedLayer]) -> None:
+def open_caches(layers: Sequence[AdaptedLayer], watch: Watch | None = None) -> None:
     """Compute every active adapter's gain now, all together, and keep it until `close_caches`.
 
     Without the fast path nothing is kept: the page computes a norm where it needs one.
@@ -289,23 +291,25 @@ def open_caches(layers: Sequence[AdaptedLayer]) -> None:
     if not fast.ENABLED:
         return
     wanted = [
-        (layer, name, layer._gain_inputs(adapter))
+        (layer, name, layer._plan_inputs(adapter))
         for layer in layers
         for name, adapter in layer.active()
         if adapter.magnitude is not None
     ]
-    gains = fast.make_gains([inputs for _, _, inputs in wanted])
-    for layer in layers:
-        layer._gain_cache = {}
+    gains = fast.make_gains([inputs for _, _, inputs in wanted], watch)
+    caches: list[dict[str, Gain]] = [{} for _ in layers]
+    for layer, cache in zip(layers, caches, strict=True):
+        # Past `nn.Module.__setattr__`, which takes longer than all else here.
+        vars(layer)["_gain_cache"] = cache
     for (layer, name, _), gain in zip(wanted, gains, strict=True):
-        cast(dict[str, Gain], layer._gain_cache)[name] = gain
+        vars(layer)["_gain_cache"][name] = gain
 
 
 def close_caches(layers: Sequence[AdaptedLayer]) -> None:
     """Forget the gains of layers, some of which may be plain again."""
     for layer in layers:
         if isinstance(layer, AdaptedLayer):
-            layer._gain_cache = None
+            vars(layer)["_gain_cache"] = None
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:

@@ -55,7 +55,7 @@ def _note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
 def _can_repeat(module: nn.Module) -> bool:
     """Whether the module's own forward gives the same in the backward pass."""
     # A parameter that trains may have another value then.
-    trains = any(p.requires_grad for p in module.parameters(recurse=False))
+    trains = any(p is not None and p.requires_grad for p in module._parameters.values())
     # Tools that hook a model wrap the forward of an instance.
     return not (trains or getattr(module, "inplace", False) or "forward" in module.__dict__)
 

@@ -22,7 +22,7 @@ _MEMORY_ADVICE = {
     "and --mixed_precision bf16",
     "generate": "lower --batch_size, --width and --height, or use --dtype float16",
 }
-# Of a defect's message, which may be that of a library and go on for pages.
+# Of a defect's message, which may be that of a library, and pages long.
 _LONG = 300
 # How torch's allocators say it that have no class of their own: a CPU's on Linux and on Windows,
 # and Apple's GPU's.

@@ -6,12 +6,13 @@ line of JSON for each. Without heavy imports of its own.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 from importlib import import_module
 from typing import Any
+
+from dora_diffusion import devices
 
 
 def main(names: list[str]) -> int:
@@ -43,16 +44,6 @@ def _hub_cache() -> str:
     return str(constants.HF_HUB_CACHE)
 
 
-def _build() -> str:
-    """What torch was built for."""
-    import torch
-
-    for name, attribute in (("ROCm", "hip"), ("CUDA", "cuda"), ("XPU", "xpu")):
-        if number := getattr(torch.version, attribute, None):
-            return f"{name} {number}"
-    return "Apple's GPUs" if torch.backends.mps.is_built() else "the CPU"
-
-
 def _cpu() -> str:
     """What torch uses of the processor."""
     import torch
@@ -61,34 +52,12 @@ def _cpu() -> str:
     return f"{torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads > 1)}"
 
 
-def _devices() -> list[str]:
-    """The accelerators that torch can use, each in a line."""
-    import torch
-
-    lines = []
-    for kind in ("cuda", "xpu"):  # "cuda" are AMD's too
-        module = getattr(torch, kind, None)
-        if module is not None and module.is_available():
-            count = module.device_count()
-            lines += [f"{kind}:{index} {_device(module, index)}" for index in range(count)]
-    if torch.backends.mps.is_available():
-        gib = torch.mps.recommended_max_memory() / 2**30
-        lines.append(f"mps Apple GPU, at most {gib:.1f} GiB of the machine's memory")
-    return lines
-
-
-def _device(module: Any, index: int) -> str:
-    """Name and memory of a device; what a version of torch, or a driver, does not say is left."""
-    properties = module.get_device_properties(index)
-    parts = [str(properties.name), f"{properties.total_memory / 2**30:.1f} GiB"]
-    with contextlib.suppress(Exception):
-        parts.append(f"{module.mem_get_info(index)[0] / 2**30:.1f} GiB free")
-    with contextlib.suppress(Exception):
-        parts.append("compute capability {}.{}".format(*module.get_device_capability(index)))
-    return ", ".join(parts)
-
-
-_QUESTIONS = {"@hub_cache": _hub_cache, "@build": _build, "@cpu": _cpu, "@devices": _devices}
+_QUESTIONS = {
+    "@hub_cache": _hub_cache,
+    "@build": devices.built_for,
+    "@cpu": _cpu,
+    "@devices": devices.describe_accelerators,
+}
 
 
 if __name__ == "__main__":

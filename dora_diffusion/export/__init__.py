@@ -1,9 +1,11 @@
-"""Merged checkpoints and adapter conversion, as user-level functions."""
+"""Merged checkpoints, and adapters converted, extracted and combined, as user-level functions."""
 
 from __future__ import annotations
 
 from dora_diffusion.export.checkpoint import export_checkpoint
+from dora_diffusion.export.combine import combine_adapters
 from dora_diffusion.export.convert import ConversionReport, convert_adapter
+from dora_diffusion.export.extract import extract_adapter
 from dora_diffusion.export.inspect import inspect_adapter
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.export.verify import VerifyReport, verify_checkpoint
@@ -14,8 +16,10 @@ __all__ = [
     "ConversionReport",
     "ExportError",
     "VerifyReport",
+    "combine_adapters",
     "convert_adapter",
     "export_checkpoint",
+    "extract_adapter",
     "inspect_adapter",
     "verify_checkpoint",
 ]

@@ -13,9 +13,16 @@ from pathlib import Path
 import torch
 
 from dora_diffusion.export.base import open_model
+from dora_diffusion.export.fit import FitSettings, Fitted
 from dora_diffusion.export.output import ExportError, refuse_existing
+from dora_diffusion.export.resize import (
+    axis_of,
+    fit_to_adapters,
+    key_format_for,
+    truncate_layers,
+)
 from dora_diffusion.formats.adapter.consumers import stated_approximation
-from dora_diffusion.formats.adapter.conversions import CONVERSIONS
+from dora_diffusion.formats.adapter.conversions import CONVERSIONS, LORA_RANK
 from dora_diffusion.formats.adapter.embeddings import said_of_embeddings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -35,6 +42,7 @@ from dora_diffusion.formats.adapter.targets.registry import TARGETS
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
 from dora_diffusion.formats.files.header import PICKLED
 from dora_diffusion.images import thumbnail as make_thumbnail
+from dora_diffusion.merge import WeightedAdapter
 from dora_diffusion.numerics.low_rank import approximate
 
 # Plain-LoRA approximations, and the format that each is written in.
@@ -43,6 +51,11 @@ _APPROXIMATE = {
     for name, conversion in CONVERSIONS.items()
     if conversion.plain_lora_in
 }
+
+_OF_THE_UPDATE = (
+    "the magnitudes stay and the error is that of the low-rank update; with --base the nearest "
+    "DoRA is found"
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ class ConversionReport:
         target: The format, a key of ``CONVERSIONS``: ``"kohya"`` for a ``comfyui`` file without
             output-axis magnitudes, which is one.
         layers: Number of layers.
-        errors: Per layer, the relative error of an approximation; empty if the file is exact.
+        errors: Per layer, the relative error of what was fitted; empty where nothing is.
         total_error: The relative error of all layers together, 0 if the file is exact.
         notes: What was broken in the source and how it was repaired, one line each.
         embeddings: The files that trained tokens went to, by token.
@@ -86,7 +99,9 @@ def convert_adapter(
     *,
     base: str | Path | None = None,
     family: str | None = None,
-    rank: int = 64,
+    rank: int | None = None,
+    conv_rank: int | None = None,
+    energy: float | None = None,
     alpha: float | None = None,
     tags: Sequence[str] = (),
     thumbnail: str | Path | None = None,
@@ -99,11 +114,12 @@ def convert_adapter(
         source: Adapter file or folder.
         output: File (``.safetensors``) or folder to write.
         target: A key of ``CONVERSIONS``.
-        base: The base model (folder, hub id, ``embedded:NAME`` or single file). Needed by
-            ``dense``, the approximations, and ``comfyui`` for magnitudes on the output axis;
-            checks the adapter's fit in any case.
+        base: The base model. Needed by ``dense``, ``lora``, and ``comfyui`` for magnitudes on the
+            output axis; ``dora`` is nearer with it. Checks the adapter's fit in any case.
         family: Name of a `Family`, for files that do not say it.
-        rank: Rank of an approximation.
+        rank: Largest rank, of ``dora`` and ``lora``; None: ``LORA_RANK`` for ``lora``.
+        conv_rank: Largest rank of Conv2d layers, of ``dora``; None: ``rank``.
+        energy: Take each layer's smallest rank with this share of the squared singular values.
         alpha: What it was trained with, for a file that lost it.
         tags: Words that adapter managers and web UIs show.
         thumbnail: An image that they show.
@@ -111,66 +127,106 @@ def convert_adapter(
         overwrite: Replace an output that exists.
 
     Raises:
-        ExportError: If the output exists or is what is read, or the target is unknown or an
-            approximation that needs a base.
-        AdapterFormatError: If the source cannot be read, or the target cannot hold it or needs a
-            base.
+        ExportError: If the output exists or is what is read, or the target is unknown or needs
+            a base or a rank.
+        AdapterFormatError: If the source cannot be read, or the target cannot hold it.
     """
-    output, kind = Path(output).expanduser(), _APPROXIMATE.get(target, target)
-    _check_request(target, base, rank)
-    inputs = [find_adapter(source), *([Path(base).expanduser()] if base is not None else [])]
-    _check_free(output, TARGETS[kind].file_name, inputs, overwrite)
-    errors: dict[str, float] = {}
-    total = 0.0
+    settings = _check_request(target, base, FitSettings(rank, conv_rank, energy, dtype=dtype))
+    output, inputs = Path(output).expanduser(), [find_adapter(source)]
+    inputs += [Path(base).expanduser()] if base is not None else []
     with contextlib.ExitStack() as stack:
         model = None if base is None else stack.enter_context(open_model(base))
-        sums = model is not None and target == "dense"
+        sums = model is not None and target in ("dense", "dora")
         adapter = read_adapter(source, model, alpha=alpha, sums=sums)
+        settings = dataclasses.replace(settings, norm_axis=axis_of(adapter.layers.values()))
+        kind = _key_format(target, adapter, settings, model)
+        check_free(output, TARGETS[kind].file_name, inputs, overwrite)
         embeddings = embeddings_beside(output, adapter)
         refuse_existing(embeddings.values(), overwrite)
         family = family or (model.family.name if model else "")
         metadata = _with_additions(adapter.metadata, family, tags, thumbnail)
         adapter = dataclasses.replace(adapter, metadata=metadata)
-        if model is not None and target in _APPROXIMATE:
-            adapter, errors, total = _approximated(adapter, model, rank)
+        adapter, errors, total = _of_smaller_rank(adapter, target, settings, model)
         path = write_adapter(output, adapter, kind, dtype=dtype, base=model)
-    # A comfyui file without output-axis magnitudes is a kohya one.
-    if target == "comfyui" and not needs_compensation(adapter.layers):
-        target = "kohya"
+    target = _written_as(target, adapter)
     notes = (*adapter.notes, *said_of_embeddings(embeddings))
     return ConversionReport(path, target, len(adapter.layers), errors, total, notes, embeddings)
 
 
-def _check_request(target: str, base: str | Path | None, rank: int) -> None:
+def _check_request(target: str, base: str | Path | None, settings: FitSettings) -> FitSettings:
+    """Refuse what cannot be done; the settings with the rank that a target has by default."""
     if target not in CONVERSIONS:
         raise ExportError(f"unknown target {target!r}; there is {', '.join(CONVERSIONS)}")
-    if rank < 1:
-        raise ExportError(f"the rank of a plain LoRA must be at least 1, got {rank}")
     if base is None and target in _APPROXIMATE:
         raise ExportError(
             f"{target} files are made for one base model; give that model with --base"
         )
+    if target in _APPROXIMATE and settings.rank is None:
+        return dataclasses.replace(settings, rank=LORA_RANK)
+    if CONVERSIONS[target].needs_rank and not settings.limits:
+        raise ExportError(f"{target} needs a smaller rank: give --rank, --conv_rank or --energy")
+    return settings
 
 
-def _approximated(
-    adapter: AdapterFile, model: ModelWeights, rank: int
-) -> tuple[AdapterFile, dict[str, float], float]:
-    """The adapter as a plain LoRA, the relative error of each layer, and that of all."""
-    layers, errors, total = approximate(adapter.layers, partial(module_weight, model), rank)
-    metadata = _approximation_of(adapter, rank, total)
-    return dataclasses.replace(adapter, layers=layers, metadata=metadata), errors, total
+def _written_as(target: str, adapter: AdapterFile) -> str:
+    """A comfyui file without output-axis magnitudes is a kohya one."""
+    plain = target == "comfyui" and not needs_compensation(adapter.layers)
+    return "kohya" if plain else target
 
 
-def _approximation_of(adapter: AdapterFile, rank: int, error: float) -> AdapterMetadata:
-    """The facts of a plain LoRA: what it approximates, and how far off it is at most."""
+def _key_format(
+    target: str, adapter: AdapterFile, settings: FitSettings, model: ModelWeights | None
+) -> str:
+    """The key of ``TARGETS`` that a target is written in."""
+    if not CONVERSIONS[target].needs_rank:
+        return _APPROXIMATE.get(target, target)
+    return settings.key_format(None) if model else key_format_for(adapter.layers)
+
+
+def _of_smaller_rank(
+    adapter: AdapterFile, target: str, settings: FitSettings, model: ModelWeights | None
+) -> tuple[AdapterFile, Mapping[str, float], float]:
+    """The adapter with other layers, the error of each, and that of all together."""
+    if not CONVERSIONS[target].takes_rank:
+        return adapter, {}, 0.0
+    original, notes = "", adapter.notes
+    if target in _APPROXIMATE and model is not None and settings.rank is not None:
+        weight_of = partial(module_weight, model)
+        rank, energy = settings.rank, settings.energy
+        layers, errors, total = approximate(adapter.layers, weight_of, rank, energy)
+        how = f"singular values, rank {rank}" + ("" if energy is None else f", energy {energy:g}")
+    else:
+        fitted, how, original = _resized(adapter, settings, model), str(settings), "original "
+        layers, errors, total = fitted.layers, fitted.errors, fitted.total_error
+        if model is None:
+            how = f"singular values of the update, {settings.ranks}"
+        if model is None and total and any(w.magnitude is not None for w in layers.values()):
+            notes += (_OF_THE_UPDATE,)
+    is_exact = original and not total
+    metadata = adapter.metadata if is_exact else _approximation_of(adapter, how, original, total)
+    adapter = dataclasses.replace(adapter, layers=layers, beside={}, metadata=metadata, notes=notes)
+    return adapter, errors, total
+
+
+def _resized(adapter: AdapterFile, settings: FitSettings, model: ModelWeights | None) -> Fitted:
+    if model is None:
+        return truncate_layers(adapter.layers, settings)
+    parts = [WeightedAdapter(adapter.layers), WeightedAdapter(adapter.beside)]
+    return fit_to_adapters(model, parts, settings)
+
+
+def _approximation_of(
+    adapter: AdapterFile, how: str, original: str, error: float
+) -> AdapterMetadata:
+    """The facts of an approximation: of what, how, and how far off it is at most."""
     extra = dict(adapter.metadata.extra)
     extra.pop(TRAINED_ALPHA, None)  # its own rank and alpha are those of the approximation
     is_dora = any(layer.magnitude is not None for layer in adapter.layers.values())
     stated = stated_approximation(extra)
     before = stated.error or 0.0 if stated else 0.0
     extra |= {
-        "approximation": f"singular values, rank {rank}",
-        APPROXIMATES: extra.get(APPROXIMATES, "DoRA" if is_dora else "LoRA"),
+        "approximation": how,
+        APPROXIMATES: extra.get(APPROXIMATES, original + ("DoRA" if is_dora else "LoRA")),
         APPROXIMATION_ERROR: f"{before + error + before * error:.3g}",
     }
     return dataclasses.replace(adapter.metadata, extra=extra)
@@ -190,7 +246,7 @@ def _with_additions(
     )
 
 
-def _check_free(
+def check_free(
     output: Path, file_name: str | None, inputs: Sequence[Path], overwrite: bool
 ) -> None:
     """Refuse an output that exists, or would replace what it is made from."""

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def formats() -> dict[str, str]:
-    """Adapter format -> where it is exact."""
-    return {name: conversion.summary for name, conversion in CONVERSIONS.items()}
+    """Adapter format -> where it is exact; those alone for which nothing else is asked."""
+    return {name: kind.summary for name, kind in CONVERSIONS.items() if not kind.needs_rank}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -30,6 +31,7 @@ from dora_diffusion.models.locate import is_embedded
 
 KILL_AFTER_SECONDS = 30.0
 _MOST_JOBS_WAITING = 50
+_LEAVING_SECONDS = 30.0
 _WORKER_MODULE = "dora_diffusion.jobs.worker"
 
 
@@ -179,9 +181,21 @@ def delete_job(workspace: Workspace, job_id: str) -> None:
                 f'"{record.title}" is still running and needs this run; stop it first'
             )
     for job in (*about_it, folder):
-        remove_folder(job)
+        _remove_job(job)
     if job_id in ids_in(workspace.exports):
         remove_folder(workspace.exports / job_id)
+
+
+def _remove_job(folder: Path) -> None:
+    """Delete a job's folder, where a worker that is leaving may still have its log open."""
+    try:
+        remove_folder(folder)
+    except RequestError:  # Windows keeps it
+        worker = worker_of(folder)
+        if worker is not None:
+            with contextlib.suppress(psutil.Error):
+                worker.wait(_LEAVING_SECONDS)
+        remove_folder(folder)
 
 
 class JobQueue:

@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.models.transfer import send
+from dora_diffusion.models.weights import quiet_libraries
 from dora_diffusion.wording import quoted
 
 if TYPE_CHECKING:
@@ -132,13 +134,13 @@ def encode_tokens(
         attention_mask: ``(B, tokens)``, used where the encoder's config asks for it.
     """
     device = next(encoder.parameters()).device
-    input_ids = input_ids.to(device)
+    input_ids = send(input_ids, device)
     if choice == "penultimate":
         output = encoder(input_ids, output_hidden_states=True)
         return output.hidden_states[-2], output[0]
     # A few SD1-style models ask for the padding to be masked; CLIP's own configs never do.
     mask = attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
-    output = encoder(input_ids, attention_mask=None if mask is None else mask.to(device))
+    output = encoder(input_ids, attention_mask=None if mask is None else send(mask, device))
     return output[0], output[1]
 
 
@@ -178,8 +180,9 @@ def add_tokens(components: Components, tokens: Mapping[str, Tensor]) -> None:
     if not tokens:
         return
     pipeline = components.pipeline()
-    for token, vectors in tokens.items():
-        pipeline.load_textual_inversion({token: vectors})
+    with quiet_libraries():
+        for token, vectors in tokens.items():
+            pipeline.load_textual_inversion({token: vectors})
 
 
 def encode_unconditional(components: Components, count: int = 1) -> Conditioning:

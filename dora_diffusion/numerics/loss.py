@@ -108,16 +108,16 @@ def loss_weight(alpha_bar: Tensor, snr_gamma: float, prediction_type: str) -> Te
     return min_snr_weight(alpha_bar, snr_gamma, prediction_type) if snr_gamma else None
 
 
-def split_prior(per_sample: Tensor, is_prior: Tensor) -> tuple[Tensor, Tensor]:
+def split_prior(per_sample: Tensor, photos: int) -> tuple[Tensor, Tensor]:
     """Mean loss of the subject's samples and of the class images (0 where there are none).
 
     Prior preservation (DreamBooth, arXiv:2208.12242, section 3.2) adds the second, weighted, to
     the first.
 
     Args:
-        per_sample: ``(B,)``.
-        is_prior: ``(B,)`` bool.
+        per_sample: ``(B,)``, the photos first.
+        photos: How many they are.
     """
-    subject = per_sample[~is_prior].mean()
-    prior = per_sample[is_prior]
+    subject = per_sample[:photos].mean()
+    prior = per_sample[photos:]
     return subject, prior.mean() if len(prior) else per_sample.new_zeros(())

@@ -1,7 +1,8 @@
-"""The best plain LoRA for a change of weights, by singular value decomposition."""
+"""Low-rank factors by singular value decomposition: of a change of weights, and of factors."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
@@ -22,7 +23,10 @@ def weight_change(weight: Tensor, layer: LayerWeights) -> Tensor:
 
 
 def approximate(
-    layers: Mapping[str, LayerWeights], base_weight: Callable[[str], Tensor], rank: int
+    layers: Mapping[str, LayerWeights],
+    base_weight: Callable[[str], Tensor],
+    rank: int,
+    energy: float | None = None,
 ) -> tuple[dict[str, LayerWeights], dict[str, float], float]:
     """The best plain LoRA of a rank for each layer's ``W' - W``.
 
@@ -30,6 +34,7 @@ def approximate(
         layers: The adapter.
         base_weight: Base weight by canonical module name.
         rank: Largest rank; small layers get less.
+        energy: See `low_rank`.
 
     Returns:
         The layers without magnitudes (alpha = rank), per layer the relative error
@@ -39,7 +44,7 @@ def approximate(
     all_left = all_size = 0.0
     for name, layer in layers.items():
         target = weight_change(base_weight(name), layer)
-        approximations[name] = lora = low_rank(target, rank)
+        approximations[name] = lora = low_rank(target, rank, energy)
         residual = target - (lora.up.flatten(1) @ lora.down.flatten(1)).view_as(target)
         size, distance = target.norm().item(), residual.norm().item()
         errors[name] = distance / size if size else 0.0
@@ -47,30 +52,100 @@ def approximate(
     return approximations, errors, all_left / all_size if all_size else 0.0
 
 
-def low_rank(target: Tensor, rank: int, seed: int = 0) -> LayerWeights:
-    """Truncated singular value decomposition of ``(out, in, *k)`` as a plain LoRA layer."""
+def low_rank(target: Tensor, rank: int, energy: float | None = None, seed: int = 0) -> LayerWeights:
+    """Truncated singular value decomposition of ``(out, in, *k)`` as a plain LoRA layer.
+
+    Args:
+        target: What is approximated.
+        rank: Largest rank; a small target gets less.
+        energy: Take the smallest rank that holds this share of the squared singular values.
+        seed: Of the random vectors that the search for the leading ones starts from.
+    """
     matrix = target.flatten(1)
     rank = min(rank, *matrix.shape)
-    u, s, vh = _leading_svd(matrix, rank, torch.Generator().manual_seed(seed))
-    root = s.sqrt()
-    up = (u * root).reshape(-1, rank, *[1] * (target.ndim - 2))
-    down = (root[:, None] * vh).reshape(rank, *target.shape[1:])
+    u, s, vh = leading_svd(matrix, rank, random_start(matrix, rank, seed), _POWER_ITERATIONS)
+    if energy is not None:
+        rank = rank_of_energy(s, matrix, energy)
+    return balanced(u[:, :rank], s[:rank], vh[:rank], target.shape)
+
+
+def balanced(u: Tensor, s: Tensor, vh: Tensor, shape: torch.Size) -> LayerWeights:
+    """Singular triplets as a plain LoRA layer for a weight of a shape, alpha = rank."""
+    rank, root = len(s), s.sqrt()
+    up = (u * root).reshape(-1, rank, *[1] * (len(shape) - 2))
+    down = (root[:, None] * vh).reshape(rank, *shape[1:])
     return LayerWeights(down.contiguous(), up.contiguous(), None, float(rank))
 
 
-def _leading_svd(
-    matrix: Tensor, rank: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplets, by subspace iteration where that is much cheaper.
+def truncated(
+    layer: LayerWeights, rank: int, energy: float | None = None
+) -> tuple[LayerWeights, float, float]:
+    """The layer with the best update of a smaller rank, from its factors alone.
 
-    Source: Halko, Martinsson and Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1.
+    ``delta = s B A`` is decomposed through two QR factorisations and the singular values of an
+    ``r x r`` matrix. The magnitude stays: without the base there is no better one.
+
+    Args:
+        layer: A LoRA or DoRA layer.
+        rank: Largest rank.
+        energy: Take the smallest rank that holds this share of the squared singular values.
+
+    Returns:
+        The layer, itself where its rank is small enough; the Frobenius norm of what is lost of
+        ``delta``, and that of ``delta``.
+    """
+    left = torch.linalg.qr(wide(layer.up).flatten(1).double())
+    right = torch.linalg.qr(wide(layer.down).flatten(1).double().t())
+    u, s, vh = torch.linalg.svd(layer.scale * left.R @ right.R.t(), full_matrices=False)
+    rank = min(rank, len(s))
+    if energy is not None:
+        rank = min(rank, rank_of_energy(s, s, energy))
+    size = s.norm().item()
+    if rank >= layer.rank:
+        return layer, 0.0, size
+    u, vh, shape = left.Q @ u[:, :rank], vh[:rank] @ right.Q.t(), torch.Size(layer.weight_shape)
+    smaller = balanced(u, s[:rank], vh, shape).to(layer.down.dtype)
+    smaller = dataclasses.replace(smaller, magnitude=layer.magnitude, norm_axis=layer.norm_axis)
+    return smaller, s[rank:].norm().item(), size
+
+
+def rank_of_energy(singular_values: Tensor, matrix: Tensor, energy: float) -> int:
+    """The smallest rank that holds a share of a matrix's squared singular values, at least 1.
+
+    Args:
+        singular_values: The leading ones, in descending order; never more than these.
+        matrix: The matrix, or all of its singular values: what has their squared sum.
+        energy: The share.
+    """
+    held = singular_values.double().square().cumsum(0)
+    wanted = energy * matrix.double().square().sum()
+    return min(int((held < wanted).sum()) + 1, len(held))
+
+
+def random_start(matrix: Tensor, rank: int, seed: int) -> Tensor | None:
+    """Where `leading_svd` starts to look for the leading ``rank`` singular vectors: ``(in, w)``.
+
+    None where all of them are as cheap.
     """
     width = rank + _OVERSAMPLING
     if 4 * width >= min(matrix.shape):
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
+
+
+def leading_svd(
+    matrix: Tensor, rank: int, start: Tensor | None, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets, by subspace iteration from ``start``; exactly without it.
+
+    Source: Halko, Martinsson and Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1.
+    """
+    if start is None:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return u[:, :rank], s[:rank], vh[:rank]
-    basis = matrix @ torch.randn(matrix.shape[1], width, generator=generator)
-    for _ in range(_POWER_ITERATIONS):
+    basis = matrix @ start
+    for _ in range(iterations):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ basis).Q).Q
     u, s, vh = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
     return (basis @ u)[:, :rank], s[:rank], vh[:rank]

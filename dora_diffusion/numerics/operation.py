@@ -12,6 +12,9 @@ from torch import Tensor
 class Operation(Protocol):
     """A linear map with a weight ``(out, in, *k)``."""
 
+    def __hash__(self) -> int:
+        """It is a value."""
+
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply the weight to ``x``."""
 

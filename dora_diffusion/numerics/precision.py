@@ -47,19 +47,6 @@ def to_float64(tensor: Tensor) -> Tensor:
     return (tensor if has_float64(tensor.device.type) else tensor.cpu()).double()
 
 
-def keeps_small_updates(dtype: torch.dtype, device_type: str, product: Product) -> bool:
-    """Whether a product with ``W + sBA`` shows an update that is small beside ``W``.
-
-    Args:
-        dtype: Of its operands.
-        device_type: ``"cuda"``, ``"cpu"``...
-        product: What multiplies.
-    """
-    if dtype != torch.float32:
-        return is_wide(dtype)
-    return not rounds_float32(device_type, product)
-
-
 def rounds_float32(device_type: str, product: Product) -> bool:
     """Whether torch is set to round the operands of a float32 product. Never raises."""
     setting = _setting(device_type, product)

@@ -13,6 +13,7 @@ from torch import nn
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.training.continuity import Contents, check_same_run
+from dora_diffusion.training.flat import join_states
 
 STATE_FILE = "training_state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -107,16 +108,32 @@ def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]
         optimizer: This run's, fresh.
         lr_schedule: This run's, fresh: a `LambdaLR`, or Accelerate's wrapper of one.
         state: What a checkpoint holds.
+
+    Raises:
+        ConfigError: If it is of other parameters.
     """
     settings = ("initial_lr", "weight_decay", "betas", "eps")
     fresh = [{k: group[k] for k in settings if k in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        optimizer.load_state_dict(_of_these(state["optimizer"], optimizer.param_groups))
+    except ValueError as error:
+        raise ConfigError(f"the checkpoint's optimizer does not fit this run's: {error}") from error
     lr_schedule.load_state_dict(state["lr_schedule"])
     plain = getattr(lr_schedule, "scheduler", lr_schedule)
     plain.base_lrs = [group["initial_lr"] for group in fresh]
     for group, values, factor in zip(optimizer.param_groups, fresh, plain.lr_lambdas, strict=True):
         group.update(values)
         group["lr"] = values["initial_lr"] * factor(plain.last_epoch)
+
+
+def _of_these(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A saved optimizer's state; earlier versions kept each parameter's moments apart."""
+    saved = sum(len(group["params"]) for group in state["param_groups"])
+    if len(state["param_groups"]) == len(groups) < saved and all(
+        len(group["params"]) == 1 for group in groups
+    ):
+        return join_states(state, groups)
+    return state
 
 
 def restore_parameters(trained: Mapping[str, nn.Module], saved: Mapping[str, torch.Tensor]) -> None:

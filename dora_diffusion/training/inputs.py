@@ -14,6 +14,7 @@ from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_moments, latents_from_moments
 from dora_diffusion.models.text import time_ids
+from dora_diffusion.models.transfer import send
 from dora_diffusion.numerics.noise import sample_noise, sample_timestep
 from dora_diffusion.training.subject import Subject
 
@@ -28,7 +29,7 @@ class StepInputs:
         timesteps: ``(B,)`` int64.
         captions: B prompts.
         time_ids: ``(B, 6)`` where the family has them.
-        is_prior: ``(B,)`` bool.
+        photos: How many of the rows are photos; these come first, then class images.
         class_captions: B prompts without the token, for the image-free prior; None without it.
         mask: ``(B, 1, h, w)`` in [0, 1], where to learn; None means everywhere.
     """
@@ -38,7 +39,7 @@ class StepInputs:
     timesteps: Tensor
     captions: list[str]
     time_ids: Tensor | None
-    is_prior: Tensor
+    photos: int
     class_captions: list[str] | None = None
     mask: Tensor | None = None
 
@@ -100,7 +101,8 @@ def draw_inputs(
         generator_for("draw", seed, micro_step, first_row + row % photos, prior)
         for row, prior in enumerate(batch.is_prior.tolist())
     ]
-    rows = _moments(components, batch).to(device, torch.float32).split(1)
+    # Cached moments are on the CPU: there everything is drawn, and sent without waiting.
+    rows = _moments(components, batch).to(torch.float32).split(1)
     latents = torch.cat(
         [latents_from_moments(components.vae, *pair) for pair in zip(rows, generators, strict=True)]
     )
@@ -111,20 +113,20 @@ def draw_inputs(
     ids = mask = None
     if batch.mask is not None:
         # The share of each latent's pixels that the mask covers.
-        mask = nn.functional.interpolate(batch.mask, shape[1:], mode="area").to(device)
+        mask = nn.functional.interpolate(batch.mask, shape[1:], mode="area")
     if components.family.has_time_ids:
         ids = torch.stack(
             [time_ids(c.original_size, c.crop_top_left, c.target_size) for c in batch.crops]
-        ).to(device)
+        )
     return StepInputs(
-        latents,
-        noise.to(device),
-        timesteps.to(device),
+        send(latents, device),
+        send(noise, device),
+        send(timesteps, device),
         batch.captions,
-        ids,
-        batch.is_prior.to(device),
+        None if ids is None else send(ids, device),
+        photos,
         class_captions,
-        mask,
+        None if mask is None else send(mask, device),
     )
 
 

@@ -53,7 +53,7 @@ class Objective(nn.Module):
             snr_gamma=self.snr_gamma,
             mask=inputs.mask,
         )
-        subject, prior = split_prior(per_sample, inputs.is_prior)
+        subject, prior = split_prior(per_sample, inputs.photos)
         if inputs.class_captions is not None:
             weight = loss_weight(alpha_bar, self.snr_gamma, self.prediction_type)
             prior = self._image_free_prior(noisy_latents, inputs, inputs.class_captions, weight)

@@ -81,6 +81,15 @@ def build_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.
     return Adafactor(groups, scale_parameter=False, relative_step=False)
 
 
+def can_be_flat(name: str) -> bool:
+    """Whether an optimizer treats every number alike, whatever parameter it belongs to.
+
+    Adafactor knows rows and columns, Prodigy each parameter's start, and the 8-bit one quantises no
+    small ones, which keeps the magnitudes' moments whole.
+    """
+    return name == "adamw"
+
+
 def learning_rates(groups: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """The rates of the step that comes, as a step's record holds them.
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.inject import adapter_parameters, norm_scope
+from dora_diffusion.adapters.inject import norm_scope
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
+from dora_diffusion.numerics.fast import Watch
+from dora_diffusion.training.flat import FlatParameters
 from dora_diffusion.training.inputs import InputSource
 from dora_diffusion.training.objective import Objective
 from dora_diffusion.training.optimizer import (
     build_lr_schedule,
     build_optimizer,
+    can_be_flat,
     learning_rates,
     parameter_groups,
 )
@@ -36,6 +39,8 @@ class TrainingStep:
         optimizer: Over the adapters' parameters.
         lr_schedule: Its learning rates.
         inputs: Gives each batch's, by its number since the start of the run.
+        flat: What the optimizer sees of the adapters' parameters; None: these themselves.
+        watch: Spares each step a wait for the device.
     """
 
     config: TrainConfig
@@ -45,11 +50,13 @@ class TrainingStep:
     optimizer: Any
     lr_schedule: Any
     inputs: InputSource
+    flat: FlatParameters | None = None
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that trains."""
-        return [p for model in self.modules.values() for p in adapter_parameters(model)]
+        """Everything that the optimizer sees."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def __call__(self, step: int) -> dict[str, Any]:
         """Do step number ``step``, from 1. Returns its numbers, still on the device."""
@@ -59,17 +66,21 @@ class TrainingStep:
         accumulation = self.config.gradient_accumulation_steps
         losses = []
         # No parameter changes inside: every norm is computed once for all that happens here.
-        with norm_scope(*self.modules.values()):
+        with norm_scope(*self.modules.values(), watch=self.watch):
             for i in range(accumulation):
                 last = i == accumulation - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.objective):
                     micro_step = (step - 1) * accumulation + i
                     losses.append(self._backward(micro_step, 1 / accumulation))
+        if self.flat is not None:
+            self.flat.take_gradients()
         norm = self._clip()
         rates = learning_rates(self.optimizer.param_groups)
         self.optimizer.step()
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.flat is not None:
+            self.flat.finish()
         means = self.accelerator.reduce(torch.stack(losses).mean(dim=0), reduction="mean")
         record = {"step": step, "loss": means[0], "grad_norm": norm, **rates}
         return record | ({"prior_loss": means[1]} if self.config.with_prior_preservation else {})
@@ -102,13 +113,15 @@ def build_step(
     inputs: InputSource,
 ) -> TrainingStep:
     """Make objective, optimizer and schedule for the adapters on ``modules``."""
-    optimizer = accelerator.prepare_optimizer(
-        build_optimizer(parameter_groups(modules, config), config)
-    )
+    groups, flat = parameter_groups(modules, config), None
+    if can_be_flat(config.optimizer_name):
+        flat = FlatParameters(groups)
+        groups = flat.groups
+    optimizer = accelerator.prepare_optimizer(build_optimizer(groups, config))
     objective: Any = Objective(
         components, train_text_encoder=config.train_text_encoder, snr_gamma=config.snr_gamma
     ).to(accelerator.device)
     if accelerator.num_processes > 1:
         objective = accelerator.prepare_model(objective)
     schedule = build_lr_schedule(optimizer.optimizer, config)
-    return TrainingStep(config, accelerator, modules, objective, optimizer, schedule, inputs)
+    return TrainingStep(config, accelerator, modules, objective, optimizer, schedule, inputs, flat)

@@ -217,13 +217,13 @@ def test_several_adapters_are_order_free_and_merge_as_they_run(net, x):
 
 @fast_only(reason="the page computes norms at every call")
 def test_norms_are_computed_once_in_a_scope_and_never_survive_it(net, x, monkeypatch):
-    from dora_diffusion.numerics.fast import gain
+    from dora_diffusion.numerics.fast import plan
 
     inject_adapters(net, everything())
     move(net)
     calls = []
-    real = gain.change_and_checksum
-    monkeypatch.setattr(gain, "change_and_checksum", lambda *a: calls.append(1) or real(*a))
+    real = plan.norm_terms
+    monkeypatch.setattr(plan, "norm_terms", lambda same: calls.extend(same.weights) or real(same))
     with norm_scope(net):
         first = net(x)
         assert torch.equal(net(x), first)
@@ -409,7 +409,7 @@ def test_a_copy_made_inside_a_scope_takes_no_norms_with_it(net, x):
 def test_a_scope_that_fails_to_open_leaves_nothing_behind(net, x, monkeypatch):
     inject_adapters(net, everything())
 
-    def fail(inputs):
+    def fail(inputs, watch):
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:

@@ -149,6 +149,8 @@ def test_the_tables_and_the_files(analysis: Analysis, tmp_path: Path) -> None:
     files = analysis.write(tmp_path)
     assert Analysis.exists(tmp_path)
     assert {path.name for path in files.values()} == set(FILES.values())
-    assert json.loads(files["analysis"].read_text()) == json.loads(json.dumps(analysis.to_dict()))
-    assert files["layers"].read_text() == analysis.csv()
-    assert text in files["table"].read_text()
+    assert json.loads(files["analysis"].read_text(encoding="utf-8")) == json.loads(
+        json.dumps(analysis.to_dict())
+    )
+    assert files["layers"].read_text(encoding="utf-8") == analysis.csv()
+    assert text in files["table"].read_text(encoding="utf-8")

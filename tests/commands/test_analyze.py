@@ -27,11 +27,11 @@ def test_a_run_is_told_of_in_tables_and_files(
     assert {path.name for path in tmp_path.iterdir()} == names
     assert all(str(tmp_path / name) in printed for name in names)
     assert "| run (DoRA) | step 3" in printed
-    report = json.loads((tmp_path / "analysis.json").read_text())
+    report = json.loads((tmp_path / "analysis.json").read_text(encoding="utf-8"))
     expected = analyze_weights(trained, sd1_folder)
     assert report == json.loads(json.dumps(expected.to_dict()))
     assert report["schema"] == SCHEMA
-    rows = list(csv.DictReader((tmp_path / "layers.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((tmp_path / "layers.csv").read_text(encoding="utf-8").splitlines()))
     assert len(rows) == len(expected.runs[0].checkpoints[0].layers)
     # What is there is kept.
     assert main(command) == 1
@@ -41,7 +41,7 @@ def test_a_run_is_told_of_in_tables_and_files(
     assert main([*command, "--overwrite", "--norm_axis", "input", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["norm_axis"] == "input"
-    assert again == json.loads((tmp_path / "analysis.json").read_text())
+    assert again == json.loads((tmp_path / "analysis.json").read_text(encoding="utf-8"))
     assert (
         again["runs"][0]["checkpoints"][0]["delta_m"]
         != (report["runs"][0]["checkpoints"][0]["delta_m"])
@@ -62,7 +62,9 @@ def test_without_matplotlib_the_figures_are_there_and_one_line_says_what_is_not(
     assert {path.name for path in tmp_path.iterdir()} == {
         "analysis.json", "analysis.md", "layers.csv",
     }  # fmt: skip
-    layers = json.loads((tmp_path / "analysis.json").read_text())["runs"][0]["checkpoints"][0]
+    layers = json.loads((tmp_path / "analysis.json").read_text(encoding="utf-8"))["runs"][0][
+        "checkpoints"
+    ][0]
     assert {name.rpartition(".")[2] for name in layers["by_layer"]} == {"to_q", "to_k"}
 
 

@@ -73,3 +73,23 @@ def test_a_base_that_is_missing_is_asked_for_by_its_flag(
 ) -> None:
     assert main(["convert", str(lora), str(tmp_path / "x"), "--to", "dense"]) == 1
     assert "give that model with --base" in last_line()
+
+
+def test_a_smaller_rank_is_asked_for(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], last_line: Callable[[], str]
+) -> None:
+    words = ["convert", str(trained), str(tmp_path / "a"), "--to", "dora"]
+    assert main(words) == 1
+    assert last_line() == ("error: dora needs a smaller rank: give --rank, --conv_rank or --energy")
+    assert main([*words, "--rank", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(" layers, with a smaller rank")
+    assert any("with --base the nearest DoRA is found" in line for line in lines)
+
+
+def test_limits_without_effect_are_said(
+    lora: Path, tmp_path: Path, last_line: Callable[[], str]
+) -> None:
+    words = ["convert", str(lora), str(tmp_path / "k"), "--to", "kohya", "--family", "sd1"]
+    assert main([*words, "--energy", "0.9"]) == 0
+    assert last_line().startswith("warning: energy has no effect because kohya files keep")

@@ -75,7 +75,7 @@ def test_refusals_say_what_to_do(
         with pytest.raises(ValueError, match="made for one base model"):
             convert_adapter(source, tmp_path / "b", target)
     for rank in (0, -3):
-        with pytest.raises(ExportError, match=f"at least 1, got {rank}"):
+        with pytest.raises(ExportError, match=f"rank is {rank}; it must be at least 1"):
             convert_adapter(source, tmp_path / "b", "lora", base=sd1_folder, rank=rank)
     for name in ("a.pt", "a.ckpt", "a.bin"):
         with pytest.raises(ExportError, match="pickles are not written"):

@@ -43,7 +43,7 @@ FULL = {
 }  # fmt: skip
 CHECKPOINTED = {
     "targets": ["attention+conv"], "norm_axis": "input", "gradient_checkpointing": True,
-    "lora_dropout": 0.2, "train_text_encoder": True, "train_batch_size": 2,
+    "lora_dropout": 0.2, "train_text_encoder": True, "conv_rank": 2,
     "with_prior_preservation": True, "prior_preservation_mode": "image-free",
 }  # fmt: skip
 
@@ -95,6 +95,7 @@ def test_a_run_learns_what_it_learns_on_the_cpu(family, settings, run, request):
             assert (actual - reference).norm() <= 0.02 * reference.norm() + 1e-4, (name, part)
 
 
+@pytest.mark.slow
 def test_a_run_resumes(run, sd1_folder):
     whole, parts = (run(sd1_folder, name, **FULL) for name in ("whole", "parts"))
     with apple_gpu():
@@ -111,11 +112,12 @@ def test_a_run_resumes(run, sd1_folder):
     [(True, torch.bfloat16, 0.03), (False, torch.float16, 0.01)],
 )
 def test_auto_is_the_half_precision_that_the_device_has(
-    has_bf16, dtype, tolerance, run, sdxl_folder
+    has_bf16, dtype, tolerance, run, sd1_folder
 ):
     """fp16 with its gradient scaler before macOS 14, and never bfloat16 there."""
-    whole = run(sdxl_folder, "whole", train_text_encoder=True)
-    half = run(sdxl_folder, "half", train_text_encoder=True, mixed_precision="auto")
+    settings = {"targets": ["full"], "conv_rank": 2, "max_train_steps": 1}
+    whole = run(sd1_folder, "whole", **settings)
+    half = run(sd1_folder, "half", **settings, mixed_precision="auto")
     train(whole)
     with apple_gpu(has_bf16) as gpu:
         train(half)
@@ -209,8 +211,7 @@ def test_a_model_has_one_identity_and_one_error_everywhere(sdxl_folder):
 @pytest.mark.parametrize("axis", ["output", "input"])
 def test_channels_that_cancel_keep_their_norm(axis):
     """``W + sBA`` is nearly 0 in one channel: the factored norm is lost there."""
-
-    def norm_and_gradients() -> list[torch.Tensor]:
+    with apple_gpu():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(5, 6))
         inject_adapters(model, AdapterConfig(targets=("0",), rank=5, norm_axis=axis))
@@ -227,17 +228,15 @@ def test_channels_that_cancel_keep_their_norm(axis):
                 adapter.up[:, 0] = -layer.weight[:, 2] / adapter.weights().scale
                 channel = layer.weight[:, 2]
             channel += 1e-6 * torch.arange(1, len(channel) + 1)
-        model[0].to(device)
-        x = torch.randn(4, 5).to(device)
+        weights = adapter.weights()
+        delta = weights.scale * weights.up.detach().double() @ weights.down.detach().double()
+        expected = (
+            (layer.weight.detach().double() + delta).norm(dim=1 if axis == "output" else 0).float()
+        )
+        assert expected.min() < 1e-4
+        model[0].to("mps")
         with norm_scope(model):
             norm = layer.gain("default", adapter).norm
-            model[0](x).square().sum().backward()
-        return [norm.cpu(), *(p.grad.cpu() for p in adapter.parameters())]
-
-    device = "cpu"
-    expected = norm_and_gradients()
-    assert expected[0].min() < 1e-4
-    with apple_gpu():
-        device = "mps"
-        for actual, reference in zip(norm_and_gradients(), expected, strict=True):
-            torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-6)
+            model[0](torch.randn(4, 5).to("mps")).square().sum().backward()
+        torch.testing.assert_close(norm.cpu(), expected, rtol=1e-5, atol=0)
+        assert all(p.grad.isfinite().all() for p in adapter.parameters())

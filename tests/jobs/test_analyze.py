@@ -29,7 +29,7 @@ def test_an_analysis_is_a_job_and_the_library_shows_it(finished: tuple[Workspace
     assert isinstance(job.request, AnalyzeRequest)
     output = Path(job.request.output)
     assert output.is_relative_to(workspace.exports)
-    report = json.loads((output / "analysis.json").read_text())
+    report = json.loads((output / "analysis.json").read_text(encoding="utf-8"))
     (change,) = analyze_weights(run.folder, run.base).runs
     (told,) = report["runs"]
     assert (told["name"], report["base"]) == (run.title, run.base)

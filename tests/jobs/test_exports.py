@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.cli import main
+from dora_diffusion.formats.adapter.conversions import CONVERSIONS
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.jobs.checkpoints import chosen_adapter
 from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.exports import export_adapter, write_card
+from dora_diffusion.jobs.exports import export_adapter, formats, write_card
 from dora_diffusion.jobs.workspace import Workspace
 from tests.jobs.helpers import (
     job_of,
@@ -54,6 +55,11 @@ def test_a_download_says_what_the_command_line_says(
     for line in said:
         if line.startswith("relative error"):
             assert made.exactness[0].endswith(line)
+
+
+def test_what_needs_a_rank_is_not_offered() -> None:
+    """There is no field to say it in; `convert` is for that."""
+    assert set(CONVERSIONS) - set(formats()) == {"dora"}
 
 
 def test_an_unknown_format_is_refused(finished: tuple[Workspace, str]) -> None:

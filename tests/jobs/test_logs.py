@@ -61,5 +61,7 @@ def test_a_defect_s_cause_asks_for_a_report_whoever_caught_it(tmp_path: Path) ->
     trace = 'Traceback (most recent call last):\n  File "a.py", line 1\nTypeError: a defect\n'
     cause = asking_for_report(TypeError("a defect"))
     for log in (trace, f"{trace}error: {cause}\n"):
-        (tmp_path / records.LOG).write_text(f"--- 1 a ---\nerror: old\n--- 2 a ---\n{log}")
+        (tmp_path / records.LOG).write_text(
+            f"--- 1 a ---\nerror: old\n--- 2 a ---\n{log}", encoding="utf-8"
+        )
         assert last_error(tmp_path) == cause

@@ -47,10 +47,10 @@ def test_a_zombie_is_dead() -> None:
 
 FAMILY = """
 import subprocess, sys, time
-child = "import time; print(flush=True); time.sleep(60)"
+child = "import time; print(flush=True); time.sleep(600)"
 parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
 subprocess.Popen([sys.executable, "-c", parent])
-time.sleep(60)
+time.sleep(600)
 """
 
 

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from dora_diffusion import system
 from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.errors import RequestError
@@ -123,6 +125,33 @@ def test_a_run_is_not_deleted_under_a_job_about_it(
     write_json(busy / records.RESULT, {"code": 143})
     jobs.delete_job(workspace, run.name)
     assert snapshot(workspace.root) == ()
+
+
+def test_a_job_is_deleted_once_its_worker_has_left(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows its log is open, and its folder stays, for as long as the worker lives."""
+    folder = make(workspace)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    pretend_running(folder, child)
+    write_json(folder / records.RESULT, {"code": 0})
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if jobs.worker_of(folder) is not None:
+            error = PermissionError(13, "used by another process")
+            error.winerror = 32  # type: ignore[attr-defined]
+            raise error
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(system, "_PAUSES", ())
+    waited = psutil.Process.wait
+    monkeypatch.setattr(
+        psutil.Process, "wait", lambda self, limit: (child.communicate(b"\n"), waited(self, limit))
+    )
+    jobs.delete_job(workspace, folder.name)
+    assert not folder.exists()
 
 
 def test_photos_are_copied_before_the_queue_can_see_the_job(

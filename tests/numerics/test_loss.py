@@ -49,12 +49,11 @@ def test_prior_loss_is_the_mean_over_its_own_samples():
     pred = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     target = torch.zeros_like(pred)
     weight = torch.tensor([1.0, 2.0, 1.0, 0.5])
-    is_prior = torch.tensor([False, False, True, True])
-    subject, prior = split_prior(denoising_loss(pred, target, weight), is_prior)
+    subject, prior = split_prior(denoising_loss(pred, target, weight), 2)
     each = [w * p.square().mean() for w, p in zip(weight, pred, strict=True)]
     torch.testing.assert_close(subject, (each[0] + each[1]) / 2)
     torch.testing.assert_close(prior, (each[2] + each[3]) / 2)
-    subject, prior = split_prior(torch.ones(2), torch.tensor([False, False]))
+    subject, prior = split_prior(torch.ones(2), 2)
     assert (subject, prior) == (1, 0)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.numerics.low_rank import approximate, low_rank
+from dora_diffusion.numerics.low_rank import approximate, low_rank, truncated
 from dora_diffusion.numerics.weights import LayerWeights
 
 MakeAdapter = Callable[..., dict[str, LayerWeights]]
@@ -37,3 +37,26 @@ def test_a_plain_lora_is_approximated_exactly(
         _, errors, total = approximate(layers, lambda name: pipeline[f"{name}.weight"], rank=4)
     assert max(errors.values()) < 1e-5
     assert total < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (12, 8, 3, 3)])
+def test_factors_are_truncated_as_their_product_would_be(
+    shape: tuple[int, ...], random_layer: Callable[..., LayerWeights]
+) -> None:
+    """Against the decomposition of the dense update; what has a small rank is the same object."""
+    layer = random_layer(torch.randn(shape), torch.Generator().manual_seed(0), rank=6)
+    delta = (layer.scale * layer.up.flatten(1) @ layer.down.flatten(1)).double()
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    smaller, lost, size = truncated(layer, 2)
+    found = (smaller.scale * smaller.up.flatten(1) @ smaller.down.flatten(1)).double()
+    assert (smaller.rank, smaller.weight_shape) == (2, shape)
+    assert smaller.magnitude is layer.magnitude
+    assert torch.allclose(found, (u[:, :2] * s[:2]) @ vh[:2], atol=1e-5 * s[0].item())
+    assert lost == pytest.approx(s[2:6].norm().item(), rel=1e-5)
+    assert size == pytest.approx(s.norm().item(), rel=1e-5)
+    assert truncated(layer, 6)[0] is layer
+    held = s.square().cumsum(0) / s.square().sum()
+    wanted = int((held < 0.7).sum()) + 1
+    assert truncated(layer, 6, energy=0.7)[0].rank == wanted < 6
+    assert truncated(layer, 1, energy=0.7)[0].rank == 1
+    assert truncated(layer, 6, energy=1 - 1e-12)[0] is layer

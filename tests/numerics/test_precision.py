@@ -12,16 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.numerics import precision
-from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.fast import operation
 from dora_diffusion.numerics.fast.autograd import dora
-from dora_diffusion.numerics.fast.gain import make_gain
-from dora_diffusion.numerics.fast.paths import uses_merged_weight
+from dora_diffusion.numerics.fast.plan import PlanInputs, WeightStatistics, make_gains
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
 from dora_diffusion.numerics.precision import (
     allow_tf32,
     full_precision,
-    keeps_small_updates,
     rounds_float32,
 )
 from dora_diffusion.numerics.weights import LayerWeights
@@ -107,9 +104,6 @@ def test_what_is_set_is_read_whichever_way_it_was_set(name: str) -> None:
     apply()
     for (device, product), rounds in zip(PLACES, expected, strict=True):
         assert rounds_float32(device, product) == rounds, (device, product)
-        assert keeps_small_updates(torch.float32, device, product) == (not rounds)
-        assert keeps_small_updates(torch.float64, device, product)
-        assert not keeps_small_updates(torch.bfloat16, device, product)
     assert not rounds_float32("mps", "conv")
 
 
@@ -239,22 +233,23 @@ def test_tensor_float_32_does_not_lose_a_small_update(
     delta = (up.flatten(1) @ down.flatten(1)).view(shape)
     up = up * (size * weight.norm() / delta.norm())
     delta = (up.double().flatten(1) @ down.double().flatten(1)).view(shape)
-    magnitude = norm = weight_norm((weight + delta).float(), axis)  # the gain is 1
-    gain = make_gain(magnitude, norm)
+    statistics = WeightStatistics(weight, axis)
+    magnitude = torch.ones(len(statistics.squared_norm))
+    for _ in range(2):  # The second time, the magnitude is the norm: the gain is 1.
+        layer = LayerWeights(down, up, magnitude, 4.0, axis)
+        (gain,) = make_gains([PlanInputs(layer, magnitude, weight, None, statistics)])
+        magnitude = gain.norm
+    assert torch.equal(gain.gain, torch.ones_like(magnitude))
 
     def change() -> Tensor:
-        y = dora(op, x, weight, None, LayerWeights(down, up, magnitude, 4.0, axis), gain)
-        return y.double() - plain(x, weight).double()
+        return dora(op, x, weight, None, gain).double() - plain(x, weight).double()
 
     with monkeypatch.context() as patch:
         patch.undo()
         wanted = plain(x.double(), delta)
-    positions = operation.with_gradients(op).positions(x, weight)
-    assert uses_merged_weight(positions, weight, 4, torch.float32) is False
     found = change()
     assert abs(share(found, wanted) - 1) < 0.05
     assert ((found - wanted).norm() / wanted.norm()).item() < (0.3 if size == 1e-5 else 0.05)
-    # What is guarded against: the other path loses most of it.
-    monkeypatch.setattr("dora_diffusion.numerics.fast.autograd.uses_merged_weight", lambda *_: True)
-    lost = change()
+    # What is guarded against: a merged weight loses most of it.
+    lost = plain(x, weight + delta.float()).double() - plain(x, weight).double()
     assert ((lost - wanted).norm() / wanted.norm()).item() > (0.25 if size == 1e-3 else 1)

@@ -179,7 +179,7 @@ def test_torch_is_the_one_for_the_gpu(
 def test_it_needs_nothing_that_is_not_installed_yet() -> None:
     code = "import runpy, sys; runpy.run_path(sys.argv[1]); print(*sys.modules)"
     command = [sys.executable, "-I", "-S", "-c", code, str(ROOT / "tools" / "start_app.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     tops = {name.partition(".")[0] for name in done.stdout.split()}
     assert tops - {"__main__", "__mp_main__"} <= sys.stdlib_module_names
 

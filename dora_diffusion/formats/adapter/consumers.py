@@ -179,10 +179,10 @@ def tools_for(kind: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Approximation:
-    """What a plain LoRA stands in for.
+    """What a file stands in for.
 
     Attributes:
-        of: ``"DoRA"`` or ``"LoRA"``.
+        of: ``"DoRA"`` or ``"LoRA"``, ``"tuned model"``, ``"sum of the adapters"``.
         error: Relative error of the change of all layers; None if the file does not say it.
     """
 
@@ -219,14 +219,15 @@ def verdicts(
         kind: From `file_kind`.
         layers: Its layers' canonical names.
         keys: Its keys.
-        approximation: What it approximates, if it is a plain LoRA made from something else.
+        approximation: What it approximates, if it was made from something else.
     """
     tools = tools_for(kind)
     if left_out := left_out_by_diffusers(keys):
         tools["diffusers"] = f"wrong: it leaves {some_layers(left_out)} unchanged"
     if approximation is not None:
+        method = "DoRA" if "DoRA" in kind else "LoRA"
         tools = {
-            program: f"exact for this LoRA, {approximation}" if verdict == EXACT else verdict
+            program: f"exact for this {method}, {approximation}" if verdict == EXACT else verdict
             for program, verdict in tools.items()
         }
     if kind == "kohya LoRA" and (outside := outside_of_blocks(layers)):

@@ -13,12 +13,22 @@ class Conversion(NamedTuple):
         summary: Where it is exact.
         written: What was written, as a report says it.
         plain_lora_in: The key format of an approximation without magnitudes; else empty.
+        needs_rank: It is asked for with a rank, or a share of the update.
     """
 
     summary: str
     written: str
     plain_lora_in: str = ""
+    needs_rank: bool = False
 
+    @property
+    def takes_rank(self) -> bool:
+        """Whether a rank has an effect."""
+        return bool(self.plain_lora_in) or self.needs_rank
+
+
+# Of a plain LoRA for which none is given.
+LORA_RANK = 64
 
 CONVERSIONS: Mapping[str, Conversion] = {
     "diffusers": Conversion(
@@ -42,4 +52,7 @@ CONVERSIONS: Mapping[str, Conversion] = {
     "lora-diffusers": Conversion(
         "plain LoRA for diffusers, approximated for one base model",
         "approximated by a plain LoRA in the key format of Diffusers", "diffusers"),
+    "dora": Conversion(
+        "the same method with a smaller rank, nearest to the adapter with the base model at hand",
+        "with a smaller rank", needs_rank=True),
 }  # fmt: skip

@@ -25,7 +25,8 @@ _FACTS = ("family", "base_model", "trigger", "resolution", "format_version")
 _COMPUTED = ("rank", "alpha", "norm_axis", "target", "component")
 TRAINED_ALPHA = "trained_alpha"
 UNET_LAYERS = "unet_layers_per_block"
-# Of a plain LoRA that stands in for something: what for ("DoRA", "LoRA"), and its relative error.
+# Of a file that stands in for something: what for ("DoRA", "LoRA", "tuned model", "sum of the
+# adapters"), and its relative error.
 APPROXIMATES, APPROXIMATION_ERROR = "approximates", "approximation_error"
 TAGS, THUMBNAIL = "modelspec.tags", "modelspec.thumbnail"
 TAG_FREQUENCY = "ss_tag_frequency"

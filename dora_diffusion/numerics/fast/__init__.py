@@ -2,11 +2,11 @@
 
 Results are the page's to rounding, which tests hold in every dtype. What is saved, and where:
 
-* `norms`: the norm through the rank, without a dense temporary;
-* `gain`: norms and gains of all layers together, once per optimizer step;
+* `norms`: the norm through the rank, without a dense temporary, for layers of one shape together;
+* `plan`: all that follows from parameters alone, for all layers together, once per optimizer step;
+* `watch`: what that reads back from the device, without a wait;
 * `autograd`: a layer's output and gradients, from fewer kept activations and fewer passes;
-* `paths`: whether to build the adapted weight or to correct activations;
-* `operation`, `product`: products of thin matrices and gradients on a CPU;
+* `operation`, `product`: gradients, and products on a CPU;
 * `source`: inputs that are recomputed instead of kept.
 
 The environment variable ``DORA_DIFFUSION_FAST=0`` turns it off: layers then compute the page.
@@ -20,17 +20,19 @@ from torch import Tensor
 
 from dora_diffusion.numerics import dora as page
 from dora_diffusion.numerics.fast.autograd import dora
-from dora_diffusion.numerics.fast.gain import Gain, GainInputs, WeightStatistics, make_gains
 from dora_diffusion.numerics.fast.norms import factored_norm
+from dora_diffusion.numerics.fast.plan import Gain, PlanInputs, WeightStatistics, make_gains
 from dora_diffusion.numerics.fast.source import Recomputation, Source
+from dora_diffusion.numerics.fast.watch import Watch
 from dora_diffusion.numerics.weights import LayerWeights
 
 __all__ = [
     "ENABLED",
     "Gain",
-    "GainInputs",
+    "PlanInputs",
     "Recomputation",
     "Source",
+    "Watch",
     "WeightStatistics",
     "adapted_norm",
     "dora",

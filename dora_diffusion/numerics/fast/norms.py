@@ -5,24 +5,152 @@
 ``|W|^2`` is a constant, and the other two terms cost a product of the weight with the rank-wide
 factor. The price is cancellation: where the terms nearly cancel, float32 keeps nothing of the sum,
 so those channels are recomputed from the dense weight.
+
+Layers of one shape are computed together: but for the products with their weights, an operation
+serves all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.dora import low_rank_delta, squared_norm, weight_norm
+from dora_diffusion.numerics.dora import low_rank_delta, squared_norm
 from dora_diffusion.numerics.fast.product import matrix_product
-from dora_diffusion.numerics.precision import to_float64, wide
+from dora_diffusion.numerics.precision import is_wide, to_float64, wide, wide_dtype
 from dora_diffusion.numerics.weights import NormAxis
 
 # Below this share of its terms' magnitudes, the factored norm may be off by more than 1e-5, and the
 # channel is recomputed from the dense weight: the terms were seen to be rounded to up to ten times
 # 2^-24 of them.
 CANCELLATION = 1 / 32
+
+
+class SameShape(NamedTuple):
+    """n layers whose weights have one shape ``(out, in, *k)`` and dtype.
+
+    Attributes:
+        weights: Their base weights.
+        down: ``A``, ``(n, r, in * k)``, float32 (float64 for float64 weights).
+        up: ``B``, ``(n, out, r)``, in the same precision.
+        scale: ``s``.
+        axis: Norm axis.
+        parts: What the weights are multiplied with, A on the output axis and B on the input axis:
+            itself, or, where `widens` says so, its `parts_of`.
+    """
+
+    weights: Sequence[Tensor]
+    down: Tensor
+    up: Tensor
+    scale: float
+    axis: NormAxis
+    parts: Sequence[Tensor]
+
+
+class Terms(NamedTuple):
+    """What the norms of layers of one shape are summed from, each ``(n, channels)``.
+
+    Attributes:
+        change: ``|W + sBA|^2 - |W|^2``.
+        bound: ``|s| |B_i| |A|`` per output, ``|s| |A_j| |B|`` per input: at least ``|sBA|`` of that
+            channel, however its ranks cancel one another.
+        checksum: The weights' `checksum`, from the same pass over them.
+    """
+
+    change: Tensor
+    bound: Tensor
+    checksum: Tensor
+
+
+def norm_terms(layers: SameShape) -> Terms:
+    """The terms of the factored norms.
+
+    Per output, with ``M = 2s W A' + s^2 B A A'``, the change is the row sum of ``B * M``; per input
+    the same with the roles of A and B exchanged.
+    """
+    down, up, s = layers.down, layers.up, layers.scale
+    if layers.axis == "output":
+        # The checksum is one more column of the product: one pass over the weight, not two.
+        seen, checksum = _products(layers.weights, layers.parts, "output")
+        gram = torch.bmm(down, down.mT)
+        change = torch.baddbmm(seen, up, gram, beta=2 * s, alpha=s * s).mul_(up).sum(dim=2)
+        own = torch.linalg.vector_norm(up, dim=2)
+    else:
+        inputs = layers.weights[0].shape[1]
+        seen, sums = _products(layers.weights, [part.mT for part in layers.parts], "input")
+        gram = torch.bmm(up.mT, up)
+        product = torch.baddbmm(seen, gram, down, beta=2 * s, alpha=s * s).mul_(down)
+        # (n, r, in * k) -> (n, in): the taps of a convolution are summed with the ranks.
+        change = torch.unflatten(product, 2, (inputs, -1)).sum(dim=(1, 3))
+        own = torch.linalg.vector_norm(torch.unflatten(down, 2, (inputs, -1)), dim=(1, 3))
+        checksum = torch.unflatten(sums, 1, (inputs, -1)).sum(dim=2)
+    other = gram.diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True)
+    return Terms(change, own.mul_(other.sqrt_()).mul_(abs(s)), checksum)
+
+
+def _products(
+    weights: Sequence[Tensor], parts: Sequence[Tensor], axis: NormAxis
+) -> tuple[Tensor, Tensor]:
+    """Products of each weight with its factor, and with the probe of the checksum.
+
+    Args:
+        weights: n weights ``(out, in, *k)``.
+        parts: The factors' parts, each ``(n, r, in * k)`` on the output axis, ``(n, r, out)`` on
+            the input axis.
+        axis: Which side of the weight the factor is on.
+
+    Returns:
+        ``(n, out, r)`` and ``(n, out)``, or ``(n, r, in * k)`` and ``(n, in * k)``.
+    """
+    count, rank, length = parts[0].shape
+    probe = _probe(length, parts[0]).expand(count, 1, length)
+    rows = torch.cat([*parts, probe], dim=1).unbind()
+    matrices = [weight.flatten(1) for weight in weights]
+    if axis == "output":
+        pairs = [(matrix, row.t()) for matrix, row in zip(matrices, rows, strict=True)]
+    else:
+        pairs = [(row, matrix) for matrix, row in zip(matrices, rows, strict=True)]
+    made = _batch(pairs, parts[0].dtype)
+    dim, columns = 2 if axis == "output" else 1, rank * len(parts)
+    seen = made.narrow(dim, 0, columns)
+    if len(parts) > 1:
+        seen = torch.unflatten(seen, dim, (len(parts), rank)).sum(dim=dim)
+    return seen, made.select(dim, columns)
+
+
+def _batch(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    """The product of each pair, float32 or wider, in one tensor."""
+    if is_wide(dtype):
+        products = [matrix_product(left.to(dtype), right.to(dtype)) for left, right in pairs]
+        return torch.stack(products) if len(products) > 1 else products[0][None]
+    (left, right), kind = pairs[0], torch.float32
+    made = torch.empty(len(pairs), len(left), right.shape[1], dtype=kind, device=left.device)
+    for pair, out in zip(pairs, made.unbind(), strict=True):
+        torch.ops.aten.mm.dtype_out(*pair, kind, out=out)
+    return made
+
+
+def widens(weight: Tensor) -> bool:
+    """Whether products of this weight can be float32 without a copy of it that is."""
+    # float16 has too few exponents to hold the parts of a factor.
+    return weight.dtype == torch.bfloat16 and widens_products(weight.device.type)
+
+
+def widens_products(device_type: str) -> bool:
+    """Whether a product of bfloat16 matrices can be float32 on this kind of device."""
+    return device_type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")
+
+
+def parts_of(factor: Tensor) -> list[Tensor]:
+    """Three bfloat16 tensors whose sum is the float32 one, to its last bit."""
+    high = factor.to(torch.bfloat16)
+    rest = factor - high
+    middle = rest.to(torch.bfloat16)
+    return [high, middle, (rest - middle).to(torch.bfloat16)]
 
 
 def factored_norm(
@@ -46,69 +174,34 @@ def factored_norm(
         weight_squared_norm: ``squared_norm(weight, axis)`` if it is at hand; it never changes.
     """
     base = squared_norm(weight, axis) if weight_squared_norm is None else weight_squared_norm
-    total = base + squared_norm_change(weight, down, up, scale, axis)
-    bound = low_rank_bound(down, up, scale, axis)
-    cancelled = is_ill_conditioned(total, base, bound).nonzero().flatten()
+    wide_down, wide_up = (t.to(wide_dtype(weight)).flatten(1)[None] for t in (down, up))
+    seen = wide_down if axis == "output" else wide_up
+    terms = norm_terms(
+        SameShape(
+            [weight], wide_down, wide_up, scale, axis, parts_of(seen) if widens(weight) else [seen]
+        )
+    )
+    total = base + terms.change[0]
+    cancelled = is_ill_conditioned(total, base, terms.bound[0]).nonzero().flatten()
     if len(cancelled):
         dense = _dense_channels(weight, down, up, scale, axis, cancelled)
         total[cancelled] = squared_norm(dense, axis).to(total)
     return total.sqrt()
 
 
-def low_rank_bound(down: Tensor, up: Tensor, scale: float, axis: NormAxis) -> Tensor:
-    """``|s| |B_i| |A|`` per output, ``|s| |A_j| |B|`` per input: ``(out,)`` or ``(in,)``.
-
-    At least the norm of that channel of ``s B A``, however its ranks cancel one another.
-    """
-    factor, other = (up, down) if axis == "output" else (down, up)
-    size: Tensor = torch.linalg.vector_norm(wide(other))
-    return abs(scale) * size * weight_norm(wide(factor), axis)
-
-
-def is_ill_conditioned(total: Tensor, base: Tensor, bound: Tensor) -> Tensor:
+def is_ill_conditioned(total: Tensor, base: Tensor, bound: Tensor, margin: float = 1.0) -> Tensor:
     """Where ``|W + sBA|^2`` is lost in the rounding of the terms that it was summed from.
 
-    Their magnitudes are no more than ``(|W| + bound)^2`` in sum (Cauchy-Schwarz), and rounding is a
+    Their magnitudes are no more than ``(|W| + |sBA|)^2`` in sum (Cauchy-Schwarz), and rounding is a
     share of these, whatever is left of them: ``|W|^2`` against the change, or rank against rank.
 
     Args:
         total: ``|W + sBA|^2`` per channel, as summed.
         base: ``|W|^2``.
-        bound: `low_rank_bound`.
+        bound: `Terms.bound`.
+        margin: More than 1 finds channels that only come near to that.
     """
-    return total < CANCELLATION * (base.sqrt() + bound).square()
-
-
-def squared_norm_change(
-    weight: Tensor, down: Tensor, up: Tensor, scale: float, axis: NormAxis
-) -> Tensor:
-    """``|W + sBA|^2 - |W|^2`` per channel, ``2s <W, BA> + s^2 |BA|^2``, through the rank.
-
-    Per output, with ``M = 2s W A' + s^2 B A A'``, it is the row sum of ``B * M``; per input the
-    same with the roles of A and B exchanged.
-    """
-    return change_and_checksum(weight, down, up, scale, axis)[0]
-
-
-def change_and_checksum(
-    weight: Tensor, down: Tensor, up: Tensor, scale: float, axis: NormAxis
-) -> tuple[Tensor, Tensor]:
-    """`squared_norm_change`, and the weight's `checksum` from the same pass over the weight."""
-    inputs, rank = weight.shape[1], down.shape[0]
-    weight = wide(weight).flatten(1)
-    down, up = (tensor.to(weight.dtype).flatten(1) for tensor in (down, up))
-    if axis == "output":
-        # The checksum is one more column of the product: one pass over the weight, not two.
-        seen = matrix_product(weight, torch.cat([down, _probe(down.shape[1], down)]).t())
-        product = torch.addmm(
-            seen[:, :rank], up, down @ down.t(), beta=2 * scale, alpha=scale * scale
-        )
-        return product.mul_(up).sum(dim=1), seen[:, rank]
-    seen = matrix_product(torch.cat([up.t(), _probe(up.shape[0], up)]), weight)
-    product = torch.addmm(seen[:rank], up.t() @ up, down, beta=2 * scale, alpha=scale * scale)
-    # (r, in * k) -> (in,): the taps of a convolution are summed with the ranks.
-    change = product.mul_(down).view(rank, inputs, -1).sum(dim=(0, 2))
-    return change, seen[rank].view(inputs, -1).sum(dim=1)
+    return total < margin * CANCELLATION * (base.sqrt() + bound).square()
 
 
 def checksum(weight: Tensor, axis: NormAxis) -> Tensor:
@@ -134,9 +227,10 @@ def _probe(length: int, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _probe_on(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    # A chirp: as good as random, and the same everywhere.
+    # A chirp: as good as random, and the same everywhere, in bfloat16 too.
     chirp = torch.arange(length, dtype=torch.float64, device="cpu").square().cos()
-    return torch.div(chirp, torch.linalg.vector_norm(chirp))[None].to(device, dtype)
+    unit = torch.div(chirp, torch.linalg.vector_norm(chirp)).bfloat16()
+    return unit[None].to(device, dtype)
 
 
 def _dense_channels(

@@ -1,4 +1,4 @@
-"""The gradients of a Linear and a Conv2d, and cheaper ways to apply ``A``, whose rows are few.
+"""The gradients of a Linear and a Conv2d.
 
 The plain operations are `numerics.operation`'s; `with_gradients` gives them these.
 """
@@ -6,6 +6,7 @@ The plain operations are `numerics.operation`'s; `with_gradients` gives them the
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from dora_diffusion.numerics.fast.product import matrix_product
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation, Operation
-from dora_diffusion.numerics.precision import is_wide, wide_dtype
 
 aten = torch.ops.aten
 
@@ -31,35 +31,33 @@ class FastOperation(Operation, Protocol):
     def up(self) -> FastOperation:
         """The operation that ``up`` (``(out, r)`` or ``(out, r, 1, 1)``) is applied with."""
 
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The operation itself, without autograd."""
+
     def input_gradient(self, grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """Gradient of ``x`` from the gradient of the output."""
 
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Gradient of ``weight`` from the gradient of the output."""
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of ``x`` and of ``weight``."""
 
-    def down_project(self, x: Tensor, down: Tensor) -> Tensor:
-        """Apply ``down``, whose few output channels allow a cheaper way than a full weight's."""
-
-    def down_project_gradients(
-        self, grad: Tensor, x: Tensor, down: Tensor, grad_x: Tensor | None
+    def weight_gradient(
+        self, grad: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor | None = None
     ) -> Tensor:
-        """Gradient of ``down``; that of ``x`` through it is added to ``grad_x`` if there is one."""
+        """Gradient of ``weight``; that of ``x`` is added to ``grad_x`` if there is one."""
 
-    def channel_sum(self, activation: Tensor) -> Tensor:
-        """Sum an activation over all but its channels, in float32 or wider: ``(channels,)``."""
+    def channel_sum(self, activation: Tensor, out: Tensor) -> Tensor:
+        """Sum an activation over all but its channels into ``out``, ``(channels,)``."""
 
     def select(self, activation: Tensor, channels: Tensor) -> Tensor:
         """Take some channels of an activation."""
 
-    def positions(self, x: Tensor, weight: Tensor) -> int:
-        """How many times the weight is applied to ``x``."""
 
-
+@lru_cache
 def with_gradients(op: Operation) -> FastOperation:
     """A Linear or Conv2d with its gradients."""
     if isinstance(op, Conv2dOperation):
         return FastConv2d(op.stride, op.padding, op.dilation)
-    return FastLinear()
+    return _LINEAR
 
 
 class FastLinear(LinearOperation):
@@ -70,41 +68,39 @@ class FastLinear(LinearOperation):
         """A Linear's low-rank factors are both Linears."""
         return self
 
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ weight.T + bias``."""
+        if bias is not None:
+            return F.linear(x, weight, bias)
+        return matrix_product(_rows(x), weight.t()).view(*x.shape[:-1], weight.shape[0])
+
     def input_gradient(self, grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """``grad @ weight``."""
         return matrix_product(_rows(grad), weight).view(*grad.shape[:-1], weight.shape[1])
 
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """``grad.T @ x`` over all leading dimensions."""
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Two products."""
+        return self.input_gradient(grad, weight, x), self.weight_gradient(grad, x, weight)
+
+    def weight_gradient(
+        self, grad: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor | None = None
+    ) -> Tensor:
+        """``grad.T @ x`` over all leading dimensions, and ``grad_x += grad @ weight``."""
         left, right = _rows(grad), _rows(x)
+        if grad_x is not None:
+            grad_x.view(-1, grad_x.shape[-1]).addmm_(left, weight)
         # The same product, but faster where the thin matrix comes first.
         if left.shape[1] > right.shape[1]:
             return matrix_product(right.t(), left).t()
         return matrix_product(left.t(), right)
 
-    def down_project(self, x: Tensor, down: Tensor) -> Tensor:
-        """``x @ down.T``."""
-        return matrix_product(_rows(x), down.t()).view(*x.shape[:-1], down.shape[0])
-
-    def down_project_gradients(
-        self, grad: Tensor, x: Tensor, down: Tensor, grad_x: Tensor | None
-    ) -> Tensor:
-        """``grad.T @ x``, and ``grad_x += grad @ down``."""
-        if grad_x is not None:
-            grad_x.view(-1, grad_x.shape[-1]).addmm_(_rows(grad), down)
-        return self.weight_gradient(grad, x, down)
-
-    def channel_sum(self, activation: Tensor) -> Tensor:
+    def channel_sum(self, activation: Tensor, out: Tensor) -> Tensor:
         """``(..., channels)`` -> ``(channels,)``."""
-        return _rows(activation).sum(dim=0, dtype=wide_dtype(activation))
+        return torch.sum(_rows(activation), dim=0, dtype=out.dtype, out=out)
 
     def select(self, activation: Tensor, channels: Tensor) -> Tensor:
         """Channels are the last dimension."""
         return activation[..., channels]
-
-    def positions(self, x: Tensor, weight: Tensor) -> int:
-        """Rows of ``x``."""
-        return math.prod(x.shape[:-1])
 
 
 class FastConv2d(Conv2dOperation):
@@ -115,118 +111,88 @@ class FastConv2d(Conv2dOperation):
         """``up`` is a 1x1 convolution on what ``down`` made, whatever the stride was."""
         return _POINTWISE
 
-    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, of_input: bool) -> Tensor:
-        mask = (of_input, not of_input, False)
-        gradients = aten.convolution_backward(
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Convolve."""
+        return self(x, weight, bias)
+
+    def _backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+    ) -> tuple[Tensor, Tensor]:
+        mask = (of_x, of_weight, False)
+        gradients: tuple[Tensor, Tensor, Tensor] = aten.convolution_backward(
             grad, x, weight, None, self.stride, self.padding, self.dilation, False, (0, 0), 1, mask
         )
-        gradient: Tensor = gradients[0 if of_input else 1]
-        return gradient
+        return gradients[0], gradients[1]
 
     def input_gradient(self, grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """The transposed convolution."""
-        few = grad.shape[0] * math.prod(grad.shape[2:]) <= FEW_POSITIONS * weight.shape[0]
-        if few and x.device.type == "cpu" and x.is_contiguous():
+        if self._is_few(grad, x, weight):
             # One product of matrices, whose columns are then summed into the map (col2im). In this
             # order, with the columns last, it is much faster.
             rows = grad.flatten(2).mT
             columns = matrix_product(rows.reshape(-1, rows.shape[2]), weight.flatten(1))
             return self._sum_taps(columns.view(*rows.shape[:2], columns.shape[1]).mT, x, weight)
-        return self._backward(grad, x, weight, of_input=True)
+        return self._backward(grad, x, weight, True, False)[0]
+
+    def _is_few(self, grad: Tensor, x: Tensor, weight: Tensor) -> bool:
+        if x.device.type != "cpu" or not x.is_contiguous():
+            return False
+        return grad.shape[0] * math.prod(grad.shape[2:]) <= FEW_POSITIONS * weight.shape[0]
 
     def _sum_taps(self, columns: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Sum ``(N, channels * taps, positions)`` into maps of the size of ``x``."""
-        if self._is_product(weight):
+        # Compared by value: a 1x1 kernel with a stride or padding still has to be placed.
+        if weight.shape[2:].numel() == 1 and self == _POINTWISE:
             return columns.reshape(x.shape[0], columns.shape[1], *x.shape[2:])
         kernel = weight.shape[2], weight.shape[3]
         return F.fold(columns, x.shape[2:], kernel, self.dilation, self.padding, self.stride)
 
-    def _is_product(self, weight: Tensor) -> bool:
-        """Whether every position is multiplied on its own."""
-        # Compared by value: a 1x1 kernel with a stride or padding still has to be placed.
-        return weight.shape[2:].numel() == 1 and self == _POINTWISE
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Both in one operation, but where a CPU is better or only right with two."""
+        if self._is_few(grad, x, weight) or self._leaves_garbage(x, weight):
+            return self.input_gradient(grad, weight, x), self.weight_gradient(grad, x, weight)
+        return self._backward(grad, x, weight, True, True)
 
-    def _is_thin(self, x: Tensor, down: Tensor) -> bool:
-        """Whether ``down`` is cheaper as one product of matrices with shifted results.
-
-        Its results are shifted rather than ``x``, which is many times larger. Not in low precision,
-        where the sum over the taps would be rounded at each of them.
-        """
-        same = all(
-            2 * self.padding[i] == self.dilation[i] * (down.shape[2 + i] - 1) for i in (0, 1)
-        )
-        return (
-            same
-            and self.stride == (1, 1)
-            and is_wide(x.dtype)
-            and x.is_contiguous()
-            and down.shape[0] * down.shape[2:].numel() <= down.shape[1]
-        )
-
-    def down_project(self, x: Tensor, down: Tensor) -> Tensor:
-        """Convolve with few output channels."""
-        if not self._is_thin(x, down):
-            return self(x, down)
-        # im2col would copy x once for every tap; this copies its r-wide products instead.
-        return self._sum_taps(_taps(down) @ x.flatten(2), x, down)
-
-    def down_project_gradients(
-        self, grad: Tensor, x: Tensor, down: Tensor, grad_x: Tensor | None
+    def weight_gradient(
+        self, grad: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor | None = None
     ) -> Tensor:
-        """Both gradients of a convolution with few output channels, from one set of shifts."""
-        if not self._is_thin(x, down):
-            if grad_x is not None:
-                grad_x += self.input_gradient(grad, down, x)
-            return self.weight_gradient(grad, x, down)
-        rank, _, height, width = down.shape
-        shifted = grad.flatten(2)
-        if not self._is_product(down):
-            shifted = F.unfold(grad, (height, width), self.dilation, self.padding)
+        """The correlation of input and output gradient, and ``grad_x +=`` that of the input."""
         if grad_x is not None:
-            across = _taps(down).t().expand(x.shape[0], -1, -1)
-            grad_x.view(*x.shape[:2], shifted.shape[2]).baddbmm_(across, shifted)
-        # Shifting grad instead of x turns the kernel by 180 degrees, which the flip undoes.
-        grad_taps = (shifted @ x.flatten(2).mT).sum(dim=0)
-        return grad_taps.view(rank, height, width, -1).flip(1, 2).permute(0, 3, 1, 2)
+            added, gradient = self.gradients(grad, x, weight)
+            grad_x += added
+            return gradient
+        if self._leaves_garbage(x, weight):
+            wide = self._backward(grad.float(), x.float(), weight.float(), False, True)[1]
+            return wide.to(x.dtype)
+        return self._backward(grad, x, weight, False, True)[1]
 
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The correlation of input and output gradient."""
-        small = any(x.shape[2 + i] < self._reach(weight, i) for i in (0, 1))
-        if small and x.dtype == torch.bfloat16 and x.device.type == "cpu":
-            # oneDNN leaves taps there that only ever met padding as it found them in memory, with
-            # whatever numbers these were, NaN among them. Its float32 is right.
-            return self._backward(grad.float(), x.float(), weight.float(), False).to(x.dtype)
-        return self._backward(grad, x, weight, of_input=False)
+    def _leaves_garbage(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the weight's gradient takes a detour through float32.
 
-    def channel_sum(self, activation: Tensor) -> Tensor:
+        oneDNN leaves taps that only ever met padding as it found them in memory, with whatever
+        numbers these were, NaN among them. Its float32 is right.
+        """
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+            return False
+        return any(x.shape[2 + i] < self._reach(weight, i) for i in (0, 1))
+
+    def channel_sum(self, activation: Tensor, out: Tensor) -> Tensor:
         """``(N, channels, H, W)`` -> ``(channels,)``."""
-        return activation.sum(dim=(0, 2, 3), dtype=wide_dtype(activation))
+        return torch.sum(activation, dim=(0, 2, 3), dtype=out.dtype, out=out)
 
     def select(self, activation: Tensor, channels: Tensor) -> Tensor:
         """Channels are the second dimension."""
         return activation[:, channels]
-
-    def positions(self, x: Tensor, weight: Tensor) -> int:
-        """Pixels of the output, over the batch."""
-        count = x.shape[0]
-        for dim in (0, 1):
-            free = x.shape[2 + dim] + 2 * self.padding[dim] - self._reach(weight, dim)
-            count *= free // self.stride[dim] + 1
-        return count
 
     def _reach(self, weight: Tensor, dim: int) -> int:
         """How many pixels the kernel spans, from its first tap to its last."""
         return self.dilation[dim] * (weight.shape[2 + dim] - 1) + 1
 
 
+_LINEAR = FastLinear()
 _POINTWISE = FastConv2d()
 
 
 def _rows(activation: Tensor) -> Tensor:
     """``(..., channels)`` -> ``(positions, channels)``."""
     return activation.reshape(-1, activation.shape[-1])
-
-
-def _taps(down: Tensor) -> Tensor:
-    """``(r, in, kh, kw)`` -> ``(r * kh * kw, in)``, turned by 180 degrees: from input to output."""
-    return down.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, down.shape[1])

@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from dora_diffusion.numerics.dora import weight_norm
-from dora_diffusion.numerics.fast import autograd as dora_autograd
 from dora_diffusion.numerics.fast.autograd import dora
-from dora_diffusion.numerics.fast.gain import make_gain
-from dora_diffusion.numerics.fast.norms import factored_norm
+from dora_diffusion.numerics.fast.plan import PlanInputs, WeightStatistics, make_gains
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -71,10 +69,10 @@ def make(shape, rank=3, axis="output", dtype=torch.float64, seed=0, bias=True):
 
 
 def run_ours(op, axis, x, weight, bias, down, up, magnitude, scale, **kwargs):
-    norm = factored_norm(weight, down.detach(), up.detach(), scale, axis)
-    gain = make_gain(magnitude, norm)
     layer = LayerWeights(down, up, magnitude, scale * len(down), axis)
-    return dora(op, x, weight, bias, layer, gain, **kwargs)
+    statistics = WeightStatistics(weight, axis)
+    inputs = PlanInputs(layer, magnitude, weight, bias, statistics, **kwargs)
+    return dora(op, x, weight, bias, make_gains([inputs])[0])
 
 
 def gradients(function, leaves, upstream):
@@ -111,12 +109,8 @@ def check(case, axis, dtype=torch.float64, tolerance=1e-10, rank=3, bias=True, *
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_outputs_and_gradients_equal_the_dense_float64_reference(
-    case, axis, merged, bias, monkeypatch
-):
-    monkeypatch.setattr(dora_autograd, "uses_merged_weight", lambda *_: merged)
+def test_outputs_and_gradients_equal_the_dense_float64_reference(case, axis, bias):
     check(case, axis, bias=bias)
 
 
@@ -199,12 +193,8 @@ def test_input_without_gradient_is_skipped(axis):
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("merged", [True, False])
-def test_a_fresh_adapter_is_an_identity_to_the_last_bit(case, axis, dtype, merged, monkeypatch):
+def test_a_fresh_adapter_is_an_identity_to_the_last_bit(case, axis, dtype):
     shape, input_shape, op, plain = CASES[case]
-    monkeypatch.setattr(
-        dora_autograd, "uses_merged_weight", lambda *args: merged and args[-1] is torch.float32
-    )
     weight, bias, down, up, _ = make(shape, dtype=torch.float32, axis=axis)
     weight, bias, up = weight.to(dtype), bias.to(dtype), torch.zeros_like(up)
     x = torch.randn(input_shape).to(dtype)

@@ -11,8 +11,7 @@ import torch
 
 from dora_diffusion.numerics import fast
 from dora_diffusion.numerics.dora import adapted_norm, dora_forward, weight_norm
-from dora_diffusion.numerics.fast import GainInputs, WeightStatistics, make_gains
-from dora_diffusion.numerics.fast import autograd as fast_autograd
+from dora_diffusion.numerics.fast import PlanInputs, WeightStatistics, make_gains
 from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -59,11 +58,9 @@ def draw(shape, dtype, axis, bias, rank=3):
 
 
 def run_fast(op, x, weight, bias, layer, **options):
-    factors = layer.down, layer.up
     statistics = WeightStatistics(weight, layer.norm_axis)
-    inputs = GainInputs(layer.magnitude, weight, *factors, layer.scale, layer.norm_axis, statistics)
-    (gain,) = make_gains([inputs])
-    return fast.dora(op, x, weight, bias, layer, gain, **options)
+    inputs = PlanInputs(layer, layer.magnitude, weight, bias, statistics, **options)
+    return fast.dora(op, x, weight, bias, make_gains([inputs])[0])
 
 
 def results(function, kind, axis, dtype=torch.float64, bias=True):
@@ -83,21 +80,13 @@ def assert_same(found, expected, share):
         torch.testing.assert_close(ours, page, rtol=0, atol=share * page.abs().max().item())
 
 
-PATHS = [(dtype, merged) for dtype in DTYPES for merged in (True, False)]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "merged"),
-    # 16 bits never take the merged-weight path.
-    [(d, m) for d, m in PATHS if not m or d in (torch.float32, torch.float64)],
-)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_the_page(kind, axis, bias, dtype, merged, monkeypatch):
+def test_it_is_the_page(kind, axis, bias, dtype):
     if kind == "conv 3x3, one pixel" and dtype == torch.bfloat16:
         pytest.skip("the library's own gradient is wrong there, see test_operation.py")
-    monkeypatch.setattr(fast_autograd, "uses_merged_weight", lambda *_: merged)
     found, expected = (results(one, kind, axis, dtype, bias) for one in (run_fast, dora_forward))
     assert_same(found, expected, DTYPES[dtype])
 

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dora_diffusion.numerics.dora import squared_norm
-from dora_diffusion.numerics.fast.norms import change_and_checksum, checksum, factored_norm
+from dora_diffusion.numerics.fast.norms import SameShape, checksum, factored_norm, norm_terms
 
 AXES = ("output", "input")
 
@@ -65,7 +65,9 @@ def test_a_checksum_tells_a_weight_from_one_with_a_changed_channel(axis, shape):
     down = torch.randn(2, *shape[1:])
     up = torch.randn(shape[0], 2, *[1] * (len(shape) - 2))
     known = checksum(weight, axis)
-    change, same = change_and_checksum(weight, down, up, 0.5, axis)
+    factors = down.flatten(1)[None], up.flatten(1)[None]
+    terms = norm_terms(SameShape([weight], *factors, 0.5, axis, [factors[axis == "input"]]))
+    change, same = terms.change[0], terms.checksum[0]
     dims = [dim for dim in range(weight.ndim) if dim != (0 if axis == "output" else 1)]
     adapted = weight.double() + 0.5 * (up.double().flatten(1) @ down.double().flatten(1)).view(
         shape

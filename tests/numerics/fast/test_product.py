@@ -66,5 +66,5 @@ def test_a_linear_has_an_answer_for_no_rows(leading: tuple[int, ...]) -> None:
     op, weight = FastLinear(), torch.randn(4, 6)
     x, grad = torch.randn(*leading, 6), torch.randn(*leading, 4)
     assert op.input_gradient(grad, weight, x).shape == x.shape
-    assert op.down_project(x, weight[:2]).shape == (*leading, 2)
+    assert op.apply(x, weight[:2]).shape == (*leading, 2)
     assert torch.equal(op.weight_gradient(grad, x, weight), torch.zeros(4, 6))

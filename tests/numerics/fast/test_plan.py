@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_diffusion.numerics.dora import weight_norm
-from dora_diffusion.numerics.fast import gain as gain_module
-from dora_diffusion.numerics.fast.gain import GainInputs, WeightStatistics, make_gains
+from dora_diffusion.numerics.fast.plan import Plan, PlanInputs, WeightStatistics, make_gains
+from dora_diffusion.numerics.weights import LayerWeights
 
 AXES = ("output", "input")
 
@@ -18,6 +18,13 @@ def dense_norm(weight: torch.Tensor, axis: str) -> torch.Tensor:
     keep = 0 if axis == "output" else 1
     dims = [d for d in range(weight.ndim) if d != keep]
     return weight.pow(2).sum(dims, keepdim=True).sqrt()
+
+
+def inputs_of(weight, down, up, scale, axis, magnitude=None, statistics=None):
+    statistics = statistics or WeightStatistics(weight, axis)
+    magnitude = torch.ones(len(statistics.squared_norm)) if magnitude is None else magnitude
+    layer = LayerWeights(down, up, magnitude, scale * len(down), axis)
+    return PlanInputs(layer, magnitude, weight, None, statistics)
 
 
 @st.composite
@@ -41,11 +48,7 @@ def layers(draw):
 @given(st.lists(layers(), min_size=1, max_size=4))
 def test_norms_of_many_layers_equal_the_dense_norms(several):
     """All together, whatever cancels in them."""
-    inputs = [
-        GainInputs(torch.ones(len(statistics.squared_norm)), *layer, statistics)
-        for layer in several
-        for statistics in [WeightStatistics(layer[0], layer[4])]
-    ]
+    inputs = [inputs_of(*layer) for layer in several]
     for (weight, down, up, scale, axis), gain in zip(several, make_gains(inputs), strict=True):
         delta = (up.double().flatten(1) @ down.double().flatten(1)).view_as(weight)
         expected = dense_norm(weight.double() + scale * delta, axis).flatten()
@@ -57,13 +60,15 @@ def test_statistics_of_a_weight_are_renewed_when_it_was_written_to(monkeypatch):
     weight, down, up = torch.randn(8, 6), torch.randn(2, 6), torch.randn(8, 2)
     statistics = WeightStatistics(weight, "output")
     recomputed = []
-    plain = gain_module._recomputed
-    monkeypatch.setattr(gain_module, "_recomputed", lambda one: recomputed.append(1) or plain(one))
+    plain = Plan._recompute
+    monkeypatch.setattr(
+        Plan, "_recompute", lambda self, *args: recomputed.append(1) or plain(self, *args)
+    )
     for expected in (0, 1, 1):
         if expected:
             weight.data.mul_(1.0 if recomputed else 1.5)
         magnitude = weight_norm(weight, "output")
-        inputs = GainInputs(magnitude, weight, down, up, 0.5, "output", statistics)
+        inputs = inputs_of(weight, down, up, 0.5, "output", magnitude, statistics)
         (gain,) = make_gains([inputs])
         assert len(recomputed) == expected
         dense = (weight.double() + 0.5 * up.double() @ down.double()).norm(dim=1)

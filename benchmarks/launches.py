@@ -1,0 +1,220 @@
+"""What one training step dispatches to a GPU, counted without one.
+
+    python benchmarks/launches.py
+    python benchmarks/launches.py --family sdxl --precision float32 --text-encoders
+
+At batch 1 a GPU runs as fast as operations are issued, so their number is the time. Models of full
+size are made of fake tensors (`fake_gpu`); nothing is computed, and every count is exact.
+Forward and backward of UNet (and text encoders), norms, clipping, and AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from common import FROZEN, LORA, OURS, PEFT_DORA, markdown
+from fake_gpu import DEVICE, Count, fake_gpu
+from full_size import CLIP_BIG_G, CLIP_L, UNETS
+from torch import Tensor, nn
+
+from dora_diffusion.adapters.inject import inject_adapters, norm_scope
+from dora_diffusion.adapters.targets import match_targets
+from dora_diffusion.config import AdapterConfig
+from dora_diffusion.numerics.fast import Watch
+from dora_diffusion.training.flat import FlatParameters
+
+PEERS = (FROZEN, LORA, PEFT_DORA, OURS)
+PHASES = ("norms", "forward", "backward", "clip", "optimizer")
+LATENTS = {"sd1": 64, "sdxl": 128}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Models:
+    """A UNet and its text encoders, with what one peer trains on them."""
+
+    unet: nn.Module
+    text_encoders: list[nn.Module]
+    layers: int = 0
+    ours: bool = False
+    counts: dict[str, Count] = field(default_factory=dict)
+
+    def all(self) -> list[nn.Module]:
+        """Every model that is in the step."""
+        return [self.unet, *self.text_encoders]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains."""
+        return [p for model in self.all() for p in model.parameters() if p.requires_grad]
+
+    def weights(self) -> int:
+        """Numbers in the adapted base weights."""
+        return sum(
+            module.weight.numel()
+            for model in self.all()
+            for module in model.modules()
+            if hasattr(module, "adapters")
+        )
+
+
+def make(name: str, family: str, dtype: torch.dtype, targets: str, text: bool) -> Models:
+    """The models of a family on the fake device, with a peer's adapters on them."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.device(DEVICE):
+        unet = UNet2DConditionModel(**UNETS[family]).to(dtype)
+        encoders: list[nn.Module] = []
+        if text:
+            encoders.append(CLIPTextModel(CLIPTextConfig(vocab_size=49408, **CLIP_L)).to(dtype))
+        if text and family == "sdxl":
+            config = CLIPTextConfig(vocab_size=49408, **CLIP_BIG_G)
+            encoders.append(CLIPTextModelWithProjection(config).to(dtype))
+    models = Models(unet, encoders, ours=name == OURS)
+    for model in models.all():
+        models.layers += adapt(name, model.requires_grad_(False).train(), targets)
+    return models
+
+
+def adapt(name: str, model: nn.Module, targets: str) -> int:
+    """Put a peer's adapters on a model. Returns how many layers it has them on."""
+    paths = match_targets(model, [targets])
+    if name == OURS:
+        inject_adapters(model, AdapterConfig(targets=(targets,), rank=8, conv_rank=8))
+    elif name != FROZEN:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(r=8, lora_alpha=8, use_dora=name == PEFT_DORA, target_modules=paths)
+        inject_adapter_in_model(config, model)
+        # Diffusers' scripts keep what trains in float32.
+        for module in model.modules():
+            for key, parameter in list(module._parameters.items()):
+                if parameter is not None and parameter.requires_grad:
+                    module._parameters[key] = nn.Parameter(parameter.detach().float())
+    return len(paths)
+
+
+def predict(models: Models, family: str, dtype: torch.dtype, latent: int) -> Tensor:
+    """The UNet's prediction for a batch of one, its prompt encoded where encoders train."""
+    states = torch.empty(1, 77, UNETS[family]["cross_attention_dim"], device=DEVICE, dtype=dtype)
+    pooled = torch.empty(1, 1280, device=DEVICE, dtype=dtype)
+    if models.text_encoders:
+        tokens = torch.zeros(1, 77, dtype=torch.int64, device=DEVICE)
+        outputs = [e(tokens, output_hidden_states=True) for e in models.text_encoders]
+        states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        pooled = outputs[-1][0]
+    inputs: dict[str, Any] = {}
+    if family == "sdxl":
+        ids = torch.empty(1, 6, device=DEVICE)
+        inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
+    latents = torch.empty(1, 4, latent, latent, device=DEVICE, dtype=dtype)
+    latents.requires_grad_(not models.parameters())
+    timesteps = torch.empty(1, device=DEVICE, dtype=torch.int64)
+    output: Tensor = models.unet(latents, timesteps, states, **inputs).sample
+    return output
+
+
+@contextmanager
+def phase(models: Models, name: str) -> Iterator[None]:
+    """Count what is dispatched inside as one phase of the step."""
+    models.counts[name] = Count()
+    with models.counts[name]:
+        yield
+
+
+def count_step(
+    models: Models, family: str, dtype: torch.dtype, latent: int, steps: int = 2
+) -> None:
+    """Count the second of two steps: the first makes the optimizer's state and statistics."""
+    groups: list[dict[str, Any]] = [{"params": models.parameters()}]
+    flat = FlatParameters(groups) if models.ours else None
+    parameters = (flat.groups if flat else groups)[0]["params"]
+    optimizer = torch.optim.AdamW(parameters, fused=True) if parameters else None
+    low, watch = dtype != torch.float32, Watch()
+    for _ in range(steps):
+        scope = norm_scope(*models.all(), watch=watch) if models.ours else nullcontext()
+        with phase(models, "norms"):
+            scope.__enter__()
+        with phase(models, "forward"), torch.autocast(DEVICE, dtype, enabled=low):
+            prediction = predict(models, family, dtype, latent)
+        upstream = torch.empty_like(prediction)
+        with phase(models, "backward"):
+            prediction.backward(upstream)
+        scope.__exit__(None, None, None)
+        with phase(models, "clip"):
+            if flat is not None:
+                flat.take_gradients()
+            if parameters:
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        with phase(models, "optimizer"):
+            if optimizer is not None:
+                optimizer.step()
+            if flat is not None:
+                flat.finish()
+        for parameter in parameters:
+            parameter.grad = None
+
+
+def row(name: str, models: Models) -> list[object]:
+    """A peer's line of the table."""
+    counts = models.counts
+    step = [counts[name] for name in ("norms", "forward", "backward")]
+    whole = list(counts.values())
+    traffic = counts["norms"].bytes / max(1, models.weights())
+    return [
+        name,
+        models.layers if name != FROZEN else 0,
+        *(f"{counts[name].total:,}" for name in PHASES),
+        f"{sum(count.total for count in step):,}",
+        f"{sum(count.views for count in whole):,}",
+        f"{sum(count.copies for count in whole)}, {sum(c.synchronisations for c in whole)}",
+        f"{sum(count.bytes for count in step) / 1e9:.1f}",
+        f"{traffic:.1f}" if models.ours else "",
+    ]
+
+
+HEADER = (
+    "", "layers", *PHASES, "norms + forward + backward", "views, whole step",
+    "copies, waits", "GB of operands", "bytes per weight of the norms",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Count and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", nargs="+", choices=tuple(UNETS), default=list(UNETS))
+    parser.add_argument("--precision", nargs="+", choices=tuple(DTYPES), default=["bf16"])
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
+    parser.add_argument("--targets", default="attention+conv")
+    parser.add_argument("--text-encoders", action="store_true", help="train them too")
+    parser.add_argument("--operations", type=int, default=0, help="list so many of each phase")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for family in args.family:
+        for precision in args.precision:
+            rows, details = [], []
+            for name in args.peers:
+                with fake_gpu():
+                    dtype = DTYPES[precision]
+                    models = make(name, family, dtype, args.targets, args.text_encoders)
+                    count_step(models, family, dtype, LATENTS[family])
+                rows.append(row(name, models))
+                for key, count in models.counts.items():
+                    details.append((name, key, count.operations.most_common(args.operations)))
+            autocast = " with autocast" if precision != "float32" else ""
+            encoders = ", text encoders too" if args.text_encoders else ""
+            side = 8 * LATENTS[family]
+            print(f"\n{family}, {side} px, {precision}{autocast}, {args.targets}{encoders}\n")
+            print(markdown(HEADER, rows), flush=True)
+            for detail in details if args.operations else ():
+                print(*detail)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""``dora-diffusion combine``."""
+
+from __future__ import annotations
+
+import argparse
+
+from dora_diffusion.commands.options import adapter_and_strength, add_alpha, add_base
+from dora_diffusion.commands.written import add_fit, add_limits, print_written, warn_of_axis
+from dora_diffusion.console.progress import byte_progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="ADAPTER",
+        help="Adapter files or output folders; FILE:0.5 gives one its own strength.",
+    )
+    add_base(parser)
+    parser.add_argument("--output", required=True, help="The file or folder to write.")
+    add_limits(parser, "Largest rank. Default: the sum of the adapters' in each layer.")
+    add_alpha(parser)
+    add_fit(parser, "the adapters' own, output where they differ")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write one adapter that does what several do together, and say how near it is."""
+    from dora_diffusion.export import combine_adapters
+    from dora_diffusion.models.precision import dtype_of
+
+    warn_of_axis(args)
+    with byte_progress("combined") as show:
+        report = combine_adapters(
+            args.base,
+            [adapter_and_strength(text) for text in args.adapters],
+            args.output,
+            rank=args.rank,
+            conv_rank=args.conv_rank,
+            method=args.method,
+            energy=args.energy,
+            norm_axis=args.norm_axis,
+            key_format=args.format,
+            alpha=args.alpha,
+            dtype=dtype_of(args.dtype) if args.dtype else None,
+            overwrite=args.overwrite,
+            on_progress=show,
+        )
+    print_written(report, as_json=args.json)
+    return 0

@@ -1,0 +1,48 @@
+"""``dora-diffusion extract``."""
+
+from __future__ import annotations
+
+import argparse
+
+from dora_diffusion.commands.options import add_base
+from dora_diffusion.commands.written import add_fit, add_limits, print_written, warn_of_axis
+from dora_diffusion.console.progress import byte_progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    add_base(parser)
+    parser.add_argument(
+        "--tuned",
+        required=True,
+        help="The model to come near: of the same architecture, trained in any way; a Diffusers "
+        "folder, hub id or single .safetensors file.",
+    )
+    parser.add_argument("--output", required=True, help="The file or folder to write.")
+    add_limits(parser, "Largest rank; small layers get less.", required=True)
+    add_fit(parser, "output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the adapter that is nearest to a tuned model, and say how near."""
+    from dora_diffusion.export import extract_adapter
+    from dora_diffusion.models.precision import dtype_of
+
+    warn_of_axis(args)
+    with byte_progress("compared") as show:
+        report = extract_adapter(
+            args.base,
+            args.tuned,
+            args.output,
+            rank=args.rank,
+            conv_rank=args.conv_rank,
+            method=args.method,
+            energy=args.energy,
+            norm_axis=args.norm_axis or "output",
+            key_format=args.format,
+            dtype=dtype_of(args.dtype) if args.dtype else None,
+            overwrite=args.overwrite,
+            on_progress=show,
+        )
+    print_written(report, as_json=args.json)
+    return 0

@@ -1,0 +1,153 @@
+"""Several adapters in one, or one with a smaller rank: fitted to what they make of a base."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.export.base import model_name, open_model
+from dora_diffusion.export.convert import ConversionReport, check_free
+from dora_diffusion.export.extract import facts_of
+from dora_diffusion.export.fit import FitSettings, Fitted
+from dora_diffusion.export.merge_spec import Adapters, MergeSpec
+from dora_diffusion.export.output import ExportError, OnProgress, refuse_existing
+from dora_diffusion.export.resize import axis_of, fit_to_adapters
+from dora_diffusion.formats.adapter.embeddings import said_of_embeddings
+from dora_diffusion.formats.adapter.file import (
+    AdapterFile,
+    embeddings_beside,
+    find_adapter,
+    write_adapter,
+)
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
+from dora_diffusion.formats.adapter.targets.registry import TARGETS
+from dora_diffusion.formats.checkpoint.weights import StoredModel
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from dora_diffusion.wording import listing
+
+
+def combine_adapters(
+    base: str | Path,
+    adapters: Adapters,
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    conv_rank: int | None = None,
+    method: str = "dora",
+    energy: float | None = None,
+    norm_axis: NormAxis | None = None,
+    key_format: str | None = None,
+    alpha: float | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> ConversionReport:
+    """Write one adapter that does what several do together, ``W' = W + sum_k s_k (W'_k - W)``.
+
+    A layer that one adapter of strength 1 has alone is kept, bit for bit, if its rank is small
+    enough. Others are the nearest of a rank: exact where that is the sum of theirs, on one axis.
+    The report has the error of each: ``|W'' - W'| / |W' - W|``.
+
+    Args:
+        base: The model that they are for, a folder, a hub id, ``embedded:NAME`` or a single file.
+        adapters: ``[(adapter, strength), ...]``, or one adapter.
+        output: File (``.safetensors``) or folder to write.
+        rank: Largest rank; None: the sum of the ranks in each layer.
+        conv_rank: Largest rank of Conv2d layers; None: as ``rank``.
+        method: ``"dora"``, or ``"lora"``: without magnitudes.
+        energy: Take each layer's smallest rank with this share of the squared singular values.
+        norm_axis: Of the magnitudes. None: the adapters' own, the output axis where they differ.
+        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the one that can hold it.
+        alpha: What adapters were trained with whose files do not say it.
+        dtype: Of the low-rank factors; None: float32.
+        overwrite: Replace a file that exists.
+        on_progress: Called with (bytes of the base's adapted weights done, bytes in all).
+
+    Raises:
+        ExportError: If a setting cannot work, the output exists, or nothing is left of the sum.
+        AdapterFormatError, MergeError: If an adapter cannot be read or does not fit the base.
+    """
+    spec, output = MergeSpec(adapters), Path(output).expanduser()
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(open_model(base))
+        read = _read(spec, model, alpha)
+        axis = norm_axis or axis_of([layer for adapter in read for layer in _layers(adapter)])
+        settings = FitSettings(rank, conv_rank, energy, method, axis, dtype)
+        kind = settings.key_format(key_format)
+        inputs = [model.path, *(find_adapter(path) for path, _ in spec.pairs())]
+        check_free(output, TARGETS[kind].file_name, inputs, overwrite)
+        adapter = AdapterFile({}, tokens=_tokens(read))
+        embeddings = embeddings_beside(output, adapter)
+        refuse_existing(embeddings.values(), overwrite)
+        fitted = fit_to_adapters(model, spec.weighted(read), settings, on_progress)
+        metadata = _metadata(model, spec, read, fitted, settings)
+        adapter = dataclasses.replace(adapter, layers=fitted.layers, metadata=metadata)
+        path = write_adapter(output, adapter, kind, base=model)
+    notes = (*(note for part in read for note in part.notes), *said_of_embeddings(embeddings))
+    errors, total = fitted.errors, fitted.total_error
+    return ConversionReport(path, kind, len(errors), errors, total, notes, embeddings)
+
+
+def _read(spec: MergeSpec, model: StoredModel, alpha: float | None) -> list[AdapterFile]:
+    adapters = spec.read(model, alpha)
+    for assumption in spec.assumptions(adapters):
+        warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=3)
+    return adapters
+
+
+def _tokens(adapters: Sequence[AdapterFile]) -> dict[str, Tensor]:
+    """The tokens that were trained with the adapters.
+
+    Raises:
+        ExportError: If two adapters have one.
+    """
+    tokens: dict[str, Tensor] = {}
+    for adapter in adapters:
+        if twice := tokens.keys() & adapter.tokens.keys():
+            raise ExportError(f"two adapters have a trained token of one name: {listing(twice)}")
+        tokens |= adapter.tokens
+    return tokens
+
+
+def _layers(adapter: AdapterFile) -> list[LayerWeights]:
+    return [*adapter.layers.values(), *adapter.beside.values()]
+
+
+def _metadata(
+    model: StoredModel,
+    spec: MergeSpec,
+    adapters: Sequence[AdapterFile],
+    fitted: Fitted,
+    settings: FitSettings,
+) -> AdapterMetadata:
+    """Those of the only adapter, or what of several holds for their sum; and what was combined.
+
+    Raises:
+        ExportError: If nothing was.
+    """
+    if not fitted.layers:
+        raise ExportError("nothing is left of these adapters at these strengths")
+    parts = ", ".join(
+        f"{without_path(str(Path(path).resolve()))}:{strength:g}" for path, strength in spec.pairs()
+    )
+    facts = [adapter.metadata for adapter in adapters]
+    extra = {**(facts[0].extra if len(facts) == 1 else facts_of(model)), "combined": parts}
+    if fitted.total_error:
+        extra = fitted.stated(extra, "sum of the adapters", settings)
+    if len(facts) == 1:
+        return dataclasses.replace(facts[0], extra=extra)
+    resolutions = {fact.resolution for fact in facts}
+    return AdapterMetadata(
+        family=model.family.name,
+        base_model=model_name(model.path),
+        trigger=", ".join(dict.fromkeys(fact.trigger for fact in facts if fact.trigger)),
+        resolution=resolutions.pop() if len(resolutions) == 1 else None,
+        extra=extra,
+        tags=tuple(dict.fromkeys(tag for fact in facts for tag in fact.tags)),
+    )

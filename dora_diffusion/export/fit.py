@@ -1,0 +1,224 @@
+"""Low-rank layers that are fitted to tuned weights, one layer after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.export.output import ExportError
+from dora_diffusion.formats.adapter.metadata import (
+    APPROXIMATES,
+    APPROXIMATION_ERROR,
+    TRAINED_ALPHA,
+)
+from dora_diffusion.formats.adapter.targets.registry import TARGETS
+from dora_diffusion.numerics.extract import best_dora
+from dora_diffusion.numerics.low_rank import low_rank
+from dora_diffusion.numerics.merging import merge_layers
+from dora_diffusion.numerics.precision import wide
+from dora_diffusion.numerics.threads import map_ahead
+from dora_diffusion.numerics.weights import NORM_AXES, LayerWeights, NormAxis, Strengths
+
+METHODS = {"dora": "DoRA", "lora": "LoRA"}
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How layers are fitted.
+
+    Attributes:
+        rank: Largest rank; None: as many as the layers that are fitted have.
+        conv_rank: Largest rank of Conv2d layers; None: ``rank``.
+        energy: Take each layer's smallest rank that holds this share of the squared singular
+            values, and no more than the largest.
+        method: A key of ``METHODS``.
+        norm_axis: What a DoRA's magnitude runs along.
+        dtype: Of the low-rank factors; None: float32.
+
+    Raises:
+        ExportError: If a value cannot work.
+    """
+
+    rank: int | None
+    conv_rank: int | None = None
+    energy: float | None = None
+    method: str = "dora"
+    norm_axis: NormAxis = "output"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "conv_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ExportError(f"{name} is {value}; it must be at least 1")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise ExportError(f"energy is {self.energy:g}; it must be above 0 and at most 1")
+        for name, known in (("method", tuple(METHODS)), ("norm_axis", NORM_AXES)):
+            if getattr(self, name) not in known:
+                raise ExportError(
+                    f"{name} is {getattr(self, name)!r}; it must be {' or '.join(known)}"
+                )
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether layers get a magnitude."""
+        return self.method == "dora"
+
+    def rank_of(self, shape: tuple[int, ...], default: int) -> int:
+        """The largest rank of a weight ``(out, in, *k)``; ``default`` where none is set."""
+        rank = self.conv_rank if len(shape) == 4 and self.conv_rank is not None else self.rank
+        return default if rank is None else rank
+
+    def key_format(self, wanted: str | None) -> str:
+        """The key format to write: the one that is wanted, else the one that can hold it.
+
+        Raises:
+            ExportError: If the wanted one is unknown or cannot.
+        """
+        on_input = self.use_dora and self.norm_axis == "input"
+        known = [name for name in ("diffusers", "peft", "kohya") if name in TARGETS]
+        if wanted is None:
+            return "kohya" if on_input else "diffusers"
+        if wanted not in known:
+            raise ExportError(f"unknown key format {wanted!r}; there is {', '.join(known)}")
+        if on_input and wanted != "kohya":
+            raise ExportError(
+                f"the {wanted} format cannot hold magnitudes on the input axis; write kohya, or "
+                "take the output axis"
+            )
+        return wanted
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What limits the ranks, by name."""
+        names = ("rank", "conv_rank", "energy")
+        return {n: value for n in names if (value := getattr(self, n)) is not None}
+
+    @property
+    def ranks(self) -> str:
+        """The same as a text: ``"rank 8, energy 0.95"``."""
+        limits = [f"{name} {value:g}" for name, value in self.limits.items()]
+        return ", ".join(limits) or "sum of the ranks"
+
+    def __str__(self) -> str:
+        """What is fitted: ``"nearest DoRA, output axis, rank 8"``."""
+        axis = f"{self.norm_axis} axis, " if self.use_dora else ""
+        return f"nearest {METHODS[self.method]}, {axis}{self.ranks}"
+
+
+@dataclass(frozen=True)
+class FitTarget:
+    """What one layer is fitted to.
+
+    Attributes:
+        base: The base weight ``(out, in, *k)``.
+        tuned: The weight to come near.
+        rank: What the layer gets where no rank is set.
+        start: Scales that a DoRA may start from, see `best_dora`.
+        layer: The layer, where there is nothing to fit.
+    """
+
+    base: Tensor
+    tuned: Tensor
+    rank: int = 0
+    start: Tensor | None = None
+    layer: LayerWeights | None = None
+
+
+@dataclass
+class Fitted:
+    """Layers, and how near they are.
+
+    Attributes:
+        layers: By canonical module name.
+        errors: ``|W'' - W'| / |W' - W|`` of each in the Frobenius norm, for a tuned W'.
+        total_error: That of all layers together.
+        unchanged: Number of modules whose weight is the base's; they get no layer.
+    """
+
+    layers: dict[str, LayerWeights] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    unchanged: int = 0
+    _left: float = 0.0
+    _size: float = 0.0
+
+    @property
+    def total_error(self) -> float:
+        """The error of all layers together."""
+        return self._left / self._size if self._size else 0.0
+
+    def add(self, name: str, layer: LayerWeights, left: float, size: float) -> None:
+        """Add a layer, ``|W'' - W'|`` and ``|W' - W|``."""
+        self.layers[name] = layer
+        self.errors[name] = left / size if size else 0.0
+        self._left, self._size = math.hypot(self._left, left), math.hypot(self._size, size)
+
+    def stated(self, extra: Mapping[str, str], of: str, settings: FitSettings) -> dict[str, str]:
+        """Metadata fields with what was fitted, to what, and the error."""
+        kept = {name: text for name, text in extra.items() if name != TRAINED_ALPHA}
+        return kept | {
+            "approximation": str(settings),
+            APPROXIMATES: of,
+            APPROXIMATION_ERROR: f"{self.total_error:.3g}",
+        }
+
+
+def fit_layers(
+    names: Iterable[str],
+    target_of: Callable[[str], FitTarget | None],
+    settings: FitSettings,
+    on_fitted: Callable[[str], None] | None = None,
+) -> Fitted:
+    """Fit one layer after the other, a few at a time in threads of one core each.
+
+    Args:
+        names: Canonical module names.
+        target_of: Loads what a layer is fitted to; None if the weight is the base's.
+        settings: How.
+        on_fitted: Called with each name that is done.
+
+    Raises:
+        ExportError: If a weight holds numbers that are not finite.
+    """
+    fitted = Fitted()
+
+    def fit(name: str) -> tuple[LayerWeights, float, float] | None:
+        target = target_of(name)
+        return None if target is None else _fit(name, target, settings)
+
+    for name, result in map_ahead(fit, names):
+        if result is None:
+            fitted.unchanged += 1
+        else:
+            fitted.add(name, *result)
+        if on_fitted is not None:
+            on_fitted(name)
+    return fitted
+
+
+@torch.no_grad()
+def _fit(name: str, target: FitTarget, settings: FitSettings) -> tuple[LayerWeights, float, float]:
+    """A layer in the dtype that it is written in, ``|W'' - W'|`` and ``|W' - W|``."""
+    base, tuned = target.base, wide(target.tuned)
+    size = (tuned - base).norm().item()
+    if not math.isfinite(size):
+        raise ExportError(f"{name} holds numbers that are not finite, in the base or after")
+    if target.layer is not None:
+        layer = target.layer
+    else:
+        rank = settings.rank_of(tuple(base.shape), target.rank)
+        if settings.use_dora:
+            layer = best_dora(
+                base, tuned, rank, settings.norm_axis, energy=settings.energy, start=target.start
+            )
+        else:
+            layer = low_rank(tuned - base, rank, settings.energy)
+    dtype = settings.dtype or torch.float32
+    layer = dataclasses.replace(layer, down=layer.down.to(dtype), up=layer.up.to(dtype))
+    merged = merge_layers(base, [(layer, Strengths())], tuned.dtype)
+    return layer, merged.sub_(tuned).norm().item(), size

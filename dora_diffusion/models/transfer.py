@@ -1,0 +1,14 @@
+"""Tensors from the host to the device, without waiting for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. A GPU fetches it while the program continues."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # From memory that may be swapped out, a copy is waited for.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

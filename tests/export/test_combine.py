@@ -1,0 +1,161 @@
+"""Several adapters in one: the identity, exact sums, and the nearest of a smaller rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dora_diffusion.export import (
+    ExportError,
+    combine_adapters,
+    export_checkpoint,
+    inspect_adapter,
+    verify_checkpoint,
+)
+from dora_diffusion.formats.adapter.file import (
+    AdapterFile,
+    AdapterMetadata,
+    read_adapter,
+    write_adapter,
+)
+from dora_diffusion.merge import Strengths, merge_tensor
+from dora_diffusion.numerics.weights import LayerWeights
+from tests.export.helpers import MakeAdapter, tensors_of
+
+
+def written(
+    path: Path, folder: Path, random_adapter: MakeAdapter, **changes: object
+) -> tuple[Path, dict[str, LayerWeights]]:
+    """An adapter in a kohya file, and its layers as the file holds them."""
+    layers = random_adapter(folder, **{"every": 7, **changes})
+    facts = AdapterMetadata("sd1", trigger=path.stem, tags=(path.stem,), resolution=64)
+    file = write_adapter(path, AdapterFile(layers, facts), "kohya")
+    return file, read_adapter(file).layers
+
+
+def summed(
+    folder: Path, parts: list[tuple[dict[str, LayerWeights], float]]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Base and ``W + sum_k s_k (W'_k - W)`` of each adapted module, in float64."""
+    weights, result = tensors_of(folder), {}
+    for name in {name for layers, _ in parts for name in layers}:
+        base = weights[f"{name}.weight"].double()
+        total = base.clone()
+        for layers, strength in parts:
+            if name in layers:
+                total += strength * (merge_tensor(base, [(layers[name], Strengths())]) - base)
+        result[name] = base, total
+    return result
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+def test_one_adapter_is_itself(
+    tmp_path: Path, sd1_folder: Path, axis: str, random_adapter: MakeAdapter
+) -> None:
+    """Bit for bit, as any conversion of it; its words and tags, too."""
+    file, layers = written(tmp_path / "a.safetensors", sd1_folder, random_adapter, axis=axis)
+    report = combine_adapters(sd1_folder, file, tmp_path / "b.safetensors", key_format="kohya")
+    assert set(report.errors) == set(layers)
+    assert report.total_error < 1e-6
+    before, after = load_file(file), load_file(report.path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    facts = read_adapter(report.path).metadata
+    assert (facts.trigger, facts.tags, facts.resolution) == ("a", ("a",), 64)
+    assert facts.extra["combined"] == "a.safetensors:1"
+    assert "approximation" not in facts.extra
+
+
+@pytest.mark.parametrize(
+    "axes", [("output", "output"), ("input", "input"), ("output", None), (None, None)], ids=str
+)
+def test_a_sum_is_exact_where_the_rank_is_the_sum_of_theirs(
+    tmp_path: Path, sd1_folder: Path, axes: tuple[str | None, ...], random_adapter: MakeAdapter
+) -> None:
+    """Layers of both adapters and of one alone, with a negative strength; one DoRA for all."""
+    parts = [
+        written(
+            tmp_path / f"{place}.safetensors", sd1_folder, random_adapter,
+            seed=place, every=7 + 2 * place, axis=axis, mixed_ranks=True,
+        )
+        for place, axis in enumerate(axes)
+    ]  # fmt: skip
+    strengths = (0.7, -0.4)
+    report = combine_adapters(
+        sd1_folder,
+        [(file, strength) for (file, _), strength in zip(parts, strengths, strict=True)],
+        tmp_path / "sum.safetensors",
+    )
+    found = read_adapter(report.path).layers
+    both = [(layers, strength) for (_, layers), strength in zip(parts, strengths, strict=True)]
+    expected = summed(sd1_folder, both)
+    assert found.keys() == expected.keys()
+    for name, (base, total) in expected.items():
+        got = merge_tensor(base, [(found[name], Strengths())])
+        assert ((got - total).norm() / total.norm()).item() < 1e-6, name
+        assert found[name].norm_axis == (axes[0] or "output")
+        assert found[name].magnitude is not None
+        ranks = sum(layers[name].rank for layers, _ in both if name in layers)
+        assert found[name].rank <= ranks
+    assert max(report.errors.values()) < 1e-5
+    facts = read_adapter(report.path).metadata
+    assert (facts.trigger, facts.tags) == ("0, 1", ("0", "1"))
+    assert facts.extra["combined"] == "0.safetensors:0.7, 1.safetensors:-0.4"
+
+
+def test_a_smaller_rank_states_its_error(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """By NumPy; never farther than the truncated SVD of the sum; magnitudes on both axes mixed."""
+    first, second = (
+        written(tmp_path / f"{axis}.safetensors", sd1_folder, random_adapter, axis=axis)
+        for axis in ("output", "input")
+    )
+    pairs = [(first[0], 1.0), (second[0], 0.5)]
+    report = combine_adapters(sd1_folder, pairs, tmp_path / "sum", rank=3)
+    found = read_adapter(report.path).layers
+    for name, (base, total) in summed(sd1_folder, [(first[1], 1.0), (second[1], 0.5)]).items():
+        got = merge_tensor(base, [(found[name], Strengths())])
+        change = (total - base).flatten(1).numpy()
+        error = np.linalg.norm((got - total).flatten(1).numpy()) / np.linalg.norm(change)
+        s = np.linalg.svd(change, compute_uv=False)
+        assert report.errors[name] == pytest.approx(error, rel=1e-3), name
+        assert error < np.linalg.norm(s[3:]) / np.linalg.norm(s), name
+        assert found[name].rank == 3
+    said = f"exact for this DoRA, which is off the sum of the adapters by {report.total_error:.1%}"
+    assert inspect_adapter(report.path).tools["diffusers"] == said
+    merged = export_checkpoint(sd1_folder, report.path, tmp_path / "merged.safetensors")
+    assert verify_checkpoint(merged, sd1_folder, report.path).ok
+
+
+def test_loras_stay_one_if_asked(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    file, layers = written(tmp_path / "a.safetensors", sd1_folder, random_adapter, axis=None)
+    report = combine_adapters(sd1_folder, file, tmp_path / "lora", method="lora")
+    found = read_adapter(report.path).layers
+    for name, layer in layers.items():
+        assert found[name].magnitude is None
+        assert torch.equal(found[name].down, layer.down)
+    assert inspect_adapter(report.path).method == "LoRA"
+
+
+def test_refusals(tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter) -> None:
+    file, _ = written(tmp_path / "a.safetensors", sd1_folder, random_adapter)
+    output = tmp_path / "b.safetensors"
+    for adapters, changes, reason in (
+        ([], {}, "no adapter was given"),
+        ([(file, 0.0)], {}, "nothing is left of these adapters at these strengths"),
+        ([(file, float("inf"))], {}, "strengths must be finite"),
+        (file, {"rank": 0}, "rank is 0"),
+        (file, {"output": file, "overwrite": True}, "is or holds what is read"),
+        (file, {"norm_axis": "input", "key_format": "diffusers"}, "cannot hold magnitudes"),
+    ):
+        arguments = {"output": output, **changes}
+        with pytest.raises(ExportError, match=reason):
+            combine_adapters(sd1_folder, adapters, **arguments)
+    assert not output.exists()

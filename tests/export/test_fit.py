@@ -1,0 +1,42 @@
+"""How layers are fitted: settings, ranks, and the sum of errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dora_diffusion.export.fit import FitSettings, Fitted
+from dora_diffusion.numerics.weights import LayerWeights
+
+
+def test_ranks_by_kind_of_layer() -> None:
+    linear, conv = (8, 6), (8, 6, 1, 1)
+    both = FitSettings(4, conv_rank=2)
+    assert (both.rank_of(linear, 9), both.rank_of(conv, 9)) == (4, 2)
+    assert FitSettings(4).rank_of(conv, 9) == 4
+    only_conv = FitSettings(None, conv_rank=2)
+    assert (only_conv.rank_of(linear, 9), only_conv.rank_of(conv, 9)) == (9, 2)
+    assert FitSettings(None, energy=0.5).rank_of(linear, 9) == 9
+
+
+def test_what_metadata_say_of_it() -> None:
+    assert str(FitSettings(None)) == "nearest DoRA, output axis, sum of the ranks"
+    lora = FitSettings(8, 4, 0.95, "lora")
+    assert str(lora) == "nearest LoRA, rank 8, conv_rank 4, energy 0.95"
+    fitted = Fitted()
+    extra = {"trained_alpha": "4", "training_steps": "800"}
+    assert fitted.stated(extra, "tuned model", lora) == {
+        "training_steps": "800",
+        "approximation": str(lora),
+        "approximates": "tuned model",
+        "approximation_error": "0",
+    }
+
+
+def test_errors_add_up_as_one_vector() -> None:
+    layer, fitted = LayerWeights(torch.ones(1, 2), torch.ones(3, 1)), Fitted()
+    fitted.add("a", layer, 3.0, 5.0)
+    fitted.add("b", layer, 4.0, 12.0)
+    fitted.add("c", layer, 0.0, 0.0)
+    assert fitted.errors == {"a": 0.6, "b": pytest.approx(1 / 3), "c": 0.0}
+    assert fitted.total_error == pytest.approx(5 / 13)

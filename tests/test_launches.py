@@ -1,0 +1,130 @@
+"""How many operations a step dispatches to a GPU, counted exactly on a device of fake tensors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import backend_registration
+
+ROOT = Path(__file__).parents[1]
+
+COUNTS = """
+    import json, sys
+    sys.path.insert(0, "benchmarks")
+    import torch
+    from fake_gpu import DEVICE, Count, fake_gpu
+    from torch import nn
+    from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters, norm_scope
+    from dora_diffusion.config import AdapterConfig
+    from dora_diffusion.numerics.fast import Watch
+    from dora_diffusion.training.flat import FlatParameters
+
+    def layers(kind, count, bias):
+        if kind == "Linear":
+            return [nn.Linear(32, 32, bias=bias, device=DEVICE) for _ in range(count)]
+        return [nn.Conv2d(32, 32, 3, padding=1, bias=bias, device=DEVICE) for _ in range(count)]
+
+    def step(kind, count, bias, axis):
+        model = nn.Sequential(*layers(kind, count, bias)).to(torch.bfloat16)
+        config = AdapterConfig(targets=("full",), rank=4, conv_rank=4, norm_axis=axis)
+        inject_adapters(model, config)
+        shape = (2, 9, 32) if kind == "Linear" else (2, 32, 8, 8)
+        x = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        flat = FlatParameters([{"params": list(adapter_parameters(model))}])
+        parameters, watch = flat.groups[0]["params"], Watch()
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        for _ in range(2):
+            counts = {name: Count() for name in ("norms", "forward", "backward", "rest")}
+            scope = norm_scope(model, watch=watch)
+            with counts["norms"]:
+                scope.__enter__()
+            with counts["forward"], torch.autocast(DEVICE, torch.bfloat16):
+                y = model(x)
+            upstream = torch.empty_like(y)
+            with counts["backward"]:
+                y.backward(upstream)
+            scope.__exit__(None, None, None)
+            with counts["rest"]:
+                flat.take_gradients()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                flat.finish()
+        waits = sum(count.synchronisations for count in counts.values())
+        return [*(count.total for count in counts.values()), waits]
+
+    found = {}
+    with fake_gpu():
+        for kind in ("Linear", "Conv2d"):
+            for bias in (True, False):
+                for axis in ("output", "input"):
+                    few, more = (step(kind, count, bias, axis) for count in (2, 3))
+                    each = [b - a for a, b in zip(few[:3], more[:3], strict=True)]
+                    found[f"{kind} {bias} {axis}"] = [each, more[3], more[4]]
+    print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def counts() -> dict[str, Any]:
+    """By kind, bias and axis: norms, forward and backward of a layer more, the rest, and waits."""
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch has no devices written in Python")
+    command = [sys.executable, "-c", textwrap.dedent(COUNTS)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+# A product for the norm. Forward: base, A, B, and one sum of the two. Backward of a Linear: dy B,
+# B's and A's gradients, dy * y and its sum, g dy, and dx by two products; of a convolution, whose
+# gradients come in pairs, one less. On the input axis x is scaled, and so is dx.
+EACH = {
+    "Linear True output": [1, 4, 9],
+    "Linear False output": [1, 4, 8],
+    "Linear True input": [1, 5, 9],
+    "Linear False input": [1, 5, 9],
+    "Conv2d True output": [1, 4, 8],
+    "Conv2d False output": [1, 4, 7],
+    "Conv2d True input": [1, 5, 8],
+    "Conv2d False input": [1, 5, 8],
+}
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_what_a_layer_more_dispatches(counts: dict[str, Any], kind: str) -> None:
+    assert counts[kind][0] == EACH[kind]
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_clipping_and_optimizer_do_not_grow_with_layers_and_nothing_waits(
+    counts: dict[str, Any], kind: str
+) -> None:
+    """One copy of gradients; the norm of all of them, its limit and the scaling; one AdamW."""
+    _, rest, waits = counts[kind]
+    assert rest <= 12
+    assert waits == 0
+
+
+def test_a_wait_is_counted() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from fake_gpu import Count
+    finally:
+        sys.path.pop(0)
+    count = Count(device=None)
+    values = torch.arange(6.0)
+    with count:
+        values[values > 2].sum().item()
+        (values > 2).nonzero()
+        values.view(2, 3).t()
+    assert dict(count.waits) == {"boolean index": 1, "read": 1, "nonzero": 1}
+    assert count.views >= 2
+    assert count.operations["sum"] == 1
