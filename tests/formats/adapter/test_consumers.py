@@ -19,6 +19,7 @@ from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.adapter.helpers import (
     BLOCK,
+    TABLE_HOLDS,
 )
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "formats.md"
@@ -357,6 +358,7 @@ def diffusers_pipeline(sd1_folder: Path) -> Any:
     return StableDiffusionPipeline.from_pretrained(sd1_folder, local_files_only=True)
 
 
+@TABLE_HOLDS
 @pytest.mark.parametrize("key_format", KEY_FORMATS)
 def test_what_is_called_exact_is_exact_in_diffusers(
     tmp_path: Path, diffusers_pipeline: Any, key_format: str
@@ -401,6 +403,7 @@ def test_what_is_called_exact_is_exact_in_diffusers(
     assert (error < EXACT).item() == is_exact
 
 
+@TABLE_HOLDS
 def test_processors_without_a_component_in_diffusers(
     tmp_path: Path, diffusers_pipeline: Any
 ) -> None:
@@ -506,6 +509,7 @@ OUTSIDE = {
 }  # fmt: skip
 
 
+@TABLE_HOLDS
 @pytest.mark.parametrize("family", OUTSIDE)
 def test_layers_outside_of_the_blocks(
     tmp_path: Path, family: str, request: pytest.FixtureRequest, random_adapter: Any
