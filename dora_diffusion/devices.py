@@ -33,11 +33,11 @@ def accelerator() -> str | None:
     """The kind of accelerator that this machine has and this torch can use; None without one."""
     import torch
 
-    if hasattr(torch, "accelerator"):  # since torch 2.6
-        device = torch.accelerator.current_accelerator()
-        return device.type if device is not None and torch.accelerator.is_available() else None
-    homes = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
-    return next((kind for kind, home in homes.items() if home.is_available()), None)
+    # Asked first: torch 2.6 raises an error for the device that there is not.
+    if not torch.accelerator.is_available():
+        return None
+    device = torch.accelerator.current_accelerator()
+    return None if device is None else device.type
 
 
 def device_name(kind: str) -> str:

@@ -30,29 +30,24 @@ OF_ONE_VENDOR = {
 
 @pytest.fixture
 def has(monkeypatch: pytest.MonkeyPatch):
-    """Have torch find an accelerator of a kind; also a torch that knows no such word."""
+    """Have torch find an accelerator of a kind; without one, torch 2.6 raises an error."""
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
 
-    def find(kind: str | None, is_old: bool = False) -> None:
-        if is_old:
-            monkeypatch.delattr(torch, "accelerator")
-            homes = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
-            for name, home in homes.items():
-                monkeypatch.setattr(home, "is_available", lambda name=name: name == kind)
-            return
-        device = None if kind is None else torch.device(kind)
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    def find(kind: str | None) -> None:
+        def current() -> torch.device:
+            if kind is None:
+                raise RuntimeError("Cannot access accelerator device when none is available.")
+            return torch.device(kind)
+
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind is not None)
 
     return find
 
 
-@pytest.mark.parametrize("is_old", [False, True])
 @pytest.mark.parametrize("kind", ["cuda", "xpu", "mps", None])
-def test_the_default_is_the_accelerator_unless_accelerate_is_told_otherwise(
-    kind, is_old, has, monkeypatch
-):
-    has(kind, is_old)
+def test_the_default_is_the_accelerator_unless_accelerate_is_told_otherwise(kind, has, monkeypatch):
+    has(kind)
     assert devices.default_device() == (kind or "cpu")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "yes")
     assert devices.default_device() == describe_device().kind == "cpu"

@@ -60,6 +60,7 @@ def test_commands_in_documents_parse(path):
 def test_flags_in_documents_exist(path):
     # Not only in commands: tables and sentences name flags too.
     known = {"--help", "--extra-index-url", "--multi_gpu", "--num_processes"}
+    known |= {"--torch-backend"}
     for parser in cli.build_parser()._subparsers._group_actions[0].choices.values():
         known |= {name for action in parser._actions for name in action.option_strings}
     # The benchmarks have parsers of their own.

@@ -65,7 +65,8 @@ def test_one_that_never_answers_is_named_and_the_others_are_not_waited_for(
 
 def tried() -> list[Package]:
     found = [package for package in packages() if package.is_tried]
-    assert {"torch", "diffusers", "pillow", "prodigyopt"} <= {package.name for package in found}
+    optional = {"prodigyopt"} if find_spec("prodigyopt") else set()
+    assert {"torch", "diffusers", "pillow", *optional} <= {package.name for package in found}
     return found
 
 

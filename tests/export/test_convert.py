@@ -137,7 +137,10 @@ def test_an_approximation_is_called_exact_for_itself_only(
     again = convert_adapter(path, tmp_path / "b.safetensors", target, base=sd1_folder, rank=3)
     most = report.total_error + again.total_error * (1 + report.total_error)
     verdict = inspect_adapter(again.path).tools["LyCORIS" if target == "lora" else "diffusers"]
-    assert verdict == f"exact for this LoRA, which is off the DoRA by {most:.1%}"
+    start, _, percent = verdict.rpartition(" ")
+    assert start == "exact for this LoRA, which is off the DoRA by"
+    # The file holds the error of the first conversion in fewer digits.
+    assert float(percent.rstrip("%")) == pytest.approx(100 * most, abs=0.1)
 
 
 def test_an_approximation_of_full_rank_is_exact(

@@ -263,7 +263,8 @@ def test_a_merge_in_another_order_is_proven_where_terms_nearly_cancel(
     direction = weight.double() + up.double() @ down.double()
     exact = magnitude.double()[:, None] * direction / direction.norm(dim=1, keepdim=True)
     file = output / "unet" / "diffusion_pytorch_model.safetensors"
-    state = load_file(file)
+    # Copies: a file that is open to be read is not to be written over.
+    state = {key: tensor.clone() for key, tensor in load_file(file).items()}
     key = f"{name.removeprefix('unet.')}.weight"
     difference = (state[key] - exact).abs().max() / exact.abs().max()
     assert difference > 16 * torch.finfo(torch.float32).eps

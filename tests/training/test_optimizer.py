@@ -86,6 +86,7 @@ def test_magnitudes_do_not_decay_and_rates_are_separate(sd1_folder):
 
 
 def test_prodigy_takes_one_rate_near_one(sd1_folder, photos, tmp_path):
+    pytest.importorskip("prodigyopt")
     config = {"optimizer": "prodigy", "train_text_encoder": True}
     with pytest.raises(ConfigError, match="Prodigy finds the rate itself"):
         make_config(sd1_folder, photos, tmp_path / "out", **config)

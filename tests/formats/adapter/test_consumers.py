@@ -19,6 +19,7 @@ from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.adapter.helpers import (
     BLOCK,
+    TABLE_HOLDS,
 )
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "formats.md"
@@ -296,7 +297,7 @@ def test_diffusers_and_a_kohya_file(tmp_path: Path, sd1_folder: Path) -> None:
         layers = {f"unet.{name}": LayerWeights(down, up, moved, 3.0)}
         path = tmp_path / f"{moved is None}.safetensors"
         write_adapter(path, AdapterFile(layers, AdapterMetadata("sd1")), "kohya")
-        pipeline.load_lora_weights(path)
+        pipeline.load_lora_weights(path.parent, weight_name=path.name)
         pipeline.fuse_lora(components=["unet"])
         pipeline.unload_lora_weights()
         fused = pipeline.unet.get_submodule(name).weight.detach().clone()
@@ -357,6 +358,7 @@ def diffusers_pipeline(sd1_folder: Path) -> Any:
     return StableDiffusionPipeline.from_pretrained(sd1_folder, local_files_only=True)
 
 
+@TABLE_HOLDS
 @pytest.mark.parametrize("key_format", KEY_FORMATS)
 def test_what_is_called_exact_is_exact_in_diffusers(
     tmp_path: Path, diffusers_pipeline: Any, key_format: str
@@ -389,7 +391,7 @@ def test_what_is_called_exact_is_exact_in_diffusers(
     alpha = alpha or (1.0 if metadata else 4.0)
     wanted = meant(weight.double(), LayerWeights(down, up, magnitude, alpha, axis))
     try:
-        diffusers_pipeline.load_lora_weights(file)
+        diffusers_pipeline.load_lora_weights(file.parent, weight_name=file.name)
         diffusers_pipeline.fuse_lora(components=[component])
         fused = parameter.detach().double()
     except (ValueError, IndexError, RuntimeError):
@@ -401,6 +403,7 @@ def test_what_is_called_exact_is_exact_in_diffusers(
     assert (error < EXACT).item() == is_exact
 
 
+@TABLE_HOLDS
 def test_processors_without_a_component_in_diffusers(
     tmp_path: Path, diffusers_pipeline: Any
 ) -> None:
@@ -419,7 +422,7 @@ def test_processors_without_a_component_in_diffusers(
     assert report.key_format == "attn_procs"
     verdict = report.tools["diffusers"]
     assert verdict.startswith("exact if told so: with pipeline.unet.load_lora_adapter(FILE, prefix")
-    diffusers_pipeline.load_lora_weights(file)
+    diffusers_pipeline.load_lora_weights(file.parent, weight_name=file.name)
     assert not any("lora" in name for name, _ in unet.named_parameters())
     with pytest.raises(ValueError, match="does not seem to be in the correct format"):
         unet.load_attn_procs(tmp_path)
@@ -472,7 +475,7 @@ def test_layers_that_diffusers_leaves_unchanged_are_named(
             tensors[key] = 0.1 * torch.randn(shape, generator=generator)
     save_file(tensors, tmp_path / "a.safetensors")
     report = inspect_adapter(tmp_path / "a.safetensors")
-    diffusers_pipeline.load_lora_weights(tmp_path / "a.safetensors")
+    diffusers_pipeline.load_lora_weights(tmp_path, weight_name="a.safetensors")
     try:
         diffusers_pipeline.fuse_lora(components=["unet"])
         unchanged = [n for n, (now, before) in weights.items() if torch.equal(now, before)]
@@ -506,6 +509,7 @@ OUTSIDE = {
 }  # fmt: skip
 
 
+@TABLE_HOLDS
 @pytest.mark.parametrize("family", OUTSIDE)
 def test_layers_outside_of_the_blocks(
     tmp_path: Path, family: str, request: pytest.FixtureRequest, random_adapter: Any
@@ -534,7 +538,7 @@ def test_layers_outside_of_the_blocks(
     names = {name: name.removeprefix("unet.") for name in layers}
     before = {n: pipeline.unet.get_submodule(p).weight.detach() for n, p in names.items()}
     before = {name: weight.clone() for name, weight in before.items()}
-    pipeline.load_lora_weights(path)
+    pipeline.load_lora_weights(path.parent, weight_name=path.name)
     pipeline.fuse_lora(components=["unet"])
     pipeline.unload_lora_weights()
     for name, layer in layers.items():
@@ -595,15 +599,17 @@ def test_strength_stacking_and_hotswap_in_diffusers(
         return ((found - wanted).norm() / (x @ whole.T).norm()).item()
 
     one, other = layers
-    pipeline.load_lora_weights(files[0], adapter_name="a")
+    pipeline.load_lora_weights(files[0].parent, weight_name=files[0].name, adapter_name="a")
     for scale in (1.0, 0.4, 0.0):
         pipeline.set_adapters(["a"], [scale])
         assert off((one, Strengths(1.0, scale, 1.0))) < 1e-5
         assert (off((one, Strengths(scale, 1.0, 1.0))) > 0.01) == (scale < 1)
     with pytest.raises(RuntimeError, match="lora_magnitude_vector"):
-        pipeline.load_lora_weights(files[1], adapter_name="a", hotswap=True)
+        pipeline.load_lora_weights(
+            files[1].parent, weight_name=files[1].name, adapter_name="a", hotswap=True
+        )
     pipeline.unload_lora_weights()
     for name, file in zip("ab", files, strict=True):
-        pipeline.load_lora_weights(file, adapter_name=name)
+        pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
     pipeline.set_adapters(["a", "b"], [1.0, 1.0])
     assert off((one, Strengths()), (other, Strengths())) > 0.01

@@ -99,7 +99,7 @@ def test_diffusers_reads_nothing_of_it(file: Path, sd1_folder: Path) -> None:
     pipeline = load_pipeline(sd1_folder)
     before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
     with pytest.raises(Exception, match=r"Invalid LoRA checkpoint|target modules|not found"):
-        pipeline.load_lora_weights(file)
+        pipeline.load_lora_weights(file.parent, weight_name=file.name)
     after = pipeline.unet.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 

@@ -63,7 +63,10 @@ def test_lycoris_merges_the_kohya_file_exactly(
         tmp_path / "a.safetensors", AdapterFile(layers, AdapterMetadata(family="sd1")), "kohya"
     )
     pipeline = load_pipeline(sd1_folder)
-    for prefix, component in (("lora_unet", "unet"), ("lora_te_text_model", "text_encoder")):
+    # LyCORIS names modules by where they are; transformers 5 has one level less in a text encoder.
+    nested = hasattr(pipeline.text_encoder, "text_model")
+    text_prefix = "lora_te" if nested else "lora_te_text_model"
+    for prefix, component in (("lora_unet", "unet"), (text_prefix, "text_encoder")):
         LycorisNetwork.LORA_PREFIX = prefix
         try:
             with lycoris_axis(axis or "output"):

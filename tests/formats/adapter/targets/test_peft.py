@@ -17,6 +17,7 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.numerics.weights import LayerWeights
+from tests.formats.adapter.helpers import TABLE_HOLDS
 from tests.formats.adapter.targets.helpers import (
     MakeAdapter,
     assert_close_to_merge,
@@ -41,7 +42,7 @@ def test_diffusers_loads_the_exact_weights(
     file = write_adapter(tmp_path, AdapterFile(layers, AdapterMetadata(family=family)))
     assert file.name == "pytorch_lora_weights.safetensors"
     pipeline = load_pipeline(folder)
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     components = sorted({name.split(".")[0] for name in layers})
     pipeline.fuse_lora(components=components)
     pipeline.unload_lora_weights()
@@ -56,13 +57,14 @@ def test_diffusers_loads_plain_lora(
     layers = random_adapter(sd1_folder, axis=None, every=4)
     write_adapter(tmp_path, AdapterFile(layers))
     pipeline = load_pipeline(sd1_folder)
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     pipeline.fuse_lora(components=["unet", "text_encoder"])
     pipeline.unload_lora_weights()
     for name in layers:
         assert_close_to_merge(module_at(pipeline, name).weight, sd1_folder, layers, name)
 
 
+@TABLE_HOLDS
 def test_a_bare_magnitude_key_is_lost_by_diffusers(
     tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
 ) -> None:
@@ -78,7 +80,7 @@ def test_a_bare_magnitude_key_is_lost_by_diffusers(
     }
     save_file(bare, tmp_path / "bare.safetensors")
     pipeline = load_pipeline(sd1_folder)
-    pipeline.load_lora_weights(tmp_path / "bare.safetensors")
+    pipeline.load_lora_weights(tmp_path, weight_name="bare.safetensors")
     pipeline.fuse_lora(components=["text_encoder"])
     pipeline.unload_lora_weights()
     weight = module_at(pipeline, Q_PROJ).weight
@@ -86,7 +88,9 @@ def test_a_bare_magnitude_key_is_lost_by_diffusers(
     assert (weight - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
-@pytest.mark.parametrize("component", ["unet", "text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize(
+    "component", ["unet", pytest.param("text_encoder", marks=TABLE_HOLDS), "text_encoder_2"]
+)
 def test_peft_merges_the_folder_exactly(
     tmp_path: Path, sdxl_folder: Path, component: str, random_adapter: MakeAdapter
 ) -> None:
