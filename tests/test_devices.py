@@ -22,6 +22,9 @@ ROOT = Path(__file__).parents[1]
 OF_ONE_VENDOR = {
     "dora_diffusion/devices.py": "the one home: how torch calls each kind, and what each lacks",
     "dora_diffusion/numerics/precision.py": "TensorFloat-32, of NVIDIA's GPUs, and its switches",
+    "dora_diffusion/models/transfer.py": "memory that CUDA fetches from by itself",
+    "dora_diffusion/numerics/fast/norms.py": "a product of bfloat16 in float32, which CUDA has",
+    "dora_diffusion/numerics/fast/watch.py": "an event to read behind; others are read at once",
     "dora_diffusion/models/precision.py": "what Apple's GPU needs for bfloat16",
     "dora_diffusion/console/environment.py": "NVIDIA's own program, and variables of each vendor",
     "tools/start_app.py": "which torch to install, before there is one to ask",

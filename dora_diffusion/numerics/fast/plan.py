@@ -157,9 +157,8 @@ class Plan:
         downs, ups = self._downs(self.down), self._ups(self.up)
         split = any(widens(layer.weight) for layer in self.layers)
         down_parts = [self._downs(part) for part in parts_of(self.down)] if split else []
-        up_parts = [
-            self._ups(parts) for parts in zip(*map(parts_of, self.up), strict=True) if split
-        ]
+        each_up = map(parts_of, self.up if split else ())
+        up_parts = [self._ups(parts) for parts in zip(*each_up, strict=True)]
         made: list[list[Tensor]] = []
         start = 0
         for _, group in groupby(self.layers, key=_kind):
