@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import gradio as gr
 
 from dora_diffusion.app import html
-from dora_diffusion.app.context import Context
+from dora_diffusion.app.context import Context, Handler
 from dora_diffusion.app.views import generate, library, report, run, subject, train
 from dora_diffusion.app.views.fields import QUIET, filled, html_block
 
 TICK_SECONDS = 2.0
 _DAY = 24 * 3600
+# By the second one, what was deleted is not in the list of runs any more.
+_READS = 3
 
 
 def build_page(context: Context) -> gr.Blocks:
@@ -89,10 +93,12 @@ def _connect_clock(
             **library.refresh(jobs, shelf),
         }
 
+    @read_again_if_deleted
     def tick(known: dict[str, Any], *chosen: Any) -> list[Any]:
         now = parts(*chosen)
         return [repr([now[name][0] for name in others]), *_changes(known, now, texts)]
 
+    @read_again_if_deleted
     def fill(known: dict[str, Any], *chosen: Any) -> list[Any]:
         return _changes(known, parts(*chosen), others)
 
@@ -104,6 +110,19 @@ def _connect_clock(
         fill, [seen_others, *inputs], [seen_others, *others.values()],
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
+
+
+def read_again_if_deleted(handler: Handler) -> Handler:
+    """Have a refresh read again where a file that it was about to read is deleted meanwhile."""
+
+    @functools.wraps(handler)
+    def run(*args: Any) -> Any:
+        for _ in range(_READS - 1):
+            with contextlib.suppress(FileNotFoundError):
+                return handler(*args)
+        return handler(*args)
+
+    return run  # type: ignore[return-value]
 
 
 def _changes(known: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -> list[Any]:
