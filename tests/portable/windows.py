@@ -74,6 +74,7 @@ _real_kill, _real_rename = os.kill, os.rename
 # Not `signal.SIGKILL`: this module may be imported where that is gone.
 _KILL = signal.Signals.SIGKILL
 _looking = threading.local()
+_processes = ""
 
 
 def install() -> None:
@@ -81,7 +82,10 @@ def install() -> None:
     if _PROCESSES not in os.environ:
         os.environ[_PROCESSES] = tempfile.mkdtemp(prefix="portable-")
         atexit.register(shutil.rmtree, os.environ[_PROCESSES], ignore_errors=True)
-    Path(os.environ[_PROCESSES], str(os.getpid())).touch()
+    # Kept: a test may clear the environment.
+    global _processes
+    _processes = os.environ[_PROCESSES]
+    Path(_processes, str(os.getpid())).touch()
     _remove_names()
     _start_processes_as_windows_does()
     _guard_folders_of_posix()
@@ -307,7 +311,7 @@ def _refusal(path: str, number: int) -> PermissionError:
 def _holders(path: str, *, mapped_only: bool = False) -> list[str]:
     """The open and mapped files, in our processes, that a path is or holds."""
     found = []
-    for pid in os.listdir(os.environ[_PROCESSES]):
+    for pid in os.listdir(_processes):
         try:
             held = _mapped(pid) if mapped_only else _mapped(pid) + _opened(pid)
         except OSError:  # it has ended
