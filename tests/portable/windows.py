@@ -229,7 +229,9 @@ def _check(event: str, args: tuple[Any, ...]) -> None:
         _refuse_posix_folder(path)
         if flags & (os.O_CREAT | os.O_TRUNC) and (text := _file(path)):
             _check_name(text)
-            if flags & os.O_TRUNC and _holders(text, mapped_only=True):
+            # A folder is opened so for a temporary file without a name.
+            truncates = flags & os.O_TRUNC and not os.path.isdir(text)
+            if truncates and _holders(text, mapped_only=True):
                 raise _refusal(text, _IN_USE)
     elif event in ("os.listdir", "os.scandir"):
         _refuse_posix_folder(args[0])
