@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,20 +61,6 @@ class Batch:
     def __len__(self) -> int:
         """Number of samples, class images included."""
         return len(self.sample_ids)
-
-    def to(self, device: torch.device | str) -> Batch:
-        """Move the tensors to a device."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        return replace(
-            self,
-            is_prior=self.is_prior.to(device),
-            pixels=move(self.pixels),
-            moments=move(self.moments),
-            mask=move(self.mask),
-        )
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

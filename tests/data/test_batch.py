@@ -21,7 +21,7 @@ def test_rows_stay_together_photos_before_their_class_images() -> None:
         mask = torch.zeros(1, 8, 8) if number == 1 else None
         moments = torch.full((4, 2, 2), float(number))
         rows.append(sample(8, number, moments=moments, mask=mask, prior=prior))
-    batch = collate(rows).to("cpu")
+    batch = collate(rows)
     numbers = [0, 1, 2, 10, 11, 12]
     assert len(batch) == 6
     assert batch.sample_ids == [f"id {number}" for number in numbers]

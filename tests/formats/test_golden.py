@@ -34,7 +34,7 @@ def of_target(*targets: str) -> Any:
 
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
 def test_the_files_are_those_that_were_written(folder: Path) -> None:
-    """None was changed, added to its version, or made again."""
+    """None was changed, added to its version, or regenerated."""
     hashes = {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")

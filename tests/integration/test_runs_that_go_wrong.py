@@ -70,7 +70,7 @@ def add_bad_photos(folder: Path) -> dict[str, str]:
     """Write one photo of each bad kind. Returns file name -> what must be said of it."""
     good = next(folder.glob("*.jpg")).read_bytes()
     (folder / "cut.jpg").write_bytes(good[: len(good) // 2])
-    (folder / "text.jpg").write_text("not a picture", encoding="utf-8")
+    (folder / "text.jpg").write_text("not an image", encoding="utf-8")
     (folder / "empty.png").write_bytes(b"")
     (folder / "locked.webp").write_bytes(good)  # a JPEG by its bytes: fine, whatever its name
     # 100 megapixels in a few kilobytes: what must not be decoded to be refused.

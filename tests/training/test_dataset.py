@@ -67,7 +67,7 @@ def test_photos_in_sub_folders_are_counted_and_named(config, photos):
 
 
 def test_a_bad_photo_among_good_ones_is_left_out(sd1_folder, photos, tmp_path):
-    (photos / "text.jpg").write_text("not a picture", encoding="utf-8")
+    (photos / "text.jpg").write_text("not an image", encoding="utf-8")
     whole = (photos / "01.jpg").read_bytes()
     (photos / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.warns(UserWarning, match=r"photo left out: .*(text|truncated)\.jpg"):

@@ -10,35 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import Tensor
 
 from dora_diffusion.formats.adapter.file import AdapterFormatError, read_adapter
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.merge import Strengths, merge_tensor
-from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.adapter.helpers import (
     BLOCK,
     ODD,
     load_pipeline,
     read_or_refused,
 )
+from tests.formats.adapter.targets.helpers import assert_close_to_merge
 from tests.properties import at_least
-
-
-def merged(folder: Path, layers: dict[str, LayerWeights], name: str) -> Tensor:
-    with PipelineFolder.open(folder) as pipeline:
-        return merge_tensor(pipeline[f"{name}.weight"], [(layers[name], Strengths())])
-
-
-def assert_close_to_merge(
-    weight: Tensor, folder: Path, layers: dict[str, LayerWeights], name: str
-) -> None:
-    """Equal to our merge within 1e-6 of its largest entry, and different from the base."""
-    expected = merged(folder, layers, name)
-    size = expected.abs().max().item()
-    assert (weight - expected).abs().max().item() <= 1e-6 * size, name
-    with PipelineFolder.open(folder) as pipeline:
-        assert (weight - pipeline[f"{name}.weight"]).abs().max().item() > 1e-3 * size, name
 
 
 def test_a_peft_folder_made_by_peft_is_read(tmp_path: Path, sd1_folder: Path) -> None:

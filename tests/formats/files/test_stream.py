@@ -21,6 +21,7 @@ from dora_diffusion.formats.files import stream as safetensors_stream
 from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.formats.files.header import TensorFileError, TensorSpec
 from dora_diffusion.formats.files.stream import TensorReader, save_tensors, write_tensors
+from tests.formats.adapter.helpers import ODD
 from tests.properties import at_least
 
 PREFIX = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -35,21 +36,6 @@ WHOLE = save(
     },
     {"ss_network_dim": "2", "ss_network_alpha": "1", "dora_diffusion.rank": "2"},
 )
-
-
-ODD = st.one_of(
-    st.sampled_from(
-        ["", "{", "[]", "{}", "null", "1e999", "nan", "-1", "²", "9" * 5000, "[" * 9999, "NaN"]
-    ),
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(
-            st.sampled_from(["unet.lora_alpha", "unet.alpha_pattern", "(", "to_q", "a"]), inner,
-            max_size=3,
-        ),
-        max_leaves=4,
-    ).map(json.dumps),
-)  # fmt: skip
 
 
 @at_least(200)
