@@ -18,7 +18,7 @@ from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.layers import adapted_layers, can_adapt
 from dora_diffusion.families import Family
 from dora_diffusion.formats.files.header import TensorSpec
-from dora_diffusion.formats.names.modules import canonical, installed_path
+from dora_diffusion.formats.names.modules import canonical, installed_path, is_flat
 from dora_diffusion.numerics.weights import LayerWeights
 
 LiveModules = Mapping[str, nn.Module]
@@ -94,9 +94,8 @@ def load_adapter_state(
     for key, weights in state.items():
         component = key.partition(".")[0]
         if component in split:
-            # CLIPTextModel has no such level in recent versions of transformers.
-            flat = component != "unet" and not hasattr(components[component], "text_model")
-            split[component][installed_path(key, flat=flat)] = weights
+            path = installed_path(key, flat=is_flat(components[component]))
+            split[component][path] = weights
         else:
             unexpected.append(key)
     if unexpected:

@@ -103,22 +103,17 @@ class MetricModel:
         if self.tokenizer is None:
             raise MetricModelError(f"{self.name} does not read text; CLIP does")
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
-        return F.normalize(_tensor(self.network.get_text_features(**tokens)), dim=1)
+        return F.normalize(self.network.get_text_features(**tokens).pooler_output, dim=1)
 
     def _features(self, pixels: Tensor) -> Tensor:
         if hasattr(self.network, "get_image_features"):
-            return _tensor(self.network.get_image_features(pixel_values=pixels))
+            features: Tensor = self.network.get_image_features(pixel_values=pixels).pooler_output
+            return features
         if hasattr(self.network, "extract_features"):
-            features: Tensor = self.network.extract_features(pixels).mean((2, 3))
+            features = self.network.extract_features(pixels).mean((2, 3))
             return features
         states: Tensor = self.network(pixel_values=pixels).last_hidden_state
         return states[:, 0]  # The class token, as DreamBooth's DINO score takes it.
-
-
-def _tensor(output: Any) -> Tensor:
-    """Features of CLIP: a tensor until transformers 4, an output that holds it since 5."""
-    features: Tensor = getattr(output, "pooler_output", output)
-    return features
 
 
 def lite_is_installed() -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from dora_diffusion.formats.names.modules import with_text_model
 
 
 def load_module(kind: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
@@ -53,19 +55,12 @@ def _load_renamed(module: nn.Module, folder: Path, variant: str | None) -> bool:
 
 def fill_renamed(module: nn.Module, stored: Mapping[str, torch.Tensor]) -> bool:
     """Fill a text encoder with tensors named with or without ``text_model.``; whether they fit."""
-    wanted = module.state_dict()
-    prefix = "text_model."
-    renames: list[Callable[[str], str]] = [
-        lambda key: key,
-        lambda key: prefix + key,
-        lambda key: key.removeprefix(prefix),
-    ]
-    for rename in renames:
-        tensors = {key: stored[rename(key)] for key in wanted if rename(key) in stored}
-        if len(tensors) == len(wanted):
-            module.load_state_dict(tensors)
-            return True
-    return False
+    canonical = {with_text_model(key): tensor for key, tensor in stored.items()}
+    wanted = {key: canonical.get(with_text_model(key)) for key in module.state_dict()}
+    if any(tensor is None for tensor in wanted.values()):
+        return False
+    module.load_state_dict(wanted)
+    return True
 
 
 @contextlib.contextmanager

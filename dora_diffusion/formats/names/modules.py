@@ -36,6 +36,11 @@ def canonical(component: str, path: str) -> str:
     return f"{component}.{modern_vae_path(path) if component == 'vae' else path}"
 
 
+def is_flat(text_encoder: object) -> bool:
+    """Whether a live text encoder lacks ``text_model``, as CLIPTextModel of transformers >= 5.6."""
+    return not hasattr(text_encoder, "text_model")
+
+
 def installed_path(name: str, *, flat: bool) -> str:
     """Path of a canonical module name in a live model, which may lack ``text_model`` (``flat``)."""
     path = name.partition(".")[2]
