@@ -28,7 +28,7 @@ def approximate(
     rank: int,
     energy: float | None = None,
 ) -> tuple[dict[str, LayerWeights], dict[str, float], float]:
-    """The best plain LoRA of a rank for each layer's ``W' - W``.
+    """The best plain LoRA of a rank for each layer's ``W' - W``; a LoRA of that rank is itself.
 
     Args:
         layers: The adapter.
@@ -37,16 +37,19 @@ def approximate(
         energy: See `low_rank`.
 
     Returns:
-        The layers without magnitudes (alpha = rank), per layer the relative error
+        The layers without magnitudes, per layer the relative error
         ``|D - B A| / |D|`` in the Frobenius norm, and that of all layers together.
     """
     approximations, errors = {}, {}
     all_left = all_size = 0.0
     for name, layer in layers.items():
-        target = weight_change(base_weight(name), layer)
-        approximations[name] = lora = low_rank(target, rank, energy)
-        residual = target - (lora.up.flatten(1) @ lora.down.flatten(1)).view_as(target)
-        size, distance = target.norm().item(), residual.norm().item()
+        if layer.magnitude is None:
+            approximations[name], distance, size = truncated(layer, rank, energy)
+        else:
+            target = weight_change(base_weight(name), layer)
+            approximations[name] = lora = low_rank(target, rank, energy)
+            residual = target - (lora.up.flatten(1) @ lora.down.flatten(1)).view_as(target)
+            size, distance = target.norm().item(), residual.norm().item()
         errors[name] = distance / size if size else 0.0
         all_left, all_size = math.hypot(all_left, distance), math.hypot(all_size, size)
     return approximations, errors, all_left / all_size if all_size else 0.0

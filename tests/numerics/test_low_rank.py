@@ -29,14 +29,16 @@ def test_approximations_are_the_best_ones(shape: tuple[int, ...], rank: int) -> 
     assert best * (1 - 1e-5) <= (target - found).norm().item() <= best * 1.02
 
 
-def test_a_plain_lora_is_approximated_exactly(
+def test_a_plain_lora_is_its_own_approximation(
     sd1_folder: Path, random_adapter: MakeAdapter
 ) -> None:
+    """At a larger rank too, where singular vectors of nothing would fill the file."""
     layers = random_adapter(sd1_folder, axis=None, every=6)
     with PipelineFolder.open(sd1_folder) as pipeline:
-        _, errors, total = approximate(layers, lambda name: pipeline[f"{name}.weight"], rank=4)
-    assert max(errors.values()) < 1e-5
-    assert total < 1e-5
+        found, errors, total = approximate(layers, lambda name: pipeline[f"{name}.weight"], 64)
+    assert all(found[name] is layer for name, layer in layers.items())
+    assert not any(errors.values())
+    assert total == 0
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (12, 8, 3, 3)])
