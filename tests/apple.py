@@ -17,6 +17,8 @@ how they round.
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -54,6 +56,9 @@ def unsupported_operators() -> frozenset[str]:
         DispatchKey.CompositeExplicitAutogradNonFunctional,
     )
     kernels = {str(name) for key in keys for name in parsed.backend_indices[key].index}
+    # Until 2.12, torch gave MPS the group norm in Python.
+    source = inspect.getsource(torch.backends.mps)
+    kernels |= set(re.findall(r'_lib\.impl\("(\w+)", \w+, "MPS"\)', source))
     # A structured operator has the kernel of the one that writes to ``out``.
     homes = {str(f.func.name): str(f.structured_delegate or f.func.name)
              for f in parsed.native_functions}  # fmt: skip

@@ -27,6 +27,7 @@ def test_auto_is_what_the_device_computes(device, has_bf16, dtype, name, monkeyp
             home, "is_bf16_supported", lambda including_emulation: has_bf16, raising=False
         )
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: has_bf16)
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
     assert precision.auto_dtype(device) == dtype
     assert precision.dtype_of("auto", device) == dtype
     assert precision.precision_of("auto", device) == name

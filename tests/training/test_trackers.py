@@ -171,7 +171,7 @@ def test_prodigys_rate_is_what_its_step_takes(tiny_run, tmp_path, monkeypatch):
 
 def test_prodigys_rate_grows_and_adamws_is_not_written(tiny_run, tmp_path):
     pytest.importorskip("prodigyopt")
-    train(tiny_run(optimizer="prodigy", learning_rate=1.0, max_train_steps=8))
+    train(tiny_run(optimizer="prodigy", learning_rate=1.0, max_train_steps=20))
     rates = [record["effective_lr"]["unet/down"] for record in records(tmp_path / "out")]
     assert rates == sorted(rates)
     assert rates[-1] > rates[0]
