@@ -22,6 +22,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -304,6 +305,9 @@ def _have_torch_say_so(patch: pytest.MonkeyPatch, gpu: AppleGPU) -> None:
         patch.setattr(
             torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("mps")
         )
+        # Optimizers ask it since torch 2.15.
+        stream = SimpleNamespace(is_capturing=lambda: False)
+        patch.setattr(torch.accelerator, "current_stream", lambda device=None: stream)
 
     def seed(number: int) -> None:
         gpu.random_state = torch.Generator().manual_seed(number).get_state()
