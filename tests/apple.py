@@ -297,7 +297,8 @@ def _have_torch_say_so(patch: pytest.MonkeyPatch, gpu: AppleGPU) -> None:
     """Torch's own words about its devices."""
     mps = torch.backends.mps
     patch.setattr(mps, "is_built", lambda: True)
-    patch.setattr(mps, "is_available", lambda: True)
+    # Wrapped, since torch's compiler looks below the wrapper when it is imported.
+    patch.setattr(mps, "is_available", functools.wraps(mps.is_available)(lambda: True))
     patch.setattr(mps, "get_name", lambda: "Apple M3 Max", raising=False)
     patch.setattr(mps, "is_macos_or_newer", lambda major, minor: gpu.has_bf16 or major < 14)
     if hasattr(torch, "accelerator"):
