@@ -70,11 +70,13 @@ def adapter_state(components: LiveModules, name: str = DEFAULT_NAME) -> dict[str
 
 
 def _detached(adapter: LayerAdapter) -> LayerWeights:
+    weights = adapter.weights()
     copies: dict[str, Any] = {
-        name: parameter.detach().to("cpu", copy=True)
-        for name, parameter in adapter.named_parameters()
+        name: tensor.detach().to("cpu", copy=True)
+        for name in ("down", "up", "magnitude")
+        if (tensor := getattr(weights, name)) is not None
     }
-    return dataclasses.replace(adapter.weights(), **copies)
+    return dataclasses.replace(weights, **copies)
 
 
 def load_adapter_state(

@@ -9,6 +9,7 @@ from dora_diffusion.config.checks import require, require_choice, require_positi
 PRESETS = ("cross-attention", "attention", "attention+conv", "full")
 TEXT_ENCODER_PRESETS = ("text-encoder-attention", "text-encoder")
 NORM_AXES = ("output", "input")
+INITS = ("random", "pissa")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class AdapterConfig:
         norm_axis: ``"output"`` (one magnitude per output channel, as PEFT has it) or ``"input"``
             (one per input channel, as the paper prints it).
         dropout: Probability of dropping an input of the low-rank path.
+        init: Where A and B start. ``"random"``: A random, B zero. ``"pissa"``: both from the
+            leading singular vectors of the weight (arXiv:2404.02948); the update has rank 2r.
 
     Example:
         >>> AdapterConfig(rank=8).conv_rank_or_rank
@@ -44,6 +47,7 @@ class AdapterConfig:
     use_dora: bool = True
     norm_axis: str = "output"
     dropout: float = 0.0
+    init: str = "random"
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
@@ -52,6 +56,7 @@ class AdapterConfig:
         for name in ("rank", "alpha", "conv_rank", "conv_alpha"):
             require_positive(name, getattr(self, name))
         require_choice("norm_axis", self.norm_axis, NORM_AXES)
+        require_choice("init", self.init, INITS)
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)")
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dora_diffusion.config.adapter import NORM_AXES, PRESETS, TEXT_ENCODER_PRESETS
+from dora_diffusion.config.adapter import INITS, NORM_AXES, PRESETS, TEXT_ENCODER_PRESETS
 from dora_diffusion.config.fields import Condition, Need, flag
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
@@ -49,6 +49,12 @@ class AdapterSettings:
     conv_rank: int = flag(4, "Rank of Conv2d layers.", above=0)
     conv_alpha: float | None = flag(None, "Alpha of Conv2d layers.", derived="conv_rank", above=0)
     rslora: bool = flag(False, "rsLoRA: scale by alpha / sqrt(rank).")
+    init: str = flag(
+        "random",
+        "Start of A and B. random: A random, B zero. pissa: the leading singular vectors of the "
+        "weight (PiSSA, arXiv:2404.02948), which a file holds with twice the rank.",
+        choices=INITS,
+    )
     lora_dropout: float = flag(0.0, "Dropout on the low-rank path.", least=0, below=1)
     use_dora: bool = flag(True, "Train DoRA's magnitude; --no-use_dora trains plain LoRA.")
     norm_axis: str = flag(

@@ -79,6 +79,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             use_dora=self.use_dora,
             norm_axis=self.norm_axis,
             dropout=self.lora_dropout,
+            init=self.init,
         )
 
     @property

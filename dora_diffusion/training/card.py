@@ -37,6 +37,7 @@ def model_card(
     prompt = config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
     method = "DoRA" if config.use_dora else "LoRA"
     axis = f", norm on the {config.norm_axis} axis" if config.use_dora else ""
+    start = f", started by {config.init}" if config.init != "random" else ""
     images = "".join(
         f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
     )
@@ -62,8 +63,8 @@ dora-diffusion export --base {base} --adapter {adapter.parent.name} --output mer
 {_diffusers_example(base, adapter, prompt or "")}
 ## How it was made
 
-{method} (rank {config.rank}, convolutions {config.conv_rank}{axis}) on `{base}`, trained with
-dora_diffusion {__version__} at {metadata.resolution} px for {steps} steps: {report}.
+{method} (rank {config.rank}, convolutions {config.conv_rank}{axis}{start}) on `{base}`,
+trained with dora_diffusion {__version__} at {metadata.resolution} px for {steps} steps: {report}.
 All settings are in `config.yaml`; the loss of every step is in `metrics.jsonl`.
 """
 

@@ -12,6 +12,7 @@ from PIL import Image
 from dora_diffusion import __version__
 from dora_diffusion.adapters.inject import remove_adapters
 from dora_diffusion.adapters.state import LiveWeights, load_adapter_state
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import tag_frequency
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -59,11 +60,17 @@ def adapter_metadata(session: Session, steps: int) -> AdapterMetadata:
             "prediction_type": components.prediction_type,
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
+            **_variant(session.config),
             UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
         },
         tags=(subject.class_word,) if subject.class_word else (),
         tag_frequency=tag_frequency(session.dataset.captions),
     )
+
+
+def _variant(config: TrainConfig) -> dict[str, str]:
+    """How it was trained, where that was not A and B from their usual start."""
+    return {} if config.init == "random" else {"init": config.init}
 
 
 def write_adapter_file(

@@ -16,9 +16,9 @@ from dora_diffusion.models.load import load_components
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.training.adapters import TrainedAdapters, inject_trained
 from dora_diffusion.training.checkpoint import (
-    parameters_by_name,
     restore_optimizer,
-    restore_parameters,
+    restore_tensors,
+    tensors_by_name,
 )
 from dora_diffusion.training.dataset import open_dataset
 from dora_diffusion.training.events import OnEvent, ignore
@@ -67,9 +67,9 @@ class Session:
     def state_dict(self) -> dict[str, Any]:
         """Everything that steps change, on the CPU."""
         scaler = self.accelerator.scaler
-        parameters = parameters_by_name(self.adapters.modules)
+        tensors = tensors_by_name(self.adapters.modules)
         return {
-            "parameters": {name: p.detach().cpu() for name, p in parameters.items()},
+            "parameters": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
             "optimizer": self.train_step.optimizer.state_dict(),
             "lr_schedule": self.train_step.lr_schedule.state_dict(),
             "sampler": self.sampler.state_dict(),
@@ -82,7 +82,7 @@ class Session:
         Raises:
             ConfigError: If it is of another adapter.
         """
-        restore_parameters(self.adapters.modules, state["parameters"])
+        restore_tensors(self.adapters.modules, state["parameters"])
         restore_optimizer(self.train_step.optimizer, self.train_step.lr_schedule, state)
         self.sampler.load_state_dict(state["sampler"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:

@@ -1,0 +1,53 @@
+"""Other numbers that train than A and B, and the A and B that they stand for.
+
+The formula of `numerics.dora` sees A and B alone, so that norms, merges and files need not know of
+any of this. Nothing here saves a tensor that a backward pass frees: with gradient accumulation one
+graph is gone through several times.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.numerics.low_rank import low_rank
+from dora_diffusion.numerics.precision import wide
+
+
+def principal_factors(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A and B with ``s B A`` the best approximation of a weight of this rank.
+
+    It is PiSSA's start (arXiv:2404.02948, equations 2 and 3): the leading singular triplets, their
+    singular values shared equally by A and B.
+
+    Args:
+        weight: ``(out, in, *k)``.
+        rank: r.
+        scale: s.
+
+    Returns:
+        A ``(r, in, *k)`` and B ``(out, r, ...)``, float32 or wider.
+    """
+    # On the CPU, so that the start is the same on every device.
+    layer = low_rank(wide(weight).cpu(), rank)
+    share = scale**0.5
+    return (layer.down / share).to(weight.device), (layer.up / share).to(weight.device)
+
+
+def moved_factors(
+    down: Tensor, up: Tensor, start_down: Tensor, start_up: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A and B of ``(B0 + b)(A0 + a) - B0 A0``, which is exactly 0 where a and b are.
+
+    It is ``b (A0 + a) + B0 a``: no difference of large products, so that rounding takes nothing.
+
+    Args:
+        down: a, the change of A0 ``(r, in, *k)``.
+        up: b, the change of B0 ``(out, r, ...)``.
+        start_down: A0.
+        start_up: B0.
+
+    Returns:
+        A ``(2r, in, *k)`` and B ``(out, 2r, ...)``.
+    """
+    return torch.cat([start_down + down, down]), torch.cat([up, start_up], dim=1)
