@@ -10,11 +10,12 @@ from typing import cast
 import torch
 from torch import nn
 
-from dora_diffusion.adapters.directions import Direction, PrincipalDirection
+from dora_diffusion.adapters.directions import Direction, PrincipalDirection, ProjectedDirection
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.targets import is_conv
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.dora import weight_norm
+from dora_diffusion.numerics.projections import Projections
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 from dora_diffusion.wording import counted
 
@@ -64,11 +65,13 @@ def _report(path: str, adapter: LayerAdapter) -> AdaptedLayerReport:
 
 
 def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
-    """Refuse a rank that is larger than a layer.
+    """Refuse a rank that is larger than a layer; VeRA's random projections may have any.
 
     Raises:
         ValueError: With the setting and the largest rank.
     """
+    if config.direction == "vera":
+        return
     weight = cast(torch.Tensor, module.weight)
     rank, _ = config.rank_and_alpha(is_conv(module))
     largest = min(weight.shape[0], weight[0].numel())
@@ -80,28 +83,49 @@ def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
         )
 
 
-def fresh_adapter(
-    module: nn.Module, config: AdapterConfig, generator: torch.Generator | None
-) -> LayerAdapter:
-    """A new adapter for a layer, which changes nothing: float32, m = norm(W).
+def fresh_adapters(
+    modules: Mapping[str, nn.Module], config: AdapterConfig, generator: torch.Generator | None
+) -> dict[str, LayerAdapter]:
+    """A new adapter for each layer by its path, which changes nothing: float32, m = norm(W).
 
     Args:
-        module: The layer.
+        modules: The layers.
         config: What the adapter is made of.
         generator: Draws what is random. None uses the global one.
     """
+    projections = None
+    if config.direction == "vera":
+        shapes = [tuple(cast(torch.Tensor, module.weight).shape) for module in modules.values()]
+        projections = Projections.of(shapes, config.rank, config.projection_seed)
+    return {
+        path: _fresh_adapter(module, config, generator, projections)
+        for path, module in modules.items()
+    }
+
+
+def _fresh_adapter(
+    module: nn.Module,
+    config: AdapterConfig,
+    generator: torch.Generator | None,
+    projections: Projections | None,
+) -> LayerAdapter:
     weight = cast(torch.Tensor, module.weight).detach()
     rank, alpha = config.rank_and_alpha(is_conv(module))
     axis = cast(NormAxis, config.norm_axis)
     magnitude = weight_norm(weight, axis).float() if config.use_dora else None
     direction: Direction | None = None
-    if config.init == "pissa":
+    if projections is not None:
+        direction = ProjectedDirection(projections, weight)
+    elif config.init == "pissa":
         direction = PrincipalDirection(weight, rank, alpha / rank)
-        down, up = direction(*direction.start())
-        alpha *= down.shape[0] / rank
-    else:
+    if direction is None:
         down, up = _random_factors(weight, rank, generator)
-    return LayerAdapter(LayerWeights(down, up, magnitude, alpha, axis), config.dropout, direction)
+        return LayerAdapter(LayerWeights(down, up, magnitude, alpha, axis), config.dropout)
+    start = direction.start(generator)
+    with torch.no_grad():
+        down, up = direction(*start)
+    weights = LayerWeights(down, up, magnitude, alpha * down.shape[0] / rank, axis)
+    return LayerAdapter(weights, config.dropout, direction, start)
 
 
 def _random_factors(

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from dora_diffusion.adapters.fresh import InjectionReport, check_rank, fresh_adapter
+from dora_diffusion.adapters.fresh import InjectionReport, check_rank, fresh_adapters
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.layers import (
     AdaptedLayer,
@@ -61,9 +61,10 @@ def inject_adapters(
         1 layer adapted (1 Linear), 34 parameters
     """
     paths = match_targets(model, config.targets)
-    for path in paths:
-        check_rank(path, model.get_submodule(path), config)
-    adapters = {path: fresh_adapter(model.get_submodule(path), config, generator) for path in paths}
+    modules = {path: model.get_submodule(path) for path in paths}
+    for path, module in modules.items():
+        check_rank(path, module, config)
+    adapters = fresh_adapters(modules, config, generator)
     _attach(model, adapters, name)
     return InjectionReport.of(adapters)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dora_diffusion.adapters.directions import Direction
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
@@ -20,16 +20,26 @@ class LayerAdapter(nn.Module):
         direction: What makes A and B; None: they are ``down`` and ``up``.
         strengths: Its strengths; those of a new adapter are 1.
         enabled: False switches the adapter off.
+
+    Args:
+        weights: What it starts as.
+        dropout: As in `AdapterConfig`.
+        direction: See above.
+        trained: ``down`` and ``up`` that the direction makes ``weights`` from.
     """
 
     magnitude: nn.Parameter | None
     direction: Direction | None
 
     def __init__(
-        self, weights: LayerWeights, dropout: float = 0.0, direction: Direction | None = None
+        self,
+        weights: LayerWeights,
+        dropout: float = 0.0,
+        direction: Direction | None = None,
+        trained: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        down, up = (weights.down, weights.up) if direction is None else direction.start()
+        down, up = trained or (weights.down, weights.up)
         self.down = nn.Parameter(down)
         self.up = nn.Parameter(up)
         magnitude = weights.magnitude
@@ -54,6 +64,17 @@ class LayerAdapter(nn.Module):
         """`weights`, with the direction's strength in their scale."""
         weights = self.weights()
         return dataclasses.replace(weights, alpha=self.strengths.direction_strength * weights.alpha)
+
+    @torch.no_grad()
+    def used_weights(self) -> LayerWeights:
+        """What a file holds: `weights` without rows that a direction has switched off."""
+        weights = self.weights()
+        used = None if self.direction is None else self.direction.used()
+        if used is None or bool(used.all()):
+            return weights
+        down, up = weights.down[used], weights.up[:, used]
+        alpha = weights.alpha * down.shape[0] / weights.rank  # The scale stays.
+        return dataclasses.replace(weights, down=down, up=up, alpha=alpha)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

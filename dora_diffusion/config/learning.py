@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dora_diffusion.config.adapter import INITS, NORM_AXES, PRESETS, TEXT_ENCODER_PRESETS
+from dora_diffusion.config.adapter import (
+    DIRECTIONS,
+    INITS,
+    NORM_AXES,
+    PRESETS,
+    TEXT_ENCODER_PRESETS,
+)
 from dora_diffusion.config.fields import Condition, Need, flag
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
@@ -15,6 +21,7 @@ LR_SCHEDULES = (
 
 _TEXT_ENCODER = Need("train_text_encoder")
 _ADAM = Need("optimizer", ("adamw", "adamw8bit", "prodigy"))
+_LOW_RANK = Need("direction", ("low-rank",))
 _PRODIGY = Need("optimizer", ("prodigy",))
 
 
@@ -44,11 +51,25 @@ class AdapterSettings:
         needs=(_TEXT_ENCODER,),
     )
     train_text_encoder: bool = flag(False, "Adapt the text encoders too.")
-    rank: int = flag(8, "Rank of Linear layers.", above=0)
-    lora_alpha: float | None = flag(None, "Alpha of Linear layers.", derived="rank", above=0)
-    conv_rank: int = flag(4, "Rank of Conv2d layers.", above=0)
-    conv_alpha: float | None = flag(None, "Alpha of Conv2d layers.", derived="conv_rank", above=0)
-    rslora: bool = flag(False, "rsLoRA: scale by alpha / sqrt(rank).")
+    rank: int = flag(8, "Rank of Linear layers.", needs=(_LOW_RANK,), above=0)
+    lora_alpha: float | None = flag(
+        None, "Alpha of Linear layers.", derived="rank", needs=(_LOW_RANK,), above=0
+    )
+    conv_rank: int = flag(4, "Rank of Conv2d layers.", needs=(_LOW_RANK,), above=0)
+    conv_alpha: float | None = flag(
+        None, "Alpha of Conv2d layers.", derived="conv_rank", needs=(_LOW_RANK,), above=0
+    )
+    rslora: bool = flag(False, "rsLoRA: scale by alpha / sqrt(rank).", needs=(_LOW_RANK,))
+    direction: str = flag(
+        "low-rank",
+        "What the update is made of. low-rank: A and B, which train. vera: frozen random A and B "
+        "that all layers share, and two vectors a layer that train (VeRA, arXiv:2310.11454; with "
+        "magnitudes DVoRA), at 10 to 100 times the learning rate.",
+        choices=DIRECTIONS,
+    )
+    vera_rank: int = flag(
+        64, "Rank of VeRA's projections.", needs=(Need("direction", ("vera",)),), above=0
+    )
     init: str = flag(
         "random",
         "Start of A and B. random: A random, B zero. pissa: the leading singular vectors of the "

@@ -69,17 +69,20 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         )
 
     def _adapter(self, targets: tuple[str, ...], linear_only: bool) -> AdapterConfig:
+        is_vera = self.direction == "vera"
         return AdapterConfig(
             targets=targets,
-            rank=self.rank,
+            rank=self.vera_rank if is_vera else self.rank,
             alpha=self.lora_alpha,
-            conv_rank=None if linear_only else self.conv_rank,
+            conv_rank=None if linear_only or is_vera else self.conv_rank,
             conv_alpha=None if linear_only else self.conv_alpha,
             rslora=self.rslora,
             use_dora=self.use_dora,
             norm_axis=self.norm_axis,
             dropout=self.lora_dropout,
             init=self.init,
+            direction=self.direction,
+            projection_seed=self.seed,
         )
 
     @property

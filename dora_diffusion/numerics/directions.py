@@ -7,8 +7,11 @@ graph is gone through several times.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dora_diffusion.numerics.low_rank import low_rank
 from dora_diffusion.numerics.precision import wide
@@ -51,3 +54,32 @@ def moved_factors(
         A ``(2r, in, *k)`` and B ``(out, 2r, ...)``.
     """
     return torch.cat([start_down + down, down]), torch.cat([up, start_up], dim=1)
+
+
+def scaled_rows(vector: Tensor, matrix: Tensor) -> Tensor:
+    """``diag(v) M``: ``(n,)`` and ``(n, ...)`` -> ``(n, ...)``, differentiable in both."""
+    made: Tensor = _ScaledRows.apply(vector, matrix)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _ScaledRows(torch.autograd.Function):
+    """Keeps its inputs, none of which changes within a step, past a first backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, matrix: Tensor) -> Tensor:
+        ctx.vector, ctx.matrix = vector, matrix
+        return _column(vector, matrix) * matrix
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        vector, matrix = ctx.vector.detach(), ctx.matrix.detach()
+        needs_vector, needs_matrix = ctx.needs_input_grad
+        return (
+            (grad * matrix).flatten(1).sum(dim=1) if needs_vector else None,
+            _column(vector, matrix) * grad if needs_matrix else None,
+        )
+
+
+def _column(vector: Tensor, matrix: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (matrix.ndim - 1))

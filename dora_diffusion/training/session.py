@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.data.sampler import EpochSampler
+from dora_diffusion.formats.adapter.vera import digest_of
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
@@ -74,6 +75,7 @@ class Session:
             "lr_schedule": self.train_step.lr_schedule.state_dict(),
             "sampler": self.sampler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "projections": self._digests(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -82,11 +84,22 @@ class Session:
         Raises:
             ConfigError: If it is of another adapter.
         """
+        if state.get("projections", {}) != self._digests():
+            raise ConfigError(
+                "the checkpoint's random projections are not those that this version draws; "
+                "resume it with the version that wrote it"
+            )
         restore_tensors(self.adapters.modules, state["parameters"])
         restore_optimizer(self.train_step.optimizer, self.train_step.lr_schedule, state)
         self.sampler.load_state_dict(state["sampler"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _digests(self) -> dict[str, str]:
+        """What tells a VeRA's projections from others, by component."""
+        layers = self.adapters.vectors()
+        drawn = {name.partition(".")[0]: layer.projections for name, layer in layers.items()}
+        return {component: digest_of(projections) for component, projections in drawn.items()}
 
 
 def open_session(

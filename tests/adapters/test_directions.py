@@ -16,10 +16,10 @@ from dora_diffusion.adapters.inject import (
 )
 from dora_diffusion.adapters.state import adapter_state, load_adapter_state
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.numerics.dora import adapted_weight
+from dora_diffusion.numerics.dora import adapted_norm, adapted_weight
 from tests.adapters.helpers import AXES, Net, everything, move
 
-KINDS = [{"init": "pissa"}]
+KINDS = [{"init": "pissa"}, {"direction": "vera", "rank": 16}]
 
 
 class TwoLinears(nn.Module):
@@ -192,6 +192,58 @@ def test_pissa_is_what_peft_converts_its_own_to(tmp_path):
         assert layer.rank == other.r["default"] == 6
         torch.testing.assert_close(ours, other.get_delta_weight("default"), rtol=0, atol=1e-5)
         assert ours.norm() > 0.05
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_vera_has_the_outputs_and_gradients_of_pefts(use_dora):
+    """With magnitudes at the norm, which the gradient takes for constant, DVoRA is VeRA."""
+    model, rank = two_linears(), 24
+    config = AdapterConfig(targets=("*",), rank=rank, direction="vera", projection_seed=3,
+                           use_dora=use_dora)  # fmt: skip
+    report = inject_adapters(model, config)
+    assert report.parameters == sum(rank + out + use_dora * out for out in (14, 6))
+    theirs = peft.get_peft_model(two_linears(), peft.VeraConfig(
+        r=rank, target_modules=["first", "second"], d_initial=0.1,
+    ))  # fmt: skip
+    tuner, pairs = theirs.base_model, []
+    layers = {name: m for name, m in model.named_modules() if hasattr(m, "adapters")}
+    drawn = next(iter(layers.values())).adapters["default"].direction.projections.matrices
+    tuner.vera_A["default"].copy_(drawn[1, 1].flatten(1))
+    tuner.vera_B["default"].copy_(drawn[None])
+    generator = torch.Generator().manual_seed(1)
+    for name, layer in layers.items():
+        ours, other = layer.adapters["default"], tuner.model.get_submodule(name)
+        pairs += [(ours.down, other.vera_lambda_d["default"]),
+                  (ours.up, other.vera_lambda_b["default"])]  # fmt: skip
+        assert torch.equal(ours.down, other.vera_lambda_d["default"])
+        for mine, one in pairs[-2:]:
+            mine.data.add_(0.2 * torch.randn(mine.shape, generator=generator))
+            one.data.copy_(mine)
+        if use_dora:
+            ours.magnitude.data.copy_(adapted_norm(layer.weight, ours.weights()))
+    x, y = batches(2, 10)
+    x, twin = x.requires_grad_(), x.detach().clone().requires_grad_()
+    with norm_scope(model):
+        ours = model(x)
+        (ours * y[:, :6]).sum().backward()
+    expected = theirs(twin)
+    (expected * y[:, :6]).sum().backward()
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(x.grad, twin.grad, rtol=0, atol=1e-5)
+    for mine, one in pairs:
+        assert one.grad.abs().max() > 1e-3
+        torch.testing.assert_close(mine.grad, one.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_all_layers_share_one_copy_of_the_projections(net):
+    inject_adapters(net, everything(direction="vera", rank=8))
+    shared = {id(m.adapters["default"].direction.projections)
+              for m in net.modules() if hasattr(m, "adapters")}  # fmt: skip
+    assert len(shared) == 1
+    assert not any("projections" in name for name in net.state_dict())
+    assert {name.rpartition(".")[2] for name, p in net.named_parameters() if p.requires_grad} == {
+        "down", "up", "magnitude"
+    }  # fmt: skip
 
 
 def test_the_leading_part_of_a_large_weight_is_what_starts_it():

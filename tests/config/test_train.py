@@ -27,6 +27,8 @@ from dora_diffusion.config import ConfigError, TrainConfig, settings
         ({"optimizer": "prodigy", "learning_rate": 1.0, "use_8bit_adam": True},
          "use_8bit_adam is another optimizer than prodigy; leave one of them out"),
         ({"push_to_hub": True}, "push_to_hub needs --hub_model_id NAME/MODEL"),
+        ({"direction": "vera", "init": "pissa"},
+         "init pissa starts A and B, which direction vera does not train; leave one out"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0; it must be less than 1"),
     ],
 )  # fmt: skip

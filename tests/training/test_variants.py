@@ -9,8 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.config import ConfigError
+from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.loop import train
@@ -23,7 +26,7 @@ from tests.formats.adapter.targets.helpers import (
 from tests.formats.adapter.targets.test_kohya import lycoris_axis
 from tests.training.helpers import assert_same_adapter, losses, make_config, open_run
 
-VARIANTS = {"pissa": {"init": "pissa"}}
+VARIANTS = {"pissa": {"init": "pissa"}, "dvora": {"direction": "vera", "vera_rank": 8}}
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -130,3 +133,36 @@ def test_a_fresh_pissa_has_the_leading_part_of_each_weight(
         leading = (u[:, :2] * s[:2]) @ vh[:2]
         torch.testing.assert_close(direction.start_up @ direction.start_down, leading,
                                    rtol=1e-3, atol=1e-4)  # fmt: skip
+
+
+def test_a_dvora_leaves_a_compact_file_beside_an_ordinary_one(tiny_run, tmp_path):
+    config = tiny_run(direction="vera", vera_rank=8, checkpointing_steps=2, train_text_encoder=True)
+    result = train(config)
+    run, checkpoint = tmp_path / "out", tmp_path / "out" / "checkpoint-2"
+    assert result.adapter.name == "pytorch_lora_weights.safetensors"
+    assert [file.name for file in checkpoint.glob("*.safetensors")] == ["vera.safetensors"]
+    compact = read_adapter(run / "vera.safetensors")
+    assert compact.metadata.extra["direction"] == "vera"
+    ordinary = read_adapter(run).layers
+    assert set(compact.layers) == set(ordinary)
+    for name, layer in compact.layers.items():
+        for part in ("down", "up", "magnitude"):
+            assert torch.equal(getattr(layer, part), getattr(ordinary[name], part))
+    trained = sum(w.rank + w.up.shape[0] + w.magnitude_size for w in ordinary.values())
+    tensors = load_file(run / "vera.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == trained
+    assert read_adapter(checkpoint).layers.keys() == ordinary.keys()
+    convert_adapter(run / "vera.safetensors", tmp_path / "peft", "peft")
+    assert read_adapter(tmp_path / "peft").layers.keys() == ordinary.keys()
+    assert "DVoRA (projections of rank 8" in (run / "README.md").read_text(encoding="utf-8")
+
+
+def test_projections_that_are_not_drawn_as_before_are_no_checkpoint_of_the_run(
+    sd1_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    session = open_run(sd1_folder, photos, tmp_path, targets=["attention"], direction="vera")
+    state = session.state_dict()
+    assert set(state["projections"]) == {"unet"}
+    session.load_state_dict(state)
+    with pytest.raises(ConfigError, match="not those that this version draws"):
+        session.load_state_dict({**state, "projections": {"unet": "another"}})
