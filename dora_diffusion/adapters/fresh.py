@@ -10,7 +10,12 @@ from typing import cast
 import torch
 from torch import nn
 
-from dora_diffusion.adapters.directions import Direction, PrincipalDirection, ProjectedDirection
+from dora_diffusion.adapters.directions import (
+    Direction,
+    PrincipalDirection,
+    ProjectedDirection,
+    SingularDirection,
+)
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.targets import is_conv
 from dora_diffusion.config import AdapterConfig
@@ -116,6 +121,8 @@ def _fresh_adapter(
     direction: Direction | None = None
     if projections is not None:
         direction = ProjectedDirection(projections, weight)
+    elif config.direction == "adalora":
+        direction = SingularDirection(weight, rank)
     elif config.init == "pissa":
         direction = PrincipalDirection(weight, rank, alpha / rank)
     if direction is None:

@@ -10,7 +10,7 @@ PRESETS = ("cross-attention", "attention", "attention+conv", "full")
 TEXT_ENCODER_PRESETS = ("text-encoder-attention", "text-encoder")
 NORM_AXES = ("output", "input")
 INITS = ("random", "pissa")
-DIRECTIONS = ("low-rank", "vera")
+DIRECTIONS = ("low-rank", "vera", "adalora")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class AdapterConfig:
             leading singular vectors of the weight (arXiv:2404.02948); the update has rank 2r.
         direction: What the update is made of. ``"low-rank"``: A and B, which train. ``"vera"``:
             frozen random A and B of ``rank``, shared by all layers, and vectors that train
-            (arXiv:2310.11454); the scale is 1.
+            (arXiv:2310.11454); the scale is 1. ``"adalora"``: A with a factor for each of its rows,
+            by which ``train`` switches rows off (arXiv:2303.10512).
         projection_seed: What VeRA's A and B are drawn from.
 
     Example:
@@ -65,16 +66,17 @@ class AdapterConfig:
         require_choice("norm_axis", self.norm_axis, NORM_AXES)
         require_choice("init", self.init, INITS)
         require_choice("direction", self.direction, DIRECTIONS)
+        require(
+            self.init == "random" or self.direction == "low-rank",
+            f"init {self.init} starts A and B as they train in direction low-rank; direction "
+            f"{self.direction} has other numbers: leave one of them out",
+            "init",
+        )
         if self.direction == "vera":
             self._check_vera()
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)")
 
     def _check_vera(self) -> None:
-        require(
-            self.init == "random",
-            f"init {self.init} starts A and B, which direction vera does not train; leave one out",
-            "init",
-        )
         require(
             self.conv_rank_or_rank == self.rank,
             f"conv_rank is {self.conv_rank}: all layers of direction vera share projections of "

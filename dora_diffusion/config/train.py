@@ -52,6 +52,8 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         )
         if self.optimizer_name == "prodigy":
             self._check_prodigy()
+        if self.direction == "adalora":
+            self._check_allocation()
         for targets, rank_only in ((self.targets, False), (self.text_encoder_targets, True)):
             self._adapter(tuple(targets), rank_only)
 
@@ -66,6 +68,35 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             self.magnitude_lr is None and self.loraplus_ratio == 1,
             "Prodigy has one rate for everything: leave out magnitude_lr and loraplus_ratio",
             "optimizer",
+        )
+
+    def _check_allocation(self) -> None:
+        require(
+            (self.target_rank or 0) <= self.rank,
+            f"target_rank is {self.target_rank}, more than the rank {self.rank} that layers start "
+            "with; raise rank",
+            "target_rank",
+        )
+        if self.max_train_steps is not None:
+            warmup, final = self.allocation_phases
+            require(
+                warmup + final < self.max_train_steps,
+                f"allocation_warmup {warmup} and allocation_final {final} leave none of "
+                f"{self.max_train_steps} steps to allocate ranks in",
+                "allocation_final",
+            )
+
+    @property
+    def allocation_phases(self) -> tuple[int, int]:
+        """Steps of rank allocation's warm-up, and of its end."""
+        steps, warmup, final = (
+            self.max_train_steps or 0,
+            self.allocation_warmup,
+            self.allocation_final,
+        )
+        return (
+            steps // 10 if warmup is None else warmup,
+            steps // 2 if final is None else final,
         )
 
     def _adapter(self, targets: tuple[str, ...], linear_only: bool) -> AdapterConfig:

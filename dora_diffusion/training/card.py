@@ -78,6 +78,8 @@ def _method(config: TrainConfig) -> str:
 def _ranks(config: TrainConfig) -> str:
     if config.direction == "vera":
         return f"projections of rank {config.vera_rank}"
+    if config.direction == "adalora":
+        return f"ranks allocated to layers, from {config.rank}, convolutions {config.conv_rank}"
     return f"rank {config.rank}, convolutions {config.conv_rank}"
 
 

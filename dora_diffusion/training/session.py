@@ -69,6 +69,7 @@ class Session:
         """Everything that steps change, on the CPU."""
         scaler = self.accelerator.scaler
         tensors = tensors_by_name(self.adapters.modules)
+        allocation = self.train_step.allocation
         return {
             "parameters": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
             "optimizer": self.train_step.optimizer.state_dict(),
@@ -76,6 +77,7 @@ class Session:
             "sampler": self.sampler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "projections": self._digests(),
+            "allocation": None if allocation is None else allocation.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -90,6 +92,8 @@ class Session:
                 "resume it with the version that wrote it"
             )
         restore_tensors(self.adapters.modules, state["parameters"])
+        if self.train_step.allocation is not None:
+            self.train_step.allocation.load_state_dict(state["allocation"])
         restore_optimizer(self.train_step.optimizer, self.train_step.lr_schedule, state)
         self.sampler.load_state_dict(state["sampler"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:

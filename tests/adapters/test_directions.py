@@ -19,7 +19,7 @@ from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.dora import adapted_norm, adapted_weight
 from tests.adapters.helpers import AXES, Net, everything, move
 
-KINDS = [{"init": "pissa"}, {"direction": "vera", "rank": 16}]
+KINDS = [{"init": "pissa"}, {"direction": "vera", "rank": 16}, {"direction": "adalora"}]
 
 
 class TwoLinears(nn.Module):

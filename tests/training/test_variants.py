@@ -15,6 +15,7 @@ from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.config import ConfigError
 from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
+from dora_diffusion.jobs.checkpoints import result_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.result import write_adapter_file
@@ -26,7 +27,17 @@ from tests.formats.adapter.targets.helpers import (
 from tests.formats.adapter.targets.test_kohya import lycoris_axis
 from tests.training.helpers import assert_same_adapter, losses, make_config, open_run
 
-VARIANTS = {"pissa": {"init": "pissa"}, "dvora": {"direction": "vera", "vera_rank": 8}}
+VARIANTS = {
+    "pissa": {"init": "pissa"},
+    "dvora": {"direction": "vera", "vera_rank": 8},
+    "adalora": {
+        "direction": "adalora",
+        "rank": 4,
+        "target_rank": 2,
+        "allocation_interval": 1,
+        "allocation_final": 1,
+    },
+}
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -38,7 +49,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
         sd1_folder, photos, tmp_path / "whole", checkpointing_steps=3, max_train_steps=6,
         train_text_encoder=True, targets=["cross-attention", "*.resnets.0.conv1"],
         with_prior_preservation=True, prior_preservation_mode="image-free",
-        gradient_accumulation_steps=2, loraplus_ratio=4.0, rslora=True, **VARIANTS[variant],
+        **{"gradient_accumulation_steps": 2, "loraplus_ratio": 4.0, "rslora": True,
+           **VARIANTS[variant]},
     )  # fmt: skip
     train(whole)
     parted = replace(whole, output_dir=str(tmp_path / "parted"))
@@ -154,7 +166,17 @@ def test_a_dvora_leaves_a_compact_file_beside_an_ordinary_one(tiny_run, tmp_path
     assert read_adapter(checkpoint).layers.keys() == ordinary.keys()
     convert_adapter(run / "vera.safetensors", tmp_path / "peft", "peft")
     assert read_adapter(tmp_path / "peft").layers.keys() == ordinary.keys()
+    assert result_adapter(checkpoint).name == "vera.safetensors"
     assert "DVoRA (projections of rank 8" in (run / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_run_over_it_leaves_no_compact_file_of_the_one_before(tiny_run, tmp_path):
+    train(tiny_run(direction="vera", vera_rank=8, max_train_steps=1))
+    assert (tmp_path / "out" / "vera.safetensors").is_file()
+    train(tiny_run(max_train_steps=1, overwrite_output_dir=True))
+    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == [
+        "pytorch_lora_weights.safetensors"
+    ]
 
 
 def test_projections_that_are_not_drawn_as_before_are_no_checkpoint_of_the_run(
