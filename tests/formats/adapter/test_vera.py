@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.adapter.vera import VeraLayer, write_vera
 from dora_diffusion.numerics.projections import Projections
 from tests.formats.adapter.helpers import BLOCK, MODEL
+from tests.formats.golden.formula import magnitude, numbers
 
 SHAPES = {
     f"unet.{BLOCK}.attn1.to_q": (8, 8),
@@ -155,3 +157,32 @@ def test_it_is_checked_against_the_base(file):
         read_adapter(file, MODEL)
     with pytest.raises(AdapterFormatError, match="a VeRA has none"):
         read_adapter(file, alpha=2.0)
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "vera" / "vera.safetensors"
+
+
+def golden_layers() -> dict[str, VeraLayer]:
+    """What was written there: the golden files' numbers between projections from the seed 5."""
+    shared = Projections.of(SHAPES.values(), 3, 5)
+    return {
+        name: VeraLayer(
+            shared, shape, numbers(f"{name}:d", [3]), numbers(f"{name}:b", shape[:1]),
+            magnitude(name, shape, "output"),
+        )
+        for name, shape in SHAPES.items()
+    }  # fmt: skip
+
+
+def test_a_file_of_the_first_version_is_read_bit_for_bit():
+    """It is never written again: files of people must stay readable."""
+    digest = hashlib.sha256(GOLDEN.read_bytes()).hexdigest()
+    assert digest == "66bca63fab37bd0c6dc2577aa52f47869ad826365d322eaec632990b43d62056"
+    found = read_adapter(GOLDEN).layers
+    for name, layer in golden_layers().items():
+        down, up = layer.projections.factors(layer.shape, torch.device("cpu"))
+        rows = [-1, *[1] * (len(layer.shape) - 1)]
+        assert torch.equal(found[name].down, layer.d.view(rows) * down)
+        assert torch.equal(found[name].up, layer.b.view(rows) * up)
+        assert torch.equal(found[name].magnitude, layer.magnitude)
+    assert len(found) == len(SHAPES)
