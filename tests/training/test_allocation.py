@@ -102,3 +102,18 @@ def test_switched_off_rows_are_not_in_the_file_and_the_scale_stays(sd1_folder, p
         assert made.rank == 1
         assert made.scale == expected.scale == 1.5
         torch.testing.assert_close(made.up @ made.down, full.up @ full.down, rtol=1e-6, atol=1e-7)
+
+
+def test_it_weighs_the_gradients_that_the_optimizer_gets(sd1_folder, photos, tmp_path, monkeypatch):
+    """Clipped ones, also where the optimizer sees all parameters as a few flat ones."""
+    session = open_run(sd1_folder, photos, tmp_path, targets=["attention"], direction="adalora",
+                       max_grad_norm=1e-3)  # fmt: skip
+    allocation, norms = session.train_step.allocation, []
+    assert session.train_step.flat is not None
+
+    def note(step: int) -> None:
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in allocation._parameters]))
+
+    monkeypatch.setattr(allocation, "after_step", note)
+    session.train_step(1)
+    assert 1e-4 < norms[0] <= 1.001e-3
