@@ -13,7 +13,7 @@ from dora_diffusion.numerics.projections import Projections
 
 # PEFT's standard deviation of P and Q at the start.
 _SVD_DEVIATION = 0.02
-# VeRA's start of d (section 3.3 of the paper tries 0.1 and 1e-7; PEFT's is 0.1).
+# VeRA's start of d, as in PEFT.
 _D_START = 0.1
 
 
@@ -73,7 +73,7 @@ class ProjectedDirection(Direction):
     """VeRA (arXiv:2310.11454): ``delta = diag(b) B diag(d) A``, where only the vectors train.
 
     ``down`` is d, ``(r,)``, and ``up`` is b, ``(out,)``. A and B are random, frozen, and shared by
-    all layers. With a magnitude it is the DoRA paper's DVoRA (section 5.3).
+    all layers. With a magnitude it is the DoRA paper's DVoRA.
 
     Args:
         projections: A and B.

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Of the smoothed sensitivity and of its uncertainty (section 3.2; the paper's own values).
+# Of the smoothed sensitivity and of its uncertainty (section 3.2), as in PEFT.
 BETA_1 = BETA_2 = 0.85
 
 
 @dataclass(frozen=True)
 class BudgetSchedule:
-    """How many triplets all layers together may have (equation 12).
+    """How many triplets all layers together may have (section 3.3).
 
     Attributes:
         start: Triplets at the start.
@@ -70,7 +70,7 @@ class BudgetSchedule:
 
 @dataclass
 class Sensitivity:
-    """Smoothed importance of every number of some tensors (equations 9 to 11).
+    """Smoothed importance of every number of some tensors (section 3.2).
 
     Attributes:
         mean: The moving average of ``|w dL/dw|``, of each tensor.
@@ -99,7 +99,7 @@ class Sensitivity:
 
 
 def triplet_importance(diagonal: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """The importance of a layer's triplets from that of their numbers (equation 8): ``(r,)``.
+    """The importance of a layer's triplets from that of their numbers (section 3.2): ``(r,)``.
 
     Args:
         diagonal: Of l, ``(r,)``.
@@ -127,7 +127,7 @@ def orthogonality_gradients(factors: Sequence[Tensor], weight: float) -> list[Te
     """Gradients of the term that keeps triplets apart, of each factor.
 
     The term is ``weight`` times the mean of ``|Q Q^T - I|`` and ``|P^T P - I|`` over all factors,
-    in the Frobenius norm, as PEFT has it (equation 4 has the squares).
+    in the Frobenius norm, as PEFT has it (section 3.1 has the squares).
 
     Args:
         factors: Matrices whose rows should be orthonormal, ``(r, n)``: Q, and P transposed.

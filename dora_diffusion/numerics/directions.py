@@ -20,7 +20,7 @@ from dora_diffusion.numerics.precision import wide
 def principal_factors(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A and B with ``s B A`` the best approximation of a weight of this rank.
 
-    It is PiSSA's start (arXiv:2404.02948, equations 2 and 3): the leading singular triplets, their
+    It is PiSSA's start (arXiv:2404.02948): the leading singular triplets, their
     singular values shared equally by A and B.
 
     Args:
