@@ -159,7 +159,7 @@ def test_it_is_checked_against_the_base(file):
         read_adapter(file, alpha=2.0)
 
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "vera" / "vera.safetensors"
+GOLDEN = Path(__file__).parent.parent / "golden" / "vera" / "vera.safetensors"
 
 
 def golden_layers() -> dict[str, VeraLayer]:
