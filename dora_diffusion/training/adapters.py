@@ -9,9 +9,10 @@ from torch import nn
 
 from dora_diffusion.adapters.fresh import InjectionReport
 from dora_diffusion.adapters.inject import inject_adapters
-from dora_diffusion.adapters.state import adapter_state
+from dora_diffusion.adapters.state import adapter_state, vera_state
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.formats.adapter.vera import VeraLayer
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.training.recompute import checkpoint_gradients
@@ -32,6 +33,10 @@ class TrainedAdapters:
     def state(self) -> dict[str, LayerWeights]:
         """Copies of their tensors on the CPU, by canonical name."""
         return adapter_state(self.modules)
+
+    def vectors(self) -> dict[str, VeraLayer]:
+        """The same of a VeRA, compact; {} for all others."""
+        return vera_state(self.modules)
 
 
 def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapters:

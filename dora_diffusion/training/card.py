@@ -35,8 +35,9 @@ def model_card(
     """
     base = without_path(metadata.base_model)
     prompt = config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
-    method = "DoRA" if config.use_dora else "LoRA"
+    method = _method(config)
     axis = f", norm on the {config.norm_axis} axis" if config.use_dora else ""
+    start = f", started by {config.init}" if config.init != "random" else ""
     images = "".join(
         f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
     )
@@ -62,10 +63,24 @@ dora-diffusion export --base {base} --adapter {adapter.parent.name} --output mer
 {_diffusers_example(base, adapter, prompt or "")}
 ## How it was made
 
-{method} (rank {config.rank}, convolutions {config.conv_rank}{axis}) on `{base}`, trained with
-dora_diffusion {__version__} at {metadata.resolution} px for {steps} steps: {report}.
+{method} ({_ranks(config)}{axis}{start}) on `{base}`,
+trained with dora_diffusion {__version__} at {metadata.resolution} px for {steps} steps: {report}.
 All settings are in `config.yaml`; the loss of every step is in `metrics.jsonl`.
 """
+
+
+def _method(config: TrainConfig) -> str:
+    if config.direction == "vera":
+        return "DVoRA" if config.use_dora else "VeRA"
+    return "DoRA" if config.use_dora else "LoRA"
+
+
+def _ranks(config: TrainConfig) -> str:
+    if config.direction == "vera":
+        return f"projections of rank {config.vera_rank}"
+    if config.direction == "adalora":
+        return f"ranks allocated to layers, from {config.rank}, convolutions {config.conv_rank}"
+    return f"rank {config.rank}, convolutions {config.conv_rank}"
 
 
 def _trigger_sentence(subject: Subject, prompt: str) -> str:

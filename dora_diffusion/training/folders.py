@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.formats.adapter.targets.registry import TARGETS
+from dora_diffusion.formats.adapter.vera import VERA_FILE
 from dora_diffusion.training.card import KOHYA_FILE
 from dora_diffusion.training.checkpoint import checkpoints_in, find_checkpoint, folders_after
 
@@ -162,7 +163,8 @@ def clear_folder(folder: Path, step: int) -> None:
     """Remove what an earlier run left after a step, so that nothing takes it for this one's."""
     for old in [*folders_after(folder, step), *folder.glob(".checkpoint-*.tmp")]:
         shutil.rmtree(old, ignore_errors=True)
-    adapters = [folder / name for name in (TARGETS["diffusers"].file_name, KOHYA_FILE) if name]
+    names = (TARGETS["diffusers"].file_name, KOHYA_FILE, VERA_FILE)
+    adapters = [folder / name for name in names if name]
     if step == 0 and any(adapter.is_file() for adapter in adapters):
         samples = [p for p in folder.glob("samples/*.png") if _SAMPLE.fullmatch(p.name)]
         for path in (*adapters, folder / "README.md", *samples):

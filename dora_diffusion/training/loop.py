@@ -16,7 +16,7 @@ from dora_diffusion.training import events
 from dora_diffusion.training.accelerator import make_accelerator, set_by_any
 from dora_diffusion.training.folders import METRICS_NAME, clear_folder, output_folder
 from dora_diffusion.training.metrics import MetricsLog, TrainingError
-from dora_diffusion.training.result import write_adapter_file, write_result
+from dora_diffusion.training.result import write_checkpoint_adapter, write_result
 from dora_diffusion.training.resume import RunStart, save_config, start_run, state_of
 from dora_diffusion.training.samples import SampleWriter
 from dora_diffusion.training.saving import CheckpointSaver
@@ -220,7 +220,7 @@ class _Run:
             path = saver.save(
                 step,
                 state_of(session, self.start.segments, step),
-                lambda folder: write_adapter_file(session, folder, step, session.adapters.state()),
+                lambda folder: write_checkpoint_adapter(session, folder, step),
                 interim=interim,
             )
             if path is not None and not interim:

@@ -12,6 +12,7 @@ from PIL import Image
 from dora_diffusion import __version__
 from dora_diffusion.adapters.inject import remove_adapters
 from dora_diffusion.adapters.state import LiveWeights, load_adapter_state
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import tag_frequency
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -20,6 +21,7 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.adapter.metadata import UNET_LAYERS
+from dora_diffusion.formats.adapter.vera import write_vera
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.images import save_png, thumbnail
@@ -37,6 +39,8 @@ def write_result(session: Session, folder: Path, steps: int, samples: SampleWrit
     """
     layers = session.adapters.state()
     adapter = write_adapter_file(session, folder, steps, layers)
+    if vectors := session.adapters.vectors():
+        write_vera(folder, vectors, adapter_metadata(session, steps))
     _reload(session, adapter)
     with warning_of_full_disk("the adapter is written, but not all of its samples and card"):
         if session.config.num_validation_images:
@@ -59,11 +63,19 @@ def adapter_metadata(session: Session, steps: int) -> AdapterMetadata:
             "prediction_type": components.prediction_type,
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
+            **_variant(session.config),
             UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
         },
         tags=(subject.class_word,) if subject.class_word else (),
         tag_frequency=tag_frequency(session.dataset.captions),
     )
+
+
+def _variant(config: TrainConfig) -> dict[str, str]:
+    """How it was trained, where that was not A and B from their usual start."""
+    usual = TrainConfig()
+    names = ("init", "direction")
+    return {n: getattr(config, n) for n in names if getattr(config, n) != getattr(usual, n)}
 
 
 def write_adapter_file(
@@ -95,6 +107,13 @@ def write_adapter_file(
         layout = UNetLayout.from_config(session.components.unet.config)
         return write_adapter(folder / KOHYA_FILE, adapter, "kohya", unet_layout=layout)
     return write_adapter(folder, adapter, "diffusers")
+
+
+def write_checkpoint_adapter(session: Session, folder: Path, steps: int) -> Path:
+    """Write the adapter of a checkpoint: of a VeRA the compact file alone."""
+    if vectors := session.adapters.vectors():
+        return write_vera(folder, vectors, adapter_metadata(session, steps))
+    return write_adapter_file(session, folder, steps, session.adapters.state())
 
 
 def _reload(session: Session, file: Path) -> None:

@@ -6,19 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.data.sampler import EpochSampler
+from dora_diffusion.formats.adapter.vera import digest_of
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.training.adapters import TrainedAdapters, inject_trained
 from dora_diffusion.training.checkpoint import (
-    parameters_by_name,
     restore_optimizer,
-    restore_parameters,
+    restore_tensors,
+    tensors_by_name,
 )
 from dora_diffusion.training.dataset import open_dataset
 from dora_diffusion.training.events import OnEvent, ignore
@@ -67,13 +68,16 @@ class Session:
     def state_dict(self) -> dict[str, Any]:
         """Everything that steps change, on the CPU."""
         scaler = self.accelerator.scaler
-        parameters = parameters_by_name(self.adapters.modules)
+        tensors = tensors_by_name(self.adapters.modules)
+        allocation = self.train_step.allocation
         return {
-            "parameters": {name: p.detach().cpu() for name, p in parameters.items()},
+            "parameters": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
             "optimizer": self.train_step.optimizer.state_dict(),
             "lr_schedule": self.train_step.lr_schedule.state_dict(),
             "sampler": self.sampler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "projections": self._digests(),
+            "allocation": None if allocation is None else allocation.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -82,11 +86,24 @@ class Session:
         Raises:
             ConfigError: If it is of another adapter.
         """
-        restore_parameters(self.adapters.modules, state["parameters"])
+        if state.get("projections", {}) != self._digests():
+            raise ConfigError(
+                "the checkpoint's random projections are not those that this version draws; "
+                "resume it with the version that wrote it"
+            )
+        restore_tensors(self.adapters.modules, state["parameters"])
+        if self.train_step.allocation is not None:
+            self.train_step.allocation.load_state_dict(state["allocation"])
         restore_optimizer(self.train_step.optimizer, self.train_step.lr_schedule, state)
         self.sampler.load_state_dict(state["sampler"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _digests(self) -> dict[str, str]:
+        """What tells a VeRA's projections from others, by component."""
+        layers = self.adapters.vectors()
+        drawn = {name.partition(".")[0]: layer.projections for name, layer in layers.items()}
+        return {component: digest_of(projections) for component, projections in drawn.items()}
 
 
 def open_session(

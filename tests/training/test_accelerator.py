@@ -50,7 +50,12 @@ def launch(config: dict, tmp_path: Path, processes: int) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_agree_with_one(sd1_folder, tmp_path):
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"init": "pissa"}, {"direction": "adalora", "rank": 4, "allocation_interval": 1}],
+    ids=["dora", "pissa", "adalora"],
+)
+def test_two_processes_agree_with_one(sd1_folder, tmp_path, variant):
     photos = shutil.copytree(SAMPLES / "heart_teapot", tmp_path / "photos")
     config = {
         "pretrained_model_name_or_path": str(sd1_folder),
@@ -70,6 +75,7 @@ def test_two_processes_agree_with_one(sd1_folder, tmp_path):
         "checkpointing_steps": 2,
         "random_flip": True,
         "gradient_accumulation_steps": 2,
+        **variant,
     }
     one = launch(config | {"train_batch_size": 4}, tmp_path, 1)
     two = launch(config | {"train_batch_size": 2}, tmp_path, 2)
