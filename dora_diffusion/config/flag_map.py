@@ -175,6 +175,7 @@ _OTHER_NAMES = {
     "checkpoints_total_limit": "save_last_n_steps",
     "lora_dropout": "network_dropout dropout",
     "optimizer": "optimizer_type",
+    "compile": "torch_compile compile_model",
     "mixed_precision": "precision dtype fp16 bf16",
     "validation_prompt": "sample_prompts sample_prompt validation_prompts",
     "validation_steps": "sample_every_n_steps sample_every",

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-import textwrap
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -23,10 +20,11 @@ from dora_diffusion.adapters.inject import (
     inject_adapters,
     merge_adapters,
     norm_scope,
+    set_strength,
+    unmerge_adapters,
 )
 from dora_diffusion.config import ConfigError
-from dora_diffusion.numerics import fast
-from tests.adapters.helpers import everything, move
+from tests.adapters.helpers import AXES, everything, fast_only, move
 from tests.conftest import unet_config
 
 
@@ -102,10 +100,215 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-@pytest.mark.parametrize("kind", ["output", "input", "lora"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("sd1", "output"),
+        ("sdxl", "input"),
+        pytest.param("sd1", "input", marks=pytest.mark.slow),
+        pytest.param("sdxl", "output", marks=pytest.mark.slow),
+        pytest.param("sd1", "lora", marks=pytest.mark.slow),
+        pytest.param("sdxl", "lora", marks=pytest.mark.slow),
+    ],
+)
 def test_each_block_is_one_graph_and_computes_the_same(family: str, kind: str) -> None:
     adapter = {"use_dora": False} if kind == "lora" else {"norm_axis": kind}
     model = blocks(family, **adapter)
     x = inputs(model)
     assert worst(results(compiled(model), x), results(model, x)) < 1e-5
+
+
+# By its name it is compiled; two layers are traced in a second, where a real block takes several.
+class ResnetBlock2D(nn.Module):
+    """A convolution and a Linear, with what stands before them in a residual block."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.norm, self.act = nn.GroupNorm(2, channels), nn.SiLU()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.linear = nn.Linear(channels, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.conv(self.act(self.norm(x)))
+        return x + self.linear(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Stack(nn.Module):
+    """Blocks of two kinds, the first of them twice, with uncompiled layers around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 8, 1)
+        self.blocks = nn.Sequential(
+            ResnetBlock2D(), ResnetBlock2D(), nn.Conv2d(8, 12, 1), ResnetBlock2D(12)
+        )
+        self.checkpoints = False
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        x = self.first(inputs[0])
+        for block in self.blocks:
+            if self.checkpoints:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+def stack(**adapter: Any) -> Stack:
+    torch.manual_seed(0)
+    model = Stack().requires_grad_(False)
+    inject_adapters(model, everything(**{"conv_rank": 2, **adapter}))
+    move(model)
+    return model.train()
+
+
+def square(side: int | tuple[int, int] = 8, seed: int = 0) -> tuple[Tensor, ...]:
+    height, width = (side, side) if isinstance(side, int) else side
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(2, 4, height, width, generator=generator),)
+
+
+def graphs() -> CompileCounterWithBackend:
+    """A backend that counts what is compiled."""
+    return CompileCounterWithBackend("eager")
+
+
+def test_blocks_of_a_kind_share_a_graph_and_sizes_become_dynamic() -> None:
+    model, counter = stack(), graphs()
+    other = compiled(model, counter)
+    for number, side in enumerate([(8, 8), (6, 10), (10, 6), (4, 12), (8, 8)]):
+        x = square(side, seed=number)
+        assert worst(results(other, x), results(model, x)) < 1e-5
+        # Two kinds: of one size first, then of any.
+        assert counter.frame_count == (2 if number == 0 else 4)
+
+
+def test_names_in_the_state_dict_and_copies_stay_as_they_were() -> None:
+    model = stack()
+    names = list(model.state_dict())
+    assert compile_blocks(model, backend="eager") == 2
+    assert list(model.state_dict()) == names
+    assert not any("_orig_mod" in name for name, _ in model.named_modules())
+    counter = graphs()
+    copied = copy.deepcopy(model)
+    results(copied, square())
+    assert counter.frame_count == 0
+    assert all(module._compiled_call_impl is None for module in copied.modules())
+
+
+@fast_only(reason="without the fast path there is nothing to make")
+@pytest.mark.parametrize("axis", AXES)
+def test_compiled_layers_compute_from_what_the_scope_made(axis: str, monkeypatch) -> None:
+    model = compiled(stack(norm_axis=axis), "eager")
+    reference = results(stack(norm_axis=axis), square())
+    monkeypatch.setattr("dora_diffusion.adapters.layers.dora_forward", None)
+    assert worst(results(model, square()), reference) < 1e-5
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_what_no_plan_serves_is_the_page_without_a_graph_break(axis: str) -> None:
+    model = stack(norm_axis=axis)
+    other, x = compiled(model, "eager"), square()
+    assert worst(results(other, x, scope=False), results(model, x, scope=False)) < 1e-5
+    for net in (model, other):
+        # Its direction cannot be taken from an output that is all but 0.
+        net.blocks[0].conv.adapters["default"].magnitude.data[3] = 1e-12
+    assert worst(results(other, x), results(model, x)) < 1e-5
+
+
+def test_switching_merging_and_strengths_reach_compiled_blocks() -> None:
+    model = stack()
+    other, x = compiled(model, "eager"), square()
+
+    def outputs(net: nn.Module) -> list[Tensor]:
+        made = []
+        with torch.no_grad():
+            with norm_scope(net):
+                made.append(net(x))
+                with disabled(net):
+                    made.append(net(x))
+                set_strength(net, 0.5)
+                made.append(net(x))
+                set_strength(net, 1.0)
+            merge_adapters(net, keep_base=True)
+            made.append(net(x))
+            unmerge_adapters(net)
+            with uncompiled():
+                made.append(net(x))
+        return made
+
+    for ours, reference in zip(outputs(other), outputs(model), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_uncompiled_compiles_nothing() -> None:
+    counter = graphs()
+    model = compiled(stack(), counter)
+    with uncompiled():
+        results(model, square())
+    assert counter.frame_count == 0
+    results(model, square())
+    assert counter.frame_count == 2
+
+
+def test_checkpointing_autocast_and_an_exception_in_a_step() -> None:
+    model = stack()
+    other, x = compiled(model), square()
+    for net in (model, other):
+        net.checkpoints = True
+    assert worst(results(other, x), results(model, x)) < 1e-5
+    with pytest.raises(RuntimeError, match="expected input"):
+        results(other, (torch.ones(2, 5, 8, 8),))
+    assert worst(results(other, x), results(model, x)) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert worst(results(other, x), results(model, x)) < 3e-2
+
+
+def test_half_precision_gradients_do_not_overflow_in_the_sums() -> None:
+    model = stack()
+    gradients = []
+    for net in (model, compiled(model, "eager")):
+        with norm_scope(net), torch.autocast("cpu", torch.float16):
+            y = net(square())
+        y.float().backward(torch.full(y.shape, 3e3))
+        adapter = net.blocks[0].conv.adapters["default"]
+        gradients.append(adapter.magnitude.grad)
+        assert torch.isfinite(adapter.magnitude.grad).all()
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=20)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_inductor_computes_the_same() -> None:
+    model = stack()
+    other = copy.deepcopy(model)
+    require_compiler("cpu")
+    compile_blocks(other, fullgraph=True)
+    assert worst(results(other, square()), results(model, square())) < 1e-5
+
+
+def test_a_missing_compiler_is_one_line_that_says_what_to_install() -> None:
+    from torch._inductor import config
+
+    missing = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}
+    with config.patch(missing), pytest.raises(ConfigError) as stop:
+        require_compiler("cpu")
+    text = str(stop.value)
+    assert text.startswith("compile does not work on cpu here: install a C++ compiler and Python's")
+    assert "\n" not in text
+    assert "apt install g++" in text
+    assert "leave it out" in text
+
+
+def test_on_a_gpu_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Cannot find a working triton installation.\nMore information ...")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.raises(ConfigError, match=r"pip install triton.*\(torch says: Cannot find a w"):
+        require_compiler("cuda")
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="Sequential has no block to compile: BasicTransformer"):
+        compile_blocks(nn.Sequential(nn.Linear(4, 4)))
