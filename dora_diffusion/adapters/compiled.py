@@ -80,9 +80,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
     """
     blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS]
     if not blocks:
-        raise ValueError(
-            f"{type(model).__name__} has no block to compile: {' or '.join(BLOCKS)}"
-        )
+        raise ValueError(f"{type(model).__name__} has no block to compile: {' or '.join(BLOCKS)}")
     # It splits graphs by the buckets of gradients that are reduced together; blocks are small.
     torch._dynamo.config.optimize_ddp = False
     kinds: dict[Any, Callable[..., Any]] = {}
@@ -92,7 +90,9 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
             kinds[kind] = torch.compile(_caller(block, len(kinds)), **options)
         # What `nn.Module.compile` sets too, but for each block apart. Copies go without.
         block._compiled_call_impl = partial(kinds[kind], block)
-    layers = [m for block in blocks for m in block.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    layers = [
+        m for block in blocks for m in block.modules() if isinstance(m, nn.Linear | nn.Conv2d)
+    ]
     model.register_forward_pre_hook(partial(_make_factors, layers))
     return len(kinds)
 
@@ -114,7 +114,7 @@ def _caller(block: nn.Module, number: int) -> Callable[..., Any]:
 
 
 def _call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return block._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+    return block._call_impl(*args, **kwargs)
 
 
 def _make_factors(layers: Sequence[nn.Module], model: nn.Module, args: tuple[Any, ...]) -> None:

@@ -56,9 +56,7 @@ def _with_sums(value: Tensor, factor: Tensor | None, sums: Tensor, dim: int) -> 
 
 class _WithSums(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, factor: Tensor | None, sums: Tensor, dim: int
-    ) -> Tensor:
+    def forward(ctx: Any, value: Tensor, factor: Tensor | None, sums: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(value if factor is None else factor)
         ctx.rows, ctx.dim = sums.shape[0], dim
         return value.view_as(value)
