@@ -35,6 +35,7 @@ def test_gradient_checkpointing_trains_the_same_adapter(sd1_folder, photos, tmp_
     assert_same_adapter(tmp_path / "plain", tmp_path / "saved", rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_follows_the_other_in_few_graphs(
     sd1_folder, shaped_photos, tmp_path, monkeypatch
 ):
@@ -59,8 +60,9 @@ def test_a_compiled_run_follows_the_other_in_few_graphs(
     name = "pytorch_lora_weights.safetensors"
     files = [load_file(tmp_path / folder / name) for folder in ("out", "compiled")]
     assert files[0].keys() == files[1].keys()
-    # Two widths, each of one size first and of any then; samples compile nothing.
-    assert 2 <= counter.frame_count <= 4
+    # Two widths, each of one size first, of any then, and of a single position apart; samples
+    # compile nothing.
+    assert 2 <= counter.frame_count <= 6
 
 
 def test_a_machine_that_cannot_compile_is_refused_before_the_model_is_loaded(config, monkeypatch):
