@@ -58,13 +58,14 @@ class Block:
     low: bool
 
     @classmethod
-    def of(cls, family: str, kind: str, dtype: torch.dtype) -> Block:
-        """Random weights of full width, inputs of full size."""
+    def of(cls, family: str, kind: str, dtype: torch.dtype, side: int | None) -> Block:
+        """Random weights of full width; a map of a side, or of the family's."""
         from diffusers.models.attention import BasicTransformerBlock
         from diffusers.models.resnet import ResnetBlock2D
 
         torch.manual_seed(0)
-        narrow, wide, side = KINDS[family][kind]
+        narrow, wide, usual = KINDS[family][kind]
+        side = side or usual
         if kind == "transformer":
             heads = 8 if family == "sd1" else wide // 64
             cross = CROSS[family]
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--family", nargs="+", choices=tuple(KINDS), default=list(KINDS))
     parser.add_argument("--kind", nargs="+", default=list(KINDS["sd1"]))
     parser.add_argument("--precision", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--side", type=int, help="of the map; default: as at the full resolution")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[LORA, OURS])
     parser.add_argument("--time", action="store_true", help="compile C++ too, and time steps")
     parser.add_argument("--rounds", type=int, default=5)
@@ -176,7 +178,7 @@ def main() -> None:
     for family in args.family:
         for precision in args.precision:
             for kind in args.kind:
-                block = Block.of(family, kind, getattr(torch, precision))
+                block = Block.of(family, kind, getattr(torch, precision), args.side)
                 if args.time:
                     samples = time(block, args.peers, args.rounds)
                     base = next(iter(samples))
