@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.adapters.files import attach_file
 from dora_diffusion.adapters.inject import layer_adapters, norm_scope, set_strength
 from dora_diffusion.data.captions import contains_token
@@ -80,6 +81,7 @@ def load_adapted(
     variant: str | None = None,
     config: str | Path | None = None,
     vae: str | Path | None = None,
+    compile: bool = False,
 ) -> tuple[Components, AdapterMetadata]:
     """Load a base model with an adapter and its trained tokens on it, ready to sample from.
 
@@ -95,6 +97,7 @@ def load_adapted(
         variant: Weight variant of the base, such as "fp16".
         config: For a single file: a diffusers folder of the same architecture.
         vae: Another autoencoder, as `load_components` takes it.
+        compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
 
     Returns:
         The model, and the adapter's metadata; its ``trigger`` holds the trigger words.
@@ -102,12 +105,17 @@ def load_adapted(
     Raises:
         ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.
         AdapterFormatError, ValueError: If the adapter cannot be read, or does not fit the base.
-        ConfigError: If the device does not compute in the dtype.
+        ConfigError: If the device does not compute in the dtype, or this machine cannot compile
+            for it.
     """
     device = default_device() if device is None else device
     require_computes(device, dtype)
+    if compile:
+        require_compiler(device)
     components = load_components(base, variant=variant, vae=vae, dtype=dtype, config=config)
     components.to(device)
+    if compile:
+        compile_blocks(components.unet)
     if adapter is None:
         return components, AdapterMetadata()
     read = attach_file(components.adaptable(), adapter, family=components.family.name, alpha=alpha)

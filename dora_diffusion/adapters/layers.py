@@ -77,7 +77,8 @@ class AdaptedLayer(nn.Module):
                 "the base weight or bias of an adapted layer requires a gradient; freeze it "
                 "(requires_grad_(False)): the adapter is what trains"
             )
-        source = noted_source(x)
+        is_traced = torch.compiler.is_compiling()
+        source = None if is_traced else noted_source(x)
         unpadded = _to_compute_dtype(x)
         x = self.prepare(unpadded)
         name, adapter = active[0]
@@ -87,8 +88,23 @@ class AdaptedLayer(nn.Module):
             return self._sum_of_differences(active, x)
         if not fast.ENABLED:
             return dora_forward(self.operation(), x, weight, bias, adapter.weights())
+        if is_traced:
+            return self._traced(x, name, adapter)
         source = source if x is unpadded else None
         return fast.dora(self.operation(), x, weight, bias, self.gain(name, adapter), source)
+
+    def _traced(self, x: Tensor, name: str, adapter: LayerAdapter) -> Tensor:
+        """The layer as `torch.compile` sees it, which can make no plan.
+
+        Without the factors of one, it computes the page: where no norm scope is open, and for
+        channels of a small gain.
+        """
+        gain, op = self._kept_gain(name), self.operation()
+        factors = None if gain is None or gain.small is not None else gain.made.get(x.dtype)
+        if gain is None or factors is None:
+            norm = None if gain is None else gain.norm
+            return dora_forward(op, x, self.weight, self.bias, adapter.weights(), norm)
+        return fast.traced_dora(op, x, self.weight, self.bias, factors, gain.axis)
 
     def _sum_of_differences(self, active: list[tuple[str, LayerAdapter]], x: Tensor) -> Tensor:
         """``base(x) + sum_k strength_k * (adapted_k(x) - base(x))``, of the unmerged base."""
@@ -100,19 +116,30 @@ class AdaptedLayer(nn.Module):
         for name, adapter in active:
             # Dropout is on the low-rank path as in PEFT, where W x is part of that path.
             dropped = F.dropout(x, adapter.dropout, self.training)
-            # The fast path keeps it for a step.
-            keeps_norm = fast.ENABLED and adapter.magnitude is not None
             difference = dora_difference(
                 op,
                 dropped,
                 self.weight,
                 adapter.scaled_weights(),
                 adapter.strengths.magnitude_strength,
-                norm=self.gain(name, adapter).norm if keeps_norm else None,
+                norm=self._norm(name, adapter),
                 unbiased=unbiased if dropped is x or adapter.dropout == 0 else None,
             )
             result = result + (adapter.strengths.strength * difference).to(dtype)
         return result
+
+    def _norm(self, name: str, adapter: LayerAdapter) -> Tensor | None:
+        """The norm that the fast path keeps for a step; None: the page is to compute it."""
+        if not fast.ENABLED or adapter.magnitude is None:
+            return None
+        gain = self._kept_gain(name)
+        if gain is None and not torch.compiler.is_compiling():
+            gain = self.gain(name, adapter)
+        return None if gain is None else gain.norm
+
+    def _kept_gain(self, name: str) -> Gain | None:
+        """One adapter's gain from the scope's cache, if one is open and has it."""
+        return None if self._gain_cache is None else self._gain_cache.get(name)
 
     def gain(self, name: str, adapter: LayerAdapter) -> Gain:
         """Norm and gain of one adapter: from the scope's cache where one is open, else computed."""
@@ -200,7 +227,8 @@ class DoRAConv2d(AdaptedLayer, nn.Conv2d):
     def operation(self) -> Operation:
         """A convolution with this layer's stride, padding and dilation."""
         padding = self.padding if self._pads_itself else (0, 0)
-        return _convolution(_pair(self.stride), _pair(padding), _pair(self.dilation))
+        make = Conv2dOperation if torch.compiler.is_compiling() else _convolution
+        return make(_pair(self.stride), _pair(padding), _pair(self.dilation))
 
     def prepare(self, x: Tensor) -> Tensor:
         """Pad for ``padding_mode`` other than zeros, and for ``padding="same"``."""

@@ -181,6 +181,7 @@ _OTHER_NAMES = {
     "allocation_interval": "deltat",
     "orthogonality_weight": "orth_reg_weight",
     "optimizer": "optimizer_type",
+    "compile": "torch_compile compile_model",
     "mixed_precision": "precision dtype fp16 bf16",
     "validation_prompt": "sample_prompts sample_prompt validation_prompts",
     "validation_steps": "sample_every_n_steps sample_every",

@@ -28,6 +28,12 @@ class DeviceSettings:
     gradient_checkpointing: bool = flag(
         False, "Recompute activations in the backward pass: less memory, slower.", resume="free"
     )
+    compile: bool = flag(
+        False,
+        "Compile the UNet's repeated blocks with torch.compile: faster steps on a GPU, after a "
+        "start that takes longer. Samples run uncompiled.",
+        resume="free",
+    )
     allow_tf32: bool = flag(False, "TensorFloat-32 on Ampere and later GPUs.", resume="free")
     seed: int = flag(0, "Random seed.", least=0)
 

@@ -111,15 +111,21 @@ def adapted_weight(
 
 
 def dora_forward(
-    op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, layer: LayerWeights
+    op: Operation,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer: LayerWeights,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """``y = W' x + b``, what training computes: ``(..., in)`` -> ``(..., out)``, or images.
 
-    ``op`` applies a weight: a Linear or a Conv2d. The bias ``(out,)`` is not scaled.
+    ``op`` applies a weight: a Linear or a Conv2d. The bias ``(out,)`` is not scaled. ``norm`` is
+    ``norm(W + delta)``, if it is at hand.
     """
     base = op(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     unbiased = base if bias is None else base - op.broadcast(bias.to(x.dtype))
-    return base + dora_difference(op, x, weight, layer, unbiased=unbiased).to(x.dtype)
+    return base + dora_difference(op, x, weight, layer, norm=norm, unbiased=unbiased).to(x.dtype)
 
 
 def dora_difference(

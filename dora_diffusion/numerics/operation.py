@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 class Operation(Protocol):
-    """A linear map with a weight ``(out, in, *k)``."""
+    """A linear map with a weight ``(out, in, *k)``.
+
+    Attributes:
+        channel_dim: Which dimension of an activation holds its channels.
+    """
+
+    channel_dim: ClassVar[int]
 
     def __hash__(self) -> int:
         """It is a value."""
@@ -29,6 +35,8 @@ class Operation(Protocol):
 class LinearOperation:
     """``x (..., in)`` -> ``(..., out)``."""
 
+    channel_dim: ClassVar[int] = -1
+
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ weight.T + bias``."""
         return F.linear(x, weight, bias)
@@ -46,6 +54,7 @@ class LinearOperation:
 class Conv2dOperation:
     """``x (N, in, H, W)`` -> ``(N, out, H', W')``, zero padding, one group."""
 
+    channel_dim: ClassVar[int] = 1
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.fresh import InjectionReport
 from dora_diffusion.adapters.inject import inject_adapters
 from dora_diffusion.adapters.state import adapter_state, vera_state
@@ -56,6 +57,8 @@ def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapte
         modules[name] = model.train()
         if config.gradient_checkpointing:
             checkpoint_gradients(model, components.device.type)
+        if config.compile and name == "unet":
+            compile_blocks(model)
     report = InjectionReport(tuple(layers))
     _warn_of_unused_conv_settings(config, report)
     return TrainedAdapters(modules, report)

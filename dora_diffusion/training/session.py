@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dora_diffusion.adapters.compiled import require_compiler
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
@@ -123,6 +124,8 @@ def open_session(
     precision = precision_of(config.mixed_precision, accelerator.device)
     # Before the model is loaded, which takes longer.
     optimizer_library(config.optimizer_name)
+    if config.compile:
+        require_compiler(accelerator.device)
     paths = list_photos(config.instance_data_dir or "")
     components = load_components(
         config.pretrained_model_name_or_path,

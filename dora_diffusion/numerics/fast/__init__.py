@@ -7,6 +7,7 @@ Results are the page's to rounding, which tests hold in every dtype. What is sav
 * `gain`: one adapter's part in that;
 * `watch`: what that reads back from the device, without a wait;
 * `autograd`: a layer's output and gradients, from fewer kept activations and fewer passes;
+* `traced`: the same where `torch.compile` takes the layer apart;
 * `operation`, `product`: gradients, and products on a CPU;
 * `source`: inputs that are recomputed instead of kept.
 
@@ -25,6 +26,7 @@ from dora_diffusion.numerics.fast.gain import Gain, PlanInputs, WeightStatistics
 from dora_diffusion.numerics.fast.norms import factored_norm
 from dora_diffusion.numerics.fast.plan import make_gains
 from dora_diffusion.numerics.fast.source import Recomputation, Source
+from dora_diffusion.numerics.fast.traced import traced_dora
 from dora_diffusion.numerics.fast.watch import Watch
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -39,6 +41,7 @@ __all__ = [
     "adapted_norm",
     "dora",
     "make_gains",
+    "traced_dora",
 ]
 
 _VARIABLE = "DORA_DIFFUSION_FAST"

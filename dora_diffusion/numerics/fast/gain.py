@@ -85,6 +85,7 @@ class Gain(NamedTuple):
         axis: Norm axis.
         prepared: What all layers of the plan compute with.
         number: The layer's place there.
+        made: Its own part of that, by dtype, as far as it was made.
     """
 
     norm: Tensor
@@ -93,10 +94,13 @@ class Gain(NamedTuple):
     axis: NormAxis
     prepared: Prepared
     number: int
+    made: dict[torch.dtype, Factors]
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """What the layer computes with; made for all layers of the plan at the first call."""
-        return self.prepared.factors(dtype)[self.number]
+        if dtype not in self.made:
+            self.prepared.make(dtype)
+        return self.made[dtype]
 
     def direction(self) -> LayerWeights:
         """The adapter as it was when the plan was made, float32, without its magnitude."""
@@ -104,14 +108,18 @@ class Gain(NamedTuple):
 
 
 class Prepared:
-    """The factors of a plan's layers, by dtype, each made when it is first asked for."""
+    """The factors of a plan's layers, by dtype, each made when it is first asked for.
+
+    Attributes:
+        plan: Of the layers.
+        made: Of each layer, in the plan's order: its factors by dtype.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._made: dict[torch.dtype, list[Factors]] = {}
+        self.made: list[dict[torch.dtype, Factors]] = [{} for _ in plan.layers]
 
-    def factors(self, dtype: torch.dtype) -> list[Factors]:
-        """Of all layers, in the plan's order."""
-        if dtype not in self._made:
-            self._made[dtype] = self.plan.factors(dtype)
-        return self._made[dtype]
+    def make(self, dtype: torch.dtype) -> None:
+        """Make those of a dtype, for all layers."""
+        for made, factors in zip(self.made, self.plan.factors(dtype), strict=True):
+            made[dtype] = factors

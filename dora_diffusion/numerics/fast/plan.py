@@ -132,9 +132,10 @@ class Plan:
             if not layer.keep_output and layer.weights.norm_axis == "output":
                 self.small[number] = torch.arange(self.sizes[number], device=self.down.device)
         prepared = Prepared(self)
+        axes = [layer.weights.norm_axis for layer in self.layers]
         return [
-            Gain(norms[i], gains[i], self.small.get(i), layer.weights.norm_axis, prepared, i)
-            for i, layer in enumerate(self.layers)
+            Gain(norms[i], gains[i], self.small.get(i), axis, prepared, i, prepared.made[i])
+            for i, axis in enumerate(axes)
         ]
 
     def _norms(self, margin: float) -> Tensor:
