@@ -50,7 +50,7 @@ class NvidiaGPU(EmulatedGPU):
         self.has_bf16 = has_bf16
 
     def kernel(self, name: str) -> Any:
-        return _widening_product if name == "mm.dtype_out" else None
+        return _widening_product if name == "mm.dtype_out" else super().kernel(name)
 
     def event(self, *args: Any, **kwargs: Any) -> _Event:
         return _Event(self)
@@ -61,7 +61,9 @@ class NvidiaGPU(EmulatedGPU):
             event.record()
             return event
 
-        return SimpleNamespace(record_event=record_event, synchronize=self.synchronize)
+        return SimpleNamespace(
+            record_event=record_event, synchronize=self.synchronize, is_capturing=lambda: False
+        )
 
     def synchronize(self, device: Any = None) -> None:
         self.waits["synchronize"] += 1
@@ -90,10 +92,12 @@ class NvidiaGPU(EmulatedGPU):
             "current_stream": self.stream, "Event": self.event,
         }.items():  # fmt: skip
             patch.setattr(torch.cuda, name, value)
+        if hasattr(torch, "accelerator"):
+            patch.setattr(torch.accelerator, "current_stream", self.stream)
 
 
 def _widening_product(left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
-    """cuBLAS's product of 16-bit matrices, summed and written in float32."""
+    """CuBLAS's product of 16-bit matrices, summed and written in float32."""
     kinds = [left.dtype, right.dtype, dtype, out.dtype]
     if kinds != [torch.bfloat16] * 2 + [torch.float32] * 2:
         raise RuntimeError(f"mm takes no such dtypes: {kinds}")

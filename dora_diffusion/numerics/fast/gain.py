@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dora_diffusion.numerics.dora import squared_norm
 from dora_diffusion.numerics.fast.norms import checksum
+from dora_diffusion.numerics.fast.reentrant import in_backward, own_factors
 from dora_diffusion.numerics.precision import full_precision
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
@@ -96,7 +97,7 @@ class Gain(NamedTuple):
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """What the layer computes with; made for all layers of the plan at the first call."""
-        return self.prepared.factors(dtype)[self.number]
+        return self.prepared.factors(self.number, dtype)
 
     def direction(self) -> LayerWeights:
         """The adapter as it was when the plan was made, float32, without its magnitude."""
@@ -109,9 +110,15 @@ class Prepared:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._made: dict[torch.dtype, list[Factors]] = {}
+        self._without_gradients: set[int] = set()
 
-    def factors(self, dtype: torch.dtype) -> list[Factors]:
-        """Of all layers, in the plan's order."""
+    def factors(self, number: int, dtype: torch.dtype) -> Factors:
+        """Of one layer of the plan."""
         if dtype not in self._made:
             self._made[dtype] = self.plan.factors(dtype)
-        return self._made[dtype]
+        factors = self._made[dtype][number]
+        if not torch.is_grad_enabled():
+            self._without_gradients.add(number)
+        elif number in self._without_gradients and in_backward():
+            return own_factors(self.plan, number, factors)
+        return factors
