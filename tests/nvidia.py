@@ -6,6 +6,7 @@ emulated: ``torch.Generator("cuda")``, several streams, and what needs several d
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -33,6 +34,11 @@ class _Event:
 
     def synchronize(self) -> None:
         self.gpu.finish_copies(self.copies)
+
+
+class _NoWaits(collections.Counter[str]):
+    def __setitem__(self, name: str, count: int) -> None:
+        raise RuntimeError(f"called a synchronizing CUDA operation: {name}")
 
 
 class NvidiaGPU(EmulatedGPU):
@@ -69,6 +75,10 @@ class NvidiaGPU(EmulatedGPU):
         self.waits["synchronize"] += 1
         self.finish_copies()
 
+    def set_sync_debug_mode(self, mode: str) -> None:
+        """``"error"`` raises where a real device would have to be waited for."""
+        self.waits = _NoWaits() if mode == "error" else collections.Counter()
+
     def say_so(self, patch: pytest.MonkeyPatch) -> None:
         major, minor = (8, 6) if self.has_bf16 else (7, 5)
         about = SimpleNamespace(
@@ -90,6 +100,7 @@ class NvidiaGPU(EmulatedGPU):
             "max_memory_allocated": lambda *_: 3 * 2**30,
             "reset_peak_memory_stats": lambda *_: None,
             "current_stream": self.stream, "Event": self.event,
+            "set_sync_debug_mode": self.set_sync_debug_mode,
         }.items():  # fmt: skip
             patch.setattr(torch.cuda, name, value)
         if hasattr(torch, "accelerator"):

@@ -50,9 +50,11 @@ def sample(components: Components, settings: SamplingSettings) -> np.ndarray:
     return np.stack([np.asarray(image, np.int16) for image in images])
 
 
-def images_of(folder: Path, adapters: list[dict[str, LayerWeights]]) -> np.ndarray:
+def images_of(
+    folder: Path, adapters: list[dict[str, LayerWeights]], device: str | None = None
+) -> np.ndarray:
     """An image with adapters on a model, merged where there are several."""
-    components, _ = load_adapted(folder)
+    components, _ = load_adapted(folder, device=device)
     models = components.adaptable().values()
     for number, layers in enumerate(adapters):
         load_adapter_state(components.adaptable(), layers, name=str(number))
