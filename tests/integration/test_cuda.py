@@ -362,7 +362,7 @@ def test_gradients_are_those_of_the_dense_definition(axis, dtype, monkeypatch):
 
 @pytest.mark.parametrize("axis", ["output", "input"])
 def test_norms_of_bfloat16_weights_are_exact_to_float32(axis):
-    net = adapted_net(axis)
+    net = adapted_net(axis, moved=0.5)
     for _, layer in adapted_layers(net):
         layer.weight.data = layer.weight.data.bfloat16()
     expected = {}
