@@ -35,6 +35,7 @@ from dora_diffusion.training import optimizer as optimizer_module
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.checkpoint import parameters_by_name
 from dora_diffusion.training.loop import train
+from dora_diffusion.training.metrics import MetricsLog
 from dora_diffusion.training.session import Session, open_session
 from dora_diffusion.training.subject import subject_of
 from tests.integration.emulated import (
@@ -136,23 +137,34 @@ def open_on(config: TrainConfig) -> Session:
     return open_session(config, subject_of(config), make_accelerator(config))
 
 
-@pytest.mark.parametrize(("family", "checkpointing"), [("sd1", False), ("sdxl", True)])
-def test_a_step_waits_for_nothing(family, checkpointing, run, request):
+@pytest.mark.parametrize(
+    ("family", "checkpointing", "precision"), [("sd1", False, "bf16"), ("sdxl", True, "fp16")]
+)
+def test_steps_and_their_records_wait_for_nothing(
+    family, checkpointing, precision, run, request, tmp_path
+):
     """Text encoders, dropped captions and accumulation included, once the photos are encoded."""
     settings = SMALL | {
-        "gradient_checkpointing": checkpointing, "mixed_precision": "bf16", "caption_dropout": 0.5,
-        "center_crop": True, "gradient_accumulation_steps": 5, "noise_offset": 0.05,
+        "gradient_checkpointing": checkpointing, "caption_dropout": 0.5, "noise_offset": 0.05,
+        "mixed_precision": precision, "center_crop": True, "gradient_accumulation_steps": 5,
         "targets": ["cross-attention"],
     }  # fmt: skip
     folder = request.getfixturevalue(f"{family}_folder")
     with cuda():
         session = open_on(run(folder, "out", **settings))
-        session.train_step(1)
+        seen: list[dict[str, float]] = []
+        log, records = MetricsLog(tmp_path / "metrics", 0, seen.append), [session.train_step(1)]
+        log.add(records[0])
         torch.cuda.set_sync_debug_mode("error")
         try:
-            session.train_step(2)
+            records.append(session.train_step(2))
+            log.add(records[1])
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        log.flush()
+        log.close()
+        for record, values in zip(records, seen, strict=True):
+            assert values["loss"] == float(record["loss"].cpu())
 
 
 def test_an_fp16_step_that_overflows_changes_nothing_but_the_scale(run, sd1_folder):
