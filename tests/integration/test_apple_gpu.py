@@ -35,7 +35,6 @@ from tests.integration.emulated import (
     sample,
 )
 
-
 SCALES = pytest.mark.skipif(
     not has_gradient_scaler("mps"), reason="this torch does not scale gradients on Apple's GPU"
 )
