@@ -25,6 +25,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,6 +114,10 @@ class EmulatedGPU:
     def kernel(self, name: str) -> Any:
         """What computes an operator that a CPU lacks, or does otherwise; None for the CPU's."""
         return _gradients_in_float32 if name == "convolution_backward" else None
+
+    def stream(self, device: Any = None) -> Any:
+        """The one stream of work."""
+        return SimpleNamespace(is_capturing=lambda: False)
 
     def holds(self, tensor: Tensor) -> bool:
         with torch._C.DisableTorchFunction():
@@ -492,10 +497,13 @@ def _have_autocast_follow(patch: pytest.MonkeyPatch, kind: str) -> None:
         patch.setattr(torch, name, lambda kind, asked=asked: asked(as_cpu(kind)))
 
 
-def _have_accelerator_follow(patch: pytest.MonkeyPatch, kind: str) -> None:
+def _have_accelerator_follow(patch: pytest.MonkeyPatch, gpu: EmulatedGPU) -> None:
+    kind = torch.device(gpu.kind)
     if hasattr(torch, "accelerator"):
         patch.setattr(torch.accelerator, "is_available", lambda: True)
-        patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device(kind))
+        patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: kind)
+        # Optimizers ask it.
+        patch.setattr(torch.accelerator, "current_stream", gpu.stream)
 
 
 @contextmanager
@@ -511,7 +519,7 @@ def emulated(gpu: EmulatedGPU) -> Iterator[None]:
         patch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "0")
         patch.delenv("ACCELERATE_USE_CPU", raising=False)
         gpu.say_so(patch)
-        _have_accelerator_follow(patch, gpu.kind)
+        _have_accelerator_follow(patch, gpu)
         _have_autocast_follow(patch, gpu.kind)
         _have_optimizers_follow(patch, gpu)
         _have_backward_follow(patch, names)

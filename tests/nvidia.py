@@ -103,8 +103,6 @@ class NvidiaGPU(EmulatedGPU):
             "set_sync_debug_mode": self.set_sync_debug_mode,
         }.items():  # fmt: skip
             patch.setattr(torch.cuda, name, value)
-        if hasattr(torch, "accelerator"):
-            patch.setattr(torch.accelerator, "current_stream", self.stream)
 
 
 def _widening_product(left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
