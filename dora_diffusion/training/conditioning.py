@@ -8,6 +8,7 @@ import torch
 
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.text import Conditioning, encode_prompts
+from dora_diffusion.models.transfer import send
 
 KNOWN_CAPTIONS = 256
 """Captions whose conditioning is kept, a third of a megabyte each for SDXL in half precision."""
@@ -46,7 +47,7 @@ class Conditioner:
         if not self.components.zeros_for_empty_prompt or all(captions):
             return encoded
         device = encoded.encoder_hidden_states.device
-        dropped = torch.tensor([not caption for caption in captions], device=device)
+        dropped = send(torch.tensor([not caption for caption in captions]), device)
         hidden = encoded.encoder_hidden_states.masked_fill(dropped.view(-1, 1, 1), 0)
         pooled = encoded.pooled
         return Conditioning(

@@ -128,13 +128,15 @@ def build_step(
     if can_be_flat(config.optimizer_name):
         flat = FlatParameters(groups)
         groups = flat.groups
-    optimizer = accelerator.prepare_optimizer(build_optimizer(groups, config))
+    optimizer = build_optimizer(groups, config)
+    # Before Accelerate takes the optimizer's `step`, which the schedule marks as its own.
+    schedule = build_lr_schedule(optimizer, config)
+    optimizer = accelerator.prepare_optimizer(optimizer)
     objective: Any = Objective(
         components, train_text_encoder=config.train_text_encoder, snr_gamma=config.snr_gamma
     ).to(accelerator.device)
     if accelerator.num_processes > 1:
         objective = accelerator.prepare_model(objective)
-    schedule = build_lr_schedule(optimizer.optimizer, config)
     allocation = build_allocation(modules, config)
     return TrainingStep(
         config, accelerator, modules, objective, optimizer, schedule, inputs, flat, allocation

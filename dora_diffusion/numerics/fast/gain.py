@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dora_diffusion.numerics.dora import squared_norm
 from dora_diffusion.numerics.fast.norms import checksum
+from dora_diffusion.numerics.fast.reentrant import in_backward, own_factors
 from dora_diffusion.numerics.precision import full_precision
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
@@ -100,7 +101,10 @@ class Gain(NamedTuple):
         """What the layer computes with; made for all layers of the plan at the first call."""
         if dtype not in self.made:
             self.prepared.make(dtype)
-        return self.made[dtype]
+        factors = self.made[dtype]
+        if torch.compiler.is_compiling():
+            return factors
+        return self.prepared.in_this_pass(self.number, factors)
 
     def direction(self) -> LayerWeights:
         """The adapter as it was when the plan was made, float32, without its magnitude."""
@@ -118,8 +122,17 @@ class Prepared:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.made: list[dict[torch.dtype, Factors]] = [{} for _ in plan.layers]
+        self._without_gradients: set[int] = set()
 
     def make(self, dtype: torch.dtype) -> None:
         """Make those of a dtype, for all layers."""
         for made, factors in zip(self.made, self.plan.factors(dtype), strict=True):
             made[dtype] = factors
+
+    def in_this_pass(self, number: int, factors: Factors) -> Factors:
+        """A layer's factors; of its own, where reentrant checkpointing recomputes the layer."""
+        if not torch.is_grad_enabled():
+            self._without_gradients.add(number)
+        elif number in self._without_gradients and in_backward():
+            return own_factors(self.plan, number, factors)
+        return factors

@@ -119,6 +119,10 @@ class Plan:
         """Each layer's part of a vector over all channels."""
         return torch.split(joined, self.sizes)
 
+    def part(self, joined: Tensor, number: int) -> Tensor:
+        """One layer's part of a vector over all channels."""
+        return self._vectors(joined)[number]
+
     @torch.no_grad()
     def gains(self, watch: Watch | None) -> list[Gain]:
         """Norms and gains; those of flagged layers in a way of their own."""
@@ -269,8 +273,8 @@ class Plan:
 class _Prepare(torch.autograd.Function):
     """All A, B and m of a plan to the factors of its layers.
 
-    Nothing is saved that a backward pass frees: with gradient accumulation there are several, and
-    reentrant checkpointing makes one for each block, in which the others' gradients are None.
+    Nothing is saved that a backward pass frees: with gradient accumulation there are several.
+    Layers that were not called have no gradients.
     """
 
     @staticmethod
