@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from dora_diffusion.adapters.kinds import layer_groups, layer_kind, layer_matrix
 from dora_diffusion.adapters.targets import is_conv
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.dora import weight_norm
@@ -19,7 +20,7 @@ from dora_diffusion.wording import counted
 
 @dataclass(frozen=True)
 class AdaptedLayerReport:
-    """One line of an `InjectionReport`."""
+    """One line of an `InjectionReport`; the shape is ``(out, in, *k)``, however it is stored."""
 
     path: str
     kind: str
@@ -52,10 +53,9 @@ class InjectionReport:
 
 
 def _report(path: str, weights: LayerWeights) -> AdaptedLayerReport:
-    kind = "Conv2d" if weights.down.ndim == 4 else "Linear"
     tensors = (weights.down, weights.up, weights.magnitude)
     count = sum(tensor.numel() for tensor in tensors if tensor is not None)
-    return AdaptedLayerReport(path, kind, weights.weight_shape, weights.rank, count)
+    return AdaptedLayerReport(path, weights.layer_name, weights.weight_shape, weights.rank, count)
 
 
 def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
@@ -64,7 +64,7 @@ def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
     Raises:
         ValueError: With the setting and the largest rank.
     """
-    weight = cast(torch.Tensor, module.weight)
+    weight = layer_matrix(module)
     rank, _ = config.rank_and_alpha(is_conv(module))
     largest = min(weight.shape[0], weight[0].numel())
     if rank > largest:
@@ -78,15 +78,23 @@ def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
 def fresh_weights(
     module: nn.Module, config: AdapterConfig, generator: torch.Generator | None
 ) -> LayerWeights:
-    """A from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) as PEFT draws it, B = 0, m = norm(W); float32."""
-    weight = cast(torch.Tensor, module.weight).detach()
+    """A from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) as PEFT draws it, B = 0, m = norm(W); float32.
+
+    Of an Embedding, as in PEFT, A = 0 and B from N(0, 1): A has a column for each row of the table,
+    so that rows that are never looked up keep their direction.
+    """
+    weight, kind = layer_matrix(module).detach(), layer_kind(module)
     rank, alpha = config.rank_and_alpha(is_conv(module))
     axis = cast(NormAxis, config.norm_axis)
     # Drawn on the generator's device, so that a seed gives the same adapter on every device.
     source = torch.device("cpu") if generator is None else generator.device
-    bound = 1 / math.sqrt(weight[0].numel())
-    down = torch.empty(rank, *weight.shape[1:], device=source)
-    down.uniform_(-bound, bound, generator=generator)
-    up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2), device=weight.device)
+    down = torch.zeros(rank, *weight.shape[1:], device=source)
+    up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2), device=source)
+    if kind == "embedding":
+        up.normal_(generator=generator)
+    else:
+        bound = 1 / math.sqrt(weight[0].numel())
+        down.uniform_(-bound, bound, generator=generator)
     magnitude = weight_norm(weight, axis).float() if config.use_dora else None
-    return LayerWeights(down.to(weight.device), up, magnitude, alpha, axis)
+    factors = down.to(weight.device), up.to(weight.device)
+    return LayerWeights(*factors, magnitude, alpha, axis, kind, layer_groups(module))

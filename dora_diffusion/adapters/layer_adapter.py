@@ -6,14 +6,14 @@ import dataclasses
 
 from torch import nn
 
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
+from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis, Strengths
 
 
 class LayerAdapter(nn.Module):
     """The parameters of one adapter on one layer, float32, and how strongly it acts.
 
     Attributes:
-        down, up, magnitude: As in `LayerWeights`.
+        down, up, magnitude, alpha, norm_axis, kind, groups: As in `LayerWeights`.
         strengths: Its strengths; those of a new adapter are 1.
         enabled: False switches the adapter off.
     """
@@ -28,13 +28,17 @@ class LayerAdapter(nn.Module):
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
         self.alpha = weights.alpha
         self.norm_axis: NormAxis = weights.norm_axis
+        self.kind: LayerKind = weights.kind
+        self.groups = weights.groups
         self.dropout = dropout
         self.strengths = Strengths()
         self.enabled = True
 
     def weights(self) -> LayerWeights:
         """The live tensors, not copies."""
-        return LayerWeights(self.down, self.up, self.magnitude, self.alpha, self.norm_axis)
+        return LayerWeights(
+            self.down, self.up, self.magnitude, self.alpha, self.norm_axis, self.kind, self.groups
+        )
 
     def scaled_weights(self) -> LayerWeights:
         """`weights`, with the direction's strength in their scale."""

@@ -58,7 +58,7 @@ def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapte
 
 def _warn_of_unused_conv_settings(config: TrainConfig, report: InjectionReport) -> None:
     """Say which settings of Conv2d layers have no effect, since none is adapted."""
-    if any(layer.kind == "Conv2d" for layer in report.layers):
+    if any(layer.kind in ("Conv1d", "Conv2d") for layer in report.layers):
         return
     given = {
         "conv_rank": config.conv_rank != TrainConfig().conv_rank,

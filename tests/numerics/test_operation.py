@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
+from dora_diffusion.numerics.operation import ConvOperation, LinearOperation
 
 X = torch.randn(2, 6, 9, 8, generator=torch.Generator().manual_seed(0))
 
@@ -32,7 +32,7 @@ def test_a_linear(bias):
 )
 def test_a_convolution(options, bias):
     layer = nn.Conv2d(6, 5, bias=bias, **options)
-    op = Conv2dOperation(layer.stride, layer.padding, layer.dilation)
+    op = ConvOperation(layer.stride, layer.padding, layer.dilation)
     assert torch.equal(op(X, layer.weight, layer.bias), layer(X))
     up = nn.Conv2d(5, 7, 1)
     assert torch.equal(op.pointwise(layer(X), up.weight, up.bias), up(layer(X)))
