@@ -99,6 +99,11 @@ class LayerWeights:
             return {"embedding": "Embedding", "conv1d": "Conv1D"}[self.kind]
         return {2: "Linear", 3: "Conv1d", 4: "Conv2d"}[self.down.ndim]
 
+    @property
+    def kind_and_size(self) -> str:
+        """The same with the size of a convolution's kernel: ``"Conv2d 3x3"``."""
+        return " ".join([self.layer_name, "x".join(map(str, self.down.shape[2:]))]).rstrip()
+
     def to(self, *args: torch.device | torch.dtype | str) -> LayerWeights:
         """Return the layer with its tensors moved or cast, as ``Tensor.to`` does."""
         magnitude = None if self.magnitude is None else self.magnitude.to(*args)
