@@ -228,7 +228,7 @@ def test_an_embedding_is_read_back(
 def test_an_embedding_alone_is_refused_for_diffusers(tmp_path: Path, sd1_folder: Path) -> None:
     """If Diffusers loads it one day, this refusal is out of date."""
     layers = {TABLE: table_layer(sd1_folder)}
-    with pytest.raises(AdapterFormatError, match="cannot hold .*token_embedding alone"):
+    with pytest.raises(AdapterFormatError, match=r"cannot hold .*token_embedding alone"):
         write_adapter(tmp_path, AdapterFile(layers))
     file = tmp_path / "alone.safetensors"
     layer = layers[TABLE]
