@@ -8,6 +8,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -164,6 +166,33 @@ def test_merged_equals_adapted_and_unmerge_restores_every_bit(case, axis):
     merge_adapters(model)
     close(model(x), y)
     assert type(model[0]) is plain
+
+
+@given(
+    dims=st.integers(0, 2), groups=st.integers(1, 3), out=st.integers(1, 3), into=st.integers(1, 3),
+    kernel=st.integers(1, 3), stride=st.integers(1, 2), dilation=st.integers(1, 2),
+    padding=st.integers(0, 2), axis=st.sampled_from(AXES), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_whatever_the_shape_is_it_runs_as_it_merges(
+    dims, groups, out, into, kernel, stride, dilation, padding, axis, seed
+):
+    """Of convolutions in one and two dimensions, and of tables."""
+    torch.manual_seed(seed)
+    if dims:
+        kind = nn.Conv1d if dims == 1 else nn.Conv2d
+        layer = kind(
+            into * groups, out * groups, kernel, stride, padding, dilation, groups, bias=False
+        )
+        x = torch.randn(1, into * groups, *[6] * dims)
+    else:
+        layer, x = nn.Embedding(into + kernel, out), torch.randint(into + kernel, (4,))
+    model = nn.Sequential(layer).requires_grad_(False)
+    inject_adapters(model, config(rank=1, norm_axis=axis))
+    move(model, seed)
+    with norm_scope(model):
+        y = model(x)
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4 * y.abs().max().item())
 
 
 @pytest.mark.parametrize("case", CASES)

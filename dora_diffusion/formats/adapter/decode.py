@@ -187,9 +187,9 @@ def _factors(
         )
     if "mid" in parts:
         down = _without_tucker_core(name, down, parts["mid"])
-    # Some programs store the factors of a 1x1 convolution flat on one side.
-    if down.ndim == 4 and up.ndim == 2:
-        up = up[:, :, None, None]
+    # Some programs store the factors of a convolution flat on one side.
+    if down.ndim in (3, 4) and up.ndim == 2:
+        up = up.view(*up.shape, *[1] * (down.ndim - 2))
     rank = down.shape[0]
     alpha = float(parts["alpha"]) if "alpha" in parts else alpha_of(name, rank)
     # LyCORIS reads alpha 0 as "no scaling".
@@ -274,6 +274,8 @@ def _as_stored(layer: LayerWeights, kind: LayerKind | None) -> LayerWeights:
 
 def _as_module(layer: LayerWeights, shape: tuple[int, ...]) -> LayerWeights:
     """Linear factors for a 1x1 convolution, or the reverse; anything else is returned as it is."""
+    if layer.kind != "plain":
+        return layer
     if layer.down.ndim == 2 and len(shape) == 4 and tuple(shape[2:]) == (1, 1):
         down, up = layer.down[:, :, None, None], layer.up[:, :, None, None]
     elif layer.down.ndim == 4 and len(shape) == 2 and layer.down.shape[2:].numel() == 1:
