@@ -15,10 +15,17 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.checkpoint import export_checkpoint
 from dora_diffusion.export.combine import combine_adapters
 from dora_diffusion.export.verify import verify_checkpoint
-from dora_diffusion.formats.adapter.file import AdapterFormatError, read_adapter
+from dora_diffusion.formats.adapter.file import (
+    AdapterFile,
+    AdapterFormatError,
+    read_adapter,
+    write_adapter,
+)
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.checkpoint.file import CheckpointFile
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.generate import load_adapted
+from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.training.loop import train
 from tests.training.helpers import SAMPLES, assert_same_adapter, make_config
 
@@ -140,3 +147,29 @@ def test_what_no_file_could_hold_is_refused_before_training(
     config = replace(settings(sd1_folder, photos, tmp_path / "run"), **changes)
     with pytest.raises(AdapterFormatError, match=reason):
         train(config)
+
+
+def test_trained_tokens_beside_it_are_refused_where_the_table_is_live(
+    sd1_folder: Path, tmp_path: Path
+) -> None:
+    """Transformers would grow the table below the adapter; a merge grows nothing."""
+    with PipelineFolder.open(sd1_folder) as pipeline:
+        num, dim = pipeline.specs[f"{TABLE}.weight"].shape
+    table = LayerWeights(torch.ones(1, num), torch.ones(dim, 1), kind="embedding")
+    query = LayerWeights(torch.ones(1, dim), torch.ones(dim, 1))
+    layers = {TABLE: table, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": query}
+    file = write_adapter(tmp_path, AdapterFile(layers, tokens={"<s1>": torch.ones(dim)}))
+    with pytest.raises(ValueError, match=r"trained tokens .<s1>. cannot be added"):
+        load_adapted(sd1_folder, file)
+    export_checkpoint(sd1_folder, file, tmp_path / "out" / "merged.safetensors")
+    assert len(list((tmp_path / "out" / "embeddings").iterdir())) == 1
+
+
+def test_checkpointing_and_accumulation_train_the_same_table(
+    sd1_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    plain = settings(sd1_folder, photos, tmp_path / "plain", gradient_accumulation_steps=2)
+    train(replace(plain, max_train_steps=2))
+    train(replace(plain, max_train_steps=2, output_dir=str(tmp_path / "saved"),
+                  gradient_checkpointing=True))  # fmt: skip
+    assert_same_adapter(tmp_path / "plain", tmp_path / "saved", rtol=1e-4, atol=1e-6)
