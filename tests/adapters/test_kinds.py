@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from contextlib import nullcontext
 
 import pytest
@@ -355,6 +356,23 @@ def test_an_adapter_for_another_kind_of_layer_is_refused():
     weights = {"0": model[0].adapters["default"].weights()}
     with pytest.raises(ValueError, match="0 is a Linear, the adapter is for an Embedding"):
         attach_adapters(nn.Sequential(nn.Linear(11, 11)), weights, name="default")
+
+
+@pytest.mark.parametrize("case", ["Conv1D", "Conv1D, square", "Conv2d, grouped", "Embedding"])
+def test_the_module_says_how_it_stores_its_weight(case):
+    """A file may not: nothing tells a Conv1D's factors from a Linear's."""
+    ours, x = adapted(case)
+    known = ours[0].adapters["default"].weights()
+    model, _ = made(case)
+    weights = dataclasses.replace(known, kind="plain", groups=1)
+    attach_adapters(model, {"0": weights}, name="default")
+    found = model[0].adapters["default"].weights()
+    assert (found.kind, found.groups) == (known.kind, known.groups)
+    assert (found.kind, found.groups) != ("plain", 1)
+    y = model(x)
+    merge_adapters(model)
+    close(model(x), y)
+    close(y, ours(x))
 
 
 def peft_twin(model: nn.Module, ours: nn.Module) -> nn.Module:
