@@ -25,7 +25,9 @@ from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.checkpoint.file import CheckpointFile
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.generate import load_adapted
+from dora_diffusion.models.load import load_components
 from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.training.adapters import inject_trained
 from dora_diffusion.training.loop import train
 from tests.training.helpers import SAMPLES, assert_same_adapter, make_config
 
@@ -146,7 +148,7 @@ def test_what_no_file_could_hold_is_refused_before_training(
 ) -> None:
     config = replace(settings(sd1_folder, photos, tmp_path / "run"), **changes)
     with pytest.raises(AdapterFormatError, match=reason):
-        train(config)
+        inject_trained(load_components(sd1_folder), config)
 
 
 def test_trained_tokens_beside_it_are_refused_where_the_table_is_live(
