@@ -2,7 +2,7 @@
 
 The whole Python interface::
 
-    AdapterConfig, inject_adapters, remove_adapters   DoRA on any module with Linear or Conv2d
+    AdapterConfig, inject_adapters, remove_adapters   DoRA on Linear, Conv and Embedding layers
     merge_adapters, unmerge_adapters, disabled        write it into the weights, switch it off
     set_strength, norm_scope                          its strengths, and norms computed once
     compile_blocks                                    torch.compile of a UNet's repeated blocks

@@ -16,18 +16,19 @@ from dora_diffusion.adapters.directions import (
     ProjectedDirection,
     SingularDirection,
 )
+from dora_diffusion.adapters.kinds import layer_groups, layer_kind, layer_matrix
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.targets import is_conv
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.projections import Projections
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis
 from dora_diffusion.wording import counted
 
 
 @dataclass(frozen=True)
 class AdaptedLayerReport:
-    """One line of an `InjectionReport`."""
+    """One line of an `InjectionReport`; the shape is ``(out, in, *k)``, however it is stored."""
 
     path: str
     kind: str
@@ -63,10 +64,9 @@ class InjectionReport:
 
 
 def _report(path: str, adapter: LayerAdapter) -> AdaptedLayerReport:
-    shape = adapter.weights().weight_shape
-    kind = "Conv2d" if len(shape) == 4 else "Linear"
+    weights, rank = adapter.weights(), adapter.down.shape[0]
     count = sum(parameter.numel() for parameter in adapter.parameters())
-    return AdaptedLayerReport(path, kind, shape, adapter.down.shape[0], count)
+    return AdaptedLayerReport(path, weights.layer_name, weights.weight_shape, rank, count)
 
 
 def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
@@ -75,9 +75,10 @@ def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
     Raises:
         ValueError: With the setting and the largest rank.
     """
+    _check_variant(path, module, config)
     if config.direction == "vera":
         return
-    weight = cast(torch.Tensor, module.weight)
+    weight = layer_matrix(module)
     rank, _ = config.rank_and_alpha(is_conv(module))
     largest = min(weight.shape[0], weight[0].numel())
     if rank > largest:
@@ -85,6 +86,19 @@ def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
         raise ValueError(
             f"{setting} {rank} is larger than the layer {path} with its weight "
             f"{tuple(weight.shape)}; use {setting} <= {largest}, or leave that layer out"
+        )
+
+
+def _check_variant(path: str, module: nn.Module, config: AdapterConfig) -> None:
+    """Refuse starts and directions on layers that only A and B of their own are defined for."""
+    if config.init == "random" and config.direction == "low-rank":
+        return
+    if layer_kind(module) == "embedding" or layer_groups(module) != 1:
+        what = f"init {config.init}" if config.init != "random" else f"direction {config.direction}"
+        kind = "an Embedding" if layer_kind(module) == "embedding" else "a convolution with groups"
+        raise ValueError(
+            f"{path} is {kind}, and {what} is for Linear layers and convolutions without groups; "
+            "leave it out of the targets, or take init random and direction low-rank"
         )
 
 
@@ -100,7 +114,7 @@ def fresh_adapters(
     """
     projections = None
     if config.direction == "vera":
-        shapes = [tuple(cast(torch.Tensor, module.weight).shape) for module in modules.values()]
+        shapes = [tuple(layer_matrix(module).shape) for module in modules.values()]
         projections = Projections.of(shapes, config.rank, config.projection_seed)
     return {
         path: _fresh_adapter(module, config, generator, projections)
@@ -114,7 +128,7 @@ def _fresh_adapter(
     generator: torch.Generator | None,
     projections: Projections | None,
 ) -> LayerAdapter:
-    weight = cast(torch.Tensor, module.weight).detach()
+    weight, kind = layer_matrix(module).detach(), layer_kind(module)
     rank, alpha = config.rank_and_alpha(is_conv(module))
     axis = cast(NormAxis, config.norm_axis)
     magnitude = weight_norm(weight, axis).float() if config.use_dora else None
@@ -126,23 +140,31 @@ def _fresh_adapter(
     elif config.init == "pissa":
         direction = PrincipalDirection(weight, rank, alpha / rank)
     if direction is None:
-        down, up = _random_factors(weight, rank, generator)
-        return LayerAdapter(LayerWeights(down, up, magnitude, alpha, axis), config.dropout)
+        factors = _random_factors(weight, rank, kind, generator)
+        weights = LayerWeights(*factors, magnitude, alpha, axis, kind, layer_groups(module))
+        return LayerAdapter(weights, config.dropout)
     start = direction.start(generator)
     with torch.no_grad():
         down, up = direction(*start)
-    weights = LayerWeights(down, up, magnitude, alpha * down.shape[0] / rank, axis)
+    weights = LayerWeights(down, up, magnitude, alpha * down.shape[0] / rank, axis, kind)
     return LayerAdapter(weights, config.dropout, direction, start)
 
 
 def _random_factors(
-    weight: torch.Tensor, rank: int, generator: torch.Generator | None
+    weight: torch.Tensor, rank: int, kind: LayerKind, generator: torch.Generator | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) as PEFT draws it, B = 0."""
+    """A from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) as PEFT draws it, B = 0.
+
+    Of an Embedding, as in PEFT, A = 0 and B from N(0, 1): A has a column for each row of the table,
+    so that rows that are never looked up keep their direction.
+    """
     # Drawn on the generator's device, so that a seed gives the same adapter on every device.
     source = torch.device("cpu") if generator is None else generator.device
-    bound = 1 / math.sqrt(weight[0].numel())
-    down = torch.empty(rank, *weight.shape[1:], device=source)
-    down.uniform_(-bound, bound, generator=generator)
-    up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2), device=weight.device)
-    return down.to(weight.device), up
+    down = torch.zeros(rank, *weight.shape[1:], device=source)
+    up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2), device=source)
+    if kind == "embedding":
+        up.normal_(generator=generator)
+    else:
+        bound = 1 / math.sqrt(weight[0].numel())
+        down.uniform_(-bound, bound, generator=generator)
+    return down.to(weight.device), up.to(weight.device)

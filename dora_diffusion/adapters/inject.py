@@ -11,16 +11,20 @@ import torch
 from torch import nn
 
 from dora_diffusion.adapters.fresh import InjectionReport, check_rank, fresh_adapters
+from dora_diffusion.adapters.kinds import (
+    adapt_layer,
+    layer_groups,
+    layer_kind,
+    layer_matrix,
+    obstacle,
+    restore_base_class,
+)
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.layers import (
     AdaptedLayer,
-    adapt_layer,
     adapted_layers,
-    can_adapt,
     close_caches,
-    is_wrapped,
     open_caches,
-    restore_base_class,
 )
 from dora_diffusion.adapters.sources import unwatch_sources, watch_sources
 from dora_diffusion.adapters.targets import match_targets
@@ -45,7 +49,8 @@ def inject_adapters(
     training: without one, every call of a layer recomputes its norm.
 
     Args:
-        model: Any module tree with Linear or Conv2d layers. It is frozen and changed in place.
+        model: Any module tree with layers that can carry adapters (`adapters.kinds`). It is frozen
+            and changed in place.
         config: Targets, ranks and norm axis.
         name: Name of the adapter; several can be on one model.
         generator: Draws A. None uses the global one.
@@ -89,6 +94,8 @@ def _attach(model: nn.Module, adapters: Mapping[str, LayerAdapter], name: str) -
     keep_output = not _writes_in_place(model)
     for path, adapter in adapters.items():
         layer = adapt_layer(model.get_submodule(path), keep_output)
+        # The module knows how it stores its weight; a file may not.
+        adapter.kind, adapter.groups = layer.kind, layer_groups(layer)
         layer.adapters[name] = adapter.to(layer.weight.device)
         layer.forget(name)
         layer.train(layer.training)
@@ -101,10 +108,11 @@ def _mismatch_reason(model: nn.Module, path: str, adapter: LayerAdapter, name: s
         module = model.get_submodule(path)
     except AttributeError:
         return f"there is no layer {path}"
-    if not can_adapt(module):
-        wrapped = " whose forward another tool has wrapped" if is_wrapped(module) else ""
-        return f"{path} is a {type(module).__name__}{wrapped}"
-    shape = tuple(cast(torch.Tensor, module.weight).shape)
+    if reason := obstacle(module):
+        return f"{path} is a {reason}"
+    if adapter.kind == "embedding" != layer_kind(module):
+        return f"{path} is a {type(module).__name__}, the adapter is for an Embedding"
+    shape = tuple(layer_matrix(module).shape)
     if (wanted := adapter.weights().weight_shape) != shape:
         return f"{path} has shape {shape}, the adapter's is {wanted}"
     if isinstance(module, AdaptedLayer) and name in module.adapters:

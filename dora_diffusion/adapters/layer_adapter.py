@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.directions import Direction
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
+from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis, Strengths
 
 
 class LayerAdapter(nn.Module):
@@ -16,7 +16,7 @@ class LayerAdapter(nn.Module):
 
     Attributes:
         down, up: As in `LayerWeights`, or what ``direction`` makes these from.
-        magnitude: As in `LayerWeights`.
+        magnitude, alpha, norm_axis, kind, groups: As in `LayerWeights`.
         direction: What makes A and B; None: they are ``down`` and ``up``.
         strengths: Its strengths; those of a new adapter are 1.
         enabled: False switches the adapter off.
@@ -47,6 +47,8 @@ class LayerAdapter(nn.Module):
         self.direction = direction
         self.alpha = weights.alpha
         self.norm_axis: NormAxis = weights.norm_axis
+        self.kind: LayerKind = weights.kind
+        self.groups = weights.groups
         self.dropout = dropout
         self.strengths = Strengths()
         self.enabled = True
@@ -58,7 +60,9 @@ class LayerAdapter(nn.Module):
             # Whoever asks first may do so without gradients, and a norm scope keeps what it got.
             with torch.enable_grad():
                 down, up = self.direction(down, up)
-        return LayerWeights(down, up, self.magnitude, self.alpha, self.norm_axis)
+        return LayerWeights(
+            down, up, self.magnitude, self.alpha, self.norm_axis, self.kind, self.groups
+        )
 
     def scaled_weights(self) -> LayerWeights:
         """`weights`, with the direction's strength in their scale."""

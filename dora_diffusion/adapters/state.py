@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.directions import ProjectedDirection
 from dora_diffusion.adapters.inject import DEFAULT_NAME, attach_adapters
+from dora_diffusion.adapters.kinds import can_adapt, layer_kind
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
-from dora_diffusion.adapters.layers import adapted_layers, can_adapt
+from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.families import Family
 from dora_diffusion.formats.adapter.vera import VeraLayer
 from dora_diffusion.formats.files.header import TensorSpec
@@ -32,16 +33,21 @@ class LiveWeights:
     Attributes:
         components: ``{"unet": ..., "text_encoder": ...}``.
         family: What kind of model they are of, None if that is not known.
-        specs: Dtype and shape of each weight by canonical name.
+        specs: Dtype and shape of each weight by canonical name, as it is stored.
+        kinds: How each module stores its weight, by canonical name.
     """
 
     def __init__(self, components: LiveModules, family: Family | None = None) -> None:
         self.components, self.family = components, family
-        self._weights = {
-            f"{canonical(component, path)}.weight": cast(nn.Linear, module).weight
+        modules = {
+            canonical(component, path): module
             for component, model in components.items()
             for path, module in model.named_modules()
             if path and can_adapt(module)
+        }
+        self.kinds = {name: layer_kind(module) for name, module in modules.items()}
+        self._weights = {
+            f"{name}.weight": cast(nn.Linear, module).weight for name, module in modules.items()
         }
         self.specs = {name: TensorSpec.of(weight) for name, weight in self._weights.items()}
 

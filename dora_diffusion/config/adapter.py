@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dora_diffusion.config.checks import require, require_choice, require_positive
 
 PRESETS = ("cross-attention", "attention", "attention+conv", "full")
-TEXT_ENCODER_PRESETS = ("text-encoder-attention", "text-encoder")
+TEXT_ENCODER_PRESETS = ("text-encoder-attention", "text-encoder", "token-embedding")
 NORM_AXES = ("output", "input")
 INITS = ("random", "pissa")
 DIRECTIONS = ("low-rank", "vera", "adalora")

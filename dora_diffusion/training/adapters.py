@@ -13,6 +13,7 @@ from dora_diffusion.adapters.inject import inject_adapters
 from dora_diffusion.adapters.state import adapter_state, vera_state
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.formats.adapter.targets.registry import check_target
 from dora_diffusion.formats.adapter.vera import VeraLayer
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.weights import LayerWeights
@@ -40,12 +41,18 @@ class TrainedAdapters:
         return vera_state(self.modules)
 
 
+def key_format_of_run(config: TrainConfig) -> str:
+    """The key format that a run writes: Diffusers', which has no magnitudes on the input axis."""
+    return "kohya" if config.use_dora and config.norm_axis == "input" else "diffusers"
+
+
 def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapters:
     """Put adapters on the components that train, and those into training mode.
 
     Raises:
         TargetError: If a target matches no layer.
         ValueError: If a rank is larger than a layer.
+        AdapterFormatError: If the file that the run writes could not hold the adapter.
     """
     modules, layers = {}, []
     for name, model in components.adaptable().items():
@@ -61,12 +68,15 @@ def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapte
             compile_blocks(model)
     report = InjectionReport(tuple(layers))
     _warn_of_unused_conv_settings(config, report)
-    return TrainedAdapters(modules, report)
+    trained = TrainedAdapters(modules, report)
+    # Not after hours of training.
+    check_target(trained.state(), key_format_of_run(config))
+    return trained
 
 
 def _warn_of_unused_conv_settings(config: TrainConfig, report: InjectionReport) -> None:
     """Say which settings of Conv2d layers have no effect, since none is adapted."""
-    if any(layer.kind == "Conv2d" for layer in report.layers):
+    if any(layer.kind in ("Conv1d", "Conv2d") for layer in report.layers):
         return
     given = {
         "conv_rank": config.conv_rank != TrainConfig().conv_rank,

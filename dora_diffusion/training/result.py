@@ -26,6 +26,7 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.images import save_png, thumbnail
 from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.training.adapters import key_format_of_run
 from dora_diffusion.training.card import KOHYA_FILE, model_card
 from dora_diffusion.training.samples import SampleWriter, warning_of_full_disk
 from dora_diffusion.training.session import Session
@@ -103,10 +104,11 @@ def write_adapter_file(
             file = save_png(shown, Path(place) / "thumbnail.png")
             metadata = dataclasses.replace(metadata, thumbnail=thumbnail(file))
     adapter = AdapterFile(dict(layers), metadata)
-    if session.config.use_dora and session.config.norm_axis == "input":
+    target = key_format_of_run(session.config)
+    if target == "kohya":
         layout = UNetLayout.from_config(session.components.unet.config)
-        return write_adapter(folder / KOHYA_FILE, adapter, "kohya", unet_layout=layout)
-    return write_adapter(folder, adapter, "diffusers")
+        return write_adapter(folder / KOHYA_FILE, adapter, target, unet_layout=layout)
+    return write_adapter(folder, adapter, target)
 
 
 def write_checkpoint_adapter(session: Session, folder: Path, steps: int) -> Path:

@@ -14,6 +14,7 @@ from dora_diffusion.adapters.inject import (
     norm_scope,
     unmerge_adapters,
 )
+from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.state import adapter_state, load_adapter_state
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.dora import adapted_norm, adapted_weight
@@ -259,3 +260,18 @@ def test_the_leading_part_of_a_large_weight_is_what_starts_it():
     ours = (direction.start_up @ direction.start_down).double()
     error, least = (weight - ours).norm(), (weight - best).norm()
     assert least <= error < 1.002 * least
+
+
+@pytest.mark.parametrize(
+    "variant", [{"init": "pissa"}, {"direction": "vera"}, {"direction": "adalora"}]
+)
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [(nn.Embedding(9, 6), "an Embedding"), (nn.Conv2d(8, 8, 3, groups=2), "with groups")],
+)
+def test_layers_without_the_variant_are_refused_by_name(variant, layer, words):
+    model = nn.ModuleDict({"first": nn.Linear(6, 6), "other": layer})
+    config = AdapterConfig(targets=("*",), rank=2, **variant)
+    with pytest.raises(ValueError, match=rf"other is .*{words}.*leave it out"):
+        inject_adapters(model, config)
+    assert not list(adapted_layers(model))

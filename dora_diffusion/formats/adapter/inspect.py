@@ -76,7 +76,7 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
         key_format=key_format,
         metadata=metadata,
         layers=dict(Counter(name.split(".")[0] for name in layers)),
-        kinds=dict(Counter(_kind_of_shape(layer.weight_shape) for layer in layers.values())),
+        kinds=dict(Counter(layer.kind_and_size for layer in layers.values())),
         method=_method(layers),
         norm_axis=axis,
         rank=describe({name: layer.rank for name, layer in layers.items()}),
@@ -192,7 +192,8 @@ def _weight_shape(header: Header, key: str) -> tuple[int, ...]:
 
 
 def _kind_of_shape(shape: tuple[int, ...]) -> str:
-    return "Linear" if len(shape) == 2 else f"Conv2d {shape[2]}x{shape[3]}"
+    size = "x".join(map(str, shape[2:]))
+    return f"Conv{len(shape) - 2}d {size}" if size else "Linear"
 
 
 def _is_as_programs_read_it(

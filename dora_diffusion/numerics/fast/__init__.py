@@ -24,6 +24,7 @@ from dora_diffusion.numerics import dora as page
 from dora_diffusion.numerics.fast.autograd import dora
 from dora_diffusion.numerics.fast.gain import Gain, PlanInputs, WeightStatistics
 from dora_diffusion.numerics.fast.norms import factored_norm
+from dora_diffusion.numerics.fast.operation import serves
 from dora_diffusion.numerics.fast.plan import make_gains
 from dora_diffusion.numerics.fast.source import Recomputation, Source
 from dora_diffusion.numerics.fast.traced import traced_dora
@@ -41,6 +42,7 @@ __all__ = [
     "adapted_norm",
     "dora",
     "make_gains",
+    "serves",
     "traced_dora",
 ]
 
