@@ -8,6 +8,7 @@ there are: autocast's policy, attention, products that widen, and events.
 from __future__ import annotations
 
 import collections
+import contextlib
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"
 class _Module(types.ModuleType):
     """What torch asks a device's module for."""
 
+    _initialized = True
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
@@ -73,6 +76,15 @@ class _Module(types.ModuleType):
 
     def device_count(self) -> int:
         return 1
+
+    def device(self, index: int) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.empty(16, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        pass
 
 
 _libraries: list[torch.library.Library] = []

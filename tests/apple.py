@@ -363,12 +363,21 @@ def _have_autocast_follow(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(torch, name, lambda kind, asked=asked: asked(_as_cpu(kind)))
 
 
+def _forget_devices() -> None:
+    """Drop what was found out about devices and kept."""
+    from diffusers.utils import torch_utils
+
+    from dora_diffusion.numerics.fast import norms
+
+    norms._probe_on.cache_clear()
+    if hasattr(torch_utils, "TorchDeviceBackend"):  # Diffusers 0.42
+        torch_utils.TorchDeviceBackend._detect_device_type.cache_clear()
+
+
 @contextmanager
 def apple_gpu(has_bf16: bool = True) -> Iterator[AppleGPU]:
     """Have an Apple GPU for as long as the block lasts."""
     from accelerate.state import AcceleratorState, PartialState
-
-    from dora_diffusion.numerics.fast import norms
 
     gpu = AppleGPU(has_bf16)
     names = _Names(gpu)
@@ -380,11 +389,11 @@ def apple_gpu(has_bf16: bool = True) -> Iterator[AppleGPU]:
         _have_autocast_follow(patch)
         _have_backward_follow(patch, names)
         AcceleratorState._reset_state(reset_partial_state=True)
-        norms._probe_on.cache_clear()
+        _forget_devices()
         try:
             with names, _Operators(gpu, names):
                 yield gpu
         finally:
-            norms._probe_on.cache_clear()
+            _forget_devices()
             AcceleratorState._reset_state(reset_partial_state=True)
             PartialState._reset_state()
