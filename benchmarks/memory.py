@@ -32,7 +32,7 @@ from unittest import mock
 
 import torch
 from common import markdown
-from fake_gpu import DEVICE, Count, fake_gpu
+from fake_gpu import DEVICE, Answers, fake_gpu
 from full_size import CLIP_BIG_G, CLIP_L, SCALING, UNETS, VAE, model_in
 from live_bytes import GIB, LiveBytes
 from torch import Tensor
@@ -186,7 +186,7 @@ def count_step(
         components = make_components(family, dtype)
         label_weights(count, components, text_encoders)
         count.label = "adapter"
-        stack.enter_context(Count())  # It knows what fake tensors cannot: their numbers.
+        stack.enter_context(Answers())
         stack.enter_context(count)
         adapters = inject_trained(components, config)
         inputs = inputs_of(components, resolution // components.vae_factor, batch)
@@ -236,13 +236,13 @@ def count_sampling(
         ):  # fmt: skip
             count = LiveBytes(DEVICE)
             count.add(module.state_dict(keep_vars=True).values())
-            with Count(), count:
+            with Answers(), count:
                 run()
             peaks[name] = count.peak
         count = LiveBytes(DEVICE)
         for encoder in components.text_encoders:
             count.add(encoder.state_dict(keep_vars=True).values())
-        with Count(), count:
+        with Answers(), count:
             encoded(components, 2)
         peaks["encoding a prompt"] = count.peak
     return peaks
