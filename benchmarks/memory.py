@@ -45,7 +45,7 @@ from dora_diffusion.models.text import Conditioning, encode_tokens, join_encoder
 from dora_diffusion.training import optimizer as optimizers
 from dora_diffusion.training.adapters import inject_trained
 from dora_diffusion.training.inputs import StepInputs
-from dora_diffusion.training.step import build_step
+from dora_diffusion.training.step import TrainingStep, build_step
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"sd1": (512, 768), "sdxl": (768, 1024)}
@@ -166,7 +166,7 @@ def count_step(
     precision: str = "bf16",
     batch: int = 1,
 ) -> LiveBytes:
-    """Count a training step's peak, in the second of two: the first makes optimizer states.
+    """Count a training step's peak.
 
     The parts of the peak are labelled ``weights``, ``idle`` (weights of modules that no step
     computes with, which offloading takes away), ``adapter`` (with its gradients and states) and
@@ -195,11 +195,19 @@ def count_step(
         )
         condition = encoded if text_encoders else cached
         step.objective.condition = lambda captions: condition(components, len(captions))
-        step(1)
+        make_states(step)
         count.label = "step"
         count.reset_peak()
-        step(2)
+        step(1)
     return count
+
+
+def make_states(step: TrainingStep) -> None:
+    """Have the optimizer make its states, which exist from the second step on."""
+    for parameter in step.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    step.optimizer.step()
+    step.optimizer.zero_grad()
 
 
 def count_sampling(
