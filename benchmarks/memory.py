@@ -204,10 +204,15 @@ def count_step(
 
 def make_states(step: TrainingStep) -> None:
     """Have the optimizer make its states, which exist from the second step on."""
-    for parameter in step.parameters:
-        parameter.grad = torch.zeros_like(parameter)
+    for parameter in step.objective.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    if step.flat is not None:
+        step.flat.take_gradients()
     step.optimizer.step()
     step.optimizer.zero_grad()
+    if step.flat is not None:
+        step.flat.finish()
 
 
 def count_sampling(

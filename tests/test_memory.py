@@ -136,6 +136,22 @@ def test_sdxl_at_1024_fits_a_card_of_8_gb() -> None:
     assert needed_memory("sdxl", 1024, settings, A100) <= 7.5
 
 
+def test_the_document_states_what_was_counted() -> None:
+    document = (Path(__file__).parents[1] / "docs" / "cost.md").read_text(encoding="utf-8")
+    for family, title in (("sd1", "SD1.5"), ("sdxl", "SDXL")):
+        size = FAMILIES[family].gpu_memory.resolution
+        for on in (True, False):
+            cells = [
+                gpu_training_memory(
+                    family, size, gradient_checkpointing=on, optimizer=optimizer, offload=offload
+                )
+                for optimizer in ("adamw", "adamw8bit")
+                for offload in ("none", "model")
+            ]
+            figures = " | ".join(f"{gib - PROCESS_GIB:.2f}" for gib in cells)
+            assert f"| {title}, {size} px | {'on' if on else 'off'} | {figures} |" in document
+
+
 def test_offloading_is_proposed_first() -> None:
     settings = HALF | {"offload": "none"}
     free = needed_memory("sdxl", 1024, HALF | {"offload": "auto"}, A100)
