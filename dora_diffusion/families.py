@@ -195,11 +195,15 @@ _SDXL_MEMORY = (
     MemoryRow(1024, False, 16.6, is_measured=False),
 )
 
-# benchmarks/memory.py --parts
-_SD1_GPU_MEMORY = GpuMemory(1.60, 0.23, 0.16, 0.05, 0.034, 1.147, 0.312, 0.0, resolution=512)
+# benchmarks/memory.py --parts; what adapters on text encoders add is derived from their shapes.
+_SD1_GPU_MEMORY = GpuMemory(
+    unet=1.601, text_encoders=0.229, vae=0.156, adapter=0.050, adapter_8bit=0.034,
+    activations=1.147, recomputed=0.312, text_adapter=0.04, resolution=512,
+)  # fmt: skip
 _SDXL_GPU_MEMORY = GpuMemory(
-    4.78, 1.52, 0.31, 0.2, 0.11, 0.0, 0.857, 0.0, resolution=1024, vae_is_float32=True
-)
+    unet=4.782, text_encoders=1.523, vae=0.312, adapter=0.161, adapter_8bit=0.110,
+    activations=7.252, recomputed=0.857, text_adapter=0.2, resolution=1024, vae_is_float32=True,
+)  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = {
     family.name: family
