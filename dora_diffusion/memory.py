@@ -59,14 +59,10 @@ def training_memory(
 def gpu_training_memory(
     family: str,
     resolution: int,
+    settings: Mapping[str, Any],
     *,
     batch: int = 1,
     precision: str = "bf16",
-    gradient_checkpointing: bool = False,
-    train_text_encoder: bool = False,
-    optimizer: str = "adamw",
-    offload: str = "auto",
-    cache_latents: bool = True,
 ) -> float | None:
     """Peak memory that training takes of a GPU in GiB, from counted live bytes and its context.
 
@@ -75,13 +71,10 @@ def gpu_training_memory(
     Args:
         family: Name of a `Family`.
         resolution: Side in pixels.
+        settings: Of `TrainConfig` by name; used are gradient_checkpointing, train_text_encoder,
+            optimizer, offload and cache_latents, with their defaults.
         batch: Images per step, class images counted.
         precision: ``"bf16"``, ``"fp16"`` or ``"no"`` (float32).
-        gradient_checkpointing: Whether it is on.
-        train_text_encoder: Whether the text encoders train.
-        optimizer: ``"adamw8bit"`` takes less than any other.
-        offload: ``"none"`` leaves on the GPU what no step computes with.
-        cache_latents: Without, each step computes with the VAE.
 
     Returns:
         GiB; None for a model of no known family.
@@ -90,15 +83,17 @@ def gpu_training_memory(
         return None
     table: GpuMemory = FAMILIES[family].gpu_memory
     factor = 2 if precision == "no" else 1
-    stays = offload == "none"
+    stays, trained = settings.get("offload") == "none", settings.get("train_text_encoder")
     gib = factor * table.unet
-    if train_text_encoder or stays:
+    if trained or stays:
         gib += factor * table.text_encoders
-    if not cache_latents or stays:
+    if stays or not settings.get("cache_latents", True):
         gib += table.vae * (1 if table.vae_is_float32 else factor)
-    gib += table.adapter_8bit if optimizer == "adamw8bit" else table.adapter
-    gib += table.text_adapter if train_text_encoder else 0
-    activations = table.recomputed if gradient_checkpointing else table.activations
+    is_8bit = settings.get("optimizer") == "adamw8bit"
+    gib += table.adapter_8bit if is_8bit else table.adapter
+    gib += table.text_adapter if trained else 0
+    recomputes = settings.get("gradient_checkpointing")
+    activations = table.recomputed if recomputes else table.activations
     pixels = resolution**2 * batch / table.resolution**2
     return PROCESS_GIB + gib + factor * activations * pixels
 
@@ -214,24 +209,15 @@ def needed_memory(
     """What to have free for settings, in GiB: the device's table, with a margin of a tenth."""
     precision = str(settings["mixed_precision"])
     precision = auto_precision(device) if precision == "auto" else precision
-    checkpointing = bool(settings["gradient_checkpointing"])
     if devices.has_own_memory(device.kind):
-        names = ("train_text_encoder", "optimizer", "offload", "cache_latents")
-        gib = gpu_training_memory(
-            family,
-            resolution,
-            batch=batch,
-            precision=precision,
-            gradient_checkpointing=checkpointing,
-            **{name: settings[name] for name in names if name in settings},
-        )
+        gib = gpu_training_memory(family, resolution, settings, batch=batch, precision=precision)
         return None if gib is None else _MARGIN * gib
     gib = training_memory(
         family,
         resolution,
         batch=batch,
         precision=precision,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=bool(settings["gradient_checkpointing"]),
     )
     if gib is None:
         return None

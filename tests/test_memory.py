@@ -94,14 +94,16 @@ def test_the_document_states_the_table() -> None:
 def test_a_gpu_holds_what_a_run_computes_with(family: str) -> None:
     table = FAMILIES[family].gpu_memory
     size = table.resolution
-    least = gpu_training_memory(family, size, gradient_checkpointing=True, optimizer="adamw8bit")
+    saving = {"gradient_checkpointing": True, "optimizer": "adamw8bit"}
+    least = gpu_training_memory(family, size, saving)
     parts = PROCESS_GIB + table.unet + table.adapter_8bit + table.recomputed
     assert least == pytest.approx(parts)
-    plain = gpu_training_memory(family, size)
+    plain = gpu_training_memory(family, size, {})
     assert plain == pytest.approx(PROCESS_GIB + table.unet + table.adapter + table.activations)
 
-    def more(**settings: object) -> float:
-        return gpu_training_memory(family, size, **settings) - plain
+    def more(batch: int = 1, precision: str = "bf16", **settings: object) -> float:
+        found = gpu_training_memory(family, size, settings, batch=batch, precision=precision)
+        return found - plain
 
     assert more(offload="none") == pytest.approx(table.text_encoders + table.vae)
     assert more(cache_latents=False) == pytest.approx(table.vae)
@@ -113,9 +115,9 @@ def test_a_gpu_holds_what_a_run_computes_with(family: str) -> None:
     single = more(precision="no", offload="none") - more(precision="no")
     vae = table.vae * (1 if family == "sdxl" else 2)  # SDXL's is in float32 anyway.
     assert single == pytest.approx(2 * table.text_encoders + vae)
-    quarter = gpu_training_memory(family, size // 2)
+    quarter = gpu_training_memory(family, size // 2, {})
     assert plain - quarter == pytest.approx(0.75 * table.activations)
-    assert gpu_training_memory("sd3", size) is None
+    assert gpu_training_memory("sd3", size, {}) is None
 
 
 def test_weights_are_those_of_the_released_models() -> None:
@@ -143,9 +145,11 @@ def test_the_document_states_what_was_counted() -> None:
         for on in (True, False):
             cells = [
                 gpu_training_memory(
-                    family, size, gradient_checkpointing=on, optimizer=optimizer, offload=offload
+                    family,
+                    size,
+                    {"gradient_checkpointing": on, "optimizer": name, "offload": offload},
                 )
-                for optimizer in ("adamw", "adamw8bit")
+                for name in ("adamw", "adamw8bit")
                 for offload in ("none", "model")
             ]
             figures = " | ".join(f"{gib - PROCESS_GIB:.2f}" for gib in cells)
@@ -164,7 +168,7 @@ def test_a_cpu_and_apples_gpu_take_the_measured_table() -> None:
         needed = needed_memory("sd1", 512, HALF, Device(kind, "shared", 9.0))
         assert needed == pytest.approx(1.1 * training_memory("sd1", 512))
     assert needed_memory("sd1", 512, HALF, A100) == pytest.approx(
-        1.1 * gpu_training_memory("sd1", 512)
+        1.1 * gpu_training_memory("sd1", 512, {})
     )
 
 
