@@ -506,12 +506,21 @@ def _have_accelerator_follow(patch: pytest.MonkeyPatch, gpu: EmulatedGPU) -> Non
         patch.setattr(torch.accelerator, "current_stream", gpu.stream)
 
 
+def _forget_devices() -> None:
+    """Drop what was found out about devices and kept."""
+    from diffusers.utils import torch_utils
+
+    from dora_diffusion.numerics.fast import norms
+
+    norms._probe_on.cache_clear()
+    if hasattr(torch_utils, "TorchDeviceBackend"):  # Diffusers 0.42
+        torch_utils.TorchDeviceBackend._detect_device_type.cache_clear()
+
+
 @contextmanager
 def emulated(gpu: EmulatedGPU) -> Iterator[None]:
     """Have a GPU for as long as the block lasts."""
     from accelerate.state import AcceleratorState, PartialState
-
-    from dora_diffusion.numerics.fast import norms
 
     names = _Names(gpu)
     with pytest.MonkeyPatch.context() as patch:
@@ -524,11 +533,11 @@ def emulated(gpu: EmulatedGPU) -> Iterator[None]:
         _have_optimizers_follow(patch, gpu)
         _have_backward_follow(patch, names)
         AcceleratorState._reset_state(reset_partial_state=True)
-        norms._probe_on.cache_clear()
+        _forget_devices()
         try:
             with names, _Operators(gpu, names):
                 yield
         finally:
-            norms._probe_on.cache_clear()
+            _forget_devices()
             AcceleratorState._reset_state(reset_partial_state=True)
             PartialState._reset_state()

@@ -146,6 +146,7 @@ def load_adapted_model(args: argparse.Namespace) -> tuple[Components, AdapterMet
         variant=args.variant,
         config=args.config,
         compile=args.compile,
+        offload=getattr(args, "offload", "none"),
     )
 
 

@@ -13,7 +13,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         # From memory that may be swapped out, a copy is waited for.
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    # Towards the host, a copy that is not waited for is read before it is there.
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def fetch(tensor: Tensor) -> Callable[[], Tensor]:

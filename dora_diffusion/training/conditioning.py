@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.offload import on_device
 from dora_diffusion.models.text import Conditioning, encode_prompts
 from dora_diffusion.models.transfer import send
 
@@ -36,9 +37,22 @@ class Conditioner:
             del self._known[next(iter(self._known))]
         return Conditioning.cat([encoded[caption] for caption in captions])
 
+    def keep(self, captions: Collection[str]) -> bool:
+        """Encode captions now, so that no later call with them does.
+
+        Returns:
+            Whether that holds: not if the text encoders train, or captions are too many to keep.
+        """
+        if self.trains or len(captions) > KNOWN_CAPTIONS:
+            return False
+        for caption in captions:
+            self._encoded(caption)
+        return True
+
     def _encoded(self, caption: str) -> Conditioning:
         if caption not in self._known:
-            with torch.no_grad():
+            components = self.components
+            with torch.no_grad(), on_device(components.device, *components.text_encoders):
                 self._known[caption] = self._encode([caption])
         return self._known[caption]
 

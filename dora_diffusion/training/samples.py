@@ -99,7 +99,12 @@ class SampleWriter:
             # Without gradients and at another batch size, each block would be compiled anew.
             with uncompiled() if self._session.config.compile else nullcontext():
                 images += generate_images(
-                    self._session.components, prompt, self._seeds, self._settings, on_step=report
+                    self._session.components,
+                    prompt,
+                    self._seeds,
+                    self._settings,
+                    batch_size=self._session.config.sample_batch_size,
+                    on_step=report,
                 )
         return images
 

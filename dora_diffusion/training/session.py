@@ -15,6 +15,7 @@ from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.formats.adapter.vera import digest_of
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.offload import place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.training.adapters import TrainedAdapters, inject_trained
 from dora_diffusion.training.checkpoint import (
@@ -25,6 +26,7 @@ from dora_diffusion.training.checkpoint import (
 from dora_diffusion.training.dataset import open_dataset
 from dora_diffusion.training.events import OnEvent, ignore
 from dora_diffusion.training.inputs import InputSource
+from dora_diffusion.training.offload import bring_what_steps_need
 from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.step import TrainingStep, build_step
 from dora_diffusion.training.subject import Subject
@@ -127,16 +129,18 @@ def open_session(
     if config.compile:
         require_compiler(accelerator.device)
     paths = list_photos(config.instance_data_dir or "")
-    components = load_components(
+    loaded = load_components(
         config.pretrained_model_name_or_path,
         revision=config.revision,
         variant=config.variant,
         vae=config.pretrained_vae_model_name_or_path,
         dtype=PRECISION_DTYPES[precision],
         config=config.model_config,
-    ).to(accelerator.device)
+    )
+    components = place(loaded, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     dataset = open_dataset(config, subject, components, paths, accelerator, on_event)
+    bring_what_steps_need(config, components)
     adapters = inject_trained(components, config)
     sampler = EpochSampler(
         len(dataset),
