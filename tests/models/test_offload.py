@@ -16,10 +16,12 @@ from dora_diffusion.adapters.state import load_adapter_state
 from dora_diffusion.generate import SamplingSettings, generate_images, load_adapted
 from dora_diffusion.models import offload
 from dora_diffusion.models.components import Components
-from tests.apple import DEVICE, AppleGPU, apple_gpu
+from tests.apple import AppleGPU, apple_gpu
 
 HOST = torch.device("cpu")
 SETTINGS = SamplingSettings(2, 4.0, "ddim", 32, 32)
+
+DEVICE = torch.device("mps:0")
 
 
 @pytest.fixture

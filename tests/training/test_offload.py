@@ -26,8 +26,10 @@ from dora_diffusion.training.events import (
     TrainingStarted,
 )
 from dora_diffusion.training.session import Session
-from tests.apple import DEVICE, AppleGPU, apple_gpu
+from tests.apple import AppleGPU, apple_gpu
 from tests.training.helpers import losses, make_config, warnings_of
+
+DEVICE = torch.device("mps:0")
 
 
 @pytest.fixture
