@@ -124,6 +124,12 @@ def build_step(
     inputs: InputSource,
 ) -> TrainingStep:
     """Make objective, optimizer and schedule for the adapters on ``modules``."""
+    objective: Any = Objective(
+        components, train_text_encoder=config.train_text_encoder, snr_gamma=config.snr_gamma
+    ).to(accelerator.device)
+    # Before the parameters share their memory: DistributedDataParallel gives them other memory.
+    if accelerator.num_processes > 1:
+        objective = accelerator.prepare_model(objective)
     groups, flat = parameter_groups(modules, config), None
     if can_be_flat(config.optimizer_name):
         flat = FlatParameters(groups)
@@ -132,11 +138,6 @@ def build_step(
     # Before Accelerate takes the optimizer's `step`, which the schedule marks as its own.
     schedule = build_lr_schedule(optimizer, config)
     optimizer = accelerator.prepare_optimizer(optimizer)
-    objective: Any = Objective(
-        components, train_text_encoder=config.train_text_encoder, snr_gamma=config.snr_gamma
-    ).to(accelerator.device)
-    if accelerator.num_processes > 1:
-        objective = accelerator.prepare_model(objective)
     allocation = build_allocation(modules, config)
     return TrainingStep(
         config, accelerator, modules, objective, optimizer, schedule, inputs, flat, allocation

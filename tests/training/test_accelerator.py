@@ -49,12 +49,17 @@ def launch(config: dict, tmp_path: Path, processes: int) -> Path:
     return output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
-    [{}, {"init": "pissa"}, {"direction": "adalora", "rank": 4, "allocation_interval": 1}],
-    ids=["dora", "pissa", "adalora"],
-)
+    [
+        pytest.param({}, id="dora"),
+        pytest.param({"init": "pissa"}, id="pissa", marks=pytest.mark.slow),
+        pytest.param(
+            {"direction": "adalora", "rank": 4, "allocation_interval": 1},
+            id="adalora", marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
 def test_two_processes_agree_with_one(sd1_folder, tmp_path, variant):
     photos = shutil.copytree(SAMPLES / "heart_teapot", tmp_path / "photos")
     config = {
@@ -84,7 +89,7 @@ def test_two_processes_agree_with_one(sd1_folder, tmp_path, variant):
     for name, layer in first.items():
         for part in ("down", "up", "magnitude"):
             torch.testing.assert_close(
-                getattr(layer, part), getattr(second[name], part), rtol=2e-3, atol=2e-5
+                getattr(layer, part), getattr(second[name], part), rtol=2e-3, atol=5e-5
             )
     assert len((two / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
 
