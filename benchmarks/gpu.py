@@ -103,8 +103,10 @@ def peer_of(name: str, base: Any) -> Any:
 
 
 def compile_blocks(model: Any) -> None:
-    """Compile the repeated blocks of a UNet."""
-    model.compile_repeated_blocks()
+    """Compile the repeated blocks of a UNet, the same ones for every peer."""
+    from dora_diffusion.adapters import compiled
+
+    compiled.compile_blocks(model)
 
 
 def synchronize() -> None:
