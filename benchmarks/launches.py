@@ -68,17 +68,17 @@ def make(name: str, family: str, dtype: torch.dtype, targets: str, text: bool) -
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    with torch.device(DEVICE):
-        unet = UNet2DConditionModel(**UNETS[family]).to(dtype)
-        encoders: list[nn.Module] = []
-        if text:
-            encoders.append(CLIPTextModel(CLIPTextConfig(vocab_size=49408, **CLIP_L)).to(dtype))
-        if text and family == "sdxl":
-            config = CLIPTextConfig(vocab_size=49408, **CLIP_BIG_G)
-            encoders.append(CLIPTextModelWithProjection(config).to(dtype))
-    models = Models(unet, encoders, ours=name == OURS)
+    unet = UNet2DConditionModel(**UNETS[family]).to(DEVICE, dtype)
+    encoders: list[nn.Module] = []
+    if text:
+        encoders.append(CLIPTextModel(CLIPTextConfig(vocab_size=49408, **CLIP_L)))
+    if text and family == "sdxl":
+        config = CLIPTextConfig(vocab_size=49408, **CLIP_BIG_G)
+        encoders.append(CLIPTextModelWithProjection(config))
+    models = Models(unet, [e.to(DEVICE, dtype) for e in encoders], ours=name == OURS)
     for model in models.all():
-        models.layers += adapt(name, model.requires_grad_(False).train(), targets)
+        layers = targets if model is unet else "text-encoder-attention"
+        models.layers += adapt(name, model.requires_grad_(False).train(), layers)
     return models
 
 
