@@ -27,6 +27,7 @@ OF_ONE_VENDOR = {
     "dora_diffusion/numerics/fast/watch.py": "an event to read behind; others are read at once",
     "dora_diffusion/models/precision.py": "what Apple's GPU needs for bfloat16",
     "dora_diffusion/console/environment.py": "NVIDIA's own program, and variables of each vendor",
+    "dora_diffusion/adapters/compiled.py": "what to install so that torch compiles for a device",
     "tools/start_app.py": "which torch to install, before there is one to ask",
 }
 

@@ -96,7 +96,7 @@ class SampleWriter:
                     raise _SamplingStopped
                 self._on_event(SamplingProgress(row * total + done, len(self._prompts) * total))
 
-            # Without gradients and at another batch size, each block would be compiled anew.
+            # Without gradients and at another batch size, each block would be compiled again.
             with uncompiled() if self._session.config.compile else nullcontext():
                 images += generate_images(
                     self._session.components,

@@ -198,7 +198,7 @@ def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
     toy = Base(EMBEDDED, "sd1", "toy")
 
     def chosen(
-        found: list[Base], word: str, *, free: float | None = 8.0, settled: str = "",
+        found: list[Base], word: str, *, free: float | None = 5.0, settled: str = "",
         model: str = EMBEDDED, kind: str = "cuda",
     ) -> Any:  # fmt: skip
         monkeypatch.setattr(context, "bases", lambda: found)
@@ -215,7 +215,7 @@ def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
         return None
 
     every = [toy, sdxl, sd1, download]
-    assert chosen(every, "dog") == one  # 8 GiB do not hold SDXL
+    assert chosen(every, "dog") == one  # 5 GiB do not hold SDXL
     assert chosen(every, "dog", free=40.0) == xl
     assert chosen(every, "dog", free=40.0, kind="cpu") == one
     assert chosen([sd1, sdxl], "dog", free=None) == one  # the first
