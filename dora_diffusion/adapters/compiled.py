@@ -130,6 +130,6 @@ def _make_factors(layers: Sequence[nn.Module], model: nn.Module, args: tuple[Any
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run compiled blocks as they are: where few calls would not pay for compiling them anew."""
+    """Run compiled blocks as they are: where few calls would not pay for compiling them again."""
     with torch.compiler.set_stance("force_eager"):
         yield

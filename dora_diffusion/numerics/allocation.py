@@ -62,7 +62,7 @@ class BudgetSchedule:
         return int((self.start - self.target) * left**3 + self.target)
 
     def chooses(self, step: int) -> bool:
-        """Whether triplets are chosen anew after a step."""
+        """Whether triplets are chosen again after a step."""
         if step >= self.last:
             return step == self.last
         return step > self.warmup and step % self.interval == 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -27,6 +28,11 @@ from dora_diffusion.adapters.inject import (
 from dora_diffusion.config import ConfigError
 from tests.adapters.helpers import AXES, everything, fast_only, move
 from tests.conftest import unet_config
+
+TRACES_CONTEXTS = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.7"),
+    reason="torch 2.6 traces no context manager: a graph ends where a dense norm is computed",
+)
 
 
 class Blocks(nn.Module):
@@ -208,6 +214,7 @@ def test_compiled_layers_compute_from_what_the_scope_made(axis: str, monkeypatch
     assert worst(results(model, square()), reference) < 1e-5
 
 
+@TRACES_CONTEXTS
 @pytest.mark.parametrize("axis", AXES)
 def test_what_no_plan_serves_is_the_page_without_a_graph_break(axis: str) -> None:
     model = stack(norm_axis=axis)
@@ -219,6 +226,7 @@ def test_what_no_plan_serves_is_the_page_without_a_graph_break(axis: str) -> Non
     assert worst(results(other, x), results(model, x)) < 1e-5
 
 
+@TRACES_CONTEXTS
 def test_switching_merging_and_strengths_reach_compiled_blocks() -> None:
     model = stack()
     other, x = compiled(model, "eager"), square()
