@@ -3,35 +3,95 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from dora_diffusion.adapters.fresh import InjectionReport
-from dora_diffusion.adapters.inject import inject_adapters
-from dora_diffusion.adapters.state import adapter_state
+from dora_diffusion.adapters.inject import disabled, inject_adapters, remove_adapters
+from dora_diffusion.adapters.state import LiveWeights, adapter_state, load_adapter_state
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.formats.adapter.file import (
+    AdapterFile,
+    AdapterMetadata,
+    read_adapter,
+    write_adapter,
+)
+from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.models.components import Components
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.training.card import KOHYA_FILE
+from dora_diffusion.training.checkpoint import parameters_by_name
+from dora_diffusion.training.optimizer import parameter_groups
 from dora_diffusion.training.recompute import checkpoint_gradients
+from dora_diffusion.training.weights import Writer
 
 
 @dataclass(frozen=True)
 class TrainedAdapters:
-    """Where fresh adapters are.
+    """Fresh adapters on a model, as `TrainedWeights`.
 
     Attributes:
+        components: The model.
         modules: The components that carry them, by name.
         report: Which of their layers.
+        in_kohya_format: Whether their file is in kohya's key format, not in that of Diffusers.
     """
 
+    components: Components
     modules: dict[str, nn.Module]
     report: InjectionReport
+    in_kohya_format: bool = False
 
-    def state(self) -> dict[str, LayerWeights]:
-        """Copies of their tensors on the CPU, by canonical name."""
-        return adapter_state(self.modules)
+    noun = "adapter"
+    holds_thumbnail = True
+    are_small = True
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by component and path."""
+        return parameters_by_name(self.modules)
+
+    def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
+        """Parameters by component and role."""
+        return parameter_groups(self.modules, config)
+
+    def untrained(self) -> AbstractContextManager[None]:
+        """The adapters are off inside of the block."""
+        return disabled(*self.components.adaptable().values())
+
+    def writer(self) -> Writer:
+        """Writes the adapter where every tool reads it exactly.
+
+        An output-axis adapter is written in the key format of Diffusers. That cannot hold a
+        magnitude on the input axis, which therefore is written in kohya's.
+        """
+        layers = adapter_state(self.modules)
+
+        def write(folder: Path, metadata: AdapterMetadata) -> Path:
+            adapter = AdapterFile(layers, metadata)
+            if self.in_kohya_format:
+                layout = UNetLayout.from_config(self.components.unet.config)
+                return write_adapter(folder / KOHYA_FILE, adapter, "kohya", unet_layout=layout)
+            return write_adapter(folder, adapter, "diffusers")
+
+        return write
+
+    def result(self, folder: Path) -> Path:
+        """The run's folder itself."""
+        return folder
+
+    def write_copies(self, folder: Path, metadata: AdapterMetadata) -> None:
+        """None: ``dora-diffusion convert`` writes other forms."""
+
+    def reload(self, written: Path) -> None:
+        """Replace the live adapter by what the file holds."""
+        components = self.components.adaptable()
+        for model in self.modules.values():
+            remove_adapters(model)
+        load_adapter_state(components, read_adapter(written, LiveWeights(components)).layers)
 
 
 def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapters:
@@ -53,7 +113,8 @@ def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapte
             checkpoint_gradients(model, components.device.type)
     report = InjectionReport(tuple(layers))
     _warn_of_unused_conv_settings(config, report)
-    return TrainedAdapters(modules, report)
+    on_input = config.method_name == "dora" and config.norm_axis == "input"
+    return TrainedAdapters(components, modules, report, on_input)
 
 
 def _warn_of_unused_conv_settings(config: TrainConfig, report: InjectionReport) -> None:

@@ -19,7 +19,7 @@ def model_card(
     config: TrainConfig,
     subject: Subject,
     metadata: AdapterMetadata,
-    adapter: Path,
+    written: Path,
     report: str,
     samples: Mapping[str, str],
 ) -> str:
@@ -29,23 +29,23 @@ def model_card(
         config: The run's settings.
         subject: Token and class word.
         metadata: The adapter's metadata.
-        adapter: The adapter file.
-        report: What was adapted.
+        written: The adapter file, or the folder of the model.
+        report: What was trained.
         samples: Caption -> path of an image, relative to the card.
     """
     base = without_path(metadata.base_model)
     prompt = config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
-    method = "DoRA" if config.use_dora else "LoRA"
-    axis = f", norm on the {config.norm_axis} axis" if config.use_dora else ""
     images = "".join(
         f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
     )
     steps = metadata.extra["training_steps"]
-    library = "" if adapter.name == KOHYA_FILE else "\nlibrary_name: diffusers"
+    library = "" if written.name == KOHYA_FILE else "\nlibrary_name: diffusers"
+    tag, method = _method(config)
+    use = _use_of_model if config.is_full else _use_of_adapter
     return f"""---
 base_model: {base}
 instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}{library}
-tags: [text-to-image, {method.lower()}, dreambooth]
+tags: [text-to-image, {tag}, dreambooth]
 ---
 
 # {subject.trigger or Path(config.output_dir).name}
@@ -53,18 +53,51 @@ tags: [text-to-image, {method.lower()}, dreambooth]
 {_trigger_sentence(subject, prompt or "")}
 {images}
 ## Use it
+{use(base, written, prompt or "")}
+## How it was made
 
+{method} on `{base}`, trained with
+dora_diffusion {__version__} at {metadata.resolution} px for {steps} steps: {report}.
+All settings are in `config.yaml`; the loss of every step is in `metrics.jsonl`.
+"""
+
+
+def _method(config: TrainConfig) -> tuple[str, str]:
+    """The method as a tag, and in words."""
+    if config.is_full:
+        return "full-finetuning", "Full fine-tuning"
+    is_dora = config.method_name == "dora"
+    axis = f", norm on the {config.norm_axis} axis" if is_dora else ""
+    name = "DoRA" if is_dora else "LoRA"
+    return name.lower(), f"{name} (rank {config.rank}, convolutions {config.conv_rank}{axis})"
+
+
+def _use_of_adapter(base: str, adapter: Path, prompt: str) -> str:
+    return f"""
 ```bash
 dora-diffusion generate --base {base} --adapter {adapter.parent.name} \\
     --prompt "{prompt}" --output image.png
 dora-diffusion export --base {base} --adapter {adapter.parent.name} --output merged
 ```
-{_diffusers_example(base, adapter, prompt or "")}
-## How it was made
+{_diffusers_example(base, adapter, prompt)}"""
 
-{method} (rank {config.rank}, convolutions {config.conv_rank}{axis}) on `{base}`, trained with
-dora_diffusion {__version__} at {metadata.resolution} px for {steps} steps: {report}.
-All settings are in `config.yaml`; the loss of every step is in `metrics.jsonl`.
+
+def _use_of_model(base: str, model: Path, prompt: str) -> str:
+    folder = f"{model.parent.name}/{model.name}"
+    return f"""
+```bash
+dora-diffusion generate --base {folder} --prompt "{prompt}" --output image.png
+dora-diffusion extract --base {base} --tuned {folder} --rank 16 --output adapter.safetensors
+```
+
+In Diffusers:
+
+```python
+from diffusers import AutoPipelineForText2Image
+
+pipeline = AutoPipelineForText2Image.from_pretrained("{folder}")
+image = pipeline("{prompt}").images[0]
+```
 """
 
 

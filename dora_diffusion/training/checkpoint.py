@@ -136,17 +136,18 @@ def _of_these(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, 
     return state
 
 
-def restore_parameters(trained: Mapping[str, nn.Module], saved: Mapping[str, torch.Tensor]) -> None:
+def restore_parameters(
+    parameters: Mapping[str, nn.Parameter], saved: Mapping[str, torch.Tensor]
+) -> None:
     """Put saved values into the trained parameters, all of them.
 
     Raises:
         ConfigError: If names or shapes differ.
     """
-    parameters = parameters_by_name(trained)
     if {k: tuple(v.shape) for k, v in saved.items()} != {
         k: tuple(v.shape) for k, v in parameters.items()
     }:
-        raise ConfigError("the checkpoint's adapter has other layers or shapes than this run's")
+        raise ConfigError("the checkpoint was trained in other layers or shapes than this run's")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
@@ -14,18 +16,16 @@ from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
-from dora_diffusion.training.adapters import TrainedAdapters, inject_trained
-from dora_diffusion.training.checkpoint import (
-    parameters_by_name,
-    restore_optimizer,
-    restore_parameters,
-)
+from dora_diffusion.training.adapters import inject_trained
+from dora_diffusion.training.checkpoint import restore_optimizer, restore_parameters
 from dora_diffusion.training.dataset import open_dataset
 from dora_diffusion.training.events import OnEvent, ignore
+from dora_diffusion.training.full import select_weights
 from dora_diffusion.training.inputs import InputSource
 from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.step import TrainingStep, build_step
 from dora_diffusion.training.subject import Subject
+from dora_diffusion.training.weights import TrainedWeights
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Session:
         config: All settings, those that were left open resolved.
         subject: Token and class word.
         accelerator: What `make_accelerator` made.
-        components: The model, with the adapters on it.
-        adapters: Where they are.
+        components: The model, with the adapters on it where it trains some.
+        weights: What trains.
         dataset: Photos and class images.
         sampler: The order of this process's batches.
         train_step: Does the optimizer step of a number, counted from 1.
@@ -47,7 +47,7 @@ class Session:
     subject: Subject
     accelerator: Any
     components: Components
-    adapters: TrainedAdapters
+    weights: TrainedWeights
     dataset: DreamBoothDataset
     sampler: EpochSampler
     train_step: TrainingStep
@@ -67,7 +67,7 @@ class Session:
     def state_dict(self) -> dict[str, Any]:
         """Everything that steps change, on the CPU."""
         scaler = self.accelerator.scaler
-        parameters = parameters_by_name(self.adapters.modules)
+        parameters = self.weights.parameters()
         return {
             "parameters": {name: p.detach().cpu() for name, p in parameters.items()},
             "optimizer": self.train_step.optimizer.state_dict(),
@@ -80,9 +80,9 @@ class Session:
         """Put back what `state_dict` returned; learning rates and decays stay this run's.
 
         Raises:
-            ConfigError: If it is of another adapter.
+            ConfigError: If it is of other layers.
         """
-        restore_parameters(self.adapters.modules, state["parameters"])
+        restore_parameters(self.weights.parameters(), state["parameters"])
         restore_optimizer(self.train_step.optimizer, self.train_step.lr_schedule, state)
         self.sampler.load_state_dict(state["sampler"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
@@ -92,7 +92,7 @@ class Session:
 def open_session(
     config: TrainConfig, subject: Subject, accelerator: Any, on_event: OnEvent = ignore
 ) -> Session:
-    """Load the model, put the adapter on, and make the data and the optimizer.
+    """Load the model, choose what trains, and make the data and the optimizer.
 
     Args:
         config: All settings.
@@ -112,12 +112,15 @@ def open_session(
         revision=config.revision,
         variant=config.variant,
         vae=config.pretrained_vae_model_name_or_path,
-        dtype=PRECISION_DTYPES[precision],
+        # Weights that train are float32; autocast computes with them in the precision.
+        dtype=torch.float32 if config.is_full else PRECISION_DTYPES[precision],
         config=config.model_config,
     ).to(accelerator.device)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     dataset = open_dataset(config, subject, components, paths, accelerator, on_event)
-    adapters = inject_trained(components, config)
+    weights: TrainedWeights = (
+        select_weights(components, config) if config.is_full else inject_trained(components, config)
+    )
     sampler = EpochSampler(
         len(dataset),
         batch_size=config.train_batch_size,
@@ -130,8 +133,8 @@ def open_session(
     workers = 0 if dataset.caches_moments else config.dataloader_num_workers
     batches = iterate_batches(dataset, sampler, num_workers=workers)
     inputs = InputSource(config, subject, components, batches, accelerator.process_index)
-    train_step = build_step(config, accelerator, components, adapters.modules, inputs)
-    return Session(config, subject, accelerator, components, adapters, dataset, sampler, train_step)
+    train_step = build_step(config, accelerator, components, weights, inputs)
+    return Session(config, subject, accelerator, components, weights, dataset, sampler, train_step)
 
 
 def _resolved(

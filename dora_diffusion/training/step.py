@@ -23,8 +23,8 @@ from dora_diffusion.training.optimizer import (
     build_optimizer,
     can_be_flat,
     learning_rates,
-    parameter_groups,
 )
+from dora_diffusion.training.weights import TrainedWeights
 
 
 @dataclass
@@ -34,12 +34,12 @@ class TrainingStep:
     Attributes:
         config: Seed, accumulation, weight of the prior and limit of the gradients' norm.
         accelerator: What `make_accelerator` made.
-        modules: The components whose adapters train, by name.
+        modules: The components that train, by name.
         objective: `StepInputs` to the losses of subject and prior.
-        optimizer: Over the adapters' parameters.
+        optimizer: Over the parameters that train.
         lr_schedule: Its learning rates.
         inputs: Gives each batch's, by its number since the start of the run.
-        flat: What the optimizer sees of the adapters' parameters; None: these themselves.
+        flat: What the optimizer sees of the parameters; None: these themselves.
         watch: Spares each step a wait for the device.
     """
 
@@ -109,19 +109,24 @@ def build_step(
     config: TrainConfig,
     accelerator: Any,
     components: Components,
-    modules: Mapping[str, nn.Module],
+    weights: TrainedWeights,
     inputs: InputSource,
 ) -> TrainingStep:
-    """Make objective, optimizer and schedule for the adapters on ``modules``."""
-    groups, flat = parameter_groups(modules, config), None
-    if can_be_flat(config.optimizer_name):
+    """Make objective, optimizer and schedule for what trains."""
+    groups, flat = weights.groups(config), None
+    if weights.are_small and can_be_flat(config.optimizer_name):
         flat = FlatParameters(groups)
         groups = flat.groups
     optimizer = accelerator.prepare_optimizer(build_optimizer(groups, config))
     objective: Any = Objective(
-        components, train_text_encoder=config.train_text_encoder, snr_gamma=config.snr_gamma
+        components,
+        train_text_encoder=config.train_text_encoder,
+        snr_gamma=config.snr_gamma,
+        untrained=weights.untrained,
     ).to(accelerator.device)
     if accelerator.num_processes > 1:
         objective = accelerator.prepare_model(objective)
     schedule = build_lr_schedule(optimizer.optimizer, config)
-    return TrainingStep(config, accelerator, modules, objective, optimizer, schedule, inputs, flat)
+    return TrainingStep(
+        config, accelerator, weights.modules, objective, optimizer, schedule, inputs, flat
+    )
