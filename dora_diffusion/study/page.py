@@ -23,6 +23,7 @@ from dora_diffusion.study.tables import (
     figures_table,
     rows_in,
 )
+from dora_diffusion.wording import counted
 
 FILES = {"page": "report.html", "markdown": "report.md", "records": "records.json"}
 _STYLE = """
@@ -70,7 +71,7 @@ def _sections(results: Results, output: Path) -> list[Section]:
     records, study = results.records, results.study
     sections = [Section("Figures", _intro(results), figures_table(records))]
     if len(rows_in(records)) > 2:
-        text = f"{METHOD}. An interval that holds 0 shows no difference."
+        text = f"{METHOD}; those of shares are in points. An interval that holds 0 shows none."
         sections.append(
             Section("Paired differences", text, differences_table(records, study.reference))
         )
@@ -103,7 +104,7 @@ def _intro(results: Results) -> str:
     left = max(0, wanted - len(records))
     missing = f" {left} trials have no record yet." if left else ""
     return (
-        f"Subjects: {subjects}; {len(study.seeds)} seeds each; {len(records)} trials on "
+        f"Subjects: {subjects}; {counted(len(study.seeds), 'seed')} each; {len(records)} trials on "
         f"{machines}.{missing} {METHOD}. Live memory: weights, gradients, the optimizer's state, "
         "and what autograd keeps of a batch."
     )
@@ -114,7 +115,7 @@ def _tuning(results: Results) -> Section:
     assert tune is not None
     keep = ", ".join(f"{name} within {most:g}" for name, most in tune.keep.items())
     text = (
-        f"On {', '.join(map(str, tune.subjects))}, {len(tune.seeds)} seeds each: the rate with the "
+        f"On {', '.join(map(str, tune.subjects))}, {counted(len(tune.seeds), 'seed')} each: the rate with the "
         f"best {tune.best} that keeps {keep} of the base's. Chosen: "
         + ", ".join(f"{name} {rates[0]:g}" for name, rates in results.rates.items() if rates)
         + "."

@@ -44,16 +44,8 @@ def perform(trial: Trial, base: str, output: Path, *, with_image: bool) -> Recor
     work = output / "work"
     folder = work / "trials" / trial.digest[:20]
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
-    config = dataclasses.replace(
-        trial.config,
-        pretrained_model_name_or_path=base,
-        seed=trial.seed,
-        num_validation_images=0,
-        output_dir=str(folder),
-        **trial.subject.training(work),
-    )
     try:
-        session = open_session(config, subject_of(config), make_accelerator(config))
+        session = _open(trial, base, work, folder)
         record: Record = {
             "digest": trial.digest,
             "row": trial.row,
@@ -71,6 +63,23 @@ def perform(trial: Trial, base: str, output: Path, *, with_image: bool) -> Recor
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return trial.save(output, record)
+
+
+def _open(trial: Trial, base: str, work: Path, folder: Path) -> Session:
+    """A session of a trial; one process at a time writes the photos and class images they share."""
+    from filelock import FileLock
+
+    (work / "locks").mkdir(parents=True, exist_ok=True)
+    with FileLock(work / "locks" / "images.lock"):
+        config = dataclasses.replace(
+            trial.config,
+            pretrained_model_name_or_path=base,
+            seed=trial.seed,
+            num_validation_images=0,
+            output_dir=str(folder),
+            **trial.subject.training(work),
+        )
+        return open_session(config, subject_of(config), make_accelerator(config))
 
 
 def _measure(session: Session, trial: Trial, output: Path, with_image: bool) -> dict[str, float]:

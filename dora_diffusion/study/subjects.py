@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dora_diffusion import system
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.checks import require
 from dora_diffusion.config.derived import class_word_in
@@ -117,7 +119,10 @@ class ToySource:
         """Its photos, rendered once."""
         photos = work / "photos" / self.name
         if not photos.is_dir():
-            write_photos(self.subject, photos)
+            unfinished = photos.with_name(f".{self.name}.tmp")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            write_photos(self.subject, unfinished)
+            system.replace(unfinished, photos)
         word = self.subject.word
         return {
             "instance_data_dir": str(photos),

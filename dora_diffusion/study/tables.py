@@ -9,6 +9,7 @@ from dora_diffusion.evaluation.report import shown
 from dora_diffusion.evaluation.statistics import Interval, cluster_interval
 from dora_diffusion.study.config import BASE
 from dora_diffusion.study.trials import Record
+from dora_diffusion.wording import counted
 
 METHOD = (
     "Intervals are at 95%, over subjects and seeds (two-level bootstrap); differences are paired "
@@ -128,7 +129,7 @@ def _rates(records: Sequence[Record]) -> str:
 
 def _count(records: Sequence[Record]) -> str:
     subjects = {record["subject"] for record in records}
-    return f"{len(records)} ({len(subjects)} subjects)"
+    return f"{len(records)} ({counted(len(subjects), 'subject')})" if records else "-"
 
 
 _ANALYSIS = {
