@@ -115,8 +115,8 @@ def _tuning(results: Results) -> Section:
     assert tune is not None
     keep = ", ".join(f"{name} within {most:g}" for name, most in tune.keep.items())
     text = (
-        f"On {', '.join(map(str, tune.subjects))}, {counted(len(tune.seeds), 'seed')} each: the rate with the "
-        f"best {tune.best} that keeps {keep} of the base's. Chosen: "
+        f"On {', '.join(map(str, tune.subjects))}, {counted(len(tune.seeds), 'seed')} each: the "
+        f"rate with the best {tune.best} that keeps {keep} of the base's. Chosen: "
         + ", ".join(f"{name} {rates[0]:g}" for name, rates in results.rates.items() if rates)
         + "."
     )

@@ -66,20 +66,23 @@ def perform(trial: Trial, base: str, output: Path, *, with_image: bool) -> Recor
 
 
 def _open(trial: Trial, base: str, work: Path, folder: Path) -> Session:
-    """A session of a trial; one process at a time writes the photos and class images they share."""
+    """A session of a trial. Class images are shared: they are named by all that they depend on."""
     from filelock import FileLock
 
     (work / "locks").mkdir(parents=True, exist_ok=True)
-    with FileLock(work / "locks" / "images.lock"):
-        config = dataclasses.replace(
-            trial.config,
-            pretrained_model_name_or_path=base,
-            seed=trial.seed,
-            num_validation_images=0,
-            output_dir=str(folder),
-            **trial.subject.training(work),
-        )
-        return open_session(config, subject_of(config), make_accelerator(config))
+    with FileLock(work / "locks" / "photos.lock"):
+        own = trial.subject.training(work)
+    if trial.config.with_prior_preservation and not trial.config.is_image_free:
+        own["class_data_dir"] = str(work / "class")
+    config = dataclasses.replace(
+        trial.config,
+        pretrained_model_name_or_path=base,
+        seed=trial.seed,
+        num_validation_images=0,
+        output_dir=str(folder),
+        **own,
+    )
+    return open_session(config, subject_of(config), make_accelerator(config))
 
 
 def _measure(session: Session, trial: Trial, output: Path, with_image: bool) -> dict[str, float]:

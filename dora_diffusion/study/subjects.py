@@ -128,7 +128,6 @@ class ToySource:
             "instance_data_dir": str(photos),
             "instance_prompt": f"a photo of a {TRIGGER} {word}",
             "class_word": word,
-            "class_data_dir": str(work / "class" / word),
         }
 
     def measure(
@@ -209,7 +208,6 @@ class PhotoSource:
             "instance_data_dir": str(self.photos),
             "instance_prompt": self.instance_prompt,
             "class_word": self.class_word or None,
-            "class_data_dir": str(work / "class" / (self.class_word or self.name)),
         }
 
     def measure(
