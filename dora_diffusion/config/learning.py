@@ -40,7 +40,7 @@ def _rate(setting: str, what: str) -> Condition:
 class AdapterSettings:
     """What is trained: an adapter of some layers, or weights of the model itself."""
 
-    heading: ClassVar = "Method and adapter"
+    heading: ClassVar = "Adapter"
 
     method: str = flag(
         "dora",
