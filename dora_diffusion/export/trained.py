@@ -83,6 +83,11 @@ def trained_steps(metadata: Mapping[str, str]) -> int | None:
     return int(steps) if steps.isdecimal() else None
 
 
+def trained_trigger(metadata: Mapping[str, str]) -> str:
+    """The trigger words that they tell of; empty where they tell of none."""
+    return str(json.loads(metadata.get(TRAINED, "{}")).get("trigger", ""))
+
+
 class WithTensors:
     """A base model with some tensors in place of its own.
 

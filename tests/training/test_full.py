@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 import transformers
 
+from dora_diffusion import cli
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.analysis import analyze_weights
 from dora_diffusion.config import without_effect
+from dora_diffusion.evaluation.sampling import base_and_adapted
 from dora_diffusion.export.base import open_model
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training import full
@@ -168,6 +171,25 @@ def test_a_run_is_analyzed_by_its_checkpoints(full_config, sd1_folder):
     analysis = analyze_weights([result.output_dir], str(sd1_folder))
     steps = [row["step"] for row in analysis.to_dict()["runs"][0]["checkpoints"]]
     assert steps == [2, 3]
+
+
+def test_a_model_is_evaluated_beside_its_base(full_config, sd1_folder, tmp_path, capsys):
+    run = train(full_config).output_dir
+    components, base = load_components(run), load_components(sd1_folder)
+    seen = base_and_adapted(components, lambda _: components.identity("unet"), [0], None, base)
+    assert seen == {"base": base.identity("unet"), "adapted": components.identity("unet")}
+    assert seen["base"] != seen["adapted"]
+    output = tmp_path / "evaluation"
+    held_out = str(full_config.instance_data_dir)
+    assert not cli.main([
+        "evaluate", str(run), "--base", str(sd1_folder), "--subject", held_out, "--steps", "1",
+        "--num_seeds", "1", "--output", str(output), "--strength", "0.5", "--batch_size", "30",
+    ])  # fmt: skip
+    scores = json.loads((output / "scores.json").read_text(encoding="utf-8"))
+    assert scores["trigger"] == "sks mug"  # the file says it
+    assert scores["measures"]["denoising_loss"]["change"]["mean"] != 0
+    said = capsys.readouterr().err
+    assert said.count("strength has no effect because no adapter is given") == 1
 
 
 def test_settings_of_adapters_have_no_effect_and_that_is_said(full_config):
