@@ -103,6 +103,9 @@ def _intro(results: Results) -> str:
     wanted = (len(study.methods) + 1) * len(study.subjects) * len(study.seeds)
     left = max(0, wanted - len(records))
     missing = f" {left} trials have no record yet." if left else ""
+    diverged = [record["row"] for record in records if "diverged" in record]
+    if diverged:
+        missing += f" {len(diverged)} diverged and have no figures ({', '.join(sorted(set(diverged)))})."
     return (
         f"Subjects: {subjects}; {counted(len(study.seeds), 'seed')} each; {len(records)} trials on "
         f"{machines}.{missing} {METHOD}. Live memory: weights, gradients, the optimizer's state, "

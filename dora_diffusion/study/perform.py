@@ -38,8 +38,8 @@ def perform(trial: Trial, base: str, output: Path, *, with_image: bool) -> Recor
         output: The study's folder.
         with_image: Keep the image of the subject for the report.
 
-    Raises:
-        TrainingError: If the loss stops being finite.
+    Returns:
+        The record; without figures, and with ``"diverged"``, if the loss stopped being finite.
     """
     work = output / "work"
     folder = work / "trials" / trial.digest[:20]
@@ -57,9 +57,13 @@ def perform(trial: Trial, base: str, output: Path, *, with_image: bool) -> Recor
             "version": __version__,
             "machine": _machine(session),
         }
-        if trial.method != BASE:
-            record |= _train(session, folder, trial)
-        record["measures"] = _measure(session, trial, output, with_image)
+        try:
+            if trial.method != BASE:
+                record |= _train(session, folder, trial)
+            record["measures"] = _measure(session, trial, output, with_image)
+        except TrainingError as error:
+            # A rate that is too high is a result: the study goes on, and does not try it again.
+            record |= {"diverged": str(error), "measures": {}}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return trial.save(output, record)

@@ -47,8 +47,11 @@ def test_the_page_has_every_method_and_its_images(results, tmp_path):
                  files["markdown"].read_text(encoding="utf-8")):  # fmt: skip
         for method in ("base", "dora-r1", "dora-r2", "dora-r4", "lora"):
             assert method in text
+        assert text.count("dora-r4") >= 3  # figures, differences, settings
         assert "difference to lora" in text
         assert "Subjects: star_teapot, striped_car" in text
+    table = files["markdown"].read_text("utf-8").split("## Figures")[1].strip().splitlines()[2]
+    assert table.replace("|", " ").split() == ["base", "dora-r1", "dora-r2", "dora-r4", "lora"]
     images = re.findall(r"data:image/png;base64,([^\"]+)", files["page"].read_text("utf-8"))
     assert len(images) == 4  # the grid, and three plots
     assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)

@@ -12,6 +12,7 @@ import torch
 from dora_diffusion.evaluation.toy.evaluate import answer, measure
 from dora_diffusion.generate import SamplingSettings
 from dora_diffusion.models.load import load_components
+from dora_diffusion.study.page import _intro
 from dora_diffusion.study.perform import _KeptBytes
 from dora_diffusion.study.run import run_study
 from tests.study.helpers import study
@@ -58,6 +59,15 @@ def test_a_trial_is_trained_measured_and_analyzed(tmp_path):
     assert full["live_bytes"] - dora["live_bytes"] == pytest.approx(extra, rel=0.5)
     assert results.images["dora", "star_teapot"].is_file()
     assert not list((tmp_path / "work" / "trials").iterdir())
+
+
+def test_a_training_that_diverges_is_a_record_without_figures(tmp_path):
+    methods = {"wild": {"learning_rate": 1e30, "targets": ["attention"]}}
+    given = study(**{**SHORT, "asked": {"inference_steps": 1}}, methods=methods)
+    _, wild = run_study(given, tmp_path).records
+    assert "the loss is not a number at step 2" in wild["diverged"]
+    assert wild["measures"] == {}
+    assert "1 diverged and have no figures (wild)" in _intro(run_study(given, tmp_path))
 
 
 def test_photos_are_measured_on_those_held_out(tmp_path, samples_root):
