@@ -105,7 +105,8 @@ def _intro(results: Results) -> str:
     missing = f" {left} trials have no record yet." if left else ""
     diverged = [record["row"] for record in records if "diverged" in record]
     if diverged:
-        missing += f" {len(diverged)} diverged and have no figures ({', '.join(sorted(set(diverged)))})."
+        rows = ", ".join(sorted(set(diverged)))
+        missing += f" {len(diverged)} diverged and have no figures ({rows})."
     return (
         f"Subjects: {subjects}; {counted(len(study.seeds), 'seed')} each; {len(records)} trials on "
         f"{machines}.{missing} {METHOD}. Live memory: weights, gradients, the optimizer's state, "
