@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -55,27 +56,58 @@ def narrow_unet(family: str) -> nn.Module:
     return UNet2DConditionModel(**(settings | narrow)).requires_grad_(False)
 
 
-def stepper(peer: Peer, forward: Callable[[nn.Module], Tensor], ours: bool) -> Callable[[], None]:
-    """What does one whole step of a peer."""
-    groups: list[dict[str, Any]] = [{"params": peer.parameters()}]
-    flat, watch = FlatParameters(groups) if ours else None, Watch()
-    seen = (flat.groups if flat else groups)[0]["params"]
-    optimizer = torch.optim.AdamW(seen, lr=1e-4, fused=True)
+@dataclass
+class Stepper:
+    """Does whole steps of a peer, as training does them.
 
-    def step() -> None:
-        with norm_scope(peer.model, watch=watch) if ours else peer.scope():
-            with torch.autocast("cpu", torch.bfloat16):
-                prediction = forward(peer.model)
-            prediction.float().square().mean().backward()
-        if flat is not None:
-            flat.take_gradients()
-        torch.nn.utils.clip_grad_norm_(seen, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if flat is not None:
-            flat.finish()
+    Attributes:
+        peer: The model, its adapters and its scope.
+        forward: The model to its prediction.
+        ours: Whether parameters are flat, and flags are read a step late.
+        dtype: Of autocast.
+        optimizer: Over parameters; None is fused AdamW.
+        scaler: Of the loss, as fp16 needs it.
+    """
 
-    return step
+    peer: Peer
+    forward: Callable[[nn.Module], Tensor]
+    ours: bool
+    dtype: torch.dtype = torch.bfloat16
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
+    scaler: Any = None
+
+    def __post_init__(self) -> None:
+        groups: list[dict[str, Any]] = [{"params": self.peer.parameters()}]
+        self.watch = Watch()
+        self.flat = FlatParameters(groups) if self.ours and self.optimizer is None else None
+        self.seen = (self.flat.groups if self.flat else groups)[0]["params"]
+        self.device = next(self.peer.model.parameters()).device.type
+        make = self.optimizer or partial(torch.optim.AdamW, lr=1e-4, fused=True)
+        self.update = make(self.seen) if self.seen else None
+
+    def __call__(self) -> None:
+        """Forward and backward pass, norms, clipping and the optimizer."""
+        model, scaler = self.peer.model, self.scaler
+        with norm_scope(model, watch=self.watch) if self.ours else self.peer.scope():
+            with torch.autocast(self.device, self.dtype):
+                prediction = self.forward(model)
+            loss = prediction.float().square().mean()
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        if self.update is None:
+            return
+        if self.flat is not None:
+            self.flat.take_gradients()
+        if scaler is not None:
+            scaler.unscale_(self.update)
+        torch.nn.utils.clip_grad_norm_(self.seen, 1.0)
+        if scaler is None:
+            self.update.step()
+        else:
+            scaler.step(self.update)
+            scaler.update()
+        self.update.zero_grad()
+        if self.flat is not None:
+            self.flat.finish()
 
 
 def main() -> None:
@@ -108,7 +140,7 @@ def main() -> None:
         steps = {}
         for name in args.peers:
             peer = make_peer(name, base, paths, 4)
-            steps[name] = partial(stepper(peer, forward, name == OURS))
+            steps[name] = Stepper(peer, forward, name == OURS)
         samples = interleaved(steps, args.rounds)
         print(f"\n{family}, narrow, attention+conv ({len(paths)} layers). {machine()}\n")
         rows = [[n, f"{median(samples[n]):.3f}", str(ratio(samples, n))] for n in samples]

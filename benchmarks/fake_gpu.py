@@ -8,6 +8,7 @@ there are: autocast's policy, attention, products that widen, and events.
 from __future__ import annotations
 
 import collections
+import contextlib
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"
 class _Module(types.ModuleType):
     """What torch asks a device's module for."""
 
+    _initialized = True
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
@@ -73,6 +76,15 @@ class _Module(types.ModuleType):
 
     def device_count(self) -> int:
         return 1
+
+    def device(self, index: int) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.empty(16, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        pass
 
 
 _libraries: list[torch.library.Library] = []
@@ -247,7 +259,7 @@ class Count(TorchDispatchMode):
             if ours:
                 self.waits["read"] += 1
             return 1.0 if args[0].is_floating_point() else 1
-        result = self._answer(name, args) if self.device is not None else None
+        result = _answer(name, args) if self.device is not None else None
         if result is None:
             result = func(*args, **kwargs)
         after = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -281,10 +293,24 @@ class Count(TorchDispatchMode):
     ) -> bool:
         return len({tensor.device.type for tensor in before + after}) > 1
 
-    def _answer(self, name: str, args: tuple[Any, ...]) -> Tensor | None:
-        """A result whose shape fake tensors cannot know: as if one row were found."""
-        if name == "nonzero":
-            return args[0].new_empty((0, args[0].ndim), dtype=torch.int64)
-        if name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
-            return args[0].new_empty((1, *args[0].shape[args[1][0].ndim :]))
-        return None
+
+class Answers(TorchDispatchMode):
+    """Says what fake tensors cannot know: a number is 1, and a search finds one row."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if name == "_local_scalar_dense":
+            return 1.0 if args[0].is_floating_point() else 1
+        result = _answer(name, args)
+        return func(*args, **(kwargs or {})) if result is None else result
+
+
+def _answer(name: str, args: tuple[Any, ...]) -> Tensor | None:
+    """A result whose shape fake tensors cannot know: as if one row were found."""
+    if name == "nonzero":
+        return args[0].new_empty((0, args[0].ndim), dtype=torch.int64)
+    if name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        return args[0].new_empty((1, *args[0].shape[args[1][0].ndim :]))
+    return None

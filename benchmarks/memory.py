@@ -1,10 +1,16 @@
-"""Measure what training takes of memory, at full size with random weights, one row a call.
+"""What training and sampling take of a GPU's memory at full size: the peak of live bytes.
 
-    python benchmarks/memory.py --family sd1 --resolution 512 --checkpointing --work /tmp/full
+    python benchmarks/memory.py
+    python benchmarks/memory.py --family sdxl --resolution 1024 --checkpointing on --parts
+    python benchmarks/memory.py --resident /tmp/full --family sd1 --resolution 512
 
-Trains two steps in bfloat16 through the command line with the default adapter on the UNet and the
-text encoders, on the CPU, and prints the peak memory of the process as a row of the table in
-`dora_diffusion.memory`. A run that grows beyond ``--limit`` is ended, and said not to fit.
+No GPU is needed: models of full size are made of fake tensors (`fake_gpu`), the product's own
+training step runs on them, and weights, adapters, optimizer states, gradients and activations are
+counted by storage (`live_bytes`). Nothing is computed, and every figure is exact. bitsandbytes'
+8-bit AdamW is not run: its states are derived from its rules (`Adam8bit`).
+
+With ``--resident`` it trains two steps on the CPU instead, text encoders too, and prints the peak
+memory of the process: that is the table of `dora_diffusion.families` for CPUs.
 """
 
 from __future__ import annotations
@@ -16,9 +22,279 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import ExitStack, nullcontext
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
-from full_size import UNETS, model_in
+import torch
+from common import markdown
+from fake_gpu import DEVICE, Answers, fake_gpu
+from full_size import CLIP_BIG_G, CLIP_L, SCALING, UNETS, VAE, model_in
+from live_bytes import GIB, LiveBytes
+from torch import Tensor
+
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.families import FAMILIES
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.denoise import predict
+from dora_diffusion.models.text import Conditioning, encode_tokens, join_encoders
+from dora_diffusion.training import optimizer as optimizers
+from dora_diffusion.training.adapters import inject_trained
+from dora_diffusion.training.inputs import StepInputs
+from dora_diffusion.training.step import TrainingStep, build_step
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+SIZES = {"sd1": (512, 768), "sdxl": (768, 1024)}
+TITLES = {"sd1": "SD1.5", "sdxl": "SDXL"}
+SWITCH = ("off", "on")
+
+
+class Adam8bit(torch.optim.Optimizer):
+    """The states of bitsandbytes' AdamW8bit, by its documented rules; it updates nothing.
+
+    Two moments of one byte for each number, each with a float32 maximum for every block of 256;
+    tensors of fewer than 4,096 numbers keep two float32 moments. Two tables of 256 float32.
+    """
+
+    def __init__(self, groups: Any, betas: Any, eps: float) -> None:
+        super().__init__(groups, {"betas": betas, "eps": eps})
+        self.tables: list[Tensor] = []
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Make the states of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None and p not in self.state):
+                is_small = p.numel() < 4096
+                self.tables = self.tables or [torch.zeros(256, device=p.device) for _ in "12"]
+                dtype = torch.float32 if is_small else torch.uint8
+                state = {f"state{i}": torch.zeros_like(p, dtype=dtype) for i in "12"}
+                if not is_small:
+                    blocks = -(-p.numel() // 256)
+                    state |= {f"absmax{i}": torch.zeros(blocks, device=p.device) for i in "12"}
+                self.state[p] = state
+
+
+def make_components(family: str, dtype: torch.dtype) -> Components:
+    """A frozen model of a family on the device."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    entry = FAMILIES[family]
+    wide = torch.float32 if entry.vae_wants_float32 else dtype
+    vae = AutoencoderKL(**VAE, scaling_factor=SCALING[family]).to(DEVICE, wide)
+    unet = UNet2DConditionModel(**UNETS[family]).to(DEVICE, dtype)
+    encoders = [CLIPTextModel(CLIPTextConfig(vocab_size=49408, **CLIP_L)).to(DEVICE, dtype)]
+    if entry.has_pooled:
+        config = CLIPTextConfig(vocab_size=49408, **CLIP_BIG_G)
+        encoders.append(CLIPTextModelWithProjection(config).to(DEVICE, dtype))
+    for module in (unet, vae, *encoders):
+        module.eval().requires_grad_(False)
+    with mock.patch("dora_diffusion.models.components.check_vocabulary"):
+        tokenizers = (None,) * len(encoders)
+        return Components(entry, unet, vae, tuple(encoders), tokenizers, DDPMScheduler())
+
+
+def accelerator(dtype: torch.dtype) -> Any:
+    """What the training step asks Accelerate for, on one device."""
+    return SimpleNamespace(
+        device=torch.device(DEVICE),
+        process_index=0,
+        num_processes=1,
+        autocast=lambda: torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32),
+        backward=lambda loss: loss.backward(),
+        no_sync=lambda module: nullcontext(),
+        clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
+        reduce=lambda tensor, reduction: tensor,
+        prepare_optimizer=lambda optimizer: SimpleNamespace(
+            optimizer=optimizer,
+            step=optimizer.step,
+            zero_grad=optimizer.zero_grad,
+            param_groups=optimizer.param_groups,
+        ),
+    )
+
+
+def time_ids(components: Components, batch: int) -> Tensor | None:
+    """SDXL's size and crop conditioning."""
+    return torch.empty(batch, 6, device=DEVICE) if components.family.has_time_ids else None
+
+
+def inputs_of(components: Components, side: int, batch: int) -> StepInputs:
+    """A batch of photos."""
+    shape = (batch, components.latent_channels, side, side)
+    latents, noise = torch.empty(shape, device=DEVICE), torch.empty(shape, device=DEVICE)
+    timesteps = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    ids = time_ids(components, batch)
+    return StepInputs(latents, noise, timesteps, [""] * batch, ids, photos=batch)
+
+
+def encoded(components: Components, prompts: int) -> Conditioning:
+    """Conditioning by the text encoders."""
+    ids = torch.zeros(prompts, 77, dtype=torch.int64, device=DEVICE)
+    family = components.family
+    states = [encode_tokens(e, ids, family.hidden_state) for e in components.text_encoders]
+    return join_encoders(states, family)
+
+
+def cached(components: Components, prompts: int) -> Conditioning:
+    """Conditioning that was encoded before."""
+    family, dtype = components.family, components.unet.dtype
+    hidden = torch.empty(prompts, 77, family.prompt_width, device=DEVICE, dtype=dtype)
+    pooled = torch.empty(prompts, 1280, device=DEVICE, dtype=dtype)
+    return Conditioning(hidden, pooled if family.has_pooled else None)
+
+
+def label_weights(count: LiveBytes, components: Components, text_encoders: bool) -> None:
+    """Count the weights: those that a step computes with, and those that it does not."""
+    for name, module in components.modules().items():
+        needed = name == "unet" or (text_encoders and name != "vae")
+        count.label = "weights" if needed else "idle"
+        count.add(module.state_dict(keep_vars=True).values())
+
+
+def count_step(
+    family: str,
+    resolution: int,
+    *,
+    checkpointing: bool,
+    text_encoders: bool = False,
+    optimizer: str = "adamw",
+    precision: str = "bf16",
+    batch: int = 1,
+) -> LiveBytes:
+    """Count a training step's peak.
+
+    The parts of the peak are labelled ``weights``, ``idle`` (weights of modules that no step
+    computes with, which offloading takes away), ``adapter`` (with its gradients and states) and
+    ``step`` (activations).
+    """
+    config = TrainConfig(
+        train_text_encoder=text_encoders, gradient_checkpointing=checkpointing,
+        optimizer=optimizer, max_train_steps=2,
+    )  # fmt: skip
+    library = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=Adam8bit))
+    with ExitStack() as stack:
+        stack.enter_context(fake_gpu())
+        stack.enter_context(
+            mock.patch.object(optimizers, "optimizer_library", return_value=library)
+        )
+        count, dtype = LiveBytes(DEVICE), DTYPES[precision]
+        components = make_components(family, dtype)
+        label_weights(count, components, text_encoders)
+        count.label = "adapter"
+        stack.enter_context(Answers())
+        stack.enter_context(count)
+        adapters = inject_trained(components, config)
+        inputs = inputs_of(components, resolution // components.vae_factor, batch)
+        step = build_step(
+            config, accelerator(dtype), components, adapters.modules, lambda number: inputs
+        )
+        condition = encoded if text_encoders else cached
+        step.objective.condition = lambda captions: condition(components, len(captions))
+        make_states(step)
+        count.label = "step"
+        count.reset_peak()
+        step(1)
+    return count
+
+
+def make_states(step: TrainingStep) -> None:
+    """Have the optimizer make its states, which exist from the second step on."""
+    for parameter in step.objective.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    if step.flat is not None:
+        step.flat.take_gradients()
+    step.optimizer.step()
+    step.optimizer.zero_grad()
+    if step.flat is not None:
+        step.flat.finish()
+
+
+def count_sampling(
+    family: str, resolution: int, *, precision: str = "bf16", images: int = 1
+) -> dict[str, int]:
+    """Peaks in bytes of what makes images and encodes photos, each with its own weights alone.
+
+    Guidance doubles what the UNet computes. Decoding and encoding take one image at a time.
+    """
+    peaks = {}
+    with fake_gpu(), torch.no_grad():
+        dtype = DTYPES[precision]
+        components = make_components(family, dtype)
+        side, rows = resolution // components.vae_factor, 2 * images
+        inject_trained(components, TrainConfig())
+        vae = components.vae
+
+        def denoise() -> Any:
+            latents = torch.empty(rows, 4, side, side, device=DEVICE, dtype=dtype)
+            timesteps = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+            conditioning, ids = cached(components, rows), time_ids(components, rows)
+            return predict(components.unet, latents, timesteps, conditioning, ids)
+
+        def decode() -> Any:
+            return vae.decode(torch.empty(1, 4, side, side, device=DEVICE, dtype=vae.dtype))
+
+        def encode() -> Any:
+            shape = (1, 3, resolution, resolution)
+            return vae.encode(torch.empty(shape, device=DEVICE, dtype=vae.dtype))
+
+        for name, module, run in (
+            ("denoising", components.unet, denoise), ("decoding", vae, decode),
+            ("encoding a photo", vae, encode),
+        ):  # fmt: skip
+            count = LiveBytes(DEVICE)
+            count.add(module.state_dict(keep_vars=True).values())
+            with Answers(), count:
+                run()
+            peaks[name] = count.peak
+        count = LiveBytes(DEVICE)
+        for encoder in components.text_encoders:
+            count.add(encoder.state_dict(keep_vars=True).values())
+        with Answers(), count:
+            encoded(components, 2)
+        peaks["encoding a prompt"] = count.peak
+    return peaks
+
+
+def print_steps(args: argparse.Namespace) -> None:
+    """The table of training."""
+    rows: list[list[object]] = []
+    for family in args.family:
+        sizes = args.resolution or SIZES[family]
+        for size, text, on in product(sizes, args.text_encoders, args.checkpointing):
+            row: list[object] = [TITLES[family], size, text, on]
+            for optimizer in args.optimizer:
+                count = count_step(
+                    family, size, checkpointing=on == "on", text_encoders=text == "on",
+                    optimizer=optimizer, precision=args.precision, batch=args.batch,
+                )  # fmt: skip
+                idle = count.at_peak.get("idle", 0)
+                row += [f"{count.peak / GIB:.2f}", f"{(count.peak - idle) / GIB:.2f}"]
+                if args.parts:
+                    parts = {label: round(n / GIB, 3) for label, n in count.at_peak.items()}
+                    print(*row[:4], optimizer, parts, flush=True)
+            rows.append(row)
+    header = ["GiB", "px", "text encoders trained", "checkpointing"]
+    for optimizer in args.optimizer:
+        header += [f"{optimizer}, offload none", f"{optimizer}, offload model"]
+    print(markdown(header, rows))
+
+
+def print_sampling(args: argparse.Namespace) -> None:
+    """The table of sampling and caching."""
+    rows: list[list[object]] = []
+    header: list[str] = []
+    for family in args.family:
+        for size in args.resolution or SIZES[family]:
+            peaks = count_sampling(family, size, precision=args.precision, images=args.batch)
+            header = ["GiB", "px", *peaks]
+            rows.append([TITLES[family], size, *(f"{n / GIB:.2f}" for n in peaks.values())])
+    print(markdown(header, rows))
 
 
 def peak_memory(command: list[str], limit: float) -> float | None:
@@ -40,37 +316,57 @@ def peak_memory(command: list[str], limit: float) -> float | None:
     return round(usage.ru_maxrss / 2**20, 2)
 
 
+def print_resident(args: argparse.Namespace) -> None:
+    """Train on the CPU in processes of their own, and print their peaks."""
+    for family in args.family:
+        base = model_in(args.resident, family)
+        for size, on in product(args.resolution or SIZES[family], args.checkpointing):
+            command = [
+                sys.executable, "-m", "dora_diffusion", "train",
+                "--pretrained_model_name_or_path", str(base),
+                "--instance_data_dir", args.photos, "--instance_prompt", "a photo of a sks mug",
+                "--output_dir", str(args.resident / "memory-output"), "--overwrite_output_dir",
+                "--train_text_encoder", "--resolution", str(size), "--max_train_steps", "2",
+                "--train_batch_size", str(args.batch), "--mixed_precision", "bf16",
+                "--gradient_checkpointing" if on == "on" else "--no-gradient_checkpointing",
+                "--num_validation_images", "0", "--checkpointing_steps", "0",
+            ]  # fmt: skip
+            peak = peak_memory(command, args.limit)
+            row = {
+                "family": family,
+                "resolution": size,
+                "gradient_checkpointing": on == "on",
+                "batch": args.batch,
+                "peak_gib": peak if peak is not None else f"more than {args.limit}",
+            }
+            print(json.dumps(row), flush=True)
+
+
 def main() -> None:
-    """Make the model once, train, print the row."""
+    """Count and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", choices=tuple(UNETS), required=True)
-    parser.add_argument("--resolution", type=int, required=True)
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--family", nargs="+", choices=tuple(UNETS), default=list(UNETS))
+    parser.add_argument("--resolution", nargs="+", type=int)
+    parser.add_argument("--checkpointing", nargs="+", choices=SWITCH, default=SWITCH)
+    parser.add_argument("--text-encoders", nargs="+", choices=SWITCH, default=SWITCH)
+    parser.add_argument(
+        "--optimizer", nargs="+", choices=("adamw", "adamw8bit"), default=["adamw", "adamw8bit"]
+    )
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=16.5, help="GiB.")
-    parser.add_argument("--photos", default="samples/bolt_mug")
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--parts", action="store_true", help="what each peak consists of")
+    parser.add_argument("--sampling", action="store_true", help="of sampling and encoding instead")
+    parser.add_argument("--resident", type=Path, help="train on the CPU; folder of the models")
+    parser.add_argument("--limit", type=float, default=16.5, help="GiB, with --resident")
+    parser.add_argument("--photos", default="samples/bolt_mug", help="with --resident")
     args = parser.parse_args()
-    base = model_in(args.work, args.family)
-    command = [
-        sys.executable, "-m", "dora_diffusion", "train",
-        "--pretrained_model_name_or_path", str(base),
-        "--instance_data_dir", args.photos, "--instance_prompt", "a photo of a sks mug",
-        "--output_dir", str(args.work / "memory-output"), "--overwrite_output_dir",
-        "--train_text_encoder", "--resolution", str(args.resolution), "--max_train_steps", "2",
-        "--train_batch_size", str(args.batch), "--mixed_precision", "bf16",
-        "--gradient_checkpointing" if args.checkpointing else "--no-gradient_checkpointing",
-        "--num_validation_images", "0", "--checkpointing_steps", "0",
-    ]  # fmt: skip
-    peak = peak_memory(command, args.limit)
-    row = {
-        "family": args.family,
-        "resolution": args.resolution,
-        "gradient_checkpointing": args.checkpointing,
-        "batch": args.batch,
-        "peak_gib": peak if peak is not None else f"more than {args.limit}",
-    }
-    print(json.dumps(row))
+    warnings.filterwarnings("ignore")
+    if args.resident is not None:
+        print_resident(args)
+    elif args.sampling:
+        print_sampling(args)
+    else:
+        print_steps(args)
 
 
 if __name__ == "__main__":

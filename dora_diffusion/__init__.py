@@ -2,9 +2,10 @@
 
 The whole Python interface::
 
-    AdapterConfig, inject_adapters, remove_adapters   DoRA on any module with Linear or Conv2d
+    AdapterConfig, inject_adapters, remove_adapters   DoRA on Linear, Conv and Embedding layers
     merge_adapters, unmerge_adapters, disabled        write it into the weights, switch it off
     set_strength, norm_scope                          its strengths, and norms computed once
+    compile_blocks                                    torch.compile of a UNet's repeated blocks
     save_adapter, load_adapter                        one file, which other tools read exactly
     TrainConfig, train                                DreamBooth from photos to a finished folder
     load_components                                   a model by name
@@ -38,6 +39,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from dora_diffusion.adapters.compiled import compile_blocks
     from dora_diffusion.adapters.files import load_adapter, save_adapter
     from dora_diffusion.adapters.inject import (
         disabled,
@@ -94,6 +96,7 @@ _HOMES = {
     "UnsupportedModelError": "families",
     "analyze_weights": "analysis",
     "combine_adapters": "export",
+    "compile_blocks": "adapters.compiled",
     "convert_adapter": "export",
     "describe_environment": "console.environment",
     "disabled": "adapters.inject",
@@ -133,6 +136,7 @@ __all__ = [
     "UnsupportedModelError",
     "analyze_weights",
     "combine_adapters",
+    "compile_blocks",
     "convert_adapter",
     "describe_environment",
     "disabled",

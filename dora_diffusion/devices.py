@@ -87,6 +87,11 @@ def _described(home: Any, index: int) -> str:
     return ", ".join(parts)
 
 
+def has_own_memory(kind: str) -> bool:
+    """Whether a kind of device has memory apart from the machine's: Apple's shares it."""
+    return kind not in ("cpu", "mps")
+
+
 def has_float64(kind: str) -> bool:
     """Whether a kind of device holds float64: Apple's does not, nor do some of Intel's."""
     return kind != "mps" and (kind != "xpu" or _intel_has_float64())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +58,35 @@ class MemoryRow:
 
 
 @dataclass(frozen=True)
+class GpuMemory:
+    """Live bytes of a training step on a GPU, in GiB: bfloat16, one image, default targets, rank.
+
+    Attributes:
+        unet: Its weights.
+        text_encoders: Their weights.
+        vae: Its weights.
+        adapter: Parameters, gradients and AdamW's states of an adapter on the UNet.
+        adapter_8bit: The same with 8-bit AdamW.
+        activations: All else at the peak, at ``resolution``.
+        recomputed: The same with gradient checkpointing.
+        text_adapter: What adapters on the text encoders add to ``adapter`` and ``activations``.
+        resolution: Side in pixels.
+        vae_is_float32: It stays as large where the model is in half precision.
+    """
+
+    unet: float
+    text_encoders: float
+    vae: float
+    adapter: float
+    adapter_8bit: float
+    activations: float
+    recomputed: float
+    text_adapter: float
+    resolution: int
+    vae_is_float32: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """Properties of one model family.
 
@@ -88,7 +117,8 @@ class Family:
         version_mark: What ``ss_base_model_version`` of any program holds.
         architecture_mark: What ``modelspec.architecture`` of any program holds.
         marks_v_prediction: A single file that predicts v holds empty tensors that say so.
-        memory: What training takes, measured.
+        memory: What training takes on a CPU, measured.
+        gpu_memory: What it takes of a GPU, counted.
         more_memory_gib: What it takes besides, where the rows are a smaller family's.
     """
 
@@ -107,6 +137,7 @@ class Family:
     version_mark: str
     architecture_mark: str
     memory: tuple[MemoryRow, ...]
+    gpu_memory: GpuMemory
     has_pooled: bool = False
     has_time_ids: bool = False
     uses_linear_projection: bool = False
@@ -147,9 +178,8 @@ class Family:
         return next((e for e in self.text_encoders if e.component == component), None)
 
 
-# benchmarks/memory.py and full_size.py: bfloat16, random weights in the released shapes, default
-# targets and rank, UNet and text encoders adapted, AdamW, the process's peak on a CPU. A GPU adds
-# its context and takes off what Python itself holds, which are about the same. Derived rows scale
+# benchmarks/memory.py --resident: bfloat16, random weights in the released shapes, default targets
+# and rank, UNet and text encoders adapted, AdamW, the process's peak on a CPU. Derived rows scale
 # what is above 7.4 GiB (SDXL's weights, adapter, optimizer, process) with the pixels: the two lines
 # of Stable Diffusion 1.5 meet in such a sum, 2.5 GiB.
 _SD1_MEMORY = (
@@ -164,6 +194,16 @@ _SDXL_MEMORY = (
     MemoryRow(1024, True, 10.7),
     MemoryRow(1024, False, 16.6, is_measured=False),
 )
+
+# benchmarks/memory.py --parts; what adapters on text encoders add is derived from their shapes.
+_SD1_GPU_MEMORY = GpuMemory(
+    unet=1.601, text_encoders=0.229, vae=0.156, adapter=0.050, adapter_8bit=0.034,
+    activations=1.147, recomputed=0.312, text_adapter=0.04, resolution=512,
+)  # fmt: skip
+_SDXL_GPU_MEMORY = GpuMemory(
+    unet=4.782, text_encoders=1.523, vae=0.312, adapter=0.161, adapter_8bit=0.110,
+    activations=7.252, recomputed=0.857, text_adapter=0.2, resolution=1024, vae_is_float32=True,
+)  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = {
     family.name: family
@@ -186,6 +226,7 @@ FAMILIES: Mapping[str, Family] = {
             version_mark="sd_v1",
             architecture_mark="diffusion-v1",
             memory=_SD1_MEMORY,
+            gpu_memory=_SD1_GPU_MEMORY,
         ),
         Family(
             name="sd2",
@@ -213,6 +254,7 @@ FAMILIES: Mapping[str, Family] = {
             architecture_mark="diffusion-v2",
             # Version 1 with a larger text encoder: 0.22 billion more weights.
             memory=_SD1_MEMORY,
+            gpu_memory=replace(_SD1_GPU_MEMORY, text_encoders=0.63),
             more_memory_gib=0.42,
         ),
         Family(
@@ -240,6 +282,7 @@ FAMILIES: Mapping[str, Family] = {
             architecture_mark="stable-diffusion-xl",
             marks_v_prediction=True,
             memory=_SDXL_MEMORY,
+            gpu_memory=_SDXL_GPU_MEMORY,
         ),
     )
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.adapters.files import attach_file
 from dora_diffusion.adapters.inject import layer_adapters, norm_scope, set_strength
 from dora_diffusion.data.captions import contains_token
@@ -19,6 +21,7 @@ from dora_diffusion.devices import default_device
 from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.offload import in_turns, place
 from dora_diffusion.models.precision import require_computes
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.models.text import add_tokens, warn_of_truncation
@@ -80,6 +83,8 @@ def load_adapted(
     variant: str | None = None,
     config: str | Path | None = None,
     vae: str | Path | None = None,
+    compile: bool = False,
+    offload: str = "none",
 ) -> tuple[Components, AdapterMetadata]:
     """Load a base model with an adapter and its trained tokens on it, ready to sample from.
 
@@ -95,6 +100,9 @@ def load_adapted(
         variant: Weight variant of the base, such as "fp16".
         config: For a single file: a diffusers folder of the same architecture.
         vae: Another autoencoder, as `load_components` takes it.
+        compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
+        offload: ``"model"`` keeps the model in the host's memory, and has each of its parts on the
+            device while it computes (`generate_images`): slower, for small cards.
 
     Returns:
         The model, and the adapter's metadata; its ``trigger`` holds the trigger words.
@@ -102,12 +110,17 @@ def load_adapted(
     Raises:
         ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.
         AdapterFormatError, ValueError: If the adapter cannot be read, or does not fit the base.
-        ConfigError: If the device does not compute in the dtype.
+        ConfigError: If the device does not compute in the dtype, or this machine cannot compile
+            for it.
     """
     device = default_device() if device is None else device
     require_computes(device, dtype)
+    if compile:
+        require_compiler(device)
     components = load_components(base, variant=variant, vae=vae, dtype=dtype, config=config)
-    components.to(device)
+    components = place(components, device, offload)
+    if compile:
+        compile_blocks(components.unet)
     if adapter is None:
         return components, AdapterMetadata()
     read = attach_file(components.adaptable(), adapter, family=components.family.name, alpha=alpha)
@@ -163,9 +176,13 @@ def generate_images(
     warn_of_truncation(components.tokenizers[0], [*prompts, settings.negative_prompt])
     images: list[Image.Image] = []
     batches = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
-    # No parameter changes while sampling: every norm is computed once.
-    scope = norm_scope(*components.adaptable().values())
-    with components.eval_mode(), torch.no_grad(), scope, quiet_libraries():
+    with (
+        components.eval_mode(),
+        torch.no_grad(),
+        _norms_kept(components),
+        _decoding_one_by_one(components.vae),
+        quiet_libraries(),
+    ):
         pipeline = components.pipeline(settings.scheduler)
         for number, batch in enumerate(batches):
             report = _reporter(on_step, number, len(batches))
@@ -175,6 +192,23 @@ def generate_images(
                 _require_finite(pixels, seeds[batch])
             images += pipeline.image_processor.numpy_to_pil(np.nan_to_num(pixels))
     return images
+
+
+def _norms_kept(components: Components) -> AbstractContextManager[None]:
+    """No parameter changes while sampling: every norm is computed once, where its model is."""
+    if components.offload_to is not None:
+        return in_turns(components, components.offload_to, norm_scope)
+    return norm_scope(*components.adaptable().values())
+
+
+@contextmanager
+def _decoding_one_by_one(vae: Any) -> Iterator[None]:
+    """Decode each image of a batch by itself: a decoder takes far more memory than the UNet."""
+    before, vae.use_slicing = vae.use_slicing, True
+    try:
+        yield
+    finally:
+        vae.use_slicing = before
 
 
 def _sample(

@@ -1,6 +1,7 @@
-"""What training takes of memory, measured at full size, and the settings that fit a device.
+"""What training takes of memory at full size, and the settings that fit a device.
 
-No torch is needed to read the table or to choose settings; only `describe_device` asks `devices`,
+A process on a CPU was measured; of a GPU's own memory, live bytes were counted (`families`). No
+torch is needed to read the tables or to choose settings; only `describe_device` asks `devices`,
 which asks torch.
 """
 
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dora_diffusion import devices
-from dora_diffusion.families import FAMILIES, MemoryRow
+from dora_diffusion.families import FAMILIES, GpuMemory, MemoryRow
 
-# Of a process that holds no model: this does not double in float32.
+# Of a process that holds no model, or a GPU's context: this does not double in float32.
 PROCESS_GIB = 0.4
 # AdamW keeps two float32 moments per adapted weight; in 8 bits they take a quarter.
 _EIGHT_BIT_SAVES_GIB = 0.1
@@ -30,7 +31,7 @@ def training_memory(
     precision: str = "bf16",
     gradient_checkpointing: bool = False,
 ) -> float | None:
-    """Peak memory of training in GiB, from the measured table.
+    """Peak memory of a process that trains on a CPU in GiB, from the measured table.
 
     Activations grow with pixels times batch, so that two rows give a line; float32 doubles all but
     the process itself. Rows that were measured come back as they are. For batches the line is on
@@ -53,6 +54,48 @@ def training_memory(
     rows = [row for row in entry.memory if row.gradient_checkpointing == gradient_checkpointing]
     gib = _on_the_line(rows, resolution**2 * batch) + entry.more_memory_gib
     return gib if precision != "no" else PROCESS_GIB + 2 * (gib - PROCESS_GIB)
+
+
+def gpu_training_memory(
+    family: str,
+    resolution: int,
+    settings: Mapping[str, Any],
+    *,
+    batch: int = 1,
+    precision: str = "bf16",
+) -> float | None:
+    """Peak memory that training takes of a GPU in GiB, from counted live bytes and its context.
+
+    Activations grow with pixels times batch. float32 doubles weights and activations.
+
+    Args:
+        family: Name of a `Family`.
+        resolution: Side in pixels.
+        settings: Of `TrainConfig` by name; used are gradient_checkpointing, train_text_encoder,
+            optimizer, offload and cache_latents, with their defaults.
+        batch: Images per step, class images counted.
+        precision: ``"bf16"``, ``"fp16"`` or ``"no"`` (float32).
+
+    Returns:
+        GiB; None for a model of no known family.
+    """
+    if family not in FAMILIES:
+        return None
+    table: GpuMemory = FAMILIES[family].gpu_memory
+    factor = 2 if precision == "no" else 1
+    stays, trained = settings.get("offload") == "none", settings.get("train_text_encoder")
+    gib = factor * table.unet
+    if trained or stays:
+        gib += factor * table.text_encoders
+    if stays or not settings.get("cache_latents", True):
+        gib += table.vae * (1 if table.vae_is_float32 else factor)
+    is_8bit = settings.get("optimizer") == "adamw8bit"
+    gib += table.adapter_8bit if is_8bit else table.adapter
+    gib += table.text_adapter if trained else 0
+    recomputes = settings.get("gradient_checkpointing")
+    activations = table.recomputed if recomputes else table.activations
+    pixels = resolution**2 * batch / table.resolution**2
+    return PROCESS_GIB + gib + factor * activations * pixels
 
 
 def _on_the_line(rows: list[MemoryRow], pixels: int) -> float:
@@ -163,13 +206,17 @@ def auto_precision(device: Device) -> str:
 def needed_memory(
     family: str, resolution: int, settings: Mapping[str, Any], device: Device, *, batch: int = 1
 ) -> float | None:
-    """What to have free for settings, in GiB: the table's figure with a margin of a tenth."""
+    """What to have free for settings, in GiB: the device's table, with a margin of a tenth."""
     precision = str(settings["mixed_precision"])
+    precision = auto_precision(device) if precision == "auto" else precision
+    if devices.has_own_memory(device.kind):
+        gib = gpu_training_memory(family, resolution, settings, batch=batch, precision=precision)
+        return None if gib is None else _MARGIN * gib
     gib = training_memory(
         family,
         resolution,
         batch=batch,
-        precision=auto_precision(device) if precision == "auto" else precision,
+        precision=precision,
         gradient_checkpointing=bool(settings["gradient_checkpointing"]),
     )
     if gib is None:
@@ -203,9 +250,15 @@ def what_would_fit(
     changed = dict(settings)
     if changed["mixed_precision"] == "auto":
         changed["mixed_precision"] = auto_precision(device)
-    for name, value in (("mixed_precision", half), ("gradient_checkpointing", True)):
-        saves = changed[name] == "no" != value if name == "mixed_precision" else not changed[name]
-        if saves:
+    for name, value in (
+        ("offload", "auto"), ("mixed_precision", half), ("gradient_checkpointing", True),
+    ):  # fmt: skip
+        saves = {
+            "offload": changed.get("offload") == "none" and devices.has_own_memory(device.kind),
+            "mixed_precision": changed["mixed_precision"] == "no" != value,
+            "gradient_checkpointing": not changed["gradient_checkpointing"],
+        }
+        if saves[name]:
             changes.append(f"{name} {'on' if value is True else value}")
             changed[name] = value
         if changes and _fits(family, resolution, changed, device, batch):

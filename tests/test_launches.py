@@ -31,12 +31,12 @@ COUNTS = """
             return [nn.Linear(32, 32, bias=bias, device=DEVICE) for _ in range(count)]
         return [nn.Conv2d(32, 32, 3, padding=1, bias=bias, device=DEVICE) for _ in range(count)]
 
-    def step(kind, count, bias, axis):
-        model = nn.Sequential(*layers(kind, count, bias)).to(torch.bfloat16)
+    def step(kind, count, bias, axis, dtype=torch.bfloat16):
+        model = nn.Sequential(*layers(kind, count, bias)).to(dtype)
         config = AdapterConfig(targets=("full",), rank=4, conv_rank=4, norm_axis=axis)
         inject_adapters(model, config)
         shape = (2, 9, 32) if kind == "Linear" else (2, 32, 8, 8)
-        x = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        x = torch.empty(shape, device=DEVICE, dtype=dtype, requires_grad=True)
         flat = FlatParameters([{"params": list(adapter_parameters(model))}])
         parameters, watch = flat.groups[0]["params"], Watch()
         optimizer = torch.optim.AdamW(parameters, fused=True)
@@ -45,7 +45,8 @@ COUNTS = """
             scope = norm_scope(model, watch=watch)
             with counts["norms"]:
                 scope.__enter__()
-            with counts["forward"], torch.autocast(DEVICE, torch.bfloat16):
+            low = dtype != torch.float32
+            with counts["forward"], torch.autocast(DEVICE, torch.bfloat16, enabled=low):
                 y = model(x)
             upstream = torch.empty_like(y)
             with counts["backward"]:
@@ -59,14 +60,17 @@ COUNTS = """
         waits = sum(count.synchronisations for count in counts.values())
         return [*(count.total for count in counts.values()), waits]
 
+    def compare(*settings):
+        few, more = (step(settings[0], count, *settings[1:]) for count in (2, 3))
+        return [[b - a for a, b in zip(few[:3], more[:3], strict=True)], more[3], more[4]]
+
     found = {}
     with fake_gpu():
         for kind in ("Linear", "Conv2d"):
+            found[f"{kind} float32"] = compare(kind, True, "output", torch.float32)
             for bias in (True, False):
                 for axis in ("output", "input"):
-                    few, more = (step(kind, count, bias, axis) for count in (2, 3))
-                    each = [b - a for a, b in zip(few[:3], more[:3], strict=True)]
-                    found[f"{kind} {bias} {axis}"] = [each, more[3], more[4]]
+                    found[f"{kind} {bias} {axis}"] = compare(kind, bias, axis)
     print(json.dumps(found))
 """
 
@@ -95,6 +99,9 @@ EACH = {
     "Conv2d False output": [1, 4, 7],
     "Conv2d True input": [1, 5, 8],
     "Conv2d False input": [1, 5, 8],
+    # The same: without autocast, and with products that need not widen.
+    "Linear float32": [1, 4, 9],
+    "Conv2d float32": [1, 4, 8],
 }
 
 

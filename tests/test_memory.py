@@ -14,6 +14,7 @@ from dora_diffusion.memory import (
     Device,
     describe_device,
     fitting_settings,
+    gpu_training_memory,
     needed_memory,
     training_memory,
     what_would_fit,
@@ -87,6 +88,88 @@ def test_the_document_states_the_table() -> None:
             gradient_checkpointing=row.gradient_checkpointing,
         )  # fmt: skip
         assert cells[4 if row.gradient_checkpointing else 5] == f"{float32:.1f} GiB"
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_gpu_holds_what_a_run_computes_with(family: str) -> None:
+    table = FAMILIES[family].gpu_memory
+    size = table.resolution
+    saving = {"gradient_checkpointing": True, "optimizer": "adamw8bit"}
+    least = gpu_training_memory(family, size, saving)
+    parts = PROCESS_GIB + table.unet + table.adapter_8bit + table.recomputed
+    assert least == pytest.approx(parts)
+    plain = gpu_training_memory(family, size, {})
+    assert plain == pytest.approx(PROCESS_GIB + table.unet + table.adapter + table.activations)
+
+    def more(batch: int = 1, precision: str = "bf16", **settings: object) -> float:
+        found = gpu_training_memory(family, size, settings, batch=batch, precision=precision)
+        return found - plain
+
+    assert more(offload="none") == pytest.approx(table.text_encoders + table.vae)
+    assert more(cache_latents=False) == pytest.approx(table.vae)
+    trained = table.text_encoders + table.text_adapter
+    assert more(train_text_encoder=True) == pytest.approx(trained)
+    assert more(train_text_encoder=True, offload="none") == pytest.approx(trained + table.vae)
+    assert more(batch=3) == pytest.approx(2 * table.activations)
+    assert more(precision="no") == pytest.approx(table.unet + table.activations)
+    single = more(precision="no", offload="none") - more(precision="no")
+    vae = table.vae * (1 if family == "sdxl" else 2)  # SDXL's is in float32 anyway.
+    assert single == pytest.approx(2 * table.text_encoders + vae)
+    quarter = gpu_training_memory(family, size // 2, {})
+    assert plain - quarter == pytest.approx(0.75 * table.activations)
+    assert gpu_training_memory("sd3", size, {}) is None
+
+
+def test_weights_are_those_of_the_released_models() -> None:
+    """Parameters in millions, in two bytes each; SDXL's VAE in four."""
+    sizes = {"sd1": ((859.5, 123.1, 83.65), 2), "sdxl": ((2567.5, 123.1 + 694.7, 83.65), 4)}
+    for family, ((unet, text_encoders, vae), width) in sizes.items():
+        table = FAMILIES[family].gpu_memory
+        for gib, millions, size in (
+            (table.unet, unet, 2), (table.text_encoders, text_encoders, 2), (table.vae, vae, width),
+        ):  # fmt: skip
+            assert gib == pytest.approx(millions * 1e6 * size / 2**30, abs=0.006)
+
+
+def test_sdxl_at_1024_fits_a_card_of_8_gb() -> None:
+    table = FAMILIES["sdxl"].gpu_memory
+    assert table.unet + table.adapter_8bit + table.recomputed <= 7
+    settings = {**HALF, "gradient_checkpointing": True, "optimizer": "adamw8bit"}
+    assert needed_memory("sdxl", 1024, settings, A100) <= 7.5
+
+
+def test_the_document_states_what_was_counted() -> None:
+    document = (Path(__file__).parents[1] / "docs" / "cost.md").read_text(encoding="utf-8")
+    for family, title in (("sd1", "SD1.5"), ("sdxl", "SDXL")):
+        size = FAMILIES[family].gpu_memory.resolution
+        for on in (True, False):
+            cells = [
+                gpu_training_memory(
+                    family,
+                    size,
+                    {"gradient_checkpointing": on, "optimizer": name, "offload": offload},
+                )
+                for name in ("adamw", "adamw8bit")
+                for offload in ("none", "model")
+            ]
+            figures = " | ".join(f"{gib - PROCESS_GIB:.2f}" for gib in cells)
+            assert f"| {title}, {size} px | {'on' if on else 'off'} | {figures} |" in document
+
+
+def test_offloading_is_proposed_first() -> None:
+    settings = HALF | {"offload": "none"}
+    free = needed_memory("sdxl", 1024, HALF | {"offload": "auto"}, A100)
+    assert what_would_fit("sdxl", 1024, settings, card(free)) == "offload auto"
+    assert what_would_fit("sdxl", 1024, HALF, card(free - 0.01)) == "gradient_checkpointing on"
+
+
+def test_a_cpu_and_apples_gpu_take_the_measured_table() -> None:
+    for kind in ("cpu", "mps"):
+        needed = needed_memory("sd1", 512, HALF, Device(kind, "shared", 9.0))
+        assert needed == pytest.approx(1.1 * training_memory("sd1", 512))
+    assert needed_memory("sd1", 512, HALF, A100) == pytest.approx(
+        1.1 * gpu_training_memory("sd1", 512, {})
+    )
 
 
 def test_less_is_taken_with_checkpointing_and_more_by_larger_images() -> None:

@@ -184,7 +184,7 @@ def test_a_weight_that_nothing_acts_on_is_cast_if_the_dtype_holds_it() -> None:
 _MERGE_WITH_THREADS = """
 import hashlib, sys, torch
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
-from dora_diffusion.adapters.layers import adapt_layer
+from dora_diffusion.adapters.kinds import adapt_layer
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights
 

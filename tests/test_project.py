@@ -89,7 +89,7 @@ def test_files_that_documents_name_exist(path):
     """From the clone, or from the package; a name in capitals stands for any."""
     text = path.read_text(encoding="utf-8")
     named = set(re.findall(r"(?<![\w/.<-])(?:[a-z_]+/)+\w+\.py\b", text))
-    named |= set(re.findall(r"(?<![\w/])(?:tests|tools|benchmarks)/[\w/]+(?:\.py)?", text))
+    named |= set(re.findall(r"(?<![\w/])(?:tests|tools|benchmarks)/[\w/]+(?:\.(?:py|sh))?", text))
     named = {name for name in named if not re.search("[A-Z]", name)}
     assert named or path.name != "CONTRIBUTING.md"
     assert not [n for n in named if not any((top / n).exists() for top in (ROOT, PACKAGE))]

@@ -10,16 +10,25 @@ from typing import cast
 import torch
 from torch import nn
 
+from dora_diffusion.adapters.directions import (
+    Direction,
+    PrincipalDirection,
+    ProjectedDirection,
+    SingularDirection,
+)
+from dora_diffusion.adapters.kinds import layer_groups, layer_kind, layer_matrix
+from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.targets import is_conv
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.dora import weight_norm
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from dora_diffusion.numerics.projections import Projections
+from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis
 from dora_diffusion.wording import counted
 
 
 @dataclass(frozen=True)
 class AdaptedLayerReport:
-    """One line of an `InjectionReport`."""
+    """One line of an `InjectionReport`; the shape is ``(out, in, *k)``, however it is stored."""
 
     path: str
     kind: str
@@ -30,14 +39,17 @@ class AdaptedLayerReport:
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What was adapted, and how many parameters train: ``r * (fan_in + out)`` and magnitudes."""
+    """What was adapted, and how many parameters train: ``r * (fan_in + out)`` and magnitudes.
+
+    Of an adapter with another direction than A and B, ``rank`` is what it trains.
+    """
 
     layers: tuple[AdaptedLayerReport, ...]
 
     @classmethod
-    def of(cls, weights: Mapping[str, LayerWeights]) -> InjectionReport:
-        """The report on weights by the path of their layer."""
-        return cls(tuple(_report(path, layer) for path, layer in weights.items()))
+    def of(cls, adapters: Mapping[str, LayerAdapter]) -> InjectionReport:
+        """The report on adapters by the path of their layer."""
+        return cls(tuple(_report(path, adapter) for path, adapter in adapters.items()))
 
     @property
     def parameters(self) -> int:
@@ -51,20 +63,22 @@ class InjectionReport:
         return f"{layers} adapted ({counts}), {self.parameters:,} parameters"
 
 
-def _report(path: str, weights: LayerWeights) -> AdaptedLayerReport:
-    kind = "Conv2d" if weights.down.ndim == 4 else "Linear"
-    tensors = (weights.down, weights.up, weights.magnitude)
-    count = sum(tensor.numel() for tensor in tensors if tensor is not None)
-    return AdaptedLayerReport(path, kind, weights.weight_shape, weights.rank, count)
+def _report(path: str, adapter: LayerAdapter) -> AdaptedLayerReport:
+    weights, rank = adapter.weights(), adapter.down.shape[0]
+    count = sum(parameter.numel() for parameter in adapter.parameters())
+    return AdaptedLayerReport(path, weights.layer_name, weights.weight_shape, rank, count)
 
 
 def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
-    """Refuse a rank that is larger than a layer.
+    """Refuse a rank that is larger than a layer; VeRA's random projections may have any.
 
     Raises:
         ValueError: With the setting and the largest rank.
     """
-    weight = cast(torch.Tensor, module.weight)
+    _check_variant(path, module, config)
+    if config.direction == "vera":
+        return
+    weight = layer_matrix(module)
     rank, _ = config.rank_and_alpha(is_conv(module))
     largest = min(weight.shape[0], weight[0].numel())
     if rank > largest:
@@ -75,18 +89,82 @@ def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
         )
 
 
-def fresh_weights(
-    module: nn.Module, config: AdapterConfig, generator: torch.Generator | None
-) -> LayerWeights:
-    """A from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) as PEFT draws it, B = 0, m = norm(W); float32."""
-    weight = cast(torch.Tensor, module.weight).detach()
+def _check_variant(path: str, module: nn.Module, config: AdapterConfig) -> None:
+    """Refuse starts and directions on layers that only A and B of their own are defined for."""
+    if config.init == "random" and config.direction == "low-rank":
+        return
+    if layer_kind(module) == "embedding" or layer_groups(module) != 1:
+        what = f"init {config.init}" if config.init != "random" else f"direction {config.direction}"
+        kind = "an Embedding" if layer_kind(module) == "embedding" else "a convolution with groups"
+        raise ValueError(
+            f"{path} is {kind}, and {what} is for Linear layers and convolutions without groups; "
+            "leave it out of the targets, or take init random and direction low-rank"
+        )
+
+
+def fresh_adapters(
+    modules: Mapping[str, nn.Module], config: AdapterConfig, generator: torch.Generator | None
+) -> dict[str, LayerAdapter]:
+    """A new adapter for each layer by its path, which changes nothing: float32, m = norm(W).
+
+    Args:
+        modules: The layers.
+        config: What the adapter is made of.
+        generator: Draws what is random. None uses the global one.
+    """
+    projections = None
+    if config.direction == "vera":
+        shapes = [tuple(layer_matrix(module).shape) for module in modules.values()]
+        projections = Projections.of(shapes, config.rank, config.projection_seed)
+    return {
+        path: _fresh_adapter(module, config, generator, projections)
+        for path, module in modules.items()
+    }
+
+
+def _fresh_adapter(
+    module: nn.Module,
+    config: AdapterConfig,
+    generator: torch.Generator | None,
+    projections: Projections | None,
+) -> LayerAdapter:
+    weight, kind = layer_matrix(module).detach(), layer_kind(module)
     rank, alpha = config.rank_and_alpha(is_conv(module))
     axis = cast(NormAxis, config.norm_axis)
+    magnitude = weight_norm(weight, axis).float() if config.use_dora else None
+    direction: Direction | None = None
+    if projections is not None:
+        direction = ProjectedDirection(projections, weight)
+    elif config.direction == "adalora":
+        direction = SingularDirection(weight, rank)
+    elif config.init == "pissa":
+        direction = PrincipalDirection(weight, rank, alpha / rank)
+    if direction is None:
+        factors = _random_factors(weight, rank, kind, generator)
+        weights = LayerWeights(*factors, magnitude, alpha, axis, kind, layer_groups(module))
+        return LayerAdapter(weights, config.dropout)
+    start = direction.start(generator)
+    with torch.no_grad():
+        down, up = direction(*start)
+    weights = LayerWeights(down, up, magnitude, alpha * down.shape[0] / rank, axis, kind)
+    return LayerAdapter(weights, config.dropout, direction, start)
+
+
+def _random_factors(
+    weight: torch.Tensor, rank: int, kind: LayerKind, generator: torch.Generator | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) as PEFT draws it, B = 0.
+
+    Of an Embedding, as in PEFT, A = 0 and B from N(0, 1): A has a column for each row of the table,
+    so that rows that are never looked up keep their direction.
+    """
     # Drawn on the generator's device, so that a seed gives the same adapter on every device.
     source = torch.device("cpu") if generator is None else generator.device
-    bound = 1 / math.sqrt(weight[0].numel())
-    down = torch.empty(rank, *weight.shape[1:], device=source)
-    down.uniform_(-bound, bound, generator=generator)
-    up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2), device=weight.device)
-    magnitude = weight_norm(weight, axis).float() if config.use_dora else None
-    return LayerWeights(down.to(weight.device), up, magnitude, alpha, axis)
+    down = torch.zeros(rank, *weight.shape[1:], device=source)
+    up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2), device=source)
+    if kind == "embedding":
+        up.normal_(generator=generator)
+    else:
+        bound = 1 / math.sqrt(weight[0].numel())
+        down.uniform_(-bound, bound, generator=generator)
+    return down.to(weight.device), up.to(weight.device)

@@ -10,17 +10,21 @@ from typing import cast
 import torch
 from torch import nn
 
-from dora_diffusion.adapters.fresh import InjectionReport, check_rank, fresh_weights
+from dora_diffusion.adapters.fresh import InjectionReport, check_rank, fresh_adapters
+from dora_diffusion.adapters.kinds import (
+    adapt_layer,
+    layer_groups,
+    layer_kind,
+    layer_matrix,
+    obstacle,
+    restore_base_class,
+)
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.layers import (
     AdaptedLayer,
-    adapt_layer,
     adapted_layers,
-    can_adapt,
     close_caches,
-    is_wrapped,
     open_caches,
-    restore_base_class,
 )
 from dora_diffusion.adapters.sources import unwatch_sources, watch_sources
 from dora_diffusion.adapters.targets import match_targets
@@ -45,7 +49,8 @@ def inject_adapters(
     training: without one, every call of a layer recomputes its norm.
 
     Args:
-        model: Any module tree with Linear or Conv2d layers. It is frozen and changed in place.
+        model: Any module tree with layers that can carry adapters (`adapters.kinds`). It is frozen
+            and changed in place.
         config: Targets, ranks and norm axis.
         name: Name of the adapter; several can be on one model.
         generator: Draws A. None uses the global one.
@@ -61,49 +66,55 @@ def inject_adapters(
         1 layer adapted (1 Linear), 34 parameters
     """
     paths = match_targets(model, config.targets)
-    for path in paths:
-        check_rank(path, model.get_submodule(path), config)
-    weights = {path: fresh_weights(model.get_submodule(path), config, generator) for path in paths}
-    attach_adapters(model, weights, name=name, dropout=config.dropout)
-    return InjectionReport.of(weights)
+    modules = {path: model.get_submodule(path) for path in paths}
+    for path, module in modules.items():
+        check_rank(path, module, config)
+    adapters = fresh_adapters(modules, config, generator)
+    _attach(model, adapters, name)
+    return InjectionReport.of(adapters)
 
 
-def attach_adapters(
-    model: nn.Module, weights: Mapping[str, LayerWeights], *, name: str, dropout: float = 0.0
-) -> None:
+def attach_adapters(model: nn.Module, weights: Mapping[str, LayerWeights], *, name: str) -> None:
     """Freeze the model and put given weights on its layers, by path, each on its layer's device.
 
     Raises:
         ValueError: If the model lacks a layer, shapes differ, or the name is taken: all of them
             are listed, and nothing was changed.
     """
-    reasons = [_mismatch_reason(model, path, layer, name) for path, layer in weights.items()]
+    _attach(model, {path: LayerAdapter(layer) for path, layer in weights.items()}, name)
+
+
+def _attach(model: nn.Module, adapters: Mapping[str, LayerAdapter], name: str) -> None:
+    reasons = [_mismatch_reason(model, path, part, name) for path, part in adapters.items()]
     if problems := [reason for reason in reasons if reason]:
         raise ValueError("the adapter does not fit the model: " + "; ".join(problems))
     trained = {id(parameter) for parameter in adapter_parameters(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
     keep_output = not _writes_in_place(model)
-    for path, layer_weights in weights.items():
+    for path, adapter in adapters.items():
         layer = adapt_layer(model.get_submodule(path), keep_output)
-        layer.adapters[name] = LayerAdapter(layer_weights.to(layer.weight.device), dropout)
+        # The module knows how it stores its weight; a file may not.
+        adapter.kind, adapter.groups = layer.kind, layer_groups(layer)
+        layer.adapters[name] = adapter.to(layer.weight.device)
         layer.forget(name)
         layer.train(layer.training)
     watch_sources(model)
 
 
-def _mismatch_reason(model: nn.Module, path: str, weights: LayerWeights, name: str) -> str | None:
-    """Why the weights do not fit the layer at this path."""
+def _mismatch_reason(model: nn.Module, path: str, adapter: LayerAdapter, name: str) -> str | None:
+    """Why the adapter does not fit the layer at this path."""
     try:
         module = model.get_submodule(path)
     except AttributeError:
         return f"there is no layer {path}"
-    if not can_adapt(module):
-        wrapped = " whose forward another tool has wrapped" if is_wrapped(module) else ""
-        return f"{path} is a {type(module).__name__}{wrapped}"
-    shape = tuple(cast(torch.Tensor, module.weight).shape)
-    if weights.weight_shape != shape:
-        return f"{path} has shape {shape}, the adapter's is {weights.weight_shape}"
+    if reason := obstacle(module):
+        return f"{path} is a {reason}"
+    if adapter.kind == "embedding" != layer_kind(module):
+        return f"{path} is a {type(module).__name__}, the adapter is for an Embedding"
+    shape = tuple(layer_matrix(module).shape)
+    if (wanted := adapter.weights().weight_shape) != shape:
+        return f"{path} has shape {shape}, the adapter's is {wanted}"
     if isinstance(module, AdaptedLayer) and name in module.adapters:
         return f"{path} already has an adapter named {name!r}; remove it first"
     return None

@@ -1,4 +1,4 @@
-"""Linear and Conv2d layers that carry adapters.
+"""Layers that carry adapters: what all kinds of them have in common.
 
 An adapted layer *is* the layer that it was, of another class: its parameters, buffers, hooks and
 places in the model, so that the base model's state dict, dtype and device handling stay as they
@@ -8,11 +8,9 @@ were. Adapters live in the child module ``adapters``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
@@ -21,14 +19,19 @@ from dora_diffusion.numerics import fast
 from dora_diffusion.numerics.dora import dora_difference, dora_forward, moved_magnitude
 from dora_diffusion.numerics.fast import Gain, PlanInputs, Watch, WeightStatistics
 from dora_diffusion.numerics.merging import merge_layers
-from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation, Operation
+from dora_diffusion.numerics.operation import OneHot, Operation, dropout
 from dora_diffusion.numerics.precision import wide, wide_dtype
-from dora_diffusion.numerics.weights import NormAxis, Strengths
+from dora_diffusion.numerics.weights import LayerKind, NormAxis, Strengths, oriented
 
 
 class AdaptedLayer(nn.Module):
-    """What Linear and Conv2d with adapters have in common. Made by `adapt_layer` only."""
+    """What layers with adapters have in common. Made by `kinds.adapt_layer` only.
 
+    Attributes:
+        kind: How the weight is stored.
+    """
+
+    kind: LayerKind = "plain"
     weight: nn.Parameter
     bias: nn.Parameter | None
     adapters: nn.ModuleDict
@@ -43,12 +46,17 @@ class AdaptedLayer(nn.Module):
         """Whether the adapters are in the weight."""
         return self._unmerged is not None
 
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as ``(out, in, *k)``."""
+        return oriented(self.weight, self.kind)
+
     def operation(self) -> Operation:
         """What the weight does to an input."""
         raise NotImplementedError
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """Pad, where the operation itself does not."""
+    def prepare(self, x: Tensor) -> Tensor | OneHot:
+        """What the operation takes: padded, where it does not pad itself, or one-hot."""
         return x
 
     def active(self) -> Iterator[tuple[str, LayerAdapter]]:
@@ -77,42 +85,72 @@ class AdaptedLayer(nn.Module):
                 "the base weight or bias of an adapted layer requires a gradient; freeze it "
                 "(requires_grad_(False)): the adapter is what trains"
             )
-        source = noted_source(x)
+        is_traced = torch.compiler.is_compiling()
+        source = None if is_traced else noted_source(x)
         unpadded = _to_compute_dtype(x)
-        x = self.prepare(unpadded)
+        op, prepared = self.operation(), self.prepare(unpadded)
         name, adapter = active[0]
         dropping = self.training and any(other.dropout > 0 for _, other in active)
         is_plain = adapter.strengths == _PLAIN_STRENGTHS and adapter.magnitude is not None
-        if len(active) > 1 or not is_plain or dropping:
-            return self._sum_of_differences(active, x)
-        if not fast.ENABLED:
-            return dora_forward(self.operation(), x, weight, bias, adapter.weights())
-        source = source if x is unpadded else None
-        return fast.dora(self.operation(), x, weight, bias, self.gain(name, adapter), source)
+        is_alone = len(active) == 1 and is_plain and not dropping
+        if is_alone and not fast.ENABLED:
+            return dora_forward(op, prepared, self.matrix, bias, adapter.weights())
+        if not is_alone or isinstance(prepared, OneHot) or not fast.serves(op):
+            return self._sum_of_differences(active, op, prepared)
+        if is_traced:
+            return self._traced(op, prepared, name, adapter)
+        source = source if prepared is unpadded else None
+        return fast.dora(op, prepared, self.matrix, bias, self.gain(name, adapter), source)
 
-    def _sum_of_differences(self, active: list[tuple[str, LayerAdapter]], x: Tensor) -> Tensor:
+    def _traced(self, op: Operation, x: Tensor, name: str, adapter: LayerAdapter) -> Tensor:
+        """The layer as `torch.compile` sees it, which can make no plan.
+
+        Without the factors of one, it computes the page: where no norm scope is open, and for
+        channels of a small gain.
+        """
+        gain = self._kept_gain(name)
+        factors = None if gain is None or gain.small is not None else gain.made.get(x.dtype)
+        if gain is None or factors is None:
+            norm = None if gain is None else gain.norm
+            return dora_forward(op, x, self.matrix, self.bias, adapter.weights(), norm)
+        return fast.traced_dora(op, x, self.matrix, self.bias, factors, gain.axis)
+
+    def _sum_of_differences(
+        self, active: list[tuple[str, LayerAdapter]], op: Operation, x: Tensor | OneHot
+    ) -> Tensor:
         """``base(x) + sum_k strength_k * (adapted_k(x) - base(x))``, of the unmerged base."""
-        op, dtype = self.operation(), x.dtype
+        dtype = x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        base = op(x, self.weight.to(dtype), bias)
+        base = op(x, self.matrix.to(dtype), bias)
         unbiased = base if bias is None else base - op.broadcast(bias)
         result = base
         for name, adapter in active:
             # Dropout is on the low-rank path as in PEFT, where W x is part of that path.
-            dropped = F.dropout(x, adapter.dropout, self.training)
-            # The fast path keeps it for a step.
-            keeps_norm = fast.ENABLED and adapter.magnitude is not None
+            dropped = dropout(x, adapter.dropout, self.training)
             difference = dora_difference(
                 op,
                 dropped,
-                self.weight,
+                self.matrix,
                 adapter.scaled_weights(),
                 adapter.strengths.magnitude_strength,
-                norm=self.gain(name, adapter).norm if keeps_norm else None,
+                norm=self._norm(name, adapter),
                 unbiased=unbiased if dropped is x or adapter.dropout == 0 else None,
             )
             result = result + (adapter.strengths.strength * difference).to(dtype)
         return result
+
+    def _norm(self, name: str, adapter: LayerAdapter) -> Tensor | None:
+        """The norm that the fast path keeps for a step; None: the page is to compute it."""
+        if not fast.ENABLED or adapter.magnitude is None:
+            return None
+        gain = self._kept_gain(name)
+        if gain is None and not torch.compiler.is_compiling():
+            gain = self.gain(name, adapter)
+        return None if gain is None else gain.norm
+
+    def _kept_gain(self, name: str) -> Gain | None:
+        """One adapter's gain from the scope's cache, if one is open and has it."""
+        return None if self._gain_cache is None else self._gain_cache.get(name)
 
     def gain(self, name: str, adapter: LayerAdapter) -> Gain:
         """Norm and gain of one adapter: from the scope's cache where one is open, else computed."""
@@ -128,10 +166,9 @@ class AdaptedLayer(nn.Module):
     def _plan_inputs(self, adapter: LayerAdapter) -> PlanInputs:
         plain = adapter.strengths.direction_strength == 1
         layer = adapter.weights() if plain else adapter.scaled_weights()
-        magnitude = moved_magnitude(self.weight, layer, adapter.strengths.magnitude_strength)
+        magnitude = moved_magnitude(self.matrix, layer, adapter.strengths.magnitude_strength)
         statistics = self._weight_statistics(adapter.norm_axis)
-        weight, bias = self.weight, self.bias
-        return PlanInputs(layer, magnitude, weight, bias, statistics, self.keep_output)
+        return PlanInputs(layer, magnitude, self.matrix, self.bias, statistics, self.keep_output)
 
     def forget(self, name: str) -> None:
         """Drop the gain of an adapter that is not what it was."""
@@ -148,12 +185,12 @@ class AdaptedLayer(nn.Module):
         version = None if weight.is_inference() else weight._version
         identity = (axis, weight.data_ptr(), version, weight.dtype, weight.device)
         if self._statistics is None or self._statistics[0] != identity:
-            self._statistics = (identity, WeightStatistics(weight.detach(), axis))
+            self._statistics = (identity, WeightStatistics(self.matrix.detach(), axis))
         return self._statistics[1]
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """The weight with every active adapter in it, float32."""
+        """The weight with every active adapter in it, float32, as the layer stores it."""
         layers = [(adapter.weights(), adapter.strengths) for _, adapter in self.active()]
         if not layers:
             return wide(self.weight)
@@ -178,109 +215,15 @@ class AdaptedLayer(nn.Module):
             self._unmerged = None
 
 
-class DoRALinear(AdaptedLayer, nn.Linear):
-    """``nn.Linear`` with adapters."""
-
-    def operation(self) -> Operation:
-        """A matrix product."""
-        return _LINEAR
-
-
-class DoRAConv2d(AdaptedLayer, nn.Conv2d):
-    """``nn.Conv2d`` (one group) with adapters."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See `AdaptedLayer.forward`; like ``nn.Conv2d``, it takes one image without a batch."""
-        return super().forward(x[None])[0] if x.ndim == 3 else super().forward(x)
-
-    @property
-    def _pads_itself(self) -> bool:
-        return self.padding_mode == "zeros" and not isinstance(self.padding, str)
-
-    def operation(self) -> Operation:
-        """A convolution with this layer's stride, padding and dilation."""
-        padding = self.padding if self._pads_itself else (0, 0)
-        return _convolution(_pair(self.stride), _pair(padding), _pair(self.dilation))
-
-    def prepare(self, x: Tensor) -> Tensor:
-        """Pad for ``padding_mode`` other than zeros, and for ``padding="same"``."""
-        if self._pads_itself:
-            return x
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
-
-
-_LINEAR = LinearOperation()
 _PLAIN_STRENGTHS = Strengths()
-_ADAPTED: dict[type[nn.Module], type[AdaptedLayer]] = {nn.Linear: DoRALinear, nn.Conv2d: DoRAConv2d}
-_PLAIN: dict[type[nn.Module], type[nn.Module]] = {new: old for old, new in _ADAPTED.items()}
-
-
-@lru_cache
-def _convolution(
-    stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
-) -> Conv2dOperation:
-    """One object for all layers of a kind, since they ask at every call."""
-    return Conv2dOperation(stride, padding, dilation)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    first, second = value
-    return int(first), int(second)
 
 
 def _to_compute_dtype(x: Tensor) -> Tensor:
-    """Cast as autocast would for this operation."""
+    """Cast as autocast would for this operation; ids are none of its."""
+    if not x.is_floating_point():
+        return x
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
-def can_adapt(module: nn.Module) -> bool:
-    """Whether the module is a Linear, or a Conv2d with one group, of exactly that class.
-
-    A subclass may read its weight without calling ``forward`` (as the output projection of
-    ``nn.MultiheadAttention`` does), which would leave an adapter silently unused.
-    """
-    if isinstance(module, AdaptedLayer):
-        return True
-    if is_wrapped(module):
-        return False
-    return type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
-
-
-def is_wrapped(module: nn.Module) -> bool:
-    """Whether a Linear or Conv2d has a forward of its own, as Accelerate's offloading gives it.
-
-    That calls the forward of the class that the module had then, past any adapter.
-    """
-    return type(module) in _ADAPTED and "forward" in vars(module)
-
-
-def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
-    """Make the module a layer that can carry adapters.
-
-    Raises:
-        TypeError: If the module is neither a Linear nor a Conv2d with one group.
-    """
-    if isinstance(module, AdaptedLayer):
-        return module
-    if not can_adapt(module):
-        raise TypeError(
-            f"cannot adapt {type(module).__name__}: only nn.Linear and nn.Conv2d with groups=1"
-        )
-    module.__class__ = _ADAPTED[type(module)]
-    layer = cast(AdaptedLayer, module)
-    layer.adapters = nn.ModuleDict()
-    layer._gain_cache = layer._statistics = layer._unmerged = None
-    layer.keep_output = keep_output
-    return layer
-
-
-def restore_base_class(layer: AdaptedLayer) -> None:
-    """Make an adapted layer the Linear or Conv2d that it was, with its present weight."""
-    for name in ("adapters", "_gain_cache", "_statistics", "_unmerged", "keep_output"):
-        delattr(layer, name)
-    layer.__class__ = _PLAIN[type(layer)]  # type: ignore[assignment]
 
 
 def open_caches(layers: Sequence[AdaptedLayer], watch: Watch | None = None) -> None:

@@ -13,10 +13,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.directions import ProjectedDirection
 from dora_diffusion.adapters.inject import DEFAULT_NAME, attach_adapters
+from dora_diffusion.adapters.kinds import can_adapt, layer_kind
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
-from dora_diffusion.adapters.layers import adapted_layers, can_adapt
+from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.families import Family
+from dora_diffusion.formats.adapter.vera import VeraLayer
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.formats.names.modules import canonical, installed_path, is_flat
 from dora_diffusion.numerics.weights import LayerWeights
@@ -30,16 +33,21 @@ class LiveWeights:
     Attributes:
         components: ``{"unet": ..., "text_encoder": ...}``.
         family: What kind of model they are of, None if that is not known.
-        specs: Dtype and shape of each weight by canonical name.
+        specs: Dtype and shape of each weight by canonical name, as it is stored.
+        kinds: How each module stores its weight, by canonical name.
     """
 
     def __init__(self, components: LiveModules, family: Family | None = None) -> None:
         self.components, self.family = components, family
-        self._weights = {
-            f"{canonical(component, path)}.weight": cast(nn.Linear, module).weight
+        modules = {
+            canonical(component, path): module
             for component, model in components.items()
             for path, module in model.named_modules()
             if path and can_adapt(module)
+        }
+        self.kinds = {name: layer_kind(module) for name, module in modules.items()}
+        self._weights = {
+            f"{name}.weight": cast(nn.Linear, module).weight for name, module in modules.items()
         }
         self.specs = {name: TensorSpec.of(weight) for name, weight in self._weights.items()}
 
@@ -69,12 +77,34 @@ def adapter_state(components: LiveModules, name: str = DEFAULT_NAME) -> dict[str
     return state
 
 
+def vera_state(components: LiveModules, name: str = DEFAULT_NAME) -> dict[str, VeraLayer]:
+    """The vectors of a VeRA or DVoRA, as `adapter_state` gives the factors; {} of another."""
+    state = {}
+    for component, model in components.items():
+        for path, layer in adapted_layers(model):
+            adapter = cast(LayerAdapter, layer.adapters[name]) if name in layer.adapters else None
+            if adapter is not None and isinstance(adapter.direction, ProjectedDirection):
+                state[canonical(component, path)] = _vectors(adapter, adapter.direction)
+    return state
+
+
+def _vectors(adapter: LayerAdapter, direction: ProjectedDirection) -> VeraLayer:
+    tensors = (adapter.down, adapter.up, adapter.magnitude)
+    d, b, magnitude = (None if t is None else t.detach().to("cpu", copy=True) for t in tensors)
+    assert d is not None
+    assert b is not None
+    shape, axis = direction.weight_shape, adapter.norm_axis
+    return VeraLayer(direction.projections, shape, d, b, magnitude, axis)
+
+
 def _detached(adapter: LayerAdapter) -> LayerWeights:
+    weights = adapter.used_weights()
     copies: dict[str, Any] = {
-        name: parameter.detach().to("cpu", copy=True)
-        for name, parameter in adapter.named_parameters()
+        name: tensor.detach().to("cpu", copy=True)
+        for name in ("down", "up", "magnitude")
+        if (tensor := getattr(weights, name)) is not None
     }
-    return dataclasses.replace(adapter.weights(), **copies)
+    return dataclasses.replace(weights, **copies)
 
 
 def load_adapter_state(

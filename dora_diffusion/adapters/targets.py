@@ -8,13 +8,13 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from dora_diffusion.adapters.layers import can_adapt, is_wrapped
+from dora_diffusion.adapters.kinds import can_adapt, is_wrapped
 
 _ATTENTION = r"to_q|to_k|to_v|to_out\.0"
 # conv_in and conv_out are left to "full": four channels on one side leave no room for a rank.
 _CONV = r"(^|.*\.)(resnets\.\d+\.conv(1|2|_shortcut)|(down|up)samplers\.\d+\.conv|proj_in|proj_out)"
 
-# Preset -> (pattern of the path, the class of layer it takes or None for both).
+# Preset -> (pattern of the path, the class of layer it takes or None for all but tables).
 _PATTERNS: dict[str, list[tuple[str, type[nn.Module] | None]]] = {
     "cross-attention": [(rf".*\battn2\.({_ATTENTION})", nn.Linear)],
     "attention": [(rf".*\battn[12]\.({_ATTENTION})", nn.Linear)],
@@ -22,6 +22,7 @@ _PATTERNS: dict[str, list[tuple[str, type[nn.Module] | None]]] = {
     "full": [(r".*", None)],
     "text-encoder-attention": [(r".*\bself_attn\.(q|k|v|out)_proj", nn.Linear)],
     "text-encoder": [(r".*\b(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])", nn.Linear)],
+    "token-embedding": [(r".*\btoken_embedding", nn.Embedding)],
 }
 
 
@@ -32,19 +33,24 @@ class TargetError(ValueError):
 def _matches(target: str, path: str, module: nn.Module) -> bool:
     if target in _PATTERNS:
         return any(
-            re.fullmatch(pattern, path) and (kind is None or isinstance(module, kind))
+            re.fullmatch(pattern, path) and _is_of(kind, module)
             for pattern, kind in _PATTERNS[target]
         )
     return fnmatchcase(path, target)
 
 
+def _is_of(kind: type[nn.Module] | None, module: nn.Module) -> bool:
+    return not isinstance(module, nn.Embedding) if kind is None else isinstance(module, kind)
+
+
 def match_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Paths of the Linear and Conv2d layers that any of the targets names, in model order.
+    """Paths of the layers that any of the targets names, in model order.
 
     Args:
         model: Any module tree.
         targets: Preset names, or glob patterns such as ``"*.attn2.to_k"`` where ``*`` also spans
-            dots.
+            dots. Tables of vectors (``nn.Embedding``) are taken by a pattern or preset that names
+            them, not by ``"full"``.
 
     Raises:
         TargetError: If one of the targets matches nothing, or a layer that cannot be adapted since
@@ -80,4 +86,4 @@ def _nothing_matches(target: str, model: nn.Module, paths: list[str]) -> str:
 
 def is_conv(module: nn.Module) -> bool:
     """Whether a layer takes the rank of convolutions."""
-    return isinstance(module, nn.Conv2d)
+    return isinstance(module, nn.Conv1d | nn.Conv2d)

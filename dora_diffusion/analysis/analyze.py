@@ -16,7 +16,7 @@ from dora_diffusion.analysis.changes import (
     RunChange,
     Spectrum,
 )
-from dora_diffusion.analysis.layers import model_order
+from dora_diffusion.analysis.layers import is_table, model_order
 from dora_diffusion.analysis.report import Analysis
 from dora_diffusion.analysis.sources import SavedRun, TunedWeights, find_run, open_tuned
 from dora_diffusion.export.base import model_name, open_model
@@ -28,7 +28,7 @@ from dora_diffusion.numerics.decomposition import (
     low_rank_singular_values,
     singular_values,
 )
-from dora_diffusion.numerics.weights import NORM_AXES, NormAxis
+from dora_diffusion.numerics.weights import NORM_AXES, NormAxis, oriented
 from dora_diffusion.wording import listing
 
 # Layers that are done, and of all.
@@ -155,6 +155,9 @@ class _Analyzer:
         base = module_weight(self.base, name)
         weight, factors = tuned.weight(name, base), tuned.factors(name)
         self.count()
+        if is_table(name):
+            # As its adapters see it: an output is a dimension of its vectors, an input a row.
+            base, weight = oriented(base, "embedding"), oriented(weight, "embedding")
         parts = decompose(base, weight, self.axis)
         if not parts.squared_change:
             return None

@@ -26,13 +26,18 @@ def place_of(name: str) -> str:
     return _PLACES.get(first, "UNet out" if first == "conv_out" else "UNet in and time")
 
 
+def is_table(name: str) -> bool:
+    """Whether a layer is a text encoder's table of vectors, an Embedding."""
+    return name.endswith(("token_embedding", "position_embedding"))
+
+
 def kind_of(name: str, shape: tuple[int, ...]) -> str:
     """What a layer of this weight shape does: one of ``KINDS``."""
     if re.search(r"\.(attn\d|self_attn)\.", name):
         return "attention"
     if re.search(r"\.(ff|mlp)\.", name):
         return "feed-forward"
-    if name.endswith(("token_embedding", "position_embedding")):
+    if is_table(name):
         return "embedding"
     return "convolution" if len(shape) > 2 else "other"
 

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from dora_diffusion.app.toy_world import outside_toy_world
+from dora_diffusion.devices import has_own_memory
 from dora_diffusion.jobs.estimates import Estimate
 from dora_diffusion.jobs.logs import log_warnings
 from dora_diffusion.jobs.queue import stop_asked
@@ -235,8 +236,10 @@ def _source(value: Estimate) -> str:
         runs = f"{value.runs} earlier run{'s' if value.runs != 1 else ''}"
         return f"Measured in {runs} like this on this machine."
     if value.memory is not None:
+        is_counted = has_own_memory(value.device.kind)
+        how = "counted without a GPU" if is_counted else "with random weights on a CPU"
         return (
-            "Memory is from runs at full size with random weights on a CPU, with a tenth added; "
+            f"Memory is from runs at full size {how}, with a tenth added; "
             "time is measured as it goes."
         )
     if value.seconds is not None:

@@ -36,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--width", type=int, help="Width in pixels. Default: the model's own.")
     parser.add_argument("--height", type=int, help="Height in pixels. Default: the model's own.")
+    parser.add_argument(
+        "--offload",
+        choices=("none", "model"),
+        default="none",
+        help="Offloading to the machine's memory. model: each part of the model is on the GPU only "
+        "while it computes, which takes less of its memory and more time. Default: none.",
+    )
     add_overwrite(parser)
     add_adapted_model(parser)
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from dora_diffusion.config.checks import require, require_choice, require_positive
 
 PRESETS = ("cross-attention", "attention", "attention+conv", "full")
-TEXT_ENCODER_PRESETS = ("text-encoder-attention", "text-encoder")
+TEXT_ENCODER_PRESETS = ("text-encoder-attention", "text-encoder", "token-embedding")
 NORM_AXES = ("output", "input")
+INITS = ("random", "pissa")
+DIRECTIONS = ("low-rank", "vera", "adalora")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,13 @@ class AdapterConfig:
         norm_axis: ``"output"`` (one magnitude per output channel, as PEFT has it) or ``"input"``
             (one per input channel, as the paper prints it).
         dropout: Probability of dropping an input of the low-rank path.
+        init: Where A and B start. ``"random"``: A random, B zero. ``"pissa"``: both from the
+            leading singular vectors of the weight (arXiv:2404.02948); the update has rank 2r.
+        direction: What the update is made of. ``"low-rank"``: A and B, which train. ``"vera"``:
+            frozen random A and B of ``rank``, shared by all layers, and vectors that train
+            (arXiv:2310.11454); the scale is 1. ``"adalora"``: A with a factor for each of its rows,
+            by which ``train`` switches rows off (arXiv:2303.10512).
+        projection_seed: What VeRA's A and B are drawn from.
 
     Example:
         >>> AdapterConfig(rank=8).conv_rank_or_rank
@@ -44,6 +53,9 @@ class AdapterConfig:
     use_dora: bool = True
     norm_axis: str = "output"
     dropout: float = 0.0
+    init: str = "random"
+    direction: str = "low-rank"
+    projection_seed: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
@@ -52,7 +64,30 @@ class AdapterConfig:
         for name in ("rank", "alpha", "conv_rank", "conv_alpha"):
             require_positive(name, getattr(self, name))
         require_choice("norm_axis", self.norm_axis, NORM_AXES)
+        require_choice("init", self.init, INITS)
+        require_choice("direction", self.direction, DIRECTIONS)
+        require(
+            self.init == "random" or self.direction == "low-rank",
+            f"init {self.init} starts A and B as they train in direction low-rank; direction "
+            f"{self.direction} has other numbers: leave one of them out",
+            "init",
+        )
+        if self.direction == "vera":
+            self._check_vera()
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)")
+
+    def _check_vera(self) -> None:
+        require(
+            self.conv_rank_or_rank == self.rank,
+            f"conv_rank is {self.conv_rank}: all layers of direction vera share projections of "
+            f"rank {self.rank}; leave conv_rank out",
+            "conv_rank",
+        )
+        require(
+            0 <= self.projection_seed < 2**63,
+            f"projection_seed is {self.projection_seed}; it must be in [0, 2^63)",
+            "projection_seed",
+        )
 
     @property
     def conv_rank_or_rank(self) -> int:
@@ -62,6 +97,8 @@ class AdapterConfig:
     def rank_and_alpha(self, is_conv: bool) -> tuple[int, float]:
         """Rank and effective alpha (the scale is always ``alpha / rank``) of a kind of layer."""
         rank = self.conv_rank_or_rank if is_conv else self.rank
+        if self.direction == "vera":
+            return rank, float(rank)
         alpha = self.conv_alpha if is_conv else self.alpha
         alpha = float(rank if alpha is None else alpha)
         return rank, alpha * rank**0.5 if self.rslora else alpha

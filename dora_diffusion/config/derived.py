@@ -41,8 +41,8 @@ def _class_data_dir(config: TrainConfig) -> str | None:
 
 DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
     "learning_rate": lambda config: config.usual_lr,
-    "lora_alpha": lambda config: float(config.rank),
-    "conv_alpha": lambda config: float(config.conv_rank),
+    "lora_alpha": lambda config: None if config.direction == "vera" else float(config.rank),
+    "conv_alpha": lambda config: None if config.direction == "vera" else float(config.conv_rank),
     "class_word": _class_word,
     "validation_prompt": _validation_prompt,
     "class_data_dir": _class_data_dir,

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dora_diffusion.config.adapter import NORM_AXES, PRESETS, TEXT_ENCODER_PRESETS
+from dora_diffusion.config.adapter import (
+    DIRECTIONS,
+    INITS,
+    NORM_AXES,
+    PRESETS,
+    TEXT_ENCODER_PRESETS,
+)
 from dora_diffusion.config.fields import AnyOf, Condition, Need, flag
 
 METHODS = ("dora", "lora", "full")
@@ -20,6 +26,9 @@ _ADAPTER = Need("method", ("dora", "lora"))
 _FULL = Need("method", ("full",))
 _TARGETED = AnyOf((_ADAPTER, Need("full_weights", ("targets",))))
 _ADAM = Need("optimizer", ("adamw", "adamw8bit", "prodigy"))
+_RANKED = Need("direction", ("low-rank", "adalora"))
+_VERA = Need("direction", ("vera",))
+_ALLOCATED = Need("direction", ("adalora",))
 _PRODIGY = Need("optimizer", ("prodigy",))
 
 
@@ -66,15 +75,62 @@ class AdapterSettings:
         needs=(_TEXT_ENCODER, _TARGETED),
     )
     train_text_encoder: bool = flag(False, "Train the text encoders too.")
-    rank: int = flag(8, "Rank of Linear layers.", needs=(_ADAPTER,), above=0)
+    rank: int = flag(8, "Rank of Linear layers.", needs=(_ADAPTER, _RANKED), above=0)
     lora_alpha: float | None = flag(
-        None, "Alpha of Linear layers.", derived="rank", needs=(_ADAPTER,), above=0
+        None, "Alpha of Linear layers.", derived="rank", needs=(_ADAPTER, _RANKED), above=0
     )
-    conv_rank: int = flag(4, "Rank of Conv2d layers.", needs=(_ADAPTER,), above=0)
+    conv_rank: int = flag(4, "Rank of Conv2d layers.", needs=(_ADAPTER, _RANKED), above=0)
     conv_alpha: float | None = flag(
-        None, "Alpha of Conv2d layers.", derived="conv_rank", needs=(_ADAPTER,), above=0
+        None, "Alpha of Conv2d layers.", derived="conv_rank", needs=(_ADAPTER, _RANKED), above=0
     )
-    rslora: bool = flag(False, "rsLoRA: scale by alpha / sqrt(rank).", needs=(_ADAPTER,))
+    rslora: bool = flag(False, "rsLoRA: scale by alpha / sqrt(rank).", needs=(_ADAPTER, _RANKED))
+    direction: str = flag(
+        "low-rank",
+        "What the update is made of. low-rank: A and B, which train. vera: frozen random A and B "
+        "that all layers share, and two vectors a layer that train (VeRA, arXiv:2310.11454; with "
+        "magnitudes DVoRA), at 10 to 100 times the learning rate. adalora: A and B of a rank that "
+        "is moved to the layers that need it (AdaLoRA, arXiv:2303.10512).",
+        choices=DIRECTIONS,
+        needs=(_ADAPTER,),
+    )
+    vera_rank: int = flag(64, "Rank of VeRA's projections.", needs=(_ADAPTER, _VERA), above=0)
+    target_rank: int | None = flag(
+        None,
+        "Average rank of Linear layers after rank allocation; that of Conv2d layers in proportion.",
+        derived="two thirds of rank",
+        needs=(_ADAPTER, _ALLOCATED),
+        above=0,
+    )
+    allocation_warmup: int | None = flag(
+        None,
+        "Steps before rank allocation begins.",
+        derived="a tenth of the steps",
+        needs=(_ADAPTER, _ALLOCATED),
+        least=0,
+    )
+    allocation_final: int | None = flag(
+        None,
+        "Steps at the end in which ranks stay.",
+        derived="half of the steps",
+        needs=(_ADAPTER, _ALLOCATED),
+        least=0,
+    )
+    allocation_interval: int = flag(
+        10,
+        "Steps from one choice of ranks to the next.",
+        needs=(_ADAPTER, _ALLOCATED),
+        above=0,
+    )
+    orthogonality_weight: float = flag(
+        0.5, "Weight of AdaLoRA's orthogonality term.", needs=(_ADAPTER, _ALLOCATED), least=0
+    )
+    init: str = flag(
+        "random",
+        "Start of A and B. random: A random, B zero. pissa: the leading singular vectors of the "
+        "weight (PiSSA, arXiv:2404.02948), which a file holds with twice the rank.",
+        choices=INITS,
+        needs=(_ADAPTER,),
+    )
     lora_dropout: float = flag(
         0.0, "Dropout on the low-rank path.", needs=(_ADAPTER,), least=0, below=1
     )

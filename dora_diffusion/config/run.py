@@ -8,6 +8,8 @@ from typing import ClassVar
 from dora_diffusion.config.fields import AnyOf, Need, flag
 from dora_diffusion.config.precision import PRECISIONS
 
+OFFLOADS = ("auto", "none", "model")
+
 _SAMPLES = Need("num_validation_images")
 _PRIOR = Need("with_prior_preservation")
 
@@ -27,6 +29,20 @@ class DeviceSettings:
     )
     gradient_checkpointing: bool = flag(
         False, "Recompute activations in the backward pass: less memory, slower.", resume="free"
+    )
+    compile: bool = flag(
+        False,
+        "Compile the UNet's repeated blocks with torch.compile: faster steps on a GPU, after a "
+        "start that takes longer. Samples run uncompiled.",
+        resume="free",
+    )
+    offload: str = flag(
+        "auto",
+        "Offloading to the machine's memory. model: VAE and untrained text encoders leave the GPU "
+        "when all that they would compute is cached, and for samples each part is there in its "
+        "turn. none: everything stays. auto: model on a GPU with memory of its own.",
+        choices=OFFLOADS,
+        resume="apart",
     )
     allow_tf32: bool = flag(False, "TensorFloat-32 on Ampere and later GPUs.", resume="free")
     seed: int = flag(0, "Random seed.", least=0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from dora_diffusion.config.fields import Need, flag
+from dora_diffusion.config.fields import AnyOf, Need, flag
 
 PRIOR_MODES = ("images", "image-free")
 
@@ -169,5 +169,9 @@ class PriorSettings:
         1.0, "Weight of the prior-preservation loss.", needs=(_PRIOR,), least=0
     )
     sample_batch_size: int = flag(
-        4, "Batch size for generating class images.", needs=_CLASS_IMAGES, resume="apart", above=0
+        4,
+        "Batch size for generating class images and samples.",
+        needs=(AnyOf((_PRIOR, Need("num_validation_images"))),),
+        resume="apart",
+        above=0,
     )

@@ -58,6 +58,8 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         )
         if self.optimizer_name == "prodigy":
             self._check_prodigy()
+        if self.direction == "adalora" and not self.is_full:
+            self._check_allocation()
         for targets, rank_only in ((self.targets, False), (self.text_encoder_targets, True)):
             self._adapter(tuple(targets), rank_only)
 
@@ -74,17 +76,50 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "optimizer",
         )
 
+    def _check_allocation(self) -> None:
+        require(
+            (self.target_rank or 0) <= self.rank,
+            f"target_rank is {self.target_rank}, more than the rank {self.rank} that layers start "
+            "with; raise rank",
+            "target_rank",
+        )
+        if self.max_train_steps is not None:
+            warmup, final = self.allocation_phases
+            require(
+                warmup + final < self.max_train_steps,
+                f"allocation_warmup {warmup} and allocation_final {final} leave none of "
+                f"{self.max_train_steps} steps to allocate ranks in",
+                "allocation_final",
+            )
+
+    @property
+    def allocation_phases(self) -> tuple[int, int]:
+        """Steps of rank allocation's warm-up, and of its end."""
+        steps, warmup, final = (
+            self.max_train_steps or 0,
+            self.allocation_warmup,
+            self.allocation_final,
+        )
+        return (
+            steps // 10 if warmup is None else warmup,
+            steps // 2 if final is None else final,
+        )
+
     def _adapter(self, targets: tuple[str, ...], linear_only: bool) -> AdapterConfig:
+        is_vera = self.direction == "vera"
         return AdapterConfig(
             targets=targets,
-            rank=self.rank,
+            rank=self.vera_rank if is_vera else self.rank,
             alpha=self.lora_alpha,
-            conv_rank=None if linear_only else self.conv_rank,
+            conv_rank=None if linear_only or is_vera else self.conv_rank,
             conv_alpha=None if linear_only else self.conv_alpha,
             rslora=self.rslora,
             use_dora=self.method_name == "dora",
             norm_axis=self.norm_axis,
             dropout=self.lora_dropout,
+            init=self.init,
+            direction=self.direction,
+            projection_seed=self.seed,
         )
 
     @property

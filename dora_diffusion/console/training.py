@@ -8,6 +8,7 @@ from typing import Any
 from dora_diffusion.config.resume import listed
 from dora_diffusion.console.progress import ProgressBar, say
 from dora_diffusion.training.events import (
+    CachingProgress,
     CheckpointSaved,
     ClassImagesProgress,
     Event,
@@ -25,7 +26,7 @@ class TrainProgress:
 
     def __init__(self) -> None:
         self.bar: Any = None
-        self.class_images: ProgressBar | None = None
+        self.images: ProgressBar | None = None
         self.trigger = ""
 
     @property
@@ -42,7 +43,9 @@ class TrainProgress:
             case TrainingStarted():
                 self._start(event)
             case ClassImagesProgress(done, total):
-                self._count_class_images(done, total)
+                self._count_images("class images", done, total)
+            case CachingProgress(done, total):
+                self._count_images("caching latents", done, total)
             case SamplingProgress(done, total):
                 share = "" if done == total else f"sampling {100 * done // total}%"
                 # In a log, every refresh would be a line.
@@ -57,16 +60,17 @@ class TrainProgress:
 
     def close(self) -> None:
         """End the bar's line, so that what is said next has one of its own."""
-        for bar in (self.class_images, self.bar):
+        for bar in (self.images, self.bar):
             if bar is not None:
                 bar.close()
 
-    def _count_class_images(self, done: int, total: int) -> None:
-        if self.class_images is None:
-            self.class_images = ProgressBar("image", desc="class images")
-        self.class_images(done, total)
+    def _count_images(self, what: str, done: int, total: int) -> None:
+        if self.images is None:
+            self.images = ProgressBar("image", desc=what)
+        self.images(done, total)
         if done >= total:
-            self.class_images.close()
+            self.images.close()
+            self.images = None
 
     def _start(self, event: TrainingStarted) -> None:
         from tqdm import tqdm

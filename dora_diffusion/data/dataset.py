@@ -72,6 +72,25 @@ class DreamBoothDataset(Dataset[Sample]):
         """
         self._encode = encode
 
+    def fill_cache(
+        self, indices: Sequence[EpochIndex], on_crop: Callable[[int, int], None]
+    ) -> None:
+        """Encode every crop of these samples now, so that loading them encodes nothing.
+
+        Args:
+            indices: The samples that will be loaded.
+            on_crop: Called with (crops encoded, crops in all).
+        """
+        crops = {(photo.digest, crop): photo for at in indices for photo, crop in self._crops(at)}
+        for number, ((_, crop), photo) in enumerate(crops.items(), start=1):
+            self._content(photo, crop)
+            on_crop(number, len(crops))
+
+    def all_captions(self, indices: Sequence[EpochIndex]) -> set[str]:
+        """The captions of these samples, as they are drawn, and those of their class images."""
+        drawn = {self.draws.caption(self.photos[at.index], at.epoch) for at in indices}
+        return drawn | {self._class_image(at).caption for at in indices if self.class_images}
+
     @property
     def caches_moments(self) -> bool:
         """Whether samples carry moments instead of pixels."""
@@ -92,11 +111,23 @@ class DreamBoothDataset(Dataset[Sample]):
             **self._content(photo, crop),
         )
 
+    def _crops(self, at: EpochIndex) -> Iterator[tuple[Photo, CropRecord]]:
+        """What a sample is cut from, and how: the photo, and the class image beside it."""
+        photo = self.photos[at.index]
+        crop = self.draws.crop(photo, at.epoch)
+        yield photo, crop
+        if self.class_images:
+            image = self._class_image(at)
+            yield image, self.draws.crop(image, at.epoch, crop.target_size)
+
+    def _class_image(self, at: EpochIndex) -> Photo:
+        """The class image that goes with a photo: all have their turn, however few photos are."""
+        turn = (at.epoch * len(self.photos) + at.index) % len(self.class_images)
+        return self.class_images[turn]
+
     def _prior(self, at: EpochIndex, target_size: tuple[int, int]) -> Sample:
         """The class image that goes with a photo, cut to its size."""
-        # Walk through all class images, however few the photos are.
-        turn = (at.epoch * len(self.photos) + at.index) % len(self.class_images)
-        image = self.class_images[turn]
+        image = self._class_image(at)
         crop = self.draws.crop(image, at.epoch, target_size)
         content = self._content(image, crop)
         return Sample(image.digest, image.caption, crop, is_prior=True, **content)

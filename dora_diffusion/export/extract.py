@@ -21,7 +21,8 @@ from dora_diffusion.formats.names.unet import known_layout
 from dora_diffusion.numerics.weights import NormAxis
 from dora_diffusion.wording import counted, listing
 
-# Of text encoders: tables of vectors, which adapters are not for.
+# Of text encoders: tables of vectors. Training moves those that its captions look up, each its own
+# way, which is no change of low rank; and of the key formats only Diffusers' and PEFT's hold them.
 _TABLES = (".token_embedding", ".position_embedding")
 
 
@@ -42,8 +43,9 @@ def extract_adapter(
 ) -> ConversionReport:
     """Write the adapter of a rank that is nearest to a tuned model.
 
-    Every Linear and Conv2d of the UNet and the text encoders whose weight differs gets a layer. The
-    models are read one tensor at a time.
+    Every Linear and Conv2d of the UNet and the text encoders whose weight differs gets a layer;
+    tables of token vectors are left out, and a note says where they differ. The models are read one
+    tensor at a time.
 
     Args:
         base: The model that the adapter will be used with: a Diffusers folder, a hub id,

@@ -22,7 +22,14 @@ from dora_diffusion.numerics.low_rank import low_rank
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.precision import wide
 from dora_diffusion.numerics.threads import map_ahead
-from dora_diffusion.numerics.weights import NORM_AXES, LayerWeights, NormAxis, Strengths
+from dora_diffusion.numerics.weights import (
+    NORM_AXES,
+    LayerKind,
+    LayerWeights,
+    NormAxis,
+    Strengths,
+    oriented,
+)
 
 METHODS = {"dora": "DoRA", "lora": "LoRA"}
 
@@ -71,7 +78,7 @@ class FitSettings:
 
     def rank_of(self, shape: tuple[int, ...], default: int) -> int:
         """The largest rank of a weight ``(out, in, *k)``; ``default`` where none is set."""
-        rank = self.conv_rank if len(shape) == 4 and self.conv_rank is not None else self.rank
+        rank = self.conv_rank if len(shape) > 2 and self.conv_rank is not None else self.rank
         return default if rank is None else rank
 
     def key_format(self, wanted: str | None) -> str:
@@ -116,11 +123,12 @@ class FitTarget:
     """What one layer is fitted to.
 
     Attributes:
-        base: The base weight ``(out, in, *k)``.
+        base: The base weight, as the model stores it.
         tuned: The weight to come near.
         rank: What the layer gets where no rank is set.
         start: Scales that a DoRA may start from, see `best_dora`.
         layer: The layer, where there is nothing to fit.
+        kind: How the weight is stored.
     """
 
     base: Tensor
@@ -128,6 +136,7 @@ class FitTarget:
     rank: int = 0
     start: Tensor | None = None
     layer: LayerWeights | None = None
+    kind: LayerKind = "plain"
 
 
 @dataclass
@@ -204,12 +213,12 @@ def fit_layers(
 @torch.no_grad()
 def _fit(name: str, target: FitTarget, settings: FitSettings) -> tuple[LayerWeights, float, float]:
     """A layer in the dtype that it is written in, ``|W'' - W'|`` and ``|W' - W|``."""
-    base, tuned = target.base, wide(target.tuned)
+    base, tuned = (oriented(w, target.kind) for w in (target.base, wide(target.tuned)))
     size = (tuned - base).norm().item()
     if not math.isfinite(size):
         raise ExportError(f"{name} holds numbers that are not finite, in the base or after")
     if target.layer is not None:
-        layer = target.layer
+        layer = dataclasses.replace(target.layer, kind="plain")
     else:
         rank = settings.rank_of(tuple(base.shape), target.rank)
         if settings.use_dora:
@@ -221,4 +230,5 @@ def _fit(name: str, target: FitTarget, settings: FitSettings) -> tuple[LayerWeig
     dtype = settings.dtype or torch.float32
     layer = dataclasses.replace(layer, down=layer.down.to(dtype), up=layer.up.to(dtype))
     merged = merge_layers(base, [(layer, Strengths())], tuned.dtype)
-    return layer, merged.sub_(tuned).norm().item(), size
+    left = merged.sub_(tuned).norm().item()
+    return dataclasses.replace(layer, kind=target.kind), left, size

@@ -13,7 +13,7 @@ from dora_diffusion.merge import WeightedAdapter, layers_of, merge_tensor
 from dora_diffusion.numerics.extract import known_scale
 from dora_diffusion.numerics.low_rank import truncated
 from dora_diffusion.numerics.precision import wide
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths, oriented
 
 _AS_TRAINED = Strengths()
 
@@ -54,13 +54,15 @@ def fit_to_adapters(
     def target_of(name: str) -> FitTarget | None:
         base, layers = module_weight(model, name), layers_of(f"{name}.weight", adapters)
         tuned = merge_tensor(base, layers, wide(base).dtype)
+        kind = layers[0][0].kind
         if len(layers) == 1 and _stays(*layers[0], settings):
-            return FitTarget(base, tuned, layer=layers[0][0])
+            return FitTarget(base, tuned, layer=layers[0][0], kind=kind)
         if torch.equal(tuned, wide(base)):
             return None
         strengths = [(layer, strengths.strength) for layer, strengths in layers]
         rank = sum(layer.rank for layer, _ in layers)
-        return FitTarget(base, tuned, rank, known_scale(base, strengths, settings.norm_axis))
+        start = known_scale(oriented(base, kind), strengths, settings.norm_axis)
+        return FitTarget(base, tuned, rank, start, kind=kind)
 
     return fit_layers(names, target_of, settings, lambda name: report.step(nbytes[name]))
 

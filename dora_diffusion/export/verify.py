@@ -25,6 +25,7 @@ from dora_diffusion.merge import layers_of, merge_tensor
 from dora_diffusion.numerics.merging import cast_error, merge_error
 from dora_diffusion.numerics.precision import wide
 from dora_diffusion.numerics.threads import map_ahead
+from dora_diffusion.numerics.weights import LayerWeights
 
 # What another machine's or library's summation order may change, relative to the largest entry.
 _FLOAT32_NOISE = 16 * torch.finfo(torch.float32).eps
@@ -194,15 +195,15 @@ class WeightComparison:
             self.problems.append(
                 f"{name} differs by {ratio:.2g} times the rounding of its dtype, in one number"
             )
-        self._count(name, wanted, (difference / size).max().item(), (rounding / size).max().item())
+        self._count(name, (difference / size).max().item(), (rounding / size).max().item())
 
     def _error(self, name: str) -> Tensor:
         """How far two computations of a merged tensor may be apart."""
         layers = layers_of(name, self.expected.adapters)
         return 2 * merge_error(self.expected.base[name], layers)
 
-    def _count(self, name: str, tensor: Tensor, largest: float, allowed: float) -> None:
-        kind = _kind(name, tensor)
+    def _count(self, name: str, largest: float, allowed: float) -> None:
+        kind = _kind(name, layers_of(name, self.expected.adapters)[0][0])
         report = KindReport(1, largest, name, allowed)
         if old := self.kinds.get(kind):
             worse = report if not largest <= old.largest else old
@@ -249,10 +250,8 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
     )
 
 
-def _kind(name: str, tensor: Tensor) -> str:
-    component, _ = split_component(name)
-    shape = "Linear" if tensor.ndim == 2 else f"Conv2d {tensor.shape[2]}x{tensor.shape[3]}"
-    return f"{component} {shape}"
+def _kind(name: str, layer: LayerWeights) -> str:
+    return f"{split_component(name)[0]} {layer.kind_and_size}"
 
 
 def _recorded_strengths(merged: StoredModel, spec: MergeSpec) -> str:

@@ -18,7 +18,10 @@ RESULT_NAME = "result"
 # More rows than a page can show, and a comparison that takes longer than the run.
 MOST_COMPARED = 8
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_ADAPTERS = ("pytorch_lora_weights.safetensors", "dora_kohya.safetensors")
+# Of a VeRA's checkpoints, the compact file alone.
+_ADAPTERS = (
+    "pytorch_lora_weights.safetensors", "dora_kohya.safetensors", "vera.safetensors",
+)  # fmt: skip
 
 
 def result_adapter(folder: Path) -> Path | None:

@@ -17,7 +17,7 @@ from dora_diffusion.memory import Device, needed_memory, what_would_fit
 # What step time and memory depend on most.
 _SAME = (
     "pretrained_model_name_or_path", "resolution", "train_batch_size", "train_text_encoder",
-    "with_prior_preservation", "mixed_precision", "gradient_checkpointing", "method",
+    "with_prior_preservation", "mixed_precision", "gradient_checkpointing", "compile", "method",
 )  # fmt: skip
 
 
@@ -62,6 +62,7 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
         for job in jobs
         if job.kind == "train"
         and job.step_seconds
+        # A run of an earlier version lacks settings that came later.
         and all(job.settings.get(name, defaults[name]) == settings[name] for name in _SAME)
     ]
     pace = [job.step_seconds for job in like if job.step_seconds]

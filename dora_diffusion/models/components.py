@@ -34,6 +34,8 @@ class Components:
         scheduler_config: The model's own scheduler settings, with ``_class_name``, for sampling.
         zeros_for_empty_prompt: Guidance without a negative prompt uses zeros (SDXL).
         source: Folder or file that the weights were read from.
+        offload_to: Where modules compute that lie in the host's memory until then
+            (`models.offload`); None: they compute where they are.
     """
 
     family: Family
@@ -46,6 +48,7 @@ class Components:
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
     zeros_for_empty_prompt: bool = False
     source: str = ""
+    offload_to: torch.device | None = None
 
     def __post_init__(self) -> None:
         """Check that the parts belong together."""
@@ -83,7 +86,9 @@ class Components:
 
     @property
     def device(self) -> torch.device:
-        """Device of the UNet."""
+        """Where it computes: the UNet's device, or that to which modules are brought."""
+        if self.offload_to is not None:
+            return self.offload_to
         weight: torch.Tensor = next(self.unet.parameters())
         return weight.device
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_diffusion.models.transfer import send
+
 
 def vae_factor(vae: Any) -> int:
     """Pixels per latent along one side (8 for the released models)."""
@@ -20,7 +22,8 @@ def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
     at every step, as training on the photos themselves would.
     """
     weight = next(vae.parameters())
-    moments: Tensor = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist.parameters
+    pixels = send(pixels, weight.device).to(weight.dtype)
+    moments: Tensor = vae.encode(pixels).latent_dist.parameters
     return moments
 
 

@@ -11,9 +11,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.models.transfer import send
 from dora_diffusion.models.weights import quiet_libraries
-from dora_diffusion.wording import quoted
+from dora_diffusion.wording import listing, quoted
 
 if TYPE_CHECKING:
     from dora_diffusion.families import Family, HiddenState
@@ -175,10 +176,16 @@ def add_tokens(components: Components, tokens: Mapping[str, Tensor]) -> None:
         tokens: Vectors ``(C,)``, or ``(n, C)``, by token.
 
     Raises:
-        ValueError: If the model's vocabulary has such a token already.
+        ValueError: If the model's vocabulary has such a token already, or an adapter is on the
+            table of its token vectors, which cannot grow then.
     """
     if not tokens:
         return
+    if isinstance(components.text_encoders[0].get_input_embeddings(), AdaptedLayer):
+        raise ValueError(
+            f"trained tokens ({listing(tokens)}) cannot be added to a token embedding that carries "
+            "an adapter; export the adapter, which writes the tokens beside the merged model"
+        )
     pipeline = components.pipeline()
     with quiet_libraries():
         for token, vectors in tokens.items():

@@ -4,7 +4,8 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353 (ICM
 
     W' = m * (W + delta) / norm(W + delta),    delta = s * B @ A,    m starts as norm(W)
 
-PyTorch weights are ``(out, in, *k)``. Norms and weights are computed in float32 (float64 for
+Weights are ``(out, in, *k)``, as PyTorch has them; those that a model stores as ``(in, out)`` are
+seen transposed (`LayerKind`). Norms and weights are computed in float32 (float64 for
 float64 weights), whatever the weight's dtype. Merges and exports call `adapted_weight`, layers
 `dora_forward`; `numerics.fast` holds the same results for less, and tests hold both equal.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.operation import Operation
+from dora_diffusion.numerics.operation import OneHot, Operation
 from dora_diffusion.numerics.precision import full_precision, wide, wide_dtype
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
@@ -111,20 +112,26 @@ def adapted_weight(
 
 
 def dora_forward(
-    op: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, layer: LayerWeights
+    op: Operation,
+    x: Tensor | OneHot,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer: LayerWeights,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """``y = W' x + b``, what training computes: ``(..., in)`` -> ``(..., out)``, or images.
 
-    ``op`` applies a weight: a Linear or a Conv2d. The bias ``(out,)`` is not scaled.
+    ``op`` applies a weight: that of a Linear, a convolution or an Embedding, whose ``x`` are
+    one-hot vectors. The bias ``(out,)`` is not scaled. ``norm`` is ``norm(W + delta)``, if at hand.
     """
     base = op(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     unbiased = base if bias is None else base - op.broadcast(bias.to(x.dtype))
-    return base + dora_difference(op, x, weight, layer, unbiased=unbiased).to(x.dtype)
+    return base + dora_difference(op, x, weight, layer, norm=norm, unbiased=unbiased).to(x.dtype)
 
 
 def dora_difference(
     op: Operation,
-    x: Tensor,
+    x: Tensor | OneHot,
     weight: Tensor,
     layer: LayerWeights,
     magnitude_strength: float = 1.0,
@@ -138,12 +145,14 @@ def dora_difference(
     low, scale = x.dtype, layer.scale
     down, up = layer.down.to(low), layer.up.to(low)
     if layer.magnitude is None:
-        return scale * op.pointwise(op(x, down), up)
+        return scale * op.pointwise(op.down_project(x, down), up)
     norm = adapted_norm(weight, layer) if norm is None else norm
     g = gain(moved_magnitude(weight, layer, magnitude_strength), norm)
     if layer.norm_axis == "input":
-        low_rank = op.pointwise(op((x * op.broadcast(g)).to(low), down), up)
-        return op((x * op.broadcast(g - 1)).to(low), weight.to(low)) + scale * low_rank
+        scaled = (x * op.broadcast_input(g)).to(low)
+        low_rank = op.pointwise(op.down_project(scaled, down), up)
+        rest = (x * op.broadcast_input(g - 1)).to(low)
+        return op(rest, weight.to(low)) + scale * low_rank
     unbiased = op(x, weight.to(low)) if unbiased is None else unbiased
-    low_rank = op.pointwise(op(x, down), up)
+    low_rank = op.pointwise(op.down_project(x, down), up)
     return op.broadcast(g - 1) * unbiased + op.broadcast(g * scale) * low_rank

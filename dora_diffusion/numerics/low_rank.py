@@ -11,14 +11,15 @@ from torch import Tensor
 
 from dora_diffusion.numerics.dora import adapted_weight
 from dora_diffusion.numerics.precision import wide
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.numerics.weights import LayerWeights, oriented
 
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 6
 
 
 def weight_change(weight: Tensor, layer: LayerWeights) -> Tensor:
-    """``W' - W`` in float32: ``(out, in, *k)``."""
+    """``W' - W`` in float32, ``(out, in, *k)``, for a weight as the model stores it."""
+    weight = oriented(weight, layer.kind)
     return adapted_weight(weight, layer) - wide(weight)
 
 
@@ -47,9 +48,10 @@ def approximate(
             approximations[name], distance, size = truncated(layer, rank, energy)
         else:
             target = weight_change(base_weight(name), layer)
-            approximations[name] = lora = low_rank(target, rank, energy)
+            lora = low_rank(target, rank, energy)
             residual = target - (lora.up.flatten(1) @ lora.down.flatten(1)).view_as(target)
             size, distance = target.norm().item(), residual.norm().item()
+            approximations[name] = dataclasses.replace(lora, kind=layer.kind, groups=layer.groups)
         errors[name] = distance / size if size else 0.0
         all_left, all_size = math.hypot(all_left, distance), math.hypot(all_size, size)
     return approximations, errors, all_left / all_size if all_size else 0.0
@@ -108,7 +110,7 @@ def truncated(
         return layer, 0.0, size
     u, vh, shape = left.Q @ u[:, :rank], vh[:rank] @ right.Q.t(), torch.Size(layer.weight_shape)
     smaller = balanced(u, s[:rank], vh, shape).to(layer.down.dtype)
-    smaller = dataclasses.replace(smaller, magnitude=layer.magnitude, norm_axis=layer.norm_axis)
+    smaller = dataclasses.replace(layer, down=smaller.down, up=smaller.up, alpha=smaller.alpha)
     return smaller, s[rank:].norm().item(), size
 
 

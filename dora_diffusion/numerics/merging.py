@@ -25,7 +25,7 @@ from dora_diffusion.numerics.dora import (
 )
 from dora_diffusion.numerics.precision import full_precision, to_float64, wide, wide_dtype
 from dora_diffusion.numerics.threads import one_thread
-from dora_diffusion.numerics.weights import LayerWeights, Strengths
+from dora_diffusion.numerics.weights import LayerKind, LayerWeights, Strengths, oriented
 
 Layers = Sequence[tuple[LayerWeights, Strengths]]
 
@@ -60,15 +60,17 @@ def merge_layers(
     """The weight with layers merged in, computed in float32 and cast once.
 
     Args:
-        weight: Base weight ``(out, in, *k)``, any floating dtype.
+        weight: Base weight as the model stores it, any floating dtype.
         layers: The layers that adapt it, at least one, each with its strengths.
         dtype: Of the result.
         check: Called with each block as it is cast.
 
     Returns:
-        A new tensor on the device of ``weight``.
+        A new tensor on the device of ``weight``, of its shape.
     """
-    merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    kind = _kind_of(layers)
+    weight, merged = oriented(weight, kind), oriented(result, kind)
     with full_precision(weight.device), one_thread():
         layers = [(_copied(layer, weight), strengths) for layer, strengths in layers]
         for dim, start, length in _blocks(weight, [layer for layer, _ in layers]):
@@ -82,7 +84,19 @@ def merge_layers(
             target = merged.narrow(dim, start, length).copy_(merged_weight(block, adapted))
             if check is not None:
                 check(target)
-    return merged
+    return result
+
+
+def _kind_of(layers: Layers) -> LayerKind:
+    """How the weight that all of these adapt is stored.
+
+    Raises:
+        ValueError: If they do not agree.
+    """
+    kinds: set[LayerKind] = {layer.kind for layer, _ in layers}
+    if len(kinds) > 1:
+        raise ValueError(f"adapters of one weight take it for {' and '.join(sorted(kinds))}")
+    return kinds.pop() if kinds else "plain"
 
 
 def _copied(layer: LayerWeights, weight: Tensor) -> LayerWeights:
@@ -109,7 +123,7 @@ def _blocks(weight: Tensor, layers: Sequence[LayerWeights]) -> Iterator[tuple[in
     axes = {layer.norm_axis for layer in layers if layer.magnitude is not None}
     dim = 1 if axes == {"input"} else 0
     channels, whole = weight.shape[dim], len(axes) > 1 or weight.device.type != "cpu"
-    least = _COLUMNS if dim else 1
+    least = _COLUMNS if weight.stride(dim) < weight.stride(1 - dim) else 1
     length = channels if whole else max(least, _BLOCK * channels // max(1, weight.numel()))
     for start in range(0, channels, max(1, length)):
         yield dim, start, min(length, channels - start)
@@ -117,18 +131,19 @@ def _blocks(weight: Tensor, layers: Sequence[LayerWeights]) -> Iterator[tuple[in
 
 @torch.no_grad()
 def merge_error(weight: Tensor, layers: Layers) -> Tensor:
-    """How far rounding may take each entry of a merge before its cast: ``(out, in, *k)``.
+    """How far rounding may take each entry of a merge before its cast, as the model stores it.
 
     An entry of ``W' = g (W + s B A)`` is off by a share of the magnitudes of its terms,
     ``g (|W| + s |B| |A|)``, and so is the norm in ``g``. Where the terms nearly cancel, they are
     many times what they add up to.
     """
-    base = wide(weight)
+    kind = _kind_of(layers)
+    base = wide(oriented(weight, kind))
     total = base.abs()
     for layer, strengths in layers:
         error = _adapted_error(base, _copied(layer, weight), strengths)
         total = total + abs(strengths.strength) * (error + base.abs())
-    return _SUMMATION * torch.finfo(torch.float32).eps * total
+    return oriented(_SUMMATION * torch.finfo(torch.float32).eps * total, kind)
 
 
 def _adapted_error(base: Tensor, layer: LayerWeights, strengths: Strengths) -> Tensor:

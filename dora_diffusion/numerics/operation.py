@@ -1,37 +1,56 @@
-"""Linear and Conv2d as one kind of object, so that the formula is written once for both."""
+"""Kinds of layers as one kind of object, so that the formula is written once for all of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 class Operation(Protocol):
-    """A linear map with a weight ``(out, in, *k)``."""
+    """A linear map with a weight ``(out, in, *k)``.
+
+    Attributes:
+        channel_dim: Which dimension of an activation holds its channels.
+    """
+
+    channel_dim: ClassVar[int]
 
     def __hash__(self) -> int:
         """It is a value."""
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Apply the weight to ``x``."""
+    def __call__(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply the weight to ``x``, an activation; of an Embedding, ids as a `OneHot`."""
+
+    def down_project(self, x: Any, down: Tensor) -> Tensor:
+        """Apply ``down``, ``(r, in, *k)``."""
 
     def pointwise(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Apply ``up``, ``(out, r)`` or ``(out, r, 1, 1)``, to what ``down`` made."""
+        """Apply ``up``, ``(out, r)`` or ``(out, r, *1)``, to what ``down`` made."""
 
     def broadcast(self, vector: Tensor) -> Tensor:
-        """Shape ``(channels,)`` to multiply an activation."""
+        """Shape ``(channels,)`` to multiply an activation: its outputs."""
+
+    def broadcast_input(self, vector: Tensor) -> Tensor:
+        """Shape ``(in,)``, a value for each slice ``weight[:, i]``, to multiply ``x``."""
 
 
 @dataclass(frozen=True)
 class LinearOperation:
     """``x (..., in)`` -> ``(..., out)``."""
 
+    channel_dim: ClassVar[int] = -1
+
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ weight.T + bias``."""
         return F.linear(x, weight, bias)
+
+    def down_project(self, x: Tensor, down: Tensor) -> Tensor:
+        """``x @ down.T``."""
+        return F.linear(x, down)
 
     def pointwise(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
         """A Linear's low-rank factors are both Linears."""
@@ -41,25 +60,126 @@ class LinearOperation:
         """Channels are last already."""
         return vector
 
+    def broadcast_input(self, vector: Tensor) -> Tensor:
+        """Channels are last already."""
+        return vector
+
 
 @dataclass(frozen=True)
-class Conv2dOperation:
-    """``x (N, in, H, W)`` -> ``(N, out, H', W')``, zero padding, one group."""
+class ConvOperation:
+    """``x (N, in, *size)`` -> ``(N, out, *size')``, in one or two dimensions, zero padding.
 
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    With ``groups``, output channels are in as many blocks that see one block of the inputs each.
+    The weight is ``(out, in / groups, *k)``, and so is ``B A``: A is applied to each block, and B
+    has a row for each output. LyCORIS has it so; in PEFT, A sees all inputs at once, which is an
+    update that no grouped weight can hold.
+    """
+
+    channel_dim: ClassVar[int] = 1
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Convolve."""
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
+        convolve = F.conv2d if len(self.stride) == 2 else F.conv1d
+        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def down_project(self, x: Tensor, down: Tensor) -> Tensor:
+        """Convolve with ``down``, every group alike: ``(N, groups * r, *size')``."""
+        if self.groups == 1:
+            return self(x, down)
+        return self(x, down.repeat(self.groups, *[1] * (down.ndim - 1)))
 
     def pointwise(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``up`` is a 1x1 convolution on what ``down`` made, whatever the stride was."""
+        """``up`` is a convolution of size 1 on what ``down`` made, whatever the stride was."""
         # Stride, padding and dilation were applied by A; applied twice, the sizes would not fit.
-        return F.conv2d(x, up, bias)
+        convolve = F.conv2d if len(self.stride) == 2 else F.conv1d
+        return convolve(x, up, bias, 1, 0, 1, self.groups)
 
     def broadcast(self, vector: Tensor) -> Tensor:
-        """``(channels,)`` -> ``(channels, 1, 1)``."""
+        """``(channels,)`` -> ``(channels, *1)``."""
         # Without a batch dimension: the same view fits images and batches.
-        return vector.view(-1, 1, 1)
+        return vector.view(-1, *[1] * len(self.stride))
+
+    def broadcast_input(self, vector: Tensor) -> Tensor:
+        """``(in / groups,)`` -> ``(in, *1)``: channel i of every group has the value i."""
+        return self.broadcast(vector if self.groups == 1 else vector.repeat(self.groups))
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """Ids ``(...)`` as what an Embedding multiplies: vectors ``(..., num)``, 0 but at their id.
+
+    Attributes:
+        ids: Rows to look up, int64 or int32.
+        values: What stands at the id, ``(...)``: 1 at first.
+    """
+
+    ids: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, dtype: torch.dtype) -> OneHot:
+        """Ids with the value 1."""
+        return cls(ids, torch.ones(ids.shape, dtype=dtype, device=ids.device))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the values."""
+        return self.values.dtype
+
+    def __mul__(self, vector: Tensor) -> OneHot:
+        """The values times those of a vector ``(num,)`` at the ids."""
+        return OneHot(self.ids, self.values * self.look_up(vector[:, None])[..., 0])
+
+    def to(self, dtype: torch.dtype) -> OneHot:
+        """The same in another dtype."""
+        return OneHot(self.ids, self.values.to(dtype))
+
+    def look_up(self, table: Tensor) -> Tensor:
+        """The rows of a table ``(num, n)`` at the ids: ``(..., n)``; nothing else is read."""
+        return F.embedding(self.ids, table)
+
+
+@dataclass(frozen=True)
+class EmbeddingOperation:
+    """``x (...)``, ids as a `OneHot` -> ``(..., dim)``: a Linear on one-hot vectors, without these.
+
+    Its weight is the transposed table, ``(out, in) = (dim, num)``, as PEFT has it: outputs are the
+    dimensions of a vector, inputs the rows of the table. On the output axis there is a magnitude
+    for each dimension, on the input axis one for each row.
+    """
+
+    channel_dim: ClassVar[int] = -1
+
+    def __call__(self, x: OneHot, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Look up columns of ``weight``; an Embedding has no bias."""
+        assert bias is None
+        return x.look_up(weight.t()) * x.values[..., None]
+
+    def down_project(self, x: OneHot, down: Tensor) -> Tensor:
+        """Look up columns of ``down``."""
+        return self(x, down)
+
+    def pointwise(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ up.T``."""
+        return F.linear(x, up, bias)
+
+    def broadcast(self, vector: Tensor) -> Tensor:
+        """Channels are last already."""
+        return vector
+
+    def broadcast_input(self, vector: Tensor) -> Tensor:
+        """`OneHot` looks its values up."""
+        return vector
+
+
+def dropout(x: Tensor | OneHot, p: float, training: bool) -> Tensor | OneHot:
+    """Inputs with some set to 0; an Embedding's, which are one-hot, with some tokens."""
+    if not training or p == 0:
+        return x
+    if isinstance(x, OneHot):
+        return OneHot(x.ids, F.dropout(x.values, p, training))
+    return F.dropout(x, p, training)

@@ -11,20 +11,27 @@ from torch import Tensor
 
 NormAxis = Literal["output", "input"]
 NORM_AXES: tuple[NormAxis, ...] = get_args(NormAxis)
+# How a model stores a weight, of what kind of layer. "plain": (out, in, *k), of Linear and
+# convolutions. Transposed, (in, out): "embedding", the table (num, dim) of an Embedding, whose
+# outputs are the dimensions of its vectors; "conv1d", the weight of transformers' Conv1D.
+LayerKind = Literal["plain", "embedding", "conv1d"]
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """A low-rank update of one Linear or Conv2d weight ``(out, in, *k)``, with its DoRA magnitude.
+    """A low-rank update of one layer's weight ``(out, in, *k)``, with its DoRA magnitude.
 
     Attributes:
-        down: ``A``, shape ``(r, in)`` for Linear, ``(r, in, kh, kw)`` for Conv2d.
-        up: ``B``, shape ``(out, r)`` for Linear, ``(out, r, 1, 1)`` for Conv2d.
-        magnitude: ``m``, flat: ``(out,)`` on the output axis, ``(in,)`` on the input axis.
-            None makes the layer a plain LoRA.
+        down: ``A``, shape ``(r, in)`` for a Linear or Embedding, ``(r, in / groups, *k)`` for a
+            convolution.
+        up: ``B``, shape ``(out, r)`` for a Linear or Embedding, ``(out, r, *1)`` for a convolution.
+        magnitude: ``m``, flat: ``(out,)`` on the output axis, ``(in,)`` on the input axis (in a
+            convolution with groups ``(in / groups,)``). None makes the layer a plain LoRA.
         alpha: Effective alpha. The scale is always ``alpha / r``; rank-stabilised LoRA
             (arXiv:2312.03732) is stored as ``alpha * sqrt(r)``.
         norm_axis: The axis that the magnitude runs along. Meaningless without a magnitude.
+        kind: How the model stores the weight.
+        groups: Of a convolution, where it is known: files do not say it.
 
     Raises:
         ValueError: If the shapes do not belong together.
@@ -35,19 +42,24 @@ class LayerWeights:
     magnitude: Tensor | None = None
     alpha: float = 1.0
     norm_axis: NormAxis = "output"
+    kind: LayerKind = "plain"
+    groups: int = 1
 
     def __post_init__(self) -> None:
         if self.norm_axis not in NORM_AXES:
             raise ValueError(f"norm_axis is {self.norm_axis!r}; it must be one of {NORM_AXES}")
-        if self.down.ndim not in (2, 4) or self.up.ndim != self.down.ndim:
+        if self.down.ndim not in (2, 3, 4) or self.up.ndim != self.down.ndim:
             raise ValueError(
-                f"low-rank factors must both be 2-D (Linear) or 4-D (Conv2d), "
+                f"low-rank factors must both be 2-D (Linear), 3-D (Conv1d) or 4-D (Conv2d), "
                 f"got down {tuple(self.down.shape)} and up {tuple(self.up.shape)}"
             )
+        if self.kind != "plain" and self.down.ndim != 2:
+            raise ValueError(f"the factors of kind {self.kind!r} must be 2-D")
         if self.up.shape[1] != self.down.shape[0] or self.up.shape[2:].numel() != 1:
             raise ValueError(
                 f"down {tuple(self.down.shape)} and up {tuple(self.up.shape)} do not multiply: "
-                f"up must be (out, r) or (out, r, 1, 1) with r = {self.down.shape[0]}"
+                f"up must be (out, r), with ones behind it for a convolution, and r = "
+                f"{self.down.shape[0]}"
             )
         if self.magnitude is not None and tuple(self.magnitude.shape) != (self.magnitude_size,):
             raise ValueError(
@@ -71,9 +83,26 @@ class LayerWeights:
         return (self.up.shape[0], *self.down.shape[1:])
 
     @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the same weight as the model stores it."""
+        return self.weight_shape if self.kind == "plain" else self.weight_shape[::-1]
+
+    @property
     def magnitude_size(self) -> int:
         """Number of magnitudes that the norm axis asks for."""
         return self.up.shape[0] if self.norm_axis == "output" else self.down.shape[1]
+
+    @property
+    def layer_name(self) -> str:
+        """What PyTorch, or transformers, call a layer of this kind."""
+        if self.kind != "plain":
+            return {"embedding": "Embedding", "conv1d": "Conv1D"}[self.kind]
+        return {2: "Linear", 3: "Conv1d", 4: "Conv2d"}[self.down.ndim]
+
+    @property
+    def kind_and_size(self) -> str:
+        """The same with the size of a convolution's kernel: ``"Conv2d 3x3"``."""
+        return " ".join([self.layer_name, "x".join(map(str, self.down.shape[2:]))]).rstrip()
 
     def to(self, *args: torch.device | torch.dtype | str) -> LayerWeights:
         """Return the layer with its tensors moved or cast, as ``Tensor.to`` does."""
@@ -93,6 +122,11 @@ class LayerWeights:
             magnitude = magnitude.narrow(0, start, length)
         part = getattr(self, name).narrow(dim, start, length)
         return dataclasses.replace(self, magnitude=magnitude, **{name: part})
+
+
+def oriented(weight: Tensor, kind: LayerKind) -> Tensor:
+    """A weight as the model stores it, seen as ``(out, in, *k)``; and the other way round."""
+    return weight if kind == "plain" else weight.t()
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.fresh import InjectionReport
 from dora_diffusion.adapters.inject import disabled, inject_adapters, remove_adapters
-from dora_diffusion.adapters.state import LiveWeights, adapter_state, load_adapter_state
+from dora_diffusion.adapters.state import (
+    LiveWeights,
+    adapter_state,
+    load_adapter_state,
+    vera_state,
+)
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.adapter.file import (
@@ -21,10 +27,12 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
+from dora_diffusion.formats.adapter.targets.registry import check_target
+from dora_diffusion.formats.adapter.vera import VeraLayer, digest_of, write_vera
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.models.components import Components
 from dora_diffusion.training.card import KOHYA_FILE
-from dora_diffusion.training.checkpoint import parameters_by_name
+from dora_diffusion.training.checkpoint import parameters_by_name, tensors_by_name
 from dora_diffusion.training.optimizer import parameter_groups
 from dora_diffusion.training.recompute import checkpoint_gradients
 from dora_diffusion.training.weights import Writer
@@ -38,13 +46,13 @@ class TrainedAdapters:
         components: The model.
         modules: The components that carry them, by name.
         report: Which of their layers.
-        in_kohya_format: Whether their file is in kohya's key format, not in that of Diffusers.
+        key_format: Of their file, as `key_format_of_run` says.
     """
 
     components: Components
     modules: dict[str, nn.Module]
     report: InjectionReport
-    in_kohya_format: bool = False
+    key_format: str = "diffusers"
 
     noun = "adapter"
     holds_thumbnail = True
@@ -53,6 +61,16 @@ class TrainedAdapters:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by component and path."""
         return parameters_by_name(self.modules)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those, and what adapters hold beside."""
+        return tensors_by_name(self.modules)
+
+    def projections(self) -> dict[str, str]:
+        """The digests of a VeRA's, by component."""
+        layers = self.vectors()
+        drawn = {name.partition(".")[0]: layer.projections for name, layer in layers.items()}
+        return {component: digest_of(projections) for component, projections in drawn.items()}
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """Parameters by component and role."""
@@ -72,19 +90,28 @@ class TrainedAdapters:
 
         def write(folder: Path, metadata: AdapterMetadata) -> Path:
             adapter = AdapterFile(layers, metadata)
-            if self.in_kohya_format:
+            if self.key_format == "kohya":
                 layout = UNetLayout.from_config(self.components.unet.config)
-                return write_adapter(folder / KOHYA_FILE, adapter, "kohya", unet_layout=layout)
-            return write_adapter(folder, adapter, "diffusers")
+                file = folder / KOHYA_FILE
+                return write_adapter(file, adapter, self.key_format, unet_layout=layout)
+            return write_adapter(folder, adapter, self.key_format)
 
         return write
+
+    def write_checkpoint(self, folder: Path, metadata: AdapterMetadata) -> Path:
+        """Write the adapter; of a VeRA the compact file alone."""
+        if vectors := self.vectors():
+            return write_vera(folder, vectors, metadata)
+        return self.writer()(folder, metadata)
 
     def result(self, folder: Path) -> Path:
         """The run's folder itself."""
         return folder
 
     def write_copies(self, folder: Path, metadata: AdapterMetadata) -> None:
-        """None: ``dora-diffusion convert`` writes other forms."""
+        """The compact file of a VeRA; ``dora-diffusion convert`` writes other forms."""
+        if vectors := self.vectors():
+            write_vera(folder, vectors, metadata)
 
     def reload(self, written: Path) -> None:
         """Replace the live adapter by what the file holds."""
@@ -93,6 +120,16 @@ class TrainedAdapters:
             remove_adapters(model)
         load_adapter_state(components, read_adapter(written, LiveWeights(components)).layers)
 
+    def vectors(self) -> dict[str, VeraLayer]:
+        """Copies of a VeRA's vectors on the CPU, by canonical name; {} for all others."""
+        return vera_state(self.modules)
+
+
+def key_format_of_run(config: TrainConfig) -> str:
+    """The key format that a run writes: Diffusers', which has no magnitudes on the input axis."""
+    on_input = config.method_name == "dora" and config.norm_axis == "input"
+    return "kohya" if on_input else "diffusers"
+
 
 def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapters:
     """Put adapters on the components that train, and those into training mode.
@@ -100,6 +137,7 @@ def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapte
     Raises:
         TargetError: If a target matches no layer.
         ValueError: If a rank is larger than a layer.
+        AdapterFormatError: If the file that the run writes could not hold the adapter.
     """
     modules, layers = {}, []
     for name, model in components.adaptable().items():
@@ -111,15 +149,19 @@ def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapte
         modules[name] = model.train()
         if config.gradient_checkpointing:
             checkpoint_gradients(model, components.device.type)
+        if config.compile and name == "unet":
+            compile_blocks(model)
     report = InjectionReport(tuple(layers))
     _warn_of_unused_conv_settings(config, report)
-    on_input = config.method_name == "dora" and config.norm_axis == "input"
-    return TrainedAdapters(components, modules, report, on_input)
+    trained = TrainedAdapters(components, modules, report, key_format_of_run(config))
+    # Not after hours of training.
+    check_target(adapter_state(modules), trained.key_format)
+    return trained
 
 
 def _warn_of_unused_conv_settings(config: TrainConfig, report: InjectionReport) -> None:
     """Say which settings of Conv2d layers have no effect, since none is adapted."""
-    if any(layer.kind == "Conv2d" for layer in report.layers):
+    if any(layer.kind in ("Conv1d", "Conv2d") for layer in report.layers):
         return
     given = {
         "conv_rank": config.conv_rank != TrainConfig().conv_rank,

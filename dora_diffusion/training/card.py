@@ -56,8 +56,8 @@ tags: [text-to-image, {tag}, dreambooth]
 {use(base, written, prompt or "")}
 ## How it was made
 
-{method} on `{base}`, trained with
-dora_diffusion {__version__} at {metadata.resolution} px for {steps} steps: {report}.
+{method} on `{base}`,
+trained with dora_diffusion {__version__} at {metadata.resolution} px for {steps} steps: {report}.
 All settings are in `config.yaml`; the loss of every step is in `metrics.jsonl`.
 """
 
@@ -67,9 +67,20 @@ def _method(config: TrainConfig) -> tuple[str, str]:
     if config.is_full:
         return "full-finetuning", "Full fine-tuning"
     is_dora = config.method_name == "dora"
-    axis = f", norm on the {config.norm_axis} axis" if is_dora else ""
     name = "DoRA" if is_dora else "LoRA"
-    return name.lower(), f"{name} (rank {config.rank}, convolutions {config.conv_rank}{axis})"
+    if config.direction == "vera":
+        name = "DVoRA" if is_dora else "VeRA"
+    axis = f", norm on the {config.norm_axis} axis" if is_dora else ""
+    start = f", started by {config.init}" if config.init != "random" else ""
+    return name.lower(), f"{name} ({_ranks(config)}{axis}{start})"
+
+
+def _ranks(config: TrainConfig) -> str:
+    if config.direction == "vera":
+        return f"projections of rank {config.vera_rank}"
+    if config.direction == "adalora":
+        return f"ranks allocated to layers, from {config.rank}, convolutions {config.conv_rank}"
+    return f"rank {config.rank}, convolutions {config.conv_rank}"
 
 
 def _use_of_adapter(base: str, adapter: Path, prompt: str) -> str:

@@ -29,6 +29,16 @@ def parameters_by_name(trained: Mapping[str, nn.Module]) -> dict[str, nn.Paramet
     }
 
 
+def tensors_by_name(trained: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """`parameters_by_name`, and what adapters hold beside: where they started, and the like."""
+    held: dict[str, torch.Tensor] = dict(parameters_by_name(trained))
+    for component, model in trained.items():
+        for path, layer in adapted_layers(model):
+            for name, buffer in layer.adapters.named_buffers():
+                held[f"{component}.{path}.{name}"] = buffer
+    return held
+
+
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return checkpoints_after(output_dir, -1)
@@ -136,18 +146,16 @@ def _of_these(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, 
     return state
 
 
-def restore_parameters(
-    parameters: Mapping[str, nn.Parameter], saved: Mapping[str, torch.Tensor]
-) -> None:
-    """Put saved values into the trained parameters, all of them.
+def restore_tensors(tensors: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    """Put saved values into tensors, all of them.
 
     Raises:
         ConfigError: If names or shapes differ.
     """
     if {k: tuple(v.shape) for k, v in saved.items()} != {
-        k: tuple(v.shape) for k, v in parameters.items()
+        k: tuple(v.shape) for k, v in tensors.items()
     }:
         raise ConfigError("the checkpoint was trained in other layers or shapes than this run's")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.offload import on_device
 from dora_diffusion.models.text import Conditioning, encode_prompts
+from dora_diffusion.models.transfer import send
 
 KNOWN_CAPTIONS = 256
 """Captions whose conditioning is kept, a third of a megabyte each for SDXL in half precision."""
@@ -35,9 +37,22 @@ class Conditioner:
             del self._known[next(iter(self._known))]
         return Conditioning.cat([encoded[caption] for caption in captions])
 
+    def keep(self, captions: Collection[str]) -> bool:
+        """Encode captions now, so that no later call with them does.
+
+        Returns:
+            Whether that holds: not if the text encoders train, or captions are too many to keep.
+        """
+        if self.trains or len(captions) > KNOWN_CAPTIONS:
+            return False
+        for caption in captions:
+            self._encoded(caption)
+        return True
+
     def _encoded(self, caption: str) -> Conditioning:
         if caption not in self._known:
-            with torch.no_grad():
+            components = self.components
+            with torch.no_grad(), on_device(components.device, *components.text_encoders):
                 self._known[caption] = self._encode([caption])
         return self._known[caption]
 
@@ -46,7 +61,7 @@ class Conditioner:
         if not self.components.zeros_for_empty_prompt or all(captions):
             return encoded
         device = encoded.encoder_hidden_states.device
-        dropped = torch.tensor([not caption for caption in captions], device=device)
+        dropped = send(torch.tensor([not caption for caption in captions]), device)
         hidden = encoded.encoder_hidden_states.masked_fill(dropped.view(-1, 1, 1), 0)
         pooled = encoded.pooled
         return Conditioning(

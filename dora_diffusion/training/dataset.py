@@ -20,6 +20,7 @@ from dora_diffusion.data.masks import warn_of_unused_masks
 from dora_diffusion.data.photos import Photo, read_photos
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_moments
+from dora_diffusion.models.offload import on_device
 from dora_diffusion.training.events import OnEvent
 from dora_diffusion.training.prior import check_image_free, class_images
 from dora_diffusion.training.subject import Subject
@@ -78,7 +79,8 @@ def open_dataset(
 
         @torch.no_grad()
         def encode(pixels: Tensor) -> Tensor:
-            return encode_moments(components.vae, pixels)
+            with on_device(components.device, components.vae):
+                return encode_moments(components.vae, pixels)
 
         dataset.cache_moments(encode)
     return dataset

@@ -28,6 +28,14 @@ class ClassImagesProgress:
 
 
 @dataclass(frozen=True)
+class CachingProgress:
+    """So many of the run's crops are encoded."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class TrainingStarted:
     """Everything is ready for the step after ``step``, which is 0 for a fresh run.
 
@@ -98,6 +106,7 @@ class TrainingEnded:
 Event = (
     ModelLoading
     | ClassImagesProgress
+    | CachingProgress
     | TrainingStarted
     | StepDone
     | SamplingProgress

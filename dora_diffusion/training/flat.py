@@ -52,6 +52,12 @@ class FlatParameters:
                 torch._foreach_copy_([v for v, _ in pairs], [grad for _, grad in pairs])
             flat.grad = gradient if pairs else None
 
+    def share_gradients(self) -> None:
+        """Let the members' gradients be views of the flat ones, which clipping then changes too."""
+        for gradient, members in zip(self._gradients, self._members, strict=True):
+            for view, member in zip(_views(gradient, members), members, strict=True):
+                member.grad = None if member.grad is None else view
+
     def finish(self) -> None:
         """After the optimizer's step: drop the members' gradients.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.formats.adapter.targets.registry import TARGETS
+from dora_diffusion.formats.adapter.vera import VERA_FILE
 from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME, pipeline_in
 from dora_diffusion.training.card import KOHYA_FILE
 from dora_diffusion.training.checkpoint import checkpoints_in, find_checkpoint, folders_after
@@ -164,7 +165,8 @@ def clear_folder(folder: Path, step: int) -> None:
     """Remove what an earlier run left after a step, so that nothing takes it for this one's."""
     for old in [*folders_after(folder, step), *folder.glob(".checkpoint-*.tmp")]:
         shutil.rmtree(old, ignore_errors=True)
-    adapters = [folder / name for name in (TARGETS["diffusers"].file_name, KOHYA_FILE) if name]
+    names = (TARGETS["diffusers"].file_name, KOHYA_FILE, VERA_FILE)
+    adapters = [folder / name for name in names if name]
     model = folder / PIPELINE_NAME
     if step == 0 and (pipeline_in(model) or any(adapter.is_file() for adapter in adapters)):
         samples = [p for p in folder.glob("samples/*.png") if _SAMPLE.fullmatch(p.name)]

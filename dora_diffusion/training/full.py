@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.base import open_model
@@ -80,6 +81,14 @@ class FullWeights:
         """Every trained parameter by canonical name."""
         return dict(self.trained)
 
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The same."""
+        return self.trained
+
+    def projections(self) -> dict[str, str]:
+        """None."""
+        return {}
+
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """Parameters by component."""
         return weight_groups(self.trained, config)
@@ -100,6 +109,10 @@ class FullWeights:
     def writer(self) -> Writer:
         """Writes the whole model as a Diffusers folder, in the dtype of the base."""
         return self._export
+
+    def write_checkpoint(self, folder: Path, metadata: AdapterMetadata) -> Path:
+        """The same as the result."""
+        return self._export(folder, metadata)
 
     def result(self, folder: Path) -> Path:
         """The model's own folder in that of the run."""
@@ -161,6 +174,8 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
         modules[name] = model.train()
         if config.gradient_checkpointing:
             checkpoint_gradients(model, components.device.type)
+        if config.compile and name == "unet":
+            compile_blocks(model)
     for parameter in trained.values():
         parameter.requires_grad_(True)
     base = {n: p.detach().clone() for n, p in trained.items()} if config.is_image_free else {}

@@ -16,6 +16,7 @@ from dora_diffusion.training import events
 from dora_diffusion.training.accelerator import make_accelerator, set_by_any
 from dora_diffusion.training.folders import METRICS_NAME, clear_folder, output_folder
 from dora_diffusion.training.metrics import MetricsLog, TrainingError
+from dora_diffusion.training.offload import cache_ahead
 from dora_diffusion.training.result import result_metadata, write_result
 from dora_diffusion.training.resume import RunStart, save_config, start_run, state_of
 from dora_diffusion.training.samples import SampleWriter
@@ -141,6 +142,7 @@ class _Run:
     def train(self) -> int:
         """Run all steps, or those until a signal. Returns the number of steps done."""
         session, step = self.session, self.start.step
+        cache_ahead(session, session.total_steps - step, self.on_event)
         self.stop.answer_with(_SAVING)
         log = self._begin()
         begun = time.perf_counter()
@@ -230,7 +232,9 @@ class _Run:
             path = saver.save(
                 step,
                 state_of(session, self.start.segments, step),
-                lambda folder: session.weights.writer()(folder, result_metadata(session, step)),
+                lambda folder: session.weights.write_checkpoint(
+                    folder, result_metadata(session, step)
+                ),
                 interim=interim,
             )
             if path is not None and not interim:

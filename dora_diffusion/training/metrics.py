@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.models.transfer import fetch
 
 
 class TrainingError(RuntimeError):
@@ -34,7 +35,7 @@ class MetricsLog:
         self, path: Path | None, start_step: int, on_record: Callable[[dict[str, Any]], None]
     ) -> None:
         self._on_record = on_record
-        self._waiting: deque[dict[str, Any]] = deque()
+        self._waiting: deque[tuple[dict[str, Any], list[str], Callable[[], Tensor]]] = deque()
         self._file: _LineFile | None = None
         self.steps_dropped = 0
         if path is not None:
@@ -50,25 +51,26 @@ class MetricsLog:
         Raises:
             TrainingError: If the loss of the step before is not finite.
         """
-        self._waiting.append(record)
+        tensors = {k: v.detach() for k, v in record.items() if isinstance(v, Tensor)}
+        numbers = torch.stack(list(tensors.values())) if tensors else torch.empty(0)
+        self._waiting.append((record, list(tensors), fetch(numbers)))
         while len(self._waiting) > 1:
-            self._write(self._waiting.popleft())
+            self._write(*self._waiting.popleft())
 
     def flush(self) -> None:
         """Write everything that waits."""
         while self._waiting:
-            self._write(self._waiting.popleft())
+            self._write(*self._waiting.popleft())
 
     def close(self) -> None:
         """Close the file; what waits is dropped."""
         if self._file is not None:
             self._file.close()
 
-    def _write(self, record: dict[str, Any]) -> None:
-        tensors = {k: v.detach() for k, v in record.items() if isinstance(v, Tensor)}
-        # One read, and so one wait, for all of them.
-        numbers = torch.stack(list(tensors.values())).tolist() if tensors else []
-        values = record | dict(zip(tensors, numbers, strict=True))
+    def _write(
+        self, record: dict[str, Any], names: list[str], numbers: Callable[[], Tensor]
+    ) -> None:
+        values = record | dict(zip(names, numbers().tolist(), strict=True))
         if not math.isfinite(values["loss"]):
             raise TrainingError(
                 f"the loss is {values['loss']} at step {values['step']}; lower the learning rate "

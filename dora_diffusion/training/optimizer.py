@@ -36,11 +36,13 @@ def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> l
         roles = {
             "down": (rate, decay_rate),
             "up": (rate * config.loraplus_ratio, decay_rate),
+            "diagonal": (rate, decay_rate),
             "magnitude": (magnitude_rate, 0.0),
         }
         for role, (lr, decay) in roles.items():
-            factors = [getattr(adapter, role) for adapter in layer_adapters(model)]
-            parameters = [parameter for parameter in factors if parameter is not None]
+            named = [dict(adapter.named_parameters()) for adapter in layer_adapters(model)]
+            names = (role, f"direction.{role}")
+            parameters = [parts[name] for parts in named for name in names if name in parts]
             if parameters:
                 name = f"{component}/{role}"
                 groups.append({"name": name, "params": parameters, "lr": lr, "weight_decay": decay})

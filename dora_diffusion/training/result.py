@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from dora_diffusion import __version__
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import tag_frequency
 from dora_diffusion.formats.adapter.metadata import UNET_LAYERS, AdapterMetadata
 from dora_diffusion.formats.files.atomic import save_text
@@ -56,11 +57,21 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
             "prediction_type": components.prediction_type,
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
+            **_variant(session.config),
             UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
         },
         tags=(subject.class_word,) if subject.class_word else (),
         tag_frequency=tag_frequency(session.dataset.captions),
     )
+
+
+def _variant(config: TrainConfig) -> dict[str, str]:
+    """How an adapter was trained, where that was not A and B from their usual start."""
+    if config.is_full:
+        return {}
+    usual = TrainConfig()
+    names = ("init", "direction")
+    return {n: getattr(config, n) for n in names if getattr(config, n) != getattr(usual, n)}
 
 
 def _with_thumbnail(metadata: AdapterMetadata, shown: Image.Image) -> AdapterMetadata:

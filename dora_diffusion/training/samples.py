@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from PIL import Image
 
+from dora_diffusion.adapters.compiled import uncompiled
 from dora_diffusion.generate import SamplingSettings, generate_images, image_grid
 from dora_diffusion.images import parameters_text, save_png
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
@@ -95,9 +96,16 @@ class SampleWriter:
                     raise _SamplingStopped
                 self._on_event(SamplingProgress(row * total + done, len(self._prompts) * total))
 
-            images += generate_images(
-                self._session.components, prompt, self._seeds, self._settings, on_step=report
-            )
+            # Without gradients and at another batch size, each block would be compiled anew.
+            with uncompiled() if self._session.config.compile else nullcontext():
+                images += generate_images(
+                    self._session.components,
+                    prompt,
+                    self._seeds,
+                    self._settings,
+                    batch_size=self._session.config.sample_batch_size,
+                    on_step=report,
+                )
         return images
 
     def _save_sheet(

@@ -8,20 +8,23 @@ from typing import Any
 
 import torch
 
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.adapters.compiled import require_compiler
+from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.offload import place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.training.adapters import inject_trained
-from dora_diffusion.training.checkpoint import restore_optimizer, restore_parameters
+from dora_diffusion.training.checkpoint import restore_optimizer, restore_tensors
 from dora_diffusion.training.dataset import open_dataset
 from dora_diffusion.training.events import OnEvent, ignore
 from dora_diffusion.training.full import select_weights
 from dora_diffusion.training.inputs import InputSource
+from dora_diffusion.training.offload import bring_what_steps_need
 from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.step import TrainingStep, build_step
 from dora_diffusion.training.subject import Subject
@@ -67,13 +70,16 @@ class Session:
     def state_dict(self) -> dict[str, Any]:
         """Everything that steps change, on the CPU."""
         scaler = self.accelerator.scaler
-        parameters = self.weights.parameters()
+        tensors = self.weights.tensors()
+        allocation = self.train_step.allocation
         return {
-            "parameters": {name: p.detach().cpu() for name, p in parameters.items()},
+            "parameters": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
             "optimizer": self.train_step.optimizer.state_dict(),
             "lr_schedule": self.train_step.lr_schedule.state_dict(),
             "sampler": self.sampler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "projections": self.weights.projections(),
+            "allocation": None if allocation is None else allocation.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -82,7 +88,14 @@ class Session:
         Raises:
             ConfigError: If it is of other layers.
         """
-        restore_parameters(self.weights.parameters(), state["parameters"])
+        if state.get("projections", {}) != self.weights.projections():
+            raise ConfigError(
+                "the checkpoint's random projections are not those that this version draws; "
+                "resume it with the version that wrote it"
+            )
+        restore_tensors(self.weights.tensors(), state["parameters"])
+        if self.train_step.allocation is not None:
+            self.train_step.allocation.load_state_dict(state["allocation"])
         restore_optimizer(self.train_step.optimizer, self.train_step.lr_schedule, state)
         self.sampler.load_state_dict(state["sampler"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
@@ -106,8 +119,10 @@ def open_session(
     precision = precision_of(config.mixed_precision, accelerator.device)
     # Before the model is loaded, which takes longer.
     optimizer_library(config.optimizer_name)
+    if config.compile:
+        require_compiler(accelerator.device)
     paths = list_photos(config.instance_data_dir or "")
-    components = load_components(
+    loaded = load_components(
         config.pretrained_model_name_or_path,
         revision=config.revision,
         variant=config.variant,
@@ -115,9 +130,11 @@ def open_session(
         # Weights that train are float32; autocast computes with them in the precision.
         dtype=torch.float32 if config.is_full else PRECISION_DTYPES[precision],
         config=config.model_config,
-    ).to(accelerator.device)
+    )
+    components = place(loaded, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     dataset = open_dataset(config, subject, components, paths, accelerator, on_event)
+    bring_what_steps_need(config, components)
     weights: TrainedWeights = (
         select_weights(components, config) if config.is_full else inject_trained(components, config)
     )

@@ -15,6 +15,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.fast import Watch
+from dora_diffusion.training.allocation import RankAllocation, build_allocation
 from dora_diffusion.training.flat import FlatParameters
 from dora_diffusion.training.inputs import InputSource
 from dora_diffusion.training.objective import Objective
@@ -40,6 +41,7 @@ class TrainingStep:
         lr_schedule: Its learning rates.
         inputs: Gives each batch's, by its number since the start of the run.
         flat: What the optimizer sees of the parameters; None: these themselves.
+        allocation: Moves ranks between layers; None: they stay.
         watch: Spares each step a wait for the device.
     """
 
@@ -51,6 +53,7 @@ class TrainingStep:
     lr_schedule: Any
     inputs: InputSource
     flat: FlatParameters | None = None
+    allocation: RankAllocation | None = None
     watch: Watch = field(default_factory=Watch)
 
     @property
@@ -72,11 +75,19 @@ class TrainingStep:
                 with nullcontext() if last else self.accelerator.no_sync(self.objective):
                     micro_step = (step - 1) * accumulation + i
                     losses.append(self._backward(micro_step, 1 / accumulation))
+        if self.allocation is not None:
+            scaler = self.accelerator.scaler
+            self.allocation.add_orthogonality(1.0 if scaler is None else scaler.get_scale())
         if self.flat is not None:
             self.flat.take_gradients()
+            if self.allocation is not None:
+                self.flat.share_gradients()
         norm = self._clip()
         rates = learning_rates(self.optimizer.param_groups)
         self.optimizer.step()
+        # Where fp16 overflowed there was no step.
+        if self.allocation is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.allocation.after_step(step)
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.flat is not None:
@@ -113,20 +124,25 @@ def build_step(
     inputs: InputSource,
 ) -> TrainingStep:
     """Make objective, optimizer and schedule for what trains."""
-    groups, flat = weights.groups(config), None
-    if weights.are_small and can_be_flat(config.optimizer_name):
-        flat = FlatParameters(groups)
-        groups = flat.groups
-    optimizer = accelerator.prepare_optimizer(build_optimizer(groups, config))
     objective: Any = Objective(
         components,
         train_text_encoder=config.train_text_encoder,
         snr_gamma=config.snr_gamma,
         untrained=weights.untrained,
     ).to(accelerator.device)
+    # Before the parameters share their memory: DistributedDataParallel gives them other memory.
     if accelerator.num_processes > 1:
         objective = accelerator.prepare_model(objective)
-    schedule = build_lr_schedule(optimizer.optimizer, config)
+    groups, flat = weights.groups(config), None
+    if weights.are_small and can_be_flat(config.optimizer_name):
+        flat = FlatParameters(groups)
+        groups = flat.groups
+    optimizer = build_optimizer(groups, config)
+    # Before Accelerate takes the optimizer's `step`, which the schedule marks as its own.
+    schedule = build_lr_schedule(optimizer, config)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    allocation = build_allocation(weights.modules, config)
     return TrainingStep(
-        config, accelerator, weights.modules, objective, optimizer, schedule, inputs, flat
-    )
+        config, accelerator, weights.modules, objective, optimizer, schedule, inputs, flat,
+        allocation,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
@@ -41,6 +41,12 @@ class TrainedWeights(Protocol):
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by component and path."""
 
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What a checkpoint holds: those, and what else decides what they compute."""
+
+    def projections(self) -> dict[str, str]:
+        """What tells the random projections that they train on from others, by component."""
+
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """The optimizer's parameter groups, each with its name, rate and decay."""
 
@@ -52,6 +58,9 @@ class TrainedWeights(Protocol):
 
         It raises `DiskFullError` if there is no room; nothing is changed then.
         """
+
+    def write_checkpoint(self, folder: Path, metadata: AdapterMetadata) -> Path:
+        """Write the values of this moment into a checkpoint's folder; returns where they are."""
 
     def result(self, folder: Path) -> Path:
         """The folder that a run's result is written into, from that of the run."""

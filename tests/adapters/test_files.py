@@ -9,13 +9,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from dora_diffusion.adapters.files import load_adapter, save_adapter
-from dora_diffusion.adapters.inject import inject_adapters, remove_adapters
+from dora_diffusion.adapters.inject import inject_adapters, merge_adapters, remove_adapters
 from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import AdapterFormatError, AdapterMetadata
 from dora_diffusion.numerics.weights import LayerWeights
+from tests.adapters.helpers import everything, move
 
 
 class Blocks(nn.Module):
@@ -93,3 +95,78 @@ def test_an_alpha_that_is_assumed_is_said(tmp_path: Path, model: Blocks) -> None
     remove_adapters(model)
     load_adapter(model, path, alpha=3.0)
     assert {layer.alpha for layer in adapter_state({"unet": model}).values()} == {3.0}
+
+
+class Kinds(nn.Module):
+    """Every kind of layer that PEFT knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.first = Conv1D(8, 8)
+        self.second = Conv1D(6, 8)
+        self.along = nn.Conv1d(6, 5, 3, padding=1)
+        self.last = nn.Linear(5, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.second(torch.tanh(self.first(self.table(ids))))
+        return self.last(self.along(x.mT).mT)
+
+
+IDS = torch.tensor([[3, 0, 10, 3, 7], [1, 1, 2, 0, 9]])
+
+
+def kinds() -> Kinds:
+    torch.manual_seed(0)
+    return Kinds().requires_grad_(False)
+
+
+@pytest.mark.parametrize("target", ["diffusers", "peft"])
+def test_every_kind_of_layer_is_loaded_as_it_was_saved(tmp_path, target):
+    model = kinds()
+    inject_adapters(model, AdapterConfig(targets=("*",), rank=2, alpha=3.0))
+    move(model)
+    y = model(IDS)
+    path = save_adapter(model, tmp_path, target)
+    other = kinds()
+    load_adapter(other, path)
+    torch.testing.assert_close(other(IDS), y, rtol=1e-6, atol=1e-6)
+    merge_adapters(other)
+    torch.testing.assert_close(other(IDS), y, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(kinds()(IDS), y, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_peft_loads_every_kind_of_layer(tmp_path):
+    from peft import PeftModel
+
+    model = kinds()
+    inject_adapters(model, AdapterConfig(targets=("*",), rank=2, alpha=3.0))
+    move(model)
+    save_adapter(model, tmp_path, "peft")
+    twin = PeftModel.from_pretrained(kinds(), tmp_path / "unet")
+    torch.testing.assert_close(twin(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+def test_groups_and_one_dimension_are_loaded_from_kohya_files(tmp_path, axis):
+    def make():
+        torch.manual_seed(0)
+        return nn.ModuleDict(
+            {
+                "conv_in": nn.Conv2d(8, 12, 3, groups=4),
+                "conv_out": nn.Conv1d(6, 9, 3, groups=3, bias=False),
+            }
+        ).requires_grad_(False)
+
+    model = make()
+    inject_adapters(model, everything(norm_axis=axis))
+    move(model)
+    path = tmp_path / "a.safetensors"
+    save_adapter(model, path, "kohya", metadata=AdapterMetadata(family="sd1"))
+    other = make()
+    load_adapter(other, path)
+    for name, shape in (("conv_in", (2, 8, 5, 5)), ("conv_out", (2, 6, 7))):
+        x = torch.randn(shape)
+        torch.testing.assert_close(other[name](x), model[name](x))
+        assert not torch.allclose(make()[name](x), model[name](x), atol=1e-2)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dora_diffusion.adapters.inject import (
     adapter_parameters,
@@ -166,6 +168,81 @@ def test_a_broadcast_of_parameters_is_seen(tmp_path):
     torch.testing.assert_close(second.double(), reference, rtol=1e-4, atol=1e-4)
 
 
+class Blocks(nn.Module):
+    """A layer, and two blocks of which each is recomputed."""
+
+    def __init__(self, targets: tuple[str, ...], reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.reentrant = nn.Linear(6, 8), reentrant
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 1))
+            for _ in range(2)
+        )
+        inject_adapters(self, AdapterConfig(targets=targets, rank=2, conv_rank=2))
+        with torch.no_grad():
+            for parameter in adapter_parameters(self):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).mT[..., None]
+        for part in self.blocks:
+            if self.reentrant is None:
+                x = part(x)
+            else:
+                x = checkpoint(part, x.requires_grad_(), use_reentrant=self.reentrant)
+        return x
+
+
+# What is adapted, how blocks are recomputed, and whether torch is told that nothing changes.
+DISTRIBUTED = [
+    (("full",), False, False),
+    (("blocks.*",), True, False),
+    (("full",), True, True),
+    (("full",), True, False),
+]
+
+
+def _gradients_of_two(rank: int, store: str, results: str) -> None:
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    found: list[Any] = []
+    for targets, reentrant, static in DISTRIBUTED:
+        net = Blocks(targets, reentrant)
+        wrapped = DistributedDataParallel(net, static_graph=static)
+        try:
+            for _ in range(2):
+                net.zero_grad()
+                with norm_scope(net):
+                    wrapped(INPUTS[rank]).square().mean().backward()
+            found.append([p.grad for p in adapter_parameters(net)])
+        except RuntimeError as error:
+            found.append(str(error))
+    torch.save(found, f"{results}/{rank}")
+    dist.destroy_process_group()
+
+
+INPUTS = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(4))
+
+
+def test_two_processes_have_the_mean_of_their_gradients_with_recomputed_blocks(tmp_path):
+    """Reentrant ones too, or torch says what to do: gradients are never those of one process."""
+    spawned = (str(tmp_path / "store"), str(tmp_path))
+    torch.multiprocessing.spawn(_gradients_of_two, spawned, nprocs=2)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / str(rank))
+        for (targets, *_), shared in zip(DISTRIBUTED[:3], found, strict=False):
+            alone = Blocks(targets, None)
+            for x in INPUTS:
+                with norm_scope(alone):
+                    (alone(x).square().mean() / 2).backward()
+            torch.testing.assert_close(shared, [p.grad for p in adapter_parameters(alone)])
+        assert "_set_static_graph" in found[3]
+        assert "reentrant backward passes" in found[3]
+
+
 @fast_only(reason="plain autograd keeps more")
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("shape", [(2, 640, 12), (3, 7, 12), (2, 12, 40, 40), (2, 12, 3, 3)])
@@ -219,8 +296,6 @@ def test_switching_adapters_copies_no_base():
 
 def test_checkpointing_still_frees_what_it_frees():
     """A recomputation holds no tensor: a checkpointed block keeps nothing but its input."""
-    from torch.utils.checkpoint import checkpoint
-
     model, x = block("output", True), torch.randn(2, 8, 40, 40, requires_grad=True)
     alive = weakref.WeakSet()
     model.norm.register_forward_hook(lambda module, args, output: alive.add(output))

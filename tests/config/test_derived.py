@@ -42,6 +42,8 @@ def test_what_was_given_stays() -> None:
         {},
         {"with_prior_preservation": True},
         {"train_text_encoder": True},
+        {"direction": "vera"},
+        {"direction": "adalora"},
         {"num_train_epochs": 3},
         {"num_validation_images": 0, "validation_epochs": None},
     ],

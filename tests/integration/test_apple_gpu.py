@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,65 +13,31 @@ from torch import nn
 
 from dora_diffusion.adapters.inject import (
     inject_adapters,
-    merge_adapters,
     norm_scope,
-    unmerge_adapters,
 )
 from dora_diffusion.adapters.layers import adapted_layers
-from dora_diffusion.adapters.state import load_adapter_state
-from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
+from dora_diffusion.config import AdapterConfig, ConfigError
 from dora_diffusion.devices import has_gradient_scaler
 from dora_diffusion.evaluation.denoising import held_out_losses
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.generate import SamplingSettings, generate_images, load_adapted
+from dora_diffusion.generate import SamplingSettings, load_adapted
 from dora_diffusion.memory import describe_device, free_machine_memory
-from dora_diffusion.models.components import Components
 from dora_diffusion.models.schedulers import SCHEDULERS
-from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.training.loop import train
 from tests.apple import AppleGPU, apple_gpu
+from tests.integration.emulated import (
+    CHECKPOINTED,
+    FULL,
+    SAMPLES,
+    assert_learned,
+    figures,
+    images_of,
+    sample,
+)
 
-SAMPLES = Path(__file__).parents[2] / "samples"
-PARTS = ("down", "up", "magnitude")
 SCALES = pytest.mark.skipif(
     not has_gradient_scaler("mps"), reason="this torch does not scale gradients on Apple's GPU"
 )
-
-FULL = {
-    "targets": ["full"], "train_text_encoder": True, "conv_rank": 2, "num_validation_images": 1,
-    "with_prior_preservation": True, "num_class_images": 2, "snr_gamma": 5.0, "noise_offset": 0.05,
-    "gradient_accumulation_steps": 2, "checkpointing_steps": 1,
-}  # fmt: skip
-CHECKPOINTED = {
-    "targets": ["attention+conv"], "norm_axis": "input", "gradient_checkpointing": True,
-    "lora_dropout": 0.2, "train_text_encoder": True, "conv_rank": 2,
-    "with_prior_preservation": True, "prior_preservation_mode": "image-free",
-}  # fmt: skip
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Callable[..., TrainConfig]:
-    """Settings of a run of two steps."""
-
-    def make(folder: Path, output: str, **changes: Any) -> TrainConfig:
-        photos = tmp_path / "photos"
-        if not photos.exists():
-            shutil.copytree(SAMPLES / "bolt_mug", photos)
-        settings = {
-            "pretrained_model_name_or_path": str(folder), "instance_data_dir": str(photos),
-            "instance_prompt": "a photo of a sks mug", "output_dir": str(tmp_path / output),
-            "resolution": 32, "rank": 2, "max_train_steps": 2, "learning_rate": 1e-3,
-            "text_encoder_lr": 1e-3, "num_validation_images": 0, "validation_inference_steps": 2,
-            "checkpointing_steps": 0, "seed": 3, "mixed_precision": "no",
-        }  # fmt: skip
-        return TrainConfig(**{**settings, **changes})
-
-    return make
-
-
-def figures(config: TrainConfig, name: str) -> list[float]:
-    lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)[name] for line in lines]
 
 
 def was_trained_on(gpu: AppleGPU) -> None:
@@ -86,17 +49,13 @@ def test_a_run_learns_what_it_learns_on_the_cpu(family, settings, run, request):
     """Class images, text encoders and samples in one; dropout that is recomputed in the other."""
     folder = request.getfixturevalue(f"{family}_folder")
     on_cpu, on_gpu = (run(folder, output, **settings) for output in ("cpu", "gpu"))
-    expected = read_adapter(train(on_cpu).adapter).layers
+    expected = train(on_cpu).adapter
     with apple_gpu() as gpu:
-        adapter = read_adapter(train(on_gpu).adapter).layers
+        adapter = train(on_gpu).adapter
         was_trained_on(gpu)
     for name in ("loss", "grad_norm"):
         assert figures(on_gpu, name) == pytest.approx(figures(on_cpu, name), rel=1e-3)
-    assert adapter.keys() == expected.keys()
-    for name, layer in expected.items():
-        for part in PARTS:
-            actual, reference = getattr(adapter[name], part), getattr(layer, part)
-            assert (actual - reference).norm() <= 0.02 * reference.norm() + 1e-4, (name, part)
+    assert_learned(adapter, expected)
 
 
 @pytest.mark.slow
@@ -149,26 +108,6 @@ def test_the_device_is_described():
         assert device.has_gradient_scaler == has_gradient_scaler("mps")
         assert not device.has_8bit_adam
         assert device.free_gib == pytest.approx(min(12, free_machine_memory()), rel=0.2)
-
-
-def sample(components: Components, settings: SamplingSettings) -> np.ndarray:
-    images = generate_images(components, "a photo of a sks dog", [1], settings)
-    return np.stack([np.asarray(image, np.int16) for image in images])
-
-
-def images_of(folder: Path, adapters: list[dict[str, LayerWeights]]) -> np.ndarray:
-    """An image with adapters on a model, merged where there are several."""
-    components, _ = load_adapted(folder)
-    models = components.adaptable().values()
-    for number, layers in enumerate(adapters):
-        load_adapter_state(components.adaptable(), layers, name=str(number))
-    if len(adapters) > 1:
-        for model in models:
-            merge_adapters(model)
-    image = sample(components, SamplingSettings(2, 4.0, "ddim", 32, 32))
-    for model in models:
-        unmerge_adapters(model)
-    return image
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

@@ -15,7 +15,7 @@ from dora_diffusion.numerics.dora import (
     low_rank_delta,
     weight_norm,
 )
-from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
+from dora_diffusion.numerics.operation import ConvOperation, LinearOperation
 from dora_diffusion.numerics.weights import LayerWeights
 
 AXES = ("output", "input")
@@ -23,11 +23,11 @@ AXES = ("output", "input")
 CASES = {
     "linear": ((12, 7), (5, 9, 7), LinearOperation(), F.linear),
     "linear square": ((8, 8), (3, 8), LinearOperation(), F.linear),
-    "conv 1x1": ((6, 10, 1, 1), (2, 10, 4, 5), Conv2dOperation(), F.conv2d),
+    "conv 1x1": ((6, 10, 1, 1), (2, 10, 4, 5), ConvOperation(), F.conv2d),
     "conv strided, padded and dilated": (
         (8, 4, 3, 2),
         (2, 4, 11, 9),
-        Conv2dOperation(stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+        ConvOperation(stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
         lambda x, w, b=None: F.conv2d(x, w, b, stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
     ),
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dora_diffusion.merge import merge_tensor
+from dora_diffusion.numerics import merging
 from dora_diffusion.numerics.dora import adapted_weight, weight_norm
 from dora_diffusion.numerics.merging import cast_error, merge_error, merged_weight
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths
@@ -60,3 +61,32 @@ def test_several_adapters_sum_their_differences_in_any_order() -> None:
     both = merged_weight(weight, [first, second])
     assert torch.equal(both, merged_weight(weight, [second, first]))
     torch.testing.assert_close(both, first + second - weight)
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+@pytest.mark.parametrize("block", [7, 2**18])
+def test_a_transposed_weight_is_merged_and_bounded_as_it_is_stored(
+    axis: NormAxis, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "_BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    table, down, up = (
+        torch.randn(size, generator=generator) for size in ((300, 12), (3, 300), (12, 3))
+    )
+    start = weight_norm(table.t(), axis)
+    layer = LayerWeights(down, up, 1.3 * start, 2.0, axis, "embedding")
+    direction = table.double() + 2 / 3 * (up.double() @ down.double()).t()
+    norm = direction.norm(dim=0 if axis == "output" else 1, keepdim=True)
+    exact = 1.3 * start.double().view_as(norm) * direction / norm
+    merged = merge_tensor(table, [(layer, Strengths())])
+    assert merged.is_contiguous()
+    torch.testing.assert_close(merged.double(), exact, rtol=1e-5, atol=1e-6)
+    bound = merge_error(table, [(layer, Strengths())])
+    assert ((merged.double() - exact).abs() <= 0.5 * bound).all()
+
+
+def test_adapters_that_take_a_weight_for_different_kinds_are_refused() -> None:
+    layer = LayerWeights(torch.ones(1, 4), torch.ones(4, 1))
+    other = LayerWeights(layer.down, layer.up, kind="embedding")
+    with pytest.raises(ValueError, match="take it for embedding and plain"):
+        merge_tensor(torch.ones(4, 4), [(layer, Strengths()), (other, Strengths())])

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
+from dora_diffusion.numerics.operation import (
+    ConvOperation,
+    EmbeddingOperation,
+    LinearOperation,
+    OneHot,
+    dropout,
+)
 
 X = torch.randn(2, 6, 9, 8, generator=torch.Generator().manual_seed(0))
 
@@ -32,9 +38,47 @@ def test_a_linear(bias):
 )
 def test_a_convolution(options, bias):
     layer = nn.Conv2d(6, 5, bias=bias, **options)
-    op = Conv2dOperation(layer.stride, layer.padding, layer.dilation)
+    op = ConvOperation(layer.stride, layer.padding, layer.dilation)
     assert torch.equal(op(X, layer.weight, layer.bias), layer(X))
     up = nn.Conv2d(5, 7, 1)
     assert torch.equal(op.pointwise(layer(X), up.weight, up.bias), up(layer(X)))
     scaled = op.broadcast(torch.arange(5.0)) * layer(X)
     torch.testing.assert_close(scaled, torch.einsum("nohw,o->nohw", layer(X), torch.arange(5.0)))
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_a_low_rank_convolution_is_one_with_the_product(dims, groups):
+    """`B A` in the weight's shape, whatever the groups."""
+    kind, x = (nn.Conv1d, X[..., 0]) if dims == 1 else (nn.Conv2d, X)
+    layer = kind(6, 12, 3, stride=2, padding=2, dilation=2, groups=groups, bias=False)
+    op = ConvOperation(layer.stride, layer.padding, layer.dilation, groups)
+    assert torch.equal(op(x, layer.weight), layer(x))
+    down, up = torch.randn(4, *layer.weight.shape[1:]), torch.randn(12, 4, *[1] * dims)
+    product = (up.flatten(1) @ down.flatten(1)).view_as(layer.weight)
+    low_rank = op.pointwise(op.down_project(x, down), up)
+    torch.testing.assert_close(low_rank, op(x, product), rtol=1e-5, atol=1e-4)
+    values = torch.rand(6 // groups)
+    scaled = op(x * op.broadcast_input(values), layer.weight)
+    weight = layer.weight * values.view(1, -1, *[1] * dims)
+    torch.testing.assert_close(scaled, op(x, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_an_embedding_is_a_linear_of_one_hot_vectors():
+    table, ids = torch.randn(7, 5), torch.tensor([[3, 0], [6, 3]])
+    dense, x = torch.nn.functional.one_hot(ids, 7).float(), OneHot.of(ids, torch.float32)
+    op, linear = EmbeddingOperation(), LinearOperation()
+    assert torch.equal(op(x, table.t()), table[ids])
+    down, up, values = torch.randn(2, 7), torch.randn(5, 2), torch.rand(7)
+    torch.testing.assert_close(
+        op.pointwise(op.down_project(x, down), up), linear(linear(dense, down), up)
+    )
+    scaled = x * op.broadcast_input(values)
+    torch.testing.assert_close(op(scaled, table.t()), linear(dense * values, table.t()))
+    assert scaled.to(torch.bfloat16).dtype == torch.bfloat16
+    torch.manual_seed(0)
+    dropped = op(dropout(x, 0.5, True), table.t())
+    torch.manual_seed(0)
+    kept = torch.nn.functional.dropout(torch.ones(2, 2), 0.5)
+    torch.testing.assert_close(dropped, kept[..., None] * table[ids])
+    assert dropout(x, 0.5, False) is x

@@ -16,7 +16,7 @@ from dora_diffusion.numerics.fast import operation
 from dora_diffusion.numerics.fast.autograd import dora
 from dora_diffusion.numerics.fast.gain import PlanInputs, WeightStatistics
 from dora_diffusion.numerics.fast.plan import make_gains
-from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
+from dora_diffusion.numerics.operation import ConvOperation, LinearOperation
 from dora_diffusion.numerics.precision import (
     allow_tf32,
     full_precision,
@@ -224,7 +224,7 @@ def test_tensor_float_32_does_not_lose_a_small_update(
     g = torch.Generator().manual_seed(0)
     if kind == "conv":
         shape, x = (64, 64, 3, 3), torch.randn(1, 64, 24, 24, generator=g)
-        op, plain = Conv2dOperation(padding=(1, 1)), lambda x, w: F.conv2d(x, w, None, 1, 1)
+        op, plain = ConvOperation(padding=(1, 1)), lambda x, w: F.conv2d(x, w, None, 1, 1)
     else:
         shape, x = (128, 128), torch.randn(2048, 128, generator=g)
         op, plain = LinearOperation(), F.linear

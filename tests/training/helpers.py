@@ -51,10 +51,8 @@ def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Ses
         instance_prompt="a photo of a sks mug",
         output_dir=str(output),
         resolution=64,
-        rank=2,
-        conv_rank=2,
         max_train_steps=4,
-        **{"seed": 3, **settings},
+        **{"seed": 3, "rank": 2, "conv_rank": 2, **settings},
     )
     session = open_session(config, subject_of(config), make_accelerator(config))
     generator = torch.Generator().manual_seed(2)

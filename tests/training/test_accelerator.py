@@ -49,8 +49,18 @@ def launch(config: dict, tmp_path: Path, processes: int) -> Path:
     return output
 
 
-@pytest.mark.slow
-def test_two_processes_agree_with_one(sd1_folder, tmp_path):
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param({}, id="dora"),
+        pytest.param({"init": "pissa"}, id="pissa", marks=pytest.mark.slow),
+        pytest.param(
+            {"direction": "adalora", "rank": 4, "allocation_interval": 1},
+            id="adalora", marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_two_processes_agree_with_one(sd1_folder, tmp_path, variant):
     photos = shutil.copytree(SAMPLES / "heart_teapot", tmp_path / "photos")
     config = {
         "pretrained_model_name_or_path": str(sd1_folder),
@@ -70,6 +80,7 @@ def test_two_processes_agree_with_one(sd1_folder, tmp_path):
         "checkpointing_steps": 2,
         "random_flip": True,
         "gradient_accumulation_steps": 2,
+        **variant,
     }
     one = launch(config | {"train_batch_size": 4}, tmp_path, 1)
     two = launch(config | {"train_batch_size": 2}, tmp_path, 2)
@@ -78,7 +89,7 @@ def test_two_processes_agree_with_one(sd1_folder, tmp_path):
     for name, layer in first.items():
         for part in ("down", "up", "magnitude"):
             torch.testing.assert_close(
-                getattr(layer, part), getattr(second[name], part), rtol=2e-3, atol=2e-5
+                getattr(layer, part), getattr(second[name], part), rtol=2e-3, atol=5e-5
             )
     assert len((two / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
 

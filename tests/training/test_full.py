@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 import transformers
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dora_diffusion import cli
+from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.analysis import analyze_weights
 from dora_diffusion.config import without_effect
@@ -137,6 +140,27 @@ def test_a_resumed_run_is_that_of_one_piece_bit_for_bit(full_config, tmp_path, o
     assert changed(stored(early), stored(whole.model))
 
 
+def test_compiled_blocks_train_the_same_weights(full_config, tmp_path, monkeypatch):
+    counter = CompileCounterWithBackend("aot_eager")  # without a C++ compiler
+    monkeypatch.setattr(full, "compile_blocks", partial(compile_blocks, backend=counter))
+    monkeypatch.setattr("dora_diffusion.training.session.require_compiler", lambda device: None)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
+    torch._dynamo.reset()
+    config = replace(
+        full_config, with_prior_preservation=True, prior_preservation_mode="image-free",
+    )  # fmt: skip
+    plain, compiled = (
+        train(config),
+        train(replace(config, output_dir=str(tmp_path / "compiled"), compile=True)),
+    )
+    assert counter.frame_count
+    for figure in ("loss", "prior_loss"):
+        expected = losses(plain.output_dir, figure)
+        assert losses(compiled.output_dir, figure) == pytest.approx(expected, rel=1e-5)
+    before, after = stored(plain.model), stored(compiled.model)
+    assert all(torch.allclose(before[name], after[name], atol=1e-4) for name in before)
+
+
 def test_the_image_free_prior_is_held_at_the_base(full_config, sd1_folder):
     config = replace(
         full_config, with_prior_preservation=True, prior_preservation_mode="image-free",
@@ -207,6 +231,13 @@ def test_settings_of_adapters_have_no_effect_and_that_is_said(full_config):
         "magnitude_lr", "targets", "use_dora",
     } <= set(said)  # fmt: skip
     assert "targets" not in without_effect(replace(config, full_weights="targets"))
+    said = without_effect(
+        replace(config, direction="adalora", target_rank=2, vera_rank=8, max_train_steps=1)
+    )
+    assert {"direction", "target_rank", "vera_rank"} <= set(said)
+    assert set(without_effect(replace(config, init="pissa"))) >= {"init"}
+    session = session_of(replace(config, direction="adalora"))
+    assert session.train_step.allocation is None
     said = without_effect(replace(full_config, method="lora", full_weights="targets"))
     assert said["full_weights"] == "full_weights has no effect because method is lora"
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from dora_diffusion.families import COMPONENTS
-from dora_diffusion.formats.adapter.keys import PEFT_PREFIX
+from dora_diffusion.formats.adapter.keys import PEFT_PREFIX, is_embedding_key
 from dora_diffusion.formats.adapter.metadata import APPROXIMATES, APPROXIMATION_ERROR
 from dora_diffusion.formats.names.kohya import KOHYA_PREFIXES
 from dora_diffusion.formats.names.unet import TOP_MODULES
@@ -97,13 +97,17 @@ _KEY_FORMATS = {
         rf"(?:{'|'.join(KOHYA_PREFIXES)})[^.]+"
         r"\.(?:lora_(?:down|up|mid)\.weight|alpha|dora_scale)"
     ),
-    "peft": re.compile(re.escape(PEFT_PREFIX) + r".+\.(?:lora_[AB]\.weight|lora_magnitude_vector)"),
+    "peft": re.compile(
+        re.escape(PEFT_PREFIX)
+        + r".+\.(?:lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)"
+    ),
     "diffusers": re.compile(
         r"unet\.(?:conv_in|conv_out|time_embedding|add_embedding|mid_block|(?:down|up)_blocks)\b.*"
         r"\.(?:lora_[AB]\.weight|lora_magnitude_vector(?:\.weight)?"
         r"|lora\.(?:down|up)\.weight|processor\.\w+_lora\.(?:down|up)\.weight)"
         r"|text_encoder(?:_2)?\..+"
-        r"\.(?:lora_[AB]|lora_magnitude_vector|lora_linear_layer\.(?:down|up))\.weight"
+        r"\.(?:(?:lora_[AB]|lora_magnitude_vector|lora_linear_layer\.(?:down|up))\.weight"
+        r"|lora_embedding_[AB])"
     ),
     PROCESSORS: re.compile(
         r"(?:mid_block|(?:down|up)_blocks)\b.*\.attn[12]\.processor"
@@ -125,12 +129,19 @@ def key_format_of(keys: Iterable[str]) -> str:
     keys = list(keys)
     if any(joined in key for key in keys for joined in _JOINED):
         return OTHER
+    if any(_embedding_alone([key for key in keys if key.startswith(f"{c}.")]) for c in COMPONENTS):
+        return OTHER
     if any(mixes_factors(key for key in keys if key.startswith(f"{c}.")) for c in COMPONENTS):
         return OTHER
     for key_format, pattern in _KEY_FORMATS.items():
         if all(map(pattern.fullmatch, keys)):
             return key_format
     return OTHER
+
+
+def _embedding_alone(keys: Collection[str]) -> bool:
+    """Whether diffusers would not see an adapter in these keys of a component, but an error."""
+    return any(map(is_embedding_key, keys)) and not any(".lora_A." in key for key in keys)
 
 
 def mixes_factors(keys: Iterable[str]) -> bool:

@@ -19,6 +19,7 @@ from dora_diffusion.formats.adapter.keys import (
     Part,
     group_keys,
     is_ai_toolkit_key,
+    is_embedding_key,
 )
 from dora_diffusion.formats.adapter.magnitude import Magnitude, resolve_axes
 from dora_diffusion.formats.adapter.metadata import OWN, UNET_LAYERS, described
@@ -31,10 +32,10 @@ from dora_diffusion.formats.adapter.repair import (
     move_to_second_encoder,
     split_joined,
 )
-from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, kinds_of, module_shapes
 from dora_diffusion.formats.names.kohya import component_of, name_resolver
 from dora_diffusion.formats.names.unet import UNetLayout
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis
 from dora_diffusion.wording import listing
 
 Layers = dict[str, LayerWeights]
@@ -90,8 +91,9 @@ def decode_layers(
         split = split_joined(beside, [])
         beside.clear()
         beside.update(split if shapes is None else fit_to_model(split, shapes))
-    if shapes is None:
+    if shapes is None or base is None:
         return layers, notes
+    layers = {name: _as_stored(layer, kinds_of(base).get(name)) for name, layer in layers.items()}
     if not component and not is_numbered and not all(map(has_component, tensors)):
         layers = move_to_second_encoder(layers, shapes, notes)
     return fit_to_model(layers, shapes), notes
@@ -123,7 +125,8 @@ def _read_parts(
     layers, magnitudes = {}, {}
     for name, keys in groups.items():
         parts = {part: _numbers(key, part, tensors[key]) for part, key in keys.items()}
-        layer = _factors(name, parts, alpha_of, lost_alpha)
+        kind: LayerKind = "embedding" if is_embedding_key(keys.get("down", "")) else "plain"
+        layer = _factors(name, parts, alpha_of, lost_alpha, kind)
         if is_ai_toolkit_key(keys.get("magnitude", "")) and layer.scale != 1.0:
             if beside is None:
                 raise AdapterFormatError(_not_dora(name, layer))
@@ -168,7 +171,11 @@ def _numbers(key: str, part: Part, tensor: Tensor) -> Tensor:
 
 
 def _factors(
-    name: str, parts: Mapping[Part, Tensor], alpha_of: AlphaOf, lost_alpha: float | None
+    name: str,
+    parts: Mapping[Part, Tensor],
+    alpha_of: AlphaOf,
+    lost_alpha: float | None,
+    kind: LayerKind,
 ) -> LayerWeights:
     """The layer without its magnitude."""
     if missing := [part for part in ("down", "up") if part not in parts]:
@@ -180,9 +187,9 @@ def _factors(
         )
     if "mid" in parts:
         down = _without_tucker_core(name, down, parts["mid"])
-    # Some programs store the factors of a 1x1 convolution flat on one side.
-    if down.ndim == 4 and up.ndim == 2:
-        up = up[:, :, None, None]
+    # Some programs store the factors of a convolution flat on one side.
+    if down.ndim in (3, 4) and up.ndim == 2:
+        up = up.view(*up.shape, *[1] * (down.ndim - 2))
     rank = down.shape[0]
     alpha = float(parts["alpha"]) if "alpha" in parts else alpha_of(name, rank)
     # LyCORIS reads alpha 0 as "no scaling".
@@ -194,7 +201,7 @@ def _factors(
     if not math.isfinite(alpha):
         raise AdapterFormatError(f"{name}: its alpha is {alpha}, not a number")
     try:
-        return LayerWeights(down, up, None, alpha)
+        return LayerWeights(down, up, None, alpha, kind=kind)
     except ValueError as error:
         raise AdapterFormatError(f"{name}: {error}") from error
 
@@ -251,16 +258,24 @@ def fit_to_model(
         raise AdapterFormatError(f"the model has no module for {listing(missing)}")
     fitted = {name: _as_module(layer, shapes[name]) for name, layer in layers.items()}
     if wrong := [
-        f"{name} {layer.weight_shape} on {tuple(shapes[name])}"
+        f"{name} {layer.stored_shape} on {tuple(shapes[name])}"
         for name, layer in fitted.items()
-        if layer.weight_shape != tuple(shapes[name])
+        if layer.stored_shape != tuple(shapes[name])
     ]:
         raise AdapterFormatError(f"the adapter was made for another model: {listing(wrong)}")
     return fitted
 
 
+def _as_stored(layer: LayerWeights, kind: LayerKind | None) -> LayerWeights:
+    """The layer of a Conv1D, which no key tells from a Linear's."""
+    is_open = layer.kind == "plain" and layer.down.ndim == 2
+    return dataclasses.replace(layer, kind=kind) if kind == "conv1d" and is_open else layer
+
+
 def _as_module(layer: LayerWeights, shape: tuple[int, ...]) -> LayerWeights:
     """Linear factors for a 1x1 convolution, or the reverse; anything else is returned as it is."""
+    if layer.kind != "plain":
+        return layer
     if layer.down.ndim == 2 and len(shape) == 4 and tuple(shape[2:]) == (1, 1):
         down, up = layer.down[:, :, None, None], layer.up[:, :, None, None]
     elif layer.down.ndim == 4 and len(shape) == 2 and layer.down.shape[2:].numel() == 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.families import FAMILIES, guess_family
-from dora_diffusion.formats.adapter.decode import decode_layers, peft_component
+from dora_diffusion.formats.adapter.decode import decode_layers, fit_to_model, peft_component
 from dora_diffusion.formats.adapter.embeddings import (
     EMBEDDINGS,
     check_tokens,
@@ -36,6 +36,7 @@ from dora_diffusion.formats.adapter.repair import ALPHA_IS_RANK, ALPHA_OF_TRAINI
 from dora_diffusion.formats.adapter.targets.encode import EncodedFile, WriteOptions
 from dora_diffusion.formats.adapter.targets.peft import PEFT_CONFIG, PEFT_FILE
 from dora_diffusion.formats.adapter.targets.registry import TARGETS
+from dora_diffusion.formats.adapter.vera import decode_vera, is_vera
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
 from dora_diffusion.formats.files.atomic import atomic_file, save_text
 from dora_diffusion.formats.files.header import PICKLED
@@ -237,6 +238,9 @@ def _read(file: Path, base: ModelWeights | None, alpha: float | None, sums: bool
     tensors, metadata = load_tensors(file)
     if any(key.startswith(PEFT_PREFIX) for key in tensors):
         raise AdapterFormatError(f"{file.name} is a PEFT file without its {PEFT_CONFIG}")
+    if is_vera(metadata):
+        with naming(file):
+            return _read_vera(tensors, metadata, base, alpha)
     beside: dict[str, LayerWeights] = {}
     with naming(file):
         tokens = take_tokens(tensors, metadata)
@@ -249,6 +253,20 @@ def _read(file: Path, base: ModelWeights | None, alpha: float | None, sums: bool
     if tokens:
         parsed = dataclasses.replace(parsed, trigger=parsed.trigger or " ".join(tokens))
     return AdapterFile(layers, parsed, tuple(notes), beside, tokens)
+
+
+def _read_vera(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    base: ModelWeights | None,
+    alpha: float | None,
+) -> AdapterFile:
+    if alpha is not None:
+        raise AdapterFormatError("its alpha was not lost: a VeRA has none; give none")
+    layers, note = decode_vera(tensors, metadata)
+    if base is not None:
+        layers = fit_to_model(layers, module_shapes(base))
+    return AdapterFile(layers, parse_metadata(metadata), (note,))
 
 
 def _read_peft_folders(path: Path, base: ModelWeights | None, alpha: float | None) -> AdapterFile:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dora_diffusion.formats.adapter.keys import AdapterFormatError
 from dora_diffusion.formats.adapter.peft_folder import peft_folders
 from dora_diffusion.formats.adapter.targets.peft import DIFFUSERS_FILE
+from dora_diffusion.formats.adapter.vera import VERA_FILE
 from dora_diffusion.formats.files.header import PICKLED, TensorFileError
 from dora_diffusion.formats.files.stream import TensorReader
 
@@ -33,7 +34,10 @@ def find_adapter(path: str | Path) -> Path:
         return path
     if (path / "model_index.json").is_file():
         raise AdapterFormatError(f"{path} is a model, not an adapter")
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_lora_weights.bin"))
+    files = sorted(path.glob("*.safetensors"))
+    # Beside the ordinary file it holds the same.
+    files = [file for file in files if file.name != VERA_FILE] or files
+    files = files or sorted(path.glob("pytorch_lora_weights.bin"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files)
         problem = f"name one of its files: {names}" if files else "no adapter file in it"

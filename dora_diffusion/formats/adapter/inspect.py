@@ -37,6 +37,7 @@ from dora_diffusion.formats.adapter.metadata import (
 )
 from dora_diffusion.formats.adapter.report import AdapterReport
 from dora_diffusion.formats.adapter.targets.peft import PEFT_FILE
+from dora_diffusion.formats.adapter.vera import is_vera
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
 from dora_diffusion.formats.files.header import Header, TensorFileError, read_header
 from dora_diffusion.formats.names.kohya import name_resolver
@@ -75,13 +76,12 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
         key_format=key_format,
         metadata=metadata,
         layers=dict(Counter(name.split(".")[0] for name in layers)),
-        kinds=dict(Counter(_kind_of_shape(layer.weight_shape) for layer in layers.values())),
+        kinds=dict(Counter(layer.kind_and_size for layer in layers.values())),
         method=_method(layers),
         norm_axis=axis,
         rank=describe({name: layer.rank for name, layer in layers.items()}),
         alpha=metadata.extra.get(TRAINED_ALPHA, alpha),
-        parameters=sum(_parameters(layer) for layer in layers.values())
-        + sum(tensor.numel() for tensor in adapter.tokens.values()),
+        parameters=_values(adapter, headers),
         nbytes=sum(part.stat().st_size for part in files),
         notes=(*adapter.notes, *_token_notes(adapter), *_notes(readable, axis, headers)),
         tools=verdicts(
@@ -91,6 +91,14 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
         tokens={token: len(tensor.view(-1, tensor.shape[-1]))
                 for token, tensor in adapter.tokens.items()},
     )  # fmt: skip
+
+
+def _values(adapter: AdapterFile, headers: list[Header]) -> int:
+    """Trained values: a compact file holds fewer than its layers have."""
+    if any(is_vera(header.metadata) for header in headers):
+        return sum(math.prod(spec.shape) for header in headers for spec in header.specs.values())
+    tokens = sum(tensor.numel() for tensor in adapter.tokens.values())
+    return tokens + sum(_parameters(layer) for layer in adapter.layers.values())
 
 
 def _read(path: Path, base: ModelWeights | None) -> tuple[AdapterFile, str]:
@@ -184,7 +192,8 @@ def _weight_shape(header: Header, key: str) -> tuple[int, ...]:
 
 
 def _kind_of_shape(shape: tuple[int, ...]) -> str:
-    return "Linear" if len(shape) == 2 else f"Conv2d {shape[2]}x{shape[3]}"
+    size = "x".join(map(str, shape[2:]))
+    return f"Conv{len(shape) - 2}d {size}" if size else "Linear"
 
 
 def _is_as_programs_read_it(

@@ -1,6 +1,7 @@
 """Tensor names of adapter files: which layer a key belongs to, and which part of it.
 
-Read here: PEFT (``base_model.model.<module>.lora_A.weight``), diffusers old and new
+Read here: PEFT (``base_model.model.<module>.lora_A.weight``, of an Embedding
+``<module>.lora_embedding_A``), diffusers old and new
 (``unet.<module>.lora_A.weight``, ``.lora.down.weight``, ``processor.to_q_lora.down.weight``,
 ``text_encoder.<module>.lora_linear_layer.down.weight``), kohya and LyCORIS
 (``lora_unet_<module>.lora_down.weight``), OneTrainer's (original blocks with dots, bare or behind
@@ -48,6 +49,7 @@ _KOHYA_PARTS: dict[str, Part] = {
 _DOTTED = re.compile(
     r"(?P<module>.+?)"
     r"(?:\.lora_(?P<ab>A|B)(?:\.[\w-]+)?\.weight"
+    r"|\.lora_embedding_(?P<embedding>A|B)(?:\.[\w-]+)?"
     r"|\.(?:lora|lora_linear_layer)\.(?P<updown>down|up)\.weight"
     r"|\.lora_(?P<kohya>down|up|mid)\.weight"
     r"|_lora\.(?P<processor>down|up)\.weight"
@@ -71,6 +73,11 @@ def is_kohya_key(key: str) -> bool:
 def is_ai_toolkit_key(key: str) -> bool:
     """Whether a key is a magnitude of ai-toolkit's DoRA."""
     return key.endswith(".magnitude")
+
+
+def is_embedding_key(key: str) -> bool:
+    """Whether a key is a factor of an Embedding, as PEFT names it."""
+    return ".lora_embedding_" in key
 
 
 def parse_key(key: str, resolve: Resolve, component: str | None = None) -> tuple[str, Part] | None:
@@ -115,7 +122,9 @@ def _parse_kohya_key(key: str, resolve: Resolve) -> tuple[str, Part] | None:
 def _part(match: re.Match[str]) -> Part:
     if match["magnitude"] is not None:
         return "magnitude"
-    side = match["ab"] or match["updown"] or match["kohya"] or match["processor"]
+    side = (
+        match["ab"] or match["embedding"] or match["updown"] or match["kohya"] or match["processor"]
+    )
     return _FACTORS[side] if side else _KOHYA_PARTS[match["other"]]
 
 

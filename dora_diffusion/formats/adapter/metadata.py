@@ -22,7 +22,7 @@ FORMAT_VERSION = "1"
 OWN = "dora_diffusion."
 _FACTS = ("family", "base_model", "trigger", "resolution", "format_version")
 # Facts about the layers, recomputed at every write.
-_COMPUTED = ("rank", "alpha", "norm_axis", "target", "component")
+_COMPUTED = ("rank", "alpha", "norm_axis", "target", "component", "projections", "shapes")
 TRAINED_ALPHA = "trained_alpha"
 UNET_LAYERS = "unet_layers_per_block"
 # Of a file that stands in for something: what for ("DoRA", "LoRA", "tuned model", "sum of the

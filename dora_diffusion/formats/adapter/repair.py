@@ -98,9 +98,9 @@ def move_to_second_encoder(
     first, second = "text_encoder.", "text_encoder_2."
     names = [name for name in layers if name.startswith(first)]
     moved = [second + name.removeprefix(first) for name in names]
-    misfit = any(shapes.get(name) != layers[name].weight_shape for name in names)
+    misfit = any(shapes.get(name) != layers[name].stored_shape for name in names)
     fits = all(
-        shapes.get(new) == layers[old].weight_shape for old, new in zip(names, moved, strict=True)
+        shapes.get(new) == layers[old].stored_shape for old, new in zip(names, moved, strict=True)
     )
     if not names or not misfit or not fits or any(new in layers for new in moved):
         return dict(layers)

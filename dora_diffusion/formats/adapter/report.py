@@ -23,7 +23,7 @@ class AdapterReport:
             numbers; ``"other"`` if a key is not as these programs write it.
         metadata: What the file says of itself; the family is guessed from shapes if it does not.
         layers: Number of layers per component.
-        kinds: Number of layers per kind: ``"Linear"``, ``"Conv2d 1x1"``, ``"Conv2d 3x3"``.
+        kinds: Number of layers per kind: ``"Linear"``, ``"Conv2d 3x3"``, ``"Embedding"``.
         method: ``"DoRA"``, ``"LoRA"`` or ``"DoRA and LoRA"``.
         norm_axis: ``"output"``, ``"input"``, ``"mixed"``, or ``""`` for a LoRA.
         rank: The rank, or JSON per layer if they differ.

@@ -13,6 +13,7 @@ from torch import Tensor
 from dora_diffusion.families import COMPONENTS, Family
 from dora_diffusion.formats.checkpoint.entries import Entry
 from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.numerics.weights import LayerKind
 
 
 class MergeError(ValueError):
@@ -103,14 +104,24 @@ class SingleFile:
 
 
 def module_shapes(weights: ModelWeights) -> dict[str, tuple[int, ...]]:
-    """Shapes of the UNet's and text encoders' 2-D and 4-D weights by canonical module name."""
+    """Shapes of the UNet's and text encoders' weights by canonical module name; not of vectors."""
     return {
         name.removesuffix(".weight"): spec.shape
         for name, spec in weights.specs.items()
         if name.endswith(".weight")
         and name.partition(".")[0] in COMPONENTS
-        and len(spec.shape) in (2, 4)
+        and len(spec.shape) in (2, 3, 4)
     }
+
+
+def kinds_of(weights: ModelWeights) -> Mapping[str, LayerKind]:
+    """How modules store their weight, by canonical name, as live modules say it.
+
+    Models on disk do not, and need not: of their modules only Embeddings are not plain, and these
+    adapter files name as such.
+    """
+    kinds: Mapping[str, LayerKind] = getattr(weights, "kinds", {})
+    return kinds
 
 
 def module_weight(weights: ModelWeights, name: str) -> Tensor:

@@ -102,7 +102,8 @@ def component_of(path: str) -> str | None:
     top = path.split(".")[0]
     if top in _UNET_STARTS | _SGM_STARTS:
         return "unet"
-    return "text_encoder" if top in ("text_model", "encoder", "text_projection") else None
+    text = ("text_model", "encoder", "embeddings", "text_projection")
+    return "text_encoder" if top in text else None
 
 
 def is_sgm_path(path: str) -> bool:

@@ -7,6 +7,7 @@ Results are the page's to rounding, which tests hold in every dtype. What is sav
 * `gain`: one adapter's part in that;
 * `watch`: what that reads back from the device, without a wait;
 * `autograd`: a layer's output and gradients, from fewer kept activations and fewer passes;
+* `traced`: the same where `torch.compile` takes the layer apart;
 * `operation`, `product`: gradients, and products on a CPU;
 * `source`: inputs that are recomputed instead of kept.
 
@@ -23,8 +24,10 @@ from dora_diffusion.numerics import dora as page
 from dora_diffusion.numerics.fast.autograd import dora
 from dora_diffusion.numerics.fast.gain import Gain, PlanInputs, WeightStatistics
 from dora_diffusion.numerics.fast.norms import factored_norm
+from dora_diffusion.numerics.fast.operation import serves
 from dora_diffusion.numerics.fast.plan import make_gains
 from dora_diffusion.numerics.fast.source import Recomputation, Source
+from dora_diffusion.numerics.fast.traced import traced_dora
 from dora_diffusion.numerics.fast.watch import Watch
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -39,6 +42,8 @@ __all__ = [
     "adapted_norm",
     "dora",
     "make_gains",
+    "serves",
+    "traced_dora",
 ]
 
 _VARIABLE = "DORA_DIFFUSION_FAST"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dora_diffusion.numerics.dora import squared_norm
 from dora_diffusion.numerics.fast.norms import checksum
+from dora_diffusion.numerics.fast.reentrant import in_backward, own_factors
 from dora_diffusion.numerics.precision import full_precision
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
@@ -85,6 +86,7 @@ class Gain(NamedTuple):
         axis: Norm axis.
         prepared: What all layers of the plan compute with.
         number: The layer's place there.
+        made: Its own part of that, by dtype, as far as it was made.
     """
 
     norm: Tensor
@@ -93,10 +95,16 @@ class Gain(NamedTuple):
     axis: NormAxis
     prepared: Prepared
     number: int
+    made: dict[torch.dtype, Factors]
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """What the layer computes with; made for all layers of the plan at the first call."""
-        return self.prepared.factors(dtype)[self.number]
+        if dtype not in self.made:
+            self.prepared.make(dtype)
+        factors = self.made[dtype]
+        if torch.compiler.is_compiling():
+            return factors
+        return self.prepared.in_this_pass(self.number, factors)
 
     def direction(self) -> LayerWeights:
         """The adapter as it was when the plan was made, float32, without its magnitude."""
@@ -104,14 +112,27 @@ class Gain(NamedTuple):
 
 
 class Prepared:
-    """The factors of a plan's layers, by dtype, each made when it is first asked for."""
+    """The factors of a plan's layers, by dtype, each made when it is first asked for.
+
+    Attributes:
+        plan: Of the layers.
+        made: Of each layer, in the plan's order: its factors by dtype.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._made: dict[torch.dtype, list[Factors]] = {}
+        self.made: list[dict[torch.dtype, Factors]] = [{} for _ in plan.layers]
+        self._without_gradients: set[int] = set()
 
-    def factors(self, dtype: torch.dtype) -> list[Factors]:
-        """Of all layers, in the plan's order."""
-        if dtype not in self._made:
-            self._made[dtype] = self.plan.factors(dtype)
-        return self._made[dtype]
+    def make(self, dtype: torch.dtype) -> None:
+        """Make those of a dtype, for all layers."""
+        for made, factors in zip(self.made, self.plan.factors(dtype), strict=True):
+            made[dtype] = factors
+
+    def in_this_pass(self, number: int, factors: Factors) -> Factors:
+        """A layer's factors; of its own, where reentrant checkpointing recomputes the layer."""
+        if not torch.is_grad_enabled():
+            self._without_gradients.add(number)
+        elif number in self._without_gradients and in_backward():
+            return own_factors(self.plan, number, factors)
+        return factors

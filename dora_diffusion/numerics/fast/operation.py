@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.numerics.fast.product import matrix_product
-from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation, Operation
+from dora_diffusion.numerics.operation import ConvOperation, LinearOperation, Operation
 
 aten = torch.ops.aten
 
@@ -52,10 +52,18 @@ class FastOperation(Operation, Protocol):
         """Take some channels of an activation."""
 
 
+def serves(op: Operation) -> bool:
+    """Whether there are gradients for it: it is a Linear, or a Conv2d with one group."""
+    if isinstance(op, ConvOperation):
+        return op.groups == 1 and len(op.stride) == 2
+    return isinstance(op, LinearOperation)
+
+
 @lru_cache
 def with_gradients(op: Operation) -> FastOperation:
     """A Linear or Conv2d with its gradients."""
-    if isinstance(op, Conv2dOperation):
+    assert serves(op)
+    if isinstance(op, ConvOperation):
         return FastConv2d(op.stride, op.padding, op.dilation)
     return _LINEAR
 
@@ -103,7 +111,7 @@ class FastLinear(LinearOperation):
         return activation[..., channels]
 
 
-class FastConv2d(Conv2dOperation):
+class FastConv2d(ConvOperation):
     """``x (N, in, H, W)`` -> ``(N, out, H', W')``, zero padding, one group."""
 
     @property

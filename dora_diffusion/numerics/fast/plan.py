@@ -119,6 +119,10 @@ class Plan:
         """Each layer's part of a vector over all channels."""
         return torch.split(joined, self.sizes)
 
+    def part(self, joined: Tensor, number: int) -> Tensor:
+        """One layer's part of a vector over all channels."""
+        return self._vectors(joined)[number]
+
     @torch.no_grad()
     def gains(self, watch: Watch | None) -> list[Gain]:
         """Norms and gains; those of flagged layers in a way of their own."""
@@ -132,9 +136,10 @@ class Plan:
             if not layer.keep_output and layer.weights.norm_axis == "output":
                 self.small[number] = torch.arange(self.sizes[number], device=self.down.device)
         prepared = Prepared(self)
+        axes = [layer.weights.norm_axis for layer in self.layers]
         return [
-            Gain(norms[i], gains[i], self.small.get(i), layer.weights.norm_axis, prepared, i)
-            for i, layer in enumerate(self.layers)
+            Gain(norms[i], gains[i], self.small.get(i), axis, prepared, i, prepared.made[i])
+            for i, axis in enumerate(axes)
         ]
 
     def _norms(self, margin: float) -> Tensor:
@@ -268,8 +273,8 @@ class Plan:
 class _Prepare(torch.autograd.Function):
     """All A, B and m of a plan to the factors of its layers.
 
-    Nothing is saved that a backward pass frees: with gradient accumulation there are several, and
-    reentrant checkpointing makes one for each block, in which the others' gradients are None.
+    Nothing is saved that a backward pass frees: with gradient accumulation there are several.
+    Layers that were not called have no gradients.
     """
 
     @staticmethod

@@ -135,7 +135,7 @@ def test_the_plan_says_what_will_not_fit_and_what_to_change(
     settings = {"mixed_precision": "bf16", "gradient_checkpointing": True}
     needed = needed_memory("sdxl", 1024, settings, Device("cuda", "a card", 1.0))
     assert needed is not None
-    fits, short = said(needed + 1, **half), said(needed - 1, **half)
+    fits, short = said(needed + 1, **half), said(needed - 0.5, **half)
     assert "will not fit" not in fits
     assert "Memory is from runs at full size" in fits
     assert f"{needed:.1f} GiB, {needed + 1:.1f} GiB free" in fits

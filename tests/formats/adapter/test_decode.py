@@ -127,7 +127,9 @@ MODULES = ("attn1.to_q", "attn2.to_kv")
 
 
 SHAPE = st.one_of(
-    st.sampled_from([(2, 8), (6, 2), (6, 1), (1, 8), (6,), (8,), (), (0, 8), (6, 0), (2, 8, 1, 1)]),
+    st.sampled_from(
+        [(2, 8), (6, 2), (6, 1), (1, 8), (6,), (8,), (), (0, 8), (6, 0), (2, 8, 1, 1), (2, 8, 3)]
+    ),
     st.lists(st.sampled_from([0, 1, 2, 3, 6, 8]), max_size=5).map(tuple),
 )
 
@@ -144,6 +146,7 @@ TENSOR = st.builds(
 PARTS = (
     "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "magnitude",
     "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_magnitude_vector.weight",
+    "lora_embedding_A", "lora_embedding_B",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.fast.autograd import dora
 from dora_diffusion.numerics.fast.gain import PlanInputs, WeightStatistics
 from dora_diffusion.numerics.fast.plan import make_gains
-from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
+from dora_diffusion.numerics.operation import ConvOperation, LinearOperation
 from dora_diffusion.numerics.weights import LayerWeights
 
 AXES = ("output", "input")
@@ -21,20 +21,20 @@ CASES = {
     "conv 3x3": (
         (6, 5, 3, 3),
         (2, 5, 9, 8),
-        Conv2dOperation(padding=(1, 1)),
+        ConvOperation(padding=(1, 1)),
         lambda x, w, b=None: F.conv2d(x, w, b, padding=1),
     ),
-    "conv 1x1": ((6, 10, 1, 1), (2, 10, 4, 5), Conv2dOperation(), F.conv2d),
+    "conv 1x1": ((6, 10, 1, 1), (2, 10, 4, 5), ConvOperation(), F.conv2d),
     "conv strided": (
         (8, 4, 3, 3),
         (2, 4, 9, 7),
-        Conv2dOperation(stride=(2, 2), padding=(1, 1)),
+        ConvOperation(stride=(2, 2), padding=(1, 1)),
         lambda x, w, b=None: F.conv2d(x, w, b, stride=2, padding=1),
     ),
     "conv dilated": (
         (4, 6, 3, 3),
         (1, 6, 10, 10),
-        Conv2dOperation(padding=(2, 2), dilation=(2, 2)),
+        ConvOperation(padding=(2, 2), dilation=(2, 2)),
         lambda x, w, b=None: F.conv2d(x, w, b, padding=2, dilation=2),
     ),
 }

@@ -12,7 +12,7 @@ import torch
 from dora_diffusion.numerics import fast
 from dora_diffusion.numerics.dora import adapted_norm, dora_forward, weight_norm
 from dora_diffusion.numerics.fast import PlanInputs, WeightStatistics, make_gains
-from dora_diffusion.numerics.operation import Conv2dOperation, LinearOperation
+from dora_diffusion.numerics.operation import ConvOperation, LinearOperation
 from dora_diffusion.numerics.weights import LayerWeights
 
 AXES = ("output", "input")
@@ -21,14 +21,14 @@ KINDS = {
     "linear": ((40, 24), (3, 9, 24), LinearOperation()),
     "linear square": ((24, 24), (2, 24), LinearOperation()),
     "linear, one row": ((17, 24), (24,), LinearOperation()),
-    "conv 1x1": ((40, 24, 1, 1), (2, 24, 5, 4), Conv2dOperation()),
-    "conv 1x1 strided": ((12, 24, 1, 1), (2, 24, 5, 4), Conv2dOperation(stride=(2, 2))),
-    "conv 3x3": ((20, 36, 3, 3), (2, 36, 9, 8), Conv2dOperation(padding=(1, 1))),
-    "conv 3x3 unpadded": ((20, 36, 3, 3), (2, 36, 9, 8), Conv2dOperation()),
-    "conv 3x3, one pixel": ((20, 36, 3, 3), (1, 36, 1, 1), Conv2dOperation(padding=(1, 1))),
-    "conv 3x3 strided": ((20, 8, 3, 3), (2, 8, 9, 7), Conv2dOperation((2, 2), (1, 1))),
-    "conv 3x3 dilated": ((20, 36, 3, 3), (1, 36, 9, 9), Conv2dOperation((1, 1), (2, 2), (2, 2))),
-    "conv 3x2": ((8, 12, 3, 2), (2, 12, 11, 9), Conv2dOperation((2, 1), (1, 2), (1, 2))),
+    "conv 1x1": ((40, 24, 1, 1), (2, 24, 5, 4), ConvOperation()),
+    "conv 1x1 strided": ((12, 24, 1, 1), (2, 24, 5, 4), ConvOperation(stride=(2, 2))),
+    "conv 3x3": ((20, 36, 3, 3), (2, 36, 9, 8), ConvOperation(padding=(1, 1))),
+    "conv 3x3 unpadded": ((20, 36, 3, 3), (2, 36, 9, 8), ConvOperation()),
+    "conv 3x3, one pixel": ((20, 36, 3, 3), (1, 36, 1, 1), ConvOperation(padding=(1, 1))),
+    "conv 3x3 strided": ((20, 8, 3, 3), (2, 8, 9, 7), ConvOperation((2, 2), (1, 1))),
+    "conv 3x3 dilated": ((20, 36, 3, 3), (1, 36, 9, 9), ConvOperation((1, 1), (2, 2), (2, 2))),
+    "conv 3x2": ((8, 12, 3, 2), (2, 12, 11, 9), ConvOperation((2, 1), (1, 2), (1, 2))),
 }
 # dtype -> largest difference of an output or gradient, as a share of its largest number: for 16
 # bits, a few roundings of activations.

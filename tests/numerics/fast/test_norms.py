@@ -28,7 +28,7 @@ def make(shape, rank=3, seed=0):
     return [torch.randn(size, generator=g, dtype=torch.float64) for size in sizes]
 
 
-@example(out=17, fan_in=1, rank=5, kernel=None, axis="output", seed=2)
+@example(out=17, fan_in=1, rank=5, kernel=None, axis="output", seed=2, transposed=False)
 @given(
     out=st.integers(1, 20),
     fan_in=st.integers(1, 20),
@@ -36,13 +36,17 @@ def make(shape, rank=3, seed=0):
     kernel=st.sampled_from([None, 1, 3]),
     axis=st.sampled_from(AXES),
     seed=st.integers(0, 1000),
+    transposed=st.booleans(),
 )
-def test_factored_norm_equals_the_dense_norm(out, fan_in, rank, kernel, axis, seed):
+def test_factored_norm_equals_the_dense_norm(out, fan_in, rank, kernel, axis, seed, transposed):
     shape = (out, fan_in) if kernel is None else (out, fan_in, kernel, kernel)
     weight, down, up = make(shape, rank, seed)
     delta = 0.8 * (up.flatten(1) @ down.flatten(1)).view_as(weight)
     expected = dense_norm(weight + delta, axis).flatten()
-    actual = factored_norm(weight.float(), down.float(), up.float(), 0.8, axis)
+    weight = weight.float()
+    if kernel is None and transposed:
+        weight = weight.t().contiguous().t()
+    actual = factored_norm(weight, down.float(), up.float(), 0.8, axis)
     torch.testing.assert_close(actual.double(), expected, rtol=2e-5, atol=1e-6)
 
 

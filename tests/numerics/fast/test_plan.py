@@ -32,7 +32,7 @@ def inputs_of(weight, down, up, scale, axis, magnitude=None, statistics=None):
 def layers(draw):
     """A layer whose ranks or whose weight and update may cancel, in float32, with its scale."""
     axis, rank = draw(st.sampled_from(AXES)), draw(st.integers(1, 6))
-    kernel = draw(st.sampled_from([(), (1, 1), (3, 3)]))
+    kernel = draw(st.sampled_from([(), (1, 1), (3, 3), (3,)]))
     shape = (draw(st.integers(1, 20)), draw(st.integers(1, 20)), *kernel)
     g = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     sizes = (shape, (rank, *shape[1:]), (shape[0], rank, *[1] * len(kernel)))
@@ -43,7 +43,10 @@ def layers(draw):
     if draw(st.booleans()):
         delta = (up.flatten(1) @ down.flatten(1)).view_as(weight)
         weight = draw(st.sampled_from([1e-3, 0.1, 1.0])) * weight - scale * delta
-    return weight.float(), down.float(), up.float(), scale, axis
+    weight = weight.float()
+    if not kernel and draw(st.booleans()):
+        weight = weight.t().contiguous().t()  # as an Embedding and a Conv1D store it
+    return weight, down.float(), up.float(), scale, axis
 
 
 @given(st.lists(layers(), min_size=1, max_size=4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -76,7 +77,7 @@ class Target:
 def unit_scale(layer: LayerWeights) -> LayerWeights:
     """The layer with its scale multiplied into ``up``, so that alpha = rank."""
     up = layer.up if layer.scale == 1.0 else (layer.up.float() * layer.scale).to(layer.up.dtype)
-    return LayerWeights(layer.down, up, layer.magnitude, float(layer.rank), layer.norm_axis)
+    return dataclasses.replace(layer, up=up, alpha=float(layer.rank))
 
 
 def factors(layer: LayerWeights, options: WriteOptions) -> tuple[Tensor, Tensor]:

@@ -35,12 +35,28 @@ def encode_kohya(
     layers: Layers, metadata: AdapterMetadata, options: WriteOptions
 ) -> dict[str, EncodedFile]:
     """kohya/LyCORIS names, ``alpha``, and the standard ``dora_scale``, which holds both axes."""
+    check_kohya(layers)
     names = kohya_names(layers, metadata, options)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= _kohya_tensors(names[name], _for_web_uis(layer), options)
     fields = kohya_metadata(layers, metadata, options, "kohya")
     return {KOHYA_FILE: EncodedFile(tensors, with_hash(fields, tensors))}
+
+
+def check_kohya(layers: Layers) -> None:
+    """Refuse what no program reads from a file with kohya's names.
+
+    Raises:
+        AdapterFormatError: With the reason, and what to write instead.
+    """
+    for name, layer in layers.items():
+        if layer.kind != "plain":
+            raise AdapterFormatError(
+                f"kohya's key format has no key for {name}, of kind {layer.layer_name}: programs "
+                "that read it adapt Linear layers and convolutions. Write diffusers or peft (which "
+                "hold magnitudes on the output axis), or export a merged checkpoint"
+            )
 
 
 def with_hash(fields: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:

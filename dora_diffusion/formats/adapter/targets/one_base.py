@@ -13,6 +13,7 @@ from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.adapter.targets.encode import EncodedFile, Layers, WriteOptions
 from dora_diffusion.formats.adapter.targets.kohya import (
     KOHYA_FILE,
+    check_kohya,
     encode_kohya,
     kohya_metadata,
     kohya_names,
@@ -46,6 +47,7 @@ def encode_comfyui(
     """
     if not needs_compensation(layers):
         return encode_kohya(layers, metadata, options)
+    check_kohya(layers)
     base = _base(options, "comfyui")
     changed = {
         name: _compensated(module_weight(base, name), layer) for name, layer in layers.items()
@@ -74,6 +76,7 @@ def encode_dense(
     layers: Layers, metadata: AdapterMetadata, options: WriteOptions
 ) -> dict[str, EncodedFile]:
     """Full differences ``W' - W`` under kohya names: large, and exact on either axis."""
+    check_kohya(layers)
     base = _base(options, "dense")
     names = kohya_names(layers, metadata, options)
     dtype = options.dtype or torch.float32

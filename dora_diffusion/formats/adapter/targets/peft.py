@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -41,7 +42,7 @@ def encode_diffusers(
     reason layers of one component share a rank (zeros change nothing): older versions scale all
     by one layer's rank.
     """
-    _check_peft_can_hold(layers, "diffusers")
+    check_diffusers(layers)
     ranks = _largest_ranks(layers)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -56,7 +57,7 @@ def encode_peft(
     layers: Layers, metadata: AdapterMetadata, options: WriteOptions
 ) -> dict[str, EncodedFile]:
     """A folder per component, each for ``PeftModel.from_pretrained(component, folder)``."""
-    _check_peft_can_hold(layers, "peft")
+    check_peft(layers)
     files: dict[str, EncodedFile] = {}
     components: dict[str, dict[str, LayerWeights]] = {}
     for name, layer in layers.items():
@@ -97,10 +98,36 @@ def _peft_config(layers: Layers, metadata: AdapterMetadata) -> dict[str, object]
         "use_rslora": False,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(layer.kind == "conv1d" for layer in layers.values()),
         "init_lora_weights": True,
         "modules_to_save": None,
     }
+
+
+def check_peft(layers: Layers) -> None:
+    """Refuse what PEFT has no key for.
+
+    Raises:
+        AdapterFormatError: With the reason, and what to write instead.
+    """
+    _check_peft_can_hold(layers, "peft")
+
+
+def check_diffusers(layers: Layers) -> None:
+    """Refuse what Diffusers cannot load.
+
+    Raises:
+        AdapterFormatError: With the reason, and what to write instead.
+    """
+    _check_peft_can_hold(layers, "diffusers")
+    others = {split_component(n)[0] for n, layer in layers.items() if layer.kind != "embedding"}
+    for name, layer in layers.items():
+        if layer.kind == "embedding" and split_component(name)[0] not in others:
+            raise AdapterFormatError(
+                f"the diffusers format cannot hold {name} alone: Diffusers does not take the keys "
+                "of an Embedding for an adapter's unless another layer of its component is adapted "
+                "too. Adapt one, write the peft format, or export a merged checkpoint"
+            )
 
 
 def _check_peft_can_hold(layers: Layers, target: str) -> None:
@@ -112,6 +139,12 @@ def _check_peft_can_hold(layers: Layers, target: str) -> None:
                 "axis, and PEFT and diffusers only know one magnitude per output. Write the kohya "
                 "format, export a merged checkpoint (exact everywhere), or convert to a plain LoRA "
                 "(lora-diffusers, an approximation)"
+            )
+        if layer.groups > 1:
+            raise AdapterFormatError(
+                f"the {target} format cannot hold {name}: of a convolution with groups, PEFT's A "
+                "sees the inputs of all groups, which fits no such weight. Write the kohya format, "
+                "or export a merged checkpoint"
             )
         kinds.setdefault(split_component(name)[0], set()).add(layer.magnitude is not None)
     if mixed := [component for component, kind in kinds.items() if len(kind) == 2]:
@@ -135,16 +168,21 @@ def _padded(layer: LayerWeights, rank: int) -> LayerWeights:
         return layer
     down = pad(layer.down, (0, 0) * (layer.down.ndim - 1) + (0, extra))
     up = pad(layer.up, (0, 0) * (layer.up.ndim - 2) + (0, extra))
-    return LayerWeights(down, up, layer.magnitude, float(rank), layer.norm_axis)
+    return dataclasses.replace(layer, down=down, up=up, alpha=float(rank))
 
 
 def _peft_tensors(
     prefix: str, layer: LayerWeights, options: WriteOptions, magnitude_suffix: str
 ) -> dict[str, Tensor]:
     down, up = factors(layer, options)
-    tensors = {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}
+    if layer.kind == "embedding":
+        # Parameters, where other layers have modules: without `.weight`.
+        tensors = {f"{prefix}.lora_embedding_A": down, f"{prefix}.lora_embedding_B": up}
+    else:
+        tensors = {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}
     if layer.magnitude is not None:
-        shape = (1, -1, 1, 1) if layer.down.ndim == 4 else (-1,)
+        ones = [1] * (layer.down.ndim - 2)
+        shape = (1, -1, *ones) if ones else (-1,)
         magnitude = layer.magnitude.float().reshape(shape)
         tensors[f"{prefix}.lora_magnitude_vector{magnitude_suffix}"] = magnitude
     return tensors

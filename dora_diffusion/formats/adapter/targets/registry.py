@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dora_diffusion.formats.adapter.targets.encode import Target
-from dora_diffusion.formats.adapter.targets.kohya import KOHYA_FILE, encode_kohya
+from dora_diffusion.formats.adapter.targets.encode import Layers, Target
+from dora_diffusion.formats.adapter.targets.kohya import KOHYA_FILE, check_kohya, encode_kohya
 from dora_diffusion.formats.adapter.targets.one_base import encode_comfyui, encode_dense
 from dora_diffusion.formats.adapter.targets.peft import (
     DIFFUSERS_FILE,
+    check_diffusers,
+    check_peft,
     encode_diffusers,
     encode_peft,
 )
@@ -23,3 +25,13 @@ TARGETS: Mapping[str, Target] = {
         Target("dense", encode_dense, "adapter_dense.safetensors"),
     )
 }
+
+
+def check_target(layers: Layers, target: str) -> None:
+    """Refuse layers that a target cannot hold, before anything is trained or computed.
+
+    Raises:
+        AdapterFormatError: With the reason, and what to write instead.
+    """
+    checks = {"diffusers": check_diffusers, "peft": check_peft}
+    checks.get(target, check_kohya)(layers)

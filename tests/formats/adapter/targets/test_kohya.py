@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, safe_open
 
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
     AdapterMetadata,
+    read_adapter,
     write_adapter,
 )
-from dora_diffusion.numerics.weights import NormAxis
+from dora_diffusion.merge import Strengths, merge_tensor
+from dora_diffusion.numerics.dora import weight_norm
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 from tests.formats.adapter.targets.helpers import (
     MakeAdapter,
     assert_close_to_merge,
@@ -127,3 +131,54 @@ def test_a_kohya_file_needs_its_family(
     layers = random_adapter(sd1_folder, every=9)
     with pytest.raises(AdapterFormatError, match="family is unknown"):
         write_adapter(tmp_path, AdapterFile(layers), "kohya")
+
+
+@pytest.mark.parametrize("axis", ["output", "input", None])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        torch.nn.Conv2d(8, 12, 3, padding=1, groups=4),
+        torch.nn.Conv2d(8, 8, 3, stride=2, groups=8),
+        torch.nn.Conv1d(8, 6, 3, padding=1),
+        torch.nn.Conv1d(8, 6, 2, groups=2),
+    ],
+    ids=["grouped", "depthwise", "1d", "1d grouped"],
+)
+def test_lycoris_merges_groups_and_one_dimension(
+    tmp_path: Path, layer: torch.nn.Module, axis: NormAxis | None, random_layer: Any
+) -> None:
+    """Its `B A` has the weight's shape, `(out, in / groups, *k)`, and so have ours."""
+    from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
+
+    weights = random_layer(layer.weight.detach(), torch.Generator().manual_seed(0), axis=axis)
+    expected = merge_tensor(layer.weight.detach(), [(weights, Strengths())])
+    unet = torch.nn.ModuleDict({"conv_in": layer})
+    adapter = AdapterFile({"unet.conv_in": weights}, AdapterMetadata(family="sd1"))
+    file = write_adapter(tmp_path / "a.safetensors", adapter, "kohya")
+    before = layer.weight.detach().clone()
+    LycorisNetwork.LORA_PREFIX = "lora_unet"
+    try:
+        with lycoris_axis(axis or "output"):
+            network, _ = create_lycoris_from_weights(1.0, str(file), unet)
+        network.merge_to(1.0)
+    finally:
+        LycorisNetwork.LORA_PREFIX = "lycoris"
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-5, atol=1e-6)
+    layer.weight.data = before
+    read = read_adapter(file).layers["unet.conv_in"]
+    assert (read.kind_and_size, read.norm_axis) == (weights.kind_and_size, axis or "output")
+    torch.testing.assert_close(merge_tensor(before, [(read, Strengths())]), expected)
+
+
+@pytest.mark.parametrize("target", ["kohya", "comfyui", "dense"])
+@pytest.mark.parametrize(("kind", "name"), [("embedding", "Embedding"), ("conv1d", "Conv1D")])
+def test_kinds_that_no_reader_of_kohya_files_knows_are_refused(
+    tmp_path: Path, target: str, kind: Any, name: str
+) -> None:
+    weight = torch.ones(5, 3)
+    layer = LayerWeights(
+        torch.ones(2, 3), torch.ones(5, 2), weight_norm(weight, "output"), kind=kind
+    )
+    adapter = AdapterFile({"text_encoder.text_model.table": layer}, AdapterMetadata(family="sd1"))
+    with pytest.raises(AdapterFormatError, match=f"no key for .*table, of kind {name}: .*peft"):
+        write_adapter(tmp_path / "a.safetensors", adapter, target)

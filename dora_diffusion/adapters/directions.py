@@ -1,0 +1,138 @@
+"""Adapters whose A and B are made from other tensors that train: how they start, and are made.
+
+A `LayerAdapter` trains ``down`` and ``up``. Without a direction these are A and B.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dora_diffusion.numerics.directions import moved_factors, principal_factors, scaled_rows
+from dora_diffusion.numerics.projections import Projections
+
+# PEFT's standard deviation of P and Q at the start.
+_SVD_DEVIATION = 0.02
+# VeRA's start of d, as in PEFT.
+_D_START = 0.1
+
+
+class Direction(nn.Module):
+    """What makes A and B of one layer from its ``down`` and ``up``; its buffers do not train."""
+
+    def start(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """``down`` and ``up`` of a fresh adapter, whose update is 0 to the last bit.
+
+        Args:
+            generator: Draws what is random. None uses the global one.
+        """
+        raise NotImplementedError
+
+    def forward(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """A ``(r, in, *k)`` and B ``(out, r, ...)``, differentiable."""
+        raise NotImplementedError
+
+    def used(self) -> Tensor | None:
+        """Which of the r rows of A a file needs, ``(r,)``, bool; None: all."""
+        return None
+
+
+class PrincipalDirection(Direction):
+    """PiSSA (arXiv:2404.02948): the leading part of the weight itself is what moves.
+
+    The paper trains A and B from the leading singular triplets, on the rest of the weight. Over
+    the whole weight that is the update ``B A - B0 A0`` of rank 2r. What trains are the changes of
+    A0 and B0: a fresh adapter is the base, and weight decay pulls towards it, not towards a weight
+    that lacks its leading part.
+
+    Args:
+        weight: The layer's, ``(out, in, *k)``.
+        rank: r.
+        scale: s of ``s B A``.
+    """
+
+    start_down: Tensor
+    start_up: Tensor
+
+    def __init__(self, weight: Tensor, rank: int, scale: float) -> None:
+        super().__init__()
+        down, up = principal_factors(weight, rank, scale)
+        self.register_buffer("start_down", down)
+        self.register_buffer("start_up", up)
+
+    def start(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """No change."""
+        return torch.zeros_like(self.start_down), torch.zeros_like(self.start_up)
+
+    def forward(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of rank 2r."""
+        return moved_factors(down, up, self.start_down, self.start_up)
+
+
+class ProjectedDirection(Direction):
+    """VeRA (arXiv:2310.11454): ``delta = diag(b) B diag(d) A``, where only the vectors train.
+
+    ``down`` is d, ``(r,)``, and ``up`` is b, ``(out,)``. A and B are random, frozen, and shared by
+    all layers. With a magnitude it is the DoRA paper's DVoRA.
+
+    Args:
+        projections: A and B.
+        weight: The layer's, ``(out, in, *k)``.
+    """
+
+    def __init__(self, projections: Projections, weight: Tensor) -> None:
+        super().__init__()
+        self.projections = projections
+        self.weight_shape = tuple(weight.shape)
+        self._device = weight.device
+
+    def start(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """0.1 for d, 0 for b."""
+        down = torch.full((self.projections.rank,), _D_START, device=self._device)
+        return down, torch.zeros(self.weight_shape[0], device=self._device)
+
+    def forward(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of rank r."""
+        frozen_down, frozen_up = self.projections.factors(self.weight_shape, down.device)
+        return scaled_rows(down, frozen_down), scaled_rows(up, frozen_up)
+
+
+class SingularDirection(Direction):
+    """AdaLoRA (arXiv:2303.10512): ``delta = s P diag(l) Q``, whose triplets can be switched off.
+
+    ``down`` is Q, ``(r, in, *k)``, and ``up`` is P, ``(out, r, ...)``: random at the start, where l
+    is 0. Who trains it chooses what to keep (`training.allocation`).
+
+    Attributes:
+        diagonal: l, ``(r,)``.
+
+    Args:
+        weight: The layer's, ``(out, in, *k)``.
+        rank: r.
+    """
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        self.diagonal = nn.Parameter(torch.zeros(rank, device=weight.device))
+        self.weight_shape = tuple(weight.shape)
+
+    def start(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Q and P from a normal distribution."""
+        rank, (out, *inputs) = len(self.diagonal), self.weight_shape
+        source = torch.device("cpu") if generator is None else generator.device
+        down = torch.randn(rank, *inputs, generator=generator, device=source)
+        shape = (out, rank, *[1] * (len(inputs) - 1))
+        up = torch.randn(shape, generator=generator, device=source)
+        device = self.diagonal.device
+        return (_SVD_DEVIATION * down).to(device), (_SVD_DEVIATION * up).to(device)
+
+    def forward(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """``diag(l) Q`` and P."""
+        return scaled_rows(self.diagonal, down), up
+
+    def used(self) -> Tensor:
+        """The triplets that are not switched off, at least one."""
+        kept = self.diagonal.detach() != 0
+        if not kept.any():
+            kept[0] = True
+        return kept

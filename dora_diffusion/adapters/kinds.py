@@ -1,0 +1,218 @@
+"""The kinds of layers that can carry adapters, and a module made one of them and back again.
+
+They differ in what their weight does to an input (`numerics.operation`) and in how it is stored
+(`LayerKind`); all else is `layers.AdaptedLayer`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_diffusion.adapters.layers import AdaptedLayer
+from dora_diffusion.numerics.operation import (
+    ConvOperation,
+    EmbeddingOperation,
+    LinearOperation,
+    OneHot,
+    Operation,
+)
+from dora_diffusion.numerics.weights import LayerKind, oriented
+
+_LINEAR, _EMBEDDING = LinearOperation(), EmbeddingOperation()
+
+
+class DoRALinear(AdaptedLayer, nn.Linear):
+    """``nn.Linear`` with adapters."""
+
+    def operation(self) -> Operation:
+        """A matrix product."""
+        return _LINEAR
+
+
+class _AdaptedConv(AdaptedLayer):
+    """Convolutions with adapters, in one or two dimensions, with any number of groups."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `AdaptedLayer.forward`; like PyTorch's, it takes one input without a batch."""
+        is_single = x.ndim == len(self.kernel_size) + 1
+        return super().forward(x[None])[0] if is_single else super().forward(x)
+
+    @property
+    def _pads_itself(self) -> bool:
+        return self.padding_mode == "zeros" and not isinstance(self.padding, str)
+
+    def operation(self) -> Operation:
+        """A convolution with this layer's stride, padding, dilation and groups."""
+        padding = self.padding if self._pads_itself else (0,) * len(self.kernel_size)
+        make = ConvOperation if torch.compiler.is_compiling() else _convolution
+        return make(self.stride, cast("tuple[int, ...]", padding), self.dilation, self.groups)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Pad for ``padding_mode`` other than zeros, and for ``padding="same"``."""
+        if self._pads_itself:
+            return x
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+
+
+class DoRAConv1d(_AdaptedConv, nn.Conv1d):
+    """``nn.Conv1d`` with adapters."""
+
+
+class DoRAConv2d(_AdaptedConv, nn.Conv2d):
+    """``nn.Conv2d`` with adapters."""
+
+
+class DoRAEmbedding(AdaptedLayer, nn.Embedding):
+    """``nn.Embedding`` with adapters: its table ``(num, dim)`` is the transposed weight.
+
+    Only rows that are looked up are computed. On the input axis each row has its own magnitude; on
+    the output axis, as in PEFT, each dimension has one for all rows. Dropout drops whole tokens of
+    the low-rank path, since its inputs are one-hot (PEFT has none there).
+    """
+
+    kind: LayerKind = "embedding"
+    bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `AdaptedLayer.forward`; as in PyTorch, padding has no gradient."""
+        y = super().forward(x)
+        if self.padding_idx is None or not y.requires_grad:
+            return y
+        return torch.where((x == self.padding_idx)[..., None], y.detach(), y)
+
+    def operation(self) -> Operation:
+        """Looking up."""
+        return _EMBEDDING
+
+    def prepare(self, x: Tensor) -> OneHot:
+        """Ids ``(...)`` as what they look up with."""
+        return OneHot.of(x, self.weight.dtype)
+
+
+class _AdaptedConv1D(AdaptedLayer):
+    """Transformers' ``Conv1D``, a Linear with a weight ``(in, out)``, with adapters."""
+
+    kind: LayerKind = "conv1d"
+
+    def operation(self) -> Operation:
+        """A matrix product."""
+        return _LINEAR
+
+
+_ADAPTED: dict[type[nn.Module], type[AdaptedLayer]] = {
+    nn.Linear: DoRALinear,
+    nn.Conv1d: DoRAConv1d,
+    nn.Conv2d: DoRAConv2d,
+    nn.Embedding: DoRAEmbedding,
+}
+_KINDS = "nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding and transformers' Conv1D"
+
+
+@lru_cache
+def _convolution(
+    stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int
+) -> ConvOperation:
+    """One object for all layers of a kind, since they ask at every call."""
+    return ConvOperation(stride, padding, dilation, groups)
+
+
+def _is_conv1d_of_transformers(kind: type[nn.Module]) -> bool:
+    # By name: where there is such a module, the library is imported, and elsewhere it need not be.
+    return (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def _adapted_class(kind: type[nn.Module]) -> type[AdaptedLayer] | None:
+    """What a module of exactly this class becomes; None if it cannot carry adapters."""
+    if kind not in _ADAPTED and _is_conv1d_of_transformers(kind):
+        _ADAPTED[kind] = type("DoRAConv1D", (_AdaptedConv1D, kind), {"__doc__": "With adapters."})
+    return _ADAPTED.get(kind)
+
+
+def can_adapt(module: nn.Module) -> bool:
+    """Whether the module is of exactly one of the classes that can carry adapters.
+
+    A subclass may read its weight without calling ``forward`` (as the output projection of
+    ``nn.MultiheadAttention`` does), which would leave an adapter silently unused.
+    """
+    return not obstacle(module)
+
+
+def obstacle(module: nn.Module) -> str:
+    """Its class and why it cannot carry adapters; empty if it can."""
+    if isinstance(module, AdaptedLayer):
+        return ""
+    name = type(module).__name__
+    if _adapted_class(type(module)) is None:
+        return f"{name}, and adapters are for {_KINDS}"
+    if is_wrapped(module):
+        return f"{name} whose forward another tool has wrapped"
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return f"{name} with max_norm, which changes its weight whenever it is used"
+        if module.scale_grad_by_freq:
+            return f"{name} with scale_grad_by_freq"
+    return ""
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether such a layer has a forward of its own, as Accelerate's offloading gives it.
+
+    That calls the forward of the class that the module had then, past any adapter.
+    """
+    return _adapted_class(type(module)) is not None and "forward" in vars(module)
+
+
+def layer_kind(module: nn.Module) -> LayerKind:
+    """How a module that can carry adapters stores its weight."""
+    kind = type(module) if isinstance(module, AdaptedLayer) else _adapted_class(type(module))
+    return "plain" if kind is None else kind.kind
+
+
+def layer_groups(module: nn.Module) -> int:
+    """The groups of a convolution; 1 of anything else."""
+    return cast(int, getattr(module, "groups", 1))
+
+
+def layer_matrix(module: nn.Module) -> Tensor:
+    """The weight of a module that can carry adapters, as ``(out, in, *k)``."""
+    return oriented(cast(Tensor, module.weight), layer_kind(module))
+
+
+def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
+    """Make the module a layer that can carry adapters.
+
+    Raises:
+        TypeError: If the module cannot be one, with the reason.
+    """
+    if isinstance(module, AdaptedLayer):
+        return module
+    if reason := obstacle(module):
+        raise TypeError(f"cannot adapt a {reason}")
+    module.__class__ = cast(Any, _adapted_class(type(module)))
+    layer = cast(AdaptedLayer, module)
+    layer.adapters = nn.ModuleDict()
+    layer._gain_cache = layer._statistics = layer._unmerged = None
+    layer.keep_output = keep_output
+    return layer
+
+
+def restore_base_class(layer: AdaptedLayer) -> None:
+    """Make an adapted layer the module that it was, with its present weight."""
+    for name in ("adapters", "_gain_cache", "_statistics", "_unmerged", "keep_output"):
+        delattr(layer, name)
+    plain = next(old for old, new in _ADAPTED.items() if new is type(layer))
+    layer.__class__ = cast(Any, plain)

@@ -1,0 +1,132 @@
+"""Frozen random projections that all layers share, from a seed: the same bits everywhere.
+
+VeRA (arXiv:2310.11454) trains vectors between two random matrices that no file holds. They must
+come back from their seed to the last bit, with every version of every library on every device. So
+they are drawn here by a generator that is written out (SplitMix64; Steele, Lea and Flood, OOPSLA
+2014): whole numbers modulo 2^64, each from its place alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+_STEP = 0x9E3779B97F4A7C15
+_MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_BITS = 24  # What a float32 holds exactly.
+Kernel = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """A and B of the largest layer; a smaller layer takes the first columns of A and rows of B.
+
+    Drawn from U(-b, b) with ``b = sqrt(6 / fan_in)`` (Kaiming), as the paper does.
+
+    Attributes:
+        seed: What they are drawn from.
+        rank: r.
+        outputs: Rows of B: output features of the largest layer.
+        inputs: Input features of the largest layer of each kernel size, ``(1, 1)`` for a Linear,
+            each of which has an A of its own.
+
+    Raises:
+        ValueError: If a size is not positive, or the seed negative.
+    """
+
+    seed: int
+    rank: int
+    outputs: int
+    inputs: Mapping[Kernel, int]
+
+    def __post_init__(self) -> None:
+        sizes = (self.rank, self.outputs, *self.inputs.values(), *sum(self.inputs, ()))
+        if min(sizes) < 1 or not 0 <= self.seed < 2**63 or not self.inputs:
+            raise ValueError(f"these are no sizes or no seed of projections: {self}")
+
+    @classmethod
+    def of(cls, shapes: Iterable[tuple[int, ...]], rank: int, seed: int) -> Projections:
+        """Projections for weights of these shapes ``(out, in, *k)``."""
+        shapes = list(shapes)
+        inputs: dict[Kernel, int] = {}
+        for shape in shapes:
+            kernel = kernel_of(shape)
+            inputs[kernel] = max(shape[1], inputs.get(kernel, 0))
+        return cls(seed, rank, max(shape[0] for shape in shapes), dict(sorted(inputs.items())))
+
+    def has(self, shape: tuple[int, ...]) -> bool:
+        """Whether they are large enough for a weight."""
+        return shape[0] <= self.outputs and shape[1] <= self.inputs.get(kernel_of(shape), 0)
+
+    @cached_property
+    def matrices(self) -> dict[Kernel | None, Tensor]:
+        """Each A ``(r, in, *k)`` by its kernel size, B ``(out, r)`` under None; float32, CPU."""
+        drawn: dict[Kernel | None, Tensor] = {}
+        for number, (kernel, width) in enumerate(sorted(self.inputs.items())):
+            drawn[kernel] = _kaiming(self.seed, 1 + number, (self.rank, width, *kernel))
+        drawn[None] = _kaiming(self.seed, 0, (self.outputs, self.rank))
+        return drawn
+
+    def factors(self, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """A ``(r, in, *k)`` and B ``(out, r, ...)`` of a weight, views of what all layers share."""
+        held = self._on(device)
+        down = held[kernel_of(shape)][:, : shape[1]]
+        up = held[None][: shape[0]]
+        if len(shape) == 2:
+            return down.flatten(1), up
+        return down, up.view(*up.shape, *[1] * (len(shape) - 2))
+
+    def _on(self, device: torch.device) -> dict[Kernel | None, Tensor]:
+        held = self._by_device
+        if device not in held:
+            held[device] = {kernel: drawn.to(device) for kernel, drawn in self.matrices.items()}
+        return held[device]
+
+    @cached_property
+    def _by_device(self) -> dict[torch.device, dict[Kernel | None, Tensor]]:
+        return {torch.device("cpu"): self.matrices}
+
+
+def kernel_of(shape: tuple[int, ...]) -> Kernel:
+    """The kernel size of a weight; that of a Linear is a single tap."""
+    return tuple(shape[2:]) or (1, 1)
+
+
+def _kaiming(seed: int, stream: int, shape: tuple[int, ...]) -> Tensor:
+    """U(-b, b) for a rectified layer: ``b = sqrt(6 / fan_in)``."""
+    bound = torch.tensor(math.sqrt(6 / math.prod(shape[1:])), dtype=torch.float32)
+    return uniform(seed, stream, math.prod(shape)).mul_(bound).view(shape)
+
+
+def uniform(seed: int, stream: int, count: int) -> Tensor:
+    """Numbers from U(-1, 1), ``(count,)``, float32: odd multiples of 2^-24.
+
+    Number i is the output of SplitMix64 after i + 1 steps of a state that itself is its output for
+    the seed, moved on by the stream; its upper 24 bits count.
+    """
+    start = _mixed(torch.tensor([seed], dtype=torch.int64) * _signed(_STEP) + stream)
+    states = start + torch.arange(1, count + 1, dtype=torch.int64) * _signed(_STEP)
+    bits = _shifted(_mixed(states), 64 - _BITS)
+    drawn: Tensor = (2 * bits + 1 - 2**_BITS).float() / 2**_BITS
+    return drawn
+
+
+def _mixed(state: Tensor) -> Tensor:
+    """SplitMix64's output of a state."""
+    for shift, multiplier in _MULTIPLIERS:
+        state = (state ^ _shifted(state, shift)) * _signed(multiplier)
+    return state ^ _shifted(state, 31)
+
+
+def _shifted(state: Tensor, by: int) -> Tensor:
+    """To the right without the sign, which torch's shift keeps."""
+    return (state >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number

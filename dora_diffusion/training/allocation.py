@@ -1,0 +1,142 @@
+"""Rank allocation in a run: which triplets of which layers stay, decided as it trains (AdaLoRA)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dora_diffusion.adapters.directions import SingularDirection
+from dora_diffusion.adapters.inject import layer_adapters
+from dora_diffusion.adapters.layer_adapter import LayerAdapter
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.numerics.allocation import (
+    BudgetSchedule,
+    Sensitivity,
+    kept_triplets,
+    orthogonality_gradients,
+    triplet_importance,
+)
+
+
+class RankAllocation:
+    """Switches off the triplets that matter least, over all layers of all components.
+
+    As PEFT does, it looks at weights after the optimizer's step and at that step's gradients,
+    clipped, and adds the term that keeps triplets orthogonal to these. The losses that are reported
+    are without that term.
+
+    Args:
+        adapters: Those that train; each must have a `SingularDirection`.
+        schedule: How many triplets they may have.
+        orthogonality_weight: Of the term.
+    """
+
+    def __init__(
+        self,
+        adapters: Iterable[LayerAdapter],
+        schedule: BudgetSchedule,
+        orthogonality_weight: float,
+    ) -> None:
+        self.schedule = schedule
+        self.orthogonality_weight = orthogonality_weight
+        self._adapters = list(adapters)
+        self._diagonals = [
+            cast(SingularDirection, adapter.direction).diagonal for adapter in self._adapters
+        ]
+        self._parameters: list[nn.Parameter] = [
+            *self._diagonals,
+            *(adapter.down for adapter in self._adapters),
+            *(adapter.up for adapter in self._adapters),
+        ]
+        self._sensitivity = Sensitivity.of(self._parameters)
+        self._kept: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def add_orthogonality(self, loss_scale: float = 1.0) -> None:
+        """Add the term's gradients to those of a step.
+
+        Args:
+            loss_scale: What the others are multiplied by, as fp16 needs it.
+        """
+        if not self.orthogonality_weight:
+            return
+        downs = [adapter.down for adapter in self._adapters]
+        ups = [adapter.up for adapter in self._adapters]
+        rows = [d.detach().flatten(1) for d in downs] + [u.detach().flatten(1).t() for u in ups]
+        made = orthogonality_gradients(rows, loss_scale * self.orthogonality_weight)
+        count = len(downs)
+        shaped = [grad.view_as(down) for grad, down in zip(made, downs, strict=False)]
+        shaped += [g.t().reshape(up.shape) for g, up in zip(made[count:], ups, strict=True)]
+        for parameter, grad in zip([*downs, *ups], shaped, strict=True):
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Take an optimizer step into account, while its gradients are there.
+
+        Args:
+            step: Its number, counted from 1.
+        """
+        if self._kept is None:
+            if step < self.schedule.last:
+                self._take(self._parameters)
+            if not self.schedule.chooses(step):
+                return
+            kept = kept_triplets(self.importance(), self.schedule.budget(step))
+            if step >= self.schedule.last:
+                self._kept = kept
+        else:
+            kept = self._kept
+        for diagonal, mask in zip(self._diagonals, kept, strict=True):
+            diagonal.masked_fill_(~mask, 0)
+
+    def _take(self, parameters: Sequence[nn.Parameter]) -> None:
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self._sensitivity.update([p.detach() for p in parameters], gradients)
+
+    def importance(self) -> list[Tensor]:
+        """That of each layer's triplets, ``(r,)``."""
+        scores, count = self._sensitivity.scores(), len(self._adapters)
+        parts = (scores[i * count : (i + 1) * count] for i in range(3))
+        return [triplet_importance(*layer) for layer in zip(*parts, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that steps change, on the CPU."""
+        kept = self._kept
+        return {
+            "mean": [tensor.cpu() for tensor in self._sensitivity.mean],
+            "uncertainty": [tensor.cpu() for tensor in self._sensitivity.uncertainty],
+            "kept": None if kept is None else [mask.cpu() for mask in kept],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` returned."""
+        for name in ("mean", "uncertainty"):
+            for own, saved in zip(getattr(self._sensitivity, name), state[name], strict=True):
+                own.copy_(saved)
+        kept = state["kept"]
+        device = self._diagonals[0].device
+        self._kept = None if kept is None else [mask.to(device) for mask in kept]
+
+
+def build_allocation(
+    trained: Mapping[str, nn.Module], config: TrainConfig
+) -> RankAllocation | None:
+    """The rank allocation that a run asks for, if it does."""
+    if config.is_full or config.direction != "adalora":
+        return None
+    adapters = [adapter for model in trained.values() for adapter in layer_adapters(model)]
+    start = sum(adapter.down.shape[0] for adapter in adapters)
+    target_rank = config.target_rank or max(1, round(2 * config.rank / 3))
+    assert config.max_train_steps is not None
+    schedule = BudgetSchedule(
+        start,
+        round(start * target_rank / config.rank),
+        config.max_train_steps,
+        *config.allocation_phases,
+        config.allocation_interval,
+    )
+    return RankAllocation(adapters, schedule, config.orthogonality_weight)

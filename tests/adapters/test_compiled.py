@@ -1,0 +1,317 @@
+"""Blocks under torch.compile: one graph each, the results of the uncompiled layers, few graphs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dora_diffusion.adapters.compiled import compile_blocks, require_compiler, uncompiled
+from dora_diffusion.adapters.inject import (
+    adapter_parameters,
+    disabled,
+    inject_adapters,
+    merge_adapters,
+    norm_scope,
+    set_strength,
+    unmerge_adapters,
+)
+from dora_diffusion.config import ConfigError
+from tests.adapters.helpers import AXES, everything, fast_only, move
+from tests.conftest import unet_config
+
+
+class Blocks(nn.Module):
+    """A residual block that widens and a transformer block, of a family's narrow UNet."""
+
+    def __init__(self, family: str) -> None:
+        super().__init__()
+        from diffusers import UNet2DConditionModel
+
+        unet: Any = UNet2DConditionModel(**unet_config(family))
+        block = unet.down_blocks[-2 if family == "sd1" else -1]
+        self.resnet = block.resnets[0]
+        self.transformer = block.attentions[0].transformer_blocks[0]
+        # A convolution without a bias, besides those with one.
+        self.resnet.conv2.register_parameter("bias", None)
+
+    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        x, temb, prompt = inputs
+        tokens = self.resnet(x, temb).flatten(2).mT
+        y: Tensor = self.transformer(tokens, encoder_hidden_states=prompt)
+        return y
+
+
+def inputs(model: Blocks, side: tuple[int, int] = (6, 4), seed: int = 0) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [
+        (2, model.resnet.conv1.in_channels, *side),
+        (2, model.resnet.time_emb_proj.in_features),
+        (2, 5, model.transformer.attn2.to_k.in_features),
+    ]
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+def blocks(family: str = "sd1", **adapter: Any) -> Blocks:
+    torch.manual_seed(0)
+    model = Blocks(family).requires_grad_(False)
+    inject_adapters(model, everything(**{"conv_rank": 2, **adapter}))
+    move(model)
+    return model.train()
+
+
+def compiled(model: nn.Module, backend: Any = "aot_eager") -> nn.Module:
+    """A compiled copy, in which a graph break is an error."""
+    model = copy.deepcopy(model)
+    compile_blocks(model, backend=backend, fullgraph=True)
+    return model
+
+
+def results(model: nn.Module, x: tuple[Tensor, ...], scope: bool = True) -> list[Tensor]:
+    """Output and gradients of input and adapters."""
+    x = (x[0].clone().requires_grad_(), *x[1:])
+    with norm_scope(model) if scope else nullcontext():
+        y = model(x)
+        y.float().square().mean().backward()
+    gradients = [p.grad for p in adapter_parameters(model)]
+    for parameter in adapter_parameters(model):
+        parameter.grad = None
+    return [y.detach(), x[0].grad, *gradients]
+
+
+def worst(some: list[Tensor], others: list[Tensor]) -> float:
+    return max(
+        float((a.double() - b.double()).norm() / b.double().norm())
+        for a, b in zip(some, others, strict=True)
+    )
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("sd1", "output"),
+        ("sdxl", "input"),
+        pytest.param("sd1", "input", marks=pytest.mark.slow),
+        pytest.param("sdxl", "output", marks=pytest.mark.slow),
+        pytest.param("sd1", "lora", marks=pytest.mark.slow),
+        pytest.param("sdxl", "lora", marks=pytest.mark.slow),
+    ],
+)
+def test_each_block_is_one_graph_and_computes_the_same(family: str, kind: str) -> None:
+    adapter = {"use_dora": False} if kind == "lora" else {"norm_axis": kind}
+    model = blocks(family, **adapter)
+    x = inputs(model)
+    assert worst(results(compiled(model), x), results(model, x)) < 1e-5
+
+
+# By its name it is compiled; two layers are traced in a second, where a real block takes several.
+class ResnetBlock2D(nn.Module):
+    """A convolution and a Linear, with what stands before them in a residual block."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.norm, self.act = nn.GroupNorm(2, channels), nn.SiLU()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.linear = nn.Linear(channels, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.conv(self.act(self.norm(x)))
+        return x + self.linear(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Stack(nn.Module):
+    """Blocks of two kinds, the first of them twice, with uncompiled layers around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 8, 1)
+        self.blocks = nn.Sequential(
+            ResnetBlock2D(), ResnetBlock2D(), nn.Conv2d(8, 12, 1), ResnetBlock2D(12)
+        )
+        self.checkpoints = False
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        x = self.first(inputs[0])
+        for block in self.blocks:
+            if self.checkpoints:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+def stack(targets: tuple[str, ...] = ("full",), **adapter: Any) -> Stack:
+    torch.manual_seed(0)
+    model = Stack().requires_grad_(False)
+    config = everything(**{"conv_rank": 2, **adapter})
+    inject_adapters(model, dataclasses.replace(config, targets=targets))
+    move(model)
+    return model.train()
+
+
+def square(side: int | tuple[int, int] = 8, seed: int = 0) -> tuple[Tensor, ...]:
+    height, width = (side, side) if isinstance(side, int) else side
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(2, 4, height, width, generator=generator),)
+
+
+def graphs() -> CompileCounterWithBackend:
+    """A backend that counts what is compiled."""
+    return CompileCounterWithBackend("eager")
+
+
+def test_blocks_of_a_kind_share_a_graph_and_sizes_become_dynamic() -> None:
+    model, counter = stack(), graphs()
+    other = compiled(model, counter)
+    for number, side in enumerate([(8, 8), (6, 10), (10, 6), (4, 12), (8, 8)]):
+        x = square(side, seed=number)
+        assert worst(results(other, x), results(model, x)) < 1e-5
+        # Two kinds: of one size first, then of any.
+        assert counter.frame_count == (2 if number == 0 else 4)
+
+
+def test_names_in_the_state_dict_and_copies_stay_as_they_were() -> None:
+    model = stack()
+    names = list(model.state_dict())
+    assert compile_blocks(model, backend="eager") == 2
+    assert list(model.state_dict()) == names
+    assert not any("_orig_mod" in name for name, _ in model.named_modules())
+    counter = graphs()
+    copied = copy.deepcopy(model)
+    results(copied, square())
+    assert counter.frame_count == 0
+    assert all(module._compiled_call_impl is None for module in copied.modules())
+
+
+@fast_only(reason="without the fast path there is nothing to make")
+@pytest.mark.parametrize("axis", AXES)
+def test_compiled_layers_compute_from_what_the_scope_made(axis: str, monkeypatch) -> None:
+    # Adapted layers that run uncompiled would have it made.
+    plain = stack(("blocks.?.conv", "blocks.?.linear"), norm_axis=axis)
+    model, reference = compiled(plain, "eager"), results(plain, square())
+    monkeypatch.setattr("dora_diffusion.adapters.layers.dora_forward", None)
+    assert worst(results(model, square()), reference) < 1e-5
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_what_no_plan_serves_is_the_page_without_a_graph_break(axis: str) -> None:
+    model = stack(norm_axis=axis)
+    other, x = compiled(model, "eager"), square()
+    assert worst(results(other, x, scope=False), results(model, x, scope=False)) < 1e-5
+    for net in (model, other):
+        # Its direction cannot be taken from an output that is all but 0.
+        net.blocks[0].conv.adapters["default"].magnitude.data[3] = 1e-12
+    assert worst(results(other, x), results(model, x)) < 1e-5
+
+
+def test_switching_merging_and_strengths_reach_compiled_blocks() -> None:
+    model = stack()
+    other, x = compiled(model, "eager"), square()
+
+    def outputs(net: nn.Module) -> list[Tensor]:
+        made = []
+        with torch.no_grad():
+            with norm_scope(net):
+                made.append(net(x))
+                with disabled(net):
+                    made.append(net(x))
+                set_strength(net, 0.5)
+                made.append(net(x))
+                set_strength(net, 1.0)
+            merge_adapters(net, keep_base=True)
+            made.append(net(x))
+            unmerge_adapters(net)
+            with uncompiled():
+                made.append(net(x))
+        return made
+
+    for ours, reference in zip(outputs(other), outputs(model), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_uncompiled_compiles_nothing() -> None:
+    counter = graphs()
+    model = compiled(stack(), counter)
+    with uncompiled():
+        results(model, square())
+    assert counter.frame_count == 0
+    results(model, square())
+    assert counter.frame_count == 2
+
+
+def test_checkpointing_autocast_and_an_exception_in_a_step() -> None:
+    model = stack()
+    other, x = compiled(model), square()
+    for net in (model, other):
+        net.checkpoints = True
+    assert worst(results(other, x), results(model, x)) < 1e-5
+    with pytest.raises(RuntimeError, match="expected input"):
+        results(other, (torch.ones(2, 5, 8, 8),))
+    assert worst(results(other, x), results(model, x)) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert worst(results(other, x), results(model, x)) < 3e-2
+
+
+def test_half_precision_gradients_do_not_overflow_in_the_sums() -> None:
+    model = stack()
+    gradients = []
+    for net in (model, compiled(model, "eager")):
+        with norm_scope(net), torch.autocast("cpu", torch.float16):
+            y = net(square())
+        y.float().backward(torch.full(y.shape, 3e3))
+        adapter = net.blocks[0].conv.adapters["default"]
+        gradients.append(adapter.magnitude.grad)
+        assert torch.isfinite(adapter.magnitude.grad).all()
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=20)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_inductor_computes_the_same() -> None:
+    model = stack()
+    other = copy.deepcopy(model)
+    require_compiler("cpu")
+    compile_blocks(other, fullgraph=True)
+    assert worst(results(other, square()), results(model, square())) < 1e-5
+
+
+def test_a_missing_compiler_is_one_line_that_says_what_to_install() -> None:
+    from torch._inductor import config
+
+    missing = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}
+    with config.patch(missing), pytest.raises(ConfigError) as stop:
+        require_compiler("cpu")
+    text = str(stop.value)
+    assert text.startswith("compile does not work on cpu here: install a C++ compiler and Python's")
+    assert "\n" not in text
+    assert "apt install g++" in text
+    assert "leave it out" in text
+
+
+def test_on_a_gpu_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Cannot find a working triton installation.\nMore information ...")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.raises(ConfigError, match=r"pip install triton.*\(torch says: Cannot find a w"):
+        require_compiler("cuda")
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="Sequential has no block to compile: BasicTransformer"):
+        compile_blocks(nn.Sequential(nn.Linear(4, 4)))

@@ -1,0 +1,132 @@
+"""Models that are offloaded while images are made, on CPU tensors that say they are on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.state import load_adapter_state
+from dora_diffusion.generate import SamplingSettings, generate_images, load_adapted
+from dora_diffusion.models import offload
+from dora_diffusion.models.components import Components
+from tests.apple import AppleGPU, apple_gpu
+
+HOST = torch.device("cpu")
+SETTINGS = SamplingSettings(2, 4.0, "ddim", 32, 32)
+
+DEVICE = torch.device("mps:0")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[AppleGPU]:
+    """A GPU that has memory of its own, unlike Apple's."""
+    monkeypatch.setattr(offload, "has_own_memory", lambda kind: kind != "cpu")
+    with apple_gpu() as emulated:
+        yield emulated
+
+
+def images(components: Components, **options: object) -> np.ndarray:
+    made = generate_images(components, "a photo of a sks dog", [1, 2, 3], SETTINGS, **options)
+    return np.stack([np.asarray(image) for image in made])
+
+
+def places(components: Components) -> dict[str, set[torch.device]]:
+    return {
+        name: {t.device for t in (*module.parameters(), *module.buffers())}
+        for name, module in components.modules().items()
+    }
+
+
+def test_an_offloaded_model_makes_the_same_images_and_goes_home(
+    gpu: AppleGPU, sdxl_folder: Path, random_adapter
+) -> None:
+    """In batches of two, with adapters on the UNet and both text encoders."""
+    made, on_device = {}, []
+    for choice in ("none", "model"):
+        components, _ = load_adapted(sdxl_folder, offload=choice)
+        load_adapter_state(components.adaptable(), random_adapter(sdxl_folder, every=7))
+        before = places(components)
+
+        def look(done: int, total: int, components: Components = components) -> None:
+            places_now = places(components)
+            on_device.append({name for name, at in places_now.items() if at == {DEVICE}})
+
+        made[choice] = images(components, batch_size=2, on_step=look)
+        assert places(components) == before
+        assert all(vars(m).get("forward") is None for m in components.modules().values())
+        for model in components.adaptable().values():
+            assert all(layer._gain_cache is None for _, layer in adapted_layers(model))
+    assert set().union(*before.values()) == {HOST}
+    assert components.device.type == DEVICE.type
+    assert np.array_equal(made["model"], made["none"])
+    count = len(on_device) // 2
+    assert on_device[:count] == [set(components.modules())] * count
+    assert on_device[count:] == [{"unet"}] * count
+
+
+def test_modules_go_home_after_an_error_too(gpu: AppleGPU, sd1_folder: Path) -> None:
+    components, _ = load_adapted(sd1_folder, offload="model")
+    before = places(components)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        images(components, on_step=stop)
+    assert places(components) == before
+    assert "forward" not in vars(components.unet)
+
+
+def test_a_scope_is_open_while_its_module_is_there(
+    gpu: AppleGPU, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    components, _ = load_adapted(sd1_folder, offload="model")
+    names = {module: name for name, module in components.modules().items()}
+    said: list[str] = []
+
+    class Scope(nullcontext):
+        def __init__(self, module: nn.Module) -> None:
+            self.module = module
+
+        def __enter__(self) -> None:
+            said.append(f"{names[self.module]} comes")
+            assert next(self.module.parameters()).device == DEVICE
+
+        def __exit__(self, *error: object) -> None:
+            said.append(f"{names[self.module]} leaves")
+            assert next(self.module.parameters()).device == DEVICE
+
+    monkeypatch.setattr("dora_diffusion.generate.norm_scope", Scope)
+    images(components)
+    assert said == [
+        "text_encoder comes", "text_encoder leaves", "unet comes", "unet leaves", "vae comes",
+        "vae leaves",
+    ]  # fmt: skip
+
+
+def test_what_trains_stays_and_tensors_keep_their_identity(gpu: AppleGPU) -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3)).to(DEVICE)
+    module[0].requires_grad_(False)
+    module[2].requires_grad_(False)
+    parameters = list(module.parameters())
+    values = [p.detach().cpu().clone() for p in parameters]
+    with offload.on_device(HOST, module):
+        assert module[0].weight.device == HOST == module[2].running_mean.device
+        assert module[1].weight.device == DEVICE
+    assert {p.device for p in module.parameters()} == {DEVICE}
+    assert all(new is old for new, old in zip(module.parameters(), parameters, strict=True))
+    assert all(torch.equal(p.cpu(), v) for p, v in zip(parameters, values, strict=True))
+
+
+def test_no_effect_is_said_where_it_was_asked_for(sd1_folder: Path) -> None:
+    with pytest.warns(UserWarning, match="offload model has no effect because CPU has no memory"):
+        components, _ = load_adapted(sd1_folder, offload="model")
+    assert components.offload_to is None
+    assert components.device == HOST

@@ -1,0 +1,119 @@
+"""Rank allocation as a run does it: against PEFT's AdaLoRA, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import torch
+from torch import nn
+
+from dora_diffusion.adapters.inject import inject_adapters, layer_adapters, merge_adapters
+from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.state import adapter_state
+from dora_diffusion.config import AdapterConfig
+from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
+from dora_diffusion.numerics.allocation import BudgetSchedule
+from dora_diffusion.training.allocation import RankAllocation
+from dora_diffusion.training.loop import train
+from tests.adapters.test_directions import batches, merged_weights, two_linears
+from tests.training.helpers import open_run
+
+RANK, TARGET, STEPS = 4, 2, 14
+
+
+def orthogonality(model: nn.Module) -> torch.Tensor:
+    """PEFT's term, which it adds to losses of transformers' models only."""
+    factors = [p if "lora_A" in n else p.T for n, p in model.named_parameters()
+               if "lora_A" in n or "lora_B" in n]  # fmt: skip
+    return sum((f @ f.T - torch.eye(len(f))).norm() for f in factors) / len(factors)
+
+
+def test_it_trains_to_the_weights_and_ranks_of_pefts() -> None:
+    ours, theirs = two_linears(), two_linears()
+    inject_adapters(ours, AdapterConfig(targets=("*",), rank=RANK, alpha=6.0, use_dora=False,
+                                        direction="adalora"))  # fmt: skip
+    adapters = list(layer_adapters(ours))
+    schedule = BudgetSchedule(2 * RANK, 2 * TARGET, STEPS, warmup=2, final=4, interval=2)
+    allocation = RankAllocation(adapters, schedule, 0.5)
+    # PEFT divides by the rank and a hundred-thousandth.
+    theirs = peft.get_peft_model(theirs, peft.AdaLoraConfig(
+        init_r=RANK, target_r=TARGET, tinit=2, tfinal=4, deltaT=2, total_step=STEPS,
+        lora_alpha=6.0 * (RANK + 1e-5) / RANK, target_modules=["first", "second"],
+    ))  # fmt: skip
+    pairs = []
+    for name, layer in adapted_layers(ours):
+        mine, other = layer.adapters["default"], theirs.base_model.model.get_submodule(name)
+        pairs += [(mine.down, other.lora_A["default"]), (mine.up, other.lora_B["default"]),
+                  (mine.direction.diagonal, other.lora_E["default"])]  # fmt: skip
+    for mine, one in pairs:
+        one.data.copy_(mine.view(one.shape))
+    steps = [torch.optim.AdamW([p[i] for p in pairs], lr=0.02, weight_decay=0) for i in (0, 1)]
+    for number, x in enumerate(batches(STEPS, 10), 1):
+        target = x[:, :6].cos()
+        (ours(x) - target).square().mean().backward()
+        allocation.add_orthogonality()
+        steps[0].step()
+        allocation.after_step(number)
+        steps[0].zero_grad()
+        ((theirs(x) - target).square().mean() + 0.5 * orthogonality(theirs)).backward()
+        steps[1].step()
+        theirs.base_model.update_and_allocate(number)
+        steps[1].zero_grad()
+    for mine, one in pairs:
+        assert torch.equal(mine.view(one.shape) == 0, one == 0)
+        torch.testing.assert_close(mine.view(one.shape), one, rtol=0, atol=1e-5)
+    state = adapter_state({"unet": ours})
+    assert sum(layer.rank for layer in state.values()) == 2 * TARGET
+    merge_adapters(ours)
+    expected = merged_weights(theirs.merge_and_unload())
+    for name, weight in merged_weights(ours).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
+
+
+def test_a_run_ends_with_its_budget_as_ranks_of_an_ordinary_dora(tiny_run, tmp_path):
+    config = tiny_run(
+        direction="adalora", rank=4, target_rank=2, max_train_steps=8, allocation_interval=2,
+        targets=["attention", "*.resnets.0.conv1"], conv_rank=2, checkpointing_steps=4,
+    )  # fmt: skip
+    train(config)
+    layers = read_adapter(tmp_path / "out").layers
+    state = torch.load(tmp_path / "out" / "checkpoint-8" / "training_state.pt", weights_only=True)
+    kept = state["allocation"]["kept"]
+    start = sum(len(mask) for mask in kept)
+    assert sum(int(mask.sum()) for mask in kept) == start // 2
+    assert {4 if layer.down.ndim == 2 else 2 for layer in layers.values()} == {2, 4}
+    folder = write_adapter(tmp_path / "peft", read_adapter(tmp_path / "out"), "peft")
+    text = (folder / "unet" / "adapter_config.json").read_text(encoding="utf-8")
+    assert json.loads(text)["use_dora"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "ranks allocated to layers, from 4" in card
+
+
+def test_switched_off_rows_are_not_in_the_file_and_the_scale_stays(sd1_folder, photos, tmp_path):
+    session = open_run(sd1_folder, photos, tmp_path, targets=["attention"], direction="adalora",
+                       lora_alpha=3.0)  # fmt: skip
+    for number, (_, layer) in enumerate(adapted_layers(session.components.unet)):
+        adapter = layer.adapters["default"]
+        expected = adapter.weights()
+        with torch.no_grad():
+            adapter.direction.diagonal[: 1 + number % 2] = 0
+        made, full = adapter.used_weights(), adapter.weights()
+        assert made.rank == 1
+        assert made.scale == expected.scale == 1.5
+        torch.testing.assert_close(made.up @ made.down, full.up @ full.down, rtol=1e-6, atol=1e-7)
+
+
+def test_it_weighs_the_gradients_that_the_optimizer_gets(sd1_folder, photos, tmp_path, monkeypatch):
+    """Clipped ones, also where the optimizer sees all parameters as a few flat ones."""
+    session = open_run(sd1_folder, photos, tmp_path, targets=["attention"], direction="adalora",
+                       max_grad_norm=1e-3)  # fmt: skip
+    allocation, norms = session.train_step.allocation, []
+    assert session.train_step.flat is not None
+
+    def note(step: int) -> None:
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in allocation._parameters]))
+
+    monkeypatch.setattr(allocation, "after_step", note)
+    session.train_step(1)
+    assert 1e-4 < norms[0] <= 1.001e-3
