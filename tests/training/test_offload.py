@@ -88,9 +88,9 @@ def on_gpu(session: Session) -> set[str]:
     for name, module in session.components.modules().items():
         tensors = [*module.parameters(), *module.buffers()]
         places = {str(t.device) for t in tensors if not t.requires_grad}
-        assert len(places) == 1, (name, places)
+        assert len(places) <= 1, (name, places)  # none: all of it trains
         assert all(t.device == DEVICE for t in tensors if t.requires_grad)
-        found |= {name} if places == {str(DEVICE)} else set()
+        found |= {name} if places <= {str(DEVICE)} else set()
     return found
 
 
