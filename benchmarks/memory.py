@@ -188,11 +188,9 @@ def count_step(
         count.label = "adapter"
         stack.enter_context(Answers())
         stack.enter_context(count)
-        adapters = inject_trained(components, config)
+        weights = inject_trained(components, config)
         inputs = inputs_of(components, resolution // components.vae_factor, batch)
-        step = build_step(
-            config, accelerator(dtype), components, adapters.modules, lambda number: inputs
-        )
+        step = build_step(config, accelerator(dtype), components, weights, lambda number: inputs)
         condition = encoded if text_encoders else cached
         step.objective.condition = lambda captions: condition(components, len(captions))
         make_states(step)

@@ -14,6 +14,7 @@ The whole Python interface::
     extract_adapter                                   base and tuned model -> the nearest adapter
     combine_adapters, convert_adapter                 several in one; another format or rank
     analyze_weights                                   what training did to a model's weights
+    Study, run_study                                  methods compared over rates, seeds, subjects
     describe_environment                              versions and machine, for a bug report
 
 What it raises, each a `ValueError` unless said otherwise, with one line for a user::
@@ -70,6 +71,8 @@ if TYPE_CHECKING:
     from dora_diffusion.generate import BrokenImageError, SamplingSettings, generate_images
     from dora_diffusion.models.load import load_components
     from dora_diffusion.models.locate import ModelNotFoundError
+    from dora_diffusion.study.config import Study
+    from dora_diffusion.study.run import run_study
     from dora_diffusion.training.loop import train
     from dora_diffusion.training.metrics import TrainingError
 
@@ -85,6 +88,7 @@ _HOMES = {
     "ModelNotFoundError": "models.locate",
     "PhotoError": "data.images",
     "SamplingSettings": "generate",
+    "Study": "study.config",
     "TargetError": "adapters.targets",
     "TensorFileError": "formats.files.header",
     "TrainConfig": "config.train",
@@ -105,6 +109,7 @@ _HOMES = {
     "merge_adapters": "adapters.inject",
     "norm_scope": "adapters.inject",
     "remove_adapters": "adapters.inject",
+    "run_study": "study.run",
     "save_adapter": "adapters.files",
     "set_strength": "adapters.inject",
     "train": "training.loop",
@@ -123,6 +128,7 @@ __all__ = [
     "ModelNotFoundError",
     "PhotoError",
     "SamplingSettings",
+    "Study",
     "TargetError",
     "TensorFileError",
     "TrainConfig",
@@ -143,6 +149,7 @@ __all__ = [
     "merge_adapters",
     "norm_scope",
     "remove_adapters",
+    "run_study",
     "save_adapter",
     "set_strength",
     "train",

@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "generate images",
     "evaluate": "measure subject similarity, subject leakage and language drift",
     "analyze": "take apart what training did to the weights: magnitude, direction, rank",
+    "compare": "train several methods on several subjects and seeds, and report what differs",
     "export": "merge an adapter into a model",
     "verify": "prove a merged model: recompute it and compare",
     "convert": "write an adapter in another tool's format, or with a smaller rank",

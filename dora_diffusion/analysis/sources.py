@@ -13,11 +13,14 @@ from torch import Tensor
 
 from dora_diffusion.export.base import model_name, open_model
 from dora_diffusion.export.output import ExportError
+from dora_diffusion.export.trained import trained_steps
 from dora_diffusion.families import UnsupportedModelError
 from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
 from dora_diffusion.formats.adapter.keys import AdapterFormatError
 from dora_diffusion.formats.adapter.metadata import parse_metadata
 from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.places import pipeline_in
 from dora_diffusion.formats.checkpoint.weights import (
     ModelWeights,
     StoredModel,
@@ -99,7 +102,10 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def _trained_steps(source: str | Path) -> int | None:
-    """The number of steps that an adapter file says it was trained for."""
+    """The number of steps that an adapter, or a model of ours, says it was trained for."""
+    path = Path(source).expanduser()
+    if path.is_dir() and (folder := pipeline_in(path)):
+        return trained_steps(PipelineFolder(folder).metadata)
     if is_model(source) or (file := find_adapter(source)).suffix != ".safetensors":
         return None
     steps = parse_metadata(read_header(file).metadata).extra.get("training_steps", "")
@@ -110,7 +116,7 @@ def is_model(source: str | Path) -> bool:
     """Whether it is a whole model: a pipeline's folder or single file, or no path but a name."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return (path / "model_index.json").is_file()
+        return pipeline_in(path) is not None
     if not path.is_file():
         # A name with a suffix can only be a file that is missing.
         return path.suffix != ".safetensors"

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    parser.add_argument("adapter", help="An adapter file, or the output folder of a run.")
+    parser.add_argument(
+        "adapter",
+        help="An adapter file, the output folder of a run, or a model that was trained whole.",
+    )
     add_base(parser)
     parser.add_argument(
         "--subject",
@@ -78,10 +81,9 @@ def run(args: argparse.Namespace) -> int:
     default = SAMPLING if _is_toy(args) else SamplingSettings()
     guidance = default.guidance_scale if args.guidance_scale is None else args.guidance_scale
     settings = SamplingSettings(args.steps, guidance, args.scheduler)
-    components, metadata = load_adapted_model(args)
-    trigger = args.trigger or metadata.trigger
+    components, trigger, base_model = _load(args)
     evaluate = _evaluate_toy if _is_toy(args) else _evaluate_photos
-    evaluation = evaluate(args, components, trigger, settings)
+    evaluation = evaluate(args, components, trigger, settings, base_model)
     evaluation = dataclasses.replace(evaluation, details=_details(args, trigger, settings))
     files = evaluation.write(Path(args.output))
     if args.json:
@@ -91,6 +93,28 @@ def run(args: argparse.Namespace) -> int:
         print(dataclasses.replace(evaluation, cautions=()).table())
         print("\n" + "\n".join(f"{name}: {path}" for name, path in files.items()))
     return 0
+
+
+def _load(args: argparse.Namespace) -> tuple[Components, str, Components | None]:
+    """The model that is measured, its trigger words, and its base where adapters do not tell it."""
+    from dora_diffusion.analysis.sources import is_model
+
+    if not Path(args.adapter).expanduser().exists() or not is_model(args.adapter):
+        components, metadata = load_adapted_model(args)
+        return components, args.trigger or metadata.trigger, None
+    from dora_diffusion.export.base import open_model
+    from dora_diffusion.export.trained import trained_trigger
+
+    with open_model(args.adapter) as stored:
+        trigger = args.trigger or trained_trigger(stored.metadata)
+    base = argparse.Namespace(**{**vars(args), "adapter": None})
+    tuned = argparse.Namespace(**{**vars(base), "base": args.adapter, "variant": None})
+    components, _ = load_adapted_model(tuned)
+    # Of both, strengths are said to have no effect once.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*has no effect because no adapter is given")
+        base_model, _ = load_adapted_model(base)
+    return components, trigger, base_model
 
 
 def _is_toy(args: argparse.Namespace) -> bool:
@@ -127,7 +151,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _evaluate_toy(
-    args: argparse.Namespace, components: Components, trigger: str, settings: SamplingSettings
+    args: argparse.Namespace,
+    components: Components,
+    trigger: str,
+    settings: SamplingSettings,
+    base_model: Components | None,
 ) -> Evaluation:
     from dora_diffusion.evaluation.toy.evaluate import evaluate_toy
     from dora_diffusion.toy.benchmark_subjects import find_subject
@@ -148,12 +176,17 @@ def _evaluate_toy(
             settings,
             batch_size=args.batch_size,
             on_step=show,
+            base_model=base_model,
         )
     return evaluation
 
 
 def _evaluate_photos(
-    args: argparse.Namespace, components: Components, trigger: str, settings: SamplingSettings
+    args: argparse.Namespace,
+    components: Components,
+    trigger: str,
+    settings: SamplingSettings,
+    base_model: Components | None,
 ) -> Evaluation:
     from dora_diffusion.data.photo_record import read_photo_record
     from dora_diffusion.evaluation.metric_models import LITE, lite_is_installed, open_metric_model
@@ -179,6 +212,7 @@ def _evaluate_photos(
             prompts=[line.strip() for line in lines if line.strip()] or PROMPTS,
             batch_size=args.batch_size,
             on_step=show,
+            base_model=base_model,
         )
     return evaluation
 

@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
         if progress.started:
             print(stopped_line(result))
         return 128 + result.signal_number
-    if result.adapter is not None:
-        print(f"done: {result.adapter}")
+    if written := result.adapter or result.model:
+        print(f"done: {written}")
         print(trigger_line(progress.trigger, config.instance_prompt or ""))
         if config.push_to_hub:
             from dora_diffusion.hub import push

@@ -40,6 +40,7 @@ def _class_data_dir(config: TrainConfig) -> str | None:
 
 
 DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
+    "learning_rate": lambda config: config.usual_lr,
     "lora_alpha": lambda config: None if config.direction == "vera" else float(config.rank),
     "conv_alpha": lambda config: None if config.direction == "vera" else float(config.conv_rank),
     "class_word": _class_word,

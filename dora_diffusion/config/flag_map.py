@@ -64,7 +64,7 @@ _SAME = {
     "resume_from_checkpoint": "refuses other images and settings",
     "gradient_accumulation_steps": "",
     "gradient_checkpointing": "",
-    "learning_rate": "default: 8e-5",
+    "learning_rate": "default: 8e-5, for full fine-tuning 5e-6",
     "text_encoder_lr": "",
     "lr_scheduler": "",
     "lr_warmup_steps": "default: 0 instead of 500; takes effect with constant too",

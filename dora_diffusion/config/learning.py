@@ -12,18 +12,27 @@ from dora_diffusion.config.adapter import (
     PRESETS,
     TEXT_ENCODER_PRESETS,
 )
-from dora_diffusion.config.fields import Condition, Need, flag
+from dora_diffusion.config.fields import AnyOf, Condition, Need, flag
 
+METHODS = ("dora", "lora", "full")
+FULL_WEIGHTS = ("all", "targets")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
 LR_SCHEDULES = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
 )  # fmt: skip
 
 _TEXT_ENCODER = Need("train_text_encoder")
+_ADAPTER = Need("method", ("dora", "lora"))
+_FULL = Need("method", ("full",))
+_TARGETED = AnyOf((_ADAPTER, Need("full_weights", ("targets",))))
 _ADAM = Need("optimizer", ("adamw", "adamw8bit", "prodigy"))
 _RANKED = Need("direction", ("low-rank", "adalora"))
+_VERA = Need("direction", ("vera",))
 _ALLOCATED = Need("direction", ("adalora",))
 _PRODIGY = Need("optimizer", ("prodigy",))
+
+
+_MAGNITUDES = (Need("method", ("dora",)), Need("use_dora"))
 
 
 def _rate(setting: str, what: str) -> Condition:
@@ -31,36 +40,50 @@ def _rate(setting: str, what: str) -> Condition:
 
     def reason(config: OptimizerSettings) -> str | None:
         is_zero = getattr(config, setting) == 0 and not config.magnitude_lr
-        return f"it is 0: {what} is not trained" if is_zero else None
+        return f"it is 0: {what} is trained" if is_zero else None
 
     return reason
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What is adapted, and how."""
+    """What is trained: an adapter of some layers, or weights of the model itself."""
 
     heading: ClassVar = "Adapter"
 
+    method: str = flag(
+        "dora",
+        "What is trained. dora: low-rank matrices and magnitudes beside frozen weights. lora: the "
+        "matrices alone. full: full fine-tuning of the weights themselves, whose result is a whole "
+        "model.",
+        choices=METHODS,
+    )
+    full_weights: str = flag(
+        "all",
+        "What full fine-tuning trains: all weights of the UNet, or those of the layers in targets.",
+        choices=FULL_WEIGHTS,
+        needs=(_FULL,),
+    )
     targets: list[str] = flag(
         ["attention+conv"],
         f"UNet layers to adapt: {', '.join(PRESETS)}, or glob patterns of layer names.",
+        needs=(_TARGETED,),
     )
     text_encoder_targets: list[str] = flag(
         ["text-encoder-attention"],
         f"Text-encoder layers to adapt: {', '.join(TEXT_ENCODER_PRESETS)}, or glob patterns.",
-        needs=(_TEXT_ENCODER,),
+        needs=(_TEXT_ENCODER, _TARGETED),
     )
-    train_text_encoder: bool = flag(False, "Adapt the text encoders too.")
-    rank: int = flag(8, "Rank of Linear layers.", needs=(_RANKED,), above=0)
+    train_text_encoder: bool = flag(False, "Train the text encoders too.")
+    rank: int = flag(8, "Rank of Linear layers.", needs=(_ADAPTER, _RANKED), above=0)
     lora_alpha: float | None = flag(
-        None, "Alpha of Linear layers.", derived="rank", needs=(_RANKED,), above=0
+        None, "Alpha of Linear layers.", derived="rank", needs=(_ADAPTER, _RANKED), above=0
     )
-    conv_rank: int = flag(4, "Rank of Conv2d layers.", needs=(_RANKED,), above=0)
+    conv_rank: int = flag(4, "Rank of Conv2d layers.", needs=(_ADAPTER, _RANKED), above=0)
     conv_alpha: float | None = flag(
-        None, "Alpha of Conv2d layers.", derived="conv_rank", needs=(_RANKED,), above=0
+        None, "Alpha of Conv2d layers.", derived="conv_rank", needs=(_ADAPTER, _RANKED), above=0
     )
-    rslora: bool = flag(False, "rsLoRA: scale by alpha / sqrt(rank).", needs=(_RANKED,))
+    rslora: bool = flag(False, "rsLoRA: scale by alpha / sqrt(rank).", needs=(_ADAPTER, _RANKED))
     direction: str = flag(
         "low-rank",
         "What the update is made of. low-rank: A and B, which train. vera: frozen random A and B "
@@ -68,52 +91,61 @@ class AdapterSettings:
         "magnitudes DVoRA), at 10 to 100 times the learning rate. adalora: A and B of a rank that "
         "is moved to the layers that need it (AdaLoRA, arXiv:2303.10512).",
         choices=DIRECTIONS,
+        needs=(_ADAPTER,),
     )
-    vera_rank: int = flag(
-        64, "Rank of VeRA's projections.", needs=(Need("direction", ("vera",)),), above=0
-    )
+    vera_rank: int = flag(64, "Rank of VeRA's projections.", needs=(_ADAPTER, _VERA), above=0)
     target_rank: int | None = flag(
         None,
         "Average rank of Linear layers after rank allocation; that of Conv2d layers in proportion.",
         derived="two thirds of rank",
-        needs=(_ALLOCATED,),
+        needs=(_ADAPTER, _ALLOCATED),
         above=0,
     )
     allocation_warmup: int | None = flag(
         None,
         "Steps before rank allocation begins.",
         derived="a tenth of the steps",
-        needs=(_ALLOCATED,),
+        needs=(_ADAPTER, _ALLOCATED),
         least=0,
     )
     allocation_final: int | None = flag(
         None,
         "Steps at the end in which ranks stay.",
         derived="half of the steps",
-        needs=(_ALLOCATED,),
+        needs=(_ADAPTER, _ALLOCATED),
         least=0,
     )
     allocation_interval: int = flag(
-        10, "Steps from one choice of ranks to the next.", needs=(_ALLOCATED,), above=0
+        10,
+        "Steps from one choice of ranks to the next.",
+        needs=(_ADAPTER, _ALLOCATED),
+        above=0,
     )
     orthogonality_weight: float = flag(
-        0.5, "Weight of AdaLoRA's orthogonality term.", needs=(_ALLOCATED,), least=0
+        0.5, "Weight of AdaLoRA's orthogonality term.", needs=(_ADAPTER, _ALLOCATED), least=0
     )
     init: str = flag(
         "random",
         "Start of A and B. random: A random, B zero. pissa: the leading singular vectors of the "
         "weight (PiSSA, arXiv:2404.02948), which a file holds with twice the rank.",
         choices=INITS,
+        needs=(_ADAPTER,),
     )
-    lora_dropout: float = flag(0.0, "Dropout on the low-rank path.", least=0, below=1)
-    use_dora: bool = flag(True, "Train DoRA's magnitude; --no-use_dora trains plain LoRA.")
+    lora_dropout: float = flag(
+        0.0, "Dropout on the low-rank path.", needs=(_ADAPTER,), least=0, below=1
+    )
+    use_dora: bool = flag(
+        True,
+        "Train DoRA's magnitude; --no-use_dora is the same as --method lora.",
+        needs=(_ADAPTER,),
+    )
     norm_axis: str = flag(
         "output",
         "output: one magnitude per output channel, as PEFT and Diffusers have it. input: one per "
         "input channel, whose file Diffusers cannot load, and ComfyUI, Forge and A1111 of today "
         "compute as it was trained (export is exact in every program).",
         choices=NORM_AXES,
-        needs=(Need("use_dora"),),
+        needs=_MAGNITUDES,
     )
 
 
@@ -146,21 +178,22 @@ class OptimizerSettings:
 
     heading: ClassVar = "Optimizer and learning rate"
 
-    learning_rate: float = flag(
-        8e-5,
-        "Learning rate of the UNet adapter.",
+    learning_rate: float | None = flag(
+        None,
+        "Learning rate of the UNet: of its adapter, or of its weights.",
+        derived="8e-5, for full fine-tuning 5e-6",
         resume="free",
-        needs=(_rate("learning_rate", "the UNet adapter"),),
+        needs=(_rate("learning_rate", "nothing of the UNet"),),
         least=0,
     )
     text_encoder_lr: float = flag(
         5e-6,
-        "Learning rate of the text-encoder adapters; prodigy takes learning_rate for all.",
+        "Learning rate of the text encoders; prodigy takes learning_rate for all.",
         resume="free",
         needs=(
             _TEXT_ENCODER,
             Need("optimizer", ("adamw", "adamw8bit", "adafactor")),
-            _rate("text_encoder_lr", "the text-encoder adapter"),
+            _rate("text_encoder_lr", "no text encoder"),
         ),
         least=0,
     )
@@ -169,11 +202,15 @@ class OptimizerSettings:
         "Learning rate of magnitudes.",
         derived="their layer's",
         resume="free",
-        needs=(Need("use_dora"),),
+        needs=_MAGNITUDES,
         least=0,
     )
     loraplus_ratio: float = flag(
-        1.0, "Learning rate of B over that of A (LoRA+, arXiv:2402.12354).", resume="free", above=0
+        1.0,
+        "Learning rate of B over that of A (LoRA+, arXiv:2402.12354).",
+        resume="free",
+        needs=(_ADAPTER,),
+        above=0,
     )
     lr_scheduler: str = flag(
         "constant",
@@ -199,11 +236,14 @@ class OptimizerSettings:
         0.999, "Second moment's decay.", resume="free", needs=(_ADAM,), least=0
     )
     adam_weight_decay: float = flag(
-        1e-4, "Weight decay of A and B; magnitudes never decay.", resume="free", least=0
+        1e-4,
+        "Weight decay of A and B, or of weights; magnitudes never decay.",
+        resume="free",
+        least=0,
     )
     adam_weight_decay_text_encoder: float | None = flag(
         None,
-        "Weight decay of A and B in the text encoders.",
+        "Weight decay in the text encoders.",
         derived="adam_weight_decay",
         resume="free",
         needs=(_TEXT_ENCODER,),

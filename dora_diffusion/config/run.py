@@ -22,8 +22,8 @@ class DeviceSettings:
 
     mixed_precision: str = flag(
         "auto",
-        "Precision of the frozen model. auto: what accelerate launch was given, else bf16 on a "
-        "GPU that computes it and fp16 on others; float32 (no) on a CPU.",
+        "Precision of the frozen model; what trains is float32. auto: what accelerate launch was "
+        "given, else bf16 on a GPU that computes it and fp16 on others; float32 (no) on a CPU.",
         choices=PRECISIONS,
         resume="free",
     )
@@ -128,6 +128,13 @@ class OutputSettings:
         "Checkpoint folder to resume from, or 'latest' in OUTPUT_DIR.",
         resume="apart",
         is_path=True,
+    )
+    single_file: bool = flag(
+        False,
+        "Write the model of full fine-tuning as one .safetensors too, in the original layout that "
+        "user interfaces read.",
+        resume="apart",
+        needs=(Need("method", ("full",)),),
     )
     report_to: str | None = flag(
         None, "Experiment tracker.", choices=("tensorboard", "wandb"), resume="apart"

@@ -50,17 +50,23 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "push_to_hub needs --hub_model_id NAME/MODEL",
             "push_to_hub",
         )
+        require(
+            not (self.push_to_hub and self.is_full),
+            "push_to_hub publishes adapters; upload the model of full fine-tuning with "
+            "'huggingface-cli upload NAME/MODEL OUTPUT_DIR/model'",
+            "push_to_hub",
+        )
         if self.optimizer_name == "prodigy":
             self._check_prodigy()
-        if self.direction == "adalora":
+        if self.direction == "adalora" and not self.is_full:
             self._check_allocation()
         for targets, rank_only in ((self.targets, False), (self.text_encoder_targets, True)):
             self._adapter(tuple(targets), rank_only)
 
     def _check_prodigy(self) -> None:
         require(
-            self.learning_rate >= 0.1,
-            f"learning_rate is {self.learning_rate}; Prodigy finds the rate itself, and multiplies "
+            self.unet_lr >= 0.1,
+            f"learning_rate is {self.unet_lr}; Prodigy finds the rate itself, and multiplies "
             "it by learning_rate: use 1",
             "learning_rate",
         )
@@ -108,7 +114,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             conv_rank=None if linear_only or is_vera else self.conv_rank,
             conv_alpha=None if linear_only else self.conv_alpha,
             rslora=self.rslora,
-            use_dora=self.use_dora,
+            use_dora=self.method_name == "dora",
             norm_axis=self.norm_axis,
             dropout=self.lora_dropout,
             init=self.init,
@@ -125,6 +131,26 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
     def text_encoder_adapter(self) -> AdapterConfig:
         """The adapter of each text encoder."""
         return self._adapter(tuple(self.text_encoder_targets), linear_only=True)
+
+    @property
+    def method_name(self) -> str:
+        """The method, with ``use_dora`` taken into account."""
+        return "lora" if self.method == "dora" and not self.use_dora else self.method
+
+    @property
+    def is_full(self) -> bool:
+        """Whether weights of the model itself train."""
+        return self.method_name == "full"
+
+    @property
+    def unet_lr(self) -> float:
+        """The UNet's learning rate."""
+        return self.usual_lr if self.learning_rate is None else self.learning_rate
+
+    @property
+    def usual_lr(self) -> float:
+        """The UNet's learning rate where none is given."""
+        return 5e-6 if self.is_full else 8e-5
 
     @property
     def optimizer_name(self) -> str:

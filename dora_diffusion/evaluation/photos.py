@@ -144,6 +144,7 @@ def evaluate_photos(
     prompts: Sequence[str] = PROMPTS,
     batch_size: int = 4,
     on_step: OnStep | None = None,
+    base_model: Components | None = None,
 ) -> Evaluation:
     """Measure the adapters that are on the model, beside the base.
 
@@ -156,6 +157,7 @@ def evaluate_photos(
         prompts: See `photo_requests`.
         batch_size: Images at once.
         on_step: Called with (steps done, steps in all), for both models.
+        base_model: What it was trained from, of a model that was trained whole.
 
     Raises:
         ValueError: No seed, or a prompt without ``{}``.
@@ -172,7 +174,7 @@ def evaluate_photos(
         ]
         return images, losses
 
-    answers = base_and_adapted(components, ask, seeds, on_step)
+    answers = base_and_adapted(components, ask, seeds, on_step, base_model)
     base_images, _ = answers["base"]
     truth = measure_references(references, metric_models)
     return Evaluation(

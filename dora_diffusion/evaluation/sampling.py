@@ -42,17 +42,19 @@ def base_and_adapted(
     ask: Callable[[OnStep | None], T],
     seeds: Sequence[int],
     on_step: OnStep | None,
+    base_model: Components | None = None,
 ) -> dict[str, T]:
     """What the model answers without its adapters (``"base"``) and with them (``"adapted"``).
 
     Args:
-        components: The model with its adapters on.
+        components: The model with its adapters on, or one that was trained whole.
         ask: Asks the model as it is, and reports its steps.
         seeds: One round of prompts each.
         on_step: Called with the steps of both halves.
+        base_model: What a model that was trained whole was trained from.
 
     Raises:
-        ValueError: There is no seed.
+        ValueError: There is no seed, or the base is a model of another shape.
     """
     if not seeds:
         raise ValueError("no seeds to evaluate with")
@@ -62,7 +64,12 @@ def base_and_adapted(
             return None
         return lambda step, total: on_step(number * total + step, 2 * total)
 
-    with disabled(*components.adaptable().values()):
+    untrained = (
+        components.weights_of(base_model)
+        if base_model
+        else disabled(*components.adaptable().values())
+    )
+    with untrained:
         base = ask(half(0))
     return {"base": base, "adapted": ask(half(1))}
 

@@ -26,17 +26,13 @@ def merged_card(
         triggers: The trigger words of the adapters.
         old: The base's card, whose licence stays.
     """
-    fields: dict[str, Any] = {"base_model": base} if _HUB_ID.fullmatch(base) else {}
-    fields |= {"library_name": "diffusers", "tags": ["text-to-image"]}
-    fields |= {name: value for name, value in front_matter(old).items() if name in _LICENSE_FIELDS}
-    linked = f"[{base}](https://huggingface.co/{base})" if "base_model" in fields else f"`{base}`"
+    head, linked = _head(base, old)
     rows = "\n".join(
         f"| `{row['adapter']}` | {row['strength']:g} | `{str(row['sha256'])[:16]}` |{_knobs(row)}"
         for row in merged
     )
     words = " and ".join(f"**`{trigger}`**" for trigger in triggers)
     ask = f"\nWrite {words} in a prompt to get the subject.\n" if words else ""
-    head = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
     return f"""---
 {head}---
 
@@ -51,6 +47,29 @@ its training holds for the base; its figures are not those of this model.
 
 `dora-diffusion verify FOLDER --base BASE --adapter FILE` recomputes every merged tensor.
 """
+
+
+def trained_card(title: str, base: str, trigger: str, old: str) -> str:
+    """The README of a model that was trained whole; arguments as `merged_card` has them."""
+    head, linked = _head(base, old)
+    ask = f"\nWrite **`{trigger}`** in a prompt to get the subject.\n" if trigger else ""
+    return f"""---
+{head}---
+
+# {title}
+
+{linked}, fine-tuned by dora_diffusion. What the card of the base says of its training holds for the
+base; its figures are not those of this model.
+{ask}"""
+
+
+def _head(base: str, old: str) -> tuple[str, str]:
+    """The front matter of a card, and the base's name as the text has it."""
+    fields: dict[str, Any] = {"base_model": base} if _HUB_ID.fullmatch(base) else {}
+    fields |= {"library_name": "diffusers", "tags": ["text-to-image"]}
+    fields |= {name: value for name, value in front_matter(old).items() if name in _LICENSE_FIELDS}
+    linked = f"[{base}](https://huggingface.co/{base})" if "base_model" in fields else f"`{base}`"
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), linked
 
 
 def _knobs(adapter: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 from dora_diffusion.export.base import model_name
 from dora_diffusion.export.card import merged_card
@@ -18,6 +19,19 @@ MERGED, BASE = OWN + "merged", OWN + "base"
 _UNKNOWN_HASH = "0" * 64
 # What a base says of its own bytes is not true of a changed file.
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+
+
+class Notes(Protocol):
+    """What the files of an output say of it."""
+
+    def card(self, old: str) -> str:
+        """The model card of a folder; ``old`` is that of the base."""
+
+    def draft(self) -> dict[str, str]:
+        """The metadata, as long as the final ones."""
+
+    def final(self) -> dict[str, str]:
+        """The metadata."""
 
 
 class MergeNotes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dora_diffusion.export.merged import MergedModel, check_sample
-from dora_diffusion.export.notes import MergeNotes
+from dora_diffusion.export.notes import Notes
 from dora_diffusion.export.output import OnProgress, ProgressReporter, check_space
 from dora_diffusion.formats.checkpoint.weights import SingleFile
 from dora_diffusion.formats.files.atomic import atomic_file
@@ -18,7 +18,7 @@ def write_single_file(
     merged: MergedModel,
     layout: SingleFile,
     output: Path,
-    notes: MergeNotes,
+    notes: Notes,
     on_progress: OnProgress | None,
 ) -> None:
     """Write the merged weights as one file, atomically, and check it."""

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from dora_diffusion.families import FAMILIES
+from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME
 from dora_diffusion.jobs.base_model import cached_models, cached_snapshot, traits_of
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.models.locate import EMBEDDED_PREFIX, is_embedded
@@ -69,7 +70,7 @@ def bases(workspace: Path, listed: Sequence[str], folders: Sequence[Path]) -> li
         listed: Models that whoever started the app named.
         folders: Model folders that whoever started the app named.
     """
-    models = [*named_bases(listed), *in_hub_cache()]
+    models = [*named_bases(listed), *in_hub_cache(), *of_runs(workspace)]
     for folder, where in model_folders(os.environ, workspace, folders):
         models += in_folder(folder, where)
     models += [
@@ -94,6 +95,14 @@ def _base(name: str, where: str) -> Base:
         return Base(name, traits_of(name).family, where)
     except RequestError:
         return Base(name, "", where)
+
+
+def of_runs(workspace: Path) -> list[Base]:
+    """The models that full fine-tuning made in the runs folder."""
+    folders = sorted(workspace.glob(f"*/{PIPELINE_NAME}/model_index.json"))
+    return [
+        _base(str(index.parent), f"fine-tuned in run {index.parents[1].name}") for index in folders
+    ]
 
 
 def in_hub_cache() -> list[Base]:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME, pipeline_in
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.records import CHOSEN
 from dora_diffusion.jobs.workspace import read_json, write_json
@@ -85,6 +86,12 @@ def chosen_adapter(job: Job, checkpoint: str = "") -> Path:
         RequestError: If the run has none.
     """
     path = adapter_of(job, checkpoint)
+    if path is None and pipeline_in(job.folder):
+        raise RequestError(
+            f"this run fine-tuned the model itself, which is in {job.folder / PIPELINE_NAME}; it "
+            "has no adapter. Train offers it as a base model, and 'dora-diffusion generate --base' "
+            "takes it"
+        )
     if path is None:
         raise RequestError(
             "this run has no adapter yet; wait until it is done, or take a checkpoint"

@@ -17,7 +17,7 @@ from dora_diffusion.memory import Device, needed_memory, what_would_fit
 # What step time and memory depend on most.
 _SAME = (
     "pretrained_model_name_or_path", "resolution", "train_batch_size", "train_text_encoder",
-    "with_prior_preservation", "mixed_precision", "gradient_checkpointing", "compile",
+    "with_prior_preservation", "mixed_precision", "gradient_checkpointing", "compile", "method",
 )  # fmt: skip
 
 
@@ -56,21 +56,23 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
     Raises:
         RequestError: If the base model cannot be trained.
     """
-    settings = config.to_dict()
+    settings, defaults = config.to_dict(), TrainConfig().to_dict()
     like = [
         job
         for job in jobs
         if job.kind == "train"
         and job.step_seconds
-        # A run of an earlier version lacks settings that came later, which were off.
-        and all(job.settings.get(name, False) == settings[name] for name in _SAME)
+        # A run of an earlier version lacks settings that came later.
+        and all(job.settings.get(name, defaults[name]) == settings[name] for name in _SAME)
     ]
     pace = [job.step_seconds for job in like if job.step_seconds]
     results = [job.result for job in like if job.result]
     peaks = [peak for result in results if (peak := result.peak_gpu_memory or result.peak_memory)]
     traits = traits_of(config.pretrained_model_name_or_path)
     size = config.resolution or traits.resolution
-    family = traits.family if traits.has_released_shape else ""
+    # The table is of adapters: what fine-tuning the weights takes was not measured.
+    in_table = traits.has_released_shape and not config.is_full
+    family = traits.family if in_table else ""
     batch = config.train_batch_size * (2 if config.with_prior_preservation else 1)
     memory = max(peaks) if peaks else needed_memory(family, size, settings, device, batch=batch)
     steps = config.max_train_steps or 0

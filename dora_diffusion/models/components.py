@@ -110,6 +110,31 @@ class Components:
         return self
 
     @contextmanager
+    def weights_of(self, other: Components) -> Iterator[None]:
+        """The weights of another model of the same kind inside the block; nothing is copied.
+
+        Raises:
+            ValueError: If their modules differ.
+        """
+        pairs = [
+            pair
+            for name, module in self.modules().items()
+            for pair in zip(module.parameters(), other.modules()[name].parameters(), strict=True)
+        ]
+        if any(ours.shape != theirs.shape for ours, theirs in pairs):
+            raise ValueError(f"{self.name} and {other.name} are models of different shapes")
+
+        def swap() -> None:
+            for ours, theirs in pairs:
+                ours.data, theirs.data = theirs.data, ours.data
+
+        swap()
+        try:
+            yield
+        finally:
+            swap()
+
+    @contextmanager
     def eval_mode(self) -> Iterator[None]:
         """Every module in evaluation mode inside the block, and as it was after it."""
         modes = [(module, module.training) for module in self.modules().values()]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dora_diffusion import toy
 from dora_diffusion.families import WEIGHT_COMPONENTS
+from dora_diffusion.formats.checkpoint.places import pipeline_in
 
 EMBEDDED_PREFIX = "embedded:"
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -132,8 +133,8 @@ def _embedded_folder(name: str) -> Path:
 
 def _checked_folder(folder: Path) -> Path:
     """Refuse a folder that is not a diffusers pipeline."""
-    if (folder / "model_index.json").is_file():
-        return folder
+    if pipeline := pipeline_in(folder):
+        return pipeline
     raise ModelNotFoundError(
         f"{folder} is a folder but not a diffusers pipeline: it has no model_index.json; "
         "give the pipeline's top folder, or a .safetensors checkpoint file"

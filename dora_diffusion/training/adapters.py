@@ -3,47 +3,132 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.fresh import InjectionReport
-from dora_diffusion.adapters.inject import inject_adapters
-from dora_diffusion.adapters.state import adapter_state, vera_state
+from dora_diffusion.adapters.inject import disabled, inject_adapters, remove_adapters
+from dora_diffusion.adapters.state import (
+    LiveWeights,
+    adapter_state,
+    load_adapter_state,
+    vera_state,
+)
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.formats.adapter.file import (
+    AdapterFile,
+    AdapterMetadata,
+    read_adapter,
+    write_adapter,
+)
 from dora_diffusion.formats.adapter.targets.registry import check_target
-from dora_diffusion.formats.adapter.vera import VeraLayer
+from dora_diffusion.formats.adapter.vera import VeraLayer, digest_of, write_vera
+from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.models.components import Components
-from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.training.card import KOHYA_FILE
+from dora_diffusion.training.checkpoint import parameters_by_name, tensors_by_name
+from dora_diffusion.training.optimizer import parameter_groups
 from dora_diffusion.training.recompute import checkpoint_gradients
+from dora_diffusion.training.weights import Writer
 
 
 @dataclass(frozen=True)
 class TrainedAdapters:
-    """Where fresh adapters are.
+    """Fresh adapters on a model, as `TrainedWeights`.
 
     Attributes:
+        components: The model.
         modules: The components that carry them, by name.
         report: Which of their layers.
+        key_format: Of their file, as `key_format_of_run` says.
     """
 
+    components: Components
     modules: dict[str, nn.Module]
     report: InjectionReport
+    key_format: str = "diffusers"
 
-    def state(self) -> dict[str, LayerWeights]:
-        """Copies of their tensors on the CPU, by canonical name."""
-        return adapter_state(self.modules)
+    noun = "adapter"
+    holds_thumbnail = True
+    are_small = True
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by component and path."""
+        return parameters_by_name(self.modules)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those, and what adapters hold beside."""
+        return tensors_by_name(self.modules)
+
+    def projections(self) -> dict[str, str]:
+        """The digests of a VeRA's, by component."""
+        layers = self.vectors()
+        drawn = {name.partition(".")[0]: layer.projections for name, layer in layers.items()}
+        return {component: digest_of(projections) for component, projections in drawn.items()}
+
+    def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
+        """Parameters by component and role."""
+        return parameter_groups(self.modules, config)
+
+    def untrained(self) -> AbstractContextManager[None]:
+        """The adapters are off inside of the block."""
+        return disabled(*self.components.adaptable().values())
+
+    def writer(self) -> Writer:
+        """Writes the adapter where every tool reads it exactly.
+
+        An output-axis adapter is written in the key format of Diffusers. That cannot hold a
+        magnitude on the input axis, which therefore is written in kohya's.
+        """
+        layers = adapter_state(self.modules)
+
+        def write(folder: Path, metadata: AdapterMetadata) -> Path:
+            adapter = AdapterFile(layers, metadata)
+            if self.key_format == "kohya":
+                layout = UNetLayout.from_config(self.components.unet.config)
+                file = folder / KOHYA_FILE
+                return write_adapter(file, adapter, self.key_format, unet_layout=layout)
+            return write_adapter(folder, adapter, self.key_format)
+
+        return write
+
+    def write_checkpoint(self, folder: Path, metadata: AdapterMetadata) -> Path:
+        """Write the adapter; of a VeRA the compact file alone."""
+        if vectors := self.vectors():
+            return write_vera(folder, vectors, metadata)
+        return self.writer()(folder, metadata)
+
+    def result(self, folder: Path) -> Path:
+        """The run's folder itself."""
+        return folder
+
+    def write_copies(self, folder: Path, metadata: AdapterMetadata) -> None:
+        """The compact file of a VeRA; ``dora-diffusion convert`` writes other forms."""
+        if vectors := self.vectors():
+            write_vera(folder, vectors, metadata)
+
+    def reload(self, written: Path) -> None:
+        """Replace the live adapter by what the file holds."""
+        components = self.components.adaptable()
+        for model in self.modules.values():
+            remove_adapters(model)
+        load_adapter_state(components, read_adapter(written, LiveWeights(components)).layers)
 
     def vectors(self) -> dict[str, VeraLayer]:
-        """The same of a VeRA, compact; {} for all others."""
+        """Copies of a VeRA's vectors on the CPU, by canonical name; {} for all others."""
         return vera_state(self.modules)
 
 
 def key_format_of_run(config: TrainConfig) -> str:
     """The key format that a run writes: Diffusers', which has no magnitudes on the input axis."""
-    return "kohya" if config.use_dora and config.norm_axis == "input" else "diffusers"
+    on_input = config.method_name == "dora" and config.norm_axis == "input"
+    return "kohya" if on_input else "diffusers"
 
 
 def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapters:
@@ -68,9 +153,9 @@ def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapte
             compile_blocks(model)
     report = InjectionReport(tuple(layers))
     _warn_of_unused_conv_settings(config, report)
-    trained = TrainedAdapters(modules, report)
+    trained = TrainedAdapters(components, modules, report, key_format_of_run(config))
     # Not after hours of training.
-    check_target(trained.state(), key_format_of_run(config))
+    check_target(adapter_state(modules), trained.key_format)
     return trained
 
 

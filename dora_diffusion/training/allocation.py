@@ -126,7 +126,7 @@ def build_allocation(
     trained: Mapping[str, nn.Module], config: TrainConfig
 ) -> RankAllocation | None:
     """The rank allocation that a run asks for, if it does."""
-    if config.direction != "adalora":
+    if config.is_full or config.direction != "adalora":
         return None
     adapters = [adapter for model in trained.values() for adapter in layer_adapters(model)]
     start = sum(adapter.down.shape[0] for adapter in adapters)

@@ -19,7 +19,7 @@ def model_card(
     config: TrainConfig,
     subject: Subject,
     metadata: AdapterMetadata,
-    adapter: Path,
+    written: Path,
     report: str,
     samples: Mapping[str, str],
 ) -> str:
@@ -29,24 +29,23 @@ def model_card(
         config: The run's settings.
         subject: Token and class word.
         metadata: The adapter's metadata.
-        adapter: The adapter file.
-        report: What was adapted.
+        written: The adapter file, or the folder of the model.
+        report: What was trained.
         samples: Caption -> path of an image, relative to the card.
     """
     base = without_path(metadata.base_model)
     prompt = config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
-    method = _method(config)
-    axis = f", norm on the {config.norm_axis} axis" if config.use_dora else ""
-    start = f", started by {config.init}" if config.init != "random" else ""
     images = "".join(
         f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
     )
     steps = metadata.extra["training_steps"]
-    library = "" if adapter.name == KOHYA_FILE else "\nlibrary_name: diffusers"
+    library = "" if written.name == KOHYA_FILE else "\nlibrary_name: diffusers"
+    tag, method = _method(config)
+    use = _use_of_model if config.is_full else _use_of_adapter
     return f"""---
 base_model: {base}
 instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}{library}
-tags: [text-to-image, {method.lower()}, dreambooth]
+tags: [text-to-image, {tag}, dreambooth]
 ---
 
 # {subject.trigger or Path(config.output_dir).name}
@@ -54,25 +53,26 @@ tags: [text-to-image, {method.lower()}, dreambooth]
 {_trigger_sentence(subject, prompt or "")}
 {images}
 ## Use it
-
-```bash
-dora-diffusion generate --base {base} --adapter {adapter.parent.name} \\
-    --prompt "{prompt}" --output image.png
-dora-diffusion export --base {base} --adapter {adapter.parent.name} --output merged
-```
-{_diffusers_example(base, adapter, prompt or "")}
+{use(base, written, prompt or "")}
 ## How it was made
 
-{method} ({_ranks(config)}{axis}{start}) on `{base}`,
+{method} on `{base}`,
 trained with dora_diffusion {__version__} at {metadata.resolution} px for {steps} steps: {report}.
 All settings are in `config.yaml`; the loss of every step is in `metrics.jsonl`.
 """
 
 
-def _method(config: TrainConfig) -> str:
+def _method(config: TrainConfig) -> tuple[str, str]:
+    """The method as a tag, and in words."""
+    if config.is_full:
+        return "full-finetuning", "Full fine-tuning"
+    is_dora = config.method_name == "dora"
+    name = "DoRA" if is_dora else "LoRA"
     if config.direction == "vera":
-        return "DVoRA" if config.use_dora else "VeRA"
-    return "DoRA" if config.use_dora else "LoRA"
+        name = "DVoRA" if is_dora else "VeRA"
+    axis = f", norm on the {config.norm_axis} axis" if is_dora else ""
+    start = f", started by {config.init}" if config.init != "random" else ""
+    return name.lower(), f"{name} ({_ranks(config)}{axis}{start})"
 
 
 def _ranks(config: TrainConfig) -> str:
@@ -81,6 +81,35 @@ def _ranks(config: TrainConfig) -> str:
     if config.direction == "adalora":
         return f"ranks allocated to layers, from {config.rank}, convolutions {config.conv_rank}"
     return f"rank {config.rank}, convolutions {config.conv_rank}"
+
+
+def _use_of_adapter(base: str, adapter: Path, prompt: str) -> str:
+    return f"""
+```bash
+dora-diffusion generate --base {base} --adapter {adapter.parent.name} \\
+    --prompt "{prompt}" --output image.png
+dora-diffusion export --base {base} --adapter {adapter.parent.name} --output merged
+```
+{_diffusers_example(base, adapter, prompt)}"""
+
+
+def _use_of_model(base: str, model: Path, prompt: str) -> str:
+    folder = f"{model.parent.name}/{model.name}"
+    return f"""
+```bash
+dora-diffusion generate --base {folder} --prompt "{prompt}" --output image.png
+dora-diffusion extract --base {base} --tuned {folder} --rank 16 --output adapter.safetensors
+```
+
+In Diffusers:
+
+```python
+from diffusers import AutoPipelineForText2Image
+
+pipeline = AutoPipelineForText2Image.from_pretrained("{folder}")
+image = pipeline("{prompt}").images[0]
+```
+"""
 
 
 def _trigger_sentence(subject: Subject, prompt: str) -> str:

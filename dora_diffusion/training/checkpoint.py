@@ -146,17 +146,16 @@ def _of_these(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, 
     return state
 
 
-def restore_tensors(trained: Mapping[str, nn.Module], saved: Mapping[str, torch.Tensor]) -> None:
-    """Put saved values into the adapters' tensors, all of them.
+def restore_tensors(tensors: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    """Put saved values into tensors, all of them.
 
     Raises:
         ConfigError: If names or shapes differ.
     """
-    tensors = tensors_by_name(trained)
     if {k: tuple(v.shape) for k, v in saved.items()} != {
         k: tuple(v.shape) for k, v in tensors.items()
     }:
-        raise ConfigError("the checkpoint's adapter has other layers or shapes than this run's")
+        raise ConfigError("the checkpoint was trained in other layers or shapes than this run's")
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])

@@ -12,6 +12,7 @@ from pathlib import Path
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.formats.adapter.targets.registry import TARGETS
 from dora_diffusion.formats.adapter.vera import VERA_FILE
+from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME, pipeline_in
 from dora_diffusion.training.card import KOHYA_FILE
 from dora_diffusion.training.checkpoint import checkpoints_in, find_checkpoint, folders_after
 
@@ -20,7 +21,7 @@ METRICS_NAME = "metrics.jsonl"
 # What a run writes at the top of its folder, and which somebody may have a file of their own as.
 _COMMON_NAMES = ("README.md", "config.yaml")
 # Sub-folders that a run writes to and deletes from.
-_OWN_FOLDERS = ("samples", "class_images")
+_OWN_FOLDERS = ("samples", "class_images", PIPELINE_NAME)
 _SAMPLE = re.compile(r"(base|adapted|base_above_adapted|step-\d+)\.png")
 
 
@@ -145,11 +146,12 @@ def _check_contents(config: TrainConfig, folder: Path) -> None:
             "another, resume with --resume_from_checkpoint latest (and a larger "
             "--max_train_steps, if it has ended), or start over with --overwrite_output_dir"
         )
-    if any(folder.glob("*.safetensors")) or folders_after(folder, -1):
+    has_result = any(folder.glob("*.safetensors")) or (folder / PIPELINE_NAME).exists()
+    if has_result or folders_after(folder, -1):
         raise ConfigError(
-            f"output_dir {folder} already holds a trained adapter, and no checkpoint to resume "
-            "from (a run with --checkpointing_steps 0 keeps none); choose another, or start over "
-            "with --overwrite_output_dir"
+            f"output_dir {folder} already holds a trained adapter or model, and no checkpoint "
+            "to resume from (a run with --checkpointing_steps 0 keeps none); choose another, or "
+            "start over with --overwrite_output_dir"
         )
     foreign = [name for name in _COMMON_NAMES if (folder / name).exists()]
     if foreign and not (folder / METRICS_NAME).exists():
@@ -165,7 +167,10 @@ def clear_folder(folder: Path, step: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
     names = (TARGETS["diffusers"].file_name, KOHYA_FILE, VERA_FILE)
     adapters = [folder / name for name in names if name]
-    if step == 0 and any(adapter.is_file() for adapter in adapters):
+    model = folder / PIPELINE_NAME
+    if step == 0 and (pipeline_in(model) or any(adapter.is_file() for adapter in adapters)):
         samples = [p for p in folder.glob("samples/*.png") if _SAMPLE.fullmatch(p.name)]
-        for path in (*adapters, folder / "README.md", *samples):
+        if pipeline_in(model):
+            shutil.rmtree(model, ignore_errors=True)
+        for path in (*adapters, model.with_suffix(".safetensors"), folder / "README.md", *samples):
             path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from dora_diffusion.training.accelerator import make_accelerator, set_by_any
 from dora_diffusion.training.folders import METRICS_NAME, clear_folder, output_folder
 from dora_diffusion.training.metrics import MetricsLog, TrainingError
 from dora_diffusion.training.offload import cache_ahead
-from dora_diffusion.training.result import write_checkpoint_adapter, write_result
+from dora_diffusion.training.result import result_metadata, write_result
 from dora_diffusion.training.resume import RunStart, save_config, start_run, state_of
 from dora_diffusion.training.samples import SampleWriter
 from dora_diffusion.training.saving import CheckpointSaver
@@ -29,7 +29,7 @@ from dora_diffusion.training.trackers import Trackers, tracked_settings
 __all__ = ["TrainResult", "TrainingError", "train"]
 
 _SAVING = "stopping after this step, and saving a checkpoint"
-_FINISHING = "stopping: the adapter is being written, its sample images are left out"
+_FINISHING = "stopping: the result is being written, its sample images are left out"
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,13 @@ class TrainResult:
 
     Attributes:
         output_dir: The run's folder.
-        adapter: The adapter file, or None if the run was interrupted.
+        adapter: The adapter file, or None if the run was interrupted or trained the model itself.
         steps: Optimizer steps done.
         total_steps: Optimizer steps asked for; 0 if it was interrupted before that was known.
         signal_number: The signal that interrupted the run, or None.
         samples: Name -> image file, such as ``adapted`` and ``base``.
         checkpoint: The newest checkpoint to resume from, or None.
+        model: The folder of the model that full fine-tuning made, or None.
     """
 
     output_dir: Path
@@ -53,6 +54,7 @@ class TrainResult:
     signal_number: int | None
     samples: dict[str, Path]
     checkpoint: Path | None = None
+    model: Path | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -132,6 +134,7 @@ class _Run:
             every_steps=config.checkpointing_steps,
             every_minutes=config.checkpointing_minutes,
             limit=config.checkpoints_total_limit,
+            noun=session.weights.noun,
         )
         if start.checkpoint is not None:
             self.saver.resume_from(start.checkpoint, interim=start.is_interim)
@@ -169,17 +172,24 @@ class _Run:
         return step
 
     def finish(self, steps: int) -> TrainResult:
-        """Write the adapter, sample from the written file, and write the card."""
-        total_steps, adapter = self.session.total_steps, None
+        """Write what was learned, sample from the written file, and write the card."""
+        total_steps, written = self.session.total_steps, None
         if steps >= total_steps and self.is_main:
             self.stop.answer_with(_FINISHING)
-            adapter = write_result(self.session, self.output_dir, steps, self.samples)
+            written = write_result(self.session, self.output_dir, steps, self.samples)
         self.session.accelerator.wait_for_everyone()
         signal_number = None if steps >= total_steps else self.stop.signal_number
         self.on_event(events.TrainingEnded(steps, interrupted=steps < total_steps))
-        samples, checkpoint = self.samples.files, self.saver.newest
+        is_full = self.session.config.is_full
         return TrainResult(
-            self.output_dir, adapter, steps, total_steps, signal_number, samples, checkpoint
+            self.output_dir,
+            None if is_full else written,
+            steps,
+            total_steps,
+            signal_number,
+            self.samples.files,
+            self.saver.newest,
+            written if is_full else None,
         )
 
     def _begin(self) -> MetricsLog:
@@ -201,7 +211,7 @@ class _Run:
                 resolution=session.resolution,
                 family=session.components.family.title,
                 device=str(session.accelerator.device),
-                adapter=str(session.adapters.report),
+                adapter=str(session.weights.report),
                 trigger=session.subject.trigger,
                 changed=start.changed,
                 unused=start.unused,
@@ -222,7 +232,9 @@ class _Run:
             path = saver.save(
                 step,
                 state_of(session, self.start.segments, step),
-                lambda folder: write_checkpoint_adapter(session, folder, step),
+                lambda folder: session.weights.write_checkpoint(
+                    folder, result_metadata(session, step)
+                ),
                 interim=interim,
             )
             if path is not None and not interim:

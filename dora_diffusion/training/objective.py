@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,14 @@ from dora_diffusion.training.inputs import StepInputs
 
 
 class Objective(nn.Module):
-    """The loss as one module, so that data-parallel wrappers see every parameter that trains."""
+    """The loss as one module, so that data-parallel wrappers see every parameter that trains.
+
+    Args:
+        components: The model.
+        train_text_encoder: Whether the text encoders train.
+        snr_gamma: Of min-SNR weighting; 0 turns it off.
+        untrained: The model is its base inside of this. None switches adapters off.
+    """
 
     def __init__(
         self,
@@ -30,6 +39,7 @@ class Objective(nn.Module):
         *,
         train_text_encoder: bool,
         snr_gamma: float,
+        untrained: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         super().__init__()
         self.unet = components.unet
@@ -37,6 +47,7 @@ class Objective(nn.Module):
         self.condition = Conditioner(components, train_text_encoder)
         self.prediction_type = components.prediction_type
         self.snr_gamma = snr_gamma
+        self.untrained = untrained or partial(disabled, *components.adaptable().values())
         self.alphas_cumprod: Tensor
         self.register_buffer("alphas_cumprod", components.scheduler.alphas_cumprod)
 
@@ -72,8 +83,8 @@ class Objective(nn.Module):
         class_captions: Sequence[str],
         weight: Tensor | None,
     ) -> Tensor:
-        """Hold the prediction for the class caption at that of the model without its adapter."""
-        with torch.no_grad(), disabled(self.unet, *self.text_encoders):
+        """Hold the prediction for the class caption at that of the untrained model."""
+        with torch.no_grad(), self.untrained():
             target = self._predict(noisy_latents, inputs, class_captions)
         model_pred = self._predict(noisy_latents, inputs, class_captions)
         return denoising_loss(model_pred, target, weight).mean()

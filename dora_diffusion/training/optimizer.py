@@ -31,12 +31,8 @@ def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> l
     """
     groups = []
     for component, model in trained.items():
-        has_own_rate = component != "unet" and config.optimizer_name != "prodigy"
-        rate = config.text_encoder_lr if has_own_rate else config.learning_rate
+        rate, decay_rate = _rate_and_decay(component, config)
         magnitude_rate = rate if config.magnitude_lr is None else config.magnitude_lr
-        decay_rate = config.adam_weight_decay
-        if component != "unet" and config.adam_weight_decay_text_encoder is not None:
-            decay_rate = config.adam_weight_decay_text_encoder
         roles = {
             "down": (rate, decay_rate),
             "up": (rate * config.loraplus_ratio, decay_rate),
@@ -51,6 +47,34 @@ def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> l
                 name = f"{component}/{role}"
                 groups.append({"name": name, "params": parameters, "lr": lr, "weight_decay": decay})
     return groups
+
+
+def weight_groups(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
+    """Weights of a model itself by component, each with its rate and decay.
+
+    Args:
+        trained: Parameters by canonical name, which begins with the component.
+        config: Learning rates and weight decay.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in trained.items():
+        component = name.partition(".")[0]
+        if component not in groups:
+            rate, decay = _rate_and_decay(component, config)
+            group = {"params": [], "lr": rate, "weight_decay": decay}
+            groups[component] = {"name": f"{component}/weights", **group}
+        groups[component]["params"].append(parameter)
+    return list(groups.values())
+
+
+def _rate_and_decay(component: str, config: TrainConfig) -> tuple[float, float]:
+    """Learning rate and weight decay of a component."""
+    has_own_rate = component != "unet" and config.optimizer_name != "prodigy"
+    rate = config.text_encoder_lr if has_own_rate else config.unet_lr
+    decay = config.adam_weight_decay
+    if component != "unet" and config.adam_weight_decay_text_encoder is not None:
+        decay = config.adam_weight_decay_text_encoder
+    return rate, decay
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
@@ -139,7 +163,7 @@ def build_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> 
     if config.lr_warmup_steps >= steps:
         warnings.warn(
             f"lr_warmup_steps is {config.lr_warmup_steps}, and the run has "
-            f"{counted(steps, 'step')}: the learning rate never reaches {config.learning_rate:g}; "
+            f"{counted(steps, 'step')}: the learning rate never reaches {config.unet_lr:g}; "
             "make the warm-up shorter",
             stacklevel=2,
         )

@@ -11,7 +11,6 @@ from pathlib import Path
 from PIL import Image
 
 from dora_diffusion.adapters.compiled import uncompiled
-from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.generate import SamplingSettings, generate_images, image_grid
 from dora_diffusion.images import parameters_text, save_png
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
@@ -55,6 +54,7 @@ class SampleWriter:
         self._session, self._output_dir = session, output_dir
         self._trackers, self._on_event, self._stop = trackers, on_event, stop
         config = session.config
+        self._with = "fine-tuned" if config.is_full else "with the adapter"
         self._prompts = config.validation_prompt or [config.instance_prompt or ""]
         self._seeds = range(config.seed, config.seed + config.num_validation_images)
         self._settings = SamplingSettings(
@@ -66,7 +66,7 @@ class SampleWriter:
 
     def at_step(self, step: int) -> None:
         """Write ``step-STEP.png``; a full disk is a warning."""
-        title = f"Step {step} of {self._session.total_steps}, with the adapter"
+        title = f"Step {step} of {self._session.total_steps}, {self._with}"
         with warning_of_full_disk(f"no samples at step {step}"), suppress(_SamplingStopped):
             self._save_sheet(f"step-{step:06d}", self._images(), title, step)
 
@@ -77,10 +77,10 @@ class SampleWriter:
         """
         with suppress(_SamplingStopped):
             images = self._images()
-            title = f"After {step} steps, with the adapter"
+            title = f"After {step} steps, {self._with}"
             adapted = self._save_sheet("adapted", images, title, step)
             on_adapted(image_grid(images, columns=len(self._seeds)))
-            with disabled(*self._session.components.adaptable().values()):
+            with self._session.weights.untrained():
                 images = self._images()
             base = self._save_sheet("base", images, "The base model", step, adapter=False)
             text = self._parameters(images[0].size, step, adapter=True)

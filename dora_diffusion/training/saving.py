@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -32,6 +31,7 @@ class CheckpointSaver:
         every_steps: Steps between checkpoints that stay; 0 saves none, nor any in between.
         every_minutes: Minutes after which one in between is due; 0 saves none.
         limit: Checkpoints to keep; None keeps all.
+        noun: What is saved beside the state: ``"adapter"`` or ``"model"``.
         clock: Seconds, from anywhere.
     """
 
@@ -42,16 +42,18 @@ class CheckpointSaver:
         every_steps: int,
         every_minutes: float,
         limit: int | None,
+        noun: str = "adapter",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.output_dir = output_dir
         self.every_steps = every_steps
         self.every_seconds = 60 * every_minutes if every_steps else 0.0
         self.limit = limit
+        self.noun = noun
         self.interim: Path | None = None
         self.newest: Path | None = None
         self.last_step: int | None = None
-        self._adapter_alone: Path | None = None
+        self._result_alone: Path | None = None
         self._clock = clock
         self._begun = clock()
 
@@ -73,20 +75,20 @@ class CheckpointSaver:
         self,
         step: int,
         state: Mapping[str, Any],
-        write_adapter: Callable[[Path], object],
+        write_weights: Callable[[Path], object],
         *,
         interim: bool = False,
     ) -> Path | None:
-        """Save a checkpoint; where it cannot be written, the small adapter alone, with a warning.
+        """Save a checkpoint; where it cannot be written, its result alone, with a warning.
 
         Returns:
             The checkpoint, or None: training continues without it.
         """
         self._begun, self.last_step = self._clock(), step
         try:
-            path = _write(self.output_dir, step, {**state, "interim": interim}, write_adapter)
+            path = _write(self.output_dir, step, {**state, "interim": interim}, write_weights)
         except OSError as error:
-            self._save_adapter(step, write_adapter, error)
+            self._save_alone(step, write_weights, error)
             return None
         if self.interim is not None and self.interim != path:
             shutil.rmtree(self.interim, ignore_errors=True)
@@ -96,20 +98,22 @@ class CheckpointSaver:
                 shutil.rmtree(old, ignore_errors=True)
         return path
 
-    def _save_adapter(
-        self, step: int, write_adapter: Callable[[Path], object], cause: OSError
+    def _save_alone(
+        self, step: int, write_weights: Callable[[Path], object], cause: OSError
     ) -> None:
         before = f"the newest is {self.newest.name}" if self.newest else "there is none before it"
         try:
             with _new_folder(self.output_dir, step) as folder:
-                write_adapter(folder)
+                write_weights(folder)
             folder = self.output_dir / f"checkpoint-{step}"
-            saved = f"only the adapter was saved, {folder.name}, which generates and cannot resume"
-            if self._adapter_alone is not None:  # The newest is enough, where room is scarce.
-                shutil.rmtree(self._adapter_alone, ignore_errors=True)
-            self._adapter_alone = folder
+            saved = (
+                f"only the {self.noun} was saved, {folder.name}, which generates and cannot resume"
+            )
+            if self._result_alone is not None:  # The newest is enough, where room is scarce.
+                shutil.rmtree(self._result_alone, ignore_errors=True)
+            self._result_alone = folder
         except OSError:
-            saved = "not even the adapter was saved"
+            saved = f"not even the {self.noun} was saved"
         warnings.warn(
             f"no checkpoint at step {step}: {cause.strerror or cause}; {saved}. Training continues"
             f"; free some space ({before})",
@@ -118,14 +122,11 @@ class CheckpointSaver:
 
 
 def _write(
-    output_dir: Path, step: int, state: dict[str, Any], write_adapter: Callable[[Path], object]
+    output_dir: Path, step: int, state: dict[str, Any], write_weights: Callable[[Path], object]
 ) -> Path:
     """Write ``checkpoint-STEP``; earlier ones are untouched if there is no room."""
-    # Through memory: torch's own writer hides why a write failed, and the size is known first.
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    adapter_bytes = sum(value.nbytes for value in state["parameters"].values())
-    size = buffer.getbuffer().nbytes + 2 * adapter_bytes + _MARGIN
+    parameters = sum(value.nbytes for value in state["parameters"].values())
+    size = _bytes_in(state) + 2 * parameters + _MARGIN
     free = shutil.disk_usage(output_dir).free
     if free < size:
         raise DiskFullError(
@@ -133,10 +134,30 @@ def _write(
             f"it takes {size / 2**20:.1f} MB, and the disk has {free / 2**20:.1f} MB free",
         )
     with _new_folder(output_dir, step) as folder:
-        write_adapter(folder)
-        with atomic_file(folder / STATE_FILE) as file:
-            file.write_bytes(buffer.getbuffer())
+        write_weights(folder)
+        # Into a file that is open: torch, given a name, hides why a write failed.
+        with atomic_file(folder / STATE_FILE) as temporary, temporary.open("wb") as file:
+            _save_state(state, file)
     return output_dir / f"checkpoint-{step}"
+
+
+def _save_state(state: Mapping[str, Any], file: BinaryIO) -> None:
+    """Write with torch, whose writer may complain of its own state when the disk refuses."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
+
+
+def _bytes_in(state: Any) -> int:
+    """Bytes of the tensors in plain containers."""
+    if isinstance(state, Mapping):
+        return sum(_bytes_in(value) for value in state.values())
+    if isinstance(state, list | tuple):
+        return sum(_bytes_in(value) for value in state)
+    return state.nbytes if isinstance(state, torch.Tensor) else 0
 
 
 @contextlib.contextmanager

@@ -6,30 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from dora_diffusion.adapters.compiled import require_compiler
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.data.sampler import EpochSampler
-from dora_diffusion.formats.adapter.vera import digest_of
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
-from dora_diffusion.training.adapters import TrainedAdapters, inject_trained
-from dora_diffusion.training.checkpoint import (
-    restore_optimizer,
-    restore_tensors,
-    tensors_by_name,
-)
+from dora_diffusion.training.adapters import inject_trained
+from dora_diffusion.training.checkpoint import restore_optimizer, restore_tensors
 from dora_diffusion.training.dataset import open_dataset
 from dora_diffusion.training.events import OnEvent, ignore
+from dora_diffusion.training.full import select_weights
 from dora_diffusion.training.inputs import InputSource
 from dora_diffusion.training.offload import bring_what_steps_need
 from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.step import TrainingStep, build_step
 from dora_diffusion.training.subject import Subject
+from dora_diffusion.training.weights import TrainedWeights
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Session:
         config: All settings, those that were left open resolved.
         subject: Token and class word.
         accelerator: What `make_accelerator` made.
-        components: The model, with the adapters on it.
-        adapters: Where they are.
+        components: The model, with the adapters on it where it trains some.
+        weights: What trains.
         dataset: Photos and class images.
         sampler: The order of this process's batches.
         train_step: Does the optimizer step of a number, counted from 1.
@@ -51,7 +50,7 @@ class Session:
     subject: Subject
     accelerator: Any
     components: Components
-    adapters: TrainedAdapters
+    weights: TrainedWeights
     dataset: DreamBoothDataset
     sampler: EpochSampler
     train_step: TrainingStep
@@ -71,7 +70,7 @@ class Session:
     def state_dict(self) -> dict[str, Any]:
         """Everything that steps change, on the CPU."""
         scaler = self.accelerator.scaler
-        tensors = tensors_by_name(self.adapters.modules)
+        tensors = self.weights.tensors()
         allocation = self.train_step.allocation
         return {
             "parameters": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
@@ -79,7 +78,7 @@ class Session:
             "lr_schedule": self.train_step.lr_schedule.state_dict(),
             "sampler": self.sampler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "projections": self._digests(),
+            "projections": self.weights.projections(),
             "allocation": None if allocation is None else allocation.state_dict(),
         }
 
@@ -87,14 +86,14 @@ class Session:
         """Put back what `state_dict` returned; learning rates and decays stay this run's.
 
         Raises:
-            ConfigError: If it is of another adapter.
+            ConfigError: If it is of other layers.
         """
-        if state.get("projections", {}) != self._digests():
+        if state.get("projections", {}) != self.weights.projections():
             raise ConfigError(
                 "the checkpoint's random projections are not those that this version draws; "
                 "resume it with the version that wrote it"
             )
-        restore_tensors(self.adapters.modules, state["parameters"])
+        restore_tensors(self.weights.tensors(), state["parameters"])
         if self.train_step.allocation is not None:
             self.train_step.allocation.load_state_dict(state["allocation"])
         restore_optimizer(self.train_step.optimizer, self.train_step.lr_schedule, state)
@@ -102,17 +101,11 @@ class Session:
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
-    def _digests(self) -> dict[str, str]:
-        """What tells a VeRA's projections from others, by component."""
-        layers = self.adapters.vectors()
-        drawn = {name.partition(".")[0]: layer.projections for name, layer in layers.items()}
-        return {component: digest_of(projections) for component, projections in drawn.items()}
-
 
 def open_session(
     config: TrainConfig, subject: Subject, accelerator: Any, on_event: OnEvent = ignore
 ) -> Session:
-    """Load the model, put the adapter on, and make the data and the optimizer.
+    """Load the model, choose what trains, and make the data and the optimizer.
 
     Args:
         config: All settings.
@@ -134,14 +127,17 @@ def open_session(
         revision=config.revision,
         variant=config.variant,
         vae=config.pretrained_vae_model_name_or_path,
-        dtype=PRECISION_DTYPES[precision],
+        # Weights that train are float32; autocast computes with them in the precision.
+        dtype=torch.float32 if config.is_full else PRECISION_DTYPES[precision],
         config=config.model_config,
     )
     components = place(loaded, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     dataset = open_dataset(config, subject, components, paths, accelerator, on_event)
     bring_what_steps_need(config, components)
-    adapters = inject_trained(components, config)
+    weights: TrainedWeights = (
+        select_weights(components, config) if config.is_full else inject_trained(components, config)
+    )
     sampler = EpochSampler(
         len(dataset),
         batch_size=config.train_batch_size,
@@ -154,8 +150,8 @@ def open_session(
     workers = 0 if dataset.caches_moments else config.dataloader_num_workers
     batches = iterate_batches(dataset, sampler, num_workers=workers)
     inputs = InputSource(config, subject, components, batches, accelerator.process_index)
-    train_step = build_step(config, accelerator, components, adapters.modules, inputs)
-    return Session(config, subject, accelerator, components, adapters, dataset, sampler, train_step)
+    train_step = build_step(config, accelerator, components, weights, inputs)
+    return Session(config, subject, accelerator, components, weights, dataset, sampler, train_step)
 
 
 def _resolved(

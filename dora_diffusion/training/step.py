@@ -24,8 +24,8 @@ from dora_diffusion.training.optimizer import (
     build_optimizer,
     can_be_flat,
     learning_rates,
-    parameter_groups,
 )
+from dora_diffusion.training.weights import TrainedWeights
 
 
 @dataclass
@@ -35,12 +35,12 @@ class TrainingStep:
     Attributes:
         config: Seed, accumulation, weight of the prior and limit of the gradients' norm.
         accelerator: What `make_accelerator` made.
-        modules: The components whose adapters train, by name.
+        modules: The components that train, by name.
         objective: `StepInputs` to the losses of subject and prior.
-        optimizer: Over the adapters' parameters.
+        optimizer: Over the parameters that train.
         lr_schedule: Its learning rates.
         inputs: Gives each batch's, by its number since the start of the run.
-        flat: What the optimizer sees of the adapters' parameters; None: these themselves.
+        flat: What the optimizer sees of the parameters; None: these themselves.
         allocation: Moves ranks between layers; None: they stay.
         watch: Spares each step a wait for the device.
     """
@@ -120,25 +120,29 @@ def build_step(
     config: TrainConfig,
     accelerator: Any,
     components: Components,
-    modules: Mapping[str, nn.Module],
+    weights: TrainedWeights,
     inputs: InputSource,
 ) -> TrainingStep:
-    """Make objective, optimizer and schedule for the adapters on ``modules``."""
+    """Make objective, optimizer and schedule for what trains."""
     objective: Any = Objective(
-        components, train_text_encoder=config.train_text_encoder, snr_gamma=config.snr_gamma
+        components,
+        train_text_encoder=config.train_text_encoder,
+        snr_gamma=config.snr_gamma,
+        untrained=weights.untrained,
     ).to(accelerator.device)
     # Before the parameters share their memory: DistributedDataParallel gives them other memory.
     if accelerator.num_processes > 1:
         objective = accelerator.prepare_model(objective)
-    groups, flat = parameter_groups(modules, config), None
-    if can_be_flat(config.optimizer_name):
+    groups, flat = weights.groups(config), None
+    if weights.are_small and can_be_flat(config.optimizer_name):
         flat = FlatParameters(groups)
         groups = flat.groups
     optimizer = build_optimizer(groups, config)
     # Before Accelerate takes the optimizer's `step`, which the schedule marks as its own.
     schedule = build_lr_schedule(optimizer, config)
     optimizer = accelerator.prepare_optimizer(optimizer)
-    allocation = build_allocation(modules, config)
+    allocation = build_allocation(weights.modules, config)
     return TrainingStep(
-        config, accelerator, modules, objective, optimizer, schedule, inputs, flat, allocation
-    )
+        config, accelerator, weights.modules, objective, optimizer, schedule, inputs, flat,
+        allocation,
+    )  # fmt: skip

@@ -18,7 +18,7 @@ def test_the_segments_that_are_shown_are_of_free_settings() -> None:
     for segment in yaml.safe_load(block)[SEGMENTS]:
         assert set(segment["settings"]) <= free
     first = yaml.safe_load(block)[SEGMENTS][0]["settings"]
-    assert first["learning_rate"] == TrainConfig().learning_rate
+    assert first["learning_rate"] == TrainConfig().usual_lr
 
 
 def test_the_defaults_that_are_named_are_the_defaults() -> None:

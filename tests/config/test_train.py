@@ -94,3 +94,12 @@ def test_who_reads_a_setting_is_found_by_its_name() -> None:
     )
     read = set(re.findall(r"\b(?:config|self)(?=\.(\w+))", text))
     assert [setting.name for setting in settings() if setting.name not in read] == []
+
+
+def test_a_fine_tuned_model_is_not_pushed_as_an_adapter() -> None:
+    with pytest.raises(ConfigError, match="push_to_hub publishes adapters"):
+        TrainConfig(method="full", push_to_hub=True, hub_model_id="me/dog")
+    assert TrainConfig(use_dora=False).method_name == "lora"
+    assert not TrainConfig(method="lora").unet_adapter.use_dora
+    assert TrainConfig(method="full").unet_lr == 5e-6
+    assert TrainConfig(method="full", learning_rate=1e-4).unet_lr == 1e-4

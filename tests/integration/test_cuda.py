@@ -177,7 +177,7 @@ def test_an_fp16_step_that_overflows_changes_nothing_but_the_scale(run, sd1_fold
         session = open_on(run(sd1_folder, "out", **settings))
         scaler, step = session.accelerator.scaler, session.train_step
         step(1)
-        parameters = parameters_by_name(session.adapters.modules)
+        parameters = parameters_by_name(session.weights.modules)
         before = {name: p.detach().clone() for name, p in parameters.items()}
         moments = {
             id(p): {k: v.clone() for k, v in state.items()}

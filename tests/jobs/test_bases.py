@@ -71,3 +71,11 @@ def test_downloaded_models_are_offered_once_and_only_with_weights(
     assert where[SDXL] == "to be downloaded"
     assert where["org/listed"] == "named with --models"
     assert names[0] == "embedded:tiny-sd"
+
+
+def test_a_model_that_a_run_fine_tuned_is_offered(cache: Path, tmp_path: Path) -> None:
+    model = write_folder(tmp_path / "20260101-120000-abcdef" / "model")
+    write_folder(tmp_path / "20260101-120000-abcdef" / "checkpoint-5")
+    offered = {base.name: base.where for base in bases.bases(tmp_path, (), ())}
+    assert offered[str(model)] == "fine-tuned in run 20260101-120000-abcdef"
+    assert not [name for name in offered if "checkpoint-5" in name]

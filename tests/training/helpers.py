@@ -57,7 +57,7 @@ def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Ses
     session = open_session(config, subject_of(config), make_accelerator(config))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():  # A fresh adapter is the base: everything must have moved.
-        for parameter in parameters_by_name(session.adapters.modules).values():
+        for parameter in parameters_by_name(session.weights.modules).values():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(parameter * (1 + 0.1 * noise) + 0.05 * noise)
     return session

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dora_diffusion.adapters.compiled import compile_blocks
+from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.config import ConfigError
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.adapters import inject_trained
@@ -93,7 +94,9 @@ def test_text_encoders_carry_adapters_only_where_they_train(sdxl_folder, config)
 def test_a_seed_draws_the_same_adapter(sd1_folder, config):
     def drawn(seed):
         adapters = inject_trained(load_components(sd1_folder), replace(config, seed=seed))
-        return torch.cat([layer.down.flatten() for layer in adapters.state().values()])
+        return torch.cat(
+            [layer.down.flatten() for layer in adapter_state(adapters.modules).values()]
+        )
 
     assert torch.equal(drawn(1), drawn(1))
     assert not torch.equal(drawn(1), drawn(2))

@@ -44,7 +44,7 @@ def test_one_step_is_the_mean_of_its_losses_clipped_and_taken_by_adamw(
         settings["prior_preservation_mode"] = prior
     session = open_run(sd1_folder, shaped_photos, tmp_path / "a", **settings)
     expected = open_run(sd1_folder, shaped_photos, tmp_path / "b", **settings)
-    parameters = parameters_by_name(expected.adapters.modules)
+    parameters = parameters_by_name(expected.weights.modules)
     start = {name: p.detach().clone() for name, p in parameters.items()}
     record = session.train_step(1)
 
@@ -61,7 +61,7 @@ def test_one_step_is_the_mean_of_its_losses_clipped_and_taken_by_adamw(
     assert float(record["grad_norm"]) == pytest.approx(float(total), rel=1e-4)
     share = min(1.0, limit / float(total)) if limit else 1.0
     checked = set()
-    for name, parameter in parameters_by_name(session.adapters.modules).items():
+    for name, parameter in parameters_by_name(session.weights.modules).items():
         kind = name.rsplit(".", 1)[1]
         rate = 1e-3 if name.startswith("unet.") else 3e-4
         rate = {"magnitude": 7e-4, "up": 4 * rate, "down": rate}[kind]
@@ -90,7 +90,7 @@ def by_hand(session: Session, image_free: bool) -> list[torch.Tensor]:
             if image_free
             else None,
         )  # fmt: skip
-        with norm_scope(*session.adapters.modules.values()):
+        with norm_scope(*session.weights.modules.values()):
             subject, prior = objective(inputs)
             total = subject + PRIOR_WEIGHT * prior
             (total / 2).backward()

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.config import ConfigError
 from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
 from dora_diffusion.jobs.checkpoints import result_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.result import write_adapter_file
+from dora_diffusion.training.result import result_metadata
 from tests.formats.adapter.targets.helpers import (
     assert_close_to_merge,
     load_pipeline,
@@ -69,14 +70,14 @@ def test_a_checkpoint_holds_all_that_its_adapter_is_made_of(
     settings = {"targets": ["cross-attention"], **VARIANTS[variant]}
     session = open_run(sd1_folder, photos, tmp_path / "a", **settings)
     session.train_step(1)
-    state, expected = session.state_dict(), session.adapters.state()
+    state, expected = session.state_dict(), adapter_state(session.weights.modules)
     other = open_run(sd1_folder, photos, tmp_path / "b", **settings)
     with torch.no_grad():
         for _, layer in adapted_layers(other.components.unet):
             for tensor in (*layer.adapters.parameters(), *layer.adapters.buffers()):
                 tensor.neg_()
     other.load_state_dict(state)
-    for name, layer in other.adapters.state().items():
+    for name, layer in adapter_state(other.weights.modules).items():
         for part in ("down", "up", "magnitude"):
             assert torch.equal(getattr(layer, part), getattr(expected[name], part)), name
 
@@ -105,7 +106,7 @@ def test_every_tool_reads_the_result_as_an_ordinary_adapter(
     from peft import PeftModel
 
     session = open_run(sd1_folder, photos, tmp_path, norm_axis=axis, **VARIANTS[variant])
-    file = write_adapter_file(session, tmp_path / "run", 1, session.adapters.state())
+    file = session.weights.writer()(tmp_path / "run", result_metadata(session, 1))
     adapter = read_adapter(file)
     layers, seen = adapter.layers, {}
     assert len(layers) > 30

@@ -192,6 +192,7 @@ def evaluate_toy(
     groups: Sequence[Group] = GROUPS,
     batch_size: int = 8,
     on_step: OnStep | None = None,
+    base_model: Components | None = None,
 ) -> Evaluation:
     """Measure the adapters that are on the model, beside the base and the truth.
 
@@ -204,6 +205,7 @@ def evaluate_toy(
         groups: What to ask for.
         batch_size: Images at once.
         on_step: Called with (steps done, steps in all), for both models.
+        base_model: What it was trained from, of a model that was trained whole.
 
     Raises:
         ValueError: No seed.
@@ -213,7 +215,7 @@ def evaluate_toy(
     def ask(report: OnStep | None) -> Answers:
         return answer(components, requests, settings, batch_size=batch_size, on_step=report)
 
-    answers = base_and_adapted(components, ask, seeds, on_step)
+    answers = base_and_adapted(components, ask, seeds, on_step, base_model)
     base = answers["base"]
     answers["truth"] = true_answers(requests, components.default_resolution)
     return Evaluation(

@@ -14,7 +14,7 @@ from torch import Tensor
 from dora_diffusion.export.card import read_card
 from dora_diffusion.export.folder.plan import FolderPlan, Shard, dump
 from dora_diffusion.export.merged import MergedModel, check_sample
-from dora_diffusion.export.notes import MergeNotes
+from dora_diffusion.export.notes import Notes
 from dora_diffusion.export.output import (
     OnProgress,
     ProgressReporter,
@@ -31,7 +31,7 @@ def write_folder(
     merged: MergedModel,
     plan: FolderPlan,
     output: Path,
-    notes: MergeNotes,
+    notes: Notes,
     on_progress: OnProgress | None,
     vae_config: Path | None = None,
 ) -> None:
@@ -65,7 +65,7 @@ def _write_component(
     component: str,
     shards: list[Shard],
     folder: Path,
-    notes: MergeNotes,
+    notes: Notes,
     report: ProgressReporter,
 ) -> None:
     """Write the weight files of one component.

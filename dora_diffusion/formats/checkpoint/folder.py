@@ -25,6 +25,7 @@ WEIGHT_SUFFIXES = (
     ".bin",
     ".bin.index.json",
     ".ckpt",
+    ".pt",
     ".msgpack",
     ".h5",
     ".onnx",

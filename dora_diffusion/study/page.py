@@ -1,0 +1,198 @@
+"""The report of a study: one page, as Markdown beside its images, and as one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from dora_diffusion.evaluation.report import aligned, sheet
+from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.images import save_png
+from dora_diffusion.study.run import Results
+from dora_diffusion.study.tables import (
+    METHOD,
+    Row,
+    differences_table,
+    figures_table,
+    rows_in,
+)
+from dora_diffusion.wording import counted
+
+FILES = {"page": "report.html", "markdown": "report.md", "records": "records.json"}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
+  color-scheme: light dark; background: Canvas; color: CanvasText }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 13px }
+th, td { border-bottom: 1px solid #8886; padding: .25rem .6rem; text-align: left; white-space: nowrap }
+img { max-width: 100%; height: auto; background: white }
+"""  # noqa: E501
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        title: Its heading.
+        text: What it says, a paragraph.
+        table: Rows, the first a head.
+        image: A file beside the page.
+    """
+
+    title: str
+    text: str = ""
+    table: Sequence[Row] = ()
+    image: Path | None = None
+
+
+def write_report(results: Results, output: Path) -> dict[str, Path]:
+    """Write the page, its images, and all records in one file; returns their paths.
+
+    Warns:
+        UserWarning: If there are no plots since matplotlib is not installed.
+    """
+    sections = _sections(results, output)
+    title = f"Methods compared on {results.study.base}"
+    return {
+        "page": save_text(output / FILES["page"], as_html(title, sections)),
+        "markdown": save_text(output / FILES["markdown"], as_markdown(title, sections)),
+        "records": save_text(output / FILES["records"], as_lines(results)),
+    }
+
+
+def _sections(results: Results, output: Path) -> list[Section]:
+    records, study = results.records, results.study
+    sections = [Section("Figures", _intro(results), figures_table(records))]
+    if len(rows_in(records)) > 2:
+        text = f"{METHOD}; those of shares are in points. An interval that holds 0 shows none."
+        sections.append(
+            Section("Paired differences", text, differences_table(records, study.reference))
+        )
+    if results.images:
+        file = save_png(image_grid(results), output / "grid.png")
+        text = f"Seed {study.seeds[0]}; above, what was asked for."
+        sections.append(Section("Images", text, image=file))
+    try:
+        from dora_diffusion.study.plots import write_plots
+
+        for title, file in write_plots(records, output).items():
+            sections.append(Section(title, image=file))
+    except ModuleNotFoundError:
+        from dora_diffusion.study.plots import MISSING
+
+        warnings.warn(MISSING, stacklevel=3)
+    if results.tuning:
+        sections.append(_tuning(results))
+    methods = [["method", "settings"]]
+    methods += [[m.name, _words(m.settings)] for m in study.methods]
+    sections.append(Section("Methods", f"All have: {_words(study.common)}.", methods))
+    return sections
+
+
+def _intro(results: Results) -> str:
+    study, records = results.study, results.records
+    subjects = ", ".join(subject.name for subject in results.subjects)
+    machines = ", ".join(dict.fromkeys(record["machine"] for record in records))
+    wanted = (len(study.methods) + 1) * len(study.subjects) * len(study.seeds)
+    left = max(0, wanted - len(records))
+    missing = f" {left} trials have no record yet." if left else ""
+    diverged = [record["row"] for record in records if "diverged" in record]
+    if diverged:
+        rows = ", ".join(sorted(set(diverged)))
+        missing += f" {len(diverged)} diverged and have no figures ({rows})."
+    return (
+        f"Subjects: {subjects}; {counted(len(study.seeds), 'seed')} each; {len(records)} trials on "
+        f"{machines}.{missing} {METHOD}. Live memory: weights, gradients, the optimizer's state, "
+        "and what autograd keeps of a batch."
+    )
+
+
+def _tuning(results: Results) -> Section:
+    tune = results.study.tune
+    assert tune is not None
+    keep = ", ".join(f"{name} within {most:g}" for name, most in tune.keep.items())
+    text = (
+        f"On {', '.join(map(str, tune.subjects))}, {counted(len(tune.seeds), 'seed')} each: the "
+        f"rate with the best {tune.best} that keeps {keep} of the base's. Chosen: "
+        + ", ".join(f"{name} {rates[0]:g}" for name, rates in results.rates.items() if rates)
+        + "."
+    )
+    return Section("Learning rates", text, figures_table(results.tuning))
+
+
+def _words(values: object) -> str:
+    items = dict(values).items() if isinstance(values, dict) else ()
+    return ", ".join(f"`{name}: {value}`" for name, value in items) or "nothing of their own"
+
+
+def image_grid(results: Results) -> Image.Image:
+    """The first seed's image of every subject by every row, under the truth."""
+    rows: dict[str, list[Image.Image]] = {"truth": [s.truth() for s in results.subjects]}
+    for row in rows_in(results.records):
+        files = [results.images.get((row, subject.name)) for subject in results.subjects]
+        if any(files):
+            rows[row] = [_opened(file) for file in files]
+    return sheet(rows, [subject.label for subject in results.subjects])
+
+
+def _opened(file: Path | None) -> Image.Image:
+    """An image; an empty one where there is none."""
+    if file is None:
+        return Image.new("RGB", (64, 64), "white")
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
+def as_lines(results: Results) -> str:
+    """All records as JSON, one a line."""
+    every = [*results.tuning, *results.records]
+    return "[\n" + ",\n".join(json.dumps(record) for record in every) + "\n]\n"
+
+
+def as_markdown(title: str, sections: Sequence[Section]) -> str:
+    """The page as Markdown; images lie beside it."""
+    parts = [f"# {title}"]
+    for section in sections:
+        parts.append(f"## {section.title}")
+        parts += [section.text] if section.text else []
+        parts += [aligned(section.table)] if section.table else []
+        parts += [f"![{section.title}]({section.image.name})"] if section.image else []
+    return "\n\n".join(parts) + "\n"
+
+
+def as_html(title: str, sections: Sequence[Section]) -> str:
+    """The page as one file, images in it."""
+    body = "".join(_section(section) for section in sections)
+    name = html.escape(title)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{name}</title>\n'
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<style>{_STYLE}</style>\n<h1>{name}</h1>\n{body}</html>\n"
+    )
+
+
+def _section(section: Section) -> str:
+    parts = [f"<h2>{html.escape(section.title)}</h2>"]
+    if section.text:
+        parts.append(f"<p>{html.escape(section.text).replace('`', '')}</p>")
+    if section.table:
+        head, *rows = section.table
+        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        lines = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell).replace('`', '')}</td>" for cell in row)
+            + "</tr>\n"
+            for row in rows
+        )  # fmt: skip
+        parts.append(f"<table>\n<tr>{cells}</tr>\n{lines}</table>")
+    if section.image:
+        content = base64.b64encode(section.image.read_bytes()).decode()
+        alt = html.escape(section.title)
+        parts.append(f'<img alt="{alt}" src="data:image/png;base64,{content}">')
+    return "\n".join(parts) + "\n"

@@ -1,0 +1,170 @@
+"""One trial of a study: a training with one seed on one subject, and the key of its record."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion.config import TrainConfig, settings
+from dora_diffusion.export.base import open_model
+from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.study.config import BASE, Asked, Method, Study
+from dora_diffusion.study.subjects import StudySubject
+
+RECORD = 1
+"""Version of what a record holds, and of what it is measured with."""
+
+Record = dict[str, Any]
+_SAMPLED = 2**16
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Everything that a record depends on.
+
+    Attributes:
+        row: Its method, with the rate where that has several.
+        method: Its method; ``"base"`` trains nothing.
+        config: Settings of training, but for places, photos and seed.
+        subject: What is learned.
+        seed: Of the training and of the images that are asked for.
+        base: Digest of the model.
+        asked: How it is measured.
+    """
+
+    row: str
+    method: str
+    config: TrainConfig
+    subject: StudySubject
+    seed: int
+    base: str
+    asked: Asked
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The UNet's; None of the base."""
+        return None if self.method == BASE else self.config.unet_lr
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of training, in full."""
+        return {} if self.method == BASE else _compared(self.config.to_dict())
+
+    @property
+    def digest(self) -> str:
+        """Key of the record: SHA-256 of what it depends on.
+
+        Settings that have their default are left out, so that a setting that a later version adds
+        leaves it as it is; `known_record` compares these.
+        """
+        defaults = _compared(TrainConfig().to_dict())
+        moved = {name: v for name, v in self.settings.items() if v != defaults[name]}
+        parts = {
+            "record": RECORD,
+            "is_base": self.method == BASE,
+            "base": self.base,
+            "settings": moved,
+            "subject": self.subject.digest,
+            "seed": self.seed,
+            "asked": dataclasses.asdict(self.asked),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """Of its files: what it is in words, and the start of its digest."""
+        return f"{self.row}-{self.subject.name}-{self.seed}-{self.digest[:10]}"
+
+    def file(self, output: Path) -> Path:
+        """Where its record is. By the digest alone, which no name of a method is part of."""
+        return output / "records" / f"{self.digest[:20]}.json"
+
+    def image(self, output: Path) -> Path:
+        """Where its image of the subject is."""
+        return output / "images" / f"{self.digest[:20]}.png"
+
+    def known_record(self, output: Path) -> Record | None:
+        """The record of an earlier call, if it is of this very trial; under its present name."""
+        try:
+            record: Record = json.loads(self.file(output).read_text(encoding="utf-8"))
+            current = self.settings
+            same = record["digest"] == self.digest and all(
+                current.get(name, value) == value for name, value in record["settings"].items()
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return {**record, "row": self.row, "method": self.method} if same else None
+
+    def save(self, output: Path, record: Record) -> Record:
+        """Write a record, atomically."""
+        save_text(self.file(output), json.dumps(record, indent=1) + "\n")
+        return record
+
+
+def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that figures depend on: not places, nor what each trial has of its own."""
+    left_out = {s.name for s in settings() if s.is_path or s.resume == "apart"} | {
+        "seed", "instance_prompt", "class_word", "validation_prompt", "num_validation_images",
+    }  # fmt: skip
+    return {name: value for name, value in values.items() if name not in left_out}
+
+
+def base_digest(base: str) -> str:
+    """Digest of a model: sizes, starts and ends of its weight files.
+
+    Training changes all of a file, and reading gigabytes before every call would not be worth it.
+    """
+    digest = hashlib.sha256()
+    with open_model(base) as model:
+        for file in (file for files in model.files.values() for file in files):
+            size = file.stat().st_size
+            with file.open("rb") as content:
+                digest.update(f"{file.name} {size}".encode() + content.read(_SAMPLED))
+                content.seek(max(0, size - _SAMPLED))
+                digest.update(content.read())
+    return digest.hexdigest()
+
+
+def trials_of(
+    study: Study,
+    base: str,
+    rates: Mapping[str, Sequence[float]],
+    subjects: Sequence[StudySubject],
+    seeds: Sequence[int],
+) -> list[Trial]:
+    """Every method with every rate on every subject with every seed, seed by seed.
+
+    So a study that is stopped has as many seeds of one method as of another.
+
+    Args:
+        study: The study.
+        base: Digest of its base.
+        rates: Learning rates by method.
+        subjects: What is learned.
+        seeds: Of each.
+    """
+    trials = []
+    for seed in seeds:
+        for subject in subjects:
+            trials.append(Trial(BASE, BASE, TrainConfig(), subject, seed, base, study.asked))
+            for method in study.methods:
+                for row, config in rows_of(study, method, rates.get(method.name, ())):
+                    trials.append(Trial(row, method.name, config, subject, seed, base, study.asked))
+    return trials
+
+
+def rows_of(study: Study, method: Method, rates: Sequence[float]) -> list[tuple[str, TrainConfig]]:
+    """The rows of a method, one for each rate, with their settings."""
+    plain = study.training(method)
+    return [
+        (
+            method.name if len(rates) == 1 else f"{method.name} {rate:g}",
+            dataclasses.replace(plain, learning_rate=rate),
+        )
+        for rate in rates
+    ]

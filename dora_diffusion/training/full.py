@@ -1,0 +1,227 @@
+"""Full fine-tuning: weights of the model itself that a run trains."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_diffusion.adapters.compiled import compile_blocks
+from dora_diffusion.adapters.targets import match_targets
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.export.base import open_model
+from dora_diffusion.export.trained import export_trained
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata
+from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME
+from dora_diffusion.formats.names.modules import canonical
+from dora_diffusion.models.components import Components
+from dora_diffusion.training.optimizer import weight_groups
+from dora_diffusion.training.recompute import checkpoint_gradients
+from dora_diffusion.training.weights import Writer
+
+# Bytes of float32 per parameter that an optimizer keeps; adamw8bit quantises its two moments.
+_MOMENTS = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0}
+
+
+@dataclass(frozen=True)
+class FullReport:
+    """What full fine-tuning trains, and what it takes of the disk.
+
+    Attributes:
+        tensors: Number of trained tensors.
+        parameters: Numbers in them.
+        model_bytes: Size of the model on disk.
+        checkpoint_bytes: Of a checkpoint: the model, what trains in float32, and moments.
+    """
+
+    tensors: int
+    parameters: int
+    model_bytes: int
+    checkpoint_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"full fine-tuning of {self.tensors} tensors, {self.parameters:,} parameters (on disk "
+            f"{_size(self.model_bytes)}, each checkpoint {_size(self.checkpoint_bytes)})"
+        )
+
+
+@dataclass(frozen=True)
+class FullWeights:
+    """Weights of a model that train, as `TrainedWeights`. They are float32.
+
+    Attributes:
+        components: The model.
+        modules: The components that train, by name.
+        trained: The parameters that train, by canonical name.
+        config: Where the base is, and how the result is written.
+        report: How much that is.
+        base: Their values before training, where every step needs them.
+    """
+
+    components: Components
+    modules: dict[str, nn.Module]
+    trained: Mapping[str, nn.Parameter]
+    config: TrainConfig
+    report: FullReport
+    base: Mapping[str, Tensor] = field(default_factory=dict)
+
+    noun = "model"
+    holds_thumbnail = False
+    are_small = False
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by canonical name."""
+        return dict(self.trained)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The same."""
+        return self.trained
+
+    def projections(self) -> dict[str, str]:
+        """None."""
+        return {}
+
+    def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
+        """Parameters by component."""
+        return weight_groups(self.trained, config)
+
+    @contextmanager
+    def untrained(self) -> Iterator[None]:
+        """The base's values are in the weights inside of the block; it may not train them."""
+        base = self.base or self._read(self.components.source, self.config.variant)
+        trained = {name: parameter.data for name, parameter in self.trained.items()}
+        try:
+            for name, parameter in self.trained.items():
+                parameter.data = base[name]
+            yield
+        finally:
+            for name, parameter in self.trained.items():
+                parameter.data = trained[name]
+
+    def writer(self) -> Writer:
+        """Writes the whole model as a Diffusers folder, in the dtype of the base."""
+        return self._export
+
+    def write_checkpoint(self, folder: Path, metadata: AdapterMetadata) -> Path:
+        """The same as the result."""
+        return self._export(folder, metadata)
+
+    def result(self, folder: Path) -> Path:
+        """The model's own folder in that of the run."""
+        return folder / PIPELINE_NAME
+
+    def write_copies(self, folder: Path, metadata: AdapterMetadata) -> None:
+        """Write the whole model as one file in the original layout, where that was asked for."""
+        if self.config.single_file:
+            self._export(folder / f"{PIPELINE_NAME}.safetensors", metadata)
+
+    def reload(self, written: Path) -> None:
+        """Take on the written values, which were rounded to the base's dtype."""
+        values = self._read(str(written), None)
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(values[name])
+
+    def _export(self, output: Path, metadata: AdapterMetadata) -> Path:
+        config = self.config
+        return export_trained(
+            self.components.source,
+            {name: parameter.detach().cpu for name, parameter in self.trained.items()},
+            output,
+            metadata,
+            vae=config.pretrained_vae_model_name_or_path,
+            variant=config.variant,
+            config=config.model_config,
+            overwrite=True,
+        )
+
+    def _read(self, source: str, variant: str | None) -> dict[str, Tensor]:
+        """The values that a stored model has for what trains, in float32 on its device."""
+        device = self.components.device
+        with open_model(source, variant) as model:
+            return {name: model[name].to(device, torch.float32) for name in self.trained}
+
+
+def select_weights(components: Components, config: TrainConfig) -> FullWeights:
+    """Choose the weights that train, and put their components into training mode.
+
+    Args:
+        components: A model in float32.
+        config: All settings.
+
+    Raises:
+        TargetError: If a target matches no layer.
+
+    Warns:
+        UserWarning: If the disk has no room for the result, or for a checkpoint.
+    """
+    modules: dict[str, nn.Module] = {}
+    trained: dict[str, nn.Parameter] = {}
+    for name, model in components.adaptable().items():
+        if name != "unet" and not config.train_text_encoder:
+            continue
+        targets = config.targets if name == "unet" else config.text_encoder_targets
+        wanted = _parameters(model, targets if config.full_weights == "targets" else None)
+        trained |= {canonical(name, path): parameter for path, parameter in wanted.items()}
+        modules[name] = model.train()
+        if config.gradient_checkpointing:
+            checkpoint_gradients(model, components.device.type)
+        if config.compile and name == "unet":
+            compile_blocks(model)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    base = {n: p.detach().clone() for n, p in trained.items()} if config.is_image_free else {}
+    report = _report(components, config, trained)
+    _check_disk(config, report)
+    return FullWeights(components, modules, trained, config, report, base)
+
+
+def _parameters(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Parameter]:
+    """A model's parameters by path: all, or the weights and biases of the layers in targets."""
+    if targets is None:
+        return dict(model.named_parameters())
+    return {
+        f"{path}.{name}": parameter
+        for path in match_targets(model, targets)
+        for name, parameter in model.get_submodule(path).named_parameters()
+    }
+
+
+def _report(
+    components: Components, config: TrainConfig, trained: Mapping[str, nn.Parameter]
+) -> FullReport:
+    count = sum(parameter.numel() for parameter in trained.values())
+    with open_model(components.source, config.variant) as model:
+        size = sum(spec.nbytes for spec in model.specs.values())
+    checkpoint = size + count * (4 + _MOMENTS[config.optimizer_name])
+    return FullReport(len(trained), count, size, checkpoint)
+
+
+def _check_disk(config: TrainConfig, report: FullReport) -> None:
+    """Say before training what will not fit on the disk after it."""
+    output = Path(config.output_dir).resolve()
+    place = next(folder for folder in (output, *output.parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    needed = report.model_bytes * (2 if config.single_file else 1)
+    if config.checkpointing_steps:
+        # A checkpoint is complete before the one that it replaces goes.
+        kept = (config.checkpoints_total_limit or 1) + 1
+        needed += kept * report.checkpoint_bytes
+    if free < needed:
+        warnings.warn(
+            f"the disk has {_size(free)} free, and this run writes {_size(needed)} or more: free "
+            "some space, set --checkpoints_total_limit 1, or --checkpointing_steps 0",
+            stacklevel=3,
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,173 @@
+"""Records: kept, not repeated, made again when what they depend on has changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from dora_diffusion.config import ConfigError
+from dora_diffusion.study import run as module
+from dora_diffusion.study import trials as keys
+from dora_diffusion.study.config import Tuning
+from dora_diffusion.study.run import chosen_rate, run_study
+from dora_diffusion.study.trials import trials_of
+from tests.study.helpers import record, study
+
+
+@pytest.fixture
+def performed(monkeypatch):
+    """Trials that were performed, each in no time; similarity grows with the rate."""
+    done = []
+
+    def perform(trial, base, output, *, with_image):
+        done.append(trial)
+        rate = trial.learning_rate or 0.0
+        made = record(trial.row, trial.subject.name, trial.seed, subject_similarity=100 * rate)
+        made |= {"digest": trial.digest, "method": trial.method, "settings": trial.settings}
+        return trial.save(output, made | {"learning_rate": trial.learning_rate})
+
+    monkeypatch.setattr(module, "perform", perform)
+    return done
+
+
+def test_a_trial_with_a_record_is_not_repeated(performed, tmp_path):
+    results = run_study(study(), tmp_path)
+    # Tuning: the base and two methods at two rates; then four rows, two subjects, two seeds.
+    assert len(performed) == 5 + 4 * 2 * 2
+    assert results.rates == {"dora": (2e-3,), "lora": (2e-3,), "half": (2e-3,)}
+    again = run_study(study(), tmp_path)
+    assert len(performed) == 5 + 4 * 2 * 2
+    assert again.records == results.records
+    assert len(results.tuning) == 5
+
+
+def test_one_more_seed_or_method_costs_only_its_own_trials(performed, tmp_path):
+    run_study(study(), tmp_path)
+    before = len(performed)
+    run_study(study(seeds=3), tmp_path)
+    assert len(performed) - before == 4 * 2
+    assert {trial.seed for trial in performed[before:]} == {2}
+
+
+def test_a_changed_setting_runs_again_and_a_new_name_does_not(performed, tmp_path):
+    rates = {"learning_rate": 1e-3}
+    first = {"dora": rates, "lora": {"method": "lora", **rates}}
+    run_study(study(methods=first, tune=None), tmp_path)
+    before = len(performed)
+    changed = {"dora": rates, "lora": {"method": "lora", "rslora": True, **rates}}
+    run_study(study(methods=changed, tune=None), tmp_path)
+    assert {trial.method for trial in performed[before:]} == {"lora"}
+    before = len(performed)
+    renamed = {"mine": rates, "lora": first["lora"]}
+    results = run_study(study(methods=renamed, tune=None), tmp_path)
+    assert len(performed) == before
+    assert {r["row"] for r in results.records} == {"base", "mine", "lora"}
+
+
+def test_methods_of_equal_settings_are_each_a_row(performed, tmp_path):
+    rates = {"learning_rate": 1e-3}
+    results = run_study(study(methods={"a": rates, "b": rates}, tune=None), tmp_path)
+    assert [r["row"] for r in results.records].count("a") == 4
+    assert [r["row"] for r in results.records].count("b") == 4
+    assert len(performed) == 2 * 4
+
+
+def test_several_rates_are_rows(performed, tmp_path):
+    results = run_study(study(methods={"a": {"learning_rate": [1e-3, 4e-3]}}, tune=None), tmp_path)
+    assert {r["row"] for r in results.records} == {"base", "a 0.001", "a 0.004"}
+
+
+@pytest.mark.parametrize("damage", ["{", '{"digest": "other"}', "[]", "{}"])
+def test_a_damaged_record_is_made_again(performed, tmp_path, damage):
+    run_study(study(), tmp_path)
+    before = len(performed)
+    file = performed[-1].file(tmp_path)
+    file.write_text(damage, encoding="utf-8")
+    run_study(study(), tmp_path)
+    assert len(performed) == before + 1
+    assert json.loads(file.read_text(encoding="utf-8"))["digest"] == performed[-1].digest
+
+
+def test_a_default_that_has_changed_makes_a_record_void(performed, tmp_path):
+    """The key leaves settings at their default out; the record has them."""
+    run_study(study(), tmp_path)
+    before = len(performed)
+    file = performed[-1].file(tmp_path)
+    old = json.loads(file.read_text(encoding="utf-8"))
+    old["settings"]["snr_gamma"] = 4.0
+    file.write_text(json.dumps(old), encoding="utf-8")
+    run_study(study(), tmp_path)
+    assert len(performed) == before + 1
+    # A setting that this version has not, or that the record's had not, leaves it valid.
+    old["settings"] |= {"snr_gamma": 5.0, "of_another_version": 1}
+    del old["settings"]["noise_offset"]
+    file.write_text(json.dumps(old), encoding="utf-8")
+    run_study(study(), tmp_path)
+    assert len(performed) == before + 1
+
+
+def test_keys_depend_on_all_that_figures_do(tmp_path):
+    given = study()
+    (first,) = [t for t in _trials(given) if t.method == "dora"]
+    others = [
+        dataclasses.replace(first, seed=1),
+        dataclasses.replace(first, base="another"),
+        dataclasses.replace(first, asked=dataclasses.replace(first.asked, inference_steps=7)),
+        dataclasses.replace(first, config=dataclasses.replace(first.config, learning_rate=5e-3)),
+        dataclasses.replace(first, subject=_subject("bolt_mug")),
+        dataclasses.replace(first, method="base"),
+    ]
+    assert len({t.digest for t in [first, *others]}) == 7
+    moved = dataclasses.replace(first.config, output_dir="elsewhere", seed=8, logging_dir="x")
+    assert dataclasses.replace(first, config=moved, row="name").digest == first.digest
+
+
+def _subject(name):
+    from dora_diffusion.study.subjects import find_subject
+
+    return find_subject(name, "embedded:tiny-sd", [])
+
+
+def _trials(given):
+    return trials_of(given, "model", {"dora": [1e-3]}, [_subject("star_teapot")], [0])
+
+
+def test_another_process_has_its_trial_and_this_one_the_rest(performed, tmp_path):
+    given = study(methods={"a": {"learning_rate": 1e-3}}, tune=None)
+    (_, taken) = trials_of(given, keys.base_digest(given.base), {"a": [1e-3]},
+                           [_subject("star_teapot")], [0])  # fmt: skip
+    order = []
+
+    def on_trial(done, total, made, known):
+        order.append((made["row"], made["subject"], made["seed"]))
+        if len(order) == 3:
+            lock.__exit__(None, None, None)  # The other process ends.
+
+    lock = module._claimed(taken, tmp_path)
+    assert lock.__enter__()
+    results = run_study(given, tmp_path, on_trial)
+    assert len(results.records) == 8
+    assert order[-1] == ("a", "star_teapot", 0)
+
+
+def test_a_report_alone_performs_nothing(performed, tmp_path):
+    given = study(methods={"a": {"learning_rate": 1e-3}}, tune=None)
+    assert not run_study(given, tmp_path, only_known=True).records
+    assert not performed
+    with pytest.raises(ConfigError, match="no trial of dora has the figure"):
+        run_study(study(), tmp_path, only_known=True)
+
+
+def test_the_rate_is_the_best_that_leaves_other_classes_alone():
+    tune = Tuning(("x",), learning_rates=(1e-3, 2e-3, 4e-3))
+    made = [record("base", "x", 0, others_kind=1.0)]
+    for rate, similar, kind in ((1e-3, 0.7, 1.0), (2e-3, 0.8, 0.99), (4e-3, 0.9, 0.9)):
+        one = record("dora", "x", 0, subject_similarity=similar, others_kind=kind)
+        made.append({**one, "learning_rate": rate})
+    assert chosen_rate(made, "dora", tune) == 2e-3
+    free = dataclasses.replace(tune, keep={})
+    assert chosen_rate(made, "dora", free) == 4e-3
+    strict = dataclasses.replace(tune, keep={"others_kind": -1.0})
+    assert chosen_rate(made, "dora", strict) == 1e-3  # none keeps it: the smallest

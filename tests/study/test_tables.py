@@ -1,0 +1,83 @@
+"""Means and paired differences, against a plain restatement."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dora_diffusion.study.tables import (
+    analysis_of,
+    differences_table,
+    figure_of,
+    figures_table,
+    interval,
+    paired_difference,
+)
+from tests.study.helpers import record
+
+VALUES = {  # subject -> seed -> (dora, lora)
+    "mug": {0: (0.81, 0.80), 1: (0.86, 0.79), 2: (0.83, 0.84)},
+    "car": {0: (0.61, 0.55), 1: (0.66, 0.60)},
+    "duck": {3: (0.90, 0.91)},
+}
+
+
+def records():
+    rows = []
+    for subject, seeds in VALUES.items():
+        # In another order of seeds for each row: pairs are by name, not by place.
+        rows += [record("dora", subject, s, subject_similarity=v[0]) for s, v in seeds.items()]
+        rows += [
+            record("lora", subject, s, subject_similarity=v[1]) for s, v in reversed(seeds.items())
+        ]
+    # Without a partner of its subject and seed.
+    rows.append(record("dora", "mug", 9, subject_similarity=0.0))
+    return rows
+
+
+def restated(values, draws=10_000):
+    """Two-level bootstrap of the mean over subjects of their means, in plain NumPy."""
+    groups = [np.array(v, float) for v in values]
+    generator = np.random.default_rng(12)
+    means = []
+    for _ in range(draws):
+        chosen = generator.integers(len(groups), size=len(groups))
+        means.append(
+            np.mean([generator.choice(groups[g], len(groups[g]), replace=True).mean()
+                     for g in chosen])
+        )  # fmt: skip
+    return np.mean([g.mean() for g in groups]), *np.quantile(means, (0.025, 0.975))
+
+
+def test_differences_are_paired_by_subject_and_seed():
+    found = paired_difference(records(), "dora", "lora", figure_of("subject_similarity"))
+    mean, low, high = restated([[a - b for a, b in v.values()] for v in VALUES.values()])
+    assert found.n == 6
+    assert found.mean == pytest.approx(mean, abs=1e-12)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=2e-3)  # of random draws
+
+
+def test_means_are_over_subjects_of_their_seeds():
+    found = interval([r for r in records() if r["seed"] != 9 and r["row"] == "dora"],
+                     figure_of("subject_similarity"))  # fmt: skip
+    mean, low, high = restated([[a for a, _ in v.values()] for v in VALUES.values()])
+    assert found.mean == pytest.approx(mean, abs=1e-12)
+    assert (found.low, found.high) == pytest.approx(
+        (low, high), abs=1e-2
+    )  # few values: the ends are coarse
+
+
+def test_tables_have_a_column_for_every_row_and_nothing_for_what_was_not_measured():
+    rows = [*records(), record("base", "mug", 0, background=1.0)]
+    table = figures_table(rows)
+    assert table[0] == ["", "base", "dora", "lora"]
+    lines = {line[0]: line[1:] for line in table[1:]}
+    assert lines["subject similarity"][0] == "-"
+    assert lines["background as asked"] == ["100%", "-", "-"]
+    assert lines["learning rate"] == ["-", "0.001", "0.001"]
+    assert differences_table(rows, "lora")[0] == ["difference to lora", "dora"]
+
+
+def test_figures_of_the_analysis_are_read_where_there_is_one():
+    one = record("dora", "mug", 0) | {"analysis": {"correlation": -0.5}}
+    assert interval([one, record("dora", "mug", 1)], analysis_of("correlation")).mean == -0.5

@@ -1,0 +1,277 @@
+"""Full fine-tuning: against a plain loop of torch, and what its result is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import transformers
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dora_diffusion import cli
+from dora_diffusion.adapters.compiled import compile_blocks
+from dora_diffusion.adapters.targets import match_targets
+from dora_diffusion.analysis import analyze_weights
+from dora_diffusion.config import without_effect
+from dora_diffusion.evaluation.sampling import base_and_adapted
+from dora_diffusion.export.base import open_model
+from dora_diffusion.models.load import load_components
+from dora_diffusion.training import full
+from dora_diffusion.training.accelerator import make_accelerator
+from dora_diffusion.training.checkpoint import checkpoints_in
+from dora_diffusion.training.loop import train
+from dora_diffusion.training.session import open_session
+from dora_diffusion.training.subject import subject_of
+from tests.training.helpers import losses, make_config, names, no_room, warnings_of
+
+STEPS, RATE, TEXT_RATE, DECAY = 3, 2e-3, 5e-4, 0.1
+
+
+@pytest.fixture
+def full_config(sd1_folder, photos, tmp_path):
+    return make_config(
+        sd1_folder, photos, tmp_path / "run", method="full", max_train_steps=STEPS,
+        learning_rate=RATE, text_encoder_lr=TEXT_RATE, adam_weight_decay=DECAY, max_grad_norm=0.5,
+        rank=8, conv_rank=4, validation_inference_steps=25,
+    )  # fmt: skip
+
+
+def session_of(config):
+    return open_session(config, subject_of(config), make_accelerator(config))
+
+
+def stored(source):
+    with open_model(source) as model:
+        return {name: model[name] for name in model.specs}
+
+
+def changed(before, after):
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_three_steps_are_those_of_a_plain_loop(full_config, sd1_folder, tmp_path):
+    config = replace(full_config, train_text_encoder=True, snr_gamma=0, train_batch_size=2)
+    draws = session_of(replace(config, output_dir=str(tmp_path / "draws"))).train_step.inputs
+    unet = diffusers.UNet2DConditionModel.from_pretrained(sd1_folder / "unet").train()
+    text = transformers.CLIPTextModel.from_pretrained(sd1_folder / "text_encoder").train()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(sd1_folder / "tokenizer")
+    noise_schedule = diffusers.DDPMScheduler.from_pretrained(sd1_folder / "scheduler")
+    weights = [*unet.parameters(), *text.parameters()]
+    groups = [{"params": unet.parameters(), "lr": RATE}, {"params": text.parameters()}]
+    optimizer = torch.optim.AdamW(groups, lr=TEXT_RATE, weight_decay=DECAY)
+    expected = []
+    for step in range(STEPS):
+        batch = draws(step)
+        ids = tokenizer(batch.captions, padding="max_length", truncation=True, return_tensors="pt")
+        states = text(ids.input_ids)[0]
+        noisy = noise_schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+        prediction = unet(noisy, batch.timesteps, states).sample
+        loss = torch.nn.functional.mse_loss(prediction, batch.noise)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 0.5)
+        optimizer.step()
+        expected.append(float(loss))
+    result = train(config)
+    assert list(losses(result.output_dir).values()) == pytest.approx(expected, rel=1e-5)
+    learned = load_components(result.model)
+    for ours, reference in ((learned.unet, unet), (learned.text_encoders[0], text)):
+        wanted = dict(reference.named_parameters())
+        for name, parameter in ours.named_parameters():
+            torch.testing.assert_close(parameter, wanted[name], rtol=1e-4, atol=2e-5)
+
+
+def test_the_weights_of_targets_leave_the_others_bit_identical(full_config, sd1_folder):
+    config = replace(full_config, full_weights="targets", targets=["attention"])
+    before, after = stored(sd1_folder), stored(train(config).model)
+    paths = match_targets(load_components(sd1_folder).unet, ["attention"])
+    moved = changed(before, after)
+    assert moved
+    assert moved == {
+        name for name in before for path in paths if name.startswith(f"unet.{path}.")
+    }  # weights and biases
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_no_learning_rate_gives_the_bits_of_the_base(full_config, sd1_folder, tmp_path, dtype):
+    base = tmp_path / "half"
+    load_components(sd1_folder, dtype=dtype).pipeline().save_pretrained(base)
+    config = replace(
+        full_config, pretrained_model_name_or_path=str(base), learning_rate=0.0,
+        mixed_precision="bf16",
+    )  # fmt: skip
+    result = train(config)
+    before, after = stored(base), stored(result.model)
+    assert {tensor.dtype for name, tensor in after.items() if "unet" in name} == {dtype}
+    assert changed(before, after) == set()
+
+
+def test_weights_train_in_float32_whatever_is_computed_in(full_config, sd1_folder):
+    session = session_of(replace(full_config, mixed_precision="bf16"))
+    seen = set()
+    session.components.unet.conv_out.register_forward_hook(lambda *a: seen.add(a[2].dtype))
+    session.train_step(1)
+    assert seen == {torch.bfloat16}
+    parameters = session.weights.parameters()
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+    assert len(parameters) == len(list(session.components.unet.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_resumed_run_is_that_of_one_piece_bit_for_bit(full_config, tmp_path, optimizer):
+    config = replace(
+        full_config, optimizer=optimizer, gradient_accumulation_steps=2, max_train_steps=4,
+        gradient_checkpointing=True, train_text_encoder=True, checkpointing_steps=2,
+    )  # fmt: skip
+    whole = train(config)
+    halves = replace(config, output_dir=str(tmp_path / "halves"))
+    train(replace(halves, max_train_steps=2))
+    resumed = train(replace(halves, resume_from_checkpoint="latest"))
+    assert losses(whole.output_dir) == losses(resumed.output_dir)
+    assert changed(stored(whole.model), stored(resumed.model)) == set()
+    # Each checkpoint is a model at its step.
+    early, _ = checkpoints_in(whole.output_dir)
+    assert changed(stored(early), stored(whole.model))
+
+
+def test_compiled_blocks_train_the_same_weights(full_config, tmp_path, monkeypatch):
+    counter = CompileCounterWithBackend("aot_eager")  # without a C++ compiler
+    monkeypatch.setattr(full, "compile_blocks", partial(compile_blocks, backend=counter))
+    monkeypatch.setattr("dora_diffusion.training.session.require_compiler", lambda device: None)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
+    torch._dynamo.reset()
+    config = replace(
+        full_config, with_prior_preservation=True, prior_preservation_mode="image-free",
+    )  # fmt: skip
+    plain, compiled = (
+        train(config),
+        train(replace(config, output_dir=str(tmp_path / "compiled"), compile=True)),
+    )
+    assert counter.frame_count
+    for figure in ("loss", "prior_loss"):
+        expected = losses(plain.output_dir, figure)
+        assert losses(compiled.output_dir, figure) == pytest.approx(expected, rel=1e-5)
+    before, after = stored(plain.model), stored(compiled.model)
+    assert all(torch.allclose(before[name], after[name], atol=1e-4) for name in before)
+
+
+def test_the_image_free_prior_is_held_at_the_base(full_config, sd1_folder):
+    config = replace(
+        full_config, with_prior_preservation=True, prior_preservation_mode="image-free",
+    )  # fmt: skip
+    session = session_of(config)
+    untrained = {n: p.detach().clone() for n, p in session.weights.parameters().items()}
+    assert float(session.train_step(1)["prior_loss"]) == 0  # nothing has been learned yet
+    assert float(session.train_step(2)["prior_loss"]) > 0
+    trained = {n: p.detach().clone() for n, p in session.weights.parameters().items()}
+    with session.weights.untrained():
+        assert changed(untrained, session.weights.parameters()) == set()
+    assert changed(trained, session.weights.parameters()) == set()
+
+
+def test_samples_show_the_written_model_beside_the_base(full_config, sd1_folder, tmp_path):
+    config = replace(full_config, num_validation_images=1, validation_inference_steps=2)
+    result = train(replace(config, single_file=True))
+    assert set(result.samples) == {"adapted", "base", "base_above_adapted"}
+    assert result.adapter is None
+    card = (result.output_dir / "README.md").read_text(encoding="utf-8")
+    assert "Full fine-tuning on" in card
+    assert "--base run/model" in card
+    # One file in the original layout, and the run's folder in place of a model.
+    single = stored(result.output_dir / "model.safetensors")
+    folder = stored(result.output_dir)
+    names_of_unet = [name for name in folder if name.startswith("unet.")]
+    assert all(torch.equal(single[name], folder[name]) for name in names_of_unet)
+
+
+def test_a_run_is_analyzed_by_its_checkpoints(full_config, sd1_folder):
+    result = train(replace(full_config, checkpointing_steps=2))
+    analysis = analyze_weights([result.output_dir], str(sd1_folder))
+    steps = [row["step"] for row in analysis.to_dict()["runs"][0]["checkpoints"]]
+    assert steps == [2, 3]
+
+
+def test_a_model_is_evaluated_beside_its_base(full_config, sd1_folder, tmp_path, capsys):
+    run = train(full_config).output_dir
+    components, base = load_components(run), load_components(sd1_folder)
+    seen = base_and_adapted(components, lambda _: components.identity("unet"), [0], None, base)
+    assert seen == {"base": base.identity("unet"), "adapted": components.identity("unet")}
+    assert seen["base"] != seen["adapted"]
+    output = tmp_path / "evaluation"
+    held_out = str(full_config.instance_data_dir)
+    assert not cli.main([
+        "evaluate", str(run), "--base", str(sd1_folder), "--subject", held_out, "--steps", "1",
+        "--num_seeds", "1", "--output", str(output), "--strength", "0.5", "--batch_size", "30",
+    ])  # fmt: skip
+    scores = json.loads((output / "scores.json").read_text(encoding="utf-8"))
+    assert scores["trigger"] == "sks mug"  # the file says it
+    assert scores["measures"]["denoising_loss"]["change"]["mean"] != 0
+    said = capsys.readouterr().err
+    assert said.count("strength has no effect because no adapter is given") == 1
+
+
+def test_settings_of_adapters_have_no_effect_and_that_is_said(full_config):
+    config = replace(
+        full_config, rank=2, lora_alpha=1.0, rslora=True, lora_dropout=0.1, norm_axis="input",
+        loraplus_ratio=4.0, magnitude_lr=1e-3, targets=["attention"], use_dora=False,
+    )  # fmt: skip
+    said = without_effect(config)
+    assert said["rank"] == "rank has no effect because method is full"
+    assert said["targets"] == (
+        "targets has no effect because method is full and full_weights is all"
+    )
+    assert {
+        "rank", "lora_alpha", "rslora", "lora_dropout", "norm_axis", "loraplus_ratio",
+        "magnitude_lr", "targets", "use_dora",
+    } <= set(said)  # fmt: skip
+    assert "targets" not in without_effect(replace(config, full_weights="targets"))
+    said = without_effect(
+        replace(config, direction="adalora", target_rank=2, vera_rank=8, max_train_steps=1)
+    )
+    assert {"direction", "target_rank", "vera_rank"} <= set(said)
+    assert set(without_effect(replace(config, init="pissa"))) >= {"init"}
+    session = session_of(replace(config, direction="adalora"))
+    assert session.train_step.allocation is None
+    said = without_effect(replace(full_config, method="lora", full_weights="targets"))
+    assert said["full_weights"] == "full_weights has no effect because method is lora"
+
+
+def test_the_report_says_what_it_takes_of_the_disk(full_config):
+    result = session_of(full_config).weights.report
+    train(replace(full_config, checkpointing_steps=3))
+    (checkpoint,) = checkpoints_in(train_folder(full_config))
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    assert result.checkpoint_bytes == pytest.approx(size, rel=0.1)
+    assert f"{result.parameters:,} parameters" in str(result)
+
+
+def train_folder(config):
+    return Path(config.output_dir)
+
+
+def test_a_disk_without_room_is_said_before_and_costs_no_run(full_config, monkeypatch):
+    no_room(monkeypatch, 2**20)
+    config = replace(full_config, checkpointing_steps=2)
+    with pytest.warns(UserWarning, match="this run writes .* or more"):
+        session_of(config)
+    monkeypatch.setattr(full, "_check_disk", lambda *args: None)
+    with pytest.raises(OSError, match="are needed"):
+        train(config)
+    folder = train_folder(config)
+    assert names(folder) == []
+    assert not (folder / "model").exists()
+
+
+def test_a_result_is_not_replaced_unless_asked(full_config):
+    train(full_config)
+    with pytest.raises(ValueError, match="already holds a trained adapter or model"):
+        train(full_config)
+    before = stored(train_folder(full_config))
+    assert not warnings_of(replace(full_config, overwrite_output_dir=True, text_encoder_lr=5e-6))
+    assert changed(before, stored(train_folder(full_config))) == set()
