@@ -197,6 +197,8 @@ def test_the_walks_name_what_there_is() -> None:
 PACKAGE = ROOT / "dora_diffusion"
 # What a user calls with keywords, each documented.
 KEYWORD_INTERFACES = {
+    "evaluation.photos.evaluate_photos",
+    "evaluation.toy.evaluate.evaluate_toy",
     "export.checkpoint.export_checkpoint",
     "export.combine.combine_adapters",
     "export.convert.convert_adapter",

@@ -62,7 +62,7 @@ def perform(trial: Trial, base: str, output: Path, *, with_image: bool) -> Recor
                 record |= _train(session, folder, trial)
             record["measures"] = _measure(session, trial, output, with_image)
         except TrainingError as error:
-            # A rate that is too high is a result: the study goes on, and does not try it again.
+            # A rate that is too high is a result: the study continues, and does not try it again.
             record |= {"diverged": str(error), "measures": {}}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
