@@ -19,6 +19,7 @@ from dora_diffusion import __version__
 from dora_diffusion.analysis import Analysis, analyze_weights
 from dora_diffusion.analysis.changes import correlation
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.devices import device_name
 from dora_diffusion.images import save_png
 from dora_diffusion.study.config import BASE
 from dora_diffusion.study.trials import Record, Trial
@@ -224,8 +225,8 @@ def _live_bytes(session: Session, kept: int) -> int:
 
 def _machine(session: Session) -> str:
     device = session.components.device
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device_name(device.type)
     threads = torch.get_num_threads()
     return f"{platform.processor() or platform.machine()}, {threads} threads"
 

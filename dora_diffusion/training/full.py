@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,8 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
         wanted = _parameters(model, targets if config.full_weights == "targets" else None)
         trained |= {canonical(name, path): parameter for path, parameter in wanted.items()}
         modules[name] = model.train()
+        if components.device.type == "cpu" and config.mixed_precision == "bf16":
+            widen_small_convolutions(model)
         if config.gradient_checkpointing:
             checkpoint_gradients(model, components.device.type)
         if config.compile and name == "unet":
@@ -182,6 +185,26 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
     report = _report(components, config, trained)
     _check_disk(config, report)
     return FullWeights(components, modules, trained, config, report, base)
+
+
+def widen_small_convolutions(model: nn.Module) -> None:
+    """Have convolutions compute maps that are smaller than their kernel in float32.
+
+    In bfloat16 on a CPU, oneDNN leaves those taps of a weight's gradient that only ever met padding
+    as it found them in memory, with whatever numbers these were, NaN among them.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.forward = partial(_convolve, module)  # type: ignore[method-assign]
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    reaches = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    if all(size >= reach for size, reach in zip(x.shape[-2:], reaches, strict=True)):
+        return type(conv).forward(conv, x)
+    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    with torch.autocast("cpu", enabled=False):
+        return conv._conv_forward(x.float(), conv.weight, conv.bias).to(low)
 
 
 def _parameters(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Parameter]:

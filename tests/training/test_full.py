@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dora_diffusion import cli
@@ -275,3 +276,21 @@ def test_a_result_is_not_replaced_unless_asked(full_config):
     before = stored(train_folder(full_config))
     assert not warnings_of(replace(full_config, overwrite_output_dir=True, text_encoder_lr=5e-6))
     assert changed(before, stored(train_folder(full_config))) == set()
+
+
+def test_taps_that_meet_padding_alone_get_no_gradient_in_bf16():
+    """Of a 3x3 kernel on a map of one pixel; the others' are what float32 computes, rounded."""
+    conv = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1))
+    full.widen_small_convolutions(conv)
+    x = torch.randn(2, 16, 1, 1, generator=torch.Generator().manual_seed(0))
+    torch.full((1 << 20,), float("nan"))  # what a new tensor may find in memory
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv(x)
+        small = conv(torch.ones(1, 16, 4, 4))
+    assert (y.dtype, small.dtype) == (torch.bfloat16, torch.bfloat16)
+    y.float().sum().backward()
+    expected = x.sum((0, 2, 3)).expand(24, 16)
+    gradient = conv[0].weight.grad
+    torch.testing.assert_close(gradient[:, :, 1, 1], expected, rtol=1e-6, atol=1e-6)
+    gradient[:, :, 1, 1] = 0
+    assert torch.equal(gradient, torch.zeros_like(gradient))
