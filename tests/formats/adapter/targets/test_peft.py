@@ -169,6 +169,7 @@ def test_diffusers_loads_a_token_embedding(
         assert_close_to_merge(module_at(pipeline, name).weight, folder, layers, name)
 
 
+@TABLE_HOLDS
 def test_peft_loads_a_token_embedding(
     tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
 ) -> None:
