@@ -12,8 +12,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,13 +194,9 @@ def step(peer: Peer, forward: Callable[[nn.Module], Tensor], upstream: Tensor) -
         parameter.grad = None
 
 
-def kept_bytes(peer: Peer, forward: Callable[[nn.Module], Tensor]) -> int:
-    """Bytes that the forward pass keeps for the backward pass, parameters not counted."""
-    model = peer.model
-    own = {
-        tensor.untyped_storage().data_ptr()
-        for tensor in (*model.parameters(), *model.buffers(), *peer.parameters())
-    }
+@contextmanager
+def kept_storages(own: set[int]) -> Iterator[dict[int, int]]:
+    """Bytes of each storage that autograd keeps inside, by address, but for those in ``own``."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -209,7 +205,18 @@ def kept_bytes(peer: Peer, forward: Callable[[nn.Module], Tensor]) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with peer.scope(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def kept_bytes(peer: Peer, forward: Callable[[nn.Module], Tensor]) -> int:
+    """Bytes that the forward pass keeps for the backward pass, parameters not counted."""
+    model = peer.model
+    own = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*model.parameters(), *model.buffers(), *peer.parameters())
+    }
+    with peer.scope(), kept_storages(own) as kept:
         y = forward(model)
         total = sum(kept.values())
         del y

@@ -22,7 +22,19 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import LORA, OURS, PEERS, Peer, clock, interleaved, machine, make_peer, markdown, ratio
+from common import (
+    LORA,
+    OURS,
+    PEERS,
+    Peer,
+    clock,
+    interleaved,
+    kept_storages,
+    machine,
+    make_peer,
+    markdown,
+    ratio,
+)  # fmt: skip
 from torch import Tensor, nn
 
 from dora_diffusion.adapters import compiled as regional
@@ -108,15 +120,7 @@ class Block:
     def kept(self, peer: Peer) -> int:
         """Bytes that a forward pass keeps, parameters not counted."""
         own = {p.untyped_storage().data_ptr() for p in peer.model.parameters()}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with kept_storages(own) as kept:
             self.step(peer)
         return sum(kept.values())
 

@@ -11,6 +11,7 @@ import torch
 
 from tests.emulation import EmulatedGPU, emulated
 
+DEVICE = torch.device("mps", 0)
 WIDE = (torch.float64, torch.complex128)
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -30,6 +30,9 @@ from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+
+if TYPE_CHECKING:
+    from tests.apple import AppleGPU
 
 torch.set_num_threads(1)
 
@@ -407,3 +410,14 @@ def random_layer_fixture() -> Callable[..., LayerWeights]:
 def assert_same_layers_fixture() -> Callable[..., None]:
     """Compares two adapters by what they do."""
     return assert_same_layers
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[AppleGPU]:
+    """An emulated GPU that has memory of its own, unlike Apple's."""
+    from dora_diffusion.models import offload
+    from tests.apple import apple_gpu
+
+    monkeypatch.setattr(offload, "has_own_memory", lambda kind: kind != "cpu")
+    with apple_gpu() as emulated:
+        yield emulated

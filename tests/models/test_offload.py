@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,20 +15,10 @@ from dora_diffusion.adapters.state import load_adapter_state
 from dora_diffusion.generate import SamplingSettings, generate_images, load_adapted
 from dora_diffusion.models import offload
 from dora_diffusion.models.components import Components
-from tests.apple import AppleGPU, apple_gpu
+from tests.apple import DEVICE, AppleGPU
 
 HOST = torch.device("cpu")
 SETTINGS = SamplingSettings(2, 4.0, "ddim", 32, 32)
-
-DEVICE = torch.device("mps:0")
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[AppleGPU]:
-    """A GPU that has memory of its own, unlike Apple's."""
-    monkeypatch.setattr(offload, "has_own_memory", lambda kind: kind != "cpu")
-    with apple_gpu() as emulated:
-        yield emulated
 
 
 def images(components: Components, **options: object) -> np.ndarray:

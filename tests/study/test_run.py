@@ -1,4 +1,4 @@
-"""Records: kept, not repeated, made again when what they depend on has changed."""
+"""Records: kept, and repeated only when what they depend on has changed."""
 
 from __future__ import annotations
 

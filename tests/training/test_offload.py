@@ -6,7 +6,7 @@ On CPU tensors that say they are on a GPU (`tests.apple`), here one with memory 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,8 @@ from dora_diffusion.training.events import (
     TrainingStarted,
 )
 from dora_diffusion.training.session import Session
-from tests.apple import AppleGPU, apple_gpu
+from tests.apple import DEVICE, AppleGPU
 from tests.training.helpers import losses, make_config, warnings_of
-
-DEVICE = torch.device("mps:0")
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[AppleGPU]:
-    """A GPU that has memory of its own, unlike Apple's."""
-    monkeypatch.setattr(offload, "has_own_memory", lambda kind: kind != "cpu")
-    with apple_gpu() as emulated:
-        yield emulated
 
 
 @pytest.fixture
