@@ -101,6 +101,8 @@ class Study:
         subjects: Names of toy subjects; or of photos, mappings with ``photos``, ``held_out``,
             ``instance_prompt`` and ``class_word``.
         seeds: Seeds of each method on each subject.
+        seeds_per_subject: How many of them each subject gets, in turn; None: all. With 1, and as
+            many seeds as subjects, every subject has a seed of its own.
         common: Settings of training that all methods have.
         reference: The method that differences are to.
         tune: How rates are chosen; None where every method has its own.
@@ -116,6 +118,7 @@ class Study:
     seeds: tuple[int, ...]
     common: Mapping[str, Any] = field(default_factory=dict)
     reference: str = ""
+    seeds_per_subject: int | None = None
     tune: Tuning | None = None
     asked: Asked = field(default_factory=Asked)
 
@@ -124,6 +127,10 @@ class Study:
         require(bool(names), "methods is empty; name at least one")
         require(bool(self.subjects), "subjects is empty; name at least one")
         require(bool(self.seeds), "seeds is empty; give a number of seeds, or a list")
+        require(
+            self.seeds_per_subject is None or 1 <= self.seeds_per_subject <= len(self.seeds),
+            f"seeds_per_subject is {self.seeds_per_subject}; there are {len(self.seeds)} seeds",
+        )
         require(BASE not in names, f"a method is called {BASE}, which is the untrained model")
         if not self.reference:
             object.__setattr__(self, "reference", "lora" if "lora" in names else names[0])
@@ -170,6 +177,15 @@ class Study:
         """A method's settings of training, without those of a trial."""
         return TrainConfig.from_dict({**self.common, **method.settings})
 
+    def pairs(self) -> list[tuple[int, int]]:
+        """Places in ``subjects`` with their seeds, one seed of every subject after another."""
+        count, subjects = self.seeds_per_subject, range(len(self.subjects))
+        if count is None:
+            return [(subject, seed) for seed in self.seeds for subject in subjects]
+        turned = [*self.seeds, *self.seeds]
+        start = {subject: subject % len(self.seeds) for subject in subjects}
+        return [(s, turned[start[s] + turn]) for turn in range(count) for s in subjects]
+
     def reasons(self) -> list[str]:
         """Settings that a method was given and that have no effect in it."""
         said = []
@@ -185,7 +201,10 @@ class Study:
         Raises:
             ConfigError: If a key is unknown, or a value cannot work.
         """
-        known = ("base", "methods", "subjects", "seeds", "common", "reference", "tune", "asked")
+        known = (
+            "base", "methods", "subjects", "seeds", "seeds_per_subject", "common", "reference",
+            "tune", "asked",
+        )  # fmt: skip
         _check_keys("the study", values, known)
         for name in ("methods", "subjects"):
             require(name in values, f"{name} is missing")
@@ -199,6 +218,7 @@ class Study:
             methods=tuple(_method(name, given or {}, usual) for name, given in methods.items()),
             subjects=_tuple(values["subjects"]),
             seeds=_seeds(values.get("seeds", 1)),
+            seeds_per_subject=_count(values.get("seeds_per_subject")),
             common=common,
             reference=str(values.get("reference") or ""),
             tune=None if tune is None else _tuning(_mapping("tune", tune)),
@@ -277,6 +297,14 @@ def _rates(place: str, value: Any) -> tuple[float, ...]:
         raise ConfigError(f"{place}: {value!r} is no learning rate") from error
     require(all(rate > 0 for rate in rates), f"{place}: learning rates must be greater than 0")
     return rates
+
+
+def _count(value: Any) -> int | None:
+    require(
+        value is None or (isinstance(value, int) and not isinstance(value, bool)),
+        f"seeds_per_subject is {value!r}; it must be a number",
+    )
+    return value
 
 
 def _seeds(value: Any) -> tuple[int, ...]:

@@ -23,9 +23,10 @@ from dora_diffusion.study.tables import (
     figures_table,
     rows_in,
 )
+from dora_diffusion.study.trials import RECORDS_FILE
 from dora_diffusion.wording import counted
 
-FILES = {"page": "report.html", "markdown": "report.md", "records": "records.json"}
+FILES = {"page": "report.html", "markdown": "report.md", "records": RECORDS_FILE}
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
   color-scheme: light dark; background: Canvas; color: CanvasText }
@@ -77,7 +78,7 @@ def _sections(results: Results, output: Path) -> list[Section]:
         )
     if results.images:
         file = save_png(image_grid(results), output / "grid.png")
-        text = f"Seed {study.seeds[0]}; above, what was asked for."
+        text = "Each subject's first seed; above, what was asked for."
         sections.append(Section("Images", text, image=file))
     try:
         from dora_diffusion.study.plots import write_plots
@@ -100,7 +101,9 @@ def _intro(results: Results) -> str:
     study, records = results.study, results.records
     subjects = ", ".join(subject.name for subject in results.subjects)
     machines = ", ".join(dict.fromkeys(record["machine"] for record in records))
-    wanted = (len(study.methods) + 1) * len(study.subjects) * len(study.seeds)
+    pairs = study.pairs()
+    each = len(pairs) // len(study.subjects)
+    wanted = (len(study.methods) + 1) * len(pairs)
     left = max(0, wanted - len(records))
     missing = f" {left} trials have no record yet." if left else ""
     diverged = [record["row"] for record in records if "diverged" in record]
@@ -108,7 +111,8 @@ def _intro(results: Results) -> str:
         rows = ", ".join(sorted(set(diverged)))
         missing += f" {len(diverged)} diverged and have no figures ({rows})."
     return (
-        f"Subjects: {subjects}; {counted(len(study.seeds), 'seed')} each; {len(records)} trials on "
+        f"Subjects: {subjects}; {counted(each, 'seed')} each, "
+        f"{counted(len({seed for _, seed in pairs}), 'seed')} in all; {len(records)} trials on "
         f"{machines}.{missing} {METHOD}. Live memory: weights, gradients, the optimizer's state, "
         "and what autograd keeps of a batch."
     )

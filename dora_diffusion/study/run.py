@@ -15,7 +15,13 @@ from dora_diffusion.study.config import BASE, Study, Tuning
 from dora_diffusion.study.perform import perform
 from dora_diffusion.study.subjects import StudySubject, find_subject
 from dora_diffusion.study.tables import figure_of, interval, of_row
-from dora_diffusion.study.trials import Record, Trial, base_digest, trials_of
+from dora_diffusion.study.trials import (
+    Record,
+    Trial,
+    base_digest,
+    restore_records,
+    trials_of,
+)
 
 # Called with trials that are done, of all, the record, and whether it was there before.
 OnTrial = Callable[[int, int, Record, bool], None]
@@ -53,7 +59,8 @@ def run_study(
     """Perform every trial that has no record in the folder yet, those of tuning first.
 
     Several processes may do so in one folder at a time: each trial is one process's. A process that
-    is killed loses the trial that it was at.
+    is killed loses the trial that it was at. A report's ``records.json`` in the folder counts as
+    the records that it was made of.
 
     Args:
         study: The study.
@@ -68,6 +75,7 @@ def run_study(
     subjects = [find_subject(given, study.base, models) for given in study.subjects]
     base = base_digest(study.base)
     rates: dict[str, Sequence[float]] = {m.name: m.learning_rates for m in study.methods}
+    restore_records(output)
     runner = _Runner(study, output, on_trial, only_known)
     tuning: list[Record] = []
     tuned = [method.name for method in study.methods if method.is_tuned]
@@ -75,17 +83,21 @@ def run_study(
         tune = study.tune
         others = [find_subject(given, study.base, models) for given in tune.subjects]
         grid = {name: tune.rates(name) for name in tuned}
-        tuning = runner.records(trials_of(study, base, grid, others, tune.seeds))
+        every = [(subject, seed) for seed in tune.seeds for subject in others]
+        tuning = runner.records(trials_of(study, base, grid, every))
         rates |= {name: (chosen_rate(tuning, name, tune),) for name in tuned}
     for method in study.methods:
         if method.rate_of:
             rates[method.name] = rates[method.rate_of]
-    trials = trials_of(study, base, rates, subjects, study.seeds)
-    records = runner.records(trials, images=True)
+    pairs = [(subjects[place], seed) for place, seed in study.pairs()]
+    # Of each subject's first seed.
+    pictured = {subject.name: seed for subject, seed in reversed(pairs)}
+    trials = trials_of(study, base, rates, pairs)
+    records = runner.records(trials, pictured)
     images = {
         (trial.row, trial.subject.name): trial.image(output)
         for trial in trials
-        if trial.seed == study.seeds[0] and trial.image(output).is_file()
+        if trial.seed == pictured[trial.subject.name] and trial.image(output).is_file()
     }
     return Results(study, records, tuning, rates, subjects, images)
 
@@ -132,12 +144,14 @@ class _Runner:
     on_trial: OnTrial | None
     only_known: bool
 
-    def records(self, trials: Sequence[Trial], *, images: bool = False) -> list[Record]:
-        """The records of trials, in their order."""
+    def records(
+        self, trials: Sequence[Trial], pictured: Mapping[str, int] | None = None
+    ) -> list[Record]:
+        """The records of trials, in their order; images are kept of some subjects' seeds."""
         found: dict[str, Record] = {}
-        left = list(trials)
+        left, kept = list(trials), pictured or {}
         while left:
-            busy = [trial for trial in left if not self._do(trial, found, len(trials), images)]
+            busy = [trial for trial in left if not self._do(trial, found, len(trials), kept)]
             if self.only_known:
                 break
             if len(busy) == len(left):
@@ -145,7 +159,9 @@ class _Runner:
             left = busy
         return [found[trial.name] for trial in trials if trial.name in found]
 
-    def _do(self, trial: Trial, found: dict[str, Record], total: int, images: bool) -> bool:
+    def _do(
+        self, trial: Trial, found: dict[str, Record], total: int, pictured: Mapping[str, int]
+    ) -> bool:
         """Read or perform a trial; False if another process is at it."""
         record = trial.known_record(self.output)
         was_known = record is not None
@@ -155,10 +171,8 @@ class _Runner:
                     return False
                 record = trial.known_record(self.output)  # It may be done by now.
                 if record is None:
-                    first = trial.seed == self.study.seeds[0]
-                    record = perform(
-                        trial, self.study.base, self.output, with_image=images and first
-                    )
+                    with_image = pictured.get(trial.subject.name) == trial.seed
+                    record = perform(trial, self.study.base, self.output, with_image=with_image)
         if record is not None:
             found[trial.name] = record
             if self.on_trial is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config import TrainConfig, settings
+from dora_diffusion.config import ConfigError, TrainConfig, settings
 from dora_diffusion.export.base import open_model
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.study.config import BASE, Asked, Method, Study
@@ -20,6 +20,7 @@ RECORD = 1
 """Version of what a record holds, and of what it is measured with."""
 
 Record = dict[str, Any]
+RECORDS_FILE = "records.json"
 _SAMPLED = 2**16
 
 
@@ -82,7 +83,7 @@ class Trial:
 
     def file(self, output: Path) -> Path:
         """Where its record is. By the digest alone, which no name of a method is part of."""
-        return output / "records" / f"{self.digest[:20]}.json"
+        return _record_file(output, self.digest)
 
     def image(self, output: Path) -> Path:
         """Where its image of the subject is."""
@@ -104,6 +105,34 @@ class Trial:
         """Write a record, atomically."""
         save_text(self.file(output), json.dumps(record, indent=1) + "\n")
         return record
+
+
+def _record_file(output: Path, digest: str) -> Path:
+    return output / "records" / f"{digest[:20]}.json"
+
+
+def restore_records(output: Path) -> None:
+    """Write the records of a report's one file again, where the folder does not have them.
+
+    Args:
+        output: The study's folder, or what is left of it.
+
+    Raises:
+        ConfigError: If the file is there and holds no list of records.
+    """
+    file = output / RECORDS_FILE
+    if not file.is_file():
+        return
+    try:
+        records: list[Record] = json.loads(file.read_text(encoding="utf-8"))
+        files = [(_record_file(output, str(record["digest"])), record) for record in records]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{file} holds no records of a study ({error}); move it away, or take another folder"
+        ) from error
+    for place, record in files:
+        if not place.exists():
+            save_text(place, json.dumps(record, indent=1) + "\n")
 
 
 def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,10 +163,9 @@ def trials_of(
     study: Study,
     base: str,
     rates: Mapping[str, Sequence[float]],
-    subjects: Sequence[StudySubject],
-    seeds: Sequence[int],
+    pairs: Sequence[tuple[StudySubject, int]],
 ) -> list[Trial]:
-    """Every method with every rate on every subject with every seed, seed by seed.
+    """Every method with every rate on every pair of subject and seed, pair by pair.
 
     So a study that is stopped has as many seeds of one method as of another.
 
@@ -145,16 +173,14 @@ def trials_of(
         study: The study.
         base: Digest of its base.
         rates: Learning rates by method.
-        subjects: What is learned.
-        seeds: Of each.
+        pairs: What is learned, and the seed.
     """
     trials = []
-    for seed in seeds:
-        for subject in subjects:
-            trials.append(Trial(BASE, BASE, TrainConfig(), subject, seed, base, study.asked))
-            for method in study.methods:
-                for row, config in rows_of(study, method, rates.get(method.name, ())):
-                    trials.append(Trial(row, method.name, config, subject, seed, base, study.asked))
+    for subject, seed in pairs:
+        trials.append(Trial(BASE, BASE, TrainConfig(), subject, seed, base, study.asked))
+        for method in study.methods:
+            for row, config in rows_of(study, method, rates.get(method.name, ())):
+                trials.append(Trial(row, method.name, config, subject, seed, base, study.asked))
     return trials
 
 

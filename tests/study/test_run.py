@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -11,6 +12,7 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.study import run as module
 from dora_diffusion.study import trials as keys
 from dora_diffusion.study.config import Tuning
+from dora_diffusion.study.page import write_report
 from dora_diffusion.study.run import chosen_rate, run_study
 from dora_diffusion.study.trials import trials_of
 from tests.study.helpers import record, study
@@ -131,13 +133,13 @@ def _subject(name):
 
 
 def _trials(given):
-    return trials_of(given, "model", {"dora": [1e-3]}, [_subject("star_teapot")], [0])
+    return trials_of(given, "model", {"dora": [1e-3]}, [(_subject("star_teapot"), 0)])
 
 
 def test_another_process_has_its_trial_and_this_one_the_rest(performed, tmp_path):
     given = study(methods={"a": {"learning_rate": 1e-3}}, tune=None)
     (_, taken) = trials_of(given, keys.base_digest(given.base), {"a": [1e-3]},
-                           [_subject("star_teapot")], [0])  # fmt: skip
+                           [(_subject("star_teapot"), 0)])  # fmt: skip
     order = []
 
     def on_trial(done, total, made, known):
@@ -171,3 +173,51 @@ def test_the_rate_is_the_best_that_leaves_other_classes_alone():
     assert chosen_rate(made, "dora", free) == 4e-3
     strict = dataclasses.replace(tune, keep={"others_kind": -1.0})
     assert chosen_rate(made, "dora", strict) == 1e-3  # none keeps it: the smallest
+
+
+def test_each_subject_may_have_seeds_of_its_own(performed, tmp_path):
+    given = study(
+        subjects=["star_teapot", "striped_car", "moon_robot"], seeds=[4, 5, 6], seeds_per_subject=1
+    )
+    results = run_study(given, tmp_path)
+    pairs = {(r["subject"], r["seed"]) for r in results.records}
+    assert pairs == {("star_teapot", 4), ("striped_car", 5), ("moon_robot", 6)}
+    assert len(results.records) == 4 * 3
+    # The rest of the same study are trials of its own.
+    before = len(performed)
+    full = study(subjects=["star_teapot", "striped_car", "moon_robot"], seeds=[4, 5, 6])
+    assert len(run_study(full, tmp_path).records) == 4 * 9
+    assert len(performed) - before == 4 * 6
+
+
+def test_a_picture_is_of_each_subject_s_first_seed(performed, tmp_path, monkeypatch):
+    pictured = set()
+    inner = module.perform
+
+    def perform(trial, base, output, *, with_image):
+        if with_image:
+            pictured.add((trial.subject.name, trial.seed))
+        return inner(trial, base, output, with_image=with_image)
+
+    monkeypatch.setattr(module, "perform", perform)
+    run_study(study(seeds=3, seeds_per_subject=2), tmp_path)
+    assert pictured == {("star_teapot", 0), ("striped_car", 1)}
+
+
+def test_a_report_s_file_is_enough_to_continue(performed, tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    write_report(run_study(study(seeds=1), there), there)
+    here.mkdir()
+    shutil.copy(there / "records.json", here)
+    before = len(performed)
+    results = run_study(study(), here)
+    assert len(performed) - before == 4 * 2
+    assert {trial.seed for trial in performed[before:]} == {1}
+    assert len(results.records) == 4 * 2 * 2
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '[{"row": "dora"}]'])
+def test_a_file_that_holds_no_records_is_said(performed, tmp_path, text):
+    (tmp_path / "records.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds no records of a study"):
+        run_study(study(), tmp_path)
