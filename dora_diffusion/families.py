@@ -201,8 +201,8 @@ _SD1_GPU_MEMORY = GpuMemory(
     activations=1.148, recomputed=0.314, text_adapter=0.04, resolution=512,
 )  # fmt: skip
 _SDXL_GPU_MEMORY = GpuMemory(
-    unet=4.782, text_encoders=1.523, vae=0.312, adapter=0.161, adapter_8bit=0.110,
-    activations=7.252, recomputed=0.857, text_adapter=0.2, resolution=1024, vae_is_float32=True,
+    unet=4.782, text_encoders=1.523, vae=0.312, adapter=0.207, adapter_8bit=0.083,
+    activations=7.252, recomputed=0.863, text_adapter=0.2, resolution=1024, vae_is_float32=True,
 )  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = {
