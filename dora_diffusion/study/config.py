@@ -304,7 +304,7 @@ def _count(value: Any) -> int | None:
         value is None or (isinstance(value, int) and not isinstance(value, bool)),
         f"seeds_per_subject is {value!r}; it must be a number",
     )
-    return value
+    return None if value is None else int(value)
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
