@@ -39,6 +39,9 @@ def test_a_method_is_the_common_settings_with_its_own_over_them(tmp_path):
         ({"tune": {"subjects": ["star_teapot"], "learning_rates": [1e-3]}}, "on other subjects"),
         ({"common": {"learning_rate": 1e-3}}, "tune has no effect"),
         ({"seeds": "many"}, "seeds is 'many'"),
+        ({"seeds_per_subject": 3}, "seeds_per_subject is 3; there are 2 seeds"),
+        ({"seeds_per_subject": 0}, "seeds_per_subject is 0"),
+        ({"seeds_per_subject": "one"}, "seeds_per_subject is 'one'"),
         ({"asked": {"steps": 3}}, "asked has no steps"),
     ],
 )
