@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.pytorch_utils import Conv1D
 
 from dora_diffusion.adapters.compiled import compile_blocks, require_compiler, uncompiled
 from dora_diffusion.adapters.inject import (
@@ -179,6 +180,63 @@ def square(side: int | tuple[int, int] = 8, seed: int = 0) -> tuple[Tensor, ...]
 def graphs() -> CompileCounterWithBackend:
     """A backend that counts what is compiled."""
     return CompileCounterWithBackend("eager")
+
+
+class Only(nn.Module):
+    """A block of one layer, of any kind."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
+
+
+IDS, LINE, IMAGE = (2, 5), (2, 6, 9), (2, 6, 7, 8)
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Embedding": (lambda: nn.Embedding(11, 8, padding_idx=0), IDS),
+    "Conv1D": (lambda: Conv1D(7, 9), LINE),
+    "Conv1d": (lambda: nn.Conv1d(6, 9, 3, padding=2, padding_mode="reflect"), LINE),
+    "Conv1d, grouped": (lambda: nn.Conv1d(6, 9, 3, stride=2, groups=3, bias=False), LINE),
+    "Conv2d, grouped": (lambda: nn.Conv2d(6, 4, 3, padding=1, groups=2), IMAGE),
+}
+
+
+QUICK = [("Embedding", "input"), ("Conv1d", "output"), ("Conv2d, grouped", "input")]
+
+
+@TRACES_CONTEXTS
+@pytest.mark.parametrize(
+    ("kind", "axis"),
+    [
+        pytest.param(kind, axis, marks=[pytest.mark.slow] * ((kind, axis) not in QUICK))
+        for kind in KINDS
+        for axis in AXES
+    ],
+)
+def test_every_kind_of_layer_is_one_graph(kind: str, axis: str, monkeypatch) -> None:
+    """Within a norm scope, and without: forward and backward of the uncompiled layer."""
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("Only",))
+    make, shape = KINDS[kind]
+    torch.manual_seed(0)
+    model = nn.Sequential(Only(make())).requires_grad_(False)
+    config = everything(conv_rank=2, norm_axis=axis)
+    inject_adapters(model, dataclasses.replace(config, targets=("0.layer",)))
+    move(model)
+    x = torch.randint(11, shape) if shape == IDS else torch.randn(shape, requires_grad=True)
+    other = compiled(model, counter := CompileCounterWithBackend("aot_eager"))
+
+    def results(net: nn.Module, scope: bool) -> list[Tensor]:
+        with norm_scope(net) if scope else nullcontext():
+            y = net(x)
+            leaves = [*adapter_parameters(net), *([x] if x.requires_grad else [])]
+            return [y.detach(), *torch.autograd.grad(y.square().mean(), leaves)]
+
+    for scope in (True, False):
+        assert worst(results(other, scope), results(model, scope)) < 1e-5
+    assert 1 <= counter.frame_count <= 2
 
 
 def test_blocks_of_a_kind_share_a_graph_and_sizes_become_dynamic() -> None:
