@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pytest
@@ -270,6 +270,23 @@ def test_compiled_layers_compute_from_what_the_scope_made(axis: str, monkeypatch
     model, reference = compiled(plain, "eager"), results(plain, square())
     monkeypatch.setattr("dora_diffusion.adapters.layers.dora_forward", None)
     assert worst(results(model, square()), reference) < 1e-5
+
+
+@fast_only(reason="without the fast path there is nothing to make")
+def test_a_scope_that_opens_as_the_model_is_called_serves_its_blocks(monkeypatch) -> None:
+    """As that of an offloaded model does."""
+    plain = stack(("blocks.?.conv", "blocks.?.linear"))
+    model, reference = compiled(plain, "eager"), results(plain, square())
+    monkeypatch.setattr("dora_diffusion.adapters.layers.dora_forward", None)
+    forward = model.forward
+
+    def in_scope(x: tuple[Tensor, ...]) -> Tensor:
+        scopes.enter_context(norm_scope(model))
+        return forward(x)
+
+    model.forward = in_scope
+    with ExitStack() as scopes:
+        assert worst(results(model, square(), scope=False), reference) < 1e-5
 
 
 @TRACES_CONTEXTS
