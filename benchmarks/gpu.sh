@@ -2,7 +2,7 @@
 # Everything that only a CUDA device can show, in one command, under ten minutes, without a network:
 #
 #   benchmarks/gpu.sh --output /tmp/gpu
-#   DEVICE=cpu benchmarks/gpu.sh --output /tmp/gpu     the script itself, at tiny widths, in a minute
+#   DEVICE=cpu benchmarks/gpu.sh --output /tmp/gpu     the script itself, on tiny models, in minutes
 #
 # Writes gpu.json and gpu.md there. Started again, it does only what is missing. See gpu.py.
 set -euo pipefail

@@ -7,7 +7,7 @@ parameters, gradient checkpointing around a block, hooks on the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.config import ConfigError
+from dora_diffusion.numerics.fast import Gain
 
 # By name, as Diffusers' own `_repeated_blocks` has it: importing their classes imports Diffusers.
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -88,12 +89,9 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
         kind = _kind(block)
         if kind not in kinds:
             kinds[kind] = torch.compile(_caller(block, len(kinds)), **options)
+        layers = [m for m in block.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         # What `nn.Module.compile` sets too, but for each block apart. Copies go without.
-        block._compiled_call_impl = partial(kinds[kind], block)
-    layers = [
-        m for block in blocks for m in block.modules() if isinstance(m, nn.Linear | nn.Conv2d)
-    ]
-    model.register_forward_pre_hook(partial(_make_factors, layers))
+        block._compiled_call_impl = partial(_run, kinds[kind], block, layers)
     return len(kinds)
 
 
@@ -117,15 +115,28 @@ def _call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return block._call_impl(*args, **kwargs)
 
 
-def _make_factors(layers: Sequence[nn.Module], model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Before the model runs: factors of the scope's plan, which no compiled block can make."""
+def _run(
+    compiled: Callable[..., Any], block: nn.Module, layers: Sequence[nn.Module], /,
+    *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """Call a block, after the factors of the scope's plan were made, which it cannot do itself.
+
+    Not before the whole model runs: the scope of an offloaded model opens as that is called.
+    """
     for layer in layers:
         if isinstance(layer, AdaptedLayer) and layer._gain_cache:
-            device, dtype = layer.weight.device.type, layer.weight.dtype
-            if torch.is_autocast_enabled(device):
-                dtype = torch.get_autocast_dtype(device)
-            for gain in layer._gain_cache.values():
-                gain.factors(dtype)
+            _make_factors(layer, layer._gain_cache.values())
+    return compiled(block, *args, **kwargs)
+
+
+def _make_factors(layer: AdaptedLayer, gains: Iterable[Gain]) -> None:
+    """Make the factors of all layers that share a plan with this one, at the first call."""
+    device, dtype = layer.weight.device.type, layer.weight.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    for gain in gains:
+        if dtype not in gain.made:
+            gain.prepared.make(dtype)
 
 
 @contextmanager

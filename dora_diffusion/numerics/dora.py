@@ -149,9 +149,9 @@ def dora_difference(
     norm = adapted_norm(weight, layer) if norm is None else norm
     g = gain(moved_magnitude(weight, layer, magnitude_strength), norm)
     if layer.norm_axis == "input":
-        scaled = (x * op.broadcast_input(g)).to(low)
+        scaled = op.scale_input(x, g).to(low)
         low_rank = op.pointwise(op.down_project(scaled, down), up)
-        rest = (x * op.broadcast_input(g - 1)).to(low)
+        rest = op.scale_input(x, g - 1).to(low)
         return op(rest, weight.to(low)) + scale * low_rank
     unbiased = op(x, weight.to(low)) if unbiased is None else unbiased
     low_rank = op.pointwise(op.down_project(x, down), up)

@@ -34,8 +34,8 @@ class Operation(Protocol):
     def broadcast(self, vector: Tensor) -> Tensor:
         """Shape ``(channels,)`` to multiply an activation: its outputs."""
 
-    def broadcast_input(self, vector: Tensor) -> Tensor:
-        """Shape ``(in,)``, a value for each slice ``weight[:, i]``, to multiply ``x``."""
+    def scale_input(self, x: Any, vector: Tensor) -> Any:
+        """``x`` times ``vector``, ``(in,)``: a value for each slice ``weight[:, i]``."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class LinearOperation:
         """Channels are last already."""
         return vector
 
-    def broadcast_input(self, vector: Tensor) -> Tensor:
+    def scale_input(self, x: Tensor, vector: Tensor) -> Tensor:
         """Channels are last already."""
-        return vector
+        return x * vector
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ class ConvOperation:
         # Without a batch dimension: the same view fits images and batches.
         return vector.view(-1, *[1] * len(self.stride))
 
-    def broadcast_input(self, vector: Tensor) -> Tensor:
-        """``(in / groups,)`` -> ``(in, *1)``: channel i of every group has the value i."""
-        return self.broadcast(vector if self.groups == 1 else vector.repeat(self.groups))
+    def scale_input(self, x: Tensor, vector: Tensor) -> Tensor:
+        """``vector`` is ``(in / groups,)``: channel i of every group is multiplied by value i."""
+        return x * self.broadcast(vector if self.groups == 1 else vector.repeat(self.groups))
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,6 @@ class OneHot:
     def dtype(self) -> torch.dtype:
         """That of the values."""
         return self.values.dtype
-
-    def __mul__(self, vector: Tensor) -> OneHot:
-        """The values times those of a vector ``(num,)`` at the ids."""
-        return OneHot(self.ids, self.values * self.look_up(vector[:, None])[..., 0])
 
     def to(self, dtype: torch.dtype) -> OneHot:
         """The same in another dtype."""
@@ -171,9 +167,9 @@ class EmbeddingOperation:
         """Channels are last already."""
         return vector
 
-    def broadcast_input(self, vector: Tensor) -> Tensor:
-        """`OneHot` looks its values up."""
-        return vector
+    def scale_input(self, x: OneHot, vector: Tensor) -> OneHot:
+        """Values times those of ``vector``, ``(num,)``, at the ids."""
+        return OneHot(x.ids, x.values * x.look_up(vector[:, None])[..., 0])
 
 
 def dropout(x: Tensor | OneHot, p: float, training: bool) -> Tensor | OneHot:

@@ -11,15 +11,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dora_diffusion.devices import has_float64
-
-# What multiplies: ``F.linear`` and ``@``, or ``F.conv2d``. torch sets the precision of each.
-Product = Literal["matmul", "conv"]
 
 _ROUNDED = ("tf32", "bf16")
 
@@ -47,36 +44,26 @@ def to_float64(tensor: Tensor) -> Tensor:
     return (tensor if has_float64(tensor.device.type) else tensor.cpu()).double()
 
 
-def rounds_float32(device_type: str, product: Product) -> bool:
-    """Whether torch is set to round the operands of a float32 product. Never raises."""
-    setting = _setting(device_type, product)
+def rounds_float32(device_type: str) -> bool:
+    """Whether torch is set to round the operands of ``@`` in float32. Never raises."""
+    setting = _setting(device_type)
     if setting is not None:
         return setting.fp32_precision in _ROUNDED
     if device_type == "cuda":
-        switch = torch.backends.cudnn if product == "conv" else torch.backends.cuda.matmul
-        return bool(switch.allow_tf32)
-    return device_type == "cpu" and product == "matmul" and _medium()
-
-
-# torch.compile cannot trace these settings: this says to read them while it compiles. (The public
-# `torch.compiler.assume_constant_result` does the same, and imports all of the compiler for it.)
-rounds_float32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    return device_type == "cpu" and torch.get_float32_matmul_precision() == "medium"
 
 
 @lru_cache
-def _setting(device_type: str, product: Product) -> Any:
+def _setting(device_type: str) -> Any:
     """The object with the setting ``fp32_precision``; None before torch 2.9, which has none.
 
     It also knows of the older switches, which in their turn cannot be read once this one was set:
     `torch.backends.cuda.matmul.allow_tf32` raises a RuntimeError then.
     """
-    library = {"cuda": "cuda" if product == "matmul" else "cudnn", "cpu": "mkldnn"}
-    setting = getattr(getattr(torch.backends, library.get(device_type, ""), None), product, None)
+    library = {"cuda": "cuda", "cpu": "mkldnn"}.get(device_type, "")
+    setting = getattr(getattr(torch.backends, library, None), "matmul", None)
     return setting if hasattr(setting, "fp32_precision") else None
-
-
-def _medium() -> bool:
-    return torch.get_float32_matmul_precision() == "medium"
 
 
 def allow_tf32() -> None:
@@ -99,7 +86,7 @@ def allow_tf32() -> None:
 def full_precision(device: torch.device) -> Iterator[None]:
     """Products of matrices as precise as their dtype: without autocast, TF32 and bfloat16."""
     with torch.autocast(device.type, enabled=False):
-        if torch.compiler.is_compiling() or not rounds_float32(device.type, "matmul"):
+        if torch.compiler.is_compiling() or not rounds_float32(device.type):
             yield
             return
         restore = _stop_rounding(device.type)
@@ -111,7 +98,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 def _stop_rounding(device_type: str) -> Callable[[], None]:
     """Have products of matrices round nothing. Returns what undoes it."""
-    setting = _setting(device_type, "matmul")
+    setting = _setting(device_type)
     if setting is not None:
         before = setting.fp32_precision
         setting.fp32_precision = "ieee"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.pytorch_utils import Conv1D
 
 from dora_diffusion.adapters.compiled import compile_blocks, require_compiler, uncompiled
 from dora_diffusion.adapters.inject import (
@@ -181,6 +182,63 @@ def graphs() -> CompileCounterWithBackend:
     return CompileCounterWithBackend("eager")
 
 
+class Only(nn.Module):
+    """A block of one layer, of any kind."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
+
+
+IDS, LINE, IMAGE = (2, 5), (2, 6, 9), (2, 6, 7, 8)
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Embedding": (lambda: nn.Embedding(11, 8, padding_idx=0), IDS),
+    "Conv1D": (lambda: Conv1D(7, 9), LINE),
+    "Conv1d": (lambda: nn.Conv1d(6, 9, 3, padding=2, padding_mode="reflect"), LINE),
+    "Conv1d, grouped": (lambda: nn.Conv1d(6, 9, 3, stride=2, groups=3, bias=False), LINE),
+    "Conv2d, grouped": (lambda: nn.Conv2d(6, 4, 3, padding=1, groups=2), IMAGE),
+}
+
+
+QUICK = [("Embedding", "input"), ("Conv1d", "output"), ("Conv2d, grouped", "input")]
+
+
+@TRACES_CONTEXTS
+@pytest.mark.parametrize(
+    ("kind", "axis"),
+    [
+        pytest.param(kind, axis, marks=[pytest.mark.slow] * ((kind, axis) not in QUICK))
+        for kind in KINDS
+        for axis in AXES
+    ],
+)
+def test_every_kind_of_layer_is_one_graph(kind: str, axis: str, monkeypatch) -> None:
+    """Within a norm scope, and without: forward and backward of the uncompiled layer."""
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("Only",))
+    make, shape = KINDS[kind]
+    torch.manual_seed(0)
+    model = nn.Sequential(Only(make())).requires_grad_(False)
+    config = everything(conv_rank=2, norm_axis=axis)
+    inject_adapters(model, dataclasses.replace(config, targets=("0.layer",)))
+    move(model)
+    x = torch.randint(11, shape) if shape == IDS else torch.randn(shape, requires_grad=True)
+    other = compiled(model, counter := CompileCounterWithBackend("aot_eager"))
+
+    def results(net: nn.Module, scope: bool) -> list[Tensor]:
+        with norm_scope(net) if scope else nullcontext():
+            y = net(x)
+            leaves = [*adapter_parameters(net), *([x] if x.requires_grad else [])]
+            return [y.detach(), *torch.autograd.grad(y.square().mean(), leaves)]
+
+    for scope in (True, False):
+        assert worst(results(other, scope), results(model, scope)) < 1e-5
+    assert 1 <= counter.frame_count <= 2
+
+
 def test_blocks_of_a_kind_share_a_graph_and_sizes_become_dynamic() -> None:
     model, counter = stack(), graphs()
     other = compiled(model, counter)
@@ -212,6 +270,23 @@ def test_compiled_layers_compute_from_what_the_scope_made(axis: str, monkeypatch
     model, reference = compiled(plain, "eager"), results(plain, square())
     monkeypatch.setattr("dora_diffusion.adapters.layers.dora_forward", None)
     assert worst(results(model, square()), reference) < 1e-5
+
+
+@fast_only(reason="without the fast path there is nothing to make")
+def test_a_scope_that_opens_as_the_model_is_called_serves_its_blocks(monkeypatch) -> None:
+    """As that of an offloaded model does."""
+    plain = stack(("blocks.?.conv", "blocks.?.linear"))
+    model, reference = compiled(plain, "eager"), results(plain, square())
+    monkeypatch.setattr("dora_diffusion.adapters.layers.dora_forward", None)
+    forward = model.forward
+
+    def in_scope(x: tuple[Tensor, ...]) -> Tensor:
+        scopes.enter_context(norm_scope(model))
+        return forward(x)
+
+    model.forward = in_scope
+    with ExitStack() as scopes:
+        assert worst(results(model, square(), scope=False), reference) < 1e-5
 
 
 @TRACES_CONTEXTS

@@ -59,7 +59,7 @@ def test_a_low_rank_convolution_is_one_with_the_product(dims, groups):
     low_rank = op.pointwise(op.down_project(x, down), up)
     torch.testing.assert_close(low_rank, op(x, product), rtol=1e-5, atol=1e-4)
     values = torch.rand(6 // groups)
-    scaled = op(x * op.broadcast_input(values), layer.weight)
+    scaled = op(op.scale_input(x, values), layer.weight)
     weight = layer.weight * values.view(1, -1, *[1] * dims)
     torch.testing.assert_close(scaled, op(x, weight), rtol=1e-5, atol=1e-5)
 
@@ -73,7 +73,7 @@ def test_an_embedding_is_a_linear_of_one_hot_vectors():
     torch.testing.assert_close(
         op.pointwise(op.down_project(x, down), up), linear(linear(dense, down), up)
     )
-    scaled = x * op.broadcast_input(values)
+    scaled = op.scale_input(x, values)
     torch.testing.assert_close(op(scaled, table.t()), linear(dense * values, table.t()))
     assert scaled.to(torch.bfloat16).dtype == torch.bfloat16
     torch.manual_seed(0)

@@ -47,7 +47,7 @@ def reset() -> None:
 
 def everything(newer: bool = HAS_NEW) -> dict[str, Any]:
     """All settings as they read; the older ones may refuse to be read."""
-    found: dict[str, Any] = {"rounds": [rounds_float32(d, p) for d, p in PLACES]}
+    found: dict[str, Any] = {"rounds": [rounds_float32(device) for device in DEVICES]}
     reads: dict[str, Callable[[], Any]] = {
         "matmul switch": lambda: B.cuda.matmul.allow_tf32,
         "conv switch": lambda: B.cudnn.allow_tf32,
@@ -67,34 +67,30 @@ def everything(newer: bool = HAS_NEW) -> dict[str, Any]:
     return found
 
 
-PLACES: list[tuple[str, precision.Product]] = [
-    ("cuda", "matmul"), ("cuda", "conv"), ("cpu", "matmul"), ("cpu", "conv"),
-]  # fmt: skip
+DEVICES = ("cuda", "cpu")
 
 
 def put(owner: Any, name: str, value: Any) -> Callable[[], None]:
     return lambda: setattr(owner, name, value)
 
 
-# What a program may have set -> whether it rounds at each of PLACES.
+# What a program may have set -> whether it rounds products of matrices on each of DEVICES.
 OLDER: dict[str, tuple[Callable[[], Any], tuple[bool, ...]]] = {
-    "nothing": (lambda: None, (False, True, False, False)),
-    "allow_tf32": (put(B.cuda.matmul, "allow_tf32", True), (True, True, False, False)),
-    "our own": (allow_tf32, (True, True, False, False)),
-    "cudnn.allow_tf32": (put(B.cudnn, "allow_tf32", False), (False, False, False, False)),
-    "medium": (
-        lambda: torch.set_float32_matmul_precision("medium"), (True, True, True, False),
-    ),
-}  # fmt: skip
+    "nothing": (lambda: None, (False, False)),
+    "allow_tf32": (put(B.cuda.matmul, "allow_tf32", True), (True, False)),
+    "our own": (allow_tf32, (True, False)),
+    "convolutions": (put(B.cudnn, "allow_tf32", False), (False, False)),
+    "medium": (lambda: torch.set_float32_matmul_precision("medium"), (True, True)),
+}
 NEWER: dict[str, tuple[Callable[[], Any], tuple[bool, ...]]] = {}
 if HAS_NEW:
     NEWER = {
-        "high": (lambda: torch.set_float32_matmul_precision("high"), (True, True, True, False)),
-        "matmul": (put(B.cuda.matmul, "fp32_precision", "tf32"), (True, True, False, False)),
-        "all of cuda": (put(B.cudnn, "fp32_precision", "tf32"), (True, True, False, False)),
-        "all": (put(B, "fp32_precision", "tf32"), (True, True, True, True)),
-        "conv": (put(B.cudnn.conv, "fp32_precision", "ieee"), (False, False, False, False)),
-        "cpu": (put(B.mkldnn.matmul, "fp32_precision", "bf16"), (False, True, True, False)),
+        "high": (lambda: torch.set_float32_matmul_precision("high"), (True, True)),
+        "matmul": (put(B.cuda.matmul, "fp32_precision", "tf32"), (True, False)),
+        "all of cuda": (put(B.cudnn, "fp32_precision", "tf32"), (True, False)),
+        "all": (put(B, "fp32_precision", "tf32"), (True, True)),
+        "conv": (put(B.cudnn.conv, "fp32_precision", "ieee"), (False, False)),
+        "cpu": (put(B.mkldnn.matmul, "fp32_precision", "bf16"), (False, True)),
     }
 
 
@@ -103,19 +99,18 @@ def test_what_is_set_is_read_whichever_way_it_was_set(name: str) -> None:
     """Where the newer way was used, the older one raises."""
     apply, expected = (OLDER | NEWER)[name]
     apply()
-    for (device, product), rounds in zip(PLACES, expected, strict=True):
-        assert rounds_float32(device, product) == rounds, (device, product)
-    assert not rounds_float32("mps", "conv")
+    assert tuple(rounds_float32(device) for device in DEVICES) == expected
+    assert not rounds_float32("mps")
 
 
 @pytest.mark.parametrize("name", [*OLDER, *NEWER])
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("device", DEVICES)
 def test_full_precision_rounds_no_product_and_puts_everything_back(name: str, device: str) -> None:
     apply, _ = (OLDER | NEWER)[name]
     apply()
     before = everything()
     with full_precision(torch.device(device)):
-        assert not rounds_float32(device, "matmul")
+        assert not rounds_float32(device)
     assert everything() == before
     with pytest.raises(KeyError), full_precision(torch.device(device)):
         raise KeyError
@@ -126,10 +121,10 @@ def test_full_precision_rounds_no_product_and_puts_everything_back(name: str, de
 def test_a_setting_that_followed_a_more_general_one_follows_it_again() -> None:
     B.fp32_precision = "tf32"
     with full_precision(torch.device("cuda")):
-        assert not rounds_float32("cuda", "matmul")
-    assert rounds_float32("cuda", "matmul")
+        assert not rounds_float32("cuda")
+    assert rounds_float32("cuda")
     B.fp32_precision = "ieee"
-    assert not rounds_float32("cuda", "matmul")
+    assert not rounds_float32("cuda")
 
 
 @pytest.mark.parametrize("name", OLDER)
@@ -139,9 +134,9 @@ def test_a_torch_without_the_newer_settings(name: str, monkeypatch: pytest.Monke
     apply()
     before = everything(newer=False)
     assert tuple(before["rounds"]) == expected
-    for device in ("cuda", "cpu"):
+    for device in DEVICES:
         with full_precision(torch.device(device)):
-            assert not rounds_float32(device, "matmul")
+            assert not rounds_float32(device)
         assert everything(newer=False) == before
 
 
@@ -159,9 +154,8 @@ def test_settings_of_torch_before_its_newer_ones_are_not_found() -> None:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "backends", Backends)
-            assert [precision._setting(*place) for place in PLACES] == [None] * 4
-            assert rounds_float32("cuda", "conv")
-            assert rounds_float32("cuda", "matmul")
+            assert [precision._setting(device) for device in DEVICES] == [None] * 2
+            assert rounds_float32("cuda")
     finally:
         precision._setting.cache_clear()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.base import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models import offload
-from dora_diffusion.training import conditioning, dataset, loop
+from dora_diffusion.training import adapters, conditioning, dataset, loop
 from dora_diffusion.training.events import (
     CachingProgress,
     SamplingProgress,
@@ -28,7 +31,7 @@ from dora_diffusion.training.events import (
 )
 from dora_diffusion.training.session import Session
 from tests.apple import DEVICE, AppleGPU
-from tests.training.helpers import losses, make_config, warnings_of
+from tests.training.helpers import assert_same_adapter, losses, make_config, warnings_of
 
 
 @pytest.fixture
@@ -214,6 +217,36 @@ def test_a_run_resumes_to_the_same_bits(offloaded_cpu: None, run, sd1_folder: Pa
     resumed = run(sd1_folder, "parts", **settings, resume_from_checkpoint="checkpoint-1")
     adapter = read_adapter(loop.train(resumed).adapter).layers
     assert all(torch.equal(layer.up, adapter[name].up) for name, layer in expected.items())
+
+
+def test_compiled_blocks_of_an_offloaded_model_train_the_same(
+    offloaded_cpu: None, run, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples between the steps send the UNet away, and fetch it to another place in memory."""
+
+    def move(tensor: torch.Tensor, device: torch.device) -> None:
+        if not tensor.requires_grad:
+            tensor.data = tensor.data.clone()
+
+    monkeypatch.setattr(offload, "_move", move)
+    counter = CompileCounterWithBackend("eager")  # without a C++ compiler
+    monkeypatch.setattr(
+        adapters, "compile_blocks", partial(compile_blocks, backend=counter, fullgraph=True)
+    )
+    monkeypatch.setattr("dora_diffusion.training.session.require_compiler", lambda device: None)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
+    torch._dynamo.reset()
+    settings = {"num_validation_images": 1, "validation_steps": 1}
+    plain = run(sd1_folder, "plain", **settings, offload="none")
+    both = run(sd1_folder, "both", **settings, offload="model", compile=True)
+    counts = []
+    loop.train(plain)
+    loop.train(both, lambda e: counts.append(counter.frame_count) if type(e) is StepDone else None)
+    assert losses(both.output_dir) == pytest.approx(losses(plain.output_dir), rel=1e-5)
+    # All in the first step: nothing is compiled in a sample, or again after one.
+    assert counts == [counter.frame_count] * 2
+    assert counts[0] > 0
+    assert_same_adapter(plain.output_dir, both.output_dir, rtol=1e-3, atol=1e-5)
 
 
 def test_it_is_said_where_it_has_no_effect(run, sd1_folder: Path) -> None:

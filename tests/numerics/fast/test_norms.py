@@ -8,7 +8,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dora_diffusion.numerics.dora import squared_norm
-from dora_diffusion.numerics.fast.norms import SameShape, checksum, factored_norm, norm_terms
+from dora_diffusion.numerics.fast.norms import (
+    SameShape,
+    checksum,
+    factored_norm,
+    norm_terms,
+    parts_of,
+)
 
 AXES = ("output", "input")
 
@@ -87,6 +93,15 @@ def test_a_checksum_tells_a_weight_from_one_with_a_changed_channel(axis, shape):
         assert differs.any()
         if axis == "output":
             assert differs.nonzero().flatten().tolist() == [channel % shape[0]]
+
+
+def test_three_parts_in_bfloat16_hold_a_factor_to_its_last_bit():
+    g = torch.Generator().manual_seed(0)
+    scales = 10.0 ** torch.arange(-20, 20)[:, None]
+    factor = torch.randn(40, 64, generator=g) * scales
+    parts = parts_of(factor)
+    assert [part.dtype for part in parts] == [torch.bfloat16] * 3
+    assert torch.equal(sum(part.double() for part in parts), factor.double())
 
 
 def test_a_fake_forward_leaves_no_fake_tensor_behind():
