@@ -74,6 +74,7 @@ def combine_adapters(
         AdapterFormatError, MergeError: If an adapter cannot be read or does not fit the base.
     """
     spec, output = MergeSpec(adapters), Path(output).expanduser()
+    spec.require_adapter()
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(open_model(base))
         read = _read(spec, model, alpha)

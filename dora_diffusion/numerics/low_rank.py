@@ -149,10 +149,10 @@ def _converged_svd(
     Few turns where singular values fall; where they hardly do, as those of noise, some twenty.
     """
     width = rank if start is None else start.shape[1]
-    total, held = matrix.double().square().sum(), -math.inf
+    total, held = matrix.double().square().sum().item(), -math.inf
     for _ in range(_MOST_TURNS):
         u, s, vh = leading_svd(matrix, width, start, _ITERATIONS)
-        before, held = held, s[:rank].double().square().sum()
+        before, held = held, s[:rank].double().square().sum().item()
         if start is None or held - before <= _PROGRESS * total:
             break
         start = vh.t()

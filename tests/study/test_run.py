@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from dora_diffusion.config import ConfigError
+from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.evaluation.measures import MEASURES
 from dora_diffusion.study import run as module
 from dora_diffusion.study import trials as keys
@@ -136,6 +136,20 @@ def test_keys_depend_on_all_that_figures_do(tmp_path):
     assert dataclasses.replace(first, config=moved, row="name").digest == first.digest
 
 
+def test_a_method_without_any_setting_of_its_own_is_not_the_base():
+    (first,) = [t for t in _trials(study()) if t.method == "dora"]
+    plain = dataclasses.replace(first, config=TrainConfig())
+    assert plain.digest != dataclasses.replace(plain, method="base").digest
+
+
+def test_a_setting_that_a_later_version_adds_leaves_keys_as_they_are(monkeypatch):
+    (first,) = [t for t in _trials(study()) if t.method == "dora"]
+    before, compared = first.digest, keys._compared
+    monkeypatch.setattr(keys, "_compared", lambda values: {**compared(values), "new": 1})
+    assert first.settings["new"] == 1
+    assert first.digest == before
+
+
 def _subject(name):
     from dora_diffusion.study.subjects import find_subject
 
@@ -190,6 +204,16 @@ def tuned(figures):
     made = [record("base", "x", 0, **dict.fromkeys(MEASURES, 0.5))]
     return made + [{**record("dora", "x", 0, **measures), "learning_rate": rate}
                    for rate, measures in figures.items()]  # fmt: skip
+
+
+def test_each_method_has_the_rate_of_its_own_trials():
+    tune = Tuning(("x",), learning_rates=(1e-3, 2e-3), keep={})
+    made = tuned({1e-3: {"subject_similarity": 0.5}, 2e-3: {"subject_similarity": 0.6}})
+    others = ((1e-3, 0.9), (2e-3, 0.1))
+    made += [{**record("lora", "x", 0, subject_similarity=similar), "learning_rate": rate}
+             for rate, similar in others]  # fmt: skip
+    assert chosen_rate(made, "dora", tune) == 2e-3
+    assert chosen_rate(made, "lora", tune) == 1e-3
 
 
 @pytest.mark.parametrize("order", [1, -1])
