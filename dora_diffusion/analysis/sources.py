@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.export.base import model_name, open_model
+from dora_diffusion.export.notes import trained_steps
 from dora_diffusion.export.output import ExportError
-from dora_diffusion.export.trained import trained_steps
 from dora_diffusion.families import UnsupportedModelError
 from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
 from dora_diffusion.formats.adapter.keys import AdapterFormatError

@@ -103,7 +103,7 @@ def _load(args: argparse.Namespace) -> tuple[Components, str, Components | None]
         components, metadata = load_adapted_model(args)
         return components, args.trigger or metadata.trigger, None
     from dora_diffusion.export.base import open_model
-    from dora_diffusion.export.trained import trained_trigger
+    from dora_diffusion.export.notes import trained_trigger
 
     with open_model(args.adapter) as stored:
         trigger = args.trigger or trained_trigger(stored.metadata)

@@ -18,7 +18,7 @@ from dora_diffusion.console.progress import byte_progress
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    add_merge(parser)
+    add_merge(parser, required=False)
     parser.add_argument(
         "--output",
         required=True,
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Merge adapters into a base, check what was written, and say where it is."""
+    """Write a base, with adapters merged in, check what was written, and say where it is."""
     from dora_diffusion.export import export_checkpoint
     from dora_diffusion.models.precision import dtype_of
 

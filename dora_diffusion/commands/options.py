@@ -90,16 +90,18 @@ def add_adapted_model(parser: argparse.ArgumentParser) -> None:
     _add_strengths(parser, _STRENGTHS)
 
 
-def add_merge(parser: argparse.ArgumentParser) -> None:
-    """Add what `export` merges and `verify` compares with."""
+def add_merge(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add what `export` merges and `verify` compares with; adapters are ``required`` or not."""
     add_base(parser)
+    without = "" if required else " Default: none, the base as it is."
     parser.add_argument(
         "--adapter",
-        required=True,
+        required=required,
         nargs="+",
         action="extend",
+        default=[],
         help="Adapter files or output folders; FILE:0.5 gives one its own strength. May be "
-        "repeated.",
+        f"repeated.{without}",
     )
     add_alpha(parser)
     parser.add_argument("--vae", help="Another VAE: folder, hub id or .safetensors file.")

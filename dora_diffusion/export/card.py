@@ -22,7 +22,7 @@ def merged_card(
     Args:
         title: Name of its folder.
         base: Name of the base: a hub id, which is linked, or the name of a folder or file.
-        merged: The adapters with their strengths, as `MergeSpec.record` gives them.
+        merged: The adapters with their strengths, as `MergeSpec.record` gives them; may be none.
         triggers: The trigger words of the adapters.
         old: The base's card, whose licence stays.
     """
@@ -33,6 +33,8 @@ def merged_card(
     )
     words = " and ".join(f"**`{trigger}`**" for trigger in triggers)
     ask = f"\nWrite {words} in a prompt to get the subject.\n" if words else ""
+    if not merged:
+        return f"---\n{head}---\n\n# {title}\n\n{linked}, as it is.\n{ask}"
     return f"""---
 {head}---
 

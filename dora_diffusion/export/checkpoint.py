@@ -1,4 +1,4 @@
-"""Write a model with adapters merged in: a diffusers folder, or one original-layout file.
+"""Write a model, with adapters merged in: a diffusers folder, or one original-layout file.
 
 Everything is streamed one tensor at a time, written beside the output, reopened and checked, and
 only then renamed: an interrupted export leaves nothing behind and destroys nothing.
@@ -54,7 +54,8 @@ def export_checkpoint(
         base: A diffusers folder, a hub id, ``embedded:NAME``, or a single ``.safetensors``
             checkpoint in the original layout.
         adapters: An adapter file or output folder, or several as ``[(adapter, strength), ...]``,
-            whose strengths are multiplied with ``strength``. Their order does not matter.
+            whose strengths are multiplied with ``strength``. Their order does not matter. Of none
+            (``()``) the output is the base itself, in this layout and dtype.
         output: A name ending in ``.safetensors`` gives one file in the original layout, which
             every user interface reads; any other name gives a diffusers folder.
         strength: 0 is the base, 1 the adapter as trained.

@@ -18,7 +18,7 @@ from dora_diffusion.export.fit import FitSettings, Fitted
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec
 from dora_diffusion.export.output import ExportError, OnProgress, refuse_existing
 from dora_diffusion.export.resize import axis_of, fit_to_adapters
-from dora_diffusion.formats.adapter.embeddings import said_of_embeddings
+from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, said_of_embeddings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     embeddings_beside,
@@ -74,6 +74,7 @@ def combine_adapters(
         AdapterFormatError, MergeError: If an adapter cannot be read or does not fit the base.
     """
     spec, output = MergeSpec(adapters), Path(output).expanduser()
+    spec.require_adapter()
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(open_model(base))
         read = _read(spec, model, alpha)
@@ -102,15 +103,20 @@ def _read(spec: MergeSpec, model: StoredModel, alpha: float | None) -> list[Adap
 
 
 def _tokens(adapters: Sequence[AdapterFile]) -> dict[str, Tensor]:
-    """The tokens that were trained with the adapters.
+    """The tokens that were trained with the adapters, as trained, whatever their strengths.
 
     Raises:
-        ExportError: If two adapters have one.
+        ExportError: If two adapters have one, and not with the same vectors.
     """
     tokens: dict[str, Tensor] = {}
     for adapter in adapters:
-        if twice := tokens.keys() & adapter.tokens.keys():
-            raise ExportError(f"two adapters have a trained token of one name: {listing(twice)}")
+        shared = tokens.keys() & adapter.tokens.keys()
+        if twice := [t for t in shared if not torch.equal(tokens[t], adapter.tokens[t])]:
+            raise ExportError(
+                f"two adapters have vectors of their own for {listing(twice)}, and a token "
+                "can have one: convert one of the adapters, delete that token's file in the folder "
+                f"{EMBEDDINGS} beside the result, and combine that"
+            )
         tokens |= adapter.tokens
     return tokens
 

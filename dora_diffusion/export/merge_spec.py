@@ -32,7 +32,7 @@ class MergeSpec:
     """Adapters and their strengths.
 
     Attributes:
-        adapters: One adapter, or several as ``[(adapter, strength), ...]``.
+        adapters: One adapter, or several as ``[(adapter, strength), ...]``, or none.
         strength: Multiplies all of them: 0 is the base, 1 the adapter as trained.
         unet_strength: Multiplies it for the UNet.
         text_encoder_strength: Multiplies it for the text encoders.
@@ -40,7 +40,7 @@ class MergeSpec:
         magnitude_strength: Moves the magnitude by a share of its change.
 
     Raises:
-        ExportError: If there is no adapter, or a strength is not a number.
+        ExportError: If a strength is not a number.
     """
 
     adapters: Adapters
@@ -51,12 +51,19 @@ class MergeSpec:
     magnitude_strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.pairs():
-            raise ExportError("no adapter was given")
         values = {str(path): strength for path, strength in self.pairs()}
         values |= {"strength": self.strength, **self.knobs()}
         if wrong := [f"{name} {v}" for name, v in values.items() if not math.isfinite(v)]:
             raise ExportError(f"strengths must be finite numbers, got {', '.join(wrong)}")
+
+    def require_adapter(self) -> None:
+        """Refuse to do without any.
+
+        Raises:
+            ExportError: If there is none.
+        """
+        if not self.pairs():
+            raise ExportError("no adapter was given")
 
     def pairs(self) -> list[tuple[str | Path, float]]:
         """The adapters with their own strengths."""
@@ -83,7 +90,7 @@ class MergeSpec:
             UserWarning: Of strengths that act on nothing that these adapters hold.
         """
         adapters = [read_adapter(path, base, sums=True) for path, _ in self.pairs()]
-        if alpha is not None:
+        if alpha is not None and adapters:
             if not any(adapter.lacks_alpha for adapter in adapters):
                 raise ExportError(f"alpha {alpha:g} has no effect: every adapter says its own")
             adapters = [
@@ -96,7 +103,8 @@ class MergeSpec:
             for part in (adapter.layers, adapter.beside)
             for layer in part.items()
         ]
-        for reason in self._without_effect(layers):
+        reasons = self._without_effect(layers) if adapters else self._without_adapter(alpha)
+        for reason in reasons:
             warnings.warn(reason, stacklevel=3)
         return adapters
 
@@ -115,6 +123,14 @@ class MergeSpec:
             for name, (is_there, what) in acts_on.items()
             if getattr(self, name) != 1 and not is_there
         ]
+
+    def _without_adapter(self, alpha: float | None) -> list[str]:
+        """All that acts on nothing where there is no adapter."""
+        moved = [
+            n for n, value in {"strength": self.strength, **self.knobs()}.items() if value != 1
+        ]
+        moved += ["alpha"] * (alpha is not None)
+        return [f"{name} has no effect because no adapter is given" for name in moved]
 
     def assumptions(self, adapters: Sequence[AdapterFile]) -> list[str]:
         """What was assumed of the adapters that `read` gave, one line each with the file's name."""

@@ -1,4 +1,4 @@
-"""The metadata of merged models: what they are, and what they were made from."""
+"""The metadata of models that are written: what they are, and what they were made from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dora_diffusion.formats.adapter.file import AdapterFile
 from dora_diffusion.formats.adapter.metadata import OWN, modelspec_fields
 from dora_diffusion.formats.checkpoint.weights import StoredModel
 
-MERGED, BASE = OWN + "merged", OWN + "base"
+MERGED, BASE, TRAINED = OWN + "merged", OWN + "base", OWN + "trained"
 _UNKNOWN_HASH = "0" * 64
 # What a base says of its own bytes is not true of a changed file.
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
@@ -48,14 +48,17 @@ class MergeNotes:
         adapters: Sequence[AdapterFile],
         output: Path,
     ) -> None:
-        kept: Mapping[str, str] = {}
-        if model.is_single_file:
-            kept = {name: text for name, text in model.metadata.items() if name not in _HASHES}
+        kept = {name: text for name, text in model.metadata.items() if name not in _HASHES}
+        if not model.is_single_file:
+            kept = {TRAINED: kept[TRAINED]} if TRAINED in kept else {}
         self._name = model_name(model.path)
         self._record = spec.record()
         self._title = output.resolve().name
-        self._fields = {**kept, "format": "pt", MERGED: json.dumps(self._record)}
-        triggers = dict.fromkeys(a.metadata.trigger for a in adapters if a.metadata.trigger)
+        kept.pop(MERGED, None)
+        merged = {MERGED: json.dumps(self._record)} if self._record else {}
+        self._fields = {**kept, "format": "pt", **merged}
+        words = [trained_trigger(model.metadata), *(a.metadata.trigger for a in adapters)]
+        triggers = dict.fromkeys(word for word in words if word)
         self._triggers = list(triggers)
         if output.suffix == ".safetensors":
             # Where there are releases of both kinds, silence tells nothing.
@@ -73,7 +76,9 @@ class MergeNotes:
         }
 
     def card(self, old: str) -> str:
-        """The model card of a merged folder; ``old`` is that of the base."""
+        """The model card of a folder; ``old`` is that of the base, which stays if it is all."""
+        if not self._record and old:
+            return old
         return merged_card(self._title, self._name, self._record, self._triggers, old)
 
     def draft(self) -> dict[str, str]:
@@ -91,3 +96,14 @@ class MergeNotes:
     def _with(self, hashes: Mapping[str, str]) -> dict[str, str]:
         base = {"name": self._name, "sha256": dict(hashes)}
         return {**self._fields, BASE: json.dumps(base)}
+
+
+def trained_steps(metadata: Mapping[str, str]) -> int | None:
+    """The optimizer steps that the metadata of a trained model's file tell of."""
+    steps = json.loads(metadata.get(TRAINED, "{}")).get("training_steps", "")
+    return int(steps) if steps.isdecimal() else None
+
+
+def trained_trigger(metadata: Mapping[str, str]) -> str:
+    """The trigger words that they tell of; empty where they tell of none."""
+    return str(json.loads(metadata.get(TRAINED, "{}")).get("trigger", ""))

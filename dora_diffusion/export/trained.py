@@ -14,16 +14,14 @@ from dora_diffusion.export.card import trained_card
 from dora_diffusion.export.folder.plan import plan_folder
 from dora_diffusion.export.folder.write import write_folder
 from dora_diffusion.export.merged import MergedModel
-from dora_diffusion.export.notes import BASE
+from dora_diffusion.export.notes import BASE, TRAINED
 from dora_diffusion.export.output import ExportError, check_output
 from dora_diffusion.export.single_file import write_single_file
 from dora_diffusion.export.vae import WithVae, open_vae
-from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata, modelspec_fields
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata, modelspec_fields
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.wording import listing
-
-TRAINED = OWN + "trained"
 
 
 def export_trained(
@@ -75,17 +73,6 @@ def export_trained(
             plan = plan.with_tensors("vae", new_vae.specs)
         write_folder(merged, plan, output, notes, None, new_vae.config if new_vae else None)
     return output
-
-
-def trained_steps(metadata: Mapping[str, str]) -> int | None:
-    """The optimizer steps that the metadata of a trained model's file tell of."""
-    steps = json.loads(metadata.get(TRAINED, "{}")).get("training_steps", "")
-    return int(steps) if steps.isdecimal() else None
-
-
-def trained_trigger(metadata: Mapping[str, str]) -> str:
-    """The trigger words that they tell of; empty where they tell of none."""
-    return str(json.loads(metadata.get(TRAINED, "{}")).get("trigger", ""))
 
 
 class WithTensors:

@@ -103,6 +103,7 @@ def verify_checkpoint(
         on_progress: Called with (bytes compared, bytes in all).
 
     Raises:
+        ExportError: If there is no adapter.
         MergeError, AdapterFormatError: If an adapter does not fit the base.
         TensorFileError: If a file is damaged.
     """
@@ -110,6 +111,7 @@ def verify_checkpoint(
         adapters, strength, unet_strength, text_encoder_strength,
         direction_strength, magnitude_strength,
     )  # fmt: skip
+    spec.require_adapter()
     with contextlib.ExitStack() as stack:
         merged_model = stack.enter_context(open_model(merged))
         model = stack.enter_context(open_model(base, variant))

@@ -122,7 +122,8 @@ def chosen_rate(records: Sequence[Record], method: str, tune: Tuning) -> float:
             kept.add(rate)
     if not scores:
         raise ConfigError(f"no trial of {method} has the figure {tune.best} yet: run its tuning")
-    return max(kept, key=scores.__getitem__) if kept else min(scores)
+    # Of equally good ones the smallest.
+    return max(sorted(kept), key=scores.__getitem__) if kept else min(scores)
 
 
 def _keeps(mine: Sequence[Record], base: Sequence[Record], name: str, most: float) -> bool:

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from dora_diffusion.adapters.files import load_adapter
 from dora_diffusion.adapters.state import adapter_state
-from dora_diffusion.export import convert_adapter, export_checkpoint, output, verify_checkpoint
+from dora_diffusion.export import (
+    ExportError,
+    convert_adapter,
+    export_checkpoint,
+    output,
+    verify_checkpoint,
+)
+from dora_diffusion.export.base import open_model
+from dora_diffusion.export.notes import trained_steps, trained_trigger
+from dora_diffusion.export.trained import export_trained
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
@@ -55,6 +64,33 @@ def test_a_single_file_base_merges_as_the_folder_does(
     assert seen[-1] == (size, size)
     report = convert_adapter(file, tmp_path / "d", "dense", base=base, family=family)
     assert report.layers == len(read_adapter(file).layers)
+
+
+def test_without_an_adapter_a_model_changes_its_layout_alone(
+    tmp_path: Path, sd1_folder: Path
+) -> None:
+    """What a whole training left: folder, file and folder again, with what it says of itself."""
+    facts = AdapterMetadata("sd1", trigger="sks dog", extra={"training_steps": "7"})
+    trained = {"unet.conv_in.bias": lambda: torch.ones(32)}
+    folder = export_trained(sd1_folder, trained, tmp_path / "run" / "model", facts)
+    file = export_checkpoint(tmp_path / "run", (), tmp_path / "one.safetensors")
+    again = export_checkpoint(file, (), tmp_path / "again", config=sd1_folder)
+    assert_equal(tensors_of(again), tensors_of(folder))
+    with open_model(file) as one:
+        assert one.metadata["modelspec.trigger_phrase"] == "sks dog"
+        assert "dora_diffusion.merged" not in one.metadata
+    for path in (file, again):
+        with open_model(path) as model:
+            assert trained_trigger(model.metadata) == "sks dog"
+            assert trained_steps(model.metadata) == 7
+            assert torch.equal(model["unet.conv_in.bias"], torch.ones(32))
+    half = export_checkpoint(folder, (), tmp_path / "half", dtype=torch.float16)
+    assert tensors_of(half)["unet.conv_in.weight"].dtype == torch.float16
+    assert (half / "README.md").read_bytes() == (folder / "README.md").read_bytes()
+    with pytest.warns(UserWarning, match="unet_strength has no effect because no adapter is given"):
+        export_checkpoint(folder, (), tmp_path / "s.safetensors", unet_strength=0.5)
+    with pytest.raises(ExportError, match="no adapter was given"):
+        verify_checkpoint(file, folder, ())
 
 
 PREFIX = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from dora_diffusion.export import (
     ExportError,
     combine_adapters,
+    convert_adapter,
     export_checkpoint,
     inspect_adapter,
     verify_checkpoint,
 )
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
+    AdapterFormatError,
     AdapterMetadata,
     read_adapter,
     write_adapter,
@@ -159,3 +161,65 @@ def test_refusals(tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter)
         with pytest.raises(ExportError, match=reason):
             combine_adapters(sd1_folder, adapters, **arguments)
     assert not output.exists()
+
+
+VECTORS = {"<s1>": torch.arange(32.0), "<s2>": torch.arange(64.0).reshape(2, 32) / 64}
+
+
+def with_token(
+    path: Path, folder: Path, random_adapter: MakeAdapter, token: str, vectors: torch.Tensor
+) -> Path:
+    layers = random_adapter(folder, every=20)
+    facts = AdapterMetadata("sd1", trigger=f"{token} dog")
+    return write_adapter(path, AdapterFile(layers, facts, tokens={token: vectors}), "kohya")
+
+
+def test_trained_tokens_of_all_adapters_are_kept(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """Bit for bit, at any strength; one that two adapters share with equal vectors is one."""
+    files = [
+        with_token(tmp_path / name, sd1_folder, random_adapter, token, VECTORS[token])
+        for name, token in (("a.safetensors", "<s1>"), ("b.safetensors", "<s2>"),
+                            ("c.safetensors", "<s1>"))
+    ]  # fmt: skip
+    pairs = [(file, 0.5) for file in files]
+    report = combine_adapters(sd1_folder, pairs, tmp_path / "out" / "both.safetensors")
+    embeddings = tmp_path / "out" / "embeddings"
+    assert report.embeddings == {
+        "<s1>": embeddings / "both_s1.safetensors", "<s2>": embeddings / "both_s2.safetensors",
+    }  # fmt: skip
+    assert report.notes[-1].startswith("2 trained tokens had no place in it and went to the folder")
+    both = read_adapter(report.path)
+    assert both.tokens.keys() == VECTORS.keys()
+    assert all(torch.equal(both.tokens[token], vectors) for token, vectors in VECTORS.items())
+    assert both.metadata.trigger == "<s1> dog, <s2> dog"
+    with pytest.raises(ExportError, match=r"both.*exists"):
+        combine_adapters(sd1_folder, pairs, tmp_path / "out" / "both.safetensors")
+
+
+def test_a_token_with_two_meanings_is_refused(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """What the message says to do helps."""
+    pairs = [
+        (with_token(tmp_path / name, sd1_folder, random_adapter, "<s1>", vectors), 1.0)
+        for name, vectors in (("a.safetensors", torch.zeros(32)), ("b.safetensors", torch.ones(32)))
+    ]
+    output = tmp_path / "out" / "both.safetensors"
+    with pytest.raises(ExportError, match=r"vectors of their own for <s1>.*convert one"):
+        combine_adapters(sd1_folder, pairs, output)
+    assert not output.parent.exists()
+    other = convert_adapter(pairs[1][0], tmp_path / "c.safetensors", "kohya")
+    other.embeddings["<s1>"].unlink()
+    report = combine_adapters(sd1_folder, [pairs[0], (other.path, 1.0)], output)
+    assert torch.equal(read_adapter(report.path).tokens["<s1>"], torch.zeros(32))
+    assert any("c_s1.safetensors is not beside it" in note for note in report.notes)
+
+
+def test_a_token_of_another_model_is_refused(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    file = with_token(tmp_path / "a.safetensors", sd1_folder, random_adapter, "<s1>", torch.ones(8))
+    with pytest.raises(AdapterFormatError, match="made for another model: it has 8 numbers"):
+        combine_adapters(sd1_folder, file, tmp_path / "b.safetensors")

@@ -125,6 +125,35 @@ def test_the_error_is_that_of_the_weights_in_the_file(tmp_path: Path, sd1_folder
     assert all(errors["dora"][name] < error for name, error in errors["lora"].items())
 
 
+def test_a_lora_is_the_truncated_svd_of_the_difference(tmp_path: Path, sd1_folder: Path) -> None:
+    """Its error and its rank, in every layer, by NumPy in float64; by energy, too."""
+    tuned = tuned_copy(sd1_folder, tmp_path / "tuned", noisy)
+    before, after = tensors_of(sd1_folder), tensors_of(tuned)
+    for energy in (None, 0.6):
+        output = tmp_path / f"{energy}.safetensors"
+        report = extract_adapter(
+            sd1_folder, tuned, output, rank=3, method="lora", energy=energy, key_format="kohya"
+        )
+        layers, squared = read_adapter(output).layers, np.zeros(2)
+        assert layers.keys() == report.errors.keys()
+        assert len(layers) > 100
+        for name, layer in layers.items():
+            base, wanted = (
+                w[f"{name}.weight"].double().flatten(1).numpy() for w in (before, after)
+            )
+            s = np.linalg.svd(wanted - base, compute_uv=False)
+            held = np.cumsum(s**2) / np.sum(s**2)
+            rank = 3 if energy is None else min(3, int(np.sum(held < energy)) + 1)
+            assert (layer.rank, layer.magnitude) == (min(rank, len(s)), None), name
+            up, down = (factor.flatten(1).double().numpy() for factor in (layer.up, layer.down))
+            off = np.linalg.norm(wanted - base - layer.scale * up @ down)
+            left = np.linalg.norm(s[rank:])
+            assert off == pytest.approx(left, rel=1e-6), name
+            assert report.errors[name] == pytest.approx(left / np.linalg.norm(s), abs=2e-6), name
+            squared += left**2, np.sum(s**2)
+        assert report.total_error == pytest.approx(np.sqrt(squared[0] / squared[1]), abs=2e-6)
+
+
 def test_metadata_say_what_it_is_and_where_it_is_from(
     tmp_path: Path, sdxl_folder: Path, sd1_folder: Path
 ) -> None:

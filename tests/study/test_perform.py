@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from dora_diffusion.evaluation.toy.evaluate import answer, measure
 from dora_diffusion.generate import SamplingSettings
 from dora_diffusion.models.load import load_components
 from dora_diffusion.study.page import _intro
-from dora_diffusion.study.perform import _KeptBytes
+from dora_diffusion.study.perform import _KeptBytes, _live_bytes
 from dora_diffusion.study.run import run_study
 from tests.study.helpers import study
 
@@ -89,6 +90,23 @@ def test_photos_are_measured_on_those_held_out(tmp_path, samples_root):
     shutil.copy(photos[0], held_out)
     with pytest.raises(ValueError, match=r"1 photos of .* are in .* too"):
         run_study(given, tmp_path / "out")
+
+
+def test_live_bytes_are_weights_gradients_moments_and_what_is_kept():
+    """Each storage once; steps of the optimizer are numbers, or tensors, which count."""
+    layer, tied = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2, bias=False)
+    tied.weight = layer.weight
+    layer.register_buffer("halves", torch.zeros(5, dtype=torch.float16))
+    optimizer = torch.optim.AdamW([layer.weight])
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    session = SimpleNamespace(
+        components=SimpleNamespace(modules=lambda: {"unet": layer, "vae": tied}),
+        weights=SimpleNamespace(parameters=lambda: {"weight": layer.weight}),
+        train_step=SimpleNamespace(optimizer=optimizer),
+    )
+    weights, gradients, moments, step = 4 * (6 + 2) + 2 * 5, 4 * 6, 2 * 4 * 6, 4
+    assert _live_bytes(session, 1000) == weights + gradients + moments + step + 1000
 
 
 def test_bytes_are_those_of_the_first_batch():

@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 
-from dora_diffusion.config import ConfigError
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.evaluation.measures import MEASURES
 from dora_diffusion.study import run as module
 from dora_diffusion.study import trials as keys
 from dora_diffusion.study.config import Tuning
@@ -43,6 +44,15 @@ def test_a_trial_with_a_record_is_not_repeated(performed, tmp_path):
     assert len(performed) == 5 + 4 * 2 * 2
     assert again.records == results.records
     assert len(results.tuning) == 5
+
+
+def test_what_is_stopped_is_even(performed, tmp_path):
+    """A seed of every subject and method before the next one."""
+    run_study(study(), tmp_path)
+    order = [(trial.seed, trial.subject.name) for trial in performed[5:]]
+    names = ("star_teapot", "striped_car")
+    assert order == [(seed, name) for seed in (0, 1) for name in names for _ in range(4)]
+    assert [trial.row for trial in performed[5:9]] == ["base", "dora", "lora", "half"]
 
 
 def test_one_more_seed_or_method_costs_only_its_own_trials(performed, tmp_path):
@@ -126,6 +136,20 @@ def test_keys_depend_on_all_that_figures_do(tmp_path):
     assert dataclasses.replace(first, config=moved, row="name").digest == first.digest
 
 
+def test_a_method_without_any_setting_of_its_own_is_not_the_base():
+    (first,) = [t for t in _trials(study()) if t.method == "dora"]
+    plain = dataclasses.replace(first, config=TrainConfig())
+    assert plain.digest != dataclasses.replace(plain, method="base").digest
+
+
+def test_a_setting_that_a_later_version_adds_leaves_keys_as_they_are(monkeypatch):
+    (first,) = [t for t in _trials(study()) if t.method == "dora"]
+    before, compared = first.digest, keys._compared
+    monkeypatch.setattr(keys, "_compared", lambda values: {**compared(values), "new": 1})
+    assert first.settings["new"] == 1
+    assert first.digest == before
+
+
 def _subject(name):
     from dora_diffusion.study.subjects import find_subject
 
@@ -175,6 +199,53 @@ def test_the_rate_is_the_best_that_leaves_other_classes_alone():
     assert chosen_rate(made, "dora", strict) == 1e-3  # none keeps it: the smallest
 
 
+def tuned(figures):
+    """Records of one method at several rates, beside a base whose every figure is 0.5."""
+    made = [record("base", "x", 0, **dict.fromkeys(MEASURES, 0.5))]
+    return made + [{**record("dora", "x", 0, **measures), "learning_rate": rate}
+                   for rate, measures in figures.items()]  # fmt: skip
+
+
+def test_each_method_has_the_rate_of_its_own_trials():
+    tune = Tuning(("x",), learning_rates=(1e-3, 2e-3), keep={})
+    made = tuned({1e-3: {"subject_similarity": 0.5}, 2e-3: {"subject_similarity": 0.6}})
+    others = ((1e-3, 0.9), (2e-3, 0.1))
+    made += [{**record("lora", "x", 0, subject_similarity=similar), "learning_rate": rate}
+             for rate, similar in others]  # fmt: skip
+    assert chosen_rate(made, "dora", tune) == 2e-3
+    assert chosen_rate(made, "lora", tune) == 1e-3
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_equally_good_rates_the_smallest_is_taken(order):
+    rates = (1e-3, 2e-3, 4e-3, 8e-3)[::order]
+    tune = Tuning(("x",), learning_rates=rates, keep={})
+    made = tuned({rate: {"subject_similarity": 0.9 if rate > 1e-3 else 0.8} for rate in rates})
+    assert chosen_rate(made, "dora", tune) == 2e-3
+
+
+def test_a_figure_that_should_be_low_is_best_where_it_is_lowest():
+    tune = Tuning(("x",), learning_rates=(1e-3, 2e-3, 4e-3), best="denoising_loss", keep={})
+    made = tuned({1e-3: {"denoising_loss": 0.3}, 2e-3: {"denoising_loss": 0.1},
+                  4e-3: {"denoising_loss": 0.2}})  # fmt: skip
+    assert chosen_rate(made, "dora", tune) == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "better", "kept", "lost"),
+    [("side", "higher", (0.49, 0.9), (0.47,)), ("others_leakage", "lower", (0.51, 0.1), (0.53,)),
+     ("others_kind", "base", (0.51, 0.49), (0.53, 0.47))],
+)  # fmt: skip
+def test_what_a_rate_must_keep_is_worse_in_the_direction_that_is(name, better, kept, lost):
+    """The better rate is taken while the figure is within 0.02 of the base's, on its worse side."""
+    assert MEASURES[name].better == better
+    tune = Tuning(("x",), learning_rates=(1e-3, 2e-3), keep={name: 0.02})
+    for figure in (*kept, *lost):
+        made = tuned({1e-3: {"subject_similarity": 0.1, name: 0.5},
+                      2e-3: {"subject_similarity": 0.2, name: figure}})  # fmt: skip
+        assert chosen_rate(made, "dora", tune) == (2e-3 if figure in kept else 1e-3), figure
+
+
 def test_each_subject_may_have_seeds_of_its_own(performed, tmp_path):
     given = study(
         subjects=["star_teapot", "striped_car", "moon_robot"], seeds=[4, 5, 6], seeds_per_subject=1
@@ -214,6 +285,14 @@ def test_a_report_s_file_is_enough_to_continue(performed, tmp_path):
     assert len(performed) - before == 4 * 2
     assert {trial.seed for trial in performed[before:]} == {1}
     assert len(results.records) == 4 * 2 * 2
+
+
+def test_a_record_of_its_own_is_kept_where_a_report_has_an_older_one(performed, tmp_path):
+    write_report(run_study(study(seeds=1), tmp_path), tmp_path)
+    file = performed[-1].file(tmp_path)
+    own = json.loads(file.read_text(encoding="utf-8")) | {"machine": "another"}
+    file.write_text(json.dumps(own), encoding="utf-8")
+    assert run_study(study(seeds=1), tmp_path).records[-1]["machine"] == "another"
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '[{"row": "dora"}]'])

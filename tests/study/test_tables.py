@@ -78,6 +78,19 @@ def test_tables_have_a_column_for_every_row_and_nothing_for_what_was_not_measure
     assert differences_table(rows, "lora")[0] == ["difference to lora", "dora"]
 
 
+def test_costs_are_means_over_the_trials_of_a_row():
+    costs = ({"parameters": 1000, "live_bytes": 2e6, "seconds_per_step": 0.25},
+             {"parameters": 1000, "live_bytes": 4e6, "seconds_per_step": 0.75})  # fmt: skip
+    rows = [record("base", "mug", 0)]
+    rows += [record("dora", "mug", seed) | cost for seed, cost in enumerate(costs)]
+    lines = {line[0]: line[1:] for line in figures_table(rows)[1:]}
+    assert lines["trained parameters"] == ["-", "1,000"]
+    assert lines["live memory while training, MB"] == ["-", "3.0"]
+    assert lines["seconds per step"] == ["-", "0.500"]
+    assert lines["processor seconds per step"] == ["-", "-"]
+    assert lines["trials"] == ["1 (1 subject)", "2 (1 subject)"]
+
+
 def test_figures_of_the_analysis_are_read_where_there_is_one():
     one = record("dora", "mug", 0) | {"analysis": {"correlation": -0.5}}
     assert interval([one, record("dora", "mug", 1)], analysis_of("correlation")).mean == -0.5

@@ -12,6 +12,7 @@ from dora_diffusion.formats.adapter.keys import AdapterFormatError
 from dora_diffusion.formats.adapter.peft_folder import peft_folders
 from dora_diffusion.formats.adapter.targets.peft import DIFFUSERS_FILE
 from dora_diffusion.formats.adapter.vera import VERA_FILE
+from dora_diffusion.formats.checkpoint.places import pipeline_in
 from dora_diffusion.formats.files.header import PICKLED, TensorFileError
 from dora_diffusion.formats.files.stream import TensorReader
 
@@ -32,8 +33,12 @@ def find_adapter(path: str | Path) -> Path:
         return path / DIFFUSERS_FILE
     if peft_folders(path):
         return path
-    if (path / "model_index.json").is_file():
-        raise AdapterFormatError(f"{path} is a model, not an adapter")
+    if model := pipeline_in(path):
+        what = "is a model" if model == path else "holds a model that was trained whole"
+        raise AdapterFormatError(
+            f"{path} {what}, not an adapter: give it as --base, or make an adapter of it with "
+            "dora-diffusion extract"
+        )
     files = sorted(path.glob("*.safetensors"))
     # Beside the ordinary file it holds the same.
     files = [file for file in files if file.name != VERA_FILE] or files

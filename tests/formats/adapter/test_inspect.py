@@ -68,6 +68,11 @@ def test_a_model_is_no_adapter(
     """Whatever form it has; and not by hundreds of keys that are unknown."""
     with pytest.raises(AdapterFormatError, match="is a model, not an adapter"):
         read_adapter(sd1_folder)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(sd1_folder, target_is_directory=True)
+    whole = "run holds a model that was trained whole, not an adapter: give it as --base, or make"
+    with pytest.raises(AdapterFormatError, match=whole):
+        read_adapter(tmp_path / "run")
     file = write_adapter(tmp_path / "a", AdapterFile(random_adapter(sd1_folder, every=20)))
     single = export_checkpoint(sd1_folder, file, tmp_path / "m.safetensors")
     unet = sd1_folder / "unet" / "diffusion_pytorch_model.safetensors"
