@@ -31,9 +31,10 @@ def test_a_trial_is_trained_measured_and_analyzed(tmp_path):
     methods = {
         "dora": {"targets": ["attention"]},
         "full": {"method": "full", "full_weights": "targets", "targets": ["attention"]},
+        "dvora": {"targets": ["attention"], "direction": "vera", "vera_rank": 4},
     }
     results = run_study(study(**SHORT, methods=methods), tmp_path)
-    base, dora, full = results.records
+    base, dora, full, dvora = results.records
     assert (base["row"], dora["row"], full["row"]) == ("base", "dora", "full")
     # The base by the functions of `evaluate`, asked anew.
     subject = results.subjects[0]
@@ -50,7 +51,9 @@ def test_a_trial_is_trained_measured_and_analyzed(tmp_path):
     assert dora["parameters"] == sum(
         2 * (m.in_features + m.out_features) + m.out_features for m in layers
     )
-    for record in (dora, full):
+    # What trains, not what it is written as: d, b and m.
+    assert dvora["parameters"] == sum(4 + 2 * m.out_features for m in layers)
+    for record in (dora, full, dvora):
         points = record["analysis"]["points"]
         assert [point["step"] for point in points] == [1, 2]
         assert len(points[0]["delta_m"]) == len(layers)
