@@ -16,12 +16,11 @@ from dora_diffusion.export.convert import ConversionReport, check_free
 from dora_diffusion.export.extract import facts_of
 from dora_diffusion.export.fit import FitSettings, Fitted
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec
-from dora_diffusion.export.output import ExportError, OnProgress, refuse_existing
+from dora_diffusion.export.output import ExportError, OnProgress, free_embeddings
 from dora_diffusion.export.resize import axis_of, fit_to_adapters
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, said_of_embeddings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
-    embeddings_beside,
     find_adapter,
     write_adapter,
 )
@@ -84,8 +83,7 @@ def combine_adapters(
         inputs = [model.path, *(find_adapter(path) for path, _ in spec.pairs())]
         check_free(output, TARGETS[kind].file_name, inputs, overwrite)
         adapter = AdapterFile({}, tokens=_tokens(read))
-        embeddings = embeddings_beside(output, adapter)
-        refuse_existing(embeddings.values(), overwrite)
+        embeddings = free_embeddings(output, adapter, overwrite)
         fitted = fit_to_adapters(model, spec.weighted(read), settings, on_progress)
         metadata = _metadata(model, spec, read, fitted, settings)
         adapter = dataclasses.replace(adapter, layers=fitted.layers, metadata=metadata)

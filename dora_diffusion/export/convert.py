@@ -14,7 +14,7 @@ import torch
 
 from dora_diffusion.export.base import open_model
 from dora_diffusion.export.fit import FitSettings, Fitted
-from dora_diffusion.export.output import ExportError, refuse_existing
+from dora_diffusion.export.output import ExportError, free_embeddings, refuse_existing
 from dora_diffusion.export.resize import (
     axis_of,
     fit_to_adapters,
@@ -26,7 +26,6 @@ from dora_diffusion.formats.adapter.conversions import CONVERSIONS, LORA_RANK
 from dora_diffusion.formats.adapter.embeddings import said_of_embeddings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
-    embeddings_beside,
     find_adapter,
     read_adapter,
     write_adapter,
@@ -141,8 +140,7 @@ def convert_adapter(
         settings = dataclasses.replace(settings, norm_axis=axis_of(adapter.layers.values()))
         kind = _key_format(target, adapter, settings, model)
         check_free(output, TARGETS[kind].file_name, inputs, overwrite)
-        embeddings = embeddings_beside(output, adapter)
-        refuse_existing(embeddings.values(), overwrite)
+        embeddings = free_embeddings(output, adapter, overwrite)
         family = family or (model.family.name if model else "")
         metadata = _with_additions(adapter.metadata, family, tags, thumbnail)
         adapter = dataclasses.replace(adapter, metadata=metadata)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dora_diffusion import system
+from dora_diffusion.formats.adapter.file import AdapterFile, embeddings_beside
 from dora_diffusion.formats.files.atomic import DiskFullError, disk_full
 from dora_diffusion.formats.files.header import PICKLED
 
@@ -125,3 +126,14 @@ def replace_folder(temporary: Path, output: Path) -> None:
             if old.exists() and not output.exists():
                 system.replace(old, output)
             raise
+
+
+def free_embeddings(output: Path, adapter: AdapterFile, overwrite: bool) -> dict[str, Path]:
+    """Where an adapter's tokens are written beside it, by token.
+
+    Raises:
+        ExportError: If one of these files exists, and may not be replaced.
+    """
+    embeddings = embeddings_beside(output, adapter)
+    refuse_existing(embeddings.values(), overwrite)
+    return embeddings
