@@ -1,4 +1,4 @@
-"""The app's images in ``docs/app-*.jpg``, made anew from the app as it is.
+"""The app's images in ``docs/app-*.jpg``, taken from the app as it is.
 
     python -m tools.screenshots                      # some minutes of training on two cores
     python -m tools.screenshots --steps 8 --output /tmp/shots   # the layout alone
@@ -143,8 +143,8 @@ def checkpoints(browser: Any, url: str) -> Image.Image:
     tab.open("Train")
     tab.page.click("#compare-checkpoints")
     tab.page.wait_for_selector("#checkpoints .dd-choice")
-    for picture in tab.page.locator("#checkpoints img").all():
-        picture.scroll_into_view_if_needed()
+    for image in tab.page.locator("#checkpoints img").all():
+        image.scroll_into_view_if_needed()
     tab.page.wait_for_timeout(1500)
     image = opened(tab.page.locator("#chooser").screenshot())
     tab.page.close()

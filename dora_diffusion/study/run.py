@@ -15,13 +15,7 @@ from dora_diffusion.study.config import BASE, Study, Tuning
 from dora_diffusion.study.perform import perform
 from dora_diffusion.study.subjects import StudySubject, find_subject
 from dora_diffusion.study.tables import figure_of, interval, of_row
-from dora_diffusion.study.trials import (
-    Record,
-    Trial,
-    base_digest,
-    restore_records,
-    trials_of,
-)
+from dora_diffusion.study.trials import Record, Trial, base_digest, restore_records, trials_of
 
 # Called with trials that are done, of all, the record, and whether it was there before.
 OnTrial = Callable[[int, int, Record, bool], None]
@@ -91,13 +85,13 @@ def run_study(
             rates[method.name] = rates[method.rate_of]
     pairs = [(subjects[place], seed) for place, seed in study.pairs()]
     # Of each subject's first seed.
-    pictured = {subject.name: seed for subject, seed in reversed(pairs)}
+    imaged = {subject.name: seed for subject, seed in reversed(pairs)}
     trials = trials_of(study, base, rates, pairs)
-    records = runner.records(trials, pictured)
+    records = runner.records(trials, imaged)
     images = {
         (trial.row, trial.subject.name): trial.image(output)
         for trial in trials
-        if trial.seed == pictured[trial.subject.name] and trial.image(output).is_file()
+        if trial.seed == imaged[trial.subject.name] and trial.image(output).is_file()
     }
     return Results(study, records, tuning, rates, subjects, images)
 
@@ -146,11 +140,11 @@ class _Runner:
     only_known: bool
 
     def records(
-        self, trials: Sequence[Trial], pictured: Mapping[str, int] | None = None
+        self, trials: Sequence[Trial], imaged: Mapping[str, int] | None = None
     ) -> list[Record]:
         """The records of trials, in their order; images are kept of some subjects' seeds."""
         found: dict[str, Record] = {}
-        left, kept = list(trials), pictured or {}
+        left, kept = list(trials), imaged or {}
         while left:
             busy = [trial for trial in left if not self._do(trial, found, len(trials), kept)]
             if self.only_known:
@@ -161,7 +155,7 @@ class _Runner:
         return [found[trial.name] for trial in trials if trial.name in found]
 
     def _do(
-        self, trial: Trial, found: dict[str, Record], total: int, pictured: Mapping[str, int]
+        self, trial: Trial, found: dict[str, Record], total: int, imaged: Mapping[str, int]
     ) -> bool:
         """Read or perform a trial; False if another process is at it."""
         record = trial.known_record(self.output)
@@ -172,7 +166,7 @@ class _Runner:
                     return False
                 record = trial.known_record(self.output)  # It may be done by now.
                 if record is None:
-                    with_image = pictured.get(trial.subject.name) == trial.seed
+                    with_image = imaged.get(trial.subject.name) == trial.seed
                     record = perform(trial, self.study.base, self.output, with_image=with_image)
         if record is not None:
             found[trial.name] = record

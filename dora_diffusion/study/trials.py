@@ -103,12 +103,16 @@ class Trial:
 
     def save(self, output: Path, record: Record) -> Record:
         """Write a record, atomically."""
-        save_text(self.file(output), json.dumps(record, indent=1) + "\n")
+        _write_record(self.file(output), record)
         return record
 
 
 def _record_file(output: Path, digest: str) -> Path:
     return output / "records" / f"{digest[:20]}.json"
+
+
+def _write_record(file: Path, record: Record) -> None:
+    save_text(file, json.dumps(record, indent=1) + "\n")
 
 
 def restore_records(output: Path) -> None:
@@ -132,7 +136,7 @@ def restore_records(output: Path) -> None:
         ) from error
     for place, record in files:
         if not place.exists():
-            save_text(place, json.dumps(record, indent=1) + "\n")
+            _write_record(place, record)
 
 
 def _compared(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -261,18 +261,18 @@ def test_each_subject_may_have_seeds_of_its_own(performed, tmp_path):
     assert len(performed) - before == 4 * 6
 
 
-def test_a_picture_is_of_each_subject_s_first_seed(performed, tmp_path, monkeypatch):
-    pictured = set()
+def test_an_image_is_of_each_subject_s_first_seed(performed, tmp_path, monkeypatch):
+    imaged = set()
     inner = module.perform
 
     def perform(trial, base, output, *, with_image):
         if with_image:
-            pictured.add((trial.subject.name, trial.seed))
+            imaged.add((trial.subject.name, trial.seed))
         return inner(trial, base, output, with_image=with_image)
 
     monkeypatch.setattr(module, "perform", perform)
     run_study(study(seeds=3, seeds_per_subject=2), tmp_path)
-    assert pictured == {("star_teapot", 0), ("striped_car", 1)}
+    assert imaged == {("star_teapot", 0), ("striped_car", 1)}
 
 
 def test_a_report_s_file_is_enough_to_continue(performed, tmp_path):
