@@ -143,8 +143,8 @@ def checkpoints(browser: Any, url: str) -> Image.Image:
     tab.open("Train")
     tab.page.click("#compare-checkpoints")
     tab.page.wait_for_selector("#checkpoints .dd-choice")
-    for image in tab.page.locator("#checkpoints img").all():
-        image.scroll_into_view_if_needed()
+    for shown in tab.page.locator("#checkpoints img").all():
+        shown.scroll_into_view_if_needed()
     tab.page.wait_for_timeout(1500)
     image = opened(tab.page.locator("#chooser").screenshot())
     tab.page.close()
