@@ -25,7 +25,8 @@ import torch
 from full_size import UNETS
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.inject import inject_adapters, norm_scope
+from dora_diffusion.adapters.inject import inject_adapters
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 

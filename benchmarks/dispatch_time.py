@@ -31,9 +31,9 @@ from common import (
 from full_size import UNETS
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.inject import norm_scope
+from dora_diffusion.adapters.scope import Loop, norm_scope
 from dora_diffusion.adapters.targets import match_targets
-from dora_diffusion.numerics.fast import Watch, operation, product
+from dora_diffusion.numerics.fast import operation, product
 from dora_diffusion.training.flat import FlatParameters
 
 NARROW: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ class Stepper:
 
     def __post_init__(self) -> None:
         groups: list[dict[str, Any]] = [{"params": self.peer.parameters()}]
-        self.watch = Watch()
+        self.loop = Loop()
         self.flat = FlatParameters(groups) if self.ours and self.optimizer is None else None
         self.seen = (self.flat.groups if self.flat else groups)[0]["params"]
         self.device = next(self.peer.model.parameters()).device.type
@@ -88,7 +88,7 @@ class Stepper:
     def __call__(self) -> None:
         """Forward and backward pass, norms, clipping and the optimizer."""
         model, scaler = self.peer.model, self.scaler
-        with norm_scope(model, watch=self.watch) if self.ours else self.peer.scope():
+        with norm_scope(model, loop=self.loop) if self.ours else self.peer.scope():
             with torch.autocast(self.device, self.dtype):
                 prediction = self.forward(model)
             loss = prediction.float().square().mean()

@@ -29,8 +29,9 @@ from common import (
 )
 from torch import nn
 
-from dora_diffusion.adapters.inject import disabled, inject_adapters, layer_adapters, norm_scope
+from dora_diffusion.adapters.inject import disabled, inject_adapters, layer_adapters
 from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 

@@ -21,7 +21,8 @@ from dispatch_time import Stepper
 from torch import Tensor, nn
 
 from dora_diffusion.adapters import compiled
-from dora_diffusion.adapters.inject import merge_adapters, norm_scope
+from dora_diffusion.adapters.inject import merge_adapters
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.targets import match_targets
 
 DEVICE = os.environ.get("DEVICE", "cuda")

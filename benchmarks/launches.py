@@ -23,10 +23,10 @@ from fake_gpu import DEVICE, Count, fake_gpu
 from full_size import CLIP_BIG_G, CLIP_L, UNETS
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.inject import inject_adapters, norm_scope
+from dora_diffusion.adapters.inject import inject_adapters
+from dora_diffusion.adapters.scope import Loop, norm_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.numerics.fast import Watch
 from dora_diffusion.training.flat import FlatParameters
 
 PEERS = (FROZEN, LORA, PEFT_DORA, OURS)
@@ -136,9 +136,9 @@ def count_step(
     flat = FlatParameters(groups) if models.ours else None
     parameters = (flat.groups if flat else groups)[0]["params"]
     optimizer = torch.optim.AdamW(parameters, fused=True) if parameters else None
-    low, watch = dtype != torch.float32, Watch()
+    low, loop = dtype != torch.float32, Loop()
     for _ in range(steps):
-        scope = norm_scope(*models.all(), watch=watch) if models.ours else nullcontext()
+        scope = norm_scope(*models.all(), loop=loop) if models.ours else nullcontext()
         with phase(models, "norms"):
             scope.__enter__()
         with phase(models, "forward"), torch.autocast(DEVICE, dtype, enabled=low):

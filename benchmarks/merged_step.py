@@ -24,7 +24,7 @@ from export_speed import make_adapter, make_base
 
 from dora_diffusion import merge_adapters
 from dora_diffusion.adapters.files import load_adapter
-from dora_diffusion.adapters.inject import norm_scope
+from dora_diffusion.adapters.scope import norm_scope
 
 
 def load(base: Path) -> UNet2DConditionModel:

@@ -22,7 +22,7 @@ import torch
 from common import interleaved, machine, markdown, ratio
 from torch import Tensor
 
-from dora_diffusion.adapters.inject import norm_scope
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.session import Session, open_session

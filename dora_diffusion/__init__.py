@@ -45,11 +45,11 @@ if TYPE_CHECKING:
         disabled,
         inject_adapters,
         merge_adapters,
-        norm_scope,
         remove_adapters,
         set_strength,
         unmerge_adapters,
     )
+    from dora_diffusion.adapters.scope import norm_scope
     from dora_diffusion.adapters.targets import TargetError
     from dora_diffusion.analysis import analyze_weights
     from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
@@ -107,7 +107,7 @@ _HOMES = {
     "load_adapter": "adapters.files",
     "load_components": "models.load",
     "merge_adapters": "adapters.inject",
-    "norm_scope": "adapters.inject",
+    "norm_scope": "adapters.scope",
     "remove_adapters": "adapters.inject",
     "run_study": "study.run",
     "save_adapter": "adapters.files",

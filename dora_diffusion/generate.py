@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw
 
 from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.adapters.files import attach_file
-from dora_diffusion.adapters.inject import layer_adapters, norm_scope, set_strength
+from dora_diffusion.adapters.inject import layer_adapters, set_strength
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.devices import default_device
 from dora_diffusion.formats.adapter.file import AdapterMetadata

@@ -21,9 +21,9 @@ COUNTS = """
     import torch
     from fake_gpu import DEVICE, Count, fake_gpu
     from torch import nn
-    from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters, norm_scope
+    from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
+    from dora_diffusion.adapters.scope import Loop, norm_scope
     from dora_diffusion.config import AdapterConfig
-    from dora_diffusion.numerics.fast import Watch
     from dora_diffusion.training.flat import FlatParameters
 
     def layers(kind, count, bias):
@@ -38,11 +38,11 @@ COUNTS = """
         shape = (2, 9, 32) if kind == "Linear" else (2, 32, 8, 8)
         x = torch.empty(shape, device=DEVICE, dtype=dtype, requires_grad=True)
         flat = FlatParameters([{"params": list(adapter_parameters(model))}])
-        parameters, watch = flat.groups[0]["params"], Watch()
+        parameters, loop = flat.groups[0]["params"], Loop()
         optimizer = torch.optim.AdamW(parameters, fused=True)
         for _ in range(2):
             counts = {name: Count() for name in ("norms", "forward", "backward", "rest")}
-            scope = norm_scope(model, watch=watch)
+            scope = norm_scope(model, loop=loop)
             with counts["norms"]:
                 scope.__enter__()
             low = dtype != torch.float32

@@ -23,13 +23,10 @@ from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.layers import (
     AdaptedLayer,
     adapted_layers,
-    close_caches,
-    open_caches,
 )
 from dora_diffusion.adapters.sources import unwatch_sources, watch_sources
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.numerics.fast import Watch
 from dora_diffusion.numerics.threads import map_ahead
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -45,7 +42,7 @@ def inject_adapters(
 ) -> InjectionReport:
     """Freeze the model and put a fresh adapter on the layers that the config names.
 
-    A fresh adapter changes nothing, to the last bit. Open a `norm_scope` around each step of
+    A fresh adapter changes nothing, to the last bit. Open a `scope.norm_scope` around each step of
     training: without one, every call of a layer recomputes its norm.
 
     Args:
@@ -259,40 +256,6 @@ def disabled(*models: nn.Module, name: str | None = None) -> Iterator[None]:
     finally:
         for adapter in switched:
             adapter.enabled = True
-
-
-@contextmanager
-def norm_scope(*models: nn.Module, watch: Watch | None = None) -> Iterator[None]:
-    """Compute each adapter's norm once inside the block, in which no parameter may change.
-
-    Open one around the forward and backward passes of one optimizer step, as the training loop
-    does, and one around all steps of a sampling run. Nothing survives the block, so that a norm
-    from old parameters cannot be used.
-
-    Without one the results are the same, but every call of every adapted layer computes its norm
-    from the whole weight, again when gradient checkpointing recomputes it, and on a GPU waits for
-    the device: 609 times for a forward pass of SDXL, where a block waits once.
-
-    Args:
-        models: The models with adapters.
-        watch: For a loop of steps in which nothing but its optimizer changes anything, one for the
-            whole loop: then a block does not wait either (`numerics.fast.watch.Watch`).
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
-        >>> report = inject_adapters(model, AdapterConfig(targets=("*",), rank=2))
-        >>> with norm_scope(model):
-        ...     model(torch.ones(1, 8)).sum().backward()
-    """
-    opened = [
-        layer for model in models for _, layer in adapted_layers(model) if layer._gain_cache is None
-    ]
-    open_caches(opened, watch)
-    try:
-        yield
-    finally:
-        close_caches(opened)
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Parameter]:

@@ -7,7 +7,7 @@ were. Adapters live in the child module ``adapters``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.sources import noted_source
 from dora_diffusion.numerics import fast
 from dora_diffusion.numerics.dora import dora_difference, dora_forward, moved_magnitude
-from dora_diffusion.numerics.fast import Gain, PlanInputs, Watch, WeightStatistics
+from dora_diffusion.numerics.fast import Gain, PlanInputs, WeightStatistics
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import OneHot, Operation, dropout
 from dora_diffusion.numerics.precision import wide, wide_dtype
@@ -59,12 +59,14 @@ class AdaptedLayer(nn.Module):
         """What the operation takes: padded, where it does not pad itself, or one-hot."""
         return x
 
-    def active(self) -> Iterator[tuple[str, LayerAdapter]]:
-        """The adapters that change the output."""
-        for name, adapter in self.adapters.items():
-            adapter = cast(LayerAdapter, adapter)
-            if adapter.enabled and adapter.strengths.strength != 0:
-                yield name, adapter
+    def active(self) -> list[tuple[str, LayerAdapter]]:
+        """The adapters that change the output, with their names."""
+        adapters = cast("dict[str, LayerAdapter]", self.adapters._modules)
+        return [
+            (name, adapter)
+            for name, adapter in adapters.items()
+            if adapter.enabled and adapter.strengths.strength != 0
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted layer; the base layer where no adapter is on, or where they are merged.
@@ -75,7 +77,7 @@ class AdaptedLayer(nn.Module):
         Raises:
             RuntimeError: If the base weight or bias requires a gradient.
         """
-        active = list(self.active()) if self._unmerged is None else []
+        active = self.active() if self._unmerged is None else []
         if not active:
             base: Tensor = super().forward(x)
             return base
@@ -100,7 +102,8 @@ class AdaptedLayer(nn.Module):
         if is_traced:
             return self._traced(op, prepared, name, adapter)
         source = source if prepared is unpadded else None
-        return fast.dora(op, prepared, self.matrix, bias, self.gain(name, adapter), source)
+        matrix = oriented(weight, self.kind)
+        return fast.dora(op, prepared, matrix, bias, self.gain(name, adapter), source)
 
     def _traced(self, op: Operation, x: Tensor, name: str, adapter: LayerAdapter) -> Tensor:
         """The layer as `torch.compile` sees it, which can make no plan.
@@ -166,9 +169,10 @@ class AdaptedLayer(nn.Module):
     def _plan_inputs(self, adapter: LayerAdapter) -> PlanInputs:
         plain = adapter.strengths.direction_strength == 1
         layer = adapter.weights() if plain else adapter.scaled_weights()
-        magnitude = moved_magnitude(self.matrix, layer, adapter.strengths.magnitude_strength)
+        matrix = self.matrix
+        magnitude = moved_magnitude(matrix, layer, adapter.strengths.magnitude_strength)
         statistics = self._weight_statistics(adapter.norm_axis)
-        return PlanInputs(layer, magnitude, self.matrix, self.bias, statistics, self.keep_output)
+        return PlanInputs(layer, magnitude, matrix, self.bias, statistics, self.keep_output)
 
     def forget(self, name: str) -> None:
         """Drop the gain of an adapter that is not what it was."""
@@ -223,40 +227,27 @@ def _to_compute_dtype(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         return x
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
-def open_caches(layers: Sequence[AdaptedLayer], watch: Watch | None = None) -> None:
-    """Compute every active adapter's gain now, all together, and keep it until `close_caches`.
-
-    Without the fast path nothing is kept: the page computes a norm where it needs one.
-    """
-    if not fast.ENABLED:
-        return
-    wanted = [
-        (layer, name, layer._plan_inputs(adapter))
-        for layer in layers
-        for name, adapter in layer.active()
-        if adapter.magnitude is not None
-    ]
-    gains = fast.make_gains([inputs for _, _, inputs in wanted], watch)
-    caches: list[dict[str, Gain]] = [{} for _ in layers]
-    for layer, cache in zip(layers, caches, strict=True):
-        # Past `nn.Module.__setattr__`, which takes longer than all else here.
-        vars(layer)["_gain_cache"] = cache
-    for (layer, name, _), gain in zip(wanted, gains, strict=True):
-        vars(layer)["_gain_cache"][name] = gain
-
-
-def close_caches(layers: Sequence[AdaptedLayer]) -> None:
-    """Forget the gains of layers, some of which may be plain again."""
-    for layer in layers:
-        if isinstance(layer, AdaptedLayer):
-            vars(layer)["_gain_cache"] = None
+    if not torch.is_autocast_enabled(device):
+        return x
+    dtype = torch.get_autocast_dtype(device)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
-    """Every adapted layer of a model with its path."""
-    for path, module in model.named_modules():
+    """Every adapted layer of a model with its path, in the order of ``named_modules``.
+
+    Which takes several times as long, and each step of training asks.
+    """
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    seen: set[int] = set()
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         if isinstance(module, AdaptedLayer):
             yield path, module
+            continue
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                waiting.append((f"{path}.{name}" if path else name, child))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters.inject import norm_scope
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.data.crops import apply_crop, plan_crop
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components

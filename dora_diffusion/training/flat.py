@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dora_diffusion.numerics.joined import join, split_like
 
 Groups = list[dict[str, Any]]
 
@@ -23,14 +25,18 @@ class FlatParameters:
 
     def __init__(self, groups: Groups) -> None:
         self._members: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
-        self._flat = [nn.Parameter(_joined(members)) for members in self._members]
+        self._flat = [nn.Parameter(join(members)) for members in self._members]
         self._gradients = [torch.zeros_like(flat) for flat in self._flat]
+        self._shares = [
+            split_like(gradient, members)
+            for gradient, members in zip(self._gradients, self._members, strict=True)
+        ]
         self._unused: list[tuple[nn.Parameter, Tensor]] = []
         self.groups: Groups = [
             group | {"params": [flat]} for group, flat in zip(groups, self._flat, strict=True)
         ]
         for flat, members in zip(self._flat, self._members, strict=True):
-            for member, view in zip(members, _views(flat.detach(), members), strict=True):
+            for member, view in zip(members, split_like(flat.detach(), members), strict=True):
                 member.data = view
 
     def take_gradients(self) -> None:
@@ -40,23 +46,24 @@ class FlatParameters:
             RuntimeError: If a member's memory was exchanged, as ``.to()`` does it.
         """
         self._unused = []
-        for flat, gradient, members in zip(self._flat, self._gradients, self._members, strict=True):
+        each = zip(self._flat, self._gradients, self._shares, self._members, strict=True)
+        for flat, gradient, shares, members in each:
             _check_memory(flat, members)
-            views = _views(gradient, members)
-            pairs = [(v, m.grad) for v, m in zip(views, members, strict=True) if m.grad is not None]
-            unused = [m for m in members if m.grad is None]
+            found = [member.grad for member in members]
+            pairs = [(s, grad) for s, grad in zip(shares, found, strict=True) if grad is not None]
+            unused = [m for m, grad in zip(members, found, strict=True) if grad is None]
             if unused:
                 gradient.zero_()
                 self._unused += [(m, m.detach().clone()) for m in unused if pairs]
             if pairs:
-                torch._foreach_copy_([v for v, _ in pairs], [grad for _, grad in pairs])
+                torch._foreach_copy_([share for share, _ in pairs], [grad for _, grad in pairs])
             flat.grad = gradient if pairs else None
 
     def share_gradients(self) -> None:
         """Let the members' gradients be views of the flat ones, which clipping then changes too."""
-        for gradient, members in zip(self._gradients, self._members, strict=True):
-            for view, member in zip(_views(gradient, members), members, strict=True):
-                member.grad = None if member.grad is None else view
+        for shares, members in zip(self._shares, self._members, strict=True):
+            for share, member in zip(shares, members, strict=True):
+                member.grad = None if member.grad is None else share
 
     def finish(self) -> None:
         """After the optimizer's step: drop the members' gradients.
@@ -96,15 +103,6 @@ def join_states(state: dict[str, Any], groups: Groups) -> dict[str, Any]:
         if joined[number]["exp_avg"].numel() != size:
             raise ValueError("its parameters have other sizes")
     return state | {"state": joined, "param_groups": saved_groups}
-
-
-def _joined(members: Iterable[Tensor]) -> Tensor:
-    return torch.cat([member.detach().reshape(-1) for member in members])
-
-
-def _views(flat: Tensor, members: Sequence[Tensor]) -> list[Tensor]:
-    parts = torch.split(flat, [member.numel() for member in members])
-    return [part.view(member.shape) for part, member in zip(parts, members, strict=True)]
 
 
 def _check_memory(flat: Tensor, members: Sequence[Tensor]) -> None:

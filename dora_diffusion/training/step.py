@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.inject import norm_scope
+from dora_diffusion.adapters.scope import Loop, norm_scope
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
-from dora_diffusion.numerics.fast import Watch
 from dora_diffusion.training.allocation import RankAllocation, build_allocation
 from dora_diffusion.training.flat import FlatParameters
 from dora_diffusion.training.inputs import InputSource
@@ -42,7 +41,7 @@ class TrainingStep:
         inputs: Gives each batch's, by its number since the start of the run.
         flat: What the optimizer sees of the parameters; None: these themselves.
         allocation: Moves ranks between layers; None: they stay.
-        watch: Spares each step a wait for the device.
+        loop: Spares each step a wait for the device, and what the step before found out.
     """
 
     config: TrainConfig
@@ -54,7 +53,7 @@ class TrainingStep:
     inputs: InputSource
     flat: FlatParameters | None = None
     allocation: RankAllocation | None = None
-    watch: Watch = field(default_factory=Watch)
+    loop: Loop = field(default_factory=Loop)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -69,7 +68,7 @@ class TrainingStep:
         accumulation = self.config.gradient_accumulation_steps
         losses = []
         # No parameter changes inside: every norm is computed once for all that happens here.
-        with norm_scope(*self.modules.values(), watch=self.watch):
+        with norm_scope(*self.modules.values(), loop=self.loop):
             for i in range(accumulation):
                 last = i == accumulation - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.objective):

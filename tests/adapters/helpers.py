@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from dora_diffusion.adapters.inject import (
-    adapter_parameters,
-    inject_adapters,
-    norm_scope,
-)
+from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.sources import unwatch_sources
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics import fast

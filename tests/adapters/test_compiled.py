@@ -22,10 +22,10 @@ from dora_diffusion.adapters.inject import (
     disabled,
     inject_adapters,
     merge_adapters,
-    norm_scope,
     set_strength,
     unmerge_adapters,
 )
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import ConfigError
 from tests.adapters.helpers import AXES, everything, fast_only, move
 from tests.conftest import unet_config

@@ -11,10 +11,10 @@ from dora_diffusion.adapters.inject import (
     adapter_parameters,
     inject_adapters,
     merge_adapters,
-    norm_scope,
     unmerge_adapters,
 )
 from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.state import adapter_state, load_adapter_state
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.dora import adapted_norm, adapted_weight

@@ -15,12 +15,12 @@ from dora_diffusion.adapters.inject import (
     disabled,
     inject_adapters,
     merge_adapters,
-    norm_scope,
     remove_adapters,
     set_strength,
     unmerge_adapters,
 )
 from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.adapters.targets import TargetError, match_targets
 from dora_diffusion.config import AdapterConfig
@@ -408,7 +408,7 @@ def test_a_copy_made_inside_a_scope_takes_no_norms_with_it(net, x):
 def test_a_scope_that_fails_to_open_leaves_nothing_behind(net, x, monkeypatch):
     inject_adapters(net, everything())
 
-    def fail(inputs, watch):
+    def fail(inputs):
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:

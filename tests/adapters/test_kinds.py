@@ -20,13 +20,13 @@ from dora_diffusion.adapters.inject import (
     attach_adapters,
     inject_adapters,
     merge_adapters,
-    norm_scope,
     remove_adapters,
     set_strength,
     unmerge_adapters,
 )
 from dora_diffusion.adapters.kinds import adapt_layer, can_adapt
 from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics import fast

@@ -16,10 +16,10 @@ from dora_diffusion.adapters.inject import (
     adapter_parameters,
     disabled,
     inject_adapters,
-    norm_scope,
     set_strength,
 )
 from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 from tests.adapters.helpers import (

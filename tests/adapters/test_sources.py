@@ -12,13 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dora_diffusion.adapters.inject import (
-    adapter_parameters,
-    inject_adapters,
-    norm_scope,
-    remove_adapters,
-)
+from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters, remove_adapters
 from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.adapters.sources import noted_source, watch_sources
 from dora_diffusion.config import AdapterConfig
 from tests.adapters.helpers import (

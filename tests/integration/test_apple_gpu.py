@@ -11,11 +11,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dora_diffusion.adapters.inject import (
-    inject_adapters,
-    norm_scope,
-)
+from dora_diffusion.adapters.inject import inject_adapters
 from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import AdapterConfig, ConfigError
 from dora_diffusion.devices import has_gradient_scaler
 from dora_diffusion.evaluation.denoising import held_out_losses

@@ -21,13 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dora_diffusion.adapters.inject import (
-    adapter_parameters,
-    inject_adapters,
-    merge_adapters,
-    norm_scope,
-)
+from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters, merge_adapters
 from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.memory import describe_device

@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters, norm_scope
+from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.data.batch import Batch
 from dora_diffusion.data.crops import CropRecord

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dora_diffusion.adapters.inject import norm_scope
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.data.captions import class_caption
 from dora_diffusion.training.checkpoint import parameters_by_name
 from dora_diffusion.training.inputs import draw_inputs

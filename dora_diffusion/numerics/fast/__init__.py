@@ -3,6 +3,7 @@
 Results are the page's to rounding, which tests hold in every dtype. What is saved, and where:
 
 * `norms`: the norm through the rank, without a dense temporary, for layers of one shape together;
+* `layout`: where the parameters of many layers lie, so that an operation serves all of them;
 * `plan`: all that follows from parameters alone, for all layers together, once per optimizer step;
 * `gain`: one adapter's part in that;
 * `watch`: what that reads back from the device, without a wait;
@@ -23,9 +24,10 @@ from torch import Tensor
 from dora_diffusion.numerics import dora as page
 from dora_diffusion.numerics.fast.autograd import dora
 from dora_diffusion.numerics.fast.gain import Gain, PlanInputs, WeightStatistics
+from dora_diffusion.numerics.fast.layout import Layout, layouts_of
 from dora_diffusion.numerics.fast.norms import factored_norm
 from dora_diffusion.numerics.fast.operation import serves
-from dora_diffusion.numerics.fast.plan import make_gains
+from dora_diffusion.numerics.fast.plan import gains_of, make_gains
 from dora_diffusion.numerics.fast.source import Recomputation, Source
 from dora_diffusion.numerics.fast.traced import traced_dora
 from dora_diffusion.numerics.fast.watch import Watch
@@ -34,6 +36,7 @@ from dora_diffusion.numerics.weights import LayerWeights
 __all__ = [
     "ENABLED",
     "Gain",
+    "Layout",
     "PlanInputs",
     "Recomputation",
     "Source",
@@ -41,6 +44,8 @@ __all__ = [
     "WeightStatistics",
     "adapted_norm",
     "dora",
+    "gains_of",
+    "layouts_of",
     "make_gains",
     "serves",
     "traced_dora",

@@ -48,9 +48,9 @@ def dora(
     function = _OutputAxis if gain.axis == "output" else _InputAxis
     if weight.dtype != dtype:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    down, up, _, _, sums = factors
+    down, up, _, _, sums, shift_sums = factors
     result: Tensor = function.apply(
-        x, down, up, sums, weight, bias, gain, factors, with_gradients(op), source
+        x, down, up, sums, shift_sums, weight, bias, gain, factors, with_gradients(op), source
     )
     return result
 
@@ -80,15 +80,11 @@ def _grown(tensor: Tensor, gain: Tensor, out: Tensor | None = None) -> Tensor:
     Both this and `_grow_onto` widen what they read, and round once, as they write. Given where to
     write, autocast lets them be: it would copy their operands.
     """
-    if torch.compiler.is_compiling():  # It knows no such ways to write, and needs none.
-        return (tensor * gain).to(tensor.dtype)
     return torch.mul(tensor, gain, out=torch.empty_like(tensor) if out is None else out)
 
 
 def _grow_onto(total: Tensor, base: Tensor, gain: Tensor) -> Tensor:
     """``total + gain * base`` in place of ``total``."""
-    if torch.compiler.is_compiling():
-        return (total + gain * base).to(total.dtype)
     return torch.addcmul(total, base, gain, out=total)
 
 
@@ -131,15 +127,15 @@ class _OutputAxis(_Layer):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, down: Tensor, up: Tensor, sums: Tensor, weight: Tensor,
-        bias: Tensor | None, gain: Gain, factors: Factors, op: FastOperation,
-        source: Source | None,
+        ctx: Any, x: Tensor, down: Tensor, up: Tensor, sums: Tensor,
+        shift_sums: Tensor | None, weight: Tensor, bias: Tensor | None, gain: Gain,
+        factors: Factors, op: FastOperation, source: Source | None,
     ) -> Tensor:  # fmt: skip
         ctx.gain, ctx.factors, ctx.op, ctx.source = gain, factors, op, source
         hidden = op.apply(x, down)
         # The base result has its bias in it, which is scaled with the rest and corrected here.
         low_rank = op.pointwise(hidden, up, factors.shift)
-        y = _grow_onto(low_rank, op(x, weight, bias), op.broadcast(factors.gain))
+        y = _grow_onto(low_rank, op(x, weight, bias), factors.gain)
         # y and not the base result: what comes next mostly keeps y for its own gradient anyway.
         kept = None if gain.small is not None and len(gain.small) == len(weight) else y
         _Layer.keep(ctx, x, kept, hidden, weight)
@@ -151,37 +147,37 @@ class _OutputAxis(_Layer):
         kept, y, hidden, weight = ctx.saved_tensors
         op, factors = ctx.op, ctx.factors
         x = _Layer.input(ctx, kept)
+        shape, grad, x, hidden = x.shape, op.flat(grad), op.flat(x), op.flat(hidden)
         # Through the rank: the gradient of the full weight is never computed.
         grad_hidden, grad_up = op.up.gradients(grad, hidden, factors.up)
-        product = None if y is None else _product(grad, y)
-        sums = _sums(ctx, grad, x, product, weight)
+        product = None if y is None else _product(grad, op.flat(y))
+        sums, shift_sums = _sums(ctx, grad, x, product, weight)
         grad_x = None
         if ctx.needs_input_grad[0]:
             # The product was summed already: its memory is free to take the scaled gradient.
             memory = product if product is not None and product.dtype == grad.dtype else None
-            grown = _grown(grad, op.broadcast(factors.gain), out=memory)
+            grown = _grown(grad, factors.gain, out=memory)
             grad_x = op.input_gradient(grown, weight, x)
         grad_down = op.weight_gradient(grad_hidden, x, factors.down, grad_x)
-        return grad_x, grad_down, grad_up, sums, None, None, None, None, None, None
+        grad_x = None if grad_x is None else grad_x.view(shape)
+        return grad_x, grad_down, grad_up, sums, shift_sums, *[None] * 6
 
 
-def _sums(ctx: Any, grad: Tensor, x: Tensor, product: Tensor | None, weight: Tensor) -> Tensor:
-    """The gradient of `Factors.sums`."""
-    op, small, sums = ctx.op, ctx.gain.small, torch.empty_like(ctx.factors.sums)
-    if product is not None:
-        op.channel_sum(product, sums[0])
-    if sums.shape[0] == 2:
-        op.channel_sum(grad, sums[1])
+def _sums(
+    ctx: Any, grad: Tensor, x: Tensor, product: Tensor | None, weight: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of `Factors.sums` and of its `shift_sums`."""
+    op, small, like = ctx.op, ctx.gain.small, ctx.factors.sums
+    sums = torch.empty_like(like) if product is None else op.channel_sum(product, like.dtype)
+    shift_sums = None if ctx.factors.shift is None else op.channel_sum(grad, like.dtype)
     if small is not None:
         layer = ctx.gain.direction()
         base, up = weight[small], (layer.scale * layer.up[small]).flatten(1).to(x.dtype)
         rows = torch.addmm(base.flatten(1), up, layer.down.flatten(1).to(x.dtype)).view_as(base)
-        own = sums.new_empty(len(small))
-        op.channel_sum(_product(op.select(grad, small), op(x, rows)), own)
-        sums[0, small] = own
-        if len(sums) == 2:
-            sums[1, small] = 0
-    return sums
+        sums[small] = op.channel_sum(_product(op.select(grad, small), op(x, rows)), like.dtype)
+        if shift_sums is not None:
+            shift_sums[small] = 0
+    return sums, shift_sums
 
 
 class _InputAxis(_Layer):
@@ -189,12 +185,12 @@ class _InputAxis(_Layer):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, down: Tensor, up: Tensor, sums: Tensor, weight: Tensor,
-        bias: Tensor | None, gain: Gain, factors: Factors, op: FastOperation,
-        source: Source | None,
+        ctx: Any, x: Tensor, down: Tensor, up: Tensor, sums: Tensor,
+        shift_sums: Tensor | None, weight: Tensor, bias: Tensor | None, gain: Gain,
+        factors: Factors, op: FastOperation, source: Source | None,
     ) -> Tensor:  # fmt: skip
         ctx.gain, ctx.factors, ctx.op, ctx.source = gain, factors, op, source
-        scaled = _grown(x, op.broadcast(factors.gain))
+        scaled = _grown(x, factors.gain)
         hidden = op.apply(scaled, down)
         y = op(scaled, weight, bias).add_(op.pointwise(hidden, up))
         _Layer.keep(ctx, x, hidden, weight)
@@ -206,13 +202,13 @@ class _InputAxis(_Layer):
         kept, hidden, weight = ctx.saved_tensors
         op, factors = ctx.op, ctx.factors
         x = _Layer.input(ctx, kept)
-        gain = op.broadcast(factors.gain)
+        shape, grad, x, hidden = x.shape, op.flat(grad), op.flat(x), op.flat(hidden)
         # Scaled once more rather than kept: others keep x anyway, but nobody else keeps g * x.
-        scaled = _grown(x, gain)
+        scaled = _grown(x, factors.gain)
         grad_hidden, grad_up = op.up.gradients(grad, hidden, factors.up)
         grad_x = op.input_gradient(grad, weight, x)
         grad_down = op.weight_gradient(grad_hidden, scaled, factors.down, grad_x)
-        sums = torch.empty_like(factors.sums)
-        op.channel_sum(_product(grad_x, x), sums[0])
-        grad_x = _grown(grad_x, gain) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_down, grad_up, sums, None, None, None, None, None, None
+        sums = op.channel_sum(_product(grad_x, x), factors.sums.dtype)
+        needed = ctx.needs_input_grad[0]
+        grad_x = _grown(grad_x, factors.gain).view(shape) if needed else None
+        return grad_x, grad_down, grad_up, sums, *[None] * 7

@@ -62,10 +62,12 @@ class Factors(NamedTuple):
     Attributes:
         down: ``A``.
         up: ``g s B`` on the output axis, ``s B`` on the input axis.
-        gain: ``g``, ``(n,)``, float32: in 16 bits, a gain near 1 would be rounded to 1.
+        gain: ``g``, ``(n,)``, of a convolution ``(n, 1, 1)``, float32: in 16 bits, a gain near 1
+            would be rounded to 1.
         shift: ``(1 - g) b`` on the output axis; None without a bias and on the input axis.
-        sums: Stands for m in the graph. Its gradient is what m's is made of: ``sum(dy * y)`` and,
-            with a bias, ``sum(dy)``, float32 ``(2, n)`` or ``(1, n)``.
+        sums: Stands for m in the graph. Its gradient is what m's is made of: ``sum(dy * y)``,
+            ``(n,)``, float32; on the input axis ``sum(x * dx)``, before the gain.
+        shift_sums: The same for the shift: ``sum(dy)``. None where there is no shift.
     """
 
     down: Tensor
@@ -73,6 +75,7 @@ class Factors(NamedTuple):
     gain: Tensor
     shift: Tensor | None
     sums: Tensor
+    shift_sums: Tensor | None
 
 
 class Gain(NamedTuple):

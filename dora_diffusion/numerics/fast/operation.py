@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_diffusion.numerics.fast.product import matrix_product
+from dora_diffusion.numerics.fast.product import linear, matrix_product, suits_onednn
 from dora_diffusion.numerics.operation import ConvOperation, LinearOperation, Operation
 
 aten = torch.ops.aten
@@ -25,14 +25,20 @@ FEW_POSITIONS = 1 / 2
 
 
 class FastOperation(Operation, Protocol):
-    """An operation with its gradients, for a weight ``(out, in, *k)``."""
+    """An operation with its gradients, for a weight ``(out, in, *k)``.
+
+    All but `apply` take activations, and give gradients of them, as `flat` has them.
+    """
 
     @property
     def up(self) -> FastOperation:
         """The operation that ``up`` (``(out, r)`` or ``(out, r, 1, 1)``) is applied with."""
 
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """The operation itself, without autograd."""
+
+    def flat(self, activation: Tensor) -> Tensor:
+        """A Linear's as ``(positions, channels)``; a convolution's as it is."""
 
     def input_gradient(self, grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """Gradient of ``x`` from the gradient of the output."""
@@ -45,8 +51,8 @@ class FastOperation(Operation, Protocol):
     ) -> Tensor:
         """Gradient of ``weight``; that of ``x`` is added to ``grad_x`` if there is one."""
 
-    def channel_sum(self, activation: Tensor, out: Tensor) -> Tensor:
-        """Sum an activation over all but its channels into ``out``, ``(channels,)``."""
+    def channel_sum(self, activation: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sum an activation over all but its channels, ``(channels,)``."""
 
     def select(self, activation: Tensor, channels: Tensor) -> Tensor:
         """Take some channels of an activation."""
@@ -76,15 +82,17 @@ class FastLinear(LinearOperation):
         """A Linear's low-rank factors are both Linears."""
         return self
 
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x @ weight.T + bias``."""
-        if bias is not None:
-            return F.linear(x, weight, bias)
-        return matrix_product(_rows(x), weight.t()).view(*x.shape[:-1], weight.shape[0])
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x @ weight.T``."""
+        return linear(x, weight)
+
+    def flat(self, activation: Tensor) -> Tensor:
+        """``(..., channels)`` -> ``(positions, channels)``."""
+        return activation.reshape(-1, activation.shape[-1])
 
     def input_gradient(self, grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """``grad @ weight``."""
-        return matrix_product(_rows(grad), weight).view(*grad.shape[:-1], weight.shape[1])
+        return matrix_product(grad, weight)
 
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Two products."""
@@ -93,22 +101,22 @@ class FastLinear(LinearOperation):
     def weight_gradient(
         self, grad: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor | None = None
     ) -> Tensor:
-        """``grad.T @ x`` over all leading dimensions, and ``grad_x += grad @ weight``."""
-        left, right = _rows(grad), _rows(x)
+        """``grad.T @ x``, and ``grad_x += grad @ weight``."""
         if grad_x is not None:
-            grad_x.view(-1, grad_x.shape[-1]).addmm_(left, weight)
-        # The same product, but faster where the thin matrix comes first.
-        if left.shape[1] > right.shape[1]:
-            return matrix_product(right.t(), left).t()
-        return matrix_product(left.t(), right)
+            grad_x.addmm_(grad, weight)
+        # The same product, but faster where the thin matrix comes first. Elsewhere than with oneDNN
+        # it is no faster, and the result is better off without being transposed.
+        if grad.shape[1] > x.shape[1] and suits_onednn(grad, x):
+            return matrix_product(x.t(), grad).t()
+        return matrix_product(grad.t(), x)
 
-    def channel_sum(self, activation: Tensor, out: Tensor) -> Tensor:
-        """``(..., channels)`` -> ``(channels,)``."""
-        return torch.sum(_rows(activation), dim=0, dtype=out.dtype, out=out)
+    def channel_sum(self, activation: Tensor, dtype: torch.dtype) -> Tensor:
+        """``(positions, channels)`` -> ``(channels,)``."""
+        return torch.sum(activation, 0, dtype=dtype)
 
     def select(self, activation: Tensor, channels: Tensor) -> Tensor:
         """Channels are the last dimension."""
-        return activation[..., channels]
+        return activation[:, channels]
 
 
 class FastConv2d(ConvOperation):
@@ -119,9 +127,13 @@ class FastConv2d(ConvOperation):
         """``up`` is a 1x1 convolution on what ``down`` made, whatever the stride was."""
         return _POINTWISE
 
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """Convolve."""
-        return self(x, weight, bias)
+        return self(x, weight)
+
+    def flat(self, activation: Tensor) -> Tensor:
+        """``(N, channels, H, W)``."""
+        return activation
 
     def _backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
@@ -184,9 +196,9 @@ class FastConv2d(ConvOperation):
             return False
         return any(x.shape[2 + i] < self._reach(weight, i) for i in (0, 1))
 
-    def channel_sum(self, activation: Tensor, out: Tensor) -> Tensor:
+    def channel_sum(self, activation: Tensor, dtype: torch.dtype) -> Tensor:
         """``(N, channels, H, W)`` -> ``(channels,)``."""
-        return torch.sum(activation, dim=(0, 2, 3), dtype=out.dtype, out=out)
+        return torch.sum(activation, (0, 2, 3), dtype=dtype)
 
     def select(self, activation: Tensor, channels: Tensor) -> Tensor:
         """Channels are the second dimension."""
@@ -199,8 +211,3 @@ class FastConv2d(ConvOperation):
 
 _LINEAR = FastLinear()
 _POINTWISE = FastConv2d()
-
-
-def _rows(activation: Tensor) -> Tensor:
-    """``(..., channels)`` -> ``(positions, channels)``."""
-    return activation.reshape(-1, activation.shape[-1])

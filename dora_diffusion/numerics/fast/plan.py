@@ -13,8 +13,7 @@ follows from these is done there once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from dora_diffusion.numerics.dora import NORM_FLOOR
 from dora_diffusion.numerics.dora import gain as gain_of
 from dora_diffusion.numerics.fast.gain import Factors, Gain, PlanInputs, Prepared
+from dora_diffusion.numerics.fast.layout import Layout, layouts_of
 from dora_diffusion.numerics.fast.norms import (
     SameShape,
     Terms,
@@ -34,6 +34,7 @@ from dora_diffusion.numerics.fast.norms import (
     widens,
 )
 from dora_diffusion.numerics.fast.watch import Watch
+from dora_diffusion.numerics.joined import join
 from dora_diffusion.numerics.precision import full_precision
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -58,83 +59,46 @@ def make_gains(layers: Sequence[PlanInputs], watch: Watch | None = None) -> list
         layers: What they are computed from.
         watch: What was read back a step late of the step before, so that nothing waits.
     """
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for number, layer in enumerate(layers):
-        kind = (layer.weight.device, layer.statistics.squared_norm.dtype)
-        kinds.setdefault(kind, []).append(number)
+    return gains_of(layouts_of(layers), watch)
+
+
+def gains_of(layouts: Sequence[Layout], watch: Watch | None = None) -> list[Gain]:
+    """`make_gains` of layers whose layouts are there already, from what is in them now."""
     gains: dict[int, Gain] = {}
-    for numbers in kinds.values():
-        order = sorted(numbers, key=lambda i: _kind(layers[i]))
-        plan = Plan([layers[i] for i in order])
-        gains |= zip(order, plan.gains(watch if len(kinds) == 1 else None), strict=True)
-    return [gains[number] for number in range(len(layers))]
+    for layout in layouts:
+        made = Plan(layout).gains(watch if len(layouts) == 1 else None)
+        gains |= zip(layout.numbers, made, strict=True)
+    return [gains[number] for number in range(len(gains))]
 
 
 class Plan:
-    """Layers of one device and precision. Made by `make_gains`.
+    """What follows from the present values of a layout's parameters."""
 
-    Everything of one kind lies in one buffer: all A one after the other, all B of one rank as rows,
-    and all vectors. Layers of one shape are neighbours there.
-    """
-
-    @torch.no_grad()
-    def __init__(self, layers: Sequence[PlanInputs]) -> None:
-        self.layers = layers
-        self.wide = layers[0].statistics.squared_norm.dtype
-        self.sizes = [layer.magnitude.shape[0] for layer in layers]
-        self.sum_rows = [_rows_of_sums(layer) for layer in layers]
-        self._ranks = [list(group) for _, group in groupby(layers, key=_rank)]
-        self._shapes = [(layer.weights.down.shape, layer.weights.up.shape) for layer in layers]
-        self.down = self._joined([layer.weights.down for layer in layers])
-        self.up = [
-            self._joined([layer.weights.up for layer in group]).view(-1, _rank(group[0]))
-            for group in self._ranks
-        ]
-
-    def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(self.wide)
-
-    def _downs(self, joined: Tensor) -> list[Tensor]:
-        """Each layer's part of what is laid out as A."""
-        parts = torch.split(joined, [shape.numel() for shape, _ in self._shapes])
-        return [part.view(shape) for part, (shape, _) in zip(parts, self._shapes, strict=True)]
-
-    def _ups(self, joined: Sequence[Tensor]) -> list[Tensor]:
-        """Each layer's part of what is laid out as B."""
-        parts: list[Tensor] = []
-        for group, rows in zip(self._ranks, joined, strict=True):
-            parts += torch.split(rows, [layer.weights.up.shape[0] for layer in group])
-        # A Linear's is in shape already.
-        return [
-            part if len(shape) == 2 else part.view(shape)
-            for part, (_, shape) in zip(parts, self._shapes, strict=True)
-        ]
+    def __init__(self, layout: Layout) -> None:
+        self.layout, self.layers = layout, layout.layers
+        self.down, self.up = layout.down(), layout.up()
 
     def direction(self, number: int) -> LayerWeights:
         """One adapter, without its magnitude."""
-        down, up = self._downs(self.down)[number], self._ups(self.up)[number]
+        down, up = self.layout.downs(self.down)[number], self.layout.ups(self.up)[number]
         return dataclasses.replace(self.layers[number].weights, down=down, up=up, magnitude=None)
-
-    def _vectors(self, joined: Tensor) -> Sequence[Tensor]:
-        """Each layer's part of a vector over all channels."""
-        return torch.split(joined, self.sizes)
 
     def part(self, joined: Tensor, number: int) -> Tensor:
         """One layer's part of a vector over all channels."""
-        return self._vectors(joined)[number]
+        return self.layout.vectors(joined)[number]
 
     @torch.no_grad()
     def gains(self, watch: Watch | None) -> list[Gain]:
         """Norms and gains; those of flagged layers in a way of their own."""
         with full_precision(self.down.device):
             flagged = self._norms(1.0 if watch is None else MARGIN)
-            norms, gains = self._vectors(self.norm), self._vectors(self.gain)
+            norms, gains = self.layout.vectors(self.norm), self.layout.vectors(self.gain)
             self.small: dict[int, Tensor] = {}
-            for number in (watch or Watch()).layers(flagged, self.sizes):
+            for number in (watch or Watch()).layers(flagged, self.layout.sizes):
                 self._recompute(number, norms[number], gains[number])
         for number, layer in enumerate(self.layers):
             if not layer.keep_output and layer.weights.norm_axis == "output":
-                self.small[number] = torch.arange(self.sizes[number], device=self.down.device)
+                self.small[number] = torch.arange(len(gains[number]), device=self.down.device)
         prepared = Prepared(self)
         axes = [layer.weights.norm_axis for layer in self.layers]
         return [
@@ -149,7 +113,8 @@ class Plan:
         recorded = torch.cat([layer.statistics.checksum for layer in self.layers])
         total = terms.change + base
         self.norm = total.clamp_min(0).sqrt_()
-        self.gain = gain_of(self._joined([layer.magnitude for layer in self.layers]), self.norm)
+        magnitude = join([layer.magnitude for layer in self.layers]).to(self.layout.wide)
+        self.gain = gain_of(magnitude, self.norm)
         # Not less: what is no number must be found too.
         flagged = is_ill_conditioned(total, base, terms.bound, margin).logical_or_(
             ~(self.gain.abs() >= margin * SMALL_GAIN)
@@ -159,30 +124,28 @@ class Plan:
 
     def _terms(self) -> list[list[Tensor]]:
         """The terms of each shape's norms, flat."""
-        downs, ups = self._downs(self.down), self._ups(self.up)
-        split = any(widens(layer.weight) for layer in self.layers)
-        down_parts = [self._downs(part) for part in parts_of(self.down)] if split else []
+        layout = self.layout
+        downs, ups = layout.stacked_downs(self.down), layout.stacked_ups(self.up)
+        split = any(widens(layers[0].weight) for layers in layout.shapes)
+        down_parts = [layout.stacked_downs(part) for part in parts_of(self.down)] if split else []
         each_up = map(parts_of, self.up if split else ())
-        up_parts = [self._ups(parts) for parts in zip(*each_up, strict=True)]
+        up_parts = [layout.stacked_ups(parts) for parts in zip(*each_up, strict=True)]
         made: list[list[Tensor]] = []
-        start = 0
-        for _, group in groupby(self.layers, key=_kind):
-            layers = list(group)
-            place = slice(start, start + len(layers))
-            on_output = layers[0].weights.norm_axis == "output"
+        for number, layers in enumerate(layout.shapes):
+            first = layers[0]
+            on_output = first.weights.norm_axis == "output"
             seen = [downs] if on_output else [ups]
-            if widens(layers[0].weight):
+            if widens(first.weight):
                 seen = down_parts if on_output else up_parts
             same = SameShape(
                 [layer.weight for layer in layers],
-                _stacked(downs[place]),
-                _stacked(ups[place]),
-                layers[0].weights.scale,
-                layers[0].weights.norm_axis,
-                [_stacked(part[place]) for part in seen],
+                downs[number],
+                ups[number],
+                first.weights.scale,
+                first.weights.norm_axis,
+                [part[number] for part in seen],
             )
             made.append([term.flatten() for term in norm_terms(same)])
-            start = place.stop
         return made
 
     def _recompute(self, number: int, norm: Tensor, gain: Tensor) -> None:
@@ -208,51 +171,37 @@ class Plan:
         with torch.inference_mode(False), torch.enable_grad():
             made: tuple[Tensor, ...] = _Prepare.apply(self, dtype, *parameters)  # type: ignore[no-untyped-call]
         count = len(self.layers)
-        gains = self._vectors(self.gain)
-        shifts = self._shifts(dtype)
+        downs, ups, sums = (made[i * count : (i + 1) * count] for i in range(3))
+        shift_sums = iter(made[3 * count :])
         return [
-            Factors(made[i], made[count + i], gains[i], shifts[i], made[2 * count + i])
-            for i in range(count)
+            Factors(down, up, gain, shift, total, None if shift is None else next(shift_sums))
+            for down, up, gain, shift, total in zip(
+                downs, ups, self._broadcast_gains(), self._shifts(dtype), sums, strict=True
+            )
         ]
 
-    def _shifts(self, dtype: torch.dtype) -> list[Tensor | None]:
-        shifted = [rows == 2 for rows in self.sum_rows]
-        if not any(shifted):
+    def _broadcast_gains(self) -> Iterator[Tensor]:
+        """Each layer's gain, shaped to multiply what its channels are channels of."""
+        for layer, gain in zip(self.layers, self.layout.vectors(self.gain), strict=True):
+            spatial = layer.weight.ndim - 2
+            yield gain.view(-1, *[1] * spatial) if spatial else gain
+
+    def _shifts(self, dtype: torch.dtype) -> Sequence[Tensor | None]:
+        if not any(self.layout.shifted):
             return [None] * len(self.layers)
         self.bias = self._biases()
-        parts = self._vectors(((1 - self.gain) * self.bias).to(dtype))
-        return [part if has else None for part, has in zip(parts, shifted, strict=True)]
+        parts = self.layout.vectors(((1 - self.gain) * self.bias).to(dtype))
+        return [part if has else None for part, has in zip(parts, self.layout.shifted, strict=True)]
 
     def _biases(self) -> Tensor:
         """The biases on the output axis, and zeros where there is none."""
-        biases = [layer.bias.detach() for layer in self.layers if layer.bias is not None]
-        zeros = biases[0].new_zeros(max(self.sizes))
-        parts = [
-            zeros[:size] if rows == 1 or layer.bias is None else layer.bias.detach()
-            for layer, size, rows in zip(self.layers, self.sizes, self.sum_rows, strict=True)
+        layout, zeros = self.layout, self.gain.new_zeros(max(self.layout.sizes))
+        each = zip(self.layers, layout.sizes, layout.shifted, strict=True)
+        biases = [
+            layer.bias if has and layer.bias is not None else zeros[:size]
+            for layer, size, has in each
         ]
-        return torch.cat(parts).to(self.wide)
-
-    def up_scales(self) -> list[Tensor]:
-        """The factor of each row of B, as B is laid out: ``g s``, or ``s``."""
-        scales, start, one = [], 0, self.gain.new_ones(1)
-        for group in self._ranks:
-            parts: list[Tensor] = []
-            for layer in group:
-                size = layer.magnitude.shape[0]
-                if layer.weights.norm_axis == "output":
-                    parts.append(self.gain[start : start + size])
-                else:
-                    parts.append(one.expand(len(layer.weights.up)))
-                start += size
-            factor = torch.cat(parts)[:, None]
-            own = {layer.weights.scale for layer in group}
-            if len(own) == 1:
-                scales.append(factor * own.pop())
-            else:
-                each = [factor.new_full((len(la.weights.up), 1), la.weights.scale) for la in group]
-                scales.append(factor * torch.cat(each))
-        return scales
+        return join(biases).to(layout.wide)
 
     def divisor(self) -> Tensor:
         """What turns a layer's sums to the gradient of m: the norm, times g where y has it in."""
@@ -261,7 +210,7 @@ class Plan:
         if axes == {"input"}:
             return norm
         gain = self.gain.masked_fill(self.gain == 0, 1)
-        parts = self._vectors(gain)
+        parts = self.layout.vectors(gain)
         for number, channels in self.small.items():
             parts[number][channels] = 1
         for part, layer in zip(parts, self.layers, strict=True):
@@ -281,35 +230,33 @@ class _Prepare(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, dtype: torch.dtype, *parameters: Tensor) -> tuple[Any, ...]:
         ctx.plan, ctx.dtypes = plan, [parameter.dtype for parameter in parameters]
         ctx.set_materialize_grads(False)
-        scales = plan.up_scales()
-        ctx.scales = scales
+        layout = plan.layout
+        ctx.scales = scales = layout.up_scales(plan.gain)
         down = plan.down.to(dtype)
         ups = [(up * scale).to(dtype) for up, scale in zip(plan.up, scales, strict=True)]
-        counts = [rows * size for rows, size in zip(plan.sum_rows, plan.sizes, strict=True)]
-        sums = torch.split(plan.gain.new_empty(sum(counts)), counts)
-        return (
-            *plan._downs(down),
-            *plan._ups(ups),
-            *(part.view(r, -1) for part, r in zip(sums, plan.sum_rows, strict=True)),
-        )
+        shifted = [size for size, has in zip(layout.sizes, layout.shifted, strict=True) if has]
+        sums = plan.gain.new_empty(len(plan.gain) + sum(shifted))
+        split = torch.split(sums, layout.sizes + shifted)
+        return *layout.downs(down), *layout.ups(ups), *split
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         plan, count = ctx.plan, len(ctx.plan.layers)
+        grads, shift_sums = grads[: 3 * count], grads[3 * count :]
         downs, ups, sums = (grads[i * count : (i + 1) * count] for i in range(3))
         whole = all(grad is not None for grad in grads)
         new = torch.empty_like if whole else torch.zeros_like
         down, up = new(plan.down), [new(rows) for rows in plan.up]
-        made = [*plan._downs(down), *plan._ups(up)]
+        made = [*plan.layout.downs(down), *plan.layout.ups(up)]
         _copy(made, [*downs, *ups])
         torch._foreach_mul_(up, ctx.scales)
-        made += plan._vectors(_magnitude_gradient(plan, sums))
+        made += plan.layout.vectors(_magnitude_gradient(plan, sums, shift_sums))
         return (
             None,
             None,
             *(
-                None if grad is None else part.to(dtype)
+                None if grad is None else part if part.dtype == dtype else part.to(dtype)
                 for part, grad, dtype in zip(made, grads, ctx.dtypes, strict=True)
             ),
         )
@@ -321,39 +268,22 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor | None]) -> None:
         torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
 
 
-def _magnitude_gradient(plan: Plan, sums: Sequence[Tensor | None]) -> Tensor:
+def _magnitude_gradient(
+    plan: Plan, sums: Sequence[Tensor | None], shift_sums: Sequence[Tensor | None]
+) -> Tensor:
     """``dm_i = sum(dy_i * (y_i - b_i)) / (g_i norm_i)``, all layers': ``(W + sBA) x`` is the rest.
 
     On the input axis the sum is that of ``x * dx`` before the gain, over the norm alone.
     """
-    zeros = plan.gain.new_zeros(max(plan.sizes))
-    pairs = list(zip(sums, plan.sizes, strict=True))
-    total = torch.cat([zeros[:size] if part is None else part[0] for part, size in pairs])
-    if any(part is not None and part.shape[0] == 2 for part in sums):
-        shifted = [
-            zeros[:size] if part is None or part.shape[0] == 1 else part[1] for part, size in pairs
-        ]
-        total.addcmul_(torch.cat(shifted), plan.bias, value=-1)
+    zeros = plan.gain.new_zeros(max(plan.layout.sizes))
+
+    def joined(parts: Iterable[Tensor | None]) -> Tensor:
+        pairs = zip(parts, plan.layout.sizes, strict=True)
+        return join([zeros[:size] if part is None else part for part, size in pairs])
+
+    total = joined(sums)
+    if any(part is not None for part in shift_sums):
+        each = iter(shift_sums)
+        shifts = joined(next(each) if has else None for has in plan.layout.shifted)
+        total.addcmul_(shifts, plan.bias, value=-1)
     return total.div_(plan.divisor())
-
-
-def _rows_of_sums(layer: PlanInputs) -> int:
-    return 2 if layer.bias is not None and layer.weights.norm_axis == "output" else 1
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Neighbours in a buffer as one tensor ``(n, rows, columns)``, without a copy."""
-    first = tensors[0]
-    shape = (len(tensors), first.shape[0], first[0].numel())
-    stride = (first.numel(), shape[2], 1)
-    return first.as_strided(shape, stride, first.storage_offset())
-
-
-def _rank(layer: PlanInputs) -> int:
-    return layer.weights.rank
-
-
-def _kind(layer: PlanInputs) -> tuple[Any, ...]:
-    """What layers have in common whose norms are computed together; layers are sorted by it."""
-    w = layer.weights
-    return w.rank, w.norm_axis, tuple(layer.weight.shape), w.scale, str(layer.weight.dtype)

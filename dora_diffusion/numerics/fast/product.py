@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 HAS_ONEDNN: bool = (
@@ -17,19 +18,24 @@ def matrix_product(left: Tensor, right: Tensor) -> Tensor:
     In float32 on a CPU, PyTorch asks BLAS. oneDNN, which computes its convolutions, is faster where
     BLAS is not made for the processor, and most of all where a matrix is thin.
     """
-    if not _suits_onednn(left, right):
-        return left @ right
-    # A linear layer, whose weight is (out, in): it transposes what it is given.
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
+    return left @ right if not suits_onednn(left, right) else linear(left, right.t())
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` for ``x (..., in)`` and a weight ``(out, in)``."""
+    if not suits_onednn(x, weight):
+        return F.linear(x, weight)
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return result
 
 
-def _suits_onednn(left: Tensor, right: Tensor) -> bool:
+def suits_onednn(left: Tensor, right: Tensor) -> bool:
+    """Whether oneDNN can have the product of two tensors, and no gradient of it is wanted."""
     return (
-        not torch.compiler.is_compiling()
-        and HAS_ONEDNN
+        HAS_ONEDNN
         and left.dtype == right.dtype == torch.float32
         and left.device.type == right.device.type == "cpu"
+        and not torch.compiler.is_compiling()
         # It has no gradient.
         and not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
         and left.numel() > 0

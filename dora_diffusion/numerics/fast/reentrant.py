@@ -28,11 +28,9 @@ def in_backward() -> bool:
 def own_factors(plan: Plan, number: int, factors: Factors) -> Factors:
     """The same factors, whose gradients go to the parameters of one layer of a plan."""
     weights, magnitude = plan.layers[number].weights, plan.layers[number].magnitude
-    made: tuple[Tensor, ...] = _Own.apply(
-        plan, number, factors, weights.down, weights.up, magnitude
-    )  # type: ignore[no-untyped-call]
-    down, up, sums = made
-    return factors._replace(down=down, up=up, sums=sums)
+    made: tuple[Any, ...] = _Own.apply(plan, number, factors, weights.down, weights.up, magnitude)  # type: ignore[no-untyped-call]
+    down, up, sums, shift_sums = made
+    return factors._replace(down=down, up=up, sums=sums, shift_sums=shift_sums)
 
 
 class _Own(torch.autograd.Function):
@@ -41,21 +39,23 @@ class _Own(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, plan: Plan, number: int, factors: Factors, *parameters: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         ctx.plan, ctx.number, ctx.dtypes = plan, number, [p.dtype for p in parameters]
-        return factors.down.detach(), factors.up.detach(), factors.sums.detach()
+        made = factors.down, factors.up, factors.sums, factors.shift_sums
+        return tuple(None if tensor is None else tensor.detach() for tensor in made)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, down: Tensor, up: Tensor, sums: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, down: Tensor, up: Tensor, sums: Tensor, shift_sums: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         plan, number = ctx.plan, ctx.number
         weights = plan.layers[number].weights
-        scaled = up.to(plan.wide) * weights.scale
+        scaled = up.to(plan.layout.wide) * weights.scale
         if weights.norm_axis == "output":
             scaled *= plan.part(plan.gain, number).view(-1, *[1] * (up.ndim - 1))
-        total = sums[0]
-        if sums.shape[0] == 2:
-            total = total - plan.part(plan.bias, number) * sums[1]
-        magnitude = total / plan.part(plan.divisor(), number)
+        if shift_sums is not None:
+            sums = sums - plan.part(plan.bias, number) * shift_sums
+        magnitude = sums / plan.part(plan.divisor(), number)
         made = zip((down, scaled, magnitude), ctx.dtypes, strict=True)
         return None, None, None, *(part.to(dtype) for part, dtype in made)

@@ -38,27 +38,36 @@ def traced_dora(
     """
     low, dim = x.dtype, op.channel_dim
     weight, bias = weight.to(low), None if bias is None else bias.to(low)
-    gain = op.broadcast(factors.gain)
+    gain, sums = factors.gain, (factors.sums, factors.shift_sums)
     if axis == "input":
-        scaled = _with_sums((x * gain).to(low), x, factors.sums, dim)
+        scaled = _with_sums((x * gain).to(low), x, sums, dim)
         return op(scaled, weight, bias) + op.pointwise(op(scaled, factors.down), factors.up)
     # The base result has its bias in it, which is scaled with the rest and corrected here.
     low_rank = op.pointwise(op(x, factors.down), factors.up, factors.shift)
     y = (low_rank + gain * op(x, weight, bias)).to(low)
-    return _with_sums(y, None, factors.sums, dim)
+    return _with_sums(y, None, sums, dim)
 
 
-def _with_sums(value: Tensor, factor: Tensor | None, sums: Tensor, dim: int) -> Tensor:
-    """``value``; its gradient's sums reach `Factors.sums`, one of them times a factor or itself."""
-    result: Tensor = _WithSums.apply(value, factor, sums, dim)  # type: ignore[no-untyped-call]
+def _with_sums(
+    value: Tensor, factor: Tensor | None, sums: tuple[Tensor, Tensor | None], dim: int
+) -> Tensor:
+    """``value``; its gradient's sums reach `Factors`, the first times a factor or itself."""
+    result: Tensor = _WithSums.apply(value, factor, dim, *sums)  # type: ignore[no-untyped-call]
     return result
 
 
 class _WithSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, factor: Tensor | None, sums: Tensor, dim: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        factor: Tensor | None,
+        dim: int,
+        sums: Tensor,
+        shift_sums: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(value if factor is None else factor)
-        ctx.rows, ctx.dim = sums.shape[0], dim
+        ctx.shifts, ctx.dim = shift_sums is not None, dim
         return value.view_as(value)
 
     @staticmethod
@@ -67,7 +76,5 @@ class _WithSums(torch.autograd.Function):
         # In float32: under a loss scale, a product of float16 overflows long before its factors.
         wide_grad = wide(grad)
         dims = [d for d in range(grad.ndim) if d != ctx.dim % grad.ndim]
-        sums = [(wide_grad * wide(factor)).sum(dims)]
-        if ctx.rows == 2:
-            sums.append(wide_grad.sum(dims))
-        return grad, None, torch.stack(sums), None
+        sums = (wide_grad * wide(factor)).sum(dims)
+        return grad, None, None, sums, wide_grad.sum(dims) if ctx.shifts else None

@@ -123,7 +123,8 @@ def test_another_value_of_the_switch_is_an_error():
 
 WITHOUT = """
 import torch
-from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters, norm_scope
+from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
+from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics import fast
 from dora_diffusion.numerics.dora import dora_forward

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.numerics.fast.operation import FastLinear
-from dora_diffusion.numerics.fast.product import HAS_ONEDNN, _suits_onednn, matrix_product
+from dora_diffusion.numerics.fast.product import HAS_ONEDNN, matrix_product, suits_onednn
 
 
 def strided(rows: int, columns: int, how: str) -> Tensor:
@@ -30,7 +30,7 @@ def test_it_is_the_product(left: str, right: str, shape: tuple[int, int, int]) -
     n, k, m = shape
     torch.manual_seed(0)
     a, b = strided(n, k, left), strided(k, m, right)
-    assert _suits_onednn(a, b) == HAS_ONEDNN
+    assert suits_onednn(a, b) == HAS_ONEDNN
     expected = a.double() @ b.double()
     torch.testing.assert_close(matrix_product(a, b).double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -65,6 +65,8 @@ def test_autocast_does_not_lower_its_precision() -> None:
 def test_a_linear_has_an_answer_for_no_rows(leading: tuple[int, ...]) -> None:
     op, weight = FastLinear(), torch.randn(4, 6)
     x, grad = torch.randn(*leading, 6), torch.randn(*leading, 4)
-    assert op.input_gradient(grad, weight, x).shape == x.shape
     assert op.apply(x, weight[:2]).shape == (*leading, 2)
+    x, grad = op.flat(x), op.flat(grad)
+    assert x.shape == (0, 6)
+    assert op.input_gradient(grad, weight, x).shape == x.shape
     assert torch.equal(op.weight_gradient(grad, x, weight), torch.zeros(4, 6))

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters, norm_scope
+from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
+from dora_diffusion.adapters.scope import Loop, norm_scope
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.fast import watch as watch_module
 from dora_diffusion.numerics.fast.plan import Plan
@@ -65,12 +66,12 @@ def test_a_base_weight_written_through_data_is_noticed_in_the_next_step(monkeypa
     monkeypatch.setattr(
         Plan, "_recompute", lambda self, n, *rest: recomputed.append(n) or plain(self, n, *rest)
     )
-    model, x, watch = net(), torch.randn(3, 12), Watch()
+    model, x, loop = net(), torch.randn(3, 12), Loop()
     expected = []
     for step in range(4):
         if step == 1:
             model[1].weight.data.mul_(1.5)
-        with norm_scope(model, watch=watch):
+        with norm_scope(model, loop=loop):
             found = model(x)
         expected.append(len(recomputed))
         with norm_scope(model):
@@ -86,12 +87,12 @@ def test_a_base_weight_written_through_data_is_noticed_in_the_next_step(monkeypa
 @pytest.mark.usefixtures("as_a_gpu")
 def test_a_channel_is_flagged_before_it_is_ill_conditioned():
     """A gain that shrinks by a third each step takes its own path as soon as it must."""
-    model, watch = net(), Watch()
+    model, loop = net(), Loop()
     magnitude = model[0].adapters["default"].magnitude
     assert magnitude is not None
     seen = []
     for _ in range(12):
-        with norm_scope(model, watch=watch):
+        with norm_scope(model, loop=loop):
             gain = model[0].gain("default", model[0].adapters["default"])
             seen.append((abs(float(gain.gain[4])), gain.small is not None))
         with torch.no_grad():
