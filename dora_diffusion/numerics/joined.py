@@ -12,12 +12,12 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 @torch.no_grad()
 def join(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors of any shapes, at least one, one after the other in a new vector."""
-    joined: Tensor = _flatten_dense_tensors(tensors)
+    joined: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
     return joined.clone() if len(tensors) == 1 else joined
 
 
 @torch.no_grad()
 def split_like(joined: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """What `join` made of tensors of these shapes, as views of it in these shapes."""
-    parts: Sequence[Tensor] = _unflatten_dense_tensors(joined, tensors)
+    parts: Sequence[Tensor] = _unflatten_dense_tensors(joined, tensors)  # type: ignore[no-untyped-call]
     return parts
