@@ -89,25 +89,22 @@ class _Entry(NamedTuple):
 
     layer: AdaptedLayer
     name: str
-    adapter: LayerAdapter
     strengths: Strengths
     inputs: PlanInputs
 
     def is_current(self, adapter: LayerAdapter) -> bool:
         """Whether the inputs are what they would be if they were made now."""
-        weights, base = self.inputs.weights, self.layer._parameters
-        own = adapter._parameters
+        weights, own = self.inputs.weights, adapter._parameters
         return (
-            adapter is self.adapter
-            and own["down"] is weights.down
+            own["down"] is weights.down
             and own["up"] is weights.up
             # And not what a strength makes of it, which is a tensor of its own.
             and own["magnitude"] is self.inputs.magnitude
             and adapter.strengths is self.strengths
             and adapter.alpha == weights.alpha
-            and base["weight"] is self.inputs.weight
-            and base.get("bias") is self.inputs.bias
+            and self.layer._parameters.get("bias") is self.inputs.bias
             and self.layer.keep_output == self.inputs.keep_output
+            # Of another weight there are other statistics.
             and self.layer._weight_statistics(weights.norm_axis) is self.inputs.statistics
         )
 
@@ -130,7 +127,7 @@ def _active(layers: Sequence[AdaptedLayer]) -> Iterator[tuple[AdaptedLayer, str,
 
 def _entries_of(layers: Sequence[AdaptedLayer]) -> list[_Entry]:
     return [
-        _Entry(layer, name, adapter, adapter.strengths, layer._plan_inputs(adapter))
+        _Entry(layer, name, adapter.strengths, layer._plan_inputs(adapter))
         for layer, name, adapter in _active(layers)
     ]
 

@@ -19,5 +19,5 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def split_like(joined: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """What `join` made of tensors of these shapes, as views of it in these shapes."""
-    parts: Sequence[Tensor] = _unflatten_dense_tensors(joined, tensors)  # type: ignore[no-untyped-call]
+    parts: Sequence[Tensor] = _unflatten_dense_tensors(joined.detach(), tensors)  # type: ignore[no-untyped-call]
     return parts

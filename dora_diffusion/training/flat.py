@@ -36,7 +36,7 @@ class FlatParameters:
             group | {"params": [flat]} for group, flat in zip(groups, self._flat, strict=True)
         ]
         for flat, members in zip(self._flat, self._members, strict=True):
-            for member, view in zip(members, split_like(flat.detach(), members), strict=True):
+            for member, view in zip(members, split_like(flat, members), strict=True):
                 member.data = view
 
     def take_gradients(self) -> None:

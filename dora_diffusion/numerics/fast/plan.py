@@ -245,9 +245,7 @@ class _Prepare(torch.autograd.Function):
         plan, count = ctx.plan, len(ctx.plan.layers)
         grads, shift_sums = grads[: 3 * count], grads[3 * count :]
         downs, ups, sums = (grads[i * count : (i + 1) * count] for i in range(3))
-        whole = all(grad is not None for grad in grads)
-        new = torch.empty_like if whole else torch.zeros_like
-        down, up = new(plan.down), [new(rows) for rows in plan.up]
+        down, up = torch.empty_like(plan.down), [torch.empty_like(rows) for rows in plan.up]
         made = [*plan.layout.downs(down), *plan.layout.ups(up)]
         _copy(made, [*downs, *ups])
         torch._foreach_mul_(up, ctx.scales)
