@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -106,6 +107,16 @@ class ConvOperation:
     def scale_input(self, x: Tensor, vector: Tensor) -> Tensor:
         """``vector`` is ``(in / groups,)``: channel i of every group is multiplied by value i."""
         return x * self.broadcast(vector if self.groups == 1 else vector.repeat(self.groups))
+
+
+def exceeds(kernel: Sequence[int], dilation: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether a convolution's kernel spans more than the map ``(*size)`` that it is applied to.
+
+    In bfloat16 on a CPU, oneDNN leaves those taps of a weight's gradient that only ever met padding
+    as it found them in memory, with whatever numbers these were, NaN among them. Its float32 is
+    right.
+    """
+    return any(d * (k - 1) + 1 > n for k, d, n in zip(kernel, dilation, size, strict=True))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME
 from dora_diffusion.formats.names.modules import canonical
 from dora_diffusion.models.components import Components
+from dora_diffusion.numerics.operation import exceeds
 from dora_diffusion.training.optimizer import weight_groups
 from dora_diffusion.training.recompute import checkpoint_gradients
 from dora_diffusion.training.weights import Writer
@@ -188,19 +189,14 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
 
 
 def widen_small_convolutions(model: nn.Module) -> None:
-    """Have convolutions compute maps that are smaller than their kernel in float32.
-
-    In bfloat16 on a CPU, oneDNN leaves those taps of a weight's gradient that only ever met padding
-    as it found them in memory, with whatever numbers these were, NaN among them.
-    """
+    """Have convolutions compute maps that their kernel `exceeds` in float32."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.forward = partial(_convolve, module)  # type: ignore[method-assign]
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    reaches = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-    if all(size >= reach for size, reach in zip(x.shape[-2:], reaches, strict=True)):
+    if not exceeds(conv.kernel_size, conv.dilation, x.shape[-2:]):
         return type(conv).forward(conv, x)
     low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     with torch.autocast("cpu", enabled=False):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.numerics.fast.product import linear, matrix_product, suits_onednn
-from dora_diffusion.numerics.operation import ConvOperation, LinearOperation, Operation
+from dora_diffusion.numerics.operation import ConvOperation, LinearOperation, Operation, exceeds
 
 aten = torch.ops.aten
 
@@ -187,14 +187,10 @@ class FastConv2d(ConvOperation):
         return self._backward(grad, x, weight, False, True)[1]
 
     def _leaves_garbage(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether the weight's gradient takes a detour through float32.
-
-        oneDNN leaves taps that only ever met padding as it found them in memory, with whatever
-        numbers these were, NaN among them. Its float32 is right.
-        """
+        """Whether the weight's gradient takes a detour through float32."""
         if x.dtype != torch.bfloat16 or x.device.type != "cpu":
             return False
-        return any(x.shape[2 + i] < self._reach(weight, i) for i in (0, 1))
+        return exceeds(weight.shape[2:], self.dilation, x.shape[2:])
 
     def channel_sum(self, activation: Tensor, dtype: torch.dtype) -> Tensor:
         """``(N, channels, H, W)`` -> ``(channels,)``."""
@@ -203,10 +199,6 @@ class FastConv2d(ConvOperation):
     def select(self, activation: Tensor, channels: Tensor) -> Tensor:
         """Channels are the second dimension."""
         return activation[:, channels]
-
-    def _reach(self, weight: Tensor, dim: int) -> int:
-        """How many pixels the kernel spans, from its first tap to its last."""
-        return self.dilation[dim] * (weight.shape[2 + dim] - 1) + 1
 
 
 _LINEAR = FastLinear()
