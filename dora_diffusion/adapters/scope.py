@@ -31,7 +31,7 @@ class Loop:
         self._layouts: list[Layout] = []
 
     def layers(self, models: Sequence[nn.Module]) -> list[AdaptedLayer]:
-        """The adapted layers of some models, found anew only where these are others."""
+        """The adapted layers of some models, looked for where these are not the ones of before."""
         same = len(models) == len(self._models) and all(map(_is, models, self._models))
         if not (same and self._layers):
             self._models = tuple(models)
