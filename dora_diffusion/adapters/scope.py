@@ -27,8 +27,7 @@ class Loop:
         self.watch = Watch()
         self._models: tuple[nn.Module, ...] = ()
         self._layers: list[AdaptedLayer] = []
-        self._entries: list[_Entry] = []
-        self._layouts: list[Layout] = []
+        self._kept: tuple[list[_Entry], list[Layout]] = [], []
 
     def layers(self, models: Sequence[nn.Module]) -> list[AdaptedLayer]:
         """The adapted layers of some models, looked for where these are not the ones of before."""
@@ -38,16 +37,15 @@ class Loop:
             self._layers = _layers_of(models)
         return [layer for layer in self._layers if isinstance(layer, AdaptedLayer)]
 
-    def entries(self, layers: Sequence[AdaptedLayer]) -> list[_Entry]:
-        """What the active adapters' gains are computed from."""
-        if not _are_current(self._entries, layers):
-            self._entries = _entries_of(layers)
-            self._layouts = fast.layouts_of([entry.inputs for entry in self._entries])
-        return self._entries
-
-    def gains(self) -> list[Gain]:
-        """The gains of the `entries`."""
-        return fast.gains_of(self._layouts, self.watch)
+    def gains(self, layers: Sequence[AdaptedLayer]) -> tuple[list[_Entry], list[Gain]]:
+        """The layers' active adapters, and the gain of each."""
+        entries, layouts = self._kept
+        if not _are_current(entries, layers):
+            entries = _entries_of(layers)
+            layouts = fast.layouts_of([entry.inputs for entry in entries])
+            # What a direction or a strength made of parameters is of this step alone.
+            self._kept = (entries, layouts) if _are_current(entries, layers) else ([], [])
+        return entries, fast.gains_of(layouts, self.watch)
 
 
 @contextmanager
@@ -152,7 +150,7 @@ def _open_caches(layers: Sequence[AdaptedLayer], loop: Loop | None) -> None:
         entries = _entries_of(layers)
         gains = fast.make_gains([entry.inputs for entry in entries])
     else:
-        entries, gains = loop.entries(layers), loop.gains()
+        entries, gains = loop.gains(layers)
     for layer in layers:
         # Past `nn.Module.__setattr__`, which takes longer than all else here.
         vars(layer)["_gain_cache"] = {}

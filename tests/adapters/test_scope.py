@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -157,6 +159,21 @@ def test_what_did_not_change_is_found_out_once(net, x, monkeypatch):
             net(x)
         write_adapter(net)
         assert len(calls) == expected
+
+
+@fast_only(reason="the page keeps nothing")
+@pytest.mark.parametrize("settings", [{"direction": "vera"}, {}])
+def test_what_a_direction_made_is_not_kept_beyond_its_step(net, x, settings):
+    """Vectors train; the matrices that they make are large, and of one step."""
+    inject_adapters(net, everything(**settings))
+    loop = Loop()
+    with norm_scope(net, loop=loop):
+        net(x)
+        gain = net.square.gain("default", net.square.adapters["default"])
+        made = weakref.ref(gain.prepared.plan.layers[gain.number].weights.down)
+    del gain
+    gc.collect()
+    assert (made() is None) == ("direction" in settings)
 
 
 @fast_only(reason="the page keeps nothing")
