@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_
 from typing import NamedTuple
 
 from torch import nn
@@ -31,7 +32,7 @@ class Loop:
 
     def layers(self, models: Sequence[nn.Module]) -> list[AdaptedLayer]:
         """The adapted layers of some models, looked for where these are not the ones of before."""
-        same = len(models) == len(self._models) and all(map(_is, models, self._models))
+        same = len(models) == len(self._models) and all(map(is_, models, self._models))
         if not (same and self._layers):
             self._models = tuple(models)
             self._layers = _layers_of(models)
@@ -105,10 +106,6 @@ class _Entry(NamedTuple):
             # Of another weight there are other statistics.
             and self.layer._weight_statistics(weights.norm_axis) is self.inputs.statistics
         )
-
-
-def _is(one: object, other: object) -> bool:
-    return one is other
 
 
 def _layers_of(models: Sequence[nn.Module]) -> list[AdaptedLayer]:
