@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.scope import Loop, norm_scope
 from dora_diffusion.adapters.targets import match_targets
-from dora_diffusion.numerics.fast import operation, product
 from dora_diffusion.training.flat import FlatParameters
 
 NARROW: dict[str, dict[str, Any]] = {
@@ -117,7 +116,6 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", default=[LORA, OURS], choices=PEERS)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    product.HAS_ONEDNN, operation.FEW_POSITIONS = False, 0  # As on a GPU.
     for family in args.family:
         base = narrow_unet(family).bfloat16()
         paths = match_targets(base, ["attention+conv"])

@@ -206,7 +206,7 @@ KEYWORD_INTERFACES = {
     "export.verify.verify_checkpoint",
     "generate.load_adapted",
 }
-MANY_PARAMETERS = KEYWORD_INTERFACES | {"numerics.fast.autograd.forward"}
+MANY_PARAMETERS = KEYWORD_INTERFACES
 LONG = {"export.checkpoint.export_checkpoint"}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.config import ConfigError
-from dora_diffusion.numerics.fast import Gain
+from dora_diffusion.numerics.prepare.factors import LayerScales
 
 # By name, as Diffusers' own `_repeated_blocks` has it: importing their classes imports Diffusers.
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -124,19 +124,18 @@ def _run(
     Not before the whole model runs: the scope of an offloaded model opens as that is called.
     """
     for layer in layers:
-        if isinstance(layer, AdaptedLayer) and layer._gain_cache:
-            _make_factors(layer, layer._gain_cache.values())
+        if isinstance(layer, AdaptedLayer) and layer._scales_cache:
+            _make_factors(layer, layer._scales_cache.values())
     return compiled(block, *args, **kwargs)
 
 
-def _make_factors(layer: AdaptedLayer, gains: Iterable[Gain]) -> None:
+def _make_factors(layer: AdaptedLayer, scales: Iterable[LayerScales]) -> None:
     """Make the factors of all layers that share a plan with this one, at the first call."""
     device, dtype = layer.weight.device.type, layer.weight.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    for gain in gains:
-        if dtype not in gain.made:
-            gain.prepared.make(dtype)
+    for own in scales:
+        own.factors(dtype)
 
 
 @contextmanager

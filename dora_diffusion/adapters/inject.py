@@ -24,7 +24,6 @@ from dora_diffusion.adapters.layers import (
     AdaptedLayer,
     adapted_layers,
 )
-from dora_diffusion.adapters.sources import unwatch_sources, watch_sources
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.threads import map_ahead
@@ -96,7 +95,6 @@ def _attach(model: nn.Module, adapters: Mapping[str, LayerAdapter], name: str) -
         layer.adapters[name] = adapter.to(layer.weight.device)
         layer.forget(name)
         layer.train(layer.training)
-    watch_sources(model)
 
 
 def _mismatch_reason(model: nn.Module, path: str, adapter: LayerAdapter, name: str) -> str | None:
@@ -143,12 +141,6 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
             del layer.adapters[key]
         if not layer.adapters:
             restore_base_class(layer)
-    _unwatch_plain(model)
-
-
-def _unwatch_plain(model: nn.Module) -> None:
-    if not any(True for _ in adapted_layers(model)):
-        unwatch_sources(model)
 
 
 def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
@@ -172,7 +164,6 @@ def merge_adapters(model: nn.Module, *, keep_base: bool = False) -> None:
         layer.merge(merged)
         if not keep_base:
             restore_base_class(layer)
-    _unwatch_plain(model)
 
 
 def _can_merge_ahead(layers: Sequence[AdaptedLayer]) -> bool:
@@ -226,8 +217,8 @@ def set_strength(
     for adapter in adapters:
         adapter.strengths = dataclasses.replace(adapter.strengths, **changed)
     for _, layer in adapted_layers(model):
-        if layer._gain_cache is not None:
-            layer._gain_cache.clear()
+        if layer._scales_cache is not None:
+            layer._scales_cache.clear()
 
 
 def layer_adapters(model: nn.Module, name: str | None = None) -> Iterator[LayerAdapter]:

@@ -205,14 +205,14 @@ def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
     module.__class__ = cast(Any, _adapted_class(type(module)))
     layer = cast(AdaptedLayer, module)
     layer.adapters = nn.ModuleDict()
-    layer._gain_cache = layer._statistics = layer._unmerged = None
+    layer._scales_cache = layer._statistics = layer._unmerged = None
     layer.keep_output = keep_output
     return layer
 
 
 def restore_base_class(layer: AdaptedLayer) -> None:
     """Make an adapted layer the module that it was, with its present weight."""
-    for name in ("adapters", "_gain_cache", "_statistics", "_unmerged", "keep_output"):
+    for name in ("adapters", "_scales_cache", "_statistics", "_unmerged", "keep_output"):
         delattr(layer, name)
     plain = next(old for old, new in _ADAPTED.items() if new is type(layer))
     layer.__class__ = cast(Any, plain)

@@ -14,14 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
-from dora_diffusion.adapters.sources import noted_source
-from dora_diffusion.numerics import fast
-from dora_diffusion.numerics.dora import dora_difference, dora_forward, moved_magnitude
-from dora_diffusion.numerics.fast import Gain, PlanInputs, WeightStatistics
+from dora_diffusion.numerics.dora import dora_forward, moved_magnitude, sum_of_adapters
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import OneHot, Operation, dropout
 from dora_diffusion.numerics.precision import wide, wide_dtype
-from dora_diffusion.numerics.weights import LayerKind, NormAxis, Strengths, oriented
+from dora_diffusion.numerics.prepare.factors import (
+    Factors,
+    LayerScales,
+    PlanInputs,
+    WeightStatistics,
+    factors_of,
+)
+from dora_diffusion.numerics.prepare.plan import make_scales
+from dora_diffusion.numerics.weights import LayerKind, NormAxis, oriented
 
 
 class AdaptedLayer(nn.Module):
@@ -37,7 +42,7 @@ class AdaptedLayer(nn.Module):
     adapters: nn.ModuleDict
     keep_output: bool
     # Plain attributes, no part of the state dict: caches, and the weight that a merge replaced.
-    _gain_cache: dict[str, Gain] | None
+    _scales_cache: dict[str, LayerScales] | None
     _statistics: tuple[tuple[Any, ...], WeightStatistics] | None
     _unmerged: Tensor | None
 
@@ -81,89 +86,45 @@ class AdaptedLayer(nn.Module):
         if not active:
             base: Tensor = super().forward(x)
             return base
-        weight, bias = self.weight, self.bias
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
+        if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
             raise RuntimeError(
                 "the base weight or bias of an adapted layer requires a gradient; freeze it "
                 "(requires_grad_(False)): the adapter is what trains"
             )
-        is_traced = torch.compiler.is_compiling()
-        source = None if is_traced else noted_source(x)
-        unpadded = _to_compute_dtype(x)
-        op, prepared = self.operation(), self.prepare(unpadded)
-        name, adapter = active[0]
-        dropping = self.training and any(other.dropout > 0 for _, other in active)
-        is_plain = adapter.strengths == _PLAIN_STRENGTHS and adapter.magnitude is not None
-        is_alone = len(active) == 1 and is_plain and not dropping
-        if is_alone and not fast.ENABLED:
-            return dora_forward(op, prepared, self.matrix, bias, adapter.weights())
-        if not is_alone or isinstance(prepared, OneHot) or not fast.serves(op):
-            return self._sum_of_differences(active, op, prepared)
-        if is_traced:
-            return self._traced(op, prepared, name, adapter)
-        source = source if prepared is unpadded else None
-        matrix = oriented(weight, self.kind)
-        return fast.dora(op, prepared, matrix, bias, self.gain(name, adapter), source)
-
-    def _traced(self, op: Operation, x: Tensor, name: str, adapter: LayerAdapter) -> Tensor:
-        """The layer as `torch.compile` sees it, which can make no plan.
-
-        Without the factors of one, it computes the page: where no norm scope is open, and for
-        channels of a small gain.
-        """
-        gain = self._kept_gain(name)
-        factors = None if gain is None or gain.small is not None else gain.made.get(x.dtype)
-        if gain is None or factors is None:
-            norm = None if gain is None else gain.norm
-            return dora_forward(op, x, self.matrix, self.bias, adapter.weights(), norm)
-        return fast.traced_dora(op, x, self.matrix, self.bias, factors, gain.axis)
-
-    def _sum_of_differences(
-        self, active: list[tuple[str, LayerAdapter]], op: Operation, x: Tensor | OneHot
-    ) -> Tensor:
-        """``base(x) + sum_k strength_k * (adapted_k(x) - base(x))``, of the unmerged base."""
-        dtype = x.dtype
+        op, inputs = self.operation(), self.prepare(_to_compute_dtype(x))
+        dtype, weight = inputs.dtype, self.matrix.to(inputs.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        base = op(x, self.matrix.to(dtype), bias)
-        unbiased = base if bias is None else base - op.broadcast(bias)
-        result = base
-        for name, adapter in active:
-            # Dropout is on the low-rank path as in PEFT, where W x is part of that path.
-            dropped = dropout(x, adapter.dropout, self.training)
-            difference = dora_difference(
-                op,
-                dropped,
-                self.matrix,
-                adapter.scaled_weights(),
-                adapter.strengths.magnitude_strength,
-                norm=self._norm(name, adapter),
-                unbiased=unbiased if dropped is x or adapter.dropout == 0 else None,
-            )
-            result = result + (adapter.strengths.strength * difference).to(dtype)
-        return result
+        factors = [self.factors(name, adapter, dtype) for name, adapter in active]
+        dropping = self.training and any(adapter.dropout > 0 for _, adapter in active)
+        if len(active) == 1 and active[0][1].strengths.strength == 1 and not dropping:
+            return dora_forward(op, inputs, weight, bias, factors[0])
+        terms = [
+            (own, adapter.strengths.strength, dropout(inputs, adapter.dropout, self.training))
+            for own, (_, adapter) in zip(factors, active, strict=True)
+        ]
+        return sum_of_adapters(op, inputs, weight, bias, terms)
 
-    def _norm(self, name: str, adapter: LayerAdapter) -> Tensor | None:
-        """The norm that the fast path keeps for a step; None: the page is to compute it."""
-        if not fast.ENABLED or adapter.magnitude is None:
-            return None
-        gain = self._kept_gain(name)
-        if gain is None and not torch.compiler.is_compiling():
-            gain = self.gain(name, adapter)
-        return None if gain is None else gain.norm
+    def factors(self, name: str, adapter: LayerAdapter, dtype: torch.dtype) -> Factors:
+        """What one adapter computes with in a dtype, by a plan or, where there is none, alone."""
+        if adapter.magnitude is not None:
+            if not torch.compiler.is_compiling():
+                return self.scales(name, adapter).factors(dtype)
+            # No plan can be made while torch compiles: a norm scope has one, or the page serves.
+            kept = (self._scales_cache or {}).get(name)
+            if kept is not None and dtype in kept.by_dtype:
+                return kept.by_dtype[dtype]
+        strength = adapter.strengths.magnitude_strength
+        return factors_of(self.matrix, self.bias, adapter.scaled_weights(), dtype, strength)
 
-    def _kept_gain(self, name: str) -> Gain | None:
-        """One adapter's gain from the scope's cache, if one is open and has it."""
-        return None if self._gain_cache is None else self._gain_cache.get(name)
-
-    def gain(self, name: str, adapter: LayerAdapter) -> Gain:
+    def scales(self, name: str, adapter: LayerAdapter) -> LayerScales:
         """Norm and gain of one adapter: from the scope's cache where one is open, else computed."""
-        cache = self._gain_cache
+        cache = self._scales_cache
         if cache is not None and name in cache:
             return cache[name]
-        gain = fast.make_gains([self._plan_inputs(adapter)])[0]
+        scales = make_scales([self._plan_inputs(adapter)])[0]
         if cache is not None:
-            cache[name] = gain
-        return gain
+            cache[name] = scales
+        return scales
 
     @torch.no_grad()
     def _plan_inputs(self, adapter: LayerAdapter) -> PlanInputs:
@@ -175,13 +136,13 @@ class AdaptedLayer(nn.Module):
         return PlanInputs(layer, magnitude, matrix, self.bias, statistics, self.keep_output)
 
     def forget(self, name: str) -> None:
-        """Drop the gain of an adapter that is not what it was."""
-        if self._gain_cache is not None:
-            self._gain_cache.pop(name, None)
+        """Drop the scales of an adapter that is not what it was."""
+        if self._scales_cache is not None:
+            self._scales_cache.pop(name, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy gets: not the gains, which nobody would close for it."""
-        return {**self.__dict__, "_gain_cache": None}
+        """What a copy gets: not the scales, which nobody would close for it."""
+        return {**self.__dict__, "_scales_cache": None}
 
     def _weight_statistics(self, axis: NormAxis) -> WeightStatistics:
         """Statistics of the base weight, for as long as it is what it was."""
@@ -217,9 +178,6 @@ class AdaptedLayer(nn.Module):
         if self._unmerged is not None:
             self.weight.copy_(self._unmerged)
             self._unmerged = None
-
-
-_PLAIN_STRENGTHS = Strengths()
 
 
 def _to_compute_dtype(x: Tensor) -> Tensor:

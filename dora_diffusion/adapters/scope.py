@@ -11,8 +11,10 @@ from torch import nn
 
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.layers import AdaptedLayer, adapted_layers
-from dora_diffusion.numerics import fast
-from dora_diffusion.numerics.fast import Gain, Layout, PlanInputs, Watch
+from dora_diffusion.numerics.prepare.deferred import DeferredFlags
+from dora_diffusion.numerics.prepare.factors import LayerScales, PlanInputs
+from dora_diffusion.numerics.prepare.layout import Layout, layouts_of
+from dora_diffusion.numerics.prepare.plan import make_scales, scales_of
 from dora_diffusion.numerics.weights import Strengths
 
 
@@ -25,7 +27,7 @@ class Loop:
     """
 
     def __init__(self) -> None:
-        self.watch = Watch()
+        self.flags = DeferredFlags()
         self._models: tuple[nn.Module, ...] = ()
         self._layers: list[AdaptedLayer] = []
         self._kept: tuple[list[_Entry], list[Layout]] = [], []
@@ -38,15 +40,15 @@ class Loop:
             self._layers = _layers_of(models)
         return [layer for layer in self._layers if isinstance(layer, AdaptedLayer)]
 
-    def gains(self, layers: Sequence[AdaptedLayer]) -> tuple[list[_Entry], list[Gain]]:
-        """The layers' active adapters, and the gain of each."""
+    def scales(self, layers: Sequence[AdaptedLayer]) -> tuple[list[_Entry], list[LayerScales]]:
+        """The layers' active adapters, and the scales of each."""
         entries, layouts = self._kept
         if not _are_current(entries, layers):
             entries = _entries_of(layers)
-            layouts = fast.layouts_of([entry.inputs for entry in entries])
+            layouts = layouts_of([entry.inputs for entry in entries])
             # What a direction or a strength made of parameters is of this step alone.
             self._kept = (entries, layouts) if _are_current(entries, layers) else ([], [])
-        return entries, fast.gains_of(layouts, self.watch)
+        return entries, scales_of(layouts, self.flags)
 
 
 @contextmanager
@@ -75,7 +77,7 @@ def norm_scope(*models: nn.Module, loop: Loop | None = None) -> Iterator[None]:
         ...     model(torch.ones(1, 8)).sum().backward()
     """
     layers = _layers_of(models) if loop is None else loop.layers(models)
-    opened = [layer for layer in layers if layer._gain_cache is None]
+    opened = [layer for layer in layers if layer._scales_cache is None]
     _open_caches(opened, loop)
     try:
         yield
@@ -137,26 +139,21 @@ def _are_current(entries: Sequence[_Entry], layers: Sequence[AdaptedLayer]) -> b
 
 
 def _open_caches(layers: Sequence[AdaptedLayer], loop: Loop | None) -> None:
-    """Compute every active adapter's gain now, all together, and keep it until `_close_caches`.
-
-    Without the fast path nothing is kept: the page computes a norm where it needs one.
-    """
-    if not fast.ENABLED:
-        return
+    """Compute every active adapter's scales now, all together, until `_close_caches`."""
     if loop is None:
         entries = _entries_of(layers)
-        gains = fast.make_gains([entry.inputs for entry in entries])
+        scales = make_scales([entry.inputs for entry in entries])
     else:
-        entries, gains = loop.gains(layers)
+        entries, scales = loop.scales(layers)
     for layer in layers:
         # Past `nn.Module.__setattr__`, which takes longer than all else here.
-        vars(layer)["_gain_cache"] = {}
-    for entry, gain in zip(entries, gains, strict=True):
-        vars(entry.layer)["_gain_cache"][entry.name] = gain
+        vars(layer)["_scales_cache"] = {}
+    for entry, own in zip(entries, scales, strict=True):
+        vars(entry.layer)["_scales_cache"][entry.name] = own
 
 
 def _close_caches(layers: Sequence[AdaptedLayer]) -> None:
-    """Forget the gains of layers, some of which may be plain again."""
+    """Forget the scales of layers, some of which may be plain again."""
     for layer in layers:
         if isinstance(layer, AdaptedLayer):
-            vars(layer)["_gain_cache"] = None
+            vars(layer)["_scales_cache"] = None

@@ -7,17 +7,29 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353 (ICM
 Weights are ``(out, in, *k)``, as PyTorch has them; those that a model stores as ``(in, out)`` are
 seen transposed (`LayerKind`). Norms and weights are computed in float32 (float64 for
 float64 weights), whatever the weight's dtype. Merges and exports call `adapted_weight`, layers
-`dora_forward`; `numerics.fast` holds the same results for less, and tests hold both equal.
+`dora_forward` with the factors that `numerics.prepare` makes for all layers once per step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.operation import OneHot, Operation
-from dora_diffusion.numerics.precision import full_precision, wide, wide_dtype
+from dora_diffusion.numerics.operation import Operation, channel_sum
+from dora_diffusion.numerics.precision import (
+    full_precision,
+    multiply_add,
+    product,
+    wide,
+    wide_dtype,
+)
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+
+if TYPE_CHECKING:
+    from dora_diffusion.numerics.prepare.factors import Factors
 
 # Far below any pretrained norm, and far enough above float32's smallest number that m / FLOOR
 # stays finite. A channel of a smaller norm is 0. Never added, so no norm is changed.
@@ -26,8 +38,8 @@ NORM_FLOOR = 1e-30
 
 def low_rank_delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
     """``s * B @ A`` (section 3.1): ``(r, in, *k)`` and ``(out, r, ...)`` -> ``(out, in, *k)``."""
-    product = (scale * wide(up).flatten(1)) @ wide(down).flatten(1)
-    return product.view(up.shape[0], *down.shape[1:])
+    delta = (scale * wide(up).flatten(1)) @ wide(down).flatten(1)
+    return delta.view(up.shape[0], *down.shape[1:])
 
 
 def squared_norm(weight: Tensor, axis: NormAxis) -> Tensor:
@@ -113,46 +125,100 @@ def adapted_weight(
 
 def dora_forward(
     op: Operation,
-    x: Tensor | OneHot,
+    x: Any,
     weight: Tensor,
     bias: Tensor | None,
-    layer: LayerWeights,
-    norm: Tensor | None = None,
+    factors: Factors,
+    base: Tensor | None = None,
 ) -> Tensor:
     """``y = W' x + b``, what training computes: ``(..., in)`` -> ``(..., out)``, or images.
 
-    ``op`` applies a weight: that of a Linear, a convolution or an Embedding, whose ``x`` are
-    one-hot vectors. The bias ``(out,)`` is not scaled. ``norm`` is ``norm(W + delta)``, if at hand.
+    On the output axis ``g (W x + b) + g s B A x + (1 - g) b``, on the input axis
+    ``(W + s B A)(g x) + b``. Not the product with ``W'``: in 16 bits, that would round updates away
+    that are small beside W. Where B is 0 and g is 1, it is the base result to the last bit.
+
+    Args:
+        op: What the weight does: that of a Linear, a convolution, or an Embedding.
+        x: Input, of an Embedding a `OneHot`, in the dtype of ``weight``, ``bias`` and ``factors``.
+        weight: Frozen base weight ``(out, in, *k)``.
+        bias: Frozen bias ``(out,)``; it is not scaled.
+        factors: The adapter's.
+        base: ``W x + b``, if it is at hand.
     """
-    base = op(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    unbiased = base if bias is None else base - op.broadcast(bias.to(x.dtype))
-    return base + dora_difference(op, x, weight, layer, norm=norm, unbiased=unbiased).to(x.dtype)
+    f = factors
+    if f.gain is not None and f.axis == "input":
+        if f.is_direct:
+            x = op.scale_input(x, f.dm_numerator).to(x.dtype)
+        else:
+            x = _Scale.apply(None, x, f.gain, f.dm_numerator, None, op.channel_dim)
+        base = None
+    base = op(x, weight, bias) if base is None else base
+    low_rank = op.up_project(op.down_project(x, f.down), f.up, f.shift)
+    if f.gain is None or f.axis == "input":
+        return base + low_rank
+    sums = (None, None) if f.is_direct else (f.dm_numerator, f.shift_numerator)
+    y: Tensor = _Scale.apply(low_rank, base, f.gain, *sums, op.channel_dim)
+    if f.direction is None:
+        return y
+    with torch.no_grad():
+        unscaled = op(x, f.direction)
+    # Adds 0, and the gradient of m.
+    return y + (op.broadcast(f.dm_numerator - f.dm_numerator.detach()) * unscaled).to(y.dtype)
 
 
-def dora_difference(
+def sum_of_adapters(
     op: Operation,
-    x: Tensor | OneHot,
+    x: Any,
     weight: Tensor,
-    layer: LayerWeights,
-    magnitude_strength: float = 1.0,
-    norm: Tensor | None = None,
-    unbiased: Tensor | None = None,
+    bias: Tensor | None,
+    adapters: Iterable[tuple[Factors, float, Any]],
 ) -> Tensor:
-    """``(W' - W) x = (g - 1) W x + g s B A x``, with ``norm(W + delta)`` and ``W x`` if at hand.
+    """``W x + b + sum_k strength_k (W'_k - W) x_k``: several adapters, each on the unmerged base.
 
-    Not the product with ``W'``: in 16 bits, that would round updates away that are small beside W.
+    ``adapters`` has of each its factors, its strength, and its input: ``x``, or what dropout left
+    of it (on the low-rank path as in PEFT, where ``W x`` is part of that path).
     """
-    low, scale = x.dtype, layer.scale
-    down, up = layer.down.to(low), layer.up.to(low)
-    if layer.magnitude is None:
-        return scale * op.pointwise(op.down_project(x, down), up)
-    norm = adapted_norm(weight, layer) if norm is None else norm
-    g = gain(moved_magnitude(weight, layer, magnitude_strength), norm)
-    if layer.norm_axis == "input":
-        scaled = op.scale_input(x, g).to(low)
-        low_rank = op.pointwise(op.down_project(scaled, down), up)
-        rest = op.scale_input(x, g - 1).to(low)
-        return op(rest, weight.to(low)) + scale * low_rank
-    unbiased = op(x, weight.to(low)) if unbiased is None else unbiased
-    low_rank = op.pointwise(op.down_project(x, down), up)
-    return op.broadcast(g - 1) * unbiased + op.broadcast(g * scale) * low_rank
+    total = base = op(x, weight, bias)
+    for factors, strength, own in adapters:
+        if factors.gain is None:
+            difference = op.up_project(op.down_project(own, factors.down), factors.up)
+        else:
+            unadapted = base if own is x else op(own, weight, bias)
+            difference = dora_forward(op, own, weight, bias, factors, unadapted) - unadapted
+        total = total + strength * difference
+    return total
+
+
+class _Scale(torch.autograd.Function):
+    """``y = g * value + total``, and the sums that the gradient of m is made of.
+
+    With the norm detached (section 4.3), ``dm = sum(dy * (y - b)) / (g norm)`` on the output axis:
+    ``(y - b) / g`` is the direction's output. On the input axis y is ``g x``, and b is 0. So what
+    is kept is y, which the next operation mostly keeps for its own gradient anyway, and not
+    ``value``. What follows from the sums is done for all layers at once (`Factors`).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        total: Tensor | None,
+        value: Tensor,
+        gain: Tensor,
+        dm_numerator: Tensor | None,
+        shift_numerator: Tensor | None,
+        dim: int,
+    ) -> Tensor:
+        y = multiply_add(value, gain, total)
+        ctx.dim, ctx.gain, ctx.has_shift = dim, gain, shift_numerator is not None
+        ctx.save_for_backward(None if dm_numerator is None else y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (y,) = ctx.saved_tensors
+        sums = shift_sums = None
+        if y is not None:
+            sums = channel_sum(product(grad, y), ctx.dim, ctx.gain.dtype)
+            shift_sums = channel_sum(grad, ctx.dim, ctx.gain.dtype) if ctx.has_shift else None
+        scaled = multiply_add(grad, ctx.gain) if ctx.needs_input_grad[1] else None
+        return grad if ctx.needs_input_grad[0] else None, scaled, None, sums, shift_sums, None

@@ -29,7 +29,7 @@ class Operation(Protocol):
     def down_project(self, x: Any, down: Tensor) -> Tensor:
         """Apply ``down``, ``(r, in, *k)``."""
 
-    def pointwise(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+    def up_project(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply ``up``, ``(out, r)`` or ``(out, r, *1)``, to what ``down`` made."""
 
     def broadcast(self, vector: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class LinearOperation:
         """``x @ down.T``."""
         return F.linear(x, down)
 
-    def pointwise(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+    def up_project(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
         """A Linear's low-rank factors are both Linears."""
         return F.linear(x, up, bias)
 
@@ -93,7 +93,7 @@ class ConvOperation:
             return self(x, down)
         return self(x, down.repeat(self.groups, *[1] * (down.ndim - 1)))
 
-    def pointwise(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+    def up_project(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
         """``up`` is a convolution of size 1 on what ``down`` made, whatever the stride was."""
         # Stride, padding and dilation were applied by A; applied twice, the sizes would not fit.
         convolve = F.conv2d if len(self.stride) == 2 else F.conv1d
@@ -170,7 +170,7 @@ class EmbeddingOperation:
         """Look up columns of ``down``."""
         return self(x, down)
 
-    def pointwise(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+    def up_project(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ up.T``."""
         return F.linear(x, up, bias)
 
@@ -190,3 +190,10 @@ def dropout(x: Tensor | OneHot, p: float, training: bool) -> Tensor | OneHot:
     if isinstance(x, OneHot):
         return OneHot(x.ids, F.dropout(x.values, p, training))
     return F.dropout(x, p, training)
+
+
+def channel_sum(activation: Tensor, channel_dim: int, dtype: torch.dtype) -> Tensor:
+    """Sum an activation over all but its channels: ``(channels,)``."""
+    activation = activation[None] if activation.ndim == 1 else activation
+    dims = [d for d in range(activation.ndim) if d != channel_dim % activation.ndim]
+    return torch.sum(activation, dims, dtype=dtype)

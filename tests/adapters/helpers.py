@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 
-import pytest
 import torch
 from torch import nn
 
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
+from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import norm_scope
-from dora_diffusion.adapters.sources import unwatch_sources
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.numerics import fast
 
 AXES = ("output", "input")
-
-
-fast_only = partial(pytest.mark.skipif, not fast.ENABLED)
 
 
 class Net(nn.Module):
@@ -54,8 +48,11 @@ def move(model: nn.Module, seed: int = 0, by: float = 0.2) -> None:
 def kept_by(
     layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, model: nn.Module
 ) -> tuple[torch.Tensor, dict[int, int]]:
-    """The output, and storages kept for the backward pass that are no parameters: bytes by name."""
-    own = {t.untyped_storage().data_ptr() for t in model.parameters()}
+    """The output, and storages kept for the backward pass that are no parameters: bytes by name.
+
+    Nor what a scope made of them, which the scope keeps.
+    """
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *prepared(model)]}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -67,6 +64,14 @@ def kept_by(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = layer(x)
     return y, kept
+
+
+def prepared(model: nn.Module) -> Iterator[torch.Tensor]:
+    """What an open scope's plan has made for a model that computes in its weights' dtype."""
+    for _, layer in adapted_layers(model):
+        for scales in (layer._scales_cache or {}).values():
+            factors = scales.factors(layer.weight.dtype)
+            yield from (part for part in factors if isinstance(part, torch.Tensor))
 
 
 class Block(nn.Module):
@@ -85,7 +90,7 @@ class Block(nn.Module):
         return torch.softmax(self.query(tokens) @ self.key(tokens).mT, -1)
 
 
-def block(axis: str, watched: bool) -> Block:
+def block(axis: str) -> Block:
     torch.manual_seed(0)
     model = Block()
     for parameter in model.parameters():
@@ -94,8 +99,6 @@ def block(axis: str, watched: bool) -> Block:
     inject_adapters(model, config)
     for parameter in adapter_parameters(model):
         parameter.data.add_(0.2 * torch.randn_like(parameter))
-    if not watched:
-        unwatch_sources(model)
     return model
 
 

@@ -27,7 +27,7 @@ from dora_diffusion.adapters.inject import (
 )
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import ConfigError
-from tests.adapters.helpers import AXES, everything, fast_only, move
+from tests.adapters.helpers import AXES, everything, move
 from tests.conftest import unet_config
 
 TRACES_CONTEXTS = pytest.mark.skipif(
@@ -262,22 +262,20 @@ def test_names_in_the_state_dict_and_copies_stay_as_they_were() -> None:
     assert all(module._compiled_call_impl is None for module in copied.modules())
 
 
-@fast_only(reason="without the fast path there is nothing to make")
 @pytest.mark.parametrize("axis", AXES)
 def test_compiled_layers_compute_from_what_the_scope_made(axis: str, monkeypatch) -> None:
     # Adapted layers that run uncompiled would have it made.
     plain = stack(("blocks.?.conv", "blocks.?.linear"), norm_axis=axis)
     model, reference = compiled(plain, "eager"), results(plain, square())
-    monkeypatch.setattr("dora_diffusion.adapters.layers.dora_forward", None)
+    monkeypatch.setattr("dora_diffusion.adapters.layers.factors_of", None)
     assert worst(results(model, square()), reference) < 1e-5
 
 
-@fast_only(reason="without the fast path there is nothing to make")
 def test_a_scope_that_opens_as_the_model_is_called_serves_its_blocks(monkeypatch) -> None:
     """As that of an offloaded model does."""
     plain = stack(("blocks.?.conv", "blocks.?.linear"))
     model, reference = compiled(plain, "eager"), results(plain, square())
-    monkeypatch.setattr("dora_diffusion.adapters.layers.dora_forward", None)
+    monkeypatch.setattr("dora_diffusion.adapters.layers.factors_of", None)
     forward = model.forward
 
     def in_scope(x: tuple[Tensor, ...]) -> Tensor:

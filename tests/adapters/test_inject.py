@@ -29,7 +29,6 @@ from tests.adapters.helpers import (
     AXES,
     Net,
     everything,
-    fast_only,
     move,
 )
 
@@ -215,9 +214,8 @@ def test_several_adapters_are_order_free_and_merge_as_they_run(net, x):
     torch.testing.assert_close(merged["square"], expected)
 
 
-@fast_only(reason="the page computes norms at every call")
 def test_norms_are_computed_once_in_a_scope_and_never_survive_it(net, x, monkeypatch):
-    from dora_diffusion.numerics.fast import plan
+    from dora_diffusion.numerics.prepare import plan
 
     inject_adapters(net, everything())
     move(net)
@@ -404,7 +402,6 @@ def test_a_copy_made_inside_a_scope_takes_no_norms_with_it(net, x):
     assert torch.equal(twin(x), net(x))
 
 
-@fast_only(reason="a scope opens nothing for the page")
 def test_a_scope_that_fails_to_open_leaves_nothing_behind(net, x, monkeypatch):
     inject_adapters(net, everything())
 
@@ -412,7 +409,7 @@ def test_a_scope_that_fails_to_open_leaves_nothing_behind(net, x, monkeypatch):
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("dora_diffusion.numerics.fast.make_gains", fail)
+        patch.setattr("dora_diffusion.adapters.scope.make_scales", fail)
         with pytest.raises(torch.OutOfMemoryError), norm_scope(net):
             pass
     before = net(x)

@@ -9,16 +9,11 @@ from torch import nn
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.numerics import fast
 
 
-@pytest.mark.parametrize("is_fast", [True, False])
 @pytest.mark.parametrize("axis", ["output", "input"])
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_convolution_keeps_channels_last(
-    is_fast: bool, axis: str, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fast, "ENABLED", is_fast)
+def test_a_convolution_keeps_channels_last(axis: str, size: int) -> None:
     x = torch.randn(2, 12, 9, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):

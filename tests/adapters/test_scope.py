@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from dora_diffusion.adapters import scope
 from dora_diffusion.adapters.inject import (
     disabled,
     inject_adapters,
@@ -21,8 +22,7 @@ from dora_diffusion.adapters.inject import (
 )
 from dora_diffusion.adapters.layers import AdaptedLayer, adapted_layers
 from dora_diffusion.adapters.scope import Loop, norm_scope
-from dora_diffusion.numerics import fast
-from tests.adapters.helpers import Net, everything, fast_only, gradients, move
+from tests.adapters.helpers import Net, everything, gradients, move
 
 
 def named_modules_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -136,19 +136,18 @@ def test_another_model_is_another_set_of_layers(net, x):
         move(model, seed=number)
     for models in ((net,), (other,), (net,), (net, other), (other, net)):
         with norm_scope(*models, loop=loop):
-            assert all(layer._gain_cache for m in models for _, layer in adapted_layers(m))
+            assert all(layer._scales_cache for m in models for _, layer in adapted_layers(m))
             found = [model(x) for model in models]
         with norm_scope(*models):
             assert all(map(torch.equal, found, [model(x) for model in models]))
 
 
-@fast_only(reason="the page keeps nothing")
 def test_what_did_not_change_is_found_out_once(net, x, monkeypatch):
     inject_adapters(net, everything())
     move(net)
     calls = []
-    real = fast.layouts_of
-    monkeypatch.setattr(fast, "layouts_of", lambda inputs: calls.append(1) or real(inputs))
+    real = scope.layouts_of
+    monkeypatch.setattr(scope, "layouts_of", lambda inputs: calls.append(1) or real(inputs))
     loop = Loop()
     for expected in (1, 1, 2, 3, 3):
         if expected == 2:
@@ -161,7 +160,6 @@ def test_what_did_not_change_is_found_out_once(net, x, monkeypatch):
         assert len(calls) == expected
 
 
-@fast_only(reason="the page keeps nothing")
 @pytest.mark.parametrize("settings", [{"direction": "vera"}, {}])
 def test_what_a_direction_made_is_not_kept_beyond_its_step(net, x, settings):
     """Vectors train; the matrices that they make are large, and of one step."""
@@ -169,25 +167,23 @@ def test_what_a_direction_made_is_not_kept_beyond_its_step(net, x, settings):
     loop = Loop()
     with norm_scope(net, loop=loop):
         net(x)
-        gain = net.square.gain("default", net.square.adapters["default"])
-        made = weakref.ref(gain.prepared.plan.layers[gain.number].weights.down)
-    del gain
+        scales = net.square.scales("default", net.square.adapters["default"])
+        made = weakref.ref(scales.plan.layers[scales.index].weights.down)
+    del scales
     gc.collect()
     assert (made() is None) == ("direction" in settings)
 
 
-@fast_only(reason="the page keeps nothing")
 def test_a_layer_whose_output_is_overwritten_now_is_noticed(net, x):
     inject_adapters(net, everything())
     loop = Loop()
     for kept in (True, False):
         net.square.keep_output = kept
         with norm_scope(net, loop=loop):
-            small = net.square.gain("default", net.square.adapters["default"]).small
-            assert (small is None) == kept
+            scales = net.square.scales("default", net.square.adapters["default"])
+            assert scales.factors(torch.float32).is_direct != kept
 
 
-@fast_only(reason="the page computes its own gradients")
 @pytest.mark.parametrize("axis", ["output", "input"])
 def test_layers_of_other_scales_and_ranks_lie_in_one_layout(x, axis):
     """Rows of one matrix B that are scaled apart, against gradients of each layer alone."""
@@ -214,6 +210,6 @@ def test_a_loop_can_be_left_by_an_exception(net, x):
     loop = Loop()
     with pytest.raises(KeyError), norm_scope(net, loop=loop):
         raise KeyError
-    assert all(layer._gain_cache is None for _, layer in adapted_layers(net))
+    assert all(layer._scales_cache is None for _, layer in adapted_layers(net))
     with norm_scope(net, loop=loop), disabled(net):
         net(x)

@@ -27,7 +27,7 @@ from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.memory import describe_device
-from dora_diffusion.numerics.fast.norms import widens_products
+from dora_diffusion.numerics.prepare.norms import widens_products
 from dora_diffusion.training import optimizer as optimizer_module
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.checkpoint import parameters_by_name

@@ -1,4 +1,8 @@
-"""The page against a dense float64 reference: the adapted weight, outputs and gradients."""
+"""The page against a dense float64 reference: the adapted weight, outputs and gradients.
+
+`alone` computes with a layer's own factors, `planned` with those of a plan, and `direct` with those
+of a plan that can take no gradient from the output.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,53 @@ import torch.nn.functional as F
 from dora_diffusion.numerics.dora import (
     adapted_norm,
     adapted_weight,
-    dora_difference,
     dora_forward,
     gain,
     low_rank_delta,
+    sum_of_adapters,
     weight_norm,
 )
 from dora_diffusion.numerics.operation import ConvOperation, LinearOperation
+from dora_diffusion.numerics.prepare.factors import PlanInputs, WeightStatistics, factors_of
+from dora_diffusion.numerics.prepare.plan import make_scales
 from dora_diffusion.numerics.weights import LayerWeights
 
 AXES = ("output", "input")
+
+
+def alone(op, x, weight, bias, layer):
+    return dora_forward(op, x, weight, bias, factors_of(weight, bias, layer, x.dtype))
+
+
+def planned(op, x, weight, bias, layer, **options):
+    statistics = WeightStatistics(weight, layer.norm_axis)
+    inputs = PlanInputs(layer, layer.magnitude, weight, bias, statistics, **options)
+    return dora_forward(op, x, weight, bias, make_scales([inputs])[0].factors(x.dtype))
+
+
+def direct(*args):
+    return planned(*args, keep_output=False)
+
+
+WAYS = pytest.mark.parametrize("way", [alone, planned, direct])
 # kind -> (weight shape, input shape, operation, the same operation in plain torch)
 CASES = {
     "linear": ((12, 7), (5, 9, 7), LinearOperation(), F.linear),
     "linear square": ((8, 8), (3, 8), LinearOperation(), F.linear),
+    "linear, one row": ((12, 7), (7,), LinearOperation(), F.linear),
     "conv 1x1": ((6, 10, 1, 1), (2, 10, 4, 5), ConvOperation(), F.conv2d),
+    "conv 1x1 strided": (
+        (6, 10, 1, 1),
+        (2, 10, 4, 5),
+        ConvOperation(stride=(2, 2)),
+        lambda x, w, b=None: F.conv2d(x, w, b, stride=2),
+    ),
+    "conv 3x3, one pixel": (
+        (6, 5, 3, 3),
+        (1, 5, 1, 1),
+        ConvOperation(padding=(1, 1)),
+        lambda x, w, b=None: F.conv2d(x, w, b, padding=1),
+    ),
     "conv strided, padded and dilated": (
         (8, 4, 3, 2),
         (2, 4, 11, 9),
@@ -75,16 +111,22 @@ def compare(case, axis, ours, reference, tolerance=1e-12, dtype=torch.float64, b
     g = torch.Generator().manual_seed(1)
     x = torch.randn(input_shape, generator=g, dtype=torch.float64)
     upstream = torch.randn(plain(x, weight, b).shape, generator=g, dtype=torch.float64)
+    # What is computed in a dtype is given in it; factors and magnitude are float32 or wider.
+    x, weight, upstream = (t.to(dtype).double() for t in (x, weight, upstream))
+    b = None if b is None else b.to(dtype).double()
     leaves = (x, down, up, magnitude)
     expected = gradients(
         lambda x, *factors: reference(plain, x, weight, b, *factors), leaves, upstream
     )
-    weight, b = weight.to(dtype), None if b is None else b.to(dtype)
+    wide = dtype if dtype.itemsize > 2 else torch.float32
     found = gradients(
-        lambda x, *factors: ours(op, x, weight, b, LayerWeights(*factors, 1.7 * 3, axis)),
-        [leaf.to(dtype) for leaf in leaves],
+        lambda x, *factors: ours(
+            op, x, weight.to(dtype), None if b is None else b.to(dtype),
+            LayerWeights(*factors, 1.7 * 3, axis),
+        ),
+        [x.to(dtype), *(leaf.to(wide) for leaf in leaves[1:])],
         upstream,
-    )
+    )  # fmt: skip
     for one, other in zip(found, expected, strict=True):
         limit = tolerance * other.abs().max().item()
         torch.testing.assert_close(one.double(), other, rtol=0, atol=limit)
@@ -97,12 +139,23 @@ def dense(axis):
     )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+# dtype -> largest difference of an output or gradient, as a share of its largest number: for 16
+# bits, a few roundings of activations.
+DTYPES = {
+    torch.float64: 1e-12,
+    torch.float32: 3e-6,
+    torch.bfloat16: 4 * 2**-8,
+    torch.float16: 4 * 2**-11,
+}
+
+
+@WAYS
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("case", CASES)
-def test_output_and_gradients_are_the_definitions(case, axis, bias, dtype, tolerance):
-    compare(case, axis, dora_forward, dense(axis), tolerance, dtype, bias)
+def test_output_and_gradients_are_the_definitions(case, axis, bias, dtype, way):
+    compare(case, axis, way, dense(axis), DTYPES[dtype], dtype, bias)
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -116,14 +169,39 @@ def test_a_layer_with_the_adapted_weight_is_the_same_with_the_same_gradients(cas
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("case", CASES)
-def test_the_difference_moves_the_magnitude_by_its_strength(case, axis):
+def test_a_strength_moves_the_magnitude_from_the_bases_norm(case, axis):
     def ours(op, x, weight, bias, layer):
-        return dora_difference(op, x, weight, layer, 0.4)
+        return dora_forward(op, x, weight, bias, factors_of(weight, bias, layer, x.dtype, 0.4))
 
     def reference(plain, x, weight, bias, down, up, magnitude):
         start = dense_norm(weight, axis).flatten()
         moved = start + 0.4 * (magnitude - start)
-        return plain(x, reference_weight(weight, down, up, moved, 1.7, axis) - weight)
+        return plain(x, reference_weight(weight, down, up, moved, 1.7, axis), bias)
+
+    compare(case, axis, ours, reference)
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("case", CASES)
+def test_several_adapters_are_a_sum_of_differences_each_of_its_own_input(case, axis):
+    """One of strength 0.3, a LoRA, and one whose input dropout has changed."""
+
+    def adapters(layer):
+        lora = LayerWeights(2 * layer.down, layer.up, None, layer.alpha)
+        return (layer, 0.3, 1.0), (lora, 1.0, 1.0), (layer, 1.0, 0.5)
+
+    def ours(op, x, weight, bias, layer):
+        terms = [
+            (factors_of(weight, bias, one, x.dtype), strength, x if by == 1 else by * x)
+            for one, strength, by in adapters(layer)
+        ]
+        return sum_of_adapters(op, x, weight, bias, terms)
+
+    def reference(plain, x, weight, bias, down, up, magnitude):
+        adapted = reference_weight(weight, down, up, magnitude, 1.7, axis)
+        low_rank = 1.7 * (up.flatten(1) @ (2 * down).flatten(1)).view_as(weight)
+        y = plain(x, weight + 0.3 * (adapted - weight) + low_rank, bias)
+        return y + plain(0.5 * x, adapted - weight)
 
     compare(case, axis, ours, reference)
 
@@ -135,7 +213,7 @@ def test_without_a_magnitude_it_is_lora(case):
     x = torch.randn(input_shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     delta = 0.5 * (up.flatten(1) @ down.flatten(1)).view_as(weight)
     torch.testing.assert_close(low_rank_delta(down, up, 0.5), delta, rtol=1e-12, atol=1e-12)
-    y = dora_forward(op, x, weight, bias, LayerWeights(down, up, None, 1.5))
+    y = alone(op, x, weight, bias, LayerWeights(down, up, None, 1.5))
     torch.testing.assert_close(y, plain(x, weight + delta, bias), rtol=1e-12, atol=1e-12)
 
 
@@ -158,17 +236,19 @@ def test_norms_are_dense_sums_and_constants(axis, shape):
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_fresh_adapter_is_an_identity_to_the_last_bit(case, axis, dtype):
+@WAYS
+def test_a_fresh_adapter_is_an_identity_to_the_last_bit(case, axis, dtype, way):
     shape, input_shape, op, plain = CASES[case]
     weight, bias, down, up, _ = make(shape, dtype=torch.float32, axis=axis)
     weight, bias = weight.to(dtype), bias.to(dtype)
     layer = LayerWeights(down, torch.zeros_like(up), weight_norm(weight, axis), 5.0, axis)
     x = torch.randn(input_shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    assert torch.equal(dora_forward(op, x, weight, bias, layer), plain(x, weight, bias))
+    assert torch.equal(way(op, x, weight, bias, layer), plain(x, weight, bias))
     assert torch.equal(adapted_weight(weight, layer).to(dtype), weight)
 
 
-def test_low_precision_keeps_updates_that_rounding_the_weight_would_lose():
+@WAYS
+def test_low_precision_keeps_updates_that_rounding_the_weight_would_lose(way):
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 64, generator=g).bfloat16()
     down, up = torch.randn(4, 64, generator=g), 5e-4 * torch.randn(64, 4, generator=g)
@@ -177,24 +257,85 @@ def test_low_precision_keeps_updates_that_rounding_the_weight_would_lose():
     x = (torch.randn(4096, 4, generator=g) @ down).bfloat16()
     exact = adapted_weight(weight.double(), layer.to(torch.float64)) - weight.double()
     wanted = F.linear(x.double(), exact)
-    y = dora_forward(LinearOperation(), x, weight, None, layer)
+    y = way(LinearOperation(), x, weight, None, layer)
     change = y.double() - F.linear(x, weight).double()
     # How much of the change is there: noise averages out, a lost update does not.
     share = ((change * wanted).sum() / wanted.square().sum()).item()
     assert abs(share - 1) < 0.1
 
 
+@WAYS
 @pytest.mark.parametrize("axis", AXES)
-def test_a_zero_channel_gives_zeros_and_no_nan(axis):
+def test_a_zero_channel_gives_zeros_and_no_nan(axis, way):
     weight, bias, down, up, _ = make((12, 7), axis=axis)
     weight[(0, slice(None)) if axis == "output" else (slice(None), 0)] = 0
     x, magnitude = torch.randn(4, 7).double(), weight_norm(weight, axis)
     leaves = [t.requires_grad_() for t in (x, down, torch.zeros_like(up), magnitude)]
     layer = LayerWeights(*leaves[1:], 1.0, axis)
-    y = dora_forward(LinearOperation(), x, weight, bias, layer)
+    y = way(LinearOperation(), x, weight, bias, layer)
     y.sum().backward()
     torch.testing.assert_close(y, F.linear(x, weight, bias), rtol=1e-14, atol=1e-14)
     assert all(torch.isfinite(t.grad).all() for t in leaves)
+
+
+@WAYS
+@pytest.mark.parametrize("axis", AXES)
+def test_zero_and_tiny_magnitudes_have_exact_gradients(axis, way):
+    weight, bias, down, up, magnitude = make((12, 7), axis=axis)
+    magnitude[0], magnitude[1] = 0, 1e-9
+    x, upstream = torch.randn(4, 7, dtype=torch.float64), torch.randn(4, 12, dtype=torch.float64)
+    expected = gradients(
+        lambda m: F.linear(x, reference_weight(weight, down, up, m, 0.5, axis), bias),
+        [magnitude],
+        upstream,
+    )
+    found = gradients(
+        lambda m: way(LinearOperation(), x, weight, bias, LayerWeights(down, up, m, 1.5, axis)),
+        [magnitude],
+        upstream,
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@WAYS
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("shrink", [1.0, 1e-4])
+def test_the_magnitude_gradient_of_float16_does_not_overflow(case, axis, way, shrink):
+    """Under a loss scale: each product with an output is beyond float16, and no gradient is."""
+    shape, input_shape, op, plain = CASES[case]
+    weight, bias, down, up, magnitude = make(shape, axis=axis)
+    magnitude[0] *= shrink  # A small gain makes a layer direct.
+    g = torch.Generator().manual_seed(1)
+    x = 30 * torch.randn(input_shape, generator=g, dtype=torch.float64)
+    upstream = torch.randn(plain(x, weight, bias).shape, generator=g, dtype=torch.float64) * 2000
+    half = [t.half() for t in (x, weight, bias, upstream)]
+    x, weight, bias, upstream = (t.double() for t in half)
+    down, up, magnitude = (t.float().double() for t in (down, up, magnitude))
+    _, expected = gradients(
+        lambda m: plain(x, reference_weight(weight, down, up, m, 0.1, axis), bias),
+        [magnitude],
+        upstream,
+    )
+
+    def ours(x, m):
+        return way(op, x, *half[1:3], LayerWeights(down.float(), up.float(), m, 0.3, axis))
+
+    y, _, found = gradients(ours, [half[0], magnitude.float()], half[3])
+    assert (y.float().abs().max() * half[3].float().abs().max()).item() > 65504
+    assert found.dtype == torch.float32
+    limit = 5e-3 * expected.abs().max().item()
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=limit)
+
+
+@WAYS
+@pytest.mark.parametrize("axis", AXES)
+def test_an_input_without_gradient_has_none_and_the_factors_theirs(axis, way):
+    weight, bias, *factors = make((12, 7), axis=axis)
+    leaves, x = [t.requires_grad_() for t in factors], torch.randn(4, 7).double()
+    way(LinearOperation(), x, weight, bias, LayerWeights(*leaves, 1.5, axis)).sum().backward()
+    assert x.grad is None
+    assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in leaves)
 
 
 @pytest.mark.parametrize("axis", AXES)

@@ -22,7 +22,7 @@ def test_a_linear(bias):
     layer, x = nn.Linear(8, 5, bias=bias), X
     op = LinearOperation()
     assert torch.equal(op(x, layer.weight, layer.bias), layer(x))
-    assert torch.equal(op.pointwise(x, layer.weight, layer.bias), layer(x))
+    assert torch.equal(op.up_project(x, layer.weight, layer.bias), layer(x))
     torch.testing.assert_close(
         op.broadcast(layer.weight[:, 0]) * layer(x), layer(x) @ layer.weight[:, 0].diag()
     )
@@ -41,7 +41,7 @@ def test_a_convolution(options, bias):
     op = ConvOperation(layer.stride, layer.padding, layer.dilation)
     assert torch.equal(op(X, layer.weight, layer.bias), layer(X))
     up = nn.Conv2d(5, 7, 1)
-    assert torch.equal(op.pointwise(layer(X), up.weight, up.bias), up(layer(X)))
+    assert torch.equal(op.up_project(layer(X), up.weight, up.bias), up(layer(X)))
     scaled = op.broadcast(torch.arange(5.0)) * layer(X)
     torch.testing.assert_close(scaled, torch.einsum("nohw,o->nohw", layer(X), torch.arange(5.0)))
 
@@ -56,7 +56,7 @@ def test_a_low_rank_convolution_is_one_with_the_product(dims, groups):
     assert torch.equal(op(x, layer.weight), layer(x))
     down, up = torch.randn(4, *layer.weight.shape[1:]), torch.randn(12, 4, *[1] * dims)
     product = (up.flatten(1) @ down.flatten(1)).view_as(layer.weight)
-    low_rank = op.pointwise(op.down_project(x, down), up)
+    low_rank = op.up_project(op.down_project(x, down), up)
     torch.testing.assert_close(low_rank, op(x, product), rtol=1e-5, atol=1e-4)
     values = torch.rand(6 // groups)
     scaled = op(op.scale_input(x, values), layer.weight)
@@ -71,7 +71,7 @@ def test_an_embedding_is_a_linear_of_one_hot_vectors():
     assert torch.equal(op(x, table.t()), table[ids])
     down, up, values = torch.randn(2, 7), torch.randn(5, 2), torch.rand(7)
     torch.testing.assert_close(
-        op.pointwise(op.down_project(x, down), up), linear(linear(dense, down), up)
+        op.up_project(op.down_project(x, down), up), linear(linear(dense, down), up)
     )
     scaled = op.scale_input(x, values)
     torch.testing.assert_close(op(scaled, table.t()), linear(dense * values, table.t()))

@@ -12,16 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.numerics import precision
-from dora_diffusion.numerics.fast import operation
-from dora_diffusion.numerics.fast.autograd import dora
-from dora_diffusion.numerics.fast.gain import PlanInputs, WeightStatistics
-from dora_diffusion.numerics.fast.plan import make_gains
+from dora_diffusion.numerics.dora import dora_forward
 from dora_diffusion.numerics.operation import ConvOperation, LinearOperation
 from dora_diffusion.numerics.precision import (
     allow_tf32,
     full_precision,
     rounds_float32,
 )
+from dora_diffusion.numerics.prepare.factors import PlanInputs, WeightStatistics
+from dora_diffusion.numerics.prepare.plan import make_scales
 from dora_diffusion.numerics.weights import LayerWeights
 
 B = torch.backends
@@ -197,10 +196,9 @@ def tf32(tensor: Tensor) -> Tensor:
 def tensor_float(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that multiplies as CUDA does, and says so."""
     monkeypatch.setattr(precision, "rounds_float32", lambda *_: True)
-    conv2d, linear, product = F.conv2d, F.linear, operation.matrix_product
+    conv2d, linear = F.conv2d, F.linear
     monkeypatch.setattr(F, "conv2d", lambda x, w, *rest: conv2d(tf32(x), tf32(w), *rest))
     monkeypatch.setattr(F, "linear", lambda x, w, b=None: linear(tf32(x), tf32(w), b))
-    monkeypatch.setattr(operation, "matrix_product", lambda x, y: product(tf32(x), tf32(y)))
 
 
 def share(found: Tensor, wanted: Tensor) -> float:
@@ -232,12 +230,13 @@ def test_tensor_float_32_does_not_lose_a_small_update(
     magnitude = torch.ones(len(statistics.squared_norm))
     for _ in range(2):  # The second time, the magnitude is the norm: the gain is 1.
         layer = LayerWeights(down, up, magnitude, 4.0, axis)
-        (gain,) = make_gains([PlanInputs(layer, magnitude, weight, None, statistics)])
-        magnitude = gain.norm
-    assert torch.equal(gain.gain, torch.ones_like(magnitude))
+        (scales,) = make_scales([PlanInputs(layer, magnitude, weight, None, statistics)])
+        magnitude = scales.norm
+    assert torch.equal(scales.gain, torch.ones_like(magnitude))
 
     def change() -> Tensor:
-        return dora(op, x, weight, None, gain).double() - plain(x, weight).double()
+        y = dora_forward(op, x, weight, None, scales.factors(x.dtype))
+        return y.double() - plain(x, weight).double()
 
     with monkeypatch.context() as patch:
         patch.undo()

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dora_diffusion.numerics.dora import squared_norm
-from dora_diffusion.numerics.fast.norms import (
+from dora_diffusion.numerics.prepare.norms import (
     SameShape,
     checksum,
     factored_norm,

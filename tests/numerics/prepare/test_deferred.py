@@ -10,9 +10,9 @@ import torch
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.adapters.scope import Loop, norm_scope
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.numerics.fast import watch as watch_module
-from dora_diffusion.numerics.fast.plan import Plan
-from dora_diffusion.numerics.fast.watch import Watch
+from dora_diffusion.numerics.prepare import deferred
+from dora_diffusion.numerics.prepare.deferred import DeferredFlags
+from dora_diffusion.numerics.prepare.plan import Plan
 
 NONE = torch.tensor([False] * 5)
 SECOND = torch.tensor([False, False, False, True, False])
@@ -29,24 +29,24 @@ class Event:
 
 @pytest.fixture
 def as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch_module, "record_event", lambda tensor: Event())
-    monkeypatch.setattr(watch_module, "reads_at_once", lambda device: False)
+    monkeypatch.setattr(deferred, "record_event", lambda tensor: Event())
+    monkeypatch.setattr(deferred, "reads_at_once", lambda device: False)
 
 
 def test_a_cpu_reads_at_once():
-    watch = Watch()
-    assert watch.layers(NONE, [2, 3]) == set()
-    assert watch.layers(SECOND, [2, 3]) == {1}
-    assert watch.layers(NONE, [2, 3]) == set()
+    flags = DeferredFlags()
+    assert flags.layers(NONE, [2, 3]) == set()
+    assert flags.layers(SECOND, [2, 3]) == {1}
+    assert flags.layers(NONE, [2, 3]) == set()
 
 
 @pytest.mark.usefixtures("as_a_gpu")
 def test_a_gpu_reads_the_step_before_and_the_first_at_once():
-    watch = Watch()
-    assert watch.layers(SECOND, [2, 3]) == {1}
-    assert watch.layers(NONE, [2, 3]) == {1}
-    assert watch.layers(SECOND, [2, 3]) == set()
-    assert watch.layers(NONE, [4, 1]) == set(), "other layers: those flags say nothing of them"
+    flags = DeferredFlags()
+    assert flags.layers(SECOND, [2, 3]) == {1}
+    assert flags.layers(NONE, [2, 3]) == {1}
+    assert flags.layers(SECOND, [2, 3]) == set()
+    assert flags.layers(NONE, [4, 1]) == set(), "other layers: those flags say nothing of them"
 
 
 def net() -> Any:
@@ -93,9 +93,10 @@ def test_a_channel_is_flagged_before_it_is_ill_conditioned():
     seen = []
     for _ in range(12):
         with norm_scope(model, loop=loop):
-            gain = model[0].gain("default", model[0].adapters["default"])
-            seen.append((abs(float(gain.gain[4])), gain.small is not None))
+            scales = model[0].scales("default", model[0].adapters["default"])
+            gain, is_direct = abs(float(scales.gain[4])), scales.factors(torch.float32).is_direct
+            seen.append((gain, is_direct))
         with torch.no_grad():
-            magnitude[4] *= 0.4 if abs(float(gain.gain[4])) > 0.01 else 0.7
+            magnitude[4] *= 0.4 if gain > 0.01 else 0.7
     assert any(value < 1e-3 for value, _ in seen)
-    assert all(small for value, small in seen if value < 1e-3)
+    assert all(is_direct for value, is_direct in seen if value < 1e-3)

@@ -22,9 +22,17 @@ from torch.autograd.function import once_differentiable
 
 from dora_diffusion.numerics.dora import NORM_FLOOR
 from dora_diffusion.numerics.dora import gain as gain_of
-from dora_diffusion.numerics.fast.gain import Factors, Gain, PlanInputs, Prepared
-from dora_diffusion.numerics.fast.layout import Layout, layouts_of
-from dora_diffusion.numerics.fast.norms import (
+from dora_diffusion.numerics.joined import join
+from dora_diffusion.numerics.precision import full_precision
+from dora_diffusion.numerics.prepare.deferred import DeferredFlags
+from dora_diffusion.numerics.prepare.factors import (
+    Factors,
+    LayerScales,
+    PlanInputs,
+    direction_of,
+)
+from dora_diffusion.numerics.prepare.layout import Layout, layouts_of
+from dora_diffusion.numerics.prepare.norms import (
     SameShape,
     Terms,
     factored_norm,
@@ -33,13 +41,9 @@ from dora_diffusion.numerics.fast.norms import (
     parts_of,
     widens,
 )
-from dora_diffusion.numerics.fast.watch import Watch
-from dora_diffusion.numerics.joined import join
-from dora_diffusion.numerics.precision import full_precision
-from dora_diffusion.numerics.weights import LayerWeights
 
-# Output channels whose |g| is below this recompute their direction for the gradient of m: dividing
-# g out of y would magnify the rounding of y, or be 0 / 0.
+# A layer with a channel whose |g| is below this is direct: dividing g out of what it keeps would
+# magnify the rounding of that, or be 0 / 0.
 SMALL_GAIN = 1e-3
 # Checksums of one weight differ by their rounding, of about 1e-6 |W_i|; this is squared.
 SAME_WEIGHT = 1e-10
@@ -47,8 +51,10 @@ SAME_WEIGHT = 1e-10
 MARGIN = 2.0
 
 
-def make_gains(layers: Sequence[PlanInputs], watch: Watch | None = None) -> list[Gain]:
-    """The gains of many layers, with one wait for the device in all, not one for each layer.
+def make_scales(
+    layers: Sequence[PlanInputs], flags: DeferredFlags | None = None
+) -> list[LayerScales]:
+    """The norms and gains of many layers, with one wait for the device in all.
 
     A layer with an ill-conditioned channel (whose terms cancel, or whose gain is small) takes a
     path of its own; whether there is any is all that is read back from the device. So does a layer
@@ -57,18 +63,18 @@ def make_gains(layers: Sequence[PlanInputs], watch: Watch | None = None) -> list
 
     Args:
         layers: What they are computed from.
-        watch: What was read back a step late of the step before, so that nothing waits.
+        flags: What was read back a step late of the step before, so that nothing waits.
     """
-    return gains_of(layouts_of(layers), watch)
+    return scales_of(layouts_of(layers), flags)
 
 
-def gains_of(layouts: Sequence[Layout], watch: Watch | None = None) -> list[Gain]:
-    """`make_gains` of layers whose layouts are there already, from what is in them now."""
-    gains: dict[int, Gain] = {}
+def scales_of(layouts: Sequence[Layout], flags: DeferredFlags | None = None) -> list[LayerScales]:
+    """`make_scales` of layers whose layouts are there already, from what is in them now."""
+    scales: dict[int, LayerScales] = {}
     for layout in layouts:
-        made = Plan(layout).gains(watch if len(layouts) == 1 else None)
-        gains |= zip(layout.numbers, made, strict=True)
-    return [gains[number] for number in range(len(gains))]
+        made = Plan(layout).scales(flags if len(layouts) == 1 else None)
+        scales |= zip(layout.numbers, made, strict=True)
+    return [scales[number] for number in range(len(scales))]
 
 
 class Plan:
@@ -77,34 +83,21 @@ class Plan:
     def __init__(self, layout: Layout) -> None:
         self.layout, self.layers = layout, layout.layers
         self.down, self.up = layout.down(), layout.up()
-
-    def direction(self, number: int) -> LayerWeights:
-        """One adapter, without its magnitude."""
-        down, up = self.layout.downs(self.down)[number], self.layout.ups(self.up)[number]
-        return dataclasses.replace(self.layers[number].weights, down=down, up=up, magnitude=None)
-
-    def part(self, joined: Tensor, number: int) -> Tensor:
-        """One layer's part of a vector over all channels."""
-        return self.layout.vectors(joined)[number]
+        self.ran_without_gradients: set[int] = set()
+        self.direct = {i for i, layer in enumerate(self.layers) if layer.is_direct}
 
     @torch.no_grad()
-    def gains(self, watch: Watch | None) -> list[Gain]:
+    def scales(self, flags: DeferredFlags | None) -> list[LayerScales]:
         """Norms and gains; those of flagged layers in a way of their own."""
         with full_precision(self.down.device):
-            flagged = self._norms(1.0 if watch is None else MARGIN)
+            flagged = self._norms(1.0 if flags is None else MARGIN)
             norms, gains = self.layout.vectors(self.norm), self.layout.vectors(self.gain)
-            self.small: dict[int, Tensor] = {}
-            for number in (watch or Watch()).layers(flagged, self.layout.sizes):
+            for number in (flags or DeferredFlags()).layers(flagged, self.layout.sizes):
                 self._recompute(number, norms[number], gains[number])
-        for number, layer in enumerate(self.layers):
-            if not layer.keep_output and layer.weights.norm_axis == "output":
-                self.small[number] = torch.arange(len(gains[number]), device=self.down.device)
-        prepared = Prepared(self)
-        axes = [layer.weights.norm_axis for layer in self.layers]
-        return [
-            Gain(norms[i], gains[i], self.small.get(i), axis, prepared, i, prepared.made[i])
-            for i, axis in enumerate(axes)
-        ]
+        # Not in the plan: the graph leads from the factors to it, and cycles are freed late.
+        made: list[dict[torch.dtype, Factors]] = [{} for _ in self.layers]
+        parts = enumerate(zip(norms, gains, made, strict=True))
+        return [LayerScales(norm, gain, self, i, own, made) for i, (norm, gain, own) in parts]
 
     def _norms(self, margin: float) -> Tensor:
         """Norms and gains of all layers, and which of their channels are flagged."""
@@ -156,9 +149,8 @@ class Plan:
         factors = layer.weight, w.down, w.up, w.scale, w.norm_axis
         norm.copy_(factored_norm(*factors, layer.statistics.squared_norm))
         gain.copy_(gain_of(layer.magnitude, norm))
-        small = (gain.abs() < SMALL_GAIN).nonzero().flatten()
-        if len(small) and w.norm_axis == "output":
-            self.small[number] = small
+        if bool((gain.abs() < SMALL_GAIN).any()):
+            self.direct.add(number)
 
     def factors(self, dtype: torch.dtype) -> list[Factors]:
         """What the layers compute with in a dtype."""
@@ -171,14 +163,29 @@ class Plan:
         with torch.inference_mode(False), torch.enable_grad():
             made: tuple[Tensor, ...] = _Prepare.apply(self, dtype, *parameters)  # type: ignore[no-untyped-call]
         count = len(self.layers)
-        downs, ups, sums = (made[i * count : (i + 1) * count] for i in range(3))
-        shift_sums = iter(made[3 * count :])
+        downs, ups, numerators = (made[i * count : (i + 1) * count] for i in range(3))
+        shifts, shift_numerators = self._shifts(dtype), iter(made[3 * count :])
         return [
-            Factors(down, up, gain, shift, total, None if shift is None else next(shift_sums))
-            for down, up, gain, shift, total in zip(
-                downs, ups, self._broadcast_gains(), self._shifts(dtype), sums, strict=True
+            Factors(
+                downs[number],
+                ups[number],
+                gain,
+                shifts[number],
+                numerators[number],
+                None if shifts[number] is None else next(shift_numerators),
+                self.layers[number].weights.norm_axis,
+                number in self.direct,
+                self._direction(number, dtype) if number in self.direct else None,
             )
+            for number, gain in enumerate(self._broadcast_gains())
         ]
+
+    def _direction(self, number: int, dtype: torch.dtype) -> Tensor | None:
+        """`direction_of` a layer as it was when the plan was made."""
+        down, up = self.layout.downs(self.down)[number], self.layout.ups(self.up)[number]
+        layer = self.layers[number]
+        weights = dataclasses.replace(layer.weights, down=down, up=up)
+        return direction_of(layer.weight, weights, dtype)
 
     def _broadcast_gains(self) -> Iterator[Tensor]:
         """Each layer's gain, shaped to multiply what its channels are channels of."""
@@ -204,19 +211,12 @@ class Plan:
         return join(biases).to(layout.wide)
 
     def divisor(self) -> Tensor:
-        """What turns a layer's sums to the gradient of m: the norm, times g where y has it in."""
-        norm = self.norm.clamp_min(NORM_FLOOR)
-        axes = {layer.weights.norm_axis for layer in self.layers}
-        if axes == {"input"}:
-            return norm
+        """What turns numerators to the gradient of m: the norm, times g unless they are direct."""
         gain = self.gain.masked_fill(self.gain == 0, 1)
         parts = self.layout.vectors(gain)
-        for number, channels in self.small.items():
-            parts[number][channels] = 1
-        for part, layer in zip(parts, self.layers, strict=True):
-            if len(axes) > 1 and layer.weights.norm_axis == "input":
-                part.fill_(1)
-        return norm.mul_(gain)
+        for number in self.direct:
+            parts[number].fill_(1)
+        return gain.mul_(self.norm.clamp_min(NORM_FLOOR))
 
 
 class _Prepare(torch.autograd.Function):
@@ -235,8 +235,8 @@ class _Prepare(torch.autograd.Function):
         down = plan.down.to(dtype)
         ups = [(up * scale).to(dtype) for up, scale in zip(plan.up, scales, strict=True)]
         shifted = [size for size, has in zip(layout.sizes, layout.shifted, strict=True) if has]
-        sums = plan.gain.new_empty(len(plan.gain) + sum(shifted))
-        split = torch.split(sums, layout.sizes + shifted)
+        numerators = torch.cat([plan.gain, plan.gain.new_zeros(sum(shifted))])
+        split = torch.split(numerators, layout.sizes + shifted)
         return *layout.downs(down), *layout.ups(ups), *split
 
     @staticmethod
@@ -271,7 +271,7 @@ def _magnitude_gradient(
 ) -> Tensor:
     """``dm_i = sum(dy_i * (y_i - b_i)) / (g_i norm_i)``, all layers': ``(W + sBA) x`` is the rest.
 
-    On the input axis the sum is that of ``x * dx`` before the gain, over the norm alone.
+    On the input axis the sum is that of ``g x`` times its gradient.
     """
     zeros = plan.gain.new_zeros(max(plan.layout.sizes))
 

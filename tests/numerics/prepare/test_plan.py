@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_diffusion.numerics.dora import weight_norm
-from dora_diffusion.numerics.fast.gain import PlanInputs, WeightStatistics
-from dora_diffusion.numerics.fast.plan import Plan, make_gains
+from dora_diffusion.numerics.prepare.factors import PlanInputs, WeightStatistics
+from dora_diffusion.numerics.prepare.plan import Plan, make_scales
 from dora_diffusion.numerics.weights import LayerWeights
 
 AXES = ("output", "input")
@@ -53,10 +53,10 @@ def layers(draw):
 def test_norms_of_many_layers_equal_the_dense_norms(several):
     """All together, whatever cancels in them."""
     inputs = [inputs_of(*layer) for layer in several]
-    for (weight, down, up, scale, axis), gain in zip(several, make_gains(inputs), strict=True):
+    for (weight, down, up, scale, axis), scales in zip(several, make_scales(inputs), strict=True):
         delta = (up.double().flatten(1) @ down.double().flatten(1)).view_as(weight)
         expected = dense_norm(weight.double() + scale * delta, axis).flatten()
-        torch.testing.assert_close(gain.norm.double(), expected, rtol=2e-5, atol=1e-6)
+        torch.testing.assert_close(scales.norm.double(), expected, rtol=2e-5, atol=1e-6)
 
 
 def test_statistics_of_a_weight_are_renewed_when_it_was_written_to(monkeypatch):
@@ -73,7 +73,7 @@ def test_statistics_of_a_weight_are_renewed_when_it_was_written_to(monkeypatch):
             weight.data.mul_(1.0 if recomputed else 1.5)
         magnitude = weight_norm(weight, "output")
         inputs = inputs_of(weight, down, up, 0.5, "output", magnitude, statistics)
-        (gain,) = make_gains([inputs])
+        (scales,) = make_scales([inputs])
         assert len(recomputed) == expected
         dense = (weight.double() + 0.5 * up.double() @ down.double()).norm(dim=1)
-        torch.testing.assert_close(gain.norm.double(), dense, rtol=1e-5, atol=0)
+        torch.testing.assert_close(scales.norm.double(), dense, rtol=1e-5, atol=0)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.fast.gain import PlanInputs
 from dora_diffusion.numerics.joined import join, split_like
+from dora_diffusion.numerics.prepare.factors import PlanInputs
 
 
 class Layout:

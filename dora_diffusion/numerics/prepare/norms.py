@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.numerics.dora import low_rank_delta, squared_norm
-from dora_diffusion.numerics.fast.product import matrix_product
 from dora_diffusion.numerics.precision import is_wide, to_float64, wide, wide_dtype
 from dora_diffusion.numerics.weights import NormAxis
 
@@ -125,20 +124,13 @@ def _products(
 def _batch(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
     """The product of each pair, float32 or wider, in one tensor."""
     if is_wide(dtype):
-        products = [_product(left.to(dtype), right.to(dtype)) for left, right in pairs]
+        products = [left.to(dtype) @ right.to(dtype) for left, right in pairs]
         return torch.stack(products) if len(products) > 1 else products[0][None]
     (left, right), kind = pairs[0], torch.float32
     made = torch.empty(len(pairs), len(left), right.shape[1], dtype=kind, device=left.device)
     for pair, out in zip(pairs, made.unbind(), strict=True):
         torch.ops.aten.mm.dtype_out(*pair, kind, out=out)
     return made
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``; of a weight that is stored transposed without a copy of it."""
-    if not left.is_contiguous() and left.t().is_contiguous():
-        return matrix_product(right.t(), left.t()).t()
-    return matrix_product(left, right)
 
 
 def widens(weight: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class Watch:
+class DeferredFlags:
     """Flags of one step's channels, read in the next step, when they have long arrived.
 
     On a CPU, where nothing waits, and in the first step they are read at once. For a loop of steps

@@ -1,0 +1,184 @@
+"""What a layer computes with, made from its parameters: by a plan for many layers, or for one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.numerics.dora import (
+    adapted_norm,
+    adapted_weight,
+    gain,
+    moved_magnitude,
+    per_channel,
+    squared_norm,
+)
+from dora_diffusion.numerics.precision import full_precision
+from dora_diffusion.numerics.prepare.norms import checksum
+from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+
+if TYPE_CHECKING:
+    from dora_diffusion.numerics.prepare.plan import Plan
+
+
+class WeightStatistics:
+    """Statistics of a frozen base weight ``(out, in, *k)``; both ``(n,)`` on the norm's axis.
+
+    Attributes:
+        squared_norm: ``|W|^2``.
+        checksum: Tells whether it is still the same weight.
+    """
+
+    def __init__(self, weight: Tensor, axis: NormAxis) -> None:
+        self.axis: NormAxis = axis
+        self.update(weight)
+
+    def update(self, weight: Tensor) -> None:
+        """Compute the statistics of a weight, which are a pass over it each."""
+        with full_precision(weight.device):
+            self.squared_norm = squared_norm(weight, self.axis)
+            self.checksum = checksum(weight, self.axis)
+
+
+class PlanInputs(NamedTuple):
+    """One adapter on one layer.
+
+    Attributes:
+        weights: Its parameters, with the strength of its direction in their scale.
+        magnitude: What acts as its magnitude, ``(n,)``: the parameter, unless a strength moves it.
+        weight: Base weight ``(out, in, *k)``.
+        bias: ``(out,)``, or None.
+        statistics: Of the weight.
+        keep_output: Whether nothing overwrites the layer's output in place.
+    """
+
+    weights: LayerWeights
+    magnitude: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    statistics: WeightStatistics
+    keep_output: bool = True
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the gradient of m cannot come from what the layer keeps, see `Factors`."""
+        if self.weights.norm_axis == "output":
+            return not self.keep_output
+        # Ids have no activation, and a magnitude of a grouped convolution scales several channels.
+        return self.weights.kind == "embedding" or self.weights.groups > 1
+
+
+class Factors(NamedTuple):
+    """What a layer computes with, in the dtype that it computes in. Gradients flow to A, B and m.
+
+    Attributes:
+        down: ``A``.
+        up: ``g s B`` on the output axis, else ``s B``.
+        gain: ``g``, ``(n,)``, of a convolution ``(n, *1)``, float32, without a gradient: in
+            16 bits, a gain near 1 would be rounded to 1. None makes the layer a LoRA, and what
+            follows None too.
+        shift: ``(1 - g) b`` on the output axis; None without a bias and on the input axis.
+        dm_numerator: ``g`` once more, ``(n,)``, which stands for m in the graph. Its gradient is
+            ``g`` times its derivative, ``sum(dy * (y - b))``, but for the bias, which
+            ``shift_numerator`` has; of a direct layer it is the derivative.
+        shift_numerator: Its gradient is ``sum(dy)``; None where there is no shift.
+        axis: Norm axis.
+        is_direct: Whether ``y / g`` is no good for the gradient of m, so that the layer multiplies
+            by ``dm_numerator``: |g| is too small, or the next module overwrites y.
+        direction: ``W + s B A`` of a direct layer on the output axis, else None.
+    """
+
+    down: Tensor
+    up: Tensor
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+    dm_numerator: Any = None
+    shift_numerator: Tensor | None = None
+    axis: NormAxis = "output"
+    is_direct: bool = False
+    direction: Tensor | None = None
+
+
+def factors_of(
+    weight: Tensor,
+    bias: Tensor | None,
+    layer: LayerWeights,
+    dtype: torch.dtype,
+    magnitude_strength: float = 1.0,
+    norm: Tensor | None = None,
+) -> Factors:
+    """The factors of one layer by itself, by plain autograd.
+
+    Args:
+        weight: Base weight ``(out, in, *k)``.
+        bias: ``(out,)``, or None.
+        layer: The adapter.
+        dtype: To compute in.
+        magnitude_strength: See `moved_magnitude`.
+        norm: ``norm(W + s B A)``, if it is at hand.
+    """
+    down, up = layer.down.to(dtype), layer.scale * layer.up
+    if layer.magnitude is None:
+        return Factors(down, up.to(dtype))
+    norm = adapted_norm(weight, layer) if norm is None else norm
+    g = gain(moved_magnitude(weight, layer, magnitude_strength), norm)
+    constant, axis, shift = g.detach(), layer.norm_axis, None
+    if axis == "output":
+        up = per_channel(constant, up.ndim, axis) * up
+        shift = None if bias is None else ((1 - constant) * bias).to(dtype)
+    up, broadcast = up.to(dtype), constant.view(-1, *[1] * (weight.ndim - 2))
+    made = direction_of(weight, layer, dtype)
+    return Factors(down, up, broadcast, shift, g, None, axis, True, made)
+
+
+@torch.no_grad()
+def direction_of(weight: Tensor, layer: LayerWeights, dtype: torch.dtype) -> Tensor | None:
+    """What `Factors.direction` of a direct layer is."""
+    if layer.norm_axis == "input":
+        return None
+    return adapted_weight(weight, dataclasses.replace(layer, magnitude=None)).to(dtype)
+
+
+class LayerScales(NamedTuple):
+    """One adapter's part of a plan.
+
+    Attributes:
+        norm: ``norm(W + sBA)``, ``(n,)``, float32.
+        gain: ``g = m / norm``, ``(n,)``, float32.
+        plan: What makes the factors of all layers at once.
+        number: The layer's place there.
+        by_dtype: The layer's factors, as far as they were made.
+        of_all: Those of each layer of the plan.
+    """
+
+    norm: Tensor
+    gain: Tensor
+    plan: Plan
+    number: int
+    by_dtype: dict[torch.dtype, Factors]
+    of_all: Sequence[dict[torch.dtype, Factors]]
+
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """What the layer computes with; made for all layers of the plan at the first call."""
+        if dtype not in self.by_dtype:
+            for by_dtype, factors in zip(self.of_all, self.plan.factors(dtype), strict=True):
+                by_dtype[dtype] = factors
+        if not torch.is_grad_enabled():
+            self.plan.ran_without_gradients.add(self.number)
+        elif self.number in self.plan.ran_without_gradients and _in_backward():
+            # Reentrant checkpointing, which goes back from each block on its own. Through the plan
+            # it would reach the parameters of all blocks each time, and so tell
+            # DistributedDataParallel that gradients are complete which are not.
+            layer = self.plan.layers[self.number]
+            weights = dataclasses.replace(layer.weights, magnitude=layer.magnitude)
+            return factors_of(layer.weight, layer.bias, weights, dtype, norm=self.norm)
+        return self.by_dtype[dtype]
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass runs in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
