@@ -175,11 +175,8 @@ def main() -> None:
     parser.add_argument("--side", type=int, help="of the map; default: as at the full resolution")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[LORA, OURS])
     parser.add_argument("--time", action="store_true", help="compile C++ too, and time steps")
-    parser.add_argument("--page", action="store_true", help="compile the page of numerics/dora.py")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    if args.page:  # Without factors, a compiled layer computes it from the scope's norms.
-        regional._make_factors = lambda *args: None
     torch._inductor.config.force_disable_caches = True
     print(machine())
     rows: list[list[Any]] = []

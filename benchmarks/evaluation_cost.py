@@ -64,8 +64,8 @@ def main() -> None:
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(norm_scope(ours))
         samples = interleaved(calls, args.rounds)
-        caches = [gain for _, layer in adapted_layers(ours) for gain in layer._gain_cache.values()]
-        cached = sum(gain.norm.nbytes + gain.gain.nbytes for gain in caches)
+        caches = [own for _, layer in adapted_layers(ours) for own in layer._scales_cache.values()]
+        cached = sum(own.norm.nbytes + own.gain.nbytes for own in caches)
     print(
         f"{args.family}, guided (batch 2), {args.latent}x{args.latent} latents, attention+conv, "
         f"rank {args.rank}, unmerged. {machine()}\n"
