@@ -37,7 +37,6 @@ from common import (
 )  # fmt: skip
 from torch import Tensor, nn
 
-from dora_diffusion.adapters import compiled as regional
 from dora_diffusion.adapters.compiled import compile_blocks
 
 CROSS = {"sd1": 768, "sdxl": 2048}
