@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from dora_diffusion.config import read_config_file
-from dora_diffusion.data.checks import check_photos
+from dora_diffusion.data.checks import PhotoWarning, check_photos
 from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.masks import mask_path
@@ -206,17 +206,32 @@ def _crop(photo: Path, modified: int, mask_modified: int, side: int) -> Image.Im
 def photo_warnings(subject: StoredSubject, resolution: int) -> dict[str, list[str]]:
     """What will show in the result, by photo name; ``""`` holds what is about all of them."""
     warnings: dict[str, list[str]] = {}
-    stamps = tuple((str(path), path.stat().st_mtime_ns) for path in subject.photos)
-    for names, message in _check(stamps, resolution):
-        for name in names or ("",):
-            warnings.setdefault(name, []).append(message)
+    for warning in _warnings(subject, resolution):
+        for name in warning.names or ("",):
+            warnings.setdefault(name, []).append(warning.message)
     return warnings
 
 
+def mask_labels(subject: StoredSubject, resolution: int) -> dict[str, str]:
+    """What of each photo is masked in training, by photo name; those that are learned whole lack.
+
+    One painted mask turns masked_loss on, and with it transparency masks every other photo.
+    """
+    labels = {photo.name: "masked" for photo in subject.photos if mask_path(photo).exists()}
+    transparent = "masked by its transparency" if labels else "transparent parts white"
+    for warning in _warnings(subject, resolution):
+        if warning.kind == "transparent":
+            labels = dict.fromkeys(warning.names, transparent) | labels
+    return labels
+
+
+def _warnings(subject: StoredSubject, resolution: int) -> list[PhotoWarning]:
+    stamps = tuple((str(path), path.stat().st_mtime_ns) for path in subject.photos)
+    return _check(stamps, resolution)
+
+
 @functools.lru_cache(maxsize=32)
-def _check(
-    stamps: tuple[tuple[str, int], ...], resolution: int
-) -> list[tuple[tuple[str, ...], str]]:
+def _check(stamps: tuple[tuple[str, int], ...], resolution: int) -> list[PhotoWarning]:
     paths = [Path(path) for path, _ in stamps]
     photos = read_photos(paths, "", skip_unreadable=True, measure=True)
-    return [(warning.names, warning.message) for warning in check_photos(photos, resolution)]
+    return check_photos(photos, resolution)

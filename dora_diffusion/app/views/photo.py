@@ -13,7 +13,6 @@ from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.settings import EMBEDDED
 from dora_diffusion.app.views.fields import BUSY, QUIET, clicked, html_block
 from dora_diffusion.data.captions import read_caption
-from dora_diffusion.data.masks import mask_path
 from dora_diffusion.jobs.base_model import traits_of
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.photo_edits import (
@@ -24,6 +23,7 @@ from dora_diffusion.jobs.photo_edits import (
 )
 from dora_diffusion.jobs.subjects import (
     StoredSubject,
+    mask_labels,
     photo_path,
     photo_warnings,
     read_subject,
@@ -155,7 +155,8 @@ def subject_view(subject: StoredSubject | None, side: int, message: str = "") ->
     """
     photos = subject.photos if subject else ()
     warnings = photo_warnings(subject, side) if subject and photos else {}
-    crops = [(training_crop(photo), _label(photo, warnings)) for photo in photos]
+    masked = mask_labels(subject, side) if subject and photos else {}
+    crops = [(training_crop(photo), _label(photo, warnings, masked)) for photo in photos]
     lines = [line for group in warnings.values() for line in group]
     unique = list(dict.fromkeys(lines))
     return [
@@ -169,8 +170,8 @@ def subject_view(subject: StoredSubject | None, side: int, message: str = "") ->
     ]
 
 
-def _label(photo: Any, warnings: dict[str, list[str]]) -> str:
+def _label(photo: Path, warnings: dict[str, list[str]], masked: dict[str, str]) -> str:
     """A photo's caption in the gallery, with a mark where something is wrong with it."""
     mark = "⚠ " if photo.name in warnings else ""
-    masked = " (masked)" if mask_path(photo).exists() else ""
-    return f"{mark}{read_caption(photo, photo.name)}{masked}"
+    mask = f" ({masked[photo.name]})" if photo.name in masked else ""
+    return f"{mark}{read_caption(photo, photo.name)}{mask}"
