@@ -25,7 +25,7 @@ from typing import Any
 import platformdirs
 
 from dora_diffusion import system
-from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.errors import DamagedFile, RequestError
 
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 
@@ -158,13 +158,31 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     system.replace(temporary, path)
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None where there is no file.
+
+    Raises:
+        DamagedFile: If it cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(system.patiently(lambda: path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DamagedFile(path, error.strerror) from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(path, "it is not JSON") from error
+    if not isinstance(value, dict):
+        raise DamagedFile(path, "it is no JSON object")
+    return value
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty where the file is missing or not whole."""
     try:
-        value = json.loads(system.patiently(lambda: path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return read_object(path) or {}
+    except DamagedFile:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def remove_folder(folder: Path) -> None:

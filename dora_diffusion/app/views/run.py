@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from dora_diffusion.app.views.fields import (
     gallery,
     html_block,
     id_dropdown,
+    image_or_blank,
 )
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.data.images import open_photo
 from dora_diffusion.jobs.logs import log_tail, read_metrics
 from dora_diffusion.jobs.queue import delete_job, kill_job, requeue_job, stop_job
 from dora_diffusion.jobs.snapshot import Job
@@ -115,17 +118,18 @@ def connect(context: Context, view: RunView) -> None:
 
 
 def run_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
-    """Training runs by title, time and state."""
-    return [
-        (f"{job.title} · {job.made[11:]} · {job.state}", job.id)
-        for job in jobs
-        if job.kind == "train"
-    ]
+    """Runs by title, time and state."""
+    return [(f"{job.title} · {job.made[11:]} · {job.shown_state}", job.id) for job in _runs(jobs)]
+
+
+def _runs(jobs: Sequence[Job]) -> list[Job]:
+    """Training runs, and what else is damaged, so that it can be looked at and removed."""
+    return [job for job in jobs if job.kind == "train" or job.shown_state == "damaged"]
 
 
 def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str, Any]:
     """What the clock sends to this view: name of a field -> value, or (mark, how to make it)."""
-    training = [job for job in jobs if job.kind == "train"]
+    training = _runs(jobs)
     active = next((job for job in training if job.is_active), None)
     job = next((job for job in training if job.id == run), None)
     job = job or active or next(iter(training), None)
@@ -152,16 +156,14 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
 
 
 def _sample_gallery(samples: Sequence[Path]) -> Any:
-    from PIL import Image
-
-    images = []
-    for path in samples[:9]:
-        with Image.open(path) as image:
-            images.append((image.convert("RGB"), _sample_title(path.stem)))
+    images = [
+        image_or_blank(functools.partial(open_photo, path, limited=False), _sample_title(path.stem))
+        for path in samples[:9]
+    ]
     return gr.update(value=images, visible=bool(images))
 
 
 def _sample_title(name: str) -> str:
-    if name.startswith("step-"):
+    if name.startswith("step-") and name[5:].isdecimal():
         return f"step {int(name.removeprefix('step-'))}"
     return {"adapted": "with the adapter", "base": "without it, same seeds"}.get(name, name)
