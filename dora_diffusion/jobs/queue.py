@@ -182,8 +182,11 @@ def requeue_job(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def delete_job(workspace: Workspace, job_id: str) -> None:
+def delete_job(workspace: Workspace, job_id: str) -> bool:
     """Delete a job with its files, its exports, and the jobs that made them.
+
+    Returns:
+        Whether all of them are gone, see `remove_folder`.
 
     Raises:
         RequestError: If it or a job about it is running, or it is unknown.
@@ -198,22 +201,22 @@ def delete_job(workspace: Workspace, job_id: str) -> None:
             raise RequestError(
                 f'"{record.title}" is still running and needs this run; stop it first'
             )
-    for job in (*about_it, folder):
-        _remove_job(job)
+    gone = [_remove_job(job) for job in (*about_it, folder)]
     if job_id in ids_in(workspace.exports):
-        remove_folder(workspace.exports / job_id)
+        gone.append(remove_folder(workspace.exports / job_id))
+    return all(gone)
 
 
-def _remove_job(folder: Path) -> None:
+def _remove_job(folder: Path) -> bool:
     """Delete a job's folder, where a worker that is leaving may still have its log open."""
     try:
-        remove_folder(folder)
+        return remove_folder(folder)
     except RequestError:  # Windows keeps it
         worker = worker_of(folder)
         if worker is not None:
             with contextlib.suppress(psutil.Error):
                 worker.wait(_LEAVING_SECONDS)
-        remove_folder(folder)
+        return remove_folder(folder)
 
 
 class JobQueue:
@@ -272,6 +275,9 @@ class JobQueue:
             self._is_leader = self._lock.take()
             if not self._is_leader:
                 return None
+            with self._noting("what was left of deleted runs could not be removed"):
+                for path in self.workspace.remove_leftovers():
+                    print(f"warning: {path} could not be removed", file=sys.stderr)
         with self._noting("a run that crashed could not be marked"):
             reap(self.workspace)
         waiting = waiting_jobs(self.workspace)

@@ -183,9 +183,9 @@ def remove_photo(workspace: Workspace, subject_id: object, photo: object) -> Non
         file.unlink(missing_ok=True)
 
 
-def delete_subject(workspace: Workspace, subject_id: object) -> None:
-    """Delete a subject; runs that were trained on it keep their results."""
-    remove_folder(workspace.subject(subject_id))
+def delete_subject(workspace: Workspace, subject_id: object) -> bool:
+    """Delete a subject; runs keep what they have of it. Whether it is gone: see `remove_folder`."""
+    return remove_folder(workspace.subject(subject_id))
 
 
 def original_of(photo: Path) -> Path:

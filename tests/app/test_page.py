@@ -222,3 +222,27 @@ def test_a_tab_that_fails_leaves_the_others_and_is_said(
     assert _changes({}, made, ["a", "b"]) == [{"a": 1}, 1, gradio.skip()]
     monkeypatch.setattr(context.queue, "problem", "run <b> could not be started")
     assert "run &lt;b&gt; could not be started" in shown(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("library.connect.<locals>.delete", 0), ("run.connect.<locals>.act.<locals>.run", 0),
+     ("subject.connect.<locals>.remove", 2)],
+)  # fmt: skip
+def test_what_could_not_be_deleted_is_not_said_to_be(
+    context: Context, app: Any, name: str, arguments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ended_run(context.workspace, (50,), 120)
+    subject = new_subject(context.workspace, "Dog")
+    chosen = [subject, "embedded:tiny-sd", ""] if arguments else [run.id]
+    handler = next(
+        fn for full, fn in reversed(app[1].items()) if full.endswith(f".{name}")
+    )  # of the four of a run, the last one is removal
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    assert "goes when the app starts next" in str(handler(*chosen))
+
+
+def test_nothing_is_said_to_be_gone_for_good(context: Context) -> None:
+    page = str(build_page(context).get_config_file())
+    assert "There is no way back" not in page
+    assert "Runs that were trained on it keep copies" in page

@@ -35,7 +35,7 @@ from dora_diffusion.jobs.queue import delete_job, stop_job
 from dora_diffusion.jobs.records import AnalyzeRequest, MergeRequest
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.subjects import photos_in
-from dora_diffusion.jobs.workspace import Workspace
+from dora_diffusion.jobs.workspace import REMAINS, Workspace
 
 _NOTHING = html.empty(
     "The library is empty", "A run appears here when it is done. Start one in the Train tab."
@@ -102,8 +102,12 @@ class LibraryTab:
 
     def _add_delete(self) -> None:
         with gr.Accordion("Delete", open=False):
-            text = "Deletes the run with its adapter, checkpoints, samples and exports."
-            html_block(html.quiet(f"{text} There is no way back."))
+            text = (
+                "Deletes the run with its adapter, checkpoints, samples, exports and copies of the "
+                "photos. It cannot be restored; what a program has open goes when the app starts "
+                "next."
+            )
+            html_block(html.quiet(text))
             self.delete = gr.Button("Delete this run", variant="stop", size="md", elem_id="delete")
 
 
@@ -133,9 +137,9 @@ def connect(context: Context, tab: LibraryTab) -> None:
         if not job_id:  # not confirmed
             return [gr.skip()] * 3
         context.studio.release()  # Windows deletes no model that is mapped into memory.
-        delete_job(workspace, str(job_id))
+        text = "Deleted" + ("" if delete_job(workspace, str(job_id)) else REMAINS)
         parts = refresh(context.jobs(fresh=True), None)
-        return [filled(parts["shelf"]), filled(parts["shelf_run"]), html.note("Deleted", "info")]
+        return [filled(parts["shelf"]), filled(parts["shelf_run"]), html.note(text, "info")]
 
     tab.gallery.select(choose, None, [tab.run], **QUIET)
     tab.run.change(show, [tab.run], [tab.details, tab.files], **QUIET)

@@ -29,6 +29,7 @@ from dora_diffusion.data.images import open_photo
 from dora_diffusion.jobs.logs import log_tail, read_metrics
 from dora_diffusion.jobs.queue import delete_job, kill_job, requeue_job, stop_job
 from dora_diffusion.jobs.snapshot import Job
+from dora_diffusion.jobs.workspace import REMAINS
 
 _NOTHING = html.empty(
     "Nothing trained yet",
@@ -76,14 +77,14 @@ def connect(context: Context, view: RunView) -> None:
     """Stop, kill, resume and remove the run that is shown."""
     workspace = context.workspace
 
-    def act(action: Callable[[Path], None], text: str = "") -> Any:
+    def act(action: Callable[[Path], str | None], text: str = "") -> Any:
         @plain
         def run(job_id: str | None) -> list[Any]:
             if not job_id:  # not confirmed
                 return [gr.skip()] * (1 + len(_CONTROLS))
-            action(workspace.job(job_id))
+            told = text + (action(workspace.job(job_id)) or "")
             parts = refresh(context, context.jobs(fresh=True), job_id)
-            return [html.note(text, "info"), *(filled(parts[name]) for name in _CONTROLS)]
+            return [html.note(told, "info"), *(filled(parts[name]) for name in _CONTROLS)]
 
         return run
 
@@ -91,8 +92,8 @@ def connect(context: Context, view: RunView) -> None:
         requeue_job(folder)
         context.queue.tick()
 
-    def remove(folder: Path) -> None:
-        delete_job(workspace, folder.name)
+    def remove(folder: Path) -> str:
+        return "" if delete_job(workspace, folder.name) else REMAINS
 
     @plain
     def command(job_id: str | None) -> list[str]:
