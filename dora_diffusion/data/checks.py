@@ -29,7 +29,7 @@ class PhotoWarning:
         message: One line with what to do.
     """
 
-    kind: Literal["few", "many", "small", "blurred", "duplicate", "transparent"]
+    kind: Literal["few", "many", "small", "blurred", "duplicate", "transparent", "unreadable"]
     names: tuple[str, ...]
     message: str
 

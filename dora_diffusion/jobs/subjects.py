@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import time
@@ -20,12 +21,13 @@ from pathlib import Path
 from PIL import Image
 
 from dora_diffusion.config import read_config_file
+from dora_diffusion.console.errors import explain
 from dora_diffusion.data.checks import PhotoWarning, check_photos
 from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.masks import mask_path
 from dora_diffusion.data.photos import is_photo, read_photos
-from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.errors import DamagedFile, RequestError
 from dora_diffusion.jobs.uploads import Upload, store_photos
 from dora_diffusion.jobs.workspace import (
     Workspace,
@@ -34,6 +36,7 @@ from dora_diffusion.jobs.workspace import (
     ids_in,
     new_id,
     read_json,
+    read_object,
     remove_folder,
     write_json,
 )
@@ -66,19 +69,25 @@ def subjects_in(workspace: Workspace) -> list[StoredSubject]:
 
 
 def read_subject(workspace: Workspace, subject_id: object) -> StoredSubject:
-    """One subject.
+    """One subject; its title says if its folder is damaged.
 
     Raises:
         RequestError: If there is none of this id.
     """
-    folder = workspace.subject(subject_id)
-    values = read_json(folder / _SUBJECT)
+    folder, photos = workspace.subject(subject_id), tuple[Path, ...]()
+    try:
+        values = read_object(folder / _SUBJECT) or {}
+        photos = tuple(photos_in(folder / "photos"))
+    except (DamagedFile, OSError) as error:
+        values = {"title": f"Damaged subject: {explain(error)[1]}"}
+        with contextlib.suppress(OSError):
+            photos = tuple(photos_in(folder / "photos"))
     return StoredSubject(
         id=folder.name,
         title=str(values.get("title") or "Subject"),
         class_word=str(values.get("class_word") or ""),
         token=str(values.get("token") or "sks"),
-        photos=tuple(photos_in(folder / "photos")),
+        photos=photos,
         sample=str(values.get("sample") or ""),
     )
 
@@ -174,9 +183,9 @@ def remove_photo(workspace: Workspace, subject_id: object, photo: object) -> Non
         file.unlink(missing_ok=True)
 
 
-def delete_subject(workspace: Workspace, subject_id: object) -> None:
-    """Delete a subject; runs that were trained on it keep their results."""
-    remove_folder(workspace.subject(subject_id))
+def delete_subject(workspace: Workspace, subject_id: object) -> bool:
+    """Delete a subject; runs keep what they have of it. Whether it is gone: see `remove_folder`."""
+    return remove_folder(workspace.subject(subject_id))
 
 
 def original_of(photo: Path) -> Path:
@@ -233,5 +242,8 @@ def _warnings(subject: StoredSubject, resolution: int) -> list[PhotoWarning]:
 @functools.lru_cache(maxsize=32)
 def _check(stamps: tuple[tuple[str, int], ...], resolution: int) -> list[PhotoWarning]:
     paths = [Path(path) for path, _ in stamps]
-    photos = read_photos(paths, "", skip_unreadable=True, measure=True)
+    try:
+        photos = read_photos(paths, "", skip_unreadable=True, measure=True)
+    except (ValueError, OSError) as error:  # none is left, or a caption is damaged
+        return [PhotoWarning("unreadable", (), str(error))]
     return check_photos(photos, resolution)

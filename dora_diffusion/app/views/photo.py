@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import gradio as gr
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.settings import EMBEDDED
-from dora_diffusion.app.views.fields import BUSY, QUIET, clicked, html_block
+from dora_diffusion.app.views.fields import BUSY, QUIET, clicked, html_block, image_or_blank
 from dora_diffusion.data.captions import read_caption
 from dora_diffusion.jobs.base_model import traits_of
 from dora_diffusion.jobs.errors import RequestError
@@ -81,7 +82,7 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
             raise RequestError("this photo no longer exists; choose another one")
         path = photo_path(workspace, subject_id, listed[event.index])
         title = f"<div class='dd-heading dd-photo'><h2>{html.esc(path.name)}</h2></div>"
-        return [path.name, gr.update(visible=True), title, read_caption(path, ""), ""]
+        return [path.name, gr.update(visible=True), title, _caption(path, "")[0], ""]
 
     @plain
     def save(subject_id: str, photo: str, text: str, *chosen: Any) -> list[Any]:
@@ -156,7 +157,10 @@ def subject_view(subject: StoredSubject | None, side: int, message: str = "") ->
     photos = subject.photos if subject else ()
     warnings = photo_warnings(subject, side) if subject and photos else {}
     masked = mask_labels(subject, side) if subject and photos else {}
-    crops = [(training_crop(photo), _label(photo, warnings, masked)) for photo in photos]
+    crops = [
+        image_or_blank(functools.partial(training_crop, photo), _label(photo, warnings, masked))
+        for photo in photos
+    ]
     lines = [line for group in warnings.values() for line in group]
     unique = list(dict.fromkeys(lines))
     return [
@@ -174,4 +178,13 @@ def _label(photo: Path, warnings: dict[str, list[str]], masked: dict[str, str]) 
     """A photo's caption in the gallery, with a mark where something is wrong with it."""
     mark = "⚠ " if photo.name in warnings else ""
     mask = f" ({masked[photo.name]})" if photo.name in masked else ""
-    return f"{mark}{read_caption(photo, photo.name)}{mask}"
+    caption, damage = _caption(photo, photo.name)
+    return f"{mark}{caption}{damage}{mask}"
+
+
+def _caption(photo: Path, default: str) -> tuple[str, str]:
+    """A photo's caption, and what is wrong with its file: a new one can be written all the same."""
+    try:
+        return read_caption(photo, default), ""
+    except (ValueError, OSError) as error:
+        return default, f" ({error})"

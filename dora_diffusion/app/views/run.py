@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,14 @@ from dora_diffusion.app.views.fields import (
     gallery,
     html_block,
     id_dropdown,
+    image_or_blank,
 )
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.data.images import open_photo
 from dora_diffusion.jobs.logs import log_tail, read_metrics
 from dora_diffusion.jobs.queue import delete_job, kill_job, requeue_job, stop_job
 from dora_diffusion.jobs.snapshot import Job
+from dora_diffusion.jobs.workspace import REMAINS
 
 _NOTHING = html.empty(
     "Nothing trained yet",
@@ -73,14 +77,14 @@ def connect(context: Context, view: RunView) -> None:
     """Stop, kill, resume and remove the run that is shown."""
     workspace = context.workspace
 
-    def act(action: Callable[[Path], None], text: str = "") -> Any:
+    def act(action: Callable[[Path], str | None], text: str = "") -> Any:
         @plain
         def run(job_id: str | None) -> list[Any]:
             if not job_id:  # not confirmed
                 return [gr.skip()] * (1 + len(_CONTROLS))
-            action(workspace.job(job_id))
+            told = text + (action(workspace.job(job_id)) or "")
             parts = refresh(context, context.jobs(fresh=True), job_id)
-            return [html.note(text, "info"), *(filled(parts[name]) for name in _CONTROLS)]
+            return [html.note(told, "info"), *(filled(parts[name]) for name in _CONTROLS)]
 
         return run
 
@@ -88,8 +92,8 @@ def connect(context: Context, view: RunView) -> None:
         requeue_job(folder)
         context.queue.tick()
 
-    def remove(folder: Path) -> None:
-        delete_job(workspace, folder.name)
+    def remove(folder: Path) -> str:
+        return "" if delete_job(workspace, folder.name) else REMAINS
 
     @plain
     def command(job_id: str | None) -> list[str]:
@@ -115,17 +119,18 @@ def connect(context: Context, view: RunView) -> None:
 
 
 def run_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
-    """Training runs by title, time and state."""
-    return [
-        (f"{job.title} · {job.made[11:]} · {job.state}", job.id)
-        for job in jobs
-        if job.kind == "train"
-    ]
+    """Runs by title, time and state."""
+    return [(f"{job.title} · {job.made[11:]} · {job.shown_state}", job.id) for job in _runs(jobs)]
+
+
+def _runs(jobs: Sequence[Job]) -> list[Job]:
+    """Training runs, and what else is damaged, so that it can be looked at and removed."""
+    return [job for job in jobs if job.kind == "train" or job.shown_state == "damaged"]
 
 
 def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str, Any]:
     """What the clock sends to this view: name of a field -> value, or (mark, how to make it)."""
-    training = [job for job in jobs if job.kind == "train"]
+    training = _runs(jobs)
     active = next((job for job in training if job.is_active), None)
     job = next((job for job in training if job.id == run), None)
     job = job or active or next(iter(training), None)
@@ -152,16 +157,14 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
 
 
 def _sample_gallery(samples: Sequence[Path]) -> Any:
-    from PIL import Image
-
-    images = []
-    for path in samples[:9]:
-        with Image.open(path) as image:
-            images.append((image.convert("RGB"), _sample_title(path.stem)))
+    images = [
+        image_or_blank(functools.partial(open_photo, path, limited=False), _sample_title(path.stem))
+        for path in samples[:9]
+    ]
     return gr.update(value=images, visible=bool(images))
 
 
 def _sample_title(name: str) -> str:
-    if name.startswith("step-"):
+    if name.startswith("step-") and name[5:].isdecimal():
         return f"step {int(name.removeprefix('step-'))}"
     return {"adapted": "with the adapter", "base": "without it, same seeds"}.get(name, name)

@@ -32,7 +32,7 @@ from dora_diffusion.jobs.subjects import (
     take_sample,
 )
 from dora_diffusion.jobs.uploads import MAX_BYTES, MAX_PHOTOS
-from dora_diffusion.jobs.workspace import clean_text
+from dora_diffusion.jobs.workspace import REMAINS, clean_text
 from dora_diffusion.wording import counted
 
 _EMPTY = html.empty("No photos yet", f"Add {WANTED}. Or take a sample.")
@@ -116,8 +116,10 @@ def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks, size: list[Any
     def remove(subject_id: str | None, *chosen: Any) -> list[Any]:
         if not subject_id:  # nothing to delete, or not confirmed
             return [gr.skip()] * (1 + len(tab.view))
-        delete_subject(context.workspace, subject_id)
-        current, message = current_subject(context, None), html.note("Subject deleted", "info")
+        text = "Subject deleted" + (
+            "" if delete_subject(context.workspace, subject_id) else REMAINS
+        )
+        current, message = current_subject(context, None), html.note(text, "info")
         return [_choices(context, current), *_show(context, current, chosen, message)]
 
     # Choosing is an input, not a change: answers to other events must not run it again.
@@ -127,7 +129,8 @@ def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks, size: list[Any
         remove,
         [tab.pick, *size],
         [tab.pick, *tab.view],
-        js="(id, ...rest) => [confirm('Delete this subject with its photos and captions?')"
+        js="(id, ...rest) => [confirm('Delete this subject with its photos and captions? "
+        "Runs that were trained on it keep copies.')"
         " ? id : '', ...rest]",
         **QUIET,
     )
