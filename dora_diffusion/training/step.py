@@ -42,6 +42,7 @@ class TrainingStep:
         flat: What the optimizer sees of the parameters; None: these themselves.
         allocation: Moves ranks between layers; None: they stay.
         loop: Spares each step a wait for the device, and what the step before found out.
+        batches: Number of batches since the start of the run.
     """
 
     config: TrainConfig
@@ -54,6 +55,7 @@ class TrainingStep:
     flat: FlatParameters | None = None
     allocation: RankAllocation | None = None
     loop: Loop = field(default_factory=Loop)
+    batches: int = 0
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -72,8 +74,7 @@ class TrainingStep:
             for i in range(accumulation):
                 last = i == accumulation - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.objective):
-                    micro_step = (step - 1) * accumulation + i
-                    losses.append(self._backward(micro_step, 1 / accumulation))
+                    losses.append(self._backward(1 / accumulation))
         if self.allocation is not None:
             scaler = self.accelerator.scaler
             self.allocation.add_orthogonality(1.0 if scaler is None else scaler.get_scale())
@@ -95,9 +96,10 @@ class TrainingStep:
         record = {"step": step, "loss": means[0], "grad_norm": norm, **rates}
         return record | ({"prior_loss": means[1]} if self.config.with_prior_preservation else {})
 
-    def _backward(self, micro_step: int, share: float) -> Tensor:
-        """Loss and gradients of one batch: ``(total, prior)``, detached."""
-        inputs = self.inputs(micro_step)
+    def _backward(self, share: float) -> Tensor:
+        """Loss and gradients of the next batch: ``(total, prior)``, detached."""
+        inputs = self.inputs(self.batches)
+        self.batches += 1
         with self.accelerator.autocast():
             subject_loss, prior_loss = self.objective(inputs)
         loss = subject_loss + self.config.prior_loss_weight * prior_loss
