@@ -100,6 +100,9 @@ class FullWeights:
         """The base's values are in the weights inside of the block; it may not train them."""
         base = self.base or self._read(self.components.source, self.config.variant)
         trained = {name: parameter.data for name, parameter in self.trained.items()}
+        caches = torch.is_autocast_cache_enabled()
+        # Autocast caches casts by parameter, not by value: neither side may see the other's.
+        torch.set_autocast_cache_enabled(False)
         try:
             for name, parameter in self.trained.items():
                 parameter.data = base[name]
@@ -107,6 +110,7 @@ class FullWeights:
         finally:
             for name, parameter in self.trained.items():
                 parameter.data = trained[name]
+            torch.set_autocast_cache_enabled(caches)
 
     def writer(self) -> Writer:
         """Writes the whole model as a Diffusers folder, in the dtype of the base."""

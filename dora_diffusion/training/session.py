@@ -20,6 +20,7 @@ from dora_diffusion.models.offload import place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.training.adapters import inject_trained
 from dora_diffusion.training.checkpoint import restore_optimizer, restore_tensors
+from dora_diffusion.training.continuity import batches_seen
 from dora_diffusion.training.dataset import open_dataset
 from dora_diffusion.training.events import OnEvent, ignore
 from dora_diffusion.training.full import select_weights
@@ -77,6 +78,7 @@ class Session:
             "optimizer": self.train_step.optimizer.state_dict(),
             "lr_schedule": self.train_step.lr_schedule.state_dict(),
             "sampler": self.sampler.state_dict(),
+            "batches": self.train_step.batches,
             "scaler": None if scaler is None else scaler.state_dict(),
             "projections": self.weights.projections(),
             "allocation": None if allocation is None else allocation.state_dict(),
@@ -98,6 +100,7 @@ class Session:
             self.train_step.allocation.load_state_dict(state["allocation"])
         restore_optimizer(self.train_step.optimizer, self.train_step.lr_schedule, state)
         self.sampler.load_state_dict(state["sampler"])
+        self.train_step.batches = batches_seen(state)
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 

@@ -42,6 +42,7 @@ class TrainingStep:
         flat: What the optimizer sees of the parameters; None: these themselves.
         allocation: Moves ranks between layers; None: they stay.
         loop: Spares each step a wait for the device, and what the step before found out.
+        batches: Number of batches since the start of the run.
     """
 
     config: TrainConfig
@@ -54,6 +55,7 @@ class TrainingStep:
     flat: FlatParameters | None = None
     allocation: RankAllocation | None = None
     loop: Loop = field(default_factory=Loop)
+    batches: int = 0
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -72,20 +74,23 @@ class TrainingStep:
             for i in range(accumulation):
                 last = i == accumulation - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.objective):
-                    micro_step = (step - 1) * accumulation + i
-                    losses.append(self._backward(micro_step, 1 / accumulation))
+                    losses.append(self._backward(1 / accumulation))
+        rates = learning_rates(self.optimizer.param_groups)
+        effective_rates = rates.get("effective_lr")
         if self.allocation is not None:
-            scaler = self.accelerator.scaler
-            self.allocation.add_orthogonality(1.0 if scaler is None else scaler.get_scale())
+            scale = self._loss_scale()
+            if effective_rates is None:
+                self.allocation.add_orthogonality(scale)
         if self.flat is not None:
             self.flat.take_gradients()
             if self.allocation is not None:
                 self.flat.share_gradients()
         norm = self._clip()
-        rates = learning_rates(self.optimizer.param_groups)
         self.optimizer.step()
-        # Where fp16 overflowed there was no step.
-        if self.allocation is not None and not self.accelerator.optimizer_step_was_skipped:
+        # Where fp16 overflowed there was no step, which Accelerate does not know of a fused one.
+        if self.allocation is not None and self._loss_scale() >= scale:
+            if effective_rates is not None:
+                self.allocation.make_orthogonal(max(effective_rates.values()))
             self.allocation.after_step(step)
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -95,14 +100,20 @@ class TrainingStep:
         record = {"step": step, "loss": means[0], "grad_norm": norm, **rates}
         return record | ({"prior_loss": means[1]} if self.config.with_prior_preservation else {})
 
-    def _backward(self, micro_step: int, share: float) -> Tensor:
-        """Loss and gradients of one batch: ``(total, prior)``, detached."""
-        inputs = self.inputs(micro_step)
+    def _backward(self, share: float) -> Tensor:
+        """Loss and gradients of the next batch: ``(total, prior)``, detached."""
+        inputs = self.inputs(self.batches)
+        self.batches += 1
         with self.accelerator.autocast():
             subject_loss, prior_loss = self.objective(inputs)
         loss = subject_loss + self.config.prior_loss_weight * prior_loss
         self.accelerator.backward(loss * share)
         return torch.stack([loss.detach(), prior_loss.detach()])
+
+    def _loss_scale(self) -> float:
+        """What losses are multiplied by for fp16; an overflow lowers it."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else float(scaler.get_scale())
 
     def _clip(self) -> Tensor:
         """Limit the gradients' L2 norm; returns what it was."""

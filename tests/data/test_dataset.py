@@ -96,10 +96,17 @@ def test_class_images_follow_their_partners_size(
     photos: Path, tmp_path: Path, write_images
 ) -> None:
     class_images = read_photos(write_images(tmp_path / "class", 1, size=(50, 30)), "a dog")
-    draws = Draws(32, buckets=lambda size: (24, 40))
+    # Two buckets: the photos' and, unless it follows, the class image's own.
+    draws = Draws(32, buckets=lambda size: (24, 40) if 60 in size else (40, 24))
+    assert draws.target_size(class_images[0]) == (40, 24)
     dataset = DreamBoothDataset(read_photos(list_photos(photos), PROMPT), draws, class_images)
     assert dataset.groups == [(24, 40)] * 4
     assert collate([dataset[0]]).pixels.shape == (2, 3, 24, 40)
+    encoded: list[torch.Size] = []
+    dataset.cache_moments(lambda pixels: encoded.append(pixels.shape) or fake_encode(pixels))
+    dataset.fill_cache([EpochIndex(0, 0)], lambda *done: None)
+    assert collate([dataset[0]]).moments.shape == (2, 3, 3, 5)
+    assert encoded == [(1, 3, 24, 40)] * 2  # none again when it is loaded
 
 
 def test_masks_come_from_files_or_alpha_and_follow_the_crop(tmp_path: Path, write_images) -> None:

@@ -16,7 +16,7 @@ import yaml
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.accelerator import make_accelerator, set_by_any
 from dora_diffusion.training.loop import train
-from tests.training.helpers import SAMPLES, losses, make_config
+from tests.training.helpers import SAMPLES, accelerator_of_fp16, losses, make_config
 
 _RUN = """
 import sys
@@ -103,24 +103,18 @@ def test_processes_wait_as_long_as_class_images_take(sd1_folder, photos, tmp_pat
 def test_float16_with_its_gradient_scaler_stays_near_float32(
     max_grad_norm, sd1_folder, photos, tmp_path, monkeypatch
 ):
-    """What Accelerate sets up on a GPU for fp16, on this CPU: autocast and scaler, half weights."""
     exact = make_config(sd1_folder, photos, tmp_path / "fp32", max_grad_norm=max_grad_norm)
     train(exact)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-
-    def on_cpu(config):
-        accelerator = make_accelerator(replace(config, mixed_precision="no"))
-        accelerator.state._mixed_precision = "fp16"
-        accelerator.native_amp, accelerator.scaler = True, scaler
-        return accelerator
-
-    monkeypatch.setattr("dora_diffusion.training.loop.make_accelerator", on_cpu)
+    accelerator = accelerator_of_fp16(exact)
+    monkeypatch.setattr("dora_diffusion.training.loop.make_accelerator", lambda _: accelerator)
     train(replace(exact, mixed_precision="fp16", output_dir=str(tmp_path / "fp16")))
     for step, loss in losses(tmp_path / "fp32").items():
         assert losses(tmp_path / "fp16")[step] == pytest.approx(loss, rel=0.01)
     norms, expected = (losses(tmp_path / name, "grad_norm") for name in ("fp16", "fp32"))
     assert norms[1] == pytest.approx(expected[1], rel=0.05)
-    assert scaler.get_scale() > 1, "no step was skipped until nothing was left of the scale"
+    assert accelerator.scaler.get_scale() > 1, (
+        "no step was skipped until nothing was left of the scale"
+    )
     halves, wholes = (read_adapter(tmp_path / name).layers for name in ("fp16", "fp32"))
     assert {layer.up.dtype for layer in halves.values()} == {torch.float32}
     moved = torch.cat([layer.up.flatten() for layer in halves.values()])

@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dora_diffusion.config import ConfigError
+from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training import inputs
+from dora_diffusion.training.continuity import batches_seen, segment
 from dora_diffusion.training.events import StepDone, TrainingStarted
 from dora_diffusion.training.loop import train
 from tests.training.helpers import assert_same_adapter, losses, make_config, names, same, steps_in
@@ -83,6 +85,48 @@ def test_an_interrupted_run_resumes_to_the_same_bits(sd1_folder, photos, tmp_pat
     assert not second.interrupted
     assert_same_adapter(tmp_path / "whole", tmp_path / "parted")
     assert losses(tmp_path / "whole") == losses(tmp_path / "parted")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_counted"),
+    [((4, 1), (1, 2), True), ((1, 2), (4, 1), False)],
+)
+def test_no_draw_is_repeated_when_batches_change(tiny_run, monkeypatch, before, after, is_counted):
+    """Latents, noise and timestep of a row are drawn by its batch since the start of the run."""
+    drawn, generator_for = [], inputs.generator_for
+
+    def note(*parts):
+        drawn.append(parts)
+        return generator_for(*parts)
+
+    monkeypatch.setattr(inputs, "generator_for", note)
+
+    def batches(accumulation, size):
+        return {"gradient_accumulation_steps": accumulation, "train_batch_size": size}
+
+    config = tiny_run(max_train_steps=1, checkpointing_steps=1, **batches(*before))
+    state_file = train(config).checkpoint / "training_state.pt"
+    if not is_counted:  # as earlier versions wrote it
+        state = torch.load(state_file, weights_only=True)
+        del state["batches"]
+        torch.save(state, state_file)
+    config = replace(config, max_train_steps=3, resume_from_checkpoint="latest")
+    train(replace(config, **batches(*after)))
+    rows = [(number, row) for number in range(before[0]) for row in range(before[1])]
+    ends = before[0], before[0] + 2 * after[0]
+    rows += [(number, row) for number in range(*ends) for row in range(after[1])]
+    assert [parts[2:4] for parts in drawn] == rows
+
+
+def test_batches_that_an_earlier_version_saw_are_told_by_its_settings():
+    """It numbered those of a step from accumulation times the steps before: none may come again."""
+    config = TrainConfig(gradient_accumulation_steps=4).to_dict()
+    assert batches_seen({"step": 3, "config": config}) == 12
+    four, one = segment(1, config), segment(11, TrainConfig().to_dict())
+    state = {"step": 15, "config": TrainConfig().to_dict(), "segments": [four, one]}
+    assert batches_seen(state) == 40
+    assert batches_seen(state | {"step": 55}) == 55
+    assert batches_seen(state | {"batches": 45}) == 45
 
 
 def test_a_resume_with_other_settings_is_refused(sd1_folder, photos, tmp_path):
