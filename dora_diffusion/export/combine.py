@@ -88,13 +88,18 @@ def combine_adapters(
         metadata = _metadata(model, spec, read, fitted, settings)
         adapter = dataclasses.replace(adapter, layers=fitted.layers, metadata=metadata)
         path = write_adapter(output, adapter, kind, base=model)
-    notes = [note for part in read for note in part.notes]
-    if fitted.unchanged:
-        layers = counted(fitted.unchanged, "layer")
-        notes.append(f"nothing is left of {layers} at these strengths: the result lacks them")
-    notes += said_of_embeddings(embeddings)
+    notes = [*_notes(read, fitted.unchanged), *said_of_embeddings(embeddings)]
     errors, total = fitted.errors, fitted.total_error
     return ConversionReport(path, kind, len(errors), errors, total, tuple(notes), embeddings)
+
+
+def _notes(adapters: Sequence[AdapterFile], cancelled: int) -> list[str]:
+    """What was repaired in the files, and how many layers are not in the result."""
+    notes = [note for adapter in adapters for note in adapter.notes]
+    if cancelled:
+        layers = counted(cancelled, "layer")
+        notes.append(f"nothing is left of {layers} at these strengths: the result lacks them")
+    return notes
 
 
 def _read(spec: MergeSpec, model: StoredModel, alpha: float | None) -> list[AdapterFile]:
