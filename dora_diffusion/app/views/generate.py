@@ -184,11 +184,15 @@ def connect(context: Context, tab: GenerateTab) -> None:
             for value in (field_value(name, parameters) for name in names)
         ]
 
+    def use_template(text: str | None) -> Any:
+        # Also sent when the list is left with nothing chosen.
+        return text or gr.skip()
+
     tab.make.click(make, [tab.adapter, *fields], results, **_BUSY)
     tab.compare.click(compare, [tab.adapter, *fields], results, **_BUSY)
     tab.grid.click(grid, [tab.adapter, tab.grid_strengths, *fields], results, **_BUSY)
     tab.load.upload(load, [tab.load], fields, **QUIET)
-    tab.template.input(lambda text: text, [tab.template], [tab.form["prompt"]], **QUIET)
+    tab.template.input(use_template, [tab.template], [tab.form["prompt"]], **QUIET)
 
 
 def _on_step(progress: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
 import yaml
-from PIL import Image
 
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
@@ -25,39 +23,9 @@ from dora_diffusion.app.settings import (
 )
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.bases import Base
-from dora_diffusion.jobs.subjects import add_photos, new_subject
 from dora_diffusion.jobs.workspace import ids_in
 from dora_diffusion.memory import Device, needed_memory
-
-
-@pytest.fixture
-def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
-    """An app with the default folder, relative to where it was started, that starts no worker."""
-    monkeypatch.chdir(tmp_path)
-    one = Context(Launch())
-    monkeypatch.setattr(one.queue, "tick", lambda: None)
-    return one
-
-
-@pytest.fixture
-def subject(context: Context, tmp_path: Path) -> str:
-    subject_id = new_subject(context.workspace, "Mug")
-    Image.effect_noise((80, 64), 60).convert("RGB").save(tmp_path / "a.png")
-    add_photos(context.workspace, subject_id, [tmp_path / "a.png"])
-    return subject_id
-
-
-def handler(context: Context, name: str) -> Callable[..., list[Any]]:
-    """A handler of the Train tab."""
-    from dora_diffusion.app.page import build_page
-
-    functions = (one.fn for one in build_page(context).fns.values())
-    (found,) = (
-        function for function in functions
-        if getattr(function, "__module__", "").endswith("views.train")
-        and function.__name__ == name
-    )  # fmt: skip
-    return found
+from tests.app.views.helpers import handler
 
 
 def fields(subject: str, prompts: str) -> list[Any]:
