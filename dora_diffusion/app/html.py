@@ -87,6 +87,14 @@ def button(text: str, action: str, value: str) -> str:
     return f"<button class='dd-button' {data}>{esc(text)}</button>"
 
 
+def picture_card(path: Any, action: str, value: str, text: str) -> str:
+    """An image with its name below, to press as a `button`."""
+    return (
+        f"<button class='dd-sample' data-do='{esc(action)}' data-value='{esc(value)}' "
+        f"title='{esc(text)}'>{image(path, '')}<span>{esc(text)}</span></button>"
+    )
+
+
 def masthead(jobs: Sequence[Job] | None) -> str:
     """Name of the app, and in one line what it is doing; None before that is known."""
     if jobs is None:

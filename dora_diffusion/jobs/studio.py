@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import os
 import random
 import threading
 import time
@@ -11,6 +13,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from PIL import UnidentifiedImageError
 
 from dora_diffusion.devices import release_memory
 from dora_diffusion.jobs.errors import RequestError
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID = 16, 200, 2048, 48
 SEED_LIMIT = 2**32
+MOST_RECENT = 24
 LEAVING_SECONDS = 60.0
 Step = Callable[[int, int], None]
 
@@ -270,3 +275,26 @@ class Studio:
 def _seeds(request: GenerationRequest) -> list[int]:
     first = random.randrange(SEED_LIMIT - MAX_BATCH) if request.seed < 0 else request.seed
     return [first + number for number in range(request.count)]
+
+
+def recent_images(workspace: Workspace) -> list[GeneratedImage]:
+    """The newest images of a runs folder with what made them, newest first."""
+    files = sorted(
+        (entry.stat().st_mtime_ns, entry.path)
+        for entry in os.scandir(workspace.images)
+        if entry.name.endswith(".png") and entry.is_file(follow_symlinks=False)
+    )
+    return [read_image(Path(path), modified) for modified, path in files[: -MOST_RECENT - 1 : -1]]
+
+
+@functools.lru_cache(maxsize=256)
+def read_image(path: Path, modified: int) -> GeneratedImage:
+    """An image as its file tells of it, read once for each time that it was written."""
+    from dora_diffusion.images import parse_parameters, read_parameters
+
+    try:
+        text = read_parameters(path) or ""
+    except (SyntaxError, ValueError, UnidentifiedImageError):
+        text = ""
+    seed = parse_parameters(text).get("Seed", "")
+    return GeneratedImage(path, int(seed) if seed.isdecimal() else 0, text)

@@ -163,7 +163,7 @@ def set_up_run(page: Visit, steps: int) -> None:
 def started(app: App, open_tab: Callable[..., Visit]) -> str:
     """A long run of a sample subject, started by hand in the page; its folder's name."""
     page = open_tab()
-    page.click("#sample-bolt_mug")
+    page.click("[data-value=bolt_mug]")
     page.wait_text("#report", "ready to train")
     set_up_run(page, 100_000)
     page.click("#start")
@@ -424,6 +424,12 @@ def test_a_restart_of_the_app_forgets_nothing(
     page.wait_for("#checkpoints .dd-choice")
     page.tab("Library")
     page.wait_for("#library img")
+    page.tab("Generate")
+    newest = max(pictures(app), key=lambda path: path.stat().st_mtime_ns)
+    assert newest.name in page.page.locator("#history img").first.get_attribute("src")
+    page.click("#history .dd-sample")
+    page.wait_for(f"#pictures img[src*='{newest.name}']")
+    page.wait_text("#parameters", "Steps: 2")
 
 
 def test_a_phone_has_all_four_tabs_and_needs_no_sideways_scrolling(

@@ -250,7 +250,7 @@ def test_a_subject_outside_of_the_toy_world_is_warned_of_beside_the_start(
 
 def test_nothing_scrolls_sideways(visit: Callable[..., Visit], app: App) -> None:
     page = visit()
-    page.click("#sample-heart_teapot")
+    page.click("[data-value=heart_teapot]")
     page.wait("document.querySelectorAll('#crops img').length >= 4")
 
     def scrolling(width: int) -> Any:
@@ -304,7 +304,7 @@ def test_the_footer_offers_no_screen_recording(visit: Callable[..., Visit]) -> N
 
 def test_photos_stand_in_two_columns_on_a_phone(visit: Callable[..., Visit], app: App) -> None:
     page = visit(390)
-    page.click("#sample-heart_teapot")
+    page.click("[data-value=heart_teapot]")
     page.wait_text("#report", "ready to train")
     page.wait("document.querySelectorAll('#crops img').length >= 4")
     lefts = page.page.evaluate(
