@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.queue import create_job
 from dora_diffusion.jobs.records import SETTINGS, STOPPED_CODE, ProgressFile, TrainRequest
+from dora_diffusion.jobs.snapshot import Job, snapshot
 from dora_diffusion.jobs.subjects import StoredSubject
 from dora_diffusion.jobs.workspace import Workspace
 
 
 def start_training(workspace: Workspace, config: TrainConfig, subject: StoredSubject) -> str:
-    """Put a run at the end of the queue, with a copy of its photos. Returns its id."""
+    """Put a run at the end of the queue, with a copy of its photos. Returns its id.
+
+    Raises:
+        RequestError: If a run with the same photos and settings waits or runs: it would repeat it.
+    """
+    for job in snapshot(workspace.root):
+        if job.state in ("waiting", "running") and _is_same(job, config, subject):
+            now = f"number {job.position} in the queue" if job.position else "running"
+            raise RequestError(
+                f"{job.title} with the same photos and settings is {now} already; change a "
+                "setting, such as seed, to start another run"
+            )
     base = config.pretrained_model_name_or_path
     return create_job(
         workspace,
@@ -24,6 +38,14 @@ def start_training(workspace: Workspace, config: TrainConfig, subject: StoredSub
         lambda folder: as_yaml(_in_folder(config, folder)),
         subject.folder,
     )
+
+
+def _is_same(job: Job, config: TrainConfig, subject: StoredSubject) -> bool:
+    """Whether a job trains with these settings on these photos, captions and masks."""
+    if job.settings != _in_folder(config, job.folder).to_dict():
+        return False
+    files = filecmp.dircmp(subject.folder, job.folder / "photos")
+    return not (files.left_only or files.right_only or files.diff_files)
 
 
 def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:

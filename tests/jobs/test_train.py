@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 
 from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.jobs import records, train
+from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.queue import stop_job
 from dora_diffusion.jobs.records import ProgressFile, TrainRequest
-from dora_diffusion.jobs.subjects import read_subject
-from dora_diffusion.jobs.workspace import Workspace
+from dora_diffusion.jobs.subjects import read_subject, save_caption
+from dora_diffusion.jobs.workspace import Workspace, ids_in
 from dora_diffusion.training import checkpoint, loop
 from tests.jobs.helpers import seen
 
@@ -34,6 +37,20 @@ def test_a_run_has_its_own_photos_and_settings(workspace: Workspace, subject: st
     settings = TrainConfig.from_dict(read_config_file(folder / records.SETTINGS))
     assert (settings.output_dir, settings.instance_data_dir) == (str(folder), str(photos))
     assert settings.rank == 3
+
+
+def test_the_same_run_is_queued_once(workspace: Workspace, subject: str) -> None:
+    folder, stored = start(workspace, subject), read_subject(workspace, subject)
+    with pytest.raises(RequestError, match="is number 1 in the queue already; change a setting"):
+        start(workspace, subject)
+    assert ids_in(workspace.root) == [folder.name]
+    train.start_training(workspace, dataclasses.replace(CONFIG, seed=7), stored)
+    save_caption(workspace, subject, "001.jpg", "a photo of a sks dog on grass")
+    start(workspace, subject)
+    for job in ids_in(workspace.root):
+        stop_job(workspace.root / job)
+    start(workspace, subject)
+    assert len(ids_in(workspace.root)) == 4
 
 
 @pytest.mark.parametrize(
