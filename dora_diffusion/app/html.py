@@ -157,6 +157,7 @@ def _live_facts(job: Job) -> list[str]:
         return [f"number {job.position} in the queue"]
     parts = []
     if job.kind == "train" and job.base:
+        parts.append(job.trigger)
         base, device = Path(job.base), job.progress.device_name
         name = base.name if base.is_absolute() else job.base
         parts.append(f"{name} on {device}" if device else name)

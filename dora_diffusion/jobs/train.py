@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import filecmp
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,27 @@ from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.queue import create_job
-from dora_diffusion.jobs.records import SETTINGS, STOPPED_CODE, ProgressFile, TrainRequest
+from dora_diffusion.jobs.records import (
+    SETTINGS,
+    STOPPED_CODE,
+    ProgressFile,
+    TrainRequest,
+    read_record,
+    write_record,
+)
 from dora_diffusion.jobs.snapshot import Job, snapshot
 from dora_diffusion.jobs.subjects import StoredSubject
-from dora_diffusion.jobs.workspace import Workspace
+from dora_diffusion.jobs.workspace import Workspace, clean_text
+
+NAME_LIMIT = 60
 
 
-def start_training(workspace: Workspace, config: TrainConfig, subject: StoredSubject) -> str:
+def start_training(
+    workspace: Workspace, config: TrainConfig, subject: StoredSubject, name: str = ""
+) -> str:
     """Put a run at the end of the queue, with a copy of its photos. Returns its id.
+
+    Without a name it is called by its subject and the time.
 
     Raises:
         RequestError: If a run with the same photos and settings waits or runs: it would repeat it.
@@ -34,10 +48,27 @@ def start_training(workspace: Workspace, config: TrainConfig, subject: StoredSub
     return create_job(
         workspace,
         TrainRequest(base=base, subject=subject.id, sample=subject.sample),
-        f"{config.token} {config.class_word}",
+        clean_text(name, NAME_LIMIT, "name") or f"{subject.title} {time.strftime('%H:%M')}",
         lambda folder: as_yaml(_in_folder(config, folder)),
         subject.folder,
     )
+
+
+def rename_run(workspace: Workspace, job_id: object, name: object) -> None:
+    """Call a run by another name, and what was made of it too.
+
+    Raises:
+        RequestError: If there is no such run, or the name is empty or too long.
+    """
+    folder, title = workspace.job(job_id), clean_text(name, NAME_LIMIT, "name")
+    if not title:
+        raise RequestError("write a name for the run")
+    run = read_record(folder)
+    for job in workspace.job_folders:
+        record = read_record(job)
+        if run and record and folder.name in (job.name, record.request.run):
+            called = title if job == folder else record.title.replace(run.title, title)
+            write_record(job, dataclasses.replace(record, title=called))
 
 
 def _is_same(job: Job, config: TrainConfig, subject: StoredSubject) -> bool:

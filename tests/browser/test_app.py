@@ -180,7 +180,7 @@ def test_progress_is_the_same_after_a_reload_and_in_a_second_tab(
     first, second = visit(), visit()
     for page in (first, second):
         page.tab("Train")
-        page.wait_text("#status", "sks mug[^]*training[^]*step [1-9]")
+        page.wait_text("#status", "Bolt mug[^]*training[^]*step [1-9]")
         page.wait_for("#loss polyline.dd-smooth")
     first.reload()
     first.tab("Train")

@@ -66,7 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     lock.free()
 
 
-def started(app: App, page: Visit, title: str = "sks mug") -> dict[str, Any]:
+def started(app: App, page: Visit, title: str = "Bolt mug") -> dict[str, Any]:
     """Press Start; the settings of the run that this makes."""
     before = set(app.runs.glob("2*/settings.yaml"))
     page.click("#start")
@@ -76,7 +76,8 @@ def started(app: App, page: Visit, title: str = "sks mug") -> dict[str, Any]:
 
     (file,) = app.until(new)
     settings: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    page.wait_text("#train-said", f"Queued {title}: number {len(before) + 1} in the queue")
+    queued = f"Queued {title} [0-9:]{{5}}: number {len(before) + 1} in the queue"
+    page.wait_text("#train-said", queued)
     return settings
 
 
@@ -244,7 +245,7 @@ def test_a_subject_outside_of_the_toy_world_is_warned_of_beside_the_start(
     page.wait_text("#cost", "toy model of a drawn world")
     page.page.locator("#class-word input, #class-word textarea").first.click()
     page.page.keyboard.press("Tab")
-    settings = started(app, page, "sks dog")
+    settings = started(app, page, "My dog")
     assert settings["pretrained_model_name_or_path"] == BASES[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,8 @@ import pytest
 from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.jobs import records, train
 from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.queue import stop_job
-from dora_diffusion.jobs.records import ProgressFile, TrainRequest
+from dora_diffusion.jobs.queue import create_job, stop_job
+from dora_diffusion.jobs.records import MergeRequest, ProgressFile, TrainRequest
 from dora_diffusion.jobs.subjects import read_subject, save_caption
 from dora_diffusion.jobs.workspace import Workspace, ids_in
 from dora_diffusion.training import checkpoint, loop
@@ -31,12 +32,32 @@ def test_a_run_has_its_own_photos_and_settings(workspace: Workspace, subject: st
     folder = start(workspace, subject)
     job = seen(folder)
     assert job.request == TrainRequest(base="embedded:tiny-sd", subject=subject)
-    assert (job.title, job.state, job.trigger) == ("sks dog", "waiting", "sks dog")
+    assert (job.state, job.trigger) == ("waiting", "sks dog")
     photos = folder / "photos"
     assert [path.name for path in sorted(photos.iterdir())] == ["001.jpg", "002.jpg"]
     settings = TrainConfig.from_dict(read_config_file(folder / records.SETTINGS))
     assert (settings.output_dir, settings.instance_data_dir) == (str(folder), str(photos))
     assert settings.rank == 3
+
+
+def test_a_run_is_named_by_hand_or_by_its_subject_and_the_time(
+    workspace: Workspace, subject: str
+) -> None:
+    stored = read_subject(workspace, subject)
+    first = seen(start(workspace, subject))
+    assert re.fullmatch(r"Dog \d\d:\d\d", first.title)
+    assert first.label == f"{first.title} · {first.made[5:10]}"
+    config = dataclasses.replace(CONFIG, seed=1)
+    folder = workspace.root / train.start_training(workspace, config, stored, " my  best dog ")
+    named = seen(folder)
+    assert named.label == f"my best dog · {named.made[5:]}"
+    about = workspace.root / create_job(workspace, MergeRequest(run=named.id), "Merge my best dog")
+    train.rename_run(workspace, named.id, "Rex")
+    assert [seen(job).title for job in (folder, about)] == ["Rex", "Merge Rex"]
+    assert seen(first.folder).title == first.title
+    for name in ("", "x" * 61):
+        with pytest.raises(RequestError, match="name"):
+            train.rename_run(workspace, named.id, name)
 
 
 def test_the_same_run_is_queued_once(workspace: Workspace, subject: str) -> None:

@@ -246,13 +246,13 @@ def _results(
 def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
     """What the clock sends to this tab."""
     choices = [
-        (f"{job.title} · {job.made[11:]} · {_of(job, name)}", f"{job.id}/{name}".rstrip("/"))
+        (f"{job.label} · {_of(job, name)}", f"{job.id}/{name}".rstrip("/"))
         for job in jobs
         if job.can_generate
         for name in ("", *_others(job))
     ]
     choices += [
-        (f"{job.title} (one file) · {job.made[11:]}", f"{MERGED}/{job.id}")
+        (f"{job.label} (one file)", f"{MERGED}/{job.id}")
         for job in jobs
         if job.kind == "merge" and job.state == "done"
     ]

@@ -193,16 +193,16 @@ def _shelf(jobs: Sequence[Job]) -> list[Job]:
 def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
     """What the clock sends to this tab."""
     shelf = _shelf(jobs)
-    marks = tuple((job.id, job.state, _image(job)) for job in shelf)
+    marks = tuple((job.id, job.title, job.state, _image(job)) for job in shelf)
     ids = [job.id for job in shelf]
     value = chosen if chosen in ids else next(iter(ids), None)
-    choices = [(f"{job.title} · {job.state} · {job.made}", job.id) for job in shelf]
+    choices = [(f"{job.label} · {job.state}", job.id) for job in shelf]
     return {
         "shelf": (
             marks,
             lambda: gr.update(
                 value=[
-                    (_thumbnail(path), f"{job.trigger} · {job.state}")
+                    (_thumbnail(path), f"{job.title} · {job.state}")
                     for job in shelf
                     if (path := _image(job))
                 ],

@@ -26,6 +26,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.jobs.logs import log_tail, read_metrics
 from dora_diffusion.jobs.queue import delete_job, kill_job, requeue_job, stop_job
 from dora_diffusion.jobs.snapshot import Job
+from dora_diffusion.jobs.train import NAME_LIMIT, rename_run
 
 _NOTHING = html.empty(
     "Nothing trained yet",
@@ -66,6 +67,11 @@ class RunView:
                 self.log = html_block(elem_id="log")
             with gr.Accordion("Command line of this run", open=False):
                 self.command = html_block(elem_id="command")
+            with gr.Row():
+                self.name = gr.Textbox(
+                    label="Name of this run", max_lines=1, max_length=NAME_LIMIT, elem_id="run-name"
+                )
+                self.rename = gr.Button("Rename", size="sm", elem_id="rename")
             self.remove = gr.Button("Remove this run", visible=False, size="sm", elem_id="remove")
 
 
@@ -73,7 +79,7 @@ def connect(context: Context, view: RunView) -> None:
     """Stop, kill, resume and remove the run that is shown."""
     workspace = context.workspace
 
-    def act(action: Callable[[Path], None], text: str = "") -> Any:
+    def act(action: Callable[[Path], None], text: str = "") -> Callable[[str | None], list[Any]]:
         @plain
         def run(job_id: str | None) -> list[Any]:
             if not job_id:  # not confirmed
@@ -92,11 +98,15 @@ def connect(context: Context, view: RunView) -> None:
         delete_job(workspace, folder.name)
 
     @plain
+    def rename(job_id: str | None, name: str) -> list[Any]:
+        return act(lambda folder: rename_run(workspace, folder.name, name))(job_id)
+
+    @plain
     def command(job_id: str | None) -> list[str]:
         if not job_id:
-            return [html.empty("No run yet", "Its command line appears here."), gr.skip()]
+            return [html.empty("No run yet", "Its command line appears here."), gr.skip(), ""]
         job = context.job(job_id)
-        return [html.command(command_line(TrainConfig.from_dict(job.settings))), ""]
+        return [html.command(command_line(TrainConfig.from_dict(job.settings))), "", job.title]
 
     outputs = [view.message, *(getattr(view, name) for name in _CONTROLS)]
     # Of stopping and resuming the card tells, as long as it is true.
@@ -110,17 +120,14 @@ def connect(context: Context, view: RunView) -> None:
         js="(id) => confirm('Remove this run with everything it made?') ? id : ''",
         **QUIET,
     )
-    view.run.change(command, [view.run], [view.command, view.message], **QUIET)
+    view.rename.click(rename, [view.run, view.name], outputs, **QUIET)
+    view.run.change(command, [view.run], [view.command, view.message, view.name], **QUIET)
     chooser.connect(context, view.chooser, view.run)
 
 
 def run_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
     """Training runs by title, time and state."""
-    return [
-        (f"{job.title} · {job.made[11:]} · {job.state}", job.id)
-        for job in jobs
-        if job.kind == "train"
-    ]
+    return [(f"{job.label} · {job.state}", job.id) for job in jobs if job.kind == "train"]
 
 
 def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def fields(subject: str, prompts: str) -> list[Any]:
 def test_a_run_can_go_on_from_another_working_directory(
     context: Context, subject: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handler(context, "start")(*fields(subject, "a photo of a {subject} on the snow"))
+    handler(context, "start")("", *fields(subject, "a photo of a {subject} on the snow"))
     monkeypatch.chdir("/")
     (job_id,) = ids_in(tmp_path / "runs")
     folder = tmp_path.resolve() / "runs" / job_id
@@ -196,7 +196,7 @@ def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
 def test_a_model_that_is_not_there_starts_nothing(context: Context, subject: str) -> None:
     for model, match in (("/no/model", "does not exist"), ("no/body", "HF_HUB_OFFLINE is set")):
         with pytest.raises(gradio.Error, match=match):
-            handler(context, "start")(*asked(context, subject, model))
+            handler(context, "start")("", *asked(context, subject, model))
     assert ids_in(context.workspace.root) == []
 
 
@@ -212,12 +212,12 @@ def test_a_shared_app_takes_no_folders_and_no_other_vae(
         ("report_to", "wandb", "does not report to wandb"),
     ):
         with pytest.raises(gradio.Error, match=match):
-            handler(context, "start")(*asked(context, subject, EMBEDDED, **{name: value}))
+            handler(context, "start")("", *asked(context, subject, EMBEDDED, **{name: value}))
     assert [base.name for base in context.bases()] == [
         "embedded:tiny-sd", "embedded:tiny-sdxl", "org/vae",
     ]  # fmt: skip
     allowed = {"pretrained_vae_model_name_or_path": "org/vae"}
-    handler(context, "start")(*asked(context, subject, EMBEDDED, **allowed))
+    handler(context, "start")("", *asked(context, subject, EMBEDDED, **allowed))
     assert len(ids_in(context.workspace.root)) == 1
 
 
