@@ -85,7 +85,9 @@ def connect(context: Context, view: RunView) -> None:
             if not job_id:  # not confirmed
                 return [gr.skip()] * (1 + len(_CONTROLS))
             action(workspace.job(job_id))
-            parts = refresh(context, context.jobs(fresh=True), job_id)
+            jobs = context.jobs(fresh=True)
+            gone = {job.id for job in jobs if _never_began(job)}
+            parts = refresh(context, jobs, None if job_id in gone else job_id)
             return [html.note(text, "info"), *(filled(parts[name]) for name in _CONTROLS)]
 
         return run
@@ -135,7 +137,9 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
     training = [job for job in jobs if job.kind == "train"]
     active = next((job for job in training if job.is_active), None)
     job = next((job for job in training if job.id == run), None)
-    job = job or active or next(iter(training), None)
+    begun = next((job for job in training if not _never_began(job)), None)
+    job = job or active or begun or next(iter(training), None)
+    waits = bool(job and job.state == "waiting")
     choices = run_choices(jobs)
     value = job.id if job else None
 
@@ -148,7 +152,10 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
         "log": html.log_view(log_tail(job.folder)) if job else "",
         "jobs": html.queue_list(jobs),
         "samples": (stamps, lambda: _sample_gallery(samples)),
-        "stop": changing(visible=bool(job and job.state in ("running", "waiting"))),
+        "stop": changing(
+            value="Remove from queue" if waits else "Stop and save",
+            visible=waits or bool(job and job.state == "running"),
+        ),
         "kill": changing(visible=bool(job and job.may_kill)),
         "resume": changing(visible=bool(job and job.state in ("stopped", "failed", "crashed"))),
         "remove": changing(visible=bool(job and job.has_ended)),
@@ -156,6 +163,11 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
         "details": changing(visible=bool(jobs)),
         **chooser.refresh(context, jobs, job),
     }
+
+
+def _never_began(job: Job) -> bool:
+    """Whether a run left the queue, or was stopped, before its first step."""
+    return job.state == "stopped" and not job.step
 
 
 def _sample_gallery(samples: Sequence[Path]) -> Any:
