@@ -10,8 +10,9 @@ from typing import Any
 
 from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.queue import create_job
+from dora_diffusion.jobs.queue import create_job, requeue_job
 from dora_diffusion.jobs.records import (
     SETTINGS,
     STOPPED_CODE,
@@ -20,11 +21,12 @@ from dora_diffusion.jobs.records import (
     read_record,
     write_record,
 )
-from dora_diffusion.jobs.snapshot import Job, snapshot
+from dora_diffusion.jobs.snapshot import Job, read_job, snapshot
 from dora_diffusion.jobs.subjects import StoredSubject
 from dora_diffusion.jobs.workspace import Workspace, clean_text
 
 NAME_LIMIT = 60
+MOST_STEPS = 1_000_000
 
 
 def start_training(
@@ -69,6 +71,30 @@ def rename_run(workspace: Workspace, job_id: object, name: object) -> None:
         if run and record and folder.name in (job.name, record.request.run):
             called = title if job == folder else record.title.replace(run.title, title)
             write_record(job, dataclasses.replace(record, title=called))
+
+
+def can_continue(job: Job) -> bool:
+    """Whether a run is finished and has a checkpoint of its last step."""
+    return job.state == "done" and f"checkpoint-{job.step}" in job.checkpoints
+
+
+def continue_run(folder: Path, more: object) -> None:
+    """Put a finished run back into the queue to train ``more`` steps from its last one on.
+
+    Raises:
+        RequestError: If it cannot be continued, or that is no number of steps.
+    """
+    job = read_job(folder)
+    if job is None or not can_continue(job):
+        raise RequestError(
+            "only a finished run that kept a checkpoint of its last step can be continued"
+        )
+    if not isinstance(more, (int, float)) or not 1 <= more <= MOST_STEPS:
+        raise RequestError(f"more steps is {more}; it must be between 1 and {MOST_STEPS}")
+    config = TrainConfig.from_dict(job.settings)
+    config = dataclasses.replace(config, max_train_steps=job.step + int(more))
+    save_text(folder / SETTINGS, as_yaml(config))
+    requeue_job(folder)
 
 
 def _is_same(job: Job, config: TrainConfig, subject: StoredSubject) -> bool:

@@ -432,6 +432,20 @@ def test_a_restart_of_the_app_forgets_nothing(
     page.wait_text("#parameters", "Steps: 2")
 
 
+def test_a_finished_run_continues_with_more_steps(
+    visit: Callable[..., Visit], app: App, second: str
+) -> None:
+    page = visit()
+    page.tab("Train")
+    page.fill("#more input", "4")
+    page.click("#continue")
+    page.wait_text("#status", "done[^]*step 12 of 12")
+    found = state_of(app, second)
+    assert (found.state, found.progress.first_step, found.checkpoints[-1]) == (
+        "done", 8, "checkpoint-12",
+    )  # fmt: skip
+
+
 def test_a_phone_has_all_four_tabs_and_needs_no_sideways_scrolling(
     visit: Callable[..., Visit], second: str
 ) -> None:

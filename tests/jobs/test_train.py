@@ -18,7 +18,7 @@ from dora_diffusion.jobs.records import MergeRequest, ProgressFile, TrainRequest
 from dora_diffusion.jobs.subjects import read_subject, save_caption
 from dora_diffusion.jobs.workspace import Workspace, ids_in
 from dora_diffusion.training import checkpoint, loop
-from tests.jobs.helpers import seen
+from tests.jobs.helpers import ended_run, seen
 
 CONFIG = TrainConfig(instance_prompt="a photo of a sks dog", class_word="dog", rank=3)
 
@@ -58,6 +58,26 @@ def test_a_run_is_named_by_hand_or_by_its_subject_and_the_time(
     for name in ("", "x" * 61):
         with pytest.raises(RequestError, match="name"):
             train.rename_run(workspace, named.id, name)
+
+
+def test_a_finished_run_is_queued_again_with_more_steps(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dora_diffusion.jobs.snapshot._unusable_result", lambda *_: "")
+    job = ended_run(workspace, (4, 8), 8, code=0)
+    for more in (0, 0.5, -1, None, "9", float("nan"), 1e9):
+        with pytest.raises(RequestError, match="it must be between 1 and"):
+            train.continue_run(job.folder, more)
+    assert seen(job.folder) == job
+    train.continue_run(job.folder, 4)
+    again = seen(job.folder)
+    assert (again.state, again.total, again.settings["max_train_steps"]) == ("waiting", 12, 12)
+    assert again.record.resume
+    changed = {name for name in job.settings if again.settings[name] != job.settings[name]}
+    assert changed == {"max_train_steps"}
+    for other in (again, ended_run(workspace, (4,), 8, code=0), ended_run(workspace, (8,), 8)):
+        with pytest.raises(RequestError, match="only a finished run that kept a checkpoint"):
+            train.continue_run(other.folder, 4)
 
 
 def test_the_same_run_is_queued_once(workspace: Workspace, subject: str) -> None:

@@ -26,13 +26,13 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.jobs.logs import log_tail, read_metrics
 from dora_diffusion.jobs.queue import delete_job, kill_job, requeue_job, stop_job
 from dora_diffusion.jobs.snapshot import Job
-from dora_diffusion.jobs.train import NAME_LIMIT, rename_run
+from dora_diffusion.jobs.train import NAME_LIMIT, can_continue, continue_run, rename_run
 
 _NOTHING = html.empty(
     "Nothing trained yet",
     "Choose a subject, say what it is, and start: progress, loss and sample images appear here.",
 )
-_CONTROLS = ("run", "status", "stop", "kill", "resume", "remove")
+_CONTROLS = ("run", "status", "stop", "kill", "resume", "remove", "extend")
 
 
 class RunView:
@@ -55,6 +55,9 @@ class RunView:
                 "Generate images with it", size="md", variant="primary", elem_id="to-generate"
             )
             self.to_library = gr.Button("Export it", size="md", elem_id="to-library")
+        with gr.Row(visible=False, equal_height=True) as self.extend:
+            self.more = gr.Number(100, label="More steps", precision=0, minimum=1, elem_id="more")
+            self.extend_by = gr.Button("Continue with more steps", size="md", elem_id="continue")
         self.loss = html_block(elem_id="loss")
         self.samples = gallery(
             columns=2, buttons=["fullscreen"], visible=False, format="png", elem_id="samples"
@@ -100,6 +103,14 @@ def connect(context: Context, view: RunView) -> None:
         delete_job(workspace, folder.name)
 
     @plain
+    def extend(job_id: str | None, more: float) -> list[Any]:
+        def queue(folder: Path) -> None:
+            continue_run(folder, more)
+            context.queue.tick()
+
+        return act(queue)(job_id)
+
+    @plain
     def rename(job_id: str | None, name: str) -> list[Any]:
         return act(lambda folder: rename_run(workspace, folder.name, name))(job_id)
 
@@ -122,6 +133,7 @@ def connect(context: Context, view: RunView) -> None:
         js="(id) => confirm('Remove this run with everything it made?') ? id : ''",
         **QUIET,
     )
+    view.extend_by.click(extend, [view.run, view.more], outputs, **QUIET)
     view.rename.click(rename, [view.run, view.name], outputs, **QUIET)
     view.run.change(command, [view.run], [view.command, view.message, view.name], **QUIET)
     chooser.connect(context, view.chooser, view.run)
@@ -160,6 +172,7 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
         "resume": changing(visible=bool(job and job.state in ("stopped", "failed", "crashed"))),
         "remove": changing(visible=bool(job and job.has_ended)),
         "next": changing(visible=bool(job and job.has_ended and job.can_generate)),
+        "extend": changing(visible=bool(job and can_continue(job))),
         "details": changing(visible=bool(jobs)),
         **chooser.refresh(context, jobs, job),
     }
