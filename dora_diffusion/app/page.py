@@ -76,7 +76,7 @@ def _connect_clock(
         "kill": shown.kill, "resume": shown.resume, "remove": shown.remove, "next": shown.next,
         "extend": shown.extend, "details": shown.details, "chooser": shown.chooser.box,
         "chooser_start": shown.chooser.start, "chooser_cards": shown.chooser.cards,
-        "adapter": generating.adapter, "history": generating.history,
+        "adapter": generating.adapter, "history": generating.history, "turn": generating.turn,
         "shelf": shelves.gallery, "shelf_run": shelves.run,
         "shelf_side": shelves.side, "errands": shelves.errands,
     }  # fmt: skip

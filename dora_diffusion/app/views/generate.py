@@ -115,6 +115,7 @@ class GenerateTab:
                     )  # fmt: skip
 
     def _add_actions(self) -> None:
+        self.turn = html_block(elem_id="turn", js_on_load=CLICKS)
         self.make = gr.Button("Generate images", variant="primary", size="lg", elem_id="make")
         self.compare = gr.Button("Compare with the base model", size="md", elem_id="compare")
         with gr.Accordion("Grid of checkpoints and strengths", open=False):
@@ -204,6 +205,9 @@ def connect(context: Context, tab: GenerateTab) -> None:
         path = confined(context.workspace.images, clicked(event)[1])
         return _results(gallery=[read_image(path, path.stat().st_mtime_ns)])
 
+    def withdraw() -> None:
+        context.studio.withdraw()
+
     def use_template(text: str | None) -> Any:
         # Also sent when the list is left with nothing chosen.
         return text or gr.skip()
@@ -212,6 +216,7 @@ def connect(context: Context, tab: GenerateTab) -> None:
     tab.compare.click(compare, [tab.adapter, *fields], results, **_BUSY)
     tab.grid.click(grid, [tab.adapter, tab.grid_strengths, *fields], results, **_BUSY)
     tab.load.upload(load, [tab.load], fields, **QUIET)
+    tab.turn.click(withdraw, None, None, **QUIET)
     tab.history.click(show, None, results, **QUIET)
     tab.template.input(use_template, [tab.template], [tab.form["prompt"]], **QUIET)
 
@@ -263,7 +268,21 @@ def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[s
     return {
         "adapter": choosing(choices, value, chosen),
         "history": _history(recent_images(context.workspace)),
+        "turn": _turn(next((job for job in jobs if job.is_active), None), context),
     }
+
+
+def _turn(busy: Job | None, context: Context) -> str:
+    """What images wait for, or would wait for."""
+    if busy is None and not context.studio.is_waiting:
+        return ""
+    left = busy.remaining_seconds if busy else None
+    end = f" (about {html.duration(left)})" if left is not None else ""
+    what = f"until {busy.title} has ended{end}" if busy else "until the device is free"
+    if not context.studio.is_waiting:
+        return html.note(f"Images wait {what}.")
+    text = f"Waiting {what}. The images are made then, and are in the history below."
+    return html.note(text) + html.button("Stop waiting", "withdraw", "")
 
 
 def _history(images: Sequence[GeneratedImage]) -> str:

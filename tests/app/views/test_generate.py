@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,10 @@ from PIL import Image
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.views.generate import refresh
 from dora_diffusion.images import save_png
+from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.studio import MOST_RECENT
 from tests.app.views.helpers import handler
+from tests.jobs.helpers import seen, started_run
 
 
 def test_a_template_that_is_opened_and_left_keeps_the_prompt(context: Context) -> None:
@@ -24,6 +27,24 @@ def test_a_template_that_is_opened_and_left_keeps_the_prompt(context: Context) -
     assert use("a photo of two {subject}s") == "a photo of two {subject}s"
     for left in (None, ""):
         assert use(left) == gradio.skip()
+
+
+def test_the_page_says_what_images_wait_for(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def turn(*jobs: Job) -> str:
+        return str(refresh(context, jobs, None)["turn"])
+
+    job = seen(started_run(context.workspace, 4, "<mug>"))
+    assert turn(job) == ""
+    running = dataclasses.replace(job, state="running")
+    assert "Images wait until &lt;mug&gt; has ended (about 12 s)" in turn(running)
+    monkeypatch.setattr(context.studio, "is_waiting", True)
+    for said in (turn(running), turn(job)):
+        assert "Waiting until" in said
+        assert "data-do='withdraw'" in said
+    handler(context, "withdraw", "generate")()
+    assert not context.studio._waits_on()
 
 
 def test_images_of_earlier_visits_are_there_newest_first_and_show_their_settings(
