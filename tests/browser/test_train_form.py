@@ -138,10 +138,10 @@ def test_a_word_in_the_place_of_a_number_is_said_before_the_start(
     page.tab("Train")
     page.wait_text("#plan", "max_train_steps 300")
     page.unfold("Advanced settings", "Adapter")
-    page.set_setting("lora_alpha", "eight", "#cost", "Lora_alpha is 'eight'; it must be a number")
+    page.set_setting("lora_alpha", "eight", "#cost", "lora_alpha is 'eight'; it must be a number")
     before = len(list(app.runs.glob("2*")))
     page.click("#start")
-    assert "Lora_alpha is 'eight'" in page.toast()
+    assert "lora_alpha is 'eight'" in page.toast()
     assert len(list(app.runs.glob("2*"))) == before
 
 

@@ -27,6 +27,7 @@ from dora_diffusion.app.settings import (
     idle_settings,
     make_config,
     preset_values,
+    sentence,
     setting_text,
 )
 from dora_diffusion.app.toy_world import CHOOSE_ANOTHER, outside_toy_world
@@ -148,8 +149,7 @@ def connect(
         try:
             return _plan(context, read_form(context, *values)[0])
         except (ValueError, OSError) as error:
-            text = str(error)
-            return [html.note(text[:1].upper() + text[1:], "warn"), ""]
+            return [html.note(sentence(str(error)), "warn"), ""]
 
     @plain
     def start(name: str, *values: Any) -> list[Any]:

@@ -193,6 +193,17 @@ def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
     assert chosen(every, "dog", model="org/other") is None
 
 
+def test_a_message_keeps_the_letters_of_a_model_s_name(
+    context: Context, subject: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mymodel").mkdir()
+    (tmp_path / "mymodel.ckpt").write_bytes(b"")
+    plan = handler(context, "plan")
+    for name in ("mymodel", "mymodel.ckpt"):
+        assert f">{name} is " in plan(*asked(context, subject, name))[0]
+    assert ">There is no subject" in plan(*asked(context, "", EMBEDDED))[0]
+
+
 def test_a_model_that_is_not_there_starts_nothing(context: Context, subject: str) -> None:
     for model, match in (("/no/model", "does not exist"), ("no/body", "HF_HUB_OFFLINE is set")):
         with pytest.raises(gradio.Error, match=match):
