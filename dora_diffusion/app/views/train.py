@@ -40,7 +40,7 @@ from dora_diffusion.data.masks import mask_path
 from dora_diffusion.jobs.base_model import check_model
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.estimates import estimate
-from dora_diffusion.jobs.subjects import StoredSubject, read_subject
+from dora_diffusion.jobs.subjects import StoredSubject, keep_words, read_subject
 from dora_diffusion.jobs.train import NAME_LIMIT, start_training
 from dora_diffusion.training.subject import subject_of
 
@@ -281,6 +281,15 @@ def _connect_draft(
         word = typed.get("class_word") or subject.class_word
         return [word or gr.skip(), typed.get("token") or subject.token]
 
+    @plain
+    def keep(subject_id: str | None, class_word: str, token: str) -> None:
+        if subject_id:
+            keep_words(context.workspace, subject_id, class_word, token)
+
+    gr.on(
+        [tab.class_word.blur, tab.token.blur], keep,
+        [subjects.pick, tab.class_word, tab.token], None, **QUIET,
+    )  # fmt: skip
     gr.on(
         [field.change for field in (*form, *fields)],
         None, [draft, subjects.pick, *form, *fields], [draft], js=SAVE_SCRIPT,

@@ -23,6 +23,7 @@ from dora_diffusion.app.settings import (
 )
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.bases import Base
+from dora_diffusion.jobs.subjects import read_subject
 from dora_diffusion.jobs.workspace import ids_in
 from dora_diffusion.memory import Device, needed_memory
 from tests.app.views.helpers import handler
@@ -191,6 +192,20 @@ def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
     assert chosen(every, "mug") is None
     assert chosen(every, "dog", settled="dog") is None  # chosen by hand, or asked before
     assert chosen(every, "dog", model="org/other") is None
+
+
+def test_class_and_token_stay_with_the_subject(context: Context, subject: str) -> None:
+    keep, fill = handler(context, "keep"), handler(context, "fill")
+    keep(subject, " teacup ", "zwx")
+    keep(subject, "", "")
+    assert fill(subject, {}) == ["teacup", "zwx"]
+    typed = {"subject": subject, "form": {"class_word": "bowl", "token": "zwx"}}
+    assert fill(subject, typed) == ["bowl", "zwx"]
+    assert read_subject(context.workspace, subject).title == "Mug"
+    keep(None, "dog", "sks")  # a page without a subject
+    for words in (("x" * 101, "sks"), ("dog", "x" * 51)):
+        with pytest.raises(gradio.Error, match="at most"):
+            keep(subject, *words)
 
 
 def test_a_message_keeps_the_letters_of_a_model_s_name(
