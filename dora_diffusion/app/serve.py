@@ -48,7 +48,7 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
     # Not `launch(run_history=False)`: earlier releases have neither the history nor the argument.
     os.environ["GRADIO_RUN_HISTORY"] = "False"
     from dora_diffusion.app.page import build_page
-    from dora_diffusion.app.theme import HEAD, make_theme
+    from dora_diffusion.app.theme import HEAD, make_theme, spoken_words
 
     blocks = build_page(context)
     blocks.queue(default_concurrency_limit=8, max_size=200)
@@ -74,6 +74,7 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
         theme=make_theme(),
         css_paths=[STYLE],
         head=HEAD,
+        i18n=spoken_words(),
     )
     context.queue.start()
     return context, blocks, str(shared or local)

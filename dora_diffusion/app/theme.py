@@ -53,6 +53,13 @@ _PLAIN = {
 }
 
 
+def spoken_words() -> Any:
+    """What screen readers are told when work ends, which Gradio 6 has no words for."""
+    import gradio as gr
+
+    return gr.I18n(en={"common.complete": "Complete"})
+
+
 def make_theme() -> Any:
     """The Gradio theme; `style.css` does the rest."""
     import gradio as gr
