@@ -137,6 +137,22 @@ def test_a_photo_gets_a_caption_a_crop_and_a_mask(visit: Callable[..., Visit], a
     page.click("#editor [data-do=restore]")
     page.wait_text("#report", "001.jpg restored")
     assert (stored / "001.jpg").read_bytes() == whole
+    # By the keyboard alone: the numbers are what is cropped.
+    open_photo(page)
+    page.click("#edit")
+    page.wait_for("#editor .dd-on")
+    for side, value in (("left", "10"), ("top", "25"), ("width", "50"), ("height", "50")):
+        page.fill(f"#editor [data-side={side}]", value)
+    page.page.locator("#editor [data-do=apply]").press("Enter")
+    page.wait_text("#report", "Crop and mask of 001.jpg saved")
+    with Image.open(stored / "001.jpg") as image:
+        assert image.size == (300, 280)
+    open_photo(page)
+    page.click("#edit")
+    page.wait_for("#editor .dd-on")
+    page.click("#editor [data-do=restore]")
+    page.wait_text("#report", "001.jpg restored")
+    assert (stored / "001.jpg").read_bytes() == whole
     assert not (stored / "001.mask.png").exists()
 
 
