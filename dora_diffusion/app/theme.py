@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+# A page that is left has its streams ended by the browser. Gradio does so first, and logs errors.
+_LEAVE = """const abort = AbortController.prototype.abort;
+AbortController.prototype.abort = function (...reason) {
+  if (window.event?.type !== 'beforeunload') abort.apply(this, reason);
+};"""
 HEAD = f"""<meta name="color-scheme" content="light dark">
+<script>{_LEAVE}</script>
 <style>{Path(__file__).with_name("phone.css").read_text(encoding="utf-8")}</style>"""
 SANS = ("Inter", "ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace")

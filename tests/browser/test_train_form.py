@@ -145,6 +145,15 @@ def test_a_word_in_the_place_of_a_number_is_said_before_the_start(
     assert len(list(app.runs.glob("2*"))) == before
 
 
+def test_a_page_that_is_loaded_again_logs_no_error(visit: Callable[..., Visit]) -> None:
+    page = visit()
+    for _ in range(4):
+        page.tab("Train")
+        page.wait_text("#plan", "max_train_steps")
+        page.reload()
+    assert page.wrong == []
+
+
 def test_a_reload_keeps_the_form(visit: Callable[..., Visit], app: App) -> None:
     page = visit()
     page.tab("Train")
