@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from dora_diffusion.app.launch import Launch
-from dora_diffusion.app.settings import ADVANCED, EMBEDDED, EMBEDDED_MODELS, SETTINGS
+from dora_diffusion.app.settings import ADVANCED, EMBEDDED, EMBEDDED_MODELS, SETTINGS, sentence
 from dora_diffusion.app.toy_world import outside_toy_world
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.console.errors import asking_for_report, explain, explain_to_all
@@ -145,9 +145,8 @@ def plain(handler: Handler) -> Handler:
             if explain(error)[1] is None:
                 traceback.print_exc(file=sys.stderr)
                 print(f"error: {asking_for_report(error)}", file=sys.stderr)
-            text = line[:1].upper() + line[1:]
             raise gr.Error(
-                html.escape(text), title="That did not work", print_exception=False
+                html.escape(sentence(line)), title="That did not work", print_exception=False
             ) from None
 
     return run  # type: ignore[return-value]

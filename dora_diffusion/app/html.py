@@ -88,6 +88,14 @@ def button(text: str, action: str, value: str) -> str:
     return f"<button class='dd-button' {data}>{esc(text)}</button>"
 
 
+def picture_card(path: Any, action: str, value: str, text: str) -> str:
+    """An image with its name below, to press as a `button`."""
+    return (
+        f"<button class='dd-sample' data-do='{esc(action)}' data-value='{esc(value)}' "
+        f"title='{esc(text)}'>{image(path, '')}<span>{esc(text)}</span></button>"
+    )
+
+
 def masthead(jobs: Sequence[Job] | None, problems: Sequence[str] = ()) -> str:
     """Name of the app, what it is doing (None before that is known), and what it cannot do."""
     if jobs is None:
@@ -152,6 +160,7 @@ def _live_facts(job: Job) -> list[str]:
         return [f"number {job.position} in the queue"]
     parts = []
     if job.kind == "train" and job.base:
+        parts.append(job.trigger)
         base, device = Path(job.base), job.progress.device_name
         name = base.name if base.is_absolute() else job.base
         parts.append(f"{name} on {device}" if device else name)

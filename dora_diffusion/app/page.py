@@ -77,9 +77,10 @@ def _connect_clock(
         "masthead": masthead, "run": shown.run, "status": shown.status, "loss": shown.loss,
         "log": shown.log, "jobs": shown.jobs, "samples": shown.samples, "stop": shown.stop,
         "kill": shown.kill, "resume": shown.resume, "remove": shown.remove, "next": shown.next,
-        "details": shown.details, "chooser": shown.chooser.box,
+        "extend": shown.extend, "details": shown.details, "chooser": shown.chooser.box,
         "chooser_start": shown.chooser.start, "chooser_cards": shown.chooser.cards,
-        "adapter": generating.adapter, "shelf": shelves.gallery, "shelf_run": shelves.run,
+        "adapter": generating.adapter, "history": generating.history, "turn": generating.turn,
+        "shelf": shelves.gallery, "shelf_run": shelves.run,
         "shelf_side": shelves.side, "errands": shelves.errands,
     }  # fmt: skip
     texts = {name: field for name, field in fields.items() if isinstance(field, gr.HTML)}

@@ -86,7 +86,7 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
     from starlette.middleware import Middleware
 
     from dora_diffusion.app.page import build_page
-    from dora_diffusion.app.theme import HEAD, make_theme
+    from dora_diffusion.app.theme import HEAD, make_theme, spoken_words
 
     blocks, share_names = build_page(context), set[str]()
     blocks.queue(default_concurrency_limit=8, max_size=200)
@@ -113,6 +113,7 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
         theme=make_theme(),
         css_paths=[STYLE],
         head=HEAD,
+        i18n=spoken_words(),
     )
     if shared:
         share_names.add(str(urlsplit(shared).hostname))

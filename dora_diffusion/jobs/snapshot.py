@@ -98,6 +98,12 @@ class Job:
         return self.record.title
 
     @property
+    def label(self) -> str:
+        """What a list of many calls it: with its date, and its time where the title lacks it."""
+        is_timed = self.title.endswith(self.made[11:])
+        return f"{self.title} · {self.made[5:10] if is_timed else self.made[5:]}"
+
+    @property
     def is_active(self) -> bool:
         """Whether its process lives."""
         return self.state in ("running", "stopping")

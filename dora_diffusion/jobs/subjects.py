@@ -109,6 +109,21 @@ def new_subject(
     return subject_id
 
 
+def keep_words(workspace: Workspace, subject_id: str, class_word: str, token: str) -> None:
+    """Keep with a subject what it is called, for later runs; an empty word changes nothing.
+
+    Raises:
+        RequestError: If the subject is unknown, or a word too long.
+    """
+    folder = workspace.subject(subject_id)
+    words = {
+        "class_word": clean_text(class_word, 100, "class"),
+        "token": clean_text(token, 50, "token"),
+    }
+    kept = {name: word for name, word in words.items() if word}
+    write_json(folder / _SUBJECT, read_json(folder / _SUBJECT) | kept)
+
+
 def add_photos(workspace: Workspace, subject_id: str, files: Sequence[str | Path]) -> Upload:
     """Check uploaded files and add them to a subject.
 

@@ -104,6 +104,11 @@ def test_the_page_is_served(served: Served) -> None:
     assert "DoRA studio" in answer.text
 
 
+def test_screen_readers_hear_words_and_no_names_of_words(served: Served) -> None:
+    words = served.client.get("config").json()["i18n_translations"]["en"]
+    assert words == {"common.complete": "Complete"}
+
+
 def test_exports_and_pictures_are_given_out_and_nothing_else(served: Served) -> None:
     workspace = served.context.workspace
     job_id = jobs.create_job(workspace, TrainRequest(), "secret")

@@ -199,19 +199,17 @@ def _shelf(jobs: Sequence[Job]) -> list[Job]:
 def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
     """What the clock sends to this tab."""
     shelf = _shelf(jobs)
-    marks = tuple((job.id, job.shown_state, _image(job)) for job in shelf)
+    marks = tuple((job.id, job.title, job.shown_state, _image(job)) for job in shelf)
     ids = [job.id for job in shelf]
     value = chosen if chosen in ids else next(iter(ids), None)
-    choices = [(f"{job.title} · {job.shown_state} · {job.made}", job.id) for job in shelf]
+    choices = [(f"{job.label} · {job.shown_state}", job.id) for job in shelf]
     return {
         "shelf": (
             marks,
             lambda: gr.update(
                 value=[
-                    image_or_blank(
-                        functools.partial(_thumbnail, path), f"{job.trigger} · {job.shown_state}"
-                    )
-                    for job, (_, _, path) in zip(shelf, marks, strict=True)
+                    image_or_blank(functools.partial(_thumbnail, path), f"{title} · {shown_state}")
+                    for _, title, shown_state, path in marks
                 ],
                 visible=bool(shelf),
             ),

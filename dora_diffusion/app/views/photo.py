@@ -125,11 +125,16 @@ def _editor(photo: Path) -> str:
         f"<button class='dd-tool' data-tool='{name}'>{label}</button>"
         for name, label in (("crop", "Crop"), ("paint", "Paint the subject"), ("erase", "Erase"))
     )
+    names = ("Left", "Top", "Width", "Height")
+    number = "<input type='number' min='0' max='100' step='any' data-side='{}'>"
+    sides = "".join(f"<label>{name} {number.format(name.lower())}</label>" for name in names)
     return (
-        "<div class='dd-editor'><p class='dd-quiet'>Drag a rectangle to crop. Or paint over the "
+        "<div class='dd-editor'><p class='dd-quiet'>Drag a rectangle to crop, or write it in "
+        "percent of the photo. Or paint over the "
         "subject: then only what is painted is learned (masked_loss).</p>"
         f"<div class='dd-tools'>{tools}<button class='dd-tool' data-do='clear'>Start over</button>"
-        f"</div><canvas data-photo='{editor_image(photo)}'></canvas><div class='dd-tools'>"
+        f"</div><canvas data-photo='{editor_image(photo)}'></canvas>"
+        f"<div class='dd-tools'>{sides}</div><div class='dd-tools'>"
         "<button class='dd-button' data-do='apply'>Use this crop and mask</button>"
         "<button class='dd-tool' data-do='restore'>Back to the original</button></div></div>"
     )

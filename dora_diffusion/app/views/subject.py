@@ -199,9 +199,9 @@ def _choices(context: Context, subject_id: str | None) -> Any:
 def _sample_cards(samples: Path) -> str:
     """The project's samples as images to press; nothing where the app was started elsewhere."""
     cards = "".join(
-        f"<button class='dd-sample' id='sample-{html.esc(name)}' data-do='take' "
-        f"data-value='{html.esc(name)}'>{html.image(samples / name / '01.jpg', '')}"
-        f"<span>{html.esc(name.replace('_', ' ').capitalize())}</span></button>"
+        html.picture_card(
+            samples / name / "01.jpg", "take", name, name.replace("_", " ").capitalize()
+        )
         for name in sample_names(samples)
     )
     if not cards:
