@@ -26,7 +26,11 @@ def make_accelerator(config: TrainConfig) -> Any:
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import (
+        AutocastKwargs,
+        DistributedDataParallelKwargs,
+        InitProcessGroupKwargs,
+    )
 
     precision = precision_of(config.mixed_precision)
     require_trains(default_device(), precision)
@@ -43,12 +47,15 @@ def make_accelerator(config: TrainConfig) -> Any:
     handler = DistributedDataParallelKwargs(
         find_unused_parameters=config.train_text_encoder, broadcast_buffers=False
     )
+    # Not for adapters: the frozen model is in the precision already, where autocast would widen what
+    # norms make, and cast it back; and an adapted layer casts its own parameters.
+    autocast = AutocastKwargs(enabled=config.is_full)
     return Accelerator(
         mixed_precision=precision,
         log_with=config.report_to,
         project_dir=str(Path(config.output_dir, config.logging_dir)),
         # The other processes wait while the first one makes class images.
-        kwargs_handlers=[handler, InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+        kwargs_handlers=[handler, autocast, InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
 
 

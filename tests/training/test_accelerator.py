@@ -143,6 +143,25 @@ def test_bfloat16_stays_near_float32(sd1_folder, photos, tmp_path):
     assert {t.up.dtype for t in read_adapter(tmp_path / "bf16").layers.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("method", "is_on"), [("dora", False), ("lora", False), ("full", True)])
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_autocast_is_where_the_model_itself_trains_in_float32(
+    method, precision, is_on, sd1_folder, photos, tmp_path
+):
+    """A frozen model is in the precision already; its adapters cast for themselves."""
+    config = make_config(sd1_folder, photos, tmp_path, method=method, mixed_precision=precision)
+    accelerator = make_accelerator(config)
+
+    class Asks(torch.nn.Module):
+        def forward(self):
+            return torch.is_autocast_enabled("cpu")
+
+    with accelerator.autocast():
+        inside = Asks()()
+    # What several processes call.
+    assert inside == accelerator.prepare_model(Asks())() == (is_on and precision == "bf16")
+
+
 class Two:
     """One of two processes; what the other one sends is in ``theirs``, step by step."""
 
