@@ -152,7 +152,7 @@ _casts: dict[int, tuple[Tensor, Tensor]] = {}
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """What torch's autocast makes of an operand: a parameter's cast lasts until its context ends."""
+    """An operand as autocast has it, which casts a parameter once until its context ends."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     if value.dtype in (torch.float64, dtype):
