@@ -47,8 +47,8 @@ def make_accelerator(config: TrainConfig) -> Any:
     handler = DistributedDataParallelKwargs(
         find_unused_parameters=config.train_text_encoder, broadcast_buffers=False
     )
-    # Adapters do without: their frozen model is in the precision already, where autocast would widen
-    # what norms make and cast it back, and an adapted layer casts its own parameters.
+    # Adapters do without: their frozen model is in the precision already, where autocast would
+    # widen what norms make and cast it back, and an adapted layer casts its own parameters.
     autocast = AutocastKwargs(enabled=config.is_full)
     return Accelerator(
         mixed_precision=precision,
