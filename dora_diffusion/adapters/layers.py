@@ -8,7 +8,7 @@ were. Adapters live in the child module ``adapters``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,12 @@ class AdaptedLayer(nn.Module):
     bias: nn.Parameter | None
     adapters: nn.ModuleDict
     keep_output: bool
+    # How often a layer has got its first adapter or lost its last one, of whatever model.
+    changes: ClassVar[int] = 0
     # Plain attributes, no part of the state dict: caches, and the weight that a merge replaced.
     _gain_cache: dict[str, Gain] | None
+    # Of what parameters each gain there is. Apart from it, since compiled layers read that.
+    _gain_versions: dict[str, list[tuple[int, int]]]
     _statistics: tuple[tuple[Any, ...], WeightStatistics] | None
     _unmerged: Tensor | None
 
@@ -153,17 +157,42 @@ class AdaptedLayer(nn.Module):
 
     def _kept_gain(self, name: str) -> Gain | None:
         """One adapter's gain from the scope's cache, if one is open and has it."""
-        return None if self._gain_cache is None else self._gain_cache.get(name)
+        gain = None if self._gain_cache is None else self._gain_cache.get(name)
+        if gain is not None and not torch.compiler.is_compiling():
+            self.require_unchanged(name)
+        return gain
 
     def gain(self, name: str, adapter: LayerAdapter) -> Gain:
         """Norm and gain of one adapter: from the scope's cache where one is open, else computed."""
-        cache = self._gain_cache
-        if cache is not None and name in cache:
-            return cache[name]
-        gain = fast.make_gains([self._plan_inputs(adapter)])[0]
-        if cache is not None:
-            cache[name] = gain
+        gain = self._kept_gain(name)
+        if gain is None:
+            gain = fast.make_gains([self._plan_inputs(adapter)])[0]
+            if self._gain_cache is not None:
+                self.keep_gain(name, gain)
         return gain
+
+    def keep_gain(self, name: str, gain: Gain) -> None:
+        """Put an adapter's gain into the cache of the scope that is open."""
+        assert self._gain_cache is not None
+        self._gain_cache[name] = gain
+        self._gain_versions[name] = self._adapter(name).versions()
+
+    def require_unchanged(self, name: str) -> None:
+        """Check that an adapter is the one whose gain is in the cache.
+
+        Raises:
+            RuntimeError: If a parameter was written or replaced since.
+        """
+        if self._adapter(name).versions() != self._gain_versions[name]:
+            raise RuntimeError(
+                "an adapter's parameters changed inside norm_scope, which keeps the norms of what "
+                "they were: open one norm_scope for each optimizer step, around its forward and "
+                "backward passes; whatever changes parameters, such as optimizer.step(), call it "
+                "after it"
+            )
+
+    def _adapter(self, name: str) -> LayerAdapter:
+        return cast("LayerAdapter", self.adapters._modules[name])
 
     @torch.no_grad()
     def _plan_inputs(self, adapter: LayerAdapter) -> PlanInputs:

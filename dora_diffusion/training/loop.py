@@ -13,7 +13,7 @@ from dora_diffusion.config import TrainConfig, without_effect
 from dora_diffusion.data.photo_record import write_photo_record
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
-from dora_diffusion.training.accelerator import make_accelerator, set_by_any
+from dora_diffusion.training.accelerator import SharedFlags, make_accelerator
 from dora_diffusion.training.folders import METRICS_NAME, clear_folder, output_folder
 from dora_diffusion.training.metrics import MetricsLog, TrainingError
 from dora_diffusion.training.offload import cache_ahead
@@ -145,11 +145,11 @@ class _Run:
         cache_ahead(session, session.total_steps - step, self.on_event)
         self.stop.answer_with(_SAVING)
         log = self._begin()
-        begun = time.perf_counter()
+        begun, any_set = time.perf_counter(), SharedFlags(session.accelerator)
         try:
             while True:
-                stopping, overdue = set_by_any(
-                    session.accelerator, self.stop.requested, self.saver.is_overdue()
+                stopping, overdue = any_set(
+                    self.stop.requested, self.is_main and self.saver.is_overdue()
                 )
                 if stopping or step >= session.total_steps:
                     break

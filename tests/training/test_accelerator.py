@@ -8,14 +8,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.training.accelerator import make_accelerator, set_by_any
+from dora_diffusion.models.transfer import send
+from dora_diffusion.training import loop
+from dora_diffusion.training.accelerator import SharedFlags, make_accelerator
 from dora_diffusion.training.loop import train
+from dora_diffusion.training.saving import CheckpointSaver
+from tests.nvidia import nvidia_gpu
 from tests.training.helpers import SAMPLES, accelerator_of_fp16, losses, make_config
 
 _RUN = """
@@ -131,12 +137,78 @@ def test_bfloat16_stays_near_float32(sd1_folder, photos, tmp_path):
     assert {t.up.dtype for t in read_adapter(tmp_path / "bf16").layers.values()} == {torch.float32}
 
 
-def test_what_one_process_asks_for_all_of_them_do():
-    class OtherAsks:
-        num_processes, device = 2, "cpu"
+@pytest.mark.parametrize(("method", "is_on"), [("dora", False), ("lora", False), ("full", True)])
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_autocast_is_where_the_model_itself_trains_in_float32(
+    method, precision, is_on, sd1_folder, photos, tmp_path
+):
+    """A frozen model is in the precision already; its adapters cast for themselves."""
+    config = make_config(sd1_folder, photos, tmp_path, method=method, mixed_precision=precision)
+    accelerator = make_accelerator(config)
 
-        def reduce(self, flags, reduction):
-            assert reduction == "sum"
-            return flags + torch.tensor([0.0, 1.0, 1.0])
+    class Asks(torch.nn.Module):
+        def forward(self):
+            return torch.is_autocast_enabled("cpu")
 
-    assert set_by_any(OtherAsks(), False, False, True) == [False, True, True]
+    with accelerator.autocast():
+        inside = Asks()()
+    # What several processes call.
+    assert inside == accelerator.prepare_model(Asks())() == (is_on and precision == "bf16")
+
+
+class Two:
+    """One of two processes; what the other one sends is in ``theirs``, step by step."""
+
+    num_processes = 2
+
+    def __init__(self, device: str, *theirs: list[float]) -> None:
+        self.device, self.theirs, self.ours = torch.device(device), iter(theirs), []
+
+    def reduce(self, flags: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        self.ours.append(flags)
+        return flags + send(torch.tensor(next(self.theirs)), self.device)
+
+
+def test_what_one_process_asks_for_all_of_them_do_a_step_later():
+    two = Two("cpu", [0, 1], [0, 0], [0, 0], [0, 0], [0, 0])
+    any_set = SharedFlags(two)
+    asked = [(False, False), (True, True), (True, True), (True, True), (True, False)]
+    found = [any_set(*flags) for flags in asked]
+    assert found == [
+        [False, False],
+        [False, True],
+        # What was answered just now is not asked for once more: it would be answered twice.
+        [True, False],
+        [False, True],
+        [True, False],
+    ]
+    assert [sent.tolist() for sent in two.ours] == [[0, 0], [1, 0], [0, 1], [1, 0], [0, 0]]
+
+
+def test_one_process_is_answered_at_once():
+    assert SharedFlags(SimpleNamespace(num_processes=1))(True, False) == [True, False]
+
+
+def test_no_step_waits_for_what_another_process_asks():
+    with nvidia_gpu() as gpu:
+        two = Two("cuda:0", *[[0, step == 1] for step in range(4)])
+        any_set, found = SharedFlags(two), []
+        for _ in range(4):
+            found.append(any_set(False, False)[1])
+            torch.ones(3, device=gpu.device).mul_(2)  # A step.
+        assert found == [False, False, True, False]
+        assert not gpu.waits
+
+
+def test_only_the_process_that_saves_says_when_that_is_overdue(
+    sd1_folder, photos, tmp_path, monkeypatch
+):
+    """The clocks of the others start again with nothing: they would ask at every step."""
+    saved = []
+    monkeypatch.setattr(Accelerator, "is_main_process", property(lambda _: False))
+    monkeypatch.setattr(CheckpointSaver, "is_overdue", lambda _: True)
+    monkeypatch.setattr(loop._Run, "_checkpoint", lambda *args, **kwargs: saved.append(kwargs))
+    (tmp_path / "out").mkdir()
+    train(make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=3))
+    assert [kwargs for kwargs in saved if kwargs] == []
