@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config import Setting, TrainConfig, settings, without_effect
+from dora_diffusion.config import Setting, TrainConfig, settings, unusual_rates, without_effect
 from dora_diffusion.console.shell import shown_command
 from dora_diffusion.families import FAMILIES, USUAL
 from dora_diffusion.jobs.base_model import UNKNOWN, traits_of
@@ -102,7 +102,7 @@ def _released_values(preset: str, model: str, device: Device) -> dict[str, Any]:
 
 
 def idle_settings(config: TrainConfig) -> list[str]:
-    """Settings that were changed by hand and have no effect, each with the reason."""
+    """Settings changed by hand that have no effect, with the reason, and unusual rates."""
     presets = [
         preset_values(preset, config.pretrained_model_name_or_path) for preset in PRESET_NAMES
     ]
@@ -111,7 +111,7 @@ def idle_settings(config: TrainConfig) -> list[str]:
         for name in ADVANCED
         if all(getattr(config, name) != values[name] for values in presets)
     ]
-    return list(without_effect(config, changed).values())
+    return [*without_effect(config, changed).values(), *unusual_rates(config)]
 
 
 def make_config(

@@ -68,6 +68,10 @@ class Session:
         assert self.config.max_train_steps is not None
         return self.config.max_train_steps
 
+    def place(self) -> dict[str, Any]:
+        """Where the run stands in its data."""
+        return {"sampler": self.sampler.state_dict(), "batches": self.train_step.batches}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that steps change, on the CPU."""
         scaler = self.accelerator.scaler
@@ -77,8 +81,7 @@ class Session:
             "parameters": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
             "optimizer": self.train_step.optimizer.state_dict(),
             "lr_schedule": self.train_step.lr_schedule.state_dict(),
-            "sampler": self.sampler.state_dict(),
-            "batches": self.train_step.batches,
+            **self.place(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "projections": self.weights.projections(),
             "allocation": None if allocation is None else allocation.state_dict(),

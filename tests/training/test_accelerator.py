@@ -22,7 +22,7 @@ from dora_diffusion.training.accelerator import SharedFlags, make_accelerator
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.saving import CheckpointSaver
 from tests.nvidia import nvidia_gpu
-from tests.training.helpers import SAMPLES, accelerator_of_fp16, losses, make_config
+from tests.training.helpers import SAMPLES, accelerator_of_fp16, losses, make_config, names
 
 _RUN = """
 import sys
@@ -32,10 +32,36 @@ from dora_diffusion.training.loop import train
 train(TrainConfig.from_dict(yaml.safe_load(open(sys.argv[1]))))
 """
 
+# At step 3 of the second process alone, something goes wrong.
+_GRADIENT = """
+import os
+import torch
+from dora_diffusion.training.objective import Objective
+real, calls = Objective.forward, []
+def forward(self, inputs):
+    calls.append(1)
+    losses = real(self, inputs)
+    wrong = os.environ["RANK"] == "1" and len(calls) == 3
+    # The slope of a root at 0: the loss is what it was, its gradient is NaN.
+    return [loss + (loss - loss.detach()).sqrt() if wrong else loss for loss in losses]
+Objective.forward = forward
+"""
+_PHOTO = """
+import os
+from dora_diffusion.training.inputs import InputSource
+real = InputSource.__call__
+def inputs(self, micro_step):
+    if self.process_index == 1 and micro_step == 2:
+        raise OSError("the photo is gone")
+    return real(self, micro_step)
+InputSource.__call__ = inputs
+"""
 
-def launch(config: dict, tmp_path: Path, processes: int) -> Path:
+
+def launch(config: dict, tmp_path: Path, processes: int, before: str = "", fails: str = "") -> Path:
+    """Run a configuration, which ends well, or with a line of its errors."""
     script, settings = tmp_path / "run.py", tmp_path / f"{processes}.yaml"
-    script.write_text(_RUN, encoding="utf-8")
+    script.write_text(before + _RUN, encoding="utf-8")
     output = tmp_path / f"out-{processes}"
     settings.write_text(yaml.safe_dump(config | {"output_dir": str(output)}), encoding="utf-8")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
@@ -51,7 +77,8 @@ def launch(config: dict, tmp_path: Path, processes: int) -> Path:
         timeout=300,
         encoding="utf-8",
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode != 0) == bool(fails), done.stderr[-3000:]
+    assert fails in done.stderr, done.stderr[-3000:]
     return output
 
 
@@ -98,6 +125,25 @@ def test_two_processes_agree_with_one(sd1_folder, tmp_path, variant):
                 getattr(layer, part), getattr(second[name], part), rtol=2e-3, atol=5e-5
             )
     assert len((two / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("before", "fails", "every"),
+    [
+        pytest.param(_GRADIENT, "the gradients are not finite at step 3", 1, id="gradient"),
+        pytest.param(_PHOTO, "checkpoint-2 was saved first", 100, id="photo"),
+    ],
+)
+def test_what_goes_wrong_in_one_process_ends_both_with_what_there_is(
+    before, fails, every, tiny_run, tmp_path
+):
+    config = tiny_run(max_train_steps=9, checkpointing_steps=every, checkpoints_total_limit=1)
+    output = launch(config.to_dict(), tmp_path, 2, before, fails)
+    assert names(output) == ["checkpoint-2"]
+    state = torch.load(output / "checkpoint-2" / "training_state.pt", weights_only=True)
+    assert (state["step"], state["sampler"]["position"]) == (2, 4)
+    assert all(torch.isfinite(value).all() for value in state["parameters"].values())
+    assert state["interim"] == (every == 100)
 
 
 def test_processes_wait_as_long_as_class_images_take(sd1_folder, photos, tmp_path):

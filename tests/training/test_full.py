@@ -307,7 +307,7 @@ def test_a_disk_without_room_is_said_before_and_costs_no_run(full_config, monkey
     with pytest.warns(UserWarning, match="this run writes .* or more"):
         session_of(config)
     monkeypatch.setattr(full, "_check_disk", lambda *args: None)
-    with pytest.raises(OSError, match="are needed"):
+    with pytest.raises(OSError, match="nothing can be saved at step 2: it takes"):
         train(config)
     folder = train_folder(config)
     assert names(folder) == []
@@ -319,7 +319,9 @@ def test_a_result_is_not_replaced_unless_asked(full_config):
     with pytest.raises(ValueError, match="already holds a trained adapter or model"):
         train(full_config)
     before = stored(train_folder(full_config))
-    assert not warnings_of(replace(full_config, overwrite_output_dir=True, text_encoder_lr=5e-6))
+    again = replace(full_config, overwrite_output_dir=True, text_encoder_lr=5e-6)
+    (said,) = warnings_of(again)
+    assert said.startswith("learning_rate is 0.002; for full fine-tuning adamw usually takes 1e-08")
     assert changed(before, stored(train_folder(full_config))) == set()
 
 

@@ -144,7 +144,7 @@ def test_a_resumed_run_has_its_own_rates(sd1_folder, photos, tmp_path):
     train(config)
     changed = replace(
         config, resume_from_checkpoint="latest", max_train_steps=4,
-        learning_rate=4e-4, adam_weight_decay=0.5,
+        learning_rate=4e-4, adam_weight_decay=0.5, overwrite_output_dir=True,
     )  # fmt: skip
     train(changed)
     rates = losses(tmp_path / "out", "lr")
@@ -176,3 +176,31 @@ def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones_when_asked(
     assert left[-1] in ("checkpoint-3", "checkpoint-4"), "none is from the run that was left"
     assert losses(tmp_path / "out", "lr")[3]["unet/down"] == pytest.approx(1e-2)
     assert len(left) == 2
+
+
+def test_a_finished_result_is_not_replaced_by_one_of_other_settings(tiny_run, tmp_path):
+    """More steps alone are what a finished run is resumed for."""
+    out = tmp_path / "out"
+    config = tiny_run(max_train_steps=1, checkpointing_steps=1)
+    before = train(config).adapter.read_bytes()
+    longer = replace(config, max_train_steps=2, resume_from_checkpoint="latest")
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for changes, text in (
+        ({"learning_rate": 0.1}, r"learning_rate \(8e-05 -> 0\.1\)"),
+        ({"train_batch_size": 2}, r"train_batch_size \(1 -> 2\)"),
+    ):
+        with pytest.raises(ConfigError, match=f"a finished result.*other settings: {text}; ") as e:
+            train(replace(longer, **changes))
+        assert "\n" not in str(e.value)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+    # Neither by another run's checkpoint; elsewhere it trains, with what it likes.
+    branch = replace(longer, output_dir=str(tmp_path / "b"), learning_rate=2e-4)
+    branch = replace(branch, resume_from_checkpoint=str(out / "checkpoint-1"))
+    assert train(branch).steps == 2
+    with pytest.raises(ConfigError, match=r"holds a finished result, and .* is of another run"):
+        train(replace(longer, resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2")))
+    # Samples and the machine's precision are not what was learned from.
+    longer = replace(longer, mixed_precision="bf16", validation_inference_steps=3)
+    assert train(longer).adapter.read_bytes() != before
+    other = replace(longer, max_train_steps=3, learning_rate=2e-4, overwrite_output_dir=True)
+    assert train(other).steps == 3
