@@ -59,6 +59,14 @@ def make_accelerator(config: TrainConfig) -> Any:
     )
 
 
+def set_by_any(accelerator: Any, flag: bool) -> bool:
+    """Whether any process has set a flag; all wait for the answer."""
+    if accelerator.num_processes == 1:
+        return flag
+    count = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(count, reduction="sum"))
+
+
 class SharedFlags:
     """Which flags any process has set, so that all of them stop, and save, at the same step.
 

@@ -14,7 +14,7 @@ from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.data.photo_record import write_photo_record
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
-from dora_diffusion.training.accelerator import SharedFlags, make_accelerator
+from dora_diffusion.training.accelerator import SharedFlags, make_accelerator, set_by_any
 from dora_diffusion.training.folders import METRICS_NAME, clear_folder, output_folder
 from dora_diffusion.training.metrics import (
     MOST_SKIPPED,
@@ -254,8 +254,7 @@ class _Run:
                     self.on_event(events.CheckpointSaved(step, path))
             except Exception as error:
                 failure = error
-        (failed,) = set_by_any(self.session.accelerator, failure is not None)
-        if failed:
+        if set_by_any(self.session.accelerator, failure is not None):
             raise failure or TrainingError(f"the first process could not save step {step}")
 
     def _save(self, step: int, log: MetricsLog, *, interim: bool, **state: Any) -> Path | None:
