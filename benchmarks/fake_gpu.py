@@ -127,7 +127,7 @@ def _never(*args: Any, **kwargs: Any) -> Any:
 
 
 def _autocast(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
-    """An operation under CUDA's policy. Casts are not cached: no weight here is used twice."""
+    """An operation under CUDA's policy."""
     key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -147,10 +147,21 @@ def _autocast(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+# By identity, which is kept with it: a parameter, and its cast.
+_casts: dict[int, tuple[Tensor, Tensor]] = {}
+
+
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+    """An operand as autocast has it, which casts a parameter once until its context ends."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    if value.dtype in (torch.float64, dtype):
+        return value
+    if value.dtype != torch.float32 or not (value.is_leaf and value.requires_grad):
         return value.to(dtype)
-    return value
+    if id(value) not in _casts:
+        _casts[id(value)] = value, value.to(dtype)
+    return _casts[id(value)][1]
 
 
 _plain_attention = F.scaled_dot_product_attention
@@ -207,6 +218,7 @@ def fake_gpu() -> Iterator[None]:
     probe = lru_cache(norms._probe_on.__wrapped__)
     with (
         mock.patch.object(F, "scaled_dot_product_attention", _attention),
+        mock.patch.object(torch, "clear_autocast_cache", _casts.clear),
         mock.patch.object(nn.Module, "_apply", _apply),
         # Its vectors outlive a step; these must not outlive the mode.
         mock.patch.object(norms, "_probe", lambda n, like: probe(n, like.device, like.dtype)),

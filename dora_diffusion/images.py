@@ -21,7 +21,8 @@ from dora_diffusion.numerics.weights import Strengths
 _CHUNK = "parameters"
 _THUMBNAIL_SIDE = 256
 _NEGATIVE = "Negative prompt: "
-_FIELD = re.compile(r'\s*([\w -]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+# A name's length has a limit, since without one a line of spaces takes the cube of its length.
+_FIELD = re.compile(r'([\w-][\w -]{0,63}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 # A1111's name of a scheduler -> ours.
 _SCHEDULERS = {scheduler.a1111: name for name, scheduler in SCHEDULERS.items()}

@@ -61,7 +61,7 @@ def merge_tensor(
 
     def check(block: Tensor) -> None:
         # Beyond the largest number of the dtype the cast gives inf: better no file than that file.
-        if not _is_finite(block):
+        if not is_finite(block):
             name = str(dtype).removeprefix("torch.")
             raise MergeError(
                 f"the merged weight {tuple(weight.shape)} is not finite in {name}; lower the "
@@ -73,7 +73,7 @@ def merge_tensor(
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     cast = weight.to(dtype)
-    if dtype != weight.dtype and not _is_finite(cast) and _is_finite(weight):
+    if dtype != weight.dtype and not is_finite(cast) and is_finite(weight):
         name = str(dtype).removeprefix("torch.")
         raise MergeError(
             f"the base's weight {tuple(weight.shape)} has numbers that are beyond {name}; take a "
@@ -82,7 +82,8 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every number of a floating-point tensor is finite."""
     # A sum with infinity or NaN in it is one of them, and is known much sooner than each number.
     # Only a sum that overflows on its own needs these.
     total = tensor.sum(dtype=wide_dtype(tensor))

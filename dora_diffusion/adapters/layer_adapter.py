@@ -64,6 +64,14 @@ class LayerAdapter(nn.Module):
             down, up, self.magnitude, self.alpha, self.norm_axis, self.kind, self.groups
         )
 
+    def versions(self) -> list[tuple[int, int]]:
+        """Which parameters it has, and how often each was written in place."""
+        own = list(self._parameters.values())
+        if self.direction is not None:
+            own += self.direction._parameters.values()
+        # Tensors that were made in inference mode count nothing.
+        return [(id(p), 0 if p.is_inference() else p._version) for p in own if p is not None]
+
     def scaled_weights(self) -> LayerWeights:
         """`weights`, with the direction's strength in their scale."""
         weights = self.weights()

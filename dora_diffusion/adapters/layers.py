@@ -8,7 +8,7 @@ were. Adapters live in the child module ``adapters``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,12 @@ class AdaptedLayer(nn.Module):
     bias: nn.Parameter | None
     adapters: nn.ModuleDict
     keep_output: bool
+    # How often a layer has got its first adapter or lost its last one, of whatever model.
+    changes: ClassVar[int] = 0
     # Plain attributes, no part of the state dict: caches, and the weight that a merge replaced.
     _scales_cache: dict[str, LayerScales] | None
+    # Of what parameters each of them is. Apart from it, since compiled layers read that.
+    _scales_versions: dict[str, list[tuple[int, int]]]
     _statistics: tuple[tuple[Any, ...], WeightStatistics] | None
     _unmerged: Tensor | None
 
@@ -120,11 +124,35 @@ class AdaptedLayer(nn.Module):
         """Norm and gain of one adapter: from the scope's cache where one is open, else computed."""
         cache = self._scales_cache
         if cache is not None and name in cache:
+            self.require_unchanged(name)
             return cache[name]
         scales = make_scales([self._plan_inputs(adapter)])[0]
         if cache is not None:
-            cache[name] = scales
+            self.keep_scales(name, scales)
         return scales
+
+    def keep_scales(self, name: str, scales: LayerScales) -> None:
+        """Put an adapter's scales into the cache of the scope that is open."""
+        assert self._scales_cache is not None
+        self._scales_cache[name] = scales
+        self._scales_versions[name] = self._adapter(name).versions()
+
+    def require_unchanged(self, name: str) -> None:
+        """Check that an adapter is the one whose scales are in the cache.
+
+        Raises:
+            RuntimeError: If a parameter was written or replaced since.
+        """
+        if self._adapter(name).versions() != self._scales_versions[name]:
+            raise RuntimeError(
+                "an adapter's parameters changed inside norm_scope, which keeps the norms of what "
+                "they were: open one norm_scope for each optimizer step, around its forward and "
+                "backward passes; whatever changes parameters, such as optimizer.step(), call it "
+                "after it"
+            )
+
+    def _adapter(self, name: str) -> LayerAdapter:
+        return cast("LayerAdapter", self.adapters._modules[name])
 
     @torch.no_grad()
     def _plan_inputs(self, adapter: LayerAdapter) -> PlanInputs:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.layers import AdaptedLayer, adapted_layers
@@ -19,26 +22,41 @@ from dora_diffusion.numerics.weights import Strengths
 
 
 class Loop:
-    """What a loop of steps keeps from one `norm_scope` to the next.
+    """What a loop of training steps keeps from one `norm_scope` to the next.
 
-    For a loop in which nothing but its optimizer changes parameters, and no layer gets its first
-    adapter: then a step neither waits for the device nor looks for what it found before. Adapters
-    may be switched on and off, merged and moved between the steps.
+    Make one before the loop and give it to each step's scope. A step then neither waits for the
+    device nor looks again for what it found before. Between the steps, adapters may be added and
+    removed, switched on and off, merged and moved; but no base weight may be written through
+    ``.data``, which on CUDA is noticed a step late.
+
+    Example:
+        >>> import torch
+        >>> from dora_diffusion import AdapterConfig, inject_adapters
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> report = inject_adapters(model, AdapterConfig(targets=("*",), rank=2))
+        >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        >>> loop = Loop()
+        >>> for _ in range(2):
+        ...     with norm_scope(model, loop=loop):
+        ...         model(torch.ones(1, 8)).square().mean().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
     """
 
     def __init__(self) -> None:
         self.flags = DeferredFlags()
         self._models: tuple[nn.Module, ...] = ()
         self._layers: list[AdaptedLayer] = []
+        self._changes = -1
         self._kept: tuple[list[_Entry], list[Layout]] = [], []
 
     def layers(self, models: Sequence[nn.Module]) -> list[AdaptedLayer]:
-        """The adapted layers of some models, looked for where these are not the ones of before."""
+        """The adapted layers of some models, looked for where they may not be those of before."""
         same = len(models) == len(self._models) and all(map(is_, models, self._models))
-        if not (same and self._layers):
-            self._models = tuple(models)
+        if not same or self._changes != AdaptedLayer.changes:
+            self._models, self._changes = tuple(models), AdaptedLayer.changes
             self._layers = _layers_of(models)
-        return [layer for layer in self._layers if isinstance(layer, AdaptedLayer)]
+        return self._layers
 
     def scales(self, layers: Sequence[AdaptedLayer]) -> tuple[list[_Entry], list[LayerScales]]:
         """The layers' active adapters, and the scales of each."""
@@ -56,8 +74,10 @@ def norm_scope(*models: nn.Module, loop: Loop | None = None) -> Iterator[None]:
     """Compute each adapter's norm once inside the block, in which no parameter may change.
 
     Open one around the forward and backward passes of one optimizer step, as the training loop
-    does, and one around all steps of a sampling run. No norm survives the block, so that one from
-    old parameters cannot be used.
+    does, and one around all steps of a sampling run. No norm survives the block, and a layer that
+    is called inside after a parameter of it was written or replaced raises an error. Optimizers
+    of torch and those that derive from them are noticed whatever they write with; other code that
+    writes through ``.data`` is not.
 
     Without one the results are the same, but every call of every adapted layer computes its norm
     from the whole weight, again when gradient checkpointing recomputes it, and on a GPU waits for
@@ -65,8 +85,10 @@ def norm_scope(*models: nn.Module, loop: Loop | None = None) -> Iterator[None]:
 
     Args:
         models: The models with adapters.
-        loop: For a loop of steps in which nothing but its optimizer changes anything, one for the
-            whole loop: then a block does not wait either.
+        loop: One for a whole loop of training steps: then a block does not wait either.
+
+    Raises:
+        RuntimeError: In a layer's forward, if its adapter changed inside of the block.
 
     Example:
         >>> import torch
@@ -79,10 +101,20 @@ def norm_scope(*models: nn.Module, loop: Loop | None = None) -> Iterator[None]:
     layers = _layers_of(models) if loop is None else loop.layers(models)
     opened = [layer for layer in layers if layer._scales_cache is None]
     _open_caches(opened, loop)
+    noticed = register_optimizer_step_post_hook(_count_written)
     try:
         yield
     finally:
+        noticed.remove()
         _close_caches(opened)
+
+
+def _count_written(optimizer: torch.optim.Optimizer, *args: Any) -> None:
+    """Count what an optimizer wrote: fused ones, and those that write to ``.data``, do not."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                increment_version(parameter)
 
 
 class _Entry(NamedTuple):
@@ -149,7 +181,7 @@ def _open_caches(layers: Sequence[AdaptedLayer], loop: Loop | None) -> None:
         # Past `nn.Module.__setattr__`, which takes longer than all else here.
         vars(layer)["_scales_cache"] = {}
     for entry, own in zip(entries, scales, strict=True):
-        vars(entry.layer)["_scales_cache"][entry.name] = own
+        entry.layer.keep_scales(entry.name, own)
 
 
 def _close_caches(layers: Sequence[AdaptedLayer]) -> None:

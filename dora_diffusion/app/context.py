@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from dora_diffusion.app.launch import Launch
-from dora_diffusion.app.settings import ADVANCED, EMBEDDED, EMBEDDED_MODELS, SETTINGS
+from dora_diffusion.app.settings import ADVANCED, EMBEDDED, EMBEDDED_MODELS, SETTINGS, sentence
 from dora_diffusion.app.toy_world import outside_toy_world
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.console.errors import asking_for_report, explain
+from dora_diffusion.console.errors import asking_for_report, explain, explain_to_all
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs.base_model import traits_of
 from dora_diffusion.jobs.bases import Base, bases, named_bases, on_this_machine
@@ -141,15 +141,12 @@ def plain(handler: Handler) -> Handler:
         except gr.Error:
             raise
         except Exception as error:
-            _, line = explain(error, "generate")
-            if line is None:
+            line = explain_to_all(error, "generate")
+            if explain(error)[1] is None:
                 traceback.print_exc(file=sys.stderr)
                 print(f"error: {asking_for_report(error)}", file=sys.stderr)
-                # Whoever uses the app need not be who runs it: no more than the kind.
-                line = asking_for_report(type(error).__name__, " in the server's log")
-            text = line[:1].upper() + line[1:]
             raise gr.Error(
-                html.escape(text), title="That did not work", print_exception=False
+                html.escape(sentence(line)), title="That did not work", print_exception=False
             ) from None
 
     return run  # type: ignore[return-value]

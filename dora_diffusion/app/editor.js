@@ -3,6 +3,8 @@
 // photo, and the mask as a small PNG.
 const state = { tool: 'crop', box: null, painted: false, from: null, image: null, mask: null };
 const paper = () => element.querySelector('canvas');
+// x, y, width and height in percent of the photo.
+const fields = () => [...element.querySelectorAll('[data-side]')];
 
 function begin() {
   const canvas = paper();
@@ -28,9 +30,24 @@ function choose(tool) {
   draw();
 }
 
-function draw() {
+function type(typed) {
+  const [x, y, width, height] = fields().map((field) => Number(field.value) / 100);
+  const canvas = paper(), end = (from, size) => Math.min(1, Math.max(0, from + size));
+  const corners = [end(x, 0), end(y, 0), end(x, width), end(y, height)];
+  state.box = corners.map((part, side) => part * (side % 2 ? canvas.height : canvas.width));
+  if (corners.join() === '0,0,1,1' || !(width > 0) || !(height > 0)) state.box = null;
+  draw(typed);
+}
+
+function draw(typed = null) {
   const canvas = paper();
   if (!canvas || !state.image) return;
+  const [from, over, to, under] = state.box ?? [0, 0, canvas.width, canvas.height];
+  [from / canvas.width, over / canvas.height, (to - from) / canvas.width,
+    (under - over) / canvas.height].forEach((part, side) => {
+    const field = fields()[side];
+    if (field !== typed) field.value = Math.round(part * 1000) / 10;
+  });
   const pen = canvas.getContext('2d');
   pen.globalAlpha = 1;
   pen.drawImage(state.image, 0, 0);
@@ -79,6 +96,7 @@ function move(event) {
   draw();
 }
 
+element.addEventListener('input', (event) => { if (event.target.dataset.side) type(event.target); });
 element.addEventListener('pointerdown', (event) => {
   if (event.target !== paper() || !state.image) return;
   event.preventDefault();

@@ -22,6 +22,7 @@ _WORDS = {
     "stopped": "stopped",
     "failed": "failed",
     "crashed": "crashed",
+    "damaged": "damaged",
 }
 _RUNNING = {
     "train": "training",
@@ -87,8 +88,16 @@ def button(text: str, action: str, value: str) -> str:
     return f"<button class='dd-button' {data}>{esc(text)}</button>"
 
 
-def masthead(jobs: Sequence[Job] | None) -> str:
-    """Name of the app, and in one line what it is doing; None before that is known."""
+def picture_card(path: Any, action: str, value: str, text: str) -> str:
+    """An image with its name below, to press as a `button`."""
+    return (
+        f"<button class='dd-sample' data-do='{esc(action)}' data-value='{esc(value)}' "
+        f"title='{esc(text)}'>{image(path, '')}<span>{esc(text)}</span></button>"
+    )
+
+
+def masthead(jobs: Sequence[Job] | None, problems: Sequence[str] = ()) -> str:
+    """Name of the app, what it is doing (None before that is known), and what it cannot do."""
     if jobs is None:
         return _masthead(pill("connecting", "connecting"))
     active = next((job for job in jobs if job.is_active), None)
@@ -98,7 +107,8 @@ def masthead(jobs: Sequence[Job] | None) -> str:
     else:
         share = f" {active.step / active.total:.0%}" if active.total else ""
         now = pill(f"{active.title}{share}", "running")
-    return _masthead(now + (pill(f"{waiting} waiting") if waiting else ""))
+    now += pill(f"{waiting} waiting") if waiting else ""
+    return _masthead(now) + notes(problems, "bad")
 
 
 def _masthead(pills: str) -> str:
@@ -111,8 +121,8 @@ def _masthead(pills: str) -> str:
 
 def state_pill(job: Job) -> str:
     """The state of a job as a coloured word."""
-    word = _RUNNING[job.kind] if job.state == "running" else _WORDS[job.state]
-    return pill(word, job.state)
+    word = _RUNNING[job.kind] if job.state == "running" else _WORDS[job.shown_state]
+    return pill(word, job.shown_state)
 
 
 def status_card(job: Job, *, stop: bool = False) -> str:
@@ -123,7 +133,8 @@ def status_card(job: Job, *, stop: bool = False) -> str:
         f"<div style='width:{share:.1%}'></div></div>"
     )
     lines = [_done(job), *_live_facts(job)]
-    cause = note(job.cause, "bad") + notes(log_warnings(job.folder), "warn")
+    cause = note(job.cause, "bad") + notes(job.damage, "bad")
+    cause += notes(log_warnings(job.folder), "warn")
     if job.state == "done" and job.trigger:
         cause += note(f"Write “{job.trigger}” in a prompt to get the subject.", "good")
     if job.kind == "train":
@@ -149,6 +160,7 @@ def _live_facts(job: Job) -> list[str]:
         return [f"number {job.position} in the queue"]
     parts = []
     if job.kind == "train" and job.base:
+        parts.append(job.trigger)
         base, device = Path(job.base), job.progress.device_name
         name = base.name if base.is_absolute() else job.base
         parts.append(f"{name} on {device}" if device else name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,15 +14,18 @@ from dora_diffusion.jobs.workspace import Workspace
 from dora_diffusion.toy import samples_folder
 
 AUTH_VARIABLE = "DORA_DIFFUSION_AUTH"
+SHARED = "Everybody who has it sees, changes and deletes the same photos and runs."
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?")
+_PORTS = {"http": "80", "https": "443"}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How the app is served.
+    """How the app is served; ``allowed_hosts`` are names that a reverse proxy has for it.
 
     Raises:
-        ConfigError: If it could be reached from elsewhere by anybody, or there is no such port or
-            address.
+        ConfigError: If it could be reached from elsewhere by anybody, or there is no such port,
+            address or name.
     """
 
     host: str = "127.0.0.1"
@@ -32,6 +37,7 @@ class Launch:
     models: tuple[str, ...] = ()
     model_folders: tuple[Path, ...] = ()
     browser: bool = False
+    allowed_hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.port is not None and not 1 <= self.port <= 65535:
@@ -41,8 +47,16 @@ class Launch:
                 f"host is {self.host!r}; it must be an address of this machine, such as 127.0.0.1 "
                 "(this machine alone), 0.0.0.0 (all of its addresses) or its name"
             )
+        for name in self.allowed_hosts:
+            if not is_address(name):
+                raise ConfigError(
+                    f"allowed_host is {name!r}; it must be a name such as studio.example.org, "
+                    "without https:// and port"
+                )
         if self.is_open and self.auth is None:
             what = "--share" if self.share else f"--host {self.host}"
+            if not self.share and is_loopback(self.host):
+                what = f"--allowed_host {' '.join(self._proxied)}"
             raise ConfigError(
                 f"{what} lets others reach this app, who could then use this machine; give "
                 f"--auth NAME:PASSWORD (or set {AUTH_VARIABLE})"
@@ -51,26 +65,96 @@ class Launch:
     @property
     def is_open(self) -> bool:
         """Whether others than this machine's users can reach it."""
-        return self.share or not is_loopback(self.host)
+        return self.share or not is_loopback(self.host) or bool(self._proxied)
+
+    @property
+    def _proxied(self) -> list[str]:
+        """Names under which others reach it through a proxy."""
+        return [name for name in self.allowed_hosts if not is_loopback(name)]
 
     def allows_model(self, name: str) -> bool:
         """Whether a base model may be loaded: any on this machine alone, else the listed ones."""
         return not self.is_open or name in self.models or name.startswith("embedded:")
 
+    def refusal(self, headers: Mapping[str, Sequence[str]], shared: Collection[str] = ()) -> str:
+        """Why a request is refused, in one line with what to do; empty where it is not.
 
-def is_address(host: str) -> bool:
-    """Whether a host is an IP address or can be a name: what has only numbers is an address."""
+        A web page can make its own name mean this machine (DNS rebinding), and have the browser
+        send what it likes here: the first shows in Host, the second in Origin and Sec-Fetch-Site.
+
+        Args:
+            headers: The request's, by their names in small letters.
+            shared: Names of the share link.
+        """
+        named = {*map(_plain_name, self.allowed_hosts), *map(_plain_name, shared)}
+        hosts = [_split_host(value) for value in headers.get("host", ())]
+        if not hosts or not all(self._answers_to(name, named) for name, _ in hosts):
+            return (
+                "This is not an address of the app. Open the one that it printed when it was "
+                "started, or have it started with --allowed_host and this name."
+            )
+        is_ours = all(
+            _is_same(origin, hosts[0]) or _split_origin(origin)[0] in named
+            for origin in headers.get("origin", ())
+        )
+        # Links lead here from anywhere; frames, images and scripts of other pages do not.
+        is_linked = "document" in headers.get("sec-fetch-dest", ())
+        is_foreign = {"cross-site", "same-site"}.intersection(headers.get("sec-fetch-site", ()))
+        if is_ours and (is_linked or not is_foreign):
+            return ""
+        return (
+            "Another page has asked for this, which is refused. Open the app in a tab of its own; "
+            "behind a proxy, have it started with --allowed_host and the name of this page."
+        )
+
+    def _answers_to(self, name: str, named: Collection[str]) -> bool:
+        """Whether a name is one of the app's; in numbers, any address of this machine is."""
+        if is_loopback(name) or name in named or name == _plain_name(self.host):
+            return True
+        if is_loopback(self.host):
+            return False
+        own = _plain_name(socket.gethostname())
+        return name in (own, f"{own}.local") or is_number(name)
+
+
+def _split_host(value: str) -> tuple[str, str]:
+    """Name and port of ``name:port``; both empty where it is none."""
+    match = _HOST.fullmatch(value.lower())
+    return (_plain_name(match[1]), match[2] or "") if match else ("", "")
+
+
+def _split_origin(origin: str) -> tuple[str, str]:
+    """Name and port of ``https://name:port``, the port always."""
+    scheme, _, host = origin.partition("://")
+    name, port = _split_host(host)
+    return name, port or _PORTS.get(scheme, "")
+
+
+def _is_same(origin: str, host: tuple[str, str]) -> bool:
+    """Whether a page's origin is where it asks."""
+    name, port = host
+    return _split_origin(origin) == (name, port or _PORTS.get(origin.partition("://")[0], "-"))
+
+
+def _plain_name(host: str) -> str:
+    return host.lower().strip("[]").removesuffix(".")
+
+
+def is_number(host: str) -> bool:
+    """Whether a host is an IP address."""
     try:
         return bool(ipaddress.ip_address(host))
     except ValueError:
-        labels = host.removesuffix(".").split(".")
-        is_name = all(re.fullmatch(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)", label) for label in labels)
-        return is_name and not labels[-1].isdigit()
+        return False
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is an IP address or can be a name: what has only numbers is an address."""
+    labels = host.removesuffix(".").split(".")
+    is_name = all(re.fullmatch(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)", label) for label in labels)
+    return is_number(host) or (is_name and not labels[-1].isdigit())
 
 
 def is_loopback(host: str) -> bool:
     """Whether an address is this machine's own and nobody else's."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return ipaddress.ip_address(host).is_loopback if is_number(host) else host == "localhost"

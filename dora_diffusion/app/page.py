@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +15,7 @@ from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, Handler
 from dora_diffusion.app.views import generate, library, report, run, subject, train
 from dora_diffusion.app.views.fields import QUIET, filled, html_block
+from dora_diffusion.console.errors import explain_to_all
 
 TICK_SECONDS = 2.0
 _DAY = 24 * 3600
@@ -74,9 +77,10 @@ def _connect_clock(
         "masthead": masthead, "run": shown.run, "status": shown.status, "loss": shown.loss,
         "log": shown.log, "jobs": shown.jobs, "samples": shown.samples, "stop": shown.stop,
         "kill": shown.kill, "resume": shown.resume, "remove": shown.remove, "next": shown.next,
-        "details": shown.details, "chooser": shown.chooser.box,
+        "extend": shown.extend, "details": shown.details, "chooser": shown.chooser.box,
         "chooser_start": shown.chooser.start, "chooser_cards": shown.chooser.cards,
-        "adapter": generating.adapter, "shelf": shelves.gallery, "shelf_run": shelves.run,
+        "adapter": generating.adapter, "history": generating.history, "turn": generating.turn,
+        "shelf": shelves.gallery, "shelf_run": shelves.run,
         "shelf_side": shelves.side, "errands": shelves.errands,
     }  # fmt: skip
     texts = {name: field for name, field in fields.items() if isinstance(field, gr.HTML)}
@@ -86,17 +90,19 @@ def _connect_clock(
 
     def parts(run_id: Any, adapter: Any, shelf: Any) -> dict[str, Any]:
         jobs = context.jobs()
-        return {
-            "masthead": html.masthead(jobs),
-            **run.refresh(context, jobs, run_id),
-            **generate.refresh(context, jobs, adapter),
-            **library.refresh(jobs, shelf),
-        }
+        made, problems = whole_tabs(
+            Train=lambda: run.refresh(context, jobs, run_id),
+            Generate=lambda: generate.refresh(context, jobs, adapter),
+            Library=lambda: library.refresh(jobs, shelf),
+        )
+        problems += [context.queue.problem] if context.queue.problem else []
+        return {"masthead": html.masthead(jobs, problems), **made}
 
     @read_again_if_deleted
     def tick(known: dict[str, Any], *chosen: Any) -> list[Any]:
         now = parts(*chosen)
-        return [repr([now[name][0] for name in others]), *_changes(known, now, texts)]
+        marks = [now[name][0] for name in others if name in now]
+        return [repr(marks), *_changes(known, now, texts)]
 
     @read_again_if_deleted
     def fill(known: dict[str, Any], *chosen: Any) -> list[Any]:
@@ -110,6 +116,27 @@ def _connect_clock(
         fill, [seen_others, *inputs], [seen_others, *others.values()],
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
+
+
+def whole_tabs(**tabs: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """What the tabs show, and a line for each that shows what it did before, since it fails."""
+    made: dict[str, Any] = {}
+    problems = []
+    for name, refresh in tabs.items():
+        try:
+            made |= refresh()
+        except FileNotFoundError:
+            raise  # see `read_again_if_deleted`
+        except Exception as error:
+            problems.append(f"{name} cannot be shown: {explain_to_all(error)}")
+            _log_once(repr(error))
+    return made, problems
+
+
+@functools.lru_cache(maxsize=64)
+def _log_once(error: str) -> None:
+    """Log what is being handled; the clock comes upon it again and again."""
+    traceback.print_exc(file=sys.stderr)
 
 
 def read_again_if_deleted(handler: Handler) -> Handler:
@@ -129,6 +156,9 @@ def _changes(known: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -
     """What the page has seen from now on, then each part that is new to it."""
     seen, updates = dict(known or {}), []
     for name in names:
+        if name not in now:
+            updates.append(gr.skip())
+            continue
         part = now[name]
         mark = part[0] if isinstance(part, tuple) else part
         updates.append(filled(part) if seen.get(name, _NEVER) != mark else gr.skip())

@@ -6,12 +6,14 @@ import os
 import signal
 import threading
 import webbrowser
+from collections.abc import Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 from dora_diffusion.app.context import Context
-from dora_diffusion.app.launch import Launch
+from dora_diffusion.app.launch import SHARED, Launch
 from dora_diffusion.jobs.uploads import MAX_BYTES
 from dora_diffusion.system import INTERRUPTS
 
@@ -30,6 +32,8 @@ def serve(launch: Launch) -> None:
     context, blocks, address = start(launch)
     try:
         print(f"open {address}", flush=True)
+        if launch.auth:
+            print(f"This app asks for a name and a password. {SHARED}", flush=True)
         if launch.browser:
             webbrowser.open(address)
         while not ended.wait(1):  # Windows lets no signal through a wait without an end.
@@ -37,6 +41,38 @@ def serve(launch: Launch) -> None:
     finally:
         context.queue.close()
         blocks.close(verbose=False)
+
+
+class Guard:
+    """ASGI middleware: refuse what other sites' pages ask for, see `Launch.refusal`.
+
+    Args:
+        app: What answers all other requests.
+        launch: How the app is served.
+        shared: Names of the share link, which are known only when it is there.
+    """
+
+    def __init__(self, app: Any, launch: Launch, shared: Collection[str]) -> None:
+        self._app = app
+        self._launch = launch
+        self._shared = shared
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer with status 403, or close a websocket before it opens, or let it pass."""
+        reason = ""
+        if scope["type"] in ("http", "websocket"):
+            headers: dict[str, list[str]] = {}
+            for name, value in scope["headers"]:
+                headers.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
+            reason = self._launch.refusal(headers, self._shared)
+        if not reason:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            kind = [(b"content-type", b"text/plain; charset=utf-8")]
+            await send({"type": "http.response.start", "status": 403, "headers": kind})
+            await send({"type": "http.response.body", "body": f"{reason}\n".encode()})
 
 
 def start(launch: Launch) -> tuple[Context, Any, str]:
@@ -47,10 +83,12 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Not `launch(run_history=False)`: earlier releases have neither the history nor the argument.
     os.environ["GRADIO_RUN_HISTORY"] = "False"
-    from dora_diffusion.app.page import build_page
-    from dora_diffusion.app.theme import HEAD, make_theme
+    from starlette.middleware import Middleware
 
-    blocks = build_page(context)
+    from dora_diffusion.app.page import build_page
+    from dora_diffusion.app.theme import HEAD, make_theme, spoken_words
+
+    blocks, share_names = build_page(context), set[str]()
     blocks.queue(default_concurrency_limit=8, max_size=200)
     _, local, shared = blocks.launch(
         server_name=launch.host,
@@ -71,9 +109,13 @@ def start(launch: Launch) -> tuple[Context, Any, str]:
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
+        app_kwargs={"middleware": [Middleware(Guard, launch=launch, shared=share_names)]},
         theme=make_theme(),
         css_paths=[STYLE],
         head=HEAD,
+        i18n=spoken_words(),
     )
+    if shared:
+        share_names.add(str(urlsplit(shared).hostname))
     context.queue.start()
     return context, blocks, str(shared or local)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config import Setting, TrainConfig, settings, without_effect
+from dora_diffusion.config import Setting, TrainConfig, settings, unusual_rates, without_effect
 from dora_diffusion.console.shell import shown_command
 from dora_diffusion.families import FAMILIES, USUAL
 from dora_diffusion.jobs.base_model import UNKNOWN, traits_of
@@ -16,7 +16,7 @@ from dora_diffusion.memory import Device, fitting_settings
 from dora_diffusion.models.locate import EMBEDDED_PREFIX, is_embedded
 from dora_diffusion.toy import MODELS
 
-PROMPT_LIMIT = 1000
+PROMPT_LIMIT, NAME_LIMIT = 1000, 500
 EMBEDDED_MODELS = tuple(f"{EMBEDDED_PREFIX}{name}" for name in MODELS)
 EMBEDDED = EMBEDDED_MODELS[0]
 PRESET_NAMES = ("fast", "balanced", "quality")
@@ -102,7 +102,7 @@ def _released_values(preset: str, model: str, device: Device) -> dict[str, Any]:
 
 
 def idle_settings(config: TrainConfig) -> list[str]:
-    """Settings that were changed by hand and have no effect, each with the reason."""
+    """Settings changed by hand that have no effect, with the reason, and unusual rates."""
     presets = [
         preset_values(preset, config.pretrained_model_name_or_path) for preset in PRESET_NAMES
     ]
@@ -111,7 +111,7 @@ def idle_settings(config: TrainConfig) -> list[str]:
         for name in ADVANCED
         if all(getattr(config, name) != values[name] for values in presets)
     ]
-    return list(without_effect(config, changed).values())
+    return [*without_effect(config, changed).values(), *unusual_rates(config)]
 
 
 def make_config(
@@ -151,7 +151,7 @@ def make_config(
     return TrainConfig.from_dict(
         {
             **values,
-            "pretrained_model_name_or_path": clean_text(model, 500, "model name") or EMBEDDED,
+            "pretrained_model_name_or_path": _name(model, "model name") or EMBEDDED,
             "instance_data_dir": str(photos),
             "instance_prompt": f"a photo of a {subject}",
             "token": token,
@@ -169,7 +169,31 @@ def _value(name: str, value: Any) -> Any:
         return items or list(getattr(TrainConfig(), name))
     if value is None or isinstance(value, bool):
         return getattr(TrainConfig(), name) if value is None else value
-    return clean_text(str(value), PROMPT_LIMIT, name) or getattr(TrainConfig(), name)
+    is_path = SETTINGS[name].is_path
+    text = _name(value, name) if is_path else clean_text(str(value), PROMPT_LIMIT, name)
+    return text or getattr(TrainConfig(), name)
+
+
+def _name(text: object, what: str) -> str:
+    """A model's name or a path, letter by letter: nothing between its ends is changed."""
+    name = str(text or "").strip()
+    if len(name) > NAME_LIMIT or not name.isprintable():
+        raise RequestError(
+            f"the {what} has more than {NAME_LIMIT} characters, or one that cannot be printed"
+        )
+    return name
+
+
+def sentence(text: str) -> str:
+    """A message with a capital, unless it begins with the name of a model, a path or a setting.
+
+    Example:
+        >>> sentence("the model is gone"), sentence("org/model is gone"), sentence("rank is 0")
+        ('The model is gone', 'org/model is gone', 'rank is 0')
+    """
+    word = text.partition(" ")[0]
+    is_name = not word.isalpha() or word in SETTINGS or Path(word).exists()
+    return text if is_name else text[:1].upper() + text[1:]
 
 
 def setting_text(value: Any) -> Any:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+# A page that is left has its streams ended by the browser. Gradio does so first, and logs errors.
+_LEAVE = """const abort = AbortController.prototype.abort;
+AbortController.prototype.abort = function (...reason) {
+  if (window.event?.type !== 'beforeunload') abort.apply(this, reason);
+};"""
 HEAD = f"""<meta name="color-scheme" content="light dark">
+<script>{_LEAVE}</script>
 <style>{Path(__file__).with_name("phone.css").read_text(encoding="utf-8")}</style>"""
 SANS = ("Inter", "ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace")
@@ -51,6 +57,13 @@ _PLAIN = {
     "checkbox_label_border_width": "1px",
     "slider_color": "*primary_600",
 }
+
+
+def spoken_words() -> Any:
+    """What screen readers are told when work ends, which Gradio 6 has no words for."""
+    import gradio as gr
+
+    return gr.I18n(en={"common.complete": "Complete"})
 
 
 def make_theme() -> Any:

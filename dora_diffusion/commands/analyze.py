@@ -11,6 +11,7 @@ from dora_diffusion.commands.options import add_alpha, add_base, add_variant
 from dora_diffusion.config import ConfigError
 from dora_diffusion.console.progress import ProgressBar
 from dora_diffusion.console.tables import print_json
+from dora_diffusion.formats.files.atomic import require_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from dora_diffusion.analysis import Analysis, analyze_weights
 
     output = Path(args.output)
+    require_writable(output, is_folder=True)
     if Analysis.exists(output) and not args.overwrite:
         raise ConfigError(
             f"{args.output} holds an analysis already; choose another --output, or --overwrite"

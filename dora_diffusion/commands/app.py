@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from dora_diffusion.app.launch import AUTH_VARIABLE, Launch
+from dora_diffusion.app.launch import AUTH_VARIABLE, SHARED, Launch
 from dora_diffusion.config import ConfigError
 from dora_diffusion.jobs.workspace import Workspace
 
@@ -16,7 +16,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on.")
     parser.add_argument("--port", type=int, help="Port. Default: the first free one from 7860.")
     parser.add_argument("--share", action="store_true", help="Make a public link (needs --auth).")
-    parser.add_argument("--auth", metavar="NAME:PASSWORD", help=f"Login; or set {AUTH_VARIABLE}.")
+    parser.add_argument(
+        "--allowed_host",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="Names by which a reverse proxy reaches the app, besides its own address; requests "
+        "by other names are refused (needs --auth).",
+    )
+    parser.add_argument(
+        "--auth", metavar="NAME:PASSWORD", help=f"Login; or set {AUTH_VARIABLE}. {SHARED}"
+    )
     parser.add_argument(
         "--runs_dir",
         type=Path,
@@ -68,6 +78,7 @@ def launch_from(args: argparse.Namespace) -> Launch:
         models=tuple(args.models),
         model_folders=tuple(args.model_folders),
         browser=args.browser,
+        allowed_hosts=tuple(args.allowed_host),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dora_diffusion.config import ConfigError
 from dora_diffusion.console.progress import ProgressBar
 from dora_diffusion.console.tables import print_json
+from dora_diffusion.formats.files.atomic import require_writable
 
 if TYPE_CHECKING:
     from dora_diffusion.study.config import Study
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     for reason in study.reasons():
         warnings.warn(reason, stacklevel=1)
     output = Path(args.output)
+    require_writable(output, is_folder=True)
     with closing(ProgressBar("trial", leave=False)) as show:
         results = run_study(
             study,

@@ -17,6 +17,7 @@ from dora_diffusion.commands.options import (
 from dora_diffusion.config import ConfigError
 from dora_diffusion.console.progress import step_progress
 from dora_diffusion.console.tables import print_json
+from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.models.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"{args.output} holds an evaluation already; choose another --output, or --overwrite"
         )
+    require_writable(Path(args.output), is_folder=True)
     if args.prompts and not Path(args.prompts).is_file():
         raise ConfigError(f"prompts {args.prompts} is not a file of prompts, one per line")
     if _is_toy(args):

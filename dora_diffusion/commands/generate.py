@@ -16,6 +16,7 @@ from dora_diffusion.commands.options import (
 )
 from dora_diffusion.config import ConfigError
 from dora_diffusion.console.progress import step_progress
+from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.models.schedulers import SCHEDULERS
 
 
@@ -112,4 +113,6 @@ def _files(args: argparse.Namespace) -> dict[int, Path]:
         raise ConfigError(
             f"{existing} exists; choose another --output, or replace it with --overwrite"
         )
+    for path in files.values():
+        require_writable(path)
     return files

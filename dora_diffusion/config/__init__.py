@@ -14,7 +14,7 @@ Nothing here imports torch.
 
 from dora_diffusion.config.adapter import AdapterConfig
 from dora_diffusion.config.checks import ConfigError
-from dora_diffusion.config.effect import without_effect
+from dora_diffusion.config.effect import unusual_rates, without_effect
 from dora_diffusion.config.fields import Setting
 from dora_diffusion.config.file import read_config_file, read_config_lines
 from dora_diffusion.config.resume import differences
@@ -29,5 +29,6 @@ __all__ = [
     "read_config_file",
     "read_config_lines",
     "settings",
+    "unusual_rates",
     "without_effect",
 ]

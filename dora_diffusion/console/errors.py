@@ -94,6 +94,15 @@ def explain(error: Exception, command: str = "") -> tuple[int, str | None]:
     return FAILED, _one_line(str(error)) if known and str(error) else None
 
 
+def explain_to_all(error: Exception, command: str = "") -> str:
+    """One line for a page, whose users need not be who runs the app: of a defect, its kind alone.
+
+    Its traceback is for the server's log.
+    """
+    line = explain(error, command)[1]
+    return line or asking_for_report(type(error).__name__, " in the server's log")
+
+
 def asking_for_report(error: Exception | str, place: str = "") -> str:
     """The line that a defect ends with.
 

@@ -21,7 +21,8 @@ class Sample:
         crop: How the pixels were cut.
         pixels: ``(3, H, W)`` in [-1, 1]; None where ``moments`` stand in for them.
         moments: The autoencoder's moments ``(2C, h, w)`` of the pixels.
-        mask: ``(1, H, W)`` in [0, 1], where to learn; None means everywhere.
+        mask: ``(1, H, W)`` in [0, 1], where to learn; ``(1, h, w)`` beside moments that are cached.
+            None means everywhere.
         is_prior: Whether this is a class image.
         prior: The class image that goes with this photo.
     """
@@ -47,7 +48,7 @@ class Batch:
         is_prior: ``(B,)`` bool.
         pixels: ``(B, 3, H, W)`` or None.
         moments: ``(B, 2C, h, w)`` or None; of pixels and moments exactly one is there.
-        mask: ``(B, 1, H, W)``, or None where no sample has one.
+        mask: ``(B, 1, H, W)`` or ``(B, 1, h, w)``, or None where no sample has one.
     """
 
     sample_ids: list[str]
@@ -94,7 +95,8 @@ def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 def _stack_masks(rows: Sequence[Sample]) -> Tensor | None:
     """Stack masks; samples without one count everywhere."""
-    if all(row.mask is None for row in rows):
+    present = [row.mask for row in rows if row.mask is not None]
+    if not present:
         return None
-    shape = (1, *rows[0].crop.target_size)
-    return torch.stack([torch.ones(shape) if row.mask is None else row.mask for row in rows])
+    ones = torch.ones_like(present[0])
+    return torch.stack([ones if row.mask is None else row.mask for row in rows])

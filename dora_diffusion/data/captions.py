@@ -19,12 +19,16 @@ def read_caption(photo: str | Path, default: str) -> str:
     Several lines are joined to one.
 
     Raises:
-        ValueError: If the file is not UTF-8 text.
+        ValueError: If the file is not UTF-8 text, or a link to a file that is not there.
     """
     path = Path(photo).with_suffix(".txt")
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise ValueError(
+                f"{path.name}: the caption is a link to a file that is not there; remove it"
+            ) from error
         return default
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name}: the caption is not UTF-8 text; save it again") from error
@@ -37,6 +41,11 @@ def shuffle_tags(caption: str, generator: torch.Generator, *, keep: int = 0) -> 
     fixed, free = tags[:keep], tags[keep:]
     order = torch.randperm(len(free), generator=generator).tolist()
     return ", ".join(fixed + [free[i] for i in order])
+
+
+def can_shuffle(captions: Sequence[str], keep: int) -> bool:
+    """Whether `shuffle_tags` changes any of these captions."""
+    return any(len(_tags(caption)) > keep + 1 for caption in captions)
 
 
 def tag_frequency(captions: Sequence[str]) -> dict[str, int]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
+from dora_diffusion.data.masks import said_of_transparency
 from dora_diffusion.data.photos import Photo
-from dora_diffusion.wording import counted
+from dora_diffusion.wording import counted, listing
 
 FEWEST, MOST = 3, 30
 WANTED = f"{FEWEST} to {MOST} photos, from different sides and in different places"
@@ -28,7 +29,7 @@ class PhotoWarning:
         message: One line with what to do.
     """
 
-    kind: Literal["few", "many", "small", "blurred", "duplicate"]
+    kind: Literal["few", "many", "small", "blurred", "duplicate", "transparent", "unreadable"]
     names: tuple[str, ...]
     message: str
 
@@ -44,7 +45,7 @@ def check_photos(photos: Sequence[Photo], resolution: int) -> list[PhotoWarning]
         ValueError: If a photo was not measured.
     """
     warnings = []
-    if message := too_few(len(photos)):
+    if message := too_few(photos):
         warnings.append(PhotoWarning("few", (), message))
     if len(photos) > MOST:
         message = f"{len(photos)} photos: more than {MOST} rarely help; choose the best"
@@ -65,9 +66,16 @@ def check_photos(photos: Sequence[Photo], resolution: int) -> list[PhotoWarning]
             warnings.append(PhotoWarning("blurred", (name,), message))
         fingerprints[name] = photo.appearance.fingerprint
     for names in near_duplicates(fingerprints):
-        listed = f"{', '.join(names[:-1])} and {names[-1]}"
+        listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) < 7 else listing(names, 5)
         message = f"{listed} are nearly the same photo; keep one of them"
         warnings.append(PhotoWarning("duplicate", names, message))
+    if message := said_of_transparency(photos):
+        names = tuple(photo.path.name for photo in photos if photo.has_transparency)
+        message += (
+            "; where masks are used (masked_loss, or a painted mask on any photo), they are not "
+            "learned unless the photo has a painted mask of its own"
+        )
+        warnings.append(PhotoWarning("transparent", names, message))
     return warnings
 
 
@@ -88,8 +96,23 @@ def near_duplicates(fingerprints: Mapping[str, int]) -> list[tuple[str, ...]]:
     return [tuple(sorted(group, key=order.__getitem__)) for group in groups.values()]
 
 
-def too_few(count: int) -> str:
-    """What to say of a number of photos that is too small; empty where it is not."""
+def copies(photos: Sequence[Photo]) -> str:
+    """What to say of files with the same content; empty where there are none."""
+    files: dict[str, list[str]] = {}
+    for photo in photos:
+        files.setdefault(photo.digest, []).append(photo.path.name)
+    if len(files) == len(photos):
+        return ""
+    same = next(names for names in files.values() if len(names) > 1)
+    return (
+        f"{counted(len(photos), 'photo')}, but only {len(files)} different: {listing(same, 3)} are "
+        "the same file; a copy adds nothing but its photo's weight, keep one of each"
+    )
+
+
+def too_few(photos: Sequence[Photo]) -> str:
+    """What to say of photos that are too few, copies not counted; empty where they are not."""
+    count = len({photo.digest for photo in photos})
     if count >= FEWEST:
         return ""
     return (

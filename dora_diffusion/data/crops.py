@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -110,6 +111,14 @@ def apply_crop(image: PILImage.Image, record: CropRecord) -> Tensor:
 def apply_crop_to_mask(mask: PILImage.Image, record: CropRecord) -> Tensor:
     """Cut a mask ("L") with its photo's record to ``(1, H, W)`` float32 in [0, 1]."""
     return _pixels(cut(mask, record), 1).div(255.0)
+
+
+def latent_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """The share of each latent's pixels that a mask covers: ``(..., 1, H, W) -> (..., 1, h, w)``.
+
+    A mask of that size comes back bit for bit.
+    """
+    return nn.functional.adaptive_avg_pool2d(mask, (size[0], size[1]))
 
 
 def _pixels(image: PILImage.Image, channels: int) -> Tensor:

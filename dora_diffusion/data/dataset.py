@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dora_diffusion.data.batch import Batch, Sample, collate
-from dora_diffusion.data.crops import CropRecord, apply_crop, apply_crop_to_mask
+from dora_diffusion.data.crops import CropRecord, apply_crop, apply_crop_to_mask, latent_mask
 from dora_diffusion.data.draws import Draws
 from dora_diffusion.data.images import PhotoError, open_photo
 from dora_diffusion.data.masks import open_mask
@@ -38,7 +38,7 @@ class DreamBoothDataset(Dataset[Sample]):
             raise PhotoError("no photos were given; choose at least one")
         self.photos, self.class_images, self.draws = list(photos), list(class_images), draws
         self._encode: Callable[[Tensor], Tensor] | None = None
-        self._moments: dict[tuple[str, CropRecord], Tensor] = {}
+        self._cached: dict[tuple[object, ...], dict[str, Tensor | None]] = {}
 
     def __len__(self) -> int:
         """Number of photos."""
@@ -64,8 +64,9 @@ class DreamBoothDataset(Dataset[Sample]):
     def cache_moments(self, encode: Callable[[Tensor], Tensor]) -> None:
         """Yield the autoencoder's moments instead of pixels, each kept in memory by its content.
 
-        A photo is decoded only where its crop is not in the cache. Load in the main process
-        (``num_workers=0``), where ``encode`` can use an accelerator.
+        A mask is kept beside them at their size. Photo and mask are decoded only where the crop is
+        not in the cache. Load in the main process (``num_workers=0``), where ``encode`` can use an
+        accelerator.
 
         Args:
             encode: Pixels ``(B, 3, H, W)`` to moments ``(B, 2C, h, w)``.
@@ -81,9 +82,9 @@ class DreamBoothDataset(Dataset[Sample]):
             indices: The samples that will be loaded.
             on_crop: Called with (crops encoded, crops in all).
         """
-        crops = {(photo.digest, crop): photo for at in indices for photo, crop in self._crops(at)}
-        for number, ((_, crop), photo) in enumerate(crops.items(), start=1):
-            self._content(photo, crop)
+        crops = {_key(*cut): cut for at in indices for cut in self._crops(at)}
+        for number, cut in enumerate(crops.values(), start=1):
+            self._content(*cut)
             on_crop(number, len(crops))
 
     def all_captions(self, indices: Sequence[EpochIndex]) -> set[str]:
@@ -101,12 +102,10 @@ class DreamBoothDataset(Dataset[Sample]):
         at = index if isinstance(index, EpochIndex) else EpochIndex(0, index)
         photo = self.photos[at.index]
         crop = self.draws.crop(photo, at.epoch)
-        mask = open_mask(photo)
         return Sample(
             photo.digest,
             self.draws.caption(photo, at.epoch),
             crop,
-            mask=None if mask is None else apply_crop_to_mask(mask, crop),
             prior=self._prior(at, crop.target_size) if self.class_images else None,
             **self._content(photo, crop),
         )
@@ -133,15 +132,29 @@ class DreamBoothDataset(Dataset[Sample]):
         return Sample(image.digest, image.caption, crop, is_prior=True, **content)
 
     def _content(self, photo: Photo, crop: CropRecord) -> dict[str, Any]:
-        """The pixels of a crop, or its moments where they are cached."""
+        """The pixels and the mask of a crop, or what is cached of both."""
         if self._encode is None:
-            return {"pixels": apply_crop(open_photo(photo.path), crop)}
+            return {"pixels": apply_crop(open_photo(photo.path), crop), "mask": _mask(photo, crop)}
         # By content and never by position, so that no order of access can mix entries.
-        key = (photo.digest, crop)
-        if key not in self._moments:
+        key = _key(photo, crop)
+        if key not in self._cached:
             pixels = apply_crop(open_photo(photo.path), crop)
-            self._moments[key] = self._encode(pixels.unsqueeze(0))[0].detach().cpu()
-        return {"moments": self._moments[key]}
+            moments, mask = self._encode(pixels.unsqueeze(0))[0].detach().cpu(), _mask(photo, crop)
+            if mask is not None:
+                mask = latent_mask(mask, moments.shape[-2:])
+            self._cached[key] = {"moments": moments, "mask": mask}
+        return self._cached[key]
+
+
+def _key(photo: Photo, crop: CropRecord) -> tuple[object, ...]:
+    """What a crop and its mask are cached by; an alpha channel has the photo's digest."""
+    return photo.digest, photo.mask_path is not None, photo.mask_digest, crop
+
+
+def _mask(photo: Photo, crop: CropRecord) -> Tensor | None:
+    """The mask of a crop ``(1, H, W)``, None where the photo has none."""
+    mask = open_mask(photo)
+    return None if mask is None else apply_crop_to_mask(mask, crop)
 
 
 def iterate_batches(

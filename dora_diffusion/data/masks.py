@@ -17,7 +17,7 @@ from dora_diffusion.data.images import (
     open_photo_with_alpha,
     read_bytes,
 )
-from dora_diffusion.wording import counted
+from dora_diffusion.wording import counted, listing
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -42,17 +42,20 @@ def mask_path(photo: Path) -> Path:
 def find_mask(photo: Photo, alpha: PILImage.Image | None, crops: MaskCrops) -> Photo:
     """A photo with its mask: the file beside it, else its alpha channel where that hides anything.
 
+    An alpha channel beside a mask file is no mask: what it hides is white, and learned where the
+    mask is bright.
+
     Raises:
         MaskError: If the file cannot be used, is not of the photo's size, or the mask is black
             wherever it is looked at.
     """
     path, mask = mask_path(photo.path), alpha
-    if path.is_file():
+    if path.is_file() or path.is_symlink():
         mask, digest = _read_mask(path, photo.size)
         photo = replace(photo, mask_path=path, mask_digest=digest)
-    elif mask is not None and mask.getextrema() != (255, 255):
+    elif photo.has_transparency:
         photo = replace(photo, mask_path=photo.path)
-    else:
+    if mask is None or photo.mask_path is None:
         return photo
     if not any(apply_crop_to_mask(mask, crop).any() for crop in crops(photo)):
         name = photo.path.name
@@ -95,7 +98,8 @@ def require_masks(photos: Sequence[Photo]) -> None:
         PhotoError: If none has.
 
     Warns:
-        UserWarning: Of photos without a mask beside others that have one.
+        UserWarning: Of photos without a mask beside others that have one, and of alpha channels
+            that are masks beside mask files.
     """
     bare = [photo.path.name for photo in photos if photo.mask_path is None]
     if photos and len(bare) == len(photos):
@@ -111,10 +115,32 @@ def require_masks(photos: Sequence[Photo]) -> None:
             f"learned: {', '.join(bare[:5])}{', ...' if len(bare) > 5 else ''}",
             stacklevel=4,
         )
+    cut_out = [photo.path.name for photo in photos if photo.mask_path == photo.path]
+    if cut_out and len(bare) + len(cut_out) < len(photos):
+        warnings.warn(
+            f"{counted(len(cut_out), 'image')} of {len(photos)} without a mask file: the alpha "
+            f"channel is the mask, so transparent parts are not learned: {listing(cut_out, 5)}; "
+            "give a mask file, or save without transparency, to learn more",
+            stacklevel=4,
+        )
+
+
+def said_of_transparency(photos: Sequence[Photo]) -> str:
+    """What to say of images whose transparent parts became white; empty where there are none."""
+    names = [photo.path.name for photo in photos if photo.has_transparency]
+    if not names:
+        return ""
+    return f"transparent parts of {counted(len(names), 'image')} are white: {listing(names, 5)}"
 
 
 def warn_of_unused_masks(photos: Sequence[Photo]) -> None:
-    """Say that masks lie beside photos and are not read."""
+    """Say that masks lie beside photos and are not read, and what became of transparent parts."""
+    if transparent := said_of_transparency(photos):
+        warnings.warn(
+            f"{transparent}; they are learned as a white background: masked_loss leaves them out, "
+            "or save the images without transparency",
+            stacklevel=3,
+        )
     count = sum(mask_path(photo.path).is_file() for photo in photos)
     if count:
         warnings.warn(

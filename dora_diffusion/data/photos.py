@@ -12,7 +12,7 @@ from dora_diffusion.data.appearance import Appearance, appearance_of
 from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.images import PhotoError, decode_photo, digest_of, read_bytes
 from dora_diffusion.data.masks import MASK_SUFFIX, MaskCrops, MaskError, find_mask, require_masks
-from dora_diffusion.wording import counted
+from dora_diffusion.wording import counted, listing
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif")
 # Images that are not read; whoever has them beside photos wants to know.
@@ -34,6 +34,7 @@ class Photo:
             one, or where masks are not used.
         mask_digest: Of the mask file's bytes; empty without one.
         appearance: How sharp it is and what it looks like; None where that was not measured.
+        has_transparency: Whether its alpha channel hides anything, which became white.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Photo:
     mask_path: Path | None = None
     mask_digest: str = ""
     appearance: Appearance | None = None
+    has_transparency: bool = False
 
     def record(self) -> dict[str, str]:
         """What a checkpoint keeps of it, so that a run is not resumed on other photos."""
@@ -71,7 +73,13 @@ def read_photo(
     data = read_bytes(path)
     image, alpha = decode_photo(path.name, data)
     size = (image.height, image.width)
-    photo = Photo(path, digest_of(data), size, read_caption(path, prompt))
+    photo = Photo(
+        path,
+        digest_of(data),
+        size,
+        read_caption(path, prompt),
+        has_transparency=alpha is not None and alpha.getextrema() != (255, 255),
+    )
     if mask_crops is not None:
         photo = find_mask(photo, alpha, mask_crops)
     return replace(photo, appearance=appearance_of(image)) if measure else photo
@@ -129,7 +137,8 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
         PhotoError: If the folder is missing or holds no photo.
 
     Warns:
-        UserWarning: Of images in formats that are not read, by name; of sub-folders with photos.
+        UserWarning: Of images in formats that are not read, and of links to photos that are not
+            there, by name; of sub-folders with photos.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -138,8 +147,14 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     photos = [path for path in entries if is_photo(path)]
     nested = _nested_photos(entries)
+    broken = [
+        path.name
+        for path in entries
+        if path.name.lower().endswith(PHOTO_SUFFIXES) and path.is_symlink() and not path.exists()
+    ]
+    lost = f"links to files that are not there ({listing(broken, 5)})" if broken else ""
     if not photos:
-        instead = nested or ", ".join(path.name for path in entries[:5]) or "nothing"
+        instead = nested or lost or ", ".join(path.name for path in entries[:5]) or "nothing"
         raise PhotoError(
             f"{folder}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)}; "
             f"found {instead}); sub-folders are not searched"
@@ -150,6 +165,8 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
             "them",
             stacklevel=2,
         )
+    if broken:
+        warnings.warn(f"{folder}: left out {lost}; copy the photos themselves", stacklevel=2)
     others = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
     if others:
         warnings.warn(

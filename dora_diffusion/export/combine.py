@@ -28,7 +28,7 @@ from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_pat
 from dora_diffusion.formats.adapter.targets.registry import TARGETS
 from dora_diffusion.formats.checkpoint.weights import StoredModel
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
-from dora_diffusion.wording import listing
+from dora_diffusion.wording import counted, listing
 
 
 def combine_adapters(
@@ -88,9 +88,18 @@ def combine_adapters(
         metadata = _metadata(model, spec, read, fitted, settings)
         adapter = dataclasses.replace(adapter, layers=fitted.layers, metadata=metadata)
         path = write_adapter(output, adapter, kind, base=model)
-    notes = (*(note for part in read for note in part.notes), *said_of_embeddings(embeddings))
+    notes = [*_notes(read, fitted.unchanged), *said_of_embeddings(embeddings)]
     errors, total = fitted.errors, fitted.total_error
-    return ConversionReport(path, kind, len(errors), errors, total, notes, embeddings)
+    return ConversionReport(path, kind, len(errors), errors, total, tuple(notes), embeddings)
+
+
+def _notes(adapters: Sequence[AdapterFile], cancelled: int) -> list[str]:
+    """What was repaired in the files, and how many layers are not in the result."""
+    notes = [note for adapter in adapters for note in adapter.notes]
+    if cancelled:
+        layers = counted(cancelled, "layer")
+        notes.append(f"nothing is left of {layers} at these strengths: the result lacks them")
+    return notes
 
 
 def _read(spec: MergeSpec, model: StoredModel, alpha: float | None) -> list[AdapterFile]:
@@ -136,7 +145,10 @@ def _metadata(
         ExportError: If nothing was.
     """
     if not fitted.layers:
-        raise ExportError("nothing is left of these adapters at these strengths")
+        raise ExportError(
+            "nothing is left of these adapters at these strengths: they are 0, or cancel one "
+            "another; change a strength"
+        )
     parts = ", ".join(
         f"{without_path(str(Path(path).resolve()))}:{strength:g}" for path, strength in spec.pairs()
     )

@@ -39,6 +39,7 @@ from dora_diffusion.formats.adapter.metadata import (
 from dora_diffusion.formats.adapter.targets.one_base import needs_compensation
 from dora_diffusion.formats.adapter.targets.registry import TARGETS
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
+from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.formats.files.header import PICKLED
 from dora_diffusion.images import thumbnail as make_thumbnail
 from dora_diffusion.merge import WeightedAdapter
@@ -247,10 +248,11 @@ def _with_additions(
 def check_free(
     output: Path, file_name: str | None, inputs: Sequence[Path], overwrite: bool
 ) -> None:
-    """Refuse an output that exists, or would replace what it is made from."""
+    """Refuse an output that exists, would replace what it is made from, or cannot be written."""
     if output.suffix in PICKLED:
         raise ExportError(f"{output.name}: pickles are not written; use the suffix .safetensors")
     file = output if output.suffix == ".safetensors" or file_name is None else output / file_name
+    require_writable(file, is_folder=file_name is None)
     if not file.exists():
         return
     for path in inputs:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dora_diffusion import system
 from dora_diffusion.formats.adapter.file import AdapterFile, embeddings_beside
-from dora_diffusion.formats.files.atomic import DiskFullError, disk_full
+from dora_diffusion.formats.files.atomic import DiskFullError, disk_full, require_writable
 from dora_diffusion.formats.files.header import PICKLED
 
 # Called with the number of bytes written so far, and of all.
@@ -62,6 +62,7 @@ def check_output(output: Path, base: Path, inputs: Sequence[Path], overwrite: bo
     Raises:
         ExportError: If the output exists (and is not to be replaced, or is not a model), lies
             inside the base or around it, is or holds an input, or asks for a pickle.
+        OSError: If its folder cannot be written to.
     """
     source, target = base.resolve(), output.resolve()
     if output.suffix in PICKLED:
@@ -70,6 +71,7 @@ def check_output(output: Path, base: Path, inputs: Sequence[Path], overwrite: bo
         raise ExportError(
             f"{output} and the base {base} lie inside one another; choose another name"
         )
+    require_writable(output.parent, is_folder=True)
     if not output.exists():
         return
     for path in (base, *inputs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from dora_diffusion.export.fit import FitSettings, FitTarget, Fitted, fit_layers
 from dora_diffusion.export.output import OnProgress, ProgressReporter
@@ -57,7 +58,7 @@ def fit_to_adapters(
         kind = layers[0][0].kind
         if len(layers) == 1 and _stays(*layers[0], settings):
             return FitTarget(base, tuned, layer=layers[0][0], kind=kind)
-        if torch.equal(tuned, wide(base)):
+        if _cancels(base, tuned, layers):
             return None
         strengths = [(layer, strengths.strength) for layer, strengths in layers]
         rank = sum(layer.rank for layer, _ in layers)
@@ -65,6 +66,14 @@ def fit_to_adapters(
         return FitTarget(base, tuned, rank, start, kind=kind)
 
     return fit_layers(names, target_of, settings, lambda name: report.step(nbytes[name]))
+
+
+def _cancels(base: Tensor, tuned: Tensor, layers: Sequence[tuple[LayerWeights, Strengths]]) -> bool:
+    """Whether nothing is left of several layers but what float32 rounds."""
+    change = (tuned - base).norm()
+    total = sum(abs(strengths.strength) for _, strengths in layers) if len(layers) > 1 else 0.0
+    rounding = torch.finfo(torch.float32).eps * total * base.norm(dtype=change.dtype)
+    return bool(change <= rounding)
 
 
 def _stays(layer: LayerWeights, strengths: Strengths, settings: FitSettings) -> bool:

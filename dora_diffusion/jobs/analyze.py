@@ -84,12 +84,16 @@ def _figures(file: Path, modified: int) -> Mapping[str, str]:
     from dora_diffusion.analysis.report import shown
     from dora_diffusion.evaluation.statistics import Interval
 
-    (run,) = read_json(file)["runs"]
-    last, interval = run["checkpoints"][-1], run["correlation"]
-    most = max(last["groups"], key=lambda group: group["share"])
-    return {
-        "direction changes with magnitude": f"r = {shown(interval and Interval(**interval))}",
-        "change of the weights": f"{last['relative_change']:.2%} of them, at the last checkpoint",
-        "effective rank of the change": f"{last['effective_rank']:.1f}, median over layers",
-        "most of it in": f"{most['place']}, {most['kind']}: {most['share']:.0%}",
-    }
+    try:
+        (run,) = read_json(file)["runs"]
+        last, interval = run["checkpoints"][-1], run["correlation"]
+        most = max(last["groups"], key=lambda group: group["share"])
+        change = f"{last['relative_change']:.2%} of them, at the last checkpoint"
+        return {
+            "direction changes with magnitude": f"r = {shown(interval and Interval(**interval))}",
+            "change of the weights": change,
+            "effective rank of the change": f"{last['effective_rank']:.1f}, median over layers",
+            "most of it in": f"{most['place']}, {most['kind']}: {most['share']:.0%}",
+        }
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return {"figures": f"{file.name} is damaged; analyze again"}

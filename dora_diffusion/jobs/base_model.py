@@ -65,7 +65,7 @@ def traits_of(name: str) -> ModelTraits:
             return _folder_traits(folder, (folder / "model_index.json").stat().st_mtime_ns)
     except (ModelNotFoundError, UnsupportedModelError) as error:
         raise RequestError(str(error)) from error
-    except (OSError, KeyError, ValueError) as error:
+    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
         raise RequestError(f"{name} cannot be read as a model: {error}") from error
     released = (_released_traits(each) for each in FAMILIES.values() if each.released_id == name)
     return next(released, UNKNOWN)

@@ -10,14 +10,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dora_diffusion.evaluation.statistics import Interval, t_interval
 from dora_diffusion.jobs.checkpoints import candidates
+from dora_diffusion.jobs.errors import DamagedFile
 from dora_diffusion.jobs.snapshot import Job
-from dora_diffusion.jobs.workspace import Workspace, read_json, write_json
+from dora_diffusion.jobs.workspace import Workspace, read_object, write_json
 
 COMPARISON = "comparison.json"
 BASE_NAME = "base"
@@ -130,25 +132,35 @@ def write_comparison(
 
 
 def read_comparison(workspace: Workspace, job: Job) -> CheckpointComparison | None:
-    """What was measured of a run's checkpoints; None before that."""
-    folder = comparison_folder(workspace, job.id)
-    values = read_json(folder / COMPARISON)
-    if not values:
+    """What was measured of a run's checkpoints; None before that.
+
+    Raises:
+        DamagedFile: If comparison.json cannot be read.
+    """
+    path = comparison_folder(workspace, job.id) / COMPARISON
+    values = read_object(path)
+    if values is None:
         return None
     known = {BASE_NAME, *candidates(job), *job.checkpoints}
-    rows = tuple(
-        ComparedCheckpoint(
-            name := row["name"],
-            row["similarity"],
-            row["drift"],
-            tuple(folder / file for file in row["pictures"]),
-            tuple(row.get("similarities") or ()),
-            0 if name == BASE_NAME else job.step_of(name),
-        )
-        for row in values["rows"]
-        if row["name"] in known
-    )
+    try:
+        rows = tuple(_row(job, row, path.parent) for row in values["rows"] if row["name"] in known)
+        notes = tuple(map(str, values["notes"]))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DamagedFile(path, "its rows are none") from error
     measured = {row.name for row in rows}
     missing = tuple(name for name in candidates(job) if name not in measured)
-    similar_to = str(values.get("similar_to", ""))
-    return CheckpointComparison(rows, missing, tuple(values["notes"]), similar_to)
+    return CheckpointComparison(rows, missing, notes, str(values.get("similar_to", "")))
+
+
+def _row(job: Job, values: Mapping[str, Any], folder: Path) -> ComparedCheckpoint:
+    similarity, drift = (
+        None if values[name] is None else float(values[name]) for name in ("similarity", "drift")
+    )
+    return ComparedCheckpoint(
+        values["name"],
+        similarity,
+        drift,
+        tuple(folder / file for file in values["pictures"]),
+        tuple(map(float, values.get("similarities") or ())),
+        0 if values["name"] == BASE_NAME else job.step_of(values["name"]),
+    )

@@ -17,7 +17,10 @@ from dora_diffusion.memory import Device, needed_memory, what_would_fit
 # What step time and memory depend on most.
 _SAME = (
     "pretrained_model_name_or_path", "resolution", "train_batch_size", "train_text_encoder",
-    "with_prior_preservation", "mixed_precision", "gradient_checkpointing", "compile", "method",
+    "gradient_accumulation_steps", "with_prior_preservation", "prior_preservation_mode",
+    "mixed_precision", "gradient_checkpointing", "compile", "offload", "cache_latents", "optimizer",
+    "method", "use_dora", "direction", "full_weights", "targets", "text_encoder_targets", "rank",
+    "conv_rank", "lora_dropout",
 )  # fmt: skip
 
 
@@ -51,7 +54,7 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: Device) -> Estimate:
-    """Compare with earlier runs of the same model, size, batch and precision, and with the table.
+    """Compare with earlier runs of the same model and the same cost of a step, and with the table.
 
     Raises:
         RequestError: If the base model cannot be trained.

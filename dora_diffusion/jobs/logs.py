@@ -4,41 +4,69 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from dora_diffusion.console.errors import asking_for_report
+from dora_diffusion.jobs.errors import DamagedFile
 from dora_diffusion.jobs.records import LOG
 
 _LOG_BYTES = 60_000
 _WARNINGS_BYTES = 4_000_000
 # The line that a worker begins each attempt with.
 _NEW_ATTEMPT = "\n--- "
+_METRICS_NAME = "metrics.jsonl"
 
 
 def read_metrics(folder: Path) -> tuple[dict[str, Any], ...]:
     """The steps' records that are whole. Of a file that has grown, only what is new is read."""
-    path = folder / "metrics.jsonl"
     try:
-        with _METRICS_LOCK, path.open("rb") as file:
-            known = _METRICS.pop(path, None) or _MetricsFile()
-            _METRICS[path] = known.follow(file)
-            while len(_METRICS) > _MOST_METRICS:
-                del _METRICS[next(iter(_METRICS))]
-            return _METRICS[path].records
+        return _follow(folder / _METRICS_NAME).records
     except OSError:
         return ()
 
 
+def check_metrics(folder: Path) -> None:
+    """See whether every line of a run's metrics can be read; a half-written last one may be.
+
+    Raises:
+        DamagedFile: If one cannot, or the file.
+    """
+    path = folder / _METRICS_NAME
+    try:
+        damaged = _follow(path).damaged
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise DamagedFile(path, error.strerror) from error
+    if damaged:
+        raise DamagedFile(path, f"line {damaged} is no record of a step, and is left out")
+
+
+def _follow(path: Path) -> _MetricsFile:
+    with _METRICS_LOCK, path.open("rb") as file:
+        known = _METRICS.pop(path, None) or _MetricsFile()
+        _METRICS[path] = known.follow(file)
+        while len(_METRICS) > _MOST_METRICS:
+            del _METRICS[next(iter(_METRICS))]
+        return _METRICS[path]
+
+
 @dataclass(frozen=True)
 class _MetricsFile:
-    """Records of a file up to ``end``, and its line that ends there."""
+    """Records of a file up to ``end``, and its line that ends there.
+
+    ``lines`` counts those that are read, and ``damaged`` is the first one that is no record.
+    """
 
     records: tuple[dict[str, Any], ...] = ()
     end: int = 0
     last: bytes = b""
+    lines: int = 0
+    damaged: int = 0
 
     def follow(self, file: IO[bytes]) -> _MetricsFile:
         """These records and the added ones; all are reread if a resumed run has cut the file."""
@@ -47,16 +75,32 @@ class _MetricsFile:
             file.seek(0)
             return _MetricsFile().follow(file)
         records, end, last = [], self.end, self.last
+        lines, damaged = self.lines, self.damaged
         for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break  # half written
             if not line.endswith(b"\n"):
-                break
-            records.append(record)
-            end, last = end + len(line), line
-        return _MetricsFile((*self.records, *records), end, last) if records else self
+                break  # half written
+            end, last, lines = end + len(line), line, lines + 1
+            record = _step_record(line)
+            if record is not None:
+                records.append(record)
+            else:
+                damaged = damaged or lines
+        if end == self.end:
+            return self
+        return _MetricsFile((*self.records, *records), end, last, lines, damaged)
+
+
+def _step_record(line: bytes) -> dict[str, Any] | None:
+    """A step's record with the numbers that the page shows; None for anything else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    numbers = (record.get("loss"), record.get("seconds"))
+    is_whole = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)  # type: ignore[arg-type]
+    return record if is_whole else None
 
 
 _METRICS: dict[Path, _MetricsFile] = {}
@@ -81,9 +125,9 @@ def log_warnings(folder: Path) -> tuple[str, ...]:
     """What the latest attempt of a job has warned of, each once."""
     try:
         status = (folder / LOG).stat()
+        return _warnings(folder / LOG, status.st_mtime_ns, status.st_size)
     except OSError:
         return ()
-    return _warnings(folder / LOG, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize=128)

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
 
 from dora_diffusion import system
+from dora_diffusion.console.errors import explain_to_all
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.errors import DamagedFile, RequestError
 from dora_diffusion.jobs.processes import Lock, end_tree, find_process, start_time
 from dora_diffusion.jobs.workspace import (
     Workspace,
@@ -95,19 +97,33 @@ def worker_of(folder: Path) -> psutil.Process | None:
 
 def is_waiting(folder: Path) -> bool:
     """Whether a job waits in the queue: it has neither a worker nor a result."""
-    files = (records.RESULT, records.WORKER)
-    return (folder / records.JOB).is_file() and not any((folder / name).exists() for name in files)
+    has_begun = _has(folder, records.RESULT) or _has(folder, records.WORKER)
+    return os.path.isfile(folder / records.JOB) and not has_begun
+
+
+def _has(folder: Path, name: str) -> bool:
+    """Whether a file is there; not in a folder that may not be looked into, which is no error."""
+    return os.path.exists(folder / name)
 
 
 def waiting_jobs(workspace: Workspace) -> list[Path]:
-    """The folders of waiting jobs, in the order in which they will start."""
-    waiting = ((records.read_record(job), job) for job in workspace.job_folders if is_waiting(job))
-    return [job for _, job in sorted((record.queued, job) for record, job in waiting if record)]
+    """The folders of waiting jobs, in the order in which they will start; no damaged ones."""
+    waiting = _records_of(job for job in workspace.job_folders if is_waiting(job))
+    return [job for _, job in sorted((record.queued, job) for job, record in waiting.items())]
+
+
+def _records_of(folders: Iterable[Path]) -> dict[Path, records.JobRecord]:
+    """What these jobs are, but for those whose folder does not tell."""
+    found = {}
+    for folder in folders:
+        with contextlib.suppress(DamagedFile):
+            found[folder] = records.read_record(folder)
+    return found
 
 
 def is_running(folder: Path) -> bool:
     """Whether a job's process lives."""
-    return not (folder / records.RESULT).exists() and worker_of(folder) is not None
+    return not _has(folder, records.RESULT) and worker_of(folder) is not None
 
 
 def stop_job(folder: Path) -> None:
@@ -153,19 +169,24 @@ def requeue_job(folder: Path) -> None:
     """Put a job that ended back into the queue: it resumes from its latest checkpoint.
 
     Raises:
-        RequestError: If it waits or runs.
+        RequestError: If it waits or runs, or its folder does not tell what it is.
     """
+    record = records.read_record(folder)
     if is_waiting(folder) or is_running(folder):
         raise RequestError("this run is already waiting or running")
-    record = records.read_record(folder)
-    if record is not None:
-        records.write_record(folder, dataclasses.replace(record, resume=True, queued=time.time()))
+    records.write_record(folder, dataclasses.replace(record, resume=True, queued=time.time()))
     for name in (records.STOP, records.PROGRESS, records.WORKER, records.RESULT):
-        (folder / name).unlink(missing_ok=True)
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
 
 
-def delete_job(workspace: Workspace, job_id: str) -> None:
+def delete_job(workspace: Workspace, job_id: str) -> bool:
     """Delete a job with its files, its exports, and the jobs that made them.
+
+    Returns:
+        Whether all of them are gone, see `remove_folder`.
 
     Raises:
         RequestError: If it or a job about it is running, or it is unknown.
@@ -173,29 +194,29 @@ def delete_job(workspace: Workspace, job_id: str) -> None:
     folder = workspace.job(job_id)
     if is_running(folder):
         raise RequestError("this run is still running; stop it first")
-    jobs = ((job, records.read_record(job)) for job in workspace.job_folders)
-    about_it = {job: record for job, record in jobs if record and record.request.run == job_id}
+    jobs = _records_of(workspace.job_folders)
+    about_it = {job: record for job, record in jobs.items() if record.request.run == job_id}
     for job, record in about_it.items():
         if is_running(job):
             raise RequestError(
                 f'"{record.title}" is still running and needs this run; stop it first'
             )
-    for job in (*about_it, folder):
-        _remove_job(job)
+    gone = [_remove_job(job) for job in (*about_it, folder)]
     if job_id in ids_in(workspace.exports):
-        remove_folder(workspace.exports / job_id)
+        gone.append(remove_folder(workspace.exports / job_id))
+    return all(gone)
 
 
-def _remove_job(folder: Path) -> None:
+def _remove_job(folder: Path) -> bool:
     """Delete a job's folder, where a worker that is leaving may still have its log open."""
     try:
-        remove_folder(folder)
+        return remove_folder(folder)
     except RequestError:  # Windows keeps it
         worker = worker_of(folder)
         if worker is not None:
             with contextlib.suppress(psutil.Error):
                 worker.wait(_LEAVING_SECONDS)
-        remove_folder(folder)
+        return remove_folder(folder)
 
 
 class JobQueue:
@@ -216,16 +237,16 @@ class JobQueue:
         self._children: list[subprocess.Popen[bytes]] = []
         self._stop = threading.Event()
         self._ticking = threading.Lock()
+        self.problem = ""
+        """What the last tick could not do, in one line for the page; empty where all went well."""
+        self._problems: list[str] = []
 
     def start(self, period: float = 1.0) -> JobQueue:
         """Tick in a thread of its own until `close`."""
 
         def run() -> None:
             while not self._stop.wait(period):
-                try:
-                    self.tick()
-                except OSError as error:  # a full disk must not end the queue
-                    print(f"warning: the queue could not continue: {error}", file=sys.stderr)
+                self.tick()
 
         threading.Thread(target=run, name="job-queue", daemon=True).start()
         return self
@@ -236,10 +257,17 @@ class JobQueue:
         self._lock.free()
 
     def tick(self) -> str | None:
-        """Reap what ended, and start the next job if none runs. Returns the id it started."""
+        """Reap what ended, and start the next job if none runs. Returns the id it started.
+
+        What fails is logged and is the queue's ``problem`` until it goes well: it ends nothing.
+        """
         # The page ticks too, so that a run starts at once.
         with self._ticking:
-            return self._tick()
+            started, self._problems = None, []
+            with self._noting("the queue could not continue"):
+                started = self._tick()
+            self.problem = "; ".join(self._problems)
+            return started
 
     def _tick(self) -> str | None:
         self._children = [child for child in self._children if child.poll() is None]
@@ -247,14 +275,34 @@ class JobQueue:
             self._is_leader = self._lock.take()
             if not self._is_leader:
                 return None
-        reap(self.workspace)
+            with self._noting("what was left of deleted runs could not be removed"):
+                for path in self.workspace.remove_leftovers():
+                    print(f"warning: {path} could not be removed", file=sys.stderr)
+        with self._noting("a run that crashed could not be marked"):
+            reap(self.workspace)
         waiting = waiting_jobs(self.workspace)
         if not waiting or any(map(is_running, self.workspace.job_folders)):
             return None
-        folder = waiting[0]
-        self._before_start()
-        self._children.append(start_worker(folder))
-        return folder.name
+        # A worker may have the memory all the same.
+        with self._noting("the app's memory could not be freed for a run"):
+            self._before_start()
+        for folder in waiting:
+            with self._noting(f"run {folder.name} could not be started"):
+                self._children.append(start_worker(folder))
+                return folder.name
+        return None
+
+    @contextlib.contextmanager
+    def _noting(self, what: str) -> Iterator[None]:
+        """Note what fails inside of the block for the page, and log it the first time."""
+        try:
+            yield
+        except Exception as error:
+            problem = f"{what}: {explain_to_all(error)}"
+            if problem not in self.problem:
+                traceback.print_exception(error, file=sys.stderr)
+                print(f"warning: {problem}", file=sys.stderr)
+            self._problems.append(problem)
 
 
 def start_worker(folder: Path) -> subprocess.Popen[bytes]:
@@ -263,8 +311,7 @@ def start_worker(folder: Path) -> subprocess.Popen[bytes]:
     # Bars are read from a file here: ten lines a second help nobody.
     environment = os.environ | {"TQDM_MININTERVAL": "2", "PYTHONUNBUFFERED": "1"}
     environment["PYTHONIOENCODING"] = "utf-8"  # Windows has another one for what is no terminal.
-    record = records.read_record(folder)
-    if record is not None and is_embedded(record.request.base):
+    if is_embedded(records.read_record(folder).request.base):
         environment.setdefault("OMP_NUM_THREADS", "1")
     with (folder / records.LOG).open("ab") as log:
         child = subprocess.Popen(
@@ -285,10 +332,10 @@ def reap(workspace: Workspace) -> list[str]:
     """Mark jobs as crashed whose process ended without a result. Returns their ids."""
     crashed = []
     for folder in workspace.job_folders:
-        if (folder / records.RESULT).exists() or not (folder / records.WORKER).exists():
+        if _has(folder, records.RESULT) or not _has(folder, records.WORKER):
             continue
         # The second look: it may have ended in good order after the first.
-        if worker_of(folder) is None and not (folder / records.RESULT).exists():
+        if worker_of(folder) is None and not _has(folder, records.RESULT):
             records.write_result(folder, records.JobResult(None, finished=time.time()))
             crashed.append(folder.name)
     return crashed

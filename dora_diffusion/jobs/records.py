@@ -15,15 +15,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, Union, get_args
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from dora_diffusion.jobs.errors import DamagedFile
 from dora_diffusion.jobs.loading import ModelFiles
-from dora_diffusion.jobs.workspace import read_json, write_json
+from dora_diffusion.jobs.workspace import read_object, write_json
 
 JOB, SETTINGS, WORKER, PROGRESS = "job.json", "settings.yaml", "worker.json", "progress.json"
 STOP, RESULT, LOG, CHOSEN = "STOP", "result.json", "log.txt", "chosen.json"
@@ -168,11 +170,21 @@ def write_record(folder: Path, record: JobRecord) -> None:
     write_json(folder / JOB, {"kind": record.request.kind} | values.pop("request") | values)
 
 
-def read_record(folder: Path) -> JobRecord | None:
-    """Read job.json; None where there is none, or of an unknown kind."""
-    values = read_json(folder / JOB)
+def read_record(folder: Path) -> JobRecord:
+    """Read job.json.
+
+    Raises:
+        DamagedFile: If it is missing, cannot be read, or is of an unknown kind.
+    """
+    path = folder / JOB
+    values = read_object(path)
+    if values is None:
+        raise DamagedFile(path, "it is missing")
     kind = _REQUESTS.get(str(values.get("kind")))
-    return _of(JobRecord, values | {"request": _of(kind, values)}) if kind else None
+    if kind is None:
+        known = ", ".join(_REQUESTS)
+        raise DamagedFile(path, f"kind is {str(values.get('kind'))[:80]!r}, not {known}")
+    return _of(JobRecord, values | {"request": _of(kind, values, path)}, path)
 
 
 def write_result(folder: Path, result: JobResult) -> None:
@@ -181,14 +193,22 @@ def write_result(folder: Path, result: JobResult) -> None:
 
 
 def read_result(folder: Path) -> JobResult | None:
-    """Read result.json; None where there is none that is whole."""
-    values = read_json(folder / RESULT)
-    return _of(JobResult, values) if values else None
+    """Read result.json; None where there is none.
+
+    Raises:
+        DamagedFile: If it cannot be read.
+    """
+    values = read_object(folder / RESULT)
+    return None if values is None else _of(JobResult, values, folder / RESULT)
 
 
 def read_progress(folder: Path) -> JobProgress:
-    """Read progress.json."""
-    return _of(JobProgress, read_json(folder / PROGRESS))
+    """Read progress.json.
+
+    Raises:
+        DamagedFile: If it cannot be read.
+    """
+    return _of(JobProgress, read_object(folder / PROGRESS) or {}, folder / PROGRESS)
 
 
 class ProgressFile:
@@ -208,7 +228,25 @@ class ProgressFile:
             self._written = now
 
 
-def _of(kind: type[Record], values: Mapping[str, Any]) -> Record:
+def _of(kind: type[Record], values: Mapping[str, Any], path: Path) -> Record:
     """A record from a file's values: what is missing has its default, what is more is left out."""
+    types = get_type_hints(kind)
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in values.items() if name in names})
+    given = {name: value for name, value in values.items() if name in names}
+    for name, value in given.items():
+        if not _fits(value, types[name]):
+            raise DamagedFile(path, f"{name} is {str(value)[:80]!r}")
+    return kind(**given)
+
+
+def _fits(value: object, wanted: Any) -> bool:
+    """Whether a value of a JSON file is of a field's type."""
+    if get_origin(wanted) is Sequence:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if get_origin(wanted) is not None:  # X | None, and the union of requests
+        return any(_fits(value, one) for one in get_args(wanted))
+    if isinstance(value, bool):
+        return wanted is bool
+    if wanted in (int, float) and isinstance(value, (int, float)):
+        return math.isfinite(value) and (wanted is float or value == int(value))
+    return isinstance(value, wanted)

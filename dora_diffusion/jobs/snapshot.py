@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from dora_diffusion import config
+from dora_diffusion.console.errors import explain
 from dora_diffusion.jobs import queue, records
 from dora_diffusion.jobs.checkpoints import (
     RESULT_NAME,
@@ -17,10 +19,12 @@ from dora_diffusion.jobs.checkpoints import (
     chosen_in,
     result_adapter,
 )
-from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.logs import last_error, read_metrics
+from dora_diffusion.jobs.errors import DamagedFile, RequestError
+from dora_diffusion.jobs.logs import check_metrics, last_error, read_metrics
 from dora_diffusion.jobs.workspace import Workspace
 
+Part = TypeVar("Part")
+_REMOVE = ", or remove this run"
 _KILLED = (
     "the process ended unexpectedly (killed, or the machine ran out of memory); "
     "Resume continues from the last checkpoint"
@@ -35,11 +39,12 @@ class Job:
         folder: Where it lies.
         record: What was asked for.
         state: ``"waiting"``, ``"running"``, ``"stopping"``, ``"done"``, ``"stopped"``,
-            ``"failed"`` or ``"crashed"``.
+            ``"failed"``, ``"crashed"``, or ``"damaged"`` where its folder does not tell.
         settings: Training settings (settings.yaml).
         progress: What the worker last said.
         result: How it ended; None before that.
         cause: Why it failed or crashed, in one line with what to do.
+        damage: A line for each of its files that is damaged.
         step: Optimizer steps done; of other jobs, how much is done in a unit of their own.
         total: As above, in all; 0 while that is unknown.
         step_seconds: Median time of the latest steps; None before there are some.
@@ -57,6 +62,7 @@ class Job:
     progress: records.JobProgress
     result: records.JobResult | None
     cause: str = ""
+    damage: tuple[str, ...] = ()
     step: int = 0
     total: int = 0
     step_seconds: float | None = None
@@ -92,6 +98,12 @@ class Job:
         return self.record.title
 
     @property
+    def label(self) -> str:
+        """What a list of many calls it: with its date, and its time where the title lacks it."""
+        is_timed = self.title.endswith(self.made[11:])
+        return f"{self.title} · {self.made[5:10] if is_timed else self.made[5:]}"
+
+    @property
     def is_active(self) -> bool:
         """Whether its process lives."""
         return self.state in ("running", "stopping")
@@ -100,6 +112,11 @@ class Job:
     def has_ended(self) -> bool:
         """Whether it neither waits nor runs."""
         return not self.is_active and self.state != "waiting"
+
+    @property
+    def shown_state(self) -> str:
+        """What the page calls its state: that a file is damaged comes before how it ended."""
+        return "damaged" if self.damage and self.has_ended else self.state
 
     @property
     def remaining_seconds(self) -> float | None:
@@ -149,24 +166,45 @@ def snapshot(runs_dir: Path) -> tuple[Job, ...]:
 
 
 def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job | None:
-    """One job; None if the folder holds none."""
+    """One job; None if the folder is gone. What it cannot read makes it a damaged one."""
+    try:
+        job = _read_job(folder, time.time() if now is None else now, position)
+    except Exception as error:  # Whatever is in its folder, the other runs are shown.
+        line = explain(error)[1] or f"this run cannot be read ({error!r})"
+        record = records.JobRecord(records.TrainRequest(), "Damaged run")
+        nothing = records.JobProgress()
+        job = Job(folder, record, "damaged", {}, nothing, None, damage=(f"{line}{_REMOVE}",))
+    # Deleted while it was read: the files that were no longer there would look like a crash.
+    return job if folder.exists() else None
+
+
+def _read_job(folder: Path, now: float, position: int) -> Job:
+    damage: list[str] = []
+
+    def whole(read: Callable[[Path], Part], otherwise: Part) -> Part:
+        try:
+            return read(folder)
+        except DamagedFile as error:
+            damage.append(f"{error}{_REMOVE}")
+            return otherwise
+
     record = records.read_record(folder)
-    if record is None:
-        return None
     # In this order: a worker writes its result before it ends.
     alive = queue.worker_of(folder) is not None
-    result, progress = records.read_result(folder), records.read_progress(folder)
+    result = whole(records.read_result, None)
     state, cause = _state(folder, record.request, result, alive)
-    metrics, settings = read_metrics(folder), _settings(folder / records.SETTINGS)
+    if damage:
+        cause = ""  # It did end in an orderly way.
+    progress = whole(records.read_progress, records.JobProgress())
+    settings: Mapping[str, Any] = whole(_settings, {})
+    whole(check_metrics, None)
+    metrics = read_metrics(folder)
     step, total = progress.done, progress.total
     if isinstance(record.request, records.TrainRequest):
         step = int(metrics[-1]["step"]) if metrics else 0
         total = int(progress.total_steps or settings.get("max_train_steps") or 0)
     checkpoints = adapter_checkpoints(folder)
     recent = [float(line["seconds"]) for line in metrics[-20:]]
-    # Deleted while it was read: the files that were no longer there would look like a crash.
-    if not folder.exists():
-        return None
     return Job(
         folder=folder,
         record=record,
@@ -175,10 +213,11 @@ def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job |
         progress=progress,
         result=result,
         cause=cause,
+        damage=tuple(damage),
         step=step,
         total=total,
         step_seconds=statistics.median(recent) if recent else None,
-        may_kill=queue.may_kill(folder, time.time() if now is None else now),
+        may_kill=queue.may_kill(folder, now),
         position=position,
         checkpoints=checkpoints,
         samples=_samples(folder),
@@ -251,15 +290,28 @@ def _samples(folder: Path) -> tuple[Path, ...]:
     return tuple(path for path in [*final, *steps] if path.is_file())
 
 
-def _settings(path: Path) -> Mapping[str, Any]:
+def _settings(folder: Path) -> Mapping[str, Any]:
+    """The settings of a run, in their types; those of other versions as they are."""
+    path = folder / records.SETTINGS
     try:
-        return _yaml(path, path.stat().st_mtime_ns)
-    except OSError:
+        values = _yaml(path, path.stat().st_mtime_ns)
+    except FileNotFoundError:
         return {}
+    if isinstance(values, str):
+        raise DamagedFile(path, values)
+    return values
 
 
 @functools.lru_cache(maxsize=512)
-def _yaml(path: Path, modified: int) -> Mapping[str, Any]:
-    import yaml
-
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+def _yaml(path: Path, modified: int) -> Mapping[str, Any] | str:
+    """The settings, or why there are none: that can take long to find out, too."""
+    known = {one.name: one for one in config.settings()}
+    try:
+        values = config.read_config_file(path)
+        values = {
+            name: known[name].cast(value) if name in known else value
+            for name, value in values.items()
+        }
+    except (ValueError, RecursionError) as error:
+        return str(error).replace(str(path), path.name)
+    return values or "it is empty"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import os
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from PIL import UnidentifiedImageError
 
 from dora_diffusion.devices import release_memory
 from dora_diffusion.jobs.errors import RequestError
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
 MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID = 16, 200, 2048, 48
 SEED_LIMIT = 2**32
-LEAVING_SECONDS = 60.0
+MOST_RECENT = 24
 Step = Callable[[int, int], None]
 
 
@@ -95,6 +98,9 @@ class Studio:
 
     Args:
         workspace: The runs folder.
+
+    Attributes:
+        is_waiting: Whether a request waits for the device.
     """
 
     def __init__(self, workspace: Workspace) -> None:
@@ -102,22 +108,31 @@ class Studio:
         self._loaded: tuple[Any, ...] | None = None
         self._components: Any = None
         self._mine = threading.Lock()
+        self._withdrawn = threading.Event()
+        self.is_waiting = False
 
     def release(self) -> None:
         """Forget the model, so that a worker has the memory. An image in the making is let be."""
         if self._mine.acquire(blocking=False):
             try:
-                self._loaded = self._components = None
-                gc.collect()  # Weights on a CPU are a map of their file, which then is let go.
-                release_memory()
+                self._forget()
             finally:
                 self._mine.release()
 
+    def _forget(self) -> None:
+        self._loaded = self._components = None
+        gc.collect()  # Weights on a CPU are a map of their file, which then is let go.
+        release_memory()
+
+    def withdraw(self) -> None:
+        """Have a request that waits for the device wait no longer."""
+        self._withdrawn.set()
+
     def make(self, request: GenerationRequest, on_step: Step | None = None) -> list[GeneratedImage]:
-        """Images at consecutive seeds, written with what made them.
+        """Images at consecutive seeds, written with what made them; a job's end is waited for.
 
         Raises:
-            RequestError: If a job has the device.
+            RequestError: If it was withdrawn meanwhile.
         """
         seeds = _seeds(request)
         with self._device(request.base):
@@ -155,7 +170,7 @@ class Studio:
         """One seed over checkpoints (rows) and strengths (columns).
 
         Raises:
-            RequestError: If the grid is empty or too large, or a job has the device.
+            RequestError: If the grid is empty or too large, or it was withdrawn meanwhile.
         """
         from dora_diffusion.training.sheets import labelled_sheet
 
@@ -189,21 +204,26 @@ class Studio:
 
     @contextmanager
     def _device(self, base: str) -> Iterator[None]:
-        with self._mine, holding(self.workspace.device_lock, or_wait=self._may_wait()) as held:
-            if not held:
-                raise RequestError(
-                    "a run is using the device; generate images when it has ended, or stop it in "
-                    "the Train tab"
-                )
-            with one_thread() if is_embedded(base) else nullcontext():
-                yield
+        self._withdrawn.clear()
+        try:
+            with holding(self.workspace.device_lock, or_wait=self._waits_on) as held:
+                self.is_waiting = False
+                if not held:
+                    raise RequestError("the images were withdrawn before their turn came")
+                # Not before: while it waits, a run that starts has its model's memory.
+                with self._mine, one_thread() if is_embedded(base) else nullcontext():
+                    try:
+                        yield
+                    finally:
+                        # A job that was started meanwhile waits for the device, and the memory.
+                        if any(map(is_running, self.workspace.job_folders)):
+                            self._forget()
+        finally:
+            self.is_waiting = False
 
-    def _may_wait(self) -> Callable[[], bool]:
-        """Whether the device will be free soon: a worker that has ended lets go a little later."""
-        deadline = time.monotonic() + LEAVING_SECONDS
-        return lambda: (
-            time.monotonic() < deadline and not any(map(is_running, self.workspace.job_folders))
-        )
+    def _waits_on(self) -> bool:
+        self.is_waiting = not self._withdrawn.is_set()
+        return self.is_waiting
 
     def _model(self, request: GenerationRequest) -> Any:
         """The model with the adapter at its strengths; reloaded only if another is asked for."""
@@ -270,3 +290,26 @@ class Studio:
 def _seeds(request: GenerationRequest) -> list[int]:
     first = random.randrange(SEED_LIMIT - MAX_BATCH) if request.seed < 0 else request.seed
     return [first + number for number in range(request.count)]
+
+
+def recent_images(workspace: Workspace) -> list[GeneratedImage]:
+    """The newest images of a runs folder with what made them, newest first."""
+    files = sorted(
+        (entry.stat().st_mtime_ns, entry.path)
+        for entry in os.scandir(workspace.images)
+        if entry.name.endswith(".png") and entry.is_file(follow_symlinks=False)
+    )
+    return [read_image(Path(path), modified) for modified, path in files[: -MOST_RECENT - 1 : -1]]
+
+
+@functools.lru_cache(maxsize=256)
+def read_image(path: Path, modified: int) -> GeneratedImage:
+    """An image as its file tells of it, read once for each time that it was written."""
+    from dora_diffusion.images import parse_parameters, read_parameters
+
+    try:
+        text = read_parameters(path) or ""
+    except (SyntaxError, ValueError, UnidentifiedImageError):
+        text = ""
+    seed = parse_parameters(text).get("Seed", "")
+    return GeneratedImage(path, int(seed) if seed.isdecimal() else 0, text)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import time
@@ -20,12 +21,13 @@ from pathlib import Path
 from PIL import Image
 
 from dora_diffusion.config import read_config_file
-from dora_diffusion.data.checks import check_photos
+from dora_diffusion.console.errors import explain
+from dora_diffusion.data.checks import PhotoWarning, check_photos
 from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.masks import mask_path
 from dora_diffusion.data.photos import is_photo, read_photos
-from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.errors import DamagedFile, RequestError
 from dora_diffusion.jobs.uploads import Upload, store_photos
 from dora_diffusion.jobs.workspace import (
     Workspace,
@@ -34,6 +36,7 @@ from dora_diffusion.jobs.workspace import (
     ids_in,
     new_id,
     read_json,
+    read_object,
     remove_folder,
     write_json,
 )
@@ -66,19 +69,25 @@ def subjects_in(workspace: Workspace) -> list[StoredSubject]:
 
 
 def read_subject(workspace: Workspace, subject_id: object) -> StoredSubject:
-    """One subject.
+    """One subject; its title says if its folder is damaged.
 
     Raises:
         RequestError: If there is none of this id.
     """
-    folder = workspace.subject(subject_id)
-    values = read_json(folder / _SUBJECT)
+    folder, photos = workspace.subject(subject_id), tuple[Path, ...]()
+    try:
+        values = read_object(folder / _SUBJECT) or {}
+        photos = tuple(photos_in(folder / "photos"))
+    except (DamagedFile, OSError) as error:
+        values = {"title": f"Damaged subject: {explain(error)[1]}"}
+        with contextlib.suppress(OSError):
+            photos = tuple(photos_in(folder / "photos"))
     return StoredSubject(
         id=folder.name,
         title=str(values.get("title") or "Subject"),
         class_word=str(values.get("class_word") or ""),
         token=str(values.get("token") or "sks"),
-        photos=tuple(photos_in(folder / "photos")),
+        photos=photos,
         sample=str(values.get("sample") or ""),
     )
 
@@ -98,6 +107,21 @@ def new_subject(
     values = {"title": title, "class_word": class_word, "token": token, "sample": sample}
     write_json(folder / _SUBJECT, values | {"created": time.time()})
     return subject_id
+
+
+def keep_words(workspace: Workspace, subject_id: str, class_word: str, token: str) -> None:
+    """Keep with a subject what it is called, for later runs; an empty word changes nothing.
+
+    Raises:
+        RequestError: If the subject is unknown, or a word too long.
+    """
+    folder = workspace.subject(subject_id)
+    words = {
+        "class_word": clean_text(class_word, 100, "class"),
+        "token": clean_text(token, 50, "token"),
+    }
+    kept = {name: word for name, word in words.items() if word}
+    write_json(folder / _SUBJECT, read_json(folder / _SUBJECT) | kept)
 
 
 def add_photos(workspace: Workspace, subject_id: str, files: Sequence[str | Path]) -> Upload:
@@ -174,9 +198,9 @@ def remove_photo(workspace: Workspace, subject_id: object, photo: object) -> Non
         file.unlink(missing_ok=True)
 
 
-def delete_subject(workspace: Workspace, subject_id: object) -> None:
-    """Delete a subject; runs that were trained on it keep their results."""
-    remove_folder(workspace.subject(subject_id))
+def delete_subject(workspace: Workspace, subject_id: object) -> bool:
+    """Delete a subject; runs keep what they have of it. Whether it is gone: see `remove_folder`."""
+    return remove_folder(workspace.subject(subject_id))
 
 
 def original_of(photo: Path) -> Path:
@@ -206,17 +230,35 @@ def _crop(photo: Path, modified: int, mask_modified: int, side: int) -> Image.Im
 def photo_warnings(subject: StoredSubject, resolution: int) -> dict[str, list[str]]:
     """What will show in the result, by photo name; ``""`` holds what is about all of them."""
     warnings: dict[str, list[str]] = {}
-    stamps = tuple((str(path), path.stat().st_mtime_ns) for path in subject.photos)
-    for names, message in _check(stamps, resolution):
-        for name in names or ("",):
-            warnings.setdefault(name, []).append(message)
+    for warning in _warnings(subject, resolution):
+        for name in warning.names or ("",):
+            warnings.setdefault(name, []).append(warning.message)
     return warnings
 
 
+def mask_labels(subject: StoredSubject, resolution: int) -> dict[str, str]:
+    """What of each photo is masked in training, by photo name; those that are learned whole lack.
+
+    One painted mask turns masked_loss on, and with it transparency masks every other photo.
+    """
+    labels = {photo.name: "masked" for photo in subject.photos if mask_path(photo).exists()}
+    transparent = "masked by its transparency" if labels else "transparent parts white"
+    for warning in _warnings(subject, resolution):
+        if warning.kind == "transparent":
+            labels = dict.fromkeys(warning.names, transparent) | labels
+    return labels
+
+
+def _warnings(subject: StoredSubject, resolution: int) -> list[PhotoWarning]:
+    stamps = tuple((str(path), path.stat().st_mtime_ns) for path in subject.photos)
+    return _check(stamps, resolution)
+
+
 @functools.lru_cache(maxsize=32)
-def _check(
-    stamps: tuple[tuple[str, int], ...], resolution: int
-) -> list[tuple[tuple[str, ...], str]]:
+def _check(stamps: tuple[tuple[str, int], ...], resolution: int) -> list[PhotoWarning]:
     paths = [Path(path) for path, _ in stamps]
-    photos = read_photos(paths, "", skip_unreadable=True, measure=True)
-    return [(warning.names, warning.message) for warning in check_photos(photos, resolution)]
+    try:
+        photos = read_photos(paths, "", skip_unreadable=True, measure=True)
+    except (ValueError, OSError) as error:  # none is left, or a caption is damaged
+        return [PhotoWarning("unreadable", (), str(error))]
+    return check_photos(photos, resolution)

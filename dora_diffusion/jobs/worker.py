@@ -20,6 +20,7 @@ from dora_diffusion import system
 from dora_diffusion.console.errors import reporting_errors
 from dora_diffusion.devices import peak_memory
 from dora_diffusion.jobs import records
+from dora_diffusion.jobs.errors import DamagedFile
 from dora_diffusion.jobs.processes import Lock
 from dora_diffusion.jobs.queue import note_worker
 from dora_diffusion.jobs.workspace import Workspace
@@ -62,9 +63,10 @@ def _watch_for_stop(file: Path) -> None:
 
 
 def _run(folder: Path) -> int:
-    record = records.read_record(folder)
-    if record is None:
-        print("error: the job's folder does not say what is to be done")
+    try:
+        record = records.read_record(folder)
+    except DamagedFile as error:
+        print(f"error: {error}")
         return 1
     print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {record.title} ---", flush=True)
     try:

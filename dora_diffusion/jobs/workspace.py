@@ -25,9 +25,12 @@ from typing import Any
 import platformdirs
 
 from dora_diffusion import system
-from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.errors import DamagedFile, RequestError
 
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+_LEFTOVER = re.compile(rf"\.(new|deleted)-{_ID.pattern}")
+_DAY = 24 * 3600
+REMAINS = "; what could not be deleted yet goes when the app starts next"
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,26 @@ class Workspace:
         for folder in (self.root, self.subjects, self.images, self.exports, self.cache):
             folder.mkdir(parents=True, exist_ok=True)
         return self
+
+    def remove_leftovers(self) -> list[Path]:
+        """Remove what an end in the middle has left: half-made and half-deleted folders, uploads.
+
+        Returns:
+            What is there all the same.
+        """
+        left = [
+            Path(entry)
+            for folder in (self.root, self.subjects, self.exports)
+            for entry in os.scandir(folder)
+            if _LEFTOVER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+        ]
+        # Gradio forgets its uploads when it ends.
+        old = time.time() - _DAY
+        uploads = [path for path in self.cache.iterdir() if path.is_dir() and not path.is_symlink()]
+        left += [path for path in uploads if path.stat().st_mtime < old]
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        return [path for path in left if path.exists()]
 
     @property
     def job_folders(self) -> list[Path]:
@@ -158,17 +181,38 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     system.replace(temporary, path)
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None where there is no file.
+
+    Raises:
+        DamagedFile: If it cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(system.patiently(lambda: path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DamagedFile(path, error.strerror) from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(path, "it is not JSON") from error
+    if not isinstance(value, dict):
+        raise DamagedFile(path, "it is no JSON object")
+    return value
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty where the file is missing or not whole."""
     try:
-        value = json.loads(system.patiently(lambda: path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return read_object(path) or {}
+    except DamagedFile:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
-def remove_folder(folder: Path) -> None:
+def remove_folder(folder: Path) -> bool:
     """Delete a folder; first rename it, so that a half-deleted one is never shown.
+
+    Returns:
+        Whether all of it is gone; what is not, `Workspace.remove_leftovers` removes.
 
     Raises:
         RequestError: If Windows does not let it go, since a file in it is open.
@@ -184,6 +228,7 @@ def remove_folder(folder: Path) -> None:
             "again in a moment"
         ) from error
     shutil.rmtree(doomed, ignore_errors=True)
+    return not doomed.exists()
 
 
 def clean_text(text: object, limit: int, what: str) -> str:

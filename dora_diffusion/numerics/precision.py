@@ -10,13 +10,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dora_diffusion.devices import has_float64
+from dora_diffusion.numerics.threads import SharedSwitch
 
 _ROUNDED = ("tf32", "bf16")
 
@@ -86,18 +87,23 @@ def allow_tf32() -> None:
 def full_precision(device: torch.device) -> Iterator[None]:
     """Products of matrices as precise as their dtype: without autocast, TF32 and bfloat16."""
     with torch.autocast(device.type, enabled=False):
-        if torch.compiler.is_compiling() or not rounds_float32(device.type):
+        if torch.compiler.is_compiling():
             yield
             return
-        restore = _stop_rounding(device.type)
-        try:
+        with _exact_products(device.type):
             yield
-        finally:
-            restore()
 
 
-def _stop_rounding(device_type: str) -> Callable[[], None]:
-    """Have products of matrices round nothing. Returns what undoes it."""
+@lru_cache
+def _exact_products(device_type: str) -> SharedSwitch:
+    """Products of matrices on a kind of device round nothing inside of it."""
+    return SharedSwitch(partial(_stop_rounding, device_type))
+
+
+def _stop_rounding(device_type: str) -> Callable[[], None] | None:
+    """Have products of matrices round nothing. Returns what undoes it, if they did."""
+    if not rounds_float32(device_type):
+        return None
     setting = _setting(device_type)
     if setting is not None:
         before = setting.fp32_precision

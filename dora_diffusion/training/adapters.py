@@ -104,6 +104,10 @@ class TrainedAdapters:
             return write_vera(folder, vectors, metadata)
         return self.writer()(folder, metadata)
 
+    def check(self, written: Path) -> None:
+        """Reading an adapter looks at each of its numbers."""
+        read_adapter(written)
+
     def result(self, folder: Path) -> Path:
         """The run's folder itself."""
         return folder

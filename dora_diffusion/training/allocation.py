@@ -61,17 +61,36 @@ class RankAllocation:
         Args:
             loss_scale: What the others are multiplied by, as fp16 needs it.
         """
-        if not self.orthogonality_weight:
-            return
+        for parameter, grad in self._orthogonality(loss_scale * self.orthogonality_weight):
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+
+    @torch.no_grad()
+    def make_orthogonal(self, rate: float) -> None:
+        """Take a gradient step of each factor's own term beside the optimizer's step.
+
+        For Prodigy, as decoupled weight decay is: it finds its step size by the gradients that it
+        sees, and those of the term are far larger than the loss's as long as the triplets are near
+        to 0.
+
+        Args:
+            rate: Size of the step, as the optimizer has it.
+        """
+        factors = 2 * len(self._adapters)
+        for parameter, grad in self._orthogonality(rate * self.orthogonality_weight * factors):
+            parameter.sub_(grad)
+
+    def _orthogonality(self, weight: float) -> list[tuple[nn.Parameter, Tensor]]:
+        """Each factor with its gradient of the term, of this weight; none for a weight of 0."""
+        if not weight:
+            return []
         downs = [adapter.down for adapter in self._adapters]
         ups = [adapter.up for adapter in self._adapters]
         rows = [d.detach().flatten(1) for d in downs] + [u.detach().flatten(1).t() for u in ups]
-        made = orthogonality_gradients(rows, loss_scale * self.orthogonality_weight)
+        made = orthogonality_gradients(rows, weight)
         count = len(downs)
         shaped = [grad.view_as(down) for grad, down in zip(made, downs, strict=False)]
         shaped += [g.t().reshape(up.shape) for g, up in zip(made[count:], ups, strict=True)]
-        for parameter, grad in zip([*downs, *ups], shaped, strict=True):
-            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        return list(zip([*downs, *ups], shaped, strict=True))
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -83,7 +102,8 @@ class RankAllocation:
         if self._kept is None:
             if step < self.schedule.last:
                 self._take(self._parameters)
-            if not self.schedule.chooses(step):
+            # The last choice is made up for, where its step was skipped.
+            if step < self.schedule.last and not self.schedule.chooses(step):
                 return
             kept = kept_triplets(self.importance(), self.schedule.budget(step))
             if step >= self.schedule.last:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -84,21 +85,24 @@ def _ranks(config: TrainConfig) -> str:
 
 
 def _use_of_adapter(base: str, adapter: Path, prompt: str) -> str:
+    model, folder = shlex.quote(base), shlex.quote(adapter.parent.name)
     return f"""
 ```bash
-dora-diffusion generate --base {base} --adapter {adapter.parent.name} \\
-    --prompt "{prompt}" --output image.png
-dora-diffusion export --base {base} --adapter {adapter.parent.name} --output merged
+dora-diffusion generate --base {model} --adapter {folder} \\
+    --prompt {shlex.quote(prompt)} --output image.png
+dora-diffusion export --base {model} --adapter {folder} --output merged
 ```
 {_diffusers_example(base, adapter, prompt)}"""
 
 
 def _use_of_model(base: str, model: Path, prompt: str) -> str:
     folder = f"{model.parent.name}/{model.name}"
+    quoted = shlex.quote(folder)
     return f"""
 ```bash
-dora-diffusion generate --base {folder} --prompt "{prompt}" --output image.png
-dora-diffusion extract --base {base} --tuned {folder} --rank 16 --output adapter.safetensors
+dora-diffusion generate --base {quoted} --prompt {shlex.quote(prompt)} --output image.png
+dora-diffusion extract --base {shlex.quote(base)} --tuned {quoted} \\
+    --rank 16 --output adapter.safetensors
 ```
 
 In Diffusers:
@@ -106,10 +110,15 @@ In Diffusers:
 ```python
 from diffusers import AutoPipelineForText2Image
 
-pipeline = AutoPipelineForText2Image.from_pretrained("{folder}")
-image = pipeline("{prompt}").images[0]
+pipeline = AutoPipelineForText2Image.from_pretrained({_literal(folder)})
+image = pipeline({_literal(prompt)}).images[0]
 ```
 """
+
+
+def _literal(text: str) -> str:
+    """A text as a Python string in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _trigger_sentence(subject: Subject, prompt: str) -> str:
@@ -126,18 +135,18 @@ def _diffusers_example(base: str, adapter: Path, prompt: str) -> str:
             "as it was trained. What they compute from a DoRA may change; the merged model of the "
             "second command is exact in every program, and stays so.\n"
         )
-    source, helper = f'"{base}"', ""
+    source, helper = _literal(base), ""
     if base.startswith("embedded:"):
         source = f'model_folder("{base.removeprefix("embedded:")}")'
         helper = "\nfrom dora_diffusion.toy import model_folder"
     return f"""
-In Diffusers:
+In Diffusers, which needs PEFT for an adapter (`pip install peft`):
 
 ```python
 from diffusers import AutoPipelineForText2Image{helper}
 
 pipeline = AutoPipelineForText2Image.from_pretrained({source})
-pipeline.load_lora_weights("{adapter.parent.name}", weight_name="{adapter.name}")
-image = pipeline("{prompt}").images[0]
+pipeline.load_lora_weights({_literal(adapter.parent.name)}, weight_name="{adapter.name}")
+image = pipeline({_literal(prompt)}).images[0]
 ```
 """

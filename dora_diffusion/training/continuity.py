@@ -111,3 +111,18 @@ def changed_segments(segments: Sequence[Segment]) -> list[Segment]:
         }
         for segment in segments
     ]
+
+
+def batches_seen(state: Mapping[str, Any]) -> int:
+    """How many batches a checkpoint's run has trained on, by which its draws are numbered.
+
+    Earlier versions kept no count: they numbered a step's batches from its own accumulation.
+    """
+    if "batches" in state:
+        return int(state["batches"])
+    segments = state.get("segments") or [segment(1, state["config"])]
+    last_steps = [after["from_step"] - 1 for after in segments[1:]] + [state["step"]]
+    return max(
+        step * int(part["settings"].get("gradient_accumulation_steps", 1))
+        for part, step in zip(segments, last_steps, strict=True)
+    )

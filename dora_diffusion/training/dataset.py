@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.buckets import Buckets
-from dora_diffusion.data.captions import require_token
-from dora_diffusion.data.checks import too_few
+from dora_diffusion.data.captions import can_shuffle, require_token
+from dora_diffusion.data.checks import copies, too_few
 from dora_diffusion.data.dataset import DreamBoothDataset
 from dora_diffusion.data.draws import Draws
 from dora_diffusion.data.masks import warn_of_unused_masks
@@ -63,14 +63,7 @@ def open_dataset(
         mask_crops=draws.first_crops if config.masked_loss else None,
     )
     captions = [photo.caption for photo in photos]
-    if subject.token:
-        require_token(captions, subject.token)
-    if message := too_few(len(photos)):
-        warnings.warn(message, stacklevel=2)
-    if config.is_image_free:
-        check_image_free(subject, captions)
-    if not config.masked_loss:
-        warn_of_unused_masks(photos)
+    _check(config, subject, photos, captions)
     prior: list[Photo] = []
     if config.with_prior_preservation and not config.is_image_free:
         prior = class_images(config, subject, components, captions, accelerator, on_event)
@@ -84,6 +77,26 @@ def open_dataset(
 
         dataset.cache_moments(encode)
     return dataset
+
+
+def _check(
+    config: TrainConfig, subject: Subject, photos: Sequence[Photo], captions: Sequence[str]
+) -> None:
+    """Refuse photos and captions that teach nothing, and say what will show in the result."""
+    if subject.token:
+        require_token(captions, subject.token)
+    for message in filter(None, (copies(photos), too_few(photos))):
+        warnings.warn(message, stacklevel=3)
+    if config.shuffle_tags and not can_shuffle(captions, config.keep_tags):
+        warnings.warn(
+            "shuffle_tags has no effect because no caption has two or more tags, separated by "
+            f"commas, after the first {config.keep_tags} that stay in place (keep_tags)",
+            stacklevel=3,
+        )
+    if config.is_image_free:
+        check_image_free(subject, captions)
+    if not config.masked_loss:
+        warn_of_unused_masks(photos)
 
 
 def _buckets(config: TrainConfig, components: Components) -> Buckets | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from dora_diffusion.numerics.joined import join, split_like
 
@@ -66,7 +67,7 @@ class FlatParameters:
                 member.grad = None if member.grad is None else share
 
     def finish(self) -> None:
-        """After the optimizer's step: drop the members' gradients.
+        """After the optimizer's step: drop the members' gradients, and count them as written.
 
         A member that had none is what it was before: no weight decay acts on it.
         """
@@ -76,6 +77,8 @@ class FlatParameters:
         for members in self._members:
             for member in members:
                 member.grad = None
+                # Memory that is given by ``.data`` brings no version counter along.
+                increment_version(member)
 
 
 def join_states(state: dict[str, Any], groups: Groups) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from dora_diffusion.training.checkpoint import checkpoints_in, find_checkpoint, 
 
 LOCK_NAME = ".training.lock"
 METRICS_NAME = "metrics.jsonl"
+# How the names of folders begin in which a result is written, and read back.
+UNFINISHED = ".result-"
 # What a run writes at the top of its folder, and which somebody may have a file of their own as.
 _COMMON_NAMES = ("README.md", "config.yaml")
 # Sub-folders that a run writes to and deletes from.
@@ -146,8 +148,7 @@ def _check_contents(config: TrainConfig, folder: Path) -> None:
             "another, resume with --resume_from_checkpoint latest (and a larger "
             "--max_train_steps, if it has ended), or start over with --overwrite_output_dir"
         )
-    has_result = any(folder.glob("*.safetensors")) or (folder / PIPELINE_NAME).exists()
-    if has_result or folders_after(folder, -1):
+    if holds_result(folder) or folders_after(folder, -1):
         raise ConfigError(
             f"output_dir {folder} already holds a trained adapter or model, and no checkpoint "
             "to resume from (a run with --checkpointing_steps 0 keeps none); choose another, or "
@@ -161,9 +162,15 @@ def _check_contents(config: TrainConfig, folder: Path) -> None:
         )
 
 
+def holds_result(folder: Path) -> bool:
+    """Whether a run that has ended left an adapter or a model here."""
+    return any(folder.glob("*.safetensors")) or (folder / PIPELINE_NAME).exists()
+
+
 def clear_folder(folder: Path, step: int) -> None:
     """Remove what an earlier run left after a step, so that nothing takes it for this one's."""
-    for old in [*folders_after(folder, step), *folder.glob(".checkpoint-*.tmp")]:
+    unfinished = [*folder.glob(".checkpoint-*.tmp"), *folder.glob(f"{UNFINISHED}*")]
+    for old in [*folders_after(folder, step), *unfinished]:
         shutil.rmtree(old, ignore_errors=True)
     names = (TARGETS["diffusers"].file_name, KOHYA_FILE, VERA_FILE)
     adapters = [folder / name for name in names if name]

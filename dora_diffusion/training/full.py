@@ -22,11 +22,13 @@ from dora_diffusion.export.trained import export_trained
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME
 from dora_diffusion.formats.names.modules import canonical
+from dora_diffusion.merge import is_finite
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.operation import exceeds
 from dora_diffusion.training.optimizer import weight_groups
 from dora_diffusion.training.recompute import checkpoint_gradients
 from dora_diffusion.training.weights import Writer
+from dora_diffusion.wording import listing
 
 # Bytes of float32 per parameter that an optimizer keeps; adamw8bit quantises its two moments.
 _MOMENTS = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0}
@@ -100,6 +102,9 @@ class FullWeights:
         """The base's values are in the weights inside of the block; it may not train them."""
         base = self.base or self._read(self.components.source, self.config.variant)
         trained = {name: parameter.data for name, parameter in self.trained.items()}
+        caches = torch.is_autocast_cache_enabled()
+        # Autocast caches casts by parameter, not by value: neither side may see the other's.
+        torch.set_autocast_cache_enabled(False)
         try:
             for name, parameter in self.trained.items():
                 parameter.data = base[name]
@@ -107,6 +112,7 @@ class FullWeights:
         finally:
             for name, parameter in self.trained.items():
                 parameter.data = trained[name]
+            torch.set_autocast_cache_enabled(caches)
 
     def writer(self) -> Writer:
         """Writes the whole model as a Diffusers folder, in the dtype of the base."""
@@ -115,6 +121,12 @@ class FullWeights:
     def write_checkpoint(self, folder: Path, metadata: AdapterMetadata) -> Path:
         """The same as the result."""
         return self._export(folder, metadata)
+
+    def check(self, written: Path) -> None:
+        """Look at what trains, one tensor at a time."""
+        with open_model(str(written)) as model:
+            if wrong := [name for name in self.trained if not is_finite(model[name])]:
+                raise ValueError(f"its {listing(wrong, 2)} holds numbers that are not finite")
 
     def result(self, folder: Path) -> Path:
         """The model's own folder in that of the run."""

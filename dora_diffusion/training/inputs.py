@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.batch import Batch
+from dora_diffusion.data.crops import latent_mask
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_moments, latents_from_moments
@@ -112,8 +113,7 @@ def draw_inputs(
     noise = torch.stack([sample_noise(shape, generator, noise_offset) for generator in generators])
     ids = mask = None
     if batch.mask is not None:
-        # The share of each latent's pixels that the mask covers.
-        mask = nn.functional.interpolate(batch.mask, shape[1:], mode="area")
+        mask = latent_mask(batch.mask, shape[1:])
     if components.family.has_time_ids:
         ids = torch.stack(
             [time_ids(c.original_size, c.crop_top_left, c.target_size) for c in batch.crops]

@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config import TrainConfig, without_effect
+from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.data.photo_record import write_photo_record
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
-from dora_diffusion.training.accelerator import make_accelerator, set_by_any
+from dora_diffusion.training.accelerator import SharedFlags, make_accelerator, set_by_any
 from dora_diffusion.training.folders import METRICS_NAME, clear_folder, output_folder
-from dora_diffusion.training.metrics import MetricsLog, TrainingError
+from dora_diffusion.training.metrics import (
+    MOST_SKIPPED,
+    MetricsLog,
+    TrainingError,
+    naming_step,
+)
 from dora_diffusion.training.offload import cache_ahead
 from dora_diffusion.training.result import result_metadata, write_result
 from dora_diffusion.training.resume import RunStart, save_config, start_run, state_of
@@ -74,9 +80,12 @@ def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainR
 
     Raises:
         ConfigError, PhotoError, ModelNotFoundError, TargetError: Before anything is trained.
-        TrainingError: If the loss stops being finite.
-        DiskFullError: If the adapter cannot be written in the end; checkpoints are kept. A
-            checkpoint that cannot be written is a warning.
+        TrainingError: If loss, gradients or weights stop being finite; nothing is written from
+            there on, and what was there stays.
+        DiskFullError: If neither a checkpoint can be written nor its adapter alone, or not the
+            adapter in the end; earlier checkpoints are kept.
+
+    Any other error in the middle of training saves a checkpoint first.
 
     Example:
         >>> result = train(TrainConfig(
@@ -87,7 +96,7 @@ def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainR
         'pytorch_lora_weights.safetensors'
     """
     subject = subject_of(config)
-    for reason in without_effect(config).values():
+    for reason in (*without_effect(config).values(), *unusual_rates(config)):
         warnings.warn(reason, stacklevel=2)
     config = replace(config, mixed_precision=precision_of(config.mixed_precision))
     output_dir = Path(config.output_dir)
@@ -145,28 +154,37 @@ class _Run:
         cache_ahead(session, session.total_steps - step, self.on_event)
         self.stop.answer_with(_SAVING)
         log = self._begin()
-        begun = time.perf_counter()
+        begun, any_set = time.perf_counter(), SharedFlags(session.accelerator)
+        place = session.place()
         try:
             while True:
-                stopping, overdue = set_by_any(
-                    session.accelerator, self.stop.requested, self.saver.is_overdue()
+                stopping, overdue = any_set(
+                    self.stop.requested, self.is_main and self.saver.is_overdue()
                 )
                 if stopping or step >= session.total_steps:
                     break
                 if overdue and step > self.start.step:
                     self._checkpoint(step, log, interim=True)
-                step += 1
-                record = session.train_step(step)
+                record = session.train_step(step + 1)
+                step, place = step + 1, session.place()
                 seconds = round(time.perf_counter() - begun, 4)
                 begun = time.perf_counter()
                 log.add(record | {"seconds": seconds})
                 if step < session.total_steps and self._is_sampled(step):
-                    self._sample(step)
+                    self._sample(step, log)
                 if self.saver.is_due(step):
                     self._checkpoint(step, log)
             log.flush()
             if step > self.start.step and (self.saver.every_steps or step < session.total_steps):
                 self._checkpoint(step, log)
+            self._tell_of_rise(log)
+        except TrainingError:
+            with contextlib.suppress(TrainingError):
+                log.flush()
+            raise
+        except Exception:
+            self._rescue(step, place, log)
+            raise
         finally:
             log.close()
         return step
@@ -199,7 +217,8 @@ class _Run:
             save_config(session.config, self.output_dir / "config.yaml", start.segments)
             write_photo_record(self.output_dir, session.dataset.photos)
         log_file = self.output_dir / METRICS_NAME if self.is_main else None
-        log = MetricsLog(log_file, start.step, self._on_step)
+        skips = MOST_SKIPPED if session.accelerator.scaler is not None else 0
+        log = MetricsLog(log_file, start.step, self._on_step, skips)
         self.trackers.begin(tracked_settings(session.config))
         self.on_event(
             events.TrainingStarted(
@@ -225,27 +244,80 @@ class _Run:
         self.on_event(events.StepDone(record["step"], total, record["loss"], record))
 
     def _checkpoint(self, step: int, log: MetricsLog, *, interim: bool = False) -> None:
-        """Save a checkpoint, unless this step has tried to."""
-        session, saver = self.session, self.saver
-        log.flush()  # A loss that is not finite raises here, before it is saved.
-        if self.is_main and saver.last_step != step:
-            path = saver.save(
-                step,
-                state_of(session, self.start.segments, step),
-                lambda folder: session.weights.write_checkpoint(
-                    folder, result_metadata(session, step)
-                ),
-                interim=interim,
-            )
-            if path is not None and not interim:
-                self.on_event(events.CheckpointSaved(step, path))
-        session.accelerator.wait_for_everyone()
+        """Save a checkpoint, unless this step has tried to. All processes end if that fails."""
+        log.flush()  # Numbers that are not finite raise here, before anything is written.
+        failure: Exception | None = None
+        if self.is_main and self.saver.last_step != step:
+            try:
+                path = self._save(step, log, interim=interim)
+                if path is not None and not interim:
+                    self.on_event(events.CheckpointSaved(step, path))
+            except Exception as error:
+                failure = error
+        if set_by_any(self.session.accelerator, failure is not None):
+            raise failure or TrainingError(f"the first process could not save step {step}")
+
+    def _save(self, step: int, log: MetricsLog, *, interim: bool, **state: Any) -> Path | None:
+        """Save a checkpoint, with parts of its state that replace those of this moment."""
+        session = self.session
+
+        def write(folder: Path) -> None:
+            weights = session.weights
+            weights.check(weights.write_checkpoint(folder, result_metadata(session, step)))
+
+        with naming_step(session.weights.noun, step):
+            now = {**state_of(session, self.start.segments, step), **state}
+            calm = log.watch.is_calm
+            return self.saver.save(step, now, write, interim=interim, is_calm=calm)
+
+    def _rescue(self, step: int, place: Mapping[str, Any], log: MetricsLog) -> None:
+        """Before an error ends the run, save its steps as a checkpoint in between.
+
+        Args:
+            step: The last one that is done.
+            place: Where the run stood in its data after that step.
+            log: Of its numbers.
+        """
+        if not self.is_main or not self.start.step < step != self.saver.last_step:
+            return
+        failed = f"no checkpoint of step {step} was saved before the error"
+        if not self.session.train_step.is_whole:
+            warnings.warn(f"{failed}, which came while the weights were changed", stacklevel=3)
+            return
+        try:
+            try:
+                log.flush()
+            except TrainingError:
+                raise
+            except Exception:  # Of whoever watches the numbers, which are looked at before.
+                pass
+            if path := self._save(step, log, interim=True, **place):
+                warnings.warn(
+                    f"an error ends the run after step {step}; {path.name} was saved first: "
+                    "--resume_from_checkpoint latest resumes from there",
+                    stacklevel=3,
+                )
+        except Exception as error:
+            warnings.warn(f"{failed}: {error}", stacklevel=3)
+
+    def _tell_of_rise(self, log: MetricsLog) -> None:
+        """At the end, name the checkpoint from before the loss rose."""
+        calm, risen_at = self.saver.newest_calm(log.watch.is_calm), log.watch.risen_at
+        if risen_at is None or not self.is_main:
+            return
+        before = f"{calm} is from before" if calm else "no checkpoint is from before"
+        warnings.warn(
+            f"the loss rose far above its start by step {risen_at}, so what was learned may be "
+            f"damaged: {before}; a lower learning rate helps",
+            stacklevel=3,
+        )
 
     def _is_sampled(self, step: int) -> bool:
         every = self.session.config.validation_steps
         return bool(every) and step % (every or 1) == 0
 
-    def _sample(self, step: int) -> None:
+    def _sample(self, step: int, log: MetricsLog) -> None:
+        log.flush()
         if self.is_main and self.session.config.num_validation_images:
             self.samples.at_step(step)
         self.session.accelerator.wait_for_everyone()

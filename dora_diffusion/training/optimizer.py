@@ -104,7 +104,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.
         )
     from transformers.optimization import Adafactor
 
-    return Adafactor(groups, scale_parameter=False, relative_step=False)
+    # Each group has its own rate; the polynomial schedule takes that of AdamW's defaults for scale.
+    return Adafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
 
 
 def can_be_flat(name: str) -> bool:
@@ -171,7 +172,8 @@ def build_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> 
         config.lr_schedule,
         optimizer=optimizer,
         num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=steps,
+        # The polynomial divides by what is left after the warm-up.
+        num_training_steps=max(steps, config.lr_warmup_steps + 1),
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
     )

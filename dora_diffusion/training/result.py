@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
 
-from dora_diffusion import __version__
+from dora_diffusion import __version__, system
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import tag_frequency
 from dora_diffusion.formats.adapter.metadata import UNET_LAYERS, AdapterMetadata
@@ -17,6 +18,8 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.images import save_png, thumbnail
 from dora_diffusion.training.card import model_card
+from dora_diffusion.training.folders import UNFINISHED
+from dora_diffusion.training.metrics import naming_step
 from dora_diffusion.training.samples import SampleWriter, warning_of_full_disk
 from dora_diffusion.training.session import Session
 
@@ -24,12 +27,23 @@ from dora_diffusion.training.session import Session
 def write_result(session: Session, folder: Path, steps: int, samples: SampleWriter) -> Path:
     """Write what was learned, then its card and samples, which show the written file. Returns it.
 
+    A result of before is replaced when the new one was read back, and its numbers are finite.
+
     Raises:
+        TrainingError: If they are not.
         DiskFullError: If it cannot be written; samples and card are a warning.
     """
     weights, metadata = session.weights, result_metadata(session, steps)
     write = weights.writer()
-    written = write(weights.result(folder), metadata)
+    # On the same disk, and beside what a crash may leave of it: see `clear_folder`.
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as place:
+        new = write(weights.result(Path(place)), metadata)
+        with naming_step(weights.noun, steps):
+            weights.check(new)
+        written = folder / new.relative_to(place)
+        if written.is_dir():
+            shutil.rmtree(written)
+        system.replace(new, written)
     weights.write_copies(folder, metadata)
     weights.reload(written)
 

@@ -12,11 +12,13 @@ import yaml
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.file import SEGMENTS
-from dora_diffusion.config.resume import Changes, differences
+from dora_diffusion.config.learning import OptimizerSettings
+from dora_diffusion.config.resume import Changes, differences, listed
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.training.checkpoint import checkpoints_after, find_checkpoint, load_state
 from dora_diffusion.training.continuity import Segment, changed_segments, segment
+from dora_diffusion.training.folders import holds_result
 from dora_diffusion.training.session import Session
 
 
@@ -57,6 +59,7 @@ def start_run(session: Session, output_dir: Path) -> tuple[Session, RunStart]:
     state = load_state(path, config, session.dataset.contents())
     step = int(state["step"])
     _check_steps(path, step, session.total_steps, config)
+    _check_result(path, state["config"], config, step == session.total_steps)
     session.load_state_dict(state)
     segments = list(state.get("segments") or [segment(1, state["config"])])
     _, changed = differences(state["config"], config)
@@ -113,4 +116,31 @@ def _check_steps(path: Path, step: int, total_steps: int, config: TrainConfig) -
             f"{config.output_dir} holds checkpoints after step {step} ({later[-1].name}); "
             "resume from there with --resume_from_checkpoint latest, choose another "
             "output_dir, or drop them with --overwrite_output_dir"
+        )
+
+
+def _check_result(
+    path: Path, before: Mapping[str, Any], config: TrainConfig, has_ended: bool
+) -> None:
+    """Refuse to write over a finished result with one of other settings, or of another run.
+
+    More steps of the same are what a finished run is resumed for, on any machine.
+    """
+    folder = Path(config.output_dir)
+    if config.overwrite_output_dir or not holds_result(folder):
+        return
+    instead = "choose another --output_dir, or replace it with --overwrite_output_dir"
+    if path.parent.resolve() != folder.resolve():
+        raise ConfigError(
+            f"output_dir {folder} holds a finished result, and {path} is of another run; {instead}"
+        )
+    learning = {source.name for source in fields(OptimizerSettings)}
+    learning |= {"train_batch_size", "gradient_accumulation_steps"}
+    _, changed = differences(before, config)
+    other = {name: change for name, change in changed.items() if name in learning}
+    if other and not has_ended:
+        raise ConfigError(
+            f"output_dir {folder} holds a finished result, which was trained with other settings: "
+            f"{listed(other)}; take them back, {instead} (--resume_from_checkpoint {path} works "
+            "from there too)"
         )

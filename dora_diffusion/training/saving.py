@@ -15,7 +15,8 @@ import torch
 
 from dora_diffusion import system
 from dora_diffusion.formats.files.atomic import DiskFullError, atomic_file
-from dora_diffusion.training.checkpoint import STATE_FILE, checkpoints_in
+from dora_diffusion.merge import is_finite
+from dora_diffusion.training.checkpoint import STATE_FILE, checkpoints_in, step_of
 
 # What else a run writes meanwhile: samples, metrics.
 _MARGIN = 2**20
@@ -78,11 +79,19 @@ class CheckpointSaver:
         write_weights: Callable[[Path], object],
         *,
         interim: bool = False,
+        is_calm: Callable[[int], bool] = lambda step: True,
     ) -> Path | None:
         """Save a checkpoint; where it cannot be written, its result alone, with a warning.
 
+        Earlier ones go only when the new one was read back, and its numbers are finite; the newest
+        of those at whose step the loss ``is_calm`` stays, beside the limit.
+
         Returns:
             The checkpoint, or None: training continues without it.
+
+        Raises:
+            OSError: If its result cannot be written either.
+            ValueError: If its numbers are not finite, or ``write_weights`` says so of its own.
         """
         self._begun, self.last_step = self._clock(), step
         try:
@@ -94,29 +103,40 @@ class CheckpointSaver:
             shutil.rmtree(self.interim, ignore_errors=True)
         self.interim, self.newest = (path if interim else None), path
         if self.limit and not interim:
+            calm = self.newest_calm(is_calm)
             for old in checkpoints_in(self.output_dir)[: -self.limit]:
-                shutil.rmtree(old, ignore_errors=True)
+                if old != calm:
+                    shutil.rmtree(old, ignore_errors=True)
         return path
+
+    def newest_calm(self, is_calm: Callable[[int], bool]) -> Path | None:
+        """The newest checkpoint of a step at which nothing spoke of a rising loss."""
+        found = reversed(checkpoints_in(self.output_dir))
+        return next((path for path in found if is_calm(step_of(path))), None)
 
     def _save_alone(
         self, step: int, write_weights: Callable[[Path], object], cause: OSError
     ) -> None:
         before = f"the newest is {self.newest.name}" if self.newest else "there is none before it"
+        reason = cause.strerror or cause
         try:
             with _new_folder(self.output_dir, step) as folder:
                 write_weights(folder)
-            folder = self.output_dir / f"checkpoint-{step}"
-            saved = (
-                f"only the {self.noun} was saved, {folder.name}, which generates and cannot resume"
+        except OSError as error:
+            kind = DiskFullError if isinstance(cause, DiskFullError) else OSError
+            text = (
+                f"nothing can be saved at step {step}: {reason}; the run stops, since what it "
+                f"would learn from here on would be lost: free some space, and resume ({before})"
             )
-            if self._result_alone is not None:  # The newest is enough, where room is scarce.
-                shutil.rmtree(self._result_alone, ignore_errors=True)
-            self._result_alone = folder
-        except OSError:
-            saved = f"not even the {self.noun} was saved"
+            raise kind(cause.errno, text) from error
+        folder = self.output_dir / f"checkpoint-{step}"
+        if self._result_alone is not None:  # The newest is enough, where room is scarce.
+            shutil.rmtree(self._result_alone, ignore_errors=True)
+        self._result_alone = folder
         warnings.warn(
-            f"no checkpoint at step {step}: {cause.strerror or cause}; {saved}. Training continues"
-            f"; free some space ({before})",
+            f"no checkpoint at step {step}: {reason}; only the {self.noun} was saved, "
+            f"{folder.name}, which generates and cannot resume. Training continues; free some "
+            f"space ({before})",
             stacklevel=2,
         )
 
@@ -126,7 +146,7 @@ def _write(
 ) -> Path:
     """Write ``checkpoint-STEP``; earlier ones are untouched if there is no room."""
     parameters = sum(value.nbytes for value in state["parameters"].values())
-    size = _bytes_in(state) + 2 * parameters + _MARGIN
+    size = sum(tensor.nbytes for tensor in _tensors_in(state)) + 2 * parameters + _MARGIN
     free = shutil.disk_usage(output_dir).free
     if free < size:
         raise DiskFullError(
@@ -138,7 +158,23 @@ def _write(
         # Into a file that is open: torch, given a name, hides why a write failed.
         with atomic_file(folder / STATE_FILE) as temporary, temporary.open("wb") as file:
             _save_state(state, file)
+        _read_back(folder / STATE_FILE)
     return output_dir / f"checkpoint-{step}"
+
+
+def _read_back(file: Path) -> None:
+    """See that a state can be read, and that its numbers are finite.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If a number is not finite.
+    """
+    try:
+        state = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:
+        raise OSError(errno.EIO, f"it cannot be read back: {error}") from error
+    if not all(is_finite(t) for t in _tensors_in(state) if t.is_floating_point()):
+        raise ValueError("its state holds numbers that are not finite")
 
 
 def _save_state(state: Mapping[str, Any], file: BinaryIO) -> None:
@@ -151,13 +187,13 @@ def _save_state(state: Mapping[str, Any], file: BinaryIO) -> None:
         raise
 
 
-def _bytes_in(state: Any) -> int:
-    """Bytes of the tensors in plain containers."""
-    if isinstance(state, Mapping):
-        return sum(_bytes_in(value) for value in state.values())
-    if isinstance(state, list | tuple):
-        return sum(_bytes_in(value) for value in state)
-    return state.nbytes if isinstance(state, torch.Tensor) else 0
+def _tensors_in(state: Any) -> Iterator[torch.Tensor]:
+    """The tensors in plain containers."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, Mapping | list | tuple):
+        for value in state.values() if isinstance(state, Mapping) else state:
+            yield from _tensors_in(value)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from dora_diffusion.models.offload import place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.training.adapters import inject_trained
 from dora_diffusion.training.checkpoint import restore_optimizer, restore_tensors
+from dora_diffusion.training.continuity import batches_seen
 from dora_diffusion.training.dataset import open_dataset
 from dora_diffusion.training.events import OnEvent, ignore
 from dora_diffusion.training.full import select_weights
@@ -67,6 +68,10 @@ class Session:
         assert self.config.max_train_steps is not None
         return self.config.max_train_steps
 
+    def place(self) -> dict[str, Any]:
+        """Where the run stands in its data."""
+        return {"sampler": self.sampler.state_dict(), "batches": self.train_step.batches}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that steps change, on the CPU."""
         scaler = self.accelerator.scaler
@@ -76,7 +81,7 @@ class Session:
             "parameters": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
             "optimizer": self.train_step.optimizer.state_dict(),
             "lr_schedule": self.train_step.lr_schedule.state_dict(),
-            "sampler": self.sampler.state_dict(),
+            **self.place(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "projections": self.weights.projections(),
             "allocation": None if allocation is None else allocation.state_dict(),
@@ -98,6 +103,7 @@ class Session:
             self.train_step.allocation.load_state_dict(state["allocation"])
         restore_optimizer(self.train_step.optimizer, self.train_step.lr_schedule, state)
         self.sampler.load_state_dict(state["sampler"])
+        self.train_step.batches = batches_seen(state)
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 

@@ -17,6 +17,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.training.allocation import RankAllocation, build_allocation
 from dora_diffusion.training.flat import FlatParameters
 from dora_diffusion.training.inputs import InputSource
+from dora_diffusion.training.metrics import require_finite
 from dora_diffusion.training.objective import Objective
 from dora_diffusion.training.optimizer import (
     build_lr_schedule,
@@ -42,6 +43,9 @@ class TrainingStep:
         flat: What the optimizer sees of the parameters; None: these themselves.
         allocation: Moves ranks between layers; None: they stay.
         loop: Spares each step a wait for the device, and what the step before found out.
+        batches: Number of batches since the start of the run.
+        is_whole: Whether all that a checkpoint holds is of one step: False while the optimizer
+            moves it.
     """
 
     config: TrainConfig
@@ -54,6 +58,8 @@ class TrainingStep:
     flat: FlatParameters | None = None
     allocation: RankAllocation | None = None
     loop: Loop = field(default_factory=Loop)
+    batches: int = 0
+    is_whole: bool = True
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -61,7 +67,13 @@ class TrainingStep:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def __call__(self, step: int) -> dict[str, Any]:
-        """Do step number ``step``, from 1. Returns its numbers, still on the device."""
+        """Do step number ``step``, from 1. Returns its numbers, still on the device.
+
+        Raises:
+            TrainingError: On a CPU, if loss or gradients are not finite, before anything has moved.
+                On a GPU, which is not waited for, the optimizer stays where it is, and whoever
+                reads the record tells.
+        """
         # Only dropout draws from the global generator. Reseeding it makes resuming exact.
         process = self.accelerator.process_index
         torch.manual_seed(generator_for("step", self.config.seed, step, process).initial_seed())
@@ -72,37 +84,69 @@ class TrainingStep:
             for i in range(accumulation):
                 last = i == accumulation - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.objective):
-                    micro_step = (step - 1) * accumulation + i
-                    losses.append(self._backward(micro_step, 1 / accumulation))
+                    losses.append(self._backward(1 / accumulation))
+        rates = learning_rates(self.optimizer.param_groups)
+        effective_rates = rates.get("effective_lr")
         if self.allocation is not None:
-            scaler = self.accelerator.scaler
-            self.allocation.add_orthogonality(1.0 if scaler is None else scaler.get_scale())
+            scale = self._loss_scale()
+            if effective_rates is None:
+                self.allocation.add_orthogonality(scale)
         if self.flat is not None:
             self.flat.take_gradients()
             if self.allocation is not None:
                 self.flat.share_gradients()
         norm = self._clip()
-        rates = learning_rates(self.optimizer.param_groups)
+        means = self.accelerator.reduce(torch.stack(losses).mean(dim=0), reduction="mean")
+        record = {"step": step, "loss": means[0], "grad_norm": norm, **rates}
+        self._hold_back(record)
+        self.is_whole = False
         self.optimizer.step()
-        # Where fp16 overflowed there was no step.
-        if self.allocation is not None and not self.accelerator.optimizer_step_was_skipped:
+        # Where fp16 overflowed there was no step, which Accelerate does not know of a fused one.
+        if self.allocation is not None and self._loss_scale() >= scale:
+            if effective_rates is not None:
+                self.allocation.make_orthogonal(max(effective_rates.values()))
             self.allocation.after_step(step)
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.flat is not None:
             self.flat.finish()
-        means = self.accelerator.reduce(torch.stack(losses).mean(dim=0), reduction="mean")
-        record = {"step": step, "loss": means[0], "grad_norm": norm, **rates}
+        self.is_whole = True
         return record | ({"prior_loss": means[1]} if self.config.with_prior_preservation else {})
 
-    def _backward(self, micro_step: int, share: float) -> Tensor:
-        """Loss and gradients of one batch: ``(total, prior)``, detached."""
-        inputs = self.inputs(micro_step)
+    def _backward(self, share: float) -> Tensor:
+        """Loss and gradients of the next batch: ``(total, prior)``, detached."""
+        inputs = self.inputs(self.batches)
+        self.batches += 1
         with self.accelerator.autocast():
             subject_loss, prior_loss = self.objective(inputs)
         loss = subject_loss + self.config.prior_loss_weight * prior_loss
         self.accelerator.backward(loss * share)
         return torch.stack([loss.detach(), prior_loss.detach()])
+
+    def _loss_scale(self) -> float:
+        """What losses are multiplied by for fp16; an overflow lowers it."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def _hold_back(self, record: Mapping[str, Any]) -> None:
+        """See that no step is taken where loss or gradients are not finite.
+
+        With fp16, where that is usual, the scaler does. A fused optimizer of CUDA does nothing, as
+        it would for a scaler; others on a GPU get zeros, so that no NaN comes in.
+        """
+        norm, optimizer = record["grad_norm"], self.optimizer.optimizer
+        if self.accelerator.scaler is not None:
+            return
+        if norm.device.type == "cpu":
+            require_finite(record)
+            return
+        is_wrong = (norm + record["loss"]).isfinite().logical_not()
+        if norm.device.type == "cuda" and optimizer.defaults.get("fused"):
+            optimizer.found_inf = is_wrong.float()
+            return
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(is_wrong, 0)
 
     def _clip(self) -> Tensor:
         """Limit the gradients' L2 norm; returns what it was."""

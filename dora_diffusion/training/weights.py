@@ -62,6 +62,13 @@ class TrainedWeights(Protocol):
     def write_checkpoint(self, folder: Path, metadata: AdapterMetadata) -> Path:
         """Write the values of this moment into a checkpoint's folder; returns where they are."""
 
+    def check(self, written: Path) -> None:
+        """Read back what was written.
+
+        Raises:
+            ValueError: If it holds numbers that are not finite.
+        """
+
     def result(self, folder: Path) -> Path:
         """The folder that a run's result is written into, from that of the run."""
 

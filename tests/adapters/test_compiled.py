@@ -348,6 +348,16 @@ def test_checkpointing_autocast_and_an_exception_in_a_step() -> None:
         assert worst(results(other, x), results(model, x)) < 3e-2
 
 
+def test_a_second_step_in_one_scope_is_an_error_in_compiled_blocks_too() -> None:
+    model = compiled(stack(), "eager")
+    update = torch.optim.AdamW(list(adapter_parameters(model)), fused=True)
+    with norm_scope(model):
+        model(square()).square().mean().backward()
+        update.step()
+        with pytest.raises(RuntimeError, match="changed inside norm_scope"):
+            model(square())
+
+
 def test_half_precision_gradients_do_not_overflow_in_the_sums() -> None:
     model = stack()
     gradients = []

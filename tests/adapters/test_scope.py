@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dora_diffusion.adapters import scope
 from dora_diffusion.adapters.inject import (
+    adapter_parameters,
     disabled,
     inject_adapters,
     merge_adapters,
@@ -22,6 +27,7 @@ from dora_diffusion.adapters.inject import (
 )
 from dora_diffusion.adapters.layers import AdaptedLayer, adapted_layers
 from dora_diffusion.adapters.scope import Loop, norm_scope
+from dora_diffusion.training.flat import FlatParameters
 from tests.adapters.helpers import Net, everything, gradients, move
 
 
@@ -168,7 +174,7 @@ def test_what_a_direction_made_is_not_kept_beyond_its_step(net, x, settings):
     with norm_scope(net, loop=loop):
         net(x)
         scales = net.square.scales("default", net.square.adapters["default"])
-        made = weakref.ref(scales.plan.layers[scales.index].weights.down)
+        made = weakref.ref(scales.plan.layers[scales.number].weights.down)
     del scales
     gc.collect()
     assert (made() is None) == ("direction" in settings)
@@ -213,3 +219,151 @@ def test_a_loop_can_be_left_by_an_exception(net, x):
     assert all(layer._scales_cache is None for _, layer in adapted_layers(net))
     with norm_scope(net, loop=loop), disabled(net):
         net(x)
+
+
+class PastCounters(torch.optim.SGD):
+    """Writes through ``.data``, as Prodigy does: no version counter sees it."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.sub_(group["lr"] * parameter.grad)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "fused adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
+    "past counters": lambda parameters: PastCounters(parameters, lr=0.1),
+}
+MISTAKE = r"changed inside norm_scope.*one norm_scope for each optimizer step.*call it after"
+
+
+def train_inside(
+    scope: Any, net: nn.Module, x: Tensor, update: torch.optim.Optimizer
+) -> Iterator[Tensor]:
+    """Steps inside of one scope: the loss of each."""
+    with scope:
+        for _ in range(3):
+            loss = net(x).square().mean()
+            loss.backward()
+            update.step()
+            update.zero_grad()
+            yield loss.detach()
+
+
+@pytest.mark.parametrize("settings", [{}, {"direction": "vera"}, {"direction": "adalora"}])
+@pytest.mark.parametrize("looped", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_loop_of_steps_inside_one_scope_is_an_error(net, x, optimizer, looped, settings):
+    """Its second step would train on the norms and factors of the first one's parameters."""
+    inject_adapters(net, everything(**settings))
+    move(net)
+    update = OPTIMIZERS[optimizer](list(adapter_parameters(net)))
+    steps = train_inside(norm_scope(net, loop=Loop() if looped else None), net, x, update)
+    next(steps)
+    with pytest.raises(RuntimeError, match=MISTAKE):
+        next(steps)
+    with norm_scope(net):
+        inside = net(x)
+    torch.testing.assert_close(inside, net(x))
+
+
+def test_so_it_is_with_flat_parameters(net, x):
+    inject_adapters(net, everything())
+    flat = FlatParameters([{"params": list(adapter_parameters(net))}])
+    update = torch.optim.AdamW(flat.groups, fused=True)
+    update.register_step_pre_hook(lambda *_: flat.take_gradients())
+    update.register_step_post_hook(lambda *_: flat.finish())
+    steps = train_inside(norm_scope(net), net, x, update)
+    next(steps)
+    with pytest.raises(RuntimeError, match=MISTAKE):
+        next(steps)
+
+
+CHANGES_INSIDE: dict[str, Callable[[Any], Any]] = {
+    "written": write_adapter,
+    "A replaced": replace("down"),
+    "m replaced": replace("magnitude"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_INSIDE)
+def test_a_parameter_that_is_changed_inside_is_an_error_in_the_layer_that_has_it(net, x, change):
+    inject_adapters(net, everything())
+    with norm_scope(net):
+        net(x)
+        CHANGES_INSIDE[change](net)
+        net.conv(x)
+        with pytest.raises(RuntimeError, match=MISTAKE):
+            net.square(torch.ones(1, 10))
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_what_changes_no_parameter_is_no_error(net, x, reentrant):
+    """Accumulation, recomputation, an average that follows, and a step that ends the scope."""
+    inject_adapters(net, everything())
+    inject_adapters(net, everything(rank=2), name="second")
+    parameters = list(adapter_parameters(net))
+    averages = [p.detach().clone() for p in parameters]
+    update = torch.optim.AdamW(parameters, fused=True)
+    other = nn.Parameter(torch.ones(2))
+    other.grad = torch.ones(2)
+    elsewhere = torch.optim.AdamW([other], fused=True)
+    x = x.requires_grad_()
+    for loop in (None, Loop(), None):
+        with norm_scope(net, loop=loop):
+            for _ in range(2):
+                y = net(x) if reentrant is None else checkpoint(net, x, use_reentrant=reentrant)
+                y.square().mean().backward()
+                torch._foreach_lerp_(averages, parameters, 0.1)
+                elsewhere.step()
+            with torch.no_grad(), disabled(net, name="second"):
+                net(x)
+            set_strength(net, 0.5)
+            net(x)
+            set_strength(net, 1.0)
+            remove_adapters(net, "second")
+            inject_adapters(net, everything(rank=2), name="second")
+            net(x)
+            update.step()
+    assert not torch.equal(averages[0], parameters[0])
+
+
+def test_adapters_that_were_made_in_inference_mode_have_no_counters(net, x):
+    with torch.inference_mode():
+        inject_adapters(net, everything())
+        move(net)
+        with norm_scope(net):
+            torch.testing.assert_close(net(x), net(x))
+
+
+def test_a_lora_has_no_norm_and_may_train_inside_a_scope(net, x):
+    """The same losses as without the scope."""
+    inject_adapters(net, everything(use_dora=False))
+    move(net)
+    losses = []
+    for model, opened in ((copy.deepcopy(net), nullcontext()), (net, norm_scope(net))):
+        update = torch.optim.SGD(list(adapter_parameters(model)), lr=0.1)
+        losses.append(torch.stack(list(train_inside(opened, model, x, update))))
+    assert torch.equal(*losses)
+    assert len(losses[0].unique()) == 3
+
+
+def test_layers_that_get_their_first_adapter_or_lose_their_last_are_noticed(net, x):
+    """By a loop: those of its models now are those that a scope opens."""
+    loop = Loop()
+    inject_adapters(net, dataclasses.replace(everything(), targets=("square",)))
+    expected = [["square"], ["conv", "square"], ["conv"], ["down"]]
+    for number, names in enumerate(expected):
+        if number == 1:
+            inject_adapters(net, dataclasses.replace(everything(), targets=("conv",)), name="b")
+        elif number == 2:
+            remove_adapters(net, "default")
+        elif number == 3:
+            remove_adapters(net)
+            inject_adapters(net, dataclasses.replace(everything(), targets=("down",)))
+        with norm_scope(net, loop=loop):
+            assert [p for p, m in net.named_modules() if getattr(m, "_scales_cache", None)] == names
+            net(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -103,6 +104,11 @@ def test_the_page_is_served(served: Served) -> None:
     assert "DoRA studio" in answer.text
 
 
+def test_screen_readers_hear_words_and_no_names_of_words(served: Served) -> None:
+    words = served.client.get("config").json()["i18n_translations"]["en"]
+    assert words == {"common.complete": "Complete"}
+
+
 def test_exports_and_pictures_are_given_out_and_nothing_else(served: Served) -> None:
     workspace = served.context.workspace
     job_id = jobs.create_job(workspace, TrainRequest(), "secret")
@@ -138,6 +144,110 @@ def test_uploads_stay_inside_of_the_runs_folder(served: Served) -> None:
     answer = served.client.post("gradio_api/upload", files={"files": (name, b"x")})
     (path,) = answer.json()
     assert Path(path).resolve().is_relative_to(served.context.workspace.cache.resolve())
+
+
+EVIL = ("evil.example", "evil.example:7860", "127.0.0.1.evil.example", "localhost.evil.example",
+        "127.0.0.1@evil.example", "192.168.1.4:7860", "", "[::1].evil.example")  # fmt: skip
+OTHER_ORIGINS = ("http://evil.example", "https://evil.example:7860", "http://localhost:8888",
+                 "http://127.0.0.1", "null", "file://", "http://")  # fmt: skip
+
+
+def requests_of(served: Served) -> list[tuple[str, str, dict[str, Any]]]:
+    """Method, address and body of what a page can ask for: each does something, or tells it."""
+    export = served.context.workspace.exports / "mine.safetensors"
+    export.write_bytes(b"x")
+    join = {"data": [], "fn_index": 0, "session_hash": "rebound"}
+    return [
+        ("GET", "", {}), ("GET", "config", {}), ("GET", "gradio_api/info", {}),
+        ("GET", f"gradio_api/file={export.resolve()}", {}), ("GET", "theme.css", {}),
+        ("GET", "gradio_api/queue/data?session_hash=rebound", {}),
+        ("GET", "gradio_api/heartbeat/rebound", {}),
+        ("POST", "gradio_api/queue/join", {"json": join}),
+        ("POST", "gradio_api/run/predict", {"json": join}),
+        ("POST", "gradio_api/upload", {"files": {"files": ("a.png", b"x")}}),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", EVIL)
+def test_a_name_that_a_web_page_has_made_mean_this_machine_is_refused(
+    served: Served, host: str
+) -> None:
+    """DNS rebinding: the page's own name leads here, so that its scripts may read the answers."""
+    before = files_of(served.context.workspace)
+    for method, address, body in requests_of(served):
+        answer = served.client.request(method, address, headers={"Host": host}, **body)
+        assert answer.status_code in (400, 403), (address, answer.status_code)
+        assert "DoRA studio" not in answer.text
+    assert len(files_of(served.context.workspace) - before) == 1  # `requests_of` itself
+    (served.context.workspace.exports / "mine.safetensors").unlink()
+
+
+@pytest.mark.parametrize("origin", OTHER_ORIGINS)
+def test_another_site_s_page_can_ask_for_nothing(served: Served, origin: str) -> None:
+    for method, address, body in requests_of(served):
+        answer = served.client.request(method, address, headers={"Origin": origin}, **body)
+        assert answer.status_code == 403, (address, answer.status_code)
+        assert "--allowed_host" in answer.text
+    (served.context.workspace.exports / "mine.safetensors").unlink()
+
+
+def test_another_site_can_link_to_the_page_but_not_hold_it_in_a_frame(served: Served) -> None:
+    site = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert served.client.get("", headers=site | {"Sec-Fetch-Dest": "document"}).status_code == 200
+    for kind in ("iframe", "image", "script", "empty"):
+        answer = served.client.get("", headers=site | {"Sec-Fetch-Dest": kind})
+        assert answer.status_code == 403, kind
+    ours = {"Sec-Fetch-Site": "same-origin", "Sec-Fetch-Dest": "empty"}
+    assert served.client.get("config", headers=ours).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]", "LOCALHOST", "localhost."])
+def test_this_machine_s_own_page_can(served: Served, name: str) -> None:
+    port = httpx.URL(served.url).port
+    for headers in ({}, {"Origin": f"http://{name}:{port}"}):
+        headers |= {"Host": f"{name}:{port}"}
+        assert served.client.get("config", headers=headers).status_code == 200
+        files = {"files": ("a.png", b"x")}
+        answer = served.client.post("gradio_api/upload", files=files, headers=headers)
+        assert answer.status_code == 200
+
+
+def asked(guard: Any, kind: str, **headers: str) -> list[dict[str, Any]]:
+    """What the guard itself sends; nothing where it lets a request pass."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": f"{kind}.connect"}
+
+    named = [(name.encode(), value.encode()) for name, value in headers.items()]
+    asyncio.run(guard({"type": kind, "headers": named}, receive, send))
+    return sent
+
+
+def test_a_websocket_of_another_site_is_closed_before_it_opens() -> None:
+    from dora_diffusion.app.serve import Guard
+
+    passed: list[str] = []
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        passed.append(scope["type"])
+
+    shared: set[str] = set()
+    guard = Guard(app, Launch(), shared)
+    (closed,) = asked(guard, "websocket", host="evil.example")
+    assert closed == {"type": "websocket.close", "code": 1008}
+    assert asked(guard, "websocket", host="localhost:7860", origin="http://evil.example")
+    assert asked(guard, "http")[0]["status"] == 403  # HTTP/1.0 needs no Host
+    assert asked(guard, "http", host="abc.gradio.live", origin="https://abc.gradio.live")
+    assert passed == []
+    shared.add("abc.gradio.live")
+    assert asked(guard, "http", host="abc.gradio.live", origin="https://abc.gradio.live") == []
+    assert asked(guard, "websocket", host="localhost:7860", origin="http://localhost:7860") == []
+    assert asked(guard, "lifespan") == []
+    assert passed == ["http", "websocket", "lifespan"]
 
 
 @pytest.mark.parametrize("job_id", ["../subjects", "..", "", 3, {"a": 1}])
@@ -252,6 +362,20 @@ def test_the_browser_opens_the_page_s_address(
     serve.serve(Launch(browser=browser))
     assert opened == ["http://127.0.0.1:7861/"] * browser
     assert capsys.readouterr().out == "open http://127.0.0.1:7861/\n"
+
+
+def test_who_starts_it_with_a_password_is_told_what_it_shares(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dora_diffusion.app import serve
+
+    monkeypatch.setattr(serve, "start", lambda _: (MagicMock(), MagicMock(), "http://127.0.0.1/"))
+    monkeypatch.setattr(serve.signal, "signal", MagicMock())
+    monkeypatch.setattr(serve.threading, "Event", MagicMock)
+    serve.serve(Launch(auth=("ann", "correct horse")))
+    address, told = capsys.readouterr().out.splitlines()
+    assert address == "open http://127.0.0.1/"
+    assert "Everybody who has it sees, changes and deletes the same photos and runs." in told
 
 
 def test_without_the_password_nothing_is_given_out(locked: Served) -> None:

@@ -75,6 +75,15 @@ def test_the_settings_file_makes_the_same_config(tmp_path: Path) -> None:
     assert TrainConfig.from_dict(read_config_file(tmp_path / "settings.yaml")) == one
 
 
+def test_names_of_models_and_paths_stay_as_they_are() -> None:
+    name = "/data/My  models/Ünique  One.safetensors"
+    one = make_config(name, Path("p"), Path("o"), "sks", "mug", [], {"class_data_dir": f" {name} "})
+    assert one.pretrained_model_name_or_path == one.class_data_dir == name
+    for wrong in ("x" * 501, "org/mo\ndel"):
+        with pytest.raises(RequestError, match="the model name has more than 500 characters, or"):
+            make_config(wrong, Path("p"), Path("o"), "sks", "mug", [], {})
+
+
 def test_prompts_name_the_subject() -> None:
     one = config()
     assert one.instance_prompt == "a photo of a sks toy robot"

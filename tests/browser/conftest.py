@@ -302,11 +302,9 @@ class Visit:
             self.press("button", title)
 
     def reload(self) -> None:
-        """Load the page again. What that cuts off complains, which is no fault of the page."""
-        before = list(self.wrong)
+        """Load the page again, which cuts off what it was asking for."""
         self.page.reload()
         self._wait_for_load()
-        self.wrong = before
 
     def close(self) -> None:
         assert self.wrong == []

@@ -137,6 +137,22 @@ def test_a_photo_gets_a_caption_a_crop_and_a_mask(visit: Callable[..., Visit], a
     page.click("#editor [data-do=restore]")
     page.wait_text("#report", "001.jpg restored")
     assert (stored / "001.jpg").read_bytes() == whole
+    # By the keyboard alone: the numbers are what is cropped.
+    open_photo(page)
+    page.click("#edit")
+    page.wait_for("#editor .dd-on")
+    for side, value in (("left", "10"), ("top", "25"), ("width", "50"), ("height", "50")):
+        page.fill(f"#editor [data-side={side}]", value)
+    page.page.locator("#editor [data-do=apply]").press("Enter")
+    page.wait_text("#report", "Crop and mask of 001.jpg saved")
+    with Image.open(stored / "001.jpg") as image:
+        assert image.size == (300, 280)
+    open_photo(page)
+    page.click("#edit")
+    page.wait_for("#editor .dd-on")
+    page.click("#editor [data-do=restore]")
+    page.wait_text("#report", "001.jpg restored")
+    assert (stored / "001.jpg").read_bytes() == whole
     assert not (stored / "001.mask.png").exists()
 
 
@@ -163,7 +179,7 @@ def set_up_run(page: Visit, steps: int) -> None:
 def started(app: App, open_tab: Callable[..., Visit]) -> str:
     """A long run of a sample subject, started by hand in the page; its folder's name."""
     page = open_tab()
-    page.click("#sample-bolt_mug")
+    page.click("[data-value=bolt_mug]")
     page.wait_text("#report", "ready to train")
     set_up_run(page, 100_000)
     page.click("#start")
@@ -180,7 +196,7 @@ def test_progress_is_the_same_after_a_reload_and_in_a_second_tab(
     first, second = visit(), visit()
     for page in (first, second):
         page.tab("Train")
-        page.wait_text("#status", "sks mug[^]*training[^]*step [1-9]")
+        page.wait_text("#status", "Bolt mug[^]*training[^]*step [1-9]")
         page.wait_for("#loss polyline.dd-smooth")
     first.reload()
     first.tab("Train")
@@ -424,6 +440,26 @@ def test_a_restart_of_the_app_forgets_nothing(
     page.wait_for("#checkpoints .dd-choice")
     page.tab("Library")
     page.wait_for("#library img")
+    page.tab("Generate")
+    newest = max(pictures(app), key=lambda path: path.stat().st_mtime_ns)
+    assert newest.name in page.page.locator("#history img").first.get_attribute("src")
+    page.click("#history .dd-sample")
+    page.wait_for(f"#pictures img[src*='{newest.name}']")
+    page.wait_text("#parameters", "Steps: 2")
+
+
+def test_a_finished_run_continues_with_more_steps(
+    visit: Callable[..., Visit], app: App, second: str
+) -> None:
+    page = visit()
+    page.tab("Train")
+    page.fill("#more input", "4")
+    page.click("#continue")
+    page.wait_text("#status", "done[^]*step 12 of 12")
+    found = state_of(app, second)
+    assert (found.state, found.progress.first_step, found.checkpoints[-1]) == (
+        "done", 8, "checkpoint-12",
+    )  # fmt: skip
 
 
 def test_a_phone_has_all_four_tabs_and_needs_no_sideways_scrolling(

@@ -66,7 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     lock.free()
 
 
-def started(app: App, page: Visit, title: str = "sks mug") -> dict[str, Any]:
+def started(app: App, page: Visit, title: str = "Bolt mug") -> dict[str, Any]:
     """Press Start; the settings of the run that this makes."""
     before = set(app.runs.glob("2*/settings.yaml"))
     page.click("#start")
@@ -76,7 +76,8 @@ def started(app: App, page: Visit, title: str = "sks mug") -> dict[str, Any]:
 
     (file,) = app.until(new)
     settings: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    page.wait_text("#train-said", f"Queued {title}: number {len(before) + 1} in the queue")
+    queued = f"Queued {title} [0-9:]{{5}}: number {len(before) + 1} in the queue"
+    page.wait_text("#train-said", queued)
     return settings
 
 
@@ -137,11 +138,20 @@ def test_a_word_in_the_place_of_a_number_is_said_before_the_start(
     page.tab("Train")
     page.wait_text("#plan", "max_train_steps 300")
     page.unfold("Advanced settings", "Adapter")
-    page.set_setting("lora_alpha", "eight", "#cost", "Lora_alpha is 'eight'; it must be a number")
+    page.set_setting("lora_alpha", "eight", "#cost", "lora_alpha is 'eight'; it must be a number")
     before = len(list(app.runs.glob("2*")))
     page.click("#start")
-    assert "Lora_alpha is 'eight'" in page.toast()
+    assert "lora_alpha is 'eight'" in page.toast()
     assert len(list(app.runs.glob("2*"))) == before
+
+
+def test_a_page_that_is_loaded_again_logs_no_error(visit: Callable[..., Visit]) -> None:
+    page = visit()
+    for _ in range(4):
+        page.tab("Train")
+        page.wait_text("#plan", "max_train_steps")
+        page.reload()
+    assert page.wrong == []
 
 
 def test_a_reload_keeps_the_form(visit: Callable[..., Visit], app: App) -> None:
@@ -244,13 +254,13 @@ def test_a_subject_outside_of_the_toy_world_is_warned_of_beside_the_start(
     page.wait_text("#cost", "toy model of a drawn world")
     page.page.locator("#class-word input, #class-word textarea").first.click()
     page.page.keyboard.press("Tab")
-    settings = started(app, page, "sks dog")
+    settings = started(app, page, "My dog")
     assert settings["pretrained_model_name_or_path"] == BASES[0]
 
 
 def test_nothing_scrolls_sideways(visit: Callable[..., Visit], app: App) -> None:
     page = visit()
-    page.click("#sample-heart_teapot")
+    page.click("[data-value=heart_teapot]")
     page.wait("document.querySelectorAll('#crops img').length >= 4")
 
     def scrolling(width: int) -> Any:
@@ -304,7 +314,7 @@ def test_the_footer_offers_no_screen_recording(visit: Callable[..., Visit]) -> N
 
 def test_photos_stand_in_two_columns_on_a_phone(visit: Callable[..., Visit], app: App) -> None:
     page = visit(390)
-    page.click("#sample-heart_teapot")
+    page.click("[data-value=heart_teapot]")
     page.wait_text("#report", "ready to train")
     page.wait("document.querySelectorAll('#crops img').length >= 4")
     lefts = page.page.evaluate(

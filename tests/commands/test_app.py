@@ -32,8 +32,10 @@ def test_the_default_is_this_machine_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [["--share"], ["--host", "0.0.0.0"], ["--host", "::"], ["--host", "example.org"]]
-)
+    "flags",
+    [["--share"], ["--host", "0.0.0.0"], ["--host", "::"], ["--host", "example.org"],
+     ["--allowed_host", "localhost", "studio.example"]],
+)  # fmt: skip
 def test_an_open_app_without_a_password_is_refused(flags: list[str]) -> None:
     with pytest.raises(ConfigError, match="--auth"):
         parse_launch(flags)

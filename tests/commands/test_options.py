@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +89,39 @@ def test_export_and_verify_are_given_the_same_merge(command):
         "unet_strength": 0.5, "text_encoder_strength": 1.0,
         "alpha": 3.0, "vae": "v", "variant": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "work"),
+    [
+        ("analyze RUN --output OUT/a", "analysis.analyze_weights"),
+        ("compare --quick --output OUT", "study.run.run_study"),
+        ("evaluate RUN --subject bolt_mug --output OUT", "commands.evaluate.load_adapted_model"),
+        ("generate --prompt x --output OUT/a.png", "commands.generate.load_adapted_model"),
+        ("combine RUN --output OUT/a.safetensors", "export.combine.fit_to_adapters"),
+        ("convert RUN OUT/a.safetensors --to dora --rank 1", "export.convert.fit_to_adapters"),
+        ("convert RUN OUT --to peft", "export.convert.write_adapter"),
+        ("export --adapter RUN --output OUT/a", "export.checkpoint.write_folder"),
+        ("export --adapter RUN --output OUT/a.safetensors", "export.checkpoint.write_single_file"),
+        ("extract --tuned BASE --rank 1 --output OUT/a.safetensors", "export.extract.fit_layers"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_said_before_the_work(
+    line: str, work: str, trained: Path, sd1_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, last_line: Callable[[], str],
+) -> None:  # fmt: skip
+    """A file lies where a folder should be."""
+
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("the work was begun")
+
+    monkeypatch.setattr(f"dora_diffusion.{work}", started)
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("mine", encoding="utf-8")
+    words = line if line.startswith("compare") else f"{line} --base BASE"
+    places = {"RUN": trained, "BASE": sd1_folder, "OUT": in_the_way}
+    for name, place in places.items():
+        words = words.replace(name, str(place))
+    assert cli.main(words.split()) == 1
+    assert last_line() == f"error: {in_the_way}: is not a folder; give another output"
+    assert in_the_way.read_text(encoding="utf-8") == "mine"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.config import TrainConfig, settings, without_effect
+from dora_diffusion.config import TrainConfig, settings, unusual_rates, without_effect
 
 IDLE: list[tuple[dict[str, Any], str, str]] = [
     ({"prior_preservation_mode": "image-free"}, "prior_preservation_mode",
@@ -89,3 +89,30 @@ def test_needs_name_settings_that_a_resumed_run_keeps_or_that_are_free_themselve
         for need in setting.needs:
             other = getattr(need, "setting", None)
             assert other is None or by_name[other].resume == "same", (setting.name, other)
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({}, []),
+        ({"method": "full"}, []),
+        ({"learning_rate": 2e-3}, []),  # the samples'
+        ({"learning_rate": 0.0}, []),
+        ({"direction": "vera", "learning_rate": 8e-3}, []),
+        ({"optimizer": "prodigy", "learning_rate": 1.0}, []),
+        ({"loraplus_ratio": 16.0}, []),
+        ({"text_encoder_lr": 1.0}, []),  # without effect, which is said
+        ({"learning_rate": 0.1}, ["learning_rate"]),
+        ({"learning_rate": 1.0, "optimizer": "adafactor"}, ["learning_rate"]),
+        ({"learning_rate": 8e-8, "use_8bit_adam": True}, ["learning_rate"]),
+        ({"learning_rate": 1e-3, "method": "full"}, ["learning_rate"]),
+        ({"learning_rate": 20.0, "optimizer": "prodigy"}, ["learning_rate"]),
+        ({"text_encoder_lr": 0.1, "train_text_encoder": True}, ["text_encoder_lr"]),
+        ({"magnitude_lr": 1.0}, ["magnitude_lr"]),
+        ({"loraplus_ratio": 1e4}, ["learning_rate times loraplus_ratio"]),
+    ],
+)
+def test_rates_that_nobody_takes_are_said(given, names):
+    said = unusual_rates(TrainConfig(**given))
+    assert [text.partition(" is ")[0] for text in said] == names
+    assert all("usually takes" in text for text in said)

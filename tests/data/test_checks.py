@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFilter
 
-from dora_diffusion.data.checks import PhotoWarning, check_photos, near_duplicates, too_few
+from dora_diffusion.data.checks import (
+    PhotoWarning,
+    check_photos,
+    copies,
+    near_duplicates,
+    too_few,
+)
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import list_photos, read_photo, read_photos
 
@@ -45,9 +51,7 @@ def test_few_and_many_photos(tmp_path: Path) -> None:
     assert [w.kind for w in check(paths[:2], 8) if not w.names] == ["few"]
     assert [w.kind for w in check(paths[:30], 8) if not w.names] == []
     assert [w.kind for w in check(paths, 8) if not w.names] == ["many"]
-    assert check(paths[:1], 8)[0].message == too_few(1)
-    assert too_few(1).startswith("only 1 photo: ")
-    assert too_few(3) == ""
+    assert check(paths[:1], 8)[0].message.startswith("only 1 photo: ")
     with pytest.raises(ValueError, match=r"00\.png was read without measure=True"):
         check_photos([read_photo(paths[0], "")], 8)
 
@@ -65,6 +69,39 @@ def test_copies_of_one_photo_are_one_warning(tmp_path: Path) -> None:
     assert warning.message == (
         "000.png, 001.png and 003.png are nearly the same photo; keep one of them"
     )
+
+
+def test_copies_are_counted_by_content_and_are_no_more_photos(tmp_path: Path, write_images) -> None:
+    """Twenty copies of two photos, under other names, are two photos."""
+    paths = write_images(tmp_path, 22, size=(20, 20))
+    for number, path in enumerate(paths):
+        path.write_bytes(paths[number % 2].read_bytes())
+    photos = read_photos(paths, "a dog")
+    assert copies(photos[:2]) == ""
+    assert copies(photos).startswith(
+        "22 photos, but only 2 different: 00.png, 02.png, 04.png and 8 more are the same file"
+    )
+    assert too_few(photos).startswith("only 2 photos: ")
+    assert too_few(photos[:2]) == too_few(photos)
+    (near, _) = [w for w in check(paths, 8) if w.kind == "duplicate"]
+    assert len(near.names) == 11
+    assert near.message == (
+        "00.png, 02.png, 04.png, 06.png, 08.png and 6 more are nearly the same photo; keep one of "
+        "them"
+    )
+
+
+def test_transparent_parts_are_said_with_what_becomes_of_them(tmp_path: Path, write_images) -> None:
+    paths = write_images(tmp_path, 4, size=(20, 20))
+    for path, alpha in zip(paths, (255, 254, 0, None), strict=True):
+        if alpha is not None:
+            image = Image.open(path).convert("RGBA")
+            image.putpixel((3, 5), (0, 0, 0, alpha))
+            image.save(path)
+    (found,) = [w for w in check(paths, 8) if w.kind == "transparent"]
+    assert found.names == ("01.png", "02.png")
+    assert found.message.startswith("transparent parts of 2 images are white: 01.png, 02.png; ")
+    assert "masked_loss" in found.message
 
 
 def test_groups_join_photos_that_are_near_to_one_of_them() -> None:

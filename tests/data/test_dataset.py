@@ -96,10 +96,17 @@ def test_class_images_follow_their_partners_size(
     photos: Path, tmp_path: Path, write_images
 ) -> None:
     class_images = read_photos(write_images(tmp_path / "class", 1, size=(50, 30)), "a dog")
-    draws = Draws(32, buckets=lambda size: (24, 40))
+    # Two buckets: the photos' and, unless it follows, the class image's own.
+    draws = Draws(32, buckets=lambda size: (24, 40) if 60 in size else (40, 24))
+    assert draws.target_size(class_images[0]) == (40, 24)
     dataset = DreamBoothDataset(read_photos(list_photos(photos), PROMPT), draws, class_images)
     assert dataset.groups == [(24, 40)] * 4
     assert collate([dataset[0]]).pixels.shape == (2, 3, 24, 40)
+    encoded: list[torch.Size] = []
+    dataset.cache_moments(lambda pixels: encoded.append(pixels.shape) or fake_encode(pixels))
+    dataset.fill_cache([EpochIndex(0, 0)], lambda *done: None)
+    assert collate([dataset[0]]).moments.shape == (2, 3, 3, 5)
+    assert encoded == [(1, 3, 24, 40)] * 2  # none again when it is loaded
 
 
 def test_masks_come_from_files_or_alpha_and_follow_the_crop(tmp_path: Path, write_images) -> None:
@@ -151,6 +158,43 @@ def test_cached_moments_belong_to_their_photo_after_any_shuffle(photos: Path) ->
         expected = fake_encode(plain[EpochIndex(index.epoch, 3 - index.index)].pixels)
         assert torch.equal(cached[index].moments, expected)
     assert len(encoded) == count <= 36
+
+
+def test_cached_masks_are_decoded_once_a_crop_and_kept_at_latent_size(
+    tmp_path: Path, write_images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the moments, bit for bit what a batch of whole masks is averaged to."""
+    folder, random = tmp_path / "photos", np.random.default_rng(1)
+    paths = write_images(folder, 4, size=(44, 76))
+    # The same photo twice, each with its own mask; one without any; one with an alpha channel.
+    paths[1].write_bytes(paths[0].read_bytes())
+    for path in paths[:2]:
+        grey = random.integers(0, 256, (44, 76), np.uint8)
+        Image.fromarray(grey).save(path.with_suffix(".mask.png"))
+    rgba = Image.open(paths[3]).convert("RGBA")
+    rgba.putalpha(Image.linear_gradient("L").resize((76, 44)))
+    rgba.save(paths[3])
+    draws = replace(RANDOM, buckets=lambda size: (24, 40), crop_variants=2)
+    with pytest.warns(UserWarning, match="1 image of 4 without a mask"):
+        read = read_photos(paths, PROMPT, mask_crops=draws.first_crops)
+    plain, cached = DreamBoothDataset(read, draws), DreamBoothDataset(read, draws)
+    cached.cache_moments(fake_encode)
+    indices = [[EpochIndex(epoch, row) for row in range(4)] for epoch in range(8)]
+    cached.fill_cache([index for batch in indices for index in batch], lambda *_: None)
+    wanted = [collate([plain[index] for index in batch]) for batch in indices]
+
+    def opened(*args: object, **kwargs: object) -> Image.Image:
+        raise AssertionError("a file was decoded again")
+
+    monkeypatch.setattr(Image, "open", opened)
+    for batch, whole in zip(indices, wanted, strict=True):
+        masks = collate([cached[index] for index in batch]).mask
+        expected = torch.nn.functional.interpolate(whole.mask, (3, 5), mode="area")
+        assert torch.equal(masks, expected)
+        assert bool((masks[2] == 1).all())
+    assert not torch.equal(masks[0], masks[1])
+    mask = cached[EpochIndex(0, 0)].mask
+    assert mask.untyped_storage().nbytes() == 4 * 3 * 5
 
 
 def test_batches_resume_exactly_with_workers(photos: Path) -> None:

@@ -80,6 +80,29 @@ def test_images_without_a_mask_beside_others_are_named(photos: Path) -> None:
     assert open_mask(found[0]) is None
 
 
+def test_an_alpha_channel_among_mask_files_is_named(photos: Path) -> None:
+    write_mask(photos, "a", 30, 50)
+    for name in "ab":
+        image = Image.open(photos / f"{name}.png").convert("RGBA")
+        image.putalpha(Image.linear_gradient("L").resize((80, 40)))
+        image.save(photos / f"{name}.png")
+    with pytest.warns(UserWarning, match="without a mask") as caught:
+        masked(photos)
+    assert [str(w.message).partition(":")[0] for w in caught] == [
+        "1 image of 3 without a mask, whose whole area is learned",
+        "1 image of 3 without a mask file",
+    ]
+    assert "transparent parts are not learned: b.png; " in str(caught[1].message)
+
+
+def test_a_link_to_a_mask_that_is_not_there_is_an_error(photos: Path) -> None:
+    """Without its mask the whole photo would be learned."""
+    write_mask(photos, "a")
+    (photos / "b.mask.png").symlink_to("gone.png")
+    with pytest.raises(PhotoError, match=r"b\.mask\.png: cannot be read"):
+        masked(photos)
+
+
 def test_a_mask_is_the_file_else_the_alpha_channel(photos: Path) -> None:
     for name in "ab":
         write_mask(photos, name, 30, 50)

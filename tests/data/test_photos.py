@@ -178,6 +178,9 @@ def test_listing_nothing_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(PhotoError, match=r"no photos .*\.jpg.*\.heic.*found notes\.txt"):
         list_photos(tmp_path)
+    (tmp_path / "a.jpg").symlink_to("gone.jpg")
+    with pytest.raises(PhotoError, match=r"found links to files that are not there \(a\.jpg\)"):
+        list_photos(tmp_path)
     with pytest.raises(PhotoError, match="does not exist"):
         list_photos(tmp_path / "absent")
     with pytest.raises(PhotoError, match="is a file, not a folder"):

@@ -22,6 +22,7 @@ from dora_diffusion.evaluation.metric_models import (
     read_preprocessing,
 )
 from dora_diffusion.models.locate import ModelNotFoundError
+from dora_diffusion.toy import samples_folder
 
 TEXTS = ["a photo of a dog", "a red toy in the snow"]
 
@@ -125,6 +126,19 @@ def test_what_is_no_metric_model_is_refused(tmp_path, sd1_folder, dino_folder) -
 def test_the_hub_is_not_asked_where_it_must_not_be() -> None:
     with pytest.raises(ModelNotFoundError, match="HF_HUB_OFFLINE is set"):
         open_metric_model("facebook/dinov2-small")
+
+
+def test_efficientnet_lite_tells_subjects_apart() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="installed with the package")
+    names = [
+        f"{name}/{number:02d}.jpg" for name in ("bolt_mug", "heart_teapot") for number in (1, 2)
+    ]
+    images = [Image.open(samples_folder() / name).convert("RGB") for name in names]
+    features = open_metric_model(LITE).image_features(images)
+    assert features.shape == (4, 1280)
+    alike = features @ features.T
+    assert min(alike[0, 1], alike[2, 3]) > 0.85
+    assert alike[:2, 2:].max() < 0.5
 
 
 def test_efficientnet_lite_is_pooled_over_the_image(monkeypatch, images, tmp_path) -> None:

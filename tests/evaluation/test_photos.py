@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -126,6 +127,15 @@ def test_photos_that_were_trained_on_are_counted_by_their_content(held_out_photo
         trained_on = {*sorted(digests)[:known], "another"}
         cautions = replace(subject, trained_on=trained_on).cautions
         assert [text.partition(" trained on")[0] for text in cautions] == ([which] if which else [])
+
+
+def test_transparent_parts_are_a_caution(held_out_photos, tmp_path) -> None:
+    photos = shutil.copytree(held_out_photos, tmp_path / "photos")
+    image = Image.open(list_photos(photos)[0]).convert("RGBA")
+    image.putalpha(100)
+    image.save(photos / "cut.png")
+    (caution,) = read_subject(photos, "sks mug", "mug").cautions
+    assert caution == "transparent parts of 1 image are white: cut.png, and are compared so"
 
 
 def test_intervals_of_losses_are_over_photos():

@@ -148,10 +148,13 @@ def test_loras_stay_one_if_asked(
 
 def test_refusals(tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter) -> None:
     file, _ = written(tmp_path / "a.safetensors", sd1_folder, random_adapter)
+    other = write_adapter(tmp_path / "peft", read_adapter(file), "peft")
     output = tmp_path / "b.safetensors"
     for adapters, changes, reason in (
         ([], {}, "no adapter was given"),
         ([(file, 0.0)], {}, "nothing is left of these adapters at these strengths"),
+        ([(file, 1.0), (file, -1.0)], {}, "cancel one another; change a strength"),
+        ([(file, 1.0), (file, 0.3), (other, -1.3)], {}, "cancel one another; change a strength"),
         ([(file, float("inf"))], {}, "strengths must be finite"),
         (file, {"rank": 0}, "rank is 0"),
         (file, {"output": file, "overwrite": True}, "is or holds what is read"),
@@ -161,6 +164,23 @@ def test_refusals(tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter)
         with pytest.raises(ExportError, match=reason):
             combine_adapters(sd1_folder, adapters, **arguments)
     assert not output.exists()
+
+
+def test_layers_that_cancel_are_said_and_not_written(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """Of two adapters with some layers in common; the difference is of the others."""
+    file, layers = written(tmp_path / "a.safetensors", sd1_folder, random_adapter)
+    name = next(iter(layers))
+    facts = AdapterMetadata("sd1")
+    one = write_adapter(tmp_path / "one.safetensors", AdapterFile({name: layers[name]}, facts))
+    report = combine_adapters(sd1_folder, [(file, 1.0), (one, -1.0)], tmp_path / "b.safetensors")
+    assert "nothing is left of 1 layer at these strengths: the result lacks them" in report.notes
+    assert read_adapter(report.path).layers.keys() == layers.keys() - {name}
+    # A change that is small is none that cancels.
+    report = combine_adapters(sd1_folder, [(file, 1.0), (one, -0.999)], tmp_path / "c.safetensors")
+    assert read_adapter(report.path).layers.keys() == layers.keys()
+    assert report.total_error < 1e-3
 
 
 VECTORS = {"<s1>": torch.arange(32.0), "<s2>": torch.arange(64.0).reshape(2, 32) / 64}

@@ -32,7 +32,7 @@ from dora_diffusion.training import optimizer as optimizer_module
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.checkpoint import parameters_by_name
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.metrics import MetricsLog
+from dora_diffusion.training.metrics import MetricsLog, TrainingError
 from dora_diffusion.training.session import Session, open_session
 from dora_diffusion.training.subject import subject_of
 from tests.integration.emulated import (
@@ -197,6 +197,43 @@ def test_an_fp16_step_that_overflows_changes_nothing_but_the_scale(run, sd1_fold
         assert scaler.get_scale() == scale / 2
         moved = [not torch.equal(p, before[name]) for name, p in parameters.items()]
         assert any(moved)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_gradients_that_are_not_finite_move_nothing_and_are_told_a_step_later(
+    optimizer, run, sd1_folder
+):
+    """The device is not waited for; a fused optimizer stays exactly where it was."""
+    settings = SMALL | {
+        "mixed_precision": "no", "max_train_steps": 6, "optimizer": optimizer,
+        # The photos are encoded in the first step.
+        "center_crop": True, "gradient_accumulation_steps": 5, "targets": ["cross-attention"],
+    }  # fmt: skip
+    with cuda():
+        session = open_on(run(sd1_folder, "out", **settings))
+        log, step = MetricsLog(None, 0, lambda record: None), session.train_step
+        log.add(step(1))
+        parameters = parameters_by_name(session.weights.modules)
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        state = step.optimizer.optimizer.state
+        moments = {id(p): {k: v.clone() for k, v in state[p].items() if k != "RMS"} for p in state}
+        victim = next(p for name, p in parameters.items() if name.endswith("up"))
+        handle = victim.register_hook(lambda grad: torch.full_like(grad, float("nan")))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            log.add(step(2))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        handle.remove()
+        assert all(bool(torch.isfinite(p).cpu().all()) for p in parameters.values())
+        if optimizer == "adamw":
+            assert all(torch.equal(p, before[name]) for name, p in parameters.items())
+            for p in state:
+                assert all(torch.equal(v, moments[id(p)][k]) for k, v in state[p].items())
+        with pytest.raises(TrainingError, match="gradients are not finite at step 2"):
+            log.flush()
+        step(3)
+        assert not all(torch.equal(p, before[name]) for name, p in parameters.items())
 
 
 def test_fp16_says_nothing_about_the_order_of_its_steps(run, sd1_folder, recwarn):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -121,6 +123,41 @@ def photo(path: Path, size: tuple[int, int] = (96, 64), **options: object) -> Pa
     image = Image.effect_noise(size, 80).convert("RGB")
     image.save(path, **options)
     return path
+
+
+# What can stand in place of a file of JSON, YAML or metrics; None is a folder.
+DAMAGES: dict[str, bytes | None] = {
+    "empty": b"", "truncated": b'{"kind": "train", "tit', "binary": b"\x80\0\xff\n",
+    "list": b"[1]\n", "word": b"3\n", "deep": b"[" * 1500 + b"\n", "folder": None,
+}  # fmt: skip
+
+
+def damage(path: Path, content: bytes | None) -> None:
+    """Put something else in place of a file."""
+    path.unlink(missing_ok=True)
+    if content is None:
+        path.mkdir(parents=True)
+    elif path.name == "metrics.jsonl" and content:  # a last line without an end may be unfinished
+        path.write_bytes(content.rstrip(b"\n") + b"\n")
+    else:
+        path.write_bytes(content)
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let nothing below a folder be opened or looked at, as its permissions would for others."""
+
+    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *args: Any, **options: Any) -> Any:
+            if isinstance(path, (str, Path)) and folder in Path(path).parents:
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *args, **options)
+
+        return call
+
+    for module, name in ((os, "stat"), (os, "scandir"), (os, "listdir"), (io, "open")):
+        monkeypatch.setattr(module, name, guarded(getattr(module, name)))
+    for name in ("stat", "open", "read_text", "read_bytes", "iterdir", "glob"):
+        monkeypatch.setattr(Path, name, guarded(getattr(Path, name)))
 
 
 def write_folder(folder: Path, *, kind: str = "UNet2DConditionModel", weights: bool = True) -> Path:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+import pytest
 
 from dora_diffusion.app import html
 from dora_diffusion.config import TrainConfig
@@ -14,6 +17,27 @@ from dora_diffusion.memory import Device
 from tests.jobs.helpers import (
     started_run,
 )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"optimizer": "adafactor"}, {"offload": "none"}, {"rank": 64}, {"conv_rank": 64},
+     {"gradient_accumulation_steps": 4}, {"lora_dropout": 0.1}, {"targets": "all"},
+     {"with_prior_preservation": True}, {"method": "lora"}],
+    ids=str,
+)  # fmt: skip
+def test_a_run_that_takes_another_time_or_memory_is_not_like_this(
+    workspace: Workspace, changes: dict[str, Any]
+) -> None:
+    folder = started_run(workspace, 4)
+    write_json(folder / records.RESULT, {"code": 143, "peak_memory": 3.5})
+    jobs = snapshot(workspace.root)
+    like = TrainConfig(max_train_steps=7, learning_rate=1e-3, seed=5)
+    other = TrainConfig(max_train_steps=7, **changes)
+    found = [estimate(one, jobs, workspace.root, Device()) for one in (like, other)]
+    assert [(one.seconds, one.memory, one.runs) for one in found] == [
+        (14.0, 3.5, 1), (None, None, 0),
+    ]  # fmt: skip
 
 
 def test_estimates_are_measured_or_unknown(workspace: Workspace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,85 @@ def test_the_queue_has_an_end(workspace: Workspace, monkeypatch: pytest.MonkeyPa
     make(workspace), make(workspace)
     with pytest.raises(RequestError, match="the queue is full"):
         make(workspace)
+
+
+def starting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let no worker be started but noted; returns the titles of those that were."""
+    started: list[str] = []
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        title = records.read_record(folder).title
+        if title.startswith("bad"):
+            raise IsADirectoryError(21, "Is a directory", "log.txt")
+        started.append(title)
+        write_json(folder / records.RESULT, {"code": 143})
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(jobs, "start_worker", start)
+    return started
+
+
+def test_a_run_starts_though_the_app_s_memory_cannot_be_freed(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torch says it after an error on the device: a RuntimeError of its own."""
+    started = starting(monkeypatch)
+    failing = [True]
+
+    def release() -> None:
+        if failing:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    make(workspace, "first"), make(workspace, "second")
+    queue = jobs.JobQueue(workspace, before_start=release)
+    assert queue.tick() is not None
+    assert queue.tick() is not None
+    assert sorted(started) == ["first", "second"]
+    assert queue.problem.startswith("the app's memory could not be freed for a run: unexpected Ru")
+    assert "illegal memory" not in queue.problem  # whoever sees the page need not run the app
+    told = capsys.readouterr().err
+    assert told.count("RuntimeError: CUDA error: an illegal memory access") == 1
+    assert told.count("warning: the app's memory could not be freed") == 1
+    failing.clear()
+    queue.tick()
+    assert queue.problem == ""
+    queue.close()
+
+
+def test_a_job_that_cannot_be_started_lets_the_next_one_pass(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = starting(monkeypatch)
+    bad, good = make(workspace, "bad"), make(workspace, "good")
+    queue = jobs.JobQueue(workspace)
+    assert queue.tick() == good.name
+    assert started == ["good"]
+    assert queue.problem == f"run {bad.name} could not be started: log.txt: Is a directory"
+    assert queue.problem in capsys.readouterr().err
+    assert seen(bad).state == "waiting"
+    queue.close()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a defect"), OSError(28, "No space left"), KeyError(1)]
+)
+def test_the_queue_s_thread_survives_whatever_a_tick_raises(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    started, real, failures = starting(monkeypatch), jobs.waiting_jobs, [error, error]
+    ended = threading.Event()
+
+    def waiting(of: Workspace) -> list[Path]:
+        if failures:
+            raise failures.pop()
+        found = real(of)
+        if not found:
+            ended.set()
+        return found
+
+    monkeypatch.setattr(jobs, "waiting_jobs", waiting)
+    make(workspace, "good")
+    queue = jobs.JobQueue(workspace).start(0.001)
+    assert ended.wait(60)
+    assert started == ["good"]
+    queue.close()

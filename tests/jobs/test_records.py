@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.jobs import records
+from dora_diffusion.jobs.errors import DamagedFile
 from dora_diffusion.jobs.loading import ModelFiles
 from dora_diffusion.jobs.records import (
     AnalyzeRequest,
@@ -56,7 +57,6 @@ def test_a_job_is_one_flat_object_as_runs_folders_have_it(tmp_path: Path) -> Non
         json.dumps(values | {"of_a_later_version": 1}), encoding="utf-8"
     )
     record = read_record(tmp_path)
-    assert record is not None
     assert isinstance(record.request, MergeRequest)
     assert record.request.files == ModelFiles(None, "c", None, "main")
     assert (record.title, record.queued, record.request.strength) == ("Merge sks mug", 2.0, 0.5)
@@ -65,9 +65,12 @@ def test_a_job_is_one_flat_object_as_runs_folders_have_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"kind": "dance"}', '{"kind": ["train"]}'])
-def test_what_is_no_job_is_none(tmp_path: Path, text: str) -> None:
+def test_what_is_no_job_is_damaged(tmp_path: Path, text: str) -> None:
+    with pytest.raises(DamagedFile, match=r"job\.json is damaged \(it is missing\)"):
+        read_record(tmp_path)
     (tmp_path / records.JOB).write_text(text, encoding="utf-8")
-    assert read_record(tmp_path) is None
+    with pytest.raises(DamagedFile, match=r"job\.json is damaged \((it is no|kind is)"):
+        read_record(tmp_path)
 
 
 def test_a_result_tells_how_it_ended(tmp_path: Path) -> None:

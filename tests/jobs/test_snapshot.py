@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,19 @@ import pytest
 
 from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs import records
+from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.queue import worker_of
 from dora_diffusion.jobs.snapshot import read_job, snapshot
 from dora_diffusion.jobs.workspace import Workspace, read_json, remove_folder, write_json
-from tests.jobs.helpers import make, pretend_running, seen, started_run
+from tests.jobs.helpers import (
+    DAMAGES,
+    damage,
+    forbid,
+    make,
+    pretend_running,
+    seen,
+    started_run,
+)
 
 
 def test_a_dead_process_is_a_crash_with_its_cause(
@@ -98,13 +108,126 @@ def test_progress_and_time_left_come_from_measured_steps(workspace: Workspace) -
     assert job.trigger == "sks mug"
 
 
-def test_broken_files_do_not_break_the_page(workspace: Workspace) -> None:
+FILES = (records.JOB, records.SETTINGS, records.PROGRESS, records.RESULT, "metrics.jsonl")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_damages_its_run_alone(
+    workspace: Workspace, name: str, content: bytes | None
+) -> None:
+    good, folder = started_run(workspace, 3), started_run(workspace, 2)
+    write_json(folder / records.RESULT, {"code": 143})
+    (before,) = [job for job in snapshot(workspace.root) if job.folder == good]
+    damage(folder / name, content)
+    job, after = sorted(snapshot(workspace.root), key=lambda job: job.folder == good)
+    assert after == before
+    assert job.has_ended
+    if content or content is None or name != "metrics.jsonl":  # of a run without a step
+        assert job.shown_state == "damaged"
+        assert job.damage[0].startswith(f"{name} is damaged (")
+        assert job.damage[0].endswith("; mend or delete it, or remove this run")
+    assert jobs.waiting_jobs(workspace) == [good]
+    jobs.delete_job(workspace, folder.name)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        (records.JOB, '{"kind": "dance"}', "kind is 'dance', not train, merge"),
+        (records.JOB, '{"title": "sks mug"}', "kind is 'None'"),
+        (records.JOB, '{"kind": "train", "title": ["a"]}', "title is \"\\['a'\\]\""),
+        (records.JOB, '{"kind": "train", "queued": NaN}', "queued is 'nan'"),
+        (records.JOB, '{"kind": "merge", "strength": "much"}', "strength is 'much'"),
+        (records.JOB, '{"kind": "compare", "checkpoints": [1]}', "checkpoints is"),
+        (records.SETTINGS, "max_train_steps: many\n", "max_train_steps is 'many'"),
+        (records.SETTINGS, "- a\n", "must hold 'setting: value' lines"),
+        (records.SETTINGS, "a: b: c\n", "line 1: this is not valid YAML"),
+        (records.PROGRESS, '{"total_steps": "x"}', "total_steps is 'x'"),
+        (records.RESULT, '{"code": "0"}', "code is '0'"),
+        (records.RESULT, '{"code": true}', "code is 'True'"),
+        ("metrics.jsonl", '{"step": 1, "loss": 1, "seconds": 1}\n{"step": 2}\n', "line 2 is no"),
+        ("metrics.jsonl", '{"step": "1", "loss": 1, "seconds": 1}\n', "line 1 is no record"),
+        ("metrics.jsonl", '{"step": 1, "loss": NaN, "seconds": 1}\n', "line 1 is no record"),
+    ],
+)
+def test_the_damage_is_named(workspace: Workspace, name: str, text: str, reason: str) -> None:
     folder = started_run(workspace, 1)
-    for name in (records.WORKER, records.RESULT, records.PROGRESS):
-        (folder / name).write_text("{", encoding="utf-8")
-    assert len(snapshot(workspace.root)) == 1
+    write_json(folder / records.RESULT, {"code": 143})
+    (folder / name).write_text(text, encoding="utf-8")
+    (line,) = seen(folder).damage
+    assert re.search(reason, line)
+    assert str(folder) not in line
+
+
+def test_what_is_missing_is_no_damage(workspace: Workspace) -> None:
+    """Files of a version that wrote less."""
+    folder = started_run(workspace, 1)
+    (folder / records.JOB).write_text('{"kind": "train"}', encoding="utf-8")
+    for name in (records.PROGRESS, records.RESULT):
+        (folder / name).write_text("{}", encoding="utf-8")
+    (folder / records.SETTINGS).write_text("token: sks\nof_a_later_version: 1\n", encoding="utf-8")
+    job = seen(folder)
+    assert (job.state, job.damage, job.step) == ("crashed", (), 1)
+    assert job.settings == {"token": "sks", "of_a_later_version": 1}
+    for name in (records.SETTINGS, records.RESULT, "metrics.jsonl"):
+        (folder / name).unlink()
+    assert (seen(folder).state, seen(folder).damage) == ("waiting", ())
+
+
+def test_a_folder_that_may_not_be_looked_into_hides_no_other(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, locked = make(workspace, "good"), make(workspace, "locked")
+    forbid(monkeypatch, locked)
+    job, other = sorted(snapshot(workspace.root), key=lambda job: job.folder == good)
+    assert (other.title, other.state, other.position) == ("good", "waiting", 1)
+    assert job.state == "damaged"
+    assert "Permission denied" in job.damage[0]
+    assert jobs.reap(workspace) == []
+    assert jobs.waiting_jobs(workspace) == [good]
+
+
+def test_a_defect_of_reading_is_one_run_s(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, good = make(workspace), make(workspace)
+    real = records.read_progress
+
+    def read(of: Path) -> records.JobProgress:
+        if of == folder:
+            raise TypeError("a defect")
+        return real(of)
+
+    monkeypatch.setattr(records, "read_progress", read)
+    states = {job.id: job.shown_state for job in snapshot(workspace.root)}
+    assert states == {folder.name: "damaged", good.name: "waiting"}
+    assert "TypeError('a defect')" in seen(folder).damage[0]
+    assert seen(good).damage == ()
+
+
+def test_a_running_job_with_a_damaged_file_can_be_stopped(
+    workspace: Workspace, sleeper: subprocess.Popen[bytes]
+) -> None:
+    folder = started_run(workspace, 1)
+    pretend_running(folder, sleeper)
+    (folder / records.PROGRESS).write_text("{", encoding="utf-8")
+    assert (seen(folder).state, seen(folder).shown_state) == ("running", "running")
+    assert "progress.json is damaged" in seen(folder).damage[0]
+
+
+def test_a_damaged_result_is_mended_by_resuming(workspace: Workspace) -> None:
+    folder = started_run(workspace, 1)
+    (folder / records.RESULT).mkdir()
+    (folder / records.RESULT / "x").touch()
+    job = seen(folder)
+    assert (job.state, job.shown_state, job.cause) == ("crashed", "damaged", "")
+    jobs.requeue_job(folder)
+    assert (seen(folder).state, seen(folder).damage) == ("waiting", ())
     (folder / records.JOB).write_text("", encoding="utf-8")
-    assert snapshot(workspace.root) == ()
+    with pytest.raises(RequestError, match=r"job\.json is damaged"):
+        jobs.requeue_job(folder)
 
 
 def test_a_job_that_is_deleted_while_it_is_read_is_not_a_crash(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import psutil
@@ -176,32 +177,34 @@ def test_a_grid_has_a_cell_per_checkpoint_and_strength(
     assert steps == [1, 2, 3, 4]
 
 
-def test_pictures_are_refused_while_a_run_has_the_device(
+def test_pictures_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(
     finished: tuple[Workspace, str], studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock, asked = Lock(finished[0].device_lock), []
-    assert lock.take()
-    monkeypatch.setattr("dora_diffusion.jobs.studio.is_running", lambda job: asked.append(job) or 1)
-    with pytest.raises(RequestError, match="a run is using the device"):
-        studio.make(ask(finished))
-    assert len(asked) == 1, "it does not wait for a run"
-    lock.free()
-
-
-def test_pictures_wait_for_a_worker_that_is_leaving(
-    finished: tuple[Workspace, str], studio: Studio, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It has written its result, and lets go of the device when its process has ended."""
+    studio.make(ask(finished))
     lock = Lock(finished[0].device_lock)
     assert lock.take()
-    leaving = threading.Timer(0.5, lock.free)
-    leaving.start()
-    assert len(studio.make(ask(finished))) == 1
-    leaving.join()
+    asked: Queue[bool] = Queue()
+    keep_waiting = studio._waits_on
+    monkeypatch.setattr(studio, "_waits_on", lambda: asked.put(True) or keep_waiting())
+    monkeypatch.setattr("dora_diffusion.jobs.studio.is_running", lambda job: True)
+    with ThreadPoolExecutor() as threads:
+        images = threads.submit(studio.make, ask(finished))
+        asked.get()
+        asked.get()  # By the second time it has been said that it waits.
+        assert studio.is_waiting
+        studio.release()  # as before a run starts
+        assert studio._loaded is None
+        studio.withdraw()
+        with pytest.raises(RequestError, match="withdrawn before their turn came"):
+            images.result()
+        assert not studio.is_waiting
+        images = threads.submit(studio.make, ask(finished))
+        asked.get()
+        lock.free()
+        assert len(images.result()) == 1
+    assert not studio.is_waiting
+    assert studio._loaded is None, "the run that waits now has the memory"
     assert lock.take()
-    monkeypatch.setattr("dora_diffusion.jobs.studio.LEAVING_SECONDS", 0.0)
-    with pytest.raises(RequestError, match="a run is using the device"):
-        studio.make(ask(finished))
     lock.free()
 
 

@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.data.captions import read_caption
+from dora_diffusion.data.masks import mask_path
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.subjects import (
     add_photos,
     delete_subject,
+    mask_labels,
     new_subject,
     photo_path,
     photo_warnings,
@@ -93,6 +95,28 @@ def test_warnings_name_the_photo(workspace: Workspace, subject: str) -> None:
     found = photo_warnings(read_subject(workspace, subject), 512)
     assert "only 2 photos" in found[""][0]
     assert any("smaller than the training size" in line for line in found["001.jpg"])
+
+
+def test_one_painted_mask_makes_transparency_a_mask(workspace: Workspace, tmp_path: Path) -> None:
+    """Of another photo too: the run takes the loss where masks are bright, for all of them."""
+    subject = new_subject(workspace, "x")
+    for name, alpha in (("a", 255), ("b", 9), ("c", None)):
+        image = Image.effect_noise((60, 60), 50).convert("RGB")
+        if alpha is not None:
+            image.putalpha(alpha)
+        image.save(tmp_path / f"{name}.png")
+    stored = add_photos(workspace, subject, [tmp_path / f"{name}.png" for name in "abc"]).accepted
+    assert [path.suffix for path in stored] == [".png", ".png", ".jpg"]
+    assert mask_labels(read_subject(workspace, subject), 32) == {
+        "002.png": "transparent parts white"
+    }
+    Image.new("L", (60, 60), 255).save(mask_path(stored[2]))
+    assert mask_labels(read_subject(workspace, subject), 32) == {
+        "002.png": "masked by its transparency",
+        "003.jpg": "masked",
+    }
+    said = photo_warnings(read_subject(workspace, subject), 32)
+    assert any("transparent parts of 1 image are white: 002.png" in t for t in said["002.png"])
 
 
 @pytest.mark.skipif(not (SAMPLES / "bolt_mug").is_dir(), reason="the samples are not there")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
 from pathlib import Path
 
 import platformdirs
 import pytest
 
 from dora_diffusion import system
+from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.workspace import (
     Workspace,
@@ -93,3 +97,60 @@ def test_a_file_that_is_being_replaced_is_read_a_moment_later(
     monkeypatch.setattr(Path, "read_text", read_text)
     assert read_json(tmp_path / "worker.json") == {"pid": 1}
     assert refusals == []
+
+
+JOB = "20261125-020304-abcdef"
+
+
+def test_what_was_cut_off_is_removed_at_the_start_and_nothing_else(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    """A kill in the middle of a deletion or of a copy leaves photos that no page shows."""
+    kept, now = started_run(workspace, 1), time.time()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "001.jpg").touch()
+    left = [
+        workspace.root / f".new-{JOB}", workspace.root / f".deleted-{JOB}",
+        workspace.subjects / f".deleted-{JOB}", workspace.exports / f".deleted-{JOB}",
+        workspace.cache / "0123abcd",
+    ]  # fmt: skip
+    others = [
+        workspace.root / ".new-notes", workspace.root / "deleted", workspace.images / f".new-{JOB}",
+        workspace.subjects / JOB, workspace.cache / "of_today",
+    ]  # fmt: skip
+    for folder in (*left, *others):
+        (folder / "photos").mkdir(parents=True)
+        (folder / "photos" / "001.jpg").touch()
+    long_ago = now - 25 * 3600
+    os.utime(workspace.cache / "0123abcd", (long_ago, long_ago))
+    link = workspace.exports / f".deleted-{JOB[:-1]}0"
+    link.symlink_to(tmp_path / "elsewhere")
+    jobs.stop_job(kept)  # so that no worker is started
+    queue, other = jobs.JobQueue(workspace), jobs.JobQueue(workspace)
+    queue.tick()
+    assert not any(folder.exists() for folder in left)
+    assert all((folder / "photos" / "001.jpg").is_file() for folder in others)
+    assert (link / "001.jpg").is_file()
+    assert (kept / "job.json").is_file()
+    left[0].mkdir()  # as an app makes a job while another one starts
+    other.tick()
+    assert left[0].is_dir()
+    queue.close()
+
+
+def test_it_is_told_whether_a_folder_is_gone(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert remove_folder(started_run(workspace, 1))
+    folder = started_run(workspace, 1)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    assert not jobs.delete_job(workspace, folder.name)
+    assert workspace.job_folders == []
+    queue = jobs.JobQueue(workspace)
+    queue.tick()
+    queue.close()
+    doomed = workspace.root / f".deleted-{folder.name}"
+    assert f"warning: {doomed} could not be removed" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert workspace.remove_leftovers() == []
+    assert not doomed.exists()

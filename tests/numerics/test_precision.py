@@ -22,6 +22,7 @@ from dora_diffusion.numerics.precision import (
 from dora_diffusion.numerics.prepare.factors import PlanInputs, WeightStatistics
 from dora_diffusion.numerics.prepare.plan import make_scales
 from dora_diffusion.numerics.weights import LayerWeights
+from tests.numerics.test_threads import Visitor
 
 B = torch.backends
 HAS_NEW = hasattr(B.cuda.matmul, "fp32_precision")
@@ -113,6 +114,21 @@ def test_full_precision_rounds_no_product_and_puts_everything_back(name: str, de
     assert everything() == before
     with pytest.raises(KeyError), full_precision(torch.device(device)):
         raise KeyError
+    assert everything() == before
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_threads_round_nothing_until_the_last_one_leaves(device: str, first_out: int) -> None:
+    torch.set_float32_matmul_precision("medium")
+    before = everything()
+    visitors = [Visitor(lambda: full_precision(torch.device(device))) for _ in range(2)]
+    for visitor in visitors:
+        visitor.enter()
+    visitors[first_out].leave()
+    assert not rounds_float32(device)
+    visitors[1 - first_out].leave()
+    assert rounds_float32(device)
     assert everything() == before
 
 

@@ -6,7 +6,9 @@ import json
 import shutil
 import warnings
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +63,15 @@ def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Ses
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(parameter * (1 + 0.1 * noise) + 0.05 * noise)
     return session
+
+
+def accelerator_of_fp16(config: TrainConfig, scale: float = 2.0**10) -> Any:
+    """What Accelerate sets up on a GPU for fp16, on this CPU: autocast and a gradient scaler."""
+    accelerator = make_accelerator(replace(config, mixed_precision="no"))
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp = True
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return accelerator
 
 
 def warnings_of(config):

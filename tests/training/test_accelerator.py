@@ -8,15 +8,21 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.training.accelerator import make_accelerator, set_by_any
+from dora_diffusion.models.transfer import send
+from dora_diffusion.training import loop
+from dora_diffusion.training.accelerator import SharedFlags, make_accelerator
 from dora_diffusion.training.loop import train
-from tests.training.helpers import SAMPLES, losses, make_config
+from dora_diffusion.training.saving import CheckpointSaver
+from tests.nvidia import nvidia_gpu
+from tests.training.helpers import SAMPLES, accelerator_of_fp16, losses, make_config, names
 
 _RUN = """
 import sys
@@ -26,10 +32,36 @@ from dora_diffusion.training.loop import train
 train(TrainConfig.from_dict(yaml.safe_load(open(sys.argv[1]))))
 """
 
+# At step 3 of the second process alone, something goes wrong.
+_GRADIENT = """
+import os
+import torch
+from dora_diffusion.training.objective import Objective
+real, calls = Objective.forward, []
+def forward(self, inputs):
+    calls.append(1)
+    losses = real(self, inputs)
+    wrong = os.environ["RANK"] == "1" and len(calls) == 3
+    # The slope of a root at 0: the loss is what it was, its gradient is NaN.
+    return [loss + (loss - loss.detach()).sqrt() if wrong else loss for loss in losses]
+Objective.forward = forward
+"""
+_PHOTO = """
+import os
+from dora_diffusion.training.inputs import InputSource
+real = InputSource.__call__
+def inputs(self, micro_step):
+    if self.process_index == 1 and micro_step == 2:
+        raise OSError("the photo is gone")
+    return real(self, micro_step)
+InputSource.__call__ = inputs
+"""
 
-def launch(config: dict, tmp_path: Path, processes: int) -> Path:
+
+def launch(config: dict, tmp_path: Path, processes: int, before: str = "", fails: str = "") -> Path:
+    """Run a configuration, which ends well, or with a line of its errors."""
     script, settings = tmp_path / "run.py", tmp_path / f"{processes}.yaml"
-    script.write_text(_RUN, encoding="utf-8")
+    script.write_text(before + _RUN, encoding="utf-8")
     output = tmp_path / f"out-{processes}"
     settings.write_text(yaml.safe_dump(config | {"output_dir": str(output)}), encoding="utf-8")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
@@ -45,7 +77,8 @@ def launch(config: dict, tmp_path: Path, processes: int) -> Path:
         timeout=300,
         encoding="utf-8",
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode != 0) == bool(fails), done.stderr[-3000:]
+    assert fails in done.stderr, done.stderr[-3000:]
     return output
 
 
@@ -94,6 +127,25 @@ def test_two_processes_agree_with_one(sd1_folder, tmp_path, variant):
     assert len((two / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
 
 
+@pytest.mark.parametrize(
+    ("before", "fails", "every"),
+    [
+        pytest.param(_GRADIENT, "the gradients are not finite at step 3", 1, id="gradient"),
+        pytest.param(_PHOTO, "checkpoint-2 was saved first", 100, id="photo"),
+    ],
+)
+def test_what_goes_wrong_in_one_process_ends_both_with_what_there_is(
+    before, fails, every, tiny_run, tmp_path
+):
+    config = tiny_run(max_train_steps=9, checkpointing_steps=every, checkpoints_total_limit=1)
+    output = launch(config.to_dict(), tmp_path, 2, before, fails)
+    assert names(output) == ["checkpoint-2"]
+    state = torch.load(output / "checkpoint-2" / "training_state.pt", weights_only=True)
+    assert (state["step"], state["sampler"]["position"]) == (2, 4)
+    assert all(torch.isfinite(value).all() for value in state["parameters"].values())
+    assert state["interim"] == (every == 100)
+
+
 def test_processes_wait_as_long_as_class_images_take(sd1_folder, photos, tmp_path):
     accelerator = make_accelerator(make_config(sd1_folder, photos, tmp_path / "out"))
     assert accelerator.init_handler.timeout.total_seconds() > 3600
@@ -103,24 +155,18 @@ def test_processes_wait_as_long_as_class_images_take(sd1_folder, photos, tmp_pat
 def test_float16_with_its_gradient_scaler_stays_near_float32(
     max_grad_norm, sd1_folder, photos, tmp_path, monkeypatch
 ):
-    """What Accelerate sets up on a GPU for fp16, on this CPU: autocast and scaler, half weights."""
     exact = make_config(sd1_folder, photos, tmp_path / "fp32", max_grad_norm=max_grad_norm)
     train(exact)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-
-    def on_cpu(config):
-        accelerator = make_accelerator(replace(config, mixed_precision="no"))
-        accelerator.state._mixed_precision = "fp16"
-        accelerator.native_amp, accelerator.scaler = True, scaler
-        return accelerator
-
-    monkeypatch.setattr("dora_diffusion.training.loop.make_accelerator", on_cpu)
+    accelerator = accelerator_of_fp16(exact)
+    monkeypatch.setattr("dora_diffusion.training.loop.make_accelerator", lambda _: accelerator)
     train(replace(exact, mixed_precision="fp16", output_dir=str(tmp_path / "fp16")))
     for step, loss in losses(tmp_path / "fp32").items():
         assert losses(tmp_path / "fp16")[step] == pytest.approx(loss, rel=0.01)
     norms, expected = (losses(tmp_path / name, "grad_norm") for name in ("fp16", "fp32"))
     assert norms[1] == pytest.approx(expected[1], rel=0.05)
-    assert scaler.get_scale() > 1, "no step was skipped until nothing was left of the scale"
+    assert accelerator.scaler.get_scale() > 1, (
+        "no step was skipped until nothing was left of the scale"
+    )
     halves, wholes = (read_adapter(tmp_path / name).layers for name in ("fp16", "fp32"))
     assert {layer.up.dtype for layer in halves.values()} == {torch.float32}
     moved = torch.cat([layer.up.flatten() for layer in halves.values()])
@@ -137,12 +183,78 @@ def test_bfloat16_stays_near_float32(sd1_folder, photos, tmp_path):
     assert {t.up.dtype for t in read_adapter(tmp_path / "bf16").layers.values()} == {torch.float32}
 
 
-def test_what_one_process_asks_for_all_of_them_do():
-    class OtherAsks:
-        num_processes, device = 2, "cpu"
+@pytest.mark.parametrize(("method", "is_on"), [("dora", False), ("lora", False), ("full", True)])
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_autocast_is_where_the_model_itself_trains_in_float32(
+    method, precision, is_on, sd1_folder, photos, tmp_path
+):
+    """A frozen model is in the precision already; its adapters cast for themselves."""
+    config = make_config(sd1_folder, photos, tmp_path, method=method, mixed_precision=precision)
+    accelerator = make_accelerator(config)
 
-        def reduce(self, flags, reduction):
-            assert reduction == "sum"
-            return flags + torch.tensor([0.0, 1.0, 1.0])
+    class Asks(torch.nn.Module):
+        def forward(self):
+            return torch.is_autocast_enabled("cpu")
 
-    assert set_by_any(OtherAsks(), False, False, True) == [False, True, True]
+    with accelerator.autocast():
+        inside = Asks()()
+    # What several processes call.
+    assert inside == accelerator.prepare_model(Asks())() == (is_on and precision == "bf16")
+
+
+class Two:
+    """One of two processes; what the other one sends is in ``theirs``, step by step."""
+
+    num_processes = 2
+
+    def __init__(self, device: str, *theirs: list[float]) -> None:
+        self.device, self.theirs, self.ours = torch.device(device), iter(theirs), []
+
+    def reduce(self, flags: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        self.ours.append(flags)
+        return flags + send(torch.tensor(next(self.theirs)), self.device)
+
+
+def test_what_one_process_asks_for_all_of_them_do_a_step_later():
+    two = Two("cpu", [0, 1], [0, 0], [0, 0], [0, 0], [0, 0])
+    any_set = SharedFlags(two)
+    asked = [(False, False), (True, True), (True, True), (True, True), (True, False)]
+    found = [any_set(*flags) for flags in asked]
+    assert found == [
+        [False, False],
+        [False, True],
+        # What was answered just now is not asked for once more: it would be answered twice.
+        [True, False],
+        [False, True],
+        [True, False],
+    ]
+    assert [sent.tolist() for sent in two.ours] == [[0, 0], [1, 0], [0, 1], [1, 0], [0, 0]]
+
+
+def test_one_process_is_answered_at_once():
+    assert SharedFlags(SimpleNamespace(num_processes=1))(True, False) == [True, False]
+
+
+def test_no_step_waits_for_what_another_process_asks():
+    with nvidia_gpu() as gpu:
+        two = Two("cuda:0", *[[0, step == 1] for step in range(4)])
+        any_set, found = SharedFlags(two), []
+        for _ in range(4):
+            found.append(any_set(False, False)[1])
+            torch.ones(3, device=gpu.device).mul_(2)  # A step.
+        assert found == [False, False, True, False]
+        assert not gpu.waits
+
+
+def test_only_the_process_that_saves_says_when_that_is_overdue(
+    sd1_folder, photos, tmp_path, monkeypatch
+):
+    """The clocks of the others start again with nothing: they would ask at every step."""
+    saved = []
+    monkeypatch.setattr(Accelerator, "is_main_process", property(lambda _: False))
+    monkeypatch.setattr(CheckpointSaver, "is_overdue", lambda _: True)
+    monkeypatch.setattr(loop._Run, "_checkpoint", lambda *args, **kwargs: saved.append(kwargs))
+    (tmp_path / "out").mkdir()
+    train(make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=3))
+    assert [kwargs for kwargs in saved if kwargs] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import peft
+import pytest
 import torch
 from torch import nn
 
@@ -14,10 +15,13 @@ from dora_diffusion.adapters.state import adapter_state
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
 from dora_diffusion.numerics.allocation import BudgetSchedule
+from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.allocation import RankAllocation
 from dora_diffusion.training.loop import train
+from dora_diffusion.training.session import open_session
+from dora_diffusion.training.subject import subject_of
 from tests.adapters.test_directions import batches, merged_weights, two_linears
-from tests.training.helpers import open_run
+from tests.training.helpers import accelerator_of_fp16, open_run
 
 RANK, TARGET, STEPS = 4, 2, 14
 
@@ -117,3 +121,67 @@ def test_it_weighs_the_gradients_that_the_optimizer_gets(sd1_folder, photos, tmp
     monkeypatch.setattr(allocation, "after_step", note)
     session.train_step(1)
     assert 1e-4 < norms[0] <= 1.001e-3
+
+
+def test_a_step_that_fp16_skips_tells_it_nothing(tiny_run):
+    config = tiny_run(
+        direction="adalora", rank=4, target_rank=2, mixed_precision="fp16", max_train_steps=12,
+        allocation_interval=1, allocation_warmup=1, allocation_final=2,
+    )  # fmt: skip
+    accelerator = accelerator_of_fp16(config, scale=2.0**60)
+    step = open_session(config, subject_of(config), accelerator).train_step
+    allocation = step.allocation
+    before = [p.detach().clone() for p in allocation._parameters]
+    step(1)
+    step(2)  # where triplets would be chosen
+    seen = [*allocation._sensitivity.mean, *allocation._sensitivity.uncertainty]
+    assert not any(tensor.any() for tensor in seen)
+    assert all(map(torch.equal, before, allocation._parameters))
+    accelerator.scaler.update(2.0**10)
+    step(3)
+    assert any(tensor.any() for tensor in seen)
+    assert all(tensor.isfinite().all() for tensor in seen)
+    assert any((diagonal == 0).any() for diagonal in allocation._diagonals)
+
+
+def test_the_last_choice_is_made_a_step_later_if_fp16_skips_its_step():
+    model = two_linears()
+    inject_adapters(model, AdapterConfig(targets=("*",), rank=RANK, use_dora=False,
+                                         direction="adalora"))  # fmt: skip
+    schedule = BudgetSchedule(2 * RANK, 2 * TARGET, STEPS, warmup=2, final=4, interval=20)
+    allocation = RankAllocation(layer_adapters(model), schedule, 0.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for number, x in enumerate(batches(STEPS, 10), 1):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        if number != schedule.last:
+            optimizer.step()
+            allocation.after_step(number)
+    kept = torch.cat([(diagonal != 0) for diagonal in allocation._diagonals])
+    assert int(kept.sum()) == 2 * TARGET
+
+
+def test_prodigy_does_not_see_the_term(tiny_run):
+    """It takes its step size from gradients; the term acts beside it, at the rate that it found."""
+    pytest.importorskip("prodigyopt")
+    steps, rate = [], 1e-3
+    for weight in (0.0, 0.3):
+        config = tiny_run(direction="adalora", rank=4, optimizer="prodigy", learning_rate=1.0,
+                          orthogonality_weight=weight, max_train_steps=20)  # fmt: skip
+        step = open_session(config, subject_of(config), make_accelerator(config)).train_step
+        for group in step.optimizer.param_groups:
+            group |= {"d": rate, "d0": rate, "d_max": rate}
+        step(1)
+        steps.append(step)
+    without, beside = (list(step.allocation._adapters) for step in steps)
+    for plain, other in zip(without, beside, strict=True):
+        for name, is_up in (("down", False), ("up", True)):
+            start = getattr(plain, name).detach().clone().requires_grad_()
+            rows = start.flatten(1).t() if is_up else start.flatten(1)
+            (0.3 * (rows @ rows.t() - torch.eye(len(rows))).norm()).backward()
+            moved = getattr(other, name) - start
+            torch.testing.assert_close(moved, -rate * start.grad, rtol=1e-3, atol=1e-7)
+    plain, other = (step.optimizer.state_dict() for step in steps)
+    assert [g["d"] for g in other["param_groups"]] == [g["d"] for g in plain["param_groups"]]
+    for index, moments in plain["state"].items():
+        assert torch.equal(other["state"][index]["exp_avg"], moments["exp_avg"])

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import re
+import shlex
 from pathlib import Path
+
+import pytest
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import AdapterMetadata
@@ -56,3 +61,22 @@ def test_the_card_is_valid_whatever_the_prompt_says(sd1_folder, photos, tmp_path
     )
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert yaml.safe_load(text.split("---")[1])["instance_prompt"] == prompt
+
+
+@pytest.mark.parametrize("method", ["dora", "full"])
+def test_its_commands_and_its_python_mean_any_path_and_prompt(tmp_path: Path, method: str) -> None:
+    """As a shell and Python read them."""
+    folder, prompt = "my dog's $(run)", 'a "sks" dog\'s $HOME `x`'
+    out = tmp_path / folder
+    card = card_of(out, {}, instance_prompt=prompt, method=method)
+    shell, python = re.findall(r"```(?:bash|python)\n(.*?)```", card, re.DOTALL)
+    first, second = (shlex.split(line) for line in shell.replace("\\\n", " ").splitlines())
+    assert first[first.index("--prompt") + 1] == prompt
+    written = f"{folder}/pytorch_lora_weights.safetensors" if method == "full" else folder
+    for words in (first, second):
+        assert written in words
+        assert "some/model" in first + second
+    texts = [node.value for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Constant)]
+    assert prompt in texts
+    assert written in texts
+    assert ("pip install peft" in card) == (method == "dora")

@@ -28,7 +28,14 @@ from dora_diffusion.training.checkpoint import checkpoints_in
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import open_session
 from dora_diffusion.training.subject import subject_of
-from tests.training.helpers import losses, make_config, names, no_room, warnings_of
+from tests.training.helpers import (
+    accelerator_of_fp16,
+    losses,
+    make_config,
+    names,
+    no_room,
+    warnings_of,
+)
 
 STEPS, RATE, TEXT_RATE, DECAY = 3, 2e-3, 5e-4, 0.1
 
@@ -176,6 +183,44 @@ def test_the_image_free_prior_is_held_at_the_base(full_config, sd1_folder):
     assert changed(trained, session.weights.parameters()) == set()
 
 
+@pytest.mark.parametrize(
+    ("precision", "full_weights", "text_encoders", "checkpointing"),
+    [
+        ("bf16", "all", False, False),
+        ("bf16", "targets", True, True),
+        ("fp16", "all", True, True),
+        ("fp16", "targets", False, False),
+    ],
+)
+def test_in_half_precision_the_image_free_prior_is_that_of_float32(
+    full_config, tmp_path, precision, full_weights, text_encoders, checkpointing
+):
+    """Loss and gradients of a prior that outweighs all else, on weights that have moved."""
+    config = replace(
+        full_config, with_prior_preservation=True, prior_preservation_mode="image-free",
+        prior_loss_weight=100.0, full_weights=full_weights, train_text_encoder=text_encoders,
+        gradient_checkpointing=checkpointing, max_grad_norm=0,
+    )  # fmt: skip
+    prior_losses, gradients = [], []
+    for kind in ("no", precision):
+        given = replace(config, mixed_precision=kind, output_dir=str(tmp_path / kind))
+        accelerator = (accelerator_of_fp16 if kind == "fp16" else make_accelerator)(given)
+        session = open_session(given, subject_of(given), accelerator)
+        parameters = session.weights.parameters().values()
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in parameters:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(parameter * (1 + 0.3 * noise))
+        session.train_step.optimizer.zero_grad = lambda set_to_none: None
+        prior_losses.append(float(session.train_step(1)["prior_loss"]))
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+    assert prior_losses[0] > 0.01
+    assert prior_losses[1] == pytest.approx(prior_losses[0], rel=0.05)
+    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert error < 0.05
+
+
 def test_samples_show_the_written_model_beside_the_base(full_config, sd1_folder, tmp_path):
     config = replace(full_config, num_validation_images=1, validation_inference_steps=2)
     result = train(replace(config, single_file=True))
@@ -262,7 +307,7 @@ def test_a_disk_without_room_is_said_before_and_costs_no_run(full_config, monkey
     with pytest.warns(UserWarning, match="this run writes .* or more"):
         session_of(config)
     monkeypatch.setattr(full, "_check_disk", lambda *args: None)
-    with pytest.raises(OSError, match="are needed"):
+    with pytest.raises(OSError, match="nothing can be saved at step 2: it takes"):
         train(config)
     folder = train_folder(config)
     assert names(folder) == []
@@ -274,7 +319,9 @@ def test_a_result_is_not_replaced_unless_asked(full_config):
     with pytest.raises(ValueError, match="already holds a trained adapter or model"):
         train(full_config)
     before = stored(train_folder(full_config))
-    assert not warnings_of(replace(full_config, overwrite_output_dir=True, text_encoder_lr=5e-6))
+    again = replace(full_config, overwrite_output_dir=True, text_encoder_lr=5e-6)
+    (said,) = warnings_of(again)
+    assert said.startswith("learning_rate is 0.002; for full fine-tuning adamw usually takes 1e-08")
     assert changed(before, stored(train_folder(full_config))) == set()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
@@ -9,8 +11,48 @@ from PIL import Image
 from dora_diffusion.data.batch import Batch
 from dora_diffusion.data.crops import CropRecord
 from dora_diffusion.models.load import load_components
+from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.inputs import draw_inputs
-from tests.training.helpers import open_run
+from dora_diffusion.training.session import open_session
+from dora_diffusion.training.subject import subject_of
+from tests.training.helpers import SAMPLES, open_run
+
+
+class OneOf:
+    """One of several processes' accelerator, with nobody to talk to."""
+
+    def __init__(self, accelerator: Any, process_index: int, num_processes: int) -> None:
+        self.accelerator = accelerator
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.accelerator, name)
+
+    def prepare_model(self, model: Any) -> Any:
+        return model
+
+
+def test_two_processes_draw_the_rows_of_one(tiny_run) -> None:
+    """Photos, class images and all that is drawn for them: no process repeats another's."""
+
+    def inputs(batch_size: int, process_index: int, num_processes: int) -> Any:
+        config = tiny_run(
+            train_batch_size=batch_size, with_prior_preservation=True, num_class_images=3,
+            prior_preservation_mode="images", class_data_dir=str(SAMPLES / "heart_teapot"),
+        )  # fmt: skip
+        accelerator = OneOf(make_accelerator(config), process_index, num_processes)
+        session = open_session(config, subject_of(config), accelerator)
+        session.train_step.inputs(0)
+        return session.train_step.inputs(1)
+
+    whole = inputs(4, 0, 1)
+    parts = [inputs(2, index, 2) for index in range(2)]
+    assert [part.photos for part in (whole, *parts)] == [4, 2, 2]
+    for name in ("noise", "timesteps", "latents"):
+        drawn = [getattr(part, name) for part in parts]
+        together = torch.cat([rows[:2] for rows in drawn] + [rows[2:] for rows in drawn])
+        torch.testing.assert_close(together, getattr(whole, name), rtol=0, atol=1e-5)
+    assert len({tuple(row.flatten().tolist()) for row in whole.noise}) == 8
 
 
 def test_every_row_is_one_photo_with_its_own_caption_crop_and_mask(
@@ -53,7 +95,8 @@ def test_every_row_is_one_photo_with_its_own_caption_crop_and_mask(
             if path.with_suffix(".mask.png").is_file():
                 # Down the photo from black to white.
                 full = torch.linspace(0, 1, size[1])[top : top + height]
-                torch.testing.assert_close(bright, full, atol=0.03, rtol=0)
+                rows = full.view(len(bright), -1).mean(dim=1)
+                torch.testing.assert_close(bright, rows, atol=0.03, rtol=0)
             else:
                 assert bool((bright == 1).all())
             shapes.add((top > 0, left > 0))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,16 @@ import torch
 import yaml
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.learning import LR_SCHEDULES, OPTIMIZERS
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.optimizer import build_optimizer, parameter_groups
+from dora_diffusion.training.optimizer import (
+    build_lr_schedule,
+    build_optimizer,
+    learning_rates,
+    parameter_groups,
+)
 from tests.training.helpers import losses, make_config, warnings_of
 
 
@@ -34,6 +42,51 @@ def test_a_warm_up_rises_with_the_constant_schedule(config):
 def test_a_warm_up_longer_than_the_run_is_said(config):
     said = warnings_of(replace(config, lr_warmup_steps=500))
     assert any("lr_warmup_steps is 500, and the run has 2 steps" in text for text in said)
+
+
+# What a schedule makes of the rate, after warm-up: by the share of the steps after it that is done.
+FACTORS = {
+    "constant": lambda done: 1,
+    "constant_with_warmup": lambda done: 1,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "cosine_with_restarts": lambda done: (1 + math.cos(math.pi * (2 * done % 1))) / 2,
+    "polynomial": lambda done: (1 - done) ** 2,
+}
+
+
+@pytest.mark.parametrize("warmup", [0, 2, 8])
+@pytest.mark.parametrize("schedule", LR_SCHEDULES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_schedule_goes_with_every_optimizer(optimizer, schedule, warmup):
+    library = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}.get(optimizer, "torch")
+    if find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    rate, steps = 1.0 if optimizer == "prodigy" else 1e-2, 8
+    config = TrainConfig(
+        optimizer=optimizer, lr_scheduler=schedule, learning_rate=rate, max_train_steps=steps,
+        lr_warmup_steps=warmup, lr_num_cycles=2, lr_power=2.0,
+    )  # fmt: skip
+    parameter = torch.nn.Parameter(torch.ones(2, 3))
+    chosen = build_optimizer([{"name": "x", "params": [parameter], "lr": rate}], config)
+    if warmup < steps:
+        changes = build_lr_schedule(chosen, config)
+    else:
+        with pytest.warns(UserWarning, match="the learning rate never reaches"):
+            changes = build_lr_schedule(chosen, config)
+    for step in range(steps):
+        rising = step < warmup
+        share = step / warmup if rising else FACTORS[schedule]((step - warmup) / (steps - warmup))
+        assert learning_rates(chosen.param_groups)["lr"]["x"] == pytest.approx(
+            rate * share, rel=1e-6, abs=1e-4 * rate
+        )
+        before = parameter.detach().clone()
+        parameter.square().sum().backward()
+        chosen.step()
+        changes.step()
+        chosen.zero_grad()
+        assert torch.equal(before, parameter) == (share == 0)
+        assert parameter.isfinite().all()
 
 
 def test_text_encoders_have_their_own_weight_decay(sd1_folder):

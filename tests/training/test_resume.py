@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dora_diffusion.config import ConfigError
+from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training import inputs
+from dora_diffusion.training.continuity import batches_seen, segment
 from dora_diffusion.training.events import StepDone, TrainingStarted
 from dora_diffusion.training.loop import train
 from tests.training.helpers import assert_same_adapter, losses, make_config, names, same, steps_in
@@ -85,6 +87,48 @@ def test_an_interrupted_run_resumes_to_the_same_bits(sd1_folder, photos, tmp_pat
     assert losses(tmp_path / "whole") == losses(tmp_path / "parted")
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "is_counted"),
+    [((4, 1), (1, 2), True), ((1, 2), (4, 1), False)],
+)
+def test_no_draw_is_repeated_when_batches_change(tiny_run, monkeypatch, before, after, is_counted):
+    """Latents, noise and timestep of a row are drawn by its batch since the start of the run."""
+    drawn, generator_for = [], inputs.generator_for
+
+    def note(*parts):
+        drawn.append(parts)
+        return generator_for(*parts)
+
+    monkeypatch.setattr(inputs, "generator_for", note)
+
+    def batches(accumulation, size):
+        return {"gradient_accumulation_steps": accumulation, "train_batch_size": size}
+
+    config = tiny_run(max_train_steps=1, checkpointing_steps=1, **batches(*before))
+    state_file = train(config).checkpoint / "training_state.pt"
+    if not is_counted:  # as earlier versions wrote it
+        state = torch.load(state_file, weights_only=True)
+        del state["batches"]
+        torch.save(state, state_file)
+    config = replace(config, max_train_steps=3, resume_from_checkpoint="latest")
+    train(replace(config, **batches(*after)))
+    rows = [(number, row) for number in range(before[0]) for row in range(before[1])]
+    ends = before[0], before[0] + 2 * after[0]
+    rows += [(number, row) for number in range(*ends) for row in range(after[1])]
+    assert [parts[2:4] for parts in drawn] == rows
+
+
+def test_batches_that_an_earlier_version_saw_are_told_by_its_settings():
+    """It numbered those of a step from accumulation times the steps before: none may come again."""
+    config = TrainConfig(gradient_accumulation_steps=4).to_dict()
+    assert batches_seen({"step": 3, "config": config}) == 12
+    four, one = segment(1, config), segment(11, TrainConfig().to_dict())
+    state = {"step": 15, "config": TrainConfig().to_dict(), "segments": [four, one]}
+    assert batches_seen(state) == 40
+    assert batches_seen(state | {"step": 55}) == 55
+    assert batches_seen(state | {"batches": 45}) == 45
+
+
 def test_a_resume_with_other_settings_is_refused(sd1_folder, photos, tmp_path):
     config = make_config(sd1_folder, photos, tmp_path / "out", checkpointing_steps=2)
     train(config)
@@ -100,7 +144,7 @@ def test_a_resumed_run_has_its_own_rates(sd1_folder, photos, tmp_path):
     train(config)
     changed = replace(
         config, resume_from_checkpoint="latest", max_train_steps=4,
-        learning_rate=4e-4, adam_weight_decay=0.5,
+        learning_rate=4e-4, adam_weight_decay=0.5, overwrite_output_dir=True,
     )  # fmt: skip
     train(changed)
     rates = losses(tmp_path / "out", "lr")
@@ -132,3 +176,31 @@ def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones_when_asked(
     assert left[-1] in ("checkpoint-3", "checkpoint-4"), "none is from the run that was left"
     assert losses(tmp_path / "out", "lr")[3]["unet/down"] == pytest.approx(1e-2)
     assert len(left) == 2
+
+
+def test_a_finished_result_is_not_replaced_by_one_of_other_settings(tiny_run, tmp_path):
+    """More steps alone are what a finished run is resumed for."""
+    out = tmp_path / "out"
+    config = tiny_run(max_train_steps=1, checkpointing_steps=1)
+    before = train(config).adapter.read_bytes()
+    longer = replace(config, max_train_steps=2, resume_from_checkpoint="latest")
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for changes, text in (
+        ({"learning_rate": 0.1}, r"learning_rate \(8e-05 -> 0\.1\)"),
+        ({"train_batch_size": 2}, r"train_batch_size \(1 -> 2\)"),
+    ):
+        with pytest.raises(ConfigError, match=f"a finished result.*other settings: {text}; ") as e:
+            train(replace(longer, **changes))
+        assert "\n" not in str(e.value)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+    # Neither by another run's checkpoint; elsewhere it trains, with what it likes.
+    branch = replace(longer, output_dir=str(tmp_path / "b"), learning_rate=2e-4)
+    branch = replace(branch, resume_from_checkpoint=str(out / "checkpoint-1"))
+    assert train(branch).steps == 2
+    with pytest.raises(ConfigError, match=r"holds a finished result, and .* is of another run"):
+        train(replace(longer, resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2")))
+    # Samples and the machine's precision are not what was learned from.
+    longer = replace(longer, mixed_precision="bf16", validation_inference_steps=3)
+    assert train(longer).adapter.read_bytes() != before
+    other = replace(longer, max_train_steps=3, learning_rate=2e-4, overwrite_output_dir=True)
+    assert train(other).steps == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 from dataclasses import replace
@@ -10,16 +11,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.formats.files.atomic import DiskFullError
 from dora_diffusion.training import saving
 from dora_diffusion.training.checkpoint import checkpoints_in
 from dora_diffusion.training.events import StepDone
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.saving import CheckpointSaver
 from dora_diffusion.training.step import TrainingStep
-from tests.training.helpers import assert_same_adapter, make_config, names, no_room, same
+from tests.training.helpers import (
+    assert_same_adapter,
+    losses,
+    make_config,
+    names,
+    no_room,
+    same,
+    steps_in,
+)
 
 
 class Clock:
@@ -30,6 +41,10 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class PowerCut(BaseException):
+    """Leaves no time to save anything."""
 
 
 @pytest.fixture
@@ -104,14 +119,14 @@ def test_a_run_that_crashes_has_lost_minutes(tiny_run, tmp_path, monkeypatch):
     def two_minutes(self, step):
         clock.now += 120
         if step == 8 and self.config.output_dir.endswith("c"):
-            raise RuntimeError("power cut")
+            raise PowerCut
         return real(self, step)
 
     monkeypatch.setattr(TrainingStep, "__call__", two_minutes)
     whole = tiny_run(max_train_steps=9, checkpointing_steps=1000, output_dir=str(tmp_path / "w"))
     train(whole)
     crashed = replace(whole, output_dir=str(tmp_path / "c"))
-    with pytest.raises(RuntimeError, match="power cut"):
+    with pytest.raises(PowerCut):
         train(crashed)
     assert names(tmp_path / "c") == ["checkpoint-6"], "after 6 minutes, and again after 12"
     monkeypatch.setattr(TrainingStep, "__call__", real)
@@ -120,7 +135,83 @@ def test_a_run_that_crashes_has_lost_minutes(tiny_run, tmp_path, monkeypatch):
     assert names(tmp_path / "c") == ["checkpoint-9"]
 
 
+# Errors
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_photo_that_disappears_costs_no_step(accumulation, tiny_run, photos, tmp_path):
+    """Its steps are saved first; with the photo back, the run is the one that saw it all along."""
+    settings = {
+        "max_train_steps": 6, "checkpointing_steps": 100, "cache_latents": False,
+        "gradient_accumulation_steps": accumulation,
+    }  # fmt: skip
+    whole = tiny_run(output_dir=str(tmp_path / "whole"), **settings)
+    train(whole)
+    config, away = tiny_run(**settings), tmp_path / "away"
+
+    def take_away(event):
+        if isinstance(event, StepDone) and event.step == 2:
+            photos.rename(away)
+
+    saved = r"an error ends the run after step (\d); checkpoint-\1 was saved first"
+    with pytest.warns(UserWarning, match=saved), pytest.raises((OSError, ValueError)):
+        train(config, take_away)
+    (name,) = names(tmp_path / "out")
+    step = int(name.rpartition("-")[2])
+    assert step in (3, 4)
+    assert steps_in(tmp_path / "out") == list(range(1, step + 1))
+    away.rename(photos)
+    train(replace(config, resume_from_checkpoint="latest"))
+    assert same(tmp_path / "whole", tmp_path / "out")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "out")
+    assert names(tmp_path / "out") == ["checkpoint-6"], "it was one of those in between"
+
+
+def test_an_error_while_the_weights_move_saves_nothing(tiny_run, tmp_path, monkeypatch):
+    real, calls = AcceleratedOptimizer.step, itertools.count(1)
+
+    def step(self, closure=None):
+        real(self, closure)
+        if next(calls) == 4:
+            raise MemoryError("after some of them")
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+    config = tiny_run(max_train_steps=6, checkpointing_steps=2)
+    with (
+        pytest.warns(UserWarning, match=r"of step 3 was saved .* while the weights were changed"),
+        pytest.raises(MemoryError),
+    ):
+        train(config)
+    assert names(tmp_path / "out") == ["checkpoint-2"]
+
+
 # Full disks
+
+
+def test_a_run_stops_where_nothing_can_be_saved_any_more(tiny_run, tmp_path, monkeypatch):
+    """At the first checkpoint that fails together with its adapter, with what there is."""
+    real = os.fsync
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    seen = []
+
+    def fill(event):
+        if isinstance(event, StepDone):
+            seen.append(event.step)
+            monkeypatch.setattr(os, "fsync", full if event.step >= 3 else real)
+
+    config = tiny_run(checkpointing_steps=2, max_train_steps=20)
+    with pytest.raises(
+        DiskFullError, match=r"nothing can be saved at step 4: .*\(the newest is checkpoint-2\)"
+    ) as error:
+        train(config, fill)
+    assert "\n" not in str(error.value)
+    assert seen == [1, 2, 3, 4]
+    assert names(tmp_path / "out") == ["checkpoint-2"]
+    monkeypatch.setattr(os, "fsync", real)
+    assert train(replace(config, max_train_steps=4, resume_from_checkpoint="latest")).steps == 4
 
 
 def test_a_disk_without_room_costs_the_checkpoint_and_not_the_run(tiny_run, tmp_path, monkeypatch):

@@ -7,11 +7,13 @@ import torch
 
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.data.captions import class_caption
+from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.checkpoint import parameters_by_name
 from dora_diffusion.training.inputs import draw_inputs
 from dora_diffusion.training.objective import Objective
-from dora_diffusion.training.session import Session
-from tests.training.helpers import open_run
+from dora_diffusion.training.session import Session, open_session
+from dora_diffusion.training.subject import subject_of
+from tests.training.helpers import accelerator_of_fp16, open_run
 
 PRIOR_WEIGHT = 0.7
 
@@ -107,3 +109,17 @@ def test_steps_differ_and_a_seed_repeats_them(sd1_folder, shaped_photos, tmp_pat
     assert first == two_losses("b", 3)
     assert first[0] != first[1]
     assert first[0] != two_losses("c", 4)[0]
+
+
+def test_in_fp16_gradients_are_unscaled_before_their_norm_is_measured_and_limited(tiny_run) -> None:
+    limit, norms = 1e-3, []
+    for precision, max_grad_norm in [("no", 0.0), ("fp16", 0.0), ("fp16", limit)]:
+        config = tiny_run(mixed_precision=precision, max_grad_norm=max_grad_norm)
+        made = (accelerator_of_fp16 if precision == "fp16" else make_accelerator)(config)
+        step = open_session(config, subject_of(config), made).train_step
+        step.optimizer.zero_grad = lambda set_to_none: None
+        norms.append(float(step(1)["grad_norm"]))
+        left = float(torch.nn.utils.get_total_norm([p.grad for p in step.parameters]))
+        assert left == pytest.approx(max_grad_norm or norms[0], rel=0.05)
+    assert norms == pytest.approx([norms[0]] * 3, rel=0.05)
+    assert norms[0] > 2 * limit

@@ -17,6 +17,7 @@ from dora_diffusion.jobs.comparison import (
     ComparedCheckpoint,
     read_comparison,
 )
+from dora_diffusion.jobs.errors import DamagedFile
 from dora_diffusion.jobs.logs import log_warnings
 from dora_diffusion.jobs.queue import stop_job
 from dora_diffusion.jobs.snapshot import Job
@@ -79,12 +80,17 @@ def refresh(context: Context, jobs: Sequence[Job], job: Job | None) -> dict[str,
     shown = bool(names)
     running = comparing(jobs, job.id) if job else None
     busy = running is not None and not running.has_ended
-    comparison = read_comparison(context.workspace, job) if job and shown else None
+    comparison, damage = None, ""
+    if job and shown:
+        try:
+            comparison = read_comparison(context.workspace, job)
+        except DamagedFile as error:
+            damage = html.note(f"{error}, or compare again", "bad")
     label = "Compare again" if comparison else "Compare the checkpoints"
     return {
         "chooser": changing(visible=shown),
         "chooser_start": changing(value=label, visible=not busy),
-        "chooser_cards": _cards(job, comparison, running) if job and shown else "",
+        "chooser_cards": damage + _cards(job, comparison, running) if job and shown else "",
     }
 
 
@@ -122,7 +128,7 @@ def _card(
         marks += html.pill("in use", "done")
     elif row.step:
         marks += html.button("Use this", "use", row.name)
-    subject, others = (html.image(path, title) for path in row.images)
+    strips = "".join(html.image(path, title) for path in row.images)
     figures = ""
     if row.similarity is not None:
         to = f" to {comparison.similar_to}" if comparison.similar_to else ""
@@ -132,7 +138,7 @@ def _card(
     return (
         f"<div class='dd-choice{' dd-in-use' if in_use else ''}'>"
         f"<div class='dd-row'><h3>{title}</h3><span class='dd-marks'>{marks}</span></div>"
-        f"<div class='dd-strips'>{subject}{others}</div><div class='dd-bars'>{figures}</div></div>"
+        f"<div class='dd-strips'>{strips}</div><div class='dd-bars'>{figures}</div></div>"
     )
 
 

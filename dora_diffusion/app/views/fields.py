@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABCMeta
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -12,6 +13,7 @@ from dora_diffusion.app.settings import SETTINGS, setting_text, shown_choices
 # How handlers are registered: not in the API's list, with or without a sign of work.
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 BUSY: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
+_BLANK = 256
 
 
 def html_block(value: str = "", **options: Any) -> Any:
@@ -23,6 +25,16 @@ def gallery(**options: Any) -> Any:
     """Images as they are: Gradio stretches a few of them to fill the width unless told not to."""
     options = {"show_label": False, "height": "auto", "buttons": [], **options}
     return gr.Gallery(fit_columns=False, object_fit="contain", **options)
+
+
+def image_or_blank(make: Callable[[], Any], label: str) -> tuple[Any, str]:
+    """An image of a gallery with its label; a blank one with the reason where it is damaged."""
+    from PIL import Image
+
+    try:
+        return make(), label
+    except (ValueError, OSError) as error:
+        return Image.new("RGB", (_BLANK, _BLANK), "gray"), f"{label}: {error}"
 
 
 def setting_field(name: str, value: Any) -> Any:

@@ -10,13 +10,28 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.views.fields import QUIET, choosing, gallery, html_block, id_dropdown
+from dora_diffusion.app.views.fields import (
+    CLICKS,
+    QUIET,
+    choosing,
+    clicked,
+    gallery,
+    html_block,
+    id_dropdown,
+)
 from dora_diffusion.app.views.request import BASE, MERGED, OWN, field_value, make_request, numbers
 from dora_diffusion.jobs.checkpoints import RESULT_NAME, candidates, chosen_adapter
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.snapshot import Job
-from dora_diffusion.jobs.studio import MAX_BATCH, GeneratedImage, GenerationRequest
+from dora_diffusion.jobs.studio import (
+    MAX_BATCH,
+    GeneratedImage,
+    GenerationRequest,
+    read_image,
+    recent_images,
+)
 from dora_diffusion.jobs.uploads import read_generation_settings
+from dora_diffusion.jobs.workspace import confined
 from dora_diffusion.models.schedulers import SCHEDULERS
 
 _TEMPLATES = (
@@ -100,6 +115,7 @@ class GenerateTab:
                     )  # fmt: skip
 
     def _add_actions(self) -> None:
+        self.turn = html_block(elem_id="turn", js_on_load=CLICKS)
         self.make = gr.Button("Generate images", variant="primary", size="lg", elem_id="make")
         self.compare = gr.Button("Compare with the base model", size="md", elem_id="compare")
         with gr.Accordion("Grid of checkpoints and strengths", open=False):
@@ -117,7 +133,6 @@ class GenerateTab:
 
     def _add_results(self) -> None:
         html_block(html.heading("", "Results", "Every PNG holds its generation settings."))
-        self.blank = html_block(_EMPTY)
         self.slider = gr.ImageSlider(
             show_label=False,
             visible=False,
@@ -135,12 +150,13 @@ class GenerateTab:
             elem_id="pictures",
         )
         self.parameters = html_block(elem_id="parameters")
+        self.history = html_block(_EMPTY, elem_id="history", js_on_load=CLICKS)
 
 
 def connect(context: Context, tab: GenerateTab) -> None:
     """Say what the fields do."""
     names, fields = list(tab.form), list(tab.form.values())
-    results = [tab.blank, tab.slider, tab.gallery, tab.parameters]
+    results = [tab.slider, tab.gallery, tab.parameters]
 
     def request(choice: str | None, values: Sequence[Any]) -> GenerationRequest:
         return make_request(context, choice, dict(zip(names, values, strict=True)))
@@ -184,11 +200,25 @@ def connect(context: Context, tab: GenerateTab) -> None:
             for value in (field_value(name, parameters) for name in names)
         ]
 
+    @plain
+    def show(event: gr.EventData) -> list[Any]:
+        path = confined(context.workspace.images, clicked(event)[1])
+        return _results(gallery=[read_image(path, path.stat().st_mtime_ns)])
+
+    def withdraw() -> None:
+        context.studio.withdraw()
+
+    def use_template(text: str | None) -> Any:
+        # Also sent when the list is left with nothing chosen.
+        return text or gr.skip()
+
     tab.make.click(make, [tab.adapter, *fields], results, **_BUSY)
     tab.compare.click(compare, [tab.adapter, *fields], results, **_BUSY)
     tab.grid.click(grid, [tab.adapter, tab.grid_strengths, *fields], results, **_BUSY)
     tab.load.upload(load, [tab.load], fields, **QUIET)
-    tab.template.input(lambda text: text, [tab.template], [tab.form["prompt"]], **QUIET)
+    tab.turn.click(withdraw, None, None, **QUIET)
+    tab.history.click(show, None, results, **QUIET)
+    tab.template.input(use_template, [tab.template], [tab.form["prompt"]], **QUIET)
 
 
 def _on_step(progress: Any) -> Any:
@@ -210,7 +240,6 @@ def _results(
     images = [(str(image.path), f"seed {image.seed}") for image in gallery]
     caption = html.note("Left: the base model. Right: with the adapter, at the same seed.", "info")
     return [
-        gr.update(visible=False),
         gr.update(value=slider, visible=bool(pair)),
         gr.update(value=images, visible=bool(gallery), columns=columns),
         (caption if pair else "")
@@ -222,13 +251,13 @@ def _results(
 def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
     """What the clock sends to this tab."""
     choices = [
-        (f"{job.title} · {job.made[11:]} · {_of(job, name)}", f"{job.id}/{name}".rstrip("/"))
+        (f"{job.label} · {_of(job, name)}", f"{job.id}/{name}".rstrip("/"))
         for job in jobs
         if job.can_generate
         for name in ("", *_others(job))
     ]
     choices += [
-        (f"{job.title} (one file) · {job.made[11:]}", f"{MERGED}/{job.id}")
+        (f"{job.label} (one file)", f"{MERGED}/{job.id}")
         for job in jobs
         if job.kind == "merge" and job.state == "done"
     ]
@@ -236,7 +265,36 @@ def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[s
     ids = [value for _, value in choices]
     # The newest result, until somebody chooses.
     value = chosen if chosen in ids else ids[0]
-    return {"adapter": choosing(choices, value, chosen)}
+    return {
+        "adapter": choosing(choices, value, chosen),
+        "history": _history(recent_images(context.workspace)),
+        "turn": _turn(next((job for job in jobs if job.is_active), None), context),
+    }
+
+
+def _turn(busy: Job | None, context: Context) -> str:
+    """What images wait for, or would wait for."""
+    if busy is None and not context.studio.is_waiting:
+        return ""
+    left = busy.remaining_seconds if busy else None
+    end = f" (about {html.duration(left)})" if left is not None else ""
+    what = f"until {busy.title} has ended{end}" if busy else "until the device is free"
+    if not context.studio.is_waiting:
+        return html.note(f"Images wait {what}.")
+    text = f"Waiting {what}. The images are made then, and are in the history below."
+    return html.note(text) + html.button("Stop waiting", "withdraw", "")
+
+
+def _history(images: Sequence[GeneratedImage]) -> str:
+    """What was made before, to be shown again with its settings."""
+    if not images:
+        return _EMPTY
+    text = "Newest first, from earlier visits too. All are in runs/pictures."
+    cards = (
+        html.picture_card(image.path, "show", image.path.name, image.parameters.partition("\n")[0])
+        for image in images
+    )
+    return f"{html.heading('', 'History', text)}<div class='dd-samples'>{''.join(cards)}</div>"
 
 
 def _others(job: Job) -> list[str]:

@@ -22,7 +22,9 @@ from dora_diffusion.app.views.fields import (
     gallery,
     html_block,
     id_dropdown,
+    image_or_blank,
 )
+from dora_diffusion.data.images import open_photo
 from dora_diffusion.jobs.analyze import analysis_figures, analyze_command, start_analysis
 from dora_diffusion.jobs.checkpoints import chosen_adapter
 from dora_diffusion.jobs.errors import RequestError
@@ -33,7 +35,7 @@ from dora_diffusion.jobs.queue import delete_job, stop_job
 from dora_diffusion.jobs.records import AnalyzeRequest, MergeRequest
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.subjects import photos_in
-from dora_diffusion.jobs.workspace import Workspace
+from dora_diffusion.jobs.workspace import REMAINS, Workspace
 
 _NOTHING = html.empty(
     "The library is empty", "A run appears here when it is done. Start one in the Train tab."
@@ -100,8 +102,12 @@ class LibraryTab:
 
     def _add_delete(self) -> None:
         with gr.Accordion("Delete", open=False):
-            text = "Deletes the run with its adapter, checkpoints, samples and exports."
-            html_block(html.quiet(f"{text} There is no way back."))
+            text = (
+                "Deletes the run with its adapter, checkpoints, samples, exports and copies of the "
+                "photos. It cannot be restored; what a program has open goes when the app starts "
+                "next."
+            )
+            html_block(html.quiet(text))
             self.delete = gr.Button("Delete this run", variant="stop", size="md", elem_id="delete")
 
 
@@ -131,9 +137,9 @@ def connect(context: Context, tab: LibraryTab) -> None:
         if not job_id:  # not confirmed
             return [gr.skip()] * 3
         context.studio.release()  # Windows deletes no model that is mapped into memory.
-        delete_job(workspace, str(job_id))
+        text = "Deleted" + ("" if delete_job(workspace, str(job_id)) else REMAINS)
         parts = refresh(context.jobs(fresh=True), None)
-        return [filled(parts["shelf"]), filled(parts["shelf_run"]), html.note("Deleted", "info")]
+        return [filled(parts["shelf"]), filled(parts["shelf_run"]), html.note(text, "info")]
 
     tab.gallery.select(choose, None, [tab.run], **QUIET)
     tab.run.change(show, [tab.run], [tab.details, tab.files], **QUIET)
@@ -193,18 +199,17 @@ def _shelf(jobs: Sequence[Job]) -> list[Job]:
 def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
     """What the clock sends to this tab."""
     shelf = _shelf(jobs)
-    marks = tuple((job.id, job.state, _image(job)) for job in shelf)
+    marks = tuple((job.id, job.title, job.shown_state, _image(job)) for job in shelf)
     ids = [job.id for job in shelf]
     value = chosen if chosen in ids else next(iter(ids), None)
-    choices = [(f"{job.title} · {job.state} · {job.made}", job.id) for job in shelf]
+    choices = [(f"{job.label} · {job.shown_state}", job.id) for job in shelf]
     return {
         "shelf": (
             marks,
             lambda: gr.update(
                 value=[
-                    (_thumbnail(path), f"{job.trigger} · {job.state}")
-                    for job in shelf
-                    if (path := _image(job))
+                    image_or_blank(functools.partial(_thumbnail, path), f"{title} · {shown_state}")
+                    for _, title, shown_state, path in marks
                 ],
                 visible=bool(shelf),
             ),
@@ -219,20 +224,22 @@ def _image(job: Job) -> Path | None:
     """A sample, else a photo: every run has photos."""
     if job.samples:
         return job.samples[0]
-    return next(iter(photos_in(job.folder / "photos")), None)
+    try:
+        return next(iter(photos_in(job.folder / "photos")), None)
+    except OSError:
+        return None
 
 
 @functools.lru_cache(maxsize=256)
-def _thumbnail(path: Path) -> Any:
+def _thumbnail(path: Path | None) -> Any:
     """A photo's upper square, or one image of a sheet, whose text says how large they are."""
-    from PIL import Image
-
     from dora_diffusion.images import parse_parameters, read_parameters
     from dora_diffusion.training.sheets import one_image
 
+    if path is None:
+        raise ValueError("there is no image of it")
+    image = open_photo(path, limited=False)
     text = read_parameters(path) if path.suffix == ".png" else None
-    with Image.open(path) as file:
-        image = file.convert("RGB")
     size = parse_parameters(text).get("Size", "").split("x") if text else []
     if len(size) == 2 and all(side.isdecimal() for side in size):
         image = one_image(image, int(size[0]), int(size[1]))

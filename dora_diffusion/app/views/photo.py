@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,8 @@ import gradio as gr
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.settings import EMBEDDED
-from dora_diffusion.app.views.fields import BUSY, QUIET, clicked, html_block
+from dora_diffusion.app.views.fields import BUSY, QUIET, clicked, html_block, image_or_blank
 from dora_diffusion.data.captions import read_caption
-from dora_diffusion.data.masks import mask_path
 from dora_diffusion.jobs.base_model import traits_of
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.photo_edits import (
@@ -24,6 +24,7 @@ from dora_diffusion.jobs.photo_edits import (
 )
 from dora_diffusion.jobs.subjects import (
     StoredSubject,
+    mask_labels,
     photo_path,
     photo_warnings,
     read_subject,
@@ -81,7 +82,7 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
             raise RequestError("this photo no longer exists; choose another one")
         path = photo_path(workspace, subject_id, listed[event.index])
         title = f"<div class='dd-heading dd-photo'><h2>{html.esc(path.name)}</h2></div>"
-        return [path.name, gr.update(visible=True), title, read_caption(path, ""), ""]
+        return [path.name, gr.update(visible=True), title, _caption(path, "")[0], ""]
 
     @plain
     def save(subject_id: str, photo: str, text: str, *chosen: Any) -> list[Any]:
@@ -124,11 +125,16 @@ def _editor(photo: Path) -> str:
         f"<button class='dd-tool' data-tool='{name}'>{label}</button>"
         for name, label in (("crop", "Crop"), ("paint", "Paint the subject"), ("erase", "Erase"))
     )
+    names = ("Left", "Top", "Width", "Height")
+    number = "<input type='number' min='0' max='100' step='any' data-side='{}'>"
+    sides = "".join(f"<label>{name} {number.format(name.lower())}</label>" for name in names)
     return (
-        "<div class='dd-editor'><p class='dd-quiet'>Drag a rectangle to crop. Or paint over the "
+        "<div class='dd-editor'><p class='dd-quiet'>Drag a rectangle to crop, or write it in "
+        "percent of the photo. Or paint over the "
         "subject: then only what is painted is learned (masked_loss).</p>"
         f"<div class='dd-tools'>{tools}<button class='dd-tool' data-do='clear'>Start over</button>"
-        f"</div><canvas data-photo='{editor_image(photo)}'></canvas><div class='dd-tools'>"
+        f"</div><canvas data-photo='{editor_image(photo)}'></canvas>"
+        f"<div class='dd-tools'>{sides}</div><div class='dd-tools'>"
         "<button class='dd-button' data-do='apply'>Use this crop and mask</button>"
         "<button class='dd-tool' data-do='restore'>Back to the original</button></div></div>"
     )
@@ -155,7 +161,11 @@ def subject_view(subject: StoredSubject | None, side: int, message: str = "") ->
     """
     photos = subject.photos if subject else ()
     warnings = photo_warnings(subject, side) if subject and photos else {}
-    crops = [(training_crop(photo), _label(photo, warnings)) for photo in photos]
+    masked = mask_labels(subject, side) if subject and photos else {}
+    crops = [
+        image_or_blank(functools.partial(training_crop, photo), _label(photo, warnings, masked))
+        for photo in photos
+    ]
     lines = [line for group in warnings.values() for line in group]
     unique = list(dict.fromkeys(lines))
     return [
@@ -169,8 +179,17 @@ def subject_view(subject: StoredSubject | None, side: int, message: str = "") ->
     ]
 
 
-def _label(photo: Any, warnings: dict[str, list[str]]) -> str:
+def _label(photo: Path, warnings: dict[str, list[str]], masked: dict[str, str]) -> str:
     """A photo's caption in the gallery, with a mark where something is wrong with it."""
     mark = "⚠ " if photo.name in warnings else ""
-    masked = " (masked)" if mask_path(photo).exists() else ""
-    return f"{mark}{read_caption(photo, photo.name)}{masked}"
+    mask = f" ({masked[photo.name]})" if photo.name in masked else ""
+    caption, damage = _caption(photo, photo.name)
+    return f"{mark}{caption}{damage}{mask}"
+
+
+def _caption(photo: Path, default: str) -> tuple[str, str]:
+    """A photo's caption, and what is wrong with its file: a new one can be written all the same."""
+    try:
+        return read_caption(photo, default), ""
+    except (ValueError, OSError) as error:
+        return default, f" ({error})"

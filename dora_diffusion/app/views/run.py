@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,21 @@ from dora_diffusion.app.views.fields import (
     gallery,
     html_block,
     id_dropdown,
+    image_or_blank,
 )
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.data.images import open_photo
 from dora_diffusion.jobs.logs import log_tail, read_metrics
 from dora_diffusion.jobs.queue import delete_job, kill_job, requeue_job, stop_job
 from dora_diffusion.jobs.snapshot import Job
+from dora_diffusion.jobs.train import NAME_LIMIT, can_continue, continue_run, rename_run
+from dora_diffusion.jobs.workspace import REMAINS
 
 _NOTHING = html.empty(
     "Nothing trained yet",
     "Choose a subject, say what it is, and start: progress, loss and sample images appear here.",
 )
-_CONTROLS = ("run", "status", "stop", "kill", "resume", "remove")
+_CONTROLS = ("run", "status", "stop", "kill", "resume", "remove", "extend")
 
 
 class RunView:
@@ -54,6 +59,9 @@ class RunView:
                 "Generate images with it", size="md", variant="primary", elem_id="to-generate"
             )
             self.to_library = gr.Button("Export it", size="md", elem_id="to-library")
+        with gr.Row(visible=False, equal_height=True) as self.extend:
+            self.more = gr.Number(100, label="More steps", precision=0, minimum=1, elem_id="more")
+            self.extend_by = gr.Button("Continue with more steps", size="md", elem_id="continue")
         self.loss = html_block(elem_id="loss")
         self.samples = gallery(
             columns=2, buttons=["fullscreen"], visible=False, format="png", elem_id="samples"
@@ -66,6 +74,11 @@ class RunView:
                 self.log = html_block(elem_id="log")
             with gr.Accordion("Command line of this run", open=False):
                 self.command = html_block(elem_id="command")
+            with gr.Row():
+                self.name = gr.Textbox(
+                    label="Name of this run", max_lines=1, max_length=NAME_LIMIT, elem_id="run-name"
+                )
+                self.rename = gr.Button("Rename", size="sm", elem_id="rename")
             self.remove = gr.Button("Remove this run", visible=False, size="sm", elem_id="remove")
 
 
@@ -73,14 +86,18 @@ def connect(context: Context, view: RunView) -> None:
     """Stop, kill, resume and remove the run that is shown."""
     workspace = context.workspace
 
-    def act(action: Callable[[Path], None], text: str = "") -> Any:
+    def act(
+        action: Callable[[Path], str | None], text: str = ""
+    ) -> Callable[[str | None], list[Any]]:
         @plain
         def run(job_id: str | None) -> list[Any]:
             if not job_id:  # not confirmed
                 return [gr.skip()] * (1 + len(_CONTROLS))
-            action(workspace.job(job_id))
-            parts = refresh(context, context.jobs(fresh=True), job_id)
-            return [html.note(text, "info"), *(filled(parts[name]) for name in _CONTROLS)]
+            told = text + (action(workspace.job(job_id)) or "")
+            jobs = context.jobs(fresh=True)
+            gone = {job.id for job in jobs if _never_began(job)}
+            parts = refresh(context, jobs, None if job_id in gone else job_id)
+            return [html.note(told, "info"), *(filled(parts[name]) for name in _CONTROLS)]
 
         return run
 
@@ -88,15 +105,27 @@ def connect(context: Context, view: RunView) -> None:
         requeue_job(folder)
         context.queue.tick()
 
-    def remove(folder: Path) -> None:
-        delete_job(workspace, folder.name)
+    def remove(folder: Path) -> str:
+        return "" if delete_job(workspace, folder.name) else REMAINS
+
+    @plain
+    def extend(job_id: str | None, more: float) -> list[Any]:
+        def queue(folder: Path) -> None:
+            continue_run(folder, more)
+            context.queue.tick()
+
+        return act(queue)(job_id)
+
+    @plain
+    def rename(job_id: str | None, name: str) -> list[Any]:
+        return act(lambda folder: rename_run(workspace, folder.name, name))(job_id)
 
     @plain
     def command(job_id: str | None) -> list[str]:
         if not job_id:
-            return [html.empty("No run yet", "Its command line appears here."), gr.skip()]
+            return [html.empty("No run yet", "Its command line appears here."), gr.skip(), ""]
         job = context.job(job_id)
-        return [html.command(command_line(TrainConfig.from_dict(job.settings))), ""]
+        return [html.command(command_line(TrainConfig.from_dict(job.settings))), "", job.title]
 
     outputs = [view.message, *(getattr(view, name) for name in _CONTROLS)]
     # Of stopping and resuming the card tells, as long as it is true.
@@ -110,25 +139,30 @@ def connect(context: Context, view: RunView) -> None:
         js="(id) => confirm('Remove this run with everything it made?') ? id : ''",
         **QUIET,
     )
-    view.run.change(command, [view.run], [view.command, view.message], **QUIET)
+    view.extend_by.click(extend, [view.run, view.more], outputs, **QUIET)
+    view.rename.click(rename, [view.run, view.name], outputs, **QUIET)
+    view.run.change(command, [view.run], [view.command, view.message, view.name], **QUIET)
     chooser.connect(context, view.chooser, view.run)
 
 
 def run_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
-    """Training runs by title, time and state."""
-    return [
-        (f"{job.title} · {job.made[11:]} · {job.state}", job.id)
-        for job in jobs
-        if job.kind == "train"
-    ]
+    """Runs by title, time and state."""
+    return [(f"{job.label} · {job.shown_state}", job.id) for job in _runs(jobs)]
+
+
+def _runs(jobs: Sequence[Job]) -> list[Job]:
+    """Training runs, and what else is damaged, so that it can be looked at and removed."""
+    return [job for job in jobs if job.kind == "train" or job.shown_state == "damaged"]
 
 
 def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str, Any]:
     """What the clock sends to this view: name of a field -> value, or (mark, how to make it)."""
-    training = [job for job in jobs if job.kind == "train"]
+    training = _runs(jobs)
     active = next((job for job in training if job.is_active), None)
     job = next((job for job in training if job.id == run), None)
-    job = job or active or next(iter(training), None)
+    begun = next((job for job in training if not _never_began(job)), None)
+    job = job or active or begun or next(iter(training), None)
+    waits = bool(job and job.state == "waiting")
     choices = run_choices(jobs)
     value = job.id if job else None
 
@@ -141,27 +175,34 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
         "log": html.log_view(log_tail(job.folder)) if job else "",
         "jobs": html.queue_list(jobs),
         "samples": (stamps, lambda: _sample_gallery(samples)),
-        "stop": changing(visible=bool(job and job.state in ("running", "waiting"))),
+        "stop": changing(
+            value="Remove from queue" if waits else "Stop and save",
+            visible=waits or bool(job and job.state == "running"),
+        ),
         "kill": changing(visible=bool(job and job.may_kill)),
         "resume": changing(visible=bool(job and job.state in ("stopped", "failed", "crashed"))),
         "remove": changing(visible=bool(job and job.has_ended)),
         "next": changing(visible=bool(job and job.has_ended and job.can_generate)),
+        "extend": changing(visible=bool(job and can_continue(job))),
         "details": changing(visible=bool(jobs)),
         **chooser.refresh(context, jobs, job),
     }
 
 
-def _sample_gallery(samples: Sequence[Path]) -> Any:
-    from PIL import Image
+def _never_began(job: Job) -> bool:
+    """Whether a run left the queue, or was stopped, before its first step."""
+    return job.state == "stopped" and not job.step
 
-    images = []
-    for path in samples[:9]:
-        with Image.open(path) as image:
-            images.append((image.convert("RGB"), _sample_title(path.stem)))
+
+def _sample_gallery(samples: Sequence[Path]) -> Any:
+    images = [
+        image_or_blank(functools.partial(open_photo, path, limited=False), _sample_title(path.stem))
+        for path in samples[:9]
+    ]
     return gr.update(value=images, visible=bool(images))
 
 
 def _sample_title(name: str) -> str:
-    if name.startswith("step-"):
+    if name.startswith("step-") and name[5:].isdecimal():
         return f"step {int(name.removeprefix('step-'))}"
     return {"adapted": "with the adapter", "base": "without it, same seeds"}.get(name, name)

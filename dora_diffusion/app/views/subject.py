@@ -32,7 +32,7 @@ from dora_diffusion.jobs.subjects import (
     take_sample,
 )
 from dora_diffusion.jobs.uploads import MAX_BYTES, MAX_PHOTOS
-from dora_diffusion.jobs.workspace import clean_text
+from dora_diffusion.jobs.workspace import REMAINS, clean_text
 from dora_diffusion.wording import counted
 
 _EMPTY = html.empty("No photos yet", f"Add {WANTED}. Or take a sample.")
@@ -116,8 +116,10 @@ def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks, size: list[Any
     def remove(subject_id: str | None, *chosen: Any) -> list[Any]:
         if not subject_id:  # nothing to delete, or not confirmed
             return [gr.skip()] * (1 + len(tab.view))
-        delete_subject(context.workspace, subject_id)
-        current, message = current_subject(context, None), html.note("Subject deleted", "info")
+        text = "Subject deleted" + (
+            "" if delete_subject(context.workspace, subject_id) else REMAINS
+        )
+        current, message = current_subject(context, None), html.note(text, "info")
         return [_choices(context, current), *_show(context, current, chosen, message)]
 
     # Choosing is an input, not a change: answers to other events must not run it again.
@@ -127,7 +129,8 @@ def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks, size: list[Any
         remove,
         [tab.pick, *size],
         [tab.pick, *tab.view],
-        js="(id, ...rest) => [confirm('Delete this subject with its photos and captions?')"
+        js="(id, ...rest) => [confirm('Delete this subject with its photos and captions? "
+        "Runs that were trained on it keep copies.')"
         " ? id : '', ...rest]",
         **QUIET,
     )
@@ -196,9 +199,9 @@ def _choices(context: Context, subject_id: str | None) -> Any:
 def _sample_cards(samples: Path) -> str:
     """The project's samples as images to press; nothing where the app was started elsewhere."""
     cards = "".join(
-        f"<button class='dd-sample' id='sample-{html.esc(name)}' data-do='take' "
-        f"data-value='{html.esc(name)}'>{html.image(samples / name / '01.jpg', '')}"
-        f"<span>{html.esc(name.replace('_', ' ').capitalize())}</span></button>"
+        html.picture_card(
+            samples / name / "01.jpg", "take", name, name.replace("_", " ").capitalize()
+        )
         for name in sample_names(samples)
     )
     if not cards:

@@ -27,6 +27,7 @@ from dora_diffusion.app.settings import (
     idle_settings,
     make_config,
     preset_values,
+    sentence,
     setting_text,
 )
 from dora_diffusion.app.toy_world import CHOOSE_ANOTHER, outside_toy_world
@@ -39,8 +40,8 @@ from dora_diffusion.data.masks import mask_path
 from dora_diffusion.jobs.base_model import check_model
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.estimates import estimate
-from dora_diffusion.jobs.subjects import StoredSubject, read_subject
-from dora_diffusion.jobs.train import start_training
+from dora_diffusion.jobs.subjects import StoredSubject, keep_words, read_subject
+from dora_diffusion.jobs.train import NAME_LIMIT, start_training
 from dora_diffusion.training.subject import subject_of
 
 _PROMPTS = "a photo of a {subject} on the snow\na photo of a {subject} at night"
@@ -61,6 +62,13 @@ class TrainTab:
                 self.cost = html_block(
                     html.empty("No subject yet", "Add photos in the Subject tab first."),
                     elem_id="cost",
+                )
+                self.name = gr.Textbox(
+                    label="Name of the run",
+                    placeholder="default: the subject and the time",
+                    max_lines=1,
+                    max_length=NAME_LIMIT,
+                    elem_id="name",
                 )
                 self.start = gr.Button(
                     "Start training", variant="primary", size="lg", elem_id="start"
@@ -141,13 +149,12 @@ def connect(
         try:
             return _plan(context, read_form(context, *values)[0])
         except (ValueError, OSError) as error:
-            text = str(error)
-            return [html.note(text[:1].upper() + text[1:], "warn"), ""]
+            return [html.note(sentence(str(error)), "warn"), ""]
 
     @plain
-    def start(*values: Any) -> list[Any]:
+    def start(name: str, *values: Any) -> list[Any]:
         config, subject = read_form(context, *values, ask_hub=True)
-        job_id = start_training(context.workspace, config, subject)
+        job_id = start_training(context.workspace, config, subject, name)
         context.queue.tick()
         jobs = context.jobs(fresh=True)
         job = next(job for job in jobs if job.id == job_id)
@@ -159,6 +166,7 @@ def connect(
         return [
             gr.update(choices=run.run_choices(jobs), value=job_id, visible=True),
             html.note(f"{text}, on {job.base}", "good"),
+            "",
         ]
 
     # A preset changes a dozen fields, each with an event of its own; requests that are sent at
@@ -170,8 +178,8 @@ def connect(
     changed.then(plan, asked, [tab.cost, tab.plan], trigger_mode="always_last", **QUIET)
     tab.start.click(
         start,
-        asked,
-        [tab.shown.run, tab.message],
+        [tab.name, *asked],
+        [tab.shown.run, tab.message, tab.name],
         api_visibility="private",
         show_progress="minimal",
     )
@@ -273,6 +281,15 @@ def _connect_draft(
         word = typed.get("class_word") or subject.class_word
         return [word or gr.skip(), typed.get("token") or subject.token]
 
+    @plain
+    def keep(subject_id: str | None, class_word: str, token: str) -> None:
+        if subject_id:
+            keep_words(context.workspace, subject_id, class_word, token)
+
+    gr.on(
+        [tab.class_word.blur, tab.token.blur], keep,
+        [subjects.pick, tab.class_word, tab.token], None, **QUIET,
+    )  # fmt: skip
     gr.on(
         [field.change for field in (*form, *fields)],
         None, [draft, subjects.pick, *form, *fields], [draft], js=SAVE_SCRIPT,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dora_diffusion.formats.adapter.keys import AdapterFormatError
 from dora_diffusion.formats.adapter.metadata import OWN
+from dora_diffusion.formats.adapter.patterns import NamePatterns
 from dora_diffusion.formats.adapter.repair import ALPHA_OF_TRAINING, NO_ALPHA
 from dora_diffusion.formats.names.modules import split_component
 
@@ -33,8 +33,9 @@ def alpha_rule(
     Raises:
         AdapterFormatError: Here or from the rule, if what should tell it is damaged.
     """
+    patterns = NamePatterns()
     if config is not None:
-        return lambda name, rank: _peft_alpha(config, split_component(name)[1], rank)
+        return lambda name, rank: _peft_alpha(config, split_component(name)[1], rank, patterns)
     if DIFFUSERS_METADATA not in metadata:
         return _alpha_by_training(metadata, notes)
     packed = json_object(metadata[DIFFUSERS_METADATA], f"its {DIFFUSERS_METADATA}")
@@ -48,7 +49,7 @@ def alpha_rule(
         config = {k.removeprefix(start): v for k, v in packed.items() if k.startswith(start)}
         if not config:
             raise AdapterFormatError(f"its {DIFFUSERS_METADATA} says nothing of the {component}")
-        return _peft_alpha(config, path, rank)
+        return _peft_alpha(config, path, rank, patterns)
 
     return alpha_of
 
@@ -86,17 +87,17 @@ def _alpha_by_training(metadata: Mapping[str, str], notes: list[str]) -> AlphaOf
     return lambda name, rank: alpha_then if rank == rank_then else float(rank)
 
 
-def _peft_alpha(config: Mapping[str, Any], path: str, rank: int) -> float:
+def _peft_alpha(config: Mapping[str, Any], path: str, rank: int, patterns: NamePatterns) -> float:
     """Effective alpha of one module from a PEFT config; patterns match the end of its path."""
     try:
         alpha = config.get("lora_alpha", rank)
         for pattern, value in (config.get("alpha_pattern") or {}).items():
             name = path if "text_model" in pattern else path.removeprefix("text_model.")
-            if re.match(rf"(.*\.)?({pattern})$", name):
+            if patterns.matches(pattern, name):
                 alpha = value
                 break
         return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
-    except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise AdapterFormatError(f"its configuration has a broken alpha: {error}") from error
 
 

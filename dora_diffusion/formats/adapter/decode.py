@@ -75,6 +75,10 @@ def decode_layers(
     is_numbered = is_positional(tensors)
     if (says := is_numbered or says_alpha(metadata, config)) and alpha is not None:
         raise AdapterFormatError("its alpha was not lost: the file says it; give none")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise AdapterFormatError(
+            f"alpha {alpha:g} was given; give the number above 0 that it was trained with"
+        )
     shapes = None if base is None else module_shapes(base)
     groups = _grouped(tensors, metadata, shapes, component)
     notes = key_notes(tensors) if component is None else []

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -59,6 +60,31 @@ def _remove(temporary: Path, folders: Iterable[Path]) -> None:
         temporary.unlink(missing_ok=True)
         for folder in folders:
             folder.rmdir()
+
+
+def require_writable(path: Path, *, is_folder: bool = False) -> None:
+    """Find out before long work whether its result could be written; nothing is left behind.
+
+    Args:
+        path: The file that will be written, whose folder need not exist.
+        is_folder: It is a folder that files will be written into.
+
+    Raises:
+        OSError: Naming the folder that is a file, or may not be written to; or the file that is a
+            folder.
+    """
+    if not is_folder and path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; give the name of a file", str(path))
+    folders = [path, *path.parents] if is_folder else path.parents
+    there = next(folder for folder in folders if os.path.lexists(folder))
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is not a folder; give another output", str(there))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        reason = f"nothing can be written there ({error.strerror}); give another output"
+        raise OSError(error.errno, reason, str(there)) from error
 
 
 def disk_full(path: Path) -> DiskFullError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio
 import yaml
-from PIL import Image
 
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
@@ -25,39 +23,10 @@ from dora_diffusion.app.settings import (
 )
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.bases import Base
-from dora_diffusion.jobs.subjects import add_photos, new_subject
+from dora_diffusion.jobs.subjects import read_subject
 from dora_diffusion.jobs.workspace import ids_in
 from dora_diffusion.memory import Device, needed_memory
-
-
-@pytest.fixture
-def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
-    """An app with the default folder, relative to where it was started, that starts no worker."""
-    monkeypatch.chdir(tmp_path)
-    one = Context(Launch())
-    monkeypatch.setattr(one.queue, "tick", lambda: None)
-    return one
-
-
-@pytest.fixture
-def subject(context: Context, tmp_path: Path) -> str:
-    subject_id = new_subject(context.workspace, "Mug")
-    Image.effect_noise((80, 64), 60).convert("RGB").save(tmp_path / "a.png")
-    add_photos(context.workspace, subject_id, [tmp_path / "a.png"])
-    return subject_id
-
-
-def handler(context: Context, name: str) -> Callable[..., list[Any]]:
-    """A handler of the Train tab."""
-    from dora_diffusion.app.page import build_page
-
-    functions = (one.fn for one in build_page(context).fns.values())
-    (found,) = (
-        function for function in functions
-        if getattr(function, "__module__", "").endswith("views.train")
-        and function.__name__ == name
-    )  # fmt: skip
-    return found
+from tests.app.views.helpers import handler
 
 
 def fields(subject: str, prompts: str) -> list[Any]:
@@ -70,7 +39,7 @@ def fields(subject: str, prompts: str) -> list[Any]:
 def test_a_run_can_go_on_from_another_working_directory(
     context: Context, subject: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handler(context, "start")(*fields(subject, "a photo of a {subject} on the snow"))
+    handler(context, "start")("", *fields(subject, "a photo of a {subject} on the snow"))
     monkeypatch.chdir("/")
     (job_id,) = ids_in(tmp_path / "runs")
     folder = tmp_path.resolve() / "runs" / job_id
@@ -225,10 +194,35 @@ def test_a_real_subject_gets_a_model_of_this_machine_that_fits(
     assert chosen(every, "dog", model="org/other") is None
 
 
+def test_class_and_token_stay_with_the_subject(context: Context, subject: str) -> None:
+    keep, fill = handler(context, "keep"), handler(context, "fill")
+    keep(subject, " teacup ", "zwx")
+    keep(subject, "", "")
+    assert fill(subject, {}) == ["teacup", "zwx"]
+    typed = {"subject": subject, "form": {"class_word": "bowl", "token": "zwx"}}
+    assert fill(subject, typed) == ["bowl", "zwx"]
+    assert read_subject(context.workspace, subject).title == "Mug"
+    keep(None, "dog", "sks")  # a page without a subject
+    for words in (("x" * 101, "sks"), ("dog", "x" * 51)):
+        with pytest.raises(gradio.Error, match="at most"):
+            keep(subject, *words)
+
+
+def test_a_message_keeps_the_letters_of_a_model_s_name(
+    context: Context, subject: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mymodel").mkdir()
+    (tmp_path / "mymodel.ckpt").write_bytes(b"")
+    plan = handler(context, "plan")
+    for name in ("mymodel", "mymodel.ckpt"):
+        assert f">{name} is " in plan(*asked(context, subject, name))[0]
+    assert ">There is no subject" in plan(*asked(context, "", EMBEDDED))[0]
+
+
 def test_a_model_that_is_not_there_starts_nothing(context: Context, subject: str) -> None:
     for model, match in (("/no/model", "does not exist"), ("no/body", "HF_HUB_OFFLINE is set")):
         with pytest.raises(gradio.Error, match=match):
-            handler(context, "start")(*asked(context, subject, model))
+            handler(context, "start")("", *asked(context, subject, model))
     assert ids_in(context.workspace.root) == []
 
 
@@ -244,12 +238,12 @@ def test_a_shared_app_takes_no_folders_and_no_other_vae(
         ("report_to", "wandb", "does not report to wandb"),
     ):
         with pytest.raises(gradio.Error, match=match):
-            handler(context, "start")(*asked(context, subject, EMBEDDED, **{name: value}))
+            handler(context, "start")("", *asked(context, subject, EMBEDDED, **{name: value}))
     assert [base.name for base in context.bases()] == [
         "embedded:tiny-sd", "embedded:tiny-sdxl", "org/vae",
     ]  # fmt: skip
     allowed = {"pretrained_vae_model_name_or_path": "org/vae"}
-    handler(context, "start")(*asked(context, subject, EMBEDDED, **allowed))
+    handler(context, "start")("", *asked(context, subject, EMBEDDED, **allowed))
     assert len(ids_in(context.workspace.root)) == 1
 
 

@@ -73,6 +73,9 @@ def test_a_lost_alpha_is_given_back(
     assert plain.notes == ("it does not say its alpha; alpha = rank is assumed",)
     given = convert_adapter(path, tmp_path / "b", "kohya", base=sd1_folder, alpha=3.0)
     assert_same_layers(read_adapter(given.path).layers, layers)
+    for wrong in (0.0, -3.0, float("inf"), float("nan")):
+        with pytest.raises(AdapterFormatError, match=f"alpha {wrong:g} was given; give the number"):
+            convert_adapter(path, tmp_path / "wrong", "kohya", base=sd1_folder, alpha=wrong)
     path = saved(tmp_path, tensors, {"ss_network_dim": "4", "ss_network_alpha": "3.0"})
     found = convert_adapter(path, tmp_path / "c", "kohya", base=sd1_folder)
     assert_same_layers(read_adapter(found.path).layers, layers)

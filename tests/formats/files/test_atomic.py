@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from dora_diffusion import system
-from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.formats.files.atomic import require_writable, save_text
 
 
 def test_a_file_that_is_in_use_is_unchanged_and_said_to_be(
@@ -31,6 +32,33 @@ def test_a_file_that_is_in_use_is_unchanged_and_said_to_be(
     assert [file.name for file in tmp_path.iterdir()] == ["model.txt"]
     monkeypatch.undo()
     assert save_text(path, "new").read_text(encoding="utf-8") == "new"
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_what_can_be_written_is_known_before_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_folder: bool
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "lost").symlink_to("gone")
+    require_writable(tmp_path / "new" / "folder" / "out", is_folder=is_folder)
+    monkeypatch.chdir(tmp_path)
+    require_writable(Path("out"), is_folder=is_folder)
+    for name in ("file", "lost"):
+        with pytest.raises(NotADirectoryError, match="is not a folder") as refused:
+            require_writable(tmp_path / name / "a" / "b", is_folder=is_folder)
+        assert refused.value.filename == str(tmp_path / name)
+    wrong = tmp_path / "file" if is_folder else tmp_path
+    with pytest.raises(OSError, match="is not a folder" if is_folder else "is a folder; give"):
+        require_writable(wrong, is_folder=is_folder)
+
+    def denied(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied", f"{dir}/tmp123")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    with pytest.raises(PermissionError, match="nothing can be written there") as refused:
+        require_writable(tmp_path / "new" / "out", is_folder=is_folder)
+    assert refused.value.filename == str(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "lost"]
 
 
 def test_a_folder_that_may_not_be_written_to_is_another_error(
