@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.config import ConfigError
 from dora_diffusion.numerics.fast import Gain
+from dora_diffusion.numerics.precision import product_dtype
 
 # By name, as Diffusers' own `_repeated_blocks` has it: importing their classes imports Diffusers.
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -134,9 +135,7 @@ def _run(
 
 def _make_factors(layer: AdaptedLayer, gains: Iterable[Gain]) -> None:
     """Make the factors of all layers that share a plan with this one, at the first call."""
-    device, dtype = layer.weight.device.type, layer.weight.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = product_dtype(layer.weight)
     for gain in gains:
         if dtype not in gain.made:
             gain.prepared.make(dtype)

@@ -20,7 +20,7 @@ from dora_diffusion.numerics.dora import dora_difference, dora_forward, moved_ma
 from dora_diffusion.numerics.fast import Gain, PlanInputs, WeightStatistics
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import OneHot, Operation, dropout
-from dora_diffusion.numerics.precision import wide, wide_dtype
+from dora_diffusion.numerics.precision import product_dtype, wide, wide_dtype
 from dora_diffusion.numerics.weights import LayerKind, NormAxis, Strengths, oriented
 
 
@@ -93,7 +93,8 @@ class AdaptedLayer(nn.Module):
             )
         is_traced = torch.compiler.is_compiling()
         source = None if is_traced else noted_source(x)
-        unpadded = _to_compute_dtype(x)
+        # As autocast would for this operation; ids are none of its.
+        unpadded = x.to(product_dtype(x)) if x.is_floating_point() else x
         op, prepared = self.operation(), self.prepare(unpadded)
         name, adapter = active[0]
         dropping = self.training and any(other.dropout > 0 for _, other in active)
@@ -249,17 +250,6 @@ class AdaptedLayer(nn.Module):
 
 
 _PLAIN_STRENGTHS = Strengths()
-
-
-def _to_compute_dtype(x: Tensor) -> Tensor:
-    """Cast as autocast would for this operation; ids are none of its."""
-    if not x.is_floating_point():
-        return x
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return x
-    dtype = torch.get_autocast_dtype(device)
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:

@@ -25,10 +25,13 @@ from dora_diffusion.config import AdapterConfig
 from tests.adapters.helpers import (
     AXES,
     block,
+    everything,
     fast_only,
     gradients,
     kept_by,
+    move,
 )
+from tests.emulation import OneDNN
 
 
 class Net(nn.Module):
@@ -342,3 +345,25 @@ def test_a_unet_keeps_what_it_keeps_with_peft_lora():
         inject_adapter_in_model(LoraConfig(r=2, target_modules=paths), model)
 
     assert unet_keeps(ours) <= 1.02 * unet_keeps(lora)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+@pytest.mark.parametrize("path", ["dora", "lora", "dropout", "page", "several"])
+def test_taps_that_meet_padding_alone_get_no_gradient_in_bf16(path, kind, monkeypatch):
+    """A kernel of 3 on a map of one pixel: oneDNN leaves there what it finds in memory."""
+    if path == "page":
+        monkeypatch.setattr("dora_diffusion.numerics.fast.ENABLED", False)
+    torch.manual_seed(0)
+    layer = nn.Sequential(kind(6, 8, 3, padding=1)).bfloat16().train()
+    dropout = 1e-6 if path == "dropout" else 0.0
+    inject_adapters(layer, everything(use_dora=path != "lora", dropout=dropout))
+    if path == "several":
+        inject_adapters(layer, everything(), name="second")
+    move(layer)
+    x = torch.randn(2, 6, *[1] * (layer[0].weight.ndim - 2)).bfloat16()
+    with norm_scope(layer), OneDNN():
+        layer(x).float().square().sum().backward()
+    taps = layer[0].adapters["default"].down.grad.flatten(2)
+    center = taps.shape[-1] // 2
+    assert taps[..., center].count_nonzero() > 0
+    assert torch.equal(taps.count_nonzero(), taps[..., center].count_nonzero())

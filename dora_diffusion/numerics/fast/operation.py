@@ -14,7 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.numerics.fast.product import linear, matrix_product, suits_onednn
-from dora_diffusion.numerics.operation import ConvOperation, LinearOperation, Operation, exceeds
+from dora_diffusion.numerics.operation import (
+    ConvOperation,
+    LinearOperation,
+    Operation,
+    leaves_garbage,
+)
 
 aten = torch.ops.aten
 
@@ -169,7 +174,7 @@ class FastConv2d(ConvOperation):
 
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Both in one operation, but where a CPU is better or only right with two."""
-        if self._is_few(grad, x, weight) or self._leaves_garbage(x, weight):
+        if self._is_few(grad, x, weight) or leaves_garbage(x, weight, self.dilation):
             return self.input_gradient(grad, weight, x), self.weight_gradient(grad, x, weight)
         return self._backward(grad, x, weight, True, True)
 
@@ -181,16 +186,10 @@ class FastConv2d(ConvOperation):
             added, gradient = self.gradients(grad, x, weight)
             grad_x += added
             return gradient
-        if self._leaves_garbage(x, weight):
+        if leaves_garbage(x, weight, self.dilation):
             wide = self._backward(grad.float(), x.float(), weight.float(), False, True)[1]
             return wide.to(x.dtype)
         return self._backward(grad, x, weight, False, True)[1]
-
-    def _leaves_garbage(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether the weight's gradient takes a detour through float32."""
-        if x.dtype != torch.bfloat16 or x.device.type != "cpu":
-            return False
-        return exceeds(weight.shape[2:], self.dilation, x.shape[2:])
 
     def channel_sum(self, activation: Tensor, dtype: torch.dtype) -> Tensor:
         """``(N, channels, H, W)`` -> ``(channels,)``."""
