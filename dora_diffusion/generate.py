@@ -82,6 +82,7 @@ def load_adapted(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     variant: str | None = None,
+    revision: str | None = None,
     config: str | Path | None = None,
     vae: str | Path | None = None,
     compile: bool = False,
@@ -99,11 +100,11 @@ def load_adapted(
         dtype: Of the base; an adapter always computes its norms in float32.
         device: None is the accelerator where there is one, else the CPU.
         variant: Weight variant of the base, such as "fp16".
+        revision: Branch, tag or commit of a base on the hub.
         config: For a single file: a diffusers folder of the same architecture.
         vae: Another autoencoder, as `load_components` takes it.
         compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
-        offload: ``"model"`` keeps the model in the host's memory, and has each of its parts on the
-            device while it computes (`generate_images`): slower, for small cards.
+        offload: ``"model"`` has each part on the device only while it computes (`generate_images`).
 
     Returns:
         The model, and the adapter's metadata; its ``trigger`` holds the trigger words.
@@ -111,14 +112,15 @@ def load_adapted(
     Raises:
         ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.
         AdapterFormatError, ValueError: If the adapter cannot be read, or does not fit the base.
-        ConfigError: If the device does not compute in the dtype, or this machine cannot compile
-            for it.
+        ConfigError: If the device does not compute in the dtype, or nothing compiles for it.
     """
     device = default_device() if device is None else device
     require_computes(device, dtype)
     if compile:
         require_compiler(device)
-    components = load_components(base, variant=variant, vae=vae, dtype=dtype, config=config)
+    components = load_components(
+        base, revision=revision, variant=variant, vae=vae, dtype=dtype, config=config
+    )
     components = place(components, device, offload)
     if compile:
         compile_blocks(components.unet)
@@ -126,11 +128,17 @@ def load_adapted(
         return components, AdapterMetadata()
     read = attach_file(components.adaptable(), adapter, family=components.family.name, alpha=alpha)
     add_tokens(components, read.tokens)
+    _set_strengths(components, strength, direction, magnitude)
+    return components, read.metadata
+
+
+def _set_strengths(
+    components: Components, strength: float, direction: float, magnitude: float
+) -> None:
     for model in components.adaptable().values():
         if any(layer_adapters(model)):
             set_strength(model, strength, direction=direction, magnitude=magnitude)
         model.eval()
-    return components, read.metadata
 
 
 def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:

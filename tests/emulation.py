@@ -183,6 +183,20 @@ def _gradients_in_float32(grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -
     return [None if part is None else part.to(x.dtype) for part in found]
 
 
+class OneDNN(TorchDispatchMode):
+    """What oneDNN does in bfloat16 on some CPUs: a weight's gradient is NaN in taps of padding."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        is_gradient = func is torch.ops.aten.convolution_backward.default
+        if is_gradient and args[0].dtype == torch.bfloat16 and args[-1][1]:
+            taps = found[1].flatten(2)
+            taps[..., (taps == 0).all(0).all(0)] = torch.nan
+        return found
+
+
 def _note(storages: dict[int, StorageWeakRef], tensor: Tensor) -> Tensor:
     with torch._C.DisableTorchFunction():
         storage = tensor.untyped_storage()

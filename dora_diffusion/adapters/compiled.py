@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.config import ConfigError
+from dora_diffusion.numerics.precision import product_dtype
 from dora_diffusion.numerics.prepare.factors import LayerScales
 
 # By name, as Diffusers' own `_repeated_blocks` has it: importing their classes imports Diffusers.
@@ -134,9 +135,7 @@ def _run(
 
 def _make_factors(layer: AdaptedLayer, scales: Iterable[LayerScales]) -> None:
     """Make the factors of all layers that share a plan with this one, at the first call."""
-    device, dtype = layer.weight.device.type, layer.weight.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = product_dtype(layer.weight)
     for own in scales:
         own.factors(dtype)
 

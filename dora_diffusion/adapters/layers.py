@@ -17,7 +17,7 @@ from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.numerics.dora import dora_forward, moved_magnitude, sum_of_adapters
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import OneHot, Operation, dropout
-from dora_diffusion.numerics.precision import wide, wide_dtype
+from dora_diffusion.numerics.precision import product_dtype, wide, wide_dtype
 from dora_diffusion.numerics.prepare.factors import (
     Factors,
     LayerScales,
@@ -95,7 +95,9 @@ class AdaptedLayer(nn.Module):
                 "the base weight or bias of an adapted layer requires a gradient; freeze it "
                 "(requires_grad_(False)): the adapter is what trains"
             )
-        op, inputs = self.operation(), self.prepare(_to_compute_dtype(x))
+        # As autocast would for this operation; ids are none of its.
+        x = x.to(product_dtype(x)) if x.is_floating_point() else x
+        op, inputs = self.operation(), self.prepare(x)
         dtype, weight = inputs.dtype, self.matrix.to(inputs.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         factors = [self.factors(name, adapter, dtype) for name, adapter in active]
@@ -206,17 +208,6 @@ class AdaptedLayer(nn.Module):
         if self._unmerged is not None:
             self.weight.copy_(self._unmerged)
             self._unmerged = None
-
-
-def _to_compute_dtype(x: Tensor) -> Tensor:
-    """Cast as autocast would for this operation; ids are none of its."""
-    if not x.is_floating_point():
-        return x
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return x
-    dtype = torch.get_autocast_dtype(device)
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:

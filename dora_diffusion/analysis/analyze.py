@@ -43,6 +43,7 @@ def analyze_weights(
     layers: Sequence[str] = ("*",),
     alpha: float | None = None,
     variant: str | None = None,
+    revision: str | None = None,
     on_progress: Progress | None = None,
 ) -> Analysis:
     """Say what training did to a model's weights, as section 3.2 of the DoRA paper does.
@@ -60,6 +61,7 @@ def analyze_weights(
         layers: Patterns of canonical layer names, such as ``"*.to_q"``; ``*`` spans dots.
         alpha: What an adapter was trained with whose file does not say it.
         variant: Weight variant of the base's folder, such as ``"fp16"``.
+        revision: Branch, tag or commit of a base on the hub.
         on_progress: Called with the numbers of layers that are done, and of all.
 
     Raises:
@@ -82,7 +84,7 @@ def analyze_weights(
     found = [find_run(path) for path in paths]
     names = [source.name for source in found]
     left = sum(len(source.checkpoints) for source in found)
-    with open_model(base, variant) as model:
+    with open_model(base, variant, revision) as model:
         analyzer = _Analyzer(model, norm_axis, layers, alpha, _Counter(left, on_progress))
         runs = [
             analyzer.run(source, source.name if names.count(source.name) == 1 else str(path))

@@ -7,7 +7,7 @@ import warnings
 from contextlib import closing
 from pathlib import Path
 
-from dora_diffusion.commands.options import add_alpha, add_base, add_variant
+from dora_diffusion.commands.options import add_alpha, add_base, base_options
 from dora_diffusion.config import ConfigError
 from dora_diffusion.console.progress import ProgressBar
 from dora_diffusion.console.tables import print_json
@@ -40,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Replace results that exist.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
     add_alpha(parser)
-    add_variant(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"{args.output} holds an analysis already; choose another --output, or --overwrite"
         )
+    options = base_options(args)
     with closing(ProgressBar("layer", leave=False)) as show:
         analysis = analyze_weights(
             args.source,
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
             norm_axis=args.norm_axis,
             layers=args.layers,
             alpha=args.alpha,
-            variant=args.variant,
             on_progress=show,
+            **options,
         )
     files = analysis.write(output)
     from dora_diffusion.analysis.plots import MISSING, write_plots

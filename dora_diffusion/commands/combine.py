@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from dora_diffusion.commands.options import adapter_and_strength, add_alpha, add_base
+from dora_diffusion.commands.options import (
+    adapter_and_strength,
+    add_alpha,
+    add_base,
+    base_options,
+)
 from dora_diffusion.commands.written import add_fit, add_limits, print_written, warn_of_axis
 from dora_diffusion.console.progress import byte_progress
 
@@ -30,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from dora_diffusion.models.precision import dtype_of
 
     warn_of_axis(args)
+    options = base_options(args)
     with byte_progress("combined") as show:
         report = combine_adapters(
             args.base,
@@ -45,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=dtype_of(args.dtype) if args.dtype else None,
             overwrite=args.overwrite,
             on_progress=show,
+            **options,
         )
     print_written(report, as_json=args.json)
     return 0

@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 import warnings
 
-from dora_diffusion.commands.options import add_alpha, add_base, add_dtype, add_overwrite
+from dora_diffusion.commands.options import (
+    add_alpha,
+    add_base,
+    add_dtype,
+    add_overwrite,
+    base_options,
+)
 from dora_diffusion.commands.written import LIMITS, add_json, add_limits, print_written
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.adapter.conversions import CONVERSIONS, LORA_RANK
@@ -59,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         conv_rank=args.conv_rank,
         energy=args.energy,
         overwrite=args.overwrite,
+        **base_options(args),
     )
     print_written(report, as_json=args.json)
     return 0

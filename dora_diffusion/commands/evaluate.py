@@ -109,7 +109,9 @@ def _load(args: argparse.Namespace) -> tuple[Components, str, Components | None]
     with open_model(args.adapter) as stored:
         trigger = args.trigger or trained_trigger(stored.metadata)
     base = argparse.Namespace(**{**vars(args), "adapter": None})
-    tuned = argparse.Namespace(**{**vars(base), "base": args.adapter, "variant": None})
+    tuned = argparse.Namespace(
+        **{**vars(base), "base": args.adapter, "variant": None, "revision": None}
+    )
     components, _ = load_adapted_model(tuned)
     # Of both, strengths are said to have no effect once.
     with warnings.catch_warnings():

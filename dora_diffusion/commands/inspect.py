@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dora_diffusion.commands.options import add_base
+from dora_diffusion.commands.options import add_base, base_options
 from dora_diffusion.console.tables import print_json, print_rows
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.wording import counted
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Say what an adapter file is."""
     from dora_diffusion.export import inspect_adapter
 
-    report = inspect_adapter(args.file, args.base)
+    report = inspect_adapter(args.file, args.base, **base_options(args))
     if args.json:
         print_json(report.to_dict())
     else:

@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +30,34 @@ _COMPONENT_STRENGTHS = {
 
 
 def add_base(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add ``--base``."""
+    """Add ``--base``, and which of its weights are taken."""
     parser.add_argument(
         "--base",
         required=required,
         help="Diffusers folder, hub id, single-file .safetensors checkpoint, or embedded:NAME.",
     )
+    parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
+    parser.add_argument("--revision", help="Branch, tag or commit of a base on the hub.")
+
+
+def base_options(args: argparse.Namespace) -> dict[str, str | None]:
+    """The variant and the revision of ``--base``, as keywords of what opens it.
+
+    Warns:
+        UserWarning: Of one without effect.
+    """
+    from dora_diffusion.models.locate import is_embedded
+
+    options = {"variant": args.variant, "revision": args.revision}
+    reasons = {}
+    if args.base is None:
+        reasons = dict.fromkeys(options, "no base is given")
+    elif args.base.endswith(".safetensors"):
+        reasons = dict.fromkeys(options, "the base is a single file")
+    elif is_embedded(args.base) or Path(args.base).expanduser().exists():
+        reasons = {"revision": "the base is on this machine, not a hub id"}
+    _warn_of({name: reason for name, reason in reasons.items() if options[name] is not None})
+    return options
 
 
 def add_alpha(parser: argparse.ArgumentParser) -> None:
@@ -58,11 +81,6 @@ def add_dtype(parser: argparse.ArgumentParser, text: str, *, default: str | None
     )
 
 
-def add_variant(parser: argparse.ArgumentParser) -> None:
-    """Add ``--variant``."""
-    parser.add_argument("--variant", help="Weight variant of the base, such as fp16.")
-
-
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """Add ``--overwrite``."""
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
@@ -74,7 +92,6 @@ def add_adapted_model(parser: argparse.ArgumentParser) -> None:
         parser,
         "Precision. auto: bfloat16 on a GPU that computes it, else float16; float32 on a CPU.",
     )
-    add_variant(parser)
     parser.add_argument(
         "--config",
         help="Diffusers folder with the configuration of a single-file base. Default: the "
@@ -105,14 +122,13 @@ def add_merge(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     )
     add_alpha(parser)
     parser.add_argument("--vae", help="Another VAE: folder, hub id or .safetensors file.")
-    add_variant(parser)
     _add_strengths(parser, _STRENGTHS | _COMPONENT_STRENGTHS)
 
 
 def merge_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_merge` added, as keywords of `export_checkpoint` and `verify_checkpoint`."""
-    names = (*_STRENGTHS, *_COMPONENT_STRENGTHS, "alpha", "vae", "variant")
-    return {name: getattr(args, name) for name in names}
+    names = (*_STRENGTHS, *_COMPONENT_STRENGTHS, "alpha", "vae")
+    return {name: getattr(args, name) for name in names} | base_options(args)
 
 
 def adapter_and_strength(text: str) -> tuple[str, float]:
@@ -145,10 +161,10 @@ def load_adapted_model(args: argparse.Namespace) -> tuple[Components, AdapterMet
         magnitude=args.magnitude_strength,
         alpha=args.alpha,
         dtype=dtype_of(args.dtype),
-        variant=args.variant,
         config=args.config,
         compile=args.compile,
         offload=getattr(args, "offload", "none"),
+        **base_options(args),
     )
 
 
@@ -183,8 +199,12 @@ def warn_without_effect(args: argparse.Namespace) -> None:
         reasons["config"] = "the base is not a single .safetensors file"
     elif args.config is not None and Path(getattr(args, "output", "")).suffix == ".safetensors":
         reasons["config"] = "the output is a single file, which holds none"
+    _warn_of(reasons)
+
+
+def _warn_of(reasons: Mapping[str, str]) -> None:
     for name, reason in reasons.items():
-        warnings.warn(f"{name} has no effect because {reason}", stacklevel=2)
+        warnings.warn(f"{name} has no effect because {reason}", stacklevel=3)
 
 
 def _add_strengths(parser: argparse.ArgumentParser, texts: dict[str, str]) -> None:

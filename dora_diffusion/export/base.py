@@ -23,16 +23,19 @@ def model_name(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def open_model(model: str | Path, variant: str | None = None) -> Iterator[StoredModel]:
+def open_model(
+    model: str | Path, variant: str | None = None, revision: str | None = None
+) -> Iterator[StoredModel]:
     """Open a model and close its files afterwards.
 
     Args:
         model: A diffusers folder, a hub id, ``embedded:NAME``, or a ``.safetensors`` checkpoint.
-        variant: Weight variant of a folder, such as ``"fp16"``.
+        variant: Weight variant of a folder or hub id, such as ``"fp16"``.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
         ExportError: If it is a pickle.
-        TensorFileError: If its weights are missing, damaged or pickled.
+        TensorFileError: If its weights (of the variant) are missing, damaged or pickled.
         UnsupportedModelError, ModelNotFoundError: If it is another kind of model, or none.
     """
     # Imported here: the model layer may import heavy libraries.
@@ -48,6 +51,6 @@ def open_model(model: str | Path, variant: str | None = None) -> Iterator[Stored
             yield checkpoint
         return
     is_home = str(model).startswith("~")
-    folder = resolve_folder(file if is_home else model, variant=variant)
+    folder = resolve_folder(file if is_home else model, variant=variant, revision=revision)
     with PipelineFolder.open(folder, variant) as pipeline:
         yield pipeline

@@ -40,6 +40,7 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     vae: str | Path | None = None,
     variant: str | None = None,
+    revision: str | None = None,
     config: str | Path | None = None,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
@@ -69,6 +70,7 @@ def export_checkpoint(
             own: SDXL's overflows in half precision.
         vae: Another autoencoder to bake in: a folder, a hub id or a ``.safetensors`` file.
         variant: Weight variant of the base, such as ``"fp16"``.
+        revision: Branch, tag or commit of a base on the hub.
         config: For a folder made from a single file: a diffusers folder that gives configuration
             and tokenizers. None takes the released model's from the hub.
         overwrite: Replace an output that exists.
@@ -91,7 +93,7 @@ def export_checkpoint(
         direction_strength, magnitude_strength,
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
-        model = stack.enter_context(open_model(base, variant))
+        model = stack.enter_context(open_model(base, variant, revision))
         inputs = [find_adapter(path) for path, _ in spec.pairs()]
         if vae is not None:
             inputs.append(Path(vae).expanduser())

@@ -27,7 +27,7 @@ from dora_diffusion.formats.adapter.file import (
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
 from dora_diffusion.formats.adapter.targets.registry import TARGETS
 from dora_diffusion.formats.checkpoint.weights import StoredModel
-from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from dora_diffusion.numerics.weights import NormAxis
 from dora_diffusion.wording import counted, listing
 
 
@@ -44,6 +44,8 @@ def combine_adapters(
     key_format: str | None = None,
     alpha: float | None = None,
     dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> ConversionReport:
@@ -51,7 +53,6 @@ def combine_adapters(
 
     A layer that one adapter of strength 1 has alone is kept, bit for bit, if its rank is small
     enough. Others are the nearest of a rank: exact where that is the sum of theirs, on one axis.
-    The report has the error of each: ``|W'' - W'| / |W' - W|``.
 
     Args:
         base: The model that they are for, a folder, a hub id, ``embedded:NAME`` or a single file.
@@ -65,6 +66,8 @@ def combine_adapters(
         key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the one that can hold it.
         alpha: What adapters were trained with whose files do not say it.
         dtype: Of the low-rank factors; None: float32.
+        variant: Weight variant of the base, such as ``"fp16"``.
+        revision: Branch, tag or commit of a base on the hub.
         overwrite: Replace a file that exists.
         on_progress: Called with (bytes of the base's adapted weights done, bytes in all).
 
@@ -75,10 +78,9 @@ def combine_adapters(
     spec, output = MergeSpec(adapters), Path(output).expanduser()
     spec.require_adapter()
     with contextlib.ExitStack() as stack:
-        model = stack.enter_context(open_model(base))
+        model = stack.enter_context(open_model(base, variant, revision))
         read = _read(spec, model, alpha)
-        axis = norm_axis or axis_of([layer for adapter in read for layer in _layers(adapter)])
-        settings = FitSettings(rank, conv_rank, energy, method, axis, dtype)
+        settings = FitSettings(rank, conv_rank, energy, method, norm_axis or _axis(read), dtype)
         kind = settings.key_format(key_format)
         inputs = [model.path, *(find_adapter(path) for path, _ in spec.pairs())]
         check_free(output, TARGETS[kind].file_name, inputs, overwrite)
@@ -86,7 +88,7 @@ def combine_adapters(
         embeddings = free_embeddings(output, adapter, overwrite)
         fitted = fit_to_adapters(model, spec.weighted(read), settings, on_progress)
         metadata = _metadata(model, spec, read, fitted, settings)
-        adapter = dataclasses.replace(adapter, layers=fitted.layers, metadata=metadata)
+        adapter = AdapterFile(fitted.layers, metadata, tokens=adapter.tokens)
         path = write_adapter(output, adapter, kind, base=model)
     notes = [*_notes(read, fitted.unchanged), *said_of_embeddings(embeddings)]
     errors, total = fitted.errors, fitted.total_error
@@ -128,8 +130,8 @@ def _tokens(adapters: Sequence[AdapterFile]) -> dict[str, Tensor]:
     return tokens
 
 
-def _layers(adapter: AdapterFile) -> list[LayerWeights]:
-    return [*adapter.layers.values(), *adapter.beside.values()]
+def _axis(adapters: Sequence[AdapterFile]) -> NormAxis:
+    return axis_of(w for part in adapters for w in (*part.layers.values(), *part.beside.values()))
 
 
 def _metadata(

@@ -98,6 +98,8 @@ def convert_adapter(
     target: str,
     *,
     base: str | Path | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
     family: str | None = None,
     rank: int | None = None,
     conv_rank: int | None = None,
@@ -114,8 +116,9 @@ def convert_adapter(
         source: Adapter file or folder.
         output: File (``.safetensors``) or folder to write.
         target: A key of ``CONVERSIONS``.
-        base: The base model. Needed by ``dense``, ``lora``, and ``comfyui`` for magnitudes on the
-            output axis; ``dora`` is nearer with it. Checks the adapter's fit in any case.
+        base: Of ``dense``, ``lora``, ``comfyui`` on the output axis; ``dora`` is nearer with it.
+        variant: Weight variant of the base, such as ``"fp16"``.
+        revision: Branch, tag or commit of a base on the hub.
         family: Name of a `Family`, for files that do not say it.
         rank: Largest rank, of ``dora`` and ``lora``; None: ``LORA_RANK`` for ``lora``.
         conv_rank: Largest rank of Conv2d layers, of ``dora``; None: ``rank``.
@@ -127,15 +130,14 @@ def convert_adapter(
         overwrite: Replace an output that exists.
 
     Raises:
-        ExportError: If the output exists or is what is read, or the target is unknown or needs
-            a base or a rank.
+        ExportError: If the output exists or is read, or the target lacks a base or a rank.
         AdapterFormatError: If the source cannot be read, or the target cannot hold it.
     """
     settings = _check_request(target, base, FitSettings(rank, conv_rank, energy, dtype=dtype))
     output, inputs = Path(output).expanduser(), [find_adapter(source)]
     inputs += [Path(base).expanduser()] if base is not None else []
     with contextlib.ExitStack() as stack:
-        model = None if base is None else stack.enter_context(open_model(base))
+        model = None if base is None else stack.enter_context(open_model(base, variant, revision))
         sums = model is not None and target in ("dense", "dora")
         adapter = read_adapter(source, model, alpha=alpha, sums=sums)
         settings = dataclasses.replace(settings, norm_axis=axis_of(adapter.layers.values()))

@@ -38,14 +38,15 @@ def extract_adapter(
     norm_axis: NormAxis = "output",
     key_format: str | None = None,
     dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> ConversionReport:
     """Write the adapter of a rank that is nearest to a tuned model.
 
     Every Linear and Conv2d of the UNet and the text encoders whose weight differs gets a layer;
-    tables of token vectors are left out, and a note says where they differ. The models are read one
-    tensor at a time.
+    tables of token vectors are left out, and a note says where they differ.
 
     Args:
         base: The model that the adapter will be used with: a Diffusers folder, a hub id,
@@ -55,12 +56,13 @@ def extract_adapter(
         rank: Largest rank; small layers get less.
         conv_rank: Largest rank of Conv2d layers; None: ``rank``.
         method: ``"dora"``, or ``"lora"``: without magnitudes.
-        energy: Take each layer's smallest rank that holds this share of the squared singular
-            values.
+        energy: Take each layer's smallest rank with this share of the squared singular values.
         norm_axis: What the magnitudes run along.
         key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the first; on the input axis
             the last, which alone can hold it.
         dtype: Of the low-rank factors; None: float32.
+        variant: Weight variant of the base, such as ``"fp16"``.
+        revision: Branch, tag or commit of a base on the hub.
         overwrite: Replace a file that exists.
         on_progress: Called with (bytes of the base compared, bytes in all).
 
@@ -75,7 +77,7 @@ def extract_adapter(
     settings = FitSettings(rank, conv_rank, energy, method, norm_axis, dtype)
     output, kind = Path(output).expanduser(), settings.key_format(key_format)
     with contextlib.ExitStack() as stack:
-        before = stack.enter_context(open_model(base))
+        before = stack.enter_context(open_model(base, variant, revision))
         after = stack.enter_context(open_model(tuned))
         check_free(output, TARGETS[kind].file_name, [before.path, after.path], overwrite)
         fitted, notes = _fit_models(before, after, settings, on_progress)

@@ -9,17 +9,25 @@ from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.formats.adapter.report import AdapterReport
 
 
-def inspect_adapter(path: str | Path, base: str | Path | None = None) -> AdapterReport:
+def inspect_adapter(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> AdapterReport:
     """Report what an adapter is.
 
     Args:
         path: An adapter file or folder.
         base: A model that it may fit: a folder, a hub id, ``embedded:NAME`` or a single file.
+        variant: Weight variant of the base, such as ``"fp16"``.
+        revision: Branch, tag or commit of a base on the hub.
 
     Raises:
         AdapterFormatError: If it is not an adapter that can be read, with the reason.
     """
     if base is None:
         return report_on(path)
-    with open_model(base) as model:
+    with open_model(base, variant, revision) as model:
         return report_on(path, model)

@@ -84,6 +84,7 @@ def verify_checkpoint(
     alpha: float | None = None,
     vae: str | Path | None = None,
     variant: str | None = None,
+    revision: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> VerifyReport:
     """Compare a merged model with what base and adapters give.
@@ -100,6 +101,7 @@ def verify_checkpoint(
         alpha: What adapters were trained with whose files do not say it.
         vae: The autoencoder that was baked in.
         variant: Weight variant of the base.
+        revision: Branch, tag or commit of a base on the hub.
         on_progress: Called with (bytes compared, bytes in all).
 
     Raises:
@@ -114,7 +116,7 @@ def verify_checkpoint(
     spec.require_adapter()
     with contextlib.ExitStack() as stack:
         merged_model = stack.enter_context(open_model(merged))
-        model = stack.enter_context(open_model(base, variant))
+        model = stack.enter_context(open_model(base, variant, revision))
         weights: ModelWeights = model
         if vae is not None:
             weights = WithVae(model, stack.enter_context(open_vae(vae)))

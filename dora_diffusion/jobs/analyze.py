@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from dora_diffusion.console.shell import shown_command
 from dora_diffusion.jobs.checkpoints import chosen_adapter
 from dora_diffusion.jobs.exports import file_name
 from dora_diffusion.jobs.loading import ModelFiles
@@ -39,8 +39,8 @@ def start_analysis(workspace: Workspace, run: Job) -> str:
 def analyze_command(workspace: Workspace, request: AnalyzeRequest) -> str:
     """The command that analyzes as the job does."""
     words = [str(workspace.root / request.run), "--base", request.base, "--output", request.output]
-    words += ["--variant", request.variant] if request.variant else []
-    return "python -m dora_diffusion analyze " + " ".join(map(shlex.quote, words))
+    words += ModelFiles(variant=request.variant, revision=request.revision).flags
+    return shown_command([["python", "-m", "dora_diffusion", "analyze", *words]])
 
 
 def run_analysis(workspace: Workspace, request: AnalyzeRequest, note: ProgressFile) -> None:
@@ -54,9 +54,12 @@ def run_analysis(workspace: Workspace, request: AnalyzeRequest, note: ProgressFi
     def show(done: int, total: int) -> None:
         note(often=done < total, done=done, total=total)
 
-    files = ModelFiles(variant=request.variant, revision=request.revision)
     analysis = analyze_weights(
-        run.folder, files.base(request.base), variant=request.variant, on_progress=show
+        run.folder,
+        request.base,
+        variant=request.variant,
+        revision=request.revision,
+        on_progress=show,
     )
     # Its folder is called by its id; people know it by its title.
     runs = [dataclasses.replace(change, name=run.title) for change in analysis.runs]

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_diffusion.console.programs import where_it_works
+from dora_diffusion.console.shell import shown_command
 from dora_diffusion.formats.adapter.conversions import CONVERSIONS
 from dora_diffusion.formats.files.names import file_stem
 from dora_diffusion.jobs.checkpoints import chosen_adapter
 from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.loading import ModelFiles
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.workspace import Workspace
 
@@ -42,8 +44,11 @@ class Exported:
 def export_adapter(workspace: Workspace, job: Job, target: str) -> Exported:
     """Write a run's adapter in a format, and say what ``dora-diffusion convert`` says of it.
 
+    The base model is never downloaded for it.
+
     Raises:
-        RequestError: If there is no adapter, or no such format.
+        RequestError: If there is no adapter, or no such format, or it needs a base model that is
+            not on this machine.
         ExportError, AdapterFormatError: If the format cannot hold it.
     """
     from dora_diffusion.export import convert_adapter, inspect_adapter
@@ -55,14 +60,31 @@ def export_adapter(workspace: Workspace, job: Job, target: str) -> Exported:
     # PEFT writes a folder per component; the other formats are one file each.
     name = file_name(job, target)
     output = folder / "adapter" if target == "peft" else folder / f"{name}.safetensors"
+    files = ModelFiles.of(job.settings)
+    base = files.here(job.base) if job.base else None
+    if base is None and CONVERSIONS[target].for_one_base:
+        raise RequestError(
+            f"{target} files are made for one base model, and {job.base or 'this one'} is not on "
+            f"this machine as the run loaded it. This downloads it, and converts the adapter: "
+            f"{convert_command(source, output, target, job.base, files)}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    report = convert_adapter(source, output, target, base=job.base or None, overwrite=True)
+    report = convert_adapter(
+        source, output, target, base=base, variant=files.variant, overwrite=True
+    )
     exact, wrong = where_it_works(inspect_adapter(report.path).tools)
     cautions = [f"Wrong in {wrong}: choose another format for these, or merge."] if wrong else []
     path = output
     if output.is_dir():
         path = Path(shutil.make_archive(str(folder / name), "zip", output))
     return Exported(path, (_exactness(report), *exact), (*report.notes, *cautions))
+
+
+def convert_command(source: Path, output: Path, target: str, base: str, files: ModelFiles) -> str:
+    """The command that converts as the app does."""
+    words = [source, output, "--to", target, "--base", base]
+    words += ModelFiles(variant=files.variant, revision=files.revision).flags
+    return shown_command([["python", "-m", "dora_diffusion", "convert", *words]])
 
 
 def _exactness(report: ConversionReport) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +38,31 @@ class ModelFiles:
             settings.get("revision") or None,
         )
 
-    def base(self, name: str) -> str:
-        """A base model's name, or its folder where a revision is asked for."""
-        from dora_diffusion.models.locate import resolve_folder
+    @property
+    def flags(self) -> list[str]:
+        """The same for a command."""
+        named = dataclasses.asdict(self).items()
+        return [word for name, value in named if value for word in (f"--{name}", value)]
 
-        if not self.revision:
+    def here(self, name: str) -> str | None:
+        """A base model's name, or its folder in the hub's cache; None where it is not on the disk.
+
+        The hub is not asked.
+        """
+        from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+        from dora_diffusion.formats.files.header import TensorFileError
+        from dora_diffusion.models.locate import ModelNotFoundError, is_embedded, resolve_folder
+
+        if is_embedded(name) or Path(name).expanduser().exists():
             return name
-        return str(resolve_folder(name, revision=self.revision, variant=self.variant))
+        try:
+            folder = resolve_folder(
+                name, revision=self.revision, variant=self.variant, local_only=True
+            )
+            PipelineFolder(folder, self.variant)  # The cache may hold its configuration alone.
+        except (ModelNotFoundError, TensorFileError):
+            return None
+        return str(folder)
 
 
 def load_model(name: str, adapter: Path | None, files: ModelFiles) -> Components:
@@ -58,7 +77,7 @@ def load_model(name: str, adapter: Path | None, files: ModelFiles) -> Components
 
     dtype = PRECISION_DTYPES[auto_precision(describe_device())]
     components, _ = load_adapted(
-        files.base(name), adapter, dtype=dtype, variant=files.variant, config=files.config,
-        vae=files.vae,
+        name, adapter, dtype=dtype, variant=files.variant, revision=files.revision,
+        config=files.config, vae=files.vae,
     )  # fmt: skip
     return components

@@ -45,9 +45,7 @@ def merge_command(request: MergeRequest) -> str:
     words = ["--base", request.base, "--adapter", request.adapter, "--output", request.output]
     if request.strength != 1:
         words += ["--strength", f"{request.strength:g}"]
-    for name in ("vae", "config", "variant"):
-        value = getattr(request, name)
-        words += [f"--{name}", value] if value else []
+    words += request.files.flags
     return shown_command([["python", "-m", "dora_diffusion", "export", *words]])
 
 
@@ -63,12 +61,13 @@ def run_merge(request: MergeRequest, note: ProgressFile) -> None:
     output = Path(request.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     export_checkpoint(
-        request.files.base(request.base),
+        request.base,
         request.adapter,
         output,
         strength=request.strength,
         vae=request.vae,
         variant=request.variant,
+        revision=request.revision,
         config=request.config,
         overwrite=True,
         on_progress=show,

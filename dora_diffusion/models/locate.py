@@ -25,7 +25,11 @@ def is_embedded(name: str) -> bool:
 
 
 def resolve_folder(
-    name: str | Path, *, revision: str | None = None, variant: str | None = None
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    local_only: bool = False,
 ) -> Path:
     """Find the diffusers pipeline folder that a name stands for.
 
@@ -35,6 +39,7 @@ def resolve_folder(
             ``HF_TOKEN`` are honoured). Only safetensors weights and configuration are fetched.
         revision: Branch, tag or commit of a hub id.
         variant: Weight variant, such as "fp16".
+        local_only: Look for a hub id in the cache alone.
 
     Raises:
         ModelNotFoundError: If there is no such model, in one line with what to do.
@@ -52,11 +57,17 @@ def resolve_folder(
     allow = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
     allow += [f"{folder}/{file}" for folder in WEIGHT_COMPONENTS for file in _weights(variant)]
     ignore = [] if variant else ["*.fp16.*", "*.fp16-*", "*non_ema*", "*.bf16.*"]
-    return _checked_folder(fetch_snapshot(text, revision, allow, ignore))
+    return _checked_folder(fetch_snapshot(text, revision, allow, ignore, local_only))
 
 
-def fetch_snapshot(name: str, revision: str | None, allow: list[str], ignore: list[str]) -> Path:
-    """Download the allowed files of a hub id, or find them in the cache.
+def fetch_snapshot(
+    name: str,
+    revision: str | None,
+    allow: list[str],
+    ignore: list[str],
+    local_only: bool = False,
+) -> Path:
+    """Download the allowed files of a hub id, or find them in the cache (``local_only``: there).
 
     Raises:
         ModelNotFoundError: If that fails, with the cause and what to do.
@@ -77,7 +88,11 @@ def fetch_snapshot(name: str, revision: str | None, allow: list[str], ignore: li
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=allow, ignore_patterns=ignore
+                name,
+                revision=revision,
+                allow_patterns=allow,
+                ignore_patterns=ignore,
+                local_files_only=local_only,
             )
         )
     except Exception as error:

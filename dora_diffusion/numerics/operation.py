@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_diffusion.numerics.precision import product_dtype
+
 
 class Operation(Protocol):
     """A linear map with a weight ``(out, in, *k)``.
@@ -84,7 +86,6 @@ class ConvOperation:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Convolve."""
-        convolve = F.conv2d if len(self.stride) == 2 else F.conv1d
         return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def down_project(self, x: Tensor, down: Tensor) -> Tensor:
@@ -96,8 +97,8 @@ class ConvOperation:
     def up_project(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
         """``up`` is a convolution of size 1 on what ``down`` made, whatever the stride was."""
         # Stride, padding and dilation were applied by A; applied twice, the sizes would not fit.
-        convolve = F.conv2d if len(self.stride) == 2 else F.conv1d
-        return convolve(x, up, bias, 1, 0, 1, self.groups)
+        plain = F.conv2d if len(self.stride) == 2 else F.conv1d
+        return plain(x, up, bias, 1, 0, 1, self.groups)
 
     def broadcast(self, vector: Tensor) -> Tensor:
         """``(channels,)`` -> ``(channels, *1)``."""
@@ -109,13 +110,42 @@ class ConvOperation:
         return x * self.broadcast(vector if self.groups == 1 else vector.repeat(self.groups))
 
 
-def exceeds(kernel: Sequence[int], dilation: Sequence[int], size: Sequence[int]) -> bool:
-    """Whether a convolution's kernel spans more than the map ``(*size)`` that it is applied to.
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: str | tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """``F.conv1d`` or ``F.conv2d``, whose weight gets a right gradient everywhere."""
+    run: Any = F.conv2d if weight.ndim == 4 else F.conv1d
+    trains = torch.is_grad_enabled() and weight.requires_grad
+    if not (trains and leaves_garbage(x, weight, dilation)):
+        made: Tensor = run(x, weight, bias, stride, padding, dilation, groups)
+        return made
+    low, bias = product_dtype(x), None if bias is None else bias.float()
+    with torch.autocast(x.device.type, enabled=False):
+        made = run(x.float(), weight.float(), bias, stride, padding, dilation, groups)
+        return made.to(low)
 
-    In bfloat16 on a CPU, oneDNN leaves those taps of a weight's gradient that only ever met padding
-    as it found them in memory, with whatever numbers these were, NaN among them. Its float32 is
-    right.
+
+def leaves_garbage(x: Tensor, weight: Tensor, dilation: Sequence[int]) -> bool:
+    """Whether a convolution's weight gradient must be computed in float32.
+
+    Where a kernel spans more than the map that it is applied to, oneDNN in bfloat16 leaves those
+    taps of the gradient that only ever met padding as it found them in memory, with whatever
+    numbers these were, NaN among them.
+
+    Args:
+        x: Input ``(N, in, *size)``, or without N.
+        weight: ``(out, in, *k)``.
+        dilation: Of each dimension of the kernel.
     """
+    if x.device.type != "cpu" or product_dtype(x) != torch.bfloat16:
+        return False
+    kernel, size = weight.shape[2:], x.shape[2 - weight.ndim :]
     return any(d * (k - 1) + 1 > n for k, d, n in zip(kernel, dilation, size, strict=True))
 
 

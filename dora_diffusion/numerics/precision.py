@@ -37,6 +37,12 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(wide_dtype(tensor))
 
 
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """What a product of a floating tensor is computed in: autocast's dtype, or its own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 def to_float64(tensor: Tensor) -> Tensor:
     """The tensor in float64; on the CPU where its device has none, which an operation brings back.
 

@@ -24,7 +24,7 @@ from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME
 from dora_diffusion.formats.names.modules import canonical
 from dora_diffusion.merge import is_finite
 from dora_diffusion.models.components import Components
-from dora_diffusion.numerics.operation import exceeds
+from dora_diffusion.numerics.operation import convolve
 from dora_diffusion.training.optimizer import weight_groups
 from dora_diffusion.training.recompute import checkpoint_gradients
 from dora_diffusion.training.weights import Writer
@@ -201,18 +201,16 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
 
 
 def widen_small_convolutions(model: nn.Module) -> None:
-    """Have convolutions compute maps that their kernel `exceeds` in float32."""
+    """Have a model's convolutions compute as `convolve` does."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        # Other modes pad before they convolve: every tap meets the map.
+        if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
             module.forward = partial(_convolve, module)  # type: ignore[method-assign]
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    if not exceeds(conv.kernel_size, conv.dilation, x.shape[-2:]):
-        return type(conv).forward(conv, x)
-    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    with torch.autocast("cpu", enabled=False):
-        return conv._conv_forward(x.float(), conv.weight, conv.bias).to(low)
+    settings = conv.stride, conv.padding, conv.dilation, conv.groups
+    return convolve(x, conv.weight, conv.bias, *settings)
 
 
 def _parameters(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Parameter]:

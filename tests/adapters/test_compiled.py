@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from packaging.version import Version
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
 
@@ -356,6 +358,28 @@ def test_a_second_step_in_one_scope_is_an_error_in_compiled_blocks_too() -> None
         update.step()
         with pytest.raises(RuntimeError, match="changed inside norm_scope"):
             model(square())
+
+
+def test_no_compiled_weight_gradient_in_bf16_is_of_a_map_smaller_than_its_kernel(
+    monkeypatch,
+) -> None:
+    """OneDNN leaves garbage there: the graph has it in float32."""
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("Only",))
+    dtypes: list[torch.dtype] = []
+
+    def read(graph: torch.fx.GraphModule, _: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.aten.convolution_backward.default and node.args[-1][1]:
+                grad, _, weight = (argument.meta["val"] for argument in node.args[:3])
+                dtypes.extend([grad.dtype] if weight.shape[-1] > 1 else [])  # A's, not B's.
+        return make_boxed_func(graph.forward)
+
+    model = nn.Sequential(Only(nn.Conv2d(6, 8, 3, padding=1))).bfloat16()
+    inject_adapters(model, dataclasses.replace(everything(conv_rank=2), targets=("0.layer",)))
+    other = compiled(model, aot_autograd(fw_compiler=read, bw_compiler=read))
+    with norm_scope(other):
+        other(torch.ones(2, 6, 1, 1).bfloat16()).float().sum().backward()
+    assert dtypes == [torch.float32]
 
 
 def test_half_precision_gradients_do_not_overflow_in_the_sums() -> None:

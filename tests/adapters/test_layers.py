@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,9 +26,12 @@ from dora_diffusion.config import AdapterConfig
 from tests.adapters.helpers import (
     AXES,
     block,
+    everything,
     gradients,
     kept_by,
+    move,
 )
+from tests.emulation import OneDNN
 
 
 class Net(nn.Module):
@@ -336,3 +340,23 @@ def test_a_unet_keeps_the_outputs_of_its_layers_beyond_what_it_keeps_with_peft_l
         inject_adapter_in_model(LoraConfig(r=2, target_modules=paths), model)
 
     assert unet_keeps(ours) <= 1.2 * unet_keeps(lora)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+@pytest.mark.parametrize("path", ["dora", "lora", "dropout", "several", "no scope"])
+def test_taps_that_meet_padding_alone_get_no_gradient_in_bf16(path, kind):
+    """A kernel of 3 on a map of one pixel: oneDNN leaves there what it finds in memory."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(kind(6, 8, 3, padding=1)).bfloat16().train()
+    dropout = 1e-6 if path == "dropout" else 0.0
+    inject_adapters(layer, everything(use_dora=path != "lora", dropout=dropout))
+    if path == "several":
+        inject_adapters(layer, everything(), name="second")
+    move(layer)
+    x = torch.randn(2, 6, *[1] * (layer[0].weight.ndim - 2)).bfloat16()
+    with nullcontext() if path == "no scope" else norm_scope(layer), OneDNN():
+        layer(x).float().square().sum().backward()
+    taps = layer[0].adapters["default"].down.grad.flatten(2)
+    center = taps.shape[-1] // 2
+    assert taps[..., center].count_nonzero() > 0
+    assert torch.equal(taps.count_nonzero(), taps[..., center].count_nonzero())

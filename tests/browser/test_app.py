@@ -279,6 +279,7 @@ def test_resume_goes_on_counting_and_stop_saves(
     assert page.text("#run-said").strip() == ""  # nothing that was true only for a while
     stopped = state_of(app, started)
     assert stopped.checkpoints[-1] == f"checkpoint-{stopped.step}"
+    page.unfold("Rename or remove")
     page.click("#remove")
     app.until(lambda: not (app.runs / started).exists())
 

@@ -11,9 +11,11 @@ import pytest
 from dora_diffusion import cli
 from dora_diffusion.commands.options import (
     adapter_and_strength,
+    base_options,
     merge_options,
     warn_without_effect,
 )
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 
 
 def said(line: str) -> list[str]:
@@ -81,13 +83,88 @@ def test_an_adapter_may_have_its_own_strength(text, expected):
     assert adapter_and_strength(text) == expected
 
 
+# Every command that takes a base.
+TAKING_A_BASE = {
+    "convert": "convert {adapter} {out} --to lora",
+    "convert exactly": "convert {adapter} {out} --to kohya",
+    "extract": "extract --tuned {folder} --output {out} --rank 2",
+    "combine": "combine {adapter} --output {out}",
+    "inspect": "inspect {adapter}",
+    "export": "export --adapter {adapter} --output {out}",
+    "analyze": "analyze {adapter} --output {out}",
+    "verify": "verify {folder} --adapter {adapter}",
+    "evaluate": "evaluate {adapter} --subject bolt_mug --output {out}",
+    "generate": "generate --adapter {adapter} --prompt x --output {out}.png",
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, sd1_folder, random_adapter):
+    layers = random_adapter(sd1_folder, every=40)
+    folder = tmp_path_factory.mktemp("adapter")
+    return write_adapter(folder, AdapterFile(layers, AdapterMetadata("sd1", trigger="sks mug")))
+
+
+@pytest.mark.parametrize("command", TAKING_A_BASE)
+def test_a_variant_that_is_not_there_is_an_error(command, adapter, sd1_folder, tmp_path, capsys):
+    """Never the plain weights in its place."""
+    line = TAKING_A_BASE[command].format(adapter=adapter, folder=sd1_folder, out=tmp_path / "out")
+    assert cli.main([*line.split(), "--base", str(sd1_folder), "--variant", "nope"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "'nope'" in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", TAKING_A_BASE)
+def test_variant_and_revision_reach_the_hub(
+    command, adapter, sd1_folder, tmp_path, capsys, monkeypatch
+):
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append((name, options["revision"], options["allow_patterns"]))
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    line = TAKING_A_BASE[command].format(adapter=adapter, folder=sd1_folder, out=tmp_path / "out")
+    flags = ["--base", "someone/model", "--revision", "v2", "--variant", "fp16"]
+    assert cli.main([*line.split(), *flags]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: someone/model is not")
+    ((name, revision, patterns),) = asked
+    assert (name, revision) == ("someone/model", "v2")
+    assert "unet/*.fp16*.safetensors" in patterns
+    assert "unet/*.safetensors" not in patterns
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--base b/c --variant v --revision r", []),
+        ("--base b.safetensors --variant v --revision r",
+         ["variant has no effect because the base is a single file",
+          "revision has no effect because the base is a single file"]),
+        ("--base embedded:tiny-sd --revision r",
+         ["revision has no effect because the base is on this machine, not a hub id"]),
+        ("--variant v", ["variant has no effect because no base is given"]),
+    ],
+)  # fmt: skip
+def test_a_variant_or_revision_without_effect_is_said(flags, expected):
+    args = cli.build_parser().parse_args(["inspect", "a", *flags.split()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        options = base_options(args)
+    assert [str(warning.message) for warning in caught] == expected
+    assert options == {"variant": args.variant, "revision": args.revision}
+
+
 @pytest.mark.parametrize("command", ["export --output o", "verify merged"])
 def test_export_and_verify_are_given_the_same_merge(command):
     words = f"{command} --base b --adapter a --unet_strength 0.5 --alpha 3 --vae v".split()
     assert merge_options(cli.build_parser().parse_args(words)) == {
         "strength": 1.0, "direction_strength": 1.0, "magnitude_strength": 1.0,
         "unet_strength": 0.5, "text_encoder_strength": 1.0,
-        "alpha": 3.0, "vae": "v", "variant": None,
+        "alpha": 3.0, "vae": "v", "variant": None, "revision": None,
     }  # fmt: skip
 
 

@@ -6,11 +6,24 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from dora_diffusion.export import ExportError, export_checkpoint
-from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
+from dora_diffusion.analysis import analyze_weights
+from dora_diffusion.export import (
+    ExportError,
+    combine_adapters,
+    convert_adapter,
+    export_checkpoint,
+    extract_adapter,
+    inspect_adapter,
+    verify_checkpoint,
+)
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.files.header import TensorFileError
-from tests.export.helpers import MakeAdapter
+from dora_diffusion.generate import load_adapted
+from tests.export.helpers import MakeAdapter, assert_equal
 
 
 def test_pickled_bases_are_refused(
@@ -28,3 +41,77 @@ def test_pickled_bases_are_refused(
     file.rename(file.with_suffix(".bin"))
     with pytest.raises(TensorFileError, match=r"as a pickle \(diffusion_pytorch_model.bin\)"):
         export_checkpoint(base, path, tmp_path / "m")
+
+
+@pytest.fixture
+def two_variants(tmp_path: Path, sd1_folder: Path) -> tuple[Path, Path]:
+    """A base with weights of a variant that differ from the plain ones; one that has them alone."""
+    both, alone = (shutil.copytree(sd1_folder, tmp_path / name) for name in ("both", "alone"))
+    for path in list(alone.rglob("*.safetensors")):
+        tensors = load_file(path)
+        draw = torch.Generator().manual_seed(len(tensors))
+        other = {
+            name: t + 0.3 * t.std() * torch.randn(t.shape, generator=draw) if t.ndim > 1 else t
+            for name, t in tensors.items()
+        }
+        save_file(other, path, {"format": "pt"})
+        place = both / path.parent.name / f"{path.stem}.other.safetensors"
+        save_file(other, place, {"format": "pt"})
+    return both, alone
+
+
+@pytest.mark.parametrize("way", ["dense", "lora", "dora", "extract", "combine", "inspect"])
+def test_what_is_computed_from_a_base_is_of_its_variant(
+    tmp_path: Path, sd1_folder: Path, two_variants: tuple[Path, Path], way: str,
+    random_adapter: MakeAdapter,
+) -> None:  # fmt: skip
+    both, alone = two_variants
+    layers = random_adapter(sd1_folder, every=25)
+    facts = AdapterMetadata("sd1")
+    source = write_adapter(tmp_path / "a.safetensors", AdapterFile(layers, facts))
+
+    def made(base: Path, variant: str | None) -> dict[str, Tensor]:
+        output = tmp_path / f"{base.name}-{variant}.safetensors"
+        if way == "inspect":
+            return {inspect_adapter(source, base, variant=variant).fits: torch.zeros(0)}
+        if way == "extract":
+            extract_adapter(base, sd1_folder, output, rank=1, energy=0.01, variant=variant)
+        elif way == "combine":
+            combine_adapters(base, source, output, rank=1, variant=variant)
+        else:
+            rank = None if way == "dense" else 1
+            convert_adapter(source, output, way, base=base, rank=rank, variant=variant)
+        return load_file(output)
+
+    wanted = made(alone, None)
+    assert_equal(made(both, "other"), wanted)
+    # Of the plain weights there is no difference to extract, and the fit is as good.
+    if way not in ("extract", "inspect"):
+        plain = made(both, None)
+        assert any(not torch.equal(tensor, plain[name]) for name, tensor in wanted.items())
+    with pytest.raises(TensorFileError, match="no weights of the variant 'nope'"):
+        made(both, "nope")
+
+
+def test_a_revision_is_asked_of_the_hub(
+    sd1_folder: Path, tmp_path: Path, random_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def snapshot_download(name: str, **options: object) -> str:
+        asked.append((name, options["revision"]))
+        return str(sd1_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    layers = random_adapter(sd1_folder, every=40)
+    file = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")))
+    base, revision = "someone/model", "v2"
+    convert_adapter(file, tmp_path / "b.safetensors", "dense", base=base, revision=revision)
+    combine_adapters(base, file, tmp_path / "c.safetensors", revision=revision)
+    inspect_adapter(file, base, revision=revision)
+    merged = export_checkpoint(base, file, tmp_path / "merged", revision=revision)
+    assert verify_checkpoint(merged, base, file, revision=revision).ok
+    extract_adapter(base, merged, tmp_path / "d.safetensors", rank=1, revision=revision)
+    analyze_weights(file, base, revision=revision)
+    load_adapted(base, file, revision=revision, device="cpu")
+    assert asked == 8 * [(base, revision)]

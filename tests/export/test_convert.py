@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from dora_diffusion.cli import main
 from dora_diffusion.export import (
     ExportError,
+    combine_adapters,
     convert_adapter,
     export_checkpoint,
+    extract_adapter,
     inspect_adapter,
 )
 from dora_diffusion.formats.adapter.conversions import CONVERSIONS
@@ -27,6 +29,13 @@ from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.numerics.low_rank import weight_change
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.export.helpers import MakeAdapter
+from tests.formats.adapter.helpers import TABLE_HOLDS
+from tests.formats.adapter.targets.helpers import (
+    assert_close_to_merge,
+    load_pipeline,
+    module_at,
+)
+from tests.formats.adapter.targets.test_kohya import load_metadata
 
 
 def test_approximation_reports_its_error(
@@ -141,6 +150,40 @@ def test_an_approximation_is_called_exact_for_itself_only(
     assert start == "exact for this LoRA, which is off the DoRA by"
     # The file holds the error of the first conversion in fewer digits.
     assert float(percent.rstrip("%")) == pytest.approx(100 * most, abs=0.1)
+
+
+@TABLE_HOLDS
+@pytest.mark.parametrize("way", ["lora", "extract", "combine"])
+def test_diffusers_reads_each_kohya_lora_of_ours_exactly(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, way: str
+) -> None:
+    """Of layers with ranks of their own, in the UNet and the text encoder."""
+    dora = random_adapter(sd1_folder, every=7)
+    dora |= random_adapter(sd1_folder, components=["text_encoder"])
+    dora = write_adapter(tmp_path / "dora", AdapterFile(dora, AdapterMetadata("sd1")))
+    file = tmp_path / "lora.safetensors"
+    if way == "lora":
+        convert_adapter(dora, file, "lora", base=sd1_folder, energy=0.6)
+    elif way == "combine":
+        combine_adapters(sd1_folder, dora, file, method="lora", key_format="kohya", energy=0.6)
+    else:
+        tuned = export_checkpoint(sd1_folder, dora, tmp_path / "tuned")
+        extract_adapter(
+            sd1_folder, tuned, file, rank=64, method="lora", key_format="kohya", energy=0.6
+        )
+    layers = read_adapter(file).layers
+    assert len({layer.rank for layer in layers.values()}) > 1
+    assert len({layer.alpha for layer in layers.values()}) == 1
+    report = inspect_adapter(file)
+    assert report.tools["diffusers"].startswith("exact for this LoRA")
+    assert {report.alpha} == {f"{layer.alpha:g}" for layer in layers.values()}
+    assert report.alpha == load_metadata(file)["dora_diffusion.alpha"]
+    pipeline = load_pipeline(sd1_folder)
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    pipeline.fuse_lora(components=["unet", "text_encoder"])
+    pipeline.unload_lora_weights()
+    for name in layers:
+        assert_close_to_merge(module_at(pipeline, name).weight, sd1_folder, layers, name)
 
 
 def test_an_approximation_of_full_rank_is_exact(

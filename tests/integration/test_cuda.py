@@ -216,7 +216,9 @@ def test_gradients_that_are_not_finite_move_nothing_and_are_told_a_step_later(
         parameters = parameters_by_name(session.weights.modules)
         before = {name: p.detach().clone() for name, p in parameters.items()}
         state = step.optimizer.optimizer.state
-        moments = {id(p): {k: v.clone() for k, v in state[p].items() if k != "RMS"} for p in state}
+        moments = {}
+        if optimizer == "adamw":
+            moments = {id(p): {k: v.clone() for k, v in state[p].items()} for p in state}
         victim = next(p for name, p in parameters.items() if name.endswith("up"))
         handle = victim.register_hook(lambda grad: torch.full_like(grad, float("nan")))
         torch.cuda.set_sync_debug_mode("error")
@@ -226,7 +228,7 @@ def test_gradients_that_are_not_finite_move_nothing_and_are_told_a_step_later(
             torch.cuda.set_sync_debug_mode("default")
         handle.remove()
         assert all(bool(torch.isfinite(p).cpu().all()) for p in parameters.values())
-        if optimizer == "adamw":
+        if moments:
             assert all(torch.equal(p, before[name]) for name, p in parameters.items())
             for p in state:
                 assert all(torch.equal(v, moments[id(p)][k]) for k, v in state[p].items())

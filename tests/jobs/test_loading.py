@@ -37,4 +37,6 @@ def test_what_a_run_names_is_what_is_loaded() -> None:
     ).to_dict()
     assert ModelFiles.of(settings) == ModelFiles("v", "c", "fp16", "r")
     assert ModelFiles.of({"variant": ""}) == ModelFiles()
-    assert ModelFiles().base("org/model") == "org/model"
+    words = " ".join(ModelFiles.of(settings).flags)
+    assert words == "--vae v --config c --variant fp16 --revision r"
+    assert ModelFiles().flags == []

@@ -6,7 +6,9 @@ import html
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.app.html import status_card
@@ -14,10 +16,11 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs import records
+from dora_diffusion.jobs.analyze import analyze_command, run_analysis, start_analysis
 from dora_diffusion.jobs.checkpoints import adapter_of
 from dora_diffusion.jobs.exports import export_adapter
 from dora_diffusion.jobs.logs import log_warnings
-from dora_diffusion.jobs.merge import merge_command, start_merge
+from dora_diffusion.jobs.merge import merge_command, run_merge, start_merge
 from dora_diffusion.jobs.records import TrainRequest
 from dora_diffusion.jobs.snapshot import Job, read_job
 from dora_diffusion.jobs.workspace import Workspace, read_json, write_json
@@ -85,11 +88,13 @@ def test_merges_of_a_run_do_not_replace_each_other(finished: tuple[Workspace, st
     ]
 
 
-def test_a_merge_takes_the_same_files_and_says_so(tmp_path: Path) -> None:
+def test_a_merge_takes_the_same_files_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workspace = Workspace(tmp_path / "runs").make()
     config = TrainConfig(
         max_train_steps=3, class_word="mug", pretrained_vae_model_name_or_path="/a vae",
-        model_config="/config", variant="fp16",
+        model_config="/config", variant="fp16", revision="v2",
     )  # fmt: skip
     run = workspace.root / jobs.create_job(
         workspace, TrainRequest(), "sks mug", lambda _: as_yaml(config)
@@ -105,4 +110,24 @@ def test_a_merge_takes_the_same_files_and_says_so(tmp_path: Path) -> None:
     assert (facts["vae"], facts["config"], facts["variant"]) == ("/a vae", "/config", "fp16")
     shown = read_job(merge)
     assert shown is not None
-    assert merge_command(shown.request).endswith("--vae '/a vae' --config /config --variant fp16")
+    assert merge_command(shown.request).endswith(
+        "--vae '/a vae' --config /config --variant fp16 --revision v2"
+    )
+    # An analysis is of the same weights.
+    analysis = read_job(workspace.root / start_analysis(workspace, job))
+    assert analysis is not None
+    assert analyze_command(workspace, analysis.request).endswith("--variant fp16 --revision v2")
+
+    def stop(*_: object, **options: Any) -> None:
+        raise InterruptedError(options["variant"], options["revision"])
+
+    monkeypatch.setattr("dora_diffusion.export.export_checkpoint", stop)
+    monkeypatch.setattr("dora_diffusion.analysis.analyze_weights", stop)
+    note = records.ProgressFile(tmp_path)
+    for perform in (
+        lambda: run_merge(shown.request, note),
+        lambda: run_analysis(workspace, analysis.request, note),
+    ):
+        with pytest.raises(InterruptedError) as raised:
+            perform()
+        assert raised.value.args == ("fp16", "v2")

@@ -74,12 +74,15 @@ class RunView:
                 self.log = html_block(elem_id="log")
             with gr.Accordion("Command line of this run", open=False):
                 self.command = html_block(elem_id="command")
-            with gr.Row():
+            with gr.Accordion("Rename or remove", open=False):
                 self.name = gr.Textbox(
                     label="Name of this run", max_lines=1, max_length=NAME_LIMIT, elem_id="run-name"
                 )
-                self.rename = gr.Button("Rename", size="sm", elem_id="rename")
-            self.remove = gr.Button("Remove this run", visible=False, size="sm", elem_id="remove")
+                with gr.Row():
+                    self.rename = gr.Button("Rename", size="md", elem_id="rename")
+                    self.remove = gr.Button(
+                        "Remove this run", visible=False, size="md", elem_id="remove"
+                    )
 
 
 def connect(context: Context, view: RunView) -> None:

@@ -8,7 +8,8 @@ the published formulas of ComfyUI and A1111.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dora_diffusion.families import COMPONENTS
@@ -16,6 +17,7 @@ from dora_diffusion.formats.adapter.keys import PEFT_PREFIX, is_embedding_key
 from dora_diffusion.formats.adapter.metadata import APPROXIMATES, APPROXIMATION_ERROR
 from dora_diffusion.formats.names.kohya import KOHYA_PREFIXES
 from dora_diffusion.formats.names.unet import TOP_MODULES
+from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.wording import counted, listing
 
 EXACT = "exact"
@@ -24,6 +26,7 @@ _ROUNDING = 1e-5
 _PLAIN = "wrong: the magnitudes are ignored, so it acts as a plain LoRA"
 _NOT_FOR_IT = "convert: the file is not made for it"
 _OTHER_BASES = "exact for its base: wrong with any other"
+BYPASS = "ComfyUI's bypass mode, which patches no weights, ignores the magnitudes"
 _UNKNOWN = "convert: its key format is not one that we have checked"
 OTHER = "other"
 # Of early 2023: the first LoRA trainer's numbers, and attention processors of diffusers.
@@ -61,7 +64,7 @@ VERDICTS: Mapping[str, Mapping[str, str]] = {
             _PLAIN,
             _NOT_FOR_IT,
             "exact if told so: with wd_on_output=False, and an error without",
-            EXACT,
+            f"exact: but {BYPASS}",
             EXACT,
             EXACT,
             _PLAIN,
@@ -70,7 +73,7 @@ VERDICTS: Mapping[str, Mapping[str, str]] = {
             _PLAIN,
             _NOT_FOR_IT,
             "wrong: the magnitudes are changed for ComfyUI",
-            _OTHER_BASES,
+            f"{_OTHER_BASES}; {BYPASS}",
             _INPUT_NORMS,
             _INPUT_NORMS,
             _PLAIN,
@@ -120,6 +123,7 @@ _PEFT_FACTORS = re.compile(r".+\.lora_[AB]\.weight")
 _OLD_FACTORS = re.compile(
     r".+(?:\.lora|\.lora_linear_layer|\.processor\.\w+_lora)\.(?:down|up)\.weight"
 )
+_ALPHA_IS_LOST = re.compile(r"^text_encoder\.|\.(?:attn[12]|self_attn)\.")
 # Attention projections trained as one matrix, which only some programs split.
 _JOINED = ("to_qkv.", "to_kv.", "in_proj.", "qkv_proj.")
 
@@ -160,6 +164,42 @@ def left_out_by_diffusers(keys: Iterable[str]) -> list[str]:
         return []
     old = [key.replace(".processor.", ".") for key in unet if _OLD_FACTORS.fullmatch(key)]
     return sorted({re.sub(r"[._]lora(_linear_layer)?\.(down|up)\.weight$", "", k) for k in old})
+
+
+def kohya_lora_in_diffusers(layers: Mapping[str, LayerWeights]) -> str:
+    """The verdict on a kohya LoRA in Diffusers (0.42), which reads few text encoders whole.
+
+    It keys the alphas of attention, and of a first text encoder, by names that no module has: they
+    get the commonest alpha of their component.
+    """
+    lost: list[str] = []
+    misread: list[str] = []
+    for component in dict.fromkeys(name.partition(".")[0] for name in layers):
+        part = {name: w for name, w in layers.items() if name.startswith(f"{component}.")}
+        ((alpha, _),) = Counter(layer.alpha for layer in part.values()).most_common(1)
+        misread += [n for n, w in part.items() if w.alpha != alpha and _ALPHA_IS_LOST.search(n)]
+        # It knows the old names, in which attention stands, by this layer's.
+        if component == "unet" or any(name.endswith(".out_proj") for name in part):
+            attention = []
+        else:
+            attention = [name for name in part if ".self_attn." in name]
+        if component != "unet" and _is_refused(part, attention):
+            return f"convert: it refuses such layers of the {component}; convert it to diffusers"
+        lost += attention
+    if lost:
+        return f"wrong: it leaves {some_layers(lost)} unchanged; convert it to diffusers"
+    if misread:
+        what = f"{some_layers(misread)} another layer's alpha"
+        return f"wrong: it gives {what}; convert it to kohya or diffusers"
+    return EXACT
+
+
+def _is_refused(encoder: Mapping[str, LayerWeights], lost: Sequence[str]) -> bool:
+    """Whether Diffusers stops at a text encoder: at no name that it knows, or a rank it missed."""
+    ranks = Counter(w.rank for name, w in encoder.items() if ".encoder." in name).most_common(1)
+    projections = {w.rank for name, w in encoder.items() if name.endswith(".text_projection")}
+    missed = projections and projections != {rank for rank, _ in ranks}
+    return bool(missed) or (bool(lost) and not any(".mlp." in name for name in encoder))
 
 
 def file_kind(key_format: str, norm_axis: str, target: str = "") -> str:
@@ -220,7 +260,7 @@ def stated_approximation(extra: Mapping[str, str]) -> Approximation | None:
 
 def verdicts(
     kind: str,
-    layers: Collection[str],
+    layers: Mapping[str, LayerWeights],
     keys: Collection[str] = (),
     approximation: Approximation | None = None,
 ) -> dict[str, str]:
@@ -228,24 +268,30 @@ def verdicts(
 
     Args:
         kind: From `file_kind`.
-        layers: Its layers' canonical names.
+        layers: Its layers by canonical name.
         keys: Its keys.
         approximation: What it approximates, if it was made from something else.
     """
     tools = tools_for(kind)
+    if kind == "kohya LoRA":
+        tools["diffusers"] = kohya_lora_in_diffusers(layers)
     if left_out := left_out_by_diffusers(keys):
         tools["diffusers"] = f"wrong: it leaves {some_layers(left_out)} unchanged"
     if approximation is not None:
         method = "DoRA" if "DoRA" in kind else "LoRA"
+        exact = f"exact for this {method}, {approximation}"
         tools = {
-            program: f"exact for this {method}, {approximation}" if verdict == EXACT else verdict
+            program: exact + verdict.removeprefix(EXACT)
+            if verdict.partition(":")[0] == EXACT
+            else verdict
             for program, verdict in tools.items()
         }
     if kind == "kohya LoRA" and (outside := outside_of_blocks(layers)):
         tools["sd-scripts"] = f"wrong: it leaves {some_layers(outside)} unchanged"
-        tools["diffusers"] += (
-            f": in 0.42; 0.35 leaves {some_layers(outside)} unchanged, or refuses SDXL's"
-        )
+        if tools["diffusers"].startswith(EXACT):
+            tools["diffusers"] += (
+                f": in 0.42; 0.35 leaves {some_layers(outside)} unchanged, or refuses SDXL's"
+            )
     return tools
 
 

@@ -14,12 +14,14 @@ class Conversion(NamedTuple):
         written: What was written, as a report says it.
         plain_lora_in: The key format of an approximation without magnitudes; else empty.
         needs_rank: It is asked for with a rank, or a share of the update.
+        for_one_base: It holds numbers that are computed from a base model's weights.
     """
 
     summary: str
     written: str
     plain_lora_in: str = ""
     needs_rank: bool = False
+    for_one_base: bool = False
 
     @property
     def takes_rank(self) -> bool:
@@ -42,16 +44,18 @@ CONVERSIONS: Mapping[str, Conversion] = {
         "in the key format of kohya's sd-scripts and LyCORIS"),
     "comfyui": Conversion(
         "output axis compensated for ComfyUI and Forge with one base model; wrong elsewhere",
-        "with magnitudes changed for ComfyUI and Forge on one base model"),
+        "with magnitudes changed for ComfyUI and Forge on one base model", for_one_base=True),
     "dense": Conversion(
         "full differences for one base model: exact in ComfyUI, Forge and A1111, and large",
-        "as full differences for one base model"),
+        "as full differences for one base model", for_one_base=True),
     "lora": Conversion(
         "plain LoRA for every web UI, approximated for one base model",
-        "approximated by a plain LoRA in the key format of kohya's sd-scripts", "kohya"),
+        "approximated by a plain LoRA in the key format of kohya's sd-scripts", "kohya",
+        for_one_base=True),
     "lora-diffusers": Conversion(
         "plain LoRA for diffusers, approximated for one base model",
-        "approximated by a plain LoRA in the key format of Diffusers", "diffusers"),
+        "approximated by a plain LoRA in the key format of Diffusers", "diffusers",
+        for_one_base=True),
     "dora": Conversion(
         "the same method with a smaller rank, nearest to the adapter with the base model at hand",
         "with a smaller rank", needs_rank=True),

@@ -12,6 +12,7 @@ import torch
 
 from dora_diffusion.formats.adapter.alpha import DIFFUSERS_METADATA
 from dora_diffusion.formats.adapter.consumers import (
+    BYPASS,
     OLD_KEY_FORMATS,
     OTHER,
     file_kind,
@@ -143,7 +144,8 @@ def _report_for_one_base(
     if not dense:
         note = (
             "its magnitudes are changed to be exact in ComfyUI 0.3.64 and Forge: wrong elsewhere, "
-            "and there too if their formula changes; a merged checkpoint never breaks"
+            f"and there too if their formula changes; a merged checkpoint never breaks. {BYPASS}: "
+            "use its usual loader"
         )
     metadata = header.metadata
     fits = "" if shapes is None else _fits_one_base(header, keys, shapes)
@@ -258,7 +260,7 @@ def _notes(key_format: str, axis: str, headers: list[Header]) -> list[str]:
     if key_format in (OTHER, *OLD_KEY_FORMATS):
         notes.append("programs read few of such files as they are meant: convert it for yours")
     elif not axis:
-        notes.append("a plain LoRA: programs compute the layers that they read of it alike")
+        notes.append("a plain LoRA: it has no magnitudes, which programs compute in several ways")
     elif key_format != "kohya":
         notes.append("for web UIs export a merged checkpoint, which never breaks, or convert it")
     elif axis == "output":
@@ -266,6 +268,8 @@ def _notes(key_format: str, axis: str, headers: list[Header]) -> list[str]:
             "for web UIs export a merged checkpoint, which never breaks, or convert it to dense, "
             "lora or comfyui; for diffusers convert it to diffusers"
         )
+    if key_format == "kohya" and axis:
+        notes.append(f"{BYPASS}: use its usual loader, or convert the adapter to lora or dense")
     if headers and OWN + "format_version" not in headers[0].metadata:
         notes.append("written by another program")
     return notes

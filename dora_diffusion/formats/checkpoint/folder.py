@@ -144,14 +144,14 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
 
     Args:
         folder: The component's folder.
-        variant: ``"fp16"`` prefers ``*.fp16.safetensors``; None prefers the plain file, and takes
+        variant: ``"fp16"`` takes ``*.fp16.safetensors``; None prefers the plain file, and takes
             the only variant if there is no plain file.
 
     Raises:
-        TensorFileError: If there is none, or the choice is not clear.
+        TensorFileError: If there is none, of the variant that is asked for above all, or the
+            choice is not clear.
     """
-    names = [f"{stem}.{variant}" for stem in _STEMS] if variant else []
-    for name in [*names, *_STEMS]:
+    for name in (f"{stem}.{variant}" if variant else stem for stem in _STEMS):
         # Shards of a variant are called `model.safetensors.index.fp16.json`.
         stem, _, wanted = name.partition(".")
         index = (
@@ -163,6 +163,12 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
             if (folder / candidate).is_file():
                 return folder / candidate
     files = sorted(folder.glob("*.safetensors.index*.json")) or sorted(folder.glob("*.safetensors"))
+    if variant:
+        has = f"it has {', '.join(f.name for f in files)}" if files else "it has none at all"
+        raise TensorFileError(
+            f"{folder} has no weights of the variant {variant!r}; {has}: name another variant, "
+            "or none for the plain weights"
+        )
     if len(files) == 1:
         return files[0]
     if not files and (pickles := [*folder.glob("*.bin"), *folder.glob("*.ckpt")]):

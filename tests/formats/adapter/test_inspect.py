@@ -119,6 +119,31 @@ def test_half_precision_is_said(tmp_path: Path, sd1_folder: Path, dora: Path) ->
     assert not any("rounded" in note for note in inspect_adapter(dora).notes)
 
 
+@pytest.mark.parametrize(
+    ("axis", "target", "is_said"),
+    [
+        ("output", "kohya", True),
+        ("input", "kohya", True),
+        ("output", "comfyui", True),
+        ("output", "dense", False),
+        ("output", "lora", False),
+        ("output", "diffusers", False),
+    ],
+)
+def test_a_loader_that_ignores_magnitudes_is_said(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter, axis: str, target: str,
+    is_said: bool,
+) -> None:  # fmt: skip
+    """ComfyUI's bypass mode: of each file that holds magnitudes for it."""
+    layers = random_adapter(sd1_folder, axis=axis, every=30)
+    source = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")), "kohya")
+    report = inspect_adapter(convert_adapter(source, tmp_path / "b", target, base=sd1_folder).path)
+    bypass = "bypass mode, which patches no weights, ignores the magnitudes"
+    assert any(bypass in note for note in report.notes) == is_said
+    verdict = report.tools["ComfyUI and Forge"]
+    assert (bypass in verdict) == (is_said and verdict.startswith("exact"))
+
+
 @pytest.mark.parametrize("target", ["comfyui", "dense"])
 def test_files_for_one_base_fit_by_their_shapes(
     tmp_path: Path, sd1_folder: Path, sd2_folder: Path, random_adapter: MakeAdapter, target: str

@@ -74,10 +74,16 @@ class Target:
     file_name: str | None
 
 
+def with_alpha(layer: LayerWeights, alpha: float) -> LayerWeights:
+    """The layer with another alpha and the same ``s B A``: ``B`` makes up for it."""
+    factor = layer.alpha / alpha
+    up = layer.up if factor == 1.0 else (layer.up.float() * factor).to(layer.up.dtype)
+    return dataclasses.replace(layer, up=up, alpha=alpha)
+
+
 def unit_scale(layer: LayerWeights) -> LayerWeights:
     """The layer with its scale multiplied into ``up``, so that alpha = rank."""
-    up = layer.up if layer.scale == 1.0 else (layer.up.float() * layer.scale).to(layer.up.dtype)
-    return dataclasses.replace(layer, up=up, alpha=float(layer.rank))
+    return with_alpha(layer, float(layer.rank))
 
 
 def factors(layer: LayerWeights, options: WriteOptions) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from dora_diffusion.formats.adapter.targets.encode import (
     WriteOptions,
     factors,
     unit_scale,
+    with_alpha,
 )
 from dora_diffusion.formats.files.stream import data_hash
 from dora_diffusion.formats.names.kohya import kohya_name
@@ -38,8 +39,8 @@ def encode_kohya(
     check_kohya(layers)
     names = kohya_names(layers, metadata, options)
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        tensors |= _kohya_tensors(names[name], _for_web_uis(layer), options)
+    for name, layer in _for_other_programs(layers, options).items():
+        tensors |= _kohya_tensors(names[name], layer, options)
     fields = kohya_metadata(layers, metadata, options, "kohya")
     return {KOHYA_FILE: EncodedFile(tensors, with_hash(fields, tensors))}
 
@@ -64,14 +65,35 @@ def with_hash(fields: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[
     return {**fields, "sshs_model_hash": data_hash(tensors)}
 
 
-def _for_web_uis(layer: LayerWeights) -> LayerWeights:
-    """Multiply the scale of an input-axis layer into ``up``.
+def _for_other_programs(layers: Layers, options: WriteOptions) -> Layers:
+    """The layers with the alphas that programs read alike; ``B`` makes up for them.
 
-    A1111 computes that axis, but its versions differ on whether ``alpha / rank`` acts before the
-    norm or on the whole change. With alpha = rank both are the same.
+    Diffusers gives a UNet's attention, and text encoders, the commonest alpha of the file: so all
+    layers get one. Magnitudes on the input axis have alpha = rank: A1111 computes that axis, but
+    its versions differ on whether ``alpha / rank`` acts before the norm or on the whole change.
     """
-    on_input = layer.magnitude is not None and layer.norm_axis == "input"
-    return unit_scale(layer) if on_input else layer
+    others = [layer for layer in layers.values() if not _on_input(layer)]
+    alpha = _one_alpha(others, options.dtype)
+    return {
+        name: unit_scale(layer) if _on_input(layer) else with_alpha(layer, alpha)
+        for name, layer in layers.items()
+    }
+
+
+def _on_input(layer: LayerWeights) -> bool:
+    return layer.magnitude is not None and layer.norm_axis == "input"
+
+
+def _one_alpha(layers: Sequence[LayerWeights], dtype: torch.dtype | None) -> float:
+    """The smallest alpha of all: half precision loses small numbers first, and so ``B`` grows.
+
+    A larger one where the largest number would come within a factor of 2 of the dtype's limit.
+    """
+    alphas = {abs(layer.alpha) for layer in layers}
+    if len(alphas) < 2:
+        return alphas.pop() if alphas else 1.0
+    largest = max(abs(layer.alpha) * layer.up.abs().max().item() for layer in layers)
+    return max(min(alphas), 2 * largest / torch.finfo(dtype or layers[0].up.dtype).max)
 
 
 def kohya_names(layers: Layers, metadata: AdapterMetadata, options: WriteOptions) -> dict[str, str]:
@@ -93,8 +115,9 @@ def kohya_metadata(
 ) -> dict[str, str]:
     """All metadata of a kohya-style file."""
     family = _known_family(layers, metadata)
-    fields = own_fields(metadata, layers, target)
-    stored = {name: _for_web_uis(layer) for name, layer in layers.items()}
+    stored = _for_other_programs(layers, options)
+    # What was not trained has no other alpha than the file's.
+    fields = own_fields(metadata, stored if "approximation" in metadata.extra else layers, target)
     fields |= kohya_fields(metadata, stored, family, options.title)
     if options.unet_layout and family.kohya_names_original_blocks:
         fields[OWN + UNET_LAYERS] = options.unet_layout.text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,15 @@ from dora_diffusion.numerics.weights import LayerWeights
 MakeAdapter = Callable[..., dict[str, LayerWeights]]
 
 
-def merged(folder: Path, layers: dict[str, LayerWeights], name: str) -> Tensor:
+@lru_cache(maxsize=4)
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model: opening its files for each takes the most of a test's time."""
     with PipelineFolder.open(folder) as pipeline:
-        return merge_tensor(pipeline[f"{name}.weight"], [(layers[name], Strengths())])
+        return {name: pipeline[name] for name in pipeline.specs}
+
+
+def merged(folder: Path, layers: dict[str, LayerWeights], name: str) -> Tensor:
+    return merge_tensor(weights_of(folder)[f"{name}.weight"], [(layers[name], Strengths())])
 
 
 def module_at(pipeline: Any, name: str) -> nn.Module:
@@ -37,8 +44,8 @@ def assert_close_to_merge(
     expected = merged(folder, layers, name)
     size = expected.abs().max().item()
     assert (weight - expected).abs().max().item() <= 1e-6 * size, name
-    with PipelineFolder.open(folder) as pipeline:
-        assert (weight - pipeline[f"{name}.weight"]).abs().max().item() > 1e-3 * size, name
+    base = weights_of(folder)[f"{name}.weight"]
+    assert (weight - base).abs().max().item() > 1e-3 * size, name
 
 
 def load_pipeline(folder: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,11 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
+from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
+from tests.formats.adapter.helpers import TABLE_HOLDS
 from tests.formats.adapter.targets.helpers import (
     MakeAdapter,
     assert_close_to_merge,
@@ -123,6 +126,93 @@ def test_kohya_shapes_and_metadata(
     assert metadata["modelspec.resolution"] == "1024x1024"
     assert all(isinstance(value, str) and value for value in metadata.values())
     assert not any(str(tmp_path) in value for value in metadata.values())
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
+
+
+def one_alpha(file: Path) -> set[float]:
+    tensors = load_file(file)
+    return {tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")}
+
+
+@TABLE_HOLDS
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_diffusers_loads_a_plain_lora_of_many_alphas_exactly(
+    tmp_path: Path, family: str, request: pytest.FixtureRequest, random_adapter: MakeAdapter
+) -> None:
+    """It gives UNet attention and text encoders the commonest alpha, so that there is one alone."""
+    folder = request.getfixturevalue(f"{family}_folder")
+    layers = random_adapter(folder, axis=None, mixed_ranks=True, every=5)
+    encoders = random_adapter(
+        folder, axis=None, mixed_ranks=True, components=["text_encoder", "text_encoder_2"]
+    )
+    layers = {n: w for n, w in (layers | encoders).items() if "text_projection" not in n}
+    adapter = AdapterFile(layers, AdapterMetadata(family=family))
+    file = write_adapter(tmp_path / "a.safetensors", adapter, "kohya")
+    assert one_alpha(file) == {1.0}
+    assert report_on(file).tools["diffusers"].startswith("exact")
+    pipeline = load_pipeline(folder)
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    pipeline.fuse_lora(components=sorted({name.split(".")[0] for name in layers}))
+    pipeline.unload_lora_weights()
+    for name in layers:
+        assert_close_to_merge(module_at(pipeline, name).weight, folder, layers, name)
+
+
+@pytest.mark.parametrize("axis", ["output", None])
+def test_one_alpha_changes_no_weight_and_is_told_from_that_of_the_training(
+    tmp_path: Path, sd1_folder: Path, axis: NormAxis | None, random_adapter: MakeAdapter,
+    assert_same_layers: Any,
+) -> None:  # fmt: skip
+    layers = random_adapter(sd1_folder, axis=axis, mixed_ranks=True, every=5)
+    adapter = AdapterFile(layers, AdapterMetadata(family="sd1"))
+    file = write_adapter(tmp_path / "a.safetensors", adapter, "kohya")
+    assert one_alpha(file) == {1.0}
+    read = read_adapter(file)
+    assert_same_layers(read.layers, layers, 1e-5)
+    assert all(torch.equal(read.layers[name].down, layer.down) for name, layer in layers.items())
+    assert load_metadata(file)["ss_network_alpha"] == "1"
+    report = report_on(file)
+    for name, layer in layers.items():
+        assert json.loads(report.alpha)[name] == f"{layer.alpha:g}"
+        assert json.loads(report.rank)[name] == str(layer.rank)
+    back = write_adapter(tmp_path / "diffusers", read)
+    assert report_on(back).alpha == report.alpha
+
+
+def test_one_alpha_that_all_had_keeps_every_bit(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    layers = random_adapter(sd1_folder, axis=None, every=9)
+    adapter = AdapterFile(layers, AdapterMetadata(family="sd1"))
+    read = read_adapter(write_adapter(tmp_path / "a.safetensors", adapter, "kohya"))
+    for name, layer in layers.items():
+        assert read.layers[name].alpha == 3.0
+        assert torch.equal(read.layers[name].up, layer.up), name
+
+
+@pytest.mark.parametrize(("factor", "alpha"), [(1e-5, 0.5), (3e3, 4.0)])
+def test_one_alpha_fits_half_precision(
+    tmp_path: Path, sd1_folder: Path, factor: float, alpha: float, random_adapter: MakeAdapter
+) -> None:
+    """B grows, so that small numbers are not rounded to none, as far as the largest has room."""
+    layers = random_adapter(sd1_folder, axis=None, every=9)
+    for index, (name, layer) in enumerate(layers.items()):
+        up = factor * layer.up / layer.up.abs().max()
+        layers[name] = dataclasses.replace(layer, up=up, alpha=(0.5, 64.0)[index % 2])
+    file = tmp_path / "a.safetensors"
+    adapter = AdapterFile(layers, AdapterMetadata(family="sd1"))
+    write_adapter(file, adapter, "kohya", dtype=torch.float16)
+    (written,) = one_alpha(file)
+    assert alpha <= written < 2 * alpha
+    for name, layer in read_adapter(file).layers.items():
+        wanted = layers[name].scale * layers[name].up
+        error = (layer.scale * layer.up - wanted).norm() / wanted.norm()
+        # A number of 1e-5 or less is kept to 6e-8 alone, where its layer has the smallest alpha.
+        assert error < (1e-2 if layers[name].alpha == 0.5 and factor < 1 else 1e-3), name
 
 
 def test_a_kohya_file_needs_its_family(
