@@ -2,7 +2,6 @@
 
     python benchmarks/plot.py 64.json 32.json --output docs/cost.png
 
-Needs matplotlib.
 """
 
 from __future__ import annotations
