@@ -17,6 +17,7 @@ from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.adapters.files import attach_file
 from dora_diffusion.adapters.inject import layer_adapters, set_strength
 from dora_diffusion.adapters.scope import norm_scope
+from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.devices import default_device
 from dora_diffusion.formats.adapter.file import AdapterMetadata
@@ -51,8 +52,8 @@ class SamplingSettings:
         ValueError: If a value cannot work.
     """
 
-    steps: int = 30
-    guidance_scale: float = 7.5
+    steps: int = SampleSettings.validation_inference_steps
+    guidance_scale: float = SampleSettings.validation_guidance_scale
     scheduler: str | None = None
     width: int | None = None
     height: int | None = None

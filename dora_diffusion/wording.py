@@ -55,6 +55,17 @@ def with_article(noun: str) -> str:
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
+def duration(seconds: float | None) -> str:
+    """``75 -> "1 min 15 s"``."""
+    if seconds is None:
+        return "unknown"
+    whole = max(0, round(seconds))
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
 def closest(word: object, words: Iterable[str]) -> str | None:
     """The known word that was probably meant, or None."""
     typed = _form(word)

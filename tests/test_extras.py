@@ -32,7 +32,7 @@ def stated(field: str) -> list[str]:
 
 
 REQUIRED = import_names(stated("dependencies"))
-EXTRAS = ("completion", "heic", "tensorboard", "plots", "optimizers")
+EXTRAS = ("completion", "heic", "tensorboard", "optimizers")
 OPTIONAL = import_names([*BY_HAND, *(line for extra in EXTRAS for line in stated(extra))])
 # Comes with the requirements; where it does not, versions are not compared.
 BROUGHT_ALONG = {"packaging"}
@@ -58,6 +58,11 @@ def test_what_the_package_imports_is_installed_with_it_or_an_extra() -> None:
         at_once = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         for node in at_once:
             assert not imported(node) & (OPTIONAL - REQUIRED), path
+
+
+def test_plots_come_with_the_ordinary_install() -> None:
+    assert "matplotlib" in REQUIRED
+    assert stated("plots") == []  # an extra of earlier versions, which commands may still name
 
 
 @pytest.fixture

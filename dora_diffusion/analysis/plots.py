@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILES = {"scatter": "scatter.png", "heat map": "heat-map.png"}
-MISSING = "no plots were drawn because matplotlib is not installed: pip install matplotlib"
 _DPI = 160
 _DELTA = "\N{GREEK CAPITAL LETTER DELTA}"
 _MARKERS = "osD^vP*X"
@@ -33,11 +32,7 @@ _MOST_NAMES = 40
 
 
 def write_plots(analysis: Analysis, folder: Path) -> dict[str, Path]:
-    """Write the `FILES`; returns their paths.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
+    """Write the `FILES`; returns their paths."""
     drawn = {"scatter": scatter(analysis), "heat map": heat_map(analysis)}
     for name, figure in drawn.items():
         with atomic_file(folder / FILES[name]) as temporary:

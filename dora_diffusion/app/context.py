@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from dora_diffusion.app.launch import Launch
 from dora_diffusion.app.settings import ADVANCED, EMBEDDED, EMBEDDED_MODELS, SETTINGS, sentence
-from dora_diffusion.app.toy_world import outside_toy_world
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.console.errors import asking_for_report, explain, explain_to_all
 from dora_diffusion.families import FAMILIES
@@ -25,6 +24,7 @@ from dora_diffusion.jobs.snapshot import Job, read_run, snapshot
 from dora_diffusion.jobs.studio import Studio
 from dora_diffusion.jobs.workspace import Workspace
 from dora_diffusion.memory import Device, describe_device, fitting_settings, needed_memory
+from dora_diffusion.training.subject import outside_toy_world
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 _FRESH_SECONDS = 0.8

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from dora_diffusion.app.toy_world import outside_toy_world
 from dora_diffusion.devices import has_own_memory
 from dora_diffusion.jobs.estimates import Estimate
 from dora_diffusion.jobs.logs import log_warnings
 from dora_diffusion.jobs.queue import stop_asked
 from dora_diffusion.jobs.snapshot import Job
+from dora_diffusion.training.subject import outside_toy_world
+from dora_diffusion.wording import duration
 
 _WORDS = {
     "waiting": "waiting",
@@ -37,17 +38,6 @@ _UNITS = {"train": "step", "compare": "image", "push": "commit", "analyze": "lay
 def esc(value: object) -> str:
     """Text as HTML."""
     return html.escape(str(value), quote=True)
-
-
-def duration(seconds: float | None) -> str:
-    """``75 -> "1 min 15 s"``."""
-    if seconds is None:
-        return "unknown"
-    whole = max(0, round(seconds))
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
 def heading(number: str, title: str, text: str) -> str:

@@ -36,8 +36,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     for group in dict.fromkeys(SETTINGS[name].group for name in ADVANCED)
 }
 
-# A crop that is drawn cannot be shown beforehand: the app trains on the middle unless told not to.
-_COMMON: Mapping[str, Any] = {"center_crop": True, "num_validation_images": 3}
+# Presets change what they are about; every other setting has the default of `TrainConfig`.
 # The embedded model is small: it takes larger steps (as in samples/*/config.yaml).
 _EMBEDDED: Mapping[str, Mapping[str, Any]] = {
     "fast": {"max_train_steps": 120},
@@ -51,11 +50,10 @@ _EMBEDDED_COMMON: Mapping[str, Any] = {
 }  # fmt: skip
 # Steps as a share of the command line's default for the family.
 _RELEASED: Mapping[str, tuple[float, Mapping[str, Any]]] = {
-    "fast": (0.5, {"with_prior_preservation": False}),
-    "balanced": (1, {"with_prior_preservation": True, "prior_preservation_mode": "image-free"}),
+    "fast": (0.5, {}),
+    "balanced": (1, {"with_prior_preservation": True}),
     "quality": (1.5, {"with_prior_preservation": True, "rank": 16}),
 }
-_RELEASED_COMMON: Mapping[str, Any] = {"validation_steps": 200, "checkpointing_steps": 100}
 
 
 def preset_values(preset: str, model: str, device: Device | None = None) -> dict[str, Any]:
@@ -71,7 +69,7 @@ def preset_values(preset: str, model: str, device: Device | None = None) -> dict
     """
     if preset not in PRESET_NAMES:
         raise RequestError(f"there is no preset {preset!r}; choose {', '.join(PRESET_NAMES)}")
-    values = TrainConfig().to_dict() | dict(_COMMON)
+    values = TrainConfig().to_dict()
     if is_embedded(model):
         values |= {**_EMBEDDED_COMMON, **_EMBEDDED[preset]}
     else:
@@ -92,12 +90,11 @@ def _released_values(preset: str, model: str, device: Device) -> dict[str, Any]:
         traits = UNKNOWN
     share, table = _RELEASED[preset]
     values = {
-        **_RELEASED_COMMON,
         **table,
         "max_train_steps": round(share * FAMILIES.get(traits.family, USUAL).default_steps),
     }
     family = traits.family if traits.has_released_shape else ""
-    batch = 2 if table["with_prior_preservation"] else 1
+    batch = 2 if table.get("with_prior_preservation") else 1
     return values | fitting_settings(family, traits.resolution, device, batch=batch)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from contextlib import closing
 from pathlib import Path
 
@@ -45,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Take weights apart; print tables or JSON, and write both with CSV and plots."""
     from dora_diffusion.analysis import Analysis, analyze_weights
+    from dora_diffusion.analysis.plots import write_plots
 
     output = Path(args.output)
     require_writable(output, is_folder=True)
@@ -63,13 +63,7 @@ def run(args: argparse.Namespace) -> int:
             on_progress=show,
             **options,
         )
-    files = analysis.write(output)
-    from dora_diffusion.analysis.plots import MISSING, write_plots
-
-    try:
-        files |= write_plots(analysis, output)
-    except ModuleNotFoundError:
-        warnings.warn(MISSING, stacklevel=1)
+    files = analysis.write(output) | write_plots(analysis, output)
     if args.json:
         print_json(analysis.to_dict())
     else:

@@ -15,6 +15,7 @@ from dora_diffusion.commands.options import (
     require_at_least_one,
 )
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.console.progress import step_progress
 from dora_diffusion.console.tables import print_json
 from dora_diffusion.formats.files.atomic import require_writable
@@ -60,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num_seeds", type=int, default=4, help="Images per prompt, one per seed.")
     parser.add_argument("--seed", type=int, default=0, help="Random seed of the first image.")
-    parser.add_argument("--steps", type=int, default=25, help="Denoising steps.")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=SampleSettings.validation_inference_steps,
+        help="Denoising steps.",
+    )
     parser.add_argument(
         "--guidance_scale",
         type=float,

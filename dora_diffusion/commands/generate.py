@@ -15,9 +15,13 @@ from dora_diffusion.commands.options import (
     require_at_least_one,
 )
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.console.progress import step_progress
 from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.models.schedulers import SCHEDULERS
+
+# With the settings of a run's samples, so that a seed gives the sample's image again.
+_SAMPLES = SampleSettings()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="Seed of the first image. Default: random, shown.")
     parser.add_argument("--num_images", type=int, default=1, help="Number of images, one per seed.")
     parser.add_argument("--batch_size", type=int, default=4, help="Batch size.")
-    parser.add_argument("--steps", type=int, default=30, help="Denoising steps.")
-    parser.add_argument("--guidance_scale", type=float, default=7.5, help="Guidance scale.")
+    parser.add_argument(
+        "--steps", type=int, default=_SAMPLES.validation_inference_steps, help="Denoising steps."
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        default=_SAMPLES.validation_guidance_scale,
+        help="Guidance scale.",
+    )
     parser.add_argument(
         "--scheduler", choices=tuple(SCHEDULERS), help="Scheduler. Default: the model's own."
     )

@@ -19,7 +19,7 @@ from dora_diffusion.config import (
 )
 from dora_diffusion.config.derived import overridden
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
-from dora_diffusion.console.training import TrainProgress
+from dora_diffusion.console.training import TrainProgress, next_steps
 from dora_diffusion.wording import quoted
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if written := result.adapter or result.model:
         print(f"done: {written}")
         print(trigger_line(progress.trigger, config.instance_prompt or ""))
+        print("\n".join(next_steps(config, written)))
         if config.push_to_hub:
             from dora_diffusion.hub import push
 

@@ -39,12 +39,19 @@ def _class_data_dir(config: TrainConfig) -> str | None:
     return str(Path(config.output_dir) / "class_images") if is_used else None
 
 
+def _validation_steps(config: TrainConfig) -> int | None:
+    return 200 if config.num_validation_images and not config.validation_epochs else None
+
+
 DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
     "learning_rate": lambda config: config.usual_lr,
     "lora_alpha": lambda config: None if config.direction == "vera" else float(config.rank),
     "conv_alpha": lambda config: None if config.direction == "vera" else float(config.conv_rank),
     "class_word": _class_word,
     "validation_prompt": _validation_prompt,
+    "validation_steps": _validation_steps,
+    # A checkpoint of a whole model takes gigabytes.
+    "checkpointing_steps": lambda config: 500 if config.is_full else 100,
     "class_data_dir": _class_data_dir,
     "adam_weight_decay_text_encoder": lambda config: (
         config.adam_weight_decay if config.train_text_encoder else None
@@ -75,7 +82,13 @@ def resolve(
         for name, derive in DERIVED.items()
         if getattr(config, name) in (None, []) and (value := derive(config)) is not None
     }
-    if config.validation_epochs and not config.validation_steps and config.num_validation_images:
+    if config.with_prior_preservation:
+        values["prior_preservation_mode"] = config.prior_mode
+    if (
+        config.validation_epochs
+        and config.validation_steps is None
+        and config.num_validation_images
+    ):
         values |= {
             "validation_steps": config.validation_epochs * steps_per_epoch,
             "validation_epochs": None,

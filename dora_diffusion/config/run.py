@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dora_diffusion.config.fields import AnyOf, Need, flag
 from dora_diffusion.config.precision import PRECISIONS
@@ -12,6 +12,11 @@ OFFLOADS = ("auto", "none", "model")
 
 _SAMPLES = Need("num_validation_images")
 _PRIOR = Need("with_prior_preservation")
+
+
+def _checkpoints(config: Any) -> str | None:
+    """What is saved between checkpoints needs some."""
+    return "checkpointing_steps is 0" if config.checkpointing_steps == 0 else None
 
 
 @dataclass(frozen=True)
@@ -67,16 +72,16 @@ class SampleSettings:
     )
     validation_steps: int | None = flag(
         None,
-        "Sample every N steps.",
-        derived="at the end only",
+        "Sample every N steps, and at the end; 0 samples at the end only.",
+        derived="200",
         resume="free",
         needs=(_SAMPLES,),
-        above=0,
+        least=0,
     )
     validation_epochs: int | None = flag(
         None,
         "Sample every N epochs, instead of validation_steps.",
-        derived="at the end only",
+        derived="as validation_steps says",
         resume="free",
         needs=(_SAMPLES, Need("validation_steps", (None,))),
         above=0,
@@ -106,17 +111,18 @@ class OutputSettings:
     overwrite_output_dir: bool = flag(
         False, "Replace an earlier result in output_dir, and drop its checkpoints.", resume="apart"
     )
-    checkpointing_steps: int = flag(
-        500,
+    checkpointing_steps: int | None = flag(
+        None,
         "Save a checkpoint every N steps and at the end; 0 saves none, so that a finished run "
         "cannot be extended.",
+        derived="100, for full fine-tuning 500",
         resume="apart",
         least=0,
     )
     checkpointing_minutes: float = flag(
         5.0,
         "Save a checkpoint in between, too, every X minutes; 0 saves none.",
-        needs=(Need("checkpointing_steps"),),
+        needs=(_checkpoints,),
         resume="apart",
         least=0,
     )

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dora_diffusion.config.fields import AnyOf, Need, flag
 
 PRIOR_MODES = ("images", "image-free")
 
 _PRIOR = Need("with_prior_preservation")
-_CLASS_IMAGES = (_PRIOR, Need("prior_preservation_mode", ("images",)))
+
+
+def _class_images(config: Any) -> str | None:
+    """Class images are made or read only where the prior is held by them."""
+    is_image_free = config.prior_mode == "image-free"
+    return "prior_preservation_mode is image-free" if is_image_free else None
+
+
+_CLASS_IMAGES = (_PRIOR, _class_images)
 
 
 def _single_file(config: ModelSettings) -> str | None:
@@ -98,7 +106,9 @@ class ImageSettings:
     resolution: int | None = flag(
         None, "Training resolution in pixels.", derived="the base model's own", above=0
     )
-    center_crop: bool = flag(False, "Center crop, instead of a random crop in every epoch.")
+    center_crop: bool = flag(
+        True, "Center crop; off draws a random crop of each image in every epoch."
+    )
     random_flip: bool = flag(False, "Random horizontal flip; not for subjects with text or a side.")
     aspect_ratio_buckets: bool = flag(
         False, "Aspect-ratio bucketing: crop to a shape near the image's own, not to a square."
@@ -143,10 +153,12 @@ class PriorSettings:
     with_prior_preservation: bool = flag(
         False, "Prior preservation, against language drift: the rest of the class stays as it is."
     )
-    prior_preservation_mode: str = flag(
-        "images",
-        "images: train on class images too, generated where there are none. image-free: hold the "
-        "adapted model's prediction for the class caption at the base model's.",
+    prior_preservation_mode: str | None = flag(
+        None,
+        "image-free: hold the adapted model's prediction for the class caption at the base "
+        "model's. images: train on class images too, generated before the first step where there "
+        "are none.",
+        derived="image-free; images where class_data_dir or class_prompt is given",
         choices=PRIOR_MODES,
         needs=(_PRIOR,),
     )

@@ -164,9 +164,15 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         return "constant_with_warmup" if with_warmup else self.lr_scheduler
 
     @property
+    def prior_mode(self) -> str:
+        """How the prior is held: Diffusers' settings of class images mean class images."""
+        asks_for_images = self.class_data_dir or self.class_prompt
+        return self.prior_preservation_mode or ("images" if asks_for_images else "image-free")
+
+    @property
     def is_image_free(self) -> bool:
         """Whether the prior is held without class images."""
-        return self.with_prior_preservation and self.prior_preservation_mode == "image-free"
+        return self.with_prior_preservation and self.prior_mode == "image-free"
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, as a YAML file holds them."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.resume import listed
 from dora_diffusion.console.progress import ProgressBar, say
+from dora_diffusion.console.shell import shown_command
 from dora_diffusion.training.events import (
     CachingProgress,
     CheckpointSaved,
+    ClassImagesAnnounced,
     ClassImagesProgress,
     Event,
     ModelLoading,
@@ -18,7 +22,7 @@ from dora_diffusion.training.events import (
     StepDone,
     TrainingStarted,
 )
-from dora_diffusion.wording import counted
+from dora_diffusion.wording import counted, duration
 
 
 class TrainProgress:
@@ -42,6 +46,13 @@ class TrainProgress:
                 print(f"training {event.model} on {event.device} in {precision}", flush=True)
             case TrainingStarted():
                 self._start(event)
+            case ClassImagesAnnounced(count, None):
+                say(
+                    f"{counted(count, 'class image')} to make before the first step; "
+                    "--prior_preservation_mode image-free needs none"
+                )
+            case ClassImagesAnnounced(count, seconds):
+                say(f"{counted(count, 'class image')}: about {duration(seconds)}")
             case ClassImagesProgress(done, total):
                 self._count_images("class images", done, total)
             case CachingProgress(done, total):
@@ -89,6 +100,45 @@ class TrainProgress:
         self.bar = tqdm(
             total=event.total_steps, initial=event.step, unit="step", dynamic_ncols=True
         )
+
+
+def next_steps(config: TrainConfig, written: Path) -> list[str]:
+    """What to do with a result: a line for images, one for ComfyUI and one for Diffusers.
+
+    Args:
+        config: The run's settings.
+        written: The adapter file, or the folder of the model.
+    """
+    from dora_diffusion.training.card import KOHYA_FILE
+
+    folder = written.parent if written.parent.name else written.parent.resolve()
+    base = ["--base", config.pretrained_model_name_or_path]
+    for name in ("variant", "revision"):
+        base += [f"--{name}", value] if (value := getattr(config, name)) else []
+    single, merged = f"{folder}.safetensors", f"{folder}-merged"
+    copy = f"  # then copy {single!r} into ComfyUI/models/"
+    adapted = [*base, "--adapter", str(folder)]
+    to = "comfyui" if config.method_name == "dora" else "kohya"
+    comfyui = _command("convert", str(folder), single, "--to", to, *base) + copy + "loras"
+    diffusers = (
+        f"pipeline.load_lora_weights({str(folder)!r}, weight_name={written.name!r})"
+        "  # after: pip install peft"
+    )
+    if config.is_full:
+        adapted = ["--base", str(folder)]
+        comfyui = _command("export", *adapted, "--output", single) + copy + "checkpoints"
+        diffusers = f"DiffusionPipeline.from_pretrained({str(written)!r})"
+    elif written.name == KOHYA_FILE:
+        comfyui = f"copy {str(written)!r} into ComfyUI/models/loras"
+        diffusers = _command("export", *adapted, "--output", merged)
+        diffusers += f"  # then DiffusionPipeline.from_pretrained({merged!r})"
+    prompt = next(iter(config.validation_prompt), config.instance_prompt or "")
+    images = _command("generate", *adapted, "--prompt", prompt, "--output", f"{folder}.png")
+    return [f"images:    {images}", f"ComfyUI:   {comfyui}", f"Diffusers: {diffusers}"]
+
+
+def _command(*words: str) -> str:
+    return shown_command([["dora-diffusion", *words]])
 
 
 def _resumed_line(event: TrainingStarted) -> str:

@@ -46,7 +46,7 @@ def analyze_command(workspace: Workspace, request: AnalyzeRequest) -> str:
 def run_analysis(workspace: Workspace, request: AnalyzeRequest, note: ProgressFile) -> None:
     """Analyze, counting layers; what was written of the run before is replaced as a whole."""
     from dora_diffusion.analysis import analyze_weights
-    from dora_diffusion.analysis.plots import MISSING, write_plots
+    from dora_diffusion.analysis.plots import write_plots
 
     run, output = read_run(workspace, request.run), Path(request.output)
     note(phase="comparing weights")
@@ -66,10 +66,7 @@ def run_analysis(workspace: Workspace, request: AnalyzeRequest, note: ProgressFi
     analysis = dataclasses.replace(analysis, base=request.base, runs=runs)
     shutil.rmtree(output, ignore_errors=True)
     analysis.write(output)
-    try:
-        write_plots(analysis, output)
-    except ModuleNotFoundError:
-        print(f"warning: {MISSING}")
+    write_plots(analysis, output)
     print(output)
 
 

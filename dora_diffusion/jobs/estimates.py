@@ -13,6 +13,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.jobs.base_model import traits_of
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.memory import Device, needed_memory, what_would_fit
+from dora_diffusion.wording import duration
 
 # What step time and memory depend on most.
 _SAME = (
@@ -95,6 +96,25 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
         family, size, settings, device, batch=batch, smaller_batch=" and ".join(smaller)
     )
     return dataclasses.replace(cost, change=change)
+
+
+def announced_class_images(config: TrainConfig, cost: Estimate) -> str:
+    """How many class images a run makes before its first step, and about how long that takes.
+
+    An image is one pass through the UNet per denoising step and side of guidance; a training step
+    is about three (forward, and twice that backward) for each of its images.
+    """
+    if not config.with_prior_preservation or config.is_image_free:
+        return ""
+    passes = config.num_class_images * config.validation_inference_steps * 2
+    steps = passes / (3 * 2 * config.train_batch_size)
+    about = f"as long as {steps:.0f} training steps"
+    if cost.seconds and config.max_train_steps:
+        about = duration(cost.seconds / config.max_train_steps * steps)
+    return (
+        f"{config.num_class_images} class images come first, which takes about {about}, unless "
+        "class_data_dir has them; prior_preservation_mode image-free needs none."
+    )
 
 
 def _size(folder: Path) -> float:

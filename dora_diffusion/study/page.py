@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 from dora_diffusion.evaluation.report import aligned, sheet
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.images import save_png
+from dora_diffusion.study.plots import write_plots
 from dora_diffusion.study.run import Results
 from dora_diffusion.study.tables import (
     METHOD,
@@ -54,11 +54,7 @@ class Section:
 
 
 def write_report(results: Results, output: Path) -> dict[str, Path]:
-    """Write the page, its images, and all records in one file; returns their paths.
-
-    Warns:
-        UserWarning: If there are no plots since matplotlib is not installed.
-    """
+    """Write the page, its images, and all records in one file; returns their paths."""
     sections = _sections(results, output)
     title = f"Methods compared on {results.study.base}"
     return {
@@ -80,15 +76,7 @@ def _sections(results: Results, output: Path) -> list[Section]:
         file = save_png(image_grid(results), output / "grid.png")
         text = "Each subject's first seed; above, what was asked for."
         sections.append(Section("Images", text, image=file))
-    try:
-        from dora_diffusion.study.plots import write_plots
-
-        for title, file in write_plots(records, output).items():
-            sections.append(Section(title, image=file))
-    except ModuleNotFoundError:
-        from dora_diffusion.study.plots import MISSING
-
-        warnings.warn(MISSING, stacklevel=3)
+    sections += [Section(title, image=file) for title, file in write_plots(records, output).items()]
     if results.tuning:
         sections.append(_tuning(results))
     methods = [["method", "settings"]]

@@ -21,7 +21,6 @@ from dora_diffusion.study.trials import Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MISSING = "no plots were drawn because matplotlib is not installed: pip install matplotlib"
 _DPI = 140
 _DELTA = "\N{GREEK CAPITAL LETTER DELTA}"
 _WANTED = ("subject_similarity", "prompt_similarity", "others_kind", "others_similarity",
@@ -31,11 +30,7 @@ _IN_A_ROW = 3
 
 
 def write_plots(records: Sequence[Record], folder: Path) -> dict[str, Path]:
-    """Write the plots that these records have something for; returns title -> file.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
+    """Write the plots that these records have something for; returns title -> file."""
     drawn = {
         "Figures by method": ("figures.png", by_method(records)),
         "Figures over rank": ("rank.png", over_rank(records)),

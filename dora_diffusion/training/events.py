@@ -20,6 +20,14 @@ class ModelLoading:
 
 
 @dataclass(frozen=True)
+class ClassImagesAnnounced:
+    """So many class images are made first; again once it was timed how long that takes."""
+
+    count: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class ClassImagesProgress:
     """So many of the class images are there."""
 
@@ -105,6 +113,7 @@ class TrainingEnded:
 
 Event = (
     ModelLoading
+    | ClassImagesAnnounced
     | ClassImagesProgress
     | CachingProgress
     | TrainingStarted

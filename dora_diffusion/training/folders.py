@@ -93,7 +93,7 @@ def check_folders(config: TrainConfig) -> None:
             *(path.name for path in output.glob("checkpoint-*")),
         ):
             _apart("instance_data_dir", photos, f"the run's {name},", output / name)
-    if config.with_prior_preservation and config.prior_preservation_mode == "images":
+    if config.with_prior_preservation and not config.is_image_free:
         _check_class_folder(config, output, photos)
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         model = _folder(getattr(config, name))

@@ -240,7 +240,7 @@ def _check_disk(config: TrainConfig, report: FullReport) -> None:
     place = next(folder for folder in (output, *output.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     needed = report.model_bytes * (2 if config.single_file else 1)
-    if config.checkpointing_steps:
+    if config.checkpointing_steps != 0:
         # A checkpoint is complete before the one that it replaces goes.
         kept = (config.checkpoints_total_limit or 1) + 1
         needed += kept * report.checkpoint_bytes

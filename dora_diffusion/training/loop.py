@@ -29,7 +29,7 @@ from dora_diffusion.training.samples import SampleWriter
 from dora_diffusion.training.saving import CheckpointSaver
 from dora_diffusion.training.session import Session, open_session
 from dora_diffusion.training.stop import Stopped, StopRequest
-from dora_diffusion.training.subject import subject_of
+from dora_diffusion.training.subject import outside_toy_world, subject_of
 from dora_diffusion.training.trackers import Trackers, tracked_settings
 
 __all__ = ["TrainResult", "TrainingError", "train"]
@@ -98,6 +98,8 @@ def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainR
     subject = subject_of(config)
     for reason in (*without_effect(config).values(), *unusual_rates(config)):
         warnings.warn(reason, stacklevel=2)
+    if toy := outside_toy_world(config.pretrained_model_name_or_path, subject.class_word):
+        warnings.warn(f"{toy} Name another pretrained_model_name_or_path.", stacklevel=2)
     config = replace(config, mixed_precision=precision_of(config.mixed_precision))
     output_dir = Path(config.output_dir)
     with StopRequest() as stop:
@@ -140,7 +142,7 @@ class _Run:
         self.samples = SampleWriter(session, output_dir, self.trackers, on_event, stop)
         self.saver = CheckpointSaver(
             output_dir,
-            every_steps=config.checkpointing_steps,
+            every_steps=config.checkpointing_steps or 0,
             every_minutes=config.checkpointing_minutes,
             limit=config.checkpoints_total_limit,
             noun=session.weights.noun,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.generate import SamplingSettings, generate_images
 from dora_diffusion.images import save_png
 from dora_diffusion.models.components import Components
-from dora_diffusion.training.events import ClassImagesProgress, OnEvent
+from dora_diffusion.training.events import ClassImagesAnnounced, ClassImagesProgress, OnEvent
 from dora_diffusion.training.subject import Subject
 from dora_diffusion.wording import counted, quoted
 
@@ -92,7 +95,7 @@ def class_images(
         components: The model, without adapters.
         captions: Of the subject's photos.
         accelerator: The first of its processes generates, while the others wait.
-        on_event: Called with `ClassImagesProgress`.
+        on_event: Called with `ClassImagesAnnounced` and `ClassImagesProgress`.
     """
     prompts = class_prompts(config, subject, captions)
     settings = SamplingSettings(
@@ -102,10 +105,17 @@ def class_images(
         height=config.resolution,
     )
 
+    announcer = _Announcer(on_event, config.sample_batch_size)
+
     def generate(prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
-        batch = config.sample_batch_size
         return generate_images(
-            components, prompt, seeds, settings, batch_size=batch, require_finite=True
+            components,
+            prompt,
+            seeds,
+            settings,
+            batch_size=config.sample_batch_size,
+            on_step=announcer.on_step,
+            require_finite=True,
         )
 
     folder = Path(config.class_data_dir or Path(config.output_dir) / "class_images")
@@ -118,9 +128,41 @@ def class_images(
             identity=f"{components.identity()} {settings}",
             generate=generate,
             batch_size=config.sample_batch_size,
-            on_image=lambda done, total: on_event(ClassImagesProgress(done, total)),
+            on_image=announcer.on_image,
         )
     return read_photos(paths, prompts[0], skip_unreadable=True)
+
+
+@dataclass
+class _Announcer:
+    """Says how many class images are made before any is, and how long they will take.
+
+    The second denoising step of the first batch is timed: the first has what is done only once.
+    """
+
+    on_event: OnEvent
+    batch_size: int
+    missing: int = 0
+    begun: float = 0.0
+    is_timed: bool = False
+
+    def on_image(self, done: int, total: int) -> None:
+        """So many are there, at first before any is made."""
+        if not self.missing:
+            self.missing = total - done
+            self.on_event(ClassImagesAnnounced(self.missing))
+        self.on_event(ClassImagesProgress(done, total))
+
+    def on_step(self, step: int, steps: int) -> None:
+        """A denoising step of a batch is done."""
+        if self.is_timed:
+            return
+        if step > 1:
+            batches = math.ceil(self.missing / self.batch_size)
+            seconds = (time.perf_counter() - self.begun) * steps * batches
+            self.on_event(ClassImagesAnnounced(self.missing, seconds))
+            self.is_timed = True
+        self.begun = time.perf_counter()
 
 
 def ensure_class_images(

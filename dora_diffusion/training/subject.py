@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.derived import class_word_in
 from dora_diffusion.data.captions import class_caption, contains_token
+from dora_diffusion.models.locate import is_embedded
+from dora_diffusion.toy.captions import FILLERS
+from dora_diffusion.toy.shapes import CLASSES
 from dora_diffusion.wording import quoted
+
+_TOY_WORDS = frozenset((*CLASSES, *FILLERS))
 
 
 @dataclass(frozen=True)
@@ -63,3 +68,29 @@ def subject_of(config: TrainConfig) -> Subject:
                 stacklevel=3,
             )
     return Subject(token, config.class_word or class_word_in(config.instance_prompt, token))
+
+
+def is_toy_word(class_word: str) -> bool:
+    """Whether the embedded models know a class: by the last of its words, which names the thing.
+
+    Example:
+        >>> is_toy_word("red mugs"), is_toy_word("mug"), is_toy_word("dog")
+        (True, True, False)
+    """
+    head = class_word.lower().split()[-1:] or [""]
+    return head[0] in _TOY_WORDS or head[0].removesuffix("s") in _TOY_WORDS
+
+
+def outside_toy_world(base: str, class_word: str) -> str:
+    """What to say of a subject that the base model knows nothing like; empty where that is fine.
+
+    Args:
+        base: The base model.
+        class_word: What the subject is.
+    """
+    if not is_embedded(base) or not class_word.strip() or is_toy_word(class_word):
+        return ""
+    return (
+        f"{base} is a toy model of a drawn world: it knows {', '.join(CLASSES)}, and no "
+        f"{class_word.strip()}. Trained on real photos it gives a coloured blob."
+    )

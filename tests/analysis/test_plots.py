@@ -14,8 +14,6 @@ from dora_diffusion.analysis.changes import CheckpointChange, RunChange
 from dora_diffusion.analysis.plots import FILES, heat_map, scatter, spread, write_plots
 from tests.analysis.test_report import checkpoint
 
-pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-
 
 def analysis_of(*runs: RunChange) -> Analysis:
     return Analysis("base", "output", ("*",), runs)

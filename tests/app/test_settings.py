@@ -24,7 +24,7 @@ from dora_diffusion.app.settings import (
 from dora_diffusion.cli import build_parser
 from dora_diffusion.commands.train import train_config
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file, without_effect
-from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.config.derived import as_yaml, resolve
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs.base_model import check_model
 from dora_diffusion.jobs.errors import RequestError
@@ -49,7 +49,7 @@ def test_every_preset_is_a_valid_config(preset: str, model: str) -> None:
     assert set(values) == set(ADVANCED) <= set(SETTINGS)
     made = make_config(model, Path("p"), Path("o"), "sks", "dog", [], values)
     assert made.center_crop  # the crop that the Subject tab shows
-    assert made.checkpointing_steps > 0  # Stop and Resume need checkpoints
+    assert made.checkpointing_steps != 0  # Stop and Resume need checkpoints
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,26 @@ def test_balanced_takes_as_many_steps_as_the_command_line(model: str, family: st
     assert (steps["fast"], steps["balanced"], steps["quality"]) == (
         default // 2, default, default * 3 // 2,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["stable-diffusion-v1-5/stable-diffusion-v1-5", SDXL])
+def test_presets_start_from_the_defaults_of_the_command_line(model: str) -> None:
+    """What is not about the preset or the device is what `train` does without a flag."""
+    fitted = {"mixed_precision", "gradient_checkpointing", "optimizer"}
+    about = {"max_train_steps", "with_prior_preservation", "rank"}
+    default = TrainConfig().to_dict()
+    for preset in PRESET_NAMES:
+        values = preset_values(preset, model)
+        moved = {name for name, value in values.items() if value != default[name]}
+        assert moved <= fitted | about, preset
+    resolved = resolve(
+        TrainConfig(with_prior_preservation=True, instance_prompt="a sks dog"), resolution=512,
+        total_steps=800, steps_per_epoch=5, mixed_precision="bf16",
+    )  # fmt: skip
+    assert resolved.center_crop
+    assert resolved.prior_preservation_mode == "image-free"
+    assert (resolved.validation_steps, resolved.num_validation_images) == (200, 4)
+    assert resolved.checkpointing_steps == 100
 
 
 def test_presets_follow_the_device_but_for_the_toy_models() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -101,6 +102,12 @@ def test_it_writes_an_adapter_and_says_how_to_use_it(train_flags, tmp_path, caps
     out = capsys.readouterr().out
     assert f"done: {output / 'pytorch_lora_weights.safetensors'}" in out
     assert "'sks mug'" in out
+    # The last lines are the next steps, which work as they stand.
+    images, comfyui, diffusers = (line.split(":", 1) for line in out.splitlines()[-3:])
+    assert (images[0], comfyui[0], diffusers[0]) == ("images", "ComfyUI", "Diffusers")
+    assert cli.main(shlex.split(comfyui[1], comments=True)[1:]) == 0
+    assert f"then copy '{output}.safetensors' into ComfyUI/models/loras" in comfyui[1]
+    assert read_adapter(f"{output}.safetensors").layers
     saved = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
     assert TrainConfig.from_dict(saved).learning_rate == 1e-2
 
@@ -206,6 +213,16 @@ def test_the_toy_model_is_not_taken_silently(photos, tmp_path, capsys):
     assert "training embedded:tiny-sd on cpu" in captured.out
 
 
+def test_the_toy_model_that_is_named_says_what_it_does_not_know(photos, tmp_path, capsys):
+    toy = ["--pretrained_model_name_or_path", "embedded:tiny-sd"]
+    dog = [*toy, "--class_word", "dog"]
+    for name, more, expected in (("dog", dog, True), ("mug", toy, False)):
+        assert cli.main(quick_flags(photos, tmp_path / name, *more)) == 0
+        err = capsys.readouterr().err
+        assert ("warning: embedded:tiny-sd is a toy model of a drawn world" in err) == expected
+        assert ("and no dog. Trained on real photos" in err) == expected
+
+
 def test_a_model_that_the_file_names_is_named(photos, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("pretrained_model_name_or_path: embedded:tiny-sd\n", encoding="utf-8")
@@ -215,7 +232,7 @@ def test_a_model_that_the_file_names_is_named(photos, tmp_path, capsys):
 
 def test_a_run_without_a_token_names_no_empty_trigger_word(train_flags, tmp_path, capsys):
     assert cli.main(["train", *train_flags(tmp_path / "out", token="")]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    last = capsys.readouterr().out.splitlines()[-4]
     assert last.startswith("it has no trigger word: write prompts like its captions")
     assert last.endswith("such as 'a photo of a sks mug'")
 

@@ -30,6 +30,35 @@ def test_derived_settings_are_written_out() -> None:
     assert config.class_data_dir is None
 
 
+@pytest.mark.parametrize(
+    ("values", "mode"),
+    [
+        ({}, "image-free"),
+        ({"class_data_dir": "dogs"}, "images"),
+        ({"class_prompt": "a photo of a dog"}, "images"),
+        ({"prior_preservation_mode": "images"}, "images"),
+        ({"prior_preservation_mode": "image-free", "class_prompt": "a dog"}, "image-free"),
+    ],
+)
+def test_the_prior_is_held_by_images_where_diffusers_settings_name_them(
+    values: dict[str, Any], mode: str
+) -> None:
+    config = used(with_prior_preservation=True, **values)
+    assert config.prior_preservation_mode == mode
+    assert (config.class_data_dir is None) == (mode == "image-free")
+    # What is written says it, whatever is changed beside it.
+    again = TrainConfig.from_dict(overridden(config.to_dict(), {"rank"}) | {"rank": 4})
+    assert resolve(again, **FACTS).prior_preservation_mode == mode
+
+
+def test_samples_and_checkpoints_come_at_once_unless_told_otherwise() -> None:
+    assert (used().validation_steps, used().checkpointing_steps) == (200, 100)
+    assert used(method="full").checkpointing_steps == 500
+    assert used(num_validation_images=0).validation_steps is None
+    none = used(validation_steps=0, checkpointing_steps=0)
+    assert (none.validation_steps, none.checkpointing_steps) == (0, 0)
+
+
 def test_what_was_given_stays() -> None:
     config = used(lora_alpha=1.0, class_word="dog", validation_prompt=["a dog"])
     assert (config.lora_alpha, config.class_word) == (1.0, "dog")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dora_diffusion.console.training import TrainProgress
+from dora_diffusion.cli import build_parser
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.console.training import TrainProgress, next_steps
 from dora_diffusion.training.events import (
     CheckpointSaved,
     ClassImagesProgress,
@@ -89,3 +93,60 @@ def test_a_process_that_reports_nothing_has_not_started() -> None:
     progress = TrainProgress()
     assert not progress.started
     progress.close()
+
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+def next_of(file: str, **settings: Any) -> dict[str, list[str]]:
+    """The next steps of a run, as words of a shell, without what is said behind a command."""
+    config = TrainConfig(
+        pretrained_model_name_or_path="my models/base", instance_prompt="a photo of Ann's sks dog",
+        **settings,
+    )  # fmt: skip
+    lines = next_steps(config, Path("my dogs", file))
+    named = dict(line.split(":", 1) for line in lines)
+    return {name: shlex.split(text, comments=True) for name, text in named.items()}
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "to"),
+    [
+        (ADAPTER, {"variant": "fp16"}, ["convert", "comfyui"]),
+        (ADAPTER, {"method": "lora"}, ["convert", "kohya"]),
+        ("dora_kohya.safetensors", {"norm_axis": "input"}, []),
+        ("model", {"method": "full"}, ["export"]),
+    ],
+)
+def test_the_next_steps_are_commands_that_the_parser_takes(
+    file: str, settings: dict[str, Any], to: list[str]
+) -> None:
+    steps = next_of(file, **settings)
+    parser = build_parser()
+    assert list(steps) == ["images", "ComfyUI", "Diffusers"]
+    image = parser.parse_args(steps["images"][1:])
+    assert (image.prompt, image.output) == ("a photo of Ann's sks dog", "my dogs.png")
+    trained = (image.base, image.adapter)
+    whole = ("my dogs", None)
+    assert trained == (whole if file == "model" else ("my models/base", "my dogs"))
+    assert image.variant == settings.get("variant")
+    if not to:
+        assert steps["ComfyUI"][:2] == ["copy", str(Path("my dogs", file))]
+        assert parser.parse_args(steps["Diffusers"][1:]).output == "my dogs-merged"
+        return
+    comfyui = steps["ComfyUI"]
+    assert (comfyui[0], comfyui[1]) == ("dora-diffusion", to[0])
+    assert "my dogs.safetensors" in comfyui
+    if "variant" not in settings:
+        args = parser.parse_args(comfyui[1:])
+        assert getattr(args, "to", None) == (to[1] if len(to) > 1 else None)
+
+
+def test_the_line_for_diffusers_is_python_with_the_path_quoted() -> None:
+    config = TrainConfig(instance_prompt="a sks dog")
+    line = next_steps(config, Path("my dog's", ADAPTER))[-1].partition(":")[2]
+    call = ast.parse(line.strip(), mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert ast.literal_eval(call.args[0]) == "my dog's"
+    assert {k.arg: ast.literal_eval(k.value) for k in call.keywords} == {"weight_name": ADAPTER}
+    assert "pip install peft" in line

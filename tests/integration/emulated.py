@@ -20,8 +20,9 @@ PARTS = ("down", "up", "magnitude")
 
 FULL = {
     "targets": ["full"], "train_text_encoder": True, "conv_rank": 2, "num_validation_images": 1,
-    "with_prior_preservation": True, "num_class_images": 2, "snr_gamma": 5.0, "noise_offset": 0.05,
-    "gradient_accumulation_steps": 2, "checkpointing_steps": 1,
+    "with_prior_preservation": True, "prior_preservation_mode": "images", "num_class_images": 2,
+    "snr_gamma": 5.0, "noise_offset": 0.05, "gradient_accumulation_steps": 2,
+    "checkpointing_steps": 1,
 }  # fmt: skip
 CHECKPOINTED = {
     "targets": ["attention+conv"], "norm_axis": "input", "gradient_checkpointing": True,

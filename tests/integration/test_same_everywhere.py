@@ -114,6 +114,7 @@ def run(
             center_crop=True,
             train_text_encoder=True,
             with_prior_preservation=True,
+            prior_preservation_mode="images",
             num_class_images=2,
             max_train_steps=TRAIN_STEPS,
             rank=4,

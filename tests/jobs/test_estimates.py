@@ -10,7 +10,7 @@ import pytest
 from dora_diffusion.app import html
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.estimates import estimate
+from dora_diffusion.jobs.estimates import announced_class_images, estimate
 from dora_diffusion.jobs.snapshot import snapshot
 from dora_diffusion.jobs.workspace import Workspace, write_json
 from dora_diffusion.memory import Device
@@ -57,3 +57,17 @@ def test_estimates_are_measured_or_unknown(workspace: Workspace) -> None:
     card = html.estimate_card(unknown, 10)
     assert "known after the first steps" in card
     assert "will not fit" not in card
+
+
+def test_class_images_are_announced_with_their_number_and_time(workspace: Workspace) -> None:
+    """100 images of 25 steps are 5,000 passes, as many as 833 steps of 6 (3 for an image)."""
+    images = TrainConfig(with_prior_preservation=True, prior_preservation_mode="images")
+    cost = estimate(images, (), workspace.root, Device())
+    said = announced_class_images(images, cost)
+    assert said.startswith("100 class images come first, which takes about as long as 833 training")
+    assert said.endswith("prior_preservation_mode image-free needs none.")
+    measured = dataclasses.replace(cost, seconds=200.0)
+    told = dataclasses.replace(images, max_train_steps=100)
+    assert "takes about 27 min 47 s," in announced_class_images(told, measured)
+    for config in (TrainConfig(), TrainConfig(with_prior_preservation=True)):
+        assert announced_class_images(config, cost) == ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -54,8 +53,7 @@ def test_the_page_has_every_method_and_its_images(results, tmp_path):
     table = files["markdown"].read_text("utf-8").split("## Figures")[1].strip().splitlines()[2]
     assert table.replace("|", " ").split() == ["base", "dora-r1", "dora-r2", "dora-r4", "lora"]
     images = re.findall(r"data:image/png;base64,([^\"]+)", files["page"].read_text("utf-8"))
-    plotted = 3 if find_spec("matplotlib") else 0
-    assert len(images) == 1 + plotted  # the grid, and the plots
+    assert len(images) == 1 + 3  # the grid, and the plots
     assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
     linked = re.findall(r"!\[[^]]*\]\(([^)]+)\)", files["markdown"].read_text("utf-8"))
     assert all((tmp_path / name).is_file() for name in linked)
@@ -63,7 +61,6 @@ def test_the_page_has_every_method_and_its_images(results, tmp_path):
 
 
 def test_plots_name_their_axes(results):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     by_method = plots.by_method(results.records)
     labels = [panel.get_xlabel() for panel in by_method.axes]
     assert labels == ["subject similarity", "other classes: class (%)"]

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+import yaml
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.evaluation.measures import MEASURES
 from dora_diffusion.study import run as module
 from dora_diffusion.study import trials as keys
-from dora_diffusion.study.config import Tuning
+from dora_diffusion.study.config import BASE, Study, Tuning
 from dora_diffusion.study.page import write_report
 from dora_diffusion.study.run import chosen_rate, run_study
-from dora_diffusion.study.trials import trials_of
+from dora_diffusion.study.subjects import find_subject
+from dora_diffusion.study.trials import Trial, base_digest, trials_of
 from tests.study.helpers import record, study
 
 
@@ -300,3 +303,22 @@ def test_a_file_that_holds_no_records_is_said(performed, tmp_path, text):
     (tmp_path / "records.json").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match="holds no records of a study"):
         run_study(study(), tmp_path)
+
+
+def test_the_documents_records_are_of_the_documents_study(tmp_path):
+    """A default that changes would make them void: docs/comparison.yaml says all that it needs."""
+    docs = Path(__file__).parents[2] / "docs"
+    shown = Study.from_dict(yaml.safe_load((docs / "comparison.yaml").read_text(encoding="utf-8")))
+    methods = {method.name: shown.training(method) for method in shown.methods}
+    methods[BASE] = TrainConfig()
+    base = base_digest(shown.base)
+    records = json.loads((docs / "comparison-records.json").read_text(encoding="utf-8"))
+    for made in records:
+        config = methods[made["method"]]
+        if made["method"] != BASE:
+            config = dataclasses.replace(config, learning_rate=made["learning_rate"])
+        subject = find_subject(made["subject"], shown.base, [])
+        trial = Trial(made["row"], made["method"], config, subject, made["seed"], base, shown.asked)
+        assert trial.digest == made["digest"], made["row"]
+        assert {**trial.settings, **made["settings"]} == trial.settings
+    assert len(records) == 218

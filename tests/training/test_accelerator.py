@@ -107,6 +107,7 @@ def test_two_processes_agree_with_one(sd1_folder, tmp_path, variant):
         "train_text_encoder": True,
         "text_encoder_lr": 1e-3,
         "with_prior_preservation": True,
+        "prior_preservation_mode": "images",
         "num_class_images": 3,
         "validation_inference_steps": 2,
         "num_validation_images": 1,

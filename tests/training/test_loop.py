@@ -31,6 +31,7 @@ def test_every_family_trains_unet_and_text_encoders_with_prior(family, photos, t
         folder, photos, tmp_path / "out",
         train_text_encoder=True,
         with_prior_preservation=True,
+        prior_preservation_mode="images",
         num_class_images=3,
         gradient_accumulation_steps=2,
         num_validation_images=2,

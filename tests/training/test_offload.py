@@ -93,7 +93,9 @@ def pixels(config: TrainConfig, name: str) -> np.ndarray:
 
 
 RUNS = {
-    "class images": ("sd1", {"with_prior_preservation": True, "num_class_images": 2}),
+    "class images": ("sd1", {
+        "with_prior_preservation": True, "prior_preservation_mode": "images", "num_class_images": 2,
+    }),
     "text encoders trained": ("sdxl", {
         "train_text_encoder": True, "targets": ["full"], "gradient_accumulation_steps": 2,
     }),

@@ -12,6 +12,7 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.console.training import TrainProgress
 from dora_diffusion.generate import BrokenImageError
 from dora_diffusion.training.events import (
+    ClassImagesAnnounced,
     ClassImagesProgress,
     ModelLoading,
     StepDone,
@@ -19,7 +20,7 @@ from dora_diffusion.training.events import (
     TrainingStarted,
 )
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.prior import ensure_class_images
+from dora_diffusion.training.prior import _Announcer, ensure_class_images
 from tests.training.helpers import make_config
 
 
@@ -59,14 +60,39 @@ def test_a_run_shows_class_images_before_its_first_step(tiny_run, capsys):
         events.append(event)
         show(event)
 
-    train(tiny_run(with_prior_preservation=True, num_class_images=6, max_train_steps=1), watch)
+    images = {"with_prior_preservation": True, "prior_preservation_mode": "images"}
+    train(tiny_run(**images, num_class_images=6, max_train_steps=1), watch)
     show.close()
     numbers = [(e.done, e.total) for e in events if isinstance(e, ClassImagesProgress)]
     assert numbers[0] == (0, 6)
     assert numbers[-1] == (6, 6)
     kinds = list(dict.fromkeys(type(event) for event in events))
-    assert kinds == [ModelLoading, ClassImagesProgress, TrainingStarted, StepDone, TrainingEnded]
-    assert "class images: 100%" in capsys.readouterr().err
+    assert kinds == [
+        ModelLoading, ClassImagesAnnounced, ClassImagesProgress, TrainingStarted, StepDone,
+        TrainingEnded,
+    ]  # fmt: skip
+    # The number before any is made, and the time while the first batch is.
+    first, timed = (e for e in events if isinstance(e, ClassImagesAnnounced))
+    assert (first.count, first.seconds, timed.count) == (6, None, 6)
+    assert timed.seconds > 0
+    assert events.index(timed) < events.index(ClassImagesProgress(4, 6))
+    captured = capsys.readouterr()
+    assert "class images: 100%" in captured.err
+    assert "6 class images to make before the first step; --prior_preservation_mode" in captured.out
+    assert "\n6 class images: about " in captured.out
+
+
+def test_the_time_of_class_images_is_that_of_the_second_step_for_all(monkeypatch):
+    clock = iter([100.0, 100.5, 103.5, 200.0])
+    monkeypatch.setattr("dora_diffusion.training.prior.time.perf_counter", lambda: next(clock))
+    told = []
+    announcer = _Announcer(told.append, batch_size=4)
+    announcer.on_image(1, 10)
+    for step in (1, 2, 3, 4):
+        announcer.on_step(step, 25)
+    # 9 are missing: three batches of 25 steps. The clock is read at the ends of steps 1 and 2 ...
+    assert told[0] == ClassImagesAnnounced(9)
+    assert told[-1] == ClassImagesAnnounced(9, 0.5 * 25 * 3)
 
 
 def test_a_black_class_image_is_not_trained_on(tiny_run, tmp_path, monkeypatch):
@@ -76,7 +102,14 @@ def test_a_black_class_image_is_not_trained_on(tiny_run, tmp_path, monkeypatch):
         AutoencoderKL, "decode", lambda self, latents, **_: (torch.full((1, 3, 32, 32), torch.nan),)
     )
     with pytest.raises(BrokenImageError, match="is not finite"):
-        train(tiny_run(with_prior_preservation=True, num_class_images=1, sample_batch_size=1))
+        train(
+            tiny_run(
+                with_prior_preservation=True,
+                prior_preservation_mode="images",
+                num_class_images=1,
+                sample_batch_size=1,
+            )
+        )
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
@@ -104,8 +137,9 @@ def test_an_image_free_prior_of_what_is_trained_is_refused(
 
 
 def test_class_images_of_the_captions_themselves_are_refused(config):
+    images = {"with_prior_preservation": True, "prior_preservation_mode": "images"}
     with pytest.raises(ConfigError, match="prior preservation with token '' needs class_prompt"):
-        train(replace(config, with_prior_preservation=True, token="", class_word="mug"))
+        train(replace(config, **images, token="", class_word="mug"))
 
 
 def test_class_images_are_reused_only_for_the_same_prompts(sd1_folder, photos, tmp_path):

@@ -122,7 +122,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_resume(
         pytest.fail("it went on")
 
     monkeypatch.setattr(f"dora_diffusion.training.{place}", long_operation)
-    result = train(tiny_run(with_prior_preservation=True, num_class_images=2))
+    result = train(tiny_run(with_prior_preservation=True, prior_preservation_mode="images"))
     assert (result.signal_number, result.steps, result.checkpoint) == (signal.SIGINT, 0, None)
     assert "stopping: nothing has been trained yet" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("checkpoint-*"))

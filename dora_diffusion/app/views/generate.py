@@ -20,6 +20,7 @@ from dora_diffusion.app.views.fields import (
     id_dropdown,
 )
 from dora_diffusion.app.views.request import BASE, MERGED, OWN, field_value, make_request, numbers
+from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.jobs.checkpoints import RESULT_NAME, candidates, chosen_adapter
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.snapshot import Job
@@ -101,7 +102,9 @@ class GenerateTab:
 
     def _add_sampling(self) -> None:
         with gr.Accordion("Steps, guidance, scheduler, size", open=False):
-            self.form["steps"] = gr.Slider(1, 100, 25, step=1, label="Steps")
+            self.form["steps"] = gr.Slider(
+                1, 100, SampleSettings.validation_inference_steps, step=1, label="Steps"
+            )
             self.form["scheduler"] = gr.Dropdown([OWN, *SCHEDULERS], value=OWN, label="Scheduler")
             with gr.Row():
                 # Text: an empty number field turns into 0 when it is unfolded.

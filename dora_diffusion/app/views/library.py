@@ -81,7 +81,7 @@ class LibraryTab:
         with gr.Accordion("What training did to the weights", open=False):
             text = (
                 "How far magnitude and direction moved in each layer, at all checkpoints: tables, "
-                "and plots where matplotlib is installed."
+                "and plots."
             )
             html_block(html.quiet(text))
             self.analyze = gr.Button("Analyze", size="md", elem_id="analyze")

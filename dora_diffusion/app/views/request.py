@@ -46,7 +46,7 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
         return max(8, round(int(text) / 8) * 8)
 
     settings = SamplingSettings(
-        steps=int(form["steps"] or 25),
+        steps=int(form["steps"] or SamplingSettings.steps),
         guidance_scale=_guidance(str(form["guidance_scale"] or "").strip(), model),
         scheduler=None if form["scheduler"] == OWN else form["scheduler"],
         width=size("width"),

@@ -30,7 +30,6 @@ from dora_diffusion.app.settings import (
     sentence,
     setting_text,
 )
-from dora_diffusion.app.toy_world import CHOOSE_ANOTHER, outside_toy_world
 from dora_diffusion.app.views import run
 from dora_diffusion.app.views.fields import QUIET, html_block, setting_field
 from dora_diffusion.app.views.subject import SubjectTab, current_subject
@@ -39,11 +38,12 @@ from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.masks import mask_path
 from dora_diffusion.jobs.base_model import check_model
 from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.estimates import estimate
+from dora_diffusion.jobs.estimates import announced_class_images, estimate
 from dora_diffusion.jobs.subjects import StoredSubject, keep_words, read_subject
 from dora_diffusion.jobs.train import NAME_LIMIT, start_training
-from dora_diffusion.training.subject import subject_of
+from dora_diffusion.training.subject import outside_toy_world, subject_of
 
+_CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."
 _PROMPTS = "a photo of a {subject} on the snow\na photo of a {subject} at night"
 
 
@@ -304,9 +304,9 @@ def _plan(context: Context, config: TrainConfig) -> list[str]:
     """What a run will cost, with what is wrong with it, and its command."""
     cost = estimate(config, context.jobs(), context.workspace.root, context.device())
     toy = outside_toy_world(config.pretrained_model_name_or_path, config.class_word or "")
-    notes = html.note(f"{toy} {CHOOSE_ANOTHER}" if toy else "", "warn")
+    notes = html.note(f"{toy} {_CHOOSE_ANOTHER}" if toy else "", "warn")
     notes += html.notes(idle_settings(config), "warn")
-    notes += html.notes(_class_prompts(config), "info")
+    notes += html.notes([announced_class_images(config, cost), *_class_prompts(config)], "info")
     card = html.estimate_card(cost, config.max_train_steps)
     return [card + notes, html.command(command_line(config))]
 

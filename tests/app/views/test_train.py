@@ -130,6 +130,17 @@ def test_the_plan_warns_of_a_subject_that_the_toy_world_does_not_know(
     assert "toy model" not in said("stable-diffusion-v1-5/stable-diffusion-v1-5", "dog")
 
 
+def test_the_plan_announces_class_images(context: Context, subject: str) -> None:
+    def said(mode: str) -> str:
+        changes = {"with_prior_preservation": True, "prior_preservation_mode": mode}
+        values = asked(context, subject, EMBEDDED, **changes)
+        return html.unescape(handler(context, "plan")(*values)[0])
+
+    assert "100 class images come first, which takes about as long as" in said("images")
+    assert "class images" not in said("image-free")
+    assert "class images" not in said("")  # the default
+
+
 def settings_field(context: Context, name: str) -> Any:
     """The field of a setting on the page."""
     from dora_diffusion.app.page import build_page
