@@ -1,6 +1,7 @@
 """What training and sampling take of a GPU's memory at full size: the peak of live bytes.
 
     python benchmarks/memory.py
+    python benchmarks/memory.py --cards
     python benchmarks/memory.py --family sdxl --resolution 1024 --checkpointing on --parts
     python benchmarks/memory.py --resident /tmp/full --family sd1 --resolution 512
 
@@ -8,6 +9,9 @@ No GPU is needed: models of full size are made of fake tensors (`fake_gpu`), the
 training step runs on them, and weights, adapters, optimizer states, gradients and activations are
 counted by storage (`live_bytes`). Nothing is computed, and every figure is exact. bitsandbytes'
 8-bit AdamW is not run: its states are derived from its rules (`Adam8bit`).
+
+With ``--cards`` it prints README's table: for each card the quickest flags that fit, with the peak
+of a whole run with them: of steps, of sample images, and of encoding photos and captions.
 
 With ``--resident`` it trains two steps on the CPU instead, text encoders too, and prints the peak
 memory of the process: that is the table of `dora_diffusion.families` for CPUs.
@@ -24,6 +28,8 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,8 +43,12 @@ from full_size import CLIP_BIG_G, CLIP_L, SCALING, UNETS, VAE, model_in
 from live_bytes import GIB, LiveBytes
 from torch import Tensor
 
+from dora_diffusion.cli import build_parser
+from dora_diffusion.commands.train import train_config
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.subject import PRIOR_MODES
 from dora_diffusion.families import FAMILIES
+from dora_diffusion.memory import PROCESS_GIB
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.denoise import predict
 from dora_diffusion.models.text import Conditioning, encode_tokens, join_encoders
@@ -47,6 +57,18 @@ from dora_diffusion.training.adapters import inject_trained
 from dora_diffusion.training.inputs import StepInputs
 from dora_diffusion.training.step import TrainingStep, build_step
 
+# A card has to hold a tenth more than what is counted with the GPU's context, and half a gigabyte
+# for the screen.
+CARDS = (6, 8, 12, 16, 24)
+SCREEN_GIB = 0.5
+_SAVING = "--gradient_checkpointing --optimizer adamw8bit"
+# Quickest first. Whoever needs a smaller card does without the prior.
+CARD_FLAGS = (
+    "--with_prior_preservation",
+    "--with_prior_preservation --gradient_checkpointing",
+    f"--with_prior_preservation {_SAVING}",
+    f"{_SAVING} --sample_batch_size 1",
+)
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"sd1": (512, 768), "sdxl": (768, 1024)}
 TITLES = {"sd1": "SD1.5", "sdxl": "SDXL"}
@@ -123,13 +145,22 @@ def time_ids(components: Components, batch: int) -> Tensor | None:
     return torch.empty(batch, 6, device=DEVICE) if components.family.has_time_ids else None
 
 
-def inputs_of(components: Components, side: int, batch: int) -> StepInputs:
-    """A batch of photos."""
-    shape = (batch, components.latent_channels, side, side)
+def inputs_of(components: Components, side: int, config: TrainConfig) -> StepInputs:
+    """A batch of photos, with class images or class captions where the prior asks for them."""
+    photos = config.train_batch_size
+    rows = photos * (2 if config.with_prior_preservation and not config.is_image_free else 1)
+    shape = (rows, components.latent_channels, side, side)
     latents, noise = torch.empty(shape, device=DEVICE), torch.empty(shape, device=DEVICE)
-    timesteps = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
-    ids = time_ids(components, batch)
-    return StepInputs(latents, noise, timesteps, [""] * batch, ids, photos=batch)
+    timesteps = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+    return StepInputs(
+        latents,
+        noise,
+        timesteps,
+        [""] * rows,
+        time_ids(components, rows),
+        photos,
+        class_captions=[""] * photos if config.is_image_free else None,
+    )
 
 
 def encoded(components: Components, prompts: int) -> Conditioning:
@@ -157,14 +188,7 @@ def label_weights(count: LiveBytes, components: Components, text_encoders: bool)
 
 
 def count_step(
-    family: str,
-    resolution: int,
-    *,
-    checkpointing: bool,
-    text_encoders: bool = False,
-    optimizer: str = "adamw",
-    precision: str = "bf16",
-    batch: int = 1,
+    family: str, resolution: int, config: TrainConfig, *, precision: str = "bf16"
 ) -> LiveBytes:
     """Count a training step's peak.
 
@@ -172,10 +196,8 @@ def count_step(
     computes with, which offloading takes away), ``adapter`` (with its gradients and states) and
     ``step`` (activations).
     """
-    config = TrainConfig(
-        train_text_encoder=text_encoders, gradient_checkpointing=checkpointing,
-        optimizer=optimizer, max_train_steps=2,
-    )  # fmt: skip
+    config = replace(config, max_train_steps=2)
+    text_encoders = config.train_text_encoder
     library = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=Adam8bit))
     with ExitStack() as stack:
         stack.enter_context(fake_gpu())
@@ -189,7 +211,7 @@ def count_step(
         stack.enter_context(Answers())
         stack.enter_context(count)
         weights = inject_trained(components, config)
-        inputs = inputs_of(components, resolution // components.vae_factor, batch)
+        inputs = inputs_of(components, resolution // components.vae_factor, config)
         step = build_step(config, accelerator(), components, weights, lambda number: inputs)
         condition = encoded if text_encoders else cached
         step.objective.condition = lambda captions: condition(components, len(captions))
@@ -213,6 +235,7 @@ def make_states(step: TrainingStep) -> None:
         step.flat.finish()
 
 
+@lru_cache
 def count_sampling(
     family: str, resolution: int, *, precision: str = "bf16", images: int = 1
 ) -> dict[str, int]:
@@ -267,10 +290,13 @@ def print_steps(args: argparse.Namespace) -> None:
         for size, text, on in product(sizes, args.text_encoders, args.checkpointing):
             row: list[object] = [TITLES[family], size, text, on]
             for optimizer in args.optimizer:
-                count = count_step(
-                    family, size, checkpointing=on == "on", text_encoders=text == "on",
-                    optimizer=optimizer, precision=args.precision, batch=args.batch,
+                config = TrainConfig(
+                    train_text_encoder=text == "on", gradient_checkpointing=on == "on",
+                    optimizer=optimizer, train_batch_size=args.batch,
+                    with_prior_preservation=args.prior != "none",
+                    prior_preservation_mode=None if args.prior == "none" else args.prior,
                 )  # fmt: skip
+                count = count_step(family, size, config, precision=args.precision)
                 idle = count.at_peak.get("idle", 0)
                 row += [f"{count.peak / GIB:.2f}", f"{(count.peak - idle) / GIB:.2f}"]
                 if args.parts:
@@ -293,6 +319,59 @@ def print_sampling(args: argparse.Namespace) -> None:
             header = ["GiB", "px", *peaks]
             rows.append([TITLES[family], size, *(f"{n / GIB:.2f}" for n in peaks.values())])
     print(markdown(header, rows))
+
+
+def count_run(family: str, resolution: int, config: TrainConfig) -> float:
+    """Peak of a whole run on a GPU, offloaded as by default, in GiB.
+
+    Samples share the device with the adapter and the optimizer's states.
+    """
+    step = count_step(family, resolution, config)
+    images = min(config.sample_batch_size, config.num_validation_images)
+    sampling = count_sampling(family, resolution, images=images)
+    beside = step.at_peak["adapter"]
+    return max(step.peak - step.at_peak.get("idle", 0), max(sampling.values()) + beside) / GIB
+
+
+def print_cards(args: argparse.Namespace) -> None:
+    """The table of README: for each card the quickest flags that fit."""
+    chosen: dict[str, dict[int, tuple[str, float]]] = {}
+    for family in args.family:
+        size = FAMILIES[family].default_resolution
+        fitting = chosen.setdefault(family, {})
+        for flags in CARD_FLAGS:
+            peak = count_run(family, size, train_config(parse(["train", *flags.split()])))
+            needed = card_for(peak)
+            print(f"{TITLES[family]}, {size} px, {flags}: {peak:.2f} GiB", flush=True)
+            for card in CARDS:
+                if card >= needed:
+                    fitting.setdefault(card, (flags, peak))
+    header = ["card"]
+    for family in chosen:
+        header += [f"{TITLES[family]}, {FAMILIES[family].default_resolution} px", "GiB"]
+    rows = [
+        [
+            f"{card} GB",
+            *(cell for fitting in chosen.values() for cell in card_cells(fitting.get(card))),
+        ]
+        for card in CARDS
+    ]
+    print(markdown(header, rows))
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """What the command line makes of these words."""
+    return build_parser().parse_args(words)
+
+
+def card_for(peak: float) -> float:
+    """The size of a card in GiB that holds a peak."""
+    return 1.1 * (peak + PROCESS_GIB) + SCREEN_GIB
+
+
+def card_cells(fit: tuple[str, float] | None) -> tuple[str, str]:
+    """Flags and peak, as the table shows them."""
+    return ("does not fit", "") if fit is None else (f"`{fit[0]}`", f"{fit[1]:.2f}")
 
 
 def peak_memory(command: list[str], limit: float) -> float | None:
@@ -353,6 +432,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--parts", action="store_true", help="what each peak consists of")
+    parser.add_argument("--prior", choices=("none", *PRIOR_MODES), default="none")
+    parser.add_argument("--cards", action="store_true", help="the table of cards in README instead")
     parser.add_argument("--sampling", action="store_true", help="of sampling and encoding instead")
     parser.add_argument("--resident", type=Path, help="train on the CPU; folder of the models")
     parser.add_argument("--limit", type=float, default=16.5, help="GiB, with --resident")
@@ -361,6 +442,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     if args.resident is not None:
         print_resident(args)
+    elif args.cards:
+        print_cards(args)
     elif args.sampling:
         print_sampling(args)
     else:

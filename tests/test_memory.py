@@ -272,8 +272,11 @@ def test_this_machine_is_described() -> None:
     assert device.free_gib is None or device.free_gib > 0
 
 
-def test_the_readme_has_the_rows_and_the_cards_that_they_fit() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def document(*path: str) -> str:
+    return Path(__file__).parents[1].joinpath(*path).read_text(encoding="utf-8")
+
+
+def test_the_documents_have_the_rows_of_the_table() -> None:
     titles = {"sd1": "Stable Diffusion 1.5", "sdxl": "SDXL"}
     for family, size in {(name, row.resolution) for name, row in TABLE}:
         cells = []
@@ -283,8 +286,42 @@ def test_the_readme_has_the_rows_and_the_cards_that_they_fit() -> None:
                 for name, r in TABLE
                 if (name, r.resolution, r.gradient_checkpointing) == (family, size, on)
             ]
-            derived = "" if row.is_measured else " (derived)"
-            fits = next(gb for gb in (4, 6, 8, 12, 16, 24) if gb >= 1.1 * row.gib + 0.5)
-            cells += [f"{row.gib:.1f} GiB{derived}", f"{fits} GB"]
+            cells.append(f"{row.gib:.1f} GiB" + ("" if row.is_measured else " (derived)"))
         line = " | ".join([titles[family], f"{size} px", *cells])
-        assert re.search(rf"^\| {re.escape(line)} \|$", readme, flags=re.MULTILINE), line
+        shown = re.search(rf"^\| {re.escape(line)} \|$", document("docs", "cost.md"), re.MULTILINE)
+        assert shown, line
+
+
+def test_the_readme_names_for_each_card_the_quickest_flags_that_fit_it() -> None:
+    """From the peaks that docs/cost.md has for each set of flags, quickest first."""
+    counted: dict[str, list[tuple[str, float]]] = {"SD1.5": [], "SDXL": []}
+    rows = re.findall(
+        r"^\| `(--[^|`]+)` \| ([\d.]+) \| ([\d.]+) \|$", document("docs", "cost.md"), re.M
+    )
+    for flags, *peaks in rows:
+        for title, peak in zip(counted, peaks, strict=True):
+            counted[title].append((flags, float(peak)))
+    assert len(rows) == 4
+    cards = re.findall(r"^\| (\d+) GB \| (.+) \|$", document("README.md"), re.MULTILINE)
+    assert [int(card) for card, _ in cards] == [6, 8, 12, 16, 24]
+    for card, line in cards:
+        cells = iter(cell.strip(" `") for cell in line.split("|"))
+        for title, peaks_of in counted.items():
+            fits = ((f, gib) for f, gib in peaks_of if 1.1 * (gib + PROCESS_GIB) + 0.5 <= int(card))
+            flags, peak = next(fits, ("does not fit", None))
+            assert (next(cells), next(cells)) == (flags, "" if peak is None else f"{peak:.2f}"), (
+                title
+            )
+
+
+@pytest.mark.parametrize(
+    ("family", "resolution", "checkpointing", "counted"),
+    [("sd1", 512, False, 3.92), ("sdxl", 1024, False, 19.37), ("sdxl", 1024, True, 6.43)],
+)
+def test_what_the_app_asks_for_with_a_prior_is_what_was_counted_or_a_little_more(
+    family: str, resolution: int, checkpointing: bool, counted: float
+) -> None:
+    settings = HALF | {"gradient_checkpointing": checkpointing}
+    asked = gpu_training_memory(family, resolution, settings, batch=2)
+    assert asked is not None
+    assert counted <= asked - PROCESS_GIB <= counted + 0.3

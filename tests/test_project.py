@@ -56,6 +56,19 @@ def test_commands_in_documents_parse(path):
             cli.build_parser().parse_args(command)
 
 
+def test_the_training_loop_of_the_readme_runs(tmp_path, monkeypatch):
+    """It stands alone, takes all its steps, and leaves a file and plain layers."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    [loop] = [block for block in blocks if "inject_adapters" in block]
+    monkeypatch.chdir(tmp_path)
+    held = {}
+    exec(compile(loop, "README.md", "exec"), held)
+    assert list(tmp_path.rglob("*.safetensors"))
+    assert [type(layer).__name__ for layer in held["model"]] == ["Conv2d", "Flatten", "Linear"]
+    assert held["step"] == 9
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_flags_in_documents_exist(path):
     # Not only in commands: tables and sentences name flags too.
