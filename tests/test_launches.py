@@ -63,8 +63,23 @@ COUNTS = """
         few, more = (step(settings[0], count, *settings[1:]) for count in (2, 3))
         return [[b - a for a, b in zip(few[:3], more[:3], strict=True)], more[3], more[4]]
 
-    found = {}
+    def casts(device):
+        # Of a parameter, of a view of it and of an activation, each used twice in two contexts.
+        weight = nn.Parameter(torch.ones(4, 4, device=device))
+        x = torch.ones(2, 4, device=device, dtype=torch.bfloat16)
+        made = []
+        for use in (lambda: weight, lambda: weight.t(), lambda: weight * 1):
+            with Count(device if device == DEVICE else None) as count:
+                for _ in range(2):
+                    with torch.autocast(device, torch.bfloat16):
+                        second = use()
+                        (x @ second) @ second
+            made.append(count.operations["_to_copy"])
+        return made
+
+    found = {"casts of cpu": casts("cpu")}
     with fake_gpu():
+        found["casts"] = casts(DEVICE)
         for kind in ("Linear", "Conv2d"):
             found[f"{kind} float32"] = compare(kind, True, "output", torch.float32)
             for bias in (True, False):
@@ -117,6 +132,11 @@ def test_clipping_and_optimizer_do_not_grow_with_layers_and_nothing_waits(
     _, rest, waits = counts[kind]
     assert rest <= 12
     assert waits == 0
+
+
+def test_autocast_casts_a_parameter_once_as_torchs_own_does(counts: dict[str, Any]) -> None:
+    """Torch's keeps what it cast of parameters until the context ends."""
+    assert counts["casts"] == counts["casts of cpu"] == [2, 4, 4]
 
 
 def test_a_wait_is_counted() -> None:

@@ -132,7 +132,12 @@ class AdapterSettings:
         needs=(_ADAPTER,),
     )
     lora_dropout: float = flag(
-        0.0, "Dropout on the low-rank path.", needs=(_ADAPTER,), least=0, below=1
+        0.0,
+        "Dropout on the low-rank path. Above 0, a step keeps about 2.2 times the activations of "
+        "one without (LoRA: 1.6); gradient_checkpointing saves them where memory is short.",
+        needs=(_ADAPTER,),
+        least=0,
+        below=1,
     )
     use_dora: bool = flag(
         True,
