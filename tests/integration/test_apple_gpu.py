@@ -177,7 +177,7 @@ def test_channels_that_cancel_keep_their_norm(axis):
         assert expected.min() < 1e-4
         model[0].to("mps")
         with norm_scope(model):
-            norm = layer.gain("default", adapter).norm
+            norm = layer.scales("default", adapter).norm
             model[0](torch.randn(4, 5).to("mps")).square().sum().backward()
         torch.testing.assert_close(norm.cpu(), expected, rtol=1e-5, atol=0)
         assert all(p.grad.isfinite().all() for p in adapter.parameters())
