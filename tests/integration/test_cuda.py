@@ -429,7 +429,7 @@ def test_norms_of_bfloat16_weights_are_exact_to_float32(axis):
         net.to("cuda")
         with norm_scope(net):
             for path, layer in adapted_layers(net):
-                norm = layer.gain("default", layer.adapters["default"]).norm.cpu()
+                norm = layer.scales("default", layer.adapters["default"]).norm.cpu()
                 torch.testing.assert_close(norm.double(), expected[path], rtol=2e-6, atol=0)
 
 
