@@ -122,7 +122,7 @@ def test_photos_that_were_moved_and_renamed_resume_with_a_warning(again):
 
 def test_what_may_change_is_said_and_recorded_with_its_step(again, capsys):
     progress = TrainProgress()
-    train(replace(again, learning_rate=4e-5), progress)
+    train(replace(again, learning_rate=4e-5, overwrite_output_dir=True), progress)
     progress.close()
     said = capsys.readouterr().out
     changes = "max_train_steps (2 -> 3), learning_rate (8e-05 -> 4e-05)"
@@ -138,7 +138,8 @@ def test_what_may_change_is_said_and_recorded_with_its_step(again, capsys):
 
 def test_segments_grow_from_checkpoint_to_checkpoint(again):
     train(replace(again, checkpointing_steps=1))
-    train(replace(again, max_train_steps=4, checkpointing_steps=1, max_grad_norm=0.5))
+    changed = {"max_grad_norm": 0.5, "overwrite_output_dir": True}
+    train(replace(again, max_train_steps=4, checkpointing_steps=1, **changed))
     state = torch.load(
         Path(again.output_dir) / "checkpoint-4" / "training_state.pt", weights_only=True
     )
