@@ -111,7 +111,7 @@ def test_no_draw_is_repeated_when_batches_change(tiny_run, monkeypatch, before, 
         del state["batches"]
         torch.save(state, state_file)
     config = replace(config, max_train_steps=3, resume_from_checkpoint="latest")
-    train(replace(config, **batches(*after)))
+    train(replace(config, overwrite_output_dir=True, **batches(*after)))
     rows = [(number, row) for number in range(before[0]) for row in range(before[1])]
     ends = before[0], before[0] + 2 * after[0]
     rows += [(number, row) for number in range(*ends) for row in range(after[1])]
