@@ -102,19 +102,20 @@ def counts() -> dict[str, Any]:
 
 
 # A product for the norm. Forward: base, A, B, and one sum of the two. Backward of a Linear: dy B,
-# B's and A's gradients, dy * y and its sum, g dy, and dx by two products; of a convolution, whose
-# gradients come in pairs, one less. On the input axis x is scaled, and so is dx.
+# B's and A's gradients, dy * y and its sum (and that of dy where there is a bias), g dy, dx by two
+# products and their sum; of a convolution, whose gradients come in pairs, two less. On the input
+# axis x is scaled, and so is dx.
 EACH = {
-    "Linear True output": [1, 4, 9],
-    "Linear False output": [1, 4, 8],
+    "Linear True output": [1, 4, 10],
+    "Linear False output": [1, 4, 9],
     "Linear True input": [1, 5, 9],
     "Linear False input": [1, 5, 9],
     "Conv2d True output": [1, 4, 8],
     "Conv2d False output": [1, 4, 7],
-    "Conv2d True input": [1, 5, 8],
-    "Conv2d False input": [1, 5, 8],
+    "Conv2d True input": [1, 5, 7],
+    "Conv2d False input": [1, 5, 7],
     # The same, with products that need not widen.
-    "Linear float32": [1, 4, 9],
+    "Linear float32": [1, 4, 10],
     "Conv2d float32": [1, 4, 8],
 }
 

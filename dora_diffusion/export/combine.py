@@ -90,18 +90,24 @@ def combine_adapters(
         metadata = _metadata(model, spec, read, fitted, settings)
         adapter = AdapterFile(fitted.layers, metadata, tokens=adapter.tokens)
         path = write_adapter(output, adapter, kind, base=model)
-    notes = [*_notes(read, fitted.unchanged), *said_of_embeddings(embeddings)]
+    return _report(path, kind, fitted, read, embeddings)
+
+
+def _report(
+    path: Path,
+    kind: str,
+    fitted: Fitted,
+    adapters: Sequence[AdapterFile],
+    embeddings: dict[str, Path],
+) -> ConversionReport:
+    """With what was repaired in the files, and how many layers are not in the result."""
+    notes = [note for adapter in adapters for note in adapter.notes]
+    if fitted.unchanged:
+        layers = counted(fitted.unchanged, "layer")
+        notes.append(f"nothing is left of {layers} at these strengths: the result lacks them")
+    notes += said_of_embeddings(embeddings)
     errors, total = fitted.errors, fitted.total_error
     return ConversionReport(path, kind, len(errors), errors, total, tuple(notes), embeddings)
-
-
-def _notes(adapters: Sequence[AdapterFile], cancelled: int) -> list[str]:
-    """What was repaired in the files, and how many layers are not in the result."""
-    notes = [note for adapter in adapters for note in adapter.notes]
-    if cancelled:
-        layers = counted(cancelled, "layer")
-        notes.append(f"nothing is left of {layers} at these strengths: the result lacks them")
-    return notes
 
 
 def _read(spec: MergeSpec, model: StoredModel, alpha: float | None) -> list[AdapterFile]:

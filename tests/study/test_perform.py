@@ -69,7 +69,7 @@ def test_a_training_that_diverges_is_a_record_without_figures(tmp_path):
     methods = {"wild": {"learning_rate": 1e30, "targets": ["attention"]}}
     given = study(**{**SHORT, "asked": {"inference_steps": 1}}, methods=methods)
     _, wild = run_study(given, tmp_path).records
-    assert "the loss is not a number at step 2" in wild["diverged"]
+    assert "the loss is nan at step 2" in wild["diverged"]
     assert wild["measures"] == {}
     assert "1 diverged and have no figures (wild)" in _intro(run_study(given, tmp_path))
 

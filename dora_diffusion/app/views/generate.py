@@ -208,20 +208,18 @@ def connect(context: Context, tab: GenerateTab) -> None:
         path = confined(context.workspace.images, clicked(event)[1])
         return _results(gallery=[read_image(path, path.stat().st_mtime_ns)])
 
-    def withdraw() -> None:
-        context.studio.withdraw()
-
-    def use_template(text: str | None) -> Any:
-        # Also sent when the list is left with nothing chosen.
-        return text or gr.skip()
-
     tab.make.click(make, [tab.adapter, *fields], results, **_BUSY)
     tab.compare.click(compare, [tab.adapter, *fields], results, **_BUSY)
     tab.grid.click(grid, [tab.adapter, tab.grid_strengths, *fields], results, **_BUSY)
     tab.load.upload(load, [tab.load], fields, **QUIET)
-    tab.turn.click(withdraw, None, None, **QUIET)
+    tab.turn.click(context.studio.withdraw, None, None, **QUIET)
     tab.history.click(show, None, results, **QUIET)
-    tab.template.input(use_template, [tab.template], [tab.form["prompt"]], **QUIET)
+    tab.template.input(_use_template, [tab.template], [tab.form["prompt"]], **QUIET)
+
+
+def _use_template(text: str | None) -> Any:
+    # Also sent when the list is left with nothing chosen.
+    return text or gr.skip()
 
 
 def _on_step(progress: Any) -> Any:

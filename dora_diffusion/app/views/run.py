@@ -87,22 +87,7 @@ class RunView:
 
 def connect(context: Context, view: RunView) -> None:
     """Stop, kill, resume and remove the run that is shown."""
-    workspace = context.workspace
-
-    def act(
-        action: Callable[[Path], str | None], text: str = ""
-    ) -> Callable[[str | None], list[Any]]:
-        @plain
-        def run(job_id: str | None) -> list[Any]:
-            if not job_id:  # not confirmed
-                return [gr.skip()] * (1 + len(_CONTROLS))
-            told = text + (action(workspace.job(job_id)) or "")
-            jobs = context.jobs(fresh=True)
-            gone = {job.id for job in jobs if _never_began(job)}
-            parts = refresh(context, jobs, None if job_id in gone else job_id)
-            return [html.note(told, "info"), *(filled(parts[name]) for name in _CONTROLS)]
-
-        return run
+    workspace, act = context.workspace, functools.partial(_act, context)
 
     def resume(folder: Path) -> None:
         requeue_job(folder)
@@ -146,6 +131,24 @@ def connect(context: Context, view: RunView) -> None:
     view.rename.click(rename, [view.run, view.name], outputs, **QUIET)
     view.run.change(command, [view.run], [view.command, view.message, view.name], **QUIET)
     chooser.connect(context, view.chooser, view.run)
+
+
+def _act(
+    context: Context, action: Callable[[Path], str | None], text: str = ""
+) -> Callable[[str | None], list[Any]]:
+    """What a button does to the run that is shown, and then says."""
+
+    @plain
+    def run(job_id: str | None) -> list[Any]:
+        if not job_id:  # not confirmed
+            return [gr.skip()] * (1 + len(_CONTROLS))
+        told = text + (action(context.workspace.job(job_id)) or "")
+        jobs = context.jobs(fresh=True)
+        gone = {job.id for job in jobs if _never_began(job)}
+        parts = refresh(context, jobs, None if job_id in gone else job_id)
+        return [html.note(told, "info"), *(filled(parts[name]) for name in _CONTROLS)]
+
+    return run
 
 
 def run_choices(jobs: Sequence[Job]) -> list[tuple[str, str]]:
