@@ -198,21 +198,22 @@ def connect(context: Context, tab: GenerateTab) -> None:
         if not file:
             return [gr.skip()] * len(names)
         parameters = read_generation_settings(Path(file))
-        return [
-            gr.update(value=value) if value is not None else gr.skip()
-            for value in (field_value(name, parameters) for name in names)
-        ]
+        values = (field_value(name, parameters) for name in names)
+        return [gr.skip() if value is None else gr.update(value=value) for value in values]
 
     @plain
     def show(event: gr.EventData) -> list[Any]:
         path = confined(context.workspace.images, clicked(event)[1])
         return _results(gallery=[read_image(path, path.stat().st_mtime_ns)])
 
+    def withdraw() -> None:
+        context.studio.withdraw()
+
     tab.make.click(make, [tab.adapter, *fields], results, **_BUSY)
     tab.compare.click(compare, [tab.adapter, *fields], results, **_BUSY)
     tab.grid.click(grid, [tab.adapter, tab.grid_strengths, *fields], results, **_BUSY)
     tab.load.upload(load, [tab.load], fields, **QUIET)
-    tab.turn.click(context.studio.withdraw, None, None, **QUIET)
+    tab.turn.click(withdraw, None, None, **QUIET)
     tab.history.click(show, None, results, **QUIET)
     tab.template.input(_use_template, [tab.template], [tab.form["prompt"]], **QUIET)
 

@@ -23,7 +23,7 @@ from tests.jobs.helpers import seen, started_run
 
 
 def test_a_template_that_is_opened_and_left_keeps_the_prompt(context: Context) -> None:
-    use = handler(context, "use_template", "generate")
+    use = handler(context, "_use_template", "generate")
     assert use("a photo of two {subject}s") == "a photo of two {subject}s"
     for left in (None, ""):
         assert use(left) == gradio.skip()
