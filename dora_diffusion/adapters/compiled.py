@@ -126,9 +126,9 @@ def _run(
     """
     for layer in layers:
         if isinstance(layer, AdaptedLayer) and layer._scales_cache:
-            for name, _ in layer.active():
+            for name, adapter in layer.active():
                 if name in layer._scales_cache:
-                    layer.require_unchanged(name)
+                    layer.require_unchanged(name, adapter)
             _make_factors(layer, layer._scales_cache.values())
     return compiled(block, *args, **kwargs)
 

@@ -66,11 +66,13 @@ class LayerAdapter(nn.Module):
 
     def versions(self) -> list[tuple[int, int]]:
         """Which parameters it has, and how often each was written in place."""
-        own = list(self._parameters.values())
+        own = [p for p in self._parameters.values() if p is not None]
         if self.direction is not None:
-            own += self.direction._parameters.values()
-        # Tensors that were made in inference mode count nothing.
-        return [(id(p), 0 if p.is_inference() else p._version) for p in own if p is not None]
+            own += [p for p in self.direction._parameters.values() if p is not None]
+        try:
+            return [(id(p), p._version) for p in own]
+        except RuntimeError:  # Tensors that were made in inference mode count nothing.
+            return [(id(p), 0) for p in own]
 
     def scaled_weights(self) -> LayerWeights:
         """`weights`, with the direction's strength in their scale."""

@@ -126,7 +126,7 @@ class AdaptedLayer(nn.Module):
         """Norm and gain of one adapter: from the scope's cache where one is open, else computed."""
         cache = self._scales_cache
         if cache is not None and name in cache:
-            self.require_unchanged(name)
+            self.require_unchanged(name, adapter)
             return cache[name]
         scales = make_scales([self._plan_inputs(adapter)])[0]
         if cache is not None:
@@ -137,24 +137,22 @@ class AdaptedLayer(nn.Module):
         """Put an adapter's scales into the cache of the scope that is open."""
         assert self._scales_cache is not None
         self._scales_cache[name] = scales
-        self._scales_versions[name] = self._adapter(name).versions()
+        adapter = cast("LayerAdapter", self.adapters._modules[name])
+        self._scales_versions[name] = adapter.versions()
 
-    def require_unchanged(self, name: str) -> None:
+    def require_unchanged(self, name: str, adapter: LayerAdapter) -> None:
         """Check that an adapter is the one whose scales are in the cache.
 
         Raises:
             RuntimeError: If a parameter was written or replaced since.
         """
-        if self._adapter(name).versions() != self._scales_versions[name]:
+        if adapter.versions() != self._scales_versions[name]:
             raise RuntimeError(
                 "an adapter's parameters changed inside norm_scope, which keeps the norms of what "
                 "they were: open one norm_scope for each optimizer step, around its forward and "
                 "backward passes; whatever changes parameters, such as optimizer.step(), call it "
                 "after it"
             )
-
-    def _adapter(self, name: str) -> LayerAdapter:
-        return cast("LayerAdapter", self.adapters._modules[name])
 
     @torch.no_grad()
     def _plan_inputs(self, adapter: LayerAdapter) -> PlanInputs:
