@@ -126,6 +126,7 @@ def accelerator() -> Any:
         device=torch.device(DEVICE),
         process_index=0,
         num_processes=1,
+        scaler=None,
         autocast=nullcontext,
         backward=lambda loss: loss.backward(),
         no_sync=lambda module: nullcontext(),

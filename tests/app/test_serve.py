@@ -258,7 +258,8 @@ def test_private_endpoints_look_ids_up(served: Served, handler: str, job_id: obj
     before = sorted(served.context.workspace.root.rglob("*"))
     served.call(handler, [job_id])
     kept = sorted(served.context.workspace.root.rglob("*"))
-    assert [path for path in before if path.name != "cache" and path not in kept] == []
+    # Gradio's own temporary files come and go.
+    assert [path for path in before if "cache" not in path.parts and path not in kept] == []
 
 
 HOSTILE = (

@@ -80,9 +80,9 @@ def test_a_download_is_computed_from_the_variant_of_the_run(
     job = job_of(finished)
 
     def made(base: Path, **settings: str) -> dict[str, torch.Tensor]:
-        return load_file(
-            export_adapter(finished[0], with_base(job, base, **settings), "dense").path
-        )
+        file = export_adapter(finished[0], with_base(job, base, **settings), "dense").path
+        # Copies: while a file is mapped, Windows does not replace it.
+        return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
     wanted, plain = made(sd1_folder), made(base)
     for name, tensor in made(base, variant="other").items():
