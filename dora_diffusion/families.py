@@ -198,11 +198,11 @@ _SDXL_MEMORY = (
 # benchmarks/memory.py --parts; what adapters on text encoders add is derived from their shapes.
 _SD1_GPU_MEMORY = GpuMemory(
     unet=1.601, text_encoders=0.229, vae=0.156, adapter=0.064, adapter_8bit=0.027,
-    activations=1.148, recomputed=0.314, text_adapter=0.04, resolution=512,
+    activations=0.947, recomputed=0.285, text_adapter=0.04, resolution=512,
 )  # fmt: skip
 _SDXL_GPU_MEMORY = GpuMemory(
     unet=4.782, text_encoders=1.523, vae=0.312, adapter=0.207, adapter_8bit=0.083,
-    activations=7.252, recomputed=0.863, text_adapter=0.2, resolution=1024, vae_is_float32=True,
+    activations=6.08, recomputed=0.755, text_adapter=0.2, resolution=1024, vae_is_float32=True,
 )  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = {
