@@ -221,7 +221,7 @@ def test_the_app_opens_from_an_empty_folder_with_the_samples(installed, app):
     address = line.split()[1]
     page = json.dumps(json.loads(urllib.request.urlopen(address + "config").read()))
     (photo,) = re.findall(r"gradio_api/file=[^'\"?]*bolt_mug/01\.jpg", page)
-    assert all(f"id='sample-{name}'" in page for name in ("heart_teapot", "ring_robot"))
+    assert all(f"data-value='{name}'" in page for name in ("heart_teapot", "ring_robot"))
     answer = urllib.request.urlopen(address + photo)
     assert answer.read() == (ROOT / "samples" / "bolt_mug" / "01.jpg").read_bytes()
     app.send_signal(signal.SIGTERM)
