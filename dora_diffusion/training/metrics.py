@@ -126,14 +126,13 @@ class MetricsLog:
         self.steps_dropped = 0
         self.watch = LossWatch()
         if path is not None:
-            lines = _lines(path)
             kept = []
-            for line in lines:
-                record = json.loads(line)
-                if record["step"] <= start_step:
+            for line, step, loss in _lines(path):
+                if step <= start_step:
                     kept.append(line)
-                    self.watch.add(record["step"], record["loss"])
-            self.steps_dropped = len(lines) - len(kept)
+                    self.watch.add(step, loss)
+                else:
+                    self.steps_dropped += 1
             save_text(path, "".join(kept))
             self._file = _LineFile(path)
 
@@ -220,9 +219,27 @@ class _LineFile:
         self._file.close()
 
 
-def _lines(path: Path) -> list[str]:
-    """Complete lines of a log; a half-written last one is dropped."""
+def _lines(path: Path) -> list[tuple[str, int, float]]:
+    """Complete lines of a log, each with its step and loss; a half-written last one is dropped.
+
+    Warns:
+        UserWarning: If another line is damaged: it is left out.
+    """
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("}\n")]
+    read, damaged = [], 0
+    for line in lines:
+        if not line.endswith("}\n"):
+            continue
+        try:
+            record = json.loads(line)
+            read.append((line, int(record["step"]), float(record["loss"])))
+        except (ValueError, KeyError, TypeError):
+            damaged += 1
+    if damaged:
+        noun = counted(damaged, "line")
+        warnings.warn(
+            f"{path.name}: {noun} cannot be read, and left out from here on", stacklevel=3
+        )
+    return read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import random
 import signal
 from dataclasses import replace
@@ -203,3 +204,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(sd1_folder, photos, tmp_path):
     config = make_config(sd1_folder, photos, tmp_path / "out", learning_rate=1e30, max_grad_norm=0)
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d"):
         train(config)
+
+
+def test_a_damaged_line_is_left_out_with_a_warning(tmp_path):
+    """What a crash or an editor has left of a line costs the run none of the others."""
+    path = tmp_path / "metrics.jsonl"
+    whole = [json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2, 4)]
+    path.write_text(
+        whole[0] + '{"step": 2, "lo}\n{"step": null}\n' + whole[1] + whole[2], encoding="utf-8"
+    )
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: 2 lines cannot be read"):
+        log = MetricsLog(path, 3, lambda record: None)
+    log.close()
+    assert path.read_text(encoding="utf-8") == whole[0] + whole[1]
+    assert log.steps_dropped == 1
