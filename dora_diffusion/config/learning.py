@@ -133,8 +133,8 @@ class AdapterSettings:
     )
     lora_dropout: float = flag(
         0.0,
-        "Dropout on the low-rank path. Above 0, a step keeps about 2.2 times the activations of "
-        "one without (LoRA: 1.6); gradient_checkpointing saves them where memory is short.",
+        "Dropout on the low-rank path. Above 0, a step also keeps what dropout left of each "
+        "layer's input; gradient_checkpointing saves that where memory is short.",
         needs=(_ADAPTER,),
         least=0,
         below=1,

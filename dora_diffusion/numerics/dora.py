@@ -143,7 +143,7 @@ def dora_forward(
         weight: Frozen base weight ``(out, in, *k)``.
         bias: Frozen bias ``(out,)``; it is not scaled.
         factors: The adapter's.
-        base: ``W x + b``, if it is at hand.
+        base: ``W x + b``, if already computed.
     """
     f = factors
     if f.gain is not None and f.axis == "input":

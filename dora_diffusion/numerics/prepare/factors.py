@@ -82,7 +82,7 @@ class Factors(NamedTuple):
             16 bits, a gain near 1 would be rounded to 1. None makes the layer a LoRA, and what
             follows None too.
         shift: ``(1 - g) b`` on the output axis; None without a bias and on the input axis.
-        dm_numerator: ``g`` once more, ``(n,)``, which stands for m in the graph. Its gradient is
+        dm_numerator: ``g`` once more, ``(n,)``, which represents m in the graph. Its gradient is
             ``g`` times its derivative, ``sum(dy * (y - b))``, but for the bias, which
             ``shift_numerator`` has; of a direct layer it is the derivative.
         shift_numerator: Its gradient is ``sum(dy)``; None where there is no shift.
@@ -119,7 +119,7 @@ def factors_of(
         layer: The adapter.
         dtype: To compute in.
         magnitude_strength: See `moved_magnitude`.
-        norm: ``norm(W + s B A)``, if it is at hand.
+        norm: ``norm(W + s B A)``, if already computed.
     """
     down, up = layer.down.to(dtype), layer.scale * layer.up
     if layer.magnitude is None:
