@@ -226,7 +226,7 @@ def test_a_tab_that_fails_leaves_the_others_and_is_said(
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("library.connect.<locals>.delete", 0), ("run.connect.<locals>.act.<locals>.run", 0),
+    [("library.connect.<locals>.delete", 0), ("run._act.<locals>.run", 0),
      ("subject.connect.<locals>.remove", 2)],
 )  # fmt: skip
 def test_what_could_not_be_deleted_is_not_said_to_be(
