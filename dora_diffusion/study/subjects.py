@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dora_diffusion import system
 from dora_diffusion.config import ConfigError
-from dora_diffusion.config.checks import require
 from dora_diffusion.config.derived import class_word_in
+from dora_diffusion.config.fields import require
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.evaluation.denoising import held_out_losses

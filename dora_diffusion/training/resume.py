@@ -11,10 +11,9 @@ from typing import Any
 import yaml
 
 from dora_diffusion.config import ConfigError, TrainConfig, differences, settings
-from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.config.derived import Changes, as_yaml, listed
 from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.learning import OptimizerSettings
-from dora_diffusion.config.resume import Changes, listed
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.training.checkpoint import (
