@@ -30,8 +30,7 @@ from dora_diffusion.generate import SamplingSettings
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.study.config import Asked
-from dora_diffusion.toy.benchmark_subjects import SUBJECTS, BenchmarkSubject, write_photos
-from dora_diffusion.toy.samples import TRIGGER
+from dora_diffusion.toy.benchmark_subjects import SUBJECTS, TRIGGER, BenchmarkSubject, write_photos
 
 if TYPE_CHECKING:
     from PIL.Image import Image

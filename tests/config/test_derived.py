@@ -1,4 +1,4 @@
-"""What follows from settings: defaults, no effect, usual rates, and what a resumed run may change."""
+"""What follows from settings: defaults, no effect, usual rates, what a resumed run may change."""
 
 from __future__ import annotations
 
