@@ -19,8 +19,7 @@ from dora_diffusion.numerics.loss import (
     split_prior,
 )
 from dora_diffusion.numerics.noise import add_noise
-from dora_diffusion.training.conditioning import Conditioner
-from dora_diffusion.training.inputs import StepInputs
+from dora_diffusion.training.inputs import Conditioner, StepInputs
 
 
 class Objective(nn.Module):
