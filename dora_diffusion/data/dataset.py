@@ -17,12 +17,21 @@ from dora_diffusion.data.masks import open_mask
 from dora_diffusion.data.photos import Photo
 from dora_diffusion.data.sampler import EpochIndex, EpochSampler
 
+Planes = Callable[[Photo, CropRecord, int], Tensor]
+"""A photo, its crop and the epoch -> further channels ``(k, H, W)`` of the crop's pixels."""
+
 
 class DreamBoothDataset(Dataset[Sample]):
     """Photos of a subject as training samples, drawn by seed, epoch and content."""
 
     def __init__(
-        self, photos: Sequence[Photo], draws: Draws, class_images: Sequence[Photo] = ()
+        self,
+        photos: Sequence[Photo],
+        draws: Draws,
+        class_images: Sequence[Photo] = (),
+        *,
+        masked_loss: bool = True,
+        planes: Planes | None = None,
     ) -> None:
         """Put photos and draws together; no file is opened.
 
@@ -30,6 +39,8 @@ class DreamBoothDataset(Dataset[Sample]):
             photos: The photos of the subject.
             draws: How they are cut, mirrored and captioned.
             class_images: Pair each photo with one of these (prior preservation).
+            masked_loss: The photos' masks say where to learn.
+            planes: Further channels of the pixels, for models that read them.
 
         Raises:
             PhotoError: If there is no photo.
@@ -37,6 +48,7 @@ class DreamBoothDataset(Dataset[Sample]):
         if not photos:
             raise PhotoError("no photos were given; choose at least one")
         self.photos, self.class_images, self.draws = list(photos), list(class_images), draws
+        self._masked_loss, self._planes = masked_loss, planes
         self._encode: Callable[[Tensor], Tensor] | None = None
         self._cached: dict[tuple[object, ...], dict[str, Tensor | None]] = {}
 
@@ -69,7 +81,7 @@ class DreamBoothDataset(Dataset[Sample]):
         accelerator.
 
         Args:
-            encode: Pixels ``(B, 3, H, W)`` to moments ``(B, 2C, h, w)``.
+            encode: Pixels ``(B, 3 or more, H, W)`` to moments ``(B, 2C or more, h, w)``.
         """
         self._encode = encode
 
@@ -82,7 +94,7 @@ class DreamBoothDataset(Dataset[Sample]):
             indices: The samples that will be loaded.
             on_crop: Called with (crops encoded, crops in all).
         """
-        crops = {_key(*cut): cut for at in indices for cut in self._crops(at)}
+        crops = {self._key(*cut): cut for at in indices for cut in self._crops(at)}
         for number, cut in enumerate(crops.values(), start=1):
             self._content(*cut)
             on_crop(number, len(crops))
@@ -107,17 +119,17 @@ class DreamBoothDataset(Dataset[Sample]):
             self.draws.caption(photo, at.epoch),
             crop,
             prior=self._prior(at, crop.target_size) if self.class_images else None,
-            **self._content(photo, crop),
+            **self._content(photo, crop, at.epoch),
         )
 
-    def _crops(self, at: EpochIndex) -> Iterator[tuple[Photo, CropRecord]]:
+    def _crops(self, at: EpochIndex) -> Iterator[tuple[Photo, CropRecord, int]]:
         """What a sample is cut from, and how: the photo, and the class image beside it."""
         photo = self.photos[at.index]
         crop = self.draws.crop(photo, at.epoch)
-        yield photo, crop
+        yield photo, crop, at.epoch
         if self.class_images:
             image = self._class_image(at)
-            yield image, self.draws.crop(image, at.epoch, crop.target_size)
+            yield image, self.draws.crop(image, at.epoch, crop.target_size), at.epoch
 
     def _class_image(self, at: EpochIndex) -> Photo:
         """The class image that goes with a photo: all have their turn, however few photos are."""
@@ -128,33 +140,33 @@ class DreamBoothDataset(Dataset[Sample]):
         """The class image that goes with a photo, cut to its size."""
         image = self._class_image(at)
         crop = self.draws.crop(image, at.epoch, target_size)
-        content = self._content(image, crop)
+        content = self._content(image, crop, at.epoch)
         return Sample(image.digest, image.caption, crop, is_prior=True, **content)
 
-    def _content(self, photo: Photo, crop: CropRecord) -> dict[str, Any]:
+    def _content(self, photo: Photo, crop: CropRecord, epoch: int) -> dict[str, Any]:
         """The pixels and the mask of a crop, or what is cached of both."""
-        if self._encode is None:
-            return {"pixels": apply_crop(open_photo(photo.path), crop), "mask": _mask(photo, crop)}
         # By content and never by position, so that no order of access can mix entries.
-        key = _key(photo, crop)
-        if key not in self._cached:
-            pixels = apply_crop(open_photo(photo.path), crop)
-            moments, mask = self._encode(pixels.unsqueeze(0))[0].detach().cpu(), _mask(photo, crop)
-            if mask is not None:
-                mask = latent_mask(mask, moments.shape[-2:])
-            self._cached[key] = {"moments": moments, "mask": mask}
+        key = self._key(photo, crop, epoch)
+        if key in self._cached:
+            return self._cached[key]
+        pixels = apply_crop(open_photo(photo.path), crop)
+        if self._planes is not None:
+            pixels = torch.cat([pixels, self._planes(photo, crop, epoch)])
+        mask = None
+        if self._masked_loss and (image := open_mask(photo)) is not None:
+            mask = apply_crop_to_mask(image, crop)
+        if self._encode is None:
+            return {"pixels": pixels, "mask": mask}
+        moments = self._encode(pixels.unsqueeze(0))[0].detach().cpu()
+        if mask is not None:
+            mask = latent_mask(mask, moments.shape[-2:])
+        self._cached[key] = {"moments": moments, "mask": mask}
         return self._cached[key]
 
-
-def _key(photo: Photo, crop: CropRecord) -> tuple[object, ...]:
-    """What a crop and its mask are cached by; an alpha channel has the photo's digest."""
-    return photo.digest, photo.mask_path is not None, photo.mask_digest, crop
-
-
-def _mask(photo: Photo, crop: CropRecord) -> Tensor | None:
-    """The mask of a crop ``(1, H, W)``, None where the photo has none."""
-    mask = open_mask(photo)
-    return None if mask is None else apply_crop_to_mask(mask, crop)
+    def _key(self, photo: Photo, crop: CropRecord, epoch: int) -> tuple[object, ...]:
+        """What a crop and its mask are cached by; an alpha channel has the photo's digest."""
+        drawn = self._planes and self.draws.generator("planes", photo, epoch).initial_seed()
+        return photo.digest, photo.mask_path is not None, photo.mask_digest, crop, drawn
 
 
 def iterate_batches(

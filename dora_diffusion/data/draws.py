@@ -70,20 +70,24 @@ class Draws:
         self, photo: Photo, epoch: int, target_size: tuple[int, int] | None = None
     ) -> CropRecord:
         """The crop of a photo in an epoch; place and flip are drawn apart, each from its own."""
-        turn: object = epoch
-        if self.crop_variants is not None:
-            chooser = generator_for("variant", self.seed, epoch, photo.digest)
-            turn = f"variant {torch.randint(self.crop_variants, (), generator=chooser).item()}"
         crop = plan_crop(
             photo.size,
             target_size or self.target_size(photo),
             center=self.center_crop,
-            generator=generator_for("crop", self.seed, turn, photo.digest),
+            generator=self.generator("crop", photo, epoch),
             multiple=self.multiple,
         )
         coin = generator_for("flip", self.seed, epoch, photo.digest)
         flipped = self.random_flip and torch.rand((), generator=coin).item() < 0.5
         return replace(crop, flipped=flipped)
+
+    def generator(self, purpose: str, photo: Photo, epoch: int) -> torch.Generator:
+        """What is drawn from for a photo in an epoch, or for one of its variants."""
+        turn: object = epoch
+        if self.crop_variants is not None:
+            chooser = generator_for("variant", self.seed, epoch, photo.digest)
+            turn = f"variant {torch.randint(self.crop_variants, (), generator=chooser).item()}"
+        return generator_for(purpose, self.seed, turn, photo.digest)
 
     def first_crops(self, photo: Photo) -> Iterator[CropRecord]:
         """Crops of the first epochs, in which a mask must show something."""

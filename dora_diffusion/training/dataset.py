@@ -19,7 +19,7 @@ from dora_diffusion.data.draws import Draws
 from dora_diffusion.data.masks import warn_of_unused_masks
 from dora_diffusion.data.photos import Photo, read_photos
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.latents import encode_moments
+from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import on_device
 from dora_diffusion.training.events import OnEvent
 from dora_diffusion.training.prior import check_image_free, class_images
@@ -73,7 +73,7 @@ def open_dataset(
         @torch.no_grad()
         def encode(pixels: Tensor) -> Tensor:
             with on_device(components.device, components.vae):
-                return encode_moments(components.vae, pixels)
+                return encode_inputs(components.vae, components.family, pixels)
 
         dataset.cache_moments(encode)
     return dataset

@@ -15,10 +15,13 @@ from dora_diffusion.data.batch import Batch
 from dora_diffusion.data.crops import latent_mask
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.latents import encode_moments, latents_from_moments
-from dora_diffusion.models.offload import on_device
+from dora_diffusion.models.latents import (
+    condition_from_moments,
+    encode_inputs,
+    latents_from_moments,
+)
+from dora_diffusion.models.offload import on_device, send
 from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
-from dora_diffusion.models.transfer import send
 from dora_diffusion.numerics.noise import sample_noise, sample_timestep
 from dora_diffusion.training.subject import Subject
 
@@ -39,6 +42,7 @@ class StepInputs:
         photos: How many of the rows are photos; these come first, then class images.
         class_captions: B prompts without the token, for the image-free prior; None without it.
         mask: ``(B, 1, h, w)`` in [0, 1], where to learn; None means everywhere.
+        condition: ``(B, n, h, w)``, what the UNet reads beside the noisy latents; None if nothing.
     """
 
     latents: Tensor
@@ -49,6 +53,7 @@ class StepInputs:
     photos: int
     class_captions: list[str] | None = None
     mask: Tensor | None = None
+    condition: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ def draw_inputs(
         class_captions: Prompts for the image-free prior.
     """
     device, photos = components.device, int((~batch.is_prior).sum())
+    vae, family = components.vae, components.family
     # Photos and class images are numbered each from 0.
     generators = [
         generator_for("draw", seed, micro_step, first_row + row % photos, prior)
@@ -113,21 +119,19 @@ def draw_inputs(
     if moments is None:
         assert batch.pixels is not None
         with torch.no_grad():
-            moments = encode_moments(components.vae, batch.pixels)
+            moments = encode_inputs(vae, family, batch.pixels)
     rows = moments.to(torch.float32).split(1)
     latents = torch.cat(
-        [latents_from_moments(components.vae, *pair) for pair in zip(rows, generators, strict=True)]
+        [latents_from_moments(vae, *pair) for pair in zip(rows, generators, strict=True)]
     )
     steps = components.scheduler.config.num_train_timesteps
     timesteps = torch.stack([sample_timestep(steps, generator) for generator in generators])
     shape = (latents.shape[1], latents.shape[2], latents.shape[3])
     noise = torch.stack([sample_noise(shape, generator, noise_offset) for generator in generators])
     mask = None if batch.mask is None else latent_mask(batch.mask, shape[1:])
-    ids = None
-    if components.family.has_time_ids:
-        ids = torch.stack(
-            [time_ids(c.original_size, c.crop_top_left, c.target_size) for c in batch.crops]
-        )
+    ids = time_ids(family, batch.crops)
+    drawn = (condition_from_moments(vae, family, *p) for p in zip(rows, generators, strict=True))
+    conditions = [condition for condition in drawn if condition is not None]
     return StepInputs(
         send(latents, device),
         send(noise, device),
@@ -137,6 +141,7 @@ def draw_inputs(
         photos,
         class_captions,
         None if mask is None else send(mask, device),
+        send(torch.cat(conditions), device) if conditions else None,
     )
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.families import FAMILIES, UnsupportedModelError
 from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
+from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.models.load import (
     ModelNotFoundError,
     load_components,
@@ -20,6 +21,8 @@ from dora_diffusion.models.load import (
     resolve_folder,
 )
 from dora_diffusion.models.schedulers import SCHEDULERS
+
+NOTHING = TensorSpec(torch.float32, ())
 
 FOLDERS = ["sd1_folder", "sd2_folder", "sdxl_folder"]
 HALF = [torch.float16, torch.bfloat16]
@@ -266,9 +269,9 @@ def test_inpainting_models_are_refused(sd1_folder: Path, tmp_path: Path) -> None
 
 def test_checkpoint_families_are_told_by_their_keys() -> None:
     for family in FAMILIES.values():
-        assert detect_checkpoint_family({family.checkpoint_key, "x"}) is family
+        assert detect_checkpoint_family({family.checkpoint_key: NOTHING, "x": NOTHING}) is family
     with pytest.raises(UnsupportedModelError, match="an adapter or a bare UNet"):
-        detect_checkpoint_family({"lora_unet_x.lora_down.weight"}, "adapter.safetensors")
+        detect_checkpoint_family({"lora_unet_x.lora_down.weight": NOTHING}, "adapter.safetensors")
 
 
 def test_identity_follows_the_weights_not_the_name(sd1_folder: Path, tmp_path: Path) -> None:
@@ -384,7 +387,7 @@ class TestNames:
 
 
 def test_a_schedule_of_another_kind_is_refused():
-    from dora_diffusion.models.scheduling import training_scheduler
+    from dora_diffusion.models.load import training_scheduler
 
     with pytest.raises(UnsupportedModelError, match="EDMDPMSolverMultistepScheduler"):
         training_scheduler({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0})

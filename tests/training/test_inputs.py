@@ -1,5 +1,4 @@
-"""What a step is computed from, row by row, and what captions condition it with: what Diffusers' own
-pipelines compute when they sample."""
+"""What a step is computed from, row by row; conditioning against Diffusers' own pipelines."""
 
 from __future__ import annotations
 
