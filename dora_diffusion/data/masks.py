@@ -105,7 +105,7 @@ def require_masks(photos: Sequence[Photo]) -> None:
     if photos and len(bare) == len(photos):
         first = photos[0].path
         raise PhotoError(
-            f"masked_loss is on, but none of the {counted(len(photos), 'image')} has a mask: the "
+            f"masks are to be used, but none of the {counted(len(photos), 'image')} has one: the "
             f"mask of {first.name} is {mask_path(first).name} beside it, of the same size and "
             "bright where to learn; or give images with an alpha channel"
         )
