@@ -119,7 +119,7 @@ image = pipeline({_literal(prompt)}{_images(family)}).images[0]
 
 
 def _image_flags(family: Family) -> str:
-    return "".join(f" --{name} {name}.png" for name in family.image_arguments)
+    return "".join(f" --{name} my_{name}.png" for name in family.image_arguments)
 
 
 def _image_import(family: Family) -> str:
@@ -127,7 +127,7 @@ def _image_import(family: Family) -> str:
 
 
 def _images(family: Family) -> str:
-    return "".join(f', {name}=load_image("{name}.png")' for name in family.image_arguments)
+    return "".join(f', {name}=load_image("my_{name}.png")' for name in family.image_arguments)
 
 
 def _literal(text: str) -> str:
