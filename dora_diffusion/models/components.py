@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_diffusion.families import Family
+from dora_diffusion.families import TITLES, Family
 from dora_diffusion.models.latents import vae_factor
 from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler
 
@@ -56,7 +56,7 @@ class Components:
         if channels != self.family.in_channels(latents):
             raise ValueError(
                 f"{self.name}: the UNet reads {channels} channels but the VAE makes {latents}; use "
-                "a text-to-image or inpainting base model (not image editing) and its own VAE"
+                f"a base model of {TITLES}, and its own VAE"
             )
         for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
             check_vocabulary(tokenizer, encoder, self.name)
