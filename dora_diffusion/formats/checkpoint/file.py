@@ -28,6 +28,7 @@ from dora_diffusion.formats.checkpoint.weights import SingleFile
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.formats.files.stream import TensorReader
 from dora_diffusion.formats.names.checkpoint import UNET_PREFIX, standard_key
+from dora_diffusion.formats.names.unet import TOP_MODULES
 
 # Averaged copies of the unmerged weights; some loaders prefer them to the merged ones.
 LEFT_OUT = ("model_ema.",)
@@ -155,7 +156,7 @@ def detect_checkpoint_family(
     names = {standard_key(key) for key in specs}
     fitting = [family for family in FAMILIES.values() if family.checkpoint_key in names]
     if fitting:
-        conv_in = specs.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
+        conv_in = specs.get(f"{UNET_PREFIX}{dict(TOP_MODULES)['conv_in']}.weight")
         return choose_by_channels(fitting, conv_in.shape[1] if conv_in else 0)
     raise UnsupportedModelError(
         f"{name} is not a full checkpoint of {TITLES}: its text encoder was not found among its "
