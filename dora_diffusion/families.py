@@ -234,9 +234,11 @@ class Family:
     def images(self, pixels: Any) -> tuple[Any, ...]:
         """What the autoencoder encodes of pixels ``(B, 3 + planes, H, W)``.
 
-        The first is the image that is learned, the others condition the UNet.
+        The first is the image that is learned, the others condition the UNet: an inpainting model
+        reads the image without what it is to fill, where the plane is 1.
         """
-        return (pixels[:, :3],)
+        image = pixels[:, :3]
+        return (image, image * (pixels[:, 3:] < 0.5)) if self.condition_images else (image,)
 
 
 # benchmarks/memory.py --resident: bfloat16, random weights in the released shapes, default targets
@@ -266,7 +268,7 @@ _SDXL_GPU_MEMORY = GpuMemory(
     activations=6.08, recomputed=0.755, text_adapter=0.2, resolution=1024, vae_is_float32=True,
 )  # fmt: skip
 
-FAMILIES: Mapping[str, Family] = {
+_TEXT_TO_IMAGE = {
     family.name: family
     for family in (
         Family(
@@ -345,6 +347,36 @@ FAMILIES: Mapping[str, Family] = {
             memory=_SDXL_MEMORY,
             gpu_memory=_SDXL_GPU_MEMORY,
         ),
+    )
+}
+
+
+def _inpainting(family: Family, released_id: str) -> Family:
+    """The family's inpainting models: they read a mask and the latents of the masked image too."""
+    architecture = f"{family.architecture}-inpainting"
+    return replace(
+        family,
+        name=f"{family.name}-inpainting",
+        title=f"{family.title} Inpainting",
+        pipeline_class=family.pipeline_class.replace("Pipeline", "InpaintPipeline"),
+        auto_pipeline="AutoPipelineForInpainting",
+        image_arguments=("image", "mask_image"),
+        planes=1,
+        condition_images=1,
+        released_id=released_id,
+        is_suggested=False,
+        architecture=architecture,
+        # No program writes it as a version of kohya's.
+        version_mark=architecture,
+        architecture_mark=architecture,
+    )
+
+
+FAMILIES: Mapping[str, Family] = _TEXT_TO_IMAGE | {
+    family.name: family
+    for family in (
+        _inpainting(_TEXT_TO_IMAGE["sd1"], "stable-diffusion-v1-5/stable-diffusion-inpainting"),
+        _inpainting(_TEXT_TO_IMAGE["sdxl"], "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"),
     )
 }
 # What is assumed of a model that is not there yet.

@@ -23,6 +23,7 @@ from dora_diffusion.models.load import (
 from dora_diffusion.models.schedulers import SCHEDULERS
 
 NOTHING = TensorSpec(torch.float32, ())
+CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 
 FOLDERS = ["sd1_folder", "sd2_folder", "sdxl_folder"]
 HALF = [torch.float16, torch.bfloat16]
@@ -257,19 +258,25 @@ def test_other_kinds_of_models_are_refused(
         load_components(folder)
 
 
-def test_inpainting_models_are_refused(sd1_folder: Path, tmp_path: Path) -> None:
+def test_models_that_edit_images_are_refused(sd1_folder: Path, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     folder = shutil.copytree(sd1_folder, tmp_path / "model")
-    config = dict(UNet2DConditionModel.load_config(folder / "unet"), in_channels=9)
+    config = dict(UNet2DConditionModel.load_config(folder / "unet"), in_channels=8)
     UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
-    with pytest.raises(ValueError, match="reads 9 channels but the VAE makes 4"):
+    with pytest.raises(ValueError, match="reads 8 channels but the VAE makes 4"):
         load_components(folder)
 
 
 def test_checkpoint_families_are_told_by_their_keys() -> None:
     for family in FAMILIES.values():
-        assert detect_checkpoint_family({family.checkpoint_key: NOTHING, "x": NOTHING}) is family
+        conv_in = TensorSpec(torch.float32, (320, family.in_channels(), 3, 3))
+        specs = {family.checkpoint_key: NOTHING, "x": NOTHING, CONV_IN: conv_in}
+        assert detect_checkpoint_family(specs) is family
+    # Of other latents, or without a UNet.
+    key, large = FAMILIES["sd1"].checkpoint_key, TensorSpec(torch.float32, (320, 16, 3, 3))
+    for specs in ({key: NOTHING}, {key: NOTHING, CONV_IN: large}):
+        assert detect_checkpoint_family(specs) is FAMILIES["sd1"]
     with pytest.raises(UnsupportedModelError, match="an adapter or a bare UNet"):
         detect_checkpoint_family({"lora_unet_x.lora_down.weight": NOTHING}, "adapter.safetensors")
 
