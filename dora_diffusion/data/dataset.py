@@ -3,22 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dora_diffusion.data.batch import Batch, Sample, collate
 from dora_diffusion.data.crops import CropRecord, apply_crop, apply_crop_to_mask, latent_mask
 from dora_diffusion.data.draws import Draws
 from dora_diffusion.data.images import PhotoError, open_photo
-from dora_diffusion.data.masks import open_mask
-from dora_diffusion.data.photos import Photo
+from dora_diffusion.data.photos import Photo, open_mask
 from dora_diffusion.data.sampler import EpochIndex, EpochSampler
 
 Planes = Callable[[Photo, CropRecord, int], Tensor]
 """A photo, its crop and the epoch -> further channels ``(k, H, W)`` of the crop's pixels."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample, with its class image where prior preservation is on.
+
+    Attributes:
+        sample_id: Digest of the photo's bytes.
+        caption: The prompt of this epoch.
+        crop: How the pixels were cut.
+        pixels: ``(3, H, W)`` in [-1, 1], and planes that the model reads besides; None where
+            ``moments`` stand in for them.
+        moments: What the autoencoder makes of the pixels, ``(2C, h, w)`` or more.
+        mask: ``(1, H, W)`` in [0, 1], where to learn; ``(1, h, w)`` beside moments that are cached.
+            None means everywhere.
+        is_prior: Whether this is a class image.
+        prior: The class image that goes with this photo.
+    """
+
+    sample_id: str
+    caption: str
+    crop: CropRecord
+    pixels: Tensor | None = None
+    moments: Tensor | None = None
+    mask: Tensor | None = None
+    is_prior: bool = False
+    prior: Sample | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples stacked: the photos first, then their class images in the same order.
+
+    Attributes:
+        sample_ids: B digests.
+        captions: B prompts.
+        crops: B crop records.
+        is_prior: ``(B,)`` bool.
+        pixels: ``(B, 3 or more, H, W)`` or None.
+        moments: ``(B, 2C or more, h, w)`` or None; of pixels and moments exactly one is there.
+        mask: ``(B, 1, H, W)`` or ``(B, 1, h, w)``, or None where no sample has one.
+    """
+
+    sample_ids: list[str]
+    captions: list[str]
+    crops: list[CropRecord]
+    is_prior: Tensor
+    pixels: Tensor | None = None
+    moments: Tensor | None = None
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Number of samples, class images included."""
+        return len(self.sample_ids)
 
 
 class DreamBoothDataset(Dataset[Sample]):
@@ -167,6 +220,44 @@ class DreamBoothDataset(Dataset[Sample]):
         """What a crop and its mask are cached by; an alpha channel has the photo's digest."""
         drawn = self._planes and self.draws.generator("planes", photo, epoch).initial_seed()
         return photo.digest, photo.mask_path is not None, photo.mask_digest, crop, drawn
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples to a batch.
+
+    Raises:
+        ValueError: If their sizes differ.
+    """
+    priors = [sample.prior for sample in samples if sample.prior is not None]
+    if priors and len(priors) != len(samples):
+        raise ValueError("some of the batch's samples have a class image and some have none")
+    rows = [*samples, *priors]
+    sizes = {row.crop.target_size for row in rows}
+    if len(sizes) > 1:
+        raise ValueError(f"a batch holds crops of different sizes: {sorted(sizes)}")
+    return Batch(
+        sample_ids=[row.sample_id for row in rows],
+        captions=[row.caption for row in rows],
+        crops=[row.crop for row in rows],
+        is_prior=torch.tensor([row.is_prior for row in rows]),
+        pixels=_stack([row.pixels for row in rows]),
+        moments=_stack([row.moments for row in rows]),
+        mask=_stack_masks(rows),
+    )
+
+
+def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if len(present) == len(tensors) else None
+
+
+def _stack_masks(rows: Sequence[Sample]) -> Tensor | None:
+    """Stack masks; samples without one count everywhere."""
+    present = [row.mask for row in rows if row.mask is not None]
+    if not present:
+        return None
+    ones = torch.ones_like(present[0])
+    return torch.stack([ones if row.mask is None else row.mask for row in rows])
 
 
 def iterate_batches(

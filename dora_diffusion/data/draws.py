@@ -10,8 +10,7 @@ from torch import Tensor
 
 from dora_diffusion.data.captions import drop_caption, shuffle_tags
 from dora_diffusion.data.crops import CropRecord, apply_crop_to_mask, plan_crop
-from dora_diffusion.data.masks import open_mask
-from dora_diffusion.data.photos import Photo
+from dora_diffusion.data.photos import Photo, open_mask
 from dora_diffusion.data.sampler import generator_for
 
 # Of random masks, as Stable Diffusion 1.5 Inpainting was trained.

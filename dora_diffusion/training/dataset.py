@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.data.buckets import Buckets
 from dora_diffusion.data.captions import can_shuffle, require_token
-from dora_diffusion.data.checks import copies, too_few
+from dora_diffusion.data.checks import copies, too_few, warn_of_unused_masks
+from dora_diffusion.data.crops import Buckets
 from dora_diffusion.data.dataset import DreamBoothDataset
 from dora_diffusion.data.draws import Draws
-from dora_diffusion.data.masks import warn_of_unused_masks
 from dora_diffusion.data.photos import Photo, read_photos
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.data.batch import Batch
 from dora_diffusion.data.crops import latent_mask
+from dora_diffusion.data.dataset import Batch
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import (

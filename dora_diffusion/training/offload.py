@@ -4,30 +4,11 @@ from __future__ import annotations
 
 import warnings
 from itertools import chain, islice
-from typing import TYPE_CHECKING
 
-from dora_diffusion.config import TrainConfig
 from dora_diffusion.devices import release_memory
-from dora_diffusion.models.components import Components
 from dora_diffusion.models.offload import HOST, move_frozen, on_device
 from dora_diffusion.training.events import CachingProgress, OnEvent
-
-if TYPE_CHECKING:
-    from dora_diffusion.training.session import Session
-
-
-def bring_what_steps_need(config: TrainConfig, components: Components) -> None:
-    """Put on the device what every step computes with: the UNet, and encoders that train."""
-    device = components.offload_to
-    if device is None:
-        return
-    modules = [components.unet]
-    if config.train_text_encoder:
-        modules += components.text_encoders
-    if not config.cache_latents:
-        modules.append(components.vae)
-    for module in modules:
-        move_frozen(module, device)
+from dora_diffusion.training.session import Session
 
 
 def cache_ahead(session: Session, steps: int, on_event: OnEvent) -> None:

@@ -16,7 +16,7 @@ from dora_diffusion.data.photos import list_photos
 from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
-from dora_diffusion.models.offload import place
+from dora_diffusion.models.offload import move_frozen, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.training.adapters import inject_trained
 from dora_diffusion.training.checkpoint import restore_optimizer, restore_tensors
@@ -25,7 +25,6 @@ from dora_diffusion.training.dataset import open_dataset
 from dora_diffusion.training.events import OnEvent, ignore
 from dora_diffusion.training.full import select_weights
 from dora_diffusion.training.inputs import InputSource
-from dora_diffusion.training.offload import bring_what_steps_need
 from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.step import TrainingStep, build_step
 from dora_diffusion.training.subject import Subject
@@ -140,7 +139,7 @@ def open_session(
     components = place(loaded, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     dataset = open_dataset(config, subject, components, paths, accelerator, on_event)
-    bring_what_steps_need(config, components)
+    _bring_what_steps_need(config, components)
     weights: TrainedWeights = (
         select_weights(components, config) if config.is_full else inject_trained(components, config)
     )
@@ -158,6 +157,20 @@ def open_session(
     inputs = InputSource(config, subject, components, batches, accelerator.process_index)
     train_step = build_step(config, accelerator, components, weights, inputs)
     return Session(config, subject, accelerator, components, weights, dataset, sampler, train_step)
+
+
+def _bring_what_steps_need(config: TrainConfig, components: Components) -> None:
+    """Put on the device what every step computes with: the UNet, and encoders that train."""
+    device = components.offload_to
+    if device is None:
+        return
+    modules = [components.unet]
+    if config.train_text_encoder:
+        modules += components.text_encoders
+    if not config.cache_latents:
+        modules.append(components.vae)
+    for module in modules:
+        move_frozen(module, device)
 
 
 def _resolved(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dora_diffusion import export_checkpoint, generate_images, load_components, train
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.data.batch import Batch
+from dora_diffusion.data.dataset import Batch
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.evaluation.denoising import held_out_losses
 from dora_diffusion.export import verify_checkpoint

@@ -15,8 +15,8 @@ from PIL import Image
 
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.data.batch import Batch
 from dora_diffusion.data.crops import CropRecord
+from dora_diffusion.data.dataset import Batch
 from dora_diffusion.generate import SamplingSettings, generate_images
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training import inputs as training_inputs
