@@ -34,8 +34,7 @@ from dora_diffusion.data.images import open_photo
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.files.stream import TensorReader, write_tensors
-from dora_diffusion.models.denoise import predict
-from dora_diffusion.models.latents import encode_images
+from dora_diffusion.models.latents import encode_images, predict
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.numerics.loss import training_target
 from dora_diffusion.numerics.noise import add_noise

@@ -50,8 +50,8 @@ from dora_diffusion.config.subject import PRIOR_MODES
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.memory import PROCESS_GIB
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.denoise import predict
-from dora_diffusion.models.text import Conditioning, encode_tokens, join_encoders
+from dora_diffusion.models.latents import predict
+from dora_diffusion.models.text import Conditioning, encode_tokens
 from dora_diffusion.training import optimizer as optimizers
 from dora_diffusion.training.adapters import inject_trained
 from dora_diffusion.training.inputs import StepInputs
@@ -106,7 +106,7 @@ def make_components(family: str, dtype: torch.dtype) -> Components:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     entry = FAMILIES[family]
-    wide = torch.float32 if entry.vae_wants_float32 else dtype
+    wide = torch.float32 if entry.vae_overflows({}) else dtype
     vae = AutoencoderKL(**VAE, scaling_factor=SCALING[family]).to(DEVICE, wide)
     unet = UNet2DConditionModel(**UNETS[family]).to(DEVICE, dtype)
     encoders = [CLIPTextModel(CLIPTextConfig(vocab_size=49408, **CLIP_L)).to(DEVICE, dtype)]
@@ -167,9 +167,8 @@ def inputs_of(components: Components, side: int, config: TrainConfig) -> StepInp
 def encoded(components: Components, prompts: int) -> Conditioning:
     """Conditioning by the text encoders."""
     ids = torch.zeros(prompts, 77, dtype=torch.int64, device=DEVICE)
-    family = components.family
-    states = [encode_tokens(e, ids, family.hidden_state) for e in components.text_encoders]
-    return join_encoders(states, family)
+    encoders = components.text_encoders
+    return encode_tokens(components.family, encoders, [ids] * len(encoders))
 
 
 def cached(components: Components, prompts: int) -> Conditioning:

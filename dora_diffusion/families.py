@@ -1,13 +1,14 @@
-"""The Stable Diffusion families: everything that differs between them, as data.
+"""The Stable Diffusion families: everything that differs between them.
 
-No other module compares a family's name: it asks for the property that it needs, such as
-`Family.has_time_ids`. A new family is one more entry of `FAMILIES`.
+No other module compares a family's name or asks which kind of model it is: it asks the family for
+what it needs, such as `Family.time_ids`. A new family is one more entry of `FAMILIES`, and a field
+where it differs in something new. Modules and tensors are taken as they come: torch is not needed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +94,7 @@ class Family:
     Attributes:
         name: As stored in adapter files.
         title: The name that people use.
-        pipeline_class: Name of the diffusers text-to-image pipeline.
+        pipeline_class: Name of the diffusers pipeline.
         text_encoders: In the order in which their states are joined.
         hidden_state: Which of their states conditions the UNet: ``"last"`` (after the final layer
             norm) or ``"penultimate"`` (before it, without a norm).
@@ -103,6 +104,11 @@ class Family:
         up_attention: For each up level of the UNet, whether it has attention.
         uses_linear_projection: The UNet's ``use_linear_projection``.
         vae_wants_float32: The released autoencoder overflows in float16.
+        auto_pipeline: Name of the diffusers class that finds the pipeline of a model.
+        image_arguments: Images that its pipeline is called with, besides the prompt.
+        planes: Channels besides red, green and blue of the pixels that it is trained on, which the
+            UNet reads at the latents' size.
+        condition_images: Images whose latents the UNet reads besides the noisy ones.
         default_resolution: Side in pixels that the released models were trained at.
         default_steps: Optimizer steps of a run that does not say how many.
         released_id: Hub id of the released model, whose configuration fits single files.
@@ -142,6 +148,10 @@ class Family:
     has_time_ids: bool = False
     uses_linear_projection: bool = False
     vae_wants_float32: bool = False
+    auto_pipeline: str = "AutoPipelineForText2Image"
+    image_arguments: tuple[str, ...] = ()
+    planes: int = 0
+    condition_images: int = 0
     released_epsilon_id: str = ""
     is_suggested: bool = True
     is_kohya_v2: bool = False
@@ -177,6 +187,59 @@ class Family:
         """The text encoder that is this component of a pipeline, None if it is not one."""
         return next((e for e in self.text_encoders if e.component == component), None)
 
+    def encode_text(self, encoder: Any, input_ids: Any, attention_mask: Any) -> tuple[Any, Any]:
+        """One text encoder's states ``(B, tokens, C)``, and its pooled output ``(B, P)`` or None.
+
+        Args:
+            encoder: A CLIP text encoder, with or without a projection.
+            input_ids: ``(B, tokens)`` int64.
+            attention_mask: ``(B, tokens)``, or None: the padding is read too.
+        """
+        if self.hidden_state == "penultimate":
+            output = encoder(input_ids, output_hidden_states=True)
+            return output.hidden_states[-2], output[0] if self.has_pooled else None
+        output = encoder(input_ids, attention_mask=attention_mask)
+        return output[0], output[1] if self.has_pooled else None
+
+    def zeros_for_empty_prompt(self, index: Mapping[str, Any]) -> bool:
+        """Whether guidance without a negative prompt uses zeros, by the pipeline's settings."""
+        return self.has_pooled and bool(index.get("force_zeros_for_empty_prompt", True))
+
+    def pipeline_options(self, zeros_for_empty_prompt: bool) -> dict[str, Any]:
+        """What the pipeline is made with besides its modules: neither checker nor watermark."""
+        if self.has_pooled:
+            zeros = {"force_zeros_for_empty_prompt": zeros_for_empty_prompt}
+            return {**zeros, "add_watermarker": False}
+        none = {"safety_checker": None, "feature_extractor": None}
+        return {**none, "requires_safety_checker": False}
+
+    def vae_overflows(self, config: Mapping[str, Any]) -> bool:
+        """Whether an autoencoder overflows in float16; fixed ones say that they do not."""
+        return self.vae_wants_float32 and bool(config.get("force_upcast", True))
+
+    def time_ids(self, crop: Any) -> tuple[int, ...]:
+        """What conditions the UNet on a crop's sizes: none, or SDXL's six numbers.
+
+        All pairs are (height, width) or (top, left) in pixels (arXiv:2307.01952, section 2.2): the
+        photo's own size, the crop's corner in the resized photo, and the size trained on.
+        """
+        if not self.has_time_ids:
+            return ()
+        return (*crop.original_size, *crop.crop_top_left, *crop.target_size)
+
+    def in_channels(self, latent_channels: int = 4) -> int:
+        """Channels that the UNet reads."""
+        return latent_channels * (1 + self.condition_images) + self.planes
+
+    def images(self, pixels: Any) -> tuple[Any, ...]:
+        """What the autoencoder encodes of pixels ``(B, 3 + planes, H, W)``.
+
+        The first is the image that is learned, the others condition the UNet: an inpainting model
+        reads the image without what it is to fill, where the plane is 1.
+        """
+        image = pixels[:, :3]
+        return (image, image * (pixels[:, 3:] < 0.5)) if self.condition_images else (image,)
+
 
 # benchmarks/memory.py --resident: bfloat16, random weights in the released shapes, default targets
 # and rank, UNet and text encoders adapted, AdamW, the process's peak on a CPU. Derived rows scale
@@ -205,7 +268,7 @@ _SDXL_GPU_MEMORY = GpuMemory(
     activations=6.08, recomputed=0.755, text_adapter=0.2, resolution=1024, vae_is_float32=True,
 )  # fmt: skip
 
-FAMILIES: Mapping[str, Family] = {
+_TEXT_TO_IMAGE = {
     family.name: family
     for family in (
         Family(
@@ -286,6 +349,36 @@ FAMILIES: Mapping[str, Family] = {
         ),
     )
 }
+
+
+def _inpainting(family: Family, released_id: str) -> Family:
+    """The family's inpainting models: they read a mask and the latents of the masked image too."""
+    architecture = f"{family.architecture}-inpainting"
+    return replace(
+        family,
+        name=f"{family.name}-inpainting",
+        title=f"{family.title} Inpainting",
+        pipeline_class=family.pipeline_class.replace("Pipeline", "InpaintPipeline"),
+        auto_pipeline="AutoPipelineForInpainting",
+        image_arguments=("image", "mask_image"),
+        planes=1,
+        condition_images=1,
+        released_id=released_id,
+        is_suggested=False,
+        architecture=architecture,
+        # No program writes it as a version of kohya's.
+        version_mark=architecture,
+        architecture_mark=architecture,
+    )
+
+
+FAMILIES: Mapping[str, Family] = _TEXT_TO_IMAGE | {
+    family.name: family
+    for family in (
+        _inpainting(_TEXT_TO_IMAGE["sd1"], "stable-diffusion-v1-5/stable-diffusion-inpainting"),
+        _inpainting(_TEXT_TO_IMAGE["sdxl"], "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"),
+    )
+}
 # What is assumed of a model that is not there yet.
 USUAL = next(iter(FAMILIES.values()))
 TITLES = ", ".join(family.title for family in FAMILIES.values())
@@ -318,7 +411,16 @@ def detect_family(
             f"{name} is a {kind} of a kind that is not supported; use a base model of {TITLES}"
         )
     is_linear = bool(unet_config.get("use_linear_projection"))
-    return next((f for f in fitting if f.uses_linear_projection == is_linear), fitting[0])
+    fitting = [f for f in fitting if f.uses_linear_projection == is_linear] or fitting
+    return choose_by_channels(fitting, unet_config.get("in_channels", 4))
+
+
+def choose_by_channels(families: Sequence[Family], in_channels: int) -> Family:
+    """Of families that differ in what their UNets read, the one that reads so many channels.
+
+    The first, if none does: its autoencoder may make latents of other channels.
+    """
+    return next((f for f in families if f.in_channels() == in_channels), families[0])
 
 
 def detect_folder_family(folder: Path) -> Family:

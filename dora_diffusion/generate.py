@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.adapters.files import attach_file
 from dora_diffusion.adapters.inject import layer_adapters, set_strength
 from dora_diffusion.adapters.scope import norm_scope
+from dora_diffusion.config.fields import require
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.data.captions import contains_token
+from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.devices import default_device
 from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.models.components import Components
@@ -47,6 +49,9 @@ class SamplingSettings:
         width: Pixels; None is what the model was trained at.
         height: Pixels.
         negative_prompt: What to steer away from.
+        image: What an inpainting model paints into, cut to the size from the middle. Without it
+            the whole image is painted, as by a text-to-image model.
+        mask_image: White where to paint, of the image's size.
 
     Raises:
         ValueError: If a value cannot work.
@@ -58,6 +63,8 @@ class SamplingSettings:
     width: int | None = None
     height: int | None = None
     negative_prompt: str = ""
+    image: Image.Image | None = field(default=None, repr=False)
+    mask_image: Image.Image | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("steps", "width", "height"):
@@ -69,6 +76,12 @@ class SamplingSettings:
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             raise ValueError(
                 f"scheduler is {self.scheduler!r}; it must be one of {', '.join(SCHEDULERS)}"
+            )
+        sizes = [each and each.size for each in (self.image, self.mask_image)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"image and mask_image belong together, of one size; they are {sizes[0]} and "
+                f"{sizes[1]}"
             )
 
 
@@ -167,13 +180,14 @@ def generate_images(
         components: The loaded model; its modules' train or eval mode is restored.
         prompt: What to show; or one prompt per seed, which may differ within a batch.
         seeds: One per image.
-        settings: Steps, guidance, size.
+        settings: Steps, guidance, size, and what an inpainting model paints into.
         batch_size: Images at once.
         on_step: Called with (steps done, steps in all).
         require_finite: Refuse images that hold NaN, which becomes black, or are black all over.
 
     Raises:
         ValueError: If there are several prompts, but not one per seed.
+        ConfigError: If a text-to-image model is to paint into an image.
         BrokenImageError: If an image is refused.
 
     Warns:
@@ -190,7 +204,7 @@ def generate_images(
         components.eval_mode(),
         torch.no_grad(),
         _norms_kept(components),
-        _decoding_one_by_one(components.vae),
+        _autoencoder_as_loaded(components.vae),
         quiet_libraries(),
     ):
         pipeline = components.pipeline(settings.scheduler)
@@ -211,14 +225,49 @@ def _norms_kept(components: Components) -> AbstractContextManager[None]:
     return norm_scope(*components.adaptable().values())
 
 
+def _painted(components: Components, settings: SamplingSettings, count: int) -> dict[str, Any]:
+    """What the model's pipeline is called with to paint into ``count`` images; nothing for others.
+
+    Raises:
+        ConfigError: If there is an image, and the model is not an inpainting model.
+    """
+    image, mask = settings.image, settings.mask_image
+    if not components.family.image_arguments:
+        require(
+            image is None,
+            f"{components.name} is a text-to-image model, which paints into no image; leave image "
+            "and mask_image out, or take an inpainting model",
+        )
+        return {}
+    size, options = _size(components, settings), {}
+    if image is None or mask is None:
+        image, mask = Image.new("RGB", size[::-1]), Image.new("L", size[::-1], 255)
+        options = {"strength": 1.0}
+    crop = plan_crop((image.height, image.width), size, multiple=components.vae_factor)
+    cuts = cut(image.convert("RGB"), crop), cut(mask.convert("L"), crop)
+    return {"image": [cuts[0]] * count, "mask_image": [cuts[1]] * count, **options}
+
+
+def _size(components: Components, settings: SamplingSettings) -> tuple[int, int]:
+    """Height and width that are sampled."""
+    side = components.default_resolution
+    return settings.height or side, settings.width or side
+
+
 @contextmanager
-def _decoding_one_by_one(vae: Any) -> Iterator[None]:
-    """Decode each image of a batch by itself: a decoder takes far more memory than the UNet."""
-    before, vae.use_slicing = vae.use_slicing, True
+def _autoencoder_as_loaded(vae: Any) -> Iterator[None]:
+    """Decode each image of a batch by itself: a decoder takes far more memory than the UNet.
+
+    Its dtype stays: pipelines that encode would round one that overflows to the UNet's.
+    """
+    slices, upcasts = vae.use_slicing, vae.config.force_upcast
+    vae.use_slicing = True
+    vae.register_to_config(force_upcast=False)
     try:
         yield
     finally:
-        vae.use_slicing = before
+        vae.use_slicing = slices
+        vae.register_to_config(force_upcast=upcasts)
 
 
 def _sample(
@@ -230,7 +279,11 @@ def _sample(
     report: Callable[..., dict[str, Any]] | None,
 ) -> np.ndarray:
     """Pixels ``(B, H, W, 3)`` in [0, 1], or NaN."""
-    size = components.default_resolution
+    height, width = _size(components, settings)
+    painted = _painted(components, settings, len(seeds))
+    if painted and isinstance(prompt, str):
+        # Each image of a batch draws its own latents of what it is painted into.
+        prompt = [prompt] * len(seeds)
     negative: Any = settings.negative_prompt or None
     if negative and not isinstance(prompt, str):
         negative = [negative] * len(prompt)
@@ -240,11 +293,12 @@ def _sample(
         num_images_per_prompt=len(seeds) if isinstance(prompt, str) else 1,
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
-        width=settings.width or size,
-        height=settings.height or size,
+        width=width,
+        height=height,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         callback_on_step_end=report,
         output_type="np",
+        **painted,
     ).images
     return pixels
 

@@ -183,13 +183,17 @@ def unet_config(family: str) -> dict[str, Any]:
     }
 
 
-def save_pipeline(folder: Path, family: str) -> Path:
-    """Write a whole diffusers pipeline folder for "sd1", "sd2" (v-prediction) or "sdxl"."""
+def save_pipeline(folder: Path, family: str, in_channels: int = 4) -> Path:
+    """Write a whole diffusers pipeline folder for "sd1", "sd2" (v-prediction) or "sdxl".
+
+    With 9 channels it is an inpainting model.
+    """
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(len(family) + ord(family[-1]))
-        UNet2DConditionModel(**unet_config(family)).save_pretrained(folder / "unet")
+        config = unet_config(family) | {"in_channels": in_channels}
+        UNet2DConditionModel(**config).save_pretrained(folder / "unet")
         save_vae(folder / "vae", scaling_factor=0.13025 if family == "sdxl" else 0.18215)
         width = 64 if family == "sd2" else 32
         act = "gelu" if family == "sd2" else "quick_gelu"
@@ -210,14 +214,14 @@ def save_pipeline(folder: Path, family: str) -> Path:
         "sdxl": lambda: EulerDiscreteScheduler(**SCHEDULE, steps_offset=1),
     }[family]()
     scheduler.save_pretrained(folder / "scheduler")
-    write_model_index(folder, family, type(scheduler).__name__)
+    write_model_index(folder, family, type(scheduler).__name__, "Inpaint" * (in_channels == 9))
     return folder
 
 
-def write_model_index(folder: Path, family: str, scheduler: str) -> None:
+def write_model_index(folder: Path, family: str, scheduler: str, task: str = "") -> None:
     """Write the pipeline's model_index.json by hand: what the folder is, in diffusers' words."""
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": f"StableDiffusion{task}Pipeline",
         "_diffusers_version": "0.35.0",
         "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
@@ -227,7 +231,7 @@ def write_model_index(folder: Path, family: str, scheduler: str) -> None:
     }
     if family == "sdxl":
         index |= {
-            "_class_name": "StableDiffusionXLPipeline",
+            "_class_name": f"StableDiffusionXL{task}Pipeline",
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
             "tokenizer_2": ["transformers", "CLIPTokenizer"],
             "force_zeros_for_empty_prompt": True,
@@ -258,6 +262,18 @@ def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random SDXL folder (two text encoders, size and crop conditioning)."""
     return save_pipeline(tmp_path_factory.mktemp("pipelines") / "sdxl", "sdxl")
+
+
+@pytest.fixture(scope="session")
+def sd1_inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Stable Diffusion 1 inpainting folder: its UNet reads 9 channels."""
+    return save_pipeline(tmp_path_factory.mktemp("pipelines") / "sd1-inpainting", "sd1", 9)
+
+
+@pytest.fixture(scope="session")
+def sdxl_inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random SDXL inpainting folder: its UNet reads 9 channels."""
+    return save_pipeline(tmp_path_factory.mktemp("pipelines") / "sdxl-inpainting", "sdxl", 9)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 OF_ONE_VENDOR = {
     "dora_diffusion/devices.py": "the one home: how torch calls each kind, and what each lacks",
     "dora_diffusion/numerics/precision.py": "TensorFloat-32, of NVIDIA's GPUs, and its switches",
-    "dora_diffusion/models/transfer.py": "memory that CUDA fetches from by itself",
+    "dora_diffusion/models/offload.py": "memory that CUDA fetches from by itself",
     "dora_diffusion/numerics/prepare/norms.py": "a product of bfloat16 in float32, which CUDA has",
     "dora_diffusion/numerics/prepare/deferred.py": "an event to read behind; others read at once",
     "dora_diffusion/training/step.py": "a fused optimizer that CUDA can hold back",

@@ -81,7 +81,10 @@ def test_no_other_module_knows_a_family_by_its_name() -> None:
 
 def test_what_tells_families_apart_differs() -> None:
     families = list(FAMILIES.values())
-    for fact in ("title", "checkpoint_key", "prompt_width", "released_id", "kohya_base_version"):
+    for fact in ("title", "released_id", "architecture", "version_mark", "architecture_mark"):
+        assert len({getattr(family, fact) for family in families}) == len(families), fact
+    families = [family for family in families if not family.image_arguments]
+    for fact in ("checkpoint_key", "prompt_width", "kohya_base_version"):
         assert len({getattr(family, fact) for family in families}) == len(families), fact
     prefixes = {e.checkpoint_prefix for family in families for e in family.text_encoders}
     assert len(prefixes) == sum(len(family.text_encoders) for family in families)
@@ -110,6 +113,11 @@ def test_the_default_number_of_steps_is_stated_as_it_is() -> None:
         ({"modelspec.architecture": "stable-diffusion-v1/lora"}, "sd1"),
         ({"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, "sd2"),
         ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "sdxl"),
+        ({"modelspec.architecture": "stable-diffusion-v1-inpainting/lora"}, "sd1-inpainting"),
+        (
+            {"modelspec.architecture": "stable-diffusion-xl-v1-base-inpainting/lora"},
+            "sdxl-inpainting",
+        ),
         ({"ss_base_model_version": "flux1"}, ""),
         ({}, ""),
     ],
@@ -145,6 +153,12 @@ SIZES = {"addition_embed_type": "text_time"}
         ((CLIP,), {"use_linear_projection": True}, "sd2"),
         ((CLIP, PROJECTED), SIZES | {"use_linear_projection": True}, "sdxl"),
         ((CLIP, PROJECTED), SIZES, "sdxl"),
+        ((CLIP,), {"in_channels": 4}, "sd1"),
+        ((CLIP,), {"in_channels": 9}, "sd1-inpainting"),
+        ((CLIP, PROJECTED), SIZES | {"in_channels": 9}, "sdxl-inpainting"),
+        # What the autoencoder says of these is asked when the model is loaded.
+        ((CLIP,), {"in_channels": 16}, "sd1"),
+        ((CLIP,), {"in_channels": 9, "use_linear_projection": True}, "sd2"),
     ],
 )
 def test_a_pipeline_tells_its_family(

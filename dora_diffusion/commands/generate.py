@@ -15,6 +15,7 @@ from dora_diffusion.commands.options import (
     require_at_least_one,
 )
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.fields import require
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.console.progress import step_progress
 from dora_diffusion.formats.files.atomic import require_writable
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", help="An adapter file, or the output folder of a run.")
     parser.add_argument("--prompt", required=True, help="Prompt.")
     parser.add_argument("--output", required=True, help="Image file, X.png.")
+    parser.add_argument(
+        "--image", help="Of an inpainting model: image to paint into, cut to the size."
+    )
+    parser.add_argument(
+        "--mask_image", "--mask", help="Image of the same size as --image, white where to paint."
+    )
     parser.add_argument("--negative_prompt", default="", help="Negative prompt.")
     parser.add_argument("--seed", type=int, help="Seed of the first image. Default: random, shown.")
     parser.add_argument("--num_images", type=int, default=1, help="Number of images, one per seed.")
@@ -63,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     """Generate images, and write them with what made them."""
     require_at_least_one(args, "num_images", "batch_size")
     files = _files(args)
+    from dora_diffusion.data.images import open_photo
     from dora_diffusion.generate import SamplingSettings, generate_images, lacks_trigger
     from dora_diffusion.images import parameters_text, save_png
     from dora_diffusion.numerics.weights import Strengths
@@ -74,8 +82,16 @@ def run(args: argparse.Namespace) -> int:
         width=args.width,
         height=args.height,
         negative_prompt=args.negative_prompt,
+        image=None if args.image is None else open_photo(args.image),
+        mask_image=None if args.mask_image is None else open_photo(args.mask_image),
     )
     components, metadata = load_adapted_model(args)
+    lacking = [name for name in components.family.image_arguments if getattr(args, name) is None]
+    require(
+        not lacking,
+        f"{args.base} is an inpainting model: give --image, and --mask_image of the same size, "
+        "white where to paint (all white to paint the whole image)",
+    )
     if lacks_trigger(args.prompt, metadata):
         warnings.warn(
             "the prompt lacks the adapter's trigger word; write "

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from dora_diffusion.config.fields import AnyOf, Need, flag
 
 PRIOR_MODES = ("images", "image-free")
+INPAINTING_MASKS = ("random", "subject")
 
 _PRIOR = Need("with_prior_preservation")
 
@@ -116,6 +117,14 @@ class ImageSettings:
     masked_loss: bool = flag(
         False,
         "Masked loss: only where NAME.mask.png beside an image, or its alpha channel, is bright.",
+    )
+    inpainting_mask: str | None = flag(
+        None,
+        "What an inpainting base model learns to fill. random: rectangles, ellipses and whole "
+        "images. subject: where NAME.mask.png beside an image, or its alpha channel, is bright; "
+        "random where there is neither.",
+        derived="random",
+        choices=INPAINTING_MASKS,
     )
     shuffle_tags: bool = flag(False, "Shuffle the comma-separated tags of captions.")
     keep_tags: int = flag(

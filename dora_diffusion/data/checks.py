@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
-from dora_diffusion.data.masks import said_of_transparency
-from dora_diffusion.data.photos import Photo
+from dora_diffusion.data.photos import MASK_SUFFIX, Photo, mask_path
 from dora_diffusion.wording import counted, listing
 
 FEWEST, MOST = 3, 30
@@ -44,12 +44,12 @@ def check_photos(photos: Sequence[Photo], resolution: int) -> list[PhotoWarning]
     Raises:
         ValueError: If a photo was not measured.
     """
-    warnings = []
+    found = []
     if message := too_few(photos):
-        warnings.append(PhotoWarning("few", (), message))
+        found.append(PhotoWarning("few", (), message))
     if len(photos) > MOST:
         message = f"{len(photos)} photos: more than {MOST} rarely help; choose the best"
-        warnings.append(PhotoWarning("many", (), message))
+        found.append(PhotoWarning("many", (), message))
     fingerprints: dict[str, int] = {}
     for photo in photos:
         name, (height, width) = photo.path.name, photo.size
@@ -60,23 +60,23 @@ def check_photos(photos: Sequence[Photo], resolution: int) -> list[PhotoWarning]
                 f"{name}: {width} x {height} is smaller than the training size {resolution} and "
                 "will be enlarged; use a larger photo"
             )
-            warnings.append(PhotoWarning("small", (name,), message))
+            found.append(PhotoWarning("small", (name,), message))
         if photo.appearance.blur > BLURRED:
             message = f"{name}: looks blurred, and the subject will too; use a sharper photo"
-            warnings.append(PhotoWarning("blurred", (name,), message))
+            found.append(PhotoWarning("blurred", (name,), message))
         fingerprints[name] = photo.appearance.fingerprint
     for names in near_duplicates(fingerprints):
         listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) < 7 else listing(names, 5)
         message = f"{listed} are nearly the same photo; keep one of them"
-        warnings.append(PhotoWarning("duplicate", names, message))
+        found.append(PhotoWarning("duplicate", names, message))
     if message := said_of_transparency(photos):
         names = tuple(photo.path.name for photo in photos if photo.has_transparency)
         message += (
             "; where masks are used (masked_loss, or a painted mask on any photo), they are not "
             "learned unless the photo has a painted mask of its own"
         )
-        warnings.append(PhotoWarning("transparent", names, message))
-    return warnings
+        found.append(PhotoWarning("transparent", names, message))
+    return found
 
 
 def near_duplicates(fingerprints: Mapping[str, int]) -> list[tuple[str, ...]]:
@@ -119,3 +119,28 @@ def too_few(photos: Sequence[Photo]) -> str:
         f"only {counted(count, 'photo')}: the background will be learned with the subject, and the "
         f"result will repeat them; use {WANTED}"
     )
+
+
+def said_of_transparency(photos: Sequence[Photo]) -> str:
+    """What to say of images whose transparent parts became white; empty where there are none."""
+    names = [photo.path.name for photo in photos if photo.has_transparency]
+    if not names:
+        return ""
+    return f"transparent parts of {counted(len(names), 'image')} are white: {listing(names, 5)}"
+
+
+def warn_of_unused_masks(photos: Sequence[Photo]) -> None:
+    """Say that masks lie beside photos and are not read, and what became of transparent parts."""
+    if transparent := said_of_transparency(photos):
+        warnings.warn(
+            f"{transparent}; they are learned as a white background: masked_loss leaves them out, "
+            "or save the images without transparency",
+            stacklevel=3,
+        )
+    count = sum(mask_path(photo.path).is_file() for photo in photos)
+    if count:
+        warnings.warn(
+            f"{counted(count, 'mask file')} (NAME{MASK_SUFFIX}) beside the images "
+            f"{'has' if count == 1 else 'have'} no effect because masked_loss is off",
+            stacklevel=3,
+        )

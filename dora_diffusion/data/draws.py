@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
+from torch import Tensor
 
 from dora_diffusion.data.captions import drop_caption, shuffle_tags
-from dora_diffusion.data.crops import CropRecord, plan_crop
-from dora_diffusion.data.photos import Photo
+from dora_diffusion.data.crops import CropRecord, apply_crop_to_mask, plan_crop
+from dora_diffusion.data.photos import Photo, open_mask
 from dora_diffusion.data.sampler import generator_for
 
+# Of random masks, as Stable Diffusion 1.5 Inpainting was trained.
+_WHOLE = 0.25
 # Crops in which a mask must show something.
 _TRIED_CROPS = 8
 
@@ -70,24 +73,44 @@ class Draws:
         self, photo: Photo, epoch: int, target_size: tuple[int, int] | None = None
     ) -> CropRecord:
         """The crop of a photo in an epoch; place and flip are drawn apart, each from its own."""
-        turn: object = epoch
-        if self.crop_variants is not None:
-            chooser = generator_for("variant", self.seed, epoch, photo.digest)
-            turn = f"variant {torch.randint(self.crop_variants, (), generator=chooser).item()}"
         crop = plan_crop(
             photo.size,
             target_size or self.target_size(photo),
             center=self.center_crop,
-            generator=generator_for("crop", self.seed, turn, photo.digest),
+            generator=self.generator("crop", photo, epoch),
             multiple=self.multiple,
         )
         coin = generator_for("flip", self.seed, epoch, photo.digest)
         flipped = self.random_flip and torch.rand((), generator=coin).item() < 0.5
         return replace(crop, flipped=flipped)
 
+    def generator(self, purpose: str, photo: Photo, epoch: int) -> torch.Generator:
+        """What is drawn from for a photo in an epoch, or for one of its variants."""
+        turn: object = epoch
+        if self.crop_variants is not None:
+            chooser = generator_for("variant", self.seed, epoch, photo.digest)
+            turn = f"variant {torch.randint(self.crop_variants, (), generator=chooser).item()}"
+        return generator_for(purpose, self.seed, turn, photo.digest)
+
     def first_crops(self, photo: Photo) -> Iterator[CropRecord]:
         """Crops of the first epochs, in which a mask must show something."""
         return (self.crop(photo, epoch) for epoch in range(_TRIED_CROPS))
+
+    def inpainting_mask(
+        self, photo: Photo, crop: CropRecord, epoch: int, *, of_subject: bool = False
+    ) -> Tensor:
+        """What an inpainting model is to fill of a crop: 1 in ``(1, H, W)``, which is else 0.
+
+        Args:
+            photo: The photo.
+            crop: Its crop in the epoch.
+            epoch: Of the draw.
+            of_subject: Fill where the photo's mask is bright, if it has one.
+        """
+        if of_subject and (mask := open_mask(photo)) is not None:
+            is_bright: Tensor = apply_crop_to_mask(mask, crop) >= 0.5
+            return is_bright.float()
+        return random_mask(crop.target_size, self.generator("planes", photo, epoch))
 
     def caption(self, photo: Photo, epoch: int) -> str:
         """The caption of a photo in an epoch, after shuffling and dropout."""
@@ -98,3 +121,20 @@ class Draws:
         if self.caption_dropout > 0.0:
             text = drop_caption(text, self.caption_dropout, generator)
         return text
+
+
+def random_mask(size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """A rectangle or an ellipse of ones anywhere in ``(1, H, W)`` zeros, or ones everywhere."""
+    kind, *drawn = torch.rand(5, generator=generator).tolist()
+    if kind < _WHOLE:
+        return torch.ones(1, *size)
+    # Distances from its centre, as shares of its half axes: a fifth of the image at least.
+    rows, columns = (
+        (torch.arange(side) + 0.5 - centre * side) / (side * (0.2 + 0.8 * share) / 2)
+        for side, centre, share in zip(size, drawn[:2], drawn[2:], strict=True)
+    )
+    is_ellipse = kind < (1 + _WHOLE) / 2
+    down, right = rows.abs()[:, None], columns.abs()[None, :]
+    distance = (down.square() + right.square()).sqrt() if is_ellipse else down.maximum(right)
+    inside: Tensor = distance <= 1
+    return inside.float()[None]

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dora_diffusion.data.appearance import Appearance, appearance_of
 from dora_diffusion.data.captions import read_caption
-from dora_diffusion.data.images import PhotoError, decode_photo, digest_of, read_bytes
-from dora_diffusion.data.masks import MASK_SUFFIX, MaskCrops, MaskError, find_mask, require_masks
+from dora_diffusion.data.crops import CropRecord, apply_crop_to_mask
+from dora_diffusion.data.images import (
+    Appearance,
+    PhotoError,
+    appearance_of,
+    decode_photo,
+    digest_of,
+    open_photo,
+    open_photo_with_alpha,
+    read_bytes,
+)
 from dora_diffusion.wording import counted, listing
 
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif")
+MASK_SUFFIX = ".mask.png"
 # Images that are not read; whoever has them beside photos wants to know.
 OTHER_SUFFIXES = (".avif", ".bmp", ".dng", ".gif", ".jp2", ".jxl", ".tif", ".tiff")
 # Files of a sub-folder that are looked at for photos that are not read.
@@ -56,6 +69,14 @@ class Photo:
         }
 
 
+MaskCrops = Callable[[Photo], Iterable[CropRecord]]
+"""Photo -> crops that it will be trained on, or some of them."""
+
+
+class MaskError(PhotoError):
+    """A photo's mask cannot be used."""
+
+
 def read_photo(
     path: Path, prompt: str, *, mask_crops: MaskCrops | None = None, measure: bool = False
 ) -> Photo:
@@ -81,7 +102,7 @@ def read_photo(
         has_transparency=alpha is not None and alpha.getextrema() != (255, 255),
     )
     if mask_crops is not None:
-        photo = find_mask(photo, alpha, mask_crops)
+        photo = _find_mask(photo, alpha, mask_crops)
     return replace(photo, appearance=appearance_of(image)) if measure else photo
 
 
@@ -120,8 +141,99 @@ def read_photos(
     for reason in errors:
         warnings.warn(f"photo left out: {reason}", stacklevel=3)
     if mask_crops is not None:
-        require_masks(photos)
+        _require_masks(photos)
     return photos
+
+
+def mask_path(photo: Path) -> Path:
+    """Where an image's mask lies: ``NAME.mask.png``."""
+    return photo.with_name(photo.stem + MASK_SUFFIX)
+
+
+def _find_mask(photo: Photo, alpha: PILImage.Image | None, crops: MaskCrops) -> Photo:
+    """A photo with its mask: the file beside it, else its alpha channel where that hides anything.
+
+    An alpha channel beside a mask file is no mask: what it hides is white, and learned where the
+    mask is bright.
+
+    Raises:
+        MaskError: If the file cannot be used, is not of the photo's size, or the mask is black
+            wherever it is looked at.
+    """
+    path, mask = mask_path(photo.path), alpha
+    if path.is_file() or path.is_symlink():
+        mask, digest = _read_mask(path, photo.size)
+        photo = replace(photo, mask_path=path, mask_digest=digest)
+    elif photo.has_transparency:
+        photo = replace(photo, mask_path=photo.path)
+    if mask is None or photo.mask_path is None:
+        return photo
+    if not any(apply_crop_to_mask(mask, crop).any() for crop in crops(photo)):
+        name = photo.path.name
+        where = path.name if photo.mask_path == path else f"the alpha channel of {name}"
+        raise MaskError(
+            f"{where} is black in every crop that is trained on, so nothing of {name} would be "
+            "learned; make bright what to learn, or remove it"
+        )
+    return photo
+
+
+def _read_mask(path: Path, size: tuple[int, int]) -> tuple[PILImage.Image, str]:
+    """A mask file for a photo of ``(height, width)``, as "L", and its digest."""
+    try:
+        data = read_bytes(path)
+        mask = decode_photo(path.name, data)[0].convert("L")
+    except PhotoError as error:
+        raise MaskError(str(error)) from error
+    if (mask.height, mask.width) != size:
+        raise MaskError(
+            f"{path.name}: the mask is {mask.width} x {mask.height}, its photo "
+            f"{size[1]} x {size[0]}; save it at the photo's size"
+        )
+    return mask, digest_of(data)
+
+
+def open_mask(photo: Photo) -> PILImage.Image | None:
+    """The mask ("L") that a photo was read with; None where it was read without one."""
+    if photo.mask_path is None:
+        return None
+    if photo.mask_path == photo.path:
+        return open_photo_with_alpha(photo.path)[1]
+    return open_photo(photo.mask_path).convert("L")
+
+
+def _require_masks(photos: Sequence[Photo]) -> None:
+    """Refuse photos of which none has a mask.
+
+    Raises:
+        PhotoError: If none has.
+
+    Warns:
+        UserWarning: Of photos without a mask beside others that have one, and of alpha channels
+            that are masks beside mask files.
+    """
+    bare = [photo.path.name for photo in photos if photo.mask_path is None]
+    if photos and len(bare) == len(photos):
+        first = photos[0].path
+        raise PhotoError(
+            f"masks are to be used, but none of the {counted(len(photos), 'image')} has a mask: "
+            f"the mask of {first.name} is {mask_path(first).name} beside it, of the same size and "
+            "bright where to learn; or give images with an alpha channel"
+        )
+    if bare:
+        warnings.warn(
+            f"{counted(len(bare), 'image')} of {len(photos)} without a mask, whose whole area is "
+            f"learned: {', '.join(bare[:5])}{', ...' if len(bare) > 5 else ''}",
+            stacklevel=4,
+        )
+    cut_out = [photo.path.name for photo in photos if photo.mask_path == photo.path]
+    if cut_out and len(bare) + len(cut_out) < len(photos):
+        warnings.warn(
+            f"{counted(len(cut_out), 'image')} of {len(photos)} without a mask file: the alpha "
+            f"channel is the mask, so transparent parts are not learned: {listing(cut_out, 5)}; "
+            "give a mask file, or save without transparency, to learn more",
+            stacklevel=4,
+        )
 
 
 def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path]:

@@ -17,8 +17,12 @@ from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.data.crops import apply_crop, plan_crop
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.denoise import predict
-from dora_diffusion.models.latents import encode_images
+from dora_diffusion.models.latents import (
+    condition_from_moments,
+    encode_inputs,
+    latents_from_moments,
+    predict,
+)
 from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
 from dora_diffusion.numerics.loss import prediction_loss
 from dora_diffusion.numerics.noise import add_noise, sample_noise
@@ -73,18 +77,19 @@ def _loss(
 ) -> float:
     size, side = (image.height, image.width), components.default_resolution
     crop = plan_crop(size, side, multiple=components.vae_factor)
-    latents = encode_images(components.vae, apply_crop(image, crop)[None]).float()
+    vae, family = components.vae, components.family
+    moments = encode_inputs(vae, family, apply_crop(image, crop)[None])
+    latents = latents_from_moments(vae, moments).float()
+    condition = condition_from_moments(vae, family, moments)
     steps = components.scheduler.config.num_train_timesteps
     timesteps = ((torch.arange(TIMESTEPS) + 0.5) / TIMESTEPS * steps).long()
     shape = (latents.shape[1], latents.shape[2], latents.shape[3])
     noise = torch.stack(
         [sample_noise(shape, generator_for("held out", seed, int(t))) for t in timesteps]
     ).to(latents)
-    ids = None
-    if components.family.has_time_ids:
-        ids = time_ids(crop.original_size, crop.crop_top_left, crop.target_size)[None]
+    ids = time_ids(family, [crop])
     losses = [
-        _batch_loss(components, latents, noise[part], timesteps[part], conditioning, ids)
+        _batch_loss(components, latents, noise[part], timesteps[part], conditioning, ids, condition)
         for part in (slice(i, i + batch_size) for i in range(0, TIMESTEPS, batch_size))
     ]
     return float(torch.cat(losses).mean())
@@ -97,6 +102,7 @@ def _batch_loss(
     timesteps: Tensor,
     conditioning: Conditioning,
     ids: Tensor | None,
+    condition: Tensor | None,
 ) -> Tensor:
     """Loss of each of B timesteps for one image's latents (1, C, h, w): (B,)."""
     count = len(timesteps)
@@ -108,6 +114,7 @@ def _batch_loss(
         timesteps,
         conditioning[[0] * count],
         None if ids is None else ids.expand(count, -1),
+        None if condition is None else condition.float().expand(count, -1, -1, -1),
     )
     return prediction_loss(
         model_pred, latents, noise, alpha_bar, prediction_type=components.prediction_type

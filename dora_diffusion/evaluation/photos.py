@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dora_diffusion.data.checks import said_of_transparency
 from dora_diffusion.data.images import open_photo
-from dora_diffusion.data.masks import said_of_transparency
 from dora_diffusion.data.photos import Photo, list_photos, read_photos
 from dora_diffusion.evaluation.denoising import held_out_losses
 from dora_diffusion.evaluation.measures import ImageRequest, Scores, Values, mean_distances

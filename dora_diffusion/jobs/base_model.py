@@ -106,7 +106,7 @@ def _file_family(path: Path, modified: int) -> Family:
     from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
     from dora_diffusion.formats.files.header import read_header
 
-    return detect_checkpoint_family(read_header(path).specs.keys(), str(path))
+    return detect_checkpoint_family(read_header(path).specs, str(path))
 
 
 def check_base(name: str, revision: str | None = None, *, ask_hub: bool = False) -> None:

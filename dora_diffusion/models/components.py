@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_diffusion.families import Family
+from dora_diffusion.families import TITLES, Family
 from dora_diffusion.models.latents import vae_factor
 from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler
 
@@ -53,10 +53,10 @@ class Components:
     def __post_init__(self) -> None:
         """Check that the parts belong together."""
         channels, latents = self.unet.config.in_channels, self.vae.config.latent_channels
-        if channels != latents:
+        if channels != self.family.in_channels(latents):
             raise ValueError(
-                f"{self.name}: the UNet reads {channels} channels but the VAE makes {latents}; "
-                "use a text-to-image base model (not inpainting or image editing) and its own VAE"
+                f"{self.name}: the UNet reads {channels} channels but the VAE makes {latents}; use "
+                f"a base model of {TITLES}, and its own VAE"
             )
         for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
             check_vocabulary(tokenizer, encoder, self.name)
@@ -74,7 +74,7 @@ class Components:
     @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
-        return int(self.unet.config.in_channels)
+        return int(self.vae.config.latent_channels)
 
     @property
     def default_resolution(self) -> int:
@@ -147,29 +147,23 @@ class Components:
                 module.train(is_training)
 
     def pipeline(self, scheduler: str | None = None) -> Any:
-        """Build the family's text-to-image pipeline from these same modules.
+        """Build the family's pipeline from these same modules.
 
         Args:
             scheduler: A name of `SCHEDULERS`; None is the model's own.
 
         Returns:
-            A StableDiffusionPipeline or StableDiffusionXLPipeline without a safety checker or
-            watermark, its progress bar off. It shares the modules: what is trained shows at once.
+            `Family.pipeline_class` without a safety checker or watermark, its progress bar off. It
+            shares the modules: what is trained shows at once.
         """
         import diffusers
 
-        parts: dict[str, Any] = {
+        pipeline = getattr(diffusers, self.family.pipeline_class)(
             **self.modules(),
             **dict(zip(self.family.tokenizer_names, self.tokenizers, strict=True)),
-            "scheduler": self.sampling_scheduler(scheduler),
-        }
-        if self.family.has_pooled:
-            parts["force_zeros_for_empty_prompt"] = self.zeros_for_empty_prompt
-            parts["add_watermarker"] = False
-        else:
-            parts |= {"safety_checker": None, "feature_extractor": None}
-            parts["requires_safety_checker"] = False
-        pipeline = getattr(diffusers, self.family.pipeline_class)(**parts)
+            scheduler=self.sampling_scheduler(scheduler),
+            **self.family.pipeline_options(self.zeros_for_empty_prompt),
+        )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

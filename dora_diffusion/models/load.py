@@ -6,14 +6,21 @@ Weights are read from safetensors only: no pickles, no remote code.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dora_diffusion.families import Family, detect_folder_family
+from dora_diffusion.families import Family, UnsupportedModelError, detect_folder_family
+from dora_diffusion.formats.checkpoint.file import (
+    CheckpointFile,
+    detect_checkpoint_family,
+    stated_schedule,
+)
 from dora_diffusion.formats.checkpoint.folder import read_json
-from dora_diffusion.formats.files.header import PICKLED
+from dora_diffusion.formats.files.header import PICKLED, read_header
+from dora_diffusion.formats.names.checkpoint import standard_key
 from dora_diffusion.models.components import Components, cast_to_weight, fingerprint
 from dora_diffusion.models.locate import (
     ModelNotFoundError,
@@ -22,9 +29,7 @@ from dora_diffusion.models.locate import (
     looks_local,
     resolve_folder,
 )
-from dora_diffusion.models.scheduling import training_scheduler, zeros_for_empty_prompt
-from dora_diffusion.models.single_file import load_single_file
-from dora_diffusion.models.weights import load_module, plain_errors, quiet_libraries
+from dora_diffusion.models.weights import fill_renamed, load_module, plain_errors, quiet_libraries
 
 __all__ = [
     "Components",
@@ -34,6 +39,11 @@ __all__ = [
     "load_vae",
     "resolve_folder",
 ]
+
+_NEEDED = (
+    "its configuration is needed: give a Diffusers folder with it as --config (of train: "
+    "--model_config)"
+)
 
 
 def load_components(
@@ -70,7 +80,7 @@ def load_components(
         )
     with quiet_libraries():
         if path.suffix == ".safetensors" and path.is_file():
-            components = load_single_file(path, dtype, config)
+            components = _load_single_file(path, dtype, config)
         else:
             folder = resolve_folder(str(name), revision=revision, variant=variant)
             components = _load_folder(folder, dtype, variant)
@@ -102,7 +112,7 @@ def load_vae(
 
     path = Path(name).expanduser()
     if path.suffix == ".safetensors" and path.is_file():
-        wide = family is not None and family.vae_wants_float32
+        wide = family is not None and family.vae_overflows({})
         with plain_errors(str(name)):
             return AutoencoderKL.from_single_file(
                 str(path),
@@ -134,9 +144,90 @@ def _load_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> Compo
         scheduler=training_scheduler(scheduler_config),
         name=str(folder),
         scheduler_config=scheduler_config,
-        zeros_for_empty_prompt=zeros_for_empty_prompt(family, index),
+        zeros_for_empty_prompt=family.zeros_for_empty_prompt(index),
         source=str(folder),
     )
+
+
+def _load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Components:
+    """Load the components of a single-file checkpoint.
+
+    Args:
+        path: The ``.safetensors`` file.
+        dtype: Of every module; an autoencoder that may overflow in it stays float32.
+        config: A diffusers folder that gives the configuration and the tokenizers; None asks the
+            hub for the released model's.
+
+    Raises:
+        UnsupportedModelError: If it is not a checkpoint of a supported family.
+        ValueError: If it is damaged or its configuration cannot be had.
+    """
+    import diffusers
+
+    with plain_errors(str(path)):
+        header = read_header(path)
+    family = detect_checkpoint_family(header.specs, str(path))
+    pipeline_class: Any = getattr(diffusers, family.pipeline_class)
+    options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": is_offline()}
+    if config is not None:
+        options |= {"config": str(resolve_folder(str(config))), "local_files_only": True}
+    if config is not None and any(standard_key(key) != key for key in header.specs):
+        options["text_encoder"] = _text_encoder(path, Path(options["config"])).to(dtype)
+    with plain_errors(str(path), _NEEDED):
+        if family.vae_overflows({}) and dtype != torch.float32:
+            vae_options = options | {"torch_dtype": torch.float32, "subfolder": "vae"}
+            options["vae"] = diffusers.AutoencoderKL.from_single_file(str(path), **vae_options)
+        pipeline = pipeline_class.from_single_file(str(path), **options)
+    scheduler_config = {
+        **pipeline.scheduler.config,
+        **stated_schedule(header.metadata, header.specs),
+    }
+    scheduler_config["_class_name"] = type(pipeline.scheduler).__name__
+    return Components(
+        family=family,
+        unet=pipeline.unet,
+        vae=pipeline.vae,
+        text_encoders=tuple(getattr(pipeline, part) for part in family.text_encoder_names),
+        tokenizers=tuple(getattr(pipeline, part) for part in family.tokenizer_names),
+        scheduler=training_scheduler(scheduler_config),
+        name=str(path),
+        scheduler_config=scheduler_config,
+        zeros_for_empty_prompt=family.zeros_for_empty_prompt(pipeline.config),
+        source=str(path),
+    )
+
+
+def _text_encoder(path: Path, config: Path) -> torch.nn.Module:
+    """CLIP from a file with other names, which diffusers does not find there."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    prefix = "text_encoder."
+    with CheckpointFile.open(path) as file:
+        names = [name for name in file.specs if name.startswith(prefix)]
+        tensors = {name.removeprefix(prefix): file[name] for name in names}
+    settings = read_json(config / "text_encoder" / "config.json")
+    model: torch.nn.Module = CLIPTextModel(CLIPTextConfig(**settings))
+    if not fill_renamed(model, tensors):
+        raise ValueError(f"{path}: its text encoder does not fit the configuration {config}")
+    return model.eval()
+
+
+def training_scheduler(config: Mapping[str, Any]) -> Any:
+    """DDPM over the model's noise schedule, whatever scheduler its folder names.
+
+    Raises:
+        UnsupportedModelError: If the folder's scheduler has no schedule of betas.
+    """
+    import diffusers
+
+    name = str(config.get("_class_name", ""))
+    if name.startswith(("EDM", "FlowMatch")):
+        raise UnsupportedModelError(
+            f"the model's scheduler, {name}, has another kind of noise schedule than Stable "
+            "Diffusion 1, 2 and XL; such models are not supported"
+        )
+    scheduler_class: Any = diffusers.DDPMScheduler
+    return scheduler_class.from_config({**config, "clip_sample": False})
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -169,10 +260,8 @@ def _load_vae_folder(
     """Load an autoencoder, in float32 where it says that it overflows in half precision."""
     from diffusers import AutoencoderKL
 
-    if family is not None and family.vae_wants_float32:
-        # Fixed autoencoders say so; silence means the released one.
-        overflows = read_json(folder / "config.json").get("force_upcast", True)
-        dtype = torch.float32 if overflows else dtype
+    if family is not None and family.vae_overflows(read_json(folder / "config.json")):
+        dtype = torch.float32
     return load_module(AutoencoderKL, folder, dtype, variant)
 
 

@@ -1,4 +1,6 @@
-"""Modules that lie in the host's memory, and are on the device while they compute.
+"""Modules and tensors between the host's memory and the device: what waits for which.
+
+Modules may lie in the host's memory, and be on the device while they compute.
 
 This is what Diffusers calls model offloading, for models with adapters. Only where a tensor lies
 changes, never a bit of it. Tensors that train stay where the optimizer has them.
@@ -27,6 +29,33 @@ HOST = torch.device("cpu")
 
 # Enters as a module arrives on the device, and exits before it leaves.
 Scope = Callable[[nn.Module], AbstractContextManager[Any]]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. A GPU fetches it while the program continues."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # From memory that may be swapped out, a copy is waited for.
+        tensor = tensor.pin_memory()
+    # Towards the host, a copy that is not waited for is read before it is there.
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def fetch(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to copy a tensor to the host. What is returned waits for that copy, and gives it.
+
+    Read a step later, it waits for nothing; a copy that is only started then comes after all work
+    of the step in between.
+    """
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    copy = tensor.to("cpu", non_blocking=True)
+    arrived = torch.cuda.current_stream(tensor.device).record_event()
+
+    def read() -> Tensor:
+        arrived.synchronize()
+        return copy
+
+    return read
 
 
 def place(components: Components, device: torch.device | str, offload: str) -> Components:

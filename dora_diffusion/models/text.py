@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.layers import AdaptedLayer
-from dora_diffusion.models.transfer import send
+from dora_diffusion.models.offload import send
 from dora_diffusion.models.weights import quiet_libraries
 from dora_diffusion.wording import listing, quoted
 
 if TYPE_CHECKING:
-    from dora_diffusion.families import Family, HiddenState
+    from dora_diffusion.families import Family
     from dora_diffusion.models.load import Components
 
 
@@ -98,12 +98,8 @@ def encode_prompts(components: Components, prompts: Sequence[str]) -> Conditioni
         raise TypeError("encode_prompts takes a list of prompts, got a single string")
     warn_of_truncation(components.tokenizers[0], prompts)
     tokens = [tokenize(tokenizer, prompts) for tokenizer in components.tokenizers]
-    state = components.family.hidden_state
-    encoded = [
-        encode_tokens(encoder, token.input_ids, state, token.attention_mask)
-        for encoder, token in zip(components.text_encoders, tokens, strict=True)
-    ]
-    return join_encoders(encoded, components.family)
+    ids, masks = [t.input_ids for t in tokens], [t.attention_mask for t in tokens]
+    return encode_tokens(components.family, components.text_encoders, ids, masks)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Any:
@@ -121,35 +117,24 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Any:
 
 
 def encode_tokens(
-    encoder: nn.Module,
-    input_ids: Tensor,
-    choice: HiddenState,
-    attention_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One encoder's states ``(B, tokens, C)`` and pooled (projected, where it has one) output.
+    family: Family,
+    encoders: Sequence[nn.Module],
+    input_ids: Sequence[Tensor],
+    attention_masks: Sequence[Tensor] | None = None,
+) -> Conditioning:
+    """Encode B prompts' tokens, for each text encoder of the family its own ``(B, tokens)``.
 
-    Args:
-        encoder: A CLIP text encoder, with or without a projection.
-        input_ids: ``(B, tokens)`` int64.
-        choice: Which hidden state conditions the UNet (`Family.hidden_state`).
-        attention_mask: ``(B, tokens)``, used where the encoder's config asks for it.
+    An attention mask is used where its encoder's config asks for it.
     """
-    device = next(encoder.parameters()).device
-    input_ids = send(input_ids, device)
-    if choice == "penultimate":
-        output = encoder(input_ids, output_hidden_states=True)
-        return output.hidden_states[-2], output[0]
-    # A few SD1-style models ask for the padding to be masked; CLIP's own configs never do.
-    mask = attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
-    output = encoder(input_ids, attention_mask=None if mask is None else send(mask, device))
-    return output[0], output[1]
-
-
-def join_encoders(encoded: Sequence[tuple[Tensor, Tensor]], family: Family) -> Conditioning:
-    """The family's conditioning from what `encode_tokens` made of each of its text encoders."""
-    states = [state for state, _ in encoded]
-    hidden = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
-    return Conditioning(hidden, encoded[-1][1] if family.has_pooled else None)
+    encoded = []
+    for index, (encoder, ids) in enumerate(zip(encoders, input_ids, strict=True)):
+        device, mask = next(encoder.parameters()).device, None
+        # A few SD1-style models ask for the padding to be masked; CLIP's own configs never do.
+        if attention_masks and getattr(encoder.config, "use_attention_mask", False):
+            mask = send(attention_masks[index], device)
+        encoded.append(family.encode_text(encoder, send(ids, device), mask))
+    states, pooled = zip(*encoded, strict=True)
+    return Conditioning(states[0] if len(states) == 1 else torch.cat(states, dim=-1), pooled[-1])
 
 
 def expand_multi_vector_tokens(tokenizer: Any, prompt: str) -> str:
@@ -225,12 +210,12 @@ def warn_of_truncation(tokenizer: Any, prompts: Sequence[str]) -> None:
             )
 
 
-def time_ids(
-    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
-) -> Tensor:
-    """SDXL's size and crop conditioning of one image, ``(6,)`` float32.
+def time_ids(family: Family, crops: Sequence[Any]) -> Tensor | None:
+    """The family's size and crop conditioning of B crops, ``(B, n)`` float32; None if it has none.
 
-    All pairs are (height, width) or (top, left) in pixels (arXiv:2307.01952, section 2.2): the
-    photo's own size, the crop's corner in the resized photo, and the size trained on.
+    Args:
+        family: The model's family.
+        crops: Each with ``original_size``, ``crop_top_left`` and ``target_size``.
     """
-    return torch.tensor([*original_size, *crop_top_left, *target_size], dtype=torch.float32)
+    ids = torch.tensor([family.time_ids(crop) for crop in crops], dtype=torch.float32)
+    return ids if ids.numel() else None

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.devices import default_device
+from dora_diffusion.models.offload import fetch, send
 from dora_diffusion.models.precision import precision_of, require_trains
-from dora_diffusion.models.transfer import fetch, send
 from dora_diffusion.numerics.precision import allow_tf32
 
 

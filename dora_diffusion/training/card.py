@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.families import FAMILIES, Family
 from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.training.subject import Subject
@@ -54,7 +55,7 @@ tags: [text-to-image, {tag}, dreambooth]
 {_trigger_sentence(subject, prompt or "")}
 {images}
 ## Use it
-{use(base, written, prompt or "")}
+{use(FAMILIES[metadata.family], base, written, prompt or "")}
 ## How it was made
 
 {method} on `{base}`,
@@ -84,23 +85,24 @@ def _ranks(config: TrainConfig) -> str:
     return f"rank {config.rank}, convolutions {config.conv_rank}"
 
 
-def _use_of_adapter(base: str, adapter: Path, prompt: str) -> str:
+def _use_of_adapter(family: Family, base: str, adapter: Path, prompt: str) -> str:
     model, folder = shlex.quote(base), shlex.quote(adapter.parent.name)
+    flags = _image_flags(family)
     return f"""
 ```bash
 dora-diffusion generate --base {model} --adapter {folder} \\
-    --prompt {shlex.quote(prompt)} --output image.png
+    --prompt {shlex.quote(prompt)}{flags} --output image.png
 dora-diffusion export --base {model} --adapter {folder} --output merged
 ```
-{_diffusers_example(base, adapter, prompt)}"""
+{_diffusers_example(family, base, adapter, prompt)}"""
 
 
-def _use_of_model(base: str, model: Path, prompt: str) -> str:
+def _use_of_model(family: Family, base: str, model: Path, prompt: str) -> str:
     folder = f"{model.parent.name}/{model.name}"
-    quoted = shlex.quote(folder)
+    quoted, flags = shlex.quote(folder), _image_flags(family)
     return f"""
 ```bash
-dora-diffusion generate --base {quoted} --prompt {shlex.quote(prompt)} --output image.png
+dora-diffusion generate --base {quoted} --prompt {shlex.quote(prompt)}{flags} --output image.png
 dora-diffusion extract --base {shlex.quote(base)} --tuned {quoted} \\
     --rank 16 --output adapter.safetensors
 ```
@@ -108,12 +110,24 @@ dora-diffusion extract --base {shlex.quote(base)} --tuned {quoted} \\
 In Diffusers:
 
 ```python
-from diffusers import AutoPipelineForText2Image
+from diffusers import {family.auto_pipeline}{_image_import(family)}
 
-pipeline = AutoPipelineForText2Image.from_pretrained({_literal(folder)})
-image = pipeline({_literal(prompt)}).images[0]
+pipeline = {family.auto_pipeline}.from_pretrained({_literal(folder)})
+image = pipeline({_literal(prompt)}{_images(family)}).images[0]
 ```
 """
+
+
+def _image_flags(family: Family) -> str:
+    return "".join(f" --{name} my_{name}.png" for name in family.image_arguments)
+
+
+def _image_import(family: Family) -> str:
+    return "\nfrom diffusers.utils import load_image" if family.image_arguments else ""
+
+
+def _images(family: Family) -> str:
+    return "".join(f', {name}=load_image("my_{name}.png")' for name in family.image_arguments)
 
 
 def _literal(text: str) -> str:
@@ -127,7 +141,7 @@ def _trigger_sentence(subject: Subject, prompt: str) -> str:
     return f"It has no trigger word: write prompts like its captions, such as `{prompt}`."
 
 
-def _diffusers_example(base: str, adapter: Path, prompt: str) -> str:
+def _diffusers_example(family: Family, base: str, adapter: Path, prompt: str) -> str:
     if adapter.name == KOHYA_FILE:
         return (
             "\nThe magnitudes are on the input axis, which Diffusers cannot load: "
@@ -143,10 +157,10 @@ def _diffusers_example(base: str, adapter: Path, prompt: str) -> str:
 In Diffusers, which needs PEFT for an adapter (`pip install peft`):
 
 ```python
-from diffusers import AutoPipelineForText2Image{helper}
+from diffusers import {family.auto_pipeline}{_image_import(family)}{helper}
 
-pipeline = AutoPipelineForText2Image.from_pretrained({source})
+pipeline = {family.auto_pipeline}.from_pretrained({source})
 pipeline.load_lora_weights({_literal(adapter.parent.name)}, weight_name="{adapter.name}")
-image = pipeline({_literal(prompt)}).images[0]
+image = pipeline({_literal(prompt)}{_images(family)}).images[0]
 ```
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,14 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.data.buckets import Buckets
 from dora_diffusion.data.captions import can_shuffle, require_token
-from dora_diffusion.data.checks import copies, too_few
+from dora_diffusion.data.checks import copies, too_few, warn_of_unused_masks
+from dora_diffusion.data.crops import Buckets
 from dora_diffusion.data.dataset import DreamBoothDataset
 from dora_diffusion.data.draws import Draws
-from dora_diffusion.data.masks import warn_of_unused_masks
 from dora_diffusion.data.photos import Photo, read_photos
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.latents import encode_moments
+from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import on_device
 from dora_diffusion.training.events import OnEvent
 from dora_diffusion.training.prior import check_image_free, class_images
@@ -56,24 +56,34 @@ def open_dataset(
         shuffle_tags=config.shuffle_tags,
         keep_tags=config.keep_tags,
     )
+    reads_masks, of_subject = components.family.planes > 0, config.inpainting_mask == "subject"
+    if config.inpainting_mask and not reads_masks:
+        warnings.warn(
+            f"inpainting_mask has no effect because {components.name} is no inpainting model",
+            stacklevel=2,
+        )
+    uses_masks = config.masked_loss or (reads_masks and of_subject)
     photos = read_photos(
         paths,
         config.instance_prompt or "",
         skip_unreadable=True,
-        mask_crops=draws.first_crops if config.masked_loss else None,
+        mask_crops=draws.first_crops if uses_masks else None,
     )
     captions = [photo.caption for photo in photos]
     _check(config, subject, photos, captions)
+    if not uses_masks:
+        warn_of_unused_masks(photos)
     prior: list[Photo] = []
     if config.with_prior_preservation and not config.is_image_free:
         prior = class_images(config, subject, components, captions, accelerator, on_event)
-    dataset = DreamBoothDataset(photos, draws, prior)
+    planes = partial(draws.inpainting_mask, of_subject=of_subject) if reads_masks else None
+    dataset = DreamBoothDataset(photos, draws, prior, masked_loss=config.masked_loss, planes=planes)
     if config.cache_latents:
 
         @torch.no_grad()
         def encode(pixels: Tensor) -> Tensor:
             with on_device(components.device, components.vae):
-                return encode_moments(components.vae, pixels)
+                return encode_inputs(components.vae, components.family, pixels)
 
         dataset.cache_moments(encode)
     return dataset
@@ -95,8 +105,6 @@ def _check(
         )
     if config.is_image_free:
         check_image_free(subject, captions)
-    if not config.masked_loss:
-        warn_of_unused_masks(photos)
 
 
 def _buckets(config: TrainConfig, components: Components) -> Buckets | None:

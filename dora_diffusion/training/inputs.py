@@ -1,23 +1,32 @@
-"""What a step is computed from: latents, noise and timesteps, drawn by their place in the run."""
+"""What a step is computed from: latents, noise and timesteps, drawn by their place in the run, and
+what captions condition the UNet with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.data.batch import Batch
 from dora_diffusion.data.crops import latent_mask
+from dora_diffusion.data.dataset import Batch
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.latents import encode_moments, latents_from_moments
-from dora_diffusion.models.text import time_ids
-from dora_diffusion.models.transfer import send
+from dora_diffusion.models.latents import (
+    condition_from_moments,
+    encode_inputs,
+    latents_from_moments,
+)
+from dora_diffusion.models.offload import on_device, send
+from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
 from dora_diffusion.numerics.noise import sample_noise, sample_timestep
 from dora_diffusion.training.subject import Subject
+
+# A third of a megabyte each for SDXL in half precision.
+KNOWN_CAPTIONS = 256
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class StepInputs:
         photos: How many of the rows are photos; these come first, then class images.
         class_captions: B prompts without the token, for the image-free prior; None without it.
         mask: ``(B, 1, h, w)`` in [0, 1], where to learn; None means everywhere.
+        condition: ``(B, n, h, w)``, what the UNet reads beside the noisy latents; None if nothing.
     """
 
     latents: Tensor
@@ -43,6 +53,7 @@ class StepInputs:
     photos: int
     class_captions: list[str] | None = None
     mask: Tensor | None = None
+    condition: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,27 +108,30 @@ def draw_inputs(
         class_captions: Prompts for the image-free prior.
     """
     device, photos = components.device, int((~batch.is_prior).sum())
+    vae, family = components.vae, components.family
     # Photos and class images are numbered each from 0.
     generators = [
         generator_for("draw", seed, micro_step, first_row + row % photos, prior)
         for row, prior in enumerate(batch.is_prior.tolist())
     ]
     # Cached moments are on the CPU: there everything is drawn, and sent without waiting.
-    rows = _moments(components, batch).to(torch.float32).split(1)
+    moments = batch.moments
+    if moments is None:
+        assert batch.pixels is not None
+        with torch.no_grad():
+            moments = encode_inputs(vae, family, batch.pixels)
+    rows = moments.to(torch.float32).split(1)
     latents = torch.cat(
-        [latents_from_moments(components.vae, *pair) for pair in zip(rows, generators, strict=True)]
+        [latents_from_moments(vae, *pair) for pair in zip(rows, generators, strict=True)]
     )
     steps = components.scheduler.config.num_train_timesteps
     timesteps = torch.stack([sample_timestep(steps, generator) for generator in generators])
     shape = (latents.shape[1], latents.shape[2], latents.shape[3])
     noise = torch.stack([sample_noise(shape, generator, noise_offset) for generator in generators])
-    ids = mask = None
-    if batch.mask is not None:
-        mask = latent_mask(batch.mask, shape[1:])
-    if components.family.has_time_ids:
-        ids = torch.stack(
-            [time_ids(c.original_size, c.crop_top_left, c.target_size) for c in batch.crops]
-        )
+    mask = None if batch.mask is None else latent_mask(batch.mask, shape[1:])
+    ids = time_ids(family, batch.crops)
+    drawn = (condition_from_moments(vae, family, *p) for p in zip(rows, generators, strict=True))
+    conditions = [condition for condition in drawn if condition is not None]
     return StepInputs(
         send(latents, device),
         send(noise, device),
@@ -127,13 +141,59 @@ def draw_inputs(
         photos,
         class_captions,
         None if mask is None else send(mask, device),
+        send(torch.cat(conditions), device) if conditions else None,
     )
 
 
-@torch.no_grad()
-def _moments(components: Components, batch: Batch) -> Tensor:
-    """The autoencoder's moments of a batch, ``(B, 2C, h, w)``."""
-    if batch.moments is not None:
-        return batch.moments
-    assert batch.pixels is not None
-    return encode_moments(components.vae, batch.pixels)
+class Conditioner:
+    """Captions to conditioning: encoded once each, unless the text encoders train.
+
+    The empty caption is the dropped one. It becomes what the pipeline's guidance uses where no
+    negative prompt is given, so that caption dropout trains what is sampled: zeros where the
+    pipeline says ``force_zeros_for_empty_prompt`` (SDXL), else the encoded empty prompt.
+    """
+
+    def __init__(self, components: Components, trains: bool) -> None:
+        self.components = components
+        self.trains = trains
+        self._known: dict[str, Conditioning] = {}
+
+    def __call__(self, captions: Sequence[str]) -> Conditioning:
+        """Conditioning of B captions."""
+        if self.trains:
+            return self._encode(captions)
+        encoded = {caption: self._encoded(caption) for caption in captions}
+        while len(self._known) > KNOWN_CAPTIONS:  # Shuffled tags hardly ever recur.
+            del self._known[next(iter(self._known))]
+        return Conditioning.cat([encoded[caption] for caption in captions])
+
+    def keep(self, captions: Collection[str]) -> bool:
+        """Encode captions now, so that no later call with them does.
+
+        Returns:
+            Whether that holds: not if the text encoders train, or captions are too many to keep.
+        """
+        if self.trains or len(captions) > KNOWN_CAPTIONS:
+            return False
+        for caption in captions:
+            self._encoded(caption)
+        return True
+
+    def _encoded(self, caption: str) -> Conditioning:
+        if caption not in self._known:
+            components = self.components
+            with torch.no_grad(), on_device(components.device, *components.text_encoders):
+                self._known[caption] = self._encode([caption])
+        return self._known[caption]
+
+    def _encode(self, captions: Sequence[str]) -> Conditioning:
+        encoded = encode_prompts(self.components, captions)
+        if not self.components.zeros_for_empty_prompt or all(captions):
+            return encoded
+        device = encoded.encoder_hidden_states.device
+        dropped = send(torch.tensor([not caption for caption in captions]), device)
+        hidden = encoded.encoder_hidden_states.masked_fill(dropped.view(-1, 1, 1), 0)
+        pooled = encoded.pooled
+        return Conditioning(
+            hidden, None if pooled is None else pooled.masked_fill(dropped.view(-1, 1), 0)
+        )

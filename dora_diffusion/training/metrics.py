@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.models.transfer import fetch
+from dora_diffusion.models.offload import fetch
 from dora_diffusion.wording import counted
 
 # Steps in a row that fp16 may skip: its scaler halves its scale each time, from 65,536.

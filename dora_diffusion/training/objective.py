@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.denoise import predict
+from dora_diffusion.models.latents import predict
 from dora_diffusion.numerics.loss import (
     denoising_loss,
     loss_weight,
@@ -19,8 +19,7 @@ from dora_diffusion.numerics.loss import (
     split_prior,
 )
 from dora_diffusion.numerics.noise import add_noise
-from dora_diffusion.training.conditioning import Conditioner
-from dora_diffusion.training.inputs import StepInputs
+from dora_diffusion.training.inputs import Conditioner, StepInputs
 
 
 class Objective(nn.Module):
@@ -74,7 +73,14 @@ class Objective(nn.Module):
         self, noisy_latents: Tensor, inputs: StepInputs, captions: Sequence[str]
     ) -> Tensor:
         conditioning = self.condition(captions)
-        return predict(self.unet, noisy_latents, inputs.timesteps, conditioning, inputs.time_ids)
+        return predict(
+            self.unet,
+            noisy_latents,
+            inputs.timesteps,
+            conditioning,
+            inputs.time_ids,
+            inputs.condition,
+        )
 
     def _image_free_prior(
         self,

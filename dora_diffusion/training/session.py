@@ -167,6 +167,20 @@ def open_session(
     return Session(config, subject, accelerator, components, weights, dataset, sampler, train_step)
 
 
+def _bring_what_steps_need(config: TrainConfig, components: Components) -> None:
+    """Put on the device what every step computes with: the UNet, and encoders that train."""
+    device = components.offload_to
+    if device is None:
+        return
+    modules = [components.unet]
+    if config.train_text_encoder:
+        modules += components.text_encoders
+    if not config.cache_latents:
+        modules.append(components.vae)
+    for module in modules:
+        move_frozen(module, device)
+
+
 def _resolved(
     config: TrainConfig, components: Components, batches_per_epoch: int, precision: str
 ) -> TrainConfig:
@@ -181,17 +195,3 @@ def _resolved(
         steps_per_epoch=-(-batches_per_epoch // accumulation),
         mixed_precision=precision,
     )
-
-
-def _bring_what_steps_need(config: TrainConfig, components: Components) -> None:
-    """Put on the device what every step computes with: the UNet, and encoders that train."""
-    device = components.offload_to
-    if device is None:
-        return
-    modules = [components.unet]
-    if config.train_text_encoder:
-        modules += components.text_encoders
-    if not config.cache_latents:
-        modules.append(components.vae)
-    for module in modules:
-        move_frozen(module, device)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from dora_diffusion.data.appearance import appearance_of, blur, fingerprint
+from dora_diffusion.data.images import appearance_of, blur, fingerprint
 
 
 def blur_along_rows(grey: np.ndarray) -> float:

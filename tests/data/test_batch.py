@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dora_diffusion.data.batch import Sample, collate
 from dora_diffusion.data.crops import CropRecord
+from dora_diffusion.data.dataset import Sample, collate
 
 
 def sample(side: int, number: int = 0, **more: object) -> Sample:

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dora_diffusion.data.buckets import Buckets
-from dora_diffusion.data.crops import covering_size
+from dora_diffusion.data.crops import Buckets, covering_size
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
 from dora_diffusion.data.draws import Draws
 from dora_diffusion.data.photos import list_photos, read_photos

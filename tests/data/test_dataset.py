@@ -12,9 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.data.batch import Sample, collate
 from dora_diffusion.data.crops import CropRecord
-from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
+from dora_diffusion.data.dataset import DreamBoothDataset, Sample, collate, iterate_batches
 from dora_diffusion.data.draws import Draws
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import list_photos, read_photo, read_photos

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from dora_diffusion.data.draws import Draws
+from dora_diffusion.data.draws import Draws, random_mask
 from dora_diffusion.data.photos import Photo
 
 
@@ -85,3 +86,35 @@ def test_impossible_draws_are_refused(settings: dict) -> None:
 def test_bad_resolutions_fail_at_once() -> None:
     with pytest.raises(ValueError, match="multiple of 16"):
         Draws(40, multiple=16)
+
+
+def test_random_masks_are_rectangles_ellipses_and_whole_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks = [random_mask((48, 80), generator)[0] for _ in range(400)]
+    kinds = {"whole": 0, "rectangle": 0, "ellipse": 0}
+    for mask in masks:
+        assert mask.shape == (48, 80)
+        assert set(mask.unique().tolist()) <= {0.0, 1.0}
+        assert mask.any(), "there is always something to paint"
+        rows, columns = mask.any(dim=1), mask.any(dim=0)
+        is_rectangle = torch.equal(mask, (rows[:, None] & columns).float())
+        kinds["whole" if mask.all() else "rectangle" if is_rectangle else "ellipse"] += 1
+    assert 70 < kinds["whole"] < 140
+    # A small ellipse in a corner may look like a rectangle, and a large rectangle be the whole.
+    assert 100 < kinds["rectangle"] < 200
+    assert 100 < kinds["ellipse"] < 200
+    assert torch.stack(masks).mean(dim=0).min() > 0.3, "everywhere"
+
+
+def test_masks_follow_seed_epoch_and_digest_alone_and_are_bounded_by_a_cache() -> None:
+    draws, cached = (Draws(32, crop_variants=variants) for variants in (None, 3))
+    crop = draws.crop(photo(1), 0)
+
+    def masks(draws: Draws, number: int = 1) -> list[tuple[float, ...]]:
+        drawn = (draws.inpainting_mask(photo(number), crop, epoch) for epoch in range(30))
+        return [tuple(mask.flatten().tolist()) for mask in drawn]
+
+    assert masks(draws) == masks(draws) != masks(draws, 2)
+    assert masks(draws) != masks(replace(draws, seed=1))
+    assert len(set(masks(draws))) > 15
+    assert len(set(masks(cached))) == 3

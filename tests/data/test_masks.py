@@ -11,8 +11,7 @@ from PIL import Image
 
 from dora_diffusion.data.draws import Draws
 from dora_diffusion.data.images import PhotoError
-from dora_diffusion.data.masks import open_mask
-from dora_diffusion.data.photos import Photo, list_photos, read_photos
+from dora_diffusion.data.photos import Photo, list_photos, open_mask, read_photos
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ from PIL import Image, ImageFile
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.draws import Draws
 from dora_diffusion.data.images import PhotoError, open_photo
-from dora_diffusion.data.masks import MaskError
-from dora_diffusion.data.photos import Photo, list_photos, read_photo, read_photos
+from dora_diffusion.data.photos import MaskError, Photo, list_photos, read_photo, read_photos
 
 PROMPT = "a photo of sks dog"
 WATCHED: list[list[Path]] = []

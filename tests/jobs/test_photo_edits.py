@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dora_diffusion.data.masks import mask_path
+from dora_diffusion.data.photos import mask_path
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.photo_edits import edit_photo, read_mask, restore_original
 from dora_diffusion.jobs.subjects import (

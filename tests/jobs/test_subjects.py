@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.data.captions import read_caption
-from dora_diffusion.data.masks import mask_path
+from dora_diffusion.data.photos import mask_path
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.subjects import (
     add_photos,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dora_diffusion.models.denoise import predict
+from dora_diffusion.models.latents import predict
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
 

@@ -1,8 +1,10 @@
-"""Latents against diffusers' own encoding."""
+"""Latents against diffusers' own encoding, and what the UNet is given."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from dora_diffusion.models.latents import (
     encode_images,
     encode_moments,
     latents_from_moments,
+    predict,
     vae_factor,
 )
 from dora_diffusion.models.load import load_components, load_vae
+from dora_diffusion.models.text import Conditioning
 
 
 def pixels(batch: int = 2) -> torch.Tensor:
@@ -74,3 +78,41 @@ def test_a_float32_vae_takes_half_precision_from_the_unet(sdxl_folder: Path) -> 
     latents = encode_images(vae, pixels().bfloat16())
     assert latents.dtype == torch.float32
     assert vae.decode(latents.bfloat16()).sample.dtype == torch.float32
+
+
+class RecordingUNet:
+    """Keeps its inputs, and predicts zeros."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.given: dict[str, Any] = {}
+
+    def __call__(self, latents, timesteps, states, *, added_cond_kwargs) -> Any:
+        self.given = {"latents": latents, "timesteps": timesteps, "states": states}
+        self.given |= added_cond_kwargs or {}
+        return SimpleNamespace(sample=torch.zeros_like(latents))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_sizes_and_timesteps_stay_exact(dtype) -> None:
+    """Half precision holds no odd number above 2048, bfloat16 none above 256."""
+    unet = RecordingUNet(dtype)
+    sizes = torch.tensor([[4001, 3003, 257, 0, 1023, 1025]], dtype=torch.float32)
+    predict(
+        unet,
+        torch.ones(1, 4, 8, 8),
+        torch.tensor([999]),
+        Conditioning(torch.ones(1, 77, 8), torch.ones(1, 8)),
+        sizes,
+    )
+    assert unet.given["time_ids"].tolist() == [[4001, 3003, 257, 0, 1023, 1025]]
+    assert unet.given["timesteps"].tolist() == [999]
+    for name in ("latents", "states", "text_embeds"):
+        assert unet.given[name].dtype == dtype
+
+
+def test_a_family_without_sizes_is_given_none() -> None:
+    unet = RecordingUNet(torch.float32)
+    hidden = Conditioning(torch.ones(2, 77, 8))
+    predict(unet, torch.ones(2, 4, 8, 8), torch.tensor([1, 2]), hidden)
+    assert set(unet.given) == {"latents", "timesteps", "states"}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.families import FAMILIES, UnsupportedModelError
 from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
+from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.models.load import (
     ModelNotFoundError,
     load_components,
@@ -20,6 +21,9 @@ from dora_diffusion.models.load import (
     resolve_folder,
 )
 from dora_diffusion.models.schedulers import SCHEDULERS
+
+NOTHING = TensorSpec(torch.float32, ())
+CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 
 FOLDERS = ["sd1_folder", "sd2_folder", "sdxl_folder"]
 HALF = [torch.float16, torch.bfloat16]
@@ -254,21 +258,27 @@ def test_other_kinds_of_models_are_refused(
         load_components(folder)
 
 
-def test_inpainting_models_are_refused(sd1_folder: Path, tmp_path: Path) -> None:
+def test_models_that_edit_images_are_refused(sd1_folder: Path, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     folder = shutil.copytree(sd1_folder, tmp_path / "model")
-    config = dict(UNet2DConditionModel.load_config(folder / "unet"), in_channels=9)
+    config = dict(UNet2DConditionModel.load_config(folder / "unet"), in_channels=8)
     UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
-    with pytest.raises(ValueError, match="reads 9 channels but the VAE makes 4"):
+    with pytest.raises(ValueError, match="reads 8 channels but the VAE makes 4"):
         load_components(folder)
 
 
 def test_checkpoint_families_are_told_by_their_keys() -> None:
     for family in FAMILIES.values():
-        assert detect_checkpoint_family({family.checkpoint_key, "x"}) is family
+        conv_in = TensorSpec(torch.float32, (320, family.in_channels(), 3, 3))
+        specs = {family.checkpoint_key: NOTHING, "x": NOTHING, CONV_IN: conv_in}
+        assert detect_checkpoint_family(specs) is family
+    # Of other latents, or without a UNet.
+    key, large = FAMILIES["sd1"].checkpoint_key, TensorSpec(torch.float32, (320, 16, 3, 3))
+    for specs in ({key: NOTHING}, {key: NOTHING, CONV_IN: large}):
+        assert detect_checkpoint_family(specs) is FAMILIES["sd1"]
     with pytest.raises(UnsupportedModelError, match="an adapter or a bare UNet"):
-        detect_checkpoint_family({"lora_unet_x.lora_down.weight"}, "adapter.safetensors")
+        detect_checkpoint_family({"lora_unet_x.lora_down.weight": NOTHING}, "adapter.safetensors")
 
 
 def test_identity_follows_the_weights_not_the_name(sd1_folder: Path, tmp_path: Path) -> None:
@@ -384,7 +394,7 @@ class TestNames:
 
 
 def test_a_schedule_of_another_kind_is_refused():
-    from dora_diffusion.models.scheduling import training_scheduler
+    from dora_diffusion.models.load import training_scheduler
 
     with pytest.raises(UnsupportedModelError, match="EDMDPMSolverMultistepScheduler"):
         training_scheduler({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0})

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dora_diffusion.data.crops import CropRecord
 from dora_diffusion.models.load import Components, load_components
 from dora_diffusion.models.text import (
     Conditioning,
     encode_prompts,
     encode_tokens,
     encode_unconditional,
-    join_encoders,
     time_ids,
     tokenize,
     truncated_text,
@@ -57,14 +57,10 @@ def test_prompts_encode_as_in_the_pipeline(components: Components) -> None:
 
 
 def test_token_ids_encode_as_their_prompts_do(components: Components) -> None:
-    encoded = [
-        encode_tokens(
-            encoder, tokenize(tokenizer, PROMPTS).input_ids, components.family.hidden_state
-        )
-        for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True)
-    ]
+    ids = [tokenize(tokenizer, PROMPTS).input_ids for tokenizer in components.tokenizers]
+    encoded = encode_tokens(components.family, components.text_encoders, ids)
     hidden, _, pooled, _ = reference(components, PROMPTS)
-    assert_same(join_encoders(encoded, components.family), hidden, pooled)
+    assert_same(encoded, hidden, pooled)
 
 
 def test_padding_is_masked_where_the_encoder_asks_for_it(sd1_folder: Path) -> None:
@@ -156,14 +152,14 @@ def test_time_ids_are_the_pipelines(sdxl_folder: Path) -> None:
     expected = components.pipeline()._get_add_time_ids(
         (600, 800), (12, 34), (512, 512), torch.float32, text_encoder_projection_dim=48
     )
-    ids = time_ids((600, 800), (12, 34), (512, 512))
-    assert torch.equal(ids.unsqueeze(0), expected)
+    ids = time_ids(components.family, [CropRecord((600, 800), (12, 34), (512, 512))])
+    assert torch.equal(ids, expected)
 
 
 def test_added_conditions_run_the_unet(components: Components) -> None:
     encoded = encode_prompts(components, ["a dog", "a cat"])
-    ids = time_ids((64, 64), (0, 0), (64, 64)).expand(2, 6)
-    added = encoded.added_cond_kwargs(ids if components.family.has_time_ids else None)
+    ids = time_ids(components.family, [CropRecord((64, 64), (0, 0), (64, 64))] * 2)
+    added = encoded.added_cond_kwargs(ids)
     assert (added is None) == (not components.family.has_time_ids)
     with torch.no_grad():
         prediction = components.unet(

@@ -16,7 +16,7 @@ import yaml
 from accelerate import Accelerator
 
 from dora_diffusion.formats.adapter.file import read_adapter
-from dora_diffusion.models.transfer import send
+from dora_diffusion.models.offload import send
 from dora_diffusion.training import loop
 from dora_diffusion.training.accelerator import SharedFlags, make_accelerator
 from dora_diffusion.training.checkpoint import CheckpointSaver

@@ -22,7 +22,7 @@ from tests.training.helpers import losses, make_config, noise, open_run, warning
 
 
 def test_masked_loss_without_masks_is_refused(config):
-    with pytest.raises(PhotoError, match=r"masked_loss is on, but none .*01\.mask\.png beside it"):
+    with pytest.raises(PhotoError, match=r"to be used, but none .*01\.mask\.png beside it"):
         train(replace(config, masked_loss=True))
     assert not list(Path(config.output_dir).glob("*.safetensors"))
 

@@ -21,7 +21,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.base import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models import offload
-from dora_diffusion.training import adapters, conditioning, dataset, loop
+from dora_diffusion.training import adapters, dataset, inputs, loop
 from dora_diffusion.training.events import (
     CachingProgress,
     SamplingProgress,
@@ -184,7 +184,7 @@ def test_encoders_that_train_or_whose_results_are_not_cached_stay(
         seen = watched(run(sd1_folder, name, max_train_steps=1, **settings))
         assert seen[StepDone.__name__] == [expected]
         assert (CachingProgress.__name__ in seen) == (name == "trained")
-    monkeypatch.setattr(conditioning, "KNOWN_CAPTIONS", 1)
+    monkeypatch.setattr(inputs, "KNOWN_CAPTIONS", 1)
     with pytest.warns(UserWarning, match="text encoders stay on the device, since"):
         seen = watched(run(sd1_folder, "many", offload="model"))
     assert seen[StepDone.__name__] == [{"unet", "text_encoder"}] * 2
@@ -216,7 +216,7 @@ def test_nothing_is_encoded_once_training_has_started(
 ) -> None:
     """With crops, mirror images and captions that are drawn anew in each epoch."""
     encoded: list[str] = []
-    for module, name in ((conditioning, "encode_prompts"), (dataset, "encode_moments")):
+    for module, name in ((inputs, "encode_prompts"), (dataset, "encode_inputs")):
         original = getattr(module, name)
 
         def note(*args: Any, name: str = name, original: Any = original) -> Any:
@@ -234,7 +234,7 @@ def test_nothing_is_encoded_once_training_has_started(
     loop.train(run(sd1_folder, "out", max_train_steps=25, **settings), count)
     assert len(counts) == 26
     assert counts[0] == counts[-1] >= 12
-    assert {"encode_prompts", "encode_moments"} == set(encoded)
+    assert {"encode_prompts", "encode_inputs"} == set(encoded)
 
 
 def test_a_run_resumes_to_the_same_bits(offloaded_cpu: None, run, sd1_folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_diffusion.families import Family
-from dora_diffusion.models.text import Conditioning, encode_tokens, join_encoders
+from dora_diffusion.models.text import Conditioning, encode_tokens
 from dora_diffusion.numerics.loss import denoising_loss, training_target
 from dora_diffusion.numerics.noise import add_noise
 from dora_diffusion.toy.instrument import ATTRIBUTES
@@ -65,9 +65,7 @@ class Denoiser(nn.Module):
     def encode_text(self, token_ids: Tensor) -> Conditioning:
         """What the family's text encoders say of token ids ``(b, MAX_LENGTH)``."""
         encoders = [getattr(self, name) for name in self.family.text_encoder_names]
-        state = self.family.hidden_state
-        encoded = [encode_tokens(encoder, token_ids, state) for encoder in encoders]
-        return join_encoders(encoded, self.family)
+        return encode_tokens(self.family, encoders, [token_ids] * len(encoders))
 
     def forward(
         self,

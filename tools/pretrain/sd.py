@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.families import FAMILIES
-from dora_diffusion.models.denoise import predict
+from dora_diffusion.models.latents import predict
 from dora_diffusion.models.text import tokenize
 from tools.pretrain.diffusion import SCHEDULE, Denoiser, clip_text_config
 from tools.pretrain.pipeline import finish_folder

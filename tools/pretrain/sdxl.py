@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from dora_diffusion.families import FAMILIES
-from dora_diffusion.models.denoise import predict
+from dora_diffusion.models.latents import predict
 from dora_diffusion.models.text import Conditioning
 from tools.pretrain.diffusion import SCHEDULE, Denoiser, clip_text_config
 from tools.pretrain.pipeline import finish_folder

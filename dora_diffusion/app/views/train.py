@@ -35,7 +35,7 @@ from dora_diffusion.app.views.fields import QUIET, html_block, setting_field
 from dora_diffusion.app.views.subject import SubjectTab, current_subject
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import contains_token
-from dora_diffusion.data.masks import mask_path
+from dora_diffusion.data.photos import mask_path
 from dora_diffusion.jobs.base_model import check_model
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.estimates import announced_class_images, estimate

@@ -7,7 +7,7 @@ convolutions become Linear weights.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.families import FAMILIES, TITLES, Family, UnsupportedModelError
+from dora_diffusion.families import (
+    FAMILIES,
+    TITLES,
+    Family,
+    UnsupportedModelError,
+    choose_by_channels,
+)
 from dora_diffusion.formats.checkpoint.entries import POSITIONS, Entry, entries_of_file
 from dora_diffusion.formats.checkpoint.weights import SingleFile
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.formats.files.stream import TensorReader
-from dora_diffusion.formats.names.checkpoint import standard_key
+from dora_diffusion.formats.names.checkpoint import UNET_PREFIX, standard_key
+from dora_diffusion.formats.names.unet import TOP_MODULES
 
 # Averaged copies of the unmerged weights; some loaders prefer them to the merged ones.
 LEFT_OUT = ("model_ema.",)
@@ -138,19 +145,22 @@ class CheckpointFile:
         return SingleFile(entries, specs, load)
 
 
-def detect_checkpoint_family(keys: Collection[str], name: str = "the checkpoint") -> Family:
-    """Tell the family of a single-file checkpoint from its tensor names.
+def detect_checkpoint_family(
+    specs: Mapping[str, TensorSpec], name: str = "the checkpoint"
+) -> Family:
+    """Tell the family of a single-file checkpoint from its tensors' names and the UNet's input.
 
     Raises:
         UnsupportedModelError: If no family's marker is among them.
     """
-    names = {standard_key(key) for key in keys}
-    for family in FAMILIES.values():
-        if family.checkpoint_key in names:
-            return family
+    names = {standard_key(key) for key in specs}
+    fitting = [family for family in FAMILIES.values() if family.checkpoint_key in names]
+    if fitting:
+        conv_in = specs.get(f"{UNET_PREFIX}{dict(TOP_MODULES)['conv_in']}.weight")
+        return choose_by_channels(fitting, conv_in.shape[1] if conv_in else 0)
     raise UnsupportedModelError(
         f"{name} is not a full checkpoint of {TITLES}: its text encoder was not found among its "
-        f"{len(keys)} tensors; an adapter or a bare UNet cannot serve as the base model"
+        f"{len(specs)} tensors; an adapter or a bare UNet cannot serve as the base model"
     )
 
 

@@ -78,11 +78,16 @@ KNOWN = {
 }  # fmt: skip
 
 
+def released_kind(family: str) -> str:
+    """The family that an inpainting one differs from in what its UNet reads alone."""
+    return family.removesuffix("-inpainting")
+
+
 def tensor_names(family: str) -> set[str]:
     """Every tensor of a released model, by canonical name."""
     with torch.device("meta"):
         models = {
-            "unet": UNet2DConditionModel(**UNETS[family]),
+            "unet": UNet2DConditionModel(**UNETS[released_kind(family)]),
             "vae": AutoencoderKL(
                 down_block_types=("DownEncoderBlock2D",) * 4,
                 up_block_types=("UpDecoderBlock2D",) * 4,
@@ -91,7 +96,7 @@ def tensor_names(family: str) -> set[str]:
             ),
         }
         for (kind, layers), name in zip(
-            TEXT_ENCODERS[family], ("text_encoder", "text_encoder_2"), strict=False
+            TEXT_ENCODERS[released_kind(family)], ("text_encoder", "text_encoder_2"), strict=False
         ):
             models[name] = kind(CLIPTextConfig(num_hidden_layers=layers))
     return {canonical(name, key) for name, model in models.items() for key in model.state_dict()}
@@ -143,3 +148,21 @@ def test_names_that_programs_drop_or_repeat() -> None:
         key = f"{prefix}{text}encoder.layers.0.mlp.fc1.bias"
         assert standard_key(key) == f"{prefix}text_model.encoder.layers.0.mlp.fc1.bias"
     assert standard_key("model.diffusion_model.out.2.bias") == "model.diffusion_model.out.2.bias"
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_full_size_inpainting_unet_is_converted_as_diffusers_does(family: str) -> None:
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    table = released_names(f"{family}-inpainting")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNETS[family], in_channels=9)
+        state = unet.state_dict()
+    original = {table.to_original(f"unet.{key}"): tensor for key, tensor in state.items()}
+    conv_in = original["model.diffusion_model.input_blocks.0.0.weight"]
+    assert conv_in.shape == (320, 9, 3, 3)
+    settings = dict(unet.config) | {"class_embed_type": None}
+    found = convert_ldm_unet_checkpoint(dict(original), settings)
+    assert {key: tensor.shape for key, tensor in found.items()} == {
+        key: tensor.shape for key, tensor in state.items()
+    }

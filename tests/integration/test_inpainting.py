@@ -1,0 +1,377 @@
+"""Inpainting models: trained, sampled, exported and loaded in Diffusers' inpainting pipelines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dora_diffusion import export_checkpoint, generate_images, load_components, train
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.data.dataset import Batch
+from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.evaluation.denoising import held_out_losses
+from dora_diffusion.export import verify_checkpoint
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.generate import SamplingSettings, load_adapted
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.latents import encode_inputs
+from dora_diffusion.training.inputs import draw_inputs
+from dora_diffusion.training.objective import Objective
+from tests.training.helpers import losses, make_config, noise, open_run, same, warnings_of
+
+FAMILIES = ("sd1", "sdxl")
+PIPELINES = {
+    "sd1": diffusers.StableDiffusionInpaintPipeline,
+    "sdxl": diffusers.StableDiffusionXLInpaintPipeline,
+}
+PROMPT, SEED = "a photo of a sks mug", 7
+SETTINGS = SamplingSettings(steps=3, guidance_scale=4.0, width=64, height=64)
+
+
+@pytest.fixture
+def photos(samples_root: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(samples_root / "bolt_mug", tmp_path / "photos"))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, family: str) -> Path:
+    return Path(request.getfixturevalue(f"{family}_inpainting_folder"))
+
+
+def painting() -> dict[str, Image.Image]:
+    """An image of 64 pixels, and a mask that is white in a part of it."""
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 8, 56, 40))
+    return {"image": noise((64, 64), 1), "mask_image": mask}
+
+
+def difference(image: Image.Image, other: Image.Image) -> int:
+    """Largest difference in levels of 255."""
+    pair = (np.asarray(each, dtype=np.int16) for each in (image, other))
+    return int(np.abs(np.subtract(*pair)).max())
+
+
+@torch.no_grad()
+def prediction(components: Any) -> Tensor:
+    """A UNet's prediction from nine channels of noise."""
+    generator = torch.Generator().manual_seed(3)
+    config = components.unet.config
+    states = torch.randn(1, 77, config.cross_attention_dim, generator=generator)
+    added = {"text_embeds": torch.randn(1, 48, generator=generator), "time_ids": torch.ones(1, 6)}
+    predicted: Tensor = components.unet(
+        torch.randn(1, 9, 8, 8, generator=generator), torch.tensor([300]), states,
+        added_cond_kwargs=added if config.addition_embed_type else None,
+    ).sample  # fmt: skip
+    return predicted
+
+
+@pytest.fixture
+def trained(folder: Path, photos: Path, tmp_path: Path) -> tuple[TrainConfig, Path]:
+    """A short run on all attention, convolutions and the convolution that reads nine channels."""
+    config = make_config(
+        folder, photos, tmp_path / "out", resolution=64, targets=["attention+conv", "conv_in"],
+        text_encoder_targets=["text-encoder"], train_text_encoder=True, learning_rate=2e-2,
+        text_encoder_lr=2e-2, max_train_steps=3,
+    )  # fmt: skip
+    return config, train(config).adapter
+
+
+def test_a_result_is_the_same_merged_and_in_diffusers(
+    family: str, folder: Path, trained: tuple[TrainConfig, Path], tmp_path: Path
+) -> None:
+    config, adapter = trained
+    attached, metadata = load_adapted(folder, adapter)
+    assert metadata.family == attached.family.name == f"{family}-inpainting"
+    assert read_adapter(adapter).layers["unet.conv_in"].down.shape[1] == 9
+    expected = prediction(attached)
+    [image] = generate_images(attached, PROMPT, [SEED], replace(SETTINGS, **painting()))
+    base = load_components(folder)
+    assert (prediction(base) - expected).abs().max() > 1e-2 * expected.abs().max()
+    whole = export_checkpoint(folder, adapter, tmp_path / "merged")
+    single = export_checkpoint(folder, adapter, tmp_path / "merged.safetensors")
+    for merged in (load_components(whole), load_components(single, config=folder)):
+        assert merged.family is base.family
+        torch.testing.assert_close(prediction(merged), expected, rtol=0, atol=1e-5)
+        [found] = generate_images(merged, PROMPT, [SEED], replace(SETTINGS, **painting()))
+        assert difference(found, image) <= 1
+    assert verify_checkpoint(single, folder, adapter).ok
+
+    pipeline = PIPELINES[family].from_pretrained(folder)
+    pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
+    torch.testing.assert_close(prediction(pipeline), expected, rtol=0, atol=1e-5)
+    pipeline.set_progress_bar_config(disable=True)
+    [theirs] = pipeline(
+        PROMPT, **painting(), num_inference_steps=3, guidance_scale=4.0, width=64, height=64,
+        generator=torch.Generator().manual_seed(SEED),
+    ).images  # fmt: skip
+    assert difference(theirs, image) <= 1
+    for path in (whole, single):
+        load = PIPELINES[family].from_pretrained if path == whole else None
+        options = {} if load else {"config": str(folder), "local_files_only": True}
+        loaded = (load or PIPELINES[family].from_single_file)(str(path), **options)
+        torch.testing.assert_close(prediction(loaded), expected, rtol=0, atol=1e-5)
+    card = (Path(config.output_dir) / "README.md").read_text(encoding="utf-8")
+    assert "AutoPipelineForInpainting.from_pretrained(" in card
+    assert 'mask_image=load_image("my_mask_image.png")).images[0]' in card
+    assert "--image my_image.png --mask_image my_mask_image.png --output image.png" in card
+
+
+def by_hand(pipeline: Any, family: str, pixels: Tensor, mask: Tensor, caption: str) -> Tensor:
+    """The loss of one photo by Diffusers' modules and its pipeline's own masked latents."""
+    generator = generator_for("draw", 5, 2, 0, False)
+    schedule = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(pixels).latent_dist
+        latents = posterior.sample(generator) * pipeline.vae.config.scaling_factor
+        timestep = torch.randint(1000, (), generator=generator)
+        drawn = torch.randn(latents.shape[1:], generator=generator)[None]
+        height, width = pixels.shape[2:]
+        hole, masked = pipeline.prepare_mask_latents(
+            mask, pixels * (mask < 0.5), 1, height, width, torch.float32, "cpu", generator, False
+        )
+        noisy = schedule.add_noise(latents, drawn, timestep[None])
+        encoded = pipeline.encode_prompt(caption, "cpu", 1, False) if family == "sd1" else (
+            pipeline.encode_prompt(caption, device="cpu", do_classifier_free_guidance=False)
+        )  # fmt: skip
+        added = None
+        if family == "sdxl":
+            ids = torch.tensor([[80, 96, 3, 5, height, width]])
+            added = {"text_embeds": encoded[2], "time_ids": ids}
+        read = torch.cat([noisy, hole, masked], dim=1)
+        predicted = pipeline.unet(read, timestep, encoded[0], added_cond_kwargs=added).sample
+    return (predicted - drawn).square().mean()
+
+
+@pytest.mark.parametrize("mask", ["part", "whole"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_step_is_the_documented_concatenation(
+    family: str, folder: Path, mask: str, cached: bool
+) -> None:
+    from dora_diffusion.data.crops import CropRecord
+
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.rand(1, 3, 64, 48, generator=generator) * 2 - 1
+    hole = torch.ones(1, 1, 64, 48)
+    if mask == "part":  # No border falls on the latents' grid.
+        hole = torch.zeros(1, 1, 64, 48)
+        hole[..., 9:43, 5:30] = 1
+    components = load_components(folder)
+    # A plane that is not given is the whole image.
+    given = pixels if mask == "whole" else torch.cat([pixels, hole], dim=1)
+    vae, kind = components.vae, components.family
+    with torch.no_grad():
+        content = {"moments": encode_inputs(vae, kind, given)} if cached else {"pixels": given}
+    crop = CropRecord((80, 96), (3, 5), (64, 48))
+    batch = Batch(["photo"], [PROMPT], [crop], torch.tensor([False]), **content)
+    inputs = draw_inputs(components, batch, seed=5, micro_step=2, first_row=0, noise_offset=0.0)
+    objective = Objective(components, train_text_encoder=False, snr_gamma=0.0)
+    with torch.no_grad():
+        loss, _ = objective(inputs)
+    expected = by_hand(PIPELINES[family].from_pretrained(folder), family, pixels, hole, PROMPT)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
+    assert inputs.condition is not None
+    assert set(inputs.condition[:, 0].unique().tolist()) == ({0, 1} if mask == "part" else {1})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"random_flip": True, "center_crop": False},
+        {"cache_latents": False, "random_flip": True, "aspect_ratio_buckets": True},
+        {"with_prior_preservation": True, "prior_preservation_mode": "images"},
+        {"with_prior_preservation": True, "train_text_encoder": True, "caption_dropout": 0.5},
+    ],
+)
+def test_a_run_resumes_to_the_same_bits(
+    sd1_inpainting_folder: Path, photos: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    settings = {
+        "resolution": 64, "num_class_images": 2, "class_data_dir": str(tmp_path / "class"),
+        "train_batch_size": 2, **settings,
+    }  # fmt: skip
+    whole = make_config(sd1_inpainting_folder, photos, tmp_path / "whole", **settings)
+    train(whole)
+    short = replace(
+        whole, output_dir=str(tmp_path / "parts"), max_train_steps=2, checkpointing_steps=2
+    )
+    train(short)
+    train(replace(short, max_train_steps=4, resume_from_checkpoint="latest"))
+    assert same(tmp_path / "whole", tmp_path / "parts")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def masked(folder: Path, vertical: int = 0) -> None:
+    """A mask beside each photo but the first: white right of a quarter of its width."""
+    for path in sorted(folder.glob("*.jpg"))[1:]:
+        with Image.open(path) as image:
+            mask = Image.new("L", image.size)
+            mask.paste(255, (image.width // 4, vertical, *image.size))
+        mask.save(path.with_suffix(".mask.png"))
+
+
+@pytest.mark.filterwarnings("ignore:1 image of 5 without a mask")
+def test_masks_of_the_subject_go_with_the_crop_and_the_flip(
+    sd1_inpainting_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    masked(photos)
+    settings = {"inpainting_mask": "subject", "random_flip": True, "center_crop": False}
+    cached = open_run(sd1_inpainting_folder, photos, tmp_path / "a", **settings)
+    plain = open_run(sd1_inpainting_folder, photos, tmp_path / "b", **settings, cache_latents=False)
+    dataset = plain.dataset
+    # The same places: a cache draws among eight.
+    object.__setattr__(dataset.draws, "crop_variants", cached.dataset.draws.crop_variants)
+    vae, flips = plain.components.vae, set()
+    for index, photo in enumerate(dataset.photos):
+        sample, other = dataset[index], cached.dataset[index]
+        assert sample.mask is None, "the loss is not masked"
+        assert sample.crop == other.crop
+        pixels, hole = sample.pixels[:3], sample.pixels[3]
+        flips.add(sample.crop.flipped)
+        if photo.mask_path is not None:
+            # Crops are 64 of 64 pixels, or were drawn along one side.
+            bright = hole.mean(dim=0)
+            width = sample.crop.resized_size[1]
+            edge = width // 4 - (0 if sample.crop.flipped else sample.crop.crop_top_left[1])
+            side = bright.flip(0) if sample.crop.flipped else bright
+            offset = width - 64 - sample.crop.crop_top_left[1] if sample.crop.flipped else 0
+            expected = (torch.arange(64) >= edge - offset).float()
+            assert (side - expected).abs().sum() <= 1
+        with torch.no_grad():
+            wanted = vae.encode((pixels * (1 - hole))[None]).latent_dist.parameters[0]
+            image = vae.encode(pixels[None]).latent_dist.parameters[0]
+        torch.testing.assert_close(other.moments[:8], image, rtol=0, atol=1e-5)
+        assert torch.equal(other.moments[8], hole[::8, ::8])
+        torch.testing.assert_close(other.moments[9:], wanted, rtol=0, atol=1e-5)
+    assert flips == {True, False}
+
+
+def test_masks_that_nothing_reads_are_said(
+    sd1_folder: Path, sd1_inpainting_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    base = make_config(sd1_folder, photos, tmp_path / "a", max_train_steps=1)
+    said = " ".join(warnings_of(replace(base, inpainting_mask="random")))
+    assert "inpainting_mask has no effect because" in said
+    assert "is no inpainting model" in said
+    masked(photos)
+    inpainting = replace(base, pretrained_model_name_or_path=str(sd1_inpainting_folder))
+    for mask, unused in (("subject", False), (None, True)):
+        output = str(tmp_path / str(mask))
+        said = " ".join(warnings_of(replace(inpainting, inpainting_mask=mask, output_dir=output)))
+        assert ("4 mask files (NAME.mask.png) beside the images have no effect" in said) == unused
+        assert "inpainting_mask has" not in said
+
+
+def test_a_seed_paints_the_same_alone_and_in_a_batch(folder: Path) -> None:
+    components = load_components(folder)
+    both = generate_images(components, PROMPT, [1, SEED], replace(SETTINGS, **painting()))
+    [alone] = generate_images(components, PROMPT, [SEED], replace(SETTINGS, **painting()))
+    assert difference(alone, both[1]) <= 1
+    assert difference(*both) > 1
+    whole = generate_images(components, [PROMPT, PROMPT], [1, SEED], SETTINGS)
+    white = {**painting(), "mask_image": Image.new("L", (64, 64), 255)}
+    if components.family.name.startswith("sd1"):  # which starts from noise alone by itself
+        found = generate_images(components, PROMPT, [1, SEED], replace(SETTINGS, **white))
+        assert [difference(*pair) for pair in zip(whole, found, strict=True)] == [0, 0]
+    assert difference(whole[0], both[0]) > 1
+
+
+def test_an_image_is_cut_to_the_size_from_the_middle(sd1_inpainting_folder: Path) -> None:
+    components = load_components(sd1_inpainting_folder)
+    image, mask = noise((96, 64), 2), Image.new("L", (96, 64), 255)
+    mask.paste(0, (20, 20, 50, 60))
+    wide = generate_images(components, PROMPT, [1], replace(SETTINGS, image=image, mask_image=mask))
+    box = (16, 0, 80, 64)
+    cut = {"image": image.crop(box), "mask_image": mask.crop(box)}
+    assert (
+        difference(wide[0], generate_images(components, PROMPT, [1], replace(SETTINGS, **cut))[0])
+        == 0
+    )
+
+
+def test_an_autoencoder_that_overflows_is_not_rounded(sdxl_inpainting_folder: Path) -> None:
+    components = load_components(sdxl_inpainting_folder, dtype=torch.bfloat16)
+    before = {key: value.clone() for key, value in components.vae.state_dict().items()}
+    generate_images(components, PROMPT, [1], replace(SETTINGS, **painting()))
+    assert components.vae.dtype == torch.float32
+    assert components.vae.config.force_upcast
+    assert all(
+        torch.equal(value, before[key]) for key, value in components.vae.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("missing", "changes"),
+    [("mask_image", {}), ("image", {}), ("", {"mask_image": Image.new("L", (64, 32))})],
+)
+def test_image_and_mask_belong_together(missing: str, changes: dict[str, Any]) -> None:
+    images = {name: value for name, value in (painting() | changes).items() if name != missing}
+    with pytest.raises(ValueError, match="image and mask_image belong together, of one size"):
+        SamplingSettings(**images)
+
+
+def test_a_text_to_image_model_paints_into_no_image(sd1_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="is a text-to-image model, which paints into no image"):
+        generate_images(load_components(sd1_folder), PROMPT, [1], replace(SETTINGS, **painting()))
+
+
+def test_the_command_asks_for_image_and_mask(
+    sd1_inpainting_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dora_diffusion.cli import main
+
+    for name, image in painting().items():
+        image.save(tmp_path / f"{name}.png")
+    flags = ["generate", "--base", str(sd1_inpainting_folder), "--prompt", PROMPT, "--seed", "7"]
+    flags += ["--output", str(tmp_path / "out.png"), "--width", "64", "--height", "64"]
+    flags += ["--steps", "3", "--guidance_scale", "4"]
+    assert main(flags) == 1
+    assert "is an inpainting model: give --image, and --mask_image" in capsys.readouterr().err
+    paths = {name: str(tmp_path / f"{name}.png") for name in painting()}
+    assert main([*flags, "--image", paths["image"], "--mask", paths["mask_image"]]) == 0
+    components = load_components(sd1_inpainting_folder)
+    [expected] = generate_images(components, PROMPT, [7], replace(SETTINGS, **painting()))
+    assert difference(Image.open(tmp_path / "out.png"), expected) == 0
+
+
+def test_held_out_losses_are_those_of_the_whole_image(sd1_inpainting_folder: Path) -> None:
+    """As if the model made the image from nothing, whatever the image shows."""
+    components = load_components(sd1_inpainting_folder)
+    [loss] = held_out_losses(components, [noise((64, 64), 1)], [PROMPT], [3], batch_size=4)
+    read: list[Tensor] = []
+    components.unet.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    again = held_out_losses(components, [noise((64, 64), 1)], [PROMPT], [3])
+    assert again == pytest.approx([loss])
+    with torch.no_grad():
+        grey = components.vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode() * 0.18215
+    assert bool((read[0][:, 4] == 1).all())
+    torch.testing.assert_close(read[0][:, 5:], grey.expand(10, -1, -1, -1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_full_fine_tuning_writes_an_inpainting_model(
+    sd1_inpainting_folder: Path, photos: Path, tmp_path: Path, precision: str
+) -> None:
+    config = make_config(
+        sd1_inpainting_folder, photos, tmp_path / "out", method="full", learning_rate=1e-5,
+        mixed_precision=precision, max_train_steps=1, checkpointing_steps=1,
+    )  # fmt: skip
+    train(config)
+    model: Components = load_components(tmp_path / "out" / "model")
+    assert model.family.name == "sd1-inpainting"
+    index = json.loads((tmp_path / "out" / "model" / "model_index.json").read_text("utf-8"))
+    assert index["_class_name"] == "StableDiffusionInpaintPipeline"
