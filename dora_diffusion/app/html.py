@@ -12,6 +12,7 @@ from dora_diffusion.devices import has_own_memory
 from dora_diffusion.jobs.estimates import Estimate
 from dora_diffusion.jobs.logs import log_warnings
 from dora_diffusion.jobs.queue import stop_asked
+from dora_diffusion.jobs.records import KINDS
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.training.subject import outside_toy_world
 from dora_diffusion.wording import duration
@@ -25,14 +26,6 @@ _WORDS = {
     "crashed": "crashed",
     "damaged": "damaged",
 }
-_RUNNING = {
-    "train": "training",
-    "merge": "merging",
-    "compare": "comparing",
-    "push": "publishing",
-    "analyze": "analyzing",
-}
-_UNITS = {"train": "step", "compare": "image", "push": "commit", "analyze": "layer"}
 
 
 def esc(value: object) -> str:
@@ -111,7 +104,7 @@ def _masthead(pills: str) -> str:
 
 def state_pill(job: Job) -> str:
     """The state of a job as a coloured word."""
-    word = _RUNNING[job.kind] if job.state == "running" else _WORDS[job.shown_state]
+    word = KINDS[job.kind] if job.state == "running" else _WORDS[job.shown_state]
     return pill(word, job.shown_state)
 
 
@@ -122,7 +115,7 @@ def status_card(job: Job, *, stop: bool = False) -> str:
         f"<div class='dd-bar' role='progressbar' aria-valuenow='{share:.0%}'>"
         f"<div style='width:{share:.1%}'></div></div>"
     )
-    lines = [_done(job), *_live_facts(job)]
+    lines = [_done(job)] * (job.kind == "train" or bool(job.progress.unit)) + _live_facts(job)
     cause = note(job.cause, "bad") + notes(job.damage, "bad")
     cause += notes(log_warnings(job.folder), "warn")
     if job.state == "done" and job.trigger:
@@ -139,10 +132,10 @@ def status_card(job: Job, *, stop: bool = False) -> str:
 
 
 def _done(job: Job) -> str:
-    """How far a job is, in its own unit; merging counts bytes."""
-    if job.kind == "merge":
+    """How far a job is, in its own unit."""
+    if job.progress.unit == "B":
         return f"{job.step / 2**20:.1f} of {job.total / 2**20:.1f} MB"
-    return f"{_UNITS[job.kind]} {job.step} of {job.total or '?'}"
+    return f"{job.progress.unit or 'step'} {job.step} of {job.total or '?'}"
 
 
 def _live_facts(job: Job) -> list[str]:
@@ -155,7 +148,7 @@ def _live_facts(job: Job) -> list[str]:
         name = base.name if base.is_absolute() else job.base
         parts.append(f"{name} on {device}" if device else name)
     if job.is_active:
-        parts.append(_phase(job))
+        parts.append(job.progress.phase or "starting")
         if job.remaining_seconds is not None and job.progress.phase == "training":
             parts.append(f"about {duration(job.remaining_seconds)} left")
         if stop_asked(job.folder) is not None:
@@ -165,18 +158,6 @@ def _live_facts(job: Job) -> list[str]:
     if job.step_seconds is not None:
         parts.append(f"{job.step_seconds:.2f} s a step")
     return parts
-
-
-def _phase(job: Job) -> str:
-    """What the worker is doing, in words."""
-    phase = job.progress.phase or "starting"
-    images = job.folder / "class_images"
-    if phase == "loading the model" and images.is_dir():
-        made = sum(1 for _ in images.rglob("*.png"))
-        wanted = int(job.settings.get("num_class_images") or 0)
-        if made < wanted:
-            return f"generating class images: {made} of {wanted}"
-    return phase
 
 
 def queue_list(jobs: Sequence[Job]) -> str:

@@ -81,7 +81,7 @@ def _connect_clock(
         "chooser_start": shown.chooser.start, "chooser_cards": shown.chooser.cards,
         "adapter": generating.adapter, "history": generating.history, "turn": generating.turn,
         "shelf": shelves.gallery, "shelf_run": shelves.run,
-        "shelf_side": shelves.side, "errands": shelves.errands,
+        "shelf_side": shelves.side, "tasks": shelves.tasks,
     }  # fmt: skip
     texts = {name: field for name, field in fields.items() if isinstance(field, gr.HTML)}
     others = {name: field for name, field in fields.items() if name not in texts}

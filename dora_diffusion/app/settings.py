@@ -10,8 +10,7 @@ from dora_diffusion.config import Setting, TrainConfig, settings, unusual_rates,
 from dora_diffusion.console.shell import shown_command
 from dora_diffusion.families import FAMILIES, USUAL
 from dora_diffusion.jobs.base_model import UNKNOWN, traits_of
-from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.workspace import clean_text
+from dora_diffusion.jobs.workspace import RequestError, clean_text
 from dora_diffusion.memory import Device, fitting_settings
 from dora_diffusion.models.locate import EMBEDDED_PREFIX, is_embedded
 from dora_diffusion.toy import MODELS

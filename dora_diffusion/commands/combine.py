@@ -11,7 +11,7 @@ from dora_diffusion.commands.options import (
     base_options,
 )
 from dora_diffusion.commands.written import add_fit, add_limits, print_written, warn_of_axis
-from dora_diffusion.console.progress import byte_progress
+from dora_diffusion.console.progress import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     warn_of_axis(args)
     options = base_options(args)
-    with byte_progress("combined") as show:
+    with progress("combining", "B") as show:
         report = combine_adapters(
             args.base,
             [adapter_and_strength(text) for text in args.adapters],

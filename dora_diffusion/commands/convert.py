@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import warnings
+from pathlib import Path
 
 from dora_diffusion.commands.options import (
     add_alpha,
@@ -13,6 +15,7 @@ from dora_diffusion.commands.options import (
     base_options,
 )
 from dora_diffusion.commands.written import LIMITS, add_json, add_limits, print_written
+from dora_diffusion.config import ConfigError
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.adapter.conversions import CONVERSIONS, LORA_RANK
 
@@ -20,7 +23,7 @@ from dora_diffusion.formats.adapter.conversions import CONVERSIONS, LORA_RANK
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument("input", help="An adapter file or folder.")
-    parser.add_argument("output", help="The file or folder to write.")
+    parser.add_argument("output", help="The file or folder to write; of peft, a .zip too.")
     parser.add_argument(
         "--to",
         required=True,
@@ -51,9 +54,14 @@ def run(args: argparse.Namespace) -> int:
     from dora_diffusion.models.precision import dtype_of
 
     _warn_without_effect(args)
+    is_packed = args.to == "peft" and args.output.endswith(".zip")
+    # A folder as PEFT has it, packed when it is whole.
+    output = Path(args.output).with_suffix("") if is_packed else args.output
+    if is_packed and Path(args.output).exists() and not args.overwrite:
+        raise ConfigError(f"{args.output} exists; choose another output, or --overwrite")
     report = convert_adapter(
         args.input,
-        args.output,
+        output,
         args.to,
         base=args.base,
         family=args.family,
@@ -68,6 +76,10 @@ def run(args: argparse.Namespace) -> int:
         **base_options(args),
     )
     print_written(report, as_json=args.json)
+    if is_packed:
+        shutil.make_archive(str(output), "zip", output)
+        shutil.rmtree(output)
+        print(args.output)
     return 0
 
 

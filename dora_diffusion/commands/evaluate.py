@@ -16,7 +16,7 @@ from dora_diffusion.commands.options import (
 )
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.run import SampleSettings
-from dora_diffusion.console.progress import step_progress
+from dora_diffusion.console.progress import progress
 from dora_diffusion.console.tables import print_json
 from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.models.schedulers import SCHEDULERS
@@ -177,7 +177,7 @@ def _evaluate_toy(
             stacklevel=1,
         )
     subject = find_subject(args.subject)
-    with step_progress() as show:
+    with progress("generating images", "step") as show:
         evaluation = evaluate_toy(
             components,
             subject,
@@ -212,7 +212,7 @@ def _evaluate_photos(
     subject = read_subject(args.subject, trigger, class_word, trained_on)
     for caution in subject.cautions:
         warnings.warn(caution, stacklevel=1)
-    with step_progress() as show:
+    with progress("generating images", "step") as show:
         evaluation = evaluate_photos(
             components,
             subject,

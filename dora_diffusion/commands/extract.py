@@ -6,7 +6,7 @@ import argparse
 
 from dora_diffusion.commands.options import add_base, base_options
 from dora_diffusion.commands.written import add_fit, add_limits, print_written, warn_of_axis
-from dora_diffusion.console.progress import byte_progress
+from dora_diffusion.console.progress import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     warn_of_axis(args)
     options = base_options(args)
-    with byte_progress("compared") as show:
+    with progress("extracting", "B") as show:
         report = extract_adapter(
             args.base,
             args.tuned,

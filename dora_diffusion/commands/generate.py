@@ -16,7 +16,7 @@ from dora_diffusion.commands.options import (
 )
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.run import SampleSettings
-from dora_diffusion.console.progress import step_progress
+from dora_diffusion.console.progress import progress
 from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.models.schedulers import SCHEDULERS
 
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             f"{metadata.trigger!r} to get the subject",
             stacklevel=1,
         )
-    with step_progress() as show:
+    with progress("generating images", "step") as show:
         images = generate_images(
             components,
             args.prompt,

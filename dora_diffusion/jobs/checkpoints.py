@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME, pipeline_in
-from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.records import CHOSEN
-from dora_diffusion.jobs.workspace import read_json, write_json
+from dora_diffusion.jobs.workspace import RequestError, read_json, write_json
 
 if TYPE_CHECKING:
     from dora_diffusion.jobs.snapshot import Job
@@ -51,18 +51,23 @@ def choose(job: Job, name: object) -> int:
     Raises:
         RequestError: If the run has no such checkpoint.
     """
-    if not isinstance(name, str) or name not in {*candidates(job), *job.checkpoints}:
+    if not isinstance(name, str) or name not in {*job.candidates, *job.checkpoints}:
         raise RequestError("this checkpoint no longer exists; choose another one")
     write_json(job.folder / CHOSEN, {"checkpoint": name})
     return job.step_of(name)
 
 
-def candidates(job: Job) -> tuple[str, ...]:
-    """What can be chosen: spread over the run, the last ones always."""
-    names = list(job.checkpoints)
-    # At the last step there often is a checkpoint too, with the same weights.
-    if job.state == "done":
-        last = f"checkpoint-{job.step}"
+def candidates(checkpoints: Sequence[str], result_step: int | None) -> tuple[str, ...]:
+    """What can be ranked and chosen: spread over the run, the last ones always.
+
+    Args:
+        checkpoints: Their names, oldest first.
+        result_step: Steps of the run's result; None where it has none.
+    """
+    names = list(checkpoints)
+    if result_step is not None:
+        # At the last step there often is a checkpoint too, with the same weights.
+        last = f"checkpoint-{result_step}"
         names = [name for name in names if name != last] + [RESULT_NAME]
     if len(names) > MOST_COMPARED:
         last_place = len(names) - 1
@@ -75,8 +80,35 @@ def adapter_of(job: Job, name: str = "") -> Path | None:
     """The adapter that stands for a run, or another one of its by name."""
     name = name or job.stands
     if name == RESULT_NAME:
-        return result_adapter(job.folder) if job.state == "done" else None
+        return result_adapter(job.folder) if job.has_result else None
     return result_adapter(job.folder / name) if name in job.checkpoints else None
+
+
+def card_of(folder: Path, adapter: Path) -> str:
+    """The model card of a run's adapter: the trainer's, or one of another checkpoint.
+
+    Args:
+        folder: The run's.
+        adapter: An adapter file of it.
+
+    Raises:
+        ValueError, OSError: If the run's config.yaml or the adapter cannot be read.
+    """
+    written = folder / "README.md"
+    if adapter.parent == folder and written.is_file():
+        return written.read_text(encoding="utf-8")
+    from dora_diffusion.config import TrainConfig, read_config_file
+    from dora_diffusion.export import inspect_adapter
+    from dora_diffusion.training.card import model_card
+    from dora_diffusion.training.subject import subject_of
+
+    config = TrainConfig.from_dict(read_config_file(folder / "config.yaml"))
+    report = inspect_adapter(adapter)
+    steps = int(report.metadata.extra["training_steps"])
+    sample = folder / "samples" / f"step-{steps:06d}.png"
+    samples = {f"At step {steps}": f"samples/{sample.name}"} if sample.is_file() else {}
+    layers = f"{sum(report.layers.values())} layers"
+    return model_card(config, subject_of(config), report.metadata, adapter, layers, samples)
 
 
 def chosen_adapter(job: Job, checkpoint: str = "") -> Path:

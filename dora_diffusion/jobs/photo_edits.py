@@ -15,9 +15,9 @@ from PIL import Image
 from dora_diffusion import system
 from dora_diffusion.data.images import MAX_ASPECT, open_photo, open_photo_with_alpha
 from dora_diffusion.data.masks import mask_path
-from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.subjects import original_of
 from dora_diffusion.jobs.uploads import JPEG_QUALITY
+from dora_diffusion.jobs.workspace import RequestError
 
 EDITOR_SIDE = 768
 SMALLEST_CROP = 32

@@ -27,9 +27,10 @@ from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.masks import mask_path
 from dora_diffusion.data.photos import is_photo, read_photos
-from dora_diffusion.jobs.errors import DamagedFile, RequestError
 from dora_diffusion.jobs.uploads import Upload, store_photos
 from dora_diffusion.jobs.workspace import (
+    DamagedFile,
+    RequestError,
     Workspace,
     clean_text,
     confined,

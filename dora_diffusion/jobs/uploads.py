@@ -10,8 +10,8 @@ from PIL.Image import DecompressionBombError
 
 from dora_diffusion import system
 from dora_diffusion.data.images import PhotoError, open_photo_with_alpha, sniff_format
-from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.processes import Lock
+from dora_diffusion.jobs.workspace import RequestError
 
 MAX_BYTES = 20 * 2**20
 MAX_PHOTOS = 50

@@ -258,7 +258,7 @@ def test_a_killed_worker_shows_as_crashed_and_the_queue_goes_on(
     page.wait_for("#make:visible")
     page.wait("document.querySelector('#adapter input').value.includes('step 8')")
     set_up_pictures(page)
-    press(page, app, "#compare", 2)
+    press(page, app, "#side-by-side", 2)
 
 
 def test_resume_goes_on_counting_and_stop_saves(
@@ -290,7 +290,7 @@ def test_checkpoints_are_compared_and_one_is_chosen(
     page = visit()
     page.tab("Train")
     choose_run(page, 0)
-    page.click("#compare-checkpoints")
+    page.click("#rank-checkpoints")
     page.wait_for("#checkpoints .dd-choice")
     titles = page.page.locator("#checkpoints h3").all_inner_texts()
     assert titles == ["Base model", "Step 4", "Step 8"]
@@ -360,7 +360,7 @@ def test_pictures_repeat_compare_and_say_how_they_were_made(
     assert (found["Seed"], found["Steps"], found["Prompt"]) == (
         "7", "2", "a photo of a sks mug on the snow",
     )  # fmt: skip
-    pair = press(page, app, "#compare", 2)
+    pair = press(page, app, "#side-by-side", 2)
     assert page.page.locator("#slider img").count() == 2
     base = next(path for path in pair if "Adapter" not in (read_parameters(path) or ""))
     set_slider(page, "Strength", "0")
@@ -393,15 +393,16 @@ def test_the_library_gives_files_merges_and_remembers(
     page.wait_for("#library img")
     page.wait_text("#library-facts", "sks mug")
     page.click("#convert")
-    page.wait_for("#files a.dd-download")
-    download = page.download("#files a.dd-download")
+    page.wait_for("#files a.dd-download")  # the model card
+    page.wait_for("#tasks a.dd-download")
+    download = page.download("#tasks a.dd-download")
     assert download.suggested_filename == f"sks-mug-{second[:15]}-step-8-diffusers.safetensors"
     assert len(read_header(Path(download.path())).specs) > 10
     page.click("#merge")
-    page.wait_text("#merges", "Download sks-mug-2")
+    page.wait_text("#tasks", "Download sks-mug-2[^ ]*merged")
     (merged,) = app.runs.glob("exports/*/*merged.safetensors")
     assert any(name.startswith("model.diffusion_model.") for name in read_header(merged).specs)
-    download = page.download("#merges a.dd-download")
+    download = page.download("#tasks a.dd-download")
     assert download.suggested_filename == merged.name
     assert Path(download.path()).stat().st_size == merged.stat().st_size
 

@@ -15,7 +15,6 @@ from dora_diffusion.app.settings import EMBEDDED
 from dora_diffusion.app.views.fields import BUSY, QUIET, clicked, html_block, image_or_blank
 from dora_diffusion.data.captions import read_caption
 from dora_diffusion.jobs.base_model import traits_of
-from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.photo_edits import (
     edit_photo,
     editor_image,
@@ -32,6 +31,7 @@ from dora_diffusion.jobs.subjects import (
     save_caption,
     training_crop,
 )
+from dora_diffusion.jobs.workspace import RequestError
 
 _LARGEST_SIDE = 8192
 _SCRIPT = (Path(__file__).parents[1] / "editor.js").read_text(encoding="utf-8")

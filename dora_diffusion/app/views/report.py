@@ -8,7 +8,7 @@ from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.views.fields import BUSY, html_block
 from dora_diffusion.console.environment import describe_environment
-from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.workspace import RequestError
 
 
 def add_report(context: Context) -> None:

@@ -37,10 +37,10 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.masks import mask_path
 from dora_diffusion.jobs.base_model import check_model
-from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.estimates import announced_class_images, estimate
 from dora_diffusion.jobs.subjects import StoredSubject, keep_words, read_subject
-from dora_diffusion.jobs.train import NAME_LIMIT, start_training
+from dora_diffusion.jobs.tasks import NAME_LIMIT, start_training
+from dora_diffusion.jobs.workspace import RequestError
 from dora_diffusion.training.subject import outside_toy_world, subject_of
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."

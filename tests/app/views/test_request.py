@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.workspace import RequestError
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A comparison of a run's checkpoints, as it lies on the disk and as it is read.
+"""The ranking of a run's checkpoints, as it lies on the disk and as it is read.
 
 ::
 
@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.evaluation.statistics import Interval, t_interval
-from dora_diffusion.jobs.checkpoints import candidates
-from dora_diffusion.jobs.errors import DamagedFile
 from dora_diffusion.jobs.snapshot import Job
-from dora_diffusion.jobs.workspace import Workspace, read_object, write_json
+from dora_diffusion.jobs.workspace import DamagedFile, Workspace, read_object, write_json
 
 COMPARISON = "comparison.json"
 BASE_NAME = "base"
 
 
 @dataclass(frozen=True)
-class ComparedCheckpoint:
+class RankedCheckpoint:
     """One checkpoint, or the base model, as it was measured.
 
     Attributes:
@@ -47,8 +45,8 @@ class ComparedCheckpoint:
 
 
 @dataclass(frozen=True)
-class CheckpointComparison:
-    """What a comparison found.
+class Ranking:
+    """What a ranking found.
 
     Attributes:
         rows: The base first, then checkpoints by step; those that are gone are left out.
@@ -57,12 +55,12 @@ class CheckpointComparison:
         similar_to: What similarity is to, in few words.
     """
 
-    rows: tuple[ComparedCheckpoint, ...]
+    rows: tuple[RankedCheckpoint, ...]
     missing: tuple[str, ...]
     notes: tuple[str, ...]
     similar_to: str = ""
 
-    def gain(self, row: ComparedCheckpoint) -> Interval | None:
+    def gain(self, row: RankedCheckpoint) -> Interval | None:
         """How much more like the subject than the base's its images are, paired by seed.
 
         Returns:
@@ -89,7 +87,7 @@ class CheckpointComparison:
         }
         return max(scores, key=lambda name: scores[name], default="")
 
-    def _has_learned(self, row: ComparedCheckpoint) -> bool:
+    def _has_learned(self, row: RankedCheckpoint) -> bool:
         gain = self.gain(row)
         return gain is not None and gain.low is not None and gain.low > 0
 
@@ -109,13 +107,8 @@ class CheckpointComparison:
         )
 
 
-def comparison_folder(workspace: Workspace, run_id: str) -> Path:
-    """Where a run's comparison lies; it is deleted with the run's exports."""
-    return workspace.exports / run_id / "comparison"
-
-
-def write_comparison(
-    folder: Path, rows: Sequence[ComparedCheckpoint], notes: Sequence[str], similar_to: str
+def write_ranking(
+    folder: Path, rows: Sequence[RankedCheckpoint], notes: Sequence[str], similar_to: str
 ) -> None:
     """Write comparison.json."""
     values = [
@@ -131,32 +124,32 @@ def write_comparison(
     write_json(folder / COMPARISON, {"rows": values, "notes": notes, "similar_to": similar_to})
 
 
-def read_comparison(workspace: Workspace, job: Job) -> CheckpointComparison | None:
+def read_ranking(workspace: Workspace, job: Job) -> Ranking | None:
     """What was measured of a run's checkpoints; None before that.
 
     Raises:
         DamagedFile: If comparison.json cannot be read.
     """
-    path = comparison_folder(workspace, job.id) / COMPARISON
+    path = workspace.ranking(job.id) / COMPARISON
     values = read_object(path)
     if values is None:
         return None
-    known = {BASE_NAME, *candidates(job), *job.checkpoints}
+    known = {BASE_NAME, *job.candidates, *job.checkpoints}
     try:
         rows = tuple(_row(job, row, path.parent) for row in values["rows"] if row["name"] in known)
         notes = tuple(map(str, values["notes"]))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise DamagedFile(path, "its rows are none") from error
     measured = {row.name for row in rows}
-    missing = tuple(name for name in candidates(job) if name not in measured)
-    return CheckpointComparison(rows, missing, notes, str(values.get("similar_to", "")))
+    missing = tuple(name for name in job.candidates if name not in measured)
+    return Ranking(rows, missing, notes, str(values.get("similar_to", "")))
 
 
-def _row(job: Job, values: Mapping[str, Any], folder: Path) -> ComparedCheckpoint:
+def _row(job: Job, values: Mapping[str, Any], folder: Path) -> RankedCheckpoint:
     similarity, drift = (
         None if values[name] is None else float(values[name]) for name in ("similarity", "drift")
     )
-    return ComparedCheckpoint(
+    return RankedCheckpoint(
         values["name"],
         similarity,
         drift,
