@@ -236,7 +236,7 @@ def definitions(values: Mapping[str, Any]) -> str:
     return f"<dl class='dd-definitions'>{rows}</dl>"
 
 
-def _address(path: Any) -> str:
+def address(path: Any) -> str:
     """Where the server gives out a file of a folder that it may."""
     return esc(f"gradio_api/file={quote(path.resolve().as_posix())}?{path.stat().st_mtime_ns}")
 
@@ -245,14 +245,14 @@ def image(path: Any, text: str) -> str:
     """An image that the server may give out; nothing where it is gone."""
     if not path.is_file():
         return ""
-    return f"<img src='{_address(path)}' alt='{esc(text)}' loading='lazy'>"
+    return f"<img src='{address(path)}' alt='{esc(text)}' loading='lazy'>"
 
 
-def outside(address: str) -> str:
+def outside(link: str) -> str:
     """A link to a page elsewhere; an address that is no web page stays text."""
-    if not address.startswith(("https://", "http://")):
-        return note(address)
-    return f"<a class='dd-download' href='{esc(address)}' rel='noopener'>{esc(address)}</a>"
+    if not link.startswith(("https://", "http://")):
+        return note(link)
+    return f"<a class='dd-download' href='{esc(link)}' rel='noopener'>{esc(link)}</a>"
 
 
 def download(path: Any, label: str) -> str:
@@ -260,6 +260,6 @@ def download(path: Any, label: str) -> str:
     mib = path.stat().st_size / 2**20
     size = f"{mib:.1f} MB" if mib >= 0.1 else f"{mib * 1024:.1f} kB"
     return (
-        f"<a class='dd-download' href='{_address(path)}' download='{esc(path.name)}'>{esc(label)}"
+        f"<a class='dd-download' href='{address(path)}' download='{esc(path.name)}'>{esc(label)}"
         f" <span>{size}</span></a>"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import filecmp
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from dora_diffusion.models.locate import is_embedded
 
 NAME_LIMIT = 60
 MOST_STEPS = 1_000_000
-STUDY = "study.yaml"
+STUDY, TOKEN = "study.yaml", "sks"
 
 
 def start_training(
@@ -255,36 +255,57 @@ def file_name(job: Job, what: str, checkpoint: str = "") -> str:
 
 
 def start_study(
-    workspace: Workspace,
-    study: Mapping[str, Any],
-    title: str,
-    files: Mapping[str, Path],
+    workspace: Workspace, study: Mapping[str, Any], subjects: Sequence[StoredSubject]
 ) -> str:
     """Queue a job that compares methods of training. Returns its id.
 
+    Every fourth photo of a subject, or its last one, is held out; a sample's truth is known.
+
     Args:
         workspace: The runs folder.
-        study: As its YAML file has it; a subject of photos names folders in the job's own.
-        title: What the page calls it.
-        files: Photos and captions, by their places in the job's folder.
+        study: As its YAML file has it, without subjects.
+        subjects: What is learned; the job has copies of their photos.
 
     Raises:
+        RequestError: If there is no subject, or one cannot be learned.
         ConfigError: If it makes no study.
     """
     import yaml
 
+    from dora_diffusion.evaluation.metric_models import LITE, lite_is_installed
     from dora_diffusion.study.config import Study
 
-    folder = workspace.new_job()
-    subjects = [
-        given if isinstance(given, str)
-        else given | {name: str(folder / given[name]) for name in ("photos", "held_out")}
-        for given in study["subjects"]
-    ]  # fmt: skip
-    values = {**study, "subjects": subjects}
+    if not subjects:
+        raise RequestError("choose at least one subject; they are made in the Subject tab")
+    folder, base = workspace.new_job(), str(study["base"])
+    files: dict[str, str | Path] = {}
+    given, titles = list[Any](), [subject.title for subject in subjects]
+    for place, subject in enumerate(subjects):
+        if subject.sample and is_embedded(base):
+            given.append(subject.sample)
+            continue
+        if len(subject.photos) < 2 or not subject.class_word:
+            raise RequestError(f"{subject.title} needs two photos, and a class in the Train tab")
+        held_out = subject.photos[3::4] or subject.photos[-1:]
+        for photo in subject.photos:
+            part = f"subjects/{place}/{'held_out' if photo in held_out else 'photos'}/{photo.name}"
+            files[part] = photo
+            if (caption := photo.with_suffix(".txt")).is_file():
+                text = caption.read_text(encoding="utf-8").replace(subject.token, TOKEN)
+                files[str(Path(part).with_suffix(".txt"))] = text
+        where = folder / "subjects" / str(place)
+        given.append({
+            "name": f"{subject.title} {place + 1}" if titles.count(subject.title) > 1
+            else subject.title,
+            "photos": str(where / "photos"),
+            "held_out": str(where / "held_out"), "class_word": subject.class_word,
+            "instance_prompt": f"a photo of a {TOKEN} {subject.class_word}",
+        })  # fmt: skip
+    models = [LITE] if files and lite_is_installed() else []
+    values = {**study, "subjects": given, "asked": {**study["asked"], "metric_models": models}}
     Study.from_dict(values)
     output = str(workspace.exports / folder.name / "study")
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    files[STUDY] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     words = ["compare", str(folder / STUDY), "--output", output]
-    record = JobRecord(words, title, base=str(study["base"]), output=output)
-    return create_job(folder, record, {STUDY: text, **files})
+    title = f"{', '.join(study['methods'])} on {', '.join(titles)}"
+    return create_job(folder, JobRecord(words, title[:NAME_LIMIT], "", base, output), files)

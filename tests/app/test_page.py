@@ -82,7 +82,7 @@ def shown(context: Context, handler: Callable[[str], Any]) -> Callable[[str | No
 
     def show(run: str | None) -> str:
         context.jobs(fresh=True)
-        return str([*tick({}, run, None, None), *fill({}, run, None, None)])
+        return str([*tick({}, run, None, None, None), *fill({}, run, None, None, None)])
 
     return show
 

@@ -407,6 +407,23 @@ def test_the_library_gives_files_merges_and_remembers(
     assert Path(download.path()).stat().st_size == merged.stat().st_size
 
 
+def test_methods_are_compared_from_a_form(
+    visit: Callable[..., Visit], app: App, second: str
+) -> None:
+    """Started, shown with its line, and stopped: a report takes minutes."""
+    page = visit()
+    page.tab("Compare")
+    page.wait_text("#study-status", "Nothing compared yet")
+    page.click("#study-subjects input[type=checkbox]")
+    page.fill("#study-steps input", "2")
+    page.click("#study")
+    page.wait_text("#study-status", "dora, lora on [^]*dora_diffusion compare .*study.yaml")
+    app.until(lambda: app.jobs()[0].progress.phase == "training and measuring")
+    page.click("#study-status [data-do=stop]")
+    page.wait_text("#study-status", "stopped[^]*Continue")
+    assert app.jobs()[0].kind == "compare"
+
+
 def test_a_merged_model_can_be_loaded_and_makes_the_adapter_s_pictures(
     visit: Callable[..., Visit], app: App, second: str
 ) -> None:

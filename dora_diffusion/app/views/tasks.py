@@ -33,6 +33,8 @@ def _result(job: Job, output: Path) -> str:
         return _analysis(output)
     if job.kind == "push":
         return html.outside(job.progress.address) if job.progress.address else ""
+    if job.kind == "compare":
+        return html.download(output / "report.html", "The report as one file")
     link = html.download(output, f"Download {output.name}")
     if job.kind == "export":
         return link
