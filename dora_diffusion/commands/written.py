@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_diffusion.commands.options import add_dtype, add_overwrite
@@ -62,7 +63,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def print_written(report: ConversionReport, *, as_json: bool) -> None:
+def print_written(
+    report: ConversionReport, output: str | Path | None = None, *, as_json: bool
+) -> None:
     """Say what was written, how near it is, and which programs read it exactly."""
     from dora_diffusion.export import inspect_adapter
 
@@ -70,7 +73,7 @@ def print_written(report: ConversionReport, *, as_json: bool) -> None:
         print_json(dataclasses.asdict(report))
         return
     layers = counted(report.layers, "layer")
-    print(f"{report.path}: {layers}, {CONVERSIONS[report.target].written}")
+    print(f"{output or report.path}: {layers}, {CONVERSIONS[report.target].written}")
     if report.worst is not None:
         name, error = report.worst
         print(

@@ -272,7 +272,7 @@ def start_study(
     """
     import yaml
 
-    from dora_diffusion.evaluation.metric_models import LITE, lite_is_installed
+    from dora_diffusion.evaluation.metric_models import LITE
     from dora_diffusion.study.config import Study
 
     if not subjects:
@@ -301,7 +301,7 @@ def start_study(
             "held_out": str(where / "held_out"), "class_word": subject.class_word,
             "instance_prompt": f"a photo of a {TOKEN} {subject.class_word}",
         })  # fmt: skip
-    models = [LITE] if files and lite_is_installed() else []
+    models = [LITE] if files else []
     values = {**study, "subjects": given, "asked": {**study["asked"], "metric_models": models}}
     Study.from_dict(values)
     output = str(workspace.exports / folder.name / "study")
