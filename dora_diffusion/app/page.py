@@ -12,10 +12,12 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.app import html
-from dora_diffusion.app.context import Context, Handler
-from dora_diffusion.app.views import compare, generate, library, report, run, subject, train
-from dora_diffusion.app.views.fields import QUIET, filled, html_block
+from dora_diffusion.app.context import Context, Handler, plain
+from dora_diffusion.app.views import compare, generate, library, run, subject, train
+from dora_diffusion.app.views.fields import BUSY, QUIET, filled, html_block
+from dora_diffusion.console.environment import describe_environment
 from dora_diffusion.console.errors import explain_to_all
+from dora_diffusion.jobs.workspace import RequestError
 
 TICK_SECONDS = 2.0
 _DAY = 24 * 3600
@@ -41,7 +43,7 @@ def build_page(context: Context) -> gr.Blocks:
                 shelves = library.LibraryTab()
             with gr.Tab("Compare", id="compare", render_children=True):
                 comparing = compare.CompareTab(context)
-        report.add_report(context)
+        add_report(context)
         size = [training.model, training.advanced["resolution"]]
         subject.connect(context, subjects, blocks, size)
         train.connect(context, training, subjects, train_tab.select, blocks)
@@ -174,3 +176,29 @@ def _changes(known: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -
 
 
 _NEVER = object()
+
+
+def add_report(context: Context) -> None:
+    """Add the fields: the text is made when they are opened, which takes some seconds."""
+
+    @plain
+    def describe() -> str:
+        if context.launch.is_open:
+            raise RequestError(
+                "a shared app does not describe the machine that it runs on; whoever runs it can "
+                "call dora-diffusion env there"
+            )
+        return str(describe_environment(context.workspace.root))
+
+    with gr.Accordion("For a bug report", open=False, elem_id="bug-report") as box:
+        text = (
+            "What this installation is, as dora-diffusion env prints it: no token, no password, "
+            "no name of yours. Add the traceback, or the end of the run's log."
+        )
+        html_block(html.quiet(text))
+        # Without its label it has no button.
+        report = gr.Textbox(
+            label="This installation", lines=12, max_lines=40, interactive=False,
+            placeholder="Looking ...", buttons=["copy"], elem_id="bug-report-text",
+        )  # fmt: skip
+    box.expand(describe, None, [report], **BUSY)

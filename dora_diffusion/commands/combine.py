@@ -8,9 +8,12 @@ from dora_diffusion.commands.options import (
     adapter_and_strength,
     add_alpha,
     add_base,
+    add_fit,
+    add_limits,
     base_options,
+    print_written,
+    warn_of_axis,
 )
-from dora_diffusion.commands.written import add_fit, add_limits, print_written, warn_of_axis
 from dora_diffusion.console.progress import progress
 
 

@@ -9,13 +9,16 @@ import warnings
 from pathlib import Path
 
 from dora_diffusion.commands.options import (
+    LIMITS,
     add_alpha,
     add_base,
     add_dtype,
+    add_json,
+    add_limits,
     add_overwrite,
     base_options,
+    print_written,
 )
-from dora_diffusion.commands.written import LIMITS, add_json, add_limits, print_written
 from dora_diffusion.config import ConfigError
 from dora_diffusion.console.progress import tell
 from dora_diffusion.families import FAMILIES

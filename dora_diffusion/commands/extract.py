@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from dora_diffusion.commands.options import add_base, base_options
-from dora_diffusion.commands.written import add_fit, add_limits, print_written, warn_of_axis
+from dora_diffusion.commands.options import (
+    add_base,
+    add_fit,
+    add_limits,
+    base_options,
+    print_written,
+    warn_of_axis,
+)
 from dora_diffusion.console.progress import progress
 
 

@@ -15,16 +15,14 @@ from dora_diffusion.console.progress import progress, tell
 from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.jobs.base_model import ModelFiles
 from dora_diffusion.jobs.checkpoints import (
+    BASE_NAME,
+    COMPARISON,
     RESULT_NAME,
+    RankedCheckpoint,
+    Ranking,
     adapter_checkpoints,
     candidates,
     result_adapter,
-)
-from dora_diffusion.jobs.ranking import (
-    BASE_NAME,
-    COMPARISON,
-    RankedCheckpoint,
-    Ranking,
     write_ranking,
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.resume import listed
 from dora_diffusion.console.progress import ProgressBar, say, tell
-from dora_diffusion.console.shell import shown_command
+from dora_diffusion.console.tables import shown_command
 from dora_diffusion.devices import default_device, device_name
 from dora_diffusion.training.events import (
     CachingProgress,

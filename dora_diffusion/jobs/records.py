@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from dora_diffusion.console.shell import shown_command
+from dora_diffusion.console.tables import shown_command
 from dora_diffusion.jobs.workspace import DamagedFile, Workspace, read_object, write_json
 from dora_diffusion.models.locate import is_embedded
 

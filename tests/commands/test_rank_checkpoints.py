@@ -19,7 +19,7 @@ from dora_diffusion.cli import main
 from dora_diffusion.commands.rank_checkpoints import Questions, ask_photos, ask_toy, rank
 from dora_diffusion.evaluation import metric_models, photos
 from dora_diffusion.generate import SamplingSettings, load_adapted
-from dora_diffusion.jobs.ranking import COMPARISON, RankedCheckpoint
+from dora_diffusion.jobs.checkpoints import COMPARISON, RankedCheckpoint
 from dora_diffusion.jobs.workspace import read_json
 
 

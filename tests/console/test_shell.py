@@ -9,7 +9,7 @@ import pytest
 
 from dora_diffusion import system
 from dora_diffusion.console import shell
-from dora_diffusion.console.shell import shown_command
+from dora_diffusion.console.tables import shown_command
 
 
 def test_the_documented_example_is_true() -> None:

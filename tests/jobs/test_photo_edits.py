@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.data.masks import mask_path
-from dora_diffusion.jobs.photo_edits import edit_photo, read_mask, restore_original
 from dora_diffusion.jobs.subjects import (
     add_photos,
     new_subject,
     photo_path,
 )
+from dora_diffusion.jobs.uploads import edit_photo, read_mask, restore_original
 from dora_diffusion.jobs.workspace import RequestError, Workspace
 from tests.jobs.helpers import photo
 

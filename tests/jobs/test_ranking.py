@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dora_diffusion.jobs.ranking import (
+from dora_diffusion.jobs.checkpoints import (
     COMPARISON,
     RankedCheckpoint,
     Ranking,

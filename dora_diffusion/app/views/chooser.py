@@ -10,10 +10,9 @@ import gradio as gr
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.views.fields import CLICKS, QUIET, changing, clicked, filled, html_block
-from dora_diffusion.jobs.checkpoints import choose
+from dora_diffusion.jobs.checkpoints import RankedCheckpoint, Ranking, choose, read_ranking
 from dora_diffusion.jobs.logs import log_warnings
 from dora_diffusion.jobs.queue import stop_job
-from dora_diffusion.jobs.ranking import RankedCheckpoint, Ranking, read_ranking
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.tasks import start_ranking
 from dora_diffusion.jobs.workspace import DamagedFile

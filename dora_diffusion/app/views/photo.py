@@ -15,12 +15,6 @@ from dora_diffusion.app.settings import EMBEDDED
 from dora_diffusion.app.views.fields import BUSY, QUIET, clicked, html_block, image_or_blank
 from dora_diffusion.data.captions import read_caption
 from dora_diffusion.jobs.base_model import traits_of
-from dora_diffusion.jobs.photo_edits import (
-    edit_photo,
-    editor_image,
-    read_mask,
-    restore_original,
-)
 from dora_diffusion.jobs.subjects import (
     StoredSubject,
     mask_labels,
@@ -30,6 +24,12 @@ from dora_diffusion.jobs.subjects import (
     remove_photo,
     save_caption,
     training_crop,
+)
+from dora_diffusion.jobs.uploads import (
+    edit_photo,
+    editor_image,
+    read_mask,
+    restore_original,
 )
 from dora_diffusion.jobs.workspace import RequestError
 

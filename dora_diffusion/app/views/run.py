@@ -11,7 +11,7 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.plot import loss_plot
+from dora_diffusion.app.html import loss_plot
 from dora_diffusion.app.views import chooser
 from dora_diffusion.app.views.fields import (
     QUIET,

@@ -9,26 +9,24 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.draft import (
+from dora_diffusion.app.settings import (
+    ADVANCED,
+    EMBEDDED,
     FORM,
+    GROUPS,
+    PRESET_NAMES,
     RESTORED_SCRIPT,
     SAVE_SCRIPT,
     SETTLE_SCRIPT,
     advanced_values,
-    form_values,
-    subject_of_draft,
-)
-from dora_diffusion.app.settings import (
-    ADVANCED,
-    EMBEDDED,
-    GROUPS,
-    PRESET_NAMES,
     command_line,
+    form_values,
     idle_settings,
     make_config,
     preset_values,
     sentence,
     setting_text,
+    subject_of_draft,
 )
 from dora_diffusion.app.views import run
 from dora_diffusion.app.views.fields import QUIET, html_block, setting_field
