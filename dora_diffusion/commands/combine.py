@@ -10,9 +10,8 @@ from dora_diffusion.commands.options import (
     add_base,
     add_fit,
     add_limits,
-    base_options,
+    fit_options,
     print_written,
-    warn_of_axis,
 )
 from dora_diffusion.console.progress import progress
 
@@ -35,24 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write one adapter that does what several do together, and say how near it is."""
     from dora_diffusion.export import combine_adapters
-    from dora_diffusion.models.precision import dtype_of
 
-    warn_of_axis(args)
-    options = base_options(args)
+    options = fit_options(args)
     with progress("combining", "B") as show:
         report = combine_adapters(
             args.base,
             [adapter_and_strength(text) for text in args.adapters],
             args.output,
-            rank=args.rank,
-            conv_rank=args.conv_rank,
-            method=args.method,
-            energy=args.energy,
-            norm_axis=args.norm_axis,
-            key_format=args.format,
             alpha=args.alpha,
-            dtype=dtype_of(args.dtype) if args.dtype else None,
-            overwrite=args.overwrite,
             on_progress=show,
             **options,
         )

@@ -8,9 +8,8 @@ from dora_diffusion.commands.options import (
     add_base,
     add_fit,
     add_limits,
-    base_options,
+    fit_options,
     print_written,
-    warn_of_axis,
 )
 from dora_diffusion.console.progress import progress
 
@@ -32,25 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the adapter that is nearest to a tuned model, and say how near."""
     from dora_diffusion.export import extract_adapter
-    from dora_diffusion.models.precision import dtype_of
 
-    warn_of_axis(args)
-    options = base_options(args)
+    options = fit_options(args)
+    options["norm_axis"] = args.norm_axis or "output"
     with progress("extracting", "B") as show:
-        report = extract_adapter(
-            args.base,
-            args.tuned,
-            args.output,
-            rank=args.rank,
-            conv_rank=args.conv_rank,
-            method=args.method,
-            energy=args.energy,
-            norm_axis=args.norm_axis or "output",
-            key_format=args.format,
-            dtype=dtype_of(args.dtype) if args.dtype else None,
-            overwrite=args.overwrite,
-            on_progress=show,
-            **options,
-        )
+        report = extract_adapter(args.base, args.tuned, args.output, on_progress=show, **options)
     print_written(report, as_json=args.json)
     return 0

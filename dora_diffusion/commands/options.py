@@ -15,8 +15,10 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.config.adapter import NORM_AXES
 from dora_diffusion.config.checks import require
 from dora_diffusion.config.precision import AUTO, DTYPES, dtype_name
+from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.console.tables import print_json
 from dora_diffusion.formats.adapter.conversions import CONVERSIONS
+from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.wording import counted
 
 if TYPE_CHECKING:
@@ -84,6 +86,16 @@ def add_dtype(parser: argparse.ArgumentParser, text: str, *, default: str | None
         default=default,
         help=text,
     )
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    """Add how images are sampled; without the guidance, whose default differs."""
+    steps = SampleSettings.validation_inference_steps
+    parser.add_argument("--steps", type=int, default=steps, help="Denoising steps.")
+    parser.add_argument(
+        "--scheduler", choices=tuple(SCHEDULERS), help="Scheduler. Default: the model's own."
+    )
+    parser.add_argument("--batch_size", type=int, default=batch_size, help="Batch size.")
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
@@ -291,14 +303,20 @@ def print_written(
         print(f"wrong: {wrong}; convert it for these, or export a merged model")
 
 
-def warn_of_axis(args: argparse.Namespace) -> None:
-    """Say where ``--norm_axis`` does nothing.
+def fit_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_fit` and `add_limits` added, and of the base, as keywords of what writes adapters.
 
     Warns:
-        UserWarning: If so.
+        UserWarning: Of ``--norm_axis`` without effect.
     """
+    from dora_diffusion.models.precision import dtype_of
+
     if args.method == "lora" and args.norm_axis is not None:
         warnings.warn("norm_axis has no effect because a LoRA has no magnitudes", stacklevel=2)
+    names = ("rank", "conv_rank", "energy", "method", "norm_axis", "overwrite")
+    options = {name: getattr(args, name) for name in names} | base_options(args)
+    dtype = dtype_of(args.dtype) if args.dtype else None
+    return options | {"key_format": args.format, "dtype": dtype}
 
 
 def where_it_works(verdicts: Mapping[str, str]) -> tuple[list[str], str]:

@@ -43,6 +43,8 @@ def model_card(
     library = "" if written.name == KOHYA_FILE else "\nlibrary_name: diffusers"
     tag, method = _method(config)
     use = _use_of_model if config.is_full else _use_of_adapter
+    names = ("variant", "revision")
+    loaded = {name: str(value) for name in names if (value := getattr(config, name))}
     return f"""---
 base_model: {base}
 instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}{library}
@@ -54,7 +56,7 @@ tags: [text-to-image, {tag}, dreambooth]
 {_trigger_sentence(subject, prompt or "")}
 {images}
 ## Use it
-{use(base, written, prompt or "")}
+{use(base, written, prompt or "", loaded)}
 ## How it was made
 
 {method} on `{base}`,
@@ -84,24 +86,30 @@ def _ranks(config: TrainConfig) -> str:
     return f"rank {config.rank}, convolutions {config.conv_rank}"
 
 
-def _use_of_adapter(base: str, adapter: Path, prompt: str) -> str:
-    model, folder = shlex.quote(base), shlex.quote(adapter.parent.name)
+def _use_of_adapter(base: str, adapter: Path, prompt: str, loaded: Mapping[str, str]) -> str:
+    model, folder = _model(base, loaded), shlex.quote(adapter.parent.name)
     return f"""
 ```bash
 dora-diffusion generate --base {model} --adapter {folder} \\
     --prompt {shlex.quote(prompt)} --output image.png
 dora-diffusion export --base {model} --adapter {folder} --output merged
 ```
-{_diffusers_example(base, adapter, prompt)}"""
+{_diffusers_example(base, adapter, prompt, loaded)}"""
 
 
-def _use_of_model(base: str, model: Path, prompt: str) -> str:
+def _model(base: str, loaded: Mapping[str, str]) -> str:
+    """A base model, and which of its weights, for a shell."""
+    flags = (f" --{name} {shlex.quote(value)}" for name, value in loaded.items())
+    return shlex.quote(base) + "".join(flags)
+
+
+def _use_of_model(base: str, model: Path, prompt: str, loaded: Mapping[str, str]) -> str:
     folder = f"{model.parent.name}/{model.name}"
     quoted = shlex.quote(folder)
     return f"""
 ```bash
 dora-diffusion generate --base {quoted} --prompt {shlex.quote(prompt)} --output image.png
-dora-diffusion extract --base {shlex.quote(base)} --tuned {quoted} \\
+dora-diffusion extract --base {_model(base, loaded)} --tuned {quoted} \\
     --rank 16 --output adapter.safetensors
 ```
 
@@ -127,7 +135,7 @@ def _trigger_sentence(subject: Subject, prompt: str) -> str:
     return f"It has no trigger word: write prompts like its captions, such as `{prompt}`."
 
 
-def _diffusers_example(base: str, adapter: Path, prompt: str) -> str:
+def _diffusers_example(base: str, adapter: Path, prompt: str, loaded: Mapping[str, str]) -> str:
     if adapter.name == KOHYA_FILE:
         return (
             "\nThe magnitudes are on the input axis, which Diffusers cannot load: "
@@ -135,7 +143,8 @@ def _diffusers_example(base: str, adapter: Path, prompt: str) -> str:
             "as it was trained. What they compute from a DoRA may change; the merged model of the "
             "second command is exact in every program, and stays so.\n"
         )
-    source, helper = _literal(base), ""
+    options = (f"{name}={_literal(value)}" for name, value in loaded.items())
+    source, helper = ", ".join([_literal(base), *options]), ""
     if base.startswith("embedded:"):
         source = f'model_folder("{base.removeprefix("embedded:")}")'
         helper = "\nfrom dora_diffusion.toy import model_folder"

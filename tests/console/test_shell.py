@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from dora_diffusion import system
-from dora_diffusion.console import shell
+from dora_diffusion.console import tables as shell
 from dora_diffusion.console.tables import shown_command
 
 
