@@ -29,8 +29,8 @@ import yaml
 from dora_diffusion.app.settings import EMBEDDED, make_config, preset_values
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.jobs.logs import read_metrics
-from dora_diffusion.jobs.processes import end_tree
-from dora_diffusion.jobs.queue import create_job, worker_of
+from dora_diffusion.jobs.processes import end_tree, worker_of
+from dora_diffusion.jobs.queue import create_job
 from dora_diffusion.jobs.records import SETTINGS, JobRecord, train_arguments
 from dora_diffusion.jobs.workspace import Workspace
 

@@ -21,8 +21,7 @@ from dora_diffusion.cli import main as main_of_command
 from dora_diffusion.console.progress import telling
 from dora_diffusion.devices import peak_memory
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.processes import Lock
-from dora_diffusion.jobs.queue import note_worker
+from dora_diffusion.jobs.processes import Lock, note_worker
 from dora_diffusion.jobs.workspace import DamagedFile, Workspace
 
 

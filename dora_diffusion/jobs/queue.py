@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -20,22 +19,18 @@ import psutil
 from dora_diffusion import system
 from dora_diffusion.console.errors import explain_to_all
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.processes import Lock, end_tree, find_process, start_time
+from dora_diffusion.jobs.processes import Lock, end_tree, start_worker, worker_of
 from dora_diffusion.jobs.workspace import (
     DamagedFile,
     RequestError,
     Workspace,
     ids_in,
-    read_json,
     remove_folder,
-    write_json,
 )
-from dora_diffusion.models.locate import is_embedded
 
 KILL_AFTER_SECONDS = 30.0
 _MOST_JOBS_WAITING = 50
 _LEAVING_SECONDS = 30.0
-_WORKER_MODULE = "dora_diffusion.worker"
 
 
 def create_job(
@@ -72,26 +67,6 @@ def create_job(
     records.write_record(draft, dataclasses.replace(record, created=now, queued=now))
     system.replace(draft, folder)
     return folder.name
-
-
-def note_worker(folder: Path, pid: int) -> bool:
-    """Write down which process works on a job; False if it is gone already."""
-    start = start_time(pid)
-    if start is not None:
-        write_json(folder / records.WORKER, {"pid": pid, "start": start})
-    return start is not None
-
-
-def worker_of(folder: Path) -> psutil.Process | None:
-    """A job's living process; None if there is none."""
-
-    def is_ours(words: list[str]) -> bool:
-        # By the job's id: the runs folder may have been renamed meanwhile.
-        is_worker = any(re.fullmatch(r"dora_diffusion(\.jobs)?\.worker", word) for word in words)
-        return is_worker and Path(words[-1]).name == folder.name
-
-    worker = read_json(folder / records.WORKER)
-    return find_process(worker.get("pid"), worker.get("start"), is_ours)
 
 
 def is_waiting(folder: Path) -> bool:
@@ -301,29 +276,6 @@ class JobQueue:
                 traceback.print_exception(error, file=sys.stderr)
                 print(f"warning: {problem}", file=sys.stderr)
             self._problems.append(problem)
-
-
-def start_worker(folder: Path) -> subprocess.Popen[bytes]:
-    """Start a job's process, which outlives this one, and note who it is."""
-    (folder / records.STOP).unlink(missing_ok=True)
-    # Bars are read from a file here: ten lines a second help nobody.
-    environment = os.environ | {"TQDM_MININTERVAL": "2", "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONIOENCODING"] = "utf-8"  # Windows has another one for what is no terminal.
-    if is_embedded(records.read_record(folder).base):
-        environment.setdefault("OMP_NUM_THREADS", "1")
-    with (folder / records.LOG).open("ab") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", _WORKER_MODULE, str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            **system.detached(),
-        )
-    # The worker writes the same, in case this process dies right here.
-    if not note_worker(folder, child.pid):
-        records.write_result(folder, records.JobResult(1, finished=time.time()))
-    return child
 
 
 def reap(workspace: Workspace) -> list[str]:

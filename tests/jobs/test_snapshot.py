@@ -12,7 +12,7 @@ import pytest
 
 from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.queue import worker_of
+from dora_diffusion.jobs.processes import worker_of
 from dora_diffusion.jobs.snapshot import read_job, snapshot
 from dora_diffusion.jobs.workspace import (
     RequestError,
