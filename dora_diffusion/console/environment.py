@@ -25,7 +25,7 @@ _ROOT = Path(__file__).parents[2]
 _PROJECT = "dora-diffusion"
 _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[.*?\])?\s*([^;]*)(?:.*extra == ['\"]([\w-]+))?")
 # For those who work on the package, or not needed: versions are told, nothing is imported.
-_NOT_TRIED = ("test", "bare-test", "lint", "benchmarks", "beside them")
+_NOT_TRIED = ("test", "bare-test", "lint", "benchmarks", "none")
 # What a package is imported as, where its name does not say it; of those that import nothing until
 # they are asked, something that is used here.
 _IMPORTED_AS = {
@@ -106,11 +106,10 @@ class Environment:
         rows = list(self.facts.items())
         rows += [("device", device) for device in self.devices or ["none but the processor"]]
         rows += [("PROBLEM", problem) for problem in self.problems]
-        titles = {"": "packages", "beside them": "beside them"}
         for extra in dict.fromkeys(package.extra for package in self.packages):
             found = [p for p in self.packages if p.extra == extra]
             versions = ", ".join(f"{p.name} {p.version or 'is not installed'}" for p in found)
-            rows.append((titles.get(extra, f"extra {extra}"), versions))
+            rows.append((f"extra {extra}" if extra else "packages", versions))
         rows += self.folders.items()
         for name, value in self.variables.items():
             rows.append(("variable", f"{name} is set" if value is None else f"{name}={value}"))
@@ -146,15 +145,23 @@ def describe_environment(runs_dir: str | Path = "runs") -> Environment:
             "this torch is built for the CPU and cannot use the NVIDIA GPU: install the one for "
             "CUDA, as https://pytorch.org/get-started/locally shows"
         )
+    # Its name as the system's own program tells it.
+    told = re.search(r"(?<=Model name:).+", _output("lscpu"))
+    name = told[0].strip() if told else _output("sysctl", "-n", "machdep.cpu.brand_string")
+    name = name or platform.processor() or platform.machine()
+    memory = "unknown (no psutil)"
+    with contextlib.suppress(ImportError):
+        from psutil import virtual_memory as now
+
+        memory = f"{now().total / 2**30:.1f} GiB, {now().available / 2**30:.1f} GiB free"
     # Where this is a clone: its version is the same between releases.
     is_clone = (_ROOT / ".git").exists()
     commit = _output("git", "-C", str(_ROOT), "describe", "--always", "--dirty") if is_clone else ""
-    python = f"{platform.python_version()}, {platform.python_implementation()}, {sys.executable}"
     facts = {
-        "dora-diffusion": f"{__version__} {commit}", "Python": python,
-        "system": platform.platform(),
-        "processor": _processor() + (f", {cpu}, {threads} threads" if cpu else ""),
-        "memory": _memory(), "torch for": build or "unknown",
+        "dora-diffusion": f"{__version__} {commit}", "system": platform.platform(),
+        "Python": f"{platform.python_version()}: {sys.executable}",
+        "processor": f"{name}, {os.cpu_count()} cores, {cpu}, {threads} threads",
+        "memory": memory, "torch for": build or "unknown",
         "NVIDIA driver": "; ".join(driver.splitlines()),
     }  # fmt: skip
     folders = {"hub's cache": cache, "runs": runs_dir, "temporary files": tempfile.gettempdir()}
@@ -164,7 +171,12 @@ def describe_environment(runs_dir: str | Path = "runs") -> Environment:
         tuple(found),
         tuple(map(without_names, problems)),
         {name: _folder(path) for name, path in folders.items() if path},
-        _variables(),
+        {
+            # The value only of those whose value is harmless.
+            name: value if _HARMLESS.fullmatch(value) and not _SECRET.search(name) else None
+            for name, value in sorted(os.environ.items())
+            if _VARIABLES.match(name.upper())
+        },
     )
 
 
@@ -178,7 +190,7 @@ def packages() -> list[Package]:
             if name != _PROJECT:
                 found.append(Package(name, extra or "", bounds.strip(), _version(name)))
     beside = [(name, version) for name in _BESIDE if (version := _version(name))]
-    return found + [Package(name, "beside them", "", version) for name, version in beside]
+    return found + [Package(name, "none", "", version) for name, version in beside]
 
 
 def _version(name: str) -> str | None:
@@ -244,37 +256,12 @@ def _output(*command: str) -> str:
     return ""
 
 
-def _processor() -> str:
-    """Name and cores, as the system's own program tells them."""
-    told = re.search(r"(?<=Model name:).+", _output("lscpu"))
-    name = told[0].strip() if told else _output("sysctl", "-n", "machdep.cpu.brand_string")
-    return f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def _memory() -> str:
-    with contextlib.suppress(ImportError):
-        import psutil
-
-        memory = psutil.virtual_memory()
-        return f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free"
-    return "unknown (no psutil)"
-
-
 def _folder(path: str | Path) -> str:
     """A folder without names, and the space that is free there."""
     where = Path(os.path.realpath(path))
     there = next((p for p in (where, *where.parents) if p.is_dir()), where)
     free = f"{shutil.disk_usage(there).free / 2**30:.1f} GiB free"
     return f"{without_names(str(where))}, {free}{'' if there == where else ', not there yet'}"
-
-
-def _variables() -> dict[str, str | None]:
-    """Those that are set and have an effect; the value only of those whose value is harmless."""
-    found = {n: v for n, v in sorted(os.environ.items()) if _VARIABLES.match(n.upper())}
-    return {
-        name: value if _HARMLESS.fullmatch(value) and not _SECRET.search(name) else None
-        for name, value in found.items()
-    }
 
 
 def without_names(text: str) -> str:

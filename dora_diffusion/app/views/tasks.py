@@ -39,11 +39,8 @@ def _result(job: Job, output: Path) -> str:
     if job.kind == "export":
         return link
     lines = [line.replace(str(output), output.name) for line in printed(job.folder)]
-    wrong = [line for line in lines if line.startswith("wrong: ")]
-    return link + html.notes(lines, "info") if not wrong else (
-        link + html.notes([line for line in lines if line not in wrong], "info")
-        + html.notes(wrong, "warn")
-    )  # fmt: skip
+    kinds = ["warn" if line.startswith("wrong: ") else "info" for line in lines]
+    return link + "".join(map(html.note, lines, kinds))
 
 
 def _analysis(folder: Path) -> str:
