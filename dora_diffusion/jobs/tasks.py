@@ -237,8 +237,8 @@ def _start_about(workspace: Workspace, run: Job, verb: str, words: list[str], na
     """Queue what writes a file or folder of this name into the run's exports."""
     output = str(workspace.exports / run.id / name)
     words += ["--output", output, "--overwrite"]
-    title = f"{verb} {run.title}"
-    record = JobRecord(words, title, run.id, run.base, output, run.trigger)
+    trigger = run.trigger if verb == "Merge" else ""  # of what can be prompted
+    record = JobRecord(words, f"{verb} {run.title}", run.id, run.base, output, trigger)
     return create_job(workspace.new_job(), record)
 
 

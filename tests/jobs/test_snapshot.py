@@ -61,14 +61,18 @@ def test_another_process_with_the_same_pid_is_not_the_worker(workspace: Workspac
     assert worker_of(folder) is None
 
 
-@pytest.mark.parametrize("start", ["8423771", "Thu Nov 26 10:53:56 2026", 1795686836.0, None])
+@pytest.mark.parametrize(
+    ("start", "module"),
+    [("8423771", "jobs.worker"), ("Thu Nov 26 10:53:56 2026", "jobs.worker"),
+     (1795686836.0, "worker"), (None, "worker")],
+)  # fmt: skip
 def test_a_worker_is_known_whatever_its_start_was_noted_as(
-    workspace: Workspace, start: object
+    workspace: Workspace, start: object, module: str
 ) -> None:
     """By an earlier version, in clock ticks or by ps; or before the clock was set."""
     folder, other = make(workspace), make(workspace)
     code = "import time; print(flush=True); time.sleep(60)"
-    words = [sys.executable, "-c", code, "dora_diffusion.jobs.worker", f"elsewhere/{folder.name}"]
+    words = [sys.executable, "-c", code, f"dora_diffusion.{module}", f"elsewhere/{folder.name}"]
     child = subprocess.Popen(words, stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None

@@ -133,6 +133,7 @@ def test_a_job_about_a_run_loads_the_base_as_the_run_did(workspace: Workspace, s
     assert args.overwrite
     assert (job.record.run, job.record.base, job.state) == (run.id, "org/model", "waiting")
     assert job.record.output == str(args.output)
+    assert job.trigger == ("sks mug" if job.kind == "export" else "")
     assert Path(args.output).is_relative_to(workspace.exports / run.id)
 
 
