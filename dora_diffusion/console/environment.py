@@ -120,10 +120,7 @@ def describe_environment(runs_dir: str | Path = "runs") -> Environment:
     """What this package runs in: versions, machine, devices, extras, caches and settings.
 
     It answers also where a package is missing, or fails, ends Python or hangs when it is imported:
-    that is tried in a process of its own, and takes some seconds.
-
-    Args:
-        runs_dir: The app's folder of runs.
+    that is tried in a process of its own, and takes some seconds. ``runs_dir`` is the app's.
     """
     found = packages()
     tried = {
