@@ -481,13 +481,13 @@ def test_a_finished_run_continues_with_more_steps(
     )  # fmt: skip
 
 
-def test_a_phone_has_all_four_tabs_and_needs_no_sideways_scrolling(
+def test_a_phone_has_all_tabs_and_needs_no_sideways_scrolling(
     visit: Callable[..., Visit], second: str
 ) -> None:
     page = visit(390)
     for name, shown in (
         ("Subject", "#upload"), ("Train", "#status"), ("Generate", "#make"),
-        ("Library", "#library-facts"),
+        ("Library", "#library-facts"), ("Compare", "#study"),
     ):  # fmt: skip
         page.tab(name)
         page.wait_for(f"{shown}:visible")
