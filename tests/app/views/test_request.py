@@ -41,7 +41,7 @@ def test_no_image_waits_for_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError(name)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(RequestError, match=r"org/model is not on this machine.*hf download org/mod"):
+    with pytest.raises(RequestError, match=r"org/model is not on this machine.*hf download org/m"):
         _asked("org/model")
 
 
