@@ -29,9 +29,9 @@ import yaml
 from dora_diffusion.app.settings import EMBEDDED, make_config, preset_values
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.jobs.logs import read_metrics
-from dora_diffusion.jobs.processes import end_tree
-from dora_diffusion.jobs.queue import create_job, worker_of
-from dora_diffusion.jobs.records import TrainRequest
+from dora_diffusion.jobs.processes import end_tree, worker_of
+from dora_diffusion.jobs.queue import create_job
+from dora_diffusion.jobs.records import SETTINGS, JobRecord, train_arguments
 from dora_diffusion.jobs.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,10 +102,10 @@ def start_run(workspace: Workspace) -> str:
     }  # fmt: skip
     photos = ROOT / "samples" / "bolt_mug"
     word = yaml.safe_load((photos / "config.yaml").read_text(encoding="utf-8"))["class_word"]
-    return create_job(
-        workspace, TrainRequest(base=EMBEDDED), "benchmark",
-        lambda folder: as_yaml(make_config(EMBEDDED, photos, folder, "sks", word, [], values)),
-    )  # fmt: skip
+    folder = workspace.new_job()
+    config = make_config(EMBEDDED, photos, folder, "sks", word, [], values)
+    record = JobRecord(train_arguments(folder), "benchmark", base=EMBEDDED)
+    return create_job(folder, record, {SETTINGS: as_yaml(config)})
 
 
 @contextmanager

@@ -35,9 +35,9 @@ from dora_diffusion.app.settings import EMBEDDED, make_config, preset_values
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.jobs.logs import read_metrics
-from dora_diffusion.jobs.processes import end_tree
-from dora_diffusion.jobs.queue import create_job, requeue_job, worker_of
-from dora_diffusion.jobs.records import JOB, TrainRequest
+from dora_diffusion.jobs.processes import end_tree, worker_of
+from dora_diffusion.jobs.queue import create_job, requeue_job
+from dora_diffusion.jobs.records import JOB, SETTINGS, JobRecord, train_arguments
 from dora_diffusion.jobs.snapshot import Job, read_job
 from dora_diffusion.jobs.workspace import Workspace
 
@@ -181,10 +181,10 @@ def add_run(workspace: Workspace, steps: int) -> str:
         "max_train_steps": steps, "checkpointing_steps": 20,
         "validation_steps": None, "num_validation_images": 0, "train_batch_size": 1,
     }  # fmt: skip
-    return create_job(
-        workspace, TrainRequest(base=EMBEDDED), "sks mug",
-        lambda folder: as_yaml(make_config(EMBEDDED, PHOTOS, folder, "sks", "mug", [], values)),
-    )  # fmt: skip
+    folder = workspace.new_job()
+    config = make_config(EMBEDDED, PHOTOS, folder, "sks", "mug", [], values)
+    record = JobRecord(train_arguments(folder), "sks mug", base=EMBEDDED)
+    return create_job(folder, record, {SETTINGS: as_yaml(config)})
 
 
 def job_at(folder: Path) -> Job:

@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "measure subject similarity, subject leakage and language drift",
     "analyze": "take apart what training did to the weights: magnitude, direction, rank",
     "compare": "train several methods on several subjects and seeds, and report what differs",
+    "rank-checkpoints": "measure the checkpoints of a run, and suggest one",
     "export": "merge an adapter into a model",
     "verify": "prove a merged model: recompute it and compare",
     "convert": "write an adapter in another tool's format, or with a smaller rank",
@@ -90,7 +91,7 @@ def _print_anything() -> None:
 
 
 def _module(command: str) -> ModuleType:
-    return import_module(f"dora_diffusion.commands.{command}")
+    return import_module(f"dora_diffusion.commands.{command.replace('-', '_')}")
 
 
 def _complete(parser: argparse.ArgumentParser) -> None:

@@ -100,7 +100,10 @@ def parse_parameters(text: str) -> dict[str, str]:
     prompt, _, negative = f"\n{body}".partition(f"\n{_NEGATIVE}")
     fields = {"Prompt": prompt.strip(), "Negative prompt": negative.strip()}
     for name, value in _FIELD.findall(last):
-        fields[name] = json.loads(value) if value.startswith('"') else value.strip()
+        try:
+            fields[name] = str(json.loads(value)) if value.startswith('"') else value.strip()
+        except ValueError:  # quoted in another way
+            fields[name] = value.strip('"')
     if "Sampler" in fields:
         fields["Sampler"] = _SCHEDULERS.get(fields["Sampler"], fields["Sampler"])
     return fields

@@ -18,11 +18,10 @@ from dora_diffusion.console.errors import asking_for_report, explain, explain_to
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs.base_model import traits_of
 from dora_diffusion.jobs.bases import Base, bases, named_bases, on_this_machine
-from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.queue import JobQueue
 from dora_diffusion.jobs.snapshot import Job, read_run, snapshot
 from dora_diffusion.jobs.studio import Studio
-from dora_diffusion.jobs.workspace import Workspace
+from dora_diffusion.jobs.workspace import RequestError, Workspace
 from dora_diffusion.memory import Device, describe_device, fitting_settings, needed_memory
 from dora_diffusion.training.subject import outside_toy_world
 

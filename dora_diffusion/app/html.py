@@ -12,6 +12,7 @@ from dora_diffusion.devices import has_own_memory
 from dora_diffusion.jobs.estimates import Estimate
 from dora_diffusion.jobs.logs import log_warnings
 from dora_diffusion.jobs.queue import stop_asked
+from dora_diffusion.jobs.records import KINDS
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.training.subject import outside_toy_world
 from dora_diffusion.wording import duration
@@ -25,14 +26,6 @@ _WORDS = {
     "crashed": "crashed",
     "damaged": "damaged",
 }
-_RUNNING = {
-    "train": "training",
-    "merge": "merging",
-    "compare": "comparing",
-    "push": "publishing",
-    "analyze": "analyzing",
-}
-_UNITS = {"train": "step", "compare": "image", "push": "commit", "analyze": "layer"}
 
 
 def esc(value: object) -> str:
@@ -111,7 +104,7 @@ def _masthead(pills: str) -> str:
 
 def state_pill(job: Job) -> str:
     """The state of a job as a coloured word."""
-    word = _RUNNING[job.kind] if job.state == "running" else _WORDS[job.shown_state]
+    word = KINDS[job.kind] if job.state == "running" else _WORDS[job.shown_state]
     return pill(word, job.shown_state)
 
 
@@ -122,7 +115,7 @@ def status_card(job: Job, *, stop: bool = False) -> str:
         f"<div class='dd-bar' role='progressbar' aria-valuenow='{share:.0%}'>"
         f"<div style='width:{share:.1%}'></div></div>"
     )
-    lines = [_done(job), *_live_facts(job)]
+    lines = [_done(job)] * (job.kind == "train" or bool(job.progress.unit)) + _live_facts(job)
     cause = note(job.cause, "bad") + notes(job.damage, "bad")
     cause += notes(log_warnings(job.folder), "warn")
     if job.state == "done" and job.trigger:
@@ -139,10 +132,10 @@ def status_card(job: Job, *, stop: bool = False) -> str:
 
 
 def _done(job: Job) -> str:
-    """How far a job is, in its own unit; merging counts bytes."""
-    if job.kind == "merge":
+    """How far a job is, in its own unit."""
+    if job.progress.unit == "B":
         return f"{job.step / 2**20:.1f} of {job.total / 2**20:.1f} MB"
-    return f"{_UNITS[job.kind]} {job.step} of {job.total or '?'}"
+    return f"{job.progress.unit or 'step'} {job.step} of {job.total or '?'}"
 
 
 def _live_facts(job: Job) -> list[str]:
@@ -155,7 +148,7 @@ def _live_facts(job: Job) -> list[str]:
         name = base.name if base.is_absolute() else job.base
         parts.append(f"{name} on {device}" if device else name)
     if job.is_active:
-        parts.append(_phase(job))
+        parts.append(job.progress.phase or "starting")
         if job.remaining_seconds is not None and job.progress.phase == "training":
             parts.append(f"about {duration(job.remaining_seconds)} left")
         if stop_asked(job.folder) is not None:
@@ -165,18 +158,6 @@ def _live_facts(job: Job) -> list[str]:
     if job.step_seconds is not None:
         parts.append(f"{job.step_seconds:.2f} s a step")
     return parts
-
-
-def _phase(job: Job) -> str:
-    """What the worker is doing, in words."""
-    phase = job.progress.phase or "starting"
-    images = job.folder / "class_images"
-    if phase == "loading the model" and images.is_dir():
-        made = sum(1 for _ in images.rglob("*.png"))
-        wanted = int(job.settings.get("num_class_images") or 0)
-        if made < wanted:
-            return f"generating class images: {made} of {wanted}"
-    return phase
 
 
 def queue_list(jobs: Sequence[Job]) -> str:
@@ -255,7 +236,7 @@ def definitions(values: Mapping[str, Any]) -> str:
     return f"<dl class='dd-definitions'>{rows}</dl>"
 
 
-def _address(path: Any) -> str:
+def address(path: Any) -> str:
     """Where the server gives out a file of a folder that it may."""
     return esc(f"gradio_api/file={quote(path.resolve().as_posix())}?{path.stat().st_mtime_ns}")
 
@@ -264,14 +245,14 @@ def image(path: Any, text: str) -> str:
     """An image that the server may give out; nothing where it is gone."""
     if not path.is_file():
         return ""
-    return f"<img src='{_address(path)}' alt='{esc(text)}' loading='lazy'>"
+    return f"<img src='{address(path)}' alt='{esc(text)}' loading='lazy'>"
 
 
-def outside(address: str) -> str:
+def outside(link: str) -> str:
     """A link to a page elsewhere; an address that is no web page stays text."""
-    if not address.startswith(("https://", "http://")):
-        return note(address)
-    return f"<a class='dd-download' href='{esc(address)}' rel='noopener'>{esc(address)}</a>"
+    if not link.startswith(("https://", "http://")):
+        return note(link)
+    return f"<a class='dd-download' href='{esc(link)}' rel='noopener'>{esc(link)}</a>"
 
 
 def download(path: Any, label: str) -> str:
@@ -279,6 +260,67 @@ def download(path: Any, label: str) -> str:
     mib = path.stat().st_size / 2**20
     size = f"{mib:.1f} MB" if mib >= 0.1 else f"{mib * 1024:.1f} kB"
     return (
-        f"<a class='dd-download' href='{_address(path)}' download='{esc(path.name)}'>{esc(label)}"
+        f"<a class='dd-download' href='{address(path)}' download='{esc(path.name)}'>{esc(label)}"
         f" <span>{size}</span></a>"
     )
+
+
+_WIDTH, _HEIGHT = 640, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 14, 28
+_MOST_POINTS = 400
+
+
+def smoothed(values: Sequence[float], keep: float = 0.95) -> list[float]:
+    """Exponential moving average without the bias of its start (as Adam corrects it)."""
+    mean, result = 0.0, []
+    for count, value in enumerate(values, start=1):
+        mean = keep * mean + (1 - keep) * value
+        result.append(mean / (1 - keep**count))
+    return result
+
+
+def loss_plot(records: Sequence[Mapping[str, Any]]) -> str:
+    """Raw and smoothed loss over steps."""
+    if len(records) < 2:
+        return empty("No loss yet", "The curve appears with the first steps.")
+    steps = [int(record["step"]) for record in records]
+    raw = [float(record["loss"]) for record in records]
+    smooth = smoothed(raw)
+    every = -(-len(steps) // _MOST_POINTS)
+    ordered = sorted(raw)
+    # A few high draws (large noise levels) would flatten the rest.
+    low, high = ordered[0], max(ordered[int(0.98 * (len(ordered) - 1))], max(smooth))
+    span = (high - low) or 1.0
+
+    def point(step: int, value: float) -> str:
+        x = _LEFT + (step - steps[0]) / max(1, steps[-1] - steps[0]) * (_WIDTH - _LEFT - _RIGHT)
+        share = min(1.0, max(0.0, (value - low) / span))
+        return f"{x:.1f},{_TOP + (1 - share) * (_HEIGHT - _TOP - _BOTTOM):.1f}"
+
+    def line(values: Sequence[float], name: str) -> str:
+        kept = [*zip(steps[::every], values[::every], strict=True)]
+        points = " ".join(point(step, value) for step, value in kept)
+        return f"<polyline class='{name}' points='{points}'/>"
+
+    return (
+        f"<figure class='dd-plot'><svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' "
+        f"aria-label='Loss over {len(steps)} steps'>{_axes(low, high, steps)}"
+        f"{line(raw, 'dd-raw')}{line(smooth, 'dd-smooth')}</svg>"
+        f"<figcaption><i class='dd-raw'></i>loss of each step <i class='dd-smooth'></i>smoothed: "
+        f"<b>{smooth[-1]:.4f}</b></figcaption></figure>"
+    )
+
+
+def _axes(low: float, high: float, steps: Sequence[int]) -> str:
+    parts = []
+    for share in (0.0, 0.5, 1.0):
+        y = _TOP + (1 - share) * (_HEIGHT - _TOP - _BOTTOM)
+        value = low + share * (high - low)
+        parts.append(f"<line x1='{_LEFT}' x2='{_WIDTH - _RIGHT}' y1='{y:.0f}' y2='{y:.0f}'/>")
+        parts.append(f"<text x='{_LEFT - 8}' y='{y + 4:.0f}' text-anchor='end'>{value:.3f}</text>")
+    bottom = _HEIGHT - 8
+    parts.append(f"<text x='{_LEFT}' y='{bottom}'>step {steps[0]}</text>")
+    parts.append(
+        f"<text x='{_WIDTH - _RIGHT}' y='{bottom}' text-anchor='end'>step {steps[-1]}</text>"
+    )
+    return "".join(parts)

@@ -1,4 +1,4 @@
-"""The page: masthead, four tabs, a footer, and the one clock that keeps them true."""
+"""The page: masthead, five tabs, a footer, and the one clock that keeps them true."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.app import html
-from dora_diffusion.app.context import Context, Handler
-from dora_diffusion.app.views import generate, library, report, run, subject, train
-from dora_diffusion.app.views.fields import QUIET, filled, html_block
+from dora_diffusion.app.context import Context, Handler, plain
+from dora_diffusion.app.views import compare, generate, library, run, subject, train
+from dora_diffusion.app.views.fields import BUSY, QUIET, filled, html_block
+from dora_diffusion.console.environment import describe_environment
 from dora_diffusion.console.errors import explain_to_all
+from dora_diffusion.jobs.workspace import RequestError
 
 TICK_SECONDS = 2.0
 _DAY = 24 * 3600
@@ -39,12 +41,15 @@ def build_page(context: Context) -> gr.Blocks:
                 generating = generate.GenerateTab(context)
             with gr.Tab("Library", id="library", render_children=True):
                 shelves = library.LibraryTab()
-        report.add_report(context)
+            with gr.Tab("Compare", id="compare", render_children=True):
+                comparing = compare.CompareTab(context)
+        add_report(context)
         size = [training.model, training.advanced["resolution"]]
         subject.connect(context, subjects, blocks, size)
         train.connect(context, training, subjects, train_tab.select, blocks)
         generate.connect(context, generating)
         library.connect(context, shelves)
+        compare.connect(context, comparing)
         shown = training.shown
         subjects.to_train.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
         for button, tab, field in (
@@ -53,7 +58,7 @@ def build_page(context: Context) -> gr.Blocks:
         ):
             # With the run that is shown, whatever was chosen there.
             button.click(_open_with_run(tab), [shown.run], [tabs, field], **QUIET)
-        _connect_clock(context, blocks, masthead, training, generating, shelves)
+        _connect_clock(context, blocks, masthead, training, generating, shelves, comparing)
     return blocks
 
 
@@ -63,8 +68,9 @@ def _open_with_run(tab: str) -> Callable[[str | None], list[Any]]:
 
 
 def _connect_clock(
-    context: Context, blocks: gr.Blocks, masthead: Any, training: Any, generating: Any, shelves: Any
-) -> None:
+    context: Context, blocks: gr.Blocks, masthead: Any, training: Any, generating: Any,
+    shelves: Any, comparing: Any,
+) -> None:  # fmt: skip
     """One timer, outside of the tabs, and the page's load refresh everything that can change.
 
     Text is sent by the clock itself. For every other field that an event may fill, Gradio rebuilds
@@ -72,7 +78,7 @@ def _connect_clock(
     by an event of their own, when one of them has changed.
     """
     shown = training.shown
-    inputs = [shown.run, generating.adapter, shelves.run]
+    inputs = [shown.run, generating.adapter, shelves.run, comparing.study]
     fields = {
         "masthead": masthead, "run": shown.run, "status": shown.status, "loss": shown.loss,
         "log": shown.log, "jobs": shown.jobs, "samples": shown.samples, "stop": shown.stop,
@@ -81,19 +87,22 @@ def _connect_clock(
         "chooser_start": shown.chooser.start, "chooser_cards": shown.chooser.cards,
         "adapter": generating.adapter, "history": generating.history, "turn": generating.turn,
         "shelf": shelves.gallery, "shelf_run": shelves.run,
-        "shelf_side": shelves.side, "errands": shelves.errands,
+        "shelf_side": shelves.side, "tasks": shelves.tasks, "study": comparing.study,
+        "study_status": comparing.status, "study_report": comparing.report,
+        "study_subjects": comparing.subjects, "study_delete": comparing.delete,
     }  # fmt: skip
     texts = {name: field for name, field in fields.items() if isinstance(field, gr.HTML)}
     others = {name: field for name, field in fields.items() if name not in texts}
     # What this page was last sent of each, and a mark of what the others should show.
     seen_texts, seen_others, mark = gr.State({}), gr.State({}), gr.State("")
 
-    def parts(run_id: Any, adapter: Any, shelf: Any) -> dict[str, Any]:
+    def parts(run_id: Any, adapter: Any, shelf: Any, study: Any) -> dict[str, Any]:
         jobs = context.jobs()
         made, problems = whole_tabs(
             Train=lambda: run.refresh(context, jobs, run_id),
             Generate=lambda: generate.refresh(context, jobs, adapter),
             Library=lambda: library.refresh(jobs, shelf),
+            Compare=lambda: compare.refresh(context, jobs, study),
         )
         problems += [context.queue.problem] if context.queue.problem else []
         return {"masthead": html.masthead(jobs, problems), **made}
@@ -167,3 +176,29 @@ def _changes(known: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -
 
 
 _NEVER = object()
+
+
+def add_report(context: Context) -> None:
+    """Add the fields: the text is made when they are opened, which takes some seconds."""
+
+    @plain
+    def describe() -> str:
+        if context.launch.is_open:
+            raise RequestError(
+                "a shared app does not describe the machine that it runs on; whoever runs it can "
+                "call dora-diffusion env there"
+            )
+        return str(describe_environment(context.workspace.root))
+
+    with gr.Accordion("For a bug report", open=False, elem_id="bug-report") as box:
+        text = (
+            "What this installation is, as dora-diffusion env prints it: no token, no password, "
+            "no name of yours. Add the traceback, or the end of the run's log."
+        )
+        html_block(html.quiet(text))
+        # Without its label it has no button.
+        report = gr.Textbox(
+            label="This installation", lines=12, max_lines=40, interactive=False,
+            placeholder="Looking ...", buttons=["copy"], elem_id="bug-report-text",
+        )  # fmt: skip
+    box.expand(describe, None, [report], **BUSY)

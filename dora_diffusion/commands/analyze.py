@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
+import dataclasses
 from pathlib import Path
 
 from dora_diffusion.commands.options import add_alpha, add_base, base_options
 from dora_diffusion.config import ConfigError
-from dora_diffusion.console.progress import ProgressBar
+from dora_diffusion.console.progress import progress
 from dora_diffusion.console.tables import print_json
 from dora_diffusion.formats.files.atomic import require_writable
 
@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="Layers by patterns of their names, such as '*.to_q'; * spans dots. Default: all.",
     )
+    parser.add_argument(
+        "--title", nargs="+", default=[], help="What to call the sources. Default: their names."
+    )
     parser.add_argument("--output", default="analysis", help="Folder of the results.")
     parser.add_argument("--overwrite", action="store_true", help="Replace results that exist.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
@@ -52,8 +55,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"{args.output} holds an analysis already; choose another --output, or --overwrite"
         )
+    if args.title and len(args.title) != len(args.source):
+        raise ConfigError(f"{len(args.title)} titles of {len(args.source)} sources; give one each")
     options = base_options(args)
-    with closing(ProgressBar("layer", leave=False)) as show:
+    with progress("comparing weights", "layer") as show:
         analysis = analyze_weights(
             args.source,
             args.base,
@@ -63,6 +68,10 @@ def run(args: argparse.Namespace) -> int:
             on_progress=show,
             **options,
         )
+    if args.title:
+        runs = zip(analysis.runs, args.title, strict=True)
+        named = [dataclasses.replace(change, name=title) for change, title in runs]
+        analysis = dataclasses.replace(analysis, runs=named)
     files = analysis.write(output) | write_plots(analysis, output)
     if args.json:
         print_json(analysis.to_dict())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from dora_diffusion.app.launch import AUTH_VARIABLE, SHARED, Launch
 from dora_diffusion.config import ConfigError
@@ -18,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--share", action="store_true", help="Make a public link (needs --auth).")
     parser.add_argument(
         "--allowed_host",
+        dest="allowed_hosts",
         nargs="+",
         default=[],
         metavar="NAME",
@@ -69,17 +72,13 @@ def launch_from(args: argparse.Namespace) -> Launch:
     Raises:
         ConfigError: If they would open the app to anybody.
     """
-    return Launch(
-        host=args.host,
-        port=args.port,
-        share=args.share,
-        auth=_auth(args.auth or os.environ.get(AUTH_VARIABLE)),
-        runs_dir=args.runs_dir,
-        models=tuple(args.models),
-        model_folders=tuple(args.model_folders),
-        browser=args.browser,
-        allowed_hosts=tuple(args.allowed_host),
-    )
+    values: dict[str, Any] = {
+        field.name: getattr(args, field.name) for field in fields(Launch) if field.name in args
+    }
+    values["auth"] = _auth(args.auth or os.environ.get(AUTH_VARIABLE))
+    for name in ("models", "model_folders", "allowed_hosts"):
+        values[name] = tuple(values[name])
+    return Launch(**values)
 
 
 def _auth(text: str | None) -> tuple[str, str] | None:

@@ -8,10 +8,12 @@ from dora_diffusion.commands.options import (
     adapter_and_strength,
     add_alpha,
     add_base,
-    base_options,
+    add_fit,
+    add_limits,
+    fit_options,
+    print_written,
 )
-from dora_diffusion.commands.written import add_fit, add_limits, print_written, warn_of_axis
-from dora_diffusion.console.progress import byte_progress
+from dora_diffusion.console.progress import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,24 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write one adapter that does what several do together, and say how near it is."""
     from dora_diffusion.export import combine_adapters
-    from dora_diffusion.models.precision import dtype_of
 
-    warn_of_axis(args)
-    options = base_options(args)
-    with byte_progress("combined") as show:
+    options = fit_options(args)
+    with progress("combining", "B") as show:
         report = combine_adapters(
             args.base,
             [adapter_and_strength(text) for text in args.adapters],
             args.output,
-            rank=args.rank,
-            conv_rank=args.conv_rank,
-            method=args.method,
-            energy=args.energy,
-            norm_axis=args.norm_axis,
-            key_format=args.format,
             alpha=args.alpha,
-            dtype=dtype_of(args.dtype) if args.dtype else None,
-            overwrite=args.overwrite,
             on_progress=show,
             **options,
         )

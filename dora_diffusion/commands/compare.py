@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.config import ConfigError
-from dora_diffusion.console.progress import ProgressBar
+from dora_diffusion.console.progress import progress
 from dora_diffusion.console.tables import print_json
 from dora_diffusion.formats.files.atomic import require_writable
 
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         warnings.warn(reason, stacklevel=1)
     output = Path(args.output)
     require_writable(output, is_folder=True)
-    with closing(ProgressBar("trial", leave=False)) as show:
+    with progress("training and measuring", "trial") as show:
         results = run_study(
             study,
             output,

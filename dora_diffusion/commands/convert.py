@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import tempfile
 import warnings
+from pathlib import Path
 
 from dora_diffusion.commands.options import (
+    LIMITS,
     add_alpha,
     add_base,
     add_dtype,
+    add_json,
+    add_limits,
     add_overwrite,
     base_options,
+    print_written,
 )
-from dora_diffusion.commands.written import LIMITS, add_json, add_limits, print_written
+from dora_diffusion.config import ConfigError
+from dora_diffusion.console.progress import tell
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.adapter.conversions import CONVERSIONS, LORA_RANK
+from dora_diffusion.formats.files.atomic import atomic_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument("input", help="An adapter file or folder.")
-    parser.add_argument("output", help="The file or folder to write.")
+    parser.add_argument("output", help="The file or folder to write; of peft, a .zip too.")
     parser.add_argument(
         "--to",
         required=True,
@@ -51,23 +60,33 @@ def run(args: argparse.Namespace) -> int:
     from dora_diffusion.models.precision import dtype_of
 
     _warn_without_effect(args)
-    report = convert_adapter(
-        args.input,
-        args.output,
-        args.to,
-        base=args.base,
-        family=args.family,
-        alpha=args.alpha,
-        tags=args.tags,
-        thumbnail=args.thumbnail,
-        dtype=dtype_of(args.dtype) if args.dtype else None,
-        rank=args.rank,
-        conv_rank=args.conv_rank,
-        energy=args.energy,
-        overwrite=args.overwrite,
-        **base_options(args),
-    )
-    print_written(report, as_json=args.json)
+    output, options = Path(args.output), base_options(args)
+    is_packed = args.to == "peft" and output.suffix == ".zip"
+    if is_packed and output.exists() and not args.overwrite:
+        raise ConfigError(f"{output} exists; choose another output, or --overwrite")
+    tell(phase="converting")
+    with tempfile.TemporaryDirectory() as scratch:
+        report = convert_adapter(
+            args.input,
+            Path(scratch, output.stem) if is_packed else args.output,
+            args.to,
+            base=args.base,
+            family=args.family,
+            alpha=args.alpha,
+            tags=args.tags,
+            thumbnail=args.thumbnail,
+            dtype=dtype_of(args.dtype) if args.dtype else None,
+            rank=args.rank,
+            conv_rank=args.conv_rank,
+            energy=args.energy,
+            overwrite=args.overwrite,
+            **options,
+        )
+        if is_packed:
+            with atomic_file(output) as temporary:
+                packed = shutil.make_archive(f"{scratch}/packed", "zip", report.path)
+                shutil.move(packed, temporary)
+        print_written(report, output if is_packed else report.path, as_json=args.json)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from dora_diffusion.console.tables import print_json
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
 
     environment = describe_environment(args.runs_dir)
     if args.json:
-        print_json(environment.to_dict())
+        print_json(asdict(environment))
     else:
         print(environment)
     return 0

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 from dora_diffusion.commands.options import (
     add_adapted_model,
     add_base,
+    add_sampling,
     load_adapted_model,
     require_at_least_one,
 )
 from dora_diffusion.config import ConfigError
-from dora_diffusion.config.run import SampleSettings
-from dora_diffusion.console.progress import step_progress
+from dora_diffusion.console.progress import progress
 from dora_diffusion.console.tables import print_json
 from dora_diffusion.formats.files.atomic import require_writable
-from dora_diffusion.models.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
     from dora_diffusion.evaluation.report import Evaluation
@@ -62,20 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_seeds", type=int, default=4, help="Images per prompt, one per seed.")
     parser.add_argument("--seed", type=int, default=0, help="Random seed of the first image.")
     parser.add_argument(
-        "--steps",
-        type=int,
-        default=SampleSettings.validation_inference_steps,
-        help="Denoising steps.",
-    )
-    parser.add_argument(
         "--guidance_scale",
         type=float,
         help="Guidance scale. Default: 3.5 for the toy world, else 7.5.",
     )
-    parser.add_argument(
-        "--scheduler", choices=tuple(SCHEDULERS), help="Scheduler. Default: the model's own."
-    )
-    parser.add_argument("--batch_size", type=int, default=8, help="Batch size.")
+    add_sampling(parser, batch_size=8)
     add_adapted_model(parser)
 
 
@@ -177,8 +167,8 @@ def _evaluate_toy(
             stacklevel=1,
         )
     subject = find_subject(args.subject)
-    with step_progress() as show:
-        evaluation = evaluate_toy(
+    with progress("generating images", "step") as show:
+        return evaluate_toy(
             components,
             subject,
             trigger or f"sks {subject.word}",
@@ -188,7 +178,6 @@ def _evaluate_toy(
             on_step=show,
             base_model=base_model,
         )
-    return evaluation
 
 
 def _evaluate_photos(
@@ -212,8 +201,8 @@ def _evaluate_photos(
     subject = read_subject(args.subject, trigger, class_word, trained_on)
     for caution in subject.cautions:
         warnings.warn(caution, stacklevel=1)
-    with step_progress() as show:
-        evaluation = evaluate_photos(
+    with progress("generating images", "step") as show:
+        return evaluate_photos(
             components,
             subject,
             _seeds(args),
@@ -224,7 +213,6 @@ def _evaluate_photos(
             on_step=show,
             base_model=base_model,
         )
-    return evaluation
 
 
 def _seeds(args: argparse.Namespace) -> list[int]:

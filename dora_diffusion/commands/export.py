@@ -13,7 +13,7 @@ from dora_diffusion.commands.options import (
     warn_without_effect,
 )
 from dora_diffusion.config.fields import AUTO
-from dora_diffusion.console.progress import byte_progress
+from dora_diffusion.console.progress import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from dora_diffusion.models.precision import dtype_of
 
     warn_without_effect(args)
-    with byte_progress("written") as show:
+    with progress("merging", "B") as show:
         path = export_checkpoint(
             args.base,
             [adapter_and_strength(text) for text in args.adapter],

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from dora_diffusion.commands.options import add_base, base_options
-from dora_diffusion.commands.written import add_fit, add_limits, print_written, warn_of_axis
-from dora_diffusion.console.progress import byte_progress
+from dora_diffusion.commands.options import (
+    add_base,
+    add_fit,
+    add_limits,
+    fit_options,
+    print_written,
+)
+from dora_diffusion.console.progress import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,25 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the adapter that is nearest to a tuned model, and say how near."""
     from dora_diffusion.export import extract_adapter
-    from dora_diffusion.models.precision import dtype_of
 
-    warn_of_axis(args)
-    options = base_options(args)
-    with byte_progress("compared") as show:
-        report = extract_adapter(
-            args.base,
-            args.tuned,
-            args.output,
-            rank=args.rank,
-            conv_rank=args.conv_rank,
-            method=args.method,
-            energy=args.energy,
-            norm_axis=args.norm_axis or "output",
-            key_format=args.format,
-            dtype=dtype_of(args.dtype) if args.dtype else None,
-            overwrite=args.overwrite,
-            on_progress=show,
-            **options,
-        )
+    options = fit_options(args)
+    options["norm_axis"] = args.norm_axis or "output"
+    with progress("extracting", "B") as show:
+        report = extract_adapter(args.base, args.tuned, args.output, on_progress=show, **options)
     print_written(report, as_json=args.json)
     return 0

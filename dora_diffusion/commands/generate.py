@@ -11,18 +11,15 @@ from dora_diffusion.commands.options import (
     add_adapted_model,
     add_base,
     add_overwrite,
+    add_sampling,
     load_adapted_model,
     require_at_least_one,
 )
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.run import SampleSettings
-from dora_diffusion.console.progress import step_progress
+from dora_diffusion.console.progress import progress
 from dora_diffusion.formats.files.atomic import require_writable
-from dora_diffusion.models.schedulers import SCHEDULERS
-
-# With the settings of a run's samples, so that a seed gives the sample's image again.
-_SAMPLES = SampleSettings()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,18 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative_prompt", default="", help="Negative prompt.")
     parser.add_argument("--seed", type=int, help="Seed of the first image. Default: random, shown.")
     parser.add_argument("--num_images", type=int, default=1, help="Number of images, one per seed.")
-    parser.add_argument("--batch_size", type=int, default=4, help="Batch size.")
-    parser.add_argument(
-        "--steps", type=int, default=_SAMPLES.validation_inference_steps, help="Denoising steps."
-    )
+    # With the settings of a run's samples, so that a seed gives the sample's image again.
+    add_sampling(parser, batch_size=4)
     parser.add_argument(
         "--guidance_scale",
         type=float,
-        default=_SAMPLES.validation_guidance_scale,
+        default=SampleSettings.validation_guidance_scale,
         help="Guidance scale.",
-    )
-    parser.add_argument(
-        "--scheduler", choices=tuple(SCHEDULERS), help="Scheduler. Default: the model's own."
     )
     parser.add_argument("--width", type=int, help="Width in pixels. Default: the model's own.")
     parser.add_argument("--height", type=int, help="Height in pixels. Default: the model's own.")
@@ -98,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             f"{metadata.trigger!r} to get the subject",
             stacklevel=1,
         )
-    with step_progress() as show:
+    with progress("generating images", "step") as show:
         images = generate_images(
             components,
             args.prompt,

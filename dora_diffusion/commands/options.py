@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import re
 import warnings
@@ -11,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.config import ConfigError
+from dora_diffusion.config.adapter import NORM_AXES
 from dora_diffusion.config.fields import AUTO, DTYPES, dtype_name, require
+from dora_diffusion.config.run import SampleSettings
+from dora_diffusion.console.tables import print_json
+from dora_diffusion.formats.adapter.conversions import CONVERSIONS
+from dora_diffusion.models.schedulers import SCHEDULERS
+from dora_diffusion.wording import counted
 
 if TYPE_CHECKING:
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
@@ -78,6 +85,16 @@ def add_dtype(parser: argparse.ArgumentParser, text: str, *, default: str | None
         default=default,
         help=text,
     )
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    """Add how images are sampled; without the guidance, whose default differs."""
+    steps = SampleSettings.validation_inference_steps
+    parser.add_argument("--steps", type=int, default=steps, help="Denoising steps.")
+    parser.add_argument(
+        "--scheduler", choices=tuple(SCHEDULERS), help="Scheduler. Default: the model's own."
+    )
+    parser.add_argument("--batch_size", type=int, default=batch_size, help="Batch size.")
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
@@ -209,3 +226,114 @@ def _warn_of(reasons: Mapping[str, str]) -> None:
 def _add_strengths(parser: argparse.ArgumentParser, texts: dict[str, str]) -> None:
     for name, text in texts.items():
         parser.add_argument(f"--{name}", type=float, default=1.0, help=text)
+
+
+if TYPE_CHECKING:
+    from dora_diffusion.export import ConversionReport
+
+# Flags that limit ranks.
+LIMITS = ("rank", "conv_rank", "energy")
+
+
+def add_limits(parser: argparse.ArgumentParser, text: str, *, required: bool = False) -> None:
+    """Add what limits the rank of each layer; ``text`` says what ``--rank`` is."""
+    parser.add_argument("--rank", type=int, required=required, help=text)
+    parser.add_argument(
+        "--conv_rank", type=int, help="Largest rank of convolutions. Default: --rank."
+    )
+    parser.add_argument(
+        "--energy",
+        type=float,
+        help="Take each layer's smallest rank that holds this share of the squared singular "
+        "values, such as 0.95. Default: the largest rank.",
+    )
+
+
+def add_fit(parser: argparse.ArgumentParser, axis: str) -> None:
+    """Add how an adapter is fitted and written; ``axis`` says the default of ``--norm_axis``."""
+    parser.add_argument(
+        "--method", choices=("dora", "lora"), default="dora", help="lora: without magnitudes."
+    )
+    parser.add_argument(
+        "--norm_axis",
+        choices=NORM_AXES,
+        help=f"What the magnitudes run along. Default: {axis}.",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("diffusers", "peft", "kohya"),
+        help="Key format. Default: diffusers; kohya on the input axis, which it alone can hold.",
+    )
+    add_json(parser)
+    add_dtype(parser, "Precision of the low-rank factors. Default: float32.", default=None)
+    add_overwrite(parser)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    parser.add_argument(
+        "--json", action="store_true", help="Print JSON, with the error of every layer."
+    )
+
+
+def print_written(
+    report: ConversionReport, output: str | Path | None = None, *, as_json: bool
+) -> None:
+    """Say what was written, how near it is, and which programs read it exactly."""
+    from dora_diffusion.export import inspect_adapter
+
+    if as_json:
+        print_json(dataclasses.asdict(report))
+        return
+    layers = counted(report.layers, "layer")
+    print(f"{output or report.path}: {layers}, {CONVERSIONS[report.target].written}")
+    if report.worst is not None:
+        name, error = report.worst
+        print(
+            f"relative error of the change: median {report.median_error:.2%}, "
+            f"largest {error:.2%} in {name}, in total {report.total_error:.2%}"
+        )
+    for note in report.notes:
+        print(f"note: {note}")
+    exact, wrong = where_it_works(inspect_adapter(report.path).tools)
+    for line in exact:
+        print(line)
+    if wrong:
+        print(f"wrong: {wrong}; convert it for these, or export a merged model")
+
+
+def fit_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_fit` and `add_limits` added, and of the base, as keywords of what writes adapters.
+
+    Warns:
+        UserWarning: Of ``--norm_axis`` without effect.
+    """
+    from dora_diffusion.models.precision import dtype_of
+
+    if args.method == "lora" and args.norm_axis is not None:
+        warnings.warn("norm_axis has no effect because a LoRA has no magnitudes", stacklevel=2)
+    names = ("rank", "conv_rank", "energy", "method", "norm_axis", "overwrite")
+    options = {name: getattr(args, name) for name in names} | base_options(args)
+    dtype = dtype_of(args.dtype) if args.dtype else None
+    return options | {"key_format": args.format, "dtype": dtype}
+
+
+def where_it_works(verdicts: Mapping[str, str]) -> tuple[list[str], str]:
+    """The programs, by what `inspect` says of each, with what is special to one of them.
+
+    Returns:
+        A line for each way of being exact, and the programs that read it wrong.
+    """
+    programs: dict[str, list[str]] = {}
+    for program, verdict in verdicts.items():
+        short, _, detail = verdict.partition(": ")
+        is_special = sum(other.endswith(detail) for other in verdicts.values()) == 1
+        # Why a program is wrong, `inspect` says; that it is so for some layers only, matters here.
+        is_special &= short.startswith("exact") or detail.startswith("it leaves")
+        programs.setdefault(short, []).append(f"{program} ({detail})" if is_special else program)
+    exact = [
+        f"{verdict}: {', '.join(names)}"
+        for verdict, names in programs.items()
+        if verdict.startswith("exact")
+    ]
+    return exact, ", ".join(programs.get("wrong", ()))

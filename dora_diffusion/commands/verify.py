@@ -6,7 +6,7 @@ import argparse
 
 from dora_diffusion.commands.options import adapter_and_strength, add_merge, merge_options
 from dora_diffusion.config import ConfigError
-from dora_diffusion.console.progress import byte_progress
+from dora_diffusion.console.progress import progress
 
 _SHOWN = 10
 
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from dora_diffusion.export import verify_checkpoint
 
     merged, adapters = _merged_and_adapters(args.merged, args.adapter)
-    with byte_progress("compared") as show:
+    with progress("comparing", "B") as show:
         report = verify_checkpoint(
             merged,
             args.base,

@@ -3,47 +3,80 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
+import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 from dora_diffusion import __version__
-from dora_diffusion.console.anonymous import without_names
-from dora_diffusion.console.packages import NOT_TRIED, ROOT, Package, ask, beside, packages
 from dora_diffusion.console.tables import rows_text
 
-# Variables that change what happens here, by how their names begin; and as whole names.
-_PREFIXES = (
-    "A1111_", "ACCELERATE_", "AMD_", "BNB_", "COMFYUI_", "CONDA_", "CUBLAS_", "CUDA_", "CUDNN_",
-    "DIFFUSERS_", "DORA_DIFFUSION_", "GRADIO_", "HF_", "HIP_", "HSA_", "HUGGING", "KMP_", "MKL_",
-    "NCCL_", "NVIDIA_", "OMP_", "PYTHON", "PYTORCH_", "ROCR_", "SAFETENSORS_", "SYCL_", "TORCH",
-    "TRANSFORMERS_", "TRITON_", "VIRTUAL_ENV", "WANDB_", "XDG_CACHE", "XPU_", "ZE_",
+_ROOT = Path(__file__).parents[2]
+_PROJECT = "dora-diffusion"
+_REQUIREMENT = re.compile(r"([\w.-]+)(?:\[.*?\])?\s*([^;]*)(?:.*extra == ['\"]([\w-]+))?")
+# For those who work on the package, or not needed: versions are told, nothing is imported.
+_NOT_TRIED = ("test", "bare-test", "lint", "benchmarks", "none")
+# What a package is imported as, where its name does not say it; of those that import nothing until
+# they are asked, something that is used here.
+_IMPORTED_AS = {
+    "pillow": "PIL", "pyyaml": "yaml", "diffusers": "diffusers:StableDiffusionXLPipeline",
+    "transformers": "transformers:CLIPTextModel", "tensorboard": "torch.utils.tensorboard",
+}  # fmt: skip
+_QUESTIONS = (
+    "dora_diffusion.devices:built_for", "torch.backends.cpu:get_cpu_capability",
+    "torch:get_num_threads", "dora_diffusion.devices:describe_accelerators",
+    "huggingface_hub.constants:HF_HUB_CACHE",
 )  # fmt: skip
-_NAMES = (
-    "ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "LD_LIBRARY_PATH", "LD_PRELOAD", "NO_PROXY",
-    "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "THP_MEM_ALLOC_ENABLE", "TMPDIR",
-    "TOKENIZERS_PARALLELISM",
+# No requirements, but what breaks requirements where its version does not fit theirs.
+_BESIDE = (
+    "torchvision", "triton", "xformers", "tokenizers", "pydantic", "starlette", "fastapi", "hf-xet",
 )  # fmt: skip
-# Of these the value is shown: switches, numbers and devices. Of all others only that they are set.
-_SHOWN = (
-    "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "CUBLAS_WORKSPACE_CONFIG",
-    "CUDA_LAUNCH_BLOCKING", "CUDA_VISIBLE_DEVICES", "DORA_DIFFUSION_DEBUG",
-    "HF_HUB_DISABLE_SYMLINKS", "HF_HUB_DISABLE_XET", "HF_HUB_ENABLE_HF_TRANSFER", "HF_HUB_OFFLINE",
-    "HIP_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION", "KMP_AFFINITY", "KMP_BLOCKTIME", "MKL_CBWR",
-    "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
-    "PYTHONUTF8", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ENABLE_MPS_FALLBACK",
-    "PYTORCH_MPS_HIGH_WATERMARK_RATIO", "PYTORCH_MPS_LOW_WATERMARK_RATIO", "ROCR_VISIBLE_DEVICES",
-    "THP_MEM_ALLOC_ENABLE", "TOKENIZERS_PARALLELISM", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-    "TRANSFORMERS_OFFLINE", "ZE_AFFINITY_MASK",
-)  # fmt: skip
-_SECONDS = 10
+# Variables that change what happens here, by how their names begin.
+_VARIABLES = re.compile(
+    "A1111_|ACCELERATE_|AMD_|BNB_|COMFYUI_|CONDA_|CUBLAS_|CUDA_|CUDNN_|DIFFUSERS_|DORA_DIFFUSION_|"
+    "GRADIO_|HF_|HIP_|HSA_|HUGGING|KMP_|LD_|MKL_|NCCL_|NVIDIA_|OMP_|PYTHON|PYTORCH_|ROCR_|"
+    "SAFETENSORS_|SSL_CERT|SYCL_|THP_|TMPDIR|TOKENIZERS_|TORCH|TRANSFORMERS_|TRITON_|VIRTUAL_ENV|"
+    "WANDB_|XDG_CACHE|XPU_|ZE_|REQUESTS_CA|(ALL|HTTPS?|NO)_PROXY"
+)
+# Of switches, numbers and devices the value is shown; of all others only that they are set.
+_HARMLESS = re.compile(
+    r"([a-z_]+:)?(true|false|on|off|yes|no|passive|active|fp16|bf16|[\d.,:-]*)", re.IGNORECASE
+)
+_SECRET = re.compile("TOKEN$|KEY|AUTH|SECRET|PASS", re.IGNORECASE)
+_CASE = re.IGNORECASE if os.name == "nt" else re.RegexFlag(0)
+_SECONDS, _IMPORT_SECONDS = 10, 180
+
+
+@dataclass(frozen=True)
+class Package:
+    """A requirement, or what an extra brings: name, extra, bounds as in ``>=2.4``, and version."""
+
+    name: str
+    extra: str
+    bounds: str
+    version: str | None
+
+    @property
+    def problem(self) -> str:
+        """What can be seen without importing it: a requirement missing, or a wrong version."""
+        if self.version is None:
+            return "" if self.extra else f"{self.name} is not installed"
+        with contextlib.suppress(ImportError, ValueError):  # then nobody can say
+            from packaging.specifiers import SpecifierSet
+
+            if not SpecifierSet(self.bounds).contains(self.version, prereleases=True):
+                return f"{self.name} {self.version} is installed, and {self.bounds} is needed"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -55,8 +88,7 @@ class Environment:
     Attributes:
         facts: Version, Python, system, processor, memory and torch's build, by name.
         devices: The accelerators that torch can use.
-        packages: What is required, and what extras bring.
-        beside: Name and version of other packages that matter.
+        packages: What is required, what extras bring, and others that matter.
         problems: What is missing, too old, or cannot be imported.
         folders: Caches and results: where, and the free space there.
         variables: Environment variables with an effect; None for a value that is not shown.
@@ -65,103 +97,153 @@ class Environment:
     facts: Mapping[str, str]
     devices: tuple[str, ...]
     packages: tuple[Package, ...]
-    beside: tuple[str, ...]
     problems: tuple[str, ...]
     folders: Mapping[str, str]
     variables: Mapping[str, str | None]
 
     def __str__(self) -> str:
         """The rows of `dora-diffusion env`."""
-        return rows_text(self._rows())
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    def _rows(self) -> list[tuple[str, str]]:
         rows = list(self.facts.items())
         rows += [("device", device) for device in self.devices or ["none but the processor"]]
         rows += [("PROBLEM", problem) for problem in self.problems]
         for extra in dict.fromkeys(package.extra for package in self.packages):
-            name = f"extra {extra}" if extra else "packages"
-            rows.append((name, _versions([p for p in self.packages if p.extra == extra])))
-        rows += [("beside them", ", ".join(self.beside))] * bool(self.beside)
+            found = [p for p in self.packages if p.extra == extra]
+            versions = ", ".join(f"{p.name} {p.version or 'is not installed'}" for p in found)
+            rows.append((f"extra {extra}" if extra else "packages", versions))
         rows += self.folders.items()
-        rows += [
-            ("variable", f"{name} is set" if value is None else f"{name}={value}")
-            for name, value in self.variables.items()
-        ]
-        return rows
+        for name, value in self.variables.items():
+            rows.append(("variable", f"{name} is set" if value is None else f"{name}={value}"))
+        return rows_text(rows)
 
 
 def describe_environment(runs_dir: str | Path = "runs") -> Environment:
     """What this package runs in: versions, machine, devices, extras, caches and settings.
 
     It answers also where a package is missing, or fails, ends Python or hangs when it is imported:
-    that is tried in a process of its own, and takes some seconds.
-
-    Args:
-        runs_dir: The app's folder of runs.
+    that is tried in a process of its own, and takes some seconds. ``runs_dir`` is the app's.
     """
     found = packages()
-    modules = {package.module: package for package in found if package.is_tried}
-    answers = ask([*modules, "@build", "@cpu", "@devices", "@hub_cache"])
-    says = {name: answer for name, (_, answer) in answers.items()}
-    driver = _nvidia_driver()
+    tried = {
+        _IMPORTED_AS.get(package.name, package.name.replace("-", "_")): package
+        for package in found
+        if package.version and package.extra not in _NOT_TRIED
+    }
+    answers = ask([*tried, *_QUESTIONS])
+    build, cpu, threads, devices, cache = (answers[name][1] for name in _QUESTIONS)
     problems = [package.problem for package in found if package.problem]
     problems += [
         f"{package.name} {package.version} cannot be imported: {answers[module][0]}"
-        for module, package in modules.items()
-        if answers[module][0] not in ("", NOT_TRIED)
+        for module, package in tried.items()
+        if answers[module][0]
     ]
-    if driver and says["@build"] == "the CPU":
+    driver = _output("nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader")
+    if driver and build == "the CPU":
         problems.append(
             "this torch is built for the CPU and cannot use the NVIDIA GPU: install the one for "
             "CUDA, as https://pytorch.org/get-started/locally shows"
         )
+    # Its name as the system's own program tells it.
+    told = re.search(r"(?<=Model name:).+", _output("lscpu"))
+    name = told[0].strip() if told else _output("sysctl", "-n", "machdep.cpu.brand_string")
+    name = name or platform.processor() or platform.machine()
+    memory = "unknown (no psutil)"
+    with contextlib.suppress(ImportError):
+        from psutil import virtual_memory as now
+
+        memory = f"{now().total / 2**30:.1f} GiB, {now().available / 2**30:.1f} GiB free"
+    # Where this is a clone: its version is the same between releases.
+    is_clone = (_ROOT / ".git").exists()
+    commit = _output("git", "-C", str(_ROOT), "describe", "--always", "--dirty") if is_clone else ""
     facts = {
-        "dora-diffusion": _own_version(),
-        "Python": _python(),
-        "system": _system(),
-        "processor": ", ".join(part for part in (_processor(), says["@cpu"]) if part),
-        "memory": _told(_memory),
-        "torch for": says["@build"] or "unknown",
-        "NVIDIA driver": driver,
-    }
-    folders = {
-        "hub's cache": says["@hub_cache"] or "",
-        "runs": str(Path(runs_dir).absolute()),
-        "temporary files": tempfile.gettempdir(),
-    }
+        "dora-diffusion": f"{__version__} {commit}", "system": platform.platform(),
+        "Python": f"{platform.python_version()}: {sys.executable}",
+        "processor": f"{name}, {os.cpu_count()} cores, {cpu}, {threads} threads",
+        "memory": memory, "torch for": build or "unknown",
+        "NVIDIA driver": "; ".join(driver.splitlines()),
+    }  # fmt: skip
+    folders = {"hub's cache": cache, "runs": runs_dir, "temporary files": tempfile.gettempdir()}
     return Environment(
         {name: without_names(text) for name, text in facts.items() if text},
-        ("unknown",) if says["@devices"] is None else tuple(says["@devices"]),
+        ("unknown",) if devices is None else tuple(devices),
         tuple(found),
-        tuple(beside()),
         tuple(map(without_names, problems)),
         {name: _folder(path) for name, path in folders.items() if path},
-        _variables(),
+        {
+            # The value only of those whose value is harmless.
+            name: value if _HARMLESS.fullmatch(value) and not _SECRET.search(name) else None
+            for name, value in sorted(os.environ.items())
+            if _VARIABLES.match(name.upper())
+        },
     )
 
 
-def _versions(found: list[Package]) -> str:
-    if len(found) > 1 and all(package.version is None for package in found):
-        return "none of " + ", ".join(package.name for package in found)
-    return ", ".join(f"{p.name} {p.version or 'is not installed'}" for p in found)
+def packages() -> list[Package]:
+    """All requirements and those of the extras, as pip has recorded them, and what matters else."""
+    found = []
+    with contextlib.suppress(metadata.PackageNotFoundError):  # a clone that was not installed
+        for line in metadata.requires(_PROJECT) or []:
+            name, bounds, extra = _REQUIREMENT.match(line).groups()  # type: ignore[union-attr]
+            # An extra may be other extras of this package; each of those is listed itself.
+            if name != _PROJECT:
+                found.append(Package(name, extra or "", bounds.strip(), _version(name)))
+    beside = [(name, version) for name in _BESIDE if (version := _version(name))]
+    return found + [Package(name, "none", "", version) for name, version in beside]
 
 
-def _told(question: Callable[[], str]) -> str:
-    """An answer; whatever goes wrong is the answer too."""
+def _version(name: str) -> str | None:
+    """A package's version, by pip's record."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
+    return None
+
+
+def ask(names: Sequence[str]) -> dict[str, tuple[str, Any]]:
+    """Have another process import and answer names, see `answer`; one that dies is replaced.
+
+    Returns:
+        By name: what went wrong, or an empty text, and the answer. After one that never answers
+        the others are not tried.
+    """
+    answers: dict[str, tuple[str, Any]] = {}
+    code = "from dora_diffusion.console import environment; environment.answer()"
+    while left := [name for name in names if name not in answers]:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", code, *left], capture_output=True,
+                stdin=subprocess.DEVNULL, timeout=_IMPORT_SECONDS, check=False,
+            )  # fmt: skip
+            printed, end = done.stdout, f"it ends Python, with exit code {done.returncode}"
+        except subprocess.TimeoutExpired as error:
+            printed, end = error.stdout or b"", f"it does nothing for {_IMPORT_SECONDS} seconds"
+            answers |= dict.fromkeys(left, ("", None))
+        lines = printed.decode("utf-8", errors="replace").splitlines()
+        answers |= {name: tuple(json.loads(line)) for name, line in zip(left, lines, strict=False)}
+        answers |= dict.fromkeys(left[len(lines) :][:1], (end, None))
+    return answers
+
+
+def answer() -> None:
+    """Print ``[problem, answer]`` for each name that this process was given."""
+    # What libraries print while they are imported goes elsewhere.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)
+        for name in sys.argv[1:]:
+            print(json.dumps(_answer(name)), file=answers, flush=True)
+
+
+def _answer(name: str) -> tuple[str, Any]:
+    module, _, attribute = name.partition(":")
     try:
-        return question()
-    except Exception as error:
-        return f"unknown ({type(error).__name__}: {error})"
+        found = import_module(module)
+        found = getattr(found, attribute) if attribute else found
+        is_asked = name in _QUESTIONS
+        return "", (found() if callable(found) else found) if is_asked else None
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}", None
 
 
 def _output(*command: str) -> str:
     """What a program of the system says; empty where it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return ""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
             command, capture_output=True, timeout=_SECONDS, check=True, text=True,
@@ -171,73 +253,30 @@ def _output(*command: str) -> str:
     return ""
 
 
-def _own_version() -> str:
-    """With the commit, where this is a clone: its version is the same between releases."""
-    if not (ROOT / ".git").exists():
-        return __version__
-    commit = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*")
-    return f"{__version__}, a clone" + (f" at {commit}" if commit else "")
-
-
-def _python() -> str:
-    kind = "no virtual environment"
-    if (Path(sys.prefix) / "conda-meta").is_dir():
-        kind = "conda"
-    elif sys.prefix != sys.base_prefix:
-        kind = "virtual environment"
-    bits = 64 if sys.maxsize > 2**32 else 32
-    name = platform.python_implementation()
-    return f"{platform.python_version()}, {name}, {bits} bit, {kind}: {sys.executable}"
-
-
-def _system() -> str:
-    name = ""
-    with contextlib.suppress(OSError):
-        name = platform.freedesktop_os_release().get("PRETTY_NAME", "")
-    return f"{platform.platform()}{f', {name}' if name else ''}"
-
-
-def _processor() -> str:
-    """Name and cores, as the system's own program tells them."""
-    name = _output("sysctl", "-n", "machdep.cpu.brand_string") if sys.platform == "darwin" else ""
-    for line in _output("lscpu").splitlines():
-        if line.startswith("Model name:"):
-            name = line.partition(":")[2].strip()
-    return f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def _memory() -> str:
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free"
-
-
-def _nvidia_driver() -> str:
-    """Driver, name and memory of NVIDIA's GPUs, by NVIDIA's program; whatever torch says."""
-    fields = "driver_version,name,memory.total"
-    answer = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
-    return "; ".join(answer.splitlines())
-
-
-def _folder(path: str) -> str:
+def _folder(path: str | Path) -> str:
     """A folder without names, and the space that is free there."""
     where = Path(os.path.realpath(path))
     there = next((p for p in (where, *where.parents) if p.is_dir()), where)
-    try:
-        free = f"{shutil.disk_usage(there).free / 2**30:.1f} GiB free"
-    except OSError as error:
-        free = str(error.strerror)
+    free = f"{shutil.disk_usage(there).free / 2**30:.1f} GiB free"
     return f"{without_names(str(where))}, {free}{'' if there == where else ', not there yet'}"
 
 
-def _variables() -> dict[str, str | None]:
-    """Those that are set and have an effect; the value only of those whose value is harmless."""
-    found: dict[str, str | None] = {}
-    for name in sorted(os.environ):
-        known = name.upper()
-        if known in _SHOWN:
-            found[name] = without_names(os.environ[name])
-        elif known in _NAMES or known.startswith(_PREFIXES):
-            found[name] = None
-    return found
+def without_names(text: str) -> str:
+    """The text with ``~`` for the home folder, and other folders called as the user is hidden.
+
+    Example:
+        >>> without_names(f"{Path.home()}/models")
+        '~/models'
+    """
+    home = Path(os.path.expanduser("~"))
+    # A link first, then where it leads; not where it is the root of the disk.
+    for path in (home, Path(os.path.realpath(home))):
+        for form in {str(path), path.as_posix()} if path.parent != path else ():
+            text = re.sub(rf"{re.escape(form)}(?![\w.-])", "~", text, flags=_CASE)
+    names = {home.name, platform.node()}
+    with contextlib.suppress(ImportError, KeyError, OSError):  # nobody knows this process's user
+        names.add(getpass.getuser())
+    for name in names - {""}:
+        # As a part of a path only: some users are called as words of a sentence are.
+        text = re.sub(rf"(?<=[/\\]){re.escape(name)}(?![\w.-])", "NAME", text, flags=_CASE)
+    return text

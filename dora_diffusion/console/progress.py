@@ -1,10 +1,37 @@
-"""Progress bars, and lines that never land on one."""
+"""Progress: bars on a terminal, or a job's file; and lines that never land on a bar."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import closing
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any, Protocol, TextIO
+
+
+class Sink(Protocol):
+    """Is told what a command does: ``phase``, ``done`` of ``total`` in ``unit``, other figures."""
+
+    def __call__(self, **figures: Any) -> None:
+        """Take what has changed."""
+
+
+_sinks: list[Sink] = []
+
+
+@contextmanager
+def telling(sink: Sink) -> Iterator[None]:
+    """Have commands inside the block tell of themselves here instead of by bars."""
+    _sinks.append(sink)
+    try:
+        yield
+    finally:
+        _sinks.remove(sink)
+
+
+def tell(**figures: Any) -> None:
+    """Tell who listens, see `Sink`; a terminal shows bars and lines, and needs no figures."""
+    for sink in _sinks:
+        sink(**figures)
 
 
 def say(line: str, file: TextIO | None = None) -> None:
@@ -48,16 +75,19 @@ class ProgressBar:
             self._bar.close()
 
 
-def step_progress() -> closing[ProgressBar]:
-    """A context with a bar over denoising steps, which leaves no line."""
-    return closing(ProgressBar("step", leave=False))
-
-
-def byte_progress(what: str) -> closing[ProgressBar]:
-    """A context with a bar in bytes, with the rate and the time left; it leaves no line.
+@contextmanager
+def progress(phase: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Inside the block, a function that is told (done, total); a bar of it leaves no line.
 
     Args:
-        what: What happens to the bytes.
+        phase: What is done, in words.
+        unit: What is counted; "B" is bytes, with the rate.
     """
-    # What takes less than a second, such as a refusal, shows no bar.
-    return closing(ProgressBar("B", desc=what, unit_scale=True, leave=False, delay=1))
+    if _sinks:
+        tell(phase=phase, unit=unit, done=0, total=0)
+        yield lambda done, total: tell(done=done, total=total)
+        return
+    # What takes less than a second, such as a refusal, shows no bar of bytes.
+    options: dict[str, Any] = {"unit_scale": True, "delay": 1} if unit == "B" else {}
+    with closing(ProgressBar(unit, desc=phase, leave=False, **options)) as bar:
+        yield bar

@@ -8,8 +8,9 @@ from typing import Any
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import listed
-from dora_diffusion.console.progress import ProgressBar, say
-from dora_diffusion.console.shell import shown_command
+from dora_diffusion.console.progress import ProgressBar, say, tell
+from dora_diffusion.console.tables import shown_command
+from dora_diffusion.devices import default_device, device_name
 from dora_diffusion.training.events import (
     CachingProgress,
     CheckpointSaved,
@@ -26,7 +27,7 @@ from dora_diffusion.wording import counted, duration
 
 
 class TrainProgress:
-    """A progress bar with loss and time left, from the trainer's events."""
+    """A progress bar with loss and time left, from the trainer's events; `tell` has the phases."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -44,6 +45,7 @@ class TrainProgress:
             case ModelLoading():
                 precision = {"no": "float32"}.get(event.precision, event.precision)
                 print(f"training {event.model} on {event.device} in {precision}", flush=True)
+                tell(phase="loading the model", device_name=device_name(default_device()))
             case TrainingStarted():
                 self._start(event)
             case ClassImagesAnnounced(count, None):
@@ -64,6 +66,8 @@ class TrainProgress:
             case StepDone():
                 self.bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
                 self.bar.update()
+                if event.step == event.total_steps:
+                    tell(phase="saving and sampling")
             case SampleSaved():
                 say(f"sample: {event.path}")
             case CheckpointSaved():
@@ -79,6 +83,7 @@ class TrainProgress:
         if self.images is None:
             self.images = ProgressBar("image", desc=what)
         self.images(done, total)
+        tell(phase=f"{what}: {done} of {total}")
         if done >= total:
             self.images.close()
             self.images = None
@@ -87,6 +92,12 @@ class TrainProgress:
         from tqdm import tqdm
 
         self.trigger = event.trigger
+        tell(
+            phase="training",
+            first_step=event.step,
+            total_steps=event.total_steps,
+            trigger=event.trigger,
+        )
         print(
             f"{event.family} on {event.device}: {counted(event.photos, 'photo')} at "
             f"{event.resolution} px, {event.adapter}"

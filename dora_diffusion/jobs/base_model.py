@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dora_diffusion.families import (
     UnsupportedModelError,
     detect_folder_family,
 )
-from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.workspace import RequestError
 from dora_diffusion.models.locate import (
     HUB_ID,
     ModelNotFoundError,
@@ -186,6 +187,48 @@ def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
     if classes and Path(classes).exists() and not Path(classes).is_dir():
         raise RequestError(f"class_data_dir {classes} is a file; give a folder of class images")
     check_variant(config.pretrained_model_name_or_path, config.variant)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What besides its name says how a base model is loaded; see the settings of these names.
+
+    Attributes:
+        vae: ``pretrained_vae_model_name_or_path``.
+        config: ``model_config``.
+        variant: Of the weights.
+        revision: Of a hub id.
+    """
+
+    vae: str | None = None
+    config: str | None = None
+    variant: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> ModelFiles:
+        """Those of a run's settings."""
+        names = ("pretrained_vae_model_name_or_path", "model_config", "variant", "revision")
+        return cls(*(settings.get(name) or None for name in names))
+
+    def here(self, name: str) -> str | None:
+        """A base model's name, or its folder in the hub's cache; None where it is not on the disk.
+
+        The hub is not asked.
+        """
+        from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+        from dora_diffusion.formats.files.header import TensorFileError
+
+        if is_embedded(name) or Path(name).expanduser().exists():
+            return name
+        try:
+            folder = resolve_folder(
+                name, revision=self.revision, variant=self.variant, local_only=True
+            )
+            PipelineFolder(folder, self.variant)  # The cache may hold its configuration alone.
+        except (ModelNotFoundError, TensorFileError):
+            return None
+        return str(folder)
 
 
 def hub_cache() -> Path:

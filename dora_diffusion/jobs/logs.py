@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from dora_diffusion.console.errors import asking_for_report
-from dora_diffusion.jobs.errors import DamagedFile
 from dora_diffusion.jobs.records import LOG
+from dora_diffusion.jobs.workspace import DamagedFile
 
 _LOG_BYTES = 60_000
 _WARNINGS_BYTES = 4_000_000
@@ -137,6 +137,13 @@ def _warnings(log: Path, modified: int, size: int) -> tuple[str, ...]:
     lines = text.rpartition(_NEW_ATTEMPT)[2].replace("\r", "\n").splitlines()
     warned = (line.removeprefix("warning: ") for line in lines if line.startswith("warning: "))
     return tuple(dict.fromkeys(warned))
+
+
+def printed(folder: Path) -> list[str]:
+    """What the latest attempt of a job has printed, but for warnings."""
+    # The first line is its heading.
+    lines = f"\n{log_tail(folder, 100)}".rpartition(_NEW_ATTEMPT)[2].splitlines()[1:]
+    return [line for line in lines if not line.startswith("warning: ")]
 
 
 def last_error(folder: Path) -> str:

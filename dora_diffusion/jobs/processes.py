@@ -1,8 +1,12 @@
-"""Whether a process still is the one that was started, and locks that die with their holder."""
+"""Workers as processes: which one is whose, and locks that die with their holder."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +14,12 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
+from dora_diffusion import system
+from dora_diffusion.jobs import records
+from dora_diffusion.jobs.workspace import read_json, write_json
+from dora_diffusion.models.locate import is_embedded
+
+_WORKER_MODULE = "dora_diffusion.worker"
 _POLL_SECONDS = 0.05
 
 
@@ -98,3 +108,46 @@ def holding(path: Path, or_wait: Callable[[], bool] = lambda: False) -> Iterator
         yield taken
     finally:
         lock.free()
+
+
+def note_worker(folder: Path, pid: int) -> bool:
+    """Write down which process works on a job; False if it is gone already."""
+    start = start_time(pid)
+    if start is not None:
+        write_json(folder / records.WORKER, {"pid": pid, "start": start})
+    return start is not None
+
+
+def worker_of(folder: Path) -> psutil.Process | None:
+    """A job's living process; None if there is none."""
+
+    def is_ours(words: list[str]) -> bool:
+        # By the job's id: the runs folder may have been renamed meanwhile.
+        is_worker = any(re.fullmatch(r"dora_diffusion(\.jobs)?\.worker", word) for word in words)
+        return is_worker and Path(words[-1]).name == folder.name
+
+    worker = read_json(folder / records.WORKER)
+    return find_process(worker.get("pid"), worker.get("start"), is_ours)
+
+
+def start_worker(folder: Path) -> subprocess.Popen[bytes]:
+    """Start a job's process, which outlives this one, and note who it is."""
+    (folder / records.STOP).unlink(missing_ok=True)
+    # Bars are read from a file here: ten lines a second help nobody.
+    environment = os.environ | {"TQDM_MININTERVAL": "2", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONIOENCODING"] = "utf-8"  # Windows has another one for what is no terminal.
+    if is_embedded(records.read_record(folder).base):
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    with (folder / records.LOG).open("ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", _WORKER_MODULE, str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            **system.detached(),
+        )
+    # The worker writes the same, in case this process dies right here.
+    if not note_worker(folder, child.pid):
+        records.write_result(folder, records.JobResult(1, finished=time.time()))
+    return child

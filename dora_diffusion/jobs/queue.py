@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -19,39 +19,30 @@ import psutil
 from dora_diffusion import system
 from dora_diffusion.console.errors import explain_to_all
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.errors import DamagedFile, RequestError
-from dora_diffusion.jobs.processes import Lock, end_tree, find_process, start_time
+from dora_diffusion.jobs.processes import Lock, end_tree, start_worker, worker_of
 from dora_diffusion.jobs.workspace import (
+    DamagedFile,
+    RequestError,
     Workspace,
     ids_in,
-    new_id,
-    read_json,
     remove_folder,
-    write_json,
 )
-from dora_diffusion.models.locate import is_embedded
 
 KILL_AFTER_SECONDS = 30.0
 _MOST_JOBS_WAITING = 50
 _LEAVING_SECONDS = 30.0
-_WORKER_MODULE = "dora_diffusion.jobs.worker"
 
 
 def create_job(
-    workspace: Workspace,
-    request: records.JobRequest,
-    title: str,
-    settings: Callable[[Path], str] | None = None,
-    photos: Path | None = None,
+    folder: Path, record: records.JobRecord, files: Mapping[str, str | Path] | None = None
 ) -> str:
     """Put a job at the end of the queue.
 
     Args:
-        workspace: The runs folder.
-        request: What is to be done.
-        title: What the page calls it.
-        settings: Gives the text of settings.yaml for the job's folder.
-        photos: Folder to copy to the job's ``photos``, so that later edits do not change a run.
+        folder: Its folder, see `Workspace.new_job`.
+        record: What is to be done.
+        files: What else its folder holds: texts, and files or folders to copy, so that later edits
+            do not change a run.
 
     Returns:
         Its id.
@@ -59,51 +50,30 @@ def create_job(
     Raises:
         RequestError: If too many jobs wait.
     """
-    if sum(map(is_waiting, workspace.job_folders)) >= _MOST_JOBS_WAITING:
+    if sum(map(is_waiting, Workspace(folder.parent).job_folders)) >= _MOST_JOBS_WAITING:
         raise RequestError("the queue is full; wait for a run to end, or remove one")
-    job_id = new_id()
     # Under another name until it is whole: the queue must never see half a job.
-    draft = workspace.root / f".new-{job_id}"
+    draft = folder.with_name(f".new-{folder.name}")
     draft.mkdir(parents=True)
-    if settings is not None:
-        text = settings(workspace.root / job_id)
-        (draft / records.SETTINGS).write_text(text, encoding="utf-8")
-    if photos is not None:
-        shutil.copytree(photos, draft / "photos")
+    for name, content in (files or {}).items():
+        (draft / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            (draft / name).write_text(content, encoding="utf-8")
+        elif content.is_dir():
+            shutil.copytree(content, draft / name)
+        else:
+            shutil.copyfile(content, draft / name)
     now = time.time()
-    records.write_record(draft, records.JobRecord(request, title, created=now, queued=now))
-    system.replace(draft, workspace.root / job_id)
-    return job_id
-
-
-def note_worker(folder: Path, pid: int) -> bool:
-    """Write down which process works on a job; False if it is gone already."""
-    start = start_time(pid)
-    if start is not None:
-        write_json(folder / records.WORKER, {"pid": pid, "start": start})
-    return start is not None
-
-
-def worker_of(folder: Path) -> psutil.Process | None:
-    """A job's living process; None if there is none."""
-
-    def is_ours(words: list[str]) -> bool:
-        # By the job's id: the runs folder may have been renamed meanwhile.
-        return _WORKER_MODULE in words and Path(words[-1]).name == folder.name
-
-    worker = read_json(folder / records.WORKER)
-    return find_process(worker.get("pid"), worker.get("start"), is_ours)
+    records.write_record(draft, dataclasses.replace(record, created=now, queued=now))
+    system.replace(draft, folder)
+    return folder.name
 
 
 def is_waiting(folder: Path) -> bool:
     """Whether a job waits in the queue: it has neither a worker nor a result."""
-    has_begun = _has(folder, records.RESULT) or _has(folder, records.WORKER)
+    # `os.path` raises nothing where a folder may not be looked into.
+    has_begun = any(os.path.exists(folder / name) for name in (records.RESULT, records.WORKER))
     return os.path.isfile(folder / records.JOB) and not has_begun
-
-
-def _has(folder: Path, name: str) -> bool:
-    """Whether a file is there; not in a folder that may not be looked into, which is no error."""
-    return os.path.exists(folder / name)
 
 
 def waiting_jobs(workspace: Workspace) -> list[Path]:
@@ -123,7 +93,7 @@ def _records_of(folders: Iterable[Path]) -> dict[Path, records.JobRecord]:
 
 def is_running(folder: Path) -> bool:
     """Whether a job's process lives."""
-    return not _has(folder, records.RESULT) and worker_of(folder) is not None
+    return not os.path.exists(folder / records.RESULT) and worker_of(folder) is not None
 
 
 def stop_job(folder: Path) -> None:
@@ -174,7 +144,10 @@ def requeue_job(folder: Path) -> None:
     record = records.read_record(folder)
     if is_waiting(folder) or is_running(folder):
         raise RequestError("this run is already waiting or running")
-    records.write_record(folder, dataclasses.replace(record, resume=True, queued=time.time()))
+    words = record.arguments
+    if record.kind == "train":
+        words = records.train_arguments(folder, resume=True)
+    records.write_record(folder, dataclasses.replace(record, arguments=words, queued=time.time()))
     for name in (records.STOP, records.PROGRESS, records.WORKER, records.RESULT):
         path = folder / name
         if path.is_dir():
@@ -195,7 +168,7 @@ def delete_job(workspace: Workspace, job_id: str) -> bool:
     if is_running(folder):
         raise RequestError("this run is still running; stop it first")
     jobs = _records_of(workspace.job_folders)
-    about_it = {job: record for job, record in jobs.items() if record.request.run == job_id}
+    about_it = {job: record for job, record in jobs.items() if record.run == job_id}
     for job, record in about_it.items():
         if is_running(job):
             raise RequestError(
@@ -305,37 +278,15 @@ class JobQueue:
             self._problems.append(problem)
 
 
-def start_worker(folder: Path) -> subprocess.Popen[bytes]:
-    """Start a job's process, which outlives this one, and note who it is."""
-    (folder / records.STOP).unlink(missing_ok=True)
-    # Bars are read from a file here: ten lines a second help nobody.
-    environment = os.environ | {"TQDM_MININTERVAL": "2", "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONIOENCODING"] = "utf-8"  # Windows has another one for what is no terminal.
-    if is_embedded(records.read_record(folder).request.base):
-        environment.setdefault("OMP_NUM_THREADS", "1")
-    with (folder / records.LOG).open("ab") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", _WORKER_MODULE, str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            **system.detached(),
-        )
-    # The worker writes the same, in case this process dies right here.
-    if not note_worker(folder, child.pid):
-        records.write_result(folder, records.JobResult(1, finished=time.time()))
-    return child
-
-
 def reap(workspace: Workspace) -> list[str]:
     """Mark jobs as crashed whose process ended without a result. Returns their ids."""
     crashed = []
     for folder in workspace.job_folders:
-        if _has(folder, records.RESULT) or not _has(folder, records.WORKER):
+        begun, ended = folder / records.WORKER, folder / records.RESULT
+        if os.path.exists(ended) or not os.path.exists(begun):
             continue
         # The second look: it may have ended in good order after the first.
-        if worker_of(folder) is None and not _has(folder, records.RESULT):
+        if worker_of(folder) is None and not os.path.exists(ended):
             records.write_result(folder, records.JobResult(None, finished=time.time()))
             crashed.append(folder.name)
     return crashed

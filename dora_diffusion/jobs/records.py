@@ -2,8 +2,8 @@
 
 ::
 
-    job.json      what was asked for
-    settings.yaml the training settings (``dora-diffusion train --config`` takes the same file)
+    job.json      the arguments of a command, and what the page says of it
+    settings.yaml the training settings, which ``train --config`` takes
     worker.json   pid and start time of the process that works on it
     progress.json what the work is doing
     STOP          asks the worker to save and leave
@@ -21,121 +21,84 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from dora_diffusion.jobs.errors import DamagedFile
-from dora_diffusion.jobs.loading import ModelFiles
-from dora_diffusion.jobs.workspace import read_object, write_json
+from dora_diffusion.console.tables import shown_command
+from dora_diffusion.jobs.workspace import DamagedFile, Workspace, read_object, write_json
+from dora_diffusion.models.locate import is_embedded
 
 JOB, SETTINGS, WORKER, PROGRESS = "job.json", "settings.yaml", "worker.json", "progress.json"
 STOP, RESULT, LOG, CHOSEN = "STOP", "result.json", "log.txt", "chosen.json"
 STOPPED_CODE = 128 + signal.SIGTERM
+# The commands that a job may run, and what the page says of one that runs.
+KINDS = {
+    "train": "training", "export": "merging", "convert": "converting", "analyze": "analyzing",
+    "rank-checkpoints": "ranking", "push": "publishing", "compare": "comparing",
+}  # fmt: skip
 # Progress that changes often is written twice a second at most.
 _PROGRESS_SECONDS = 0.5
 Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
-class TrainRequest:
-    """Train on the job's photos, as its settings say.
-
-    ``subject`` is the id of what they show, ``sample`` the project's sample that it is, if any.
-    """
-
-    kind: ClassVar[str] = "train"
-    run: ClassVar[str] = ""
-    base: str = ""
-    subject: str = ""
-    sample: str = ""
-
-
-@dataclass(frozen=True)
-class MergeRequest:
-    """Merge a run's adapter file into its base model, as one file.
-
-    ``vae`` to ``revision`` say how the base is loaded, see `ModelFiles`.
-    """
-
-    kind: ClassVar[str] = "merge"
-    run: str = ""
-    base: str = ""
-    adapter: str = ""
-    output: str = ""
-    strength: float = 1.0
-    trigger: str = ""
-    vae: str | None = None
-    config: str | None = None
-    variant: str | None = None
-    revision: str | None = None
-
-    @property
-    def files(self) -> ModelFiles:
-        """How the base is loaded."""
-        return ModelFiles(self.vae, self.config, self.variant, self.revision)
-
-
-@dataclass(frozen=True)
-class CompareRequest:
-    """Compare these checkpoints of a run."""
-
-    kind: ClassVar[str] = "compare"
-    run: str = ""
-    base: str = ""
-    checkpoints: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class PushRequest:
-    """Publish a run on the hub as ``NAME/MODEL``; private: only its owner can see it."""
-
-    kind: ClassVar[str] = "push"
-    base: ClassVar[str] = ""
-    run: str = ""
-    repository: str = ""
-    private: bool = True
-
-
-@dataclass(frozen=True)
-class AnalyzeRequest:
-    """Say what a run did to the weights of its base, in a folder of files.
-
-    ``variant`` and ``revision`` say how the base is loaded, see `ModelFiles`.
-    """
-
-    kind: ClassVar[str] = "analyze"
-    run: str = ""
-    base: str = ""
-    output: str = ""
-    variant: str | None = None
-    revision: str | None = None
-
-
-JobRequest = Union[  # noqa: UP007
-    TrainRequest, MergeRequest, CompareRequest, PushRequest, AnalyzeRequest
-]
-_REQUESTS: Mapping[str, type[JobRequest]] = {kind.kind: kind for kind in get_args(JobRequest)}
-
-
-@dataclass(frozen=True)
 class JobRecord:
-    """What was asked for, and when, in seconds since 1970.
+    """A command to run, and what the page says of it; times in seconds since 1970.
 
-    ``queued`` is when it was last put at the end of the queue. ``resume`` continues from the latest
-    checkpoint.
+    Attributes:
+        arguments: Of ``dora-diffusion``: the command, then its flags.
+        title: What the page calls it.
+        run: Id of the run that it is about; empty for one of its own.
+        base: The base model.
+        output: What it makes, which must be there in the end; a run's is known.
+        trigger: Trigger words of what it makes; a run tells its own.
+        sample: The project's sample that a run learns, if any.
+        created: When it was asked for.
+        queued: When it was last put at the end of the queue.
     """
 
-    request: JobRequest
+    arguments: Sequence[str] = ("train",)
     title: str = ""
+    run: str = ""
+    base: str = ""
+    output: str = ""
+    trigger: str = ""
+    sample: str = ""
     created: float = 0.0
     queued: float = 0.0
-    resume: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The command's name."""
+        return self.arguments[0] if self.arguments else ""
+
+    @property
+    def command(self) -> str:
+        """The line that runs, with the threads that it has: others may round otherwise."""
+        lines = [["python", "-m", "dora_diffusion", *self.arguments]]
+        return shown_command(lines, "OMP_NUM_THREADS=1" if is_embedded(self.base) else "")
+
+
+def train_arguments(folder: Path, *, resume: bool = False) -> list[str]:
+    """What trains as the settings of a job's folder say."""
+    words = ["train", "--config", str(folder / SETTINGS)]
+    if not resume:
+        return words
+    if any(folder.glob("checkpoint-*/training_state.pt")):
+        return [*words, "--resume_from_checkpoint", "latest"]
+    # There is nothing to resume from, and nothing to lose.
+    return [*words, "--overwrite_output_dir"]
+
+
+def flags(**values: str | None) -> list[str]:
+    """Flags by name, but for empty ones."""
+    return [word for name, value in values.items() if value for word in (f"--{name}", value)]
 
 
 @dataclass(frozen=True)
 class JobProgress:
     """What the work is doing: in training, from the step after ``first_step`` on.
 
-    Other work counts what is ``done`` in a unit of its own. ``address`` is where it was published.
+    Other work counts what is ``done`` in its ``unit``. ``address`` is where it was published.
     """
 
     phase: str = ""
@@ -143,6 +106,7 @@ class JobProgress:
     first_step: int | None = None
     total_steps: int = 0
     trigger: str = ""
+    unit: str = ""
     done: int = 0
     total: int = 0
     address: str = ""
@@ -165,13 +129,12 @@ class JobResult:
 
 
 def write_record(folder: Path, record: JobRecord) -> None:
-    """Write job.json: one flat object, with the kind of the request."""
-    values = dataclasses.asdict(record)
-    write_json(folder / JOB, {"kind": record.request.kind} | values.pop("request") | values)
+    """Write job.json."""
+    write_json(folder / JOB, {"kind": record.kind, **dataclasses.asdict(record)})
 
 
 def read_record(folder: Path) -> JobRecord:
-    """Read job.json.
+    """Read job.json, of this version or the one before.
 
     Raises:
         DamagedFile: If it is missing, cannot be read, or is of an unknown kind.
@@ -180,11 +143,38 @@ def read_record(folder: Path) -> JobRecord:
     values = read_object(path)
     if values is None:
         raise DamagedFile(path, "it is missing")
-    kind = _REQUESTS.get(str(values.get("kind")))
-    if kind is None:
-        known = ", ".join(_REQUESTS)
-        raise DamagedFile(path, f"kind is {str(values.get('kind'))[:80]!r}, not {known}")
-    return _of(JobRecord, values | {"request": _of(kind, values, path)}, path)
+    if "arguments" not in values:
+        values |= _of_request(folder, values)
+    record = _of(JobRecord, values, path)
+    if record.kind not in KINDS:
+        raise DamagedFile(path, f"kind is {record.kind[:80]!r}, not {', '.join(KINDS)}")
+    return record
+
+
+def _of_request(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a job that the version before wrote, with fields of its own for each kind."""
+    kind, run, output = values.get("kind"), str(values.get("run", "")), values.get("output", "")
+    files = {name: values.get(name) for name in ("vae", "variant", "revision")}
+    of_base = ["--base", values.get("base", ""), *flags(**files)]
+    about, writing = str(folder.parent / run), ["--output", output, "--overwrite"]
+    match kind:
+        case "train":
+            words = train_arguments(folder, resume=bool(values.get("resume")))
+        case "merge":
+            adapter, strength = values.get("adapter", ""), str(values.get("strength", 1.0))
+            words = ["export", *of_base, "--adapter", adapter, "--strength", strength, *writing]
+        case "analyze":
+            words = ["analyze", about, *of_base, *writing]
+        case "compare":
+            output, names = str(Workspace(folder.parent).ranking(run)), values.get("checkpoints")
+            words = ["rank-checkpoints", about, "--output", output, "--overwrite"]
+            words += ["--checkpoints", *(names or [])]
+        case "push":
+            public = [] if values.get("private", True) else ["--public"]
+            words = ["push", about, values.get("repository", ""), *public]
+        case _:
+            words = [str(kind)]
+    return {"arguments": words, "output": output}
 
 
 def write_result(folder: Path, result: JobResult) -> None:
@@ -219,11 +209,12 @@ class ProgressFile:
         self._progress = JobProgress()
         self._written = 0.0
 
-    def __call__(self, *, often: bool = False, **changes: Any) -> None:
-        """Change fields of `JobProgress`; those that change often are not written each time."""
-        self._progress = dataclasses.replace(self._progress, **changes)
-        now = time.monotonic()
-        if not often or now - self._written > _PROGRESS_SECONDS:
+    def __call__(self, **figures: Any) -> None:
+        """Change fields of `JobProgress`; counts, which change often, are not written each time."""
+        self._progress = dataclasses.replace(self._progress, **figures)
+        now, is_count = time.monotonic(), figures.keys() == {"done", "total"}
+        is_last = self._progress.done >= self._progress.total
+        if not is_count or is_last or now - self._written > _PROGRESS_SECONDS:
             write_json(self._path, dataclasses.asdict(self._progress))
             self._written = now
 
@@ -243,7 +234,7 @@ def _fits(value: object, wanted: Any) -> bool:
     """Whether a value of a JSON file is of a field's type."""
     if get_origin(wanted) is Sequence:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if get_origin(wanted) is not None:  # X | None, and the union of requests
+    if get_origin(wanted) is not None:  # X | None
         return any(_fits(value, one) for one in get_args(wanted))
     if isinstance(value, bool):
         return wanted is bool

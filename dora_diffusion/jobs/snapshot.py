@@ -12,16 +12,17 @@ from typing import Any, TypeVar
 
 from dora_diffusion import config
 from dora_diffusion.console.errors import explain
+from dora_diffusion.formats.checkpoint.places import pipeline_in
 from dora_diffusion.jobs import queue, records
 from dora_diffusion.jobs.checkpoints import (
     RESULT_NAME,
     adapter_checkpoints,
+    candidates,
     chosen_in,
     result_adapter,
 )
-from dora_diffusion.jobs.errors import DamagedFile, RequestError
 from dora_diffusion.jobs.logs import check_metrics, last_error, read_metrics
-from dora_diffusion.jobs.workspace import Workspace
+from dora_diffusion.jobs.workspace import DamagedFile, RequestError, Workspace
 
 Part = TypeVar("Part")
 _REMOVE = ", or remove this run"
@@ -83,14 +84,9 @@ class Job:
         return f"{self.id[:4]}-{self.id[4:6]}-{self.id[6:8]} {self.id[9:11]}:{self.id[11:13]}"
 
     @property
-    def request(self) -> records.JobRequest:
-        """What is to be done."""
-        return self.record.request
-
-    @property
     def kind(self) -> str:
-        """``"train"``, ``"merge"``, ``"compare"``, ``"push"`` or ``"analyze"``."""
-        return self.request.kind
+        """The command that runs, one of `records.KINDS`."""
+        return self.record.kind
 
     @property
     def title(self) -> str:
@@ -128,23 +124,29 @@ class Job:
     @property
     def trigger(self) -> str:
         """The trigger words."""
-        if isinstance(self.request, records.MergeRequest):
-            return self.request.trigger
         token, word = self.settings.get("token") or "", self.settings.get("class_word") or ""
-        return self.progress.trigger or f"{token} {word}".strip()
+        return self.record.trigger or self.progress.trigger or f"{token} {word}".strip()
 
     @property
     def base(self) -> str:
         """The base model."""
-        return str(self.settings.get("pretrained_model_name_or_path") or self.request.base)
+        return str(self.settings.get("pretrained_model_name_or_path") or self.record.base)
 
     @property
     def stands(self) -> str:
         """What stands for a run: what was chosen, its result, or its newest checkpoint."""
-        if self.kind != "train":
-            return ""
         last = self.checkpoints[-1] if self.checkpoints else ""
-        return self.chosen or (RESULT_NAME if self.state == "done" else last)
+        return self.chosen or (RESULT_NAME if self.has_result else last)
+
+    @property
+    def has_result(self) -> bool:
+        """Whether it has ended with an adapter: fine-tuning of the model itself has none."""
+        return self.kind == "train" and self.state == "done" and not pipeline_in(self.folder)
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The adapters of it that can be ranked and chosen."""
+        return candidates(self.checkpoints, self.step if self.has_result else None)
 
     @property
     def can_generate(self) -> bool:
@@ -171,7 +173,7 @@ def read_job(folder: Path, now: float | None = None, position: int = 0) -> Job |
         job = _read_job(folder, time.time() if now is None else now, position)
     except Exception as error:  # Whatever is in its folder, the other runs are shown.
         line = explain(error)[1] or f"this run cannot be read ({error!r})"
-        record = records.JobRecord(records.TrainRequest(), "Damaged run")
+        record = records.JobRecord(title="Damaged run")
         nothing = records.JobProgress()
         job = Job(folder, record, "damaged", {}, nothing, None, damage=(f"{line}{_REMOVE}",))
     # Deleted while it was read: the files that were no longer there would look like a crash.
@@ -192,7 +194,7 @@ def _read_job(folder: Path, now: float, position: int) -> Job:
     # In this order: a worker writes its result before it ends.
     alive = queue.worker_of(folder) is not None
     result = whole(records.read_result, None)
-    state, cause = _state(folder, record.request, result, alive)
+    state, cause = _state(folder, record, result, alive)
     if damage:
         cause = ""  # It did end in an orderly way.
     progress = whole(records.read_progress, records.JobProgress())
@@ -200,7 +202,7 @@ def _read_job(folder: Path, now: float, position: int) -> Job:
     whole(check_metrics, None)
     metrics = read_metrics(folder)
     step, total = progress.done, progress.total
-    if isinstance(record.request, records.TrainRequest):
+    if record.kind == "train":
         step = int(metrics[-1]["step"]) if metrics else 0
         total = int(progress.total_steps or settings.get("max_train_steps") or 0)
     checkpoints = adapter_checkpoints(folder)
@@ -238,7 +240,7 @@ def read_run(workspace: Workspace, job_id: object) -> Job:
 
 
 def _state(
-    folder: Path, request: records.JobRequest, result: records.JobResult | None, alive: bool
+    folder: Path, record: records.JobRecord, result: records.JobResult | None, alive: bool
 ) -> tuple[str, str]:
     """State and cause. A result wins over a process, which wins over the queue."""
     if result is None:
@@ -247,7 +249,7 @@ def _state(
         if queue.is_waiting(folder):
             return "waiting", ""
     elif result.code == 0:
-        wrong = _unusable_result(folder, request)
+        wrong = _unusable_result(folder, record)
         return ("failed", wrong) if wrong else ("done", "")
     elif result.code is not None:
         if result.code > 128:
@@ -256,13 +258,12 @@ def _state(
     return "crashed", last_error(folder) or _KILLED
 
 
-def _unusable_result(folder: Path, request: records.JobRequest) -> str:
+def _unusable_result(folder: Path, record: records.JobRecord) -> str:
     """Why a job that says it is done is not: its result must be there, and open."""
-    if isinstance(request, records.MergeRequest):
-        return "" if Path(request.output).exists() else "the merged model is gone"
-    if isinstance(request, records.AnalyzeRequest):
-        return "" if Path(request.output).exists() else "the analysis is gone"
-    if not isinstance(request, records.TrainRequest):
+    if record.kind != "train":
+        output = Path(record.output)
+        return "" if not record.output or output.exists() else f"{output.name} is gone"
+    if pipeline_in(folder):  # the model itself was trained
         return ""
     file = result_adapter(folder)
     if file is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import os
@@ -16,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 from PIL import UnidentifiedImageError
 
 from dora_diffusion.devices import release_memory
-from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.loading import ModelFiles, load_model
+from dora_diffusion.jobs.base_model import ModelFiles
 from dora_diffusion.jobs.processes import holding
 from dora_diffusion.jobs.queue import is_running
-from dora_diffusion.jobs.workspace import Workspace, new_id
+from dora_diffusion.jobs.workspace import RequestError, Workspace, new_id
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.numerics.threads import one_thread
 from dora_diffusion.numerics.weights import Strengths
@@ -29,11 +29,27 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_diffusion.generate import SamplingSettings
+    from dora_diffusion.models.components import Components
 
 MAX_BATCH, MAX_STEPS, MAX_SIDE, MAX_GRID = 16, 200, 2048, 48
 SEED_LIMIT = 2**32
 MOST_RECENT = 24
 Step = Callable[[int, int], None]
+
+
+def load_model(name: str, adapter: Path | None, files: ModelFiles) -> Components:
+    """A model to sample from as a run loaded it, in half precision on a GPU.
+
+    Raises:
+        ValueError: If a part of it cannot be had.
+    """
+    from dora_diffusion.generate import load_adapted
+    from dora_diffusion.memory import auto_precision, describe_device
+    from dora_diffusion.models.precision import PRECISION_DTYPES
+
+    dtype = PRECISION_DTYPES[auto_precision(describe_device())]
+    options: dict[str, Any] = dataclasses.asdict(files)
+    return load_adapted(name, adapter, dtype=dtype, **options)[0]
 
 
 @dataclass(frozen=True)

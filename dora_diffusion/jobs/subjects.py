@@ -26,9 +26,10 @@ from dora_diffusion.data.checks import PhotoWarning, check_photos
 from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import is_photo, mask_path, read_photos
-from dora_diffusion.jobs.errors import DamagedFile, RequestError
-from dora_diffusion.jobs.uploads import Upload, store_photos
+from dora_diffusion.jobs.uploads import Upload, original_of, store_photos
 from dora_diffusion.jobs.workspace import (
+    DamagedFile,
+    RequestError,
     Workspace,
     clean_text,
     confined,
@@ -200,11 +201,6 @@ def remove_photo(workspace: Workspace, subject_id: object, photo: object) -> Non
 def delete_subject(workspace: Workspace, subject_id: object) -> bool:
     """Delete a subject; runs keep what they have of it. Whether it is gone: see `remove_folder`."""
     return remove_folder(workspace.subject(subject_id))
-
-
-def original_of(photo: Path) -> Path:
-    """Where a photo lies as it was before its first crop."""
-    return photo.parent.parent / "originals" / photo.name
 
 
 def training_crop(photo: Path, side: int = PREVIEW_SIDE) -> Image.Image:

@@ -25,12 +25,22 @@ from typing import Any
 import platformdirs
 
 from dora_diffusion import system
-from dora_diffusion.jobs.errors import DamagedFile, RequestError
 
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 _LEFTOVER = re.compile(rf"\.(new|deleted)-{_ID.pattern}")
 _DAY = 24 * 3600
 REMAINS = "; what could not be deleted yet goes when the app starts next"
+
+
+class RequestError(ValueError):
+    """It cannot be done as it was asked for; one plain line with what to do."""
+
+
+class DamagedFile(RequestError):
+    """A file of the runs folder is there and cannot be read, or does not hold what it should."""
+
+    def __init__(self, path: Path, reason: object) -> None:
+        super().__init__(f"{path.name} is damaged ({reason}); mend or delete it")
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,14 @@ class Workspace:
         for path in left:
             shutil.rmtree(path, ignore_errors=True)
         return [path for path in left if path.exists()]
+
+    def new_job(self) -> Path:
+        """The folder of a job to be made."""
+        return self.root / new_id()
+
+    def ranking(self, run_id: str) -> Path:
+        """Where a ranking of a run's checkpoints lies; it is deleted with the run's exports."""
+        return self.exports / run_id / "comparison"
 
     @property
     def job_folders(self) -> list[Path]:

@@ -44,6 +44,8 @@ def model_card(
     library = "" if written.name == KOHYA_FILE else "\nlibrary_name: diffusers"
     tag, method = _method(config)
     use = _use_of_model if config.is_full else _use_of_adapter
+    names = ("variant", "revision")
+    loaded = {name: str(value) for name in names if (value := getattr(config, name))}
     return f"""---
 base_model: {base}
 instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}{library}
@@ -55,7 +57,7 @@ tags: [text-to-image, {tag}, dreambooth]
 {_trigger_sentence(subject, prompt or "")}
 {images}
 ## Use it
-{use(FAMILIES[metadata.family], base, written, prompt or "")}
+{use(FAMILIES[metadata.family], base, written, prompt or "", loaded)}
 ## How it was made
 
 {method} on `{base}`,
@@ -85,8 +87,10 @@ def _ranks(config: TrainConfig) -> str:
     return f"rank {config.rank}, convolutions {config.conv_rank}"
 
 
-def _use_of_adapter(family: Family, base: str, adapter: Path, prompt: str) -> str:
-    model, folder = shlex.quote(base), shlex.quote(adapter.parent.name)
+def _use_of_adapter(
+    family: Family, base: str, adapter: Path, prompt: str, loaded: Mapping[str, str]
+) -> str:
+    model, folder = _model(base, loaded), shlex.quote(adapter.parent.name)
     flags = _image_flags(family)
     return f"""
 ```bash
@@ -94,16 +98,24 @@ dora-diffusion generate --base {model} --adapter {folder} \\
     --prompt {shlex.quote(prompt)}{flags} --output image.png
 dora-diffusion export --base {model} --adapter {folder} --output merged
 ```
-{_diffusers_example(family, base, adapter, prompt)}"""
+{_diffusers_example(family, base, adapter, prompt, loaded)}"""
 
 
-def _use_of_model(family: Family, base: str, model: Path, prompt: str) -> str:
+def _model(base: str, loaded: Mapping[str, str]) -> str:
+    """A base model, and which of its weights, for a shell."""
+    flags = (f" --{name} {shlex.quote(value)}" for name, value in loaded.items())
+    return shlex.quote(base) + "".join(flags)
+
+
+def _use_of_model(
+    family: Family, base: str, model: Path, prompt: str, loaded: Mapping[str, str]
+) -> str:
     folder = f"{model.parent.name}/{model.name}"
     quoted, flags = shlex.quote(folder), _image_flags(family)
     return f"""
 ```bash
 dora-diffusion generate --base {quoted} --prompt {shlex.quote(prompt)}{flags} --output image.png
-dora-diffusion extract --base {shlex.quote(base)} --tuned {quoted} \\
+dora-diffusion extract --base {_model(base, loaded)} --tuned {quoted} \\
     --rank 16 --output adapter.safetensors
 ```
 
@@ -141,7 +153,9 @@ def _trigger_sentence(subject: Subject, prompt: str) -> str:
     return f"It has no trigger word: write prompts like its captions, such as `{prompt}`."
 
 
-def _diffusers_example(family: Family, base: str, adapter: Path, prompt: str) -> str:
+def _diffusers_example(
+    family: Family, base: str, adapter: Path, prompt: str, loaded: Mapping[str, str]
+) -> str:
     if adapter.name == KOHYA_FILE:
         return (
             "\nThe magnitudes are on the input axis, which Diffusers cannot load: "
@@ -149,7 +163,8 @@ def _diffusers_example(family: Family, base: str, adapter: Path, prompt: str) ->
             "as it was trained. What they compute from a DoRA may change; the merged model of the "
             "second command is exact in every program, and stays so.\n"
         )
-    source, helper = _literal(base), ""
+    options = (f"{name}={_literal(value)}" for name, value in loaded.items())
+    source, helper = ", ".join([_literal(base), *options]), ""
     if base.startswith("embedded:"):
         source = f'model_folder("{base.removeprefix("embedded:")}")'
         helper = "\nfrom dora_diffusion.toy import model_folder"

@@ -8,7 +8,7 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio as gr
 
 from dora_diffusion.app.context import plain
-from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.workspace import RequestError
 
 
 def shown(error: Exception) -> str:

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.app.draft import (
+from dora_diffusion.app.settings import (
+    ADVANCED,
+    EMBEDDED,
     FORM,
     SAVE_SCRIPT,
     advanced_values,
     form_values,
+    preset_values,
+    setting_text,
     subject_of_draft,
 )
-from dora_diffusion.app.settings import ADVANCED, EMBEDDED, preset_values, setting_text
 
 FIELDS = {name: setting_text(value) for name, value in preset_values("fast", EMBEDDED).items()}
 VALUES = ("quality", "org/model", "zwx", "cup", "a {subject}\nmore")

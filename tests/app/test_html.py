@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,11 @@ import pytest
 from dora_diffusion.app import html
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import as_yaml
-from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.logs import log_tail
-from dora_diffusion.jobs.records import TrainRequest
 from dora_diffusion.jobs.snapshot import read_job, snapshot
 from dora_diffusion.jobs.workspace import Workspace, write_json
-from tests.jobs.helpers import (
-    started_run,
-)
+from tests.jobs.helpers import about, make, started_run
 
 
 @pytest.fixture
@@ -43,8 +38,7 @@ def test_a_run_names_its_model_and_device_and_what_the_model_does_not_know(
     workspace: Workspace,
 ) -> None:
     settings = TrainConfig(max_train_steps=10, token="sks", class_word="dog")
-    job_id = jobs.create_job(workspace, TrainRequest(), "sks dog", lambda folder: as_yaml(settings))
-    folder = workspace.root / job_id
+    folder = make(workspace, "sks dog", **settings.to_dict())
     write_json(folder / records.PROGRESS, {"phase": "training", "device_name": "NVIDIA X"})
     write_json(folder / records.RESULT, {"code": 143})
 
@@ -62,21 +56,23 @@ def test_a_run_names_its_model_and_device_and_what_the_model_does_not_know(
 
 
 @pytest.mark.parametrize(
-    ("kind", "shown"),
-    [("train", "step 4 of 10"), ("merge", "1.5 of 3.0 MB"), ("compare", "image 3 of 6"),
-     ("push", "commit 1 of 1"), ("analyze", "layer 7 of 90")],
+    ("kind", "unit", "done", "total", "shown"),
+    [("train", "", 0, 0, "step 4 of 10"), ("export", "B", 3 * 2**19, 3 * 2**20, "1.5 of 3.0 MB"),
+     ("rank-checkpoints", "image", 3, 6, "image 3 of 6"), ("push", "", 0, 0, "waiting"),
+     ("analyze", "layer", 7, 90, "layer 7 of 90"), ("compare", "trial", 0, 0, "trial 0 of ?")],
 )  # fmt: skip
-def test_every_kind_of_job_has_its_unit(workspace: Workspace, kind: str, shown: str) -> None:
-    folder = started_run(workspace, 4)
-    facts = json.loads((folder / records.JOB).read_text(encoding="utf-8"))
-    write_json(folder / records.JOB, facts | {"kind": kind})
-    done = {"merge": (1.5 * 2**20, 3 * 2**20), "compare": (3, 6), "push": (1, 1)}
-    done["analyze"] = (7, 90)
-    if kind in done:
-        write_json(folder / records.PROGRESS, dict(zip(("done", "total"), done[kind], strict=True)))
+def test_every_kind_of_job_has_its_unit(
+    workspace: Workspace, kind: str, unit: str, done: int, total: int, shown: str
+) -> None:
+    folder = run = started_run(workspace, 4)
+    if kind != "train":
+        folder = about(run, kind)
+        write_json(folder / records.PROGRESS, {"unit": unit, "done": done, "total": total})
     job = read_job(folder)
     assert job is not None
-    assert shown in html.status_card(job)
+    card = html.status_card(job)
+    assert shown in card
+    assert ("step" in card) == (kind == "train")
 
 
 def test_durations_read_well() -> None:

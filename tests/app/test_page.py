@@ -15,13 +15,11 @@ import gradio
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
 from dora_diffusion.app.page import _changes, build_page, read_again_if_deleted
-from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.records import AnalyzeRequest
 from dora_diffusion.jobs.snapshot import snapshot
 from dora_diffusion.jobs.subjects import add_photos, new_subject
 from dora_diffusion.jobs.workspace import Workspace, write_json
-from tests.jobs.helpers import DAMAGES, damage, ended_run, forbid, photo, started_run
+from tests.jobs.helpers import DAMAGES, about, damage, ended_run, forbid, photo, started_run
 
 
 def test_only_what_changed_is_made_and_sent() -> None:
@@ -84,7 +82,7 @@ def shown(context: Context, handler: Callable[[str], Any]) -> Callable[[str | No
 
     def show(run: str | None) -> str:
         context.jobs(fresh=True)
-        return str([*tick({}, run, None, None), *fill({}, run, None, None)])
+        return str([*tick({}, run, None, None, None), *fill({}, run, None, None, None)])
 
     return show
 
@@ -121,8 +119,8 @@ def _damage_what_lies_beside(workspace: Workspace, content: bytes | None) -> Non
         folder.mkdir(parents=True)
         for name in ("analysis.json", "comparison.json"):
             damage(folder / name, content)
-    job_id = jobs.create_job(workspace, AnalyzeRequest(run.id, output=str(output)), "Analyze it")
-    write_json(workspace.root / job_id / records.RESULT, {"code": 0})
+    job = about(run.folder, "analyze", title="Analyze it", output=str(output))
+    write_json(job / records.RESULT, {"code": 0})
 
 
 @pytest.mark.parametrize(
@@ -139,8 +137,8 @@ def test_a_damaged_comparison_is_said_and_can_be_made_again(
     folder.mkdir(parents=True)
     (folder / "comparison.json").write_text(text, encoding="utf-8")
     page = shown(run.id)
-    assert "comparison.json is damaged (its rows are none); mend or delete it, or compare a" in page
-    assert "Compare the checkpoints" in page
+    assert "comparison.json is damaged (its rows are none); mend or delete it, or rank aga" in page
+    assert "Rank the checkpoints" in page
 
 
 def test_a_run_without_permissions_is_one_run(

@@ -17,12 +17,10 @@ import httpx
 
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
-from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.records import TrainRequest
 from dora_diffusion.jobs.subjects import new_subject
-from dora_diffusion.jobs.workspace import Workspace
+from dora_diffusion.jobs.workspace import RequestError, Workspace
+from tests.jobs.helpers import make
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 
@@ -111,7 +109,7 @@ def test_screen_readers_hear_words_and_no_names_of_words(served: Served) -> None
 
 def test_exports_and_pictures_are_given_out_and_nothing_else(served: Served) -> None:
     workspace = served.context.workspace
-    job_id = jobs.create_job(workspace, TrainRequest(), "secret")
+    job_id = make(workspace, "secret").name
     export = workspace.exports / "a.safetensors"
     export.write_bytes(b"x")
     assert file_of(served, export.resolve()).status_code == 200

@@ -27,7 +27,7 @@ from dora_diffusion.config import ConfigError, TrainConfig, read_config_file, wi
 from dora_diffusion.config.derived import as_yaml, resolve
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs.base_model import check_model
-from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.workspace import RequestError
 from dora_diffusion.memory import Device, needed_memory
 
 

@@ -93,7 +93,7 @@ class App:
 
     def workers(self) -> list[int]:
         """Living workers' pids."""
-        from dora_diffusion.jobs.queue import worker_of
+        from dora_diffusion.jobs.processes import worker_of
 
         found = (worker_of(folder) for folder in self.runs.glob("2*"))
         return [worker.pid for worker in found if worker is not None]

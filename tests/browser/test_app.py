@@ -258,7 +258,7 @@ def test_a_killed_worker_shows_as_crashed_and_the_queue_goes_on(
     page.wait_for("#make:visible")
     page.wait("document.querySelector('#adapter input').value.includes('step 8')")
     set_up_pictures(page)
-    press(page, app, "#compare", 2)
+    press(page, app, "#side-by-side", 2)
 
 
 def test_resume_goes_on_counting_and_stop_saves(
@@ -290,7 +290,7 @@ def test_checkpoints_are_compared_and_one_is_chosen(
     page = visit()
     page.tab("Train")
     choose_run(page, 0)
-    page.click("#compare-checkpoints")
+    page.click("#rank-checkpoints")
     page.wait_for("#checkpoints .dd-choice")
     titles = page.page.locator("#checkpoints h3").all_inner_texts()
     assert titles == ["Base model", "Step 4", "Step 8"]
@@ -360,7 +360,7 @@ def test_pictures_repeat_compare_and_say_how_they_were_made(
     assert (found["Seed"], found["Steps"], found["Prompt"]) == (
         "7", "2", "a photo of a sks mug on the snow",
     )  # fmt: skip
-    pair = press(page, app, "#compare", 2)
+    pair = press(page, app, "#side-by-side", 2)
     assert page.page.locator("#slider img").count() == 2
     base = next(path for path in pair if "Adapter" not in (read_parameters(path) or ""))
     set_slider(page, "Strength", "0")
@@ -393,17 +393,35 @@ def test_the_library_gives_files_merges_and_remembers(
     page.wait_for("#library img")
     page.wait_text("#library-facts", "sks mug")
     page.click("#convert")
-    page.wait_for("#files a.dd-download")
-    download = page.download("#files a.dd-download")
+    page.wait_for("#files a.dd-download")  # the model card
+    page.wait_for("#tasks a.dd-download")
+    download = page.download("#tasks a.dd-download")
     assert download.suggested_filename == f"sks-mug-{second[:15]}-step-8-diffusers.safetensors"
     assert len(read_header(Path(download.path())).specs) > 10
     page.click("#merge")
-    page.wait_text("#merges", "Download sks-mug-2")
+    page.wait_text("#tasks", "Download sks-mug-2[^ ]*merged")
     (merged,) = app.runs.glob("exports/*/*merged.safetensors")
     assert any(name.startswith("model.diffusion_model.") for name in read_header(merged).specs)
-    download = page.download("#merges a.dd-download")
+    download = page.download("#tasks a.dd-download")
     assert download.suggested_filename == merged.name
     assert Path(download.path()).stat().st_size == merged.stat().st_size
+
+
+def test_methods_are_compared_from_a_form(
+    visit: Callable[..., Visit], app: App, second: str
+) -> None:
+    """Started, shown with its line, and stopped: a report takes minutes."""
+    page = visit()
+    page.tab("Compare")
+    page.wait_text("#study-status", "Nothing compared yet")
+    page.click("#study-subjects input[type=checkbox]")
+    page.fill("#study-steps input", "2")
+    page.click("#study")
+    page.wait_text("#study-status", "dora, lora on [^]*dora_diffusion compare .*study.yaml")
+    app.until(lambda: app.jobs()[0].progress.phase == "training and measuring")
+    page.click("#study-status [data-do=stop]")
+    page.wait_text("#study-status", "stopped[^]*Continue")
+    assert app.jobs()[0].kind == "compare"
 
 
 def test_a_merged_model_can_be_loaded_and_makes_the_adapter_s_pictures(
@@ -463,13 +481,13 @@ def test_a_finished_run_continues_with_more_steps(
     )  # fmt: skip
 
 
-def test_a_phone_has_all_four_tabs_and_needs_no_sideways_scrolling(
+def test_a_phone_has_all_tabs_and_needs_no_sideways_scrolling(
     visit: Callable[..., Visit], second: str
 ) -> None:
     page = visit(390)
     for name, shown in (
         ("Subject", "#upload"), ("Train", "#status"), ("Generate", "#make"),
-        ("Library", "#library-facts"),
+        ("Library", "#library-facts"), ("Compare", "#study"),
     ):  # fmt: skip
         page.tab(name)
         page.wait_for(f"{shown}:visible")

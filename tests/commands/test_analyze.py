@@ -64,3 +64,15 @@ def test_a_mistake_is_one_line(
     assert main([*command, str(tmp_path / "nothing.safetensors")]) == 1
     assert "there is no adapter at" in last_line()
     assert not (tmp_path / "out").exists()
+
+
+def test_sources_are_called_by_their_titles(
+    trained: Path, sd1_folder: Path, tmp_path: Path, last_line: Callable[[], str]
+) -> None:
+    command = ["analyze", str(trained), "--base", str(sd1_folder), "--output", str(tmp_path)]
+    assert main([*command, "--title", "My mug"]) == 0
+    report = json.loads((tmp_path / "analysis.json").read_text(encoding="utf-8"))
+    assert [run["name"] for run in report["runs"]] == ["My mug"]
+    assert "| My mug (DoRA)" in (tmp_path / "analysis.md").read_text(encoding="utf-8")
+    assert main([*command, "--overwrite", "--title", "a", "b"]) == 1
+    assert last_line() == "error: 2 titles of 1 sources; give one each"

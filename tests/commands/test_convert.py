@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,23 @@ def test_it_says_where_the_file_is_exact(trained, sd1_folder, tmp_path, capsys, 
     assert "exists" in last_line()
     assert main(["convert", str(file), str(file), "--to", "diffusers"]) == 1
     assert "is or holds what is read for it" in last_line()
+
+
+def test_a_folder_can_be_packed(trained, tmp_path, capsys, last_line):
+    """Nothing else is written, and what lies beside it stays."""
+    beside = tmp_path / "mug"
+    beside.mkdir()
+    (beside / "mine.txt").write_text("mine", encoding="utf-8")
+    command = ["convert", str(trained), str(tmp_path / "mug.zip"), "--to", "peft"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'mug.zip'}: ")
+    names = zipfile.ZipFile(tmp_path / "mug.zip").namelist()
+    assert "unet/adapter_model.safetensors" in names
+    assert main(command) == 1
+    assert last_line().endswith("mug.zip exists; choose another output, or --overwrite")
+    assert main([*command, "--overwrite"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"mug", "mug.zip"}
+    assert [path.name for path in beside.iterdir()] == ["mine.txt"]
 
 
 def test_an_approximation_says_its_error(trained, sd1_folder, tmp_path, capsys, last_line):

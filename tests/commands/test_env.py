@@ -8,7 +8,7 @@ import pytest
 
 from dora_diffusion.cli import main
 from dora_diffusion.console import environment
-from dora_diffusion.console.packages import Package
+from dora_diffusion.console.environment import Package
 
 
 @pytest.fixture(autouse=True)

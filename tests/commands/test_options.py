@@ -93,6 +93,7 @@ TAKING_A_BASE = {
     "export": "export --adapter {adapter} --output {out}",
     "analyze": "analyze {adapter} --output {out}",
     "verify": "verify {folder} --adapter {adapter}",
+    "rank-checkpoints": "rank-checkpoints {run} --output {out}",
     "evaluate": "evaluate {adapter} --subject bolt_mug --output {out}",
     "generate": "generate --adapter {adapter} --prompt x --output {out}.png",
 }
@@ -105,10 +106,26 @@ def adapter(tmp_path_factory, sd1_folder, random_adapter):
     return write_adapter(folder, AdapterFile(layers, AdapterMetadata("sd1", trigger="sks mug")))
 
 
+def line_of(command, adapter, folder, tmp_path, run):
+    places = {"adapter": adapter, "folder": folder, "out": tmp_path / "out", "run": run}
+    return TAKING_A_BASE[command].format(**places)
+
+
+def test_every_command_that_takes_a_base_takes_variant_and_revision():
+    (commands,) = (a.choices for a in cli.build_parser()._actions if a.dest == "command")
+    dests = {name: {action.dest for action in one._actions} for name, one in commands.items()}
+    bases = {"base", "pretrained_model_name_or_path"}
+    taking = {name for name, found in dests.items() if bases & found}
+    assert all({"variant", "revision"} <= dests[name] for name in taking)
+    assert taking == {line.split()[0] for line in TAKING_A_BASE.values()} | {"train"}
+
+
 @pytest.mark.parametrize("command", TAKING_A_BASE)
-def test_a_variant_that_is_not_there_is_an_error(command, adapter, sd1_folder, tmp_path, capsys):
+def test_a_variant_that_is_not_there_is_an_error(
+    command, adapter, sd1_folder, trained, tmp_path, capsys
+):
     """Never the plain weights in its place."""
-    line = TAKING_A_BASE[command].format(adapter=adapter, folder=sd1_folder, out=tmp_path / "out")
+    line = line_of(command, adapter, sd1_folder, tmp_path, trained)
     assert cli.main([*line.split(), "--base", str(sd1_folder), "--variant", "nope"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
@@ -118,7 +135,7 @@ def test_a_variant_that_is_not_there_is_an_error(command, adapter, sd1_folder, t
 
 @pytest.mark.parametrize("command", TAKING_A_BASE)
 def test_variant_and_revision_reach_the_hub(
-    command, adapter, sd1_folder, tmp_path, capsys, monkeypatch
+    command, adapter, sd1_folder, trained, tmp_path, capsys, monkeypatch
 ):
     asked = []
 
@@ -127,7 +144,7 @@ def test_variant_and_revision_reach_the_hub(
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    line = TAKING_A_BASE[command].format(adapter=adapter, folder=sd1_folder, out=tmp_path / "out")
+    line = line_of(command, adapter, sd1_folder, tmp_path, trained)
     flags = ["--base", "someone/model", "--revision", "v2", "--variant", "fp16"]
     assert cli.main([*line.split(), *flags]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: someone/model is not")
@@ -178,6 +195,7 @@ def test_export_and_verify_are_given_the_same_merge(command):
         ("combine RUN --output OUT/a.safetensors", "export.combine.fit_to_adapters"),
         ("convert RUN OUT/a.safetensors --to dora --rank 1", "export.convert.fit_to_adapters"),
         ("convert RUN OUT --to peft", "export.convert.write_adapter"),
+        ("rank-checkpoints RUN --output OUT/a", "jobs.studio.load_model"),
         ("export --adapter RUN --output OUT/a", "export.checkpoint.write_folder"),
         ("export --adapter RUN --output OUT/a.safetensors", "export.checkpoint.write_single_file"),
         ("extract --tuned BASE --rank 1 --output OUT/a.safetensors", "export.extract.fit_layers"),

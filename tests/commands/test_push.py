@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dora_diffusion.cli import main
+from dora_diffusion.console.progress import telling
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture
+def pushed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What was given to the hub."""
+    calls: list[tuple[Any, ...]] = []
+
+    def push(folder: Path, repository: str, **options: Any) -> str:
+        calls.append((folder, repository, *options.values()))
+        return "https://hub/me/mug"
+
+    monkeypatch.setattr("dora_diffusion.hub.push", push)
+    return calls
 
 
 @pytest.mark.parametrize(("flags", "private"), [((), True), (("--public",), False)])
 def test_what_is_asked_for_is_pushed(
     flags: tuple[str, ...],
     private: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    pushed: list[tuple[Any, ...]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    calls: list[tuple[str | Path, str, bool]] = []
-
-    def push(folder: str | Path, repository: str, *, private: bool) -> str:
-        calls.append((folder, repository, private))
-        return "https://hub/me/mug"
-
-    monkeypatch.setattr("dora_diffusion.hub.push", push)
     assert main(["push", "run", "me/mug", *flags]) == 0
-    assert calls == [("run", "me/mug", private)]
+    assert pushed == [(Path("run"), "me/mug", private, None, None)]
     assert capsys.readouterr().out == "https://hub/me/mug\n"
+
+
+def test_another_checkpoint_has_a_card_of_its_own(
+    trained: Path, tmp_path: Path, pushed: list[tuple[Any, ...]]
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run / "checkpoint-3").mkdir()
+    other = Path(shutil.copy(run / ADAPTER, run / "checkpoint-3"))
+    (run / "README.md").write_text("the trainer's", encoding="utf-8")
+    told: list[dict[str, Any]] = []
+    with telling(lambda **figures: told.append(figures)):
+        for adapter in (run / ADAPTER, other):
+            assert main(["push", str(run), "me/mug", "--adapter", str(adapter)]) == 0
+    assert pushed[0] == (run, "me/mug", True, run / ADAPTER, "the trainer's")
+    card = pushed[1][-1]
+    assert pushed[1][3] == other
+    assert "# sks mug" in card
+    assert "for 3 steps" in card
+    assert told[-1] == {"phase": "uploaded", "address": "https://hub/me/mug"}

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 
 from dora_diffusion.console.errors import reporting_errors
-from dora_diffusion.console.progress import ProgressBar, say
+from dora_diffusion.console.progress import ProgressBar, progress, say, tell, telling
 
 
 def screen(text: str) -> list[str]:
@@ -62,3 +62,29 @@ def test_without_a_bar_a_line_is_a_line():
     with terminal() as shown:
         say("done")
     assert shown.getvalue() == "done\n"
+
+
+def test_who_listens_is_told_instead_of_a_bar():
+    told = []
+    with terminal() as shown:
+        with telling(lambda **figures: told.append(figures)), progress("merging", "B") as show:
+            show(3, 10)
+            tell(address="https://hub")
+        tell(phase="nobody listens any more")
+        with progress("comparing", "layer") as show:
+            show(1, 2)
+    assert told == [
+        {"phase": "merging", "unit": "B", "done": 0, "total": 0},
+        {"done": 3, "total": 10},
+        {"address": "https://hub"},
+    ]
+    assert "merging" not in shown.getvalue()
+    assert "comparing" in shown.getvalue()
+
+
+def test_who_listened_is_told_no_more_after_an_error():
+    told = []
+    with contextlib.suppress(ValueError), telling(lambda **figures: told.append(figures)):
+        raise ValueError
+    tell(done=1)
+    assert told == []

@@ -8,8 +8,8 @@ import shlex
 import pytest
 
 from dora_diffusion import system
-from dora_diffusion.console import shell
-from dora_diffusion.console.shell import shown_command
+from dora_diffusion.console import tables as shell
+from dora_diffusion.console.tables import shown_command
 
 
 def test_the_documented_example_is_true() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from dora_diffusion.cli import build_parser
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.console.progress import telling
 from dora_diffusion.console.training import TrainProgress, next_steps
 from dora_diffusion.training.events import (
     CheckpointSaved,
@@ -55,6 +56,21 @@ def test_what_is_trained_and_on_what_is_said_first(show) -> None:
     ]
     assert "1/9" in bar
     assert "loss=0.2500" in bar
+
+
+def test_a_job_is_told_of_phases_and_where_it_began(show) -> None:
+    told: list[dict[str, Any]] = []
+    with telling(lambda **figures: told.append(figures)):
+        loading, begun = ModelLoading("org/model", "cpu", "no"), started(step=7)
+        steps = (StepDone(8, 9, 0.2, {}), StepDone(9, 9, 0.2, {}))
+        show(loading, ClassImagesProgress(1, 4), begun, *steps)
+    assert told[0]["phase"] == "loading the model"
+    assert told[0]["device_name"]
+    assert told[1:] == [
+        {"phase": "class images: 1 of 4"},
+        {"phase": "training", "first_step": 7, "total_steps": 9, "trigger": "sks mug"},
+        {"phase": "saving and sampling"},
+    ]
 
 
 @pytest.mark.parametrize(

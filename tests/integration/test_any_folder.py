@@ -12,9 +12,9 @@ from PIL import Image
 from dora_diffusion.cli import main
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.images import read_parameters
-from dora_diffusion.jobs.exports import export_adapter, write_card
 from dora_diffusion.jobs.queue import JobQueue
 from dora_diffusion.jobs.subjects import take_sample
+from dora_diffusion.jobs.tasks import start_conversion, write_card
 from dora_diffusion.jobs.workspace import Workspace
 from tests.jobs.helpers import add_run, done, wait
 
@@ -75,9 +75,10 @@ def test_the_apps_jobs_work_in_any_folder(home: Path, sd1_folder: Path) -> None:
     )  # fmt: skip
     try:
         job = wait(workspace, queue, job_id, done)
+        made = wait(workspace, queue, start_conversion(workspace, job, "kohya"), done)
     finally:
         queue.close()
-    exported = export_adapter(workspace, job, "kohya").path
+    exported = Path(made.record.output)
     assert exported.name.startswith("kathes-tasschen-1-2-")
     assert all(torch.isfinite(layer.up).all() for layer in read_adapter(exported).layers.values())
     assert "Täßchen" in write_card(workspace, job).read_text(encoding="utf-8")

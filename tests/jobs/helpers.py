@@ -22,13 +22,25 @@ from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.processes import start_time
-from dora_diffusion.jobs.records import TrainRequest
+from dora_diffusion.jobs.records import SETTINGS, JobRecord, train_arguments
 from dora_diffusion.jobs.snapshot import Job, read_job
 from dora_diffusion.jobs.workspace import Workspace, write_json
 
 
-def make(workspace: Workspace, title: str = "sks mug") -> Path:
-    return workspace.root / jobs.create_job(workspace, TrainRequest(), title)
+def make(workspace: Workspace, title: str = "sks mug", **settings: Any) -> Path:
+    """A waiting run; with settings, if any are given."""
+    folder = workspace.new_job()
+    config = TrainConfig.from_dict({**settings, "output_dir": str(folder)})
+    files = {SETTINGS: as_yaml(config)} if settings else {}
+    jobs.create_job(folder, JobRecord(train_arguments(folder), title), files)
+    return folder
+
+
+def about(run: Path, *words: str, title: str = "Merge", **more: Any) -> Path:
+    """A waiting job about a run."""
+    folder = Workspace(run.parent).new_job()
+    jobs.create_job(folder, JobRecord(list(words or ["export"]), title, run=run.name, **more))
+    return folder
 
 
 def pretend_running(folder: Path, child: subprocess.Popen[bytes]) -> None:
@@ -56,12 +68,7 @@ def add_run(workspace: Workspace, base: Path, photos: Path, **changes: Any) -> s
         "checkpointing_steps": 2,
         **changes,
     }
-    return jobs.create_job(
-        workspace,
-        TrainRequest(),
-        "sks dog",
-        lambda folder: as_yaml(TrainConfig.from_dict(config | {"output_dir": str(folder)})),
-    )
+    return make(workspace, "sks dog", **config).name
 
 
 def wait(
@@ -95,9 +102,7 @@ METRICS = '{{"step": {step}, "loss": 0.{step}, "seconds": 2.0}}\n'
 
 
 def started_run(workspace: Workspace, steps: int, title: str = "sks mug") -> Path:
-    settings = TrainConfig(max_train_steps=10, token="sks", class_word="mug")
-    job_id = jobs.create_job(workspace, TrainRequest(), title, lambda folder: as_yaml(settings))
-    folder = workspace.root / job_id
+    folder = make(workspace, title, max_train_steps=10, token="sks", class_word="mug")
     lines = "".join(METRICS.format(step=step) for step in range(1, steps + 1))
     (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     return folder
@@ -105,9 +110,7 @@ def started_run(workspace: Workspace, steps: int, title: str = "sks mug") -> Pat
 
 def ended_run(workspace: Workspace, steps: tuple[int, ...], last: int, code: int = 143) -> Job:
     """A run that ended at step ``last`` with checkpoints, as its folder would tell it."""
-    config = TrainConfig(max_train_steps=last, token="sks", class_word="mug")
-    job_id = jobs.create_job(workspace, TrainRequest(), "sks mug", lambda folder: as_yaml(config))
-    folder = workspace.root / job_id
+    folder = make(workspace, max_train_steps=last, token="sks", class_word="mug")
     for step in steps:
         (folder / f"checkpoint-{step}").mkdir()
         for name in ("training_state.pt", "pytorch_lora_weights.safetensors"):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dora_diffusion.jobs.base_model import check_base, check_variant, traits_of
-from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.jobs.base_model import ModelFiles, check_base, check_variant, traits_of
+from dora_diffusion.jobs.workspace import RequestError
 from tests.jobs.helpers import write_checkpoint, write_folder
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -85,3 +86,11 @@ def test_a_variant_without_weights_is_refused(tmp_path: Path) -> None:
     check_variant(folder, "fp16")
     with pytest.raises(RequestError, match=r"no weights of the variant 'bf16'; its UNet is .*fp16"):
         check_variant(folder, "bf16")
+
+
+def test_what_a_run_names_is_what_is_loaded() -> None:
+    settings = TrainConfig(
+        pretrained_vae_model_name_or_path="v", model_config="c", variant="fp16", revision="r"
+    ).to_dict()
+    assert ModelFiles.of(settings) == ModelFiles("v", "c", "fp16", "r")
+    assert ModelFiles.of({"variant": ""}) == ModelFiles()

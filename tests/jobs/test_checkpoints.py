@@ -7,9 +7,8 @@ import dataclasses
 import pytest
 
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.checkpoints import adapter_of, candidates, choose
-from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.workspace import Workspace, write_json
+from dora_diffusion.jobs.checkpoints import adapter_of, choose
+from dora_diffusion.jobs.workspace import RequestError, Workspace, write_json
 from tests.jobs.helpers import (
     ended_run,
     seen,
@@ -18,15 +17,15 @@ from tests.jobs.helpers import (
 
 def test_candidates_are_the_checkpoints_and_the_result_without_a_twin(workspace: Workspace) -> None:
     stopped = ended_run(workspace, (50, 100), 100)
-    assert candidates(stopped) == ("checkpoint-50", "checkpoint-100")
+    assert stopped.candidates == ("checkpoint-50", "checkpoint-100")
     done = dataclasses.replace(stopped, state="done")
-    assert candidates(done) == ("checkpoint-50", "result")
-    assert candidates(dataclasses.replace(done, step=120))[-2:] == ("checkpoint-100", "result")
+    assert done.candidates == ("checkpoint-50", "result")
+    assert dataclasses.replace(done, step=120).candidates[-2:] == ("checkpoint-100", "result")
 
 
 def test_of_many_checkpoints_some_are_compared_and_the_last_always(workspace: Workspace) -> None:
     job = ended_run(workspace, tuple(range(10, 310, 10)), 305)
-    names = candidates(job)
+    names = job.candidates
     assert len(names) == 8
     assert (names[0], names[-1]) == ("checkpoint-10", "checkpoint-300")
 

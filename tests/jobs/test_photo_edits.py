@@ -10,14 +10,13 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.data.photos import mask_path
-from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.photo_edits import edit_photo, read_mask, restore_original
 from dora_diffusion.jobs.subjects import (
     add_photos,
     new_subject,
     photo_path,
 )
-from dora_diffusion.jobs.workspace import Workspace
+from dora_diffusion.jobs.uploads import edit_photo, read_mask, restore_original
+from dora_diffusion.jobs.workspace import RequestError, Workspace
 from tests.jobs.helpers import photo
 
 

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -16,11 +15,11 @@ import pytest
 from dora_diffusion import system
 from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.records import CompareRequest, MergeRequest, PushRequest, TrainRequest
+from dora_diffusion.jobs.records import JobRecord
 from dora_diffusion.jobs.snapshot import snapshot
-from dora_diffusion.jobs.workspace import Workspace, read_json, write_json
+from dora_diffusion.jobs.workspace import RequestError, Workspace, read_json, write_json
 from tests.jobs.helpers import (
+    about,
     make,
     pretend_running,
     seen,
@@ -50,7 +49,15 @@ def test_a_waiting_job_can_be_taken_out_and_put_back(workspace: Workspace) -> No
     assert seen(folder).state == "stopped"
     jobs.requeue_job(folder)
     assert seen(folder).state == "waiting"
-    assert read_json(folder / records.JOB)["resume"] is True
+    # Without a checkpoint it begins again; with one it resumes.
+    assert read_json(folder / records.JOB)["arguments"][-1] == "--overwrite_output_dir"
+    (folder / "checkpoint-2").mkdir()
+    (folder / "checkpoint-2" / "training_state.pt").touch()
+    for _ in range(2):
+        jobs.stop_job(folder)
+        jobs.requeue_job(folder)
+        words = read_json(folder / records.JOB)["arguments"]
+        assert words[3:] == ["--resume_from_checkpoint", "latest"]
 
 
 def test_a_resumed_job_goes_to_the_end_of_the_queue(workspace: Workspace) -> None:
@@ -102,21 +109,20 @@ def test_delete_removes_the_job_and_its_exports(workspace: Workspace) -> None:
 def test_what_was_made_of_a_deleted_run_goes_with_it(workspace: Workspace) -> None:
     run, other = make(workspace), make(workspace)
     for of in (run, other):
-        jobs.create_job(workspace, MergeRequest(run=of.name), "Merge")
+        about(of)
     jobs.delete_job(workspace, run.name)
-    kept = {job.id: job.request.run for job in snapshot(workspace.root)}
+    kept = {job.id: job.record.run for job in snapshot(workspace.root)}
     assert list(kept.values()).count(other.name) == 1
     assert run.name not in kept.values()
     assert len(kept) == 2
 
 
-@pytest.mark.parametrize("kind", [MergeRequest, CompareRequest, PushRequest])
+@pytest.mark.parametrize("kind", ["export", "rank-checkpoints", "push", "convert"])
 def test_a_run_is_not_deleted_under_a_job_about_it(
-    workspace: Workspace, sleeper: subprocess.Popen[bytes], kind: Any
+    workspace: Workspace, sleeper: subprocess.Popen[bytes], kind: str
 ) -> None:
     run = make(workspace)
-    waiting = workspace.root / jobs.create_job(workspace, MergeRequest(run=run.name), "Merge it")
-    busy = workspace.root / jobs.create_job(workspace, kind(run=run.name), "Use sks mug")
+    waiting, busy = about(run), about(run, kind, title="Use sks mug")
     pretend_running(busy, sleeper)
     with pytest.raises(RequestError, match='"Use sks mug" is still running and needs this run'):
         jobs.delete_job(workspace, run.name)
@@ -160,8 +166,11 @@ def test_photos_are_copied_before_the_queue_can_see_the_job(
 ) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "001.jpg").write_bytes(b"x")
-    job_id = jobs.create_job(workspace, TrainRequest(), "a", photos=tmp_path / "photos")
-    assert (workspace.root / job_id / "photos" / "001.jpg").read_bytes() == b"x"
+    files = {"photos": tmp_path / "photos", "a/b.jpg": tmp_path / "photos" / "001.jpg", "c": "d"}
+    folder = workspace.root / jobs.create_job(workspace.new_job(), JobRecord(), files)
+    assert (folder / "photos" / "001.jpg").read_bytes() == b"x"
+    assert (folder / "a" / "b.jpg").read_bytes() == b"x"
+    assert (folder / "c").read_text(encoding="utf-8") == "d"
 
 
 def test_only_one_app_starts_jobs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

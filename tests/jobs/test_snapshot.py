@@ -12,10 +12,15 @@ import pytest
 
 from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.queue import worker_of
+from dora_diffusion.jobs.processes import worker_of
 from dora_diffusion.jobs.snapshot import read_job, snapshot
-from dora_diffusion.jobs.workspace import Workspace, read_json, remove_folder, write_json
+from dora_diffusion.jobs.workspace import (
+    RequestError,
+    Workspace,
+    read_json,
+    remove_folder,
+    write_json,
+)
 from tests.jobs.helpers import (
     DAMAGES,
     damage,
@@ -56,14 +61,18 @@ def test_another_process_with_the_same_pid_is_not_the_worker(workspace: Workspac
     assert worker_of(folder) is None
 
 
-@pytest.mark.parametrize("start", ["8423771", "Thu Nov 26 10:53:56 2026", 1795686836.0, None])
+@pytest.mark.parametrize(
+    ("start", "module"),
+    [("8423771", "jobs.worker"), ("Thu Nov 26 10:53:56 2026", "jobs.worker"),
+     (1795686836.0, "worker"), (None, "worker")],
+)  # fmt: skip
 def test_a_worker_is_known_whatever_its_start_was_noted_as(
-    workspace: Workspace, start: object
+    workspace: Workspace, start: object, module: str
 ) -> None:
     """By an earlier version, in clock ticks or by ps; or before the clock was set."""
     folder, other = make(workspace), make(workspace)
     code = "import time; print(flush=True); time.sleep(60)"
-    words = [sys.executable, "-c", code, "dora_diffusion.jobs.worker", f"elsewhere/{folder.name}"]
+    words = [sys.executable, "-c", code, f"dora_diffusion.{module}", f"elsewhere/{folder.name}"]
     child = subprocess.Popen(words, stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None
@@ -101,6 +110,18 @@ def test_exit_code_0_without_an_adapter_that_opens_is_not_done(workspace: Worksp
     assert "cannot be opened" in seen(folder).cause
 
 
+def test_a_model_that_was_fine_tuned_itself_is_a_result_without_an_adapter(
+    workspace: Workspace,
+) -> None:
+    folder = started_run(workspace, 3)
+    (folder / "model").mkdir()
+    (folder / "model" / "model_index.json").write_text("{}", encoding="utf-8")
+    write_json(folder / records.RESULT, {"code": 0})
+    job = seen(folder)
+    assert (job.state, job.cause) == ("done", "")
+    assert (job.can_generate, job.stands, job.candidates) == (False, "", ())
+
+
 def test_progress_and_time_left_come_from_measured_steps(workspace: Workspace) -> None:
     job = read_job(started_run(workspace, 4))
     assert job is not None
@@ -135,12 +156,14 @@ def test_a_damaged_file_damages_its_run_alone(
 @pytest.mark.parametrize(
     ("name", "text", "reason"),
     [
-        (records.JOB, '{"kind": "dance"}', "kind is 'dance', not train, merge"),
+        (records.JOB, '{"kind": "dance"}', "kind is 'dance', not train, export"),
         (records.JOB, '{"title": "sks mug"}', "kind is 'None'"),
         (records.JOB, '{"kind": "train", "title": ["a"]}', "title is \"\\['a'\\]\""),
         (records.JOB, '{"kind": "train", "queued": NaN}', "queued is 'nan'"),
-        (records.JOB, '{"kind": "merge", "strength": "much"}', "strength is 'much'"),
-        (records.JOB, '{"kind": "compare", "checkpoints": [1]}', "checkpoints is"),
+        (records.JOB, '{"arguments": ["dance"]}', "kind is 'dance'"),
+        (records.JOB, '{"arguments": "train"}', "arguments is 'train'"),
+        (records.JOB, '{"kind": "merge", "base": 3}', "base is '3'"),
+        (records.JOB, '{"kind": "compare", "checkpoints": [1]}', "arguments is"),
         (records.SETTINGS, "max_train_steps: many\n", "max_train_steps is 'many'"),
         (records.SETTINGS, "- a\n", "must hold 'setting: value' lines"),
         (records.SETTINGS, "a: b: c\n", "line 1: this is not valid YAML"),

@@ -16,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.generate import BrokenImageError, SamplingSettings
+from dora_diffusion.jobs.base_model import ModelFiles
 from dora_diffusion.jobs.checkpoints import adapter_of
-from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.processes import Lock
-from dora_diffusion.jobs.studio import GeneratedImage, GenerationRequest, Studio
+from dora_diffusion.jobs.studio import GeneratedImage, GenerationRequest, Studio, load_model
 from dora_diffusion.jobs.uploads import read_generation_settings
-from dora_diffusion.jobs.workspace import Workspace
+from dora_diffusion.jobs.workspace import RequestError, Workspace
+from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.training.sheets import labelled_sheet
 from tests.jobs.helpers import (
@@ -231,3 +232,23 @@ def test_a_released_model_lets_go_of_its_files(
     assert mapped()
     studio.release()
     assert mapped() == []
+
+
+def write_other_vae(source: Path, target: Path) -> torch.Tensor:
+    """The VAE of a folder with one weight changed; that weight."""
+    vae = load_vae(source)
+    weight = vae.decoder.conv_out.weight
+    with torch.no_grad():
+        weight.add_(1.0)
+    vae.save_pretrained(target)
+    return weight.detach()
+
+
+def test_another_vae_is_used_for_images_too(sd1_folder: Path, tmp_path: Path) -> None:
+    changed = write_other_vae(sd1_folder, tmp_path / "vae")
+    plain = load_model(str(sd1_folder), None, ModelFiles())
+    other = load_model(str(sd1_folder), None, ModelFiles(vae=str(tmp_path / "vae")))
+    loaded = other.vae.decoder.conv_out.weight.float().cpu()
+    assert torch.equal(loaded, changed.to(other.vae.dtype).float())
+    assert not torch.equal(loaded, plain.vae.decoder.conv_out.weight.float().cpu())
+    assert not other.vae.decoder.conv_out.weight.requires_grad

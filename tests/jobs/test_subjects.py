@@ -10,7 +10,6 @@ from PIL import Image
 
 from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.photos import mask_path
-from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.subjects import (
     add_photos,
     delete_subject,
@@ -26,7 +25,7 @@ from dora_diffusion.jobs.subjects import (
     take_sample,
     training_crop,
 )
-from dora_diffusion.jobs.workspace import Workspace
+from dora_diffusion.jobs.workspace import RequestError, Workspace
 from tests.jobs.helpers import photo
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"

@@ -15,8 +15,8 @@ from PIL import Image
 
 from dora_diffusion.images import save_png
 from dora_diffusion.jobs import uploads
-from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.uploads import read_generation_settings, store_photos
+from dora_diffusion.jobs.workspace import RequestError
 from tests.jobs.helpers import photo
 
 

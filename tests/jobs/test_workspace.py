@@ -12,8 +12,8 @@ import pytest
 
 from dora_diffusion import system
 from dora_diffusion.jobs import queue as jobs
-from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.workspace import (
+    RequestError,
     Workspace,
     clean_text,
     ids_in,

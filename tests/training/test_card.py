@@ -80,3 +80,18 @@ def test_its_commands_and_its_python_mean_any_path_and_prompt(tmp_path: Path, me
     assert prompt in texts
     assert written in texts
     assert ("pip install peft" in card) == (method == "dora")
+
+
+@pytest.mark.parametrize("method", ["dora", "full"])
+def test_its_commands_load_the_base_as_the_run_did(tmp_path: Path, method: str) -> None:
+    loaded = {"variant": "fp16", "revision": "v 2"}
+    card = card_of(tmp_path, {}, instance_prompt="a sks dog", method=method, **loaded)
+    shell, python = re.findall(r"```(?:bash|python)\n(.*?)```", card, re.DOTALL)
+    lines = [shlex.split(line) for line in shell.replace("\\\n", " ").splitlines()]
+    ours = [words for words in lines if "some/model" in words]
+    assert len(ours) == (2 if method == "dora" else 1)
+    for words in ours:
+        at = words.index("some/model")
+        assert words[at + 1 : at + 5] == ["--variant", "fp16", "--revision", "v 2"]
+    if method == "dora":
+        assert 'from_pretrained("some/model", variant="fp16", revision="v 2")' in python

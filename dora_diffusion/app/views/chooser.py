@@ -10,20 +10,15 @@ import gradio as gr
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.views.fields import CLICKS, QUIET, changing, clicked, filled, html_block
-from dora_diffusion.jobs.checkpoints import candidates, choose
-from dora_diffusion.jobs.compare import comparing, start_comparison
-from dora_diffusion.jobs.comparison import (
-    CheckpointComparison,
-    ComparedCheckpoint,
-    read_comparison,
-)
-from dora_diffusion.jobs.errors import DamagedFile
+from dora_diffusion.jobs.checkpoints import RankedCheckpoint, Ranking, choose, read_ranking
 from dora_diffusion.jobs.logs import log_warnings
 from dora_diffusion.jobs.queue import stop_job
 from dora_diffusion.jobs.snapshot import Job
+from dora_diffusion.jobs.tasks import start_ranking
+from dora_diffusion.jobs.workspace import DamagedFile
 
 _WHY = (
-    "More steps raise the similarity to the subject, and language drift with it. Compare asks "
+    "More steps raise the similarity to the subject, and language drift with it. Ranking asks "
     "every checkpoint for the same images at the same seeds and measures both."
 )
 
@@ -34,9 +29,7 @@ class ChooserView:
     def __init__(self) -> None:
         with gr.Column(visible=False, elem_id="chooser") as self.box:
             html_block(html.heading("", "Which checkpoint?", _WHY))
-            self.start = gr.Button(
-                "Compare the checkpoints", size="md", elem_id="compare-checkpoints"
-            )
+            self.start = gr.Button("Rank the checkpoints", size="md", elem_id="rank-checkpoints")
             self.cards = html_block(elem_id="checkpoints", js_on_load=CLICKS)
 
 
@@ -50,9 +43,9 @@ def connect(context: Context, view: ChooserView, run: Any) -> None:
     @plain
     def start(job_id: str | None) -> list[Any]:
         job = context.job(job_id)
-        running = comparing(context.jobs(fresh=True), job.id)
+        running = _ranking_of(context.jobs(fresh=True), job)
         if running is None or running.has_ended:
-            start_comparison(context.workspace, job)
+            start_ranking(context.workspace, job)
             context.queue.tick()
         return now(job.id)
 
@@ -74,56 +67,59 @@ def connect(context: Context, view: ChooserView, run: Any) -> None:
     view.cards.click(click, [run], outputs, **QUIET)
 
 
+def _ranking_of(jobs: Sequence[Job], run: Job | None) -> Job | None:
+    """The newest job that ranks a run's checkpoints."""
+    about_it = (job for job in jobs if job.kind == "rank-checkpoints" and run)
+    return next((job for job in about_it if run and job.record.run == run.id), None)
+
+
 def refresh(context: Context, jobs: Sequence[Job], job: Job | None) -> dict[str, Any]:
     """What the clock sends: whether the chooser shows, its button, and its cards."""
-    names = candidates(job) if job and job.has_ended and job.kind == "train" else ()
-    shown = bool(names)
-    running = comparing(jobs, job.id) if job else None
+    shown = bool(job and job.has_ended and job.candidates)
+    running = _ranking_of(jobs, job)
     busy = running is not None and not running.has_ended
-    comparison, damage = None, ""
+    ranking, damage = None, ""
     if job and shown:
         try:
-            comparison = read_comparison(context.workspace, job)
+            ranking = read_ranking(context.workspace, job)
         except DamagedFile as error:
-            damage = html.note(f"{error}, or compare again", "bad")
-    label = "Compare again" if comparison else "Compare the checkpoints"
+            damage = html.note(f"{error}, or rank again", "bad")
+    label = "Rank again" if ranking else "Rank the checkpoints"
     return {
         "chooser": changing(visible=shown),
         "chooser_start": changing(value=label, visible=not busy),
-        "chooser_cards": damage + _cards(job, comparison, running) if job and shown else "",
+        "chooser_cards": damage + _cards(job, ranking, running) if job and shown else "",
     }
 
 
-def _cards(job: Job, comparison: CheckpointComparison | None, running: Job | None) -> str:
+def _cards(job: Job, ranking: Ranking | None, running: Job | None) -> str:
     status = ""
     if running is not None and not running.has_ended:
         status = html.status_card(running, stop=True)
     elif running is not None:
-        failed = f"The comparison failed: {running.cause}" if running.cause else ""
+        failed = f"The ranking failed: {running.cause}" if running.cause else ""
         status = html.note(failed, "bad") + html.notes(log_warnings(running.folder), "warn")
-    if comparison is None:
+    if ranking is None:
         return status
-    most = max((row.drift or 0 for row in comparison.rows), default=0) or 1
-    cards = "".join(_card(job, row, comparison, most) for row in comparison.rows)
-    late = [f"step {job.step_of(name)}" for name in comparison.missing]
-    new = html.note(f"Not compared: {', '.join(late)}.", "info") if late else ""
-    notes = "".join(map(html.quiet, comparison.notes))
-    if comparison.suggested:
+    most = max((row.drift or 0 for row in ranking.rows), default=0) or 1
+    cards = "".join(_card(job, row, ranking, most) for row in ranking.rows)
+    late = [f"step {job.step_of(name)}" for name in ranking.missing]
+    new = html.note(f"Not ranked: {', '.join(late)}.", "info") if late else ""
+    notes = "".join(map(html.quiet, ranking.notes))
+    if ranking.suggested:
         notes += html.quiet(
             "Suggested: the most similarity less drift, among those that are more like the "
             "subject than the base."
         )
-    verdict = html.note(comparison.verdict, "warn")
+    verdict = html.note(ranking.verdict, "warn")
     return f"{status}{new}{verdict}<div class='dd-choices'>{cards}</div>{notes}"
 
 
-def _card(
-    job: Job, row: ComparedCheckpoint, comparison: CheckpointComparison, most_drift: float
-) -> str:
+def _card(job: Job, row: RankedCheckpoint, ranking: Ranking, most_drift: float) -> str:
     """One checkpoint: images, two bars, and the button."""
     in_use = row.name == job.stands
     title = f"Step {row.step}" if row.step else "Base model"
-    marks = html.pill("suggested", "running") if row.name == comparison.suggested else ""
+    marks = html.pill("suggested", "running") if row.name == ranking.suggested else ""
     if in_use:
         marks += html.pill("in use", "done")
     elif row.step:
@@ -131,7 +127,7 @@ def _card(
     strips = "".join(html.image(path, title) for path in row.images)
     figures = ""
     if row.similarity is not None:
-        to = f" to {comparison.similar_to}" if comparison.similar_to else ""
+        to = f" to {ranking.similar_to}" if ranking.similar_to else ""
         figures = _bar("similarity", row.similarity, row.similarity, f"similarity{to}")
     if row.step and row.drift is not None:
         figures += _bar("drift", row.drift, row.drift / most_drift)

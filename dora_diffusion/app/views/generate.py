@@ -21,8 +21,7 @@ from dora_diffusion.app.views.fields import (
 )
 from dora_diffusion.app.views.request import BASE, MERGED, OWN, field_value, make_request, numbers
 from dora_diffusion.config.run import SampleSettings
-from dora_diffusion.jobs.checkpoints import RESULT_NAME, candidates, chosen_adapter
-from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.checkpoints import RESULT_NAME, chosen_adapter
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.studio import (
     MAX_BATCH,
@@ -32,7 +31,7 @@ from dora_diffusion.jobs.studio import (
     recent_images,
 )
 from dora_diffusion.jobs.uploads import read_generation_settings
-from dora_diffusion.jobs.workspace import confined
+from dora_diffusion.jobs.workspace import RequestError, confined
 from dora_diffusion.models.schedulers import SCHEDULERS
 
 _TEMPLATES = (
@@ -47,7 +46,7 @@ _BUSY: dict[str, Any] = {
 }  # fmt: skip
 _EMPTY = html.empty(
     "No images yet",
-    "Choose a run and press Generate images. Compare shows one seed with and without the adapter.",
+    "Choose a run and press Generate images. Side by side shows one seed without and with it.",
 )
 
 
@@ -120,7 +119,7 @@ class GenerateTab:
     def _add_actions(self) -> None:
         self.turn = html_block(elem_id="turn", js_on_load=CLICKS)
         self.make = gr.Button("Generate images", variant="primary", size="lg", elem_id="make")
-        self.compare = gr.Button("Compare with the base model", size="md", elem_id="compare")
+        self.compare = gr.Button("Side by side with the base", size="md", elem_id="side-by-side")
         with gr.Accordion("Grid of checkpoints and strengths", open=False):
             self.grid_strengths = gr.Textbox(
                 "0, 0.5, 1, 1.5", label="Strengths", max_lines=1, elem_id="grid-strengths"
@@ -188,7 +187,7 @@ def connect(context: Context, tab: GenerateTab) -> None:
             raise RequestError("choose a run: the grid shows its checkpoints")
         job = context.job(str(choice).partition("/")[0])
         adapters = {
-            f"step {job.step_of(name)}": chosen_adapter(job, name) for name in candidates(job)
+            f"step {job.step_of(name)}": chosen_adapter(job, name) for name in job.candidates
         }
         sheet = context.studio.grid(asked, adapters, numbers(text), _on_step(progress))
         return _results(gallery=[sheet], columns=1)
@@ -261,7 +260,7 @@ def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[s
     choices += [
         (f"{job.label} (one file)", f"{MERGED}/{job.id}")
         for job in jobs
-        if job.kind == "merge" and job.state == "done"
+        if job.kind == "export" and job.state == "done"
     ]
     choices += [(f"{name} alone", f"{BASE}/{name}") for name in context.models]
     ids = [value for _, value in choices]
@@ -301,7 +300,7 @@ def _history(images: Sequence[GeneratedImage]) -> str:
 
 def _others(job: Job) -> list[str]:
     """What a run has besides the adapter that stands for it, newest first."""
-    names = [*job.checkpoints, *([RESULT_NAME] if job.state == "done" else [])]
+    names = [*job.checkpoints, *([RESULT_NAME] if job.has_result else [])]
     return [name for name in reversed(names) if name != job.stands]
 
 

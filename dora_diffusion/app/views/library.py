@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,21 @@ from dora_diffusion.app.views.fields import (
     id_dropdown,
     image_or_blank,
 )
+from dora_diffusion.app.views.tasks import task_list
 from dora_diffusion.data.images import open_photo
-from dora_diffusion.jobs.analyze import analysis_figures, analyze_command, start_analysis
 from dora_diffusion.jobs.checkpoints import chosen_adapter
-from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.exports import export_adapter, formats, write_card
-from dora_diffusion.jobs.merge import merge_command, start_merge
-from dora_diffusion.jobs.push import start_push
 from dora_diffusion.jobs.queue import delete_job, stop_job
-from dora_diffusion.jobs.records import AnalyzeRequest, MergeRequest
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.subjects import photos_in
-from dora_diffusion.jobs.workspace import REMAINS, Workspace
+from dora_diffusion.jobs.tasks import (
+    formats,
+    start_analysis,
+    start_conversion,
+    start_merge,
+    start_push,
+    write_card,
+)
+from dora_diffusion.jobs.workspace import REMAINS, RequestError
 
 _NOTHING = html.empty(
     "The library is empty", "A run appears here when it is done. Start one in the Train tab."
@@ -59,7 +62,7 @@ class LibraryTab:
                 self._add_export()
                 self._add_analysis()
                 self._add_push()
-                self.errands = html_block(elem_id="merges", js_on_load=CLICKS)
+                self.tasks = html_block(elem_id="tasks", js_on_load=CLICKS)
                 self._add_delete()
 
     def _add_export(self) -> None:
@@ -125,14 +128,6 @@ def connect(context: Context, tab: LibraryTab) -> None:
         return [_facts(context.job(job_id)) if job_id else _NOTHING, ""]
 
     @plain
-    def convert(job_id: str | None, target: str) -> str:
-        job = context.job(job_id)
-        made = export_adapter(workspace, job, target)
-        links = html.download(made.path, f"Download {made.path.name}")
-        links += html.download(write_card(workspace, job), "Model card")
-        return links + html.notes(made.exactness, "info") + html.notes(made.cautions, "warn")
-
-    @plain
     def delete(job_id: str | None) -> list[Any]:
         if not job_id:  # not confirmed
             return [gr.skip()] * 3
@@ -143,7 +138,6 @@ def connect(context: Context, tab: LibraryTab) -> None:
 
     tab.gallery.select(choose, None, [tab.run], **QUIET)
     tab.run.change(show, [tab.run], [tab.details, tab.files], **QUIET)
-    tab.convert.click(convert, [tab.run, tab.target], [tab.files], **BUSY)
     tab.delete.click(
         delete,
         [tab.run],
@@ -151,24 +145,23 @@ def connect(context: Context, tab: LibraryTab) -> None:
         js="(id) => confirm('Delete this run with everything it made?') ? id : ''",
         **QUIET,
     )
-    _connect_errands(context, tab)
+    _connect_tasks(context, tab)
 
 
-def _connect_errands(context: Context, tab: LibraryTab) -> None:
-    """Merging, analyzing and publishing, which are jobs."""
+def _connect_tasks(context: Context, tab: LibraryTab) -> None:
+    """What is made of a run by jobs."""
     workspace = context.workspace
 
-    @plain
-    def merge(job_id: str | None, strength: float) -> str:
-        start_merge(workspace, context.job(job_id), float(strength))
-        context.queue.tick()
-        return _errands(context.jobs(fresh=True))
+    def task(start: Callable[..., str]) -> Callable[..., str]:
+        """A button that starts a job about the run that is shown."""
 
-    @plain
-    def analyze(job_id: str | None) -> str:
-        start_analysis(workspace, context.job(job_id))
-        context.queue.tick()
-        return _errands(context.jobs(fresh=True))
+        @plain
+        def run(job_id: str | None, *values: Any) -> str:
+            start(workspace, context.job(job_id), *values)
+            context.queue.tick()
+            return task_list(context.jobs(fresh=True))
+
+        return run
 
     @plain
     def push(job_id: str | None, repository: str, private: bool) -> str:
@@ -177,19 +170,24 @@ def _connect_errands(context: Context, tab: LibraryTab) -> None:
                 "a shared app does not publish, since that would be in the name of whoever runs "
                 "it; download the adapter instead"
             )
-        start_push(workspace, context.job(job_id), repository, private)
-        context.queue.tick()
-        return _errands(context.jobs(fresh=True))
+        return task(start_push)(job_id, repository, private)
+
+    @plain
+    def card(job_id: str | None) -> str:
+        return html.download(write_card(workspace, context.job(job_id)), "Model card")
 
     @plain
     def stop(event: gr.EventData) -> str:
         stop_job(workspace.job(clicked(event)[1]))
-        return _errands(context.jobs(fresh=True))
+        return task_list(context.jobs(fresh=True))
 
-    tab.merge.click(merge, [tab.run, tab.strength], [tab.errands], **BUSY)
-    tab.analyze.click(analyze, [tab.run], [tab.errands], **BUSY)
-    tab.push.click(push, [tab.run, tab.repository, tab.private], [tab.errands], **BUSY)
-    tab.errands.click(stop, None, [tab.errands], **QUIET)
+    convert = task(start_conversion)
+    tab.convert.click(convert, [tab.run, tab.target], [tab.tasks], **BUSY)
+    tab.convert.click(card, [tab.run], [tab.files], **QUIET)
+    tab.merge.click(task(start_merge), [tab.run, tab.strength], [tab.tasks], **BUSY)
+    tab.analyze.click(task(start_analysis), [tab.run], [tab.tasks], **BUSY)
+    tab.push.click(push, [tab.run, tab.repository, tab.private], [tab.tasks], **BUSY)
+    tab.tasks.click(stop, None, [tab.tasks], **QUIET)
 
 
 def _shelf(jobs: Sequence[Job]) -> list[Job]:
@@ -216,7 +214,7 @@ def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
         ),
         "shelf_run": choosing(choices, value, chosen, visible=bool(shelf)),
         "shelf_side": changing(visible=bool(shelf)),
-        "errands": _errands(jobs),
+        "tasks": task_list(jobs),
     }
 
 
@@ -266,37 +264,3 @@ def _facts(job: Job) -> str:
         f"{html.state_pill(job)}</div><p></p>{html.definitions(details)}"
         f"{html.notes(report.notes, 'info')}</div>"
     )
-
-
-def _errands(jobs: Sequence[Job]) -> str:
-    """Merging, analyzing and publishing, with links to what is done."""
-    kinds = ("merge", "push", "analyze")
-    return "".join(_errand(job) for job in [job for job in jobs if job.kind in kinds][:4])
-
-
-def _errand(job: Job) -> str:
-    card = html.status_card(job, stop=True)
-    if isinstance(job.request, AnalyzeRequest):
-        command = analyze_command(Workspace(job.folder.parent), job.request)
-        return card + _analysis(job) + html.command(command, "On the command line")
-    if not isinstance(job.request, MergeRequest):
-        address = job.progress.address
-        return card + (html.outside(address) if job.state == "done" and address else "")
-    output = Path(job.request.output)
-    link = html.download(output, f"Download {output.name}") if job.state == "done" else ""
-    return card + link + html.command(merge_command(job.request), "On the command line")
-
-
-def _analysis(job: Job) -> str:
-    """What an analysis that is done has found, its plots and its files."""
-    if job.state != "done" or not isinstance(job.request, AnalyzeRequest):
-        return ""
-    from dora_diffusion.analysis.plots import FILES as PLOTS
-    from dora_diffusion.analysis.report import FILES
-
-    folder = Path(job.request.output)
-    files = [path for name in FILES.values() if (path := folder / name).is_file()]
-    plots = "".join(html.image(folder / name, what) for what, name in PLOTS.items())
-    links = "".join(html.download(path, path.name) for path in files)
-    found = html.definitions(analysis_figures(folder))
-    return f"{found}<div class='dd-figures'>{plots}</div>{links}"

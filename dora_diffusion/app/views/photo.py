@@ -15,13 +15,6 @@ from dora_diffusion.app.settings import EMBEDDED
 from dora_diffusion.app.views.fields import BUSY, QUIET, clicked, html_block, image_or_blank
 from dora_diffusion.data.captions import read_caption
 from dora_diffusion.jobs.base_model import traits_of
-from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.photo_edits import (
-    edit_photo,
-    editor_image,
-    read_mask,
-    restore_original,
-)
 from dora_diffusion.jobs.subjects import (
     StoredSubject,
     mask_labels,
@@ -32,6 +25,13 @@ from dora_diffusion.jobs.subjects import (
     save_caption,
     training_crop,
 )
+from dora_diffusion.jobs.uploads import (
+    edit_photo,
+    editor_image,
+    read_mask,
+    restore_original,
+)
+from dora_diffusion.jobs.workspace import RequestError
 
 _LARGEST_SIDE = 8192
 _SCRIPT = (Path(__file__).parents[1] / "editor.js").read_text(encoding="utf-8")

@@ -9,12 +9,10 @@ from typing import Any
 
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.settings import PROMPT_LIMIT, default_guidance
+from dora_diffusion.jobs.base_model import ModelFiles
 from dora_diffusion.jobs.checkpoints import chosen_adapter
-from dora_diffusion.jobs.errors import RequestError
-from dora_diffusion.jobs.loading import ModelFiles
-from dora_diffusion.jobs.records import MergeRequest
 from dora_diffusion.jobs.studio import GenerationRequest
-from dora_diffusion.jobs.workspace import clean_text
+from dora_diffusion.jobs.workspace import RequestError, clean_text
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
 
@@ -32,6 +30,11 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
     from dora_diffusion.generate import SamplingSettings
 
     model = _model(context, str(choice or BASE))
+    if model.files.here(model.base) is None:
+        raise RequestError(
+            f"{model.base} is not on this machine, and no image waits for a download: get it by "
+            f"'hf download {model.base}', or by training on it"
+        )
     prompt = clean_text(form["prompt"], PROMPT_LIMIT, "prompt").replace("{subject}", model.trigger)
 
     def size(name: str) -> int | None:
@@ -99,20 +102,17 @@ def _model(context: Context, choice: str) -> _Model:
         )
     if kind == MERGED:
         job = context.job(name)
-        if not isinstance(job.request, MergeRequest) or job.state != "done":
+        if job.kind != "export" or job.state != "done":
             raise RequestError("this merged model no longer exists; choose another one")
-        files = ModelFiles(config=_configuration(job.request))
-        guidance = default_guidance(job.request.base)
-        return _Model(job.request.output, None, job.trigger, files, guidance)
+        # A file's configuration is its base's, or what its base was loaded with.
+        own = ModelFiles.of(context.job(job.record.run).settings).config
+        config = own or (None if job.base.endswith(".safetensors") else job.base)
+        guidance = default_guidance(job.base)
+        return _Model(job.record.output, None, job.trigger, ModelFiles(config=config), guidance)
     job = context.job(kind)
     base, adapter = context.allowed_model(job.base), chosen_adapter(job, name)
     guidance = float(job.settings.get("validation_guidance_scale") or default_guidance(job.base))
     return _Model(base, adapter, job.trigger, ModelFiles.of(job.settings), guidance)
-
-
-def _configuration(merge: MergeRequest) -> str | None:
-    """Where a merged file's configuration is: its base's, or what its base was loaded with."""
-    return merge.config or (None if merge.base.endswith(".safetensors") else merge.base)
 
 
 def field_value(name: str, parameters: dict[str, str]) -> Any:

@@ -11,8 +11,7 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.plot import loss_plot
-from dora_diffusion.app.settings import command_line
+from dora_diffusion.app.html import loss_plot
 from dora_diffusion.app.views import chooser
 from dora_diffusion.app.views.fields import (
     QUIET,
@@ -24,12 +23,11 @@ from dora_diffusion.app.views.fields import (
     id_dropdown,
     image_or_blank,
 )
-from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.jobs.logs import log_tail, read_metrics
 from dora_diffusion.jobs.queue import delete_job, kill_job, requeue_job, stop_job
 from dora_diffusion.jobs.snapshot import Job
-from dora_diffusion.jobs.train import NAME_LIMIT, can_continue, continue_run, rename_run
+from dora_diffusion.jobs.tasks import NAME_LIMIT, can_continue, continue_run, rename_run
 from dora_diffusion.jobs.workspace import REMAINS
 
 _NOTHING = html.empty(
@@ -113,7 +111,7 @@ def connect(context: Context, view: RunView) -> None:
         if not job_id:
             return [html.empty("No run yet", "Its command line appears here."), gr.skip(), ""]
         job = context.job(job_id)
-        return [html.command(command_line(TrainConfig.from_dict(job.settings))), "", job.title]
+        return [html.command(job.record.command, "What runs"), "", job.title]
 
     outputs = [view.message, *(getattr(view, name) for name in _CONTROLS)]
     # Of stopping and resuming the card tells, as long as it is true.

@@ -21,7 +21,6 @@ from dora_diffusion.app.views.fields import (
     id_dropdown,
 )
 from dora_diffusion.data.checks import WANTED
-from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.subjects import (
     add_photos,
     delete_subject,
@@ -32,7 +31,7 @@ from dora_diffusion.jobs.subjects import (
     take_sample,
 )
 from dora_diffusion.jobs.uploads import MAX_BYTES, MAX_PHOTOS
-from dora_diffusion.jobs.workspace import REMAINS, clean_text
+from dora_diffusion.jobs.workspace import REMAINS, RequestError, clean_text
 from dora_diffusion.wording import counted
 
 _EMPTY = html.empty("No photos yet", f"Add {WANTED}. Or take a sample.")

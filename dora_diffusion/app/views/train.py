@@ -9,26 +9,24 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.draft import (
+from dora_diffusion.app.settings import (
+    ADVANCED,
+    EMBEDDED,
     FORM,
+    GROUPS,
+    PRESET_NAMES,
     RESTORED_SCRIPT,
     SAVE_SCRIPT,
     SETTLE_SCRIPT,
     advanced_values,
-    form_values,
-    subject_of_draft,
-)
-from dora_diffusion.app.settings import (
-    ADVANCED,
-    EMBEDDED,
-    GROUPS,
-    PRESET_NAMES,
     command_line,
+    form_values,
     idle_settings,
     make_config,
     preset_values,
     sentence,
     setting_text,
+    subject_of_draft,
 )
 from dora_diffusion.app.views import run
 from dora_diffusion.app.views.fields import QUIET, html_block, setting_field
@@ -37,10 +35,10 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.photos import mask_path
 from dora_diffusion.jobs.base_model import check_model
-from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.estimates import announced_class_images, estimate
 from dora_diffusion.jobs.subjects import StoredSubject, keep_words, read_subject
-from dora_diffusion.jobs.train import NAME_LIMIT, start_training
+from dora_diffusion.jobs.tasks import NAME_LIMIT, start_training
+from dora_diffusion.jobs.workspace import RequestError
 from dora_diffusion.training.subject import outside_toy_world, subject_of
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."

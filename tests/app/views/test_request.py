@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dora_diffusion.jobs.errors import RequestError
+from dora_diffusion.jobs.workspace import RequestError
 
 
 @pytest.mark.parametrize(
@@ -30,8 +31,18 @@ def test_an_empty_guidance_is_the_model_s(text: object, scale: float) -> None:
     assert _asked(guidance_scale=text).settings.guidance_scale == scale
 
 
-def test_a_released_model_has_the_usual_guidance() -> None:
-    assert _asked("sd-photos", guidance_scale="").settings.guidance_scale == 7.5
+def test_a_released_model_has_the_usual_guidance(tmp_path: Path) -> None:
+    assert _asked(str(tmp_path), guidance_scale="").settings.guidance_scale == 7.5
+
+
+def test_no_image_waits_for_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(name: str, **options: Any) -> str:
+        assert options["local_files_only"]
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(RequestError, match=r"org/model is not on this machine.*hf download org/m"):
+        _asked("org/model")
 
 
 @pytest.mark.parametrize("text", ["much", "-1", "31", "nan", "inf"])

@@ -27,7 +27,7 @@ def test_a_run_that_never_began_does_not_displace_a_finished_one(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = (f"20260101-00000{second}-abcdef" for second in range(9))
-    monkeypatch.setattr("dora_diffusion.jobs.queue.new_id", lambda: next(ids))
+    monkeypatch.setattr("dora_diffusion.jobs.workspace.new_id", lambda: next(ids))
     finished = ended_run(context.workspace, (2,), 2)
     waiting = make(context.workspace, "next")
     assert shown(context)["run"]["value"] == waiting.name

@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio as gr
 
+from dora_diffusion.app import page as report
 from dora_diffusion.app.launch import Launch
-from dora_diffusion.app.views import report
 from dora_diffusion.jobs.workspace import Workspace
 
 

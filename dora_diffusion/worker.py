@@ -1,6 +1,6 @@
-"""The process that does one job: ``python -m dora_diffusion.jobs.worker runs/<id>``.
+"""The process that does one job: ``python -m dora_diffusion.worker runs/<id>``.
 
-It calls the same functions as the command line, and leaves with the same exit codes.
+It runs the job's command as a terminal does, with the job's file in place of progress bars.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from pathlib import Path
 from types import FrameType
 
 from dora_diffusion import system
-from dora_diffusion.console.errors import reporting_errors
+from dora_diffusion.cli import main as main_of_command
+from dora_diffusion.console.progress import telling
 from dora_diffusion.devices import peak_memory
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.errors import DamagedFile
-from dora_diffusion.jobs.processes import Lock
-from dora_diffusion.jobs.queue import note_worker
-from dora_diffusion.jobs.workspace import Workspace
+from dora_diffusion.jobs.processes import Lock, note_worker
+from dora_diffusion.jobs.workspace import DamagedFile, Workspace
 
 
 class _Stopped(BaseException):
@@ -63,53 +62,28 @@ def _watch_for_stop(file: Path) -> None:
 
 
 def _run(folder: Path) -> int:
+    """Run the job's command when the device is free. Returns its exit code."""
     try:
         record = records.read_record(folder)
-    except DamagedFile as error:
+        print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {record.title} ---", flush=True)
+        progress = records.ProgressFile(folder)
+        progress(phase="waiting for the device")
+        device = Lock(Workspace(folder.parent).device_lock)
+        device.take(wait=True)
+        progress(phase="starting")
+        with telling(progress):
+            return main_of_command(record.arguments)
+    except (DamagedFile, OSError) as error:
         print(f"error: {error}")
         return 1
-    print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {record.title} ---", flush=True)
-    try:
-        note = records.ProgressFile(folder)
-        note(phase="waiting for the device")
-        with reporting_errors(record.request.kind, debug=False) as outcome:
-            device = Lock(Workspace(folder.parent).device_lock)
-            device.take(wait=True)
-            outcome.code = _work(folder, record, note)
-        return outcome.code
     except _Stopped:
         print("stopped before there was anything to save")
         return records.STOPPED_CODE
+    except SystemExit as error:  # a mistake in the arguments
+        return error.code if isinstance(error.code, int) else 1
     except Exception:
         traceback.print_exc()
         return 1
-
-
-def _work(folder: Path, record: records.JobRecord, note: records.ProgressFile) -> int:
-    """Do what was asked for, with imports that wait for the device too. Returns the exit code."""
-    workspace = Workspace(folder.parent)
-    match record.request:
-        case records.TrainRequest():
-            from dora_diffusion.jobs.train import run_training
-
-            return run_training(folder, record.resume, note)
-        case records.MergeRequest() as request:
-            from dora_diffusion.jobs.merge import run_merge
-
-            run_merge(request, note)
-        case records.CompareRequest() as request:
-            from dora_diffusion.jobs.compare import run_comparison
-
-            run_comparison(workspace, request, note)
-        case records.PushRequest() as request:
-            from dora_diffusion.jobs.push import run_push
-
-            run_push(workspace, request, note)
-        case records.AnalyzeRequest() as request:
-            from dora_diffusion.jobs.analyze import run_analysis
-
-            run_analysis(workspace, request, note)
-    return 0
 
 
 def _peaks() -> tuple[float, float | None]:
@@ -123,6 +97,6 @@ def _peaks() -> tuple[float, float | None]:
 
 if __name__ == "__main__":
     # By its name: warnings that are put down to a module called __main__ are not this package's.
-    from dora_diffusion.jobs import worker
+    from dora_diffusion import worker
 
     sys.exit(worker.main())

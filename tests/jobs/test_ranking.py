@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from dora_diffusion.jobs.comparison import (
+from dora_diffusion.jobs.checkpoints import (
     COMPARISON,
-    CheckpointComparison,
-    ComparedCheckpoint,
-    comparison_folder,
-    read_comparison,
+    RankedCheckpoint,
+    Ranking,
+    read_ranking,
 )
 from dora_diffusion.jobs.workspace import Workspace, write_json
 from tests.jobs.helpers import (
@@ -25,9 +24,9 @@ from tests.jobs.helpers import (
 IMAGES = (Path("gone.png"), Path("gone-others.png"))
 
 
-def row(step: int, each: tuple[float, ...], drift: float | None) -> ComparedCheckpoint:
+def row(step: int, each: tuple[float, ...], drift: float | None) -> RankedCheckpoint:
     name = f"checkpoint-{step}" if step else "base"
-    return ComparedCheckpoint(
+    return RankedCheckpoint(
         name, sum(each) / len(each) if each else None, drift, IMAGES, each, step
     )
 
@@ -39,17 +38,15 @@ def test_the_suggestion_weighs_likeness_against_drift() -> None:
         row(100, (0.8, 0.79, 0.81), 0.1),
         row(150, (0.9, 0.9, 0.91), 0.3),
     )
-    found = CheckpointComparison(rows, (), ())
+    found = Ranking(rows, (), ())
     assert (found.suggested, found.verdict) == ("checkpoint-100", "")
-    assert CheckpointComparison((row(0, (), 0.0), row(50, (), 0.1)), (), ()).suggested == ""
+    assert Ranking((row(0, (), 0.0), row(50, (), 0.1)), (), ()).suggested == ""
 
 
 def test_where_nothing_was_learned_nothing_is_suggested_and_it_is_said() -> None:
     base = (0.18, 0.20, 0.16, 0.22, 0.14)
     little = (0.19, 0.18, 0.20, 0.20, 0.18)  # means 0.19 and 0.18
-    found = CheckpointComparison(
-        (row(0, base, 0.0), row(50, little, 0.0), row(100, base, 0.1)), (), ()
-    )
+    found = Ranking((row(0, base, 0.0), row(50, little, 0.0), row(100, base, 0.1)), (), ())
     assert found.suggested == ""
     # By hand: differences 0.01, -0.02, 0.04, -0.02, 0.04; t(4, 97.5%) = 2.776.
     differences = torch.tensor([0.01, -0.02, 0.04, -0.02, 0.04], dtype=torch.float64)
@@ -74,15 +71,15 @@ def test_rows_of_lost_checkpoints_are_not_shown_and_new_ones_are_named(
     workspace: Workspace,
 ) -> None:
     job = ended_run(workspace, (50, 100), 120)
-    assert read_comparison(workspace, job) is None
-    folder = comparison_folder(workspace, job.id)
+    assert read_ranking(workspace, job) is None
+    folder = workspace.ranking(job.id)
     folder.mkdir(parents=True)
     rows = [
         {"name": name, "similarity": 0.5, "drift": 0.1, "pictures": [f"{name}.png"]}
         for name in ("base", "checkpoint-25", "checkpoint-50")
     ]
     write_json(folder / COMPARISON, {"rows": rows, "notes": ["n"]})
-    found = read_comparison(workspace, job)
+    found = read_ranking(workspace, job)
     assert found is not None
     assert [(row.name, row.step) for row in found.rows] == [("base", 0), ("checkpoint-50", 50)]
     assert found.missing == ("checkpoint-100",)

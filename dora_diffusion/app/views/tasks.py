@@ -1,0 +1,83 @@
+"""Cards of jobs that make something of runs: how they go, what runs, and what came of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dora_diffusion.app import html
+from dora_diffusion.jobs.logs import printed
+from dora_diffusion.jobs.snapshot import Job
+from dora_diffusion.jobs.workspace import read_json
+
+_KINDS = ("convert", "export", "analyze", "push")
+_MOST = 6
+
+
+def task_list(jobs: Sequence[Job]) -> str:
+    """The newest conversions, merges, analyses and publications."""
+    return "".join(map(task_card, [job for job in jobs if job.kind in _KINDS][:_MOST]))
+
+
+def task_card(job: Job) -> str:
+    """A job with its command, and what it made once it is done."""
+    card = html.status_card(job, stop=True)
+    if job.state == "done":
+        card += _result(job, Path(job.record.output))
+    return card + html.command(job.record.command, "On the command line")
+
+
+def _result(job: Job, output: Path) -> str:
+    if job.kind == "analyze":
+        return _analysis(output)
+    if job.kind == "push":
+        return html.outside(job.progress.address) if job.progress.address else ""
+    if job.kind == "compare":
+        return html.download(output / "report.html", "The report as one file")
+    link = html.download(output, f"Download {output.name}")
+    if job.kind == "export":
+        return link
+    lines = [line.replace(str(output), output.name) for line in printed(job.folder)]
+    kinds = ["warn" if line.startswith("wrong: ") else "info" for line in lines]
+    return link + "".join(map(html.note, lines, kinds))
+
+
+def _analysis(folder: Path) -> str:
+    """What an analysis has found, its plots and its files."""
+    from dora_diffusion.analysis.plots import FILES as PLOTS
+    from dora_diffusion.analysis.report import FILES
+
+    files = [path for name in FILES.values() if (path := folder / name).is_file()]
+    plots = "".join(html.image(folder / name, what) for what, name in PLOTS.items())
+    links = "".join(html.download(path, path.name) for path in files)
+    return f"{html.definitions(figures(folder))}<div class='dd-figures'>{plots}</div>{links}"
+
+
+def figures(folder: Path) -> dict[str, str]:
+    """What an analysis of one run found, in words; nothing where its file is gone."""
+    from dora_diffusion.analysis.report import FILES
+
+    file = folder / FILES["analysis"]
+    return dict(_figures(file, file.stat().st_mtime_ns)) if file.is_file() else {}
+
+
+@functools.lru_cache(maxsize=64)
+def _figures(file: Path, modified: int) -> Mapping[str, str]:
+    """Read once for each time it was written: the page asks every second."""
+    from dora_diffusion.analysis.report import shown
+    from dora_diffusion.evaluation.statistics import Interval
+
+    try:
+        (run,) = read_json(file)["runs"]
+        last, interval = run["checkpoints"][-1], run["correlation"]
+        most = max(last["groups"], key=lambda group: group["share"])
+        change = f"{last['relative_change']:.2%} of them, at the last checkpoint"
+        return {
+            "direction changes with magnitude": f"r = {shown(interval and Interval(**interval))}",
+            "change of the weights": change,
+            "effective rank of the change": f"{last['effective_rank']:.1f}, median over layers",
+            "most of it in": f"{most['place']}, {most['kind']}: {most['share']:.0%}",
+        }
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return {"figures": f"{file.name} is damaged; analyze again"}
