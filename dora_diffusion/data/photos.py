@@ -216,8 +216,8 @@ def _require_masks(photos: Sequence[Photo]) -> None:
     if photos and len(bare) == len(photos):
         first = photos[0].path
         raise PhotoError(
-            f"masks are to be used, but none of the {counted(len(photos), 'image')} has a mask: the "
-            f"mask of {first.name} is {mask_path(first).name} beside it, of the same size and "
+            f"masks are to be used, but none of the {counted(len(photos), 'image')} has a mask: "
+            f"the mask of {first.name} is {mask_path(first).name} beside it, of the same size and "
             "bright where to learn; or give images with an alpha channel"
         )
     if bare:
