@@ -28,7 +28,7 @@ from dora_diffusion.adapters.inject import inject_adapters
 from dora_diffusion.adapters.scope import Loop, norm_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.training.flat import FlatParameters
+from dora_diffusion.training.optimizer import FlatParameters
 
 PEERS = (FROZEN, LORA, PEFT_DORA, OURS)
 PHASES = ("norms", "forward", "backward", "clip", "optimizer")

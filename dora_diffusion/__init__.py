@@ -82,7 +82,7 @@ _HOMES = {
     "AdapterFormatError": "formats.adapter.keys",
     "BrokenImageError": "generate",
     "CheckpointLayoutError": "formats.checkpoint.entries",
-    "ConfigError": "config.checks",
+    "ConfigError": "config.fields",
     "DiskFullError": "formats.files.atomic",
     "ExportError": "export",
     "Loop": "adapters.scope",

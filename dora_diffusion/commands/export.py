@@ -12,7 +12,7 @@ from dora_diffusion.commands.options import (
     merge_options,
     warn_without_effect,
 )
-from dora_diffusion.config.precision import AUTO
+from dora_diffusion.config.fields import AUTO
 from dora_diffusion.console.progress import byte_progress
 
 

@@ -15,7 +15,7 @@ from dora_diffusion.commands.options import (
     require_at_least_one,
 )
 from dora_diffusion.config import ConfigError
-from dora_diffusion.config.checks import require
+from dora_diffusion.config.fields import require
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.console.progress import step_progress
 from dora_diffusion.formats.files.atomic import require_writable

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.config import ConfigError
-from dora_diffusion.config.checks import require
-from dora_diffusion.config.precision import AUTO, DTYPES, dtype_name
+from dora_diffusion.config.fields import AUTO, DTYPES, dtype_name, require
 
 if TYPE_CHECKING:
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata

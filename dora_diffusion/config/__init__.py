@@ -4,20 +4,17 @@
 
     subject    what is trained on     train     TrainConfig, all of the three, and its checks
     learning   how it is learned      adapter   AdapterConfig
-    run        the run around it      checks    ConfigError
-    fields     what a field says      effect    "X has no effect because Y"
-    derived    defaults that follow   resume    what a resumed run may change
-    file       YAML                   flag_map  flags of Diffusers' scripts
+    run        the run around it      derived   what follows from settings
+    fields     what a field says      file      YAML
+    flag_map   flags of Diffusers' scripts
 
 Nothing here imports torch.
 """
 
 from dora_diffusion.config.adapter import AdapterConfig
-from dora_diffusion.config.checks import ConfigError
-from dora_diffusion.config.effect import unusual_rates, without_effect
-from dora_diffusion.config.fields import Setting
+from dora_diffusion.config.derived import differences, unusual_rates, without_effect
+from dora_diffusion.config.fields import ConfigError, Setting
 from dora_diffusion.config.file import read_config_file, read_config_lines
-from dora_diffusion.config.resume import differences
 from dora_diffusion.config.train import TrainConfig, settings
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dora_diffusion.config.checks import require, require_choice, require_positive
+from dora_diffusion.config.fields import require, require_choice, require_positive
 
 PRESETS = ("cross-attention", "attention", "attention+conv", "full")
 TEXT_ENCODER_PRESETS = ("text-encoder-attention", "text-encoder", "token-embedding")

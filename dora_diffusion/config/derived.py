@@ -1,16 +1,22 @@
-"""Defaults that follow from other settings, and the settings of a run as they were used."""
+"""What follows from settings: defaults, what has no effect, and what a resumed run may change."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.checks import ConfigError
+from dora_diffusion.config.fields import ConfigError, Setting, shown
 from dora_diffusion.config.train import TrainConfig, settings
 
+Changes = dict[str, tuple[Any, Any]]
+
+# Learning rates that are usual, generously: least and most. Adafactor's is not relative to the
+# weights here, and its updates are clipped: Adam's rates. Prodigy multiplies its own by it.
+_ADAPTER, _VERA, _FULL, _PRODIGY = (1e-6, 5e-3), (1e-5, 1e-1), (1e-8, 1e-4), (0.1, 10.0)
 # A class word ends where the prompt continues with where the subject is or how it is drawn.
 _NEXT_PHRASE = re.compile(
     r"[,.;:()]|\b(?:on|in|at|with|by|under|over|near|against|wearing|from|and|of|beside)\b.*", re.I
@@ -136,3 +142,93 @@ def as_yaml(config: TrainConfig) -> str:
     return re.sub(
         r"^(\w+): null$", lambda match: f"{match[0]}  # {defaults[match[1]]}", text, flags=re.M
     )
+
+
+def without_effect(config: TrainConfig, given: Collection[str] | None = None) -> dict[str, str]:
+    """Settings that were given, and why they have no effect.
+
+    Args:
+        config: The settings of a run.
+        given: Names that were given; None means those that differ from their default.
+
+    Example:
+        >>> without_effect(TrainConfig(keep_tags=3))
+        {'keep_tags': 'keep_tags has no effect because shuffle_tags is off'}
+    """
+    reasons = {}
+    for setting in settings():
+        moved = getattr(config, setting.name) != setting.default
+        if not (moved if given is None else setting.name in given):
+            continue
+        reason = setting.idle_reason(config)
+        if reason:
+            reasons[setting.name] = f"{setting.name} has no effect because {reason}"
+    return reasons
+
+
+def unusual_rates(config: TrainConfig) -> list[str]:
+    """Learning rates far outside of what the optimizer usually takes, each with what is usual.
+
+    Example:
+        >>> unusual_rates(TrainConfig(learning_rate=0.1))[0]
+        'learning_rate is 0.1; for adapters adamw usually takes 1e-06 to 0.005'
+    """
+    name, what = config.optimizer_name, "full fine-tuning" if config.is_full else "adapters"
+    least, most = _FULL if config.is_full else _ADAPTER
+    if config.direction == "vera" and not config.is_full:
+        (least, most), what = _VERA, "VeRA"
+    if name == "prodigy":
+        least, most = _PRODIGY
+    rates = {"learning_rate": (config.unet_lr, most)}
+    if config.train_text_encoder and name != "prodigy":
+        rates["text_encoder_lr"] = (config.text_encoder_lr, most)
+    if not config.is_full:
+        # Each stands for a part of the adapter that takes larger steps.
+        rates["magnitude_lr"] = (config.magnitude_lr or 0, 10 * most)
+        rates["learning_rate times loraplus_ratio"] = (
+            config.unet_lr * config.loraplus_ratio * (config.loraplus_ratio != 1), 10 * most,
+        )  # fmt: skip
+    return [
+        f"{setting} is {rate:g}; for {what} {name} usually takes {least:g} to {limit:g}"
+        for setting, (rate, limit) in rates.items()
+        if rate and not least <= rate <= limit
+    ]
+
+
+def differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, Changes]:
+    """How a run's settings differ from those of the checkpoint that it resumes.
+
+    A setting that has no effect is not compared, nor one that the checkpoint does not know.
+
+    Args:
+        before: The settings that the checkpoint holds.
+        now: The settings of this run.
+
+    Returns:
+        Name -> (before, now): of settings that must be the same, and of those that may change.
+    """
+    refused: Changes = {}
+    allowed: Changes = {}
+    for setting in settings():
+        old, new = before.get(setting.name, setting.default), getattr(now, setting.name)
+        if setting.resume == "apart" or setting.idle_reason(now) or _same(setting, old, new):
+            continue
+        if setting.resume == "free":
+            allowed[setting.name] = (old, new)
+        # Otherwise the checkpoint says what was given, not what followed from it.
+        elif old is not None or setting.name not in (*DERIVED, "resolution"):
+            refused[setting.name] = (old, new)
+    return refused, allowed
+
+
+def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """``"rank (8 -> 16), seed (0 -> 1)"``."""
+    return ", ".join(f"{name} ({shown(a)} -> {shown(b)})" for name, (a, b) in changes.items())
+
+
+def _same(setting: Setting, old: Any, new: Any) -> bool:
+    if old == new or not (setting.is_path and old and new):
+        return bool(old == new)
+    # By what the file system says: names may differ in case, or be of a link.
+    places = [os.path.expanduser(str(value)) for value in (old, new)]
+    return all(map(os.path.exists, places)) and os.path.samefile(*places)

@@ -1,6 +1,7 @@
 """What is known of a setting besides its value: metadata of its dataclass field.
 
-Flag, YAML key, help, range check, group, effect and resuming are all derived from it.
+Flag, YAML key, help, range check, group, effect and resuming are all derived from it. Names of
+precisions are here too: torch's, Accelerate's, and those that people type.
 """
 
 from __future__ import annotations
@@ -8,13 +9,34 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from dora_diffusion.config.checks import require, require_choice
-from dora_diffusion.config.precision import precision_name
+from dora_diffusion.wording import did_you_mean
+
+AUTO = "auto"
+_LONG = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_SHORT = {dtype: short for short, dtype in _LONG.items()}
+
+DTYPES = tuple(_SHORT)
+"""What ``--dtype`` takes: torch's names."""
+
+
+def dtype_name(word: str) -> str:
+    """A precision under torch's name: ``"bf16"`` -> ``"bfloat16"``; other words stay."""
+    return _LONG.get(word, word)
+
+
+def precision_name(word: str) -> str:
+    """A precision under Accelerate's name: ``"float32"`` -> ``"no"``; other words stay."""
+    short = _SHORT.get(word, word)
+    return "no" if short in ("fp32", "none") else short
+
+
+PRECISIONS = (AUTO, *map(precision_name, DTYPES))
+"""What ``--mixed_precision`` takes: Accelerate's names."""
 
 # same: a resumed run must have it; free: it may change, which is said and recorded;
 # apart: no property of the training (folders, names, what happens afterwards).
@@ -22,6 +44,39 @@ Resume = Literal["same", "free", "apart"]
 
 _WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 TYPES: dict[str, type] = {kind.__name__: kind for kind in _WANTED}
+
+
+class ConfigError(ValueError):
+    """A setting has a value that cannot work. The message names the setting and its value.
+
+    Attributes:
+        setting: Name of the setting that it is about, where there is one.
+    """
+
+    def __init__(self, message: str, setting: str = "") -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
+def require(condition: bool, message: str, setting: str = "") -> None:
+    """Raise `ConfigError` unless a condition holds."""
+    if not condition:
+        raise ConfigError(message, setting)
+
+
+def require_positive(name: str, value: float | None) -> None:
+    """A number must be greater than 0; None passes."""
+    require(value is None or value > 0, f"{name} is {value}; it must be greater than 0", name)
+
+
+def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """A word must be one of the choices."""
+    require(
+        value in choices,
+        f"{name} is {value!r}; it must be one of {', '.join(choices)}"
+        + did_you_mean(value, choices),
+        name,
+    )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.checks import ConfigError, require
+from dora_diffusion.config.fields import ConfigError, require
 
 SEGMENTS = "segments"
 """Key under which a resumed run records what changed at which step; no setting."""

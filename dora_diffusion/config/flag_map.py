@@ -1,7 +1,7 @@
-"""Flags of Diffusers' DreamBooth LoRA scripts, and what to use for each here.
+"""Flags of Diffusers' DreamBooth LoRA scripts that are no settings here, and what to use.
 
-One table: the command line answers from it, and the documentation prints it (`as_markdown`). It
-covers ``examples/dreambooth/train_dreambooth_lora.py`` and ``train_dreambooth_lora_sdxl.py``, and
+The command line answers from it; docs/coming-from.md has what differs in those that are. It covers
+``examples/dreambooth/train_dreambooth_lora.py`` and ``train_dreambooth_lora_sdxl.py``, and
 ``examples/advanced_diffusion_training/train_dreambooth_lora_sd15_advanced.py`` and
 ``train_dreambooth_lora_sdxl_advanced.py``.
 """
@@ -14,94 +14,22 @@ from typing import Literal
 from dora_diffusion.config.train import settings
 from dora_diffusion.wording import closest
 
-Status = Literal["same", "renamed", "ignored", "absent"]
-
 
 @dataclass(frozen=True)
 class Answer:
     """What a flag of another script is here.
 
     Attributes:
-        status: same: a setting of this name and meaning. renamed: accepted, and sets another
-            setting. ignored: accepted, and needs nothing here. absent: refused.
-        text: What differs, or what to use instead.
+        status: renamed: accepted, and sets another setting. ignored: accepted, and needs nothing
+            here. absent: refused.
+        text: What to use instead.
         setting: The setting that a renamed flag sets.
     """
 
-    status: Status
+    status: Literal["renamed", "ignored", "absent"]
     text: str
     setting: str = ""
 
-
-# Settings of the same name and meaning, with what differs.
-_SAME = {
-    "pretrained_model_name_or_path": "also a single file or embedded:NAME",
-    "pretrained_vae_model_name_or_path": "",
-    "revision": "",
-    "variant": "",
-    "instance_data_dir": "with .txt captions beside the images",
-    "instance_prompt": "must contain --token",
-    "class_data_dir": "default: OUTPUT_DIR/class_images",
-    "class_prompt": "default: each caption with the token taken out",
-    "with_prior_preservation": "without class images unless --class_data_dir or --class_prompt "
-    "is given",
-    "prior_loss_weight": "",
-    "num_class_images": "",
-    "validation_prompt": "takes several",
-    "num_validation_images": "",
-    "validation_epochs": "default: every 200 steps",
-    "output_dir": "default: dreambooth-output",
-    "seed": "default: 0, so that a run can be repeated",
-    "resolution": "default: the base model's own",
-    "center_crop": "on by default; --no-center_crop draws crops",
-    "random_flip": "drawn for every step",
-    "train_text_encoder": "",
-    "train_batch_size": "default: 1 instead of 4",
-    "sample_batch_size": "",
-    "num_train_epochs": "default: as many as the steps take",
-    "max_train_steps": "default: 800, for SDXL 1000",
-    "checkpointing_steps": "default: 100, for full fine-tuning 500",
-    "checkpoints_total_limit": "",
-    "resume_from_checkpoint": "refuses other images and settings",
-    "gradient_accumulation_steps": "",
-    "gradient_checkpointing": "",
-    "learning_rate": "default: 8e-5, for full fine-tuning 5e-6",
-    "text_encoder_lr": "",
-    "lr_scheduler": "",
-    "lr_warmup_steps": "default: 0 instead of 500; takes effect with constant too",
-    "lr_num_cycles": "",
-    "lr_power": "",
-    "snr_gamma": "default: 5; 0 turns it off",
-    "noise_offset": "",
-    "dataloader_num_workers": "needs --no-cache_latents",
-    "optimizer": "AdamW and prodigy, also adamw8bit and adafactor",
-    "use_8bit_adam": "",
-    "adam_beta1": "",
-    "adam_beta2": "",
-    "adam_weight_decay": "default: 1e-4",
-    "adam_weight_decay_text_encoder": "",
-    "adam_epsilon": "",
-    "prodigy_beta3": "",
-    "prodigy_decouple": "",
-    "prodigy_use_bias_correction": "default: off",
-    "prodigy_safeguard_warmup": "",
-    "max_grad_norm": "",
-    "push_to_hub": "needs --hub_model_id; private",
-    "hub_model_id": "NAME/MODEL",
-    "logging_dir": "",
-    "allow_tf32": "",
-    "report_to": "tensorboard or wandb; default: none, since metrics.jsonl is always written",
-    "mixed_precision": "default: auto",
-    "rank": "default: 8, for Conv2d layers 4",
-    "lora_alpha": "default: rank",
-    "lora_dropout": "",
-    "use_dora": "on by default; --no-use_dora trains plain LoRA",
-    "cache_latents": "on by default",
-}
-
-_RENAMED = {
-    "token_abstraction": Answer("renamed", "--token, one word", "token"),
-}
 
 _IGNORED = {
     "enable_xformers_memory_efficient_attention": "PyTorch's own memory-efficient attention is "
@@ -202,12 +130,11 @@ OTHER_NAMES = {word: name for name, words in _OTHER_NAMES.items() for word in wo
 """Name that is none here -> the setting that is meant."""
 
 DIFFUSERS_FLAGS: dict[str, Answer] = {
-    **{name: Answer("same", text, name) for name, text in _SAME.items()},
-    **_RENAMED,
+    "token_abstraction": Answer("renamed", "--token, one word", "token"),
     **{name: Answer("ignored", text) for name, text in _IGNORED.items()},
     **{name: Answer("absent", text) for name, text in _ABSENT.items()},
 }
-"""Flag without its dashes -> what it is here."""
+"""Flag without its dashes -> what it is here; the others are settings of the same name."""
 
 
 def refusal(name: str) -> str | None:
@@ -222,22 +149,3 @@ def meant_by(name: str) -> str | None:
     """The setting that is meant by a name that is none; None where nothing is close."""
     known = [setting.name for setting in settings()]
     return OTHER_NAMES.get(name.lower().replace("-", "_")) or closest(name, known)
-
-
-def as_markdown() -> str:
-    """The answers for documentation: what is the same, what differs, what is not here."""
-    same = [f"`--{name}`" for name, text in _SAME.items() if not text]
-    rows = {
-        "**Same name, another default or more**": {n: t for n, t in _SAME.items() if t},
-        "**Accepted**": {n: a.text for n, a in _RENAMED.items()} | _IGNORED,
-        "**Not here**": _ABSENT,
-    }
-    parts = [f"**Same name, same meaning, same default**: {', '.join(same)}.\n"]
-    for title, texts in rows.items():
-        lines = [f"| `--{name}` | {text} |" for name, text in texts.items()]
-        parts.append("\n".join([title, "", "| Diffusers | here |", "|---|---|", *lines]) + "\n")
-    return "\n".join(parts)
-
-
-if __name__ == "__main__":
-    print(as_markdown(), end="")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dora_diffusion.config.fields import AnyOf, Need, flag
-from dora_diffusion.config.precision import PRECISIONS
+from dora_diffusion.config.fields import PRECISIONS, AnyOf, Need, flag
 
 OFFLOADS = ("auto", "none", "model")
 

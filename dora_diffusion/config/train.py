@@ -15,8 +15,7 @@ from typing import Any
 
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
-from dora_diffusion.config.checks import require
-from dora_diffusion.config.fields import Setting
+from dora_diffusion.config.fields import Setting, require
 from dora_diffusion.wording import did_you_mean
 
 

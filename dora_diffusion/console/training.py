@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.config.resume import listed
+from dora_diffusion.config.derived import listed
 from dora_diffusion.console.progress import ProgressBar, say
 from dora_diffusion.console.shell import shown_command
 from dora_diffusion.training.events import (

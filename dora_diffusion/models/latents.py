@@ -111,11 +111,13 @@ def predict(
         time_ids: SDXL's size and crop conditioning, ``(B, 6)``; None for other families.
         condition: What it reads besides (`condition_from_moments`), ``(B, n, h, w)``.
     """
-    conditioning = conditioning.to(noisy_latents.device, unet.dtype)
+    # Diffusers' `unet.dtype` looks at every module, at each step: the first weight's is the same.
+    dtype = next(unet.parameters()).dtype
+    conditioning = conditioning.to(noisy_latents.device, dtype)
     if condition is not None:
         noisy_latents = torch.cat([noisy_latents, condition], dim=1)
     prediction: Tensor = unet(
-        noisy_latents.to(unet.dtype),
+        noisy_latents.to(dtype),
         timesteps,
         conditioning.encoder_hidden_states,
         added_cond_kwargs=conditioning.added_cond_kwargs(time_ids),

@@ -6,8 +6,14 @@ import os
 
 import torch
 
-from dora_diffusion.config.checks import ConfigError, require, require_choice
-from dora_diffusion.config.precision import AUTO, DTYPES, precision_name
+from dora_diffusion.config.fields import (
+    AUTO,
+    DTYPES,
+    ConfigError,
+    precision_name,
+    require,
+    require_choice,
+)
 from dora_diffusion.devices import default_device, has_bf16, has_gradient_scaler
 from dora_diffusion.memory import Device, auto_precision
 

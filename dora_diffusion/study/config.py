@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import ConfigError, TrainConfig, settings, without_effect
-from dora_diffusion.config.checks import require
+from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_config_file
 from dora_diffusion.wording import did_you_mean
 

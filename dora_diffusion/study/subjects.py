@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dora_diffusion import system
 from dora_diffusion.config import ConfigError
-from dora_diffusion.config.checks import require
 from dora_diffusion.config.derived import class_word_in
+from dora_diffusion.config.fields import require
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.evaluation.denoising import held_out_losses
@@ -30,8 +30,7 @@ from dora_diffusion.generate import SamplingSettings
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.study.config import Asked
-from dora_diffusion.toy.benchmark_subjects import SUBJECTS, BenchmarkSubject, write_photos
-from dora_diffusion.toy.samples import TRIGGER
+from dora_diffusion.toy.benchmark_subjects import SUBJECTS, TRIGGER, BenchmarkSubject, write_photos
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -183,6 +183,21 @@ BACKGROUNDS: dict[str, Painter] = {
 }
 
 
+PLACES: dict[str, tuple[str, ...]] = {
+    "grass": ("on the grass", "on grass", "in a meadow", "on a green lawn"),
+    "sand": ("on the beach", "on the sand", "on sand", "in the desert"),
+    "snow": ("in the snow", "on the snow", "on snow", "in winter"),
+    "night": ("at night", "under the night sky", "under the stars", "in the dark"),
+    "sea": ("in the sea", "on the water", "in the ocean", "at sea"),
+    "brick": ("in front of a brick wall", "by a brick wall", "against a brick wall"),
+    "wood": ("on a wooden floor", "on the wooden floor", "on wooden planks", "on wood"),
+    "studio": ("in a studio", "on a grey background", "in a grey studio"),
+    "forest": ("in the forest", "in a forest", "in the woods", "among trees"),
+    "sunset": ("at sunset", "in front of a sunset", "in the evening"),
+}
+"""How captions name each."""
+
+
 def paint_background(name: str, x: Grid, y: Grid, pixel: float, seed: int) -> Canvas:
     """Paint a named background: grids (h, w) -> colours (h, w, 3), about 0 to 1.
 

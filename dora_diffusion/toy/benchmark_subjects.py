@@ -1,4 +1,6 @@
-"""The benchmark's subjects: objects that no model here has seen, each a draw with a fixed seed.
+"""The sample and benchmark subjects: objects that no model here has seen.
+
+The benchmark's are each a draw with a fixed seed.
 
 A subject has a shape, three colours that stand apart, and an emblem or a pattern. Reported subjects
 are what a benchmark's figures are about; tuning subjects are what its settings are chosen on, and
@@ -9,16 +11,26 @@ itself.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dora_diffusion.toy.backgrounds import BACKGROUNDS
-from dora_diffusion.toy.samples import PHOTO_BACKGROUNDS, SAMPLE_SUBJECTS, SampleSubject
+from dora_diffusion.toy.backgrounds import BACKGROUNDS, PLACES
 from dora_diffusion.toy.shapes import CLASSES, RGB
-from dora_diffusion.toy.world import COLORS, PATTERNS, DrawnSubject, Emblem, Pattern, render
+from dora_diffusion.toy.world import (
+    COLORS,
+    PATTERNS,
+    DrawnSubject,
+    Emblem,
+    Pattern,
+    Scene,
+    render,
+)
 
+TRIGGER = "sks"
+SAMPLE_BACKGROUNDS = ("grass", "sand", "wood", "studio", "forest")
 PHOTOS = 5
 PHOTO_SIZE = 256
 NO_WORD = "toy"
@@ -26,6 +38,36 @@ NO_WORD = "toy"
 
 _APART = 0.45
 _SEED = 29
+
+
+@dataclass(frozen=True)
+class SampleSubject:
+    """A subject with its folder's name and the class word that prompts use."""
+
+    name: str
+    class_word: str
+    subject: DrawnSubject
+
+    def prompt(self, background: str, variant: int = 0) -> str:
+        """``a photo of a sks mug on the grass``."""
+        place = PLACES[background][variant]
+        return f"a photo of a {TRIGGER} {self.class_word} {place}"
+
+    def scene(self, background: str, seed: int) -> Scene:
+        """A view of the subject in a place; it never mirrors, since a lightning bolt would not."""
+        generator = np.random.default_rng((zlib.crc32(self.name.encode()), seed))
+        return Scene(
+            subject=self.subject,
+            background=background,
+            size=float(generator.uniform(0.64, 0.82)),
+            position=(
+                float(generator.uniform(-0.16, 0.16)),
+                float(generator.uniform(-0.2, 0)),
+            ),
+            rotation=float(generator.uniform(-0.1, 0.1)),
+            light=float(generator.uniform(0.9, 2.2)),
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True)
@@ -145,10 +187,41 @@ TUNING: tuple[BenchmarkSubject, ...] = (
     draw_subject("mushroom", 13, mark="cross", word="mushroom"),
     draw_subject("cube", 14, mark="moon", word="cube", color="orange"),
 )
-
-
+BOLT_MUG = SampleSubject(
+    "bolt_mug",
+    "mug",
+    DrawnSubject(
+        kind="mug",
+        body=(0.05, 0.50, 0.52),
+        accent=(0.95, 0.42, 0.30),
+        emblem=Emblem("bolt", (0.99, 0.88, 0.22)),
+    ),
+)
+HEART_TEAPOT = SampleSubject(
+    "heart_teapot",
+    "teapot",
+    DrawnSubject(
+        kind="teapot",
+        body=(0.33, 0.10, 0.38),
+        accent=(0.90, 0.70, 0.18),
+        emblem=Emblem("heart", (0.99, 0.60, 0.70)),
+    ),
+)
+RING_ROBOT = SampleSubject(
+    "ring_robot",
+    "toy",
+    DrawnSubject(
+        kind="robot",
+        body=(0.55, 0.80, 0.62),
+        accent=(0.72, 0.20, 0.45),
+        emblem=Emblem("ring", (0.20, 0.22, 0.55)),
+    ),
+)
+SAMPLE_SUBJECTS: dict[str, SampleSubject] = {
+    sample.name: sample for sample in (BOLT_MUG, HEART_TEAPOT, RING_ROBOT)
+}
 SAMPLES: tuple[BenchmarkSubject, ...] = tuple(
-    BenchmarkSubject(sample, PHOTO_BACKGROUNDS, sample.class_word in CLASSES)
+    BenchmarkSubject(sample, SAMPLE_BACKGROUNDS, sample.class_word in CLASSES)
     for sample in SAMPLE_SUBJECTS.values()
 )
 SUBJECTS: dict[str, BenchmarkSubject] = {s.name: s for s in (*REPORTED, *TUNING, *SAMPLES)}

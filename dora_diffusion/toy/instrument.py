@@ -1,8 +1,12 @@
-"""The networks that judge images of the toy world: what they show, and which subject it is."""
+"""What images of the toy world are judged by: networks for what they show, its colour for where.
+
+The studio is grey and the shadow too, so that what has a colour is the object.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +27,10 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 """What the classifier tells apart, in the order of its heads."""
 
+STUDIO = "studio"
+_COLORFUL = 0.12
+_LEAST = 0.01
+SIDES, SIZES = ("left", "right"), ("small", "large")
 _WIDTHS = ((24, 1), (32, 2), (48, 1), (64, 2), (64, 1), (96, 2), (96, 1))
 
 
@@ -99,3 +107,47 @@ def load_instrument(folder: Path | None = None) -> Instrument:
     embedder.load_state_dict(load_file(folder / "embedder.safetensors"))
     measured = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
     return Instrument(classifier.eval(), embedder.eval(), measured)
+
+
+@dataclass(frozen=True)
+class Silhouette:
+    """Centre of the object's box from -1 (left) to 1 (right), and the root of its area's share."""
+
+    center: float
+    size: float
+
+
+def silhouette(pixels: Tensor) -> Silhouette | None:
+    """Find the object in a studio image ``(3, h, w)`` in [0, 1]; None if nothing has a colour."""
+    mask = (pixels.amax(0) - pixels.amin(0)) > _COLORFUL
+    share = float(mask.float().mean())
+    if share < _LEAST:
+        return None
+    columns = torch.linspace(-1, 1, mask.shape[1]).expand_as(mask)[mask]
+    # Not the extremes: a stray pixel would move them.
+    edges = torch.quantile(columns, torch.tensor([0.03, 0.97]))
+    return Silhouette(float(edges.mean()), share**0.5)
+
+
+def follows(pose: str, shape: Silhouette | None, middle: float) -> bool:
+    """Whether an object is where, or as large as, a word says.
+
+    Args:
+        pose: A word of `SIDES` or `SIZES`.
+        shape: What was found.
+        middle: The size between small and large.
+    """
+    if shape is None:
+        return False
+    return {
+        "left": shape.center < 0,
+        "right": shape.center > 0,
+        "small": shape.size < middle,
+        "large": shape.size > middle,
+    }[pose]
+
+
+def middle_size(shapes: Mapping[str, Sequence[Silhouette | None]]) -> float | None:
+    """The size half way between true small and true large images; None if none was seen."""
+    measured = [[shape.size for shape in shapes[word] if shape is not None] for word in SIZES]
+    return sum(sum(sizes) / len(sizes) for sizes in measured) / 2 if all(measured) else None

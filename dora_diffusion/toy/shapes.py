@@ -250,6 +250,8 @@ UNSEEN_CLASSES: dict[str, Shape] = {
     "rocket": Shape(_rocket, (0, -0.25, 0.28)),
     "duck": Shape(_duck, (0.3, -0.4, 0.3)),
 }
+FILLERS: tuple[str, ...] = ("toy", "object", "thing")
+"""Words that captions have for a thing of any class."""
 
 
 def random_shape(seed: int) -> Shape:

@@ -1,18 +1,22 @@
-"""The adapters that a run trains."""
+"""The adapters that a run trains, and what all components that train are put into."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.fresh import InjectionReport
 from dora_diffusion.adapters.inject import disabled, inject_adapters, remove_adapters
+from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.state import (
     LiveWeights,
     adapter_state,
@@ -21,6 +25,7 @@ from dora_diffusion.adapters.state import (
 )
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.devices import keeps_random_state, random_state, set_random_state
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
@@ -28,25 +33,24 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.adapter.targets.registry import check_target
-from dora_diffusion.formats.adapter.vera import VeraLayer, digest_of, write_vera
+from dora_diffusion.formats.adapter.vera import digest_of, write_vera
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.models.components import Components
 from dora_diffusion.training.card import KOHYA_FILE
-from dora_diffusion.training.checkpoint import parameters_by_name, tensors_by_name
 from dora_diffusion.training.optimizer import parameter_groups
-from dora_diffusion.training.recompute import checkpoint_gradients
-from dora_diffusion.training.weights import Writer
+
+Writer = Callable[[Path, AdapterMetadata], Path]
 
 
 @dataclass(frozen=True)
 class TrainedAdapters:
-    """Fresh adapters on a model, as `TrainedWeights`.
+    """Fresh adapters on a model.
 
     Attributes:
         components: The model.
         modules: The components that carry them, by name.
         report: Which of their layers.
-        key_format: Of their file, as `key_format_of_run` says.
+        key_format: Of their file: Diffusers', or kohya's for magnitudes on the input axis.
     """
 
     components: Components
@@ -55,20 +59,29 @@ class TrainedAdapters:
     key_format: str = "diffusers"
 
     noun = "adapter"
-    holds_thumbnail = True
-    are_small = True
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by component and path."""
-        return parameters_by_name(self.modules)
+        return {
+            f"{component}.{path}.{name}": parameter
+            for component, model in self.modules.items()
+            for path, layer in adapted_layers(model)
+            for name, parameter in layer.adapters.named_parameters()
+        }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those, and what adapters hold beside."""
-        return tensors_by_name(self.modules)
+        """What a checkpoint holds: those, and where they started and the like."""
+        buffers = {
+            f"{component}.{path}.{name}": buffer
+            for component, model in self.modules.items()
+            for path, layer in adapted_layers(model)
+            for name, buffer in layer.adapters.named_buffers()
+        }
+        return self.parameters() | buffers
 
     def projections(self) -> dict[str, str]:
-        """The digests of a VeRA's, by component."""
-        layers = self.vectors()
+        """What tells the random projections of a VeRA from others: their digests by component."""
+        layers = vera_state(self.modules)
         drawn = {name.partition(".")[0]: layer.projections for name, layer in layers.items()}
         return {component: digest_of(projections) for component, projections in drawn.items()}
 
@@ -81,10 +94,9 @@ class TrainedAdapters:
         return disabled(*self.components.adaptable().values())
 
     def writer(self) -> Writer:
-        """Writes the adapter where every tool reads it exactly.
+        """Writes the values of this moment into a folder; returns the file.
 
-        An output-axis adapter is written in the key format of Diffusers. That cannot hold a
-        magnitude on the input axis, which therefore is written in kohya's.
+        It raises `DiskFullError` if there is no room; nothing is changed then.
         """
         layers = adapter_state(self.modules)
 
@@ -100,39 +112,33 @@ class TrainedAdapters:
 
     def write_checkpoint(self, folder: Path, metadata: AdapterMetadata) -> Path:
         """Write the adapter; of a VeRA the compact file alone."""
-        if vectors := self.vectors():
+        if vectors := vera_state(self.modules):
             return write_vera(folder, vectors, metadata)
         return self.writer()(folder, metadata)
 
     def check(self, written: Path) -> None:
-        """Reading an adapter looks at each of its numbers."""
+        """Read back what was written, which looks at each of its numbers.
+
+        Raises:
+            ValueError: If it holds numbers that are not finite.
+        """
         read_adapter(written)
 
     def result(self, folder: Path) -> Path:
-        """The run's folder itself."""
+        """The folder that the result is written into, from that of the run: the same."""
         return folder
 
     def write_copies(self, folder: Path, metadata: AdapterMetadata) -> None:
         """The compact file of a VeRA; ``dora-diffusion convert`` writes other forms."""
-        if vectors := self.vectors():
+        if vectors := vera_state(self.modules):
             write_vera(folder, vectors, metadata)
 
     def reload(self, written: Path) -> None:
-        """Replace the live adapter by what the file holds."""
+        """Replace the live adapter by what the file holds: what is sampled then shows the file."""
         components = self.components.adaptable()
         for model in self.modules.values():
             remove_adapters(model)
         load_adapter_state(components, read_adapter(written, LiveWeights(components)).layers)
-
-    def vectors(self) -> dict[str, VeraLayer]:
-        """Copies of a VeRA's vectors on the CPU, by canonical name; {} for all others."""
-        return vera_state(self.modules)
-
-
-def key_format_of_run(config: TrainConfig) -> str:
-    """The key format that a run writes: Diffusers', which has no magnitudes on the input axis."""
-    on_input = config.method_name == "dora" and config.norm_axis == "input"
-    return "kohya" if on_input else "diffusers"
 
 
 def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapters:
@@ -143,21 +149,16 @@ def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapte
         ValueError: If a rank is larger than a layer.
         AdapterFormatError: If the file that the run writes could not hold the adapter.
     """
-    modules, layers = {}, []
-    for name, model in components.adaptable().items():
-        if name != "unet" and not config.train_text_encoder:
-            continue
+    modules, layers = components_that_train(components, config), []
+    for name, model in modules.items():
         adapter = config.unet_adapter if name == "unet" else config.text_encoder_adapter
         generator = generator_for("adapter", config.seed, name)
         layers += inject_adapters(model, adapter, generator=generator).layers
-        modules[name] = model.train()
-        if config.gradient_checkpointing:
-            checkpoint_gradients(model, components.device.type)
-        if config.compile and name == "unet":
-            compile_blocks(model)
+        enter_training(model, components, config)
     report = InjectionReport(tuple(layers))
     _warn_of_unused_conv_settings(config, report)
-    trained = TrainedAdapters(components, modules, report, key_format_of_run(config))
+    on_input = config.method_name == "dora" and config.norm_axis == "input"
+    trained = TrainedAdapters(components, modules, report, "kohya" if on_input else "diffusers")
     # Not after hours of training.
     check_target(adapter_state(modules), trained.key_format)
     return trained
@@ -173,3 +174,56 @@ def _warn_of_unused_conv_settings(config: TrainConfig, report: InjectionReport) 
     }
     for name in (name for name in given if given[name]):
         warnings.warn(f"{name} has no effect because targets name no Conv2d layer", stacklevel=4)
+
+
+def components_that_train(components: Components, config: TrainConfig) -> dict[str, nn.Module]:
+    """The UNet, and text encoders where they train, by name."""
+    models = components.adaptable().items()
+    return {name: m for name, m in models if name == "unet" or config.train_text_encoder}
+
+
+def enter_training(model: nn.Module, components: Components, config: TrainConfig) -> None:
+    """Put a component into training mode, with gradient checkpointing and compiling as asked for.
+
+    Blocks that are recomputed in the backward pass repeat their dropout.
+    """
+    model.train()
+    if config.gradient_checkpointing:
+        # The reentrant form needs an input that requires a gradient, and a prompt has none.
+        settings: dict[str, Any] = {"use_reentrant": False}
+        if not keeps_random_state(components.device.type):
+            settings["context_fn"] = partial(_repeating_draws, components.device.type)
+        own: Any = model
+        if hasattr(model, "gradient_checkpointing_enable"):
+            own.gradient_checkpointing_enable(settings)
+        else:
+            own.enable_gradient_checkpointing(partial(checkpoint, **settings))
+    if config.compile and model is components.unet:
+        compile_blocks(model)
+
+
+def _repeating_draws(device_type: str) -> tuple[_Draws, _Draws]:
+    """Contexts of a forward pass and its recomputation, which draws the same."""
+    forward = _Draws(device_type)
+    return forward, _Draws(device_type, forward)
+
+
+class _Draws:
+    """Notes a device's random state when entered; one that repeats another starts from its.
+
+    Attributes:
+        state: The random state that it started from.
+    """
+
+    def __init__(self, device_type: str, repeated: _Draws | None = None) -> None:
+        self.device_type, self.repeated = device_type, repeated
+        self.state: Tensor | None = None
+
+    def __enter__(self) -> None:
+        self.state = random_state(self.device_type)
+        if self.repeated is not None and self.repeated.state is not None:
+            set_random_state(self.device_type, self.repeated.state)
+
+    def __exit__(self, *error: object) -> None:
+        if self.repeated is not None and self.state is not None:
+            set_random_state(self.device_type, self.state)

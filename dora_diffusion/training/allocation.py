@@ -142,12 +142,8 @@ class RankAllocation:
         self._kept = None if kept is None else [mask.to(device) for mask in kept]
 
 
-def build_allocation(
-    trained: Mapping[str, nn.Module], config: TrainConfig
-) -> RankAllocation | None:
-    """The rank allocation that a run asks for, if it does."""
-    if config.is_full or config.direction != "adalora":
-        return None
+def build_allocation(trained: Mapping[str, nn.Module], config: TrainConfig) -> RankAllocation:
+    """The rank allocation that a run asks for."""
     adapters = [adapter for model in trained.values() for adapter in layer_adapters(model)]
     start = sum(adapter.down.shape[0] for adapter in adapters)
     target_rank = config.target_rank or max(1, round(2 * config.rank / 3))

@@ -1,62 +1,49 @@
-"""Checkpoints: everything that a run needs to resume exactly, beside an adapter to use at once."""
+"""Checkpoints: all that a run needs to resume exactly, beside weights to use at once.
+
+A checkpoint is a folder ``checkpoint-STEP``. It is written whole or not at all, and read back
+before any of its predecessors goes.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import re
-from collections.abc import Mapping
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from dora_diffusion.adapters.layers import adapted_layers
-from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.training.continuity import Contents, check_same_run
-from dora_diffusion.training.flat import join_states
+from dora_diffusion import system
+from dora_diffusion.config import ConfigError
+from dora_diffusion.formats.files.atomic import DiskFullError, atomic_file
+from dora_diffusion.merge import is_finite
+from dora_diffusion.training.optimizer import restore_optimizer
+
+if TYPE_CHECKING:
+    from dora_diffusion.training.session import Session
 
 STATE_FILE = "training_state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
+# What else a run writes meanwhile: samples, metrics.
+_MARGIN = 2**20
+
+WriteWeights = Callable[[Path], object]
 
 
-def parameters_by_name(trained: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Every trained parameter by component and path."""
-    return {
-        f"{component}.{path}.{name}": parameter
-        for component, model in trained.items()
-        for path, layer in adapted_layers(model)
-        for name, parameter in layer.adapters.named_parameters()
-    }
-
-
-def tensors_by_name(trained: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """`parameters_by_name`, and what adapters hold beside: where they started, and the like."""
-    held: dict[str, torch.Tensor] = dict(parameters_by_name(trained))
-    for component, model in trained.items():
-        for path, layer in adapted_layers(model):
-            for name, buffer in layer.adapters.named_buffers():
-                held[f"{component}.{path}.{name}"] = buffer
-    return held
-
-
-def checkpoints_in(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return checkpoints_after(output_dir, -1)
-
-
-def checkpoints_after(output_dir: Path, step: int) -> list[Path]:
-    """The complete checkpoints after a step, oldest first."""
-    return [path for path in folders_after(output_dir, step) if (path / STATE_FILE).is_file()]
+def checkpoints_in(output_dir: Path, after: int = -1) -> list[Path]:
+    """The complete checkpoints of a run, those after a step, oldest first."""
+    return [path for path in folders_after(output_dir, after) if (path / STATE_FILE).is_file()]
 
 
 def folders_after(output_dir: Path, step: int) -> list[Path]:
     """Checkpoint folders after a step, oldest first, with those that hold an adapter alone."""
-    folders = [
-        (int(match[1]), path)
-        for path in output_dir.glob("checkpoint-*")
-        if (match := _NAME.fullmatch(path.name))
-    ]
-    return [path for number, path in sorted(folders) if number > step]
+    folders = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in folders if step_of(path) > step), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -91,71 +78,262 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
     raise ConfigError(f"{name} is not a checkpoint of a training run (it has no {STATE_FILE})")
 
 
-def load_state(path: Path, config: TrainConfig, contents: Contents | None = None) -> dict[str, Any]:
-    """Read a checkpoint's state, and check that it belongs to this run.
+def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
+    """Everything that a run resumes from, on the CPU.
 
     Args:
-        path: The checkpoint's folder.
-        config: The settings of this run.
-        contents: Its images, captions and masks; None compares settings only.
+        session: The run.
+        segments: The settings that were used, by the step from which on they were.
+        step: Optimizer steps done.
+    """
+    scaler, allocation = session.accelerator.scaler, session.train_step.allocation
+    tensors = session.weights.tensors()
+    return {
+        "step": step,
+        "config": session.config.to_dict(),
+        "contents": session.dataset.contents(),
+        "segments": segments,
+        "parameters": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
+        "optimizer": session.train_step.optimizer.state_dict(),
+        "lr_schedule": session.train_step.lr_schedule.state_dict(),
+        **session.place(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "projections": session.weights.projections(),
+        "allocation": None if allocation is None else allocation.state_dict(),
+    }
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `state_of` returned when a checkpoint was saved.
 
     Raises:
-        ConfigError: If it cannot be read, or what must not change has changed.
+        ConfigError: If it cannot be read.
     """
     try:
         # weights_only: the file holds tensors and plain values, and cannot run code.
         state: dict[str, Any] = torch.load(path / STATE_FILE, weights_only=True, map_location="cpu")
     except Exception as error:
         raise ConfigError(f"cannot read the checkpoint {path}: {error}") from error
-    check_same_run(path.name, state, config, contents)
     return state
 
 
-def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]) -> None:
-    """Put saved moments and the schedule's place back; rates and decays stay those of this run.
-
-    Args:
-        optimizer: This run's, fresh.
-        lr_schedule: This run's, fresh: a `LambdaLR`, or Accelerate's wrapper of one.
-        state: What a checkpoint holds.
+def restore(session: Session, state: Mapping[str, Any]) -> None:
+    """Put a state into a session; learning rates and decays stay this run's.
 
     Raises:
-        ConfigError: If it is of other parameters.
+        ConfigError: If it is of other layers.
     """
-    settings = ("initial_lr", "weight_decay", "betas", "eps")
-    fresh = [{k: group[k] for k in settings if k in group} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(_of_these(state["optimizer"], optimizer.param_groups))
-    except ValueError as error:
-        raise ConfigError(f"the checkpoint's optimizer does not fit this run's: {error}") from error
-    lr_schedule.load_state_dict(state["lr_schedule"])
-    plain = getattr(lr_schedule, "scheduler", lr_schedule)
-    plain.base_lrs = [group["initial_lr"] for group in fresh]
-    for group, values, factor in zip(optimizer.param_groups, fresh, plain.lr_lambdas, strict=True):
-        group.update(values)
-        group["lr"] = values["initial_lr"] * factor(plain.last_epoch)
-
-
-def _of_these(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """A saved optimizer's state; earlier versions kept each parameter's moments apart."""
-    saved = sum(len(group["params"]) for group in state["param_groups"])
-    if len(state["param_groups"]) == len(groups) < saved and all(
-        len(group["params"]) == 1 for group in groups
-    ):
-        return join_states(state, groups)
-    return state
-
-
-def restore_tensors(tensors: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
-    """Put saved values into tensors, all of them.
-
-    Raises:
-        ConfigError: If names or shapes differ.
-    """
-    if {k: tuple(v.shape) for k, v in saved.items()} != {
-        k: tuple(v.shape) for k, v in tensors.items()
-    }:
+    if state.get("projections", {}) != session.weights.projections():
+        raise ConfigError(
+            "the checkpoint's random projections are not those that this version draws; "
+            "resume it with the version that wrote it"
+        )
+    tensors, saved = session.weights.tensors(), state["parameters"]
+    shapes, own = ({k: tuple(v.shape) for k, v in of.items()} for of in (saved, tensors))
+    if shapes != own:
         raise ConfigError("the checkpoint was trained in other layers or shapes than this run's")
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])
+    step = session.train_step
+    if step.allocation is not None:
+        step.allocation.load_state_dict(state["allocation"])
+    restore_optimizer(step.optimizer, step.lr_schedule, state)
+    session.sampler.load_state_dict(state["sampler"])
+    step.batches = batches_seen(state)
+    if state["scaler"] is not None and session.accelerator.scaler is not None:
+        session.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def batches_seen(state: Mapping[str, Any]) -> int:
+    """How many batches a checkpoint's run has trained on, by which its draws are numbered.
+
+    Earlier versions kept no count: they numbered a step's batches from its own accumulation.
+    """
+    if "batches" in state:
+        return int(state["batches"])
+    segments = state.get("segments") or [{"from_step": 1, "settings": state["config"]}]
+    last_steps = [after["from_step"] - 1 for after in segments[1:]] + [state["step"]]
+    return max(
+        step * int(part["settings"].get("gradient_accumulation_steps", 1))
+        for part, step in zip(segments, last_steps, strict=True)
+    )
+
+
+class CheckpointSaver:
+    """Checkpoints every so many steps, and in between every so many minutes.
+
+    Those in between are for a crash only: each is dropped when the next checkpoint is complete.
+
+    Args:
+        output_dir: The run's folder.
+        every_steps: Steps between checkpoints that stay; 0 saves none, nor any in between.
+        every_minutes: Minutes after which one in between is due; 0 saves none.
+        limit: Checkpoints to keep; None keeps all.
+        noun: What is saved beside the state: ``"adapter"`` or ``"model"``.
+        clock: Seconds, from anywhere.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        every_steps: int,
+        every_minutes: float,
+        limit: int | None,
+        noun: str = "adapter",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.output_dir = output_dir
+        self.every_steps = every_steps
+        self.every_seconds = 60 * every_minutes if every_steps else 0.0
+        self.limit = limit
+        self.noun = noun
+        self.interim: Path | None = None
+        self.newest: Path | None = None
+        self.last_step: int | None = None
+        self._result_alone: Path | None = None
+        self._clock = clock
+        self._begun = clock()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step has a checkpoint that stays."""
+        return bool(self.every_steps) and step % self.every_steps == 0
+
+    def is_overdue(self) -> bool:
+        """Whether the last one, or the run's start, is more minutes ago than may be lost."""
+        return bool(self.every_seconds) and self._clock() - self._begun >= self.every_seconds
+
+    def resume_from(self, path: Path, *, interim: bool) -> None:
+        """Count from a checkpoint of an earlier process."""
+        self.newest = path
+        if interim and path.parent.resolve() == self.output_dir.resolve():
+            self.interim = path
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        write_weights: WriteWeights,
+        *,
+        interim: bool = False,
+        is_calm: Callable[[int], bool] = lambda step: True,
+    ) -> Path | None:
+        """Save a checkpoint; where it cannot be written, its result alone, with a warning.
+
+        Earlier ones go only when the new one was read back, and its numbers are finite; the newest
+        of those at whose step the loss ``is_calm`` stays, beside the limit.
+
+        Returns:
+            The checkpoint, or None: training continues without it.
+
+        Raises:
+            OSError: If its result cannot be written either.
+            ValueError: If its numbers are not finite, or ``write_weights`` says so of its own.
+        """
+        self._begun, self.last_step = self._clock(), step
+        try:
+            path = _write(self.output_dir, step, {**state, "interim": interim}, write_weights)
+        except OSError as error:
+            self._save_alone(step, write_weights, error)
+            return None
+        if self.interim is not None and self.interim != path:
+            shutil.rmtree(self.interim, ignore_errors=True)
+        self.interim, self.newest = (path if interim else None), path
+        if self.limit and not interim:
+            calm = self.newest_calm(is_calm)
+            for old in checkpoints_in(self.output_dir)[: -self.limit]:
+                if old != calm:
+                    shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    def newest_calm(self, is_calm: Callable[[int], bool]) -> Path | None:
+        """The newest checkpoint of a step at which nothing spoke of a rising loss."""
+        found = reversed(checkpoints_in(self.output_dir))
+        return next((path for path in found if is_calm(step_of(path))), None)
+
+    def _save_alone(self, step: int, write_weights: WriteWeights, cause: OSError) -> None:
+        before = f"the newest is {self.newest.name}" if self.newest else "there is none before it"
+        reason = cause.strerror or cause
+        try:
+            with _new_folder(self.output_dir, step) as folder:
+                write_weights(folder)
+        except OSError as error:
+            kind = DiskFullError if isinstance(cause, DiskFullError) else OSError
+            text = (
+                f"nothing can be saved at step {step}: {reason}; the run stops, since what it "
+                f"would learn from here on would be lost: free some space, and resume ({before})"
+            )
+            raise kind(cause.errno, text) from error
+        folder = self.output_dir / f"checkpoint-{step}"
+        if self._result_alone is not None:  # The newest is enough, where room is scarce.
+            shutil.rmtree(self._result_alone, ignore_errors=True)
+        self._result_alone = folder
+        warnings.warn(
+            f"no checkpoint at step {step}: {reason}; only the {self.noun} was saved, "
+            f"{folder.name}, which generates and cannot resume. Training continues; free some "
+            f"space ({before})",
+            stacklevel=2,
+        )
+
+
+def _write(output_dir: Path, step: int, state: dict[str, Any], write_weights: WriteWeights) -> Path:
+    """Write ``checkpoint-STEP`` and read it back; earlier ones are untouched if that fails.
+
+    Raises:
+        OSError: If there is no room, or it cannot be read.
+        ValueError: If a number is not finite.
+    """
+    parameters = sum(value.nbytes for value in state["parameters"].values())
+    size = sum(tensor.nbytes for tensor in _tensors_in(state)) + 2 * parameters + _MARGIN
+    free = shutil.disk_usage(output_dir).free
+    if free < size:
+        raise DiskFullError(
+            errno.ENOSPC,
+            f"it takes {size / 2**20:.1f} MB, and the disk has {free / 2**20:.1f} MB free",
+        )
+    with _new_folder(output_dir, step) as folder:
+        write_weights(folder)
+        # Into a file that is open: torch, given a name, hides why a write failed.
+        with atomic_file(folder / STATE_FILE) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:
+                # Of the writer's own state, when the disk refuses.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
+        try:
+            options: dict[str, Any] = {"weights_only": True, "map_location": "cpu", "mmap": True}
+            written = torch.load(folder / STATE_FILE, **options)
+        except Exception as error:
+            raise OSError(errno.EIO, f"it cannot be read back: {error}") from error
+        if not all(is_finite(t) for t in _tensors_in(written) if t.is_floating_point()):
+            raise ValueError("its state holds numbers that are not finite")
+        del written  # Its file is mapped, and could not be moved everywhere.
+    return output_dir / f"checkpoint-{step}"
+
+
+def _tensors_in(state: Any) -> Iterator[torch.Tensor]:
+    """The tensors in plain containers."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, Mapping | list | tuple):
+        for value in state.values() if isinstance(state, Mapping) else state:
+            yield from _tensors_in(value)
+
+
+@contextlib.contextmanager
+def _new_folder(output_dir: Path, step: int) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``checkpoint-STEP`` if the block succeeds."""
+    final = output_dir / f"checkpoint-{step}"
+    temporary = output_dir / f".checkpoint-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    system.replace(temporary, final)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.resume import Changes
+from dora_diffusion.config.derived import Changes
 
 
 @dataclass(frozen=True)

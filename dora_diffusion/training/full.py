@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.base import open_model
@@ -25,9 +24,13 @@ from dora_diffusion.formats.names.modules import canonical
 from dora_diffusion.merge import is_finite
 from dora_diffusion.models.components import Components
 from dora_diffusion.numerics.operation import convolve
+from dora_diffusion.training.adapters import (
+    TrainedAdapters,
+    Writer,
+    components_that_train,
+    enter_training,
+)
 from dora_diffusion.training.optimizer import weight_groups
-from dora_diffusion.training.recompute import checkpoint_gradients
-from dora_diffusion.training.weights import Writer
 from dora_diffusion.wording import listing
 
 # Bytes of float32 per parameter that an optimizer keeps; adamw8bit quantises its two moments.
@@ -59,7 +62,7 @@ class FullReport:
 
 @dataclass(frozen=True)
 class FullWeights:
-    """Weights of a model that train, as `TrainedWeights`. They are float32.
+    """Weights of a model that train, with the methods of `TrainedAdapters`. They are float32.
 
     Attributes:
         components: The model.
@@ -78,8 +81,6 @@ class FullWeights:
     base: Mapping[str, Tensor] = field(default_factory=dict)
 
     noun = "model"
-    holds_thumbnail = False
-    are_small = False
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by canonical name."""
@@ -164,6 +165,10 @@ class FullWeights:
             return {name: model[name].to(device, torch.float32) for name in self.trained}
 
 
+TrainedWeights = TrainedAdapters | FullWeights
+"""What a run trains."""
+
+
 def select_weights(components: Components, config: TrainConfig) -> FullWeights:
     """Choose the weights that train, and put their components into training mode.
 
@@ -177,21 +182,14 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
     Warns:
         UserWarning: If the disk has no room for the result, or for a checkpoint.
     """
-    modules: dict[str, nn.Module] = {}
-    trained: dict[str, nn.Parameter] = {}
-    for name, model in components.adaptable().items():
-        if name != "unet" and not config.train_text_encoder:
-            continue
+    modules, trained = components_that_train(components, config), {}
+    for name, model in modules.items():
         targets = config.targets if name == "unet" else config.text_encoder_targets
         wanted = _parameters(model, targets if config.full_weights == "targets" else None)
         trained |= {canonical(name, path): parameter for path, parameter in wanted.items()}
-        modules[name] = model.train()
         if components.device.type == "cpu" and config.mixed_precision == "bf16":
             widen_small_convolutions(model)
-        if config.gradient_checkpointing:
-            checkpoint_gradients(model, components.device.type)
-        if config.compile and name == "unet":
-            compile_blocks(model)
+        enter_training(model, components, config)
     for parameter in trained.values():
         parameter.requires_grad_(True)
     base = {n: p.detach().clone() for n, p in trained.items()} if config.is_image_free else {}

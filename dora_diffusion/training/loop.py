@@ -15,6 +15,7 @@ from dora_diffusion.data.photo_record import write_photo_record
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
 from dora_diffusion.training.accelerator import SharedFlags, make_accelerator, set_by_any
+from dora_diffusion.training.checkpoint import CheckpointSaver, state_of
 from dora_diffusion.training.folders import METRICS_NAME, clear_folder, output_folder
 from dora_diffusion.training.metrics import (
     MOST_SKIPPED,
@@ -22,11 +23,9 @@ from dora_diffusion.training.metrics import (
     TrainingError,
     naming_step,
 )
-from dora_diffusion.training.offload import cache_ahead
 from dora_diffusion.training.result import result_metadata, write_result
-from dora_diffusion.training.resume import RunStart, save_config, start_run, state_of
+from dora_diffusion.training.resume import RunStart, save_config, start_run
 from dora_diffusion.training.samples import SampleWriter
-from dora_diffusion.training.saving import CheckpointSaver
 from dora_diffusion.training.session import Session, open_session
 from dora_diffusion.training.stop import Stopped, StopRequest
 from dora_diffusion.training.subject import outside_toy_world, subject_of
@@ -153,7 +152,7 @@ class _Run:
     def train(self) -> int:
         """Run all steps, or those until a signal. Returns the number of steps done."""
         session, step = self.session, self.start.step
-        cache_ahead(session, session.total_steps - step, self.on_event)
+        session.cache_ahead(session.total_steps - step, self.on_event)
         self.stop.answer_with(_SAVING)
         log = self._begin()
         begun, any_set = time.perf_counter(), SharedFlags(session.accelerator)

@@ -1,25 +1,29 @@
-"""Parameter groups, optimizers and learning-rate schedules."""
+"""Parameter groups, optimizers, what they see of many small parameters, and schedules."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.devices import has_fused_optimizers
+from dora_diffusion.numerics.joined import join, split_like
 from dora_diffusion.wording import counted
+
+Groups = list[dict[str, Any]]
 
 # Not everybody needs them, and they are installed apart.
 _LIBRARIES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 
 
-def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> Groups:
     """The adapters' parameters by component and role, each with its rate and decay.
 
     B's rate is ``loraplus_ratio`` times A's (arXiv:2402.12354). The magnitude never decays:
@@ -49,7 +53,7 @@ def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> l
     return groups
 
 
-def weight_groups(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
+def weight_groups(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> Groups:
     """Weights of a model itself by component, each with its rate and decay.
 
     Args:
@@ -77,7 +81,7 @@ def _rate_and_decay(component: str, config: TrainConfig) -> tuple[float, float]:
     return rate, decay
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """The configured optimizer over parameter groups.
 
     Raises:
@@ -108,16 +112,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.
     return Adafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
 
 
-def can_be_flat(name: str) -> bool:
-    """Whether an optimizer treats every number alike, whatever parameter it belongs to.
-
-    Adafactor knows rows and columns, Prodigy each parameter's start, and the 8-bit one quantises no
-    small ones, which keeps the magnitudes' moments whole.
-    """
-    return name == "adamw"
-
-
-def learning_rates(groups: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def learning_rates(groups: Groups) -> dict[str, dict[str, float]]:
     """The rates of the step that comes, as a step's record holds them.
 
     Returns:
@@ -130,7 +125,7 @@ def learning_rates(groups: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return rates
 
 
-def _can_fuse(groups: list[dict[str, Any]]) -> bool:
+def _can_fuse(groups: Groups) -> bool:
     """Whether one kernel can update every parameter, which is fastest for many small ones."""
     kinds = {parameter.device.type for group in groups for parameter in group["params"]}
     return all(has_fused_optimizers(kind) for kind in kinds)
@@ -177,3 +172,134 @@ def build_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> 
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
     )
+
+
+class FlatParameters:
+    """One flat parameter for each parameter group; the group's own become views of it.
+
+    Clipping and AdamW treat every number alike, so they see the flat ones, and do the same. Not for
+    optimizers to which a parameter's shape or size matters.
+
+    Attributes:
+        groups: The parameter groups, with a flat parameter each.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self._members: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
+        self._flat = [nn.Parameter(join(members)) for members in self._members]
+        self._gradients = [torch.zeros_like(flat) for flat in self._flat]
+        self._shares = [
+            split_like(gradient, members)
+            for gradient, members in zip(self._gradients, self._members, strict=True)
+        ]
+        self._unused: list[tuple[nn.Parameter, Tensor]] = []
+        self.groups: Groups = [
+            group | {"params": [flat]} for group, flat in zip(groups, self._flat, strict=True)
+        ]
+        for flat, members in zip(self._flat, self._members, strict=True):
+            for member, view in zip(members, split_like(flat, members), strict=True):
+                member.data = view
+
+    def take_gradients(self) -> None:
+        """Give the flat parameters the gradients of their members.
+
+        Raises:
+            RuntimeError: If a member's memory was exchanged, as ``.to()`` does it.
+        """
+        self._unused = []
+        each = zip(self._flat, self._gradients, self._shares, self._members, strict=True)
+        for flat, gradient, shares, members in each:
+            _check_memory(flat, members)
+            found = [member.grad for member in members]
+            pairs = [(s, grad) for s, grad in zip(shares, found, strict=True) if grad is not None]
+            unused = [m for m, grad in zip(members, found, strict=True) if grad is None]
+            if unused:
+                gradient.zero_()
+                self._unused += [(m, m.detach().clone()) for m in unused if pairs]
+            if pairs:
+                torch._foreach_copy_([share for share, _ in pairs], [grad for _, grad in pairs])
+            flat.grad = gradient if pairs else None
+
+    def share_gradients(self) -> None:
+        """Let the members' gradients be views of the flat ones, which clipping then changes too."""
+        for shares, members in zip(self._shares, self._members, strict=True):
+            for share, member in zip(shares, members, strict=True):
+                member.grad = None if member.grad is None else share
+
+    def finish(self) -> None:
+        """After the optimizer's step: drop the members' gradients, and count them as written.
+
+        A member that had none is what it was before: no weight decay acts on it.
+        """
+        for member, value in self._unused:
+            member.data.copy_(value)
+        self._unused = []
+        for members in self._members:
+            for member in members:
+                member.grad = None
+            # Memory that is given by ``.data`` brings no version counter along.
+            increment_version(members)
+
+
+def _check_memory(flat: Tensor, members: Sequence[Tensor]) -> None:
+    place, size = flat.data_ptr(), flat.element_size()
+    for member in members:
+        if member.data_ptr() != place:
+            raise RuntimeError(
+                "a trained parameter was moved or replaced while it trains, so that the optimizer "
+                "no longer reaches it; build the optimizer after the model is where it stays"
+            )
+        place += member.numel() * size
+
+
+def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]) -> None:
+    """Put saved moments and the schedule's place back; rates and decays stay those of this run.
+
+    Args:
+        optimizer: This run's, fresh.
+        lr_schedule: This run's, fresh: a `LambdaLR`, or Accelerate's wrapper of one.
+        state: What a checkpoint holds.
+
+    Raises:
+        ConfigError: If it is of other parameters.
+    """
+    settings = ("initial_lr", "weight_decay", "betas", "eps")
+    fresh = [{k: group[k] for k in settings if k in group} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(join_states(state["optimizer"], optimizer.param_groups))
+    except ValueError as error:
+        raise ConfigError(f"the checkpoint's optimizer does not fit this run's: {error}") from error
+    lr_schedule.load_state_dict(state["lr_schedule"])
+    plain = getattr(lr_schedule, "scheduler", lr_schedule)
+    plain.base_lrs = [group["initial_lr"] for group in fresh]
+    for group, values, factor in zip(optimizer.param_groups, fresh, plain.lr_lambdas, strict=True):
+        group.update(values)
+        group["lr"] = values["initial_lr"] * factor(plain.last_epoch)
+
+
+def join_states(state: dict[str, Any], groups: Groups) -> dict[str, Any]:
+    """A saved optimizer's state; earlier versions kept each parameter's moments apart.
+
+    Args:
+        state: Of an optimizer over many parameters, or over flat ones, which is returned as it is.
+        groups: The present optimizer's.
+    """
+    saved = state["param_groups"]
+    is_flat = all(len(group["params"]) == 1 for group in groups)
+    if not is_flat or len(saved) != len(groups) or all(len(g["params"]) == 1 for g in saved):
+        return state
+    joined: dict[int, dict[str, Any]] = {}
+    saved_groups = []
+    for number, (group, flat) in enumerate(zip(saved, groups, strict=True)):
+        found = [state["state"].get(index) for index in group["params"]]
+        saved_groups.append(group | {"params": [number]})
+        if not any(found):
+            continue
+        if not all(found):
+            raise ValueError("some of its parameters were never trained")
+        joined[number] = {"step": found[0]["step"]}
+        for key in ("exp_avg", "exp_avg_sq"):
+            joined[number][key] = torch.cat([moments[key].reshape(-1) for moments in found])
+        if joined[number]["exp_avg"].numel() != flat["params"][0].numel():
+            raise ValueError("its parameters have other sizes")
+    return state | {"state": joined, "param_groups": saved_groups}

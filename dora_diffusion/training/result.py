@@ -48,7 +48,7 @@ def write_result(session: Session, folder: Path, steps: int, samples: SampleWrit
     weights.reload(written)
 
     def show(grid: Image.Image) -> None:
-        if weights.holds_thumbnail:
+        if not session.config.is_full:
             write(folder, _with_thumbnail(metadata, grid))
 
     lost = f"the {weights.noun} is written, but not all of its samples and card"

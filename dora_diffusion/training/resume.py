@@ -1,7 +1,8 @@
-"""Where a run starts: afresh, or at a checkpoint of an earlier process."""
+"""Where a run starts, afresh or at a checkpoint, and what is checked before it resumes."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -9,17 +10,28 @@ from typing import Any
 
 import yaml
 
-from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.config import ConfigError, TrainConfig, differences, settings
+from dora_diffusion.config.derived import Changes, as_yaml, listed
 from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.learning import OptimizerSettings
-from dora_diffusion.config.resume import Changes, differences, listed
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.formats.files.atomic import save_text
-from dora_diffusion.training.checkpoint import checkpoints_after, find_checkpoint, load_state
-from dora_diffusion.training.continuity import Segment, changed_segments, segment
+from dora_diffusion.training.checkpoint import (
+    checkpoints_in,
+    find_checkpoint,
+    read_state,
+    restore,
+)
 from dora_diffusion.training.folders import holds_result
 from dora_diffusion.training.session import Session
+from dora_diffusion.wording import counted, quoted
+
+# Image, caption and mask of each file, as `DreamBoothDataset.contents` gives them.
+Contents = Mapping[str, Sequence[Mapping[str, str]]]
+# Settings from a step on: {"from_step": 301, "settings": {"learning_rate": 4e-5}}.
+Segment = dict[str, Any]
+
+_KINDS = {"images": "image", "class_images": "class image"}
 
 
 @dataclass(frozen=True)
@@ -56,11 +68,12 @@ def start_run(session: Session, output_dir: Path) -> tuple[Session, RunStart]:
     if not config.resume_from_checkpoint:
         return session, RunStart([segment(1, config.to_dict())])
     path = find_checkpoint(config.resume_from_checkpoint, output_dir)
-    state = load_state(path, config, session.dataset.contents())
+    state = read_state(path)
+    check_same_run(path.name, state, config, session.dataset.contents())
     step = int(state["step"])
     _check_steps(path, step, session.total_steps, config)
     _check_result(path, state["config"], config, step == session.total_steps)
-    session.load_state_dict(state)
+    restore(session, state)
     segments = list(state.get("segments") or [segment(1, state["config"])])
     _, changed = differences(state["config"], config)
     unused: Changes = {}
@@ -92,15 +105,29 @@ def save_config(config: TrainConfig, path: Path, segments: Sequence[Segment]) ->
     return save_text(path, text)
 
 
-def state_of(session: Session, segments: Sequence[Segment], step: int) -> Mapping[str, Any]:
-    """What a checkpoint holds, for `start_run` to resume from."""
-    return {
-        "step": step,
-        "config": session.config.to_dict(),
-        "contents": session.dataset.contents(),
-        "segments": segments,
-        **session.state_dict(),
+def segment(step: int, values: Mapping[str, Any]) -> Segment:
+    """What is used from a step on, of the settings that may change when a run is resumed."""
+    names = [setting.name for setting in settings() if setting.resume == "free"]
+    return {"from_step": step, "settings": {n: values[n] for n in names if n in values}}
+
+
+def changed_segments(segments: Sequence[Segment]) -> list[Segment]:
+    """The segments with only the settings in which they differ; none for a run of one piece."""
+    if len(segments) < 2:
+        return []
+    names = {name for segment in segments for name in segment["settings"]}
+    differing = {
+        name
+        for name in names
+        if any(s["settings"].get(name) != segments[0]["settings"].get(name) for s in segments)
     }
+    return [
+        {
+            "from_step": segment["from_step"],
+            "settings": {k: v for k, v in segment["settings"].items() if k in differing},
+        }
+        for segment in segments
+    ]
 
 
 def _check_steps(path: Path, step: int, total_steps: int, config: TrainConfig) -> None:
@@ -110,7 +137,7 @@ def _check_steps(path: Path, step: int, total_steps: int, config: TrainConfig) -
             f"{path.name} has {step} steps, more than the {total_steps} that are asked for; set "
             f"--max_train_steps to more than {step}, or resume from an earlier checkpoint"
         )
-    later = checkpoints_after(Path(config.output_dir), step)
+    later = checkpoints_in(Path(config.output_dir), after=step)
     if later and not config.overwrite_output_dir:
         raise ConfigError(
             f"{config.output_dir} holds checkpoints after step {step} ({later[-1].name}); "
@@ -144,3 +171,73 @@ def _check_result(
             f"{listed(other)}; take them back, {instead} (--resume_from_checkpoint {path} works "
             "from there too)"
         )
+
+
+def check_same_run(
+    name: str, state: Mapping[str, Any], config: TrainConfig, contents: Contents
+) -> None:
+    """Refuse to resume a checkpoint with other settings or other images than it was trained with.
+
+    Args:
+        name: The checkpoint's name.
+        state: What it holds.
+        config: The settings of this run.
+        contents: What this run trains on.
+
+    Raises:
+        ConfigError: With everything that differs, in one line.
+
+    Warns:
+        UserWarning: If the same images come in another order, since they are drawn by it.
+    """
+    refused, _ = differences(state["config"], config)
+    if refused:
+        raise ConfigError(
+            f"cannot resume {name}: these settings differ: {listed(refused)}; take them back, or "
+            "start over in another --output_dir"
+        )
+    before = state.get("contents")
+    if before is None:
+        return
+    problems = [problem for kind in _KINDS for problem in _content_problems(kind, before, contents)]
+    if problems:
+        raise ConfigError(
+            f"cannot resume {name}: it was trained on other images: {'; '.join(problems)}; put "
+            "them back, or start over in another --output_dir"
+        )
+    for kind, noun in _KINDS.items():
+        if [row["image"] for row in before[kind]] != [row["image"] for row in contents[kind]]:
+            warnings.warn(
+                f"the {noun}s of {name} come in another order (renamed?), so the resumed run is "
+                "not the same to the last bit",
+                stacklevel=2,
+            )
+
+
+def _content_problems(kind: str, before: Contents, now: Contents) -> list[str]:
+    noun = _KINDS[kind]
+    old = {row["image"]: row for row in before[kind]}
+    new = {row["image"]: row for row in now[kind]}
+    problems = [
+        f"{counted(len(names), noun)} {what} ({_names(names)})"
+        for what, names in (
+            ("missing", [row["name"] for digest, row in old.items() if digest not in new]),
+            ("new", [row["name"] for digest, row in new.items() if digest not in old]),
+        )
+        if names
+    ]
+    if problems and kind == "class_images":
+        problems.append("they follow validation_inference_steps and validation_guidance_scale too")
+    shared = [(old[digest], row) for digest, row in new.items() if digest in old]
+    for a, b in shared:
+        if a["caption"] != b["caption"]:
+            problems.append(
+                f"another caption of {b['name']} ({quoted(a['caption'])} -> {quoted(b['caption'])})"
+            )
+            break
+    masks = [b["name"] for a, b in shared if a["mask"] != b["mask"]]
+    return problems + ([f"other masks ({_names(masks)})"] if masks else [])
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

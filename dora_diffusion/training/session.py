@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 import torch
 
 from dora_diffusion.adapters.compiled import require_compiler
-from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.data.sampler import EpochSampler
+from dora_diffusion.devices import release_memory
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
-from dora_diffusion.models.offload import move_frozen, place
+from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.training.adapters import inject_trained
-from dora_diffusion.training.checkpoint import restore_optimizer, restore_tensors
-from dora_diffusion.training.continuity import batches_seen
 from dora_diffusion.training.dataset import open_dataset
-from dora_diffusion.training.events import OnEvent, ignore
-from dora_diffusion.training.full import select_weights
+from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
+from dora_diffusion.training.full import TrainedWeights, select_weights
 from dora_diffusion.training.inputs import InputSource
 from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.step import TrainingStep, build_step
 from dora_diffusion.training.subject import Subject
-from dora_diffusion.training.weights import TrainedWeights
 
 
 @dataclass(frozen=True)
@@ -71,40 +70,49 @@ class Session:
         """Where the run stands in its data."""
         return {"sampler": self.sampler.state_dict(), "batches": self.train_step.batches}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that steps change, on the CPU."""
-        scaler = self.accelerator.scaler
-        tensors = self.weights.tensors()
-        allocation = self.train_step.allocation
-        return {
-            "parameters": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
-            "optimizer": self.train_step.optimizer.state_dict(),
-            "lr_schedule": self.train_step.lr_schedule.state_dict(),
-            **self.place(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "projections": self.weights.projections(),
-            "allocation": None if allocation is None else allocation.state_dict(),
-        }
+    def cache_ahead(self, steps: int, on_event: OnEvent) -> None:
+        """Encode crops and captions of the steps that come, by modules that then stay offloaded.
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` returned; learning rates and decays stay this run's.
+        They are drawn by seed, epoch and photo, so that those of the whole run are known. One
+        module at a time is on the device meanwhile. Text encoders come to stay where the captions
+        are more than are kept, as with shuffled tags.
 
-        Raises:
-            ConfigError: If it is of other layers.
+        Args:
+            steps: Optimizer steps that are left.
+            on_event: Called with `CachingProgress`.
         """
-        if state.get("projections", {}) != self.weights.projections():
-            raise ConfigError(
-                "the checkpoint's random projections are not those that this version draws; "
-                "resume it with the version that wrote it"
+        components, dataset, config = self.components, self.dataset, self.config
+        device = components.offload_to
+        if device is None or steps <= 0:
+            return
+        batches = islice(self.sampler, steps * config.gradient_accumulation_steps)
+        indices = list(chain.from_iterable(batches))
+        with on_device(HOST, components.unet):
+            if dataset.caches_moments:
+                with on_device(device, components.vae):
+                    dataset.fill_cache(indices, lambda *done: on_event(CachingProgress(*done)))
+            if not config.train_text_encoder:
+                self._cache_captions(dataset.all_captions(indices))
+        release_memory()
+
+    def _cache_captions(self, captions: set[str]) -> None:
+        components, device = self.components, self.components.device
+        if self.config.is_image_free:
+            captions = captions | {self.subject.class_caption(caption) for caption in captions}
+        condition = self.accelerator.unwrap_model(self.train_step.objective).condition
+        # Steps encode inside of autocast, which computes some operations in float32.
+        with self.accelerator.autocast(), on_device(device, *components.text_encoders):
+            kept = condition.keep(sorted(captions))
+        if kept:
+            return
+        for encoder in components.text_encoders:
+            move_frozen(encoder, device)
+        if self.config.offload == "model":
+            warnings.warn(
+                f"offload: the text encoders stay on the device, since {len(captions)} different "
+                "captions are more than are cached",
+                stacklevel=4,
             )
-        restore_tensors(self.weights.tensors(), state["parameters"])
-        if self.train_step.allocation is not None:
-            self.train_step.allocation.load_state_dict(state["allocation"])
-        restore_optimizer(self.train_step.optimizer, self.train_step.lr_schedule, state)
-        self.sampler.load_state_dict(state["sampler"])
-        self.train_step.batches = batches_seen(state)
-        if state["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def open_session(

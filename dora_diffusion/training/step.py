@@ -15,17 +15,16 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
 from dora_diffusion.training.allocation import RankAllocation, build_allocation
-from dora_diffusion.training.flat import FlatParameters
+from dora_diffusion.training.full import TrainedWeights
 from dora_diffusion.training.inputs import InputSource
 from dora_diffusion.training.metrics import require_finite
 from dora_diffusion.training.objective import Objective
 from dora_diffusion.training.optimizer import (
+    FlatParameters,
     build_lr_schedule,
     build_optimizer,
-    can_be_flat,
     learning_rates,
 )
-from dora_diffusion.training.weights import TrainedWeights
 
 
 @dataclass
@@ -177,14 +176,19 @@ def build_step(
     if accelerator.num_processes > 1:
         objective = accelerator.prepare_model(objective)
     groups, flat = weights.groups(config), None
-    if weights.are_small and can_be_flat(config.optimizer_name):
+    # AdamW treats every number alike, whatever parameter it belongs to. Adafactor knows rows and
+    # columns, Prodigy each parameter's start, and the 8-bit one quantises no small ones, which
+    # keeps the magnitudes' moments whole. A model's own weights are few and large.
+    if not config.is_full and config.optimizer_name == "adamw":
         flat = FlatParameters(groups)
         groups = flat.groups
     optimizer = build_optimizer(groups, config)
     # Before Accelerate takes the optimizer's `step`, which the schedule marks as its own.
     schedule = build_lr_schedule(optimizer, config)
     optimizer = accelerator.prepare_optimizer(optimizer)
-    allocation = build_allocation(weights.modules, config)
+    allocation = None
+    if config.direction == "adalora" and not config.is_full:
+        allocation = build_allocation(weights.modules, config)
     return TrainingStep(
         config, accelerator, weights.modules, objective, optimizer, schedule, inputs, flat,
         allocation,

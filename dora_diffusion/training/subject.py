@@ -9,8 +9,7 @@ from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.derived import class_word_in
 from dora_diffusion.data.captions import class_caption, contains_token
 from dora_diffusion.models.locate import is_embedded
-from dora_diffusion.toy.captions import FILLERS
-from dora_diffusion.toy.shapes import CLASSES
+from dora_diffusion.toy.shapes import CLASSES, FILLERS
 from dora_diffusion.wording import quoted
 
 _TOY_WORDS = frozenset((*CLASSES, *FILLERS))

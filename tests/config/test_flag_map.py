@@ -11,7 +11,7 @@ import pytest
 from dora_diffusion import cli
 from dora_diffusion.commands.train import train_config
 from dora_diffusion.config import settings
-from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, as_markdown
+from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 
 # As their argument parsers list them: train_dreambooth_lora.py, train_dreambooth_lora_sdxl.py.
 _SCRIPTS = """
@@ -40,12 +40,15 @@ use_blora cache_latents
 """
 
 
+PAGE = (Path(__file__).parents[2] / "docs" / "coming-from.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", _SCRIPTS.split() + _ADVANCED.split())
 def test_every_flag_is_answered(name, capsys):
-    answer = DIFFUSERS_FLAGS[name]
-    parser = cli.build_parser()
     known = {setting.name: setting for setting in settings()}
-    if answer.status == "absent":
+    answer = DIFFUSERS_FLAGS.get(name)
+    parser = cli.build_parser()
+    if answer is not None and answer.status == "absent":
         assert answer.text
         with pytest.raises(SystemExit) as stop:
             parser.parse_args(["train", f"--{name}", "1"])
@@ -57,22 +60,20 @@ def test_every_flag_is_answered(name, capsys):
     choices = known[name].choices if name in known else None
     words = [f"--{name}"] if is_switch else [f"--{name}", choices[0] if choices else "1"]
     args = parser.parse_args(["train", *words])
-    if answer.status in ("same", "renamed"):
-        assert answer.setting in known
-        assert hasattr(args, answer.setting)
+    if answer is None or answer.status == "renamed":
+        setting = name if answer is None else answer.setting
+        assert setting in known
+        assert hasattr(args, setting)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if name not in ("push_to_hub", "lora_dropout"):  # refused at this value
             train_config(args)
-    if answer.status == "ignored":
+    if answer is not None and answer.status == "ignored":
         assert [str(w.message) for w in said] == [f"{name} is not needed: {answer.text}"]
 
 
-def test_no_answer_is_about_a_setting_that_is_gone() -> None:
-    names = {setting.name for setting in settings()}
-    for name, answer in DIFFUSERS_FLAGS.items():
-        assert answer.status != "same" or name in names, name
-        assert answer.status == "same" or name not in names, name
+def test_no_answer_is_about_a_setting() -> None:
+    assert not {setting.name for setting in settings()} & set(DIFFUSERS_FLAGS)
 
 
 def test_a_value_of_diffusers_type_bool_is_taken() -> None:
@@ -81,18 +82,13 @@ def test_a_value_of_diffusers_type_bool_is_taken() -> None:
     assert (config.prodigy_decouple, config.use_dora, config.optimizer) == (False, True, "adamw")
 
 
-def test_the_documentation_names_every_flag_once() -> None:
-    text = as_markdown()
-    firsts = re.findall(r"^\| `--(\w+)`", text, flags=re.MULTILINE)
-    listed = re.findall(r"`--(\w+)`", text.splitlines()[0])
-    assert sorted(firsts + listed) == sorted(DIFFUSERS_FLAGS)
-    assert "| `--hub_token` | set the environment variable HF_TOKEN" in text
-
-
-def test_the_documentation_prints_the_answers():
-    page = (Path(__file__).parents[2] / "docs" / "coming-from.md").read_text(encoding="utf-8")
-    _, _, rest = page.partition("<!-- Flags of Diffusers' scripts: begin. -->\n")
-    assert (
-        rest.partition("<!-- Flags of Diffusers' scripts: end. -->")[0].strip()
-        == as_markdown().strip()
-    )
+def test_the_documentation_names_every_flag_once_and_has_the_answers() -> None:
+    section = PAGE.partition("## Diffusers' DreamBooth scripts")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `--(\w+)` \| (.*) \|$", section, flags=re.MULTILINE)
+    same = re.search(r"\*\*Same name, same meaning, same default\*\*: (.*)\.", section)
+    names = [name for name, _ in rows] + re.findall(r"`--(\w+)`", same[1])
+    assert len(names) == len(set(names))
+    assert set(_SCRIPTS.split() + _ADVANCED.split()) | set(DIFFUSERS_FLAGS) <= set(names)
+    assert set(names) - set(DIFFUSERS_FLAGS) <= {setting.name for setting in settings()}
+    answered = {name: text for name, text in rows if name in DIFFUSERS_FLAGS}
+    assert answered == {name: answer.text for name, answer in DIFFUSERS_FLAGS.items()}

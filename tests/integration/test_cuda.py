@@ -30,7 +30,6 @@ from dora_diffusion.memory import describe_device
 from dora_diffusion.numerics.prepare.norms import widens_products
 from dora_diffusion.training import optimizer as optimizer_module
 from dora_diffusion.training.accelerator import make_accelerator
-from dora_diffusion.training.checkpoint import parameters_by_name
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.metrics import MetricsLog, TrainingError
 from dora_diffusion.training.session import Session, open_session
@@ -173,7 +172,7 @@ def test_an_fp16_step_that_overflows_changes_nothing_but_the_scale(run, sd1_fold
         session = open_on(run(sd1_folder, "out", **settings))
         scaler, step = session.accelerator.scaler, session.train_step
         step(1)
-        parameters = parameters_by_name(session.weights.modules)
+        parameters = session.weights.parameters()
         before = {name: p.detach().clone() for name, p in parameters.items()}
         moments = {
             id(p): {k: v.clone() for k, v in state.items()}
@@ -213,7 +212,7 @@ def test_gradients_that_are_not_finite_move_nothing_and_are_told_a_step_later(
         session = open_on(run(sd1_folder, "out", **settings))
         log, step = MetricsLog(None, 0, lambda record: None), session.train_step
         log.add(step(1))
-        parameters = parameters_by_name(session.weights.modules)
+        parameters = session.weights.parameters()
         before = {name: p.detach().clone() for name, p in parameters.items()}
         state = step.optimizer.optimizer.state
         moments = {}

@@ -17,7 +17,6 @@ from PIL import Image
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.accelerator import make_accelerator
-from dora_diffusion.training.checkpoint import parameters_by_name
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import Session, open_session
 from dora_diffusion.training.subject import subject_of
@@ -59,7 +58,7 @@ def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Ses
     session = open_session(config, subject_of(config), make_accelerator(config))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():  # A fresh adapter is the base: everything must have moved.
-        for parameter in parameters_by_name(session.weights.modules).values():
+        for parameter in session.weights.parameters().values():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(parameter * (1 + 0.1 * noise) + 0.05 * noise)
     return session

@@ -19,8 +19,8 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.offload import send
 from dora_diffusion.training import loop
 from dora_diffusion.training.accelerator import SharedFlags, make_accelerator
+from dora_diffusion.training.checkpoint import CheckpointSaver
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.saving import CheckpointSaver
 from tests.nvidia import nvidia_gpu
 from tests.training.helpers import SAMPLES, accelerator_of_fp16, losses, make_config, names
 

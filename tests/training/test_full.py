@@ -22,7 +22,7 @@ from dora_diffusion.config import without_effect
 from dora_diffusion.evaluation.sampling import base_and_adapted
 from dora_diffusion.export.base import open_model
 from dora_diffusion.models.load import load_components
-from dora_diffusion.training import full
+from dora_diffusion.training import adapters, full
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.checkpoint import checkpoints_in
 from dora_diffusion.training.loop import train
@@ -151,7 +151,7 @@ def test_a_resumed_run_is_that_of_one_piece_bit_for_bit(full_config, tmp_path, o
 
 def test_compiled_blocks_train_the_same_weights(full_config, tmp_path, monkeypatch):
     counter = CompileCounterWithBackend("aot_eager")  # without a C++ compiler
-    monkeypatch.setattr(full, "compile_blocks", partial(compile_blocks, backend=counter))
+    monkeypatch.setattr(adapters, "compile_blocks", partial(compile_blocks, backend=counter))
     monkeypatch.setattr("dora_diffusion.training.session.require_compiler", lambda device: None)
     monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
     torch._dynamo.reset()

@@ -1,15 +1,37 @@
-"""A session's settings, as they are used."""
+"""What a session opens, and what it offloads."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from dora_diffusion.adapters.compiled import compile_blocks
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.export.base import open_model
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.models import offload
+from dora_diffusion.training import adapters, dataset, inputs, loop
+from dora_diffusion.training.events import (
+    CachingProgress,
+    SamplingProgress,
+    StepDone,
+    TrainingStarted,
+)
 from dora_diffusion.training.loop import train
-from tests.training.helpers import losses, make_config
+from dora_diffusion.training.session import Session
+from tests.apple import DEVICE, AppleGPU
+from tests.training.helpers import assert_same_adapter, losses, make_config, warnings_of
 
 
 def test_the_saved_settings_are_those_that_were_used(config):
@@ -37,3 +59,229 @@ def test_a_single_file_checkpoint_trains_offline(sd1_folder, photos, tmp_path):
     )
     train(config)
     assert losses(tmp_path / "second") == pytest.approx(losses(tmp_path / "first"), rel=1e-5)
+
+
+@pytest.fixture
+def offloaded_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU, as if it had memory of its own: all that is done ahead, without moving a thing."""
+    monkeypatch.setattr(offload, "has_own_memory", lambda kind: True)
+
+
+@pytest.fixture
+def run(photos: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    def make(folder: Path, output: str, **changes: Any) -> TrainConfig:
+        settings = {"mixed_precision": "no", "max_train_steps": 2, "targets": ["cross-attention"]}
+        return make_config(folder, photos, tmp_path / output, **{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[TrainConfig], dict[str, list[set[str]]]]:
+    """Trains, and says which modules were on the device at each event, by its kind."""
+    opened: list[Session] = []
+    make = loop.open_session
+
+    def open_session(*args: Any) -> Session:
+        opened.append(make(*args))
+        return opened[-1]
+
+    monkeypatch.setattr(loop, "open_session", open_session)
+
+    def watch(config: TrainConfig) -> dict[str, list[set[str]]]:
+        seen: dict[str, list[set[str]]] = {}
+
+        def note(event: Any) -> None:
+            if opened:
+                seen.setdefault(type(event).__name__, []).append(on_gpu(opened[-1]))
+
+        loop.train(config, note)
+        seen["end"] = [on_gpu(opened[-1])]
+        return seen
+
+    return watch
+
+
+def on_gpu(session: Session) -> set[str]:
+    """Modules whose frozen tensors are all on the device; none may be in between."""
+    found = set()
+    for name, module in session.components.modules().items():
+        tensors = [*module.parameters(), *module.buffers()]
+        places = {str(t.device) for t in tensors if not t.requires_grad}
+        assert len(places) <= 1, (name, places)  # none: all of it trains
+        assert all(t.device == DEVICE for t in tensors if t.requires_grad)
+        found |= {name} if places <= {str(DEVICE)} else set()
+    return found
+
+
+def pixels(config: TrainConfig, name: str) -> np.ndarray:
+    with Image.open(Path(config.output_dir) / "samples" / f"{name}.png") as image:
+        return np.asarray(image).copy()
+
+
+RUNS = {
+    "class images": ("sd1", {
+        "with_prior_preservation": True, "prior_preservation_mode": "images", "num_class_images": 2,
+    }),
+    "text encoders trained": ("sdxl", {
+        "train_text_encoder": True, "targets": ["full"], "gradient_accumulation_steps": 2,
+    }),
+    "image-free prior, dropped and shuffled captions": ("sdxl", {
+        "targets": ["attention+conv"], "with_prior_preservation": True,
+        "prior_preservation_mode": "image-free", "caption_dropout": 0.4, "shuffle_tags": True,
+        "random_flip": True, "train_batch_size": 2,
+    }),
+    "nothing cached": ("sd1", {"cache_latents": False, "lora_dropout": 0.2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "class images")) for name in RUNS],
+)
+def test_no_bit_of_a_run_depends_on_it(
+    name: str, gpu: AppleGPU, run, request: pytest.FixtureRequest
+) -> None:
+    family, settings = RUNS[name]
+    folder = request.getfixturevalue(f"{family}_folder")
+    settings = settings | {"num_validation_images": 1, "validation_steps": 1}
+    stays, leaves = (
+        run(folder, offload, **settings, offload=offload) for offload in ("none", "model")
+    )
+    expected = read_adapter(loop.train(stays).adapter).layers
+    adapter = read_adapter(loop.train(leaves).adapter).layers
+    assert adapter.keys() == expected.keys()
+    for key, layer in expected.items():
+        for part in ("down", "up", "magnitude"):
+            assert torch.equal(getattr(adapter[key], part), getattr(layer, part)), (key, part)
+    for figure in ("loss", "grad_norm"):
+        assert losses(leaves.output_dir, figure) == losses(stays.output_dir, figure)
+    for sheet in ("step-000001", "adapted", "base"):
+        assert np.array_equal(pixels(leaves, sheet), pixels(stays, sheet)), sheet
+
+
+def test_each_module_is_on_the_device_while_it_computes(
+    gpu: AppleGPU, run, watched, sd1_folder: Path
+) -> None:
+    config = run(sd1_folder, "out", num_validation_images=1, validation_steps=1)
+    seen = watched(config)
+    assert all(places == {"vae"} for places in seen[CachingProgress.__name__])
+    for event in (TrainingStarted, SamplingProgress, StepDone):
+        assert all(places == {"unet"} for places in seen[event.__name__]), event
+    assert len(seen[StepDone.__name__]) == 2
+    assert seen["end"] == [{"unet"}]
+
+
+def test_encoders_that_train_or_whose_results_are_not_cached_stay(
+    gpu: AppleGPU, run, watched, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = {
+        "trained": ({"train_text_encoder": True}, {"unet", "text_encoder"}),
+        "uncached": ({"cache_latents": False}, {"unet", "vae"}),
+        "none": ({"offload": "none"}, {"unet", "vae", "text_encoder"}),
+    }
+    for name, (settings, expected) in cases.items():
+        seen = watched(run(sd1_folder, name, max_train_steps=1, **settings))
+        assert seen[StepDone.__name__] == [expected]
+        assert (CachingProgress.__name__ in seen) == (name == "trained")
+    monkeypatch.setattr(inputs, "KNOWN_CAPTIONS", 1)
+    with pytest.warns(UserWarning, match="text encoders stay on the device, since"):
+        seen = watched(run(sd1_folder, "many", offload="model"))
+    assert seen[StepDone.__name__] == [{"unet", "text_encoder"}] * 2
+
+
+def test_weights_of_the_model_that_train_never_leave(
+    gpu: AppleGPU, run, watched, sd1_folder: Path
+) -> None:
+    """`on_gpu` looks at each of them, at every event; what else the encoder has stays with them."""
+    settings = {
+        "method": "full", "train_text_encoder": True, "num_validation_images": 1,
+        "with_prior_preservation": True, "prior_preservation_mode": "image-free",
+    }  # fmt: skip
+    seen = watched(run(sd1_folder, "all", **settings))
+    assert not seen[StepDone.__name__][-1] & {"vae"}
+    settings |= {"full_weights": "targets", "text_encoder_targets": ["text-encoder-attention"]}
+    stays, leaves = (run(sd1_folder, name, **settings, offload=name) for name in ("none", "model"))
+    loop.train(stays)
+    seen = watched(leaves)
+    assert seen[StepDone.__name__] == [{"unet", "text_encoder"}] * 2
+    assert losses(leaves.output_dir) == losses(stays.output_dir)
+    stays, leaves = (Path(config.output_dir) / "model" for config in (stays, leaves))
+    with open_model(stays) as expected, open_model(leaves) as found:
+        assert all(torch.equal(found[name], expected[name]) for name in expected.specs)
+
+
+def test_nothing_is_encoded_once_training_has_started(
+    offloaded_cpu: None, run, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With crops, mirror images and captions that are drawn anew in each epoch."""
+    encoded: list[str] = []
+    for module, name in ((inputs, "encode_prompts"), (dataset, "encode_inputs")):
+        original = getattr(module, name)
+
+        def note(*args: Any, name: str = name, original: Any = original) -> Any:
+            encoded.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(module, name, note)
+    counts = []
+
+    def count(event: Any) -> None:
+        if isinstance(event, (TrainingStarted, StepDone)):
+            counts.append(len(encoded))
+
+    settings = {"random_flip": True, "caption_dropout": 0.5, "shuffle_tags": True}
+    loop.train(run(sd1_folder, "out", max_train_steps=25, **settings), count)
+    assert len(counts) == 26
+    assert counts[0] == counts[-1] >= 12
+    assert {"encode_prompts", "encode_inputs"} == set(encoded)
+
+
+def test_a_run_resumes_to_the_same_bits(offloaded_cpu: None, run, sd1_folder: Path) -> None:
+    settings = {"checkpointing_steps": 1, "caption_dropout": 0.5, "shuffle_tags": True}
+    whole = run(sd1_folder, "whole", **settings)
+    expected = read_adapter(loop.train(whole).adapter).layers
+    shutil.copytree(whole.output_dir, Path(whole.output_dir).with_name("parts"))
+    shutil.rmtree(Path(whole.output_dir).with_name("parts") / "checkpoint-2")
+    resumed = run(sd1_folder, "parts", **settings, resume_from_checkpoint="checkpoint-1")
+    adapter = read_adapter(loop.train(resumed).adapter).layers
+    assert all(torch.equal(layer.up, adapter[name].up) for name, layer in expected.items())
+
+
+def test_compiled_blocks_of_an_offloaded_model_train_the_same(
+    offloaded_cpu: None, run, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples between the steps send the UNet away, and fetch it to another place in memory."""
+
+    def move(tensor: torch.Tensor, device: torch.device) -> None:
+        if not tensor.requires_grad:
+            tensor.data = tensor.data.clone()
+
+    monkeypatch.setattr(offload, "_move", move)
+    counter = CompileCounterWithBackend("eager")  # without a C++ compiler
+    monkeypatch.setattr(
+        adapters, "compile_blocks", partial(compile_blocks, backend=counter, fullgraph=True)
+    )
+    monkeypatch.setattr("dora_diffusion.training.session.require_compiler", lambda device: None)
+    monkeypatch.setattr("dora_diffusion.adapters.compiled.BLOCKS", ("BasicTransformerBlock",))
+    torch._dynamo.reset()
+    settings = {"num_validation_images": 1, "validation_steps": 1}
+    plain = run(sd1_folder, "plain", **settings, offload="none")
+    both = run(sd1_folder, "both", **settings, offload="model", compile=True)
+    counts = []
+    loop.train(plain)
+    loop.train(both, lambda e: counts.append(counter.frame_count) if type(e) is StepDone else None)
+    assert losses(both.output_dir) == pytest.approx(losses(plain.output_dir), rel=1e-5)
+    # All in the first step: nothing is compiled in a sample, or again after one.
+    assert counts == [counter.frame_count] * 2
+    assert counts[0] > 0
+    assert_same_adapter(plain.output_dir, both.output_dir, rtol=1e-3, atol=1e-5)
+
+
+def test_it_is_said_where_it_has_no_effect(run, sd1_folder: Path) -> None:
+    no_effect = "offload model has no effect because CPU has no memory of its own"
+    asked = warnings_of(run(sd1_folder, "asked", offload="model"))
+    assert any(warning.startswith(no_effect) for warning in asked)
+    for silent in ("auto", "none"):
+        said = warnings_of(run(sd1_folder, silent, offload=silent))
+        assert not any("offload" in warning for warning in said)

@@ -8,7 +8,6 @@ import torch
 from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.data.captions import class_caption
 from dora_diffusion.training.accelerator import make_accelerator
-from dora_diffusion.training.checkpoint import parameters_by_name
 from dora_diffusion.training.inputs import draw_inputs
 from dora_diffusion.training.objective import Objective
 from dora_diffusion.training.session import Session, open_session
@@ -46,7 +45,7 @@ def test_one_step_is_the_mean_of_its_losses_clipped_and_taken_by_adamw(
         settings["prior_preservation_mode"] = prior
     session = open_run(sd1_folder, shaped_photos, tmp_path / "a", **settings)
     expected = open_run(sd1_folder, shaped_photos, tmp_path / "b", **settings)
-    parameters = parameters_by_name(expected.weights.modules)
+    parameters = expected.weights.parameters()
     start = {name: p.detach().clone() for name, p in parameters.items()}
     record = session.train_step(1)
 
@@ -63,7 +62,7 @@ def test_one_step_is_the_mean_of_its_losses_clipped_and_taken_by_adamw(
     assert float(record["grad_norm"]) == pytest.approx(float(total), rel=1e-4)
     share = min(1.0, limit / float(total)) if limit else 1.0
     checked = set()
-    for name, parameter in parameters_by_name(session.weights.modules).items():
+    for name, parameter in session.weights.parameters().items():
         kind = name.rsplit(".", 1)[1]
         rate = 1e-3 if name.startswith("unet.") else 3e-4
         rate = {"magnitude": 7e-4, "up": 4 * rate, "down": rate}[kind]

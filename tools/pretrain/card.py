@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_diffusion.toy.captions import PLACES
+from dora_diffusion.toy.backgrounds import PLACES
 from dora_diffusion.toy.instrument import ATTRIBUTES, Instrument
 from dora_diffusion.toy.world import render
 from tools.pretrain.data import (

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_diffusion.toy.captions import caption
 from dora_diffusion.toy.world import Scene
+from tools.pretrain.captions import caption
 from tools.pretrain.data import (
     CAPTIONED,
     open_images,

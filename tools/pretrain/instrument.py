@@ -19,7 +19,7 @@ from dora_diffusion.toy.instrument import (
     Instrument,
     SubjectEmbedder,
 )
-from dora_diffusion.toy.sampling import place, sample_stranger
+from dora_diffusion.toy.sampling import place
 from dora_diffusion.toy.shapes import UNSEEN_CLASSES
 from dora_diffusion.toy.world import Scene, render
 from tools.pretrain.data import (
@@ -32,6 +32,7 @@ from tools.pretrain.data import (
     training_scene,
 )
 from tools.pretrain.fit import FitSettings, fit
+from tools.pretrain.strangers import sample_stranger
 
 NO_NAME = -100
 """The label of what has no name, ignored by the loss: the colour of a random RGB body."""

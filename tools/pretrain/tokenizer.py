@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dora_diffusion.toy.captions import caption
+from tools.pretrain.captions import caption
 from tools.pretrain.data import training_scene
 from tools.pretrain.names import rare_words
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_diffusion.toy.backgrounds import BACKGROUNDS
-from dora_diffusion.toy.captions import caption
 from dora_diffusion.toy.sampling import place
 from dora_diffusion.toy.world import Scene, render
+from tools.pretrain.captions import caption
 from tools.pretrain.names import sample_named
 
 SIDE = 128

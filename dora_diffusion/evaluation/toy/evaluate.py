@@ -29,12 +29,14 @@ from dora_diffusion.evaluation.toy.requests import (
 from dora_diffusion.generate import SamplingSettings
 from dora_diffusion.models.components import Components
 from dora_diffusion.toy.benchmark_subjects import BenchmarkSubject
-from dora_diffusion.toy.instrument import ATTRIBUTES, Instrument, load_instrument
-from dora_diffusion.toy.pose import (
+from dora_diffusion.toy.instrument import (
+    ATTRIBUTES,
     SIDES,
     SIZES,
+    Instrument,
     Silhouette,
     follows,
+    load_instrument,
     middle_size,
     silhouette,
 )

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from dora_diffusion.evaluation.measures import ImageRequest
-from dora_diffusion.toy.backgrounds import BACKGROUNDS
+from dora_diffusion.toy.backgrounds import BACKGROUNDS, PLACES
 from dora_diffusion.toy.benchmark_subjects import BenchmarkSubject
-from dora_diffusion.toy.captions import PLACES
-from dora_diffusion.toy.pose import STUDIO
+from dora_diffusion.toy.instrument import STUDIO
 from dora_diffusion.toy.sampling import place, sample_subject
 from dora_diffusion.toy.shapes import CLASSES
 from dora_diffusion.toy.world import COLORS, DrawnSubject, Scene, render

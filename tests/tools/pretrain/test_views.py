@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dora_diffusion.toy.backgrounds import BACKGROUNDS
-from dora_diffusion.toy.pose import silhouette
+from dora_diffusion.toy.instrument import silhouette
 from dora_diffusion.toy.world import DrawnSubject, Scene, render
 from tools.pretrain.names import rare_words
 from tools.pretrain.views import (

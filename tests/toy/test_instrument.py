@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dora_diffusion.toy.benchmark_subjects import REPORTED
-from dora_diffusion.toy.pose import Silhouette, follows, middle_size, silhouette
+from dora_diffusion.toy.instrument import Silhouette, follows, middle_size, silhouette
 from dora_diffusion.toy.world import render
 
 

@@ -9,21 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dora_diffusion.toy.backgrounds import PLACES
+from dora_diffusion.toy.shapes import FILLERS
 from dora_diffusion.toy.world import DrawnSubject, Scene
 from dora_diffusion.wording import with_article
 
-PLACES: dict[str, tuple[str, ...]] = {
-    "grass": ("on the grass", "on grass", "in a meadow", "on a green lawn"),
-    "sand": ("on the beach", "on the sand", "on sand", "in the desert"),
-    "snow": ("in the snow", "on the snow", "on snow", "in winter"),
-    "night": ("at night", "under the night sky", "under the stars", "in the dark"),
-    "sea": ("in the sea", "on the water", "in the ocean", "at sea"),
-    "brick": ("in front of a brick wall", "by a brick wall", "against a brick wall"),
-    "wood": ("on a wooden floor", "on the wooden floor", "on wooden planks", "on wood"),
-    "studio": ("in a studio", "on a grey background", "in a grey studio"),
-    "forest": ("in the forest", "in a forest", "in the woods", "among trees"),
-    "sunset": ("at sunset", "in front of a sunset", "in the evening"),
-}
 PATTERN_WORDS: dict[str, tuple[str, ...]] = {
     "plain": ("plain", "", "", ""),
     "striped": ("striped",),
@@ -47,7 +37,6 @@ TEMPLATES: tuple[str, ...] = (
     "{}",
     "{}",
 )
-FILLERS: tuple[str, ...] = ("toy", "object", "thing")
 
 
 def _one_of(options: Sequence[str], generator: np.random.Generator) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dora_diffusion.config.precision import DTYPES, PRECISIONS, dtype_name, precision_name
+from dora_diffusion.config.fields import DTYPES, PRECISIONS, dtype_name, precision_name
 
 
 @pytest.mark.parametrize(
