@@ -34,7 +34,7 @@ from dora_diffusion.data.images import open_photo
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.files.stream import TensorReader, write_tensors
-from dora_diffusion.models.latents import encode_images, predict
+from dora_diffusion.models.latents import encode_moments, latents_from_moments, predict
 from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.numerics.loss import training_target
 from dora_diffusion.numerics.noise import add_noise
@@ -52,7 +52,7 @@ def fine_tune(folder: Path, steps: int) -> None:
     photos = sorted(Path("samples/bolt_mug").glob("*.jpg"))
     pixels = torch.stack([as_pixels(path) for path in photos])
     with torch.no_grad():
-        clean = encode_images(model.vae, pixels)
+        clean = latents_from_moments(model.vae, encode_moments(model.vae, pixels))
     trained = [p for part in model.adaptable().values() for p in part.requires_grad_().parameters()]
     optimizer = torch.optim.AdamW(trained, RATE)
     alphas = model.scheduler.alphas_cumprod

@@ -79,17 +79,6 @@ def latents_from_moments(
     return (drawn - shift) / divisor * float(vae.config.scaling_factor)
 
 
-def encode_images(vae: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Encode pixels ``(B, 3, H, W)`` in [-1, 1] to scaled latents ``(B, C, h, w)``.
-
-    Args:
-        vae: The autoencoder; pixels are cast to its dtype and device.
-        pixels: Images whose sides are multiples of the autoencoder's factor.
-        generator: Draws the latents from the posterior; None takes its mode.
-    """
-    return latents_from_moments(vae, encode_moments(vae, pixels), generator)
-
-
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """The shift and the divisor of raw latents, broadcastable to ``(B, C, h, w)``.
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from dora_diffusion import export_checkpoint, generate_images, load_components, train
@@ -20,16 +21,18 @@ from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.data.dataset import Batch
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.evaluation.denoising import held_out_losses
-from dora_diffusion.export import verify_checkpoint
+from dora_diffusion.export import convert_adapter, verify_checkpoint
+from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.generate import SamplingSettings, load_adapted
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs
+from dora_diffusion.models.offload import place
 from dora_diffusion.training.inputs import draw_inputs
 from dora_diffusion.training.objective import Objective
 from tests.training.helpers import losses, make_config, noise, open_run, same, warnings_of
 
-FAMILIES = ("sd1", "sdxl")
+KINDS = ("sd1", "sdxl")
 PIPELINES = {
     "sd1": diffusers.StableDiffusionInpaintPipeline,
     "sdxl": diffusers.StableDiffusionXLInpaintPipeline,
@@ -43,7 +46,7 @@ def photos(samples_root: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(samples_root / "bolt_mug", tmp_path / "photos"))
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=KINDS)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -129,6 +132,51 @@ def test_a_result_is_the_same_merged_and_in_diffusers(
     assert "AutoPipelineForInpainting.from_pretrained(" in card
     assert 'mask_image=load_image("my_mask_image.png")).images[0]' in card
     assert "--image my_image.png --mask_image my_mask_image.png --output image.png" in card
+
+
+def test_a_result_is_converted_and_goes_to_its_text_to_image_kin(
+    family: str, folder: Path, photos: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    config = make_config(folder, photos, tmp_path / "out", max_train_steps=1, resolution=64)
+    adapter = train(config).adapter
+    kohya = convert_adapter(adapter, tmp_path / "kohya.safetensors", "kohya", base=folder).path
+    expected = load_adapted(folder, adapter)[0]
+    torch.testing.assert_close(
+        prediction(load_adapted(folder, kohya)[0]), prediction(expected), rtol=0, atol=1e-5
+    )
+    assert read_adapter(kohya).metadata.family == f"{family}-inpainting"
+    kin = request.getfixturevalue(f"{family}_folder")
+    assert load_adapted(kin, adapter)[0].family.name == family
+    train(replace(config, targets=["conv_in"], output_dir=str(tmp_path / "reads")))
+    with pytest.raises(ValueError, match=r"this adapter was made for .* Inpainting"):
+        load_adapted(kin, tmp_path / "reads")
+
+
+def test_a_single_file_becomes_a_folder_of_its_kind(family: str, folder: Path, tmp_path: Path):
+    from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+    from dora_diffusion.numerics.weights import LayerWeights
+
+    nothing = LayerWeights(torch.zeros(1, 9, 3, 3), torch.zeros(32, 1, 1, 1))
+    adapter = AdapterFile({"unet.conv_in": nothing}, AdapterMetadata())
+    path = write_adapter(tmp_path / "nothing.safetensors", adapter, "diffusers")
+    single = export_checkpoint(folder, path, tmp_path / "single.safetensors")
+    with safe_open(single, framework="pt") as file:
+        architecture = file.metadata()["modelspec.architecture"]
+    assert architecture == FAMILIES[f"{family}-inpainting"].architecture
+    again = export_checkpoint(single, path, tmp_path / "folder", config=folder)
+    expected = load_components(folder)
+    for found in (load_components(single, config=folder), load_components(again)):
+        assert found.family is expected.family
+        state = found.unet.state_dict()
+        assert all(torch.equal(state[k], v) for k, v in expected.unet.state_dict().items())
+
+
+def test_modules_that_come_in_turns_paint_the_same(gpu: Any, sdxl_inpainting_folder: Path) -> None:
+    settings = replace(SETTINGS, **painting())
+    [expected] = generate_images(load_components(sdxl_inpainting_folder), PROMPT, [1], settings)
+    components = place(load_components(sdxl_inpainting_folder), gpu.device, "model")
+    [image] = generate_images(components, PROMPT, [1], settings)
+    assert difference(image, expected) <= 1
 
 
 def by_hand(pipeline: Any, family: str, pixels: Tensor, mask: Tensor, caption: str) -> Tensor:
