@@ -15,8 +15,9 @@ from dora_diffusion.analysis.changes import (
     LayerChange,
     RunChange,
     Spectrum,
+    is_table,
+    model_order,
 )
-from dora_diffusion.analysis.layers import is_table, model_order
 from dora_diffusion.analysis.report import Analysis
 from dora_diffusion.analysis.sources import SavedRun, TunedWeights, find_run, open_tuned
 from dora_diffusion.export.base import model_name, open_model

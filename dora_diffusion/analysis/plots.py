@@ -14,8 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dora_diffusion.analysis.changes import CheckpointChange, RunChange, correlation
-from dora_diffusion.analysis.layers import model_order, place_of
+from dora_diffusion.analysis.changes import (
+    CheckpointChange,
+    RunChange,
+    correlation,
+    model_order,
+    place_of,
+)
 from dora_diffusion.analysis.report import Analysis, shown
 from dora_diffusion.formats.files.atomic import atomic_file
 
@@ -23,10 +28,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILES = {"scatter": "scatter.png", "heat map": "heat-map.png"}
-_DPI = 160
-_DELTA = "\N{GREEK CAPITAL LETTER DELTA}"
-_MARKERS = "osD^vP*X"
-_PANELS_IN_A_ROW = 3
+DELTA = "\N{GREEK CAPITAL LETTER DELTA}"
+MARKERS = "osD^vP*X"
+PANELS_IN_A_ROW = 3
 # Layers whose names are written; of more, the parts of the model are.
 _MOST_NAMES = 40
 
@@ -35,8 +39,7 @@ def write_plots(analysis: Analysis, folder: Path) -> dict[str, Path]:
     """Write the `FILES`; returns their paths."""
     drawn = {"scatter": scatter(analysis), "heat map": heat_map(analysis)}
     for name, figure in drawn.items():
-        with atomic_file(folder / FILES[name]) as temporary:
-            figure.savefig(temporary, format="png", dpi=_DPI, facecolor="white")
+        save_figure(figure, folder / FILES[name], dpi=160)
     return {name: folder / FILES[name] for name in drawn}
 
 
@@ -45,51 +48,77 @@ def scatter(analysis: Analysis) -> Figure:
 
     Of a run with more checkpoints than there are markers, some are shown, spread over the run.
     """
-    from matplotlib.figure import Figure
-
-    columns = min(_PANELS_IN_A_ROW, len(analysis.runs))
-    rows = -(-len(analysis.runs) // columns)
-    figure = Figure(figsize=(0.6 + 4.6 * columns, 0.3 + 4.1 * rows), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for panel, run in zip(panels, analysis.runs, strict=False):
+    figure, panels = panel_grid(len(analysis.runs), (4.6, 4.1), (0.6, 0.3))
+    for panel, run in zip(panels, analysis.runs, strict=True):
         _draw_run(panel, run)
-    for panel in panels[len(analysis.runs) :]:
-        panel.set_axis_off()
     figure.supxlabel(
-        f"{_DELTA}M: mean change of norm per {analysis.norm_axis} channel (unit of the weights)",
+        f"{DELTA}M: mean change of norm per {analysis.norm_axis} channel (unit of the weights)",
         fontsize=10,
     )
-    figure.supylabel(f"{_DELTA}D: mean of 1 \N{MINUS SIGN} cosine", fontsize=10)
+    figure.supylabel(f"{DELTA}D: mean of 1 \N{MINUS SIGN} cosine", fontsize=10)
     return figure
 
 
 def _draw_run(panel: Any, run: RunChange) -> None:
-    checkpoints = spread(run.checkpoints, len(_MARKERS))
+    checkpoints = spread(run.checkpoints, len(MARKERS))
     for place, checkpoint in enumerate(checkpoints):
-        color = _color(place, len(checkpoints))
         x, y = np.transpose([(layer.delta_m, layer.delta_d) for layer in checkpoint.layers])
-        panel.scatter(
-            x, y, s=16, color=color, marker=_MARKERS[place], alpha=0.6, linewidths=0,
-            label=checkpoint.label,
-        )  # fmt: skip
-        if len(x) > 2 and np.ptp(x) > 0:
-            slope, start = np.polyfit(x, y, 1)
-            ends = np.array([x.min(), x.max()])
-            panel.plot(ends, start + slope * ends, color=color, linewidth=1.8)
+        look = {"s": 16, "alpha": 0.6, "label": checkpoint.label}
+        draw_changes(panel, x, y, place, len(checkpoints), linewidth=1.8, **look)
     left_out = len(run.checkpoints) - len(checkpoints)
     some = f", {len(checkpoints)} of {len(run.checkpoints)} checkpoints drawn" if left_out else ""
     panel.set_title(
         f"{run.name} ({run.method})\nr = {shown(correlation(run.checkpoints))}{some}", fontsize=9.5
     )
     panel.ticklabel_format(scilimits=(-2, 3), useMathText=True)
+    tidy(panel)
+    panel.legend(fontsize=8, frameon=False)
+
+
+def save_figure(figure: Figure, file: Path, *, dpi: int) -> None:
+    """Write a figure as PNG."""
+    with atomic_file(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi, facecolor="white")
+
+
+def panel_grid(
+    count: int, panel: tuple[float, float], frame: tuple[float, float]
+) -> tuple[Figure, list[Any]]:
+    """A figure with so many panels in rows; sizes are in inches, ``frame`` is around all."""
+    from matplotlib.figure import Figure
+
+    columns = min(PANELS_IN_A_ROW, count)
+    rows = -(-count // columns)
+    size = (frame[0] + panel[0] * columns, frame[1] + panel[1] * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in panels[count:]:
+        unused.set_axis_off()
+    return figure, panels[:count]
+
+
+def draw_changes(
+    panel: Any, x: Any, y: Any, place: int, count: int, *, linewidth: float, **look: Any
+) -> None:
+    """Points of one checkpoint of ``count``, and the regression line through them."""
+    color = ordered_color(place, count)
+    marker = MARKERS[place % len(MARKERS)]
+    panel.scatter(x, y, color=color, marker=marker, linewidths=0, **look)
+    if len(x) > 2 and np.ptp(x) > 0:
+        slope, start = np.polyfit(x, y, 1)
+        ends = np.array([x.min(), x.max()])
+        panel.plot(ends, start + slope * ends, color=color, linewidth=linewidth)
+
+
+def tidy(panel: Any) -> None:
+    """Small labels, no frame, and a grid behind what is drawn."""
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(color="0.9", linewidth=0.6)
     panel.set_axisbelow(True)
-    panel.legend(fontsize=8, frameon=False)
 
 
-def _color(place: int, count: int) -> Any:
+def ordered_color(place: int, count: int) -> Any:
     """In order, from dark violet to green; the yellow end is too pale for white."""
     from matplotlib import colormaps
 
@@ -114,8 +143,8 @@ def heat_map(analysis: Analysis) -> Figure:
     figure = Figure(figsize=(min(width, 16), height), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     titles = {
-        "relative_delta_m": f"{_DELTA}M, share of the norm",
-        "delta_d": f"{_DELTA}D, 1 \N{MINUS SIGN} cosine",
+        "relative_delta_m": f"{DELTA}M, share of the norm",
+        "delta_d": f"{DELTA}D, 1 \N{MINUS SIGN} cosine",
     }
     for panel, (figure_name, title) in zip(panels, titles.items(), strict=True):
         values = [

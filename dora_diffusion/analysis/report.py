@@ -17,7 +17,7 @@ from dora_diffusion.analysis.changes import (
     RunChange,
     correlation,
 )
-from dora_diffusion.evaluation.report import aligned
+from dora_diffusion.evaluation import report
 from dora_diffusion.evaluation.statistics import Interval
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.numerics.weights import NormAxis
@@ -77,13 +77,13 @@ class Analysis:
         """The figures of each checkpoint, and the share of each part of the model, in Markdown."""
         return "\n".join(
             [
-                aligned(self._figures()),
+                report.aligned(self._figures()),
                 "",
                 f"Channels are those of the {self.norm_axis} axis. delta M: mean change of their "
                 "norm, in the weights' unit; delta D: mean change of their direction, 1 - cosine; "
                 "both averaged over layers. Effective rank: median over layers. " + METHOD + ".",
                 "",
-                aligned(self._shares()),
+                report.aligned(self._shares()),
                 "",
                 "Share of the squared change of all weights, at the last checkpoint.",
                 *(f"note: {run.name}: {note}" for run in self.runs for note in run.notes),
@@ -164,11 +164,7 @@ class Analysis:
 
 def shown(interval: Interval | None) -> str:
     """``+0.83 [+0.71, +0.92]``; a dash where there is no correlation."""
-    if interval is None:
-        return "-"
-    if interval.low is None or interval.high is None:
-        return f"{interval.mean:+.2f}"
-    return f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+    return report.shown(interval, False, signed=True, digits=2)
 
 
 def _checkpoint(checkpoint: CheckpointChange) -> dict[str, Any]:

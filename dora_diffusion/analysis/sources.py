@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,31 +44,6 @@ class SavedRun:
 
     name: str
     checkpoints: Sequence[tuple[int | None, Path | str]]
-
-
-class TunedWeights(Protocol):
-    """The weights of one checkpoint, beside those of the base."""
-
-    @property
-    def method(self) -> str:
-        """``"DoRA"``, ``"LoRA"``, ``"DoRA and LoRA"``, or ``"model"``."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Canonical names of the modules whose weight may differ from the base's."""
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """What to know before the figures are believed, one line each."""
-
-    def weight(self, name: str, base: Tensor) -> Tensor:
-        """The weight of a module after training, from that of before."""
-
-    def factors(self, name: str) -> LayerWeights | None:
-        """The low-rank layer behind a module's change, None where there is none, or several."""
-
-    def other_changes(self, base: ModelWeights) -> int:
-        """How many tensors without channels (biases, norms) differ from the base's."""
 
 
 def find_run(source: str | Path) -> SavedRun:
@@ -158,7 +132,13 @@ def open_tuned(
 
 
 class TunedAdapter:
-    """What an adapter makes of the base's weights, in float64: see `TunedWeights`."""
+    """What an adapter makes of the base's weights, in float64.
+
+    Attributes:
+        method: ``"DoRA"``, ``"LoRA"`` or ``"DoRA and LoRA"``.
+        names: Canonical names of the modules whose weight may differ from the base's.
+        notes: What to know before the figures are believed, one line each.
+    """
 
     def __init__(self, adapter: AdapterFile, notes: Sequence[str]) -> None:
         self._adapter, self.notes = adapter, notes
@@ -177,17 +157,17 @@ class TunedAdapter:
         return merge_layers(base.double(), layers, torch.float64)
 
     def factors(self, name: str) -> LayerWeights | None:
-        """The layer; None of a DoRA with a LoRA beside it."""
+        """The low-rank layer behind a module's change; None of a DoRA with a LoRA beside it."""
         layers = self._layers(name)
         return layers[0] if len(layers) == 1 else None
 
     def other_changes(self, base: ModelWeights) -> int:
-        """None: adapters change weights alone."""
+        """How many tensors without channels differ: none, adapters change weights alone."""
         return 0
 
 
 class TunedModel:
-    """A model that was trained whole, or merged: see `TunedWeights`."""
+    """A model that was trained whole, or merged, with the methods of `TunedAdapter`."""
 
     method = "model"
 
@@ -230,3 +210,7 @@ class TunedModel:
             and spec.dtype.is_floating_point
         ]
         return sum(not torch.equal(self._model[n].double(), base[n].double()) for n in others)
+
+
+TunedWeights = TunedAdapter | TunedModel
+"""The weights of one checkpoint, beside those of the base."""

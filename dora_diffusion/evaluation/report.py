@@ -128,22 +128,23 @@ class Evaluation:
         return files
 
 
-def shown(interval: Interval | None, is_share: bool, *, signed: bool = False) -> str:
+def shown(
+    interval: Interval | None, is_share: bool, *, signed: bool = False, digits: int | None = None
+) -> str:
     """``0.83 [0.79, 0.87]``, ``95% [83, 99]``; a dash where nothing was measured."""
     if interval is None:
         return "-"
-    scale, digits = (100, 0) if is_share else (1, _digits(interval.mean))
+    scale = 100 if is_share else 1
+    if digits is None:
+        # Two decimals, or four where two would say nothing.
+        mean = interval.mean
+        digits = 0 if is_share else 2 if abs(mean) >= 0.1 or mean == 0 else 4
     sign = "+" if signed else ""
     text = f"{scale * interval.mean:{sign}.{digits}f}" + ("%" if is_share and not signed else "")
     if interval.low is None or interval.high is None:
         return text
     ends = ", ".join(f"{scale * end:{sign}.{digits}f}" for end in (interval.low, interval.high))
     return f"{text} [{ends}]"
-
-
-def _digits(value: float) -> int:
-    """Two decimals, or four where two would say nothing."""
-    return 2 if abs(value) >= 0.1 or value == 0 else 4
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -7,8 +7,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -91,24 +90,13 @@ def _open(trial: Trial, base: str, work: Path, folder: Path) -> Session:
 
 
 def _measure(session: Session, trial: Trial, output: Path, with_image: bool) -> dict[str, float]:
-    with _untrained(session) if trial.method == BASE else _as_it_is():
+    with session.weights.untrained() if trial.method == BASE else nullcontext():
         measures, image = trial.subject.measure(
             session.components, session.subject.trigger, trial.seed, trial.asked
         )
     if with_image:
         save_png(image, trial.image(output))
     return {name: _rounded(value) for name, value in measures.items()}
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _untrained(session: Session) -> Iterator[None]:
-    with session.weights.untrained():
-        yield
 
 
 def _train(session: Session, folder: Path, trial: Trial) -> Record:

@@ -1,7 +1,6 @@
 """Plots of a study: figures by method, figures over rank, and what training did to the weights.
 
-On white, with black labels, whatever the page around them: so they are the same in print and in
-dark mode. Colours are of viridis, whose order colour-blind people see too.
+They look as those of an analysis do, see `analysis.plots`.
 """
 
 from __future__ import annotations
@@ -12,8 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dora_diffusion.analysis.plots import (
+    DELTA,
+    MARKERS,
+    draw_changes,
+    ordered_color,
+    panel_grid,
+    save_figure,
+    tidy,
+)
 from dora_diffusion.evaluation.measures import measure_of, title_of
-from dora_diffusion.formats.files.atomic import atomic_file
+from dora_diffusion.evaluation.report import shown
 from dora_diffusion.study.config import BASE
 from dora_diffusion.study.tables import analysis_of, figure_of, interval, of_row, rows_in
 from dora_diffusion.study.trials import Record
@@ -21,12 +29,8 @@ from dora_diffusion.study.trials import Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_DPI = 140
-_DELTA = "\N{GREEK CAPITAL LETTER DELTA}"
 _WANTED = ("subject_similarity", "prompt_similarity", "others_kind", "others_similarity",
            "class_leakage", "class_similarity", "denoising_loss")  # fmt: skip
-_MARKERS = "osD^vP*X"
-_IN_A_ROW = 3
 
 
 def write_plots(records: Sequence[Record], folder: Path) -> dict[str, Path]:
@@ -34,13 +38,12 @@ def write_plots(records: Sequence[Record], folder: Path) -> dict[str, Path]:
     drawn = {
         "Figures by method": ("figures.png", by_method(records)),
         "Figures over rank": ("rank.png", over_rank(records)),
-        f"{_DELTA}M and {_DELTA}D": ("weights.png", weights(records)),
+        f"{DELTA}M and {DELTA}D": ("weights.png", weights(records)),
     }
     files = {}
     for title, (name, figure) in drawn.items():
         if figure is not None:
-            with atomic_file(folder / name) as temporary:
-                figure.savefig(temporary, format="png", dpi=_DPI, facecolor="white")
+            save_figure(figure, folder / name, dpi=140)
             files[title] = folder / name
     return files
 
@@ -61,12 +64,12 @@ def by_method(records: Sequence[Record]) -> Figure | None:
             found = interval(of_row(records, row), figure_of(name))
             if found is None:
                 continue
-            color = "0.45" if row == BASE else _color(place, len(rows))
+            color = "0.45" if row == BASE else ordered_color(place, len(rows))
             panel.plot(scale * found.mean, place, "o", color=color, markersize=6)
             if found.low is not None and found.high is not None:
                 panel.plot([scale * found.low, scale * found.high], [place] * 2, color=color)
         panel.set_xlabel(title_of(name) + (" (%)" if scale == 100 else ""), fontsize=8.5)
-        _tidy(panel)
+        tidy(panel)
     panels[0].set_yticks(range(len(rows)), rows, fontsize=9)
     panels[0].invert_yaxis()
     return figure
@@ -88,7 +91,7 @@ def over_rank(records: Sequence[Record]) -> Figure | None:
             found = {rank: interval(of_row(records, row), figure_of(name)) for rank, row in rows}
             points = [(rank, i) for rank, i in found.items() if i is not None]
             ranks, means = [r for r, _ in points], [scale * i.mean for _, i in points]
-            color, marker = _color(place, len(lines)), _MARKERS[place % len(_MARKERS)]
+            color, marker = ordered_color(place, len(lines)), MARKERS[place % len(MARKERS)]
             panel.plot(ranks, means, color=color, marker=marker, markersize=4.5, label=label)
             if all(i.low is not None and i.high is not None for _, i in points):
                 low, high = ([scale * float(getattr(i, end)) for _, i in points]
@@ -99,7 +102,7 @@ def over_rank(records: Sequence[Record]) -> Figure | None:
         panel.set_xticks(ticks, [str(rank) for rank in ticks], fontsize=8)
         panel.set_xlabel("rank", fontsize=9)
         panel.set_title(title_of(name) + (" (%)" if scale == 100 else ""), fontsize=9.5)
-        _tidy(panel)
+        tidy(panel)
     panels[0].legend(fontsize=8, frameon=False)
     return figure
 
@@ -125,21 +128,14 @@ def _line_name(row: str) -> str:
 
 def weights(records: Sequence[Record]) -> Figure | None:
     """Delta D over delta M: a panel per row, of the first trial of each subject."""
-    from matplotlib.figure import Figure
-
     rows = [row for row in rows_in(records) if any(r.get("analysis") for r in of_row(records, row))]
     if not rows:
         return None
-    columns = min(_IN_A_ROW, len(rows))
-    height = -(-len(rows) // columns)
-    figure = Figure(figsize=(0.6 + 3.7 * columns, 0.4 + 3.2 * height), layout="constrained")
-    panels = list(figure.subplots(height, columns, squeeze=False).flat)
-    for panel, row in zip(panels, rows, strict=False):
+    figure, panels = panel_grid(len(rows), (3.7, 3.2), (0.6, 0.4))
+    for panel, row in zip(panels, rows, strict=True):
         _draw_weights(panel, row, [r for r in of_row(records, row) if r.get("analysis")])
-    for panel in panels[len(rows) :]:
-        panel.set_axis_off()
-    figure.supxlabel(f"{_DELTA}M: mean change of norm per output channel", fontsize=10)
-    figure.supylabel(f"{_DELTA}D: mean of 1 \N{MINUS SIGN} cosine", fontsize=10)
+    figure.supxlabel(f"{DELTA}M: mean change of norm per output channel", fontsize=10)
+    figure.supylabel(f"{DELTA}D: mean of 1 \N{MINUS SIGN} cosine", fontsize=10)
     return figure
 
 
@@ -151,38 +147,16 @@ def _draw_weights(panel: Any, row: str, records: Sequence[Record]) -> None:
         at = [run[place] for run in points if place < len(run)]
         x = np.concatenate([point["delta_m"] for point in at])
         y = np.concatenate([point["delta_d"] for point in at])
-        color = _color(place, count)
-        panel.scatter(x, y, s=8, color=color, marker=_MARKERS[place % len(_MARKERS)], alpha=0.5,
-                      linewidths=0, label=f"step {at[0]['step']}")  # fmt: skip
-        if len(x) > 2 and np.ptp(x) > 0:
-            slope, start = np.polyfit(x, y, 1)
-            ends = np.array([x.min(), x.max()])
-            panel.plot(ends, start + slope * ends, color=color, linewidth=1.6)
+        look = {"s": 8, "alpha": 0.5, "label": f"step {at[0]['step']}"}
+        draw_changes(panel, x, y, place, count, linewidth=1.6, **look)
     found = interval(records, analysis_of("correlation"))
-    r = "-" if found is None else f"{found.mean:.2f}"
-    if found is not None and found.low is not None and found.high is not None:
-        r += f" [{found.low:.2f}, {found.high:.2f}]"
-    panel.set_title(f"{row}: r = {r}", fontsize=9.5)
+    panel.set_title(f"{row}: r = {shown(found, False, digits=2)}", fontsize=9.5)
     panel.ticklabel_format(scilimits=(-2, 3), useMathText=True)
     panel.legend(fontsize=7.5, frameon=False)
-    _tidy(panel)
+    tidy(panel)
 
 
 def shown_measures(records: Sequence[Record]) -> list[str]:
     """The measures that plots are of."""
     taken = {name for record in records for name in record["measures"]}
     return [name for stem in _WANTED for name in sorted(taken) if name.partition("@")[0] == stem]
-
-
-def _color(place: int, count: int) -> Any:
-    """In order, from dark violet to green; the yellow end is too pale for white."""
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](0.8 * place / max(1, count - 1))
-
-
-def _tidy(panel: Any) -> None:
-    panel.tick_params(labelsize=8)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(color="0.9", linewidth=0.6)
-    panel.set_axisbelow(True)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from dora_diffusion import system
 from dora_diffusion.config import ConfigError
@@ -37,33 +37,6 @@ if TYPE_CHECKING:
 
 _GROUPS: tuple[Group, ...] = ("subject", "class", "others")
 _SIDE = 128
-
-
-class StudySubject(Protocol):
-    """What a study needs of a subject."""
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-
-    @property
-    def digest(self) -> str:
-        """Of everything that its figures depend on."""
-
-    @property
-    def label(self) -> str:
-        """What the image of it in the report is asked to show."""
-
-    def training(self, work: Path) -> dict[str, Any]:
-        """Settings of training for it; its photos may be written below ``work``."""
-
-    def measure(
-        self, components: Components, trigger: str, seed: int, asked: Asked
-    ) -> tuple[dict[str, float], Image]:
-        """Figures of a trained model, and its image of the subject."""
-
-    def truth(self) -> Image:
-        """The subject itself."""
 
 
 def find_subject(given: Any, base: str, metric_models: Sequence[MetricModel]) -> StudySubject:
@@ -227,6 +200,10 @@ class PhotoSource:
     def truth(self) -> Image:
         """Its first held-out photo."""
         return open_photo(list_photos(self.held_out)[0])
+
+
+StudySubject = ToySource | PhotoSource
+"""What a study needs of a subject, whose digest is of all that its figures depend on."""
 
 
 def _digests(folder: Path) -> list[str]:

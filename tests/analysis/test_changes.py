@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_diffusion.analysis.layers import KINDS, PLACES, block_of, kind_of, model_order, place_of
+from dora_diffusion.analysis.changes import KINDS, PLACES, block_of, kind_of, model_order, place_of
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
 

@@ -1,0 +1,84 @@
+"""How far a photo's walk through a run is: the modules that it enters, the functions it calls."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType, FrameType
+
+import pytest
+from diffusers.models import modeling_utils
+
+import dora_diffusion
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.training.loop import train
+from dora_diffusion.training.step import TrainingStep
+
+PACKAGE = str(Path(dora_diffusion.__file__).parent)
+# Modules and functions of a run of three steps, and of its last step.
+RUN, STEP = (100, 768), (38, 228)
+
+
+def walked(seen: set[CodeType]) -> tuple[int, int]:
+    """Modules of the package, and their functions, each counted once."""
+    ours = {(c.co_filename, c.co_qualname) for c in seen if c.co_filename.startswith(PACKAGE)}
+    return len({file for file, _ in ours}), len(ours)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="code has no qualified name")
+def test_a_run_enters_few_modules_and_functions(
+    tiny_run: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: set[CodeType] = set()
+    last: set[CodeType] = set()
+    seen = run
+    real = TrainingStep.__call__
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            seen.add(frame.f_code)
+
+    def step(self: TrainingStep, number: int) -> dict[str, object]:
+        nonlocal seen
+        if number < 3:
+            return real(self, number)
+        seen = last
+        record = real(self, number)
+        seen = run
+        run.update(last)
+        return record
+
+    monkeypatch.setattr(TrainingStep, "__call__", step)
+    config = tiny_run(max_train_steps=3, targets=["attention+conv"])
+    sys.setprofile(note)
+    try:
+        train(config)
+    finally:
+        sys.setprofile(None)
+    for counted, most in ((walked(run), RUN), (walked(last), STEP)):
+        assert counted[0] <= most[0]
+        assert counted[1] <= most[1]
+
+
+def test_no_step_looks_at_every_module_for_the_unets_dtype(
+    tiny_run: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    real, step = modeling_utils.get_parameter_dtype, TrainingStep.__call__
+    is_inside = [False]
+
+    def note(module: object) -> object:
+        asked.append(is_inside[0])
+        return real(module)
+
+    def noted_step(self: TrainingStep, number: int) -> dict[str, object]:
+        is_inside[0] = True
+        record = step(self, number)
+        is_inside[0] = False
+        return record
+
+    monkeypatch.setattr(modeling_utils, "get_parameter_dtype", note)
+    monkeypatch.setattr(TrainingStep, "__call__", noted_step)
+    train(tiny_run(max_train_steps=2))
+    assert not any(asked)
