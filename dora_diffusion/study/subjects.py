@@ -165,7 +165,8 @@ class PhotoSource:
     @property
     def label(self) -> str:
         """The first prompt."""
-        return f"{self.name} {photo_requests('', self.class_word, [0])[0].prompt}"
+        trigger = f"{TRIGGER} {self.class_word}".strip()
+        return f"{self.name} {photo_requests(trigger, self.class_word, [0])[0].prompt}"
 
     @property
     def digest(self) -> str:
