@@ -16,7 +16,6 @@ from dora_diffusion.export.notes import trained_steps
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.families import UnsupportedModelError
 from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
-from dora_diffusion.formats.adapter.keys import AdapterFormatError
 from dora_diffusion.formats.adapter.metadata import parse_metadata
 from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
@@ -28,6 +27,7 @@ from dora_diffusion.formats.checkpoint.weights import (
     module_shapes,
 )
 from dora_diffusion.formats.files.header import read_header
+from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.weights import LayerWeights, Strengths
 from dora_diffusion.training.checkpoint import folders_after, step_of

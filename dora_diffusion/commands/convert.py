@@ -14,7 +14,7 @@ from dora_diffusion.commands.options import (
 )
 from dora_diffusion.commands.written import LIMITS, add_json, add_limits, print_written
 from dora_diffusion.families import FAMILIES
-from dora_diffusion.formats.adapter.conversions import CONVERSIONS, LORA_RANK
+from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

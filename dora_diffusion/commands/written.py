@@ -11,7 +11,7 @@ from dora_diffusion.commands.options import add_dtype, add_overwrite
 from dora_diffusion.config.adapter import NORM_AXES
 from dora_diffusion.console.programs import where_it_works
 from dora_diffusion.console.tables import print_json
-from dora_diffusion.formats.adapter.conversions import CONVERSIONS
+from dora_diffusion.formats.layouts import CONVERSIONS
 from dora_diffusion.wording import counted
 
 if TYPE_CHECKING:

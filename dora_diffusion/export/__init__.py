@@ -9,7 +9,7 @@ from dora_diffusion.export.extract import extract_adapter
 from dora_diffusion.export.inspect import inspect_adapter
 from dora_diffusion.export.output import ExportError
 from dora_diffusion.export.verify import VerifyReport, verify_checkpoint
-from dora_diffusion.formats.adapter.report import AdapterReport
+from dora_diffusion.formats.adapter.inspect import AdapterReport
 
 __all__ = [
     "AdapterReport",

@@ -25,8 +25,8 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
-from dora_diffusion.formats.adapter.targets.registry import TARGETS
 from dora_diffusion.formats.checkpoint.weights import StoredModel
+from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.numerics.weights import NormAxis
 from dora_diffusion.wording import counted, listing
 
@@ -83,7 +83,7 @@ def combine_adapters(
         settings = FitSettings(rank, conv_rank, energy, method, norm_axis or _axis(read), dtype)
         kind = settings.key_format(key_format)
         inputs = [model.path, *(find_adapter(path) for path, _ in spec.pairs())]
-        check_free(output, TARGETS[kind].file_name, inputs, overwrite)
+        check_free(output, layout_named(kind).file_name, inputs, overwrite)
         adapter = AdapterFile({}, tokens=_tokens(read))
         embeddings = free_embeddings(output, adapter, overwrite)
         fitted = fit_to_adapters(model, spec.weighted(read), settings, on_progress)

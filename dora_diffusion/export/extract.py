@@ -15,8 +15,8 @@ from dora_diffusion.export.fit import FitSettings, FitTarget, Fitted, fit_layers
 from dora_diffusion.export.output import ExportError, OnProgress, ProgressReporter
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.formats.adapter.metadata import UNET_LAYERS, AdapterMetadata
-from dora_diffusion.formats.adapter.targets.registry import TARGETS
 from dora_diffusion.formats.checkpoint.weights import StoredModel, module_shapes, module_weight
+from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.formats.names.unet import known_layout
 from dora_diffusion.numerics.weights import NormAxis
 from dora_diffusion.wording import counted, listing
@@ -79,7 +79,7 @@ def extract_adapter(
     with contextlib.ExitStack() as stack:
         before = stack.enter_context(open_model(base, variant, revision))
         after = stack.enter_context(open_model(tuned))
-        check_free(output, TARGETS[kind].file_name, [before.path, after.path], overwrite)
+        check_free(output, layout_named(kind).file_name, [before.path, after.path], overwrite)
         fitted, notes = _fit_models(before, after, settings, on_progress)
         adapter = AdapterFile(fitted.layers, _metadata(before, after, fitted, settings))
         path = write_adapter(output, adapter, kind, base=before)

@@ -16,7 +16,6 @@ from dora_diffusion.formats.adapter.metadata import (
     APPROXIMATION_ERROR,
     TRAINED_ALPHA,
 )
-from dora_diffusion.formats.adapter.targets.registry import TARGETS
 from dora_diffusion.numerics.extract import best_dora
 from dora_diffusion.numerics.low_rank import low_rank
 from dora_diffusion.numerics.merging import merge_layers
@@ -88,7 +87,7 @@ class FitSettings:
             ExportError: If the wanted one is unknown or cannot.
         """
         on_input = self.use_dora and self.norm_axis == "input"
-        known = [name for name in ("diffusers", "peft", "kohya") if name in TARGETS]
+        known = ("diffusers", "peft", "kohya")
         if wanted is None:
             return "kohya" if on_input else "diffusers"
         if wanted not in known:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dora_diffusion.export.base import open_model
-from dora_diffusion.formats.adapter.inspect import report_on
-from dora_diffusion.formats.adapter.report import AdapterReport
+from dora_diffusion.formats.adapter.inspect import AdapterReport, report_on
 
 
 def inspect_adapter(

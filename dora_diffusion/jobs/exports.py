@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from dora_diffusion.console.programs import where_it_works
 from dora_diffusion.console.shell import shown_command
-from dora_diffusion.formats.adapter.conversions import CONVERSIONS
 from dora_diffusion.formats.files.names import file_stem
+from dora_diffusion.formats.layouts import CONVERSIONS
 from dora_diffusion.jobs.checkpoints import chosen_adapter
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.loading import ModelFiles

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.cli import build_parser, main
-from dora_diffusion.formats.adapter.conversions import CONVERSIONS
 from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.formats.layouts import CONVERSIONS
 from dora_diffusion.jobs.checkpoints import chosen_adapter
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.exports import export_adapter, formats, write_card

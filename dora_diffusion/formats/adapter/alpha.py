@@ -7,37 +7,57 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dora_diffusion.formats.adapter.keys import AdapterFormatError
-from dora_diffusion.formats.adapter.metadata import OWN
+from dora_diffusion.formats.adapter.metadata import DIFFUSERS_METADATA, OWN
 from dora_diffusion.formats.adapter.patterns import NamePatterns
-from dora_diffusion.formats.adapter.repair import ALPHA_OF_TRAINING, NO_ALPHA
+from dora_diffusion.formats.layouts.layout import AdapterFormatError, Note
 from dora_diffusion.formats.names.modules import split_component
 
-DIFFUSERS_METADATA = "lora_adapter_metadata"
 # PEFT changes the base's weights when it starts such an adapter, and again when it loads one.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # (canonical name, rank) -> effective alpha
 AlphaOf = Callable[[str, int], float]
 
 
+class AssumedAlpha(Note):
+    """An alpha was assumed, and may be wrong."""
+
+
+class AlphaOfTraining(Note):
+    """An alpha was taken from the file's record of its training."""
+
+
+ALPHA_IS_RANK = "alpha = rank is assumed"
+NO_ALPHA = AssumedAlpha(f"it does not say its alpha; {ALPHA_IS_RANK}")
+AI_TOOLKIT = AssumedAlpha(
+    "its magnitudes are named as ai-toolkit names them, whose formula is DoRA's only where alpha "
+    f"equals the rank; {ALPHA_IS_RANK}"
+)
+
+
 def alpha_rule(
-    metadata: Mapping[str, str], config: Mapping[str, Any] | None, notes: list[str]
-) -> AlphaOf:
+    metadata: Mapping[str, str], config: Mapping[str, Any] | None
+) -> tuple[AlphaOf, Note]:
     """How to tell the effective alpha of a layer, given its name and rank.
 
     Args:
         metadata: The file's metadata.
         config: The ``adapter_config.json`` of a PEFT folder, None for another file.
-        notes: Where the alpha is found after all, `NO_ALPHA` in it says so.
+
+    Returns:
+        The rule, and what is to be said of layers that do not hold their alpha.
 
     Raises:
         AdapterFormatError: Here or from the rule, if what should tell it is damaged.
     """
     patterns = NamePatterns()
     if config is not None:
-        return lambda name, rank: _peft_alpha(config, split_component(name)[1], rank, patterns)
+
+        def of_config(name: str, rank: int) -> float:
+            return _peft_alpha(config, split_component(name)[1], rank, patterns)
+
+        return of_config, NO_ALPHA
     if DIFFUSERS_METADATA not in metadata:
-        return _alpha_by_training(metadata, notes)
+        return _alpha_by_training(metadata)
     packed = json_object(metadata[DIFFUSERS_METADATA], f"its {DIFFUSERS_METADATA}")
     for key, value in packed.items():
         if key.endswith(".init_lora_weights"):
@@ -51,7 +71,7 @@ def alpha_rule(
             raise AdapterFormatError(f"its {DIFFUSERS_METADATA} says nothing of the {component}")
         return _peft_alpha(config, path, rank, patterns)
 
-    return alpha_of
+    return alpha_of, NO_ALPHA
 
 
 def says_alpha(metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> bool:
@@ -74,17 +94,16 @@ def refuse_changed_base(start: object) -> None:
         )
 
 
-def _alpha_by_training(metadata: Mapping[str, str], notes: list[str]) -> AlphaOf:
+def _alpha_by_training(metadata: Mapping[str, str]) -> tuple[AlphaOf, Note]:
     """Alpha = rank, or what a kohya file's record of its training says for layers of its rank."""
     try:
         rank_then, alpha_then = (float(metadata[f"ss_network_{f}"]) for f in ("dim", "alpha"))
     except (KeyError, ValueError):
-        return lambda name, rank: float(rank)
-    if NO_ALPHA in notes:
-        notes[notes.index(NO_ALPHA)] = (
-            f"its layers do not say their alpha; alpha {alpha_then:g} {ALPHA_OF_TRAINING}"
-        )
-    return lambda name, rank: alpha_then if rank == rank_then else float(rank)
+        return (lambda name, rank: float(rank)), NO_ALPHA
+    note = AlphaOfTraining(
+        f"its layers do not say their alpha; alpha {alpha_then:g} of its training was taken"
+    )
+    return (lambda name, rank: alpha_then if rank == rank_then else float(rank)), note
 
 
 def _peft_alpha(config: Mapping[str, Any], path: str, rank: int, patterns: NamePatterns) -> float:

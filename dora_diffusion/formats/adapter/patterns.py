@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from dora_diffusion.formats.adapter.keys import AdapterFormatError
+from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from dora_diffusion.wording import quoted
 
 # A module's path with dots that stand for any character, and with escaped ones: for `re` itself.

@@ -97,6 +97,12 @@ def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> 
     return None if original is None else "lora_unet_" + original.replace(".", "_")
 
 
+def is_kohya_name(key: str) -> bool:
+    """Whether a key starts as those of kohya's scripts and LyCORIS do."""
+    # With a dot after the prefix, too: `lora_unet.conv_in.lora_magnitude_vector`, half renamed.
+    return key.replace(".", "_").startswith((*KOHYA_PREFIXES, LYCORIS_PREFIX))
+
+
 def component_of(path: str) -> str | None:
     """Component that a module path without prefix belongs to, by its first word."""
     top = path.split(".")[0]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.families import FAMILIES
-from dora_diffusion.formats.adapter.keys import rename_one_to_one
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.checkpoint.weights import module_shapes
+from dora_diffusion.formats.layouts.kohya import rename_one_to_one
 from dora_diffusion.formats.names import kohya
 from dora_diffusion.formats.names.kohya import joined_parts, kohya_name, kohya_table, name_resolver
 from dora_diffusion.formats.names.table import renamed
