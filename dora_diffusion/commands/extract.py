@@ -18,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="The model to come near: of the same architecture, trained in any way; a Diffusers "
         "folder, hub id or single .safetensors file.",
     )
+    parser.add_argument("--tuned_variant", help="Weight variant of --tuned, such as fp16.")
+    parser.add_argument("--tuned_revision", help="Branch, tag or commit of --tuned on the hub.")
     parser.add_argument("--output", required=True, help="The file or folder to write.")
     add_limits(parser, "Largest rank; small layers get less.", required=True)
     add_fit(parser, "output")
@@ -29,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from dora_diffusion.models.precision import dtype_of
 
     warn_of_axis(args)
-    options = base_options(args)
+    options = base_options(args) | base_options(args, "tuned")
     with byte_progress("compared") as show:
         report = extract_adapter(
             args.base,

@@ -11,13 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion.export.base import model_name, open_model
 from dora_diffusion.export.convert import ConversionReport, check_free
 from dora_diffusion.export.extract import facts_of
-from dora_diffusion.export.fit import FitSettings, Fitted
+from dora_diffusion.export.files import (
+    ExportError,
+    OnProgress,
+    free_embeddings,
+    model_name,
+    open_model,
+)
+from dora_diffusion.export.fit import FitSettings, Fitted, axis_of, fit_to_adapters
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec
-from dora_diffusion.export.output import ExportError, OnProgress, free_embeddings
-from dora_diffusion.export.resize import axis_of, fit_to_adapters
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, said_of_embeddings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,

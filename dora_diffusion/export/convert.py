@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from dora_diffusion.export.base import open_model
-from dora_diffusion.export.fit import FitSettings, Fitted
-from dora_diffusion.export.output import ExportError, free_embeddings, refuse_existing
-from dora_diffusion.export.resize import (
+from dora_diffusion.export.files import ExportError, free_embeddings, open_model, refuse_existing
+from dora_diffusion.export.fit import (
+    FitSettings,
+    Fitted,
     axis_of,
     fit_to_adapters,
     key_format_for,

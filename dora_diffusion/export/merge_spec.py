@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from dora_diffusion.export.output import ExportError
+from dora_diffusion.export.files import ExportError
 from dora_diffusion.formats.adapter.embeddings import embedding_files
 from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
 from dora_diffusion.formats.adapter.metadata import without_path

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME, pipeline_in
+from dora_diffusion.formats.files.names import PIPELINE_NAME, pipeline_in
 from dora_diffusion.jobs.errors import RequestError
 from dora_diffusion.jobs.records import CHOSEN
 from dora_diffusion.jobs.workspace import read_json, write_json

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME, pipeline_in
+from dora_diffusion.formats.files.names import PIPELINE_NAME, pipeline_in
 from dora_diffusion.formats.layouts.diffusers import DIFFUSERS
 from dora_diffusion.formats.layouts.vera import VERA_FILE
 from dora_diffusion.training.card import KOHYA_FILE

@@ -70,7 +70,12 @@ def decode_layers(
             f"alpha {alpha:g} was given; give the number above 0 that it was trained with"
         )
     shapes = None if base is None else module_shapes(base)
-    groups = _grouped(layout, tensors, metadata, shapes, component)
+    if not tensors:
+        raise AdapterFormatError("the file holds no adapter: it has no tensors")
+    groups = layout.group(tensors, metadata, shapes)
+    if groups is None:
+        unet = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
+        groups = group_keys(tensors, name_resolver(shapes, unet), component)
     notes = key_notes(tensors) if component is None else []
     alpha_of, without_alpha = alpha_rule(metadata, config)
     if not says and alpha is None and any("alpha" not in parts for parts in groups.values()):
@@ -94,22 +99,6 @@ def decode_layers(
     if not component and not layout.says_alpha and not all(map(has_component, tensors)):
         layers = move_to_second_encoder(layers, shapes, notes)
     return fit_to_model(layers, shapes), notes
-
-
-def _grouped(
-    layout: Layout,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]] | None,
-    component: str | None,
-) -> Groups:
-    """The file's keys by layer and part."""
-    if not tensors:
-        raise AdapterFormatError("the file holds no adapter: it has no tensors")
-    if groups := layout.group(tensors, metadata, shapes):
-        return groups
-    unet = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
-    return group_keys(tensors, name_resolver(shapes, unet), component)
 
 
 def _read_parts(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from dora_diffusion.formats.adapter.alpha import ALPHA_IS_RANK, AssumedAlpha
-from dora_diffusion.formats.layouts.dotted import PEFT_PREFIX
+from dora_diffusion.formats.layouts.diffusers import PEFT_PREFIX
 from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from dora_diffusion.formats.names.kohya import is_kohya_name, is_sgm_path, joined_parts
 from dora_diffusion.formats.names.modules import split_prefix

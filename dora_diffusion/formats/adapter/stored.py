@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_diffusion.formats.checkpoint.places import pipeline_in
 from dora_diffusion.formats.files.header import PICKLED, TensorFileError
+from dora_diffusion.formats.files.names import pipeline_in
 from dora_diffusion.formats.files.stream import TensorReader
 from dora_diffusion.formats.layouts import layout_of
-from dora_diffusion.formats.layouts.diffusers import DIFFUSERS
-from dora_diffusion.formats.layouts.dotted import PEFT_PREFIX
+from dora_diffusion.formats.layouts.diffusers import DIFFUSERS, PEFT_PREFIX
 from dora_diffusion.formats.layouts.layout import AdapterFormatError, Layout
 from dora_diffusion.formats.layouts.peft import PEFT_CONFIG, PEFT_FILE, peft_config, peft_folders
 from dora_diffusion.formats.layouts.vera import VERA_FILE

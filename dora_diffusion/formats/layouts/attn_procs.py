@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 
 from dora_diffusion.formats.layouts.compatibility import NOT_CHECKED, NOT_FOR_IT, table
-from dora_diffusion.formats.layouts.dotted import PROCESSOR_FORMS, Dotted
+from dora_diffusion.formats.layouts.diffusers import PROCESSOR_FORMS, Dotted
 from dora_diffusion.formats.layouts.layout import Key, Layout
 
 _PATH = re.compile(r"(?:mid_block|(?:down|up)_blocks)\b.*\.attn[12]\.processor\.to_(?:q|k|v|out)")

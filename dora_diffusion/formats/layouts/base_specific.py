@@ -45,7 +45,7 @@ from dora_diffusion.numerics.weights import LayerWeights
 
 
 class BaseSpecific(Kohya):
-    """Kohya's names with numbers that hold for one base model.
+    """Kohya's names with numbers that hold for one base model: not read as an adapter.
 
     Attributes:
         method: What a report calls it.
@@ -53,7 +53,6 @@ class BaseSpecific(Kohya):
         note: What to know of it.
     """
 
-    for_one_base = True
     method = form = note = ""
 
     def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -284,9 +284,15 @@ def kohya_names(layers: Layers, metadata: AdapterMetadata, options: WriteOptions
     family = _known_family(layers, metadata)
     trained = UNetLayout.from_text(metadata.extra.get(UNET_LAYERS, ""))
     layout = options.unet_layout or trained or USUAL_LAYOUT
-    return rename_one_to_one(
-        layers, lambda name: kohya_name(name, family, layout), "the kohya format"
-    )
+    names = {name: kohya_name(name, family, layout) for name in layers}
+    if missing := [name for name, new in names.items() if new is None]:
+        raise AdapterFormatError(f"modules without a name in the kohya format: {listing(missing)}")
+    counts = Counter(names.values())
+    if repeated := [name for name, new in names.items() if counts[new] > 1]:
+        raise AdapterFormatError(
+            f"modules that would share a name in the kohya format: {listing(repeated)}"
+        )
+    return {name: str(new) for name, new in names.items()}
 
 
 def kohya_metadata(
@@ -328,22 +334,3 @@ def _tensors_of(prefix: str, layer: LayerWeights, options: WriteOptions) -> dict
         shape = (*lead, *[1] * (layer.down.ndim - len(lead)))
         tensors[f"{prefix}.dora_scale"] = layer.magnitude.detach().cpu().float().reshape(shape)
     return tensors
-
-
-def rename_one_to_one(
-    names: Iterable[str], rename: Callable[[str], str | None], what: str
-) -> dict[str, str]:
-    """Apply a rename that must be one-to-one and total: name -> new name.
-
-    Raises:
-        AdapterFormatError: If a name has no new name, or two names get the same.
-    """
-    renamed = {name: rename(name) for name in names}
-    if missing := [name for name, new in renamed.items() if new is None]:
-        raise AdapterFormatError(f"modules without a name in {what}: {listing(missing)}")
-    owners: dict[str, list[str]] = {}
-    for name, new in renamed.items():
-        owners.setdefault(str(new), []).append(name)
-    if repeated := [" and ".join(group) for group in owners.values() if len(group) > 1]:
-        raise AdapterFormatError(f"modules that would share a name in {what}: {listing(repeated)}")
-    return {name: new for new, (name,) in owners.items()}

@@ -120,8 +120,6 @@ class Layout:
         name: Its name in the list, and what users call it where it is written.
         key_format: What a report calls its keys; ``"other"`` if no program here writes them.
         file_name: Default name of its file; None for a folder of files.
-        for_one_base: It holds numbers that are computed from a base model's weights, and is
-            not read as an adapter.
         says_alpha: Its layers have no other alpha than the one that they are read with.
         is_compact: It holds fewer numbers than the layers that it stands for.
         verdicts: What a file holds -> verdict per program, see `compatibility`.
@@ -129,7 +127,7 @@ class Layout:
 
     name = key_format = "other"
     file_name: str | None = ""
-    for_one_base = says_alpha = is_compact = False
+    says_alpha = is_compact = False
     verdicts: Mapping[str, Mapping[str, str]] = {}
 
     def parse(self, key: str) -> Key | None:
@@ -142,9 +140,8 @@ class Layout:
     def matches(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
         """Whether a file is laid out so, in each of its keys; no file matches two layouts."""
         parsed = map(self.parse, keys)
-        return all(key is not None and self.owns(key) for key in parsed) and not any(
-            joined in key for key in keys for joined in _JOINED
-        )
+        is_own = bool(keys) and all(key is not None and self.owns(key) for key in parsed)
+        return is_own and not any(joined in key for key in keys for joined in _JOINED)
 
     def module(self, key: Key, resolve: Resolve, component: str | None) -> str | None:
         """Canonical name of a key's module, None if it is of none that is known."""

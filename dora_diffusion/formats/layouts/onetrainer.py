@@ -6,7 +6,7 @@ Its older files are kohya's. No other program is known to compute these as they 
 
 from __future__ import annotations
 
-from dora_diffusion.formats.layouts.dotted import PEFT_FORMS, Dotted
+from dora_diffusion.formats.layouts.diffusers import PEFT_FORMS, Dotted
 from dora_diffusion.formats.layouts.layout import Key, Layout
 from dora_diffusion.formats.names.kohya import is_sgm_path
 from dora_diffusion.formats.names.modules import split_prefix

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from dora_diffusion.formats.layouts import all_layouts
 from dora_diffusion.formats.layouts.compatibility import some_layers
-from dora_diffusion.formats.layouts.dotted import is_old_form, mixes_forms
+from dora_diffusion.formats.layouts.diffusers import is_old_form, mixes_forms
 from dora_diffusion.formats.layouts.layout import AdapterFormatError, Groups, Layers, Layout
 from dora_diffusion.formats.names.kohya import Resolve
 from dora_diffusion.wording import listing

@@ -14,7 +14,7 @@ from dora_diffusion.families import COMPONENTS
 from dora_diffusion.formats.adapter.alpha import json_object, refuse_changed_base
 from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata, own_fields, without_path
 from dora_diffusion.formats.layouts.compatibility import EXACT, NOT_CHECKED, NOT_FOR_IT, table
-from dora_diffusion.formats.layouts.dotted import (
+from dora_diffusion.formats.layouts.diffusers import (
     EMBEDDING_FORMS,
     PEFT_FORMS,
     PEFT_PREFIX,

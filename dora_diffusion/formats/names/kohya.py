@@ -13,7 +13,6 @@ from functools import lru_cache
 
 from dora_diffusion.families import COMPONENTS, FAMILIES, Family
 from dora_diffusion.formats.names.modules import canonical, split_component
-from dora_diffusion.formats.names.table import renamed
 from dora_diffusion.formats.names.unet import (
     RESNET_MODULES,
     TOP_MODULES,
@@ -21,6 +20,7 @@ from dora_diffusion.formats.names.unet import (
     UNetLayout,
     known_layout,
     released_layout,
+    renamed,
     unet_names,
 )
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from dora_diffusion.families import FAMILIES
-from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.formats.adapter.file import AdapterMetadata, read_adapter
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.formats.layouts.kohya import rename_one_to_one
-from dora_diffusion.formats.layouts.layout import AdapterFormatError
+from dora_diffusion.formats.layouts.kohya import kohya_names
+from dora_diffusion.formats.layouts.layout import AdapterFormatError, WriteOptions
 from dora_diffusion.formats.layouts.other import group_keys
 from dora_diffusion.formats.names.kohya import name_resolver
+from dora_diffusion.numerics.weights import LayerWeights
 from tests.formats.adapter.helpers import (
     MakeAdapter,
     SameLayers,
@@ -76,10 +77,12 @@ def test_two_keys_for_one_tensor_are_listed() -> None:
 
 
 def test_modules_that_share_a_name_are_refused() -> None:
-    with pytest.raises(AdapterFormatError, match="share a name"):
-        rename_one_to_one(["a.b", "a_b"], lambda name: name.replace(".", "_"), "test")
-    with pytest.raises(AdapterFormatError, match=r"without a name in test: a\.b"):
-        rename_one_to_one(["a.b"], lambda name: None, "test")
+    facts, factor = AdapterMetadata("sd1"), torch.ones(2, 2)
+    layer = LayerWeights(factor, factor)
+    with pytest.raises(AdapterFormatError, match=r"share a name .*: unet\.a\.b, unet\.a_b"):
+        kohya_names({"unet.a.b": layer, "unet.a_b": layer}, facts, WriteOptions())
+    with pytest.raises(AdapterFormatError, match=r"without a name in .*: text_encoder_2\.a"):
+        kohya_names({"text_encoder_2.a": layer}, facts, WriteOptions())
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

@@ -1,4 +1,4 @@
-"""Writing outputs so that an interrupted or refused export changes nothing."""
+"""Models that are opened, and outputs that a refused or interrupted export leaves as they were."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from pathlib import Path
 
 from dora_diffusion import system
 from dora_diffusion.formats.adapter.file import AdapterFile, embeddings_beside
+from dora_diffusion.formats.adapter.inspect import AdapterReport, report_on
+from dora_diffusion.formats.checkpoint.file import CheckpointFile
+from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.checkpoint.weights import StoredModel
 from dora_diffusion.formats.files.atomic import DiskFullError, disk_full, require_writable
 from dora_diffusion.formats.files.header import PICKLED
 
@@ -21,6 +25,73 @@ _SPARE_BYTES = 32 * 2**20
 
 class ExportError(ValueError):
     """An export that was refused or failed its own check, with the reason."""
+
+
+def model_name(path: Path) -> str:
+    """What a model is called: its hub id in the hub's cache, else its file or folder alone."""
+    path = path.resolve()
+    parts = path.parts[-3:]
+    if len(parts) == 3 and parts[0].startswith("models--") and parts[1] == "snapshots":
+        return parts[0].removeprefix("models--").replace("--", "/", 1)
+    return path.name
+
+
+@contextlib.contextmanager
+def open_model(
+    model: str | Path, variant: str | None = None, revision: str | None = None
+) -> Iterator[StoredModel]:
+    """Open a model and close its files afterwards.
+
+    Args:
+        model: A diffusers folder, a hub id, ``embedded:NAME``, or a ``.safetensors`` checkpoint.
+        variant: Weight variant of a folder or hub id, such as ``"fp16"``.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        ExportError: If it is a pickle.
+        TensorFileError: If its weights (of the variant) are missing, damaged or pickled.
+        UnsupportedModelError, ModelNotFoundError: If it is another kind of model, or none.
+    """
+    # Imported here: the model layer may import heavy libraries.
+    from dora_diffusion.models.locate import resolve_folder
+
+    file = Path(model).expanduser()
+    if file.suffix in PICKLED:
+        raise ExportError(
+            f"{file.name} is a pickle, which can run code when opened; give a .safetensors file"
+        )
+    if file.suffix == ".safetensors" and file.is_file():
+        with CheckpointFile.open(file) as checkpoint:
+            yield checkpoint
+        return
+    is_home = str(model).startswith("~")
+    folder = resolve_folder(file if is_home else model, variant=variant, revision=revision)
+    with PipelineFolder.open(folder, variant) as pipeline:
+        yield pipeline
+
+
+def inspect_adapter(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> AdapterReport:
+    """Report what an adapter is.
+
+    Args:
+        path: An adapter file or folder.
+        base: A model that it may fit: a folder, a hub id, ``embedded:NAME`` or a single file.
+        variant: Weight variant of the base, such as ``"fp16"``.
+        revision: Branch, tag or commit of a base on the hub.
+
+    Raises:
+        AdapterFormatError: If it is not an adapter that can be read, with the reason.
+    """
+    if base is None:
+        return report_on(path)
+    with open_model(base, variant, revision) as model:
+        return report_on(path, model)
 
 
 class ProgressReporter:

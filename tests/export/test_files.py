@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dora_diffusion.export import ExportError, export_checkpoint, output
+from dora_diffusion.export import ExportError, export_checkpoint, files
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     write_adapter,
@@ -85,7 +85,7 @@ def test_an_interruption_puts_the_old_folder_back(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(output, "system", SimpleNamespace(replace=interrupted))
+        patch.setattr(files, "system", SimpleNamespace(replace=interrupted))
         with pytest.raises(KeyboardInterrupt):
             export_checkpoint(sd1_folder, file, merged, strength=0.5, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "merged"]

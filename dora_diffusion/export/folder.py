@@ -1,21 +1,33 @@
-"""Which file of a merged diffusers folder holds which tensors, and what is copied beside them."""
+"""A model written as a Diffusers folder: which file holds what, what is copied, and the writing."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.export.output import ExportError
-from dora_diffusion.families import WEIGHT_COMPONENTS
-from dora_diffusion.formats.checkpoint.folder import (
-    WEIGHT_SUFFIXES,
-    read_index,
-    read_json,
+import torch
+from torch import Tensor
+
+from dora_diffusion.export.files import (
+    ExportError,
+    OnProgress,
+    ProgressReporter,
+    check_space,
+    replace_folder,
+    temporary_sibling,
 )
+from dora_diffusion.export.merged import MergedModel, check_sample
+from dora_diffusion.export.metadata import ModelMetadata
+from dora_diffusion.families import WEIGHT_COMPONENTS
+from dora_diffusion.formats.checkpoint.entries import Entry
+from dora_diffusion.formats.checkpoint.folder import WEIGHT_SUFFIXES, read_index, read_json
 from dora_diffusion.formats.checkpoint.weights import StoredModel
+from dora_diffusion.formats.files.atomic import save_text
+from dora_diffusion.formats.files.stream import write_tensors
 from dora_diffusion.formats.names.checkpoint import UNET_PREFIX, VAE_PREFIX
 from dora_diffusion.formats.names.modules import canonical
 from dora_diffusion.wording import listing
@@ -147,7 +159,6 @@ def configuration_folder(config: str | Path | None, checkpoint: StoredModel) -> 
 def shapes_of_configuration(config: Path) -> dict[str, tuple[int, ...]]:
     """Canonical names and shapes of all tensors that models of a configuration have."""
     import diffusers
-    import torch
     import transformers
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -184,6 +195,120 @@ def _is_weight(file: Path) -> bool:
     return file.name.endswith(WEIGHT_SUFFIXES) or ".safetensors.index." in file.name
 
 
-def dump(values: Mapping[str, Any]) -> str:
+def write_folder(
+    merged: MergedModel,
+    plan: FolderPlan,
+    output: Path,
+    metadata: ModelMetadata,
+    on_progress: OnProgress | None,
+    vae_config: Path | None = None,
+) -> None:
+    """Write a diffusers folder, atomically, and check it.
+
+    Weights are written under their plain names, whatever variant they were read from; weights in
+    other formats, and single files beside the components, hold the unmerged model and are left
+    out. ``vae_config`` takes the place of the autoencoder's config.
+    """
+    written = sum(merged.specs[name].nbytes for name in plan.names)
+    check_space(output, written + sum(file.stat().st_size for file in plan.others))
+    report = ProgressReporter(written, on_progress)
+    output = output.resolve()  # of a link, the folder that it leads to is replaced
+    with temporary_sibling(output) as temporary:
+        for file in plan.others:
+            target = temporary / file.relative_to(plan.source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        if vae_config is not None:
+            shutil.copyfile(vae_config, temporary / "vae" / "config.json")
+        save_text(temporary / "README.md", metadata.card(_read_card(plan.source)))
+        for component, shards in plan.shards.items():
+            _write_component(merged, component, shards, temporary / component, metadata, report)
+        _update(temporary / "scheduler" / "scheduler_config.json", plan.scheduler)
+        _write_index(plan.index, temporary)
+        replace_folder(temporary, output)
+
+
+def _write_component(
+    merged: MergedModel,
+    component: str,
+    shards: list[Shard],
+    folder: Path,
+    metadata: ModelMetadata,
+    report: ProgressReporter,
+) -> None:
+    """Write the weight files of one component.
+
+    Text encoders are written with ``text_model.``, which every version of transformers reads;
+    without it, versions before 5.6 leave the whole encoder random, with a warning.
+    """
+    places: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, start=1):
+        specs = {key: merged.specs[name] for key, name in shard.items()}
+
+        def load(key: str, shard: Shard = shard) -> Tensor:
+            return merged[shard[key]]
+
+        target = folder / _plain_name(component, number, len(shards))
+        write_tensors(target, specs, load, metadata.draft(), metadata.final, report.step)
+        check_sample(target, [Entry(key, (name,)) for key, name in shard.items()], merged)
+        places |= dict.fromkeys(shard, target.name)
+        total += sum(spec.nbytes for spec in specs.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        save_text(folder / f"{_stem(component)}.safetensors.index.json", _dump(index))
+    if component != "vae" and merged.dtype is not None:
+        _update_dtype(folder / "config.json", merged.dtype)
+
+
+def _read_card(folder: Path) -> str:
+    """The card of a model folder, empty if it has none that is text."""
+    try:
+        return (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _stem(component: str) -> str:
+    return "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
+
+
+def _plain_name(component: str, number: int, count: int) -> str:
+    shard = f"-{number:05d}-of-{count:05d}" if count > 1 else ""
+    return f"{_stem(component)}{shard}.safetensors"
+
+
+def _update_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Keep a transformers config's note of its weights' dtype true."""
+    if config.is_file():
+        values = json.loads(config.read_text("utf-8"))
+        noted = [key for key in ("dtype", "torch_dtype") if key in values]
+        _update(config, dict.fromkeys(noted, str(dtype).removeprefix("torch.")))
+
+
+def _update(config: Path, values: Mapping[str, Any]) -> None:
+    if values:
+        save_text(config, _dump({**json.loads(config.read_text("utf-8")), **values}))
+
+
+def _write_index(source: Mapping[str, Any], folder: Path) -> None:
+    """Write ``model_index.json`` without the components that the base folder does not hold.
+
+    A download that leaves out the safety checker would otherwise give a folder that does not load.
+    """
+    index = {
+        name: [None, None] if isinstance(value, list) and _is_absent(folder, name, value) else value
+        for name, value in source.items()
+    }
+    if index.get("safety_checker") == [None, None]:
+        index["requires_safety_checker"] = False
+    save_text(folder / "model_index.json", _dump(index))
+
+
+def _is_absent(folder: Path, name: str, value: list[object]) -> bool:
+    return len(value) == 2 and value[0] is not None and not (folder / name).is_dir()
+
+
+def _dump(values: Mapping[str, Any]) -> str:
     """JSON as diffusers formats it."""
     return json.dumps(values, indent=2) + "\n"
