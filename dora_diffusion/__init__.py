@@ -64,11 +64,11 @@ if TYPE_CHECKING:
         extract_adapter,
     )
     from dora_diffusion.families import UnsupportedModelError
-    from dora_diffusion.formats.adapter.keys import AdapterFormatError
     from dora_diffusion.formats.checkpoint.entries import CheckpointLayoutError
     from dora_diffusion.formats.checkpoint.weights import MergeError
     from dora_diffusion.formats.files.atomic import DiskFullError
     from dora_diffusion.formats.files.header import TensorFileError
+    from dora_diffusion.formats.layouts.layout import AdapterFormatError
     from dora_diffusion.generate import BrokenImageError, SamplingSettings, generate_images
     from dora_diffusion.models.load import load_components
     from dora_diffusion.models.locate import ModelNotFoundError

@@ -15,7 +15,7 @@ from dora_diffusion.adapters.state import (
     load_adapter_state,
 )
 from dora_diffusion.families import FAMILIES
-from dora_diffusion.formats.adapter.embeddings import NOT_BESIDE_IT
+from dora_diffusion.formats.adapter.embeddings import MissingToken
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
@@ -127,7 +127,7 @@ def attach_file(
             stacklevel=3,
         )
     for note in adapter.notes:
-        if NOT_BESIDE_IT in note:
+        if isinstance(note, MissingToken):
             warnings.warn(f"{find_adapter(path).name}: {note}", stacklevel=3)
     load_adapter_state(components, adapter.layers, name=name)
     return adapter

@@ -19,8 +19,8 @@ from dora_diffusion.adapters.kinds import can_adapt, layer_kind
 from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.families import Family
-from dora_diffusion.formats.adapter.vera import VeraLayer
 from dora_diffusion.formats.files.header import TensorSpec
+from dora_diffusion.formats.layouts.vera import VeraLayer
 from dora_diffusion.formats.names.modules import canonical, installed_path, is_flat
 from dora_diffusion.numerics.weights import LayerWeights
 

@@ -20,8 +20,7 @@ from dora_diffusion.analysis.changes import (
 )
 from dora_diffusion.analysis.report import Analysis
 from dora_diffusion.analysis.sources import SavedRun, TunedWeights, find_run, open_tuned
-from dora_diffusion.export.base import model_name, open_model
-from dora_diffusion.export.output import ExportError
+from dora_diffusion.export.files import ExportError, model_name, open_model
 from dora_diffusion.formats.checkpoint.weights import StoredModel, module_weight
 from dora_diffusion.numerics.decomposition import (
     decompose,
@@ -75,7 +74,7 @@ def analyze_weights(
         >>> analyze_weights("embedded:tiny-sd", base="embedded:tiny-sd")
         Traceback (most recent call last):
             ...
-        dora_diffusion.export.output.ExportError: embedded:tiny-sd: no layer differs from the base's
+        dora_diffusion.export.files.ExportError: embedded:tiny-sd: no layer differs from the base's
     """
     paths = [sources] if isinstance(sources, (str, Path)) else list(sources)
     if not paths:

@@ -10,16 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion.export.base import model_name, open_model
-from dora_diffusion.export.notes import trained_steps
-from dora_diffusion.export.output import ExportError
+from dora_diffusion.export.files import ExportError, model_name, open_model
+from dora_diffusion.export.metadata import trained_steps
 from dora_diffusion.families import UnsupportedModelError
 from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
-from dora_diffusion.formats.adapter.keys import AdapterFormatError
 from dora_diffusion.formats.adapter.metadata import parse_metadata
 from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
-from dora_diffusion.formats.checkpoint.places import pipeline_in
 from dora_diffusion.formats.checkpoint.weights import (
     ModelWeights,
     StoredModel,
@@ -27,6 +24,8 @@ from dora_diffusion.formats.checkpoint.weights import (
     module_shapes,
 )
 from dora_diffusion.formats.files.header import read_header
+from dora_diffusion.formats.files.names import pipeline_in
+from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.weights import LayerWeights, Strengths
 from dora_diffusion.training.checkpoint import folders_after, step_of

@@ -22,8 +22,8 @@ from dora_diffusion.commands.options import (
 from dora_diffusion.config import ConfigError
 from dora_diffusion.console.progress import tell
 from dora_diffusion.families import FAMILIES
-from dora_diffusion.formats.adapter.conversions import CONVERSIONS, LORA_RANK
 from dora_diffusion.formats.files.atomic import atomic_file
+from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

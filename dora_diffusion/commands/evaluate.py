@@ -99,8 +99,8 @@ def _load(args: argparse.Namespace) -> tuple[Components, str, Components | None]
     if not Path(args.adapter).expanduser().exists() or not is_model(args.adapter):
         components, metadata = load_adapted_model(args)
         return components, args.trigger or metadata.trigger, None
-    from dora_diffusion.export.base import open_model
-    from dora_diffusion.export.notes import trained_trigger
+    from dora_diffusion.export.files import open_model
+    from dora_diffusion.export.metadata import trained_trigger
 
     with open_model(args.adapter) as stored:
         trigger = args.trigger or trained_trigger(stored.metadata)

@@ -8,6 +8,7 @@ from dora_diffusion.commands.options import (
     add_base,
     add_fit,
     add_limits,
+    base_options,
     fit_options,
     print_written,
 )
@@ -23,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="The model to come near: of the same architecture, trained in any way; a Diffusers "
         "folder, hub id or single .safetensors file.",
     )
+    parser.add_argument("--tuned_variant", help="Weight variant of --tuned, such as fp16.")
+    parser.add_argument("--tuned_revision", help="Branch, tag or commit of --tuned on the hub.")
     parser.add_argument("--output", required=True, help="The file or folder to write.")
     add_limits(parser, "Largest rank; small layers get less.", required=True)
     add_fit(parser, "output")
@@ -32,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the adapter that is nearest to a tuned model, and say how near."""
     from dora_diffusion.export import extract_adapter
 
-    options = fit_options(args)
+    options = fit_options(args) | base_options(args, "tuned")
     options["norm_axis"] = args.norm_axis or "output"
     with progress("extracting", "B") as show:
         report = extract_adapter(args.base, args.tuned, args.output, on_progress=show, **options)

@@ -16,7 +16,7 @@ from dora_diffusion.config.adapter import NORM_AXES
 from dora_diffusion.config.fields import AUTO, DTYPES, dtype_name, require
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.console.tables import print_json
-from dora_diffusion.formats.adapter.conversions import CONVERSIONS
+from dora_diffusion.formats.layouts import CONVERSIONS
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.wording import counted
 
@@ -46,22 +46,24 @@ def add_base(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     parser.add_argument("--revision", help="Branch, tag or commit of a base on the hub.")
 
 
-def base_options(args: argparse.Namespace) -> dict[str, str | None]:
-    """The variant and the revision of ``--base``, as keywords of what opens it.
+def base_options(args: argparse.Namespace, flag: str = "base") -> dict[str, str | None]:
+    """The variant and the revision of ``--base``, or ``--tuned``, as keywords of what opens it.
 
     Warns:
         UserWarning: Of one without effect.
     """
     from dora_diffusion.models.locate import is_embedded
 
-    options = {"variant": args.variant, "revision": args.revision}
+    start, what = ("", "base") if flag == "base" else (f"{flag}_", f"{flag} model")
+    names = [f"{start}variant", f"{start}revision"]
+    options, model = {name: getattr(args, name) for name in names}, getattr(args, flag)
     reasons = {}
-    if args.base is None:
-        reasons = dict.fromkeys(options, "no base is given")
-    elif args.base.endswith(".safetensors"):
-        reasons = dict.fromkeys(options, "the base is a single file")
-    elif is_embedded(args.base) or Path(args.base).expanduser().exists():
-        reasons = {"revision": "the base is on this machine, not a hub id"}
+    if model is None:
+        reasons = dict.fromkeys(options, f"no {what} is given")
+    elif model.endswith(".safetensors"):
+        reasons = dict.fromkeys(options, f"the {what} is a single file")
+    elif is_embedded(model) or Path(model).expanduser().exists():
+        reasons = {names[1]: f"the {what} is on this machine, not a hub id"}
     _warn_of({name: reason for name, reason in reasons.items() if options[name] is not None})
     return options
 

@@ -6,10 +6,9 @@ from dora_diffusion.export.checkpoint import export_checkpoint
 from dora_diffusion.export.combine import combine_adapters
 from dora_diffusion.export.convert import ConversionReport, convert_adapter
 from dora_diffusion.export.extract import extract_adapter
-from dora_diffusion.export.inspect import inspect_adapter
-from dora_diffusion.export.output import ExportError
+from dora_diffusion.export.files import ExportError, inspect_adapter
 from dora_diffusion.export.verify import VerifyReport, verify_checkpoint
-from dora_diffusion.formats.adapter.report import AdapterReport
+from dora_diffusion.formats.adapter.inspect import AdapterReport
 
 __all__ = [
     "AdapterReport",

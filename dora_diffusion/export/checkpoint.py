@@ -1,4 +1,4 @@
-"""Write a model, with adapters merged in: a diffusers folder, or one original-layout file.
+"""Write a model, merged or trained: a Diffusers folder, or one file in the original layout.
 
 Everything is streamed one tensor at a time, written beside the output, reopened and checked, and
 only then renamed: an interrupted export leaves nothing behind and destroys nothing.
@@ -8,22 +8,39 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from dora_diffusion.export.base import open_model
-from dora_diffusion.export.folder.plan import plan_folder
-from dora_diffusion.export.folder.write import write_folder
+from dora_diffusion.export.files import (
+    ExportError,
+    OnProgress,
+    ProgressReporter,
+    check_output,
+    check_space,
+    open_model,
+    refuse_existing,
+)
+from dora_diffusion.export.folder import plan_folder, write_folder
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec
-from dora_diffusion.export.merged import MergedModel
-from dora_diffusion.export.notes import MergeNotes
-from dora_diffusion.export.output import OnProgress, check_output, refuse_existing
-from dora_diffusion.export.single_file import write_single_file
-from dora_diffusion.export.vae import VaeFile, WithVae, open_vae
+from dora_diffusion.export.merged import (
+    MergedModel,
+    Overlay,
+    VaeFile,
+    check_sample,
+    open_vae,
+    with_vae,
+)
+from dora_diffusion.export.metadata import ModelMetadata, merged_metadata, trained_metadata
 from dora_diffusion.formats.adapter.embeddings import said_of_embeddings, write_embeddings
-from dora_diffusion.formats.adapter.file import find_adapter
-from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata
+from dora_diffusion.formats.adapter.stored import find_adapter
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, SingleFile, StoredModel
+from dora_diffusion.formats.files.atomic import atomic_file
+from dora_diffusion.formats.files.stream import write_tensors
+from dora_diffusion.wording import listing
 
 
 def export_checkpoint(
@@ -99,16 +116,17 @@ def export_checkpoint(
             inputs.append(Path(vae).expanduser())
         check_output(output, model.path, inputs, overwrite)
         new_vae = None if vae is None else stack.enter_context(open_vae(vae))
-        weights: ModelWeights = WithVae(model, new_vae) if new_vae else model
+        weights: ModelWeights = with_vae(model, new_vae) if new_vae else model
         read = spec.read(weights, alpha)
         for assumption in spec.assumptions(read):
             warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
         embeddings = spec.embeddings(read, output)
         refuse_existing((file for files in embeddings for file in files.values()), overwrite)
         merged = MergedModel(weights, spec.weighted(read), dtype)
-        notes = MergeNotes(model, spec, read, output)
-        stack.callback(notes.close)
-        _write(merged, model, output, notes, config, new_vae, on_progress)
+        options = {"variant": variant, "revision": revision}
+        metadata = merged_metadata(model, spec, read, output, options)
+        stack.callback(metadata.close)
+        _write(merged, model, output, metadata, config, new_vae, on_progress)
         for adapter, files in zip(read, embeddings, strict=True):
             write_embeddings(files, adapter.tokens)
     for said in (said for files in embeddings for said in said_of_embeddings(files)):
@@ -116,19 +134,90 @@ def export_checkpoint(
     return output
 
 
+def export_trained(
+    base: str | Path,
+    tensors: Mapping[str, Callable[[], Tensor]],
+    output: str | Path,
+    metadata: AdapterMetadata,
+    *,
+    vae: str | Path | None = None,
+    variant: str | None = None,
+    config: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model that was trained from a base, streamed one tensor at a time, atomically.
+
+    Args:
+        base: What it was trained from: a Diffusers folder, a hub id, ``embedded:NAME`` or a single
+            ``.safetensors`` file. What was not trained is its own, to the last bit.
+        tensors: Canonical name -> what gives the trained tensor. It is cast to the dtype that the
+            base stores.
+        output: A name ending in ``.safetensors`` gives one file in the original layout, any other
+            a Diffusers folder.
+        metadata: What is known of the training: trigger words, steps.
+        vae: Another autoencoder, which takes the place of the base's.
+        variant: Weight variant of the base, such as ``"fp16"``.
+        config: For a folder made from a single file: a Diffusers folder with its configuration.
+        overwrite: Replace an output that exists.
+
+    Returns:
+        The output path.
+
+    Raises:
+        ExportError: If the output exists, or the base has no such tensor.
+        DiskFullError: If there is not enough space; nothing is changed then.
+    """
+    output = Path(output).expanduser()
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(open_model(base, variant))
+        check_output(output, model.path, (), overwrite)
+        new_vae = None if vae is None else stack.enter_context(open_vae(vae))
+        weights: ModelWeights = with_vae(model, new_vae) if new_vae else model
+        if unknown := tensors.keys() - weights.specs.keys():
+            raise ExportError(f"the base has no {listing(sorted(unknown), 3)}")
+        trained = MergedModel(Overlay(weights, tensors), ())
+        described = trained_metadata(model, metadata, output)
+        stack.callback(described.close)
+        _write(trained, model, output, described, config, new_vae, None)
+    return output
+
+
 def _write(
     merged: MergedModel,
     model: StoredModel,
     output: Path,
-    notes: MergeNotes,
+    metadata: ModelMetadata,
     config: str | Path | None,
     vae: VaeFile | None,
     on_progress: OnProgress | None,
 ) -> None:
     if output.suffix == ".safetensors":
-        write_single_file(merged, model.single_file(), output, notes, on_progress)
+        _write_single_file(merged, model.single_file(), output, metadata, on_progress)
         return
     plan = plan_folder(model, config)
     if vae is not None:
         plan = plan.with_tensors("vae", vae.specs)
-    write_folder(merged, plan, output, notes, on_progress, vae.config if vae else None)
+    write_folder(merged, plan, output, metadata, on_progress, vae.config if vae else None)
+
+
+def _write_single_file(
+    merged: MergedModel,
+    layout: SingleFile,
+    output: Path,
+    metadata: ModelMetadata,
+    on_progress: OnProgress | None,
+) -> None:
+    """Write the merged weights as one file, atomically, and check it."""
+    entries = {entry.key: entry for entry in layout.entries}
+    specs = {key: entry.spec(merged.specs) for key, entry in entries.items()}
+    specs |= layout.other_specs
+    total = sum(spec.nbytes for spec in specs.values())
+    check_space(output, total)
+    report = ProgressReporter(total, on_progress)
+
+    def load(key: str) -> Tensor:
+        return merged.build(entries[key]) if key in entries else layout.load_other(key)
+
+    with atomic_file(output) as temporary:
+        write_tensors(temporary, specs, load, metadata.draft(), metadata.final, report.step)
+        check_sample(temporary, layout.entries, merged)

@@ -11,13 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion.export.base import model_name, open_model
 from dora_diffusion.export.convert import ConversionReport, check_free
 from dora_diffusion.export.extract import facts_of
-from dora_diffusion.export.fit import FitSettings, Fitted
+from dora_diffusion.export.files import (
+    ExportError,
+    OnProgress,
+    free_embeddings,
+    model_name,
+    open_model,
+)
+from dora_diffusion.export.fit import FitSettings, Fitted, axis_of, fit_to_adapters
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec
-from dora_diffusion.export.output import ExportError, OnProgress, free_embeddings
-from dora_diffusion.export.resize import axis_of, fit_to_adapters
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, said_of_embeddings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -25,8 +29,8 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
-from dora_diffusion.formats.adapter.targets.registry import TARGETS
 from dora_diffusion.formats.checkpoint.weights import StoredModel
+from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.numerics.weights import NormAxis
 from dora_diffusion.wording import counted, listing
 
@@ -83,7 +87,7 @@ def combine_adapters(
         settings = FitSettings(rank, conv_rank, energy, method, norm_axis or _axis(read), dtype)
         kind = settings.key_format(key_format)
         inputs = [model.path, *(find_adapter(path) for path, _ in spec.pairs())]
-        check_free(output, TARGETS[kind].file_name, inputs, overwrite)
+        check_free(output, layout_named(kind).file_name, inputs, overwrite)
         adapter = AdapterFile({}, tokens=_tokens(read))
         embeddings = free_embeddings(output, adapter, overwrite)
         fitted = fit_to_adapters(model, spec.weighted(read), settings, on_progress)

@@ -12,17 +12,15 @@ from pathlib import Path
 
 import torch
 
-from dora_diffusion.export.base import open_model
-from dora_diffusion.export.fit import FitSettings, Fitted
-from dora_diffusion.export.output import ExportError, free_embeddings, refuse_existing
-from dora_diffusion.export.resize import (
+from dora_diffusion.export.files import ExportError, free_embeddings, open_model, refuse_existing
+from dora_diffusion.export.fit import (
+    FitSettings,
+    Fitted,
     axis_of,
     fit_to_adapters,
     key_format_for,
     truncate_layers,
 )
-from dora_diffusion.formats.adapter.consumers import stated_approximation
-from dora_diffusion.formats.adapter.conversions import CONVERSIONS, LORA_RANK
 from dora_diffusion.formats.adapter.embeddings import said_of_embeddings
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
@@ -36,11 +34,12 @@ from dora_diffusion.formats.adapter.metadata import (
     TRAINED_ALPHA,
     AdapterMetadata,
 )
-from dora_diffusion.formats.adapter.targets.one_base import needs_compensation
-from dora_diffusion.formats.adapter.targets.registry import TARGETS
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
 from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.formats.files.header import PICKLED
+from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, layout_named
+from dora_diffusion.formats.layouts.base_specific import needs_compensation
+from dora_diffusion.formats.layouts.compatibility import stated_approximation
 from dora_diffusion.images import thumbnail as make_thumbnail
 from dora_diffusion.merge import WeightedAdapter
 from dora_diffusion.numerics.low_rank import approximate
@@ -142,7 +141,7 @@ def convert_adapter(
         adapter = read_adapter(source, model, alpha=alpha, sums=sums)
         settings = dataclasses.replace(settings, norm_axis=axis_of(adapter.layers.values()))
         kind = _key_format(target, adapter, settings, model)
-        check_free(output, TARGETS[kind].file_name, inputs, overwrite)
+        check_free(output, layout_named(kind).file_name, inputs, overwrite)
         embeddings = free_embeddings(output, adapter, overwrite)
         family = family or (model.family.name if model else "")
         metadata = _with_additions(adapter.metadata, family, tags, thumbnail)
@@ -178,7 +177,7 @@ def _written_as(target: str, adapter: AdapterFile) -> str:
 def _key_format(
     target: str, adapter: AdapterFile, settings: FitSettings, model: ModelWeights | None
 ) -> str:
-    """The key of ``TARGETS`` that a target is written in."""
+    """The layout that a target is written in."""
     if not CONVERSIONS[target].needs_rank:
         return _APPROXIMATE.get(target, target)
     return settings.key_format(None) if model else key_format_for(adapter.layers)

@@ -9,14 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion.export.base import model_name, open_model
 from dora_diffusion.export.convert import ConversionReport, check_free
+from dora_diffusion.export.files import (
+    ExportError,
+    OnProgress,
+    ProgressReporter,
+    model_name,
+    open_model,
+)
 from dora_diffusion.export.fit import FitSettings, FitTarget, Fitted, fit_layers
-from dora_diffusion.export.output import ExportError, OnProgress, ProgressReporter
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.formats.adapter.metadata import UNET_LAYERS, AdapterMetadata
-from dora_diffusion.formats.adapter.targets.registry import TARGETS
 from dora_diffusion.formats.checkpoint.weights import StoredModel, module_shapes, module_weight
+from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.formats.names.unet import known_layout
 from dora_diffusion.numerics.weights import NormAxis
 from dora_diffusion.wording import counted, listing
@@ -40,6 +45,8 @@ def extract_adapter(
     dtype: torch.dtype | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    tuned_variant: str | None = None,
+    tuned_revision: str | None = None,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> ConversionReport:
@@ -63,6 +70,8 @@ def extract_adapter(
         dtype: Of the low-rank factors; None: float32.
         variant: Weight variant of the base, such as ``"fp16"``.
         revision: Branch, tag or commit of a base on the hub.
+        tuned_variant: That of the tuned model.
+        tuned_revision: That of a tuned model on the hub.
         overwrite: Replace a file that exists.
         on_progress: Called with (bytes of the base compared, bytes in all).
 
@@ -78,8 +87,8 @@ def extract_adapter(
     output, kind = Path(output).expanduser(), settings.key_format(key_format)
     with contextlib.ExitStack() as stack:
         before = stack.enter_context(open_model(base, variant, revision))
-        after = stack.enter_context(open_model(tuned))
-        check_free(output, TARGETS[kind].file_name, [before.path, after.path], overwrite)
+        after = stack.enter_context(open_model(tuned, tuned_variant, tuned_revision))
+        check_free(output, layout_named(kind).file_name, [before.path, after.path], overwrite)
         fitted, notes = _fit_models(before, after, settings, on_progress)
         adapter = AdapterFile(fitted.layers, _metadata(before, after, fitted, settings))
         path = write_adapter(output, adapter, kind, base=before)

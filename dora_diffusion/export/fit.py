@@ -1,24 +1,25 @@
-"""Low-rank layers that are fitted to tuned weights, one layer after the other."""
+"""Low-rank layers that are fitted to tuned weights, or to what adapters make of a base."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.export.output import ExportError
+from dora_diffusion.export.files import ExportError, OnProgress, ProgressReporter
 from dora_diffusion.formats.adapter.metadata import (
     APPROXIMATES,
     APPROXIMATION_ERROR,
     TRAINED_ALPHA,
 )
-from dora_diffusion.formats.adapter.targets.registry import TARGETS
-from dora_diffusion.numerics.extract import best_dora
-from dora_diffusion.numerics.low_rank import low_rank
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes, module_weight
+from dora_diffusion.merge import WeightedAdapter, layers_of, merge_tensor
+from dora_diffusion.numerics.extract import best_dora, known_scale
+from dora_diffusion.numerics.low_rank import low_rank, truncated
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.precision import wide
 from dora_diffusion.numerics.threads import map_ahead
@@ -88,7 +89,7 @@ class FitSettings:
             ExportError: If the wanted one is unknown or cannot.
         """
         on_input = self.use_dora and self.norm_axis == "input"
-        known = [name for name in ("diffusers", "peft", "kohya") if name in TARGETS]
+        known = ("diffusers", "peft", "kohya")
         if wanted is None:
             return "kohya" if on_input else "diffusers"
         if wanted not in known:
@@ -232,3 +233,84 @@ def _fit(name: str, target: FitTarget, settings: FitSettings) -> tuple[LayerWeig
     merged = merge_layers(base, [(layer, Strengths())], tuned.dtype)
     left = merged.sub_(tuned).norm().item()
     return dataclasses.replace(layer, kind=target.kind), left, size
+
+
+def axis_of(layers: Iterable[LayerWeights]) -> NormAxis:
+    """The axis of all magnitudes; the output axis where they differ, or there is none."""
+    axes = {layer.norm_axis for layer in layers if layer.magnitude is not None}
+    return axes.pop() if len(axes) == 1 else "output"
+
+
+def key_format_for(layers: Mapping[str, LayerWeights]) -> str:
+    """The key format that can hold these layers: Diffusers' where it is possible."""
+    kinds = {None if w.magnitude is None else w.norm_axis for w in layers.values()}
+    return "diffusers" if len(kinds) == 1 and "input" not in kinds else "kohya"
+
+
+def fit_to_adapters(
+    model: ModelWeights,
+    adapters: Sequence[WeightedAdapter],
+    settings: FitSettings,
+    on_progress: OnProgress | None = None,
+) -> Fitted:
+    """One layer for each that adapters have on a base: the nearest to all of them together.
+
+    A layer that one adapter alone has, at strength 1, stays as it is where its rank, its kind and
+    its axis are as wanted.
+
+    Args:
+        model: The base.
+        adapters: Their layers and strengths.
+        settings: How they are fitted. Without a rank each layer gets the sum of theirs.
+        on_progress: Called with (bytes of the base's adapted weights done, bytes in all).
+    """
+    names = [n for n in module_shapes(model) if any(n in adapter.layers for adapter in adapters)]
+    nbytes = {name: model.specs[f"{name}.weight"].nbytes for name in names}
+    report = ProgressReporter(sum(nbytes.values()), on_progress)
+
+    def target_of(name: str) -> FitTarget | None:
+        base, layers = module_weight(model, name), layers_of(f"{name}.weight", adapters)
+        tuned = merge_tensor(base, layers, wide(base).dtype)
+        kind = layers[0][0].kind
+        if len(layers) == 1 and _stays(*layers[0], settings):
+            return FitTarget(base, tuned, layer=layers[0][0], kind=kind)
+        if _cancels(base, tuned, layers):
+            return None
+        strengths = [(layer, strengths.strength) for layer, strengths in layers]
+        rank = sum(layer.rank for layer, _ in layers)
+        start = known_scale(oriented(base, kind), strengths, settings.norm_axis)
+        return FitTarget(base, tuned, rank, start, kind=kind)
+
+    return fit_layers(names, target_of, settings, lambda name: report.step(nbytes[name]))
+
+
+def _cancels(base: Tensor, tuned: Tensor, layers: Sequence[tuple[LayerWeights, Strengths]]) -> bool:
+    """Whether nothing is left of several layers but what float32 rounds."""
+    change = (tuned - base).norm()
+    total = sum(abs(strengths.strength) for _, strengths in layers) if len(layers) > 1 else 0.0
+    rounding = torch.finfo(torch.float32).eps * total * base.norm(dtype=change.dtype)
+    return bool(change <= rounding)
+
+
+def _stays(layer: LayerWeights, strengths: Strengths, settings: FitSettings) -> bool:
+    """Whether a layer is already what is wanted."""
+    is_dora = layer.magnitude is not None
+    return (
+        strengths == Strengths()
+        and settings.energy is None
+        and is_dora == settings.use_dora
+        and (not is_dora or layer.norm_axis == settings.norm_axis)
+        and layer.rank <= settings.rank_of(layer.weight_shape, layer.rank)
+    )
+
+
+def truncate_layers(layers: Mapping[str, LayerWeights], settings: FitSettings) -> Fitted:
+    """Layers of a smaller rank from their factors alone, without the base.
+
+    Magnitudes stay. Errors are those of ``s B A``, which is the whole change of a plain LoRA.
+    """
+    fitted = Fitted()
+    for name, layer in layers.items():
+        rank = settings.rank_of(layer.weight_shape, layer.rank)
+        fitted.add(name, *truncated(layer, rank, settings.energy))
+    return fitted

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from dora_diffusion.export.output import ExportError
+from dora_diffusion.export.files import ExportError
 from dora_diffusion.formats.adapter.embeddings import embedding_files
 from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
 from dora_diffusion.formats.adapter.metadata import without_path
-from dora_diffusion.formats.adapter.targets.peft import PEFT_FILE
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
+from dora_diffusion.formats.layouts.peft import PEFT_FILE
 from dora_diffusion.merge import WeightedAdapter
 from dora_diffusion.numerics.weights import LayerWeights, Strengths
 

@@ -10,13 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion.export.base import open_model
-from dora_diffusion.export.folder.plan import BUFFERS, UNUSED, WEIGHT_PREFIXES
+from dora_diffusion.export.files import OnProgress, ProgressReporter, open_model
+from dora_diffusion.export.folder import BUFFERS, UNUSED, WEIGHT_PREFIXES
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec, adapter_hash, recorded
-from dora_diffusion.export.merged import MergedModel
-from dora_diffusion.export.notes import MERGED
-from dora_diffusion.export.output import OnProgress, ProgressReporter
-from dora_diffusion.export.vae import WithVae, open_vae
+from dora_diffusion.export.merged import MergedModel, open_vae, with_vae
+from dora_diffusion.export.metadata import MERGED
 from dora_diffusion.formats.checkpoint.file import MARKERS
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel
 from dora_diffusion.formats.names.checkpoint import standard_key
@@ -119,7 +117,7 @@ def verify_checkpoint(
         model = stack.enter_context(open_model(base, variant, revision))
         weights: ModelWeights = model
         if vae is not None:
-            weights = WithVae(model, stack.enter_context(open_vae(vae)))
+            weights = with_vae(model, stack.enter_context(open_vae(vae)))
         read = spec.read(weights, alpha)
         expected = MergedModel(weights, spec.weighted(read))
         report = WeightComparison(merged_model, expected, model.is_single_file).run(on_progress)

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from dora_diffusion.families import FAMILIES
-from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME
+from dora_diffusion.formats.files.names import PIPELINE_NAME
 from dora_diffusion.jobs.base_model import cached_models, cached_snapshot, traits_of
 from dora_diffusion.jobs.workspace import RequestError
 from dora_diffusion.models.locate import EMBEDDED_PREFIX, is_embedded

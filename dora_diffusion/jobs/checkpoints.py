@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME, pipeline_in
+from dora_diffusion.formats.files.names import PIPELINE_NAME, pipeline_in
 from dora_diffusion.jobs.records import CHOSEN
 from dora_diffusion.jobs.workspace import (
     DamagedFile,

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from dora_diffusion import config
 from dora_diffusion.console.errors import explain
-from dora_diffusion.formats.checkpoint.places import pipeline_in
+from dora_diffusion.formats.files.names import pipeline_in
 from dora_diffusion.jobs import queue, records
 from dora_diffusion.jobs.checkpoints import (
     RESULT_NAME,

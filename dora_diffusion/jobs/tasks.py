@@ -11,9 +11,9 @@ from typing import Any
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import as_yaml
-from dora_diffusion.formats.adapter.conversions import CONVERSIONS
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.names import file_stem
+from dora_diffusion.formats.layouts import CONVERSIONS
 from dora_diffusion.jobs.base_model import ModelFiles
 from dora_diffusion.jobs.checkpoints import card_of, chosen_adapter
 from dora_diffusion.jobs.queue import create_job, requeue_job

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dora_diffusion import toy
 from dora_diffusion.families import WEIGHT_COMPONENTS
-from dora_diffusion.formats.checkpoint.places import pipeline_in
+from dora_diffusion.formats.files.names import pipeline_in
 
 EMBEDDED_PREFIX = "embedded:"
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config import ConfigError, TrainConfig, settings
-from dora_diffusion.export.base import open_model
+from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.study.config import BASE, Asked, Method, Study
 from dora_diffusion.study.subjects import StudySubject

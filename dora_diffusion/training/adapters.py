@@ -32,8 +32,8 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.adapter.targets.registry import check_target
-from dora_diffusion.formats.adapter.vera import digest_of, write_vera
+from dora_diffusion.formats.layouts import layout_named
+from dora_diffusion.formats.layouts.vera import digest_of, write_vera
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.models.components import Components
 from dora_diffusion.training.card import KOHYA_FILE
@@ -160,7 +160,7 @@ def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapte
     on_input = config.method_name == "dora" and config.norm_axis == "input"
     trained = TrainedAdapters(components, modules, report, "kohya" if on_input else "diffusers")
     # Not after hours of training.
-    check_target(adapter_state(modules), trained.key_format)
+    layout_named(trained.key_format).check(adapter_state(modules))
     return trained
 
 

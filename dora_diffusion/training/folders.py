@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.formats.adapter.targets.registry import TARGETS
-from dora_diffusion.formats.adapter.vera import VERA_FILE
-from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME, pipeline_in
+from dora_diffusion.formats.files.names import PIPELINE_NAME, pipeline_in
+from dora_diffusion.formats.layouts.diffusers import DIFFUSERS
+from dora_diffusion.formats.layouts.vera import VERA_FILE
 from dora_diffusion.training.card import KOHYA_FILE
 from dora_diffusion.training.checkpoint import checkpoints_in, find_checkpoint, folders_after
 
@@ -172,7 +172,7 @@ def clear_folder(folder: Path, step: int) -> None:
     unfinished = [*folder.glob(".checkpoint-*.tmp"), *folder.glob(f"{UNFINISHED}*")]
     for old in [*folders_after(folder, step), *unfinished]:
         shutil.rmtree(old, ignore_errors=True)
-    names = (TARGETS["diffusers"].file_name, KOHYA_FILE, VERA_FILE)
+    names = (DIFFUSERS.file_name, KOHYA_FILE, VERA_FILE)
     adapters = [folder / name for name in names if name]
     model = folder / PIPELINE_NAME
     if step == 0 and (pipeline_in(model) or any(adapter.is_file() for adapter in adapters)):

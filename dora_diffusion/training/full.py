@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.export.base import open_model
-from dora_diffusion.export.trained import export_trained
+from dora_diffusion.export.checkpoint import export_trained
+from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
-from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME
+from dora_diffusion.formats.files.names import PIPELINE_NAME
 from dora_diffusion.formats.names.modules import canonical
 from dora_diffusion.merge import is_finite
 from dora_diffusion.models.components import Components

@@ -10,7 +10,7 @@ import pytest
 
 from dora_diffusion import cli
 from dora_diffusion.cli import main
-from dora_diffusion.formats.adapter.conversions import CONVERSIONS
+from dora_diffusion.formats.layouts import CONVERSIONS
 
 
 def test_every_conversion_can_be_asked_for() -> None:

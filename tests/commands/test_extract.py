@@ -60,3 +60,8 @@ def test_what_has_no_effect_and_what_is_refused(
     assert said in capsys.readouterr().err.splitlines()
     assert main([*command, "--tuned", str(tuned), *output]) == 1
     assert "exists" in last_line()
+    assert main([*command, "--tuned", str(sd1_folder), *output, "--tuned_variant", "nope"]) == 1
+    assert "has no weights of the variant 'nope'" in last_line()
+    assert main([*command, "--tuned", str(tuned), *output, "--tuned_variant", "fp16"]) == 1
+    said = "warning: tuned_variant has no effect because the tuned model is a single file"
+    assert said in capsys.readouterr().err.splitlines()

@@ -60,7 +60,7 @@ def two_variants(tmp_path: Path, sd1_folder: Path) -> tuple[Path, Path]:
     return both, alone
 
 
-@pytest.mark.parametrize("way", ["dense", "lora", "dora", "extract", "combine", "inspect"])
+@pytest.mark.parametrize("way", ["dense", "lora", "dora", "extract", "tuned", "combine", "inspect"])
 def test_what_is_computed_from_a_base_is_of_its_variant(
     tmp_path: Path, sd1_folder: Path, two_variants: tuple[Path, Path], way: str,
     random_adapter: MakeAdapter,
@@ -76,6 +76,8 @@ def test_what_is_computed_from_a_base_is_of_its_variant(
             return {inspect_adapter(source, base, variant=variant).fits: torch.zeros(0)}
         if way == "extract":
             extract_adapter(base, sd1_folder, output, rank=1, energy=0.01, variant=variant)
+        elif way == "tuned":
+            extract_adapter(sd1_folder, base, output, rank=1, energy=0.01, tuned_variant=variant)
         elif way == "combine":
             combine_adapters(base, source, output, rank=1, variant=variant)
         else:
@@ -86,7 +88,7 @@ def test_what_is_computed_from_a_base_is_of_its_variant(
     wanted = made(alone, None)
     assert_equal(made(both, "other"), wanted)
     # Of the plain weights there is no difference to extract, and the fit is as good.
-    if way not in ("extract", "inspect"):
+    if way not in ("extract", "tuned", "inspect"):
         plain = made(both, None)
         assert any(not torch.equal(tensor, plain[name]) for name, tensor in wanted.items())
     with pytest.raises(TensorFileError, match="no weights of the variant 'nope'"):
@@ -112,6 +114,7 @@ def test_a_revision_is_asked_of_the_hub(
     merged = export_checkpoint(base, file, tmp_path / "merged", revision=revision)
     assert verify_checkpoint(merged, base, file, revision=revision).ok
     extract_adapter(base, merged, tmp_path / "d.safetensors", rank=1, revision=revision)
+    extract_adapter(merged, base, tmp_path / "e.safetensors", rank=1, tuned_revision=revision)
     analyze_weights(file, base, revision=revision)
     load_adapted(base, file, revision=revision, device="cpu")
-    assert asked == 8 * [(base, revision)]
+    assert asked == 9 * [(base, revision)]

@@ -45,6 +45,13 @@ def test_a_merged_folder_has_a_card_of_its_own(
     assert "unet strength 0.8" in card
     assert "**`sks dog`**" in card
     assert str(tmp_path) not in card
+    assert "`dora-diffusion verify FOLDER --base BASE --adapter FILE`" in card
+    for file in sd1_folder.rglob("*.safetensors"):
+        other = snapshot / file.relative_to(sd1_folder).with_suffix(".fp16.safetensors")
+        shutil.copyfile(file, other)
+    merged = export_checkpoint(snapshot, path, tmp_path / "variant", variant="fp16")
+    card = (merged / "README.md").read_text(encoding="utf-8")
+    assert "verify FOLDER --base BASE --variant fp16 --adapter FILE`" in card
     plain = export_checkpoint(sd1_folder, path, tmp_path / "plain")
     card = (plain / "README.md").read_text(encoding="utf-8")
     assert "base_model" not in yaml.safe_load(card.split("---")[1])

@@ -23,12 +23,12 @@ from dora_diffusion.export import (
     ExportError,
     convert_adapter,
     export_checkpoint,
-    output,
+    files,
     verify_checkpoint,
 )
-from dora_diffusion.export.base import open_model
-from dora_diffusion.export.notes import trained_steps, trained_trigger
-from dora_diffusion.export.trained import export_trained
+from dora_diffusion.export.checkpoint import export_trained
+from dora_diffusion.export.files import open_model
+from dora_diffusion.export.metadata import trained_steps, trained_trigger
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
@@ -348,7 +348,7 @@ def test_a_failed_export_leaves_nothing(
             export_checkpoint(sd1_folder, file, tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     with monkeypatch.context() as patch:
-        patch.setattr(output.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
+        patch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
         with pytest.raises(DiskFullError, match=r"0\.00 GB free"):
             export_checkpoint(sd1_folder, file, tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -17,7 +17,6 @@ from dora_diffusion.export import (
     extract_adapter,
     inspect_adapter,
 )
-from dora_diffusion.formats.adapter.conversions import CONVERSIONS
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterFormatError,
@@ -26,16 +25,17 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.checkpoint.folder import PipelineFolder
+from dora_diffusion.formats.layouts import CONVERSIONS
 from dora_diffusion.numerics.low_rank import weight_change
 from dora_diffusion.numerics.weights import LayerWeights
 from tests.export.helpers import MakeAdapter
 from tests.formats.adapter.helpers import TABLE_HOLDS
-from tests.formats.adapter.targets.helpers import (
+from tests.formats.layouts.helpers import (
     assert_close_to_merge,
     load_pipeline,
     module_at,
 )
-from tests.formats.adapter.targets.test_kohya import load_metadata
+from tests.formats.layouts.test_kohya import load_metadata
 
 
 def test_approximation_reports_its_error(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from dora_diffusion.cli import main
 from dora_diffusion.export import inspect_adapter
 from dora_diffusion.formats.adapter.file import AdapterFormatError, read_adapter
-from dora_diffusion.formats.adapter.report import numbers as described_numbers
+from dora_diffusion.formats.adapter.inspect import numbers as described_numbers
 from tests.formats.golden.formula import factors, magnitude, numbers
 
 GOLDEN = Path(__file__).parent / "golden"

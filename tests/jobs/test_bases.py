@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dora_diffusion.formats.checkpoint.places import PIPELINE_NAME
+from dora_diffusion.formats.files.names import PIPELINE_NAME
 from dora_diffusion.jobs import bases
 from dora_diffusion.jobs.bases import Base, in_folder, in_hub_cache, model_folders
 from tests.jobs.helpers import write_checkpoint, write_folder

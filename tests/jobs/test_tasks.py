@@ -14,7 +14,7 @@ import pytest
 from dora_diffusion import hub
 from dora_diffusion.cli import build_parser
 from dora_diffusion.config import TrainConfig, read_config_file
-from dora_diffusion.formats.adapter.conversions import CONVERSIONS
+from dora_diffusion.formats.layouts import CONVERSIONS
 from dora_diffusion.jobs import records, tasks
 from dora_diffusion.jobs.checkpoints import chosen_adapter
 from dora_diffusion.jobs.queue import delete_job, stop_job

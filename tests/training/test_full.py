@@ -20,7 +20,7 @@ from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.analysis import analyze_weights
 from dora_diffusion.config import without_effect
 from dora_diffusion.evaluation.sampling import base_and_adapted
-from dora_diffusion.export.base import open_model
+from dora_diffusion.export.files import open_model
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training import adapters, full
 from dora_diffusion.training.accelerator import make_accelerator

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.export.base import open_model
+from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models import offload
 from dora_diffusion.training import adapters, dataset, inputs, loop

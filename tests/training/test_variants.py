@@ -20,12 +20,12 @@ from dora_diffusion.jobs.checkpoints import result_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.result import result_metadata
-from tests.formats.adapter.targets.helpers import (
+from tests.formats.layouts.helpers import (
     assert_close_to_merge,
     load_pipeline,
     module_at,
 )
-from tests.formats.adapter.targets.test_kohya import lycoris_axis
+from tests.formats.layouts.test_kohya import lycoris_axis
 from tests.training.helpers import assert_same_adapter, losses, make_config, open_run
 
 VARIANTS = {

@@ -11,29 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.families import COMPONENTS
-from dora_diffusion.formats.adapter.alpha import AlphaOf, alpha_rule, says_alpha
-from dora_diffusion.formats.adapter.keys import (
-    PEFT_PREFIX,
-    AdapterFormatError,
-    Part,
-    group_keys,
-    is_ai_toolkit_key,
-    is_embedding_key,
-)
+from dora_diffusion.formats.adapter.alpha import AI_TOOLKIT, AlphaOf, alpha_rule, says_alpha
 from dora_diffusion.formats.adapter.magnitude import Magnitude, resolve_axes
 from dora_diffusion.formats.adapter.metadata import OWN, UNET_LAYERS, described
-from dora_diffusion.formats.adapter.positional import group_numbered, is_positional
 from dora_diffusion.formats.adapter.repair import (
-    AI_TOOLKIT,
-    NO_ALPHA,
     has_component,
     key_notes,
     move_to_second_encoder,
     split_joined,
 )
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, kinds_of, module_shapes
-from dora_diffusion.formats.names.kohya import component_of, name_resolver
+from dora_diffusion.formats.layouts.layout import AdapterFormatError, Groups, Layout, Part
+from dora_diffusion.formats.layouts.other import group_keys
+from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis
 from dora_diffusion.wording import listing
@@ -42,6 +32,7 @@ Layers = dict[str, LayerWeights]
 
 
 def decode_layers(
+    layout: Layout,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     base: ModelWeights | None = None,
@@ -54,6 +45,7 @@ def decode_layers(
     """Layers of one file, in float32.
 
     Args:
+        layout: The file's layout.
         tensors: The file's tensors.
         metadata: The file's metadata.
         base: The base model. Each layer must be among its modules, which tell 1x1 convolutions and
@@ -71,20 +63,26 @@ def decode_layers(
         AdapterFormatError: For keys left over, a layer without both factors, a magnitude whose
             axis cannot be told, numbers that are not finite, or a layer the model does not have.
     """
-    _refuse_made_for_one_base(metadata)
-    is_numbered = is_positional(tensors)
-    if (says := is_numbered or says_alpha(metadata, config)) and alpha is not None:
+    if (says := layout.says_alpha or says_alpha(metadata, config)) and alpha is not None:
         raise AdapterFormatError("its alpha was not lost: the file says it; give none")
     if alpha is not None and not 0 < alpha < math.inf:
         raise AdapterFormatError(
             f"alpha {alpha:g} was given; give the number above 0 that it was trained with"
         )
     shapes = None if base is None else module_shapes(base)
-    groups = _grouped(tensors, metadata, shapes, component)
+    if not tensors:
+        raise AdapterFormatError("the file holds no adapter: it has no tensors")
+    groups = layout.group(tensors, metadata, shapes)
+    if groups is None:
+        unet = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
+        groups = group_keys(tensors, name_resolver(shapes, unet), component)
     notes = key_notes(tensors) if component is None else []
+    alpha_of, without_alpha = alpha_rule(metadata, config)
     if not says and alpha is None and any("alpha" not in parts for parts in groups.values()):
-        notes.append(AI_TOOLKIT if any(map(is_ai_toolkit_key, tensors)) else NO_ALPHA)
-    alpha_of = alpha_rule(metadata, config, notes)
+        is_ai_toolkit = any(
+            key.is_ai_toolkit for parts in groups.values() for key in parts.values()
+        )
+        notes.append(AI_TOOLKIT if is_ai_toolkit else without_alpha)
     layers, magnitudes = _read_parts(tensors, groups, alpha_of, alpha, beside)
     axes = resolve_axes(magnitudes, metadata.get(OWN + "norm_axis", ""), base, notes)
     for name, magnitude in magnitudes.items():
@@ -98,29 +96,14 @@ def decode_layers(
     if shapes is None or base is None:
         return layers, notes
     layers = {name: _as_stored(layer, kinds_of(base).get(name)) for name, layer in layers.items()}
-    if not component and not is_numbered and not all(map(has_component, tensors)):
+    if not component and not layout.says_alpha and not all(map(has_component, tensors)):
         layers = move_to_second_encoder(layers, shapes, notes)
     return fit_to_model(layers, shapes), notes
 
 
-def _grouped(
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]] | None,
-    component: str | None,
-) -> dict[str, dict[Part, str]]:
-    """The file's keys by layer and part."""
-    if not tensors:
-        raise AdapterFormatError("the file holds no adapter: it has no tensors")
-    if is_positional(tensors):
-        return group_numbered(tensors, metadata, shapes)
-    layout = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
-    return group_keys(tensors, name_resolver(shapes, layout), component)
-
-
 def _read_parts(
     tensors: Mapping[str, Tensor],
-    groups: Mapping[str, Mapping[Part, str]],
+    groups: Groups,
     alpha_of: AlphaOf,
     lost_alpha: float | None,
     beside: Layers | None,
@@ -128,10 +111,11 @@ def _read_parts(
     """The layers without their magnitudes, and these as the file holds them."""
     layers, magnitudes = {}, {}
     for name, keys in groups.items():
-        parts = {part: _numbers(key, part, tensors[key]) for part, key in keys.items()}
-        kind: LayerKind = "embedding" if is_embedding_key(keys.get("down", "")) else "plain"
+        parts = {part: _numbers(key.text, part, tensors[key.text]) for part, key in keys.items()}
+        kind: LayerKind = "embedding" if "down" in keys and keys["down"].is_embedding else "plain"
         layer = _factors(name, parts, alpha_of, lost_alpha, kind)
-        if is_ai_toolkit_key(keys.get("magnitude", "")) and layer.scale != 1.0:
+        is_ai_toolkit = any(key.is_ai_toolkit for key in keys.values())
+        if is_ai_toolkit and layer.scale != 1.0:
             if beside is None:
                 raise AdapterFormatError(_not_dora(name, layer))
             # What ai-toolkit computes is a DoRA with alpha = rank and a plain LoRA added to it.
@@ -150,14 +134,6 @@ def _not_dora(name: str, layer: LayerWeights) -> str:
         "other program computes; with that alpha, export merges it exactly, and convert --to dense "
         "writes its differences for one base model"
     )
-
-
-def _refuse_made_for_one_base(metadata: Mapping[str, str]) -> None:
-    if metadata.get(OWN + "target") == "comfyui":
-        raise AdapterFormatError(
-            "its magnitudes are changed to be exact in ComfyUI on one base model, and wrong "
-            "elsewhere; use the adapter that it was converted from"
-        )
 
 
 def _numbers(key: str, part: Part, tensor: Tensor) -> Tensor:
@@ -287,19 +263,3 @@ def _as_module(layer: LayerWeights, shape: tuple[int, ...]) -> LayerWeights:
     else:
         return layer
     return dataclasses.replace(layer, down=down, up=up)
-
-
-def peft_component(keys: list[str], folder_name: str, stamped: str) -> str:
-    """Component of a PEFT folder: as we stamped it, as the folder is called, or as its keys look.
-
-    Raises:
-        AdapterFormatError: If none of these tells.
-    """
-    for name in (stamped, folder_name):
-        if name in COMPONENTS:
-            return name
-    guesses = {component_of(key.removeprefix(PEFT_PREFIX)) for key in keys}
-    guess = guesses.pop() if len(guesses) == 1 else None
-    if guess is None:
-        raise AdapterFormatError("its PEFT keys belong neither to a UNet nor to a text encoder")
-    return guess

@@ -15,18 +15,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.adapter.find import load_tensors
-from dora_diffusion.formats.adapter.keys import AdapterFormatError
 from dora_diffusion.formats.adapter.metadata import OWN
+from dora_diffusion.formats.adapter.stored import StoredFile
 from dora_diffusion.formats.files.stream import save_tensors
+from dora_diffusion.formats.layouts.layout import AdapterFormatError, Note
 from dora_diffusion.wording import counted, listing
 
 # What A1111 and ComfyUI call their folders of such files, and our field that names the files.
 EMBEDDINGS = "embeddings"
-# What stands in a note on a file that is not there, by which it is found again.
-NOT_BESIDE_IT = "is not beside it"
 # The width of a token's vector is that of the text encoder.
 _READS_TOKENS = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+
+
+class MissingToken(Note):
+    """The file of a trained token is not there."""
 
 
 def embedding_files(folder: Path, stem: str, tokens: Collection[str]) -> dict[str, Path]:
@@ -82,11 +84,13 @@ def read_embeddings(
             continue  # none that we have written
         file = folder / EMBEDDINGS / name
         if file.is_file():
-            tokens |= load_tensors(file)[0]
+            tokens |= StoredFile(file).tensors()
         else:
             notes.append(
-                f"its trained token's file {EMBEDDINGS}/{name} {NOT_BESIDE_IT}, so that prompts do "
-                "not know the token"
+                MissingToken(
+                    f"its trained token's file {EMBEDDINGS}/{name} is not beside it, so that "
+                    "prompts do not know the token"
+                )
             )
     return tokens
 

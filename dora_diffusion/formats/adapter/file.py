@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.families import FAMILIES, guess_family
-from dora_diffusion.formats.adapter.decode import decode_layers, fit_to_model, peft_component
+from dora_diffusion.formats.adapter.alpha import AlphaOfTraining, AssumedAlpha
+from dora_diffusion.formats.adapter.decode import decode_layers, fit_to_model
 from dora_diffusion.formats.adapter.embeddings import (
     EMBEDDINGS,
     check_tokens,
@@ -21,8 +22,6 @@ from dora_diffusion.formats.adapter.embeddings import (
     read_embeddings,
     write_embeddings,
 )
-from dora_diffusion.formats.adapter.find import find_adapter, load_tensors, naming
-from dora_diffusion.formats.adapter.keys import PEFT_PREFIX, AdapterFormatError
 from dora_diffusion.formats.adapter.metadata import (
     OWN,
     TRAINED_ALPHA,
@@ -30,17 +29,19 @@ from dora_diffusion.formats.adapter.metadata import (
     describe,
     parse_metadata,
 )
-from dora_diffusion.formats.adapter.peft_folder import peft_config, peft_folders
-from dora_diffusion.formats.adapter.positional import take_tokens
-from dora_diffusion.formats.adapter.repair import ALPHA_IS_RANK, ALPHA_OF_TRAINING
-from dora_diffusion.formats.adapter.targets.encode import EncodedFile, WriteOptions
-from dora_diffusion.formats.adapter.targets.peft import PEFT_CONFIG, PEFT_FILE
-from dora_diffusion.formats.adapter.targets.registry import TARGETS
-from dora_diffusion.formats.adapter.vera import decode_vera, is_vera
+from dora_diffusion.formats.adapter.stored import StoredAdapter, StoredFile, find_adapter
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shapes
 from dora_diffusion.formats.files.atomic import atomic_file, save_text
 from dora_diffusion.formats.files.header import PICKLED
-from dora_diffusion.formats.files.stream import save_tensors, write_tensors
+from dora_diffusion.formats.files.stream import write_tensors
+from dora_diffusion.formats.layouts import LAYOUTS, layout_named
+from dora_diffusion.formats.layouts.layout import (
+    AdapterFormatError,
+    EncodedFile,
+    Layout,
+    WriteOptions,
+)
+from dora_diffusion.formats.layouts.peft import PEFT_CONFIG, PEFT_FILE, peft_component, peft_folders
 from dora_diffusion.formats.names.unet import UNetLayout, known_layout
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -83,12 +84,12 @@ class AdapterFile:
     @property
     def assumptions(self) -> tuple[str, ...]:
         """Those of the notes that say what was assumed, and may be wrong."""
-        return tuple(note for note in self.notes if ALPHA_IS_RANK in note)
+        return tuple(note for note in self.notes if isinstance(note, AssumedAlpha))
 
     @property
     def lacks_alpha(self) -> bool:
         """Whether its layers do not say their alpha, so that one may be given."""
-        return any(ALPHA_IS_RANK in note or ALPHA_OF_TRAINING in note for note in self.notes)
+        return any(isinstance(note, (AssumedAlpha, AlphaOfTraining)) for note in self.notes)
 
 
 def write_adapter(
@@ -106,7 +107,7 @@ def write_adapter(
         path: A ``.safetensors`` file, or a folder that gets the target's own file name(s). The
             ``peft`` target always makes a folder, with one sub-folder per component.
         adapter: The layers and metadata.
-        target: A name in ``TARGETS``.
+        target: The name of a layout that is written, such as ``kohya``.
         dtype: Of the low-rank factors (of the differences, for ``dense``); None keeps theirs.
             Magnitudes are float32.
         unet_layout: For kohya names of an SDXL UNet not shaped like the released one; that of
@@ -127,23 +128,26 @@ def write_adapter(
         raise AdapterFormatError(
             f"{path.name}: pickles are not written; use the suffix .safetensors"
         )
-    if target not in TARGETS:
-        raise AdapterFormatError(f"unknown target {target!r}; there is {', '.join(TARGETS)}")
+    written = [name for name, conversion in LAYOUTS.items() if conversion]
+    if target not in written:
+        raise AdapterFormatError(f"unknown target {target!r}; there is {', '.join(written)}")
+    layout = layout_named(target)
     if not adapter.layers:
         raise AdapterFormatError("the adapter has no layers; nothing was written")
     if adapter.beside and target != "dense":
         raise AdapterFormatError(f"the {target} format cannot hold a DoRA with a LoRA beside it")
-    file_name = TARGETS[target].file_name
+    file_name = layout.file_name
     if file_name is not None and path.suffix != ".safetensors":
         path = path / file_name
     elif file_name is None and path.suffix == ".safetensors":
         raise AdapterFormatError(f"the {target} target is a folder, not a file: {path.name}")
     if base is not None:
         unet_layout = unet_layout or known_layout(module_shapes(base))
+    layout.check(adapter.layers)
     options = WriteOptions(dtype, path.stem, unet_layout, base, adapter.beside)
     extra = {name: text for name, text in adapter.metadata.extra.items() if name != EMBEDDINGS}
     metadata = dataclasses.replace(adapter.metadata, extra=extra | field_of(embeddings))
-    files = TARGETS[target].encode(adapter.layers, metadata, options)
+    files = layout.encode(adapter.layers, metadata, options)
     if file_name is None:
         _write_folder(path, files)
     else:
@@ -174,12 +178,9 @@ def _write_folder(folder: Path, files: Mapping[str, EncodedFile]) -> None:
 def _write_file(path: Path, file: EncodedFile) -> None:
     if file.text is not None:
         save_text(path, file.text)
-    elif file.lazy is not None:
-        lazy = file.lazy
-        specs = {key: spec for key, (spec, _) in lazy.items()}
-        write_tensors(path, specs, lambda key: lazy[key][1](), file.metadata)
     else:
-        save_tensors(path, file.tensors, file.metadata)
+        specs = {key: spec for key, (spec, _) in file.tensors.items()}
+        write_tensors(path, specs, lambda key: file.tensors[key][1](), file.metadata)
 
 
 def read_adapter(
@@ -204,93 +205,91 @@ def read_adapter(
             without guessing.
         FileNotFoundError: If there is nothing at the path.
     """
-    file = find_adapter(path)
+    return decode_adapter(StoredAdapter.open(path), base, alpha=alpha, sums=sums)
+
+
+def decode_adapter(
+    stored: StoredAdapter,
+    base: ModelWeights | None = None,
+    *,
+    alpha: float | None = None,
+    sums: bool = False,
+) -> AdapterFile:
+    """The adapter that files hold whose headers are read; all else as in `read_adapter`."""
     try:
-        return _read(file, base, alpha, sums)
+        return _decode(stored, base, alpha, sums)
     except AdapterFormatError as error:
         if base is None:
             raise
-        made_for = FAMILIES.get(_family(file))
+        made_for = FAMILIES.get(_family(stored))
         used_on = base.family or FAMILIES.get(guess_family(module_shapes(base)))
         if made_for is None or used_on is None or made_for == used_on:
             raise
         raise AdapterFormatError(
-            f"{file.name}: this adapter was made for {made_for.title} ({made_for.name}), the base "
-            f"is {used_on.title} ({used_on.name}): use it with a base model of its own family, or "
-            "train it again on this one"
+            f"{stored.path.name}: this adapter was made for {made_for.title} ({made_for.name}), "
+            f"the base is {used_on.title} ({used_on.name}): use it with a base model of its own "
+            "family, or train it again on this one"
         ) from error
 
 
-def _family(path: Path) -> str:
+def _family(stored: StoredAdapter) -> str:
     """What the file says, or its shapes; ``""`` if neither tells, or it cannot be read."""
     try:
-        adapter = _read(path, None, None, sums=True)
+        return _decode(stored, None, None, sums=True).family
     except AdapterFormatError:
         return ""
-    return adapter.family
 
 
-def _read(file: Path, base: ModelWeights | None, alpha: float | None, sums: bool) -> AdapterFile:
-    if file.is_dir():
-        return _read_peft_folders(file, base, alpha)
-    if file.name == PEFT_FILE and (file.parent / PEFT_CONFIG).is_file():
-        return _read_peft_folders(file.parent, base, alpha)
-    tensors, metadata = load_tensors(file)
-    if any(key.startswith(PEFT_PREFIX) for key in tensors):
-        raise AdapterFormatError(f"{file.name} is a PEFT file without its {PEFT_CONFIG}")
-    if is_vera(metadata):
-        with naming(file):
-            return _read_vera(tensors, metadata, base, alpha)
-    beside: dict[str, LayerWeights] = {}
-    with naming(file):
-        tokens = take_tokens(tensors, metadata)
-        layers, notes = decode_layers(
-            tensors, metadata, base, alpha=alpha, beside=beside if sums else None
-        )
-        tokens |= read_embeddings(file.parent, metadata, notes)
-        check_tokens(tokens, None if base is None else module_shapes(base))
-    parsed = _parsed(metadata, layers)
-    if tokens:
-        parsed = dataclasses.replace(parsed, trigger=parsed.trigger or " ".join(tokens))
-    return AdapterFile(layers, parsed, tuple(notes), beside, tokens)
+def _decode(
+    stored: StoredAdapter, base: ModelWeights | None, alpha: float | None, sums: bool
+) -> AdapterFile:
+    parts = []
+    for file in stored.files:
+        tensors = file.tensors()
+        try:
+            parts.append(_decode_file(stored.layout, file, tensors, base, alpha, sums))
+        except AdapterFormatError as error:
+            # So that a batch tells which file it was.
+            raise AdapterFormatError(f"{file.path.name}: {error}") from error
+    first, *others = parts
+    for part in others:
+        first.layers.update(part.layers)
+        first.tokens.update(part.tokens)
+    notes = dict.fromkeys(note for part in parts for note in part.notes)
+    return dataclasses.replace(first, notes=tuple(notes))
 
 
-def _read_vera(
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
+def _decode_file(
+    layout: Layout,
+    file: StoredFile,
+    tensors: dict[str, Tensor],
     base: ModelWeights | None,
     alpha: float | None,
+    sums: bool,
 ) -> AdapterFile:
-    if alpha is not None:
+    metadata, folder = file.metadata, file.path.parent
+    shapes = None if base is None else module_shapes(base)
+    if layout.is_compact and alpha is not None:
         raise AdapterFormatError("its alpha was not lost: a VeRA has none; give none")
-    layers, note = decode_vera(tensors, metadata)
-    if base is not None:
-        layers = fit_to_model(layers, module_shapes(base))
-    return AdapterFile(layers, parse_metadata(metadata), (note,))
-
-
-def _read_peft_folders(path: Path, base: ModelWeights | None, alpha: float | None) -> AdapterFile:
-    layers: dict[str, LayerWeights] = {}
-    parsed: AdapterMetadata | None = None
-    notes: list[str] = []
-    tokens: dict[str, Tensor] = {}
-    for folder in peft_folders(path):
-        config = peft_config(folder)
-        tensors, metadata = load_tensors(folder / PEFT_FILE)
-        with naming(folder / PEFT_FILE):
-            component = peft_component(
-                list(tensors), folder.name, metadata.get(OWN + "component", "")
-            )
-            of_component, repairs = decode_layers(
-                tensors, metadata, base, component=component, config=config, alpha=alpha
-            )
-            tokens |= read_embeddings(path, metadata, repairs)
-            check_tokens(tokens, None if base is None else module_shapes(base))
-        layers |= of_component
-        notes += repairs
-        parsed = parsed or _parsed(metadata, of_component)
-    parsed = parsed or AdapterMetadata(format_version="")
-    return AdapterFile(layers, parsed, tuple(dict.fromkeys(notes)), tokens=tokens)
+    if made := layout.decode(tensors, metadata):
+        layers, note = made
+        layers = layers if shapes is None else fit_to_model(layers, shapes)
+        return AdapterFile(layers, parse_metadata(metadata), (note,))
+    beside: dict[str, LayerWeights] = {}
+    tokens = {key: tensors.pop(key) for key in layout.tokens(tensors, metadata)}
+    component = None
+    if file.config is not None:
+        component = peft_component(list(tensors), folder.name, metadata.get(OWN + "component", ""))
+    layers, notes = decode_layers(
+        layout, tensors, metadata, base, component=component, config=file.config, alpha=alpha,
+        beside=beside if sums and component is None else None,
+    )  # fmt: skip
+    tokens |= read_embeddings(folder if component is None else folder.parent, metadata, notes)
+    check_tokens(tokens, shapes)
+    parsed = _parsed(metadata, layers)
+    if tokens and component is None:
+        parsed = dataclasses.replace(parsed, trigger=parsed.trigger or " ".join(tokens))
+    return AdapterFile(layers, parsed, tuple(notes), beside, tokens)
 
 
 def _parsed(metadata: Mapping[str, str], layers: Mapping[str, LayerWeights]) -> AdapterMetadata:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dora_diffusion.formats.adapter.keys import AdapterFormatError
 from dora_diffusion.formats.adapter.metadata import described
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
+from dora_diffusion.formats.layouts.layout import AdapterFormatError
 from dora_diffusion.numerics.dora import squared_norm, weight_norm
 from dora_diffusion.numerics.weights import NORM_AXES, NormAxis
 from dora_diffusion.wording import listing

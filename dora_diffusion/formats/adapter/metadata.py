@@ -24,6 +24,7 @@ _FACTS = ("family", "base_model", "trigger", "resolution", "format_version")
 # Facts about the layers, recomputed at every write.
 _COMPUTED = ("rank", "alpha", "norm_axis", "target", "component", "projections", "shapes")
 TRAINED_ALPHA = "trained_alpha"
+DIFFUSERS_METADATA = "lora_adapter_metadata"
 UNET_LAYERS = "unet_layers_per_block"
 # Of a file that stands in for something: what for ("DoRA", "LoRA", "tuned model", "sum of the
 # adapters"), and its relative error.

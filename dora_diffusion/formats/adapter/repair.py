@@ -5,19 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from dora_diffusion.formats.adapter.keys import PEFT_PREFIX, AdapterFormatError, is_kohya_key
-from dora_diffusion.formats.names.kohya import is_sgm_path, joined_parts
+from dora_diffusion.formats.adapter.alpha import ALPHA_IS_RANK, AssumedAlpha
+from dora_diffusion.formats.layouts.diffusers import PEFT_PREFIX
+from dora_diffusion.formats.layouts.layout import AdapterFormatError
+from dora_diffusion.formats.names.kohya import is_kohya_name, is_sgm_path, joined_parts
 from dora_diffusion.formats.names.modules import split_prefix
 from dora_diffusion.numerics.weights import LayerWeights
-
-# What stands in every note that says so, by which it is found again.
-ALPHA_IS_RANK = "alpha = rank is assumed"
-ALPHA_OF_TRAINING = "of its training was taken"
-NO_ALPHA = f"it does not say its alpha; {ALPHA_IS_RANK}"
-AI_TOOLKIT = (
-    "its magnitudes are named as ai-toolkit names them, whose formula is DoRA's only where alpha "
-    f"equals the rank; {ALPHA_IS_RANK}"
-)
 
 
 def split_joined(layers: Mapping[str, LayerWeights], notes: list[str]) -> dict[str, LayerWeights]:
@@ -57,19 +50,21 @@ def split_joined(layers: Mapping[str, LayerWeights], notes: list[str]) -> dict[s
 def has_component(key: str) -> bool:
     """Whether a key says which component it belongs to."""
     component, path = split_prefix(key.removeprefix(PEFT_PREFIX))
-    return is_kohya_key(key) or component is not None or is_sgm_path(path)
+    return is_kohya_name(key) or component is not None or is_sgm_path(path)
 
 
 def key_notes(keys: Iterable[str]) -> list[str]:
     """What the format of a file's keys says about who broke it."""
     keys = list(keys)
-    notes = []
-    kohya = any(is_kohya_key(key) for key in keys)
+    notes: list[str] = []
+    kohya = any(is_kohya_name(key) for key in keys)
     magnitudes = [key for key in keys if "lora_magnitude_vector" in key]
     if kohya and magnitudes:
         notes.append(
-            f"{len(magnitudes)} magnitude keys were left half renamed by diffusers' own converter, "
-            f"which also writes the rank for alpha; {ALPHA_IS_RANK}"
+            AssumedAlpha(
+                f"{len(magnitudes)} magnitude keys were left half renamed by diffusers' own "
+                f"converter, which also writes the rank for alpha; {ALPHA_IS_RANK}"
+            )
         )
     bare = (k.startswith("text_encoder") and k.endswith(".lora_magnitude_vector") for k in keys)
     if any(bare):

@@ -21,11 +21,11 @@ from dora_diffusion.formats.names.checkpoint import (
     UNET_PREFIX,
     VAE_PREFIX,
     checkpoint_names,
+    count_levels,
+    is_projection_weight,
     standard_key,
 )
-from dora_diffusion.formats.names.table import NameTable
-from dora_diffusion.formats.names.unet import UNetLayout
-from dora_diffusion.formats.names.vae import count_levels, is_projection_weight
+from dora_diffusion.formats.names.unet import NameTable, UNetLayout
 from dora_diffusion.wording import listing
 
 Operation = Literal["copy", "concatenate", "transpose", "as_conv", "as_integer"]

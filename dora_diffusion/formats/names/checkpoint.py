@@ -8,14 +8,13 @@ conditioner.embedders.0/1.  SDXL: CLIP, and open_clip with a transposed projecti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 from dora_diffusion.families import FAMILIES, Family
 from dora_diffusion.formats.names.modules import with_text_model
-from dora_diffusion.formats.names.table import NameTable
-from dora_diffusion.formats.names.unet import UNetLayout, unet_names
-from dora_diffusion.formats.names.vae import vae_names
+from dora_diffusion.formats.names.unet import NameTable, UNetLayout, unet_names
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -47,6 +46,23 @@ _OPEN_CLIP_LAYER = (
 )
 # More than the largest text encoder of CLIP has; SD2's has 23, SDXL's second one 32.
 _MOST_LAYERS = 64
+# The autoencoder, today's Diffusers and the original layout.
+_VAE_ATTENTION = (
+    ("group_norm", "norm"),
+    ("to_q", "q"),
+    ("to_k", "k"),
+    ("to_v", "v"),
+    ("to_out.0", "proj_out"),
+)
+_VAE_RESNET = (
+    *((leaf, leaf) for leaf in ("norm1", "conv1", "norm2", "conv2")),
+    ("conv_shortcut", "nin_shortcut"),
+)
+_VAE_TOP = (("conv_in", "conv_in"), ("conv_out", "conv_out"), ("conv_norm_out", "norm_out"))
+# More than a level of a known autoencoder has: released encoders have two, decoders three.
+_MOST_RESNETS = 8
+_LEVEL = re.compile(r"decoder\.up(?:_blocks)?\.(\d+)\.")
+_PROJECTION = re.compile(r".*\.mid\.attn_1\.(q|k|v|proj_out)\.weight")
 
 
 @lru_cache
@@ -80,3 +96,44 @@ def standard_key(key: str) -> str:
         if key.startswith(prefix):
             return prefix + with_text_model(key.removeprefix(prefix))
     return key
+
+
+@lru_cache
+def vae_names(levels: int) -> NameTable:
+    """The modules of an autoencoder with so many resolution levels."""
+    return NameTable(_vae_pairs(levels))
+
+
+def _vae_pairs(levels: int) -> Iterator[tuple[str, str]]:
+    yield from ((name, name) for name in ("quant_conv", "post_quant_conv"))
+    for side, blocks in (("encoder", "down"), ("decoder", "up")):
+        yield from _below(_VAE_TOP, side, side)
+        yield from _below(_VAE_ATTENTION, f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1")
+        for i in range(2):
+            yield from _below(
+                _VAE_RESNET, f"{side}.mid_block.resnets.{i}", f"{side}.mid.block_{i + 1}"
+            )
+        for level in range(levels):
+            # The original decoder numbers its levels from the output's side.
+            number = level if side == "encoder" else levels - 1 - level
+            name, original = f"{side}.{blocks}_blocks.{level}", f"{side}.{blocks}.{number}"
+            for i in range(_MOST_RESNETS):
+                yield from _below(_VAE_RESNET, f"{name}.resnets.{i}", f"{original}.block.{i}")
+            yield f"{name}.{blocks}samplers.0.conv", f"{original}.{blocks}sample.conv"
+
+
+def _below(
+    leaves: Iterable[tuple[str, str]], name: str, original: str
+) -> Iterator[tuple[str, str]]:
+    for leaf, original_leaf in leaves:
+        yield f"{name}.{leaf}", f"{original}.{original_leaf}"
+
+
+def count_levels(paths: Iterable[str]) -> int:
+    """Number of resolution levels, from names in either layout, without prefix."""
+    return 1 + max((int(m[1]) for path in paths if (m := _LEVEL.match(path))), default=0)
+
+
+def is_projection_weight(original: str) -> bool:
+    """Whether it is a 1x1 convolution in the original layout, and Linear in Diffusers."""
+    return _PROJECTION.fullmatch(original) is not None

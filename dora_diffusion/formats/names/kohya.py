@@ -13,7 +13,6 @@ from functools import lru_cache
 
 from dora_diffusion.families import COMPONENTS, FAMILIES, Family
 from dora_diffusion.formats.names.modules import canonical, split_component
-from dora_diffusion.formats.names.table import renamed
 from dora_diffusion.formats.names.unet import (
     RESNET_MODULES,
     TOP_MODULES,
@@ -21,6 +20,7 @@ from dora_diffusion.formats.names.unet import (
     UNetLayout,
     known_layout,
     released_layout,
+    renamed,
     unet_names,
 )
 
@@ -95,6 +95,12 @@ def kohya_name(name: str, family: Family, layout: UNetLayout = USUAL_LAYOUT) -> 
     by_blocks = family.kohya_names_original_blocks
     original = unet_names(layout).to_original(path) if by_blocks else path
     return None if original is None else "lora_unet_" + original.replace(".", "_")
+
+
+def is_kohya_name(key: str) -> bool:
+    """Whether a key starts as those of kohya's scripts and LyCORIS do."""
+    # With a dot after the prefix, too: `lora_unet.conv_in.lora_magnitude_vector`, half renamed.
+    return key.replace(".", "_").startswith((*KOHYA_PREFIXES, LYCORIS_PREFIX))
 
 
 def component_of(path: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dora_diffusion.families import COMPONENTS
-from dora_diffusion.formats.names.vae import modern_vae_path
+from dora_diffusion.formats.names.unet import NameTable
 
 # What dotted names start with -> component; of those that share a start, the longest first.
 # OneTrainer's OMI files say `clip_l`, its COMFY files what ComfyUI calls its modules.
@@ -18,6 +18,17 @@ COMPONENT_PREFIXES = {
     "clip_g": "text_encoder_2",
     **{component: component for component in COMPONENTS},
 }
+# Names that the first Diffusers releases gave an autoencoder.
+_EARLY = NameTable(
+    (f"{side}.mid_block.attentions.0.{name}", f"{side}.mid_block.attentions.0.{early}")
+    for side in ("encoder", "decoder")
+    for name, early in (
+        ("to_q", "query"),
+        ("to_k", "key"),
+        ("to_v", "value"),
+        ("to_out.0", "proj_attn"),
+    )
+)
 
 
 def with_text_model(path: str) -> str:
@@ -65,3 +76,8 @@ def split_prefix(path: str) -> tuple[str | None, str]:
         if path.startswith(f"{prefix}."):
             return component, path.removeprefix(f"{prefix}.")
     return None, path
+
+
+def modern_vae_path(path: str) -> str:
+    """Today's name of a tensor that an early Diffusers named."""
+    return _EARLY.to_canonical(path) or path

@@ -173,3 +173,17 @@ def test_adapters_of_a_changed_base_are_refused(tmp_path: Path, start: str) -> N
     save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
     with pytest.raises(AdapterFormatError, match=f"started by {start}, which changes the base's"):
         read_adapter(file)
+
+
+def test_what_is_assumed_is_not_told_by_words(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """A file may hold the words of a finding, in the name of a token's file."""
+    layers = random_adapter(sd1_folder, every=30)
+    path = write_adapter(tmp_path / "a", AdapterFile(layers, AdapterMetadata("sd1")), "kohya")
+    said = {"dora_diffusion.embeddings": '["alpha = rank is assumed.safetensors"]'}
+    save_file(load_file(path), path, said)
+    adapter = read_adapter(path)
+    assert len(adapter.notes) == 1
+    assert adapter.assumptions == ()
+    assert not adapter.lacks_alpha

@@ -155,7 +155,7 @@ def test_a_peft_folder_is_replaced_as_a_whole(
     folder = write_adapter(tmp_path / "p", AdapterFile(both), "peft")
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     assert len(before) == 4
-    save, count = adapter_file.save_tensors, 0
+    save, count = adapter_file.write_tensors, 0
 
     def full_at_the_second(path: Path, *rest: Any) -> Any:
         nonlocal count
@@ -165,7 +165,7 @@ def test_a_peft_folder_is_replaced_as_a_whole(
         return save(path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapter_file, "save_tensors", full_at_the_second)
+        patch.setattr(adapter_file, "write_tensors", full_at_the_second)
         for path in (folder, tmp_path / "new"):
             count = 0
             with pytest.raises(DiskFullError, match=r"adapter_model\.safetensors could not"):

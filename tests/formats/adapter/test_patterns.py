@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from dora_diffusion.formats.adapter.alpha import NamePatterns
 from dora_diffusion.formats.adapter.file import AdapterFormatError, read_adapter
-from dora_diffusion.formats.adapter.patterns import NamePatterns
 from tests.formats.adapter.helpers import BLOCK
 from tests.properties import at_least
 

@@ -14,8 +14,7 @@ from dora_diffusion.formats.checkpoint.entries import entries_of_file, plan_chec
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.formats.names.checkpoint import checkpoint_names, standard_key
 from dora_diffusion.formats.names.modules import canonical
-from dora_diffusion.formats.names.table import NameTable
-from dora_diffusion.formats.names.unet import UNetLayout, released_layout
+from dora_diffusion.formats.names.unet import NameTable, UNetLayout, released_layout
 
 UNETS: dict[str, dict[str, Any]] = {
     "sd1": {"cross_attention_dim": 768},

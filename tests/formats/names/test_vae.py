@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dora_diffusion.formats.names.vae import (
-    count_levels,
-    is_projection_weight,
-    modern_vae_path,
-    vae_names,
-)
+from dora_diffusion.formats.names.checkpoint import count_levels, is_projection_weight, vae_names
+from dora_diffusion.formats.names.modules import modern_vae_path
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4])

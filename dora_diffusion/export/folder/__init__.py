@@ -1,1 +1,0 @@
-"""A merged Diffusers folder: what it holds, and how it is written."""

@@ -1,0 +1,188 @@
+"""What written models say of themselves: their metadata, and the card of a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dora_diffusion.export.files import model_name
+from dora_diffusion.export.merge_spec import MergeSpec, file_hash
+from dora_diffusion.formats.adapter.file import AdapterFile
+from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata, modelspec_fields
+from dora_diffusion.formats.checkpoint.weights import StoredModel
+
+MERGED, BASE, TRAINED = OWN + "merged", OWN + "base", OWN + "trained"
+_UNKNOWN_HASH = "0" * 64
+# What a base says of its own bytes is not true of a changed file.
+_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+# What of the base's card holds for whoever uses the new model, too.
+_LICENSE_FIELDS = ("license", "license_name", "license_link", "extra_gated_prompt")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MERGED_TEXT = """\
+{linked} with adapters merged into its weights by dora_diffusion. What the card of the base says of
+its training holds for the base; its figures are not those of this model.
+{ask}
+| adapter | strength | SHA-256 |
+|---|---|---|
+{rows}
+
+`dora-diffusion verify FOLDER --base BASE{options} --adapter FILE` recomputes every merged tensor.
+"""
+_TRAINED_TEXT = """\
+{linked}, fine-tuned by dora_diffusion. What the card of the base says of its training holds for the
+base; its figures are not those of this model.
+{ask}"""
+
+
+class ModelMetadata:
+    """The metadata of an output, complete once the base's hashes are known, and its card.
+
+    Hashing a model of several gigabytes takes about as long as reading it, so it runs beside the
+    merge; the file is written with zeros in the hashes' places, which are filled in the end.
+
+    Args:
+        model: The base.
+        output: What is written.
+        fields: The metadata, but for those of the base.
+        triggers: The trigger words.
+        text: The card's text.
+        record: What was merged, as `MergeSpec.record` gives it.
+        hashed: Files of the base, by the name that their hash gets.
+        options: Flags that the base is opened with, for the card's command.
+    """
+
+    def __init__(
+        self,
+        model: StoredModel,
+        output: Path,
+        fields: Mapping[str, str],
+        triggers: Sequence[str],
+        text: str,
+        *,
+        record: Sequence[Mapping[str, Any]] = (),
+        hashed: Mapping[str, Sequence[Path]] | None = None,
+        options: str = "",
+    ) -> None:
+        self._name, self._title = model_name(model.path), output.resolve().name
+        self._fields = {"format": "pt", **fields}
+        self._triggers, self._text, self._record = triggers, text, record
+        self._options = options
+        self._pool = ThreadPoolExecutor(1)
+        self._hashes: dict[str, Future[str]] = {
+            name: self._pool.submit(file_hash, files) for name, files in (hashed or {}).items()
+        }
+
+    def card(self, old: str) -> str:
+        """The model card of a folder; ``old`` is that of the base, which stays if it is all."""
+        if not self._text and old:
+            return old
+        head, linked = _head(self._name, old)
+        words = " and ".join(f"**`{trigger}`**" for trigger in self._triggers)
+        ask = f"\nWrite {words} in a prompt to get the subject.\n" if words else ""
+        rows = "\n".join(
+            f"| `{row['adapter']}` | {row['strength']:g} | `{row['sha256'][:16]}` |{_knobs(row)}"
+            for row in self._record
+        )
+        text = self._text or "{linked}, as it is.\n{ask}"
+        text = text.format(linked=linked, ask=ask, rows=rows, options=self._options)
+        return f"---\n{head}---\n\n# {self._title}\n\n{text}"
+
+    def draft(self) -> dict[str, str]:
+        """The metadata with zeros for the base's hashes."""
+        return self._with(dict.fromkeys(self._hashes, _UNKNOWN_HASH))
+
+    def final(self) -> dict[str, str]:
+        """The metadata; waits for the hashes."""
+        return self._with({name: future.result() for name, future in self._hashes.items()})
+
+    def close(self) -> None:
+        """Give up on hashes that nobody waits for any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _with(self, hashes: Mapping[str, str]) -> dict[str, str]:
+        base = {"name": self._name} | ({"sha256": dict(hashes)} if hashes else {})
+        return {**self._fields, BASE: json.dumps(base)}
+
+
+def merged_metadata(
+    model: StoredModel,
+    spec: MergeSpec,
+    adapters: Sequence[AdapterFile],
+    output: Path,
+    options: Mapping[str, str | None],
+) -> ModelMetadata:
+    """Those of a model with adapters merged in; ``options`` are what the base was opened with."""
+    fields = {name: text for name, text in model.metadata.items() if name not in _HASHES}
+    if not model.is_single_file:
+        fields = {TRAINED: fields[TRAINED]} if TRAINED in fields else {}
+    fields.pop(MERGED, None)
+    record = spec.record()
+    fields |= {MERGED: json.dumps(record)} if record else {}
+    words = [trained_trigger(model.metadata), *(a.metadata.trigger for a in adapters)]
+    triggers = list(dict.fromkeys(word for word in words if word))
+    if output.suffix == ".safetensors":
+        # Where there are releases of both kinds, silence tells nothing.
+        usual = "" if model.family.released_epsilon_id else "epsilon"
+        prediction_type = model.schedule().get("prediction_type", usual)
+        spoken = modelspec_fields(model.family, output.stem, ", ".join(triggers), prediction_type)
+        if not prediction_type:  # of two architectures; what the base says of itself stays
+            del spoken["modelspec.architecture"]
+        fields |= spoken
+    flags = "".join(f" --{name} {value}" for name, value in options.items() if value)
+    text = _MERGED_TEXT if record else ""
+    return ModelMetadata(
+        model, output, fields, triggers, text, record=record, hashed=model.files, options=flags
+    )
+
+
+def trained_metadata(model: StoredModel, metadata: AdapterMetadata, output: Path) -> ModelMetadata:
+    """Those of a model that was trained whole."""
+    steps, trigger = metadata.extra.get("training_steps", ""), metadata.trigger
+    fields = {TRAINED: json.dumps({"training_steps": steps, "trigger": trigger})}
+    if output.suffix == ".safetensors":
+        prediction_type = metadata.extra.get("prediction_type", "")
+        fields |= modelspec_fields(model.family, output.stem, trigger, prediction_type)
+    triggers = [trigger] if trigger else []
+    return ModelMetadata(model, output, fields, triggers, _TRAINED_TEXT)
+
+
+def trained_steps(metadata: Mapping[str, str]) -> int | None:
+    """The optimizer steps that the metadata of a trained model's file tell of."""
+    steps = json.loads(metadata.get(TRAINED, "{}")).get("training_steps", "")
+    return int(steps) if steps.isdecimal() else None
+
+
+def trained_trigger(metadata: Mapping[str, str]) -> str:
+    """The trigger words that they tell of; empty where they tell of none."""
+    return str(json.loads(metadata.get(TRAINED, "{}")).get("trigger", ""))
+
+
+def _head(base: str, old: str) -> tuple[str, str]:
+    """The front matter of a card, and the base's name as the text has it."""
+    fields: dict[str, Any] = {"base_model": base} if _HUB_ID.fullmatch(base) else {}
+    fields |= {"library_name": "diffusers", "tags": ["text-to-image"]}
+    fields |= {name: value for name, value in _front_matter(old).items() if name in _LICENSE_FIELDS}
+    linked = f"[{base}](https://huggingface.co/{base})" if "base_model" in fields else f"`{base}`"
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), linked
+
+
+def _knobs(adapter: Mapping[str, Any]) -> str:
+    """Strengths of parts that are not 1, behind a row."""
+    knobs = {k: v for k, v in adapter.items() if k not in ("adapter", "sha256", "strength")}
+    return "".join(f" {name.replace('_', ' ')} {value:g}" for name, value in knobs.items())
+
+
+def _front_matter(card: str) -> dict[str, Any]:
+    """The YAML between the dashes at the top of a card; empty if there is none or it is damaged."""
+    match = re.match(r"---\r?\n(.*?)\r?\n---\s", card, re.DOTALL)
+    try:
+        fields = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return {}
+    return fields if isinstance(fields, dict) else {}

@@ -1,0 +1,134 @@
+"""Where an adapter is, how it is laid out, and what its files hold."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dora_diffusion.formats.files.header import PICKLED, TensorFileError
+from dora_diffusion.formats.files.names import pipeline_in
+from dora_diffusion.formats.files.stream import TensorReader
+from dora_diffusion.formats.layouts import layout_of
+from dora_diffusion.formats.layouts.diffusers import DIFFUSERS, PEFT_PREFIX
+from dora_diffusion.formats.layouts.layout import AdapterFormatError, Layout
+from dora_diffusion.formats.layouts.peft import PEFT_CONFIG, PEFT_FILE, peft_config, peft_folders
+from dora_diffusion.formats.layouts.vera import VERA_FILE
+
+
+class StoredFile:
+    """One tensor file of an adapter, whose header is read once.
+
+    Attributes:
+        path: The file.
+        specs: Dtype and shape of every tensor.
+        metadata: Its metadata.
+        config: The ``adapter_config.json`` beside it, None for a file that is no PEFT folder's.
+
+    Raises:
+        AdapterFormatError: If it is damaged, or a pickle.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any] | None = None) -> None:
+        pickled = path.with_suffix(".bin")
+        if not path.exists() and pickled.exists():  # what a PEFT folder may hold instead
+            path = pickled
+        if path.suffix in PICKLED:
+            raise AdapterFormatError(
+                f"{path.name} is a pickle, which can run code when opened; ask for a .safetensors "
+                "file"
+            )
+        self.path, self.config = path, config
+        with _as_format_error():
+            self._reader = TensorReader(path)
+        self.specs, self.metadata = self._reader.specs, self._reader.metadata
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors."""
+        with _as_format_error(), self._reader as reader:
+            return {name: reader[name] for name in reader.specs}
+
+
+@contextlib.contextmanager
+def _as_format_error() -> Iterator[None]:
+    try:
+        yield
+    except TensorFileError as error:
+        raise AdapterFormatError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter on disk.
+
+    Attributes:
+        path: The file, or the PEFT folder itself.
+        files: Its files: one for each component of a PEFT folder.
+        layout: Their layout.
+    """
+
+    path: Path
+    files: Sequence[StoredFile]
+    layout: Layout
+
+    @classmethod
+    def open(cls, path: str | Path) -> StoredAdapter:
+        """Read the headers of an adapter's files.
+
+        Raises:
+            AdapterFormatError: If one is damaged, or it is no adapter.
+            FileNotFoundError: If there is nothing at the path.
+        """
+        path = find_adapter(path)
+        has_config = path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file()
+        if path.is_dir() or has_config:
+            folders = peft_folders(path.parent if has_config else path)
+            files = [StoredFile(folder / PEFT_FILE, peft_config(folder)) for folder in folders]
+        else:
+            files = [StoredFile(path)]
+            if any(key.startswith(PEFT_PREFIX) for key in files[0].specs):
+                raise AdapterFormatError(f"{path.name} is a PEFT file without its {PEFT_CONFIG}")
+        keys = [key for file in files for key in file.specs]
+        return cls(path, files, layout_of(keys, files[0].metadata))
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk."""
+        return sum(file.path.stat().st_size for file in self.files)
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The adapter behind a path: a file, or the PEFT folder itself.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        AdapterFormatError: If a folder holds no adapter, or several without saying which.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no adapter at {path}")
+    if path.is_file():
+        return path
+    if (path / DIFFUSERS.file_name).is_file():
+        return path / DIFFUSERS.file_name
+    if peft_folders(path):
+        return path
+    if model := pipeline_in(path):
+        what = "is a model" if model == path else "holds a model that was trained whole"
+        raise AdapterFormatError(
+            f"{path} {what}, not an adapter: give it as --base, or make an adapter of it with "
+            "dora-diffusion extract"
+        )
+    files = sorted(path.glob("*.safetensors"))
+    # Beside the ordinary file it holds the same.
+    files = [file for file in files if file.name != VERA_FILE] or files
+    files = files or sorted(path.glob("pytorch_lora_weights.bin"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files)
+        problem = f"name one of its files: {names}" if files else "no adapter file in it"
+        raise AdapterFormatError(f"{path}: {problem}")
+    return files[0]

@@ -1,0 +1,102 @@
+"""The layouts of adapter files: one list, by which every file is read, inspected and written.
+
+Nothing heavy is imported before a layout is asked for: commands show this list in their help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from dora_diffusion.formats.layouts.layout import Layout
+
+
+class Conversion(NamedTuple):
+    """What an adapter can be converted to.
+
+    Attributes:
+        summary: Where it is exact.
+        written: What was written, as a report says it.
+        plain_lora_in: The layout of an approximation without magnitudes; else empty.
+        needs_rank: It is asked for with a rank, or a share of the update.
+        for_one_base: It holds numbers that are computed from a base model's weights.
+        module: The module of its layout, if that is not called as it is.
+    """
+
+    summary: str
+    written: str
+    plain_lora_in: str = ""
+    needs_rank: bool = False
+    for_one_base: bool = False
+    module: str = ""
+
+    @property
+    def takes_rank(self) -> bool:
+        """Whether a rank has an effect."""
+        return bool(self.plain_lora_in) or self.needs_rank
+
+
+# Each layout is the constant of its name, in the module of its name: `kohya.KOHYA`. With what it is
+# as a conversion, or None where it is read and not converted to.
+LAYOUTS: dict[str, Conversion | None] = {
+    "diffusers": Conversion(
+        "exact in Diffusers (output axis only)",
+        "in the key format of Diffusers"),
+    "peft": Conversion(
+        "exact in PEFT, a folder per component (output axis only)",
+        "in the key format of PEFT, a folder per component"),
+    "kohya": Conversion(
+        "standard dora_scale: exact in LyCORIS, and on the input axis in most web UIs",
+        "in the key format of kohya's sd-scripts and LyCORIS"),
+    "comfyui": Conversion(
+        "output axis compensated for ComfyUI and Forge with one base model; wrong elsewhere",
+        "with magnitudes changed for ComfyUI and Forge on one base model", for_one_base=True,
+        module="base_specific"),
+    "dense": Conversion(
+        "full differences for one base model: exact in ComfyUI, Forge and A1111, and large",
+        "as full differences for one base model", for_one_base=True, module="base_specific"),
+    "vera": None,
+    "attn_procs": None,
+    "cloneofsimo": None,
+    "onetrainer": None,
+}  # fmt: skip
+
+# Of a plain LoRA for which none is given.
+LORA_RANK = 64
+
+CONVERSIONS: Mapping[str, Conversion] = {
+    **{name: conversion for name, conversion in LAYOUTS.items() if conversion},
+    "lora": Conversion(
+        "plain LoRA for every web UI, approximated for one base model",
+        "approximated by a plain LoRA in the key format of kohya's sd-scripts", "kohya",
+        for_one_base=True),
+    "lora-diffusers": Conversion(
+        "plain LoRA for diffusers, approximated for one base model",
+        "approximated by a plain LoRA in the key format of Diffusers", "diffusers",
+        for_one_base=True),
+    "dora": Conversion(
+        "the same method with a smaller rank, nearest to the adapter with the base model at hand",
+        "with a smaller rank", needs_rank=True),
+}  # fmt: skip
+
+
+def layout_named(name: str) -> Layout:
+    """A layout of the list."""
+    conversion = LAYOUTS[name]
+    module = (conversion and conversion.module) or name
+    layout: Layout = getattr(import_module(f"{__name__}.{module}"), name.upper())
+    return layout
+
+
+def all_layouts() -> list[Layout]:
+    """The layouts of the list."""
+    return [layout_named(name) for name in LAYOUTS]
+
+
+def layout_of(keys: Collection[str], metadata: Mapping[str, str]) -> Layout:
+    """The layout of a file with these keys and metadata; `OTHER` where it has none of the list."""
+    from dora_diffusion.formats.layouts.other import OTHER
+
+    return next((layout for layout in all_layouts() if layout.matches(keys, metadata)), OTHER)

@@ -1,0 +1,266 @@
+"""Files of the first LoRA trainer (cloneofsimo/lora): numbered layers, and trained tokens.
+
+``unet:N:down`` and ``unet:N:up`` are the factors of the N-th layer, with alpha = rank; the metadata
+name the classes that layers were counted in, and mark tokens: ``{"<s1>": "<embed>"}``. The trainer
+walked the model in the order in which Diffusers and transformers had registered its modules, and
+counted the layers below modules of those classes.
+"""
+# ruff: noqa: D102 - what the methods are for is said in `layout`.
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from typing import cast
+
+from torch import Tensor
+
+from dora_diffusion.families import USUAL
+from dora_diffusion.formats.layouts.compatibility import NOT_FOR_IT, table
+from dora_diffusion.formats.layouts.layout import (
+    AdapterFormatError,
+    Groups,
+    Key,
+    Layout,
+    Part,
+    Shapes,
+)
+from dora_diffusion.formats.names.modules import split_component
+from dora_diffusion.formats.names.unet import released_layout
+from dora_diffusion.wording import counted, listing
+
+_KEY = re.compile(r"((?:unet|text_encoder):(?:0|[1-9][0-9]{0,5}))(:(up|down))")
+_TOKEN_MARK = "<embed>"
+_FACTORS: tuple[Part, Part] = ("down", "up")
+Shape = tuple[int, ...]
+# What it adapted unless told otherwise; Diffusers renamed CrossAttention to Attention.
+DEFAULT_CLASSES = {
+    "unet": ("CrossAttention", "Attention", "GEGLU"),
+    "text_encoder": ("CLIPAttention",),
+}
+# A UNet was made with None for its middle block, so that the real one came behind `up_blocks`.
+_SIDES = ("down_blocks", "up_blocks", "mid_block")
+_KINDS = ("attentions", "resnets")
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+_ATTENTION = {f"{attn}.{leaf}" for attn in ("attn1", "attn2") for leaf in _PROJECTIONS}
+_RESNET = ("conv1", "time_emb_proj", "conv2", "conv_shortcut")
+_CLASSES: Mapping[str, Collection[str]] = {
+    "CrossAttention": _ATTENTION,
+    "Attention": _ATTENTION,
+    "GEGLU": {"ff.net.0.proj"},
+    "ResnetBlock2D": set(_RESNET),
+    "CLIPAttention": {"k_proj", "v_proj", "q_proj", "out_proj"},
+}
+# Until mid-2023, and since then. Shapes tell them apart: only GEGLU makes a layer wider.
+_BLOCK_ORDERS = (("attn1", "ff", "attn2"), ("attn1", "attn2", "ff"))
+_TEXT_ORDER = ("k_proj", "v_proj", "q_proj", "out_proj")
+_UNET_PATH = re.compile(
+    r"(down_blocks|up_blocks|mid_block)(?:\.(\d+))?\.(attentions|resnets)\.(\d+)\."
+    r"(?:transformer_blocks\.(\d+)\.)?(.+)"
+)
+_TEXT_PATH = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\.self_attn\.(.+)")
+# Levels of the released UNets whose first resnet changes the width, as all on the way up do.
+_WIDER_LEVELS = (1, 2)
+
+
+class CloneOfSimo(Layout):
+    """``unet:17:down``."""
+
+    name = key_format = "cloneofsimo"
+    says_alpha = True
+    verdicts = table({"cloneofsimo LoRA": (NOT_FOR_IT,)})
+
+    def parse(self, key: str) -> Key | None:
+        match = _KEY.fullmatch(key)
+        return Key(key, match[1], match[2], cast(Part, match[3])) if match else None
+
+    def matches(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+        return any(map(self.parse, keys))
+
+    def module(self, key: Key, resolve: object, component: str | None) -> str | None:
+        return None  # its number tells it only together with all others
+
+    def tokens(self, keys: Collection[str], metadata: Mapping[str, str]) -> list[str]:
+        marked = sorted(name for name, mark in metadata.items() if mark == _TOKEN_MARK)
+        return [name for name in marked if name in keys]
+
+    def group(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shapes: Shapes | None
+    ) -> Groups:
+        keys = {text: self.parse(text) for text in tensors}
+        if left_over := [text for text, key in keys.items() if key is None]:
+            raise AdapterFormatError(f"{len(left_over)} keys belong to no known module: "
+                                     f"{listing(left_over)}")  # fmt: skip
+        numbers: dict[str, list[int]] = {}
+        for key in filter(None, keys.values()):
+            component, _, number = key.path.partition(":")
+            numbers.setdefault(component, []).append(int(number))
+        groups: Groups = {}
+        for component, counted_layers in numbers.items():
+            paths = [f"{component}:{number}" for number in range(1 + max(counted_layers))]
+            weights = [_weight_shape(tensors, path) for path in paths]
+            classes = _classes_in(metadata.get(component, "[]"), component)
+            try:
+                names = positional_names(component, weights, classes, shapes)
+            except ValueError as error:
+                raise AdapterFormatError(str(error)) from error
+            for path, name in zip(paths, names, strict=True):
+                groups[name] = {
+                    part: Key(f"{path}:{part}", path, f":{part}", part) for part in _FACTORS
+                }
+        return groups
+
+
+CLONEOFSIMO = CloneOfSimo()
+
+
+def _weight_shape(tensors: Mapping[str, Tensor], layer: str) -> tuple[int, ...]:
+    if missing := [part for part in _FACTORS if f"{layer}:{part}" not in tensors]:
+        raise AdapterFormatError(f"{layer} lacks its {' and '.join(missing)} factor")
+    down, up = (tensors[f"{layer}:{part}"] for part in _FACTORS)
+    if min(down.ndim, up.ndim) < 2:
+        raise AdapterFormatError(
+            f"{layer}: low-rank factors of shapes {tuple(down.shape)} and {tuple(up.shape)}"
+        )
+    return (up.shape[0], *down.shape[1:])
+
+
+def _classes_in(text: str, component: str) -> list[str]:
+    """What the metadata say of a component: a JSON list of class names."""
+    try:
+        classes = json.loads(text)
+    except (ValueError, RecursionError):
+        classes = None
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise AdapterFormatError(
+            f"its metadata should list the classes of the {component} whose layers it counts"
+        )
+    return classes
+
+
+def positional_names(
+    component: str,
+    shapes: Sequence[Shape],
+    classes: Iterable[str],
+    known: Mapping[str, Shape] | None = None,
+) -> list[str]:
+    """Canonical names of numbered layers.
+
+    Args:
+        component: ``"unet"`` or ``"text_encoder"``.
+        shapes: Of each layer's weight, ``(out, in, *k)``, by number.
+        classes: Of the modules that layers were counted in.
+        known: The model's modules and the shapes of their weights; None takes a released model of
+            Stable Diffusion 1 or 2.
+
+    Raises:
+        ValueError: If the order inside of a class is not known, or no order fits the shapes.
+    """
+    classes = list(classes) or DEFAULT_CLASSES[component]
+    if unknown := [name for name in classes if name not in _CLASSES]:
+        raise ValueError(f"it has adapted {listing(unknown)}, whose layers' order is not known")
+    leaves = {leaf for name in classes for leaf in _CLASSES[name]}
+    if known is None:
+        names = _released_names(component, len(shapes))
+    else:
+        names = [name for name in known if split_component(name)[0] == component]
+    for order in _orders(leaves):
+        ordered = sorted_by_walk(names, order)
+        if len(ordered) == len(shapes) and _fit(dict(zip(ordered, shapes, strict=True)), known):
+            return ordered
+    which = "a released Stable Diffusion 1 or 2" if known is None else "this model"
+    raise ValueError(
+        f"its {counted(len(shapes), f'{component} layer')} cannot be those of {which}, counted in "
+        f"{listing(classes)}: their number or their shapes differ"
+    )
+
+
+def sorted_by_walk(names: Iterable[str], order: Sequence[str]) -> list[str]:
+    """Those of canonical names that end in one of the leaves, in the order of the walk.
+
+    Args:
+        names: Canonical module names.
+        order: Leaves below a block, such as ``attn1.to_q``, as that block registered them.
+    """
+    places = {name: place for name in names if (place := _place(name, order)) is not None}
+    return sorted(places, key=places.__getitem__)
+
+
+def _place(name: str, order: Sequence[str]) -> tuple[int, ...] | None:
+    path = split_component(name)[1]
+    if match := _TEXT_PATH.fullmatch(path):
+        layer, leaf = match.groups()
+        return (int(layer), order.index(leaf)) if leaf in order else None
+    if (match := _UNET_PATH.fullmatch(path)) is None or match[6] not in order:
+        return None
+    side, level, kind, number, block, leaf = match.groups()
+    return (
+        _SIDES.index(side), int(level or 0), _KINDS.index(kind), int(number), int(block or 0),
+        order.index(leaf),
+    )  # fmt: skip
+
+
+def _orders(leaves: Collection[str]) -> Iterator[list[str]]:
+    """The orders that the leaves may have, below one block."""
+    skipped: tuple[tuple[str, ...], ...] = ((), ("conv1", "conv2", "conv_shortcut"))
+    # Without convolutions, unless it was told to adapt these as well.
+    for parts, without in product(_BLOCK_ORDERS, skipped):
+        below = {part: [f"{part}.{leaf}" for leaf in _PROJECTIONS] for part in ("attn1", "attn2")}
+        below["ff"] = ["ff.net.0.proj"]
+        order = [leaf for part in parts for leaf in below[part]]
+        order += [leaf for leaf in _RESNET if leaf not in without]
+        yield [leaf for leaf in (*order, *_TEXT_ORDER) if leaf in leaves]
+
+
+def _fit(shapes: Mapping[str, Shape], known: Mapping[str, Shape] | None) -> bool:
+    """Whether weights of these shapes can be the modules that they are called after."""
+    if known is not None:
+        return all(tuple(known[name]) == tuple(shape) for name, shape in shapes.items())
+    widths: dict[str, int] = {}
+    for name, (out, into, *kernel) in shapes.items():
+        block, _, leaf = name.partition(".transformer_blocks.")
+        if not leaf:  # a resnet, or a text encoder's layer
+            is_conv = ".resnets." in name and not name.endswith("time_emb_proj")
+            if bool(kernel) != is_conv or (".self_attn." in name and out != into):
+                return False
+            continue
+        wide = 8 if ".ff." in leaf else 1
+        reads_prompt = leaf.endswith(("attn2.to_k", "attn2.to_v"))
+        if kernel or widths.setdefault(block, out // wide) * wide != out:
+            return False
+        if not reads_prompt and into * wide != out:
+            return False
+    return True
+
+
+def _released_names(component: str, count: int) -> list[str]:
+    """Modules of a released model; of a text encoder, as many layers as make up the count."""
+    if component != "unet":
+        layers = range(count // len(_TEXT_ORDER))
+        return [
+            f"{component}.text_model.encoder.layers.{layer}.self_attn.{leaf}"
+            for layer in layers for leaf in _TEXT_ORDER
+        ]  # fmt: skip
+    return [f"unet.{path}" for path in _released_unet()]
+
+
+def _released_unet() -> Iterator[str]:
+    """Stable Diffusion 1's and 2's, which have the same modules."""
+    layout = released_layout(USUAL)
+    levels = len(layout.up_attention)
+    blocks = [("mid_block", True, 1, 2)]
+    for level, has_attention in enumerate(layout.up_attention):
+        count = layout.layers_per_block
+        blocks.append((f"up_blocks.{level}", has_attention, count + 1, count + 1))
+        blocks.append((f"down_blocks.{levels - 1 - level}", has_attention, count, count))
+    wider = [f"down_blocks.{level}.resnets.0" for level in _WIDER_LEVELS]
+    for block, has_attention, attentions, resnets in blocks:
+        for i in range(attentions if has_attention else 0):
+            transformer = f"{block}.attentions.{i}.transformer_blocks.0"
+            yield from (f"{transformer}.{leaf}" for leaf in (*_ATTENTION, "ff.net.0.proj"))
+        for i in range(resnets):
+            resnet = f"{block}.resnets.{i}"
+            has_shortcut = block.startswith("up") or resnet in wider
+            yield from (f"{resnet}.{leaf}" for leaf in _RESNET[: 4 if has_shortcut else 3])

@@ -1,0 +1,238 @@
+"""Diffusers' file, and what all layouts with dots in their keys share.
+
+PEFT: ``base_model.model.<module>.lora_A.weight``, of an Embedding ``<module>.lora_embedding_A``.
+Diffusers new and old: ``unet.<module>.lora_A.weight``, ``.lora.down.weight``,
+``processor.to_q_lora.down.weight``, ``text_encoder.<module>.lora_linear_layer.down.weight``.
+OneTrainer: original blocks with dots, bare or behind ``unet.`` or ``diffusion_model.``.
+"""
+# ruff: noqa: D102 - what the methods are for is said in `layout`.
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import cast
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dora_diffusion.families import COMPONENTS
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata, own_fields
+from dora_diffusion.formats.layouts.compatibility import EXACT, NOT_CHECKED, NOT_FOR_IT, table
+from dora_diffusion.formats.layouts.layout import (
+    AdapterFormatError,
+    EncodedFile,
+    Key,
+    Layers,
+    Layout,
+    Part,
+    WriteOptions,
+    factors,
+    unit_scale,
+)
+from dora_diffusion.formats.names.kohya import Resolve, component_of, is_kohya_name, is_sgm_path
+from dora_diffusion.formats.names.modules import canonical, split_component, split_prefix
+from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.wording import listing
+
+PEFT_PREFIX = "base_model.model."
+# The optional name in `.lora_A.default.weight` is the PEFT adapter's; it is not part of the module.
+_KEY = re.compile(
+    r"(.+?)"
+    r"(?:\.lora_(A|B)(?:\.[\w-]+)?\.weight"
+    r"|\.lora_embedding_(A|B)(?:\.[\w-]+)?"
+    r"|\.(?:lora|lora_linear_layer)\.(down|up)\.weight"
+    r"|\.lora_(down|up|mid)\.weight"
+    r"|_lora\.(down|up)\.weight"
+    r"|\.lora_(magnitude)_vector(?:\.[\w-]+)*"
+    r"|\.(alpha|dora_scale|magnitude))"
+)
+_FACTORS = {"A": "down", "B": "up"}
+PEFT_FORMS = (".lora_A.weight", ".lora_B.weight")
+EMBEDDING_FORMS = (".lora_embedding_A", ".lora_embedding_B")
+EARLY_FORMS = (".lora.down.weight", ".lora.up.weight")
+LINEAR_FORMS = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
+PROCESSOR_FORMS = ("_lora.down.weight", "_lora.up.weight")
+# Attention processors of early diffusers named the text encoder's projections as the UNet's.
+_OLD_TEXT_LEAVES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def parse_dotted(text: str) -> Key | None:
+    """A key with dots, taken apart."""
+    match = None if is_kohya_name(text) else _KEY.fullmatch(text)
+    if match is None:
+        return None
+    word = match[match.lastindex or 0]
+    part = cast(Part, _FACTORS.get(word, word))
+    return Key(text, match[1], text.removeprefix(match[1]), part)
+
+
+def is_processor(key: Key) -> bool:
+    """Whether it is a factor in an attention processor of early diffusers."""
+    return key.form in PROCESSOR_FORMS and key.path.rpartition(".")[0].endswith(".processor")
+
+
+def is_old_form(text: str) -> bool:
+    """Whether a key names a factor as the diffusers before PEFT did."""
+    key = parse_dotted(text)
+    return key is not None and (key.form in EARLY_FORMS + LINEAR_FORMS or is_processor(key))
+
+
+def mixes_forms(keys: Iterable[str]) -> bool:
+    """Whether some of these keys name the factors as PEFT does, and others as old diffusers did."""
+    keys = list(keys)
+    return any(map(is_old_form, keys)) and any(key.endswith(PEFT_FORMS) for key in keys)
+
+
+class Dotted(Layout):
+    """What layouts with dots in their keys share."""
+
+    def parse(self, key: str) -> Key | None:
+        return parse_dotted(key)
+
+    def module(self, key: Key, resolve: Resolve, component: str | None) -> str | None:
+        stated, path = split_prefix(key.path.removeprefix(PEFT_PREFIX))
+        path = f"{path}.".replace(".processor.", ".")[:-1]
+        component = stated or component or component_of(path)
+        if component == "unet" and is_sgm_path(path):
+            return resolve("lora_unet_" + path.replace(".", "_"))
+        return None if component is None else canonical(component, _modern_path(path, component))
+
+    def check(self, layers: Layers) -> None:
+        kinds: dict[str, set[bool]] = {}
+        for name, layer in layers.items():
+            if layer.magnitude is not None and layer.norm_axis == "input":
+                raise AdapterFormatError(
+                    f"the {self.name} format cannot hold {name}: its magnitude runs along the "
+                    "input axis, and PEFT and diffusers only know one magnitude per output. Write "
+                    "the kohya format, export a merged checkpoint (exact everywhere), or convert "
+                    "to a plain LoRA (lora-diffusers, an approximation)"
+                )
+            if layer.groups > 1:
+                raise AdapterFormatError(
+                    f"the {self.name} format cannot hold {name}: of a convolution with groups, "
+                    "PEFT's A sees the inputs of all groups, which fits no such weight. Write the "
+                    "kohya format, or export a merged checkpoint"
+                )
+            kinds.setdefault(split_component(name)[0], set()).add(layer.magnitude is not None)
+        if mixed := [component for component, kind in kinds.items() if len(kind) == 2]:
+            raise AdapterFormatError(
+                f"the {self.name} format cannot hold LoRA and DoRA layers in one component "
+                f"({listing(mixed)}): PEFT makes all of them DoRA. Write the kohya format instead"
+            )
+
+    def advice(self, norm_axis: str, keys: Collection[str]) -> list[str]:
+        if not norm_axis:
+            return ["a plain LoRA: it has no magnitudes, which programs compute in several ways"]
+        return ["for web UIs export a merged checkpoint, which never breaks, or convert it"]
+
+
+def _modern_path(path: str, component: str) -> str:
+    parent, _, leaf = path.rpartition(".")
+    if component != "unet" and leaf in _OLD_TEXT_LEAVES:
+        return f"{parent}.{_OLD_TEXT_LEAVES[leaf]}"
+    # The first attention processors dropped the index of `to_out.0`.
+    return f"{path}.0" if component == "unet" and leaf == "to_out" else path
+
+
+def peft_tensors(
+    prefix: str, layer: LayerWeights, options: WriteOptions, magnitude_suffix: str
+) -> dict[str, Tensor]:
+    """The tensors of one layer under PEFT's names."""
+    down, up = factors(layer, options)
+    # Parameters of an Embedding, where other layers have modules: without `.weight`.
+    forms = EMBEDDING_FORMS if layer.kind == "embedding" else PEFT_FORMS
+    tensors = {prefix + form: tensor for form, tensor in zip(forms, (down, up), strict=True)}
+    if layer.magnitude is not None:
+        ones = [1] * (layer.down.ndim - 2)
+        shape = (1, -1, *ones) if ones else (-1,)
+        magnitude = layer.magnitude.float().reshape(shape)
+        tensors[f"{prefix}.lora_magnitude_vector{magnitude_suffix}"] = magnitude
+    return tensors
+
+
+_UNET = re.compile(
+    r"unet\.(?:conv_in|conv_out|time_embedding|add_embedding|mid_block|(?:down|up)_blocks)\b.*"
+)
+_MAGNITUDE = ".lora_magnitude_vector"
+# Of text encoders: diffusers loses a magnitude without `.weight`.
+_TEXT_FORMS = (*PEFT_FORMS, *EMBEDDING_FORMS, *LINEAR_FORMS, f"{_MAGNITUDE}.weight")
+_UNET_FORMS = (*PEFT_FORMS, *EARLY_FORMS, _MAGNITUDE, f"{_MAGNITUDE}.weight")
+
+
+class Diffusers(Dotted):
+    """``unet.<module>.lora_A.weight``, and the names of releases before PEFT."""
+
+    name = key_format = "diffusers"
+    file_name = "pytorch_lora_weights.safetensors"
+    verdicts = table(
+        {
+            "diffusers DoRA": (EXACT, NOT_FOR_IT),
+            "diffusers LoRA": (EXACT, NOT_FOR_IT, NOT_CHECKED),
+        }
+    )
+
+    def owns(self, key: Key) -> bool:
+        # It loads nothing where a UNet's component is missing, and loses an `.alpha`, a
+        # `dora_scale`, or a text encoder's bare magnitude.
+        if key.path.startswith(("text_encoder.", "text_encoder_2.")):
+            return key.form in _TEXT_FORMS
+        known = key.form in _UNET_FORMS or is_processor(key)
+        return known and _UNET.fullmatch(key.path) is not None
+
+    def matches(self, keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+        parts = [[key for key in keys if key.startswith(f"{c}.")] for c in COMPONENTS]
+        return super().matches(keys, metadata) and not any(
+            mixes_forms(part) or _embedding_alone(part) for part in parts
+        )
+
+    def check(self, layers: Layers) -> None:
+        super().check(layers)
+        others = {split_component(n)[0] for n, layer in layers.items() if layer.kind != "embedding"}
+        for name, layer in layers.items():
+            if layer.kind == "embedding" and split_component(name)[0] not in others:
+                raise AdapterFormatError(
+                    f"the diffusers format cannot hold {name} alone: Diffusers does not take the "
+                    "keys of an Embedding for an adapter's unless another layer of its component "
+                    "is adapted too. Adapt one, write the peft format, or export a merged "
+                    "checkpoint"
+                )
+
+    def encode(
+        self, layers: Layers, metadata: AdapterMetadata, options: WriteOptions
+    ) -> dict[str, EncodedFile]:
+        """The file that diffusers loads exactly in every version.
+
+        The scale is multiplied into ``lora_B``: without ``lora_adapter_metadata``, diffusers takes
+        alpha = rank, and with it older and newer versions disagree on what they accept. For the
+        same reason layers of one component share a rank (zeros change nothing): older versions
+        scale all by one layer's rank.
+        """
+        ranks: dict[str, int] = {}
+        for name, layer in layers.items():
+            component = split_component(name)[0]
+            ranks[component] = max(ranks.get(component, 0), layer.rank)
+        tensors: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            padded = _padded(unit_scale(layer), ranks[split_component(name)[0]])
+            tensors |= peft_tensors(name, padded, options, ".weight")
+        fields = {"format": "pt", **own_fields(metadata, layers, self.name)}
+        return {self.file_name: EncodedFile.of(tensors, fields)}
+
+
+def _embedding_alone(keys: Collection[str]) -> bool:
+    """Whether diffusers would not see an adapter in these keys of a component, but an error."""
+    return any(".lora_embedding_" in k for k in keys) and not any(".lora_A." in k for k in keys)
+
+
+def _padded(layer: LayerWeights, rank: int) -> LayerWeights:
+    extra = rank - layer.rank
+    if not extra:
+        return layer
+    down = pad(layer.down, (0, 0) * (layer.down.ndim - 1) + (0, extra))
+    up = pad(layer.up, (0, 0) * (layer.up.ndim - 2) + (0, extra))
+    return dataclasses.replace(layer, down=down, up=up, alpha=float(rank))
+
+
+DIFFUSERS = Diffusers()

@@ -1,0 +1,144 @@
+"""Files of no layout of the list: what of them is read all the same, and what they are instead."""
+# ruff: noqa: D102 - what the methods are for is said in `layout`.
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+from dora_diffusion.formats.layouts import all_layouts
+from dora_diffusion.formats.layouts.compatibility import some_layers
+from dora_diffusion.formats.layouts.diffusers import is_old_form, mixes_forms
+from dora_diffusion.formats.layouts.layout import AdapterFormatError, Groups, Layers, Layout
+from dora_diffusion.formats.names.kohya import Resolve
+from dora_diffusion.wording import listing
+
+# Ends of keys, without `lora_unet_NAME.` or a module's path -> what the file holds. LyCORIS 4.1
+# writes LoHa to T-LoRA so, PEFT 0.21 IA3, OFT, VeRA and DoRA's relatives.
+_METHODS: Mapping[str, re.Pattern[str]] = {
+    method: re.compile(rf".*\.(?:{ends})")
+    for method, ends in {
+        "LoHa": r"hada_\w+(\..+)?",
+        "LoKr": r"lokr_\w+(\..+)?",
+        "OFT or BOFT": r"oft_\w+(\..+)?|boft_\w+(\..+)?|rescale",
+        "IA3": r"on_input|ia3_l(\..+)?",
+        "GLoRA": r"(a1|a2|b1|b2|bm)\.weight",
+        "T-LoRA": r"lambda_layer|[pq]_layer\.weight|base_(q|p|lambda)",
+        "DyLoRA in the form that it trains in": r"(up|down)_list\.\d+",
+        "VeRA": r"vera_\w+(\..+)?",
+        "DeLoRA": r"delora_\w+(\..+)?",
+        "full differences": "diff",
+        "differences of biases": "diff_b",
+        "LoRA biases": r"lora_B(\.[\w-]+)?\.bias|lora_up\.bias",
+        "norm weights": "w_norm|b_norm",
+    }.items()
+}
+_BUNDLED = re.compile(r"bundle_emb\..*")
+_PREFIX_TWICE = re.compile(r"(lora_unet_unet|lora_te\d?_te\d?|lora_te\d?_text_encoder)_.*")
+# What one can do about it; merging with the program that trained it, where nothing is said.
+_ADVICE = {
+    "T-LoRA": "its effect changes with the timestep, so that no merged model holds it; use it in "
+    "the program that trained it",
+    "full differences": "add them to the base's weights, as ComfyUI, Forge and A1111 do",
+    "embeddings bundled with the adapter": "save the adapter without its embeddings",
+    "DyLoRA in the form that it trains in": "save it with LyCORIS or sd-scripts, which write a "
+    "plain LoRA",
+}
+_MERGE = "merge it with the program that trained it, and use the merged model"
+# What a whole model holds, in the original layout and in diffusers'.
+_MODEL_KEYS = (
+    "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.",
+    "down_blocks.0.resnets.0.norm1.weight", "text_model.embeddings.", "embeddings.",
+)  # fmt: skip
+
+
+class Other(Layout):
+    """Keys that no program of the list writes, or of several of them together."""
+
+    def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
+        tools = super().judge(layers, norm_axis, keys)
+        if left_out := _left_out_by_diffusers(keys):
+            tools["diffusers"] = f"wrong: it leaves {some_layers(left_out)} unchanged"
+        return tools
+
+    def advice(self, norm_axis: str, keys: Collection[str]) -> list[str]:
+        notes = super().advice(norm_axis, keys)
+        if left_out := _left_out_by_diffusers(keys):
+            notes.insert(
+                0,
+                f"it mixes two ways to name the factors: diffusers leaves {some_layers(left_out)} "
+                "unchanged without a message",
+            )
+        return notes
+
+
+OTHER = Other()
+
+
+def _left_out_by_diffusers(keys: Iterable[str]) -> list[str]:
+    """UNet layers that diffusers leaves unchanged, without a message, of a file that mixes names.
+
+    It renames a UNet's keys only if the first one, in alphabetical order, is not PEFT's.
+    """
+    unet = sorted(key.removeprefix("unet.") for key in keys if key.startswith("unet."))
+    if not unet or "lora_A" not in unet[0] or not mixes_forms(unet):
+        return []
+    old = [key.replace(".processor.", ".") for key in unet if is_old_form(key)]
+    return sorted({re.sub(r"[._]lora(_linear_layer)?\.(down|up)\.weight$", "", k) for k in old})
+
+
+def group_keys(keys: Iterable[str], resolve: Resolve, component: str | None = None) -> Groups:
+    """Sort a file's keys into layers: canonical module name -> part -> key.
+
+    A key is that of the first layout which understands it: a loader that skips keys silently loads
+    half an adapter.
+
+    Args:
+        keys: Of a file, without its tokens.
+        resolve: From `name_resolver`.
+        component: What keys without a component belong to, in a PEFT folder.
+
+    Raises:
+        AdapterFormatError: If a key is left over, or two keys are the same part of one layer.
+    """
+    layouts = all_layouts()
+    layers: Groups = {}
+    left_over, twice = [], []
+    for text in keys:
+        parsed = ((layout, key) for layout in layouts if (key := layout.parse(text)))
+        layout, key = next(parsed, (None, None))
+        name = layout.module(key, resolve, component) if layout and key else None
+        if name is None or key is None:
+            left_over.append(text)
+            continue
+        if key.part in layers.setdefault(name, {}):
+            twice.append(f"{layers[name][key.part].text} and {text}")
+        layers[name][key.part] = key
+    if twice:
+        raise AdapterFormatError(f"two keys for one tensor: {listing(twice)}")
+    if left_over:
+        raise AdapterFormatError(_left_over_message(left_over))
+    return layers
+
+
+def _left_over_message(keys: list[str]) -> str:
+    if any(key.startswith(_MODEL_KEYS) for key in keys):
+        return f"it is a model, not an adapter: {listing(keys, 3)}"
+    if sentence := _other_method(keys):
+        return f"{sentence} (keys such as {listing(keys, 3)})"
+    return f"{len(keys)} keys belong to no known module: {listing(keys)}"
+
+
+def _other_method(keys: Collection[str]) -> str | None:
+    """A sentence on what these keys belong to instead of a LoRA or DoRA, None if it is unknown."""
+    if any(map(_PREFIX_TWICE.fullmatch, keys)) and not any(map(_BUNDLED.fullmatch, keys)):
+        return (
+            "its names have the component's prefix twice, as a broken converter wrote them, so "
+            "that no program finds its layers; convert the file that it was made from again"
+        )
+    methods = {"embeddings bundled with the adapter": _BUNDLED} | dict(_METHODS)
+    for method, pattern in methods.items():
+        if any(map(pattern.fullmatch, keys)):
+            advice = _ADVICE.get(method, _MERGE)
+            return f"it holds {method}, which is no part of a LoRA or DoRA; {advice}"
+    return None

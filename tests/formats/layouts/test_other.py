@@ -1,0 +1,76 @@
+"""Files of other methods are named, not called damaged."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from dora_diffusion.formats.layouts.layout import AdapterFormatError
+from dora_diffusion.formats.layouts.other import group_keys
+from dora_diffusion.formats.names.kohya import name_resolver
+
+
+def test_other_methods_are_named() -> None:
+    with pytest.raises(AdapterFormatError, match="LoHa"):
+        group_keys(["lora_unet_conv_in.hada_w1_a"], name_resolver())
+
+
+# What LyCORIS calls its methods -> what we call them; None for those that are read.
+LYCORIS_METHODS = {
+    "lora": None, "locon": None, "dylora": None, "loha": "LoHa", "lokr": "LoKr", "ia3": "IA3",
+    "glora": "GLoRA", "tlora": "T-LoRA", "diag-oft": "OFT or BOFT", "boft": "OFT or BOFT",
+    "full": "full differences",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", LYCORIS_METHODS)
+def test_every_method_of_lycoris_is_read_or_named(method: str) -> None:
+    """By the keys that LyCORIS itself saves; and what to do is said."""
+    from lycoris import LycorisNetwork, create_lycoris
+
+    model = nn.Module()
+    model.conv_in, model.conv_out = nn.Conv2d(4, 16, 3), nn.Conv2d(16, 4, 3)
+    LycorisNetwork.apply_preset({"target_module": ["Conv2d"]})
+    network = create_lycoris(model, linear_dim=4, conv_dim=4, conv_alpha=2.0, algo=method)
+    network.apply_to()
+    keys = list(network.state_dict())
+    assert {key.partition(".")[0] for key in keys} == {"lycoris_conv_in", "lycoris_conv_out"}
+    expected = LYCORIS_METHODS[method]
+    if expected is None:
+        assert group_keys(keys, name_resolver()).keys() == {"unet.conv_in", "unet.conv_out"}
+        return
+    with pytest.raises(AdapterFormatError) as caught:
+        group_keys(keys, name_resolver())
+    assert str(caught.value).startswith(f"it holds {expected}, which is no part of a LoRA or DoRA;")
+    assert "no known module" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "method"),
+    [
+        (["base_model.model.down_blocks.0.attentions.0.proj_in.ia3_l"], "IA3"),
+        (["base_model.model.conv_in.oft_R.weight"], "OFT or BOFT"),
+        (["base_model.model.conv_in.vera_lambda_b", "base_model.vera_A"], "VeRA"),
+        (["lora_unet_conv_in.up_list.0", "lora_unet_conv_in.down_list.0"], "DyLoRA"),
+        (["lora_unet_conv_in.lora_up.bias", "lora_unet_conv_in.lora_up.weight"], "LoRA biases"),
+        (["lora_unet_conv_in.w_norm", "lora_unet_conv_in.b_norm"], "norm weights"),
+    ],
+)
+def test_methods_of_other_programs_are_named(keys: list[str], method: str) -> None:
+    with pytest.raises(AdapterFormatError, match=f"it holds {method}"):
+        group_keys(keys, name_resolver(), "unet")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lora_unet_unet_down_blocks_0_attentions_0_proj_in_lora_down.weight",
+        "lora_unet_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",
+        "lora_te_text_encoder_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+        "lora_te1_te1_text_model_encoder_layers_0_mlp_fc1.alpha",
+    ],
+)
+def test_a_prefix_that_is_there_twice_is_told(key: str) -> None:
+    with pytest.raises(AdapterFormatError, match="have the component's prefix twice") as caught:
+        group_keys([key], name_resolver())
+    assert key in str(caught.value)
