@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.directions import Direction
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis, Strengths
+
+_VERSION = attrgetter("_version")
 
 
 class LayerAdapter(nn.Module):
@@ -64,20 +67,22 @@ class LayerAdapter(nn.Module):
             down, up, self.magnitude, self.alpha, self.norm_axis, self.kind, self.groups
         )
 
-    def versions(self) -> list[tuple[int, int]]:
-        """Which parameters it has, and how often each was written in place."""
-        own = [p for p in self._parameters.values() if p is not None]
+    def versions(self) -> tuple[int, ...]:
+        """Which parameters it has, and how often each was written in place; of a DoRA."""
+        own = [*self._parameters.values()]
         if self.direction is not None:
-            own += [p for p in self.direction._parameters.values() if p is not None]
+            own += self.direction._parameters.values()
         try:
-            return [(id(p), p._version) for p in own]
+            return *map(id, own), *map(_VERSION, own)
         except RuntimeError:  # Tensors that were made in inference mode count nothing.
-            return [(id(p), 0) for p in own]
+            return tuple(map(id, own))
 
     def scaled_weights(self) -> LayerWeights:
         """`weights`, with the direction's strength in their scale."""
-        weights = self.weights()
-        return dataclasses.replace(weights, alpha=self.strengths.direction_strength * weights.alpha)
+        weights, strength = self.weights(), self.strengths.direction_strength
+        if strength == 1:
+            return weights
+        return dataclasses.replace(weights, alpha=strength * weights.alpha)
 
     @torch.no_grad()
     def used_weights(self) -> LayerWeights:

@@ -46,7 +46,7 @@ class AdaptedLayer(nn.Module):
     # Plain attributes, no part of the state dict: caches, and the weight that a merge replaced.
     _scales_cache: dict[str, LayerScales] | None
     # Of what parameters each of them is. Apart from it, since compiled layers read that.
-    _scales_versions: dict[str, list[tuple[int, int]]]
+    _scales_versions: dict[str, tuple[int, ...]]
     _statistics: tuple[tuple[Any, ...], WeightStatistics] | None
     _unmerged: Tensor | None
 
@@ -90,7 +90,8 @@ class AdaptedLayer(nn.Module):
         if not active:
             base: Tensor = super().forward(x)
             return base
-        if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
+        weight, bias = self.weight, self.bias
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
             raise RuntimeError(
                 "the base weight or bias of an adapted layer requires a gradient; freeze it "
                 "(requires_grad_(False)): the adapter is what trains"
@@ -98,17 +99,22 @@ class AdaptedLayer(nn.Module):
         # As autocast would for this operation; ids are none of its.
         x = x.to(product_dtype(x)) if x.is_floating_point() else x
         op, inputs = self.operation(), self.prepare(x)
-        dtype, weight = inputs.dtype, self.matrix.to(inputs.dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        factors = [self.factors(name, adapter, dtype) for name, adapter in active]
-        dropping = self.training and any(adapter.dropout > 0 for _, adapter in active)
-        if len(active) == 1 and active[0][1].strengths.strength == 1 and not dropping:
-            return dora_forward(op, inputs, weight, bias, factors[0])
+        dtype = inputs.dtype
+        matrix = oriented(weight, self.kind).to(dtype)
+        added = None if bias is None else bias.to(dtype)
+        name, adapter = active[0]
+        is_dropping = self.training and adapter.dropout > 0
+        if len(active) == 1 and adapter.strengths.strength == 1 and not is_dropping:
+            return dora_forward(op, inputs, matrix, added, self.factors(name, adapter, dtype))
         terms = [
-            (own, adapter.strengths.strength, dropout(inputs, adapter.dropout, self.training))
-            for own, (_, adapter) in zip(factors, active, strict=True)
+            (
+                self.factors(name, adapter, dtype),
+                adapter.strengths.strength,
+                dropout(inputs, adapter.dropout, self.training),
+            )
+            for name, adapter in active
         ]
-        return sum_of_adapters(op, inputs, weight, bias, terms)
+        return sum_of_adapters(op, inputs, matrix, added, terms)
 
     def factors(self, name: str, adapter: LayerAdapter, dtype: torch.dtype) -> Factors:
         """What one adapter computes with in a dtype, by a plan or, where there is none, alone."""
@@ -156,8 +162,7 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def _plan_inputs(self, adapter: LayerAdapter) -> PlanInputs:
-        plain = adapter.strengths.direction_strength == 1
-        layer = adapter.weights() if plain else adapter.scaled_weights()
+        layer = adapter.scaled_weights()
         matrix = self.matrix
         magnitude = moved_magnitude(matrix, layer, adapter.strengths.magnitude_strength)
         statistics = self._weight_statistics(adapter.norm_axis)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -50,12 +49,12 @@ class Loop:
         self._changes = -1
         self._kept: tuple[list[_Entry], list[Layout]] = [], []
 
-    def layers(self, models: Sequence[nn.Module]) -> list[AdaptedLayer]:
+    def layers(self, models: tuple[nn.Module, ...]) -> list[AdaptedLayer]:
         """The adapted layers of some models, looked for where they may not be those of before."""
-        same = len(models) == len(self._models) and all(map(is_, models, self._models))
-        if not same or self._changes != AdaptedLayer.changes:
-            self._models, self._changes = tuple(models), AdaptedLayer.changes
-            self._layers = _layers_of(models)
+        # Modules are compared by identity.
+        if self._models != models or self._changes != AdaptedLayer.changes:
+            self._models, self._changes = models, AdaptedLayer.changes
+            self._layers = [layer for model in models for _, layer in adapted_layers(model)]
         return self._layers
 
     def scales(self, layers: Sequence[AdaptedLayer]) -> tuple[list[_Entry], list[LayerScales]]:
@@ -98,7 +97,7 @@ def norm_scope(*models: nn.Module, loop: Loop | None = None) -> Iterator[None]:
         >>> with norm_scope(model):
         ...     model(torch.ones(1, 8)).sum().backward()
     """
-    layers = _layers_of(models) if loop is None else loop.layers(models)
+    layers = (loop or Loop()).layers(models)
     opened = [layer for layer in layers if layer._scales_cache is None]
     _open_caches(opened, loop)
     noticed = register_optimizer_step_post_hook(_count_written)
@@ -106,7 +105,9 @@ def norm_scope(*models: nn.Module, loop: Loop | None = None) -> Iterator[None]:
         yield
     finally:
         noticed.remove()
-        _close_caches(opened)
+        for layer in opened:
+            if isinstance(layer, AdaptedLayer):  # Some may be plain again.
+                vars(layer)["_scales_cache"] = None
 
 
 def _count_written(optimizer: torch.optim.Optimizer, *args: Any) -> None:
@@ -127,7 +128,7 @@ class _Entry(NamedTuple):
 
     def is_current(self, adapter: LayerAdapter) -> bool:
         """Whether the inputs are what they would be if they were made now."""
-        weights, own = self.inputs.weights, adapter._parameters
+        weights, own, layer = self.inputs.weights, adapter._parameters, self.layer
         return (
             own["down"] is weights.down
             and own["up"] is weights.up
@@ -135,23 +136,21 @@ class _Entry(NamedTuple):
             and own["magnitude"] is self.inputs.magnitude
             and adapter.strengths is self.strengths
             and adapter.alpha == weights.alpha
-            and self.layer._parameters.get("bias") is self.inputs.bias
-            and self.layer.keep_output == self.inputs.keep_output
+            and layer._parameters.get("bias") is self.inputs.bias
+            and layer.keep_output == self.inputs.keep_output
             # Of another weight there are other statistics.
-            and self.layer._weight_statistics(weights.norm_axis) is self.inputs.statistics
+            and layer._weight_statistics(weights.norm_axis) is self.inputs.statistics
         )
 
 
-def _layers_of(models: Sequence[nn.Module]) -> list[AdaptedLayer]:
-    return [layer for model in models for _, layer in adapted_layers(model)]
-
-
-def _active(layers: Sequence[AdaptedLayer]) -> Iterator[tuple[AdaptedLayer, str, LayerAdapter]]:
+def _active(layers: Sequence[AdaptedLayer]) -> list[tuple[AdaptedLayer, str, LayerAdapter]]:
     """The active adapters with a magnitude."""
-    for layer in layers:
-        for name, adapter in layer.active():
-            if adapter._parameters.get("magnitude") is not None:
-                yield layer, name, adapter
+    return [
+        (layer, name, adapter)
+        for layer in layers
+        for name, adapter in layer.active()
+        if adapter._parameters.get("magnitude") is not None
+    ]
 
 
 def _entries_of(layers: Sequence[AdaptedLayer]) -> list[_Entry]:
@@ -162,16 +161,14 @@ def _entries_of(layers: Sequence[AdaptedLayer]) -> list[_Entry]:
 
 
 def _are_current(entries: Sequence[_Entry], layers: Sequence[AdaptedLayer]) -> bool:
-    found = iter(entries)
-    for _, _, adapter in _active(layers):
-        entry = next(found, None)
-        if entry is None or not entry.is_current(adapter):
-            return False
-    return next(found, None) is None
+    active = _active(layers)
+    return len(active) == len(entries) and all(
+        entry.is_current(adapter) for entry, (_, _, adapter) in zip(entries, active, strict=True)
+    )
 
 
 def _open_caches(layers: Sequence[AdaptedLayer], loop: Loop | None) -> None:
-    """Compute every active adapter's scales now, all together, until `_close_caches`."""
+    """Compute every active adapter's scales now, all together, until they are forgotten."""
     if loop is None:
         entries = _entries_of(layers)
         scales = make_scales([entry.inputs for entry in entries])
@@ -182,10 +179,3 @@ def _open_caches(layers: Sequence[AdaptedLayer], loop: Loop | None) -> None:
         vars(layer)["_scales_cache"] = {}
     for entry, own in zip(entries, scales, strict=True):
         entry.layer.keep_scales(entry.name, own)
-
-
-def _close_caches(layers: Sequence[AdaptedLayer]) -> None:
-    """Forget the scales of layers, some of which may be plain again."""
-    for layer in layers:
-        if isinstance(layer, AdaptedLayer):
-            vars(layer)["_scales_cache"] = None

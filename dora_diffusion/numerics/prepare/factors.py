@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,17 +78,15 @@ class Factors(NamedTuple):
     Attributes:
         down: ``A``.
         up: ``g s B`` on the output axis, else ``s B``.
-        gain: ``g``, ``(n,)``, of a convolution ``(n, *1)``, float32, without a gradient: in
-            16 bits, a gain near 1 would be rounded to 1. None makes the layer a LoRA, and what
-            follows None too.
+        gain: ``g``, ``(n,)``, float32: in 16 bits, a gain near 1 would be rounded to 1. It
+            represents m in the graph: its gradient is ``g`` times its derivative,
+            ``sum(dy * (y - b))``, but for the bias, which ``shift_numerator`` has; of a direct
+            layer it is the derivative. None makes the layer a LoRA, and what follows None too.
         shift: ``(1 - g) b`` on the output axis; None without a bias and on the input axis.
-        dm_numerator: ``g`` once more, ``(n,)``, which represents m in the graph. Its gradient is
-            ``g`` times its derivative, ``sum(dy * (y - b))``, but for the bias, which
-            ``shift_numerator`` has; of a direct layer it is the derivative.
         shift_numerator: Its gradient is ``sum(dy)``; None where there is no shift.
         axis: Norm axis.
         is_direct: Whether ``y / g`` is no good for the gradient of m, so that the layer multiplies
-            by ``dm_numerator``: |g| is too small, or the next module overwrites y.
+            by ``gain`` in the graph: |g| is too small, or the next module overwrites y.
         direction: ``W + s B A`` of a direct layer on the output axis, else None.
     """
 
@@ -96,7 +94,6 @@ class Factors(NamedTuple):
     up: Tensor
     gain: Tensor | None = None
     shift: Tensor | None = None
-    dm_numerator: Any = None
     shift_numerator: Tensor | None = None
     axis: NormAxis = "output"
     is_direct: bool = False
@@ -130,9 +127,8 @@ def factors_of(
     if axis == "output":
         up = per_channel(constant, up.ndim, axis) * up
         shift = None if bias is None else ((1 - constant) * bias).to(dtype)
-    up, broadcast = up.to(dtype), constant.view(-1, *[1] * (weight.ndim - 2))
     made = direction_of(weight, layer, dtype)
-    return Factors(down, up, broadcast, shift, g, None, axis, True, made)
+    return Factors(down, up.to(dtype), g, shift, None, axis, True, made)
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ def norm_terms(layers: SameShape) -> Terms:
         seen, checksum = _products(layers.weights, layers.parts, "output")
         gram = torch.bmm(down, down.mT)
         change = torch.baddbmm(seen, up, gram, beta=2 * s, alpha=s * s).mul_(up).sum(dim=2)
-        own = torch.linalg.vector_norm(up, dim=2)
+        own, other = torch.linalg.vector_norm(up, dim=2), torch.linalg.vector_norm(down, dim=(1, 2))
     else:
         inputs = layers.weights[0].shape[1]
         seen, sums = _products(layers.weights, [part.mT for part in layers.parts], "input")
@@ -86,9 +86,10 @@ def norm_terms(layers: SameShape) -> Terms:
         # (n, r, in * k) -> (n, in): the taps of a convolution are summed with the ranks.
         change = torch.unflatten(product, 2, (inputs, -1)).sum(dim=(1, 3))
         own = torch.linalg.vector_norm(torch.unflatten(down, 2, (inputs, -1)), dim=(1, 3))
+        other = torch.linalg.vector_norm(up, dim=(1, 2))
         checksum = torch.unflatten(sums, 1, (inputs, -1)).sum(dim=2)
-    other = gram.diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True)
-    return Terms(change, own.mul_(other.sqrt_()).mul_(abs(s)), checksum)
+    bound = own.mul_(other[:, None])
+    return Terms(change, bound if s == 1 else bound.mul_(abs(s)), checksum)
 
 
 def _products(

@@ -13,7 +13,7 @@ follows from these is done there once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -162,22 +162,21 @@ class Plan:
         # Whoever calls a layer first may do so without gradients, as checkpointing does.
         with torch.inference_mode(False), torch.enable_grad():
             made: tuple[Tensor, ...] = _Prepare.apply(self, dtype, *parameters)  # type: ignore[no-untyped-call]
-        count = len(self.layers)
-        downs, ups, numerators = (made[i * count : (i + 1) * count] for i in range(3))
-        shifts, shift_numerators = self._shifts(dtype), iter(made[3 * count :])
+        count, shifts = len(self.layers), self._shifts(dtype)
+        downs, ups, gains = (made[i * count : (i + 1) * count] for i in range(3))
+        shift_numerators = iter(made[3 * count :])
         return [
             Factors(
                 downs[number],
                 ups[number],
-                gain,
-                shifts[number],
-                numerators[number],
-                None if shifts[number] is None else next(shift_numerators),
+                gains[number],
+                shift,
+                None if shift is None else next(shift_numerators),
                 self.layers[number].weights.norm_axis,
                 number in self.direct,
                 self._direction(number, dtype) if number in self.direct else None,
             )
-            for number, gain in enumerate(self._broadcast_gains())
+            for number, shift in enumerate(shifts)
         ]
 
     def _direction(self, number: int, dtype: torch.dtype) -> Tensor | None:
@@ -186,12 +185,6 @@ class Plan:
         layer = self.layers[number]
         weights = dataclasses.replace(layer.weights, down=down, up=up)
         return direction_of(layer.weight, weights, dtype)
-
-    def _broadcast_gains(self) -> Iterator[Tensor]:
-        """Each layer's gain, shaped to multiply what its channels are channels of."""
-        for layer, gain in zip(self.layers, self.layout.vectors(self.gain), strict=True):
-            spatial = layer.weight.ndim - 2
-            yield gain.view(-1, *[1] * spatial) if spatial else gain
 
     def _shifts(self, dtype: torch.dtype) -> Sequence[Tensor | None]:
         if not any(self.layout.shifted):
