@@ -42,9 +42,14 @@ SETTINGS = {
 }
 
 
+def settings(output: str, **chosen: object) -> TrainConfig:
+    """Those of a run on an embedded model."""
+    return TrainConfig(**(SETTINGS | chosen), output_dir=output)
+
+
 def session(output: str, **chosen: object) -> Session:
     """A run on an embedded model, ready for its first step."""
-    config = TrainConfig(**(SETTINGS | chosen), output_dir=output)
+    config = settings(output, **chosen)
     return open_session(config, subject_of(config), make_accelerator(config))
 
 

@@ -41,7 +41,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dora_diffusion.adapters.compiled import compile_blocks
-    from dora_diffusion.adapters.files import load_adapter, save_adapter
     from dora_diffusion.adapters.inject import (
         disabled,
         inject_adapters,
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
         unmerge_adapters,
     )
     from dora_diffusion.adapters.scope import Loop, norm_scope
+    from dora_diffusion.adapters.state import load_adapter, save_adapter
     from dora_diffusion.adapters.targets import TargetError
     from dora_diffusion.analysis import analyze_weights
     from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
@@ -106,13 +106,13 @@ _HOMES = {
     "extract_adapter": "export",
     "generate_images": "generate",
     "inject_adapters": "adapters.inject",
-    "load_adapter": "adapters.files",
+    "load_adapter": "adapters.state",
     "load_components": "models.load",
     "merge_adapters": "adapters.inject",
     "norm_scope": "adapters.scope",
     "remove_adapters": "adapters.inject",
     "run_study": "study.run",
-    "save_adapter": "adapters.files",
+    "save_adapter": "adapters.state",
     "set_strength": "adapters.inject",
     "train": "training.loop",
     "unmerge_adapters": "adapters.inject",

@@ -11,11 +11,9 @@ from torch import nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dora_diffusion.adapters.layer_adapter import LayerAdapter
-from dora_diffusion.adapters.layers import AdaptedLayer, adapted_layers
-from dora_diffusion.numerics.prepare.deferred import DeferredFlags
+from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, adapted_layers
 from dora_diffusion.numerics.prepare.factors import LayerScales, PlanInputs
-from dora_diffusion.numerics.prepare.layout import Layout, layouts_of
+from dora_diffusion.numerics.prepare.layout import DeferredFlags, Layout, layouts_of
 from dora_diffusion.numerics.prepare.plan import make_scales, scales_of
 from dora_diffusion.numerics.weights import Strengths
 

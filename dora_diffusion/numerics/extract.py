@@ -208,7 +208,7 @@ class _Search:
 
     def __init__(self, rows: _Rows, rank: int, energy: float | None) -> None:
         self._rows, self._rank, self._energy = rows, rank, energy
-        self._basis, self._iterations = random_start(rows.base, rank, seed=0), _FIRST_ITERATIONS
+        self._basis, self._iterations = random_start(rows.base, rank), _FIRST_ITERATIONS
         self._least = float("inf")
         self.best = _Fit(*[torch.empty(0)] * 4)
 

@@ -22,11 +22,6 @@ from dora_diffusion.numerics.threads import SharedSwitch
 _ROUNDED = ("tf32", "bf16")
 
 
-def is_wide(dtype: torch.dtype) -> bool:
-    """Whether small updates survive in it."""
-    return dtype in (torch.float32, torch.float64)
-
-
 def wide_dtype(tensor: Tensor) -> torch.dtype:
     """The precision that norms and merges of a tensor are computed in."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

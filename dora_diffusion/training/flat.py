@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from dora_diffusion.numerics.joined import join, split_like
+from dora_diffusion.numerics.prepare.layout import join, split_like
 
 Groups = list[dict[str, Any]]
 

@@ -16,7 +16,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_moments, latents_from_moments
 from dora_diffusion.models.text import time_ids
 from dora_diffusion.models.transfer import send
-from dora_diffusion.numerics.noise import sample_noise, sample_timestep
+from dora_diffusion.numerics.loss import sample_noise, sample_timestep
 from dora_diffusion.training.subject import Subject
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.numerics.dora import low_rank_delta, squared_norm
-from dora_diffusion.numerics.precision import is_wide, to_float64, wide, wide_dtype
+from dora_diffusion.numerics.precision import to_float64, wide, wide_dtype
 from dora_diffusion.numerics.weights import NormAxis
 
 # Below this share of its terms' magnitudes, the factored norm may be off by more than 1e-5, and the
@@ -124,7 +124,7 @@ def _products(
 
 def _batch(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
     """The product of each pair, float32 or wider, in one tensor."""
-    if is_wide(dtype):
+    if dtype in (torch.float32, torch.float64):
         products = [left.to(dtype) @ right.to(dtype) for left, right in pairs]
         return torch.stack(products) if len(products) > 1 else products[0][None]
     (left, right), kind = pairs[0], torch.float32

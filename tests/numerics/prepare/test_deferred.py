@@ -10,8 +10,8 @@ import torch
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
 from dora_diffusion.adapters.scope import Loop, norm_scope
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.numerics.prepare import deferred
-from dora_diffusion.numerics.prepare.deferred import DeferredFlags
+from dora_diffusion.numerics.prepare import layout
+from dora_diffusion.numerics.prepare.layout import DeferredFlags
 from dora_diffusion.numerics.prepare.plan import Plan
 
 NONE = torch.tensor([False] * 5)
@@ -29,8 +29,8 @@ class Event:
 
 @pytest.fixture
 def as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deferred, "record_event", lambda tensor: Event())
-    monkeypatch.setattr(deferred, "reads_at_once", lambda device: False)
+    monkeypatch.setattr(layout, "record_event", lambda tensor: Event())
+    monkeypatch.setattr(layout, "_DEFERRED", {"cpu"})
 
 
 def test_a_cpu_reads_at_once():
