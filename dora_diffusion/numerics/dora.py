@@ -76,7 +76,7 @@ def adapted_norm(weight: Tensor, layer: LayerWeights) -> Tensor:
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """``g = m / norm`` (section 4.1), by which a channel is multiplied; 0 where its norm is 0."""
-    quotient = wide(magnitude) / norm.clamp_min(NORM_FLOOR)
+    quotient = magnitude / norm.clamp_min(NORM_FLOOR)
     return quotient.masked_fill(norm <= NORM_FLOOR, 0.0)
 
 

@@ -278,6 +278,25 @@ def test_a_zero_channel_gives_zeros_and_no_nan(axis, way):
     assert all(torch.isfinite(t.grad).all() for t in leaves)
 
 
+def test_a_gain_is_the_quotient_down_to_the_floor_and_0_from_there():
+    norm, magnitude = torch.tensor(
+        [[1e-10, 1e-29, 1e-30, 1e-31, 0.0], [2e-10, 3e-29, 1.0, 1.0, 1.0]], dtype=torch.float64
+    )
+    expected = torch.tensor([2.0, 3, 0, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(gain(magnitude, norm), expected, rtol=1e-12, atol=0)
+    half = gain(torch.tensor([1.5], dtype=torch.bfloat16), torch.tensor([1.25]))
+    assert torch.equal(half, torch.tensor([1.2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_of_16_bits_are_multiplied_in_float32(dtype):
+    _, _, down, up, _ = make((12, 7), rank=5)
+    down, up = down.to(dtype), up.to(dtype)
+    found = low_rank_delta(down, up, 0.3)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), 0.3 * up.double() @ down.double(), rtol=0, atol=1e-5)
+
+
 @WAYS
 @pytest.mark.parametrize("axis", AXES)
 def test_zero_and_tiny_magnitudes_have_exact_gradients(axis, way):
