@@ -25,7 +25,7 @@ from full_size import CLIP_BIG_G, CLIP_L, UNETS
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import inject_adapters
-from dora_diffusion.adapters.scope import Loop, norm_scope
+from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.training.flat import FlatParameters
@@ -138,9 +138,9 @@ def count_step(
     flat = FlatParameters(groups) if models.ours else None
     parameters = (flat.groups if flat else groups)[0]["params"]
     optimizer = torch.optim.AdamW(parameters, fused=True) if parameters else None
-    cast, loop = dtype != torch.float32 and not models.ours, Loop()
+    cast, cache = dtype != torch.float32 and not models.ours, NormCache()
     for _ in range(steps):
-        scope = norm_scope(*models.all(), loop=loop) if models.ours else nullcontext()
+        scope = norm_scope(*models.all(), cache=cache) if models.ours else nullcontext()
         with phase(models, "norms"):
             scope.__enter__()
         with phase(models, "forward"), torch.autocast(DEVICE, dtype, enabled=cast):
@@ -162,7 +162,7 @@ def count_step(
         for parameter in parameters:
             parameter.grad = None
     own = (tensor for m in models.all() for tensor in (*m.parameters(), *m.buffers()))
-    with Count(), norm_scope(*models.all(), loop=loop), kept_storages(own) as kept:
+    with Count(), norm_scope(*models.all(), cache=cache), kept_storages(own) as kept:
         with torch.autocast(DEVICE, dtype, enabled=cast):
             prediction = predict(models, family, dtype, latent)
         models.kept = sum(kept.values())

@@ -5,7 +5,7 @@ The whole Python interface::
     AdapterConfig, inject_adapters, remove_adapters   DoRA on Linear, Conv and Embedding layers
     merge_adapters, unmerge_adapters, disabled        write it into the weights, switch it off
     set_strength                                      how much of it acts
-    norm_scope, Loop                                  norms computed once for each training step
+    norm_scope, NormCache                             norms computed once for each training step
     compile_blocks                                    torch.compile of a UNet's repeated blocks
     save_adapter, load_adapter                        one file, which other tools read exactly
     TrainConfig, train                                DreamBooth from photos to a finished folder
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         set_strength,
         unmerge_adapters,
     )
-    from dora_diffusion.adapters.scope import Loop, norm_scope
+    from dora_diffusion.adapters.scope import NormCache, norm_scope
     from dora_diffusion.adapters.state import load_adapter, save_adapter
     from dora_diffusion.adapters.targets import TargetError
     from dora_diffusion.analysis import analyze_weights
@@ -85,7 +85,7 @@ _HOMES = {
     "ConfigError": "config.checks",
     "DiskFullError": "formats.files.atomic",
     "ExportError": "export",
-    "Loop": "adapters.scope",
+    "NormCache": "adapters.scope",
     "MergeError": "formats.checkpoint.weights",
     "ModelNotFoundError": "models.locate",
     "PhotoError": "data.images",
@@ -126,9 +126,9 @@ __all__ = [
     "ConfigError",
     "DiskFullError",
     "ExportError",
-    "Loop",
     "MergeError",
     "ModelNotFoundError",
+    "NormCache",
     "PhotoError",
     "SamplingSettings",
     "Study",

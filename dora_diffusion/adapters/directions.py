@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.numerics.low_rank import low_rank
-from dora_diffusion.numerics.precision import wide
+from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.projections import Projections, scaled_rows
 
 # PEFT's standard deviation of P and Q at the start.
@@ -59,7 +59,7 @@ class PrincipalDirection(Direction):
     def __init__(self, weight: Tensor, rank: int, scale: float) -> None:
         super().__init__()
         # On the CPU, so that the start is the same on every device.
-        layer, share = low_rank(wide(weight).cpu(), rank), scale**0.5
+        layer, share = low_rank(upcast(weight).cpu(), rank), scale**0.5
         self.register_buffer("start_down", (layer.down / share).to(weight.device))
         self.register_buffer("start_up", (layer.up / share).to(weight.device))
 

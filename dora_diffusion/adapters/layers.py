@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.directions import Direction
-from dora_diffusion.numerics.dora import dora_forward, moved_magnitude, sum_of_adapters
+from dora_diffusion.numerics.dora import dora_forward, interpolated_magnitude, sum_of_adapters
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import OneHot, Operation, dropout
-from dora_diffusion.numerics.precision import product_dtype, wide, wide_dtype
+from dora_diffusion.numerics.precision import product_dtype, upcast, upcast_dtype
 from dora_diffusion.numerics.prepare.factors import (
     Factors,
     LayerScales,
@@ -214,8 +214,8 @@ class AdaptedLayer(nn.Module):
                 return self.scales(name, adapter).factors(dtype)
             # No plan can be made while torch compiles: a norm scope has one, or the page serves.
             kept = (self._scales_cache or {}).get(name)
-            if kept is not None and dtype in kept.by_dtype:
-                return kept.by_dtype[dtype]
+            if kept is not None and dtype in kept.factors_by_dtype:
+                return kept.factors_by_dtype[dtype]
         strength = adapter.strengths.magnitude_strength
         return factors_of(self.matrix, self.bias, adapter.scaled_weights(), dtype, strength)
 
@@ -255,7 +255,7 @@ class AdaptedLayer(nn.Module):
     def _plan_inputs(self, adapter: LayerAdapter) -> PlanInputs:
         layer = adapter.scaled_weights()
         matrix = self.matrix
-        magnitude = moved_magnitude(matrix, layer, adapter.strengths.magnitude_strength)
+        magnitude = interpolated_magnitude(matrix, layer, adapter.strengths.magnitude_strength)
         statistics = self._weight_statistics(adapter.norm_axis)
         return PlanInputs(layer, magnitude, matrix, self.bias, statistics, self.keep_output)
 
@@ -282,8 +282,8 @@ class AdaptedLayer(nn.Module):
         """The weight with every active adapter in it, float32, as the layer stores it."""
         layers = [(adapter.weights(), adapter.strengths) for _, adapter in self.active()]
         if not layers:
-            return wide(self.weight)
-        return merge_layers(self.weight, layers, wide_dtype(self.weight))
+            return upcast(self.weight)
+        return merge_layers(self.weight, layers, upcast_dtype(self.weight))
 
     @torch.no_grad()
     def merge(self, merged: Tensor | None = None) -> None:

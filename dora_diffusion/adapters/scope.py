@@ -18,7 +18,7 @@ from dora_diffusion.numerics.prepare.plan import make_scales, scales_of
 from dora_diffusion.numerics.weights import Strengths
 
 
-class Loop:
+class NormCache:
     """What a loop of training steps keeps from one `norm_scope` to the next.
 
     Make one before the loop and give it to each step's scope. A step then neither waits for the
@@ -32,9 +32,9 @@ class Loop:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
         >>> report = inject_adapters(model, AdapterConfig(targets=("*",), rank=2))
         >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        >>> loop = Loop()
+        >>> cache = NormCache()
         >>> for _ in range(2):
-        ...     with norm_scope(model, loop=loop):
+        ...     with norm_scope(model, cache=cache):
         ...         model(torch.ones(1, 8)).square().mean().backward()
         ...     optimizer.step()
         ...     optimizer.zero_grad()
@@ -67,7 +67,7 @@ class Loop:
 
 
 @contextmanager
-def norm_scope(*models: nn.Module, loop: Loop | None = None) -> Iterator[None]:
+def norm_scope(*models: nn.Module, cache: NormCache | None = None) -> Iterator[None]:
     """Compute each adapter's norm once inside the block, in which no parameter may change.
 
     Open one around the forward and backward passes of one optimizer step, as the training loop
@@ -82,7 +82,7 @@ def norm_scope(*models: nn.Module, loop: Loop | None = None) -> Iterator[None]:
 
     Args:
         models: The models with adapters.
-        loop: One for a whole loop of training steps: then a block does not wait either.
+        cache: One for a whole loop of training steps: then a block does not wait either.
 
     Raises:
         RuntimeError: In a layer's forward, if its adapter changed inside of the block.
@@ -95,9 +95,9 @@ def norm_scope(*models: nn.Module, loop: Loop | None = None) -> Iterator[None]:
         >>> with norm_scope(model):
         ...     model(torch.ones(1, 8)).sum().backward()
     """
-    layers = (loop or Loop()).layers(models)
+    layers = (cache or NormCache()).layers(models)
     opened = [layer for layer in layers if layer._scales_cache is None]
-    _open_caches(opened, loop)
+    _open_caches(opened, cache)
     noticed = register_optimizer_step_post_hook(_count_written)
     try:
         yield
@@ -165,13 +165,13 @@ def _are_current(entries: Sequence[_Entry], layers: Sequence[AdaptedLayer]) -> b
     )
 
 
-def _open_caches(layers: Sequence[AdaptedLayer], loop: Loop | None) -> None:
+def _open_caches(layers: Sequence[AdaptedLayer], cache: NormCache | None) -> None:
     """Compute every active adapter's scales now, all together, until they are forgotten."""
-    if loop is None:
+    if cache is None:
         entries = _entries_of(layers)
         scales = make_scales([entry.inputs for entry in entries])
     else:
-        entries, scales = loop.scales(layers)
+        entries, scales = cache.scales(layers)
     for layer in layers:
         # Past `nn.Module.__setattr__`, which takes longer than all else here.
         vars(layer)["_scales_cache"] = {}

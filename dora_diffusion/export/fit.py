@@ -20,7 +20,7 @@ from dora_diffusion.formats.adapter.targets.registry import TARGETS
 from dora_diffusion.numerics.extract import best_dora
 from dora_diffusion.numerics.low_rank import low_rank
 from dora_diffusion.numerics.merging import merge_layers
-from dora_diffusion.numerics.precision import wide
+from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.threads import map_ahead
 from dora_diffusion.numerics.weights import (
     NORM_AXES,
@@ -213,7 +213,7 @@ def fit_layers(
 @torch.no_grad()
 def _fit(name: str, target: FitTarget, settings: FitSettings) -> tuple[LayerWeights, float, float]:
     """A layer in the dtype that it is written in, ``|W'' - W'|`` and ``|W' - W|``."""
-    base, tuned = (oriented(w, target.kind) for w in (target.base, wide(target.tuned)))
+    base, tuned = (oriented(w, target.kind) for w in (target.base, upcast(target.tuned)))
     size = (tuned - base).norm().item()
     if not math.isfinite(size):
         raise ExportError(f"{name} holds numbers that are not finite, in the base or after")

@@ -13,7 +13,7 @@ from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shape
 from dora_diffusion.merge import WeightedAdapter, layers_of, merge_tensor
 from dora_diffusion.numerics.extract import known_scale
 from dora_diffusion.numerics.low_rank import truncated
-from dora_diffusion.numerics.precision import wide
+from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis, Strengths, oriented
 
 _AS_TRAINED = Strengths()
@@ -54,7 +54,7 @@ def fit_to_adapters(
 
     def target_of(name: str) -> FitTarget | None:
         base, layers = module_weight(model, name), layers_of(f"{name}.weight", adapters)
-        tuned = merge_tensor(base, layers, wide(base).dtype)
+        tuned = merge_tensor(base, layers, upcast(base).dtype)
         kind = layers[0][0].kind
         if len(layers) == 1 and _stays(*layers[0], settings):
             return FitTarget(base, tuned, layer=layers[0][0], kind=kind)

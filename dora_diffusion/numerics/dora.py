@@ -22,8 +22,8 @@ from dora_diffusion.numerics.precision import (
     full_precision,
     multiply_add,
     product,
-    wide,
-    wide_dtype,
+    upcast,
+    upcast_dtype,
 )
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
@@ -37,7 +37,7 @@ NORM_FLOOR = 1e-30
 
 def low_rank_delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
     """``s * B @ A`` (section 3.1): ``(r, in, *k)`` and ``(out, r, ...)`` -> ``(out, in, *k)``."""
-    delta = (scale * wide(up).flatten(1)) @ wide(down).flatten(1)
+    delta = (scale * upcast(up).flatten(1)) @ upcast(down).flatten(1)
     return delta.view(up.shape[0], *down.shape[1:])
 
 
@@ -49,10 +49,10 @@ def squared_norm(weight: Tensor, axis: NormAxis) -> Tensor:
     """
     if axis == "output":
         dims = list(range(1, weight.ndim))
-        norm: Tensor = torch.linalg.vector_norm(weight, dim=dims, dtype=wide_dtype(weight))
+        norm: Tensor = torch.linalg.vector_norm(weight, dim=dims, dtype=upcast_dtype(weight))
         return norm.square()
     # Added row by row, since torch is several times slower and less exact across rows.
-    columns = wide(weight).flatten(1).square().sum(dim=0)
+    columns = upcast(weight).flatten(1).square().sum(dim=0)
     return columns.view(weight.shape[1], -1).sum(dim=1)
 
 
@@ -70,7 +70,7 @@ def per_channel(vector: Tensor, ndim: int, axis: NormAxis) -> Tensor:
 def adapted_norm(weight: Tensor, layer: LayerWeights) -> Tensor:
     """``norm(W + delta)``, a constant for the gradient (section 4.3): ``(out,)`` or ``(in,)``."""
     with full_precision(weight.device):
-        direction = wide(weight) + low_rank_delta(layer.down, layer.up, layer.scale)
+        direction = upcast(weight) + low_rank_delta(layer.down, layer.up, layer.scale)
         return weight_norm(direction, layer.norm_axis)
 
 
@@ -80,10 +80,10 @@ def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     return quotient.masked_fill(norm <= NORM_FLOOR, 0.0)
 
 
-def moved_magnitude(weight: Tensor, layer: LayerWeights, strength: float) -> Tensor:
+def interpolated_magnitude(weight: Tensor, layer: LayerWeights, strength: float) -> Tensor:
     """The magnitude, moved by a share of its change from ``norm(W)``; 1 returns it unchanged."""
     assert layer.magnitude is not None
-    magnitude = wide(layer.magnitude)
+    magnitude = upcast(layer.magnitude)
     if strength == 1.0:
         return magnitude
     start = weight_norm(weight, layer.norm_axis)
@@ -111,12 +111,12 @@ def adapted_weight(
             f"the adapter is for a weight of shape {layer.weight_shape}, "
             f"the base has {tuple(weight.shape)}"
         )
-    base = wide(weight)
+    base = upcast(weight)
     down, up = layer.down.to(base.dtype), layer.up.to(base.dtype)
     adapted = base + low_rank_delta(down, up, direction_strength * layer.scale)
     if layer.magnitude is not None:
         norm = weight_norm(adapted.detach(), layer.norm_axis)
-        g = gain(moved_magnitude(base, layer, magnitude_strength), norm)
+        g = gain(interpolated_magnitude(base, layer, magnitude_strength), norm)
         adapted = adapted * per_channel(g, weight.ndim, layer.norm_axis)
     return adapted if strength == 1.0 else base + strength * (adapted - base)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.numerics.dora import adapted_weight
-from dora_diffusion.numerics.precision import wide
+from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.weights import LayerWeights, oriented
 
 _OVERSAMPLING = 16
@@ -22,7 +22,7 @@ _MOST_TURNS = 30
 def weight_change(weight: Tensor, layer: LayerWeights) -> Tensor:
     """``W' - W`` in float32, ``(out, in, *k)``, for a weight as the model stores it."""
     weight = oriented(weight, layer.kind)
-    return adapted_weight(weight, layer) - wide(weight)
+    return adapted_weight(weight, layer) - upcast(weight)
 
 
 def approximate(
@@ -100,8 +100,8 @@ def truncated(
         The layer, itself where its rank is small enough; the Frobenius norm of what is lost of
         ``delta``, and that of ``delta``.
     """
-    left = torch.linalg.qr(wide(layer.up).flatten(1).double())
-    right = torch.linalg.qr(wide(layer.down).flatten(1).double().t())
+    left = torch.linalg.qr(upcast(layer.up).flatten(1).double())
+    right = torch.linalg.qr(upcast(layer.down).flatten(1).double().t())
     u, s, vh = torch.linalg.svd(layer.scale * left.R @ right.R.t(), full_matrices=False)
     rank = min(rank, len(s))
     if energy is not None:

@@ -13,7 +13,7 @@ from dora_diffusion.numerics.dora import (
     adapted_norm,
     adapted_weight,
     gain,
-    moved_magnitude,
+    interpolated_magnitude,
     per_channel,
     squared_norm,
 )
@@ -115,14 +115,14 @@ def factors_of(
         bias: ``(out,)``, or None.
         layer: The adapter.
         dtype: To compute in.
-        magnitude_strength: See `moved_magnitude`.
+        magnitude_strength: See `interpolated_magnitude`.
         norm: ``norm(W + s B A)``, if already computed.
     """
     down, up = layer.down.to(dtype), layer.scale * layer.up
     if layer.magnitude is None:
         return Factors(down, up.to(dtype))
     norm = adapted_norm(weight, layer) if norm is None else norm
-    g = gain(moved_magnitude(weight, layer, magnitude_strength), norm)
+    g = gain(interpolated_magnitude(weight, layer, magnitude_strength), norm)
     constant, axis, shift = g.detach(), layer.norm_axis, None
     if axis == "output":
         up = per_channel(constant, up.ndim, axis) * up
@@ -147,22 +147,24 @@ class LayerScales(NamedTuple):
         gain: ``g = m / norm``, ``(n,)``, float32.
         plan: What makes the factors of all layers at once.
         number: The layer's place there.
-        by_dtype: The layer's factors, as far as they were made.
-        of_all: Those of each layer of the plan.
+        factors_by_dtype: The layer's factors, as far as they were made.
+        factors_of_all: Those of each layer of the plan.
     """
 
     norm: Tensor
     gain: Tensor
     plan: Plan
     number: int
-    by_dtype: dict[torch.dtype, Factors]
-    of_all: Sequence[dict[torch.dtype, Factors]]
+    factors_by_dtype: dict[torch.dtype, Factors]
+    factors_of_all: Sequence[dict[torch.dtype, Factors]]
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """What the layer computes with; made for all layers of the plan at the first call."""
-        if dtype not in self.by_dtype:
-            for by_dtype, factors in zip(self.of_all, self.plan.factors(dtype), strict=True):
-                by_dtype[dtype] = factors
+        if dtype not in self.factors_by_dtype:
+            for factors_by_dtype, factors in zip(
+                self.factors_of_all, self.plan.factors(dtype), strict=True
+            ):
+                factors_by_dtype[dtype] = factors
         if not torch.is_grad_enabled():
             self.plan.ran_without_gradients.add(self.number)
         elif self.number in self.plan.ran_without_gradients and _in_backward():
@@ -172,7 +174,7 @@ class LayerScales(NamedTuple):
             layer = self.plan.layers[self.number]
             weights = dataclasses.replace(layer.weights, magnitude=layer.magnitude)
             return factors_of(layer.weight, layer.bias, weights, dtype, norm=self.norm)
-        return self.by_dtype[dtype]
+        return self.factors_by_dtype[dtype]
 
 
 def _in_backward() -> bool:

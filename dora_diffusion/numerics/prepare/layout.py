@@ -44,7 +44,7 @@ class Layout:
     Attributes:
         layers: In that order.
         numbers: The place of each among those that were given.
-        wide: The dtype of norms, gains and buffers.
+        dtype: The dtype of norms, gains and buffers.
         sizes: How many magnitudes each has.
         biases: What its gain has to spare: its bias, on the output axis, where there is one.
         groups: Neighbours of one rank and axis, whose B are rows of one matrix.
@@ -54,7 +54,7 @@ class Layout:
     def __init__(self, layers: Sequence[PlanInputs], numbers: Sequence[int]) -> None:
         self.numbers = sorted(numbers, key=lambda number: _kind(layers[number]))
         self.layers = layers = [layers[number] for number in self.numbers]
-        self.wide = layers[0].statistics.squared_norm.dtype
+        self.dtype = layers[0].statistics.squared_norm.dtype
         self.sizes = [layer.magnitude.shape[0] for layer in layers]
         self.biases = [
             layer.bias if layer.weights.norm_axis == "output" else None for layer in layers
@@ -67,11 +67,11 @@ class Layout:
 
     def down(self) -> Tensor:
         """All A."""
-        return join(self._downs).to(self.wide)
+        return join(self._downs).to(self.dtype)
 
     def up(self) -> list[Tensor]:
         """All B, ``(rows, r)`` of each group."""
-        return [join(ups).to(self.wide).view(-1, ups[0].shape[1]) for ups in self._ups]
+        return [join(ups).to(self.dtype).view(-1, ups[0].shape[1]) for ups in self._ups]
 
     def downs(self, joined: Tensor) -> Sequence[Tensor]:
         """Each layer's part of what is laid out as A."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.numerics.dora import low_rank_delta, squared_norm
-from dora_diffusion.numerics.precision import to_float64, wide, wide_dtype
+from dora_diffusion.numerics.precision import to_float64, upcast, upcast_dtype
 from dora_diffusion.numerics.weights import NormAxis
 
 # Below this share of its terms' magnitudes, the factored norm may be off by more than 1e-5, and the
@@ -174,7 +174,7 @@ def factored_norm(
         weight_squared_norm: ``squared_norm(weight, axis)`` if it is at hand; it never changes.
     """
     base = squared_norm(weight, axis) if weight_squared_norm is None else weight_squared_norm
-    wide_down, wide_up = (t.to(wide_dtype(weight)).flatten(1)[None] for t in (down, up))
+    wide_down, wide_up = (t.to(upcast_dtype(weight)).flatten(1)[None] for t in (down, up))
     seen = wide_down if axis == "output" else wide_up
     terms = norm_terms(
         SameShape(
@@ -210,7 +210,7 @@ def checksum(weight: Tensor, axis: NormAxis) -> Tensor:
     It is the product with a fixed unit vector, of about ``|W_i| / sqrt(n)``, to which a difference
     between two weights would have to be orthogonal in all channels to go unseen.
     """
-    rows = wide(weight).flatten(1)
+    rows = upcast(weight).flatten(1)
     if axis == "output":
         return rows.mv(_probe(rows.shape[1], rows)[0])
     columns = rows.t().mv(_probe(rows.shape[0], rows)[0])

@@ -105,7 +105,7 @@ class Plan:
         recorded = torch.cat([layer.statistics.checksum for layer in self.layers])
         total = terms.change + base
         self.norm = total.clamp_min(0).sqrt_()
-        magnitude = join([layer.magnitude for layer in self.layers]).to(self.layout.wide)
+        magnitude = join([layer.magnitude for layer in self.layers]).to(self.layout.dtype)
         self.gain = gain_of(magnitude, self.norm)
         # Not less: what is no number must be found too.
         flagged = is_ill_conditioned(total, base, terms.bound, margin).logical_or_(
@@ -190,7 +190,7 @@ class Plan:
         biases = self.layout.biases
         if not any(bias is not None for bias in biases):
             return [None] * len(biases)
-        self.bias = self._joined(biases).to(self.layout.wide)
+        self.bias = self._joined(biases).to(self.layout.dtype)
         shifts = self.layout.vectors(((1 - self.gain) * self.bias).to(dtype))
         return [None if b is None else shift for b, shift in zip(biases, shifts, strict=True)]
 
