@@ -196,14 +196,15 @@ def step(peer: Peer, forward: Callable[[nn.Module], Tensor], upstream: Tensor) -
 
 
 @contextmanager
-def kept_storages(own: set[int]) -> Iterator[dict[int, int]]:
-    """Bytes of each storage that autograd keeps inside, by address, but for those in ``own``."""
+def kept_storages(own: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Bytes of each storage that autograd keeps inside, but for those of ``own``."""
+    known = {tensor.untyped_storage()._cdata for tensor in own}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -213,10 +214,7 @@ def kept_storages(own: set[int]) -> Iterator[dict[int, int]]:
 def kept_bytes(peer: Peer, forward: Callable[[nn.Module], Tensor]) -> int:
     """Bytes that the forward pass keeps for the backward pass, parameters not counted."""
     model = peer.model
-    own = {
-        tensor.untyped_storage().data_ptr()
-        for tensor in (*model.parameters(), *model.buffers(), *peer.parameters())
-    }
+    own = (*model.parameters(), *model.buffers(), *peer.parameters())
     with peer.scope(), kept_storages(own) as kept:
         y = forward(model)
         total = sum(kept.values())

@@ -118,8 +118,7 @@ class Block:
 
     def kept(self, peer: Peer) -> int:
         """Bytes that a forward pass keeps, parameters not counted."""
-        own = {p.untyped_storage().data_ptr() for p in peer.model.parameters()}
-        with kept_storages(own) as kept:
+        with kept_storages(peer.model.parameters()) as kept:
             self.step(peer)
         return sum(kept.values())
 

@@ -31,7 +31,7 @@ from common import (
 from full_size import UNETS
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.scope import Loop, norm_scope
+from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.training.optimizer import FlatParameters
 
@@ -77,7 +77,7 @@ class Stepper:
 
     def __post_init__(self) -> None:
         groups: list[dict[str, Any]] = [{"params": self.peer.parameters()}]
-        self.loop = Loop()
+        self.norm_cache = NormCache()
         self.flat = FlatParameters(groups) if self.ours and self.optimizer is None else None
         self.seen = (self.flat.groups if self.flat else groups)[0]["params"]
         self.device = next(self.peer.model.parameters()).device.type
@@ -87,7 +87,7 @@ class Stepper:
     def __call__(self) -> None:
         """Forward and backward pass, norms, clipping and the optimizer."""
         model, scaler = self.peer.model, self.scaler
-        with norm_scope(model, loop=self.loop) if self.ours else self.peer.scope():
+        with norm_scope(model, cache=self.norm_cache) if self.ours else self.peer.scope():
             with torch.autocast(self.device, self.dtype, enabled=not self.ours):
                 prediction = self.forward(model)
             loss = prediction.float().square().mean()

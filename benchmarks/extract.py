@@ -36,8 +36,7 @@ from dora_diffusion.formats.checkpoint.folder import PipelineFolder
 from dora_diffusion.formats.files.stream import TensorReader, write_tensors
 from dora_diffusion.models.latents import encode_moments, latents_from_moments, predict
 from dora_diffusion.models.text import encode_prompts
-from dora_diffusion.numerics.loss import training_target
-from dora_diffusion.numerics.noise import add_noise
+from dora_diffusion.numerics.loss import add_noise, training_target
 from dora_diffusion.toy import model_folder
 
 STEPS, RATE, BATCH, SIZE = 60, 1e-4, 4, 64

@@ -212,7 +212,7 @@ def _apply(
 def fake_gpu() -> Iterator[None]:
     """Inside, tensors are fake, and those on `DEVICE` behave as on CUDA."""
     make_device()
-    from dora_diffusion.numerics.prepare import deferred, norms
+    from dora_diffusion.numerics.prepare import layout, norms
     from dora_diffusion.training import optimizer
 
     probe = lru_cache(norms._probe_on.__wrapped__)
@@ -224,8 +224,8 @@ def fake_gpu() -> Iterator[None]:
         mock.patch.object(norms, "_probe", lambda n, like: probe(n, like.device, like.dtype)),
         mock.patch.object(optimizer, "_check_memory"),  # These have none.
         mock.patch.object(norms, "widens_products", lambda device: device in ("cuda", DEVICE)),
-        mock.patch.object(deferred, "reads_at_once", return_value=False),
-        mock.patch.object(deferred, "record_event"),
+        mock.patch.object(layout, "_DEFERRED", {DEVICE}),
+        mock.patch.object(layout, "record_event"),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):  # fmt: skip
         yield

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import FROZEN, LORA, OURS, PEFT_DORA, markdown
+from common import FROZEN, LORA, OURS, PEFT_DORA, kept_storages, markdown
 from fake_gpu import DEVICE, Count, fake_gpu
 from full_size import CLIP_BIG_G, CLIP_L, UNETS
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import inject_adapters
-from dora_diffusion.adapters.scope import Loop, norm_scope
+from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.training.optimizer import FlatParameters
@@ -45,6 +45,7 @@ class Models:
     layers: int = 0
     ours: bool = False
     counts: dict[str, Count] = field(default_factory=dict)
+    kept: int = 0
 
     def all(self) -> list[nn.Module]:
         """Every model that is in the step."""
@@ -137,9 +138,9 @@ def count_step(
     flat = FlatParameters(groups) if models.ours else None
     parameters = (flat.groups if flat else groups)[0]["params"]
     optimizer = torch.optim.AdamW(parameters, fused=True) if parameters else None
-    cast, loop = dtype != torch.float32 and not models.ours, Loop()
+    cast, cache = dtype != torch.float32 and not models.ours, NormCache()
     for _ in range(steps):
-        scope = norm_scope(*models.all(), loop=loop) if models.ours else nullcontext()
+        scope = norm_scope(*models.all(), cache=cache) if models.ours else nullcontext()
         with phase(models, "norms"):
             scope.__enter__()
         with phase(models, "forward"), torch.autocast(DEVICE, dtype, enabled=cast):
@@ -160,6 +161,11 @@ def count_step(
                 flat.finish()
         for parameter in parameters:
             parameter.grad = None
+    own = (tensor for m in models.all() for tensor in (*m.parameters(), *m.buffers()))
+    with Count(), norm_scope(*models.all(), cache=cache), kept_storages(own) as kept:
+        with torch.autocast(DEVICE, dtype, enabled=cast):
+            prediction = predict(models, family, dtype, latent)
+        models.kept = sum(kept.values())
 
 
 def row(name: str, models: Models) -> list[object]:
@@ -177,12 +183,13 @@ def row(name: str, models: Models) -> list[object]:
         f"{sum(count.copies for count in whole)}, {sum(c.synchronisations for c in whole)}",
         f"{sum(count.bytes for count in step) / 1e9:.1f}",
         f"{traffic:.1f}" if models.ours else "",
+        f"{models.kept / 1e6:,.0f}",
     ]
 
 
 HEADER = (
     "", "layers", *PHASES, "norms + forward + backward", "views, whole step",
-    "copies, waits", "GB of operands", "bytes per weight of the norms",
+    "copies, waits", "GB of operands", "bytes per weight of the norms", "kept for backward, MB",
 )  # fmt: skip
 
 

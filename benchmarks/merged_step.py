@@ -23,8 +23,8 @@ from diffusers import UNet2DConditionModel
 from export_speed import make_adapter, make_base
 
 from dora_diffusion import merge_adapters
-from dora_diffusion.adapters.files import load_adapter
 from dora_diffusion.adapters.scope import norm_scope
+from dora_diffusion.adapters.state import load_adapter
 
 
 def load(base: Path) -> UNet2DConditionModel:

@@ -2,10 +2,11 @@
 
     python benchmarks/train_step.py
 
-On the embedded model: a step of `train` against the same UNet, adapters and latents without the
-trainer; AdamW's implementations on the same gradients; the time from the command to the first
-optimizer step against an empty Python that only imports torch and diffusers; and the training of
-the demo, from the command to the written adapter and its samples, against the same with LoRA.
+On the embedded models: a step of `train` against the same UNet, adapters and latents without the
+trainer; a step with DoRA against one with LoRA, where issuing operations takes the time; AdamW's
+implementations on the same gradients; the time from the command to the first optimizer step against
+an empty Python that only imports torch and diffusers; and the training of the demo, from the
+command to the written adapter and its samples, against the same with LoRA.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -41,13 +43,13 @@ SETTINGS = {
 
 
 def settings(output: str, **chosen: object) -> TrainConfig:
-    """Those of a run on the embedded model."""
-    return TrainConfig(**SETTINGS, output_dir=output, **chosen)
+    """Those of a run on an embedded model."""
+    return TrainConfig(**(SETTINGS | chosen), output_dir=output)
 
 
-def session(output: str) -> Session:
-    """A run on the embedded model, ready for its first step."""
-    config = settings(output)
+def session(output: str, **chosen: object) -> Session:
+    """A run on an embedded model, ready for its first step."""
+    config = settings(output, **chosen)
     return open_session(config, subject_of(config), make_accelerator(config))
 
 
@@ -70,6 +72,21 @@ def step_beside_unet(output: str, rounds: int) -> None:
     samples = interleaved(steps, rounds, at_least=0.5)
     rows = [[n, f"{1e3 * median(samples[n]):.0f}", ratio(samples, n, ALONE)] for n in steps]
     print(markdown(["embedded:tiny-sd", "ms", f"to {ALONE}"], rows), "\n")
+
+
+def against_lora(output: str, rounds: int) -> None:
+    """Whole steps from the fifth on, one of each in turn."""
+    chosen = {
+        "pretrained_model_name_or_path": "embedded:tiny-sdxl", "resolution": 128,
+        "targets": ("attention",), "rank": 8, "train_batch_size": 1,
+    }  # fmt: skip
+    runs = {n: session(output, **chosen, use_dora=n == "DoRA") for n in (LORA_HERE, "DoRA")}
+    number = iter(range(1, 10**9))
+    steps = {n: partial(lambda run: run.train_step(next(number)), run) for n, run in runs.items()}
+    interleaved(steps, 5)
+    samples = interleaved(steps, 12 * rounds)
+    rows = [[n, f"{1e3 * median(samples[n]):.0f}", ratio(samples, n, LORA_HERE)] for n in steps]
+    print(markdown(["embedded:tiny-sdxl, 128 px, attention", "ms", "to LoRA"], rows), "\n")
 
 
 def optimizers(output: str, rounds: int) -> None:
@@ -154,6 +171,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         output = str(Path(folder) / "run")
         step_beside_unet(output, args.rounds)
+        against_lora(output, args.rounds)
         optimizers(output, args.rounds)
         demo(output, args.demo_steps, 3)
         start_up(output, 3)

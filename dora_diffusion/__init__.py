@@ -5,7 +5,7 @@ The whole Python interface::
     AdapterConfig, inject_adapters, remove_adapters   DoRA on Linear, Conv and Embedding layers
     merge_adapters, unmerge_adapters, disabled        write it into the weights, switch it off
     set_strength                                      how much of it acts
-    norm_scope, Loop                                  norms computed once for each training step
+    norm_scope, NormCache                             norms computed once for each training step
     compile_blocks                                    torch.compile of a UNet's repeated blocks
     save_adapter, load_adapter                        one file, which other tools read exactly
     TrainConfig, train                                DreamBooth from photos to a finished folder
@@ -41,7 +41,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dora_diffusion.adapters.compiled import compile_blocks
-    from dora_diffusion.adapters.files import load_adapter, save_adapter
     from dora_diffusion.adapters.inject import (
         disabled,
         inject_adapters,
@@ -50,7 +49,8 @@ if TYPE_CHECKING:
         set_strength,
         unmerge_adapters,
     )
-    from dora_diffusion.adapters.scope import Loop, norm_scope
+    from dora_diffusion.adapters.scope import NormCache, norm_scope
+    from dora_diffusion.adapters.state import load_adapter, save_adapter
     from dora_diffusion.adapters.targets import TargetError
     from dora_diffusion.analysis import analyze_weights
     from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
@@ -85,9 +85,9 @@ _HOMES = {
     "ConfigError": "config.fields",
     "DiskFullError": "formats.files.atomic",
     "ExportError": "export",
-    "Loop": "adapters.scope",
     "MergeError": "formats.checkpoint.weights",
     "ModelNotFoundError": "models.locate",
+    "NormCache": "adapters.scope",
     "PhotoError": "data.images",
     "SamplingSettings": "generate",
     "Study": "study.config",
@@ -106,13 +106,13 @@ _HOMES = {
     "extract_adapter": "export",
     "generate_images": "generate",
     "inject_adapters": "adapters.inject",
-    "load_adapter": "adapters.files",
+    "load_adapter": "adapters.state",
     "load_components": "models.load",
     "merge_adapters": "adapters.inject",
     "norm_scope": "adapters.scope",
     "remove_adapters": "adapters.inject",
     "run_study": "study.run",
-    "save_adapter": "adapters.files",
+    "save_adapter": "adapters.state",
     "set_strength": "adapters.inject",
     "train": "training.loop",
     "unmerge_adapters": "adapters.inject",
@@ -126,9 +126,9 @@ __all__ = [
     "ConfigError",
     "DiskFullError",
     "ExportError",
-    "Loop",
     "MergeError",
     "ModelNotFoundError",
+    "NormCache",
     "PhotoError",
     "SamplingSettings",
     "Study",

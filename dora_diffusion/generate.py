@@ -14,9 +14,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
-from dora_diffusion.adapters.files import attach_file
 from dora_diffusion.adapters.inject import layer_adapters, set_strength
 from dora_diffusion.adapters.scope import norm_scope
+from dora_diffusion.adapters.state import attach_file
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.data.captions import contains_token

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dora_diffusion.formats.checkpoint.weights import MergeError
 from dora_diffusion.numerics.merging import merge_layers
-from dora_diffusion.numerics.precision import wide_dtype
+from dora_diffusion.numerics.precision import upcast_dtype
 from dora_diffusion.numerics.weights import LayerWeights, Strengths
 
 __all__ = [
@@ -86,7 +86,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether every number of a floating-point tensor is finite."""
     # A sum with infinity or NaN in it is one of them, and is known much sooner than each number.
     # Only a sum that overflows on its own needs these.
-    total = tensor.sum(dtype=wide_dtype(tensor))
+    total = tensor.sum(dtype=upcast_dtype(tensor))
     return math.isfinite(total) or bool(tensor.isfinite().all())
 
 

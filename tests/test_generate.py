@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.adapters.files import save_adapter
 from dora_diffusion.adapters.inject import (
     adapter_parameters,
     disabled,
     inject_adapters,
     layer_adapters,
 )
+from dora_diffusion.adapters.state import save_adapter
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.generate import (

@@ -22,7 +22,7 @@ COUNTS = """
     from fake_gpu import DEVICE, Count, fake_gpu
     from torch import nn
     from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
-    from dora_diffusion.adapters.scope import Loop, norm_scope
+    from dora_diffusion.adapters.scope import NormCache, norm_scope
     from dora_diffusion.config import AdapterConfig
     from dora_diffusion.training.optimizer import FlatParameters
 
@@ -38,11 +38,11 @@ COUNTS = """
         shape = (2, 9, 32) if kind == "Linear" else (2, 32, 8, 8)
         x = torch.empty(shape, device=DEVICE, dtype=dtype, requires_grad=True)
         flat = FlatParameters([{"params": list(adapter_parameters(model))}])
-        parameters, loop = flat.groups[0]["params"], Loop()
+        parameters, cache = flat.groups[0]["params"], NormCache()
         optimizer = torch.optim.AdamW(parameters, fused=True)
         for _ in range(2):
             counts = {name: Count() for name in ("norms", "forward", "backward", "rest")}
-            scope = norm_scope(model, loop=loop)
+            scope = norm_scope(model, cache=cache)
             with counts["norms"]:
                 scope.__enter__()
             with counts["forward"]:

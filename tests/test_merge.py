@@ -183,7 +183,7 @@ def test_a_weight_that_nothing_acts_on_is_cast_if_the_dtype_holds_it() -> None:
 # Shapes whose blocks leave a short last one, on either axis.
 _MERGE_WITH_THREADS = """
 import hashlib, sys, torch
-from dora_diffusion.adapters.layer_adapter import LayerAdapter
+from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.kinds import adapt_layer
 from dora_diffusion.merge import Strengths, merge_tensor
 from dora_diffusion.numerics.weights import LayerWeights

@@ -7,19 +7,18 @@ parameters, gradient checkpointing around a block, hooks on the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.config import ConfigError
 from dora_diffusion.numerics.precision import product_dtype
-from dora_diffusion.numerics.prepare.factors import LayerScales
 
 # By name, as Diffusers' own `_repeated_blocks` has it: importing their classes imports Diffusers.
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -42,7 +41,7 @@ def require_compiler(device: torch.device | str) -> None:
     """
     device = torch.device(device)
     try:
-        torch.compile(_probe, dynamic=False)(torch.ones(8, device=device))
+        torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         remedy = _REMEDIES.get(device.type, "this torch may not compile for it")
@@ -51,10 +50,6 @@ def require_compiler(device: torch.device | str) -> None:
             f"{lines[0]})",
             "compile",
         ) from error
-
-
-def _probe(x: Tensor) -> Tensor:
-    return x * 2 + 1
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> int:
@@ -129,15 +124,9 @@ def _run(
             for name, adapter in layer.active():
                 if name in layer._scales_cache:
                     layer.require_unchanged(name, adapter)
-            _make_factors(layer, layer._scales_cache.values())
+            for scales in layer._scales_cache.values():
+                scales.factors(product_dtype(layer.weight))
     return compiled(block, *args, **kwargs)
-
-
-def _make_factors(layer: AdaptedLayer, scales: Iterable[LayerScales]) -> None:
-    """Make the factors of all layers that share a plan with this one, at the first call."""
-    dtype = product_dtype(layer.weight)
-    for own in scales:
-        own.factors(dtype)
 
 
 @contextmanager

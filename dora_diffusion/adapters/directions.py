@@ -1,6 +1,7 @@
 """Adapters whose A and B are made from other tensors that train: how they start, and are made.
 
-A `LayerAdapter` trains ``down`` and ``up``. Without a direction these are A and B.
+A `LayerAdapter` trains ``down`` and ``up``. Without a direction these are A and B. The formula of
+`numerics.dora` sees A and B alone, so that norms, merges and files need not know of any of this.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.numerics.directions import moved_factors, principal_factors, scaled_rows
-from dora_diffusion.numerics.projections import Projections
+from dora_diffusion.numerics.low_rank import low_rank
+from dora_diffusion.numerics.precision import upcast
+from dora_diffusion.numerics.projections import Projections, scaled_rows
 
 # PEFT's standard deviation of P and Q at the start.
 _SVD_DEVIATION = 0.02
@@ -56,17 +58,21 @@ class PrincipalDirection(Direction):
 
     def __init__(self, weight: Tensor, rank: int, scale: float) -> None:
         super().__init__()
-        down, up = principal_factors(weight, rank, scale)
-        self.register_buffer("start_down", down)
-        self.register_buffer("start_up", up)
+        # On the CPU, so that the start is the same on every device.
+        layer, share = low_rank(upcast(weight).cpu(), rank), scale**0.5
+        self.register_buffer("start_down", (layer.down / share).to(weight.device))
+        self.register_buffer("start_up", (layer.up / share).to(weight.device))
 
     def start(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """No change."""
         return torch.zeros_like(self.start_down), torch.zeros_like(self.start_up)
 
     def forward(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of rank 2r."""
-        return moved_factors(down, up, self.start_down, self.start_up)
+        """Factors of rank 2r, of ``(B0 + b)(A0 + a) - B0 A0 = b (A0 + a) + B0 a``.
+
+        No difference of large products, so that rounding takes nothing, and 0 where a and b are.
+        """
+        return torch.cat([self.start_down + down, down]), torch.cat([up, self.start_up], dim=1)
 
 
 class ProjectedDirection(Direction):

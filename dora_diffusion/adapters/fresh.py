@@ -17,7 +17,7 @@ from dora_diffusion.adapters.directions import (
     SingularDirection,
 )
 from dora_diffusion.adapters.kinds import layer_groups, layer_kind, layer_matrix
-from dora_diffusion.adapters.layer_adapter import LayerAdapter
+from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.targets import is_conv
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.dora import weight_norm
@@ -49,7 +49,14 @@ class InjectionReport:
     @classmethod
     def of(cls, adapters: Mapping[str, LayerAdapter]) -> InjectionReport:
         """The report on adapters by the path of their layer."""
-        return cls(tuple(_report(path, adapter) for path, adapter in adapters.items()))
+        lines = []
+        for path, adapter in adapters.items():
+            weights, rank = adapter.weights(), adapter.down.shape[0]
+            count = sum(parameter.numel() for parameter in adapter.parameters())
+            lines.append(
+                AdaptedLayerReport(path, weights.layer_name, weights.weight_shape, rank, count)
+            )
+        return cls(tuple(lines))
 
     @property
     def parameters(self) -> int:
@@ -61,12 +68,6 @@ class InjectionReport:
         counts = ", ".join(f"{sum(layer.kind == k for layer in self.layers)} {k}" for k in kinds)
         layers = counted(len(self.layers), "layer")
         return f"{layers} adapted ({counts}), {self.parameters:,} parameters"
-
-
-def _report(path: str, adapter: LayerAdapter) -> AdaptedLayerReport:
-    weights, rank = adapter.weights(), adapter.down.shape[0]
-    count = sum(parameter.numel() for parameter in adapter.parameters())
-    return AdaptedLayerReport(path, weights.layer_name, weights.weight_shape, rank, count)
 
 
 def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:

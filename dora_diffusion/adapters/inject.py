@@ -19,9 +19,9 @@ from dora_diffusion.adapters.kinds import (
     obstacle,
     restore_base_class,
 )
-from dora_diffusion.adapters.layer_adapter import LayerAdapter
 from dora_diffusion.adapters.layers import (
     AdaptedLayer,
+    LayerAdapter,
     adapted_layers,
 )
 from dora_diffusion.adapters.targets import match_targets

@@ -6,7 +6,6 @@ They differ in what their weight does to an input (`numerics.operation`) and in 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -17,21 +16,16 @@ from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.numerics.operation import (
     ConvOperation,
     EmbeddingOperation,
-    LinearOperation,
     OneHot,
     Operation,
 )
 from dora_diffusion.numerics.weights import LayerKind, oriented
 
-_LINEAR, _EMBEDDING = LinearOperation(), EmbeddingOperation()
+_EMBEDDING = EmbeddingOperation()
 
 
 class DoRALinear(AdaptedLayer, nn.Linear):
     """``nn.Linear`` with adapters."""
-
-    def operation(self) -> Operation:
-        """A matrix product."""
-        return _LINEAR
 
 
 class _AdaptedConv(AdaptedLayer):
@@ -57,8 +51,8 @@ class _AdaptedConv(AdaptedLayer):
     def operation(self) -> Operation:
         """A convolution with this layer's stride, padding, dilation and groups."""
         padding = self.padding if self._pads_itself else (0,) * len(self.kernel_size)
-        make = ConvOperation if torch.compiler.is_compiling() else _convolution
-        return make(self.stride, cast("tuple[int, ...]", padding), self.dilation, self.groups)
+        zeros = cast("tuple[int, ...]", padding)
+        return ConvOperation(self.stride, zeros, self.dilation, self.groups)
 
     def prepare(self, x: Tensor) -> Tensor:
         """Pad for ``padding_mode`` other than zeros, and for ``padding="same"``."""
@@ -108,10 +102,6 @@ class _AdaptedConv1D(AdaptedLayer):
 
     kind: LayerKind = "conv1d"
 
-    def operation(self) -> Operation:
-        """A matrix product."""
-        return _LINEAR
-
 
 _ADAPTED: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Linear: DoRALinear,
@@ -120,14 +110,6 @@ _ADAPTED: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Embedding: DoRAEmbedding,
 }
 _KINDS = "nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding and transformers' Conv1D"
-
-
-@lru_cache
-def _convolution(
-    stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int
-) -> ConvOperation:
-    """One object for all layers of a kind, since they ask at every call."""
-    return ConvOperation(stride, padding, dilation, groups)
 
 
 def _is_conv1d_of_transformers(kind: type[nn.Module]) -> bool:

@@ -1,4 +1,4 @@
-"""Layers that carry adapters: what all kinds of them have in common.
+"""Layers that carry adapters, and the parameters of one adapter on one layer.
 
 An adapted layer *is* the layer that it was, of another class: its parameters, buffers, hooks and
 places in the model, so that the base model's state dict, dtype and device handling stay as they
@@ -7,17 +7,19 @@ were. Adapters live in the child module ``adapters``.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.layer_adapter import LayerAdapter
-from dora_diffusion.numerics.dora import dora_forward, moved_magnitude, sum_of_adapters
+from dora_diffusion.adapters.directions import Direction
+from dora_diffusion.numerics.dora import dora_forward, interpolated_magnitude, sum_of_adapters
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import OneHot, Operation, dropout
-from dora_diffusion.numerics.precision import product_dtype, wide, wide_dtype
+from dora_diffusion.numerics.precision import product_dtype, upcast, upcast_dtype
 from dora_diffusion.numerics.prepare.factors import (
     Factors,
     LayerScales,
@@ -26,7 +28,96 @@ from dora_diffusion.numerics.prepare.factors import (
     factors_of,
 )
 from dora_diffusion.numerics.prepare.plan import make_scales
-from dora_diffusion.numerics.weights import LayerKind, NormAxis, oriented
+from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis, Strengths, oriented
+
+_LINEAR, _VERSION = Operation(), attrgetter("_version")
+
+
+class LayerAdapter(nn.Module):
+    """The parameters of one adapter on one layer, float32, and how strongly it acts.
+
+    Attributes:
+        down, up: As in `LayerWeights`, or what ``direction`` makes these from.
+        magnitude, alpha, norm_axis, kind, groups: As in `LayerWeights`.
+        direction: What makes A and B; None: they are ``down`` and ``up``.
+        strengths: Its strengths; those of a new adapter are 1.
+        enabled: False switches the adapter off.
+
+    Args:
+        weights: What it starts as.
+        dropout: As in `AdapterConfig`.
+        direction: See above.
+        trained: ``down`` and ``up`` that the direction makes ``weights`` from.
+    """
+
+    magnitude: nn.Parameter | None
+    direction: Direction | None
+
+    def __init__(
+        self,
+        weights: LayerWeights,
+        dropout: float = 0.0,
+        direction: Direction | None = None,
+        trained: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        down, up = trained or (weights.down, weights.up)
+        self.down = nn.Parameter(down)
+        self.up = nn.Parameter(up)
+        magnitude = weights.magnitude
+        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
+        self.direction = direction
+        self.alpha = weights.alpha
+        self.norm_axis: NormAxis = weights.norm_axis
+        self.kind: LayerKind = weights.kind
+        self.groups = weights.groups
+        self.dropout = dropout
+        self.strengths = Strengths()
+        self.enabled = True
+
+    def weights(self) -> LayerWeights:
+        """The live tensors, not copies; with a direction, what it makes of them."""
+        down, up = self.down, self.up
+        if self.direction is not None:
+            # Whoever asks first may do so without gradients, and a norm scope keeps what it got.
+            with torch.enable_grad():
+                down, up = self.direction(down, up)
+        return LayerWeights(
+            down, up, self.magnitude, self.alpha, self.norm_axis, self.kind, self.groups
+        )
+
+    def versions(self) -> tuple[int, ...]:
+        """Which parameters it has, and how often each was written in place; of a DoRA."""
+        own = [*self._parameters.values()]
+        if self.direction is not None:
+            own += self.direction._parameters.values()
+        try:
+            return *map(id, own), *map(_VERSION, own)
+        except RuntimeError:  # Tensors that were made in inference mode count nothing.
+            return tuple(map(id, own))
+
+    def scaled_weights(self) -> LayerWeights:
+        """`weights`, with the direction's strength in their scale."""
+        weights, strength = self.weights(), self.strengths.direction_strength
+        if strength == 1:
+            return weights
+        return dataclasses.replace(weights, alpha=strength * weights.alpha)
+
+    @torch.no_grad()
+    def used_weights(self) -> LayerWeights:
+        """What a file holds: `weights` without rows that a direction has switched off."""
+        weights = self.weights()
+        used = None if self.direction is None else self.direction.used()
+        if used is None or bool(used.all()):
+            return weights
+        down, up = weights.down[used], weights.up[:, used]
+        alpha = weights.alpha * down.shape[0] / weights.rank  # The scale stays.
+        return dataclasses.replace(weights, down=down, up=up, alpha=alpha)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        kind = "LoRA" if self.magnitude is None else f"DoRA, norm_axis={self.norm_axis}"
+        return f"{kind}, rank={self.down.shape[0]}, alpha={self.alpha:g}"
 
 
 class AdaptedLayer(nn.Module):
@@ -46,7 +137,7 @@ class AdaptedLayer(nn.Module):
     # Plain attributes, no part of the state dict: caches, and the weight that a merge replaced.
     _scales_cache: dict[str, LayerScales] | None
     # Of what parameters each of them is. Apart from it, since compiled layers read that.
-    _scales_versions: dict[str, list[tuple[int, int]]]
+    _scales_versions: dict[str, tuple[int, ...]]
     _statistics: tuple[tuple[Any, ...], WeightStatistics] | None
     _unmerged: Tensor | None
 
@@ -62,7 +153,7 @@ class AdaptedLayer(nn.Module):
 
     def operation(self) -> Operation:
         """What the weight does to an input."""
-        raise NotImplementedError
+        return _LINEAR
 
     def prepare(self, x: Tensor) -> Tensor | OneHot:
         """What the operation takes: padded, where it does not pad itself, or one-hot."""
@@ -90,7 +181,8 @@ class AdaptedLayer(nn.Module):
         if not active:
             base: Tensor = super().forward(x)
             return base
-        if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
+        weight, bias = self.weight, self.bias
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
             raise RuntimeError(
                 "the base weight or bias of an adapted layer requires a gradient; freeze it "
                 "(requires_grad_(False)): the adapter is what trains"
@@ -98,17 +190,22 @@ class AdaptedLayer(nn.Module):
         # As autocast would for this operation; ids are none of its.
         x = x.to(product_dtype(x)) if x.is_floating_point() else x
         op, inputs = self.operation(), self.prepare(x)
-        dtype, weight = inputs.dtype, self.matrix.to(inputs.dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        factors = [self.factors(name, adapter, dtype) for name, adapter in active]
-        dropping = self.training and any(adapter.dropout > 0 for _, adapter in active)
-        if len(active) == 1 and active[0][1].strengths.strength == 1 and not dropping:
-            return dora_forward(op, inputs, weight, bias, factors[0])
+        dtype = inputs.dtype
+        matrix = oriented(weight, self.kind).to(dtype)
+        added = None if bias is None else bias.to(dtype)
+        name, adapter = active[0]
+        is_dropping = self.training and adapter.dropout > 0
+        if len(active) == 1 and adapter.strengths.strength == 1 and not is_dropping:
+            return dora_forward(op, inputs, matrix, added, self.factors(name, adapter, dtype))
         terms = [
-            (own, adapter.strengths.strength, dropout(inputs, adapter.dropout, self.training))
-            for own, (_, adapter) in zip(factors, active, strict=True)
+            (
+                self.factors(name, adapter, dtype),
+                adapter.strengths.strength,
+                dropout(inputs, adapter.dropout, self.training),
+            )
+            for name, adapter in active
         ]
-        return sum_of_adapters(op, inputs, weight, bias, terms)
+        return sum_of_adapters(op, inputs, matrix, added, terms)
 
     def factors(self, name: str, adapter: LayerAdapter, dtype: torch.dtype) -> Factors:
         """What one adapter computes with in a dtype, by a plan or, where there is none, alone."""
@@ -117,8 +214,8 @@ class AdaptedLayer(nn.Module):
                 return self.scales(name, adapter).factors(dtype)
             # No plan can be made while torch compiles: a norm scope has one, or the page serves.
             kept = (self._scales_cache or {}).get(name)
-            if kept is not None and dtype in kept.by_dtype:
-                return kept.by_dtype[dtype]
+            if kept is not None and dtype in kept.factors_by_dtype:
+                return kept.factors_by_dtype[dtype]
         strength = adapter.strengths.magnitude_strength
         return factors_of(self.matrix, self.bias, adapter.scaled_weights(), dtype, strength)
 
@@ -156,10 +253,9 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def _plan_inputs(self, adapter: LayerAdapter) -> PlanInputs:
-        plain = adapter.strengths.direction_strength == 1
-        layer = adapter.weights() if plain else adapter.scaled_weights()
+        layer = adapter.scaled_weights()
         matrix = self.matrix
-        magnitude = moved_magnitude(matrix, layer, adapter.strengths.magnitude_strength)
+        magnitude = interpolated_magnitude(matrix, layer, adapter.strengths.magnitude_strength)
         statistics = self._weight_statistics(adapter.norm_axis)
         return PlanInputs(layer, magnitude, matrix, self.bias, statistics, self.keep_output)
 
@@ -186,8 +282,8 @@ class AdaptedLayer(nn.Module):
         """The weight with every active adapter in it, float32, as the layer stores it."""
         layers = [(adapter.weights(), adapter.strengths) for _, adapter in self.active()]
         if not layers:
-            return wide(self.weight)
-        return merge_layers(self.weight, layers, wide_dtype(self.weight))
+            return upcast(self.weight)
+        return merge_layers(self.weight, layers, upcast_dtype(self.weight))
 
     @torch.no_grad()
     def merge(self, merged: Tensor | None = None) -> None:

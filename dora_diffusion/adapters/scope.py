@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -12,16 +11,14 @@ from torch import nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dora_diffusion.adapters.layer_adapter import LayerAdapter
-from dora_diffusion.adapters.layers import AdaptedLayer, adapted_layers
-from dora_diffusion.numerics.prepare.deferred import DeferredFlags
+from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, adapted_layers
 from dora_diffusion.numerics.prepare.factors import LayerScales, PlanInputs
-from dora_diffusion.numerics.prepare.layout import Layout, layouts_of
+from dora_diffusion.numerics.prepare.layout import DeferredFlags, Layout, layouts_of
 from dora_diffusion.numerics.prepare.plan import make_scales, scales_of
 from dora_diffusion.numerics.weights import Strengths
 
 
-class Loop:
+class NormCache:
     """What a loop of training steps keeps from one `norm_scope` to the next.
 
     Make one before the loop and give it to each step's scope. A step then neither waits for the
@@ -35,9 +32,9 @@ class Loop:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
         >>> report = inject_adapters(model, AdapterConfig(targets=("*",), rank=2))
         >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        >>> loop = Loop()
+        >>> cache = NormCache()
         >>> for _ in range(2):
-        ...     with norm_scope(model, loop=loop):
+        ...     with norm_scope(model, cache=cache):
         ...         model(torch.ones(1, 8)).square().mean().backward()
         ...     optimizer.step()
         ...     optimizer.zero_grad()
@@ -50,12 +47,12 @@ class Loop:
         self._changes = -1
         self._kept: tuple[list[_Entry], list[Layout]] = [], []
 
-    def layers(self, models: Sequence[nn.Module]) -> list[AdaptedLayer]:
+    def layers(self, models: tuple[nn.Module, ...]) -> list[AdaptedLayer]:
         """The adapted layers of some models, looked for where they may not be those of before."""
-        same = len(models) == len(self._models) and all(map(is_, models, self._models))
-        if not same or self._changes != AdaptedLayer.changes:
-            self._models, self._changes = tuple(models), AdaptedLayer.changes
-            self._layers = _layers_of(models)
+        # Modules are compared by identity.
+        if self._models != models or self._changes != AdaptedLayer.changes:
+            self._models, self._changes = models, AdaptedLayer.changes
+            self._layers = [layer for model in models for _, layer in adapted_layers(model)]
         return self._layers
 
     def scales(self, layers: Sequence[AdaptedLayer]) -> tuple[list[_Entry], list[LayerScales]]:
@@ -70,7 +67,7 @@ class Loop:
 
 
 @contextmanager
-def norm_scope(*models: nn.Module, loop: Loop | None = None) -> Iterator[None]:
+def norm_scope(*models: nn.Module, cache: NormCache | None = None) -> Iterator[None]:
     """Compute each adapter's norm once inside the block, in which no parameter may change.
 
     Open one around the forward and backward passes of one optimizer step, as the training loop
@@ -85,7 +82,7 @@ def norm_scope(*models: nn.Module, loop: Loop | None = None) -> Iterator[None]:
 
     Args:
         models: The models with adapters.
-        loop: One for a whole loop of training steps: then a block does not wait either.
+        cache: One for a whole loop of training steps: then a block does not wait either.
 
     Raises:
         RuntimeError: In a layer's forward, if its adapter changed inside of the block.
@@ -98,15 +95,17 @@ def norm_scope(*models: nn.Module, loop: Loop | None = None) -> Iterator[None]:
         >>> with norm_scope(model):
         ...     model(torch.ones(1, 8)).sum().backward()
     """
-    layers = _layers_of(models) if loop is None else loop.layers(models)
+    layers = (cache or NormCache()).layers(models)
     opened = [layer for layer in layers if layer._scales_cache is None]
-    _open_caches(opened, loop)
+    _open_caches(opened, cache)
     noticed = register_optimizer_step_post_hook(_count_written)
     try:
         yield
     finally:
         noticed.remove()
-        _close_caches(opened)
+        for layer in opened:
+            if isinstance(layer, AdaptedLayer):  # Some may be plain again.
+                vars(layer)["_scales_cache"] = None
 
 
 def _count_written(optimizer: torch.optim.Optimizer, *args: Any) -> None:
@@ -127,7 +126,7 @@ class _Entry(NamedTuple):
 
     def is_current(self, adapter: LayerAdapter) -> bool:
         """Whether the inputs are what they would be if they were made now."""
-        weights, own = self.inputs.weights, adapter._parameters
+        weights, own, layer = self.inputs.weights, adapter._parameters, self.layer
         return (
             own["down"] is weights.down
             and own["up"] is weights.up
@@ -135,23 +134,21 @@ class _Entry(NamedTuple):
             and own["magnitude"] is self.inputs.magnitude
             and adapter.strengths is self.strengths
             and adapter.alpha == weights.alpha
-            and self.layer._parameters.get("bias") is self.inputs.bias
-            and self.layer.keep_output == self.inputs.keep_output
+            and layer._parameters.get("bias") is self.inputs.bias
+            and layer.keep_output == self.inputs.keep_output
             # Of another weight there are other statistics.
-            and self.layer._weight_statistics(weights.norm_axis) is self.inputs.statistics
+            and layer._weight_statistics(weights.norm_axis) is self.inputs.statistics
         )
 
 
-def _layers_of(models: Sequence[nn.Module]) -> list[AdaptedLayer]:
-    return [layer for model in models for _, layer in adapted_layers(model)]
-
-
-def _active(layers: Sequence[AdaptedLayer]) -> Iterator[tuple[AdaptedLayer, str, LayerAdapter]]:
+def _active(layers: Sequence[AdaptedLayer]) -> list[tuple[AdaptedLayer, str, LayerAdapter]]:
     """The active adapters with a magnitude."""
-    for layer in layers:
-        for name, adapter in layer.active():
-            if adapter._parameters.get("magnitude") is not None:
-                yield layer, name, adapter
+    return [
+        (layer, name, adapter)
+        for layer in layers
+        for name, adapter in layer.active()
+        if adapter._parameters.get("magnitude") is not None
+    ]
 
 
 def _entries_of(layers: Sequence[AdaptedLayer]) -> list[_Entry]:
@@ -162,30 +159,21 @@ def _entries_of(layers: Sequence[AdaptedLayer]) -> list[_Entry]:
 
 
 def _are_current(entries: Sequence[_Entry], layers: Sequence[AdaptedLayer]) -> bool:
-    found = iter(entries)
-    for _, _, adapter in _active(layers):
-        entry = next(found, None)
-        if entry is None or not entry.is_current(adapter):
-            return False
-    return next(found, None) is None
+    active = _active(layers)
+    return len(active) == len(entries) and all(
+        entry.is_current(adapter) for entry, (_, _, adapter) in zip(entries, active, strict=True)
+    )
 
 
-def _open_caches(layers: Sequence[AdaptedLayer], loop: Loop | None) -> None:
-    """Compute every active adapter's scales now, all together, until `_close_caches`."""
-    if loop is None:
+def _open_caches(layers: Sequence[AdaptedLayer], cache: NormCache | None) -> None:
+    """Compute every active adapter's scales now, all together, until they are forgotten."""
+    if cache is None:
         entries = _entries_of(layers)
         scales = make_scales([entry.inputs for entry in entries])
     else:
-        entries, scales = loop.scales(layers)
+        entries, scales = cache.scales(layers)
     for layer in layers:
         # Past `nn.Module.__setattr__`, which takes longer than all else here.
         vars(layer)["_scales_cache"] = {}
     for entry, own in zip(entries, scales, strict=True):
         entry.layer.keep_scales(entry.name, own)
-
-
-def _close_caches(layers: Sequence[AdaptedLayer]) -> None:
-    """Forget the scales of layers, some of which may be plain again."""
-    for layer in layers:
-        if isinstance(layer, AdaptedLayer):
-            vars(layer)["_scales_cache"] = None

@@ -280,8 +280,8 @@ def rank(
 @contextmanager
 def _adapter_on(components: Components, adapter: Path | None) -> Iterator[None]:
     """The model with an adapter, and without it again afterwards."""
-    from dora_diffusion.adapters.files import load_adapter
     from dora_diffusion.adapters.inject import remove_adapters
+    from dora_diffusion.adapters.state import load_adapter
 
     if adapter is not None:
         load_adapter(components.adaptable(), adapter, family=components.family.name)

@@ -24,8 +24,7 @@ from dora_diffusion.models.latents import (
     predict,
 )
 from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
-from dora_diffusion.numerics.loss import prediction_loss
-from dora_diffusion.numerics.noise import add_noise, sample_noise
+from dora_diffusion.numerics.loss import add_noise, prediction_loss, sample_noise
 
 if TYPE_CHECKING:
     from PIL.Image import Image

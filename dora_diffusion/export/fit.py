@@ -21,7 +21,7 @@ from dora_diffusion.merge import WeightedAdapter, layers_of, merge_tensor
 from dora_diffusion.numerics.extract import best_dora, known_scale
 from dora_diffusion.numerics.low_rank import low_rank, truncated
 from dora_diffusion.numerics.merging import merge_layers
-from dora_diffusion.numerics.precision import wide
+from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.threads import map_ahead
 from dora_diffusion.numerics.weights import (
     NORM_AXES,
@@ -214,7 +214,7 @@ def fit_layers(
 @torch.no_grad()
 def _fit(name: str, target: FitTarget, settings: FitSettings) -> tuple[LayerWeights, float, float]:
     """A layer in the dtype that it is written in, ``|W'' - W'|`` and ``|W' - W|``."""
-    base, tuned = (oriented(w, target.kind) for w in (target.base, wide(target.tuned)))
+    base, tuned = (oriented(w, target.kind) for w in (target.base, upcast(target.tuned)))
     size = (tuned - base).norm().item()
     if not math.isfinite(size):
         raise ExportError(f"{name} holds numbers that are not finite, in the base or after")
@@ -270,7 +270,7 @@ def fit_to_adapters(
 
     def target_of(name: str) -> FitTarget | None:
         base, layers = module_weight(model, name), layers_of(f"{name}.weight", adapters)
-        tuned = merge_tensor(base, layers, wide(base).dtype)
+        tuned = merge_tensor(base, layers, upcast(base).dtype)
         kind = layers[0][0].kind
         if len(layers) == 1 and _stays(*layers[0], settings):
             return FitTarget(base, tuned, layer=layers[0][0], kind=kind)

@@ -21,7 +21,7 @@ from dora_diffusion.formats.names.checkpoint import standard_key
 from dora_diffusion.formats.names.modules import split_component
 from dora_diffusion.merge import layers_of, merge_tensor
 from dora_diffusion.numerics.merging import cast_error, merge_error
-from dora_diffusion.numerics.precision import wide
+from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.threads import map_ahead
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -217,7 +217,7 @@ class WeightComparison:
 def _overflowed(actual: Tensor, expected: Tensor) -> bool:
     """Whether numbers that were finite are not any more."""
     narrowed = actual.is_floating_point() and actual.dtype != expected.dtype
-    return narrowed and bool((wide(expected).isfinite() & ~wide(actual).isfinite()).any())
+    return narrowed and bool((upcast(expected).isfinite() & ~upcast(actual).isfinite()).any())
 
 
 def _beside_the_weights(merged: StoredModel, base: StoredModel) -> Iterator[str]:

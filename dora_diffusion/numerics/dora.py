@@ -4,10 +4,9 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353 (ICM
 
     W' = m * (W + delta) / norm(W + delta),    delta = s * B @ A,    m starts as norm(W)
 
-Weights are ``(out, in, *k)``, as PyTorch has them; those that a model stores as ``(in, out)`` are
-seen transposed (`LayerKind`). Norms and weights are computed in float32 (float64 for
-float64 weights), whatever the weight's dtype. Merges and exports call `adapted_weight`, layers
-`dora_forward` with the factors that `numerics.prepare` makes for all layers once per step.
+Weights are ``(out, in, *k)``; those that a model stores as ``(in, out)`` are seen transposed.
+Norms and weights are computed in float32 (float64 for float64 weights). Merges and exports call
+`adapted_weight`, layers `dora_forward` with factors that are made for all of them once per step.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from dora_diffusion.numerics.precision import (
     full_precision,
     multiply_add,
     product,
-    wide,
-    wide_dtype,
+    upcast,
+    upcast_dtype,
 )
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
@@ -38,7 +37,7 @@ NORM_FLOOR = 1e-30
 
 def low_rank_delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
     """``s * B @ A`` (section 3.1): ``(r, in, *k)`` and ``(out, r, ...)`` -> ``(out, in, *k)``."""
-    delta = (scale * wide(up).flatten(1)) @ wide(down).flatten(1)
+    delta = (scale * upcast(up).flatten(1)) @ upcast(down).flatten(1)
     return delta.view(up.shape[0], *down.shape[1:])
 
 
@@ -48,18 +47,17 @@ def squared_norm(weight: Tensor, axis: NormAxis) -> Tensor:
     The output axis is what the authors' code and PEFT use; the input axis is the paper's formula
     as printed (section 3.2: the norm of each column of ``W`` in R^{d x k}).
     """
-    if axis == "input":
-        # Added row by row, since torch is several times slower and less exact across rows.
-        columns = wide(weight).flatten(1).square().sum(dim=0)
-        return columns.view(weight.shape[1], -1).sum(dim=1)
-    dims = list(range(1, weight.ndim))
-    norm: Tensor = torch.linalg.vector_norm(weight, dim=dims, dtype=wide_dtype(weight))
-    return norm.square()
+    if axis == "output":
+        dims = list(range(1, weight.ndim))
+        norm: Tensor = torch.linalg.vector_norm(weight, dim=dims, dtype=upcast_dtype(weight))
+        return norm.square()
+    # Added row by row, since torch is several times slower and less exact across rows.
+    columns = upcast(weight).flatten(1).square().sum(dim=0)
+    return columns.view(weight.shape[1], -1).sum(dim=1)
 
 
 def weight_norm(weight: Tensor, axis: NormAxis) -> Tensor:
-    """L2 norm per channel, the magnitude of a fresh adapter: ``(out,)`` or ``(in,)``."""
-    # Through the square, so that it is the factored norm's own bits where delta is 0.
+    """L2 norm per channel, the magnitude of a fresh adapter: the factored norm if delta is 0."""
     return squared_norm(weight, axis).sqrt()
 
 
@@ -72,24 +70,24 @@ def per_channel(vector: Tensor, ndim: int, axis: NormAxis) -> Tensor:
 def adapted_norm(weight: Tensor, layer: LayerWeights) -> Tensor:
     """``norm(W + delta)``, a constant for the gradient (section 4.3): ``(out,)`` or ``(in,)``."""
     with full_precision(weight.device):
-        direction = wide(weight) + low_rank_delta(layer.down, layer.up, layer.scale)
+        direction = upcast(weight) + low_rank_delta(layer.down, layer.up, layer.scale)
         return weight_norm(direction, layer.norm_axis)
 
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """``g = m / norm`` (section 4.1), by which a channel is multiplied; 0 where its norm is 0."""
-    quotient = wide(magnitude) / norm.clamp_min(NORM_FLOOR)
+    quotient = magnitude / norm.clamp_min(NORM_FLOOR)
     return quotient.masked_fill(norm <= NORM_FLOOR, 0.0)
 
 
-def moved_magnitude(weight: Tensor, layer: LayerWeights, magnitude_strength: float) -> Tensor:
+def interpolated_magnitude(weight: Tensor, layer: LayerWeights, strength: float) -> Tensor:
     """The magnitude, moved by a share of its change from ``norm(W)``; 1 returns it unchanged."""
     assert layer.magnitude is not None
-    magnitude = wide(layer.magnitude)
-    if magnitude_strength == 1.0:
+    magnitude = upcast(layer.magnitude)
+    if strength == 1.0:
         return magnitude
     start = weight_norm(weight, layer.norm_axis)
-    return start + magnitude_strength * (magnitude - start)
+    return start + strength * (magnitude - start)
 
 
 def adapted_weight(
@@ -113,70 +111,53 @@ def adapted_weight(
             f"the adapter is for a weight of shape {layer.weight_shape}, "
             f"the base has {tuple(weight.shape)}"
         )
-    base = wide(weight)
+    base = upcast(weight)
     down, up = layer.down.to(base.dtype), layer.up.to(base.dtype)
     adapted = base + low_rank_delta(down, up, direction_strength * layer.scale)
     if layer.magnitude is not None:
         norm = weight_norm(adapted.detach(), layer.norm_axis)
-        g = gain(moved_magnitude(base, layer, magnitude_strength), norm)
+        g = gain(interpolated_magnitude(base, layer, magnitude_strength), norm)
         adapted = adapted * per_channel(g, weight.ndim, layer.norm_axis)
     return adapted if strength == 1.0 else base + strength * (adapted - base)
 
 
 def dora_forward(
-    op: Operation,
-    x: Any,
-    weight: Tensor,
-    bias: Tensor | None,
-    factors: Factors,
+    op: Operation, x: Any, weight: Tensor, bias: Tensor | None, factors: Factors,
     base: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """``y = W' x + b``, what training computes: ``(..., in)`` -> ``(..., out)``, or images.
 
     On the output axis ``g (W x + b) + g s B A x + (1 - g) b``, on the input axis
     ``(W + s B A)(g x) + b``. Not the product with ``W'``: in 16 bits, that would round updates away
     that are small beside W. Where B is 0 and g is 1, it is the base result to the last bit.
 
-    Args:
-        op: What the weight does: that of a Linear, a convolution, or an Embedding.
-        x: Input, of an Embedding a `OneHot`, in the dtype of ``weight``, ``bias`` and ``factors``.
-        weight: Frozen base weight ``(out, in, *k)``.
-        bias: Frozen bias ``(out,)``; it is not scaled.
-        factors: The adapter's.
-        base: ``W x + b``, if already computed.
+    ``op`` applies ``weight`` ``(out, in, *k)`` and ``bias``, which is not scaled; all are of one
+    dtype, the factors too. ``base`` is ``W x + b``, if already computed.
     """
     f = factors
     if f.gain is not None and f.axis == "input":
-        if f.is_direct:
-            x = op.scale_input(x, f.dm_numerator).to(x.dtype)
-        else:
-            x = _Scale.apply(None, x, f.gain, f.dm_numerator, None, op.channel_dim)
-        base = None
+        gx = op.scale_input(x, f.gain) if f.is_direct else _Scale.apply(op, None, x, f.gain, None)
+        x, base = gx.to(x.dtype), None
     base = op(x, weight, bias) if base is None else base
     low_rank = op.up_project(op.down_project(x, f.down), f.up, f.shift)
     if f.gain is None or f.axis == "input":
         return base + low_rank
-    sums = (None, None) if f.is_direct else (f.dm_numerator, f.shift_numerator)
-    y: Tensor = _Scale.apply(low_rank, base, f.gain, *sums, op.channel_dim)
+    gain, shift_numerator = (f.gain.detach(), None) if f.is_direct else (f.gain, f.shift_numerator)
+    y: Tensor = _Scale.apply(op, low_rank, base, gain, shift_numerator)
     if f.direction is None:
         return y
     with torch.no_grad():
         unscaled = op(x, f.direction)
-    # Adds 0, and the gradient of m.
-    return y + (op.broadcast(f.dm_numerator - f.dm_numerator.detach()) * unscaled).to(y.dtype)
+    return y + (op.broadcast(f.gain - gain) * unscaled).to(y.dtype)  # 0, with the gradient of m
 
 
 def sum_of_adapters(
-    op: Operation,
-    x: Any,
-    weight: Tensor,
-    bias: Tensor | None,
+    op: Operation, x: Any, weight: Tensor, bias: Tensor | None,
     adapters: Iterable[tuple[Factors, float, Any]],
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """``W x + b + sum_k strength_k (W'_k - W) x_k``: several adapters, each on the unmerged base.
 
-    ``adapters`` has of each its factors, its strength, and its input: ``x``, or what dropout left
-    of it (on the low-rank path as in PEFT, where ``W x`` is part of that path).
+    Of each factors, strength and input: ``x``, or what dropout left of it (as in PEFT).
     """
     total = base = op(x, weight, bias)
     for factors, strength, own in adapters:
@@ -190,35 +171,28 @@ def sum_of_adapters(
 
 
 class _Scale(torch.autograd.Function):
-    """``y = g * value + total``, and the sums that the gradient of m is made of.
+    """``y = g * value + total``, and the sums that the gradient of m is made of (`Factors`).
 
     With the norm detached (section 4.3), ``dm = sum(dy * (y - b)) / (g norm)`` on the output axis:
-    ``(y - b) / g`` is the direction's output. On the input axis y is ``g x``, and b is 0. So what
-    is kept is y, which the next operation mostly keeps for its own gradient anyway, and not
-    ``value``. What follows from the sums is done for all layers at once (`Factors`).
+    ``(y - b) / g`` is the direction's output. On the input axis y is ``g x``, and b is 0. So y is
+    kept, which the next operation mostly keeps for its own gradient anyway, and not ``value``.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        total: Tensor | None,
-        value: Tensor,
-        gain: Tensor,
-        dm_numerator: Tensor | None,
-        shift_numerator: Tensor | None,
-        dim: int,
-    ) -> Tensor:
-        y = multiply_add(value, gain, total)
-        ctx.dim, ctx.gain, ctx.has_shift = dim, gain, shift_numerator is not None
-        ctx.save_for_backward(None if dm_numerator is None else y)
+    def forward(ctx: Any, op: Any, total: Any, value: Tensor, gain: Tensor, _: Any) -> Tensor:
+        ctx.op, ctx.gain = op, op.broadcast(gain)
+        y = multiply_add(value, ctx.gain, total)
+        ctx.save_for_backward(y if ctx.needs_input_grad[3] else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (y,) = ctx.saved_tensors
-        sums = shift_sums = None
-        if y is not None:
-            sums = channel_sum(product(grad, y), ctx.dim, ctx.gain.dtype)
-            shift_sums = channel_sum(grad, ctx.dim, ctx.gain.dtype) if ctx.has_shift else None
-        scaled = multiply_add(grad, ctx.gain) if ctx.needs_input_grad[1] else None
-        return grad if ctx.needs_input_grad[0] else None, scaled, None, sums, shift_sums, None
+        (y,), gain = ctx.saved_tensors, ctx.gain
+        _, to_total, to_value, to_gain, to_shift = ctx.needs_input_grad
+        return (
+            None,
+            grad if to_total else None,
+            multiply_add(grad, gain) if to_value else None,
+            channel_sum(product(grad, y), ctx.op.channel_dim, gain.dtype) if to_gain else None,
+            channel_sum(grad, ctx.op.channel_dim, gain.dtype) if to_shift else None,
+        )

@@ -40,7 +40,7 @@ from dora_diffusion.numerics.low_rank import (
     random_start,
     rank_of_energy,
 )
-from dora_diffusion.numerics.precision import full_precision, wide_dtype
+from dora_diffusion.numerics.precision import full_precision, upcast_dtype
 from dora_diffusion.numerics.weights import NORM_AXES, LayerWeights, NormAxis
 
 _MOST_TURNS = 60
@@ -92,7 +92,7 @@ def best_dora(
         The layer in float32 (float64 for float64 weights), with ``alpha = rank``.
     """
     with full_precision(weight.device):
-        dtype = torch.promote_types(wide_dtype(weight), wide_dtype(tuned))
+        dtype = torch.promote_types(upcast_dtype(weight), upcast_dtype(tuned))
         weight, tuned = weight.to(dtype), tuned.to(dtype)
         base = weight.flatten(1)
         change = tuned.flatten(1) - base
@@ -208,7 +208,7 @@ class _Search:
 
     def __init__(self, rows: _Rows, rank: int, energy: float | None) -> None:
         self._rows, self._rank, self._energy = rows, rank, energy
-        self._basis, self._iterations = random_start(rows.base, rank, seed=0), _FIRST_ITERATIONS
+        self._basis, self._iterations = random_start(rows.base, rank), _FIRST_ITERATIONS
         self._least = float("inf")
         self.best = _Fit(*[torch.empty(0)] * 4)
 

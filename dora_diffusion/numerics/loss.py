@@ -1,4 +1,4 @@
-"""The training loss: its target, its weights, and how prior preservation enters."""
+"""What training draws, and its loss: target, weights, and how prior preservation enters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,43 @@ import torch
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+def sample_timestep(num_train_timesteps: int, generator: torch.Generator) -> Tensor:
+    """One timestep, uniform over the schedule: scalar int64."""
+    return torch.randint(num_train_timesteps, (), generator=generator)
+
+
+def sample_noise(
+    shape: tuple[int, int, int], generator: torch.Generator, offset: float = 0.0
+) -> Tensor:
+    """Noise of one latent ``(C, h, w)``, float32 on the generator's device.
+
+    Args:
+        shape: ``(C, h, w)``.
+        generator: Source of the draw.
+        offset: Share of an additional draw that is constant over each channel, with which a model
+            learns to change the mean of an image (https://www.crosslabs.org/blog/
+            diffusion-with-offset-noise).
+    """
+    noise = torch.randn(shape, generator=generator, device=generator.device)
+    if offset:
+        constant = torch.randn((shape[0], 1, 1), generator=generator, device=generator.device)
+        noise = noise + offset * constant
+    return noise
+
+
+def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The forward process, ``sqrt(a) latents + sqrt(1 - a) noise``: ``(B, C, h, w)``.
+
+    Args:
+        latents: ``(B, C, h, w)``.
+        noise: ``(B, C, h, w)``, standard normal.
+        alpha_bar: Cumulative product of alphas at each sample's timestep, ``(B,)`` (Ho et al.,
+            arXiv:2006.11239, equation 4).
+    """
+    a = _broadcast(alpha_bar, latents)
+    return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
 def _broadcast(per_sample: Tensor, like: Tensor) -> Tensor:
@@ -38,7 +75,7 @@ def training_target(
     )
 
 
-def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction_type: str) -> Tensor:
+def loss_weight(alpha_bar: Tensor, snr_gamma: float, prediction_type: str) -> Tensor | None:
     """Loss weight per sample of min-SNR-gamma (Hang et al., arXiv:2303.09556, section 3.4).
 
     ``min(SNR, gamma) / SNR`` for noise prediction and ``min(SNR, gamma) / (SNR + 1)`` for
@@ -46,13 +83,16 @@ def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction_type: str) -> Ten
 
     Args:
         alpha_bar: ``(B,)``.
-        gamma: 5 in the paper.
+        snr_gamma: 5 in the paper; 0 weights all timesteps alike, and returns None.
         prediction_type: ``"epsilon"`` or ``"v_prediction"``.
     """
+    if not snr_gamma:
+        return None
     snr = alpha_bar / (1 - alpha_bar)
     if prediction_type == "epsilon":
-        return torch.where(snr > gamma, gamma / snr.clamp_min(gamma), torch.ones_like(snr))
-    return snr.clamp_max(gamma) / (snr + 1)
+        weight = snr_gamma / snr.clamp_min(snr_gamma)
+        return torch.where(snr > snr_gamma, weight, torch.ones_like(snr))
+    return snr.clamp_max(snr_gamma) / (snr + 1)
 
 
 def denoising_loss(
@@ -95,17 +135,12 @@ def prediction_loss(
         noise: What was added, ``(B, C, h, w)``.
         alpha_bar: ``(B,)``.
         prediction_type: See `training_target`.
-        snr_gamma: See `min_snr_weight`; 0 weights all timesteps alike.
+        snr_gamma: See `loss_weight`.
         mask: See `denoising_loss`.
     """
     target = training_target(prediction_type, latents, noise, alpha_bar)
     weight = loss_weight(alpha_bar, snr_gamma, prediction_type)
     return denoising_loss(model_pred, target, weight, mask)
-
-
-def loss_weight(alpha_bar: Tensor, snr_gamma: float, prediction_type: str) -> Tensor | None:
-    """Loss weight of each sample, ``(B,)``; None where all weigh the same (``snr_gamma`` 0)."""
-    return min_snr_weight(alpha_bar, snr_gamma, prediction_type) if snr_gamma else None
 
 
 def split_prior(per_sample: Tensor, photos: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.numerics.dora import adapted_weight
-from dora_diffusion.numerics.precision import wide
+from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.weights import LayerWeights, oriented
 
 _OVERSAMPLING = 16
@@ -22,7 +22,7 @@ _MOST_TURNS = 30
 def weight_change(weight: Tensor, layer: LayerWeights) -> Tensor:
     """``W' - W`` in float32, ``(out, in, *k)``, for a weight as the model stores it."""
     weight = oriented(weight, layer.kind)
-    return adapted_weight(weight, layer) - wide(weight)
+    return adapted_weight(weight, layer) - upcast(weight)
 
 
 def approximate(
@@ -59,18 +59,17 @@ def approximate(
     return approximations, errors, all_left / all_size if all_size else 0.0
 
 
-def low_rank(target: Tensor, rank: int, energy: float | None = None, seed: int = 0) -> LayerWeights:
+def low_rank(target: Tensor, rank: int, energy: float | None = None) -> LayerWeights:
     """Truncated singular value decomposition of ``(out, in, *k)`` as a plain LoRA layer.
 
     Args:
         target: What is approximated.
         rank: Largest rank; a small target gets less.
         energy: Take the smallest rank that holds this share of the squared singular values.
-        seed: Of the random vectors that the search for the leading ones starts from.
     """
     matrix = target.flatten(1)
     rank = min(rank, *matrix.shape)
-    u, s, vh = _converged_svd(matrix, rank, random_start(matrix, rank, seed))
+    u, s, vh = _converged_svd(matrix, rank)
     if energy is not None:
         rank = rank_of_energy(s, matrix, energy)
     return balanced(u[:, :rank], s[:rank], vh[:rank], target.shape)
@@ -101,8 +100,8 @@ def truncated(
         The layer, itself where its rank is small enough; the Frobenius norm of what is lost of
         ``delta``, and that of ``delta``.
     """
-    left = torch.linalg.qr(wide(layer.up).flatten(1).double())
-    right = torch.linalg.qr(wide(layer.down).flatten(1).double().t())
+    left = torch.linalg.qr(upcast(layer.up).flatten(1).double())
+    right = torch.linalg.qr(upcast(layer.down).flatten(1).double().t())
     u, s, vh = torch.linalg.svd(layer.scale * left.R @ right.R.t(), full_matrices=False)
     rank = min(rank, len(s))
     if energy is not None:
@@ -129,7 +128,7 @@ def rank_of_energy(singular_values: Tensor, matrix: Tensor, energy: float) -> in
     return min(int((held < wanted).sum()) + 1, len(held))
 
 
-def random_start(matrix: Tensor, rank: int, seed: int) -> Tensor | None:
+def random_start(matrix: Tensor, rank: int) -> Tensor | None:
     """Where `leading_svd` starts to look for the leading ``rank`` singular vectors: ``(in, w)``.
 
     None where all of them are as cheap.
@@ -137,17 +136,16 @@ def random_start(matrix: Tensor, rank: int, seed: int) -> Tensor | None:
     width = rank + _OVERSAMPLING
     if 4 * width >= min(matrix.shape):
         return None
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     return torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
 
 
-def _converged_svd(
-    matrix: Tensor, rank: int, start: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _converged_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """`leading_svd`, until the triplets hold all that they can of the matrix.
 
     Few turns where singular values fall; where they hardly do, as those of noise, some twenty.
     """
+    start = random_start(matrix, rank)
     width = rank if start is None else start.shape[1]
     total, held = matrix.double().square().sum().item(), -math.inf
     for _ in range(_MOST_TURNS):

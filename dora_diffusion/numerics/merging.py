@@ -23,7 +23,7 @@ from dora_diffusion.numerics.dora import (
     per_channel,
     weight_norm,
 )
-from dora_diffusion.numerics.precision import full_precision, to_float64, wide, wide_dtype
+from dora_diffusion.numerics.precision import full_precision, to_float64, upcast, upcast_dtype
 from dora_diffusion.numerics.threads import one_thread
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights, Strengths, oriented
 
@@ -47,7 +47,7 @@ def merged_weight(weight: Tensor, adapted: Sequence[Tensor]) -> Tensor:
         return adapted[0]
     base = to_float64(weight)
     total = sum((to_float64(merged) - base for merged in adapted), base)
-    return total.to(weight.device, wide_dtype(weight))
+    return total.to(weight.device, upcast_dtype(weight))
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def _copied(layer: LayerWeights, weight: Tensor) -> LayerWeights:
 
     BLAS may sum in another order where its operands are aligned otherwise.
     """
-    device, dtype = weight.device, wide_dtype(weight)
+    device, dtype = weight.device, upcast_dtype(weight)
     down, up = (
         factor.to(device, dtype).clone(memory_format=torch.contiguous_format)
         for factor in (layer.down, layer.up)
@@ -138,7 +138,7 @@ def merge_error(weight: Tensor, layers: Layers) -> Tensor:
     many times what they add up to.
     """
     kind = _kind_of(layers)
-    base = wide(oriented(weight, kind))
+    base = upcast(oriented(weight, kind))
     total = base.abs()
     for layer, strengths in layers:
         error = _adapted_error(base, _copied(layer, weight), strengths)
@@ -154,7 +154,7 @@ def _adapted_error(base: Tensor, layer: LayerWeights, strengths: Strengths) -> T
         return terms
     direction = base + low_rank_delta(layer.down, layer.up, scale)
     norm = weight_norm(direction, layer.norm_axis).clamp_min(NORM_FLOOR)
-    magnitude = wide(layer.magnitude).abs()
+    magnitude = upcast(layer.magnitude).abs()
     if strengths.magnitude_strength != 1.0:
         start = weight_norm(base, layer.norm_axis)
         magnitude = start + abs(strengths.magnitude_strength) * (magnitude + start)
@@ -170,4 +170,4 @@ def cast_error(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Half the distance between neighbours of each entry in a dtype: the error of one cast."""
     info = torch.finfo(dtype)
     smallest = info.tiny * info.eps / 2  # half the smallest subnormal number
-    return wide(tensor).abs() * (info.eps / 2) + smallest
+    return upcast(tensor).abs() * (info.eps / 2) + smallest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,63 +13,39 @@ from torch import Tensor
 from dora_diffusion.numerics.precision import product_dtype
 
 
-class Operation(Protocol):
-    """A linear map with a weight ``(out, in, *k)``.
+@dataclass(frozen=True)
+class Operation:
+    """A linear map with a weight ``(out, in, *k)``; this one is a Linear's.
 
     Attributes:
         channel_dim: Which dimension of an activation holds its channels.
     """
 
-    channel_dim: ClassVar[int]
-
-    def __hash__(self) -> int:
-        """It is a value."""
+    channel_dim: ClassVar[int] = -1
 
     def __call__(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply the weight to ``x``, an activation; of an Embedding, ids as a `OneHot`."""
+        return F.linear(x, weight, bias)
 
     def down_project(self, x: Any, down: Tensor) -> Tensor:
         """Apply ``down``, ``(r, in, *k)``."""
+        return self(x, down)
 
     def up_project(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply ``up``, ``(out, r)`` or ``(out, r, *1)``, to what ``down`` made."""
-
-    def broadcast(self, vector: Tensor) -> Tensor:
-        """Shape ``(channels,)`` to multiply an activation: its outputs."""
-
-    def scale_input(self, x: Any, vector: Tensor) -> Any:
-        """``x`` times ``vector``, ``(in,)``: a value for each slice ``weight[:, i]``."""
-
-
-@dataclass(frozen=True)
-class LinearOperation:
-    """``x (..., in)`` -> ``(..., out)``."""
-
-    channel_dim: ClassVar[int] = -1
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x @ weight.T + bias``."""
-        return F.linear(x, weight, bias)
-
-    def down_project(self, x: Tensor, down: Tensor) -> Tensor:
-        """``x @ down.T``."""
-        return F.linear(x, down)
-
-    def up_project(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A Linear's low-rank factors are both Linears."""
         return F.linear(x, up, bias)
 
     def broadcast(self, vector: Tensor) -> Tensor:
-        """Channels are last already."""
+        """Shape ``(channels,)`` to multiply an activation: its outputs."""
         return vector
 
-    def scale_input(self, x: Tensor, vector: Tensor) -> Tensor:
-        """Channels are last already."""
+    def scale_input(self, x: Any, vector: Tensor) -> Any:
+        """``x`` times ``vector``, ``(in,)``: a value for each slice ``weight[:, i]``."""
         return x * vector
 
 
 @dataclass(frozen=True)
-class ConvOperation:
+class ConvOperation(Operation):
     """``x (N, in, *size)`` -> ``(N, out, *size')``, in one or two dimensions, zero padding.
 
     With ``groups``, output channels are in as many blocks that see one block of the inputs each.
@@ -180,8 +156,7 @@ class OneHot:
         return F.embedding(self.ids, table)
 
 
-@dataclass(frozen=True)
-class EmbeddingOperation:
+class EmbeddingOperation(Operation):
     """``x (...)``, ids as a `OneHot` -> ``(..., dim)``: a Linear on one-hot vectors, without these.
 
     Its weight is the transposed table, ``(out, in) = (dim, num)``, as PEFT has it: outputs are the
@@ -189,24 +164,10 @@ class EmbeddingOperation:
     for each dimension, on the input axis one for each row.
     """
 
-    channel_dim: ClassVar[int] = -1
-
     def __call__(self, x: OneHot, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Look up columns of ``weight``; an Embedding has no bias."""
         assert bias is None
         return x.look_up(weight.t()) * x.values[..., None]
-
-    def down_project(self, x: OneHot, down: Tensor) -> Tensor:
-        """Look up columns of ``down``."""
-        return self(x, down)
-
-    def up_project(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x @ up.T``."""
-        return F.linear(x, up, bias)
-
-    def broadcast(self, vector: Tensor) -> Tensor:
-        """Channels are last already."""
-        return vector
 
     def scale_input(self, x: OneHot, vector: Tensor) -> OneHot:
         """Values times those of ``vector``, ``(num,)``, at the ids."""

@@ -22,19 +22,14 @@ from dora_diffusion.numerics.threads import SharedSwitch
 _ROUNDED = ("tf32", "bf16")
 
 
-def is_wide(dtype: torch.dtype) -> bool:
-    """Whether small updates survive in it."""
-    return dtype in (torch.float32, torch.float64)
-
-
-def wide_dtype(tensor: Tensor) -> torch.dtype:
+def upcast_dtype(tensor: Tensor) -> torch.dtype:
     """The precision that norms and merges of a tensor are computed in."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def wide(tensor: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     """Return the tensor in the precision that norms and merges are computed in."""
-    return tensor.to(wide_dtype(tensor))
+    return tensor.to(upcast_dtype(tensor))
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:

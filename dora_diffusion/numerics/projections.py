@@ -12,9 +12,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _STEP = 0x9E3779B97F4A7C15
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -130,3 +132,32 @@ def _shifted(state: Tensor, by: int) -> Tensor:
 
 def _signed(number: int) -> int:
     return number - 2**64 if number >= 2**63 else number
+
+
+def scaled_rows(vector: Tensor, matrix: Tensor) -> Tensor:
+    """``diag(v) M``: ``(n,)`` and ``(n, ...)`` -> ``(n, ...)``, differentiable in both."""
+    made: Tensor = _ScaledRows.apply(vector, matrix)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _ScaledRows(torch.autograd.Function):
+    """Keeps its inputs, none of which changes within a step, past a first backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, matrix: Tensor) -> Tensor:
+        ctx.vector, ctx.matrix = vector, matrix
+        return _column(vector, matrix) * matrix
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        vector, matrix = ctx.vector.detach(), ctx.matrix.detach()
+        needs_vector, needs_matrix = ctx.needs_input_grad
+        return (
+            (grad * matrix).flatten(1).sum(dim=1) if needs_vector else None,
+            _column(vector, matrix) * grad if needs_matrix else None,
+        )
+
+
+def _column(vector: Tensor, matrix: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (matrix.ndim - 1))

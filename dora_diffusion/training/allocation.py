@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.directions import SingularDirection
 from dora_diffusion.adapters.inject import layer_adapters
-from dora_diffusion.adapters.layer_adapter import LayerAdapter
+from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.numerics.allocation import (
     BudgetSchedule,

@@ -22,7 +22,7 @@ from dora_diffusion.models.latents import (
 )
 from dora_diffusion.models.offload import on_device, send
 from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
-from dora_diffusion.numerics.noise import sample_noise, sample_timestep
+from dora_diffusion.numerics.loss import sample_noise, sample_timestep
 from dora_diffusion.training.subject import Subject
 
 # A third of a megabyte each for SDXL in half precision.

@@ -13,12 +13,12 @@ from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import predict
 from dora_diffusion.numerics.loss import (
+    add_noise,
     denoising_loss,
     loss_weight,
     prediction_loss,
     split_prior,
 )
-from dora_diffusion.numerics.noise import add_noise
 from dora_diffusion.training.inputs import Conditioner, StepInputs
 
 

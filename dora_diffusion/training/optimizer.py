@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.devices import has_fused_optimizers
-from dora_diffusion.numerics.joined import join, split_like
+from dora_diffusion.numerics.prepare.layout import join, split_like
 from dora_diffusion.wording import counted
 
 Groups = list[dict[str, Any]]

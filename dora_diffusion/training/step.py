@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.scope import Loop, norm_scope
+from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
@@ -41,7 +41,7 @@ class TrainingStep:
         inputs: Gives each batch's, by its number since the start of the run.
         flat: What the optimizer sees of the parameters; None: these themselves.
         allocation: Moves ranks between layers; None: they stay.
-        loop: Spares each step a wait for the device, and what the step before found out.
+        norm_cache: Spares each step a wait for the device, and what the step before found out.
         batches: Number of batches since the start of the run.
         is_whole: Whether all that a checkpoint holds is of one step: False while the optimizer
             moves it.
@@ -56,7 +56,7 @@ class TrainingStep:
     inputs: InputSource
     flat: FlatParameters | None = None
     allocation: RankAllocation | None = None
-    loop: Loop = field(default_factory=Loop)
+    norm_cache: NormCache = field(default_factory=NormCache)
     batches: int = 0
     is_whole: bool = True
 
@@ -79,7 +79,7 @@ class TrainingStep:
         accumulation = self.config.gradient_accumulation_steps
         losses = []
         # No parameter changes inside: every norm is computed once for all that happens here.
-        with norm_scope(*self.modules.values(), loop=self.loop):
+        with norm_scope(*self.modules.values(), cache=self.norm_cache):
             for i in range(accumulation):
                 last = i == accumulation - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.objective):

@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dora_diffusion.adapters.files import load_adapter, save_adapter
 from dora_diffusion.adapters.inject import inject_adapters, merge_adapters, remove_adapters
-from dora_diffusion.adapters.state import adapter_state
+from dora_diffusion.adapters.state import adapter_state, load_adapter, save_adapter
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import AdapterFormatError, AdapterMetadata
 from dora_diffusion.numerics.weights import LayerWeights

@@ -26,7 +26,7 @@ from dora_diffusion.adapters.inject import (
     unmerge_adapters,
 )
 from dora_diffusion.adapters.layers import AdaptedLayer, adapted_layers
-from dora_diffusion.adapters.scope import Loop, norm_scope
+from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.training.optimizer import FlatParameters
 from tests.adapters.helpers import Net, everything, gradients, move
 
@@ -122,12 +122,12 @@ def test_what_changes_between_two_steps_is_noticed(net, x, axis, change):
     """The same numbers as without a loop, to the last bit, before and after."""
     inject_adapters(net, everything(norm_axis=axis))
     move(net)
-    loop = Loop()
+    cache = NormCache()
     for number in range(3):
         if number == 1:
             CHANGES[change](net)
             x = x.to(next(net.parameters()).dtype)
-        with norm_scope(net, loop=loop):
+        with norm_scope(net, cache=cache):
             found = net(x)
         with norm_scope(net):
             expected = net(x)
@@ -136,12 +136,12 @@ def test_what_changes_between_two_steps_is_noticed(net, x, axis, change):
 
 def test_another_model_is_another_set_of_layers(net, x):
     other = Net().requires_grad_(False)
-    loop = Loop()
+    cache = NormCache()
     for number, model in enumerate((net, other)):
         inject_adapters(model, everything())
         move(model, seed=number)
     for models in ((net,), (other,), (net,), (net, other), (other, net)):
-        with norm_scope(*models, loop=loop):
+        with norm_scope(*models, cache=cache):
             assert all(layer._scales_cache for m in models for _, layer in adapted_layers(m))
             found = [model(x) for model in models]
         with norm_scope(*models):
@@ -154,13 +154,13 @@ def test_what_did_not_change_is_found_out_once(net, x, monkeypatch):
     calls = []
     real = scope.layouts_of
     monkeypatch.setattr(scope, "layouts_of", lambda inputs: calls.append(1) or real(inputs))
-    loop = Loop()
+    cache = NormCache()
     for expected in (1, 1, 2, 3, 3):
         if expected == 2:
             net.square.adapters["default"].enabled = False
         elif len(calls) == 2:
             net.square.adapters["default"].enabled = True
-        with norm_scope(net, loop=loop):
+        with norm_scope(net, cache=cache):
             net(x)
         write_adapter(net)
         assert len(calls) == expected
@@ -170,8 +170,8 @@ def test_what_did_not_change_is_found_out_once(net, x, monkeypatch):
 def test_what_a_direction_made_is_not_kept_beyond_its_step(net, x, settings):
     """Vectors train; the matrices that they make are large, and of one step."""
     inject_adapters(net, everything(**settings))
-    loop = Loop()
-    with norm_scope(net, loop=loop):
+    cache = NormCache()
+    with norm_scope(net, cache=cache):
         net(x)
         scales = net.square.scales("default", net.square.adapters["default"])
         made = weakref.ref(scales.plan.layers[scales.number].weights.down)
@@ -182,10 +182,10 @@ def test_what_a_direction_made_is_not_kept_beyond_its_step(net, x, settings):
 
 def test_a_layer_whose_output_is_overwritten_now_is_noticed(net, x):
     inject_adapters(net, everything())
-    loop = Loop()
+    cache = NormCache()
     for kept in (True, False):
         net.square.keep_output = kept
-        with norm_scope(net, loop=loop):
+        with norm_scope(net, cache=cache):
             scales = net.square.scales("default", net.square.adapters["default"])
             assert scales.factors(torch.float32).is_direct != kept
 
@@ -213,11 +213,11 @@ def test_layers_of_other_scales_and_ranks_lie_in_one_layout(x, axis):
 
 def test_a_loop_can_be_left_by_an_exception(net, x):
     inject_adapters(net, everything())
-    loop = Loop()
-    with pytest.raises(KeyError), norm_scope(net, loop=loop):
+    cache = NormCache()
+    with pytest.raises(KeyError), norm_scope(net, cache=cache):
         raise KeyError
     assert all(layer._scales_cache is None for _, layer in adapted_layers(net))
-    with norm_scope(net, loop=loop), disabled(net):
+    with norm_scope(net, cache=cache), disabled(net):
         net(x)
 
 
@@ -261,7 +261,7 @@ def test_a_loop_of_steps_inside_one_scope_is_an_error(net, x, optimizer, looped,
     inject_adapters(net, everything(**settings))
     move(net)
     update = OPTIMIZERS[optimizer](list(adapter_parameters(net)))
-    steps = train_inside(norm_scope(net, loop=Loop() if looped else None), net, x, update)
+    steps = train_inside(norm_scope(net, cache=NormCache() if looped else None), net, x, update)
     next(steps)
     with pytest.raises(RuntimeError, match=MISTAKE):
         next(steps)
@@ -312,8 +312,8 @@ def test_what_changes_no_parameter_is_no_error(net, x, reentrant):
     other.grad = torch.ones(2)
     elsewhere = torch.optim.AdamW([other], fused=True)
     x = x.requires_grad_()
-    for loop in (None, Loop(), None):
-        with norm_scope(net, loop=loop):
+    for cache in (None, NormCache(), None):
+        with norm_scope(net, cache=cache):
             for _ in range(2):
                 y = net(x) if reentrant is None else checkpoint(net, x, use_reentrant=reentrant)
                 y.square().mean().backward()
@@ -353,7 +353,7 @@ def test_a_lora_has_no_norm_and_may_train_inside_a_scope(net, x):
 
 def test_layers_that_get_their_first_adapter_or_lose_their_last_are_noticed(net, x):
     """By a loop: those of its models now are those that a scope opens."""
-    loop = Loop()
+    cache = NormCache()
     inject_adapters(net, dataclasses.replace(everything(), targets=("square",)))
     expected = [["square"], ["conv", "square"], ["conv"], ["down"]]
     for number, names in enumerate(expected):
@@ -364,6 +364,6 @@ def test_layers_that_get_their_first_adapter_or_lose_their_last_are_noticed(net,
         elif number == 3:
             remove_adapters(net)
             inject_adapters(net, dataclasses.replace(everything(), targets=("down",)))
-        with norm_scope(net, loop=loop):
+        with norm_scope(net, cache=cache):
             assert [p for p, m in net.named_modules() if getattr(m, "_scales_cache", None)] == names
             net(x)

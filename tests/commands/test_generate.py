@@ -95,8 +95,8 @@ def test_of_several_images_none_is_replaced(generate, tmp_path):
 def test_a_strength_that_breaks_the_numbers_is_an_error_and_no_black_image(
     generate, sd1_folder, tmp_path
 ):
-    from dora_diffusion.adapters.files import save_adapter
     from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
+    from dora_diffusion.adapters.state import save_adapter
 
     components = load_components(sd1_folder)
     inject_adapters(components.unet, AdapterConfig(targets=("attention",), rank=2))

@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from dora_diffusion.adapters.files import load_adapter
-from dora_diffusion.adapters.state import adapter_state
+from dora_diffusion.adapters.state import adapter_state, load_adapter
 from dora_diffusion.export import (
     ExportError,
     convert_adapter,

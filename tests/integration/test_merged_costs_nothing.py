@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dora_diffusion.adapters.files import load_adapter
 from dora_diffusion.adapters.inject import merge_adapters
+from dora_diffusion.adapters.state import load_adapter
 from dora_diffusion.export import export_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 

@@ -19,7 +19,7 @@ from dora_diffusion.numerics.dora import (
     sum_of_adapters,
     weight_norm,
 )
-from dora_diffusion.numerics.operation import ConvOperation, LinearOperation
+from dora_diffusion.numerics.operation import ConvOperation, Operation
 from dora_diffusion.numerics.prepare.factors import PlanInputs, WeightStatistics, factors_of
 from dora_diffusion.numerics.prepare.plan import make_scales
 from dora_diffusion.numerics.weights import LayerWeights
@@ -44,9 +44,9 @@ def direct(*args):
 WAYS = pytest.mark.parametrize("way", [alone, planned, direct])
 # kind -> (weight shape, input shape, operation, the same operation in plain torch)
 CASES = {
-    "linear": ((12, 7), (5, 9, 7), LinearOperation(), F.linear),
-    "linear square": ((8, 8), (3, 8), LinearOperation(), F.linear),
-    "linear, one row": ((12, 7), (7,), LinearOperation(), F.linear),
+    "linear": ((12, 7), (5, 9, 7), Operation(), F.linear),
+    "linear square": ((8, 8), (3, 8), Operation(), F.linear),
+    "linear, one row": ((12, 7), (7,), Operation(), F.linear),
     "conv 1x1": ((6, 10, 1, 1), (2, 10, 4, 5), ConvOperation(), F.conv2d),
     "conv 1x1 strided": (
         (6, 10, 1, 1),
@@ -257,7 +257,7 @@ def test_low_precision_keeps_updates_that_rounding_the_weight_would_lose(way):
     x = (torch.randn(4096, 4, generator=g) @ down).bfloat16()
     exact = adapted_weight(weight.double(), layer.to(torch.float64)) - weight.double()
     wanted = F.linear(x.double(), exact)
-    y = way(LinearOperation(), x, weight, None, layer)
+    y = way(Operation(), x, weight, None, layer)
     change = y.double() - F.linear(x, weight).double()
     # How much of the change is there: noise averages out, a lost update does not.
     share = ((change * wanted).sum() / wanted.square().sum()).item()
@@ -272,10 +272,29 @@ def test_a_zero_channel_gives_zeros_and_no_nan(axis, way):
     x, magnitude = torch.randn(4, 7).double(), weight_norm(weight, axis)
     leaves = [t.requires_grad_() for t in (x, down, torch.zeros_like(up), magnitude)]
     layer = LayerWeights(*leaves[1:], 1.0, axis)
-    y = way(LinearOperation(), x, weight, bias, layer)
+    y = way(Operation(), x, weight, bias, layer)
     y.sum().backward()
     torch.testing.assert_close(y, F.linear(x, weight, bias), rtol=1e-14, atol=1e-14)
     assert all(torch.isfinite(t.grad).all() for t in leaves)
+
+
+def test_a_gain_is_the_quotient_down_to_the_floor_and_0_from_there():
+    norm, magnitude = torch.tensor(
+        [[1e-10, 1e-29, 1e-30, 1e-31, 0.0], [2e-10, 3e-29, 1.0, 1.0, 1.0]], dtype=torch.float64
+    )
+    expected = torch.tensor([2.0, 3, 0, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(gain(magnitude, norm), expected, rtol=1e-12, atol=0)
+    half = gain(torch.tensor([1.5], dtype=torch.bfloat16), torch.tensor([1.25]))
+    assert torch.equal(half, torch.tensor([1.2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_of_16_bits_are_multiplied_in_float32(dtype):
+    _, _, down, up, _ = make((12, 7), rank=5)
+    down, up = down.to(dtype), up.to(dtype)
+    found = low_rank_delta(down, up, 0.3)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), 0.3 * up.double() @ down.double(), rtol=0, atol=1e-5)
 
 
 @WAYS
@@ -290,7 +309,7 @@ def test_zero_and_tiny_magnitudes_have_exact_gradients(axis, way):
         upstream,
     )
     found = gradients(
-        lambda m: way(LinearOperation(), x, weight, bias, LayerWeights(down, up, m, 1.5, axis)),
+        lambda m: way(Operation(), x, weight, bias, LayerWeights(down, up, m, 1.5, axis)),
         [magnitude],
         upstream,
     )
@@ -333,7 +352,7 @@ def test_the_magnitude_gradient_of_float16_does_not_overflow(case, axis, way, sh
 def test_an_input_without_gradient_has_none_and_the_factors_theirs(axis, way):
     weight, bias, *factors = make((12, 7), axis=axis)
     leaves, x = [t.requires_grad_() for t in factors], torch.randn(4, 7).double()
-    way(LinearOperation(), x, weight, bias, LayerWeights(*leaves, 1.5, axis)).sum().backward()
+    way(Operation(), x, weight, bias, LayerWeights(*leaves, 1.5, axis)).sum().backward()
     assert x.grad is None
     assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in leaves)
 

@@ -7,11 +7,12 @@ import torch
 
 from dora_diffusion.numerics.loss import (
     denoising_loss,
-    min_snr_weight,
+    loss_weight,
+    sample_noise,
+    sample_timestep,
     split_prior,
     training_target,
 )
-from dora_diffusion.numerics.noise import sample_noise, sample_timestep
 
 
 @pytest.fixture
@@ -39,9 +40,9 @@ def test_min_snr_weights_are_the_papers(scheduler):
     alpha_bar = scheduler.alphas_cumprod[timesteps].double()
     snr = alpha_bar / (1 - alpha_bar)
     clipped = torch.minimum(snr, torch.full_like(snr, 5.0))
-    torch.testing.assert_close(min_snr_weight(alpha_bar, 5.0, "epsilon"), clipped / snr)
-    torch.testing.assert_close(min_snr_weight(alpha_bar, 5.0, "v_prediction"), clipped / (snr + 1))
-    zero = min_snr_weight(torch.zeros(1), 5.0, "epsilon")
+    torch.testing.assert_close(loss_weight(alpha_bar, 5.0, "epsilon"), clipped / snr)
+    torch.testing.assert_close(loss_weight(alpha_bar, 5.0, "v_prediction"), clipped / (snr + 1))
+    zero = loss_weight(torch.zeros(1), 5.0, "epsilon")
     assert torch.isfinite(zero).all(), "a zero-terminal-SNR schedule must not give 0 / 0"
 
 

@@ -40,7 +40,7 @@ def test_the_randomised_way_ends_at_the_best(
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s if power == 0 else torch.arange(1, len(s) + 1).double() ** power
     target = ((u * s) @ vh).float().view(shape)
-    assert random_start(target.flatten(1), rank, 0) is not None
+    assert random_start(target.flatten(1), rank) is not None
     layer = low_rank(target, rank)
     found = layer.scale * layer.up.flatten(1).double() @ layer.down.flatten(1).double()
     left = torch.linalg.norm(target.flatten(1).double() - found).item()

@@ -9,8 +9,8 @@ from torch import nn
 from dora_diffusion.numerics.operation import (
     ConvOperation,
     EmbeddingOperation,
-    LinearOperation,
     OneHot,
+    Operation,
     dropout,
 )
 
@@ -20,7 +20,7 @@ X = torch.randn(2, 6, 9, 8, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear(bias):
     layer, x = nn.Linear(8, 5, bias=bias), X
-    op = LinearOperation()
+    op = Operation()
     assert torch.equal(op(x, layer.weight, layer.bias), layer(x))
     assert torch.equal(op.up_project(x, layer.weight, layer.bias), layer(x))
     torch.testing.assert_close(
@@ -67,7 +67,7 @@ def test_a_low_rank_convolution_is_one_with_the_product(dims, groups):
 def test_an_embedding_is_a_linear_of_one_hot_vectors():
     table, ids = torch.randn(7, 5), torch.tensor([[3, 0], [6, 3]])
     dense, x = torch.nn.functional.one_hot(ids, 7).float(), OneHot.of(ids, torch.float32)
-    op, linear = EmbeddingOperation(), LinearOperation()
+    op, linear = EmbeddingOperation(), Operation()
     assert torch.equal(op(x, table.t()), table[ids])
     down, up, values = torch.randn(2, 7), torch.randn(5, 2), torch.rand(7)
     torch.testing.assert_close(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dora_diffusion.numerics import precision
 from dora_diffusion.numerics.dora import dora_forward
-from dora_diffusion.numerics.operation import ConvOperation, LinearOperation
+from dora_diffusion.numerics.operation import ConvOperation, Operation
 from dora_diffusion.numerics.precision import (
     allow_tf32,
     full_precision,
@@ -235,7 +235,7 @@ def test_tensor_float_32_does_not_lose_a_small_update(
         op, plain = ConvOperation(padding=(1, 1)), lambda x, w: F.conv2d(x, w, None, 1, 1)
     else:
         shape, x = (128, 128), torch.randn(2048, 128, generator=g)
-        op, plain = LinearOperation(), F.linear
+        op, plain = Operation(), F.linear
     weight = torch.randn(shape, generator=g) / 24
     down = torch.randn(4, *shape[1:], generator=g)
     up = torch.randn(shape[0], 4, *[1] * (len(shape) - 2), generator=g)

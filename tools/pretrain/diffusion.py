@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.families import Family
 from dora_diffusion.models.text import Conditioning, encode_tokens
-from dora_diffusion.numerics.loss import denoising_loss, training_target
-from dora_diffusion.numerics.noise import add_noise
+from dora_diffusion.numerics.loss import add_noise, denoising_loss, training_target
 from dora_diffusion.toy.instrument import ATTRIBUTES
 from tools.pretrain.fit import FitSettings, Progress, fit
 from tools.pretrain.instrument import NO_NAME

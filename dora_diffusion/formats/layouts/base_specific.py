@@ -39,7 +39,7 @@ from dora_diffusion.formats.layouts.layout import (
 )
 from dora_diffusion.numerics.dora import weight_norm
 from dora_diffusion.numerics.low_rank import weight_change
-from dora_diffusion.numerics.precision import wide
+from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.prepare.norms import factored_norm
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -175,4 +175,4 @@ def _compensated(weight: Tensor, layer: LayerWeights) -> LayerWeights:
     norm = factored_norm(weight, layer.down, layer.up, layer.scale, layer.norm_axis)
     # ComfyUI adds float32's epsilon to the norm it divides by.
     factor = (start + torch.finfo(torch.float32).eps) / norm.clamp_min(1e-30)
-    return dataclasses.replace(layer, magnitude=wide(layer.magnitude) * factor)
+    return dataclasses.replace(layer, magnitude=upcast(layer.magnitude) * factor)

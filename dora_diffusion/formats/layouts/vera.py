@@ -21,8 +21,7 @@ from dora_diffusion.formats.adapter.alpha import json_object
 from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata, own_fields
 from dora_diffusion.formats.files.stream import data_hash, save_tensors
 from dora_diffusion.formats.layouts.layout import AdapterFormatError, Layout
-from dora_diffusion.numerics.directions import scaled_rows
-from dora_diffusion.numerics.projections import Kernel, Projections
+from dora_diffusion.numerics.projections import Kernel, Projections, scaled_rows
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
 VERA_FILE = "vera.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from dora_diffusion.numerics.dora import (
     adapted_norm,
     adapted_weight,
     gain,
-    moved_magnitude,
+    interpolated_magnitude,
     per_channel,
     squared_norm,
 )
@@ -78,17 +78,15 @@ class Factors(NamedTuple):
     Attributes:
         down: ``A``.
         up: ``g s B`` on the output axis, else ``s B``.
-        gain: ``g``, ``(n,)``, of a convolution ``(n, *1)``, float32, without a gradient: in
-            16 bits, a gain near 1 would be rounded to 1. None makes the layer a LoRA, and what
-            follows None too.
+        gain: ``g``, ``(n,)``, float32: in 16 bits, a gain near 1 would be rounded to 1. It
+            represents m in the graph: its gradient is ``g`` times its derivative,
+            ``sum(dy * (y - b))``, but for the bias, which ``shift_numerator`` has; of a direct
+            layer it is the derivative. None makes the layer a LoRA, and what follows None too.
         shift: ``(1 - g) b`` on the output axis; None without a bias and on the input axis.
-        dm_numerator: ``g`` once more, ``(n,)``, which represents m in the graph. Its gradient is
-            ``g`` times its derivative, ``sum(dy * (y - b))``, but for the bias, which
-            ``shift_numerator`` has; of a direct layer it is the derivative.
         shift_numerator: Its gradient is ``sum(dy)``; None where there is no shift.
         axis: Norm axis.
         is_direct: Whether ``y / g`` is no good for the gradient of m, so that the layer multiplies
-            by ``dm_numerator``: |g| is too small, or the next module overwrites y.
+            by ``gain`` in the graph: |g| is too small, or the next module overwrites y.
         direction: ``W + s B A`` of a direct layer on the output axis, else None.
     """
 
@@ -96,7 +94,6 @@ class Factors(NamedTuple):
     up: Tensor
     gain: Tensor | None = None
     shift: Tensor | None = None
-    dm_numerator: Any = None
     shift_numerator: Tensor | None = None
     axis: NormAxis = "output"
     is_direct: bool = False
@@ -118,21 +115,20 @@ def factors_of(
         bias: ``(out,)``, or None.
         layer: The adapter.
         dtype: To compute in.
-        magnitude_strength: See `moved_magnitude`.
+        magnitude_strength: See `interpolated_magnitude`.
         norm: ``norm(W + s B A)``, if already computed.
     """
     down, up = layer.down.to(dtype), layer.scale * layer.up
     if layer.magnitude is None:
         return Factors(down, up.to(dtype))
     norm = adapted_norm(weight, layer) if norm is None else norm
-    g = gain(moved_magnitude(weight, layer, magnitude_strength), norm)
+    g = gain(interpolated_magnitude(weight, layer, magnitude_strength), norm)
     constant, axis, shift = g.detach(), layer.norm_axis, None
     if axis == "output":
         up = per_channel(constant, up.ndim, axis) * up
         shift = None if bias is None else ((1 - constant) * bias).to(dtype)
-    up, broadcast = up.to(dtype), constant.view(-1, *[1] * (weight.ndim - 2))
     made = direction_of(weight, layer, dtype)
-    return Factors(down, up, broadcast, shift, g, None, axis, True, made)
+    return Factors(down, up.to(dtype), g, shift, None, axis, True, made)
 
 
 @torch.no_grad()
@@ -151,22 +147,24 @@ class LayerScales(NamedTuple):
         gain: ``g = m / norm``, ``(n,)``, float32.
         plan: What makes the factors of all layers at once.
         number: The layer's place there.
-        by_dtype: The layer's factors, as far as they were made.
-        of_all: Those of each layer of the plan.
+        factors_by_dtype: The layer's factors, as far as they were made.
+        factors_of_all: Those of each layer of the plan.
     """
 
     norm: Tensor
     gain: Tensor
     plan: Plan
     number: int
-    by_dtype: dict[torch.dtype, Factors]
-    of_all: Sequence[dict[torch.dtype, Factors]]
+    factors_by_dtype: dict[torch.dtype, Factors]
+    factors_of_all: Sequence[dict[torch.dtype, Factors]]
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """What the layer computes with; made for all layers of the plan at the first call."""
-        if dtype not in self.by_dtype:
-            for by_dtype, factors in zip(self.of_all, self.plan.factors(dtype), strict=True):
-                by_dtype[dtype] = factors
+        if dtype not in self.factors_by_dtype:
+            for factors_by_dtype, factors in zip(
+                self.factors_of_all, self.plan.factors(dtype), strict=True
+            ):
+                factors_by_dtype[dtype] = factors
         if not torch.is_grad_enabled():
             self.plan.ran_without_gradients.add(self.number)
         elif self.number in self.plan.ran_without_gradients and _in_backward():
@@ -176,7 +174,7 @@ class LayerScales(NamedTuple):
             layer = self.plan.layers[self.number]
             weights = dataclasses.replace(layer.weights, magnitude=layer.magnitude)
             return factors_of(layer.weight, layer.bias, weights, dtype, norm=self.norm)
-        return self.by_dtype[dtype]
+        return self.factors_by_dtype[dtype]
 
 
 def _in_backward() -> bool:

@@ -1,4 +1,4 @@
-"""Where the parameters of many layers lie, so that an operation serves all of them.
+"""Where the parameters of many layers lie, so that an operation serves all of them, and flags.
 
 Everything of one kind lies in one buffer: all A one after the other, all B of one rank as rows, and
 all vectors. Layers of one shape are neighbours there. It follows from shapes and settings alone, so
@@ -7,16 +7,35 @@ that a loop makes it once.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from dora_diffusion.numerics.joined import join, split_like
 from dora_diffusion.numerics.prepare.factors import PlanInputs
+
+# Devices whose flags are read a step late.
+_DEFERRED = {"cuda"}
+
+
+@torch.no_grad()
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of any shapes, at least one, one after the other in a new vector."""
+    joined: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return joined.clone() if len(tensors) == 1 else joined
+
+
+@torch.no_grad()
+def split_like(joined: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What `join` made of tensors of these shapes, as views of it in these shapes."""
+    parts: Sequence[Tensor] = _unflatten_dense_tensors(joined.detach(), tensors)  # type: ignore[no-untyped-call]
+    # An empty one has the shape (0,) with torch 2.6.
+    return [p if p.numel() else p.view(t.shape) for p, t in zip(parts, tensors, strict=True)]
 
 
 class Layout:
@@ -25,9 +44,9 @@ class Layout:
     Attributes:
         layers: In that order.
         numbers: The place of each among those that were given.
-        wide: The dtype of norms, gains and buffers.
+        dtype: The dtype of norms, gains and buffers.
         sizes: How many magnitudes each has.
-        shifted: Whether its gain has to spare a bias: on the output axis, where there is one.
+        biases: What its gain has to spare: its bias, on the output axis, where there is one.
         groups: Neighbours of one rank and axis, whose B are rows of one matrix.
         shapes: Neighbours of one shape, rank, axis, scale and dtype.
     """
@@ -35,10 +54,10 @@ class Layout:
     def __init__(self, layers: Sequence[PlanInputs], numbers: Sequence[int]) -> None:
         self.numbers = sorted(numbers, key=lambda number: _kind(layers[number]))
         self.layers = layers = [layers[number] for number in self.numbers]
-        self.wide = layers[0].statistics.squared_norm.dtype
+        self.dtype = layers[0].statistics.squared_norm.dtype
         self.sizes = [layer.magnitude.shape[0] for layer in layers]
-        self.shifted = [
-            layer.bias is not None and layer.weights.norm_axis == "output" for layer in layers
+        self.biases = [
+            layer.bias if layer.weights.norm_axis == "output" else None for layer in layers
         ]
         self.groups = [list(group) for _, group in groupby(layers, key=_rank_and_axis)]
         self.shapes = [list(group) for _, group in groupby(layers, key=_kind)]
@@ -48,11 +67,11 @@ class Layout:
 
     def down(self) -> Tensor:
         """All A."""
-        return join(self._downs).to(self.wide)
+        return join(self._downs).to(self.dtype)
 
     def up(self) -> list[Tensor]:
         """All B, ``(rows, r)`` of each group."""
-        return [join(ups).to(self.wide).view(-1, ups[0].shape[1]) for ups in self._ups]
+        return [join(ups).to(self.dtype).view(-1, ups[0].shape[1]) for ups in self._ups]
 
     def downs(self, joined: Tensor) -> Sequence[Tensor]:
         """Each layer's part of what is laid out as A."""
@@ -126,3 +145,45 @@ def _kind(layer: PlanInputs) -> tuple[Any, ...]:
     """What layers have in common whose norms are computed together; layers are sorted by it."""
     weight = layer.weight
     return *_rank_and_axis(layer), tuple(weight.shape), layer.weights.scale, str(weight.dtype)
+
+
+class DeferredFlags:
+    """Flags of one step's channels, read in the next step, when they have long arrived.
+
+    On a CPU, where nothing waits, and in the first step they are read at once. For a loop of steps
+    in which nothing but its optimizer changes parameters: then a channel comes near to what is
+    flagged before it is there. What was written to a base weight through ``.data`` is noticed a
+    step late.
+    """
+
+    def __init__(self) -> None:
+        self._sent: tuple[Tensor, Any, list[int]] | None = None
+
+    def layers(self, flagged: Tensor, sizes: Sequence[int]) -> set[int]:
+        """The layers to which flagged channels belong.
+
+        Args:
+            flagged: Of all channels, ``(sum of sizes,)`` bool.
+            sizes: Channels of each layer.
+        """
+        before, self._sent = self._sent, None
+        # Elsewhere nothing waits, or a copy cannot be waited for without waiting for all else.
+        if flagged.device.type not in _DEFERRED:
+            return _owners(flagged.cpu(), sizes)
+        self._sent = flagged.to("cpu", non_blocking=True), record_event(flagged), list(sizes)
+        if before is None or before[2] != list(sizes):
+            before = self._sent
+        values, event, _ = before
+        event.synchronize()
+        return _owners(values, sizes)
+
+
+def record_event(tensor: Tensor) -> Any:
+    """An event on the device of a tensor, after what was started there so far."""
+    return torch.cuda.current_stream(tensor.device).record_event()
+
+
+def _owners(flagged: Tensor, sizes: Sequence[int]) -> set[int]:
+    """Which layers the flagged channels of the concatenated vector belong to."""
+    ends = list(accumulate(sizes))
+    return {bisect_right(ends, channel) for channel in flagged.nonzero().flatten().tolist()}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.numerics.dora import low_rank_delta, squared_norm
-from dora_diffusion.numerics.precision import is_wide, to_float64, wide, wide_dtype
+from dora_diffusion.numerics.precision import to_float64, upcast, upcast_dtype
 from dora_diffusion.numerics.weights import NormAxis
 
 # Below this share of its terms' magnitudes, the factored norm may be off by more than 1e-5, and the
@@ -77,7 +77,7 @@ def norm_terms(layers: SameShape) -> Terms:
         seen, checksum = _products(layers.weights, layers.parts, "output")
         gram = torch.bmm(down, down.mT)
         change = torch.baddbmm(seen, up, gram, beta=2 * s, alpha=s * s).mul_(up).sum(dim=2)
-        own = torch.linalg.vector_norm(up, dim=2)
+        own, other = torch.linalg.vector_norm(up, dim=2), torch.linalg.vector_norm(down, dim=(1, 2))
     else:
         inputs = layers.weights[0].shape[1]
         seen, sums = _products(layers.weights, [part.mT for part in layers.parts], "input")
@@ -86,9 +86,10 @@ def norm_terms(layers: SameShape) -> Terms:
         # (n, r, in * k) -> (n, in): the taps of a convolution are summed with the ranks.
         change = torch.unflatten(product, 2, (inputs, -1)).sum(dim=(1, 3))
         own = torch.linalg.vector_norm(torch.unflatten(down, 2, (inputs, -1)), dim=(1, 3))
+        other = torch.linalg.vector_norm(up, dim=(1, 2))
         checksum = torch.unflatten(sums, 1, (inputs, -1)).sum(dim=2)
-    other = gram.diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True)
-    return Terms(change, own.mul_(other.sqrt_()).mul_(abs(s)), checksum)
+    bound = own.mul_(other[:, None])
+    return Terms(change, bound if s == 1 else bound.mul_(abs(s)), checksum)
 
 
 def _products(
@@ -123,7 +124,7 @@ def _products(
 
 def _batch(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
     """The product of each pair, float32 or wider, in one tensor."""
-    if is_wide(dtype):
+    if dtype in (torch.float32, torch.float64):
         products = [left.to(dtype) @ right.to(dtype) for left, right in pairs]
         return torch.stack(products) if len(products) > 1 else products[0][None]
     (left, right), kind = pairs[0], torch.float32
@@ -173,7 +174,7 @@ def factored_norm(
         weight_squared_norm: ``squared_norm(weight, axis)`` if it is at hand; it never changes.
     """
     base = squared_norm(weight, axis) if weight_squared_norm is None else weight_squared_norm
-    wide_down, wide_up = (t.to(wide_dtype(weight)).flatten(1)[None] for t in (down, up))
+    wide_down, wide_up = (t.to(upcast_dtype(weight)).flatten(1)[None] for t in (down, up))
     seen = wide_down if axis == "output" else wide_up
     terms = norm_terms(
         SameShape(
@@ -209,7 +210,7 @@ def checksum(weight: Tensor, axis: NormAxis) -> Tensor:
     It is the product with a fixed unit vector, of about ``|W_i| / sqrt(n)``, to which a difference
     between two weights would have to be orthogonal in all channels to go unseen.
     """
-    rows = wide(weight).flatten(1)
+    rows = upcast(weight).flatten(1)
     if axis == "output":
         return rows.mv(_probe(rows.shape[1], rows)[0])
     columns = rows.t().mv(_probe(rows.shape[0], rows)[0])

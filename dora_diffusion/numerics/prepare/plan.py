@@ -13,7 +13,8 @@ follows from these is done there once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,16 +23,14 @@ from torch.autograd.function import once_differentiable
 
 from dora_diffusion.numerics.dora import NORM_FLOOR
 from dora_diffusion.numerics.dora import gain as gain_of
-from dora_diffusion.numerics.joined import join
 from dora_diffusion.numerics.precision import full_precision
-from dora_diffusion.numerics.prepare.deferred import DeferredFlags
 from dora_diffusion.numerics.prepare.factors import (
     Factors,
     LayerScales,
     PlanInputs,
     direction_of,
 )
-from dora_diffusion.numerics.prepare.layout import Layout, layouts_of
+from dora_diffusion.numerics.prepare.layout import DeferredFlags, Layout, join, layouts_of
 from dora_diffusion.numerics.prepare.norms import (
     SameShape,
     Terms,
@@ -106,7 +105,7 @@ class Plan:
         recorded = torch.cat([layer.statistics.checksum for layer in self.layers])
         total = terms.change + base
         self.norm = total.clamp_min(0).sqrt_()
-        magnitude = join([layer.magnitude for layer in self.layers]).to(self.layout.wide)
+        magnitude = join([layer.magnitude for layer in self.layers]).to(self.layout.dtype)
         self.gain = gain_of(magnitude, self.norm)
         # Not less: what is no number must be found too.
         flagged = is_ill_conditioned(total, base, terms.bound, margin).logical_or_(
@@ -162,22 +161,21 @@ class Plan:
         # Whoever calls a layer first may do so without gradients, as checkpointing does.
         with torch.inference_mode(False), torch.enable_grad():
             made: tuple[Tensor, ...] = _Prepare.apply(self, dtype, *parameters)  # type: ignore[no-untyped-call]
-        count = len(self.layers)
-        downs, ups, numerators = (made[i * count : (i + 1) * count] for i in range(3))
-        shifts, shift_numerators = self._shifts(dtype), iter(made[3 * count :])
+        count, shifts = len(self.layers), self._shifts(dtype)
+        downs, ups, gains = (made[i * count : (i + 1) * count] for i in range(3))
+        shift_numerators = iter(made[3 * count :])
         return [
             Factors(
                 downs[number],
                 ups[number],
-                gain,
-                shifts[number],
-                numerators[number],
-                None if shifts[number] is None else next(shift_numerators),
+                gains[number],
+                shift,
+                None if shift is None else next(shift_numerators),
                 self.layers[number].weights.norm_axis,
                 number in self.direct,
                 self._direction(number, dtype) if number in self.direct else None,
             )
-            for number, gain in enumerate(self._broadcast_gains())
+            for number, shift in enumerate(shifts)
         ]
 
     def _direction(self, number: int, dtype: torch.dtype) -> Tensor | None:
@@ -187,36 +185,42 @@ class Plan:
         weights = dataclasses.replace(layer.weights, down=down, up=up)
         return direction_of(layer.weight, weights, dtype)
 
-    def _broadcast_gains(self) -> Iterator[Tensor]:
-        """Each layer's gain, shaped to multiply what its channels are channels of."""
-        for layer, gain in zip(self.layers, self.layout.vectors(self.gain), strict=True):
-            spatial = layer.weight.ndim - 2
-            yield gain.view(-1, *[1] * spatial) if spatial else gain
-
     def _shifts(self, dtype: torch.dtype) -> Sequence[Tensor | None]:
-        if not any(self.layout.shifted):
-            return [None] * len(self.layers)
-        self.bias = self._biases()
-        parts = self.layout.vectors(((1 - self.gain) * self.bias).to(dtype))
-        return [part if has else None for part, has in zip(parts, self.layout.shifted, strict=True)]
+        """``(1 - g) b`` of each layer that has a bias to spare."""
+        biases = self.layout.biases
+        if not any(bias is not None for bias in biases):
+            return [None] * len(biases)
+        self.bias = self._joined(biases).to(self.layout.dtype)
+        shifts = self.layout.vectors(((1 - self.gain) * self.bias).to(dtype))
+        return [None if b is None else shift for b, shift in zip(biases, shifts, strict=True)]
 
-    def _biases(self) -> Tensor:
-        """The biases on the output axis, and zeros where there is none."""
-        layout, zeros = self.layout, self.gain.new_zeros(max(self.layout.sizes))
-        each = zip(self.layers, layout.sizes, layout.shifted, strict=True)
-        biases = [
-            layer.bias if has and layer.bias is not None else zeros[:size]
-            for layer, size, has in each
-        ]
-        return join(biases).to(layout.wide)
+    def _joined(self, vectors: Iterable[Tensor | None]) -> Tensor:
+        """A vector over all channels, of each layer's, and zeros where it has none."""
+        pairs = zip(vectors, self.layout.sizes, strict=True)
+        return join([self._zeros[:size] if vector is None else vector for vector, size in pairs])
 
-    def divisor(self) -> Tensor:
-        """What turns numerators to the gradient of m: the norm, times g unless they are direct."""
+    @cached_property
+    def _zeros(self) -> Tensor:
+        return self.gain.new_zeros(max(self.layout.sizes))
+
+    def magnitude_gradient(
+        self, sums: Sequence[Tensor | None], shift_sums: Sequence[Tensor | None]
+    ) -> Tensor:
+        """``dm_i = sum(dy_i * (y_i - b_i)) / (g_i norm_i)``: ``(W + sBA) x`` is the rest.
+
+        On the input axis the sum is that of ``g x`` times its gradient; direct layers have dm
+        times the norm.
+        """
+        total = self._joined(sums)
+        if any(part is not None for part in shift_sums):
+            each = iter(shift_sums)
+            shifts = self._joined(None if b is None else next(each) for b in self.layout.biases)
+            total.addcmul_(shifts, self.bias, value=-1)
         gain = self.gain.masked_fill(self.gain == 0, 1)
         parts = self.layout.vectors(gain)
         for number in self.direct:
             parts[number].fill_(1)
-        return gain.mul_(self.norm.clamp_min(NORM_FLOOR))
+        return total.div_(gain.mul_(self.norm.clamp_min(NORM_FLOOR)))
 
 
 class _Prepare(torch.autograd.Function):
@@ -234,7 +238,8 @@ class _Prepare(torch.autograd.Function):
         ctx.scales = scales = layout.up_scales(plan.gain)
         down = plan.down.to(dtype)
         ups = [(up * scale).to(dtype) for up, scale in zip(plan.up, scales, strict=True)]
-        shifted = [size for size, has in zip(layout.sizes, layout.shifted, strict=True) if has]
+        each = zip(layout.sizes, layout.biases, strict=True)
+        shifted = [size for size, bias in each if bias is not None]
         numerators = torch.cat([plan.gain, plan.gain.new_zeros(sum(shifted))])
         split = torch.split(numerators, layout.sizes + shifted)
         return *layout.downs(down), *layout.ups(ups), *split
@@ -247,9 +252,11 @@ class _Prepare(torch.autograd.Function):
         downs, ups, sums = (grads[i * count : (i + 1) * count] for i in range(3))
         down, up = torch.empty_like(plan.down), [torch.empty_like(rows) for rows in plan.up]
         made = [*plan.layout.downs(down), *plan.layout.ups(up)]
-        _copy(made, [*downs, *ups])
+        given = zip(made, [*downs, *ups], strict=True)
+        if pairs := [(part, grad) for part, grad in given if grad is not None]:
+            torch._foreach_copy_([part for part, _ in pairs], [grad for _, grad in pairs])
         torch._foreach_mul_(up, ctx.scales)
-        made += plan.layout.vectors(_magnitude_gradient(plan, sums, shift_sums))
+        made += plan.layout.vectors(plan.magnitude_gradient(sums, shift_sums))
         return (
             None,
             None,
@@ -258,30 +265,3 @@ class _Prepare(torch.autograd.Function):
                 for part, grad, dtype in zip(made, grads, ctx.dtypes, strict=True)
             ),
         )
-
-
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor | None]) -> None:
-    pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if s is not None]
-    if pairs:
-        torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
-
-
-def _magnitude_gradient(
-    plan: Plan, sums: Sequence[Tensor | None], shift_sums: Sequence[Tensor | None]
-) -> Tensor:
-    """``dm_i = sum(dy_i * (y_i - b_i)) / (g_i norm_i)``, all layers': ``(W + sBA) x`` is the rest.
-
-    On the input axis the sum is that of ``g x`` times its gradient.
-    """
-    zeros = plan.gain.new_zeros(max(plan.layout.sizes))
-
-    def joined(parts: Iterable[Tensor | None]) -> Tensor:
-        pairs = zip(parts, plan.layout.sizes, strict=True)
-        return join([zeros[:size] if part is None else part for part, size in pairs])
-
-    total = joined(sums)
-    if any(part is not None for part in shift_sums):
-        each = iter(shift_sums)
-        shifts = joined(next(each) if has else None for has in plan.layout.shifted)
-        total.addcmul_(shifts, plan.bias, value=-1)
-    return total.div_(plan.divisor())

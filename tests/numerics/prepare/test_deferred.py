@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from dora_diffusion.adapters.inject import adapter_parameters, inject_adapters
-from dora_diffusion.adapters.scope import Loop, norm_scope
+from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.numerics.prepare import deferred
-from dora_diffusion.numerics.prepare.deferred import DeferredFlags
+from dora_diffusion.numerics.prepare import layout
+from dora_diffusion.numerics.prepare.layout import DeferredFlags
 from dora_diffusion.numerics.prepare.plan import Plan
 
 NONE = torch.tensor([False] * 5)
@@ -29,8 +29,8 @@ class Event:
 
 @pytest.fixture
 def as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deferred, "record_event", lambda tensor: Event())
-    monkeypatch.setattr(deferred, "reads_at_once", lambda device: False)
+    monkeypatch.setattr(layout, "record_event", lambda tensor: Event())
+    monkeypatch.setattr(layout, "_DEFERRED", {"cpu"})
 
 
 def test_a_cpu_reads_at_once():
@@ -66,12 +66,12 @@ def test_a_base_weight_written_through_data_is_noticed_in_the_next_step(monkeypa
     monkeypatch.setattr(
         Plan, "_recompute", lambda self, n, *rest: recomputed.append(n) or plain(self, n, *rest)
     )
-    model, x, loop = net(), torch.randn(3, 12), Loop()
+    model, x, cache = net(), torch.randn(3, 12), NormCache()
     expected = []
     for step in range(4):
         if step == 1:
             model[1].weight.data.mul_(1.5)
-        with norm_scope(model, loop=loop):
+        with norm_scope(model, cache=cache):
             found = model(x)
         expected.append(len(recomputed))
         with norm_scope(model):
@@ -87,12 +87,12 @@ def test_a_base_weight_written_through_data_is_noticed_in_the_next_step(monkeypa
 @pytest.mark.usefixtures("as_a_gpu")
 def test_a_channel_is_flagged_before_it_is_ill_conditioned():
     """A gain that shrinks by a third each step takes its own path as soon as it must."""
-    model, loop = net(), Loop()
+    model, cache = net(), NormCache()
     magnitude = model[0].adapters["default"].magnitude
     assert magnitude is not None
     seen = []
     for _ in range(12):
-        with norm_scope(model, loop=loop):
+        with norm_scope(model, cache=cache):
             scales = model[0].scales("default", model[0].adapters["default"])
             gain, is_direct = abs(float(scales.gain[4])), scales.factors(torch.float32).is_direct
             seen.append((gain, is_direct))

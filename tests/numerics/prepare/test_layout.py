@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dora_diffusion.numerics.joined import join, split_like
+from dora_diffusion.numerics.prepare import layout
+from dora_diffusion.numerics.prepare.layout import join, split_like
 
 SHAPES = [(3, 4), (2,), (1, 2, 3, 1), (0, 5), ()]
 
@@ -21,6 +22,19 @@ def test_what_is_joined_comes_apart_again(count):
     joined.zero_()
     assert not any(part.any() for part in parts), "they are views"
     assert tensors[0].all(), "and the vector is no view of what was joined"
+
+
+def test_an_empty_tensor_keeps_its_shape_with_torch_2_6(monkeypatch):
+    """Which gives it the shape (0,)."""
+    plain = layout._unflatten_dense_tensors
+
+    def old(flat, tensors):
+        return [part if part.numel() else flat.new_empty(0) for part in plain(flat, tensors)]
+
+    monkeypatch.setattr(layout, "_unflatten_dense_tensors", old)
+    tensors = [torch.randn(shape) for shape in SHAPES]
+    parts = split_like(join(tensors), tensors)
+    assert [tuple(part.shape) for part in parts] == SHAPES
 
 
 def test_a_single_contiguous_tensor_is_copied():
