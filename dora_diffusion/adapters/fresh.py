@@ -10,14 +10,14 @@ from typing import cast
 import torch
 from torch import nn
 
-from dora_diffusion.adapters.directions import (
-    Direction,
-    PrincipalDirection,
-    ProjectedDirection,
-    SingularDirection,
-)
 from dora_diffusion.adapters.kinds import layer_groups, layer_kind, layer_matrix
 from dora_diffusion.adapters.layers import LayerAdapter
+from dora_diffusion.adapters.parametrizations import (
+    Parametrization,
+    PrincipalParametrization,
+    ProjectedParametrization,
+    SingularParametrization,
+)
 from dora_diffusion.adapters.targets import is_conv
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.dora import weight_norm
@@ -41,7 +41,7 @@ class AdaptedLayerReport:
 class InjectionReport:
     """What was adapted, and how many parameters train: ``r * (fan_in + out)`` and magnitudes.
 
-    Of an adapter with another direction than A and B, ``rank`` is what it trains.
+    Of an adapter with another parametrization than A and B, ``rank`` is what it trains.
     """
 
     layers: tuple[AdaptedLayerReport, ...]
@@ -77,7 +77,7 @@ def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
         ValueError: With the setting and the largest rank.
     """
     _check_variant(path, module, config)
-    if config.direction == "vera":
+    if config.parametrization == "vera":
         return
     weight = layer_matrix(module)
     rank, _ = config.rank_and_alpha(is_conv(module))
@@ -91,15 +91,19 @@ def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
 
 
 def _check_variant(path: str, module: nn.Module, config: AdapterConfig) -> None:
-    """Refuse starts and directions on layers that only A and B of their own are defined for."""
-    if config.init == "random" and config.direction == "low-rank":
+    """Refuse what only layers with A and B of their own can have."""
+    if config.init == "random" and config.parametrization == "low-rank":
         return
     if layer_kind(module) == "embedding" or layer_groups(module) != 1:
-        what = f"init {config.init}" if config.init != "random" else f"direction {config.direction}"
+        what = (
+            f"init {config.init}"
+            if config.init != "random"
+            else f"parametrization {config.parametrization}"
+        )
         kind = "an Embedding" if layer_kind(module) == "embedding" else "a convolution with groups"
         raise ValueError(
             f"{path} is {kind}, and {what} is for Linear layers and convolutions without groups; "
-            "leave it out of the targets, or take init random and direction low-rank"
+            "leave it out of the targets, or take init random and parametrization low-rank"
         )
 
 
@@ -114,7 +118,7 @@ def fresh_adapters(
         generator: Draws what is random. None uses the global one.
     """
     projections = None
-    if config.direction == "vera":
+    if config.parametrization == "vera":
         shapes = [tuple(layer_matrix(module).shape) for module in modules.values()]
         projections = Projections.of(shapes, config.rank, config.projection_seed)
     return {
@@ -133,22 +137,22 @@ def _fresh_adapter(
     rank, alpha = config.rank_and_alpha(is_conv(module))
     axis = cast(NormAxis, config.norm_axis)
     magnitude = weight_norm(weight, axis).float() if config.use_dora else None
-    direction: Direction | None = None
+    parametrization: Parametrization | None = None
     if projections is not None:
-        direction = ProjectedDirection(projections, weight)
-    elif config.direction == "adalora":
-        direction = SingularDirection(weight, rank)
+        parametrization = ProjectedParametrization(projections, weight)
+    elif config.parametrization == "adalora":
+        parametrization = SingularParametrization(weight, rank)
     elif config.init == "pissa":
-        direction = PrincipalDirection(weight, rank, alpha / rank)
-    if direction is None:
+        parametrization = PrincipalParametrization(weight, rank, alpha / rank)
+    if parametrization is None:
         factors = _random_factors(weight, rank, kind, generator)
         weights = LayerWeights(*factors, magnitude, alpha, axis, kind, layer_groups(module))
         return LayerAdapter(weights, config.dropout)
-    start = direction.start(generator)
+    start = parametrization.start(generator)
     with torch.no_grad():
-        down, up = direction(*start)
+        down, up = parametrization(*start)
     weights = LayerWeights(down, up, magnitude, alpha * down.shape[0] / rank, axis, kind)
-    return LayerAdapter(weights, config.dropout, direction, start)
+    return LayerAdapter(weights, config.dropout, parametrization, start)
 
 
 def _random_factors(

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.directions import Direction
+from dora_diffusion.adapters.parametrizations import Parametrization
 from dora_diffusion.numerics.dora import dora_forward, interpolated_magnitude, sum_of_adapters
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import OneHot, Operation, dropout
@@ -37,27 +37,27 @@ class LayerAdapter(nn.Module):
     """The parameters of one adapter on one layer, float32, and how strongly it acts.
 
     Attributes:
-        down, up: As in `LayerWeights`, or what ``direction`` makes these from.
+        down, up: As in `LayerWeights`, or what ``parametrization`` makes these from.
         magnitude, alpha, norm_axis, kind, groups: As in `LayerWeights`.
-        direction: What makes A and B; None: they are ``down`` and ``up``.
+        parametrization: What makes A and B; None: they are ``down`` and ``up``.
         strengths: Its strengths; those of a new adapter are 1.
         enabled: False switches the adapter off.
 
     Args:
         weights: What it starts as.
         dropout: As in `AdapterConfig`.
-        direction: See above.
-        trained: ``down`` and ``up`` that the direction makes ``weights`` from.
+        parametrization: See above.
+        trained: ``down`` and ``up`` that the parametrization makes ``weights`` from.
     """
 
     magnitude: nn.Parameter | None
-    direction: Direction | None
+    parametrization: Parametrization | None
 
     def __init__(
         self,
         weights: LayerWeights,
         dropout: float = 0.0,
-        direction: Direction | None = None,
+        parametrization: Parametrization | None = None,
         trained: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class LayerAdapter(nn.Module):
         self.up = nn.Parameter(up)
         magnitude = weights.magnitude
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
-        self.direction = direction
+        self.parametrization = parametrization
         self.alpha = weights.alpha
         self.norm_axis: NormAxis = weights.norm_axis
         self.kind: LayerKind = weights.kind
@@ -76,12 +76,12 @@ class LayerAdapter(nn.Module):
         self.enabled = True
 
     def weights(self) -> LayerWeights:
-        """The live tensors, not copies; with a direction, what it makes of them."""
+        """The live tensors, not copies; with a parametrization, what it makes of them."""
         down, up = self.down, self.up
-        if self.direction is not None:
+        if self.parametrization is not None:
             # Whoever asks first may do so without gradients, and a norm scope keeps what it got.
             with torch.enable_grad():
-                down, up = self.direction(down, up)
+                down, up = self.parametrization(down, up)
         return LayerWeights(
             down, up, self.magnitude, self.alpha, self.norm_axis, self.kind, self.groups
         )
@@ -89,8 +89,8 @@ class LayerAdapter(nn.Module):
     def versions(self) -> tuple[int, ...]:
         """Which parameters it has, and how often each was written in place; of a DoRA."""
         own = [*self._parameters.values()]
-        if self.direction is not None:
-            own += self.direction._parameters.values()
+        if self.parametrization is not None:
+            own += self.parametrization._parameters.values()
         try:
             return *map(id, own), *map(_VERSION, own)
         except RuntimeError:  # Tensors that were made in inference mode count nothing.
@@ -105,9 +105,9 @@ class LayerAdapter(nn.Module):
 
     @torch.no_grad()
     def used_weights(self) -> LayerWeights:
-        """What a file holds: `weights` without rows that a direction has switched off."""
+        """What a file holds: `weights` without rows that a parametrization has switched off."""
         weights = self.weights()
-        used = None if self.direction is None else self.direction.used()
+        used = None if self.parametrization is None else self.parametrization.used()
         if used is None or bool(used.all()):
             return weights
         down, up = weights.down[used], weights.up[:, used]

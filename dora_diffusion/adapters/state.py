@@ -15,10 +15,10 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.directions import ProjectedDirection
 from dora_diffusion.adapters.inject import DEFAULT_NAME, attach_adapters
 from dora_diffusion.adapters.kinds import can_adapt, layer_kind
 from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers
+from dora_diffusion.adapters.parametrizations import ProjectedParametrization
 from dora_diffusion.families import FAMILIES, Family
 from dora_diffusion.formats.adapter.embeddings import MissingToken
 from dora_diffusion.formats.adapter.file import (
@@ -93,18 +93,20 @@ def vera_state(components: LiveModules, name: str = DEFAULT_NAME) -> dict[str, V
     for component, model in components.items():
         for path, layer in adapted_layers(model):
             adapter = cast(LayerAdapter, layer.adapters[name]) if name in layer.adapters else None
-            if adapter is not None and isinstance(adapter.direction, ProjectedDirection):
-                state[canonical(component, path)] = _vectors(adapter, adapter.direction)
+            if adapter is not None and isinstance(
+                adapter.parametrization, ProjectedParametrization
+            ):
+                state[canonical(component, path)] = _vectors(adapter, adapter.parametrization)
     return state
 
 
-def _vectors(adapter: LayerAdapter, direction: ProjectedDirection) -> VeraLayer:
+def _vectors(adapter: LayerAdapter, parametrization: ProjectedParametrization) -> VeraLayer:
     tensors = (adapter.down, adapter.up, adapter.magnitude)
     d, b, magnitude = (None if t is None else t.detach().to("cpu", copy=True) for t in tensors)
     assert d is not None
     assert b is not None
-    shape, axis = direction.weight_shape, adapter.norm_axis
-    return VeraLayer(direction.projections, shape, d, b, magnitude, axis)
+    shape, axis = parametrization.weight_shape, adapter.norm_axis
+    return VeraLayer(parametrization.projections, shape, d, b, magnitude, axis)
 
 
 def _detached(adapter: LayerAdapter) -> LayerWeights:

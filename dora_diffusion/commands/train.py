@@ -18,6 +18,7 @@ from dora_diffusion.config import (
     without_effect,
 )
 from dora_diffusion.config.derived import overridden
+from dora_diffusion.config.fields import RENAMED
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
 from dora_diffusion.console.training import TrainProgress, next_steps
 from dora_diffusion.wording import quoted
@@ -40,12 +41,26 @@ def add_arguments(parser: Parser) -> None:
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.group)
         _add_flag(groups[setting.group], setting)
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     for name, answer in DIFFUSERS_FLAGS.items():
-        hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         if answer.status == "renamed":
             parser.add_argument(f"--{name}", dest=answer.setting, **hidden)
         elif answer.status == "ignored":
             parser.add_argument(f"--{name}", nargs="?", **hidden)
+    for name, now in RENAMED.items():
+        parser.add_argument(f"--{name}", dest=now, action=_Renamed, **hidden)
+
+
+class _Renamed(argparse.Action):
+    """A setting under the name that it had."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        _warn_renamed(str(option).lstrip("-"))
+
+
+def _warn_renamed(name: str) -> None:
+    warnings.warn(f"{name} is called {RENAMED[name]} now", stacklevel=1)
 
 
 def _add_flag(group: Any, setting: Setting) -> None:
@@ -169,6 +184,9 @@ def _settings_of(
             known[key] = value
         elif answer and answer.status == "renamed":
             known[answer.setting] = value
+        elif key in RENAMED:
+            known[RENAMED[key]] = value
+            _warn_renamed(key)
         elif answer and answer.status == "ignored":
             _warn_ignored(key)
         else:

@@ -10,7 +10,7 @@ PRESETS = ("cross-attention", "attention", "attention+conv", "full")
 TEXT_ENCODER_PRESETS = ("text-encoder-attention", "text-encoder", "token-embedding")
 NORM_AXES = ("output", "input")
 INITS = ("random", "pissa")
-DIRECTIONS = ("low-rank", "vera", "adalora")
+PARAMETRIZATIONS = ("low-rank", "vera", "adalora")
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class AdapterConfig:
         dropout: Probability of dropping an input of the low-rank path.
         init: Where A and B start. ``"random"``: A random, B zero. ``"pissa"``: both from the
             leading singular vectors of the weight (arXiv:2404.02948); the update has rank 2r.
-        direction: What the update is made of. ``"low-rank"``: A and B, which train. ``"vera"``:
-            frozen random A and B of ``rank``, shared by all layers, and vectors that train
-            (arXiv:2310.11454); the scale is 1. ``"adalora"``: A with a factor for each of its rows,
-            by which ``train`` switches rows off (arXiv:2303.10512).
+        parametrization: What the update is made of. ``"low-rank"``: A and B, which train.
+            ``"vera"``: frozen random A and B of ``rank``, shared by all layers, and vectors that
+            train (arXiv:2310.11454); the scale is 1. ``"adalora"``: A with a factor for each of
+            its rows, by which ``train`` switches rows off (arXiv:2303.10512).
         projection_seed: What VeRA's A and B are drawn from.
 
     Example:
@@ -54,7 +54,7 @@ class AdapterConfig:
     norm_axis: str = "output"
     dropout: float = 0.0
     init: str = "random"
-    direction: str = "low-rank"
+    parametrization: str = "low-rank"
     projection_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,22 +65,22 @@ class AdapterConfig:
             require_positive(name, getattr(self, name))
         require_choice("norm_axis", self.norm_axis, NORM_AXES)
         require_choice("init", self.init, INITS)
-        require_choice("direction", self.direction, DIRECTIONS)
+        require_choice("parametrization", self.parametrization, PARAMETRIZATIONS)
         require(
-            self.init == "random" or self.direction == "low-rank",
-            f"init {self.init} starts A and B as they train in direction low-rank; direction "
-            f"{self.direction} has other numbers: leave one of them out",
+            self.init == "random" or self.parametrization == "low-rank",
+            f"init {self.init} starts A and B as they train in parametrization low-rank; "
+            f"parametrization {self.parametrization} has other numbers: leave one of them out",
             "init",
         )
-        if self.direction == "vera":
+        if self.parametrization == "vera":
             self._check_vera()
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)")
 
     def _check_vera(self) -> None:
         require(
             self.conv_rank_or_rank == self.rank,
-            f"conv_rank is {self.conv_rank}: all layers of direction vera share projections of "
-            f"rank {self.rank}; leave conv_rank out",
+            f"conv_rank is {self.conv_rank}: all layers of parametrization vera share "
+            f"projections of rank {self.rank}; leave conv_rank out",
             "conv_rank",
         )
         require(
@@ -97,7 +97,7 @@ class AdapterConfig:
     def rank_and_alpha(self, is_conv: bool) -> tuple[int, float]:
         """Rank and effective alpha (the scale is always ``alpha / rank``) of a kind of layer."""
         rank = self.conv_rank_or_rank if is_conv else self.rank
-        if self.direction == "vera":
+        if self.parametrization == "vera":
             return rank, float(rank)
         alpha = self.conv_alpha if is_conv else self.alpha
         alpha = float(rank if alpha is None else alpha)

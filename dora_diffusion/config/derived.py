@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.fields import ConfigError, Setting, shown
+from dora_diffusion.config.fields import ConfigError, Setting, shown, with_present_names
 from dora_diffusion.config.train import TrainConfig, settings
 
 Changes = dict[str, tuple[Any, Any]]
@@ -51,8 +51,10 @@ def _validation_steps(config: TrainConfig) -> int | None:
 
 DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
     "learning_rate": lambda config: config.usual_lr,
-    "lora_alpha": lambda config: None if config.direction == "vera" else float(config.rank),
-    "conv_alpha": lambda config: None if config.direction == "vera" else float(config.conv_rank),
+    "lora_alpha": lambda config: None if config.parametrization == "vera" else float(config.rank),
+    "conv_alpha": lambda config: (
+        None if config.parametrization == "vera" else float(config.conv_rank)
+    ),
     "class_word": _class_word,
     "validation_prompt": _validation_prompt,
     "validation_steps": _validation_steps,
@@ -175,7 +177,7 @@ def unusual_rates(config: TrainConfig) -> list[str]:
     """
     name, what = config.optimizer_name, "full fine-tuning" if config.is_full else "adapters"
     least, most = _FULL if config.is_full else _ADAPTER
-    if config.direction == "vera" and not config.is_full:
+    if config.parametrization == "vera" and not config.is_full:
         (least, most), what = _VERA, "VeRA"
     if name == "prodigy":
         least, most = _PRODIGY
@@ -207,6 +209,7 @@ def differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, C
     Returns:
         Name -> (before, now): of settings that must be the same, and of those that may change.
     """
+    before = with_present_names(before)
     refused: Changes = {}
     allowed: Changes = {}
     for setting in settings():

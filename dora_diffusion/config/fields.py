@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -44,6 +44,8 @@ Resume = Literal["same", "free", "apart"]
 
 _WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 TYPES: dict[str, type] = {kind.__name__: kind for kind in _WANTED}
+RENAMED = {"direction": "parametrization"}
+"""Name that a setting had in an earlier version -> its name."""
 
 
 class ConfigError(ValueError):
@@ -62,6 +64,11 @@ def require(condition: bool, message: str, setting: str = "") -> None:
     """Raise `ConfigError` unless a condition holds."""
     if not condition:
         raise ConfigError(message, setting)
+
+
+def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version may have written, by the names that they have now."""
+    return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 def require_positive(name: str, value: float | None) -> None:

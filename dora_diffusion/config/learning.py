@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dora_diffusion.config.adapter import (
-    DIRECTIONS,
     INITS,
     NORM_AXES,
+    PARAMETRIZATIONS,
     PRESETS,
     TEXT_ENCODER_PRESETS,
 )
@@ -26,9 +26,9 @@ _ADAPTER = Need("method", ("dora", "lora"))
 _FULL = Need("method", ("full",))
 _TARGETED = AnyOf((_ADAPTER, Need("full_weights", ("targets",))))
 _ADAM = Need("optimizer", ("adamw", "adamw8bit", "prodigy"))
-_RANKED = Need("direction", ("low-rank", "adalora"))
-_VERA = Need("direction", ("vera",))
-_ALLOCATED = Need("direction", ("adalora",))
+_RANKED = Need("parametrization", ("low-rank", "adalora"))
+_VERA = Need("parametrization", ("vera",))
+_ALLOCATED = Need("parametrization", ("adalora",))
 _PRODIGY = Need("optimizer", ("prodigy",))
 
 
@@ -84,13 +84,13 @@ class AdapterSettings:
         None, "Alpha of Conv2d layers.", derived="conv_rank", needs=(_ADAPTER, _RANKED), above=0
     )
     rslora: bool = flag(False, "rsLoRA: scale by alpha / sqrt(rank).", needs=(_ADAPTER, _RANKED))
-    direction: str = flag(
+    parametrization: str = flag(
         "low-rank",
         "What the update is made of. low-rank: A and B, which train. vera: frozen random A and B "
         "that all layers share, and two vectors a layer that train (VeRA, arXiv:2310.11454; with "
         "magnitudes DVoRA), at 10 to 100 times the learning rate. adalora: A and B of a rank that "
         "is moved to the layers that need it (AdaLoRA, arXiv:2303.10512).",
-        choices=DIRECTIONS,
+        choices=PARAMETRIZATIONS,
         needs=(_ADAPTER,),
     )
     vera_rank: int = flag(64, "Rank of VeRA's projections.", needs=(_ADAPTER, _VERA), above=0)

@@ -15,7 +15,7 @@ from typing import Any
 
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
-from dora_diffusion.config.fields import Setting, require
+from dora_diffusion.config.fields import Setting, require, with_present_names
 from dora_diffusion.wording import did_you_mean
 
 
@@ -57,7 +57,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         )
         if self.optimizer_name == "prodigy":
             self._check_prodigy()
-        if self.direction == "adalora" and not self.is_full:
+        if self.parametrization == "adalora" and not self.is_full:
             self._check_allocation()
         for targets, rank_only in ((self.targets, False), (self.text_encoder_targets, True)):
             self._adapter(tuple(targets), rank_only)
@@ -105,7 +105,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         )
 
     def _adapter(self, targets: tuple[str, ...], linear_only: bool) -> AdapterConfig:
-        is_vera = self.direction == "vera"
+        is_vera = self.parametrization == "vera"
         return AdapterConfig(
             targets=targets,
             rank=self.vera_rank if is_vera else self.rank,
@@ -117,7 +117,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             norm_axis=self.norm_axis,
             dropout=self.lora_dropout,
             init=self.init,
-            direction=self.direction,
+            parametrization=self.parametrization,
             projection_seed=self.seed,
         )
 
@@ -185,6 +185,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             ConfigError: If a key is not a setting, or a value has the wrong type.
         """
         known = {setting.name: setting for setting in settings()}
+        values = with_present_names(values)
         unknown = [f"{name}{did_you_mean(name, known)}" for name in values if name not in known]
         require(not unknown, f"unknown settings: {', '.join(sorted(unknown))}")
         return cls(**{name: known[name].cast(value) for name, value in values.items()})

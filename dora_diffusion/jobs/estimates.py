@@ -20,8 +20,8 @@ _SAME = (
     "pretrained_model_name_or_path", "resolution", "train_batch_size", "train_text_encoder",
     "gradient_accumulation_steps", "with_prior_preservation", "prior_preservation_mode",
     "mixed_precision", "gradient_checkpointing", "compile", "offload", "cache_latents", "optimizer",
-    "method", "use_dora", "direction", "full_weights", "targets", "text_encoder_targets", "rank",
-    "conv_rank", "lora_dropout",
+    "method", "use_dora", "parametrization", "full_weights", "targets", "text_encoder_targets",
+    "rank", "conv_rank", "lora_dropout",
 )  # fmt: skip
 
 

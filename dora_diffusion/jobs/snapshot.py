@@ -308,7 +308,7 @@ def _yaml(path: Path, modified: int) -> Mapping[str, Any] | str:
     """The settings, or why there are none: that can take long to find out, too."""
     known = {one.name: one for one in config.settings()}
     try:
-        values = config.read_config_file(path)
+        values = config.with_present_names(config.read_config_file(path))
         values = {
             name: known[name].cast(value) if name in known else value
             for name, value in values.items()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config import ConfigError, TrainConfig, settings
+from dora_diffusion.config import ConfigError, TrainConfig, settings, with_present_names
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.study.config import BASE, Asked, Method, Study
@@ -95,7 +95,8 @@ class Trial:
             record: Record = json.loads(self.file(output).read_text(encoding="utf-8"))
             current = self.settings
             same = record["digest"] == self.digest and all(
-                current.get(name, value) == value for name, value in record["settings"].items()
+                current.get(name, value) == value
+                for name, value in with_present_names(record["settings"]).items()
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None

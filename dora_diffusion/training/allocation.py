@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.directions import SingularDirection
 from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.adapters.layers import LayerAdapter
+from dora_diffusion.adapters.parametrizations import SingularParametrization
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.numerics.allocation import (
     BudgetSchedule,
@@ -29,7 +29,7 @@ class RankAllocation:
     are without that term.
 
     Args:
-        adapters: Those that train; each must have a `SingularDirection`.
+        adapters: Those that train; each must have a `SingularParametrization`.
         schedule: How many triplets they may have.
         orthogonality_weight: Of the term.
     """
@@ -44,7 +44,8 @@ class RankAllocation:
         self.orthogonality_weight = orthogonality_weight
         self._adapters = list(adapters)
         self._diagonals = [
-            cast(SingularDirection, adapter.direction).diagonal for adapter in self._adapters
+            cast(SingularParametrization, adapter.parametrization).diagonal
+            for adapter in self._adapters
         ]
         self._parameters: list[nn.Parameter] = [
             *self._diagonals,

@@ -72,7 +72,7 @@ def _method(config: TrainConfig) -> tuple[str, str]:
         return "full-finetuning", "Full fine-tuning"
     is_dora = config.method_name == "dora"
     name = "DoRA" if is_dora else "LoRA"
-    if config.direction == "vera":
+    if config.parametrization == "vera":
         name = "DVoRA" if is_dora else "VeRA"
     axis = f", norm on the {config.norm_axis} axis" if is_dora else ""
     start = f", started by {config.init}" if config.init != "random" else ""
@@ -80,9 +80,9 @@ def _method(config: TrainConfig) -> tuple[str, str]:
 
 
 def _ranks(config: TrainConfig) -> str:
-    if config.direction == "vera":
+    if config.parametrization == "vera":
         return f"projections of rank {config.vera_rank}"
-    if config.direction == "adalora":
+    if config.parametrization == "adalora":
         return f"ranks allocated to layers, from {config.rank}, convolutions {config.conv_rank}"
     return f"rank {config.rank}, convolutions {config.conv_rank}"
 

@@ -128,7 +128,11 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
             "the checkpoint's random projections are not those that this version draws; "
             "resume it with the version that wrote it"
         )
-    tensors, saved = session.weights.tensors(), state["parameters"]
+    tensors = session.weights.tensors()
+    saved = {  # An earlier version called parametrizations so.
+        name.replace(".direction.", ".parametrization."): tensor
+        for name, tensor in state["parameters"].items()
+    }
     shapes, own = ({k: tuple(v.shape) for k, v in of.items()} for of in (saved, tensors))
     if shapes != own:
         raise ConfigError("the checkpoint was trained in other layers or shapes than this run's")

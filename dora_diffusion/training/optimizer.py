@@ -45,7 +45,7 @@ def parameter_groups(trained: Mapping[str, nn.Module], config: TrainConfig) -> G
         }
         for role, (lr, decay) in roles.items():
             named = [dict(adapter.named_parameters()) for adapter in layer_adapters(model)]
-            names = (role, f"direction.{role}")
+            names = (role, f"parametrization.{role}")
             parameters = [parts[name] for parts in named for name in names if name in parts]
             if parameters:
                 name = f"{component}/{role}"

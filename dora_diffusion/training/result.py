@@ -84,7 +84,7 @@ def _variant(config: TrainConfig) -> dict[str, str]:
     if config.is_full:
         return {}
     usual = TrainConfig()
-    names = ("init", "direction")
+    names = ("init", "parametrization")
     return {n: getattr(config, n) for n in names if getattr(config, n) != getattr(usual, n)}
 
 

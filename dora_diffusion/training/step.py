@@ -187,7 +187,7 @@ def build_step(
     schedule = build_lr_schedule(optimizer, config)
     optimizer = accelerator.prepare_optimizer(optimizer)
     allocation = None
-    if config.direction == "adalora" and not config.is_full:
+    if config.parametrization == "adalora" and not config.is_full:
         allocation = build_allocation(weights.modules, config)
     return TrainingStep(
         config, accelerator, weights.modules, objective, optimizer, schedule, inputs, flat,

@@ -166,7 +166,7 @@ def test_what_did_not_change_is_found_out_once(net, x, monkeypatch):
         assert len(calls) == expected
 
 
-@pytest.mark.parametrize("settings", [{"direction": "vera"}, {}])
+@pytest.mark.parametrize("settings", [{"parametrization": "vera"}, {}])
 def test_what_a_direction_made_is_not_kept_beyond_its_step(net, x, settings):
     """Vectors train; the matrices that they make are large, and of one step."""
     inject_adapters(net, everything(**settings))
@@ -177,7 +177,7 @@ def test_what_a_direction_made_is_not_kept_beyond_its_step(net, x, settings):
         made = weakref.ref(scales.plan.layers[scales.number].weights.down)
     del scales
     gc.collect()
-    assert (made() is None) == ("direction" in settings)
+    assert (made() is None) == ("parametrization" in settings)
 
 
 def test_a_layer_whose_output_is_overwritten_now_is_noticed(net, x):
@@ -253,7 +253,9 @@ def train_inside(
             yield loss.detach()
 
 
-@pytest.mark.parametrize("settings", [{}, {"direction": "vera"}, {"direction": "adalora"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"parametrization": "vera"}, {"parametrization": "adalora"}]
+)
 @pytest.mark.parametrize("looped", [False, True])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_loop_of_steps_inside_one_scope_is_an_error(net, x, optimizer, looped, settings):

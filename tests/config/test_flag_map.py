@@ -10,7 +10,8 @@ import pytest
 
 from dora_diffusion import cli
 from dora_diffusion.commands.train import train_config
-from dora_diffusion.config import settings
+from dora_diffusion.config import TrainConfig, settings
+from dora_diffusion.config.fields import RENAMED
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 
 # As their argument parsers list them: train_dreambooth_lora.py, train_dreambooth_lora_sdxl.py.
@@ -74,6 +75,17 @@ def test_every_flag_is_answered(name, capsys):
 
 def test_no_answer_is_about_a_setting() -> None:
     assert not {setting.name for setting in settings()} & set(DIFFUSERS_FLAGS)
+
+
+def test_a_setting_under_the_name_that_it_had_is_taken_and_said(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("direction: vera\n", encoding="utf-8")
+    for argv in (["--direction", "vera"], ["--config", str(file)]):
+        with pytest.warns(UserWarning, match="^direction is called parametrization now$"):
+            config = train_config(cli.build_parser().parse_args(["train", *argv]))
+        assert config.parametrization == "vera"
+    assert TrainConfig.from_dict({"direction": "adalora"}).parametrization == "adalora"
+    assert not {setting.name for setting in settings()} & set(RENAMED)
 
 
 def test_a_value_of_diffusers_type_bool_is_taken() -> None:

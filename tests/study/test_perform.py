@@ -31,7 +31,7 @@ def test_a_trial_is_trained_measured_and_analyzed(tmp_path):
     methods = {
         "dora": {"targets": ["attention"]},
         "full": {"method": "full", "full_weights": "targets", "targets": ["attention"]},
-        "dvora": {"targets": ["attention"], "direction": "vera", "vera_rank": 4},
+        "dvora": {"targets": ["attention"], "parametrization": "vera", "vera_rank": 4},
     }
     results = run_study(study(**SHORT, methods=methods), tmp_path)
     base, dora, full, dvora = results.records

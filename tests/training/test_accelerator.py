@@ -88,7 +88,7 @@ def launch(config: dict, tmp_path: Path, processes: int, before: str = "", fails
         pytest.param({}, id="dora"),
         pytest.param({"init": "pissa"}, id="pissa", marks=pytest.mark.slow),
         pytest.param(
-            {"direction": "adalora", "rank": 4, "allocation_interval": 1},
+            {"parametrization": "adalora", "rank": 4, "allocation_interval": 1},
             id="adalora", marks=pytest.mark.slow,
         ),
     ],

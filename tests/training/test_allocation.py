@@ -7,6 +7,7 @@ import json
 import peft
 import pytest
 import torch
+from tests.adapters.test_directions import batches, merged_weights, two_linears
 from torch import nn
 
 from dora_diffusion.adapters.inject import inject_adapters, layer_adapters, merge_adapters
@@ -20,7 +21,6 @@ from dora_diffusion.training.allocation import RankAllocation
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import open_session
 from dora_diffusion.training.subject import subject_of
-from tests.adapters.test_directions import batches, merged_weights, two_linears
 from tests.training.helpers import accelerator_of_fp16, open_run
 
 RANK, TARGET, STEPS = 4, 2, 14
@@ -36,7 +36,7 @@ def orthogonality(model: nn.Module) -> torch.Tensor:
 def test_it_trains_to_the_weights_and_ranks_of_pefts() -> None:
     ours, theirs = two_linears(), two_linears()
     inject_adapters(ours, AdapterConfig(targets=("*",), rank=RANK, alpha=6.0, use_dora=False,
-                                        direction="adalora"))  # fmt: skip
+                                        parametrization="adalora"))  # fmt: skip
     adapters = list(layer_adapters(ours))
     schedule = BudgetSchedule(2 * RANK, 2 * TARGET, STEPS, warmup=2, final=4, interval=2)
     allocation = RankAllocation(adapters, schedule, 0.5)
@@ -49,7 +49,7 @@ def test_it_trains_to_the_weights_and_ranks_of_pefts() -> None:
     for name, layer in adapted_layers(ours):
         mine, other = layer.adapters["default"], theirs.base_model.model.get_submodule(name)
         pairs += [(mine.down, other.lora_A["default"]), (mine.up, other.lora_B["default"]),
-                  (mine.direction.diagonal, other.lora_E["default"])]  # fmt: skip
+                  (mine.parametrization.diagonal, other.lora_E["default"])]  # fmt: skip
     for mine, one in pairs:
         one.data.copy_(mine.view(one.shape))
     steps = [torch.optim.AdamW([p[i] for p in pairs], lr=0.02, weight_decay=0) for i in (0, 1)]
@@ -77,7 +77,7 @@ def test_it_trains_to_the_weights_and_ranks_of_pefts() -> None:
 
 def test_a_run_ends_with_its_budget_as_ranks_of_an_ordinary_dora(tiny_run, tmp_path):
     config = tiny_run(
-        direction="adalora", rank=4, target_rank=2, max_train_steps=8, allocation_interval=2,
+        parametrization="adalora", rank=4, target_rank=2, max_train_steps=8, allocation_interval=2,
         targets=["attention", "*.resnets.0.conv1"], conv_rank=2, checkpointing_steps=4,
     )  # fmt: skip
     train(config)
@@ -95,13 +95,13 @@ def test_a_run_ends_with_its_budget_as_ranks_of_an_ordinary_dora(tiny_run, tmp_p
 
 
 def test_switched_off_rows_are_not_in_the_file_and_the_scale_stays(sd1_folder, photos, tmp_path):
-    session = open_run(sd1_folder, photos, tmp_path, targets=["attention"], direction="adalora",
-                       lora_alpha=3.0)  # fmt: skip
+    session = open_run(sd1_folder, photos, tmp_path, targets=["attention"],
+                       parametrization="adalora", lora_alpha=3.0)  # fmt: skip
     for number, (_, layer) in enumerate(adapted_layers(session.components.unet)):
         adapter = layer.adapters["default"]
         expected = adapter.weights()
         with torch.no_grad():
-            adapter.direction.diagonal[: 1 + number % 2] = 0
+            adapter.parametrization.diagonal[: 1 + number % 2] = 0
         made, full = adapter.used_weights(), adapter.weights()
         assert made.rank == 1
         assert made.scale == expected.scale == 1.5
@@ -110,8 +110,8 @@ def test_switched_off_rows_are_not_in_the_file_and_the_scale_stays(sd1_folder, p
 
 def test_it_weighs_the_gradients_that_the_optimizer_gets(sd1_folder, photos, tmp_path, monkeypatch):
     """Clipped ones, also where the optimizer sees all parameters as a few flat ones."""
-    session = open_run(sd1_folder, photos, tmp_path, targets=["attention"], direction="adalora",
-                       max_grad_norm=1e-3)  # fmt: skip
+    session = open_run(sd1_folder, photos, tmp_path, targets=["attention"],
+                       parametrization="adalora", max_grad_norm=1e-3)  # fmt: skip
     allocation, norms = session.train_step.allocation, []
     assert session.train_step.flat is not None
 
@@ -125,7 +125,8 @@ def test_it_weighs_the_gradients_that_the_optimizer_gets(sd1_folder, photos, tmp
 
 def test_a_step_that_fp16_skips_tells_it_nothing(tiny_run):
     config = tiny_run(
-        direction="adalora", rank=4, target_rank=2, mixed_precision="fp16", max_train_steps=12,
+        parametrization="adalora", rank=4, target_rank=2, mixed_precision="fp16",
+        max_train_steps=12,
         allocation_interval=1, allocation_warmup=1, allocation_final=2,
     )  # fmt: skip
     accelerator = accelerator_of_fp16(config, scale=2.0**60)
@@ -147,7 +148,7 @@ def test_a_step_that_fp16_skips_tells_it_nothing(tiny_run):
 def test_the_last_choice_is_made_a_step_later_if_fp16_skips_its_step():
     model = two_linears()
     inject_adapters(model, AdapterConfig(targets=("*",), rank=RANK, use_dora=False,
-                                         direction="adalora"))  # fmt: skip
+                                         parametrization="adalora"))  # fmt: skip
     schedule = BudgetSchedule(2 * RANK, 2 * TARGET, STEPS, warmup=2, final=4, interval=20)
     allocation = RankAllocation(layer_adapters(model), schedule, 0.0)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -166,7 +167,7 @@ def test_prodigy_does_not_see_the_term(tiny_run):
     pytest.importorskip("prodigyopt")
     steps, rate = [], 1e-3
     for weight in (0.0, 0.3):
-        config = tiny_run(direction="adalora", rank=4, optimizer="prodigy", learning_rate=1.0,
+        config = tiny_run(parametrization="adalora", rank=4, optimizer="prodigy", learning_rate=1.0,
                           orthogonality_weight=weight, max_train_steps=20)  # fmt: skip
         step = open_session(config, subject_of(config), make_accelerator(config)).train_step
         for group in step.optimizer.param_groups:

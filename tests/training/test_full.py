@@ -279,11 +279,11 @@ def test_settings_of_adapters_have_no_effect_and_that_is_said(full_config):
     } <= set(said)  # fmt: skip
     assert "targets" not in without_effect(replace(config, full_weights="targets"))
     said = without_effect(
-        replace(config, direction="adalora", target_rank=2, vera_rank=8, max_train_steps=1)
+        replace(config, parametrization="adalora", target_rank=2, vera_rank=8, max_train_steps=1)
     )
-    assert {"direction", "target_rank", "vera_rank"} <= set(said)
+    assert {"parametrization", "target_rank", "vera_rank"} <= set(said)
     assert set(without_effect(replace(config, init="pissa"))) >= {"init"}
-    session = session_of(replace(config, direction="adalora"))
+    session = session_of(replace(config, parametrization="adalora"))
     assert session.train_step.allocation is None
     said = without_effect(replace(full_config, method="lora", full_weights="targets"))
     assert said["full_weights"] == "full_weights has no effect because method is lora"

@@ -18,6 +18,7 @@ from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
 from dora_diffusion.jobs.checkpoints import result_adapter
 from dora_diffusion.models.load import load_components
+from dora_diffusion.training.checkpoint import STATE_FILE
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.result import result_metadata
 from tests.formats.layouts.helpers import (
@@ -30,9 +31,9 @@ from tests.training.helpers import assert_same_adapter, losses, make_config, ope
 
 VARIANTS = {
     "pissa": {"init": "pissa"},
-    "dvora": {"direction": "vera", "vera_rank": 8},
+    "dvora": {"parametrization": "vera", "vera_rank": 8},
     "adalora": {
-        "direction": "adalora",
+        "parametrization": "adalora",
         "rank": 4,
         "target_rank": 2,
         "allocation_interval": 1,
@@ -40,6 +41,19 @@ VARIANTS = {
     },
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def as_an_earlier_version_wrote_it(checkpoint: Path) -> None:
+    """Under the name that the setting had, and what it makes in the model."""
+    state = torch.load(checkpoint / STATE_FILE, weights_only=True)
+    parameters = state["parameters"]
+    assert any(".parametrization." in name for name in parameters)
+    state["parameters"] = {
+        name.replace(".parametrization.", ".direction."): tensor
+        for name, tensor in parameters.items()
+    }
+    state["config"]["direction"] = state["config"].pop("parametrization")
+    torch.save(state, checkpoint / STATE_FILE)
 
 
 @variants
@@ -57,6 +71,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
     parted = replace(whole, output_dir=str(tmp_path / "parted"))
     train(replace(parted, max_train_steps=6))
     shutil.rmtree(tmp_path / "parted" / "checkpoint-6")
+    if variant == "adalora":
+        as_an_earlier_version_wrote_it(tmp_path / "parted" / "checkpoint-3")
     train(replace(parted, resume_from_checkpoint="checkpoint-3"))
     assert_same_adapter(tmp_path / "whole", tmp_path / "parted")
     assert losses(tmp_path / "whole") == losses(tmp_path / "parted")
@@ -141,7 +157,7 @@ def test_a_fresh_pissa_has_the_leading_part_of_each_weight(
     base = dict(load_components(sd1_folder).unet.named_parameters())
     for path, layer in adapted_layers(session.components.unet):
         weight = base[f"{path}.weight"]
-        direction = layer.adapters["default"].direction
+        direction = layer.adapters["default"].parametrization
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         leading = (u[:, :2] * s[:2]) @ vh[:2]
         torch.testing.assert_close(direction.start_up @ direction.start_down, leading,
@@ -149,13 +165,15 @@ def test_a_fresh_pissa_has_the_leading_part_of_each_weight(
 
 
 def test_a_dvora_leaves_a_compact_file_beside_an_ordinary_one(tiny_run, tmp_path):
-    config = tiny_run(direction="vera", vera_rank=8, checkpointing_steps=2, train_text_encoder=True)
+    config = tiny_run(
+        parametrization="vera", vera_rank=8, checkpointing_steps=2, train_text_encoder=True
+    )
     result = train(config)
     run, checkpoint = tmp_path / "out", tmp_path / "out" / "checkpoint-2"
     assert result.adapter.name == "pytorch_lora_weights.safetensors"
     assert [file.name for file in checkpoint.glob("*.safetensors")] == ["vera.safetensors"]
     compact = read_adapter(run / "vera.safetensors")
-    assert compact.metadata.extra["direction"] == "vera"
+    assert compact.metadata.extra["parametrization"] == "vera"
     ordinary = read_adapter(run).layers
     assert set(compact.layers) == set(ordinary)
     for name, layer in compact.layers.items():
@@ -172,7 +190,7 @@ def test_a_dvora_leaves_a_compact_file_beside_an_ordinary_one(tiny_run, tmp_path
 
 
 def test_a_run_over_it_leaves_no_compact_file_of_the_one_before(tiny_run, tmp_path):
-    train(tiny_run(direction="vera", vera_rank=8, max_train_steps=1))
+    train(tiny_run(parametrization="vera", vera_rank=8, max_train_steps=1))
     assert (tmp_path / "out" / "vera.safetensors").is_file()
     train(tiny_run(max_train_steps=1, overwrite_output_dir=True))
     assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == [
@@ -183,7 +201,7 @@ def test_a_run_over_it_leaves_no_compact_file_of_the_one_before(tiny_run, tmp_pa
 def test_projections_that_are_not_drawn_as_before_are_no_checkpoint_of_the_run(
     sd1_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
-    session = open_run(sd1_folder, photos, tmp_path, targets=["attention"], direction="vera")
+    session = open_run(sd1_folder, photos, tmp_path, targets=["attention"], parametrization="vera")
     state = session.state_dict()
     assert set(state["projections"]) == {"unet"}
     session.load_state_dict(state)

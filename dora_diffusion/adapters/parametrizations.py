@@ -1,7 +1,7 @@
 """Adapters whose A and B are made from other tensors that train: how they start, and are made.
 
-A `LayerAdapter` trains ``down`` and ``up``. Without a direction these are A and B. The formula of
-`numerics.dora` sees A and B alone, so that norms, merges and files need not know of any of this.
+A `LayerAdapter` trains ``down`` and ``up``. Without a parametrization these are A and B. The
+formula of `numerics.dora` sees A and B alone: norms, merges and files need not know of this.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SVD_DEVIATION = 0.02
 _D_START = 0.1
 
 
-class Direction(nn.Module):
+class Parametrization(nn.Module):
     """What makes A and B of one layer from its ``down`` and ``up``; its buffers do not train."""
 
     def start(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ class Direction(nn.Module):
         return None
 
 
-class PrincipalDirection(Direction):
+class PrincipalParametrization(Parametrization):
     """PiSSA (arXiv:2404.02948): the leading part of the weight itself is what moves.
 
     The paper trains A and B from the leading singular triplets, on the rest of the weight. Over
@@ -75,7 +75,7 @@ class PrincipalDirection(Direction):
         return torch.cat([self.start_down + down, down]), torch.cat([up, self.start_up], dim=1)
 
 
-class ProjectedDirection(Direction):
+class ProjectedParametrization(Parametrization):
     """VeRA (arXiv:2310.11454): ``delta = diag(b) B diag(d) A``, where only the vectors train.
 
     ``down`` is d, ``(r,)``, and ``up`` is b, ``(out,)``. A and B are random, frozen, and shared by
@@ -103,7 +103,7 @@ class ProjectedDirection(Direction):
         return scaled_rows(down, frozen_down), scaled_rows(up, frozen_up)
 
 
-class SingularDirection(Direction):
+class SingularParametrization(Parametrization):
     """AdaLoRA (arXiv:2303.10512): ``delta = s P diag(l) Q``, whose triplets can be switched off.
 
     ``down`` is Q, ``(r, in, *k)``, and ``up`` is P, ``(out, r, ...)``: random at the start, where l

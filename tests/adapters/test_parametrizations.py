@@ -20,7 +20,7 @@ from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.dora import adapted_norm, adapted_weight
 from tests.adapters.helpers import AXES, Net, everything, move
 
-KINDS = [{"init": "pissa"}, {"direction": "vera", "rank": 16}, {"direction": "adalora"}]
+KINDS = [{"init": "pissa"}, {"parametrization": "vera", "rank": 16}, {"parametrization": "adalora"}]
 
 
 class TwoLinears(nn.Module):
@@ -130,7 +130,7 @@ def test_what_a_file_holds_is_an_ordinary_adapter_of_the_same_output(net, x, kin
     torch.manual_seed(0)
     other = Net().requires_grad_(False)
     load_adapter_state({"unet": other}, state)
-    assert all(layer.adapters["default"].direction is None
+    assert all(layer.adapters["default"].parametrization is None
                for layer in other.modules() if hasattr(layer, "adapters"))  # fmt: skip
     torch.testing.assert_close(other(x), expected, rtol=1e-5, atol=1e-5)
     base = {name: parameter.clone() for name, parameter in other.named_parameters()}
@@ -199,7 +199,7 @@ def test_pissa_is_what_peft_converts_its_own_to(tmp_path):
 def test_vera_has_the_outputs_and_gradients_of_pefts(use_dora):
     """With magnitudes at the norm, which the gradient takes for constant, DVoRA is VeRA."""
     model, rank = two_linears(), 24
-    config = AdapterConfig(targets=("*",), rank=rank, direction="vera", projection_seed=3,
+    config = AdapterConfig(targets=("*",), rank=rank, parametrization="vera", projection_seed=3,
                            use_dora=use_dora)  # fmt: skip
     report = inject_adapters(model, config)
     assert report.parameters == sum(rank + out + use_dora * out for out in (14, 6))
@@ -208,7 +208,7 @@ def test_vera_has_the_outputs_and_gradients_of_pefts(use_dora):
     ))  # fmt: skip
     tuner, pairs = theirs.base_model, []
     layers = {name: m for name, m in model.named_modules() if hasattr(m, "adapters")}
-    drawn = next(iter(layers.values())).adapters["default"].direction.projections.matrices
+    drawn = next(iter(layers.values())).adapters["default"].parametrization.projections.matrices
     tuner.vera_A["default"].copy_(drawn[1, 1].flatten(1))
     tuner.vera_B["default"].copy_(drawn[None])
     generator = torch.Generator().manual_seed(1)
@@ -237,8 +237,8 @@ def test_vera_has_the_outputs_and_gradients_of_pefts(use_dora):
 
 
 def test_all_layers_share_one_copy_of_the_projections(net):
-    inject_adapters(net, everything(direction="vera", rank=8))
-    shared = {id(m.adapters["default"].direction.projections)
+    inject_adapters(net, everything(parametrization="vera", rank=8))
+    shared = {id(m.adapters["default"].parametrization.projections)
               for m in net.modules() if hasattr(m, "adapters")}  # fmt: skip
     assert len(shared) == 1
     assert not any("projections" in name for name in net.state_dict())
@@ -254,7 +254,7 @@ def test_the_leading_part_of_a_large_weight_is_what_starts_it():
     layer = nn.Linear(200, 160).requires_grad_(False)
     layer.weight.copy_(weight)
     inject_adapters(nn.Sequential(layer), AdapterConfig(targets=("*",), rank=4, init="pissa"))
-    direction = layer.adapters["default"].direction
+    direction = layer.adapters["default"].parametrization
     u, s, vh = torch.linalg.svd(weight.double())
     best = (u[:, :4] * s[:4]) @ vh[:4]
     ours = (direction.start_up @ direction.start_down).double()
@@ -263,7 +263,7 @@ def test_the_leading_part_of_a_large_weight_is_what_starts_it():
 
 
 @pytest.mark.parametrize(
-    "variant", [{"init": "pissa"}, {"direction": "vera"}, {"direction": "adalora"}]
+    "variant", [{"init": "pissa"}, {"parametrization": "vera"}, {"parametrization": "adalora"}]
 )
 @pytest.mark.parametrize(
     ("layer", "words"),
