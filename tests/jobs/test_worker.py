@@ -214,7 +214,9 @@ def test_what_the_source_file_lacked_is_said(
 def test_a_mistake_in_the_arguments_is_a_failure_with_its_line(
     workspace: Workspace, queue: jobs.JobQueue
 ) -> None:
-    folder = about(make(workspace), "export", "--bass", "b")
+    run = make(workspace)
+    folder = about(run, "export", "--bass", "b")
+    jobs.stop_job(run)
     job = wait(workspace, queue, folder.name, lambda job: job.state == "failed")
     assert job.result is not None
     assert (job.result.code, job.cause) == (2, "there is no flag --bass (did you mean --base?)")
@@ -225,8 +227,9 @@ def test_a_job_that_has_nothing_to_save_stops_at_once(
     workspace: Workspace, queue: jobs.JobQueue, sd1_folder: Path
 ) -> None:
     """While it waits for the device, here."""
-    folder = about(make(workspace), "export", "--base", str(sd1_folder), "--output", "x")
-    jobs.stop_job(workspace.job_folders[0])
+    run = make(workspace)
+    folder = about(run, "export", "--base", str(sd1_folder), "--output", "x")
+    jobs.stop_job(run)
     device = Lock(workspace.device_lock)
     device.take(wait=True)
     phase = "waiting for the device"
