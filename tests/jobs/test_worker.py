@@ -146,7 +146,7 @@ def test_a_conversion_says_what_the_command_line_says(finished: tuple[Workspace,
     words[2] = str(again)
     printed = subprocess.run(
         [sys.executable, "-m", "dora_diffusion", *words],
-        check=True, capture_output=True, text=True, env={**os.environ},
+        check=True, capture_output=True, text=True, encoding="utf-8", env={**os.environ},
     ).stdout  # fmt: skip
     theirs, ours = load_file(again), load_file(output)
     assert set(theirs) == set(ours)
