@@ -198,9 +198,9 @@ def test_the_module_is_the_command():
 
 
 def test_the_walks_name_what_there_is() -> None:
-    """Dotted names under "Two walks" are modules of the package, or what they hold."""
+    """Dotted names under "Three walks" are modules of the package, or what they hold."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    walks = text.partition("## Two walks")[2].partition("\n## ")[0]
+    walks = text.partition("## Three walks")[2].partition("\n## ")[0]
     names = re.findall(r"`([a-z_]+(?:\.\w+)+)`", walks)
     assert len(names) > 20
     for name in names:

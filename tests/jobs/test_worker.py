@@ -146,7 +146,7 @@ def test_a_conversion_says_what_the_command_line_says(finished: tuple[Workspace,
     words[2] = str(again)
     printed = subprocess.run(
         [sys.executable, "-m", "dora_diffusion", *words],
-        check=True, capture_output=True, text=True, env={**os.environ},
+        check=True, capture_output=True, text=True, encoding="utf-8", env={**os.environ},
     ).stdout  # fmt: skip
     theirs, ours = load_file(again), load_file(output)
     assert set(theirs) == set(ours)
@@ -155,7 +155,7 @@ def test_a_conversion_says_what_the_command_line_says(finished: tuple[Workspace,
     assert "relative error of the change: median" in printed
     for line in printed.replace(str(again), output.name).splitlines():
         assert line in shown
-    assert str(output) not in shown.partition("On the command line")[0]
+    assert f"{output}: " not in shown  # the name alone
 
 
 def test_a_folder_is_packed_for_the_download(finished: tuple[Workspace, str]) -> None:
@@ -214,7 +214,9 @@ def test_what_the_source_file_lacked_is_said(
 def test_a_mistake_in_the_arguments_is_a_failure_with_its_line(
     workspace: Workspace, queue: jobs.JobQueue
 ) -> None:
-    folder = about(make(workspace), "export", "--bass", "b")
+    run = make(workspace)
+    folder = about(run, "export", "--bass", "b")
+    jobs.stop_job(run)
     job = wait(workspace, queue, folder.name, lambda job: job.state == "failed")
     assert job.result is not None
     assert (job.result.code, job.cause) == (2, "there is no flag --bass (did you mean --base?)")
@@ -225,8 +227,9 @@ def test_a_job_that_has_nothing_to_save_stops_at_once(
     workspace: Workspace, queue: jobs.JobQueue, sd1_folder: Path
 ) -> None:
     """While it waits for the device, here."""
-    folder = about(make(workspace), "export", "--base", str(sd1_folder), "--output", "x")
-    jobs.stop_job(workspace.job_folders[0])
+    run = make(workspace)
+    folder = about(run, "export", "--base", str(sd1_folder), "--output", "x")
+    jobs.stop_job(run)
     device = Lock(workspace.device_lock)
     device.take(wait=True)
     phase = "waiting for the device"
