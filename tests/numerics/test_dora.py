@@ -232,6 +232,10 @@ def test_norms_are_dense_sums_and_constants(axis, shape):
     with torch.autocast("cpu", torch.bfloat16):
         norm = adapted_norm(weight.float(), layer.to(torch.float32))
     torch.testing.assert_close(norm.double(), expected, rtol=1e-6, atol=0)
+    half = weight.bfloat16()
+    expected = dense_norm(half.double() + direction - weight, axis).flatten().detach()
+    norm = adapted_norm(half, layer.to(torch.float32))
+    torch.testing.assert_close(norm.double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("axis", AXES)
