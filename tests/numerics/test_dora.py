@@ -313,6 +313,16 @@ def test_a_magnitude_of_16_bits_is_interpolated_in_float32():
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("axis", AXES)
+def test_a_weight_of_16_bits_is_adapted_in_float32(axis):
+    weight, _, down, up, magnitude = make((12, 7), axis=axis)
+    weight, layer = weight.bfloat16(), LayerWeights(down, up, magnitude, 1.5, axis)
+    expected = reference_weight(weight.double(), down, up, magnitude, 0.5, axis)
+    found = adapted_weight(weight, layer.to(torch.float32))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_strength_1_is_the_adapted_weight_to_the_last_bit():
     weight, _, down, up, magnitude = make((12, 7), dtype=torch.float32)
     layer = LayerWeights(down, up, 1e-6 * magnitude, 0.9)
