@@ -15,6 +15,7 @@ from dora_diffusion.numerics.dora import (
     adapted_weight,
     dora_forward,
     gain,
+    interpolated_magnitude,
     low_rank_delta,
     sum_of_adapters,
     weight_norm,
@@ -231,6 +232,10 @@ def test_norms_are_dense_sums_and_constants(axis, shape):
     with torch.autocast("cpu", torch.bfloat16):
         norm = adapted_norm(weight.float(), layer.to(torch.float32))
     torch.testing.assert_close(norm.double(), expected, rtol=1e-6, atol=0)
+    half = weight.bfloat16()
+    expected = dense_norm(half.double() + direction - weight, axis).flatten().detach()
+    norm = adapted_norm(half, layer.to(torch.float32))
+    torch.testing.assert_close(norm.double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -295,6 +300,35 @@ def test_factors_of_16_bits_are_multiplied_in_float32(dtype):
     found = low_rank_delta(down, up, 0.3)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), 0.3 * up.double() @ down.double(), rtol=0, atol=1e-5)
+
+
+def test_a_magnitude_of_16_bits_is_interpolated_in_float32():
+    weight, _, down, up, magnitude = make((12, 7))
+    layer = LayerWeights(down, up, magnitude.bfloat16(), 3.0)
+    start = dense_norm(weight, "output").flatten()
+    for strength in (1.0, 0.4):
+        found = interpolated_magnitude(weight.float(), layer, strength)
+        assert found.dtype == torch.float32
+        expected = start + strength * (layer.magnitude.double() - start)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_a_weight_of_16_bits_is_adapted_in_float32(axis):
+    weight, _, down, up, magnitude = make((12, 7), axis=axis)
+    weight, layer = weight.bfloat16(), LayerWeights(down, up, magnitude, 1.5, axis)
+    expected = reference_weight(weight.double(), down, up, magnitude, 0.5, axis)
+    found = adapted_weight(weight, layer.to(torch.float32))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_strength_1_is_the_adapted_weight_to_the_last_bit():
+    weight, _, down, up, magnitude = make((12, 7), dtype=torch.float32)
+    layer = LayerWeights(down, up, 1e-6 * magnitude, 0.9)
+    direction = weight + low_rank_delta(down, up, 0.9 / 3)
+    expected = direction * gain(layer.magnitude, adapted_norm(weight, layer))[:, None]
+    assert torch.equal(adapted_weight(weight, layer), expected)
 
 
 @WAYS
