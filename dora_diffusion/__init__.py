@@ -79,7 +79,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdapterConfig": "config.adapter",
-    "AdapterFormatError": "formats.adapter.keys",
+    "AdapterFormatError": "formats.layouts.layout",
     "BrokenImageError": "generate",
     "CheckpointLayoutError": "formats.checkpoint.entries",
     "ConfigError": "config.fields",

@@ -56,8 +56,7 @@ def extract_adapter(
     tables of token vectors are left out, and a note says where they differ.
 
     Args:
-        base: The model that the adapter will be used with: a Diffusers folder, a hub id,
-            ``embedded:NAME``, or a single file.
+        base: The model that the adapter will be used with, as `open_model` takes it.
         tuned: The model to come near, of the same architecture; a folder or a file alike.
         output: File (``.safetensors``) or folder to write.
         rank: Largest rank; small layers get less.
@@ -65,13 +64,12 @@ def extract_adapter(
         method: ``"dora"``, or ``"lora"``: without magnitudes.
         energy: Take each layer's smallest rank with this share of the squared singular values.
         norm_axis: What the magnitudes run along.
-        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the first; on the input axis
-            the last, which alone can hold it.
+        key_format: ``"diffusers"``, ``"peft"`` or ``"kohya"``. None: the one that can hold it.
         dtype: Of the low-rank factors; None: float32.
-        variant: Weight variant of the base, such as ``"fp16"``.
+        variant: Weight variant of the base, such as ``"fp16"``; ``tuned_variant`` of the other.
         revision: Branch, tag or commit of a base on the hub.
-        tuned_variant: That of the tuned model.
-        tuned_revision: That of a tuned model on the hub.
+        tuned_variant: As ``variant``, of the tuned model.
+        tuned_revision: As ``revision``, of the tuned model.
         overwrite: Replace a file that exists.
         on_progress: Called with (bytes of the base compared, bytes in all).
 
@@ -79,8 +77,7 @@ def extract_adapter(
         What was written, with the error of each layer: ``|W'' - W'| / |W' - W|``.
 
     Raises:
-        ExportError: If the models do not have the same layers or do not differ, a setting cannot
-            work, or the output exists.
+        ExportError: If the models do not fit or differ, a setting cannot work, or it exists.
         MergeError: If weights are quantised.
     """
     settings = FitSettings(rank, conv_rank, energy, method, norm_axis, dtype)
@@ -92,9 +89,8 @@ def extract_adapter(
         fitted, notes = _fit_models(before, after, settings, on_progress)
         adapter = AdapterFile(fitted.layers, _metadata(before, after, fitted, settings))
         path = write_adapter(output, adapter, kind, base=before)
-    return ConversionReport(
-        path, kind, len(fitted.layers), fitted.errors, fitted.total_error, tuple(notes)
-    )
+    errors, total = fitted.errors, fitted.total_error
+    return ConversionReport(path, kind, len(errors), errors, total, tuple(notes))
 
 
 def _fit_models(

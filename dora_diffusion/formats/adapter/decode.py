@@ -21,7 +21,7 @@ from dora_diffusion.formats.adapter.repair import (
     split_joined,
 )
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, kinds_of, module_shapes
-from dora_diffusion.formats.layouts.layout import AdapterFormatError, Groups, Layout, Part
+from dora_diffusion.formats.layouts.layout import AdapterFormatError, AdapterLayout, Groups, Part
 from dora_diffusion.formats.layouts.other import group_keys
 from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.formats.names.unet import UNetLayout
@@ -32,7 +32,7 @@ Layers = dict[str, LayerWeights]
 
 
 def decode_layers(
-    layout: Layout,
+    layout: AdapterLayout,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     base: ModelWeights | None = None,
@@ -60,22 +60,13 @@ def decode_layers(
         The layers, and a line for each thing that was found broken and repaired.
 
     Raises:
-        AdapterFormatError: For keys left over, a layer without both factors, a magnitude whose
-            axis cannot be told, numbers that are not finite, or a layer the model does not have.
+        AdapterFormatError: For what is left over, lacks a factor, is not finite, or does not fit.
     """
-    if (says := layout.says_alpha or says_alpha(metadata, config)) and alpha is not None:
-        raise AdapterFormatError("its alpha was not lost: the file says it; give none")
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise AdapterFormatError(
-            f"alpha {alpha:g} was given; give the number above 0 that it was trained with"
-        )
+    says = _says_alpha(layout, metadata, config, alpha)
     shapes = None if base is None else module_shapes(base)
-    if not tensors:
-        raise AdapterFormatError("the file holds no adapter: it has no tensors")
+    unet = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
     groups = layout.group(tensors, metadata, shapes)
-    if groups is None:
-        unet = UNetLayout.from_text(metadata.get(OWN + UNET_LAYERS, ""))
-        groups = group_keys(tensors, name_resolver(shapes, unet), component)
+    groups = groups or group_keys(tensors, name_resolver(shapes, unet), component)
     notes = key_notes(tensors) if component is None else []
     alpha_of, without_alpha = alpha_rule(metadata, config)
     if not says and alpha is None and any("alpha" not in parts for parts in groups.values()):
@@ -99,6 +90,23 @@ def decode_layers(
     if not component and not layout.says_alpha and not all(map(has_component, tensors)):
         layers = move_to_second_encoder(layers, shapes, notes)
     return fit_to_model(layers, shapes), notes
+
+
+def _says_alpha(
+    layout: AdapterLayout,
+    metadata: Mapping[str, str],
+    config: Mapping[str, Any] | None,
+    alpha: float | None,
+) -> bool:
+    """Whether a file says its alpha; an alpha that is given must be a number, and was lost."""
+    says = layout.says_alpha or says_alpha(metadata, config)
+    if says and alpha is not None:
+        raise AdapterFormatError("its alpha was not lost: the file says it; give none")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise AdapterFormatError(
+            f"alpha {alpha:g} was given; give the number above 0 that it was trained with"
+        )
+    return says
 
 
 def _read_parts(

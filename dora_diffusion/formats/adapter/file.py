@@ -37,8 +37,8 @@ from dora_diffusion.formats.files.stream import write_tensors
 from dora_diffusion.formats.layouts import LAYOUTS, layout_named
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
+    AdapterLayout,
     EncodedFile,
-    Layout,
     WriteOptions,
 )
 from dora_diffusion.formats.layouts.peft import PEFT_CONFIG, PEFT_FILE, peft_component, peft_folders
@@ -128,10 +128,7 @@ def write_adapter(
         raise AdapterFormatError(
             f"{path.name}: pickles are not written; use the suffix .safetensors"
         )
-    written = [name for name, conversion in LAYOUTS.items() if conversion]
-    if target not in written:
-        raise AdapterFormatError(f"unknown target {target!r}; there is {', '.join(written)}")
-    layout = layout_named(target)
+    layout = _written_layout(target)
     if not adapter.layers:
         raise AdapterFormatError("the adapter has no layers; nothing was written")
     if adapter.beside and target != "dense":
@@ -154,6 +151,13 @@ def write_adapter(
         _write_file(path, *files.values())
     write_embeddings(embeddings, adapter.tokens)
     return path
+
+
+def _written_layout(target: str) -> AdapterLayout:
+    written = [name for name, conversion in LAYOUTS.items() if conversion]
+    if target not in written:
+        raise AdapterFormatError(f"unknown target {target!r}; there is {', '.join(written)}")
+    return layout_named(target)
 
 
 def embeddings_beside(path: Path, adapter: AdapterFile) -> dict[str, Path]:
@@ -260,7 +264,7 @@ def _decode(
 
 
 def _decode_file(
-    layout: Layout,
+    layout: AdapterLayout,
     file: StoredFile,
     tensors: dict[str, Tensor],
     base: ModelWeights | None,

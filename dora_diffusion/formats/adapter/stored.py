@@ -15,7 +15,7 @@ from dora_diffusion.formats.files.names import pipeline_in
 from dora_diffusion.formats.files.stream import TensorReader
 from dora_diffusion.formats.layouts import layout_of
 from dora_diffusion.formats.layouts.diffusers import DIFFUSERS, PEFT_PREFIX
-from dora_diffusion.formats.layouts.layout import AdapterFormatError, Layout
+from dora_diffusion.formats.layouts.layout import AdapterFormatError, AdapterLayout
 from dora_diffusion.formats.layouts.peft import PEFT_CONFIG, PEFT_FILE, peft_config, peft_folders
 from dora_diffusion.formats.layouts.vera import VERA_FILE
 
@@ -73,7 +73,7 @@ class StoredAdapter:
 
     path: Path
     files: Sequence[StoredFile]
-    layout: Layout
+    layout: AdapterLayout
 
     @classmethod
     def open(cls, path: str | Path) -> StoredAdapter:

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from dora_diffusion.formats.layouts.layout import Layout
+    from dora_diffusion.formats.layouts.layout import AdapterLayout
 
 
 class Conversion(NamedTuple):
@@ -82,20 +82,20 @@ CONVERSIONS: Mapping[str, Conversion] = {
 }  # fmt: skip
 
 
-def layout_named(name: str) -> Layout:
+def layout_named(name: str) -> AdapterLayout:
     """A layout of the list."""
     conversion = LAYOUTS[name]
     module = (conversion and conversion.module) or name
-    layout: Layout = getattr(import_module(f"{__name__}.{module}"), name.upper())
+    layout: AdapterLayout = getattr(import_module(f"{__name__}.{module}"), name.upper())
     return layout
 
 
-def all_layouts() -> list[Layout]:
+def all_layouts() -> list[AdapterLayout]:
     """The layouts of the list."""
     return [layout_named(name) for name in LAYOUTS]
 
 
-def layout_of(keys: Collection[str], metadata: Mapping[str, str]) -> Layout:
+def layout_of(keys: Collection[str], metadata: Mapping[str, str]) -> AdapterLayout:
     """The layout of a file with these keys and metadata; `OTHER` where it has none of the list."""
     from dora_diffusion.formats.layouts.other import OTHER
 

@@ -7,7 +7,7 @@ import re
 
 from dora_diffusion.formats.layouts.compatibility import NOT_CHECKED, NOT_FOR_IT, table
 from dora_diffusion.formats.layouts.diffusers import PROCESSOR_FORMS, Dotted
-from dora_diffusion.formats.layouts.layout import Key, Layout
+from dora_diffusion.formats.layouts.layout import AdapterLayout, Key
 
 _PATH = re.compile(r"(?:mid_block|(?:down|up)_blocks)\b.*\.attn[12]\.processor\.to_(?:q|k|v|out)")
 
@@ -26,7 +26,7 @@ class AttnProcs(Dotted):
             )
         }
     )
-    advice = Layout.advice
+    advice = AdapterLayout.advice
 
     def owns(self, key: Key) -> bool:
         return key.form in PROCESSOR_FORMS and _PATH.fullmatch(key.path) is not None

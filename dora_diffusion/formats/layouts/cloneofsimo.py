@@ -21,9 +21,9 @@ from dora_diffusion.families import USUAL
 from dora_diffusion.formats.layouts.compatibility import NOT_FOR_IT, table
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
+    AdapterLayout,
     Groups,
     Key,
-    Layout,
     Part,
     Shapes,
 )
@@ -65,7 +65,7 @@ _TEXT_PATH = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\.self_attn\.(.
 _WIDER_LEVELS = (1, 2)
 
 
-class CloneOfSimo(Layout):
+class CloneOfSimo(AdapterLayout):
     """``unet:17:down``."""
 
     name = key_format = "cloneofsimo"

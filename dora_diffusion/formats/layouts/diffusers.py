@@ -22,10 +22,10 @@ from dora_diffusion.formats.adapter.metadata import AdapterMetadata, own_fields
 from dora_diffusion.formats.layouts.compatibility import EXACT, NOT_CHECKED, NOT_FOR_IT, table
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
+    AdapterLayout,
     EncodedFile,
     Key,
     Layers,
-    Layout,
     Part,
     WriteOptions,
     factors,
@@ -85,7 +85,7 @@ def mixes_forms(keys: Iterable[str]) -> bool:
     return any(map(is_old_form, keys)) and any(key.endswith(PEFT_FORMS) for key in keys)
 
 
-class Dotted(Layout):
+class Dotted(AdapterLayout):
     """What layouts with dots in their keys share."""
 
     def parse(self, key: str) -> Key | None:

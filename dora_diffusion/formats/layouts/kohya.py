@@ -32,10 +32,10 @@ from dora_diffusion.formats.layouts.compatibility import (
 )
 from dora_diffusion.formats.layouts.layout import (
     AdapterFormatError,
+    AdapterLayout,
     EncodedFile,
     Key,
     Layers,
-    Layout,
     Part,
     WriteOptions,
     factors,
@@ -66,7 +66,7 @@ _OWN_PATH = re.compile(rf"(?:{'|'.join(KOHYA_PREFIXES)})[^.]+")
 _ALPHA_IS_LOST = re.compile(r"^text_encoder\.|\.(?:attn[12]|self_attn)\.")
 
 
-class Kohya(Layout):
+class Kohya(AdapterLayout):
     """``lora_unet_<module_with_underscores>.lora_down.weight``."""
 
     name = key_format = "kohya"

@@ -113,7 +113,7 @@ class EncodedFile:
         return cls(lazy, metadata)
 
 
-class Layout:
+class AdapterLayout:
     """One way to lay an adapter out in files.
 
     Attributes:

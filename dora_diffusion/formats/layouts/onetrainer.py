@@ -7,7 +7,7 @@ Its older files are kohya's. No other program is known to compute these as they 
 from __future__ import annotations
 
 from dora_diffusion.formats.layouts.diffusers import PEFT_FORMS, Dotted
-from dora_diffusion.formats.layouts.layout import Key, Layout
+from dora_diffusion.formats.layouts.layout import AdapterLayout, Key
 from dora_diffusion.formats.names.kohya import is_sgm_path
 from dora_diffusion.formats.names.modules import split_prefix
 
@@ -19,7 +19,7 @@ class OneTrainer(Dotted):
     """``clip_l.<module>.lora_down.weight``, ``unet.input_blocks.1.0....lora_down.weight``."""
 
     name = "onetrainer"
-    advice = Layout.advice
+    advice = AdapterLayout.advice
 
     def owns(self, key: Key) -> bool:
         is_its = key.path.startswith(_ENCODERS) or is_sgm_path(split_prefix(key.path)[1])

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dora_diffusion.formats.layouts import all_layouts
 from dora_diffusion.formats.layouts.compatibility import some_layers
 from dora_diffusion.formats.layouts.diffusers import is_old_form, mixes_forms
-from dora_diffusion.formats.layouts.layout import AdapterFormatError, Groups, Layers, Layout
+from dora_diffusion.formats.layouts.layout import AdapterFormatError, AdapterLayout, Groups, Layers
 from dora_diffusion.formats.names.kohya import Resolve
 from dora_diffusion.wording import listing
 
@@ -52,7 +52,7 @@ _MODEL_KEYS = (
 )  # fmt: skip
 
 
-class Other(Layout):
+class Other(AdapterLayout):
     """Keys that no program of the list writes, or of several of them together."""
 
     def judge(self, layers: Layers, norm_axis: str, keys: Collection[str]) -> dict[str, str]:
@@ -103,6 +103,9 @@ def group_keys(keys: Iterable[str], resolve: Resolve, component: str | None = No
     """
     layouts = all_layouts()
     layers: Groups = {}
+    keys = list(keys)
+    if not keys:
+        raise AdapterFormatError("the file holds no adapter: it has no tensors")
     left_over, twice = [], []
     for text in keys:
         parsed = ((layout, key) for layout in layouts if (key := layout.parse(text)))

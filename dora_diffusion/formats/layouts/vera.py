@@ -20,7 +20,7 @@ from torch import Tensor
 from dora_diffusion.formats.adapter.alpha import json_object
 from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata, own_fields
 from dora_diffusion.formats.files.stream import data_hash, save_tensors
-from dora_diffusion.formats.layouts.layout import AdapterFormatError, Layout
+from dora_diffusion.formats.layouts.layout import AdapterFormatError, AdapterLayout
 from dora_diffusion.numerics.projections import Kernel, Projections, scaled_rows
 from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 
@@ -99,7 +99,7 @@ def write_vera(path: Path, layers: Mapping[str, VeraLayer], metadata: AdapterMet
     return save_tensors(path, tensors, fields)
 
 
-class Vera(Layout):
+class Vera(AdapterLayout):
     """``<module>.vera_lambda_d``, with what A and B are drawn from in the metadata."""
 
     name = "vera"

@@ -28,10 +28,10 @@ from dora_diffusion.formats.layouts import CONVERSIONS, LAYOUTS, Conversion, all
 from dora_diffusion.formats.layouts.base_specific import BaseSpecific
 from dora_diffusion.formats.layouts.compatibility import PROGRAMS
 from dora_diffusion.formats.layouts.layout import (
+    AdapterLayout,
     EncodedFile,
     Key,
     Layers,
-    Layout,
     WriteOptions,
 )
 from dora_diffusion.formats.layouts.other import OTHER
@@ -163,7 +163,7 @@ def test_a_vera_is_seen_by_both(tmp_path: Path) -> None:
     assert inspect_adapter(path).parameters == 10
 
 
-class Shouted(Layout):
+class Shouted(AdapterLayout):
     """``CONV_IN!down``: as an example in CONTRIBUTING.md has it."""
 
     name = key_format = "shouted"
