@@ -10,7 +10,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from importlib import import_module
 from types import ModuleType
 
@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed (the last line says why), 2 wrong usage, 3 out of memory,
         128 + N saved and stopped by signal N.
     """
-    parser = build_parser()
-    _complete(parser)
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    _complete()
+    args = build_parser(COMMANDS.keys() & words).parse_args(words)
     tune_process()
     let_break_interrupt()
     _print_anything()
@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return outcome.code
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def build_parser(filled: Container[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The parser of all commands; only those in ``filled`` have their flags."""
     parser = Parser(
         prog="dora-diffusion",
         description="Teach Stable Diffusion or SDXL your subject with DoRA.",
@@ -69,7 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.add_argument("--debug", action="store_true", help="Show tracebacks.")
-        _module(name).add_arguments(command)
+        if name in filled:
+            _module(name).add_arguments(command)
     return parser
 
 
@@ -94,14 +95,14 @@ def _module(command: str) -> ModuleType:
     return import_module(f"dora_diffusion.commands.{command.replace('-', '_')}")
 
 
-def _complete(parser: argparse.ArgumentParser) -> None:
+def _complete() -> None:
     """Answer a shell that asks, through argcomplete, how the line could continue; then exit."""
     if "_ARGCOMPLETE" in os.environ:
         try:
             import argcomplete
         except ImportError:
             sys.exit("error: completion needs argcomplete; run 'pip install argcomplete'")
-        argcomplete.autocomplete(parser)
+        argcomplete.autocomplete(build_parser())
 
 
 if __name__ == "__main__":

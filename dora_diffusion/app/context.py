@@ -16,12 +16,12 @@ from dora_diffusion.app.settings import ADVANCED, EMBEDDED, EMBEDDED_MODELS, SET
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.console.errors import asking_for_report, explain, explain_to_all
 from dora_diffusion.families import FAMILIES
-from dora_diffusion.jobs.base_model import traits_of
+from dora_diffusion.jobs.base_model import model_info
 from dora_diffusion.jobs.bases import Base, bases, named_bases, on_this_machine
+from dora_diffusion.jobs.image_generator import ImageGenerator
 from dora_diffusion.jobs.queue import JobQueue
 from dora_diffusion.jobs.snapshot import Job, read_run, snapshot
-from dora_diffusion.jobs.studio import Studio
-from dora_diffusion.jobs.workspace import RequestError, Workspace
+from dora_diffusion.jobs.workspace import UserError, Workspace
 from dora_diffusion.memory import Device, describe_device, fitting_settings, needed_memory
 from dora_diffusion.training.subject import outside_toy_world
 
@@ -36,8 +36,8 @@ class Context:
         self.launch = launch
         # Absolute: jobs keep paths, and may resume from another working directory.
         self.workspace = Workspace(launch.runs_dir.resolve()).make()
-        self.studio = Studio(self.workspace)
-        self.queue = JobQueue(self.workspace, before_start=self.studio.release)
+        self.generator = ImageGenerator(self.workspace)
+        self.queue = JobQueue(self.workspace, before_start=self.generator.release)
         self._lock = threading.Lock()
         self._jobs: tuple[Job, ...] = ()
         self._read_at = -1e9
@@ -86,20 +86,20 @@ class Context:
         return chosen.name if chosen else ""
 
     def _fits(self, name: str, device: Device) -> bool:
-        traits = traits_of(name)
-        settings = fitting_settings(traits.family, traits.resolution, device)
-        needed = needed_memory(traits.family, traits.resolution, settings, device)
+        info = model_info(name)
+        settings = fitting_settings(info.family, info.resolution, device)
+        needed = needed_memory(info.family, info.resolution, settings, device)
         return needed is not None and device.free_gib is not None and needed <= device.free_gib
 
     def allowed_model(self, name: object) -> str:
         """A base model's name, if it may be loaded.
 
         Raises:
-            RequestError: If others can reach the app and the model is not on its list.
+            UserError: If others can reach the app and the model is not on its list.
         """
         model = str(name or "").strip() or EMBEDDED
         if not self.launch.allows_model(model):
-            raise RequestError(
+            raise UserError(
                 f"this app is shared, and offers only {', '.join(self.models)}; whoever runs it "
                 "can add models with --models"
             )
@@ -109,21 +109,21 @@ class Context:
         """Refuse other models and folders than those that whoever started the app has named.
 
         Raises:
-            RequestError: If others can reach the app, and a setting names a model or a folder.
+            UserError: If others can reach the app, and a setting names a model or a folder.
         """
         if not self.launch.is_open:
             return
         if config.pretrained_vae_model_name_or_path:
             self.allowed_model(config.pretrained_vae_model_name_or_path)
         if config.report_to == "wandb":
-            raise RequestError(
+            raise UserError(
                 "a shared app does not report to wandb, since that would be in the name of whoever "
                 "runs it; choose tensorboard or none for report_to"
             )
         for name in ADVANCED:
             is_vae = name == "pretrained_vae_model_name_or_path"
             if SETTINGS[name].is_path and not is_vae and getattr(config, name):
-                raise RequestError(
+                raise UserError(
                     f"this app is shared, and takes no folder for {name}; leave it empty"
                 )
 

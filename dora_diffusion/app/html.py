@@ -79,7 +79,7 @@ def picture_card(path: Any, action: str, value: str, text: str) -> str:
     )
 
 
-def masthead(jobs: Sequence[Job] | None, problems: Sequence[str] = ()) -> str:
+def header(jobs: Sequence[Job] | None, problems: Sequence[str] = ()) -> str:
     """Name of the app, what it is doing (None before that is known), and what it cannot do."""
     if jobs is None:
         return _masthead(pill("connecting", "connecting"))
@@ -96,7 +96,7 @@ def masthead(jobs: Sequence[Job] | None, problems: Sequence[str] = ()) -> str:
 
 def _masthead(pills: str) -> str:
     return (
-        "<div class='dd-masthead'><div><h1>DoRA studio</h1>"
+        "<div class='dd-header'><div><h1>DoRA studio</h1>"
         "<p>Teach a model your subject from a few photos, and take it anywhere.</p></div>"
         f"<div class='dd-pills'>{pills}</div></div>"
     )

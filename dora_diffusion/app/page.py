@@ -17,7 +17,7 @@ from dora_diffusion.app.views import compare, generate, library, run, subject, t
 from dora_diffusion.app.views.fields import BUSY, QUIET, filled, html_block
 from dora_diffusion.console.environment import describe_environment
 from dora_diffusion.console.errors import explain_to_all
-from dora_diffusion.jobs.workspace import RequestError
+from dora_diffusion.jobs.workspace import UserError
 
 TICK_SECONDS = 2.0
 _DAY = 24 * 3600
@@ -30,7 +30,7 @@ def build_page(context: Context) -> gr.Blocks:
     with gr.Blocks(
         title="DoRA studio", analytics_enabled=False, delete_cache=(3600, _DAY), fill_width=False
     ) as blocks:
-        masthead = html_block(html.masthead(None))
+        header = html_block(html.header(None))
         with gr.Tabs() as tabs:
             # Tabs that are not rendered lose what is sent to them.
             with gr.Tab("Subject", id="subject", render_children=True):
@@ -58,7 +58,7 @@ def build_page(context: Context) -> gr.Blocks:
         ):
             # With the run that is shown, whatever was chosen there.
             button.click(_open_with_run(tab), [shown.run], [tabs, field], **QUIET)
-        _connect_clock(context, blocks, masthead, training, generating, shelves, comparing)
+        _connect_clock(context, blocks, header, training, generating, shelves, comparing)
     return blocks
 
 
@@ -68,7 +68,7 @@ def _open_with_run(tab: str) -> Callable[[str | None], list[Any]]:
 
 
 def _connect_clock(
-    context: Context, blocks: gr.Blocks, masthead: Any, training: Any, generating: Any,
+    context: Context, blocks: gr.Blocks, header: Any, training: Any, generating: Any,
     shelves: Any, comparing: Any,
 ) -> None:  # fmt: skip
     """One timer, outside of the tabs, and the page's load refresh everything that can change.
@@ -80,7 +80,7 @@ def _connect_clock(
     shown = training.shown
     inputs = [shown.run, generating.adapter, shelves.run, comparing.study]
     fields = {
-        "masthead": masthead, "run": shown.run, "status": shown.status, "loss": shown.loss,
+        "header": header, "run": shown.run, "status": shown.status, "loss": shown.loss,
         "log": shown.log, "jobs": shown.jobs, "samples": shown.samples, "stop": shown.stop,
         "kill": shown.kill, "resume": shown.resume, "remove": shown.remove, "next": shown.next,
         "extend": shown.extend, "details": shown.details, "chooser": shown.chooser.box,
@@ -105,7 +105,7 @@ def _connect_clock(
             Compare=lambda: compare.refresh(context, jobs, study),
         )
         problems += [context.queue.problem] if context.queue.problem else []
-        return {"masthead": html.masthead(jobs, problems), **made}
+        return {"header": html.header(jobs, problems), **made}
 
     @read_again_if_deleted
     def tick(known: dict[str, Any], *chosen: Any) -> list[Any]:
@@ -184,7 +184,7 @@ def add_report(context: Context) -> None:
     @plain
     def describe() -> str:
         if context.launch.is_open:
-            raise RequestError(
+            raise UserError(
                 "a shared app does not describe the machine that it runs on; whoever runs it can "
                 "call dora-diffusion env there"
             )

@@ -10,8 +10,8 @@ from typing import Any
 from dora_diffusion.config import Setting, TrainConfig, settings, unusual_rates, without_effect
 from dora_diffusion.console.tables import shown_command
 from dora_diffusion.families import FAMILIES, USUAL
-from dora_diffusion.jobs.base_model import UNKNOWN, traits_of
-from dora_diffusion.jobs.workspace import RequestError, clean_text
+from dora_diffusion.jobs.base_model import UNKNOWN, model_info
+from dora_diffusion.jobs.workspace import UserError, clean_text
 from dora_diffusion.memory import Device, fitting_settings
 from dora_diffusion.models.locate import EMBEDDED_PREFIX, is_embedded
 from dora_diffusion.toy import MODELS
@@ -65,10 +65,10 @@ def preset_values(preset: str, model: str, device: Device | None = None) -> dict
         device: What it would train on, for precision, gradient checkpointing and optimizer.
 
     Raises:
-        RequestError: If there is no such preset.
+        UserError: If there is no such preset.
     """
     if preset not in PRESET_NAMES:
-        raise RequestError(f"there is no preset {preset!r}; choose {', '.join(PRESET_NAMES)}")
+        raise UserError(f"there is no preset {preset!r}; choose {', '.join(PRESET_NAMES)}")
     values = TrainConfig().to_dict()
     if is_embedded(model):
         values |= {**_EMBEDDED_COMMON, **_EMBEDDED[preset]}
@@ -85,17 +85,17 @@ def default_guidance(model: str) -> float:
 
 def _released_values(preset: str, model: str, device: Device) -> dict[str, Any]:
     try:
-        traits = traits_of(model)
-    except RequestError:
-        traits = UNKNOWN
+        info = model_info(model)
+    except UserError:
+        info = UNKNOWN
     share, table = _RELEASED[preset]
     values = {
         **table,
-        "max_train_steps": round(share * FAMILIES.get(traits.family, USUAL).default_steps),
+        "max_train_steps": round(share * FAMILIES.get(info.family, USUAL).default_steps),
     }
-    family = traits.family if traits.has_released_shape else ""
+    family = info.family if info.has_released_shape else ""
     batch = 2 if table.get("with_prior_preservation") else 1
-    return values | fitting_settings(family, traits.resolution, device, batch=batch)
+    return values | fitting_settings(family, info.resolution, device, batch=batch)
 
 
 def idle_settings(config: TrainConfig) -> list[str]:
@@ -137,11 +137,9 @@ def make_config(
     token = clean_text(token, 50, "token")
     class_word = clean_text(class_word, 100, "class")
     if not token or " " in token:
-        raise RequestError("the token must be one rare word, such as sks")
+        raise UserError("the token must be one rare word, such as sks")
     if not class_word:
-        raise RequestError(
-            "say what the subject is: one or two words such as mug, dog or toy robot"
-        )
+        raise UserError("say what the subject is: one or two words such as mug, dog or toy robot")
     subject = f"{token} {class_word}"
     lines = [clean_text(line, PROMPT_LIMIT, "sample prompt") for line in prompts]
     values = {name: _value(name, advanced[name]) for name in ADVANCED if name in advanced}
@@ -175,7 +173,7 @@ def _name(text: object, what: str) -> str:
     """A model's name or a path, letter by letter: nothing between its ends is changed."""
     name = str(text or "").strip()
     if len(name) > NAME_LIMIT or not name.isprintable():
-        raise RequestError(
+        raise UserError(
             f"the {what} has more than {NAME_LIMIT} characters, or one that cannot be printed"
         )
     return name

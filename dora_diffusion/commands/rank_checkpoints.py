@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     vae, folder = config.pretrained_vae_model_name_or_path, config.model_config
     questions = _questions(config, args)
     tell(phase="loading the model")
-    from dora_diffusion.jobs.studio import load_model
+    from dora_diffusion.jobs.image_generator import load_model
 
     components = load_model(args.base, None, ModelFiles(vae, folder, **base_options(args)))
     with progress("generating images", "image") as show:
@@ -116,7 +116,7 @@ def _steps(name: str, adapter: Path) -> int:
 
 
 @dataclass(frozen=True)
-class Questions:
+class EvaluationPrompts:
     """What to ask for, and how to judge the answers.
 
     Attributes:
@@ -135,7 +135,7 @@ class Questions:
     similar_to: str
 
 
-def _questions(config: TrainConfig, args: argparse.Namespace) -> Questions:
+def _questions(config: TrainConfig, args: argparse.Namespace) -> EvaluationPrompts:
     """What to ask about a run's subject, sampled as the run's own samples are.
 
     The truth of a subject of the toy world is known; others have photos.
@@ -162,7 +162,7 @@ def _questions(config: TrainConfig, args: argparse.Namespace) -> Questions:
     return ask_photos(photos, subject.trigger, subject.class_word, settings)
 
 
-def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> Questions:
+def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> EvaluationPrompts:
     """A subject of the toy world: its true images are known."""
     from dora_diffusion.evaluation.toy.evaluate import Answers, measure
     from dora_diffusion.evaluation.toy.requests import toy_requests
@@ -177,12 +177,12 @@ def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> Questions:
         return _figures(values, "subject_similarity", "others_change")
 
     note = "Similarity is to true images of the subject on held-out backgrounds."
-    return Questions(requests, settings, judge, (note,), "the true subject")
+    return EvaluationPrompts(requests, settings, judge, (note,), "the true subject")
 
 
 def ask_photos(
     folder: Path, trigger: str, class_word: str, settings: SamplingSettings
-) -> Questions:
+) -> EvaluationPrompts:
     """A subject that is known from its photos alone."""
     from dora_diffusion.data.images import open_photo
     from dora_diffusion.data.photos import list_photos
@@ -199,7 +199,7 @@ def ask_photos(
         return _figures(values, f"subject_similarity{at}", f"others_change{at}")
 
     notes = (_COPYING, f"Both are measured by {model.name}.")
-    return Questions(requests, settings, judge, notes, "training photos")
+    return EvaluationPrompts(requests, settings, judge, notes, "training photos")
 
 
 def _few(requests: Sequence[Any]) -> list[Any]:
@@ -221,7 +221,7 @@ def _figures(values: Mapping[str, Any], similarity: str, drift: str) -> Figures:
 def rank(
     components: Components,
     adapters: Mapping[str, Path],
-    questions: Questions,
+    questions: EvaluationPrompts,
     folder: Path,
     on_image: Callable[[int, int], None],
 ) -> tuple[list[RankedCheckpoint], list[str]]:

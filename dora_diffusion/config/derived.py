@@ -162,7 +162,7 @@ def without_effect(config: TrainConfig, given: Collection[str] | None = None) ->
         moved = getattr(config, setting.name) != setting.default
         if not (moved if given is None else setting.name in given):
             continue
-        reason = setting.idle_reason(config)
+        reason = setting.inactive_reason(config)
         if reason:
             reasons[setting.name] = f"{setting.name} has no effect because {reason}"
     return reasons
@@ -214,7 +214,7 @@ def differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, C
     allowed: Changes = {}
     for setting in settings():
         old, new = before.get(setting.name, setting.default), getattr(now, setting.name)
-        if setting.resume == "apart" or setting.idle_reason(now) or _same(setting, old, new):
+        if setting.resume == "ignored" or setting.inactive_reason(now) or _same(setting, old, new):
             continue
         if setting.resume == "free":
             allowed[setting.name] = (old, new)

@@ -40,7 +40,7 @@ PRECISIONS = (AUTO, *map(precision_name, DTYPES))
 
 # same: a resumed run must have it; free: it may change, which is said and recorded;
 # apart: no property of the training (folders, names, what happens afterwards).
-Resume = Literal["same", "free", "apart"]
+Resume = Literal["same", "free", "ignored"]
 
 _WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 TYPES: dict[str, type] = {kind.__name__: kind for kind in _WANTED}
@@ -183,7 +183,7 @@ class Setting:
             return self.derived
         return "none" if self.default is None else shown(self.default)
 
-    def idle_reason(self, config: Any) -> str | None:
+    def inactive_reason(self, config: Any) -> str | None:
         """Why the setting has no effect in this config; None where it has one."""
         return next((reason for need in self.needs if (reason := need(config))), None)
 

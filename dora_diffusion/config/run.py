@@ -46,7 +46,7 @@ class DeviceSettings:
         "when all that they would compute is cached, and for samples each part is there in its "
         "turn. none: everything stays. auto: model on a GPU with memory of its own.",
         choices=OFFLOADS,
-        resume="apart",
+        resume="ignored",
     )
     allow_tf32: bool = flag(False, "TensorFloat-32 on Ampere and later GPUs.", resume="free")
     seed: int = flag(0, "Random seed.", least=0)
@@ -106,59 +106,61 @@ class OutputSettings:
 
     heading: ClassVar = "Output, checkpoints and resuming"
 
-    output_dir: str = flag("dreambooth-output", "Output folder.", resume="apart", is_path=True)
+    output_dir: str = flag("dreambooth-output", "Output folder.", resume="ignored", is_path=True)
     overwrite_output_dir: bool = flag(
-        False, "Replace an earlier result in output_dir, and drop its checkpoints.", resume="apart"
+        False,
+        "Replace an earlier result in output_dir, and drop its checkpoints.",
+        resume="ignored",
     )
     checkpointing_steps: int | None = flag(
         None,
         "Save a checkpoint every N steps and at the end; 0 saves none, so that a finished run "
         "cannot be extended.",
         derived="100, for full fine-tuning 500",
-        resume="apart",
+        resume="ignored",
         least=0,
     )
     checkpointing_minutes: float = flag(
         5.0,
         "Save a checkpoint in between, too, every X minutes; 0 saves none.",
         needs=(_checkpoints,),
-        resume="apart",
+        resume="ignored",
         least=0,
     )
     checkpoints_total_limit: int | None = flag(
-        None, "Number of checkpoints to keep, the newest.", derived="all", resume="apart", above=0
+        None, "Number of checkpoints to keep, the newest.", derived="all", resume="ignored", above=0
     )
     resume_from_checkpoint: str | None = flag(
         None,
         "Checkpoint folder to resume from, or 'latest' in OUTPUT_DIR.",
-        resume="apart",
+        resume="ignored",
         is_path=True,
     )
     single_file: bool = flag(
         False,
         "Write the model of full fine-tuning as one .safetensors too, in the original layout that "
         "user interfaces read.",
-        resume="apart",
+        resume="ignored",
         needs=(Need("method", ("full",)),),
     )
     report_to: str | None = flag(
-        None, "Experiment tracker.", choices=("tensorboard", "wandb"), resume="apart"
+        None, "Experiment tracker.", choices=("tensorboard", "wandb"), resume="ignored"
     )
     logging_dir: str = flag(
         "logs",
         "Folder of the tracker's files, in OUTPUT_DIR.",
-        resume="apart",
+        resume="ignored",
         needs=(Need("report_to"),),
     )
     push_to_hub: bool = flag(
         False,
         "Publish the result on the Hugging Face hub when training is done, privately.",
-        resume="apart",
+        resume="ignored",
     )
     hub_model_id: str | None = flag(
         None,
         "NAME/MODEL to publish as.",
         derived="none, required by --push_to_hub",
-        resume="apart",
+        resume="ignored",
         needs=(Need("push_to_hub"),),
     )

@@ -78,7 +78,7 @@ class SubjectSettings:
         None,
         "Folder of images of the subject, with optional .txt captions; sub-folders are not read.",
         derived="none, required",
-        resume="apart",  # its images are compared by content
+        resume="ignored",  # its images are compared by content
         is_path=True,
     )
     instance_prompt: str | None = flag(
@@ -148,7 +148,7 @@ class ImageSettings:
         0,
         "Data-loader workers; 0 loads in the main process.",
         needs=(Need("cache_latents", (False,)),),
-        resume="apart",
+        resume="ignored",
         least=0,
     )
 
@@ -175,7 +175,7 @@ class PriorSettings:
         None,
         "Folder of class images; missing ones are generated.",
         derived="OUTPUT_DIR/class_images",
-        resume="apart",  # its images are compared by content
+        resume="ignored",  # its images are compared by content
         needs=_CLASS_IMAGES,
         is_path=True,
     )
@@ -193,6 +193,6 @@ class PriorSettings:
         4,
         "Batch size for generating class images and samples.",
         needs=(AnyOf((_PRIOR, Need("num_validation_images"))),),
-        resume="apart",
+        resume="ignored",
         above=0,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dora_diffusion.data.crops import CropRecord, apply_crop, apply_crop_to_mask, latent_mask
-from dora_diffusion.data.draws import Draws
+from dora_diffusion.data.draws import SampleTransform
 from dora_diffusion.data.images import PhotoError, open_photo
 from dora_diffusion.data.photos import Photo, open_mask
 from dora_diffusion.data.sampler import EpochIndex, EpochSampler
@@ -80,7 +80,7 @@ class DreamBoothDataset(Dataset[Sample]):
     def __init__(
         self,
         photos: Sequence[Photo],
-        draws: Draws,
+        draws: SampleTransform,
         class_images: Sequence[Photo] = (),
         *,
         masked_loss: bool = True,

@@ -20,7 +20,7 @@ _TRIED_CROPS = 8
 
 
 @dataclass(frozen=True)
-class Draws:
+class SampleTransform:
     """Crops and captions, each a function of the seed, the epoch and the photo's digest alone.
 
     The order of access, the number of workers and the neighbours do not matter, so a resumed run

@@ -64,12 +64,12 @@ def base_and_adapted(
             return None
         return lambda step, total: on_step(number * total + step, 2 * total)
 
-    untrained = (
+    base_weights = (
         components.weights_of(base_model)
         if base_model
         else disabled(*components.adaptable().values())
     )
-    with untrained:
+    with base_weights:
         base = ask(half(0))
     return {"base": base, "adapted": ask(half(1))}
 

@@ -16,7 +16,7 @@ from dora_diffusion.export.extract import facts_of
 from dora_diffusion.export.files import (
     ExportError,
     OnProgress,
-    free_embeddings,
+    check_overwrite,
     model_name,
     open_model,
 )
@@ -89,7 +89,7 @@ def combine_adapters(
         inputs = [model.path, *(find_adapter(path) for path, _ in spec.pairs())]
         check_free(output, layout_named(kind).file_name, inputs, overwrite)
         adapter = AdapterFile({}, tokens=_tokens(read))
-        embeddings = free_embeddings(output, adapter, overwrite)
+        embeddings = check_overwrite(output, adapter, overwrite)
         fitted = fit_to_adapters(model, spec.weighted(read), settings, on_progress)
         metadata = _metadata(model, spec, read, fitted, settings)
         adapter = AdapterFile(fitted.layers, metadata, tokens=adapter.tokens)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dora_diffusion.export.files import ExportError, free_embeddings, open_model, refuse_existing
+from dora_diffusion.export.files import ExportError, check_overwrite, open_model, refuse_existing
 from dora_diffusion.export.fit import (
     FitSettings,
     Fitted,
@@ -142,7 +142,7 @@ def convert_adapter(
         settings = dataclasses.replace(settings, norm_axis=axis_of(adapter.layers.values()))
         kind = _key_format(target, adapter, settings, model)
         check_free(output, layout_named(kind).file_name, inputs, overwrite)
-        embeddings = free_embeddings(output, adapter, overwrite)
+        embeddings = check_overwrite(output, adapter, overwrite)
         family = family or (model.family.name if model else "")
         metadata = _with_additions(adapter.metadata, family, tags, thumbnail)
         adapter = dataclasses.replace(adapter, metadata=metadata)

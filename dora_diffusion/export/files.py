@@ -201,7 +201,7 @@ def replace_folder(temporary: Path, output: Path) -> None:
             raise
 
 
-def free_embeddings(output: Path, adapter: AdapterFile, overwrite: bool) -> dict[str, Path]:
+def check_overwrite(output: Path, adapter: AdapterFile, overwrite: bool) -> dict[str, Path]:
     """Where an adapter's tokens are written beside it, by token.
 
     Raises:

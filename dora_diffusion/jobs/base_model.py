@@ -20,7 +20,7 @@ from dora_diffusion.families import (
     UnsupportedModelError,
     detect_folder_family,
 )
-from dora_diffusion.jobs.workspace import RequestError
+from dora_diffusion.jobs.workspace import UserError
 from dora_diffusion.models.locate import (
     HUB_ID,
     ModelNotFoundError,
@@ -34,7 +34,7 @@ _CONFIGS = ["model_index.json", "unet/config.json"]
 
 
 @dataclass(frozen=True)
-class ModelTraits:
+class ModelInfo:
     """What of a model decides the settings that suit it.
 
     Attributes:
@@ -48,32 +48,32 @@ class ModelTraits:
     has_released_shape: bool
 
 
-UNKNOWN = ModelTraits("", USUAL.default_resolution, False)
+UNKNOWN = ModelInfo("", USUAL.default_resolution, False)
 
 
-def traits_of(name: str) -> ModelTraits:
+def model_info(name: str) -> ModelInfo:
     """Family, size and shape of a model, from its own files where they are on this machine.
 
     Raises:
-        RequestError: If it is on this machine and is no model that can be trained.
+        UserError: If it is on this machine and is no model that can be trained.
     """
     try:
         path = Path(name).expanduser()
         if path.is_file():
-            return _released_traits(_file_family(path, path.stat().st_mtime_ns))
+            return _released_info(_file_family(path, path.stat().st_mtime_ns))
         folder = _folder_of(name)
         if folder is not None:
-            return _folder_traits(folder, (folder / "model_index.json").stat().st_mtime_ns)
+            return _folder_info(folder, (folder / "model_index.json").stat().st_mtime_ns)
     except (ModelNotFoundError, UnsupportedModelError) as error:
-        raise RequestError(str(error)) from error
+        raise UserError(str(error)) from error
     except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
-        raise RequestError(f"{name} cannot be read as a model: {error}") from error
-    released = (_released_traits(each) for each in FAMILIES.values() if each.released_id == name)
+        raise UserError(f"{name} cannot be read as a model: {error}") from error
+    released = (_released_info(each) for each in FAMILIES.values() if each.released_id == name)
     return next(released, UNKNOWN)
 
 
-def _released_traits(family: Family) -> ModelTraits:
-    return ModelTraits(family.name, family.default_resolution, True)
+def _released_info(family: Family) -> ModelInfo:
+    return ModelInfo(family.name, family.default_resolution, True)
 
 
 def _folder_of(name: str) -> Path | None:
@@ -84,13 +84,13 @@ def _folder_of(name: str) -> Path | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _folder_traits(folder: Path, modified: int) -> ModelTraits:
+def _folder_info(folder: Path, modified: int) -> ModelInfo:
     family = detect_folder_family(folder)
     unet, vae = (_config(folder / part) for part in ("unet", "vae"))
     side = unet.get("sample_size")
     pixels = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
     widths = unet.get("block_out_channels", [320])
-    return ModelTraits(
+    return ModelInfo(
         family.name,
         side * pixels if isinstance(side, int) else family.default_resolution,
         widths[0] == 320,
@@ -119,15 +119,15 @@ def check_base(name: str, revision: str | None = None, *, ask_hub: bool = False)
         ask_hub: Ask the hub for its configuration where it is not on this machine.
 
     Raises:
-        RequestError: If there is no such model, or it is of a kind that cannot be trained.
+        UserError: If there is no such model, or it is of a kind that cannot be trained.
     """
     path = Path(name).expanduser()
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise RequestError(
+        raise UserError(
             f"{name} is a pickle, which can run code when opened; use its .safetensors version"
         )
     if path.is_file() and path.suffix != ".safetensors":
-        raise RequestError(
+        raise UserError(
             f"{name} is no model: choose a .safetensors checkpoint or a Diffusers folder"
         )
     if (
@@ -135,32 +135,32 @@ def check_base(name: str, revision: str | None = None, *, ask_hub: bool = False)
         and not path.exists()
         and (looks_local(name) or not HUB_ID.match(name))
     ):
-        raise RequestError(
+        raise UserError(
             f"the base model {name} does not exist; choose a Diffusers folder, a .safetensors "
             "checkpoint or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
     is_here = is_embedded(name) or path.exists() or cached_snapshot(name) is not None
-    traits_of(name)
+    model_info(name)
     if is_here or not ask_hub:
         return
     try:
         detect_folder_family(fetch_snapshot(name, revision, _CONFIGS, []))
     except (ModelNotFoundError, UnsupportedModelError, OSError) as error:
-        raise RequestError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def check_variant(name: str, variant: str | None) -> None:
     """Say before a run that a folder has no weights of a variant.
 
     Raises:
-        RequestError: With what there is.
+        UserError: With what there is.
     """
     folder = _folder_of(name) if variant else None
     if folder is None:
         return
     files = sorted(path.name for path in folder.glob("unet/*.safetensors"))
     if files and not any(f".{variant}." in file or f".{variant}-" in file for file in files):
-        raise RequestError(
+        raise UserError(
             f"{name} has no weights of the variant {variant!r}; its UNet is {', '.join(files[:3])}"
         )
 
@@ -173,19 +173,17 @@ def check_model(config: TrainConfig, *, ask_hub: bool = False) -> None:
         ask_hub: Ask the hub for models that are not on this machine.
 
     Raises:
-        RequestError: What is missing, and what to do.
+        UserError: What is missing, and what to do.
     """
     check_base(config.pretrained_model_name_or_path, config.revision, ask_hub=ask_hub)
     vae, folder = config.pretrained_vae_model_name_or_path, config.model_config
     if vae and looks_local(vae) and not Path(vae).expanduser().exists():
-        raise RequestError(f"the VAE {vae} does not exist; give a folder, a file or a hub id")
+        raise UserError(f"the VAE {vae} does not exist; give a folder, a file or a hub id")
     if folder and looks_local(folder) and not Path(folder, "model_index.json").is_file():
-        raise RequestError(
-            f"model_config {folder} is no Diffusers folder: it has no model_index.json"
-        )
+        raise UserError(f"model_config {folder} is no Diffusers folder: it has no model_index.json")
     classes = config.class_data_dir
     if classes and Path(classes).exists() and not Path(classes).is_dir():
-        raise RequestError(f"class_data_dir {classes} is a file; give a folder of class images")
+        raise UserError(f"class_data_dir {classes} is a file; give a folder of class images")
     check_variant(config.pretrained_model_name_or_path, config.variant)
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.files.names import PIPELINE_NAME
-from dora_diffusion.jobs.base_model import cached_models, cached_snapshot, traits_of
-from dora_diffusion.jobs.workspace import RequestError
+from dora_diffusion.jobs.base_model import cached_models, cached_snapshot, model_info
+from dora_diffusion.jobs.workspace import UserError
 from dora_diffusion.models.locate import EMBEDDED_PREFIX, is_embedded
 from dora_diffusion.toy import MODELS
 
@@ -92,8 +92,8 @@ def named_bases(listed: Sequence[str]) -> list[Base]:
 
 def _base(name: str, where: str) -> Base:
     try:
-        return Base(name, traits_of(name).family, where)
-    except RequestError:
+        return Base(name, model_info(name).family, where)
+    except UserError:
         return Base(name, "", where)
 
 

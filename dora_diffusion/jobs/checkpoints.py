@@ -20,7 +20,7 @@ from dora_diffusion.formats.files.names import PIPELINE_NAME, pipeline_in
 from dora_diffusion.jobs.records import CHOSEN
 from dora_diffusion.jobs.workspace import (
     DamagedFile,
-    RequestError,
+    UserError,
     Workspace,
     read_json,
     read_object,
@@ -66,10 +66,10 @@ def choose(job: Job, name: object) -> int:
     """Make a checkpoint the run's adapter: what Generate and Library take. Returns its step.
 
     Raises:
-        RequestError: If the run has no such checkpoint.
+        UserError: If the run has no such checkpoint.
     """
     if not isinstance(name, str) or name not in {*job.candidates, *job.checkpoints}:
-        raise RequestError("this checkpoint no longer exists; choose another one")
+        raise UserError("this checkpoint no longer exists; choose another one")
     write_json(job.folder / CHOSEN, {"checkpoint": name})
     return job.step_of(name)
 
@@ -132,19 +132,17 @@ def chosen_adapter(job: Job, checkpoint: str = "") -> Path:
     """The adapter of a run or of one of its checkpoints.
 
     Raises:
-        RequestError: If the run has none.
+        UserError: If the run has none.
     """
     path = adapter_of(job, checkpoint)
     if path is None and pipeline_in(job.folder):
-        raise RequestError(
+        raise UserError(
             f"this run fine-tuned the model itself, which is in {job.folder / PIPELINE_NAME}; it "
             "has no adapter. Train offers it as a base model, and 'dora-diffusion generate --base' "
             "takes it"
         )
     if path is None:
-        raise RequestError(
-            "this run has no adapter yet; wait until it is done, or take a checkpoint"
-        )
+        raise UserError("this run has no adapter yet; wait until it is done, or take a checkpoint")
     return path
 
 

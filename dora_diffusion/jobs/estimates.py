@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.jobs.base_model import traits_of
+from dora_diffusion.jobs.base_model import model_info
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.memory import Device, needed_memory, what_would_fit
 from dora_diffusion.wording import duration
@@ -58,7 +58,7 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
     """Compare with earlier runs of the same model and the same cost of a step, and with the table.
 
     Raises:
-        RequestError: If the base model cannot be trained.
+        UserError: If the base model cannot be trained.
     """
     settings, defaults = config.to_dict(), TrainConfig().to_dict()
     like = [
@@ -72,11 +72,11 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
     pace = [job.step_seconds for job in like if job.step_seconds]
     results = [job.result for job in like if job.result]
     peaks = [peak for result in results if (peak := result.peak_gpu_memory or result.peak_memory)]
-    traits = traits_of(config.pretrained_model_name_or_path)
-    size = config.resolution or traits.resolution
+    info = model_info(config.pretrained_model_name_or_path)
+    size = config.resolution or info.resolution
     # The table is of adapters: what fine-tuning the weights takes was not measured.
-    in_table = traits.has_released_shape and not config.is_full
-    family = traits.family if in_table else ""
+    in_table = info.has_released_shape and not config.is_full
+    family = info.family if in_table else ""
     batch = config.train_batch_size * (2 if config.with_prior_preservation else 1)
     memory = max(peaks) if peaks else needed_memory(family, size, settings, device, batch=batch)
     steps = config.max_train_steps or 0

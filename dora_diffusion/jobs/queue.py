@@ -22,7 +22,7 @@ from dora_diffusion.jobs import records
 from dora_diffusion.jobs.processes import Lock, end_tree, start_worker, worker_of
 from dora_diffusion.jobs.workspace import (
     DamagedFile,
-    RequestError,
+    UserError,
     Workspace,
     ids_in,
     remove_folder,
@@ -48,10 +48,10 @@ def create_job(
         Its id.
 
     Raises:
-        RequestError: If too many jobs wait.
+        UserError: If too many jobs wait.
     """
     if sum(map(is_waiting, Workspace(folder.parent).job_folders)) >= _MOST_JOBS_WAITING:
-        raise RequestError("the queue is full; wait for a run to end, or remove one")
+        raise UserError("the queue is full; wait for a run to end, or remove one")
     # Under another name until it is whole: the queue must never see half a job.
     draft = folder.with_name(f".new-{folder.name}")
     draft.mkdir(parents=True)
@@ -122,13 +122,13 @@ def kill_job(folder: Path) -> None:
     """End a job's process and its children at once. It shows as crashed.
 
     Raises:
-        RequestError: If it was not asked to stop first, and given time to.
+        UserError: If it was not asked to stop first, and given time to.
     """
     worker = worker_of(folder)
     if worker is None:
         return
     if not may_kill(folder, time.time()):
-        raise RequestError(
+        raise UserError(
             f"stop the run first; it can be killed when it has not left {KILL_AFTER_SECONDS:.0f} "
             "seconds later"
         )
@@ -139,11 +139,11 @@ def requeue_job(folder: Path) -> None:
     """Put a job that ended back into the queue: it resumes from its latest checkpoint.
 
     Raises:
-        RequestError: If it waits or runs, or its folder does not tell what it is.
+        UserError: If it waits or runs, or its folder does not tell what it is.
     """
     record = records.read_record(folder)
     if is_waiting(folder) or is_running(folder):
-        raise RequestError("this run is already waiting or running")
+        raise UserError("this run is already waiting or running")
     words = record.arguments
     if record.kind == "train":
         words = records.train_arguments(folder, resume=True)
@@ -162,18 +162,16 @@ def delete_job(workspace: Workspace, job_id: str) -> bool:
         Whether all of them are gone, see `remove_folder`.
 
     Raises:
-        RequestError: If it or a job about it is running, or it is unknown.
+        UserError: If it or a job about it is running, or it is unknown.
     """
     folder = workspace.job(job_id)
     if is_running(folder):
-        raise RequestError("this run is still running; stop it first")
+        raise UserError("this run is still running; stop it first")
     jobs = _records_of(workspace.job_folders)
     about_it = {job: record for job, record in jobs.items() if record.run == job_id}
     for job, record in about_it.items():
         if is_running(job):
-            raise RequestError(
-                f'"{record.title}" is still running and needs this run; stop it first'
-            )
+            raise UserError(f'"{record.title}" is still running and needs this run; stop it first')
     gone = [_remove_job(job) for job in (*about_it, folder)]
     if job_id in ids_in(workspace.exports):
         gone.append(remove_folder(workspace.exports / job_id))
@@ -184,7 +182,7 @@ def _remove_job(folder: Path) -> bool:
     """Delete a job's folder, where a worker that is leaving may still have its log open."""
     try:
         return remove_folder(folder)
-    except RequestError:  # Windows keeps it
+    except UserError:  # Windows keeps it
         worker = worker_of(folder)
         if worker is not None:
             with contextlib.suppress(psutil.Error):

@@ -22,7 +22,7 @@ from dora_diffusion.jobs.checkpoints import (
     result_adapter,
 )
 from dora_diffusion.jobs.logs import check_metrics, last_error, read_metrics
-from dora_diffusion.jobs.workspace import DamagedFile, RequestError, Workspace
+from dora_diffusion.jobs.workspace import DamagedFile, UserError, Workspace
 
 Part = TypeVar("Part")
 _REMOVE = ", or remove this run"
@@ -231,11 +231,11 @@ def read_run(workspace: Workspace, job_id: object) -> Job:
     """A job by its id, as it is now.
 
     Raises:
-        RequestError: If there is none.
+        UserError: If there is none.
     """
     job = read_job(workspace.job(job_id))
     if job is None:
-        raise RequestError("this run no longer exists; choose another one")
+        raise UserError("this run no longer exists; choose another one")
     return job
 
 

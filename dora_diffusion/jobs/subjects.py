@@ -29,7 +29,7 @@ from dora_diffusion.data.photos import is_photo, mask_path, read_photos
 from dora_diffusion.jobs.uploads import Upload, original_of, store_photos
 from dora_diffusion.jobs.workspace import (
     DamagedFile,
-    RequestError,
+    UserError,
     Workspace,
     clean_text,
     confined,
@@ -72,7 +72,7 @@ def read_subject(workspace: Workspace, subject_id: object) -> StoredSubject:
     """One subject; its title says if its folder is damaged.
 
     Raises:
-        RequestError: If there is none of this id.
+        UserError: If there is none of this id.
     """
     folder, photos = workspace.subject(subject_id), tuple[Path, ...]()
     try:
@@ -113,7 +113,7 @@ def keep_words(workspace: Workspace, subject_id: str, class_word: str, token: st
     """Keep with a subject what it is called, for later runs; an empty word changes nothing.
 
     Raises:
-        RequestError: If the subject is unknown, or a word too long.
+        UserError: If the subject is unknown, or a word too long.
     """
     folder = workspace.subject(subject_id)
     words = {
@@ -128,7 +128,7 @@ def add_photos(workspace: Workspace, subject_id: str, files: Sequence[str | Path
     """Check uploaded files and add them to a subject.
 
     Raises:
-        RequestError: If the subject is unknown, or would have too many photos.
+        UserError: If the subject is unknown, or would have too many photos.
     """
     folder = workspace.subject(subject_id)
     upload = store_photos(files, folder / "photos")
@@ -141,11 +141,11 @@ def take_sample(workspace: Workspace, samples: Path, name: str) -> str:
     """Make a subject of one of the project's samples; returns its id.
 
     Raises:
-        RequestError: If there is no such sample.
+        UserError: If there is no such sample.
     """
     names = sample_names(samples)
     if name not in names:
-        raise RequestError(
+        raise UserError(
             f"there is no sample subject {name!r}; there is {', '.join(names) or 'none here'}"
         )
     settings = read_config_file(samples / name / "config.yaml")
@@ -182,12 +182,12 @@ def photo_path(workspace: Workspace, subject_id: object, photo: object) -> Path:
     """A photo by its name.
 
     Raises:
-        RequestError: If the subject or the photo is not there.
+        UserError: If the subject or the photo is not there.
     """
     folder = workspace.subject(subject_id) / "photos"
     path = confined(folder, photo)
     if path not in photos_in(folder):
-        raise RequestError("this photo no longer exists; choose another one")
+        raise UserError("this photo no longer exists; choose another one")
     return path
 
 

@@ -27,7 +27,7 @@ from dora_diffusion.jobs.records import (
 )
 from dora_diffusion.jobs.snapshot import Job, read_job, snapshot
 from dora_diffusion.jobs.subjects import StoredSubject
-from dora_diffusion.jobs.workspace import RequestError, Workspace, clean_text
+from dora_diffusion.jobs.workspace import UserError, Workspace, clean_text
 from dora_diffusion.models.locate import is_embedded
 
 NAME_LIMIT = 60
@@ -43,12 +43,12 @@ def start_training(
     Without a name it is called by its subject and the time.
 
     Raises:
-        RequestError: If a run with the same photos and settings waits or runs: it would repeat it.
+        UserError: If a run with the same photos and settings waits or runs: it would repeat it.
     """
     for job in snapshot(workspace.root):
         if job.state in ("waiting", "running") and _is_same(job, config, subject):
             now = f"number {job.position} in the queue" if job.position else "running"
-            raise RequestError(
+            raise UserError(
                 f"{job.title} with the same photos and settings is {now} already; change a "
                 "setting, such as seed, to start another run"
             )
@@ -80,11 +80,11 @@ def rename_run(workspace: Workspace, job_id: object, name: object) -> None:
     """Call a run by another name, and what was made of it too.
 
     Raises:
-        RequestError: If there is no such run, or the name is empty or too long.
+        UserError: If there is no such run, or the name is empty or too long.
     """
     folder, title = workspace.job(job_id), clean_text(name, NAME_LIMIT, "name")
     if not title:
-        raise RequestError("write a name for the run")
+        raise UserError("write a name for the run")
     run = read_record(folder)
     for job in workspace.job_folders:
         record = read_record(job)
@@ -102,15 +102,15 @@ def continue_run(folder: Path, more: object) -> None:
     """Put a finished run back into the queue to train ``more`` steps from its last one on.
 
     Raises:
-        RequestError: If it cannot be continued, or that is no number of steps.
+        UserError: If it cannot be continued, or that is no number of steps.
     """
     job = read_job(folder)
     if job is None or not can_continue(job):
-        raise RequestError(
+        raise UserError(
             "only a finished run that kept a checkpoint of its last step can be continued"
         )
     if not isinstance(more, (int, float)) or not 1 <= more <= MOST_STEPS:
-        raise RequestError(f"more steps is {more}; it must be between 1 and {MOST_STEPS}")
+        raise UserError(f"more steps is {more}; it must be between 1 and {MOST_STEPS}")
     config = TrainConfig.from_dict(job.settings)
     config = dataclasses.replace(config, max_train_steps=job.step + int(more))
     save_text(folder / SETTINGS, as_yaml(config))
@@ -121,10 +121,10 @@ def start_merge(workspace: Workspace, run: Job, strength: float, checkpoint: str
     """Queue a job that merges a run's adapter into its base, as one file. Returns its id.
 
     Raises:
-        RequestError: If the run has no adapter, or the strength is out of its limits.
+        UserError: If the run has no adapter, or the strength is out of its limits.
     """
     if not -2 <= strength <= 3:
-        raise RequestError(f"the strength is {strength:g}; it must be between -2 and 3")
+        raise UserError(f"the strength is {strength:g}; it must be between -2 and 3")
     adapter, files = chosen_adapter(run, checkpoint), ModelFiles.of(run.settings)
     # What is in the file, so that no merge replaces another one.
     name = file_name(run, f"strength-{strength:g}", checkpoint)
@@ -140,7 +140,7 @@ def start_analysis(workspace: Workspace, run: Job) -> str:
     """Queue a job that says what a run did to its base's weights. Returns its id.
 
     Raises:
-        RequestError: If the run has no adapter.
+        UserError: If the run has no adapter.
     """
     chosen_adapter(run)
     files = ModelFiles.of(run.settings)
@@ -155,10 +155,10 @@ def start_ranking(workspace: Workspace, run: Job) -> str:
     """Queue a job that ranks a run's checkpoints. Returns its id.
 
     Raises:
-        RequestError: If there is nothing to rank.
+        UserError: If there is nothing to rank.
     """
     if not run.candidates:
-        raise RequestError("this run has no checkpoint yet; wait until it has saved one")
+        raise UserError("this run has no checkpoint yet; wait until it has saved one")
     # The truth of a sample subject is known; others have photos.
     sample = run.record.sample if is_embedded(run.base) else ""
     files = ModelFiles.of(run.settings)
@@ -174,7 +174,7 @@ def start_push(workspace: Workspace, run: Job, repository: object, private: bool
     """Queue a job that publishes what stands for a run on the hub. Returns its id.
 
     Raises:
-        RequestError: If the run has no adapter.
+        UserError: If the run has no adapter.
         HubError: If it could not begin: no token, offline, or no name.
     """
     from dora_diffusion.hub import check
@@ -199,11 +199,11 @@ def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
     The base model is never downloaded for it.
 
     Raises:
-        RequestError: If there is no adapter, or no such format, or it needs a base model that is
+        UserError: If there is no adapter, or no such format, or it needs a base model that is
             not on this machine.
     """
     if target not in formats():
-        raise RequestError("there is no such format; choose one of the list")
+        raise UserError("there is no such format; choose one of the list")
     adapter = str(chosen_adapter(run))
     # PEFT writes a folder per component; the other formats are one file each.
     name = f"{file_name(run, target)}.{'zip' if target == 'peft' else 'safetensors'}"
@@ -213,7 +213,7 @@ def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
     base = files.here(run.base) if run.base else None
     if base is None and CONVERSIONS[target].for_one_base:
         words += flags(base=run.base, variant=files.variant, revision=files.revision)
-        raise RequestError(
+        raise UserError(
             f"{target} files are made for one base model, and {run.base or 'this one'} is not on "
             "this machine as the run loaded it. This downloads it, and converts the adapter: "
             f"{JobRecord(words).command}"
@@ -227,7 +227,7 @@ def write_card(workspace: Workspace, run: Job) -> Path:
     """The model card of what stands for a run, where it may be downloaded.
 
     Raises:
-        RequestError: If the run has no adapter.
+        UserError: If the run has no adapter.
     """
     target = workspace.exports / run.id / f"{file_name(run, 'README')}.md"
     return save_text(target, card_of(run.folder, chosen_adapter(run)))
@@ -267,7 +267,7 @@ def start_study(
         subjects: What is learned; the job has copies of their photos.
 
     Raises:
-        RequestError: If there is no subject, or one cannot be learned.
+        UserError: If there is no subject, or one cannot be learned.
         ConfigError: If it makes no study.
     """
     import yaml
@@ -276,7 +276,7 @@ def start_study(
     from dora_diffusion.study.config import Study
 
     if not subjects:
-        raise RequestError("choose at least one subject; they are made in the Subject tab")
+        raise UserError("choose at least one subject; they are made in the Subject tab")
     folder, base = workspace.new_job(), str(study["base"])
     files: dict[str, str | Path] = {}
     given, titles = list[Any](), [subject.title for subject in subjects]
@@ -285,7 +285,7 @@ def start_study(
             given.append(subject.sample)
             continue
         if len(subject.photos) < 2 or not subject.class_word:
-            raise RequestError(f"{subject.title} needs two photos, and a class in the Train tab")
+            raise UserError(f"{subject.title} needs two photos, and a class in the Train tab")
         held_out = subject.photos[3::4] or subject.photos[-1:]
         for photo in subject.photos:
             part = f"subjects/{place}/{'held_out' if photo in held_out else 'photos'}/{photo.name}"

@@ -24,7 +24,7 @@ from dora_diffusion.data.images import (
 )
 from dora_diffusion.data.photos import mask_path
 from dora_diffusion.jobs.processes import Lock
-from dora_diffusion.jobs.workspace import RequestError
+from dora_diffusion.jobs.workspace import UserError
 
 MAX_BYTES = 20 * 2**20
 MAX_PHOTOS = 50
@@ -56,7 +56,7 @@ def store_photos(files: Sequence[str | Path], folder: Path) -> Upload:
         folder: Folder of the subject's photos.
 
     Raises:
-        RequestError: If there are more files than one subject may have.
+        UserError: If there are more files than one subject may have.
     """
     turn = Lock(folder.with_name(".upload.lock"))
     turn.take(wait=True)
@@ -70,7 +70,7 @@ def _store_all(files: Sequence[Path], folder: Path) -> Upload:
     masks = len(list(folder.glob("*.mask.png")))
     present = len([*folder.glob("*.jpg"), *folder.glob("*.png")]) - masks
     if present + len(files) > MAX_PHOTOS:
-        raise RequestError(
+        raise UserError(
             f"{len(files)} files were chosen and {present} photos are there; "
             f"a subject can have at most {MAX_PHOTOS}"
         )
@@ -79,7 +79,7 @@ def _store_all(files: Sequence[Path], folder: Path) -> Upload:
     for file in files:
         try:
             accepted.append(_store(file, folder))
-        except (RequestError, PhotoError) as error:
+        except (UserError, PhotoError) as error:
             refused.append(shown(str(error)))
     return Upload(tuple(accepted), tuple(refused))
 
@@ -91,10 +91,10 @@ def shown(text: str, limit: int = 300) -> str:
 
 def _store(file: Path, folder: Path) -> Path:
     if file.is_symlink() or not file.is_file():
-        raise RequestError(f"{file.name}: not an ordinary file")
+        raise UserError(f"{file.name}: not an ordinary file")
     size = file.stat().st_size
     if size > MAX_BYTES:
-        raise RequestError(
+        raise UserError(
             f"{file.name}: {size / 2**20:.1f} MB is above the limit of {MAX_BYTES // 2**20} MB; "
             "save a smaller copy"
         )
@@ -121,23 +121,21 @@ def read_generation_settings(file: Path) -> dict[str, str]:
     """The generation settings of a PNG that somebody uploads.
 
     Raises:
-        RequestError: If it is no image of ours or A1111's.
+        UserError: If it is no image of ours or A1111's.
     """
     from dora_diffusion.images import parse_parameters, read_parameters
 
     if file.stat().st_size > MAX_BYTES:
-        raise RequestError(f"the file is larger than {MAX_BYTES // 2**20} MB")
+        raise UserError(f"the file is larger than {MAX_BYTES // 2**20} MB")
     # Not as a photo is opened: a grid may be a strip. Only the header is read, and no pixel.
     if sniff_format(file.read_bytes()) != "PNG":
-        raise RequestError("this file cannot be read as a PNG, whatever its name says")
+        raise UserError("this file cannot be read as a PNG, whatever its name says")
     try:
         text = read_parameters(file)
     except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
-        raise RequestError(
-            "this file cannot be read as a PNG; it is damaged or too large"
-        ) from error
+        raise UserError("this file cannot be read as a PNG; it is damaged or too large") from error
     if not text:
-        raise RequestError("this image does not say how it was made (it has no parameters text)")
+        raise UserError("this image does not say how it was made (it has no parameters text)")
     return parse_parameters(text[:20_000])
 
 
@@ -160,7 +158,7 @@ def edit_photo(photo: Path, crop: Sequence[float] | None, mask: Image.Image | No
         mask: Of the whole photo ("L", any size): bright is the subject. None leaves it as it is.
 
     Raises:
-        RequestError: If the crop is none, or too small or too thin to train on.
+        UserError: If the crop is none, or too small or too thin to train on.
     """
     whole, alpha = open_photo_with_alpha(photo)
     box = _pixels(crop, whole.size) if crop is not None else (0, 0, *whole.size)
@@ -182,16 +180,14 @@ def _pixels(crop: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int
     """Fractions of a photo as pixels."""
     numbers = [value for value in crop if isinstance(value, (int, float)) and 0 <= value <= 1]
     if len(numbers) != 4 or len(crop) != 4:
-        raise RequestError("this is no crop; draw a rectangle inside of the photo")
+        raise UserError("this is no crop; draw a rectangle inside of the photo")
     left, top, right, bottom = (
         round(value * side) for value, side in zip(numbers, (*size, *size), strict=True)
     )
     if right - left < SMALLEST_CROP or bottom - top < SMALLEST_CROP:
-        raise RequestError(
-            f"the crop is smaller than {SMALLEST_CROP} pixels; draw a larger rectangle"
-        )
+        raise UserError(f"the crop is smaller than {SMALLEST_CROP} pixels; draw a larger rectangle")
     if max(right - left, bottom - top) > MAX_ASPECT * min(right - left, bottom - top):
-        raise RequestError("the crop is a strip; draw a rectangle that is nearer to a square")
+        raise UserError("the crop is a strip; draw a rectangle that is nearer to a square")
     return left, top, right, bottom
 
 
@@ -199,7 +195,7 @@ def read_mask(address: object) -> Image.Image | None:
     """The painted part ("L") of a PNG that a page sent as a data URI; None if it is empty.
 
     Raises:
-        RequestError: If it is no PNG, or a large one.
+        UserError: If it is no PNG, or a large one.
     """
     if not address:
         return None
@@ -212,7 +208,7 @@ def read_mask(address: object) -> Image.Image | None:
                 raise ValueError
             return image.convert("RGBA").getchannel("A")
     except (ValueError, OSError, SyntaxError, binascii.Error) as error:
-        raise RequestError("the mask could not be read; paint it again") from error
+        raise UserError("the mask could not be read; paint it again") from error
 
 
 def editor_image(photo: Path) -> str:

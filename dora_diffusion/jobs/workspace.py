@@ -32,11 +32,11 @@ _DAY = 24 * 3600
 REMAINS = "; what could not be deleted yet goes when the app starts next"
 
 
-class RequestError(ValueError):
+class UserError(ValueError):
     """It cannot be done as it was asked for; one plain line with what to do."""
 
 
-class DamagedFile(RequestError):
+class DamagedFile(UserError):
     """A file of the runs folder is there and cannot be read, or does not hold what it should."""
 
     def __init__(self, path: Path, reason: object) -> None:
@@ -139,7 +139,7 @@ class Workspace:
         """The folder of a job.
 
         Raises:
-            RequestError: If there is no such job.
+            UserError: If there is no such job.
         """
         return look_up(self.root, job_id, "run")
 
@@ -147,7 +147,7 @@ class Workspace:
         """The folder of a subject.
 
         Raises:
-            RequestError: If there is no such subject.
+            UserError: If there is no such subject.
         """
         return look_up(self.subjects, subject_id, "subject")
 
@@ -172,24 +172,24 @@ def look_up(folder: Path, name: object, what: str) -> Path:
     """The sub-folder that an id names. Ids are compared with what is there, never joined unseen.
 
     Raises:
-        RequestError: If there is none.
+        UserError: If there is none.
     """
     if isinstance(name, str) and name in ids_in(folder):
         return folder / name
-    raise RequestError(f"this {what} no longer exists; choose another one")
+    raise UserError(f"this {what} no longer exists; choose another one")
 
 
 def confined(folder: Path, name: object) -> Path:
     """A file of a folder by its bare name, after links are followed.
 
     Raises:
-        RequestError: If the name is not that of a file inside the folder.
+        UserError: If the name is not that of a file inside the folder.
     """
     if isinstance(name, str) and name in os.listdir(folder):
         path = (folder / name).resolve()
         if path.is_file() and path.parent == folder.resolve():
             return folder / name
-    raise RequestError("this file no longer exists; choose another one")
+    raise UserError("this file no longer exists; choose another one")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -233,7 +233,7 @@ def remove_folder(folder: Path) -> bool:
         Whether all of it is gone; what is not, `Workspace.remove_leftovers` removes.
 
     Raises:
-        RequestError: If Windows does not let it go, since a file in it is open.
+        UserError: If Windows does not let it go, since a file in it is open.
     """
     doomed = folder.with_name(f".deleted-{folder.name}")
     try:
@@ -241,7 +241,7 @@ def remove_folder(folder: Path) -> bool:
     except PermissionError as error:
         if not system.is_in_use(error):
             raise
-        raise RequestError(
+        raise UserError(
             f"{folder} cannot be deleted while a program has a file of it open; close it, or try "
             "again in a moment"
         ) from error
@@ -253,10 +253,10 @@ def clean_text(text: object, limit: int, what: str) -> str:
     """One line of user text without control characters.
 
     Raises:
-        RequestError: If it is longer than ``limit`` characters.
+        UserError: If it is longer than ``limit`` characters.
     """
     line = "".join(c if c.isprintable() else " " for c in str(text or ""))
     line = " ".join(line.split())
     if len(line) > limit:
-        raise RequestError(f"the {what} has {len(line)} characters; at most {limit} are taken")
+        raise UserError(f"the {what} has {len(line)} characters; at most {limit} are taken")
     return line

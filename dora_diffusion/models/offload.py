@@ -127,7 +127,7 @@ def _arrival(components: Components, device: torch.device, scope: Scope, stack: 
 
     present: dict[nn.Module, ExitStack] = {}
 
-    class Arrival(ModelHook):
+    class OffloadHook(ModelHook):
         """Before a module's forward, and before an autoencoder decodes."""
 
         execution_device = device  # Diffusers' pipelines make their tensors there.
@@ -146,7 +146,7 @@ def _arrival(components: Components, device: torch.device, scope: Scope, stack: 
                 present[module].enter_context(scope(module))
             return args, kwargs
 
-    return Arrival()
+    return OffloadHook()
 
 
 def _remove_hook(module: nn.Module, forward: Any) -> None:

@@ -278,7 +278,7 @@ def _check_settings(place: str, values: Mapping[str, Any]) -> None:
     known = {setting.name: setting for setting in settings()}
     for name in values:
         require(name in known, f"{place}: there is no setting {name}{did_you_mean(name, known)}")
-        own = name in _ITS_OWN or known[name].resume == "apart"
+        own = name in _ITS_OWN or known[name].resume == "ignored"
         require(not own, f"{place}: {name} is the study's own business; leave it out", name)
 
 

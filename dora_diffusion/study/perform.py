@@ -90,7 +90,7 @@ def _open(trial: Trial, base: str, work: Path, folder: Path) -> Session:
 
 
 def _measure(session: Session, trial: Trial, output: Path, with_image: bool) -> dict[str, float]:
-    with session.weights.untrained() if trial.method == BASE else nullcontext():
+    with session.weights.base_weights() if trial.method == BASE else nullcontext():
         measures, image = trial.subject.measure(
             session.components, session.subject.trigger, trial.seed, trial.asked
         )

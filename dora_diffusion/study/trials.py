@@ -142,7 +142,7 @@ def restore_records(output: Path) -> None:
 
 def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that figures depend on: not places, nor what each trial has of its own."""
-    left_out = {s.name for s in settings() if s.is_path or s.resume == "apart"} | {
+    left_out = {s.name for s in settings() if s.is_path or s.resume == "ignored"} | {
         "seed", "instance_prompt", "class_word", "validation_prompt", "num_validation_images",
     }  # fmt: skip
     return {name: value for name, value in values.items() if name not in left_out}

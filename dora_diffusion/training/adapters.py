@@ -89,7 +89,7 @@ class TrainedAdapters:
         """Parameters by component and role."""
         return parameter_groups(self.modules, config)
 
-    def untrained(self) -> AbstractContextManager[None]:
+    def base_weights(self) -> AbstractContextManager[None]:
         """The adapters are off inside of the block."""
         return disabled(*self.components.adaptable().values())
 

@@ -16,7 +16,7 @@ from dora_diffusion.data.captions import can_shuffle, require_token
 from dora_diffusion.data.checks import copies, too_few, warn_of_unused_masks
 from dora_diffusion.data.crops import Buckets
 from dora_diffusion.data.dataset import DreamBoothDataset
-from dora_diffusion.data.draws import Draws
+from dora_diffusion.data.draws import SampleTransform
 from dora_diffusion.data.photos import Photo, read_photos
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs
@@ -44,7 +44,7 @@ def open_dataset(
     Raises:
         ConfigError, PhotoError: If photos, masks or captions cannot be trained on.
     """
-    draws = Draws(
+    draws = SampleTransform(
         config.resolution or components.default_resolution,
         seed=config.seed,
         multiple=components.vae_factor,

@@ -99,7 +99,7 @@ class FullWeights:
         return weight_groups(self.trained, config)
 
     @contextmanager
-    def untrained(self) -> Iterator[None]:
+    def base_weights(self) -> Iterator[None]:
         """The base's values are in the weights inside of the block; it may not train them."""
         base = self.base or self._read(self.components.source, self.config.variant)
         trained = {name: parameter.data for name, parameter in self.trained.items()}

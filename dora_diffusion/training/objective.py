@@ -29,7 +29,7 @@ class Objective(nn.Module):
         components: The model.
         train_text_encoder: Whether the text encoders train.
         snr_gamma: Of min-SNR weighting; 0 turns it off.
-        untrained: The model is its base inside of this. None switches adapters off.
+        base_weights: The model is its base inside of this. None switches adapters off.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Objective(nn.Module):
         *,
         train_text_encoder: bool,
         snr_gamma: float,
-        untrained: Callable[[], AbstractContextManager[None]] | None = None,
+        base_weights: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         super().__init__()
         self.unet = components.unet
@@ -46,7 +46,7 @@ class Objective(nn.Module):
         self.condition = Conditioner(components, train_text_encoder)
         self.prediction_type = components.prediction_type
         self.snr_gamma = snr_gamma
-        self.untrained = untrained or partial(disabled, *components.adaptable().values())
+        self.base_weights = base_weights or partial(disabled, *components.adaptable().values())
         self.alphas_cumprod: Tensor
         self.register_buffer("alphas_cumprod", components.scheduler.alphas_cumprod)
 
@@ -90,7 +90,7 @@ class Objective(nn.Module):
         weight: Tensor | None,
     ) -> Tensor:
         """Hold the prediction for the class caption at that of the untrained model."""
-        with torch.no_grad(), self.untrained():
+        with torch.no_grad(), self.base_weights():
             target = self._predict(noisy_latents, inputs, class_captions)
         model_pred = self._predict(noisy_latents, inputs, class_captions)
         return denoising_loss(model_pred, target, weight).mean()

@@ -80,7 +80,7 @@ class SampleWriter:
             title = f"After {step} steps, {self._with}"
             adapted = self._save_sheet("adapted", images, title, step)
             on_adapted(image_grid(images, columns=len(self._seeds)))
-            with self._session.weights.untrained():
+            with self._session.weights.base_weights():
                 images = self._images()
             base = self._save_sheet("base", images, "The base model", step, adapter=False)
             text = self._parameters(images[0].size, step, adapter=True)

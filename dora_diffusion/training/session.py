@@ -147,7 +147,7 @@ def open_session(
     components = place(loaded, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     dataset = open_dataset(config, subject, components, paths, accelerator, on_event)
-    _bring_what_steps_need(config, components)
+    _load_step_modules(config, components)
     weights: TrainedWeights = (
         select_weights(components, config) if config.is_full else inject_trained(components, config)
     )
@@ -167,7 +167,7 @@ def open_session(
     return Session(config, subject, accelerator, components, weights, dataset, sampler, train_step)
 
 
-def _bring_what_steps_need(config: TrainConfig, components: Components) -> None:
+def _load_step_modules(config: TrainConfig, components: Components) -> None:
     """Put on the device what every step computes with: the UNet, and encoders that train."""
     device = components.offload_to
     if device is None:

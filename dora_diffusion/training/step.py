@@ -170,7 +170,7 @@ def build_step(
         components,
         train_text_encoder=config.train_text_encoder,
         snr_gamma=config.snr_gamma,
-        untrained=weights.untrained,
+        base_weights=weights.base_weights,
     ).to(accelerator.device)
     # Before the parameters share their memory: DistributedDataParallel gives them other memory.
     if accelerator.num_processes > 1:

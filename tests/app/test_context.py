@@ -8,7 +8,7 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 import gradio as gr
 
 from dora_diffusion.app.context import plain
-from dora_diffusion.jobs.workspace import RequestError
+from dora_diffusion.jobs.workspace import UserError
 
 
 def shown(error: Exception) -> str:
@@ -22,7 +22,7 @@ def shown(error: Exception) -> str:
 
 
 def test_what_can_be_mended_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert shown(RequestError("no <b>photo</b> yet")) == "No &lt;b&gt;photo&lt;/b&gt; yet"
+    assert shown(UserError("no <b>photo</b> yet")) == "No &lt;b&gt;photo&lt;/b&gt; yet"
     assert capsys.readouterr().err == ""
 
 

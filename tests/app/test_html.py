@@ -27,7 +27,7 @@ def test_titles_are_escaped(workspace: Workspace) -> None:
     (folder / records.LOG).write_text("error: <script>alert(2)</script>\n", encoding="utf-8")
     write_json(folder / records.RESULT, {"code": 1})
     shown = snapshot(workspace.root)
-    page = html.status_card(shown[0]) + html.queue_list(shown) + html.masthead(shown)
+    page = html.status_card(shown[0]) + html.queue_list(shown) + html.header(shown)
     page += html.log_view(log_tail(folder))
     assert "<img" not in page
     assert "<script" not in page

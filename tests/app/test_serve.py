@@ -19,7 +19,7 @@ from dora_diffusion.app.context import Context
 from dora_diffusion.app.launch import Launch
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.subjects import new_subject
-from dora_diffusion.jobs.workspace import RequestError, Workspace
+from dora_diffusion.jobs.workspace import UserError, Workspace
 from tests.jobs.helpers import make
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
@@ -281,7 +281,7 @@ def test_no_handler_can_be_led_astray(
 ) -> None:
     """Every endpoint, private or not, with something else in its fields than the page sends."""
     workspace = served.context.workspace
-    monkeypatch.setattr("dora_diffusion.jobs.studio.Studio._model", _no_model)
+    monkeypatch.setattr("dora_diffusion.jobs.image_generator.Studio._model", _no_model)
     before = files_of(workspace)
     value, refusals = HOSTILE[number], []
     for index, one in served.blocks.fns.items():
@@ -307,7 +307,7 @@ def files_of(workspace: Workspace) -> set[Path]:
 
 
 def _no_model(*_: object) -> None:
-    raise RequestError("no model is loaded in this test")
+    raise UserError("no model is loaded in this test")
 
 
 def test_a_files_path_that_was_not_uploaded_is_refused(served: Served) -> None:

@@ -27,7 +27,7 @@ from dora_diffusion.config import ConfigError, TrainConfig, read_config_file, wi
 from dora_diffusion.config.derived import as_yaml, resolve
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs.base_model import check_model
-from dora_diffusion.jobs.workspace import RequestError
+from dora_diffusion.jobs.workspace import UserError
 from dora_diffusion.memory import Device, needed_memory
 
 
@@ -80,7 +80,7 @@ def test_names_of_models_and_paths_stay_as_they_are() -> None:
     one = make_config(name, Path("p"), Path("o"), "sks", "mug", [], {"class_data_dir": f" {name} "})
     assert one.pretrained_model_name_or_path == one.class_data_dir == name
     for wrong in ("x" * 501, "org/mo\ndel"):
-        with pytest.raises(RequestError, match="the model name has more than 500 characters, or"):
+        with pytest.raises(UserError, match="the model name has more than 500 characters, or"):
             make_config(wrong, Path("p"), Path("o"), "sks", "mug", [], {})
 
 
@@ -184,7 +184,7 @@ def test_paths_are_looked_for_before_the_start(tmp_path: Path) -> None:
         ({"model_config": str(tmp_path)}, "no model_index.json"),
         ({"class_data_dir": str(tmp_path / "file")}, "is a file; give a folder"),
     ):
-        with pytest.raises(RequestError, match=match):
+        with pytest.raises(UserError, match=match):
             check_model(config(**changes))
     check_model(config(class_data_dir=str(tmp_path / "to be made")))
 
@@ -231,7 +231,7 @@ def test_an_empty_field_means_the_default() -> None:
     ],
 )
 def test_a_subject_without_a_name_is_refused(token: str, word: str, match: str) -> None:
-    with pytest.raises(RequestError, match=match):
+    with pytest.raises(UserError, match=match):
         make_config(EMBEDDED, Path("p"), Path("o"), token, word, [], {})
 
 

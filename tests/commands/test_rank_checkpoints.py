@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dora_diffusion.cli import main
-from dora_diffusion.commands.rank_checkpoints import Questions, ask_photos, ask_toy, rank
+from dora_diffusion.commands.rank_checkpoints import EvaluationPrompts, ask_photos, ask_toy, rank
 from dora_diffusion.evaluation import metric_models, photos
 from dora_diffusion.generate import SamplingSettings, load_adapted
 from dora_diffusion.jobs.checkpoints import COMPARISON, RankedCheckpoint
@@ -73,7 +73,7 @@ def refs(tmp_path: Path) -> Path:
 
 
 def ranked(
-    base: Path, adapters: dict[str, Path], questions: Questions, folder: Path, show: Any
+    base: Path, adapters: dict[str, Path], questions: EvaluationPrompts, folder: Path, show: Any
 ) -> tuple[list[RankedCheckpoint], list[str]]:
     return rank(load_adapted(base)[0], adapters, questions, folder, show)
 

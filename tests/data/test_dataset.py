@@ -14,13 +14,13 @@ from PIL import Image
 
 from dora_diffusion.data.crops import CropRecord
 from dora_diffusion.data.dataset import DreamBoothDataset, Sample, collate, iterate_batches
-from dora_diffusion.data.draws import Draws
+from dora_diffusion.data.draws import SampleTransform
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import list_photos, read_photo, read_photos
 from dora_diffusion.data.sampler import EpochIndex, EpochSampler
 
 PROMPT = "a photo of sks dog"
-RANDOM = Draws(32, center_crop=False, random_flip=True)
+RANDOM = SampleTransform(32, center_crop=False, random_flip=True)
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def photos(tmp_path: Path, write_images) -> Path:
     return tmp_path / "photos"
 
 
-def open_folder(folder: Path, draws: Draws, prompt: str = PROMPT) -> DreamBoothDataset:
+def open_folder(folder: Path, draws: SampleTransform, prompt: str = PROMPT) -> DreamBoothDataset:
     return DreamBoothDataset(read_photos(list_photos(folder), prompt), draws)
 
 
@@ -44,7 +44,7 @@ def same(left: Sample, right: Sample) -> bool:
 
 def test_samples_hold_the_photo_its_digest_and_caption(photos: Path) -> None:
     (photos / "02.txt").write_text("sks dog asleep", encoding="utf-8")
-    dataset = open_folder(photos, Draws(32))
+    dataset = open_folder(photos, SampleTransform(32))
     assert len(dataset) == 4
     assert dataset.captions == [PROMPT, PROMPT, "sks dog asleep", PROMPT]
     sample = dataset[2]
@@ -77,7 +77,9 @@ def test_class_images_pair_with_their_own_prompts(
     paths = write_images(tmp_path / "class", 6, seed=9)
     paths[1].with_suffix(".txt").write_text("a dog asleep", encoding="utf-8")
     class_images = read_photos(paths, "a photo of dog")
-    dataset = DreamBoothDataset(read_photos(list_photos(photos), PROMPT), Draws(32), class_images)
+    dataset = DreamBoothDataset(
+        read_photos(list_photos(photos), PROMPT), SampleTransform(32), class_images
+    )
     prompts = {image.digest: image.caption for image in class_images}
     seen = set()
     for epoch in range(3):
@@ -96,7 +98,7 @@ def test_class_images_follow_their_partners_size(
 ) -> None:
     class_images = read_photos(write_images(tmp_path / "class", 1, size=(50, 30)), "a dog")
     # Two buckets: the photos' and, unless it follows, the class image's own.
-    draws = Draws(32, buckets=lambda size: (24, 40) if 60 in size else (40, 24))
+    draws = SampleTransform(32, buckets=lambda size: (24, 40) if 60 in size else (40, 24))
     assert draws.target_size(class_images[0]) == (40, 24)
     dataset = DreamBoothDataset(read_photos(list_photos(photos), PROMPT), draws, class_images)
     assert dataset.groups == [(24, 40)] * 4
@@ -117,7 +119,7 @@ def test_masks_come_from_files_or_alpha_and_follow_the_crop(tmp_path: Path, writ
     rgba.putalpha(Image.fromarray(columns[:, ::-1].copy()))
     rgba.save(folder / "01.png")
     paths = [*list_photos(folder), *write_images(tmp_path / "plain", 1, seed=5)]
-    draws = Draws(40)
+    draws = SampleTransform(40)
     with pytest.warns(UserWarning, match="1 image of 3 without a mask"):
         masked = read_photos(paths, PROMPT, mask_crops=draws.first_crops)
     dataset = DreamBoothDataset(masked, draws)
@@ -222,14 +224,14 @@ def test_loading_leaves_the_global_generator_alone(photos: Path) -> None:
 
 
 def test_a_dataset_that_encodes_refuses_workers(photos: Path) -> None:
-    dataset = open_folder(photos, Draws(32))
+    dataset = open_folder(photos, SampleTransform(32))
     dataset.cache_moments(fake_encode)
     with pytest.raises(ValueError, match="main process"):
         next(iterate_batches(dataset, EpochSampler(4), num_workers=1))
 
 
 def test_jpeg_photos_make_batches(samples_root: Path) -> None:
-    dataset = open_folder(samples_root / "ring_robot", Draws(64), "a photo of sks toy")
+    dataset = open_folder(samples_root / "ring_robot", SampleTransform(64), "a photo of sks toy")
     sampler = EpochSampler(len(dataset), batch_size=5)
     batch = next(iterate_batches(dataset, sampler))
     assert batch.pixels.shape == (5, 3, 64, 64)
@@ -243,7 +245,7 @@ def test_contents_are_names_digests_captions_and_masks_in_order(photos: Path) ->
     """What a checkpoint compares when it is resumed."""
     Image.new("L", (60, 40), 255).save(photos / "01.mask.png")
     (photos / "01.txt").write_text("a sks cat", encoding="utf-8")
-    draws = Draws(32)
+    draws = SampleTransform(32)
     first, second = (
         read_photo(photos / name, PROMPT, mask_crops=draws.first_crops)
         for name in ("00.png", "01.png")
@@ -264,4 +266,4 @@ def test_contents_are_names_digests_captions_and_masks_in_order(photos: Path) ->
 
 def test_a_dataset_without_photos_is_refused() -> None:
     with pytest.raises(PhotoError, match="no photos were given"):
-        DreamBoothDataset([], Draws(32))
+        DreamBoothDataset([], SampleTransform(32))

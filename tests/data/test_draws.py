@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_diffusion.data.draws import Draws, random_mask
+from dora_diffusion.data.draws import SampleTransform, random_mask
 from dora_diffusion.data.photos import Photo
 
 
@@ -17,7 +17,7 @@ def photo(number: int, caption: str = "", size: tuple[int, int] = (40, 60)) -> P
 
 
 def test_places_and_flips_follow_seed_epoch_and_digest_alone() -> None:
-    draws = Draws(32, seed=3, center_crop=False, random_flip=True)
+    draws = SampleTransform(32, seed=3, center_crop=False, random_flip=True)
     crops = [draws.crop(photo(7), epoch) for epoch in range(60)]
     renamed = replace(photo(7), path=Path("other.png"), caption="other")
     assert [draws.crop(renamed, epoch) for epoch in range(60)] == crops
@@ -29,7 +29,7 @@ def test_places_and_flips_follow_seed_epoch_and_digest_alone() -> None:
 
 
 def test_a_setting_does_not_move_the_draws_of_another() -> None:
-    draws = Draws(32, center_crop=False, caption_dropout=0.5)
+    draws = SampleTransform(32, center_crop=False, caption_dropout=0.5)
     flipping = replace(draws, random_flip=True, shuffle_tags=True)
     for epoch in range(20):
         plain, flipped = draws.crop(photo(1), epoch), flipping.crop(photo(1), epoch)
@@ -38,7 +38,7 @@ def test_a_setting_does_not_move_the_draws_of_another() -> None:
 
 
 def test_crop_variants_bound_the_crops_but_not_the_flips() -> None:
-    draws = Draws(32, center_crop=False, random_flip=True, crop_variants=3)
+    draws = SampleTransform(32, center_crop=False, random_flip=True, crop_variants=3)
     places = []
     for number in range(4):
         crops = {draws.crop(photo(number), epoch) for epoch in range(80)}
@@ -50,26 +50,26 @@ def test_crop_variants_bound_the_crops_but_not_the_flips() -> None:
 
 
 def test_caption_dropout_and_shuffling_are_drawn_per_epoch() -> None:
-    draws = Draws(32, caption_dropout=0.3, shuffle_tags=True, keep_tags=1)
+    draws = SampleTransform(32, caption_dropout=0.3, shuffle_tags=True, keep_tags=1)
     tagged = photo(0, "sks dog, red, big, old")
     captions = [draws.caption(tagged, epoch) for epoch in range(60)]
     assert captions == [draws.caption(tagged, epoch) for epoch in range(60)]
     assert 8 <= captions.count("") <= 30
     assert len(set(captions)) > 4
     assert all(caption.startswith("sks dog, ") for caption in captions if caption)
-    assert Draws(32).caption(tagged, 5) == tagged.caption
+    assert SampleTransform(32).caption(tagged, 5) == tagged.caption
 
 
 def test_sizes_are_the_resolution_the_bucket_or_the_partners() -> None:
     tall = photo(0, size=(90, 50))
-    assert Draws(40).crop(tall, 0).target_size == (40, 40)
-    bucketed = Draws(40, buckets=lambda size: (48, 24))
+    assert SampleTransform(40).crop(tall, 0).target_size == (40, 40)
+    bucketed = SampleTransform(40, buckets=lambda size: (48, 24))
     assert bucketed.target_size(tall) == bucketed.crop(tall, 0).target_size == (48, 24)
     assert bucketed.crop(tall, 0, (24, 48)).target_size == (24, 48)
 
 
 def test_the_first_crops_are_those_of_the_first_epochs() -> None:
-    draws = Draws(32, center_crop=False)
+    draws = SampleTransform(32, center_crop=False)
     crops = list(draws.first_crops(photo(5)))
     assert crops == [draws.crop(photo(5), epoch) for epoch in range(len(crops))]
     assert len(set(crops)) > 3
@@ -80,12 +80,12 @@ def test_the_first_crops_are_those_of_the_first_epochs() -> None:
 )
 def test_impossible_draws_are_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
-        Draws(32, **settings)
+        SampleTransform(32, **settings)
 
 
 def test_bad_resolutions_fail_at_once() -> None:
     with pytest.raises(ValueError, match="multiple of 16"):
-        Draws(40, multiple=16)
+        SampleTransform(40, multiple=16)
 
 
 def test_random_masks_are_rectangles_ellipses_and_whole_images() -> None:
@@ -107,10 +107,10 @@ def test_random_masks_are_rectangles_ellipses_and_whole_images() -> None:
 
 
 def test_masks_follow_seed_epoch_and_digest_alone_and_are_bounded_by_a_cache() -> None:
-    draws, cached = (Draws(32, crop_variants=variants) for variants in (None, 3))
+    draws, cached = (SampleTransform(32, crop_variants=variants) for variants in (None, 3))
     crop = draws.crop(photo(1), 0)
 
-    def masks(draws: Draws, number: int = 1) -> list[tuple[float, ...]]:
+    def masks(draws: SampleTransform, number: int = 1) -> list[tuple[float, ...]]:
         drawn = (draws.inpainting_mask(photo(number), crop, epoch) for epoch in range(30))
         return [tuple(mask.flatten().tolist()) for mask in drawn]
 

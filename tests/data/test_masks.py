@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_diffusion.data.draws import Draws
+from dora_diffusion.data.draws import SampleTransform
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import Photo, list_photos, open_mask, read_photos
 
@@ -31,7 +31,7 @@ def write_mask(photos: Path, name: str, left: int = 0, right: int = 80) -> None:
 
 
 def masked(folder: Path, **settings: object) -> list[Photo]:
-    crops = Draws(40, **settings).first_crops
+    crops = SampleTransform(40, **settings).first_crops
     return read_photos(list_photos(folder), "a sks dog", mask_crops=crops)
 
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.data.draws import Draws
+from dora_diffusion.data.draws import SampleTransform
 from dora_diffusion.data.images import PhotoError, open_photo
 from dora_diffusion.data.photos import MaskError, Photo, list_photos, read_photo, read_photos
 
@@ -138,7 +138,7 @@ def test_bad_masks_are_named_and_never_skipped(tmp_path: Path, write_images, ski
     Image.new("L", (60, 40), 255).save(tmp_path / "01.mask.png")
     (tmp_path / "02.mask.png").write_text("not an image", encoding="utf-8")
     photos[3].write_text("not a photo", encoding="utf-8")
-    crops = Draws(40).first_crops
+    crops = SampleTransform(40).first_crops
     reasons = (
         r"00\.mask\.png: the mask is 60 x 20, its photo 60 x 40.*; 02\.mask\.png: not a.*; "
         r"03\.png: not a"

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.jobs.base_model import ModelFiles, check_base, check_variant, traits_of
-from dora_diffusion.jobs.workspace import RequestError
+from dora_diffusion.jobs.base_model import ModelFiles, check_base, check_variant, model_info
+from dora_diffusion.jobs.workspace import UserError
 from tests.jobs.helpers import write_checkpoint, write_folder
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -25,8 +25,8 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 def test_traits_of_models_that_are_named(
     name: str, family: str, resolution: int, is_full: bool
 ) -> None:
-    traits = traits_of(name)
-    assert (traits.family, traits.resolution, traits.has_released_shape) == (
+    info = model_info(name)
+    assert (info.family, info.resolution, info.has_released_shape) == (
         family, resolution, is_full,
     )  # fmt: skip
 
@@ -35,10 +35,10 @@ def test_the_size_is_what_the_model_itself_says(sd1_folder: Path) -> None:
     from dora_diffusion.models.load import load_components
 
     for name in (sd1_folder, "embedded:tiny-sdxl"):
-        traits, loaded = traits_of(str(name)), load_components(name)
-        assert traits.resolution == loaded.default_resolution
-        assert traits.family == loaded.family.name
-        assert not traits.has_released_shape
+        info, loaded = model_info(str(name)), load_components(name)
+        assert info.resolution == loaded.default_resolution
+        assert info.family == loaded.family.name
+        assert not info.has_released_shape
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_the_size_is_what_the_model_itself_says(sd1_folder: Path) -> None:
     ],
 )
 def test_a_model_that_is_not_there_is_refused(name: str, match: str) -> None:
-    with pytest.raises(RequestError, match=match):
+    with pytest.raises(UserError, match=match):
         check_base(name)
 
 
@@ -66,7 +66,7 @@ def test_a_file_or_folder_that_is_no_base_model_is_refused(tmp_path: Path) -> No
         ("notes.txt", "is no model"),
         ("", "no model_index.json"),
     ):
-        with pytest.raises(RequestError, match=match):
+        with pytest.raises(UserError, match=match):
             check_base(str(tmp_path / name))
     check_base(str(write_checkpoint(tmp_path / "xl.safetensors", "sdxl")))
     check_base(str(write_folder(tmp_path / "pipeline")))
@@ -74,7 +74,7 @@ def test_a_file_or_folder_that_is_no_base_model_is_refused(tmp_path: Path) -> No
 
 def test_the_hub_is_asked_only_when_a_run_is_to_begin(cache: Path) -> None:
     check_base("nobody/nothing")
-    with pytest.raises(RequestError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         check_base("nobody/nothing", ask_hub=True)
     write_folder(cache / "models--nobody--nothing" / "snapshots" / "1")
     check_base("nobody/nothing", ask_hub=True)
@@ -84,7 +84,7 @@ def test_a_variant_without_weights_is_refused(tmp_path: Path) -> None:
     folder = str(write_folder(tmp_path / "pipeline"))
     check_variant(folder, None)
     check_variant(folder, "fp16")
-    with pytest.raises(RequestError, match=r"no weights of the variant 'bf16'; its UNet is .*fp16"):
+    with pytest.raises(UserError, match=r"no weights of the variant 'bf16'; its UNet is .*fp16"):
         check_variant(folder, "bf16")
 
 

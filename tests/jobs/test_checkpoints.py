@@ -8,7 +8,7 @@ import pytest
 
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.checkpoints import adapter_of, choose
-from dora_diffusion.jobs.workspace import RequestError, Workspace, write_json
+from dora_diffusion.jobs.workspace import UserError, Workspace, write_json
 from tests.jobs.helpers import (
     ended_run,
     seen,
@@ -46,7 +46,7 @@ def test_what_was_chosen_stands_for_the_run(workspace: Workspace) -> None:
 )
 def test_only_what_is_there_can_be_chosen(workspace: Workspace, name: object) -> None:
     job = ended_run(workspace, (50,), 60)
-    with pytest.raises(RequestError, match="no longer exists"):
+    with pytest.raises(UserError, match="no longer exists"):
         choose(job, name)
     assert not (job.folder / records.CHOSEN).exists()
 

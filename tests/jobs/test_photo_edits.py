@@ -16,7 +16,7 @@ from dora_diffusion.jobs.subjects import (
     photo_path,
 )
 from dora_diffusion.jobs.uploads import edit_photo, read_mask, restore_original
-from dora_diffusion.jobs.workspace import RequestError, Workspace
+from dora_diffusion.jobs.workspace import UserError, Workspace
 from tests.jobs.helpers import photo
 
 
@@ -75,7 +75,7 @@ def test_a_crop_that_is_none_changes_nothing(
     path = photo_path(workspace, subject, "001.jpg")
     photo(path, (400, 300))
     before = path.read_bytes()
-    with pytest.raises(RequestError, match="crop"):
+    with pytest.raises(UserError, match="crop"):
         edit_photo(path, crop, None)  # type: ignore[arg-type]
     assert path.read_bytes() == before
     assert not (path.parent.parent / "originals").exists()
@@ -85,12 +85,12 @@ def test_a_crop_that_is_none_changes_nothing(
     "mask", ["x", "data:image/svg+xml,<svg/>", "data:image/png;base64,AAAA", 5, ["a"], "a" * 2**23]
 )
 def test_a_mask_that_is_no_picture_is_refused(mask: object) -> None:
-    with pytest.raises(RequestError, match="paint it again"):
+    with pytest.raises(UserError, match="paint it again"):
         read_mask(mask)
 
 
 def test_a_mask_is_small() -> None:
     assert read_mask("") is None
     assert read_mask(png_address(Image.new("RGBA", (8, 8)))) is not None
-    with pytest.raises(RequestError, match="paint it again"):
+    with pytest.raises(UserError, match="paint it again"):
         read_mask(png_address(Image.new("L", (5000, 5000))))

@@ -17,7 +17,7 @@ from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.records import JobRecord
 from dora_diffusion.jobs.snapshot import snapshot
-from dora_diffusion.jobs.workspace import RequestError, Workspace, read_json, write_json
+from dora_diffusion.jobs.workspace import UserError, Workspace, read_json, write_json
 from tests.jobs.helpers import (
     about,
     make,
@@ -73,9 +73,9 @@ def test_a_running_job_is_neither_resumed_nor_deleted(
 ) -> None:
     folder = make(workspace)
     pretend_running(folder, sleeper)
-    with pytest.raises(RequestError, match="already waiting or running"):
+    with pytest.raises(UserError, match="already waiting or running"):
         jobs.requeue_job(folder)
-    with pytest.raises(RequestError, match="still running"):
+    with pytest.raises(UserError, match="still running"):
         jobs.delete_job(workspace, folder.name)
 
 
@@ -84,7 +84,7 @@ def test_kill_is_refused_until_stop_had_its_time(
 ) -> None:
     folder = make(workspace)
     pretend_running(folder, sleeper)
-    with pytest.raises(RequestError, match="stop the run first"):
+    with pytest.raises(UserError, match="stop the run first"):
         jobs.kill_job(folder)
     jobs.stop_job(folder)
     assert not seen(folder).may_kill
@@ -124,7 +124,7 @@ def test_a_run_is_not_deleted_under_a_job_about_it(
     run = make(workspace)
     waiting, busy = about(run), about(run, kind, title="Use sks mug")
     pretend_running(busy, sleeper)
-    with pytest.raises(RequestError, match='"Use sks mug" is still running and needs this run'):
+    with pytest.raises(UserError, match='"Use sks mug" is still running and needs this run'):
         jobs.delete_job(workspace, run.name)
     assert run.is_dir()
     assert waiting.is_dir()
@@ -208,7 +208,7 @@ def test_a_second_job_waits_for_the_first(
 def test_the_queue_has_an_end(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "_MOST_JOBS_WAITING", 2)
     make(workspace), make(workspace)
-    with pytest.raises(RequestError, match="the queue is full"):
+    with pytest.raises(UserError, match="the queue is full"):
         make(workspace)
 
 

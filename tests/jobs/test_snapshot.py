@@ -15,7 +15,7 @@ from dora_diffusion.jobs import records
 from dora_diffusion.jobs.processes import worker_of
 from dora_diffusion.jobs.snapshot import read_job, snapshot
 from dora_diffusion.jobs.workspace import (
-    RequestError,
+    UserError,
     Workspace,
     read_json,
     remove_folder,
@@ -249,7 +249,7 @@ def test_a_damaged_result_is_mended_by_resuming(workspace: Workspace) -> None:
     jobs.requeue_job(folder)
     assert (seen(folder).state, seen(folder).damage) == ("waiting", ())
     (folder / records.JOB).write_text("", encoding="utf-8")
-    with pytest.raises(RequestError, match=r"job\.json is damaged"):
+    with pytest.raises(UserError, match=r"job\.json is damaged"):
         jobs.requeue_job(folder)
 
 

@@ -25,7 +25,7 @@ from dora_diffusion.jobs.subjects import (
     take_sample,
     training_crop,
 )
-from dora_diffusion.jobs.workspace import RequestError, Workspace
+from dora_diffusion.jobs.workspace import UserError, Workspace
 from tests.jobs.helpers import photo
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
@@ -37,13 +37,13 @@ SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 def test_a_photo_is_looked_up_by_its_bare_name(
     workspace: Workspace, subject: str, name: object
 ) -> None:
-    with pytest.raises(RequestError, match="no longer exists"):
+    with pytest.raises(UserError, match="no longer exists"):
         photo_path(workspace, subject, name)
 
 
 @pytest.mark.parametrize("name", ["..", "", None, "20261125-020304-abcdef", "../subjects", 1, "*"])
 def test_a_subject_is_looked_up_by_its_id(workspace: Workspace, name: object) -> None:
-    with pytest.raises(RequestError, match="no longer exists"):
+    with pytest.raises(UserError, match="no longer exists"):
         read_subject(workspace, name)
 
 
@@ -52,10 +52,10 @@ def test_a_linked_subject_or_photo_is_not_followed(
 ) -> None:
     outside = photo(tmp_path / "outside.jpg")
     os.symlink(outside, workspace.subject(subject) / "photos" / "003.jpg")
-    with pytest.raises(RequestError):
+    with pytest.raises(UserError):
         photo_path(workspace, subject, "003.jpg")
     os.symlink(tmp_path, workspace.subjects / "20261125-020304-abcdef")
-    with pytest.raises(RequestError):
+    with pytest.raises(UserError):
         workspace.subject("20261125-020304-abcdef")
 
 
@@ -65,7 +65,7 @@ def test_captions_are_one_printable_line_of_bounded_length(
     text = save_caption(workspace, subject, "001.jpg", "a sks\x00 dog\x1b[2J\n on  \u202egrass")
     assert text == "a sks dog [2J on grass"
     assert read_caption(photo_path(workspace, subject, "001.jpg"), "") == text
-    with pytest.raises(RequestError, match="at most 1000"):
+    with pytest.raises(UserError, match="at most 1000"):
         save_caption(workspace, subject, "001.jpg", "x" * 1001)
     save_caption(workspace, subject, "001.jpg", " ")
     assert read_caption(photo_path(workspace, subject, "001.jpg"), "") == ""
@@ -123,7 +123,7 @@ def test_a_sample_becomes_a_subject_with_its_captions(workspace: Workspace) -> N
     subject = read_subject(workspace, take_sample(workspace, SAMPLES, "bolt_mug"))
     assert (subject.class_word, len(subject.photos)) == ("mug", 5)
     assert read_caption(subject.photos[0], "").startswith("a photo of a sks mug")
-    with pytest.raises(RequestError, match="there is bolt_mug, heart_teapot, ring_robot"):
+    with pytest.raises(UserError, match="there is bolt_mug, heart_teapot, ring_robot"):
         take_sample(workspace, SAMPLES, "../samples/bolt_mug")
 
 

@@ -20,7 +20,7 @@ from dora_diffusion.jobs.checkpoints import chosen_adapter
 from dora_diffusion.jobs.queue import delete_job, stop_job
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.subjects import read_subject, save_caption
-from dora_diffusion.jobs.workspace import RequestError, Workspace, ids_in
+from dora_diffusion.jobs.workspace import UserError, Workspace, ids_in
 from tests.jobs.helpers import about, ended_run, job_of, make, seen
 
 CONFIG = TrainConfig(instance_prompt="a photo of a sks dog", class_word="dog", rank=3)
@@ -60,7 +60,7 @@ def test_a_run_is_named_by_hand_or_by_its_subject_and_the_time(
     assert [seen(job).title for job in (folder, merge)] == ["Rex", "Merge Rex"]
     assert seen(first.folder).title == first.title
     for name in ("", "x" * 61):
-        with pytest.raises(RequestError, match="name"):
+        with pytest.raises(UserError, match="name"):
             tasks.rename_run(workspace, named.id, name)
 
 
@@ -70,7 +70,7 @@ def test_a_finished_run_is_queued_again_with_more_steps(
     monkeypatch.setattr("dora_diffusion.jobs.snapshot._unusable_result", lambda *_: "")
     job = ended_run(workspace, (4, 8), 8, code=0)
     for more in (0, 0.5, -1, None, "9", float("nan"), 1e9):
-        with pytest.raises(RequestError, match="it must be between 1 and"):
+        with pytest.raises(UserError, match="it must be between 1 and"):
             tasks.continue_run(job.folder, more)
     assert seen(job.folder) == job
     tasks.continue_run(job.folder, 4)
@@ -80,13 +80,13 @@ def test_a_finished_run_is_queued_again_with_more_steps(
     changed = {name for name in job.settings if again.settings[name] != job.settings[name]}
     assert changed == {"max_train_steps"}
     for other in (again, ended_run(workspace, (4,), 8, code=0), ended_run(workspace, (8,), 8)):
-        with pytest.raises(RequestError, match="only a finished run that kept a checkpoint"):
+        with pytest.raises(UserError, match="only a finished run that kept a checkpoint"):
             tasks.continue_run(other.folder, 4)
 
 
 def test_the_same_run_is_queued_once(workspace: Workspace, subject: str) -> None:
     folder, stored = start(workspace, subject), read_subject(workspace, subject)
-    with pytest.raises(RequestError, match="is number 1 in the queue already; change a setting"):
+    with pytest.raises(UserError, match="is number 1 in the queue already; change a setting"):
         start(workspace, subject)
     assert ids_in(workspace.root) == [folder.name]
     tasks.start_training(workspace, dataclasses.replace(CONFIG, seed=7), stored)
@@ -161,7 +161,7 @@ def test_merges_of_a_run_do_not_replace_each_other(finished: tuple[Workspace, st
         f"{named}-step-2-strength-0.5-merged.safetensors",
     ]
     for strength in (-2.5, 3.5, float("nan")):
-        with pytest.raises(RequestError, match="must be between -2 and 3"):
+        with pytest.raises(UserError, match="must be between -2 and 3"):
             tasks.start_merge(workspace, job, strength)
 
 
@@ -176,9 +176,9 @@ def test_what_needs_an_adapter_or_a_checkpoint_says_so(
         lambda w, run: tasks.start_push(w, run, "ann/mug", True),
         lambda w, run: tasks.start_conversion(w, run, "kohya"),
     ):
-        with pytest.raises(RequestError, match="no adapter yet"):
+        with pytest.raises(UserError, match="no adapter yet"):
             start(workspace, run)
-    with pytest.raises(RequestError, match="no checkpoint yet"):
+    with pytest.raises(UserError, match="no checkpoint yet"):
         tasks.start_ranking(workspace, run)
     assert ids_in(workspace.root) == [run.id]
 
@@ -224,7 +224,7 @@ def test_a_download_is_named_and_lies_in_the_exports(
     assert Path(args.output) == workspace.exports / run.id / target / name
     assert (args.input, args.to) == (str(chosen_adapter(run)), target)
     assert (args.base, args.overwrite) == (run.base, True)
-    with pytest.raises(RequestError, match="there is no such format"):
+    with pytest.raises(UserError, match="there is no such format"):
         tasks.start_conversion(workspace, run, "../../etc")
 
 
@@ -249,7 +249,7 @@ def test_no_conversion_downloads_a_base(
     for there in ([], [configs]):
         cached[:] = there
         for target in ("dense", "lora"):
-            with pytest.raises(RequestError, match="is not on this machine") as raised:
+            with pytest.raises(UserError, match="is not on this machine") as raised:
                 tasks.start_conversion(workspace, run, target)
             command = str(raised.value).partition("python -m dora_diffusion ")[2]
             args = build_parser().parse_args(shlex.split(command))

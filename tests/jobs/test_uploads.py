@@ -16,7 +16,7 @@ from PIL import Image
 from dora_diffusion.images import save_png
 from dora_diffusion.jobs import uploads
 from dora_diffusion.jobs.uploads import read_generation_settings, store_photos
-from dora_diffusion.jobs.workspace import RequestError
+from dora_diffusion.jobs.workspace import UserError
 from tests.jobs.helpers import photo
 
 
@@ -147,7 +147,7 @@ def test_more_photos_than_a_subject_may_have_are_refused_at_once(
     monkeypatch.setattr(uploads, "MAX_PHOTOS", 2)
     one = photo(tmp_path / "a.jpg")
     store_photos([one], folder)
-    with pytest.raises(RequestError, match="at most 2"):
+    with pytest.raises(UserError, match="at most 2"):
         store_photos([one, one], folder)
     assert len(list(folder.iterdir())) == 1
 
@@ -183,7 +183,7 @@ def test_only_pictures_that_say_how_they_were_made_load(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"text")
     for name, match in (("a.png", "does not say"), ("b.png", "cannot be read")):
-        with pytest.raises(RequestError, match=match):
+        with pytest.raises(UserError, match=match):
             read_generation_settings(tmp_path / name)
 
 

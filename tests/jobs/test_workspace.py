@@ -13,7 +13,7 @@ import pytest
 from dora_diffusion import system
 from dora_diffusion.jobs import queue as jobs
 from dora_diffusion.jobs.workspace import (
-    RequestError,
+    UserError,
     Workspace,
     clean_text,
     ids_in,
@@ -35,13 +35,13 @@ def test_other_folders_are_no_jobs(workspace: Workspace, name: str) -> None:
 @pytest.mark.parametrize("job_id", ["..", "../subjects", "", None, 7, "20261125-020304-abcdef\n"])
 def test_a_job_is_looked_up_by_its_id(workspace: Workspace, job_id: object) -> None:
     started_run(workspace, 1)
-    with pytest.raises(RequestError, match="no longer exists"):
+    with pytest.raises(UserError, match="no longer exists"):
         workspace.job(job_id)
 
 
 def test_text_is_one_printable_line() -> None:
     assert clean_text(" a\tb\x07\u2028c ", 10, "prompt") == "a b c"
-    with pytest.raises(RequestError, match="at most 3"):
+    with pytest.raises(UserError, match="at most 3"):
         clean_text("abcd", 3, "prompt")
 
 
@@ -73,7 +73,7 @@ def test_a_folder_whose_files_are_in_use_is_kept_and_said_to_be(
     before = sorted(folder.iterdir())
     monkeypatch.setattr(system.os, "replace", in_use)
     monkeypatch.setattr(system.time, "sleep", lambda _: None)
-    with pytest.raises(RequestError, match="while a program has a file of it open"):
+    with pytest.raises(UserError, match="while a program has a file of it open"):
         remove_folder(folder)
     assert sorted(folder.iterdir()) == before
     monkeypatch.undo()

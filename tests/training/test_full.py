@@ -175,12 +175,12 @@ def test_the_image_free_prior_is_held_at_the_base(full_config, sd1_folder):
         full_config, with_prior_preservation=True, prior_preservation_mode="image-free",
     )  # fmt: skip
     session = session_of(config)
-    untrained = {n: p.detach().clone() for n, p in session.weights.parameters().items()}
+    base_weights = {n: p.detach().clone() for n, p in session.weights.parameters().items()}
     assert float(session.train_step(1)["prior_loss"]) == 0  # nothing has been learned yet
     assert float(session.train_step(2)["prior_loss"]) > 0
     trained = {n: p.detach().clone() for n, p in session.weights.parameters().items()}
-    with session.weights.untrained():
-        assert changed(untrained, session.weights.parameters()) == set()
+    with session.weights.base_weights():
+        assert changed(base_weights, session.weights.parameters()) == set()
     assert changed(trained, session.weights.parameters()) == set()
 
 

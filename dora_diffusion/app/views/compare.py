@@ -20,7 +20,7 @@ from dora_diffusion.jobs.base_model import check_base
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.subjects import read_subject, subjects_in
 from dora_diffusion.jobs.tasks import MOST_STEPS, start_study
-from dora_diffusion.jobs.workspace import REMAINS, RequestError
+from dora_diffusion.jobs.workspace import REMAINS, UserError
 
 _METHODS: dict[str, dict[str, Any]] = {
     "dora": {}, "lora": {"method": "lora"}, "full": {"method": "full", "full_weights": "targets"},
@@ -105,14 +105,14 @@ def _study(
     """What the fields ask for, as a study has it, without its subjects.
 
     Raises:
-        RequestError: If a value is out of its limits, or the base may not be loaded.
+        UserError: If a value is out of its limits, or the base may not be loaded.
     """
     names = [name for name in _METHODS if isinstance(methods, list) and name in methods]
     if not names:
-        raise RequestError("choose at least one method")
+        raise UserError("choose at least one method")
     for what, value, most in (("seeds", seeds, _MOST_SEEDS), ("steps", steps, MOST_STEPS)):
         if not 1 <= value <= most:
-            raise RequestError(f"{what} is {value}; it must be between 1 and {most}")
+            raise UserError(f"{what} is {value}; it must be between 1 and {most}")
     model = context.allowed_model(base)
     check_base(model)
     given, usual = preset_values("balanced", model, context.device()), TrainConfig().to_dict()
@@ -120,7 +120,7 @@ def _study(
     common = {
         name: value
         for name, value in given.items()
-        if value != usual[name] and SETTINGS[name].resume != "apart" and "validation" not in name
+        if value != usual[name] and SETTINGS[name].resume != "ignored" and "validation" not in name
     }
     rate = given["learning_rate"] or TrainConfig().usual_lr
     # Weights themselves take as much smaller a rate as by default.

@@ -22,16 +22,16 @@ from dora_diffusion.app.views.fields import (
 from dora_diffusion.app.views.request import BASE, MERGED, OWN, field_value, make_request, numbers
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.jobs.checkpoints import RESULT_NAME, chosen_adapter
-from dora_diffusion.jobs.snapshot import Job
-from dora_diffusion.jobs.studio import (
+from dora_diffusion.jobs.image_generator import (
     MAX_BATCH,
     GeneratedImage,
     GenerationRequest,
     read_image,
     recent_images,
 )
+from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.uploads import read_generation_settings
-from dora_diffusion.jobs.workspace import RequestError, confined
+from dora_diffusion.jobs.workspace import UserError, confined
 from dora_diffusion.models.schedulers import SCHEDULERS
 
 _TEMPLATES = (
@@ -165,15 +165,15 @@ def connect(context: Context, tab: GenerateTab) -> None:
 
     @plain
     def make(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
-        images = context.studio.make(request(choice, values), _on_step(progress))
+        images = context.generator.make(request(choice, values), _on_step(progress))
         return _results(gallery=images)
 
     @plain
     def compare(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
         asked = request(choice, values)
         if asked.adapter is None:
-            raise RequestError("choose a run or a checkpoint to compare with its base model")
-        return _results(pair=context.studio.compare(asked, _on_step(progress)))
+            raise UserError("choose a run or a checkpoint to compare with its base model")
+        return _results(pair=context.generator.compare(asked, _on_step(progress)))
 
     @plain
     def grid(
@@ -184,12 +184,12 @@ def connect(context: Context, tab: GenerateTab) -> None:
     ) -> list[Any]:
         asked = request(choice, values)
         if asked.adapter is None:
-            raise RequestError("choose a run: the grid shows its checkpoints")
+            raise UserError("choose a run: the grid shows its checkpoints")
         job = context.job(str(choice).partition("/")[0])
         adapters = {
             f"step {job.step_of(name)}": chosen_adapter(job, name) for name in job.candidates
         }
-        sheet = context.studio.grid(asked, adapters, numbers(text), _on_step(progress))
+        sheet = context.generator.grid(asked, adapters, numbers(text), _on_step(progress))
         return _results(gallery=[sheet], columns=1)
 
     @plain
@@ -206,7 +206,7 @@ def connect(context: Context, tab: GenerateTab) -> None:
         return _results(gallery=[read_image(path, path.stat().st_mtime_ns)])
 
     def withdraw() -> None:
-        context.studio.withdraw()
+        context.generator.withdraw()
 
     tab.make.click(make, [tab.adapter, *fields], results, **_BUSY)
     tab.compare.click(compare, [tab.adapter, *fields], results, **_BUSY)
@@ -275,12 +275,12 @@ def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[s
 
 def _turn(busy: Job | None, context: Context) -> str:
     """What images wait for, or would wait for."""
-    if busy is None and not context.studio.is_waiting:
+    if busy is None and not context.generator.is_waiting:
         return ""
     left = busy.remaining_seconds if busy else None
     end = f" (about {html.duration(left)})" if left is not None else ""
     what = f"until {busy.title} has ended{end}" if busy else "until the device is free"
-    if not context.studio.is_waiting:
+    if not context.generator.is_waiting:
         return html.note(f"Images wait {what}.")
     text = f"Waiting {what}. The images are made then, and are in the history below."
     return html.note(text) + html.button("Stop waiting", "withdraw", "")

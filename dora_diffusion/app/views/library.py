@@ -38,7 +38,7 @@ from dora_diffusion.jobs.tasks import (
     start_push,
     write_card,
 )
-from dora_diffusion.jobs.workspace import REMAINS, RequestError
+from dora_diffusion.jobs.workspace import REMAINS, UserError
 
 _NOTHING = html.empty(
     "The library is empty", "A run appears here when it is done. Start one in the Train tab."
@@ -131,7 +131,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
     def delete(job_id: str | None) -> list[Any]:
         if not job_id:  # not confirmed
             return [gr.skip()] * 3
-        context.studio.release()  # Windows deletes no model that is mapped into memory.
+        context.generator.release()  # Windows deletes no model that is mapped into memory.
         text = "Deleted" + ("" if delete_job(workspace, str(job_id)) else REMAINS)
         parts = refresh(context.jobs(fresh=True), None)
         return [filled(parts["shelf"]), filled(parts["shelf_run"]), html.note(text, "info")]
@@ -166,7 +166,7 @@ def _connect_tasks(context: Context, tab: LibraryTab) -> None:
     @plain
     def push(job_id: str | None, repository: str, private: bool) -> str:
         if context.launch.is_open:
-            raise RequestError(
+            raise UserError(
                 "a shared app does not publish, since that would be in the name of whoever runs "
                 "it; download the adapter instead"
             )

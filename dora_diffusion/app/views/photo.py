@@ -14,7 +14,7 @@ from dora_diffusion.app.context import Context, plain
 from dora_diffusion.app.settings import EMBEDDED
 from dora_diffusion.app.views.fields import BUSY, QUIET, clicked, html_block, image_or_blank
 from dora_diffusion.data.captions import read_caption
-from dora_diffusion.jobs.base_model import traits_of
+from dora_diffusion.jobs.base_model import model_info
 from dora_diffusion.jobs.subjects import (
     StoredSubject,
     mask_labels,
@@ -31,7 +31,7 @@ from dora_diffusion.jobs.uploads import (
     read_mask,
     restore_original,
 )
-from dora_diffusion.jobs.workspace import RequestError
+from dora_diffusion.jobs.workspace import UserError
 
 _LARGEST_SIDE = 8192
 _SCRIPT = (Path(__file__).parents[1] / "editor.js").read_text(encoding="utf-8")
@@ -79,7 +79,7 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
     @plain
     def choose(subject_id: str, listed: list[str], event: gr.SelectData) -> list[Any]:
         if not isinstance(event.index, int) or not 0 <= event.index < len(listed):
-            raise RequestError("this photo no longer exists; choose another one")
+            raise UserError("this photo no longer exists; choose another one")
         path = photo_path(workspace, subject_id, listed[event.index])
         title = f"<div class='dd-heading dd-photo'><h2>{html.esc(path.name)}</h2></div>"
         return [path.name, gr.update(visible=True), title, _caption(path, "")[0], ""]
@@ -146,9 +146,9 @@ def side(context: Context, model: object, resolution: object) -> int:
     if text.isdecimal() and 0 < int(text) <= _LARGEST_SIDE:
         return int(text)
     try:
-        return traits_of(context.allowed_model(model)).resolution
-    except RequestError:
-        return traits_of(EMBEDDED).resolution
+        return model_info(context.allowed_model(model)).resolution
+    except UserError:
+        return model_info(EMBEDDED).resolution
 
 
 def subject_view(subject: StoredSubject | None, side: int, message: str = "") -> list[Any]:

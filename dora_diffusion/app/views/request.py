@@ -1,4 +1,4 @@
-"""The Generate tab's fields as a request to the studio, and a PNG's settings as fields."""
+"""The Generate tab's fields as a request for images, and a PNG's settings as fields."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dora_diffusion.app.context import Context
 from dora_diffusion.app.settings import PROMPT_LIMIT, default_guidance
 from dora_diffusion.jobs.base_model import ModelFiles
 from dora_diffusion.jobs.checkpoints import chosen_adapter
-from dora_diffusion.jobs.studio import GenerationRequest
-from dora_diffusion.jobs.workspace import RequestError, clean_text
+from dora_diffusion.jobs.image_generator import GenerationRequest
+from dora_diffusion.jobs.workspace import UserError, clean_text
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
 
@@ -25,13 +25,13 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
     """What the fields ask for.
 
     Raises:
-        RequestError: If the run is gone or a value is out of its limits.
+        UserError: If the run is gone or a value is out of its limits.
     """
     from dora_diffusion.generate import SamplingSettings
 
     model = _model(context, str(choice or BASE))
     if model.files.here(model.base) is None:
-        raise RequestError(
+        raise UserError(
             f"{model.base} is not on this machine, and no image waits for a download: get it by "
             f"'hf download {model.base}', or by training on it"
         )
@@ -42,9 +42,7 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
         if not text:
             return None
         if not text.isdecimal() or int(text) == 0:
-            raise RequestError(
-                f"the {name} is {text!r}; write pixels, such as 512, or leave it empty"
-            )
+            raise UserError(f"the {name} is {text!r}; write pixels, such as 512, or leave it empty")
         # Latents have 8 pixels a side.
         return max(8, round(int(text) / 8) * 8)
 
@@ -88,7 +86,7 @@ def _guidance(text: str, model: _Model) -> float:
     with contextlib.suppress(ValueError):
         if 0 <= (scale := float(text)) <= MOST_GUIDANCE:
             return scale
-    raise RequestError(
+    raise UserError(
         f"the guidance is {text!r}; write a number from 0 to {MOST_GUIDANCE}, or leave it empty"
     )
 
@@ -103,7 +101,7 @@ def _model(context: Context, choice: str) -> _Model:
     if kind == MERGED:
         job = context.job(name)
         if job.kind != "export" or job.state != "done":
-            raise RequestError("this merged model no longer exists; choose another one")
+            raise UserError("this merged model no longer exists; choose another one")
         # A file's configuration is its base's, or what its base was loaded with.
         own = ModelFiles.of(context.job(job.record.run).settings).config
         config = own or (None if job.base.endswith(".safetensors") else job.base)
@@ -149,9 +147,9 @@ def numbers(text: str) -> list[float]:
     """Numbers that commas or spaces part.
 
     Raises:
-        RequestError: If something else is among them.
+        UserError: If something else is among them.
     """
     try:
         return [float(part) for part in str(text).replace(",", " ").split()]
     except ValueError:
-        raise RequestError(f"the strengths are {text!r}; write numbers such as 0, 0.5, 1") from None
+        raise UserError(f"the strengths are {text!r}; write numbers such as 0, 0.5, 1") from None

@@ -31,7 +31,7 @@ from dora_diffusion.jobs.subjects import (
     take_sample,
 )
 from dora_diffusion.jobs.uploads import MAX_BYTES, MAX_PHOTOS
-from dora_diffusion.jobs.workspace import REMAINS, RequestError, clean_text
+from dora_diffusion.jobs.workspace import REMAINS, UserError, clean_text
 from dora_diffusion.wording import counted
 
 _EMPTY = html.empty("No photos yet", f"Add {WANTED}. Or take a sample.")
@@ -158,7 +158,7 @@ def _connect_new(context: Context, tab: SubjectTab, size: list[Any]) -> None:
     def create(title: str, *chosen: Any) -> list[Any]:
         title = clean_text(title, 60, "name")
         if not title:
-            raise RequestError("give the new subject a name first")
+            raise UserError("give the new subject a name first")
         subject_id = new_subject(workspace, title)
         return ["", _choices(context, subject_id), *_show(context, subject_id, chosen)]
 

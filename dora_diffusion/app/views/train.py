@@ -38,7 +38,7 @@ from dora_diffusion.jobs.base_model import check_model
 from dora_diffusion.jobs.estimates import announced_class_images, estimate
 from dora_diffusion.jobs.subjects import StoredSubject, keep_words, read_subject
 from dora_diffusion.jobs.tasks import NAME_LIMIT, start_training
-from dora_diffusion.jobs.workspace import RequestError
+from dora_diffusion.jobs.workspace import UserError
 from dora_diffusion.training.subject import outside_toy_world, subject_of
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."
@@ -229,12 +229,10 @@ def read_form(
     """
     model, token, class_word, prompts, *advanced = values
     if not subject_id:
-        raise RequestError(
-            "there is no subject yet: add photos in the Subject tab, or take a sample"
-        )
+        raise UserError("there is no subject yet: add photos in the Subject tab, or take a sample")
     subject = read_subject(context.workspace, subject_id)
     if not subject.photos:
-        raise RequestError("the subject has no photos yet; add some in the Subject tab")
+        raise UserError("the subject has no photos yet; add some in the Subject tab")
     chosen = dict(zip(ADVANCED, advanced, strict=True))
     # Whoever paints a mask wants it used.
     chosen["masked_loss"] |= any(mask_path(photo).exists() for photo in subject.photos)
@@ -273,7 +271,7 @@ def _connect_draft(
         """A subject's class and token, or what was typed for it."""
         try:
             subject = read_subject(context.workspace, subject_id)
-        except RequestError:
+        except UserError:
             return [gr.skip(), gr.skip()]
         typed = form_values(kept) if subject_of_draft(kept) == subject.id else {}
         word = typed.get("class_word") or subject.class_word

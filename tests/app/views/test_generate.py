@@ -16,8 +16,8 @@ from PIL import Image
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.views.generate import refresh
 from dora_diffusion.images import save_png
+from dora_diffusion.jobs.image_generator import MOST_RECENT
 from dora_diffusion.jobs.snapshot import Job
-from dora_diffusion.jobs.studio import MOST_RECENT
 from tests.app.views.helpers import handler
 from tests.jobs.helpers import seen, started_run
 
@@ -39,12 +39,12 @@ def test_the_page_says_what_images_wait_for(
     assert turn(job) == ""
     running = dataclasses.replace(job, state="running")
     assert "Images wait until &lt;mug&gt; has ended (about 12 s)" in turn(running)
-    monkeypatch.setattr(context.studio, "is_waiting", True)
+    monkeypatch.setattr(context.generator, "is_waiting", True)
     for said in (turn(running), turn(job)):
         assert "Waiting until" in said
         assert "data-do='withdraw'" in said
     handler(context, "withdraw", "generate")()
-    assert not context.studio._waits_on()
+    assert not context.generator._waits_on()
 
 
 def test_images_of_earlier_visits_are_there_newest_first_and_show_their_settings(

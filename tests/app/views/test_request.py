@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dora_diffusion.jobs.workspace import RequestError
+from dora_diffusion.jobs.workspace import UserError
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_an_empty_size_is_the_model_s(text: object, pixels: int | None) -> None:
 
 @pytest.mark.parametrize("text", ["0", "-8", "wide", "1.5"])
 def test_a_size_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(RequestError, match=r"height is .*; write pixels"):
+    with pytest.raises(UserError, match=r"height is .*; write pixels"):
         _asked(height=text)
 
 
@@ -41,13 +41,13 @@ def test_no_image_waits_for_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError(name)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(RequestError, match=r"org/model is not on this machine.*hf download org/m"):
+    with pytest.raises(UserError, match=r"org/model is not on this machine.*hf download org/m"):
         _asked("org/model")
 
 
 @pytest.mark.parametrize("text", ["much", "-1", "31", "nan", "inf"])
 def test_a_guidance_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(RequestError, match=r"guidance is .*; write a number from 0 to 30"):
+    with pytest.raises(UserError, match=r"guidance is .*; write a number from 0 to 30"):
         _asked(guidance_scale=text)
 
 

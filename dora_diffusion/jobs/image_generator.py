@@ -20,7 +20,7 @@ from dora_diffusion.devices import release_memory
 from dora_diffusion.jobs.base_model import ModelFiles
 from dora_diffusion.jobs.processes import holding
 from dora_diffusion.jobs.queue import is_running
-from dora_diffusion.jobs.workspace import RequestError, Workspace, new_id
+from dora_diffusion.jobs.workspace import UserError, Workspace, new_id
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.numerics.threads import one_thread
 from dora_diffusion.numerics.weights import Strengths
@@ -67,7 +67,7 @@ class GenerationRequest:
         files: How the base is loaded.
 
     Raises:
-        RequestError: If a value is out of its limits.
+        UserError: If a value is out of its limits.
     """
 
     base: str
@@ -81,7 +81,7 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         if not self.prompt:
-            raise RequestError("write a prompt: what should the image show?")
+            raise UserError("write a prompt: what should the image show?")
         for name, value, low, high in (
             ("images", self.count, 1, MAX_BATCH),
             ("steps", self.settings.steps, 1, MAX_STEPS),
@@ -93,7 +93,7 @@ class GenerationRequest:
             ("seed", self.seed, -1, SEED_LIMIT - 1),
         ):
             if not low <= value <= high:
-                raise RequestError(f"{name} is {value}; it must be between {low} and {high}")
+                raise UserError(f"{name} is {value}; it must be between {low} and {high}")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class GeneratedImage:
     unread: tuple[str, ...] = ()
 
 
-class Studio:
+class ImageGenerator:
     """Makes images and keeps the last model loaded.
 
     Args:
@@ -148,7 +148,7 @@ class Studio:
         """Images at consecutive seeds, written with what made them; a job's end is waited for.
 
         Raises:
-            RequestError: If it was withdrawn meanwhile.
+            UserError: If it was withdrawn meanwhile.
         """
         seeds = _seeds(request)
         with self._device(request.base):
@@ -186,13 +186,13 @@ class Studio:
         """One seed over checkpoints (rows) and strengths (columns).
 
         Raises:
-            RequestError: If the grid is empty or too large, or it was withdrawn meanwhile.
+            UserError: If the grid is empty or too large, or it was withdrawn meanwhile.
         """
         from dora_diffusion.training.sheets import labelled_sheet
 
         cells = len(adapters) * len(strengths)
         if not 1 <= cells <= MAX_GRID:
-            raise RequestError(f"the grid has {cells} images; it can have 1 to {MAX_GRID}")
+            raise UserError(f"the grid has {cells} images; it can have 1 to {MAX_GRID}")
         seed = _seeds(request)[0]
         images: list[Image] = []
         with self._device(request.base):
@@ -225,7 +225,7 @@ class Studio:
             with holding(self.workspace.device_lock, or_wait=self._waits_on) as held:
                 self.is_waiting = False
                 if not held:
-                    raise RequestError("the images were withdrawn before their turn came")
+                    raise UserError("the images were withdrawn before their turn came")
                 # Not before: while it waits, a run that starts has its model's memory.
                 with self._mine, one_thread() if is_embedded(base) else nullcontext():
                     try:

@@ -18,10 +18,15 @@ from safetensors.torch import load_file, save_file
 from dora_diffusion.generate import BrokenImageError, SamplingSettings
 from dora_diffusion.jobs.base_model import ModelFiles
 from dora_diffusion.jobs.checkpoints import adapter_of
+from dora_diffusion.jobs.image_generator import (
+    GeneratedImage,
+    GenerationRequest,
+    ImageGenerator,
+    load_model,
+)
 from dora_diffusion.jobs.processes import Lock
-from dora_diffusion.jobs.studio import GeneratedImage, GenerationRequest, Studio, load_model
 from dora_diffusion.jobs.uploads import read_generation_settings
-from dora_diffusion.jobs.workspace import RequestError, Workspace
+from dora_diffusion.jobs.workspace import UserError, Workspace
 from dora_diffusion.models.load import load_vae
 from dora_diffusion.numerics.weights import Strengths
 from dora_diffusion.training.sheets import labelled_sheet
@@ -31,8 +36,8 @@ from tests.jobs.helpers import (
 
 
 @pytest.fixture(scope="module")
-def studio(finished: tuple[Workspace, str]) -> Studio:
-    return Studio(finished[0])
+def studio(finished: tuple[Workspace, str]) -> ImageGenerator:
+    return ImageGenerator(finished[0])
 
 
 STRENGTHS = ("strength", "direction_strength", "magnitude_strength")
@@ -56,7 +61,7 @@ def pixels(path: Path) -> bytes:
 
 
 def test_one_seed_gives_the_same_pixels_and_the_file_says_how(
-    finished: tuple[Workspace, str], studio: Studio
+    finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
     (first,), (second,) = studio.make(ask(finished)), studio.make(ask(finished))
     assert pixels(first.path) == pixels(second.path)
@@ -67,7 +72,7 @@ def test_one_seed_gives_the_same_pixels_and_the_file_says_how(
 
 
 def test_strength_0_is_the_base_and_1_is_not(
-    finished: tuple[Workspace, str], studio: Studio
+    finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
     base, adapted = studio.compare(ask(finished))
     (plain,) = studio.make(ask(finished, strength=0.0))
@@ -78,7 +83,7 @@ def test_strength_0_is_the_base_and_1_is_not(
 
 
 def test_direction_and_magnitude_are_written_into_the_file(
-    finished: tuple[Workspace, str], studio: Studio
+    finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
     (picture,) = studio.make(ask(finished, direction_strength=0.5, magnitude_strength=0.0))
     found = read_generation_settings(picture.path)
@@ -86,7 +91,7 @@ def test_direction_and_magnitude_are_written_into_the_file(
 
 
 def test_the_page_reads_an_adapters_strengths_back(
-    finished: tuple[Workspace, str], studio: Studio
+    finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
     pytest.importorskip("gradio", reason="gradio is not installed")
     from dora_diffusion.app.views.request import field_value
@@ -102,7 +107,7 @@ def test_the_page_reads_an_adapters_strengths_back(
 
 
 def test_the_page_says_what_of_a_long_prompt_was_not_read(
-    finished: tuple[Workspace, str], studio: Studio
+    finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
     pytest.importorskip("gradio", reason="gradio is not installed")
     from dora_diffusion.app.views.generate import _results
@@ -127,7 +132,7 @@ def test_the_page_says_what_of_a_long_prompt_was_not_read(
 
 
 def test_images_that_would_be_black_are_refused_in_words(
-    finished: tuple[Workspace, str], studio: Studio
+    finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
     job, pictures = job_of(finished), finished[0].images
     file = adapter_of(job)
@@ -154,7 +159,7 @@ def test_images_that_would_be_black_are_refused_in_words(
 
 
 def test_a_grid_has_a_cell_per_checkpoint_and_strength(
-    finished: tuple[Workspace, str], studio: Studio
+    finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
     job = job_of(finished)
     result, early = adapter_of(job), adapter_of(job, "checkpoint-2")
@@ -179,7 +184,7 @@ def test_a_grid_has_a_cell_per_checkpoint_and_strength(
 
 
 def test_pictures_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(
-    finished: tuple[Workspace, str], studio: Studio, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Workspace, str], studio: ImageGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studio.make(ask(finished))
     lock = Lock(finished[0].device_lock)
@@ -187,7 +192,7 @@ def test_pictures_wait_their_turn_while_a_run_has_the_device_and_can_be_withdraw
     asked: Queue[bool] = Queue()
     keep_waiting = studio._waits_on
     monkeypatch.setattr(studio, "_waits_on", lambda: asked.put(True) or keep_waiting())
-    monkeypatch.setattr("dora_diffusion.jobs.studio.is_running", lambda job: True)
+    monkeypatch.setattr("dora_diffusion.jobs.image_generator.is_running", lambda job: True)
     with ThreadPoolExecutor() as threads:
         images = threads.submit(studio.make, ask(finished))
         asked.get()
@@ -196,7 +201,7 @@ def test_pictures_wait_their_turn_while_a_run_has_the_device_and_can_be_withdraw
         studio.release()  # as before a run starts
         assert studio._loaded is None
         studio.withdraw()
-        with pytest.raises(RequestError, match="withdrawn before their turn came"):
+        with pytest.raises(UserError, match="withdrawn before their turn came"):
             images.result()
         assert not studio.is_waiting
         images = threads.submit(studio.make, ask(finished))
@@ -215,12 +220,12 @@ def test_pictures_wait_their_turn_while_a_run_has_the_device_and_can_be_withdraw
      {"seed": -2}],
 )  # fmt: skip
 def test_requests_have_limits(finished: tuple[Workspace, str], changes: dict[str, Any]) -> None:
-    with pytest.raises(RequestError):
+    with pytest.raises(UserError):
         ask(finished, **changes)
 
 
 def test_a_released_model_lets_go_of_its_files(
-    finished: tuple[Workspace, str], studio: Studio
+    finished: tuple[Workspace, str], studio: ImageGenerator
 ) -> None:
     """Its weights are maps of the files, which Windows would not let be deleted."""
     base = job_of(finished).base
