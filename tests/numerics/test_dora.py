@@ -321,6 +321,9 @@ def test_a_weight_of_16_bits_is_adapted_in_float32(axis):
     found = adapted_weight(weight, layer.to(torch.float32))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    lora = LayerWeights(down.float(), up.float(), None, 1.5)
+    exact = weight.double() + 0.5 * up.float().double() @ down.float().double()
+    torch.testing.assert_close(adapted_weight(weight.double(), lora), exact, rtol=0, atol=1e-14)
 
 
 def test_strength_1_is_the_adapted_weight_to_the_last_bit():
