@@ -185,11 +185,11 @@ def test_a_strength_moves_the_magnitude_from_the_bases_norm(case, axis):
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("case", CASES)
 def test_several_adapters_are_a_sum_of_differences_each_of_its_own_input(case, axis):
-    """One of strength 0.3, a LoRA, and one whose input dropout has changed."""
+    """One of strength 0.3, and a LoRA and another whose input dropout has changed."""
 
     def adapters(layer):
         lora = LayerWeights(2 * layer.down, layer.up, None, layer.alpha)
-        return (layer, 0.3, 1.0), (lora, 1.0, 1.0), (layer, 1.0, 0.5)
+        return (layer, 0.3, 1.0), (lora, 1.0, 0.5), (layer, 1.0, 0.5)
 
     def ours(op, x, weight, bias, layer):
         terms = [
@@ -201,8 +201,8 @@ def test_several_adapters_are_a_sum_of_differences_each_of_its_own_input(case, a
     def reference(plain, x, weight, bias, down, up, magnitude):
         adapted = reference_weight(weight, down, up, magnitude, 1.7, axis)
         low_rank = 1.7 * (up.flatten(1) @ (2 * down).flatten(1)).view_as(weight)
-        y = plain(x, weight + 0.3 * (adapted - weight) + low_rank, bias)
-        return y + plain(0.5 * x, adapted - weight)
+        y = plain(x, weight + 0.3 * (adapted - weight), bias)
+        return y + plain(0.5 * x, adapted - weight + low_rank)
 
     compare(case, axis, ours, reference)
 
