@@ -216,6 +216,8 @@ def test_without_a_magnitude_it_is_lora(case):
     torch.testing.assert_close(low_rank_delta(down, up, 0.5), delta, rtol=1e-12, atol=1e-12)
     y = alone(op, x, weight, bias, LayerWeights(down, up, None, 1.5))
     torch.testing.assert_close(y, plain(x, weight + delta, bias), rtol=1e-12, atol=1e-12)
+    half = factors_of(weight, bias, LayerWeights(down, up, None, 1.5), torch.bfloat16)
+    assert half.down.dtype == half.up.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("axis", AXES)
