@@ -185,11 +185,11 @@ def test_a_strength_moves_the_magnitude_from_the_bases_norm(case, axis):
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("case", CASES)
 def test_several_adapters_are_a_sum_of_differences_each_of_its_own_input(case, axis):
-    """One of strength 0.3, a LoRA, and one whose input dropout has changed."""
+    """One of strength 0.3, and a LoRA and another whose input dropout has changed."""
 
     def adapters(layer):
         lora = LayerWeights(2 * layer.down, layer.up, None, layer.alpha)
-        return (layer, 0.3, 1.0), (lora, 1.0, 1.0), (layer, 1.0, 0.5)
+        return (layer, 0.3, 1.0), (lora, 1.0, 0.5), (layer, 1.0, 0.5)
 
     def ours(op, x, weight, bias, layer):
         terms = [
@@ -201,8 +201,8 @@ def test_several_adapters_are_a_sum_of_differences_each_of_its_own_input(case, a
     def reference(plain, x, weight, bias, down, up, magnitude):
         adapted = reference_weight(weight, down, up, magnitude, 1.7, axis)
         low_rank = 1.7 * (up.flatten(1) @ (2 * down).flatten(1)).view_as(weight)
-        y = plain(x, weight + 0.3 * (adapted - weight) + low_rank, bias)
-        return y + plain(0.5 * x, adapted - weight)
+        y = plain(x, weight + 0.3 * (adapted - weight), bias)
+        return y + plain(0.5 * x, adapted - weight + low_rank)
 
     compare(case, axis, ours, reference)
 
@@ -216,6 +216,8 @@ def test_without_a_magnitude_it_is_lora(case):
     torch.testing.assert_close(low_rank_delta(down, up, 0.5), delta, rtol=1e-12, atol=1e-12)
     y = alone(op, x, weight, bias, LayerWeights(down, up, None, 1.5))
     torch.testing.assert_close(y, plain(x, weight + delta, bias), rtol=1e-12, atol=1e-12)
+    half = factors_of(weight, bias, LayerWeights(down, up, None, 1.5), torch.bfloat16)
+    assert half.down.dtype == half.up.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -321,6 +323,9 @@ def test_a_weight_of_16_bits_is_adapted_in_float32(axis):
     found = adapted_weight(weight, layer.to(torch.float32))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    lora = LayerWeights(down.float(), up.float(), None, 1.5)
+    exact = weight.double() + 0.5 * up.float().double() @ down.float().double()
+    torch.testing.assert_close(adapted_weight(weight.double(), lora), exact, rtol=0, atol=1e-14)
 
 
 def test_strength_1_is_the_adapted_weight_to_the_last_bit():
