@@ -40,7 +40,7 @@ def build_page(context: Context) -> gr.Blocks:
             with gr.Tab("Generate", id="generate", render_children=True):
                 generating = generate.GenerateTab(context)
             with gr.Tab("Library", id="library", render_children=True):
-                shelves = library.LibraryTab()
+                stored = library.LibraryTab()
             with gr.Tab("Compare", id="compare", render_children=True):
                 comparing = compare.CompareTab(context)
         add_report(context)
@@ -48,17 +48,17 @@ def build_page(context: Context) -> gr.Blocks:
         subject.connect(context, subjects, blocks, size)
         train.connect(context, training, subjects, train_tab.select, blocks)
         generate.connect(context, generating)
-        library.connect(context, shelves)
+        library.connect(context, stored)
         compare.connect(context, comparing)
         shown = training.shown
         subjects.to_train.click(lambda: gr.Tabs(selected="train"), None, [tabs], **QUIET)
         for button, tab, field in (
             (shown.to_generate, "generate", generating.adapter),
-            (shown.to_library, "library", shelves.run),
+            (shown.to_library, "library", stored.run),
         ):
             # With the run that is shown, whatever was chosen there.
             button.click(_open_with_run(tab), [shown.run], [tabs, field], **QUIET)
-        _connect_clock(context, blocks, header, training, generating, shelves, comparing)
+        _connect_clock(context, blocks, header, training, generating, stored, comparing)
     return blocks
 
 
@@ -69,7 +69,7 @@ def _open_with_run(tab: str) -> Callable[[str | None], list[Any]]:
 
 def _connect_clock(
     context: Context, blocks: gr.Blocks, header: Any, training: Any, generating: Any,
-    shelves: Any, comparing: Any,
+    stored: Any, comparing: Any,
 ) -> None:  # fmt: skip
     """One timer, outside of the tabs, and the page's load refresh everything that can change.
 
@@ -78,7 +78,7 @@ def _connect_clock(
     by an event of their own, when one of them has changed.
     """
     shown = training.shown
-    inputs = [shown.run, generating.adapter, shelves.run, comparing.study]
+    inputs = [shown.run, generating.adapter, stored.run, comparing.study]
     fields = {
         "header": header, "run": shown.run, "status": shown.status, "loss": shown.loss,
         "log": shown.log, "jobs": shown.jobs, "samples": shown.samples, "stop": shown.stop,
@@ -86,8 +86,8 @@ def _connect_clock(
         "extend": shown.extend, "details": shown.details, "chooser": shown.chooser.box,
         "chooser_start": shown.chooser.start, "chooser_cards": shown.chooser.cards,
         "adapter": generating.adapter, "history": generating.history, "turn": generating.turn,
-        "shelf": shelves.gallery, "shelf_run": shelves.run,
-        "shelf_side": shelves.side, "tasks": shelves.tasks, "study": comparing.study,
+        "library": stored.gallery, "library_run": stored.run,
+        "library_side": stored.side, "tasks": stored.tasks, "study": comparing.study,
         "study_status": comparing.status, "study_report": comparing.report,
         "study_subjects": comparing.subjects, "study_delete": comparing.delete,
     }  # fmt: skip
@@ -96,12 +96,12 @@ def _connect_clock(
     # What this page was last sent of each, and a mark of what the others should show.
     seen_texts, seen_others, mark = gr.State({}), gr.State({}), gr.State("")
 
-    def parts(run_id: Any, adapter: Any, shelf: Any, study: Any) -> dict[str, Any]:
+    def parts(run_id: Any, adapter: Any, selected: Any, study: Any) -> dict[str, Any]:
         jobs = context.jobs()
         made, problems = whole_tabs(
             Train=lambda: run.refresh(context, jobs, run_id),
             Generate=lambda: generate.refresh(context, jobs, adapter),
-            Library=lambda: library.refresh(jobs, shelf),
+            Library=lambda: library.refresh(jobs, selected),
             Compare=lambda: compare.refresh(context, jobs, study),
         )
         problems += [context.queue.problem] if context.queue.problem else []

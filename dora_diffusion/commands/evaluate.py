@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance_scale",
         type=float,
-        help="Guidance scale. Default: 3.5 for the toy world, else 7.5.",
+        help="Guidance scale (CFG scale). Default: 3.5 for the toy world, else 7.5.",
     )
     add_sampling(parser, batch_size=8)
     add_adapted_model(parser)

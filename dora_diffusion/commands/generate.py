@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance_scale",
         type=float,
         default=SampleSettings.validation_guidance_scale,
-        help="Guidance scale.",
+        help="Guidance scale (CFG scale).",
     )
     parser.add_argument("--width", type=int, help="Width in pixels. Default: the model's own.")
     parser.add_argument("--height", type=int, help="Height in pixels. Default: the model's own.")

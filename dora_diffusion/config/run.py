@@ -94,7 +94,7 @@ class SampleSettings:
     )
     validation_guidance_scale: float = flag(
         7.5,
-        "Guidance scale of samples and class images.",
+        "Guidance scale (CFG scale) of samples and class images.",
         resume="free",
         needs=(AnyOf((_SAMPLES, _PRIOR)),),
     )

@@ -246,7 +246,7 @@ def write_ranking(
             "similarity": row.similarity,
             "similarities": row.similarities,
             "drift": row.drift,
-            "pictures": [path.name for path in row.images],
+            "images": [path.name for path in row.images],
         }
         for row in rows
     ]
@@ -282,7 +282,7 @@ def _row(job: Job, values: Mapping[str, Any], folder: Path) -> RankedCheckpoint:
         values["name"],
         similarity,
         drift,
-        tuple(folder / file for file in values["pictures"]),
+        tuple(folder / file for file in values.get("images", values.get("pictures"))),
         tuple(map(float, values.get("similarities") or ())),
         0 if values["name"] == BASE_NAME else job.step_of(values["name"]),
     )

@@ -5,7 +5,7 @@
     runs/
       <job id>/      one job (see `dora_diffusion.jobs.records`)
       subjects/<id>/ photos, captions and masks of a subject
-      pictures/      generated images
+      images/        generated images
       exports/<id>/  converted adapters and merged checkpoints, for download
       cache/         Gradio's uploads
 """
@@ -49,7 +49,7 @@ class Workspace:
 
     Example:
         >>> Workspace(Path("runs")).images.as_posix()
-        'runs/pictures'
+        'runs/images'
     """
 
     root: Path
@@ -74,7 +74,7 @@ class Workspace:
     @property
     def images(self) -> Path:
         """Folder of generated images."""
-        return self.root / "pictures"
+        return self.root / "images"
 
     @property
     def exports(self) -> Path:
@@ -97,7 +97,10 @@ class Workspace:
         return self.root / ".queue.lock"
 
     def make(self) -> Workspace:
-        """Create the folders."""
+        """Create the folders; images of an earlier version stay."""
+        earlier = self.root / "pictures"
+        if earlier.is_dir() and not self.images.exists():
+            earlier.rename(self.images)
         for folder in (self.root, self.subjects, self.images, self.exports, self.cache):
             folder.mkdir(parents=True, exist_ok=True)
         return self

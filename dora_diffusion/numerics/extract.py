@@ -13,7 +13,7 @@ the error grow:
 
     E = SVD_r((T - W) - diag(e) W)          e_i = <(T - W)_i - E_i, W_i> / |W_i|^2
 
-Where T is a DoRA of rank r, the error falls to 0 by a factor per turn; Anderson's extrapolation
+Where T is a DoRA of rank r, the error falls to 0 by a factor per iteration; Anderson's extrapolation
 over the last turns (J. ACM 12, 1965) takes it there in some ten turns where the plain alternation
 takes up to hundreds. On the input axis the same holds for columns.
 
@@ -44,7 +44,7 @@ from dora_diffusion.numerics.precision import full_precision, upcast_dtype
 from dora_diffusion.numerics.weights import NORM_AXES, LayerWeights, NormAxis
 
 _MOST_TURNS = 60
-# The second turn in a row that lowers the error by less of itself is the last.
+# The second iteration in a row that lowers the error by less of itself is the last.
 _PROGRESS = 1e-4
 _PATIENCE = 1
 # Where rounding in float32 leaves nothing to gain, relative to the weight.
@@ -177,10 +177,10 @@ def _alternate(rows: _Rows, rank: int, energy: float | None, start: Tensor | Non
     given = rows.projection(rows.change) if start is None else start.to(rows.base) - 1
     search = _Search(rows, rank, energy)
     exact = _EXACT * torch.linalg.vector_norm(rows.base).item()
-    error, step = search.turn(given)
+    error, step = search.iterate(given)
     excess, least = given, error
     if start is None:
-        error, other_step = search.turn(torch.zeros_like(given))
+        error, other_step = search.iterate(torch.zeros_like(given))
         if error < least:
             excess, least, step = torch.zeros_like(given), error, other_step
     extrapolation, idle = _Extrapolation(), 0
@@ -188,11 +188,11 @@ def _alternate(rows: _Rows, rank: int, energy: float | None, start: Tensor | Non
         if least <= exact or idle > _PATIENCE:
             break
         tried = extrapolation.next(excess, step)
-        error, new_step = search.turn(tried)
+        error, new_step = search.iterate(tried)
         if error >= least:  # too far: the plain step never is
             extrapolation = _Extrapolation()
             tried = excess + step
-            error, new_step = search.turn(tried)
+            error, new_step = search.iterate(tried)
         idle = 0 if error < (1 - _PROGRESS) * least else idle + 1
         if error < least:
             excess, step, least = tried, new_step, error
@@ -212,7 +212,7 @@ class _Search:
         self._least = float("inf")
         self.best = _Fit(*[torch.empty(0)] * 4)
 
-    def turn(self, excess: Tensor) -> tuple[float, Tensor]:
+    def iterate(self, excess: Tensor) -> tuple[float, Tensor]:
         """The error with the best update for ``e``, and the step to the best scales for that."""
         excess = excess.clamp_min(_LEAST_SCALE - 1)
         rest = self._rows.rest(excess)

@@ -14,7 +14,7 @@ from dora_diffusion.numerics.precision import upcast
 from dora_diffusion.numerics.weights import LayerWeights, oriented
 
 _OVERSAMPLING = 16
-# A turn of so many power iterations that adds less than this share of all squares is the last.
+# A round of so many power iterations that adds less than this share of all squares is the last.
 _ITERATIONS, _PROGRESS = 2, 1e-7
 _MOST_TURNS = 30
 

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 Visit = App = Any
 
 
-def pictures(app: App) -> list[Path]:
-    return sorted((app.runs / "pictures").glob("*.png"))
+def images_of(app: App) -> list[Path]:
+    return sorted((app.runs / "images").glob("*.png"))
 
 
 def pixels(path: Path) -> bytes:
@@ -257,7 +257,7 @@ def test_a_killed_worker_shows_as_crashed_and_the_queue_goes_on(
     page.click("#to-generate")
     page.wait_for("#make:visible")
     page.wait("document.querySelector('#adapter input').value.includes('step 8')")
-    set_up_pictures(page)
+    set_up_images(page)
     press(page, app, "#side-by-side", 2)
 
 
@@ -328,10 +328,10 @@ def _filled(page: Visit, field: Any, value: str) -> bool:
 
 def press(page: Visit, app: App, selector: str, count: int = 1) -> list[Path]:
     """Click a button of the Generate tab; the new pictures, once the page shows the last."""
-    before = set(pictures(app))
+    before = set(images_of(app))
     page.click(selector)
-    app.until(lambda: len(pictures(app)) == len(before) + count)
-    new = [path for path in pictures(app) if path not in before]
+    app.until(lambda: len(images_of(app)) == len(before) + count)
+    new = [path for path in images_of(app) if path not in before]
     page.wait_for(f"img[src*='{new[-1].name}']")
     # The button does nothing before the page has heard that its event has ended.
     page.wait_for("#make:not([disabled])")
@@ -339,7 +339,7 @@ def press(page: Visit, app: App, selector: str, count: int = 1) -> list[Path]:
     return new
 
 
-def set_up_pictures(page: Visit) -> None:
+def set_up_images(page: Visit) -> None:
     page.tab("Generate")
     page.fill("#seed input", "7")
     page.press("button", "Steps, guidance")
@@ -353,7 +353,7 @@ def test_pictures_repeat_compare_and_say_how_they_were_made(
     from dora_diffusion.images import parse_parameters, read_parameters
 
     page = visit()
-    set_up_pictures(page)
+    set_up_images(page)
     (first,), (again,) = press(page, app, "#make"), press(page, app, "#make")
     assert pixels(first) == pixels(again)
     found = parse_parameters(read_parameters(first) or "")
@@ -428,7 +428,7 @@ def test_a_merged_model_can_be_loaded_and_makes_the_adapter_s_pictures(
     visit: Callable[..., Visit], app: App, second: str
 ) -> None:
     page = visit()
-    set_up_pictures(page)
+    set_up_images(page)
     (adapted,) = press(page, app, "#make")
     page.choose("#adapter", "Merge")
     (merged,) = press(page, app, "#make")
@@ -460,10 +460,10 @@ def test_a_restart_of_the_app_forgets_nothing(
     page.tab("Library")
     page.wait_for("#library img")
     page.tab("Generate")
-    newest = max(pictures(app), key=lambda path: path.stat().st_mtime_ns)
+    newest = max(images_of(app), key=lambda path: path.stat().st_mtime_ns)
     assert newest.name in page.page.locator("#history img").first.get_attribute("src")
     page.click("#history .dd-sample")
-    page.wait_for(f"#pictures img[src*='{newest.name}']")
+    page.wait_for(f"#images img[src*='{newest.name}']")
     page.wait_text("#parameters", "Steps: 2")
 
 

@@ -112,7 +112,8 @@ class GenerateTab:
                     ("height", "the model's"),
                 ):  # fmt: skip
                     self.form[name] = gr.Textbox(
-                        label=name.partition("_")[0].capitalize(), placeholder=unset, max_lines=1,
+                        label=name.replace("guidance_scale", "Guidance (CFG scale)").capitalize(),
+                        placeholder=unset, max_lines=1,
                         max_length=5, min_width=90, elem_id=name,
                     )  # fmt: skip
 
@@ -149,7 +150,7 @@ class GenerateTab:
             columns=2,
             format="png",
             buttons=["download", "fullscreen"],
-            elem_id="pictures",
+            elem_id="images",
         )
         self.parameters = html_block(elem_id="parameters")
         self.history = html_block(_EMPTY, elem_id="history", js_on_load=CLICKS)
@@ -290,7 +291,7 @@ def _history(images: Sequence[GeneratedImage]) -> str:
     """What was made before, to be shown again with its settings."""
     if not images:
         return _EMPTY
-    text = "Newest first, from earlier visits too. All are in runs/pictures."
+    text = "Newest first, from earlier visits too. All are in runs/images."
     cards = (
         html.picture_card(image.path, "show", image.path.name, image.parameters.partition("\n")[0])
         for image in images

@@ -120,7 +120,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
 
     @plain
     def choose(event: gr.SelectData) -> Any:
-        ids = [job.id for job in _shelf(context.jobs())]
+        ids = [job.id for job in _listed(context.jobs())]
         return ids[event.index] if isinstance(event.index, int) and event.index < len(ids) else None
 
     @plain
@@ -134,7 +134,7 @@ def connect(context: Context, tab: LibraryTab) -> None:
         context.generator.release()  # Windows deletes no model that is mapped into memory.
         text = "Deleted" + ("" if delete_job(workspace, str(job_id)) else REMAINS)
         parts = refresh(context.jobs(fresh=True), None)
-        return [filled(parts["shelf"]), filled(parts["shelf_run"]), html.note(text, "info")]
+        return [filled(parts["library"]), filled(parts["library_run"]), html.note(text, "info")]
 
     tab.gallery.select(choose, None, [tab.run], **QUIET)
     tab.run.change(show, [tab.run], [tab.details, tab.files], **QUIET)
@@ -190,30 +190,30 @@ def _connect_tasks(context: Context, tab: LibraryTab) -> None:
     tab.tasks.click(stop, None, [tab.tasks], **QUIET)
 
 
-def _shelf(jobs: Sequence[Job]) -> list[Job]:
+def _listed(jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if job.can_generate and job.has_ended]
 
 
 def refresh(jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
     """What the clock sends to this tab."""
-    shelf = _shelf(jobs)
-    marks = tuple((job.id, job.title, job.shown_state, _image(job)) for job in shelf)
-    ids = [job.id for job in shelf]
+    runs = _listed(jobs)
+    marks = tuple((job.id, job.title, job.shown_state, _image(job)) for job in runs)
+    ids = [job.id for job in runs]
     value = chosen if chosen in ids else next(iter(ids), None)
-    choices = [(f"{job.label} · {job.shown_state}", job.id) for job in shelf]
+    choices = [(f"{job.label} · {job.shown_state}", job.id) for job in runs]
     return {
-        "shelf": (
+        "library": (
             marks,
             lambda: gr.update(
                 value=[
                     image_or_blank(functools.partial(_thumbnail, path), f"{title} · {shown_state}")
                     for _, title, shown_state, path in marks
                 ],
-                visible=bool(shelf),
+                visible=bool(runs),
             ),
         ),
-        "shelf_run": choosing(choices, value, chosen, visible=bool(shelf)),
-        "shelf_side": changing(visible=bool(shelf)),
+        "library_run": choosing(choices, value, chosen, visible=bool(runs)),
+        "library_side": changing(visible=bool(runs)),
         "tasks": task_list(jobs),
     }
 
