@@ -11,8 +11,10 @@ from dora_diffusion.numerics.operation import (
     EmbeddingOperation,
     OneHot,
     Operation,
+    channel_sum,
     dropout,
 )
+from dora_diffusion.numerics.precision import multiply_add
 
 X = torch.randn(2, 6, 9, 8, generator=torch.Generator().manual_seed(0))
 
@@ -82,3 +84,19 @@ def test_an_embedding_is_a_linear_of_one_hot_vectors():
     kept = torch.nn.functional.dropout(torch.ones(2, 2), 0.5)
     torch.testing.assert_close(dropped, kept[..., None] * table[ids])
     assert dropout(x, 0.5, False) is x
+
+
+def test_a_sum_over_channels_is_not_rounded_to_the_activations_bits():
+    ones = torch.ones(4099, 3, dtype=torch.bfloat16)
+    assert torch.equal(channel_sum(ones, -1, torch.float32), torch.full((3,), 4099.0))
+
+
+def test_a_multiply_add_of_16_bits_reads_float32_and_rounds_once():
+    g = torch.Generator().manual_seed(0)
+    value, total = (torch.rand(2000, 9, generator=g).bfloat16() + 1 for _ in range(2))
+    gain = 1 + 0.1 * torch.rand(9, generator=g)
+    for added in (None, total):
+        exact = gain.double() * value.double() + (0 if added is None else added.double())
+        found = multiply_add(value, gain, added)
+        assert found.dtype == torch.bfloat16
+        assert ((found.double() - exact) / exact).abs().max() <= 2**-8
