@@ -13,9 +13,9 @@ the error grow:
 
     E = SVD_r((T - W) - diag(e) W)          e_i = <(T - W)_i - E_i, W_i> / |W_i|^2
 
-Where T is a DoRA of rank r, the error falls to 0 by a factor per iteration; Anderson's extrapolation
-over the last turns (J. ACM 12, 1965) takes it there in some ten turns where the plain alternation
-takes up to hundreds. On the input axis the same holds for columns.
+Where T is a DoRA of rank r, the error falls to 0 by a factor per iteration; Anderson's
+extrapolation over the last iterations (J. ACM 12, 1965) takes it there in some ten where the plain
+alternation takes up to hundreds. On the input axis the same holds for columns.
 
 The magnitude is the best one for the direction that was found, ``m_i = <T_i, v_i>`` with
 ``v = (W + delta) / norm(W + delta)``. It is ``norm(D W + E)`` where the alternation has ended, and
@@ -203,7 +203,7 @@ class _Search:
     """Best updates for given scales; keeps the nearest of all.
 
     Attributes:
-        best: Of all turns.
+        best: Of all iterations.
     """
 
     def __init__(self, rows: _Rows, rank: int, energy: float | None) -> None:
@@ -232,7 +232,7 @@ class _Search:
 
 
 class _Extrapolation:
-    """Anderson's: the point where the steps of the last turns, combined linearly, would vanish."""
+    """Anderson's: the point where the steps of the last iterations, combined linearly, would vanish."""
 
     def __init__(self) -> None:
         self._points: list[Tensor] = []
