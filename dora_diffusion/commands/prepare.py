@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _TEXTS = {
     "output": "Folder of the photos with captions and masks, to train on; of several subjects a "
     "sub-folder each. Default: none, the photos are looked at only.",
-    "similarity_model": "Near-duplicates also by efficientnet-lite0, or a CLIP or DINO folder or id.",
+    "similarity_model": "Duplicates also by efficientnet-lite0, or a CLIP or DINO (folder, id).",
     "caption_model": "Write missing captions: image-to-text model or WD tagger, folder or hub id.",
     "caption_prompt": "What a chat model is asked. Default: to describe the image in one sentence.",
     "masks": "Make missing masks: rembg, rembg:MODEL, or a segmentation model (folder, id).",
