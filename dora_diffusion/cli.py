@@ -35,6 +35,7 @@ COMMANDS = {
     "push": "publish a run on the Hugging Face hub, privately by default",
     "app": "train, compare and export in the browser",
     "demo": "train, evaluate and merge a sample subject",
+    "prepare": "look at photos, caption and mask them",
     "samples": "copy the sample subjects: photos, captions, settings",
     "env": "say what this installation is, for a bug report",
 }

@@ -1,0 +1,227 @@
+"""Photos read, captioned, masked, put on plain backgrounds. No file that is there is touched."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageOps
+
+from dora_diffusion.data.buckets import Buckets
+from dora_diffusion.data.captions import contains_token
+from dora_diffusion.data.crops import CropRecord, apply_crop_to_mask, plan_crop
+from dora_diffusion.data.images import open_photo
+from dora_diffusion.data.masks import mask_path, open_mask
+from dora_diffusion.data.photos import Photo, read_photo
+from dora_diffusion.formats.files.atomic import atomic_file
+from dora_diffusion.prepare.masks import measure_mask
+from dora_diffusion.prepare.models import PrepareError
+from dora_diffusion.prepare.report import Report, add_cautions, look_at, small_image
+from dora_diffusion.wording import listing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+    from dora_diffusion.evaluation.metric_models import MetricModel
+    from dora_diffusion.prepare.models import Captioner, Masker
+
+# Neither black nor white, which cut-outs have everywhere.
+COLOURS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "brown", "gray")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Looks at photos and, given a target, makes them ready to be trained on.
+
+    Files are only added, each whole or not at all. What an earlier run has written is kept, so that
+    one that was interrupted goes on.
+
+    Attributes:
+        target: Folder for copies of the photos with their captions and masks, or the photos' own
+            for captions and masks alone; None writes nothing.
+        resolution: Side that they will be trained at, a multiple of 64.
+        caption: Writes captions (`open_captioner`); without it the trigger words make them.
+        mask: Makes masks (`open_masker`).
+        token: The trigger word.
+        class_word: Class of the subject.
+        plain_copies: Copy each photo that has a mask and a caption onto a plain colour.
+        seed: Of the colours.
+        originals: Whether the photos themselves are in the target.
+        similarity: Finds near-duplicates whose pixels differ.
+    """
+
+    target: Path | None = None
+    resolution: int = 512
+    caption: Captioner | None = None
+    mask: Masker | None = None
+    token: str = ""
+    class_word: str = ""
+    plain_copies: bool = False
+    seed: int = 0
+    originals: bool = True
+    similarity: MetricModel | None = None
+
+    def run(
+        self, paths: Sequence[Path], on_photo: Callable[[int, int], None] = lambda done, total: None
+    ) -> Report:
+        """Prepare the photos of one subject.
+
+        Args:
+            paths: The photos, of one folder (`list_photos`).
+            on_photo: Told (done, total).
+
+        Raises:
+            PrepareError: None of them can be used, or the target holds something else.
+            DiskFullError: There is no room.
+        """
+        self.check_target(paths)
+        report, photos = Report(), []
+        for done, path in enumerate(paths, start=1):
+            try:
+                photo = self._read(path)
+            except ValueError as error:
+                report.unreadable.append(str(error))
+            else:
+                photos.append(self._prepare(photo, report))
+            on_photo(done, len(paths))
+        if not photos:
+            raise PrepareError(f"no photo can be used: {'; '.join(report.unreadable)}")
+        add_cautions(report, photos, self.resolution, self.similarity)
+        for made, is_asked, needs in (
+            ("mask", self.mask, "no subject was found; paint a mask, or use another model"),
+            ("plain", self.plain_copies, "a plain copy needs a mask, and a caption or a token"),
+        ):
+            both = zip(report.photos, report.images, strict=True)
+            names = [photo["name"] for photo, images in both if made not in images]
+            if is_asked and names:
+                report.caution(f"no {made}", names, f"no {made} of {listing(names, 5)}: {needs}")
+        return report
+
+    def check_target(self, paths: Sequence[Path]) -> None:
+        """Refuse a target in which these photos' files would not be by themselves.
+
+        Raises:
+            PrepareError: If so.
+        """
+        folder, target = paths[0].parent, self.target
+        if target is None:
+            return
+        stems = Counter(path.stem.casefold() for path in paths)
+        if twice := [path.name for path in paths if stems[path.stem.casefold()] > 1]:
+            raise PrepareError(f"{listing(twice, 4)} would share a caption and a mask; rename one")
+        if target.resolve() == folder.resolve():
+            if self.plain_copies or not self.originals:
+                raise PrepareError(f"copies need an output folder other than the photos' {folder}")
+            return
+        names = "|".join(re.escape(path.name) for path in paths)
+        bare = "|".join(re.escape(path.stem) for path in paths)
+        own = rf"\..*|{names}|({bare})(\.txt|\.mask\.png|-plain-\w+(\.mask)?\.(txt|png))"
+        there = [path.name for path in target.iterdir()] if target.is_dir() else []
+        if others := [name for name in there if not re.fullmatch(own, name)]:
+            message = f"{target} holds {listing(others, 3)}, which is not of these photos; "
+            raise PrepareError(f"{message}give an empty or a new output folder")
+
+    def _read(self, path: Path) -> Photo:
+        """A photo with its own caption, which may be empty, and its mask."""
+        return read_photo(path, "", mask_crops=self._crops, measure=True)
+
+    def _crops(self, photo: Photo) -> list[CropRecord]:
+        sizes = ((self.resolution, self.resolution), Buckets(self.resolution)(photo.size))
+        return [plan_crop(photo.size, size) for size in sizes]
+
+    def _prepare(self, photo: Photo, report: Report) -> Photo:
+        """Write what is asked for of one photo, and report it; the photo as it is then."""
+        target, written = self.target, report.written
+        if target is not None and self.originals:
+            photo = self._copy(photo, target, written)
+        image, mask, mirrored = open_photo(photo.path), open_mask(photo), None
+        images, caption = {"photo": small_image(image)}, photo.caption
+        if target is not None and mask is None and self.mask is not None:
+            mask = self.mask(image)
+            # What the trainer would refuse is not written.
+            if all(apply_crop_to_mask(mask, crop).any() for crop in self._crops(photo)):
+                mirrored = ImageOps.mirror(self.mask(ImageOps.mirror(image)))
+                written["masks"] += self.originals and _add_image(mask_path(photo.path), mask)
+            else:
+                mask = None
+        if target is not None and not caption:
+            caption = self.caption(image) if self.caption is not None else ""
+            caption = with_trigger(caption, self.token, self.class_word)
+            if caption and self.originals and _add_text(photo.path.with_suffix(".txt"), caption):
+                written["captions"] += 1
+                photo = replace(photo, caption=caption)
+        if mask is not None:
+            red = Image.new("RGB", image.size, "red")
+            images["mask"] = small_image(Image.composite(image, red, mask))
+        if target is not None and mask is not None and caption and self.plain_copies:
+            # By the photo's content, whatever other photos there are.
+            colour = random.Random(f"{self.seed} {photo.digest}").choice(COLOURS)
+            plain = Image.composite(image, Image.new("RGB", image.size, colour), mask)
+            path = target / f"{photo.path.stem}-plain-{colour}.png"
+            _add_text(path.with_suffix(".txt"), f"{caption}, on a plain {colour} background")
+            _add_image(mask_path(path), mask)
+            written["copies"] += _add_image(path, plain)
+            images["plain"] = small_image(plain)
+        figures = None if mask is None else measure_mask(mask, mirrored)
+        report.photos.append(look_at(photo, image, figures, self.resolution))
+        report.images.append(images)
+        return photo
+
+    def _copy(self, photo: Photo, target: Path, written: Counter[str]) -> Photo:
+        """A photo in the target, which may be its own folder, with its caption and its mask."""
+        path = photo.path
+        for source in (path.with_suffix(".txt"), mask_path(path), path):
+            if source.is_file():
+                is_new = _add(target / source.name, partial(shutil.copyfile, source))
+                written["photos"] += is_new and source == path
+        copied = self._read(target / path.name)
+        if copied.digest != photo.digest:
+            raise PrepareError(f"{copied.path} is not {path}; give a new output folder")
+        return copied
+
+
+def with_trigger(caption: str, token: str, class_word: str) -> str:
+    """Put the token before the class word in a caption, or both in front where that is not in it.
+
+    A tag that is the class word moves to the front. `class_caption` takes the token out again::
+
+        a brown dog on grass -> a brown sks dog on grass
+        an animal on grass   -> sks dog, an animal on grass
+        grass, dog, outdoors -> sks dog, grass, outdoors
+        (nothing)            -> a photo of sks dog
+    """
+    trigger = f"{token} {class_word}".strip()
+    if not caption and trigger:
+        return f"a photo of {trigger}"
+    if not token or contains_token(caption, token):
+        return caption
+    tags = [tag.strip() for tag in caption.split(",")]
+    others = [tag for tag in tags if tag.lower() != class_word.lower()]
+    if class_word and others == tags and contains_token(caption, class_word):
+        word = rf"(?<!\w)({re.escape(class_word)})(?!\w)"
+        return re.sub(word, lambda found: f"{token} {found[0]}", caption, count=1, flags=re.I)
+    return ", ".join([trigger, *others])
+
+
+def _add(path: Path, write: Callable[[Path], object]) -> bool:
+    """Write a file that is not there, whole or not at all; whether it was written."""
+    if path.exists() or path.is_symlink():
+        return False
+    with atomic_file(path) as temporary:
+        write(temporary)
+    return True
+
+
+def _add_text(path: Path, text: str) -> bool:
+    return _add(path, partial(Path.write_text, data=f"{text}\n", encoding="utf-8"))
+
+
+def _add_image(path: Path, image: PILImage) -> bool:
+    return _add(path, partial(image.save, format="PNG"))
