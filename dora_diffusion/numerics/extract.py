@@ -232,7 +232,7 @@ class _Search:
 
 
 class _Extrapolation:
-    """Anderson's: the point where the steps of the last iterations, combined linearly, would vanish."""
+    """Anderson's: the point where a linear combination of the last iterations' steps would vanish."""
 
     def __init__(self) -> None:
         self._points: list[Tensor] = []

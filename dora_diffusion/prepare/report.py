@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from dora_diffusion.data.buckets import Buckets
 from dora_diffusion.data.checks import check_photos
-from dora_diffusion.data.crops import covering_size
+from dora_diffusion.data.crops import Buckets, covering_size
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo
 from dora_diffusion.evaluation.report import aligned, sheet

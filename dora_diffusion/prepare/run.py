@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
-from dora_diffusion.data.buckets import Buckets
 from dora_diffusion.data.captions import contains_token
-from dora_diffusion.data.crops import CropRecord, apply_crop_to_mask, plan_crop
+from dora_diffusion.data.crops import Buckets, CropRecord, apply_crop_to_mask, plan_crop
 from dora_diffusion.data.images import open_photo
-from dora_diffusion.data.masks import mask_path, open_mask
-from dora_diffusion.data.photos import Photo, read_photo
+from dora_diffusion.data.photos import Photo, mask_path, open_mask, read_photo
 from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.prepare.masks import measure_mask
 from dora_diffusion.prepare.models import PrepareError

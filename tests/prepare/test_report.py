@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
-from dora_diffusion.data.buckets import Buckets
+from dora_diffusion.data.crops import Buckets
 from dora_diffusion.data.photos import read_photo
 from dora_diffusion.evaluation.metric_models import open_metric_model
 from dora_diffusion.prepare.report import Report, add_cautions, look_at, sharpness, small_image
-from dora_diffusion.toy.samples import BOLT_MUG, PHOTO_BACKGROUNDS
+from dora_diffusion.toy.benchmark_subjects import BOLT_MUG, SAMPLE_BACKGROUNDS
 from dora_diffusion.toy.world import render
 
 
 @pytest.fixture(scope="module")
 def views():
     """Photos that are large enough to be sharp: those of the toy fixtures are enlarged."""
-    scenes = [BOLT_MUG.scene(place, seed) for seed, place in enumerate(PHOTO_BACKGROUNDS)]
+    scenes = [BOLT_MUG.scene(place, seed) for seed, place in enumerate(SAMPLE_BACKGROUNDS)]
     return [Image.fromarray(render(scene, (576, 512))) for scene in scenes]
 
 

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from dora_diffusion.data.captions import class_caption
-from dora_diffusion.data.masks import mask_path
-from dora_diffusion.data.photos import PhotoError, list_photos
+from dora_diffusion.data.photos import PhotoError, list_photos, mask_path
 from dora_diffusion.prepare.models import PrepareError
 from dora_diffusion.prepare.run import COLOURS, Preparation, with_trigger
 
