@@ -232,7 +232,7 @@ class _Search:
 
 
 class _Extrapolation:
-    """Anderson's: the point where a linear combination of the last iterations' steps would vanish."""
+    """Anderson's: where a linear combination of the last steps would vanish."""
 
     def __init__(self) -> None:
         self._points: list[Tensor] = []
