@@ -67,7 +67,7 @@ def run_study(
     """
     models = [open_metric_model(name) for name in study.asked.metric_models]
     subjects = [find_subject(given, study.base, models) for given in study.subjects]
-    base = base_digest(study.base)
+    base = base_digest(study.base, study.common.get("variant"), study.common.get("revision"))
     rates: dict[str, Sequence[float]] = {m.name: m.learning_rates for m in study.methods}
     restore_records(output)
     runner = _Runner(study, output, on_trial, only_known)

@@ -148,13 +148,13 @@ def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in left_out}
 
 
-def base_digest(base: str) -> str:
-    """Digest of a model: sizes, starts and ends of its weight files.
+def base_digest(base: str, variant: str | None = None, revision: str | None = None) -> str:
+    """Digest of the weights that are trained on: sizes, starts and ends of their files.
 
     Training changes all of a file, and reading gigabytes before every call would not be worth it.
     """
     digest = hashlib.sha256()
-    with open_model(base) as model:
+    with open_model(base, variant, revision) as model:
         for file in (file for files in model.files.values() for file in files):
             size = file.stat().st_size
             with file.open("rb") as content:

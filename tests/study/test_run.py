@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.evaluation.measures import MEASURES
@@ -322,3 +323,25 @@ def test_the_documents_records_are_of_the_documents_study(tmp_path):
         assert trial.digest == made["digest"], made["row"]
         assert {**trial.settings, **made["settings"]} == trial.settings
     assert len(records) == 218
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+def test_a_variant_of_the_base_is_the_one_that_is_known_again(sd1_folder, tmp_path, monkeypatch):
+    """A folder of two variants: what is trained on is what the records are of."""
+    folder = tmp_path / "model"
+    shutil.copytree(sd1_folder, folder)
+    plain = base_digest(str(folder))
+    for path in list(folder.glob("*/*.safetensors")):
+        half = {name: tensor.half() for name, tensor in load_file(path).items()}
+        save_file(half, path.with_name(f"{path.stem}.fp16.safetensors"), {"format": "pt"})
+    assert base_digest(str(folder)) == plain != base_digest(str(folder), "fp16")
+    of = []
+    monkeypatch.setattr(module, "perform", lambda trial, *_, **__: of.append(trial.base) or stop())
+    monkeypatch.setattr(module, "find_subject", lambda name, *_: _subject(name))
+    given = study(base=str(folder), common={"variant": "fp16"})
+    with pytest.raises(KeyboardInterrupt):
+        run_study(given, tmp_path)
+    assert of == [base_digest(str(folder), "fp16")]
