@@ -125,7 +125,6 @@ def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> P
 
 
 def read_parameters(path: str | Path) -> str | None:
-    """The ``parameters`` text of an image, or None."""
     with Image.open(path) as image:
         text = image.info.get(_CHUNK)
     return None if text is None else str(text)

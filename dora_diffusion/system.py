@@ -30,7 +30,6 @@ _PAUSES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 def is_windows() -> bool:
-    """Whether this is Windows."""
     return os.name == "nt"
 
 

@@ -62,7 +62,6 @@ class LiveWeights:
         self.specs = {name: TensorSpec.of(weight) for name, weight in self._weights.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        """One weight."""
         return self._weights[name].detach().cpu()
 
 

@@ -194,12 +194,10 @@ class CheckpointChange:
 
     @property
     def label(self) -> str:
-        """Its step in words."""
         return "result" if self.step is None else f"step {self.step}"
 
     @property
     def whole(self) -> LayerGroup:
-        """All its layers."""
         return LayerGroup(self.layers)
 
     def groups(self) -> list[LayerGroup]:
@@ -233,7 +231,6 @@ class RunChange:
 
     @property
     def method(self) -> str:
-        """That of its checkpoints."""
         return self.checkpoints[-1].method
 
 

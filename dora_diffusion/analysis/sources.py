@@ -190,7 +190,6 @@ class TunedModel:
         ] * bool(rounded)
 
     def weight(self, name: str, base: Tensor) -> Tensor:
-        """Its own."""
         return self._model[f"{name}.weight"]
 
     def factors(self, name: str) -> LayerWeights | None:

@@ -103,7 +103,6 @@ def _masthead(pills: str) -> str:
 
 
 def state_pill(job: Job) -> str:
-    """The state of a job as a coloured word."""
     word = KINDS[job.kind] if job.state == "running" else _WORDS[job.shown_state]
     return pill(word, job.shown_state)
 
@@ -178,7 +177,6 @@ def log_view(text: str) -> str:
 
 
 def command(text: str, label: str = "The same run on the command line") -> str:
-    """A command to copy."""
     return f"<div class='dd-command'><span>{esc(label)}</span><pre>{esc(text)}</pre></div>"
 
 
@@ -231,7 +229,6 @@ def _source(value: Estimate) -> str:
 
 
 def definitions(values: Mapping[str, Any]) -> str:
-    """Names and values."""
     rows = "".join(f"<dt>{esc(name)}</dt><dd>{esc(value)}</dd>" for name, value in values.items())
     return f"<dl class='dd-definitions'>{rows}</dl>"
 

@@ -63,7 +63,6 @@ def build_page(context: Context) -> gr.Blocks:
 
 
 def _open_with_run(tab: str) -> Callable[[str | None], list[Any]]:
-    """Open another tab with a run."""
     return lambda run_id: [gr.Tabs(selected=tab), run_id]
 
 

@@ -100,7 +100,6 @@ def add_sampling(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    """Add ``--overwrite``."""
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
 
 
@@ -272,7 +271,6 @@ def add_fit(parser: argparse.ArgumentParser, axis: str) -> None:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add ``--json``."""
     parser.add_argument(
         "--json", action="store_true", help="Print JSON, with the error of every layer."
     )

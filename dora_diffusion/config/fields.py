@@ -178,7 +178,6 @@ class Setting:
 
     @cached_property
     def default_text(self) -> str:
-        """The default in words."""
         if self.derived:
             return self.derived
         return "none" if self.default is None else shown(self.default)

@@ -256,7 +256,6 @@ class Appearance:
 
 
 def appearance_of(image: PILImage.Image) -> Appearance:
-    """Measure an image."""
     grey = image.convert("L")
     return Appearance(blur(grey), fingerprint(grey))
 

@@ -144,7 +144,6 @@ class EpochSampler:
             _, self.state = self._next_global_batch(self.state)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, for a checkpoint."""
         order = {"num_samples": self.num_samples, "seed": self.seed}
         return asdict(self.state) | order | {"global_batch_size": self.global_batch_size}
 

@@ -184,7 +184,6 @@ def title_of(name: str) -> str:
 
 
 def seed_means(values: Values) -> list[float]:
-    """One value per seed."""
     return [float(np.mean(group)) for group in values]
 
 

@@ -103,7 +103,6 @@ class FitSettings:
 
     @property
     def limits(self) -> dict[str, float]:
-        """What limits the ranks, by name."""
         names = ("rank", "conv_rank", "energy")
         return {n: value for n in names if (value := getattr(self, n)) is not None}
 

@@ -79,7 +79,6 @@ class MergedModel:
 
     @property
     def family(self) -> Family | None:
-        """That of the base."""
         return self.base.family
 
     @cached_property

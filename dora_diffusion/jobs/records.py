@@ -129,7 +129,6 @@ class JobResult:
 
 
 def write_record(folder: Path, record: JobRecord) -> None:
-    """Write job.json."""
     write_json(folder / JOB, {"kind": record.kind, **dataclasses.asdict(record)})
 
 
@@ -178,7 +177,6 @@ def _of_request(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_result(folder: Path, result: JobResult) -> None:
-    """Write result.json."""
     write_json(folder / RESULT, dataclasses.asdict(result))
 
 

@@ -75,7 +75,6 @@ class Job:
 
     @property
     def id(self) -> str:
-        """Name of its folder."""
         return self.folder.name
 
     @property
@@ -123,13 +122,11 @@ class Job:
 
     @property
     def trigger(self) -> str:
-        """The trigger words."""
         token, word = self.settings.get("token") or "", self.settings.get("class_word") or ""
         return self.record.trigger or self.progress.trigger or f"{token} {word}".strip()
 
     @property
     def base(self) -> str:
-        """The base model."""
         return str(self.settings.get("pretrained_model_name_or_path") or self.record.base)
 
     @property

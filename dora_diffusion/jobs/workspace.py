@@ -68,7 +68,6 @@ class Workspace:
 
     @property
     def subjects(self) -> Path:
-        """Folder of subjects."""
         return self.root / "subjects"
 
     @property

@@ -61,7 +61,6 @@ class ConvOperation(Operation):
     groups: int = 1
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Convolve."""
         return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def down_project(self, x: Tensor, down: Tensor) -> Tensor:
@@ -139,12 +138,10 @@ class OneHot:
 
     @classmethod
     def of(cls, ids: Tensor, dtype: torch.dtype) -> OneHot:
-        """Ids with the value 1."""
         return cls(ids, torch.ones(ids.shape, dtype=dtype, device=ids.device))
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the values."""
         return self.values.dtype
 
     def to(self, dtype: torch.dtype) -> OneHot:

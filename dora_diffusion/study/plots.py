@@ -157,6 +157,5 @@ def _draw_weights(panel: Any, row: str, records: Sequence[Record]) -> None:
 
 
 def shown_measures(records: Sequence[Record]) -> list[str]:
-    """The measures that plots are of."""
     taken = {name for record in records for name in record["measures"]}
     return [name for stem in _WANTED for name in sorted(taken) if name.partition("@")[0] == stem]

@@ -73,7 +73,6 @@ class ToySource:
 
     @property
     def name(self) -> str:
-        """Its name."""
         return self.subject.name
 
     @property
@@ -84,7 +83,6 @@ class ToySource:
 
     @property
     def digest(self) -> str:
-        """Of its description."""
         return hashlib.sha256(repr(self.subject).encode()).hexdigest()
 
     def training(self, work: Path) -> dict[str, Any]:
@@ -164,7 +162,6 @@ class PhotoSource:
 
     @property
     def label(self) -> str:
-        """The first prompt."""
         trigger = f"{TRIGGER} {self.class_word}".strip()
         return f"{self.name} {photo_requests(trigger, self.class_word, [0])[0].prompt}"
 
@@ -199,7 +196,6 @@ class PhotoSource:
         return _means(kept), images[0]
 
     def truth(self) -> Image:
-        """Its first held-out photo."""
         return open_photo(list_photos(self.held_out)[0])
 
 

@@ -20,7 +20,6 @@ Row = list[str]
 
 
 def figure_of(name: str) -> Value:
-    """Reads a measure of a record."""
     return lambda record: record["measures"].get(name)
 
 
@@ -63,7 +62,6 @@ def rows_in(records: Sequence[Record]) -> list[str]:
 
 
 def of_row(records: Iterable[Record], row: str) -> list[Record]:
-    """The records of a row."""
     return [record for record in records if record["row"] == row]
 
 

@@ -91,7 +91,6 @@ class BenchmarkSubject:
 
     @property
     def word(self) -> str:
-        """The class word of prompts."""
         return self.sample.class_word
 
     @property

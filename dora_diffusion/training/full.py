@@ -87,11 +87,9 @@ class FullWeights:
         return dict(self.trained)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The same."""
         return self.trained
 
     def projections(self) -> dict[str, str]:
-        """None."""
         return {}
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:

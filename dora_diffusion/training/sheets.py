@@ -75,7 +75,6 @@ class _Text:
 
     @property
     def line(self) -> int:
-        """Height of a line."""
         return self.size + self.size // 3
 
     def wrap(self, text: str, width: int) -> list[str]:

@@ -48,7 +48,6 @@ class StoredFile:
         self.specs, self.metadata = self._reader.specs, self._reader.metadata
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors."""
         with _as_format_error(), self._reader as reader:
             return {name: reader[name] for name in reader.specs}
 

@@ -82,7 +82,6 @@ class CheckpointFile:
 
     @property
     def files(self) -> dict[str, list[Path]]:
-        """Itself."""
         return {"checkpoint": self.reader.files}
 
     def shards(self) -> dict[str, list[dict[str, str]]]:
@@ -91,11 +90,9 @@ class CheckpointFile:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Its metadata."""
         return self.reader.metadata
 
     def schedule(self) -> dict[str, Any]:
-        """See `stated_schedule`."""
         return stated_schedule(self.metadata, self.reader.specs)
 
     def markers(self) -> set[str]:

@@ -115,7 +115,6 @@ class PipelineFolder:
         return read_json(path) if path.is_file() else {}
 
     def schedule(self) -> dict[str, Any]:
-        """The settings of its scheduler."""
         usual = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
         return {**usual, **self.config("scheduler")}
 

@@ -151,7 +151,6 @@ class SyncedFile:
             self._syncing.result()
 
     def __enter__(self) -> SyncedFile:
-        """Return the file."""
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:

@@ -55,7 +55,6 @@ class TensorSpec:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorSpec:
-        """The spec of a tensor in memory."""
         return cls(tensor.dtype, tuple(tensor.shape))
 
 

@@ -66,7 +66,6 @@ class TensorReader:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close all files."""
         self._handles.clear()
         self._stack.close()
 

@@ -91,7 +91,6 @@ def layout_named(name: str) -> AdapterLayout:
 
 
 def all_layouts() -> list[AdapterLayout]:
-    """The layouts of the list."""
     return [layout_named(name) for name in LAYOUTS]
 
 

@@ -1,5 +1,4 @@
 """Attention processors of the diffusers of early 2023, without their component."""
-# ruff: noqa: D102 - what the methods are for is said in `layout`.
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
 """Layouts made for one base model: exact where ``dora_scale`` is misread or ignored."""
-# ruff: noqa: D102 - what the methods are for is said in `layout`.
 
 from __future__ import annotations
 

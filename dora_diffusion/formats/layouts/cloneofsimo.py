@@ -5,7 +5,6 @@ name the classes that layers were counted in, and mark tokens: ``{"<s1>": "<embe
 walked the model in the order in which Diffusers and transformers had registered its modules, and
 counted the layers below modules of those classes.
 """
-# ruff: noqa: D102 - what the methods are for is said in `layout`.
 
 from __future__ import annotations
 

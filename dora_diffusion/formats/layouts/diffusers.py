@@ -5,7 +5,6 @@ Diffusers new and old: ``unet.<module>.lora_A.weight``, ``.lora.down.weight``,
 ``processor.to_q_lora.down.weight``, ``text_encoder.<module>.lora_linear_layer.down.weight``.
 OneTrainer: original blocks with dots, bare or behind ``unet.`` or ``diffusion_model.``.
 """
-# ruff: noqa: D102 - what the methods are for is said in `layout`.
 
 from __future__ import annotations
 

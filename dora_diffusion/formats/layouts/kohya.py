@@ -1,5 +1,4 @@
 """Kohya's key format, and LyCORIS': names, metadata, and the standard ``dora_scale``."""
-# ruff: noqa: D102 - what the methods are for is said in `layout`.
 
 from __future__ import annotations
 

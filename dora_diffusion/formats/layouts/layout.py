@@ -108,7 +108,6 @@ class EncodedFile:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> EncodedFile:
-        """The file of tensors in memory."""
         lazy = {key: (TensorSpec.of(t), lambda t=t: t) for key, t in tensors.items()}
         return cls(lazy, metadata)
 

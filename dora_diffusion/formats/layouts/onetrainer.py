@@ -2,7 +2,6 @@
 
 Its older files are kohya's. No other program is known to compute these as they are meant.
 """
-# ruff: noqa: D102 - what the methods are for is said in `layout`.
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
 """Files of no layout of the list: what of them is read all the same, and what they are instead."""
-# ruff: noqa: D102 - what the methods are for is said in `layout`.
 
 from __future__ import annotations
 

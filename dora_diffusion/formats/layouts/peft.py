@@ -1,5 +1,4 @@
 """PEFT's folder per component: ``adapter_model.safetensors`` with ``adapter_config.json``."""
-# ruff: noqa: D102 - what the methods are for is said in `layout`.
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 No other program reads it; `read_adapter` gives the ordinary layers that it stands for, so that
 generation, export and conversion take it like any adapter. docs/variants.md describes the file.
 """
-# ruff: noqa: D102 - what the methods are for is said in `layout`.
 
 from __future__ import annotations
 
