@@ -34,7 +34,46 @@ from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 if TYPE_CHECKING:
     from tests.apple import AppleGPU
 
+# Each takes ten seconds or more, and quicker tests hold most of what it holds: for `make test-slow`.
+LONG = (
+    "browser/test_app.py::test_a_killed_worker_shows_as_crashed_and_the_queue_goes_on",
+    "browser/test_train_form.py::test_every_preset_of_every_base_is_trained_as_it_is_shown",
+    "browser/test_train_form.py::test_a_section_that_is_closed_and_opened_changes_nothing",
+    "browser/test_train_form.py::test_sizes_are_judged_by_the_model_that_is_chosen",
+    "browser/test_train_form.py::test_a_page_that_is_loaded_again_logs_no_error",
+    "browser/test_train_form.py::test_a_subject_outside_of_the_toy_world_is_warned_of",
+    "browser/test_train_form.py::test_a_model_that_is_not_there_is_said_before_the_start",
+    "browser/test_train_form.py::test_many_fields_that_change_together_ask_for_one_plan",
+    "commands/test_evaluate.py::test_photos_that_were_trained_on_are_told",
+    "commands/test_train.py::test_the_script_trains_the_same",
+    "export/test_verify.py::test_every_way_from_base_to_output_is_proven[sd2]",
+    "integration/test_apple_gpu.py::test_a_run_learns_what_it_learns_on_the_cpu",
+    "integration/test_apple_gpu.py::test_auto_is_the_half_precision_that_the_device_has",
+    "integration/test_cuda.py::test_a_run_learns_what_it_learns_on_the_cpu[sdxl",
+    "integration/test_cuda.py::test_a_run_resumes[whole]",
+    "integration/test_cuda.py::test_eight_bit_adam_trains_and_resumes",
+    "integration/test_cuda.py::test_gradients_that_are_not_finite_move_nothing_and_are_told_a_step"
+    "_later[adafactor]",
+    "integration/test_cuda.py::test_steps_and_their_records_wait_for_nothing[sdxl",
+    "test_wheel.py::test_a_user_s_program_passes_mypy_strictly",
+    "tools/pretrain/test_diffusion.py::test_loss_and_gradients_are_those_of_the_raw_modules",
+    "training/test_accelerator.py::test_what_goes_wrong_in_one_process_ends_both_with_what_there_is"
+    "[photo]",
+    "training/test_full.py::test_a_resumed_run_is_that_of_one_piece_bit_for_bit[adafactor]",
+    "training/test_full.py::test_compiled_blocks_train_the_same_weights",
+    "training/test_session.py::test_no_bit_of_a_run_depends_on_it[class images]",
+    "training/test_variants.py::test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[pissa]",
+)
+
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(LONG):
+            item.add_marker(pytest.mark.slow)
+
 
 # Property tests try the same examples in every run of the suite, and many other ones each time in
 # the long one, `make test-properties`. Neither judges by the clock.

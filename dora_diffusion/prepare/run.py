@@ -39,7 +39,7 @@ class Preparation:
     """Looks at photos and, given a target, makes them ready to be trained on.
 
     Files are only added, each whole or not at all. What an earlier run has written is kept, so that
-    one that was interrupted goes on.
+    one that was interrupted continues.
 
     Attributes:
         target: Folder for copies of the photos with their captions and masks, or the photos' own

@@ -281,7 +281,7 @@ def test_no_handler_can_be_led_astray(
 ) -> None:
     """Every endpoint, private or not, with something else in its fields than the page sends."""
     workspace = served.context.workspace
-    monkeypatch.setattr("dora_diffusion.jobs.image_generator.Studio._model", _no_model)
+    monkeypatch.setattr("dora_diffusion.jobs.image_generator.ImageGenerator._model", _no_model)
     before = files_of(workspace)
     value, refusals = HOSTILE[number], []
     for index, one in served.blocks.fns.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dora_diffusion.models.latents import (
     encode_moments,
@@ -87,14 +88,15 @@ def test_a_float32_vae_takes_half_precision_from_the_unet(sdxl_folder: Path) -> 
     assert vae.decode(latents.bfloat16()).sample.dtype == torch.float32
 
 
-class RecordingUNet:
+class RecordingUNet(nn.Module):
     """Keeps its inputs, and predicts zeros."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, dtype=dtype))
         self.given: dict[str, Any] = {}
 
-    def __call__(self, latents, timesteps, states, *, added_cond_kwargs) -> Any:
+    def forward(self, latents, timesteps, states, *, added_cond_kwargs) -> Any:
         self.given = {"latents": latents, "timesteps": timesteps, "states": states}
         self.given |= added_cond_kwargs or {}
         return SimpleNamespace(sample=torch.zeros_like(latents))

@@ -7,7 +7,7 @@ import json
 import peft
 import pytest
 import torch
-from tests.adapters.test_directions import batches, merged_weights, two_linears
+from tests.adapters.test_parametrizations import batches, merged_weights, two_linears
 from torch import nn
 
 from dora_diffusion.adapters.inject import inject_adapters, layer_adapters, merge_adapters

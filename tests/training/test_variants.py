@@ -18,7 +18,7 @@ from dora_diffusion.export import convert_adapter
 from dora_diffusion.formats.adapter.file import read_adapter, write_adapter
 from dora_diffusion.jobs.checkpoints import result_adapter
 from dora_diffusion.models.load import load_components
-from dora_diffusion.training.checkpoint import STATE_FILE
+from dora_diffusion.training.checkpoint import STATE_FILE, restore, state_of
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.result import result_metadata
 from tests.formats.layouts.helpers import (
@@ -86,13 +86,13 @@ def test_a_checkpoint_holds_all_that_its_adapter_is_made_of(
     settings = {"targets": ["cross-attention"], **VARIANTS[variant]}
     session = open_run(sd1_folder, photos, tmp_path / "a", **settings)
     session.train_step(1)
-    state, expected = session.state_dict(), adapter_state(session.weights.modules)
+    state, expected = state_of(session, 0, 0), adapter_state(session.weights.modules)
     other = open_run(sd1_folder, photos, tmp_path / "b", **settings)
     with torch.no_grad():
         for _, layer in adapted_layers(other.components.unet):
             for tensor in (*layer.adapters.parameters(), *layer.adapters.buffers()):
                 tensor.neg_()
-    other.load_state_dict(state)
+    restore(other, state)
     for name, layer in adapter_state(other.weights.modules).items():
         for part in ("down", "up", "magnitude"):
             assert torch.equal(getattr(layer, part), getattr(expected[name], part)), name
@@ -202,8 +202,8 @@ def test_projections_that_are_not_drawn_as_before_are_no_checkpoint_of_the_run(
     sd1_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
     session = open_run(sd1_folder, photos, tmp_path, targets=["attention"], parametrization="vera")
-    state = session.state_dict()
+    state = state_of(session, 0, 0)
     assert set(state["projections"]) == {"unet"}
-    session.load_state_dict(state)
+    restore(session, state)
     with pytest.raises(ConfigError, match="not those that this version draws"):
-        session.load_state_dict({**state, "projections": {"unet": "another"}})
+        restore(session, {**state, "projections": {"unet": "another"}})
