@@ -34,7 +34,7 @@ from dora_diffusion.numerics.weights import LayerWeights, NormAxis
 if TYPE_CHECKING:
     from tests.apple import AppleGPU
 
-# Each takes ten seconds or more, and quicker tests hold most of what it holds: for `make test-slow`.
+# Each takes ten seconds or more, and quicker ones hold most of what it holds: `make test-slow`.
 LONG = (
     "browser/test_app.py::test_a_killed_worker_shows_as_crashed_and_the_queue_goes_on",
     "browser/test_train_form.py::test_every_preset_of_every_base_is_trained_as_it_is_shown",
@@ -68,13 +68,6 @@ LONG = (
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.nodeid.removeprefix("tests/").startswith(LONG):
-            item.add_marker(pytest.mark.slow)
-
-
 # Property tests try the same examples in every run of the suite, and many other ones each time in
 # the long one, `make test-properties`. Neither judges by the clock.
 suite = settings(
@@ -92,8 +85,12 @@ settings.load_profile("suite")
 LONGEST = ("browser", "test_wheel.py", "jobs", "integration", "commands", "training")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: of several workers, the one that has them must not be the last."""
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(LONG):
+            item.add_marker(pytest.mark.slow)
 
     def place(item: pytest.Item) -> int:
         places = [i for i, name in enumerate(LONGEST) if name in item.path.parts]

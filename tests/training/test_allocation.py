@@ -7,7 +7,6 @@ import json
 import peft
 import pytest
 import torch
-from tests.adapters.test_parametrizations import batches, merged_weights, two_linears
 from torch import nn
 
 from dora_diffusion.adapters.inject import inject_adapters, layer_adapters, merge_adapters
@@ -21,6 +20,7 @@ from dora_diffusion.training.allocation import RankAllocation
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import open_session
 from dora_diffusion.training.subject import subject_of
+from tests.adapters.test_parametrizations import batches, merged_weights, two_linears
 from tests.training.helpers import accelerator_of_fp16, open_run
 
 RANK, TARGET, STEPS = 4, 2, 14
