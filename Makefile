@@ -47,9 +47,9 @@ test: lint
 # tests/portable/windows.py. PORTABLE_TESTS=tests runs all of them so, in about three times the time.
 PORTABLE_TESTS ?= tests/portable tests/test_system.py tests/console tests/jobs tests/formats/files \
 	tests/integration/test_any_folder.py tests/commands/test_train.py tests/commands/test_app.py \
-	tests/commands/test_samples.py tests/export/test_output.py tests/export/test_checkpoint.py \
+	tests/commands/test_samples.py tests/export/test_files.py tests/export/test_checkpoint.py \
 	tests/data/test_photos.py tests/data/test_dataset.py tests/app/test_serve.py \
-	$(addprefix tests/training/test_,$(addsuffix .py,stop saving resume folders metrics checkpoint))
+	$(addprefix tests/training/test_,$(addsuffix .py,stop folders metrics checkpoint))
 test-portable: $(READY_TO_TEST)
 	$(TEST_ENV) PYTHONPATH='$(CURDIR)/tests/portable' $(BIN)/python -m pytest -n $(WORKERS) \
 		--dist loadscope --no-loadscope-reorder $(PORTABLE_TESTS) $(PYTEST_ARGS)
