@@ -36,14 +36,6 @@ if TYPE_CHECKING:
 
 # Each takes ten seconds or more, and quicker ones hold most of what it holds: `make test-slow`.
 LONG = (
-    "browser/test_app.py::test_a_killed_worker_shows_as_crashed_and_the_queue_goes_on",
-    "browser/test_train_form.py::test_every_preset_of_every_base_is_trained_as_it_is_shown",
-    "browser/test_train_form.py::test_a_section_that_is_closed_and_opened_changes_nothing",
-    "browser/test_train_form.py::test_sizes_are_judged_by_the_model_that_is_chosen",
-    "browser/test_train_form.py::test_a_page_that_is_loaded_again_logs_no_error",
-    "browser/test_train_form.py::test_a_subject_outside_of_the_toy_world_is_warned_of",
-    "browser/test_train_form.py::test_a_model_that_is_not_there_is_said_before_the_start",
-    "browser/test_train_form.py::test_many_fields_that_change_together_ask_for_one_plan",
     "commands/test_evaluate.py::test_photos_that_were_trained_on_are_told",
     "commands/test_train.py::test_the_script_trains_the_same",
     "export/test_verify.py::test_every_way_from_base_to_output_is_proven[sd2]",
