@@ -158,8 +158,10 @@ def _questions(config: TrainConfig, args: argparse.Namespace) -> EvaluationPromp
                 f"{args.subject} is of the toy world, which {args.base} does not know"
             )
         return ask_toy(args.subject, subject.trigger, settings)
-    photos = Path(args.subject or config.instance_data_dir or "")
-    return ask_photos(photos, subject.trigger, subject.class_word, settings)
+    own = Path(config.instance_data_dir or "")
+    photos = own if args.subject is None else Path(args.subject)
+    trained_on = photos.resolve() == own.resolve()
+    return ask_photos(photos, subject.trigger, subject.class_word, settings, trained_on=trained_on)
 
 
 def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> EvaluationPrompts:
@@ -181,9 +183,14 @@ def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> Evaluation
 
 
 def ask_photos(
-    folder: Path, trigger: str, class_word: str, settings: SamplingSettings
+    folder: Path,
+    trigger: str,
+    class_word: str,
+    settings: SamplingSettings,
+    *,
+    trained_on: bool = True,
 ) -> EvaluationPrompts:
-    """A subject that is known from its photos alone."""
+    """A subject that is known from photos alone, those that were trained on or others."""
     from dora_diffusion.data.images import open_photo
     from dora_diffusion.data.photos import list_photos
     from dora_diffusion.evaluation.metric_models import LITE, open_metric_model
@@ -198,8 +205,9 @@ def ask_photos(
         at = f"@{model.name}"
         return _figures(values, f"subject_similarity{at}", f"others_change{at}")
 
-    notes = (_COPYING, f"Both are measured by {model.name}.")
-    return EvaluationPrompts(requests, settings, judge, notes, "training photos")
+    notes = (*[_COPYING] * trained_on, f"Both are measured by {model.name}.")
+    similar_to = "training photos" if trained_on else f"photos in {folder.name}"
+    return EvaluationPrompts(requests, settings, judge, notes, similar_to)
 
 
 def _few(requests: Sequence[Any]) -> list[Any]:

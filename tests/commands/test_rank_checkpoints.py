@@ -200,3 +200,9 @@ def test_a_run_is_ranked_by_its_own_settings(
     assert "is of the toy world, which" in last_line()
     assert main(["rank-checkpoints", str(tmp_path / "none")]) == 1
     assert "config.yaml" in last_line()
+
+
+def test_photos_that_were_kept_out_are_not_said_to_be_trained_on(refs: Path) -> None:
+    questions = ask_photos(refs, "sks dog", "dog", SETTINGS, trained_on=False)
+    assert not [note for note in questions.notes if "trained on" in note]
+    assert questions.similar_to == f"photos in {refs.name}"
