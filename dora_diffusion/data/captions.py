@@ -65,7 +65,7 @@ def drop_caption(caption: str, probability: float, generator: torch.Generator) -
 
 def contains_token(caption: str, token: str) -> bool:
     """Whether a caption holds the trigger token as a word of its own, ignoring case."""
-    return bool(_whole(token).search(caption))
+    return bool(whole_word(token).search(caption))
 
 
 def class_caption(caption: str, token: str, class_word: str) -> str:
@@ -79,11 +79,11 @@ def class_caption(caption: str, token: str, class_word: str) -> str:
     A caption without the token comes back as it is (see :func:`require_token`).
     """
     followed = re.compile(
-        rf"{_whole(token).pattern}\s+(?={re.escape(class_word)}(?!\w))", re.IGNORECASE
+        rf"{whole_word(token).pattern}\s+(?={re.escape(class_word)}(?!\w))", re.IGNORECASE
     )
     text = followed.sub("", caption) if class_word else caption
     # A function, because a class word is not a pattern.
-    text = _whole(token).sub(lambda _: class_word, text)
+    text = whole_word(token).sub(lambda _: class_word, text)
     return " ".join(text.split())
 
 
@@ -115,6 +115,6 @@ def require_token(captions: Sequence[str], token: str) -> None:
         )
 
 
-def _whole(token: str) -> re.Pattern[str]:
-    """Match the token where no letter, digit or underscore touches it."""
+def whole_word(token: str) -> re.Pattern[str]:
+    """Match a word, ignoring case, where no letter, digit or underscore touches it."""
     return re.compile(rf"(?<!\w){re.escape(token)}(?!\w)", re.IGNORECASE)

@@ -11,6 +11,7 @@ from typing import Any
 
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import as_yaml
+from dora_diffusion.data.captions import whole_word
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.names import file_stem
 from dora_diffusion.formats.layouts import CONVERSIONS
@@ -291,7 +292,8 @@ def start_study(
             part = f"subjects/{place}/{'held_out' if photo in held_out else 'photos'}/{photo.name}"
             files[part] = photo
             if (caption := photo.with_suffix(".txt")).is_file():
-                text = caption.read_text(encoding="utf-8").replace(subject.token, TOKEN)
+                own = caption.read_text(encoding="utf-8")
+                text = whole_word(subject.token).sub(TOKEN, own)
                 files[str(Path(part).with_suffix(".txt"))] = text
         where = folder / "subjects" / str(place)
         given.append({

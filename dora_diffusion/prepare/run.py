@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
-from dora_diffusion.data.captions import contains_token
+from dora_diffusion.data.captions import contains_token, whole_word
 from dora_diffusion.data.crops import Buckets, CropRecord, apply_crop_to_mask, plan_crop
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo, mask_path, open_mask, read_photo
@@ -203,8 +203,7 @@ def with_trigger(caption: str, token: str, class_word: str) -> str:
     tags = [tag.strip() for tag in caption.split(",")]
     others = [tag for tag in tags if tag.lower() != class_word.lower()]
     if class_word and others == tags and contains_token(caption, class_word):
-        word = rf"(?<!\w)({re.escape(class_word)})(?!\w)"
-        return re.sub(word, lambda found: f"{token} {found[0]}", caption, count=1, flags=re.I)
+        return whole_word(class_word).sub(lambda found: f"{token} {found[0]}", caption, count=1)
     return ", ".join([trigger, *others])
 
 

@@ -44,7 +44,7 @@ def dog(context: Context, tmp_path: Path) -> str:
         add_photos(
             context.workspace, subject, [photo(tmp_path / f"{number}.jpg", (64, 64 + number))]
         )
-    save_caption(context.workspace, subject, "002.jpg", "a photo of a zwx dog on grass")
+    save_caption(context.workspace, subject, "002.jpg", "a photo of a zwx dog on zwxgrass")
     return subject
 
 
@@ -77,7 +77,7 @@ def test_a_form_becomes_a_study_that_runs_as_a_job(context: Context, dog: str) -
     parts = {path.name: len([*path.glob("*.jpg")]) for path in job.folder.glob("subjects/1/*")}
     assert parts == {"photos": 5, "held_out": 1}
     caption = job.folder / "subjects" / "1" / "photos" / "002.txt"
-    assert caption.read_text(encoding="utf-8") == "a photo of a sks dog on grass\n"
+    assert caption.read_text(encoding="utf-8") == "a photo of a sks dog on zwxgrass\n"
     assert photos.training(Path())["instance_prompt"] == "a photo of a sks dog"
 
 
