@@ -15,7 +15,8 @@ LOWEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= python3.13
 BARE_PYTHON ?= $(PYTHON)
 VENV ?= .venv
-WORKERS ?= 2
+# One for each core, at least 2; a worker takes two gigabytes.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); test $$cores -gt 2 || cores=2; test $$cores -lt 8 || cores=8; echo $$cores)
 # Of the examples of `make test-properties`.
 SEED := $(or $(SEED),$(shell date +%s))
 
@@ -43,20 +44,24 @@ demo: $(READY)
 test: lint
 	$(TEST_ENV) $(BIN)/python $(SUITE)
 
-# The rooms that touch files, processes and folders, where what Windows has not is gone: see
+# What touches files, processes and folders, where what Windows has not is gone: see
 # tests/portable/windows.py. PORTABLE_TESTS=tests runs all of them so, in about three times the time.
-PORTABLE_TESTS ?= tests/portable tests/test_system.py tests/console tests/jobs tests/formats/files \
-	tests/integration/test_any_folder.py tests/commands/test_train.py tests/commands/test_app.py \
-	tests/commands/test_samples.py tests/export/test_files.py tests/export/test_checkpoint.py \
-	tests/data/test_photos.py tests/data/test_dataset.py tests/app/test_serve.py \
-	$(addprefix tests/training/test_,$(addsuffix .py,stop folders metrics checkpoint))
+PORTABLE = $(TEST_ENV) PYTHONPATH='$(CURDIR)/tests/portable' $(BIN)/python -m pytest -n $(WORKERS) \
+	--dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+PORTABLE_TESTS ?= tests/portable tests/test_system.py tests/console tests/formats/files \
+	tests/integration/test_any_folder.py tests/commands/test_app.py tests/commands/test_samples.py \
+	tests/export/test_files.py tests/data/test_photos.py tests/training/test_folders.py \
+	$(filter-out $(PORTABLE_LONG), $(wildcard tests/jobs/test_*.py))
+PORTABLE_LONG = tests/jobs/test_worker.py tests/jobs/test_image_generator.py tests/app/test_serve.py \
+	tests/commands/test_train.py tests/data/test_dataset.py tests/export/test_checkpoint.py \
+	tests/training/test_checkpoint.py tests/training/test_metrics.py tests/training/test_stop.py
 test-portable: $(READY_TO_TEST)
-	$(TEST_ENV) PYTHONPATH='$(CURDIR)/tests/portable' $(BIN)/python -m pytest -n $(WORKERS) \
-		--dist loadscope --no-loadscope-reorder $(PORTABLE_TESTS) $(PYTEST_ARGS)
+	$(PORTABLE) $(PORTABLE_TESTS)
 
 # Longer proofs: every combination where `make test` takes a diagonal, and the figures of what ships.
 test-slow: $(READY_TO_TEST)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m slow $(PYTEST_ARGS)
+	$(PORTABLE) $(PORTABLE_LONG)
 
 # The same tests with the lowest versions that pyproject.toml states, with the newest that there
 # are, and without one optional library.
