@@ -6,6 +6,7 @@ The whole Python interface::
     merge_adapters, unmerge_adapters, disabled        write it into the weights, switch it off
     set_strength                                      how much of it acts
     norm_scope, NormCache                             norms computed once for each training step
+    row_scope, AdapterPool                            an adapter for each row of a batch
     compile_blocks                                    torch.compile of a UNet's repeated blocks
     save_adapter, load_adapter                        one file, which other tools read exactly
     TrainConfig, train                                DreamBooth from photos to a finished folder
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
         set_strength,
         unmerge_adapters,
     )
-    from dora_diffusion.adapters.scope import NormCache, norm_scope
+    from dora_diffusion.adapters.scope import NormCache, norm_scope, row_scope
     from dora_diffusion.adapters.state import load_adapter, save_adapter
     from dora_diffusion.adapters.targets import TargetError
     from dora_diffusion.analysis import analyze_weights
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from dora_diffusion.generate import BrokenImageError, SamplingSettings, generate_images
     from dora_diffusion.models.load import load_components
     from dora_diffusion.models.locate import ModelNotFoundError
+    from dora_diffusion.pool import AdapterPool
     from dora_diffusion.study.config import Study
     from dora_diffusion.study.run import run_study
     from dora_diffusion.training.loop import train
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdapterConfig": "config.adapter",
     "AdapterFormatError": "formats.layouts.layout",
+    "AdapterPool": "pool",
     "BrokenImageError": "generate",
     "CheckpointLayoutError": "formats.checkpoint.entries",
     "ConfigError": "config.fields",
@@ -111,6 +114,7 @@ _HOMES = {
     "merge_adapters": "adapters.inject",
     "norm_scope": "adapters.scope",
     "remove_adapters": "adapters.inject",
+    "row_scope": "adapters.scope",
     "run_study": "study.run",
     "save_adapter": "adapters.state",
     "set_strength": "adapters.inject",
@@ -121,6 +125,7 @@ _HOMES = {
 __all__ = [
     "AdapterConfig",
     "AdapterFormatError",
+    "AdapterPool",
     "BrokenImageError",
     "CheckpointLayoutError",
     "ConfigError",
@@ -152,6 +157,7 @@ __all__ = [
     "merge_adapters",
     "norm_scope",
     "remove_adapters",
+    "row_scope",
     "run_study",
     "save_adapter",
     "set_strength",

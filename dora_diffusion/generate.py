@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
-from dora_diffusion.adapters.inject import layer_adapters, set_strength
-from dora_diffusion.adapters.scope import norm_scope
+from dora_diffusion.adapters.inject import layer_adapters, require_adapters, set_strength
+from dora_diffusion.adapters.scope import norm_scope, row_scope
 from dora_diffusion.adapters.state import attach_file
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.run import SampleSettings
@@ -167,11 +168,12 @@ def generate_images(
     seeds: Sequence[int],
     settings: SamplingSettings | None = None,
     *,
+    adapters: Sequence[str | None] | None = None,
     batch_size: int = 4,
     on_step: Callable[[int, int], None] | None = None,
     require_finite: bool = False,
 ) -> list[Image.Image]:
-    """Sample one image per seed, with whatever adapters are on.
+    """Sample one image per seed, with whatever adapters are on, or each with its own.
 
     Each image has a generator of its own on the CPU, so that a seed gives the same image
     alone, in a batch (up to float rounding) and on another device.
@@ -181,20 +183,22 @@ def generate_images(
         prompt: What to show; or one prompt per seed, which may differ within a batch.
         seeds: One per image.
         settings: Steps, guidance, size, and what an inpainting model paints into.
+        adapters: The name of each image's adapter, None for the base, as `load_adapter` or an
+            `AdapterPool` named them: images of one batch share the product with the base weights.
         batch_size: Images at once.
         on_step: Called with (steps done, steps in all).
         require_finite: Refuse images that hold NaN, which becomes black, or are black all over.
 
     Raises:
-        ValueError: If there are several prompts, but not one per seed.
+        ValueError: If there are several prompts or adapters, but not one per seed; or the model has
+            no adapter of that name.
         ConfigError: If a text-to-image model is to paint into an image.
         BrokenImageError: If an image is refused.
 
     Warns:
         UserWarning: Once for each prompt beyond the token limit, naming the text that was cut.
     """
-    if not isinstance(prompt, str) and len(prompt) != len(seeds):
-        raise ValueError(f"{len(prompt)} prompts for {len(seeds)} seeds")
+    prompt = _per_seed(prompt, seeds, adapters)
     settings = settings or SamplingSettings()
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     warn_of_truncation(components.tokenizers[0], [*prompts, settings.negative_prompt])
@@ -203,7 +207,7 @@ def generate_images(
     with (
         components.eval_mode(),
         torch.no_grad(),
-        _norms_kept(components),
+        nullcontext() if adapters else _norms_kept(components),
         _autoencoder_as_loaded(components.vae),
         quiet_libraries(),
     ):
@@ -211,18 +215,40 @@ def generate_images(
         for number, batch in enumerate(batches):
             report = _reporter(on_step, number, len(batches))
             wanted = prompt if isinstance(prompt, str) else list(prompt[batch])
-            pixels = _sample(pipeline, components, wanted, seeds[batch], settings, report)
+            with _norms_kept(components, adapters[batch]) if adapters else nullcontext():
+                pixels = _sample(pipeline, components, wanted, seeds[batch], settings, report)
             if require_finite:
                 _require_finite(pixels, seeds[batch])
             images += pipeline.image_processor.numpy_to_pil(np.nan_to_num(pixels))
     return images
 
 
-def _norms_kept(components: Components) -> AbstractContextManager[None]:
+def _per_seed(
+    prompt: str | Sequence[str], seeds: Sequence[int], adapters: Sequence[str | None] | None
+) -> str | Sequence[str]:
+    """The prompt or prompts, as many as there are seeds where each has an adapter of its own."""
+    if not isinstance(prompt, str) and len(prompt) != len(seeds):
+        raise ValueError(f"{len(prompt)} prompts for {len(seeds)} seeds")
+    if adapters is None:
+        return prompt
+    if len(adapters) != len(seeds):
+        raise ValueError(f"{len(adapters)} adapters for {len(seeds)} seeds")
+    # Text encoders may be adapted too: every image has a row of its own in their batch.
+    return [prompt] * len(seeds) if isinstance(prompt, str) else prompt
+
+
+def _norms_kept(
+    components: Components, rows: Sequence[str | None] | None = None
+) -> AbstractContextManager[None]:
     """No parameter changes while sampling: every norm is computed once, where its model is."""
+    models = components.adaptable().values()
+    scope: Callable[..., AbstractContextManager[None]] = norm_scope
+    if rows:
+        require_adapters(models, rows)
+        scope = partial(row_scope, rows=rows, partly=True)
     if components.offload_to is not None:
-        return in_turns(components, components.offload_to, norm_scope)
-    return norm_scope(*components.adaptable().values())
+        return in_turns(components, components.offload_to, scope)
+    return scope(*models)
 
 
 def _painted(components: Components, settings: SamplingSettings, count: int) -> dict[str, Any]:

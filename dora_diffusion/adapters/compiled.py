@@ -119,8 +119,12 @@ def _run(
 
     Not before the whole model runs: the scope of an offloaded model opens as that is called.
     """
-    for layer in layers:
-        if isinstance(layer, AdaptedLayer) and layer._scales_cache:
+    adapted = [layer for layer in layers if isinstance(layer, AdaptedLayer)]
+    if any(layer._rows is not None for layer in adapted):
+        # Each mixture of adapters would be compiled for itself.
+        return block._call_impl(*args, **kwargs)
+    for layer in adapted:
+        if layer._scales_cache:
             for name, adapter in layer.active():
                 if name in layer._scales_cache:
                     layer.require_unchanged(name, adapter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -28,6 +28,7 @@ from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.numerics.threads import map_ahead
 from dora_diffusion.numerics.weights import LayerWeights
+from dora_diffusion.wording import listing
 
 DEFAULT_NAME = "default"
 
@@ -227,6 +228,21 @@ def layer_adapters(model: nn.Module, name: str | None = None) -> Iterator[LayerA
         for key, adapter in layer.adapters.items():
             if name is None or key == name:
                 yield cast(LayerAdapter, adapter)
+
+
+def require_adapters(models: Iterable[nn.Module], names: Iterable[str | None]) -> None:
+    """Check that each name is that of an adapter; None is the base.
+
+    Raises:
+        ValueError: If no layer of any of the models has one of them.
+    """
+    known = {
+        name for model in models for _, layer in adapted_layers(model) for name in layer.adapters
+    }
+    missing = [name for name in names if name is not None and name not in known]
+    if missing:
+        there = listing(known) or "none"
+        raise ValueError(f"there is no adapter named {missing[0]!r}; there are {there}")
 
 
 @contextmanager

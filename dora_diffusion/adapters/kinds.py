@@ -187,8 +187,8 @@ def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
     module.__class__ = cast(Any, _adapted_class(type(module)))
     layer = cast(AdaptedLayer, module)
     layer.adapters = nn.ModuleDict()
-    layer._scales_cache = layer._statistics = layer._unmerged = None
-    layer._scales_versions = {}
+    layer._scales_cache = layer._statistics = layer._unmerged = layer._rows = None
+    layer._scales_versions, layer._row_factors = {}, {}
     layer.keep_output = keep_output
     AdaptedLayer.changes += 1
     return layer
@@ -197,7 +197,8 @@ def adapt_layer(module: nn.Module, keep_output: bool = True) -> AdaptedLayer:
 def restore_base_class(layer: AdaptedLayer) -> None:
     """Make an adapted layer the module that it was, with its present weight."""
     for name in (
-        "adapters", "_scales_cache", "_scales_versions", "_statistics", "_unmerged", "keep_output",
+        "adapters", "_scales_cache", "_scales_versions", "_statistics", "_unmerged", "_rows",
+        "_row_factors", "keep_output",
     ):  # fmt: skip
         delattr(layer, name)
     AdaptedLayer.changes += 1

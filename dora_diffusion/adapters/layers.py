@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.parametrizations import Parametrization
+from dora_diffusion.adapters.rows import Rows, forward_rows
 from dora_diffusion.numerics.dora import dora_forward, interpolated_magnitude, sum_of_adapters
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import OneHot, Operation, dropout
@@ -140,6 +141,9 @@ class AdaptedLayer(nn.Module):
     _scales_versions: dict[str, tuple[int, ...]]
     _statistics: tuple[tuple[Any, ...], WeightStatistics] | None
     _unmerged: Tensor | None
+    # What adapters the rows of a batch have, where a row scope is open, and their factors.
+    _rows: Rows | None
+    _row_factors: dict[tuple[Any, ...], Factors | None]
 
     @property
     def is_merged(self) -> bool:
@@ -161,11 +165,13 @@ class AdaptedLayer(nn.Module):
 
     def active(self) -> list[tuple[str, LayerAdapter]]:
         """The adapters that change the output, with their names."""
-        adapters = cast("dict[str, LayerAdapter]", self.adapters._modules)
+        adapters, rows = cast("dict[str, LayerAdapter]", self.adapters._modules), self._rows
         return [
             (name, adapter)
             for name, adapter in adapters.items()
-            if adapter.enabled and adapter.strengths.strength != 0
+            if adapter.enabled
+            and adapter.strengths.strength != 0
+            and (rows is None or name in rows.distinct)
         ]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,25 +193,31 @@ class AdaptedLayer(nn.Module):
                 "the base weight or bias of an adapted layer requires a gradient; freeze it "
                 "(requires_grad_(False)): the adapter is what trains"
             )
-        # As autocast would for this operation; ids are none of its.
-        x = x.to(product_dtype(x)) if x.is_floating_point() else x
-        op, inputs = self.operation(), self.prepare(x)
-        dtype = inputs.dtype
-        matrix = oriented(weight, self.kind).to(dtype)
-        added = None if bias is None else bias.to(dtype)
+        if self._rows is not None and len(self._rows.distinct) > 1:
+            return forward_rows(self, self._rows, x, active)
+        op = self.operation()
+        inputs, matrix, added = self.operands(x)
         name, adapter = active[0]
         is_dropping = self.training and adapter.dropout > 0
         if len(active) == 1 and adapter.strengths.strength == 1 and not is_dropping:
-            return dora_forward(op, inputs, matrix, added, self.factors(name, adapter, dtype))
+            factors = self.factors(name, adapter, inputs.dtype)
+            return dora_forward(op, inputs, matrix, added, factors)
         terms = [
             (
-                self.factors(name, adapter, dtype),
+                self.factors(name, adapter, inputs.dtype),
                 adapter.strengths.strength,
                 dropout(inputs, adapter.dropout, self.training),
             )
             for name, adapter in active
         ]
         return sum_of_adapters(op, inputs, matrix, added, terms)
+
+    def operands(self, x: Tensor) -> tuple[Tensor | OneHot, Tensor, Tensor | None]:
+        """What is multiplied, the weight ``(out, in, *k)``, and the bias, all of one dtype."""
+        # As autocast would for this operation; ids are none of its.
+        inputs = self.prepare(x.to(product_dtype(x)) if x.is_floating_point() else x)
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        return inputs, oriented(self.weight, self.kind).to(inputs.dtype), bias
 
     def factors(self, name: str, adapter: LayerAdapter, dtype: torch.dtype) -> Factors:
         """What one adapter computes with in a dtype, by a plan or, where there is none, alone."""
@@ -266,7 +278,7 @@ class AdaptedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: not the scales, which nobody would close for it."""
-        return {**self.__dict__, "_scales_cache": None}
+        return {**self.__dict__, "_scales_cache": None, "_rows": None, "_row_factors": {}}
 
     def _weight_statistics(self, axis: NormAxis) -> WeightStatistics:
         """Statistics of the base weight, for as long as it is what it was."""

@@ -11,7 +11,9 @@ from torch import nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dora_diffusion.adapters.inject import require_adapters
 from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, adapted_layers
+from dora_diffusion.adapters.rows import Rows
 from dora_diffusion.numerics.prepare.factors import LayerScales, PlanInputs
 from dora_diffusion.numerics.prepare.layout import DeferredFlags, Layout, layouts_of
 from dora_diffusion.numerics.prepare.plan import make_scales, scales_of
@@ -106,6 +108,58 @@ def norm_scope(*models: nn.Module, cache: NormCache | None = None) -> Iterator[N
         for layer in opened:
             if isinstance(layer, AdaptedLayer):  # Some may be plain again.
                 vars(layer)["_scales_cache"] = None
+
+
+@contextmanager
+def row_scope(
+    *models: nn.Module,
+    rows: Sequence[str | None],
+    cache: NormCache | None = None,
+    partly: bool = False,
+) -> Iterator[None]:
+    """A `norm_scope` in which each row of a batch has an adapter of its own, by name.
+
+    One product with the base weight serves all rows of a Linear or Conv2d layer, and the thin ones
+    of the adapters are batched. Other layers, adapters of different norm axes in one layer, and
+    dropout compute the rows of one adapter after those of another. Results and gradients are those
+    of each adapter by itself, up to rounding. Compiled blocks run as they are.
+
+    Args:
+        models: The models with adapters.
+        rows: The adapter of each row; None is the base. A batch of a multiple of so many rows, as
+            guidance makes, repeats them.
+        cache: As in `norm_scope`.
+        partly: The models are some of the adapted ones: an adapter may be on none of them.
+
+    Raises:
+        ValueError: If no layer has an adapter of one of the names; in a layer's forward, if the
+            batch's size is no multiple of the number of rows.
+
+    Example:
+        >>> import torch
+        >>> from dora_diffusion import AdapterConfig, inject_adapters
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> for name in ("dog", "cat"):
+        ...     report = inject_adapters(model, AdapterConfig(targets=("*",), rank=2), name=name)
+        >>> with row_scope(model, rows=["dog", "cat", None, "dog"]):
+        ...     tuple(model(torch.ones(4, 8)).shape)
+        (4, 6)
+    """
+    if not rows:
+        raise ValueError("no rows are given; name the adapter of each, or None for the base")
+    if not partly:
+        require_adapters(models, rows)
+    layers = (cache or NormCache()).layers(models)
+    own = Rows(tuple(rows))
+    for layer in layers:
+        vars(layer).update(_rows=own, _row_factors={})
+    try:
+        with norm_scope(*models, cache=cache):
+            yield
+    finally:
+        for layer in layers:
+            if isinstance(layer, AdaptedLayer):
+                vars(layer).update(_rows=None, _row_factors={})
 
 
 def _count_written(optimizer: torch.optim.Optimizer, *args: Any) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import secrets
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dora_diffusion.commands.options import (
     add_adapted_model,
@@ -17,16 +20,30 @@ from dora_diffusion.commands.options import (
 )
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.fields import require
+from dora_diffusion.config.file import read_yaml
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.console.progress import progress
 from dora_diffusion.formats.files.atomic import require_writable
+from dora_diffusion.wording import quoted
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dora_diffusion.generate import SamplingSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     add_base(parser)
     parser.add_argument("--adapter", help="An adapter file, or the output folder of a run.")
-    parser.add_argument("--prompt", required=True, help="Prompt.")
+    parser.add_argument(
+        "--adapters_file",
+        help="Many adapters at once: a YAML list with an entry for each image, a file, or adapter, "
+        "prompt, seed and strength. Images of a batch share the product with the base's weights.",
+    )
+    parser.add_argument(
+        "--prompt", help="Prompt; required, unless each entry of --adapters_file has one."
+    )
     parser.add_argument("--output", required=True, help="Image file, X.png.")
     parser.add_argument(
         "--image", help="Of an inpainting model: image to paint into, cut to the size."
@@ -58,16 +75,79 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapted_model(parser)
 
 
+class _Row(NamedTuple):
+    """One image."""
+
+    prompt: str
+    seed: int
+    adapter: str | None
+    strength: float
+    path: Path
+
+
 def run(args: argparse.Namespace) -> int:
     """Generate images, and write them with what made them."""
     require_at_least_one(args, "num_images", "batch_size")
-    files = _files(args)
-    from dora_diffusion.data.images import open_photo
-    from dora_diffusion.generate import SamplingSettings, generate_images, lacks_trigger
+    rows = _rows(args)
+    from dora_diffusion.generate import generate_images, lacks_trigger
     from dora_diffusion.images import parameters_text, save_png
     from dora_diffusion.numerics.weights import Strengths
+    from dora_diffusion.pool import AdapterPool
 
-    settings = SamplingSettings(
+    settings = _settings(args)
+    components, metadata = load_adapted_model(args)
+    lacking = [name for name in components.family.image_arguments if getattr(args, name) is None]
+    require(
+        not lacking,
+        f"{args.base} is an inpainting model: give --image, and --mask_image of the same size, "
+        "white where to paint (all white to paint the whole image)",
+    )
+    pool, told = AdapterPool(components), {rows[0].adapter: metadata}
+    images: list[Image.Image] = []
+    with progress("generating images", "step") as show:
+        # Adapters of one batch at a time are needed.
+        size = args.batch_size if args.adapters_file else len(rows)
+        for start in range(0, len(rows), size):
+            batch, names = rows[start : start + size], None
+            if args.adapters_file:
+                names = pool.names([row.adapter and (row.adapter, row.strength) for row in batch])
+                pairs = zip(batch, names, strict=True)
+                told |= {row.adapter: pool.metadata(name) for row, name in pairs if name}
+            images += generate_images(
+                components,
+                args.prompt if names is None else [row.prompt for row in batch],
+                [row.seed for row in batch],
+                settings,
+                adapters=names,
+                batch_size=args.batch_size,
+                on_step=partial(_show, show, start, len(batch), len(rows)),
+                require_finite=True,
+            )
+    for prompt, trigger in dict.fromkeys(
+        (row.prompt, told[row.adapter].trigger)
+        for row in rows
+        if row.adapter and lacks_trigger(row.prompt, told[row.adapter])
+    ):
+        which = f"the prompt {quoted(prompt)}" if args.adapters_file else "the prompt"
+        warnings.warn(
+            f"{which} lacks the adapter's trigger word; write {trigger!r} to get the subject",
+            stacklevel=1,
+        )
+    for row, image in zip(rows, images, strict=True):
+        strengths = Strengths(row.strength, args.direction_strength, args.magnitude_strength)
+        text = parameters_text(
+            row.prompt, row.seed, settings, image.size, args.base, row.adapter, strengths
+        )
+        save_png(image, row.path, text)
+        print(f"{row.path} (seed {row.seed})")
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> SamplingSettings:
+    from dora_diffusion.data.images import open_photo
+    from dora_diffusion.generate import SamplingSettings
+
+    return SamplingSettings(
         steps=args.steps,
         guidance_scale=args.guidance_scale,
         scheduler=args.scheduler,
@@ -77,61 +157,79 @@ def run(args: argparse.Namespace) -> int:
         image=None if args.image is None else open_photo(args.image),
         mask_image=None if args.mask_image is None else open_photo(args.mask_image),
     )
-    components, metadata = load_adapted_model(args)
-    lacking = [name for name in components.family.image_arguments if getattr(args, name) is None]
-    require(
-        not lacking,
-        f"{args.base} is an inpainting model: give --image, and --mask_image of the same size, "
-        "white where to paint (all white to paint the whole image)",
-    )
-    if lacks_trigger(args.prompt, metadata):
-        warnings.warn(
-            "the prompt lacks the adapter's trigger word; write "
-            f"{metadata.trigger!r} to get the subject",
-            stacklevel=1,
-        )
-    with progress("generating images", "step") as show:
-        images = generate_images(
-            components,
-            args.prompt,
-            list(files),
-            settings,
-            batch_size=args.batch_size,
-            on_step=show,
-            require_finite=True,
-        )
-    strengths = Strengths(args.strength, args.direction_strength, args.magnitude_strength)
-    for (seed, path), image in zip(files.items(), images, strict=True):
-        text = parameters_text(
-            args.prompt, seed, settings, image.size, args.base, args.adapter, strengths
-        )
-        save_png(image, path, text)
-        print(f"{path} (seed {seed})")
-    return 0
 
 
-def _files(args: argparse.Namespace) -> dict[int, Path]:
-    """Seed -> file: one image gets the name that was asked for, several their seed behind it.
+def _show(
+    show: Callable[[int, int], None], before: int, count: int, total: int, done: int, steps: int
+) -> None:
+    """Progress over all batches, in steps of one image."""
+    show(before * steps + done * count, total * steps)
 
-    The seeds are consecutive, from a random one where none is given.
+
+def _rows(args: argparse.Namespace) -> list[_Row]:
+    """The images that are asked for, each with its file.
+
+    One image gets the name that was asked for, several their seed behind it, those of an adapters
+    file their number. Seeds are consecutive, from a random one where none is given.
 
     Raises:
-        ConfigError: If torch cannot take one of the seeds, or a file cannot be written.
+        ConfigError: If torch cannot take one of the seeds, an entry cannot be, or a file cannot be
+            written.
     """
     output = Path(args.output)
     if output.suffix.lower() != ".png":
         raise ConfigError(f"output {output} must end in .png")
+    entries = _entries(args) if args.adapters_file else [{}] * args.num_images
     first = secrets.randbelow(2**32) if args.seed is None else args.seed
-    if not 0 <= first <= 2**63 - args.num_images:
+    if not 0 <= first <= 2**63 - len(entries):
         raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images")
-    seeds = range(first, first + args.num_images)
-    files = {seed: output.with_stem(f"{output.stem}-{seed}") for seed in seeds}
-    files = files if len(files) > 1 else {first: output}
-    existing = next((path for path in files.values() if path.exists()), None)
+    rows = []
+    for number, entry in enumerate(entries):
+        prompt, seed = entry.get("prompt", args.prompt), entry.get("seed", first + number)
+        lacking = (
+            f"entry {number + 1} of {args.adapters_file}" if args.adapters_file else "generate"
+        )
+        require(prompt is not None, f"{lacking} has no prompt; say with --prompt what to show")
+        suffix = f"-{number + 1}" if args.adapters_file else f"-{seed}" if len(entries) > 1 else ""
+        adapter, strength = entry.get("adapter", args.adapter), entry.get("strength", args.strength)
+        path = output.with_stem(output.stem + suffix)
+        rows.append(_Row(prompt, seed, adapter, strength, path))
+    existing = next((row.path for row in rows if row.path.exists()), None)
     if existing and not args.overwrite:
         raise ConfigError(
             f"{existing} exists; choose another --output, or replace it with --overwrite"
         )
-    for path in files.values():
-        require_writable(path)
-    return files
+    for row in rows:
+        require_writable(row.path)
+    return rows
+
+
+def _entries(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The entries of the adapters file.
+
+    Raises:
+        ConfigError: If they are not what the flag's help says.
+    """
+    name = args.adapters_file
+    require(args.adapter is None, "adapter and adapters_file are both given; leave out --adapter")
+    require(
+        args.num_images == 1,
+        f"num_images is {args.num_images}, and {name} has an entry for each image; leave it out",
+    )
+    entries = read_yaml(name)[0]
+    require(
+        isinstance(entries, list) and bool(entries),
+        f"{name} must be a list with an entry for each image, such as '- adapter: runs/dog'",
+    )
+    known = {"adapter": str | None, "prompt": str, "seed": int, "strength": int | float}
+    rows = [{"adapter": e} if isinstance(e, str | None) else e for e in entries]
+    for number, entry in enumerate(rows, start=1):
+        where = f"entry {number} of {name}"
+        require(isinstance(entry, dict), f"{where} must be 'adapter: FILE' and what belongs to it")
+        for key, value in entry.items():
+            require(key in known, f"{where}: unknown key {key!r}; there are {', '.join(known)}")
+            require(
+                isinstance(value, known[key]) and not isinstance(value, bool),
+                f"{where}: {key} is {value!r}, which it cannot be",
+            )
+    return rows

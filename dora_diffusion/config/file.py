@@ -28,6 +28,19 @@ def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, in
     Raises:
         ConfigError: As `read_config_file` does.
     """
+    values, root = read_yaml(path)
+    values = {} if values is None else values
+    require(isinstance(values, dict), f"{path} must hold 'setting: value' lines")
+    given = {str(key): value for key, value in values.items() if key != SEGMENTS}
+    return given, _lines(path, root)
+
+
+def read_yaml(path: str | Path) -> tuple[Any, Any]:
+    """What a YAML file holds, and its nodes, which know their lines.
+
+    Raises:
+        ConfigError: If the file is missing or is not YAML.
+    """
     import yaml
 
     text = _read_text(path)
@@ -42,10 +55,7 @@ def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, in
             f"{place}: this is not valid YAML ({what}); write 'setting: value', and quote a value "
             "that holds ': ' or begins with a sign"
         ) from error
-    values = {} if values is None else values
-    require(isinstance(values, dict), f"{path} must hold 'setting: value' lines")
-    given = {str(key): value for key, value in values.items() if key != SEGMENTS}
-    return given, _lines(path, root)
+    return values, root
 
 
 def _read_text(path: str | Path) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.numerics.operation import Operation, channel_sum
+from dora_diffusion.numerics.operation import Operation
 from dora_diffusion.numerics.precision import (
     full_precision,
     multiply_add,
@@ -193,6 +193,6 @@ class _Scale(torch.autograd.Function):
             None,
             grad if to_total else None,
             multiply_add(grad, gain) if to_value else None,
-            channel_sum(product(grad, y), ctx.op.channel_dim, gain.dtype) if to_gain else None,
-            channel_sum(grad, ctx.op.channel_dim, gain.dtype) if to_shift else None,
+            ctx.op.channel_sum(product(grad, y), gain.dtype) if to_gain else None,
+            ctx.op.channel_sum(grad, gain.dtype) if to_shift else None,
         )

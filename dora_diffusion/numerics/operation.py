@@ -43,6 +43,12 @@ class Operation:
         """``x`` times ``vector``, ``(in,)``: a value for each slice ``weight[:, i]``."""
         return x * vector
 
+    def channel_sum(self, activation: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sum an activation over all but its channels: ``(channels,)``."""
+        activation = activation[None] if activation.ndim == 1 else activation
+        dims = [d for d in range(activation.ndim) if d != self.channel_dim % activation.ndim]
+        return torch.sum(activation, dims, dtype=dtype)
+
 
 @dataclass(frozen=True)
 class ConvOperation(Operation):
@@ -180,8 +186,58 @@ def dropout(x: Tensor | OneHot, p: float, training: bool) -> Tensor | OneHot:
     return F.dropout(x, p, training)
 
 
-def channel_sum(activation: Tensor, channel_dim: int, dtype: torch.dtype) -> Tensor:
-    """Sum an activation over all but its channels: ``(channels,)``."""
-    activation = activation[None] if activation.ndim == 1 else activation
-    dims = [d for d in range(activation.ndim) if d != channel_dim % activation.ndim]
-    return torch.sum(activation, dims, dtype=dtype)
+@dataclass(frozen=True)
+class RowOperation(Operation):
+    """Of a Linear or a Conv2d, on a batch whose rows have factors of their own.
+
+    ``down`` is ``(N, r, in, *k)``, ``up`` ``(N, out, r)``; gains and biases are ``(N, channels)``.
+
+    Attributes:
+        op: What the weight, which all rows share, does.
+        ndim: Dimensions of an activation, the first of which is the rows.
+    """
+
+    op: Operation
+    ndim: int
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.op(x, weight, bias)
+
+    def down_project(self, x: Tensor, down: Tensor) -> Tensor:
+        """Each row by its own: a batched product, or a convolution with a group per row."""
+        if not isinstance(self.op, ConvOperation):
+            flat = x.reshape(x.shape[0], -1, x.shape[-1])
+            return torch.bmm(flat, down.mT).view(*x.shape[:-1], -1)
+        op, rows = self.op, x.shape[0]
+        side_by_side = x.reshape(1, -1, *x.shape[2:])
+        made = convolve(
+            side_by_side, down.flatten(0, 1), None, op.stride, op.padding, op.dilation, rows
+        )
+        return made.view(rows, -1, *made.shape[2:])
+
+    def up_project(self, x: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A batched product on what ``down`` made."""
+        if isinstance(self.op, ConvOperation):
+            flat = x.flatten(2)
+            made = torch.bmm(up, flat) if bias is None else torch.baddbmm(bias[..., None], up, flat)
+            return made.view(x.shape[0], -1, *x.shape[2:])
+        flat = x.reshape(x.shape[0], -1, x.shape[-1])
+        made = torch.bmm(flat, up.mT) if bias is None else torch.baddbmm(bias[:, None], flat, up.mT)
+        return made.view(*x.shape[:-1], -1)
+
+    def broadcast(self, vector: Tensor) -> Tensor:
+        """``(N, channels)`` to multiply an activation."""
+        shape = [vector.shape[0], *[1] * (self.ndim - 1)]
+        shape[self.op.channel_dim] = -1
+        return vector.view(shape)
+
+    def scale_input(self, x: Tensor, vector: Tensor) -> Tensor:
+        """``vector`` is ``(N, in)``."""
+        return x * self.broadcast(vector)
+
+    def channel_sum(self, activation: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sum each row over all but its channels: ``(N, channels)``."""
+        kept = (0, self.op.channel_dim % self.ndim)
+        dims = [d for d in range(self.ndim) if d not in kept]
+        # An empty list would mean all of them.
+        return torch.sum(activation, dims, dtype=dtype) if dims else activation.to(dtype)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from dora_diffusion.cli import main
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.images import parse_parameters, read_parameters
 from dora_diffusion.models.load import load_components
 
@@ -197,3 +201,73 @@ def test_the_line_of_a_library_does_not_precede_ours(sd1_folder, tmp_path, capfd
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert "it has no 'fp16' variant" in line
+
+
+def adapters_file(folder, *entries):
+    file = folder / "rows.yaml"
+    file.write_text(yaml.safe_dump(list(entries)), encoding="utf-8")
+    return file
+
+
+def test_images_of_one_batch_have_each_their_adapter(sd1_folder, random_adapter, tmp_path):
+    """Each is the image that its adapter alone gives, and says so."""
+    files = [
+        write_adapter(tmp_path / f"{seed}.safetensors", AdapterFile(
+            random_adapter(sd1_folder, seed=seed, every=3, mixed_ranks=True)))
+        for seed in (1, 2)
+    ]  # fmt: skip
+    entries = [
+        {"adapter": str(files[0]), "seed": 9},
+        {"adapter": str(files[1]), "strength": 0.5, "prompt": "a red toy dog"},
+        None,
+        str(files[1]),
+    ]
+    rows, out, alone = adapters_file(tmp_path, *entries), tmp_path / "out.png", tmp_path / "1.png"
+
+    def generated(output, **flags):
+        flags = {"base": sd1_folder, "steps": 2, "seed": 3, "prompt": "a dog", **flags}
+        named = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+        assert main(["generate", *named, f"--output={output}", "--overwrite"]) == 0
+
+    # The last entry is a batch of its own.
+    generated(out, adapters_file=rows, batch_size=3)
+    seen = []
+    for number, entry in enumerate(entries):
+        own = entry if isinstance(entry, dict) else {"adapter": entry}
+        generated(alone, **{"seed": number + 3} | own)
+        mixed = out.with_stem(f"out-{number + 1}")
+        pixels = [np.asarray(Image.open(path)).astype(int) for path in (mixed, alone)]
+        assert abs(pixels[0] - pixels[1]).max() <= 1
+        assert read_parameters(mixed) == read_parameters(alone)
+        seen.append(pixels[0].tobytes())
+    assert len(set(seen)) == 4
+
+
+@pytest.mark.parametrize(
+    ("entries", "flags", "message"),
+    [
+        ([], [], "must be a list with an entry for each image"),
+        ([{"adaptr": "x"}], [], "entry 1 of .*: unknown key 'adaptr'; there are adapter, prompt"),
+        ([None, {"seed": "x"}], [], "entry 2 of .*: seed is 'x', which it cannot be"),
+        ([[]], [], "entry 1 of .* must be 'adapter: FILE'"),
+        ([None], ["--adapter", "x"], "adapter and adapters_file are both given"),
+        ([None], ["--num_images", "2"], "num_images is 2, and .* has an entry for each image"),
+    ],
+    ids=str,
+)
+def test_entries_that_cannot_be_are_refused(entries, flags, message, tmp_path, capsys):
+    rows = adapters_file(tmp_path, *entries)
+    output = ["--output", tmp_path / "x.png", "--prompt", "a dog"]
+    assert (
+        main(["generate", *map(str, ["--base=x", "--adapters_file", rows, *output, *flags])]) == 1
+    )
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_without_a_prompt_nothing_is_made(tmp_path, capsys):
+    flags = ["generate", "--base", "x", "--output", str(tmp_path / "x.png")]
+    assert main(flags) == 1
+    assert "generate has no prompt; say with --prompt what to show" in capsys.readouterr().err
+    rows = adapters_file(tmp_path, {"prompt": "a dog"}, None)
+    assert main([*flags, "--adapters_file", str(rows)]) == 1
+    assert "entry 2 of" in capsys.readouterr().err

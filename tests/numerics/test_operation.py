@@ -11,7 +11,6 @@ from dora_diffusion.numerics.operation import (
     EmbeddingOperation,
     OneHot,
     Operation,
-    channel_sum,
     dropout,
 )
 from dora_diffusion.numerics.precision import multiply_add
@@ -88,7 +87,7 @@ def test_an_embedding_is_a_linear_of_one_hot_vectors():
 
 def test_a_sum_over_channels_is_not_rounded_to_the_activations_bits():
     ones = torch.ones(4099, 3, dtype=torch.bfloat16)
-    assert torch.equal(channel_sum(ones, -1, torch.float32), torch.full((3,), 4099.0))
+    assert torch.equal(Operation().channel_sum(ones, torch.float32), torch.full((3,), 4099.0))
 
 
 def test_a_multiply_add_of_16_bits_reads_float32_and_rounds_once():
