@@ -160,7 +160,7 @@ def inputs_of(components: Components, side: int, config: TrainConfig) -> StepInp
         [""] * rows,
         time_ids(components, rows),
         photos,
-        class_captions=[""] * photos if config.is_image_free else None,
+        class_captions=[""] * photos if config.is_image_free else (),
     )
 
 

@@ -22,7 +22,7 @@ from train_step import settings
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.session import open_session
-from dora_diffusion.training.subject import subject_of
+from dora_diffusion.training.subject import subjects_of
 
 
 def fp16_accelerator(config: TrainConfig) -> Any:
@@ -38,7 +38,7 @@ def losses(output: Path, steps: int, **chosen: object) -> torch.Tensor:
     """Loss of each step."""
     config = settings(str(output), learning_rate=1e-3, **chosen)
     make = fp16_accelerator if config.mixed_precision == "fp16" else make_accelerator
-    run = open_session(config, subject_of(config), make(config))
+    run = open_session(config, subjects_of(config), make(config))
     return torch.stack([run.train_step(step + 1)["loss"].float() for step in range(steps)])
 
 

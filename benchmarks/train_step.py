@@ -28,7 +28,7 @@ from dora_diffusion.adapters.scope import norm_scope
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.session import Session, open_session
-from dora_diffusion.training.subject import subject_of
+from dora_diffusion.training.subject import subjects_of
 
 ALONE, STEP = "UNet alone", "training step"
 LORA_HERE = "the same with LoRA"
@@ -50,7 +50,7 @@ def settings(output: str, **chosen: object) -> TrainConfig:
 def session(output: str, **chosen: object) -> Session:
     """A run on an embedded model, ready for its first step."""
     config = settings(output, **chosen)
-    return open_session(config, subject_of(config), make_accelerator(config))
+    return open_session(config, subjects_of(config), make_accelerator(config))
 
 
 def bare_step(run: Session) -> None:

@@ -24,6 +24,7 @@ from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.devices import default_device
 from dora_diffusion.formats.adapter.file import AdapterMetadata
+from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import in_turns, place
@@ -157,9 +158,9 @@ def _set_strengths(
 
 
 def lacks_trigger(prompt: str, metadata: AdapterMetadata) -> bool:
-    """Whether a prompt leaves out the adapter's trigger word."""
-    token = metadata.trigger.partition(" ")[0]
-    return bool(token) and not contains_token(prompt, token)
+    """Whether a prompt leaves out the adapter's trigger word, or all of several."""
+    tokens = [trigger.partition(" ")[0] for trigger in split_triggers(metadata.trigger)]
+    return bool(tokens) and not any(contains_token(prompt, token) for token in tokens)
 
 
 def generate_images(

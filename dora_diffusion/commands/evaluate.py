@@ -190,9 +190,12 @@ def _evaluate_photos(
     from dora_diffusion.data.photo_record import read_photo_record
     from dora_diffusion.evaluation.metric_models import LITE, lite_is_installed, open_metric_model
     from dora_diffusion.evaluation.photos import PROMPTS, evaluate_photos, read_subject
+    from dora_diffusion.formats.adapter.metadata import split_triggers
 
     if not trigger:
         raise ConfigError("the adapter does not say its trigger; give it with --trigger 'sks dog'")
+    if len(split_triggers(trigger)) > 1:
+        raise ConfigError(f"the adapter has several subjects, {trigger}; choose one with --trigger")
     names = args.metric_model or ([LITE] if lite_is_installed() else [])
     models = [open_metric_model(name) for name in names]
     lines = Path(args.prompts).read_text(encoding="utf-8").splitlines() if args.prompts else []

@@ -216,7 +216,7 @@ def _entries(args: argparse.Namespace) -> list[dict[str, Any]]:
         args.num_images == 1,
         f"num_images is {args.num_images}, and {name} has an entry for each image; leave it out",
     )
-    entries = read_yaml(name)[0]
+    entries = read_yaml(name)
     require(
         isinstance(entries, list) and bool(entries),
         f"{name} must be a list with an entry for each image, such as '- adapter: runs/dog'",

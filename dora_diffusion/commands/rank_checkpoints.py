@@ -143,7 +143,7 @@ def _questions(config: TrainConfig, args: argparse.Namespace) -> EvaluationPromp
     from dora_diffusion.generate import SamplingSettings
     from dora_diffusion.models.locate import is_embedded
     from dora_diffusion.toy.benchmark_subjects import SUBJECTS as TOY
-    from dora_diffusion.training.subject import subject_of
+    from dora_diffusion.training.subject import subjects_of, triggers_of
 
     settings = SamplingSettings(
         steps=config.validation_inference_steps,
@@ -151,14 +151,20 @@ def _questions(config: TrainConfig, args: argparse.Namespace) -> EvaluationPromp
         width=config.resolution,
         height=config.resolution,
     )
-    subject = subject_of(config)
+    subjects = subjects_of(config)
+    subject = subjects[0]
+    if (triggers := triggers_of(subjects)) != subject.trigger:
+        raise ConfigError(
+            f"the run has several subjects, {triggers}, and checkpoints are ranked by one; measure "
+            "each with 'dora-diffusion evaluate CHECKPOINT --trigger TRIGGER'"
+        )
     if args.subject in TOY:
         if not is_embedded(args.base):
             raise ConfigError(
                 f"{args.subject} is of the toy world, which {args.base} does not know"
             )
         return ask_toy(args.subject, subject.trigger, settings)
-    own = Path(config.instance_data_dir or "")
+    own = Path(subject.settings.instance_data_dir or "")
     photos = own if args.subject is None else Path(args.subject)
     trained_on = photos.resolve() == own.resolve()
     return ask_photos(photos, subject.trigger, subject.class_word, settings, trained_on=trained_on)

@@ -70,7 +70,7 @@ def _add_flag(group: Any, setting: Setting) -> None:
     if setting.kind is bool:
         group.add_argument(f"--{setting.name}", action=SwitchAction, **common)
         return
-    if setting.is_list:
+    if setting.is_list and setting.kind is not dict:  # of which there is a file
         common["nargs"] = "+"
     if setting.choices:
         # Diffusers' scripts write AdamW, and report_to may be none.
@@ -79,7 +79,7 @@ def _add_flag(group: Any, setting: Setting) -> None:
         common |= {"type": setting.cast, "choices": either, "metavar": shown}
     else:
         shown = "PATH" if setting.is_path else _METAVARS[setting.kind]
-        common |= {"type": setting.kind, "metavar": shown}
+        common |= {"type": str if setting.kind is dict else setting.kind, "metavar": shown}
     group.add_argument(f"--{setting.name}", **common)
 
 
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         return 128 + result.signal_number
     if written := result.adapter or result.model:
         print(f"done: {written}")
-        print(trigger_line(progress.trigger, config.instance_prompt or ""))
+        print(trigger_line(progress.trigger, config.subjects[0].instance_prompt or ""))
         print("\n".join(next_steps(config, written)))
         if config.push_to_hub:
             from dora_diffusion.hub import push
@@ -115,9 +115,13 @@ def run(args: argparse.Namespace) -> int:
 
 def trigger_line(trigger: str, prompt: str) -> str:
     """What to write in a prompt: the trigger words, or a caption where there are none."""
-    if trigger:
-        return f"write {trigger!r} in a prompt to get the subject"
-    return f"it has no trigger word: write prompts like its captions, such as {quoted(prompt)}"
+    from dora_diffusion.formats.adapter.metadata import split_triggers
+
+    if triggers := split_triggers(trigger):
+        which = "the subject" if len(triggers) == 1 else "that subject"
+        return f"write {' or '.join(map(repr, triggers))} in a prompt to get {which}"
+    such_as = f", such as {quoted(prompt)}" if prompt else ""
+    return f"it has no trigger word: write prompts like its captions{such_as}"
 
 
 def stopped_line(result: TrainResult) -> str:

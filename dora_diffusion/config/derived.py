@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.fields import ConfigError, Setting, shown, with_present_names
+from dora_diffusion.config.subject import ENTRY_SETTINGS
 from dora_diffusion.config.train import TrainConfig, settings
 
 Changes = dict[str, tuple[Any, Any]]
@@ -32,16 +33,19 @@ def class_word_in(prompt: str, token: str) -> str:
 
 
 def _class_word(config: TrainConfig) -> str | None:
+    if config.dataset_config:  # Each entry's follows from its own prompt.
+        return None
     return class_word_in(config.instance_prompt or "", config.token.strip()) or None
 
 
 def _validation_prompt(config: TrainConfig) -> list[str]:
-    is_used = config.instance_prompt and config.num_validation_images
-    return [config.instance_prompt] if is_used and config.instance_prompt else []
+    prompts = [subject.instance_prompt for subject in config.subjects]
+    is_used = config.num_validation_images
+    return list(dict.fromkeys(filter(None, prompts))) if is_used else []
 
 
 def _class_data_dir(config: TrainConfig) -> str | None:
-    is_used = config.with_prior_preservation and not config.is_image_free
+    is_used = config.uses_class_images and not config.dataset_config
     return str(Path(config.output_dir) / "class_images") if is_used else None
 
 
@@ -90,7 +94,7 @@ def resolve(
         for name, derive in DERIVED.items()
         if getattr(config, name) in (None, []) and (value := derive(config)) is not None
     }
-    if config.with_prior_preservation:
+    if config.with_prior_preservation and not config.dataset_config:
         values["prior_preservation_mode"] = config.prior_mode
     if (
         config.validation_epochs
@@ -157,14 +161,22 @@ def without_effect(config: TrainConfig, given: Collection[str] | None = None) ->
         >>> without_effect(TrainConfig(keep_tags=3))
         {'keep_tags': 'keep_tags has no effect because shuffle_tags is off'}
     """
-    reasons = {}
+    reasons, subjects = {}, config.subjects
     for setting in settings():
         moved = getattr(config, setting.name) != setting.default
         if not (moved if given is None else setting.name in given):
             continue
-        reason = setting.inactive_reason(config)
+        inactive = [setting.inactive_reason(subject) for subject in subjects]
+        overridden = [setting.name in entry for entry in config.dataset_config]
+        reason = inactive[0] if all(inactive) else None
+        # Samples have the run's resolution.
+        if overridden and all(overridden) and setting.name != "resolution":
+            reason = "each entry of dataset_config has its own"
         if reason:
             reasons[setting.name] = f"{setting.name} has no effect because {reason}"
+    for place, entry in enumerate(config.dataset_config) if given is None else ():
+        for name, text in without_effect(subjects[place], entry).items():
+            reasons.setdefault(name, f"dataset_config, entry {place + 1}: {text}")
     return reasons
 
 
@@ -210,6 +222,23 @@ def differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, C
         Name -> (before, now): of settings that must be the same, and of those that may change.
     """
     before = with_present_names(before)
+    refused, allowed = _differences(before, now)
+    old, new = before.get("dataset_config") or [], now.dataset_config
+    if len(old) != len(new):
+        refused["dataset_config"] = (f"{len(old)} entries", f"{len(new)} entries")
+        return refused, allowed
+    for place, (entry, subject) in enumerate(zip(old, now.subjects, strict=False), start=1):
+        changes, _ = _differences({**before, **entry}, subject)
+        refused |= {
+            f"{name} of entry {place}": change
+            for name, change in changes.items()
+            if name in ENTRY_SETTINGS and refused.get(name) != change
+        }
+    return refused, allowed
+
+
+def _differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, Changes]:
+    """The differences of settings that have one value for the whole run."""
     refused: Changes = {}
     allowed: Changes = {}
     for setting in settings():

@@ -43,7 +43,7 @@ PRECISIONS = (AUTO, *map(precision_name, DTYPES))
 Resume = Literal["same", "free", "ignored"]
 
 _WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-TYPES: dict[str, type] = {kind.__name__: kind for kind in _WANTED}
+TYPES: dict[str, type] = {"Entry": dict, **{kind.__name__: kind for kind in _WANTED}}
 RENAMED = {"direction": "parametrization"}
 """Name that a setting had in an earlier version -> its name."""
 
@@ -215,8 +215,8 @@ class Setting:
         Raises:
             ConfigError: If it is of another type.
         """
-        if value is None:
-            return None
+        if value is None or self.kind is dict:  # The entries of a dataset file check themselves.
+            return value
         if self.is_list:
             items = value if isinstance(value, list | tuple) else [value]
             return [self._cast_item(item) for item in items]

@@ -28,25 +28,29 @@ def read_config_lines(path: str | Path) -> tuple[dict[str, Any], Mapping[str, in
     Raises:
         ConfigError: As `read_config_file` does.
     """
-    values, root = read_yaml(path)
+    values, root = _parse(path)
     values = {} if values is None else values
     require(isinstance(values, dict), f"{path} must hold 'setting: value' lines")
     given = {str(key): value for key, value in values.items() if key != SEGMENTS}
     return given, _lines(path, root)
 
 
-def read_yaml(path: str | Path) -> tuple[Any, Any]:
-    """What a YAML file holds, and its nodes, which know their lines.
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds.
 
     Raises:
-        ConfigError: If the file is missing or is not YAML.
+        ConfigError: If the file is missing, or is not YAML; with its name and the line.
     """
+    return _parse(path)[0]
+
+
+def _parse(path: str | Path) -> tuple[Any, Any]:
+    """What a YAML file holds, as values and as nodes that know their lines."""
     import yaml
 
     text = _read_text(path)
     try:
-        values = yaml.safe_load(text)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else str(path)
@@ -55,7 +59,6 @@ def read_yaml(path: str | Path) -> tuple[Any, Any]:
             f"{place}: this is not valid YAML ({what}); write 'setting: value', and quote a value "
             "that holds ': ' or begins with a sign"
         ) from error
-    return values, root
 
 
 def _read_text(path: str | Path) -> str:

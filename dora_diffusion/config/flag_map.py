@@ -37,7 +37,6 @@ _IGNORED = {
     "local_rank": "accelerate launch tells every process its place",
     "pre_compute_text_embeddings": "captions are encoded once, unless the text encoders train",
     "prior_generation_precision": "class images are generated in --mixed_precision",
-    "repeats": "images are repeated until max_train_steps",
     "set_grads_to_none": "gradients are always freed",
 }
 
@@ -86,6 +85,7 @@ _OTHER_NAMES = {
     "pretrained_vae_model_name_or_path": "vae",
     "instance_data_dir": "data data_dir train_data_dir image_dir images photos dataset folder",
     "instance_prompt": "prompt caption",
+    "repeats": "num_repeats",
     "token": "trigger trigger_word identifier",
     "class_word": "class class_name subject",
     "class_data_dir": "reg_data_dir regularization_dir",

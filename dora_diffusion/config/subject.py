@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +12,9 @@ PRIOR_MODES = ("images", "image-free")
 INPAINTING_MASKS = ("random", "subject")
 
 _PRIOR = Need("with_prior_preservation")
+
+Entry = dict[str, Any]
+"""Settings of one subject, by name; the run's are its defaults."""
 
 
 def _class_images(config: Any) -> str | None:
@@ -74,6 +77,16 @@ class SubjectSettings:
 
     heading: ClassVar = "Subject"
 
+    dataset_config: list[Entry] = flag(
+        [],
+        "Several subjects in one run: a YAML file with a list of subjects, each with its folder, "
+        "token, class word and what else is its own of these settings and those of images, "
+        "captions and prior; the others are the run's. sd-scripts' dataset TOML and a folder of "
+        "kohya's '10_sks dog' folders are read as such a list.",
+        derived="one subject, of these settings",
+        resume="ignored",  # its entries are compared
+        is_path=True,
+    )
     instance_data_dir: str | None = flag(
         None,
         "Folder of images of the subject, with optional .txt captions; sub-folders are not read.",
@@ -95,6 +108,15 @@ class SubjectSettings:
         None,
         "Class of the subject, such as dog.",
         derived="the words that follow the token in the instance prompt",
+    )
+    repeats: int = flag(
+        1, "How many times each image is seen in an epoch, cropped anew each time.", above=0
+    )
+    weight: float = flag(
+        1.0,
+        "Factor of each image's loss; a file NAME.weight beside an image holds one of its own, "
+        "which multiplies it. The prior's loss keeps its weight.",
+        above=0,
     )
 
 
@@ -196,3 +218,18 @@ class PriorSettings:
         resume="ignored",
         above=0,
     )
+
+
+# Of groups whose other settings a subject may have for itself, those that are the whole run's.
+_WHOLE_RUN = frozenset((
+    "dataset_config", "cache_latents", "dataloader_num_workers", "prior_loss_weight",
+    "sample_batch_size",
+))  # fmt: skip
+
+ENTRY_SETTINGS = tuple(
+    source.name
+    for group in (SubjectSettings, ImageSettings, PriorSettings)
+    for source in fields(group)
+    if source.name not in _WHOLE_RUN
+)
+"""The settings that an entry of a dataset file may have."""

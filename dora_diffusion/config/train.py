@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
+from dora_diffusion.config.dataset_file import checked_entries, naming_entry
 from dora_diffusion.config.fields import Setting, require, with_present_names
 from dora_diffusion.wording import did_you_mean
 
@@ -37,8 +38,15 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
     """
 
     def __post_init__(self) -> None:
-        for setting in settings():
+        known = {setting.name: setting for setting in settings()}
+        for setting in known.values():
             setting.check(getattr(self, setting.name))
+        if self.dataset_config:
+            entries = checked_entries(self.dataset_config, known, self.train_batch_size)
+            object.__setattr__(self, "dataset_config", entries)
+            for place in range(len(entries)):
+                with naming_entry(place):
+                    self.of_entry(place)
         require(
             not (self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit")),
             f"use_8bit_adam is another optimizer than {self.optimizer}; leave one of them out",
@@ -90,6 +98,21 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
                 f"{self.max_train_steps} steps to allocate ranks in",
                 "allocation_final",
             )
+
+    def of_entry(self, place: int) -> TrainConfig:
+        """The run's settings with those of an entry of `dataset_config` over them."""
+        return dataclasses.replace(self, dataset_config=[], **self.dataset_config[place])
+
+    @cached_property
+    def subjects(self) -> list[TrainConfig]:
+        """The settings of each subject: of each entry, or those of the run where there is none."""
+        places = range(len(self.dataset_config))
+        return [self.of_entry(place) for place in places] or [self]
+
+    @property
+    def holds_prior(self) -> bool:
+        """Whether any subject's class is kept."""
+        return any(subject.with_prior_preservation for subject in self.subjects)
 
     @property
     def allocation_phases(self) -> tuple[int, int]:
@@ -172,6 +195,11 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
     def is_image_free(self) -> bool:
         """Whether the prior is held without class images."""
         return self.with_prior_preservation and self.prior_mode == "image-free"
+
+    @property
+    def uses_class_images(self) -> bool:
+        """Whether the prior is held by class images."""
+        return self.with_prior_preservation and self.prior_mode == "images"
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, as a YAML file holds them."""

@@ -1,9 +1,9 @@
-"""The DreamBooth dataset: photos of a subject, and class images beside them."""
+"""The DreamBooth dataset: photos of one or several subjects, and class images beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ class Sample:
             None means everywhere.
         is_prior: Whether this is a class image.
         prior: The class image that goes with this photo.
+        class_caption: The caption without its subject, whose prediction the image-free prior holds;
+            None where this is not held.
+        weight: Factor of its loss.
     """
 
     sample_id: str
@@ -45,11 +48,13 @@ class Sample:
     mask: Tensor | None = None
     is_prior: bool = False
     prior: Sample | None = None
+    class_caption: str | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples stacked: the photos first, then their class images in the same order.
+    """Samples stacked: the photos first, then the class images of those that have one.
 
     Attributes:
         sample_ids: B digests.
@@ -59,6 +64,9 @@ class Batch:
         pixels: ``(B, 3 or more, H, W)`` or None.
         moments: ``(B, 2C or more, h, w)`` or None; of pixels and moments exactly one is there.
         mask: ``(B, 1, H, W)`` or ``(B, 1, h, w)``, or None where no sample has one.
+        partners: Of each class image the place of its photo.
+        class_captions: Of each photo its class caption for the image-free prior, or None.
+        weights: ``(photos,)``, the factor of each photo's loss; None where all are 1.
     """
 
     sample_ids: list[str]
@@ -68,46 +76,72 @@ class Batch:
     pixels: Tensor | None = None
     moments: Tensor | None = None
     mask: Tensor | None = None
+    partners: Sequence[int] = ()
+    class_captions: Sequence[str | None] = ()
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         """Number of samples, class images included."""
         return len(self.sample_ids)
 
 
-class DreamBoothDataset(Dataset[Sample]):
-    """Photos of a subject as training samples, drawn by seed, epoch and content."""
+@dataclass(frozen=True)
+class SubjectPhotos:
+    """The photos of one subject, and how they become samples.
 
-    def __init__(
-        self,
-        photos: Sequence[Photo],
-        draws: SampleTransform,
-        class_images: Sequence[Photo] = (),
-        *,
-        masked_loss: bool = True,
-        planes: Planes | None = None,
-    ) -> None:
-        """Put photos and draws together; no file is opened.
+    Attributes:
+        photos: The photos.
+        draws: How they are cut, mirrored and captioned.
+        class_images: Pair each photo with one of these (prior preservation).
+        masked_loss: The photos' masks say where to learn.
+        planes: Further channels of the pixels, for models that read them.
+        class_caption: A caption to its class caption, where the image-free prior holds that.
+        repeats: How often an epoch has each photo.
+        weight: Factor of each photo's loss.
 
-        Args:
-            photos: The photos of the subject.
-            draws: How they are cut, mirrored and captioned.
-            class_images: Pair each photo with one of these (prior preservation).
-            masked_loss: The photos' masks say where to learn.
-            planes: Further channels of the pixels, for models that read them.
+    Raises:
+        PhotoError: If there is no photo.
+    """
 
-        Raises:
-            PhotoError: If there is no photo.
-        """
-        if not photos:
+    photos: Sequence[Photo]
+    draws: SampleTransform
+    class_images: Sequence[Photo] = ()
+    _: KW_ONLY
+    masked_loss: bool = True
+    planes: Planes | None = None
+    class_caption: Callable[[str], str] | None = None
+    repeats: int = 1
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse to be empty."""
+        if not self.photos:
             raise PhotoError("no photos were given; choose at least one")
-        self.photos, self.class_images, self.draws = list(photos), list(class_images), draws
-        self._masked_loss, self._planes = masked_loss, planes
+
+    def class_image(self, index: int, epoch: int) -> Photo:
+        """The class image that goes with a photo: all have their turn, however few photos are."""
+        return self.class_images[(epoch * len(self.photos) + index) % len(self.class_images)]
+
+
+class DreamBoothDataset(Dataset[Sample]):
+    """Photos of one or several subjects as training samples, drawn by seed, epoch and content."""
+
+    def __init__(self, subjects: Sequence[SubjectPhotos]) -> None:
+        """Put the subjects' photos one after the other; no file is opened."""
+        self.subjects = list(subjects)
+        # Each sample's subject, and its place among the photos of that.
+        self._rows = [(s, place) for s in self.subjects for place in range(len(s.photos))]
         self._encode: Callable[[Tensor], Tensor] | None = None
         self._cached: dict[tuple[object, ...], dict[str, Tensor | None]] = {}
 
     def __len__(self) -> int:
         """Number of photos."""
-        return len(self.photos)
+        return len(self._rows)
+
+    @property
+    def photos(self) -> list[Photo]:
+        """The photos of all subjects."""
+        return [subject.photos[place] for subject, place in self._rows]
 
     @property
     def captions(self) -> list[str]:
@@ -116,15 +150,21 @@ class DreamBoothDataset(Dataset[Sample]):
 
     def contents(self) -> dict[str, list[dict[str, str]]]:
         """What is trained on, in order: the record of each photo and class image."""
+        class_images = (image for subject in self.subjects for image in subject.class_images)
         return {
             "images": [photo.record() for photo in self.photos],
-            "class_images": [image.record() for image in self.class_images],
+            "class_images": [image.record() for image in class_images],
         }
 
     @property
     def groups(self) -> list[tuple[int, int]]:
         """Per photo the crop size, which must be equal within a batch."""
-        return [self.draws.target_size(photo) for photo in self.photos]
+        return [subject.draws.target_size(subject.photos[place]) for subject, place in self._rows]
+
+    @property
+    def repeats(self) -> list[int]:
+        """Per photo how often an epoch has it."""
+        return [subject.repeats for subject, _ in self._rows]
 
     def cache_moments(self, encode: Callable[[Tensor], Tensor]) -> None:
         """Yield the autoencoder's moments instead of pixels, each kept in memory by its content.
@@ -153,9 +193,16 @@ class DreamBoothDataset(Dataset[Sample]):
             on_crop(number, len(crops))
 
     def all_captions(self, indices: Sequence[EpochIndex]) -> set[str]:
-        """The captions of these samples, as they are drawn, and those of their class images."""
-        drawn = {self.draws.caption(self.photos[at.index], at.epoch) for at in indices}
-        return drawn | {self._class_image(at).caption for at in indices if self.class_images}
+        """The captions of these samples, as they are drawn, and those of their priors."""
+        captions: set[str] = set()
+        for at in indices:
+            subject, place = self._rows[at.index]
+            captions.add(caption := subject.draws.caption(subject.photos[place], at.epoch))
+            if subject.class_caption is not None:
+                captions.add(subject.class_caption(caption))
+            if subject.class_images:
+                captions.add(subject.class_image(place, at.epoch).caption)
+        return captions
 
     @property
     def caches_moments(self) -> bool:
@@ -165,48 +212,46 @@ class DreamBoothDataset(Dataset[Sample]):
     def __getitem__(self, index: int | EpochIndex) -> Sample:
         """The sample at an index, in the index's epoch; a plain number is of the first one."""
         at = index if isinstance(index, EpochIndex) else EpochIndex(0, index)
-        photo = self.photos[at.index]
-        crop = self.draws.crop(photo, at.epoch)
+        subject, _ = self._rows[at.index]
+        (photo, crop, _, _), *class_image = self._crops(at)
+        caption = subject.draws.caption(photo, at.epoch)
+        prior = None
+        for image, cut, _, _ in class_image:
+            content = self._content(image, cut, at.epoch, subject)
+            prior = Sample(image.digest, image.caption, cut, is_prior=True, **content)
         return Sample(
             photo.digest,
-            self.draws.caption(photo, at.epoch),
+            caption,
             crop,
-            prior=self._prior(at, crop.target_size) if self.class_images else None,
-            **self._content(photo, crop, at.epoch),
+            prior=prior,
+            class_caption=subject.class_caption(caption) if subject.class_caption else None,
+            weight=subject.weight * photo.weight,
+            **self._content(photo, crop, at.epoch, subject),
         )
 
-    def _crops(self, at: EpochIndex) -> Iterator[tuple[Photo, CropRecord, int]]:
+    def _crops(self, at: EpochIndex) -> Iterator[tuple[Photo, CropRecord, int, SubjectPhotos]]:
         """What a sample is cut from, and how: the photo, and the class image beside it."""
-        photo = self.photos[at.index]
-        crop = self.draws.crop(photo, at.epoch)
-        yield photo, crop, at.epoch
-        if self.class_images:
-            image = self._class_image(at)
-            yield image, self.draws.crop(image, at.epoch, crop.target_size), at.epoch
+        subject, place = self._rows[at.index]
+        photo = subject.photos[place]
+        crop = subject.draws.crop(photo, at.epoch)
+        yield photo, crop, at.epoch, subject
+        if subject.class_images:
+            image = subject.class_image(place, at.epoch)
+            yield image, subject.draws.crop(image, at.epoch, crop.target_size), at.epoch, subject
 
-    def _class_image(self, at: EpochIndex) -> Photo:
-        """The class image that goes with a photo: all have their turn, however few photos are."""
-        turn = (at.epoch * len(self.photos) + at.index) % len(self.class_images)
-        return self.class_images[turn]
-
-    def _prior(self, at: EpochIndex, target_size: tuple[int, int]) -> Sample:
-        """The class image that goes with a photo, cut to its size."""
-        image = self._class_image(at)
-        crop = self.draws.crop(image, at.epoch, target_size)
-        content = self._content(image, crop, at.epoch)
-        return Sample(image.digest, image.caption, crop, is_prior=True, **content)
-
-    def _content(self, photo: Photo, crop: CropRecord, epoch: int) -> dict[str, Any]:
+    def _content(
+        self, photo: Photo, crop: CropRecord, epoch: int, subject: SubjectPhotos
+    ) -> dict[str, Any]:
         """The pixels and the mask of a crop, or what is cached of both."""
         # By content and never by position, so that no order of access can mix entries.
-        key = self._key(photo, crop, epoch)
+        key = self._key(photo, crop, epoch, subject)
         if key in self._cached:
             return self._cached[key]
         pixels = apply_crop(open_photo(photo.path), crop)
-        if self._planes is not None:
-            pixels = torch.cat([pixels, self._planes(photo, crop, epoch)])
+        if subject.planes is not None:
+            pixels = torch.cat([pixels, subject.planes(photo, crop, epoch)])
         mask = None
-        if self._masked_loss and (image := open_mask(photo)) is not None:
+        if subject.masked_loss and (image := open_mask(photo)) is not None:
             mask = apply_crop_to_mask(image, crop)
         if self._encode is None:
             return {"pixels": pixels, "mask": mask}
@@ -216,10 +261,13 @@ class DreamBoothDataset(Dataset[Sample]):
         self._cached[key] = {"moments": moments, "mask": mask}
         return self._cached[key]
 
-    def _key(self, photo: Photo, crop: CropRecord, epoch: int) -> tuple[object, ...]:
+    def _key(
+        self, photo: Photo, crop: CropRecord, epoch: int, subject: SubjectPhotos
+    ) -> tuple[object, ...]:
         """What a crop and its mask are cached by; an alpha channel has the photo's digest."""
-        drawn = self._planes and self.draws.generator("planes", photo, epoch).initial_seed()
-        return photo.digest, photo.mask_path is not None, photo.mask_digest, crop, drawn
+        drawn = subject.planes and subject.draws.generator("planes", photo, epoch).initial_seed()
+        mask = photo.mask_path is not None, photo.mask_digest, subject.masked_loss
+        return photo.digest, mask, crop, subject.planes, drawn
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -228,10 +276,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
     Raises:
         ValueError: If their sizes differ.
     """
-    priors = [sample.prior for sample in samples if sample.prior is not None]
-    if priors and len(priors) != len(samples):
-        raise ValueError("some of the batch's samples have a class image and some have none")
-    rows = [*samples, *priors]
+    partners = [place for place, sample in enumerate(samples) if sample.prior is not None]
+    rows = [*samples, *(sample.prior for sample in samples if sample.prior is not None)]
+    weights = [sample.weight for sample in samples]
     sizes = {row.crop.target_size for row in rows}
     if len(sizes) > 1:
         raise ValueError(f"a batch holds crops of different sizes: {sorted(sizes)}")
@@ -243,6 +290,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
         pixels=_stack([row.pixels for row in rows]),
         moments=_stack([row.moments for row in rows]),
         mask=_stack_masks(rows),
+        partners=partners,
+        class_captions=[sample.class_caption for sample in samples],
+        weights=None if set(weights) == {1.0} else torch.tensor(weights),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif")
 MASK_SUFFIX = ".mask.png"
+WEIGHT_SUFFIX = ".weight"
+# What lies beside a photo, of its name.
+_COMPANIONS = (".txt", MASK_SUFFIX, WEIGHT_SUFFIX)
 # Images that are not read; whoever has them beside photos wants to know.
 OTHER_SUFFIXES = (".avif", ".bmp", ".dng", ".gif", ".jp2", ".jxl", ".tif", ".tiff")
 # Files of a sub-folder that are looked at for photos that are not read.
@@ -48,6 +52,7 @@ class Photo:
         mask_digest: Of the mask file's bytes; empty without one.
         appearance: How sharp it is and what it looks like; None where that was not measured.
         has_transparency: Whether its alpha channel hides anything, which became white.
+        weight: Factor of its loss.
     """
 
     path: Path
@@ -58,14 +63,17 @@ class Photo:
     mask_digest: str = ""
     appearance: Appearance | None = None
     has_transparency: bool = False
+    weight: float = 1.0
 
     def record(self) -> dict[str, str]:
         """What a checkpoint keeps of it, so that a run is not resumed on other photos."""
+        weight = {} if self.weight == 1 else {"weight": f"{self.weight:g}"}
         return {
             "name": self.path.name,
             "image": self.digest,
             "caption": self.caption,
             "mask": self.mask_digest,
+            **weight,
         }
 
 
@@ -100,6 +108,7 @@ def read_photo(
         size,
         read_caption(path, prompt),
         has_transparency=alpha is not None and alpha.getextrema() != (255, 255),
+        weight=_read_weight(path.with_suffix(WEIGHT_SUFFIX)),
     )
     if mask_crops is not None:
         photo = _find_mask(photo, alpha, mask_crops)
@@ -143,6 +152,19 @@ def read_photos(
     if mask_crops is not None:
         _require_masks(photos)
     return photos
+
+
+def _read_weight(path: Path) -> float:
+    """The factor of a photo's loss in the file beside it; 1 where there is none."""
+    try:
+        weight = float(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return 1.0
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise PhotoError(f"{path.name}: the weight must be one number greater than 0, such as 0.5")
+    return weight
 
 
 def mask_path(photo: Path) -> Path:
@@ -249,8 +271,9 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
         PhotoError: If the folder is missing or holds no photo.
 
     Warns:
-        UserWarning: Of images in formats that are not read, and of links to photos that are not
-            there, by name; of sub-folders with photos.
+        UserWarning: Of images in formats that are not read, of links to photos that are not
+            there, and of captions, masks and weights without a photo, by name; of sub-folders with
+            photos.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -279,6 +302,11 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
         )
     if broken:
         warnings.warn(f"{folder}: left out {lost}; copy the photos themselves", stacklevel=2)
+    if lonely := _without_photo(entries, photos):
+        warnings.warn(
+            f"{folder}: no photo has the name of {listing(lonely, 5)}, which have no effect",
+            stacklevel=2,
+        )
     others = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
     if others:
         warnings.warn(
@@ -286,6 +314,17 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
             stacklevel=2,
         )
     return photos
+
+
+def _without_photo(entries: Sequence[Path], photos: Sequence[Path]) -> list[str]:
+    """Names of captions, masks and weights of photos that are not there."""
+    stems = {photo.stem for photo in photos}
+    return [
+        path.name
+        for path in entries
+        for suffix in _COMPANIONS
+        if path.name.endswith(suffix) and path.name.removesuffix(suffix) not in stems
+    ]
 
 
 def _nested_photos(entries: Sequence[Path]) -> str:

@@ -12,7 +12,11 @@ import torch
 
 @dataclass(frozen=True)
 class EpochIndex:
-    """A sample's index, and the epoch whose random draws it gets."""
+    """A sample's index, and the epoch whose random draws it gets.
+
+    A sample that an epoch has several times gets other draws each time, as if it were of as many
+    epochs.
+    """
 
     epoch: int
     index: int
@@ -55,6 +59,7 @@ class EpochSampler:
         num_processes: int = 1,
         process_index: int = 0,
         groups: Sequence[object] | None = None,
+        repeats: Sequence[int] | None = None,
     ) -> None:
         """Set up the order.
 
@@ -66,6 +71,7 @@ class EpochSampler:
             process_index: Which of them this is.
             groups: Per sample, what must be equal within a global batch (a bucket's size). A
                 group's last batch is filled by repeating its own samples.
+            repeats: Per sample, how many times an epoch has it; None is once.
 
         Raises:
             ValueError: If a number makes no sense.
@@ -82,6 +88,9 @@ class EpochSampler:
         self.num_processes = num_processes
         self.process_index = process_index
         self.groups = groups
+        self.repeats = [1] * num_samples if repeats is None else repeats
+        # What an epoch has: each sample, and how often it had it before.
+        self._turns = [(i, turn) for i in range(num_samples) for turn in range(self.repeats[i])]
         self.state = SamplerState()
 
     @property
@@ -94,19 +103,22 @@ class EpochSampler:
         """Batches after which every sample has been seen once, rounded up."""
         return -(-len(self.epoch_order(0)) // self.global_batch_size)
 
-    def epoch_order(self, epoch: int) -> list[int]:
-        """The sample indices of one epoch, in order, over all processes."""
+    def epoch_order(self, epoch: int) -> list[EpochIndex]:
+        """The samples of one epoch, in order, over all processes."""
         generator = generator_for("order", self.seed, epoch)
         if self.groups is not None:
-            return self._grouped_order(generator)
-        return _permuted(range(self.num_samples), generator)
+            order = self._grouped_order(generator)
+        else:
+            order = _permuted(range(len(self._turns)), generator)
+        turns = (self._turns[place] for place in order)
+        return [EpochIndex(epoch * self.repeats[i] + turn, i) for i, turn in turns]
 
     def _grouped_order(self, generator: torch.Generator) -> list[int]:
-        """Whole global batches, each of one group, in shuffled order."""
+        """Places in `_turns`: whole global batches, each of one group, in shuffled order."""
         assert self.groups is not None
         members: dict[object, list[int]] = {}
-        for index, group in enumerate(self.groups):
-            members.setdefault(group, []).append(index)
+        for place, (index, _) in enumerate(self._turns):
+            members.setdefault(self.groups[index], []).append(place)
         size = self.global_batch_size
         batches: list[list[int]] = []
         for indices in members.values():
@@ -134,7 +146,7 @@ class EpochSampler:
             if position >= len(order):
                 epoch, position = epoch + 1, 0
                 order = self.epoch_order(epoch)
-            batch.append(EpochIndex(epoch, order[position]))
+            batch.append(order[position])
             position += 1
         return batch, SamplerState(epoch, position)
 

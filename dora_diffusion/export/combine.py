@@ -28,7 +28,7 @@ from dora_diffusion.formats.adapter.file import (
     find_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata, join_triggers, without_path
 from dora_diffusion.formats.checkpoint.weights import StoredModel
 from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.numerics.weights import NormAxis
@@ -174,7 +174,7 @@ def _metadata(
     return AdapterMetadata(
         family=model.family.name,
         base_model=model_name(model.path),
-        trigger=", ".join(dict.fromkeys(fact.trigger for fact in facts if fact.trigger)),
+        trigger=join_triggers(fact.trigger for fact in facts),
         resolution=resolutions.pop() if len(resolutions) == 1 else None,
         extra=extra,
         tags=tuple(dict.fromkeys(tag for fact in facts for tag in fact.tags)),

@@ -14,7 +14,13 @@ import yaml
 from dora_diffusion.export.files import model_name
 from dora_diffusion.export.merge_spec import MergeSpec, file_hash
 from dora_diffusion.formats.adapter.file import AdapterFile
-from dora_diffusion.formats.adapter.metadata import OWN, AdapterMetadata, modelspec_fields
+from dora_diffusion.formats.adapter.metadata import (
+    OWN,
+    AdapterMetadata,
+    join_triggers,
+    modelspec_fields,
+    split_triggers,
+)
 from dora_diffusion.formats.checkpoint.weights import StoredModel
 
 MERGED, BASE, TRAINED = OWN + "merged", OWN + "base", OWN + "trained"
@@ -125,7 +131,7 @@ def merged_metadata(
     record = spec.record()
     fields |= {MERGED: json.dumps(record)} if record else {}
     words = [trained_trigger(model.metadata), *(a.metadata.trigger for a in adapters)]
-    triggers = list(dict.fromkeys(word for word in words if word))
+    triggers = split_triggers(join_triggers(words))
     if output.suffix == ".safetensors":
         # Where there are releases of both kinds, silence tells nothing.
         usual = "" if model.family.released_epsilon_id else "epsilon"
@@ -148,7 +154,7 @@ def trained_metadata(model: StoredModel, metadata: AdapterMetadata, output: Path
     if output.suffix == ".safetensors":
         prediction_type = metadata.extra.get("prediction_type", "")
         fields |= modelspec_fields(model.family, output.stem, trigger, prediction_type)
-    triggers = [trigger] if trigger else []
+    triggers = split_triggers(trigger)
     return ModelMetadata(model, output, fields, triggers, _TRAINED_TEXT)
 
 

@@ -117,7 +117,7 @@ def card_of(folder: Path, adapter: Path) -> str:
     from dora_diffusion.config import TrainConfig, read_config_file
     from dora_diffusion.export import inspect_adapter
     from dora_diffusion.training.card import model_card
-    from dora_diffusion.training.subject import subject_of
+    from dora_diffusion.training.subject import subjects_of
 
     config = TrainConfig.from_dict(read_config_file(folder / "config.yaml"))
     report = inspect_adapter(adapter)
@@ -125,7 +125,7 @@ def card_of(folder: Path, adapter: Path) -> str:
     sample = folder / "samples" / f"step-{steps:06d}.png"
     samples = {f"At step {steps}": f"samples/{sample.name}"} if sample.is_file() else {}
     layers = f"{sum(report.layers.values())} layers"
-    return model_card(config, subject_of(config), report.metadata, adapter, layers, samples)
+    return model_card(config, subjects_of(config), report.metadata, adapter, layers, samples)
 
 
 def chosen_adapter(job: Job, checkpoint: str = "") -> Path:

@@ -77,7 +77,7 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
     # The table is of adapters: what fine-tuning the weights takes was not measured.
     in_table = info.has_released_shape and not config.is_full
     family = info.family if in_table else ""
-    batch = config.train_batch_size * (2 if config.with_prior_preservation else 1)
+    batch = config.train_batch_size * (2 if config.holds_prior else 1)
     memory = max(peaks) if peaks else needed_memory(family, size, settings, device, batch=batch)
     steps = config.max_train_steps or 0
     cost = Estimate(
@@ -91,7 +91,7 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
     if not cost.will_not_fit or not family:
         return cost
     smaller = ["train_batch_size 1"] if config.train_batch_size > 1 else []
-    smaller += ["with_prior_preservation off"] if config.with_prior_preservation else []
+    smaller += ["with_prior_preservation off"] if config.holds_prior else []
     change = what_would_fit(
         family, size, settings, device, batch=batch, smaller_batch=" and ".join(smaller)
     )
@@ -104,15 +104,16 @@ def announced_class_images(config: TrainConfig, cost: Estimate) -> str:
     An image is one pass through the UNet per denoising step and side of guidance; a training step
     is about three (forward, and twice that backward) for each of its images.
     """
-    if not config.with_prior_preservation or config.is_image_free:
+    count = sum(s.num_class_images for s in config.subjects if s.uses_class_images)
+    if not count:
         return ""
-    passes = config.num_class_images * config.validation_inference_steps * 2
+    passes = count * config.validation_inference_steps * 2
     steps = passes / (3 * 2 * config.train_batch_size)
     about = f"as long as {steps:.0f} training steps"
     if cost.seconds and config.max_train_steps:
         about = duration(cost.seconds / config.max_train_steps * steps)
     return (
-        f"{config.num_class_images} class images come first, which takes about {about}, unless "
+        f"{count} class images come first, which takes about {about}, unless "
         "class_data_dir has them; prior_preservation_mode image-free needs none."
     )
 

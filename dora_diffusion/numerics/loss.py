@@ -143,16 +143,23 @@ def prediction_loss(
     return denoising_loss(model_pred, target, weight, mask)
 
 
-def split_prior(per_sample: Tensor, photos: int) -> tuple[Tensor, Tensor]:
-    """Mean loss of the subject's samples and of the class images (0 where there are none).
+def split_prior(
+    per_sample: Tensor, photos: int, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean loss of the subject's samples, and of what holds the prior; both per photo.
 
     Prior preservation (DreamBooth, arXiv:2208.12242, section 3.2) adds the second, weighted, to
-    the first.
+    the first. A photo without a prior adds nothing to it.
 
     Args:
-        per_sample: ``(B,)``, the photos first.
+        per_sample: ``(B,)``, the photos first, then one for each photo whose prior is held.
         photos: How many they are.
+        weights: Factor of each photo's loss, ``(photos,)``. They are not normalised: a photo of
+            weight 2 has twice the gradient, whatever else is in the batch.
     """
-    subject = per_sample[:photos].mean()
-    prior = per_sample[photos:]
-    return subject, prior.mean() if len(prior) else per_sample.new_zeros(())
+    subject, prior = per_sample[:photos], per_sample[photos:]
+    if weights is not None:
+        subject = subject * weights
+    if not len(prior):
+        return subject.mean(), per_sample.new_zeros(())
+    return subject.mean(), prior.mean() * (len(prior) / photos)

@@ -26,7 +26,7 @@ from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.result import result_metadata
 from dora_diffusion.training.session import Session, open_session
-from dora_diffusion.training.subject import subject_of
+from dora_diffusion.training.subject import subjects_of
 
 
 def perform(trial: Trial, base: str, output: Path, *, with_image: bool) -> Record:
@@ -76,7 +76,7 @@ def _open(trial: Trial, base: str, work: Path, folder: Path) -> Session:
     (work / "locks").mkdir(parents=True, exist_ok=True)
     with FileLock(work / "locks" / "photos.lock"):
         own = trial.subject.training(work)
-    if trial.config.with_prior_preservation and not trial.config.is_image_free:
+    if trial.config.uses_class_images:
         own["class_data_dir"] = str(work / "class")
     config = dataclasses.replace(
         trial.config,
@@ -86,13 +86,13 @@ def _open(trial: Trial, base: str, work: Path, folder: Path) -> Session:
         output_dir=str(folder),
         **own,
     )
-    return open_session(config, subject_of(config), make_accelerator(config))
+    return open_session(config, subjects_of(config), make_accelerator(config))
 
 
 def _measure(session: Session, trial: Trial, output: Path, with_image: bool) -> dict[str, float]:
     with session.weights.base_weights() if trial.method == BASE else nullcontext():
         measures, image = trial.subject.measure(
-            session.components, session.subject.trigger, trial.seed, trial.asked
+            session.components, session.trigger, trial.seed, trial.asked
         )
     if with_image:
         save_png(image, trial.image(output))

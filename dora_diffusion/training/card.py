@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.families import FAMILIES, Family
 from dora_diffusion.formats.adapter.file import AdapterMetadata
-from dora_diffusion.formats.adapter.metadata import without_path
-from dora_diffusion.training.subject import Subject
+from dora_diffusion.formats.adapter.metadata import split_triggers, without_path
+from dora_diffusion.training.subject import Subject, triggers_of
 
 KOHYA_FILE = "dora_kohya.safetensors"
 
 
 def model_card(
     config: TrainConfig,
-    subject: Subject,
+    subjects: Sequence[Subject],
     metadata: AdapterMetadata,
     written: Path,
     report: str,
@@ -29,14 +29,15 @@ def model_card(
 
     Args:
         config: The run's settings.
-        subject: Token and class word.
+        subjects: What was taught.
         metadata: The adapter's metadata.
         written: The adapter file, or the folder of the model.
         report: What was trained.
         samples: Caption -> path of an image, relative to the card.
     """
     base = without_path(metadata.base_model)
-    prompt = config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
+    trigger, instance_prompt = triggers_of(subjects), subjects[0].settings.instance_prompt
+    prompt = config.validation_prompt[0] if config.validation_prompt else instance_prompt
     images = "".join(
         f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
     )
@@ -48,13 +49,13 @@ def model_card(
     loaded = {name: str(value) for name in names if (value := getattr(config, name))}
     return f"""---
 base_model: {base}
-instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}{library}
+instance_prompt: {json.dumps(instance_prompt, ensure_ascii=False)}{library}
 tags: [text-to-image, {tag}, dreambooth]
 ---
 
-# {subject.trigger or Path(config.output_dir).name}
+# {trigger or Path(config.output_dir).name}
 
-{_trigger_sentence(subject, prompt or "")}
+{_trigger_sentence(trigger, prompt or "")}
 {images}
 ## Use it
 {use(FAMILIES[metadata.family], base, written, prompt or "", loaded)}
@@ -147,10 +148,12 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _trigger_sentence(subject: Subject, prompt: str) -> str:
-    if subject.trigger:
-        return f"Write **`{subject.trigger}`** in a prompt to get the subject."
-    return f"It has no trigger word: write prompts like its captions, such as `{prompt}`."
+def _trigger_sentence(trigger: str, prompt: str) -> str:
+    if triggers := split_triggers(trigger):
+        which = "the subject" if len(triggers) == 1 else "that subject"
+        return f"Write {' or '.join(f'**`{t}`**' for t in triggers)} in a prompt to get {which}."
+    such_as = f", such as `{prompt}`" if prompt else ""
+    return f"It has no trigger word: write prompts like its captions{such_as}."
 
 
 def _diffusers_example(

@@ -84,7 +84,17 @@ def check_folders(config: TrainConfig) -> None:
     Raises:
         ConfigError: With the two settings that point to one place.
     """
-    output, photos = Path(config.output_dir).resolve(), _folder(config.instance_data_dir)
+    output = Path(config.output_dir).resolve()
+    for subject in config.subjects:
+        _check_subject_folders(subject, output)
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+        model = _folder(getattr(config, name))
+        if model is not None:
+            _apart("output_dir", output, name, model)
+
+
+def _check_subject_folders(config: TrainConfig, output: Path) -> None:
+    photos = _folder(config.instance_data_dir)
     if photos is not None:
         _apart("output_dir", output, "instance_data_dir", photos)
         for name in (
@@ -93,12 +103,8 @@ def check_folders(config: TrainConfig) -> None:
             *(path.name for path in output.glob("checkpoint-*")),
         ):
             _apart("instance_data_dir", photos, f"the run's {name},", output / name)
-    if config.with_prior_preservation and not config.is_image_free:
+    if config.uses_class_images:
         _check_class_folder(config, output, photos)
-    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
-        model = _folder(getattr(config, name))
-        if model is not None:
-            _apart("output_dir", output, name, model)
 
 
 def _check_class_folder(config: TrainConfig, output: Path, photos: Path | None) -> None:

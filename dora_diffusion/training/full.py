@@ -190,7 +190,8 @@ def select_weights(components: Components, config: TrainConfig) -> FullWeights:
         enter_training(model, components, config)
     for parameter in trained.values():
         parameter.requires_grad_(True)
-    base = {n: p.detach().clone() for n, p in trained.items()} if config.is_image_free else {}
+    is_image_free = any(subject.is_image_free for subject in config.subjects)
+    base = {n: p.detach().clone() for n, p in trained.items()} if is_image_free else {}
     report = _report(components, config, trained)
     _check_disk(config, report)
     return FullWeights(components, modules, trained, config, report, base)

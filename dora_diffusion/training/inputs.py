@@ -23,7 +23,6 @@ from dora_diffusion.models.latents import (
 from dora_diffusion.models.offload import on_device, send
 from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
 from dora_diffusion.numerics.loss import sample_noise, sample_timestep
-from dora_diffusion.training.subject import Subject
 
 # A third of a megabyte each for SDXL in half precision.
 KNOWN_CAPTIONS = 256
@@ -40,9 +39,11 @@ class StepInputs:
         captions: B prompts.
         time_ids: ``(B, 6)`` where the family has them.
         photos: How many of the rows are photos; these come first, then class images.
-        class_captions: B prompts without the token, for the image-free prior; None without it.
+        class_captions: Of each photo its caption without the subject, for the image-free prior,
+            or None where that does not hold it; empty where it holds none.
         mask: ``(B, 1, h, w)`` in [0, 1], where to learn; None means everywhere.
         condition: ``(B, n, h, w)``, what the UNet reads beside the noisy latents; None if nothing.
+        weights: ``(photos,)``, the factor of each photo's loss; None where all are 1.
     """
 
     latents: Tensor
@@ -51,9 +52,23 @@ class StepInputs:
     captions: list[str]
     time_ids: Tensor | None
     photos: int
-    class_captions: list[str] | None = None
+    class_captions: Sequence[str | None] = ()
     mask: Tensor | None = None
     condition: Tensor | None = None
+    weights: Tensor | None = None
+
+    def of_class(self) -> tuple[StepInputs, slice | Tensor] | None:
+        """The photos whose image-free prior is held, with class captions, and their rows."""
+        captions = {row: text for row, text in enumerate(self.class_captions) if text is not None}
+        if not captions:
+            return None
+        rows: slice | Tensor = slice(None)
+        if len(captions) < len(self.captions):
+            rows = send(torch.tensor(list(captions)), self.latents.device)
+        ids, condition = (p if p is None else p[rows] for p in (self.time_ids, self.condition))
+        drawn = (self.latents[rows], self.noise[rows], self.timesteps[rows])
+        photos, texts = len(captions), list(captions.values())
+        return StepInputs(*drawn, texts, ids, photos, condition=condition), rows
 
 
 @dataclass(frozen=True)
@@ -61,16 +76,13 @@ class InputSource:
     """Gives a run's inputs: the next of ``batches``, with what is drawn for it."""
 
     config: TrainConfig
-    subject: Subject
     components: Components
     batches: Iterator[Batch]
     process_index: int
 
     def __call__(self, micro_step: int) -> StepInputs:
         """The inputs of batch number ``micro_step`` since the start of the run."""
-        batch, class_captions = next(self.batches), None
-        if self.config.is_image_free:
-            class_captions = [self.subject.class_caption(caption) for caption in batch.captions]
+        batch = next(self.batches)
         photos = len(batch) - int(batch.is_prior.sum())
         return draw_inputs(
             self.components,
@@ -79,7 +91,6 @@ class InputSource:
             micro_step=micro_step,
             first_row=self.process_index * photos,
             noise_offset=self.config.noise_offset,
-            class_captions=class_captions,
         )
 
 
@@ -91,7 +102,6 @@ def draw_inputs(
     micro_step: int,
     first_row: int,
     noise_offset: float,
-    class_captions: list[str] | None = None,
 ) -> StepInputs:
     """Draw the latents, noise and timesteps of a batch.
 
@@ -100,19 +110,18 @@ def draw_inputs(
 
     Args:
         components: The model.
-        batch: Photos first, then their class images.
+        batch: Photos first, then the class images of those that have one.
         seed: The run's seed.
         micro_step: Number of the batch since the start of the run.
         first_row: Place of this process's first photo in the global batch.
         noise_offset: See `sample_noise`.
-        class_captions: Prompts for the image-free prior.
     """
     device, photos = components.device, int((~batch.is_prior).sum())
     vae, family = components.vae, components.family
-    # Photos and class images are numbered each from 0.
+    # A class image has its photo's number.
+    rows_drawn = [*((row, False) for row in range(photos)), *((r, True) for r in batch.partners)]
     generators = [
-        generator_for("draw", seed, micro_step, first_row + row % photos, prior)
-        for row, prior in enumerate(batch.is_prior.tolist())
+        generator_for("draw", seed, micro_step, first_row + row, prior) for row, prior in rows_drawn
     ]
     # Cached moments are on the CPU: there everything is drawn, and sent without waiting.
     moments = batch.moments
@@ -139,9 +148,10 @@ def draw_inputs(
         batch.captions,
         None if ids is None else send(ids, device),
         photos,
-        class_captions,
+        batch.class_captions,
         None if mask is None else send(mask, device),
         send(torch.cat(conditions), device) if conditions else None,
+        None if batch.weights is None else send(batch.weights, device),
     )
 
 

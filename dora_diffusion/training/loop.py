@@ -28,7 +28,7 @@ from dora_diffusion.training.resume import RunStart, save_config, start_run
 from dora_diffusion.training.samples import SampleWriter
 from dora_diffusion.training.session import Session, open_session
 from dora_diffusion.training.stop import Stopped, StopRequest
-from dora_diffusion.training.subject import outside_toy_world, subject_of
+from dora_diffusion.training.subject import outside_toy_world, subjects_of
 from dora_diffusion.training.trackers import Trackers, tracked_settings
 
 __all__ = ["TrainResult", "TrainingError", "train"]
@@ -94,10 +94,11 @@ def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainR
         >>> result.adapter.name
         'pytorch_lora_weights.safetensors'
     """
-    subject = subject_of(config)
+    subjects = subjects_of(config)
     for reason in (*without_effect(config).values(), *unusual_rates(config)):
         warnings.warn(reason, stacklevel=2)
-    if toy := outside_toy_world(config.pretrained_model_name_or_path, subject.class_word):
+    base, words = config.pretrained_model_name_or_path, [s.class_word for s in subjects]
+    if toy := next(filter(None, (outside_toy_world(base, word) for word in words)), ""):
         warnings.warn(f"{toy} Name another pretrained_model_name_or_path.", stacklevel=2)
     config = replace(config, mixed_precision=precision_of(config.mixed_precision))
     output_dir = Path(config.output_dir)
@@ -110,7 +111,7 @@ def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainR
                 accelerator.wait_for_everyone()
                 model, device = config.pretrained_model_name_or_path, str(accelerator.device)
                 show(events.ModelLoading(model, device, config.mixed_precision))
-                session = open_session(config, subject, accelerator, show)
+                session = open_session(config, subjects, accelerator, show)
                 run = _Run(*start_run(session, output_dir), output_dir, show, stop)
                 result = run.finish(run.train())
                 accelerator.end_training()
@@ -232,7 +233,7 @@ class _Run:
                 family=session.components.family.title,
                 device=str(session.accelerator.device),
                 adapter=str(session.weights.report),
-                trigger=session.subject.trigger,
+                trigger=session.trigger,
                 changed=start.changed,
                 unused=start.unused,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -55,7 +55,7 @@ class Objective(nn.Module):
         alpha_bar = self.alphas_cumprod[inputs.timesteps]
         noisy_latents = add_noise(inputs.latents, inputs.noise, alpha_bar)
         per_sample = prediction_loss(
-            self._predict(noisy_latents, inputs, inputs.captions),
+            self._predict(noisy_latents, inputs),
             inputs.latents,
             inputs.noise,
             alpha_bar,
@@ -63,16 +63,14 @@ class Objective(nn.Module):
             snr_gamma=self.snr_gamma,
             mask=inputs.mask,
         )
-        subject, prior = split_prior(per_sample, inputs.photos)
-        if inputs.class_captions is not None:
-            weight = loss_weight(alpha_bar, self.snr_gamma, self.prediction_type)
-            prior = self._image_free_prior(noisy_latents, inputs, inputs.class_captions, weight)
-        return subject, prior
+        if (of_class := inputs.of_class()) is not None:
+            held, rows = of_class
+            prior = self._image_free_prior(noisy_latents[rows], held, alpha_bar[rows])
+            per_sample = torch.cat([per_sample, prior])
+        return split_prior(per_sample, inputs.photos, inputs.weights)
 
-    def _predict(
-        self, noisy_latents: Tensor, inputs: StepInputs, captions: Sequence[str]
-    ) -> Tensor:
-        conditioning = self.condition(captions)
+    def _predict(self, noisy_latents: Tensor, inputs: StepInputs) -> Tensor:
+        conditioning = self.condition(inputs.captions)
         return predict(
             self.unet,
             noisy_latents,
@@ -83,14 +81,11 @@ class Objective(nn.Module):
         )
 
     def _image_free_prior(
-        self,
-        noisy_latents: Tensor,
-        inputs: StepInputs,
-        class_captions: Sequence[str],
-        weight: Tensor | None,
+        self, noisy_latents: Tensor, of_class: StepInputs, alpha_bar: Tensor
     ) -> Tensor:
-        """Hold the prediction for the class caption at that of the untrained model."""
+        """Hold the predictions for class captions at those of the untrained model: ``(rows,)``."""
         with torch.no_grad(), self.base_weights():
-            target = self._predict(noisy_latents, inputs, class_captions)
-        model_pred = self._predict(noisy_latents, inputs, class_captions)
-        return denoising_loss(model_pred, target, weight).mean()
+            target = self._predict(noisy_latents, of_class)
+        model_pred = self._predict(noisy_latents, of_class)
+        weight = loss_weight(alpha_bar, self.snr_gamma, self.prediction_type)
+        return denoising_loss(model_pred, target, weight)

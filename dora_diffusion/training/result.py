@@ -61,11 +61,12 @@ def write_result(session: Session, folder: Path, steps: int, samples: SampleWrit
 
 def result_metadata(session: Session, steps: int) -> AdapterMetadata:
     """The metadata that go into the result after so many optimizer steps."""
-    components, subject = session.components, session.subject
+    components = session.components
+    class_words = dict.fromkeys(subject.class_word for subject in session.subjects)
     return AdapterMetadata(
         family=components.family.name,
         base_model=session.config.pretrained_model_name_or_path,
-        trigger=subject.trigger,
+        trigger=session.trigger,
         resolution=session.resolution,
         extra={
             "prediction_type": components.prediction_type,
@@ -74,7 +75,7 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
             **_variant(session.config),
             UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
         },
-        tags=(subject.class_word,) if subject.class_word else (),
+        tags=tuple(filter(None, class_words)),
         tag_frequency=tag_frequency(session.dataset.captions),
     )
 
@@ -107,5 +108,5 @@ def _write_card(
         if name in samples
     }
     metadata, report = result_metadata(session, steps), str(session.weights.report)
-    card = model_card(session.config, session.subject, metadata, written, report, images)
+    card = model_card(session.config, session.subjects, metadata, written, report, images)
     save_text(folder / "README.md", card)

@@ -55,7 +55,7 @@ class SampleWriter:
         self._trackers, self._on_event, self._stop = trackers, on_event, stop
         config = session.config
         self._with = "fine-tuned" if config.is_full else "with the adapter"
-        self._prompts = config.validation_prompt or [config.instance_prompt or ""]
+        self._prompts = config.validation_prompt or session.dataset.captions[:1]
         self._seeds = range(config.seed, config.seed + config.num_validation_images)
         self._settings = SamplingSettings(
             steps=config.validation_inference_steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -13,7 +14,6 @@ from dora_diffusion.adapters.compiled import require_compiler
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
-from dora_diffusion.data.photos import list_photos
 from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.devices import release_memory
 from dora_diffusion.models.components import Components
@@ -21,13 +21,13 @@ from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.training.adapters import inject_trained
-from dora_diffusion.training.dataset import open_dataset
+from dora_diffusion.training.dataset import list_subjects, open_dataset
 from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
 from dora_diffusion.training.full import TrainedWeights, select_weights
 from dora_diffusion.training.inputs import InputSource
 from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.step import TrainingStep, build_step
-from dora_diffusion.training.subject import Subject
+from dora_diffusion.training.subject import Subject, triggers_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Session:
 
     Attributes:
         config: All settings, those that were left open resolved.
-        subject: Token and class word.
+        subjects: What is taught.
         accelerator: What `make_accelerator` made.
         components: The model, with the adapters on it where it trains some.
         weights: What trains.
@@ -46,7 +46,7 @@ class Session:
     """
 
     config: TrainConfig
-    subject: Subject
+    subjects: Sequence[Subject]
     accelerator: Any
     components: Components
     weights: TrainedWeights
@@ -59,6 +59,11 @@ class Session:
         """Side in pixels that is trained at."""
         assert self.config.resolution is not None
         return self.config.resolution
+
+    @property
+    def trigger(self) -> str:
+        """The trigger words of all subjects."""
+        return triggers_of(self.subjects)
 
     @property
     def total_steps(self) -> int:
@@ -97,8 +102,6 @@ class Session:
 
     def _cache_captions(self, captions: set[str]) -> None:
         components, device = self.components, self.components.device
-        if self.config.is_image_free:
-            captions = captions | {self.subject.class_caption(caption) for caption in captions}
         condition = self.accelerator.unwrap_model(self.train_step.objective).condition
         # Steps encode inside of autocast, which computes some operations in float32.
         with self.accelerator.autocast(), on_device(device, *components.text_encoders):
@@ -116,13 +119,16 @@ class Session:
 
 
 def open_session(
-    config: TrainConfig, subject: Subject, accelerator: Any, on_event: OnEvent = ignore
+    config: TrainConfig,
+    subjects: Sequence[Subject],
+    accelerator: Any,
+    on_event: OnEvent = ignore,
 ) -> Session:
     """Load the model, choose what trains, and make the data and the optimizer.
 
     Args:
         config: All settings.
-        subject: Token and class word.
+        subjects: What it is taught (`subjects_of`).
         accelerator: What `make_accelerator` made.
         on_event: Called with `ClassImagesProgress` while those are generated.
 
@@ -134,7 +140,7 @@ def open_session(
     optimizer_library(config.optimizer_name)
     if config.compile:
         require_compiler(accelerator.device)
-    paths = list_photos(config.instance_data_dir or "")
+    paths = list_subjects(subjects)
     loaded = load_components(
         config.pretrained_model_name_or_path,
         revision=config.revision,
@@ -146,25 +152,30 @@ def open_session(
     )
     components = place(loaded, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
-    dataset = open_dataset(config, subject, components, paths, accelerator, on_event)
+    dataset = open_dataset(config, subjects, components, paths, accelerator, on_event)
     _load_step_modules(config, components)
     weights: TrainedWeights = (
         select_weights(components, config) if config.is_full else inject_trained(components, config)
     )
+    has_buckets = any(subject.settings.aspect_ratio_buckets for subject in subjects)
     sampler = EpochSampler(
         len(dataset),
         batch_size=config.train_batch_size,
         seed=config.seed,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
-        groups=dataset.groups if config.aspect_ratio_buckets else None,
+        groups=dataset.groups if has_buckets or len(set(dataset.groups)) > 1 else None,
+        repeats=dataset.repeats,
     )
+    if config.num_validation_images and not any(s.settings.instance_prompt for s in subjects):
+        prompts = config.validation_prompt or dataset.captions[:1]
+        config = replace(config, validation_prompt=prompts)
     config = _resolved(config, components, sampler.batches_per_epoch, precision)
     workers = 0 if dataset.caches_moments else config.dataloader_num_workers
     batches = iterate_batches(dataset, sampler, num_workers=workers)
-    inputs = InputSource(config, subject, components, batches, accelerator.process_index)
+    inputs = InputSource(config, components, batches, accelerator.process_index)
     train_step = build_step(config, accelerator, components, weights, inputs)
-    return Session(config, subject, accelerator, components, weights, dataset, sampler, train_step)
+    return Session(config, subjects, accelerator, components, weights, dataset, sampler, train_step)
 
 
 def _load_step_modules(config: TrainConfig, components: Components) -> None:

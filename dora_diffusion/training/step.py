@@ -110,7 +110,7 @@ class TrainingStep:
         if self.flat is not None:
             self.flat.finish()
         self.is_whole = True
-        return record | ({"prior_loss": means[1]} if self.config.with_prior_preservation else {})
+        return record | ({"prior_loss": means[1]} if self.config.holds_prior else {})
 
     def _backward(self, share: float) -> Tensor:
         """Loss and gradients of the next batch: ``(total, prior)``, detached."""

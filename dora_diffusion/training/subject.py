@@ -1,13 +1,17 @@
-"""What a run is about: the token, the class word, and the prompts that follow from them."""
+"""What a run is about: tokens, class words, and the prompts that follow from them."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.dataset_file import naming_entry
 from dora_diffusion.config.derived import class_word_in
 from dora_diffusion.data.captions import class_caption, contains_token
+from dora_diffusion.formats.adapter.metadata import join_triggers
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.toy.shapes import CLASSES, FILLERS
 from dora_diffusion.wording import quoted
@@ -17,15 +21,17 @@ _TOY_WORDS = frozenset((*CLASSES, *FILLERS))
 
 @dataclass(frozen=True)
 class Subject:
-    """The subject of a run.
+    """A subject of a run.
 
     Attributes:
         token: The word that means it; empty where captions are used as they are.
         class_word: What it is, such as ``"dog"``.
+        settings: The run's settings, as they are for this subject.
     """
 
     token: str
     class_word: str
+    settings: TrainConfig
 
     @property
     def trigger(self) -> str:
@@ -37,36 +43,67 @@ class Subject:
         return class_caption(caption, self.token, self.class_word) if self.token else caption
 
 
-def subject_of(config: TrainConfig) -> Subject:
-    """The subject that a config describes.
+def subjects_of(config: TrainConfig) -> list[Subject]:
+    """The subjects that a config describes.
 
     Raises:
-        ConfigError: If the instance prompt does not name it.
+        ConfigError: If an instance prompt does not name its subject, or a token means two.
 
     Warns:
-        UserWarning: Of validation prompts that do not: their samples show the class.
+        UserWarning: Of validation prompts that name none: their samples show the class.
     """
+    subjects = []
+    for place, settings in enumerate(config.subjects):
+        with naming_entry(place) if config.dataset_config else nullcontext():
+            subjects.append(_subject_of(settings))
+    by_token: dict[str, Subject] = {}
+    for subject in subjects:
+        first = by_token.setdefault(subject.token.lower(), subject)
+        if subject.token and first.class_word.lower() != subject.class_word.lower():
+            raise ConfigError(
+                f"dataset_config: the token {subject.token!r} means a {first.class_word!r} and a "
+                f"{subject.class_word!r}; give each subject a token of its own"
+            )
+    tokens = [token for token in by_token if token]
+    for prompt in config.validation_prompt if len(tokens) == len(by_token) else ():
+        if not any(contains_token(prompt, token) for token in tokens):
+            said = "the token" if len(tokens) == 1 else "any of the tokens"
+            warnings.warn(
+                f"validation_prompt {quoted(prompt)} does not contain {said} "
+                f"{', '.join(repr(subject.token) for subject in by_token.values())}: its samples "
+                "show language drift, not the subject",
+                stacklevel=3,
+            )
+    return subjects
+
+
+def _subject_of(config: TrainConfig) -> Subject:
     if not config.instance_data_dir:
         raise ConfigError("instance_data_dir is not set; name the folder of subject photos")
-    if not config.instance_prompt:
+    token, prompt = config.token.strip(), config.instance_prompt or ""
+    if not prompt and token:
         raise ConfigError(
             "instance_prompt is not set; describe the subject with its token, "
             'such as "a photo of a sks dog"'
         )
-    token = config.token.strip()
-    if token and not contains_token(config.instance_prompt, token):
+    if token and not contains_token(prompt, token):
         raise ConfigError(
-            f"instance_prompt {quoted(config.instance_prompt)} does not contain the token "
+            f"instance_prompt {quoted(prompt)} does not contain the token "
             f"{token!r}; put it in front of the class word, or choose another with --token"
         )
-    for prompt in config.validation_prompt:
-        if token and not contains_token(prompt, token):
-            warnings.warn(
-                f"validation_prompt {quoted(prompt)} does not contain the token {token!r}: its "
-                "samples show language drift, not the subject",
-                stacklevel=3,
-            )
-    return Subject(token, config.class_word or class_word_in(config.instance_prompt, token))
+    return Subject(token, config.class_word or class_word_in(prompt, token), config)
+
+
+def triggers_of(subjects: Iterable[Subject]) -> str:
+    """The trigger words of all subjects: ``"sks dog, zwx cat"``."""
+    return join_triggers(subject.trigger for subject in subjects)
+
+
+def class_caption_of(subjects: Sequence[Subject], own: Subject, caption: str) -> str:
+    """A caption with a class word for each subject that it names; that of ``own`` first."""
+    for subject in (own, *subjects):
+        caption = subject.class_caption(caption)
+    return caption
 
 
 def is_toy_word(class_word: str) -> bool:

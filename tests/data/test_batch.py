@@ -35,8 +35,18 @@ def test_rows_stay_together_photos_before_their_class_images() -> None:
     assert collate(rows[:1]).mask is None
 
 
+def test_a_row_keeps_its_class_image_its_class_caption_and_its_weight() -> None:
+    """Subjects of one batch may each hold their prior in another way, or none."""
+    of_images = sample(8, 0, prior=sample(8, 10, is_prior=True))
+    of_captions = sample(8, 1, class_caption="a dog", weight=0.5)
+    batch = collate([of_captions, sample(8, 2), of_images])
+    assert batch.sample_ids == ["id 1", "id 2", "id 0", "id 10"]
+    assert list(batch.partners) == [2]
+    assert batch.class_captions == ["a dog", None, None]
+    assert batch.weights.tolist() == [0.5, 1, 1]
+    assert collate([of_images]).weights is None
+
+
 def test_mixed_batches_are_refused() -> None:
     with pytest.raises(ValueError, match="different sizes"):
         collate([sample(32), sample(40)])
-    with pytest.raises(ValueError, match="some have none"):
-        collate([sample(32), sample(32, prior=sample(32))])

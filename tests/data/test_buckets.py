@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dora_diffusion.data.crops import Buckets, covering_size
-from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
+from dora_diffusion.data.dataset import DreamBoothDataset, SubjectPhotos, iterate_batches
 from dora_diffusion.data.draws import SampleTransform
 from dora_diffusion.data.photos import list_photos, read_photos
 from dora_diffusion.data.sampler import EpochSampler
@@ -57,7 +57,9 @@ def test_batches_hold_one_bucket_each(tmp_path: Path) -> None:
         values = random.integers(0, 256, (height, width, 3), np.uint8)
         Image.fromarray(values).save(tmp_path / f"{index}.png")
     photos = read_photos(list_photos(tmp_path), "a dog")
-    dataset = DreamBoothDataset(photos, SampleTransform(64, buckets=Buckets(64, step=8)))
+    dataset = DreamBoothDataset(
+        [SubjectPhotos(photos, SampleTransform(64, buckets=Buckets(64, step=8)))]
+    )
     sampler = EpochSampler(len(dataset), batch_size=2, groups=dataset.groups)
     stream = iterate_batches(dataset, sampler)
     batches = [next(stream) for _ in range(sampler.batches_per_epoch)]

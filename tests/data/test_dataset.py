@@ -13,7 +13,13 @@ import torch
 from PIL import Image
 
 from dora_diffusion.data.crops import CropRecord
-from dora_diffusion.data.dataset import DreamBoothDataset, Sample, collate, iterate_batches
+from dora_diffusion.data.dataset import (
+    DreamBoothDataset,
+    Sample,
+    SubjectPhotos,
+    collate,
+    iterate_batches,
+)
 from dora_diffusion.data.draws import SampleTransform
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import list_photos, read_photo, read_photos
@@ -29,8 +35,12 @@ def photos(tmp_path: Path, write_images) -> Path:
     return tmp_path / "photos"
 
 
+def dataset_of(*args: object, **kwargs: object) -> DreamBoothDataset:
+    return DreamBoothDataset([SubjectPhotos(*args, **kwargs)])
+
+
 def open_folder(folder: Path, draws: SampleTransform, prompt: str = PROMPT) -> DreamBoothDataset:
-    return DreamBoothDataset(read_photos(list_photos(folder), prompt), draws)
+    return dataset_of(read_photos(list_photos(folder), prompt), draws)
 
 
 def same(left: Sample, right: Sample) -> bool:
@@ -60,7 +70,7 @@ def test_a_sample_depends_on_seed_epoch_and_photo_alone(photos: Path) -> None:
     dataset = open_folder(photos, draws)
     first = {(e, i): dataset[EpochIndex(e, i)] for e in range(3) for i in range(4)}
     # Backwards, from another object, after other accesses, with the files in another order.
-    again = DreamBoothDataset(read_photos(list_photos(photos)[::-1], PROMPT), draws)
+    again = dataset_of(read_photos(list_photos(photos)[::-1], PROMPT), draws)
     for (epoch, index), sample in reversed(first.items()):
         assert same(again[EpochIndex(epoch, 3 - index)], sample)
     assert same(dataset[2], first[0, 2])
@@ -77,7 +87,7 @@ def test_class_images_pair_with_their_own_prompts(
     paths = write_images(tmp_path / "class", 6, seed=9)
     paths[1].with_suffix(".txt").write_text("a dog asleep", encoding="utf-8")
     class_images = read_photos(paths, "a photo of dog")
-    dataset = DreamBoothDataset(
+    dataset = dataset_of(
         read_photos(list_photos(photos), PROMPT), SampleTransform(32), class_images
     )
     prompts = {image.digest: image.caption for image in class_images}
@@ -100,7 +110,7 @@ def test_class_images_follow_their_partners_size(
     # Two buckets: the photos' and, unless it follows, the class image's own.
     draws = SampleTransform(32, buckets=lambda size: (24, 40) if 60 in size else (40, 24))
     assert draws.target_size(class_images[0]) == (40, 24)
-    dataset = DreamBoothDataset(read_photos(list_photos(photos), PROMPT), draws, class_images)
+    dataset = dataset_of(read_photos(list_photos(photos), PROMPT), draws, class_images)
     assert dataset.groups == [(24, 40)] * 4
     assert collate([dataset[0]]).pixels.shape == (2, 3, 24, 40)
     encoded: list[torch.Size] = []
@@ -122,13 +132,13 @@ def test_masks_come_from_files_or_alpha_and_follow_the_crop(tmp_path: Path, writ
     draws = SampleTransform(40)
     with pytest.warns(UserWarning, match="1 image of 3 without a mask"):
         masked = read_photos(paths, PROMPT, mask_crops=draws.first_crops)
-    dataset = DreamBoothDataset(masked, draws)
+    dataset = dataset_of(masked, draws)
     batch = collate([dataset[index] for index in range(3)])
     assert batch.mask.shape == (3, 1, 40, 40)
     assert torch.equal(batch.mask[0, 0, 0], (torch.arange(10, 50) < 30).float())
     assert torch.equal(batch.mask[1, 0, 0], (torch.arange(10, 50) >= 30).float())
     assert batch.mask[2].min() == 1
-    assert DreamBoothDataset(read_photos(paths, PROMPT), draws)[0].mask is None
+    assert dataset_of(read_photos(paths, PROMPT), draws)[0].mask is None
 
 
 def fake_encode(pixels: torch.Tensor) -> torch.Tensor:
@@ -154,7 +164,7 @@ def test_cached_moments_belong_to_their_photo_after_any_shuffle(photos: Path) ->
         assert batch.pixels is None
     count = len(encoded)
     # In another order, each crop finds its own entry, and none is encoded twice.
-    cached.photos.reverse()
+    cached._rows.reverse()
     for index in [EpochIndex(epoch, row) for epoch in (2, 0, 1) for row in range(4)]:
         expected = fake_encode(plain[EpochIndex(index.epoch, 3 - index.index)].pixels)
         assert torch.equal(cached[index].moments, expected)
@@ -178,7 +188,7 @@ def test_cached_masks_are_decoded_once_a_crop_and_kept_at_latent_size(
     draws = replace(RANDOM, buckets=lambda size: (24, 40), crop_variants=2)
     with pytest.warns(UserWarning, match="1 image of 4 without a mask"):
         read = read_photos(paths, PROMPT, mask_crops=draws.first_crops)
-    plain, cached = DreamBoothDataset(read, draws), DreamBoothDataset(read, draws)
+    plain, cached = dataset_of(read, draws), dataset_of(read, draws)
     cached.cache_moments(fake_encode)
     indices = [[EpochIndex(epoch, row) for row in range(4)] for epoch in range(8)]
     cached.fill_cache([index for batch in indices for index in batch], lambda *_: None)
@@ -250,7 +260,7 @@ def test_contents_are_names_digests_captions_and_masks_in_order(photos: Path) ->
         read_photo(photos / name, PROMPT, mask_crops=draws.first_crops)
         for name in ("00.png", "01.png")
     )
-    contents = DreamBoothDataset([second], draws, [first]).contents()
+    contents = dataset_of([second], draws, [first]).contents()
     assert contents == {
         "images": [
             {
@@ -266,4 +276,4 @@ def test_contents_are_names_digests_captions_and_masks_in_order(photos: Path) ->
 
 def test_a_dataset_without_photos_is_refused() -> None:
     with pytest.raises(PhotoError, match="no photos were given"):
-        DreamBoothDataset([], SampleTransform(32))
+        dataset_of([], SampleTransform(32))

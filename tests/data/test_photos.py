@@ -43,7 +43,7 @@ def test_opening_a_training_dataset_opens_and_decodes_each_file_once(
     """Three photos with a mask file, one with an alpha channel, one with neither."""
     from dora_diffusion.training.accelerator import make_accelerator
     from dora_diffusion.training.session import open_session
-    from dora_diffusion.training.subject import subject_of
+    from dora_diffusion.training.subject import subjects_of
 
     folder = Path(shutil.copytree(samples_root / "bolt_mug", tmp_path / "photos"))
     (folder / "config.yaml").unlink()
@@ -80,7 +80,7 @@ def test_opening_a_training_dataset_opens_and_decodes_each_file_once(
     watch_files()
     WATCHED.append([])
     with pytest.warns(UserWarning, match=r"1 image of 5 without a mask.*: 05\.jpg"):
-        open_session(config, subject_of(config), make_accelerator(config))
+        open_session(config, subjects_of(config), make_accelerator(config))
     opened = Counter(file for file in WATCHED.pop() if file.parent == folder and file.exists())
     assert {file.name: opened[file] for file in files} == {file.name: 1 for file in files}
     assert max(opened.values()) == 1, "captions are read once too"

@@ -33,7 +33,7 @@ from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.metrics import MetricsLog, TrainingError
 from dora_diffusion.training.session import Session, open_session
-from dora_diffusion.training.subject import subject_of
+from dora_diffusion.training.subject import subjects_of
 from tests.integration.emulated import (
     CHECKPOINTED,
     FULL,
@@ -132,7 +132,7 @@ def test_a_run_resumes(settings, run, sd1_folder):
 
 
 def open_on(config: TrainConfig) -> Session:
-    return open_session(config, subject_of(config), make_accelerator(config))
+    return open_session(config, subjects_of(config), make_accelerator(config))
 
 
 @pytest.mark.parametrize(

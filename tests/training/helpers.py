@@ -19,7 +19,7 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import Session, open_session
-from dora_diffusion.training.subject import subject_of
+from dora_diffusion.training.subject import subjects_of
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 Usage = namedtuple("Usage", "total used free")
@@ -55,7 +55,7 @@ def open_run(model: Path, photos: Path, output: Path, **settings: object) -> Ses
         max_train_steps=4,
         **{"seed": 3, "rank": 2, "conv_rank": 2, **settings},
     )
-    session = open_session(config, subject_of(config), make_accelerator(config))
+    session = open_session(config, subjects_of(config), make_accelerator(config))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():  # A fresh adapter is the base: everything must have moved.
         for parameter in session.weights.parameters().values():

@@ -19,7 +19,7 @@ from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.allocation import RankAllocation
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import open_session
-from dora_diffusion.training.subject import subject_of
+from dora_diffusion.training.subject import subjects_of
 from tests.adapters.test_parametrizations import batches, merged_weights, two_linears
 from tests.training.helpers import accelerator_of_fp16, open_run
 
@@ -130,7 +130,7 @@ def test_a_step_that_fp16_skips_tells_it_nothing(tiny_run):
         allocation_interval=1, allocation_warmup=1, allocation_final=2,
     )  # fmt: skip
     accelerator = accelerator_of_fp16(config, scale=2.0**60)
-    step = open_session(config, subject_of(config), accelerator).train_step
+    step = open_session(config, subjects_of(config), accelerator).train_step
     allocation = step.allocation
     before = [p.detach().clone() for p in allocation._parameters]
     step(1)
@@ -169,7 +169,7 @@ def test_prodigy_does_not_see_the_term(tiny_run):
     for weight in (0.0, 0.3):
         config = tiny_run(parametrization="adalora", rank=4, optimizer="prodigy", learning_rate=1.0,
                           orthogonality_weight=weight, max_train_steps=20)  # fmt: skip
-        step = open_session(config, subject_of(config), make_accelerator(config)).train_step
+        step = open_session(config, subjects_of(config), make_accelerator(config)).train_step
         for group in step.optimizer.param_groups:
             group |= {"d": rate, "d0": rate, "d_max": rate}
         step(1)

@@ -13,7 +13,7 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.training.card import KOHYA_FILE, model_card
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.subject import subject_of
+from dora_diffusion.training.subject import subjects_of
 from tests.training.helpers import make_config
 
 
@@ -24,7 +24,7 @@ def test_the_card_of_an_input_axis_promises_what_docs_formats_says(tmp_path: Pat
         output_dir=str(tmp_path),
     )  # fmt: skip
     metadata = AdapterMetadata("sd1", "some/model", extra={"training_steps": "7"})
-    card = model_card(config, subject_of(config), metadata, tmp_path / KOHYA_FILE, "2 layers", {})
+    card = model_card(config, subjects_of(config), metadata, tmp_path / KOHYA_FILE, "2 layers", {})
     text = " ".join(card.split())
     assert "which ComfyUI 0.3.64, Forge and A1111 compute as it was trained." in text
     assert "What they compute from a DoRA may change" in text
@@ -35,7 +35,7 @@ def card_of(tmp_path: Path, samples: dict[str, str], **settings: str) -> str:
     config = TrainConfig(instance_data_dir="photos", output_dir=str(tmp_path), **settings)
     metadata = AdapterMetadata("sd1", "some/model", extra={"training_steps": "7"})
     file = tmp_path / "pytorch_lora_weights.safetensors"
-    return model_card(config, subject_of(config), metadata, file, "2 layers", samples)
+    return model_card(config, subjects_of(config), metadata, file, "2 layers", samples)
 
 
 def test_the_card_of_a_run_without_a_token_names_no_empty_trigger_word(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import open_session
-from dora_diffusion.training.subject import subject_of
+from dora_diffusion.training.subject import subjects_of
 from tests.training.helpers import losses, make_config, noise, open_run, warnings_of
 
 
@@ -63,7 +63,7 @@ def opened_with(config):
     """The warnings of a run that is opened and not started."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        open_session(config, subject_of(config), make_accelerator(config))
+        open_session(config, subjects_of(config), make_accelerator(config))
     return [str(w.message) for w in caught]
 
 
@@ -78,7 +78,7 @@ def test_workers_leave_the_latent_cache_on(config):
 
 def test_without_the_cache_workers_load_pixels(config):
     bare = replace(config, cache_latents=False, dataloader_num_workers=1)
-    session = open_session(bare, subject_of(bare), make_accelerator(bare))
+    session = open_session(bare, subjects_of(bare), make_accelerator(bare))
     batch = next(session.train_step.inputs.batches)
     assert batch.moments is None
     assert batch.pixels.shape == (1, 3, 32, 32)

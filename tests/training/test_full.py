@@ -27,7 +27,7 @@ from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.checkpoint import checkpoints_in
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import open_session
-from dora_diffusion.training.subject import subject_of
+from dora_diffusion.training.subject import subjects_of
 from tests.emulation import OneDNN
 from tests.training.helpers import (
     accelerator_of_fp16,
@@ -51,7 +51,7 @@ def full_config(sd1_folder, photos, tmp_path):
 
 
 def session_of(config):
-    return open_session(config, subject_of(config), make_accelerator(config))
+    return open_session(config, subjects_of(config), make_accelerator(config))
 
 
 def stored(source):
@@ -206,7 +206,7 @@ def test_in_half_precision_the_image_free_prior_is_that_of_float32(
     for kind in ("no", precision):
         given = replace(config, mixed_precision=kind, output_dir=str(tmp_path / kind))
         accelerator = (accelerator_of_fp16 if kind == "fp16" else make_accelerator)(given)
-        session = open_session(given, subject_of(given), accelerator)
+        session = open_session(given, subjects_of(given), accelerator)
         parameters = session.weights.parameters().values()
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():

@@ -23,7 +23,7 @@ from dora_diffusion.training import inputs as training_inputs
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.inputs import Conditioner, draw_inputs
 from dora_diffusion.training.session import open_session
-from dora_diffusion.training.subject import subject_of
+from dora_diffusion.training.subject import subjects_of
 from tests.training.helpers import SAMPLES, open_run
 
 CAPTIONS = ["a photo of a sks dog", "", "a red toy", ""]
@@ -53,7 +53,7 @@ def test_two_processes_draw_the_rows_of_one(tiny_run) -> None:
             prior_preservation_mode="images", class_data_dir=str(SAMPLES / "heart_teapot"),
         )  # fmt: skip
         accelerator = OneOf(make_accelerator(config), process_index, num_processes)
-        session = open_session(config, subject_of(config), accelerator)
+        session = open_session(config, subjects_of(config), accelerator)
         session.train_step.inputs(0)
         return session.train_step.inputs(1)
 

@@ -86,6 +86,8 @@ def make_batch(case: Case, with_moments: Any = None) -> Batch:
         pixels if with_moments is None else None,
         None if with_moments is None else with_moments(pixels),
         mask if case.masked else None,
+        range(count - 3),
+        CLASS_CAPTIONS if case.prior == "image-free" else (),
     )
 
 
@@ -117,7 +119,6 @@ def ours(components: Components, case: Case, batch: Batch) -> tuple[StepInputs, 
         micro_step=MICRO_STEP,
         first_row=FIRST_ROW,
         noise_offset=case.noise_offset,
-        class_captions=CLASS_CAPTIONS if case.prior == "image-free" else None,
     )
     objective = Objective(
         components, train_text_encoder=case.text_encoders, snr_gamma=case.snr_gamma

@@ -39,7 +39,7 @@ from dora_diffusion.jobs.estimates import announced_class_images, estimate
 from dora_diffusion.jobs.subjects import StoredSubject, keep_words, read_subject
 from dora_diffusion.jobs.tasks import NAME_LIMIT, start_training
 from dora_diffusion.jobs.workspace import UserError
-from dora_diffusion.training.subject import outside_toy_world, subject_of
+from dora_diffusion.training.subject import outside_toy_world, subjects_of
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."
 _PROMPTS = "a photo of a {subject} on the snow\na photo of a {subject} at night"
@@ -244,7 +244,7 @@ def read_form(
     context.check_paths(config)
     check_model(config, ask_hub=ask_hub)
     # The worker would refuse a subject without a name. Of sample prompts the plan speaks itself.
-    subject_of(dataclasses.replace(config, validation_prompt=[]))
+    subjects_of(dataclasses.replace(config, validation_prompt=[]))
     return config, subject
 
 

@@ -12,7 +12,7 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dora_diffusion.families import FAMILIES, Family
@@ -44,7 +44,7 @@ class AdapterMetadata:
     Attributes:
         family: Name of a `Family`, or ``""`` if unknown.
         base_model: Name of the model it was trained on (a hub id, not a path).
-        trigger: The prompt words that call the subject up.
+        trigger: The prompt words that call the subject up; of several, as `join_triggers` has them.
         resolution: Training resolution in pixels.
         format_version: Version of our own metadata; ``""`` for a file of another program.
         extra: Further fields, such as ``prediction_type`` or ``base_model_hash``. ``trained_alpha``
@@ -128,6 +128,16 @@ def described(text: str, name: str) -> str:
         return str(json.loads(text).get(name, ""))
     except (ValueError, RecursionError):
         return ""
+
+
+def join_triggers(triggers: Iterable[str]) -> str:
+    """The trigger words of several subjects as one text, each once: ``"sks dog, zwx cat"``."""
+    return ", ".join(dict.fromkeys(filter(None, triggers)))
+
+
+def split_triggers(text: str) -> list[str]:
+    """The trigger words of each subject of `join_triggers`."""
+    return [trigger for part in text.split(",") if (trigger := part.strip())]
 
 
 def modelspec_fields(
