@@ -103,8 +103,9 @@ def run(args: argparse.Namespace) -> int:
     strengths = Strengths(args.strength, args.direction_strength, args.magnitude_strength)
     for (seed, path), image in zip(files.items(), images, strict=True):
         text = parameters_text(
-            args.prompt, seed, settings, image.size, args.base, args.adapter, strengths
-        )
+            args.prompt, seed, settings, image.size, args.base, args.adapter, strengths,
+            extra=components.clip_skip_parameter,
+        )  # fmt: skip
         save_png(image, path, text)
         print(f"{path} (seed {seed})")
     return 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dora_diffusion.config.fields import AnyOf, Need, flag
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK, AnyOf, Need, flag
 
 PRIOR_MODES = ("images", "image-free")
 INPAINTING_MASKS = ("random", "subject")
@@ -138,6 +138,18 @@ class ImageSettings:
         "Caption dropout rate; dropped captions train the unconditional side of guidance.",
         least=0,
         most=1,
+    )
+    max_token_length: int = flag(
+        TOKENS_PER_CHUNK,
+        "Tokens of a caption that are read: 75, or 150, 225 and so on in chunks of 75, as web UIs "
+        "read prompts; 0 reads all. Samples and generate read as many.",
+    )
+    clip_skip: int = flag(
+        0,
+        "Last layers of the text encoders to leave out, as Diffusers counts: with Stable Diffusion "
+        "1 and 2, clip_skip 1 is Clip skip 2 of web UIs and sd-scripts; with SDXL, which reads the "
+        "penultimate layer already, their Clip skip 2 is 0 here. Samples and generate do the same.",
+        least=0,
     )
     cache_latents: bool = flag(
         True,

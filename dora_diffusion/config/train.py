@@ -15,7 +15,12 @@ from typing import Any
 
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
-from dora_diffusion.config.fields import Setting, require, with_present_names
+from dora_diffusion.config.fields import (
+    Setting,
+    require,
+    require_token_length,
+    with_present_names,
+)
 from dora_diffusion.wording import did_you_mean
 
 
@@ -55,6 +60,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "'huggingface-cli upload NAME/MODEL OUTPUT_DIR/model'",
             "push_to_hub",
         )
+        require_token_length(self.max_token_length)
         if self.optimizer_name == "prodigy":
             self._check_prodigy()
         if self.parametrization == "adalora" and not self.is_full:

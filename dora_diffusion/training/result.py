@@ -13,7 +13,7 @@ from PIL import Image
 from dora_diffusion import __version__, system
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import tag_frequency
-from dora_diffusion.formats.adapter.metadata import UNET_LAYERS, AdapterMetadata
+from dora_diffusion.formats.adapter.metadata import READING, UNET_LAYERS, AdapterMetadata
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.images import save_png, thumbnail
@@ -72,6 +72,7 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
             **_variant(session.config),
+            **_reading(session.config),
             UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
         },
         tags=(subject.class_word,) if subject.class_word else (),
@@ -86,6 +87,12 @@ def _variant(config: TrainConfig) -> dict[str, str]:
     usual = TrainConfig()
     names = ("init", "parametrization")
     return {n: getattr(config, n) for n in names if getattr(config, n) != getattr(usual, n)}
+
+
+def _reading(config: TrainConfig) -> dict[str, str]:
+    """How captions were read, where that was not the usual way."""
+    usual = TrainConfig()
+    return {n: str(v) for n in READING if (v := getattr(config, n)) != getattr(usual, n)}
 
 
 def _with_thumbnail(metadata: AdapterMetadata, shown: Image.Image) -> AdapterMetadata:

@@ -125,6 +125,7 @@ class SampleWriter:
     def _parameters(self, size: tuple[int, int], step: int, *, adapter: bool) -> str:
         """What made a sheet, as `parameters_text` writes it of the first image, and the rest."""
         extra = {
+            **self._session.components.clip_skip_parameter,
             "Seeds": ", ".join(str(seed) for seed in self._seeds),
             "Prompts": json.dumps(self._prompts, ensure_ascii=False),
             "Training step": step,

@@ -144,7 +144,8 @@ def open_session(
         dtype=torch.float32 if config.is_full else PRECISION_DTYPES[precision],
         config=config.model_config,
     )
-    components = place(loaded, accelerator.device, config.offload)
+    reading = loaded.reading(config.clip_skip, config.max_token_length)
+    components = place(reading, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     dataset = open_dataset(config, subject, components, paths, accelerator, on_event)
     _load_step_modules(config, components)
