@@ -27,6 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_base(parser)
     parser.add_argument("--adapter", help="An adapter file, or the output folder of a run.")
     parser.add_argument("--prompt", required=True, help="Prompt.")
+    parser.add_argument(
+        "--wildcards",
+        action="store_true",
+        help="Draw {a|b} and __file__ of the prompt by each image's seed; \\{ is a brace.",
+    )
+    parser.add_argument(
+        "--wildcard_dir", help="Folder of wildcard files: __colours__ is a line of its colours.txt."
+    )
     parser.add_argument("--output", required=True, help="Image file, X.png.")
     parser.add_argument(
         "--image", help="Of an inpainting model: image to paint into, cut to the size."
@@ -62,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     """Generate images, and write them with what made them."""
     require_at_least_one(args, "num_images", "batch_size")
     files = _files(args)
+    prompts = _prompts(args, list(files))
     from dora_diffusion.data.images import open_photo
     from dora_diffusion.generate import SamplingSettings, generate_images, lacks_trigger
     from dora_diffusion.images import parameters_text, save_png
@@ -84,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         f"{args.base} is an inpainting model: give --image, and --mask_image of the same size, "
         "white where to paint (all white to paint the whole image)",
     )
-    if lacks_trigger(args.prompt, metadata):
+    if any(lacks_trigger(prompt, metadata) for prompt in prompts):
         warnings.warn(
             "the prompt lacks the adapter's trigger word; write "
             f"{metadata.trigger!r} to get the subject",
@@ -93,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     with progress("generating images", "step") as show:
         images = generate_images(
             components,
-            args.prompt,
+            prompts if args.wildcards else args.prompt,
             list(files),
             settings,
             batch_size=args.batch_size,
@@ -101,14 +110,34 @@ def run(args: argparse.Namespace) -> int:
             require_finite=True,
         )
     strengths = Strengths(args.strength, args.direction_strength, args.magnitude_strength)
-    for (seed, path), image in zip(files.items(), images, strict=True):
+    for (seed, path), prompt, image in zip(files.items(), prompts, images, strict=True):
         text = parameters_text(
-            args.prompt, seed, settings, image.size, args.base, args.adapter, strengths,
+            prompt, seed, settings, image.size, args.base, args.adapter, strengths,
             extra=components.clip_skip_parameter,
         )  # fmt: skip
         save_png(image, path, text)
         print(f"{path} (seed {seed})")
     return 0
+
+
+def _prompts(args: argparse.Namespace, seeds: list[int]) -> list[str]:
+    """The prompt of each seed.
+
+    Raises:
+        ConfigError: If its wildcards cannot be drawn.
+    """
+    if not args.wildcards:
+        if args.wildcard_dir is not None:
+            warnings.warn("wildcard_dir has no effect because wildcards is off", stacklevel=2)
+        return [args.prompt] * len(seeds)
+    from dora_diffusion.data.captions import CaptionRules
+    from dora_diffusion.data.wildcards import Wildcards
+
+    try:
+        rules = CaptionRules(wildcards=Wildcards(args.wildcard_dir))
+        return [rules.draw_prompt(args.prompt, seed) for seed in seeds]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _files(args: argparse.Namespace) -> dict[int, Path]:

@@ -20,6 +20,7 @@ def _class_images(config: Any) -> str | None:
     return "prior_preservation_mode is image-free" if is_image_free else None
 
 
+_TAGS = AnyOf((Need("shuffle_tags"), Need("tag_dropout")))
 _CLASS_IMAGES = (_PRIOR, _class_images)
 
 
@@ -126,12 +127,39 @@ class ImageSettings:
         derived="random",
         choices=INPAINTING_MASKS,
     )
-    shuffle_tags: bool = flag(False, "Shuffle the comma-separated tags of captions.")
+    caption_per_line: bool = flag(
+        False,
+        "Each line of a .txt is a caption of its own, of which every epoch draws one; off joins "
+        "them to one caption.",
+    )
+    caption_prefix: str = flag(
+        "", 'In front of every caption, such as "sks dog,": neither shuffled nor left out.'
+    )
+    caption_suffix: str = flag("", "Behind every caption: neither shuffled nor left out.")
+    wildcards: bool = flag(
+        False,
+        "Draw {a|b} and __file__ of captions anew in every epoch, and of sample prompts for every "
+        "seed; \\{ is a brace.",
+    )
+    wildcard_dir: str | None = flag(
+        None,
+        "Folder of wildcard files: __colours__ is a line of its colours.txt.",
+        resume="ignored",  # its lines are compared by content
+        needs=(Need("wildcards"),),
+        is_path=True,
+    )
+    shuffle_tags: bool = flag(False, "Shuffle the tags of captions.")
+    tag_dropout: float = flag(
+        0.0, "Tag dropout rate: leave out each tag with this probability.", least=0, most=1
+    )
     keep_tags: int = flag(
         1,
-        "Tags at a caption's start that --shuffle_tags leaves in place.",
-        needs=(Need("shuffle_tags"),),
+        "Tags at a caption's start that --shuffle_tags and --tag_dropout leave in place.",
+        needs=(_TAGS,),
         least=0,
+    )
+    caption_separator: str = flag(
+        ",", "What separates tags, and joins them again with a space behind it.", needs=(_TAGS,)
     )
     caption_dropout: float = flag(
         0.0,

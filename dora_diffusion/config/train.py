@@ -61,6 +61,11 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "push_to_hub",
         )
         require_token_length(self.max_token_length)
+        require(
+            bool(self.caption_separator),
+            "caption_separator is empty; give what separates tags, such as ','",
+            "caption_separator",
+        )
         if self.optimizer_name == "prodigy":
             self._check_prodigy()
         if self.parametrization == "adalora" and not self.is_full:

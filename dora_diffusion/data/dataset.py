@@ -111,13 +111,16 @@ class DreamBoothDataset(Dataset[Sample]):
 
     @property
     def captions(self) -> list[str]:
-        """The photos' captions before dropout and shuffling."""
-        return [photo.caption for photo in self.photos]
+        """The photos' captions before dropout and shuffling, with each line and alternative."""
+        return [c for photo in self.photos for c in self.draws.captions.variants(photo.caption)]
 
     def contents(self) -> dict[str, list[dict[str, str]]]:
         """What is trained on, in order: the record of each photo and class image."""
         return {
-            "images": [photo.record() for photo in self.photos],
+            "images": [
+                photo.record() | {"caption": self.draws.captions.identity(photo.caption)}
+                for photo in self.photos
+            ],
             "class_images": [image.record() for image in self.class_images],
         }
 

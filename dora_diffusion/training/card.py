@@ -9,10 +9,15 @@ from pathlib import Path
 
 from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.derived import framed_prompt
 from dora_diffusion.families import FAMILIES, Family
 from dora_diffusion.formats.adapter.file import AdapterMetadata
-from dora_diffusion.formats.adapter.metadata import without_path
-from dora_diffusion.training.subject import Subject
+from dora_diffusion.formats.adapter.metadata import (
+    reading_in_words,
+    stated_reading,
+    without_path,
+)
+from dora_diffusion.training.subject import Subject, caption_rules
 
 KOHYA_FILE = "dora_kohya.safetensors"
 
@@ -36,7 +41,8 @@ def model_card(
         samples: Caption -> path of an image, relative to the card.
     """
     base = without_path(metadata.base_model)
-    prompt = config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
+    prompt = config.validation_prompt[0] if config.validation_prompt else framed_prompt(config)
+    prompt = caption_rules(config).draw_prompt(prompt, config.seed)
     images = "".join(
         f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
     )
@@ -46,6 +52,9 @@ def model_card(
     use = _use_of_model if config.is_full else _use_of_adapter
     names = ("variant", "revision")
     loaded = {name: str(value) for name in names if (value := getattr(config, name))}
+    family = FAMILIES[metadata.family]
+    reading = reading_in_words(stated_reading(metadata.extra), family)
+    read = f"\nPrompts were read {reading}; `generate` does so by itself.\n" if reading else ""
     return f"""---
 base_model: {base}
 instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}{library}
@@ -54,10 +63,10 @@ tags: [text-to-image, {tag}, dreambooth]
 
 # {subject.trigger or Path(config.output_dir).name}
 
-{_trigger_sentence(subject, prompt or "")}
-{images}
+{_trigger_sentence(subject, prompt)}
+{read}{images}
 ## Use it
-{use(FAMILIES[metadata.family], base, written, prompt or "", loaded)}
+{use(family, base, written, prompt, loaded)}
 ## How it was made
 
 {method} on `{base}`,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.config import TrainConfig
-from dora_diffusion.data.captions import can_shuffle, require_token
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.data.captions import (
+    CaptionRules,
+    contains_token,
+    read_caption,
+    require_token,
+)
 from dora_diffusion.data.checks import copies, too_few, warn_of_unused_masks
 from dora_diffusion.data.crops import Buckets
 from dora_diffusion.data.dataset import DreamBoothDataset
 from dora_diffusion.data.draws import SampleTransform
-from dora_diffusion.data.photos import Photo, read_photos
+from dora_diffusion.data.photos import Photo, PhotoError, read_photos
+from dora_diffusion.data.wildcards import WILD
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import on_device
 from dora_diffusion.training.events import OnEvent
 from dora_diffusion.training.prior import check_image_free, class_images
-from dora_diffusion.training.subject import Subject
+from dora_diffusion.training.subject import Subject, caption_rules
+from dora_diffusion.wording import counted, quoted
 
 # Crops per photo where they are drawn: the latents of all of them fit in memory.
 _CROP_VARIANTS = 8
@@ -52,9 +60,7 @@ def open_dataset(
         center_crop=config.center_crop,
         random_flip=config.random_flip,
         crop_variants=_CROP_VARIANTS if config.cache_latents else None,
-        caption_dropout=config.caption_dropout,
-        shuffle_tags=config.shuffle_tags,
-        keep_tags=config.keep_tags,
+        captions=caption_rules(config),
     )
     reads_masks, of_subject = components.family.planes > 0, config.inpainting_mask == "subject"
     if config.inpainting_mask and not reads_masks:
@@ -68,13 +74,16 @@ def open_dataset(
         config.instance_prompt or "",
         skip_unreadable=True,
         mask_crops=draws.first_crops if uses_masks else None,
+        per_line=config.caption_per_line,
     )
-    captions = [photo.caption for photo in photos]
-    _check(config, subject, photos, captions)
+    for message in filter(None, (copies(photos), too_few(photos))):
+        warnings.warn(message, stacklevel=2)
+    check_captions(config, subject, draws.captions, photos)
     if not uses_masks:
         warn_of_unused_masks(photos)
     prior: list[Photo] = []
     if config.with_prior_preservation and not config.is_image_free:
+        captions = [c for photo in photos for c in draws.captions.variants(photo.caption)]
         prior = class_images(config, subject, components, captions, accelerator, on_event)
     planes = partial(draws.inpainting_mask, of_subject=of_subject) if reads_masks else None
     dataset = DreamBoothDataset(photos, draws, prior, masked_loss=config.masked_loss, planes=planes)
@@ -89,22 +98,92 @@ def open_dataset(
     return dataset
 
 
-def _check(
-    config: TrainConfig, subject: Subject, photos: Sequence[Photo], captions: Sequence[str]
+def check_wildcards(config: TrainConfig, paths: Sequence[Path]) -> None:
+    """Refuse captions whose wildcards cannot be drawn, before a model is loaded.
+
+    Raises:
+        PhotoError: Naming the photo; captions that cannot be read are not looked at.
+    """
+    rules = caption_rules(config)
+    for path in paths if config.wildcards else ():
+        text = ""
+        with contextlib.suppress(OSError, ValueError):
+            text = read_caption(path, "", per_line=True)
+        try:
+            rules.possible(text, "")
+        except ValueError as error:
+            raise PhotoError(f"the caption of {path.name}: {error}") from error
+
+
+def check_captions(
+    config: TrainConfig, subject: Subject, rules: CaptionRules, photos: Sequence[Photo]
 ) -> None:
-    """Refuse photos and captions that teach nothing, and say what will show in the result."""
-    if subject.token:
-        require_token(captions, subject.token)
-    for message in filter(None, (copies(photos), too_few(photos))):
-        warnings.warn(message, stacklevel=3)
-    if config.shuffle_tags and not can_shuffle(captions, config.keep_tags):
-        warnings.warn(
-            "shuffle_tags has no effect because no caption has two or more tags, separated by "
-            f"commas, after the first {config.keep_tags} that stay in place (keep_tags)",
-            stacklevel=3,
-        )
+    """Refuse captions that teach nothing, and say what will show in the result.
+
+    What counts is every caption that may be drawn of them.
+    """
+    token, texts = subject.token, [photo.caption for photo in photos]
+    possible = [caption for text in texts for caption in rules.possible(text, token)]
+    if token:
+        require_token(possible, token)
     if config.is_image_free:
-        check_image_free(subject, captions)
+        check_image_free(subject, possible)
+    if token and config.tag_dropout:
+        _check_tag_dropout(config, rules, token, texts)
+    for message in filter(None, _without_effect(config, rules, photos)):
+        warnings.warn(message, stacklevel=3)
+
+
+def _check_tag_dropout(
+    config: TrainConfig, rules: CaptionRules, token: str, texts: Sequence[str]
+) -> None:
+    """Say that tag dropout may leave out the token; the image-free prior needs it."""
+    for text in texts:
+        whole = all(contains_token(caption, token) for caption in rules.possible(text, token))
+        left = rules.possible(text, token, with_dropout=True)
+        if whole and not all(contains_token(caption, token) for caption in left):
+            message = (
+                f"tag_dropout may leave out the token {token!r} of {quoted(text)}: raise keep_tags "
+                "so that it stays, or put the token into caption_prefix"
+            )
+            if config.is_image_free:
+                raise ConfigError(message, "tag_dropout")
+            warnings.warn(message, stacklevel=4)
+            return
+
+
+def _without_effect(
+    config: TrainConfig, rules: CaptionRules, photos: Sequence[Photo]
+) -> Iterator[str]:
+    """Caption settings that these captions leave without effect, and captions that lack one."""
+    kept = f"after the first {config.keep_tags} that stay in place (keep_tags)"
+    captions = [caption for photo in photos for caption in rules.variants(photo.caption)]
+    separated = "commas" if config.caption_separator == "," else repr(config.caption_separator)
+    if config.shuffle_tags and not rules.can_shuffle(captions):
+        yield (
+            "shuffle_tags has no effect because no caption has two or more tags, separated by "
+            f"{separated}, {kept}"
+        )
+    if config.tag_dropout and not rules.can_shuffle(captions, 1):
+        yield f"tag_dropout has no effect because no caption has a tag {kept}"
+    lines = [read_caption(photo.path, "", per_line=True).count("\n") for photo in photos]
+    if config.caption_per_line and not any(lines):
+        yield "caption_per_line has no effect because no caption file has two lines"
+    elif any(lines) and not config.caption_per_line:
+        yield (
+            f"{counted(sum(map(bool, lines)), 'caption')} of several lines: they are joined to one "
+            "caption; caption_per_line draws one of them in every epoch"
+        )
+    texts = [config.caption_prefix, config.caption_suffix, *config.validation_prompt]
+    texts += [photo.caption for photo in photos]
+    wild = [text for text in texts if WILD.search(text)]
+    if config.wildcards and not wild:
+        yield "wildcards has no effect because no caption has {a|b} or __file__"
+    elif wild and not config.wildcards:
+        yield (
+            f"{quoted(wild[0])} is read as it is, with its braces or underscores; wildcards draws "
+            "what they stand for"
+        )
 
 
 def _buckets(config: TrainConfig, components: Components) -> Buckets | None:

@@ -12,7 +12,6 @@ from PIL import Image
 
 from dora_diffusion import __version__, system
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.data.captions import tag_frequency
 from dora_diffusion.formats.adapter.metadata import READING, UNET_LAYERS, AdapterMetadata
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.unet import UNetLayout
@@ -76,7 +75,7 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
             UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
         },
         tags=(subject.class_word,) if subject.class_word else (),
-        tag_frequency=tag_frequency(session.dataset.captions),
+        tag_frequency=session.dataset.draws.captions.tag_frequency(session.dataset.captions),
     )
 
 

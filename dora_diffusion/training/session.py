@@ -21,7 +21,7 @@ from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.training.adapters import inject_trained
-from dora_diffusion.training.dataset import open_dataset
+from dora_diffusion.training.dataset import check_wildcards, open_dataset
 from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
 from dora_diffusion.training.full import TrainedWeights, select_weights
 from dora_diffusion.training.inputs import InputSource
@@ -135,6 +135,7 @@ def open_session(
     if config.compile:
         require_compiler(accelerator.device)
     paths = list_photos(config.instance_data_dir or "")
+    check_wildcards(config, paths)
     loaded = load_components(
         config.pretrained_model_name_or_path,
         revision=config.revision,

@@ -6,8 +6,9 @@ import warnings
 from dataclasses import dataclass
 
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.config.derived import class_word_in
-from dora_diffusion.data.captions import class_caption, contains_token
+from dora_diffusion.config.derived import usual_class_word
+from dora_diffusion.data.captions import CaptionRules, class_caption, contains_token
+from dora_diffusion.data.wildcards import Wildcards
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.toy.shapes import CLASSES, FILLERS
 from dora_diffusion.wording import quoted
@@ -37,6 +38,31 @@ class Subject:
         return class_caption(caption, self.token, self.class_word) if self.token else caption
 
 
+def caption_rules(config: TrainConfig) -> CaptionRules:
+    """How a config draws captions.
+
+    Raises:
+        ConfigError: If there is no folder of wildcards of that name.
+    """
+    wildcards = None
+    if config.wildcards:
+        try:
+            wildcards = Wildcards(config.wildcard_dir)
+        except ValueError as error:
+            raise ConfigError(str(error), "wildcard_dir") from error
+    return CaptionRules(
+        per_line=config.caption_per_line,
+        wildcards=wildcards,
+        prefix=config.caption_prefix,
+        suffix=config.caption_suffix,
+        separator=config.caption_separator,
+        shuffle_tags=config.shuffle_tags,
+        keep_tags=config.keep_tags,
+        tag_dropout=config.tag_dropout,
+        dropout=config.caption_dropout,
+    )
+
+
 def subject_of(config: TrainConfig) -> Subject:
     """The subject that a config describes.
 
@@ -53,8 +79,14 @@ def subject_of(config: TrainConfig) -> Subject:
             "instance_prompt is not set; describe the subject with its token, "
             'such as "a photo of a sks dog"'
         )
-    token = config.token.strip()
-    if token and not contains_token(config.instance_prompt, token):
+    token, rules = config.token.strip(), caption_rules(config)
+    try:
+        captions = rules.possible(config.instance_prompt, token)
+        for prompt in config.validation_prompt:
+            rules.draw_prompt(prompt, config.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if token and not any(contains_token(caption, token) for caption in captions):
         raise ConfigError(
             f"instance_prompt {quoted(config.instance_prompt)} does not contain the token "
             f"{token!r}; put it in front of the class word, or choose another with --token"
@@ -66,7 +98,7 @@ def subject_of(config: TrainConfig) -> Subject:
                 "samples show language drift, not the subject",
                 stacklevel=3,
             )
-    return Subject(token, config.class_word or class_word_in(config.instance_prompt, token))
+    return Subject(token, config.class_word or usual_class_word(config))
 
 
 def is_toy_word(class_word: str) -> bool:
