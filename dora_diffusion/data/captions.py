@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import torch
 
@@ -38,6 +40,10 @@ def read_caption(photo: str | Path, default: str, *, per_line: bool = False) -> 
         raise ValueError(f"{path.name}: the caption is not UTF-8 text; save it again") from error
     lines = (" ".join(line.split()) for line in text.splitlines())
     return ("\n" if per_line else " ").join(line for line in lines if line) or default
+
+
+# What of the rules an adapter's file keeps, for captions that are read later.
+_STATED = ("per_line", "wildcards", "prefix", "suffix")
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,37 @@ class CaptionRules:
             return prompt
         pick = at_random(generator_for("wildcards", "prompt", seed))
         return " ".join(render(self.wildcards.parse(prompt), pick).split())
+
+    def plain(self, text: str) -> str:
+        """The caption that photos are measured with: the first line and alternatives, all of it."""
+        return self.variants(text)[0]
+
+    def stated(self) -> str:
+        """What an adapter's file says of these rules, but for shuffling and dropout.
+
+        Empty for the usual ones. Quoted, since slashes in metadata are taken for a path's.
+        """
+        usual = CaptionRules()
+        values = {
+            name: True if name == "wildcards" else value
+            for name in _STATED
+            if (value := getattr(self, name)) != getattr(usual, name)
+        }
+        return quote(json.dumps(values, ensure_ascii=False), safe=' ,:;{}"') if values else ""
+
+    @classmethod
+    def from_stated(cls, text: str) -> CaptionRules:
+        """The rules that `stated` wrote; those by default of anything else."""
+        try:
+            known = {name: json.loads(unquote(text)).get(name) for name in _STATED}
+        except (AttributeError, RecursionError, ValueError):
+            return cls()
+        return cls(
+            per_line=bool(known["per_line"]),
+            wildcards=Wildcards() if known["wildcards"] else None,
+            prefix=str(known["prefix"] or ""),
+            suffix=str(known["suffix"] or ""),
+        )
 
     def variants(self, text: str) -> list[str]:
         """Captions, unshuffled and whole, in which each line and each alternative occurs."""

@@ -15,6 +15,7 @@ from dora_diffusion.export.files import model_name
 from dora_diffusion.export.merge_spec import MergeSpec, file_hash
 from dora_diffusion.formats.adapter.file import AdapterFile
 from dora_diffusion.formats.adapter.metadata import (
+    CAPTIONS,
     OWN,
     READING,
     AdapterMetadata,
@@ -161,6 +162,7 @@ def trained_metadata(model: StoredModel, metadata: AdapterMetadata, output: Path
     steps, trigger = metadata.extra.get("training_steps", ""), metadata.trigger
     fields = {TRAINED: json.dumps({"training_steps": steps, "trigger": trigger})}
     fields |= _reading([metadata])
+    fields |= {OWN + CAPTIONS: text} if (text := metadata.extra.get(CAPTIONS)) else {}
     if output.suffix == ".safetensors":
         prediction_type = metadata.extra.get("prediction_type", "")
         fields |= modelspec_fields(model.family, output.stem, trigger, prediction_type)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dora_diffusion import __version__, system
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.formats.adapter.metadata import READING, UNET_LAYERS, AdapterMetadata
+from dora_diffusion.formats.adapter.metadata import CAPTIONS, READING, UNET_LAYERS, AdapterMetadata
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.images import save_png, thumbnail
@@ -21,6 +21,7 @@ from dora_diffusion.training.folders import UNFINISHED
 from dora_diffusion.training.metrics import naming_step
 from dora_diffusion.training.samples import SampleWriter, warning_of_full_disk
 from dora_diffusion.training.session import Session
+from dora_diffusion.training.subject import caption_rules
 
 
 def write_result(session: Session, folder: Path, steps: int, samples: SampleWriter) -> Path:
@@ -90,8 +91,9 @@ def _variant(config: TrainConfig) -> dict[str, str]:
 
 def _reading(config: TrainConfig) -> dict[str, str]:
     """How captions were read, where that was not the usual way."""
-    usual = TrainConfig()
-    return {n: str(v) for n in READING if (v := getattr(config, n)) != getattr(usual, n)}
+    usual, captions = TrainConfig(), caption_rules(config).stated()
+    reading = {n: str(v) for n in READING if (v := getattr(config, n)) != getattr(usual, n)}
+    return reading | ({CAPTIONS: captions} if captions else {})
 
 
 def _with_thumbnail(metadata: AdapterMetadata, shown: Image.Image) -> AdapterMetadata:

@@ -20,6 +20,7 @@ from dora_diffusion.data.captions import (
 )
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.data.wildcards import Wildcards
+from dora_diffusion.formats.adapter.metadata import without_path
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -151,7 +152,7 @@ def test_prefix_and_suffix_stand_outside_of_what_is_shuffled_and_dropped() -> No
     around = {"prefix": "{a|the} sks dog,", "suffix": ", photo", "wildcards": Wildcards()}
     settings = {"shuffle_tags": True, "keep_tags": 0, "tag_dropout": 0.5, "dropout": 0.2, **around}
     captions = drawn("grass, {sun|moon}", 200, **settings)
-    found = re.compile(r"(a|the) sks dog,( (grass|sun|moon)(, (grass|sun|moon))?)?, photo|")
+    found = re.compile(r"(a|the) sks dog,( (grass|sun|moon)(, (grass|sun|moon))?,)? photo|")
     assert all(found.fullmatch(caption) for caption in captions)
     assert "a sks dog, moon, grass, photo" in captions
     assert 20 < captions.count("") < 60
@@ -230,3 +231,19 @@ def test_long_captions_are_quoted_short_and_one_is_singular():
     with pytest.warns(UserWarning, match="missing from 1 of 2 captions: 'a photo") as said:
         require_token([long, "a sks dog"], "sks")
     assert len(str(said[0].message)) < 200
+
+
+def test_rules_are_stated_for_whoever_reads_captions_later() -> None:
+    """In a form that metadata keep: a slash is that of a path there, which is cut."""
+    rules = CaptionRules(per_line=True, prefix='"sks" ä/b/c\\', shuffle_tags=True, dropout=0.5)
+    text = rules.stated()
+    assert without_path(text) == text
+    stated = CaptionRules.from_stated(text)
+    assert (stated.per_line, stated.prefix, stated.suffix) == (True, rules.prefix, "")
+    assert (stated.shuffle_tags, stated.dropout, stated.wildcards) == (False, 0.0, None)
+    assert stated.plain("a dog\na cat") == '"sks" ä/b/c\\ a dog'
+    wild = CaptionRules.from_stated(CaptionRules(wildcards=Wildcards()).stated())
+    assert wild.plain("a {red|blue} dog") == "a red dog"
+    assert CaptionRules(shuffle_tags=True).stated() == ""
+    for damaged in ("", "[1]", "{", "3", '{"prefix": null}'):
+        assert CaptionRules.from_stated(damaged) == CaptionRules()

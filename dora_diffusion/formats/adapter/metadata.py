@@ -32,6 +32,8 @@ UNET_LAYERS = "unet_layers_per_block"
 APPROXIMATES, APPROXIMATION_ERROR = "approximates", "approximation_error"
 # How prompts are read, where that is not the usual way (`Components.reading`).
 READING = ("clip_skip", "max_token_length")
+# How captions were made of what lies beside photos (`CaptionRules.stated`).
+CAPTIONS = "captions"
 TAGS, THUMBNAIL = "modelspec.tags", "modelspec.thumbnail"
 TAG_FREQUENCY = "ss_tag_frequency"
 # Datasets have names there, often those of folders.
