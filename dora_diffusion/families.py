@@ -187,17 +187,37 @@ class Family:
         """The text encoder that is this component of a pipeline, None if it is not one."""
         return next((e for e in self.text_encoders if e.component == component), None)
 
-    def encode_text(self, encoder: Any, input_ids: Any, attention_mask: Any) -> tuple[Any, Any]:
+    @property
+    def skipped_layers(self) -> int:
+        """Last layers of its text encoders that condition nothing, without any clip skip."""
+        return 1 if self.hidden_state == "penultimate" else 0
+
+    def web_ui_clip_skip(self, clip_skip: int) -> int:
+        """What web UIs and sd-scripts call Diffusers' ``clip_skip``: the last layer is their 1."""
+        return clip_skip + self.skipped_layers + 1
+
+    def encode_text(
+        self, encoder: Any, input_ids: Any, attention_mask: Any, clip_skip: int = 0
+    ) -> tuple[Any, Any]:
         """One text encoder's states ``(B, tokens, C)``, and its pooled output ``(B, P)`` or None.
 
         Args:
             encoder: A CLIP text encoder, with or without a projection.
             input_ids: ``(B, tokens)`` int64.
             attention_mask: ``(B, tokens)``, or None: the padding is read too.
+            clip_skip: Further layers at the end that are left out of the states, as Diffusers'
+                pipelines count them.
         """
         if self.hidden_state == "penultimate":
             output = encoder(input_ids, output_hidden_states=True)
-            return output.hidden_states[-2], output[0] if self.has_pooled else None
+            states = output.hidden_states[-2 - clip_skip]
+            return states, output[0] if self.has_pooled else None
+        if clip_skip:
+            output = encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True)
+            # Transformers 5 has no `text_model`, which Diffusers' pipelines look for.
+            norm = getattr(encoder, "text_model", encoder).final_layer_norm
+            states = norm(output.hidden_states[-1 - clip_skip])
+            return states, output[1] if self.has_pooled else None
         output = encoder(input_ids, attention_mask=attention_mask)
         return output[0], output[1] if self.has_pooled else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,21 @@ from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.devices import default_device
 from dora_diffusion.formats.adapter.file import AdapterMetadata
-from dora_diffusion.formats.adapter.metadata import split_triggers
+from dora_diffusion.formats.adapter.metadata import split_triggers, stated_reading
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import in_turns, place
 from dora_diffusion.models.precision import require_computes
 from dora_diffusion.models.schedulers import SCHEDULERS
-from dora_diffusion.models.text import add_tokens, warn_of_truncation
+from dora_diffusion.models.text import (
+    Conditioning,
+    add_tokens,
+    chunk_count,
+    encode_negative,
+    encode_prompts,
+    encode_unconditional,
+    warn_of_truncation,
+)
 from dora_diffusion.models.weights import quiet_libraries
 
 _LABEL_HEIGHT = 18
@@ -103,6 +111,8 @@ def load_adapted(
     vae: str | Path | None = None,
     compile: bool = False,
     offload: str = "none",
+    clip_skip: int | None = None,
+    max_token_length: int | None = None,
 ) -> tuple[Components, AdapterMetadata]:
     """Load a base model with an adapter and its trained tokens on it, ready to sample from.
 
@@ -121,6 +131,10 @@ def load_adapted(
         vae: Another autoencoder, as `load_components` takes it.
         compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
         offload: ``"model"`` has each part on the device only while it computes (`generate_images`).
+        clip_skip: Last layers of the text encoders to leave out; None is what the adapter says, or
+            else the base.
+        max_token_length: Tokens of a prompt that are read; None is what the adapter says, or else
+            the base.
 
     Returns:
         The model, and the adapter's metadata; its ``trigger`` holds the trigger words.
@@ -138,6 +152,7 @@ def load_adapted(
         base, revision=revision, variant=variant, vae=vae, dtype=dtype, config=config
     )
     components = place(components, device, offload)
+    components = components.reading(clip_skip, max_token_length)
     if compile:
         compile_blocks(components.unet)
     if adapter is None:
@@ -145,6 +160,12 @@ def load_adapted(
     read = attach_file(components.adaptable(), adapter, family=components.family.name, alpha=alpha)
     add_tokens(components, read.tokens)
     _set_strengths(components, strength, direction, magnitude)
+    stated = stated_reading(read.metadata.extra)
+    if clip_skip is None:
+        components = replace(components, clip_skip=stated.get("clip_skip", components.clip_skip))
+    if max_token_length is None:
+        length = stated.get("max_token_length", components.max_token_length)
+        components = replace(components, max_token_length=length)
     return components, read.metadata
 
 
@@ -202,7 +223,7 @@ def generate_images(
     prompt = _per_seed(prompt, seeds, adapters)
     settings = settings or SamplingSettings()
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    warn_of_truncation(components.tokenizers[0], [*prompts, settings.negative_prompt])
+    warn_of_truncation(components, [*prompts, settings.negative_prompt])
     images: list[Image.Image] = []
     batches = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
     with (
@@ -311,13 +332,8 @@ def _sample(
     if painted and isinstance(prompt, str):
         # Each image of a batch draws its own latents of what it is painted into.
         prompt = [prompt] * len(seeds)
-    negative: Any = settings.negative_prompt or None
-    if negative and not isinstance(prompt, str):
-        negative = [negative] * len(prompt)
     pixels: np.ndarray = pipeline(
-        prompt,
-        negative_prompt=negative,
-        num_images_per_prompt=len(seeds) if isinstance(prompt, str) else 1,
+        **_prompts(components, prompt, settings.negative_prompt, len(seeds)),
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
         width=width,
@@ -328,6 +344,42 @@ def _sample(
         **painted,
     ).images
     return pixels
+
+
+def _prompts(
+    components: Components, prompt: str | list[str], negative: str, count: int
+) -> dict[str, Any]:
+    """What a pipeline is called with for ``count`` images: prompts as they are, or encoded.
+
+    Encoded are those that it would cut, and with clip skip, for which Diffusers' pipelines need a
+    `text_model` that Transformers 5 has not.
+    """
+    prompts = [prompt] * count if isinstance(prompt, str) else prompt
+    is_short = components.most_chunks == 1 or all(
+        chunk_count(components, text) == 1 for text in dict.fromkeys([*prompts, negative])
+    )
+    if is_short and not components.clip_skip:
+        negatives: Any = negative or None
+        if negative and not isinstance(prompt, str):
+            negatives = [negative] * count
+        return {
+            "prompt": prompt,
+            "negative_prompt": negatives,
+            "num_images_per_prompt": count if isinstance(prompt, str) else 1,
+        }
+    against = (
+        encode_negative(components, [negative] * count)
+        if negative
+        else encode_unconditional(components, count)
+    )
+    both = Conditioning.cat([encode_prompts(components, prompts), against])
+    parts = {"prompt_embeds": both.encoder_hidden_states, "pooled_prompt_embeds": both.pooled}
+    return {
+        prefix + name: rows
+        for name, tensor in parts.items()
+        if tensor is not None
+        for prefix, rows in (("", tensor[:count]), ("negative_", tensor[count:]))
+    }
 
 
 def _require_finite(pixels: np.ndarray, seeds: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 QUOTE_LIMIT = 80
+_PUNCTUATION = ",.;:!?"
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
@@ -43,6 +44,22 @@ def quoted(text: str, limit: int = QUOTE_LIMIT) -> str:
     if len(line) > limit:
         line = f"{line[: limit // 2].rstrip()} ... {line[-limit // 2 :].lstrip()}"
     return repr(line)
+
+
+def framed(prefix: str, text: str, suffix: str) -> str:
+    """A text between two others: spaces between them, none before a suffix's punctuation.
+
+    Example:
+        >>> framed("sks dog,", "grass, sun", ", photo"), framed("", "a dog", "at night")
+        ('sks dog, grass, sun, photo', 'a dog at night')
+        >>> framed("sks dog,", "", ", photo")
+        'sks dog, photo'
+    """
+    if suffix[:1] not in tuple(_PUNCTUATION):
+        suffix = f" {suffix}"
+    elif not text.strip():
+        prefix = prefix.rstrip(_PUNCTUATION + " ")
+    return " ".join((f"{prefix} {text}".rstrip() + suffix).split())
 
 
 def with_article(noun: str) -> str:

@@ -35,6 +35,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.numerics.weights import Strengths
+from tests.models.test_text import by_hand
 
 QUICK = SamplingSettings(steps=3, guidance_scale=4.0)
 PROMPT = "a photo of a sks dog"
@@ -103,6 +104,45 @@ def test_images_are_those_of_the_diffusers_pipeline(sd1_folder, sd1):
         generator=torch.Generator().manual_seed(11),
     ).images
     assert np.array_equal(pixels(generate_images(sd1, PROMPT, [11], QUICK)), pixels(expected))
+
+
+@pytest.mark.parametrize(("family", "clip_skip"), [("sd1_folder", 1), ("sdxl_folder", 0)])
+def test_prompts_are_read_as_the_adapter_says(family, clip_skip, request, tmp_path):
+    """Of two chunks and with clip skip: the pipeline's image of states computed by transformers."""
+    folder = request.getfixturevalue(family)
+    base = load_components(folder)
+    extra = {"max_token_length": "150", "clip_skip": str(clip_skip)}
+    metadata = AdapterMetadata(base.family.name, extra=extra)
+    inject_adapters(base.unet, AdapterConfig(rank=2, targets=("cross-attention",)))
+    components, _ = load_adapted(
+        folder, save_adapter({"unet": base.unet}, tmp_path, metadata=metadata)
+    )
+    assert (components.clip_skip, components.max_token_length) == (clip_skip, 150)
+    prompt = PROMPT + " on the red backpack" * 20
+    texts = {"": by_hand(base, prompt, clip_skip), "negative_": by_hand(base, "a cat")}
+    embeds = {
+        f"{sign}{part}": torch.cat([states, states], dim=1)
+        if part == "prompt_embeds" and states.shape[1] == 77
+        else states
+        for sign, text in texts.items()
+        for part, states in (
+            ("prompt_embeds", text.encoder_hidden_states),
+            ("pooled_prompt_embeds", text.pooled),
+        )
+        if states is not None
+    }
+    options = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "np"}
+    generator = torch.Generator().manual_seed(11)
+    expected = base.pipeline()(**embeds, **options, generator=generator).images
+    settings = SamplingSettings(steps=2, guidance_scale=4.0, negative_prompt="a cat")
+    (image,) = generate_images(components, prompt, [11], settings)
+    assert np.abs(np.asarray(image) - 255 * expected[0]).max() <= 1
+    # What is given counts more than what the file says.
+    plain, _ = load_adapted(folder, tmp_path, clip_skip=0, max_token_length=75)
+    assert (plain.clip_skip, plain.max_token_length) == (0, 75)
+    with pytest.warns(UserWarning, match="it will not see the end"):
+        (cut,) = generate_images(plain, prompt, [11], settings)
+    assert np.abs(np.asarray(cut, np.int16) - np.asarray(image, np.int16)).max() > 3
 
 
 @pytest.mark.parametrize("scheduler", list(SCHEDULERS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from dora_diffusion.commands.options import (
 from dora_diffusion.config import ConfigError
 from dora_diffusion.console.progress import progress
 from dora_diffusion.console.tables import print_json
+from dora_diffusion.formats.adapter.metadata import CAPTIONS, OWN
 from dora_diffusion.formats.files.atomic import require_writable
 
 if TYPE_CHECKING:
@@ -78,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     default = SAMPLING if _is_toy(args) else SamplingSettings()
     guidance = default.guidance_scale if args.guidance_scale is None else args.guidance_scale
     settings = SamplingSettings(args.steps, guidance, args.scheduler)
-    components, trigger, base_model = _load(args)
-    evaluate = _evaluate_toy if _is_toy(args) else _evaluate_photos
+    components, trigger, captions, base_model = _load(args)
+    evaluate = _evaluate_toy if _is_toy(args) else partial(_evaluate_photos, captions=captions)
     evaluation = evaluate(args, components, trigger, settings, base_model)
     evaluation = dataclasses.replace(evaluation, details=_details(args, trigger, settings))
     files = evaluation.write(Path(args.output))
@@ -92,18 +94,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace) -> tuple[Components, str, Components | None]:
-    """The model that is measured, its trigger words, and its base where adapters do not tell it."""
+def _load(args: argparse.Namespace) -> tuple[Components, str, str, Components | None]:
+    """The model that is measured, its trigger words, how its captions were read, and its base.
+
+    The base is None where it is the same model without the adapter.
+    """
     from dora_diffusion.analysis.sources import is_model
 
     if not Path(args.adapter).expanduser().exists() or not is_model(args.adapter):
         components, metadata = load_adapted_model(args)
-        return components, args.trigger or metadata.trigger, None
+        captions = metadata.extra.get(CAPTIONS, "")
+        return components, args.trigger or metadata.trigger, captions, None
     from dora_diffusion.export.files import open_model
     from dora_diffusion.export.metadata import trained_trigger
 
     with open_model(args.adapter) as stored:
         trigger = args.trigger or trained_trigger(stored.metadata)
+        captions = stored.metadata.get(OWN + CAPTIONS, "")
     base = argparse.Namespace(**{**vars(args), "adapter": None})
     tuned = argparse.Namespace(
         **{**vars(base), "base": args.adapter, "variant": None, "revision": None}
@@ -113,7 +120,7 @@ def _load(args: argparse.Namespace) -> tuple[Components, str, Components | None]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*has no effect because no adapter is given")
         base_model, _ = load_adapted_model(base)
-    return components, trigger, base_model
+    return components, trigger, captions, base_model
 
 
 def _is_toy(args: argparse.Namespace) -> bool:
@@ -186,7 +193,10 @@ def _evaluate_photos(
     trigger: str,
     settings: SamplingSettings,
     base_model: Components | None,
+    *,
+    captions: str,
 ) -> Evaluation:
+    from dora_diffusion.data.captions import CaptionRules
     from dora_diffusion.data.photo_record import read_photo_record
     from dora_diffusion.evaluation.metric_models import LITE, lite_is_installed, open_metric_model
     from dora_diffusion.evaluation.photos import PROMPTS, evaluate_photos, read_subject
@@ -201,7 +211,8 @@ def _evaluate_photos(
     lines = Path(args.prompts).read_text(encoding="utf-8").splitlines() if args.prompts else []
     class_word = args.class_word or trigger.partition(" ")[2]
     trained_on = read_photo_record(args.adapter) or ()
-    subject = read_subject(args.subject, trigger, class_word, trained_on)
+    rules = CaptionRules.from_stated(captions)
+    subject = read_subject(args.subject, trigger, class_word, trained_on, rules)
     for caution in subject.cautions:
         warnings.warn(caution, stacklevel=1)
     with progress("generating images", "step") as show:

@@ -44,6 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", help="Prompt; required, unless each entry of --adapters_file has one."
     )
+    parser.add_argument(
+        "--wildcards",
+        action="store_true",
+        help="Draw {a|b} and __file__ of the prompt by each image's seed; \\{ is a brace.",
+    )
+    parser.add_argument(
+        "--wildcard_dir", help="Folder of wildcard files: __colours__ is a line of its colours.txt."
+    )
     parser.add_argument("--output", required=True, help="Image file, X.png.")
     parser.add_argument(
         "--image", help="Of an inpainting model: image to paint into, cut to the size."
@@ -115,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
                 told |= {row.adapter: pool.metadata(name) for row, name in pairs if name}
             images += generate_images(
                 components,
-                args.prompt if names is None else [row.prompt for row in batch],
+                [row.prompt for row in batch] if names or args.wildcards else args.prompt,
                 [row.seed for row in batch],
                 settings,
                 adapters=names,
@@ -136,8 +144,9 @@ def run(args: argparse.Namespace) -> int:
     for row, image in zip(rows, images, strict=True):
         strengths = Strengths(row.strength, args.direction_strength, args.magnitude_strength)
         text = parameters_text(
-            row.prompt, row.seed, settings, image.size, args.base, row.adapter, strengths
-        )
+            row.prompt, row.seed, settings, image.size, args.base, row.adapter, strengths,
+            extra=components.clip_skip_parameter,
+        )  # fmt: skip
         save_png(image, row.path, text)
         print(f"{row.path} (seed {row.seed})")
     return 0
@@ -166,6 +175,28 @@ def _show(
     show(before * steps + done * count, total * steps)
 
 
+def _drawn(args: argparse.Namespace) -> Callable[[str, int], str]:
+    """What draws the wildcards of a prompt by an image's seed.
+
+    Raises:
+        ConfigError: If they cannot be drawn.
+    """
+    if not args.wildcards:
+        if args.wildcard_dir is not None:
+            warnings.warn("wildcard_dir has no effect because wildcards is off", stacklevel=2)
+        return lambda prompt, seed: prompt
+    from dora_diffusion.data.captions import CaptionRules
+    from dora_diffusion.data.wildcards import Wildcards
+
+    def draw(prompt: str, seed: int) -> str:
+        try:
+            return CaptionRules(wildcards=Wildcards(args.wildcard_dir)).draw_prompt(prompt, seed)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    return draw
+
+
 def _rows(args: argparse.Namespace) -> list[_Row]:
     """The images that are asked for, each with its file.
 
@@ -183,7 +214,7 @@ def _rows(args: argparse.Namespace) -> list[_Row]:
     first = secrets.randbelow(2**32) if args.seed is None else args.seed
     if not 0 <= first <= 2**63 - len(entries):
         raise ConfigError(f"seed is {first}; it must be between 0 and 2**63 - num_images")
-    rows = []
+    rows, drawn = [], _drawn(args)
     for number, entry in enumerate(entries):
         prompt, seed = entry.get("prompt", args.prompt), entry.get("seed", first + number)
         lacking = (
@@ -193,7 +224,7 @@ def _rows(args: argparse.Namespace) -> list[_Row]:
         suffix = f"-{number + 1}" if args.adapters_file else f"-{seed}" if len(entries) > 1 else ""
         adapter, strength = entry.get("adapter", args.adapter), entry.get("strength", args.strength)
         path = output.with_stem(output.stem + suffix)
-        rows.append(_Row(prompt, seed, adapter, strength, path))
+        rows.append(_Row(drawn(prompt, seed), seed, adapter, strength, path))
     existing = next((row.path for row in rows if row.path.exists()), None)
     if existing and not args.overwrite:
         raise ConfigError(

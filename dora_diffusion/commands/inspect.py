@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from dora_diffusion.commands.options import add_base, base_options
 from dora_diffusion.console.tables import print_json, print_rows
-from dora_diffusion.families import FAMILIES
+from dora_diffusion.families import FAMILIES, USUAL
+from dora_diffusion.formats.adapter.metadata import READING, reading_in_words, stated_reading
 from dora_diffusion.wording import counted
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 # Facts of the metadata that have rows of their own, or are about the file's layers.
 _SHOWN = (
     "trained_alpha", "prediction_type", "approximates", "approximation_error",
-    "unet_layers_per_block", "embeddings",
+    "unet_layers_per_block", "embeddings", *READING,
 )  # fmt: skip
 _UNKNOWN = "unknown; convert with --family"
 
@@ -60,6 +61,7 @@ def _facts(report: AdapterReport) -> list[tuple[str, str]]:
         ("base model", metadata.base_model),
         ("prediction type", metadata.extra.get("prediction_type", "")),
         ("resolution", f"{metadata.resolution} px" if metadata.resolution else ""),
+        ("reads prompts", reading_in_words(stated_reading(metadata.extra), family or USUAL)),
         ("tags", ", ".join(metadata.tags)),
         ("thumbnail", "yes" if metadata.thumbnail else ""),
     ]

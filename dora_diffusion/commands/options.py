@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.adapter import NORM_AXES
-from dora_diffusion.config.fields import AUTO, DTYPES, dtype_name, require
+from dora_diffusion.config.fields import AUTO, DTYPES, dtype_name, require, require_token_length
 from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.console.tables import print_json
 from dora_diffusion.formats.layouts import CONVERSIONS
@@ -115,6 +115,18 @@ def add_adapted_model(parser: argparse.ArgumentParser) -> None:
         "released model's, from the hub.",
     )
     add_alpha(parser)
+    stated = "Default: what the adapter's file says, else that of the base."
+    parser.add_argument(
+        "--clip_skip",
+        type=int,
+        help="Last layers of the text encoders to leave out, as Diffusers counts: 1 is Clip skip 2 "
+        f"of web UIs; of SDXL their Clip skip 2 is 0 here. {stated}",
+    )
+    parser.add_argument(
+        "--max_token_length",
+        type=int,
+        help=f"Tokens of a prompt that are read, in chunks of 75; 0 reads all. {stated}",
+    )
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -166,6 +178,13 @@ def load_adapted_model(args: argparse.Namespace) -> tuple[Components, AdapterMet
     for name in _STRENGTHS:
         value = getattr(args, name)
         require(math.isfinite(value), f"{name} is {value}; it must be a finite number", name)
+    require(
+        args.clip_skip is None or args.clip_skip >= 0,
+        f"clip_skip is {args.clip_skip}; it must not be negative",
+        "clip_skip",
+    )
+    if args.max_token_length is not None:
+        require_token_length(args.max_token_length)
     warn_without_effect(args)
     from dora_diffusion.generate import load_adapted
     from dora_diffusion.models.precision import dtype_of
@@ -181,6 +200,8 @@ def load_adapted_model(args: argparse.Namespace) -> tuple[Components, AdapterMet
         config=args.config,
         compile=args.compile,
         offload=getattr(args, "offload", "none"),
+        clip_skip=args.clip_skip,
+        max_token_length=args.max_token_length,
         **base_options(args),
     )
 

@@ -12,12 +12,14 @@ from typing import Any
 from dora_diffusion.config.fields import ConfigError, Setting, shown, with_present_names
 from dora_diffusion.config.subject import ENTRY_SETTINGS
 from dora_diffusion.config.train import TrainConfig, settings
+from dora_diffusion.wording import framed
 
 Changes = dict[str, tuple[Any, Any]]
 
 # Learning rates that are usual, generously: least and most. Adafactor's is not relative to the
 # weights here, and its updates are clipped: Adam's rates. Prodigy multiplies its own by it.
 _ADAPTER, _VERA, _FULL, _PRODIGY = (1e-6, 5e-3), (1e-5, 1e-1), (1e-8, 1e-4), (0.1, 10.0)
+_INNERMOST = re.compile(r"(?<!\\)\{([^{}|]*)(?:\|[^{}]*)?\}")
 # A class word ends where the prompt continues with where the subject is or how it is drawn.
 _NEXT_PHRASE = re.compile(
     r"[,.;:()]|\b(?:on|in|at|with|by|under|over|near|against|wearing|from|and|of|beside)\b.*", re.I
@@ -32,16 +34,33 @@ def class_word_in(prompt: str, token: str) -> str:
     return _NEXT_PHRASE.split(rest, maxsplit=1)[0].strip()
 
 
+def framed_prompt(config: TrainConfig) -> str:
+    """The instance prompt as a caption: between prefix and suffix."""
+    prefix, prompt, suffix = (
+        config.caption_prefix,
+        config.instance_prompt or "",
+        config.caption_suffix,
+    )
+    return framed(prefix, prompt, suffix) if prefix or suffix else prompt
+
+
+def usual_class_word(config: TrainConfig) -> str:
+    """The class word that follows from the instance prompt; of wildcards the first alternative."""
+    prompt, before = framed_prompt(config), ""
+    while config.wildcards and prompt != before:
+        prompt, before = _INNERMOST.sub(r"\1", prompt), prompt
+    return class_word_in(prompt, config.token.strip())
+
+
 def _class_word(config: TrainConfig) -> str | None:
     if config.dataset_config:  # Each entry's follows from its own prompt.
         return None
-    return class_word_in(config.instance_prompt or "", config.token.strip()) or None
+    return usual_class_word(config) or None
 
 
 def _validation_prompt(config: TrainConfig) -> list[str]:
-    prompts = [subject.instance_prompt for subject in config.subjects]
-    is_used = config.num_validation_images
-    return list(dict.fromkeys(filter(None, prompts))) if is_used else []
+    prompts = [framed_prompt(entry) for entry in config.subjects if entry.instance_prompt]
+    return list(dict.fromkeys(prompts)) if config.num_validation_images else []
 
 
 def _class_data_dir(config: TrainConfig) -> str | None:
@@ -159,7 +178,7 @@ def without_effect(config: TrainConfig, given: Collection[str] | None = None) ->
 
     Example:
         >>> without_effect(TrainConfig(keep_tags=3))
-        {'keep_tags': 'keep_tags has no effect because shuffle_tags is off'}
+        {'keep_tags': 'keep_tags has no effect because shuffle_tags is off and tag_dropout is 0.0'}
     """
     reasons, subjects = {}, config.subjects
     for setting in settings():

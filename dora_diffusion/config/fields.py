@@ -38,6 +38,9 @@ def precision_name(word: str) -> str:
 PRECISIONS = (AUTO, *map(precision_name, DTYPES))
 """What ``--mixed_precision`` takes: Accelerate's names."""
 
+TOKENS_PER_CHUNK = 75
+"""Tokens of a text that a CLIP encoder reads at once, without its start and end token."""
+
 # same: a resumed run must have it; free: it may change, which is said and recorded;
 # apart: no property of the training (folders, names, what happens afterwards).
 Resume = Literal["same", "free", "ignored"]
@@ -74,6 +77,16 @@ def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
 def require_positive(name: str, value: float | None) -> None:
     """A number must be greater than 0; None passes."""
     require(value is None or value > 0, f"{name} is {value}; it must be greater than 0", name)
+
+
+def require_token_length(value: int) -> None:
+    """A limit of tokens must be whole chunks; 0 is none."""
+    require(
+        value >= 0 and value % TOKENS_PER_CHUNK == 0,
+        f"max_token_length is {value}; it must be a multiple of {TOKENS_PER_CHUNK}, such as 75, "
+        "150 or 225, or 0 for no limit",
+        "max_token_length",
+    )
 
 
 def require_choice(name: str, value: str, choices: Sequence[str]) -> None:

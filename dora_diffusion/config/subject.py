@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dora_diffusion.config.fields import AnyOf, Need, flag
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK, AnyOf, Need, flag
 
 PRIOR_MODES = ("images", "image-free")
 INPAINTING_MASKS = ("random", "subject")
@@ -23,6 +23,7 @@ def _class_images(config: Any) -> str | None:
     return "prior_preservation_mode is image-free" if is_image_free else None
 
 
+_TAGS = AnyOf((Need("shuffle_tags"), Need("tag_dropout")))
 _CLASS_IMAGES = (_PRIOR, _class_images)
 
 
@@ -148,18 +149,57 @@ class ImageSettings:
         derived="random",
         choices=INPAINTING_MASKS,
     )
-    shuffle_tags: bool = flag(False, "Shuffle the comma-separated tags of captions.")
+    caption_per_line: bool = flag(
+        False,
+        "Each line of a .txt is a caption of its own, of which every epoch draws one; off joins "
+        "them to one caption.",
+    )
+    caption_prefix: str = flag(
+        "", 'In front of every caption, such as "sks dog,": neither shuffled nor left out.'
+    )
+    caption_suffix: str = flag("", "Behind every caption: neither shuffled nor left out.")
+    wildcards: bool = flag(
+        False,
+        "Draw {a|b} and __file__ of captions anew in every epoch, and of sample prompts for every "
+        "seed; \\{ is a brace.",
+    )
+    wildcard_dir: str | None = flag(
+        None,
+        "Folder of wildcard files: __colours__ is a line of its colours.txt.",
+        resume="ignored",  # its lines are compared by content
+        needs=(Need("wildcards"),),
+        is_path=True,
+    )
+    shuffle_tags: bool = flag(False, "Shuffle the tags of captions.")
+    tag_dropout: float = flag(
+        0.0, "Tag dropout rate: leave out each tag with this probability.", least=0, most=1
+    )
     keep_tags: int = flag(
         1,
-        "Tags at a caption's start that --shuffle_tags leaves in place.",
-        needs=(Need("shuffle_tags"),),
+        "Tags at a caption's start that --shuffle_tags and --tag_dropout leave in place.",
+        needs=(_TAGS,),
         least=0,
+    )
+    caption_separator: str = flag(
+        ",", "What separates tags, and joins them again with a space behind it.", needs=(_TAGS,)
     )
     caption_dropout: float = flag(
         0.0,
         "Caption dropout rate; dropped captions train the unconditional side of guidance.",
         least=0,
         most=1,
+    )
+    max_token_length: int = flag(
+        TOKENS_PER_CHUNK,
+        "Tokens of a caption that are read: 75, or 150, 225 and so on in chunks of 75, as web UIs "
+        "read prompts; 0 reads all. Samples and generate read as many.",
+    )
+    clip_skip: int = flag(
+        0,
+        "Last layers of the text encoders to leave out, as Diffusers counts: with Stable Diffusion "
+        "1 and 2, clip_skip 1 is Clip skip 2 of web UIs and sd-scripts; with SDXL, which reads the "
+        "penultimate layer already, their Clip skip 2 is 0 here. Samples and generate do the same.",
+        least=0,
     )
     cache_latents: bool = flag(
         True,

@@ -16,7 +16,12 @@ from typing import Any
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
 from dora_diffusion.config.dataset_file import checked_entries, naming_entry
-from dora_diffusion.config.fields import Setting, require, with_present_names
+from dora_diffusion.config.fields import (
+    Setting,
+    require,
+    require_token_length,
+    with_present_names,
+)
 from dora_diffusion.wording import did_you_mean
 
 
@@ -62,6 +67,12 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "push_to_hub publishes adapters; upload the model of full fine-tuning with "
             "'huggingface-cli upload NAME/MODEL OUTPUT_DIR/model'",
             "push_to_hub",
+        )
+        require_token_length(self.max_token_length)
+        require(
+            bool(self.caption_separator),
+            "caption_separator is empty; give what separates tags, such as ','",
+            "caption_separator",
         )
         if self.optimizer_name == "prodigy":
             self._check_prodigy()

@@ -1,22 +1,28 @@
-"""Captions: files beside photos, tag shuffling, dropout, and class-word captions."""
+"""Captions: files beside photos, what is drawn of them, and class-word captions."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import torch
 
-from dora_diffusion.wording import quoted
+from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.data.wildcards import Wildcards, at_random, preferring, render, variants
+from dora_diffusion.wording import framed, quoted
 
 
-def read_caption(photo: str | Path, default: str) -> str:
+def read_caption(photo: str | Path, default: str, *, per_line: bool = False) -> str:
     """Read the caption beside a photo; the default where there is none or it is empty.
 
-    Several lines are joined to one.
+    Several lines are joined to one; ``per_line`` keeps them apart, without empty ones.
 
     Raises:
         ValueError: If the file is not UTF-8 text, or a link to a file that is not there.
@@ -32,30 +38,191 @@ def read_caption(photo: str | Path, default: str) -> str:
         return default
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name}: the caption is not UTF-8 text; save it again") from error
-    return " ".join(text.split()) or default
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return ("\n" if per_line else " ").join(line for line in lines if line) or default
 
 
-def shuffle_tags(caption: str, generator: torch.Generator, *, keep: int = 0) -> str:
-    """Shuffle a caption's comma-separated tags, the first ``keep`` of them held in place."""
-    tags = _tags(caption)
-    fixed, free = tags[:keep], tags[keep:]
-    order = torch.randperm(len(free), generator=generator).tolist()
-    return ", ".join(fixed + [free[i] for i in order])
+# What of the rules an adapter's file keeps, for captions that are read later.
+_STATED = ("per_line", "wildcards", "prefix", "suffix")
 
 
-def can_shuffle(captions: Sequence[str], keep: int) -> bool:
-    """Whether `shuffle_tags` changes any of these captions."""
-    return any(len(_tags(caption)) > keep + 1 for caption in captions)
+@dataclass(frozen=True)
+class CaptionRules:
+    """How the text beside a photo becomes its caption in an epoch.
 
+    In this order: a line of it, the alternatives of wildcards, the order of tags, tags that are
+    left out, what stands around it, and whether it is dropped as a whole. Each is drawn from a
+    generator of its own, by a key such as seed, epoch and photo; shuffling and dropping share one.
 
-def tag_frequency(captions: Sequence[str]) -> dict[str, int]:
-    """How many captions hold each comma-separated tag, most frequent first."""
-    counts = Counter(sorted(tag for caption in captions for tag in set(_tags(caption))))
-    return dict(counts.most_common())
+    Attributes:
+        per_line: Each line of the text is a caption of its own.
+        wildcards: Takes ``{a|b}`` and ``__file__`` apart; None leaves them as they are.
+        prefix: In front of every caption: neither shuffled nor left out, but dropped with it.
+        suffix: Behind it.
+        separator: What tags are separated by.
+        shuffle_tags: Shuffle tags.
+        keep_tags: Tags at the start that stay in place.
+        tag_dropout: Probability of leaving out each of the others.
+        dropout: Probability of the empty prompt.
 
+    Raises:
+        ValueError: If a setting is impossible.
+    """
 
-def _tags(caption: str) -> list[str]:
-    return [tag.strip() for tag in caption.split(",") if tag.strip()]
+    per_line: bool = False
+    wildcards: Wildcards | None = None
+    prefix: str = ""
+    suffix: str = ""
+    separator: str = ","
+    shuffle_tags: bool = False
+    keep_tags: int = 1
+    tag_dropout: float = 0.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        for name in ("tag_dropout", "dropout"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"caption {name} must be within 0 and 1, got {value}")
+        if self.keep_tags < 0:
+            raise ValueError(f"keep_tags must not be negative, got {self.keep_tags}")
+        if not self.separator:
+            raise ValueError("caption_separator is empty; give what separates tags, such as ','")
+
+    def draw(self, text: str, *key: object) -> str:
+        """The caption of a photo's text that a key draws."""
+        lines = self._lines(text)
+        number = 0
+        if len(lines) > 1:
+            chooser = generator_for("caption line", *key)
+            number = int(torch.randint(len(lines), (), generator=chooser))
+        parts = (self.prefix, lines[number], self.suffix)
+        if self.wildcards is not None:
+            pick = at_random(generator_for("wildcards", *key))
+            before, own, after = (render(self.wildcards.parse(part), pick) for part in parts)
+            parts = (before, " ".join(own.split()), after)
+        generator = generator_for("caption", *key)
+        caption = self._around(parts[0], self._tags(parts[1], generator, key), parts[2])
+        if self.dropout > 0.0:
+            caption = drop_caption(caption, self.dropout, generator)
+        return caption
+
+    def draw_prompt(self, prompt: str, seed: int) -> str:
+        """A prompt of an image, its wildcards drawn by the image's seed."""
+        if self.wildcards is None:
+            return prompt
+        pick = at_random(generator_for("wildcards", "prompt", seed))
+        return " ".join(render(self.wildcards.parse(prompt), pick).split())
+
+    def plain(self, text: str) -> str:
+        """The caption that photos are measured with: the first line and alternatives, all of it."""
+        return self.variants(text)[0]
+
+    def stated(self) -> str:
+        """What an adapter's file says of these rules, but for shuffling and dropout.
+
+        Empty for the usual ones. Quoted, since slashes in metadata are taken for a path's.
+        """
+        usual = CaptionRules()
+        values = {
+            name: True if name == "wildcards" else value
+            for name in _STATED
+            if (value := getattr(self, name)) != getattr(usual, name)
+        }
+        return quote(json.dumps(values, ensure_ascii=False), safe=' ,:;{}"') if values else ""
+
+    @classmethod
+    def from_stated(cls, text: str) -> CaptionRules:
+        """The rules that `stated` wrote; those by default of anything else."""
+        try:
+            known = {name: json.loads(unquote(text)).get(name) for name in _STATED}
+        except (AttributeError, RecursionError, ValueError):
+            return cls()
+        return cls(
+            per_line=bool(known["per_line"]),
+            wildcards=Wildcards() if known["wildcards"] else None,
+            prefix=str(known["prefix"] or ""),
+            suffix=str(known["suffix"] or ""),
+        )
+
+    def variants(self, text: str) -> list[str]:
+        """Captions, unshuffled and whole, in which each line and each alternative occurs."""
+        return [caption for line in self._lines(text) for caption in self._variants(line)]
+
+    def _variants(self, line: str) -> list[str]:
+        whole = self._around(self.prefix, line, self.suffix)
+        if self.wildcards is None:
+            return [whole]
+        found = variants(self.wildcards.parse(whole))
+        return list(dict.fromkeys(" ".join(caption.split()) for caption in found))
+
+    def possible(self, text: str, token: str, *, with_dropout: bool = False) -> list[str]:
+        """Of each line the caption that avoids a token, and the one that holds it if that differs.
+
+        Args:
+            text: Of a photo.
+            token: A word.
+            with_dropout: Leave out every tag that `tag_dropout` may leave out.
+        """
+        captions = []
+        picks = [
+            preferring(lambda own: not contains_token(own, token)),
+            preferring(lambda own: contains_token(own, token)),
+        ]
+        for line in self._lines(text):
+            for pick in picks if self.wildcards is not None else picks[:1]:
+                parts = [self.prefix, line, self.suffix]
+                if self.wildcards is not None:
+                    parts = [render(self.wildcards.parse(part), pick) for part in parts]
+                if with_dropout and self.tag_dropout:
+                    parts[1] = self._joint.join(self._split(parts[1])[: self.keep_tags])
+                captions.append(self._around(*parts))
+        return list(dict.fromkeys(captions))
+
+    def can_shuffle(self, captions: Sequence[str], others: int = 2) -> bool:
+        """Whether any of these captions has so many tags behind those that are kept."""
+        return any(len(self._split(caption)) >= self.keep_tags + others for caption in captions)
+
+    def identity(self, text: str) -> str:
+        """The text, and with wildcards a digest of what it may become: another file is another."""
+        if self.wildcards is None:
+            return text
+        digest = hashlib.sha256("\n".join(self.variants(text)).encode()).hexdigest()
+        return f"{text} [{digest[:12]}]"
+
+    def tag_frequency(self, captions: Sequence[str]) -> dict[str, int]:
+        """How many captions hold each tag, most frequent first."""
+        counts = Counter(sorted(tag for caption in captions for tag in set(self._split(caption))))
+        return dict(counts.most_common())
+
+    def _lines(self, text: str) -> list[str]:
+        return text.split("\n") if self.per_line else [text]
+
+    def _around(self, prefix: str, text: str, suffix: str) -> str:
+        return framed(prefix, text, suffix) if prefix or suffix else text
+
+    def _tags(self, text: str, generator: torch.Generator, key: Sequence[object]) -> str:
+        if not self.shuffle_tags and not self.tag_dropout:
+            return text
+        tags = self._split(text)
+        fixed, free = tags[: self.keep_tags], tags[self.keep_tags :]
+        order = list(range(len(free)))
+        if self.shuffle_tags:
+            order = torch.randperm(len(free), generator=generator).tolist()
+        coins = torch.rand(len(free), generator=generator_for("tag dropout", *key)).tolist()
+        kept = [free[i] for i in order if coins[i] >= self.tag_dropout]
+        return self._joint.join(fixed + kept)
+
+    @property
+    def _joint(self) -> str:
+        """What tags are joined by: the separator, with a space behind it where it has none."""
+        is_bare = self.separator == self.separator.strip()
+        return f"{self.separator} " if is_bare else self.separator
+
+    def _split(self, text: str) -> list[str]:
+        tags = text.split(self.separator.strip() or self.separator)
+        return [tag.strip() for tag in tags if tag.strip()]
 
 
 def drop_caption(caption: str, probability: float, generator: torch.Generator) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -145,14 +146,32 @@ class DreamBoothDataset(Dataset[Sample]):
 
     @property
     def captions(self) -> list[str]:
-        """The photos' captions before dropout and shuffling."""
-        return [photo.caption for photo in self.photos]
+        """The photos' captions before dropout and shuffling, with each line and alternative."""
+        return [
+            caption
+            for subject in self.subjects
+            for photo in subject.photos
+            for caption in subject.draws.captions.variants(photo.caption)
+        ]
+
+    def tag_frequency(self) -> dict[str, int]:
+        """How many of `captions` hold each tag, most frequent first."""
+        counts: Counter[str] = Counter()
+        for subject in self.subjects:
+            rules = subject.draws.captions
+            own = [c for photo in subject.photos for c in rules.variants(photo.caption)]
+            counts.update(rules.tag_frequency(own))
+        return dict(counts.most_common())
 
     def contents(self) -> dict[str, list[dict[str, str]]]:
         """What is trained on, in order: the record of each photo and class image."""
         class_images = (image for subject in self.subjects for image in subject.class_images)
         return {
-            "images": [photo.record() for photo in self.photos],
+            "images": [
+                photo.record() | {"caption": subject.draws.captions.identity(photo.caption)}
+                for subject in self.subjects
+                for photo in subject.photos
+            ],
             "class_images": [image.record() for image in class_images],
         }
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.data.captions import drop_caption, shuffle_tags
+from dora_diffusion.data.captions import CaptionRules
 from dora_diffusion.data.crops import CropRecord, apply_crop_to_mask, plan_crop
 from dora_diffusion.data.photos import Photo, open_mask
 from dora_diffusion.data.sampler import generator_for
@@ -35,9 +35,7 @@ class SampleTransform:
         random_flip: Mirror half of the samples.
         crop_variants: Draw among this many fixed crops per photo, so that a cache of latents
             fills up without losing the variety; None draws a new place every time.
-        caption_dropout: Probability of the empty prompt.
-        shuffle_tags: Shuffle comma-separated tags.
-        keep_tags: Tags at the start that stay in place.
+        captions: How captions are drawn.
 
     Raises:
         ValueError: If a setting is impossible, or the resolution does not fit the model.
@@ -51,18 +49,12 @@ class SampleTransform:
     center_crop: bool = True
     random_flip: bool = False
     crop_variants: int | None = None
-    caption_dropout: float = 0.0
-    shuffle_tags: bool = False
-    keep_tags: int = 1
+    captions: CaptionRules = field(default_factory=CaptionRules)
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if not 0.0 <= self.caption_dropout <= 1.0:
-            raise ValueError(f"caption_dropout must be within 0 and 1, got {self.caption_dropout}")
         if self.crop_variants is not None and self.crop_variants < 1:
             raise ValueError(f"crop_variants must be at least 1, got {self.crop_variants}")
-        if self.keep_tags < 0:
-            raise ValueError(f"keep_tags must not be negative, got {self.keep_tags}")
         plan_crop((self.resolution, self.resolution), self.resolution, multiple=self.multiple)
 
     def target_size(self, photo: Photo) -> tuple[int, int]:
@@ -113,14 +105,8 @@ class SampleTransform:
         return random_mask(crop.target_size, self.generator("planes", photo, epoch))
 
     def caption(self, photo: Photo, epoch: int) -> str:
-        """The caption of a photo in an epoch, after shuffling and dropout."""
-        generator = generator_for("caption", self.seed, epoch, photo.digest)
-        text = photo.caption
-        if self.shuffle_tags:
-            text = shuffle_tags(text, generator, keep=self.keep_tags)
-        if self.caption_dropout > 0.0:
-            text = drop_caption(text, self.caption_dropout, generator)
-        return text
+        """The caption of a photo in an epoch."""
+        return self.captions.draw(photo.caption, self.seed, epoch, photo.digest)
 
 
 def random_mask(size: tuple[int, int], generator: torch.Generator) -> Tensor:

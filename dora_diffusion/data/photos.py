@@ -86,7 +86,12 @@ class MaskError(PhotoError):
 
 
 def read_photo(
-    path: Path, prompt: str, *, mask_crops: MaskCrops | None = None, measure: bool = False
+    path: Path,
+    prompt: str,
+    *,
+    mask_crops: MaskCrops | None = None,
+    measure: bool = False,
+    per_line: bool = False,
 ) -> Photo:
     """Open a photo, turn it upright, check and digest it, and read its caption.
 
@@ -95,6 +100,7 @@ def read_photo(
         prompt: Its caption where it has no caption file.
         mask_crops: Use its mask, which must be bright somewhere in these crops of the photo.
         measure: Measure its appearance too.
+        per_line: Keep the lines of its caption apart.
 
     Raises:
         PhotoError: If it cannot be used; a `MaskError` if its mask cannot.
@@ -106,7 +112,7 @@ def read_photo(
         path,
         digest_of(data),
         size,
-        read_caption(path, prompt),
+        read_caption(path, prompt, per_line=per_line),
         has_transparency=alpha is not None and alpha.getextrema() != (255, 255),
         weight=_read_weight(path.with_suffix(WEIGHT_SUFFIX)),
     )
@@ -122,6 +128,7 @@ def read_photos(
     skip_unreadable: bool = False,
     mask_crops: MaskCrops | None = None,
     measure: bool = False,
+    per_line: bool = False,
 ) -> list[Photo]:
     """Read photos as `read_photo` does.
 
@@ -132,6 +139,7 @@ def read_photos(
             fails all the same: without it, the whole photo would be learned.
         mask_crops: Use masks, of which there must be one at least.
         measure: Measure the photos' appearance, for `check_photos`.
+        per_line: Keep the lines of captions apart.
 
     Raises:
         PhotoError: If a photo or mask is bad (all reasons in one line), or none is left.
@@ -140,7 +148,9 @@ def read_photos(
     errors: list[PhotoError] = []
     for path in paths:
         try:
-            photos.append(read_photo(path, prompt, mask_crops=mask_crops, measure=measure))
+            photos.append(
+                read_photo(path, prompt, mask_crops=mask_crops, measure=measure, per_line=per_line)
+            )
         except PhotoError as error:
             errors.append(error)
     can_skip = skip_unreadable and photos and not any(isinstance(e, MaskError) for e in errors)

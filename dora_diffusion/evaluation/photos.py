@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dora_diffusion.data.captions import CaptionRules
 from dora_diffusion.data.checks import said_of_transparency
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo, list_photos, read_photos
@@ -85,14 +86,30 @@ class PhotoSubject:
 
 
 def read_subject(
-    folder: str | Path, trigger: str, class_word: str, trained_on: Collection[str] = ()
+    folder: str | Path,
+    trigger: str,
+    class_word: str,
+    trained_on: Collection[str] = (),
+    rules: CaptionRules = CaptionRules(),  # noqa: B008 - frozen
 ) -> PhotoSubject:
     """The subject of a folder of photos, each opened and checked once.
 
+    Args:
+        folder: Of the photos.
+        trigger: Trigger words, the caption of photos that have none.
+        class_word: What it is.
+        trained_on: Digests of photos that were trained on.
+        rules: How training read captions; here nothing is shuffled or dropped.
+
     Raises:
         PhotoError: The folder holds no photo, or one that cannot be used.
+        ValueError: A caption's wildcards cannot be drawn.
     """
-    photos = read_photos(list_photos(folder), f"a photo of {with_article(trigger)}")
+    paths, prompt = list_photos(folder), f"a photo of {with_article(trigger)}"
+    photos = [
+        replace(photo, caption=rules.plain(photo.caption))
+        for photo in read_photos(paths, prompt, per_line=rules.per_line)
+    ]
     return PhotoSubject(Path(folder).resolve().name, trigger, class_word, photos, trained_on)
 
 

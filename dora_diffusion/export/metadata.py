@@ -15,11 +15,14 @@ from dora_diffusion.export.files import model_name
 from dora_diffusion.export.merge_spec import MergeSpec, file_hash
 from dora_diffusion.formats.adapter.file import AdapterFile
 from dora_diffusion.formats.adapter.metadata import (
+    CAPTIONS,
     OWN,
+    READING,
     AdapterMetadata,
     join_triggers,
     modelspec_fields,
     split_triggers,
+    stated_reading,
 )
 from dora_diffusion.formats.checkpoint.weights import StoredModel
 
@@ -126,8 +129,10 @@ def merged_metadata(
     """Those of a model with adapters merged in; ``options`` are what the base was opened with."""
     fields = {name: text for name, text in model.metadata.items() if name not in _HASHES}
     if not model.is_single_file:
-        fields = {TRAINED: fields[TRAINED]} if TRAINED in fields else {}
+        kept = (TRAINED, *(OWN + name for name in READING))
+        fields = {name: fields[name] for name in kept if name in fields}
     fields.pop(MERGED, None)
+    fields |= _reading([adapter.metadata for adapter in adapters])
     record = spec.record()
     fields |= {MERGED: json.dumps(record)} if record else {}
     words = [trained_trigger(model.metadata), *(a.metadata.trigger for a in adapters)]
@@ -147,10 +152,19 @@ def merged_metadata(
     )
 
 
+def _reading(adapters: Sequence[AdapterMetadata]) -> dict[str, str]:
+    """How the adapters' prompts are to be read, where they agree."""
+    stated = [stated_reading(adapter.extra) for adapter in adapters]
+    values = {name: {each.get(name) for each in stated} for name in READING}
+    return {OWN + n: str(v) for n, found in values.items() if len(found) == 1 for v in found if v}
+
+
 def trained_metadata(model: StoredModel, metadata: AdapterMetadata, output: Path) -> ModelMetadata:
     """Those of a model that was trained whole."""
     steps, trigger = metadata.extra.get("training_steps", ""), metadata.trigger
     fields = {TRAINED: json.dumps({"training_steps": steps, "trigger": trigger})}
+    fields |= _reading([metadata])
+    fields |= {OWN + CAPTIONS: text} if (text := metadata.extra.get(CAPTIONS)) else {}
     if output.suffix == ".safetensors":
         prediction_type = metadata.extra.get("prediction_type", "")
         fields |= modelspec_fields(model.family, output.stem, trigger, prediction_type)

@@ -109,6 +109,19 @@ class GeneratedImage:
     unread: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _About:
+    """What only the loaded model tells of its images.
+
+    Attributes:
+        unread: A line for each prompt that is longer than it reads, with the truncated end.
+        parameters: Further fields of what made them.
+    """
+
+    unread: tuple[str, ...]
+    parameters: dict[str, int]
+
+
 class ImageGenerator:
     """Makes images and keeps the last model loaded.
 
@@ -153,9 +166,9 @@ class ImageGenerator:
         seeds = _seeds(request)
         with self._device(request.base):
             images = self._sample(request, seeds, on_step)
-            unread = self._unread(request)
+            about = self._about(request)
         return [
-            self._write(request, seed, image, unread)
+            self._write(request, seed, image, about)
             for seed, image in zip(seeds, images, strict=True)
         ]
 
@@ -170,10 +183,10 @@ class ImageGenerator:
             with disabled(*self._model(request).adaptable().values()):
                 (base,) = self._sample(request, [seed], on_step)
             (adapted,) = self._sample(request, [seed], on_step)
-            unread = self._unread(request)
+            about = self._about(request)
         return (
-            self._write(replace(request, adapter=None), seed, base, unread),
-            self._write(request, seed, adapted, unread),
+            self._write(replace(request, adapter=None), seed, base, about),
+            self._write(request, seed, adapted, about),
         )
 
     def grid(
@@ -202,11 +215,11 @@ class ImageGenerator:
                     cell = replace(request, adapter=adapter, strengths=strengths_here)
                     images += self._sample(cell, [seed])
                     on_step(len(images), cells)
-            unread = self._unread(request)
+            about = self._about(request)
         columns = [f"{strength:g}" for strength in strengths]
         title = f"Seed {seed}; above each column, the strength"
         sheet = labelled_sheet(images, title, list(adapters), columns)
-        return self._write(request, seed, sheet, unread, images[0].size)
+        return self._write(request, seed, sheet, about, images[0].size)
 
     def _sample(
         self, request: GenerationRequest, seeds: list[int], on_step: Step | None = None
@@ -262,26 +275,29 @@ class ImageGenerator:
                 )
         return self._components
 
-    def _unread(self, request: GenerationRequest) -> tuple[str, ...]:
-        """A line for each prompt that is longer than the model reads, with its truncated end."""
-        from dora_diffusion.models.text import truncated_text
+    def _about(self, request: GenerationRequest) -> _About:
+        """What to say of images besides what was asked for."""
+        from dora_diffusion.models.text import token_limit, truncated_text
 
-        tokenizer = self._components.tokenizers[0]
+        components, limit = self._components, token_limit(self._components)
         prompts = {"prompt": request.prompt, "negative prompt": request.settings.negative_prompt}
-        ends = {name: truncated_text(tokenizer, prompt) for name, prompt in prompts.items()}
-        return tuple(
-            f"The {name} is longer than the model's {tokenizer.model_max_length} tokens; it did "
-            f"not see the end: {end}"
+        ends = {
+            name: truncated_text(components.tokenizers[0], prompt, components.most_chunks)
+            for name, prompt in prompts.items()
+        }
+        unread = tuple(
+            f"The {name} is longer than {limit}; it did not see the end: {end}"
             for name, end in ends.items()
             if end
         )
+        return _About(unread, components.clip_skip_parameter)
 
     def _write(
         self,
         request: GenerationRequest,
         seed: int,
         image: Image,
-        unread: tuple[str, ...],
+        about: _About,
         size: tuple[int, int] | None = None,
     ) -> GeneratedImage:
         """Save an image; ``size`` is that of each in a sheet."""
@@ -296,10 +312,11 @@ class ImageGenerator:
             # The folder: every run's file has the same name.
             request.adapter and request.adapter.parent,
             request.strengths,
+            extra=about.parameters,
         )
         name = f"{new_id()}-{seed}.png"
         return GeneratedImage(
-            save_png(image, self.workspace.images / name, text), seed, text, unread
+            save_png(image, self.workspace.images / name, text), seed, text, about.unread
         )
 
 

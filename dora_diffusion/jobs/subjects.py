@@ -170,7 +170,8 @@ def sample_names(samples: Path) -> list[str]:
 def save_caption(workspace: Workspace, subject_id: object, photo: object, text: object) -> str:
     """Write a photo's caption; an empty one lets the instance prompt stand in. Returns it."""
     path = photo_path(workspace, subject_id, photo)
-    caption = clean_text(text, CAPTION_LIMIT, "caption")
+    lines = (clean_text(line, CAPTION_LIMIT, "caption") for line in str(text or "").splitlines())
+    caption = "\n".join(filter(None, lines))
     if caption:
         path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
     else:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_token_length
 from dora_diffusion.families import TITLES, Family
 from dora_diffusion.models.latents import vae_factor
 from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler
@@ -36,6 +38,9 @@ class Components:
         source: Folder or file that the weights were read from.
         offload_to: Where modules compute that lie in the host's memory until then
             (`models.offload`); None: they compute where they are.
+        clip_skip: Last layers of the text encoders that prompts are read without, as Diffusers'
+            pipelines count them.
+        max_token_length: Tokens of a prompt that are read, in chunks of 75; 0 reads all.
     """
 
     family: Family
@@ -49,6 +54,8 @@ class Components:
     zeros_for_empty_prompt: bool = False
     source: str = ""
     offload_to: torch.device | None = None
+    clip_skip: int = 0
+    max_token_length: int = TOKENS_PER_CHUNK
 
     def __post_init__(self) -> None:
         """Check that the parts belong together."""
@@ -60,6 +67,47 @@ class Components:
             )
         for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
             check_vocabulary(tokenizer, encoder, self.name)
+            layers = encoder.config.num_hidden_layers - self.family.skipped_layers
+            require(
+                0 <= self.clip_skip < layers,
+                f"clip_skip is {self.clip_skip}; the model's text encoders have {layers} layers to "
+                f"read, so it must be 0 to {layers - 1}",
+                "clip_skip",
+            )
+        require_token_length(self.max_token_length)
+
+    def reading(self, clip_skip: int | None, max_token_length: int | None) -> Components:
+        """The model, with how it is to read prompts; None leaves it as it is.
+
+        Raises:
+            ConfigError: If it cannot.
+
+        Warns:
+            UserWarning: Of a clip skip on top of one that the family has.
+        """
+        family = self.family
+        if clip_skip and family.skipped_layers:
+            web = family.web_ui_clip_skip(0)
+            warnings.warn(
+                f"clip_skip is {clip_skip}: {family.title} without it reads the penultimate layer "
+                f"already, which web UIs call Clip skip {web}; this is their "
+                f"{family.web_ui_clip_skip(clip_skip)}",
+                stacklevel=3,
+            )
+        skip = self.clip_skip if clip_skip is None else clip_skip
+        length = self.max_token_length if max_token_length is None else max_token_length
+        return replace(self, clip_skip=skip, max_token_length=length)
+
+    @property
+    def clip_skip_parameter(self) -> dict[str, int]:
+        """What an image's parameters say of clip skip, as web UIs count it; nothing without one."""
+        skip = self.clip_skip
+        return {"Clip skip": self.family.web_ui_clip_skip(skip)} if skip else {}
+
+    @property
+    def most_chunks(self) -> int | None:
+        """Chunks of a prompt that are read; None: all."""
+        return self.max_token_length // TOKENS_PER_CHUNK or None
 
     @property
     def prediction_type(self) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dora_diffusion.families import Family, UnsupportedModelError, detect_folder_family
+from dora_diffusion.formats.adapter.metadata import OWN, stated_reading
 from dora_diffusion.formats.checkpoint.file import (
     CheckpointFile,
     detect_checkpoint_family,
@@ -86,11 +87,19 @@ def load_components(
             components = _load_folder(folder, dtype, variant)
         own_vae, family = components.vae, components.family
         other_vae = own_vae if vae is None else load_vae(vae, dtype=dtype, family=family)
-    components = dataclasses.replace(components, name=str(name), vae=other_vae)
+    components = dataclasses.replace(
+        components, name=str(name), vae=other_vae, **_reading(Path(components.source))
+    )
     _bridge_dtypes(components.vae, dtype)
     for module in components.modules().values():
         module.eval().requires_grad_(False)
     return components
+
+
+def _reading(source: Path) -> dict[str, Any]:
+    """How the files of a model that was trained here say that it reads prompts."""
+    files = [source] if source.is_file() else sorted((source / "unet").glob("*.safetensors"))
+    return dict(stated_reading(read_header(files[0]).metadata, OWN)) if files else {}
 
 
 def load_vae(

@@ -85,6 +85,14 @@ def place(components: Components, device: torch.device | str, offload: str) -> C
     return components.to(device)
 
 
+def computing_device(module: nn.Module) -> torch.device:
+    """Where a module takes its inputs: where it is, or is brought to when it is called."""
+    brought_to: torch.device | None = getattr(
+        getattr(module, "_hf_hook", None), "execution_device", None
+    )
+    return brought_to or next(module.parameters()).device
+
+
 @contextmanager
 def on_device(device: torch.device, *modules: nn.Module) -> Iterator[None]:
     """Have what is frozen of modules on a device inside the block, and where it was after it."""

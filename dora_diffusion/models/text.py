@@ -1,7 +1,13 @@
-"""Prompts to the UNet's conditioning, computed exactly as diffusers' pipelines compute it."""
+"""Prompts to the UNet's conditioning, computed exactly as diffusers' pipelines compute it.
+
+Prompts of more than 75 tokens, which those cut, are read in chunks where the model says so
+(`Components.max_token_length`), as web UIs read them: each chunk is a text of its own, with start
+and end token, and the states of all lie side by side.
+"""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.layers import AdaptedLayer
-from dora_diffusion.models.offload import send
+from dora_diffusion.models.offload import computing_device, send
 from dora_diffusion.models.weights import quiet_libraries
 from dora_diffusion.wording import listing, quoted
 
@@ -26,7 +32,8 @@ class Conditioning:
     """What the UNet receives of a batch of prompts.
 
     Attributes:
-        encoder_hidden_states: ``(B, tokens, C)``; of SDXL both encoders' states side by side.
+        encoder_hidden_states: ``(B, tokens, C)``; of SDXL both encoders' states side by side, and
+            of long prompts those of all chunks.
         pooled: ``(B, P)``, or None for families without a pooled output.
     """
 
@@ -72,34 +79,101 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Stack batches of conditioning in order."""
+        """Stack batches of conditioning in order.
+
+        Shorter ones are repeated to the right until all are of one length. Attention to states
+        that are all there k times is that to the states themselves, so that no row depends on what
+        is beside it, which padding of another kind would not give.
+        """
         pooled = [part.pooled for part in parts if part.pooled is not None]
         if pooled and len(pooled) != len(parts):
             raise ValueError("some of the conditioning has a pooled output and some has none")
-        hidden = torch.cat([part.encoder_hidden_states for part in parts])
+        states = [part.encoder_hidden_states for part in parts]
+        tokens = math.lcm(*{part.shape[1] for part in states})
+        hidden = torch.cat(
+            [s if s.shape[1] == tokens else s.repeat(1, tokens // s.shape[1], 1) for s in states]
+        )
         return Conditioning(hidden, torch.cat(pooled) if pooled else None)
 
 
-def encode_prompts(components: Components, prompts: Sequence[str]) -> Conditioning:
+def encode_prompts(
+    components: Components, prompts: Sequence[str], *, clip_skip: int | None = None
+) -> Conditioning:
     """Encode prompts as the family's pipeline does; gradients flow when the encoders train.
 
     Args:
         components: The loaded model.
         prompts: B prompts. The empty prompt is encoded like any other (see
             :func:`encode_unconditional` for what the pipeline uses under guidance).
+        clip_skip: Another one than the model's.
 
     Returns:
-        Conditioning with ``encoder_hidden_states (B, tokens, C)`` and, of SDXL, ``pooled (B, P)``.
+        Conditioning with ``encoder_hidden_states (B, tokens, C)`` and, of SDXL, ``pooled (B, P)``,
+        which is the first chunk's.
 
     Warns:
         UserWarning: Once for each prompt beyond the token limit, naming the text that was cut.
     """
     if isinstance(prompts, str):
         raise TypeError("encode_prompts takes a list of prompts, got a single string")
-    warn_of_truncation(components.tokenizers[0], prompts)
-    tokens = [tokenize(tokenizer, prompts) for tokenizer in components.tokenizers]
+    warn_of_truncation(components, prompts)
+    skip = components.clip_skip if clip_skip is None else clip_skip
+    counts = [1] * len(prompts)
+    if components.most_chunks != 1:
+        counts = [chunk_count(components, prompt) for prompt in prompts]
+    is_long = any(count > 1 for count in counts)
+    tokens = [
+        _tokenize_chunks(tokenizer, prompts, counts) if is_long else tokenize(tokenizer, prompts)
+        for tokenizer in components.tokenizers
+    ]
     ids, masks = [t.input_ids for t in tokens], [t.attention_mask for t in tokens]
-    return encode_tokens(components.family, components.text_encoders, ids, masks)
+    encoded = encode_tokens(components.family, components.text_encoders, ids, masks, skip)
+    return _joined(encoded, counts) if is_long else encoded
+
+
+def _joined(chunks: Conditioning, counts: Sequence[int]) -> Conditioning:
+    """The chunks of each prompt side by side, with the pooled output of its first."""
+    starts = [sum(counts[:row]) for row in range(len(counts))]
+    states = chunks.encoder_hidden_states.split(list(counts))
+    return Conditioning.cat(
+        [
+            Conditioning(own.flatten(0, 1)[None], chunks[start].pooled)
+            for own, start in zip(states, starts, strict=True)
+        ]
+    )
+
+
+def chunk_count(components: Components, prompt: str) -> int:
+    """The chunks that a prompt is read in, of the tokenizer that makes most of it."""
+    contents = (_content(tokenizer, prompt) for tokenizer in components.tokenizers)
+    sizes = map(_chunk_size, components.tokenizers)
+    counts = [
+        max(1, -(-len(ids) // size)) for (_, ids, _), size in zip(contents, sizes, strict=True)
+    ]
+    return min(max(counts), components.most_chunks or max(counts))
+
+
+def _chunk_size(tokenizer: Any) -> int:
+    return int(tokenizer.model_max_length) - 2
+
+
+def _content(tokenizer: Any, prompt: str) -> tuple[int, list[int], int]:
+    """The start token, those of a prompt, and the end token."""
+    text = expand_multi_vector_tokens(tokenizer, prompt)
+    start, *ids, end = tokenizer(text, truncation=False, verbose=False).input_ids
+    return start, ids, end
+
+
+def _tokenize_chunks(tokenizer: Any, prompts: Sequence[str], counts: Sequence[int]) -> Any:
+    """``input_ids`` and ``attention_mask`` of all chunks, ``(sum of counts, tokens)``."""
+    rows, size = [], _chunk_size(tokenizer)
+    for prompt, count in zip(prompts, counts, strict=True):
+        start, ids, end = _content(tokenizer, prompt)
+        rows += [[start, *ids[size * k : size * (k + 1)], end] for k in range(count)]
+    length = tokenizer.model_max_length
+    return tokenizer.pad(
+        {"input_ids": rows}, padding="max_length", max_length=length, return_tensors="pt"
+    )
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Any:
@@ -121,6 +195,7 @@ def encode_tokens(
     encoders: Sequence[nn.Module],
     input_ids: Sequence[Tensor],
     attention_masks: Sequence[Tensor] | None = None,
+    clip_skip: int = 0,
 ) -> Conditioning:
     """Encode B prompts' tokens, for each text encoder of the family its own ``(B, tokens)``.
 
@@ -128,11 +203,11 @@ def encode_tokens(
     """
     encoded = []
     for index, (encoder, ids) in enumerate(zip(encoders, input_ids, strict=True)):
-        device, mask = next(encoder.parameters()).device, None
+        device, mask = computing_device(encoder), None
         # A few SD1-style models ask for the padding to be masked; CLIP's own configs never do.
         if attention_masks and getattr(encoder.config, "use_attention_mask", False):
             mask = send(attention_masks[index], device)
-        encoded.append(family.encode_text(encoder, send(ids, device), mask))
+        encoded.append(family.encode_text(encoder, send(ids, device), mask, clip_skip))
     states, pooled = zip(*encoded, strict=True)
     return Conditioning(states[0] if len(states) == 1 else torch.cat(states, dim=-1), pooled[-1])
 
@@ -182,30 +257,47 @@ def encode_unconditional(components: Components, count: int = 1) -> Conditioning
 
     The released SDXL was trained with zeros instead of an encoded empty prompt.
     """
-    empty = encode_prompts(components, [""] * count)
+    empty = encode_negative(components, [""] * count)
     return empty.zeros() if components.zeros_for_empty_prompt else empty
 
 
-def truncated_text(tokenizer: Any, prompt: str) -> str:
-    """The end of the prompt that does not fit the token limit, or an empty string."""
-    ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-    return str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])).strip()
+def encode_negative(components: Components, prompts: Sequence[str]) -> Conditioning:
+    """Encode negative prompts, which Diffusers' pipelines read without clip skip."""
+    return encode_prompts(components, prompts, clip_skip=0)
 
+
+def truncated_text(tokenizer: Any, prompt: str, most_chunks: int | None = 1) -> str:
+    """The end of the prompt that does not fit the token limit, or an empty string."""
+    if most_chunks is None:
+        return ""
+    ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+    return str(tokenizer.decode(ids[_chunk_size(tokenizer) * most_chunks + 1 : -1])).strip()
+
+
+def token_limit(components: Components) -> str:
+    """In words, how much of a prompt is read."""
+    if components.most_chunks == 1:
+        return f"the model's {components.tokenizers[0].model_max_length} tokens"
+    return f"{components.max_token_length} tokens (max_token_length)"
+
+
+MORE_TOKENS = "; max_token_length reads more, in chunks"
 
 # Prompts that were warned of, by tokenizer: a caption comes again with every epoch.
-_WARNED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+_WARNED: WeakKeyDictionary[Any, set[tuple[str, int | None]]] = WeakKeyDictionary()
 
 
-def warn_of_truncation(tokenizer: Any, prompts: Sequence[str]) -> None:
+def warn_of_truncation(components: Components, prompts: Sequence[str]) -> None:
     """Warn once of each distinct prompt that is too long, naming what the model will not see."""
+    tokenizer, chunks = components.tokenizers[0], components.most_chunks
     warned = _WARNED.setdefault(tokenizer, set())
     for prompt in dict.fromkeys(prompts):
-        cut = "" if prompt in warned else truncated_text(tokenizer, prompt)
-        if cut:
-            warned.add(prompt)
+        known = (prompt, chunks) in warned
+        if not known and (cut := truncated_text(tokenizer, prompt, chunks)):
+            warned.add((prompt, chunks))
             warnings.warn(
-                f"the prompt is longer than the model's {tokenizer.model_max_length} tokens; "
-                f"it will not see the end: {quoted(cut)}",
+                f"the prompt is longer than {token_limit(components)}; it will not see the end: "
+                f"{quoted(cut)}{MORE_TOKENS}",
                 stacklevel=3,
             )
 

@@ -128,7 +128,7 @@ class Preparation:
 
     def _read(self, path: Path) -> Photo:
         """A photo with its own caption, which may be empty, and its mask."""
-        return read_photo(path, "", mask_crops=self._crops, measure=True)
+        return read_photo(path, "", mask_crops=self._crops, measure=True, per_line=True)
 
     def _crops(self, photo: Photo) -> list[CropRecord]:
         sizes = ((self.resolution, self.resolution), Buckets(self.resolution)(photo.size))
@@ -163,7 +163,8 @@ class Preparation:
             colour = random.Random(f"{self.seed} {photo.digest}").choice(COLOURS)
             plain = Image.composite(image, Image.new("RGB", image.size, colour), mask)
             path = target / f"{photo.path.stem}-plain-{colour}.png"
-            _add_text(path.with_suffix(".txt"), f"{caption}, on a plain {colour} background")
+            lines = (f"{line}, on a plain {colour} background" for line in caption.split("\n"))
+            _add_text(path.with_suffix(".txt"), "\n".join(lines))
             _add_image(mask_path(path), mask)
             written["copies"] += _add_image(path, plain)
             images["plain"] = small_image(plain)

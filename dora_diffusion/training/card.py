@@ -9,10 +9,16 @@ from pathlib import Path
 
 from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.derived import framed_prompt
 from dora_diffusion.families import FAMILIES, Family
 from dora_diffusion.formats.adapter.file import AdapterMetadata
-from dora_diffusion.formats.adapter.metadata import split_triggers, without_path
-from dora_diffusion.training.subject import Subject, triggers_of
+from dora_diffusion.formats.adapter.metadata import (
+    reading_in_words,
+    split_triggers,
+    stated_reading,
+    without_path,
+)
+from dora_diffusion.training.subject import Subject, caption_rules, triggers_of
 
 KOHYA_FILE = "dora_kohya.safetensors"
 
@@ -36,8 +42,9 @@ def model_card(
         samples: Caption -> path of an image, relative to the card.
     """
     base = without_path(metadata.base_model)
-    trigger, instance_prompt = triggers_of(subjects), subjects[0].settings.instance_prompt
-    prompt = config.validation_prompt[0] if config.validation_prompt else instance_prompt
+    trigger, first = triggers_of(subjects), subjects[0].settings
+    prompt = config.validation_prompt[0] if config.validation_prompt else framed_prompt(first)
+    prompt = caption_rules(first).draw_prompt(prompt, config.seed)
     images = "".join(
         f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
     )
@@ -47,18 +54,21 @@ def model_card(
     use = _use_of_model if config.is_full else _use_of_adapter
     names = ("variant", "revision")
     loaded = {name: str(value) for name in names if (value := getattr(config, name))}
+    family = FAMILIES[metadata.family]
+    reading = reading_in_words(stated_reading(metadata.extra), family)
+    read = f"\nPrompts were read {reading}; `generate` does so by itself.\n" if reading else ""
     return f"""---
 base_model: {base}
-instance_prompt: {json.dumps(instance_prompt, ensure_ascii=False)}{library}
+instance_prompt: {json.dumps(first.instance_prompt, ensure_ascii=False)}{library}
 tags: [text-to-image, {tag}, dreambooth]
 ---
 
 # {trigger or Path(config.output_dir).name}
 
-{_trigger_sentence(trigger, prompt or "")}
-{images}
+{_trigger_sentence(trigger, prompt)}
+{read}{images}
 ## Use it
-{use(FAMILIES[metadata.family], base, written, prompt or "", loaded)}
+{use(family, base, written, prompt, loaded)}
 ## How it was made
 
 {method} on `{base}`,

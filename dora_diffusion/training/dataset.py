@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,26 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.data.captions import can_shuffle, require_token
+from dora_diffusion.data.captions import (
+    CaptionRules,
+    contains_token,
+    read_caption,
+    require_token,
+)
 from dora_diffusion.data.checks import copies, too_few, warn_of_unused_masks
 from dora_diffusion.data.crops import Buckets
 from dora_diffusion.data.dataset import DreamBoothDataset, SubjectPhotos
 from dora_diffusion.data.draws import SampleTransform
 from dora_diffusion.data.images import PhotoError, digest_of, read_bytes
 from dora_diffusion.data.photos import Photo, list_photos, read_photos
+from dora_diffusion.data.wildcards import WILD
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import encode_inputs
 from dora_diffusion.models.offload import on_device
 from dora_diffusion.training.events import OnEvent
 from dora_diffusion.training.prior import check_image_free, class_images, class_prompts
-from dora_diffusion.training.subject import Subject, class_caption_of
-from dora_diffusion.wording import counted, listing
+from dora_diffusion.training.subject import Subject, caption_rules, class_caption_of
+from dora_diffusion.wording import counted, listing, quoted
 
 # Crops per photo where they are drawn: the latents of all of them fit in memory.
 _CROP_VARIANTS = 8
@@ -111,14 +118,15 @@ def _open_subject(
         config.instance_prompt or "",
         skip_unreadable=True,
         mask_crops=draws.first_crops if uses_masks else None,
+        per_line=config.caption_per_line,
     )
-    captions = [photo.caption for photo in photos]
     check_subject(subject, photos)
     if not uses_masks:
         warn_of_unused_masks(photos)
     as_class = partial(class_caption_of, subjects, subject)
     prior: list[Photo] = []
     if config.uses_class_images:
+        captions = [c for photo in photos for c in draws.captions.variants(photo.caption)]
         prompts = class_prompts(subject, captions, as_class)
         prior = class_images(subject, components, prompts, accelerator, on_event)
     return SubjectPhotos(
@@ -142,10 +150,25 @@ def _sample_transform(config: TrainConfig, components: Components) -> SampleTran
         center_crop=config.center_crop,
         random_flip=config.random_flip,
         crop_variants=_CROP_VARIANTS if config.cache_latents else None,
-        caption_dropout=config.caption_dropout,
-        shuffle_tags=config.shuffle_tags,
-        keep_tags=config.keep_tags,
+        captions=caption_rules(config),
     )
+
+
+def check_wildcards(config: TrainConfig, paths: Sequence[Path]) -> None:
+    """Refuse captions whose wildcards cannot be drawn, before a model is loaded.
+
+    Raises:
+        PhotoError: Naming the photo; captions that cannot be read are not looked at.
+    """
+    rules = caption_rules(config)
+    for path in paths if config.wildcards else ():
+        text = ""
+        with contextlib.suppress(OSError, ValueError):
+            text = read_caption(path, "", per_line=True)
+        try:
+            rules.possible(text, "")
+        except ValueError as error:
+            raise PhotoError(f"the caption of {path.name}: {error}") from error
 
 
 def check_subject(subject: Subject, photos: Sequence[Photo]) -> None:
@@ -154,25 +177,82 @@ def check_subject(subject: Subject, photos: Sequence[Photo]) -> None:
     Raises:
         ConfigError, ValueError: If captions are missing, or lack the token where it is needed.
     """
-    config, captions = subject.settings, [photo.caption for photo in photos]
     bare = [photo.path.name for photo in photos if not photo.caption]
     if bare:
         raise ConfigError(
             f"{counted(len(bare), 'photo')} without a caption ({listing(bare, 3)}); write one into "
             "a .txt beside each, or one for all with instance_prompt"
         )
-    if subject.token:
-        require_token(captions, subject.token)
     for message in filter(None, (copies(photos), too_few(photos))):
         warnings.warn(message, stacklevel=3)
-    if config.shuffle_tags and not can_shuffle(captions, config.keep_tags):
-        warnings.warn(
-            "shuffle_tags has no effect because no caption has two or more tags, separated by "
-            f"commas, after the first {config.keep_tags} that stay in place (keep_tags)",
-            stacklevel=3,
-        )
+    check_captions(subject, photos)
+
+
+def check_captions(subject: Subject, photos: Sequence[Photo]) -> None:
+    """The same of captions alone; what counts is every caption that may be drawn of them."""
+    config, rules = subject.settings, caption_rules(subject.settings)
+    token, texts = subject.token, [photo.caption for photo in photos]
+    possible = [caption for text in texts for caption in rules.possible(text, token)]
+    if token:
+        require_token(possible, token)
     if config.is_image_free:
-        check_image_free(subject, captions)
+        check_image_free(subject, possible)
+    if token and config.tag_dropout:
+        _check_tag_dropout(config, rules, token, texts)
+    for message in filter(None, _without_effect(config, rules, photos)):
+        warnings.warn(message, stacklevel=3)
+
+
+def _check_tag_dropout(
+    config: TrainConfig, rules: CaptionRules, token: str, texts: Sequence[str]
+) -> None:
+    """Say that tag dropout may leave out the token; the image-free prior needs it."""
+    for text in texts:
+        whole = all(contains_token(caption, token) for caption in rules.possible(text, token))
+        left = rules.possible(text, token, with_dropout=True)
+        if whole and not all(contains_token(caption, token) for caption in left):
+            message = (
+                f"tag_dropout may leave out the token {token!r} of {quoted(text)}: raise keep_tags "
+                "so that it stays, or put the token into caption_prefix"
+            )
+            if config.is_image_free:
+                raise ConfigError(message, "tag_dropout")
+            warnings.warn(message, stacklevel=4)
+            return
+
+
+def _without_effect(
+    config: TrainConfig, rules: CaptionRules, photos: Sequence[Photo]
+) -> Iterator[str]:
+    """Caption settings that these captions leave without effect, and captions that lack one."""
+    kept = f"after the first {config.keep_tags} that stay in place (keep_tags)"
+    captions = [caption for photo in photos for caption in rules.variants(photo.caption)]
+    separated = "commas" if config.caption_separator == "," else repr(config.caption_separator)
+    if config.shuffle_tags and not rules.can_shuffle(captions):
+        yield (
+            "shuffle_tags has no effect because no caption has two or more tags, separated by "
+            f"{separated}, {kept}"
+        )
+    if config.tag_dropout and not rules.can_shuffle(captions, 1):
+        yield f"tag_dropout has no effect because no caption has a tag {kept}"
+    lines = [read_caption(photo.path, "", per_line=True).count("\n") for photo in photos]
+    if config.caption_per_line and not any(lines):
+        yield "caption_per_line has no effect because no caption file has two lines"
+    elif any(lines) and not config.caption_per_line:
+        yield (
+            f"{counted(sum(map(bool, lines)), 'caption')} of several lines: they are joined to one "
+            "caption; caption_per_line draws one of them in every epoch"
+        )
+    texts = [config.caption_prefix, config.caption_suffix, *config.validation_prompt]
+    texts += [photo.caption for photo in photos]
+    wild = [text for text in texts if WILD.search(text)]
+    if config.wildcards and not wild:
+        yield "wildcards has no effect because no caption has {a|b} or __file__"
+    elif wild and not config.wildcards:
+        yield (
+            f"{quoted(wild[0])} is read as it is, with its braces or underscores; wildcards draws "
+            "what they stand for"
+        )
 
 
 def _buckets(config: TrainConfig, components: Components) -> Buckets | None:

@@ -21,7 +21,12 @@ from dora_diffusion.models.latents import (
     latents_from_moments,
 )
 from dora_diffusion.models.offload import on_device, send
-from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
+from dora_diffusion.models.text import (
+    Conditioning,
+    encode_prompts,
+    encode_unconditional,
+    time_ids,
+)
 from dora_diffusion.numerics.loss import sample_noise, sample_timestep
 
 # A third of a megabyte each for SDXL in half precision.
@@ -197,9 +202,15 @@ class Conditioner:
         return self._known[caption]
 
     def _encode(self, captions: Sequence[str]) -> Conditioning:
-        encoded = encode_prompts(self.components, captions)
-        if not self.components.zeros_for_empty_prompt or all(captions):
+        components = self.components
+        encoded = encode_prompts(components, captions)
+        if all(captions):
             return encoded
+        if not components.zeros_for_empty_prompt:
+            if not components.clip_skip:
+                return encoded
+            empty = encode_unconditional(components)
+            return Conditioning.cat([encoded[k] if c else empty for k, c in enumerate(captions)])
         device = encoded.encoder_hidden_states.device
         dropped = send(torch.tensor([not caption for caption in captions]), device)
         hidden = encoded.encoder_hidden_states.masked_fill(dropped.view(-1, 1, 1), 0)

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from dora_diffusion.config import ConfigError
+from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import Photo, list_photos, read_photos
@@ -127,12 +127,18 @@ def class_images(
             prompts,
             count=config.num_class_images,
             seed=config.seed,
-            identity=f"{components.identity()} {settings}",
+            identity=f"{components.identity()} {settings}{_reading(config)}",
             generate=generate,
             batch_size=config.sample_batch_size,
             on_image=announcer.on_image,
         )
     return read_photos(paths, prompts[0], skip_unreadable=True)
+
+
+def _reading(config: TrainConfig) -> str:
+    """How prompts are read, where that is not the usual way."""
+    reading, usual = ((c.clip_skip, c.max_token_length) for c in (config, TrainConfig()))
+    return "" if reading == usual else f" {reading}"
 
 
 @dataclass

@@ -12,8 +12,7 @@ from PIL import Image
 
 from dora_diffusion import __version__, system
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.data.captions import tag_frequency
-from dora_diffusion.formats.adapter.metadata import UNET_LAYERS, AdapterMetadata
+from dora_diffusion.formats.adapter.metadata import CAPTIONS, READING, UNET_LAYERS, AdapterMetadata
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.images import save_png, thumbnail
@@ -22,6 +21,7 @@ from dora_diffusion.training.folders import UNFINISHED
 from dora_diffusion.training.metrics import naming_step
 from dora_diffusion.training.samples import SampleWriter, warning_of_full_disk
 from dora_diffusion.training.session import Session
+from dora_diffusion.training.subject import caption_rules
 
 
 def write_result(session: Session, folder: Path, steps: int, samples: SampleWriter) -> Path:
@@ -73,10 +73,11 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
             **_variant(session.config),
+            **_reading(session.config),
             UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
         },
         tags=tuple(filter(None, class_words)),
-        tag_frequency=tag_frequency(session.dataset.captions),
+        tag_frequency=session.dataset.tag_frequency(),
     )
 
 
@@ -87,6 +88,13 @@ def _variant(config: TrainConfig) -> dict[str, str]:
     usual = TrainConfig()
     names = ("init", "parametrization")
     return {n: getattr(config, n) for n in names if getattr(config, n) != getattr(usual, n)}
+
+
+def _reading(config: TrainConfig) -> dict[str, str]:
+    """How captions were read, where that was not the usual way."""
+    usual, captions = TrainConfig(), caption_rules(config).stated()
+    reading = {n: str(v) for n in READING if (v := getattr(config, n)) != getattr(usual, n)}
+    return reading | ({CAPTIONS: captions} if captions else {})
 
 
 def _with_thumbnail(metadata: AdapterMetadata, shown: Image.Image) -> AdapterMetadata:

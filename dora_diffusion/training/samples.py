@@ -11,12 +11,14 @@ from pathlib import Path
 from PIL import Image
 
 from dora_diffusion.adapters.compiled import uncompiled
+from dora_diffusion.config.derived import framed_prompt
 from dora_diffusion.generate import SamplingSettings, generate_images, image_grid
 from dora_diffusion.images import parameters_text, save_png
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
 from dora_diffusion.training.session import Session
 from dora_diffusion.training.sheets import labelled_sheet, stacked
 from dora_diffusion.training.stop import StopRequest
+from dora_diffusion.training.subject import caption_rules
 from dora_diffusion.training.trackers import Trackers
 
 
@@ -55,7 +57,10 @@ class SampleWriter:
         self._trackers, self._on_event, self._stop = trackers, on_event, stop
         config = session.config
         self._with = "fine-tuned" if config.is_full else "with the adapter"
-        self._prompts = config.validation_prompt or session.dataset.captions[:1]
+        subject = session.subjects[0].settings
+        usual = [framed_prompt(subject)] if subject.instance_prompt else session.dataset.captions
+        self._prompts = config.validation_prompt or usual[:1]
+        self._rules = caption_rules(subject)
         self._seeds = range(config.seed, config.seed + config.num_validation_images)
         self._settings = SamplingSettings(
             steps=config.validation_inference_steps,
@@ -89,6 +94,7 @@ class SampleWriter:
     def _images(self) -> list[Image.Image]:
         """Sample all images, prompt by prompt."""
         images: list[Image.Image] = []
+        config = self._session.config
         for row, prompt in enumerate(self._prompts):
 
             def report(done: int, total: int, row: int = row) -> None:
@@ -97,13 +103,15 @@ class SampleWriter:
                 self._on_event(SamplingProgress(row * total + done, len(self._prompts) * total))
 
             # Without gradients and at another batch size, each block would be compiled again.
-            with uncompiled() if self._session.config.compile else nullcontext():
+            with uncompiled() if config.compile else nullcontext():
                 images += generate_images(
                     self._session.components,
-                    prompt,
+                    [self._rules.draw_prompt(prompt, seed) for seed in self._seeds]
+                    if config.wildcards
+                    else prompt,
                     self._seeds,
                     self._settings,
-                    batch_size=self._session.config.sample_batch_size,
+                    batch_size=config.sample_batch_size,
                     on_step=report,
                 )
         return images
@@ -125,12 +133,13 @@ class SampleWriter:
     def _parameters(self, size: tuple[int, int], step: int, *, adapter: bool) -> str:
         """What made a sheet, as `parameters_text` writes it of the first image, and the rest."""
         extra = {
+            **self._session.components.clip_skip_parameter,
             "Seeds": ", ".join(str(seed) for seed in self._seeds),
             "Prompts": json.dumps(self._prompts, ensure_ascii=False),
             "Training step": step,
         }
         return parameters_text(
-            self._prompts[0],
+            self._rules.draw_prompt(self._prompts[0], self._seeds[0]),
             self._seeds[0],
             self._settings,
             size,

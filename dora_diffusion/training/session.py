@@ -21,7 +21,7 @@ from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
 from dora_diffusion.training.adapters import inject_trained
-from dora_diffusion.training.dataset import list_subjects, open_dataset
+from dora_diffusion.training.dataset import check_wildcards, list_subjects, open_dataset
 from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
 from dora_diffusion.training.full import TrainedWeights, select_weights
 from dora_diffusion.training.inputs import InputSource
@@ -141,6 +141,8 @@ def open_session(
     if config.compile:
         require_compiler(accelerator.device)
     paths = list_subjects(subjects)
+    for subject, photos in zip(subjects, paths, strict=True):
+        check_wildcards(subject.settings, photos)
     loaded = load_components(
         config.pretrained_model_name_or_path,
         revision=config.revision,
@@ -150,7 +152,8 @@ def open_session(
         dtype=torch.float32 if config.is_full else PRECISION_DTYPES[precision],
         config=config.model_config,
     )
-    components = place(loaded, accelerator.device, config.offload)
+    reading = loaded.reading(config.clip_skip, config.max_token_length)
+    components = place(reading, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     dataset = open_dataset(config, subjects, components, paths, accelerator, on_event)
     _load_step_modules(config, components)

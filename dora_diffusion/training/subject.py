@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.dataset_file import naming_entry
-from dora_diffusion.config.derived import class_word_in
-from dora_diffusion.data.captions import class_caption, contains_token
+from dora_diffusion.config.derived import usual_class_word
+from dora_diffusion.data.captions import CaptionRules, class_caption, contains_token
+from dora_diffusion.data.wildcards import Wildcards
 from dora_diffusion.formats.adapter.metadata import join_triggers
 from dora_diffusion.models.locate import is_embedded
 from dora_diffusion.toy.shapes import CLASSES, FILLERS
@@ -41,6 +42,31 @@ class Subject:
     def class_caption(self, caption: str) -> str:
         """The caption of another member of the class."""
         return class_caption(caption, self.token, self.class_word) if self.token else caption
+
+
+def caption_rules(config: TrainConfig) -> CaptionRules:
+    """How a config draws captions.
+
+    Raises:
+        ConfigError: If there is no folder of wildcards of that name.
+    """
+    wildcards = None
+    if config.wildcards:
+        try:
+            wildcards = Wildcards(config.wildcard_dir)
+        except ValueError as error:
+            raise ConfigError(str(error), "wildcard_dir") from error
+    return CaptionRules(
+        per_line=config.caption_per_line,
+        wildcards=wildcards,
+        prefix=config.caption_prefix,
+        suffix=config.caption_suffix,
+        separator=config.caption_separator,
+        shuffle_tags=config.shuffle_tags,
+        keep_tags=config.keep_tags,
+        tag_dropout=config.tag_dropout,
+        dropout=config.caption_dropout,
+    )
 
 
 def subjects_of(config: TrainConfig) -> list[Subject]:
@@ -86,12 +112,19 @@ def _subject_of(config: TrainConfig) -> Subject:
             "instance_prompt is not set; describe the subject with its token, "
             'such as "a photo of a sks dog"'
         )
-    if token and not contains_token(prompt, token):
+    rules = caption_rules(config)
+    try:
+        captions = rules.possible(prompt, token)
+        for shown in config.validation_prompt:
+            rules.draw_prompt(shown, config.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if token and not any(contains_token(caption, token) for caption in captions):
         raise ConfigError(
             f"instance_prompt {quoted(prompt)} does not contain the token "
             f"{token!r}; put it in front of the class word, or choose another with --token"
         )
-    return Subject(token, config.class_word or class_word_in(prompt, token), config)
+    return Subject(token, config.class_word or usual_class_word(config), config)
 
 
 def triggers_of(subjects: Iterable[Subject]) -> str:

@@ -12,6 +12,8 @@ from PIL import Image
 
 from dora_diffusion.cli import main
 from dora_diffusion.config import AdapterConfig
+from dora_diffusion.data.captions import CaptionRules
+from dora_diffusion.data.wildcards import Wildcards
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.images import parse_parameters, read_parameters
 from dora_diffusion.models.load import load_components
@@ -271,3 +273,21 @@ def test_without_a_prompt_nothing_is_made(tmp_path, capsys):
     rows = adapters_file(tmp_path, {"prompt": "a dog"}, None)
     assert main([*flags, "--adapters_file", str(rows)]) == 1
     assert "entry 2 of" in capsys.readouterr().err
+
+
+def test_wildcards_are_drawn_by_each_images_seed(generate, tmp_path):
+    (tmp_path / "place.txt").write_text("on grass\non the sand\n", encoding="utf-8")
+    prompt = "a {red|blue|green} dog __place__"
+    drawn = {"wildcards": True, "wildcard_dir": tmp_path, "prompt": prompt, "num_images": 3}
+    assert generate(**drawn)[0] == 0
+    rules = CaptionRules(wildcards=Wildcards(tmp_path))
+    found = [
+        parse_parameters(read_parameters(tmp_path / f"image-{seed}.png"))["Prompt"]
+        for seed in (3, 4, 5)
+    ]
+    assert found == [rules.draw_prompt(prompt, seed) for seed in (3, 4, 5)]
+    assert len(set(found)) > 1
+    code, error = generate(wildcards=True, prompt="a __place__", overwrite=True)
+    assert (code, "__place__ is of a file; name its folder: wildcard_dir" in error) == (1, True)
+    assert generate(max_token_length=100)[1].startswith("error: max_token_length is 100; it must")
+    assert "clip_skip is -1; it must not be negative" in generate(clip_skip=-1)[1]

@@ -240,7 +240,9 @@ def test_a_run_without_a_token_names_no_empty_trigger_word(train_flags, tmp_path
 def test_a_flag_without_effect_is_said_at_its_default_too(train_flags, tmp_path, capsys):
     assert cli.main(["train", *train_flags(tmp_path / "out", keep_tags=1, learning_rate=1e-3)]) == 0
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: ")]
-    assert lines == ["warning: keep_tags has no effect because shuffle_tags is off"]
+    assert lines == [
+        "warning: keep_tags has no effect because shuffle_tags is off and tag_dropout is 0.0"
+    ]
 
 
 def test_a_finished_run_is_published_privately_when_asked(

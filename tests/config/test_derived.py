@@ -145,7 +145,7 @@ IDLE: list[tuple[dict[str, Any], str, str]] = [
     ({"parametrization": "vera", "conv_rank": 16}, "conv_rank", "parametrization is vera"),
     ({"parametrization": "vera", "lora_alpha": 16.0}, "lora_alpha", "parametrization is vera"),
     ({"parametrization": "vera", "rslora": True}, "rslora", "parametrization is vera"),
-    ({"keep_tags": 2}, "keep_tags", "shuffle_tags is off"),
+    ({"keep_tags": 2}, "keep_tags", "shuffle_tags is off and tag_dropout is 0.0"),
     ({"optimizer": "adafactor", "adam_beta1": 0.8}, "adam_beta1", "optimizer is adafactor"),
     ({"optimizer": "adafactor", "adam_epsilon": 1e-6}, "adam_epsilon", "optimizer is adafactor"),
     ({"use_dora": False, "norm_axis": "input"}, "norm_axis", "use_dora is off"),

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from dora_diffusion.data.captions import (
+    CaptionRules,
     class_caption,
     drop_caption,
     read_caption,
     require_token,
-    shuffle_tags,
-    tag_frequency,
 )
+from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.data.wildcards import Wildcards
+from dora_diffusion.formats.adapter.metadata import without_path
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -64,19 +69,138 @@ def test_class_words_are_not_patterns() -> None:
     assert class_caption("a sks", "sks", r"\1 toy") == r"a \1 toy"
 
 
+TAGS = "sks dog, grass, sun, ball, tree"
+
+
+def drawn(text: str, epochs: int = 50, **settings: object) -> list[str]:
+    return [CaptionRules(**settings).draw(text, 0, epoch, "photo") for epoch in range(epochs)]
+
+
 def test_shuffling_keeps_the_first_tags_and_loses_none() -> None:
-    caption = "sks dog, grass, sun, ball, tree"
-    orders = {shuffle_tags(caption, seeded(seed), keep=1) for seed in range(50)}
-    assert len(orders) > 10
+    orders = drawn(TAGS, shuffle_tags=True)
+    assert len(set(orders)) > 10
     for order in orders:
         assert order.startswith("sks dog, ")
-        assert sorted(order.split(", ")) == sorted(caption.split(", "))
-    assert shuffle_tags(caption, seeded(7), keep=9) == caption
+        assert sorted(order.split(", ")) == sorted(TAGS.split(", "))
+    assert set(drawn(TAGS, shuffle_tags=True, keep_tags=9)) == {TAGS}
+
+
+def test_what_was_drawn_before_is_drawn_again() -> None:
+    """By torch alone, as earlier versions drew it: the order first, then whether it is dropped."""
+    rules = CaptionRules(shuffle_tags=True, dropout=0.3)
+    for epoch in range(30):
+        generator = generator_for("caption", 7, epoch, "photo")
+        first, *rest = TAGS.split(", ")
+        order = torch.randperm(len(rest), generator=generator).tolist()
+        expected = ", ".join([first, *(rest[i] for i in order)])
+        if torch.rand((), generator=generator).item() < 0.3:
+            expected = ""
+        assert rules.draw(TAGS, 7, epoch, "photo") == expected
+
+
+@pytest.mark.parametrize(
+    ("separator", "text", "joint"),
+    [
+        (";", "sks dog;grass ; a, b", "; "),
+        (" | ", "sks dog|grass | a, b", " | "),
+        ("||", "sks dog||grass||a, b", "|| "),
+        (" ", "sks dog  grass a,b", " "),
+    ],
+)
+def test_any_separator_is_kept(separator: str, text: str, joint: str) -> None:
+    tags = [tag.strip() for tag in text.split(separator.strip() or " ") if tag.strip()]
+    orders = {
+        tuple(each.split(joint)) for each in drawn(text, shuffle_tags=True, separator=separator)
+    }
+    assert orders >= {tuple(tags), (tags[0], tags[2], tags[1], *tags[3:])}
+    assert all(order[0] == tags[0] and sorted(order) == sorted(tags) for order in orders)
+
+
+def test_tags_are_dropped_at_their_rate_each_by_itself_and_move_no_order() -> None:
+    text = ", ".join(["sks dog", *(f"tag {k}" for k in range(20))])
+    captions = drawn(text, 300, tag_dropout=0.25)
+    counts = Counter(tag for caption in captions for tag in caption.split(", "))
+    assert counts["sks dog"] == 300
+    rates = [1 - counts[f"tag {k}"] / 300 for k in range(20)]
+    # Standard deviations of 0.025 of each, and 0.0056 of all together.
+    assert all(0.15 < rate < 0.35 for rate in rates)
+    assert abs(sum(rates) / 20 - 0.25) < 0.02
+    assert len({len(caption.split(", ")) for caption in captions}) > 6, "not all of one"
+    shuffled = drawn(text, shuffle_tags=True)
+    for both, order in zip(drawn(text, shuffle_tags=True, tag_dropout=0.5), shuffled, strict=True):
+        kept = both.split(", ")
+        assert kept == [tag for tag in order.split(", ") if tag in kept]
+    assert set(drawn(text, tag_dropout=1.0, keep_tags=2)) == {"sks dog, tag 0"}
+
+
+def test_lines_are_drawn_by_epoch_and_photo_and_all_have_their_turn(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("sks one\n\n  sks   two\r\nsks three\n", encoding="utf-8")
+    assert read_caption(tmp_path / "a.jpg", "x") == "sks one sks two sks three"
+    text = read_caption(tmp_path / "a.jpg", "x", per_line=True)
+    lines = ["sks one", "sks two", "sks three"]
+    rules = CaptionRules(per_line=True)
+    assert rules.variants(text) == lines
+    counts = Counter(rules.draw(text, 0, epoch, "photo") for epoch in range(900))
+    assert set(counts) == set(lines)
+    assert all(abs(count - 300) < 60 for count in counts.values())  # Four deviations.
+    others = [rules.draw(text, 0, epoch, "other") for epoch in range(20)]
+    assert others != [rules.draw(text, 0, epoch, "photo") for epoch in range(20)]
+    assert others == [rules.draw(text, 0, epoch, "other") for epoch in range(20)]
+
+
+def test_prefix_and_suffix_stand_outside_of_what_is_shuffled_and_dropped() -> None:
+    around = {"prefix": "{a|the} sks dog,", "suffix": ", photo", "wildcards": Wildcards()}
+    settings = {"shuffle_tags": True, "keep_tags": 0, "tag_dropout": 0.5, "dropout": 0.2, **around}
+    captions = drawn("grass, {sun|moon}", 200, **settings)
+    found = re.compile(r"(a|the) sks dog,( (grass|sun|moon)(, (grass|sun|moon))?,)? photo|")
+    assert all(found.fullmatch(caption) for caption in captions)
+    assert "a sks dog, moon, grass, photo" in captions
+    assert 20 < captions.count("") < 60
+    assert set(CaptionRules(**around).variants("{x|y}")) == {
+        "a sks dog, x, photo",
+        "the sks dog, y, photo",
+    }
+    assert set(drawn("a  b", prefix="", suffix="")) == {"a  b"}, "untouched without them"
+
+
+def test_possible_captions_tell_whether_the_token_may_be_missing() -> None:
+    wild = CaptionRules(wildcards=Wildcards(), per_line=True, tag_dropout=0.5, keep_tags=1)
+    text = "{sks|a} dog, sun\na sks dog"
+    assert wild.possible(text, "sks") == ["a dog, sun", "sks dog, sun", "a sks dog"]
+    assert wild.possible(text, "sks", with_dropout=True) == ["a dog", "sks dog", "a sks dog"]
+    loose = replace(wild, keep_tags=0)
+    assert loose.possible("a sks dog", "sks", with_dropout=True) == [""]
+    assert replace(loose, prefix="sks,").possible("a dog", "sks", with_dropout=True) == ["sks,"]
+
+
+def test_a_prompt_follows_the_seed_of_its_image() -> None:
+    rules = CaptionRules(wildcards=Wildcards(), prefix="not here", shuffle_tags=True)
+    prompts = [rules.draw_prompt("a {red|blue}  dog, b", seed) for seed in range(20)]
+    assert set(prompts) == {"a red dog, b", "a blue dog, b"}
+    assert prompts == [rules.draw_prompt("a {red|blue}  dog, b", seed) for seed in range(20)]
+    assert CaptionRules().draw_prompt("a {red|blue}  dog", 3) == "a {red|blue}  dog"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dropout": 1.5}, "caption dropout must be within 0 and 1, got 1.5"),
+        ({"tag_dropout": -1.0}, "caption tag_dropout must be within"),
+        ({"keep_tags": -1}, "keep_tags"),
+        ({"separator": ""}, "caption_separator is empty"),
+    ],
+)
+def test_impossible_rules_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CaptionRules(**settings)
 
 
 def test_tags_are_counted_once_per_caption() -> None:
-    counts = tag_frequency(["sks dog, grass, grass", "sks dog,, sun ", "sks dog", ""])
+    counts = CaptionRules().tag_frequency(
+        ["sks dog, grass, grass", "sks dog,, sun ", "sks dog", ""]
+    )
     assert list(counts.items()) == [("sks dog", 3), ("grass", 1), ("sun", 1)]
+    assert CaptionRules(separator=";").tag_frequency(["a, b; c"]) == {"a, b": 1, "c": 1}
 
 
 def test_dropout_has_the_asked_rate() -> None:
@@ -107,3 +231,19 @@ def test_long_captions_are_quoted_short_and_one_is_singular():
     with pytest.warns(UserWarning, match="missing from 1 of 2 captions: 'a photo") as said:
         require_token([long, "a sks dog"], "sks")
     assert len(str(said[0].message)) < 200
+
+
+def test_rules_are_stated_for_whoever_reads_captions_later() -> None:
+    """In a form that metadata keep: a slash is that of a path there, which is cut."""
+    rules = CaptionRules(per_line=True, prefix='"sks" ä/b/c\\', shuffle_tags=True, dropout=0.5)
+    text = rules.stated()
+    assert without_path(text) == text
+    stated = CaptionRules.from_stated(text)
+    assert (stated.per_line, stated.prefix, stated.suffix) == (True, rules.prefix, "")
+    assert (stated.shuffle_tags, stated.dropout, stated.wildcards) == (False, 0.0, None)
+    assert stated.plain("a dog\na cat") == '"sks" ä/b/c\\ a dog'
+    wild = CaptionRules.from_stated(CaptionRules(wildcards=Wildcards()).stated())
+    assert wild.plain("a {red|blue} dog") == "a red dog"
+    assert CaptionRules(shuffle_tags=True).stated() == ""
+    for damaged in ("", "[1]", "{", "3", '{"prefix": null}'):
+        assert CaptionRules.from_stated(damaged) == CaptionRules()

@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dora_diffusion.data.captions import CaptionRules
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import list_photos
+from dora_diffusion.data.wildcards import Wildcards
 from dora_diffusion.evaluation.measures import summarize
 from dora_diffusion.evaluation.metric_models import open_metric_model
 from dora_diffusion.evaluation.photos import (
@@ -44,6 +46,19 @@ def test_prompts_name_subject_class_and_other_things() -> None:
     assert nameless[0].meaning == "it here"
     with pytest.raises(ValueError, match=r"lacks \{\}"):
         photo_requests("sks dog", "dog", [0], ["a dog"])
+
+
+def test_captions_are_read_as_in_training(held_out_photos, tmp_path) -> None:
+    folder = shutil.copytree(held_out_photos, tmp_path / "photos")
+    first, second = list_photos(folder)[:2]
+    first.with_suffix(".txt").write_text("a {tin|old} sks mug\na sks", encoding="utf-8")
+    second.with_suffix(".txt").unlink(missing_ok=True)
+    rules = CaptionRules(per_line=True, wildcards=Wildcards(), suffix=", photo", tag_dropout=1)
+    subject = read_subject(folder, "sks mug", "mug", rules=CaptionRules.from_stated(rules.stated()))
+    assert subject.photos[0].caption == "a tin sks mug, photo"
+    assert subject.photos[1].caption == "a photo of a sks mug, photo"
+    plain = read_subject(folder, "sks mug", "mug")
+    assert plain.photos[0].caption == "a {tin|old} sks mug a sks"
 
 
 def test_figures_are_the_plain_cosines(clip_folder, dino_folder, held_out_photos) -> None:

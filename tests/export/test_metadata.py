@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from dora_diffusion.export import ExportError, export_checkpoint
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.formats.files.header import read_header
+from dora_diffusion.models.load import load_components
 from tests.export.helpers import MakeAdapter
 
 
@@ -97,3 +98,18 @@ def test_the_prediction_type_of_a_single_file_is_kept(
         assert not {"modelspec.prediction_type", "modelspec.architecture"} & notes.keys()
         with pytest.raises(ExportError, match="does not say whether it predicts the noise or v"):
             export_checkpoint(single, path, tmp_path / "m")
+
+
+def test_a_merged_model_reads_prompts_as_its_adapters_do(
+    tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
+) -> None:
+    """Where they agree; one that is merged into it later changes nothing of that."""
+    layers, paths = random_adapter(sd1_folder, every=20), {}
+    for name, extra in {"skips": {"clip_skip": "1"}, "plain": {}}.items():
+        facts = AdapterMetadata("sd1", extra=extra)
+        paths[name] = write_adapter(tmp_path / f"{name}.safetensors", AdapterFile(layers, facts))
+    merged = export_checkpoint(sd1_folder, paths["skips"], tmp_path / "merged")
+    again = export_checkpoint(merged, paths["plain"], tmp_path / "again")
+    both = export_checkpoint(sd1_folder, list(paths.values()), tmp_path / "both")
+    found = [load_components(each).clip_skip for each in (sd1_folder, merged, again, both)]
+    assert found == [0, 1, 1, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from dora_diffusion.data.crops import CropRecord
 from dora_diffusion.models.load import Components, load_components
 from dora_diffusion.models.text import (
     Conditioning,
+    encode_negative,
     encode_prompts,
     encode_tokens,
     encode_unconditional,
@@ -169,3 +171,111 @@ def test_added_conditions_run_the_unet(components: Components) -> None:
             added_cond_kwargs=added,
         ).sample
     assert torch.isfinite(prediction).all()
+
+
+def by_hand(components: Components, prompt: str, clip_skip: int = 0) -> Conditioning:
+    """Each 75 tokens between a start and an end token, by transformers alone, side by side."""
+    states, pooled = [], None
+    for part, tokenizer in enumerate(components.tokenizers):
+        encoder, rows = components.text_encoders[part], []
+        ids = tokenizer(prompt).input_ids[1:-1]
+        for first in range(0, max(len(ids), 1), 75):
+            row = [tokenizer.bos_token_id, *ids[first : first + 75], tokenizer.eos_token_id]
+            row += [tokenizer.pad_token_id] * (77 - len(row))
+            with torch.no_grad():
+                output = encoder(torch.tensor([row]), output_hidden_states=True)
+            if not components.family.has_pooled:
+                last = output.hidden_states[-1 - clip_skip]
+                rows.append(getattr(encoder, "text_model", encoder).final_layer_norm(last))
+                continue
+            rows.append(output.hidden_states[-2 - clip_skip])
+            if part and first == 0:
+                pooled = output.text_embeds
+        states.append(torch.cat(rows, dim=1))
+    return Conditioning(torch.cat(states, dim=-1), pooled)
+
+
+def test_long_prompts_are_read_in_chunks(components: Components) -> None:
+    """150 and 225 tokens, the rest cut and said; no limit; 75 or fewer to the last bit."""
+    long = LONG + "a cat in the photo " * 30  # 239 tokens, a word each.
+    words = long.split()
+    short = encode_prompts(components, PROMPTS)
+    for limit, kept in ((150, 150), (225, 225), (0, len(words))):
+        reading = components.reading(None, limit)
+        assert_same(encode_prompts(reading, PROMPTS), short.encoder_hidden_states, short.pooled)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            encoded = encode_prompts(reading, [long])
+        cut = truncated_text(components.tokenizers[0], long, reading.most_chunks)
+        assert cut.split() == words[kept:]
+        assert [repr(cut)[:20] in str(each.message) for each in caught] == [True] * bool(limit)
+        expected = by_hand(components, " ".join(words[:kept]))
+        assert encoded.encoder_hidden_states.shape[1] == 77 * -(-kept // 75)
+        pairs = zip(encoded.tensors().items(), expected.tensors().values(), strict=True)
+        for (_, tensor), wanted in pairs:
+            torch.testing.assert_close(tensor, wanted, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_row_of_a_batch_does_not_depend_on_the_lengths_beside_it(components: Components) -> None:
+    reading = components.reading(None, 0)
+    prompts = ["a dog", LONG, "a cat " * 80]
+    batch = encode_prompts(reading, prompts)
+    assert batch.encoder_hidden_states.shape[1] == 6 * 77, "of 1, 2 and 3 chunks"
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 4, 8, 8, generator=generator)
+    ids = time_ids(components.family, [CropRecord((64, 64), (0, 0), (64, 64))])
+
+    def predict(rows: slice, encoded: Conditioning) -> torch.Tensor:
+        own = None if ids is None else ids.expand(len(encoded), -1)
+        added = encoded.added_cond_kwargs(own)
+        states = encoded.encoder_hidden_states
+        unet = components.unet
+        return unet(latents[rows], torch.tensor(7), states, added_cond_kwargs=added).sample
+
+    together = predict(slice(3), batch)
+    for k, prompt in enumerate(prompts):
+        alone = predict(slice(k, k + 1), encode_prompts(reading, [prompt]))
+        torch.testing.assert_close(together[k : k + 1], alone, atol=1e-5, rtol=1e-4)
+    assert (together[0] - predict(slice(1), batch[1])).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2])
+def test_clip_skip_is_that_of_diffusers(
+    components: Components, clip_skip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip_skip -= components.family.skipped_layers * (clip_skip - 1)  # The encoders have 3 layers.
+    kind = type(components.text_encoders[0])
+    if not hasattr(components.text_encoders[0], "text_model"):  # As the pipelines look for it.
+        monkeypatch.setattr(kind, "text_model", property(lambda encoder: encoder), raising=False)
+    hidden, negative, pooled, *_ = (
+        *components.pipeline().encode_prompt(
+            PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True,
+            clip_skip=clip_skip, negative_prompt=["a cat"] * len(PROMPTS),
+        ),
+        None,
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        skipping = components.reading(clip_skip, None)
+    said = [f"is their {clip_skip + 2}" in str(each.message) for each in caught]
+    assert said == [True] * components.family.skipped_layers
+    encodings = encode_prompts(skipping, PROMPTS), encode_negative(skipping, ["a cat"])
+    for ours, theirs in zip(encodings, (hidden, negative[:1]), strict=True):
+        torch.testing.assert_close(ours.encoder_hidden_states, theirs, atol=1e-5, rtol=1e-5)
+    if pooled is not None:
+        torch.testing.assert_close(encodings[0].pooled, pooled, atol=1e-5, rtol=1e-5)
+    expected = by_hand(components, PROMPTS[0], clip_skip).encoder_hidden_states
+    torch.testing.assert_close(
+        encodings[0].encoder_hidden_states[:1], expected, atol=1e-5, rtol=1e-5
+    )
+    plain = encode_prompts(components, PROMPTS).encoder_hidden_states
+    assert (hidden - plain).abs().max() > 0.01
+
+
+def test_what_cannot_be_read_so_is_refused(components: Components) -> None:
+    layers = components.text_encoders[0].config.num_hidden_layers - components.family.skipped_layers
+    with pytest.raises(ValueError, match=f"clip_skip is {layers}; .* 0 to {layers - 1}"):
+        replace(components, clip_skip=layers)
+    with pytest.raises(ValueError, match="max_token_length is 100; it must be a multiple of 75"):
+        components.reading(None, 100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from dataclasses import replace
@@ -12,13 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.data.captions import read_caption
 from dora_diffusion.data.images import PhotoError
+from dora_diffusion.data.photos import Photo
 from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training import session as session_module
 from dora_diffusion.training.accelerator import make_accelerator
+from dora_diffusion.training.dataset import check_captions
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import open_session
 from dora_diffusion.training.subject import subjects_of
 from tests.training.helpers import losses, make_config, noise, open_run, warnings_of
+
+PRIOR = {"with_prior_preservation": True}
 
 
 def test_masked_loss_without_masks_is_refused(config):
@@ -168,3 +176,95 @@ def test_dropped_captions_are_dropped(dropout, sd1_folder, shaped_photos, tmp_pa
     captions = next(session.train_step.inputs.batches).captions
     assert len(captions) == 5
     assert all((caption == "") == (dropout == 1.0) for caption in captions)
+
+
+def check(tmp_path, captions, **settings):
+    """The warnings of `check_captions` of photos with these texts."""
+    photos = []
+    for number, text in enumerate(captions):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+        path = tmp_path / f"{number}.jpg"
+        caption = read_caption(path, "", per_line=bool(settings.get("caption_per_line")))
+        photos.append(Photo(path, str(number), (8, 8), caption))
+    settings = {"instance_data_dir": "x", "instance_prompt": "a sks dog", **settings}
+    config = TrainConfig(**settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_captions(subjects_of(config)[0], photos)
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize(
+    ("captions", "settings", "message"),
+    [
+        (["a sks dog", "sks, on grass"], {}, ""),
+        (["a sks dog\na dog"], {}, "1 caption of several lines: they are joined to one caption"),
+        (["a sks dog\na dog"], {"caption_per_line": True}, "missing from 1 of 2 captions: 'a dog'"),
+        (["a sks dog"], {"caption_per_line": True}, "no effect because no caption file has two li"),
+        (["a {sks|red} dog"], {"wildcards": True}, "missing from 1 of 2 captions: 'a red dog'"),
+        (["a {sks|my sks} dog"], {"wildcards": True}, ""),
+        (["a {big|} sks dog"], {}, "'a {big|} sks dog' is read as it is, with its braces"),
+        (["a sks dog"], {"wildcards": True}, "wildcards has no effect because no caption has"),
+        (["a sks dog"], {"tag_dropout": 0.1}, "tag_dropout has no effect because no caption has"),
+        (["sun, a sks dog"], {"tag_dropout": 0.1}, "may leave out the token 'sks' of 'sun, a"),
+        (["sun, a sks dog, sea"], {"tag_dropout": 0.1, "keep_tags": 2}, ""),
+        (["sun, sea"], {"tag_dropout": 0.1, "caption_prefix": "sks,"}, ""),
+        (["sks; a, b"], {"shuffle_tags": True, "caption_separator": ";"}, "separated by ';'"),
+    ],
+)  # fmt: skip
+def test_what_of_captions_has_no_effect_or_may_lack_the_token_is_said(
+    captions, settings, message, tmp_path
+):
+    said = check(tmp_path, captions, **settings)
+    assert len(said) == bool(message), said
+    assert not message or message in said[0]
+
+
+@pytest.mark.parametrize(
+    ("caption", "settings", "message"),
+    [
+        ("a dog\nthe dog", {"caption_per_line": True}, "in none of the 2 captions"),
+        ("a {red|blue} dog", {"wildcards": True}, "is not in the caption 'a red dog'"),
+        ("a sks dog\na dog", {"caption_per_line": True, **PRIOR}, "1 caption of 2 without the tok"),
+        ("a {sks|red} dog", {"wildcards": True, **PRIOR}, "first: 'a red dog'"),
+        ("sun, sks dog", {"tag_dropout": 0.1, **PRIOR}, "may leave out the token 'sks'"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_captions_that_teach_nothing_are_refused(caption, settings, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(tmp_path, [caption], **settings)
+
+
+def test_wildcards_are_refused_before_a_model_is_loaded(config, photos, monkeypatch):
+    monkeypatch.setattr(session_module, "load_components", lambda *a, **k: 1 / 0)
+    wild = replace(config, wildcards=True)
+    (photos / "02.txt").write_text("a sks mug on __place__", encoding="utf-8")
+    with pytest.raises(PhotoError, match=r"caption of 02\.jpg: the wildcard __place__ is of"):
+        open_session(wild, subjects_of(wild), make_accelerator(wild))
+    for setting, value, message in (
+        ("wildcard_dir", str(photos / "gone"), r"wildcard_dir .*gone is no folder"),
+        ("instance_prompt", "a {sks mug", r"has \{ without \}"),
+        ("validation_prompt", ["a __gone__"], "name its folder: wildcard_dir"),
+        ("instance_prompt", "a {red|blue} mug", "does not contain the token 'sks'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            subjects_of(replace(wild, **{setting: value}))
+
+
+def test_another_line_of_a_wildcard_file_is_another_caption(config, photos, tmp_path):
+    """What a checkpoint keeps of a photo tells of its caption's alternatives."""
+    (tmp_path / "place.txt").write_text("grass\n", encoding="utf-8")
+    (photos / "02.txt").write_text("a sks mug on __place__", encoding="utf-8")
+    wild = replace(config, wildcards=True, wildcard_dir=str(tmp_path))
+
+    def captions():
+        dataset = open_session(wild, subjects_of(wild), make_accelerator(wild)).dataset
+        return dataset, [row["caption"] for row in dataset.contents()["images"]]
+
+    (first, before), (_, same) = captions(), captions()
+    (tmp_path / "place.txt").write_text("grass\nsand\n", encoding="utf-8")
+    second, after = captions()
+    assert before == same
+    assert [a == b for a, b in zip(before, after, strict=True)].count(False) == 1
+    assert [len(each.captions) for each in (first, second)] == [5, 6]

@@ -19,6 +19,7 @@ from dora_diffusion.data.crops import CropRecord
 from dora_diffusion.data.dataset import Batch
 from dora_diffusion.generate import SamplingSettings, generate_images
 from dora_diffusion.models.load import load_components
+from dora_diffusion.models.text import encode_prompts
 from dora_diffusion.training import inputs as training_inputs
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.inputs import Conditioner, draw_inputs
@@ -226,3 +227,59 @@ def test_captions_are_warned_of_once_and_not_kept_for_ever(sd1_folder, monkeypat
     assert len(kept._known) == 2
     assert torch.equal(whole[0], whole[3])
     assert torch.equal(kept(["a"]).encoder_hidden_states, whole[:1])
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_dropped_caption_is_read_as_guidance_reads_it(sd1_folder, trains):
+    """Without clip skip, as Diffusers' pipelines read their negative prompt."""
+    components = load_components(sd1_folder)
+    skipping = components.reading(1, 150)
+    rows = Conditioner(skipping, trains)(["", "a dog", "a cat " * 80])
+    alone = [components, skipping, skipping]
+    for row, (model, caption) in enumerate(zip(alone, ["", "a dog", "a cat " * 80], strict=True)):
+        expected = encode_prompts(model, [caption]).encoder_hidden_states
+        states = rows.encoder_hidden_states[row : row + 1]
+        assert states.shape[1] == 154
+        repeated = expected.repeat(1, 154 // expected.shape[1], 1)
+        torch.testing.assert_close(states, repeated, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_drawn_anew_is_encoded_anew(tiny_run, photos, monkeypatch):
+    """Losses with cached encodings are those of fresh ones; class captions follow each draw."""
+    for path in photos.glob("*.txt"):
+        text = "{red|blue} sks mug, grass, sun\nthe sks mug, {day|night}, a table, wood"
+        path.write_text(text, encoding="utf-8")
+    config = tiny_run(
+        caption_per_line=True, wildcards=True, shuffle_tags=True, tag_dropout=0.3,
+        caption_suffix=", made {of|in}" + " wood and old tin" * 20, caption_dropout=0.1,
+        max_token_length=150, clip_skip=1, with_prior_preservation=True, train_batch_size=2,
+        caption_prefix="my,",
+    )  # fmt: skip
+    seen = []
+
+    def losses_of(name):
+        session = open_session(config, subject_of(config), make_accelerator(config))
+        draw = session.train_step.inputs
+
+        def inputs(step):
+            drawn = draw(step)
+            seen.append((name, drawn.captions, drawn.class_captions))
+            return drawn
+
+        monkeypatch.setattr(session.train_step, "inputs", inputs)
+        return [session.train_step(step)["loss"] for step in (1, 2, 3)]
+
+    cached = losses_of("cached")
+
+    def encode(self, caption):
+        with torch.no_grad():
+            return self._encode([caption])
+
+    monkeypatch.setattr(Conditioner, "_encoded", encode)
+    assert losses_of("fresh") == cached
+    assert [row[1:] for row in seen[:3]] == [row[1:] for row in seen[3:]]
+    words = [set(own.replace(",", " ").split()) for _, captions, _ in seen for own in captions]
+    assert {"red", "blue", "day", "night", "of", "in"} <= set().union(*words)
+    for _, captions, class_captions in seen:
+        assert [c.replace("sks mug", "mug") for c in captions] == class_captions
+        assert all("mug" in c and "sks" not in c for c in class_captions if c)

@@ -18,7 +18,7 @@ from tests.training.helpers import make_config, warnings_of
 def test_settings_without_effect_are_said_once_each(config):
     said = warnings_of(replace(config, text_encoder_lr=1e-3, keep_tags=3))
     assert said == [
-        "keep_tags has no effect because shuffle_tags is off",
+        "keep_tags has no effect because shuffle_tags is off and tag_dropout is 0.0",
         "text_encoder_lr has no effect because train_text_encoder is off",
     ]
 

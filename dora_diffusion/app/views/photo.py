@@ -82,7 +82,7 @@ def connect(context: Context, tab: PhotoView, about: list[Any], view: list[Any])
             raise UserError("this photo no longer exists; choose another one")
         path = photo_path(workspace, subject_id, listed[event.index])
         title = f"<div class='dd-heading dd-photo'><h2>{html.esc(path.name)}</h2></div>"
-        return [path.name, gr.update(visible=True), title, _caption(path, "")[0], ""]
+        return [path.name, gr.update(visible=True), title, _caption(path, "", per_line=True)[0], ""]
 
     @plain
     def save(subject_id: str, photo: str, text: str, *chosen: Any) -> list[Any]:
@@ -187,9 +187,9 @@ def _label(photo: Path, warnings: dict[str, list[str]], masked: dict[str, str]) 
     return f"{mark}{caption}{damage}{mask}"
 
 
-def _caption(photo: Path, default: str) -> tuple[str, str]:
+def _caption(photo: Path, default: str, *, per_line: bool = False) -> tuple[str, str]:
     """A photo's caption, and what is wrong with its file: a new one can be written all the same."""
     try:
-        return read_caption(photo, default), ""
+        return read_caption(photo, default, per_line=per_line), ""
     except (ValueError, OSError) as error:
         return default, f" ({error})"

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dora_diffusion.config.fields import TOKENS_PER_CHUNK
 from dora_diffusion.families import FAMILIES, Family
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -29,6 +30,10 @@ UNET_LAYERS = "unet_layers_per_block"
 # Of a file that stands in for something: what for ("DoRA", "LoRA", "tuned model", "sum of the
 # adapters"), and its relative error.
 APPROXIMATES, APPROXIMATION_ERROR = "approximates", "approximation_error"
+# How prompts are read, where that is not the usual way (`Components.reading`).
+READING = ("clip_skip", "max_token_length")
+# How captions were made of what lies beside photos (`CaptionRules.stated`).
+CAPTIONS = "captions"
 TAGS, THUMBNAIL = "modelspec.tags", "modelspec.thumbnail"
 TAG_FREQUENCY = "ss_tag_frequency"
 # Datasets have names there, often those of folders.
@@ -82,6 +87,29 @@ def without_path(name: str) -> str:
         or re.match(r"[A-Za-z]:", name) is not None
     )
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if looks_local else name
+
+
+def stated_reading(fields: Mapping[str, str], prefix: str = "") -> dict[str, int]:
+    """How a file says that prompts are to be read, as `Components` takes it; empty if it does not.
+
+    Args:
+        fields: `AdapterMetadata.extra`; or, with the prefix `OWN`, the metadata of a model's file.
+        prefix: What the names start with.
+    """
+    texts = {name: fields.get(prefix + name, "") for name in READING}
+    return {name: int(text) for name, text in texts.items() if text.isdecimal()}
+
+
+def reading_in_words(reading: Mapping[str, int], family: Family) -> str:
+    """How prompts are read, for people: both countings of clip skip; empty for the usual way."""
+    skip, length = reading.get("clip_skip", 0), reading.get("max_token_length", TOKENS_PER_CHUNK)
+    parts = []
+    if skip:
+        web = family.web_ui_clip_skip(skip)
+        parts.append(f"with clip_skip {skip} as Diffusers counts (Clip skip {web} in web UIs)")
+    if length != TOKENS_PER_CHUNK:
+        parts.append(f"{f'up to {length}' if length else 'all'} tokens in chunks of 75")
+    return ", ".join(parts)
 
 
 def own_fields(
@@ -179,6 +207,11 @@ def kohya_fields(
         "modelspec.title": title,
         "modelspec.trigger_phrase": metadata.trigger,
     }
+    reading = stated_reading(metadata.extra)
+    if "clip_skip" in reading:
+        fields["ss_clip_skip"] = str(family.web_ui_clip_skip(reading["clip_skip"]))
+    if "max_token_length" in reading:
+        fields["ss_max_token_length"] = str(reading["max_token_length"] or None)
     if metadata.resolution:
         size = metadata.resolution
         fields["ss_resolution"] = f"({size}, {size})"
@@ -257,17 +290,31 @@ def _parse_foreign(fields: Mapping[str, str]) -> AdapterMetadata:
     extra = {}
     if version.endswith("_v") or architecture.startswith(_V_ARCHITECTURES):
         extra["prediction_type"] = "v_prediction"
+    family = _family_of(version, architecture, fields.get("ss_v2", ""))
     return AdapterMetadata(
-        family=_family_of(version, architecture, fields.get("ss_v2", "")),
+        family=family,
         base_model=without_path(fields.get("ss_sd_model_name", "")),
         trigger=fields.get("modelspec.trigger_phrase", ""),
         resolution=_pixels(fields.get("modelspec.resolution") or fields.get("ss_resolution", "")),
         format_version="",
-        extra=extra,
+        extra=extra | _foreign_reading(fields, family),
         tags=_tags(fields),
         thumbnail=_thumbnail(fields),
         tag_frequency=_read_tag_frequency(fields),
     )
+
+
+def _foreign_reading(fields: Mapping[str, str], family: str) -> dict[str, str]:
+    """How sd-scripts read prompts; of SDXL it writes a clip skip that it does not use."""
+    numbers = {name: fields.get(f"ss_{name}", "") for name in READING}
+    skip, length = (
+        int(text) if re.fullmatch("[0-9]{1,4}", text) else 0 for text in numbers.values()
+    )
+    known = FAMILIES.get(family)
+    skip = skip - known.web_ui_clip_skip(0) if known and not known.skipped_layers else 0
+    is_longer = length > TOKENS_PER_CHUNK and length % TOKENS_PER_CHUNK == 0
+    reading = {"clip_skip": skip, "max_token_length": length if is_longer else 0}
+    return {name: str(value) for name, value in reading.items() if value > 0}
 
 
 def _family_of(version: str, architecture: str, v2: str) -> str:

@@ -15,11 +15,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.export import convert_adapter
+from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
     read_adapter,
     write_adapter,
+)
+from dora_diffusion.formats.adapter.metadata import (
+    kohya_fields,
+    parse_metadata,
+    reading_in_words,
+    stated_reading,
 )
 from dora_diffusion.formats.files.header import read_header
 
@@ -118,3 +125,24 @@ def test_rewriting_is_stable_with_all_facts(tmp_path: Path, adapter: AdapterFile
         two = write_adapter(tmp_path / "2" / "a.safetensors", read_adapter(one), target)
         assert one.read_bytes() == two.read_bytes()
         assert all(t.dtype == torch.float32 for t in load_file(two).values())
+
+
+def test_how_prompts_are_read_goes_along_and_is_read_of_sd_scripts(adapter: AdapterFile) -> None:
+    """sd-scripts counts the last layer as 1, and states a clip skip of SDXL that it ignores."""
+    layers = adapter.layers
+    metadata = AdapterMetadata("sd1", extra={"clip_skip": "1", "max_token_length": "225"})
+    fields = kohya_fields(metadata, layers, FAMILIES["sd1"], "x")
+    assert (fields["ss_clip_skip"], fields["ss_max_token_length"]) == ("2", "225")
+    assert stated_reading(parse_metadata(fields).extra) == {"clip_skip": 1, "max_token_length": 225}
+    fields |= {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.architecture": ""}
+    assert stated_reading(parse_metadata(fields).extra) == {"max_token_length": 225}
+    for text in ("None", "1", "", "-3", "x" * 99):
+        plain = {
+            "ss_base_model_version": "sd_v1",
+            "ss_clip_skip": text,
+            "ss_max_token_length": "77",
+        }
+        assert stated_reading(parse_metadata(plain).extra) == {}
+    words = reading_in_words({"clip_skip": 1, "max_token_length": 0}, FAMILIES["sdxl"])
+    assert words.startswith("with clip_skip 1 as Diffusers counts (Clip skip 3 in web UIs)")
+    assert words.endswith(", all tokens in chunks of 75")
