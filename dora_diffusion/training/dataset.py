@@ -74,7 +74,7 @@ def open_dataset(
         config.instance_prompt or "",
         skip_unreadable=True,
         mask_crops=draws.first_crops if uses_masks else None,
-        per_line=config.caption_per_line,
+        per_line=True,
     )
     for message in filter(None, (copies(photos), too_few(photos))):
         warnings.warn(message, stacklevel=2)
@@ -166,7 +166,7 @@ def _without_effect(
         )
     if config.tag_dropout and not rules.can_shuffle(captions, 1):
         yield f"tag_dropout has no effect because no caption has a tag {kept}"
-    lines = [read_caption(photo.path, "", per_line=True).count("\n") for photo in photos]
+    lines = [photo.caption.count("\n") for photo in photos]
     if config.caption_per_line and not any(lines):
         yield "caption_per_line has no effect because no caption file has two lines"
     elif any(lines) and not config.caption_per_line:

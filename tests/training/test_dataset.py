@@ -184,7 +184,7 @@ def check(tmp_path, captions, **settings):
     for number, text in enumerate(captions):
         (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
         path = tmp_path / f"{number}.jpg"
-        caption = read_caption(path, "", per_line=bool(settings.get("caption_per_line")))
+        caption = read_caption(path, "", per_line=True)
         photos.append(Photo(path, str(number), (8, 8), caption))
     settings = {"instance_data_dir": "x", "instance_prompt": "a sks dog", **settings}
     config = TrainConfig(**settings)
