@@ -20,6 +20,7 @@ from dora_diffusion.formats.adapter.metadata import (
     READING,
     AdapterMetadata,
     modelspec_fields,
+    reading_in_words,
     stated_reading,
 )
 from dora_diffusion.formats.checkpoint.weights import StoredModel
@@ -77,6 +78,7 @@ class ModelMetadata:
         options: str = "",
     ) -> None:
         self._name, self._title = model_name(model.path), output.resolve().name
+        self._family = model.family
         self._fields = {"format": "pt", **fields}
         self._triggers, self._text, self._record = triggers, text, record
         self._options = options
@@ -92,6 +94,8 @@ class ModelMetadata:
         head, linked = _head(self._name, old)
         words = " and ".join(f"**`{trigger}`**" for trigger in self._triggers)
         ask = f"\nWrite {words} in a prompt to get the subject.\n" if words else ""
+        if reading := reading_in_words(stated_reading(self._fields, OWN), self._family):
+            ask += f"\nIt reads prompts {reading}; `dora-diffusion generate` does so by itself.\n"
         rows = "\n".join(
             f"| `{row['adapter']}` | {row['strength']:g} | `{row['sha256'][:16]}` |{_knobs(row)}"
             for row in self._record

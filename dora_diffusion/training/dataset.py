@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,8 @@ def _without_effect(
 ) -> Iterator[str]:
     """Caption settings that these captions leave without effect, and captions that lack one."""
     kept = f"after the first {config.keep_tags} that stay in place (keep_tags)"
-    captions = [caption for photo in photos for caption in rules.variants(photo.caption)]
+    own = replace(rules, prefix="", suffix="")
+    captions = [caption for photo in photos for caption in own.variants(photo.caption)]
     separated = "commas" if config.caption_separator == "," else repr(config.caption_separator)
     if config.shuffle_tags and not rules.can_shuffle(captions):
         yield (

@@ -113,3 +113,6 @@ def test_a_merged_model_reads_prompts_as_its_adapters_do(
     both = export_checkpoint(sd1_folder, list(paths.values()), tmp_path / "both")
     found = [load_components(each).clip_skip for each in (sd1_folder, merged, again, both)]
     assert found == [0, 1, 1, 0]
+    cards = [(each / "README.md").read_text(encoding="utf-8") for each in (merged, again, both)]
+    said = ["It reads prompts with clip_skip 1 as Diffusers counts" in card for card in cards]
+    assert said == [True, True, False]

@@ -209,6 +209,7 @@ def check(tmp_path, captions, **settings):
         (["sun, a sks dog"], {"tag_dropout": 0.1}, "may leave out the token 'sks' of 'sun, a"),
         (["sun, a sks dog, sea"], {"tag_dropout": 0.1, "keep_tags": 2}, ""),
         (["sun, sea"], {"tag_dropout": 0.1, "caption_prefix": "sks,"}, ""),
+        (["sun"], {"tag_dropout": 0.1, "caption_prefix": "sks,"}, "tag_dropout has no effect"),
         (["sks; a, b"], {"shuffle_tags": True, "caption_separator": ";"}, "separated by ';'"),
     ],
 )  # fmt: skip

@@ -53,6 +53,7 @@ def test_how_prompts_were_read_goes_along(tiny_run, tmp_path, capsys):
     assert words in " ".join(capsys.readouterr().out.split())
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"Prompts were read {words} in chunks of 75; `generate` does so by itself." in card
+    assert ", clip_skip=1).images[0]" in card
     facts = parse_parameters(read_parameters(tmp_path / "out" / "samples" / "adapted.png"))
     assert facts["Clip skip"] == "2"
     rules = CaptionRules(wildcards=Wildcards())
