@@ -19,6 +19,7 @@ from dora_diffusion.formats.adapter.metadata import (
     OWN,
     READING,
     AdapterMetadata,
+    agreed_reading,
     modelspec_fields,
     reading_in_words,
     stated_reading,
@@ -134,7 +135,8 @@ def merged_metadata(
         kept = (TRAINED, *(OWN + name for name in READING))
         fields = {name: fields[name] for name in kept if name in fields}
     fields.pop(MERGED, None)
-    fields |= _reading([adapter.metadata for adapter in adapters])
+    reading = agreed_reading([adapter.metadata.extra for adapter in adapters])
+    fields |= {OWN + name: text for name, text in reading.items()}
     record = spec.record()
     fields |= {MERGED: json.dumps(record)} if record else {}
     words = [trained_trigger(model.metadata), *(a.metadata.trigger for a in adapters)]
@@ -154,19 +156,12 @@ def merged_metadata(
     )
 
 
-def _reading(adapters: Sequence[AdapterMetadata]) -> dict[str, str]:
-    """How the adapters' prompts are to be read, where they agree."""
-    stated = [stated_reading(adapter.extra) for adapter in adapters]
-    values = {name: {each.get(name) for each in stated} for name in READING}
-    return {OWN + n: str(v) for n, found in values.items() if len(found) == 1 for v in found if v}
-
-
 def trained_metadata(model: StoredModel, metadata: AdapterMetadata, output: Path) -> ModelMetadata:
     """Those of a model that was trained whole."""
     steps, trigger = metadata.extra.get("training_steps", ""), metadata.trigger
     fields = {TRAINED: json.dumps({"training_steps": steps, "trigger": trigger})}
-    fields |= _reading([metadata])
-    fields |= {OWN + CAPTIONS: text} if (text := metadata.extra.get(CAPTIONS)) else {}
+    kept = {name: metadata.extra.get(name, "") for name in (*READING, CAPTIONS)}
+    fields |= {OWN + name: text for name, text in kept.items() if text}
     if output.suffix == ".safetensors":
         prediction_type = metadata.extra.get("prediction_type", "")
         fields |= modelspec_fields(model.family, output.stem, trigger, prediction_type)
