@@ -70,5 +70,6 @@ def test_how_prompts_were_read_goes_along(tiny_run, tmp_path, capsys):
     whole = dataclasses.replace(
         config, method="full", output_dir=str(tmp_path / "whole"), num_validation_images=0
     )
-    tuned = load_components(train(whole).adapter)
+    train(whole)
+    tuned = load_components(tmp_path / "whole" / "model")
     assert (tuned.clip_skip, tuned.max_token_length) == (1, 225)
