@@ -160,7 +160,7 @@ class ImageSettings:
     caption_suffix: str = flag("", "Behind every caption: neither shuffled nor left out.")
     wildcards: bool = flag(
         False,
-        "Draw {a|b} and __file__ of captions anew in every epoch, and of sample prompts for every "
+        "Draw {a|b} and __file__ of captions again in every epoch, of sample prompts for every "
         "seed; \\{ is a brace.",
     )
     wildcard_dir: str | None = flag(

@@ -186,6 +186,7 @@ class CaptionRules:
 
     def identity(self, text: str) -> str:
         """The text, and with wildcards a digest of what it may become: another file is another."""
+        text = "\n".join(self._lines(text))
         if self.wildcards is None:
             return text
         digest = hashlib.sha256("\n".join(self.variants(text)).encode()).hexdigest()
@@ -197,7 +198,8 @@ class CaptionRules:
         return dict(counts.most_common())
 
     def _lines(self, text: str) -> list[str]:
-        return text.split("\n") if self.per_line else [text]
+        lines = text.split("\n")
+        return lines if self.per_line else [" ".join(lines)]
 
     def _around(self, prefix: str, text: str, suffix: str) -> str:
         return framed(prefix, text, suffix) if prefix or suffix else text

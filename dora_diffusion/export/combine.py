@@ -28,7 +28,12 @@ from dora_diffusion.formats.adapter.file import (
     find_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.adapter.metadata import AdapterMetadata, join_triggers, without_path
+from dora_diffusion.formats.adapter.metadata import (
+    AdapterMetadata,
+    agreed_reading,
+    join_triggers,
+    without_path,
+)
 from dora_diffusion.formats.checkpoint.weights import StoredModel
 from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.numerics.weights import NormAxis
@@ -165,7 +170,8 @@ def _metadata(
         f"{without_path(str(Path(path).resolve()))}:{strength:g}" for path, strength in spec.pairs()
     )
     facts = [adapter.metadata for adapter in adapters]
-    extra = {**(facts[0].extra if len(facts) == 1 else facts_of(model)), "combined": parts}
+    several = facts_of(model) | agreed_reading([fact.extra for fact in facts])
+    extra = {**(facts[0].extra if len(facts) == 1 else several), "combined": parts}
     if fitted.total_error:
         extra = fitted.stated(extra, "sum of the adapters", settings)
     if len(facts) == 1:

@@ -19,7 +19,7 @@ from dora_diffusion.export.files import (
 )
 from dora_diffusion.export.fit import FitSettings, FitTarget, Fitted, fit_layers
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
-from dora_diffusion.formats.adapter.metadata import UNET_LAYERS, AdapterMetadata
+from dora_diffusion.formats.adapter.metadata import OWN, READING, UNET_LAYERS, AdapterMetadata
 from dora_diffusion.formats.checkpoint.weights import StoredModel, module_shapes, module_weight
 from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.formats.names.unet import known_layout
@@ -173,7 +173,8 @@ def _notes_on_others(base: StoredModel, tuned: StoredModel, names: Sequence[str]
 def _metadata(
     base: StoredModel, tuned: StoredModel, fitted: Fitted, settings: FitSettings
 ) -> AdapterMetadata:
-    extra = {"extracted_from": model_name(tuned.path), **facts_of(base)}
+    reading = {name: tuned.metadata[OWN + name] for name in READING if OWN + name in tuned.metadata}
+    extra = {"extracted_from": model_name(tuned.path), **facts_of(base), **reading}
     return AdapterMetadata(
         family=base.family.name,
         base_model=model_name(base.path),

@@ -19,8 +19,10 @@ from dora_diffusion.formats.adapter.metadata import (
     OWN,
     READING,
     AdapterMetadata,
+    agreed_reading,
     join_triggers,
     modelspec_fields,
+    reading_in_words,
     split_triggers,
     stated_reading,
 )
@@ -79,6 +81,7 @@ class ModelMetadata:
         options: str = "",
     ) -> None:
         self._name, self._title = model_name(model.path), output.resolve().name
+        self._family = model.family
         self._fields = {"format": "pt", **fields}
         self._triggers, self._text, self._record = triggers, text, record
         self._options = options
@@ -94,6 +97,8 @@ class ModelMetadata:
         head, linked = _head(self._name, old)
         words = " and ".join(f"**`{trigger}`**" for trigger in self._triggers)
         ask = f"\nWrite {words} in a prompt to get the subject.\n" if words else ""
+        if reading := reading_in_words(stated_reading(self._fields, OWN), self._family):
+            ask += f"\nIt reads prompts {reading}; `dora-diffusion generate` does so by itself.\n"
         rows = "\n".join(
             f"| `{row['adapter']}` | {row['strength']:g} | `{row['sha256'][:16]}` |{_knobs(row)}"
             for row in self._record
@@ -132,7 +137,8 @@ def merged_metadata(
         kept = (TRAINED, *(OWN + name for name in READING))
         fields = {name: fields[name] for name in kept if name in fields}
     fields.pop(MERGED, None)
-    fields |= _reading([adapter.metadata for adapter in adapters])
+    reading = agreed_reading([adapter.metadata.extra for adapter in adapters])
+    fields |= {OWN + name: text for name, text in reading.items()}
     record = spec.record()
     fields |= {MERGED: json.dumps(record)} if record else {}
     words = [trained_trigger(model.metadata), *(a.metadata.trigger for a in adapters)]
@@ -152,19 +158,12 @@ def merged_metadata(
     )
 
 
-def _reading(adapters: Sequence[AdapterMetadata]) -> dict[str, str]:
-    """How the adapters' prompts are to be read, where they agree."""
-    stated = [stated_reading(adapter.extra) for adapter in adapters]
-    values = {name: {each.get(name) for each in stated} for name in READING}
-    return {OWN + n: str(v) for n, found in values.items() if len(found) == 1 for v in found if v}
-
-
 def trained_metadata(model: StoredModel, metadata: AdapterMetadata, output: Path) -> ModelMetadata:
     """Those of a model that was trained whole."""
     steps, trigger = metadata.extra.get("training_steps", ""), metadata.trigger
     fields = {TRAINED: json.dumps({"training_steps": steps, "trigger": trigger})}
-    fields |= _reading([metadata])
-    fields |= {OWN + CAPTIONS: text} if (text := metadata.extra.get(CAPTIONS)) else {}
+    kept = {name: metadata.extra.get(name, "") for name in (*READING, CAPTIONS)}
+    fields |= {OWN + name: text for name, text in kept.items() if text}
     if output.suffix == ".safetensors":
         prediction_type = metadata.extra.get("prediction_type", "")
         fields |= modelspec_fields(model.family, output.stem, trigger, prediction_type)

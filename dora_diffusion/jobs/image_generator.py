@@ -65,6 +65,8 @@ class GenerationRequest:
         count: Images, at consecutive seeds.
         strengths: Of the adapter.
         files: How the base is loaded.
+        clip_skip: Instead of what the adapter says.
+        max_token_length: Instead of what the adapter says.
 
     Raises:
         UserError: If a value is out of its limits.
@@ -78,6 +80,8 @@ class GenerationRequest:
     count: int = 1
     strengths: Strengths = field(default_factory=Strengths)
     files: ModelFiles = field(default_factory=ModelFiles)
+    clip_skip: int | None = None
+    max_token_length: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -273,13 +277,14 @@ class ImageGenerator:
                     direction=strengths.direction_strength,
                     magnitude=strengths.magnitude_strength,
                 )
-        return self._components
+        return self._components.reading(request.clip_skip, request.max_token_length)
 
     def _about(self, request: GenerationRequest) -> _About:
         """What to say of images besides what was asked for."""
         from dora_diffusion.models.text import token_limit, truncated_text
 
-        components, limit = self._components, token_limit(self._components)
+        components = self._model(request)
+        limit = token_limit(components)
         prompts = {"prompt": request.prompt, "negative prompt": request.settings.negative_prompt}
         ends = {
             name: truncated_text(components.tokenizers[0], prompt, components.most_chunks)

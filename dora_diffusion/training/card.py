@@ -55,7 +55,9 @@ def model_card(
     names = ("variant", "revision")
     loaded = {name: str(value) for name in names if (value := getattr(config, name))}
     family = FAMILIES[metadata.family]
-    reading = reading_in_words(stated_reading(metadata.extra), family)
+    stated = stated_reading(metadata.extra)
+    reading, skip = reading_in_words(stated, family), stated.get("clip_skip", 0)
+    called = _images(family) + (f", clip_skip={skip}" if skip else "")
     read = f"\nPrompts were read {reading}; `generate` does so by itself.\n" if reading else ""
     return f"""---
 base_model: {base}
@@ -68,7 +70,7 @@ tags: [text-to-image, {tag}, dreambooth]
 {_trigger_sentence(trigger, prompt)}
 {read}{images}
 ## Use it
-{use(family, base, written, prompt, loaded)}
+{use(family, base, written, prompt, loaded, called)}
 ## How it was made
 
 {method} on `{base}`,
@@ -99,7 +101,7 @@ def _ranks(config: TrainConfig) -> str:
 
 
 def _use_of_adapter(
-    family: Family, base: str, adapter: Path, prompt: str, loaded: Mapping[str, str]
+    family: Family, base: str, adapter: Path, prompt: str, loaded: Mapping[str, str], called: str
 ) -> str:
     model, folder = _model(base, loaded), shlex.quote(adapter.parent.name)
     flags = _image_flags(family)
@@ -109,7 +111,7 @@ dora-diffusion generate --base {model} --adapter {folder} \\
     --prompt {shlex.quote(prompt)}{flags} --output image.png
 dora-diffusion export --base {model} --adapter {folder} --output merged
 ```
-{_diffusers_example(family, base, adapter, prompt, loaded)}"""
+{_diffusers_example(family, base, adapter, prompt, loaded, called)}"""
 
 
 def _model(base: str, loaded: Mapping[str, str]) -> str:
@@ -119,7 +121,7 @@ def _model(base: str, loaded: Mapping[str, str]) -> str:
 
 
 def _use_of_model(
-    family: Family, base: str, model: Path, prompt: str, loaded: Mapping[str, str]
+    family: Family, base: str, model: Path, prompt: str, loaded: Mapping[str, str], called: str
 ) -> str:
     folder = f"{model.parent.name}/{model.name}"
     quoted, flags = shlex.quote(folder), _image_flags(family)
@@ -136,7 +138,7 @@ In Diffusers:
 from diffusers import {family.auto_pipeline}{_image_import(family)}
 
 pipeline = {family.auto_pipeline}.from_pretrained({_literal(folder)})
-image = pipeline({_literal(prompt)}{_images(family)}).images[0]
+image = pipeline({_literal(prompt)}{called}).images[0]
 ```
 """
 
@@ -167,7 +169,7 @@ def _trigger_sentence(trigger: str, prompt: str) -> str:
 
 
 def _diffusers_example(
-    family: Family, base: str, adapter: Path, prompt: str, loaded: Mapping[str, str]
+    family: Family, base: str, adapter: Path, prompt: str, loaded: Mapping[str, str], called: str
 ) -> str:
     if adapter.name == KOHYA_FILE:
         return (
@@ -189,6 +191,6 @@ from diffusers import {family.auto_pipeline}{_image_import(family)}{helper}
 
 pipeline = {family.auto_pipeline}.from_pretrained({source})
 pipeline.load_lora_weights({_literal(adapter.parent.name)}, weight_name="{adapter.name}")
-image = pipeline({_literal(prompt)}{_images(family)}).images[0]
+image = pipeline({_literal(prompt)}{called}).images[0]
 ```
 """

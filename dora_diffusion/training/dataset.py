@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def _open_subject(
         config.instance_prompt or "",
         skip_unreadable=True,
         mask_crops=draws.first_crops if uses_masks else None,
-        per_line=config.caption_per_line,
+        per_line=True,
     )
     check_subject(subject, photos)
     if not uses_masks:
@@ -226,7 +227,8 @@ def _without_effect(
 ) -> Iterator[str]:
     """Caption settings that these captions leave without effect, and captions that lack one."""
     kept = f"after the first {config.keep_tags} that stay in place (keep_tags)"
-    captions = [caption for photo in photos for caption in rules.variants(photo.caption)]
+    own = replace(rules, prefix="", suffix="")
+    captions = [caption for photo in photos for caption in own.variants(photo.caption)]
     separated = "commas" if config.caption_separator == "," else repr(config.caption_separator)
     if config.shuffle_tags and not rules.can_shuffle(captions):
         yield (
@@ -235,7 +237,7 @@ def _without_effect(
         )
     if config.tag_dropout and not rules.can_shuffle(captions, 1):
         yield f"tag_dropout has no effect because no caption has a tag {kept}"
-    lines = [read_caption(photo.path, "", per_line=True).count("\n") for photo in photos]
+    lines = [photo.caption.count("\n") for photo in photos]
     if config.caption_per_line and not any(lines):
         yield "caption_per_line has no effect because no caption file has two lines"
     elif any(lines) and not config.caption_per_line:

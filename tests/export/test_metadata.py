@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dora_diffusion.export import ExportError, export_checkpoint
-from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.export import ExportError, combine_adapters, export_checkpoint
+from dora_diffusion.formats.adapter.file import (
+    AdapterFile,
+    AdapterMetadata,
+    read_adapter,
+    write_adapter,
+)
+from dora_diffusion.formats.adapter.metadata import stated_reading
 from dora_diffusion.formats.files.header import read_header
 from dora_diffusion.models.load import load_components
 from tests.export.helpers import MakeAdapter
@@ -105,7 +111,7 @@ def test_a_merged_model_reads_prompts_as_its_adapters_do(
 ) -> None:
     """Where they agree; one that is merged into it later changes nothing of that."""
     layers, paths = random_adapter(sd1_folder, every=20), {}
-    for name, extra in {"skips": {"clip_skip": "1"}, "plain": {}}.items():
+    for name, extra in {"skips": {"clip_skip": "1", "max_token_length": "0"}, "plain": {}}.items():
         facts = AdapterMetadata("sd1", extra=extra)
         paths[name] = write_adapter(tmp_path / f"{name}.safetensors", AdapterFile(layers, facts))
     merged = export_checkpoint(sd1_folder, paths["skips"], tmp_path / "merged")
@@ -113,3 +119,12 @@ def test_a_merged_model_reads_prompts_as_its_adapters_do(
     both = export_checkpoint(sd1_folder, list(paths.values()), tmp_path / "both")
     found = [load_components(each).clip_skip for each in (sd1_folder, merged, again, both)]
     assert found == [0, 1, 1, 0]
+    assert load_components(again).max_token_length == 0
+    sums = (["skips"], {"clip_skip": 1, "max_token_length": 0}), (["skips", "plain"], {})
+    for names, expected in sums:
+        files = [(paths[name], 0.5) for name in names]
+        summed = combine_adapters(sd1_folder, files, tmp_path / f"{len(names)}.safetensors").path
+        assert stated_reading(read_adapter(summed).metadata.extra) == expected
+    cards = [(each / "README.md").read_text(encoding="utf-8") for each in (merged, again, both)]
+    said = ["It reads prompts with clip_skip 1 as Diffusers counts" in card for card in cards]
+    assert said == [True, True, False]

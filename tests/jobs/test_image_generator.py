@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.generate import BrokenImageError, SamplingSettings
+from dora_diffusion.images import parse_parameters
 from dora_diffusion.jobs.base_model import ModelFiles
 from dora_diffusion.jobs.checkpoints import adapter_of
 from dora_diffusion.jobs.image_generator import (
@@ -127,7 +128,15 @@ def test_the_page_says_what_of_a_long_prompt_was_not_read(
     assert "by the &lt; lake &gt;" in _results(gallery=pictures)[-1]
     (negative,) = studio.make(ask(finished, negative_prompt="blurred, " * 80))[0].unread
     assert negative.startswith("The negative prompt is longer")
-    assert studio.make(short)[0].unread == ()
+    (plain,), (cut,) = studio.make(short), studio.make(long)
+    assert plain.unread == ()
+    (whole,) = studio.make(replace(long, max_token_length=0))
+    assert whole.unread == ()
+    assert pixels(whole.path) != pixels(cut.path)
+    (skips,) = studio.make(replace(short, clip_skip=1))
+    assert pixels(skips.path) != pixels(plain.path)
+    found = [parse_parameters(image.parameters).get("Clip skip") for image in (plain, skips)]
+    assert found == [None, "2"]
     assert "longer than" not in _results(pair=studio.compare(short))[-1]
 
 

@@ -59,12 +59,12 @@ def test_a_linked_subject_or_photo_is_not_followed(
         workspace.subject("20261125-020304-abcdef")
 
 
-def test_captions_are_one_printable_line_of_bounded_length(
-    workspace: Workspace, subject: str
-) -> None:
-    text = save_caption(workspace, subject, "001.jpg", "a sks\x00 dog\x1b[2J\n on  \u202egrass")
-    assert text == "a sks dog [2J on grass"
-    assert read_caption(photo_path(workspace, subject, "001.jpg"), "") == text
+def test_captions_are_printable_lines_of_bounded_length(workspace: Workspace, subject: str) -> None:
+    text = save_caption(workspace, subject, "001.jpg", "a sks\x00 dog\x1b[2J\n\n on  \u202egrass")
+    assert text == "a sks dog [2J\non grass"
+    path = photo_path(workspace, subject, "001.jpg")
+    assert read_caption(path, "", per_line=True) == text
+    assert read_caption(path, "") == "a sks dog [2J on grass"
     with pytest.raises(UserError, match="at most 1000"):
         save_caption(workspace, subject, "001.jpg", "x" * 1001)
     save_caption(workspace, subject, "001.jpg", " ")

@@ -184,7 +184,7 @@ def check(tmp_path, captions, **settings):
     for number, text in enumerate(captions):
         (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
         path = tmp_path / f"{number}.jpg"
-        caption = read_caption(path, "", per_line=bool(settings.get("caption_per_line")))
+        caption = read_caption(path, "", per_line=True)
         photos.append(Photo(path, str(number), (8, 8), caption))
     settings = {"instance_data_dir": "x", "instance_prompt": "a sks dog", **settings}
     config = TrainConfig(**settings)
@@ -209,6 +209,7 @@ def check(tmp_path, captions, **settings):
         (["sun, a sks dog"], {"tag_dropout": 0.1}, "may leave out the token 'sks' of 'sun, a"),
         (["sun, a sks dog, sea"], {"tag_dropout": 0.1, "keep_tags": 2}, ""),
         (["sun, sea"], {"tag_dropout": 0.1, "caption_prefix": "sks,"}, ""),
+        (["sun"], {"tag_dropout": 0.1, "caption_prefix": "sks,"}, "tag_dropout has no effect"),
         (["sks; a, b"], {"shuffle_tags": True, "caption_separator": ";"}, "separated by ';'"),
     ],
 )  # fmt: skip

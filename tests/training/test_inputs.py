@@ -278,8 +278,7 @@ def test_what_is_drawn_anew_is_encoded_anew(tiny_run, photos, monkeypatch):
     monkeypatch.setattr(Conditioner, "_encoded", encode)
     assert losses_of("fresh") == cached
     assert [row[1:] for row in seen[:3]] == [row[1:] for row in seen[3:]]
-    words = [set(own.replace(",", " ").split()) for _, captions, _ in seen for own in captions]
-    assert {"red", "blue", "day", "night", "of", "in"} <= set().union(*words)
+    assert len({caption for _, captions, _ in seen for caption in captions}) >= 5
     for _, captions, class_captions in seen:
         assert [c.replace("sks mug", "mug") for c in captions] == class_captions
         assert all("mug" in c and "sks" not in c for c in class_captions if c)

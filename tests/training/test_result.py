@@ -50,9 +50,10 @@ def test_how_prompts_were_read_goes_along(tiny_run, tmp_path, capsys):
     assert (components.clip_skip, components.max_token_length) == (1, 225)
     words = "with clip_skip 1 as Diffusers counts (Clip skip 2 in web UIs), up to 225 tokens"
     assert main(["inspect", str(result.adapter)]) == 0
-    assert words in capsys.readouterr().out
+    assert words in " ".join(capsys.readouterr().out.split())
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"Prompts were read {words} in chunks of 75; `generate` does so by itself." in card
+    assert ", clip_skip=1).images[0]" in card
     facts = parse_parameters(read_parameters(tmp_path / "out" / "samples" / "adapted.png"))
     assert facts["Clip skip"] == "2"
     rules = CaptionRules(wildcards=Wildcards())
@@ -69,5 +70,6 @@ def test_how_prompts_were_read_goes_along(tiny_run, tmp_path, capsys):
     whole = dataclasses.replace(
         config, method="full", output_dir=str(tmp_path / "whole"), num_validation_images=0
     )
-    tuned = load_components(train(whole).adapter)
+    train(whole)
+    tuned = load_components(tmp_path / "whole" / "model")
     assert (tuned.clip_skip, tuned.max_token_length) == (1, 225)

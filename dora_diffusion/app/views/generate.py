@@ -107,13 +107,15 @@ class GenerateTab:
             self.form["scheduler"] = gr.Dropdown([OWN, *SCHEDULERS], value=OWN, label="Scheduler")
             with gr.Row():
                 # Text: an empty number field turns into 0 when it is unfolded.
-                for name, unset in (
-                    ("guidance_scale", "the run's"), ("width", "the model's"),
-                    ("height", "the model's"),
-                ):  # fmt: skip
+                for name, label, unset in (
+                    ("guidance_scale", "Guidance (CFG scale)", "the run's"),
+                    ("width", "Width", "the model's"),
+                    ("height", "Height", "the model's"),
+                    ("max_token_length", "Tokens read (75, 150, ...; 0: all)", "the run's"),
+                    ("clip_skip", "Clip skip, as Diffusers counts", "the run's"),
+                ):
                     self.form[name] = gr.Textbox(
-                        label=name.replace("guidance_scale", "Guidance (CFG scale)").capitalize(),
-                        placeholder=unset, max_lines=1,
+                        label=label, placeholder=unset, max_lines=1,
                         max_length=5, min_width=90, elem_id=name,
                     )  # fmt: skip
 

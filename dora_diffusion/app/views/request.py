@@ -65,7 +65,18 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
             *(float(form[name]) for name in ("strength", "direction", "magnitude"))
         ),
         files=model.files,
+        clip_skip=_whole(form, "clip_skip"),
+        max_token_length=_whole(form, "max_token_length"),
     )
+
+
+def _whole(form: dict[str, Any], name: str) -> int | None:
+    """A whole number of a field; None where it is empty."""
+    text = str(form.get(name) or "").strip()
+    if text and not text.isdecimal():
+        words = name.replace("_", " ")
+        raise UserError(f"the {words} is {text!r}; write a whole number, or leave it empty")
+    return int(text) if text else None
 
 
 @dataclass(frozen=True)
@@ -129,12 +140,15 @@ def field_value(name: str, parameters: dict[str, str]) -> Any:
         "magnitude": parameters.get("Magnitude strength", whole),
         "width": width or None,
         "height": height or None,
+        # What the file says is the web UIs' counting, and the run's own for an image of its.
+        "max_token_length": "",
+        "clip_skip": "",
         "count": "1",
     }.get(name)
     if name == "scheduler":
         scheduler = parameters.get("Sampler", OWN)
         return scheduler if scheduler in SCHEDULERS else OWN
-    if name in ("prompt", "negative_prompt") or text is None:
+    if not text or name in ("prompt", "negative_prompt"):
         return text
     try:
         number = float(text)

@@ -100,6 +100,17 @@ def stated_reading(fields: Mapping[str, str], prefix: str = "") -> dict[str, int
     return {name: int(text) for name, text in texts.items() if text.isdecimal()}
 
 
+def agreed_reading(extras: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """How several adapters' prompts are to be read, of their `AdapterMetadata.extra`.
+
+    Where they do not agree, it is left open.
+    """
+    found = {name: {extra.get(name, "") for extra in extras} for name in READING}
+    return {
+        name: text for name, texts in found.items() if len(texts) == 1 for text in texts if text
+    }
+
+
 def reading_in_words(reading: Mapping[str, int], family: Family) -> str:
     """How prompts are read, for people: both countings of clip skip; empty for the usual way."""
     skip, length = reading.get("clip_skip", 0), reading.get("max_token_length", TOKENS_PER_CHUNK)

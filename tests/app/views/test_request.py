@@ -76,3 +76,12 @@ def _asked(model: str = "embedded:tiny-sd", **changes: object) -> Any:
         "direction": 1, "magnitude": 1,
     }  # fmt: skip
     return make_request(_context(), f"{BASE}/{model}", form | changes)
+
+
+def test_how_prompts_are_read_is_the_run_s_unless_asked_for() -> None:
+    asked = _asked(max_token_length=" 150 ", clip_skip="1")
+    assert (asked.max_token_length, asked.clip_skip) == (150, 1)
+    plain = _asked(max_token_length="", clip_skip=None)
+    assert (plain.max_token_length, plain.clip_skip) == (None, None)
+    with pytest.raises(UserError, match="the clip skip is '-1'; write a whole number, or leave"):
+        _asked(clip_skip="-1")
