@@ -191,7 +191,10 @@ def test_sd_scripts_subsets_are_entries(folders: Path, tmp_path: Path) -> None:
         ("token_warmup_step = 5", "token_warmup_step cannot mean the same here"),
         ("bucket_no_upscale = true", "bucket_no_upscale cannot mean"),
         ("max_bucket_reso = 512", "max_bucket_reso cannot mean"),
-        ('caption_extension = ".caption"', "caption_extension .caption: captions are .txt files here"),
+        (
+            'caption_extension = ".caption"',
+            ".caption: captions are .txt files here",
+        ),
         ("batch_size = 4", "batch_size 4: give the run --train_batch_size 4 too"),
         ("resolution = [512, 768]", "resolution [512, 768]: training is at a square"),
         ("is_reg = true", "there is no [[datasets.subsets]] to train on"),
