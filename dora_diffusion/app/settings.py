@@ -130,8 +130,6 @@ def make_config(
     prompts: Sequence[str],
     advanced: Mapping[str, Any],
     others: Sequence[Mapping[str, Any]] = (),
-    *,
-    is_style: bool = False,
 ) -> TrainConfig:
     """The settings of a run.
 
@@ -139,25 +137,23 @@ def make_config(
         model: Base model: ``embedded:NAME``, hub id, folder or file.
         photos: Folder of photos.
         output_dir: The job's folder.
-        token: The word that will mean the subject.
+        token: The word that will mean the subject; with neither this nor a class word, captions
+            are trained on as they are.
         class_word: What the subject is.
         prompts: Prompts of the sample images; ``{subject}`` stands for token and class word, of
             each subject in its turn.
         advanced: Values by setting name, as the page's fields give them.
         others: Entries of `TrainConfig.dataset_config` for subjects beside it, with their token
             and class word.
-        is_style: Captions are trained on as they are, without token and class word.
 
     Raises:
         RequestError, ConfigError: If a value cannot work, in one line.
     """
     token = clean_text(token, 50, "token")
     class_word = clean_text(class_word, 100, "class")
+    is_style = not token and not class_word
     if not is_style and (not token or " " in token):
-        raise UserError(
-            "the token must be one rare word, such as sks; for a style, of which every image has a "
-            "caption, leave token and class empty"
-        )
+        raise UserError("the token must be one rare word, such as sks")
     if not is_style and not class_word:
         raise UserError("say what the subject is: one or two words such as mug, dog or toy robot")
     own = {"instance_data_dir": str(photos), "token": token, "class_word": class_word or None}

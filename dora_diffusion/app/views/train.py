@@ -258,16 +258,20 @@ def read_form(
     chosen["masked_loss"] |= any(mask_path(p).exists() for each in learned for p in each.photos)
     output = context.workspace.root / "new-run"
     lines = str(prompts).splitlines()[:8]
-    is_style = not f"{token}{class_word}".strip() and all(
+    if not f"{token}{class_word}".strip() and not all(
         photo.with_suffix(".txt").is_file() for photo in subject.photos
-    )
+    ):
+        raise UserError(
+            "the token must be one rare word, such as sks; a style needs neither token nor class, "
+            "but a caption for every image"
+        )
     entries = [
         {"instance_data_dir": str(each.folder), "token": each.token, "class_word": each.class_word}
         for each in others
     ]
     config = make_config(
         context.allowed_model(model), subject.folder, output, token, class_word, lines, chosen,
-        entries, is_style=is_style,
+        entries,
     )  # fmt: skip
     context.check_paths(config)
     check_model(config, ask_hub=ask_hub)

@@ -308,7 +308,7 @@ def test_several_subjects_are_one_run_each_with_its_own_words(
 def test_a_style_needs_captions_and_no_words(context: Context, subject: str) -> None:
     asked = fields(subject, "a photo of a {subject}\na castle")
     asked[2] = asked[3] = ""
-    assert "for a style, of which every image has a caption" in handler(context, "plan")(*asked)[0]
+    assert "but a caption for every image" in handler(context, "plan")(*asked)[0]
     save_caption(context.workspace, subject, "001.jpg", "a mug")
     handler(context, "start")("", *asked)
     (job,) = context.jobs(fresh=True)
