@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config import settings
 from dora_diffusion.formats.adapter.file import find_adapter
-from dora_diffusion.formats.adapter.metadata import without_path
+from dora_diffusion.formats.adapter.metadata import without_paths
 from dora_diffusion.models.locate import is_network_error, is_offline
-
-_PLACES = tuple(setting.name for setting in settings() if setting.is_path)
 
 
 class HubError(ValueError):
@@ -116,11 +113,9 @@ def _without_places(file: Path) -> bytes:
     import yaml
 
     values: Mapping[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    kept = {
-        name: without_path(value) if name in _PLACES and isinstance(value, str) else value
-        for name, value in values.items()
-    }
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).encode("utf-8")
+    return yaml.safe_dump(without_paths(values), sort_keys=False, allow_unicode=True).encode(
+        "utf-8"
+    )
 
 
 def _reason(error: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from dora_diffusion.devices import has_own_memory
+from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.jobs.estimates import Estimate
 from dora_diffusion.jobs.logs import log_warnings
 from dora_diffusion.jobs.queue import stop_asked
@@ -118,7 +119,9 @@ def status_card(job: Job, *, stop: bool = False) -> str:
     cause = note(job.cause, "bad") + notes(job.damage, "bad")
     cause += notes(log_warnings(job.folder), "warn")
     if job.state == "done" and job.trigger:
-        cause += note(f"Write “{job.trigger}” in a prompt to get the subject.", "good")
+        triggers = [f"“{trigger}”" for trigger in split_triggers(job.trigger)]
+        which = "the subject" if len(triggers) == 1 else "that subject"
+        cause += note(f"Write {' or '.join(triggers)} in a prompt to get {which}.", "good")
     if job.kind == "train":
         word = str(job.settings.get("class_word") or "")
         cause += note(outside_toy_world(job.base, word), "warn")

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config import Setting, TrainConfig, settings, unusual_rates, without_effect
+from dora_diffusion.config import (
+    PRESETS,
+    Setting,
+    TrainConfig,
+    settings,
+    unusual_rates,
+    without_effect,
+)
 from dora_diffusion.console.tables import shown_command
 from dora_diffusion.families import FAMILIES, USUAL
 from dora_diffusion.jobs.base_model import UNKNOWN, model_info
@@ -19,14 +26,15 @@ from dora_diffusion.toy import MODELS
 PROMPT_LIMIT, NAME_LIMIT = 1000, 500
 EMBEDDED_MODELS = tuple(f"{EMBEDDED_PREFIX}{name}" for name in MODELS)
 EMBEDDED = EMBEDDED_MODELS[0]
-PRESET_NAMES = ("fast", "balanced", "quality")
+DATASET_FILE = "subjects.yaml"
+PRESET_NAMES = ("fast", "balanced", "quality", *PRESETS)
 
 # Fields of their own on the page, and what the app itself decides: where a run lies, when it
 # resumes, and (in the Library) whether it is published. use_8bit_adam is an optimizer's other name.
 _NOT_ADVANCED = frozenset((
-    "pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "token", "class_word",
-    "validation_prompt", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
-    "logging_dir", "push_to_hub", "hub_model_id", "use_8bit_adam",
+    "pretrained_model_name_or_path", "dataset_config", "instance_data_dir", "instance_prompt",
+    "token", "class_word", "validation_prompt", "output_dir", "overwrite_output_dir",
+    "resume_from_checkpoint", "logging_dir", "push_to_hub", "hub_model_id", "use_8bit_adam",
 ))  # fmt: skip
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in settings()}
 ADVANCED: tuple[str, ...] = tuple(name for name in SETTINGS if name not in _NOT_ADVANCED)
@@ -42,6 +50,7 @@ _EMBEDDED: Mapping[str, Mapping[str, Any]] = {
     "fast": {"max_train_steps": 120},
     "balanced": {"max_train_steps": 300},
     "quality": {"max_train_steps": 600},
+    "style": {"max_train_steps": 400, **PRESETS["style"]},
 }
 _EMBEDDED_COMMON: Mapping[str, Any] = {
     "learning_rate": 2e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 10, "conv_rank": 8,
@@ -53,6 +62,7 @@ _RELEASED: Mapping[str, tuple[float, Mapping[str, Any]]] = {
     "fast": (0.5, {}),
     "balanced": (1, {"with_prior_preservation": True}),
     "quality": (1.5, {"with_prior_preservation": True, "rank": 16}),
+    "style": (1.5, PRESETS["style"]),
 }
 
 
@@ -119,6 +129,7 @@ def make_config(
     class_word: str,
     prompts: Sequence[str],
     advanced: Mapping[str, Any],
+    others: Sequence[Mapping[str, Any]] = (),
 ) -> TrainConfig:
     """The settings of a run.
 
@@ -126,35 +137,51 @@ def make_config(
         model: Base model: ``embedded:NAME``, hub id, folder or file.
         photos: Folder of photos.
         output_dir: The job's folder.
-        token: The word that will mean the subject.
+        token: The word that will mean the subject; with neither this nor a class word, captions
+            are trained on as they are.
         class_word: What the subject is.
-        prompts: Prompts of the sample images; ``{subject}`` stands for token and class word.
+        prompts: Prompts of the sample images; ``{subject}`` stands for token and class word, of
+            each subject in its turn.
         advanced: Values by setting name, as the page's fields give them.
+        others: Entries of `TrainConfig.dataset_config` for subjects beside it, with their token
+            and class word.
 
     Raises:
         RequestError, ConfigError: If a value cannot work, in one line.
     """
     token = clean_text(token, 50, "token")
     class_word = clean_text(class_word, 100, "class")
-    if not token or " " in token:
+    is_style = not token and not class_word
+    if not is_style and (not token or " " in token):
         raise UserError("the token must be one rare word, such as sks")
-    if not class_word:
+    if not is_style and not class_word:
         raise UserError("say what the subject is: one or two words such as mug, dog or toy robot")
-    subject = f"{token} {class_word}"
+    own = {"instance_data_dir": str(photos), "token": token, "class_word": class_word or None}
+    entries = [own, *others]
+    for entry in entries:
+        subject = f"{entry['token']} {entry['class_word'] or ''}".strip()
+        entry["instance_prompt"] = f"a photo of a {subject}" if subject else None
     lines = [clean_text(line, PROMPT_LIMIT, "sample prompt") for line in prompts]
     values = {name: _value(name, advanced[name]) for name in ADVANCED if name in advanced}
     return TrainConfig.from_dict(
         {
             **values,
             "pretrained_model_name_or_path": _name(model, "model name") or EMBEDDED,
-            "instance_data_dir": str(photos),
-            "instance_prompt": f"a photo of a {subject}",
-            "token": token,
-            "class_word": class_word,
-            "validation_prompt": [line.replace("{subject}", subject) for line in lines if line],
+            "validation_prompt": _sample_prompts(filter(None, lines), entries),
             "output_dir": str(output_dir),
+            **({"dataset_config": entries} if others else own),
         }
     )
+
+
+def _sample_prompts(lines: Iterable[str], entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sample prompts, those with ``{subject}`` for each subject that has a name."""
+    names = [f"{e['token']} {e['class_word']}" for e in entries if e["token"]]
+    prompts: dict[str, None] = {}
+    for line in lines:
+        named = [line.replace("{subject}", name) for name in names]
+        prompts |= dict.fromkeys(named if "{subject}" in line else [line])
+    return list(prompts)
 
 
 def _value(name: str, value: Any) -> Any:
@@ -218,18 +245,26 @@ def command_line(config: TrainConfig) -> str:
         '--rank 4'
     """
     default, lines = TrainConfig(), [["python", "-m", "dora_diffusion", "train"]]
+    file = ""
+    if config.dataset_config:
+        import yaml
+
+        entries = yaml.safe_dump(config.dataset_config, sort_keys=False, allow_unicode=True)
+        file = f"cat > {DATASET_FILE} <<'END'\n{entries}END\n"
     for name in SETTINGS:
         value = getattr(config, name)
         if value == getattr(default, name) and name != "pretrained_model_name_or_path":
             continue
-        if isinstance(value, bool):
+        if name == "dataset_config":
+            lines.append([f"--{name}", DATASET_FILE])
+        elif isinstance(value, bool):
             lines.append([f"--{name}" if value else f"--no-{name}"])
         else:
             values = value if isinstance(value, list) else [value]
             lines.append([f"--{name}", *map(str, values)])
     # With the threads that a job has: another number may round the last bits otherwise.
     is_small = is_embedded(config.pretrained_model_name_or_path)
-    return shown_command(lines, "OMP_NUM_THREADS=1" if is_small else "")
+    return file + shown_command(lines, "OMP_NUM_THREADS=1" if is_small else "")
 
 
 FORM = ("preset", "model", "token", "class_word", "prompts")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.commands.parser import Parser, SwitchAction
 from dora_diffusion.config import (
+    PRESETS,
     ConfigError,
     Setting,
     TrainConfig,
@@ -20,7 +21,7 @@ from dora_diffusion.config import (
 from dora_diffusion.config.derived import overridden
 from dora_diffusion.config.fields import RENAMED
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
-from dora_diffusion.console.training import TrainProgress, next_steps
+from dora_diffusion.console.training import TrainProgress, next_steps, what_trains
 from dora_diffusion.wording import quoted
 
 if TYPE_CHECKING:
@@ -35,6 +36,18 @@ def add_arguments(parser: Parser) -> None:
     parser.refusal, parser.meant_by = refusal, meant_by
     parser.add_argument(
         "--config", help="YAML file of settings; flags given here take precedence over it."
+    )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="Settings to start from; the file's and flags given here take precedence. style: no "
+        "token, captions as they are.",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="List what would be trained on, image by image with its caption, and end before the "
+        "model is loaded.",
     )
     groups: dict[str, Any] = {}
     for setting in settings():
@@ -86,6 +99,9 @@ def _add_flag(group: Any, setting: Setting) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, with a progress bar. Returns the exit code."""
     config = train_config(args)
+    if args.dry_run:
+        print(what_trains(config))
+        return 0
     _warn_of_toy_model(config, args)
     if config.push_to_hub:
         from dora_diffusion.hub import check
@@ -161,7 +177,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     values, lines = read_config_lines(args.config) if args.config else ({}, {})
     values = _settings_of(args.config, values, lines, names)
     given = {name: value for name, value in vars(args).items() if name in names}
-    values = overridden(values, given)
+    values = {**PRESETS.get(args.preset, {}), **overridden(values, given)}
     try:
         config = TrainConfig.from_dict(values | given)
     except ConfigError as error:

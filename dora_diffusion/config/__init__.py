@@ -15,9 +15,10 @@ from dora_diffusion.config.adapter import AdapterConfig
 from dora_diffusion.config.derived import differences, unusual_rates, without_effect
 from dora_diffusion.config.fields import ConfigError, Setting, with_present_names
 from dora_diffusion.config.file import read_config_file, read_config_lines
-from dora_diffusion.config.train import TrainConfig, settings
+from dora_diffusion.config.train import PRESETS, TrainConfig, settings
 
 __all__ = [
+    "PRESETS",
     "AdapterConfig",
     "ConfigError",
     "Setting",

@@ -70,15 +70,16 @@ def checked_entries(
         ConfigError: If there is no entry, a key is no setting of a subject, or a value has the
             wrong type.
     """
+    listed: Any = given
     if isinstance(given, str | Path):
-        given = _read(Path(given).expanduser(), set(known), batch_size)
+        listed = _read(Path(given).expanduser(), set(known), batch_size)
     require(
-        isinstance(given, list | tuple) and all(isinstance(entry, dict) for entry in given),
+        isinstance(listed, list | tuple) and all(isinstance(entry, dict) for entry in listed),
         "dataset_config must hold a list of subjects, each beginning with '- ' and a setting",
         "dataset_config",
     )
     entries: list[Entry] = []
-    for place, entry in enumerate(given):
+    for place, entry in enumerate(listed):
         with naming_entry(place):
             folders = entry.get("instance_data_dir")
             for folder in folders if isinstance(folders, list) else [folders]:
@@ -154,7 +155,7 @@ def _read_toml(path: Path, known: set[str], batch_size: int) -> list[Entry]:
         subjects = [_subset(options) for options in subsets if not options.get("is_reg")]
         prior = _class_images([options for options in subsets if options.get("is_reg")])
         require(
-            not prior or len({entry.get("class_word") for entry in subjects}) == 1,
+            not prior or len({entry.get("class_word") for entry in subjects}) < 2,
             "is_reg beside subjects of several classes cannot mean the same here: write the list "
             "in YAML, with class_data_dir and class_prompt for each",
         )
@@ -216,8 +217,8 @@ def _side(resolution: Any) -> int:
     Raises:
         ConfigError: If it is no square.
     """
-    sides = resolution.split(",") if isinstance(resolution, str) else resolution
-    sides = {int(side) for side in (sides if isinstance(sides, list) else [sides])}
+    given = resolution.split(",") if isinstance(resolution, str) else resolution
+    sides = {int(side) for side in (given if isinstance(given, list) else [given])}
     require(len(sides) == 1, f"resolution {resolution}: training is at a square, or in buckets")
     return sides.pop()
 

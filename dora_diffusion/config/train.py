@@ -230,6 +230,12 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         return cls(**{name: known[name].cast(value) for name, value in values.items()})
 
 
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "style": {"token": "", "aspect_ratio_buckets": True, "caption_dropout": 0.05},
+}
+"""Settings that belong together, by name: where a run starts from, not what it must have."""
+
+
 @lru_cache(maxsize=1)
 def settings() -> tuple[Setting, ...]:
     """All settings, in the order of their fields."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.config.derived import listed
 from dora_diffusion.console.progress import ProgressBar, say, tell
 from dora_diffusion.console.tables import shown_command
 from dora_diffusion.devices import default_device, device_name
+from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.training.events import (
     CachingProgress,
     CheckpointSaved,
@@ -24,6 +26,9 @@ from dora_diffusion.training.events import (
     TrainingStarted,
 )
 from dora_diffusion.wording import counted, duration
+
+# Images of a subject that a dry run names.
+_LISTED = 20
 
 
 class TrainProgress:
@@ -102,6 +107,8 @@ class TrainProgress:
             f"{event.family} on {event.device}: {counted(event.photos, 'photo')} at "
             f"{event.resolution} px, {event.adapter}"
         )
+        if len(split_triggers(event.trigger)) > 1:
+            print(f"subjects: {event.trigger}")
         if event.resumed_from:
             print(_resumed_line(event))
         if event.changed:
@@ -111,6 +118,51 @@ class TrainProgress:
         self.bar = tqdm(
             total=event.total_steps, initial=event.step, unit="step", dynamic_ncols=True
         )
+
+
+def what_trains(config: TrainConfig) -> str:
+    """What a run would train on, before its model is loaded: its subjects and their images.
+
+    Raises:
+        ConfigError, PhotoError: As the run would.
+
+    Warns:
+        UserWarning: As the run would.
+    """
+    from dora_diffusion.data.photos import mask_path, read_photos
+    from dora_diffusion.training.dataset import check_subject, list_subjects
+    from dora_diffusion.training.folders import check_folders
+    from dora_diffusion.training.subject import subjects_of
+
+    for reason in (*without_effect(config).values(), *unusual_rates(config)):
+        warnings.warn(reason, stacklevel=2)
+    subjects, lines, an_epoch = subjects_of(config), list[str](), 0
+    check_folders(config)
+    for subject, paths in zip(subjects, list_subjects(subjects), strict=True):
+        own = subject.settings
+        photos = read_photos(paths, own.instance_prompt or "", skip_unreadable=True)
+        check_subject(subject, photos)
+        an_epoch += len(photos) * own.repeats
+        masks = sum(mask_path(photo.path).is_file() for photo in photos) if own.masked_loss else 0
+        facts = [counted(len(photos), "image")]
+        facts += [f"{own.repeats} times an epoch"] if own.repeats > 1 else []
+        facts += [f"weight {own.weight:g}"] if own.weight != 1 else []
+        facts += [counted(masks, "mask file")] if masks else []
+        facts += [f"prior: {own.prior_mode}"] if own.with_prior_preservation else []
+        lines.append(
+            f"{subject.trigger or 'captions as they are'}: {', '.join(facts)}, in "
+            f"{own.instance_data_dir}"
+        )
+        for photo in photos[:_LISTED]:
+            weight = f" (weight {photo.weight:g})" if photo.weight != 1 else ""
+            lines.append(f"    {photo.path.name}{weight}: {photo.caption}")
+        lines += [f"    and {len(photos) - _LISTED} more"] if len(photos) > _LISTED else []
+    lines.append(f"an epoch: {counted(an_epoch, 'image')}")
+    if config.max_train_steps:
+        batch = config.train_batch_size * config.gradient_accumulation_steps
+        seen = config.max_train_steps * batch / an_epoch
+        lines[-1] += f"; {config.max_train_steps} steps of {batch} are {seen:.3g} epochs"
+    return "\n".join(lines)
 
 
 def next_steps(config: TrainConfig, written: Path) -> list[str]:

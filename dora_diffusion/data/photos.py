@@ -314,7 +314,7 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
         warnings.warn(f"{folder}: left out {lost}; copy the photos themselves", stacklevel=2)
     if lonely := _without_photo(entries, photos):
         warnings.warn(
-            f"{folder}: no photo has the name of {listing(lonely, 5)}, which have no effect",
+            f"{folder}: without effect, no photo has their name: {listing(lonely, 5)}",
             stacklevel=2,
         )
     others = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from dora_diffusion import config
 from dora_diffusion.console.errors import explain
+from dora_diffusion.formats.adapter.metadata import join_triggers
 from dora_diffusion.formats.files.names import pipeline_in
 from dora_diffusion.jobs import queue, records
 from dora_diffusion.jobs.checkpoints import (
@@ -122,8 +123,10 @@ class Job:
 
     @property
     def trigger(self) -> str:
-        token, word = self.settings.get("token") or "", self.settings.get("class_word") or ""
-        return self.record.trigger or self.progress.trigger or f"{token} {word}".strip()
+        entries = self.settings.get("dataset_config") or [self.settings]
+        words = ((e.get("token") or "", e.get("class_word") or "") for e in entries)
+        named = join_triggers(" ".join(pair).strip() for pair in words)
+        return self.record.trigger or self.progress.trigger or named
 
     @property
     def base(self) -> str:

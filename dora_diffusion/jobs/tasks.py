@@ -37,43 +37,62 @@ STUDY, TOKEN = "study.yaml", "sks"
 
 
 def start_training(
-    workspace: Workspace, config: TrainConfig, subject: StoredSubject, name: str = ""
+    workspace: Workspace, config: TrainConfig, subjects: Sequence[StoredSubject], name: str = ""
 ) -> str:
     """Put a run at the end of the queue, with a copy of its photos. Returns its id.
 
-    Without a name it is called by its subject and the time.
+    Without a name it is called by its subjects and the time.
+
+    Args:
+        workspace: The runs folder.
+        config: Its settings.
+        subjects: Of each entry of ``dataset_config``, or of the one subject.
+        name: What it is called.
 
     Raises:
         UserError: If a run with the same photos and settings waits or runs: it would repeat it.
     """
     for job in snapshot(workspace.root):
-        if job.state in ("waiting", "running") and _is_same(job, config, subject):
+        if job.state in ("waiting", "running") and _is_same(job, config, subjects):
             now = f"number {job.position} in the queue" if job.position else "running"
             raise UserError(
                 f"{job.title} with the same photos and settings is {now} already; change a "
                 "setting, such as seed, to start another run"
             )
-    folder = workspace.new_job()
+    folder, titles = workspace.new_job(), ", ".join(subject.title for subject in subjects)
     record = JobRecord(
         train_arguments(folder),
-        clean_text(name, NAME_LIMIT, "name") or f"{subject.title} {time.strftime('%H:%M')}",
+        clean_text(name, NAME_LIMIT, "name") or f"{titles[:NAME_LIMIT]} {time.strftime('%H:%M')}",
         base=config.pretrained_model_name_or_path,
-        sample=subject.sample,
+        sample=subjects[0].sample if len(subjects) == 1 else "",
     )
     settings = as_yaml(_in_folder(config, folder))
-    return create_job(folder, record, {SETTINGS: settings, "photos": subject.folder})
+    photos = {_photos(place): subject.folder for place, subject in enumerate(subjects)}
+    return create_job(folder, record, {SETTINGS: settings, **photos})
 
 
-def _is_same(job: Job, config: TrainConfig, subject: StoredSubject) -> bool:
+def _photos(place: int) -> str:
+    """The folder of a subject's photos in a job's."""
+    return f"photos-{place + 1}" if place else "photos"
+
+
+def _is_same(job: Job, config: TrainConfig, subjects: Sequence[StoredSubject]) -> bool:
     """Whether a job trains with these settings on these photos, captions and masks."""
     if job.settings != _in_folder(config, job.folder).to_dict():
         return False
-    files = filecmp.dircmp(subject.folder, job.folder / "photos")
-    return not (files.left_only or files.right_only or files.diff_files)
+    pairs = ((subject.folder, job.folder / _photos(n)) for n, subject in enumerate(subjects))
+    compared = [filecmp.dircmp(*pair) for pair in pairs]
+    return not any(files.left_only or files.right_only or files.diff_files for files in compared)
 
 
 def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:
-    photos = str(folder / "photos")
+    entries = [
+        {**entry, "instance_data_dir": str(folder / _photos(place))}
+        for place, entry in enumerate(config.dataset_config)
+    ]
+    if entries:
+        return dataclasses.replace(config, output_dir=str(folder), dataset_config=entries)
+    photos = str(folder / _photos(0))
     return dataclasses.replace(config, output_dir=str(folder), instance_data_dir=photos)
 
 

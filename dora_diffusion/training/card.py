@@ -165,7 +165,10 @@ def _trigger_sentence(trigger: str, prompt: str) -> str:
         which = "the subject" if len(triggers) == 1 else "that subject"
         return f"Write {' or '.join(f'**`{t}`**' for t in triggers)} in a prompt to get {which}."
     such_as = f", such as `{prompt}`" if prompt else ""
-    return f"It has no trigger word: write prompts like its captions{such_as}."
+    return (
+        f"It is a style and has no trigger word: write prompts like its captions{such_as}. A lower "
+        "`--strength` shows less of it."
+    )
 
 
 def _diffusers_example(

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dora_diffusion.config import TrainConfig, settings
-from dora_diffusion.formats.adapter.metadata import without_path
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.formats.adapter.metadata import without_paths
 
 _PROJECT = "dreambooth"
 # Settings that name folders of this computer: only a name goes to a tracker's server.
-_PLACES = frozenset(setting.name for setting in settings() if setting.is_path)
 
 
 class Trackers:
@@ -75,12 +74,10 @@ def step_tags(record: Mapping[str, Any]) -> dict[str, float]:
 
 def tracked_settings(config: TrainConfig) -> dict[str, Any]:
     """Settings as plain values: lists are joined, and folders lose the way to them."""
-    return {name: _plain(name, value) for name, value in config.to_dict().items()}
+    return {name: _plain(value) for name, value in without_paths(config.to_dict()).items()}
 
 
-def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, str) and name in _PLACES:
-        return without_path(value)
+def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return " | ".join(str(item) for item in value)
     return "" if value is None else value

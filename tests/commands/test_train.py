@@ -261,3 +261,37 @@ def test_a_finished_run_is_published_privately_when_asked(
     assert cli.main(["train", *flags, "--push_to_hub"]) == 0
     assert calls == [("check", "me/mug"), ("push", "me/mug", True)]
     assert capsys.readouterr().out.splitlines()[-1] == "https://hub/me/mug"
+
+
+def test_a_dry_run_lists_what_trains_and_loads_no_model(tmp_path, samples_root, capsys):
+    """Also where there is no such model: nothing of it is opened."""
+    teapot = Path(shutil.copytree(samples_root / "heart_teapot", tmp_path / "teapot"))
+    (teapot / "02.weight").write_text("3", encoding="utf-8")
+    entries = [
+        {"instance_data_dir": str(samples_root / "bolt_mug"), "repeats": 2},
+        {"instance_data_dir": str(teapot), "token": "", "instance_prompt": None, "weight": 0.5},
+    ]
+    file = tmp_path / "subjects.yaml"
+    words = ["--pretrained_model_name_or_path", "no/model", "--instance_prompt", "a sks mug"]
+    words += ["--max_train_steps", "30", "--train_batch_size", "2", "--with_prior_preservation"]
+    entries[1]["with_prior_preservation"] = False
+    file.write_text(yaml.safe_dump(entries), encoding="utf-8")
+    assert cli.main(["train", "--dataset_config", str(file), *words, "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    folder = samples_root / "bolt_mug"
+    assert lines[0] == f"sks mug: 5 images, 2 times an epoch, prior: image-free, in {folder}"
+    assert lines[1] == "    01.jpg: a photo of a sks mug on the grass"
+    assert lines[6] == f"captions as they are: 5 images, weight 0.5, in {teapot}"
+    assert lines[8] == "    02.jpg (weight 3): a photo of a sks teapot on the beach"
+    assert lines[-1] == "an epoch: 15 images; 30 steps of 2 are 4 epochs"
+    (teapot / "03.txt").unlink()
+    assert cli.main(["train", "--dataset_config", str(file), *words, "--dry_run"]) == 1
+    assert "1 photo without a caption (03.jpg); write one" in capsys.readouterr().err
+
+
+def test_a_preset_is_where_settings_start(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("caption_dropout: 0.2\n", encoding="utf-8")
+    config = parsed("--preset", "style", "--config", str(file), "--no-aspect_ratio_buckets")
+    assert (config.token, config.caption_dropout) == ("", 0.2)
+    assert not config.aspect_ratio_buckets

@@ -151,7 +151,7 @@ def test_bad_masks_are_named_and_never_skipped(tmp_path: Path, write_images, ski
 
 
 def test_listing_takes_photos_only(tmp_path: Path) -> None:
-    for name in ("b.jpg", "a.PNG", "c.webp", ".hidden.jpg", "b.txt", "d.mask.png", ".e.gif"):
+    for name in ("b.jpg", "a.PNG", "c.webp", ".hidden.jpg", "b.txt", "c.mask.png", ".e.gif"):
         (tmp_path / name).touch()
     (tmp_path / "sub.jpg").mkdir()
     with warnings.catch_warnings():
@@ -164,6 +164,26 @@ def test_images_that_are_left_out_are_named(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     with pytest.warns(UserWarning, match=r"left out b\.bmp, c\.TIF, d\.gif; convert them"):
         assert [path.name for path in list_photos(tmp_path)] == ["a.jpg"]
+
+
+def test_captions_masks_and_weights_of_no_photo_are_named(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.txt", "a.weight", "b.txt", "c.mask.png", "d.weight", "config.yaml"):
+        (tmp_path / name).touch()
+    said = r"without effect, no photo has their name: b\.txt, c\.mask\.png, d\.weight"
+    with pytest.warns(UserWarning, match=said):
+        list_photos(tmp_path)
+
+
+def test_a_weight_beside_a_photo_is_one_number_above_zero(tmp_path: Path, write_images) -> None:
+    (path,) = write_images(tmp_path, 1)
+    assert read_photo(path, PROMPT).weight == 1
+    path.with_suffix(".weight").write_text(" 2.5\n", encoding="utf-8")
+    photo = read_photo(path, PROMPT)
+    assert (photo.weight, photo.record()["weight"]) == (2.5, "2.5")
+    for bad in ("", "0", "-1", "inf", "nan", "1 2"):
+        path.with_suffix(".weight").write_text(bad, encoding="utf-8")
+        with pytest.raises(PhotoError, match=r"00\.weight: the weight must be one number"):
+            read_photo(path, PROMPT)
 
 
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,3 +135,22 @@ def test_another_batch_size_goes_on_with_whole_groups():
     same = EpochSampler(10, batch_size=1, seed=3, groups=groups)
     same.load_state_dict(before.state_dict())
     assert next(iter(same)) == next(iter(before))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_repeated_sample_is_drawn_anew_each_time(grouped: bool) -> None:
+    """As if it were of as many epochs: no draw comes twice, and none is left out."""
+    repeats = [3, 1]
+    groups = ["wide", "tall"] if grouped else None
+    sampler = EpochSampler(2, seed=4, repeats=repeats, groups=groups)
+    assert sampler.batches_per_epoch == 4
+    stream = [item for (item,) in batches(sampler, 12)]
+    for epoch in range(3):
+        part = stream[4 * epoch : 4 * epoch + 4]
+        assert sorted(item.epoch for item in part if item.index == 0) == [
+            3 * epoch, 3 * epoch + 1, 3 * epoch + 2,
+        ]  # fmt: skip
+        assert [item.epoch for item in part if item.index == 1] == [epoch]
+    assert batches(EpochSampler(5, seed=4), 9) == batches(
+        EpochSampler(5, seed=4, repeats=[1] * 5), 9
+    )

@@ -28,7 +28,7 @@ CONFIG = TrainConfig(instance_prompt="a photo of a sks dog", class_word="dog", r
 
 def start(workspace: Workspace, subject: str) -> Path:
     stored = read_subject(workspace, subject)
-    return workspace.root / tasks.start_training(workspace, CONFIG, stored)
+    return workspace.root / tasks.start_training(workspace, CONFIG, [stored])
 
 
 def test_a_run_has_its_own_photos_and_settings(workspace: Workspace, subject: str) -> None:
@@ -52,7 +52,7 @@ def test_a_run_is_named_by_hand_or_by_its_subject_and_the_time(
     assert re.fullmatch(r"Dog \d\d:\d\d", first.title)
     assert first.label == f"{first.title} · {first.made[5:10]}"
     config = dataclasses.replace(CONFIG, seed=1)
-    folder = workspace.root / tasks.start_training(workspace, config, stored, " my  best dog ")
+    folder = workspace.root / tasks.start_training(workspace, config, [stored], " my  best dog ")
     named = seen(folder)
     assert named.label == f"my best dog · {named.made[5:]}"
     merge = about(folder, title="Merge my best dog")
@@ -89,7 +89,7 @@ def test_the_same_run_is_queued_once(workspace: Workspace, subject: str) -> None
     with pytest.raises(UserError, match="is number 1 in the queue already; change a setting"):
         start(workspace, subject)
     assert ids_in(workspace.root) == [folder.name]
-    tasks.start_training(workspace, dataclasses.replace(CONFIG, seed=7), stored)
+    tasks.start_training(workspace, dataclasses.replace(CONFIG, seed=7), [stored])
     save_caption(workspace, subject, "001.jpg", "a photo of a sks dog on grass")
     start(workspace, subject)
     for job in ids_in(workspace.root):

@@ -56,6 +56,10 @@ def test_prior_loss_is_the_mean_over_its_own_samples():
     torch.testing.assert_close(prior, (each[2] + each[3]) / 2)
     subject, prior = split_prior(torch.ones(2), 2)
     assert (subject, prior) == (1, 0)
+    # Weights are factors of the photos' losses alone; a photo without a prior adds none.
+    per_sample = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    subject, prior = split_prior(per_sample, 3, torch.tensor([1.0, 0.5, 2.0]))
+    assert (float(subject), float(prior)) == (pytest.approx(10 / 3), pytest.approx(8 / 3))
 
 
 def test_a_mask_weighs_the_mean_and_an_empty_one_learns_nothing():

@@ -258,7 +258,7 @@ def test_what_is_drawn_anew_is_encoded_anew(tiny_run, photos, monkeypatch):
     seen = []
 
     def losses_of(name):
-        session = open_session(config, subject_of(config), make_accelerator(config))
+        session = open_session(config, subjects_of(config), make_accelerator(config))
         draw = session.train_step.inputs
 
         def inputs(step):

@@ -327,3 +327,39 @@ def test_only_what_trains_is_seen_by_a_parallel_wrapper(sd1_folder) -> None:
     kinds = {name.split(".")[0] for name, _ in trained.named_parameters()}
     assert kinds == {"unet", "text_encoders"}
     assert isinstance(trained.text_encoders, nn.ModuleList)
+
+
+def test_a_batch_of_subjects_is_the_mean_of_its_rows(sdxl_folder) -> None:
+    """One row holds its prior by a class image, one without, one not at all, each of its weight."""
+    case = Case("sdxl", prior="images")
+    components, batch = adapted_components(sdxl_folder, case), make_batch(case)
+    rows = [1, 2, 0, 3]
+    weights, held = [0.5, 1.0, 2.0], [None, CLASS_CAPTIONS[2], None]
+
+    def part(rows: list[int], **fields: Any) -> Batch:
+        return replace(
+            batch, sample_ids=[batch.sample_ids[r] for r in rows],
+            captions=[batch.captions[r] for r in rows], crops=[batch.crops[r] for r in rows],
+            is_prior=batch.is_prior[rows], pixels=batch.pixels[rows], **fields,
+        )  # fmt: skip
+
+    mixed = part(rows, partners=[2], class_captions=held, weights=torch.tensor(weights))
+    _, subject, prior = ours(components, case, mixed)
+    alone = [
+        part(rows[place : place + 1] + ([3] if place == 2 else []),
+             partners=[0] if place == 2 else [], class_captions=held[place : place + 1])
+        for place in range(3)
+    ]  # fmt: skip
+    losses = []
+    objective = Objective(components, train_text_encoder=False, snr_gamma=case.snr_gamma)
+    for place, single in enumerate(alone):
+        inputs = draw_inputs(
+            components, single, seed=SEED, micro_step=MICRO_STEP, first_row=FIRST_ROW + place,
+            noise_offset=0.0,
+        )  # fmt: skip
+        with torch.no_grad(), norm_scope(*components.adaptable().values()):
+            losses.append([float(loss) for loss in objective(inputs)])
+    assert losses[0][1] == 0 < losses[1][1]
+    expected = sum(w * loss for w, (loss, _) in zip(weights, losses, strict=True)) / 3
+    assert float(subject) == pytest.approx(expected, rel=1e-5)
+    assert float(prior) == pytest.approx((losses[1][1] + losses[2][1]) / 3, rel=1e-5)

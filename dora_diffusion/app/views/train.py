@@ -36,7 +36,7 @@ from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.photos import mask_path
 from dora_diffusion.jobs.base_model import check_model
 from dora_diffusion.jobs.estimates import announced_class_images, estimate
-from dora_diffusion.jobs.subjects import StoredSubject, keep_words, read_subject
+from dora_diffusion.jobs.subjects import StoredSubject, keep_words, read_subject, subjects_in
 from dora_diffusion.jobs.tasks import NAME_LIMIT, start_training
 from dora_diffusion.jobs.workspace import UserError
 from dora_diffusion.training.subject import outside_toy_world, subjects_of
@@ -98,6 +98,16 @@ class TrainTab:
                 min_width=140,
                 elem_id="token",
             )
+        # Ids are looked up where they are used: see `id_dropdown`.
+        self.others = gr.Dropdown(
+            [],
+            label="Other subjects in the same run",
+            info="Each is learned with its own token and class.",
+            multiselect=True,
+            allow_custom_value=True,
+            visible=False,
+            elem_id="other-subjects",
+        )
 
     def _add_model(self, context: Context) -> None:
         self.preset = gr.Radio(
@@ -141,7 +151,7 @@ def connect(
 ) -> None:
     """Say what the fields do; ``opened`` is the event of the tab being opened."""
     fields = [tab.advanced[name] for name in ADVANCED]
-    asked = [subjects.pick, tab.model, tab.token, tab.class_word, tab.prompts, *fields]
+    asked = [subjects.pick, tab.model, tab.token, tab.class_word, tab.prompts, *fields, tab.others]
 
     def plan(*values: Any) -> list[str]:
         try:
@@ -151,8 +161,8 @@ def connect(
 
     @plain
     def start(name: str, *values: Any) -> list[Any]:
-        config, subject = read_form(context, *values, ask_hub=True)
-        job_id = start_training(context.workspace, config, subject, name)
+        config, learned = read_form(context, *values, ask_hub=True)
+        job_id = start_training(context.workspace, config, learned, name)
         context.queue.tick()
         jobs = context.jobs(fresh=True)
         job = next(job for job in jobs if job.id == job_id)
@@ -181,6 +191,13 @@ def connect(
         api_visibility="private",
         show_progress="minimal",
     )
+
+    def offer(subject_id: str | None) -> Any:
+        ids = {each.id: each.title for each in subjects_in(context.workspace) if each.photos}
+        choices = [(title, each) for each, title in ids.items() if each != subject_id]
+        return gr.update(choices=choices, value=[], visible=bool(choices))
+
+    gr.on([subjects.pick.change, opened], offer, [subjects.pick], [tab.others], **QUIET)
     _connect_presets(context, tab)
     _connect_draft(context, tab, subjects, blocks)
     run.connect(context, tab.shown)
@@ -221,31 +238,46 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
 
 def read_form(
     context: Context, subject_id: str | None, *values: Any, ask_hub: bool = False
-) -> tuple[TrainConfig, StoredSubject]:
-    """The form as settings, checked as far as can be before a run.
+) -> tuple[TrainConfig, list[StoredSubject]]:
+    """The form as settings, checked as far as can be before a run, and the subjects.
 
     Raises:
         RequestError, ConfigError: If a run could not begin with it.
     """
-    model, token, class_word, prompts, *advanced = values
+    model, token, class_word, prompts, *rest = values
+    advanced, other_ids = rest[: len(ADVANCED)], rest[len(ADVANCED) :]
     if not subject_id:
         raise UserError("there is no subject yet: add photos in the Subject tab, or take a sample")
     subject = read_subject(context.workspace, subject_id)
     if not subject.photos:
         raise UserError("the subject has no photos yet; add some in the Subject tab")
     chosen = dict(zip(ADVANCED, advanced, strict=True))
+    others = [read_subject(context.workspace, each) for each in (other_ids or [[]])[0] or ()]
+    learned = [subject, *others]
     # Whoever paints a mask wants it used.
-    chosen["masked_loss"] |= any(mask_path(photo).exists() for photo in subject.photos)
+    chosen["masked_loss"] |= any(mask_path(p).exists() for each in learned for p in each.photos)
     output = context.workspace.root / "new-run"
     lines = str(prompts).splitlines()[:8]
+    if not f"{token}{class_word}".strip() and not all(
+        photo.with_suffix(".txt").is_file() for photo in subject.photos
+    ):
+        raise UserError(
+            "the token must be one rare word, such as sks; a style needs neither token nor class, "
+            "but a caption for every image"
+        )
+    entries = [
+        {"instance_data_dir": str(each.folder), "token": each.token, "class_word": each.class_word}
+        for each in others
+    ]
     config = make_config(
-        context.allowed_model(model), subject.folder, output, token, class_word, lines, chosen
-    )
+        context.allowed_model(model), subject.folder, output, token, class_word, lines, chosen,
+        entries,
+    )  # fmt: skip
     context.check_paths(config)
     check_model(config, ask_hub=ask_hub)
     # The worker would refuse a subject without a name. Of sample prompts the plan speaks itself.
     subjects_of(dataclasses.replace(config, validation_prompt=[]))
-    return config, subject
+    return config, learned
 
 
 def _connect_draft(
@@ -299,7 +331,8 @@ def _connect_draft(
 def _plan(context: Context, config: TrainConfig) -> list[str]:
     """What a run will cost, with what is wrong with it, and its command."""
     cost = estimate(config, context.jobs(), context.workspace.root, context.device())
-    toy = outside_toy_world(config.pretrained_model_name_or_path, config.class_word or "")
+    base, words = config.pretrained_model_name_or_path, [s.class_word for s in config.subjects]
+    toy = next(filter(None, (outside_toy_world(base, word or "") for word in words)), "")
     notes = html.note(f"{toy} {_CHOOSE_ANOTHER}" if toy else "", "warn")
     notes += html.notes(idle_settings(config), "warn")
     notes += html.notes([announced_class_images(config, cost), *_class_prompts(config)], "info")
@@ -309,9 +342,10 @@ def _plan(context: Context, config: TrainConfig) -> list[str]:
 
 def _class_prompts(config: TrainConfig) -> list[str]:
     """Sample prompts that do not name the subject."""
+    tokens = [subject.token for subject in config.subjects]
     return [
-        f"Sample prompt {prompt!r} does not contain the token {config.token!r}: its images show "
-        "language drift, not the subject."
+        f"Sample prompt {prompt!r} does not contain the token {' or '.join(map(repr, tokens))}: "
+        "its images show language drift, not the subject."
         for prompt in config.validation_prompt
-        if not contains_token(prompt, config.token)
+        if all(tokens) and not any(contains_token(prompt, token) for token in tokens)
     ]

@@ -14,7 +14,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from dora_diffusion.config import settings
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK
 from dora_diffusion.families import FAMILIES, Family
 from dora_diffusion.numerics.weights import LayerWeights
@@ -121,6 +123,18 @@ def reading_in_words(reading: Mapping[str, int], family: Family) -> str:
     if length != TOKENS_PER_CHUNK:
         parts.append(f"{f'up to {length}' if length else 'all'} tokens in chunks of 75")
     return ", ".join(parts)
+
+
+def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of training without this computer's folders, those of a dataset's entries too."""
+    kept = dict(values)
+    for setting in settings():
+        value = kept.get(setting.name)
+        if setting.kind is dict:
+            kept[setting.name] = [without_paths(entry) for entry in value or []]
+        elif setting.is_path and isinstance(value, str):
+            kept[setting.name] = without_path(value)
+    return {name: value for name, value in kept.items() if name in values}
 
 
 def own_fields(

@@ -23,7 +23,13 @@ from dora_diffusion.app.settings import (
 )
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.bases import Base
-from dora_diffusion.jobs.subjects import read_subject
+from dora_diffusion.jobs.subjects import (
+    add_photos,
+    keep_words,
+    new_subject,
+    read_subject,
+    save_caption,
+)
 from dora_diffusion.jobs.workspace import ids_in
 from dora_diffusion.memory import Device, needed_memory
 from tests.app.views.helpers import handler
@@ -272,3 +278,40 @@ def test_a_shared_app_looks_at_no_other_model(
     assert photo.side(context, sdxl, "300") == 300
     with pytest.raises(gradio.Error, match="offers only"):
         handler(context, "use_preset")("fast", sdxl)
+
+
+def test_several_subjects_are_one_run_each_with_its_own_words(
+    context: Context, subject: str, tmp_path: Path
+) -> None:
+    other = new_subject(context.workspace, "Cat", "cat", "sks")
+    add_photos(context.workspace, other, [tmp_path / "a.png"])
+    asked = [*fields(subject, "a photo of a {subject} at night"), [other]]
+    said = html.unescape(handler(context, "plan")(*asked)[0])
+    assert "the token 'sks' means a 'mug' and a 'cat'; give each subject a token of its own" in said
+    keep_words(context.workspace, other, "cat", "zwx")
+    _, command = handler(context, "plan")(*asked)
+    assert "--dataset_config subjects.yaml" in html.unescape(command)
+    handler(context, "start")("", *asked)
+    (job,) = context.jobs(fresh=True)
+    assert job.trigger == "sks mug, zwx cat"
+    first, second = job.settings["dataset_config"]
+    assert (first["token"], second["class_word"]) == ("sks", "cat")
+    assert second["instance_data_dir"] == str(job.folder / "photos-2")
+    assert [path.name for path in (job.folder / "photos-2").iterdir()] == ["001.jpg"]
+    assert job.settings["validation_prompt"] == [
+        "a photo of a sks mug at night", "a photo of a zwx cat at night",
+    ]  # fmt: skip
+    with pytest.raises(gradio.Error, match="same photos and settings is number 1 in the queue"):
+        handler(context, "start")("", *asked)
+
+
+def test_a_style_needs_captions_and_no_words(context: Context, subject: str) -> None:
+    asked = fields(subject, "a photo of a {subject}\na castle")
+    asked[2] = asked[3] = ""
+    assert "but a caption for every image" in handler(context, "plan")(*asked)[0]
+    save_caption(context.workspace, subject, "001.jpg", "a mug")
+    handler(context, "start")("", *asked)
+    (job,) = context.jobs(fresh=True)
+    words = [job.settings[name] for name in ("token", "class_word", "instance_prompt")]
+    assert words == ["", None, None]
+    assert job.settings["validation_prompt"] == ["a castle"]
