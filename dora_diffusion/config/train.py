@@ -21,7 +21,7 @@ from dora_diffusion.wording import did_you_mean
 
 @dataclass(frozen=True)
 class TrainConfig(  # The fields of a dataclass are those of its last base first.
-    run.OutputSettings, run.SampleSettings, run.DeviceSettings,
+    run.OutputSettings, run.ValidationSettings, run.SampleSettings, run.DeviceSettings,
     learning.LossSettings, learning.OptimizerSettings, learning.LengthSettings,
     learning.AdapterSettings,
     subject.PriorSettings, subject.ImageSettings, subject.SubjectSettings, subject.ModelSettings,
@@ -54,6 +54,18 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "push_to_hub publishes adapters; upload the model of full fine-tuning with "
             "'huggingface-cli upload NAME/MODEL OUTPUT_DIR/model'",
             "push_to_hub",
+        )
+        require(
+            not (self.validation_data_dir and self.validation_split),
+            "validation_data_dir and validation_split both say which photos are held out; leave "
+            "one of them out",
+            "validation_split",
+        )
+        require(
+            self.validation_split < 1 or self.validation_split % 1 == 0,
+            f"validation_split is {self.validation_split:g}; give a share below 1, or a whole "
+            "number of photos",
+            "validation_split",
         )
         if self.optimizer_name == "prodigy":
             self._check_prodigy()
@@ -172,6 +184,11 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
     def is_image_free(self) -> bool:
         """Whether the prior is held without class images."""
         return self.with_prior_preservation and self.prior_mode == "image-free"
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether photos are held out of training, on which the validation loss is taken."""
+        return bool(self.validation_data_dir or self.validation_split)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, as a YAML file holds them."""

@@ -13,7 +13,6 @@ from dora_diffusion.adapters.compiled import require_compiler
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.derived import resolve
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
-from dora_diffusion.data.photos import list_photos
 from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.devices import release_memory
 from dora_diffusion.models.components import Components
@@ -28,6 +27,7 @@ from dora_diffusion.training.inputs import InputSource
 from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.step import TrainingStep, build_step
 from dora_diffusion.training.subject import Subject
+from dora_diffusion.training.validation import Validation, divide
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Session:
         dataset: Photos and class images.
         sampler: The order of this process's batches.
         train_step: Does the optimizer step of a number, counted from 1.
+        validation: Takes the loss on held-out photos; None without any.
     """
 
     config: TrainConfig
@@ -53,6 +54,7 @@ class Session:
     dataset: DreamBoothDataset
     sampler: EpochSampler
     train_step: TrainingStep
+    validation: Validation | None = None
 
     @property
     def resolution(self) -> int:
@@ -134,7 +136,7 @@ def open_session(
     optimizer_library(config.optimizer_name)
     if config.compile:
         require_compiler(accelerator.device)
-    paths = list_photos(config.instance_data_dir or "")
+    paths, held_out = divide(config)
     loaded = load_components(
         config.pretrained_model_name_or_path,
         revision=config.revision,
@@ -147,10 +149,6 @@ def open_session(
     components = place(loaded, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     dataset = open_dataset(config, subject, components, paths, accelerator, on_event)
-    _load_step_modules(config, components)
-    weights: TrainedWeights = (
-        select_weights(components, config) if config.is_full else inject_trained(components, config)
-    )
     sampler = EpochSampler(
         len(dataset),
         batch_size=config.train_batch_size,
@@ -160,11 +158,20 @@ def open_session(
         groups=dataset.groups if config.aspect_ratio_buckets else None,
     )
     config = _resolved(config, components, sampler.batches_per_epoch, precision)
+    validation = (
+        Validation(config, subject, components, accelerator, held_out) if held_out else None
+    )
+    _load_step_modules(config, components)
+    weights: TrainedWeights = (
+        select_weights(components, config) if config.is_full else inject_trained(components, config)
+    )
     workers = 0 if dataset.caches_moments else config.dataloader_num_workers
     batches = iterate_batches(dataset, sampler, num_workers=workers)
     inputs = InputSource(config, subject, components, batches, accelerator.process_index)
     train_step = build_step(config, accelerator, components, weights, inputs)
-    return Session(config, subject, accelerator, components, weights, dataset, sampler, train_step)
+    return Session(
+        config, subject, accelerator, components, weights, dataset, sampler, train_step, validation
+    )
 
 
 def _load_step_modules(config: TrainConfig, components: Components) -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from dora_diffusion.app.html import loss_plot, smoothed
+from dora_diffusion.app.plot import loss_plot, smoothed
 
 
 def test_smoothing_starts_without_bias() -> None:
