@@ -35,7 +35,7 @@ class TrainProgress:
         self.bar: Any = None
         self.images: ProgressBar | None = None
         self.trigger = ""
-        self.losses: dict[str, str] = {}
+        self.losses = {"loss": "?"}
 
     @property
     def started(self) -> bool:

@@ -73,35 +73,38 @@ class HeldOutImages:
             self._encoded = [_encode(components, image) for image in images]
 
     @torch.no_grad()
-    def losses(self, seeds: Sequence[int], *, batch_size: int = 10) -> list[float]:
+    def losses(self, seeds: Sequence[Sequence[int]], *, batch_size: int = 10) -> list[list[float]]:
         """Each image's mean squared error of the prediction, over evenly spaced timesteps.
 
         The target is the model's own (noise or velocity), without a weight. Adapters are as they
         are on the model; nothing is drawn but from generators of the seeds.
 
         Args:
-            seeds: n seeds of the noise; the same for every model that is compared.
+            seeds: Rounds of n seeds of the noise; the same for every model that is compared.
             batch_size: Predictions at once.
 
+        Returns:
+            Per round n losses.
+
         Raises:
-            ValueError: There are not n seeds.
+            ValueError: There are not n seeds in a round.
         """
-        if len(self.captions) != len(seeds):
-            raise ValueError(f"{len(self.captions)} images, {len(seeds)} seeds")
-        components = self._components
+        components, count = self._components, len(self.captions)
+        if wrong := [row for row in seeds if len(row) != count]:
+            raise ValueError(f"{count} images, {len(wrong[0])} seeds")
         with components.eval_mode(), norm_scope(*components.adaptable().values()):
             conditioning = self._conditioning()
             return [
-                _loss(components, image, conditioning[row], seed, batch_size)
-                for row, (image, seed) in enumerate(zip(self._encoded, seeds, strict=True))
+                [
+                    _loss(components, image, conditioning[at], seed, batch_size)
+                    for at, (image, seed) in enumerate(zip(self._encoded, row, strict=True))
+                ]
+                for row in seeds
             ]
 
-    def losses_by_seed(
-        self, seeds: Sequence[int] = range(NUM_SEEDS), *, batch_size: int = 10
-    ) -> list[list[float]]:
-        """Per seed each image's loss: every image is asked for with each of them."""
-        count = len(self.captions)
-        return [self.losses([seed] * count, batch_size=batch_size) for seed in seeds]
+    def losses_by_seed(self, seeds: Sequence[int], *, batch_size: int = 10) -> list[list[float]]:
+        """The losses where every image is asked for with each of some seeds: n for each of them."""
+        return self.losses([[seed] * len(self.captions) for seed in seeds], batch_size=batch_size)
 
     def _conditioning(self) -> Conditioning:
         """Conditioning of the captions, each distinct one encoded once."""
@@ -120,7 +123,7 @@ def held_out_losses(
     batch_size: int = 10,
 ) -> list[float]:
     """The losses of `HeldOutImages`, of images that are asked for once."""
-    return HeldOutImages(components, images, captions).losses(seeds, batch_size=batch_size)
+    return HeldOutImages(components, images, captions).losses([seeds], batch_size=batch_size)[0]
 
 
 def _encode(components: Components, image: Image) -> _Encoded:

@@ -96,6 +96,7 @@ class Validation:
     prior and without a weight. No random number is drawn from where training draws.
 
     Attributes:
+        config: The settings.
         photos: What is held out.
         losses: Step -> validation loss, 0 being the base; infinite where it was not finite.
     """
@@ -125,7 +126,7 @@ class Validation:
         if subject.token:
             require_token([photo.caption for photo in self.photos], subject.token)
         self.losses: dict[int, float] = {}
-        self._config, self._token, self._accelerator = config, subject.token, accelerator
+        self.config, self._token, self._accelerator = config, subject.token, accelerator
         self._mine = slice(accelerator.process_index, None, accelerator.num_processes)
         share = self.photos[self._mine]
         images, captions = [open_photo(p.path) for p in share], [p.caption for p in share]
@@ -141,21 +142,21 @@ class Validation:
 
     @property
     def _every(self) -> int:
-        assert self._config.validation_loss_steps is not None
-        return self._config.validation_loss_steps
+        assert self.config.validation_loss_steps is not None
+        return self.config.validation_loss_steps
 
     def is_due(self, step: int) -> bool:
         """Whether a step's loss is still to be taken; at the last step it always is."""
-        is_last = step == self._config.max_train_steps
+        is_last = step == self.config.max_train_steps
         return step not in self.losses and (is_last or step % self._every == 0)
 
     def measure(self, step: int) -> float:
         """Take the loss of the model as it is after a step. All processes call it."""
         values = torch.zeros(NUM_SEEDS, len(self.photos), dtype=torch.float64)
         # At another batch size and without gradients, each block would be compiled again.
-        with uncompiled() if self._config.compile else nullcontext():
+        with uncompiled() if self.config.compile else nullcontext():
             if self._images.captions:
-                taken = self._images.losses_by_seed(batch_size=_BATCH)
+                taken = self._images.losses_by_seed(range(NUM_SEEDS), batch_size=_BATCH)
                 values[:, self._mine] = torch.tensor(taken, dtype=values.dtype)
         if self._accelerator.num_processes > 1:
             sent = values.to(self._accelerator.device)
@@ -193,7 +194,7 @@ class Validation:
         The loss of a last step between two regular ones does not count: a run that is resumed to
         train longer stops where one of that length would have.
         """
-        patience = self._config.early_stopping_patience
+        patience = self.config.early_stopping_patience
         regular = [step for step in self.losses if step % self._every == 0]
         best = self.best(regular)
         return bool(patience and best and sum(step > best for step in regular) >= patience)
@@ -217,7 +218,7 @@ class Validation:
         if state["photos"] != self._contents():
             return False
         # That run's last loss, where this one takes none.
-        every, last = before["validation_loss_steps"], self._config.max_train_steps
+        every, last = before["validation_loss_steps"], self.config.max_train_steps
         losses = state["losses"].items()
         self.losses = {step: loss for step, loss in losses if step % every == 0 or step == last}
         return True
