@@ -23,6 +23,11 @@ def _validated(config: Any) -> str | None:
     return None if config.holds_out else _SAMPLES(config)
 
 
+def _between(config: Any) -> str | None:
+    """Samples at the end alone are those of the result, which `evaluate` measures."""
+    return "validation_steps is 0" if config.validation_steps == 0 else None
+
+
 def _checkpoints(config: Any) -> str | None:
     """What is saved between checkpoints needs some."""
     return "checkpointing_steps is 0" if config.checkpointing_steps == 0 else None
@@ -143,7 +148,7 @@ class ValidationSettings:
         "of CLIP, DINO or DINOv2, or efficientnet-lite0.",
         derived="efficientnet-lite0 where it is installed",
         resume="free",
-        needs=(_held_out, _SAMPLES),
+        needs=(_held_out, _SAMPLES, _between),
         is_path=True,
     )
     keep_best: bool = flag(

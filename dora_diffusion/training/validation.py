@@ -133,7 +133,9 @@ class Validation:
         self._images = HeldOutImages(components, images, captions)
         self._metric: Any = None
         name = config.validation_metric_model or (LITE if lite_is_installed() else "")
-        if name and config.num_validation_images and accelerator.is_main_process:
+        every, last = config.validation_steps or 0, config.max_train_steps or 0
+        is_sampled = config.num_validation_images and 0 < every < last
+        if name and is_sampled and accelerator.is_main_process:
             # Networks are initialized at random before their weights are read.
             with torch.random.fork_rng(devices=[]):
                 self._metric = open_metric_model(name)
@@ -195,9 +197,11 @@ class Validation:
         train longer stops where one of that length would have.
         """
         patience = self.config.early_stopping_patience
+        if patience is None:
+            return False
         regular = [step for step in self.losses if step % self._every == 0]
         best = self.best(regular)
-        return bool(patience and best and sum(step > best for step in regular) >= patience)
+        return best is not None and sum(step > best for step in regular) >= patience
 
     def state_dict(self) -> dict[str, Any]:
         """The losses, and what they were taken on."""
