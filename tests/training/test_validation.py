@@ -373,6 +373,7 @@ def test_samples_are_compared_with_the_held_out_photos(
     monkeypatch.setattr(validation, "read_photos", read_photos)
     config = make_config(
         sd1_folder, folders["all"], tmp_path / "out", validation_split=2.0, num_validation_images=2,
+        validation_steps=2,
     )  # fmt: skip
     session = open_session(config, subject_of(config), make_accelerator(config))
     drawn = torch.randn(4)
