@@ -170,7 +170,8 @@ class _Run:
         begun, any_set = time.perf_counter(), SharedFlags(session.accelerator)
         place = session.place()
         try:
-            self._validate(step, log)
+            if self._validate(step, log):
+                self._checkpoint(step, log, is_best=True)
             while True:
                 stopping, overdue = any_set(
                     self.stop.requested, self.is_main and self.saver.is_overdue()
@@ -184,7 +185,7 @@ class _Run:
                 seconds = round(time.perf_counter() - begun, 4)
                 begun = time.perf_counter()
                 log.add(record | {"seconds": seconds})
-                is_best = self._validate(step, log) and session.config.keep_best
+                is_best = self._validate(step, log)
                 if step < session.total_steps and self._is_sampled(step):
                     self._sample(step, log)
                 if self.saver.is_due(step) or is_best:
@@ -287,14 +288,14 @@ class _Run:
             self.on_event(events.StepDone(step, self.session.total_steps, record["loss"], record))
 
     def _validate(self, step: int, log: MetricsLog) -> bool:
-        """Take the validation loss if it is due. Returns whether it is the lowest so far."""
+        """Take the validation loss if it is due. Returns whether the step is to be kept for it."""
         validation = self.session.validation
         if validation is None or not validation.is_due(step):
             return False
         log.flush()
         log.add({"step": step, "validation_loss": validation.measure(step)})
         log.flush()
-        return validation.best() == step
+        return self.session.config.keep_best and validation.best() == step
 
     def _checkpoint(
         self, step: int, log: MetricsLog, *, interim: bool = False, is_best: bool = False
