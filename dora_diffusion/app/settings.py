@@ -157,7 +157,7 @@ def make_config(
     if not is_style and not class_word:
         raise UserError("say what the subject is: one or two words such as mug, dog or toy robot")
     own = {"instance_data_dir": str(photos), "token": token, "class_word": class_word or None}
-    entries = [own, *others]
+    entries = [own, *map(dict, others)]
     for entry in entries:
         subject = f"{entry['token']} {entry['class_word'] or ''}".strip()
         entry["instance_prompt"] = f"a photo of a {subject}" if subject else None

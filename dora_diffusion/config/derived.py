@@ -72,6 +72,11 @@ def _validation_steps(config: TrainConfig) -> int | None:
     return 200 if config.num_validation_images and not config.validation_epochs else None
 
 
+def _validation_loss_steps(config: TrainConfig) -> int | None:
+    is_known = config.validation_steps or not config.validation_epochs
+    return config.validation_steps or 200 if config.holds_out and is_known else None
+
+
 DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
     "learning_rate": lambda config: config.usual_lr,
     "lora_alpha": lambda config: None if config.parametrization == "vera" else float(config.rank),
@@ -81,6 +86,7 @@ DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
     "class_word": _class_word,
     "validation_prompt": _validation_prompt,
     "validation_steps": _validation_steps,
+    "validation_loss_steps": _validation_loss_steps,
     # A checkpoint of a whole model takes gigabytes.
     "checkpointing_steps": lambda config: 500 if config.is_full else 100,
     "class_data_dir": _class_data_dir,
@@ -115,15 +121,12 @@ def resolve(
     }
     if config.with_prior_preservation and not config.dataset_config:
         values["prior_preservation_mode"] = config.prior_mode
-    if (
-        config.validation_epochs
-        and config.validation_steps is None
-        and config.num_validation_images
-    ):
-        values |= {
-            "validation_steps": config.validation_epochs * steps_per_epoch,
-            "validation_epochs": None,
-        }
+    is_shown = config.num_validation_images or config.holds_out
+    if config.validation_epochs and config.validation_steps is None and is_shown:
+        steps = config.validation_epochs * steps_per_epoch
+        values |= {"validation_steps": steps, "validation_epochs": None}
+        if config.holds_out and config.validation_loss_steps is None:
+            values["validation_loss_steps"] = steps
     return dataclasses.replace(
         config,
         **values,

@@ -13,6 +13,21 @@ _SAMPLES = Need("num_validation_images")
 _PRIOR = Need("with_prior_preservation")
 
 
+def _held_out(config: Any) -> str | None:
+    """Photos are held out where a folder or a share of them is given."""
+    return None if config.holds_out else "no photos are held out (validation_split is 0)"
+
+
+def _validated(config: Any) -> str | None:
+    """An interval is of samples, and of the loss on held-out photos."""
+    return None if config.holds_out else _SAMPLES(config)
+
+
+def _between(config: Any) -> str | None:
+    """Samples at the end alone are those of the result, which `evaluate` measures."""
+    return "validation_steps is 0" if config.validation_steps == 0 else None
+
+
 def _checkpoints(config: Any) -> str | None:
     """What is saved between checkpoints needs some."""
     return "checkpointing_steps is 0" if config.checkpointing_steps == 0 else None
@@ -74,7 +89,7 @@ class SampleSettings:
         "Sample every N steps, and at the end; 0 samples at the end only.",
         derived="200",
         resume="free",
-        needs=(_SAMPLES,),
+        needs=(_validated,),
         least=0,
     )
     validation_epochs: int | None = flag(
@@ -82,7 +97,7 @@ class SampleSettings:
         "Sample every N epochs, instead of validation_steps.",
         derived="as validation_steps says",
         resume="free",
-        needs=(_SAMPLES, Need("validation_steps", (None,))),
+        needs=(_validated, Need("validation_steps", (None,))),
         above=0,
     )
     validation_inference_steps: int = flag(
@@ -97,6 +112,59 @@ class SampleSettings:
         "Guidance scale (CFG scale) of samples and class images.",
         resume="free",
         needs=(AnyOf((_SAMPLES, _PRIOR)),),
+    )
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """What is held out of training, and decides what is kept of it."""
+
+    heading: ClassVar = "Held-out photos"
+
+    validation_data_dir: str | None = flag(
+        None,
+        "Folder of held-out photos of the subject, with optional .txt captions: the validation "
+        "loss is taken on them.",
+        resume="ignored",  # its photos are compared by content
+        is_path=True,
+    )
+    validation_split: float = flag(
+        0.0,
+        "Photos of instance_data_dir to hold out instead: a share below 1, or a number of them. "
+        "They are drawn by seed and content.",
+        least=0,
+    )
+    validation_loss_steps: int | None = flag(
+        None,
+        "Take the validation loss every N steps; and at step 0 and at the end.",
+        derived="validation_steps, 200 where that is 0",
+        resume="free",
+        needs=(_held_out,),
+        above=0,
+    )
+    validation_metric_model: str | None = flag(
+        None,
+        "Image-similarity model that compares samples with the held-out photos: folder or hub id "
+        "of CLIP, DINO or DINOv2, or efficientnet-lite0.",
+        derived="efficientnet-lite0 where it is installed",
+        resume="free",
+        needs=(_held_out, _SAMPLES, _between),
+        is_path=True,
+    )
+    keep_best: bool = flag(
+        False,
+        "Keep the checkpoint of the lowest validation loss, beside checkpoints_total_limit, and "
+        "write it as the result.",
+        resume="free",
+        needs=(_held_out,),
+    )
+    early_stopping_patience: int | None = flag(
+        None,
+        "Stop when the validation loss was taken N times without a new lowest.",
+        derived="all steps are trained",
+        resume="free",
+        needs=(_held_out,),
+        above=0,
     )
 
 

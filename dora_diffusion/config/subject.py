@@ -266,10 +266,14 @@ _WHOLE_RUN = frozenset((
     "sample_batch_size",
 ))  # fmt: skip
 
-ENTRY_SETTINGS = tuple(
-    source.name
-    for group in (SubjectSettings, ImageSettings, PriorSettings)
-    for source in fields(group)
-    if source.name not in _WHOLE_RUN
+ENTRY_SETTINGS = (
+    *(
+        source.name
+        for group in (SubjectSettings, ImageSettings, PriorSettings)
+        for source in fields(group)
+        if source.name not in _WHOLE_RUN
+    ),
+    "validation_data_dir",
+    "validation_split",
 )
 """The settings that an entry of a dataset file may have."""

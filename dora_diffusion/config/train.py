@@ -27,7 +27,7 @@ from dora_diffusion.wording import did_you_mean
 
 @dataclass(frozen=True)
 class TrainConfig(  # The fields of a dataclass are those of its last base first.
-    run.OutputSettings, run.SampleSettings, run.DeviceSettings,
+    run.OutputSettings, run.ValidationSettings, run.SampleSettings, run.DeviceSettings,
     learning.LossSettings, learning.OptimizerSettings, learning.LengthSettings,
     learning.AdapterSettings,
     subject.PriorSettings, subject.ImageSettings, subject.SubjectSettings, subject.ModelSettings,
@@ -73,6 +73,18 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             bool(self.caption_separator),
             "caption_separator is empty; give what separates tags, such as ','",
             "caption_separator",
+        )
+        require(
+            not (self.validation_data_dir and self.validation_split),
+            "validation_data_dir and validation_split both say which photos are held out; leave "
+            "one of them out",
+            "validation_split",
+        )
+        require(
+            self.validation_split < 1 or self.validation_split % 1 == 0,
+            f"validation_split is {self.validation_split:g}; give a share below 1, or a whole "
+            "number of photos",
+            "validation_split",
         )
         if self.optimizer_name == "prodigy":
             self._check_prodigy()
@@ -211,6 +223,11 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
     def uses_class_images(self) -> bool:
         """Whether the prior is held by class images."""
         return self.with_prior_preservation and self.prior_mode == "images"
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether photos are held out of training, on which the validation loss is taken."""
+        return any(s.validation_data_dir or s.validation_split for s in self.subjects)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, as a YAML file holds them."""

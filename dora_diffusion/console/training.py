@@ -23,9 +23,11 @@ from dora_diffusion.training.events import (
     SampleSaved,
     SamplingProgress,
     StepDone,
+    TrainingEnded,
     TrainingStarted,
+    Validated,
 )
-from dora_diffusion.wording import counted, duration
+from dora_diffusion.wording import counted, duration, listing
 
 # Images of a subject that a dry run names.
 _LISTED = 20
@@ -38,6 +40,7 @@ class TrainProgress:
         self.bar: Any = None
         self.images: ProgressBar | None = None
         self.trigger = ""
+        self.losses = {"loss": "?"}
 
     @property
     def started(self) -> bool:
@@ -69,20 +72,48 @@ class TrainProgress:
                 # In a log, every refresh would be a line.
                 self.bar.set_description_str(share, refresh=sys.stderr.isatty())
             case StepDone():
-                self.bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
+                self.losses["loss"] = f"{event.loss:.4f}"
+                self.bar.set_postfix(self.losses, refresh=False)
                 self.bar.update()
                 if event.step == event.total_steps:
                     tell(phase="saving and sampling")
+            case Validated(step, loss) if loss is not None:
+                self._say_validation(step, loss, event.best_step)
+            case Validated():
+                say(
+                    f"step {event.step}: similarity of the samples to the held-out photos "
+                    f"{event.record['validation_similarity']:.3f}"
+                )
             case SampleSaved():
                 say(f"sample: {event.path}")
             case CheckpointSaved():
                 say(f"checkpoint: {event.path}")
+            case TrainingEnded():
+                self._say_end(event)
 
     def close(self) -> None:
         """End the bar's line, so that what is said next has one of its own."""
         for bar in (self.images, self.bar):
             if bar is not None:
                 bar.close()
+
+    def _say_validation(self, step: int, loss: float, best_step: int | None) -> None:
+        self.losses["validation"] = f"{loss:.4f}"
+        what = {0: ", of the base model", best_step: ", the lowest so far"}.get(step, "")
+        lowest = f" (lowest at step {best_step})" if step and best_step not in (None, step) else ""
+        say(f"step {step}: validation loss {loss:.4f}{what}{lowest}")
+
+    def _say_end(self, event: TrainingEnded) -> None:
+        if event.stopped_early:
+            say(
+                f"stopped early after step {event.step}: the validation loss has not fallen any "
+                "more (early_stopping_patience)"
+            )
+        if event.result_step not in (None, event.step):
+            say(
+                f"the result is that of step {event.result_step}, where the validation loss was "
+                "lowest (keep_best)"
+            )
 
     def _count_images(self, what: str, done: int, total: int) -> None:
         if self.images is None:
@@ -109,6 +140,8 @@ class TrainProgress:
         )
         if len(split_triggers(event.trigger)) > 1:
             print(f"subjects: {event.trigger}")
+        if event.held_out:
+            print(f"held out: {counted(len(event.held_out), 'photo')} ({listing(event.held_out)})")
         if event.resumed_from:
             print(_resumed_line(event))
         if event.changed:

@@ -8,6 +8,7 @@ expects such images, not that it can make them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ from dora_diffusion.models.latents import (
     latents_from_moments,
     predict,
 )
+from dora_diffusion.models.offload import on_device
 from dora_diffusion.models.text import Conditioning, encode_prompts, time_ids
 from dora_diffusion.numerics.loss import add_noise, prediction_loss, sample_noise
 
@@ -30,9 +32,88 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TIMESTEPS = 10
+NUM_SEEDS = 4
+"""How often each image is asked for with noise of its own, where nothing else is said."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class _Encoded:
+    """An image as the UNet reads it.
+
+    Attributes:
+        latents: ``(1, C, h, w)`` float32.
+        condition: ``(1, n, h, w)`` float32, what the UNet reads besides; None if nothing.
+        time_ids: ``(1, 6)`` where the family has them.
+    """
+
+    latents: Tensor
+    condition: Tensor | None
+    time_ids: Tensor | None
+
+
+class HeldOutImages:
+    """Images that a model is asked to denoise, which is done as often as its weights change.
+
+    Images are encoded once, captions whenever they are needed, since text encoders may train.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, components: Components, images: Sequence[Image], captions: Sequence[str]
+    ) -> None:
+        """Encode n images, cut to the model's resolution from the middle, with n captions.
+
+        Raises:
+            ValueError: Their numbers differ.
+        """
+        if len(images) != len(captions):
+            raise ValueError(f"{len(images)} images, {len(captions)} captions")
+        self._components, self.captions = components, list(captions)
+        with on_device(components.device, components.vae):
+            self._encoded = [_encode(components, image) for image in images]
+
+    @torch.no_grad()
+    def losses(self, seeds: Sequence[Sequence[int]], *, batch_size: int = 10) -> list[list[float]]:
+        """Each image's mean squared error of the prediction, over evenly spaced timesteps.
+
+        The target is the model's own (noise or velocity), without a weight. Adapters are as they
+        are on the model; nothing is drawn but from generators of the seeds.
+
+        Args:
+            seeds: Rounds of n seeds of the noise; the same for every model that is compared.
+            batch_size: Predictions at once.
+
+        Returns:
+            Per round n losses.
+
+        Raises:
+            ValueError: There are not n seeds in a round.
+        """
+        components, count = self._components, len(self.captions)
+        if wrong := [row for row in seeds if len(row) != count]:
+            raise ValueError(f"{count} images, {len(wrong[0])} seeds")
+        with components.eval_mode(), norm_scope(*components.adaptable().values()):
+            conditioning = self._conditioning()
+            return [
+                [
+                    _loss(components, image, conditioning[at], seed, batch_size)
+                    for at, (image, seed) in enumerate(zip(self._encoded, row, strict=True))
+                ]
+                for row in seeds
+            ]
+
+    def losses_by_seed(self, seeds: Sequence[int], *, batch_size: int = 10) -> list[list[float]]:
+        """The losses where every image is asked for with each of some seeds: n for each of them."""
+        return self.losses([[seed] * len(self.captions) for seed in seeds], batch_size=batch_size)
+
+    def _conditioning(self) -> Conditioning:
+        """Conditioning of the captions, each distinct one encoded once."""
+        components = self._components
+        with on_device(components.device, *components.text_encoders):
+            encoded = {c: encode_prompts(components, [c]) for c in dict.fromkeys(self.captions)}
+        return Conditioning.cat([encoded[caption] for caption in self.captions])
+
+
 def held_out_losses(
     components: Components,
     images: Sequence[Image],
@@ -41,54 +122,34 @@ def held_out_losses(
     *,
     batch_size: int = 10,
 ) -> list[float]:
-    """Each image's mean squared error of the model's prediction, over evenly spaced timesteps.
-
-    The target is the model's own (noise or velocity), without a weight.
-
-    Args:
-        components: The model, with whatever adapters are on.
-        images: n images, cut to the model's resolution from the middle.
-        captions: n prompts.
-        seeds: n seeds of the noise; the same for every model that is compared.
-        batch_size: Predictions at once.
-
-    Raises:
-        ValueError: The lengths differ.
-    """
-    if not len(images) == len(captions) == len(seeds):
-        raise ValueError(f"{len(images)} images, {len(captions)} captions, {len(seeds)} seeds")
-    with components.eval_mode(), norm_scope(*components.adaptable().values()):
-        conditioning = _conditioning(components, captions)
-        return [
-            _loss(components, image, conditioning[row], seed, batch_size)
-            for row, (image, seed) in enumerate(zip(images, seeds, strict=True))
-        ]
+    """The losses of `HeldOutImages`, of images that are asked for once."""
+    return HeldOutImages(components, images, captions).losses([seeds], batch_size=batch_size)[0]
 
 
-def _conditioning(components: Components, captions: Sequence[str]) -> Conditioning:
-    """Conditioning of n captions, each distinct one encoded once."""
-    encoded = {c: encode_prompts(components, [c]) for c in dict.fromkeys(captions)}
-    return Conditioning.cat([encoded[caption] for caption in captions])
-
-
-def _loss(
-    components: Components, image: Image, conditioning: Conditioning, seed: int, batch_size: int
-) -> float:
+def _encode(components: Components, image: Image) -> _Encoded:
     size, side = (image.height, image.width), components.default_resolution
     crop = plan_crop(size, side, multiple=components.vae_factor)
     vae, family = components.vae, components.family
     moments = encode_inputs(vae, family, apply_crop(image, crop)[None])
-    latents = latents_from_moments(vae, moments).float()
     condition = condition_from_moments(vae, family, moments)
+    return _Encoded(
+        latents_from_moments(vae, moments).float(),
+        None if condition is None else condition.float(),
+        time_ids(family, [crop]),
+    )
+
+
+def _loss(
+    components: Components, image: _Encoded, conditioning: Conditioning, seed: int, batch_size: int
+) -> float:
     steps = components.scheduler.config.num_train_timesteps
     timesteps = ((torch.arange(TIMESTEPS) + 0.5) / TIMESTEPS * steps).long()
-    shape = (latents.shape[1], latents.shape[2], latents.shape[3])
+    shape = (image.latents.shape[1], image.latents.shape[2], image.latents.shape[3])
     noise = torch.stack(
         [sample_noise(shape, generator_for("held out", seed, int(t))) for t in timesteps]
-    ).to(latents)
-    ids = time_ids(family, [crop])
+    ).to(image.latents)
     losses = [
-        _batch_loss(components, latents, noise[part], timesteps[part], conditioning, ids, condition)
+        _batch_loss(components, image, noise[part], timesteps[part], conditioning)
         for part in (slice(i, i + batch_size) for i in range(0, TIMESTEPS, batch_size))
     ]
     return float(torch.cat(losses).mean())
@@ -96,16 +157,15 @@ def _loss(
 
 def _batch_loss(
     components: Components,
-    latents: Tensor,
+    image: _Encoded,
     noise: Tensor,
     timesteps: Tensor,
     conditioning: Conditioning,
-    ids: Tensor | None,
-    condition: Tensor | None,
 ) -> Tensor:
-    """Loss of each of B timesteps for one image's latents (1, C, h, w): (B,)."""
-    count = len(timesteps)
-    timesteps, latents = timesteps.to(latents.device), latents.expand(count, -1, -1, -1)
+    """Loss of an image at each of B timesteps, with noise ``(B, C, h, w)``: ``(B,)``."""
+    count, ids, condition = len(timesteps), image.time_ids, image.condition
+    latents = image.latents.expand(count, -1, -1, -1)
+    timesteps = timesteps.to(latents.device)
     alpha_bar = components.scheduler.alphas_cumprod.to(latents.device)[timesteps]
     model_pred = predict(
         components.unet,
@@ -113,7 +173,7 @@ def _batch_loss(
         timesteps,
         conditioning[[0] * count],
         None if ids is None else ids.expand(count, -1),
-        None if condition is None else condition.float().expand(count, -1, -1, -1),
+        None if condition is None else condition.expand(count, -1, -1, -1),
     )
     return prediction_loss(
         model_pred, latents, noise, alpha_bar, prediction_type=components.prediction_type

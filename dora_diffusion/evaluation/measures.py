@@ -221,6 +221,12 @@ def _flat(values: Values) -> list[float]:
     return [value for group in values for value in group]
 
 
+def similarities(features: Tensor, references: Tensor) -> list[float]:
+    """Each image's mean cosine to all references: unit vectors ``(n, d)`` and ``(m, d)``."""
+    alike: list[float] = (features @ references.T).mean(1).tolist()
+    return alike
+
+
 def mean_distances(vectors: Tensor, groups: Sequence[object], *, cosine: bool) -> list[float]:
     """Each row's mean distance to the other rows of its group; 0 for a row that is alone.
 

@@ -15,8 +15,14 @@ from dora_diffusion.data.captions import CaptionRules
 from dora_diffusion.data.checks import said_of_transparency
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo, list_photos, read_photos
-from dora_diffusion.evaluation.denoising import held_out_losses
-from dora_diffusion.evaluation.measures import ImageRequest, Scores, Values, mean_distances
+from dora_diffusion.evaluation.denoising import HeldOutImages
+from dora_diffusion.evaluation.measures import (
+    ImageRequest,
+    Scores,
+    Values,
+    mean_distances,
+    similarities,
+)
 from dora_diffusion.evaluation.metric_models import LITE_PACKAGES, MetricModel
 from dora_diffusion.evaluation.report import Evaluation
 from dora_diffusion.evaluation.sampling import OnStep, base_and_adapted, first_round, sample
@@ -189,11 +195,7 @@ def evaluate_photos(
 
     def ask(report: OnStep | None) -> tuple[list[Image], list[list[float]]]:
         images = sample(components, requests, settings, batch_size, report)
-        losses = [
-            held_out_losses(components, references, captions, [seed] * len(references))
-            for seed in seeds
-        ]
-        return images, losses
+        return images, HeldOutImages(components, references, captions).losses_by_seed(seeds)
 
     answers = base_and_adapted(components, ask, seeds, on_step, base_model)
     base_images, _ = answers["base"]
@@ -236,7 +238,7 @@ def measure_photos(
     scores = Scores(requests)
     for model in metric_models:
         features = model.image_features(images)
-        alike = (features @ model.image_features(references).T).mean(1).tolist()
+        alike = similarities(features, model.image_features(references))
         scores.add(f"subject_similarity@{model.name}", "subject", alike)
         scores.add(f"class_similarity@{model.name}", "class", alike)
         if model.tokenizer is not None:

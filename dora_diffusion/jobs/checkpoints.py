@@ -161,6 +161,7 @@ class RankedCheckpoint:
         images: The subject, and other things.
         similarities: Of each image of the subject, in the same order for every row.
         step: Optimizer steps; 0 is the base. It is the run that tells it, not the file.
+        loss: Denoising loss on held-out photos; None without any.
     """
 
     name: str
@@ -169,6 +170,7 @@ class RankedCheckpoint:
     images: tuple[Path, ...]
     similarities: tuple[float, ...] = ()
     step: int = 0
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,7 @@ def write_ranking(
             "similarity": row.similarity,
             "similarities": row.similarities,
             "drift": row.drift,
+            "loss": row.loss,
             "images": [path.name for path in row.images],
         }
         for row in rows
@@ -275,8 +278,9 @@ def read_ranking(workspace: Workspace, job: Job) -> Ranking | None:
 
 
 def _row(job: Job, values: Mapping[str, Any], folder: Path) -> RankedCheckpoint:
-    similarity, drift = (
-        None if values[name] is None else float(values[name]) for name in ("similarity", "drift")
+    similarity, drift, loss = (
+        None if values.get(name) is None else float(values[name])
+        for name in ("similarity", "drift", "loss")
     )
     return RankedCheckpoint(
         values["name"],
@@ -285,4 +289,5 @@ def _row(job: Job, values: Mapping[str, Any], folder: Path) -> RankedCheckpoint:
         tuple(folder / file for file in values.get("images", values.get("pictures"))),
         tuple(map(float, values.get("similarities") or ())),
         0 if values["name"] == BASE_NAME else job.step_of(values["name"]),
+        loss,
     )

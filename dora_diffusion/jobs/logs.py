@@ -23,6 +23,16 @@ _METRICS_NAME = "metrics.jsonl"
 
 def read_metrics(folder: Path) -> tuple[dict[str, Any], ...]:
     """The steps' records that are whole. Of a file that has grown, only what is new is read."""
+    return tuple(record for record in _records(folder) if "loss" in record)
+
+
+def read_validation(folder: Path) -> dict[int, float]:
+    """The validation losses of a run by step; the base's is that of step 0."""
+    name = "validation_loss"
+    return {record["step"]: record[name] for record in _records(folder) if record.get(name)}
+
+
+def _records(folder: Path) -> tuple[dict[str, Any], ...]:
     try:
         return _follow(folder / _METRICS_NAME).records
     except OSError:
@@ -80,7 +90,7 @@ class _MetricsFile:
             if not line.endswith(b"\n"):
                 break  # half written
             end, last, lines = end + len(line), line, lines + 1
-            record = _step_record(line)
+            record = _whole_record(line)
             if record is not None:
                 records.append(record)
             else:
@@ -90,14 +100,19 @@ class _MetricsFile:
         return _MetricsFile((*self.records, *records), end, last, lines, damaged)
 
 
-def _step_record(line: bytes) -> dict[str, Any] | None:
-    """A step's record with the numbers that the page shows; None for anything else."""
+def _whole_record(line: bytes) -> dict[str, Any] | None:
+    """A step's record with the numbers that the page shows; None for anything else.
+
+    Those of held-out photos have others, which are missing where they were not finite.
+    """
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return None
+    if any(name.startswith("validation_") for name in record):
+        return record
     numbers = (record.get("loss"), record.get("seconds"))
     is_whole = all(type(n) in (int, float) and math.isfinite(n) for n in numbers)  # type: ignore[arg-type]
     return record if is_whole else None

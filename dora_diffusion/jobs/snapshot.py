@@ -22,7 +22,7 @@ from dora_diffusion.jobs.checkpoints import (
     chosen_in,
     result_adapter,
 )
-from dora_diffusion.jobs.logs import check_metrics, last_error, read_metrics
+from dora_diffusion.jobs.logs import check_metrics, last_error, read_metrics, read_validation
 from dora_diffusion.jobs.workspace import DamagedFile, UserError, Workspace
 
 Part = TypeVar("Part")
@@ -55,6 +55,8 @@ class Job:
         checkpoints: Names of its complete checkpoints, oldest first.
         samples: Sample images: the final ones, then from the newest.
         chosen: What was chosen to stand for it: a checkpoint, ``"result"``, or ``""``.
+        best_step: The step of the lowest validation loss, which ``keep_best`` made the result;
+            0 without either.
     """
 
     folder: Path
@@ -73,6 +75,7 @@ class Job:
     checkpoints: tuple[str, ...] = ()
     samples: tuple[Path, ...] = ()
     chosen: str = ""
+    best_step: int = 0
 
     @property
     def id(self) -> str:
@@ -146,7 +149,12 @@ class Job:
     @property
     def candidates(self) -> tuple[str, ...]:
         """The adapters of it that can be ranked and chosen."""
-        return candidates(self.checkpoints, self.step if self.has_result else None)
+        return candidates(self.checkpoints, self.result_step if self.has_result else None)
+
+    @property
+    def result_step(self) -> int:
+        """The steps that its result was trained for."""
+        return self.best_step or self.step
 
     @property
     def can_generate(self) -> bool:
@@ -155,7 +163,7 @@ class Job:
 
     def step_of(self, name: str) -> int:
         """The steps that a checkpoint or the result was trained for."""
-        return self.step if name == RESULT_NAME else int(name.removeprefix("checkpoint-"))
+        return self.result_step if name == RESULT_NAME else int(name.removeprefix("checkpoint-"))
 
 
 def snapshot(runs_dir: Path) -> tuple[Job, ...]:
@@ -223,8 +231,14 @@ def _read_job(folder: Path, now: float, position: int) -> Job:
         position=position,
         checkpoints=checkpoints,
         samples=_samples(folder),
+        best_step=_best_step(folder) if settings.get("keep_best") else 0,
         chosen=chosen_in(folder, (*checkpoints, *([RESULT_NAME] if state == "done" else []))),
     )
+
+
+def _best_step(folder: Path) -> int:
+    losses = read_validation(folder)
+    return min((step for step in losses if step), key=lambda step: losses[step], default=0)
 
 
 def read_run(workspace: Workspace, job_id: object) -> Job:

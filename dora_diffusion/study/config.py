@@ -16,6 +16,7 @@ from dora_diffusion.config import (
 )
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.file import read_config_file
+from dora_diffusion.config.run import ValidationSettings
 from dora_diffusion.wording import did_you_mean
 
 BASE = "base"
@@ -279,6 +280,7 @@ def _check_settings(place: str, values: Mapping[str, Any]) -> None:
     for name in values:
         require(name in known, f"{place}: there is no setting {name}{did_you_mean(name, known)}")
         own = name in _ITS_OWN or known[name].resume == "ignored"
+        own = own or known[name].group == ValidationSettings.heading  # It has photos of its own.
         require(not own, f"{place}: {name} is the study's own business; leave it out", name)
 
 

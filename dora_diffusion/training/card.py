@@ -21,6 +21,8 @@ from dora_diffusion.formats.adapter.metadata import (
 from dora_diffusion.training.subject import Subject, caption_rules, triggers_of
 
 KOHYA_FILE = "dora_kohya.safetensors"
+VALIDATION_LOSS = "validation_loss"
+"""Field of the metadata: the loss on held-out photos at the step that was written."""
 
 
 def model_card(
@@ -48,7 +50,7 @@ def model_card(
     images = "".join(
         f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
     )
-    steps = metadata.extra["training_steps"]
+    steps, loss = metadata.extra["training_steps"], _validation(config, metadata, written)
     library = "" if written.name == KOHYA_FILE else "\nlibrary_name: diffusers"
     tag, method = _method(config)
     use = _use_of_model if config.is_full else _use_of_adapter
@@ -75,8 +77,20 @@ tags: [text-to-image, {tag}, dreambooth]
 
 {method} on `{base}`,
 trained with dora_diffusion {__version__} at {metadata.resolution} px for {steps} steps: {report}.
-All settings are in `config.yaml`; the loss of every step is in `metrics.jsonl`.
+All settings are in `config.yaml`; the loss of every step is in `metrics.jsonl`.{loss}
 """
+
+
+def _validation(config: TrainConfig, metadata: AdapterMetadata, written: Path) -> str:
+    """The loss on held-out photos, as a sentence; empty where none was taken at this step."""
+    if VALIDATION_LOSS not in metadata.extra:
+        return ""
+    is_result = written.parent.resolve() == Path(config.output_dir).resolve()
+    lowest = ", the lowest of the run" if config.keep_best and is_result else ""
+    return (
+        f"\nThe validation loss, on held-out photos, is {metadata.extra[VALIDATION_LOSS]} at step "
+        f"{metadata.extra['training_steps']}{lowest}."
+    )
 
 
 def _method(config: TrainConfig) -> tuple[str, str]:

@@ -100,6 +100,7 @@ def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
         "scaler": None if scaler is None else scaler.state_dict(),
         "projections": session.weights.projections(),
         "allocation": None if allocation is None else allocation.state_dict(),
+        "validation": None if session.validation is None else session.validation.state_dict(),
     }
 
 
@@ -122,6 +123,33 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
 
     Raises:
         ConfigError: If it is of other layers.
+
+    Warns:
+        UserWarning: If its validation losses are of other photos, and are dropped.
+    """
+    restore_weights(session, state)
+    step = session.train_step
+    if step.allocation is not None:
+        step.allocation.load_state_dict(state["allocation"])
+    restore_optimizer(step.optimizer, step.lr_schedule, state)
+    session.sampler.load_state_dict(state["sampler"])
+    step.batches = batches_seen(state)
+    if state["scaler"] is not None and session.accelerator.scaler is not None:
+        session.accelerator.scaler.load_state_dict(state["scaler"])
+    validation = session.validation
+    if validation and not validation.load_state_dict(state.get("validation"), state["config"]):
+        warnings.warn(
+            "other photos or captions are held out than before: the lowest validation loss, and "
+            "patience, are counted anew from here on",
+            stacklevel=3,
+        )
+
+
+def restore_weights(session: Session, state: Mapping[str, Any]) -> None:
+    """Put what a state has learned into a session, and nothing else of it.
+
+    Raises:
+        ConfigError: If it is of other layers.
     """
     if state.get("projections", {}) != session.weights.projections():
         raise ConfigError(
@@ -139,14 +167,6 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])
-    step = session.train_step
-    if step.allocation is not None:
-        step.allocation.load_state_dict(state["allocation"])
-    restore_optimizer(step.optimizer, step.lr_schedule, state)
-    session.sampler.load_state_dict(state["sampler"])
-    step.batches = batches_seen(state)
-    if state["scaler"] is not None and session.accelerator.scaler is not None:
-        session.accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def batches_seen(state: Mapping[str, Any]) -> int:
@@ -195,6 +215,7 @@ class CheckpointSaver:
         self.noun = noun
         self.interim: Path | None = None
         self.newest: Path | None = None
+        self.best: Path | None = None
         self.last_step: int | None = None
         self._result_alone: Path | None = None
         self._clock = clock
@@ -208,9 +229,10 @@ class CheckpointSaver:
         """Whether the last one, or the run's start, is more minutes ago than may be lost."""
         return bool(self.every_seconds) and self._clock() - self._begun >= self.every_seconds
 
-    def resume_from(self, path: Path, *, interim: bool) -> None:
-        """Count from a checkpoint of an earlier process."""
+    def resume_from(self, path: Path, *, interim: bool, best: int | None = None) -> None:
+        """Count from a checkpoint of an earlier process, whose best one is of a step."""
         self.newest = path
+        self.best = None if best is None else self.output_dir / f"checkpoint-{best}"
         if interim and path.parent.resolve() == self.output_dir.resolve():
             self.interim = path
 
@@ -221,12 +243,14 @@ class CheckpointSaver:
         write_weights: WriteWeights,
         *,
         interim: bool = False,
+        is_best: bool = False,
         is_calm: Callable[[int], bool] = lambda step: True,
     ) -> Path | None:
         """Save a checkpoint; where it cannot be written, its result alone, with a warning.
 
-        Earlier ones go only when the new one was read back, and its numbers are finite; the newest
-        of those at whose step the loss ``is_calm`` stays, beside the limit.
+        Earlier ones go only when the new one was read back, and its numbers are finite. Beside the
+        limit stay the newest of those at whose step the loss ``is_calm``, and the best one: the
+        last that was saved as such. One that was saved for that alone goes when another is best.
 
         Returns:
             The checkpoint, or None: training continues without it.
@@ -244,10 +268,14 @@ class CheckpointSaver:
         if self.interim is not None and self.interim != path:
             shutil.rmtree(self.interim, ignore_errors=True)
         self.interim, self.newest = (path if interim else None), path
+        if is_best:
+            if self.best not in (None, path) and not self.is_due(step_of(self.best)):
+                shutil.rmtree(self.best, ignore_errors=True)
+            self.best = path
         if self.limit and not interim:
-            calm = self.newest_calm(is_calm)
+            kept = (self.newest_calm(is_calm), self.best)
             for old in checkpoints_in(self.output_dir)[: -self.limit]:
-                if old != calm:
+                if old not in kept:
                     shutil.rmtree(old, ignore_errors=True)
         return path
 

@@ -53,6 +53,7 @@ class TrainingStarted:
         adapter: What was adapted, in words.
         changed: Setting -> (before, now) of a resumed run.
         unused: The same, of settings without effect since no step is left.
+        held_out: File names of the photos that are held out.
     """
 
     step: int
@@ -67,6 +68,7 @@ class TrainingStarted:
     trigger: str
     changed: Changes
     unused: Changes
+    held_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,23 @@ class StepDone:
     step: int
     total_steps: int
     loss: float
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Something was measured on held-out photos; ``record`` is its line of ``metrics.jsonl``.
+
+    Attributes:
+        step: Optimizer steps done.
+        loss: The validation loss; None where it was the samples' similarity that was measured.
+        best_step: The step of the lowest loss so far; None before the first step.
+        record: What is in the file.
+    """
+
+    step: int
+    loss: float | None
+    best_step: int | None
     record: Mapping[str, Any]
 
 
@@ -105,10 +124,19 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class TrainingEnded:
-    """The run is over, after ``step`` optimizer steps."""
+    """The run is over, after ``step`` optimizer steps.
+
+    Attributes:
+        step: How many.
+        interrupted: Whether it was asked to stop.
+        result_step: The step that the result is of; None where none was written.
+        stopped_early: Whether its patience was at an end.
+    """
 
     step: int
     interrupted: bool
+    result_step: int | None = None
+    stopped_early: bool = False
 
 
 Event = (
@@ -118,6 +146,7 @@ Event = (
     | CachingProgress
     | TrainingStarted
     | StepDone
+    | Validated
     | SamplingProgress
     | SampleSaved
     | CheckpointSaved

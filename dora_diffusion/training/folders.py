@@ -95,14 +95,17 @@ def check_folders(config: TrainConfig) -> None:
 
 def _check_subject_folders(config: TrainConfig, output: Path) -> None:
     photos = _folder(config.instance_data_dir)
-    if photos is not None:
-        _apart("output_dir", output, "instance_data_dir", photos)
+    for setting in ("instance_data_dir", "validation_data_dir"):
+        folder = _folder(getattr(config, setting))
+        if folder is None:
+            continue
+        _apart("output_dir", output, setting, folder)
         for name in (
             *_OWN_FOLDERS,
             config.logging_dir,
             *(path.name for path in output.glob("checkpoint-*")),
         ):
-            _apart("instance_data_dir", photos, f"the run's {name},", output / name)
+            _apart(setting, folder, f"the run's {name},", output / name)
     if config.uses_class_images:
         _check_class_folder(config, output, photos)
 

@@ -239,7 +239,7 @@ def _check_disk(config: TrainConfig, report: FullReport) -> None:
     needed = report.model_bytes * (2 if config.single_file else 1)
     if config.checkpointing_steps != 0:
         # A checkpoint is complete before the one that it replaces goes.
-        kept = (config.checkpoints_total_limit or 1) + 1
+        kept = (config.checkpoints_total_limit or 1) + 1 + config.keep_best
         needed += kept * report.checkpoint_bytes
     if free < needed:
         warnings.warn(

@@ -15,15 +15,21 @@ from dora_diffusion.data.photo_record import write_photo_record
 from dora_diffusion.models.precision import precision_of
 from dora_diffusion.training import events
 from dora_diffusion.training.accelerator import SharedFlags, make_accelerator, set_by_any
-from dora_diffusion.training.checkpoint import CheckpointSaver, state_of
+from dora_diffusion.training.checkpoint import (
+    CheckpointSaver,
+    checkpoints_in,
+    state_of,
+    step_of,
+)
 from dora_diffusion.training.folders import METRICS_NAME, clear_folder, output_folder
 from dora_diffusion.training.metrics import (
     MOST_SKIPPED,
     MetricsLog,
     TrainingError,
+    is_validation,
     naming_step,
 )
-from dora_diffusion.training.result import result_metadata, write_result
+from dora_diffusion.training.result import result_metadata, take_best, write_result
 from dora_diffusion.training.resume import RunStart, save_config, start_run
 from dora_diffusion.training.samples import SampleWriter
 from dora_diffusion.training.session import Session, open_session
@@ -50,6 +56,9 @@ class TrainResult:
         samples: Name -> image file, such as ``adapted`` and ``base``.
         checkpoint: The newest checkpoint to resume from, or None.
         model: The folder of the model that full fine-tuning made, or None.
+        result_step: The step that the result is of, which with ``keep_best`` may be an earlier one;
+            None if none was written.
+        stopped_early: Whether ``early_stopping_patience`` ended it.
     """
 
     output_dir: Path
@@ -60,6 +69,8 @@ class TrainResult:
     samples: dict[str, Path]
     checkpoint: Path | None = None
     model: Path | None = None
+    result_step: int | None = None
+    stopped_early: bool = False
 
     @property
     def interrupted(self) -> bool:
@@ -148,7 +159,8 @@ class _Run:
             noun=session.weights.noun,
         )
         if start.checkpoint is not None:
-            self.saver.resume_from(start.checkpoint, interim=start.is_interim)
+            best = session.validation.best() if session.validation else None
+            self.saver.resume_from(start.checkpoint, interim=start.is_interim, best=best)
 
     def train(self) -> int:
         """Run all steps, or those until a signal. Returns the number of steps done."""
@@ -159,11 +171,13 @@ class _Run:
         begun, any_set = time.perf_counter(), SharedFlags(session.accelerator)
         place = session.place()
         try:
+            if self._validate(step, log):
+                self._checkpoint(step, log, is_best=True)
             while True:
                 stopping, overdue = any_set(
                     self.stop.requested, self.is_main and self.saver.is_overdue()
                 )
-                if stopping or step >= session.total_steps:
+                if stopping or self._is_complete(step):
                     break
                 if overdue and step > self.start.step:
                     self._checkpoint(step, log, interim=True)
@@ -172,12 +186,13 @@ class _Run:
                 seconds = round(time.perf_counter() - begun, 4)
                 begun = time.perf_counter()
                 log.add(record | {"seconds": seconds})
+                is_best = self._validate(step, log)
                 if step < session.total_steps and self._is_sampled(step):
                     self._sample(step, log)
-                if self.saver.is_due(step):
-                    self._checkpoint(step, log)
+                if self.saver.is_due(step) or is_best:
+                    self._checkpoint(step, log, is_best=is_best)
             log.flush()
-            if step > self.start.step and (self.saver.every_steps or step < session.total_steps):
+            if step > self.start.step and (self.saver.every_steps or not self._is_complete(step)):
                 self._checkpoint(step, log)
             self._tell_of_rise(log)
         except TrainingError:
@@ -193,13 +208,16 @@ class _Run:
 
     def finish(self, steps: int) -> TrainResult:
         """Write what was learned, sample from the written file, and write the card."""
-        total_steps, written = self.session.total_steps, None
-        if steps >= total_steps and self.is_main:
+        total_steps, written, result_step = self.session.total_steps, None, None
+        is_complete = self._is_complete(steps)
+        if is_complete and self.is_main:
             self.stop.answer_with(_FINISHING)
-            written = write_result(self.session, self.output_dir, steps, self.samples)
+            result_step = self._best_step(steps)
+            written = write_result(self.session, self.output_dir, result_step, self.samples)
         self.session.accelerator.wait_for_everyone()
-        signal_number = None if steps >= total_steps else self.stop.signal_number
-        self.on_event(events.TrainingEnded(steps, interrupted=steps < total_steps))
+        signal_number = None if is_complete else self.stop.signal_number
+        stopped_early = is_complete and steps < total_steps
+        self.on_event(events.TrainingEnded(steps, not is_complete, result_step, stopped_early))
         is_full = self.session.config.is_full
         return TrainResult(
             self.output_dir,
@@ -210,7 +228,26 @@ class _Run:
             self.samples.files,
             self.saver.newest,
             written if is_full else None,
+            result_step,
+            stopped_early,
         )
+
+    def _best_step(self, steps: int) -> int:
+        """The step that the result is of, whose weights the model has afterwards."""
+        if self.session.validation is None or not self.session.config.keep_best:
+            return steps
+        places = {self.output_dir: steps}
+        if self.start.checkpoint is not None:  # It may be another run's, up to here.
+            places = {self.start.checkpoint.parent: self.start.step, **places}
+        found = [(at, last) for place, last in places.items() for at in checkpoints_in(place)]
+        kept = {step_of(path): path for path, last in found if step_of(path) <= last}
+        return take_best(self.session, steps, kept)
+
+    def _is_complete(self, step: int) -> bool:
+        """Whether no step is left after one, or patience with the validation loss is at its end."""
+        validation = self.session.validation
+        is_exhausted = validation is not None and validation.is_exhausted
+        return step >= self.session.total_steps or is_exhausted
 
     def _begin(self) -> MetricsLog:
         session, start = self.session, self.start
@@ -222,6 +259,7 @@ class _Run:
         skips = MOST_SKIPPED if session.accelerator.scaler is not None else 0
         log = MetricsLog(log_file, start.step, self._on_step, skips)
         self.trackers.begin(tracked_settings(session.config))
+        held_out = session.validation.photos if session.validation else ()
         self.on_event(
             events.TrainingStarted(
                 step=start.step,
@@ -236,22 +274,39 @@ class _Run:
                 trigger=session.trigger,
                 changed=start.changed,
                 unused=start.unused,
+                held_out=tuple(photo.path.name for photo in held_out),
             )
         )
         return log
 
     def _on_step(self, record: dict[str, Any]) -> None:
         self.trackers.log_step(record)
-        total = self.session.total_steps
-        self.on_event(events.StepDone(record["step"], total, record["loss"], record))
+        step, validation = record["step"], self.session.validation
+        if validation is not None and is_validation(record):
+            loss = record.get("validation_loss")
+            self.on_event(events.Validated(step, loss, validation.best(), record))
+        else:
+            self.on_event(events.StepDone(step, self.session.total_steps, record["loss"], record))
 
-    def _checkpoint(self, step: int, log: MetricsLog, *, interim: bool = False) -> None:
+    def _validate(self, step: int, log: MetricsLog) -> bool:
+        """Take the validation loss if it is due. Returns whether the step is to be kept for it."""
+        validation = self.session.validation
+        if validation is None or not validation.is_due(step):
+            return False
+        log.flush()
+        log.add({"step": step, "validation_loss": validation.measure(step)})
+        log.flush()
+        return self.session.config.keep_best and validation.best() == step
+
+    def _checkpoint(
+        self, step: int, log: MetricsLog, *, interim: bool = False, is_best: bool = False
+    ) -> None:
         """Save a checkpoint, unless this step has tried to. All processes end if that fails."""
         log.flush()  # Numbers that are not finite raise here, before anything is written.
         failure: Exception | None = None
         if self.is_main and self.saver.last_step != step:
             try:
-                path = self._save(step, log, interim=interim)
+                path = self._save(step, log, interim=interim, is_best=is_best)
                 if path is not None and not interim:
                     self.on_event(events.CheckpointSaved(step, path))
             except Exception as error:
@@ -259,7 +314,9 @@ class _Run:
         if set_by_any(self.session.accelerator, failure is not None):
             raise failure or TrainingError(f"the first process could not save step {step}")
 
-    def _save(self, step: int, log: MetricsLog, *, interim: bool, **state: Any) -> Path | None:
+    def _save(
+        self, step: int, log: MetricsLog, *, interim: bool, is_best: bool = False, **state: Any
+    ) -> Path | None:
         """Save a checkpoint, with parts of its state that replace those of this moment."""
         session = self.session
 
@@ -270,7 +327,7 @@ class _Run:
         with naming_step(session.weights.noun, step):
             now = {**state_of(session, self.start.segments, step), **state}
             calm = log.watch.is_calm
-            return self.saver.save(step, now, write, interim=interim, is_calm=calm)
+            return self.saver.save(step, now, write, interim=interim, is_best=is_best, is_calm=calm)
 
     def _rescue(self, step: int, place: Mapping[str, Any], log: MetricsLog) -> None:
         """Before an error ends the run, save its steps as a checkpoint in between.
@@ -321,5 +378,9 @@ class _Run:
     def _sample(self, step: int, log: MetricsLog) -> None:
         log.flush()
         if self.is_main and self.session.config.num_validation_images:
-            self.samples.at_step(step)
+            samples, validation = self.samples.at_step(step), self.session.validation
+            similarity = validation.similarity(samples) if validation else None
+            if similarity is not None:
+                log.add({"step": step, "validation_similarity": similarity})
+                log.flush()
         self.session.accelerator.wait_for_everyone()

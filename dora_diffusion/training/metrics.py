@@ -1,4 +1,7 @@
-"""One JSON line per step, written when its numbers have arrived from the device."""
+"""One JSON line per step, written when its numbers have arrived from the device.
+
+What is measured on held-out photos has lines of its own.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +66,11 @@ def naming_step(noun: str, step: int) -> Iterator[None]:
             f"the {noun} is not finite after step {step}, and is not written ({error}); resume "
             "from an earlier checkpoint, or start over, with a lower learning rate"
         ) from error
+
+
+def is_validation(record: Mapping[str, Any]) -> bool:
+    """Whether a record is of held-out photos, and not of a training step."""
+    return any(name.startswith("validation_") for name in record)
 
 
 class LossWatch:
@@ -130,6 +138,9 @@ class MetricsLog:
             for line, step, loss in _lines(path):
                 if step <= start_step:
                     kept.append(line)
+                if loss is None:
+                    continue
+                if step <= start_step:
                     self.watch.add(step, loss)
                 else:
                     self.steps_dropped += 1
@@ -162,18 +173,23 @@ class MetricsLog:
         self, record: dict[str, Any], names: list[str], numbers: Callable[[], Tensor]
     ) -> None:
         values = record | dict(zip(names, numbers().tolist(), strict=True))
-        is_skipped = not math.isfinite(values.get("grad_norm", 0))
-        if not is_skipped or self._skipped >= self._skips or not math.isfinite(values["loss"]):
-            require_finite(values, self._skipped)
-        self._skipped = self._skipped + 1 if is_skipped else 0
+        if is_step := "loss" in values:
+            self._require_finite(values)
         if self._file is not None:
             # An fp16 step that overflowed, and was skipped, has no norm of its gradients.
             written = {
                 k: None if v in (math.inf, -math.inf) or v != v else v for k, v in values.items()
             }
             self._file.write(json.dumps(written) + "\n")
-            self._watch(values["step"], values["loss"])
+            if is_step:
+                self._watch(values["step"], values["loss"])
         self._on_record(values)
+
+    def _require_finite(self, values: Mapping[str, Any]) -> None:
+        is_skipped = not math.isfinite(values.get("grad_norm", 0))
+        if not is_skipped or self._skipped >= self._skips or not math.isfinite(values["loss"]):
+            require_finite(values, self._skipped)
+        self._skipped = self._skipped + 1 if is_skipped else 0
 
     def _watch(self, step: int, loss: float) -> None:
         had_risen = self.watch.risen_at is not None
@@ -219,8 +235,10 @@ class _LineFile:
         self._file.close()
 
 
-def _lines(path: Path) -> list[tuple[str, int, float]]:
-    """Complete lines of a log, each with its step and loss; a half-written last one is dropped.
+def _lines(path: Path) -> list[tuple[str, int, float | None]]:
+    """Complete lines of a log, each with its step, and its loss if it is of a training step.
+
+    A half-written last one is dropped.
 
     Warns:
         UserWarning: If another line is damaged: it is left out.
@@ -228,13 +246,15 @@ def _lines(path: Path) -> list[tuple[str, int, float]]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    read, damaged = [], 0
+    read: list[tuple[str, int, float | None]] = []
+    damaged = 0
     for line in lines:
         if not line.endswith("}\n"):
             continue
         try:
             record = json.loads(line)
-            read.append((line, int(record["step"]), float(record["loss"])))
+            loss = None if is_validation(record) else float(record["loss"])
+            read.append((line, int(record["step"]), loss))
         except (ValueError, KeyError, TypeError):
             damaged += 1
     if damaged:

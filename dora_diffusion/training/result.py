@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,12 +18,47 @@ from dora_diffusion.formats.adapter.metadata import CAPTIONS, READING, UNET_LAYE
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.images import save_png, thumbnail
-from dora_diffusion.training.card import model_card
+from dora_diffusion.training.card import VALIDATION_LOSS, model_card
+from dora_diffusion.training.checkpoint import read_state, restore_weights
 from dora_diffusion.training.folders import UNFINISHED
 from dora_diffusion.training.metrics import naming_step
 from dora_diffusion.training.samples import SampleWriter, warning_of_full_disk
 from dora_diffusion.training.session import Session
 from dora_diffusion.training.subject import caption_rules
+
+
+def take_best(session: Session, steps: int, checkpoints: Mapping[int, Path]) -> int:
+    """Put the weights of the lowest validation loss into the model. Returns their step.
+
+    Args:
+        session: Of a run that holds out photos, after its last step.
+        steps: Optimizer steps done, whose weights are in the model.
+        checkpoints: What can be returned to, by step.
+
+    Warns:
+        UserWarning: If the lowest is of a step without a checkpoint, or no lower than the base's.
+    """
+    validation = session.validation
+    assert validation is not None
+    best, lowest = validation.best({*checkpoints, steps}), validation.best()
+    if best is None:
+        return steps
+    if best != lowest:
+        warnings.warn(
+            f"the validation loss was lowest at step {lowest}, of which there is no checkpoint: "
+            f"the result is that of step {best}",
+            stacklevel=4,
+        )
+    before = validation.losses.get(0, math.inf)
+    if validation.losses[best] >= before:
+        warnings.warn(
+            f"at no step is the validation loss lower than the base model's ({before:.4g}): a "
+            "lower learning rate or more photos may help",
+            stacklevel=4,
+        )
+    if best != steps:
+        restore_weights(session, read_state(checkpoints[best]))
+    return best
 
 
 def write_result(session: Session, folder: Path, steps: int, samples: SampleWriter) -> Path:
@@ -74,11 +111,17 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
             "software": f"dora_diffusion {__version__}",
             **_variant(session.config),
             **_reading(session.config),
+            **_validation_loss(session, steps),
             UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
         },
         tags=tuple(filter(None, class_words)),
         tag_frequency=session.dataset.tag_frequency(),
     )
+
+
+def _validation_loss(session: Session, steps: int) -> dict[str, str]:
+    losses = session.validation.losses if session.validation else {}
+    return {VALIDATION_LOSS: f"{losses[steps]:.6g}"} if steps in losses else {}
 
 
 def _variant(config: TrainConfig) -> dict[str, str]:

@@ -79,7 +79,8 @@ def start_run(session: Session, output_dir: Path) -> tuple[Session, RunStart]:
     unused: Changes = {}
     if step == session.total_steps:
         # Samples are generated again; all else is what the steps were trained with.
-        used = {source.name for source in fields(SampleSettings)} | {"max_train_steps"}
+        used = {source.name for source in fields(SampleSettings)}
+        used |= {"max_train_steps", "keep_best"}
         unused = {name: change for name, change in changed.items() if name not in used}
         config = replace(config, **{name: before for name, (before, _) in unused.items()})
         changed = {}

@@ -69,11 +69,14 @@ class SampleWriter:
             height=session.resolution,
         )
 
-    def at_step(self, step: int) -> None:
-        """Write ``step-STEP.png``; a full disk is a warning."""
-        title = f"Step {step} of {self._session.total_steps}, {self._with}"
+    def at_step(self, step: int) -> list[tuple[str, Image.Image]]:
+        """Write ``step-STEP.png``; a full disk is a warning. Returns prompts and their images."""
+        title, images = f"Step {step} of {self._session.total_steps}, {self._with}", []
         with warning_of_full_disk(f"no samples at step {step}"), suppress(_SamplingStopped):
-            self._save_sheet(f"step-{step:06d}", self._images(), title, step)
+            images = self._images()
+            self._save_sheet(f"step-{step:06d}", images, title, step)
+        prompts = [prompt for prompt in self._prompts for _ in self._seeds]
+        return list(zip(prompts, images, strict=False))
 
     def of_result(self, step: int, on_adapted: Callable[[Image.Image], object]) -> None:
         """Write ``adapted.png``, ``base.png`` (without the adapter), and one above the other.

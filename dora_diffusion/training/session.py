@@ -28,6 +28,7 @@ from dora_diffusion.training.inputs import InputSource
 from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.step import TrainingStep, build_step
 from dora_diffusion.training.subject import Subject, triggers_of
+from dora_diffusion.training.validation import Validation, divide_all
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Session:
         dataset: Photos and class images.
         sampler: The order of this process's batches.
         train_step: Does the optimizer step of a number, counted from 1.
+        validation: Takes the loss on held-out photos; None without any.
     """
 
     config: TrainConfig
@@ -53,6 +55,7 @@ class Session:
     dataset: DreamBoothDataset
     sampler: EpochSampler
     train_step: TrainingStep
+    validation: Validation | None = None
 
     @property
     def resolution(self) -> int:
@@ -140,7 +143,7 @@ def open_session(
     optimizer_library(config.optimizer_name)
     if config.compile:
         require_compiler(accelerator.device)
-    paths = list_subjects(subjects)
+    paths, held_out = divide_all(subjects, list_subjects(subjects))
     for subject, photos in zip(subjects, paths, strict=True):
         check_wildcards(subject.settings, photos)
     loaded = load_components(
@@ -156,10 +159,6 @@ def open_session(
     components = place(reading, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     dataset = open_dataset(config, subjects, components, paths, accelerator, on_event)
-    _load_step_modules(config, components)
-    weights: TrainedWeights = (
-        select_weights(components, config) if config.is_full else inject_trained(components, config)
-    )
     has_buckets = any(subject.settings.aspect_ratio_buckets for subject in subjects)
     sampler = EpochSampler(
         len(dataset),
@@ -174,11 +173,19 @@ def open_session(
         prompts = config.validation_prompt or dataset.captions[:1]
         config = replace(config, validation_prompt=prompts)
     config = _resolved(config, components, sampler.batches_per_epoch, precision)
+    pairs = list(zip(subjects, held_out, strict=True))
+    validation = Validation(config, pairs, components, accelerator) if any(held_out) else None
+    _load_step_modules(config, components)
+    weights: TrainedWeights = (
+        select_weights(components, config) if config.is_full else inject_trained(components, config)
+    )
     workers = 0 if dataset.caches_moments else config.dataloader_num_workers
     batches = iterate_batches(dataset, sampler, num_workers=workers)
     inputs = InputSource(config, components, batches, accelerator.process_index)
     train_step = build_step(config, accelerator, components, weights, inputs)
-    return Session(config, subjects, accelerator, components, weights, dataset, sampler, train_step)
+    return Session(
+        config, subjects, accelerator, components, weights, dataset, sampler, train_step, validation
+    )
 
 
 def _load_step_modules(config: TrainConfig, components: Components) -> None:

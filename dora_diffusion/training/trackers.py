@@ -67,6 +67,11 @@ def step_tags(record: Mapping[str, Any]) -> dict[str, float]:
         for name in ("loss", "prior_loss", "grad_norm")
         if record.get(name) is not None
     }
+    tags |= {
+        f"validation/{name}": record[f"validation_{name}"]
+        for name in ("loss", "similarity")
+        if record.get(f"validation_{name}") is not None
+    }
     for kind in ("lr", "effective_lr"):
         tags |= {f"{kind}/{group}": rate for group, rate in record.get(kind, {}).items()}
     return tags

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
-from dora_diffusion.app.html import loss_plot, smoothed
+from dora_diffusion.app.plot import loss_plot, smoothed
 
 
 def test_smoothing_starts_without_bias() -> None:
@@ -25,3 +26,17 @@ def test_the_plot_has_a_bounded_size_and_finite_points() -> None:
     assert len(drawn) < 30_000
     assert "nan" not in drawn
     assert "nan" not in loss_plot([{"step": i, "loss": 0.25} for i in range(1, 4)])
+
+
+def test_the_validation_loss_has_a_scale_of_its_own_and_a_mark_at_its_lowest() -> None:
+    records = [{"step": i, "loss": 0.01} for i in range(1, 5)]
+    assert loss_plot(records, {}) == loss_plot(records)
+    _, drawn = loss_plot(records, {0: 0.5, 2: 0.25, 4: 0.75}).split("Validation loss, ")
+    assert drawn.startswith("taken 3 times")
+    line = re.search(r"points='([^']*)'", drawn)
+    assert line is not None
+    heights = [float(point.split(",")[1]) for point in line[1].split()]
+    top, bottom = heights[2], heights[1]
+    assert heights[0] == pytest.approx(bottom + (top - bottom) / 2), "from 0.25 to 0.75"
+    assert f"cy='{bottom:.1f}'" in drawn
+    assert "lowest at step 2: <b>0.2500</b>, the base's is 0.5000" in drawn

@@ -62,6 +62,18 @@ def test_samples_and_checkpoints_come_at_once_unless_told_otherwise() -> None:
     assert (none.validation_steps, none.checkpointing_steps) == (0, 0)
 
 
+def test_the_validation_loss_is_taken_as_often_as_samples_are_made() -> None:
+    assert used().validation_loss_steps is None
+    assert used(validation_split=0.2).validation_loss_steps == 200
+    none_between: dict[str, Any] = {"validation_split": 0.2, "validation_steps": 0}
+    assert used(**none_between).validation_loss_steps == 200
+    assert used(validation_split=0.2, validation_steps=7).validation_loss_steps == 7
+    every = used(validation_split=0.2, validation_epochs=2, num_validation_images=0)
+    assert every.validation_loss_steps == every.validation_steps == 8
+    apart = used(validation_split=0.2, validation_epochs=2, validation_loss_steps=3)
+    assert (apart.validation_loss_steps, apart.validation_steps) == (3, 8)
+
+
 def test_what_was_given_stays() -> None:
     config = used(lora_alpha=1.0, class_word="dog", validation_prompt=["a dog"])
     assert (config.lora_alpha, config.class_word) == (1.0, "dog")
@@ -156,6 +168,9 @@ IDLE: list[tuple[dict[str, Any], str, str]] = [
     ({"dataloader_num_workers": 2}, "dataloader_num_workers", "cache_latents is on"),
     ({"validation_steps": 5, "num_validation_images": 0}, "validation_steps",
      "num_validation_images is 0"),
+    ({"keep_best": True}, "keep_best", "no photos are held out (validation_split is 0)"),
+    ({"validation_split": 0.2, "num_validation_images": 0, "validation_metric_model": "dino"},
+     "validation_metric_model", "num_validation_images is 0"),
     ({"prodigy_beta3": 0.9}, "prodigy_beta3", "optimizer is adamw"),
     ({"model_config": "sdxl"}, "model_config", "the base model is not a single .safetensors file"),
     ({"revision": "v2"}, "revision", "the base model is not from the hub"),
@@ -242,7 +257,7 @@ OTHER: dict[str, Any] = {
     "token": "zwx", "rank": 9, "seed": 5, "masked_loss": True,
     "cache_latents": False, "optimizer": "adafactor", "random_flip": True,
     "with_prior_preservation": True, "targets": ["attention"],
-    "pretrained_model_name_or_path": "org/other", "variant": "fp16",
+    "pretrained_model_name_or_path": "org/other", "variant": "fp16", "validation_split": 0.2,
 }  # fmt: skip
 FREE: dict[str, Any] = {
     "learning_rate": 1e-3, "max_train_steps": 9, "adam_weight_decay": 0.5, "validation_steps": 2,
@@ -274,7 +289,7 @@ def test_every_setting_is_compared_unless_it_says_otherwise() -> None:
         "output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpointing_minutes",
         "checkpoints_total_limit",
         "resume_from_checkpoint", "report_to", "logging_dir", "push_to_hub", "hub_model_id",
-        "single_file",
+        "single_file", "validation_data_dir",
     }  # fmt: skip
     assert {"learning_rate", "max_train_steps", "validation_steps"} <= free
     assert not free & set(OTHER)

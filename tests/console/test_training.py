@@ -20,7 +20,9 @@ from dora_diffusion.training.events import (
     ModelLoading,
     SampleSaved,
     StepDone,
+    TrainingEnded,
     TrainingStarted,
+    Validated,
 )
 
 
@@ -166,3 +168,27 @@ def test_the_line_for_diffusers_is_python_with_the_path_quoted() -> None:
     assert ast.literal_eval(call.args[0]) == "my dog's"
     assert {k.arg: ast.literal_eval(k.value) for k in call.keywords} == {"weight_name": ADAPTER}
     assert "pip install peft" in line
+
+
+def test_the_validation_loss_is_said_and_what_follows_from_it(show) -> None:
+    def taken(step: int, loss: float, best: int | None) -> Validated:
+        return Validated(step, loss, best, {"step": step, "validation_loss": loss})
+
+    lines, bar = show(
+        started(held_out=("b.jpg", "a.jpg")),
+        taken(0, 0.3, None), taken(2, 0.2, 2), taken(4, 0.25, 2),
+        Validated(4, None, 2, {"validation_similarity": 0.7}),
+        StepDone(5, 9, 0.5, {}),
+        TrainingEnded(5, False, 2, stopped_early=True),
+    )  # fmt: skip
+    assert lines[1:] == [
+        "held out: 2 photos (a.jpg, b.jpg)",
+        "step 0: validation loss 0.3000, of the base model",
+        "step 2: validation loss 0.2000, the lowest so far",
+        "step 4: validation loss 0.2500 (lowest at step 2)",
+        "step 4: similarity of the samples to the held-out photos 0.700",
+        "stopped early after step 5: the validation loss has not fallen any more "
+        "(early_stopping_patience)",
+        "the result is that of step 2, where the validation loss was lowest (keep_best)",
+    ]
+    assert "loss=0.5000, validation=0.2500" in bar

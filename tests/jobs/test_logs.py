@@ -6,9 +6,16 @@ from pathlib import Path
 
 from dora_diffusion.console.errors import asking_for_report
 from dora_diffusion.jobs import records
-from dora_diffusion.jobs.logs import last_error, log_tail, log_warnings, read_metrics
+from dora_diffusion.jobs.logs import (
+    check_metrics,
+    last_error,
+    log_tail,
+    log_warnings,
+    read_metrics,
+    read_validation,
+)
 from dora_diffusion.jobs.workspace import Workspace
-from tests.jobs.helpers import started_run
+from tests.jobs.helpers import make, seen, started_run
 
 METRICS = '{{"step": {step}, "loss": 0.{step}, "seconds": 2.0}}\n'
 
@@ -18,6 +25,24 @@ def test_a_half_written_line_is_not_read(workspace: Workspace) -> None:
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 3, "lo')
     assert [record["step"] for record in read_metrics(folder)] == [1, 2]
+
+
+def test_what_was_held_out_is_read_apart_and_says_which_step_the_result_is_of(
+    workspace: Workspace,
+) -> None:
+    folder = make(workspace, max_train_steps=3, validation_split=1, keep_best=True)
+    lines = [
+        '{"step": 0, "validation_loss": 0.3}\n', METRICS.format(step=1),
+        '{"step": 1, "validation_loss": 0.2}\n', METRICS.format(step=2),
+        '{"step": 2, "validation_loss": 0.25}\n', '{"step": 2, "validation_similarity": 0.8}\n',
+        METRICS.format(step=3), '{"step": 3, "validation_loss": null}\n',
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    check_metrics(folder)
+    assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3]
+    assert read_validation(folder) == {0: 0.3, 1: 0.2, 2: 0.25}
+    job = seen(folder)
+    assert (job.step, job.best_step, job.step_of("result")) == (3, 1, 1)
 
 
 def test_metrics_are_read_again_when_they_grow(workspace: Workspace) -> None:

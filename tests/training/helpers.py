@@ -83,7 +83,8 @@ def warnings_of(config):
 
 def losses(folder, figure="loss"):
     lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return {json.loads(line)["step"]: json.loads(line)[figure] for line in lines}
+    records = [record for record in map(json.loads, lines) if figure in record]
+    return {record["step"]: record[figure] for record in records}
 
 
 def steps_in(folder: Path) -> list[int]:

@@ -114,6 +114,7 @@ def test_two_processes_agree_with_one(sd1_folder, tmp_path, variant):
         "checkpointing_steps": 2,
         "random_flip": True,
         "gradient_accumulation_steps": 2,
+        "validation_split": 3,
         **variant,
     }
     one = launch(config | {"train_batch_size": 4}, tmp_path, 1)
@@ -125,7 +126,11 @@ def test_two_processes_agree_with_one(sd1_folder, tmp_path, variant):
             torch.testing.assert_close(
                 getattr(layer, part), getattr(second[name], part), rtol=2e-3, atol=5e-5
             )
-    assert len((two / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+    assert list(losses(two)) == [1, 2, 3]
+    alone, shared = (losses(folder, "validation_loss") for folder in (one, two))
+    assert list(alone) == list(shared) == [0, 3]
+    assert alone[0] == shared[0]
+    assert alone[3] == pytest.approx(shared[3], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -326,3 +326,19 @@ def test_a_full_disk_keeps_the_last_checkpoint(sd1_folder, photos, tmp_path, mon
     monkeypatch.undo()
     assert set(read_adapter(tmp_path / "out" / "checkpoint-4").layers) == set(kept.layers)
     assert [path.name for path in (tmp_path / "out").glob(".*")] == [".training.lock"]
+
+
+def test_the_best_stays_beside_the_limit_until_another_is_better(saver, tmp_path):
+    one = saver(limit=1)
+    one.put(50, is_best=True)
+    one.put(100)
+    one.put(200)
+    assert names(tmp_path) == ["checkpoint-200", "checkpoint-50"]
+    one.put(300, is_best=True)
+    assert names(tmp_path) == ["checkpoint-300"]
+    every = saver()
+    every.resume_from(tmp_path / "checkpoint-300", interim=False, best=300)
+    every.put(350, is_best=True)
+    every.put(360, is_best=True)
+    # One that was saved for that alone goes, and a regular one stays.
+    assert names(tmp_path) == ["checkpoint-300", "checkpoint-360"]

@@ -123,6 +123,9 @@ def test_photos_are_not_read_from_a_folder_that_the_run_writes_to(place, tiny_ru
     config = tiny_run(instance_data_dir=str(tmp_path / "out" / place))
     with pytest.raises(ConfigError, match=r"instance_data_dir and the run's .* are one folder"):
         check_folders(config)
+    held_out = tiny_run(validation_data_dir=str(tmp_path / "out" / place))
+    with pytest.raises(ConfigError, match=r"validation_data_dir and the run's .* are one folder"):
+        check_folders(held_out)
 
 
 def test_photos_in_a_folder_of_their_own_inside_are_fine(tiny_run, photos, tmp_path):

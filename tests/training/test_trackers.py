@@ -138,6 +138,7 @@ def test_settings_that_name_folders_lose_the_way_to_them():
 
 def test_an_fp16_step_without_a_norm_has_no_tag_for_it():
     assert step_tags({"loss": 1.0, "grad_norm": None, "lr": {}}) == {"train/loss": 1.0}
+    assert step_tags({"step": 2, "validation_loss": 0.5}) == {"validation/loss": 0.5}
 
 
 def test_prodigys_rate_is_what_its_step_takes(tiny_run, tmp_path, monkeypatch):

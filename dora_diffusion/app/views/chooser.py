@@ -131,6 +131,8 @@ def _card(job: Job, row: RankedCheckpoint, ranking: Ranking, most_drift: float) 
         figures = _bar("similarity", row.similarity, row.similarity, f"similarity{to}")
     if row.step and row.drift is not None:
         figures += _bar("drift", row.drift, row.drift / most_drift)
+    if row.loss is not None:
+        figures += f"<span>denoising loss, held-out photos</span><i></i><b>{row.loss:.4f}</b>"
     return (
         f"<div class='dd-choice{' dd-in-use' if in_use else ''}'>"
         f"<div class='dd-row'><h3>{title}</h3><span class='dd-marks'>{marks}</span></div>"

@@ -11,7 +11,7 @@ import gradio as gr
 
 from dora_diffusion.app import html
 from dora_diffusion.app.context import Context, plain
-from dora_diffusion.app.html import loss_plot
+from dora_diffusion.app.plot import loss_plot
 from dora_diffusion.app.views import chooser
 from dora_diffusion.app.views.fields import (
     QUIET,
@@ -24,7 +24,7 @@ from dora_diffusion.app.views.fields import (
     image_or_blank,
 )
 from dora_diffusion.data.images import open_photo
-from dora_diffusion.jobs.logs import log_tail, read_metrics
+from dora_diffusion.jobs.logs import log_tail, read_metrics, read_validation
 from dora_diffusion.jobs.queue import delete_job, kill_job, requeue_job, stop_job
 from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.tasks import NAME_LIMIT, can_continue, continue_run, rename_run
@@ -175,7 +175,7 @@ def refresh(context: Context, jobs: Sequence[Job], run: str | None) -> dict[str,
     return {
         "run": choosing(choices, value, run, visible=bool(choices)),
         "status": html.status_card(job) if job else _NOTHING,
-        "loss": loss_plot(read_metrics(job.folder)) if job else "",
+        "loss": loss_plot(read_metrics(job.folder), read_validation(job.folder)) if job else "",
         "log": html.log_view(log_tail(job.folder)) if job else "",
         "jobs": html.queue_list(jobs),
         "samples": (stamps, lambda: _sample_gallery(samples)),

@@ -1,0 +1,227 @@
+"""Several adapters of one model, asked for the same few images at the same seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dora_diffusion.adapters.inject import remove_adapters
+from dora_diffusion.adapters.state import load_adapter
+from dora_diffusion.data.images import open_photo
+from dora_diffusion.data.photos import Photo
+from dora_diffusion.evaluation.denoising import NUM_SEEDS, HeldOutImages
+from dora_diffusion.evaluation.measures import ImageRequest, Values, seed_means
+from dora_diffusion.evaluation.metric_models import LITE, open_metric_model
+from dora_diffusion.evaluation.photos import PROMPTS, measure_photos, photo_requests
+from dora_diffusion.evaluation.toy.evaluate import Answers, measure
+from dora_diffusion.evaluation.toy.requests import toy_requests
+from dora_diffusion.generate import (
+    BrokenImageError,
+    SamplingSettings,
+    generate_images,
+    image_grid,
+)
+from dora_diffusion.images import save_png
+from dora_diffusion.models.components import Components
+from dora_diffusion.toy.benchmark_subjects import find_subject
+
+SEED, SUBJECTS, OTHERS = 0, 5, 6
+_SHOWN_OTHERS, _SIDE = 3, 160
+_COPYING = (
+    "Similarity is to the photos that were trained on, so that copying them scores high too; on "
+    "held-out photos, `dora-diffusion evaluate` measures it without that."
+)
+
+Images = Sequence[Image.Image]
+R = TypeVar("R", bound=ImageRequest)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of an adapter, or of the base without one.
+
+    Attributes:
+        name: What it was called.
+        images: Strips of the subject, and of other things.
+        similarities: Of each image of the subject; empty if that could not be measured.
+        drift: How far other things have moved from the base's images; None if not measured.
+        loss: Denoising loss on held-out photos; None without any.
+    """
+
+    name: str
+    images: tuple[Path, Path]
+    similarities: tuple[float, ...]
+    drift: float | None
+    loss: float | None
+
+    @property
+    def similarity(self) -> float | None:
+        return float(np.mean(self.similarities)) if self.similarities else None
+
+
+@dataclass(frozen=True)
+class EvaluationPrompts:
+    """What to ask for, and how to judge the answers.
+
+    Attributes:
+        requests: `SUBJECTS` of the subject, then `OTHERS` of other things, or fewer.
+        settings: How to sample.
+        judge: (images, the base's images) -> figures, as `measure_photos` names them.
+        notes: What the figures are.
+        similar_to: What similarity is to, in few words.
+        held_out: Photos whose denoising loss is taken too.
+    """
+
+    requests: Sequence[ImageRequest]
+    settings: SamplingSettings
+    judge: Callable[[Images, Images], Mapping[str, Values]]
+    notes: tuple[str, ...]
+    similar_to: str
+    held_out: Sequence[Photo] = ()
+
+
+def ask_toy(sample: str, trigger: str, settings: SamplingSettings) -> EvaluationPrompts:
+    """A subject of the toy world: its true images are known."""
+    subject = find_subject(sample)
+    requests = _few(toy_requests(subject, trigger, [SEED], ("subject", "others")))
+
+    def judge(images: Images, base: Images) -> dict[str, Values]:
+        answers, before = (Answers(list(of), [None] * len(requests)) for of in (images, base))
+        return measure(subject, requests, answers, base=before)
+
+    note = "Similarity is to true images of the subject on held-out backgrounds."
+    return EvaluationPrompts(requests, settings, judge, (note,), "the true subject")
+
+
+def ask_photos(
+    photos: Sequence[Photo],
+    trigger: str,
+    class_word: str,
+    settings: SamplingSettings,
+    *,
+    trained_on: bool = True,
+) -> EvaluationPrompts:
+    """A subject that is known from photos alone, those that were trained on or held-out ones."""
+    requests = _few(photo_requests(trigger, class_word, [SEED], PROMPTS[:SUBJECTS]))
+    model = open_metric_model(LITE)
+    references = [open_photo(photo.path) for photo in photos]
+
+    def judge(images: Images, base: Images) -> dict[str, Values]:
+        return measure_photos(requests, images, (), references, [model], base)
+
+    notes = (*[_COPYING] * trained_on, f"Both are measured by {model.name}.")
+    where = photos[0].path.parent.name
+    similar_to = "training photos" if trained_on else f"held-out photos in {where}"
+    return EvaluationPrompts(
+        requests, settings, judge, notes, similar_to, () if trained_on else photos
+    )
+
+
+def _few(requests: Sequence[R]) -> list[R]:
+    """Some of the subject and some of other things: enough to choose by, in a minute or so."""
+    subject = [request for request in requests if request.group == "subject"]
+    others = [request for request in requests if request.group == "others"]
+    return subject[:SUBJECTS] + others[:OTHERS]
+
+
+def rank(
+    components: Components,
+    adapters: Mapping[str, Path],
+    questions: EvaluationPrompts,
+    folder: Path,
+    on_image: Callable[[int, int], None],
+    base: str = "base",
+) -> tuple[list[Measured], list[str]]:
+    """Ask the base and every adapter, and write their images into a folder.
+
+    Args:
+        components: The base model.
+        adapters: Name -> adapter file.
+        questions: What to ask.
+        folder: Where the images go.
+        on_image: Called with images done and in all.
+        base: Name of the base.
+
+    Returns:
+        What was measured, the base first, without adapters that give NaN or black images; and
+        notes.
+
+    Raises:
+        BrokenImageError: If the base gives such images.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    count, notes = len(questions.requests), list(questions.notes)
+    total = (1 + len(adapters)) * count
+    photos = [open_photo(photo.path) for photo in questions.held_out]
+    held_out = HeldOutImages(components, photos, [photo.caption for photo in questions.held_out])
+    rows: list[Measured] = []
+    before: Images = ()
+    for place, name in enumerate((base, *adapters)):
+
+        def on_step(step: int, steps: int, done: int = place * count) -> None:
+            on_image(done + step * count // steps, total)
+
+        try:
+            with _adapter_on(components, adapters.get(name)):
+                images = generate_images(
+                    components,
+                    [request.prompt for request in questions.requests],
+                    [request.seed for request in questions.requests],
+                    questions.settings,
+                    on_step=on_step,
+                    require_finite=True,
+                )
+                losses = held_out.losses_by_seed(range(NUM_SEEDS)) if photos else []
+        except BrokenImageError as error:
+            if name == base:
+                raise
+            notes.append(f"{name} was left out: {error}.")
+            continue
+        before = before or images
+        similarities, drift = _figures(questions.judge(images, before))
+        loss = float(np.mean(losses)) if losses else None
+        strips = _write_strips(folder, name, images, questions.requests)
+        rows.append(Measured(name, strips, similarities, drift, loss))
+        on_image((place + 1) * count, total)
+    return rows, notes
+
+
+def _figures(values: Mapping[str, Values]) -> tuple[tuple[float, ...], float | None]:
+    """Similarity of each image, and mean change of other things; of one seed and one model."""
+    named = {name.partition("@")[0]: value for name, value in values.items()}
+    alike, change = named.get("subject_similarity"), named.get("others_change")
+    return alike[0] if alike else (), seed_means(change)[0] if change else None
+
+
+@contextmanager
+def _adapter_on(components: Components, adapter: Path | None) -> Iterator[None]:
+    """The model with an adapter, and without it again afterwards."""
+    if adapter is not None:
+        load_adapter(components.adaptable(), adapter, family=components.family.name)
+    try:
+        yield
+    finally:
+        for model in components.adaptable().values():
+            remove_adapters(model)
+
+
+def _write_strips(
+    folder: Path, name: str, images: Images, requests: Sequence[ImageRequest]
+) -> tuple[Path, Path]:
+    """The subject, and other things, each as a strip. Small images are enlarged."""
+
+    def strip(file: str, shown: Images) -> Path:
+        thumbnails = [
+            ImageOps.contain(image, (_SIDE, _SIDE), Image.Resampling.LANCZOS) for image in shown
+        ]
+        return save_png(image_grid(thumbnails, columns=len(shown), gap=4), folder / file)
+
+    subjects = sum(request.group == "subject" for request in requests)
+    others = images[subjects : subjects + _SHOWN_OTHERS]
+    return strip(f"{name}.png", images[:subjects]), strip(f"{name}-others.png", others)

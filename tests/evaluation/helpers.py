@@ -1,0 +1,20 @@
+"""What stands in place of a network that knows photographs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class Brightness:
+    """Stands for a network: a picture's mean colour as a unit vector."""
+
+    name, tokenizer = "brightness", None
+
+    def image_features(self, images: Any) -> torch.Tensor:
+        rows = [
+            torch.tensor(list(image.convert("RGB").resize((1, 1), 4).getpixel((0, 0)))).float()
+            for image in images
+        ]
+        return torch.nn.functional.normalize(torch.stack(rows) + 1, dim=1)
