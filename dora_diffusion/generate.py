@@ -28,8 +28,9 @@ from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import in_turns, place
 from dora_diffusion.models.precision import require_computes
 from dora_diffusion.models.schedulers import SCHEDULERS
-from dora_diffusion.models.text import add_tokens, warn_of_truncation
+from dora_diffusion.models.text import warn_of_truncation
 from dora_diffusion.models.weights import quiet_libraries
+from dora_diffusion.models.words import add_tokens
 
 _LABEL_HEIGHT = 18
 

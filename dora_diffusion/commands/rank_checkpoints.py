@@ -289,10 +289,12 @@ def rank(
 def _adapter_on(components: Components, adapter: Path | None) -> Iterator[None]:
     """The model with an adapter, and without it again afterwards."""
     from dora_diffusion.adapters.inject import remove_adapters
-    from dora_diffusion.adapters.state import load_adapter
+    from dora_diffusion.adapters.state import attach_file
+    from dora_diffusion.models.words import add_tokens
 
     if adapter is not None:
-        load_adapter(components.adaptable(), adapter, family=components.family.name)
+        read = attach_file(components.adaptable(), adapter, family=components.family.name)
+        add_tokens(components, read.tokens)
     try:
         yield
     finally:

@@ -238,7 +238,8 @@ def check_vocabulary(tokenizer: Any, encoder: Any, name: str) -> None:
     Raises:
         ValueError: If token ids exceed the embedding, or most of the embedding is unreachable.
     """
-    tokens, rows = len(tokenizer), int(encoder.get_input_embeddings().weight.shape[0])
+    table = encoder.get_input_embeddings()
+    tokens, rows = len(tokenizer), len(table.weight) + len(getattr(table, "rows", ()))
     if tokens > rows or tokens < rows // 2:
         raise ValueError(
             f"{name}: the tokenizer knows {tokens} tokens but the text encoder has {rows}; "

@@ -20,7 +20,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
-from dora_diffusion.training.adapters import inject_trained
+from dora_diffusion.training.adapters import enter_training, inject_trained
 from dora_diffusion.training.dataset import open_dataset
 from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
 from dora_diffusion.training.full import TrainedWeights, select_weights
@@ -28,6 +28,7 @@ from dora_diffusion.training.inputs import InputSource
 from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.step import TrainingStep, build_step
 from dora_diffusion.training.subject import Subject
+from dora_diffusion.training.words import add_words
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,12 @@ class Session:
     dataset: DreamBoothDataset
     sampler: EpochSampler
     train_step: TrainingStep
+
+    @property
+    def report(self) -> str:
+        """What trains."""
+        words = [str(self.weights.words)] if self.weights.words.tables else []
+        return " and ".join([str(self.weights.report), *words])
 
     @property
     def resolution(self) -> int:
@@ -91,7 +98,7 @@ class Session:
             if dataset.caches_moments:
                 with on_device(device, components.vae):
                     dataset.fill_cache(indices, lambda *done: on_event(CachingProgress(*done)))
-            if not config.train_text_encoder:
+            if not config.encodes_in_steps:
                 self._cache_captions(dataset.all_captions(indices))
         release_memory()
 
@@ -151,6 +158,9 @@ def open_session(
     weights: TrainedWeights = (
         select_weights(components, config) if config.is_full else inject_trained(components, config)
     )
+    weights = replace(weights, words=add_words(components, config, dataset.captions))
+    for name in weights.words.tables if not config.train_text_encoder else ():
+        enter_training(components.adaptable()[name], components, config)
     sampler = EpochSampler(
         len(dataset),
         batch_size=config.train_batch_size,
@@ -173,7 +183,7 @@ def _load_step_modules(config: TrainConfig, components: Components) -> None:
     if device is None:
         return
     modules = [components.unet]
-    if config.train_text_encoder:
+    if config.encodes_in_steps:
         modules += components.text_encoders
     if not config.cache_latents:
         modules.append(components.vae)

@@ -22,10 +22,12 @@ class Subject:
     Attributes:
         token: The word that means it; empty where captions are used as they are.
         class_word: What it is, such as ``"dog"``.
+        words: New words of the run besides the token.
     """
 
     token: str
     class_word: str
+    words: tuple[str, ...] = ()
 
     @property
     def trigger(self) -> str:
@@ -33,7 +35,9 @@ class Subject:
         return f"{self.token} {self.class_word}".strip()
 
     def class_caption(self, caption: str) -> str:
-        """The caption of another member of the class."""
+        """The caption of another member of the class, without words that are new."""
+        for word in self.words:
+            caption = class_caption(caption, word, "")
         return class_caption(caption, self.token, self.class_word) if self.token else caption
 
 
@@ -66,7 +70,9 @@ def subject_of(config: TrainConfig) -> Subject:
                 "samples show language drift, not the subject",
                 stacklevel=3,
             )
-    return Subject(token, config.class_word or class_word_in(config.instance_prompt, token))
+    words = tuple(word for word in config.words if word != token)
+    class_word = config.class_word or class_word_in(config.instance_prompt, token)
+    return Subject(token, class_word, words)
 
 
 def is_toy_word(class_word: str) -> bool:
