@@ -137,8 +137,8 @@ def _tokens(adapters: Sequence[AdapterFile]) -> dict[str, Vectors]:
         if twice := [t for t in shared if not are_equal(tokens[t], adapter.tokens[t])]:
             raise ExportError(
                 f"two adapters have vectors of their own for {listing(twice)}, and a token "
-                "can have one: convert one of the adapters to diffusers, delete that token's file in "
-                f"the folder {EMBEDDINGS} beside the result, and combine that"
+                "can have one: convert one of the adapters to diffusers, delete that token's file "
+                f"in the folder {EMBEDDINGS} beside the result, and combine that"
             )
         tokens |= adapter.tokens
     return tokens

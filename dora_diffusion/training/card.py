@@ -155,7 +155,9 @@ def load_word(token, file):
     for key, vectors in load_file(file).items():
         part = encoders.get(key, "")
         pipeline.load_textual_inversion(
-            {{token: vectors}}, token=token, text_encoder=getattr(pipeline, f"text_encoder{{part}}"),
+            {{token: vectors}},
+            token=token,
+            text_encoder=getattr(pipeline, f"text_encoder{{part}}"),
             tokenizer=getattr(pipeline, f"tokenizer{{part}}"),
         )
 

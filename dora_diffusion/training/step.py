@@ -17,7 +17,6 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.training.allocation import RankAllocation, build_allocation
 from dora_diffusion.training.full import TrainedWeights
 from dora_diffusion.training.inputs import InputSource
-from dora_diffusion.training.words import TrainedWords
 from dora_diffusion.training.metrics import require_finite
 from dora_diffusion.training.objective import Objective
 from dora_diffusion.training.optimizer import (
@@ -26,6 +25,7 @@ from dora_diffusion.training.optimizer import (
     build_optimizer,
     learning_rates,
 )
+from dora_diffusion.training.words import TrainedWords
 
 
 @dataclass

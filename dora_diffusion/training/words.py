@@ -45,7 +45,9 @@ class TrainedWords:
         counts = {place.stop - place.start for place in self.places.values()}
         each = " each" if len(self.places) > 1 else ""
         vectors = counted(max(counts), "vector")
-        return f"{counted(len(self.places), 'new word')} ({listing(self.places)}) of {vectors}{each}"
+        return (
+            f"{counted(len(self.places), 'new word')} ({listing(self.places)}) of {vectors}{each}"
+        )
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The rows that train by component."""
@@ -102,9 +104,7 @@ class TrainedWords:
         return field_of(files)
 
 
-def add_words(
-    components: Components, config: TrainConfig, captions: Sequence[str]
-) -> TrainedWords:
+def add_words(components: Components, config: TrainConfig, captions: Sequence[str]) -> TrainedWords:
     """Add a run's new words to its model, and let their vectors train.
 
     Raises:

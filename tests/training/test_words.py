@@ -85,16 +85,9 @@ def test_diffusers_makes_our_image(runs: Callable[[str], tuple[Path, Path]], fam
     theirs = load_pipeline(base)
     theirs.set_progress_bar_config(disable=True)
     theirs.load_lora_weights(run)
-    file = run / "embeddings" / "s1.safetensors"
-    if family == "sd1":
-        theirs.load_textual_inversion(file)
-    else:
-        for key, number in {"clip_l": "", "clip_g": "_2"}.items():
-            theirs.load_textual_inversion(
-                load_file(file)[key], token="<s1>",
-                text_encoder=getattr(theirs, f"text_encoder{number}"),
-                tokenizer=getattr(theirs, f"tokenizer{number}"),
-            )  # fmt: skip
+    # As the card says it.
+    code = (run / "README.md").read_text(encoding="utf-8").split("```python\n")[2].split("```")[0]
+    exec(code.replace(f'"{family}/', f'"{run}/'), {"pipeline": theirs})
 
     def image(pipeline: object, prompt: str) -> np.ndarray:
         generator = torch.Generator().manual_seed(0)
@@ -107,9 +100,7 @@ def test_diffusers_makes_our_image(runs: Callable[[str], tuple[Path, Path]], fam
     assert np.abs(image(ours, PROMPT) - image(ours, "a photo of a mug")).max() > 0.01
 
 
-def test_only_the_vectors_of_the_word_move(
-    sdxl_folder: Path, named: Path, tmp_path: Path
-) -> None:
+def test_only_the_vectors_of_the_word_move(sdxl_folder: Path, named: Path, tmp_path: Path) -> None:
     config = make_config(
         sdxl_folder, named, tmp_path, **WORDS, max_train_steps=3, with_prior_preservation=True,
         train_text_encoder_ti_frac=0.5,
@@ -281,7 +272,7 @@ def test_every_file_keeps_the_word(
 
 
 def test_live_modules_alone_say_that_they_leave_it(
-    runs: Callable[[str], tuple[Path, Path]]
+    runs: Callable[[str], tuple[Path, Path]],
 ) -> None:
     base, run = runs("sd1")
     with pytest.warns(UserWarning, match="tokens were trained with it, <s1>, which live"):

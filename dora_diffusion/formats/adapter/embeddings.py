@@ -80,9 +80,9 @@ def read_embedding(file: Path) -> dict[str, dict[str, Tensor]]:
     tokens: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.tensors().items():
         is_part = key in _COMPONENTS
-        tokens.setdefault(token if is_part else key, {})[
-            _COMPONENTS.get(key, "text_encoder")
-        ] = tensor
+        tokens.setdefault(token if is_part else key, {})[_COMPONENTS.get(key, "text_encoder")] = (
+            tensor
+        )
     return tokens
 
 

@@ -95,9 +95,7 @@ class StoredAdapter:
             files = [StoredFile(path)]
             if any(key.startswith(PEFT_PREFIX) for key in files[0].specs):
                 raise AdapterFormatError(f"{path.name} is a PEFT file without its {PEFT_CONFIG}")
-        keys = [
-            key for file in files for key in file.specs if not BUNDLED_TOKEN.fullmatch(key)
-        ]
+        keys = [key for file in files for key in file.specs if not BUNDLED_TOKEN.fullmatch(key)]
         return cls(path, files, layout_of(keys, files[0].metadata))
 
     @property
