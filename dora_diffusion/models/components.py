@@ -119,7 +119,7 @@ class Components:
         pairs = [
             pair
             for name, module in self.modules().items()
-            for pair in zip(module.parameters(), other.modules()[name].parameters(), strict=True)
+            for pair in zip(_weights(module), _weights(other.modules()[name]), strict=True)
         ]
         if any(ours.shape != theirs.shape for ours, theirs in pairs):
             raise ValueError(f"{self.name} and {other.name} are models of different shapes")
@@ -205,6 +205,11 @@ class Components:
         modules = self.modules()
         parts = [fingerprint(modules[name]) for name in components or sorted(modules)]
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """A module's parameters without the vectors of trained words, which not every model has."""
+    return [weight for name, weight in module.named_parameters() if not name.endswith(".rows")]
 
 
 def fingerprint(module: nn.Module, samples: int = 64) -> str:
