@@ -90,6 +90,13 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
                 "tells them apart; choose others",
                 "new_words",
             )
+        adapts_table = self.train_text_encoder and not self.is_full
+        require(
+            not (adapts_table and "token-embedding" in self.text_encoder_targets),
+            "train_text_encoder_ti adds rows to the token table, which text_encoder_targets gives "
+            "an adapter; leave token-embedding out of these",
+            "text_encoder_targets",
+        )
         require(
             len(concepts) in (0, 1, len(words)) and all(concept.strip() for concept in concepts),
             f"initializer_concept has {len(concepts)} for {len(words)} new words; give one for "

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.config import TrainConfig
-from dora_diffusion.data.captions import can_shuffle, require_token
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.data.captions import can_shuffle, contains_token, require_token
 from dora_diffusion.data.checks import copies, too_few, warn_of_unused_masks
 from dora_diffusion.data.crops import Buckets
 from dora_diffusion.data.dataset import DreamBoothDataset
@@ -95,6 +95,13 @@ def _check(
     """Refuse photos and captions that teach nothing, and say what will show in the result."""
     if subject.token:
         require_token(captions, subject.token)
+    for word in config.words:
+        if not any(contains_token(caption, word) for caption in captions):
+            raise ConfigError(
+                f"the new word {word!r} is in no caption, so that nothing would train it; put it "
+                "into the instance prompt or the captions",
+                "new_words",
+            )
     for message in filter(None, (copies(photos), too_few(photos))):
         warnings.warn(message, stacklevel=3)
     if config.shuffle_tags and not can_shuffle(captions, config.keep_tags):

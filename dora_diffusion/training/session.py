@@ -28,7 +28,7 @@ from dora_diffusion.training.inputs import InputSource
 from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.step import TrainingStep, build_step
 from dora_diffusion.training.subject import Subject
-from dora_diffusion.training.words import add_words
+from dora_diffusion.training.words import add_words, require_new
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,13 @@ def open_session(
     )
     components = place(loaded, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
+    require_new(components, config.words)
     dataset = open_dataset(config, subject, components, paths, accelerator, on_event)
     _load_step_modules(config, components)
     weights: TrainedWeights = (
         select_weights(components, config) if config.is_full else inject_trained(components, config)
     )
-    weights = replace(weights, words=add_words(components, config, dataset.captions))
+    weights = replace(weights, words=add_words(components, config))
     for name in weights.words.tables if not config.train_text_encoder else ():
         enter_training(components.adaptable()[name], components, config)
     sampler = EpochSampler(

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.adapter.embeddings import (
     Vectors,
@@ -104,12 +104,12 @@ class TrainedWords:
         return field_of(files)
 
 
-def add_words(components: Components, config: TrainConfig, captions: Sequence[str]) -> TrainedWords:
+def add_words(components: Components, config: TrainConfig) -> TrainedWords:
     """Add a run's new words to its model, and let their vectors train.
 
     Raises:
-        ConfigError: If the model has such a word already, or no caption has it.
-        ValueError: If an adapter is on a table of token vectors.
+        ValueError: If the model has such a word already, or an adapter is on a table of token
+            vectors.
 
     Warns:
         UserWarning: Of a word to start from that the model spells in several tokens.
@@ -117,14 +117,6 @@ def add_words(components: Components, config: TrainConfig, captions: Sequence[st
     words, count = config.words, config.num_new_tokens_per_abstraction
     if not words:
         return TrainedWords()
-    for word in words:
-        _require_new(components, word)
-        if not any(contains_token(caption, word) for caption in captions):
-            raise ConfigError(
-                f"the new word {word!r} is in no caption, so that nothing would train it; put it "
-                "into the instance prompt or the captions",
-                "new_words",
-            )
     concepts = config.initializer_concept or [""]
     concepts = concepts * len(words) if len(concepts) == 1 else concepts
     had = [getattr(e.get_input_embeddings(), "rows", ()) for e in components.text_encoders]
@@ -144,8 +136,13 @@ def add_words(components: Components, config: TrainConfig, captions: Sequence[st
     return TrainedWords(tables, places, start)
 
 
-def _require_new(components: Components, word: str) -> None:
-    for tokenizer in components.tokenizers:
+def require_new(components: Components, words: Sequence[str]) -> None:
+    """See that a model has none of the words as a token of its own.
+
+    Raises:
+        ConfigError: If it has.
+    """
+    for word, tokenizer in product(words, components.tokenizers):
         if len(_ids(tokenizer, word)) == 1:
             raise ConfigError(
                 f"the new word {word!r} is one token of {components.name} already, which means "

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dora_diffusion.adapters.state import load_adapter
-from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config import ConfigError, TrainConfig, without_effect
 from dora_diffusion.export import convert_adapter, inspect_adapter
 from dora_diffusion.export.combine import combine_adapters
 from dora_diffusion.formats.adapter.embeddings import are_equal
@@ -27,6 +27,7 @@ from dora_diffusion.training.loop import train
 from dora_diffusion.training.result import result_metadata
 from dora_diffusion.training.session import open_session
 from dora_diffusion.training.subject import subject_of
+from dora_diffusion.training.words import TrainedWords, add_words
 from tests.formats.layouts.helpers import load_pipeline
 from tests.training.helpers import SAMPLES, assert_same_adapter, make_config
 
@@ -222,12 +223,8 @@ def test_where_words_start(sdxl_folder: Path, named: Path, tmp_path: Path) -> No
         assert abs(random.start[component].std() / std - 1) < 0.03
 
 
-def add_to(base: Path, photos: Path, output: Path, settings: dict[str, object]):
-    from dora_diffusion.training.words import add_words
-
-    config = make_config(base, photos, output, **settings)
-    captions = [text.read_text(encoding="utf-8") for text in photos.glob("*.txt")]
-    return add_words(load_components(base), config, captions)
+def add_to(base: Path, photos: Path, output: Path, settings: dict[str, object]) -> TrainedWords:
+    return add_words(load_components(base), make_config(base, photos, output, **settings))
 
 
 def parts(folder: Path) -> tuple[tuple[object, ...], tuple[object, ...]]:
@@ -264,8 +261,6 @@ def test_every_file_keeps_the_word(
         assert are_equal(again.tokens["<s1>"], tokens["<s1>"])
         assert again.metadata.trigger == "<s1> mug"
     stored["bundle_emb.<s1>.clip_l_out"] = stored["bundle_emb.<s1>.clip_l"].clone()
-    from safetensors.torch import save_file
-
     save_file(stored, tmp_path / "out.safetensors")
     with pytest.raises(AdapterFormatError, match="embeddings bundled with the adapter"):
         read_adapter(tmp_path / "out.safetensors")
@@ -284,7 +279,7 @@ def test_live_modules_alone_say_that_they_leave_it(
     [
         ({"token": "dog", "instance_prompt": "a dog mug"}, "'dog' is one token of .* already"),
         ({"new_words": ["<s1>", "<s2>"]}, "new word '<s2>' is in no caption"),
-        ({"train_text_encoder": True, "text_encoder_targets": ["token-embedding", "*q_proj"]},
+        ({"train_text_encoder": True, "text_encoder_targets": ["*token_embedding", "*q_proj"]},
          "cannot be added to a token embedding that carries an adapter"),
     ],
 )  # fmt: skip
@@ -314,11 +309,21 @@ def test_a_concept_that_is_spelled_is_said(sd1_folder: Path, named: Path, tmp_pa
         ({"initializer_concept": ["dog", "cat"]}, "initializer_concept has 2 for 1 new words"),
         ({"initializer_concept": [" "]}, "none of them empty"),
         ({"token": "<a>", "initializer_concept": ["a <a>"]}, "holds a new word, which has no"),
+        ({"train_text_encoder": True, "text_encoder_targets": ["token-embedding"]},
+         "which text_encoder_targets gives an adapter; leave token-embedding out"),
         ({"train_text_encoder_ti_frac": 0.0}, "must be greater than 0"),
         ({"num_new_tokens_per_abstraction": 0}, "must be greater than 0"),
         ({"embedding_lr": -1.0}, "must not be negative"),
     ],
-)
+)  # fmt: skip
 def test_settings_that_cannot_work(settings: dict[str, object], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         TrainConfig(**{"train_text_encoder_ti": True, "token": "<a>", **settings})
+
+
+def test_a_rate_of_zero_is_said() -> None:
+    config = TrainConfig(train_text_encoder_ti=True, token="<a>", embedding_lr=0)
+    assert without_effect(config) == {
+        "embedding_lr": "embedding_lr has no effect because it is 0: no new word is trained"
+    }
+    assert list(without_effect(TrainConfig(new_words=["<a>"]))) == ["new_words"]
