@@ -32,7 +32,6 @@ from dora_diffusion.models.precision import require_computes
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.models.text import (
     Conditioning,
-    add_tokens,
     chunk_count,
     encode_negative,
     encode_prompts,
@@ -40,6 +39,7 @@ from dora_diffusion.models.text import (
     warn_of_truncation,
 )
 from dora_diffusion.models.weights import quiet_libraries
+from dora_diffusion.models.words import add_tokens
 
 _LABEL_HEIGHT = 18
 

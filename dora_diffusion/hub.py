@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.formats.adapter.embeddings import embeddings_of
 from dora_diffusion.formats.adapter.file import find_adapter
 from dora_diffusion.formats.adapter.metadata import without_paths
 from dora_diffusion.models.locate import is_network_error, is_offline
@@ -105,7 +106,8 @@ def _files(folder: Path, adapter: Path | None, card: str | None) -> dict[str, Pa
         files["config.yaml"] = _without_places(folder / "config.yaml")
     if (folder / "metrics.jsonl").is_file():
         files["metrics.jsonl"] = folder / "metrics.jsonl"
-    return files | {f"samples/{path.name}": path for path in sorted(folder.glob("samples/*.png"))}
+    others = [*sorted(folder.glob("samples/*.png")), *embeddings_of(file)]
+    return files | {f"{path.parent.name}/{path.name}": path for path in others if path.is_file()}
 
 
 def _without_places(file: Path) -> bytes:

@@ -72,7 +72,7 @@ def gpu_training_memory(
         family: Name of a `Family`.
         resolution: Side in pixels.
         settings: Of `TrainConfig` by name; used are gradient_checkpointing, train_text_encoder,
-            optimizer, offload and cache_latents, with their defaults.
+            train_text_encoder_ti, optimizer, offload and cache_latents, with their defaults.
         batch: Images per step, class images counted.
         precision: ``"bf16"``, ``"fp16"`` or ``"no"`` (float32).
 
@@ -84,14 +84,15 @@ def gpu_training_memory(
     table: GpuMemory = FAMILIES[family].gpu_memory
     factor = 2 if precision == "no" else 1
     stays, trained = settings.get("offload") == "none", settings.get("train_text_encoder")
+    has_words = settings.get("train_text_encoder_ti")
     gib = factor * table.unet
-    if trained or stays:
+    if trained or has_words or stays:
         gib += factor * table.text_encoders
     if stays or not settings.get("cache_latents", True):
         gib += table.vae * (1 if table.vae_is_float32 else factor)
     is_8bit = settings.get("optimizer") == "adamw8bit"
     gib += table.adapter_8bit if is_8bit else table.adapter
-    gib += table.text_adapter if trained else 0
+    gib += table.text_adapter if trained or has_words else 0
     recomputes = settings.get("gradient_checkpointing")
     activations = table.recomputed if recomputes else table.activations
     pixels = resolution**2 * batch / table.resolution**2

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dora_diffusion.adapters.inject import layer_adapters, remove_adapters, set_strength
 from dora_diffusion.adapters.state import attach_file
+from dora_diffusion.formats.adapter.embeddings import Vectors
 from dora_diffusion.formats.adapter.file import AdapterMetadata, find_adapter
 from dora_diffusion.models.components import Components
-from dora_diffusion.models.text import add_tokens
+from dora_diffusion.models.words import add_tokens
 
 Wanted = str | Path | tuple[str | Path, float] | None
 """An adapter file or a run's folder, or that with a strength; None is the base."""
@@ -50,7 +50,7 @@ class AdapterPool:
     def __init__(self, components: Components, budget: int = 2**30) -> None:
         self.components, self.budget = components, budget
         self._loaded: OrderedDict[tuple[object, ...], _Loaded] = OrderedDict()
-        self._tokens: dict[str, Tensor] = {}
+        self._tokens: dict[str, Vectors] = {}
         self._count = 0
 
     @property
@@ -98,11 +98,11 @@ class AdapterPool:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return _Loaded(name, read.metadata, size)
 
-    def _add_tokens(self, tokens: dict[str, Tensor], path: str | Path) -> None:
+    def _add_tokens(self, tokens: dict[str, Vectors], path: str | Path) -> None:
         """Add an adapter's trained tokens, which stay: those of one that comes back are known."""
         for token, vectors in tokens.items():
             known = self._tokens.get(token)
-            if known is not None and not torch.equal(known, vectors):
+            if known is not None and not _equal(known, vectors):
                 raise ValueError(
                     f"{path} has trained the token {token!r}, and so has another adapter that was "
                     "loaded, with another vector: one text encoder can hold only one of them; load "
@@ -130,6 +130,10 @@ class AdapterPool:
         for model in self.components.adaptable().values():
             if any(layer_adapters(model, name)):
                 remove_adapters(model, name)
+
+
+def _equal(one: Vectors, other: Vectors) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 def _key(adapter: Wanted) -> tuple[object, ...]:

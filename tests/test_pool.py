@@ -122,7 +122,7 @@ def test_one_token_cannot_mean_two_things(sd1_folder, random_adapter, tmp_path):
         # The first two agree.
         adapter = AdapterFile(layers, AdapterMetadata("sd1"))
         vector = torch.full((32,), 0.1 * max(number, 1))
-        adapter = dataclasses.replace(adapter, tokens={"<toy>": vector})
+        adapter = dataclasses.replace(adapter, tokens={"<toy>": {"text_encoder": vector}})
         made.append(write_adapter(tmp_path / f"{number}.safetensors", adapter, "kohya"))
     pool = AdapterPool(load_components(sd1_folder))
     names = pool.names(made[:2])

@@ -84,6 +84,7 @@ DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
         None if config.parametrization == "vera" else float(config.conv_rank)
     ),
     "class_word": _class_word,
+    "new_words": lambda config: config.words,
     "validation_prompt": _validation_prompt,
     "validation_steps": _validation_steps,
     "validation_loss_steps": _validation_loss_steps,

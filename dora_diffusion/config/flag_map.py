@@ -42,7 +42,6 @@ _IGNORED = {
 
 _DATASET = "save the images in a folder, each with its caption in a .txt of the same name, and "
 _DATASET += "use --instance_data_dir"
-_PIVOTAL = "no new tokens are trained; choose a rare word with --token, and --train_text_encoder"
 _ABSENT = {
     "dataset_name": _DATASET,
     "dataset_config_name": _DATASET,
@@ -67,10 +66,6 @@ _ABSENT = {
     "history",
     "enable_npu_flash_attention": "Ascend NPUs are not supported",
     "offset_noise": "use --noise_offset 0.1",
-    "initializer_concept": _PIVOTAL,
-    "num_new_tokens_per_abstraction": _PIVOTAL,
-    "train_text_encoder_ti": _PIVOTAL,
-    "train_text_encoder_ti_frac": _PIVOTAL,
     "train_text_encoder_frac": "the text encoders train for the whole run; train twice, or lower "
     "--text_encoder_lr",
     "lora_layers": "use --targets with names or patterns of layers",
@@ -103,6 +98,10 @@ _OTHER_NAMES = {
     "checkpoints_total_limit": "save_last_n_steps",
     "lora_dropout": "network_dropout dropout",
     "init": "init_lora_weights lora_init",
+    "new_words": "new_tokens placeholder_token placeholder",
+    "num_new_tokens_per_abstraction": "num_vectors num_vectors_per_token token_count",
+    "initializer_concept": "initializer_token init_word initial_embedding_text",
+    "embedding_lr": "embedding_learning_rate token_lr ti_lr",
     "target_rank": "target_r",
     "allocation_warmup": "tinit",
     "allocation_final": "tfinal",

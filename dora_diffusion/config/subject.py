@@ -121,6 +121,57 @@ class SubjectSettings:
     )
 
 
+_WORDS = Need("train_text_encoder_ti")
+
+
+def _embedding_rate(config: Any) -> str | None:
+    """A rate of 0 trains nothing, and Prodigy has one for everything."""
+    if config.optimizer_name == "prodigy":
+        return "optimizer is prodigy"
+    return "it is 0: no new word is trained" if config.embedding_lr == 0 else None
+
+
+@dataclass(frozen=True)
+class WordSettings:
+    """Words that the base model does not have."""
+
+    heading: ClassVar = "New words"
+
+    train_text_encoder_ti: bool = flag(
+        False,
+        "Train the vectors of new words in every text encoder (textual inversion), beside all "
+        "else that trains (pivotal tuning).",
+    )
+    new_words: list[str] = flag(
+        [], "New words, each in captions or prompts.", derived="the token", needs=(_WORDS,)
+    )
+    num_new_tokens_per_abstraction: int = flag(
+        2, "Vectors of each new word in each text encoder.", needs=(_WORDS,), above=0
+    )
+    initializer_concept: list[str] = flag(
+        [],
+        "What new words start from: a word of the model, such as the class, for all of them or "
+        "one for each. Its own vectors where there are as many, else their mean.",
+        derived="random vectors",
+        needs=(_WORDS,),
+    )
+    embedding_lr: float = flag(
+        3e-4,
+        "Learning rate of new words' vectors.",
+        resume="free",
+        needs=(_WORDS, _embedding_rate),
+        least=0,
+    )
+    train_text_encoder_ti_frac: float = flag(
+        1.0,
+        "Share of the steps after which new words stay as they are.",
+        resume="free",
+        needs=(_WORDS,),
+        above=0,
+        most=1,
+    )
+
+
 @dataclass(frozen=True)
 class ImageSettings:
     """How images and captions are read."""

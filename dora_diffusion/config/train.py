@@ -8,9 +8,12 @@ names and meaning; those that are not here are answered in `dora_diffusion.confi
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import permutations
 from typing import Any
 
 from dora_diffusion.config import learning, run, subject
@@ -30,7 +33,8 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
     run.OutputSettings, run.ValidationSettings, run.SampleSettings, run.DeviceSettings,
     learning.LossSettings, learning.OptimizerSettings, learning.LengthSettings,
     learning.AdapterSettings,
-    subject.PriorSettings, subject.ImageSettings, subject.SubjectSettings, subject.ModelSettings,
+    subject.PriorSettings, subject.ImageSettings, subject.WordSettings, subject.SubjectSettings,
+    subject.ModelSettings,
 ):  # fmt: skip
     """All settings of one DreamBooth run.
 
@@ -90,8 +94,52 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             self._check_prodigy()
         if self.parametrization == "adalora" and not self.is_full:
             self._check_allocation()
+        if self.train_text_encoder_ti:
+            self._check_words()
         for targets, rank_only in ((self.targets, False), (self.text_encoder_targets, True)):
             self._adapter(tuple(targets), rank_only)
+
+    def _check_words(self) -> None:
+        words, concepts = self.words, self.initializer_concept
+        require(
+            bool(words),
+            "train_text_encoder_ti trains a new word, and token is ''; name it with --token or "
+            "--new_words",
+            "token",
+        )
+        for word in words:
+            require(
+                bool(re.fullmatch(r"[^\s./\\]+", word)) and word == word.lower(),
+                f"the new word {word!r} must be in lower case, which tokenizers read, and without "
+                "spaces, dots and slashes, since files and keys are named by it",
+                "new_words",
+            )
+        for one, other in permutations(words, 2):
+            require(
+                one not in other,
+                f"of the new words {one!r} and {other!r} one holds the other, so that no tokenizer "
+                "tells them apart; choose others",
+                "new_words",
+            )
+        adapts_table = self.train_text_encoder and not self.is_full
+        require(
+            not (adapts_table and "token-embedding" in self.text_encoder_targets),
+            "train_text_encoder_ti adds rows to the token table, which text_encoder_targets gives "
+            "an adapter; leave token-embedding out of these",
+            "text_encoder_targets",
+        )
+        require(
+            len(concepts) in (0, 1, len(words)) and all(concept.strip() for concept in concepts),
+            f"initializer_concept has {len(concepts)} for {len(words)} new words; give one for "
+            "all or one for each, none of them empty",
+            "initializer_concept",
+        )
+        require(
+            not any(word in concept for word in words for concept in concepts),
+            "initializer_concept holds a new word, which has no vectors to start from; give a "
+            "word that the model has",
+            "initializer_concept",
+        )
 
     def _check_prodigy(self) -> None:
         require(
@@ -124,7 +172,8 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 
     def of_entry(self, place: int) -> TrainConfig:
         """The run's settings with those of an entry of `dataset_config` over them."""
-        return dataclasses.replace(self, dataset_config=[], **self.dataset_config[place])
+        own = {"dataset_config": [], "initializer_concept": [], **self.dataset_config[place]}
+        return dataclasses.replace(self, **own)
 
     @cached_property
     def subjects(self) -> list[TrainConfig]:
@@ -207,6 +256,24 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         """The schedule; Diffusers' plain ``constant`` would leave a warm-up out."""
         with_warmup = self.lr_scheduler == "constant" and self.lr_warmup_steps > 0
         return "constant_with_warmup" if with_warmup else self.lr_scheduler
+
+    @property
+    def words(self) -> list[str]:
+        """The new words that train."""
+        if not self.train_text_encoder_ti:
+            return []
+        tokens = (subject.token.strip() for subject in self.subjects)
+        return self.new_words or list(dict.fromkeys(filter(None, tokens)))
+
+    @property
+    def word_steps(self) -> int:
+        """Steps in which new words train."""
+        return math.ceil(self.train_text_encoder_ti_frac * (self.max_train_steps or 0))
+
+    @property
+    def encodes_in_steps(self) -> bool:
+        """Whether text encoders compute in every step, since something of them trains."""
+        return self.train_text_encoder or self.train_text_encoder_ti
 
     @property
     def prior_mode(self) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dora_diffusion.adapters.inject import remove_adapters
-from dora_diffusion.adapters.state import load_adapter
+from dora_diffusion.adapters.state import attach_file
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import Photo
 from dora_diffusion.evaluation.denoising import NUM_SEEDS, HeldOutImages
@@ -29,6 +29,7 @@ from dora_diffusion.generate import (
 )
 from dora_diffusion.images import save_png
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.words import add_tokens
 from dora_diffusion.toy.benchmark_subjects import find_subject
 
 SEED, SUBJECTS, OTHERS = 0, 5, 6
@@ -203,7 +204,8 @@ def _figures(values: Mapping[str, Values]) -> tuple[tuple[float, ...], float | N
 def _adapter_on(components: Components, adapter: Path | None) -> Iterator[None]:
     """The model with an adapter, and without it again afterwards."""
     if adapter is not None:
-        load_adapter(components.adaptable(), adapter, family=components.family.name)
+        read = attach_file(components.adaptable(), adapter, family=components.family.name)
+        add_tokens(components, read.tokens)
     try:
         yield
     finally:

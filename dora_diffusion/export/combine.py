@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dora_diffusion.export.convert import ConversionReport, check_free
 from dora_diffusion.export.extract import facts_of
@@ -22,7 +21,12 @@ from dora_diffusion.export.files import (
 )
 from dora_diffusion.export.fit import FitSettings, Fitted, axis_of, fit_to_adapters
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec
-from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, said_of_embeddings
+from dora_diffusion.formats.adapter.embeddings import (
+    EMBEDDINGS,
+    Vectors,
+    are_equal,
+    said_of_embeddings,
+)
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     find_adapter,
@@ -126,20 +130,20 @@ def _read(spec: MergeSpec, model: StoredModel, alpha: float | None) -> list[Adap
     return adapters
 
 
-def _tokens(adapters: Sequence[AdapterFile]) -> dict[str, Tensor]:
+def _tokens(adapters: Sequence[AdapterFile]) -> dict[str, Vectors]:
     """The tokens that were trained with the adapters, as trained, whatever their strengths.
 
     Raises:
         ExportError: If two adapters have one, and not with the same vectors.
     """
-    tokens: dict[str, Tensor] = {}
+    tokens: dict[str, Vectors] = {}
     for adapter in adapters:
         shared = tokens.keys() & adapter.tokens.keys()
-        if twice := [t for t in shared if not torch.equal(tokens[t], adapter.tokens[t])]:
+        if twice := [t for t in shared if not are_equal(tokens[t], adapter.tokens[t])]:
             raise ExportError(
                 f"two adapters have vectors of their own for {listing(twice)}, and a token "
-                "can have one: convert one of the adapters, delete that token's file in the folder "
-                f"{EMBEDDINGS} beside the result, and combine that"
+                "can have one: convert one of the adapters to diffusers, delete that token's file "
+                f"in the folder {EMBEDDINGS} beside the result, and combine that"
             )
         tokens |= adapter.tokens
     return tokens

@@ -18,6 +18,7 @@ from dora_diffusion.wording import duration
 # What step time and memory depend on most.
 _SAME = (
     "pretrained_model_name_or_path", "resolution", "train_batch_size", "train_text_encoder",
+    "train_text_encoder_ti",
     "gradient_accumulation_steps", "with_prior_preservation", "prior_preservation_mode",
     "mixed_precision", "gradient_checkpointing", "compile", "offload", "cache_latents", "optimizer",
     "method", "use_dora", "parametrization", "full_weights", "targets", "text_encoder_targets",

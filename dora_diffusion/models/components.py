@@ -167,7 +167,7 @@ class Components:
         pairs = [
             pair
             for name, module in self.modules().items()
-            for pair in zip(module.parameters(), other.modules()[name].parameters(), strict=True)
+            for pair in zip(_weights(module), _weights(other.modules()[name]), strict=True)
         ]
         if any(ours.shape != theirs.shape for ours, theirs in pairs):
             raise ValueError(f"{self.name} and {other.name} are models of different shapes")
@@ -255,6 +255,11 @@ class Components:
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
 
 
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """A module's parameters without the vectors of trained words, which not every model has."""
+    return [weight for name, weight in module.named_parameters() if not name.endswith(".rows")]
+
+
 def fingerprint(module: nn.Module, samples: int = 64) -> str:
     """Digest of a module's tensor names, shapes, dtypes and evenly sampled values.
 
@@ -286,7 +291,8 @@ def check_vocabulary(tokenizer: Any, encoder: Any, name: str) -> None:
     Raises:
         ValueError: If token ids exceed the embedding, or most of the embedding is unreachable.
     """
-    tokens, rows = len(tokenizer), int(encoder.get_input_embeddings().weight.shape[0])
+    table = encoder.get_input_embeddings()
+    tokens, rows = len(tokenizer), len(table.weight) + len(getattr(table, "rows", ()))
     if tokens > rows or tokens < rows // 2:
         raise ValueError(
             f"{name}: the tokenizer knows {tokens} tokens but the text encoder has {rows}; "

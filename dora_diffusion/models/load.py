@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dora_diffusion.families import Family, UnsupportedModelError, detect_folder_family
+from dora_diffusion.formats.adapter.embeddings import read_tokens
 from dora_diffusion.formats.adapter.metadata import OWN, stated_reading
 from dora_diffusion.formats.checkpoint.file import (
     CheckpointFile,
@@ -31,6 +32,7 @@ from dora_diffusion.models.locate import (
     resolve_folder,
 )
 from dora_diffusion.models.weights import fill_renamed, load_module, plain_errors, quiet_libraries
+from dora_diffusion.models.words import add_tokens
 
 __all__ = [
     "Components",
@@ -93,6 +95,7 @@ def load_components(
     _bridge_dtypes(components.vae, dtype)
     for module in components.modules().values():
         module.eval().requires_grad_(False)
+    add_tokens(components, read_tokens(Path(components.source)))
     return components
 
 

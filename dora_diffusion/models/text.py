@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -17,10 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.models.offload import computing_device, send
-from dora_diffusion.models.weights import quiet_libraries
-from dora_diffusion.wording import listing, quoted
+from dora_diffusion.wording import quoted
 
 if TYPE_CHECKING:
     from dora_diffusion.families import Family
@@ -226,30 +224,6 @@ def expand_multi_vector_tokens(tokenizer: Any, prompt: str) -> str:
                 index += 1
             prompt = prompt.replace(token, " ".join(vectors))
     return prompt
-
-
-def add_tokens(components: Components, tokens: Mapping[str, Tensor]) -> None:
-    """Add trained tokens to the first text encoder and its tokenizer; other prompts stay the same.
-
-    Args:
-        components: The loaded model.
-        tokens: Vectors ``(C,)``, or ``(n, C)``, by token.
-
-    Raises:
-        ValueError: If the model's vocabulary has such a token already, or an adapter is on the
-            table of its token vectors, which cannot grow then.
-    """
-    if not tokens:
-        return
-    if isinstance(components.text_encoders[0].get_input_embeddings(), AdaptedLayer):
-        raise ValueError(
-            f"trained tokens ({listing(tokens)}) cannot be added to a token embedding that carries "
-            "an adapter; export the adapter, which writes the tokens beside the merged model"
-        )
-    pipeline = components.pipeline()
-    with quiet_libraries():
-        for token, vectors in tokens.items():
-            pipeline.load_textual_inversion({token: vectors})
 
 
 def encode_unconditional(components: Components, count: int = 1) -> Conditioning:

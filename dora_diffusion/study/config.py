@@ -25,7 +25,7 @@ BASE = "base"
 # Settings that a study sets itself, for each trial.
 _ITS_OWN = (
     "pretrained_model_name_or_path", "dataset_config", "instance_data_dir", "instance_prompt",
-    "token", "class_word", "class_data_dir", "seed", "num_train_epochs",
+    "class_word", "class_data_dir", "seed", "num_train_epochs",
 )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def _open(trial: Trial, base: str, work: Path, folder: Path) -> Session:
 
     (work / "locks").mkdir(parents=True, exist_ok=True)
     with FileLock(work / "locks" / "photos.lock"):
-        own = trial.subject.training(work)
+        own = trial.subject.training(work, trial.config.token)
     if trial.config.uses_class_images:
         own["class_data_dir"] = str(work / "class")
     config = dataclasses.replace(

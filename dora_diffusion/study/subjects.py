@@ -13,6 +13,7 @@ from dora_diffusion import system
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.derived import class_word_in
 from dora_diffusion.config.fields import require
+from dora_diffusion.data.captions import whole_word
 from dora_diffusion.data.images import open_photo
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.evaluation.denoising import held_out_losses
@@ -85,18 +86,21 @@ class ToySource:
     def digest(self) -> str:
         return hashlib.sha256(repr(self.subject).encode()).hexdigest()
 
-    def training(self, work: Path) -> dict[str, Any]:
-        """Its photos, rendered once."""
-        photos = work / "photos" / self.name
+    def training(self, work: Path, token: str) -> dict[str, Any]:
+        """Its photos, rendered once for each token that captions have."""
+        digest = hashlib.sha256(token.encode()).hexdigest()[:8]
+        photos = work / "photos" / (self.name if token == TRIGGER else f"{self.name}-{digest}")
         if not photos.is_dir():
-            unfinished = photos.with_name(f".{self.name}.tmp")
+            unfinished = photos.with_name(f".{photos.name}.tmp")
             shutil.rmtree(unfinished, ignore_errors=True)
-            write_photos(self.subject, unfinished)
+            for photo in write_photos(self.subject, unfinished):
+                file = photo.with_suffix(".txt")
+                file.write_text(_with_token(file.read_text("utf-8"), token), encoding="utf-8")
             system.replace(unfinished, photos)
         word = self.subject.word
         return {
             "instance_data_dir": str(photos),
-            "instance_prompt": f"a photo of a {TRIGGER} {word}",
+            "instance_prompt": f"a photo of a {token} {word}",
             "class_word": word,
         }
 
@@ -172,11 +176,11 @@ class PhotoSource:
         parts = [_digests(self.photos), _digests(self.held_out), self.instance_prompt, models]
         return hashlib.sha256(repr([*parts, self.class_word]).encode()).hexdigest()
 
-    def training(self, work: Path) -> dict[str, Any]:
+    def training(self, work: Path, token: str) -> dict[str, Any]:
         """Its folder of photos."""
         return {
             "instance_data_dir": str(self.photos),
-            "instance_prompt": self.instance_prompt,
+            "instance_prompt": _with_token(self.instance_prompt, token),
             "class_word": self.class_word or None,
         }
 
@@ -201,6 +205,11 @@ class PhotoSource:
 
 StudySubject = ToySource | PhotoSource
 """What a study needs of a subject, whose digest is of all that its figures depend on."""
+
+
+def _with_token(caption: str, token: str) -> str:
+    """A caption of a study with the token of a method."""
+    return whole_word(TRIGGER).sub(lambda _: token, caption)
 
 
 def _digests(folder: Path) -> list[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,13 @@ from dora_diffusion.formats.adapter.file import (
     write_adapter,
 )
 from dora_diffusion.formats.layouts import layout_named
+from dora_diffusion.formats.layouts.diffusers import DIFFUSERS
 from dora_diffusion.formats.layouts.vera import digest_of, write_vera
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.models.components import Components
 from dora_diffusion.training.card import KOHYA_FILE
 from dora_diffusion.training.optimizer import parameter_groups
+from dora_diffusion.training.words import TrainedWords
 
 Writer = Callable[[Path, AdapterMetadata], Path]
 
@@ -51,18 +53,20 @@ class TrainedAdapters:
         modules: The components that carry them, by name.
         report: Which of their layers.
         key_format: Of their file: Diffusers', or kohya's for magnitudes on the input axis.
+        words: New words that train with them.
     """
 
     components: Components
     modules: dict[str, nn.Module]
     report: InjectionReport
     key_format: str = "diffusers"
+    words: TrainedWords = field(default_factory=TrainedWords)
 
     noun = "adapter"
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by component and path."""
-        return {
+        return self.words.parameters() | {
             f"{component}.{path}.{name}": parameter
             for component, model in self.modules.items()
             for path, layer in adapted_layers(model)
@@ -87,33 +91,35 @@ class TrainedAdapters:
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """Parameters by component and role."""
-        return parameter_groups(self.modules, config)
+        return parameter_groups(self.modules, config) + self.words.groups(config)
 
-    def base_weights(self) -> AbstractContextManager[None]:
-        """The adapters are off inside of the block."""
-        return disabled(*self.components.adaptable().values())
+    @contextmanager
+    def base_weights(self) -> Iterator[None]:
+        """The adapters are off inside of the block, and new words as they were at first."""
+        with disabled(*self.components.adaptable().values()), self.words.at_start():
+            yield
 
     def writer(self) -> Writer:
         """Writes the values of this moment into a folder; returns the file.
 
         It raises `DiskFullError` if there is no room; nothing is changed then.
         """
-        layers = adapter_state(self.modules)
+        layers, tokens = adapter_state(self.modules), self.words.tokens()
 
         def write(folder: Path, metadata: AdapterMetadata) -> Path:
-            adapter = AdapterFile(layers, metadata)
+            adapter = AdapterFile(layers, metadata, tokens=tokens)
             if self.key_format == "kohya":
                 layout = UNetLayout.from_config(self.components.unet.config)
                 file = folder / KOHYA_FILE
                 return write_adapter(file, adapter, self.key_format, unet_layout=layout)
-            return write_adapter(folder, adapter, self.key_format)
+            return write_adapter(folder / DIFFUSERS.file_name, adapter, self.key_format)
 
         return write
 
     def write_checkpoint(self, folder: Path, metadata: AdapterMetadata) -> Path:
         """Write the adapter; of a VeRA the compact file alone."""
-        if vectors := vera_state(self.modules):
-            return write_vera(folder, vectors, metadata)
+        if vera_state(self.modules):
+            return self.write_copies(folder, metadata)
         return self.writer()(folder, metadata)
 
     def check(self, written: Path) -> None:
@@ -128,17 +134,21 @@ class TrainedAdapters:
         """The folder that the result is written into, from that of the run: the same."""
         return folder
 
-    def write_copies(self, folder: Path, metadata: AdapterMetadata) -> None:
+    def write_copies(self, folder: Path, metadata: AdapterMetadata) -> Path:
         """The compact file of a VeRA; ``dora-diffusion convert`` writes other forms."""
         if vectors := vera_state(self.modules):
-            write_vera(folder, vectors, metadata)
+            extra = {**metadata.extra, **self.words.write(folder)}
+            return write_vera(folder, vectors, replace(metadata, extra=extra))
+        return folder
 
     def reload(self, written: Path) -> None:
         """Replace the live adapter by what the file holds: what is sampled then shows the file."""
         components = self.components.adaptable()
         for model in self.modules.values():
             remove_adapters(model)
-        load_adapter_state(components, read_adapter(written, LiveWeights(components)).layers)
+        adapter = read_adapter(written, LiveWeights(components))
+        load_adapter_state(components, adapter.layers)
+        self.words.load(adapter.tokens)
 
 
 def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapters:

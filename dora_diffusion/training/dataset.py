@@ -85,6 +85,13 @@ def open_dataset(
         _open_subject(subject, subjects, components, photos, accelerator, on_event)
         for subject, photos in zip(subjects, paths, strict=True)
     ])  # fmt: skip
+    for word in config.words:
+        if not any(contains_token(caption, word) for caption in dataset.captions):
+            raise ConfigError(
+                f"the new word {word!r} is in no caption, so that nothing would train it; put it "
+                "into the instance prompt or the captions",
+                "new_words",
+            )
     if config.cache_latents:
 
         @torch.no_grad()

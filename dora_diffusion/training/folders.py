@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, embeddings_of
 from dora_diffusion.formats.files.names import PIPELINE_NAME, pipeline_in
 from dora_diffusion.formats.layouts.diffusers import DIFFUSERS
 from dora_diffusion.formats.layouts.vera import VERA_FILE
@@ -23,7 +24,7 @@ UNFINISHED = ".result-"
 # What a run writes at the top of its folder, and which somebody may have a file of their own as.
 _COMMON_NAMES = ("README.md", "config.yaml")
 # Sub-folders that a run writes to and deletes from.
-_OWN_FOLDERS = ("samples", "class_images", PIPELINE_NAME)
+_OWN_FOLDERS = ("samples", "class_images", EMBEDDINGS, PIPELINE_NAME)
 _SAMPLE = re.compile(r"(base|adapted|base_above_adapted|step-\d+)\.png")
 
 
@@ -188,5 +189,7 @@ def clear_folder(folder: Path, step: int) -> None:
         samples = [p for p in folder.glob("samples/*.png") if _SAMPLE.fullmatch(p.name)]
         if pipeline_in(model):
             shutil.rmtree(model, ignore_errors=True)
-        for path in (*adapters, model.with_suffix(".safetensors"), folder / "README.md", *samples):
+        embeddings = [path for adapter in adapters for path in embeddings_of(adapter)]
+        files = (*embeddings, *adapters, *samples)
+        for path in (*files, model.with_suffix(".safetensors"), folder / "README.md"):
             path.unlink(missing_ok=True)

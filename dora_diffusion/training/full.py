@@ -18,6 +18,7 @@ from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.checkpoint import export_trained
 from dora_diffusion.export.files import open_model
+from dora_diffusion.formats.adapter.embeddings import read_tokens
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.files.names import PIPELINE_NAME
 from dora_diffusion.formats.names.modules import canonical
@@ -31,6 +32,7 @@ from dora_diffusion.training.adapters import (
     enter_training,
 )
 from dora_diffusion.training.optimizer import weight_groups
+from dora_diffusion.training.words import TrainedWords
 from dora_diffusion.wording import listing
 
 # Bytes of float32 per parameter that an optimizer keeps; adamw8bit quantises its two moments.
@@ -71,6 +73,7 @@ class FullWeights:
         config: Where the base is, and how the result is written.
         report: How much that is.
         base: Their values before training, where every step needs them.
+        words: New words that train with them.
     """
 
     components: Components
@@ -79,22 +82,23 @@ class FullWeights:
     config: TrainConfig
     report: FullReport
     base: Mapping[str, Tensor] = field(default_factory=dict)
+    words: TrainedWords = field(default_factory=TrainedWords)
 
     noun = "model"
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by canonical name."""
-        return dict(self.trained)
+        return {**self.trained, **self.words.parameters()}
 
     def tensors(self) -> Mapping[str, Tensor]:
-        return self.trained
+        return self.parameters()
 
     def projections(self) -> dict[str, str]:
         return {}
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """Parameters by component."""
-        return weight_groups(self.trained, config)
+        return weight_groups(self.trained, config) + self.words.groups(config)
 
     @contextmanager
     def base_weights(self) -> Iterator[None]:
@@ -107,7 +111,8 @@ class FullWeights:
         try:
             for name, parameter in self.trained.items():
                 parameter.data = base[name]
-            yield
+            with self.words.at_start():
+                yield
         finally:
             for name, parameter in self.trained.items():
                 parameter.data = trained[name]
@@ -124,8 +129,11 @@ class FullWeights:
     def check(self, written: Path) -> None:
         """Look at what trains, one tensor at a time."""
         with open_model(str(written)) as model:
-            if wrong := [name for name in self.trained if not is_finite(model[name])]:
-                raise ValueError(f"its {listing(wrong, 2)} holds numbers that are not finite")
+            wrong = [name for name in self.trained if not is_finite(model[name])]
+        words = self.words.parameters()
+        wrong += [name for name, rows in words.items() if not is_finite(rows.detach())]
+        if wrong:
+            raise ValueError(f"its {listing(wrong, 2)} holds numbers that are not finite")
 
     def result(self, folder: Path) -> Path:
         """The model's own folder in that of the run."""
@@ -142,10 +150,11 @@ class FullWeights:
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(values[name])
+        self.words.load(read_tokens(written))
 
     def _export(self, output: Path, metadata: AdapterMetadata) -> Path:
         config = self.config
-        return export_trained(
+        written = export_trained(
             self.components.source,
             {name: parameter.detach().cpu for name, parameter in self.trained.items()},
             output,
@@ -155,6 +164,8 @@ class FullWeights:
             config=config.model_config,
             overwrite=True,
         )
+        self.words.write(output.parent if output.suffix == ".safetensors" else output)
+        return written
 
     def _read(self, source: str, variant: str | None) -> dict[str, Tensor]:
         """The values that a stored model has for what trains, in float32 on its device."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from dora_diffusion.models.text import (
     encode_unconditional,
     time_ids,
 )
+from dora_diffusion.models.words import has_words
 from dora_diffusion.numerics.loss import sample_noise, sample_timestep
 
 # A third of a megabyte each for SDXL in half precision.
@@ -161,7 +163,7 @@ def draw_inputs(
 
 
 class Conditioner:
-    """Captions to conditioning: encoded once each, unless the text encoders train.
+    """Captions to conditioning: encoded once each, unless the text encoders or new words train.
 
     The empty caption is the dropped one. It becomes what the pipeline's guidance uses where no
     negative prompt is given, so that caption dropout trains what is sampled: zeros where the
@@ -171,24 +173,30 @@ class Conditioner:
     def __init__(self, components: Components, trains: bool) -> None:
         self.components = components
         self.trains = trains
+        self.has_words = lru_cache(KNOWN_CAPTIONS)(partial(has_words, components))
         self._known: dict[str, Conditioning] = {}
 
     def __call__(self, captions: Sequence[str]) -> Conditioning:
         """Conditioning of B captions."""
-        if self.trains:
+        anew = [caption for caption in captions if self.trains or self.has_words(caption)]
+        if len(anew) == len(captions):
             return self._encode(captions)
-        encoded = {caption: self._encoded(caption) for caption in captions}
+        encoded = {caption: self._encoded(caption) for caption in captions if caption not in anew}
         while len(self._known) > KNOWN_CAPTIONS:  # Shuffled tags hardly ever recur.
             del self._known[next(iter(self._known))]
+        if anew:
+            rows = self._encode(anew)
+            encoded |= {caption: rows[row] for row, caption in enumerate(anew)}
         return Conditioning.cat([encoded[caption] for caption in captions])
 
     def keep(self, captions: Collection[str]) -> bool:
         """Encode captions now, so that no later call with them does.
 
         Returns:
-            Whether that holds: not if the text encoders train, or captions are too many to keep.
+            Whether that holds: not if the text encoders train, or a new word in a caption, or
+            captions are too many to keep.
         """
-        if self.trains or len(captions) > KNOWN_CAPTIONS:
+        if self.trains or len(captions) > KNOWN_CAPTIONS or any(map(self.has_words, captions)):
             return False
         for caption in captions:
             self._encoded(caption)

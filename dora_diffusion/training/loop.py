@@ -270,7 +270,7 @@ class _Run:
                 resolution=session.resolution,
                 family=session.components.family.title,
                 device=str(session.accelerator.device),
-                adapter=str(session.weights.report),
+                adapter=session.report,
                 trigger=session.trigger,
                 changed=start.changed,
                 unused=start.unused,

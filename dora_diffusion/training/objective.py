@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -30,6 +30,7 @@ class Objective(nn.Module):
         train_text_encoder: Whether the text encoders train.
         snr_gamma: Of min-SNR weighting; 0 turns it off.
         base_weights: The model is its base inside of this. None switches adapters off.
+        words: Vectors of new words that train, in the text encoders.
     """
 
     def __init__(
@@ -39,10 +40,13 @@ class Objective(nn.Module):
         train_text_encoder: bool,
         snr_gamma: float,
         base_weights: Callable[[], AbstractContextManager[None]] | None = None,
+        words: Sequence[nn.Parameter] = (),
     ) -> None:
         super().__init__()
         self.unet = components.unet
-        self.text_encoders = nn.ModuleList(components.text_encoders if train_text_encoder else [])
+        encodes = train_text_encoder or words
+        self.text_encoders = nn.ModuleList(components.text_encoders if encodes else [])
+        self.words = words
         self.condition = Conditioner(components, train_text_encoder)
         self.prediction_type = components.prediction_type
         self.snr_gamma = snr_gamma
@@ -67,7 +71,10 @@ class Objective(nn.Module):
             held, rows = of_class
             prior = self._image_free_prior(noisy_latents[rows], held, alpha_bar[rows])
             per_sample = torch.cat([per_sample, prior])
-        return split_prior(per_sample, inputs.photos, inputs.weights)
+        subject, prior = split_prior(per_sample, inputs.photos, inputs.weights)
+        for vectors in self.words:  # Used by every batch, whatever its captions: a gradient of 0.
+            subject = subject + 0 * vectors.sum()
+        return subject, prior
 
     def _predict(self, noisy_latents: Tensor, inputs: StepInputs) -> Tensor:
         conditioning = self.condition(inputs.captions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -18,6 +18,8 @@ from dora_diffusion.numerics.prepare.layout import join, split_like
 from dora_diffusion.wording import counted
 
 Groups = list[dict[str, Any]]
+WORDS = "words"
+"""What ends the name of a group of new words' vectors."""
 
 # Not everybody needs them, and they are installed apart.
 _LIBRARIES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
@@ -163,7 +165,7 @@ def build_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> 
             "make the warm-up shorter",
             stacklevel=2,
         )
-    return get_scheduler(
+    schedule = get_scheduler(
         config.lr_schedule,
         optimizer=optimizer,
         num_warmup_steps=config.lr_warmup_steps,
@@ -172,6 +174,16 @@ def build_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> 
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
     )
+    for number, group in enumerate(optimizer.param_groups):
+        if group["name"].endswith(f"/{WORDS}") and config.word_steps < steps:
+            factor = schedule.lr_lambdas[number]
+            schedule.lr_lambdas[number] = _until(config.word_steps, factor)
+    return schedule
+
+
+def _until(last: int, factor: Callable[[int], float]) -> Callable[[int], float]:
+    """A schedule that is 0 once so many steps are done."""
+    return lambda done: 0.0 if done >= last else factor(done)
 
 
 class FlatParameters:

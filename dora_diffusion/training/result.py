@@ -14,6 +14,7 @@ from PIL import Image
 
 from dora_diffusion import __version__, system
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS
 from dora_diffusion.formats.adapter.metadata import CAPTIONS, READING, UNET_LAYERS, AdapterMetadata
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.unet import UNetLayout
@@ -78,6 +79,9 @@ def write_result(session: Session, folder: Path, steps: int, samples: SampleWrit
         with naming_step(weights.noun, steps):
             weights.check(new)
         written = folder / new.relative_to(place)
+        for file in Path(place).glob(f"{EMBEDDINGS}/*"):
+            (folder / EMBEDDINGS).mkdir(exist_ok=True)
+            system.replace(file, folder / EMBEDDINGS / file.name)
         if written.is_dir():
             shutil.rmtree(written)
         system.replace(new, written)
@@ -103,7 +107,7 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
     return AdapterMetadata(
         family=components.family.name,
         base_model=session.config.pretrained_model_name_or_path,
-        trigger=session.trigger,
+        trigger=" ".join(filter(None, (session.trigger, *session.subjects[0].words))),
         resolution=session.resolution,
         extra={
             "prediction_type": components.prediction_type,
@@ -158,6 +162,6 @@ def _write_card(
         for name, title in titles.items()
         if name in samples
     }
-    metadata, report = result_metadata(session, steps), str(session.weights.report)
+    metadata, report = result_metadata(session, steps), session.report
     card = model_card(session.config, session.subjects, metadata, written, report, images)
     save_text(folder / "README.md", card)

@@ -20,7 +20,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
-from dora_diffusion.training.adapters import inject_trained
+from dora_diffusion.training.adapters import enter_training, inject_trained
 from dora_diffusion.training.dataset import check_wildcards, list_subjects, open_dataset
 from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
 from dora_diffusion.training.full import TrainedWeights, select_weights
@@ -29,6 +29,7 @@ from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.step import TrainingStep, build_step
 from dora_diffusion.training.subject import Subject, triggers_of
 from dora_diffusion.training.validation import Validation, divide_all
+from dora_diffusion.training.words import add_words, require_new
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class Session:
     sampler: EpochSampler
     train_step: TrainingStep
     validation: Validation | None = None
+
+    @property
+    def report(self) -> str:
+        """What trains."""
+        words = [str(self.weights.words)] if self.weights.words.tables else []
+        return " and ".join([str(self.weights.report), *words])
 
     @property
     def resolution(self) -> int:
@@ -99,7 +106,7 @@ class Session:
             if dataset.caches_moments:
                 with on_device(device, components.vae):
                     dataset.fill_cache(indices, lambda *done: on_event(CachingProgress(*done)))
-            if not config.train_text_encoder:
+            if not config.encodes_in_steps:
                 self._cache_captions(dataset.all_captions(indices))
         release_memory()
 
@@ -158,6 +165,7 @@ def open_session(
     reading = loaded.reading(config.clip_skip, config.max_token_length)
     components = place(reading, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
+    require_new(components, config.words)
     dataset = open_dataset(config, subjects, components, paths, accelerator, on_event)
     has_buckets = any(subject.settings.aspect_ratio_buckets for subject in subjects)
     sampler = EpochSampler(
@@ -179,6 +187,9 @@ def open_session(
     weights: TrainedWeights = (
         select_weights(components, config) if config.is_full else inject_trained(components, config)
     )
+    weights = replace(weights, words=add_words(components, config))
+    for name in weights.words.tables if not config.train_text_encoder else ():
+        enter_training(components.adaptable()[name], components, config)
     workers = 0 if dataset.caches_moments else config.dataloader_num_workers
     batches = iterate_batches(dataset, sampler, num_workers=workers)
     inputs = InputSource(config, components, batches, accelerator.process_index)
@@ -194,7 +205,7 @@ def _load_step_modules(config: TrainConfig, components: Components) -> None:
     if device is None:
         return
     modules = [components.unet]
-    if config.train_text_encoder:
+    if config.encodes_in_steps:
         modules += components.text_encoders
     if not config.cache_latents:
         modules.append(components.vae)

@@ -25,6 +25,7 @@ from dora_diffusion.training.optimizer import (
     build_optimizer,
     learning_rates,
 )
+from dora_diffusion.training.words import TrainedWords
 
 
 @dataclass
@@ -39,6 +40,7 @@ class TrainingStep:
         optimizer: Over the parameters that train.
         lr_schedule: Its learning rates.
         inputs: Gives each batch's, by its number since the start of the run.
+        words: New words that train.
         flat: What the optimizer sees of the parameters; None: these themselves.
         allocation: Moves ranks between layers; None: they stay.
         norm_cache: Spares each step a wait for the device, and what the step before found out.
@@ -54,6 +56,7 @@ class TrainingStep:
     optimizer: Any
     lr_schedule: Any
     inputs: InputSource
+    words: TrainedWords
     flat: FlatParameters | None = None
     allocation: RankAllocation | None = None
     norm_cache: NormCache = field(default_factory=NormCache)
@@ -75,6 +78,7 @@ class TrainingStep:
         """
         # Only dropout draws from the global generator. Reseeding it makes resuming exact.
         process = self.accelerator.process_index
+        self.words.train(step <= self.config.word_steps)
         torch.manual_seed(generator_for("step", self.config.seed, step, process).initial_seed())
         accumulation = self.config.gradient_accumulation_steps
         losses = []
@@ -171,6 +175,7 @@ def build_step(
         train_text_encoder=config.train_text_encoder,
         snr_gamma=config.snr_gamma,
         base_weights=weights.base_weights,
+        words=list(weights.words.parameters().values()),
     ).to(accelerator.device)
     # Before the parameters share their memory: DistributedDataParallel gives them other memory.
     if accelerator.num_processes > 1:
@@ -190,6 +195,6 @@ def build_step(
     if config.parametrization == "adalora" and not config.is_full:
         allocation = build_allocation(weights.modules, config)
     return TrainingStep(
-        config, accelerator, weights.modules, objective, optimizer, schedule, inputs, flat,
-        allocation,
+        config, accelerator, weights.modules, objective, optimizer, schedule, inputs,
+        weights.words, flat, allocation,
     )  # fmt: skip

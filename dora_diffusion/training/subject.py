@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.dataset_file import naming_entry
@@ -28,11 +28,13 @@ class Subject:
         token: The word that means it; empty where captions are used as they are.
         class_word: What it is, such as ``"dog"``.
         settings: The run's settings, as they are for this subject.
+        words: New words of the run that are no subject's token.
     """
 
     token: str
     class_word: str
     settings: TrainConfig
+    words: tuple[str, ...] = ()
 
     @property
     def trigger(self) -> str:
@@ -40,7 +42,9 @@ class Subject:
         return f"{self.token} {self.class_word}".strip()
 
     def class_caption(self, caption: str) -> str:
-        """The caption of another member of the class."""
+        """The caption of another member of the class, without words that are new."""
+        for word in self.words:
+            caption = class_caption(caption, word, "")
         return class_caption(caption, self.token, self.class_word) if self.token else caption
 
 
@@ -100,7 +104,8 @@ def subjects_of(config: TrainConfig) -> list[Subject]:
                 "show language drift, not the subject",
                 stacklevel=3,
             )
-    return subjects
+    words = tuple(word for word in config.words if word.lower() not in by_token)
+    return [replace(subject, words=words) for subject in subjects]
 
 
 def _subject_of(config: TrainConfig) -> Subject:

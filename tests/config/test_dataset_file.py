@@ -84,7 +84,8 @@ def test_settings_without_effect_are_said_by_entry() -> None:
     assert without_effect(config) == {
         "instance_prompt": "instance_prompt has no effect because each entry of dataset_config "
         "has its own",
-        "keep_tags": "dataset_config, entry 1: keep_tags has no effect because shuffle_tags is off and tag_dropout is 0.0",
+        "keep_tags": "dataset_config, entry 1: keep_tags has no effect because shuffle_tags is off "
+        "and tag_dropout is 0.0",
     }
     # What one entry uses has an effect.
     assert not without_effect(TrainConfig(dataset_config=entries[1:], prior_loss_weight=0.5))

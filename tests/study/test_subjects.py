@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dora_diffusion.study.subjects import PhotoSource
+from dora_diffusion.study.subjects import PhotoSource, ToySource
+from dora_diffusion.toy.benchmark_subjects import SUBJECTS
 
 
 @pytest.mark.parametrize(("word", "noun"), [("mug", "a sks mug"), ("", "a sks")])
@@ -22,3 +23,14 @@ def test_photos_are_labelled_with_what_the_first_image_is_asked_to_show(
     source = PhotoSource.read({**given, **prompt, "name": "My mug"}, [])
     assert source.label.startswith("My mug ")
     assert noun in source.label
+
+
+def test_a_method_s_token_takes_the_place_of_the_usual_one(tmp_path: Path) -> None:
+    source, prompts = ToySource(SUBJECTS["cross_mug"]), {}
+    for token in ("sks", "<new>"):
+        settings = source.training(tmp_path, token)
+        texts = sorted(Path(settings["instance_data_dir"]).glob("*.txt"))
+        prompts[token] = [settings["instance_prompt"], *(text.read_text("utf-8") for text in texts)]
+    assert len(prompts["sks"]) == 6
+    assert [prompt.replace("sks", "<new>") for prompt in prompts["sks"]] == prompts["<new>"]
+    assert prompts["<new>"][0] == "a photo of a <new> mug"

@@ -1,7 +1,9 @@
-"""Tokens that were trained with an adapter, as textual-inversion files beside what is written.
+"""Tokens that were trained with an adapter: textual-inversion files beside it, or bundled in it.
 
-Each file holds one tensor, named by its token. A1111 and ComfyUI call it by the name of the file,
-Diffusers (`load_textual_inversion`) by the token.
+A file holds one token. For one text encoder it is a tensor named by the token, as Diffusers'
+`load_textual_inversion` reads it; for SDXL's two it is ``clip_l`` and ``clip_g``. A1111 and ComfyUI
+call the token by the name of the file. Bundled, a kohya file holds ``bundle_emb.TOKEN.clip_l`` and
+``bundle_emb.TOKEN.clip_g``, as OneTrainer writes them and A1111, ComfyUI and OneTrainer read them.
 """
 
 from __future__ import annotations
@@ -18,13 +20,20 @@ from torch import Tensor
 from dora_diffusion.formats.adapter.metadata import OWN
 from dora_diffusion.formats.adapter.stored import StoredFile
 from dora_diffusion.formats.files.stream import save_tensors
-from dora_diffusion.formats.layouts.layout import AdapterFormatError, Note
+from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, AdapterFormatError, Note
 from dora_diffusion.wording import counted, listing
 
 # What A1111 and ComfyUI call their folders of such files, and our field that names the files.
 EMBEDDINGS = "embeddings"
 # The width of a token's vector is that of the text encoder.
-_READS_TOKENS = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+_READS_TOKENS = "{}.text_model.encoder.layers.0.self_attn.q_proj"
+_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+_COMPONENTS = {key: component for component, key in _KEYS.items()}
+# Files that are named by their format alone: those of a run, which name no adapter.
+_DEFAULT_STEMS = ("pytorch_lora_weights", "adapter_kohya", "dora_kohya")
+
+Vectors = Mapping[str, Tensor]
+"""A token's vectors ``(C,)``, or ``(n, C)``, by text encoder."""
 
 
 class MissingToken(Note):
@@ -36,23 +45,77 @@ def embedding_files(folder: Path, stem: str, tokens: Collection[str]) -> dict[st
 
     Args:
         folder: Where the adapter or model is; the files are in a folder of it.
-        stem: What their names start with.
+        stem: What their names start with; the default name of an adapter's file is left out.
         tokens: The tokens, such as ``<s1>``.
     """
     files: dict[str, Path] = {}
+    start = "" if stem in ("", *_DEFAULT_STEMS) else f"{stem}_"
     for number, token in enumerate(tokens, 1):
         word = re.sub(r"\W+", "", token) or str(number)
-        file = folder / EMBEDDINGS / f"{stem}_{word}.safetensors"
+        file = folder / EMBEDDINGS / f"{start}{word}.safetensors"
         if file in files.values():
             file = file.with_stem(f"{file.stem}_{number}")
         files[token] = file
     return files
 
 
-def write_embeddings(files: Mapping[str, Path], tokens: Mapping[str, Tensor]) -> None:
+def write_embeddings(files: Mapping[str, Path], tokens: Mapping[str, Vectors]) -> None:
     """Write each token's vectors to its file, in the file's own precision."""
     for token, file in files.items():
-        save_tensors(file, {token: tokens[token]}, {"format": "pt"})
+        vectors = tokens[token]
+        named = {_KEYS[component]: tensor for component, tensor in vectors.items()}
+        if list(vectors) == ["text_encoder"]:
+            named = {token: vectors["text_encoder"]}
+        save_tensors(file, named, {"format": "pt", OWN + "token": token})
+
+
+def read_embedding(file: Path) -> dict[str, dict[str, Tensor]]:
+    """The vectors in such a file by token; one whose file does not say it is called by its name.
+
+    Raises:
+        AdapterFormatError: If it is damaged.
+    """
+    stored = StoredFile(file)
+    token = stored.metadata.get(OWN + "token", file.stem)
+    tokens: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in stored.tensors().items():
+        is_part = key in _COMPONENTS
+        tokens.setdefault(token if is_part else key, {})[_COMPONENTS.get(key, "text_encoder")] = (
+            tensor
+        )
+    return tokens
+
+
+def read_tokens(folder: Path) -> dict[str, Vectors]:
+    """The tokens in files that this program wrote into a model's folder."""
+    tokens: dict[str, Vectors] = {}
+    for file in sorted((folder / EMBEDDINGS).glob("*.safetensors")):
+        if OWN + "token" in StoredFile(file).metadata:
+            tokens |= read_embedding(file)
+    return tokens
+
+
+def bundled(tokens: Mapping[str, Vectors]) -> dict[str, Tensor]:
+    """Tokens as a kohya file holds them."""
+    return {
+        f"bundle_emb.{token}.{_KEYS[component]}": tensor.view(-1, tensor.shape[-1])
+        for token, vectors in tokens.items()
+        for component, tensor in vectors.items()
+    }
+
+
+def take_bundled(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Take the tokens out of a file's tensors, by token."""
+    tokens: dict[str, dict[str, Tensor]] = {}
+    for match in filter(None, map(BUNDLED_TOKEN.fullmatch, list(tensors))):
+        component = _COMPONENTS[match["key"]]
+        tokens.setdefault(match["token"], {})[component] = tensors.pop(match[0])
+    return tokens
+
+
+def are_equal(a: Vectors, b: Vectors) -> bool:
+    """Whether two tokens have the same vectors."""
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 def field_of(files: Mapping[str, Path]) -> dict[str, str]:
@@ -62,9 +125,28 @@ def field_of(files: Mapping[str, Path]) -> dict[str, str]:
     return {EMBEDDINGS: json.dumps([file.name for file in files.values()], ensure_ascii=False)}
 
 
+def embeddings_of(adapter: Path) -> list[Path]:
+    """The files that an adapter's tokens are in, there or not; none if it cannot be read."""
+    with contextlib.suppress(AdapterFormatError, OSError):
+        return _named(adapter.parent, StoredFile(adapter).metadata)
+    return []
+
+
+def _named(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
+    names: list[object] = []
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        names = list(json.loads(metadata.get(OWN + EMBEDDINGS, "[]")))
+    return [
+        folder / EMBEDDINGS / name
+        for name in names
+        # Others we have not written.
+        if isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name)
+    ]
+
+
 def read_embeddings(
     folder: Path, metadata: Mapping[str, str], notes: list[str]
-) -> dict[str, Tensor]:
+) -> dict[str, dict[str, Tensor]]:
     """The tokens that an adapter of ours has in files beside it.
 
     Args:
@@ -75,20 +157,14 @@ def read_embeddings(
     Raises:
         AdapterFormatError: If one is damaged.
     """
-    names: list[object] = []
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        names = list(json.loads(metadata.get(OWN + EMBEDDINGS, "[]")))
-    tokens: dict[str, Tensor] = {}
-    for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\]+\.safetensors", name):
-            continue  # none that we have written
-        file = folder / EMBEDDINGS / name
+    tokens: dict[str, dict[str, Tensor]] = {}
+    for file in _named(folder, metadata):
         if file.is_file():
-            tokens |= StoredFile(file).tensors()
+            tokens |= read_embedding(file)
         else:
             notes.append(
                 MissingToken(
-                    f"its trained token's file {EMBEDDINGS}/{name} is not beside it, so that "
+                    f"its trained token's file {EMBEDDINGS}/{file.name} is not beside it, so that "
                     "prompts do not know the token"
                 )
             )
@@ -96,24 +172,25 @@ def read_embeddings(
 
 
 def check_tokens(
-    tokens: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None
+    tokens: Mapping[str, Vectors], shapes: Mapping[str, tuple[int, ...]] | None
 ) -> None:
     """Refuse tokens that are damaged, or of another width than the model's.
 
     Args:
-        tokens: Vectors ``(C,)``, or ``(n, C)``, by token.
+        tokens: By token.
         shapes: Of the model's modules, None if it is not known.
 
     Raises:
         AdapterFormatError: If there is one.
     """
-    for token, tensor in tokens.items():
+    parts = ((t, name, tensor) for t, vectors in tokens.items() for name, tensor in vectors.items())
+    for token, component, tensor in parts:
         is_vector = tensor.is_floating_point() and tensor.ndim in (1, 2) and tensor.numel()
         if not is_vector or not torch.isfinite(tensor).all():
             raise AdapterFormatError(
                 f"its token {token} is no vector of finite numbers; the file is damaged"
             )
-        width = (shapes or {}).get(_READS_TOKENS, tensor.shape)[-1]
+        width = (shapes or {}).get(_READS_TOKENS.format(component), tensor.shape)[-1]
         if tensor.shape[-1] != width:
             raise AdapterFormatError(
                 f"its token {token} was made for another model: it has {tensor.shape[-1]} numbers, "

@@ -16,10 +16,13 @@ from dora_diffusion.formats.adapter.alpha import AlphaOfTraining, AssumedAlpha
 from dora_diffusion.formats.adapter.decode import decode_layers, fit_to_model
 from dora_diffusion.formats.adapter.embeddings import (
     EMBEDDINGS,
+    Vectors,
+    bundled,
     check_tokens,
     embedding_files,
     field_of,
     read_embeddings,
+    take_bundled,
     write_embeddings,
 )
 from dora_diffusion.formats.adapter.metadata import (
@@ -66,14 +69,15 @@ class AdapterFile:
         notes: What was broken in the file and how it was read, one line each.
         beside: Plain LoRA layers whose change is added to that of ``layers``. Only an ai-toolkit
             DoRA has them, and only for who asks `read_adapter` for ``sums``.
-        tokens: Vectors of tokens that were trained with it, ``(C,)`` or ``(n, C)``, by token.
+        tokens: Vectors of tokens that were trained with it, ``(C,)`` or ``(n, C)`` for each text
+            encoder, by token.
     """
 
     layers: dict[str, LayerWeights]
     metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
     notes: tuple[str, ...] = ()
     beside: dict[str, LayerWeights] = field(default_factory=dict)
-    tokens: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Vectors] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
@@ -102,6 +106,8 @@ def write_adapter(
     base: ModelWeights | None = None,
 ) -> Path:
     """Write an adapter, each file atomically; its tokens go to files of their own beside it.
+
+    Kohya files hold the tokens themselves too.
 
     Args:
         path: A ``.safetensors`` file, or a folder that gets the target's own file name(s). The
@@ -141,7 +147,8 @@ def write_adapter(
     if base is not None:
         unet_layout = unet_layout or known_layout(module_shapes(base))
     layout.check(adapter.layers)
-    options = WriteOptions(dtype, path.stem, unet_layout, base, adapter.beside)
+    tokens = bundled(adapter.tokens)
+    options = WriteOptions(dtype, path.stem, unet_layout, base, adapter.beside, tokens)
     extra = {name: text for name, text in adapter.metadata.extra.items() if name != EMBEDDINGS}
     metadata = dataclasses.replace(adapter.metadata, extra=extra | field_of(embeddings))
     files = layout.encode(adapter.layers, metadata, options)
@@ -278,9 +285,15 @@ def _decode_file(
     if made := layout.decode(tensors, metadata):
         layers, note = made
         layers = layers if shapes is None else fit_to_model(layers, shapes)
-        return AdapterFile(layers, parse_metadata(metadata), (note,))
+        notes = [note]
+        beside_it = read_embeddings(folder, metadata, notes)
+        check_tokens(beside_it, shapes)
+        return AdapterFile(layers, parse_metadata(metadata), tuple(notes), tokens={**beside_it})
     beside: dict[str, LayerWeights] = {}
-    tokens = {key: tensors.pop(key) for key in layout.tokens(tensors, metadata)}
+    tokens: dict[str, Vectors] = {**take_bundled(tensors)}
+    is_bundled = bool(tokens)
+    for key in layout.tokens(tensors, metadata):
+        tokens[key] = {"text_encoder": tensors.pop(key)}
     component = None
     if file.config is not None:
         component = peft_component(list(tensors), folder.name, metadata.get(OWN + "component", ""))
@@ -288,7 +301,8 @@ def _decode_file(
         layout, tensors, metadata, base, component=component, config=file.config, alpha=alpha,
         beside=beside if sums and component is None else None,
     )  # fmt: skip
-    tokens |= read_embeddings(folder if component is None else folder.parent, metadata, notes)
+    if not is_bundled:
+        tokens |= read_embeddings(folder if component is None else folder.parent, metadata, notes)
     check_tokens(tokens, shapes)
     parsed = _parsed(metadata, layers)
     if tokens and component is None:

@@ -27,7 +27,7 @@ from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_shape
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.formats.layouts.base_specific import BaseSpecific
 from dora_diffusion.formats.layouts.compatibility import stated_approximation
-from dora_diffusion.formats.layouts.layout import Shapes
+from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, Shapes
 from dora_diffusion.formats.layouts.other import OTHER
 from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.weights import LayerWeights
@@ -105,7 +105,7 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
     metadata = dataclasses.replace(adapter.metadata, family=adapter.family)
     specs = {
         key: spec for file in stored.files for key, spec in file.specs.items()
-        if key not in adapter.tokens
+        if key not in adapter.tokens and not BUNDLED_TOKEN.fullmatch(key)
     }  # fmt: skip
     alpha = describe({name: layer.alpha for name, layer in layers.items()})
     fields = {key: text for file in stored.files for key, text in file.metadata.items()}
@@ -114,6 +114,8 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
     tools = readable.judge(layers, axis, specs)
     if approximation := stated_approximation(metadata.extra):
         tools = approximation.qualify(tools, "DoRA" if axis else "LoRA")
+    if any(BUNDLED_TOKEN.fullmatch(key) for file in stored.files for key in file.specs):
+        tools["diffusers"] = "convert: it refuses tokens in the file; convert it to diffusers"
     return AdapterReport(
         path=stored.path,
         key_format=stored.layout.key_format,
@@ -130,8 +132,8 @@ def report_on(path: str | Path, base: ModelWeights | None = None) -> AdapterRepo
                *readable.advice(axis, specs), *_origin_notes(stored)),
         tools=tools,
         fits=fits,
-        tokens={token: len(tensor.view(-1, tensor.shape[-1]))
-                for token, tensor in adapter.tokens.items()},
+        tokens={token: max(len(tensor.view(-1, tensor.shape[-1])) for tensor in vectors.values())
+                for token, vectors in adapter.tokens.items()},
     )  # fmt: skip
 
 
@@ -144,7 +146,8 @@ def _parameters(stored: StoredAdapter, adapter: AdapterFile) -> int:
         for layer in adapter.layers.values()
         for tensor in (layer.down, layer.up, layer.magnitude)
     ]
-    return sum(t.numel() for t in (*tensors, *adapter.tokens.values()) if t is not None)
+    tensors += [tensor for vectors in adapter.tokens.values() for tensor in vectors.values()]
+    return sum(tensor.numel() for tensor in tensors if tensor is not None)
 
 
 def _decoded(stored: StoredAdapter, base: ModelWeights | None) -> tuple[AdapterFile, str]:

@@ -15,7 +15,11 @@ from dora_diffusion.formats.files.names import pipeline_in
 from dora_diffusion.formats.files.stream import TensorReader
 from dora_diffusion.formats.layouts import layout_of
 from dora_diffusion.formats.layouts.diffusers import DIFFUSERS, PEFT_PREFIX
-from dora_diffusion.formats.layouts.layout import AdapterFormatError, AdapterLayout
+from dora_diffusion.formats.layouts.layout import (
+    BUNDLED_TOKEN,
+    AdapterFormatError,
+    AdapterLayout,
+)
 from dora_diffusion.formats.layouts.peft import PEFT_CONFIG, PEFT_FILE, peft_config, peft_folders
 from dora_diffusion.formats.layouts.vera import VERA_FILE
 
@@ -91,7 +95,7 @@ class StoredAdapter:
             files = [StoredFile(path)]
             if any(key.startswith(PEFT_PREFIX) for key in files[0].specs):
                 raise AdapterFormatError(f"{path.name} is a PEFT file without its {PEFT_CONFIG}")
-        keys = [key for file in files for key in file.specs]
+        keys = [key for file in files for key in file.specs if not BUNDLED_TOKEN.fullmatch(key)]
         return cls(path, files, layout_of(keys, files[0].metadata))
 
     @property

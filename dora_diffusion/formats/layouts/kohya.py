@@ -238,6 +238,7 @@ def kohya_file(
     tensors: dict[str, Tensor] = {}
     for name, layer in _for_other_programs(layers, options).items():
         tensors |= _tensors_of(names[name], layer, options)
+    tensors |= options.bundled
     fields = kohya_metadata(trained, metadata, options, target)
     # Of its data alone.
     return EncodedFile.of(tensors, {**fields, "sshs_model_hash": data_hash(tensors)})

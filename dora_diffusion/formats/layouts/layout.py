@@ -7,6 +7,7 @@ reporting on it ask the same objects.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -27,6 +28,8 @@ from dora_diffusion.numerics.weights import LayerWeights
 Part = Literal["down", "up", "mid", "alpha", "magnitude", "dora_scale"]
 Layers = Mapping[str, LayerWeights]
 Shapes = Mapping[str, tuple[int, ...]]
+BUNDLED_TOKEN = re.compile(r"bundle_emb\.(?P<token>.+)\.(?P<key>clip_l|clip_g)")
+"""Key of a trained token's vectors in a file of layers."""
 # Attention projections trained as one matrix, which only some programs split.
 _JOINED = ("to_qkv.", "to_kv.", "in_proj.", "qkv_proj.")
 
@@ -82,6 +85,7 @@ class WriteOptions:
         unet_layout: For kohya names of an SDXL UNet that is not shaped like the released one.
         base: The base model, for the layouts that need it.
         beside: Plain LoRA layers whose change is added, for ``dense``.
+        bundled: Trained tokens' tensors by key, for files that hold them.
     """
 
     dtype: torch.dtype | None = None
@@ -89,6 +93,7 @@ class WriteOptions:
     unet_layout: UNetLayout | None = None
     base: ModelWeights | None = None
     beside: Layers = field(default_factory=dict)
+    bundled: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -124,10 +124,16 @@ def test_tokens_are_written_beside_a_conversion(
         again = read_adapter(output)
         assert again.layers.keys() == read_adapter(file).layers.keys()
         assert again.tokens.keys() == VECTORS.keys()
-        assert all(torch.equal(again.tokens[token], VECTORS[token]) for token in VECTORS)
+        for token, wanted in VECTORS.items():
+            vectors = again.tokens[token]["text_encoder"]
+            assert torch.equal(vectors.view_as(wanted), wanted)
         report.embeddings["<s2>"].unlink()
-        (note,) = (n for n in read_adapter(output).notes if "trained token" in n)
-        assert note.startswith("its trained token's file embeddings/mine_s2.safetensors is not")
+        again = read_adapter(output)
+        if target in ("kohya", "comfyui"):  # which hold them
+            assert again.tokens.keys() == VECTORS.keys()
+        else:
+            (note,) = (n for n in again.notes if "trained token" in n)
+            assert note.startswith("its trained token's file embeddings/mine_s2.safetensors is not")
     if not is_folder:
         output.unlink()
         with pytest.raises(ValueError, match=r"mine_s1\.safetensors exists; choose another name"):
@@ -188,10 +194,10 @@ def test_generate_takes_the_tokens_up(
     ids = tokenizer("a <s1> dog").input_ids
     before = plain.tokenizer("a dog").input_ids
     assert [*ids[:2], *ids[3:]] == before
-    table = encoder.get_input_embeddings().weight
-    assert torch.equal(table[ids[2]].detach(), VECTORS["<s1>"])
+    table = encoder.get_input_embeddings()
+    assert torch.equal(table(torch.tensor(ids))[2], VECTORS["<s1>"])
     old = plain.text_encoder.get_input_embeddings().weight
-    assert torch.equal(table[: len(old)], old)
+    assert torch.equal(table.weight, old)
 
 
 def test_a_lost_file_of_a_token_is_said(tmp_path: Path, file: Path, sd1_folder: Path) -> None:
