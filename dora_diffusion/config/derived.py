@@ -40,6 +40,11 @@ def _validation_prompt(config: TrainConfig) -> list[str]:
     return [config.instance_prompt] if is_used and config.instance_prompt else []
 
 
+def _alpha(config: TrainConfig, rank: int) -> float | None:
+    """The rank, where layers have an alpha of their own and none that they start from."""
+    return None if config.parametrization == "vera" or config.init_adapter else float(rank)
+
+
 def _class_data_dir(config: TrainConfig) -> str | None:
     is_used = config.with_prior_preservation and not config.is_image_free
     return str(Path(config.output_dir) / "class_images") if is_used else None
@@ -51,10 +56,8 @@ def _validation_steps(config: TrainConfig) -> int | None:
 
 DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
     "learning_rate": lambda config: config.usual_lr,
-    "lora_alpha": lambda config: None if config.parametrization == "vera" else float(config.rank),
-    "conv_alpha": lambda config: (
-        None if config.parametrization == "vera" else float(config.conv_rank)
-    ),
+    "lora_alpha": lambda config: _alpha(config, config.rank),
+    "conv_alpha": lambda config: _alpha(config, config.conv_rank),
     "class_word": _class_word,
     "validation_prompt": _validation_prompt,
     "validation_steps": _validation_steps,

@@ -103,6 +103,7 @@ _OTHER_NAMES = {
     "dataloader_num_workers": "max_data_loader_n_workers num_workers",
     "checkpoints_total_limit": "save_last_n_steps",
     "lora_dropout": "network_dropout dropout",
+    "init_adapter": "network_weights lora_path pretrained_lora",
     "init": "init_lora_weights lora_init",
     "target_rank": "target_r",
     "allocation_warmup": "tinit",

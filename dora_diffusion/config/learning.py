@@ -58,6 +58,14 @@ class AdapterSettings:
         "model.",
         choices=METHODS,
     )
+    init_adapter: str | None = flag(
+        None,
+        "Adapter to start from: a file, the folder of a run, or a hub id, in any key format, of "
+        "this rank or a smaller one; a LoRA starts a DoRA too. Its scale is kept where no alpha is "
+        "given.",
+        needs=(_ADAPTER,),
+        is_path=True,
+    )
     full_weights: str = flag(
         "all",
         "What full fine-tuning trains: all weights of the UNet, or those of the layers in targets.",
@@ -77,11 +85,19 @@ class AdapterSettings:
     train_text_encoder: bool = flag(False, "Train the text encoders too.")
     rank: int = flag(8, "Rank of Linear layers.", needs=(_ADAPTER, _RANKED), above=0)
     lora_alpha: float | None = flag(
-        None, "Alpha of Linear layers.", derived="rank", needs=(_ADAPTER, _RANKED), above=0
+        None,
+        "Alpha of Linear layers.",
+        derived="rank, or init_adapter's",
+        needs=(_ADAPTER, _RANKED),
+        above=0,
     )
     conv_rank: int = flag(4, "Rank of Conv2d layers.", needs=(_ADAPTER, _RANKED), above=0)
     conv_alpha: float | None = flag(
-        None, "Alpha of Conv2d layers.", derived="conv_rank", needs=(_ADAPTER, _RANKED), above=0
+        None,
+        "Alpha of Conv2d layers.",
+        derived="conv_rank, or init_adapter's",
+        needs=(_ADAPTER, _RANKED),
+        above=0,
     )
     rslora: bool = flag(False, "rsLoRA: scale by alpha / sqrt(rank).", needs=(_ADAPTER, _RANKED))
     parametrization: str = flag(

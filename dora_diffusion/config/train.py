@@ -59,6 +59,8 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             self._check_prodigy()
         if self.parametrization == "adalora" and not self.is_full:
             self._check_allocation()
+        if self.init_adapter and not self.is_full:
+            self.unet_adapter.check_start()
         for targets, rank_only in ((self.targets, False), (self.text_encoder_targets, True)):
             self._adapter(tuple(targets), rank_only)
 

@@ -101,6 +101,7 @@ class TrainProgress:
         print(
             f"{event.family} on {event.device}: {counted(event.photos, 'photo')} at "
             f"{event.resolution} px, {event.adapter}"
+            + (f", started from {event.started_from}" if event.started_from else "")
         )
         if event.resumed_from:
             print(_resumed_line(event))

@@ -46,6 +46,8 @@ def model_card(
     use = _use_of_model if config.is_full else _use_of_adapter
     names = ("variant", "revision")
     loaded = {name: str(value) for name in names if (value := getattr(config, name))}
+    if other := metadata.extra.get("init_adapter"):
+        method += f", started from `{other}` (SHA-256 {metadata.extra['init_adapter_sha256'][:12]})"
     return f"""---
 base_model: {base}
 instance_prompt: {json.dumps(config.instance_prompt, ensure_ascii=False)}{library}

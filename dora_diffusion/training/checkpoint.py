@@ -99,6 +99,7 @@ def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
         **session.place(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "projections": session.weights.projections(),
+        "start": session.weights.start(),
         "allocation": None if allocation is None else allocation.state_dict(),
     }
 
@@ -139,6 +140,7 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])
+    session.weights.restore_start(state.get("start", {}))
     step = session.train_step
     if step.allocation is not None:
         step.allocation.load_state_dict(state["allocation"])

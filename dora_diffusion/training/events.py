@@ -51,6 +51,7 @@ class TrainingStarted:
         resumed_from: Name of the checkpoint.
         steps_dropped: Steps after that checkpoint, which are repeated.
         adapter: What was adapted, in words.
+        started_from: The adapter that it started from; empty for a fresh one.
         changed: Setting -> (before, now) of a resumed run.
         unused: The same, of settings without effect since no step is left.
     """
@@ -67,6 +68,7 @@ class TrainingStarted:
     trigger: str
     changed: Changes
     unused: Changes
+    started_from: str = ""
 
 
 @dataclass(frozen=True)

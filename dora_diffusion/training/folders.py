@@ -95,6 +95,9 @@ def check_folders(config: TrainConfig) -> None:
             _apart("instance_data_dir", photos, f"the run's {name},", output / name)
     if config.with_prior_preservation and not config.is_image_free:
         _check_class_folder(config, output, photos)
+    start = Path(config.init_adapter or "").expanduser()
+    if config.init_adapter and start.exists() and not config.resume_from_checkpoint:
+        _apart("init_adapter", start.resolve(), "output_dir", output)
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         model = _folder(getattr(config, name))
         if model is not None:

@@ -232,6 +232,7 @@ class _Run:
                 family=session.components.family.title,
                 device=str(session.accelerator.device),
                 adapter=str(session.weights.report),
+                started_from=session.weights.origin.get("init_adapter", ""),
                 trigger=session.subject.trigger,
                 changed=start.changed,
                 unused=start.unused,

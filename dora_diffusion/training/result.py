@@ -72,6 +72,7 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
             **_variant(session.config),
+            **session.weights.origin,
             UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
         },
         tags=(subject.class_word,) if subject.class_word else (),

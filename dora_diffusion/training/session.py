@@ -20,7 +20,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
-from dora_diffusion.training.adapters import inject_trained
+from dora_diffusion.training.adapters import StartingAdapter, inject_trained
 from dora_diffusion.training.dataset import open_dataset
 from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
 from dora_diffusion.training.full import TrainedWeights, select_weights
@@ -134,7 +134,7 @@ def open_session(
     optimizer_library(config.optimizer_name)
     if config.compile:
         require_compiler(accelerator.device)
-    paths = list_photos(config.instance_data_dir or "")
+    paths, start = list_photos(config.instance_data_dir or ""), StartingAdapter.of(config)
     loaded = load_components(
         config.pretrained_model_name_or_path,
         revision=config.revision,
@@ -146,10 +146,13 @@ def open_session(
     )
     components = place(loaded, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
+    start = start.read(components, config) if start else None
     dataset = open_dataset(config, subject, components, paths, accelerator, on_event)
     _load_step_modules(config, components)
     weights: TrainedWeights = (
-        select_weights(components, config) if config.is_full else inject_trained(components, config)
+        select_weights(components, config)
+        if config.is_full
+        else inject_trained(components, config, start)
     )
     sampler = EpochSampler(
         len(dataset),

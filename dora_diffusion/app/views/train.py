@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -29,19 +30,26 @@ from dora_diffusion.app.settings import (
     subject_of_draft,
 )
 from dora_diffusion.app.views import run
-from dora_diffusion.app.views.fields import QUIET, html_block, setting_field
+from dora_diffusion.app.views.fields import QUIET, changing, html_block, setting_field
 from dora_diffusion.app.views.subject import SubjectTab, current_subject
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.photos import mask_path
 from dora_diffusion.jobs.base_model import check_model
 from dora_diffusion.jobs.estimates import announced_class_images, estimate
+from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.subjects import StoredSubject, keep_words, read_subject
 from dora_diffusion.jobs.tasks import NAME_LIMIT, start_training
 from dora_diffusion.jobs.workspace import UserError
 from dora_diffusion.training.subject import outside_toy_world, subject_of
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."
+_NEW_ADAPTER = ("none: a new adapter", "")
+# What an adapter of the library tells of the run that starts from it.
+_OF_ADAPTER = (
+    "method", "use_dora", "norm_axis", "rank", "conv_rank", "targets", "train_text_encoder",
+    "text_encoder_targets",
+)  # fmt: skip
 _PROMPTS = "a photo of a {subject} on the snow\na photo of a {subject} at night"
 
 
@@ -117,6 +125,17 @@ class TrainTab:
             elem_id="base-model",
         )
         self.settled = gr.State("")
+        self.advanced: dict[str, Any] = {
+            "init_adapter": gr.Dropdown(
+                [_NEW_ADAPTER],
+                value="",
+                label="init_adapter",
+                info="Start from an adapter: a run of the library, which sets base model, rank and "
+                "layers, or a file of another program.",
+                allow_custom_value=True,
+                elem_id="init-adapter",
+            )
+        }
 
     def _add_advanced(self) -> None:
         self.prompts = gr.Textbox(
@@ -127,13 +146,13 @@ class TrainTab:
             max_length=4000,
             elem_id="sample-prompts",
         )
-        self.advanced: dict[str, Any] = {}
         values = preset_values("balanced", EMBEDDED)
         with gr.Accordion("Advanced settings, by their command-line names", open=False):
             for title, names in GROUPS.items():
                 with gr.Accordion(title, open=False):
                     for name in names:
-                        self.advanced[name] = setting_field(name, values[name])
+                        if name not in self.advanced:
+                            self.advanced[name] = setting_field(name, values[name])
 
 
 def connect(
@@ -182,6 +201,7 @@ def connect(
         show_progress="minimal",
     )
     _connect_presets(context, tab)
+    _connect_start(context, tab)
     _connect_draft(context, tab, subjects, blocks)
     run.connect(context, tab.shown)
 
@@ -219,6 +239,31 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
     )  # fmt: skip
 
 
+def _connect_start(context: Context, tab: TrainTab) -> None:
+    """Fill in what an adapter of the library needs of a run that starts from it."""
+
+    @plain
+    def use_start(choice: str | None) -> list[Any]:
+        job = next((job for job in context.jobs() if choice and job.id == choice), None)
+        if job is None:
+            return [gr.skip()] * (1 + len(_OF_ADAPTER))
+        values = TrainConfig().to_dict() | dict(job.settings)
+        return [job.base, *(gr.update(value=setting_text(values[name])) for name in _OF_ADAPTER)]
+
+    tab.advanced["init_adapter"].input(
+        use_start,
+        [tab.advanced["init_adapter"]],
+        [tab.model, *(tab.advanced[name] for name in _OF_ADAPTER)],
+        **QUIET,
+    )
+
+
+def refresh(jobs: Sequence[Job]) -> dict[str, Any]:
+    """What the clock sends to this tab's form: the runs to start from."""
+    runs = [(job.label, job.id) for job in jobs if job.kind == "train" and job.stands]
+    return {"start": changing(choices=[_NEW_ADAPTER, *runs])}
+
+
 def read_form(
     context: Context, subject_id: str | None, *values: Any, ask_hub: bool = False
 ) -> tuple[TrainConfig, StoredSubject]:
@@ -234,6 +279,7 @@ def read_form(
     if not subject.photos:
         raise UserError("the subject has no photos yet; add some in the Subject tab")
     chosen = dict(zip(ADVANCED, advanced, strict=True))
+    chosen["init_adapter"] = context.starting_adapter(chosen["init_adapter"])
     # Whoever paints a mask wants it used.
     chosen["masked_loss"] |= any(mask_path(photo).exists() for photo in subject.photos)
     output = context.workspace.root / "new-run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from dora_diffusion.app.settings import (
     preset_values,
     setting_text,
 )
+from dora_diffusion.app.views import train
 from dora_diffusion.jobs import records
 from dora_diffusion.jobs.bases import Base
 from dora_diffusion.jobs.subjects import read_subject
 from dora_diffusion.jobs.workspace import ids_in
 from dora_diffusion.memory import Device, needed_memory
 from tests.app.views.helpers import handler
+
+GOLDEN = Path(__file__).parents[3] / "tests/formats/golden/0.1.0/diffusers-dora-ranks.safetensors"
 
 
 def fields(subject: str, prompts: str) -> list[Any]:
@@ -155,7 +159,7 @@ def settings_field(context: Context, name: str) -> Any:
 def test_a_field_says_what_the_setting_says(context: Context) -> None:
     alpha = settings_field(context, "lora_alpha")
     assert (alpha.info, alpha.placeholder, alpha.value) == (
-        "Alpha of Linear layers.", "default: rank", "",
+        "Alpha of Linear layers.", "default: rank, or init_adapter's", "",
     )  # fmt: skip
     minutes = settings_field(context, "checkpointing_minutes")
     assert minutes.placeholder == "default: 5.0"
@@ -272,3 +276,29 @@ def test_a_shared_app_looks_at_no_other_model(
     assert photo.side(context, sdxl, "300") == 300
     with pytest.raises(gradio.Error, match="offers only"):
         handler(context, "use_preset")("fast", sdxl)
+
+
+def test_a_run_of_the_library_is_started_from_with_its_base_model_and_layers(
+    context: Context, subject: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler(context, "start")("first", *asked(context, subject, EMBEDDED, rank="5"))
+    (job_id,) = ids_in(context.workspace.root)
+    folder = context.workspace.root / job_id
+    shutil.copy(GOLDEN, folder / "pytorch_lora_weights.safetensors")
+    records.write_result(folder, records.JobResult(0))
+    shown = train.refresh(context.jobs(fresh=True))["start"][0]["choices"]
+    assert [value for _, value in shown] == ["", job_id]
+    model, *values = handler(context, "use_start")(job_id)
+    assert model == EMBEDDED
+    assert values[train._OF_ADAPTER.index("rank")]["value"] == "5"
+    assert handler(context, "use_start")("")[1] == gradio.skip()
+    for launch in (context.launch, Launch(share=True, auth=("ann", "correct horse"))):
+        monkeypatch.setattr(context, "launch", launch)
+        changes = {"init_adapter": job_id, "seed": str(len(ids_in(context.workspace.root)))}
+        handler(context, "start")("next", *asked(context, subject, EMBEDDED, **changes))
+        newest = context.workspace.root / max(ids_in(context.workspace.root))
+        settings = yaml.safe_load((newest / records.SETTINGS).read_text(encoding="utf-8"))
+        assert Path(settings["init_adapter"]).parent == folder
+    other = asked(context, subject, EMBEDDED, init_adapter=str(tmp_path / "x.safetensors"))
+    with pytest.raises(gradio.Error, match="takes no folder for init_adapter"):
+        handler(context, "start")("", *other)
