@@ -36,8 +36,8 @@ def _class_word(config: TrainConfig) -> str | None:
 
 
 def _validation_prompt(config: TrainConfig) -> list[str]:
-    is_used = config.instance_prompt and config.num_validation_images
-    return [config.instance_prompt] if is_used and config.instance_prompt else []
+    lines = config.instance_prompt and config.num_validation_images and not config.sample_prompts
+    return [config.instance_prompt] if lines and config.instance_prompt else []
 
 
 def _alpha(config: TrainConfig, rank: int) -> float | None:

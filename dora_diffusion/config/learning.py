@@ -174,7 +174,7 @@ class AdapterSettings:
 class LengthSettings:
     """How long it trains, and on how much at once."""
 
-    heading: ClassVar = "Length and batch"
+    heading: ClassVar = "Optimization"
 
     max_train_steps: int | None = flag(
         None, "Optimizer steps.", derived="800, for SDXL 1000", resume="free", above=0
@@ -197,7 +197,7 @@ class LengthSettings:
 class OptimizerSettings:
     """How the weights are moved."""
 
-    heading: ClassVar = "Optimizer and learning rate"
+    heading: ClassVar = "Optimization"
 
     learning_rate: float | None = flag(
         None,
@@ -298,7 +298,7 @@ class OptimizerSettings:
 class LossSettings:
     """What the loss weighs."""
 
-    heading: ClassVar = "Loss"
+    heading: ClassVar = "Optimization"
 
     snr_gamma: float = flag(
         5.0, "min-SNR loss weighting (arXiv:2303.09556); 0 turns it off.", least=0

@@ -16,6 +16,7 @@ from typing import Any
 from dora_diffusion.config import learning, run, subject
 from dora_diffusion.config.adapter import AdapterConfig
 from dora_diffusion.config.fields import Setting, require, with_present_names
+from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
 from dora_diffusion.wording import did_you_mean
 
 
@@ -55,6 +56,8 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "'huggingface-cli upload NAME/MODEL OUTPUT_DIR/model'",
             "push_to_hub",
         )
+        for prompt in self.validation_prompt:
+            parse_prompt(prompt)
         if self.optimizer_name == "prodigy":
             self._check_prodigy()
         if self.parametrization == "adalora" and not self.is_full:
@@ -163,6 +166,23 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         """The schedule; Diffusers' plain ``constant`` would leave a warm-up out."""
         with_warmup = self.lr_scheduler == "constant" and self.lr_warmup_steps > 0
         return "constant_with_warmup" if with_warmup else self.lr_scheduler
+
+    @property
+    def prompts(self) -> list[SamplePrompt]:
+        """What sample images show: the instance prompt, where nothing else is asked for."""
+        lines = self.validation_prompt or [self.instance_prompt or ""]
+        return [parse_prompt(line) for line in lines if line]
+
+    def with_sample_prompts(self) -> TrainConfig:
+        """These settings with the lines of ``sample_prompts`` among the validation prompts.
+
+        Raises:
+            ConfigError: If the file cannot be read, or a line cannot work.
+        """
+        if not self.sample_prompts or not self.num_validation_images:
+            return self
+        lines = [*self.validation_prompt, *read_prompts(self.sample_prompts)]
+        return dataclasses.replace(self, validation_prompt=lines, sample_prompts=None)
 
     @property
     def prior_mode(self) -> str:

@@ -144,7 +144,7 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
         comfyui = f"copy {str(written)!r} into ComfyUI/models/loras"
         diffusers = _command("export", *adapted, "--output", merged)
         diffusers += f"  # then DiffusionPipeline.from_pretrained({merged!r})"
-    prompt = next(iter(config.validation_prompt), config.instance_prompt or "")
+    prompt = next((prompt.text for prompt in config.prompts), "")
     images = _command("generate", *adapted, "--prompt", prompt, "--output", f"{folder}.png")
     return [f"images:    {images}", f"ComfyUI:   {comfyui}", f"Diffusers: {diffusers}"]
 

@@ -36,7 +36,7 @@ def model_card(
         samples: Caption -> path of an image, relative to the card.
     """
     base = without_path(metadata.base_model)
-    prompt = config.validation_prompt[0] if config.validation_prompt else config.instance_prompt
+    prompt = next((prompt.text for prompt in config.prompts), "")
     images = "".join(
         f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
     )

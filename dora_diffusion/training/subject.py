@@ -59,11 +59,11 @@ def subject_of(config: TrainConfig) -> Subject:
             f"instance_prompt {quoted(config.instance_prompt)} does not contain the token "
             f"{token!r}; put it in front of the class word, or choose another with --token"
         )
-    for prompt in config.validation_prompt:
-        if token and not contains_token(prompt, token):
+    for prompt in config.prompts:
+        if token and not prompt.is_drift and not contains_token(prompt.text, token):
             warnings.warn(
-                f"validation_prompt {quoted(prompt)} does not contain the token {token!r}: its "
-                "samples show language drift, not the subject",
+                f"validation_prompt {quoted(prompt.text)} does not contain the token {token!r}: "
+                "its samples show language drift, not the subject (--drift at its end says so)",
                 stacklevel=3,
             )
     return Subject(token, config.class_word or class_word_in(config.instance_prompt, token))

@@ -41,6 +41,7 @@ from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.subjects import StoredSubject, keep_words, read_subject
 from dora_diffusion.jobs.tasks import NAME_LIMIT, start_training
 from dora_diffusion.jobs.workspace import UserError
+from dora_diffusion.training.samples import check_prompts
 from dora_diffusion.training.subject import outside_toy_world, subject_of
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."
@@ -141,7 +142,9 @@ class TrainTab:
         self.prompts = gr.Textbox(
             _PROMPTS,
             label="Sample prompts, one per line",
-            info="{subject} stands for token and class.",
+            info="{subject} stands for token and class. A line may end with --n negative prompt, "
+            "--d seed, --w width, --h height, --l guidance, --s steps, --ss scheduler, and --drift "
+            "where it leaves out the token.",
             lines=2,
             max_length=4000,
             elem_id="sample-prompts",
@@ -289,6 +292,7 @@ def read_form(
     )
     context.check_paths(config)
     check_model(config, ask_hub=ask_hub)
+    check_prompts(config.with_sample_prompts())
     # The worker would refuse a subject without a name. Of sample prompts the plan speaks itself.
     subject_of(dataclasses.replace(config, validation_prompt=[]))
     return config, subject
@@ -356,8 +360,8 @@ def _plan(context: Context, config: TrainConfig) -> list[str]:
 def _class_prompts(config: TrainConfig) -> list[str]:
     """Sample prompts that do not name the subject."""
     return [
-        f"Sample prompt {prompt!r} does not contain the token {config.token!r}: its images show "
-        "language drift, not the subject."
-        for prompt in config.validation_prompt
-        if not contains_token(prompt, config.token)
+        f"Sample prompt {prompt.text!r} does not contain the token {config.token!r}: its images "
+        "show language drift, not the subject (--drift at its end says so)."
+        for prompt in config.prompts
+        if not prompt.is_drift and not contains_token(prompt.text, config.token)
     ]

@@ -55,11 +55,13 @@ def test_a_run_can_go_on_from_another_working_directory(
 def test_a_sample_prompt_without_the_token_is_said_to_show_the_class(
     context: Context, subject: str
 ) -> None:
-    asked = fields(subject, "a photo of a {subject}\na photo of a mug at night")
+    asked = fields(subject, "a {subject} --d 3\na photo of a mug at night\na mug --drift")
     # HTML on the page.
     said = html.unescape(handler(context, "plan")(*asked)[0])
     assert "Sample prompt 'a photo of a mug at night' does not contain the token 'sks'" in said
-    assert "'a photo of a sks mug' does not" not in said
+    assert said.count("does not contain the token") == 1
+    with pytest.raises(gradio.Error, match="--x is no option here"):
+        handler(context, "start")("", *fields(subject, "a {subject} --x 3"))
 
 
 def test_a_setting_without_effect_is_said_and_presets_have_none(
