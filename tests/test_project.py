@@ -22,6 +22,7 @@ import dora_diffusion
 from dora_diffusion import cli
 from dora_diffusion.config import TrainConfig, read_config_file
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
+from dora_diffusion.config.prompts import OPTIONS
 from dora_diffusion.data.checks import FEWEST, MOST
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +74,7 @@ def test_the_training_loop_of_the_readme_runs(tmp_path, monkeypatch):
 def test_flags_in_documents_exist(path):
     # Not only in commands: tables and sentences name flags too.
     known = {"--help", "--extra-index-url", "--multi_gpu", "--num_processes"}
-    known |= {"--torch-backend"}
+    known |= {"--torch-backend", *(f"--{name}" for name in OPTIONS)}
     for parser in cli.build_parser()._subparsers._group_actions[0].choices.values():
         known |= {name for action in parser._actions for name in action.option_strings}
     # The benchmarks have parsers of their own.

@@ -98,7 +98,7 @@ def train(tab: Tab, steps: int | None) -> None:
     )
     tab.wait_text("#plan", "--max_train_steps")
     if steps is not None:
-        for title in ("Advanced settings", "Length and batch", "Output, checkpoints"):
+        for title in ("Advanced settings", "Optimization", "Output"):
             tab.page.get_by_role("button", name=title).first.click()
         for name, value in (("max_train_steps", steps), ("checkpointing_steps", steps // 2)):
             field = tab.page.get_by_label(name, exact=False).first

@@ -1,8 +1,10 @@
-"""A new adapter's weights for a layer, and the report of what was adapted."""
+"""A new adapter's weights for a layer, random or another adapter's, and what was adapted."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -20,10 +22,13 @@ from dora_diffusion.adapters.parametrizations import (
 )
 from dora_diffusion.adapters.targets import is_conv
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.numerics.dora import weight_norm
+from dora_diffusion.numerics.dora import adapted_norm, weight_norm
 from dora_diffusion.numerics.projections import Projections
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis
-from dora_diffusion.wording import counted
+from dora_diffusion.wording import counted, listing
+
+# Up to the innermost of numbered blocks: what is behind it names a layer in all of them.
+_BLOCKS = re.compile(r".*\b\w+s\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -107,22 +112,74 @@ def _check_variant(path: str, module: nn.Module, config: AdapterConfig) -> None:
         )
 
 
+def check_start(
+    modules: Mapping[str, nn.Module], config: AdapterConfig, start: Mapping[str, LayerWeights]
+) -> None:
+    """Refuse another adapter that the layers of a config cannot start from.
+
+    Args:
+        modules: The layers that the config adapts, by path.
+        config: What the adapter is made of.
+        start: The other adapter's layers, by path.
+
+    Raises:
+        ConfigError, ValueError: With what to change.
+    """
+    config.check_start()
+    if left := [path for path in start if path not in modules]:
+        patterns = dict.fromkeys(f"'{_BLOCKS.sub('*.', path)}'" for path in left)
+        raise ValueError(
+            f"targets leave out {counted(len(left), 'layer')} of the adapter, such as {left[0]}; "
+            f"add {' '.join(patterns)} to them"
+        )
+    for path, layer in start.items():
+        if layer.weight_shape != (shape := tuple(layer_matrix(modules[path]).shape)):
+            raise ValueError(f"{path} has shape {shape}, the adapter's is {layer.weight_shape}")
+    _check_start_ranks(modules, config, start)
+    scaled = [layer for layer in start.values() if layer.magnitude is not None]
+    if scaled and not config.use_dora:
+        raise ValueError("it is a DoRA, which no LoRA can start from; train a DoRA (method dora)")
+    if axes := {layer.norm_axis for layer in scaled} - {config.norm_axis}:
+        raise ValueError(f"its magnitudes run along the {axes.pop()} axis; set norm_axis to that")
+
+
+def _check_start_ranks(
+    modules: Mapping[str, nn.Module], config: AdapterConfig, start: Mapping[str, LayerWeights]
+) -> None:
+    ranks = {"rank": 0, "conv_rank": 0}
+    for path, layer in start.items():
+        name = "conv_rank" if is_conv(modules[path]) else "rank"
+        ranks[name] = max(ranks[name], layer.rank)
+    have = {"rank": config.rank, "conv_rank": config.conv_rank_or_rank}
+    if larger := [f"{name} {rank}" for name, rank in ranks.items() if rank > have[name]]:
+        asked = listing([f"{name} {have[name.split()[0]]}" for name in ranks if ranks[name]])
+        raise ValueError(
+            f"it has {' and '.join(larger)}, more than {asked}; set {' and '.join(larger)} or "
+            "more, or make it smaller with dora-diffusion convert --to dora"
+        )
+
+
 def fresh_adapters(
-    modules: Mapping[str, nn.Module], config: AdapterConfig, generator: torch.Generator | None
+    modules: Mapping[str, nn.Module],
+    config: AdapterConfig,
+    generator: torch.Generator | None,
+    start: Mapping[str, LayerWeights] | None = None,
 ) -> dict[str, LayerAdapter]:
-    """A new adapter for each layer by its path, which changes nothing: float32, m = norm(W).
+    """A new adapter for each layer by its path: float32, m = norm(W + delta).
 
     Args:
         modules: The layers.
         config: What the adapter is made of.
         generator: Draws what is random. None uses the global one.
+        start: Another adapter's layers, by path. They change the model as they did there, up to
+            the rounding of a rank or scale that differs; all other layers change nothing.
     """
     projections = None
     if config.parametrization == "vera":
         shapes = [tuple(layer_matrix(module).shape) for module in modules.values()]
         projections = Projections.of(shapes, config.rank, config.projection_seed)
     return {
-        path: _fresh_adapter(module, config, generator, projections)
+        path: _fresh_adapter(module, config, generator, projections, (start or {}).get(path))
         for path, module in modules.items()
     }
 
@@ -132,6 +189,7 @@ def _fresh_adapter(
     config: AdapterConfig,
     generator: torch.Generator | None,
     projections: Projections | None,
+    other: LayerWeights | None,
 ) -> LayerAdapter:
     weight, kind = layer_matrix(module).detach(), layer_kind(module)
     rank, alpha = config.rank_and_alpha(is_conv(module))
@@ -147,12 +205,33 @@ def _fresh_adapter(
     if parametrization is None:
         factors = _random_factors(weight, rank, kind, generator)
         weights = LayerWeights(*factors, magnitude, alpha, axis, kind, layer_groups(module))
+        if other is not None:
+            weights = _started(weights, other, weight, config.keeps_scale(is_conv(module)))
         return LayerAdapter(weights, config.dropout)
     start = parametrization.start(generator)
     with torch.no_grad():
         down, up = parametrization(*start)
     weights = LayerWeights(down, up, magnitude, alpha * down.shape[0] / rank, axis, kind)
     return LayerAdapter(weights, config.dropout, parametrization, start)
+
+
+def _started(
+    fresh: LayerWeights, other: LayerWeights, weight: torch.Tensor, keep_scale: bool
+) -> LayerWeights:
+    """A fresh layer with another adapter's weights in its first ranks; the rest adds nothing."""
+    other, rank = other.to(fresh.down.device), other.rank
+    up, alpha = other.up, fresh.alpha
+    if keep_scale:
+        alpha = other.alpha if rank == fresh.rank else other.scale * fresh.rank
+    elif other.scale != fresh.scale:
+        up = up * (other.scale / fresh.scale)
+    down = torch.cat([other.down, fresh.down[rank:]])
+    up = torch.cat([up, fresh.up[:, rank:]], dim=1)
+    magnitude = None if fresh.magnitude is None else other.magnitude
+    layer = dataclasses.replace(fresh, down=down, up=up, alpha=alpha, magnitude=magnitude)
+    if fresh.magnitude is not None and magnitude is None:
+        layer = dataclasses.replace(layer, magnitude=adapted_norm(weight, layer).float())
+    return layer
 
 
 def _random_factors(

@@ -10,7 +10,12 @@ from typing import cast
 import torch
 from torch import nn
 
-from dora_diffusion.adapters.fresh import InjectionReport, check_rank, fresh_adapters
+from dora_diffusion.adapters.fresh import (
+    InjectionReport,
+    check_rank,
+    check_start,
+    fresh_adapters,
+)
 from dora_diffusion.adapters.kinds import (
     adapt_layer,
     layer_groups,
@@ -39,6 +44,7 @@ def inject_adapters(
     *,
     name: str = DEFAULT_NAME,
     generator: torch.Generator | None = None,
+    start: Mapping[str, LayerWeights] | None = None,
 ) -> InjectionReport:
     """Freeze the model and put a fresh adapter on the layers that the config names.
 
@@ -51,10 +57,12 @@ def inject_adapters(
         config: Targets, ranks and norm axis.
         name: Name of the adapter; several can be on one model.
         generator: Draws A. None uses the global one.
+        start: Another adapter's weights to start from, by path: `adapters.state.by_component`.
 
     Raises:
         TargetError: If a target matches no layer.
-        ValueError: If a rank is larger than a layer, or an adapter of this name is there already.
+        ValueError: If a rank is larger than a layer, an adapter of this name is there already, or
+            none of this config can start from the other's weights.
 
     Example:
         >>> import torch
@@ -62,13 +70,25 @@ def inject_adapters(
         >>> print(inject_adapters(model, AdapterConfig(targets=("*",), rank=2)))
         1 layer adapted (1 Linear), 34 parameters
     """
-    paths = match_targets(model, config.targets)
-    modules = {path: model.get_submodule(path) for path in paths}
-    for path, module in modules.items():
-        check_rank(path, module, config)
-    adapters = fresh_adapters(modules, config, generator)
+    adapters = fresh_adapters(layers_to_adapt(model, config, start), config, generator, start)
     _attach(model, adapters, name)
     return InjectionReport.of(adapters)
+
+
+def layers_to_adapt(
+    model: nn.Module, config: AdapterConfig, start: Mapping[str, LayerWeights] | None = None
+) -> dict[str, nn.Module]:
+    """The layers that `inject_adapters` puts adapters on, by path, checked as it checks them.
+
+    Raises:
+        TargetError, ValueError: As there.
+    """
+    modules = {path: model.get_submodule(path) for path in match_targets(model, config.targets)}
+    for path, module in modules.items():
+        check_rank(path, module, config)
+    if start:
+        check_start(modules, config, start)
+    return modules
 
 
 def attach_adapters(model: nn.Module, weights: Mapping[str, LayerWeights], *, name: str) -> None:

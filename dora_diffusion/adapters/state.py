@@ -130,6 +130,18 @@ def load_adapter_state(
         ValueError: If the state has layers of a component that is not given, or that a component
             lacks, or of another shape.
     """
+    for component, layers in by_component(components, state).items():
+        attach_adapters(components[component], layers, name=name)
+
+
+def by_component(
+    components: LiveModules, state: Mapping[str, LayerWeights]
+) -> dict[str, dict[str, LayerWeights]]:
+    """Canonical layers by component, and in each by the path of its module.
+
+    Raises:
+        ValueError: If there are layers of a component that is not given.
+    """
     split: dict[str, dict[str, LayerWeights]] = {component: {} for component in components}
     unexpected = []
     for key, weights in state.items():
@@ -144,8 +156,7 @@ def load_adapter_state(
             f"the adapter has {len(unexpected)} layers of components that the model lacks, "
             f"such as {unexpected[0]}"
         )
-    for component, layers in split.items():
-        attach_adapters(components[component], layers, name=name)
+    return split
 
 
 def save_adapter(
@@ -241,17 +252,37 @@ def attach_file(
     alpha: float | None = None,
 ) -> AdapterFile:
     """Do what `load_adapter` does, but for the file's trained tokens, which it returns."""
+    adapter = read_for(components, path, "give --alpha", family=family, alpha=alpha)
+    load_adapter_state(components, adapter.layers, name=name)
+    return adapter
+
+
+def read_for(
+    components: LiveModules,
+    path: str | Path,
+    remedy: str,
+    *,
+    family: str = "",
+    alpha: float | None = None,
+) -> AdapterFile:
+    """Read an adapter file for live modules; all but ``remedy`` as in `load_adapter`.
+
+    Args:
+        components: As in `save_adapter`.
+        path: The file or folder.
+        remedy: What to do where the alpha that is assumed is wrong.
+        family: Name of the model's `Family`.
+        alpha: What it was trained with.
+    """
     adapter = read_adapter(path, LiveWeights(components, FAMILIES.get(family)), alpha=alpha)
     for assumption in adapter.assumptions:
         warnings.warn(
-            f"{find_adapter(path).name}: {assumption}; if it was trained with another, give "
-            "--alpha",
-            stacklevel=3,
+            f"{find_adapter(path).name}: {assumption}; if it was trained with another, {remedy}",
+            stacklevel=4,
         )
     for note in adapter.notes:
         if isinstance(note, MissingToken):
-            warnings.warn(f"{find_adapter(path).name}: {note}", stacklevel=3)
-    load_adapter_state(components, adapter.layers, name=name)
+            warnings.warn(f"{find_adapter(path).name}: {note}", stacklevel=4)
     return adapter
 
 

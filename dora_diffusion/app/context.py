@@ -18,10 +18,11 @@ from dora_diffusion.console.errors import asking_for_report, explain, explain_to
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs.base_model import model_info
 from dora_diffusion.jobs.bases import Base, bases, named_bases, on_this_machine
+from dora_diffusion.jobs.checkpoints import adapter_of, chosen_adapter
 from dora_diffusion.jobs.image_generator import ImageGenerator
 from dora_diffusion.jobs.queue import JobQueue
 from dora_diffusion.jobs.snapshot import Job, read_run, snapshot
-from dora_diffusion.jobs.workspace import UserError, Workspace
+from dora_diffusion.jobs.workspace import UserError, Workspace, ids_in
 from dora_diffusion.memory import Device, describe_device, fitting_settings, needed_memory
 from dora_diffusion.training.subject import outside_toy_world
 
@@ -105,6 +106,14 @@ class Context:
             )
         return model
 
+    def starting_adapter(self, choice: object) -> str:
+        """The adapter of a run by its id, or whatever else was typed, such as a file."""
+        name = str(choice or "").strip()
+        return str(chosen_adapter(self.job(name))) if name in ids_in(self.workspace.root) else name
+
+    def _is_adapter_of_run(self, file: str | None) -> bool:
+        return bool(file) and any(str(adapter_of(job)) == file for job in self.jobs())
+
     def check_paths(self, config: TrainConfig) -> None:
         """Refuse other models and folders than those that whoever started the app has named.
 
@@ -121,8 +130,10 @@ class Context:
                 "runs it; choose tensorboard or none for report_to"
             )
         for name in ADVANCED:
+            value = getattr(config, name)
             is_vae = name == "pretrained_vae_model_name_or_path"
-            if SETTINGS[name].is_path and not is_vae and getattr(config, name):
+            is_run = name == "init_adapter" and self._is_adapter_of_run(value)
+            if SETTINGS[name].is_path and value and not is_vae and not is_run:
                 raise UserError(
                     f"this app is shared, and takes no folder for {name}; leave it empty"
                 )

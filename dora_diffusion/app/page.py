@@ -89,6 +89,7 @@ def _connect_clock(
         "library_side": stored.side, "tasks": stored.tasks, "study": comparing.study,
         "study_status": comparing.status, "study_report": comparing.report,
         "study_subjects": comparing.subjects, "study_delete": comparing.delete,
+        "start": training.advanced["init_adapter"],
     }  # fmt: skip
     texts = {name: field for name, field in fields.items() if isinstance(field, gr.HTML)}
     others = {name: field for name, field in fields.items() if name not in texts}
@@ -98,7 +99,7 @@ def _connect_clock(
     def parts(run_id: Any, adapter: Any, selected: Any, study: Any) -> dict[str, Any]:
         jobs = context.jobs()
         made, problems = whole_tabs(
-            Train=lambda: run.refresh(context, jobs, run_id),
+            Train=lambda: run.refresh(context, jobs, run_id) | train.refresh(jobs),
             Generate=lambda: generate.refresh(context, jobs, adapter),
             Library=lambda: library.refresh(jobs, selected),
             Compare=lambda: compare.refresh(context, jobs, study),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NoReturn
 
 from dora_diffusion.wording import closest, counted
@@ -27,7 +27,7 @@ class HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         takes_part = action.option_strings and not action.required and text
-        if not takes_part or "Default:" in text or action.dest in ("help", "version"):
+        if not takes_part or "Default:" in text or action.dest in ("help", "help_all", "version"):
             return text
         default = {False: "off", True: "on", None: "none", "": "none"}.get(
             action.default if isinstance(action.default, bool | str | None) else "?", "%(default)s"
@@ -65,6 +65,18 @@ class SwitchAction(argparse.Action):
         setattr(namespace, self.dest, value != negated)
 
 
+class _HelpAllAction(argparse.Action):
+    """Shows the help with all flags."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        parser.first = None
+        parser.print_help()
+        parser.exit()
+
+
+_SHOWN = (argparse._HelpAction, _HelpAllAction)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that answers a mistake in one line and shows a short usage above it.
 
@@ -72,6 +84,8 @@ class Parser(argparse.ArgumentParser):
         refusal: What to say of a flag that other programs have, by its name without dashes; None
             for any other.
         meant_by: The flag that an unknown one stands for, or None; both without dashes.
+        first: The flags that ``--help`` shows, by destination, where ``--help-all`` has them all;
+            None: it shows all.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -79,6 +93,28 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **options})
         self.refusal: Callable[[str], str | None] = lambda name: None
         self.meant_by: Callable[[str], str | None] = self._near_flag
+        self.first: Container[str] | None = None
+
+    def split_help(self, first: Container[str]) -> None:
+        """Have ``--help`` show some flags alone, and ``--help-all`` all of them."""
+        self.first = first
+        text = "Show all flags and exit."
+        self.add_argument("--help-all", action=_HelpAllAction, nargs=0, help=text)
+
+    def format_help(self) -> str:
+        """The help, without flags that are for ``--help-all``."""
+        others = [
+            (action, action.help) for action in self._actions
+            if self.first is not None and action.option_strings
+            and action.dest not in self.first and not isinstance(action, _SHOWN)
+        ]  # fmt: skip
+        for action, _ in others:
+            action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in others:
+                action.help = text
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, after looking for flags that do not exist, and refuse what is left over."""

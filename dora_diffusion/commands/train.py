@@ -27,6 +27,14 @@ from dora_diffusion.wording import quoted
 if TYPE_CHECKING:
     from dora_diffusion.training.loop import TrainResult
 
+# The flags that matter first: what --help shows.
+FIRST = (
+    "pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "token",
+    "resolution", "aspect_ratio_buckets", "masked_loss", "with_prior_preservation",
+    "method", "init_adapter", "targets", "train_text_encoder", "rank",
+    "max_train_steps", "train_batch_size", "learning_rate", "gradient_checkpointing",
+    "validation_prompt", "output_dir", "resume_from_checkpoint",
+)  # fmt: skip
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -34,6 +42,10 @@ def add_arguments(parser: Parser) -> None:
     """Add ``--config``, one flag per setting, and what else Diffusers' scripts accept."""
     parser.usage = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
     parser.refusal, parser.meant_by = refusal, meant_by
+    parser.split_help(("config", "debug", *FIRST))
+    parser.epilog = (
+        f"These are {len(FIRST)} of {len(settings())} settings; --help-all has them all."
+    )
     parser.add_argument(
         "--config", help="YAML file of settings; flags given here take precedence over it."
     )

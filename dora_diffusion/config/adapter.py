@@ -89,6 +89,25 @@ class AdapterConfig:
             "projection_seed",
         )
 
+    def check_start(self) -> None:
+        """Refuse to start what trains other numbers than A and B from another adapter's.
+
+        Raises:
+            ConfigError: With the setting.
+        """
+        for name, usual in (("init", "random"), ("parametrization", "low-rank")):
+            value = getattr(self, name)
+            require(
+                value == usual,
+                f"init_adapter starts A and B, and {name} {value} starts others; leave one of "
+                "them out",
+                "init_adapter",
+            )
+
+    def keeps_scale(self, is_conv: bool) -> bool:
+        """Whether layers that start from another adapter keep its scale: no alpha was given."""
+        return (self.conv_alpha if is_conv else self.alpha) is None and not self.rslora
+
     @property
     def conv_rank_or_rank(self) -> int:
         """The rank that Conv2d layers get."""

@@ -11,8 +11,7 @@ from typing import Any
 
 from dora_diffusion.config.fields import ConfigError, Setting, shown, with_present_names
 from dora_diffusion.config.subject import ENTRY_SETTINGS
-from dora_diffusion.config.train import TrainConfig, settings
-from dora_diffusion.wording import framed
+from dora_diffusion.config.train import TrainConfig, framed_prompt, settings
 
 Changes = dict[str, tuple[Any, Any]]
 
@@ -34,16 +33,6 @@ def class_word_in(prompt: str, token: str) -> str:
     return _NEXT_PHRASE.split(rest, maxsplit=1)[0].strip()
 
 
-def framed_prompt(config: TrainConfig) -> str:
-    """The instance prompt as a caption: between prefix and suffix."""
-    prefix, prompt, suffix = (
-        config.caption_prefix,
-        config.instance_prompt or "",
-        config.caption_suffix,
-    )
-    return framed(prefix, prompt, suffix) if prefix or suffix else prompt
-
-
 def usual_class_word(config: TrainConfig) -> str:
     """The class word that follows from the instance prompt; of wildcards the first alternative."""
     prompt, before = framed_prompt(config), ""
@@ -59,8 +48,13 @@ def _class_word(config: TrainConfig) -> str | None:
 
 
 def _validation_prompt(config: TrainConfig) -> list[str]:
-    prompts = [framed_prompt(entry) for entry in config.subjects if entry.instance_prompt]
-    return list(dict.fromkeys(prompts)) if config.num_validation_images else []
+    lines = [prompt.text for prompt in config.prompts if not config.validation_prompt]
+    return lines if config.num_validation_images and not config.sample_prompts else []
+
+
+def _alpha(config: TrainConfig, rank: int) -> float | None:
+    """The rank, where layers have an alpha of their own and none that they start from."""
+    return None if config.parametrization == "vera" or config.init_adapter else float(rank)
 
 
 def _class_data_dir(config: TrainConfig) -> str | None:
@@ -79,10 +73,8 @@ def _validation_loss_steps(config: TrainConfig) -> int | None:
 
 DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
     "learning_rate": lambda config: config.usual_lr,
-    "lora_alpha": lambda config: None if config.parametrization == "vera" else float(config.rank),
-    "conv_alpha": lambda config: (
-        None if config.parametrization == "vera" else float(config.conv_rank)
-    ),
+    "lora_alpha": lambda config: _alpha(config, config.rank),
+    "conv_alpha": lambda config: _alpha(config, config.conv_rank),
     "class_word": _class_word,
     "new_words": lambda config: config.words,
     "validation_prompt": _validation_prompt,

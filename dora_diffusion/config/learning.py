@@ -58,6 +58,14 @@ class AdapterSettings:
         "model.",
         choices=METHODS,
     )
+    init_adapter: str | None = flag(
+        None,
+        "Adapter to start from: a file, the folder of a run, or a hub id, in any key format, of "
+        "this rank or a smaller one; a LoRA starts a DoRA too. Its scale is kept where no alpha is "
+        "given.",
+        needs=(_ADAPTER,),
+        is_path=True,
+    )
     full_weights: str = flag(
         "all",
         "What full fine-tuning trains: all weights of the UNet, or those of the layers in targets.",
@@ -77,11 +85,19 @@ class AdapterSettings:
     train_text_encoder: bool = flag(False, "Train the text encoders too.")
     rank: int = flag(8, "Rank of Linear layers.", needs=(_ADAPTER, _RANKED), above=0)
     lora_alpha: float | None = flag(
-        None, "Alpha of Linear layers.", derived="rank", needs=(_ADAPTER, _RANKED), above=0
+        None,
+        "Alpha of Linear layers.",
+        derived="rank, or init_adapter's",
+        needs=(_ADAPTER, _RANKED),
+        above=0,
     )
     conv_rank: int = flag(4, "Rank of Conv2d layers.", needs=(_ADAPTER, _RANKED), above=0)
     conv_alpha: float | None = flag(
-        None, "Alpha of Conv2d layers.", derived="conv_rank", needs=(_ADAPTER, _RANKED), above=0
+        None,
+        "Alpha of Conv2d layers.",
+        derived="conv_rank, or init_adapter's",
+        needs=(_ADAPTER, _RANKED),
+        above=0,
     )
     rslora: bool = flag(False, "rsLoRA: scale by alpha / sqrt(rank).", needs=(_ADAPTER, _RANKED))
     parametrization: str = flag(
@@ -158,7 +174,7 @@ class AdapterSettings:
 class LengthSettings:
     """How long it trains, and on how much at once."""
 
-    heading: ClassVar = "Length and batch"
+    heading: ClassVar = "Optimization"
 
     max_train_steps: int | None = flag(
         None, "Optimizer steps.", derived="800, for SDXL 1000", resume="free", above=0
@@ -181,7 +197,7 @@ class LengthSettings:
 class OptimizerSettings:
     """How the weights are moved."""
 
-    heading: ClassVar = "Optimizer and learning rate"
+    heading: ClassVar = "Optimization"
 
     learning_rate: float | None = flag(
         None,
@@ -282,7 +298,7 @@ class OptimizerSettings:
 class LossSettings:
     """What the loss weighs."""
 
-    heading: ClassVar = "Loss"
+    heading: ClassVar = "Optimization"
 
     snr_gamma: float = flag(
         5.0, "min-SNR loss weighting (arXiv:2303.09556); 0 turns it off.", least=0

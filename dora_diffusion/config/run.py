@@ -37,7 +37,7 @@ def _checkpoints(config: Any) -> str | None:
 class DeviceSettings:
     """What it computes with."""
 
-    heading: ClassVar = "Precision and memory"
+    heading: ClassVar = "Memory and precision"
 
     mixed_precision: str = flag(
         "auto",
@@ -71,15 +71,26 @@ class DeviceSettings:
 class SampleSettings:
     """What shows how it goes."""
 
-    heading: ClassVar = "Samples during and after training"
+    heading: ClassVar = "Validation"
 
     validation_prompt: list[str] = flag(
         [],
-        "Validation prompts: with the token for the subject, without it to watch for language "
-        "drift.",
+        "Validation prompts: with the token for the subject, without it (--drift) to watch for "
+        "language drift. Each may end with options as sd-scripts has them: --n NEGATIVE --d SEED "
+        "--w WIDTH --h HEIGHT --l GUIDANCE --s STEPS --ss SCHEDULER.",
         derived="the instance prompt",
         resume="free",
         needs=(_SAMPLES,),
+    )
+    sample_prompts: str | None = flag(
+        None,
+        "File of more validation prompts, a line each.",
+        resume="ignored",  # its lines are validation prompts of the run
+        needs=(_SAMPLES,),
+        is_path=True,
+    )
+    sample_at_start: bool = flag(
+        False, "Sample before the first step too.", resume="ignored", needs=(_SAMPLES,)
     )
     num_validation_images: int = flag(
         4, "Sample images per validation prompt; 0 samples nothing.", resume="free", least=0
@@ -172,7 +183,7 @@ class ValidationSettings:
 class OutputSettings:
     """What is written, and from where it resumes."""
 
-    heading: ClassVar = "Output, checkpoints and resuming"
+    heading: ClassVar = "Output"
 
     output_dir: str = flag("dreambooth-output", "Output folder.", resume="ignored", is_path=True)
     overwrite_output_dir: bool = flag(

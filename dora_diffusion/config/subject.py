@@ -42,7 +42,7 @@ def _on_the_hub(config: ModelSettings) -> str | None:
 class ModelSettings:
     """Which model is trained."""
 
-    heading: ClassVar = "Base model"
+    heading: ClassVar = "Model"
 
     pretrained_model_name_or_path: str = flag(
         "embedded:tiny-sd",
@@ -176,7 +176,7 @@ class WordSettings:
 class ImageSettings:
     """How images and captions are read."""
 
-    heading: ClassVar = "Images and captions"
+    heading: ClassVar = "Data"
 
     resolution: int | None = flag(
         None, "Training resolution in pixels.", derived="the base model's own", above=0
@@ -270,7 +270,7 @@ class ImageSettings:
 class PriorSettings:
     """How the rest of the class is kept."""
 
-    heading: ClassVar = "Prior preservation"
+    heading: ClassVar = "Data"
 
     with_prior_preservation: bool = flag(
         False, "Prior preservation, against language drift: the rest of the class stays as it is."

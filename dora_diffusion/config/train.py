@@ -25,7 +25,8 @@ from dora_diffusion.config.fields import (
     require_token_length,
     with_present_names,
 )
-from dora_diffusion.wording import did_you_mean
+from dora_diffusion.config.prompts import SamplePrompt, parse_prompt, read_prompts
+from dora_diffusion.wording import did_you_mean, framed
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,16 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "number of photos",
             "validation_split",
         )
+        for prompt in self.validation_prompt:
+            parse_prompt(prompt)
         if self.optimizer_name == "prodigy":
             self._check_prodigy()
         if self.parametrization == "adalora" and not self.is_full:
             self._check_allocation()
         if self.train_text_encoder_ti:
             self._check_words()
+        if self.init_adapter and not self.is_full:
+            self.unet_adapter.check_start()
         for targets, rank_only in ((self.targets, False), (self.text_encoder_targets, True)):
             self._adapter(tuple(targets), rank_only)
 
@@ -276,6 +281,24 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         return self.train_text_encoder or self.train_text_encoder_ti
 
     @property
+    def prompts(self) -> list[SamplePrompt]:
+        """What sample images show: the instance prompts, where nothing else is asked for."""
+        own = (framed_prompt(subject) for subject in self.subjects)
+        lines = self.validation_prompt or list(dict.fromkeys(own))
+        return [parse_prompt(line) for line in lines if line]
+
+    def with_sample_prompts(self) -> TrainConfig:
+        """These settings with the lines of ``sample_prompts`` among the validation prompts.
+
+        Raises:
+            ConfigError: If the file cannot be read, or a line cannot work.
+        """
+        if not self.sample_prompts or not self.num_validation_images:
+            return self
+        lines = [*self.validation_prompt, *read_prompts(self.sample_prompts)]
+        return dataclasses.replace(self, validation_prompt=lines, sample_prompts=None)
+
+    @property
     def prior_mode(self) -> str:
         """How the prior is held: Diffusers' settings of class images mean class images."""
         asks_for_images = self.class_data_dir or self.class_prompt
@@ -318,6 +341,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "style": {"token": "", "aspect_ratio_buckets": True, "caption_dropout": 0.05},
 }
 """Settings that belong together, by name: where a run starts from, not what it must have."""
+
+
+def framed_prompt(config: TrainConfig) -> str:
+    """The instance prompt as a caption: between prefix and suffix."""
+    prefix, prompt, suffix = (
+        config.caption_prefix,
+        config.instance_prompt or "",
+        config.caption_suffix,
+    )
+    return framed(prefix, prompt, suffix) if prompt and (prefix or suffix) else prompt
 
 
 @lru_cache(maxsize=1)

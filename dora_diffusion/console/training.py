@@ -137,6 +137,7 @@ class TrainProgress:
         print(
             f"{event.family} on {event.device}: {counted(event.photos, 'photo')} at "
             f"{event.resolution} px, {event.adapter}"
+            + (f", started from {event.started_from}" if event.started_from else "")
         )
         if len(split_triggers(event.trigger)) > 1:
             print(f"subjects: {event.trigger}")
@@ -228,7 +229,7 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
         comfyui = f"copy {str(written)!r} into ComfyUI/models/loras"
         diffusers = _command("export", *adapted, "--output", merged)
         diffusers += f"  # then DiffusionPipeline.from_pretrained({merged!r})"
-    prompt = next(iter(config.validation_prompt), config.subjects[0].instance_prompt or "")
+    prompt = next((prompt.text for prompt in config.prompts), "")
     images = _command("generate", *adapted, "--prompt", prompt, "--output", f"{folder}.png")
     return [f"images:    {images}", f"ComfyUI:   {comfyui}", f"Diffusers: {diffusers}"]
 

@@ -60,6 +60,22 @@ def resolve_folder(
     return _checked_folder(fetch_snapshot(text, revision, allow, ignore, local_only))
 
 
+def resolve_adapter(name: str | Path) -> Path:
+    """Find the adapter that a name stands for: its file or folder, or a hub id, downloaded once.
+
+    Raises:
+        FileNotFoundError, ModelNotFoundError: If there is none.
+        AdapterFormatError: If a folder holds no adapter, or several.
+    """
+    from dora_diffusion.formats.adapter.stored import find_adapter  # It imports torch.
+
+    text = os.path.expanduser(name)
+    if Path(text).exists() or looks_local(text):
+        return find_adapter(text)
+    weights = [f"{folder}/{file}" for folder in WEIGHT_COMPONENTS for file in ("model*", "diff*")]
+    return find_adapter(fetch_snapshot(text, None, ["*.safetensors", "*.json"], weights))
+
+
 def fetch_snapshot(
     name: str,
     revision: str | None,

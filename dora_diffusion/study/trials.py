@@ -145,6 +145,7 @@ def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
     left_out = {s.name for s in settings() if s.is_path or s.resume == "ignored"} | {
         "seed", "instance_prompt", "class_word", "validation_prompt", "num_validation_images",
     }  # fmt: skip
+    left_out -= {"init_adapter"} if values.get("init_adapter") else set()
     return {name: value for name, value in values.items() if name not in left_out}
 
 

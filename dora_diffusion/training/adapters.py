@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,38 +15,51 @@ from torch.utils.checkpoint import checkpoint
 
 from dora_diffusion.adapters.compiled import compile_blocks
 from dora_diffusion.adapters.fresh import InjectionReport
-from dora_diffusion.adapters.inject import disabled, inject_adapters, remove_adapters
+from dora_diffusion.adapters.inject import (
+    disabled,
+    inject_adapters,
+    layers_to_adapt,
+    remove_adapters,
+)
 from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.state import (
     LiveWeights,
     adapter_state,
+    by_component,
     load_adapter_state,
+    read_for,
     vera_state,
 )
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.devices import keeps_random_state, random_state, set_random_state
+from dora_diffusion.export.merge_spec import adapter_hash
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
     read_adapter,
     write_adapter,
 )
+from dora_diffusion.formats.adapter.metadata import without_path
+from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.formats.layouts.diffusers import DIFFUSERS
 from dora_diffusion.formats.layouts.vera import digest_of, write_vera
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.models.components import Components
+from dora_diffusion.models.locate import ModelNotFoundError, resolve_adapter
+from dora_diffusion.numerics.weights import LayerWeights
 from dora_diffusion.training.card import KOHYA_FILE
 from dora_diffusion.training.optimizer import parameter_groups
 from dora_diffusion.training.words import TrainedWords
+from dora_diffusion.wording import listing
 
 Writer = Callable[[Path, AdapterMetadata], Path]
 
 
 @dataclass(frozen=True)
 class TrainedAdapters:
-    """Fresh adapters on a model.
+    """Adapters on a model, fresh or started from another's weights.
 
     Attributes:
         components: The model.
@@ -54,6 +67,7 @@ class TrainedAdapters:
         report: Which of their layers.
         key_format: Of their file: Diffusers', or kohya's for magnitudes on the input axis.
         words: New words that train with them.
+        origin: What they started from, as metadata: ``init_adapter`` and its SHA-256; {} if fresh.
     """
 
     components: Components
@@ -61,6 +75,7 @@ class TrainedAdapters:
     report: InjectionReport
     key_format: str = "diffusers"
     words: TrainedWords = field(default_factory=TrainedWords)
+    origin: dict[str, str] = field(default_factory=dict)
 
     noun = "adapter"
 
@@ -88,6 +103,23 @@ class TrainedAdapters:
         layers = vera_state(self.modules)
         drawn = {name.partition(".")[0]: layer.projections for name, layer in layers.items()}
         return {component: digest_of(projections) for component, projections in drawn.items()}
+
+    def start(self) -> dict[str, Any]:
+        """What a resumed run needs of the adapter that this one started from: not its file."""
+        return {"origin": dict(self.origin), "alpha": {k: a.alpha for k, a in self._adapters()}}
+
+    def restore_start(self, start: Mapping[str, Any]) -> None:
+        """Put back what `start` gave; earlier versions had none."""
+        self.origin.update(start.get("origin", {}))
+        for name, adapter in self._adapters():
+            adapter.alpha = start.get("alpha", {}).get(name, adapter.alpha)
+
+    def _adapters(self) -> list[tuple[str, Any]]:
+        return [
+            (f"{component}.{path}", next(iter(layer.adapters.values())))
+            for component, model in self.modules.items()
+            for path, layer in adapted_layers(model)
+        ]
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """Parameters by component and role."""
@@ -151,8 +183,86 @@ class TrainedAdapters:
         self.words.load(adapter.tokens)
 
 
-def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapters:
+@dataclass(frozen=True)
+class StartingAdapter:
+    """An adapter that a run starts from.
+
+    Attributes:
+        path: Its file or folder.
+        name: What the settings call it.
+        layers: Its layers by component and path, once they were read for a model.
+    """
+
+    path: Path
+    name: str
+    layers: Mapping[str, Mapping[str, LayerWeights]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> StartingAdapter | None:
+        """Find ``init_adapter``; None where there is none, or a checkpoint has it in it.
+
+        Raises:
+            ConfigError, AdapterFormatError: If it is not there, or is no adapter.
+        """
+        name = config.init_adapter
+        if not name or config.is_full or config.resume_from_checkpoint:
+            return None
+        try:
+            return cls(StoredAdapter.open(resolve_adapter(name)).path, name)
+        except (FileNotFoundError, ModelNotFoundError) as error:
+            raise ConfigError(f"init_adapter: {error}", "init_adapter") from error
+
+    def read(self, components: Components, config: TrainConfig) -> StartingAdapter:
+        """Read its layers for a model, and check that those of the run can start from them.
+
+        Raises:
+            ConfigError, AdapterFormatError: If they cannot, with what to change.
+        """
+        live, trained = components.adaptable(), components_that_train(components, config)
+        remedy = "write it with the right one first (dora-diffusion convert --alpha)"
+        adapter = read_for(live, self.path, remedy, family=components.family.name)
+        if adapter.tokens:
+            raise ConfigError(
+                f"init_adapter {self.name} has trained tokens ({listing(adapter.tokens)}), which "
+                "the run would neither train nor write; start from an adapter without them",
+                "init_adapter",
+            )
+        layers = {name: part for name, part in by_component(live, adapter.layers).items() if part}
+        if left := layers.keys() - trained.keys():
+            raise ConfigError(
+                f"init_adapter {self.name} has layers of {listing(left)}, which the run does not "
+                "train; add --train_text_encoder (--text_encoder_lr 0 leaves them as they are)",
+                "init_adapter",
+            )
+        for name, part in layers.items():
+            try:
+                layers_to_adapt(trained[name], adapter_config(name, config), part)
+            except ValueError as error:
+                raise ConfigError(
+                    f"init_adapter {self.name} cannot start the {name}: {error}", "init_adapter"
+                ) from error
+        return StartingAdapter(self.path, self.name, layers)
+
+    def origin(self) -> dict[str, str]:
+        """Name and digest, as metadata."""
+        digest = adapter_hash(self.path)
+        return {"init_adapter": without_path(self.name), "init_adapter_sha256": digest}
+
+
+def adapter_config(component: str, config: TrainConfig) -> AdapterConfig:
+    """The settings of the adapter of the UNet, or of a text encoder."""
+    return config.unet_adapter if component == "unet" else config.text_encoder_adapter
+
+
+def inject_trained(
+    components: Components, config: TrainConfig, start: StartingAdapter | None = None
+) -> TrainedAdapters:
     """Put adapters on the components that train, and those into training mode.
+
+    Args:
+        components: The model.
+        config: All settings.
+        start: What the adapters start from; None: from their usual start.
 
     Raises:
         TargetError: If a target matches no layer.
@@ -161,14 +271,16 @@ def inject_trained(components: Components, config: TrainConfig) -> TrainedAdapte
     """
     modules, layers = components_that_train(components, config), []
     for name, model in modules.items():
-        adapter = config.unet_adapter if name == "unet" else config.text_encoder_adapter
+        adapter, other = adapter_config(name, config), start.layers.get(name) if start else None
         generator = generator_for("adapter", config.seed, name)
-        layers += inject_adapters(model, adapter, generator=generator).layers
+        layers += inject_adapters(model, adapter, generator=generator, start=other).layers
         enter_training(model, components, config)
+    origin = start.origin() if start else {}
     report = InjectionReport(tuple(layers))
     _warn_of_unused_conv_settings(config, report)
     on_input = config.method_name == "dora" and config.norm_axis == "input"
-    trained = TrainedAdapters(components, modules, report, "kohya" if on_input else "diffusers")
+    key_format = "kohya" if on_input else "diffusers"
+    trained = TrainedAdapters(components, modules, report, key_format, origin=origin)
     # Not after hours of training.
     layout_named(trained.key_format).check(adapter_state(modules))
     return trained

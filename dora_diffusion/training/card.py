@@ -9,7 +9,6 @@ from pathlib import Path
 
 from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.config.derived import framed_prompt
 from dora_diffusion.families import FAMILIES, Family
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, embedding_files
 from dora_diffusion.formats.adapter.file import AdapterMetadata
@@ -46,7 +45,7 @@ def model_card(
     """
     base = without_path(metadata.base_model)
     trigger, first = triggers_of(subjects), subjects[0].settings
-    prompt = config.validation_prompt[0] if config.validation_prompt else framed_prompt(first)
+    prompt = next((prompt.text for prompt in config.prompts), "")
     prompt = caption_rules(first).draw_prompt(prompt, config.seed)
     images = "".join(
         f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
@@ -62,6 +61,8 @@ def model_card(
     reading, skip = reading_in_words(stated, family), stated.get("clip_skip", 0)
     called = _images(family) + (f", clip_skip={skip}" if skip else "")
     read = f"\nPrompts were read {reading}; `generate` does so by itself.\n" if reading else ""
+    if other := metadata.extra.get("init_adapter"):
+        method += f", started from `{other}` (SHA-256 {metadata.extra['init_adapter_sha256'][:12]})"
     return f"""---
 base_model: {base}
 instance_prompt: {json.dumps(first.instance_prompt, ensure_ascii=False)}{library}

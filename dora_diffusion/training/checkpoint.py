@@ -99,6 +99,7 @@ def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
         **session.place(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "projections": session.weights.projections(),
+        "start": session.weights.start(),
         "allocation": None if allocation is None else allocation.state_dict(),
         "validation": None if session.validation is None else session.validation.state_dict(),
     }
@@ -167,6 +168,7 @@ def restore_weights(session: Session, state: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])
+    session.weights.restore_start(state.get("start", {}))
 
 
 def batches_seen(state: Mapping[str, Any]) -> int:

@@ -51,6 +51,7 @@ class TrainingStarted:
         resumed_from: Name of the checkpoint.
         steps_dropped: Steps after that checkpoint, which are repeated.
         adapter: What was adapted, in words.
+        started_from: The adapter that it started from; empty for a fresh one.
         changed: Setting -> (before, now) of a resumed run.
         unused: The same, of settings without effect since no step is left.
         held_out: File names of the photos that are held out.
@@ -69,6 +70,7 @@ class TrainingStarted:
     changed: Changes
     unused: Changes
     held_out: tuple[str, ...] = ()
+    started_from: str = ""
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,9 @@ def check_folders(config: TrainConfig) -> None:
     output = Path(config.output_dir).resolve()
     for subject in config.subjects:
         _check_subject_folders(subject, output)
+    start = Path(config.init_adapter or "").expanduser()
+    if config.init_adapter and start.exists() and not config.resume_from_checkpoint:
+        _apart("init_adapter", start.resolve(), "output_dir", output)
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         model = _folder(getattr(config, name))
         if model is not None:

@@ -96,6 +96,16 @@ class FullWeights:
     def projections(self) -> dict[str, str]:
         return {}
 
+    @property
+    def origin(self) -> dict[str, str]:
+        return {}
+
+    def start(self) -> dict[str, Any]:
+        return {}
+
+    def restore_start(self, start: Mapping[str, Any]) -> None:
+        """Nothing: the base model is what it starts from."""
+
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """Parameters by component."""
         return weight_groups(self.trained, config) + self.words.groups(config)

@@ -31,7 +31,7 @@ from dora_diffusion.training.metrics import (
 )
 from dora_diffusion.training.result import result_metadata, take_best, write_result
 from dora_diffusion.training.resume import RunStart, save_config, start_run
-from dora_diffusion.training.samples import SampleWriter
+from dora_diffusion.training.samples import SampleWriter, check_prompts
 from dora_diffusion.training.session import Session, open_session
 from dora_diffusion.training.stop import Stopped, StopRequest
 from dora_diffusion.training.subject import outside_toy_world, subjects_of
@@ -105,7 +105,9 @@ def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainR
         >>> result.adapter.name
         'pytorch_lora_weights.safetensors'
     """
+    config = config.with_sample_prompts()
     subjects = subjects_of(config)
+    check_prompts(config)
     for reason in (*without_effect(config).values(), *unusual_rates(config)):
         warnings.warn(reason, stacklevel=2)
     base, words = config.pretrained_model_name_or_path, [s.class_word for s in subjects]
@@ -168,6 +170,8 @@ class _Run:
         session.cache_ahead(session.total_steps - step, self.on_event)
         self.stop.answer_with(_SAVING)
         log = self._begin()
+        if step == 0 and session.config.sample_at_start:
+            self._sample(0, log)
         begun, any_set = time.perf_counter(), SharedFlags(session.accelerator)
         place = session.place()
         try:
@@ -271,6 +275,7 @@ class _Run:
                 family=session.components.family.title,
                 device=str(session.accelerator.device),
                 adapter=session.report,
+                started_from=session.weights.origin.get("init_adapter", ""),
                 trigger=session.trigger,
                 changed=start.changed,
                 unused=start.unused,

@@ -116,6 +116,7 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
             **_variant(session.config),
             **_reading(session.config),
             **_validation_loss(session, steps),
+            **session.weights.origin,
             UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
         },
         tags=tuple(filter(None, class_words)),

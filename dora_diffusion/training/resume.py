@@ -15,6 +15,7 @@ from dora_diffusion.config.derived import Changes, as_yaml, listed
 from dora_diffusion.config.file import SEGMENTS
 from dora_diffusion.config.learning import OptimizerSettings
 from dora_diffusion.config.run import SampleSettings
+from dora_diffusion.export.merge_spec import adapter_hash
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.training.checkpoint import (
     checkpoints_in,
@@ -70,6 +71,7 @@ def start_run(session: Session, output_dir: Path) -> tuple[Session, RunStart]:
     path = find_checkpoint(config.resume_from_checkpoint, output_dir)
     state = read_state(path)
     check_same_run(path.name, state, config, session.dataset.contents())
+    _warn_of_other_start(path.name, state, config)
     step = int(state["step"])
     _check_steps(path, step, session.total_steps, config)
     _check_result(path, state["config"], config, step == session.total_steps)
@@ -129,6 +131,19 @@ def changed_segments(segments: Sequence[Segment]) -> list[Segment]:
         }
         for segment in segments
     ]
+
+
+def _warn_of_other_start(name: str, state: Mapping[str, Any], config: TrainConfig) -> None:
+    """Say that an adapter is no longer what the run started from; it is not needed any more."""
+    origin, file = state.get("start", {}).get("origin", {}), Path(config.init_adapter or "")
+    if not origin or not file.expanduser().exists():
+        return
+    if adapter_hash(file) != origin["init_adapter_sha256"]:
+        warnings.warn(
+            f"init_adapter {file} has changed since the run started from it; {name} goes on from "
+            "what it was then",
+            stacklevel=3,
+        )
 
 
 def _check_steps(path: Path, step: int, total_steps: int, config: TrainConfig) -> None:

@@ -7,13 +7,17 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
 from dora_diffusion.adapters.compiled import uncompiled
-from dora_diffusion.config.derived import framed_prompt
+from dora_diffusion.config import TrainConfig
+from dora_diffusion.config.fields import require_choice
+from dora_diffusion.config.prompts import SamplePrompt
 from dora_diffusion.generate import SamplingSettings, generate_images, image_grid
 from dora_diffusion.images import parameters_text, save_png
+from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
 from dora_diffusion.training.session import Session
 from dora_diffusion.training.sheets import labelled_sheet, stacked
@@ -33,6 +37,50 @@ def warning_of_full_disk(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         warnings.warn(f"{what}: {error.strerror or error}", stacklevel=3)
+
+
+class Sampled(NamedTuple):
+    """A sample prompt with the settings of its run: its text, seeds, and how it is sampled."""
+
+    text: str
+    seeds: range
+    settings: SamplingSettings
+
+    @classmethod
+    def of(cls, prompt: SamplePrompt, config: TrainConfig) -> Sampled:
+        """What a prompt leaves open is as the settings have it.
+
+        Raises:
+            ConfigError: If there is no such scheduler.
+        """
+        if prompt.scheduler:
+            require_choice("--ss of a sample prompt", prompt.scheduler, tuple(SCHEDULERS))
+        seed = config.seed if prompt.seed is None else prompt.seed
+        guidance = prompt.guidance_scale
+        settings = SamplingSettings(
+            steps=prompt.steps or config.validation_inference_steps,
+            guidance_scale=config.validation_guidance_scale if guidance is None else guidance,
+            scheduler=prompt.scheduler,
+            width=prompt.width or config.resolution,
+            height=prompt.height or config.resolution,
+            negative_prompt=prompt.negative,
+        )
+        return cls(prompt.text, range(seed, seed + config.num_validation_images), settings)
+
+
+def check_prompts(config: TrainConfig) -> None:
+    """Refuse sample prompts that could not be sampled, before a model is loaded.
+
+    Raises:
+        ConfigError: With what is wrong.
+    """
+    for prompt in config.prompts:
+        Sampled.of(prompt, config)
+
+
+def _of_one_size(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Those of the size of the first."""
+    return [image for image in images if image.size == images[0].size]
 
 
 class SampleWriter:
@@ -57,17 +105,9 @@ class SampleWriter:
         self._trackers, self._on_event, self._stop = trackers, on_event, stop
         config = session.config
         self._with = "fine-tuned" if config.is_full else "with the adapter"
-        subject = session.subjects[0].settings
-        usual = [framed_prompt(subject)] if subject.instance_prompt else session.dataset.captions
-        self._prompts = config.validation_prompt or usual[:1]
-        self._rules = caption_rules(subject)
-        self._seeds = range(config.seed, config.seed + config.num_validation_images)
-        self._settings = SamplingSettings(
-            steps=config.validation_inference_steps,
-            guidance_scale=config.validation_guidance_scale,
-            width=session.resolution,
-            height=session.resolution,
-        )
+        self._prompts = [Sampled.of(prompt, config) for prompt in config.prompts]
+        self._lines = config.validation_prompt or [prompt.text for prompt in self._prompts]
+        self._rules = caption_rules(session.subjects[0].settings)
 
     def at_step(self, step: int) -> list[tuple[str, Image.Image]]:
         """Write ``step-STEP.png``; a full disk is a warning. Returns prompts and their images."""
@@ -75,7 +115,7 @@ class SampleWriter:
         with warning_of_full_disk(f"no samples at step {step}"), suppress(_SamplingStopped):
             images = self._images()
             self._save_sheet(f"step-{step:06d}", images, title, step)
-        prompts = [prompt for prompt in self._prompts for _ in self._seeds]
+        prompts = [prompt.text for prompt in self._prompts for _ in prompt.seeds]
         return list(zip(prompts, images, strict=False))
 
     def of_result(self, step: int, on_adapted: Callable[[Image.Image], object]) -> None:
@@ -87,33 +127,37 @@ class SampleWriter:
             images = self._images()
             title = f"After {step} steps, {self._with}"
             adapted = self._save_sheet("adapted", images, title, step)
-            on_adapted(image_grid(images, columns=len(self._seeds)))
+            on_adapted(image_grid(_of_one_size(images), self._session.config.num_validation_images))
             with self._session.weights.base_weights():
                 images = self._images()
             base = self._save_sheet("base", images, "The base model", step, adapter=False)
-            text = self._parameters(images[0].size, step, adapter=True)
+            text = self._parameters(images, step, adapter=True)
             self._save("base_above_adapted", stacked([base, adapted]), text)
 
     def _images(self) -> list[Image.Image]:
         """Sample all images, prompt by prompt."""
         images: list[Image.Image] = []
         config = self._session.config
+        before = last = 0  # denoising steps of the prompts before, and of the last one
         for row, prompt in enumerate(self._prompts):
+            before, last = before + last, 0
 
-            def report(done: int, total: int, row: int = row) -> None:
+            def report(done: int, total: int, before: int = before, row: int = row) -> None:
+                nonlocal last
                 if self._stop.requested:
                     raise _SamplingStopped
-                self._on_event(SamplingProgress(row * total + done, len(self._prompts) * total))
+                last, left = total, len(self._prompts) - row
+                self._on_event(SamplingProgress(before + done, before + left * total))
 
             # Without gradients and at another batch size, each block would be compiled again.
             with uncompiled() if config.compile else nullcontext():
                 images += generate_images(
                     self._session.components,
-                    [self._rules.draw_prompt(prompt, seed) for seed in self._seeds]
+                    [self._rules.draw_prompt(prompt.text, seed) for seed in prompt.seeds]
                     if config.wildcards
-                    else prompt,
-                    self._seeds,
-                    self._settings,
+                    else prompt.text,
+                    prompt.seeds,
+                    prompt.settings,
                     batch_size=config.sample_batch_size,
                     on_step=report,
                 )
@@ -128,23 +172,36 @@ class SampleWriter:
         *,
         adapter: bool = True,
     ) -> Image.Image:
-        sheet = labelled_sheet(images, title, self._prompts, [f"seed {s}" for s in self._seeds])
-        self._save(name, sheet, self._parameters(images[0].size, step, adapter=adapter))
-        self._trackers.log_image("samples/adapter" if adapter else "samples/base", sheet, step)
+        columns, lines = [f"seed {seed}" for seed in self._prompts[0].seeds], self._lines
+        seeds = [prompt.seeds for prompt in self._prompts]
+        if len(set(seeds)) > 1 or len(_of_one_size(images)) < len(images):
+            columns = [""] * len(columns)  # None is of one seed, or none is straight.
+            rows = zip(lines, seeds, strict=True)
+            lines = [f"{line} (from seed {own[0]})" for line, own in rows]
+        sheet = labelled_sheet(images, title, lines, columns)
+        self._save(name, sheet, self._parameters(images, step, adapter=adapter))
+        tag = "samples/adapter" if adapter else "samples/base"
+        self._trackers.log_images(tag, [sheet], step)
+        for row in range(len(lines) if len(lines) > 1 else 0):
+            shown = images[row * len(columns) : (row + 1) * len(columns)]
+            self._trackers.log_images(f"{tag}/{row + 1}", shown, step)
         return sheet
 
-    def _parameters(self, size: tuple[int, int], step: int, *, adapter: bool) -> str:
+    def _parameters(self, images: Sequence[Image.Image], step: int, *, adapter: bool) -> str:
         """What made a sheet, as `parameters_text` writes it of the first image, and the rest."""
+        first, size, last = self._prompts[0], images[0].size, images[-1].size
         extra = {
             **self._session.components.clip_skip_parameter,
-            "Seeds": ", ".join(str(seed) for seed in self._seeds),
-            "Prompts": json.dumps(self._prompts, ensure_ascii=False),
+            "Seeds": ", ".join(str(seed) for seed in first.seeds),
+            "Prompts": json.dumps(self._lines, ensure_ascii=False),
             "Training step": step,
         }
+        if last != size:
+            extra["Last size"] = f"{last[0]}x{last[1]}"
         return parameters_text(
-            self._rules.draw_prompt(self._prompts[0], self._seeds[0]),
-            self._seeds[0],
-            self._settings,
+            self._rules.draw_prompt(first.text, first.seeds[0]),
+            first.seeds[0],
+            first.settings,
             size,
             self._session.config.pretrained_model_name_or_path,
             str(self._output_dir) if adapter else None,

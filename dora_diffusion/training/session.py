@@ -20,7 +20,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
-from dora_diffusion.training.adapters import enter_training, inject_trained
+from dora_diffusion.training.adapters import StartingAdapter, enter_training, inject_trained
 from dora_diffusion.training.dataset import check_wildcards, list_subjects, open_dataset
 from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
 from dora_diffusion.training.full import TrainedWeights, select_weights
@@ -153,6 +153,7 @@ def open_session(
     paths, held_out = divide_all(subjects, list_subjects(subjects))
     for subject, photos in zip(subjects, paths, strict=True):
         check_wildcards(subject.settings, photos)
+    start = StartingAdapter.of(config)
     loaded = load_components(
         config.pretrained_model_name_or_path,
         revision=config.revision,
@@ -166,6 +167,7 @@ def open_session(
     components = place(reading, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     require_new(components, config.words)
+    start = start.read(components, config) if start else None
     dataset = open_dataset(config, subjects, components, paths, accelerator, on_event)
     has_buckets = any(subject.settings.aspect_ratio_buckets for subject in subjects)
     sampler = EpochSampler(
@@ -185,7 +187,9 @@ def open_session(
     validation = Validation(config, pairs, components, accelerator) if any(held_out) else None
     _load_step_modules(config, components)
     weights: TrainedWeights = (
-        select_weights(components, config) if config.is_full else inject_trained(components, config)
+        select_weights(components, config)
+        if config.is_full
+        else inject_trained(components, config, start)
     )
     weights = replace(weights, words=add_words(components, config))
     for name in weights.words.tables if not config.train_text_encoder else ():

@@ -20,26 +20,27 @@ def labelled_sheet(
     rows: Sequence[str],
     columns: Sequence[str],
 ) -> Image.Image:
-    """Images of one size on white, with their labels in letters that fit the images' size.
+    """Images on white, with their labels in letters that fit the images' size.
 
     Args:
-        images: Row by row.
+        images: Row by row; those of a row are of one size.
         title: Above all.
         rows: What is written above each row, in as many lines as it takes.
         columns: What is written above each column.
     """
-    width, height = images[0].size
-    text = _Text(max(_SMALLEST_FONT, width // _IMAGES_PER_FONT))
-    total = max(len(columns) * (width + _GAP) - _GAP, _LEAST_CHARACTERS * text.size // 2)
+    width, sizes = images[0].width, [image.size for image in images[:: len(columns)]]
+    text, widest = _Text(max(_SMALLEST_FONT, width // _IMAGES_PER_FONT)), max(sizes)[0]
+    total = max(len(columns) * (widest + _GAP) - _GAP, _LEAST_CHARACTERS * text.size // 2)
     titled = [text.wrap(row, total) for row in rows]
     head = text.wrap(title, total)
     lines = len(head) + 1 + sum(len(row) for row in titled)
-    sheet = Image.new("RGB", (total, lines * text.line + len(rows) * (height + _GAP)), "white")
+    heights = sum(height + _GAP for _, height in sizes)
+    sheet = Image.new("RGB", (total, lines * text.line + heights), "white")
     y = text.draw(sheet, head, 0)
     for column, label in enumerate(columns):
         text.draw(sheet, text.wrap(label, width)[:1], y, column * (width + _GAP))
     y += text.line
-    for number, row in enumerate(titled):
+    for number, (row, (width, height)) in enumerate(zip(titled, sizes, strict=True)):
         y = text.draw(sheet, row, y)
         for column in range(len(columns)):
             sheet.paste(images[number * len(columns) + column], (column * (width + _GAP), y))

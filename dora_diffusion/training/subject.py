@@ -95,13 +95,14 @@ def subjects_of(config: TrainConfig) -> list[Subject]:
                 f"{subject.class_word!r}; give each subject a token of its own"
             )
     tokens = [token for token in by_token if token]
-    for prompt in config.validation_prompt if len(tokens) == len(by_token) else ():
-        if not any(contains_token(prompt, token) for token in tokens):
+    asks = config.validation_prompt and len(tokens) == len(by_token)
+    for prompt in config.prompts if asks else ():
+        if not prompt.is_drift and not any(contains_token(prompt.text, own) for own in tokens):
             said = "the token" if len(tokens) == 1 else "any of the tokens"
             warnings.warn(
-                f"validation_prompt {quoted(prompt)} does not contain {said} "
+                f"validation_prompt {quoted(prompt.text)} does not contain {said} "
                 f"{', '.join(repr(subject.token) for subject in by_token.values())}: its samples "
-                "show language drift, not the subject",
+                "show language drift, not the subject (--drift at its end says so)",
                 stacklevel=3,
             )
     words = tuple(word for word in config.words if word.lower() not in by_token)
@@ -120,8 +121,8 @@ def _subject_of(config: TrainConfig) -> Subject:
     rules = caption_rules(config)
     try:
         captions = rules.possible(prompt, token)
-        for shown in config.validation_prompt:
-            rules.draw_prompt(shown, config.seed)
+        for shown in config.prompts:
+            rules.draw_prompt(shown.text, config.seed)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if token and not any(contains_token(caption, token) for caption in captions):

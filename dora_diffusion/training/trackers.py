@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,12 +40,12 @@ class Trackers:
         if self._enabled:
             self._attempt(partial(self._accelerator.log, step_tags(record), step=record["step"]))
 
-    def log_image(self, tag: str, image: Image.Image, step: int) -> None:
-        """Log an image under a tag."""
+    def log_images(self, tag: str, images: Sequence[Image.Image], step: int) -> None:
+        """Log images of one size under a tag."""
         if not self._enabled:
             return
-        # One image in a batch of one, (1, height, width, 3).
-        pixels = np.asarray(image.convert("RGB"))[None]
+        # (n, height, width, 3)
+        pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
         for tracker in self._accelerator.trackers:
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             self._attempt(partial(tracker.log_images, {tag: pixels}, step=step, **options))

@@ -163,7 +163,7 @@ def set_up_run(page: Visit, steps: int) -> None:
     page.check("Fast")
     # What is typed before the preset has been filled in would be written over.
     page.wait_text("#plan", "--max_train_steps 120 ")
-    page.unfold("Advanced settings", "Length and batch", "Samples during", "Output, checkpoints")
+    page.unfold("Advanced settings", "Optimization", "Validation", "Output")
     for name, value in (
         ("max_train_steps", steps),
         ("checkpointing_steps", 4),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from dora_diffusion import cli
-from dora_diffusion.commands.train import train_config
+from dora_diffusion.commands.train import FIRST, train_config
+from dora_diffusion.config import settings
 
 MISUSES = [
     ("train --lr 1e-4", "there is no flag --lr (did you mean --learning_rate?)"),
@@ -72,23 +75,39 @@ def test_dtypes_are_taken_under_their_short_names():
     assert cli.build_parser().parse_args(words).dtype == "bfloat16"
 
 
-def test_help_lists_settings_under_their_headings(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["train", "--help"])
+def shown(capsys, flag):
+    """The help of train: its text, headings, and settings."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", flag])
+    assert stop.value.code == 0
     text = capsys.readouterr().out
+    return text, re.findall(r"^(\w.*):$", text, re.M)[1:], re.findall(r"^  --(\w+)", text, re.M)
+
+
+def test_help_lists_settings_under_their_headings_those_that_matter_first_alone(capsys):
+    text, headings, names = shown(capsys, "--help")
     assert text.startswith("usage: dora-diffusion train [--config FILE] [--SETTING VALUE ...]\n")
-    assert "--rank N " in text
-    headings = ["Base model:", "Subject:", "Prior preservation:", "Adapter:", "Optimizer and"]
-    places = [text.index(heading) for heading in headings]
-    assert places == sorted(places)
-    assert "enable_xformers" not in text
+    expected = [
+        "Model", "Subject", "Data", "Adapter", "Optimization", "Memory and precision",
+        "Validation", "Output",
+    ]  # fmt: skip
+    assert headings == expected
+    every, all_headings, all_names = shown(capsys, "--help-all")
+    assert all_headings == expected
+    known = [setting.name for setting in settings()]
+    assert [name for name in all_names if name in known] == known
+    assert [name for name in names if name in known] == [n for n in known if n in FIRST]
+    assert len(FIRST) == len(set(FIRST)) == 20
+    assert f"These are 20 of {len(known)} settings; --help-all has them all." in text
+    assert "enable_xformers" not in every
+    assert len(text.splitlines()) < 100 < len(every.splitlines())
 
 
 def test_no_help_text_speaks_of_pictures(capsys):
     """The field's word is image."""
     for command in cli.COMMANDS:
         with pytest.raises(SystemExit):
-            cli.main([command, "--help"])
+            cli.main([command, "--help-all" if command == "train" else "--help"])
         assert "picture" not in capsys.readouterr().out.lower(), command
 
 

@@ -9,8 +9,10 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
+from dora_diffusion.config import ConfigError, read_config_file
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.generate import SamplingSettings, generate_images
 from dora_diffusion.images import parse_parameters, read_parameters
@@ -57,6 +59,53 @@ def test_a_runs_sheets_say_what_they_are(tiny_run, sd1_folder, tmp_path):
     # The model's own scheduler, PNDM, takes three steps where it is asked for two.
     assert told == [(step, 6) for step in range(1, 7)] * 3
     assert result.samples["base"] == samples / "base.png"
+
+
+def test_a_file_of_prompts_says_how_each_is_sampled_and_that_some_watch_drift(
+    tiny_run, sd1_folder, tmp_path
+):
+    file = tmp_path / "prompts.txt"
+    lines = [
+        "a sks mug --n blurry --w 40 --h 24 --d 7 --l 3 --s 3 --ss euler",
+        "a photo of a mug --drift",
+    ]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    config = tiny_run(
+        max_train_steps=1, num_validation_images=2, sample_prompts=str(file), sample_at_start=True,
+        seed=5,
+    )  # fmt: skip
+    events = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(config, events.append)
+    assert "token" not in str([one.message for one in caught])
+    components = load_components(sd1_folder)
+    own = SamplingSettings(3, 3.0, "euler", 40, 24, "blurry")
+    usual = SamplingSettings(2, 7.5, width=32, height=32)
+    expected = generate_images(components, "a sks mug", [7, 8], own)
+    expected += generate_images(components, "a photo of a mug", [5, 6], usual)
+    samples = tmp_path / "out" / "samples"
+    for name in ("base", "step-000000"):  # a fresh adapter is the base
+        with Image.open(samples / f"{name}.png") as sheet:
+            assert [len(find(sheet, image)) for image in expected] == [1, 1, 1, 1]
+    facts = parse_parameters(read_parameters(samples / "step-000000.png"))
+    assert json.loads(facts["Prompts"]) == lines
+    assert (facts["Prompt"], facts["Negative prompt"]) == ("a sks mug", "blurry")
+    assert (facts["Size"], facts["Last size"], facts["Sampler"]) == ("40x24", "32x32", "euler")
+    told = [(e.done, e.total) for e in events if isinstance(e, SamplingProgress)]
+    # Three steps of Euler, and PNDM's three of two.
+    assert told == [(step, 6) for step in range(1, 7)] * 3
+    # What ran says its prompts itself.
+    settings = read_config_file(tmp_path / "out" / "config.yaml")
+    assert settings["validation_prompt"] == lines
+    assert settings["sample_prompts"] is None
+
+
+def test_a_scheduler_that_is_none_is_refused_before_the_model_is_loaded(tiny_run, monkeypatch):
+    monkeypatch.setattr("dora_diffusion.training.session.load_components", None)
+    config = tiny_run(validation_prompt=["a sks mug --ss lms"], num_validation_images=1)
+    with pytest.raises(ConfigError, match="--ss of a sample prompt is 'lms'; it must be one of"):
+        train(config)
 
 
 def test_samples_every_epoch_are_samples_every_so_many_steps(config):

@@ -52,6 +52,7 @@ def test_tensorboard_gets_numbers_settings_and_samples(tiny_run, tmp_path):
         scalars = {event.step: event.value for event in reader.Scalars(f"train/{name}")}
         assert scalars == pytest.approx({record["step"]: record[name] for record in logged})
     assert [event.step for event in reader.Images("samples/adapter")] == [2, 3]
+    assert [event.step for event in reader.Images("samples/adapter/2")] == [2, 3]
     (base,) = reader.Images("samples/base")
     with Image.open(tmp_path / "out" / "samples" / "base.png") as sheet:
         assert (base.step, base.width, base.height) == (3, *sheet.size)
@@ -98,7 +99,7 @@ def test_other_trackers_get_the_same():
     trackers = Trackers(accelerator, enabled=True)
     trackers.begin({"rank": 8})
     trackers.log_step({"step": 7, "loss": 0.5, "grad_norm": 1.0, "lr": {"unet/up": 1e-4}})
-    trackers.log_image("samples/base", Image.new("RGB", (6, 4), "red"), 7)
+    trackers.log_images("samples/base", [Image.new("RGB", (6, 4), "red")] * 2, 7)
     (tracker,) = accelerator.trackers
     assert tracker.settings == {"rank": 8}
     assert accelerator.logged == [
@@ -106,7 +107,7 @@ def test_other_trackers_get_the_same():
     ]
     ((images, step),) = tracker.images
     assert step == 7
-    assert images["samples/base"].shape == (1, 4, 6, 3)
+    assert images["samples/base"].shape == (2, 4, 6, 3)
     assert np.array_equal(images["samples/base"][0, 0, 0], (255, 0, 0))
 
 

@@ -238,7 +238,8 @@ def _thumbnail(path: Path | None) -> Any:
         raise ValueError("there is no image of it")
     image = open_photo(path, limited=False)
     text = read_parameters(path) if path.suffix == ".png" else None
-    size = parse_parameters(text).get("Size", "").split("x") if text else []
+    fields = parse_parameters(text) if text else {}
+    size = fields.get("Last size", fields.get("Size", "")).split("x")
     if len(size) == 2 and all(side.isdecimal() for side in size):
         image = one_image(image, int(size[0]), int(size[1]))
     side = min(image.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -29,19 +30,27 @@ from dora_diffusion.app.settings import (
     subject_of_draft,
 )
 from dora_diffusion.app.views import run
-from dora_diffusion.app.views.fields import QUIET, html_block, setting_field
+from dora_diffusion.app.views.fields import QUIET, changing, html_block, setting_field
 from dora_diffusion.app.views.subject import SubjectTab, current_subject
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.photos import mask_path
 from dora_diffusion.jobs.base_model import check_model
 from dora_diffusion.jobs.estimates import announced_class_images, estimate
+from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.subjects import StoredSubject, keep_words, read_subject, subjects_in
 from dora_diffusion.jobs.tasks import NAME_LIMIT, start_training
 from dora_diffusion.jobs.workspace import UserError
+from dora_diffusion.training.samples import check_prompts
 from dora_diffusion.training.subject import outside_toy_world, subjects_of
 
 _CHOOSE_ANOTHER = "Choose Stable Diffusion 1.5, SDXL or a model of yours under Base model."
+_NEW_ADAPTER = ("none: a new adapter", "")
+# What an adapter of the library tells of the run that starts from it.
+_OF_ADAPTER = (
+    "method", "use_dora", "norm_axis", "rank", "conv_rank", "targets", "train_text_encoder",
+    "text_encoder_targets",
+)  # fmt: skip
 _PROMPTS = "a photo of a {subject} on the snow\na photo of a {subject} at night"
 
 
@@ -127,23 +136,36 @@ class TrainTab:
             elem_id="base-model",
         )
         self.settled = gr.State("")
+        self.advanced: dict[str, Any] = {
+            "init_adapter": gr.Dropdown(
+                [_NEW_ADAPTER],
+                value="",
+                label="init_adapter",
+                info="Start from an adapter: a run of the library, which sets base model, rank and "
+                "layers, or a file of another program.",
+                allow_custom_value=True,
+                elem_id="init-adapter",
+            )
+        }
 
     def _add_advanced(self) -> None:
         self.prompts = gr.Textbox(
             _PROMPTS,
             label="Sample prompts, one per line",
-            info="{subject} stands for token and class.",
+            info="{subject} stands for token and class. A line may end with --n negative prompt, "
+            "--d seed, --w width, --h height, --l guidance, --s steps, --ss scheduler, and --drift "
+            "where it leaves out the token.",
             lines=2,
             max_length=4000,
             elem_id="sample-prompts",
         )
-        self.advanced: dict[str, Any] = {}
         values = preset_values("balanced", EMBEDDED)
         with gr.Accordion("Advanced settings, by their command-line names", open=False):
             for title, names in GROUPS.items():
                 with gr.Accordion(title, open=False):
                     for name in names:
-                        self.advanced[name] = setting_field(name, values[name])
+                        if name not in self.advanced:
+                            self.advanced[name] = setting_field(name, values[name])
 
 
 def connect(
@@ -199,6 +221,7 @@ def connect(
 
     gr.on([subjects.pick.change, opened], offer, [subjects.pick], [tab.others], **QUIET)
     _connect_presets(context, tab)
+    _connect_start(context, tab)
     _connect_draft(context, tab, subjects, blocks)
     run.connect(context, tab.shown)
 
@@ -236,6 +259,31 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
     )  # fmt: skip
 
 
+def _connect_start(context: Context, tab: TrainTab) -> None:
+    """Fill in what an adapter of the library needs of a run that starts from it."""
+
+    @plain
+    def use_start(choice: str | None) -> list[Any]:
+        job = next((job for job in context.jobs() if choice and job.id == choice), None)
+        if job is None:
+            return [gr.skip()] * (1 + len(_OF_ADAPTER))
+        values = TrainConfig().to_dict() | dict(job.settings)
+        return [job.base, *(gr.update(value=setting_text(values[name])) for name in _OF_ADAPTER)]
+
+    tab.advanced["init_adapter"].input(
+        use_start,
+        [tab.advanced["init_adapter"]],
+        [tab.model, *(tab.advanced[name] for name in _OF_ADAPTER)],
+        **QUIET,
+    )
+
+
+def refresh(jobs: Sequence[Job]) -> dict[str, Any]:
+    """What the clock sends to this tab's form: the runs to start from."""
+    runs = [(job.label, job.id) for job in jobs if job.kind == "train" and job.stands]
+    return {"start": changing(choices=[_NEW_ADAPTER, *runs])}
+
+
 def read_form(
     context: Context, subject_id: str | None, *values: Any, ask_hub: bool = False
 ) -> tuple[TrainConfig, list[StoredSubject]]:
@@ -254,6 +302,7 @@ def read_form(
     chosen = dict(zip(ADVANCED, advanced, strict=True))
     others = [read_subject(context.workspace, each) for each in (other_ids or [[]])[0] or ()]
     learned = [subject, *others]
+    chosen["init_adapter"] = context.starting_adapter(chosen["init_adapter"])
     # Whoever paints a mask wants it used.
     chosen["masked_loss"] |= any(mask_path(p).exists() for each in learned for p in each.photos)
     output = context.workspace.root / "new-run"
@@ -275,6 +324,7 @@ def read_form(
     )  # fmt: skip
     context.check_paths(config)
     check_model(config, ask_hub=ask_hub)
+    check_prompts(config.with_sample_prompts())
     # The worker would refuse a subject without a name. Of sample prompts the plan speaks itself.
     subjects_of(dataclasses.replace(config, validation_prompt=[]))
     return config, learned
@@ -344,8 +394,11 @@ def _class_prompts(config: TrainConfig) -> list[str]:
     """Sample prompts that do not name the subject."""
     tokens = [subject.token for subject in config.subjects]
     return [
-        f"Sample prompt {prompt!r} does not contain the token {' or '.join(map(repr, tokens))}: "
-        "its images show language drift, not the subject."
-        for prompt in config.validation_prompt
-        if all(tokens) and not any(contains_token(prompt, token) for token in tokens)
+        f"Sample prompt {prompt.text!r} does not contain the token "
+        f"{' or '.join(map(repr, tokens))}: its images show language drift, not the subject "
+        "(--drift at its end says so)."
+        for prompt in config.prompts
+        if all(tokens)
+        and not prompt.is_drift
+        and not any(contains_token(prompt.text, token) for token in tokens)
     ]

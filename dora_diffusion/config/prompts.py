@@ -1,0 +1,127 @@
+"""Sample prompts: a line each, with options as sd-scripts' files of prompts have them."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion.config.fields import ConfigError, require
+from dora_diffusion.wording import quoted
+
+# Letters after "--" -> attribute, what it is, and what an image of a latent model can have.
+_NUMBERS: dict[str, tuple[str, type, float]] = {
+    "d": ("seed", int, 0), "w": ("width", int, 8), "h": ("height", int, 8),
+    "s": ("steps", int, 1), "l": ("guidance_scale", float, 0),
+}  # fmt: skip
+_TEXTS = {"n": "negative", "ss": "scheduler"}
+_DRIFT = "drift"
+OPTIONS = (*_NUMBERS, *_TEXTS, _DRIFT)
+"""What may stand behind ``--`` in a line."""
+# sd-scripts' names of schedulers -> ours.
+_SCHEDULERS = {"k_euler": "euler", "k_euler_a": "euler_a", "dpmsolver++": "dpm++"}
+PIXELS = 8
+"""Of which width and height are multiples."""
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """What a sample image shows, and how it is sampled; None is as the settings have it.
+
+    Attributes:
+        text: The prompt.
+        negative: The negative prompt.
+        seed: Of the first image; those after it count on.
+        width: Pixels.
+        height: Pixels.
+        steps: Denoising steps.
+        guidance_scale: Guidance scale (CFG scale).
+        scheduler: Name of a scheduler.
+        is_drift: It lacks the token on purpose, to watch for language drift.
+    """
+
+    text: str
+    negative: str = ""
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    scheduler: str | None = None
+    is_drift: bool = False
+
+
+def parse_prompt(line: str) -> SamplePrompt:
+    """Read a line such as ``a photo of a sks dog --n blurry --d 7 --w 768 --h 512 --l 5 --s 30``.
+
+    Raises:
+        ConfigError: If an option is none, is given twice or has a value that cannot work.
+
+    Example:
+        >>> parse_prompt("a sks dog --d 7 --w 768").seed
+        7
+    """
+    text, *options = re.split(r"(?:^|\s+)--(?=\w)", line.strip())
+    require(bool(text), f"the sample prompt {quoted(line)} has no text before its options")
+    values: dict[str, Any] = {}
+    for option in options:
+        key, _, value = (part.strip() for part in option.partition(" "))
+        name, read = _option(key, value, line)
+        require(name not in values, f"the sample prompt {quoted(line)} has --{key} twice")
+        values[name] = read
+    return SamplePrompt(text, **values)
+
+
+def _option(key: str, value: str, line: str) -> tuple[str, Any]:
+    place = f"the sample prompt {quoted(line)}: --{key}"
+    if key == _DRIFT:
+        require(not value, f"{place} takes no value {value!r}; put it at the line's end")
+        return "is_drift", True
+    if key in _TEXTS:
+        require(bool(value), f"{place} needs a value")
+        return _TEXTS[key], _SCHEDULERS.get(value, value) if key == "ss" else value
+    require(
+        key in _NUMBERS,
+        f"{place} is no option here; there is --n (negative prompt), --d (seed), --w, --h, --l "
+        "(guidance scale), --s (steps), --ss (scheduler) and --drift",
+    )
+    name, kind, least = _NUMBERS[key]
+    wanted = "a whole number" if kind is int else "a number"
+    try:
+        number = kind(value)
+    except ValueError as error:
+        raise ConfigError(f"{place} is {value!r}; it must be {wanted}") from error
+    require(least <= number < math.inf, f"{place} is {value}; it must be at least {least:g}")
+    is_side = name in ("width", "height")
+    require(
+        not is_side or number % PIXELS == 0,
+        f"{place} is {value}; it must be a multiple of {PIXELS}",
+    )
+    return name, number
+
+
+def read_prompts(file: str | Path) -> list[str]:
+    """The lines of a file of sample prompts, without empty ones and comments (``#``).
+
+    Raises:
+        ConfigError: If it cannot be read, has no prompt, or a line cannot work; with its number.
+    """
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(
+            f"cannot read sample_prompts {file}: {reason}", "sample_prompts"
+        ) from error
+    prompts = {
+        n: line.strip() for n, line in enumerate(lines, 1) if not re.match(r"\s*(#|$)", line)
+    }
+    require(bool(prompts), f"sample_prompts {file} has no prompt", "sample_prompts")
+    for number, line in prompts.items():
+        try:
+            parse_prompt(line)
+        except ConfigError as error:
+            raise ConfigError(f"{file}, line {number}: {error}", "sample_prompts") from error
+    return list(prompts.values())
