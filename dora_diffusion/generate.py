@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -22,7 +23,8 @@ from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.devices import default_device
-from dora_diffusion.formats.adapter.file import AdapterMetadata
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata, parse_metadata
+from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import in_turns, place
@@ -52,6 +54,8 @@ class SamplingSettings:
         image: What an inpainting model paints into, cut to the size from the middle. Without it
             the whole image is painted, as by a text-to-image model.
         mask_image: White where to paint, of the image's size.
+        guidance_rescale: Share of the guided prediction that is brought back to the standard
+            deviation of the unguided one (arXiv:2305.08891, section 3.4; 0.7 there); 0 is none.
 
     Raises:
         ValueError: If a value cannot work.
@@ -65,6 +69,7 @@ class SamplingSettings:
     negative_prompt: str = ""
     image: Image.Image | None = field(default=None, repr=False)
     mask_image: Image.Image | None = field(default=None, repr=False)
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "width", "height"):
@@ -73,6 +78,10 @@ class SamplingSettings:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be 0 or more")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(
+                f"guidance_rescale is {self.guidance_rescale}; it must be between 0 and 1"
+            )
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             raise ValueError(
                 f"scheduler is {self.scheduler!r}; it must be one of {', '.join(SCHEDULERS)}"
@@ -98,6 +107,8 @@ def load_adapted(
     variant: str | None = None,
     revision: str | None = None,
     config: str | Path | None = None,
+    prediction_type: str | None = None,
+    zero_terminal_snr: bool | None = None,
     vae: str | Path | None = None,
     compile: bool = False,
     offload: str = "none",
@@ -116,6 +127,8 @@ def load_adapted(
         variant: Weight variant of the base, such as "fp16".
         revision: Branch, tag or commit of a base on the hub.
         config: For a single file: a diffusers folder of the same architecture.
+        prediction_type: What the base predicts; None: what it says, else the adapter.
+        zero_terminal_snr: Whether its noise schedule ends in pure noise; None: the same.
         vae: Another autoencoder, as `load_components` takes it.
         compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
         offload: ``"model"`` has each part on the device only while it computes (`generate_images`).
@@ -132,9 +145,14 @@ def load_adapted(
     require_computes(device, dtype)
     if compile:
         require_compiler(device)
+    facts = None
+    if adapter is not None:
+        facts = parse_metadata(StoredAdapter.open(adapter).files[0].metadata)
     components = load_components(
-        base, revision=revision, variant=variant, vae=vae, dtype=dtype, config=config
-    )
+        base, revision=revision, variant=variant, vae=vae, dtype=dtype, config=config,
+        prediction_type=prediction_type, zero_terminal_snr=zero_terminal_snr,
+        adapter=facts,
+    )  # fmt: skip
     components = place(components, device, offload)
     if compile:
         compile_blocks(components.unet)
@@ -287,6 +305,8 @@ def _sample(
     negative: Any = settings.negative_prompt or None
     if negative and not isinstance(prompt, str):
         negative = [negative] * len(prompt)
+    if settings.guidance_rescale:
+        painted |= _rescale(pipeline, components, settings.guidance_rescale)
     pixels: np.ndarray = pipeline(
         prompt,
         negative_prompt=negative,
@@ -301,6 +321,16 @@ def _sample(
         **painted,
     ).images
     return pixels
+
+
+def _rescale(pipeline: Any, components: Components, share: float) -> dict[str, float]:
+    name = "guidance_rescale"
+    require(
+        name in inspect.signature(pipeline.__call__).parameters,
+        f"{name} is not in Diffusers' pipeline of {components.family.title}; leave it out",
+        name,
+    )
+    return {name: share}
 
 
 def _require_finite(pixels: np.ndarray, seeds: Sequence[int]) -> None:

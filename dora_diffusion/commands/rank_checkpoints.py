@@ -80,7 +80,11 @@ def run(args: argparse.Namespace) -> int:
     tell(phase="loading the model")
     from dora_diffusion.jobs.image_generator import load_model
 
-    components = load_model(args.base, None, ModelFiles(vae, folder, **base_options(args)))
+    files = ModelFiles(
+        vae, folder, **base_options(args),
+        prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr,
+    )  # fmt: skip
+    components = load_model(args.base, None, files)
     with progress("generating images", "image") as show:
         rows, notes = rank(components, adapters, questions, args.output, show)
     write_ranking(args.output, rows, notes, questions.similar_to)

@@ -102,6 +102,7 @@ class TrainProgress:
             f"{event.family} on {event.device}: {counted(event.photos, 'photo')} at "
             f"{event.resolution} px, {event.adapter}"
         )
+        print(f"noise schedule: {event.schedule}")
         if event.resumed_from:
             print(_resumed_line(event))
         if event.changed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+from dora_diffusion.families import PREDICTION_TYPES
 
 
 def sample_timestep(num_train_timesteps: int, generator: torch.Generator) -> Tensor:

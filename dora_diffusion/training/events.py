@@ -62,6 +62,7 @@ class TrainingStarted:
     photos: int
     resolution: int
     family: str
+    schedule: str
     device: str
     adapter: str
     trigger: str

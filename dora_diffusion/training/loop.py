@@ -230,6 +230,7 @@ class _Run:
                 photos=len(session.dataset),
                 resolution=session.resolution,
                 family=session.components.family.title,
+                schedule=str(session.components.schedule),
                 device=str(session.accelerator.device),
                 adapter=str(session.weights.report),
                 trigger=session.subject.trigger,

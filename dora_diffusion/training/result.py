@@ -13,7 +13,11 @@ from PIL import Image
 from dora_diffusion import __version__, system
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import tag_frequency
-from dora_diffusion.formats.adapter.metadata import UNET_LAYERS, AdapterMetadata
+from dora_diffusion.formats.adapter.metadata import (
+    UNET_LAYERS,
+    ZERO_TERMINAL_SNR,
+    AdapterMetadata,
+)
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.images import save_png, thumbnail
@@ -69,6 +73,7 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
         resolution=session.resolution,
         extra={
             "prediction_type": components.prediction_type,
+            ZERO_TERMINAL_SNR: str(bool(components.scheduler.config.rescale_betas_zero_snr)),
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
             **_variant(session.config),

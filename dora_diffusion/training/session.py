@@ -143,6 +143,8 @@ def open_session(
         # Weights that train are float32; autocast computes with them in the precision.
         dtype=torch.float32 if config.is_full else PRECISION_DTYPES[precision],
         config=config.model_config,
+        prediction_type=config.prediction_type,
+        zero_terminal_snr=config.zero_terminal_snr,
     )
     components = place(loaded, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)

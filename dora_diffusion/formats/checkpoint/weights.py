@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.families import COMPONENTS, Family
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.checkpoint.entries import Entry
+from dora_diffusion.formats.checkpoint.schedule import (
+    NoiseSchedule,
+    Statement,
+    choose_schedule,
+    statements_on,
+    usual_of,
+)
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.numerics.weights import LayerKind
 
@@ -71,6 +79,11 @@ class StoredModel(ModelWeights, Protocol):
     def other_specs(self) -> Mapping[str, TensorSpec]:
         """Tensors of no component that a single file holds, by their names in it."""
 
+    def statements(self) -> list[Statement]:
+        """What it says itself of its noise schedule, the strongest first."""
+
+    restated: Mapping[str, Any]
+
     def schedule(self) -> dict[str, Any]:
         """The settings of its noise schedule, as far as it states them."""
 
@@ -86,6 +99,38 @@ class StoredModel(ModelWeights, Protocol):
         Raises:
             CheckpointLayoutError: If the model has no place in that layout.
         """
+
+
+def restate_schedule(
+    model: StoredModel,
+    name: str | Path,
+    prediction_type: str | None = None,
+    zero_terminal_snr: bool | None = None,
+    adapters: Sequence[AdapterMetadata] = (),
+) -> NoiseSchedule:
+    """Have a model say of its noise schedule what was asked for, or what its adapters know.
+
+    Args:
+        model: The model.
+        name: What it was opened as.
+        prediction_type: What was asked for; None: nothing.
+        zero_terminal_snr: The same.
+        adapters: What is known of the adapters that go into it.
+
+    Raises:
+        ValueError: If zero terminal SNR is asked for of a model that predicts the noise.
+    """
+    said = statements_on(
+        str(name),
+        model.statements(),
+        prediction_type=prediction_type,
+        zero_terminal_snr=zero_terminal_snr,
+        adapters=adapters,
+    )
+    schedule = choose_schedule(model.path.name, [*said, *usual_of(model.family)])
+    if not schedule.is_own:
+        model.restated = schedule.settings
+    return schedule
 
 
 @dataclass(frozen=True)
