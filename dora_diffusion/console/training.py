@@ -100,9 +100,8 @@ class TrainProgress:
         )
         print(
             f"{event.family} on {event.device}: {counted(event.photos, 'photo')} at "
-            f"{event.resolution} px, {event.adapter}"
+            f"{event.resolution} px, {event.adapter}; {event.schedule}"
         )
-        print(f"noise schedule: {event.schedule}")
         if event.resumed_from:
             print(_resumed_line(event))
         if event.changed:

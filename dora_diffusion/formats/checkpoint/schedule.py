@@ -69,7 +69,7 @@ class NoiseSchedule(NamedTuple):
         return set(self.sources) == {CONFIGURED}
 
     def __str__(self) -> str:
-        says = {EPSILON: "noise prediction (epsilon)", V: "v-prediction"}
+        says = {EPSILON: "epsilon prediction", V: "v-prediction"}
         words = [says.get(self.prediction_type, self.prediction_type)]
         words += ["zero terminal SNR"] * self.zero_terminal_snr
         if len(set(self.sources)) == 1:
