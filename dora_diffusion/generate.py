@@ -25,6 +25,7 @@ from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.devices import default_device
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, parse_metadata
 from dora_diffusion.formats.adapter.stored import StoredAdapter
+from dora_diffusion.formats.checkpoint.schedule import UNASKED, AskedSchedule
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import in_turns, place
@@ -107,8 +108,7 @@ def load_adapted(
     variant: str | None = None,
     revision: str | None = None,
     config: str | Path | None = None,
-    prediction_type: str | None = None,
-    zero_terminal_snr: bool | None = None,
+    schedule: AskedSchedule = UNASKED,
     vae: str | Path | None = None,
     compile: bool = False,
     offload: str = "none",
@@ -127,8 +127,7 @@ def load_adapted(
         variant: Weight variant of the base, such as "fp16".
         revision: Branch, tag or commit of a base on the hub.
         config: For a single file: a diffusers folder of the same architecture.
-        prediction_type: What the base predicts; None: what it says, else the adapter.
-        zero_terminal_snr: Whether its noise schedule ends in pure noise; None: the same.
+        schedule: How the base's noise schedule is meant, where neither it nor the adapter says it.
         vae: Another autoencoder, as `load_components` takes it.
         compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
         offload: ``"model"`` has each part on the device only while it computes (`generate_images`).
@@ -145,13 +144,12 @@ def load_adapted(
     require_computes(device, dtype)
     if compile:
         require_compiler(device)
-    facts = None
     if adapter is not None:
         facts = parse_metadata(StoredAdapter.open(adapter).files[0].metadata)
+        schedule = schedule._replace(adapters=(facts,))
     components = load_components(
         base, revision=revision, variant=variant, vae=vae, dtype=dtype, config=config,
-        prediction_type=prediction_type, zero_terminal_snr=zero_terminal_snr,
-        adapter=facts,
+        schedule=schedule,
     )  # fmt: skip
     components = place(components, device, offload)
     if compile:

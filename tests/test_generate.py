@@ -23,6 +23,7 @@ from dora_diffusion.adapters.inject import (
 from dora_diffusion.adapters.state import save_adapter
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import AdapterMetadata
+from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
 from dora_diffusion.generate import (
     BrokenImageError,
     SamplingSettings,
@@ -274,8 +275,8 @@ def test_the_model_goes_to_the_device_that_training_would_take(
 
 def test_zero_terminal_snr_samples_as_its_paper_says(sdxl_folder):
     """DDIM over the rescaled schedule with rescaled guidance, written out (arXiv:2305.08891)."""
-    asked = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
-    components = load_components(sdxl_folder, **asked)
+    asked = AskedSchedule("v_prediction", True)
+    components = load_components(sdxl_folder, schedule=asked)
     steps, scale, share, seed = 4, 5.0, 0.7, 3
     settings = SamplingSettings(steps, scale, "ddim", guidance_rescale=share)
     (image,) = generate_images(components, PROMPT, [seed], settings)
@@ -321,9 +322,7 @@ def test_zero_terminal_snr_samples_as_its_paper_says(sdxl_folder):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_of_zero_terminal_snr_begin_at_pure_noise(sdxl_folder, name):
-    components = load_components(
-        sdxl_folder, prediction_type="v_prediction", zero_terminal_snr=True
-    )
+    components = load_components(sdxl_folder, schedule=AskedSchedule("v_prediction", True))
     if name in ("pndm", "heun"):
         with pytest.raises(ValueError, match="cannot follow this model's noise schedule"):
             components.sampling_scheduler(name)
@@ -337,8 +336,8 @@ def test_schedulers_of_zero_terminal_snr_begin_at_pure_noise(sdxl_folder, name):
 
 
 def test_a_model_whose_own_scheduler_cannot_follow_samples_by_another(sd1_folder):
-    asked = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
-    components = load_components(sd1_folder, **asked)
+    asked = AskedSchedule("v_prediction", True)
+    components = load_components(sd1_folder, schedule=asked)
     assert components.scheduler_config["_class_name"] == "PNDMScheduler"
     assert type(components.sampling_scheduler()).__name__ == "DDIMScheduler"
 

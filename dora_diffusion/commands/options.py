@@ -26,6 +26,7 @@ from dora_diffusion.wording import counted
 
 if TYPE_CHECKING:
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
+    from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
     from dora_diffusion.models.components import Components
 
 _STRENGTHS = {
@@ -119,7 +120,11 @@ def add_noise_schedule(parser: argparse.ArgumentParser) -> None:
     )
 
 
-_NOISE_SCHEDULE = ("prediction_type", "zero_terminal_snr")
+def asked_schedule(args: argparse.Namespace) -> AskedSchedule:
+    """What `add_noise_schedule` added."""
+    from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
+
+    return AskedSchedule(args.prediction_type, args.zero_terminal_snr)
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
@@ -169,8 +174,9 @@ def add_merge(parser: argparse.ArgumentParser, *, required: bool = True) -> None
 
 def merge_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_merge` added, as keywords of `export_checkpoint` and `verify_checkpoint`."""
-    names = (*_STRENGTHS, *_COMPONENT_STRENGTHS, *_NOISE_SCHEDULE, "alpha", "vae")
-    return {name: getattr(args, name) for name in names} | base_options(args)
+    names = (*_STRENGTHS, *_COMPONENT_STRENGTHS, "alpha", "vae")
+    options = {name: getattr(args, name) for name in names} | base_options(args)
+    return options | {"schedule": asked_schedule(args)}
 
 
 def adapter_and_strength(text: str) -> tuple[str, float]:
@@ -204,8 +210,7 @@ def load_adapted_model(args: argparse.Namespace) -> tuple[Components, AdapterMet
         alpha=args.alpha,
         dtype=dtype_of(args.dtype),
         config=args.config,
-        prediction_type=args.prediction_type,
-        zero_terminal_snr=args.zero_terminal_snr,
+        schedule=asked_schedule(args),
         compile=args.compile,
         offload=getattr(args, "offload", "none"),
         **base_options(args),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,15 +75,11 @@ def run(args: argparse.Namespace) -> int:
         args.base = config.pretrained_model_name_or_path
         args.variant = args.variant or config.variant
         args.revision = args.revision or config.revision
-    vae, folder = config.pretrained_vae_model_name_or_path, config.model_config
     questions = _questions(config, args)
     tell(phase="loading the model")
     from dora_diffusion.jobs.image_generator import load_model
 
-    files = ModelFiles(
-        vae, folder, **base_options(args),
-        prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr,
-    )  # fmt: skip
+    files = replace(ModelFiles.of(config.to_dict()), **base_options(args))
     components = load_model(args.base, None, files)
     with progress("generating images", "image") as show:
         rows, notes = rank(components, adapters, questions, args.output, show)

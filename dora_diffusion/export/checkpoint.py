@@ -38,6 +38,7 @@ from dora_diffusion.export.metadata import ModelMetadata, merged_metadata, train
 from dora_diffusion.formats.adapter.embeddings import said_of_embeddings, write_embeddings
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
 from dora_diffusion.formats.adapter.stored import find_adapter
+from dora_diffusion.formats.checkpoint.schedule import UNASKED, AskedSchedule
 from dora_diffusion.formats.checkpoint.weights import (
     ModelWeights,
     SingleFile,
@@ -65,8 +66,7 @@ def export_checkpoint(
     variant: str | None = None,
     revision: str | None = None,
     config: str | Path | None = None,
-    prediction_type: str | None = None,
-    zero_terminal_snr: bool | None = None,
+    schedule: AskedSchedule = UNASKED,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Path:
@@ -98,9 +98,7 @@ def export_checkpoint(
         revision: Branch, tag or commit of a base on the hub.
         config: For a folder made from a single file: a diffusers folder that gives configuration
             and tokenizers. None takes the released model's.
-        prediction_type: What the base predicts, ``"epsilon"`` or ``"v_prediction"``. None: what it
-            says, else what the adapters say.
-        zero_terminal_snr: Whether its noise schedule ends in pure noise; None: the same.
+        schedule: How the base's noise schedule is meant, where it does not say it.
         overwrite: Replace an output that exists.
         on_progress: Called with (bytes written, bytes in all).
 
@@ -132,7 +130,7 @@ def export_checkpoint(
         for assumption in spec.assumptions(read):
             warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
         facts = [adapter.metadata for adapter in read]
-        restate_schedule(model, base, prediction_type, zero_terminal_snr, facts)
+        restate_schedule(model, base, schedule._replace(adapters=facts))
         embeddings = spec.embeddings(read, output)
         refuse_existing((file for files in embeddings for file in files.values()), overwrite)
         merged = MergedModel(weights, spec.weighted(read), dtype)
@@ -189,9 +187,8 @@ def export_trained(
         if unknown := tensors.keys() - weights.specs.keys():
             raise ExportError(f"the base has no {listing(sorted(unknown), 3)}")
         trained = MergedModel(Overlay(weights, tensors), ())
-        restate_schedule(
-            model, base, adapters=[replace(metadata, base_model=without_path(str(base)))]
-        )
+        facts = replace(metadata, base_model=without_path(str(base)))
+        restate_schedule(model, base, AskedSchedule(adapters=[facts]))
         described = trained_metadata(model, metadata, output)
         stack.callback(described.close)
         _write(trained, model, output, described, config, new_vae, None)

@@ -15,7 +15,7 @@ from dora_diffusion.export.folder import UNUSED, WEIGHT_PREFIXES
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec, adapter_hash, recorded
 from dora_diffusion.export.merged import MergedModel, open_vae, with_vae
 from dora_diffusion.export.metadata import MERGED
-from dora_diffusion.formats.checkpoint.schedule import MARKERS
+from dora_diffusion.formats.checkpoint.schedule import MARKERS, UNASKED, AskedSchedule
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel, restate_schedule
 from dora_diffusion.formats.names.checkpoint import standard_key
 from dora_diffusion.formats.names.modules import BUFFERS, split_component
@@ -83,8 +83,7 @@ def verify_checkpoint(
     vae: str | Path | None = None,
     variant: str | None = None,
     revision: str | None = None,
-    prediction_type: str | None = None,
-    zero_terminal_snr: bool | None = None,
+    schedule: AskedSchedule = UNASKED,
     on_progress: OnProgress | None = None,
 ) -> VerifyReport:
     """Compare a merged model with what base and adapters give.
@@ -102,8 +101,7 @@ def verify_checkpoint(
         vae: The autoencoder that was baked in.
         variant: Weight variant of the base.
         revision: Branch, tag or commit of a base on the hub.
-        prediction_type: What the base predicts, where it does not say it.
-        zero_terminal_snr: Whether its noise schedule ends in pure noise.
+        schedule: How the base's noise schedule is meant, where it does not say it.
         on_progress: Called with (bytes compared, bytes in all).
 
     Raises:
@@ -126,7 +124,7 @@ def verify_checkpoint(
         expected = MergedModel(weights, spec.weighted(read))
         report = WeightComparison(merged_model, expected, model.is_single_file).run(on_progress)
         facts = [adapter.metadata for adapter in read]
-        restate_schedule(model, base, prediction_type, zero_terminal_snr, facts)
+        restate_schedule(model, base, schedule._replace(adapters=facts))
         report.problems.extend(_beside_the_weights(merged_model, model))
         report.assumptions.extend(spec.assumptions(read))
     hint = _recorded_strengths(merged_model, spec)

@@ -20,6 +20,12 @@ from dora_diffusion.families import (
     UnsupportedModelError,
     detect_folder_family,
 )
+from dora_diffusion.formats.checkpoint.schedule import (
+    UNASKED,
+    AskedSchedule,
+    choose_schedule,
+    stated_by_file,
+)
 from dora_diffusion.jobs.workspace import UserError
 from dora_diffusion.models.locate import (
     HUB_ID,
@@ -105,7 +111,6 @@ def _config(folder: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=256)
 def _file_info(path: Path, modified: int) -> ModelInfo:
     from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
-    from dora_diffusion.formats.checkpoint.schedule import choose_schedule, stated_by_file
     from dora_diffusion.formats.files.header import read_header
     from dora_diffusion.models.configuration import released_config
 
@@ -202,26 +207,22 @@ class ModelFiles:
         config: ``model_config``.
         variant: Of the weights.
         revision: Of a hub id.
-        prediction_type: What it predicts.
-        zero_terminal_snr: Whether its noise schedule ends in pure noise.
+        schedule: How its noise schedule is meant: ``prediction_type``, ``zero_terminal_snr``.
     """
 
     vae: str | None = None
     config: str | None = None
     variant: str | None = None
     revision: str | None = None
-    prediction_type: str | None = None
-    zero_terminal_snr: bool | None = None
+    schedule: AskedSchedule = UNASKED
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> ModelFiles:
         """Those of a run's settings."""
-        names = (
-            "pretrained_vae_model_name_or_path", "model_config", "variant", "revision",
-            "prediction_type", "zero_terminal_snr",
-        )  # fmt: skip
-        values = map(settings.get, names)
-        return cls(*(None if value == "" else value for value in values))
+        names = ("pretrained_vae_model_name_or_path", "model_config", "variant", "revision")
+        asked: Any = (settings.get(name) for name in ("prediction_type", "zero_terminal_snr"))
+        given: Any = [settings.get(name) or None for name in names]
+        return cls(*given, AskedSchedule(*asked))
 
     def here(self, name: str) -> str | None:
         """A base model's name, or its folder in the hub's cache; None where it is not on the disk.

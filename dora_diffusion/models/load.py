@@ -6,23 +6,22 @@ Weights are read from safetensors only: no pickles, no remote code.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dora_diffusion.families import USUAL, Family, UnsupportedModelError, detect_folder_family
-from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.checkpoint.file import CheckpointFile, detect_checkpoint_family
 from dora_diffusion.formats.checkpoint.folder import by_scheduler, read_json
 from dora_diffusion.formats.checkpoint.schedule import (
     EPSILON,
+    UNASKED,
+    AskedSchedule,
     NoiseSchedule,
-    Statement,
     choose_schedule,
     stated_by_file,
-    statements_on,
     usual_of,
 )
 from dora_diffusion.formats.files.header import PICKLED, read_header
@@ -60,9 +59,7 @@ def load_components(
     vae: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     config: str | Path | None = None,
-    prediction_type: str | None = None,
-    zero_terminal_snr: bool | None = None,
-    adapter: AdapterMetadata | None = None,
+    schedule: AskedSchedule = UNASKED,
 ) -> Components:
     """Load a model, frozen and in evaluation mode, on the CPU.
 
@@ -76,12 +73,7 @@ def load_components(
         config: For a single file: a diffusers folder of the same architecture that gives the
             configuration and the tokenizers. Without it they are the released model's, which
             this package holds.
-        prediction_type: What the UNet predicts, ``"epsilon"`` or ``"v_prediction"``. None: what
-            the model says; else the adapter; else the noise.
-        zero_terminal_snr: Whether the noise schedule ends in pure noise (arXiv:2305.08891). None:
-            as for ``prediction_type``.
-        adapter: What is known of an adapter that goes on it. Of one that was trained from a model
-            of this name, the noise schedule is taken before the model's own.
+        schedule: How its noise schedule is meant, where it does not say it.
 
     Raises:
         ModelNotFoundError: If there is no such model.
@@ -93,23 +85,12 @@ def load_components(
         raise ModelNotFoundError(
             f"{path} is a pickle, which can run code when opened; convert it to .safetensors first"
         )
-
-    def chosen(own: Sequence[Statement], usual: Sequence[Statement]) -> NoiseSchedule:
-        said = statements_on(
-            str(name),
-            own,
-            prediction_type=prediction_type,
-            zero_terminal_snr=zero_terminal_snr,
-            adapters=[adapter] if adapter else [],
-        )
-        return choose_schedule(path.name, [*said, *usual])
-
     with quiet_libraries():
         if path.suffix == ".safetensors" and path.is_file():
-            components = _load_single_file(path, dtype, config, chosen)
+            components = _load_single_file(path, str(name), dtype, config, schedule)
         else:
             folder = resolve_folder(str(name), revision=revision, variant=variant)
-            components = _load_folder(folder, dtype, variant, chosen)
+            components = _load_folder(folder, str(name), dtype, variant, schedule)
         own_vae, family = components.vae, components.family
         other_vae = own_vae if vae is None else load_vae(vae, dtype=dtype, family=family)
     components = dataclasses.replace(components, name=str(name), vae=other_vae)
@@ -157,10 +138,7 @@ def load_vae(
 
 
 def _load_folder(
-    folder: Path,
-    dtype: torch.dtype,
-    variant: str | None,
-    chosen: Callable[[Sequence[Statement], Sequence[Statement]], NoiseSchedule],
+    folder: Path, name: str, dtype: torch.dtype, variant: str | None, asked: AskedSchedule
 ) -> Components:
     """Load every component of a diffusers folder."""
     from diffusers import UNet2DConditionModel
@@ -168,6 +146,7 @@ def _load_folder(
     family = detect_folder_family(folder)
     index = read_json(folder / "model_index.json")
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
+    schedule = choose_schedule(name, asked.statements(name, [by_scheduler(scheduler_config)]))
     return Components(
         family=family,
         unet=load_module(UNet2DConditionModel, folder / "unet", dtype, variant),
@@ -177,24 +156,22 @@ def _load_folder(
         name=str(folder),
         zeros_for_empty_prompt=family.zeros_for_empty_prompt(index),
         source=str(folder),
-        **_schedulers(scheduler_config, chosen([by_scheduler(scheduler_config)], [])),
+        **_schedulers(scheduler_config, schedule),
     )
 
 
 def _load_single_file(
-    path: Path,
-    dtype: torch.dtype,
-    config: str | Path | None,
-    chosen: Callable[[Sequence[Statement], Sequence[Statement]], NoiseSchedule],
+    path: Path, name: str, dtype: torch.dtype, config: str | Path | None, asked: AskedSchedule
 ) -> Components:
     """Load the components of a single-file checkpoint.
 
     Args:
         path: The ``.safetensors`` file.
+        name: What it was asked for as.
         dtype: Of every module; an autoencoder that may overflow in it stays float32.
         config: A Diffusers folder that gives the configuration and the tokenizers; None takes the
             released model's.
-        chosen: Gives the noise schedule, from what the file and what its kind says.
+        asked: How its noise schedule is meant, where it does not say it.
 
     Raises:
         UnsupportedModelError: If it is not a checkpoint of a supported family.
@@ -207,7 +184,8 @@ def _load_single_file(
     usual = usual_of(family)
     if given is not None:
         usual = [by_scheduler(read_json(given / "scheduler" / "scheduler_config.json"))]
-    schedule = chosen(stated_by_file(header.metadata, header.specs), usual)
+    said = asked.statements(name, stated_by_file(header.metadata, header.specs))
+    schedule = choose_schedule(path.name, [*said, *usual])
     require_prediction(path.name, family, schedule)
     folder = given or released_folder(family, schedule.prediction_type)
     with CheckpointFile.open(path) as file:

@@ -29,6 +29,7 @@ class Objective(nn.Module):
         components: The model.
         train_text_encoder: Whether the text encoders train.
         snr_gamma: Of min-SNR weighting; 0 turns it off.
+        debiased: Weigh by debiased estimation instead.
         base_weights: The model is its base inside of this. None switches adapters off.
     """
 
@@ -38,6 +39,7 @@ class Objective(nn.Module):
         *,
         train_text_encoder: bool,
         snr_gamma: float,
+        debiased: bool = False,
         base_weights: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         super().__init__()
@@ -45,7 +47,12 @@ class Objective(nn.Module):
         self.text_encoders = nn.ModuleList(components.text_encoders if train_text_encoder else [])
         self.condition = Conditioner(components, train_text_encoder)
         self.prediction_type = components.prediction_type
-        self.snr_gamma = snr_gamma
+        self.loss_weight = partial(
+            loss_weight,
+            snr_gamma=snr_gamma,
+            prediction_type=components.prediction_type,
+            debiased=debiased,
+        )
         self.base_weights = base_weights or partial(disabled, *components.adaptable().values())
         self.alphas_cumprod: Tensor
         self.register_buffer("alphas_cumprod", components.scheduler.alphas_cumprod)
@@ -54,18 +61,18 @@ class Objective(nn.Module):
         """Loss of the subject and of the prior, both scalar."""
         alpha_bar = self.alphas_cumprod[inputs.timesteps]
         noisy_latents = add_noise(inputs.latents, inputs.noise, alpha_bar)
+        weight = self.loss_weight(alpha_bar)
         per_sample = prediction_loss(
             self._predict(noisy_latents, inputs, inputs.captions),
             inputs.latents,
             inputs.noise,
             alpha_bar,
             prediction_type=self.prediction_type,
-            snr_gamma=self.snr_gamma,
+            weight=weight,
             mask=inputs.mask,
         )
         subject, prior = split_prior(per_sample, inputs.photos)
         if inputs.class_captions is not None:
-            weight = loss_weight(alpha_bar, self.snr_gamma, self.prediction_type)
             prior = self._image_free_prior(noisy_latents, inputs, inputs.class_captions, weight)
         return subject, prior
 

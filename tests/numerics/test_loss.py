@@ -47,6 +47,18 @@ def test_min_snr_weights_are_the_papers(scheduler):
         assert loss_weight(torch.zeros(1), 5.0, prediction_type) == expected
 
 
+def test_debiased_weights_are_the_papers(scheduler):
+    alpha_bar = scheduler.alphas_cumprod[torch.arange(0, 1000, 37)].double()
+    noise, v = (
+        loss_weight(alpha_bar, 0.0, kind, debiased=True) for kind in ("epsilon", "v_prediction")
+    )
+    torch.testing.assert_close(noise, ((1 - alpha_bar) / alpha_bar).sqrt())
+    # The same error: the noise's square is alpha_bar times that of v.
+    torch.testing.assert_close(v, noise * alpha_bar)
+    for prediction_type in ("epsilon", "v_prediction"):
+        assert loss_weight(torch.zeros(1), 0.0, prediction_type, debiased=True) == 0
+
+
 def test_prior_loss_is_the_mean_over_its_own_samples():
     pred = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     target = torch.zeros_like(pred)

@@ -116,30 +116,37 @@ def _own_word(statements: Iterable[Statement], name: str, value: object) -> Stat
     return first if first is not None and first.settings[name] == value else None
 
 
-def statements_on(
-    name: str,
-    own: Sequence[Statement],
-    *,
-    prediction_type: str | None = None,
-    zero_terminal_snr: bool | None = None,
-    adapters: Sequence[AdapterMetadata] = (),
-) -> list[Statement]:
-    """What is said of a model, the strongest first: flags, the model, adapters for it, its kind.
+class AskedSchedule(NamedTuple):
+    """What is asked, and known, of a model's noise schedule besides what the model says.
 
-    An adapter that was trained from a model of this name comes before the model: its run may have
-    been told better than the file says.
-
-    Args:
-        name: The model's.
-        own: What it says itself.
-        prediction_type: What was asked for; None: nothing.
-        zero_terminal_snr: The same.
-        adapters: What is known of the adapters that go on it.
+    Attributes:
+        prediction_type: What the UNet predicts, ``"epsilon"`` or ``"v_prediction"``. None: what
+            the model says; else the adapters; else what is usual of its kind.
+        zero_terminal_snr: Whether the schedule ends in pure noise (arXiv:2305.08891); None: the
+            same.
+        adapters: What is known of the adapters that go on the model. One that was trained from a
+            model of its name comes before the model: its run may have been told better.
     """
-    asked = Statement(_FLAGS, {PREDICTION: prediction_type, ZERO_SNR: zero_terminal_snr}, False)
-    of_this = [a for a in adapters if _file_or_name(a.base_model) == _file_or_name(name)]
-    others = [a for a in adapters if a not in of_this]
-    return [asked, *map(_by_adapter, of_this), *own, *map(_by_adapter, others)]
+
+    prediction_type: str | None = None
+    zero_terminal_snr: bool | None = None
+    adapters: Sequence[AdapterMetadata] = ()
+
+    def statements(self, name: str, own: Sequence[Statement]) -> list[Statement]:
+        """What is said of a model, the strongest first.
+
+        Args:
+            name: The model's.
+            own: What it says itself.
+        """
+        settings = {PREDICTION: self.prediction_type, ZERO_SNR: self.zero_terminal_snr}
+        of_this = [a for a in self.adapters if _file_or_name(a.base_model) == _file_or_name(name)]
+        others = [a for a in self.adapters if a not in of_this]
+        asked = Statement(_FLAGS, settings, False)
+        return [asked, *map(_by_adapter, of_this), *own, *map(_by_adapter, others)]
+
+
+UNASKED = AskedSchedule()
 
 
 def _file_or_name(model: str) -> str:

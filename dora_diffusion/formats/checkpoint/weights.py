@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.families import COMPONENTS, Family
-from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.checkpoint.entries import Entry
 from dora_diffusion.formats.checkpoint.schedule import (
-    NoiseSchedule,
+    AskedSchedule,
     Statement,
     choose_schedule,
-    statements_on,
     usual_of,
 )
 from dora_diffusion.formats.files.header import TensorSpec
@@ -101,36 +99,21 @@ class StoredModel(ModelWeights, Protocol):
         """
 
 
-def restate_schedule(
-    model: StoredModel,
-    name: str | Path,
-    prediction_type: str | None = None,
-    zero_terminal_snr: bool | None = None,
-    adapters: Sequence[AdapterMetadata] = (),
-) -> NoiseSchedule:
+def restate_schedule(model: StoredModel, name: str | Path, asked: AskedSchedule) -> None:
     """Have a model say of its noise schedule what was asked for, or what its adapters know.
 
     Args:
         model: The model.
         name: What it was opened as.
-        prediction_type: What was asked for; None: nothing.
-        zero_terminal_snr: The same.
-        adapters: What is known of the adapters that go into it.
+        asked: Settings, and adapters.
 
     Raises:
         ValueError: If zero terminal SNR is asked for of a model that predicts the noise.
     """
-    said = statements_on(
-        str(name),
-        model.statements(),
-        prediction_type=prediction_type,
-        zero_terminal_snr=zero_terminal_snr,
-        adapters=adapters,
-    )
+    said = asked.statements(str(name), model.statements())
     schedule = choose_schedule(model.path.name, [*said, *usual_of(model.family)])
     if not schedule.is_own:
         model.restated = schedule.settings
-    return schedule
 
 
 @dataclass(frozen=True)

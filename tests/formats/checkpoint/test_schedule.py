@@ -14,7 +14,6 @@ from dora_diffusion.formats.checkpoint.schedule import (
     choose_schedule,
     markers_for,
     stated_by_file,
-    statements_on,
     usual_of,
 )
 
@@ -30,9 +29,8 @@ def chosen(
     adapter: AdapterMetadata | None = None, config: dict[str, Any] | None = None, **flags: Any,
 ) -> NoiseSchedule:  # fmt: skip
     own = stated_by_file(metadata or {}, keys) if config is None else [by_scheduler(config)]
-    said = statements_on(
-        "models/x.safetensors", own, adapters=[adapter] if adapter else [], **flags
-    )
+    asked = AskedSchedule(**flags, adapters=[adapter] if adapter else [])
+    said = asked.statements("models/x.safetensors", own)
     return choose_schedule("x", [*said, *usual_of(family)])
 
 
