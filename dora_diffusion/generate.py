@@ -144,9 +144,7 @@ def load_adapted(
     require_computes(device, dtype)
     if compile:
         require_compiler(device)
-    if adapter is not None:
-        facts = parse_metadata(StoredAdapter.open(adapter).files[0].metadata)
-        schedule = schedule._replace(adapters=(facts,))
+    schedule = schedule if adapter is None else _with_facts_of(adapter, schedule)
     components = load_components(
         base, revision=revision, variant=variant, vae=vae, dtype=dtype, config=config,
         schedule=schedule,
@@ -160,6 +158,11 @@ def load_adapted(
     add_tokens(components, read.tokens)
     _set_strengths(components, strength, direction, magnitude)
     return components, read.metadata
+
+
+def _with_facts_of(adapter: str | Path, schedule: AskedSchedule) -> AskedSchedule:
+    metadata = parse_metadata(StoredAdapter.open(adapter).files[0].metadata)
+    return schedule._replace(adapters=(metadata,))
 
 
 def _set_strengths(

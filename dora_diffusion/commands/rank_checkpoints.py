@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     tell(phase="loading the model")
     from dora_diffusion.jobs.image_generator import load_model
 
-    files = replace(ModelFiles.of(config.to_dict()), **base_options(args))
+    chosen: dict[str, Any] = {**base_options(args)}
+    files = replace(ModelFiles.of(config.to_dict()), **chosen)
     components = load_model(args.base, None, files)
     with progress("generating images", "image") as show:
         rows, notes = rank(components, adapters, questions, args.output, show)

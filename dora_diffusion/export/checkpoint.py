@@ -129,8 +129,7 @@ def export_checkpoint(
         read = spec.read(weights, alpha)
         for assumption in spec.assumptions(read):
             warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
-        facts = [adapter.metadata for adapter in read]
-        restate_schedule(model, base, schedule._replace(adapters=facts))
+        restate_schedule(model, base, schedule, read)
         embeddings = spec.embeddings(read, output)
         refuse_existing((file for files in embeddings for file in files.values()), overwrite)
         merged = MergedModel(weights, spec.weighted(read), dtype)

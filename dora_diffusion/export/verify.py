@@ -123,12 +123,10 @@ def verify_checkpoint(
         read = spec.read(weights, alpha)
         expected = MergedModel(weights, spec.weighted(read))
         report = WeightComparison(merged_model, expected, model.is_single_file).run(on_progress)
-        facts = [adapter.metadata for adapter in read]
-        restate_schedule(model, base, schedule._replace(adapters=facts))
+        restate_schedule(model, base, schedule, read)
         report.problems.extend(_beside_the_weights(merged_model, model))
         report.assumptions.extend(spec.assumptions(read))
-    hint = _recorded_strengths(merged_model, spec)
-    if report.problems and hint:
+    if report.problems and (hint := _recorded_strengths(merged_model, spec)):
         report.problems.append(hint)
     return report
 

@@ -220,9 +220,9 @@ class ModelFiles:
     def of(cls, settings: Mapping[str, Any]) -> ModelFiles:
         """Those of a run's settings."""
         names = ("pretrained_vae_model_name_or_path", "model_config", "variant", "revision")
-        asked: Any = (settings.get(name) for name in ("prediction_type", "zero_terminal_snr"))
-        given: Any = [settings.get(name) or None for name in names]
-        return cls(*given, AskedSchedule(*asked))
+        vae, config, variant, revision = (settings.get(name) or None for name in names)
+        asked = settings.get("prediction_type"), settings.get("zero_terminal_snr")
+        return cls(vae, config, variant, revision, AskedSchedule(*asked))
 
     def here(self, name: str) -> str | None:
         """A base model's name, or its folder in the hub's cache; None where it is not on the disk.

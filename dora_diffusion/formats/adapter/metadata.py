@@ -14,9 +14,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from dora_diffusion.families import FAMILIES, Family
-from dora_diffusion.numerics.weights import LayerWeights
+
+if TYPE_CHECKING:
+    from dora_diffusion.numerics.weights import LayerWeights
 
 FORMAT_VERSION = "1"
 OWN = "dora_diffusion."

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from dora_diffusion.formats.checkpoint.schedule import (
 )
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.numerics.weights import LayerKind
+
+if TYPE_CHECKING:
+    from dora_diffusion.formats.adapter.file import AdapterFile
 
 
 class MergeError(ValueError):
@@ -99,17 +102,24 @@ class StoredModel(ModelWeights, Protocol):
         """
 
 
-def restate_schedule(model: StoredModel, name: str | Path, asked: AskedSchedule) -> None:
+def restate_schedule(
+    model: StoredModel,
+    name: str | Path,
+    asked: AskedSchedule,
+    adapters: Iterable[AdapterFile] = (),
+) -> None:
     """Have a model say of its noise schedule what was asked for, or what its adapters know.
 
     Args:
         model: The model.
         name: What it was opened as.
-        asked: Settings, and adapters.
+        asked: Settings, and what is known of adapters.
+        adapters: Those that go into it.
 
     Raises:
         ValueError: If zero terminal SNR is asked for of a model that predicts the noise.
     """
+    asked = asked._replace(adapters=[*asked.adapters, *(a.metadata for a in adapters)])
     said = asked.statements(str(name), model.statements())
     schedule = choose_schedule(model.path.name, [*said, *usual_of(model.family)])
     if not schedule.is_own:

@@ -10,6 +10,7 @@ from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.checkpoint.folder import by_scheduler
 from dora_diffusion.formats.checkpoint.schedule import (
+    AskedSchedule,
     NoiseSchedule,
     choose_schedule,
     markers_for,
