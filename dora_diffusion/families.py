@@ -16,6 +16,8 @@ from typing import Any, Literal
 # What adapters can be on, and everything of a pipeline that has weights: the names of its folders.
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 WEIGHT_COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+# What UNets predict.
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 HiddenState = Literal["last", "penultimate"]
 
@@ -111,9 +113,10 @@ class Family:
         condition_images: Images whose latents the UNet reads besides the noisy ones.
         default_resolution: Side in pixels that the released models were trained at.
         default_steps: Optimizer steps of a run that does not say how many.
-        released_id: Hub id of the released model, whose configuration fits single files.
-        released_epsilon_id: Hub id of a second release, which predicts the noise where the first
-            predicts v: a file must then say which it does. ``""`` where all predict the noise.
+        released_id: Hub id of the released model.
+        configuration: Name of the released models' configuration, which fits single files.
+        has_two_predictions: A first release predicts v and a second one the noise: a single file
+            must say which it does. Else all predict the noise, if they do not say that it is v.
         is_suggested: The app offers to download the released model.
         kohya_base_version: ``ss_base_model_version`` of a model that predicts the noise.
         is_kohya_v2: Its ``ss_v2``.
@@ -138,6 +141,7 @@ class Family:
     default_resolution: int
     default_steps: int
     released_id: str
+    configuration: str
     kohya_base_version: str
     architecture: str
     version_mark: str
@@ -152,7 +156,7 @@ class Family:
     image_arguments: tuple[str, ...] = ()
     planes: int = 0
     condition_images: int = 0
-    released_epsilon_id: str = ""
+    has_two_predictions: bool = False
     is_suggested: bool = True
     is_kohya_v2: bool = False
     kohya_names_original_blocks: bool = False
@@ -304,6 +308,7 @@ _TEXT_TO_IMAGE = {
             default_resolution=512,
             default_steps=800,
             released_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            configuration="sd1",
             kohya_base_version="sd_v1",
             architecture="stable-diffusion-v1",
             version_mark="sd_v1",
@@ -327,7 +332,8 @@ _TEXT_TO_IMAGE = {
             default_resolution=768,
             default_steps=800,
             released_id="stabilityai/stable-diffusion-2-1",
-            released_epsilon_id="stabilityai/stable-diffusion-2-1-base",
+            configuration="sd2",
+            has_two_predictions=True,
             is_suggested=False,
             kohya_base_version="sd_v2",
             is_kohya_v2=True,
@@ -358,6 +364,7 @@ _TEXT_TO_IMAGE = {
             default_resolution=1024,
             default_steps=1000,
             released_id="stabilityai/stable-diffusion-xl-base-1.0",
+            configuration="sdxl",
             kohya_base_version="sdxl_base_v1-0",
             kohya_names_original_blocks=True,
             architecture="stable-diffusion-xl-v1-base",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,8 +24,14 @@ from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.devices import default_device
-from dora_diffusion.formats.adapter.file import AdapterMetadata
-from dora_diffusion.formats.adapter.metadata import split_triggers, stated_reading
+from dora_diffusion.formats.adapter.metadata import (
+    AdapterMetadata,
+    parse_metadata,
+    split_triggers,
+    stated_reading,
+)
+from dora_diffusion.formats.adapter.stored import StoredAdapter
+from dora_diffusion.formats.checkpoint.schedule import UNASKED, AskedSchedule
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import in_turns, place
@@ -62,6 +69,8 @@ class SamplingSettings:
         image: What an inpainting model paints into, cut to the size from the middle. Without it
             the whole image is painted, as by a text-to-image model.
         mask_image: White where to paint, of the image's size.
+        guidance_rescale: Share of the guided prediction that is brought back to the standard
+            deviation of the unguided one (arXiv:2305.08891, section 3.4; 0.7 there); 0 is none.
 
     Raises:
         ValueError: If a value cannot work.
@@ -75,6 +84,7 @@ class SamplingSettings:
     negative_prompt: str = ""
     image: Image.Image | None = field(default=None, repr=False)
     mask_image: Image.Image | None = field(default=None, repr=False)
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "width", "height"):
@@ -83,6 +93,10 @@ class SamplingSettings:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be 0 or more")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(
+                f"guidance_rescale is {self.guidance_rescale}; it must be between 0 and 1"
+            )
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             raise ValueError(
                 f"scheduler is {self.scheduler!r}; it must be one of {', '.join(SCHEDULERS)}"
@@ -108,6 +122,7 @@ def load_adapted(
     variant: str | None = None,
     revision: str | None = None,
     config: str | Path | None = None,
+    schedule: AskedSchedule = UNASKED,
     vae: str | Path | None = None,
     compile: bool = False,
     offload: str = "none",
@@ -128,6 +143,7 @@ def load_adapted(
         variant: Weight variant of the base, such as "fp16".
         revision: Branch, tag or commit of a base on the hub.
         config: For a single file: a diffusers folder of the same architecture.
+        schedule: How the base's noise schedule is meant, where neither it nor the adapter says it.
         vae: Another autoencoder, as `load_components` takes it.
         compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
         offload: ``"model"`` has each part on the device only while it computes (`generate_images`).
@@ -148,9 +164,11 @@ def load_adapted(
     require_computes(device, dtype)
     if compile:
         require_compiler(device)
+    schedule = schedule if adapter is None else _with_facts_of(adapter, schedule)
     components = load_components(
-        base, revision=revision, variant=variant, vae=vae, dtype=dtype, config=config
-    )
+        base, revision=revision, variant=variant, vae=vae, dtype=dtype, config=config,
+        schedule=schedule,
+    )  # fmt: skip
     components = place(components, device, offload)
     components = components.reading(clip_skip, max_token_length)
     if compile:
@@ -167,6 +185,11 @@ def load_adapted(
         length = stated.get("max_token_length", components.max_token_length)
         components = replace(components, max_token_length=length)
     return components, read.metadata
+
+
+def _with_facts_of(adapter: str | Path, schedule: AskedSchedule) -> AskedSchedule:
+    metadata = parse_metadata(StoredAdapter.open(adapter).files[0].metadata)
+    return schedule._replace(adapters=(metadata,))
 
 
 def _set_strengths(
@@ -332,6 +355,8 @@ def _sample(
     if painted and isinstance(prompt, str):
         # Each image of a batch draws its own latents of what it is painted into.
         prompt = [prompt] * len(seeds)
+    if settings.guidance_rescale:
+        painted |= _rescale(pipeline, components, settings.guidance_rescale)
     pixels: np.ndarray = pipeline(
         **_prompts(components, prompt, settings.negative_prompt, len(seeds)),
         num_inference_steps=settings.steps,
@@ -344,6 +369,16 @@ def _sample(
         **painted,
     ).images
     return pixels
+
+
+def _rescale(pipeline: Any, components: Components, share: float) -> dict[str, float]:
+    name = "guidance_rescale"
+    require(
+        name in inspect.signature(pipeline.__call__).parameters,
+        f"{name} is not in Diffusers' pipeline of {components.family.title}; leave it out",
+        name,
+    )
+    return {name: share}
 
 
 def _prompts(

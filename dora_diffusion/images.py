@@ -71,6 +71,8 @@ def parameters_text(
             "Magnitude strength": strengths.magnitude_strength,
         }
         fields |= {part: f"{value:g}" for part, value in parts.items() if value != 1}
+    if settings.guidance_rescale:
+        fields["Guidance rescale"] = f"{settings.guidance_rescale:g}"
     fields |= extra or {}
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items()))
     return "\n".join(lines)

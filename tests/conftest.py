@@ -7,6 +7,7 @@ once per session: treat them as read-only.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -302,6 +303,43 @@ def sd1_inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sdxl_inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random SDXL inpainting folder: its UNet reads 9 channels."""
     return save_pipeline(tmp_path_factory.mktemp("pipelines") / "sdxl-inpainting", "sdxl", 9)
+
+
+@pytest.fixture
+def tiny_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sd1_folder: Path, sd2_folder: Path,
+    sdxl_folder: Path,
+) -> Iterator[Path]:  # fmt: skip
+    """The package's configurations and vocabulary are those of the tiny folders; no network."""
+    from dora_diffusion.models import configuration
+
+    home = tmp_path / "released"
+    home.mkdir()
+    for family, folder in (("sd1", sd1_folder), ("sd2", sd2_folder), ("sdxl", sdxl_folder)):
+        config = {
+            part.parent.name: json.loads(part.read_text("utf-8"))
+            for part in folder.glob("*/config.json")
+        }
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        config["scheduler"] = json.loads(scheduler.read_text("utf-8"))
+        for part in folder.glob("tokenizer*/tokenizer_config.json"):
+            pad = json.loads(part.read_text("utf-8"))["pad_token"]
+            config[part.parent.name] = {"pad_token": pad}
+        (home / f"{family}.json").write_text(json.dumps(config), encoding="utf-8")
+    merges = (sd1_folder / "tokenizer" / "merges.txt").read_bytes()
+    (home / "merges.txt.gz").write_bytes(gzip.compress(merges))
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("nothing may be fetched")
+
+    monkeypatch.setattr(configuration, "RELEASED", home)
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    caches = (configuration.released_config, configuration.released_folder)
+    for cache in caches:
+        cache.cache_clear()
+    yield home
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.fixture(scope="session")

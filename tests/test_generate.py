@@ -23,6 +23,7 @@ from dora_diffusion.adapters.inject import (
 from dora_diffusion.adapters.state import save_adapter
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import AdapterMetadata
+from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
 from dora_diffusion.generate import (
     BrokenImageError,
     SamplingSettings,
@@ -310,3 +311,80 @@ def test_the_model_goes_to_the_device_that_training_would_take(
     load_adapted(str(sd1_folder))
     load_adapted(str(sd1_folder), device="cpu")
     assert [str(device) for device in moved] == ["meta", "cpu"]
+
+
+def test_zero_terminal_snr_samples_as_its_paper_says(sdxl_folder):
+    """DDIM over the rescaled schedule with rescaled guidance, written out (arXiv:2305.08891)."""
+    asked = AskedSchedule("v_prediction", True)
+    components = load_components(sdxl_folder, schedule=asked)
+    steps, scale, share, seed = 4, 5.0, 0.7, 3
+    settings = SamplingSettings(steps, scale, "ddim", guidance_rescale=share)
+    (image,) = generate_images(components, PROMPT, [seed], settings)
+    # Algorithm 1: shift the root of alpha_bar so that it ends at 0, and scale its start back.
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    root = torch.cumprod(1 - betas, 0).sqrt()
+    alpha_bar = (((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2).float()
+    torch.testing.assert_close(components.scheduler.alphas_cumprod, alpha_bar, rtol=1e-4, atol=1e-7)
+    timesteps = [1000 - 1000 * i // steps - 1 for i in range(steps)]
+    assert timesteps[0] == 999
+    pipeline = components.pipeline()
+    states, _, pooled, _ = pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+    added = {"text_embeds": torch.cat([0 * pooled, pooled])}
+    added["time_ids"] = torch.tensor([[64, 64, 0, 0, 64, 64]] * 2)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for number, t in enumerate(timesteps):
+            both = components.unet(
+                torch.cat([latents] * 2),
+                t,
+                torch.cat([0 * states, states]),
+                added_cond_kwargs=added,
+            ).sample
+            plain, wanted = both.chunk(2)
+            guided = plain + scale * (wanted - plain)
+            back = guided * wanted.std() / guided.std()
+            v = share * back + (1 - share) * guided
+            a = alpha_bar[t]
+            clean, noise = (
+                a.sqrt() * latents - (1 - a).sqrt() * v,
+                a.sqrt() * v + (1 - a).sqrt() * latents,
+            )
+            last = number + 1 == steps
+            b = alpha_bar[0] if last else alpha_bar[timesteps[number + 1]]
+            latents = b.sqrt() * clean + (1 - b).sqrt() * noise
+        decoded = components.vae.decode(latents / components.vae.config.scaling_factor).sample
+    expected = (decoded[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255
+    difference = np.abs(np.asarray(image, dtype=np.float32) - expected.numpy())
+    assert difference.max() <= 1.01
+    plain = generate_images(components, PROMPT, [seed], SamplingSettings(steps, scale, "ddim"))
+    assert np.abs(pixels([image]) - pixels(plain)).max() > 3
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_of_zero_terminal_snr_begin_at_pure_noise(sdxl_folder, name):
+    components = load_components(sdxl_folder, schedule=AskedSchedule("v_prediction", True))
+    if name in ("pndm", "heun"):
+        with pytest.raises(ValueError, match="cannot follow this model's noise schedule"):
+            components.sampling_scheduler(name)
+        return
+    scheduler = components.sampling_scheduler(name)
+    scheduler.set_timesteps(4)
+    assert int(scheduler.timesteps[0]) == 999
+    settings = SamplingSettings(4, 3.0, name)
+    (image,) = generate_images(components, PROMPT, [0], settings, require_finite=True)
+    assert np.asarray(image).std() > 2, "neither black nor of one colour"
+
+
+def test_a_model_whose_own_scheduler_cannot_follow_samples_by_another(sd1_folder):
+    asked = AskedSchedule("v_prediction", True)
+    components = load_components(sd1_folder, schedule=asked)
+    assert components.scheduler_config["_class_name"] == "PNDMScheduler"
+    assert type(components.sampling_scheduler()).__name__ == "DDIMScheduler"
+
+
+def test_guidance_rescale_is_refused_where_there_is_none(sd1_inpainting_folder):
+    components = load_components(sd1_inpainting_folder)
+    with pytest.raises(ValueError, match="guidance_rescale is not in Diffusers' pipeline of"):
+        generate_images(components, PROMPT, [0], SamplingSettings(1, guidance_rescale=0.5))
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        SamplingSettings(guidance_rescale=1.5)

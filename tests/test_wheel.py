@@ -137,8 +137,11 @@ def test_the_wheel_holds_models_samples_and_types_and_nothing_else(installed):
     assert not [name for name in files if name.endswith(".pyc")]
     # What only made the embedded models is in the source distribution alone.
     assert [name for name in files if "pretrain" in name] == []
-    licences = [name for name in files if name.endswith("/LICENSE")]
-    assert [files[name] for name in licences] == [(ROOT / "LICENSE").read_bytes()]
+    released = ROOT / "dora_diffusion" / "models" / "released"
+    for file in released.iterdir():
+        assert files[f"dora_diffusion/models/released/{file.name}"] == file.read_bytes()
+    licences = {files[name] for name in files if name.endswith("/LICENSE")}
+    assert licences == {(place / "LICENSE").read_bytes() for place in (ROOT, released)}
 
 
 def test_the_package_page_has_no_link_that_leads_nowhere(installed):

@@ -44,6 +44,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     for group in dict.fromkeys(SETTINGS[name].group for name in ADVANCED)
 }
 
+# Of a setting that follows from the model where it is neither.
+_SWITCH = {"on": True, "off": False}
+
 # Presets change what they are about; every other setting has the default of `TrainConfig`.
 # The embedded model is small: it takes larger steps (as in samples/*/config.yaml).
 _EMBEDDED: Mapping[str, Mapping[str, Any]] = {
@@ -191,6 +194,8 @@ def _value(name: str, value: Any) -> Any:
         return items or list(getattr(TrainConfig(), name))
     if value is None or isinstance(value, bool):
         return getattr(TrainConfig(), name) if value is None else value
+    if SETTINGS[name].kind is bool:
+        return _SWITCH.get(str(value), getattr(TrainConfig(), name))
     is_path = SETTINGS[name].is_path
     text = _name(value, name) if is_path else clean_text(str(value), PROMPT_LIMIT, name)
     return text or getattr(TrainConfig(), name)
@@ -232,7 +237,8 @@ def setting_text(value: Any) -> Any:
 
 def shown_choices(setting: Setting) -> list[tuple[str, str]]:
     """What a setting may be, as (label, `setting_text`); empty where it may be anything."""
-    choices = [(choice, choice) for choice in setting.choices or ()]
+    names = _SWITCH if setting.kind is bool and setting.default is None else setting.choices
+    choices = [(choice, choice) for choice in names or ()]
     is_optional = bool(choices) and setting.default is None
     return [(setting.default_text, ""), *choices] if is_optional else choices
 
@@ -311,7 +317,7 @@ def advanced_values(draft: object) -> dict[str, Any]:
 
 def _can_be(name: str, value: object) -> bool:
     setting = SETTINGS[name]
-    if setting.kind is bool:
+    if setting.kind is bool and setting.default is not None:
         return isinstance(value, bool)
     choices = [choice for _, choice in shown_choices(setting)]
     return isinstance(value, str) and len(value) <= _LIMIT and (not choices or value in choices)

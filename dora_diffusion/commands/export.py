@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         help="Diffusers folder with the configuration, for a folder made from a single file. "
-        "Default: the released model's, from the hub.",
+        "Default: the released model's.",
     )
     add_overwrite(parser)
 

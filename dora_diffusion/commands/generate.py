@@ -70,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=SampleSettings.validation_guidance_scale,
         help="Guidance scale (CFG scale).",
     )
+    parser.add_argument(
+        "--guidance_rescale",
+        type=float,
+        default=0.0,
+        help="Guidance rescale, against overexposed images of models with zero terminal SNR: 0.7 "
+        "in arXiv:2305.08891. Default: 0, none.",
+    )
     parser.add_argument("--width", type=int, help="Width in pixels. Default: the model's own.")
     parser.add_argument("--height", type=int, help="Height in pixels. Default: the model's own.")
     parser.add_argument(
@@ -159,6 +166,7 @@ def _settings(args: argparse.Namespace) -> SamplingSettings:
     return SamplingSettings(
         steps=args.steps,
         guidance_scale=args.guidance_scale,
+        guidance_rescale=args.guidance_rescale,
         scheduler=args.scheduler,
         width=args.width,
         height=args.height,

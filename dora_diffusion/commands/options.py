@@ -6,22 +6,27 @@ import argparse
 import dataclasses
 import math
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_diffusion.commands.parser import SwitchAction
 from dora_diffusion.config import ConfigError
 from dora_diffusion.config.adapter import NORM_AXES
 from dora_diffusion.config.fields import AUTO, DTYPES, dtype_name, require, require_token_length
 from dora_diffusion.config.run import SampleSettings
+from dora_diffusion.console.progress import say
 from dora_diffusion.console.tables import print_json
+from dora_diffusion.families import PREDICTION_TYPES
 from dora_diffusion.formats.layouts import CONVERSIONS
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.wording import counted
 
 if TYPE_CHECKING:
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
+    from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
     from dora_diffusion.models.components import Components
 
 _STRENGTHS = {
@@ -99,6 +104,29 @@ def add_sampling(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
     parser.add_argument("--batch_size", type=int, default=batch_size, help="Batch size.")
 
 
+def add_noise_schedule(parser: argparse.ArgumentParser) -> None:
+    """Add how the base's noise schedule is meant."""
+    parser.add_argument(
+        "--prediction_type",
+        choices=PREDICTION_TYPES,
+        help="What the base predicts: the noise (epsilon) or v. Default: what it says, else what "
+        "the adapter says, else epsilon.",
+    )
+    parser.add_argument(
+        "--zero_terminal_snr",
+        action=SwitchAction,
+        help="Whether the base's noise schedule ends in pure noise (arXiv:2305.08891). Default: "
+        "what it says, else what the adapter says, else not.",
+    )
+
+
+def asked_schedule(args: argparse.Namespace) -> AskedSchedule:
+    """What `add_noise_schedule` added."""
+    from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
+
+    return AskedSchedule(args.prediction_type, args.zero_terminal_snr)
+
+
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
 
@@ -112,8 +140,9 @@ def add_adapted_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         help="Diffusers folder with the configuration of a single-file base. Default: the "
-        "released model's, from the hub.",
+        "released model's.",
     )
+    add_noise_schedule(parser)
     add_alpha(parser)
     stated = "Default: what the adapter's file says, else that of the base."
     parser.add_argument(
@@ -151,13 +180,15 @@ def add_merge(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     )
     add_alpha(parser)
     parser.add_argument("--vae", help="Another VAE: folder, hub id or .safetensors file.")
+    add_noise_schedule(parser)
     _add_strengths(parser, _STRENGTHS | _COMPONENT_STRENGTHS)
 
 
 def merge_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_merge` added, as keywords of `export_checkpoint` and `verify_checkpoint`."""
     names = (*_STRENGTHS, *_COMPONENT_STRENGTHS, "alpha", "vae")
-    return {name: getattr(args, name) for name in names} | base_options(args)
+    options = {name: getattr(args, name) for name in names} | base_options(args)
+    return options | {"schedule": asked_schedule(args)}
 
 
 def adapter_and_strength(text: str) -> tuple[str, float]:
@@ -189,7 +220,7 @@ def load_adapted_model(args: argparse.Namespace) -> tuple[Components, AdapterMet
     from dora_diffusion.generate import load_adapted
     from dora_diffusion.models.precision import dtype_of
 
-    return load_adapted(
+    components, metadata = load_adapted(
         args.base,
         args.adapter,
         strength=args.strength,
@@ -198,12 +229,16 @@ def load_adapted_model(args: argparse.Namespace) -> tuple[Components, AdapterMet
         alpha=args.alpha,
         dtype=dtype_of(args.dtype),
         config=args.config,
+        schedule=asked_schedule(args),
         compile=args.compile,
         offload=getattr(args, "offload", "none"),
         clip_skip=args.clip_skip,
         max_token_length=args.max_token_length,
         **base_options(args),
     )
+    if components.schedule is not None and not components.schedule.is_configured:
+        say(f"noise schedule of {args.base}: {components.schedule}", sys.stderr)
+    return components, metadata
 
 
 def require_at_least_one(args: argparse.Namespace, *names: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.commands.options import add_base, add_overwrite, base_options
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
@@ -61,13 +62,13 @@ def run(args: argparse.Namespace) -> int:
         args.base = config.pretrained_model_name_or_path
         args.variant = args.variant or config.variant
         args.revision = args.revision or config.revision
-    vae, folder = config.pretrained_vae_model_name_or_path, config.model_config
     questions = _questions(config, args)
     tell(phase="loading the model")
     from dora_diffusion.evaluation.ranking import rank
     from dora_diffusion.jobs.image_generator import load_model
 
-    files = ModelFiles(vae, folder, **base_options(args))
+    chosen: dict[str, Any] = {**base_options(args)}
+    files = replace(ModelFiles.of(config.to_dict()), **chosen)
     components = load_model(args.base, None, files)
     components = components.reading(config.clip_skip, config.max_token_length)
     with progress("generating images", "image") as show:

@@ -88,11 +88,23 @@ DERIVED: Mapping[str, Callable[[TrainConfig], Any]] = {
     ),
 }
 """Setting -> its value where none is given, from the others."""
+# Those that follow from the model.
+_BY_MODEL = ("resolution", "snr_gamma")
+
+
+def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:
+    """Gamma of min-SNR where none is given; 0: no weighting.
+
+    Its weight of v goes to 0 with the SNR, where shape is decided: docs/comparison.md has what that
+    costs.
+    """
+    return 5.0 if prediction_type == "epsilon" and not config.debiased_estimation_loss else 0.0
 
 
 def resolve(
     config: TrainConfig,
     *,
+    prediction_type: str,
     resolution: int,
     total_steps: int,
     steps_per_epoch: int,
@@ -102,6 +114,7 @@ def resolve(
 
     Args:
         config: The settings as they were given.
+        prediction_type: What the model predicts.
         resolution: The size that is trained at.
         total_steps: Optimizer steps of the run.
         steps_per_epoch: Optimizer steps per epoch, rounded up.
@@ -112,6 +125,8 @@ def resolve(
         for name, derive in DERIVED.items()
         if getattr(config, name) in (None, []) and (value := derive(config)) is not None
     }
+    if config.snr_gamma is None:
+        values["snr_gamma"] = usual_snr_gamma(config, prediction_type)
     if config.with_prior_preservation and not config.dataset_config:
         values["prior_preservation_mode"] = config.prior_mode
     is_shown = config.num_validation_images or config.holds_out
@@ -144,6 +159,8 @@ def overridden(values: Mapping[str, Any], given: Collection[str]) -> dict[str, A
         left.pop("max_train_steps", None)
     if "validation_epochs" in given and "validation_steps" not in given:
         left.pop("validation_steps", None)
+    if {"pretrained_model_name_or_path", "prediction_type", "debiased_estimation_loss"} & {*given}:
+        left.pop("snr_gamma", None)
     try:
         config = TrainConfig.from_dict(values)
     except ConfigError:
@@ -263,7 +280,7 @@ def _differences(before: Mapping[str, Any], now: TrainConfig) -> tuple[Changes, 
         if setting.resume == "free":
             allowed[setting.name] = (old, new)
         # Otherwise the checkpoint says what was given, not what followed from it.
-        elif old is not None or setting.name not in (*DERIVED, "resolution"):
+        elif old is not None or setting.name not in (*DERIVED, *_BY_MODEL):
             refused[setting.name] = (old, new)
     return refused, allowed
 

@@ -300,8 +300,16 @@ class LossSettings:
 
     heading: ClassVar = "Optimization"
 
-    snr_gamma: float = flag(
-        5.0, "min-SNR loss weighting (arXiv:2303.09556); 0 turns it off.", least=0
+    snr_gamma: float | None = flag(
+        None,
+        "Gamma of min-SNR loss weighting (arXiv:2303.09556); 0 turns it off.",
+        derived="5 where the model predicts the noise, 0 where it predicts v",
+        least=0,
+    )
+    debiased_estimation_loss: bool = flag(
+        False,
+        "Debiased estimation loss (arXiv:2310.08442): the error of the noise is weighted by "
+        "1 / sqrt(SNR); for runs without snr_gamma.",
     )
     noise_offset: float = flag(
         0.0, "Noise offset: share of the noise that is constant over each channel.", least=0

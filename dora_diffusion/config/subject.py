@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, AnyOf, Need, flag
+from dora_diffusion.families import PREDICTION_TYPES
 
 PRIOR_MODES = ("images", "image-free")
 INPAINTING_MASKS = ("random", "subject")
@@ -59,7 +60,7 @@ class ModelSettings:
     model_config: str | None = flag(
         None,
         "For a single-file checkpoint: a Diffusers folder with its configuration and tokenizers.",
-        derived="the released model's, from the hub",
+        derived="the released model's",
         needs=(_single_file,),
         is_path=True,
     )
@@ -70,6 +71,19 @@ class ModelSettings:
         needs=(_on_the_hub,),
     )
     variant: str | None = flag(None, "Variant of the weight files, such as fp16.")
+    prediction_type: str | None = flag(
+        None,
+        "Prediction type: what the UNet predicts, the noise (epsilon) or v.",
+        derived="what the model says (its scheduler's configuration; of a single file, the tensors "
+        "v_pred and ztsnr, or its metadata), else epsilon",
+        choices=PREDICTION_TYPES,
+    )
+    zero_terminal_snr: bool | None = flag(
+        None,
+        "Zero terminal SNR (arXiv:2305.08891): the noise schedule ends in pure noise; for models "
+        "that predict v.",
+        derived="what the model says, else off",
+    )
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,11 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         )
         for prompt in self.validation_prompt:
             parse_prompt(prompt)
+        require(
+            not (self.debiased_estimation_loss and self.snr_gamma),
+            "debiased_estimation_loss weighs timesteps, as snr_gamma does; leave one of them out",
+            "debiased_estimation_loss",
+        )
         if self.optimizer_name == "prodigy":
             self._check_prodigy()
         if self.parametrization == "adalora" and not self.is_full:

@@ -136,8 +136,8 @@ class TrainProgress:
         )
         print(
             f"{event.family} on {event.device}: {counted(event.photos, 'photo')} at "
-            f"{event.resolution} px, {event.adapter}"
-            + (f", started from {event.started_from}" if event.started_from else "")
+            f"{event.resolution} px, {event.adapter}; {event.schedule}"
+            + (f"; started from {event.started_from}" if event.started_from else "")
         )
         if len(split_triggers(event.trigger)) > 1:
             print(f"subjects: {event.trigger}")

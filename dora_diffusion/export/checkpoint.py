@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,9 +36,15 @@ from dora_diffusion.export.merged import (
 )
 from dora_diffusion.export.metadata import ModelMetadata, merged_metadata, trained_metadata
 from dora_diffusion.formats.adapter.embeddings import said_of_embeddings, write_embeddings
-from dora_diffusion.formats.adapter.metadata import AdapterMetadata
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
 from dora_diffusion.formats.adapter.stored import find_adapter
-from dora_diffusion.formats.checkpoint.weights import ModelWeights, SingleFile, StoredModel
+from dora_diffusion.formats.checkpoint.schedule import UNASKED, AskedSchedule
+from dora_diffusion.formats.checkpoint.weights import (
+    ModelWeights,
+    SingleFile,
+    StoredModel,
+    restate_schedule,
+)
 from dora_diffusion.formats.files.atomic import atomic_file
 from dora_diffusion.formats.files.stream import write_tensors
 from dora_diffusion.wording import listing
@@ -59,6 +66,7 @@ def export_checkpoint(
     variant: str | None = None,
     revision: str | None = None,
     config: str | Path | None = None,
+    schedule: AskedSchedule = UNASKED,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Path:
@@ -89,7 +97,8 @@ def export_checkpoint(
         variant: Weight variant of the base, such as ``"fp16"``.
         revision: Branch, tag or commit of a base on the hub.
         config: For a folder made from a single file: a diffusers folder that gives configuration
-            and tokenizers. None takes the released model's from the hub.
+            and tokenizers. None takes the released model's.
+        schedule: How the base's noise schedule is meant, where it does not say it.
         overwrite: Replace an output that exists.
         on_progress: Called with (bytes written, bytes in all).
 
@@ -120,6 +129,7 @@ def export_checkpoint(
         read = spec.read(weights, alpha)
         for assumption in spec.assumptions(read):
             warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
+        restate_schedule(model, base, schedule, read)
         embeddings = spec.embeddings(read, output)
         refuse_existing((file for files in embeddings for file in files.values()), overwrite)
         merged = MergedModel(weights, spec.weighted(read), dtype)
@@ -176,6 +186,8 @@ def export_trained(
         if unknown := tensors.keys() - weights.specs.keys():
             raise ExportError(f"the base has no {listing(sorted(unknown), 3)}")
         trained = MergedModel(Overlay(weights, tensors), ())
+        facts = replace(metadata, base_model=without_path(str(base)))
+        restate_schedule(model, base, AskedSchedule(adapters=[facts]))
         described = trained_metadata(model, metadata, output)
         stack.callback(described.close)
         _write(trained, model, output, described, config, new_vae, None)

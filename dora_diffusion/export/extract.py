@@ -19,7 +19,14 @@ from dora_diffusion.export.files import (
 )
 from dora_diffusion.export.fit import FitSettings, FitTarget, Fitted, fit_layers
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
-from dora_diffusion.formats.adapter.metadata import OWN, READING, UNET_LAYERS, AdapterMetadata
+from dora_diffusion.formats.adapter.metadata import (
+    OWN,
+    READING,
+    UNET_LAYERS,
+    ZERO_TERMINAL_SNR,
+    AdapterMetadata,
+)
+from dora_diffusion.formats.checkpoint.schedule import PREDICTION, ZERO_SNR
 from dora_diffusion.formats.checkpoint.weights import StoredModel, module_shapes, module_weight
 from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.formats.names.unet import known_layout
@@ -185,8 +192,10 @@ def _metadata(
 def facts_of(base: StoredModel) -> dict[str, str]:
     """Metadata fields that an adapter for a base has."""
     layout = known_layout(module_shapes(base))
+    schedule = base.schedule()
     facts = {
-        "prediction_type": base.schedule().get("prediction_type", ""),
+        "prediction_type": schedule.get(PREDICTION, ""),
+        ZERO_TERMINAL_SNR: str(schedule[ZERO_SNR]) if ZERO_SNR in schedule else "",
         UNET_LAYERS: layout.text() if layout else "",
     }
     return {name: text for name, text in facts.items() if text}

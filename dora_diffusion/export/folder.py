@@ -25,11 +25,18 @@ from dora_diffusion.export.metadata import ModelMetadata
 from dora_diffusion.families import WEIGHT_COMPONENTS
 from dora_diffusion.formats.checkpoint.entries import Entry
 from dora_diffusion.formats.checkpoint.folder import WEIGHT_SUFFIXES, read_index, read_json
+from dora_diffusion.formats.checkpoint.schedule import (
+    ZERO_SNR,
+    Statement,
+    choose_schedule,
+    usual_of,
+)
 from dora_diffusion.formats.checkpoint.weights import StoredModel
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.files.stream import write_tensors
 from dora_diffusion.formats.names.checkpoint import UNET_PREFIX, VAE_PREFIX
-from dora_diffusion.formats.names.modules import canonical
+from dora_diffusion.formats.names.modules import BUFFERS, canonical
+from dora_diffusion.models.schedulers import to_zero_snr
 from dora_diffusion.wording import listing
 
 # One weight file: name of each tensor in it -> canonical name.
@@ -39,8 +46,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 WEIGHT_PREFIXES = (UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner.")
 # Folders of Stable Diffusion 2 lack the last layer and the projection of its text encoder.
 UNUSED = ("text_encoder.text_projection.", "text_encoder.text_model.encoder.layers.")
-# Tensors that some layouts have and others do not.
-BUFFERS = ("position_ids", "logit_scale", "attn_mask")
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,15 @@ class FolderPlan:
         shard = {name.removeprefix(f"{component}."): name for name in names}
         return replace(self, shards={**self.shards, component: [shard]})
 
+    def with_schedule(self, settings: Mapping[str, Any]) -> FolderPlan:
+        """The plan with these settings of the scheduler, by a class that can follow them."""
+        if settings.get(ZERO_SNR):
+            kind = read_json(self.source / "scheduler" / "scheduler_config.json")["_class_name"]
+            settings = to_zero_snr({"_class_name": kind, **settings})
+            scheduler = ["diffusers", settings["_class_name"]]
+            return replace(self, scheduler=settings, index={**self.index, "scheduler": scheduler})
+        return replace(self, scheduler=settings)
+
 
 def plan_folder(model: StoredModel, config: str | Path | None) -> FolderPlan:
     """The folder that a model is written as.
@@ -79,16 +93,18 @@ def plan_folder(model: StoredModel, config: str | Path | None) -> FolderPlan:
     Args:
         model: A folder gives the same files, weights under their plain names.
         config: For a single file: a Diffusers folder with the configuration and tokenizers. None
-            takes the released model's from the hub.
+            takes the released model's.
 
     Raises:
         ExportError: If a single file does not fit the configuration.
+        ValueError: If none is given, and the file is of one of two released models.
     """
     if model.is_single_file:
         folder = configuration_folder(config, model)
         return plan_of_checkpoint(model, folder, shapes_of_configuration(folder))
     index = read_index(model.path)
-    return FolderPlan(model.path, other_files(model.path, index), index, model.shards())
+    plan = FolderPlan(model.path, other_files(model.path, index), index, model.shards())
+    return plan.with_schedule(model.restated)
 
 
 def plan_of_checkpoint(checkpoint: StoredModel, config: Path, shapes: Shapes) -> FolderPlan:
@@ -102,6 +118,8 @@ def plan_of_checkpoint(checkpoint: StoredModel, config: Path, shapes: Shapes) ->
     Raises:
         ExportError: If the file lacks a tensor, has one of another shape, or one too many.
     """
+    from dora_diffusion.models.configuration import is_released
+
     missing = [
         name
         for name, shape in shapes.items()
@@ -114,12 +132,15 @@ def plan_of_checkpoint(checkpoint: StoredModel, config: Path, shapes: Shapes) ->
         if key.startswith(WEIGHT_PREFIXES) and not key.endswith(BUFFERS) and ".loss." not in key
     ]
     if missing or extra:
+        whose = "what the released model has" if is_released(config) else config
         raise ExportError(
-            f"{config} is the configuration of another model than {checkpoint.path.name}: "
-            f"{listing(missing or extra)} {'differ' if missing else 'would be left out'}"
+            f"{whose} is the configuration of another model than {checkpoint.path.name}: "
+            f"{listing(missing or extra, 3)} {'differ' if missing else 'would be left out'}; give "
+            "a Diffusers folder of its shape with --config"
         )
     index = read_index(config)
-    plan = FolderPlan(config, other_files(config, index), index, {}, checkpoint.schedule())
+    plan = FolderPlan(config, other_files(config, index), index, {})
+    plan = plan.with_schedule(checkpoint.schedule())
     for component in WEIGHT_COMPONENTS:
         if names := [name for name in shapes if name.startswith(f"{component}.")]:
             plan = plan.with_tensors(component, names)
@@ -130,54 +151,31 @@ def configuration_folder(config: str | Path | None, checkpoint: StoredModel) -> 
     """The folder with configuration and tokenizers: the given one, or the released model's.
 
     Raises:
-        ExportError: If none is given, and the file is of one of two released models.
-        ModelNotFoundError: If it cannot be had, with what to do.
+        ValueError: If none is given, and the file is of one of two released models.
+        ModelNotFoundError: If the given one is not there.
     """
-    from dora_diffusion.models.locate import ModelNotFoundError, fetch_snapshot, resolve_folder
+    from dora_diffusion.models.configuration import released_folder, require_prediction
+    from dora_diffusion.models.locate import resolve_folder
 
     if config is not None:
         return resolve_folder(config)
-    family = checkpoint.family
-    if family.released_epsilon_id and "prediction_type" not in checkpoint.schedule():
-        raise ExportError(
-            f"{checkpoint.path.name} does not say whether it predicts the noise or v, as "
-            f"{family.title} has both: give a diffusers folder or hub id of its kind with "
-            f"--config, such as {family.released_id} (v) or {family.released_epsilon_id} "
-            "(the noise)"
-        )
-    try:
-        return fetch_snapshot(
-            family.released_id, None, ["model_index.json", "*/*.json", "tokenizer*/*"], []
-        )
-    except ModelNotFoundError as error:
-        raise ModelNotFoundError(
-            "a folder made from a single file needs its configuration and tokenizers: give a "
-            f"diffusers folder of the same kind of model with --config ({error})"
-        ) from error
+    said = [Statement("", checkpoint.schedule()), *usual_of(checkpoint.family)]
+    schedule = choose_schedule(checkpoint.path.name, said)
+    require_prediction(checkpoint.path.name, checkpoint.family, schedule)
+    return released_folder(checkpoint.family, schedule.prediction_type)
 
 
 def shapes_of_configuration(config: Path) -> dict[str, tuple[int, ...]]:
     """Canonical names and shapes of all tensors that models of a configuration have."""
-    import diffusers
-    import transformers
+    from dora_diffusion.models.configuration import empty_module
 
-    shapes: dict[str, tuple[int, ...]] = {}
-    for component, value in read_index(config).items():
-        if component not in WEIGHT_COMPONENTS or not isinstance(value, list):
-            continue
-        values = read_json(config / component / "config.json")
-        with torch.device("meta"):
-            if component.startswith("text_encoder"):
-                kind: Any = getattr(transformers, value[1])
-                model = kind(transformers.CLIPTextConfig(**values))
-            else:
-                model = getattr(diffusers, value[1]).from_config(values)
-        shapes |= {
-            canonical(component, key): tuple(tensor.shape)
-            for key, tensor in model.state_dict().items()
-            if not key.endswith(BUFFERS)
-        }
-    return shapes
+    return {
+        canonical(component, key): tuple(tensor.shape)
+        for component, value in read_index(config).items()
+        if component in WEIGHT_COMPONENTS and isinstance(value, list)
+        for key, tensor in empty_module(config, component).state_dict().items()
+        if not key.endswith(BUFFERS)
+    }
 
 
 def other_files(folder: Path, index: Mapping[str, Any]) -> list[Path]:

@@ -145,7 +145,7 @@ def merged_metadata(
     triggers = split_triggers(join_triggers(words))
     if output.suffix == ".safetensors":
         # Where there are releases of both kinds, silence tells nothing.
-        usual = "" if model.family.released_epsilon_id else "epsilon"
+        usual = "" if model.family.has_two_predictions else "epsilon"
         prediction_type = model.schedule().get("prediction_type", usual)
         spoken = modelspec_fields(model.family, output.stem, ", ".join(triggers), prediction_type)
         if not prediction_type:  # of two architectures; what the base says of itself stays

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.export.files import OnProgress, ProgressReporter, open_model
-from dora_diffusion.export.folder import BUFFERS, UNUSED, WEIGHT_PREFIXES
+from dora_diffusion.export.folder import UNUSED, WEIGHT_PREFIXES
 from dora_diffusion.export.merge_spec import Adapters, MergeSpec, adapter_hash, recorded
 from dora_diffusion.export.merged import MergedModel, open_vae, with_vae
 from dora_diffusion.export.metadata import MERGED
-from dora_diffusion.formats.checkpoint.file import MARKERS
-from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel
+from dora_diffusion.formats.checkpoint.schedule import MARKERS, UNASKED, AskedSchedule
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel, restate_schedule
 from dora_diffusion.formats.names.checkpoint import standard_key
-from dora_diffusion.formats.names.modules import split_component
+from dora_diffusion.formats.names.modules import BUFFERS, split_component
 from dora_diffusion.merge import layers_of, merge_tensor
 from dora_diffusion.numerics.merging import cast_error, merge_error
 from dora_diffusion.numerics.precision import upcast
@@ -83,6 +83,7 @@ def verify_checkpoint(
     vae: str | Path | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    schedule: AskedSchedule = UNASKED,
     on_progress: OnProgress | None = None,
 ) -> VerifyReport:
     """Compare a merged model with what base and adapters give.
@@ -100,6 +101,7 @@ def verify_checkpoint(
         vae: The autoencoder that was baked in.
         variant: Weight variant of the base.
         revision: Branch, tag or commit of a base on the hub.
+        schedule: How the base's noise schedule is meant, where it does not say it.
         on_progress: Called with (bytes compared, bytes in all).
 
     Raises:
@@ -121,10 +123,10 @@ def verify_checkpoint(
         read = spec.read(weights, alpha)
         expected = MergedModel(weights, spec.weighted(read))
         report = WeightComparison(merged_model, expected, model.is_single_file).run(on_progress)
+        restate_schedule(model, base, schedule, read)
         report.problems.extend(_beside_the_weights(merged_model, model))
         report.assumptions.extend(spec.assumptions(read))
-    hint = _recorded_strengths(merged_model, spec)
-    if report.problems and hint:
+    if report.problems and (hint := _recorded_strengths(merged_model, spec)):
         report.problems.append(hint)
     return report
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,12 @@ from dora_diffusion.families import (
     Family,
     UnsupportedModelError,
     detect_folder_family,
+)
+from dora_diffusion.formats.checkpoint.schedule import (
+    UNASKED,
+    AskedSchedule,
+    choose_schedule,
+    stated_by_file,
 )
 from dora_diffusion.jobs.workspace import UserError
 from dora_diffusion.models.locate import (
@@ -60,7 +66,7 @@ def model_info(name: str) -> ModelInfo:
     try:
         path = Path(name).expanduser()
         if path.is_file():
-            return _released_info(_file_family(path, path.stat().st_mtime_ns))
+            return _file_info(path, path.stat().st_mtime_ns)
         folder = _folder_of(name)
         if folder is not None:
             return _folder_info(folder, (folder / "model_index.json").stat().st_mtime_ns)
@@ -103,11 +109,16 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=256)
-def _file_family(path: Path, modified: int) -> Family:
+def _file_info(path: Path, modified: int) -> ModelInfo:
     from dora_diffusion.formats.checkpoint.file import detect_checkpoint_family
     from dora_diffusion.formats.files.header import read_header
+    from dora_diffusion.models.configuration import released_config
 
-    return detect_checkpoint_family(read_header(path).specs, str(path))
+    header = read_header(path)
+    family = detect_checkpoint_family(header.specs, str(path))
+    schedule = choose_schedule(path.name, stated_by_file(header.metadata, header.specs))
+    side = released_config(family, schedule.prediction_type)["unet"]["sample_size"]
+    return replace(_released_info(family), resolution=8 * side)
 
 
 def check_base(name: str, revision: str | None = None, *, ask_hub: bool = False) -> None:
@@ -196,18 +207,22 @@ class ModelFiles:
         config: ``model_config``.
         variant: Of the weights.
         revision: Of a hub id.
+        schedule: How its noise schedule is meant: ``prediction_type``, ``zero_terminal_snr``.
     """
 
     vae: str | None = None
     config: str | None = None
     variant: str | None = None
     revision: str | None = None
+    schedule: AskedSchedule = UNASKED
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> ModelFiles:
         """Those of a run's settings."""
         names = ("pretrained_vae_model_name_or_path", "model_config", "variant", "revision")
-        return cls(*(settings.get(name) or None for name in names))
+        vae, config, variant, revision = (settings.get(name) or None for name in names)
+        asked = settings.get("prediction_type"), settings.get("zero_terminal_snr")
+        return cls(vae, config, variant, revision, AskedSchedule(*asked))
 
     def here(self, name: str) -> str | None:
         """A base model's name, or its folder in the hub's cache; None where it is not on the disk.

@@ -14,11 +14,9 @@ from torch import nn
 
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_token_length
 from dora_diffusion.families import TITLES, Family
+from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule
 from dora_diffusion.models.latents import vae_factor
-from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler
-
-# They ignore a schedule that ends in pure noise.
-_NOT_TO_ZERO_SNR = ("PNDMScheduler", "HeunDiscreteScheduler")
+from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler, to_zero_snr
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,7 @@ class Components:
         scheduler_config: The model's own scheduler settings, with ``_class_name``, for sampling.
         zeros_for_empty_prompt: Guidance without a negative prompt uses zeros (SDXL).
         source: Folder or file that the weights were read from.
+        schedule: How its noise schedule is meant, and who says so.
         offload_to: Where modules compute that lie in the host's memory until then
             (`models.offload`); None: they compute where they are.
         clip_skip: Last layers of the text encoders that prompts are read without, as Diffusers'
@@ -53,6 +52,7 @@ class Components:
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
     zeros_for_empty_prompt: bool = False
     source: str = ""
+    schedule: NoiseSchedule | None = None
     offload_to: torch.device | None = None
     clip_skip: int = 0
     max_token_length: int = TOKENS_PER_CHUNK
@@ -234,15 +234,17 @@ class Components:
             chosen.settings if chosen else {}
         )
         config.setdefault("set_alpha_to_one", False)
+        class_name = chosen.class_name
         if config.get("rescale_betas_zero_snr"):
-            if chosen.class_name in _NOT_TO_ZERO_SNR:
+            moved = to_zero_snr({"_class_name": class_name})
+            if name is not None and moved["_class_name"] != class_name:
                 raise ValueError(
-                    f"the scheduler {name or own_class} cannot follow this model's noise schedule, "
-                    "which ends in pure noise; choose ddim, euler or dpm++"
+                    f"the scheduler {name} cannot follow this model's noise schedule, which ends "
+                    "in pure noise; choose ddim, euler or dpm++"
                 )
-            # With a zero-SNR schedule, sampling must start at the last step (arXiv:2305.08891).
-            config["timestep_spacing"] = "trailing"
-        return getattr(diffusers, chosen.class_name).from_config(config)
+            class_name = moved.pop("_class_name")
+            config |= moved
+        return getattr(diffusers, class_name).from_config(config)
 
     def identity(self, *components: str) -> str:
         """Digest of the named components' configuration and weights, for caches keyed by content.

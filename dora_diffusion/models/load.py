@@ -12,27 +12,37 @@ from typing import Any
 
 import torch
 
-from dora_diffusion.families import Family, UnsupportedModelError, detect_folder_family
+from dora_diffusion.families import USUAL, Family, UnsupportedModelError, detect_folder_family
 from dora_diffusion.formats.adapter.embeddings import read_tokens
 from dora_diffusion.formats.adapter.metadata import OWN, stated_reading
-from dora_diffusion.formats.checkpoint.file import (
-    CheckpointFile,
-    detect_checkpoint_family,
-    stated_schedule,
+from dora_diffusion.formats.checkpoint.file import CheckpointFile, detect_checkpoint_family
+from dora_diffusion.formats.checkpoint.folder import by_scheduler, read_json
+from dora_diffusion.formats.checkpoint.schedule import (
+    EPSILON,
+    UNASKED,
+    AskedSchedule,
+    NoiseSchedule,
+    choose_schedule,
+    stated_by_file,
+    usual_of,
 )
-from dora_diffusion.formats.checkpoint.folder import read_json
 from dora_diffusion.formats.files.header import PICKLED, read_header
-from dora_diffusion.formats.names.checkpoint import standard_key
+from dora_diffusion.formats.names.modules import BUFFERS, canonical
 from dora_diffusion.models.components import Components, cast_to_weight, fingerprint
+from dora_diffusion.models.configuration import (
+    empty_module,
+    released_folder,
+    require_prediction,
+)
 from dora_diffusion.models.locate import (
     ModelNotFoundError,
     fetch_snapshot,
-    is_offline,
     looks_local,
     resolve_folder,
 )
-from dora_diffusion.models.weights import fill_renamed, load_module, plain_errors, quiet_libraries
+from dora_diffusion.models.weights import load_module, plain_errors, quiet_libraries
 from dora_diffusion.models.words import add_tokens
+from dora_diffusion.wording import listing
 
 __all__ = [
     "Components",
@@ -43,11 +53,6 @@ __all__ = [
     "resolve_folder",
 ]
 
-_NEEDED = (
-    "its configuration is needed: give a Diffusers folder with it as --config (of train: "
-    "--model_config)"
-)
-
 
 def load_components(
     name: str | Path,
@@ -57,6 +62,7 @@ def load_components(
     vae: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     config: str | Path | None = None,
+    schedule: AskedSchedule = UNASKED,
 ) -> Components:
     """Load a model, frozen and in evaluation mode, on the CPU.
 
@@ -68,8 +74,9 @@ def load_components(
         vae: Another autoencoder: a folder, a hub id, or a ``.safetensors`` file.
         dtype: Of every module; an autoencoder that overflows in half precision stays float32.
         config: For a single file: a diffusers folder of the same architecture that gives the
-            configuration and the tokenizers. Without it diffusers asks the hub for the
-            released model's.
+            configuration and the tokenizers. Without it they are the released model's, which
+            this package holds.
+        schedule: How its noise schedule is meant, where it does not say it.
 
     Raises:
         ModelNotFoundError: If there is no such model.
@@ -83,10 +90,10 @@ def load_components(
         )
     with quiet_libraries():
         if path.suffix == ".safetensors" and path.is_file():
-            components = _load_single_file(path, dtype, config)
+            components = _load_single_file(path, str(name), dtype, config, schedule)
         else:
             folder = resolve_folder(str(name), revision=revision, variant=variant)
-            components = _load_folder(folder, dtype, variant)
+            components = _load_folder(folder, str(name), dtype, variant, schedule)
         own_vae, family = components.vae, components.family
         other_vae = own_vae if vae is None else load_vae(vae, dtype=dtype, family=family)
     components = dataclasses.replace(
@@ -128,8 +135,10 @@ def load_vae(
         with plain_errors(str(name)):
             return AutoencoderKL.from_single_file(
                 str(path),
+                config=str(released_folder(family or USUAL, EPSILON)),
+                subfolder="vae",
                 torch_dtype=torch.float32 if wide else dtype,
-                local_files_only=is_offline(),
+                local_files_only=True,
             )
     if not path.is_dir():
         if looks_local(str(name)):
@@ -140,88 +149,120 @@ def load_vae(
     return _load_vae_folder(folder, dtype, None, family)
 
 
-def _load_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> Components:
+def _load_folder(
+    folder: Path, name: str, dtype: torch.dtype, variant: str | None, asked: AskedSchedule
+) -> Components:
     """Load every component of a diffusers folder."""
     from diffusers import UNet2DConditionModel
 
     family = detect_folder_family(folder)
     index = read_json(folder / "model_index.json")
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
+    schedule = choose_schedule(name, asked.statements(name, [by_scheduler(scheduler_config)]))
     return Components(
         family=family,
         unet=load_module(UNet2DConditionModel, folder / "unet", dtype, variant),
         vae=_load_vae_folder(folder / "vae", dtype, variant, family),
         text_encoders=_load_text_encoders(family, folder, dtype, variant),
         tokenizers=tuple(_load_tokenizer(folder / part) for part in family.tokenizer_names),
-        scheduler=training_scheduler(scheduler_config),
         name=str(folder),
-        scheduler_config=scheduler_config,
         zeros_for_empty_prompt=family.zeros_for_empty_prompt(index),
         source=str(folder),
+        **_schedulers(scheduler_config, schedule),
     )
 
 
-def _load_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Components:
+def _load_single_file(
+    path: Path, name: str, dtype: torch.dtype, config: str | Path | None, asked: AskedSchedule
+) -> Components:
     """Load the components of a single-file checkpoint.
 
     Args:
         path: The ``.safetensors`` file.
+        name: What it was asked for as.
         dtype: Of every module; an autoencoder that may overflow in it stays float32.
-        config: A diffusers folder that gives the configuration and the tokenizers; None asks the
-            hub for the released model's.
+        config: A Diffusers folder that gives the configuration and the tokenizers; None takes the
+            released model's.
+        asked: How its noise schedule is meant, where it does not say it.
 
     Raises:
         UnsupportedModelError: If it is not a checkpoint of a supported family.
-        ValueError: If it is damaged or its configuration cannot be had.
+        ValueError: If it is damaged or does not fit its configuration.
     """
-    import diffusers
-
     with plain_errors(str(path)):
         header = read_header(path)
     family = detect_checkpoint_family(header.specs, str(path))
-    pipeline_class: Any = getattr(diffusers, family.pipeline_class)
-    options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": is_offline()}
-    if config is not None:
-        options |= {"config": str(resolve_folder(str(config))), "local_files_only": True}
-    if config is not None and any(standard_key(key) != key for key in header.specs):
-        options["text_encoder"] = _text_encoder(path, Path(options["config"])).to(dtype)
-    with plain_errors(str(path), _NEEDED):
-        if family.vae_overflows({}) and dtype != torch.float32:
-            vae_options = options | {"torch_dtype": torch.float32, "subfolder": "vae"}
-            options["vae"] = diffusers.AutoencoderKL.from_single_file(str(path), **vae_options)
-        pipeline = pipeline_class.from_single_file(str(path), **options)
-    scheduler_config = {
-        **pipeline.scheduler.config,
-        **stated_schedule(header.metadata, header.specs),
-    }
-    scheduler_config["_class_name"] = type(pipeline.scheduler).__name__
+    given = None if config is None else resolve_folder(str(config))
+    usual = usual_of(family)
+    if given is not None:
+        usual = [by_scheduler(read_json(given / "scheduler" / "scheduler_config.json"))]
+    said = asked.statements(name, stated_by_file(header.metadata, header.specs))
+    schedule = choose_schedule(path.name, [*said, *usual])
+    require_prediction(path.name, family, schedule)
+    folder = given or released_folder(family, schedule.prediction_type)
+    with CheckpointFile.open(path) as file:
+        modules = {
+            part: _module_of_file(file, folder, part, dtype)
+            for part in ("unet", "vae", *family.text_encoder_names)
+        }
+    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
     return Components(
         family=family,
-        unet=pipeline.unet,
-        vae=pipeline.vae,
-        text_encoders=tuple(getattr(pipeline, part) for part in family.text_encoder_names),
-        tokenizers=tuple(getattr(pipeline, part) for part in family.tokenizer_names),
-        scheduler=training_scheduler(scheduler_config),
+        unet=modules["unet"],
+        vae=modules["vae"],
+        text_encoders=tuple(modules[part] for part in family.text_encoder_names),
+        tokenizers=tuple(_load_tokenizer(folder / part) for part in family.tokenizer_names),
         name=str(path),
-        scheduler_config=scheduler_config,
-        zeros_for_empty_prompt=family.zeros_for_empty_prompt(pipeline.config),
+        zeros_for_empty_prompt=family.zeros_for_empty_prompt(
+            read_json(folder / "model_index.json")
+        ),
         source=str(path),
+        **_schedulers(scheduler_config, schedule),
     )
 
 
-def _text_encoder(path: Path, config: Path) -> torch.nn.Module:
-    """CLIP from a file with other names, which diffusers does not find there."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def _module_of_file(file: CheckpointFile, folder: Path, part: str, dtype: torch.dtype) -> Any:
+    """A module of a single file, made as a folder configures it.
 
-    prefix = "text_encoder."
-    with CheckpointFile.open(path) as file:
-        names = [name for name in file.specs if name.startswith(prefix)]
-        tensors = {name.removeprefix(prefix): file[name] for name in names}
-    settings = read_json(config / "text_encoder" / "config.json")
-    model: torch.nn.Module = CLIPTextModel(CLIPTextConfig(**settings))
-    if not fill_renamed(model, tensors):
-        raise ValueError(f"{path}: its text encoder does not fit the configuration {config}")
-    return model.eval()
+    Raises:
+        ValueError: If a tensor is missing, or has another shape than the configuration says.
+    """
+    config = read_json(folder / part / "config.json")
+    if part == "vae" and file.family.vae_overflows(config):
+        dtype = torch.float32
+    with plain_errors(str(folder)):
+        module = empty_module(folder, part)
+    wanted = {key: canonical(part, key) for key in module.state_dict() if not key.endswith(BUFFERS)}
+    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    wrong = [
+        name
+        for key, name in wanted.items()
+        if name not in file.specs or file.specs[name].shape != shapes[key]
+    ]
+    if wrong:
+        raise ValueError(
+            f"{file.path} could not be loaded: it is damaged, or not shaped as its configuration "
+            f"says ({listing(wrong, 3)}); give a Diffusers folder of its shape as --config (of "
+            "train: --model_config)"
+        )
+    with plain_errors(str(file.path)):
+        # A tensor that is its own memory: the file is closed, and parts of one are not kept whole.
+        state = {
+            key: file[name].to(dtype, copy=True, memory_format=torch.contiguous_format)
+            for key, name in wanted.items()
+        }
+    module.load_state_dict(state, strict=False, assign=True)
+    return module
+
+
+def _schedulers(config: Mapping[str, Any], schedule: NoiseSchedule) -> dict[str, Any]:
+    """Of `Components`, what a model's scheduler configuration and its noise schedule give."""
+    config = {**config, **schedule.settings}
+    return {
+        "scheduler": training_scheduler(config),
+        "scheduler_config": config,
+        "schedule": schedule,
+    }
 
 
 def training_scheduler(config: Mapping[str, Any]) -> Any:

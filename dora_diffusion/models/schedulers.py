@@ -35,3 +35,22 @@ SCHEDULERS: Mapping[str, SamplingScheduler] = {
     ),
     "unipc": SamplingScheduler("UniPCMultistepScheduler", "UniPC"),
 }
+
+# Those of Diffusers that know a noise schedule whose last timestep is pure noise. Where sigma would
+# be infinite there, they take a finite one.
+_TO_ZERO_SNR = (
+    "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "LCMScheduler", "TCDScheduler",
+    "UniPCMultistepScheduler",
+)  # fmt: skip
+
+
+def to_zero_snr(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's settings that sample from pure noise on (arXiv:2305.08891, section 3.3).
+
+    The first timestep is the schedule's last, and a class that would ignore such a schedule becomes
+    DDIM.
+    """
+    is_able = config.get("_class_name") in _TO_ZERO_SNR
+    others = {} if is_able else {"_class_name": "DDIMScheduler"}
+    return {**config, "timestep_spacing": "trailing", **others}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+from dora_diffusion.families import PREDICTION_TYPES
 
 
 def sample_timestep(num_train_timesteps: int, generator: torch.Generator) -> Tensor:
@@ -75,20 +75,31 @@ def training_target(
     )
 
 
-def loss_weight(alpha_bar: Tensor, snr_gamma: float, prediction_type: str) -> Tensor | None:
+def loss_weight(
+    alpha_bar: Tensor, snr_gamma: float, prediction_type: str, *, debiased: bool = False
+) -> Tensor | None:
     """Loss weight per sample of min-SNR-gamma (Hang et al., arXiv:2303.09556, section 3.4).
 
     ``min(SNR, gamma) / SNR`` for noise prediction and ``min(SNR, gamma) / (SNR + 1)`` for
     v-prediction, with ``SNR = a / (1 - a)``; both are written so that SNR 0 gives no 0 / 0.
 
+    Debiased estimation (Yu et al., arXiv:2310.08442, section 3.3) weighs the noise's error by
+    ``1 / sqrt(SNR)``, and v's, which is ``1 / a`` of it, by ``sqrt(SNR) / (SNR + 1)``. At SNR 0
+    the noise is the input itself: nothing is to be learned there.
+
     Args:
         alpha_bar: ``(B,)``.
         snr_gamma: 5 in the paper; 0 weights all timesteps alike, and returns None.
         prediction_type: ``"epsilon"`` or ``"v_prediction"``.
+        debiased: Debiased estimation, whatever the gamma.
     """
-    if not snr_gamma:
+    if not snr_gamma and not debiased:
         return None
     snr = alpha_bar / (1 - alpha_bar)
+    if debiased:
+        if prediction_type == "epsilon":
+            return torch.where(snr > 0, snr.rsqrt(), torch.zeros_like(snr))
+        return snr.sqrt() / (snr + 1)
     if prediction_type == "epsilon":
         weight = snr_gamma / snr.clamp_min(snr_gamma)
         return torch.where(snr > snr_gamma, weight, torch.ones_like(snr))
@@ -124,7 +135,7 @@ def prediction_loss(
     alpha_bar: Tensor,
     *,
     prediction_type: str,
-    snr_gamma: float = 0.0,
+    weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """The objective: each sample's loss of a prediction, ``(B,)``.
@@ -135,11 +146,10 @@ def prediction_loss(
         noise: What was added, ``(B, C, h, w)``.
         alpha_bar: ``(B,)``.
         prediction_type: See `training_target`.
-        snr_gamma: See `loss_weight`.
+        weight: See `loss_weight`.
         mask: See `denoising_loss`.
     """
     target = training_target(prediction_type, latents, noise, alpha_bar)
-    weight = loss_weight(alpha_bar, snr_gamma, prediction_type)
     return denoising_loss(model_pred, target, weight, mask)
 
 

@@ -64,6 +64,7 @@ class TrainingStarted:
     photos: int
     resolution: int
     family: str
+    schedule: str
     device: str
     adapter: str
     trigger: str

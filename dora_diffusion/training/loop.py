@@ -273,6 +273,7 @@ class _Run:
                 photos=len(session.dataset),
                 resolution=session.resolution,
                 family=session.components.family.title,
+                schedule=str(session.components.schedule),
                 device=str(session.accelerator.device),
                 adapter=session.report,
                 started_from=session.weights.origin.get("init_adapter", ""),

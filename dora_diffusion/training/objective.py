@@ -29,6 +29,7 @@ class Objective(nn.Module):
         components: The model.
         train_text_encoder: Whether the text encoders train.
         snr_gamma: Of min-SNR weighting; 0 turns it off.
+        debiased: Weigh by debiased estimation instead.
         base_weights: The model is its base inside of this. None switches adapters off.
         words: Vectors of new words that train, in the text encoders.
     """
@@ -39,6 +40,7 @@ class Objective(nn.Module):
         *,
         train_text_encoder: bool,
         snr_gamma: float,
+        debiased: bool = False,
         base_weights: Callable[[], AbstractContextManager[None]] | None = None,
         words: Sequence[nn.Parameter] = (),
     ) -> None:
@@ -49,7 +51,12 @@ class Objective(nn.Module):
         self.words = words
         self.condition = Conditioner(components, train_text_encoder)
         self.prediction_type = components.prediction_type
-        self.snr_gamma = snr_gamma
+        self.loss_weight = partial(
+            loss_weight,
+            snr_gamma=snr_gamma,
+            prediction_type=components.prediction_type,
+            debiased=debiased,
+        )
         self.base_weights = base_weights or partial(disabled, *components.adaptable().values())
         self.alphas_cumprod: Tensor
         self.register_buffer("alphas_cumprod", components.scheduler.alphas_cumprod)
@@ -58,18 +65,20 @@ class Objective(nn.Module):
         """Loss of the subject and of the prior, both scalar."""
         alpha_bar = self.alphas_cumprod[inputs.timesteps]
         noisy_latents = add_noise(inputs.latents, inputs.noise, alpha_bar)
+        weight = self.loss_weight(alpha_bar)
         per_sample = prediction_loss(
             self._predict(noisy_latents, inputs),
             inputs.latents,
             inputs.noise,
             alpha_bar,
             prediction_type=self.prediction_type,
-            snr_gamma=self.snr_gamma,
+            weight=weight,
             mask=inputs.mask,
         )
         if (of_class := inputs.of_class()) is not None:
             held, rows = of_class
-            prior = self._image_free_prior(noisy_latents[rows], held, alpha_bar[rows])
+            of_rows = None if weight is None else weight[rows]
+            prior = self._image_free_prior(noisy_latents[rows], held, of_rows)
             per_sample = torch.cat([per_sample, prior])
         subject, prior = split_prior(per_sample, inputs.photos, inputs.weights)
         for vectors in self.words:  # Used by every batch, whatever its captions: a gradient of 0.
@@ -88,11 +97,10 @@ class Objective(nn.Module):
         )
 
     def _image_free_prior(
-        self, noisy_latents: Tensor, of_class: StepInputs, alpha_bar: Tensor
+        self, noisy_latents: Tensor, of_class: StepInputs, weight: Tensor | None
     ) -> Tensor:
         """Hold the predictions for class captions at those of the untrained model: ``(rows,)``."""
         with torch.no_grad(), self.base_weights():
             target = self._predict(noisy_latents, of_class)
         model_pred = self._predict(noisy_latents, of_class)
-        weight = loss_weight(alpha_bar, self.snr_gamma, self.prediction_type)
         return denoising_loss(model_pred, target, weight)

@@ -15,7 +15,13 @@ from PIL import Image
 from dora_diffusion import __version__, system
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS
-from dora_diffusion.formats.adapter.metadata import CAPTIONS, READING, UNET_LAYERS, AdapterMetadata
+from dora_diffusion.formats.adapter.metadata import (
+    CAPTIONS,
+    READING,
+    UNET_LAYERS,
+    ZERO_TERMINAL_SNR,
+    AdapterMetadata,
+)
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.images import save_png, thumbnail
@@ -111,6 +117,7 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
         resolution=session.resolution,
         extra={
             "prediction_type": components.prediction_type,
+            ZERO_TERMINAL_SNR: str(bool(components.scheduler.config.rescale_betas_zero_snr)),
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
             **_variant(session.config),

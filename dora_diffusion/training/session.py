@@ -16,6 +16,7 @@ from dora_diffusion.config.derived import resolve
 from dora_diffusion.data.dataset import DreamBoothDataset, iterate_batches
 from dora_diffusion.data.sampler import EpochSampler
 from dora_diffusion.devices import release_memory
+from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
@@ -162,6 +163,7 @@ def open_session(
         # Weights that train are float32; autocast computes with them in the precision.
         dtype=torch.float32 if config.is_full else PRECISION_DTYPES[precision],
         config=config.model_config,
+        schedule=AskedSchedule(config.prediction_type, config.zero_terminal_snr),
     )
     reading = loaded.reading(config.clip_skip, config.max_token_length)
     components = place(reading, accelerator.device, config.offload)
@@ -226,6 +228,7 @@ def _resolved(
         total_steps = max(1, -(-config.num_train_epochs * batches_per_epoch // accumulation))
     return resolve(
         config,
+        prediction_type=components.prediction_type,
         resolution=config.resolution or components.default_resolution,
         total_steps=total_steps,
         steps_per_epoch=-(-batches_per_epoch // accumulation),

@@ -173,7 +173,8 @@ def build_step(
     objective: Any = Objective(
         components,
         train_text_encoder=config.train_text_encoder,
-        snr_gamma=config.snr_gamma,
+        snr_gamma=config.snr_gamma or 0.0,
+        debiased=config.debiased_estimation_loss,
         base_weights=weights.base_weights,
         words=list(weights.words.parameters().values()),
     ).to(accelerator.device)

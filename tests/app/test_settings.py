@@ -16,10 +16,12 @@ from dora_diffusion.app.settings import (
     GROUPS,
     PRESET_NAMES,
     SETTINGS,
+    advanced_values,
     command_line,
     make_config,
     preset_values,
     setting_text,
+    shown_choices,
 )
 from dora_diffusion.cli import build_parser
 from dora_diffusion.commands.train import train_config
@@ -114,13 +116,27 @@ def test_presets_start_from_the_defaults_of_the_command_line(model: str) -> None
         moved = {name for name, value in values.items() if value != default[name]}
         assert moved <= fitted | about, preset
     resolved = resolve(
-        TrainConfig(with_prior_preservation=True, instance_prompt="a sks dog"), resolution=512,
-        total_steps=800, steps_per_epoch=5, mixed_precision="bf16",
+        TrainConfig(with_prior_preservation=True, instance_prompt="a sks dog"),
+        prediction_type="epsilon", resolution=512, total_steps=800, steps_per_epoch=5,
+        mixed_precision="bf16",
     )  # fmt: skip
     assert resolved.center_crop
     assert resolved.prior_preservation_mode == "image-free"
     assert (resolved.validation_steps, resolved.num_validation_images) == (200, 4)
     assert resolved.checkpointing_steps == 100
+
+
+def test_a_switch_that_follows_from_the_model_has_three_states(tmp_path: Path) -> None:
+    name = "zero_terminal_snr"
+    assert [value for _, value in shown_choices(SETTINGS[name])] == ["", "on", "off"]
+    for shown, expected in (("", None), (None, None), ("on", True), ("off", False)):
+        config = make_config(
+            model="m", photos=tmp_path, output_dir=tmp_path, token="sks", class_word="dog",
+            prompts=[], advanced={name: shown},
+        )  # fmt: skip
+        assert getattr(config, name) is expected
+    assert advanced_values({"advanced": {name: "on"}}) == {name: "on"}
+    assert advanced_values({"advanced": {name: True}}) == {}
 
 
 def test_presets_follow_the_device_but_for_the_toy_models() -> None:

@@ -16,6 +16,7 @@ from dora_diffusion.commands.options import (
     warn_without_effect,
 )
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
 
 
 def said(line: str) -> list[str]:
@@ -178,10 +179,12 @@ def test_a_variant_or_revision_without_effect_is_said(flags, expected):
 @pytest.mark.parametrize("command", ["export --output o", "verify merged"])
 def test_export_and_verify_are_given_the_same_merge(command):
     words = f"{command} --base b --adapter a --unet_strength 0.5 --alpha 3 --vae v".split()
+    words += ["--prediction_type", "v_prediction", "--no-zero_terminal_snr"]
     assert merge_options(cli.build_parser().parse_args(words)) == {
         "strength": 1.0, "direction_strength": 1.0, "magnitude_strength": 1.0,
         "unet_strength": 0.5, "text_encoder_strength": 1.0,
         "alpha": 3.0, "vae": "v", "variant": None, "revision": None,
+        "schedule": AskedSchedule("v_prediction", False),
     }  # fmt: skip
 
 

@@ -10,10 +10,20 @@ from typing import Any
 import pytest
 import yaml
 
-from dora_diffusion.config import TrainConfig, differences, settings, unusual_rates, without_effect
+from dora_diffusion.config import (
+    ConfigError,
+    TrainConfig,
+    differences,
+    settings,
+    unusual_rates,
+    without_effect,
+)
 from dora_diffusion.config.derived import as_yaml, class_word_in, overridden, resolve
 
-FACTS = {"resolution": 64, "total_steps": 12, "steps_per_epoch": 4, "mixed_precision": "no"}
+FACTS: dict[str, Any] = {
+    "prediction_type": "epsilon", "resolution": 64, "total_steps": 12, "steps_per_epoch": 4,
+    "mixed_precision": "no",
+}  # fmt: skip
 
 
 def used(**values: Any) -> TrainConfig:
@@ -98,6 +108,30 @@ def test_resolved_settings_are_valid_input_that_means_the_same(values: dict[str,
     assert again == config
     assert resolve(again, **FACTS) == config
     assert without_effect(again) == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "prediction_type", "gamma"),
+    [
+        ({}, "epsilon", 5.0),
+        ({}, "v_prediction", 0.0),
+        ({"snr_gamma": 3.0}, "v_prediction", 3.0),
+        ({"debiased_estimation_loss": True}, "epsilon", 0.0),
+    ],
+)
+def test_min_snr_follows_from_what_the_model_predicts(
+    given: dict[str, Any], prediction_type: str, gamma: float
+) -> None:
+    config = resolve(TrainConfig(**given), **(FACTS | {"prediction_type": prediction_type}))
+    assert config.snr_gamma == gamma
+    # Written out in a run's file, it does not go to another model.
+    assert overridden(config.to_dict(), {"rank"})["snr_gamma"] == gamma
+    assert "snr_gamma" not in overridden(config.to_dict(), {"prediction_type"})
+
+
+def test_two_ways_to_weigh_timesteps_are_refused() -> None:
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        TrainConfig(debiased_estimation_loss=True, snr_gamma=5.0)
 
 
 def test_what_is_not_set_says_its_default() -> None:
@@ -268,7 +302,8 @@ FREE: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", OTHER)
 def test_what_changes_the_training_must_be_the_same(name: str) -> None:
-    before, now = TrainConfig(), replace(TrainConfig(), **{name: OTHER[name]})
+    before = TrainConfig(snr_gamma=5.0)
+    now = replace(before, **{name: OTHER[name]})
     refused, allowed = differences(before.to_dict(), now)
     assert refused == {name: (getattr(before, name), OTHER[name])}
     assert allowed == {}
@@ -313,6 +348,7 @@ def test_one_place_under_two_names_is_the_same(
 def test_a_checkpoint_without_derived_settings_is_not_refused_for_them() -> None:
     now = resolve(
         TrainConfig(instance_prompt="a sks dog"),
+        prediction_type="epsilon",
         resolution=64,
         total_steps=800,
         steps_per_epoch=5,

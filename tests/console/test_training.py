@@ -30,7 +30,7 @@ def started(**changes: Any) -> TrainingStarted:
     values: dict[str, Any] = {
         "step": 0, "total_steps": 9, "resumed_from": None, "steps_dropped": 0, "photos": 5,
         "resolution": 64, "family": "Stable Diffusion 1", "device": "cpu", "adapter": "DoRA",
-        "trigger": "sks mug", "changed": {}, "unused": {},
+        "schedule": "v-prediction", "trigger": "sks mug", "changed": {}, "unused": {},
     }  # fmt: skip
     return TrainingStarted(**values | changes)
 
@@ -54,7 +54,7 @@ def test_what_is_trained_and_on_what_is_said_first(show) -> None:
     lines, bar = show(ModelLoading("org/model", "cpu", "no"), started(), StepDone(1, 9, 0.25, {}))
     assert lines == [
         "training org/model on cpu in float32",
-        "Stable Diffusion 1 on cpu: 5 photos at 64 px, DoRA",
+        "Stable Diffusion 1 on cpu: 5 photos at 64 px, DoRA; v-prediction",
     ]
     assert "1/9" in bar
     assert "loss=0.2500" in bar

@@ -13,27 +13,24 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.export import export_checkpoint
 from dora_diffusion.families import UnsupportedModelError
-from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.text import encode_prompts
-from dora_diffusion.numerics.weights import LayerWeights
 
 
 def single_file(folder: Path, tmp_path: Path) -> Path:
-    """The folder's weights in the original layout: an adapter without effect merged into it."""
-    nothing = LayerWeights(torch.zeros(1, 4, 3, 3), torch.zeros(32, 1, 1, 1))
-    adapter = AdapterFile({"unet.conv_in": nothing}, AdapterMetadata())
-    path = write_adapter(tmp_path / "nothing.safetensors", adapter, "diffusers")
-    return export_checkpoint(folder, path, tmp_path / "model.safetensors")
+    """The folder's weights in the original layout."""
+    return export_checkpoint(folder, [], tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("fixture", ["sd1_folder", "sd2_folder", "sdxl_folder"])
+@pytest.mark.parametrize("is_given", [True, False], ids=["given", "packaged"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sd1_inpainting"])
 def test_a_single_file_loads_as_its_folder(
-    request: pytest.FixtureRequest, tmp_path: Path, fixture: str
+    request: pytest.FixtureRequest, tmp_path: Path, family: str, is_given: bool
 ) -> None:
-    folder = request.getfixturevalue(fixture)
+    folder = request.getfixturevalue(f"{family}_folder")
     expected = load_components(folder)
-    loaded = load_components(single_file(folder, tmp_path), config=folder)
+    request.getfixturevalue("tiny_released" if not is_given else "tmp_path")
+    loaded = load_components(single_file(folder, tmp_path), config=folder if is_given else None)
     assert loaded.family is expected.family
     assert loaded.prediction_type == expected.prediction_type
     assert loaded.zeros_for_empty_prompt == expected.zeros_for_empty_prompt
@@ -73,14 +70,19 @@ def test_markers_of_v_prediction_win_over_the_configuration(
     assert loaded.scheduler.config.rescale_betas_zero_snr is True
 
 
-def test_without_configuration_offline_the_error_says_what_to_pass(
-    sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_shape_than_the_released_one_needs_its_configuration(
+    sd1_folder: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"as --config \(of train: --model_config\)") as raised:
         load_components(single_file(sd1_folder, tmp_path))
     assert "\n" not in str(raised.value)
+
+
+def test_models_of_another_kind_of_schedule_are_refused(sdxl_folder: Path, tmp_path: Path) -> None:
+    file = single_file(sdxl_folder, tmp_path)
+    save_file({**load_file(file), "edm_mean": torch.zeros(4)}, file)
+    with pytest.raises(UnsupportedModelError, match="edm_mean: it has another kind of noise"):
+        load_components(file, config=sdxl_folder)
 
 
 def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:

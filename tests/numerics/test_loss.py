@@ -42,8 +42,21 @@ def test_min_snr_weights_are_the_papers(scheduler):
     clipped = torch.minimum(snr, torch.full_like(snr, 5.0))
     torch.testing.assert_close(loss_weight(alpha_bar, 5.0, "epsilon"), clipped / snr)
     torch.testing.assert_close(loss_weight(alpha_bar, 5.0, "v_prediction"), clipped / (snr + 1))
-    zero = loss_weight(torch.zeros(1), 5.0, "epsilon")
-    assert torch.isfinite(zero).all(), "a zero-terminal-SNR schedule must not give 0 / 0"
+    # min(SNR, 5) / SNR, and min(SNR, 5) / (SNR + 1), at an SNR of 0.
+    for prediction_type, expected in (("epsilon", 1.0), ("v_prediction", 0.0)):
+        assert loss_weight(torch.zeros(1), 5.0, prediction_type) == expected
+
+
+def test_debiased_weights_are_the_papers(scheduler):
+    alpha_bar = scheduler.alphas_cumprod[torch.arange(0, 1000, 37)].double()
+    noise, v = (
+        loss_weight(alpha_bar, 0.0, kind, debiased=True) for kind in ("epsilon", "v_prediction")
+    )
+    torch.testing.assert_close(noise, ((1 - alpha_bar) / alpha_bar).sqrt())
+    # The same error: the noise's square is alpha_bar times that of v.
+    torch.testing.assert_close(v, noise * alpha_bar)
+    for prediction_type in ("epsilon", "v_prediction"):
+        assert loss_weight(torch.zeros(1), 0.0, prediction_type, debiased=True) == 0
 
 
 def test_prior_loss_is_the_mean_over_its_own_samples():

@@ -112,13 +112,13 @@ def test_a_default_that_has_changed_makes_a_record_void(performed, tmp_path):
     before = len(performed)
     file = performed[-1].file(tmp_path)
     old = json.loads(file.read_text(encoding="utf-8"))
-    old["settings"]["snr_gamma"] = 4.0
+    old["settings"]["noise_offset"] = 0.5
     file.write_text(json.dumps(old), encoding="utf-8")
     run_study(study(), tmp_path)
     assert len(performed) == before + 1
     # A setting that this version has not, or that the record's had not, leaves it valid.
-    old["settings"] |= {"snr_gamma": 5.0, "of_another_version": 1}
-    del old["settings"]["noise_offset"]
+    old["settings"] |= {"noise_offset": 0.0, "of_another_version": 1}
+    del old["settings"]["keep_tags"]
     file.write_text(json.dumps(old), encoding="utf-8")
     run_study(study(), tmp_path)
     assert len(performed) == before + 1

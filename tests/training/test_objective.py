@@ -23,6 +23,7 @@ from dora_diffusion.config import AdapterConfig
 from dora_diffusion.data.crops import CropRecord
 from dora_diffusion.data.dataset import Batch
 from dora_diffusion.data.sampler import generator_for
+from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.inputs import StepInputs, draw_inputs
@@ -46,10 +47,22 @@ class Case:
     snr_gamma: float = 5.0
     noise_offset: float = 0.0
     norm_axis: str = "output"
+    zero_snr: bool = False
+
+    @property
+    def predicts_v(self) -> bool:
+        return self.family == "sd2" or self.zero_snr
+
+    @property
+    def schedule(self) -> AskedSchedule:
+        """What is asked of the noise schedule, where that is not the folder's own."""
+        asked = AskedSchedule("v_prediction", True)
+        return asked if self.zero_snr else AskedSchedule()
 
     def __str__(self) -> str:
         parts = [self.family, self.prior or "", self.norm_axis, f"snr{self.snr_gamma:g}"]
-        return "-".join([*parts, "text" * self.text_encoders, "masked" * self.masked])
+        parts += ["text" * self.text_encoders, "masked" * self.masked, "zero" * self.zero_snr]
+        return "-".join(parts)
 
 
 CASES = [
@@ -64,6 +77,7 @@ CASES = [
     Case("sdxl", text_encoders=True, prior="images", masked=True, noise_offset=0.1),
     Case("sdxl", text_encoders=True, prior="image-free"),
     Case("sdxl", masked=True, snr_gamma=0.0, norm_axis="input"),
+    Case("sdxl", zero_snr=True),
 ]
 
 
@@ -93,7 +107,7 @@ def make_batch(case: Case, with_moments: Any = None) -> Batch:
 
 def adapted_components(folder: Any, case: Case) -> Components:
     """The package's model with adapters whose every number has moved."""
-    components = load_components(folder)
+    components = load_components(folder, schedule=case.schedule)
     generator = torch.Generator().manual_seed(2)
     for name, model in components.adaptable().items():
         if name != "unet" and not case.text_encoders:
@@ -138,7 +152,9 @@ class Reference:
         self.case = case
         self.base = DiffusionPipeline.from_pretrained(folder)
         self.adapted = DiffusionPipeline.from_pretrained(folder)
-        self.schedule = DDPMScheduler.from_pretrained(folder / "scheduler")
+        self.schedule = DDPMScheduler.from_pretrained(
+            folder / "scheduler", rescale_betas_zero_snr=case.zero_snr
+        )
         self.leaves = {
             f"{component}.{path}": (layer, dense_weight(self.adapted, component, path, layer))
             for component, model in components.adaptable().items()
@@ -195,7 +211,7 @@ class Reference:
             "timestep": timestep,
             "alpha_bar": a,
             "noisy": a**0.5 * latents + (1 - a) ** 0.5 * noise,
-            "target": velocity if self.case.family == "sd2" else noise,
+            "target": velocity if self.case.predicts_v else noise,
         }
 
     def _snr_weight(self, alpha_bar: Tensor) -> Tensor:
@@ -204,7 +220,7 @@ class Reference:
         snr = alpha_bar / (1 - alpha_bar)
         assert snr.min() < self.case.snr_gamma < snr[:3].max(), "min-SNR must act on some rows"
         clipped = torch.minimum(snr, torch.full_like(snr, self.case.snr_gamma))
-        return clipped / (snr + 1 if self.case.family == "sd2" else snr)
+        return clipped / (snr + 1 if self.case.predicts_v else snr)
 
     def _predict(
         self,

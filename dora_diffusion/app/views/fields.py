@@ -41,7 +41,7 @@ def setting_field(name: str, value: Any) -> Any:
     """The field of a setting: its name on the command line, its help, its choices."""
     setting, text = SETTINGS[name], setting_text(value)
     common: dict[str, Any] = {"label": name, "info": setting.help}
-    if setting.kind is bool:
+    if setting.kind is bool and setting.default is not None:
         return gr.Checkbox(text, **common)
     if choices := shown_choices(setting):
         return gr.Dropdown(choices, value=text, **common)

@@ -14,12 +14,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.config import settings
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK
 from dora_diffusion.families import FAMILIES, Family
-from dora_diffusion.numerics.weights import LayerWeights
+
+if TYPE_CHECKING:
+    from dora_diffusion.numerics.weights import LayerWeights
 
 FORMAT_VERSION = "1"
 OWN = "dora_diffusion."
@@ -29,6 +31,7 @@ _COMPUTED = ("rank", "alpha", "norm_axis", "target", "component", "projections",
 TRAINED_ALPHA = "trained_alpha"
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 UNET_LAYERS = "unet_layers_per_block"
+ZERO_TERMINAL_SNR = "zero_terminal_snr"
 # Of a file that stands in for something: what for ("DoRA", "LoRA", "tuned model", "sum of the
 # adapters"), and its relative error.
 APPROXIMATES, APPROXIMATION_ERROR = "approximates", "approximation_error"
@@ -56,6 +59,7 @@ class AdapterMetadata:
         format_version: Version of our own metadata; ``""`` for a file of another program.
         extra: Further fields, such as ``prediction_type`` or ``base_model_hash``. ``trained_alpha``
             keeps the alpha as trained where the file holds the scale multiplied in;
+            ``zero_terminal_snr`` is ``"True"`` or ``"False"``;
             ``unet_layers_per_block`` is what kohya's names of an SDXL UNet depend on, as
             `UNetLayout.text` gives it.
         tags: Words that describe the adapter, for adapter managers.
@@ -229,6 +233,8 @@ def kohya_fields(
         TAG_FREQUENCY: _tag_frequency(metadata),
         "modelspec.implementation": "sgm" if family.kohya_names_original_blocks else "diffusers",
         "modelspec.architecture": f"{_architecture(family, prediction_type)}/lora",
+        "modelspec.prediction_type": prediction_type.removesuffix("_prediction"),
+        "ss_zero_terminal_snr": metadata.extra.get(ZERO_TERMINAL_SNR, ""),
         "modelspec.title": title,
         "modelspec.trigger_phrase": metadata.trigger,
     }
@@ -313,8 +319,11 @@ def _parse_foreign(fields: Mapping[str, str]) -> AdapterMetadata:
     version = fields.get("ss_base_model_version", "").lower()
     architecture = fields.get("modelspec.architecture", "").lower()
     extra = {}
-    if version.endswith("_v") or architecture.startswith(_V_ARCHITECTURES):
+    predicts_v = fields.get("modelspec.prediction_type") == "v"
+    if predicts_v or version.endswith("_v") or architecture.startswith(_V_ARCHITECTURES):
         extra["prediction_type"] = "v_prediction"
+        if fields.get("ss_zero_terminal_snr") == "True":
+            extra[ZERO_TERMINAL_SNR] = "True"
     family = _family_of(version, architecture, fields.get("ss_v2", ""))
     return AdapterMetadata(
         family=family,

@@ -7,7 +7,7 @@ convolutions become Linear weights.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,12 @@ from dora_diffusion.families import (
     choose_by_channels,
 )
 from dora_diffusion.formats.checkpoint.entries import POSITIONS, Entry, entries_of_file
+from dora_diffusion.formats.checkpoint.schedule import (
+    MARKERS,
+    Statement,
+    markers_for,
+    stated_by_file,
+)
 from dora_diffusion.formats.checkpoint.weights import SingleFile
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.formats.files.stream import TensorReader
@@ -32,14 +38,8 @@ from dora_diffusion.formats.names.unet import TOP_MODULES
 
 # Averaged copies of the unmerged weights; some loaders prefer them to the merged ones.
 LEFT_OUT = ("model_ema.",)
-# Empty tensors by which a file says how its noise schedule is meant.
-MARKERS: Mapping[str, Mapping[str, Any]] = {
-    "v_pred": {"prediction_type": "v_prediction"},
-    "ztsnr": {"rescale_betas_zero_snr": True},
-}
-# What `modelspec.prediction_type` says, and the ends of Stable Diffusion 2's architectures.
-_PREDICTIONS = {"v": "v_prediction", "epsilon": "epsilon"}
-_ARCHITECTURES = {"-768-v": "v_prediction", "-512": "epsilon"}
+# Playground 2.5 and CosXL.
+_OTHER_SCHEDULES = {"edm_mean", "edm_vpred.sigma_max"}
 
 
 class CheckpointFile:
@@ -51,12 +51,14 @@ class CheckpointFile:
         entries: For each tensor of the UNet, the text encoders and the VAE, the canonical tensors
             inside it.
         specs: Dtype and shape of the canonical tensors.
+        restated: Settings of its noise schedule that somebody knows better than it says.
 
     Raises:
         UnsupportedModelError: If it is a checkpoint of no supported family.
     """
 
     is_single_file = True
+    restated: Mapping[str, Any] = {}
 
     def __init__(self, reader: TensorReader) -> None:
         self.reader, self.path = reader, reader.path
@@ -92,11 +94,17 @@ class CheckpointFile:
     def metadata(self) -> dict[str, str]:
         return self.reader.metadata
 
+    def statements(self) -> list[Statement]:
+        return stated_by_file(self.metadata, self.reader.specs)
+
     def schedule(self) -> dict[str, Any]:
-        return stated_schedule(self.metadata, self.reader.specs)
+        said = [*reversed(self.statements()), Statement("", self.restated)]
+        return {name: value for each in said for name, value in each.settings.items()}
 
     def markers(self) -> set[str]:
         """Those of its tensors that say how its noise schedule is meant."""
+        if self.restated:
+            return markers_for(self.family, self.restated)
         return set(MARKERS.keys() & self.reader.specs.keys())
 
     def naming_problems(self) -> list[str]:
@@ -125,19 +133,23 @@ class CheckpointFile:
     def single_file(self) -> SingleFile:
         """The same layout under standard names; tensors of no component are copied.
 
+        Marker tensors are those of `markers`.
+
         The numbers of a text encoder's positions are written as integers.
         """
         entries = [replace(entry, key=standard_key(entry.key)) for entry in self.entries]
-        key_of = {standard_key(key): key for key in self.other_specs}
+        key_of = {standard_key(key): key for key in self.other_specs if key not in MARKERS}
         specs = {
             key: TensorSpec(torch.int64, self.other_specs[old].shape)
             if key.endswith(POSITIONS)
             else self.other_specs[old]
             for key, old in key_of.items()
         }
+        empty = torch.empty(0)
+        specs |= dict.fromkeys(self.markers(), TensorSpec.of(empty))
 
         def load(key: str) -> Tensor:
-            return self.reader[key_of[key]].to(specs[key].dtype)
+            return self.reader[key_of[key]].to(specs[key].dtype) if key in key_of else empty
 
         return SingleFile(entries, specs, load)
 
@@ -151,6 +163,11 @@ def detect_checkpoint_family(
         UnsupportedModelError: If no family's marker is among them.
     """
     names = {standard_key(key) for key in specs}
+    if other := names & _OTHER_SCHEDULES:
+        raise UnsupportedModelError(
+            f"{name} holds {min(other)}: it has another kind of noise schedule (EDM) than "
+            f"{TITLES}; such models are not supported"
+        )
     fitting = [family for family in FAMILIES.values() if family.checkpoint_key in names]
     if fitting:
         conv_in = specs.get(f"{UNET_PREFIX}{dict(TOP_MODULES)['conv_in']}.weight")
@@ -159,16 +176,3 @@ def detect_checkpoint_family(
         f"{name} is not a full checkpoint of {TITLES}: its text encoder was not found among its "
         f"{len(specs)} tensors; an adapter or a bare UNet cannot serve as the base model"
     )
-
-
-def stated_schedule(metadata: Mapping[str, str], names: Iterable[str]) -> dict[str, Any]:
-    """The settings of a scheduler that a file states: by marker tensors, or metadata."""
-    architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
-    stated = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""), "")
-    for end, prediction in _ARCHITECTURES.items():
-        if not stated and architecture.endswith(end):
-            stated = prediction
-    settings: dict[str, Any] = {"prediction_type": stated} if stated else {}
-    for marker in MARKERS.keys() & set(names):
-        settings |= MARKERS[marker]
-    return settings

@@ -13,6 +13,14 @@ from torch import Tensor
 
 from dora_diffusion.families import WEIGHT_COMPONENTS, detect_folder_family
 from dora_diffusion.formats.checkpoint.entries import names_of_configs, plan_checkpoint
+from dora_diffusion.formats.checkpoint.schedule import (
+    CONFIGURED,
+    EPSILON,
+    PREDICTION,
+    ZERO_SNR,
+    Statement,
+    markers_for,
+)
 from dora_diffusion.formats.checkpoint.weights import SingleFile
 from dora_diffusion.formats.files.header import TensorFileError, TensorSpec
 from dora_diffusion.formats.files.stream import TensorReader
@@ -42,6 +50,7 @@ class PipelineFolder:
         index: Its ``model_index.json``.
         readers: A reader per component that has weights.
         specs: Canonical tensor name -> dtype and shape.
+        restated: Settings of its noise schedule that somebody knows better than its configuration.
 
     Raises:
         TensorFileError: If it is not a pipeline folder, or lacks readable weights.
@@ -50,6 +59,7 @@ class PipelineFolder:
 
     is_single_file = False
     other_specs: Mapping[str, TensorSpec] = {}
+    restated: Mapping[str, Any] = {}
 
     def __init__(self, path: Path, variant: str | None = None) -> None:
         self.path, self.index = path, read_index(path)
@@ -114,16 +124,15 @@ class PipelineFolder:
         path = self.path / component / name
         return read_json(path) if path.is_file() else {}
 
+    def statements(self) -> list[Statement]:
+        return [by_scheduler(self.config("scheduler"))]
+
     def schedule(self) -> dict[str, Any]:
-        usual = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
-        return {**usual, **self.config("scheduler")}
+        return {**self.statements()[0].settings, **self.restated}
 
     def markers(self) -> set[str]:
         """Those that its single file gets."""
-        schedule = self.schedule()
-        if not self.family.marks_v_prediction or schedule["prediction_type"] != "v_prediction":
-            return set()
-        return {"v_pred", "ztsnr"} if schedule["rescale_betas_zero_snr"] else {"v_pred"}
+        return markers_for(self.family, self.schedule())
 
     def naming_problems(self) -> list[str]:
         """None: a folder with other names is not opened."""
@@ -136,6 +145,11 @@ class PipelineFolder:
         entries, empty = plan_checkpoint(self.family, names, self.specs), torch.empty(0)
         markers = dict.fromkeys(self.markers(), TensorSpec.of(empty))
         return SingleFile(entries, markers, lambda key: empty)
+
+
+def by_scheduler(config: Mapping[str, Any]) -> Statement:
+    """What a scheduler's configuration says, with Diffusers' defaults."""
+    return Statement(CONFIGURED, {PREDICTION: EPSILON, ZERO_SNR: False, **config})
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dora_diffusion.families import COMPONENTS, Family
 from dora_diffusion.formats.checkpoint.entries import Entry
+from dora_diffusion.formats.checkpoint.schedule import (
+    AskedSchedule,
+    Statement,
+    choose_schedule,
+    usual_of,
+)
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.numerics.weights import LayerKind
+
+if TYPE_CHECKING:
+    from dora_diffusion.formats.adapter.file import AdapterFile
 
 
 class MergeError(ValueError):
@@ -71,6 +80,11 @@ class StoredModel(ModelWeights, Protocol):
     def other_specs(self) -> Mapping[str, TensorSpec]:
         """Tensors of no component that a single file holds, by their names in it."""
 
+    def statements(self) -> list[Statement]:
+        """What it says itself of its noise schedule, the strongest first."""
+
+    restated: Mapping[str, Any]
+
     def schedule(self) -> dict[str, Any]:
         """The settings of its noise schedule, as far as it states them."""
 
@@ -86,6 +100,30 @@ class StoredModel(ModelWeights, Protocol):
         Raises:
             CheckpointLayoutError: If the model has no place in that layout.
         """
+
+
+def restate_schedule(
+    model: StoredModel,
+    name: str | Path,
+    asked: AskedSchedule,
+    adapters: Iterable[AdapterFile] = (),
+) -> None:
+    """Have a model say of its noise schedule what was asked for, or what its adapters know.
+
+    Args:
+        model: The model.
+        name: What it was opened as.
+        asked: Settings, and what is known of adapters.
+        adapters: Those that go into it.
+
+    Raises:
+        ValueError: If zero terminal SNR is asked for of a model that predicts the noise.
+    """
+    asked = asked._replace(adapters=[*asked.adapters, *(a.metadata for a in adapters)])
+    said = asked.statements(str(name), model.statements())
+    schedule = choose_schedule(model.path.name, [*said, *usual_of(model.family)])
+    if not schedule.is_own:
+        model.restated = schedule.settings
 
 
 @dataclass(frozen=True)

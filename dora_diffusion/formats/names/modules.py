@@ -18,6 +18,8 @@ COMPONENT_PREFIXES = {
     "clip_g": "text_encoder_2",
     **{component: component for component in COMPONENTS},
 }
+# Ends of tensors that some layouts have and others do not.
+BUFFERS = ("position_ids", "logit_scale", "attn_mask")
 # Names that the first Diffusers releases gave an autoencoder.
 _EARLY = NameTable(
     (f"{side}.mid_block.attentions.0.{name}", f"{side}.mid_block.attentions.0.{early}")

@@ -1,0 +1,200 @@
+"""How a model's noise schedule is meant: what its UNet predicts, and whether it ends in pure noise.
+
+A Diffusers folder has it in its scheduler's configuration. A single file may say it by empty
+tensors, as ComfyUI reads them, or in its metadata; most say nothing, and predict the noise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dora_diffusion.families import PREDICTION_TYPES, Family
+from dora_diffusion.formats.adapter.metadata import (
+    ZERO_TERMINAL_SNR,
+    AdapterMetadata,
+    without_path,
+)
+
+PREDICTION, ZERO_SNR = "prediction_type", "rescale_betas_zero_snr"
+EPSILON, V = PREDICTION_TYPES
+CONFIGURED = "its scheduler's configuration"
+_FLAGS = "the flags given"
+# Empty tensors by which a file says how its noise schedule is meant.
+MARKERS: Mapping[str, Mapping[str, Any]] = {"v_pred": {PREDICTION: V}, "ztsnr": {ZERO_SNR: True}}
+# What `modelspec.prediction_type` says, and the ends of Stable Diffusion 2's architectures.
+_PREDICTIONS = {"v": V, "epsilon": EPSILON}
+_ARCHITECTURES = {"-768-v": V, "-512": EPSILON}
+
+
+class Statement(NamedTuple):
+    """What somebody says of a model's noise schedule.
+
+    Attributes:
+        source: Who says so, in words.
+        settings: Of a scheduler: ``prediction_type`` and ``rescale_betas_zero_snr``, as far as
+            they are said.
+        is_own: The model, or what is usual of its kind, says so.
+    """
+
+    source: str
+    settings: Mapping[str, Any]
+    is_own: bool = True
+
+
+class NoiseSchedule(NamedTuple):
+    """How a model's noise schedule is meant.
+
+    Attributes:
+        prediction_type: ``"epsilon"``, ``"v_prediction"``; ``""`` where nobody says it.
+        zero_terminal_snr: The last timestep is pure noise (arXiv:2305.08891).
+        sources: Who says the one, and the other where it is true.
+        is_own: The model itself, or its kind.
+    """
+
+    prediction_type: str
+    zero_terminal_snr: bool
+    sources: tuple[str, ...]
+    is_own: bool
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of a scheduler."""
+        return {PREDICTION: self.prediction_type, ZERO_SNR: self.zero_terminal_snr}
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether it is that of a scheduler's configuration, so that nothing was chosen."""
+        return set(self.sources) == {CONFIGURED}
+
+    def __str__(self) -> str:
+        says = {EPSILON: "epsilon prediction", V: "v-prediction"}
+        words = [says.get(self.prediction_type, self.prediction_type)]
+        words += ["zero terminal SNR"] * self.zero_terminal_snr
+        if len(set(self.sources)) == 1:
+            return f"{' with '.join(words)}, by {self.sources[0]}"
+        each = zip(words, self.sources, strict=False)
+        return " with ".join(f"{word}, by {source}" for word, source in each)
+
+
+def choose_schedule(name: str, statements: Iterable[Statement]) -> NoiseSchedule:
+    """What is said first of either setting; ``""`` and no zero terminal SNR where nothing is.
+
+    Args:
+        name: Of the model, for the message.
+        statements: The strongest first.
+
+    Raises:
+        ValueError: If zero terminal SNR is asked for of a model that predicts the noise.
+    """
+    statements = list(statements)
+    said = next((s for s in statements if s.settings.get(PREDICTION)), Statement("", {}))
+    prediction = said.settings.get(PREDICTION, "")
+    zero = next((s for s in statements if s.settings.get(ZERO_SNR) is not None), None)
+    is_zero = zero is not None and bool(zero.settings[ZERO_SNR])
+    if zero is not None and is_zero and prediction == EPSILON:
+        if zero.source == _FLAGS:
+            raise ValueError(
+                f"{name} predicts the noise ({said.source}), which at zero terminal SNR tells "
+                "nothing of the image: give --prediction_type v_prediction too, or leave "
+                "--zero_terminal_snr out"
+            )
+        # Somebody who says v beside it speaks of another model.
+        is_zero = zero.settings.get(PREDICTION) == EPSILON
+    # A model that says the same itself needs nobody else's word.
+    said = _own_word(statements, PREDICTION, prediction) or said
+    zero = (_own_word(statements, ZERO_SNR, True) if is_zero else None) or zero
+    sources = (said.source, zero.source) if zero is not None and is_zero else (said.source,)
+    is_own = said.is_own and (zero is None or zero.is_own)
+    return NoiseSchedule(prediction, is_zero, sources, is_own)
+
+
+def _own_word(statements: Iterable[Statement], name: str, value: object) -> Statement | None:
+    own = (s for s in statements if s.is_own and s.settings.get(name) is not None)
+    first = next(own, None)
+    return first if first is not None and first.settings[name] == value else None
+
+
+class AskedSchedule(NamedTuple):
+    """What is asked, and known, of a model's noise schedule besides what the model says.
+
+    Attributes:
+        prediction_type: What the UNet predicts, ``"epsilon"`` or ``"v_prediction"``. None: what
+            the model says; else the adapters; else what is usual of its kind.
+        zero_terminal_snr: Whether the schedule ends in pure noise (arXiv:2305.08891); None: the
+            same.
+        adapters: What is known of the adapters that go on the model. One that was trained from a
+            model of its name comes before the model: its run may have been told better.
+    """
+
+    prediction_type: str | None = None
+    zero_terminal_snr: bool | None = None
+    adapters: Sequence[AdapterMetadata] = ()
+
+    def statements(self, name: str, own: Sequence[Statement]) -> list[Statement]:
+        """What is said of a model, the strongest first.
+
+        Args:
+            name: The model's.
+            own: What it says itself.
+        """
+        settings = {PREDICTION: self.prediction_type, ZERO_SNR: self.zero_terminal_snr}
+        of_this = [a for a in self.adapters if _file_or_name(a.base_model) == _file_or_name(name)]
+        others = [a for a in self.adapters if a not in of_this]
+        asked = Statement(_FLAGS, settings, False)
+        return [asked, *map(_by_adapter, of_this), *own, *map(_by_adapter, others)]
+
+
+UNASKED = AskedSchedule()
+
+
+def _file_or_name(model: str) -> str:
+    """What stays of a model's name where it is called from another folder."""
+    is_file = model.endswith(".safetensors")
+    return re.split(r"[/\\]", model)[-1] if is_file else without_path(model)
+
+
+def _by_adapter(metadata: AdapterMetadata) -> Statement:
+    zero = metadata.extra.get(ZERO_TERMINAL_SNR)
+    settings = {
+        PREDICTION: metadata.extra.get("prediction_type"),
+        ZERO_SNR: None if zero is None else zero == "True",
+    }
+    return Statement("the adapter's metadata", settings, False)
+
+
+def stated_by_file(metadata: Mapping[str, str], names: Iterable[str]) -> list[Statement]:
+    """What a single file says of itself, by marker tensors and in its metadata."""
+    markers = [marker for marker in MARKERS if marker in set(names)]
+    by_key = {key: value for marker in markers for key, value in MARKERS[marker].items()}
+    architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
+    stated = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""), "")
+    for end, prediction in _ARCHITECTURES.items():
+        if not stated and architecture.endswith(end):
+            stated = prediction
+    by_metadata: dict[str, Any] = {PREDICTION: stated} if stated else {}
+    if metadata.get("ss_zero_terminal_snr") == "True":
+        by_metadata[ZERO_SNR] = True
+    statements = []
+    if by_key:
+        statements.append(Statement(f"the file's {' and '.join(markers)}", by_key))
+    if by_metadata:
+        statements.append(Statement("the file's metadata", by_metadata))
+    return statements
+
+
+def usual_of(family: Family) -> list[Statement]:
+    """What a model of a kind means that says nothing; of two releases that differ, nothing."""
+    if family.has_two_predictions:
+        return []
+    return [Statement("what is usual: the file says nothing", {PREDICTION: EPSILON})]
+
+
+def markers_for(family: Family, settings: Mapping[str, Any]) -> set[str]:
+    """The marker tensors that a single file of these settings gets."""
+    if settings.get(PREDICTION) != V:
+        return set()
+    if settings.get(ZERO_SNR):
+        return {"v_pred", "ztsnr"}
+    return {"v_pred"} if family.marks_v_prediction else set()
