@@ -92,7 +92,7 @@ def subjects_case(case: str, work: Path, **settings: Any) -> dict[str, Any]:
         })  # fmt: skip
     components = open_run(case, work, {
         "pretrained_model_name_or_path": f"embedded:{model}", "max_train_steps": steps,
-        "dataset_config": entries, **settings,
+        "dataset_config": entries, "snr_gamma": 0, **settings,
     })  # fmt: skip
     instrument = load_instrument()
     truth = {n: judge(instrument, reference_images(SUBJECTS[n], JUDGED_SIZE)) for n in names}

@@ -160,10 +160,7 @@ def make_config(
     if not is_style and not class_word:
         raise UserError("say what the subject is: one or two words such as mug, dog or toy robot")
     own = {"instance_data_dir": str(photos), "token": token, "class_word": class_word or None}
-    entries = [own, *map(dict, others)]
-    for entry in entries:
-        subject = f"{entry['token']} {entry['class_word'] or ''}".strip()
-        entry["instance_prompt"] = f"a photo of a {subject}" if subject else None
+    entries = [_with_prompt(entry) for entry in (own, *others)]
     lines = [clean_text(line, PROMPT_LIMIT, "sample prompt") for line in prompts]
     values = {name: _value(name, advanced[name]) for name in ADVANCED if name in advanced}
     return TrainConfig.from_dict(
@@ -172,9 +169,15 @@ def make_config(
             "pretrained_model_name_or_path": _name(model, "model name") or EMBEDDED,
             "validation_prompt": _sample_prompts(filter(None, lines), entries),
             "output_dir": str(output_dir),
-            **({"dataset_config": entries} if others else own),
+            **({"dataset_config": entries} if others else entries[0]),
         }
     )
+
+
+def _with_prompt(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A subject with the caption of its photos that have none; a style has no such."""
+    subject = f"{entry['token']} {entry['class_word'] or ''}".strip()
+    return {**entry, "instance_prompt": f"a photo of a {subject}" if subject else None}
 
 
 def _sample_prompts(lines: Iterable[str], entries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -140,7 +140,7 @@ def triggers_of(subjects: Iterable[Subject]) -> str:
 
 def class_caption_of(subjects: Sequence[Subject], own: Subject, caption: str) -> str:
     """A caption with a class word for each subject that it names; that of ``own`` first."""
-    for subject in (own, *subjects):
+    for subject in (own, *(other for other in subjects if other is not own)):
         caption = subject.class_caption(caption)
     return caption
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from dora_diffusion.app.context import Context
 from dora_diffusion.app.settings import PROMPT_LIMIT, default_guidance
+from dora_diffusion.formats.adapter.metadata import split_triggers
 from dora_diffusion.jobs.base_model import ModelFiles
 from dora_diffusion.jobs.checkpoints import chosen_adapter
 from dora_diffusion.jobs.image_generator import GenerationRequest
@@ -35,7 +36,8 @@ def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> 
             f"{model.base} is not on this machine, and no image waits for a download: get it by "
             f"'hf download {model.base}', or by training on it"
         )
-    prompt = clean_text(form["prompt"], PROMPT_LIMIT, "prompt").replace("{subject}", model.trigger)
+    first = next(iter(split_triggers(model.trigger)), "")
+    prompt = clean_text(form["prompt"], PROMPT_LIMIT, "prompt").replace("{subject}", first)
 
     def size(name: str) -> int | None:
         text = str(form[name] or "").strip()
