@@ -146,6 +146,12 @@ def open_session(
         config=config.model_config,
     )
     reading = loaded.reading(config.clip_skip, config.max_token_length)
+    if loaded.clip_skip != config.clip_skip and loaded.clip_skip:
+        warnings.warn(
+            f"{loaded.name} was trained with clip_skip {loaded.clip_skip}, this run has "
+            f"{config.clip_skip}",
+            stacklevel=2,
+        )
     components = place(reading, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     dataset = open_dataset(config, subject, components, paths, accelerator, on_event)
