@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
         check(config.hub_model_id or "")
     from dora_diffusion.training.loop import train
+    from dora_diffusion.training.subject import example_prompt
 
     progress = TrainProgress()
     try:
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         return 128 + result.signal_number
     if written := result.adapter or result.model:
         print(f"done: {written}")
-        print(trigger_line(progress.trigger, config.instance_prompt or ""))
+        print(trigger_line(progress.trigger, example_prompt(config)))
         print("\n".join(next_steps(config, written)))
         if config.push_to_hub:
             from dora_diffusion.hub import push

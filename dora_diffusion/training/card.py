@@ -9,7 +9,6 @@ from pathlib import Path
 
 from dora_diffusion import __version__
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.config.derived import framed_prompt
 from dora_diffusion.families import FAMILIES, Family
 from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.formats.adapter.metadata import (
@@ -17,7 +16,7 @@ from dora_diffusion.formats.adapter.metadata import (
     stated_reading,
     without_path,
 )
-from dora_diffusion.training.subject import Subject, caption_rules
+from dora_diffusion.training.subject import Subject, example_prompt
 
 KOHYA_FILE = "dora_kohya.safetensors"
 
@@ -41,8 +40,7 @@ def model_card(
         samples: Caption -> path of an image, relative to the card.
     """
     base = without_path(metadata.base_model)
-    prompt = config.validation_prompt[0] if config.validation_prompt else framed_prompt(config)
-    prompt = caption_rules(config).draw_prompt(prompt, config.seed)
+    prompt = example_prompt(config)
     images = "".join(
         f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
     )

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.config.derived import usual_class_word
+from dora_diffusion.config.derived import framed_prompt, usual_class_word
 from dora_diffusion.data.captions import CaptionRules, class_caption, contains_token
 from dora_diffusion.data.wildcards import Wildcards
 from dora_diffusion.models.locate import is_embedded
@@ -61,6 +61,12 @@ def caption_rules(config: TrainConfig) -> CaptionRules:
         tag_dropout=config.tag_dropout,
         dropout=config.caption_dropout,
     )
+
+
+def example_prompt(config: TrainConfig) -> str:
+    """A prompt for the subject: that of the first sample, its wildcards drawn as there."""
+    prompt = config.validation_prompt[0] if config.validation_prompt else framed_prompt(config)
+    return caption_rules(config).draw_prompt(prompt, config.seed)
 
 
 def subject_of(config: TrainConfig) -> Subject:
