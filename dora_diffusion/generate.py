@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.crops import cut, plan_crop
 from dora_diffusion.devices import default_device
 from dora_diffusion.formats.adapter.metadata import (
+    READING,
     AdapterMetadata,
     parse_metadata,
     split_triggers,
@@ -147,10 +148,8 @@ def load_adapted(
         vae: Another autoencoder, as `load_components` takes it.
         compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
         offload: ``"model"`` has each part on the device only while it computes (`generate_images`).
-        clip_skip: Last layers of the text encoders to leave out; None is what the adapter says, or
-            else the base.
-        max_token_length: Tokens of a prompt that are read; None is what the adapter says, or else
-            the base.
+        clip_skip: Last layers of the text encoders to leave out; None: what adapter or base say.
+        max_token_length: Tokens of a prompt that are read; None: what adapter or base say.
 
     Returns:
         The model, and the adapter's metadata; its ``trigger`` holds the trigger words.
@@ -158,19 +157,15 @@ def load_adapted(
     Raises:
         ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.
         AdapterFormatError, ValueError: If the adapter cannot be read, or does not fit the base.
-        ConfigError: If the device does not compute in the dtype, or nothing compiles for it.
+        ConfigError: If the device does not compute so, or nothing compiles for it.
     """
-    device = default_device() if device is None else device
-    require_computes(device, dtype)
-    if compile:
-        require_compiler(device)
+    device = _require(default_device() if device is None else device, dtype, compile)
     schedule = schedule if adapter is None else _with_facts_of(adapter, schedule)
-    components = load_components(
+    loaded = load_components(
         base, revision=revision, variant=variant, vae=vae, dtype=dtype, config=config,
         schedule=schedule,
     )  # fmt: skip
-    components = place(components, device, offload)
-    components = components.reading(clip_skip, max_token_length)
+    components = place(loaded.reading(clip_skip, max_token_length), device, offload)
     if compile:
         compile_blocks(components.unet)
     if adapter is None:
@@ -178,13 +173,25 @@ def load_adapted(
     read = attach_file(components.adaptable(), adapter, family=components.family.name, alpha=alpha)
     add_tokens(components, read.tokens)
     _set_strengths(components, strength, direction, magnitude)
-    stated = stated_reading(read.metadata.extra)
-    if clip_skip is None:
-        components = replace(components, clip_skip=stated.get("clip_skip", components.clip_skip))
-    if max_token_length is None:
-        length = stated.get("max_token_length", components.max_token_length)
-        components = replace(components, max_token_length=length)
-    return components, read.metadata
+    return _as_stated(components, read.metadata, clip_skip, max_token_length), read.metadata
+
+
+def _require(device: torch.device | str, dtype: torch.dtype, compiles: bool) -> torch.device | str:
+    """The device, if it can do what is asked."""
+    require_computes(device, dtype)
+    if compiles:
+        require_compiler(device)
+    return device
+
+
+def _as_stated(components: Components, metadata: AdapterMetadata, *given: int | None) -> Components:
+    """The model, reading prompts as an adapter's file says where nothing else is given."""
+    stated = stated_reading(metadata.extra)
+    left = (
+        stated.get(name) if value is None else None
+        for name, value in zip(READING, given, strict=True)
+    )
+    return components.reading(*left, is_told=False)
 
 
 def _with_facts_of(adapter: str | Path, schedule: AskedSchedule) -> AskedSchedule:

@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Text file, one prompt per line, with {} where the subject is named. "
         "Default: a list of its own.",
     )
+    parser.add_argument(
+        "--wildcard_dir", help="Folder of the wildcard files that captions name, as in training."
+    )
     parser.add_argument("--num_seeds", type=int, default=4, help="Images per prompt, one per seed.")
     parser.add_argument("--seed", type=int, default=0, help="Random seed of the first image.")
     parser.add_argument(
@@ -211,7 +214,7 @@ def _evaluate_photos(
     lines = Path(args.prompts).read_text(encoding="utf-8").splitlines() if args.prompts else []
     class_word = args.class_word or trigger.partition(" ")[2]
     trained_on = read_photo_record(args.adapter) or ()
-    rules = CaptionRules.from_stated(captions)
+    rules = CaptionRules.from_stated(captions, args.wildcard_dir)
     subject = read_subject(args.subject, trigger, class_word, trained_on, rules)
     for caution in subject.cautions:
         warnings.warn(caution, stacklevel=1)

@@ -120,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
         check(config.hub_model_id or "")
     from dora_diffusion.training.loop import train
+    from dora_diffusion.training.subject import example_prompt
 
     progress = TrainProgress()
     try:
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         return 128 + result.signal_number
     if written := result.adapter or result.model:
         print(f"done: {written}")
-        print(trigger_line(progress.trigger, config.subjects[0].instance_prompt or ""))
+        print(trigger_line(progress.trigger, example_prompt(config)))
         print("\n".join(next_steps(config, written)))
         if config.push_to_hub:
             from dora_diffusion.hub import push

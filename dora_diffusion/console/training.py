@@ -207,6 +207,7 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
         written: The adapter file, or the folder of the model.
     """
     from dora_diffusion.training.card import KOHYA_FILE
+    from dora_diffusion.training.subject import example_prompt
 
     folder = written.parent if written.parent.name else written.parent.resolve()
     base = ["--base", config.pretrained_model_name_or_path]
@@ -229,7 +230,7 @@ def next_steps(config: TrainConfig, written: Path) -> list[str]:
         comfyui = f"copy {str(written)!r} into ComfyUI/models/loras"
         diffusers = _command("export", *adapted, "--output", merged)
         diffusers += f"  # then DiffusionPipeline.from_pretrained({merged!r})"
-    prompt = next((prompt.text for prompt in config.prompts), "")
+    prompt = example_prompt(config)
     images = _command("generate", *adapted, "--prompt", prompt, "--output", f"{folder}.png")
     return [f"images:    {images}", f"ComfyUI:   {comfyui}", f"Diffusers: {diffusers}"]
 

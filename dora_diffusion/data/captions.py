@@ -133,7 +133,7 @@ class CaptionRules:
         return quote(json.dumps(values, ensure_ascii=False), safe=' ,:;{}"') if values else ""
 
     @classmethod
-    def from_stated(cls, text: str) -> CaptionRules:
+    def from_stated(cls, text: str, wildcard_dir: str | None = None) -> CaptionRules:
         """The rules that `stated` wrote; those by default of anything else."""
         try:
             known = {name: json.loads(unquote(text)).get(name) for name in _STATED}
@@ -141,7 +141,7 @@ class CaptionRules:
             return cls()
         return cls(
             per_line=bool(known["per_line"]),
-            wildcards=Wildcards() if known["wildcards"] else None,
+            wildcards=Wildcards(wildcard_dir) if known["wildcards"] else None,
             prefix=str(known["prefix"] or ""),
             suffix=str(known["suffix"] or ""),
         )

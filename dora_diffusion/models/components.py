@@ -76,8 +76,15 @@ class Components:
             )
         require_token_length(self.max_token_length)
 
-    def reading(self, clip_skip: int | None, max_token_length: int | None) -> Components:
+    def reading(
+        self, clip_skip: int | None, max_token_length: int | None, *, is_told: bool = True
+    ) -> Components:
         """The model, with how it is to read prompts; None leaves it as it is.
+
+        Args:
+            clip_skip: Last layers of the text encoders to leave out.
+            max_token_length: Tokens of a prompt that are read.
+            is_told: Warn of what is unusual.
 
         Raises:
             ConfigError: If it cannot.
@@ -86,7 +93,7 @@ class Components:
             UserWarning: Of a clip skip on top of one that the family has.
         """
         family = self.family
-        if clip_skip and family.skipped_layers:
+        if clip_skip and family.skipped_layers and is_told:
             web = family.web_ui_clip_skip(0)
             warnings.warn(
                 f"clip_skip is {clip_skip}: {family.title} without it reads the penultimate layer "

@@ -18,7 +18,7 @@ from dora_diffusion.formats.adapter.metadata import (
     stated_reading,
     without_path,
 )
-from dora_diffusion.training.subject import Subject, caption_rules, triggers_of
+from dora_diffusion.training.subject import Subject, example_prompt, triggers_of
 
 KOHYA_FILE = "dora_kohya.safetensors"
 VALIDATION_LOSS = "validation_loss"
@@ -45,8 +45,7 @@ def model_card(
     """
     base = without_path(metadata.base_model)
     trigger, first = triggers_of(subjects), subjects[0].settings
-    prompt = next((prompt.text for prompt in config.prompts), "")
-    prompt = caption_rules(first).draw_prompt(prompt, config.seed)
+    prompt = example_prompt(config)
     images = "".join(
         f"\n**{caption}**\n\n![{caption}]({path})\n" for caption, path in samples.items()
     )

@@ -166,6 +166,12 @@ def open_session(
         schedule=AskedSchedule(config.prediction_type, config.zero_terminal_snr),
     )
     reading = loaded.reading(config.clip_skip, config.max_token_length)
+    if loaded.clip_skip != config.clip_skip and loaded.clip_skip:
+        warnings.warn(
+            f"{loaded.name} was trained with clip_skip {loaded.clip_skip}, this run has "
+            f"{config.clip_skip}",
+            stacklevel=2,
+        )
     components = place(reading, accelerator.device, config.offload)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     require_new(components, config.words)

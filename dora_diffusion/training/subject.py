@@ -73,6 +73,12 @@ def caption_rules(config: TrainConfig) -> CaptionRules:
     )
 
 
+def example_prompt(config: TrainConfig) -> str:
+    """A prompt for the subject: that of the first sample, its wildcards drawn as there."""
+    prompt = next((prompt.text for prompt in config.prompts), "")
+    return caption_rules(config.subjects[0]).draw_prompt(prompt, config.seed)
+
+
 def subjects_of(config: TrainConfig) -> list[Subject]:
     """The subjects that a config describes.
 
