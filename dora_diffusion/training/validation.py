@@ -245,17 +245,11 @@ class Validation:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether ``early_stopping_patience`` is at its end.
-
-        The loss of a last step between two regular ones does not count: a run that is resumed to
-        train longer stops where one of that length would have.
-        """
-        patience = self.config.early_stopping_patience
-        if patience is None:
+        """Whether ``early_stopping_patience`` is at its end."""
+        patience, best = self.config.early_stopping_patience, self.best()
+        if patience is None or best is None:
             return False
-        regular = [step for step in self.losses if step % self._every == 0]
-        best = self.best(regular)
-        return best is not None and sum(step > best for step in regular) >= patience
+        return sum(step > best for step in self.losses) >= patience
 
     def state_dict(self) -> dict[str, Any]:
         """The losses, and what they were taken on."""
@@ -275,7 +269,8 @@ class Validation:
             return True
         if state["photos"] != self._contents():
             return False
-        # That run's last loss, where this one takes none.
+        # Without that run's last loss, where this one takes none: it stops where one of its own
+        # length would.
         every, last = before["validation_loss_steps"], self.config.max_train_steps
         losses = state["losses"].items()
         self.losses = {step: loss for step, loss in losses if step % every == 0 or step == last}
