@@ -58,7 +58,7 @@ def build_page(context: Context) -> gr.Blocks:
         ):
             # With the run that is shown, whatever was chosen there.
             button.click(_open_with_run(tab), [shown.run], [tabs, field], **QUIET)
-        _connect_clock(context, blocks, header, training, generating, stored, comparing)
+        _connect_clock(context, blocks, header, subjects, training, generating, stored, comparing)
     return blocks
 
 
@@ -67,8 +67,8 @@ def _open_with_run(tab: str) -> Callable[[str | None], list[Any]]:
 
 
 def _connect_clock(
-    context: Context, blocks: gr.Blocks, header: Any, training: Any, generating: Any,
-    stored: Any, comparing: Any,
+    context: Context, blocks: gr.Blocks, header: Any, subjects: Any, training: Any,
+    generating: Any, stored: Any, comparing: Any,
 ) -> None:  # fmt: skip
     """One timer, outside of the tabs, and the page's load refresh everything that can change.
 
@@ -77,7 +77,7 @@ def _connect_clock(
     by an event of their own, when one of them has changed.
     """
     shown = training.shown
-    inputs = [shown.run, generating.adapter, stored.run, comparing.study]
+    inputs = [shown.run, generating.adapter, stored.run, comparing.study, subjects.pick]
     fields = {
         "header": header, "run": shown.run, "status": shown.status, "loss": shown.loss,
         "log": shown.log, "jobs": shown.jobs, "samples": shown.samples, "stop": shown.stop,
@@ -89,16 +89,19 @@ def _connect_clock(
         "library_side": stored.side, "tasks": stored.tasks, "study": comparing.study,
         "study_status": comparing.status, "study_report": comparing.report,
         "study_subjects": comparing.subjects, "study_delete": comparing.delete,
-        "start": training.advanced["init_adapter"],
+        "looked": subjects.looked, "start": training.advanced["init_adapter"],
     }  # fmt: skip
     texts = {name: field for name, field in fields.items() if isinstance(field, gr.HTML)}
     others = {name: field for name, field in fields.items() if name not in texts}
     # What this page was last sent of each, and a mark of what the others should show.
     seen_texts, seen_others, mark = gr.State({}), gr.State({}), gr.State("")
 
-    def parts(run_id: Any, adapter: Any, selected: Any, study: Any) -> dict[str, Any]:
+    def parts(
+        run_id: Any, adapter: Any, selected: Any, study: Any, subject_id: Any = None
+    ) -> dict[str, Any]:
         jobs = context.jobs()
         made, problems = whole_tabs(
+            Subject=lambda: subject.refresh(context, jobs, subject_id),
             Train=lambda: run.refresh(context, jobs, run_id) | train.refresh(jobs),
             Generate=lambda: generate.refresh(context, jobs, adapter),
             Library=lambda: library.refresh(jobs, selected),

@@ -34,6 +34,7 @@ STOPPED_CODE = 128 + signal.SIGTERM
 KINDS = {
     "train": "training", "export": "merging", "convert": "converting", "analyze": "analyzing",
     "rank-checkpoints": "ranking", "push": "publishing", "compare": "comparing",
+    "prepare": "looking at photos",
 }  # fmt: skip
 # Progress that changes often is written twice a second at most.
 _PROGRESS_SECONDS = 0.5

@@ -17,7 +17,7 @@ from dora_diffusion.formats.files.names import file_stem
 from dora_diffusion.formats.layouts import CONVERSIONS
 from dora_diffusion.jobs.base_model import ModelFiles
 from dora_diffusion.jobs.checkpoints import card_of, chosen_adapter
-from dora_diffusion.jobs.queue import create_job, requeue_job
+from dora_diffusion.jobs.queue import create_job, delete_job, requeue_job
 from dora_diffusion.jobs.records import (
     SETTINGS,
     JobRecord,
@@ -94,6 +94,43 @@ def _in_folder(config: TrainConfig, folder: Path) -> TrainConfig:
         return dataclasses.replace(config, output_dir=str(folder), dataset_config=entries)
     photos = str(folder / _photos(0))
     return dataclasses.replace(config, output_dir=str(folder), instance_data_dir=photos)
+
+
+def looks_at(jobs: Sequence[Job], subject: StoredSubject) -> list[Job]:
+    """The jobs that look at a subject's photos, or have looked, newest first."""
+    return [
+        job for job in jobs
+        if job.kind == "prepare" and job.record.arguments[1:2] == [str(subject.folder)]
+    ]  # fmt: skip
+
+
+def start_look(workspace: Workspace, subject: StoredSubject, resolution: int) -> str:
+    """Queue a job that looks at a subject's photos in the place of earlier ones. Returns its id.
+
+    Args:
+        workspace: The runs folder.
+        subject: Whose photos; nothing is written beside them.
+        resolution: What they will be trained at; the next lower multiple of 64 is taken.
+
+    Raises:
+        UserError: If there are no photos, or another look is not over.
+    """
+    if not subject.photos:
+        raise UserError("the subject has no photos yet; add some first")
+    earlier = looks_at(snapshot(workspace.root), subject)
+    if any(not job.has_ended for job in earlier):
+        raise UserError("its photos are being looked at already; wait until that is done")
+    for job in earlier:
+        delete_job(workspace, job.id)
+    folder = workspace.new_job()
+    sheets = workspace.exports / folder.name
+    words = [
+        "prepare", str(subject.folder), "--sheets", str(sheets),
+        "--resolution", str(max(64, resolution // 64 * 64)),
+        *flags(token=subject.token, class_word=subject.class_word),
+    ]  # fmt: skip
+    output = str(sheets / f"{subject.folder.name}-sheet.jpg")
+    return create_job(folder, JobRecord(words, f"Look at {subject.title}", output=output))
 
 
 def rename_run(workspace: Workspace, job_id: object, name: object) -> None:

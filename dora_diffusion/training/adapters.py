@@ -40,7 +40,6 @@ from dora_diffusion.formats.adapter.file import (
     read_adapter,
     write_adapter,
 )
-from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.formats.layouts.diffusers import DIFFUSERS
@@ -245,8 +244,9 @@ class StartingAdapter:
 
     def origin(self) -> dict[str, str]:
         """Name and digest, as metadata."""
-        digest = adapter_hash(self.path)
-        return {"init_adapter": without_path(self.name), "init_adapter_sha256": digest}
+        place = Path(self.name).expanduser()
+        name = place.resolve().name if place.exists() else self.name  # of a hub id all of it
+        return {"init_adapter": name, "init_adapter_sha256": adapter_hash(self.path)}
 
 
 def adapter_config(component: str, config: TrainConfig) -> AdapterConfig:

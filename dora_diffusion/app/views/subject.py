@@ -20,7 +20,10 @@ from dora_diffusion.app.views.fields import (
     html_block,
     id_dropdown,
 )
+from dora_diffusion.app.views.tasks import task_card
 from dora_diffusion.data.checks import WANTED
+from dora_diffusion.jobs.queue import stop_job
+from dora_diffusion.jobs.snapshot import Job
 from dora_diffusion.jobs.subjects import (
     add_photos,
     delete_subject,
@@ -30,6 +33,7 @@ from dora_diffusion.jobs.subjects import (
     subjects_in,
     take_sample,
 )
+from dora_diffusion.jobs.tasks import looks_at, start_look
 from dora_diffusion.jobs.uploads import MAX_BYTES, MAX_PHOTOS
 from dora_diffusion.jobs.workspace import REMAINS, UserError, clean_text
 from dora_diffusion.wording import counted
@@ -81,6 +85,10 @@ class SubjectTab:
         )
         self.names = gr.State([])
         self.editing = photo.PhotoView()
+        self.look = gr.Button(
+            "Look for blurred, nearly equal and small photos", size="md", elem_id="look"
+        )
+        self.looked = html_block(elem_id="looked", js_on_load=CLICKS)
         self.to_train = gr.Button(
             "Next: train on these photos", variant="primary", visible=False, elem_id="to-train"
         )
@@ -135,6 +143,7 @@ def connect(context: Context, tab: SubjectTab, blocks: gr.Blocks, size: list[Any
     )
     blocks.load(load, [tab.pick, *size], [tab.pick, *tab.view], **QUIET)
     _connect_new(context, tab, size)
+    _connect_look(context, tab, size)
     photo.connect(context, tab.editing, [tab.pick, *size], tab.view)
 
 
@@ -172,6 +181,34 @@ def _connect_new(context: Context, tab: SubjectTab, size: list[Any]) -> None:
     tab.upload.upload(upload, [tab.upload, tab.pick, *size], [tab.upload, *outputs], **BUSY)
     tab.create.click(create, [tab.name, *size], [tab.name, *outputs], **QUIET)
     tab.samples.click(take, size, outputs, **BUSY)
+
+
+def _connect_look(context: Context, tab: SubjectTab, size: list[Any]) -> None:
+    """Have ``dora-diffusion prepare`` look at the photos."""
+
+    @plain
+    def look(subject_id: str | None, *chosen: Any) -> str:
+        subject = read_subject(context.workspace, subject_id)
+        start_look(context.workspace, subject, photo.side(context, *chosen))
+        context.queue.tick()
+        return refresh(context, context.jobs(fresh=True), subject_id)["looked"]
+
+    @plain
+    def stop(subject_id: str | None, event: gr.EventData) -> str:
+        stop_job(context.workspace.job(clicked(event)[1]))
+        return refresh(context, context.jobs(fresh=True), subject_id)["looked"]
+
+    tab.look.click(look, [tab.pick, *size], [tab.looked], **BUSY)
+    tab.looked.click(stop, [tab.pick], [tab.looked], **QUIET)
+
+
+def refresh(context: Context, jobs: Sequence[Job], subject_id: str | None) -> dict[str, str]:
+    """What the clock sends to this tab: the last look at the photos."""
+    try:
+        subject = read_subject(context.workspace, subject_id)
+    except UserError:
+        return {"looked": ""}
+    return {"looked": "".join(map(task_card, looks_at(jobs, subject)[:1]))}
 
 
 def _show(

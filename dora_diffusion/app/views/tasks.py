@@ -35,6 +35,9 @@ def _result(job: Job, output: Path) -> str:
         return html.outside(job.progress.address) if job.progress.address else ""
     if job.kind == "compare":
         return html.download(output / "report.html", "The report as one file")
+    if job.kind == "prepare":
+        sheet = html.image(output, "Contact sheet")
+        return f"{html.log_view(chr(10).join(printed(job.folder)))}<div>{sheet}</div>"
     link = html.download(output, f"Download {output.name}")
     if job.kind == "export":
         return link
