@@ -44,7 +44,13 @@ if __name__ == "__main__":
         packages=[*find_packages(include=["dora_diffusion*"]), "dora_diffusion.samples"],
         package_dir={"dora_diffusion.samples": "samples"},
         package_data={
-            "dora_diffusion": ["py.typed", "toy/**/*", "app/*.css", "app/*.js", "models/released/*"],
+            "dora_diffusion": [
+                "py.typed",
+                "toy/**/*",
+                "app/*.css",
+                "app/*.js",
+                "models/released/*",
+            ],
             "dora_diffusion.samples": ["**/*"],
         },
         exclude_package_data={"": ["*.pyc"]},

@@ -21,10 +21,9 @@ from dora_diffusion.export.fit import FitSettings, FitTarget, Fitted, fit_layers
 from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
 from dora_diffusion.formats.adapter.metadata import (
     UNET_LAYERS,
-    ZERO_TERMINAL_SNR,
     AdapterMetadata,
 )
-from dora_diffusion.formats.checkpoint.schedule import PREDICTION, ZERO_SNR
+from dora_diffusion.formats.checkpoint.schedule import schedule_facts
 from dora_diffusion.formats.checkpoint.weights import StoredModel, module_shapes, module_weight
 from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.formats.names.unet import known_layout
@@ -189,10 +188,8 @@ def _metadata(
 def facts_of(base: StoredModel) -> dict[str, str]:
     """Metadata fields that an adapter for a base has."""
     layout = known_layout(module_shapes(base))
-    schedule = base.schedule()
     facts = {
-        "prediction_type": schedule.get(PREDICTION, ""),
-        ZERO_TERMINAL_SNR: str(schedule[ZERO_SNR]) if ZERO_SNR in schedule else "",
+        **schedule_facts(base.schedule()),
         UNET_LAYERS: layout.text() if layout else "",
     }
     return {name: text for name, text in facts.items() if text}

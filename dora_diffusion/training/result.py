@@ -15,9 +15,9 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.captions import tag_frequency
 from dora_diffusion.formats.adapter.metadata import (
     UNET_LAYERS,
-    ZERO_TERMINAL_SNR,
     AdapterMetadata,
 )
+from dora_diffusion.formats.checkpoint.schedule import schedule_facts
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.images import save_png, thumbnail
@@ -72,8 +72,7 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
         trigger=subject.trigger,
         resolution=session.resolution,
         extra={
-            "prediction_type": components.prediction_type,
-            ZERO_TERMINAL_SNR: str(bool(components.scheduler.config.rescale_betas_zero_snr)),
+            **schedule_facts(components.scheduler.config),
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
             **_variant(session.config),
