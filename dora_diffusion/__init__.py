@@ -9,7 +9,7 @@ The whole Python interface::
     compile_blocks                                    torch.compile of a UNet's repeated blocks
     save_adapter, load_adapter                        one file, which other tools read exactly
     TrainConfig, train                                DreamBooth from photos to a finished folder
-    load_components                                   a model by name
+    AskedSchedule, load_components                    a model by name
     SamplingSettings, generate_images                 images from it
     export_checkpoint                                 base + adapter -> merged model
     extract_adapter                                   base and tuned model -> the nearest adapter
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     )
     from dora_diffusion.families import UnsupportedModelError
     from dora_diffusion.formats.checkpoint.entries import CheckpointLayoutError
+    from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
     from dora_diffusion.formats.checkpoint.weights import MergeError
     from dora_diffusion.formats.files.atomic import DiskFullError
     from dora_diffusion.formats.files.header import TensorFileError
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdapterConfig": "config.adapter",
     "AdapterFormatError": "formats.layouts.layout",
+    "AskedSchedule": "formats.checkpoint.schedule",
     "BrokenImageError": "generate",
     "CheckpointLayoutError": "formats.checkpoint.entries",
     "ConfigError": "config.fields",
@@ -121,6 +123,7 @@ _HOMES = {
 __all__ = [
     "AdapterConfig",
     "AdapterFormatError",
+    "AskedSchedule",
     "BrokenImageError",
     "CheckpointLayoutError",
     "ConfigError",
