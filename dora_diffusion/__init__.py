@@ -10,7 +10,7 @@ The whole Python interface::
     compile_blocks                                    torch.compile of a UNet's repeated blocks
     save_adapter, load_adapter                        one file, which other tools read exactly
     TrainConfig, train                                DreamBooth from photos to a finished folder
-    load_components                                   a model by name
+    AskedSchedule, load_components                    a model by name
     SamplingSettings, generate_images                 images from it
     export_checkpoint                                 base + adapter -> merged model
     extract_adapter                                   base and tuned model -> the nearest adapter
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     )
     from dora_diffusion.families import UnsupportedModelError
     from dora_diffusion.formats.checkpoint.entries import CheckpointLayoutError
+    from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
     from dora_diffusion.formats.checkpoint.weights import MergeError
     from dora_diffusion.formats.files.atomic import DiskFullError
     from dora_diffusion.formats.files.header import TensorFileError
@@ -83,6 +84,7 @@ _HOMES = {
     "AdapterConfig": "config.adapter",
     "AdapterFormatError": "formats.layouts.layout",
     "AdapterPool": "pool",
+    "AskedSchedule": "formats.checkpoint.schedule",
     "BrokenImageError": "generate",
     "CheckpointLayoutError": "formats.checkpoint.entries",
     "ConfigError": "config.fields",
@@ -126,6 +128,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterFormatError",
     "AdapterPool",
+    "AskedSchedule",
     "BrokenImageError",
     "CheckpointLayoutError",
     "ConfigError",

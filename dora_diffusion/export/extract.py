@@ -23,10 +23,9 @@ from dora_diffusion.formats.adapter.metadata import (
     OWN,
     READING,
     UNET_LAYERS,
-    ZERO_TERMINAL_SNR,
     AdapterMetadata,
 )
-from dora_diffusion.formats.checkpoint.schedule import PREDICTION, ZERO_SNR
+from dora_diffusion.formats.checkpoint.schedule import schedule_facts
 from dora_diffusion.formats.checkpoint.weights import StoredModel, module_shapes, module_weight
 from dora_diffusion.formats.layouts import layout_named
 from dora_diffusion.formats.names.unet import known_layout
@@ -192,10 +191,8 @@ def _metadata(
 def facts_of(base: StoredModel) -> dict[str, str]:
     """Metadata fields that an adapter for a base has."""
     layout = known_layout(module_shapes(base))
-    schedule = base.schedule()
     facts = {
-        "prediction_type": schedule.get(PREDICTION, ""),
-        ZERO_TERMINAL_SNR: str(schedule[ZERO_SNR]) if ZERO_SNR in schedule else "",
+        **schedule_facts(base.schedule()),
         UNET_LAYERS: layout.text() if layout else "",
     }
     return {name: text for name, text in facts.items() if text}

@@ -19,9 +19,9 @@ from dora_diffusion.formats.adapter.metadata import (
     CAPTIONS,
     READING,
     UNET_LAYERS,
-    ZERO_TERMINAL_SNR,
     AdapterMetadata,
 )
+from dora_diffusion.formats.checkpoint.schedule import schedule_facts
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.images import save_png, thumbnail
@@ -116,8 +116,7 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
         trigger=" ".join(filter(None, (session.trigger, *session.subjects[0].words))),
         resolution=session.resolution,
         extra={
-            "prediction_type": components.prediction_type,
-            ZERO_TERMINAL_SNR: str(bool(components.scheduler.config.rescale_betas_zero_snr)),
+            **schedule_facts(components.scheduler.config),
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
             **_variant(session.config),

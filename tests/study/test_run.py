@@ -306,14 +306,15 @@ def test_a_file_that_holds_no_records_is_said(performed, tmp_path, text):
         run_study(study(), tmp_path)
 
 
-def test_the_documents_records_are_of_the_documents_study(tmp_path):
-    """A default that changes would make them void: docs/comparison.yaml says all that it needs."""
+@pytest.mark.parametrize(("name", "count"), [("comparison", 218), ("comparison-snr", 40)])
+def test_the_documents_records_are_of_the_documents_study(name, count):
+    """A default that changes would make them void: the study says all that it needs."""
     docs = Path(__file__).parents[2] / "docs"
-    shown = Study.from_dict(yaml.safe_load((docs / "comparison.yaml").read_text(encoding="utf-8")))
+    shown = Study.from_dict(yaml.safe_load((docs / f"{name}.yaml").read_text(encoding="utf-8")))
     methods = {method.name: shown.training(method) for method in shown.methods}
     methods[BASE] = TrainConfig()
     base = base_digest(shown.base)
-    records = json.loads((docs / "comparison-records.json").read_text(encoding="utf-8"))
+    records = json.loads((docs / f"{name}-records.json").read_text(encoding="utf-8"))
     for made in records:
         config = methods[made["method"]]
         if made["method"] != BASE:
@@ -322,7 +323,7 @@ def test_the_documents_records_are_of_the_documents_study(tmp_path):
         trial = Trial(made["row"], made["method"], config, subject, made["seed"], base, shown.asked)
         assert trial.digest == made["digest"], made["row"]
         assert {**trial.settings, **made["settings"]} == trial.settings
-    assert len(records) == 218
+    assert len(records) == count
 
 
 def stop():

@@ -159,9 +159,20 @@ def _by_adapter(metadata: AdapterMetadata) -> Statement:
     zero = metadata.extra.get(ZERO_TERMINAL_SNR)
     settings = {
         PREDICTION: metadata.extra.get("prediction_type"),
-        ZERO_SNR: None if zero is None else zero == "True",
+        ZERO_SNR: zero == "True" if zero else None,
     }
     return Statement("the adapter's metadata", settings, False)
+
+
+def schedule_facts(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What an adapter's metadata say of the noise schedule that it is trained on.
+
+    Args:
+        settings: Of a scheduler, as far as they are known.
+    """
+    prediction, zero = settings.get(PREDICTION, ""), settings.get(ZERO_SNR)
+    is_said = prediction == V and zero is not None
+    return {"prediction_type": prediction, ZERO_TERMINAL_SNR: str(bool(zero)) if is_said else ""}
 
 
 def stated_by_file(metadata: Mapping[str, str], names: Iterable[str]) -> list[Statement]:
