@@ -51,9 +51,9 @@ from dora_diffusion.training.sheets import labelled_sheet
 TOKENS = (TRIGGER, "zwx", "vqo")
 # Case -> embedded model, steps, and the subjects that one adapter learns.
 CASES: dict[str, tuple[str, int, tuple[str, ...]]] = {
-    "two-classes": ("tiny-sd", 400, ("bolt_mug", "star_teapot")),
-    "one-class": ("tiny-sd", 400, ("bolt_mug", "cross_mug")),
-    "three": ("tiny-sdxl", 600, ("bolt_mug", "star_teapot", "striped_car")),
+    "two-classes": ("tiny-sd", 400, ("cross_mug", "star_teapot")),
+    "one-class": ("tiny-sd", 400, ("star_teapot", "heart_teapot")),
+    "three": ("tiny-sdxl", 600, ("cross_mug", "star_teapot", "striped_car")),
 }
 COMMON: dict[str, Any] = {
     "rank": 8, "conv_rank": 8, "learning_rate": 2e-3, "lr_scheduler": "cosine",
@@ -92,7 +92,7 @@ def subjects_case(case: str, work: Path, **settings: Any) -> dict[str, Any]:
         })  # fmt: skip
     components = open_run(case, work, {
         "pretrained_model_name_or_path": f"embedded:{model}", "max_train_steps": steps,
-        "dataset_config": entries, "snr_gamma": 0, **settings,
+        "dataset_config": entries, **settings,
     })  # fmt: skip
     instrument = load_instrument()
     truth = {n: judge(instrument, reference_images(SUBJECTS[n], JUDGED_SIZE)) for n in names}
