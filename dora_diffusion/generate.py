@@ -148,26 +148,22 @@ def load_adapted(
         vae: Another autoencoder, as `load_components` takes it.
         compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
         offload: ``"model"`` has each part on the device only while it computes (`generate_images`).
-        clip_skip: Last layers of the text encoders to leave out; None: what adapter or base say.
-        max_token_length: Tokens of a prompt that are read; None: what adapter or base say.
+        clip_skip, max_token_length: As in `TrainConfig`; None: what adapter or base say.
 
     Returns:
-        The model, and the adapter's metadata; its ``trigger`` holds the trigger words.
+        The model, and the adapter's metadata, such as its trigger words.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError: If the base cannot be loaded.
-        AdapterFormatError, ValueError: If the adapter cannot be read, or does not fit the base.
+        AdapterFormatError, ValueError: If the adapter cannot be read, or does not fit.
         ConfigError: If the device does not compute so, or nothing compiles for it.
     """
     device = _require(default_device() if device is None else device, dtype, compile)
-    schedule = schedule if adapter is None else _with_facts_of(adapter, schedule)
     loaded = load_components(
         base, revision=revision, variant=variant, vae=vae, dtype=dtype, config=config,
-        schedule=schedule,
+        schedule=_with_facts_of(adapter, schedule),
     )  # fmt: skip
-    components = place(loaded.reading(clip_skip, max_token_length), device, offload)
-    if compile:
-        compile_blocks(components.unet)
+    components = _placed(loaded.reading(clip_skip, max_token_length), device, offload, compile)
     if adapter is None:
         return components, AdapterMetadata()
     read = attach_file(components.adaptable(), adapter, family=components.family.name, alpha=alpha)
@@ -184,6 +180,15 @@ def _require(device: torch.device | str, dtype: torch.dtype, compiles: bool) -> 
     return device
 
 
+def _placed(
+    components: Components, device: torch.device | str, offload: str, compiles: bool
+) -> Components:
+    components = place(components, device, offload)
+    if compiles:
+        compile_blocks(components.unet)
+    return components
+
+
 def _as_stated(components: Components, metadata: AdapterMetadata, *given: int | None) -> Components:
     """The model, reading prompts as an adapter's file says where nothing else is given."""
     stated = stated_reading(metadata.extra)
@@ -194,7 +199,9 @@ def _as_stated(components: Components, metadata: AdapterMetadata, *given: int | 
     return components.reading(*left, is_told=False)
 
 
-def _with_facts_of(adapter: str | Path, schedule: AskedSchedule) -> AskedSchedule:
+def _with_facts_of(adapter: str | Path | None, schedule: AskedSchedule) -> AskedSchedule:
+    if adapter is None:
+        return schedule
     metadata = parse_metadata(StoredAdapter.open(adapter).files[0].metadata)
     return schedule._replace(adapters=(metadata,))
 

@@ -78,19 +78,7 @@ def _connect_clock(
     """
     shown = training.shown
     inputs = [shown.run, generating.adapter, stored.run, comparing.study, subjects.pick]
-    fields = {
-        "header": header, "run": shown.run, "status": shown.status, "loss": shown.loss,
-        "log": shown.log, "jobs": shown.jobs, "samples": shown.samples, "stop": shown.stop,
-        "kill": shown.kill, "resume": shown.resume, "remove": shown.remove, "next": shown.next,
-        "extend": shown.extend, "details": shown.details, "chooser": shown.chooser.box,
-        "chooser_start": shown.chooser.start, "chooser_cards": shown.chooser.cards,
-        "adapter": generating.adapter, "history": generating.history, "turn": generating.turn,
-        "library": stored.gallery, "library_run": stored.run,
-        "library_side": stored.side, "tasks": stored.tasks, "study": comparing.study,
-        "study_status": comparing.status, "study_report": comparing.report,
-        "study_subjects": comparing.subjects, "study_delete": comparing.delete,
-        "looked": subjects.looked, "start": training.advanced["init_adapter"],
-    }  # fmt: skip
+    fields = _fields(header, subjects, training, generating, stored, comparing)
     texts = {name: field for name, field in fields.items() if isinstance(field, gr.HTML)}
     others = {name: field for name, field in fields.items() if name not in texts}
     # What this page was last sent of each, and a mark of what the others should show.
@@ -128,6 +116,26 @@ def _connect_clock(
         fill, [seen_others, *inputs], [seen_others, *others.values()],
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
+
+
+def _fields(
+    header: Any, subjects: Any, training: Any, generating: Any, stored: Any, comparing: Any
+) -> dict[str, Any]:
+    """What a refresh may change, by the name that the tabs' own functions call it."""
+    shown = training.shown
+    return {
+        "header": header, "run": shown.run, "status": shown.status, "loss": shown.loss,
+        "log": shown.log, "jobs": shown.jobs, "samples": shown.samples, "stop": shown.stop,
+        "kill": shown.kill, "resume": shown.resume, "remove": shown.remove, "next": shown.next,
+        "extend": shown.extend, "details": shown.details, "chooser": shown.chooser.box,
+        "chooser_start": shown.chooser.start, "chooser_cards": shown.chooser.cards,
+        "adapter": generating.adapter, "history": generating.history, "turn": generating.turn,
+        "library": stored.gallery, "library_run": stored.run,
+        "library_side": stored.side, "tasks": stored.tasks, "study": comparing.study,
+        "study_status": comparing.status, "study_report": comparing.report,
+        "study_subjects": comparing.subjects, "study_delete": comparing.delete,
+        "looked": subjects.looked, "start": training.advanced["init_adapter"],
+    }  # fmt: skip
 
 
 def whole_tabs(**tabs: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:

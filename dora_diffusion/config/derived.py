@@ -48,8 +48,8 @@ def _class_word(config: TrainConfig) -> str | None:
 
 
 def _validation_prompt(config: TrainConfig) -> list[str]:
-    lines = [prompt.text for prompt in config.prompts if not config.validation_prompt]
-    return lines if config.num_validation_images and not config.sample_prompts else []
+    own = list(dict.fromkeys(filter(None, map(framed_prompt, config.subjects))))
+    return own if config.num_validation_images and not config.sample_prompts else []
 
 
 def _alpha(config: TrainConfig, rank: int) -> float | None:

@@ -73,6 +73,24 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
             "'huggingface-cli upload NAME/MODEL OUTPUT_DIR/model'",
             "push_to_hub",
         )
+        self._check_data()
+        require(
+            not (self.debiased_estimation_loss and self.snr_gamma),
+            "debiased_estimation_loss weighs timesteps, as snr_gamma does; leave one of them out",
+            "debiased_estimation_loss",
+        )
+        if self.optimizer_name == "prodigy":
+            self._check_prodigy()
+        if self.parametrization == "adalora" and not self.is_full:
+            self._check_allocation()
+        if self.train_text_encoder_ti:
+            self._check_words()
+        if self.init_adapter and not self.is_full:
+            self.unet_adapter.check_start()
+        for targets, rank_only in ((self.targets, False), (self.text_encoder_targets, True)):
+            self._adapter(tuple(targets), rank_only)
+
+    def _check_data(self) -> None:
         require_token_length(self.max_token_length)
         require(
             bool(self.caption_separator),
@@ -93,21 +111,6 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
         )
         for prompt in self.validation_prompt:
             parse_prompt(prompt)
-        require(
-            not (self.debiased_estimation_loss and self.snr_gamma),
-            "debiased_estimation_loss weighs timesteps, as snr_gamma does; leave one of them out",
-            "debiased_estimation_loss",
-        )
-        if self.optimizer_name == "prodigy":
-            self._check_prodigy()
-        if self.parametrization == "adalora" and not self.is_full:
-            self._check_allocation()
-        if self.train_text_encoder_ti:
-            self._check_words()
-        if self.init_adapter and not self.is_full:
-            self.unet_adapter.check_start()
-        for targets, rank_only in ((self.targets, False), (self.text_encoder_targets, True)):
-            self._adapter(tuple(targets), rank_only)
 
     def _check_words(self) -> None:
         words, concepts = self.words, self.initializer_concept

@@ -155,24 +155,7 @@ def open_session(
     for subject, photos in zip(subjects, paths, strict=True):
         check_wildcards(subject.settings, photos)
     start = StartingAdapter.of(config)
-    loaded = load_components(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        vae=config.pretrained_vae_model_name_or_path,
-        # Weights that train are float32; autocast computes with them in the precision.
-        dtype=torch.float32 if config.is_full else PRECISION_DTYPES[precision],
-        config=config.model_config,
-        schedule=AskedSchedule(config.prediction_type, config.zero_terminal_snr),
-    )
-    reading = loaded.reading(config.clip_skip, config.max_token_length)
-    if loaded.clip_skip != config.clip_skip and loaded.clip_skip:
-        warnings.warn(
-            f"{loaded.name} was trained with clip_skip {loaded.clip_skip}, this run has "
-            f"{config.clip_skip}",
-            stacklevel=2,
-        )
-    components = place(reading, accelerator.device, config.offload)
+    components = _load(config, accelerator, precision)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     require_new(components, config.words)
     start = start.read(components, config) if start else None
@@ -194,6 +177,40 @@ def open_session(
     pairs = list(zip(subjects, held_out, strict=True))
     validation = Validation(config, pairs, components, accelerator) if any(held_out) else None
     _load_step_modules(config, components)
+    weights = _what_trains(config, components, start)
+    workers = 0 if dataset.caches_moments else config.dataloader_num_workers
+    batches = iterate_batches(dataset, sampler, num_workers=workers)
+    inputs = InputSource(config, components, batches, accelerator.process_index)
+    train_step = build_step(config, accelerator, components, weights, inputs)
+    return Session(
+        config, subjects, accelerator, components, weights, dataset, sampler, train_step, validation
+    )
+
+
+def _load(config: TrainConfig, accelerator: Any, precision: str) -> Components:
+    loaded = load_components(
+        config.pretrained_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+        vae=config.pretrained_vae_model_name_or_path,
+        # Weights that train are float32; autocast computes with them in the precision.
+        dtype=torch.float32 if config.is_full else PRECISION_DTYPES[precision],
+        config=config.model_config,
+        schedule=AskedSchedule(config.prediction_type, config.zero_terminal_snr),
+    )
+    reading = loaded.reading(config.clip_skip, config.max_token_length)
+    if loaded.clip_skip != config.clip_skip and loaded.clip_skip:
+        warnings.warn(
+            f"{loaded.name} was trained with clip_skip {loaded.clip_skip}, this run has "
+            f"{config.clip_skip}",
+            stacklevel=2,
+        )
+    return place(reading, accelerator.device, config.offload)
+
+
+def _what_trains(
+    config: TrainConfig, components: Components, start: StartingAdapter | None
+) -> TrainedWeights:
     weights: TrainedWeights = (
         select_weights(components, config)
         if config.is_full
@@ -202,13 +219,7 @@ def open_session(
     weights = replace(weights, words=add_words(components, config))
     for name in weights.words.tables if not config.train_text_encoder else ():
         enter_training(components.adaptable()[name], components, config)
-    workers = 0 if dataset.caches_moments else config.dataloader_num_workers
-    batches = iterate_batches(dataset, sampler, num_workers=workers)
-    inputs = InputSource(config, components, batches, accelerator.process_index)
-    train_step = build_step(config, accelerator, components, weights, inputs)
-    return Session(
-        config, subjects, accelerator, components, weights, dataset, sampler, train_step, validation
-    )
+    return weights
 
 
 def _load_step_modules(config: TrainConfig, components: Components) -> None:

@@ -15,6 +15,7 @@ from dora_diffusion.app.settings import (
     EMBEDDED,
     GROUPS,
     PRESET_NAMES,
+    PRESETS,
     SETTINGS,
     advanced_values,
     command_line,
@@ -109,7 +110,7 @@ def test_balanced_takes_as_many_steps_as_the_command_line(model: str, family: st
 def test_presets_start_from_the_defaults_of_the_command_line(model: str) -> None:
     """What is not about the preset or the device is what `train` does without a flag."""
     fitted = {"mixed_precision", "gradient_checkpointing", "optimizer"}
-    about = {"max_train_steps", "with_prior_preservation", "rank"}
+    about = {"max_train_steps", "with_prior_preservation", "rank", *PRESETS["style"]}
     default = TrainConfig().to_dict()
     for preset in PRESET_NAMES:
         values = preset_values(preset, model)
@@ -209,7 +210,8 @@ def test_every_setting_has_a_field_but_those_that_the_page_decides() -> None:
     # Typed again here on purpose: a new setting must be given a field, or be listed with a reason.
     own_field = {"pretrained_model_name_or_path", "token", "class_word", "validation_prompt"}
     the_app_s = {
-        "instance_data_dir", "instance_prompt", "output_dir", "overwrite_output_dir",
+        "dataset_config", "instance_data_dir", "instance_prompt", "output_dir",
+        "overwrite_output_dir",
         "resume_from_checkpoint", "logging_dir", "push_to_hub", "hub_model_id",
     }  # fmt: skip
     another_name = {"use_8bit_adam"}

@@ -170,7 +170,9 @@ def test_the_whole_command_shows_every_requirement_and_nothing_private(tmp_path:
     listed = re.findall(r"[\w-]+", " ".join(versions))
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     project = project.partition("\ndependencies = [")[2].partition("[project.urls]")[0]
-    required = re.findall(r'"([\w-]+)(?:[<>=!~; ].*?)?"', project)
+    # Python 3.10 alone needs a library for TOML.
+    named = re.findall(r'"([\w-]+)(?:[<>=!~; ].*?)?"', project)
+    required = [name for name in named if name != "tomli" or sys.version_info < (3, 11)]
     assert {"torch", "pillow-heif", "hypothesis", "codespell", "types-PyYAML"} <= {*required}
     assert [name for name in required if name not in listed] == []
     problems = [row[-1] for row in shown if "cannot be imported" in row[-1]]

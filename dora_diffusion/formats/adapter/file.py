@@ -134,11 +134,7 @@ def write_adapter(
         raise AdapterFormatError(
             f"{path.name}: pickles are not written; use the suffix .safetensors"
         )
-    layout = _written_layout(target)
-    if not adapter.layers:
-        raise AdapterFormatError("the adapter has no layers; nothing was written")
-    if adapter.beside and target != "dense":
-        raise AdapterFormatError(f"the {target} format cannot hold a DoRA with a LoRA beside it")
+    layout = _written_layout(target, adapter)
     file_name = layout.file_name
     if file_name is not None and path.suffix != ".safetensors":
         path = path / file_name
@@ -160,10 +156,14 @@ def write_adapter(
     return path
 
 
-def _written_layout(target: str) -> AdapterLayout:
+def _written_layout(target: str, adapter: AdapterFile) -> AdapterLayout:
     written = [name for name, conversion in LAYOUTS.items() if conversion]
     if target not in written:
         raise AdapterFormatError(f"unknown target {target!r}; there is {', '.join(written)}")
+    if not adapter.layers:
+        raise AdapterFormatError("the adapter has no layers; nothing was written")
+    if adapter.beside and target != "dense":
+        raise AdapterFormatError(f"the {target} format cannot hold a DoRA with a LoRA beside it")
     return layout_named(target)
 
 
