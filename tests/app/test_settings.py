@@ -23,7 +23,13 @@ from dora_diffusion.app.settings import (
 )
 from dora_diffusion.cli import build_parser
 from dora_diffusion.commands.train import train_config
-from dora_diffusion.config import ConfigError, TrainConfig, read_config_file, without_effect
+from dora_diffusion.config import (
+    PRESETS,
+    ConfigError,
+    TrainConfig,
+    read_config_file,
+    without_effect,
+)
 from dora_diffusion.config.derived import as_yaml, resolve
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs.base_model import check_model
@@ -107,7 +113,7 @@ def test_balanced_takes_as_many_steps_as_the_command_line(model: str, family: st
 def test_presets_start_from_the_defaults_of_the_command_line(model: str) -> None:
     """What is not about the preset or the device is what `train` does without a flag."""
     fitted = {"mixed_precision", "gradient_checkpointing", "optimizer"}
-    about = {"max_train_steps", "with_prior_preservation", "rank"}
+    about = {"max_train_steps", "with_prior_preservation", "rank", *PRESETS["style"]}
     default = TrainConfig().to_dict()
     for preset in PRESET_NAMES:
         values = preset_values(preset, model)
