@@ -199,8 +199,9 @@ def test_every_setting_has_a_field_but_those_that_the_page_decides() -> None:
     # Typed again here on purpose: a new setting must be given a field, or be listed with a reason.
     own_field = {"pretrained_model_name_or_path", "token", "class_word", "validation_prompt"}
     the_app_s = {
-        "instance_data_dir", "instance_prompt", "output_dir", "overwrite_output_dir",
-        "resume_from_checkpoint", "logging_dir", "push_to_hub", "hub_model_id",
+        "dataset_config", "instance_data_dir", "instance_prompt", "output_dir",
+        "overwrite_output_dir", "resume_from_checkpoint", "logging_dir", "push_to_hub",
+        "hub_model_id",
     }  # fmt: skip
     another_name = {"use_8bit_adam"}
     every = {field.name for field in dataclasses.fields(TrainConfig)}
