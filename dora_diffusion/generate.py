@@ -148,7 +148,8 @@ def load_adapted(
         vae: Another autoencoder, as `load_components` takes it.
         compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
         offload: ``"model"`` has each part on the device only while it computes (`generate_images`).
-        clip_skip, max_token_length: As in `TrainConfig`; None: what adapter or base say.
+        clip_skip: Last layers of the text encoders to leave out; None: what adapter or base say.
+        max_token_length: Tokens of a prompt that are read; None: what adapter or base say.
 
     Returns:
         The model, and the adapter's metadata, such as its trigger words.
@@ -166,10 +167,9 @@ def load_adapted(
     components = _placed(loaded.reading(clip_skip, max_token_length), device, offload, compile)
     if adapter is None:
         return components, AdapterMetadata()
-    read = attach_file(components.adaptable(), adapter, family=components.family.name, alpha=alpha)
-    add_tokens(components, read.tokens)
+    metadata = _attach(components, adapter, alpha)
     _set_strengths(components, strength, direction, magnitude)
-    return _as_stated(components, read.metadata, clip_skip, max_token_length), read.metadata
+    return _as_stated(components, metadata, clip_skip, max_token_length), metadata
 
 
 def _require(device: torch.device | str, dtype: torch.dtype, compiles: bool) -> torch.device | str:
@@ -178,6 +178,12 @@ def _require(device: torch.device | str, dtype: torch.dtype, compiles: bool) -> 
     if compiles:
         require_compiler(device)
     return device
+
+
+def _attach(components: Components, adapter: str | Path, alpha: float | None) -> AdapterMetadata:
+    read = attach_file(components.adaptable(), adapter, family=components.family.name, alpha=alpha)
+    add_tokens(components, read.tokens)
+    return read.metadata
 
 
 def _placed(

@@ -26,7 +26,13 @@ from dora_diffusion.app.settings import (
 )
 from dora_diffusion.cli import build_parser
 from dora_diffusion.commands.train import train_config
-from dora_diffusion.config import ConfigError, TrainConfig, read_config_file, without_effect
+from dora_diffusion.config import (
+    PRESETS,
+    ConfigError,
+    TrainConfig,
+    read_config_file,
+    without_effect,
+)
 from dora_diffusion.config.derived import as_yaml, resolve
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.jobs.base_model import check_model
@@ -211,8 +217,8 @@ def test_every_setting_has_a_field_but_those_that_the_page_decides() -> None:
     own_field = {"pretrained_model_name_or_path", "token", "class_word", "validation_prompt"}
     the_app_s = {
         "dataset_config", "instance_data_dir", "instance_prompt", "output_dir",
-        "overwrite_output_dir",
-        "resume_from_checkpoint", "logging_dir", "push_to_hub", "hub_model_id",
+        "overwrite_output_dir", "resume_from_checkpoint", "logging_dir", "push_to_hub",
+        "hub_model_id",
     }  # fmt: skip
     another_name = {"use_8bit_adam"}
     every = {field.name for field in dataclasses.fields(TrainConfig)}
