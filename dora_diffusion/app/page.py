@@ -84,12 +84,10 @@ def _connect_clock(
     # What this page was last sent of each, and a mark of what the others should show.
     seen_texts, seen_others, mark = gr.State({}), gr.State({}), gr.State("")
 
-    def parts(
-        run_id: Any, adapter: Any, selected: Any, study: Any, subject_id: Any = None
-    ) -> dict[str, Any]:
+    def parts(run_id: Any, adapter: Any, selected: Any, study: Any, picked: Any = None) -> Any:
         jobs = context.jobs()
         made, problems = whole_tabs(
-            Subject=lambda: subject.refresh(context, jobs, subject_id),
+            Subject=lambda: subject.refresh(context, jobs, picked),
             Train=lambda: run.refresh(context, jobs, run_id) | train.refresh(jobs),
             Generate=lambda: generate.refresh(context, jobs, adapter),
             Library=lambda: library.refresh(jobs, selected),

@@ -100,7 +100,7 @@ def looks_at(jobs: Sequence[Job], subject: StoredSubject) -> list[Job]:
     """The jobs that look at a subject's photos, or have looked, newest first."""
     return [
         job for job in jobs
-        if subject.photos and job.kind == "prepare"
+        if job.kind == "prepare" and subject.photos
         and job.record.arguments[1:2] == [str(subject.folder)]
     ]  # fmt: skip
 

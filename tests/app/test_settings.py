@@ -15,7 +15,6 @@ from dora_diffusion.app.settings import (
     EMBEDDED,
     GROUPS,
     PRESET_NAMES,
-    PRESETS,
     SETTINGS,
     advanced_values,
     command_line,

@@ -233,7 +233,10 @@ def _connect_presets(context: Context, tab: TrainTab) -> None:
     @plain
     def use_preset(preset: str, model: str) -> list[Any]:
         values = preset_values(preset, context.allowed_model(model), context.device())
-        return [gr.update(value=setting_text(value)) for value in values.values()]
+        return [
+            gr.skip() if name == "init_adapter" else gr.update(value=setting_text(value))
+            for name, value in values.items()
+        ]
 
     @plain
     def suggest(word: str | None, settled: str, preset: str, model: str) -> list[Any]:
