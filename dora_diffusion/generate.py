@@ -126,9 +126,7 @@ def load_adapted(
         device: None is the accelerator where there is one, else the CPU.
         variant: Weight variant of the base, such as "fp16".
         revision: Branch, tag or commit of a base on the hub.
-        config: For a single file: a diffusers folder of the same architecture.
-        schedule: How the base's noise schedule is meant, where neither it nor the adapter says it.
-        vae: Another autoencoder, as `load_components` takes it.
+        config, schedule, vae: Of the base, as `load_components` takes them.
         compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
         offload: ``"model"`` has each part on the device only while it computes (`generate_images`).
 
@@ -144,10 +142,9 @@ def load_adapted(
     require_computes(device, dtype)
     if compile:
         require_compiler(device)
-    schedule = schedule if adapter is None else _with_facts_of(adapter, schedule)
     components = load_components(
         base, revision=revision, variant=variant, vae=vae, dtype=dtype, config=config,
-        schedule=schedule,
+        schedule=schedule if adapter is None else _with_facts_of(adapter, schedule),
     )  # fmt: skip
     components = place(components, device, offload)
     if compile:
