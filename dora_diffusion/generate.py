@@ -126,7 +126,9 @@ def load_adapted(
         device: None is the accelerator where there is one, else the CPU.
         variant: Weight variant of the base, such as "fp16".
         revision: Branch, tag or commit of a base on the hub.
-        config, schedule, vae: Of the base, as `load_components` takes them.
+        config: For a single file: a diffusers folder of the same architecture.
+        schedule: How the base's noise schedule is meant, where neither it nor the adapter says it.
+        vae: Another autoencoder, as `load_components` takes it.
         compile: Compile the UNet's repeated blocks when they first run (`compile_blocks`).
         offload: ``"model"`` has each part on the device only while it computes (`generate_images`).
 
@@ -138,10 +140,7 @@ def load_adapted(
         AdapterFormatError, ValueError: If the adapter cannot be read, or does not fit the base.
         ConfigError: If the device does not compute in the dtype, or nothing compiles for it.
     """
-    device = default_device() if device is None else device
-    require_computes(device, dtype)
-    if compile:
-        require_compiler(device)
+    device = _checked_device(device, dtype, compile)
     components = load_components(
         base, revision=revision, variant=variant, vae=vae, dtype=dtype, config=config,
         schedule=schedule if adapter is None else _with_facts_of(adapter, schedule),
@@ -155,6 +154,16 @@ def load_adapted(
     add_tokens(components, read.tokens)
     _set_strengths(components, strength, direction, magnitude)
     return components, read.metadata
+
+
+def _checked_device(
+    device: torch.device | str | None, dtype: torch.dtype, compile: bool
+) -> torch.device | str:
+    device = default_device() if device is None else device
+    require_computes(device, dtype)
+    if compile:
+        require_compiler(device)
+    return device
 
 
 def _with_facts_of(adapter: str | Path, schedule: AskedSchedule) -> AskedSchedule:
