@@ -296,9 +296,8 @@ def test_other_images_captions_and_masks_are_refused(spoil, message, again):
     ("name", "value"),
     [
         ("caption_dropout", 0.5),
-        ("snr_gamma", 5.0),
+        ("snr_gamma", 0.0),
         ("prediction_type", "epsilon"),
-        ("zero_terminal_snr", True),
         ("noise_offset", 0.1),
         ("lora_dropout", 0.1),
         ("lr_scheduler", "linear"),
