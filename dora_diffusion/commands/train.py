@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # The flags that matter first: what --help shows.
 FIRST = (
     "pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "token",
-    "resolution", "aspect_ratio_buckets", "masked_loss", "with_prior_preservation",
+    "dataset_config", "resolution", "masked_loss", "with_prior_preservation",
     "method", "init_adapter", "targets", "train_text_encoder", "rank",
     "max_train_steps", "train_batch_size", "learning_rate", "gradient_checkpointing",
     "validation_prompt", "output_dir", "resume_from_checkpoint",

@@ -130,7 +130,7 @@ class SampleSettings:
 class ValidationSettings:
     """What is held out of training, and decides what is kept of it."""
 
-    heading: ClassVar = "Held-out photos"
+    heading: ClassVar = "Validation"
 
     validation_data_dir: str | None = flag(
         None,

@@ -149,7 +149,7 @@ def _embedding_rate(config: Any) -> str | None:
 class WordSettings:
     """Words that the base model does not have."""
 
-    heading: ClassVar = "New words"
+    heading: ClassVar = "Subject"
 
     train_text_encoder_ti: bool = flag(
         False,
