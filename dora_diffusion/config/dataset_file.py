@@ -31,6 +31,9 @@ _SAME = {
     "shuffle_caption": "shuffle_tags",
     "keep_tokens": "keep_tags",
     "caption_dropout_rate": "caption_dropout",
+    "caption_tag_dropout_rate": "tag_dropout",
+    "caption_separator": "caption_separator",
+    "enable_wildcard": "wildcards",
     "caption_prefix": "caption_prefix",
     "caption_suffix": "caption_suffix",
     "alpha_mask": "masked_loss",
@@ -183,6 +186,9 @@ def _refuse_others(subsets: Sequence[Entry], known: set[str], batch_size: int) -
         asked = {name for name, value in options.items() if value not in (False, None, 0, "", [])}
         same = {name for name, setting in _SAME.items() if setting in known}
         refused = asked - same - _READ - _without_effect(options)
+        if asked & {"shuffle_caption", "caption_tag_dropout_rate"}:
+            # There they are part of the first and the last tag, which is shuffled and left out.
+            refused |= asked & {"caption_prefix", "caption_suffix"}
         require(
             not refused,
             f"{', '.join(sorted(refused))} cannot mean the same here; take out what you can do "
@@ -231,8 +237,10 @@ def _subset(options: Entry) -> Entry:
         entry["resolution"] = _side(entry["resolution"])
     if "random_crop" in options:
         entry["center_crop"] = not options["random_crop"]
-    if options.get("shuffle_caption"):
+    if options.get("shuffle_caption") or options.get("caption_tag_dropout_rate"):
         entry.setdefault("keep_tags", 0)
+    if options.get("enable_wildcard"):
+        entry["caption_per_line"] = True
     return entry | _concept(Path(options["image_dir"]), options.get("class_tokens") or "")
 
 

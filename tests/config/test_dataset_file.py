@@ -146,6 +146,9 @@ batch_size = 2
   random_crop = true
   keep_tokens = 2
   caption_dropout_rate = 0.1
+  caption_tag_dropout_rate = 0.2
+  caption_separator = ";"
+  enable_wildcard = true
 [[datasets]]
 resolution = "512,512"
 batch_size = 2
@@ -175,6 +178,7 @@ def test_sd_scripts_subsets_are_entries(folders: Path, tmp_path: Path) -> None:
     (folders / "10_sks mug" / "01.txt").write_text("mug, drawing", encoding="utf-8")
     assert second == {
         **mug, "random_flip": True, "center_crop": False, "keep_tags": 2, "caption_dropout": 0.1,
+        "tag_dropout": 0.2, "caption_separator": ";", "wildcards": True, "caption_per_line": True,
         "instance_prompt": "a drawing", "token": "a", "class_word": "drawing",
     }  # fmt: skip
     assert third["aspect_ratio_buckets"] is third["shuffle_tags"] is False
@@ -191,6 +195,7 @@ def test_sd_scripts_subsets_are_entries(folders: Path, tmp_path: Path) -> None:
         ("color_aug = true", "color_aug cannot mean the same here"),
         ("token_warmup_step = 5", "token_warmup_step cannot mean the same here"),
         ("bucket_no_upscale = true", "bucket_no_upscale cannot mean"),
+        ('shuffle_caption = true\ncaption_suffix = "x"', "caption_suffix cannot mean the same here"),
         ("max_bucket_reso = 512", "max_bucket_reso cannot mean"),
         (
             'caption_extension = ".caption"',
