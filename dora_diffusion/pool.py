@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from dora_diffusion.adapters.inject import layer_adapters, remove_adapters, set_strength
 from dora_diffusion.adapters.state import attach_file
-from dora_diffusion.formats.adapter.embeddings import Vectors
+from dora_diffusion.formats.adapter.embeddings import Vectors, are_equal
 from dora_diffusion.formats.adapter.file import AdapterMetadata, find_adapter
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.words import add_tokens
@@ -102,7 +100,7 @@ class AdapterPool:
         """Add an adapter's trained tokens, which stay: those of one that comes back are known."""
         for token, vectors in tokens.items():
             known = self._tokens.get(token)
-            if known is not None and not _equal(known, vectors):
+            if known is not None and not are_equal(known, vectors):
                 raise ValueError(
                     f"{path} has trained the token {token!r}, and so has another adapter that was "
                     "loaded, with another vector: one text encoder can hold only one of them; load "
@@ -130,10 +128,6 @@ class AdapterPool:
         for model in self.components.adaptable().values():
             if any(layer_adapters(model, name)):
                 remove_adapters(model, name)
-
-
-def _equal(one: Vectors, other: Vectors) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 def _key(adapter: Wanted) -> tuple[object, ...]:

@@ -34,6 +34,7 @@ from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.devices import keeps_random_state, random_state, set_random_state
 from dora_diffusion.export.merge_spec import adapter_hash
+from dora_diffusion.formats.adapter.embeddings import Vectors
 from dora_diffusion.formats.adapter.file import (
     AdapterFile,
     AdapterMetadata,
@@ -190,11 +191,13 @@ class StartingAdapter:
         path: Its file or folder.
         name: What the settings call it.
         layers: Its layers by component and path, once they were read for a model.
+        tokens: Its trained tokens, which new words of the run start from.
     """
 
     path: Path
     name: str
     layers: Mapping[str, Mapping[str, LayerWeights]] = field(default_factory=dict)
+    tokens: Mapping[str, Vectors] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: TrainConfig) -> StartingAdapter | None:
@@ -220,10 +223,11 @@ class StartingAdapter:
         live, trained = components.adaptable(), components_that_train(components, config)
         remedy = "write it with the right one first (dora-diffusion convert --alpha)"
         adapter = read_for(live, self.path, remedy, family=components.family.name)
-        if adapter.tokens:
+        if lost := [token for token in adapter.tokens if token not in config.words]:
             raise ConfigError(
-                f"init_adapter {self.name} has trained tokens ({listing(adapter.tokens)}), which "
-                "the run would neither train nor write; start from an adapter without them",
+                f"init_adapter {self.name} has trained tokens, {listing(lost)}, which the run "
+                "would neither train nor write; add --train_text_encoder_ti --new_words "
+                f"{' '.join(adapter.tokens)}",
                 "init_adapter",
             )
         layers = {name: part for name, part in by_component(live, adapter.layers).items() if part}
@@ -240,7 +244,7 @@ class StartingAdapter:
                 raise ConfigError(
                     f"init_adapter {self.name} cannot start the {name}: {error}", "init_adapter"
                 ) from error
-        return StartingAdapter(self.path, self.name, layers)
+        return StartingAdapter(self.path, self.name, layers, adapter.tokens)
 
     def origin(self) -> dict[str, str]:
         """Name and digest, as metadata."""

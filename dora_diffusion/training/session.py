@@ -216,7 +216,7 @@ def _what_trains(
         if config.is_full
         else inject_trained(components, config, start)
     )
-    weights = replace(weights, words=add_words(components, config))
+    weights = replace(weights, words=add_words(components, config, start.tokens if start else None))
     for name in weights.words.tables if not config.train_text_encoder else ():
         enter_training(components.adaptable()[name], components, config)
     return weights

@@ -104,10 +104,18 @@ class TrainedWords:
         return field_of(files)
 
 
-def add_words(components: Components, config: TrainConfig) -> TrainedWords:
+def add_words(
+    components: Components, config: TrainConfig, known: Mapping[str, Vectors] | None = None
+) -> TrainedWords:
     """Add a run's new words to its model, and let their vectors train.
 
+    Args:
+        components: The model.
+        config: The settings.
+        known: Vectors that words start from, of an adapter that the run starts from.
+
     Raises:
+        ConfigError: If a known word has another number of vectors.
         ValueError: If the model has such a word already, or an adapter is on a table of token
             vectors.
 
@@ -123,6 +131,7 @@ def add_words(components: Components, config: TrainConfig) -> TrainedWords:
     first = len(had[0])
     starts = {
         word: _start(components, word, concept, count, config.seed)
+        | _known_start(word, (known or {}).get(word, {}), count)
         for word, concept in zip(words, concepts, strict=True)
     }
     tables = add_tokens(components, starts)
@@ -134,6 +143,18 @@ def add_words(components: Components, config: TrainConfig) -> TrainedWords:
     }
     start = {component: table.rows.detach().clone() for component, table in tables.items()}
     return TrainedWords(tables, places, start)
+
+
+def _known_start(word: str, vectors: Vectors, count: int) -> dict[str, Tensor]:
+    rows = {name: part.float().view(-1, part.shape[-1]) for name, part in vectors.items()}
+    if wrong := {len(part) for part in rows.values()} - {count}:
+        number = wrong.pop()
+        raise ConfigError(
+            f"the word {word!r} of init_adapter has {counted(number, 'vector')}; give "
+            f"--num_new_tokens_per_abstraction {number}",
+            "num_new_tokens_per_abstraction",
+        )
+    return rows
 
 
 def require_new(components: Components, words: Sequence[str]) -> None:

@@ -195,7 +195,10 @@ def test_sd_scripts_subsets_are_entries(folders: Path, tmp_path: Path) -> None:
         ("color_aug = true", "color_aug cannot mean the same here"),
         ("token_warmup_step = 5", "token_warmup_step cannot mean the same here"),
         ("bucket_no_upscale = true", "bucket_no_upscale cannot mean"),
-        ('shuffle_caption = true\ncaption_suffix = "x"', "caption_suffix cannot mean the same here"),
+        (
+            'shuffle_caption = true\ncaption_suffix = "x"',
+            "caption_suffix cannot mean the same here",
+        ),
         ("max_bucket_reso = 512", "max_bucket_reso cannot mean"),
         (
             'caption_extension = ".caption"',

@@ -24,7 +24,7 @@ from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.adapters import inject_trained
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import open_session
-from dora_diffusion.training.subject import subject_of
+from dora_diffusion.training.subject import subjects_of
 from tests.training.helpers import SAMPLES, assert_same_adapter, losses, make_config, warnings_of
 
 
@@ -136,7 +136,7 @@ def predictions(components):
 
 
 def opened(config):
-    return open_session(config, subject_of(config), make_accelerator(config))
+    return open_session(config, subjects_of(config), make_accelerator(config))
 
 
 @pytest.mark.parametrize("rank", [2, 5])

@@ -26,7 +26,7 @@ from dora_diffusion.training.checkpoint import STATE_FILE
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.result import result_metadata
 from dora_diffusion.training.session import open_session
-from dora_diffusion.training.subject import subject_of
+from dora_diffusion.training.subject import subjects_of
 from dora_diffusion.training.words import TrainedWords, add_words
 from tests.formats.layouts.helpers import load_pipeline
 from tests.training.helpers import SAMPLES, assert_same_adapter, make_config
@@ -106,7 +106,7 @@ def test_only_the_vectors_of_the_word_move(sdxl_folder: Path, named: Path, tmp_p
         sdxl_folder, named, tmp_path, **WORDS, max_train_steps=3, with_prior_preservation=True,
         train_text_encoder_ti_frac=0.5,
     )  # fmt: skip
-    session = open_session(config, subject_of(config), make_accelerator(config))
+    session = open_session(config, subjects_of(config), make_accelerator(config))
     before = load_components(sdxl_folder)
     words = session.weights.words
     seen = [{name: rows.clone() for name, rows in words.parameters().items()}]
@@ -158,7 +158,7 @@ def test_full_fine_tuning_writes_a_model_that_knows_the_word(
         sd1_folder, named, tmp_path / "out", **WORDS, method="full", full_weights="targets",
         with_prior_preservation=True,
     )  # fmt: skip
-    session = open_session(config, subject_of(config), make_accelerator(config))
+    session = open_session(config, subjects_of(config), make_accelerator(config))
     live, start = session.components, encode_prompts(session.components, [PROMPT])
     session.train_step(1)
     trained = encode_prompts(live, [PROMPT])
@@ -183,7 +183,7 @@ def test_other_optimizers_and_precisions_train_it(
 ) -> None:
     def rows_of(**settings: object) -> torch.Tensor:
         config = make_config(sd1_folder, named, tmp_path, **WORDS, **settings)
-        session = open_session(config, subject_of(config), make_accelerator(config))
+        session = open_session(config, subjects_of(config), make_accelerator(config))
         for step in (1, 2):
             session.train_step(step)
         (rows,) = session.weights.words.parameters().values()
@@ -327,3 +327,21 @@ def test_a_rate_of_zero_is_said() -> None:
         "embedding_lr": "embedding_lr has no effect because it is 0: no new word is trained"
     }
     assert list(without_effect(TrainConfig(new_words=["<a>"]))) == ["new_words"]
+
+
+def test_a_run_starts_from_the_words_of_an_adapter(
+    runs: Callable[[str], tuple[Path, Path]], named: Path, tmp_path: Path
+) -> None:
+    base, run = runs("sdxl")
+    config = make_config(base, named, tmp_path, **WORDS, init_adapter=str(run))
+    session = open_session(config, subjects_of(config), make_accelerator(config))
+    stored = read_adapter(run).tokens["<s1>"]
+    assert are_equal(session.weights.words.tokens()["<s1>"], stored)
+    with session.weights.base_weights():
+        assert are_equal(session.weights.words.tokens()["<s1>"], stored)
+    one = replace(config, num_new_tokens_per_abstraction=1)
+    with pytest.raises(ConfigError, match=r"2 vectors; give --num_new_tokens_per_abstraction 2"):
+        open_session(one, subjects_of(one), make_accelerator(one))
+    none = replace(config, train_text_encoder_ti=False)
+    with pytest.raises(ConfigError, match=r"<s1>.*add --train_text_encoder_ti --new_words <s1>"):
+        open_session(none, subjects_of(none), make_accelerator(none))
