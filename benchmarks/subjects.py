@@ -56,7 +56,7 @@ CASES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "three": ("tiny-sdxl", 600, ("cross_mug", "star_teapot", "striped_car")),
 }
 COMMON: dict[str, Any] = {
-    "rank": 8, "conv_rank": 8, "learning_rate": 2e-3, "lr_scheduler": "cosine",
+    "rank": 8, "conv_rank": 8, "learning_rate": 2e-3, "lr_scheduler": "cosine", "snr_gamma": 5,
     "lr_warmup_steps": 10, "train_batch_size": 5, "num_validation_images": 0,
     "checkpointing_steps": 0, "overwrite_output_dir": True,
 }  # fmt: skip
