@@ -125,7 +125,7 @@ class SubjectSettings:
         derived="the words that follow the token in the instance prompt",
     )
     repeats: int = flag(
-        1, "How many times each image is seen in an epoch, cropped anew each time.", above=0
+        1, "How many times each image is seen in an epoch, cropped again each time.", above=0
     )
     weight: float = flag(
         1.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ _ITS_OWN = (
     "pretrained_model_name_or_path", "dataset_config", "instance_data_dir", "instance_prompt",
     "class_word", "class_data_dir", "seed", "num_train_epochs",
 )  # fmt: skip
+_HELD_OUT = frozenset(setting.name for setting in fields(ValidationSettings))
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ def _check_settings(place: str, values: Mapping[str, Any]) -> None:
     for name in values:
         require(name in known, f"{place}: there is no setting {name}{did_you_mean(name, known)}")
         own = name in _ITS_OWN or known[name].resume == "ignored"
-        own = own or known[name].group == ValidationSettings.heading  # It has photos of its own.
+        own = own or name in _HELD_OUT  # It has photos of its own.
         require(not own, f"{place}: {name} is the study's own business; leave it out", name)
 
 

@@ -141,7 +141,7 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
     if validation and not validation.load_state_dict(state.get("validation"), state["config"]):
         warnings.warn(
             "other photos or captions are held out than before: the lowest validation loss, and "
-            "patience, are counted anew from here on",
+            "patience, are counted from here on",
             stacklevel=3,
         )
 

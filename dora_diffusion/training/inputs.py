@@ -178,15 +178,15 @@ class Conditioner:
 
     def __call__(self, captions: Sequence[str]) -> Conditioning:
         """Conditioning of B captions."""
-        anew = [caption for caption in captions if self.trains or self.has_words(caption)]
-        if len(anew) == len(captions):
+        fresh = [caption for caption in captions if self.trains or self.has_words(caption)]
+        if len(fresh) == len(captions):
             return self._encode(captions)
-        encoded = {caption: self._encoded(caption) for caption in captions if caption not in anew}
+        encoded = {caption: self._encoded(caption) for caption in captions if caption not in fresh}
         while len(self._known) > KNOWN_CAPTIONS:  # Shuffled tags hardly ever recur.
             del self._known[next(iter(self._known))]
-        if anew:
-            rows = self._encode(anew)
-            encoded |= {caption: rows[row] for row, caption in enumerate(anew)}
+        if fresh:
+            rows = self._encode(fresh)
+            encoded |= {caption: rows[row] for row, caption in enumerate(fresh)}
         return Conditioning.cat([encoded[caption] for caption in captions])
 
     def keep(self, captions: Collection[str]) -> bool:

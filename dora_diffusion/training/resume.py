@@ -140,7 +140,7 @@ def _warn_of_other_start(name: str, state: Mapping[str, Any], config: TrainConfi
         return
     if adapter_hash(file) != origin["init_adapter_sha256"]:
         warnings.warn(
-            f"init_adapter {file} has changed since the run started from it; {name} goes on from "
+            f"init_adapter {file} has changed since the run started from it; {name} continues from "
             "what it was then",
             stacklevel=3,
         )

@@ -116,7 +116,9 @@ def test_a_merged_model_reads_prompts_as_its_adapters_do(
         paths[name] = write_adapter(tmp_path / f"{name}.safetensors", AdapterFile(layers, facts))
     merged = export_checkpoint(sd1_folder, paths["skips"], tmp_path / "merged")
     again = export_checkpoint(merged, paths["plain"], tmp_path / "again")
-    both = export_checkpoint(sd1_folder, list(paths.values()), tmp_path / "both")
+    both = export_checkpoint(
+        sd1_folder, [(path, 1.0) for path in paths.values()], tmp_path / "both"
+    )
     found = [load_components(each).clip_skip for each in (sd1_folder, merged, again, both)]
     assert found == [0, 1, 1, 0]
     assert load_components(again).max_token_length == 0

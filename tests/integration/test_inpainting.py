@@ -282,7 +282,8 @@ def test_masks_of_the_subject_go_with_the_crop_and_the_flip(
     plain = open_run(sd1_inpainting_folder, photos, tmp_path / "b", **settings, cache_latents=False)
     dataset = plain.dataset
     # The same places: a cache draws among eight.
-    object.__setattr__(dataset.draws, "crop_variants", cached.dataset.draws.crop_variants)
+    draws = (each.dataset.subjects[0].draws for each in (plain, cached))
+    object.__setattr__(next(draws), "crop_variants", next(draws).crop_variants)
     vae, flips = plain.components.vae, set()
     for index, photo in enumerate(dataset.photos):
         sample, other = dataset[index], cached.dataset[index]

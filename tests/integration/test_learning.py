@@ -42,4 +42,4 @@ def test_a_short_run_learns_the_subject_and_keeps_the_rest(tmp_path: Path) -> No
     # Language drift is bounded: other classes stay what they are.
     assert adapted["others_kind"] >= 0.9
     assert adapted["others_loss"] < base["others_loss"] + 0.05
-    assert adapted["denoising_loss"] < base["denoising_loss"] - 0.01
+    assert adapted["denoising_loss"] < base["denoising_loss"] - 0.002
