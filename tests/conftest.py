@@ -37,24 +37,33 @@ if TYPE_CHECKING:
 
 # Each takes ten seconds or more, and quicker ones hold most of what it holds: `make test-slow`.
 LONG = (
+    "browser/test_train_form.py::test_a_section_that_is_closed_and_opened_changes_nothing",
+    "browser/test_train_form.py::test_every_preset_of_every_base_is_trained_as_it_is_shown",
     "commands/test_evaluate.py::test_photos_that_were_trained_on_are_told",
     "commands/test_train.py::test_the_script_trains_the_same",
     "export/test_verify.py::test_every_way_from_base_to_output_is_proven[sd2]",
     "integration/test_apple_gpu.py::test_a_run_learns_what_it_learns_on_the_cpu",
     "integration/test_apple_gpu.py::test_auto_is_the_half_precision_that_the_device_has",
-    "integration/test_cuda.py::test_a_run_learns_what_it_learns_on_the_cpu[sdxl",
-    "integration/test_cuda.py::test_a_run_resumes[whole]",
+    "evaluation/toy/test_evaluate.py::test_the_base_does_not_drift_from_itself",
+    "integration/test_cuda.py::test_a_run_learns_what_it_learns_on_the_cpu",
+    "integration/test_cuda.py::test_a_run_resumes",
+    "integration/test_cuda.py::test_auto_is_the_half_precision_that_the_device_has[False",
     "integration/test_cuda.py::test_eight_bit_adam_trains_and_resumes",
     "integration/test_cuda.py::test_gradients_that_are_not_finite_move_nothing_and_are_told_a_step"
     "_later[adafactor]",
     "integration/test_cuda.py::test_steps_and_their_records_wait_for_nothing[sdxl",
+    "integration/test_inpainting.py::test_a_run_resumes_to_the_same_bits[settings2]",
+    "integration/test_inpainting.py::test_a_run_resumes_to_the_same_bits[settings3]",
     "test_wheel.py::test_a_user_s_program_passes_mypy_strictly",
     "tools/pretrain/test_diffusion.py::test_loss_and_gradients_are_those_of_the_raw_modules",
     "training/test_accelerator.py::test_what_goes_wrong_in_one_process_ends_both_with_what_there_is"
     "[photo]",
+    "training/test_full.py::test_a_model_is_evaluated_beside_its_base",
     "training/test_full.py::test_a_resumed_run_is_that_of_one_piece_bit_for_bit[adafactor]",
     "training/test_full.py::test_compiled_blocks_train_the_same_weights",
     "training/test_session.py::test_no_bit_of_a_run_depends_on_it[class images]",
+    "training/test_session.py::test_weights_of_the_model_that_train_never_leave",
+    "training/test_variants.py::test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[dvora]",
     "training/test_variants.py::test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit[pissa]",
 )
 

@@ -256,7 +256,7 @@ class Validation:
         return {"photos": self._contents(), "losses": dict(self.losses)}
 
     def load_state_dict(self, state: Mapping[str, Any] | None, before: Mapping[str, Any]) -> bool:
-        """Go on from the losses of a checkpoint.
+        """Continue from the losses of a checkpoint.
 
         Args:
             state: What `state_dict` returned; None if that run held out nothing.

@@ -124,7 +124,7 @@ class AskedSchedule(NamedTuple):
             the model says; else the adapters; else what is usual of its kind.
         zero_terminal_snr: Whether the schedule ends in pure noise (arXiv:2305.08891); None: the
             same.
-        adapters: What is known of the adapters that go on the model. One that was trained from a
+        adapters: What is known of the adapters that the model gets. One that was trained from a
             model of its name comes before the model: its run may have been told better.
     """
 
