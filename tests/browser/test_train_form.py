@@ -193,9 +193,10 @@ def test_many_fields_that_change_together_ask_for_one_plan(visit: Callable[..., 
     def note(request: Any) -> None:
         if "queue/join" in request.url:
             values = json.loads(request.post_data)["data"]
-            # The subject, the model, token, class and prompts come before the settings.
-            if len(values) == 5 + len(ADVANCED):
-                asked.append(values[5:])
+            # The subject, the model, token, class and prompts come before the settings, other
+            # subjects behind them.
+            if len(values) == 6 + len(ADVANCED):
+                asked.append(values[5:-1])
 
     page.page.on("request", note)
     page.choose("#base-model", f"{SDXL} ·")
