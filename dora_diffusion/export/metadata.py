@@ -13,6 +13,7 @@ import yaml
 
 from dora_diffusion.export.files import model_name
 from dora_diffusion.export.merge_spec import MergeSpec, file_hash
+from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS, field_of
 from dora_diffusion.formats.adapter.file import AdapterFile
 from dora_diffusion.formats.adapter.metadata import (
     CAPTIONS,
@@ -136,7 +137,8 @@ def merged_metadata(
     if not model.is_single_file:
         kept = (TRAINED, *(OWN + name for name in READING))
         fields = {name: fields[name] for name in kept if name in fields}
-    fields.pop(MERGED, None)
+    for name in (MERGED, OWN + EMBEDDINGS):
+        fields.pop(name, None)
     reading = agreed_reading([adapter.metadata.extra for adapter in adapters])
     fields |= {OWN + name: text for name, text in reading.items()}
     record = spec.record()
@@ -144,6 +146,12 @@ def merged_metadata(
     words = [trained_trigger(model.metadata), *(a.metadata.trigger for a in adapters)]
     triggers = split_triggers(join_triggers(words))
     if output.suffix == ".safetensors":
+        files = {
+            token: file
+            for each in spec.embeddings(adapters, output)
+            for token, file in each.items()
+        }
+        fields |= {OWN + name: text for name, text in field_of(files).items()}
         # Where there are releases of both kinds, silence tells nothing.
         usual = "" if model.family.has_two_predictions else "epsilon"
         prediction_type = model.schedule().get("prediction_type", usual)

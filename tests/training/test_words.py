@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.adapters.state import load_adapter
 from dora_diffusion.config import ConfigError, TrainConfig, without_effect
-from dora_diffusion.export import convert_adapter, inspect_adapter
+from dora_diffusion.export import convert_adapter, export_checkpoint, inspect_adapter
 from dora_diffusion.export.combine import combine_adapters
 from dora_diffusion.formats.adapter.embeddings import are_equal
 from dora_diffusion.formats.adapter.file import AdapterFormatError, read_adapter
@@ -345,3 +345,23 @@ def test_a_run_starts_from_the_words_of_an_adapter(
     none = replace(config, train_text_encoder_ti=False)
     with pytest.raises(ConfigError, match=r"<s1>.*add --train_text_encoder_ti --new_words <s1>"):
         open_session(none, subjects_of(none), make_accelerator(none))
+
+
+def test_a_merged_file_knows_the_words_beside_it(
+    runs: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    base, run = runs("sd1")
+    with pytest.warns(UserWarning, match="<s1>"):
+        merged = export_checkpoint(base, run, tmp_path / "merged.safetensors")
+    states = [
+        encode_prompts(model, [PROMPT]).encoder_hidden_states
+        for model in (
+            load_components(merged, config=base),
+            load_adapted(base, run, device="cpu")[0],
+        )
+    ]
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
+    (file,) = (tmp_path / "embeddings").iterdir()
+    file.unlink()
+    with pytest.warns(UserWarning, match=rf"{file.name} is not beside it"):
+        load_components(merged, config=base)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from dora_diffusion.formats.adapter.metadata import OWN
 from dora_diffusion.formats.adapter.stored import StoredFile
+from dora_diffusion.formats.files.header import read_header
 from dora_diffusion.formats.files.stream import save_tensors
 from dora_diffusion.formats.layouts.layout import BUNDLED_TOKEN, AdapterFormatError, Note
 from dora_diffusion.wording import counted, listing
@@ -86,10 +88,20 @@ def read_embedding(file: Path) -> dict[str, dict[str, Tensor]]:
     return tokens
 
 
-def read_tokens(folder: Path) -> dict[str, Vectors]:
-    """The tokens in files that this program wrote into a model's folder."""
+def read_tokens(model: Path) -> dict[str, Vectors]:
+    """The tokens in files that this program wrote into a model's folder, or beside its one file.
+
+    Warns:
+        UserWarning: Of files that are named in the model's file, and are not there.
+    """
     tokens: dict[str, Vectors] = {}
-    for file in sorted((folder / EMBEDDINGS).glob("*.safetensors")):
+    if model.is_file():
+        notes: list[str] = []
+        tokens |= read_embeddings(model.parent, read_header(model).metadata, notes)
+        for note in notes:
+            warnings.warn(f"{model.name}: {note}", stacklevel=3)
+        return tokens
+    for file in sorted((model / EMBEDDINGS).glob("*.safetensors")):
         if OWN + "token" in StoredFile(file).metadata:
             tokens |= read_embedding(file)
     return tokens
