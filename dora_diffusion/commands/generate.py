@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import secrets
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +29,7 @@ from dora_diffusion.wording import quoted
 if TYPE_CHECKING:
     from PIL import Image
 
+    from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.generate import SamplingSettings
 
 
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     """Generate images, and write them with what made them."""
     require_at_least_one(args, "num_images", "batch_size")
     rows = _rows(args)
-    from dora_diffusion.generate import generate_images, lacks_trigger
+    from dora_diffusion.generate import generate_images
     from dora_diffusion.images import parameters_text, save_png
     from dora_diffusion.numerics.weights import Strengths
     from dora_diffusion.pool import AdapterPool
@@ -128,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
                 names = pool.names([row.adapter and (row.adapter, row.strength) for row in batch])
                 pairs = zip(batch, names, strict=True)
                 told |= {row.adapter: pool.metadata(name) for row, name in pairs if name}
+            _warn_of_triggers(batch, told, args)
             images += generate_images(
                 components,
                 [row.prompt for row in batch] if names or args.wildcards else args.prompt,
@@ -138,18 +140,10 @@ def run(args: argparse.Namespace) -> int:
                 on_step=partial(_show, show, start, len(batch), len(rows)),
                 require_finite=True,
             )
-    for prompt, trigger in dict.fromkeys(
-        (row.prompt, told[row.adapter].trigger)
-        for row in rows
-        if row.adapter and lacks_trigger(row.prompt, told[row.adapter])
-    ):
-        which = f"the prompt {quoted(prompt)}" if args.adapters_file else "the prompt"
-        warnings.warn(
-            f"{which} lacks the adapter's trigger word; write {trigger!r} to get the subject",
-            stacklevel=1,
-        )
     for row, image in zip(rows, images, strict=True):
-        strengths = Strengths(row.strength, args.direction_strength, args.magnitude_strength)
+        strengths = Strengths(row.strength)
+        if not args.adapters_file:
+            strengths = Strengths(row.strength, args.direction_strength, args.magnitude_strength)
         text = parameters_text(
             row.prompt, row.seed, settings, image.size, args.base, row.adapter, strengths,
             extra=components.clip_skip_parameter,
@@ -157,6 +151,25 @@ def run(args: argparse.Namespace) -> int:
         save_png(image, row.path, text)
         print(f"{row.path} (seed {row.seed})")
     return 0
+
+
+def _warn_of_triggers(
+    rows: Sequence[_Row], told: Mapping[str | None, AdapterMetadata], args: argparse.Namespace
+) -> None:
+    """Say, before it takes time, which prompts leave out their adapter's trigger word."""
+    from dora_diffusion.generate import lacks_trigger
+
+    lacking = {
+        row.prompt: told[row.adapter].trigger
+        for row in rows
+        if row.adapter and lacks_trigger(row.prompt, told[row.adapter])
+    }
+    for prompt, trigger in lacking.items():
+        which = f"the prompt {quoted(prompt)}" if args.adapters_file else "the prompt"
+        warnings.warn(
+            f"{which} lacks the adapter's trigger word; write {trigger!r} to get the subject",
+            stacklevel=2,
+        )
 
 
 def _settings(args: argparse.Namespace) -> SamplingSettings:
@@ -196,13 +209,7 @@ def _drawn(args: argparse.Namespace) -> Callable[[str, int], str]:
     from dora_diffusion.data.captions import CaptionRules
     from dora_diffusion.data.wildcards import Wildcards
 
-    def draw(prompt: str, seed: int) -> str:
-        try:
-            return CaptionRules(wildcards=Wildcards(args.wildcard_dir)).draw_prompt(prompt, seed)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-    return draw
+    return CaptionRules(wildcards=Wildcards(args.wildcard_dir)).draw_prompt
 
 
 def _rows(args: argparse.Namespace) -> list[_Row]:
@@ -230,7 +237,8 @@ def _rows(args: argparse.Namespace) -> list[_Row]:
         )
         require(prompt is not None, f"{lacking} has no prompt; say with --prompt what to show")
         suffix = f"-{number + 1}" if args.adapters_file else f"-{seed}" if len(entries) > 1 else ""
-        adapter, strength = entry.get("adapter", args.adapter), entry.get("strength", args.strength)
+        adapter = entry.get("adapter", args.adapter)
+        strength = entry.get("strength", 1.0 if args.adapters_file else args.strength)
         path = output.with_stem(output.stem + suffix)
         rows.append(_Row(drawn(prompt, seed), seed, adapter, strength, path))
     existing = next((row.path for row in rows if row.path.exists()), None)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dora_diffusion.config.fields import ConfigError
 from dora_diffusion.wording import quoted
 
 # Backslashes before other characters are those of tags: saber \(fate\).
@@ -89,13 +90,15 @@ class Wildcards:
             wildcards themselves.
 
     Raises:
-        ValueError: If there is no such folder.
+        ConfigError: If there is no such folder.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = None if folder is None else Path(folder).expanduser()
         if self.folder is not None and not self.folder.is_dir():
-            raise ValueError(f"wildcard_dir {folder} is no folder; give one of .txt files")
+            raise ConfigError(
+                f"wildcard_dir {folder} is no folder; give one of .txt files", "wildcard_dir"
+            )
         self._templates: dict[str, Template] = {}
         self._files: dict[str, Choice] = {}
 
@@ -103,7 +106,7 @@ class Wildcards:
         """A text's template.
 
         Raises:
-            ValueError: If a brace lacks its other half, or a file is missing, empty, damaged or
+            ConfigError: If a brace lacks its other half, or a file is missing, empty, damaged or
                 names itself.
         """
         if text not in self._templates:
@@ -124,32 +127,36 @@ class Wildcards:
                 continue
             elif piece["mark"] == "}":
                 if len(groups) == 1:
-                    raise ValueError(rf"{quoted(text)} has }} without {{; the character is \}}")
+                    raise ConfigError(rf"{quoted(text)} has }} without {{; the character is \}}")
                 part = Choice(tuple(map(tuple, groups.pop())))
             groups[-1][-1].append(part)
         if len(groups) > 1:
-            raise ValueError(rf"{quoted(text)} has {{ without }}; the character is \{{")
+            raise ConfigError(rf"{quoted(text)} has {{ without }}; the character is \{{")
         return tuple(groups[0][0])
 
     def _file(self, name: str, within: tuple[str, ...]) -> Choice:
         if name in within:
-            raise ValueError(f"the wildcard __{name}__ names itself: {' > '.join((*within, name))}")
+            raise ConfigError(
+                f"the wildcard __{name}__ names itself: {' > '.join((*within, name))}"
+            )
         if name not in self._files:
             lines = (" ".join(line.split()) for line in self._read(name).splitlines())
             texts = [line for line in lines if line and not line.startswith("#")]
             if not texts:
-                raise ValueError(f"the wildcard __{name}__ has no line in {name}.txt to choose")
+                raise ConfigError(f"the wildcard __{name}__ has no line in {name}.txt to choose")
             inner = (*within, name)
             self._files[name] = Choice(tuple(self._parse(text, inner) for text in texts))
         return self._files[name]
 
     def _read(self, name: str) -> str:
         if self.folder is None:
-            raise ValueError(f"the wildcard __{name}__ is of a file; name its folder: wildcard_dir")
+            raise ConfigError(
+                f"the wildcard __{name}__ is of a file; name its folder: wildcard_dir"
+            )
         path = self.folder / f"{name}.txt"
         if ".." in Path(name).parts or not path.is_file():
-            raise ValueError(f"the wildcard __{name}__ has no file {name}.txt in {self.folder}")
+            raise ConfigError(f"the wildcard __{name}__ has no file {name}.txt in {self.folder}")
         try:
             return path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: the wildcards are not UTF-8 text; save it again") from error
+            raise ConfigError(f"{path}: the wildcards are not UTF-8 text; save it again") from error

@@ -81,17 +81,19 @@ def open_dataset(
     Raises:
         ConfigError, PhotoError: If photos, masks or captions cannot be trained on.
     """
-    dataset = DreamBoothDataset([
-        _open_subject(subject, subjects, components, photos, accelerator, on_event)
+    opened = [
+        _open_subject(subject, subjects, components, photos)
         for subject, photos in zip(subjects, paths, strict=True)
+    ]
+    _check_words(config, DreamBoothDataset([photos for photos, _ in opened]).captions)
+    # Making class images may take an hour: after all that can be refused.
+    dataset = DreamBoothDataset([
+        replace(
+            photos,
+            class_images=class_images(subject, components, prompts, accelerator, on_event),
+        ) if prompts else photos
+        for subject, (photos, prompts) in zip(subjects, opened, strict=True)
     ])  # fmt: skip
-    for word in config.words:
-        if not any(contains_token(caption, word) for caption in dataset.captions):
-            raise ConfigError(
-                f"the new word {word!r} is in no caption, so that nothing would train it; put it "
-                "into the instance prompt or the captions",
-                "new_words",
-            )
     if config.cache_latents:
 
         @torch.no_grad()
@@ -103,15 +105,23 @@ def open_dataset(
     return dataset
 
 
+def _check_words(config: TrainConfig, captions: Sequence[str]) -> None:
+    for word in config.words:
+        if not any(contains_token(caption, word) for caption in captions):
+            raise ConfigError(
+                f"the new word {word!r} is in no caption, so that nothing would train it; put it "
+                "into the instance prompt or the captions",
+                "new_words",
+            )
+
+
 def _open_subject(
     subject: Subject,
     subjects: Sequence[Subject],
     components: Components,
     paths: Sequence[Path],
-    accelerator: Any,
-    on_event: OnEvent,
-) -> SubjectPhotos:
-    """One subject's photos at its resolution."""
+) -> tuple[SubjectPhotos, list[str]]:
+    """One subject's photos at its resolution, and the prompts of the class images that it needs."""
     config = subject.settings
     draws = _sample_transform(config, components)
     reads_masks, of_subject = components.family.planes > 0, config.inpainting_mask == "subject"
@@ -132,21 +142,20 @@ def _open_subject(
     if not uses_masks:
         warn_of_unused_masks(photos)
     as_class = partial(class_caption_of, subjects, subject)
-    prior: list[Photo] = []
+    prompts: list[str] = []
     if config.uses_class_images:
         captions = [c for photo in photos for c in draws.captions.variants(photo.caption)]
         prompts = class_prompts(subject, captions, as_class)
-        prior = class_images(subject, components, prompts, accelerator, on_event)
-    return SubjectPhotos(
+    opened = SubjectPhotos(
         photos,
         draws,
-        prior,
         masked_loss=config.masked_loss,
         planes=partial(draws.inpainting_mask, of_subject=of_subject) if reads_masks else None,
         class_caption=as_class if config.is_image_free else None,
         repeats=config.repeats,
         weight=config.weight,
     )
+    return opened, prompts
 
 
 def _sample_transform(config: TrainConfig, components: Components) -> SampleTransform:

@@ -54,15 +54,9 @@ def caption_rules(config: TrainConfig) -> CaptionRules:
     Raises:
         ConfigError: If there is no folder of wildcards of that name.
     """
-    wildcards = None
-    if config.wildcards:
-        try:
-            wildcards = Wildcards(config.wildcard_dir)
-        except ValueError as error:
-            raise ConfigError(str(error), "wildcard_dir") from error
     return CaptionRules(
         per_line=config.caption_per_line,
-        wildcards=wildcards,
+        wildcards=Wildcards(config.wildcard_dir) if config.wildcards else None,
         prefix=config.caption_prefix,
         suffix=config.caption_suffix,
         separator=config.caption_separator,
@@ -125,12 +119,9 @@ def _subject_of(config: TrainConfig) -> Subject:
             'such as "a photo of a sks dog"'
         )
     rules = caption_rules(config)
-    try:
-        captions = rules.possible(prompt, token)
-        for shown in config.prompts:
-            rules.draw_prompt(shown.text, config.seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    captions = rules.possible(prompt, token)
+    for shown in config.prompts:
+        rules.draw_prompt(shown.text, config.seed)
     if token and not any(contains_token(caption, token) for caption in captions):
         raise ConfigError(
             f"instance_prompt {quoted(prompt)} does not contain the token "

@@ -172,6 +172,29 @@ def test_a_forgotten_trigger_word_is_told(sd1_folder, trained, tmp_path, capsys)
     assert "warning: the prompt lacks the adapter's trigger word; write 'sks mug'" in error
 
 
+def test_a_forgotten_trigger_word_is_told_before_it_takes_time(
+    sd1_folder, trained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("dora_diffusion.generate.generate_images", lambda *args, **options: 1 / 0)
+    more = ("--adapter", str(trained), "--prompt", "a photo of a mug")
+    assert run(sd1_folder, tmp_path / "x.png", *more) == 1
+    assert "lacks the adapter's trigger word" in capsys.readouterr().err
+
+
+def test_strengths_of_the_command_are_not_those_of_an_adapters_file(
+    sd1_folder, trained, tmp_path, capsys
+):
+    rows = adapters_file(tmp_path, str(trained), {"adapter": str(trained), "strength": 0.5})
+    more = ["--adapters_file", str(rows), "--prompt", "a sks mug", "--strength=0.3"]
+    assert run(sd1_folder, tmp_path / "x.png", *more, "--direction_strength=0.7") == 0
+    error = capsys.readouterr().err
+    for name in ("strength", "direction_strength"):
+        assert f"{name} has no effect because no adapter is given" in error
+    said = [parse_parameters(read_parameters(tmp_path / f"x-{n}.png")) for n in (1, 2)]
+    assert [each["Adapter strength"] for each in said] == ["1", "0.5"]
+    assert not any("Direction strength" in each for each in said)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

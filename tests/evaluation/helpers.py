@@ -8,7 +8,7 @@ import torch
 
 
 class Brightness:
-    """Stands for a network: a picture's mean colour as a unit vector."""
+    """Stands for a network: an image's mean colour as a unit vector."""
 
     name, tokenizer = "brightness", None
 

@@ -114,17 +114,17 @@ def test_a_metric_model_measures_likeness_and_drift(
     (base, first, second), _ = ranked(
         sd1_folder, adapters, questions, tmp_path / "c", lambda *at: None
     )
-    # The same figures by hand, from the pictures that the base makes of the same questions.
+    # The same figures by hand, from the images that the base makes of the same questions.
     from dora_diffusion.generate import generate_images
 
     components, _ = load_adapted(sd1_folder)
     asked = [one.prompt for one in photos.photo_requests("sks dog", "dog", [0], photos.PROMPTS[:5])
              if one.group == "subject"]  # fmt: skip
     assert [one.prompt for one in questions.requests[:5]] == asked
-    pictures = generate_images(components, asked, [0] * 5, SETTINGS)
+    answers = generate_images(components, asked, [0] * 5, SETTINGS)
     model = Brightness()
     photo = Image.open(refs[0].path)
-    alike = (model.image_features(pictures) @ model.image_features([photo]).T).mean()
+    alike = (model.image_features(answers) @ model.image_features([photo]).T).mean()
     assert base.similarity == pytest.approx(float(alike), abs=1e-3)
     assert len(second.similarities) == 5
     assert sum(second.similarities) / 5 == pytest.approx(second.similarity)

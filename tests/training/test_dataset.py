@@ -269,3 +269,24 @@ def test_another_line_of_a_wildcard_file_is_another_caption(config, photos, tmp_
     assert before == same
     assert [a == b for a, b in zip(before, after, strict=True)].count(False) == 1
     assert [len(each.captions) for each in (first, second)] == [5, 6]
+
+
+def test_no_class_image_is_made_before_all_captions_were_looked_at(tiny_run, photos, monkeypatch):
+    """They may take an hour."""
+    asked = []
+    monkeypatch.setattr("dora_diffusion.training.dataset.class_images", lambda *a: asked.append(a))
+    common = {"instance_data_dir": str(photos), "class_word": "mug", **PRIOR}
+    entries = [
+        {**common, "instance_prompt": "a sks mug", "prior_preservation_mode": "images"},
+        {**common, "instance_prompt": "a zwx mug", "token": "zwx", "class_prompt": "a zwx mug"},
+    ]
+    other = photos.parent / "other"
+    shutil.copytree(photos, other)
+    for number, path in enumerate(sorted(other.glob("*.jpg"))):
+        Image.new("RGB", (40 + number, 40)).save(path)
+        path.with_suffix(".txt").write_text("a zwx mug", encoding="utf-8")
+    entries[1]["instance_data_dir"] = str(other)
+    config = tiny_run(dataset_config=entries, instance_prompt=None, with_prior_preservation=True)
+    with pytest.raises(ConfigError, match="class_prompt 'a zwx mug' contains the token"):
+        open_session(config, subjects_of(config), make_accelerator(config))
+    assert asked == []

@@ -300,7 +300,7 @@ def test_a_run_stops_early_with_its_best_step_and_a_resumed_one_is_the_same(
     taken = {step: scripted[step] for step in range(5)}
     assert losses(whole, "validation_loss") == losses(parts, "validation_loss") == taken
 
-    # With more patience it goes on from where it stopped, and its losses with it.
+    # With more patience it continues from where it stopped, and its losses with it.
     more = short(str(parts), resume_from_checkpoint="latest", **settings)
     result = train(replace(more, early_stopping_patience=None))
     assert (result.steps, result.result_step, result.stopped_early) == (6, 6, False)
