@@ -35,7 +35,11 @@ from dora_diffusion.export.merged import (
     with_vae,
 )
 from dora_diffusion.export.metadata import ModelMetadata, merged_metadata, trained_metadata
-from dora_diffusion.formats.adapter.embeddings import said_of_embeddings, write_embeddings
+from dora_diffusion.formats.adapter.embeddings import (
+    is_written,
+    said_of_embeddings,
+    write_embeddings,
+)
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata, without_path
 from dora_diffusion.formats.adapter.stored import find_adapter
 from dora_diffusion.formats.checkpoint.schedule import UNASKED, AskedSchedule
@@ -130,16 +134,19 @@ def export_checkpoint(
         for assumption in spec.assumptions(read):
             warnings.warn(f"{assumption}; if it was another, give --alpha", stacklevel=2)
         restate_schedule(model, base, schedule, read)
-        embeddings = spec.embeddings(read, output)
-        refuse_existing((file for files in embeddings for file in files.values()), overwrite)
+        embeddings = spec.embeddings(read, model.path, output)
+        places = [
+            (f, token, tokens[token]) for named, tokens in embeddings for token, f in named.items()
+        ]
+        refuse_existing((place[0] for place in places if not is_written(*place)), overwrite)
         merged = MergedModel(weights, spec.weighted(read), dtype)
         options = {"variant": variant, "revision": revision}
-        metadata = merged_metadata(model, spec, read, output, options)
+        metadata = merged_metadata(model, spec, read, output, [p[0] for p in places], options)
         stack.callback(metadata.close)
         _write(merged, model, output, metadata, config, new_vae, on_progress)
-        for adapter, files in zip(read, embeddings, strict=True):
-            write_embeddings(files, adapter.tokens)
-    for said in (said for files in embeddings for said in said_of_embeddings(files)):
+        for named, tokens in embeddings:
+            write_embeddings(named, tokens)
+    for said in (said for named, _ in embeddings for said in said_of_embeddings(named)):
         warnings.warn(f"{output.name}: {said}", stacklevel=2)
     return output
 

@@ -8,13 +8,13 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from dora_diffusion.export.files import ExportError
-from dora_diffusion.formats.adapter.embeddings import embedding_files
+from dora_diffusion.formats.adapter.embeddings import Vectors, embedding_files, read_tokens
 from dora_diffusion.formats.adapter.file import AdapterFile, find_adapter, read_adapter
 from dora_diffusion.formats.adapter.metadata import without_path
 from dora_diffusion.formats.checkpoint.weights import ModelWeights
@@ -141,16 +141,21 @@ class MergeSpec:
             for assumption in adapter.assumptions
         ]
 
-    def embeddings(self, adapters: Sequence[AdapterFile], output: Path) -> list[dict[str, Path]]:
-        """Where the tokens of each adapter that `read` gave go, by token."""
+    def embeddings(
+        self, adapters: Sequence[AdapterFile], model: Path, output: Path
+    ) -> list[tuple[dict[str, Path], Mapping[str, Vectors]]]:
+        """Files by token, and vectors: of the base's own, and of each adapter that `read` gave."""
         folder = output.parent if output.suffix == ".safetensors" else output
+        named = [
+            (find_adapter(path).stem, adapter.tokens)
+            for adapter, (path, _) in zip(adapters, self.pairs(), strict=True)
+        ]
         stems: Counter[str] = Counter()
-        files = []
-        for adapter, (path, _) in zip(adapters, self.pairs(), strict=True):
-            stem = find_adapter(path).stem
+        files: list[tuple[dict[str, Path], Mapping[str, Vectors]]] = []
+        for stem, tokens in [(model.stem, read_tokens(model)), *named]:
             stems[stem] += 1
             number = f"_{stems[stem]}" if stems[stem] > 1 else ""
-            files.append(embedding_files(folder, stem + number, adapter.tokens))
+            files.append((embedding_files(folder, stem + number, tokens), tokens))
         return files
 
     def weighted(self, adapters: Sequence[AdapterFile]) -> list[WeightedAdapter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,19 @@ def merged_metadata(
     spec: MergeSpec,
     adapters: Sequence[AdapterFile],
     output: Path,
+    embeddings: Iterable[Path],
     options: Mapping[str, str | None],
 ) -> ModelMetadata:
-    """Those of a model with adapters merged in; ``options`` are what the base was opened with."""
+    """Those of a model with adapters merged in.
+
+    Args:
+        model: The base.
+        spec: What is merged.
+        adapters: What it has read.
+        output: What is written.
+        embeddings: The files of trained tokens that go with it.
+        options: What the base was opened with.
+    """
     fields = {name: text for name, text in model.metadata.items() if name not in _HASHES}
     if not model.is_single_file:
         kept = (TRAINED, *(OWN + name for name in READING))
@@ -146,12 +156,7 @@ def merged_metadata(
     words = [trained_trigger(model.metadata), *(a.metadata.trigger for a in adapters)]
     triggers = split_triggers(join_triggers(words))
     if output.suffix == ".safetensors":
-        files = {
-            token: file
-            for each in spec.embeddings(adapters, output)
-            for token, file in each.items()
-        }
-        fields |= {OWN + name: text for name, text in field_of(files).items()}
+        fields |= {OWN + name: text for name, text in field_of(embeddings).items()}
         # Where there are releases of both kinds, silence tells nothing.
         usual = "" if model.family.has_two_predictions else "epsilon"
         prediction_type = model.schedule().get("prediction_type", usual)
@@ -170,7 +175,8 @@ def trained_metadata(model: StoredModel, metadata: AdapterMetadata, output: Path
     """Those of a model that was trained whole."""
     steps, trigger = metadata.extra.get("training_steps", ""), metadata.trigger
     fields = {TRAINED: json.dumps({"training_steps": steps, "trigger": trigger})}
-    kept = {name: metadata.extra.get(name, "") for name in (*READING, CAPTIONS)}
+    names = (*READING, CAPTIONS, *([EMBEDDINGS] if output.suffix == ".safetensors" else []))
+    kept = {name: metadata.extra.get(name, "") for name in names}
     fields |= {OWN + name: text for name, text in kept.items() if text}
     if output.suffix == ".safetensors":
         prediction_type = metadata.extra.get("prediction_type", "")

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.checkpoint import export_trained
 from dora_diffusion.export.files import open_model
-from dora_diffusion.formats.adapter.embeddings import read_tokens
+from dora_diffusion.formats.adapter.embeddings import field_of, read_tokens
 from dora_diffusion.formats.adapter.metadata import AdapterMetadata
 from dora_diffusion.formats.files.names import PIPELINE_NAME
 from dora_diffusion.formats.names.modules import canonical
@@ -164,17 +164,19 @@ class FullWeights:
 
     def _export(self, output: Path, metadata: AdapterMetadata) -> Path:
         config = self.config
+        folder = output.parent if output.suffix == ".safetensors" else output
+        named = field_of(self.words.files(folder).values())
         written = export_trained(
             self.components.source,
             {name: parameter.detach().cpu for name, parameter in self.trained.items()},
             output,
-            metadata,
+            replace(metadata, extra={**metadata.extra, **named}),
             vae=config.pretrained_vae_model_name_or_path,
             variant=config.variant,
             config=config.model_config,
             overwrite=True,
         )
-        self.words.write(output.parent if output.suffix == ".safetensors" else output)
+        self.words.write(folder)
         return written
 
     def _read(self, source: str, variant: str | None) -> dict[str, Tensor]:

@@ -96,12 +96,15 @@ class TrainedWords:
             for component, table in self.tables.items():
                 table.rows.data = trained[component]
 
+    def files(self, folder: Path) -> dict[str, Path]:
+        """Where `write` puts them, by word."""
+        return embedding_files(folder, "", self.places)
+
     def write(self, folder: Path) -> dict[str, str]:
         """Write their files into a folder's own for such; returns the metadata that name them."""
-        tokens = self.tokens()
-        files = embedding_files(folder, "", tokens)
-        write_embeddings(files, tokens)
-        return field_of(files)
+        files = self.files(folder)
+        write_embeddings(files, self.tokens())
+        return field_of(files.values())
 
 
 def add_words(

@@ -171,6 +171,13 @@ def test_full_fine_tuning_writes_a_model_that_knows_the_word(
     model = load_components(written)
     again = encode_prompts(model, [PROMPT])
     assert torch.equal(again.encoder_hidden_states, trained.encoder_hidden_states)
+    one = session.weights.writer()(
+        tmp_path / "one" / "model.safetensors", result_metadata(session, 1)
+    )
+    again = encode_prompts(load_components(one, config=sd1_folder), [PROMPT])
+    torch.testing.assert_close(
+        again.encoder_hidden_states, trained.encoder_hidden_states, rtol=1e-4, atol=1e-5
+    )
     session.weights.reload(written)
     with torch.no_grad():
         live.text_encoders[0].get_input_embeddings().rows[0, 0] = torch.nan
@@ -362,6 +369,12 @@ def test_a_merged_file_knows_the_words_beside_it(
     ]
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
     (file,) = (tmp_path / "embeddings").iterdir()
+    # What is merged or copied from it, into the same folder or another one, knows them too.
+    for place in ("again.safetensors", "other/again.safetensors", "other/third.safetensors"):
+        with pytest.warns(UserWarning, match="<s1>"):
+            again = export_checkpoint(merged, (), tmp_path / place)
+        state = encode_prompts(load_components(again, config=base), [PROMPT]).encoder_hidden_states
+        torch.testing.assert_close(state, states[0])
     file.unlink()
     with pytest.warns(UserWarning, match=rf"{file.name} is not beside it"):
         load_components(merged, config=base)

@@ -12,7 +12,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -107,6 +107,13 @@ def read_tokens(model: Path) -> dict[str, Vectors]:
     return tokens
 
 
+def is_written(file: Path, token: str, vectors: Vectors) -> bool:
+    """Whether a file is there that holds just this."""
+    with contextlib.suppress(AdapterFormatError, OSError):
+        return are_equal(read_embedding(file).get(token, {}), vectors)
+    return False
+
+
 def bundled(tokens: Mapping[str, Vectors]) -> dict[str, Tensor]:
     """Tokens as a kohya file holds them."""
     return {
@@ -130,11 +137,10 @@ def are_equal(a: Vectors, b: Vectors) -> bool:
     return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
-def field_of(files: Mapping[str, Path]) -> dict[str, str]:
-    """The metadata field of an adapter whose tokens are in these files, by its name."""
-    if not files:
-        return {}
-    return {EMBEDDINGS: json.dumps([file.name for file in files.values()], ensure_ascii=False)}
+def field_of(files: Iterable[Path]) -> dict[str, str]:
+    """The metadata field of what has its tokens in these files, by its name."""
+    names = [file.name for file in files]
+    return {EMBEDDINGS: json.dumps(names, ensure_ascii=False)} if names else {}
 
 
 def embeddings_of(adapter: Path) -> list[Path]:

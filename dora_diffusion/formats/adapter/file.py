@@ -146,7 +146,7 @@ def write_adapter(
     tokens = bundled(adapter.tokens)
     options = WriteOptions(dtype, path.stem, unet_layout, base, adapter.beside, tokens)
     extra = {name: text for name, text in adapter.metadata.extra.items() if name != EMBEDDINGS}
-    metadata = dataclasses.replace(adapter.metadata, extra=extra | field_of(embeddings))
+    metadata = dataclasses.replace(adapter.metadata, extra=extra | field_of(embeddings.values()))
     files = layout.encode(adapter.layers, metadata, options)
     if file_name is None:
         _write_folder(path, files)
