@@ -10,6 +10,7 @@ The whole Python interface::
     compile_blocks                                    torch.compile of a UNet's repeated blocks
     save_adapter, load_adapter                        one file, which other tools read exactly
     TrainConfig, train                                DreamBooth from photos to a finished folder
+    run_fleet                                         the same for many subjects, on a cluster
     AskedSchedule, load_components                    a model by name
     SamplingSettings, generate_images                 images from it
     export_checkpoint                                 base + adapter -> merged model
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
         extract_adapter,
     )
     from dora_diffusion.families import UnsupportedModelError
+    from dora_diffusion.fleet.run import run_fleet
     from dora_diffusion.formats.checkpoint.entries import CheckpointLayoutError
     from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
     from dora_diffusion.formats.checkpoint.weights import MergeError
@@ -117,6 +119,7 @@ _HOMES = {
     "norm_scope": "adapters.scope",
     "remove_adapters": "adapters.inject",
     "row_scope": "adapters.scope",
+    "run_fleet": "fleet.run",
     "run_study": "study.run",
     "save_adapter": "adapters.state",
     "set_strength": "adapters.inject",
@@ -161,6 +164,7 @@ __all__ = [
     "norm_scope",
     "remove_adapters",
     "row_scope",
+    "run_fleet",
     "run_study",
     "save_adapter",
     "set_strength",

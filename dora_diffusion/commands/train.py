@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(what_trains(config))
         return 0
-    _warn_of_toy_model(config, args)
+    warn_of_toy_model(config, args)
     if config.push_to_hub:
         from dora_diffusion.hub import check
 
@@ -165,7 +165,7 @@ def stopped_line(result: TrainResult) -> str:
     return f"{where}, checkpoint saved; resume with --resume_from_checkpoint latest"
 
 
-def _warn_of_toy_model(config: TrainConfig, args: argparse.Namespace) -> None:
+def warn_of_toy_model(config: TrainConfig, args: argparse.Namespace) -> None:
     """Say loudly that no base model was named."""
     given = {*vars(args), *(read_config_file(args.config) if args.config else ())}
     if "pretrained_model_name_or_path" not in given:

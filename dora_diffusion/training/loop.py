@@ -32,7 +32,7 @@ from dora_diffusion.training.metrics import (
 from dora_diffusion.training.result import result_metadata, take_best, write_result
 from dora_diffusion.training.resume import RunStart, save_config, start_run
 from dora_diffusion.training.samples import SampleWriter, check_prompts
-from dora_diffusion.training.session import Session, open_session
+from dora_diffusion.training.session import LoadBase, Session, open_session
 from dora_diffusion.training.stop import Stopped, StopRequest
 from dora_diffusion.training.subject import outside_toy_world, subjects_of
 from dora_diffusion.training.trackers import Trackers, tracked_settings
@@ -78,7 +78,12 @@ class TrainResult:
         return self.signal_number is not None
 
 
-def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    on_event: events.OnEvent | None = None,
+    *,
+    load: LoadBase | None = None,
+) -> TrainResult:
     """Teach a model a subject from photos, and write the result to ``config.output_dir``.
 
     SIGINT, SIGTERM and SIGHUP stop the run: before its first step at once, later with a checkpoint
@@ -87,6 +92,7 @@ def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainR
     Args:
         config: All settings.
         on_event: Called in the main process with each of `dora_diffusion.training.events`.
+        load: Loads the base model; a `models.load.BaseCache` keeps it for the next run.
 
     Raises:
         ConfigError, PhotoError, ModelNotFoundError, TargetError: Before anything is trained.
@@ -124,7 +130,7 @@ def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainR
                 accelerator.wait_for_everyone()
                 model, device = config.pretrained_model_name_or_path, str(accelerator.device)
                 show(events.ModelLoading(model, device, config.mixed_precision))
-                session = open_session(config, subjects, accelerator, show)
+                session = open_session(config, subjects, accelerator, show, load)
                 run = _Run(*start_run(session, output_dir), output_dir, show, stop)
                 result = run.finish(run.train())
                 accelerator.end_training()

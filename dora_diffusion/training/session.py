@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -31,6 +31,10 @@ from dora_diffusion.training.step import TrainingStep, build_step
 from dora_diffusion.training.subject import Subject, triggers_of
 from dora_diffusion.training.validation import Validation, divide_all
 from dora_diffusion.training.words import add_words, require_new
+
+
+LoadBase = Callable[..., Components]
+"""`load_components`, or a `BaseCache` in its place."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ def open_session(
     subjects: Sequence[Subject],
     accelerator: Any,
     on_event: OnEvent = ignore,
+    load: LoadBase | None = None,
 ) -> Session:
     """Load the model, choose what trains, and make the data and the optimizer.
 
@@ -142,6 +147,7 @@ def open_session(
         subjects: What it is taught (`subjects_of`).
         accelerator: What `make_accelerator` made.
         on_event: Called with `ClassImagesProgress` while those are generated.
+        load: Loads the model, whose weights nobody writes to; one that trains itself is read anew.
 
     Raises:
         ConfigError, PhotoError, ModelNotFoundError, TargetError: With what to do.
@@ -155,7 +161,7 @@ def open_session(
     for subject, photos in zip(subjects, paths, strict=True):
         check_wildcards(subject.settings, photos)
     start = StartingAdapter.of(config)
-    components = _load(config, accelerator, precision)
+    components = _load(config, accelerator, precision, load)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     require_new(components, config.words)
     start = start.read(components, config) if start else None
@@ -187,8 +193,10 @@ def open_session(
     )
 
 
-def _load(config: TrainConfig, accelerator: Any, precision: str) -> Components:
-    loaded = load_components(
+def _load(
+    config: TrainConfig, accelerator: Any, precision: str, load: LoadBase | None
+) -> Components:
+    loaded = (load_components if load is None or config.is_full else load)(
         config.pretrained_model_name_or_path,
         revision=config.revision,
         variant=config.variant,
