@@ -79,7 +79,8 @@ class SubjectRecord:
         known = {source.name for source in dataclasses.fields(cls)}
         try:
             values = {k: v for k, v in json.loads(text or "").items() if k in known}
-            return cls(**values)
+            lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+            return cls(**{**values, **lists})
         except (ValueError, TypeError, AttributeError):
             return None
 

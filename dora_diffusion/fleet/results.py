@@ -10,6 +10,7 @@ import hashlib
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from dora_diffusion.formats.files.atomic import require_writable, save_text
 from dora_diffusion.training.checkpoint import checkpoints_in
 
 _STATE_FILE = "state.tar"
+# In it, the names of the checkpoints that it belongs to.
+_CHECKPOINTS = ".checkpoints"
 
 
 class FleetResults:
@@ -38,7 +41,7 @@ class FleetResults:
     def __init__(self, output: str) -> None:
         self.output, self.copied_bytes = output, 0
         self._files: Any = None
-        self._kept: list[Path] = []
+        self._kept: set[str] = set()  # checkpoints that a URL holds
         if "://" not in output:
             self._root = Path(output).expanduser()
             require_writable(self._root, is_folder=True)
@@ -81,33 +84,63 @@ class FleetResults:
         """The folder to train a subject in, with what an earlier worker left of it."""
         folder = self._root / record.name
         if self._files is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            state = f"{self._top}/{record.name}/{_STATE_FILE}"
-            if self._files.exists(state):
-                with self._files.open(state, "rb") as file, tarfile.open(fileobj=file) as tar:
-                    tar.extractall(folder, filter="data")
+            self._fetch(record.name, folder)
         self.write(f"{record.name}/{RECORD_FILE}", record.text())
         return folder
 
-    def keep(self, subject: str, folder: Path) -> None:
-        """Copy the newest checkpoint to a URL, with all that a run needs to resume from it."""
-        newest = [] if self._files is None else checkpoints_in(folder)[-1:]
-        if not newest or newest == self._kept:
+    def _fetch(self, subject: str, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        there = f"{self._top}/{subject}"
+        if not self._files.exists(f"{there}/{_STATE_FILE}"):
             return
+        with self._files.open(f"{there}/{_STATE_FILE}", "rb") as file:
+            with tarfile.open(fileobj=file) as tar:
+                tar.extractall(folder, filter="data")
+        listed = folder / _CHECKPOINTS
+        self._kept = set(listed.read_text(encoding="utf-8").split())
+        listed.unlink()
+        for name in self._kept:
+            for path in self._files.find(f"{there}/{name}"):
+                place = folder / name / path.rpartition(f"/{name}/")[2]
+                place.parent.mkdir(parents=True, exist_ok=True)
+                self._files.get_file(path, str(place))
+
+    def clear(self, subject: str) -> None:
+        """Remove what a URL holds of a subject that is trained anew."""
+        if self._files is not None and self._files.exists(f"{self._top}/{subject}"):
+            self._files.rm(f"{self._top}/{subject}", recursive=True)
+
+    def keep(self, subject: str, folder: Path) -> None:
+        """Copy new checkpoints to a URL, and then all else that a run needs to resume from them."""
+        names = set() if self._files is None else {path.name for path in checkpoints_in(folder)}
+        new = names - self._kept
+        if not new:
+            return
+        for name in sorted(new):
+            self._copy_all(sorted((folder / name).rglob("*")), subject, folder)
         with tempfile.TemporaryDirectory(dir=self._root) as place:
-            file = Path(place, _STATE_FILE)
+            listed, file = Path(place, _CHECKPOINTS), Path(place, _STATE_FILE)
+            listed.write_text(" ".join(names), encoding="utf-8")
             with tarfile.open(file, "w") as tar:
+                tar.add(listed, _CHECKPOINTS)
                 for path in sorted(folder.iterdir()):
-                    is_old = path.name.startswith("checkpoint-") and path not in newest
-                    if not is_old and not path.name.startswith("."):
+                    if not path.name.startswith((".", "checkpoint-")):
                         tar.add(path, path.name)
             self._copy(file, f"{subject}/{_STATE_FILE}")
-        self._kept = newest
+        for name in self._kept - names:
+            self._files.rm(f"{self._top}/{subject}/{name}", recursive=True)
+        self._kept = names
 
     def publish(self, subject: str, folder: Path) -> None:
         """Copy all that was made to a URL."""
-        for path in sorted(folder.rglob("*")) if self._files is not None else ():
+        if self._files is not None:
+            top = {path: path.relative_to(folder).parts[0] for path in sorted(folder.rglob("*"))}
+            self._copy_all([p for p, name in top.items() if name not in self._kept], subject, folder)
+
+    def _copy_all(self, paths: Iterable[Path], subject: str, folder: Path) -> None:
+        """Copy files, but for hidden ones, to where they are in the subject's folder."""
+        for path in paths:
             name = path.relative_to(folder)
             if path.is_file() and not any(part.startswith(".") for part in name.parts):
                 self._copy(path, f"{subject}/{name.as_posix()}")

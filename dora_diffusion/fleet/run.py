@@ -133,15 +133,18 @@ def run_fleet(
         records = sorted(fleet.records.values(), key=lambda record: order[record.name])
         fleet.files["records"] = results.write(RECORDS_FILE, records_text(records))
 
+    def end_task(done: Ended) -> None:
+        record = _record_of(done)
+        if record.status == DONE:
+            results.finish(record)  # with what the worker does not know of itself
+        end(record)
+
     for record in ended.values():
         end(record)
     fleet.queue.add(tasks)
     try:
         if tasks:
-            run_tasks(
-                fleet.queue, fleet.workers, lambda done: end(_record_of(done)),
-                lambda: on_change(fleet, None),
-            )  # fmt: skip
+            run_tasks(fleet.queue, fleet.workers, end_task, lambda: on_change(fleet, None))
     finally:
         write()
     fleet.files["page"] = results.write(PAGE_FILE, fleet_page(list(configs), fleet.records))

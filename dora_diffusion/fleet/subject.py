@@ -121,7 +121,9 @@ def _train(
     subject: FleetSubject, worker: Worker, meter: _Meter, caught: Sequence[Any]
 ) -> SubjectRecord:
     name, results = subject.record.name, FleetResults(subject.output)
-    before = results.record(name)
+    resumes = _is_begun(subject, results.record(name))
+    if subject.config.overwrite_output_dir and not resumes:
+        results.clear(name)
     folder = results.begin(subject.record)
 
     def on_event(event: Event) -> None:
@@ -134,7 +136,8 @@ def _train(
             results.keep(name, folder)
 
     try:
-        result = train(_resuming(subject, before, folder), on_event, load=worker.load)
+        config = _in_folder(subject.config, folder, resumes=resumes)
+        result = train(config, on_event, load=worker.load)
         if result.interrupted:
             results.keep(name, folder)
             raise KeyboardInterrupt
@@ -149,22 +152,24 @@ def _train(
         results.leave(name)
 
 
-def _resuming(
-    subject: FleetSubject, before: SubjectRecord | None, folder: Path
-) -> TrainConfig:
-    """The settings of a worker's own: where it writes, and what of the folder it resumes."""
-    config, record = subject.config, subject.record
-    is_ours = before is not None and before.status == RUNNING
-    if config.overwrite_output_dir:  # once, and not what an earlier worker of this call has made
-        is_ours = is_ours and before is not None and before.run == record.run
-    if is_ours:
+def _is_begun(subject: FleetSubject, before: SubjectRecord | None) -> bool:
+    """Whether an earlier worker began it, and what it left is to be resumed."""
+    if before is None or before.status != RUNNING:
+        return False
+    # What is trained anew is so once, and not by each worker that it is given to.
+    return not subject.config.overwrite_output_dir or before.run == subject.record.run
+
+
+def _in_folder(config: TrainConfig, folder: Path, *, resumes: bool) -> TrainConfig:
+    """The settings with where this worker writes, and from what it resumes."""
+    if resumes:
         _wait_for_lock(folder)
-    resumes = is_ours and bool(checkpoints_in(folder))
+    has_checkpoint = resumes and bool(checkpoints_in(folder))
     return replace(
         config,
         output_dir=str(folder),
-        resume_from_checkpoint="latest" if resumes else None,
-        overwrite_output_dir=not resumes and (is_ours or config.overwrite_output_dir),
+        resume_from_checkpoint="latest" if has_checkpoint else None,
+        overwrite_output_dir=not has_checkpoint and (resumes or config.overwrite_output_dir),
     )
 
 

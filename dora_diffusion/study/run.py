@@ -171,6 +171,8 @@ class _Runner:
     ) -> list[Record]:
         """The records of trials, in their order; images are kept of some subjects' seeds."""
         found: dict[str, Record] = {}
+        # Trials of one digest are one training, whatever their rows are called.
+        left: dict[str, list[Trial]] = {}
 
         def end(trial: Trial, record: Record, was_known: bool) -> None:
             found[trial.name] = record
@@ -180,17 +182,22 @@ class _Runner:
         def on_end(ended: Ended) -> None:
             if ended.error is not None:
                 raise ended.error
-            end(ended.task.payload.trial, ended.value, False)
+            for trial in left[ended.task.name]:
+                own = {"row": trial.row, "method": trial.method}
+                end(trial, {**ended.value, **own}, False)
 
-        queue = WorkQueue()
         for trial in trials:
             record = trial.known_record(self.output)
             if record is not None:
                 end(trial, record, True)
             elif not self.only_known:
-                with_image = (imaged or {}).get(trial.subject.name) == trial.seed
-                job = _Job(trial, self.study.base, self.output, with_image)
-                queue.add([Task(trial.name, job)])
-        if queue.waiting:
+                left.setdefault(trial.digest, []).append(trial)
+        queue = WorkQueue()
+        queue.add(Task(name, self._job(same[0], imaged or {})) for name, same in left.items())
+        if left:
             run_tasks(queue, self.workers(), on_end)
         return [found[trial.name] for trial in trials if trial.name in found]
+
+    def _job(self, trial: Trial, imaged: Mapping[str, int]) -> _Job:
+        with_image = imaged.get(trial.subject.name) == trial.seed
+        return _Job(trial, self.study.base, self.output, with_image)
