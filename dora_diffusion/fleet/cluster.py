@@ -95,11 +95,11 @@ def connect(address: str) -> Callable[[], None]:
     _keep_quiet()
     try:
         ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"no Ray cluster answers at address {address} ({reason}); start one with `ray start "
-            "--head`, or give --address local"
+            f"cannot connect to Ray at address {address} ({reason}); start a cluster with `ray "
+            "start --head`, or give --address local"
         ) from error
     done: Callable[[], None] = ray.shutdown
     return done
