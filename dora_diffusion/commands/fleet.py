@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dora_diffusion.commands import train
+from dora_diffusion.commands.options import require_at_least_one
 from dora_diffusion.commands.parser import Parser
 from dora_diffusion.console.tables import print_json
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from dora_diffusion.config import TrainConfig
     from dora_diffusion.fleet.cluster import Share
 
-_OWN = ("subjects", "address", "workers", "num_cpus", "num_gpus", "retries", "output", "json")
+_OWN = ("subjects", "address", "workers", "num_cpus", "num_gpus", "retries", "pack", "output", "json")
 
 
 def add_workers(parser: argparse.ArgumentParser, what: str) -> None:
@@ -76,6 +77,14 @@ def add_arguments(parser: Parser) -> None:
         "last checkpoint.",
     )
     parser.add_argument(
+        "--pack",
+        type=int,
+        default=1,
+        metavar="K",
+        help="Subjects that each worker trains at once, where their settings allow it: as many "
+        "operations as one, for GPUs that wait for these.",
+    )
+    parser.add_argument(
         "--output",
         dest="output_dir",
         default=argparse.SUPPRESS,
@@ -90,6 +99,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train all subjects that are not done yet. Returns the exit code: 1 if any failed."""
+    require_at_least_one(args, "pack")
     config = train.train_config(args)
     share = workers_share(args)
     from dora_diffusion.config.subject_list import subject_configs
@@ -105,8 +115,9 @@ def run(args: argparse.Namespace) -> int:
     table = FleetTable()
     try:
         fleet = run_fleet(
-            configs, config.output_dir, args.address, share, retries=args.retries, on_change=table
-        )
+            configs, config.output_dir, args.address, share, retries=args.retries, pack=args.pack,
+            on_change=table,
+        )  # fmt: skip
     finally:
         table.close()
     if args.json:

@@ -38,7 +38,7 @@ class FleetTable:
         if ended is not None:
             self._clear()
             self._say_end(fleet, ended)
-        total = len(fleet.records) + len(fleet.queue.waiting) + len(fleet.queue.running)
+        total = len(fleet.records) + sum(fleet.queue.sizes)
         tell(phase="training subjects", unit="subject", done=len(fleet.records), total=total)
         if self._is_terminal and (ended or self._clock() - self._last >= _REDRAW_SECONDS):
             self._clear()
@@ -70,23 +70,24 @@ class FleetTable:
 def table_lines(fleet: Fleet) -> list[str]:
     """The counts, and a row for each subject that runs: its steps, loss, and where it is."""
     queue, failed = fleet.queue, len(fleet.failed)
+    running, waiting = queue.sizes
     counts = [
         f"{len(fleet.records) - failed} done" + (
             f" ({len(fleet.known)} before)" if fleet.known else ""
         ),
-        f"{len(queue.running)} running",
-        f"{len(queue.waiting)} waiting",
+        f"{running} running",
+        f"{waiting} waiting",
         f"{failed} failed",
     ]  # fmt: skip
     if queue.per_hour is not None:
         counts += [f"{queue.per_hour:.0f} an hour", f"{duration(queue.seconds_left)} left"]
     lines, told = [", ".join(counts)], fleet.workers.progress()
-    for name, running in list(queue.running.items())[:_ROWS]:
+    for name, task in list(queue.running.items())[:_ROWS]:
         figures = told.get(name) or {}
         step = "starting"
         if figures:
             step = f"step {figures['step']} of {figures['total']}, loss {figures['loss']:.4f}"
-        lines.append(f"  {name}: {step} ({running.place.worker})")
+        lines.append(f"  {name}: {step} ({task.place.worker})")
     if len(queue.running) > _ROWS:
         lines.append(f"  and {len(queue.running) - _ROWS} more")
     return lines

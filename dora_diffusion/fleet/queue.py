@@ -16,10 +16,12 @@ class Task:
     Attributes:
         name: What it is called; no two have one name.
         payload: What the work is given; it can be pickled.
+        size: What it counts for, such as its subjects.
     """
 
     name: str
     payload: Any
+    size: int = 1
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,7 @@ class WorkQueue:
         clock: Seconds, from anywhere.
         waiting: Tasks that no worker has.
         running: Tasks that a worker has, by name.
-        ended: How many ended.
-        failed: How many of these with an error.
+        ended: The sizes of those that ended.
     """
 
     retries: int = 3
@@ -125,7 +126,6 @@ class WorkQueue:
     waiting: deque[Task] = field(default_factory=deque)
     running: dict[str, _Running] = field(default_factory=dict)
     ended: int = 0
-    failed: int = 0
     _attempts: dict[str, int] = field(default_factory=dict)
     _first: dict[str, float] = field(default_factory=dict)
     _begun: float | None = None
@@ -156,14 +156,19 @@ class WorkQueue:
             return None
         if report.lost:
             error = WorkerLostError(f"{attempts} workers that had it were lost: {report.lost}")
-        self.ended += 1
-        self.failed += error is not None
+        self.ended += task.size
         seconds = self.clock() - self._first[task.name]
         return Ended(task, report.place, seconds, attempts, report.value, error)
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """The sizes of tasks that run, and of those that wait."""
+        running = sum(running.task.size for running in self.running.values())
+        return running, sum(task.size for task in self.waiting)
+
+    @property
     def per_hour(self) -> float | None:
-        """Tasks that end in an hour, at the pace so far; None before the first has ended."""
+        """Size that ends in an hour, at the pace so far; None before the first has ended."""
         seconds = 0.0 if self._begun is None else self.clock() - self._begun
         return 3600 * self.ended / seconds if self.ended and seconds > 0 else None
 
@@ -171,7 +176,7 @@ class WorkQueue:
     def seconds_left(self) -> float | None:
         """How long the rest takes, at the pace so far; None before the first has ended."""
         pace = self.per_hour
-        return None if pace is None else 3600 * (len(self.waiting) + len(self.running)) / pace
+        return None if pace is None else 3600 * sum(self.sizes) / pace
 
 
 def run_tasks(

@@ -37,11 +37,12 @@ class SubjectRecord:
         start_seconds: From its last worker, or that worker's start where it is the first task
             there, until the first step.
         train_seconds: From there until its end.
-        cpu_seconds: Processor time of its last worker.
+        cpu_seconds: Processor time of its last worker; its share, where several train as a pack.
         steps: Optimizer steps.
         peak_bytes: Most memory that its worker has held so far: of a GPU, or of the process.
         read_bytes: Read by its last worker; a base model that is mapped is not counted.
         written_bytes: The same, written.
+        pack: How many subjects were trained at once.
         samples: Its sheets of sample images, in its folder.
         warnings: What the training warned of.
         digest: Of settings and photos.
@@ -63,6 +64,7 @@ class SubjectRecord:
     peak_bytes: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
+    pack: int = 1
     samples: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     digest: str = ""

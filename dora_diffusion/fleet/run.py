@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,15 +25,18 @@ from dora_diffusion.fleet.records import (
     settings_digest,
 )
 from dora_diffusion.fleet.results import FleetResults
-from dora_diffusion.fleet.subject import FleetSubject, train_subject
+from dora_diffusion.fleet.subject import FleetSubject, train_subjects
 from dora_diffusion.fleet.workers import LocalWorkers, Work
 from dora_diffusion.training.dataset import list_subjects
+from dora_diffusion.training.pack import check_pack
 from dora_diffusion.training.samples import check_prompts
 from dora_diffusion.training.subject import subjects_of
 
 # Settings that a fleet sets itself, for each subject and worker.
 _ITS_OWN = ("resume_from_checkpoint", "push_to_hub")
 _READERS = 16
+# Of packs that are not full, how many of the last are looked at for room.
+_OPEN_PACKS = 8
 
 
 @dataclass
@@ -80,6 +83,7 @@ def run_fleet(
     share: Share | None = None,
     *,
     retries: int = 3,
+    pack: int = 1,
     on_change: OnChange = lambda fleet, ended: None,
 ) -> Fleet:
     """Train an adapter for each of many subjects; those that are done already are not repeated.
@@ -96,6 +100,8 @@ def run_fleet(
             subject after another, in this process.
         share: What each worker takes of a node.
         retries: Further workers for a subject whose worker is lost.
+        pack: Subjects that a worker trains at once (`training.pack.train_pack`), where their
+            settings allow it.
         on_change: Called with the fleet every while.
 
     Raises:
@@ -117,8 +123,9 @@ def run_fleet(
                 raise ConfigError(f"{name} is the fleet's own business; leave it out", name)
     output = str(output) if "://" in str(output) else str(Path(output).expanduser().absolute())
     results = FleetResults(output)
-    fleet = Fleet(output, WorkQueue(retries), workers_for(train_subject, address, share))
-    ended, tasks = _sorted_out(configs, results, output)
+    fleet = Fleet(output, WorkQueue(retries), workers_for(train_subjects, address, share))
+    ended, given = _sorted_out(configs, results, output)
+    tasks = _packed(given, pack)
     fleet.known = frozenset(name for name, record in ended.items() if record.status == DONE)
     order = {name: place for place, name in enumerate(configs)}
 
@@ -126,7 +133,7 @@ def run_fleet(
         fleet.records[record.name] = record
         on_change(fleet, record)
         # Of thousands, the file is not written for each.
-        if fleet.queue.ended % max(1, len(tasks) // 100) == 0:
+        if fleet.queue.ended % max(1, len(configs) // 100) == 0:
             write()
 
     def write() -> None:
@@ -134,10 +141,10 @@ def run_fleet(
         fleet.files["records"] = results.write(RECORDS_FILE, records_text(records))
 
     def end_task(done: Ended) -> None:
-        record = _record_of(done)
-        if record.status == DONE:
-            results.finish(record)  # with what the worker does not know of itself
-        end(record)
+        for record in _records_of(done):
+            if record.status == DONE:
+                results.finish(record)  # with what the worker does not know of itself
+            end(record)
 
     for record in ended.values():
         end(record)
@@ -151,24 +158,45 @@ def run_fleet(
     return fleet
 
 
-def _record_of(ended: Ended) -> SubjectRecord:
-    record: SubjectRecord = ended.value or replace(
-        ended.task.payload.record, status=FAILED, cause=cause_of(ended.error or RuntimeError())
-    )
-    return replace(
-        record,
-        attempts=ended.attempts,
-        worker=ended.place.worker,
-        node=ended.place.node,
-        seconds=round(ended.seconds, 3),
-    )
+def _records_of(ended: Ended) -> list[SubjectRecord]:
+    """The records of a task's subjects, with what the worker does not know."""
+    made: list[SubjectRecord] = ended.value or [
+        replace(subject.record, status=FAILED, cause=cause_of(ended.error or RuntimeError()))
+        for subject in ended.task.payload
+    ]
+    place = {"worker": ended.place.worker, "node": ended.place.node}
+    seconds = round(ended.seconds, 3)
+    return [replace(r, attempts=ended.attempts, seconds=seconds, **place) for r in made]
+
+
+def _packed(subjects: Sequence[FleetSubject], size: int) -> list[Task]:
+    """A task for every so many subjects that one pack can hold, in their order."""
+    packs: list[list[FleetSubject]] = []
+    for subject in subjects:
+        room = (p for p in packs[-_OPEN_PACKS:] if len(p) < size and _fits(subject, p[0]))
+        if (pack := next(room, None)) is not None:
+            pack.append(subject)
+        else:
+            packs.append([subject])
+    return [
+        Task(", ".join(subject.record.name for subject in pack), tuple(pack), len(pack))
+        for pack in packs
+    ]
+
+
+def _fits(subject: FleetSubject, other: FleetSubject) -> bool:
+    try:
+        check_pack({one.record.name: one.config for one in (other, subject)})
+    except ConfigError:
+        return False
+    return True
 
 
 def _sorted_out(
     configs: Mapping[str, TrainConfig], results: FleetResults, output: str
-) -> tuple[dict[str, SubjectRecord], list[Task]]:
-    """What has ended before it began, as it is done or cannot be, and a task for each other."""
-    run, ended, tasks = secrets.token_hex(8), dict[str, SubjectRecord](), list[Task]()
+) -> tuple[dict[str, SubjectRecord], list[FleetSubject]]:
+    """What has ended before it began, as it is done or cannot be, and what is to be trained."""
+    run, ended, left = secrets.token_hex(8), dict[str, SubjectRecord](), list[FleetSubject]()
     with ThreadPoolExecutor(_READERS) as pool:
         kept = dict(zip(configs, pool.map(results.record, configs), strict=True))
     for name, config in configs.items():
@@ -182,8 +210,8 @@ def _sorted_out(
         if done is not None:
             ended[name] = done
         else:
-            tasks.append(Task(name, FleetSubject(with_absolute_paths(config), output, record)))
-    return ended, tasks
+            left.append(FleetSubject(with_absolute_paths(config), output, record))
+    return ended, left
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:

@@ -1,13 +1,14 @@
-"""One task of a fleet: a subject is trained, on whatever worker has it."""
+"""One task of a fleet: a subject, or a pack of them, is trained on whatever worker has it."""
 
 from __future__ import annotations
 
 import gc
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from dora_diffusion.training.checkpoint import checkpoints_in
 from dora_diffusion.training.events import CheckpointSaved, Event, StepDone, TrainingStarted
 from dora_diffusion.training.folders import LOCK_NAME
 from dora_diffusion.training.loop import train
+from dora_diffusion.training.pack import PackResult, train_pack
+from dora_diffusion.training.run import TrainResult
 
 # How long a lost worker's process may still have its folder, while its node dies.
 _LOCK_SECONDS = 60.0
@@ -43,31 +46,34 @@ class FleetSubject:
 class _Meter:
     """What a task takes, since it was made.
 
-    Attributes:
-        started: When its first step began; None before.
-        steps: Optimizer steps that are done.
-        copied: Bytes that were copied to a URL.
+    Args:
+        waited: Seconds before that.
+        share: Of how many subjects it is.
     """
 
-    def __init__(self, waited: float) -> None:
+    def __init__(self, waited: float, share: int) -> None:
         self._begun, self._cpu = time.perf_counter() - waited, time.process_time()
         self._read, self._written = _bytes_so_far()
-        self.started: float | None = None
-        self.steps = self.copied = 0
+        self._share = share
 
-    def figures(self) -> dict[str, Any]:
-        """All of it, as a record has it."""
-        now = time.perf_counter()
-        started = now if self.started is None else self.started
+    def figures(self, started: float | None, copied: int) -> dict[str, Any]:
+        """All of it, as a record has it.
+
+        Args:
+            started: When the first step began; None: it did not.
+            copied: Bytes that were copied to a URL.
+        """
+        now, share = time.perf_counter(), self._share
+        started = now if started is None else started
         read, written = _bytes_so_far()
         return {
             "start_seconds": round(started - self._begun, 3),
             "train_seconds": round(now - started, 3),
-            "cpu_seconds": round(time.process_time() - self._cpu, 3),
-            "steps": self.steps,
+            "cpu_seconds": round((time.process_time() - self._cpu) / share, 3),
             "peak_bytes": devices.peak_memory() or int(system.peak_memory() * 2**30),
-            "read_bytes": read - self._read,
-            "written_bytes": written - self._written + self.copied,
+            "read_bytes": (read - self._read) // share,
+            "written_bytes": (written - self._written) // share + copied,
+            "pack": share,
         }
 
 
@@ -87,73 +93,134 @@ def _bytes_so_far() -> tuple[int, int]:
     )
 
 
-def train_subject(subject: FleetSubject, worker: Worker) -> SubjectRecord:
-    """Train a subject, from the last checkpoint that an earlier worker left.
+class _Trainee:
+    """A subject that is trained here.
+
+    Attributes:
+        subject: What the worker was given of it.
+        results: Where it is kept.
+        folder: Where it is written.
+        config: Its settings there.
+        started: When its first step began; None before.
+        steps: Optimizer steps that are done.
+    """
+
+    def __init__(self, subject: FleetSubject) -> None:
+        self.subject, self.results = subject, FleetResults(subject.output)
+        name, resumes = subject.record.name, _is_begun(subject, self.results)
+        if subject.config.overwrite_output_dir and not resumes:
+            self.results.clear(name)
+        self.folder = self.results.begin(subject.record)
+        self.config = _in_folder(subject.config, self.folder, resumes=resumes)
+        self.started: float | None = None
+        self.steps = 0
+
+    def take(self, event: Event) -> None:
+        """Take note of an event, and keep what it wrote."""
+        if isinstance(event, TrainingStarted):
+            self.started, self.steps = time.perf_counter(), event.step
+        elif isinstance(event, StepDone):
+            self.steps = event.step
+        if isinstance(event, StepDone | CheckpointSaved):
+            self.keep()
+
+    def keep(self) -> None:
+        self.results.keep(self.subject.record.name, self.folder)
+
+    def record(self, meter: _Meter, caught: Sequence[Any], **changes: Any) -> SubjectRecord:
+        """Its record, with what it took so far."""
+        figures = meter.figures(self.started, self.results.copied_bytes)
+        texts = dict.fromkeys(" ".join(str(warning.message).split()) for warning in caught)
+        return replace(
+            self.subject.record, warnings=tuple(texts), steps=self.steps, **figures, **changes
+        )
+
+    def finish(self, result: TrainResult, meter: _Meter, caught: Sequence[Any]) -> SubjectRecord:
+        """Put what was made where it is kept, and the record last."""
+        self.results.publish(self.subject.record.name, self.folder)
+        samples = [path.relative_to(self.folder).as_posix() for path in result.samples.values()]
+        record = self.record(meter, caught, status=DONE, samples=tuple(samples))
+        self.results.finish(record)
+        return record
+
+
+def train_subjects(subjects: Sequence[FleetSubject], worker: Worker) -> list[SubjectRecord]:
+    """Train a subject, or a pack of several, from the last checkpoints of an earlier worker.
 
     Returns:
-        Its record, with the cause if it failed.
+        The record of each, with the cause if it failed.
 
     Raises:
-        KeyboardInterrupt: If a signal stopped it; it resumes later.
+        KeyboardInterrupt: If a signal stopped them; they resume later.
     """
-    meter = _Meter(worker.waited)
+    meter = _Meter(worker.waited, len(subjects))
+    trainees: dict[str, _Trainee] = {}
+    records: dict[str, SubjectRecord] = {}
+
+    def fail(subject: FleetSubject, error: Exception) -> None:
+        name, cause = subject.record.name, cause_of(error)
+        records[name] = replace(subject.record, status=FAILED, cause=cause)
+        if name in trainees:
+            records[name] = trainees[name].record(meter, caught, status=FAILED, cause=cause)
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, module=r"dora_diffusion\.")
         try:
-            return _train(subject, worker, meter, caught)
-        except Exception as error:
-            cause = cause_of(error)
-            return _recorded(subject, meter, caught, status=FAILED, cause=cause)
+            for subject in subjects:
+                try:
+                    trainees[subject.record.name] = _Trainee(subject)
+                except Exception as error:
+                    fail(subject, error)
+            made = _train(trainees, worker)
+            for name, trainee in trainees.items():
+                try:
+                    if error := made.failures.get(name):
+                        raise error
+                    records[name] = trainee.finish(made.results[name], meter, caught)
+                except Exception as error:
+                    fail(trainee.subject, error)
         finally:
-            gc.collect()  # The run's modules hold each other.
+            for name, trainee in trainees.items():
+                trainee.results.leave(name)
+            gc.collect()  # The runs' modules hold each other.
             devices.release_memory()
+    return [records[subject.record.name] for subject in subjects]
 
 
-def _recorded(
-    subject: FleetSubject, meter: _Meter, caught: Sequence[Any], **changes: Any
-) -> SubjectRecord:
-    texts = dict.fromkeys(" ".join(str(warning.message).split()) for warning in caught)
-    return replace(subject.record, warnings=tuple(texts), **meter.figures(), **changes)
+def _train(trainees: Mapping[str, _Trainee], worker: Worker) -> PackResult:
+    """Train one by itself, or several as a pack.
 
+    Raises:
+        KeyboardInterrupt: If a signal stopped it.
+    """
 
-def _train(
-    subject: FleetSubject, worker: Worker, meter: _Meter, caught: Sequence[Any]
-) -> SubjectRecord:
-    name, results = subject.record.name, FleetResults(subject.output)
-    resumes = _is_begun(subject, results.record(name))
-    if subject.config.overwrite_output_dir and not resumes:
-        results.clear(name)
-    folder = results.begin(subject.record)
+    def on_event(name: str, event: Event) -> None:
+        if name:  # and not of the whole pack
+            if isinstance(event, StepDone):
+                worker.tell(step=event.step, total=event.total_steps, loss=event.loss)
+            trainees[name].take(event)
 
-    def on_event(event: Event) -> None:
-        if isinstance(event, TrainingStarted):
-            meter.started, meter.steps = time.perf_counter(), event.step
-        elif isinstance(event, StepDone):
-            meter.steps = event.step
-            worker.tell(step=event.step, total=event.total_steps, loss=event.loss)
-        if isinstance(event, StepDone | CheckpointSaved):
-            results.keep(name, folder)
-
+    configs = {name: trainee.config for name, trainee in trainees.items()}
+    made = PackResult()
     try:
-        config = _in_folder(subject.config, folder, resumes=resumes)
-        result = train(config, on_event, load=worker.load)
-        if result.interrupted:
-            results.keep(name, folder)
-            raise KeyboardInterrupt
-        results.publish(name, folder)
-        meter.copied = results.copied_bytes
-        samples = tuple(path.relative_to(folder).as_posix() for path in result.samples.values())
-        record = _recorded(subject, meter, caught, status=DONE, samples=samples)
-        results.finish(record)
-        return record
-    finally:
-        meter.copied = results.copied_bytes
-        results.leave(name)
+        if len(configs) > 1:
+            made = train_pack(configs, on_event, load=worker.load)
+        for name, config in configs.items() if len(configs) == 1 else ():
+            result = train(config, partial(on_event, name), load=worker.load)
+            made = PackResult({name: result}, {}, result.signal_number)
+    except Exception as error:
+        return PackResult({}, dict.fromkeys(configs, error))
+    if made.signal_number is not None:
+        for name in made.results:
+            trainees[name].keep()
+        raise KeyboardInterrupt
+    return made
 
 
-def _is_begun(subject: FleetSubject, before: SubjectRecord | None) -> bool:
+def _is_begun(subject: FleetSubject, results: FleetResults) -> bool:
     """Whether an earlier worker began it, and what it left is to be resumed."""
+    before = results.record(subject.record.name)
     if before is None or before.status != RUNNING:
         return False
     # What is trained anew is so once, and not by each worker that it is given to.

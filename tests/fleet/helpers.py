@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from dora_diffusion.fleet.records import SubjectRecord
-from dora_diffusion.fleet.subject import FleetSubject, train_subject
+from dora_diffusion.fleet.subject import FleetSubject, train_subjects
 from dora_diffusion.fleet.workers import Worker
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -22,8 +23,9 @@ NAMES = ("bolt_mug", "ring_robot", "heart_teapot")
 DEADLY, STEP = "ring_robot", 3
 
 
-def train_and_die(subject: FleetSubject, worker: Worker) -> SubjectRecord:
-    """As `train_subject`, but the process is killed at a step of one subject, once."""
+def train_and_die(subjects: Sequence[FleetSubject], worker: Worker) -> list[SubjectRecord]:
+    """As `train_subjects`, but the process is killed at a step of one subject, once."""
+    (subject,) = subjects
     mark, tell = Path(subject.output, "killed"), worker.tell
 
     def tell_or_die(**figures: object) -> None:
@@ -34,7 +36,7 @@ def train_and_die(subject: FleetSubject, worker: Worker) -> SubjectRecord:
 
     worker.tell = tell_or_die
     try:
-        return train_subject(subject, worker)
+        return train_subjects(subjects, worker)
     finally:
         worker.tell = tell
 

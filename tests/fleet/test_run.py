@@ -18,7 +18,7 @@ from dora_diffusion.fleet import subject as worker_side
 from dora_diffusion.fleet.cluster import Share, connect
 from dora_diffusion.fleet.records import cause_of
 from dora_diffusion.fleet.run import run_fleet
-from dora_diffusion.fleet.subject import train_subject
+from dora_diffusion.fleet.subject import train_subjects
 from dora_diffusion.training.loop import train
 from tests.fleet.helpers import DEADLY, NAMES, STEP, assert_same_results, losses
 
@@ -28,11 +28,11 @@ def trained(monkeypatch):
     """Names of the subjects that a worker was given."""
     names = []
 
-    def note(subject, worker):
-        names.append(subject.record.name)
-        return train_subject(subject, worker)
+    def note(subjects, worker):
+        names.extend(subject.record.name for subject in subjects)
+        return train_subjects(subjects, worker)
 
-    monkeypatch.setattr(module, "train_subject", note)
+    monkeypatch.setattr(module, "train_subjects", note)
     return names
 
 
@@ -101,22 +101,23 @@ def stopping(monkeypatch, error, name=DEADLY, step=STEP):
     """Have the training of a subject end at a step, once."""
     is_over = []
 
-    def train_until(subject, worker):
+    def train_until(subjects, worker):
         inner = worker.tell
 
         def stop(**figures):
-            if (subject.record.name, figures["step"]) == (name, step) and not is_over:
+            names = [subject.record.name for subject in subjects]
+            if name in names and figures["step"] == step and not is_over:
                 is_over.append(True)
                 raise error
             inner(**figures)
 
         worker.tell = stop
         try:
-            return train_subject(subject, worker)
+            return train_subjects(subjects, worker)
         finally:
             worker.tell = inner
 
-    monkeypatch.setattr(module, "train_subject", train_until)
+    monkeypatch.setattr(module, "train_subjects", train_until)
 
 
 def steps_seen(monkeypatch):
@@ -162,6 +163,25 @@ def test_a_fleet_that_was_stopped_resumes_where_it_was(
         files.rm("/shop", recursive=True)
     assert_same_results(output, Path(serial.output), NAMES[:2])
     assert len(list(output.glob("*/checkpoint-*/training_state.pt"))) == 2 * 2
+
+
+def test_a_pack_is_one_task_and_each_of_it_nearly_what_it_is_alone(serial, subjects, tmp_path):
+    """Up to rounding; one that diverges leaves it, and one that fits in no pack is by itself."""
+    given = {
+        "wild": replace(subjects[NAMES[0]], learning_rate=1e30),
+        NAMES[0]: subjects[NAMES[0]],
+        "prodigal": replace(subjects[NAMES[0]], optimizer="adafactor"),
+        NAMES[1]: subjects[NAMES[1]],
+    }
+    fleet = run_fleet(given, tmp_path, pack=3)
+    assert {name: (r.status, r.pack) for name, r in fleet.records.items()} == {
+        "wild": ("failed", 3), NAMES[0]: ("done", 3), NAMES[1]: ("done", 3),
+        "prodigal": ("done", 1),
+    }  # fmt: skip
+    assert "the loss is nan at step 2" in fleet.records["wild"].cause
+    for name in NAMES[:2]:
+        ours, theirs = losses(tmp_path / name), losses(Path(serial.output) / name)
+        assert ours == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in theirs]
 
 
 def test_half_of_a_copy_is_never_taken_for_whole(serial, subjects, monkeypatch, tmp_path):
