@@ -59,7 +59,8 @@ class FleetTable:
     def _say_end(self, fleet: Fleet, record: SubjectRecord) -> None:
         for text in set(record.warnings) - self._warned:  # Most are of settings that all have.
             self._warned.add(text)
-            say(f"warning: {record.name}: {text}", sys.stderr)
+            name = f"{record.name}: " if record.pack == 1 else ""  # Of a pack, nobody knows whose.
+            say(f"warning: {name}{text}", sys.stderr)
         if record.status == FAILED:
             say(f"failed: {record.name}: {record.cause}", sys.stderr)
         elif record.name not in fleet.known:

@@ -214,15 +214,16 @@ def _sorted_out(
     return ended, left
 
 
+def absolute(value: Any) -> Any:
+    """A file or folder here from the root, also in entries; all else as it is."""
+    if isinstance(value, list):
+        return [{key: absolute(part) for key, part in entry.items()} for entry in value]
+    path = Path(value).expanduser() if isinstance(value, str) and value else None
+    return str(path.absolute()) if path is not None and path.exists() else value
+
+
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Settings for another process: the files and folders here that they name, from the root."""
-
-    def absolute(value: Any) -> Any:
-        if isinstance(value, list):
-            return [{key: absolute(part) for key, part in entry.items()} for entry in value]
-        path = Path(value).expanduser() if isinstance(value, str) else None
-        return str(path.absolute()) if path and value and path.exists() else value
-
+    """Settings for another process, which has another working folder."""
     names = [setting.name for setting in settings() if setting.is_path]
     return replace(config, **{name: absolute(getattr(config, name)) for name in names})
 

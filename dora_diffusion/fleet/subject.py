@@ -246,4 +246,5 @@ def _wait_for_lock(folder: Path) -> None:
 
     if (folder / LOCK_NAME).exists():
         with suppress(Timeout, OSError, NotImplementedError):
-            FileLock(folder / LOCK_NAME, timeout=_LOCK_SECONDS).acquire().lock.release()
+            with FileLock(folder / LOCK_NAME, timeout=_LOCK_SECONDS):
+                pass

@@ -11,7 +11,7 @@ from dora_diffusion.evaluation.measures import measure_of
 from dora_diffusion.evaluation.metric_models import open_metric_model
 from dora_diffusion.fleet.cluster import Share
 from dora_diffusion.fleet.queue import Ended, Task, Workers, WorkQueue, run_tasks
-from dora_diffusion.fleet.run import workers_for
+from dora_diffusion.fleet.run import absolute, workers_for
 from dora_diffusion.fleet.workers import Worker
 from dora_diffusion.study.config import BASE, Study, Tuning
 from dora_diffusion.study.perform import perform
@@ -200,4 +200,4 @@ class _Runner:
 
     def _job(self, trial: Trial, imaged: Mapping[str, int]) -> _Job:
         with_image = imaged.get(trial.subject.name) == trial.seed
-        return _Job(trial, self.study.base, self.output, with_image)
+        return _Job(trial, absolute(self.study.base), self.output, with_image)

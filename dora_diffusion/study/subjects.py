@@ -156,7 +156,9 @@ class PhotoSource:
         require(not unknown, f"a subject has no {', '.join(sorted(unknown))}; it has {keys}")
         for key in ("photos", "held_out", "instance_prompt"):
             require(bool(given.get(key)), f"a subject of photos needs {key}, got {dict(given)}")
-        photos, held_out = (Path(given[key]).expanduser() for key in ("photos", "held_out"))
+        photos, held_out = (
+            Path(given[key]).expanduser().absolute() for key in ("photos", "held_out")
+        )
         prompt = str(given["instance_prompt"])
         word = str(given.get("class_word") or class_word_in(prompt, TRIGGER))
         source = cls(
