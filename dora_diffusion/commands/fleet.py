@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from dora_diffusion.config import TrainConfig
     from dora_diffusion.fleet.cluster import Share
 
-_OWN = ("subjects", "address", "workers", "num_cpus", "num_gpus", "retries", "pack", "output", "json")
+_OWN = (
+    "subjects",
+    "address",
+    "workers",
+    "num_cpus",
+    "num_gpus",
+    "retries",
+    "pack",
+    "output",
+    "json",
+)
 
 
 def add_workers(parser: argparse.ArgumentParser, what: str) -> None:

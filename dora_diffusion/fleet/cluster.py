@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dora_diffusion.config import ConfigError
-from dora_diffusion.fleet.queue import Place, TaskReport, Task
+from dora_diffusion.fleet.queue import Place, Task, TaskReport
 from dora_diffusion.fleet.workers import Work, Worker
 from dora_diffusion.wording import counted
 
@@ -292,7 +292,8 @@ class RayWorkers:
             seat.starting, seat.place, self._failed = None, Place(*answer), 0
             seat.waited = time.monotonic() - seat.created
             return []
-        assert seat.task is not None and seat.place is not None
+        assert seat.task is not None
+        assert seat.place is not None
         value, error = answer
         report = TaskReport(seat.task, seat.place, value, error)
         seat.task = seat.doing = None

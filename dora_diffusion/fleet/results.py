@@ -94,9 +94,9 @@ class FleetResults:
         there = f"{self._top}/{subject}"
         if not self._files.exists(f"{there}/{_STATE_FILE}"):
             return
-        with self._files.open(f"{there}/{_STATE_FILE}", "rb") as file:
-            with tarfile.open(fileobj=file) as tar:
-                tar.extractall(folder, filter="data")
+        state = self._files.open(f"{there}/{_STATE_FILE}", "rb")
+        with state as file, tarfile.open(fileobj=file) as tar:
+            tar.extractall(folder, filter="data")
         listed = folder / _CHECKPOINTS
         self._kept = set(listed.read_text(encoding="utf-8").split())
         listed.unlink()
@@ -136,7 +136,9 @@ class FleetResults:
         """Copy all that was made to a URL."""
         if self._files is not None:
             top = {path: path.relative_to(folder).parts[0] for path in sorted(folder.rglob("*"))}
-            self._copy_all([p for p, name in top.items() if name not in self._kept], subject, folder)
+            self._copy_all(
+                [p for p, name in top.items() if name not in self._kept], subject, folder
+            )
 
     def _copy_all(self, paths: Iterable[Path], subject: str, folder: Path) -> None:
         """Copy files, but for hidden ones, to where they are in the subject's folder."""

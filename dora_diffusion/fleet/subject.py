@@ -245,6 +245,6 @@ def _wait_for_lock(folder: Path) -> None:
     from filelock import FileLock, Timeout
 
     if (folder / LOCK_NAME).exists():
-        with suppress(Timeout, OSError, NotImplementedError):
-            with FileLock(folder / LOCK_NAME, timeout=_LOCK_SECONDS):
-                pass
+        lock = FileLock(folder / LOCK_NAME, timeout=_LOCK_SECONDS)
+        with suppress(Timeout, OSError, NotImplementedError), lock:
+            pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dora_diffusion.fleet.queue import Place, TaskReport, Task
+from dora_diffusion.fleet.queue import Place, Task, TaskReport
 from dora_diffusion.models.load import BaseCache
 
 

@@ -72,9 +72,7 @@ def perform(
     return trial.save(output, record)
 
 
-def _open(
-    trial: Trial, base: str, work: Path, folder: Path, load: LoadBase | None
-) -> Session:
+def _open(trial: Trial, base: str, work: Path, folder: Path, load: LoadBase | None) -> Session:
     """A session of a trial. Class images are shared: they are named by all that they depend on."""
     own = trial.subject.training(work, trial.config.token)
     if trial.config.uses_class_images:

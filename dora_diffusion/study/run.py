@@ -55,8 +55,8 @@ def run_study(
 ) -> Results:
     """Perform every trial that has no record in the folder yet, those of tuning first.
 
-    A process that is killed loses the trial that it was at. A report's ``records.json`` in the folder counts as
-    the records that it was made of.
+    A process that is killed loses the trial that it was at. A report's ``records.json`` in the
+    folder counts as the records that it was made of.
 
     Args:
         study: The study.
@@ -151,9 +151,7 @@ class _Job:
 
 
 def _perform(job: _Job, worker: Worker) -> Record:
-    return perform(
-        job.trial, job.base, job.output, with_image=job.with_image, load=worker.load
-    )
+    return perform(job.trial, job.base, job.output, with_image=job.with_image, load=worker.load)
 
 
 @dataclass(frozen=True)

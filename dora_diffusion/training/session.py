@@ -196,9 +196,7 @@ def open_session(
     )
 
 
-def load_base(
-    config: TrainConfig, accelerator: Any, load: LoadBase | None = None
-) -> Components:
+def load_base(config: TrainConfig, accelerator: Any, load: LoadBase | None = None) -> Components:
     """Load a run's base model, and put it where the settings want it.
 
     Args:

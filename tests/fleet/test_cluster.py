@@ -58,9 +58,7 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainConfig]:
 
 
 @pytest.fixture(scope="session")
-def serial_eight(
-    eight: dict[str, TrainConfig], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def serial_eight(eight: dict[str, TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     fleet = run_fleet(eight, tmp_path_factory.mktemp("fleet") / "serial")
     assert not fleet.failed
     return Path(fleet.output)

@@ -76,7 +76,7 @@ def test_a_task_whose_worker_is_lost_comes_first_again_and_one_that_fails_does_n
 
 
 def test_a_task_that_loses_too_many_workers_fails_with_the_last_reason():
-    ended, workers, _ = run(1, {"a": ["lost"] * 3, "b": ["done"]}, retries=2)
+    ended, _, _ = run(1, {"a": ["lost"] * 3, "b": ["done"]}, retries=2)
     assert isinstance(ended["a"].error, WorkerLostError)
     assert str(ended["a"].error) == "3 workers that had it were lost: its node is gone"
     assert ended["b"].error is None
@@ -125,6 +125,6 @@ def test_what_the_caller_raises_dismisses_the_workers():
 
     queue, workers = WorkQueue(), ScriptedWorkers(1, {"a": ["done"]})
     queue.add([Task("a", None)])
-    with pytest.raises(RuntimeError, match="^a$"):
+    with pytest.raises(RuntimeError, match=r"^a$"):
         run_tasks(queue, workers, refuse)
     assert workers.left

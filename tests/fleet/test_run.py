@@ -37,7 +37,7 @@ def trained(monkeypatch):
 
 
 def test_each_subject_is_that_of_a_run_of_its_own(serial, subjects, tmp_path):
-    """The base that stays in the worker is as it was loaded: a cold run is the same, bit for bit."""
+    """The base that stays in the worker is as it was loaded: a cold run gives the same bits."""
     for name in (NAMES[1], NAMES[2]):
         train(replace(subjects[name], output_dir=str(tmp_path / name)))
     assert_same_results(tmp_path, Path(serial.output), NAMES[1:])

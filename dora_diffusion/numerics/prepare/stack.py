@@ -216,9 +216,7 @@ class Stack:
     def _row_of(self, vector: Vector) -> Tensor:
         """Of each number of a row of the stack, its place in a vector; its size for none."""
         row = torch.full((1, self.size), vector.size)
-        k = next(
-            k for k, w in enumerate(self.layers[0].adapters) if id(w.down) in vector.offsets
-        )
+        k = next(k for k, w in enumerate(self.layers[0].adapters) if id(w.down) in vector.offsets)
         for shape in self._shapes:
             downs, ups = shape.block(row, "down"), shape.block(row, "up")
             for place, number in enumerate(shape.layers):
