@@ -117,45 +117,61 @@ def run_fleet(
         >>> fleet.records["mug"].status
         'done'
     """
+    _refuse_own(configs)
+    output = str(output) if "://" in str(output) else str(Path(output).expanduser().absolute())
+    results = FleetResults(output)
+    fleet = Fleet(output, WorkQueue(retries), workers_for(train_subjects, address, share))
+    ended, left = _sorted_out(configs, results, output)
+    fleet.known = frozenset(name for name, record in ended.items() if record.status == DONE)
+    fleet.queue.add(_packed(left, pack))
+    book = _Book(fleet, results, list(configs), on_change)
+    try:
+        for record in ended.values():
+            book.end(record)
+        if left:
+            run_tasks(fleet.queue, fleet.workers, book.end_task, lambda: on_change(fleet, None))
+    finally:
+        book.write()
+    fleet.files["page"] = results.write(PAGE_FILE, fleet_page(list(configs), fleet.records))
+    return fleet
+
+
+@dataclass(frozen=True)
+class _Book:
+    """Keeps the records of a fleet."""
+
+    fleet: Fleet
+    results: FleetResults
+    names: Sequence[str]
+    on_change: OnChange
+
+    def end(self, record: SubjectRecord) -> None:
+        """Take in a subject that has ended."""
+        self.fleet.records[record.name] = record
+        self.on_change(self.fleet, record)
+        # Of thousands, the file is not written for each.
+        if len(self.fleet.records) % max(1, len(self.names) // 100) == 0:
+            self.write()
+
+    def end_task(self, done: Ended) -> None:
+        """Take in the subjects of a task."""
+        for record in _records_of(done):
+            if record.status == DONE:
+                self.results.finish(record)  # with what the worker does not know of itself
+            self.end(record)
+
+    def write(self) -> None:
+        """Write all records, in the order of the subjects."""
+        known = self.fleet.records
+        records = [known[name] for name in self.names if name in known]
+        self.fleet.files["records"] = self.results.write(RECORDS_FILE, records_text(records))
+
+
+def _refuse_own(configs: Mapping[str, TrainConfig]) -> None:
     for config in configs.values():
         for name in _ITS_OWN:
             if getattr(config, name):
                 raise ConfigError(f"{name} is the fleet's own business; leave it out", name)
-    output = str(output) if "://" in str(output) else str(Path(output).expanduser().absolute())
-    results = FleetResults(output)
-    fleet = Fleet(output, WorkQueue(retries), workers_for(train_subjects, address, share))
-    ended, given = _sorted_out(configs, results, output)
-    tasks = _packed(given, pack)
-    fleet.known = frozenset(name for name, record in ended.items() if record.status == DONE)
-    order = {name: place for place, name in enumerate(configs)}
-
-    def end(record: SubjectRecord) -> None:
-        fleet.records[record.name] = record
-        on_change(fleet, record)
-        # Of thousands, the file is not written for each.
-        if fleet.queue.ended % max(1, len(configs) // 100) == 0:
-            write()
-
-    def write() -> None:
-        records = sorted(fleet.records.values(), key=lambda record: order[record.name])
-        fleet.files["records"] = results.write(RECORDS_FILE, records_text(records))
-
-    def end_task(done: Ended) -> None:
-        for record in _records_of(done):
-            if record.status == DONE:
-                results.finish(record)  # with what the worker does not know of itself
-            end(record)
-
-    for record in ended.values():
-        end(record)
-    fleet.queue.add(tasks)
-    try:
-        if tasks:
-            run_tasks(fleet.queue, fleet.workers, end_task, lambda: on_change(fleet, None))
-    finally:
-        write()
-    fleet.files["page"] = results.write(PAGE_FILE, fleet_page(list(configs), fleet.records))
-    return fleet
 
 
 def _records_of(ended: Ended) -> list[SubjectRecord]:

@@ -15,7 +15,8 @@ import pytest
 from dora_diffusion.config import ConfigError
 from dora_diffusion.fleet import run as module
 from dora_diffusion.fleet import subject as worker_side
-from dora_diffusion.fleet.cluster import Share, connect
+from dora_diffusion.fleet.cluster import Share
+from dora_diffusion.fleet.connection import connect
 from dora_diffusion.fleet.records import cause_of
 from dora_diffusion.fleet.run import run_fleet
 from dora_diffusion.fleet.subject import train_subjects
