@@ -80,7 +80,9 @@ def make(name: str, family: str, dtype: torch.dtype, targets: str, text: bool) -
     if text and family == "sdxl":
         config = CLIPTextConfig(vocab_size=49408, **CLIP_BIG_G)
         encoders.append(CLIPTextModelWithProjection(config))
-    models = Models(unet, [e.to(DEVICE, dtype) for e in encoders], ours=name == OURS or name.startswith(PACK))
+    models = Models(
+        unet, [e.to(DEVICE, dtype) for e in encoders], ours=name == OURS or name.startswith(PACK)
+    )
     for model in models.all():
         layers = targets if model is unet else "text-encoder-attention"
         models.layers += adapt(name, model.requires_grad_(False).train(), layers)
@@ -114,11 +116,11 @@ def subjects_of(name: str) -> int:
     return int(name.removeprefix(PACK)) if name.startswith(PACK) else 1
 
 
-def predict(
-    models: Models, family: str, dtype: torch.dtype, latent: int, batch: int = 1
-) -> Tensor:
+def predict(models: Models, family: str, dtype: torch.dtype, latent: int, batch: int = 1) -> Tensor:
     """The UNet's prediction for a batch, its prompts encoded where encoders train."""
-    states = torch.empty(batch, 77, UNETS[family]["cross_attention_dim"], device=DEVICE, dtype=dtype)
+    states = torch.empty(
+        batch, 77, UNETS[family]["cross_attention_dim"], device=DEVICE, dtype=dtype
+    )
     pooled = torch.empty(batch, 1280, device=DEVICE, dtype=dtype)
     if models.text_encoders:
         tokens = torch.zeros(batch, 77, dtype=torch.int64, device=DEVICE)

@@ -77,7 +77,6 @@ class StepInputs:
         photos, texts = len(captions), list(captions.values())
         return StepInputs(*drawn, texts, ids, photos, condition=condition), rows
 
-
     @classmethod
     def cat(cls, parts: Sequence[StepInputs]) -> StepInputs:
         """The rows of several inputs of one size, for one prediction of all; no loss is in them."""

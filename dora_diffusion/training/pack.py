@@ -89,10 +89,9 @@ def train_pack(
     """
     check_pack(configs)
     pack = _Pack(on_event or (lambda name, event: None))
-    with pack.stop, pack.stack:
-        with contextlib.suppress(Stopped):
-            pack.open(configs)
-            pack.train()
+    with pack.stop, pack.stack, contextlib.suppress(Stopped):
+        pack.open(configs)
+        pack.train()
     return PackResult(pack.results, pack.failures, pack.stop.signal_number)
 
 
@@ -192,9 +191,7 @@ class _Pack:
                 detach_adapters(*base.adaptable().values())
                 self._attached = None
 
-    def _ready(
-        self, name: str, config: TrainConfig
-    ) -> tuple[TrainConfig, list[Subject]] | None:
+    def _ready(self, name: str, config: TrainConfig) -> tuple[TrainConfig, list[Subject]] | None:
         """A subject's settings, checked as far as is possible without the base; None: it ended."""
         folder = Path(config.output_dir)
         if config.resume_from_checkpoint == "latest" and not checkpoints_in(folder):
