@@ -102,9 +102,9 @@ def add_arguments(parser: Parser) -> None:
         "subject in OUTPUT/NAME. Default: as --output_dir.",
     )
     parser.add_argument("--json", action="store_true", help="Print the records as JSON.")
-    train.add_arguments(parser)
     parser.usage = "%(prog)s SUBJECTS [--address ADDRESS] [--output OUTPUT] [--SETTING VALUE ...]"
-    parser.first = (*_OWN, "config", "debug", *train.FIRST)
+    parser.split_help((*_OWN, "config", "debug", *train.FIRST))
+    train.add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -68,7 +68,7 @@ def subject_configs(
             other = names.setdefault(name.casefold(), place)
             require(
                 other == place,
-                f"the name {name!r} is that of entry {other + 1} too; give one another with 'name:'",
+                f"the name {name!r} is that of entry {other + 1} too; give it another 'name:'",
             )
             made[name] = _with_own(config, name, own)
     require(bool(made), f"{file} holds no subject")

@@ -191,7 +191,7 @@ class Stack:
             width = shape[self.axis == "input"] if self.has_gain else 0
             scales = [[a.scale for a in self.layers[n].adapters] for n in group]
             is_one = all(scale == 1 for of_layer in scales for scale in of_layer)
-            factors = torch.tensor(scales, dtype=self.dtype, device=self.device)[..., None, None]
+            factors = self._here(torch.tensor(scales, dtype=self.dtype)[..., None, None])
             made = _Shape(
                 group, rank, shape, down, up, channels, width, None if is_one else factors
             )
@@ -202,21 +202,27 @@ class Stack:
         self._start, self.channels = up, channels
         self.size = up + channels
 
+    def _here(self, tensor: Tensor) -> Tensor:
+        """A tensor on the device of the layers."""
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device).copy_(tensor)
+
     def _form(self, vectors: Sequence[Vector]) -> _Form:
-        row = self._row_of(vectors[0])
-        size = vectors[0].size
-        target = torch.full((size,), -1)
-        is_used = row < size
-        target[row[is_used]] = torch.arange(self.size)[is_used]
-        if bool((target < 0).any()) or any(v.size != size for v in vectors):
-            raise ValueError("an adapter has parameters that are not in the stack")
+        size, row = vectors[0].size, self._row_of(vectors[0])
+        # What only fills ranks up is written behind the vector's end, and dropped.
+        target = torch.zeros(size + 1, dtype=torch.int64)
+        target = target.scatter_(0, row, torch.arange(self.size))[:size]
         kind = torch.int32 if max(size, self.size) < 2**31 else torch.int64
-        return _Form(vectors, row.to(self.device, kind), target.to(self.device, kind))
+        return _Form(vectors, self._here(row.to(kind)), self._here(target.to(kind)))
 
     def _row_of(self, vector: Vector) -> Tensor:
         """Of each number of a row of the stack, its place in a vector; its size for none."""
         row = torch.full((1, self.size), vector.size)
-        k = next(k for k, w in enumerate(self.layers[0].adapters) if id(w.down) in vector.offsets)
+        firsts = [id(own.down) for own in self.layers[0].adapters]
+        k = next(k for k, first in enumerate(firsts) if first in vector.offsets)
+        each = (layer.adapters[k] for layer in self.layers)
+        parts = (part for own in each for part in (own.down, own.up, own.magnitude))
+        if sum(part.numel() for part in parts if part is not None) != vector.size:
+            raise ValueError("an adapter has parameters that are not in the stack")
         for shape in self._shapes:
             downs, ups = shape.block(row, "down"), shape.block(row, "up")
             for place, number in enumerate(shape.layers):
@@ -250,7 +256,7 @@ class Stack:
                 rows = torch.arange(self.count)[:, None] * self.size
                 places.append((rows + torch.arange(start, start + shape.width)).flatten())
         self._base, self._bias = torch.cat(base), torch.cat(bias)
-        self._places = torch.cat(places).to(self.device)
+        self._places = self._here(torch.cat(places))
         self._has_bias = [
             self.axis == "output" and self.layers[n].bias is not None for n in self._each
         ]
@@ -355,7 +361,7 @@ class Stack:
                 start += self.count * width
             if len(self._indices) == _KEPT:
                 self._indices.clear()
-            self._indices[rows] = chosen.to(self.device), torch.cat(places).to(self.device)
+            self._indices[rows] = self._here(chosen), self._here(torch.cat(places))
         return self._indices[rows]
 
     def of_rows(self, vector: Tensor, rows: tuple[int, ...]) -> Sequence[Tensor]:
