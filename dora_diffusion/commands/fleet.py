@@ -128,8 +128,13 @@ def run(args: argparse.Namespace) -> int:
             configs, config.output_dir, args.address, share, retries=args.retries, pack=args.pack,
             on_change=table,
         )  # fmt: skip
+    except KeyboardInterrupt:
+        fleet = None
     finally:
         table.close()
+    if fleet is None:
+        print("stopped; the same command resumes")
+        return 130
     if args.json:
         print_json([dataclasses.asdict(fleet.records[name]) for name in configs])
         return int(bool(fleet.failed))

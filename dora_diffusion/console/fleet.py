@@ -29,14 +29,19 @@ class FleetTable:
     ) -> None:
         self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
         self._clock = clock
-        self._drawn = 0
+        self._drawn = self._lost = 0
         self._last = -_REDRAW_SECONDS
         self._warned: set[str] = set()
 
     def __call__(self, fleet: Fleet, ended: SubjectRecord | None) -> None:
         """Show the fleet, and a subject that has just ended."""
-        if ended is not None:
+        lost = fleet.queue.lost[self._lost :]
+        if ended is not None or lost:
             self._clear()
+        for report in lost:
+            say(f"lost: {report.task.name}: {report.lost}; it is resumed", sys.stderr)
+        self._lost += len(lost)
+        if ended is not None:
             self._say_end(fleet, ended)
         total = len(fleet.records) + sum(fleet.queue.sizes)
         tell(phase="training subjects", unit="subject", done=len(fleet.records), total=total)
@@ -65,7 +70,8 @@ class FleetTable:
             say(f"failed: {record.name}: {record.cause}", sys.stderr)
         elif record.name not in fleet.known:
             again = f", {counted(record.attempts, 'worker')}" if record.attempts > 1 else ""
-            say(f"done: {record.name} in {duration(record.seconds)}{again} ({record.worker})")
+            took = duration(record.seconds)
+            say(f"done: {record.name} in {took}{again} ({record.worker})", sys.stderr)
 
 
 def table_lines(fleet: Fleet) -> list[str]:

@@ -119,6 +119,7 @@ class WorkQueue:
         waiting: Tasks that no worker has.
         running: Tasks that a worker has, by name.
         ended: The sizes of those that ended.
+        lost: What was told of workers that are gone, in whose place another one comes.
     """
 
     retries: int = 3
@@ -126,6 +127,7 @@ class WorkQueue:
     waiting: deque[Task] = field(default_factory=deque)
     running: dict[str, _Running] = field(default_factory=dict)
     ended: int = 0
+    lost: list[TaskReport] = field(default_factory=list)
     _attempts: dict[str, int] = field(default_factory=dict)
     _first: dict[str, float] = field(default_factory=dict)
     _begun: float | None = None
@@ -153,6 +155,7 @@ class WorkQueue:
         attempts = self._attempts[task.name]
         if report.lost and attempts <= self.retries:
             self.waiting.appendleft(task)
+            self.lost.append(report)
             return None
         if report.lost:
             error = WorkerLostError(f"{attempts} workers that had it were lost: {report.lost}")

@@ -29,7 +29,7 @@ def test_a_folder_of_folders_is_trained_and_what_failed_is_the_exit_code(words, 
     out, err = capsys.readouterr()
     assert "failed: empty: " in err
     assert "no photos in this folder" in err
-    assert "done: mug in " in out
+    assert "done: mug in " in err
     assert "1 subject done, 1 failed" in out
     assert f"page: {tmp_path / 'out' / 'index.html'}" in out
     assert (tmp_path / "out" / "mug" / "pytorch_lora_weights.safetensors").is_file()

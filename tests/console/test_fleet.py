@@ -56,11 +56,15 @@ def test_in_a_log_each_subject_is_a_line_and_a_warning_is_said_once(fleet, capsy
     show = FleetTable(is_terminal=False)
     for name in ("old", "a", "b"):
         show(fleet, fleet.records[name])
+    fleet.queue.lost.append(TaskReport(Task("c", None), Place(), lost="its node is gone"))
     show(fleet, None)
     show.close()
-    out, err = capsys.readouterr()
-    assert out == "done: a in 1 min 0 s (node-1:42)\n"
-    assert err == "warning: a: idle\nfailed: b: no photos\n"
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: a: idle",
+        "done: a in 1 min 0 s (node-1:42)",
+        "failed: b: no photos",
+        "lost: c: its node is gone; it is resumed",
+    ]
 
 
 def test_on_a_terminal_the_table_is_drawn_over(fleet, capsys):
