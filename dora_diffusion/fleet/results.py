@@ -76,13 +76,17 @@ class FleetResults:
             self._copy(file, name)
         return f"{self.output.rstrip('/')}/{name}"
 
+    def folder(self, subject: str) -> Path:
+        """Where a subject is trained on this machine."""
+        return self._root / subject
+
     def record(self, subject: str) -> SubjectRecord | None:
         """What is kept of a subject."""
         return SubjectRecord.parse(self.read(f"{subject}/{RECORD_FILE}"))
 
     def begin(self, record: SubjectRecord) -> Path:
         """The folder to train a subject in, with what an earlier worker left of it."""
-        folder = self._root / record.name
+        folder = self.folder(record.name)
         if self._files is not None:
             self._fetch(record.name, folder)
         self.write(f"{record.name}/{RECORD_FILE}", record.text())
@@ -157,7 +161,7 @@ class FleetResults:
     def leave(self, subject: str) -> None:
         """Remove what of a subject lies on this disk, where it is kept elsewhere."""
         if self._files is not None:
-            shutil.rmtree(self._root / subject, ignore_errors=True)
+            shutil.rmtree(self.folder(subject), ignore_errors=True)
 
     def _copy(self, file: Path, name: str) -> None:
         """Copy a file under another name, and move it: a half of one is never taken for it."""

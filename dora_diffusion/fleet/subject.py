@@ -101,19 +101,29 @@ class _Trainee:
         results: Where it is kept.
         folder: Where it is written.
         config: Its settings there.
+        done: Its record, where a worker that was thought lost has ended it meanwhile.
         started: When its first step began; None before.
         steps: Optimizer steps that are done.
     """
 
     def __init__(self, subject: FleetSubject) -> None:
         self.subject, self.results = subject, FleetResults(subject.output)
-        name, resumes = subject.record.name, _is_begun(subject, self.results)
+        self.started: float | None = None
+        self.steps, name = 0, subject.record.name
+        self.folder, self.config = self.results.folder(name), subject.config
+        _wait_for_lock(self.folder)
+        before, run = self.results.record(name), subject.record.run
+        is_ours = before is not None and before.run == run
+        self.done = before if before and is_ours and before.status == DONE else None
+        if self.done is not None:
+            return
+        # What is trained anew is so once, and not by each worker that it is given to.
+        resumes = before is not None and before.status == RUNNING
+        resumes = resumes and (is_ours or not subject.config.overwrite_output_dir)
         if subject.config.overwrite_output_dir and not resumes:
             self.results.clear(name)
-        self.folder = self.results.begin(subject.record)
+        self.results.begin(subject.record)
         self.config = _in_folder(subject.config, self.folder, resumes=resumes)
-        self.started: float | None = None
-        self.steps = 0
 
     def take(self, event: Event) -> None:
         """Take note of an event, and keep what it wrote."""
@@ -172,8 +182,11 @@ def train_subjects(subjects: Sequence[FleetSubject], worker: Worker) -> list[Sub
                     trainees[subject.record.name] = _Trainee(subject)
                 except Exception as error:
                     fail(subject, error)
-            made = _train(trainees, worker)
+            records |= {name: t.done for name, t in trainees.items() if t.done is not None}
+            made = _train({n: t for n, t in trainees.items() if t.done is None}, worker)
             for name, trainee in trainees.items():
+                if trainee.done is not None:
+                    continue
                 try:
                     if error := made.failures.get(name):
                         raise error
@@ -218,19 +231,8 @@ def _train(trainees: Mapping[str, _Trainee], worker: Worker) -> PackResult:
     return made
 
 
-def _is_begun(subject: FleetSubject, results: FleetResults) -> bool:
-    """Whether an earlier worker began it, and what it left is to be resumed."""
-    before = results.record(subject.record.name)
-    if before is None or before.status != RUNNING:
-        return False
-    # What is trained anew is so once, and not by each worker that it is given to.
-    return not subject.config.overwrite_output_dir or before.run == subject.record.run
-
-
 def _in_folder(config: TrainConfig, folder: Path, *, resumes: bool) -> TrainConfig:
     """The settings with where this worker writes, and from what it resumes."""
-    if resumes:
-        _wait_for_lock(folder)
     has_checkpoint = resumes and bool(checkpoints_in(folder))
     return replace(
         config,

@@ -18,8 +18,10 @@ from dora_diffusion.fleet import subject as worker_side
 from dora_diffusion.fleet.cluster import Share
 from dora_diffusion.fleet.connection import connect
 from dora_diffusion.fleet.records import cause_of
+from dora_diffusion.fleet.results import FleetResults
 from dora_diffusion.fleet.run import run_fleet
-from dora_diffusion.fleet.subject import train_subjects
+from dora_diffusion.fleet.subject import FleetSubject, train_subjects
+from dora_diffusion.fleet.workers import Worker
 from dora_diffusion.training.loop import train
 from tests.fleet.helpers import DEADLY, NAMES, STEP, assert_same_results, losses
 
@@ -78,6 +80,17 @@ def test_what_is_done_is_not_repeated(serial, subjects, trained, tmp_path):
     again = run_fleet(subjects, output)
     assert trained == [NAMES[0]]
     assert again.records == fleet.records
+
+
+def test_what_a_worker_that_was_thought_lost_has_ended_is_not_trained_again(
+    serial, subjects, monkeypatch
+):
+    """Its node was gone, and its process lived long enough."""
+    name, results = NAMES[0], FleetResults(serial.output)
+    record = results.record(name)
+    monkeypatch.setattr(worker_side, "train", None)
+    subject = FleetSubject(subjects[name], serial.output, replace(record, status="running"))
+    assert train_subjects([subject], Worker()) == [record]
 
 
 def test_other_settings_or_photos_of_a_subject_that_is_done_are_said(
