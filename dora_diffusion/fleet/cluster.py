@@ -218,8 +218,8 @@ class RayWorkers:
             return []
         assert seat.task is not None
         assert seat.place is not None
-        value, error = answer
-        report = TaskReport(seat.task, seat.place, value, error)
+        value, raised = answer
+        report = TaskReport(seat.task, seat.place, value, raised)
         seat.task = seat.doing = None
         return [report]
 

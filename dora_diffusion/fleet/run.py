@@ -180,9 +180,16 @@ def _records_of(ended: Ended) -> list[SubjectRecord]:
         replace(subject.record, status=FAILED, cause=cause_of(ended.error or RuntimeError()))
         for subject in ended.task.payload
     ]
-    place = {"worker": ended.place.worker, "node": ended.place.node}
-    seconds = round(ended.seconds, 3)
-    return [replace(r, attempts=ended.attempts, seconds=seconds, **place) for r in made]
+    return [
+        replace(
+            record,
+            attempts=ended.attempts,
+            seconds=round(ended.seconds, 3),
+            worker=ended.place.worker,
+            node=ended.place.node,
+        )
+        for record in made
+    ]
 
 
 def _packed(subjects: Sequence[FleetSubject], size: int) -> list[Task]:

@@ -183,13 +183,12 @@ def train_subjects(subjects: Sequence[FleetSubject], worker: Worker) -> list[Sub
                 except Exception as error:
                     fail(subject, error)
             records |= {name: t.done for name, t in trainees.items() if t.done is not None}
-            made = _train({n: t for n, t in trainees.items() if t.done is None}, worker)
-            for name, trainee in trainees.items():
-                if trainee.done is not None:
-                    continue
+            left = {name: t for name, t in trainees.items() if t.done is None}
+            made = _train(left, worker)
+            for name, failure in made.failures.items():
+                fail(left.pop(name).subject, failure)
+            for name, trainee in left.items():
                 try:
-                    if error := made.failures.get(name):
-                        raise error
                     records[name] = trainee.finish(made.results[name], meter, caught)
                 except Exception as error:
                     fail(trainee.subject, error)
