@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from dora_diffusion.training.metrics import TrainingError
+
 
 @dataclass(frozen=True)
 class Task:
@@ -61,7 +63,7 @@ class Ended:
         seconds: Since it was first given to a worker.
         attempts: How many workers had it.
         value: What the work returned.
-        error: What it raised, or `WorkerLostError`.
+        error: What it raised, or that its workers were lost.
     """
 
     task: Task
@@ -70,10 +72,6 @@ class Ended:
     attempts: int
     value: Any = None
     error: Exception | None = None
-
-
-class WorkerLostError(RuntimeError):
-    """A task's worker is gone, and so were those that had it before."""
 
 
 class Workers(Protocol):
@@ -158,7 +156,7 @@ class WorkQueue:
             self.lost.append(report)
             return None
         if report.lost:
-            error = WorkerLostError(f"{attempts} workers that had it were lost: {report.lost}")
+            error = TrainingError(f"{attempts} workers that had it were lost: {report.lost}")
         self.ended += task.size
         seconds = self.clock() - self._first[task.name]
         return Ended(task, report.place, seconds, attempts, report.value, error)

@@ -12,6 +12,7 @@ from typing import Any
 
 from dora_diffusion.config import TrainConfig, differences, settings
 from dora_diffusion.config.derived import listed
+from dora_diffusion.training.metrics import TrainingError
 
 RECORD_FILE = "fleet.json"
 """In each subject's folder, written last."""
@@ -136,8 +137,6 @@ def cause_of(error: Exception) -> str:
         text = f"{error.filename}: {error.strerror}"
     elif isinstance(error, OSError) and error.strerror:
         text = " ".join(error.strerror.split())
-    is_known = isinstance(error, ValueError | OSError) or type(error).__name__ in (
-        "TrainingError", "WorkerLostError",
-    )  # fmt: skip
+    is_known = isinstance(error, ValueError | OSError | TrainingError)
     text = text if is_known and text else f"{type(error).__name__}: {text}"
     return text if len(text) <= _LONG else f"{text[:_LONG].rstrip()} ..."

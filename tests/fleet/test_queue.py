@@ -13,10 +13,10 @@ from dora_diffusion.fleet.queue import (
     Place,
     Task,
     TaskReport,
-    WorkerLostError,
     WorkQueue,
     run_tasks,
 )
+from dora_diffusion.training.metrics import TrainingError
 
 
 class ScriptedWorkers:
@@ -77,7 +77,7 @@ def test_a_task_whose_worker_is_lost_comes_first_again_and_one_that_fails_does_n
 
 def test_a_task_that_loses_too_many_workers_fails_with_the_last_reason():
     ended, _, _ = run(1, {"a": ["lost"] * 3, "b": ["done"]}, retries=2)
-    assert isinstance(ended["a"].error, WorkerLostError)
+    assert isinstance(ended["a"].error, TrainingError)
     assert str(ended["a"].error) == "3 workers that had it were lost: its node is gone"
     assert ended["b"].error is None
 
