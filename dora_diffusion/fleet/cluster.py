@@ -151,7 +151,10 @@ class RayWorkers:
     def _fitting(self) -> int:
         """How many workers the nodes that are there have room for."""
         return sum(
-            min(int(node.get(kind, 0) / amount + 1e-6) for kind, amount in self._demand.items())
+            min(
+                (int(node.get(kind, 0) / amount + 1e-6) for kind, amount in self._demand.items()),
+                default=1,
+            )
             for node in self._nodes()
         )
 
