@@ -84,15 +84,15 @@ class FleetResults:
         """What is kept of a subject."""
         return SubjectRecord.parse(self.read(f"{subject}/{RECORD_FILE}"))
 
-    def begin(self, record: SubjectRecord) -> Path:
-        """The folder to train a subject in, with what an earlier worker left of it."""
-        folder = self.folder(record.name)
-        if self._files is not None:
-            self._fetch(record.name, folder)
+    def begin(self, record: SubjectRecord) -> None:
+        """Write the record that says that what is there is this fleet's."""
         self.write(f"{record.name}/{RECORD_FILE}", record.text())
-        return folder
 
-    def _fetch(self, subject: str, folder: Path) -> None:
+    def fetch(self, subject: str) -> None:
+        """Fetch what an earlier worker left of a subject from a URL."""
+        if self._files is None:
+            return
+        folder = self.folder(subject)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         there = f"{self._top}/{subject}"

@@ -18,7 +18,14 @@ from dora_diffusion.fleet.records import DONE, FAILED, RUNNING, SubjectRecord, c
 from dora_diffusion.fleet.results import FleetResults
 from dora_diffusion.fleet.workers import Worker
 from dora_diffusion.training.checkpoint import checkpoints_in
-from dora_diffusion.training.events import CheckpointSaved, Event, StepDone, TrainingStarted
+from dora_diffusion.training.events import (
+    CheckpointSaved,
+    Event,
+    ModelLoading,
+    StepDone,
+    SubjectLeft,
+    TrainingStarted,
+)
 from dora_diffusion.training.folders import LOCK_NAME
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.pack import PackResult, train_pack
@@ -104,12 +111,13 @@ class _Trainee:
         done: Its record, where a worker that was thought lost has ended it meanwhile.
         started: When its first step began; None before.
         steps: Optimizer steps that are done.
+        has_left: Whether it has left its pack.
     """
 
     def __init__(self, subject: FleetSubject) -> None:
         self.subject, self.results = subject, FleetResults(subject.output)
         self.started: float | None = None
-        self.steps, name = 0, subject.record.name
+        self.has_left, self.steps, name = False, 0, subject.record.name
         self.folder, self.config = self.results.folder(name), subject.config
         _wait_for_lock(self.folder)
         before, run = self.results.record(name), subject.record.run
@@ -122,11 +130,15 @@ class _Trainee:
         resumes = resumes and (is_ours or not subject.config.overwrite_output_dir)
         if subject.config.overwrite_output_dir and not resumes:
             self.results.clear(name)
-        self.results.begin(subject.record)
+        self.results.fetch(name)
         self.config = _in_folder(subject.config, self.folder, resumes=resumes)
 
     def take(self, event: Event) -> None:
         """Take note of an event, and keep what it wrote."""
+        if isinstance(event, ModelLoading) and not self.has_left:
+            # Its folder was looked at, and is no other run's.
+            self.results.begin(self.subject.record)
+        self.has_left = self.has_left or isinstance(event, SubjectLeft)
         if isinstance(event, TrainingStarted):
             self.started, self.steps = time.perf_counter(), event.step
         elif isinstance(event, StepDone):
@@ -208,10 +220,10 @@ def _train(trainees: Mapping[str, _Trainee], worker: Worker) -> PackResult:
     """
 
     def on_event(name: str, event: Event) -> None:
-        if name:  # and not of the whole pack
-            if isinstance(event, StepDone):
-                worker.tell(step=event.step, total=event.total_steps, loss=event.loss)
-            trainees[name].take(event)
+        if isinstance(event, StepDone):
+            worker.tell(step=event.step, total=event.total_steps, loss=event.loss)
+        for trainee in [trainees[name]] if name else trainees.values():  # "": the whole pack
+            trainee.take(event)
 
     configs = {name: trainee.config for name, trainee in trainees.items()}
     made = PackResult()

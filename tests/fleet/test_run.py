@@ -198,6 +198,18 @@ def test_a_pack_is_one_task_and_each_of_it_nearly_what_it_is_alone(serial, subje
         assert ours == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in theirs]
 
 
+def test_what_another_run_has_left_is_never_replaced(subjects, tmp_path):
+    """Not the first time, nor when the command is given again."""
+    name = NAMES[0]
+    theirs = tmp_path / name / "pytorch_lora_weights.safetensors"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"precious")
+    for _ in range(2):
+        (failed,) = run_fleet({name: subjects[name]}, tmp_path).failed
+        assert "already holds a trained adapter" in failed.cause
+    assert theirs.read_bytes() == b"precious"
+
+
 def test_half_of_a_copy_is_never_taken_for_whole(serial, subjects, monkeypatch, tmp_path):
     """The connection breaks in the middle of a checkpoint's copy, and in that of a result's."""
     output, name = tmp_path / "out", NAMES[0]
