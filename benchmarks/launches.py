@@ -2,6 +2,7 @@
 
     python benchmarks/launches.py
     python benchmarks/launches.py --family sdxl --precision float32 --text-encoders
+    python benchmarks/launches.py --packs 1 2 4 8 --peers    # several subjects in one step
 
 At batch 1 a GPU runs as fast as operations are issued, so their number is the time. Models of full
 size are made of fake tensors (`fake_gpu`); nothing is computed, and every count is exact.
@@ -25,12 +26,14 @@ from full_size import CLIP_BIG_G, CLIP_L, UNETS
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import inject_adapters
-from dora_diffusion.adapters.scope import NormCache, norm_scope
+from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.adapters.scope import NormCache, norm_scope, stack_of, stack_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.training.optimizer import FlatParameters
 
 PEERS = (FROZEN, LORA, PEFT_DORA, OURS)
+PACK = "a pack of "
 PHASES = ("norms", "forward", "backward", "clip", "optimizer")
 LATENTS = {"sd1": 64, "sdxl": 128}
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -77,7 +80,9 @@ def make(name: str, family: str, dtype: torch.dtype, targets: str, text: bool) -
     if text and family == "sdxl":
         config = CLIPTextConfig(vocab_size=49408, **CLIP_BIG_G)
         encoders.append(CLIPTextModelWithProjection(config))
-    models = Models(unet, [e.to(DEVICE, dtype) for e in encoders], ours=name == OURS)
+    models = Models(
+        unet, [e.to(DEVICE, dtype) for e in encoders], ours=name == OURS or name.startswith(PACK)
+    )
     for model in models.all():
         layers = targets if model is unet else "text-encoder-attention"
         models.layers += adapt(name, model.requires_grad_(False).train(), layers)
@@ -87,7 +92,11 @@ def make(name: str, family: str, dtype: torch.dtype, targets: str, text: bool) -
 def adapt(name: str, model: nn.Module, targets: str) -> int:
     """Put a peer's adapters on a model. Returns how many layers it has them on."""
     paths = match_targets(model, [targets])
-    if name == OURS:
+    if name.startswith(PACK):
+        config = AdapterConfig(targets=(targets,), rank=8, conv_rank=8)
+        for number in range(subjects_of(name)):
+            inject_adapters(model, config, name=str(number))
+    elif name == OURS:
         inject_adapters(model, AdapterConfig(targets=(targets,), rank=8, conv_rank=8))
     elif name != FROZEN:
         from peft import LoraConfig, inject_adapter_in_model
@@ -102,22 +111,29 @@ def adapt(name: str, model: nn.Module, targets: str) -> int:
     return len(paths)
 
 
-def predict(models: Models, family: str, dtype: torch.dtype, latent: int) -> Tensor:
-    """The UNet's prediction for a batch of one, its prompt encoded where encoders train."""
-    states = torch.empty(1, 77, UNETS[family]["cross_attention_dim"], device=DEVICE, dtype=dtype)
-    pooled = torch.empty(1, 1280, device=DEVICE, dtype=dtype)
+def subjects_of(name: str) -> int:
+    """How many subjects a peer trains in a step."""
+    return int(name.removeprefix(PACK)) if name.startswith(PACK) else 1
+
+
+def predict(models: Models, family: str, dtype: torch.dtype, latent: int, batch: int = 1) -> Tensor:
+    """The UNet's prediction for a batch, its prompts encoded where encoders train."""
+    states = torch.empty(
+        batch, 77, UNETS[family]["cross_attention_dim"], device=DEVICE, dtype=dtype
+    )
+    pooled = torch.empty(batch, 1280, device=DEVICE, dtype=dtype)
     if models.text_encoders:
-        tokens = torch.zeros(1, 77, dtype=torch.int64, device=DEVICE)
+        tokens = torch.zeros(batch, 77, dtype=torch.int64, device=DEVICE)
         outputs = [e(tokens, output_hidden_states=True) for e in models.text_encoders]
         states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         pooled = outputs[-1][0]
     inputs: dict[str, Any] = {}
     if family == "sdxl":
-        ids = torch.empty(1, 6, device=DEVICE)
+        ids = torch.empty(batch, 6, device=DEVICE)
         inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
-    latents = torch.empty(1, 4, latent, latent, device=DEVICE, dtype=dtype)
+    latents = torch.empty(batch, 4, latent, latent, device=DEVICE, dtype=dtype)
     latents.requires_grad_(not models.parameters())
-    timesteps = torch.empty(1, device=DEVICE, dtype=torch.int64)
+    timesteps = torch.empty(batch, device=DEVICE, dtype=torch.int64)
     output: Tensor = models.unet(latents, timesteps, states, **inputs).sample
     return output
 
@@ -168,6 +184,44 @@ def count_step(
         models.kept = sum(kept.values())
 
 
+def count_pack(
+    models: Models, family: str, dtype: torch.dtype, latent: int, count: int, steps: int = 2
+) -> None:
+    """`count_step` for so many subjects at once, a row each."""
+    layers = [layer for model in models.all() for _, layer in adapted_layers(model)]
+    adapters = [[layer.adapters[str(k)] for k in range(count)] for layer in layers]
+    own = [[p for a in part for p in a.parameters()] for part in zip(*adapters, strict=True)]
+    flats = [FlatParameters([{"params": parameters}]) for parameters in own]
+    stack = stack_of(layers, adapters, [flat.vector() for flat in flats])
+    optimizers = [torch.optim.AdamW(flat.groups[0]["params"], fused=True) for flat in flats]
+    for _ in range(steps):
+        scope = stack_scope(layers, stack)
+        with phase(models, "norms"):
+            rows = scope.__enter__()
+        with rows.of(range(count)):
+            with phase(models, "forward"):
+                prediction = predict(models, family, dtype, latent, count)
+            upstream = torch.empty_like(prediction)
+            with phase(models, "backward"):
+                prediction.backward(upstream)
+        scope.__exit__(None, None, None)
+        with phase(models, "clip"):
+            gradients = stack.gradients()
+            for k, flat in enumerate(flats):
+                flat.give_gradients(gradients[k], stack.unused(k))
+                torch.nn.utils.clip_grad_norm_(flat.groups[0]["params"], 1.0)
+        with phase(models, "optimizer"):
+            for optimizer, flat in zip(optimizers, flats, strict=True):
+                optimizer.step()
+                flat.finish()
+                optimizer.zero_grad()
+    frozen = (tensor for m in models.all() for tensor in (*m.parameters(), *m.buffers()))
+    with Count(), stack_scope(layers, stack) as rows, kept_storages(frozen) as kept:
+        with rows.of(range(count)):
+            predict(models, family, dtype, latent, count)
+        models.kept = sum(kept.values())
+
+
 def row(name: str, models: Models) -> list[object]:
     """A peer's line of the table."""
     counts = models.counts
@@ -198,7 +252,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", nargs="+", choices=tuple(UNETS), default=list(UNETS))
     parser.add_argument("--precision", nargs="+", choices=tuple(DTYPES), default=["bf16"])
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
+    parser.add_argument("--packs", nargs="*", type=int, default=[], help="subjects in a pack")
     parser.add_argument("--targets", default="attention+conv")
     parser.add_argument("--text-encoders", action="store_true", help="train them too")
     parser.add_argument("--operations", type=int, default=0, help="list so many of each phase")
@@ -207,11 +262,14 @@ def main() -> None:
     for family in args.family:
         for precision in args.precision:
             rows, details = [], []
-            for name in args.peers:
+            for name in (*args.peers, *(f"{PACK}{count}" for count in args.packs)):
                 with fake_gpu():
                     dtype = DTYPES[precision]
                     models = make(name, family, dtype, args.targets, args.text_encoders)
-                    count_step(models, family, dtype, LATENTS[family])
+                    if name.startswith(PACK):
+                        count_pack(models, family, dtype, LATENTS[family], subjects_of(name))
+                    else:
+                        count_step(models, family, dtype, LATENTS[family])
                 rows.append(row(name, models))
                 for key, count in models.counts.items():
                     details.append((name, key, count.operations.most_common(args.operations)))

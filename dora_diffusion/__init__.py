@@ -10,6 +10,8 @@ The whole Python interface::
     compile_blocks                                    torch.compile of a UNet's repeated blocks
     save_adapter, load_adapter                        one file, which other tools read exactly
     TrainConfig, train                                DreamBooth from photos to a finished folder
+    subject_configs, train_pack                       several subjects at once, an adapter each
+    run_fleet                                         the same for many subjects, on a cluster
     AskedSchedule, load_components                    a model by name
     SamplingSettings, generate_images                 images from it
     export_checkpoint                                 base + adapter -> merged model
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from dora_diffusion.adapters.targets import TargetError
     from dora_diffusion.analysis import analyze_weights
     from dora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
+    from dora_diffusion.config.subject_list import subject_configs
     from dora_diffusion.console.environment import describe_environment
     from dora_diffusion.data.images import PhotoError
     from dora_diffusion.export import (
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
         extract_adapter,
     )
     from dora_diffusion.families import UnsupportedModelError
+    from dora_diffusion.fleet.run import run_fleet
     from dora_diffusion.formats.checkpoint.entries import CheckpointLayoutError
     from dora_diffusion.formats.checkpoint.schedule import AskedSchedule
     from dora_diffusion.formats.checkpoint.weights import MergeError
@@ -79,6 +83,7 @@ if TYPE_CHECKING:
     from dora_diffusion.study.run import run_study
     from dora_diffusion.training.loop import train
     from dora_diffusion.training.metrics import TrainingError
+    from dora_diffusion.training.pack import train_pack
 
 _HOMES = {
     "AdapterConfig": "config.adapter",
@@ -117,10 +122,13 @@ _HOMES = {
     "norm_scope": "adapters.scope",
     "remove_adapters": "adapters.inject",
     "row_scope": "adapters.scope",
+    "run_fleet": "fleet.run",
     "run_study": "study.run",
     "save_adapter": "adapters.state",
     "set_strength": "adapters.inject",
+    "subject_configs": "config.subject_list",
     "train": "training.loop",
+    "train_pack": "training.pack",
     "unmerge_adapters": "adapters.inject",
 }
 
@@ -161,10 +169,13 @@ __all__ = [
     "norm_scope",
     "remove_adapters",
     "row_scope",
+    "run_fleet",
     "run_study",
     "save_adapter",
     "set_strength",
+    "subject_configs",
     "train",
+    "train_pack",
     "unmerge_adapters",
 ]
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "generate images",
     "evaluate": "measure subject similarity, subject leakage and language drift",
     "analyze": "take apart what training did to the weights: magnitude, direction, rank",
+    "fleet": "train an adapter for each of many subjects, on this machine or on a Ray cluster",
     "compare": "train several methods on several subjects and seeds, and report what differs",
     "rank-checkpoints": "measure the checkpoints of a run, and suggest one",
     "export": "merge an adapter into a model",

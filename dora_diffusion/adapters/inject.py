@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -99,6 +100,32 @@ def attach_adapters(model: nn.Module, weights: Mapping[str, LayerWeights], *, na
             are listed, and nothing was changed.
     """
     _attach(model, {path: LayerAdapter(layer) for path, layer in weights.items()}, name)
+
+
+@dataclass(frozen=True)
+class DetachedAdapters:
+    """All adapters of some models, which can be put on again; other ones may be on meanwhile.
+
+    Attributes:
+        layers: Each layer with its adapters, and with its ``keep_output``.
+    """
+
+    layers: Sequence[tuple[nn.Module, nn.ModuleDict, bool]]
+
+    def attach(self) -> None:
+        """Put them on their layers, in the place of what is there."""
+        for module, adapters, keep_output in self.layers:
+            layer = adapt_layer(module, keep_output)
+            layer._modules["adapters"] = adapters
+
+
+def detach_adapters(*models: nn.Module) -> DetachedAdapters:
+    """Take all adapters off models, whose layers get their plain class back."""
+    layers = [layer for model in models for _, layer in adapted_layers(model)]
+    detached = DetachedAdapters([(layer, layer.adapters, layer.keep_output) for layer in layers])
+    for layer in layers:
+        restore_base_class(layer)
+    return detached
 
 
 def _attach(model: nn.Module, adapters: Mapping[str, LayerAdapter], name: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.parametrizations import Parametrization
-from dora_diffusion.adapters.rows import Rows, forward_rows
+from dora_diffusion.adapters.rows import Rows, StackedRows, forward_rows
 from dora_diffusion.numerics.dora import dora_forward, interpolated_magnitude, sum_of_adapters
 from dora_diffusion.numerics.merging import merge_layers
 from dora_diffusion.numerics.operation import OneHot, Operation, dropout
@@ -142,7 +142,7 @@ class AdaptedLayer(nn.Module):
     _statistics: tuple[tuple[Any, ...], WeightStatistics] | None
     _unmerged: Tensor | None
     # What adapters the rows of a batch have, where a row scope is open, and their factors.
-    _rows: Rows | None
+    _rows: Rows | StackedRows | None
     _row_factors: dict[tuple[Any, ...], Factors | None]
 
     @property
@@ -171,7 +171,7 @@ class AdaptedLayer(nn.Module):
             for name, adapter in adapters.items()
             if adapter.enabled
             and adapter.strengths.strength != 0
-            and (rows is None or name in rows.distinct)
+            and (not isinstance(rows, Rows) or name in rows.distinct)
         ]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,6 +183,9 @@ class AdaptedLayer(nn.Module):
         Raises:
             RuntimeError: If the base weight or bias requires a gradient.
         """
+        rows = self._rows
+        if isinstance(rows, StackedRows):
+            return rows.forward(self, x)
         active = self.active() if self._unmerged is None else []
         if not active:
             base: Tensor = super().forward(x)
@@ -193,8 +196,8 @@ class AdaptedLayer(nn.Module):
                 "the base weight or bias of an adapted layer requires a gradient; freeze it "
                 "(requires_grad_(False)): the adapter is what trains"
             )
-        if self._rows is not None and len(self._rows.distinct) > 1:
-            return forward_rows(self, self._rows, x, active)
+        if rows is not None and len(rows.distinct) > 1:
+            return forward_rows(self, rows, x, active)
         op = self.operation()
         inputs, matrix, added = self.operands(x)
         name, adapter = active[0]

@@ -6,10 +6,11 @@ and a shift: what differs between adapters is thin, and is batched beside the on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 from dora_diffusion.numerics.dora import dora_forward
 from dora_diffusion.numerics.operation import ConvOperation, Operation, RowOperation
 from dora_diffusion.numerics.prepare.factors import Factors
+from dora_diffusion.numerics.prepare.stack import Stack
 
 if TYPE_CHECKING:
     from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter
@@ -53,6 +55,74 @@ class Rows:
                 f"{len(self.names)} rows; give one per row of the batch"
             )
         return self.names * repeats
+
+
+class StackedRows:
+    """Rows whose adapters are those of a `Stack`, which are on no layer themselves.
+
+    Args:
+        stack: Parameters of all of them, refreshed.
+        numbers: Each layer's place in it.
+    """
+
+    def __init__(self, stack: Stack, numbers: Mapping[AdaptedLayer, int]) -> None:
+        self.stack, self._numbers = stack, numbers
+        self._rows: tuple[int, ...] = ()
+
+    @contextmanager
+    def of(self, adapters: Sequence[int]) -> Iterator[None]:
+        """Inside, a batch has so many rows, each with one of the K adapters; none is the base.
+
+        Backward passes belong inside, where blocks are recomputed in them.
+        """
+        before = self._rows
+        try:
+            self._rows = tuple(self.stack.order.index(k) for k in adapters)
+            yield
+        finally:
+            self._rows = before
+
+    def forward(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
+        """The output of one of the layers.
+
+        Raises:
+            ValueError: If the batch has another number of rows.
+        """
+        from dora_diffusion.adapters.layers import AdaptedLayer
+
+        rows = self._rows
+        if not rows:
+            return cast(Tensor, super(AdaptedLayer, layer).forward(x))
+        if len(x) != len(rows):
+            raise ValueError(f"a layer is called with a batch of {len(x)} and not {len(rows)} rows")
+        inputs, matrix, bias = layer.operands(x)
+        assert isinstance(inputs, Tensor)
+        number, op = self._numbers[layer], layer.operation()
+        factors = self.stack.factors(inputs.dtype, rows)[number]
+        if number in self.stack.direct:
+            return self._direct(number, op, inputs, matrix, bias, factors)
+        return dora_forward(RowOperation(op, inputs.ndim), inputs, matrix, bias, factors)
+
+    def _direct(
+        self, number: int, op: Operation, x: Tensor, matrix: Tensor, bias: Tensor | None, f: Factors
+    ) -> Tensor:
+        """Rows of one adapter after those of another, with the gain in the graph."""
+        assert f.gain is not None
+        made: list[Tensor] = []
+        ones = [1] * (f.down.ndim - 3)
+        for row, k in enumerate(self._rows):
+            own = Factors(
+                f.down[row],
+                f.up[row].view(*f.up.shape[1:], *ones),
+                f.gain[row],
+                None if f.shift is None else f.shift[row],
+                None,
+                f.axis,
+                True,
+                self.stack.direction(number, k, x.dtype),
+            )
+            made.append(dora_forward(op, x[row, None], matrix, bias, own))
+        return torch.cat(made)
 
 
 def forward_rows(layer: AdaptedLayer, rows: Rows, x: Tensor, active: Active) -> Tensor:

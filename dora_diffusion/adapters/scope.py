@@ -12,11 +12,13 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_diffusion.adapters.inject import require_adapters
+from dora_diffusion.adapters.kinds import layer_groups
 from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, adapted_layers
-from dora_diffusion.adapters.rows import Rows
+from dora_diffusion.adapters.rows import Rows, StackedRows
 from dora_diffusion.numerics.prepare.factors import LayerScales, PlanInputs
 from dora_diffusion.numerics.prepare.layout import DeferredFlags, Layout, layouts_of
 from dora_diffusion.numerics.prepare.plan import make_scales, scales_of
+from dora_diffusion.numerics.prepare.stack import Stack, StackedLayer, Vector
 from dora_diffusion.numerics.weights import Strengths
 
 
@@ -160,6 +162,64 @@ def row_scope(
         for layer in layers:
             if isinstance(layer, AdaptedLayer):
                 vars(layer).update(_rows=None, _row_factors={})
+
+
+def stack_of(
+    layers: Sequence[AdaptedLayer],
+    adapters: Sequence[Sequence[LayerAdapter]],
+    vectors: Sequence[Vector],
+) -> Stack:
+    """K adapters, which need not be on the layers, as one stack.
+
+    Args:
+        layers: The layers.
+        adapters: Of each layer the K adapters, in the same order.
+        vectors: The parameters of each of the K.
+
+    Raises:
+        ValueError: If a layer is an Embedding or a grouped convolution, or adapters have other
+            magnitudes than each other, another parametrization than A and B, or dropout.
+    """
+    for layer, own in zip(layers, adapters, strict=True):
+        is_plain = layer.kind != "embedding" and layer_groups(layer) == 1
+        alike = {(a.magnitude is None, a.norm_axis) for a in own}
+        if not is_plain or len(alike) > 1 or any(a.parametrization or a.dropout for a in own):
+            raise ValueError(
+                "adapters can be trained together on Linear layers and convolutions without "
+                "groups, all DoRA on one norm axis or all LoRA, without dropout"
+            )
+    stacked = [
+        StackedLayer(
+            layer.matrix,
+            layer.bias,
+            layer._weight_statistics(own[0].norm_axis),
+            [adapter.weights() for adapter in own],
+            layer.keep_output,
+        )
+        for layer, own in zip(layers, adapters, strict=True)
+    ]
+    return Stack(stacked, vectors)
+
+
+@contextmanager
+def stack_scope(layers: Sequence[AdaptedLayer], stack: Stack) -> Iterator[StackedRows]:
+    """Inside, the layers have the adapters of a stack as they are now, in rows that it chooses.
+
+    No parameter may change inside. Gradients are left in the stack.
+
+    Args:
+        layers: Those that the stack was made of.
+        stack: The adapters.
+    """
+    stack.refresh()
+    rows = StackedRows(stack, {layer: number for number, layer in enumerate(layers)})
+    for layer in layers:
+        vars(layer)["_rows"] = rows
+    try:
+        yield rows
+    finally:
+        for layer in layers:
+            vars(layer)["_rows"] = None
 
 
 def _count_written(optimizer: torch.optim.Optimizer, *args: Any) -> None:

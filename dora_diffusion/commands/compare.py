@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_diffusion.commands.fleet import add_workers, workers_share
 from dora_diffusion.config import ConfigError
 from dora_diffusion.console.progress import progress
 from dora_diffusion.console.tables import print_json
@@ -52,9 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         default="comparison",
-        help="Folder of records and the report. Trials that have a record there are not repeated; "
-        "several processes may share it.",
+        help="Folder of records and the report, which all workers see. Trials that have a record "
+        "there are not repeated.",
     )
+    add_workers(parser, "trials")
     parser.add_argument(
         "--report_only",
         action="store_true",
@@ -65,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Perform the trials that have no record yet, and write the report."""
-    study = _study(args)
+    study, share = _study(args), workers_share(args)
     import warnings
 
     from dora_diffusion.study.page import write_report
@@ -82,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
             output,
             lambda done, total, record, known: show(done, total),
             only_known=args.report_only,
+            address=args.address,
+            share=share,
         )
     if not results.records:
         raise ConfigError(f"{output} holds no record of this study; leave out --report_only")

@@ -21,7 +21,8 @@ from dora_diffusion.config import (
 from dora_diffusion.config.derived import overridden
 from dora_diffusion.config.fields import RENAMED
 from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS, meant_by, refusal
-from dora_diffusion.console.training import TrainProgress, next_steps, what_trains
+from dora_diffusion.config.subject_list import subject_configs
+from dora_diffusion.console.training import PackProgress, TrainProgress, next_steps, what_trains
 from dora_diffusion.wording import quoted
 
 if TYPE_CHECKING:
@@ -39,13 +40,26 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add ``--config``, one flag per setting, and what else Diffusers' scripts accept."""
+    """Add the flags of settings, and of several subjects at once."""
     parser.usage = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
-    parser.refusal, parser.meant_by = refusal, meant_by
-    parser.split_help(("config", "debug", *FIRST))
+    parser.split_help(("config", "pack", "debug", *FIRST))
     parser.epilog = (
         f"These are {len(FIRST)} of {len(settings())} settings; --help-all has them all."
     )
+    parser.add_argument(
+        "--pack",
+        metavar="PATH",
+        help="Several subjects at once, each an adapter of its own in OUTPUT_DIR/NAME: a dataset "
+        "file (see dataset_config) whose entries may have most settings of a run and a name, or a "
+        "folder whose sub-folders hold the photos of a subject each. What is given here is theirs "
+        "in common.",
+    )
+    add_settings(parser)
+
+
+def add_settings(parser: Parser) -> None:
+    """Add ``--config``, one flag per setting, and what else Diffusers' scripts accept."""
+    parser.refusal, parser.meant_by = refusal, meant_by
     parser.add_argument(
         "--config", help="YAML file of settings; flags given here take precedence over it."
     )
@@ -111,10 +125,14 @@ def _add_flag(group: Any, setting: Setting) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, with a progress bar. Returns the exit code."""
     config = train_config(args)
+    configs = subject_configs(args.pack, config) if args.pack else {}
     if args.dry_run:
-        print(what_trains(config))
+        for name, own in (configs or {"": config}).items():
+            print(f"{name}\n{what_trains(own)}" if name else what_trains(own))
         return 0
-    _warn_of_toy_model(config, args)
+    warn_of_toy_model(config, args)
+    if configs:
+        return _train_pack(configs)
     if config.push_to_hub:
         from dora_diffusion.hub import check
 
@@ -142,6 +160,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _train_pack(configs: Mapping[str, TrainConfig]) -> int:
+    """Train subjects at once; returns 1 if one of them has failed."""
+    from dora_diffusion.training.pack import train_pack
+
+    progress = PackProgress()
+    try:
+        pack = train_pack(configs, progress)
+    finally:
+        progress.bar.close()
+    for name, result in pack.results.items():
+        if result.interrupted:
+            print(f"{name}: {stopped_line(result)}")
+        elif result.adapter:
+            trigger = progress.triggers.get(name, "")
+            print(f"{name}: {result.adapter}" + (f" ({trigger})" if trigger else ""))
+    for name, error in pack.failures.items():
+        print(f"{name} failed: {error}")
+    if pack.signal_number is not None:
+        return 128 + pack.signal_number
+    return 1 if pack.failures else 0
+
+
 def trigger_line(trigger: str, prompt: str) -> str:
     """What to write in a prompt: the trigger words, or a caption where there are none."""
     from dora_diffusion.formats.adapter.metadata import split_triggers
@@ -165,7 +205,7 @@ def stopped_line(result: TrainResult) -> str:
     return f"{where}, checkpoint saved; resume with --resume_from_checkpoint latest"
 
 
-def _warn_of_toy_model(config: TrainConfig, args: argparse.Namespace) -> None:
+def warn_of_toy_model(config: TrainConfig, args: argparse.Namespace) -> None:
     """Say loudly that no base model was named."""
     given = {*vars(args), *(read_config_file(args.config) if args.config else ())}
     if "pretrained_model_name_or_path" not in given:

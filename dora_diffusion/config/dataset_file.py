@@ -47,14 +47,12 @@ _READ = frozenset((
 
 
 @contextlib.contextmanager
-def naming_entry(place: int) -> Iterator[None]:
+def naming_entry(place: int, file: str = "dataset_config") -> Iterator[None]:
     """Name the entry, counted from 1, in errors of the block."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(
-            f"dataset_config, entry {place + 1}: {error}", "dataset_config"
-        ) from error
+        raise ConfigError(f"{file}, entry {place + 1}: {error}", "dataset_config") from error
 
 
 def checked_entries(
@@ -73,23 +71,41 @@ def checked_entries(
         ConfigError: If there is no entry, a key is no setting of a subject, or a value has the
             wrong type.
     """
-    listed: Any = given
-    if isinstance(given, str | Path):
-        listed = _read(Path(given).expanduser(), set(known), batch_size)
-    require(
-        isinstance(listed, list | tuple) and all(isinstance(entry, dict) for entry in listed),
-        "dataset_config must hold a list of subjects, each beginning with '- ' and a setting",
-        "dataset_config",
-    )
     entries: list[Entry] = []
-    for place, entry in enumerate(listed):
+    for place, entry in enumerate(listed_entries(given, known, batch_size)):
         with naming_entry(place):
-            folders = entry.get("instance_data_dir")
-            for folder in folders if isinstance(folders, list) else [folders]:
-                values = entry if folder is None else entry | {"instance_data_dir": folder}
+            for values in by_folder(entry):
                 _require_settings(values, known)
                 entries.append({name: known[name].cast(values[name]) for name in values})
     return entries
+
+
+def listed_entries(
+    given: str | Path | Sequence[Any], known: Container[str], batch_size: int
+) -> Sequence[Entry]:
+    """The entries of a dataset file as they are written there, or those that are given.
+
+    Raises:
+        ConfigError: If it cannot be read, or is no list of settings.
+    """
+    listed: Any = given
+    if isinstance(given, str | Path):
+        listed = _read(Path(given).expanduser(), known, batch_size)
+    require(
+        isinstance(listed, list | tuple) and all(isinstance(entry, dict) for entry in listed),
+        f"{given if isinstance(given, str | Path) else 'dataset_config'} must hold a list of "
+        "subjects, each beginning with '- ' and a setting",
+        "dataset_config",
+    )
+    entries: Sequence[Entry] = listed
+    return entries
+
+
+def by_folder(entry: Entry) -> list[Entry]:
+    """An entry with several folders as one for each."""
+    folders = entry.get("instance_data_dir")
+    each = folders if isinstance(folders, list) else [folders]
+    return [entry if folder is None else entry | {"instance_data_dir": folder} for folder in each]
 
 
 def _require_settings(names: Iterable[str], known: Container[str]) -> None:
@@ -101,7 +117,7 @@ def _require_settings(names: Iterable[str], known: Container[str]) -> None:
         require(name in ENTRY_SETTINGS, problem)
 
 
-def _read(path: Path, known: set[str], batch_size: int) -> Any:
+def _read(path: Path, known: Container[str], batch_size: int) -> Any:
     if path.is_dir():
         return _kohya_folders(path)
     if path.suffix.lower() != ".toml":
@@ -112,16 +128,33 @@ def _read(path: Path, known: set[str], batch_size: int) -> Any:
         raise ConfigError(f"{path}: {error}", "dataset_config") from error
 
 
+def folders_in(folder: Path) -> list[Path]:
+    """Its sub-folders, hidden ones left out.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    try:
+        return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be read: {error.strerror}") from error
+
+
+def is_of_kohya(folder: Path) -> bool:
+    """Whether a folder is called as ``10_sks dog`` is: repeats, token and class."""
+    return bool(_KOHYA_FOLDER.fullmatch(folder.name))
+
+
 def _kohya_folders(folder: Path) -> list[Entry]:
     """The folders ``10_sks dog``: repeats, and what the captions of images without one are."""
-    inner = sorted(path for path in folder.iterdir() if path.is_dir())
+    inner = folders_in(folder)
     named = {path: match for path in inner if (match := _KOHYA_FOLDER.fullmatch(path.name))}
     require(
         bool(named),
         f"dataset_config {folder} holds no folder such as '10_sks dog' (repeats, token and class)",
         "dataset_config",
     )
-    if others := [path.name for path in inner if path not in named and path.name[0] != "."]:
+    if others := [path.name for path in inner if path not in named]:
         warnings.warn(
             f"{folder}: left out {listing(others, 5)}; a folder of a subject is called as '10_sks "
             "dog' is",
@@ -145,7 +178,7 @@ def _concept(folder: Path, prompt: str) -> Entry:
     return {"instance_prompt": prompt, "token": token, "class_word": class_word}
 
 
-def _read_toml(path: Path, known: set[str], batch_size: int) -> list[Entry]:
+def _read_toml(path: Path, known: Container[str], batch_size: int) -> list[Entry]:
     """The subsets of sd-scripts' dataset file, each with its dataset's and the general options."""
     data = _parse_toml(path)
     unknown = [key for key in data if key not in ("general", "datasets")]
@@ -180,7 +213,7 @@ def _parse_toml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _refuse_others(subsets: Sequence[Entry], known: set[str], batch_size: int) -> None:
+def _refuse_others(subsets: Sequence[Entry], known: Container[str], batch_size: int) -> None:
     """Refuse options that have no counterpart; those that are off or empty ask for nothing."""
     for options in subsets:
         asked = {name for name, value in options.items() if value not in (False, None, 0, "", [])}

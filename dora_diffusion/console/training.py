@@ -23,6 +23,7 @@ from dora_diffusion.training.events import (
     SampleSaved,
     SamplingProgress,
     StepDone,
+    SubjectLeft,
     TrainingEnded,
     TrainingStarted,
     Validated,
@@ -152,6 +153,45 @@ class TrainProgress:
         self.bar = tqdm(
             total=event.total_steps, initial=event.step, unit="step", dynamic_ncols=True
         )
+
+
+class PackProgress:
+    """One bar over the steps of all subjects of a pack, and lines of each with its name.
+
+    Attributes:
+        triggers: The trigger words of each subject that has started.
+    """
+
+    def __init__(self) -> None:
+        self.triggers: dict[str, str] = {}
+        self.bar = ProgressBar("step")
+        self._done: dict[str, int] = {}
+        self._totals: dict[str, int] = {}
+
+    def __call__(self, name: str, event: Event) -> None:
+        """Show one event of a subject."""
+        match event:
+            case ModelLoading():
+                TrainProgress()(event)
+            case TrainingStarted():
+                self.triggers[name] = event.trigger
+                self._done[name], self._totals[name] = event.step, event.total_steps
+                photos = counted(event.photos, "photo")
+                resumed = f"; resumed from {event.resumed_from}" if event.resumed_from else ""
+                say(f"{name}: {photos} at {event.resolution} px, {event.adapter}{resumed}")
+            case StepDone():
+                self._done[name] = event.step
+                done, total = sum(self._done.values()), sum(self._totals.values())
+                self.bar(done, total)
+                tell(phase="training", done=done, total=total)
+            case Validated(step, loss) if loss is not None:
+                say(f"{name}, step {step}: validation loss {loss:.4f}")
+            case SampleSaved() | CheckpointSaved():
+                say(f"{name}: {event.path}")
+            case TrainingEnded(step, interrupted):
+                say(f"{name}: {'interrupted' if interrupted else 'done'} after step {step}")
+            case SubjectLeft(reason):
+                say(f"{name} has left the pack: {reason}")
 
 
 def what_trains(config: TrainConfig) -> str:

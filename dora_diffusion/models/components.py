@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
@@ -163,6 +164,14 @@ class Components:
         for module in self.modules().values():
             module.to(device)
         return self
+
+    def sharing_weights(self) -> Components:
+        """The same model in modules and tokenizers of its own, over the same tensors.
+
+        Adapters, hooks, modes and tokens of one are not the other's. No weight may be written to.
+        """
+        tensors = (tensor for module in self.modules().values() for tensor in _weights(module))
+        return copy.deepcopy(self, {id(tensor): tensor for tensor in tensors})
 
     @contextmanager
     def weights_of(self, other: Components) -> Iterator[None]:

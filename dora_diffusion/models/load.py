@@ -45,6 +45,7 @@ from dora_diffusion.models.words import add_tokens
 from dora_diffusion.wording import listing
 
 __all__ = [
+    "BaseCache",
     "Components",
     "ModelNotFoundError",
     "fingerprint",
@@ -104,6 +105,25 @@ def load_components(
         module.eval().requires_grad_(False)
     add_tokens(components, read_tokens(Path(components.source)))
     return components
+
+
+class BaseCache:
+    """Loads models, and keeps the last one for whoever asks for the same again.
+
+    Each gets modules of its own over the same weights, which nobody may write to.
+    """
+
+    def __init__(self) -> None:
+        self._asked: object = None
+        self._base: Components | None = None
+
+    def __call__(self, name: str | Path, **options: Any) -> Components:
+        """`load_components`, with the same arguments."""
+        asked = (str(name), sorted(options.items()))
+        if self._base is None or asked != self._asked:
+            self._base = None  # There need not be room for two.
+            self._base, self._asked = load_components(name, **options), asked
+        return self._base.sharing_weights()
 
 
 def _reading(source: Path) -> dict[str, Any]:

@@ -25,11 +25,13 @@ from dora_diffusion.study.trials import Record, Trial
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.metrics import TrainingError
 from dora_diffusion.training.result import result_metadata
-from dora_diffusion.training.session import Session, open_session
+from dora_diffusion.training.session import LoadBase, Session, open_session
 from dora_diffusion.training.subject import subjects_of
 
 
-def perform(trial: Trial, base: str, output: Path, *, with_image: bool) -> Record:
+def perform(
+    trial: Trial, base: str, output: Path, *, with_image: bool, load: LoadBase | None = None
+) -> Record:
     """Train, measure, and save the record.
 
     Args:
@@ -37,6 +39,7 @@ def perform(trial: Trial, base: str, output: Path, *, with_image: bool) -> Recor
         base: The model.
         output: The study's folder.
         with_image: Keep the image of the subject for the report.
+        load: Loads the model, as `train` takes it.
 
     Returns:
         The record; without figures, and with ``"diverged"``, if the loss stopped being finite.
@@ -45,7 +48,7 @@ def perform(trial: Trial, base: str, output: Path, *, with_image: bool) -> Recor
     folder = work / "trials" / trial.digest[:20]
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
     try:
-        session = _open(trial, base, work, folder)
+        session = _open(trial, base, work, folder, load)
         record: Record = {
             "digest": trial.digest,
             "row": trial.row,
@@ -69,13 +72,9 @@ def perform(trial: Trial, base: str, output: Path, *, with_image: bool) -> Recor
     return trial.save(output, record)
 
 
-def _open(trial: Trial, base: str, work: Path, folder: Path) -> Session:
+def _open(trial: Trial, base: str, work: Path, folder: Path, load: LoadBase | None) -> Session:
     """A session of a trial. Class images are shared: they are named by all that they depend on."""
-    from filelock import FileLock
-
-    (work / "locks").mkdir(parents=True, exist_ok=True)
-    with FileLock(work / "locks" / "photos.lock"):
-        own = trial.subject.training(work, trial.config.token)
+    own = trial.subject.training(work, trial.config.token)
     if trial.config.uses_class_images:
         own["class_data_dir"] = str(work / "class")
     config = dataclasses.replace(
@@ -86,7 +85,7 @@ def _open(trial: Trial, base: str, work: Path, folder: Path) -> Session:
         output_dir=str(folder),
         **own,
     )
-    return open_session(config, subjects_of(config), make_accelerator(config))
+    return open_session(config, subjects_of(config), make_accelerator(config), load=load)
 
 
 def _measure(session: Session, trial: Trial, output: Path, with_image: bool) -> dict[str, float]:

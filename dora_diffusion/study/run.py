@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dora_diffusion.config import ConfigError
 from dora_diffusion.evaluation.measures import measure_of
 from dora_diffusion.evaluation.metric_models import open_metric_model
+from dora_diffusion.fleet.cluster import Share
+from dora_diffusion.fleet.queue import Ended, Task, Workers, WorkQueue, run_tasks
+from dora_diffusion.fleet.run import absolute, workers_for
+from dora_diffusion.fleet.workers import Worker
 from dora_diffusion.study.config import BASE, Study, Tuning
 from dora_diffusion.study.perform import perform
 from dora_diffusion.study.subjects import StudySubject, find_subject
@@ -19,7 +21,6 @@ from dora_diffusion.study.trials import Record, Trial, base_digest, restore_reco
 
 # Called with trials that are done, of all, the record, and whether it was there before.
 OnTrial = Callable[[int, int, Record, bool], None]
-_WAIT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,22 @@ def run_study(
     on_trial: OnTrial | None = None,
     *,
     only_known: bool = False,
+    address: str | None = None,
+    share: Share | None = None,
 ) -> Results:
     """Perform every trial that has no record in the folder yet, those of tuning first.
 
-    Several processes may do so in one folder at a time: each trial is one process's. A process that
-    is killed loses the trial that it was at. A report's ``records.json`` in the folder counts as
-    the records that it was made of.
+    A process that is killed loses the trial that it was at. A report's ``records.json`` in the
+    folder counts as the records that it was made of.
 
     Args:
         study: The study.
         output: Its folder.
         on_trial: Called after each trial.
         only_known: Perform nothing; results are of the records that there are.
+        address: A Ray cluster whose workers perform the trials (`fleet.run.run_fleet`); all of them
+            must see the folder. None: this process, one after another.
+        share: What each worker takes of a node.
 
     Raises:
         ConfigError: If a subject is unknown, or with ``only_known`` a rate cannot be chosen yet.
@@ -70,7 +75,12 @@ def run_study(
     base = base_digest(study.base, study.common.get("variant"), study.common.get("revision"))
     rates: dict[str, Sequence[float]] = {m.name: m.learning_rates for m in study.methods}
     restore_records(output)
-    runner = _Runner(study, output, on_trial, only_known)
+    output = output.absolute()  # Workers have folders of their own.
+
+    def workers() -> Workers:
+        return workers_for(_perform, address, share)
+
+    runner = _Runner(study, output, on_trial, only_known, workers)
     tuning: list[Record] = []
     tuned = [method.name for method in study.methods if method.is_tuned]
     if study.tune and tuned:
@@ -131,6 +141,20 @@ def _keeps(mine: Sequence[Record], base: Sequence[Record], name: str, most: floa
 
 
 @dataclass(frozen=True)
+class _Job:
+    """What a worker is given of a trial."""
+
+    trial: Trial
+    base: str
+    output: Path
+    with_image: bool
+
+
+def _perform(job: _Job, worker: Worker) -> Record:
+    return perform(job.trial, job.base, job.output, with_image=job.with_image, load=worker.load)
+
+
+@dataclass(frozen=True)
 class _Runner:
     """Performs trials, or reads their records."""
 
@@ -138,57 +162,40 @@ class _Runner:
     output: Path
     on_trial: OnTrial | None
     only_known: bool
+    workers: Callable[[], Workers]
 
     def records(
         self, trials: Sequence[Trial], imaged: Mapping[str, int] | None = None
     ) -> list[Record]:
         """The records of trials, in their order; images are kept of some subjects' seeds."""
         found: dict[str, Record] = {}
-        left, kept = list(trials), imaged or {}
-        while left:
-            busy = [trial for trial in left if not self._do(trial, found, len(trials), kept)]
-            if self.only_known:
-                break
-            if len(busy) == len(left):
-                time.sleep(_WAIT_SECONDS)  # Other processes are at all of them.
-            left = busy
-        return [found[trial.name] for trial in trials if trial.name in found]
+        # Trials of one digest are one training, whatever their rows are called.
+        left: dict[str, list[Trial]] = {}
 
-    def _do(
-        self, trial: Trial, found: dict[str, Record], total: int, imaged: Mapping[str, int]
-    ) -> bool:
-        """Read or perform a trial; False if another process is at it."""
-        record = trial.known_record(self.output)
-        was_known = record is not None
-        if record is None and not self.only_known:
-            with _claimed(trial, self.output) as is_ours:
-                if not is_ours:
-                    return False
-                record = trial.known_record(self.output)  # It may be done by now.
-                if record is None:
-                    with_image = imaged.get(trial.subject.name) == trial.seed
-                    record = perform(trial, self.study.base, self.output, with_image=with_image)
-        if record is not None:
+        def end(trial: Trial, record: Record, was_known: bool) -> None:
             found[trial.name] = record
             if self.on_trial is not None:
-                self.on_trial(len(found), total, record, was_known)
-        return True
+                self.on_trial(len(found), len(trials), record, was_known)
 
+        def on_end(ended: Ended) -> None:
+            if ended.error is not None:
+                raise ended.error
+            for trial in left[ended.task.name]:
+                own = {"row": trial.row, "method": trial.method}
+                end(trial, {**ended.value, **own}, False)
 
-@contextmanager
-def _claimed(trial: Trial, output: Path) -> Iterator[bool]:
-    """Hold a trial's lock, which the system frees when the process ends; False if it is taken."""
-    from filelock import FileLock, Timeout
+        for trial in trials:
+            record = trial.known_record(self.output)
+            if record is not None:
+                end(trial, record, True)
+            elif not self.only_known:
+                left.setdefault(trial.digest, []).append(trial)
+        queue = WorkQueue()
+        queue.add(Task(name, self._job(same[0], imaged or {})) for name, same in left.items())
+        if left:
+            run_tasks(queue, self.workers(), on_end)
+        return [found[trial.name] for trial in trials if trial.name in found]
 
-    file = output / "work" / "locks" / f"{trial.digest[:20]}.lock"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    def _job(self, trial: Trial, imaged: Mapping[str, int]) -> _Job:
+        with_image = imaged.get(trial.subject.name) == trial.seed
+        return _Job(trial, absolute(self.study.base), self.output, with_image)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,12 +92,14 @@ class ToySource:
         digest = hashlib.sha256(token.encode()).hexdigest()[:8]
         photos = work / "photos" / (self.name if token == TRIGGER else f"{self.name}-{digest}")
         if not photos.is_dir():
-            unfinished = photos.with_name(f".{photos.name}.tmp")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            for photo in write_photos(self.subject, unfinished):
-                file = photo.with_suffix(".txt")
-                file.write_text(_with_token(file.read_text("utf-8"), token), encoding="utf-8")
-            system.replace(unfinished, photos)
+            photos.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=photos.parent, prefix=".") as place:
+                unfinished = Path(place, photos.name)
+                for photo in write_photos(self.subject, unfinished):
+                    file = photo.with_suffix(".txt")
+                    file.write_text(_with_token(file.read_text("utf-8"), token), encoding="utf-8")
+                with suppress(OSError):  # Another worker's, the same, may be there by now.
+                    system.replace(unfinished, photos)
         word = self.subject.word
         return {
             "instance_data_dir": str(photos),
@@ -153,7 +156,9 @@ class PhotoSource:
         require(not unknown, f"a subject has no {', '.join(sorted(unknown))}; it has {keys}")
         for key in ("photos", "held_out", "instance_prompt"):
             require(bool(given.get(key)), f"a subject of photos needs {key}, got {dict(given)}")
-        photos, held_out = (Path(given[key]).expanduser() for key in ("photos", "held_out"))
+        photos, held_out = (
+            Path(given[key]).expanduser().absolute() for key in ("photos", "held_out")
+        )
         prompt = str(given["instance_prompt"])
         word = str(given.get("class_word") or class_word_in(prompt, TRIGGER))
         source = cls(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from dora_diffusion.evaluation.measures import MEASURES, measure_of, title_of
+from dora_diffusion.evaluation.page import Row
 from dora_diffusion.evaluation.report import shown
 from dora_diffusion.evaluation.statistics import Interval, cluster_interval
 from dora_diffusion.study.config import BASE
@@ -16,7 +17,6 @@ METHOD = (
     "by subject and seed"
 )
 Value = Callable[[Record], "float | None"]
-Row = list[str]
 
 
 def figure_of(name: str) -> Value:

@@ -142,6 +142,13 @@ class TrainingEnded:
     stopped_early: bool = False
 
 
+@dataclass(frozen=True)
+class SubjectLeft:
+    """A subject has left its pack, which goes on without it."""
+
+    reason: str
+
+
 Event = (
     ModelLoading
     | ClassImagesAnnounced
@@ -154,6 +161,7 @@ Event = (
     | SampleSaved
     | CheckpointSaved
     | TrainingEnded
+    | SubjectLeft
 )
 OnEvent = Callable[[Event], None]
 

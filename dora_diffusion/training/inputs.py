@@ -77,6 +77,20 @@ class StepInputs:
         photos, texts = len(captions), list(captions.values())
         return StepInputs(*drawn, texts, ids, photos, condition=condition), rows
 
+    @classmethod
+    def cat(cls, parts: Sequence[StepInputs]) -> StepInputs:
+        """The rows of several inputs of one size, for one prediction of all; no loss is in them."""
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts])
+
+        def joined_if(name: str) -> Tensor | None:
+            return None if getattr(parts[0], name) is None else joined(name)
+
+        drawn = (joined("latents"), joined("noise"), joined("timesteps"))
+        captions = [caption for part in parts for caption in part.captions]
+        return cls(*drawn, captions, joined_if("time_ids"), 0, condition=joined_if("condition"))
+
 
 @dataclass(frozen=True)
 class InputSource:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dora_diffusion.adapters.inject import disabled
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.latents import predict
+from dora_diffusion.models.text import Conditioning
 from dora_diffusion.numerics.loss import (
     add_noise,
     denoising_loss,
@@ -20,6 +22,20 @@ from dora_diffusion.numerics.loss import (
     split_prior,
 )
 from dora_diffusion.training.inputs import Conditioner, StepInputs
+
+
+class HeldPrior(NamedTuple):
+    """What holds the prior without images: predictions for class captions.
+
+    Attributes:
+        rows: The photos that they belong to.
+        model_pred: ``(rows, C, h, w)``.
+        target: Those of the untrained model, at which they are held.
+    """
+
+    rows: slice | Tensor
+    model_pred: Tensor
+    target: Tensor
 
 
 class Objective(nn.Module):
@@ -65,9 +81,29 @@ class Objective(nn.Module):
         """Loss of the subject and of the prior, both scalar."""
         alpha_bar = self.alphas_cumprod[inputs.timesteps]
         noisy_latents = add_noise(inputs.latents, inputs.noise, alpha_bar)
+        model_pred, held = self._predict(noisy_latents, inputs), None
+        if (of_class := inputs.of_class()) is not None:
+            class_inputs, rows = of_class
+            noisy_rows = noisy_latents[rows]
+            with torch.no_grad(), self.base_weights():
+                target = self._predict(noisy_rows, class_inputs)
+            held = HeldPrior(rows, self._predict(noisy_rows, class_inputs), target)
+        return self.losses(inputs, alpha_bar, model_pred, held)
+
+    def losses(
+        self, inputs: StepInputs, alpha_bar: Tensor, model_pred: Tensor, held: HeldPrior | None
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of the subject and of the prior from predictions.
+
+        Args:
+            inputs: What they are of.
+            alpha_bar: ``(B,)``, at the inputs' timesteps.
+            model_pred: ``(B, C, h, w)``.
+            held: Predictions for class captions, where an image-free prior is held.
+        """
         weight = self.loss_weight(alpha_bar)
         per_sample = prediction_loss(
-            self._predict(noisy_latents, inputs),
+            model_pred,
             inputs.latents,
             inputs.noise,
             alpha_bar,
@@ -75,10 +111,9 @@ class Objective(nn.Module):
             weight=weight,
             mask=inputs.mask,
         )
-        if (of_class := inputs.of_class()) is not None:
-            held, rows = of_class
-            of_rows = None if weight is None else weight[rows]
-            prior = self._image_free_prior(noisy_latents[rows], held, of_rows)
+        if held is not None:
+            of_rows = None if weight is None else weight[held.rows]
+            prior = denoising_loss(held.model_pred, held.target, of_rows)
             per_sample = torch.cat([per_sample, prior])
         subject, prior = split_prior(per_sample, inputs.photos, inputs.weights)
         for vectors in self.words:  # Used by every batch, whatever its captions: a gradient of 0.
@@ -86,7 +121,12 @@ class Objective(nn.Module):
         return subject, prior
 
     def _predict(self, noisy_latents: Tensor, inputs: StepInputs) -> Tensor:
-        conditioning = self.condition(inputs.captions)
+        return self.predict(noisy_latents, inputs, self.condition(inputs.captions))
+
+    def predict(
+        self, noisy_latents: Tensor, inputs: StepInputs, conditioning: Conditioning
+    ) -> Tensor:
+        """The UNet's prediction ``(B, C, h, w)`` for inputs whose captions are encoded."""
         return predict(
             self.unet,
             noisy_latents,
@@ -95,12 +135,3 @@ class Objective(nn.Module):
             inputs.time_ids,
             inputs.condition,
         )
-
-    def _image_free_prior(
-        self, noisy_latents: Tensor, of_class: StepInputs, weight: Tensor | None
-    ) -> Tensor:
-        """Hold the predictions for class captions at those of the untrained model: ``(rows,)``."""
-        with torch.no_grad(), self.base_weights():
-            target = self._predict(noisy_latents, of_class)
-        model_pred = self._predict(noisy_latents, of_class)
-        return denoising_loss(model_pred, target, weight)

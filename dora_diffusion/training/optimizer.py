@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -15,6 +15,7 @@ from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.devices import has_fused_optimizers
 from dora_diffusion.numerics.prepare.layout import join, split_like
+from dora_diffusion.numerics.prepare.stack import Vector
 from dora_diffusion.wording import counted
 
 Groups = list[dict[str, Any]]
@@ -211,6 +212,34 @@ class FlatParameters:
         for flat, members in zip(self._flat, self._members, strict=True):
             for member, view in zip(members, split_like(flat, members), strict=True):
                 member.data = view
+
+    def vector(self) -> Vector:
+        """All parameters, flat ones in their order."""
+        offsets, start = {}, 0
+        for members in self._members:
+            for member in members:
+                offsets[id(member)] = start
+                start += member.numel()
+        return Vector([flat.detach() for flat in self._flat], offsets)
+
+    def give_gradients(self, gradient: Tensor, unused: Collection[Tensor] = ()) -> None:
+        """Give the flat parameters their parts of a gradient of `vector`.
+
+        Args:
+            gradient: Of all parameters.
+            unused: Parameters that have none, and stay as they are.
+
+        Raises:
+            RuntimeError: As `take_gradients` does.
+        """
+        without, self._unused = {id(parameter) for parameter in unused}, []
+        parts = gradient.split([flat.numel() for flat in self._flat])
+        for flat, part, members in zip(self._flat, parts, self._members, strict=True):
+            _check_memory(flat, members)
+            left = [member for member in members if id(member) in without]
+            flat.grad = part if len(left) < len(members) else None
+            if flat.grad is not None:
+                self._unused += [(member, member.detach().clone()) for member in left]
 
     def take_gradients(self) -> None:
         """Give the flat parameters the gradients of their members.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -32,6 +32,9 @@ from dora_diffusion.training.subject import Subject, triggers_of
 from dora_diffusion.training.validation import Validation, divide_all
 from dora_diffusion.training.words import add_words, require_new
 
+LoadBase = Callable[..., Components]
+"""`load_components`, or a `BaseCache` in its place."""
+
 
 @dataclass(frozen=True)
 class Session:
@@ -47,6 +50,7 @@ class Session:
         sampler: The order of this process's batches.
         train_step: Does the optimizer step of a number, counted from 1.
         validation: Takes the loss on held-out photos; None without any.
+        activate: Puts its adapters on the model, where several sessions take turns on it.
     """
 
     config: TrainConfig
@@ -58,6 +62,7 @@ class Session:
     sampler: EpochSampler
     train_step: TrainingStep
     validation: Validation | None = None
+    activate: Callable[[], None] = lambda: None
 
     @property
     def report(self) -> str:
@@ -134,6 +139,8 @@ def open_session(
     subjects: Sequence[Subject],
     accelerator: Any,
     on_event: OnEvent = ignore,
+    base: Components | None = None,
+    load: LoadBase | None = None,
 ) -> Session:
     """Load the model, choose what trains, and make the data and the optimizer.
 
@@ -142,6 +149,8 @@ def open_session(
         subjects: What it is taught (`subjects_of`).
         accelerator: What `make_accelerator` made.
         on_event: Called with `ClassImagesProgress` while those are generated.
+        base: The model, if it is there already (`load_base`), without adapters.
+        load: Loads the model, see `load_base`.
 
     Raises:
         ConfigError, PhotoError, ModelNotFoundError, TargetError: With what to do.
@@ -155,7 +164,7 @@ def open_session(
     for subject, photos in zip(subjects, paths, strict=True):
         check_wildcards(subject.settings, photos)
     start = StartingAdapter.of(config)
-    components = _load(config, accelerator, precision)
+    components = _reading(base or load_base(config, accelerator, load), config)
     config = replace(config, resolution=config.resolution or components.default_resolution)
     require_new(components, config.words)
     start = start.read(components, config) if start else None
@@ -187,8 +196,20 @@ def open_session(
     )
 
 
-def _load(config: TrainConfig, accelerator: Any, precision: str) -> Components:
-    loaded = load_components(
+def load_base(config: TrainConfig, accelerator: Any, load: LoadBase | None = None) -> Components:
+    """Load a run's base model, and put it where the settings want it.
+
+    Args:
+        config: The run's settings.
+        accelerator: What `make_accelerator` made.
+        load: Loads it, for adapters, which write to none of its weights. Default:
+            `load_components`.
+
+    Raises:
+        ModelNotFoundError: With what to do.
+    """
+    precision = precision_of(config.mixed_precision, accelerator.device)
+    loaded = (load_components if load is None or config.is_full else load)(
         config.pretrained_model_name_or_path,
         revision=config.revision,
         variant=config.variant,
@@ -198,6 +219,11 @@ def _load(config: TrainConfig, accelerator: Any, precision: str) -> Components:
         config=config.model_config,
         schedule=AskedSchedule(config.prediction_type, config.zero_terminal_snr),
     )
+    return place(loaded, accelerator.device, config.offload)
+
+
+def _reading(loaded: Components, config: TrainConfig) -> Components:
+    """The model as the run reads captions with it."""
     reading = loaded.reading(config.clip_skip, config.max_token_length)
     if loaded.clip_skip != config.clip_skip and loaded.clip_skip:
         warnings.warn(
@@ -205,7 +231,7 @@ def _load(config: TrainConfig, accelerator: Any, precision: str) -> Components:
             f"{config.clip_skip}",
             stacklevel=2,
         )
-    return place(reading, accelerator.device, config.offload)
+    return reading
 
 
 def _what_trains(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
 from dora_diffusion.training.allocation import RankAllocation, build_allocation
 from dora_diffusion.training.full import TrainedWeights
-from dora_diffusion.training.inputs import InputSource
+from dora_diffusion.training.inputs import InputSource, StepInputs
 from dora_diffusion.training.metrics import require_finite
 from dora_diffusion.training.objective import Objective
 from dora_diffusion.training.optimizer import (
@@ -88,16 +88,30 @@ class TrainingStep:
                 last = i == accumulation - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.objective):
                     losses.append(self._backward(1 / accumulation))
-        rates = learning_rates(self.optimizer.param_groups)
-        effective_rates = rates.get("effective_lr")
-        if self.allocation is not None:
-            scale = self._loss_scale()
-            if effective_rates is None:
-                self.allocation.add_orthogonality(scale)
+        if self.allocation is not None and "d" not in self.optimizer.param_groups[0]:
+            self.allocation.add_orthogonality(self._loss_scale())
         if self.flat is not None:
             self.flat.take_gradients()
             if self.allocation is not None:
                 self.flat.share_gradients()
+        return self.update(step, losses)
+
+    def update(self, step: int, losses: Sequence[Tensor]) -> dict[str, Any]:
+        """Clip the gradients that are there, and take the optimizer's step.
+
+        Args:
+            step: Its number, from 1.
+            losses: ``(total, prior)`` of each batch, detached.
+
+        Returns:
+            The step's numbers, as those of a call.
+
+        Raises:
+            TrainingError: As a call does.
+        """
+        rates = learning_rates(self.optimizer.param_groups)
+        effective_rates = rates.get("effective_lr")
+        scale = self._loss_scale() if self.allocation is not None else 1.0
         norm = self._clip()
         means = self.accelerator.reduce(torch.stack(losses).mean(dim=0), reduction="mean")
         record = {"step": step, "loss": means[0], "grad_norm": norm, **rates}
@@ -118,13 +132,22 @@ class TrainingStep:
 
     def _backward(self, share: float) -> Tensor:
         """Loss and gradients of the next batch: ``(total, prior)``, detached."""
-        inputs = self.inputs(self.batches)
-        self.batches += 1
+        inputs = self.next_inputs()
         with self.accelerator.autocast():
             subject_loss, prior_loss = self.objective(inputs)
-        loss = subject_loss + self.config.prior_loss_weight * prior_loss
+        loss = self.total(subject_loss, prior_loss)
         self.accelerator.backward(loss * share)
         return torch.stack([loss.detach(), prior_loss.detach()])
+
+    def next_inputs(self) -> StepInputs:
+        """What the next batch is computed from."""
+        inputs = self.inputs(self.batches)
+        self.batches += 1
+        return inputs
+
+    def total(self, subject_loss: Tensor, prior_loss: Tensor) -> Tensor:
+        """The loss that is minimised."""
+        return subject_loss + self.config.prior_loss_weight * prior_loss
 
     def _loss_scale(self) -> float:
         """What losses are multiplied by for fp16; an overflow lowers it."""

@@ -16,7 +16,7 @@ from tests.study.helpers import STUDY, record
 def performed(monkeypatch):
     done = []
 
-    def perform(trial, base, output, *, with_image):
+    def perform(trial, base, output, *, with_image, load=None):
         done.append(trial)
         made = record(trial.row, trial.subject.name, trial.seed, subject_similarity=0.5)
         made |= {"digest": trial.digest, "method": trial.method, "settings": trial.settings}

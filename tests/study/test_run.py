@@ -28,7 +28,7 @@ def performed(monkeypatch):
     """Trials that were performed, each in no time; similarity grows with the rate."""
     done = []
 
-    def perform(trial, base, output, *, with_image):
+    def perform(trial, base, output, *, with_image, load=None):
         done.append(trial)
         rate = trial.learning_rate or 0.0
         made = record(trial.row, trial.subject.name, trial.seed, subject_similarity=100 * rate)
@@ -164,24 +164,6 @@ def _trials(given):
     return trials_of(given, "model", {"dora": [1e-3]}, [(_subject("star_teapot"), 0)])
 
 
-def test_another_process_has_its_trial_and_this_one_the_rest(performed, tmp_path):
-    given = study(methods={"a": {"learning_rate": 1e-3}}, tune=None)
-    (_, taken) = trials_of(given, keys.base_digest(given.base), {"a": [1e-3]},
-                           [(_subject("star_teapot"), 0)])  # fmt: skip
-    order = []
-
-    def on_trial(done, total, made, known):
-        order.append((made["row"], made["subject"], made["seed"]))
-        if len(order) == 3:
-            lock.__exit__(None, None, None)  # The other process ends.
-
-    lock = module._claimed(taken, tmp_path)
-    assert lock.__enter__()
-    results = run_study(given, tmp_path, on_trial)
-    assert len(results.records) == 8
-    assert order[-1] == ("a", "star_teapot", 0)
-
-
 def test_a_report_alone_performs_nothing(performed, tmp_path):
     given = study(methods={"a": {"learning_rate": 1e-3}}, tune=None)
     assert not run_study(given, tmp_path, only_known=True).records
@@ -269,7 +251,7 @@ def test_an_image_is_of_each_subject_s_first_seed(performed, tmp_path, monkeypat
     imaged = set()
     inner = module.perform
 
-    def perform(trial, base, output, *, with_image):
+    def perform(trial, base, output, *, with_image, load=None):
         if with_image:
             imaged.add((trial.subject.name, trial.seed))
         return inner(trial, base, output, with_image=with_image)

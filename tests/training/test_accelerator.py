@@ -17,10 +17,10 @@ from accelerate import Accelerator
 
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.offload import send
-from dora_diffusion.training import loop
 from dora_diffusion.training.accelerator import SharedFlags, make_accelerator
 from dora_diffusion.training.checkpoint import CheckpointSaver
 from dora_diffusion.training.loop import train
+from dora_diffusion.training.run import Run
 from tests.nvidia import nvidia_gpu
 from tests.training.helpers import SAMPLES, accelerator_of_fp16, losses, make_config, names
 
@@ -272,7 +272,7 @@ def test_only_the_process_that_saves_says_when_that_is_overdue(
     saved = []
     monkeypatch.setattr(Accelerator, "is_main_process", property(lambda _: False))
     monkeypatch.setattr(CheckpointSaver, "is_overdue", lambda _: True)
-    monkeypatch.setattr(loop._Run, "_checkpoint", lambda *args, **kwargs: saved.append(kwargs))
+    monkeypatch.setattr(Run, "_checkpoint", lambda *args, **kwargs: saved.append(kwargs))
     (tmp_path / "out").mkdir()
     train(make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=3))
     assert [kwargs for kwargs in saved if kwargs] == []

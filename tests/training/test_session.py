@@ -21,6 +21,8 @@ from dora_diffusion.config import TrainConfig
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models import offload
+from dora_diffusion.models.load import BaseCache, load_components
+from dora_diffusion.models.precision import PRECISION_DTYPES
 from dora_diffusion.training import adapters, dataset, inputs, loop
 from dora_diffusion.training.events import (
     CachingProgress,
@@ -42,6 +44,53 @@ def test_the_saved_settings_are_those_that_were_used(config):
         "max_train_steps": 5, "num_train_epochs": None, "mixed_precision": "no",
     }  # fmt: skip
     assert {name: saved[name] for name in used} == used
+
+
+BEFORE = {
+    "all that adds to a model": {
+        "train_text_encoder": True, "train_text_encoder_ti": True, "new_words": ["<s1>"],
+        "gradient_checkpointing": True, "lora_dropout": 0.5, "num_validation_images": 1,
+    },
+    "full": {"method": "full"},
+    "pissa": {"init": "pissa"},
+    "adalora": {"parametrization": "adalora", "optimizer": "adamw", "max_train_steps": 6},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "family", "precision"),
+    [
+        ("all that adds to a model", "sd1", "no"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("all that adds to a model", "sdxl", "bf16"), ("full", "sd1", "no"),
+                ("pissa", "sd2", "no"), ("adalora", "sdxl", "no"),
+            ]
+        ),
+    ],
+)  # fmt: skip
+def test_a_run_on_a_base_that_is_kept_is_that_of_a_cold_start(
+    before, family, precision, photos, tmp_path, request
+):
+    """Whatever was trained on it before: adapters, words and modes are not in the weights."""
+    model, cache = request.getfixturevalue(f"{family}_folder"), BaseCache()
+    common = {"max_train_steps": 2, "targets": ["cross-attention"], "mixed_precision": precision}
+    plain = make_config(model, photos, tmp_path / "cold", **common)
+    train(plain)
+    for caption in sorted(photos.glob("*.txt"))[:1]:
+        words = caption.read_text(encoding="utf-8")
+        caption.write_text(f"{words} <s1>", encoding="utf-8")
+    train(make_config(model, photos, tmp_path / "before", **common | BEFORE[before]), load=cache)
+    caption.write_text(words, encoding="utf-8")
+    kept = cache._base
+    train(replace(plain, output_dir=str(tmp_path / "warm")), load=cache)
+    assert (cache._base is kept) == (before != "full")  # which trains weights of its own
+    assert_same_adapter(tmp_path / "warm", tmp_path / "cold")
+    assert losses(tmp_path / "warm") == losses(tmp_path / "cold")
+    read = load_components(model, dtype=PRECISION_DTYPES[precision])
+    assert cache._base.identity() == read.identity()
+    assert len(cache._base.tokenizers[0]) == len(read.tokenizers[0])
 
 
 def test_a_single_file_checkpoint_trains_offline(sd1_folder, photos, tmp_path):

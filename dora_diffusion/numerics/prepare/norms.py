@@ -32,6 +32,9 @@ CANCELLATION = 1 / 32
 class SameShape(NamedTuple):
     """n layers whose weights have one shape ``(out, in, *k)`` and dtype.
 
+    Several adapters of each, K of a layer before those of the next, count as n K layers in all but
+    the weights.
+
     Attributes:
         weights: Their base weights.
         down: ``A``, ``(n, r, in * k)``, float32 (float64 for float64 weights).
@@ -57,7 +60,7 @@ class Terms(NamedTuple):
         change: ``|W + sBA|^2 - |W|^2``.
         bound: ``|s| |B_i| |A|`` per output, ``|s| |A_j| |B|`` per input: at least ``|sBA|`` of that
             channel, however its ranks cancel one another.
-        checksum: The weights' `checksum`, from the same pass over them.
+        checksum: The weights' `checksum`, one for each, from the same pass over them.
     """
 
     change: Tensor
@@ -106,7 +109,11 @@ def _products(
     Returns:
         ``(n, out, r)`` and ``(n, out)``, or ``(n, r, in * k)`` and ``(n, in * k)``.
     """
-    count, rank, length = parts[0].shape
+    count, length = len(weights), parts[0].shape[2]
+    adapters = len(parts[0]) // count
+    if adapters > 1:  # Those of one weight are columns of one product.
+        parts = [part.reshape(count, -1, length) for part in parts]
+    rank = parts[0].shape[1]
     probe = _probe(length, parts[0]).expand(count, 1, length)
     rows = torch.cat([*parts, probe], dim=1).unbind()
     matrices = [weight.flatten(1) for weight in weights]
@@ -119,6 +126,9 @@ def _products(
     seen = made.narrow(dim, 0, columns)
     if len(parts) > 1:
         seen = torch.unflatten(seen, dim, (len(parts), rank)).sum(dim=dim)
+    if adapters > 1:
+        seen = torch.unflatten(seen, dim, (adapters, -1))
+        seen = (seen.transpose(1, 2) if axis == "output" else seen).flatten(0, 1)
     return seen, made.select(dim, columns)
 
 

@@ -1,0 +1,302 @@
+"""Packs: several subjects train at once on one base, each an adapter of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion.adapters.inject import DetachedAdapters, detach_adapters
+from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, adapted_layers
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.fields import require, shown
+from dora_diffusion.config.subject_list import SHARED
+from dora_diffusion.models.components import Components
+from dora_diffusion.models.precision import precision_of
+from dora_diffusion.training import events
+from dora_diffusion.training.accelerator import make_accelerator
+from dora_diffusion.training.checkpoint import checkpoints_in
+from dora_diffusion.training.dataset import list_subjects
+from dora_diffusion.training.folders import output_folder
+from dora_diffusion.training.loop import checked
+from dora_diffusion.training.packed_step import PackedStep, adapters_on
+from dora_diffusion.training.resume import start_run
+from dora_diffusion.training.run import Run, TrainResult
+from dora_diffusion.training.session import LoadBase, load_base, open_session
+from dora_diffusion.training.stop import Stopped, StopRequest
+from dora_diffusion.training.subject import Subject
+
+OnPackEvent = Callable[[str, events.Event], None]
+"""Called with a subject's name, empty for the whole pack, and an event of its run."""
+
+# Besides what a loaded base is made of.
+_ALIKE = (
+    *sorted(SHARED - {"dataset_config", "output_dir", "overwrite_output_dir",
+                      "resume_from_checkpoint"}),
+    "method", "use_dora", "norm_axis", "targets", "text_encoder_targets", "train_text_encoder",
+    "clip_skip", "max_token_length",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """What a pack has made.
+
+    Attributes:
+        results: Of each subject that ended, or was interrupted, by its name.
+        failures: Why the others left it.
+        signal_number: The signal that interrupted the pack, or None.
+    """
+
+    results: dict[str, TrainResult] = field(default_factory=dict)
+    failures: dict[str, Exception] = field(default_factory=dict)
+    signal_number: int | None = None
+
+
+def train_pack(
+    configs: Mapping[str, TrainConfig],
+    on_event: OnPackEvent | None = None,
+    *,
+    load: LoadBase | None = None,
+) -> PackResult:
+    """Train several subjects at once, each as `train` does it with its settings alone.
+
+    A step computes the rows of all subjects in one forward and backward pass, so that it takes the
+    operations of one. Each subject has its folder, draws, learning rate, clipping, checkpoints,
+    samples and result. One whose photos or settings are broken, or whose numbers stop being finite,
+    leaves the pack; the others go on. With ``resume_from_checkpoint: latest`` those without a
+    checkpoint begin, and those with a result alone have ended.
+
+    Args:
+        configs: The settings of each subject, by its name
+            (`dora_diffusion.config.subject_list.subject_configs`).
+        on_event: Called with the subject's name and each of `dora_diffusion.training.events`.
+        load: Loads the base model, as `train` takes it.
+
+    Raises:
+        ConfigError: If the settings cannot be those of a pack, before anything is loaded.
+        ModelNotFoundError: If there is no such base.
+
+    Example:
+        >>> shared = TrainConfig(
+        ...     max_train_steps=2, num_validation_images=0, checkpointing_steps=0,
+        ...     output_dir="demo-output/doctest-pack", overwrite_output_dir=True)
+        >>> subjects = [
+        ...     {"instance_data_dir": "samples/bolt_mug", "instance_prompt": "a sks mug"},
+        ...     {"instance_data_dir": "samples/heart_teapot", "instance_prompt": "a sks teapot"}]
+        >>> from dora_diffusion.config.subject_list import subject_configs
+        >>> sorted(train_pack(subject_configs(subjects, shared)).results)
+        ['bolt_mug', 'heart_teapot']
+    """
+    check_pack(configs)
+    pack = _Pack(on_event or (lambda name, event: None))
+    with pack.stop, pack.stack, contextlib.suppress(Stopped):
+        pack.open(configs, load)
+        pack.train()
+    return PackResult(pack.results, pack.failures, pack.stop.signal_number)
+
+
+def check_pack(configs: Mapping[str, TrainConfig]) -> None:
+    """Refuse settings that subjects of one pack cannot have.
+
+    Raises:
+        ConfigError: Naming the setting, and a subject.
+    """
+    require(bool(configs), "a pack needs a subject; none is given")
+    first, *others = configs
+    for name in others:
+        for setting in _ALIKE:
+            values = [getattr(configs[each], setting) for each in (first, name)]
+            require(
+                values[0] == values[1],
+                f"{setting} must be alike in a pack; {first} has {shown(values[0])}, {name} "
+                f"{shown(values[1])}",
+                setting,
+            )
+    for name, config in configs.items():
+        if setting := next((s for s, is_wrong in _unsupported(config).items() if is_wrong), ""):
+            raise ConfigError(
+                f"{setting} {shown(getattr(config, setting))} of {name} is not possible in a pack; "
+                "leave it out, or train that subject by itself",
+                setting,
+            )
+
+
+def _unsupported(config: TrainConfig) -> dict[str, bool]:
+    """Settings that a pack does not have, and whether they are set so."""
+    encodes = config.train_text_encoder
+    return {
+        "method": config.is_full,
+        "parametrization": config.parametrization != "low-rank",
+        "init": config.init == "pissa",
+        "lora_dropout": config.lora_dropout > 0,
+        "optimizer": config.optimizer_name != "adamw",
+        "train_text_encoder_ti": config.train_text_encoder_ti,
+        "text_encoder_targets": encodes and "token-embedding" in config.text_encoder_targets,
+        # A caption in chunks is several rows of a text encoder, and a dropped one none.
+        "max_token_length": encodes and config.max_token_length != 75,
+        "clip_skip": encodes
+        and config.clip_skip > 0
+        and any(subject.caption_dropout for subject in config.subjects),
+        "compile": config.compile,
+        "report_to": config.report_to is not None,
+        "push_to_hub": config.push_to_hub,
+        "mixed_precision": precision_of(config.mixed_precision) == "fp16",
+    }
+
+
+@dataclass
+class _Member:
+    """A subject that trains."""
+
+    run: Run
+    detached: DetachedAdapters
+    adapters: list[LayerAdapter]
+
+
+class _Pack:
+    """The subjects of a pack, and what they have in common."""
+
+    def __init__(self, on_event: OnPackEvent) -> None:
+        self.results: dict[str, TrainResult] = {}
+        self.failures: dict[str, Exception] = {}
+        self.stop, self.stack = StopRequest(), contextlib.ExitStack()
+        self._show = on_event
+        self._members: dict[str, _Member] = {}
+        self._attached: DetachedAdapters | None = None
+
+    def open(self, configs: Mapping[str, TrainConfig], load: LoadBase | None = None) -> None:
+        """Load the base, and make every subject ready for its next step."""
+        ready: dict[str, tuple[TrainConfig, list[Subject]]] = {}
+        for name, config in configs.items():
+            with self._leaving(name):
+                if made := self._ready(name, config):
+                    ready[name] = made
+        if not ready:
+            return
+        config = next(iter(ready.values()))[0]
+        accelerator = make_accelerator(config)
+        require(
+            accelerator.num_processes == 1,
+            f"a pack trains in one process, and there are {accelerator.num_processes}; start it "
+            "without accelerate launch, or each subject by itself",
+        )
+        model, device = config.pretrained_model_name_or_path, str(accelerator.device)
+        self._show("", events.ModelLoading(model, device, config.mixed_precision))
+        base = load_base(config, accelerator, load)
+        for name, (own, subjects) in ready.items():
+            try:
+                with self._leaving(name):
+                    self._members[name] = self._begin(name, own, subjects, accelerator, base)
+            finally:
+                detach_adapters(*base.adaptable().values())
+                self._attached = None
+
+    def _ready(self, name: str, config: TrainConfig) -> tuple[TrainConfig, list[Subject]] | None:
+        """A subject's settings, checked as far as is possible without the base; None: it ended."""
+        folder = Path(config.output_dir)
+        if config.resume_from_checkpoint == "latest" and not checkpoints_in(folder):
+            adapter = next(folder.glob("*.safetensors"), None)
+            if adapter is not None:
+                steps = config.max_train_steps or 0
+                self.results[name] = TrainResult(folder, adapter, steps, steps, None, {})
+                return None
+            config = replace(config, resume_from_checkpoint=None)
+        own, subjects = checked(config)
+        list_subjects(subjects)
+        self.stack.enter_context(output_folder(own))
+        return own, subjects
+
+    def _begin(
+        self, name: str, config: TrainConfig, subjects: list[Subject], accelerator: Any,
+        base: Components,
+    ) -> _Member:  # fmt: skip
+        """Open a subject's run, whose adapters are on the base afterwards."""
+        show = partial(self._show, name)
+        session = open_session(config, subjects, accelerator, show, base)
+        session = replace(session, activate=partial(self._activate, name))
+        folder = Path(config.output_dir)
+        run = Run(*start_run(session, folder), folder, show, self.stop)
+        models = session.weights.modules.values()
+        layers = [layer for model in models for _, layer in adapted_layers(model)]
+        detached = DetachedAdapters([(la, la.adapters, la.keep_output) for la in layers])
+        self._members[name] = _Member(run, detached, adapters_on(layers))
+        self._attached = detached
+        run.begin()
+        run.validate_start()
+        return self._members[name]
+
+    def _activate(self, name: str) -> None:
+        """Have a subject's adapters on the base."""
+        detached = self._members[name].detached
+        if self._attached is not detached:
+            detached.attach()
+            self._attached = detached
+
+    def train(self) -> None:
+        """Do the steps of all subjects, until none is left."""
+        step: PackedStep | None = None
+        while self._members:
+            before = list(self._members)
+            for name in before:
+                with self._leaving(name):
+                    if self._members[name].run.is_over():
+                        self._end(name)
+            if not self._members:
+                return
+            members = dict(self._members)
+            if step is None or list(members) != before:
+                step = self._packed(members)
+            try:
+                outcomes = step([member.run.step + 1 for member in members.values()])
+            except Exception as error:
+                for name in members:
+                    with self._leaving(name):
+                        raise error
+                return
+            for (name, member), outcome in zip(members.items(), outcomes, strict=True):
+                with self._leaving(name):
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    member.run.take(outcome)
+            if len(self._members) < len(members):
+                step = None
+
+    def _packed(self, members: Mapping[str, _Member]) -> PackedStep:
+        """A step of the present subjects."""
+        self._activate(next(iter(members)))
+        layers = [
+            layer
+            for module, _, _ in next(iter(members.values())).detached.layers
+            if isinstance(layer := module, AdaptedLayer)
+        ]
+        sessions = [member.run.session for member in members.values()]
+        return PackedStep(sessions, layers, [member.adapters for member in members.values()])
+
+    def _end(self, name: str) -> None:
+        """Write a subject's result; it leaves the pack."""
+        run = self._members[name].run
+        run.end()
+        run.log.close()
+        self.results[name] = run.finish(run.step)
+        # What it was written from is not what is on the base any more.
+        del self._members[name]
+        self._attached = None
+
+    @contextlib.contextmanager
+    def _leaving(self, name: str) -> Iterator[None]:
+        """An error inside is that of one subject, which leaves the pack."""
+        try:
+            yield
+        except Exception as error:
+            member = self._members.get(name)
+            if member is not None:
+                member.run.fail(error)
+                member.run.log.close()
+                del self._members[name]
+                self._attached = None
+            self.failures[name] = error
+            self._show(name, events.SubjectLeft(str(error)))

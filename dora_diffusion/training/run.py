@@ -1,0 +1,367 @@
+"""One training run: its steps, and what it writes into its folder meanwhile and in the end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion.data.photo_record import write_photo_record
+from dora_diffusion.training import events
+from dora_diffusion.training.accelerator import SharedFlags, set_by_any
+from dora_diffusion.training.checkpoint import (
+    CheckpointSaver,
+    checkpoints_in,
+    state_of,
+    step_of,
+)
+from dora_diffusion.training.folders import METRICS_NAME, clear_folder
+from dora_diffusion.training.metrics import (
+    MOST_SKIPPED,
+    MetricsLog,
+    TrainingError,
+    is_validation,
+    naming_step,
+)
+from dora_diffusion.training.result import result_metadata, take_best, write_result
+from dora_diffusion.training.resume import RunStart, save_config
+from dora_diffusion.training.samples import SampleWriter
+from dora_diffusion.training.session import Session
+from dora_diffusion.training.stop import StopRequest
+from dora_diffusion.training.trackers import Trackers, tracked_settings
+
+_SAVING = "stopping after this step, and saving a checkpoint"
+_FINISHING = "stopping: the result is being written, its sample images are left out"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run has made.
+
+    Attributes:
+        output_dir: The run's folder.
+        adapter: The adapter file, or None if the run was interrupted or trained the model itself.
+        steps: Optimizer steps done.
+        total_steps: Optimizer steps asked for; 0 if it was interrupted before that was known.
+        signal_number: The signal that interrupted the run, or None.
+        samples: Name -> image file, such as ``adapted`` and ``base``.
+        checkpoint: The newest checkpoint to resume from, or None.
+        model: The folder of the model that full fine-tuning made, or None.
+        result_step: The step that the result is of, which with ``keep_best`` may be an earlier one;
+            None if none was written.
+        stopped_early: Whether ``early_stopping_patience`` ended it.
+    """
+
+    output_dir: Path
+    adapter: Path | None
+    steps: int
+    total_steps: int
+    signal_number: int | None
+    samples: dict[str, Path]
+    checkpoint: Path | None = None
+    model: Path | None = None
+    result_step: int | None = None
+    stopped_early: bool = False
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run stopped before its end."""
+        return self.signal_number is not None
+
+
+class Run:
+    """One run, and what writes its folder."""
+
+    def __init__(
+        self,
+        session: Session,
+        start: RunStart,
+        output_dir: Path,
+        on_event: events.OnEvent,
+        stop: StopRequest,
+    ) -> None:
+        config = session.config
+        self.session = session
+        self.start = start
+        self.output_dir = output_dir
+        self.is_main: bool = session.accelerator.is_main_process
+        self.on_event = on_event
+        self.stop = stop
+        self.step = start.step
+        self._any_set = SharedFlags(session.accelerator)
+        self.trackers = Trackers(session.accelerator, bool(config.report_to))
+        self.samples = SampleWriter(session, output_dir, self.trackers, on_event, stop)
+        self.saver = CheckpointSaver(
+            output_dir,
+            every_steps=config.checkpointing_steps or 0,
+            every_minutes=config.checkpointing_minutes,
+            limit=config.checkpoints_total_limit,
+            noun=session.weights.noun,
+        )
+        if start.checkpoint is not None:
+            best = session.validation.best() if session.validation else None
+            self.saver.resume_from(start.checkpoint, interim=start.is_interim, best=best)
+
+    def train(self) -> int:
+        """Run all steps, or those until a signal. Returns the number of steps done."""
+        self.begin()
+        with self.guarded():
+            self.validate_start()
+            while not self.is_over():
+                self.take(self.session.train_step(self.step + 1))
+            self.end()
+        return self.step
+
+    def begin(self) -> None:
+        """Before the first step: cache, open the log, and sample where that is asked for."""
+        session = self.session
+        session.cache_ahead(session.total_steps - self.step, self.on_event)
+        self.stop.answer_with(_SAVING)
+        self.log = self._begin()
+        if self.step == 0 and session.config.sample_at_start:
+            self._sample(0)
+        self._begun = time.perf_counter()
+        self._place = session.place()
+
+    def validate_start(self) -> None:
+        """Take the validation loss of what the run starts from."""
+        if self._validate(self.step):
+            self._checkpoint(self.step, is_best=True)
+
+    def is_over(self) -> bool:
+        """Whether no step follows; saves the checkpoint in between that is overdue."""
+        stopping, overdue = self._any_set(
+            self.stop.requested, self.is_main and self.saver.is_overdue()
+        )
+        if stopping or self._is_complete(self.step):
+            return True
+        if overdue and self.step > self.start.step:
+            self._checkpoint(self.step, interim=True)
+        return False
+
+    def take(self, record: Mapping[str, Any]) -> None:
+        """Log the step that was done; validate, sample and save where these are due."""
+        session = self.session
+        self.step, self._place = self.step + 1, session.place()
+        seconds = round(time.perf_counter() - self._begun, 4)
+        self._begun = time.perf_counter()
+        self.log.add({**record, "seconds": seconds})
+        is_best = self._validate(self.step)
+        if self.step < session.total_steps and self._is_sampled(self.step):
+            self._sample(self.step)
+        if self.saver.is_due(self.step) or is_best:
+            self._checkpoint(self.step, is_best=is_best)
+
+    def end(self) -> None:
+        """After the last step: save a checkpoint of it."""
+        self.log.flush()
+        is_complete = self._is_complete(self.step)
+        if self.step > self.start.step and (self.saver.every_steps or not is_complete):
+            self._checkpoint(self.step)
+        self._tell_of_rise()
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Close the log after the block, and before an error ends the run save its steps."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+            raise
+        finally:
+            self.log.close()
+
+    def fail(self, error: Exception) -> None:
+        """Save what can be saved before an error ends the run."""
+        if isinstance(error, TrainingError):
+            with contextlib.suppress(TrainingError):
+                self.log.flush()
+        else:
+            self._rescue(self.step, self._place)
+
+    def finish(self, steps: int) -> TrainResult:
+        """Write what was learned, sample from the written file, and write the card."""
+        self.session.activate()
+        total_steps, written, result_step = self.session.total_steps, None, None
+        is_complete = self._is_complete(steps)
+        if is_complete and self.is_main:
+            self.stop.answer_with(_FINISHING)
+            result_step = self._best_step(steps)
+            written = write_result(self.session, self.output_dir, result_step, self.samples)
+        self.session.accelerator.wait_for_everyone()
+        signal_number = None if is_complete else self.stop.signal_number
+        stopped_early = is_complete and steps < total_steps
+        self.on_event(events.TrainingEnded(steps, not is_complete, result_step, stopped_early))
+        is_full = self.session.config.is_full
+        return TrainResult(
+            self.output_dir,
+            None if is_full else written,
+            steps,
+            total_steps,
+            signal_number,
+            self.samples.files,
+            self.saver.newest,
+            written if is_full else None,
+            result_step,
+            stopped_early,
+        )
+
+    def _best_step(self, steps: int) -> int:
+        """The step that the result is of, whose weights the model has afterwards."""
+        if self.session.validation is None or not self.session.config.keep_best:
+            return steps
+        places = {self.output_dir: steps}
+        if self.start.checkpoint is not None:  # It may be another run's, up to here.
+            places = {self.start.checkpoint.parent: self.start.step, **places}
+        found = [(at, last) for place, last in places.items() for at in checkpoints_in(place)]
+        kept = {step_of(path): path for path, last in found if step_of(path) <= last}
+        return take_best(self.session, steps, kept)
+
+    def _is_complete(self, step: int) -> bool:
+        """Whether no step is left after one, or patience with the validation loss is at its end."""
+        validation = self.session.validation
+        is_exhausted = validation is not None and validation.is_exhausted
+        return step >= self.session.total_steps or is_exhausted
+
+    def _begin(self) -> MetricsLog:
+        session, start = self.session, self.start
+        if self.is_main:
+            clear_folder(self.output_dir, start.step)
+            save_config(session.config, self.output_dir / "config.yaml", start.segments)
+            write_photo_record(self.output_dir, session.dataset.photos)
+        log_file = self.output_dir / METRICS_NAME if self.is_main else None
+        skips = MOST_SKIPPED if session.accelerator.scaler is not None else 0
+        log = MetricsLog(log_file, start.step, self._on_step, skips)
+        self.trackers.begin(tracked_settings(session.config))
+        held_out = session.validation.photos if session.validation else ()
+        self.on_event(
+            events.TrainingStarted(
+                step=start.step,
+                total_steps=session.total_steps,
+                resumed_from=start.checkpoint.name if start.checkpoint else None,
+                steps_dropped=log.steps_dropped,
+                photos=len(session.dataset),
+                resolution=session.resolution,
+                family=session.components.family.title,
+                schedule=str(session.components.schedule),
+                device=str(session.accelerator.device),
+                adapter=session.report,
+                started_from=session.weights.origin.get("init_adapter", ""),
+                trigger=session.trigger,
+                changed=start.changed,
+                unused=start.unused,
+                held_out=tuple(photo.path.name for photo in held_out),
+            )
+        )
+        return log
+
+    def _on_step(self, record: dict[str, Any]) -> None:
+        self.trackers.log_step(record)
+        step, validation = record["step"], self.session.validation
+        if validation is not None and is_validation(record):
+            loss = record.get("validation_loss")
+            self.on_event(events.Validated(step, loss, validation.best(), record))
+        else:
+            self.on_event(events.StepDone(step, self.session.total_steps, record["loss"], record))
+
+    def _validate(self, step: int) -> bool:
+        """Take the validation loss if it is due. Returns whether the step is to be kept for it."""
+        validation = self.session.validation
+        if validation is None or not validation.is_due(step):
+            return False
+        self.session.activate()
+        self.log.flush()
+        self.log.add({"step": step, "validation_loss": validation.measure(step)})
+        self.log.flush()
+        return self.session.config.keep_best and validation.best() == step
+
+    def _checkpoint(self, step: int, *, interim: bool = False, is_best: bool = False) -> None:
+        """Save a checkpoint, unless this step has tried to. All processes end if that fails."""
+        self.log.flush()  # Numbers that are not finite raise here, before anything is written.
+        failure: Exception | None = None
+        if self.is_main and self.saver.last_step != step:
+            try:
+                path = self._save(step, interim=interim, is_best=is_best)
+                if path is not None and not interim:
+                    self.on_event(events.CheckpointSaved(step, path))
+            except Exception as error:
+                failure = error
+        if set_by_any(self.session.accelerator, failure is not None):
+            raise failure or TrainingError(f"the first process could not save step {step}")
+
+    def _save(
+        self, step: int, *, interim: bool, is_best: bool = False, **state: Any
+    ) -> Path | None:
+        """Save a checkpoint, with parts of its state that replace those of this moment."""
+        session = self.session
+        session.activate()
+
+        def write(folder: Path) -> None:
+            weights = session.weights
+            weights.check(weights.write_checkpoint(folder, result_metadata(session, step)))
+
+        with naming_step(session.weights.noun, step):
+            now = {**state_of(session, self.start.segments, step), **state}
+            calm = self.log.watch.is_calm
+            return self.saver.save(step, now, write, interim=interim, is_best=is_best, is_calm=calm)
+
+    def _rescue(self, step: int, place: Mapping[str, Any]) -> None:
+        """Before an error ends the run, save its steps as a checkpoint in between.
+
+        Args:
+            step: The last one that is done.
+            place: Where the run stood in its data after that step.
+        """
+        if not self.is_main or not self.start.step < step != self.saver.last_step:
+            return
+        failed = f"no checkpoint of step {step} was saved before the error"
+        if not self.session.train_step.is_whole:
+            warnings.warn(f"{failed}, which came while the weights were changed", stacklevel=3)
+            return
+        try:
+            try:
+                self.log.flush()
+            except TrainingError:
+                raise
+            except Exception:  # Of whoever watches the numbers, which are looked at before.
+                pass
+            if path := self._save(step, interim=True, **place):
+                warnings.warn(
+                    f"an error ends the run after step {step}; {path.name} was saved first: "
+                    "--resume_from_checkpoint latest resumes from there",
+                    stacklevel=3,
+                )
+        except Exception as error:
+            warnings.warn(f"{failed}: {error}", stacklevel=3)
+
+    def _tell_of_rise(self) -> None:
+        """At the end, name the checkpoint from before the loss rose."""
+        watch = self.log.watch
+        calm, risen_at = self.saver.newest_calm(watch.is_calm), watch.risen_at
+        if risen_at is None or not self.is_main:
+            return
+        before = f"{calm} is from before" if calm else "no checkpoint is from before"
+        warnings.warn(
+            f"the loss rose far above its start by step {risen_at}, so what was learned may be "
+            f"damaged: {before}; a lower learning rate helps",
+            stacklevel=3,
+        )
+
+    def _is_sampled(self, step: int) -> bool:
+        every = self.session.config.validation_steps
+        return bool(every) and step % (every or 1) == 0
+
+    def _sample(self, step: int) -> None:
+        self.session.activate()
+        self.log.flush()
+        if self.is_main and self.session.config.num_validation_images:
+            samples, validation = self.samples.at_step(step), self.session.validation
+            similarity = validation.similarity(samples) if validation else None
+            if similarity is not None:
+                self.log.add({"step": step, "validation_similarity": similarity})
+                self.log.flush()
+        self.session.accelerator.wait_for_everyone()

@@ -1,0 +1,187 @@
+"""Several subjects trained at once: each adapter is that of its own run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dora_diffusion.adapters.layers import adapted_layers
+from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.subject_list import subject_configs
+from dora_diffusion.formats.adapter.file import read_adapter
+from dora_diffusion.training import session as sessions
+from dora_diffusion.training.checkpoint import read_state
+from dora_diffusion.training.events import StepDone, SubjectLeft
+from dora_diffusion.training.loop import train
+from dora_diffusion.training.pack import PackResult, check_pack, train_pack
+from tests.training.helpers import SAMPLES, make_config
+
+# What every subject has of its own: ranks, rates, limits, seeds, lengths.
+THREE: list[dict[str, Any]] = [
+    {"name": "mug", "instance_data_dir": str(SAMPLES / "bolt_mug"), "seed": 1},
+    {
+        "name": "teapot", "instance_data_dir": str(SAMPLES / "heart_teapot"), "rank": 3,
+        "instance_prompt": "a photo of a sks teapot", "max_train_steps": 2, "snr_gamma": 5,
+    },
+    {
+        "name": "other", "instance_data_dir": str(SAMPLES / "bolt_mug"), "rank": 4, "conv_rank": 1,
+        "lora_alpha": 8, "learning_rate": 3e-4, "max_grad_norm": 0.01, "prior_loss_weight": 0.5,
+        "lr_scheduler": "cosine", "train_batch_size": 2, "gradient_accumulation_steps": 2,
+    },
+]  # fmt: skip
+
+
+def pack_of(
+    base: Path, output: Path, entries: list[dict[str, Any]] = THREE, **settings: Any
+) -> dict[str, TrainConfig]:
+    shared = make_config(base, "", output, **{"instance_data_dir": None, **settings})
+    return subject_configs(entries, shared)
+
+
+def alone(configs: Mapping[str, TrainConfig], name: str, **changes: Any) -> Path:
+    """Train one subject by itself; returns its folder."""
+    folder = Path(configs[name].output_dir).parent.with_name("alone") / name
+    train(dataclasses.replace(configs[name], output_dir=str(folder), **changes))
+    return folder
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) | {"seconds": 0} for line in lines]
+
+
+def assert_alike(packed: Path, own: Path, tolerance: float) -> None:
+    """Adapter, metrics and files of a packed subject are those of its own run."""
+    first, second = read_adapter(packed), read_adapter(own)
+    assert first.metadata == second.metadata
+    assert first.layers.keys() == second.layers.keys()
+    for name, layer in first.layers.items():
+        for part in ("down", "up", "magnitude"):
+            values = getattr(layer, part), getattr(second.layers[name], part)
+            if values[0] is not None:
+                torch.testing.assert_close(*values, rtol=0, atol=tolerance)
+    for one, other in zip(records(packed), records(own), strict=True):
+        assert one["step"] == other["step"]
+        assert one["lr"] == other["lr"]
+        for figure in one.keys() & {"loss", "grad_norm", "prior_loss"}:
+            assert one[figure] == pytest.approx(other[figure], rel=1e-4, abs=1e-6)
+    assert {p.name for p in packed.iterdir()} == {p.name for p in own.iterdir()}
+
+
+@pytest.fixture
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs load, adapt and train in double precision."""
+    real = sessions.inject_trained
+
+    def inject(*args: Any) -> Any:
+        trained = real(*args)
+        for model in trained.modules.values():
+            for _, layer in adapted_layers(model):
+                layer.adapters.double()
+        return trained
+
+    monkeypatch.setitem(sessions.PRECISION_DTYPES, "no", torch.float64)
+    monkeypatch.setattr(sessions, "inject_trained", inject)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train_text_encoder": True, "with_prior_preservation": True},
+        {"norm_axis": "input", "gradient_checkpointing": True, "targets": ["attention"]},
+        {"use_dora": False, "masked_loss": True, "aspect_ratio_buckets": True},
+    ],
+    ids=["text encoders and image-free prior", "input axis and checkpointing", "LoRA and buckets"],
+)
+def test_in_float64_each_adapter_is_that_of_its_own_run(
+    in_float64: None, settings: dict[str, Any], sd1_folder: Path, tmp_path: Path
+) -> None:
+    configs = pack_of(sd1_folder, tmp_path / "pack", max_train_steps=3, **settings)
+    pack = train_pack(configs)
+    assert not pack.failures
+    assert {name: result.steps for name, result in pack.results.items()} == {
+        "teapot": 2, "mug": 3, "other": 3,
+    }  # fmt: skip
+    for name, config in configs.items():
+        assert_alike(Path(config.output_dir), alone(configs, name), 1e-6)
+
+
+def test_who_is_killed_and_resumed_or_fails_changes_nobody(
+    sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pack: stopped at step 2 and resumed, with photos that break and a rate that diverges."""
+    bad = shutil.copytree(SAMPLES / "bolt_mug", tmp_path / "bad")
+    entries = [
+        *THREE[:1],
+        {"name": "none", "instance_data_dir": str(tmp_path / "empty")},
+        {"name": "broken", "instance_data_dir": str(bad)},
+        {**THREE[2], "name": "wild", "learning_rate": 1e30},
+        {**THREE[2], "num_validation_images": 1, "validation_steps": 1},
+    ]
+    (tmp_path / "empty").mkdir()
+    configs = pack_of(
+        sd1_folder, tmp_path / "pack", entries, checkpointing_steps=1, cache_latents=False,
+        resume_from_checkpoint="latest", checkpoints_total_limit=1,
+    )  # fmt: skip
+    left: dict[str, str] = {}
+
+    def watch(name: str, event: Any) -> None:
+        if isinstance(event, SubjectLeft):
+            left[name] = event.reason
+        if isinstance(event, StepDone) and name == "broken":
+            for photo in bad.glob("*.jpg"):
+                photo.unlink()
+        if isinstance(event, StepDone) and name == "mug" and event.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first = train_pack(configs, watch)
+    assert first.signal_number == signal.SIGTERM
+    assert set(first.results) == {"mug", "other"}
+    assert all(result.interrupted for result in first.results.values())
+    assert set(left) == {"none", "broken", "wild"} == set(first.failures)
+    assert "holds no" in left["none"] or "no photo" in left["none"]
+    assert "not finite" in left["wild"] or "loss is" in left["wild"]
+    second = train_pack({name: configs[name] for name in ("mug", "other")})
+    assert {name: result.steps for name, result in second.results.items()} == {"mug": 4, "other": 4}
+    whole = {"checkpointing_steps": 1, "resume_from_checkpoint": None}
+    for name in ("mug", "other"):
+        own = alone(configs, name, **whole)
+        packed = Path(configs[name].output_dir)
+        assert_alike(packed, own, 2e-4)
+        states = [read_state(folder / "checkpoint-4") for folder in (packed, own)]
+        shapes = [
+            {key: moment.shape for key, moment in state["optimizer"]["state"][0].items()}
+            for state in states
+        ]
+        assert shapes[0] == shapes[1], "a checkpoint of a pack is one of the subject's own run"
+    # Without new steps, what is finished stays as it is.
+    assert isinstance(train_pack({"mug": configs["mug"]}), PackResult)
+
+
+@pytest.mark.parametrize(
+    ("settings", "entry", "said"),
+    [
+        ({"method": "full"}, {}, "method full of mug is not possible in a pack"),
+        ({"lora_dropout": 0.1}, {}, "lora_dropout 0.1"),
+        ({"optimizer": "adafactor"}, {}, "optimizer adafactor"),
+        ({"compile": True}, {}, "compile on"),
+        ({}, {"targets": ["attention"]}, "targets must be alike in a pack; mug has"),
+        ({}, {"norm_axis": "input"}, "norm_axis must be alike"),
+    ],
+)
+def test_what_a_pack_cannot_do_is_refused_by_name(
+    settings: dict[str, Any], entry: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    entries = [THREE[0], {**THREE[1], **entry}]
+    with pytest.raises(ConfigError, match=said):
+        check_pack(pack_of(tmp_path / "no model", tmp_path / "out", entries, **settings))
