@@ -327,7 +327,11 @@ class Stack:
                 made: tuple[Tensor, ...] = _Prepare.apply(self, dtype, rows, self._anchor)  # type: ignore[no-untyped-call]
             count = len(self._each)
             parts = [made[i * count : (i + 1) * count] for i in range(3 if self.has_gain else 2)]
-            factors = [Factors(*part, axis=self.axis) for part in zip(*parts, strict=True)]
+            names = ("down", "up", "gain")[: len(parts)]
+            factors = [
+                Factors(**dict(zip(names, part, strict=True)), axis=self.axis)
+                for part in zip(*parts, strict=True)
+            ]
             if self.has_gain:
                 numerators, shifts = iter(made[3 * count :]), self._shifts(dtype, rows)
                 factors = [
