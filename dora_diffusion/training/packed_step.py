@@ -97,7 +97,8 @@ class PackedStep:
     def _draw(self, turn: int, outcomes: list[dict[str, Any] | Exception]) -> dict[int, StepInputs]:
         """The next batch of each session that has one in this turn of accumulation."""
         given = {}
-        for k, session in enumerate(self.sessions):
+        for k in self.stack.layout.order:  # Rows in the order of the stack need no gather.
+            session = self.sessions[k]
             is_done = turn >= session.config.gradient_accumulation_steps
             if is_done or isinstance(outcomes[k], Exception):
                 continue

@@ -98,15 +98,22 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 TARGETS = ["down_blocks.0.attentions.0.*", "down_blocks.0.downsamplers.0.conv", "conv_in"]
 SEVERAL_SIZES = [THREE[0], {**THREE[1], "max_train_steps": 3}, {**THREE[2], "resolution": 64}]
 
+CLASS_IMAGES = {
+    "with_prior_preservation": True,
+    "class_data_dir": str(SAMPLES / "ring_robot"),
+    "class_prompt": "a photo of a thing",
+    "num_class_images": 5,
+}
+
 
 @pytest.mark.parametrize(
     ("entries", "settings"),
     [
         (THREE, {"train_text_encoder": True, "with_prior_preservation": True}),
-        (THREE, {"norm_axis": "input", "gradient_checkpointing": True}),
+        (THREE, {"norm_axis": "input", "gradient_checkpointing": True, **CLASS_IMAGES}),
         (SEVERAL_SIZES, {"use_dora": False, "cache_latents": False, "random_flip": True}),
     ],
-    ids=["text encoders and image-free prior", "input axis and checkpointing", "LoRA and sizes"],
+    ids=["text encoders, image-free prior", "input axis, class images", "LoRA, several sizes"],
 )
 def test_in_float64_each_adapter_is_that_of_its_own_run(
     in_float64: None,
