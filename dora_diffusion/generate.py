@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.adapters.inject import layer_adapters, require_adapters, set_strength
-from dora_diffusion.adapters.scope import norm_scope, row_scope
+from dora_diffusion.adapters.scope import NormCache, norm_scope, row_scope
 from dora_diffusion.adapters.state import attach_file
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.run import SampleSettings
@@ -47,7 +47,7 @@ from dora_diffusion.models.text import (
     warn_of_truncation,
 )
 from dora_diffusion.models.weights import quiet_libraries
-from dora_diffusion.models.words import add_tokens
+from dora_diffusion.models.words import add_tokens, have_own_words
 
 _LABEL_HEIGHT = 18
 
@@ -234,6 +234,7 @@ def generate_images(
     settings: SamplingSettings | None = None,
     *,
     adapters: Sequence[str | None] | None = None,
+    norms: NormCache | None = None,
     batch_size: int = 4,
     on_step: Callable[[int, int], None] | None = None,
     require_finite: bool = False,
@@ -250,6 +251,9 @@ def generate_images(
         settings: Steps, guidance, size, and what an inpainting model paints into.
         adapters: The name of each image's adapter, None for the base, as `load_adapter` or an
             `AdapterPool` named them: images of one batch share the product with the base weights.
+            All are sampled by the noise schedule of ``components``; `AdapterPool.generate` gives
+            each its own.
+        norms: What keeps the norms of ``adapters`` from one call to the next.
         batch_size: Images at once.
         on_step: Called with (steps done, steps in all).
         require_finite: Refuse images that hold NaN, which becomes black, or are black all over.
@@ -280,8 +284,9 @@ def generate_images(
         for number, batch in enumerate(batches):
             report = _reporter(on_step, number, len(batches))
             wanted = prompt if isinstance(prompt, str) else list(prompt[batch])
-            with _norms_kept(components, adapters[batch]) if adapters else nullcontext():
-                pixels = _sample(pipeline, components, wanted, seeds[batch], settings, report)
+            rows = adapters[batch] if adapters else None
+            with _norms_kept(components, rows, norms) if rows else nullcontext():
+                pixels = _sample(pipeline, components, wanted, seeds[batch], settings, report, rows)
             if require_finite:
                 _require_finite(pixels, seeds[batch])
             images += pipeline.image_processor.numpy_to_pil(np.nan_to_num(pixels))
@@ -303,14 +308,16 @@ def _per_seed(
 
 
 def _norms_kept(
-    components: Components, rows: Sequence[str | None] | None = None
+    components: Components,
+    rows: Sequence[str | None] | None = None,
+    norms: NormCache | None = None,
 ) -> AbstractContextManager[None]:
     """No parameter changes while sampling: every norm is computed once, where its model is."""
     models = components.adaptable().values()
     scope: Callable[..., AbstractContextManager[None]] = norm_scope
     if rows:
         require_adapters(models, rows)
-        scope = partial(row_scope, rows=rows, partly=True)
+        scope = partial(row_scope, rows=rows, partly=True, cache=norms)
     if components.offload_to is not None:
         return in_turns(components, components.offload_to, scope)
     return scope(*models)
@@ -368,6 +375,7 @@ def _sample(
     seeds: Sequence[int],
     settings: SamplingSettings,
     report: Callable[..., dict[str, Any]] | None,
+    adapters: Sequence[str | None] | None,
 ) -> np.ndarray:
     """Pixels ``(B, H, W, 3)`` in [0, 1], or NaN."""
     height, width = _size(components, settings)
@@ -378,7 +386,7 @@ def _sample(
     if settings.guidance_rescale:
         painted |= _rescale(pipeline, components, settings.guidance_rescale)
     pixels: np.ndarray = pipeline(
-        **_prompts(components, prompt, settings.negative_prompt, len(seeds)),
+        **_prompts(components, prompt, settings.negative_prompt, len(seeds), adapters),
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
         width=width,
@@ -402,18 +410,22 @@ def _rescale(pipeline: Any, components: Components, share: float) -> dict[str, f
 
 
 def _prompts(
-    components: Components, prompt: str | list[str], negative: str, count: int
+    components: Components,
+    prompt: str | list[str],
+    negative: str,
+    count: int,
+    adapters: Sequence[str | None] | None,
 ) -> dict[str, Any]:
     """What a pipeline is called with for ``count`` images: prompts as they are, or encoded.
 
-    Encoded are those that it would cut, and with clip skip, for which Diffusers' pipelines need a
-    `text_model` that Transformers 5 has not.
+    Encoded are those that it would cut, those of adapters with tokens of their own, and with clip
+    skip, for which Diffusers' pipelines need a `text_model` that Transformers 5 has not.
     """
     prompts = [prompt] * count if isinstance(prompt, str) else prompt
     is_short = components.most_chunks == 1 or all(
         chunk_count(components, text) == 1 for text in dict.fromkeys([*prompts, negative])
     )
-    if is_short and not components.clip_skip:
+    if is_short and not components.clip_skip and not have_own_words(components, adapters or ()):
         negatives: Any = negative or None
         if negative and not isinstance(prompt, str):
             negatives = [negative] * count
@@ -423,11 +435,11 @@ def _prompts(
             "num_images_per_prompt": count if isinstance(prompt, str) else 1,
         }
     against = (
-        encode_negative(components, [negative] * count)
+        encode_negative(components, [negative] * count, adapters)
         if negative
         else encode_unconditional(components, count)
     )
-    both = Conditioning.cat([encode_prompts(components, prompts), against])
+    both = Conditioning.cat([encode_prompts(components, prompts, adapters=adapters), against])
     parts = {"prompt_embeds": both.encoder_hidden_states, "pooled_prompt_embeds": both.pooled}
     return {
         prefix + name: rows
