@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dora_diffusion.adapters.inject import layer_adapters, remove_adapters, set_strength
-from dora_diffusion.adapters.scope import FixedNorms
 from dora_diffusion.adapters.layers import LayerAdapter
+from dora_diffusion.adapters.scope import FixedNorms
 from dora_diffusion.adapters.state import attach_file
 from dora_diffusion.formats.adapter.file import AdapterMetadata, find_adapter
 from dora_diffusion.formats.adapter.metadata import READING, parse_metadata, stated_reading
@@ -65,6 +65,10 @@ class AdapterPool:
         schedule: As `load_adapted` takes it.
         clip_skip: Last layers of the text encoders to leave out; None: what adapter or base say.
         max_token_length: Tokens of a prompt that are read; None: what adapter or base say.
+
+    Attributes:
+        norms: What keeps the norms of the loaded adapters.
+        loads: How many adapters were read so far.
     """
 
     def __init__(
@@ -80,16 +84,12 @@ class AdapterPool:
         self._asked = schedule, (clip_skip, max_token_length)
         self._loaded: OrderedDict[tuple[object, ...], _Loaded] = OrderedDict()
         self._metadata: dict[tuple[object, ...], AdapterMetadata] = {}
-        self._count = 0
+        self.loads = 0
 
     @property
     def size(self) -> int:
         """Bytes that the loaded adapters take."""
         return sum(loaded.size for loaded in self._loaded.values())
-
-    def __len__(self) -> int:
-        """Number of the loaded adapters."""
-        return len(self._loaded)
 
     def generate(
         self,
@@ -200,8 +200,8 @@ class AdapterPool:
 
     def _load(self, adapter: Wanted) -> _Loaded:
         path, strengths = _parts(adapter)
-        models, name = self.components.adaptable(), f"pool{self._count}"
-        self._count += 1
+        models, name = self.components.adaptable(), f"pool{self.loads}"
+        self.loads += 1
         read = attach_file(models, path, name=name, family=self.components.family.name)
         try:
             add_own_tokens(self.components, name, read.tokens)

@@ -44,8 +44,9 @@ class WordEmbedding(nn.Embedding):
         super().__init__(table.num_embeddings, table.embedding_dim, _weight=table.weight)
         self.weight = table.weight
         self.first, self.trains = first, True
-        known = isinstance(table, WordEmbedding)
-        self.own, self.free = (table.own, table.free) if known else ({}, [])
+        self.own, self.free = {}, []
+        if isinstance(table, WordEmbedding):
+            self.own, self.free = table.own, table.free
         rows = rows.detach().to(table.weight.device, torch.float32, copy=True)
         self.rows = nn.Parameter(rows, requires_grad=False)
 

@@ -85,7 +85,8 @@ class FixedScales:
     """
 
     def __init__(self, inputs: PlanInputs, scales: LayerScales) -> None:
-        self._inputs, self._scales = inputs, scales
+        self._inputs = inputs
+        self._scales: LayerScales | None = scales
         self.factors_by_dtype: dict[torch.dtype, Factors] = {}
 
     def factors(self, dtype: torch.dtype) -> Factors:

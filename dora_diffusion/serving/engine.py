@@ -1,0 +1,133 @@
+"""One base model in memory, and what it answers to a batch of requests."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dora_diffusion.console.errors import explain, explain_to_all
+from dora_diffusion.serving.request import Answer, Refusal
+
+if TYPE_CHECKING:
+    from dora_diffusion.pool import AdapterPool, Row
+    from dora_diffusion.serving.request import ImageRequest
+
+_LOG = logging.getLogger("dora_diffusion.serving")
+
+
+class Asked(NamedTuple):
+    """A request, with the seed that it gets and the file of its adapter."""
+
+    request: ImageRequest
+    seed: int
+    file: Path | None
+
+
+class Reply(NamedTuple):
+    """The answers to a batch, and how many adapters were read for it."""
+
+    answers: list[Answer | Exception]
+    loads: int
+
+
+class Engine:
+    """Answers batches, one at a time.
+
+    Args:
+        pool: The model, and the adapters that are on it.
+        name: What images say that the model is.
+    """
+
+    def __init__(self, pool: AdapterPool, name: str) -> None:
+        self.pool, self.name = pool, name
+        # A batch that nobody waits for any longer is still sampled to its end.
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, base: str, budget: int, options: dict[str, Any]) -> Engine:
+        """Load a model, with what `load_adapted` takes besides base and adapter.
+
+        Raises:
+            ModelNotFoundError, UnsupportedModelError, ValueError: As there.
+        """
+        from dora_diffusion.generate import load_adapted
+        from dora_diffusion.pool import AdapterPool
+
+        components, _ = load_adapted(base, **options)
+        reading = {name: options[name] for name in ("schedule", "clip_skip", "max_token_length")}
+        return cls(AdapterPool(components, budget, **reading), base)
+
+    def answer(self, asked: Sequence[Asked]) -> Reply:
+        """Images for requests whose settings are the same.
+
+        What is wrong with one of them is its answer alone, and the others do not depend on it.
+        """
+        from dora_diffusion.pool import Row
+
+        answers: dict[int, Answer | Exception] = {}
+        with self._lock:
+            before, rows = self.pool.loads, {}
+            for number, (request, seed, file) in enumerate(asked):
+                row = Row(request.prompt, seed, file and (file, request.strength))
+                try:
+                    self.pool.names([row.adapter])
+                    rows[number] = row
+                except Exception as error:
+                    answers[number] = _refusal(error)
+            answers |= self._sample(asked, rows)
+        ordered = [answers[number] for number in range(len(asked))]
+        return Reply(ordered, self.pool.loads - before)
+
+    def _sample(
+        self, asked: Sequence[Asked], rows: dict[int, Row]
+    ) -> dict[int, Answer | Exception]:
+        """Together; where that fails, each by itself."""
+        if not rows:
+            return {}
+        request = asked[next(iter(rows))].request
+        try:
+            images = self.pool.generate(
+                list(rows.values()), request.settings(), batch_size=len(rows), require_finite=True
+            )
+        except Exception as error:
+            if len(rows) == 1:
+                return dict.fromkeys(rows, _refusal(error))
+            alone = [self._sample(asked, {number: row}) for number, row in rows.items()]
+            return {number: answer for part in alone for number, answer in part.items()}
+        return {
+            number: self._answer(asked[number], rows[number], image)
+            for number, image in zip(rows, images, strict=True)
+        }
+
+    def _answer(self, asked: Asked, row: Row, image: Any) -> Answer:
+        from dora_diffusion.generate import lacks_trigger
+        from dora_diffusion.images import parameters_text, png_bytes
+        from dora_diffusion.models.text import token_limit, truncated_text
+        from dora_diffusion.numerics.weights import Strengths
+
+        request, components = asked.request, self.pool.components_for(row.adapter)
+        text = parameters_text(
+            row.prompt, row.seed, request.settings(), image.size, self.name, request.adapter,
+            Strengths(request.strength), extra=components.clip_skip_parameter,
+        )  # fmt: skip
+        notes, metadata = [], self.pool.metadata(row.adapter)
+        if lacks_trigger(row.prompt, metadata):
+            notes.append(f"the prompt lacks the adapter's trigger word, {metadata.trigger!r}")
+        for what, prompt in (("prompt", row.prompt), ("negative prompt", request.negative_prompt)):
+            end = truncated_text(components.tokenizers[0], prompt, components.most_chunks)
+            if end:
+                limit = token_limit(components)
+                notes.append(f"the {what} is longer than {limit}; its end was not read: {end}")
+        return Answer(png_bytes(image, text), row.seed, tuple(notes))
+
+
+def _refusal(error: Exception) -> Refusal:
+    """One line for whoever asked, with 422 where the request is at fault."""
+    line = explain(error)[1]
+    if line is None or isinstance(error, MemoryError):
+        _LOG.error("a request failed", exc_info=error)
+        return Refusal(500, explain_to_all(error))
+    return Refusal(422, line)
