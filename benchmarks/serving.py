@@ -37,7 +37,7 @@ from dora_diffusion.adapters.inject import (
 from dora_diffusion.adapters.state import attach_file, save_adapter
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.formats.adapter.file import AdapterMetadata
-from dora_diffusion.pool import AdapterPool, Row
+from dora_diffusion.pool import AdapterPool, ImageRow
 
 PORT = 8765
 PROMPTS = ("a photo of a sks dog", "a sks mug on the snow", "a red sks toy", "a sks cat at night")
@@ -76,10 +76,10 @@ def make_requests(args: argparse.Namespace, names: list[str]) -> list[dict[str, 
     ]
 
 
-def rows_of(args: argparse.Namespace, requests: list[dict[str, object]]) -> list[Row]:
+def rows_of(args: argparse.Namespace, requests: list[dict[str, object]]) -> list[ImageRow]:
     file = "{}/adapters/{}.safetensors"
     return [
-        Row(str(r["prompt"]), int(str(r["seed"])), file.format(args.work, r["adapter"]))
+        ImageRow(str(r["prompt"]), int(str(r["seed"])), file.format(args.work, r["adapter"]))
         for r in requests
     ]
 

@@ -13,9 +13,14 @@ from dora_diffusion.adapters.layers import LayerAdapter
 from dora_diffusion.adapters.scope import FixedNorms
 from dora_diffusion.adapters.state import attach_file
 from dora_diffusion.formats.adapter.file import AdapterMetadata, find_adapter
-from dora_diffusion.formats.adapter.metadata import READING, parse_metadata, stated_reading
+from dora_diffusion.formats.adapter.metadata import (
+    READING,
+    ZERO_TERMINAL_SNR,
+    parse_metadata,
+    stated_reading,
+)
 from dora_diffusion.formats.adapter.stored import StoredAdapter
-from dora_diffusion.formats.checkpoint.schedule import UNASKED, AskedSchedule
+from dora_diffusion.formats.checkpoint.schedule import PREDICTION, UNASKED, AskedSchedule
 from dora_diffusion.generate import SamplingSettings, generate_images
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import reschedule
@@ -29,7 +34,7 @@ Wanted = str | Path | tuple[str | Path, float | Strengths] | None
 """An adapter file or a run's folder, or that with its strength or strengths; None is the base."""
 
 
-class Row(NamedTuple):
+class ImageRow(NamedTuple):
     """An image of a batch: what it shows, the seed of its noise, and its adapter."""
 
     prompt: str
@@ -62,6 +67,7 @@ class AdapterPool:
     Args:
         components: The loaded model; tokens that adapters were trained with are added to it.
         budget: Bytes that the adapters' parameters, and what is computed from them, may take.
+            None: what one call of `names` asks for, and nothing else.
         schedule: As `load_adapted` takes it.
         clip_skip: Last layers of the text encoders to leave out; None: what adapter or base say.
         max_token_length: Tokens of a prompt that are read; None: what adapter or base say.
@@ -74,7 +80,7 @@ class AdapterPool:
     def __init__(
         self,
         components: Components,
-        budget: int = 2**30,
+        budget: int | None = 2**30,
         *,
         schedule: AskedSchedule = UNASKED,
         clip_skip: int | None = None,
@@ -84,6 +90,7 @@ class AdapterPool:
         self._asked = schedule, (clip_skip, max_token_length)
         self._loaded: OrderedDict[tuple[object, ...], _Loaded] = OrderedDict()
         self._metadata: dict[tuple[object, ...], AdapterMetadata] = {}
+        self._variants: dict[tuple[object, ...], Components] = {}
         self.loads = 0
 
     @property
@@ -93,7 +100,7 @@ class AdapterPool:
 
     def generate(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[ImageRow],
         settings: SamplingSettings | None = None,
         *,
         batch_size: int = 4,
@@ -193,10 +200,21 @@ class AdapterPool:
             stated.get(name) if value is None else None
             for name, value in zip(READING, given, strict=True)
         )
-        components = self.components
-        if components.schedule is not None:
-            components = reschedule(components, schedule._replace(adapters=(metadata,)))
-        return components.reading(*left, is_told=False)
+        components = self.components.reading(*left, is_told=False)
+        if components.schedule is None:
+            return components
+        # Made once for all adapters that say the same.
+        facts = (metadata.extra.get(name) for name in (PREDICTION, ZERO_TERMINAL_SNR))
+        key = (metadata.base_model, *facts, components.clip_skip, components.max_token_length)
+        if key not in self._variants:
+            asked = schedule._replace(adapters=(metadata,))
+            self._variants[key] = reschedule(components, asked)
+        return self._variants[key]
+
+    def clear(self) -> None:
+        """Drop all adapters: the model is its base again."""
+        while self._loaded:
+            self._drop(self._loaded.popitem()[1].name)
 
     def _load(self, adapter: Wanted) -> _Loaded:
         path, strengths = _parts(adapter)
@@ -231,10 +249,10 @@ class AdapterPool:
 
     def _make_room(self, wanted: dict[tuple[object, ...], Wanted]) -> None:
         for key in [key for key in self._loaded if key not in wanted]:
-            if self.size <= self.budget:
+            if self.budget is not None and self.size <= self.budget:
                 return
             self._drop(self._loaded.pop(key).name)
-        if self.size > self.budget:
+        if self.budget is not None and self.size > self.budget:
             size, most = (f"{count / 1e6:.1f} MB" for count in (self.size, self.budget))
             _, last = self._loaded.popitem()
             self._drop(last.name)

@@ -20,7 +20,7 @@ from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, wr
 from dora_diffusion.generate import load_adapted
 from dora_diffusion.models.offload import place
 from dora_diffusion.numerics.weights import Strengths
-from dora_diffusion.pool import Row, reading_of
+from dora_diffusion.pool import ImageRow, reading_of
 
 QUICK = SamplingSettings(steps=2, guidance_scale=3.0, negative_prompt="red")
 
@@ -152,7 +152,7 @@ def test_a_token_and_a_noise_schedule_are_each_adapter_s_own(sd1_folder, custome
         lambda *a, **k: batches.append(len(a[2])) or generate(*a, **k),
     )
     steps, done = dataclasses.replace(QUICK, negative_prompt="a <TOY> dog"), []
-    rows = [Row("a <toy> dog", 5 + n, which) for n, which in enumerate([*customers, None] * 2)]
+    rows = [ImageRow("a <toy> dog", 5 + n, which) for n, which in enumerate([*customers, None] * 2)]
     pool = AdapterPool(load_components(sd1_folder))
     images = pool.generate(rows, steps, batch_size=4, on_step=lambda *seen: done.append(seen))
     mixed = pixels(images)
@@ -187,14 +187,14 @@ def test_norms_are_computed_when_an_adapter_is_first_used(sd1_folder, customers,
     made, make_scales = [], scope.make_scales
     monkeypatch.setattr(scope, "make_scales", lambda *a: made.append(len(a[0])) or make_scales(*a))
     pool = AdapterPool(load_components(sd1_folder))
-    rows = [Row("a dog", 5), Row("a dog", 6, customers[0])]
+    rows = [ImageRow("a dog", 5), ImageRow("a dog", 6, customers[0])]
     first, counted = pixels(pool.generate(rows, QUICK)), len(made)
     assert counted > 0
     assert np.array_equal(pixels(pool.generate(rows, QUICK)), first)
-    pool.generate([*rows, Row("a cat", 5, (customers[0], Strengths(1, 0.5, 0.5)))], QUICK)
+    pool.generate([*rows, ImageRow("a cat", 5, (customers[0], Strengths(1, 0.5, 0.5)))], QUICK)
     other = len(made)
     assert other == 2 * counted
-    pool.generate([Row("a cat", 5, (customers[0], Strengths(1, 0.5, 0.5)))], QUICK)
+    pool.generate([ImageRow("a cat", 5, (customers[0], Strengths(1, 0.5, 0.5)))], QUICK)
     assert len(made) == other
     with torch.no_grad():
         next(layer_adapters(pool.components.unet, "pool0")).up.mul_(2)

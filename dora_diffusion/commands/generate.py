@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     from dora_diffusion.generate import generate_images
     from dora_diffusion.images import parameters_text, save_png
     from dora_diffusion.numerics.weights import Strengths
-    from dora_diffusion.pool import AdapterPool, Row
+    from dora_diffusion.pool import AdapterPool, ImageRow
 
     settings = _settings(args)
     components, metadata = load_adapted_model(args)
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     with progress("generating images", "step") as show:
         if args.adapters_file:
             of_pool = [
-                Row(row.prompt, row.seed, row.adapter and (row.adapter, row.strength))
+                ImageRow(row.prompt, row.seed, row.adapter and (row.adapter, row.strength))
                 for row in rows
             ]
             images = pool.generate(of_pool, settings, on_step=show, **shared)

@@ -80,7 +80,8 @@ class Service:
         self._batcher: Batcher[Asked, Answer] = Batcher(
             self._run, on_batch=self._count_batch, **queue
         )
-        self._probe: asyncio.Task[Reply] | None = None
+        self._is_alive = False
+        self._probe: asyncio.Future[Any] | None = None
         self.metrics.waiting.set_function(lambda: len(self._batcher))
         self.metrics.ready.set_function(lambda: self.is_ready)
 
@@ -118,17 +119,18 @@ class Service:
     @property
     def is_ready(self) -> bool:
         """Whether a worker has answered since one was lost; asks, without waiting for it."""
-        if self._probe is None or (self._probe.done() and self._probe.exception()):
-            self._probe = asyncio.ensure_future(self._run_batch([]))
-        return self._probe.done() and self._probe.exception() is None
+        if not self._is_alive and (self._probe is None or self._probe.done()):
+            self._probe = asyncio.gather(self._run([]), return_exceptions=True)
+        return self._is_alive
 
     async def _run(self, batch: Sequence[Asked]) -> Sequence[Answer | Exception]:
         try:
             reply = await self._run_batch(batch)
         except WorkerLostError:
             self.metrics.lost.inc()
-            self._probe = None
+            self._is_alive = False
             raise
+        self._is_alive = True
         self.metrics.loads.inc(reply.loads)
         return reply.answers
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dora_diffusion.console.errors import explain, explain_to_all
+from dora_diffusion.console.errors import explain, explain_to_all, is_out_of_memory
 from dora_diffusion.serving.request import Answer, Refusal
 
 if TYPE_CHECKING:
-    from dora_diffusion.pool import AdapterPool, Row
+    from dora_diffusion.pool import AdapterPool, ImageRow
     from dora_diffusion.serving.request import ImageRequest
 
 _LOG = logging.getLogger("dora_diffusion.serving")
@@ -65,24 +66,24 @@ class Engine:
 
         What is wrong with one of them is its answer alone, and the others do not depend on it.
         """
-        from dora_diffusion.pool import Row
+        from dora_diffusion.pool import ImageRow
 
         answers: dict[int, Answer | Exception] = {}
         with self._lock:
             before, rows = self.pool.loads, {}
             for number, (request, seed, file) in enumerate(asked):
-                row = Row(request.prompt, seed, file and (file, request.strength))
+                row = ImageRow(request.prompt, seed, file and (file, request.strength))
                 try:
                     self.pool.names([row.adapter])
                     rows[number] = row
                 except Exception as error:
-                    answers[number] = _refusal(error)
+                    answers[number] = _refusal(error, file)
             answers |= self._sample(asked, rows)
         ordered = [answers[number] for number in range(len(asked))]
         return Reply(ordered, self.pool.loads - before)
 
     def _sample(
-        self, asked: Sequence[Asked], rows: dict[int, Row]
+        self, asked: Sequence[Asked], rows: dict[int, ImageRow]
     ) -> dict[int, Answer | Exception]:
         """Together; where that fails, each by itself."""
         if not rows:
@@ -94,7 +95,7 @@ class Engine:
             )
         except Exception as error:
             if len(rows) == 1:
-                return dict.fromkeys(rows, _refusal(error))
+                return {number: _refusal(error, asked[number].file) for number in rows}
             alone = [self._sample(asked, {number: row}) for number, row in rows.items()]
             return {number: answer for part in alone for number, answer in part.items()}
         return {
@@ -102,7 +103,7 @@ class Engine:
             for number, image in zip(rows, images, strict=True)
         }
 
-    def _answer(self, asked: Asked, row: Row, image: Any) -> Answer:
+    def _answer(self, asked: Asked, row: ImageRow, image: Any) -> Answer:
         from dora_diffusion.generate import lacks_trigger
         from dora_diffusion.images import parameters_text, png_bytes
         from dora_diffusion.models.text import token_limit, truncated_text
@@ -124,10 +125,13 @@ class Engine:
         return Answer(png_bytes(image, text), row.seed, tuple(notes))
 
 
-def _refusal(error: Exception) -> Refusal:
-    """One line for whoever asked, with 422 where the request is at fault."""
+def _refusal(error: Exception, file: Path | None) -> Refusal:
+    """One line for whoever asked, without the server's folders; 422 where the request is at fault.
+
+    Defects, and memory that ran out, are 500.
+    """
     line = explain(error)[1]
-    if line is None or isinstance(error, MemoryError):
+    if line is None or is_out_of_memory(error):
         _LOG.error("a request failed", exc_info=error)
         return Refusal(500, explain_to_all(error))
-    return Refusal(422, line)
+    return Refusal(422, line.replace(f"{file.parent}{os.sep}", "") if file else line)
