@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from dora_diffusion.adapters.compiled import compile_blocks, require_compiler
 from dora_diffusion.adapters.inject import layer_adapters, require_adapters, set_strength
-from dora_diffusion.adapters.scope import NormCache, norm_scope, row_scope
+from dora_diffusion.adapters.scope import norm_scope, row_scope
 from dora_diffusion.adapters.state import attach_file
 from dora_diffusion.config.fields import require
 from dora_diffusion.config.run import SampleSettings
@@ -234,7 +234,6 @@ def generate_images(
     settings: SamplingSettings | None = None,
     *,
     adapters: Sequence[str | None] | None = None,
-    norms: NormCache | None = None,
     batch_size: int = 4,
     on_step: Callable[[int, int], None] | None = None,
     require_finite: bool = False,
@@ -250,10 +249,7 @@ def generate_images(
         seeds: One per image.
         settings: Steps, guidance, size, and what an inpainting model paints into.
         adapters: The name of each image's adapter, None for the base, as `load_adapter` or an
-            `AdapterPool` named them: images of one batch share the product with the base weights.
-            All are sampled by the noise schedule of ``components``; `AdapterPool.generate` gives
-            each its own.
-        norms: What keeps the norms of ``adapters`` from one call to the next.
+            `AdapterPool` named them: a batch shares the base's products, and the noise schedule.
         batch_size: Images at once.
         on_step: Called with (steps done, steps in all).
         require_finite: Refuse images that hold NaN, which becomes black, or are black all over.
@@ -284,8 +280,8 @@ def generate_images(
         for number, batch in enumerate(batches):
             report = _reporter(on_step, number, len(batches))
             wanted = prompt if isinstance(prompt, str) else list(prompt[batch])
-            rows = adapters[batch] if adapters else None
-            with _norms_kept(components, rows, norms) if rows else nullcontext():
+            rows = adapters and adapters[batch]
+            with _norms_kept(components, rows) if rows else nullcontext():
                 pixels = _sample(pipeline, components, wanted, seeds[batch], settings, report, rows)
             if require_finite:
                 _require_finite(pixels, seeds[batch])
@@ -308,16 +304,14 @@ def _per_seed(
 
 
 def _norms_kept(
-    components: Components,
-    rows: Sequence[str | None] | None = None,
-    norms: NormCache | None = None,
+    components: Components, rows: Sequence[str | None] | None = None
 ) -> AbstractContextManager[None]:
     """No parameter changes while sampling: every norm is computed once, where its model is."""
     models = components.adaptable().values()
     scope: Callable[..., AbstractContextManager[None]] = norm_scope
     if rows:
         require_adapters(models, rows)
-        scope = partial(row_scope, rows=rows, partly=True, cache=norms)
+        scope = partial(row_scope, rows=rows, partly=True, cache=components.norms)
     if components.offload_to is not None:
         return in_turns(components, components.offload_to, scope)
     return scope(*models)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -73,7 +73,6 @@ class AdapterPool:
         max_token_length: Tokens of a prompt that are read; None: what adapter or base say.
 
     Attributes:
-        norms: What keeps the norms of the loaded adapters.
         loads: How many adapters were read so far.
     """
 
@@ -86,7 +85,7 @@ class AdapterPool:
         clip_skip: int | None = None,
         max_token_length: int | None = None,
     ) -> None:
-        self.components, self.budget, self.norms = components, budget, FixedNorms()
+        self.components, self.budget = replace(components, norms=FixedNorms()), budget
         self._asked = schedule, (clip_skip, max_token_length)
         self._loaded: OrderedDict[tuple[object, ...], _Loaded] = OrderedDict()
         self._metadata: dict[tuple[object, ...], AdapterMetadata] = {}
@@ -143,7 +142,6 @@ class AdapterPool:
                     [rows[number].seed for number in batch],
                     settings,
                     adapters=self.names([rows[number].adapter for number in batch]),
-                    norms=self.norms,
                     batch_size=count,
                     on_step=show,
                     require_finite=require_finite,
@@ -239,7 +237,7 @@ class AdapterPool:
         return _Loaded(name, sum(map(self._bytes, parts)))
 
     def _bytes(self, part: LayerAdapter) -> int:
-        """What an adapter takes on a layer: its parameters and, of a DoRA, what `norms` keeps."""
+        """What an adapter takes on a layer: its parameters and, of a DoRA, its norms' factors."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in part.parameters())
         if part.magnitude is not None:
             width = self.components.unet.dtype.itemsize

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dora_diffusion.adapters.scope import NormCache
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_token_length
 from dora_diffusion.families import TITLES, Family
 from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, Statement
@@ -36,6 +37,8 @@ class Components:
         source: Folder or file that the weights were read from.
         schedule: How its noise schedule is meant, and who says so.
         stated: What the model says of that itself, and what is usual of its kind.
+        norms: What keeps the norms of adapters that rows of a batch name from one batch to the
+            next; None: each batch computes them.
         offload_to: Where modules compute that lie in the host's memory until then
             (`models.offload`); None: they compute where they are.
         clip_skip: Last layers of the text encoders that prompts are read without, as Diffusers'
@@ -55,6 +58,7 @@ class Components:
     source: str = ""
     schedule: NoiseSchedule | None = None
     stated: tuple[Sequence[Statement], Sequence[Statement]] = ((), ())
+    norms: NormCache | None = None
     offload_to: torch.device | None = None
     clip_skip: int = 0
     max_token_length: int = TOKENS_PER_CHUNK

@@ -20,8 +20,8 @@ from dora_diffusion.formats.adapter.metadata import READING, ZERO_TERMINAL_SNR
 from dora_diffusion.formats.checkpoint.schedule import EPSILON, PREDICTION
 from dora_diffusion.serving.batcher import Batcher, QueueFullError, WorkerLostError
 from dora_diffusion.serving.catalogue import Catalogue
-from dora_diffusion.serving.engine import Asked, Reply
-from dora_diffusion.serving.request import Answer, ImageRequest, Refusal
+from dora_diffusion.serving.engine import BatchItem, Reply
+from dora_diffusion.serving.request import ApiAnswer, ApiRequest, Refusal
 
 # What anybody may see: whether it runs, and how it is asked.
 _OPEN = ("/health", "/ready", "/docs", "/openapi.json")
@@ -30,7 +30,7 @@ _READ = (PREDICTION, ZERO_TERMINAL_SNR, *READING)
 _USUAL = ("", EPSILON, "False", "0")
 _MOST_BYTES = 64 * 1024
 _LOCAL_NAMES = ["localhost", "127.0.0.1"]
-Run = Callable[[Sequence[Asked]], Awaitable[Reply]]
+Run = Callable[[Sequence[BatchItem]], Awaitable[Reply]]
 
 
 class Metrics:
@@ -77,7 +77,7 @@ class Service:
     def __init__(self, catalogue: Catalogue, run: Run, timeout: float, **queue: Any) -> None:
         self.catalogue, self.timeout, self.metrics = catalogue, timeout, Metrics()
         self._run_batch = run
-        self._batcher: Batcher[Asked, Answer] = Batcher(
+        self._batcher: Batcher[BatchItem, ApiAnswer] = Batcher(
             self._run, on_batch=self._count_batch, **queue
         )
         self._is_alive = False
@@ -85,7 +85,7 @@ class Service:
         self.metrics.waiting.set_function(lambda: len(self._batcher))
         self.metrics.ready.set_function(lambda: self.is_ready)
 
-    async def image(self, request: ImageRequest) -> Answer:
+    async def image(self, request: ApiRequest) -> ApiAnswer:
         """An image.
 
         Raises:
@@ -102,7 +102,7 @@ class Service:
                 raise Refusal(422, str(error)) from None
             reading = tuple("" if extra.get(n) in _USUAL else extra.get(n, "") for n in _READ)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        asked = self._batcher.submit(Asked(request, seed, file), (request.shared(), reading))
+        asked = self._batcher.submit(BatchItem(request, seed, file), (request.shared(), reading))
         try:
             answer = await asyncio.wait_for(asked, self.timeout)
         except QueueFullError as error:
@@ -123,7 +123,7 @@ class Service:
             self._probe = asyncio.gather(self._run([]), return_exceptions=True)
         return self._is_alive
 
-    async def _run(self, batch: Sequence[Asked]) -> Sequence[Answer | Exception]:
+    async def _run(self, batch: Sequence[BatchItem]) -> Sequence[ApiAnswer | Exception]:
         try:
             reply = await self._run_batch(batch)
         except WorkerLostError:
@@ -176,7 +176,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     }
 
     @app.post("/v1/images", response_class=Response, responses=png)
-    async def generate(request: ImageRequest) -> Response:
+    async def generate(request: ApiRequest) -> Response:
         """Generate an image; its seed is in `X-Seed`, what had no effect in `X-Notes` (JSON)."""
         answer = await service.image(request)
         notes = {"X-Notes": json.dumps(answer.notes)} if answer.notes else {}

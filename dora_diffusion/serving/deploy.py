@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.fields import ConfigError, require
-from dora_diffusion.serving.engine import Asked, Engine, Reply
+from dora_diffusion.serving.engine import BatchItem, Engine, Reply
 from dora_diffusion.system import is_address, is_loopback
 
 TOKEN_VARIABLE = "DORA_DIFFUSION_TOKEN"
@@ -107,7 +107,7 @@ class Replica:
             deployment.base, deployment.adapter_memory, dict(deployment.options)
         )
 
-    async def answer(self, asked: Sequence[Asked]) -> Reply:
+    async def answer(self, asked: Sequence[BatchItem]) -> Reply:
         # In a thread, so that Ray is told meanwhile that the replica lives.
         return await asyncio.to_thread(self._engine.answer, asked)
 
@@ -125,7 +125,7 @@ def _ingress(deployment: Deployment) -> Any:
 
         handle = serve.get_deployment_handle(_REPLICA, app_name=_NAME)
 
-        async def run(batch: Sequence[Asked]) -> Reply:
+        async def run(batch: Sequence[BatchItem]) -> Reply:
             try:
                 reply: Reply = await handle.answer.remote(batch)
             except RayActorError as error:

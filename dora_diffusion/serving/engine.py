@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dora_diffusion.console.errors import explain, explain_to_all, is_out_of_memory
-from dora_diffusion.serving.request import Answer, Refusal
+from dora_diffusion.serving.request import ApiAnswer, Refusal
 
 if TYPE_CHECKING:
     from dora_diffusion.pool import AdapterPool, ImageRow
-    from dora_diffusion.serving.request import ImageRequest
+    from dora_diffusion.serving.request import ApiRequest
 
 _LOG = logging.getLogger("dora_diffusion.serving")
 
 
-class Asked(NamedTuple):
+class BatchItem(NamedTuple):
     """A request, with the seed that it gets and the file of its adapter."""
 
-    request: ImageRequest
+    request: ApiRequest
     seed: int
     file: Path | None
 
@@ -30,7 +30,7 @@ class Asked(NamedTuple):
 class Reply(NamedTuple):
     """The answers to a batch, and how many adapters were read for it."""
 
-    answers: list[Answer | Exception]
+    answers: list[ApiAnswer | Exception]
     loads: int
 
 
@@ -61,14 +61,14 @@ class Engine:
         reading = {name: options[name] for name in ("schedule", "clip_skip", "max_token_length")}
         return cls(AdapterPool(components, budget, **reading), base)
 
-    def answer(self, asked: Sequence[Asked]) -> Reply:
+    def answer(self, asked: Sequence[BatchItem]) -> Reply:
         """Images for requests whose settings are the same.
 
         What is wrong with one of them is its answer alone, and the others do not depend on it.
         """
         from dora_diffusion.pool import ImageRow
 
-        answers: dict[int, Answer | Exception] = {}
+        answers: dict[int, ApiAnswer | Exception] = {}
         with self._lock:
             before, rows = self.pool.loads, {}
             for number, (request, seed, file) in enumerate(asked):
@@ -83,8 +83,8 @@ class Engine:
         return Reply(ordered, self.pool.loads - before)
 
     def _sample(
-        self, asked: Sequence[Asked], rows: dict[int, ImageRow]
-    ) -> dict[int, Answer | Exception]:
+        self, asked: Sequence[BatchItem], rows: dict[int, ImageRow]
+    ) -> dict[int, ApiAnswer | Exception]:
         """Together; where that fails, each by itself."""
         if not rows:
             return {}
@@ -103,7 +103,7 @@ class Engine:
             for number, image in zip(rows, images, strict=True)
         }
 
-    def _answer(self, asked: Asked, row: ImageRow, image: Any) -> Answer:
+    def _answer(self, asked: BatchItem, row: ImageRow, image: Any) -> ApiAnswer:
         from dora_diffusion.generate import lacks_trigger
         from dora_diffusion.images import parameters_text, png_bytes
         from dora_diffusion.models.text import token_limit, truncated_text
@@ -122,7 +122,7 @@ class Engine:
             if end:
                 limit = token_limit(components)
                 notes.append(f"the {what} is longer than {limit}; its end was not read: {end}")
-        return Answer(png_bytes(image, text), row.seed, tuple(notes))
+        return ApiAnswer(png_bytes(image, text), row.seed, tuple(notes))
 
 
 def _refusal(error: Exception, file: Path | None) -> Refusal:

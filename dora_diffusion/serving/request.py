@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MAX_STEPS, MAX_SIDE = 200, 2048
 
 
-class Answer(NamedTuple):
+class ApiAnswer(NamedTuple):
     """A PNG that says how it was made, its seed, and what of the request had no effect."""
 
     png: bytes
@@ -32,7 +32,7 @@ class Refusal(Exception):
         self.status, self.line, self.headers = status, line, headers
 
 
-class ImageRequest(BaseModel):
+class ApiRequest(BaseModel):
     """One image."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

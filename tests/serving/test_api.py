@@ -13,7 +13,7 @@ from dora_diffusion.serving.api import Service, make_app
 from dora_diffusion.serving.batcher import WorkerLostError
 from dora_diffusion.serving.catalogue import Catalogue
 from dora_diffusion.serving.engine import Reply
-from dora_diffusion.serving.request import Answer, Refusal
+from dora_diffusion.serving.request import ApiAnswer, Refusal
 from tests.serving.helpers import run
 
 pytest.importorskip("prometheus_client", reason="it comes with the extra ray")
@@ -46,7 +46,7 @@ class Workers:
             raise self.fails.pop()
         answers = [
             Refusal(422, "it does not fit") if asked.request.prompt == "unfit"
-            else Answer(f"{asked.request.adapter} {asked.seed}".encode(), asked.seed, ("n\xe9",))
+            else ApiAnswer(f"{asked.request.adapter} {asked.seed}".encode(), asked.seed, ("n\xe9",))
             for asked in batch
         ]  # fmt: skip
         return Reply(answers, len(batch))

@@ -13,8 +13,8 @@ from dora_diffusion.generate import BrokenImageError, generate_images, load_adap
 from dora_diffusion.images import parse_parameters
 from dora_diffusion.models.load import load_components
 from dora_diffusion.pool import AdapterPool
-from dora_diffusion.serving.engine import Asked, Engine
-from dora_diffusion.serving.request import Answer, ImageRequest, Refusal
+from dora_diffusion.serving.engine import BatchItem, Engine
+from dora_diffusion.serving.request import ApiAnswer, ApiRequest, Refusal
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +30,12 @@ def files(sd1_folder, sdxl_folder, random_adapter, tmp_path_factory):
 
 
 def ask(files, adapter, seed, prompt="a photo of a sks dog", **changes):
-    request = ImageRequest(prompt=prompt, adapter=adapter, steps=2, width=64, height=64, **changes)
-    return Asked(request, seed, files.get(adapter))
+    request = ApiRequest(prompt=prompt, adapter=adapter, steps=2, width=64, height=64, **changes)
+    return BatchItem(request, seed, files.get(adapter))
 
 
 def image(answer):
-    assert isinstance(answer, Answer), answer
+    assert isinstance(answer, ApiAnswer), answer
     return np.asarray(Image.open(io.BytesIO(answer.png)), np.int16)
 
 
@@ -97,17 +97,17 @@ def test_a_row_that_breaks_its_batch_and_a_budget_for_one_alone(files, sd1_folde
     # Both do not fit together: then one after the other.
     engine.pool.budget = engine.pool.size - 1
     answers = engine.answer([ask(files, "dog", 1), ask(files, "cat", 2)]).answers
-    assert all(isinstance(answer, Answer) for answer in answers)
+    assert all(isinstance(answer, ApiAnswer) for answer in answers)
     assert engine.answer([]).answers == []
 
 
 def test_the_settings_of_a_request_are_those_of_sampling(sd1_folder):
-    request = ImageRequest(prompt="a", scheduler="euler", guidance_scale=3, negative_prompt="b")
+    request = ApiRequest(prompt="a", scheduler="euler", guidance_scale=3, negative_prompt="b")
     settings = request.settings()
     assert (settings.scheduler, settings.guidance_scale, settings.negative_prompt) == (
         "euler", 3, "b",
     )  # fmt: skip
-    other = ImageRequest(prompt="c", adapter="x", seed=3, strength=0.1, **{
+    other = ApiRequest(prompt="c", adapter="x", seed=3, strength=0.1, **{
         name: getattr(request, name) for name in ("scheduler", "guidance_scale", "negative_prompt")
     })  # fmt: skip
     assert other.shared() == request.shared()
