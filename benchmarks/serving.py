@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
-import random
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -109,8 +109,11 @@ def sampled(
 
 
 async def ask(
-    args: argparse.Namespace, requests: list[dict[str, object]], clients: int, retry: bool
-) -> tuple[list[httpx.Response | Exception], list[float], float]:
+    args: argparse.Namespace,
+    requests: list[dict[str, object]],
+    clients: int,
+    on_answer: Callable[[int], None] = lambda count: None,
+) -> tuple[list[httpx.Response], list[float], float]:
     """The answers in order, the seconds of each, and those of all together."""
     waiting, answers = list(enumerate(requests)), {}
     seconds: list[float] = []
@@ -120,13 +123,9 @@ async def ask(
             while waiting:
                 number, request = waiting.pop(0)
                 begun = time.perf_counter()
-                while True:
-                    answer = await http.post("/v1/images", json=request)
-                    if answer.status_code != 429 or not retry:
-                        break
-                    await asyncio.sleep(int(answer.headers["Retry-After"]))
-                answers[number] = answer
+                answers[number] = await http.post("/v1/images", json=request)
                 seconds.append(time.perf_counter() - begun)
+                on_answer(len(seconds))
 
     begun = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
@@ -156,38 +155,33 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-async def killing(seconds: float, kills: int) -> int:
-    """Kill a replica now and then, as soon as there is one again."""
-    drawn, killed = random.Random(0), 0
-    while killed < kills:
-        await asyncio.sleep(seconds * drawn.uniform(0.5, 1.5))
-        for process in replicas()[:1]:
-            process.kill()
-            killed += 1
-    return killed
-
-
-async def load(args: argparse.Namespace, requests: list[dict[str, object]]) -> None:
-    expected, _ = sampled(args, requests, "one by one")
-    answers, seconds, total = await ask(args, requests, args.clients, retry=False)
+async def load(
+    args: argparse.Namespace, requests: list[dict[str, object]], expected: list[Image.Image]
+) -> None:
+    """Ask as many clients do, all at once, and while replicas are killed."""
+    answers, seconds, total = await ask(args, requests, args.clients)
     print(f"statuses: {dict(Counter(answer.status_code for answer in answers))}")
     cuts = statistics.quantiles(seconds, n=100)
     print(f"{len(requests) / total:.2f} images/s, p50 {cuts[49]:.2f} s, p99 {cuts[98]:.2f} s")
     most, same = differences(answers, expected)
     print(f"beside one by one: at most {most} of 255, {same} of {len(requests)} to the bit")
 
-    crowd = [{**request, "seed": 1000} for request in requests]
-    answers, _, _ = await ask(args, crowd, len(crowd), retry=False)
-    print(f"{len(crowd)} at once: {dict(Counter(answer.status_code for answer in answers))}")
+    answers, _, _ = await ask(args, requests, len(requests))
+    print(f"{len(requests)} at once: {dict(Counter(answer.status_code for answer in answers))}")
     after = {answer.headers.get("Retry-After") for answer in answers} - {None}
     print(f"Retry-After: {sorted(map(int, after))} s")
 
-    death = asyncio.ensure_future(killing(args.kill_every, args.kills))
-    answers, _, total = await ask(args, requests, args.clients, retry=True)
-    killed = death.result() if death.done() else death.cancel()
-    most, same = differences(answers, expected)
+    every, killed = len(requests) // (args.kills + 1), []
+
+    def kill(count: int) -> None:
+        if count % every == 0 and len(killed) < args.kills:
+            killed.extend(replicas()[:1])
+            killed[-1].kill()
+
+    answers, _, total = await ask(args, requests, args.clients, kill)
+    most, _ = differences(answers, expected)
     codes = dict(Counter(answer.status_code for answer in answers))
-    print(f"with replicas killed ({killed}): {codes}, {total:.0f} s, at most {most} of 255")
+    print(f"{len(killed)} replicas killed: {codes}, {total:.0f} s, at most {most} of 255")
 
 
 def main() -> None:
@@ -202,7 +196,6 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--memory", type=int, default=2000, help="MB of adapters.")
     parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--kill_every", type=float, default=20.0, help="Seconds.")
     parser.add_argument("--no-server", dest="server", action="store_false")
     args = parser.parse_args()
     names = make_adapters(args)
@@ -224,7 +217,7 @@ def main() -> None:
             if "/docs" in line:
                 break
         try:
-            asyncio.run(load(args, requests))
+            asyncio.run(load(args, requests, ways["one by one"][0]))
         finally:
             server.terminate()
 

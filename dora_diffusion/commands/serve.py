@@ -82,10 +82,11 @@ def run(args: argparse.Namespace) -> int:
     values["base"] = _base(args)
     found = Catalogue(args.adapters).scan()
     deployment = Deployment(**values, options=model_options(args))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"loading {args.base} ...", flush=True)
     with deployed(deployment):
         print(f"{deployment.url}/docs: {len(found)} adapters; Ctrl-C ends it", flush=True)
+        # Ray has set a handler of its own.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

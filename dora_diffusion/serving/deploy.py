@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -161,6 +162,7 @@ def deployed(deployment: Deployment) -> Iterator[None]:
         raise ConfigError(
             "serving needs Ray Serve, which is not installed; run 'pip install dora-diffusion[ray]'"
         ) from None
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     is_local = deployment.address == "local"
     _connect(ray, deployment)
     try:
