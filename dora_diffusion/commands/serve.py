@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replica_gpus",
         type=float,
-        help="GPUs of a replica, or the share of one. Default: 1 where there are GPUs, else 0.",
+        help="GPUs of a replica, or the share of one. Default: those that there are, shared out, "
+        "one at most.",
     )
     parser.add_argument("--batch_size", type=int, default=8, help="Most images at once.")
     parser.add_argument(

@@ -179,6 +179,9 @@ def test_a_grid_has_a_cell_per_checkpoint_and_strength(
     steps: list[int] = []
     adapters = {"checkpoint-2": early, "result": result}
     picture = studio.grid(ask(finished), adapters, [0.0, 1.0], lambda done, _: steps.append(done))
+    # In one batch, of one model that is its base again.
+    assert steps == [4, 8]
+    assert not any(layer_adapters(studio._components.unet))
     cells = [
         Image.open(studio.make(replace(ask(finished, strength=strength), adapter=adapter))[0].path)
         for adapter in adapters.values()
@@ -191,9 +194,6 @@ def test_a_grid_has_a_cell_per_checkpoint_and_strength(
         assert image.size == wanted.size
         assert np.ptp(np.asarray(image, np.int16) - np.asarray(wanted, np.int16)) <= 2
     assert read_generation_settings(picture.path)["Size"] == "64x64"
-    # In one batch, of one model that is its base again.
-    assert steps == [4, 8]
-    assert not any(layer_adapters(studio._components.unet))
 
 
 def test_pictures_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(
