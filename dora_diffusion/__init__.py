@@ -6,7 +6,7 @@ The whole Python interface::
     merge_adapters, unmerge_adapters, disabled        write it into the weights, switch it off
     set_strength                                      how much of it acts
     norm_scope, NormCache                             norms computed once for each training step
-    row_scope, AdapterPool                            an adapter for each row of a batch
+    row_scope, AdapterPool, ImageRow                  an adapter for each row of a batch
     compile_blocks                                    torch.compile of a UNet's repeated blocks
     save_adapter, load_adapter                        one file, which other tools read exactly
     TrainConfig, train                                DreamBooth from photos to a finished folder
@@ -78,7 +78,7 @@ if TYPE_CHECKING:
     from dora_diffusion.generate import BrokenImageError, SamplingSettings, generate_images
     from dora_diffusion.models.load import load_components
     from dora_diffusion.models.locate import ModelNotFoundError
-    from dora_diffusion.pool import AdapterPool
+    from dora_diffusion.pool import AdapterPool, ImageRow
     from dora_diffusion.study.config import Study
     from dora_diffusion.study.run import run_study
     from dora_diffusion.training.loop import train
@@ -95,6 +95,7 @@ _HOMES = {
     "ConfigError": "config.fields",
     "DiskFullError": "formats.files.atomic",
     "ExportError": "export",
+    "ImageRow": "pool",
     "MergeError": "formats.checkpoint.weights",
     "ModelNotFoundError": "models.locate",
     "NormCache": "adapters.scope",
@@ -142,6 +143,7 @@ __all__ = [
     "ConfigError",
     "DiskFullError",
     "ExportError",
+    "ImageRow",
     "MergeError",
     "ModelNotFoundError",
     "NormCache",

@@ -22,6 +22,7 @@ from dora_diffusion.system import let_break_interrupt
 COMMANDS = {
     "train": "teach a model a subject from photos",
     "generate": "generate images",
+    "serve": "generate over HTTP, with many adapters in one batch",
     "evaluate": "measure subject similarity, subject leakage and language drift",
     "analyze": "take apart what training did to the weights: magnitude, direction, rank",
     "fleet": "train an adapter for each of many subjects, on this machine or on a Ray cluster",

@@ -47,7 +47,7 @@ from dora_diffusion.models.text import (
     warn_of_truncation,
 )
 from dora_diffusion.models.weights import quiet_libraries
-from dora_diffusion.models.words import add_tokens
+from dora_diffusion.models.words import add_tokens, have_own_words
 
 _LABEL_HEIGHT = 18
 
@@ -249,7 +249,7 @@ def generate_images(
         seeds: One per image.
         settings: Steps, guidance, size, and what an inpainting model paints into.
         adapters: The name of each image's adapter, None for the base, as `load_adapter` or an
-            `AdapterPool` named them: images of one batch share the product with the base weights.
+            `AdapterPool` named them: a batch shares the base's products, and the noise schedule.
         batch_size: Images at once.
         on_step: Called with (steps done, steps in all).
         require_finite: Refuse images that hold NaN, which becomes black, or are black all over.
@@ -280,8 +280,9 @@ def generate_images(
         for number, batch in enumerate(batches):
             report = _reporter(on_step, number, len(batches))
             wanted = prompt if isinstance(prompt, str) else list(prompt[batch])
-            with _norms_kept(components, adapters[batch]) if adapters else nullcontext():
-                pixels = _sample(pipeline, components, wanted, seeds[batch], settings, report)
+            rows = adapters and adapters[batch]
+            with _norms_kept(components, rows) if rows else nullcontext():
+                pixels = _sample(pipeline, components, wanted, seeds[batch], settings, report, rows)
             if require_finite:
                 _require_finite(pixels, seeds[batch])
             images += pipeline.image_processor.numpy_to_pil(np.nan_to_num(pixels))
@@ -310,7 +311,7 @@ def _norms_kept(
     scope: Callable[..., AbstractContextManager[None]] = norm_scope
     if rows:
         require_adapters(models, rows)
-        scope = partial(row_scope, rows=rows, partly=True)
+        scope = partial(row_scope, rows=rows, partly=True, cache=components.norms)
     if components.offload_to is not None:
         return in_turns(components, components.offload_to, scope)
     return scope(*models)
@@ -368,6 +369,7 @@ def _sample(
     seeds: Sequence[int],
     settings: SamplingSettings,
     report: Callable[..., dict[str, Any]] | None,
+    adapters: Sequence[str | None] | None,
 ) -> np.ndarray:
     """Pixels ``(B, H, W, 3)`` in [0, 1], or NaN."""
     height, width = _size(components, settings)
@@ -378,7 +380,7 @@ def _sample(
     if settings.guidance_rescale:
         painted |= _rescale(pipeline, components, settings.guidance_rescale)
     pixels: np.ndarray = pipeline(
-        **_prompts(components, prompt, settings.negative_prompt, len(seeds)),
+        **_prompts(components, prompt, settings.negative_prompt, len(seeds), adapters),
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
         width=width,
@@ -402,18 +404,22 @@ def _rescale(pipeline: Any, components: Components, share: float) -> dict[str, f
 
 
 def _prompts(
-    components: Components, prompt: str | list[str], negative: str, count: int
+    components: Components,
+    prompt: str | list[str],
+    negative: str,
+    count: int,
+    adapters: Sequence[str | None] | None,
 ) -> dict[str, Any]:
     """What a pipeline is called with for ``count`` images: prompts as they are, or encoded.
 
-    Encoded are those that it would cut, and with clip skip, for which Diffusers' pipelines need a
-    `text_model` that Transformers 5 has not.
+    Encoded are those that it would cut, those of adapters with tokens of their own, and with clip
+    skip, for which Diffusers' pipelines need a `text_model` that Transformers 5 has not.
     """
     prompts = [prompt] * count if isinstance(prompt, str) else prompt
     is_short = components.most_chunks == 1 or all(
         chunk_count(components, text) == 1 for text in dict.fromkeys([*prompts, negative])
     )
-    if is_short and not components.clip_skip:
+    if is_short and not components.clip_skip and not have_own_words(components, adapters or ()):
         negatives: Any = negative or None
         if negative and not isinstance(prompt, str):
             negatives = [negative] * count
@@ -423,11 +429,11 @@ def _prompts(
             "num_images_per_prompt": count if isinstance(prompt, str) else 1,
         }
     against = (
-        encode_negative(components, [negative] * count)
+        encode_negative(components, [negative] * count, adapters)
         if negative
         else encode_unconditional(components, count)
     )
-    both = Conditioning.cat([encode_prompts(components, prompts), against])
+    both = Conditioning.cat([encode_prompts(components, prompts, adapters=adapters), against])
     parts = {"prompt_embeds": both.encoder_hidden_states, "pooled_prompt_embeds": both.pooled}
     return {
         prefix + name: rows

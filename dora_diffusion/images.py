@@ -117,13 +117,20 @@ def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> P
     Raises:
         DiskFullError: If there is no room; a file that was there is unchanged.
     """
-    info = PngImagePlugin.PngInfo()
+    data = png_bytes(image, parameters)
+    with atomic_file(Path(path)) as temporary:
+        temporary.write_bytes(data)
+    return Path(path)
+
+
+def png_bytes(image: Image.Image, parameters: str | None = None) -> bytes:
+    """An image as a PNG, with a ``parameters`` text chunk."""
+    info, data = PngImagePlugin.PngInfo(), io.BytesIO()
     if parameters is not None:
         # Pillow makes it an iTXt chunk where Latin-1 does not have its characters.
         info.add_text(_CHUNK, parameters)
-    with atomic_file(Path(path)) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
-    return Path(path)
+    image.save(data, format="PNG", pnginfo=info)
+    return data.getvalue()
 
 
 def read_parameters(path: str | Path) -> str | None:

@@ -5,7 +5,9 @@ Everything else is written against what Windows, Linux and macOS share.
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -94,3 +96,23 @@ def patiently(action: Callable[[], Result]) -> Result:
 def replace(source: Path, target: Path) -> None:
     """`os.replace`, patiently."""
     patiently(lambda: os.replace(source, target))
+
+
+def is_number(host: str) -> bool:
+    """Whether a host is an IP address."""
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is an IP address or can be a name: what has only numbers is an address."""
+    labels = host.removesuffix(".").split(".")
+    is_name = all(re.fullmatch(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)", label) for label in labels)
+    return is_number(host) or (is_name and not labels[-1].isdigit())
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own and nobody else's."""
+    return ipaddress.ip_address(host).is_loopback if is_number(host) else host == "localhost"

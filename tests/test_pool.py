@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from dora_diffusion import AdapterPool, SamplingSettings, generate_images, load_components
+from dora_diffusion import (
+    AdapterPool,
+    AskedSchedule,
+    SamplingSettings,
+    generate_images,
+    load_components,
+)
 from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.generate import load_adapted
 from dora_diffusion.models.offload import place
+from dora_diffusion.numerics.weights import Strengths
+from dora_diffusion.pool import ImageRow, reading_of
 
 QUICK = SamplingSettings(steps=2, guidance_scale=3.0, negative_prompt="red")
 
@@ -43,8 +51,10 @@ def pixels(images):
 
 def size_of(path):
     adapter = load_layers(path)
-    tensors = [t for layer in adapter.values() for t in (layer.down, layer.up, layer.magnitude)]
-    return sum(4 * tensor.numel() for tensor in tensors if tensor is not None)
+    parameters = sum(4 * (layer.down.numel() + layer.up.numel()) for layer in adapter.values())
+    magnitudes = [layer.magnitude for layer in adapter.values() if layer.magnitude is not None]
+    # With what is computed from them: A, g s B, g and (1 - g) b.
+    return parameters * (2 if magnitudes else 1) + 4 * 3 * sum(m.numel() for m in magnitudes)
 
 
 def load_layers(path):
@@ -67,9 +77,8 @@ def test_each_image_is_that_of_its_adapter_alone(sdxl_folder, files, offload):
         expected = pixels(generate_images(alone, prompt, [seed], QUICK))[0]
         assert abs(mixed[row] - expected).max() <= 1
     assert len({image.tobytes() for image in mixed}) == 4
-    assert [name and pool.metadata(name).trigger for name in names] == [
-        "word1", None, "word2", "word3",
-    ]  # fmt: skip
+    triggers = [pool.metadata(adapter).trigger for adapter in wanted]
+    assert triggers == ["word1", "", "word2", "word3"]
 
 
 def test_what_is_asked_for_again_is_not_read_again(sdxl_folder, files, monkeypatch):
@@ -116,20 +125,83 @@ def test_the_longest_unused_leave_when_the_budget_is_exceeded(sdxl_folder, files
     assert all(torch.equal(p, base[name]) for name, p in components.unet.named_parameters())
 
 
-def test_one_token_cannot_mean_two_things(sd1_folder, random_adapter, tmp_path):
-    layers, made = random_adapter(sd1_folder, components=("unet",), every=9), []
-    for number in (0, 1, 2):
-        # The first two agree.
-        adapter = AdapterFile(layers, AdapterMetadata("sd1"))
-        vector = torch.full((32,), 0.1 * max(number, 1))
-        adapter = dataclasses.replace(adapter, tokens={"<toy>": {"text_encoder": vector}})
-        made.append(write_adapter(tmp_path / f"{number}.safetensors", adapter, "kohya"))
+@pytest.fixture(scope="module")
+def customers(sd1_folder, random_adapter, tmp_path_factory):
+    """Two adapters that have trained one token, the second one read in ways of its own."""
+    folder, made = tmp_path_factory.mktemp("customers"), []
+    layers = random_adapter(sd1_folder, components=("unet", "text_encoder"), every=5)
+    ways = {"clip_skip": "1", "prediction_type": "v_prediction", "zero_terminal_snr": "True"}
+    for number, extra in enumerate(({}, ways)):
+        generator = torch.Generator().manual_seed(number)
+        vector = torch.randn(2, 32, generator=generator)
+        # The model's name, so that its word comes before the model's own.
+        metadata = AdapterMetadata("sd1", base_model=sd1_folder.name, extra=extra)
+        adapter = AdapterFile(layers, metadata, tokens={"<toy>": {"text_encoder": vector}})
+        made.append(write_adapter(folder / f"{number}.safetensors", adapter, "kohya"))
+    return made
+
+
+def test_a_token_and_a_noise_schedule_are_each_adapter_s_own(sd1_folder, customers, monkeypatch):
+    """The base, and an adapter of a prompt without the token, see its letters alone."""
+    from dora_diffusion import pool as module
+
+    batches, generate = [], module.generate_images
+    monkeypatch.setattr(
+        module,
+        "generate_images",
+        lambda *a, **k: batches.append(len(a[2])) or generate(*a, **k),
+    )
+    steps, done = dataclasses.replace(QUICK, negative_prompt="a <TOY> dog"), []
+    rows = [ImageRow("a <toy> dog", 5 + n, which) for n, which in enumerate([*customers, None] * 2)]
     pool = AdapterPool(load_components(sd1_folder))
-    names = pool.names(made[:2])
-    with pytest.raises(ValueError, match="has trained the token '<toy>', and so has another"):
-        pool.names(made)
-    assert pool.names(made[:2]) == names
-    assert not any(layer_adapters(pool.components.unet, "pool2"))
+    images = pool.generate(rows, steps, batch_size=4, on_step=lambda *seen: done.append(seen))
+    mixed = pixels(images)
+    assert sorted(batches) == [2, 4]
+    assert done[-1] == (12, 12)
+    for row, found in zip(rows[:3], mixed[:3], strict=True):
+        alone, _ = load_adapted(sd1_folder, row.adapter, device="cpu")
+        expected = pixels(generate_images(alone, row.prompt, [row.seed], steps))[0]
+        assert abs(found - expected).max() <= 1
+    assert len({image.tobytes() for image in mixed}) == 6
+    # Seen alone they are read otherwise.
+    plain = pixels(generate_images(pool.components, rows[1].prompt, [6], steps,
+                                   adapters=pool.names([customers[1]])))[0]  # fmt: skip
+    assert abs(plain - mixed[1]).max() > 1
+    asked = AdapterPool(pool.components, schedule=AskedSchedule("epsilon", False), clip_skip=0)
+    assert reading_of(asked.components_for(customers[1])) == reading_of(pool.components)
+
+
+def test_places_of_tokens_that_left_are_taken_again(sd1_folder, customers):
+    components = load_components(sd1_folder)
+    pool = AdapterPool(components, budget=0)
+    for file in customers * 2:
+        with pytest.raises(ValueError, match="larger budget"):
+            pool.names([file])
+    table = components.text_encoders[0].get_input_embeddings()
+    assert (len(table.rows), len(table.free), table.own) == (2, 2, {})
+
+
+def test_norms_are_computed_when_an_adapter_is_first_used(sd1_folder, customers, monkeypatch):
+    from dora_diffusion.adapters import scope
+
+    made, make_scales = [], scope.make_scales
+    monkeypatch.setattr(scope, "make_scales", lambda *a: made.append(len(a[0])) or make_scales(*a))
+    pool = AdapterPool(load_components(sd1_folder))
+    rows = [ImageRow("a dog", 5), ImageRow("a dog", 6, customers[0])]
+    first, counted = pixels(pool.generate(rows, QUICK)), len(made)
+    assert counted > 0
+    assert np.array_equal(pixels(pool.generate(rows, QUICK)), first)
+    pool.generate([*rows, ImageRow("a cat", 5, (customers[0], Strengths(1, 0.5, 0.5)))], QUICK)
+    other = len(made)
+    assert other == 2 * counted
+    pool.generate([ImageRow("a cat", 5, (customers[0], Strengths(1, 0.5, 0.5)))], QUICK)
+    assert len(made) == other
+    with torch.no_grad():
+        next(layer_adapters(pool.components.unet, "pool0")).up.mul_(2)
+    changed = pixels(pool.generate(rows, QUICK))
+    assert made[other:] == [1]
+    assert np.array_equal(changed[0], first[0])
+    assert not np.array_equal(changed[1], first[1])
 
 
 def test_what_cannot_be_is_refused(sd1_folder, files, sdxl_folder):

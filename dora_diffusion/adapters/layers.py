@@ -28,7 +28,7 @@ from dora_diffusion.numerics.prepare.factors import (
     WeightStatistics,
     factors_of,
 )
-from dora_diffusion.numerics.prepare.plan import make_scales
+from dora_diffusion.numerics.prepare.plan import FixedScales, make_scales
 from dora_diffusion.numerics.weights import LayerKind, LayerWeights, NormAxis, Strengths, oriented
 
 _LINEAR, _VERSION = Operation(), attrgetter("_version")
@@ -136,7 +136,7 @@ class AdaptedLayer(nn.Module):
     # How often a layer has got its first adapter or lost its last one, of whatever model.
     changes: ClassVar[int] = 0
     # Plain attributes, no part of the state dict: caches, and the weight that a merge replaced.
-    _scales_cache: dict[str, LayerScales] | None
+    _scales_cache: dict[str, LayerScales | FixedScales] | None
     # Of what parameters each of them is. Apart from it, since compiled layers read that.
     _scales_versions: dict[str, tuple[int, ...]]
     _statistics: tuple[tuple[Any, ...], WeightStatistics] | None
@@ -234,7 +234,7 @@ class AdaptedLayer(nn.Module):
         strength = adapter.strengths.magnitude_strength
         return factors_of(self.matrix, self.bias, adapter.scaled_weights(), dtype, strength)
 
-    def scales(self, name: str, adapter: LayerAdapter) -> LayerScales:
+    def scales(self, name: str, adapter: LayerAdapter) -> LayerScales | FixedScales:
         """Norm and gain of one adapter: from the scope's cache where one is open, else computed."""
         cache = self._scales_cache
         if cache is not None and name in cache:
@@ -245,7 +245,7 @@ class AdaptedLayer(nn.Module):
             self.keep_scales(name, scales)
         return scales
 
-    def keep_scales(self, name: str, scales: LayerScales) -> None:
+    def keep_scales(self, name: str, scales: LayerScales | FixedScales) -> None:
         """Put an adapter's scales into the cache of the scope that is open."""
         assert self._scales_cache is not None
         self._scales_cache[name] = scales

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, adapted_l
 from dora_diffusion.adapters.rows import Rows, StackedRows
 from dora_diffusion.numerics.prepare.factors import LayerScales, PlanInputs
 from dora_diffusion.numerics.prepare.layout import DeferredFlags, Layout, layouts_of
-from dora_diffusion.numerics.prepare.plan import make_scales, scales_of
+from dora_diffusion.numerics.prepare.plan import FixedScales, make_scales, scales_of
 from dora_diffusion.numerics.prepare.stack import Stack
 from dora_diffusion.numerics.prepare.stack_layout import StackedLayer, Vector
 from dora_diffusion.numerics.weights import Strengths
@@ -60,7 +61,9 @@ class NormCache:
             self._layers = [layer for model in models for _, layer in adapted_layers(model)]
         return self._layers
 
-    def scales(self, layers: Sequence[AdaptedLayer]) -> tuple[list[_Entry], list[LayerScales]]:
+    def scales(
+        self, layers: Sequence[AdaptedLayer]
+    ) -> tuple[Sequence[_Entry], Sequence[LayerScales | FixedScales]]:
         """The layers' active adapters, and the scales of each."""
         entries, layouts = self._kept
         if not _are_current(entries, layers):
@@ -69,6 +72,48 @@ class NormCache:
             # What a direction or a strength made of parameters is of this step alone.
             self._kept = (entries, layouts) if _are_current(entries, layers) else ([], [])
         return entries, scales_of(layouts, self.flags)
+
+
+class FixedNorms(NormCache):
+    """Norms that stay from one `norm_scope` to the next, of adapters that do not train.
+
+    Those of an adapter are computed when it is first used, and again where one of its parameters,
+    its strengths or the base weight is another than it was. For sampling alone: the factors have no
+    gradients. They are let go with the adapter.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fixed: WeakKeyDictionary[LayerAdapter, tuple[object, _Entry, FixedScales]]
+        self._fixed = WeakKeyDictionary()
+
+    def scales(
+        self, layers: Sequence[AdaptedLayer]
+    ) -> tuple[Sequence[_Entry], Sequence[LayerScales | FixedScales]]:
+        """The layers' active adapters, and the scales of each."""
+        active = [(*each, _state(each[0], each[2])) for each in _active(layers)]
+        missing: dict[str, list[tuple[AdaptedLayer, LayerAdapter, object]]] = {}
+        for layer, name, adapter, state in active:
+            if adapter not in self._fixed or self._fixed[adapter][0] != state:
+                missing.setdefault(name, []).append((layer, adapter, state))
+        # Each adapter by itself: what it is made of leaves with it.
+        for name, parts in missing.items():
+            entries = [
+                _Entry(layer, name, adapter.strengths, layer._plan_inputs(adapter))
+                for layer, adapter, _ in parts
+            ]
+            scales = make_scales([entry.inputs for entry in entries])
+            for (_, adapter, state), entry, own in zip(parts, entries, scales, strict=True):
+                self._fixed[adapter] = state, entry, FixedScales(entry.inputs, own)
+        fixed = [self._fixed[adapter] for _, _, adapter, _ in active]
+        return [entry for _, entry, _ in fixed], [scales for _, _, scales in fixed]
+
+
+def _state(layer: AdaptedLayer, adapter: LayerAdapter) -> object:
+    """What an adapter's norm on a layer follows from."""
+    statistics = layer._weight_statistics(adapter.norm_axis)
+    settings = adapter.strengths, adapter.alpha, layer.keep_output
+    return adapter.versions(), settings, id(layer._parameters.get("bias")), statistics
 
 
 @contextmanager
@@ -283,8 +328,8 @@ def _are_current(entries: Sequence[_Entry], layers: Sequence[AdaptedLayer]) -> b
 def _open_caches(layers: Sequence[AdaptedLayer], cache: NormCache | None) -> None:
     """Compute every active adapter's scales now, all together, until they are forgotten."""
     if cache is None:
-        entries = _entries_of(layers)
-        scales = make_scales([entry.inputs for entry in entries])
+        entries: Sequence[_Entry] = _entries_of(layers)
+        scales: Sequence[LayerScales | FixedScales] = make_scales([e.inputs for e in entries])
     else:
         entries, scales = cache.scales(layers)
     for layer in layers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import socket
 from collections.abc import Collection, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from dora_diffusion.config import ConfigError
 from dora_diffusion.jobs.workspace import Workspace
+from dora_diffusion.system import is_address, is_loopback, is_number
 from dora_diffusion.toy import samples_folder
 
 AUTH_VARIABLE = "DORA_DIFFUSION_AUTH"
@@ -138,23 +138,3 @@ def _is_same(origin: str, host: tuple[str, str]) -> bool:
 
 def _plain_name(host: str) -> str:
     return host.lower().strip("[]").removesuffix(".")
-
-
-def is_number(host: str) -> bool:
-    """Whether a host is an IP address."""
-    try:
-        return bool(ipaddress.ip_address(host))
-    except ValueError:
-        return False
-
-
-def is_address(host: str) -> bool:
-    """Whether a host is an IP address or can be a name: what has only numbers is an address."""
-    labels = host.removesuffix(".").split(".")
-    is_name = all(re.fullmatch(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)", label) for label in labels)
-    return is_number(host) or (is_name and not labels[-1].isdigit())
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own and nobody else's."""
-    return ipaddress.ip_address(host).is_loopback if is_number(host) else host == "localhost"

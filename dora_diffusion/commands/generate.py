@@ -6,7 +6,6 @@ import argparse
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +14,7 @@ from dora_diffusion.commands.options import (
     add_base,
     add_overwrite,
     add_sampling,
+    asked_schedule,
     load_adapted_model,
     require_at_least_one,
 )
@@ -27,8 +27,6 @@ from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.wording import quoted
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from dora_diffusion.formats.adapter.metadata import AdapterMetadata
     from dora_diffusion.generate import SamplingSettings
 
@@ -108,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     from dora_diffusion.generate import generate_images
     from dora_diffusion.images import parameters_text, save_png
     from dora_diffusion.numerics.weights import Strengths
-    from dora_diffusion.pool import AdapterPool
+    from dora_diffusion.pool import AdapterPool, ImageRow
 
     settings = _settings(args)
     components, metadata = load_adapted_model(args)
@@ -118,27 +116,35 @@ def run(args: argparse.Namespace) -> int:
         f"{args.base} is an inpainting model: give --image, and --mask_image of the same size, "
         "white where to paint (all white to paint the whole image)",
     )
-    pool, told = AdapterPool(components), {rows[0].adapter: metadata}
-    images: list[Image.Image] = []
+    pool = AdapterPool(
+        components,
+        schedule=asked_schedule(args),
+        clip_skip=args.clip_skip,
+        max_token_length=args.max_token_length,
+    )
+    readings = {row.adapter: components for row in rows}
+    if args.adapters_file:
+        readings = {row.adapter: pool.components_for(row.adapter) for row in rows}
+        told = {row.adapter: pool.metadata(row.adapter) for row in rows}
+    else:
+        told = {rows[0].adapter: metadata}
+    _warn_of_triggers(rows, told, args)
+    shared: dict[str, Any] = {"batch_size": args.batch_size, "require_finite": True}
     with progress("generating images", "step") as show:
-        # Adapters of one batch at a time are needed.
-        size = args.batch_size if args.adapters_file else len(rows)
-        for start in range(0, len(rows), size):
-            batch, names = rows[start : start + size], None
-            if args.adapters_file:
-                names = pool.names([row.adapter and (row.adapter, row.strength) for row in batch])
-                pairs = zip(batch, names, strict=True)
-                told |= {row.adapter: pool.metadata(name) for row, name in pairs if name}
-            _warn_of_triggers(batch, told, args)
-            images += generate_images(
+        if args.adapters_file:
+            of_pool = [
+                ImageRow(row.prompt, row.seed, row.adapter and (row.adapter, row.strength))
+                for row in rows
+            ]
+            images = pool.generate(of_pool, settings, on_step=show, **shared)
+        else:
+            images = generate_images(
                 components,
-                [row.prompt for row in batch] if names or args.wildcards else args.prompt,
-                [row.seed for row in batch],
+                [row.prompt for row in rows] if args.wildcards else args.prompt,
+                [row.seed for row in rows],
                 settings,
-                adapters=names,
-                batch_size=args.batch_size,
-                on_step=partial(_show, show, start, len(batch), len(rows)),
-                require_finite=True,
+                on_step=lambda done, steps: show(done * len(rows), steps * len(rows)),
+                **shared,
             )
     for row, image in zip(rows, images, strict=True):
         strengths = Strengths(row.strength)
@@ -146,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
             strengths = Strengths(row.strength, args.direction_strength, args.magnitude_strength)
         text = parameters_text(
             row.prompt, row.seed, settings, image.size, args.base, row.adapter, strengths,
-            extra=components.clip_skip_parameter,
+            extra=readings[row.adapter].clip_skip_parameter,
         )  # fmt: skip
         save_png(image, row.path, text)
         print(f"{row.path} (seed {row.seed})")
@@ -187,13 +193,6 @@ def _settings(args: argparse.Namespace) -> SamplingSettings:
         image=None if args.image is None else open_photo(args.image),
         mask_image=None if args.mask_image is None else open_photo(args.mask_image),
     )
-
-
-def _show(
-    show: Callable[[int, int], None], before: int, count: int, total: int, done: int, steps: int
-) -> None:
-    """Progress over all batches, in steps of one image."""
-    show(before * steps + done * count, total * steps)
 
 
 def _drawn(args: argparse.Namespace) -> Callable[[str, int], str]:

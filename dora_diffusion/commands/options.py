@@ -133,6 +133,13 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 def add_adapted_model(parser: argparse.ArgumentParser) -> None:
     """Add what `load_adapted_model` takes besides ``--base`` and the adapter."""
+    add_model(parser)
+    add_alpha(parser)
+    _add_strengths(parser, _STRENGTHS)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add what `model_options` reads besides ``--base``."""
     add_dtype(
         parser,
         "Precision. auto: bfloat16 on a GPU that computes it, else float16; float32 on a CPU.",
@@ -143,7 +150,6 @@ def add_adapted_model(parser: argparse.ArgumentParser) -> None:
         "released model's.",
     )
     add_noise_schedule(parser)
-    add_alpha(parser)
     stated = "Default: what the adapter's file says, else that of the base."
     parser.add_argument(
         "--clip_skip",
@@ -162,7 +168,6 @@ def add_adapted_model(parser: argparse.ArgumentParser) -> None:
         help="Compile the UNet's repeated blocks with torch.compile: a longer start, then faster "
         "steps on a GPU. Pays from some hundred steps on.",
     )
-    _add_strengths(parser, _STRENGTHS)
 
 
 def add_merge(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -209,16 +214,9 @@ def load_adapted_model(args: argparse.Namespace) -> tuple[Components, AdapterMet
     for name in _STRENGTHS:
         value = getattr(args, name)
         require(math.isfinite(value), f"{name} is {value}; it must be a finite number", name)
-    require(
-        args.clip_skip is None or args.clip_skip >= 0,
-        f"clip_skip is {args.clip_skip}; it must not be negative",
-        "clip_skip",
-    )
-    if args.max_token_length is not None:
-        require_token_length(args.max_token_length)
+    options = model_options(args)
     warn_without_effect(args)
     from dora_diffusion.generate import load_adapted
-    from dora_diffusion.models.precision import dtype_of
 
     components, metadata = load_adapted(
         args.base,
@@ -227,18 +225,35 @@ def load_adapted_model(args: argparse.Namespace) -> tuple[Components, AdapterMet
         direction=args.direction_strength,
         magnitude=args.magnitude_strength,
         alpha=args.alpha,
-        dtype=dtype_of(args.dtype),
-        config=args.config,
-        schedule=asked_schedule(args),
-        compile=args.compile,
         offload=getattr(args, "offload", "none"),
-        clip_skip=args.clip_skip,
-        max_token_length=args.max_token_length,
-        **base_options(args),
+        **options,
     )
     if components.schedule is not None and not components.schedule.is_configured:
         say(f"noise schedule of {args.base}: {components.schedule}", sys.stderr)
     return components, metadata
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_base` and `add_model` added, as keywords of `load_adapted`.
+
+    Raises:
+        ConfigError: If prompts cannot be read so.
+
+    Warns:
+        UserWarning: Of flags without effect.
+    """
+    require(
+        args.clip_skip is None or args.clip_skip >= 0,
+        f"clip_skip is {args.clip_skip}; it must not be negative",
+        "clip_skip",
+    )
+    if args.max_token_length is not None:
+        require_token_length(args.max_token_length)
+    from dora_diffusion.models.precision import dtype_of
+
+    names = ("config", "compile", "clip_skip", "max_token_length")
+    options = {name: getattr(args, name) for name in names} | base_options(args)
+    return options | {"dtype": dtype_of(args.dtype), "schedule": asked_schedule(args)}
 
 
 def require_at_least_one(args: argparse.Namespace, *names: str) -> None:

@@ -170,7 +170,7 @@ class ImageGenerator:
         seeds = _seeds(request)
         with self._device(request.base):
             images = self._sample(request, seeds, on_step)
-            about = self._about(request)
+            about = _about(request, self._model(request))
         return [
             self._write(request, seed, image, about)
             for seed, image in zip(seeds, images, strict=True)
@@ -187,7 +187,7 @@ class ImageGenerator:
             with disabled(*self._model(request).adaptable().values()):
                 (base,) = self._sample(request, [seed], on_step)
             (adapted,) = self._sample(request, [seed], on_step)
-            about = self._about(request)
+            about = _about(request, self._model(request))
         return (
             self._write(replace(request, adapter=None), seed, base, about),
             self._write(request, seed, adapted, about),
@@ -200,26 +200,36 @@ class ImageGenerator:
         strengths: list[float],
         on_step: Step,
     ) -> GeneratedImage:
-        """One seed over checkpoints (rows) and strengths (columns).
+        """One seed over checkpoints (rows) and strengths (columns), in batches of several adapters.
 
         Raises:
             UserError: If the grid is empty or too large, or it was withdrawn meanwhile.
         """
+        from dora_diffusion.pool import AdapterPool, ImageRow
         from dora_diffusion.training.sheets import labelled_sheet
 
         cells = len(adapters) * len(strengths)
         if not 1 <= cells <= MAX_GRID:
             raise UserError(f"the grid has {cells} images; it can have 1 to {MAX_GRID}")
         seed = _seeds(request)[0]
-        images: list[Image] = []
+        rows = [
+            ImageRow(request.prompt, seed, (adapter, replace(request.strengths, strength=strength)))
+            for adapter in adapters.values()
+            for strength in strengths
+        ]
         with self._device(request.base):
-            for adapter in adapters.values():
-                for strength in strengths:
-                    strengths_here = replace(request.strengths, strength=strength)
-                    cell = replace(request, adapter=adapter, strengths=strengths_here)
-                    images += self._sample(cell, [seed])
-                    on_step(len(images), cells)
-            about = self._about(request)
+            pool = AdapterPool(
+                self._model(replace(request, adapter=None)),
+                budget=None,
+                schedule=request.files.schedule,
+                clip_skip=request.clip_skip,
+                max_token_length=request.max_token_length,
+            )
+            try:
+                images = pool.generate(rows, request.settings, on_step=on_step, require_finite=True)
+            finally:
+                pool.clear()
+            about = _about(request, pool.components_for(request.adapter))
         columns = [f"{strength:g}" for strength in strengths]
         title = f"Seed {seed}; above each column, the strength"
         sheet = labelled_sheet(images, title, list(adapters), columns)
@@ -279,24 +289,6 @@ class ImageGenerator:
                 )
         return self._components.reading(request.clip_skip, request.max_token_length)
 
-    def _about(self, request: GenerationRequest) -> _About:
-        """What to say of images besides what was asked for."""
-        from dora_diffusion.models.text import token_limit, truncated_text
-
-        components = self._model(request)
-        limit = token_limit(components)
-        prompts = {"prompt": request.prompt, "negative prompt": request.settings.negative_prompt}
-        ends = {
-            name: truncated_text(components.tokenizers[0], prompt, components.most_chunks)
-            for name, prompt in prompts.items()
-        }
-        unread = tuple(
-            f"The {name} is longer than {limit}; it did not see the end: {end}"
-            for name, end in ends.items()
-            if end
-        )
-        return _About(unread, components.clip_skip_parameter)
-
     def _write(
         self,
         request: GenerationRequest,
@@ -323,6 +315,24 @@ class ImageGenerator:
         return GeneratedImage(
             save_png(image, self.workspace.images / name, text), seed, text, about.unread
         )
+
+
+def _about(request: GenerationRequest, components: Components) -> _About:
+    """What to say of images besides what was asked for."""
+    from dora_diffusion.models.text import token_limit, truncated_text
+
+    limit = token_limit(components)
+    prompts = {"prompt": request.prompt, "negative prompt": request.settings.negative_prompt}
+    ends = {
+        name: truncated_text(components.tokenizers[0], prompt, components.most_chunks)
+        for name, prompt in prompts.items()
+    }
+    unread = tuple(
+        f"The {name} is longer than {limit}; it did not see the end: {end}"
+        for name, end in ends.items()
+        if end
+    )
+    return _About(unread, components.clip_skip_parameter)
 
 
 def _seeds(request: GenerationRequest) -> list[int]:

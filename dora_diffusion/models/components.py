@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dora_diffusion.adapters.scope import NormCache
 from dora_diffusion.config.fields import TOKENS_PER_CHUNK, require, require_token_length
 from dora_diffusion.families import TITLES, Family
-from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule
+from dora_diffusion.formats.checkpoint.schedule import NoiseSchedule, Statement
 from dora_diffusion.models.latents import vae_factor
 from dora_diffusion.models.schedulers import SCHEDULERS, SamplingScheduler, to_zero_snr
 
@@ -36,6 +37,9 @@ class Components:
         zeros_for_empty_prompt: Guidance without a negative prompt uses zeros (SDXL).
         source: Folder or file that the weights were read from.
         schedule: How its noise schedule is meant, and who says so.
+        stated: What the model says of that itself, and what is usual of its kind.
+        norms: What keeps the norms of adapters that rows of a batch name from one batch to the
+            next; None: each batch computes them.
         offload_to: Where modules compute that lie in the host's memory until then
             (`models.offload`); None: they compute where they are.
         clip_skip: Last layers of the text encoders that prompts are read without, as Diffusers'
@@ -54,6 +58,8 @@ class Components:
     zeros_for_empty_prompt: bool = False
     source: str = ""
     schedule: NoiseSchedule | None = None
+    stated: tuple[Sequence[Statement], Sequence[Statement]] = ((), ())
+    norms: NormCache | None = None
     offload_to: torch.device | None = None
     clip_skip: int = 0
     max_token_length: int = TOKENS_PER_CHUNK

@@ -178,7 +178,8 @@ def _load_folder(
     family = detect_folder_family(folder)
     index = read_json(folder / "model_index.json")
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
-    schedule = choose_schedule(name, asked.statements(name, [by_scheduler(scheduler_config)]))
+    stated = ([by_scheduler(scheduler_config)], ())
+    schedule = choose_schedule(name, asked.statements(name, *stated))
     return Components(
         family=family,
         unet=load_module(UNet2DConditionModel, folder / "unet", dtype, variant),
@@ -188,6 +189,7 @@ def _load_folder(
         name=str(folder),
         zeros_for_empty_prompt=family.zeros_for_empty_prompt(index),
         source=str(folder),
+        stated=stated,
         **_schedulers(scheduler_config, schedule),
     )
 
@@ -216,8 +218,8 @@ def _load_single_file(
     usual = usual_of(family)
     if given is not None:
         usual = [by_scheduler(read_json(given / "scheduler" / "scheduler_config.json"))]
-    said = asked.statements(name, stated_by_file(header.metadata, header.specs))
-    schedule = choose_schedule(path.name, [*said, *usual])
+    stated = (stated_by_file(header.metadata, header.specs), usual)
+    schedule = choose_schedule(path.name, asked.statements(name, *stated))
     require_prediction(path.name, family, schedule)
     folder = given or released_folder(family, schedule.prediction_type)
     with CheckpointFile.open(path) as file:
@@ -237,6 +239,7 @@ def _load_single_file(
             read_json(folder / "model_index.json")
         ),
         source=str(path),
+        stated=stated,
         **_schedulers(scheduler_config, schedule),
     )
 
@@ -273,6 +276,17 @@ def _module_of_file(file: CheckpointFile, folder: Path, part: str, dtype: torch.
         }
     module.load_state_dict(state, strict=False, assign=True)
     return module
+
+
+def reschedule(components: Components, asked: AskedSchedule) -> Components:
+    """The same modules, with the noise schedule that they are loaded with if it is asked for so.
+
+    Raises:
+        ValueError: If it cannot be.
+    """
+    name = components.name
+    schedule = choose_schedule(name, asked.statements(name, *components.stated))
+    return dataclasses.replace(components, **_schedulers(components.scheduler_config, schedule))
 
 
 def _schedulers(config: Mapping[str, Any], schedule: NoiseSchedule) -> dict[str, Any]:

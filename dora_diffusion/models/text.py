@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.models.offload import computing_device, send
+from dora_diffusion.models.words import expand_multi_vector_tokens, own_words
 from dora_diffusion.wording import quoted
 
 if TYPE_CHECKING:
@@ -95,7 +96,11 @@ class Conditioning:
 
 
 def encode_prompts(
-    components: Components, prompts: Sequence[str], *, clip_skip: int | None = None
+    components: Components,
+    prompts: Sequence[str],
+    *,
+    clip_skip: int | None = None,
+    adapters: Sequence[str | None] | None = None,
 ) -> Conditioning:
     """Encode prompts as the family's pipeline does; gradients flow when the encoders train.
 
@@ -104,6 +109,7 @@ def encode_prompts(
         prompts: B prompts. The empty prompt is encoded like any other (see
             :func:`encode_unconditional` for what the pipeline uses under guidance).
         clip_skip: Another one than the model's.
+        adapters: The adapter of each prompt, whose own tokens are known in it.
 
     Returns:
         Conditioning with ``encoder_hidden_states (B, tokens, C)`` and, of SDXL, ``pooled (B, P)``,
@@ -116,14 +122,15 @@ def encode_prompts(
         raise TypeError("encode_prompts takes a list of prompts, got a single string")
     warn_of_truncation(components, prompts)
     skip = components.clip_skip if clip_skip is None else clip_skip
-    counts = [1] * len(prompts)
+    counts, adapters = [1] * len(prompts), adapters or [None] * len(prompts)
     if components.most_chunks != 1:
-        counts = [chunk_count(components, prompt) for prompt in prompts]
+        counts = [chunk_count(components, *row) for row in zip(prompts, adapters, strict=True)]
     is_long = any(count > 1 for count in counts)
-    tokens = [
-        _tokenize_chunks(tokenizer, prompts, counts) if is_long else tokenize(tokenizer, prompts)
-        for tokenizer in components.tokenizers
-    ]
+    tokens = []
+    for encoder, tokenizer in zip(components.text_encoders, components.tokenizers, strict=True):
+        texts = [own_words(encoder, *row) for row in zip(prompts, adapters, strict=True)]
+        chunks = _tokenize_chunks(tokenizer, texts, counts) if is_long else None
+        tokens.append(tokenize(tokenizer, texts) if chunks is None else chunks)
     ids, masks = [t.input_ids for t in tokens], [t.attention_mask for t in tokens]
     encoded = encode_tokens(components.family, components.text_encoders, ids, masks, skip)
     return _joined(encoded, counts) if is_long else encoded
@@ -141,9 +148,12 @@ def _joined(chunks: Conditioning, counts: Sequence[int]) -> Conditioning:
     )
 
 
-def chunk_count(components: Components, prompt: str) -> int:
-    """The chunks that a prompt is read in, of the tokenizer that makes most of it."""
-    contents = (_content(tokenizer, prompt) for tokenizer in components.tokenizers)
+def chunk_count(components: Components, prompt: str, adapter: str | None = None) -> int:
+    """The chunks that an adapter's prompt is read in, of the tokenizer that makes most of it."""
+    encoders = zip(components.text_encoders, components.tokenizers, strict=True)
+    contents = (
+        _content(tokenizer, own_words(encoder, prompt, adapter)) for encoder, tokenizer in encoders
+    )
     sizes = map(_chunk_size, components.tokenizers)
     counts = [
         max(1, -(-len(ids) // size)) for (_, ids, _), size in zip(contents, sizes, strict=True)
@@ -157,7 +167,7 @@ def _chunk_size(tokenizer: Any) -> int:
 
 def _content(tokenizer: Any, prompt: str) -> tuple[int, list[int], int]:
     """The start token, those of a prompt, and the end token."""
-    text = expand_multi_vector_tokens(tokenizer, prompt)
+    text = expand_multi_vector_tokens(tokenizer.added_tokens_encoder, prompt)
     start, *ids, end = tokenizer(text, truncation=False, verbose=False).input_ids
     return start, ids, end
 
@@ -180,7 +190,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Any:
     Padded and cut to the tokenizer's limit; embeddings of several vectors are written out.
     """
     return tokenizer(
-        [expand_multi_vector_tokens(tokenizer, prompt) for prompt in prompts],
+        [expand_multi_vector_tokens(tokenizer.added_tokens_encoder, text) for text in prompts],
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,
@@ -210,22 +220,6 @@ def encode_tokens(
     return Conditioning(states[0] if len(states) == 1 else torch.cat(states, dim=-1), pooled[-1])
 
 
-def expand_multi_vector_tokens(tokenizer: Any, prompt: str) -> str:
-    """Expand trained tokens of several vectors: ``<x>`` becomes ``<x> <x>_1 <x>_2``.
-
-    This is the diffusers convention for embeddings that were learned with more than one vector.
-    """
-    added = tokenizer.added_tokens_encoder
-    for token in added:
-        if f"{token}_1" in added and token in prompt and f"{token}_1" not in prompt:
-            vectors, index = [token], 1
-            while f"{token}_{index}" in added:
-                vectors.append(f"{token}_{index}")
-                index += 1
-            prompt = prompt.replace(token, " ".join(vectors))
-    return prompt
-
-
 def encode_unconditional(components: Components, count: int = 1) -> Conditioning:
     """Encode what guidance uses where no negative prompt is given: ``count`` empty prompts.
 
@@ -235,9 +229,11 @@ def encode_unconditional(components: Components, count: int = 1) -> Conditioning
     return empty.zeros() if components.zeros_for_empty_prompt else empty
 
 
-def encode_negative(components: Components, prompts: Sequence[str]) -> Conditioning:
+def encode_negative(
+    components: Components, prompts: Sequence[str], adapters: Sequence[str | None] | None = None
+) -> Conditioning:
     """Encode negative prompts, which Diffusers' pipelines read without clip skip."""
-    return encode_prompts(components, prompts, clip_skip=0)
+    return encode_prompts(components, prompts, clip_skip=0, adapters=adapters)
 
 
 def truncated_text(tokenizer: Any, prompt: str, most_chunks: int | None = 1) -> str:

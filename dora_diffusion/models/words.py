@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import re
+import secrets
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,10 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.formats.adapter.embeddings import Vectors
-from dora_diffusion.models.components import Components
 from dora_diffusion.wording import quoted
+
+if TYPE_CHECKING:
+    from dora_diffusion.models.components import Components
 
 
 class WordEmbedding(nn.Embedding):
@@ -28,12 +32,21 @@ class WordEmbedding(nn.Embedding):
     Attributes:
         rows: The same in float32, a parameter.
         trains: Whether gradients reach the rows.
+        own: Of each adapter that has tokens of its own (`add_own_tokens`): what the tokenizer calls
+            the parts of each.
+        free: Tokens of the tokenizer that were an adapter's own.
     """
+
+    own: dict[str, dict[str, str]]
+    free: list[str]
 
     def __init__(self, table: nn.Embedding, first: int, rows: Tensor) -> None:
         super().__init__(table.num_embeddings, table.embedding_dim, _weight=table.weight)
         self.weight = table.weight
         self.first, self.trains = first, True
+        self.own, self.free = {}, []
+        if isinstance(table, WordEmbedding):
+            self.own, self.free = table.own, table.free
         rows = rows.detach().to(table.weight.device, torch.float32, copy=True)
         self.rows = nn.Parameter(rows, requires_grad=False)
 
@@ -63,7 +76,73 @@ def add_tokens(components: Components, tokens: Mapping[str, Vectors]) -> dict[st
         ValueError: If the model's vocabulary has such a token already, or an adapter is on a table
             of token vectors, which cannot grow then.
     """
-    tables: dict[str, WordEmbedding] = {}
+    return {
+        name: _add(encoder, tokenizer, token, rows)
+        for name, encoder, tokenizer, token, rows in _by_encoder(components, tokens)
+    }
+
+
+def add_own_tokens(components: Components, adapter: str, tokens: Mapping[str, Vectors]) -> None:
+    """Add tokens that only the prompts of one adapter have (`own_words`).
+
+    So adapters that have trained one token with different vectors are on one model, and a prompt
+    of any other adapter reads the token's letters. To the tokenizer each part of a token is a
+    word that nobody can guess.
+
+    Args:
+        components: The loaded model.
+        adapter: The adapter's name.
+        tokens: As in `add_tokens`.
+
+    Raises:
+        ValueError: As `add_tokens` raises it; then none of them is added.
+    """
+    try:
+        for _, encoder, tokenizer, token, rows in _by_encoder(components, tokens):
+            parts = token_parts(token, len(rows))
+            # A word that was trained into the base may be trained again.
+            taken = tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys()
+            _require_new(taken & {*parts, f"{token}_{len(rows)}"})
+            free = getattr(encoder.get_input_embeddings(), "free", [])
+            for part, row in zip(parts, rows.split(1), strict=True):
+                word = free.pop() if free else f"<{secrets.token_hex(16)}>"
+                table = _add(encoder, tokenizer, word, row)
+                table.own.setdefault(adapter, {})[part] = word
+    except ValueError:
+        remove_own_tokens(components, adapter)
+        raise
+
+
+def remove_own_tokens(components: Components, adapter: str) -> None:
+    """Forget an adapter's own tokens; the next ones take their places."""
+    for encoder in components.text_encoders:
+        table = encoder.get_input_embeddings()
+        if isinstance(table, WordEmbedding):
+            table.free += table.own.pop(adapter, {}).values()
+
+
+def own_words(encoder: Any, prompt: str, adapter: str | None) -> str:
+    """A prompt with an adapter's own tokens as the encoder's tokenizer knows them."""
+    words = getattr(encoder.get_input_embeddings(), "own", {}).get(adapter, {})
+    if not words:
+        return prompt
+    # As a tokenizer finds its added tokens: the longest, whatever their case.
+    parts = "|".join(re.escape(part) for part in sorted(words, key=len, reverse=True))
+    by_name = {part.lower(): word for part, word in words.items()}
+    expanded = expand_multi_vector_tokens(words, prompt)
+    return re.sub(parts, lambda match: by_name[match[0].lower()], expanded, flags=re.IGNORECASE)
+
+
+def have_own_words(components: Components, adapters: Collection[str | None]) -> bool:
+    """Whether one of these adapters has tokens of its own."""
+    tables = [encoder.get_input_embeddings() for encoder in components.text_encoders]
+    return any(not {*adapters}.isdisjoint(getattr(table, "own", ())) for table in tables)
+
+
+def _by_encoder(
+    components: Components, tokens: Mapping[str, Vectors]
+) -> Iterator[tuple[str, Any, Any, str, Tensor]]:
+    """Component, text encoder and tokenizer, and each token that is for them with its rows."""
     names = components.family.text_encoder_names
     for name, encoder, tokenizer in zip(
         names, components.text_encoders, components.tokenizers, strict=True
@@ -71,8 +150,15 @@ def add_tokens(components: Components, tokens: Mapping[str, Vectors]) -> dict[st
         for token, vectors in tokens.items():
             if name in vectors:
                 rows = vectors[name].view(-1, vectors[name].shape[-1])
-                tables[name] = _add(encoder, tokenizer, token, rows)
-    return tables
+                yield name, encoder, tokenizer, token, rows
+
+
+def _require_new(known: Collection[str]) -> None:
+    if known:
+        raise ValueError(
+            f"the model's vocabulary has the token {quoted(min(known))} already; "
+            "a trained token needs a name of its own"
+        )
 
 
 def _add(encoder: Any, tokenizer: Any, token: str, rows: Tensor) -> WordEmbedding:
@@ -88,11 +174,7 @@ def _add(encoder: Any, tokenizer: Any, token: str, rows: Tensor) -> WordEmbeddin
         with torch.no_grad():
             table.rows[added[token] - table.first :][: len(rows)] = rows.to(table.rows)
         return table
-    if known := tokenizer.get_vocab().keys() & {*parts, f"{token}_{len(rows)}"}:
-        raise ValueError(
-            f"the model's vocabulary has the token {quoted(min(known))} already; "
-            "a trained token needs a name of its own"
-        )
+    _require_new(tokenizer.get_vocab().keys() & {*parts, f"{token}_{len(rows)}"})
     first = len(tokenizer)
     tokenizer.add_tokens(parts)
     if isinstance(table, WordEmbedding):
@@ -105,6 +187,25 @@ def _add(encoder: Any, tokenizer: Any, token: str, rows: Tensor) -> WordEmbeddin
 def token_parts(token: str, count: int) -> list[str]:
     """What a token of several vectors is to the tokenizer: ``<x>``, ``<x>_1``, ``<x>_2``."""
     return [token, *(f"{token}_{number}" for number in range(1, count))]
+
+
+def expand_multi_vector_tokens(added: Collection[str], prompt: str) -> str:
+    """Expand trained tokens of several vectors: ``<x>`` becomes ``<x> <x>_1 <x>_2``.
+
+    This is the diffusers convention for embeddings that were learned with more than one vector.
+
+    Args:
+        added: Tokens that were added to a tokenizer.
+        prompt: The prompt.
+    """
+    for token in added:
+        if f"{token}_1" in added and token in prompt and f"{token}_1" not in prompt:
+            vectors, index = [token], 1
+            while f"{token}_{index}" in added:
+                vectors.append(f"{token}_{index}")
+                index += 1
+            prompt = prompt.replace(token, " ".join(vectors))
+    return prompt
 
 
 def has_words(components: Components, prompt: str) -> bool:

@@ -14,7 +14,7 @@ from dora_diffusion.cli import main
 from dora_diffusion.config import AdapterConfig
 from dora_diffusion.data.captions import CaptionRules
 from dora_diffusion.data.wildcards import Wildcards
-from dora_diffusion.formats.adapter.file import AdapterFile, write_adapter
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
 from dora_diffusion.images import parse_parameters, read_parameters
 from dora_diffusion.models.load import load_components
 
@@ -235,10 +235,11 @@ def adapters_file(folder, *entries):
 
 
 def test_images_of_one_batch_have_each_their_adapter(sd1_folder, random_adapter, tmp_path):
-    """Each is the image that its adapter alone gives, and says so."""
+    """Each is the image that its adapter alone gives, read as its file says, and says so."""
     files = [
         write_adapter(tmp_path / f"{seed}.safetensors", AdapterFile(
-            random_adapter(sd1_folder, seed=seed, every=3, mixed_ranks=True)))
+            random_adapter(sd1_folder, seed=seed, every=3, mixed_ranks=True),
+            AdapterMetadata("sd1", extra={"clip_skip": str(seed - 1)})))
         for seed in (1, 2)
     ]  # fmt: skip
     entries = [
@@ -264,6 +265,7 @@ def test_images_of_one_batch_have_each_their_adapter(sd1_folder, random_adapter,
         pixels = [np.asarray(Image.open(path)).astype(int) for path in (mixed, alone)]
         assert abs(pixels[0] - pixels[1]).max() <= 1
         assert read_parameters(mixed) == read_parameters(alone)
+        assert ("Clip skip: 2" in read_parameters(mixed)) == (number in (1, 3))
         seen.append(pixels[0].tobytes())
     assert len(set(seen)) == 4
 

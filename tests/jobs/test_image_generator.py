@@ -8,6 +8,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.generate import BrokenImageError, SamplingSettings
 from dora_diffusion.images import parse_parameters
 from dora_diffusion.jobs.base_model import ModelFiles
@@ -177,6 +179,9 @@ def test_a_grid_has_a_cell_per_checkpoint_and_strength(
     steps: list[int] = []
     adapters = {"checkpoint-2": early, "result": result}
     picture = studio.grid(ask(finished), adapters, [0.0, 1.0], lambda done, _: steps.append(done))
+    # In one batch, of one model that is its base again.
+    assert steps == [4, 8]
+    assert not any(layer_adapters(studio._components.unet))
     cells = [
         Image.open(studio.make(replace(ask(finished, strength=strength), adapter=adapter))[0].path)
         for adapter in adapters.values()
@@ -187,9 +192,8 @@ def test_a_grid_has_a_cell_per_checkpoint_and_strength(
     wanted = labelled_sheet(cells, title, ["checkpoint-2", "result"], ["0", "1"])
     with Image.open(picture.path) as image:
         assert image.size == wanted.size
-        assert image.tobytes() == wanted.tobytes()
+        assert np.ptp(np.asarray(image, np.int16) - np.asarray(wanted, np.int16)) <= 2
     assert read_generation_settings(picture.path)["Size"] == "64x64"
-    assert steps == [1, 2, 3, 4]
 
 
 def test_pictures_wait_their_turn_while_a_run_has_the_device_and_can_be_withdrawn(

@@ -132,18 +132,21 @@ class AskedSchedule(NamedTuple):
     zero_terminal_snr: bool | None = None
     adapters: Sequence[AdapterMetadata] = ()
 
-    def statements(self, name: str, own: Sequence[Statement]) -> list[Statement]:
+    def statements(
+        self, name: str, own: Sequence[Statement], usual: Sequence[Statement] = ()
+    ) -> list[Statement]:
         """What is said of a model, the strongest first.
 
         Args:
             name: The model's.
             own: What it says itself.
+            usual: What is usual of its kind.
         """
         settings = {PREDICTION: self.prediction_type, ZERO_SNR: self.zero_terminal_snr}
         of_this = [a for a in self.adapters if _file_or_name(a.base_model) == _file_or_name(name)]
         others = [a for a in self.adapters if a not in of_this]
         asked = Statement(_FLAGS, settings, False)
-        return [asked, *map(_by_adapter, of_this), *own, *map(_by_adapter, others)]
+        return [asked, *map(_by_adapter, of_this), *own, *map(_by_adapter, others), *usual]
 
 
 UNASKED = AskedSchedule()

@@ -76,6 +76,30 @@ def scales_of(layouts: Sequence[Layout], flags: DeferredFlags | None = None) -> 
     return [scales[number] for number in range(len(scales))]
 
 
+class FixedScales:
+    """What a layer computes with of an adapter that does not train, by the dtype.
+
+    Args:
+        inputs: What it is made of.
+        scales: The layer's part of a plan, which is let go once the factors are made.
+    """
+
+    def __init__(self, inputs: PlanInputs, scales: LayerScales) -> None:
+        self._inputs = inputs
+        self._scales: LayerScales | None = scales
+        self.factors_by_dtype: dict[torch.dtype, Factors] = {}
+
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """The factors, without what only gradients need."""
+        if dtype not in self.factors_by_dtype:
+            scales = self._scales or make_scales([self._inputs])[0]
+            made, self._scales = scales.factors(dtype), None
+            down, up, gain = made.down.detach(), made.up.detach(), made.gain
+            gain = None if gain is None else gain.detach()
+            self.factors_by_dtype[dtype] = Factors(down, up, gain, made.shift, None, made.axis)
+        return self.factors_by_dtype[dtype]
+
+
 class Plan:
     """What follows from the present values of a layout's parameters."""
 

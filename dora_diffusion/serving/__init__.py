@@ -1,0 +1,8 @@
+"""Images of many adapters over HTTP.
+
+* `batcher`: the queue, and which requests are sampled together;
+* `catalogue`: the adapters that may be asked for, by name;
+* `engine`: one base model in memory, which answers a batch;
+* `api`: the HTTP API over these;
+* `deploy`: all of it on Ray Serve. Nothing else needs Ray.
+"""

@@ -1,0 +1,166 @@
+"""A bounded queue of requests, of which those that can share a batch are answered together."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+
+# How often a request is tried whose worker dies. One that kills its workers must end.
+MOST_ATTEMPTS = 3
+
+
+class QueueFullError(Exception):
+    """No more requests are accepted.
+
+    Attributes:
+        retry_after: Whole seconds after which there is probably room.
+    """
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"the queue is full; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class WorkerLostError(Exception):
+    """A worker died before it answered; its requests can be given to another."""
+
+
+@dataclass(eq=False)
+class _Waiting(Generic[Request, Answer]):
+    request: Request
+    key: Hashable
+    since: float
+    answer: asyncio.Future[Answer]
+    attempts: int = 0
+
+
+@dataclass
+class Batcher(Generic[Request, Answer]):
+    """Requests in the order of their arrival, batches of which are given to workers.
+
+    A batch is of requests with one key. It starts when it is full, or when its first request has
+    waited for the window, and a worker is free; while all are busy, batches grow. The oldest
+    request's batch comes first. For one event loop; no lock is needed.
+
+    Attributes:
+        run: Answers a batch, an exception standing for the answer of a request that failed. It
+            raises `WorkerLostError` where its worker died: the requests are tried again.
+        batch_size: Most requests of a batch.
+        window: Seconds that a request waits for others.
+        capacity: Most requests that wait.
+        workers: Batches at once.
+        on_batch: Called with the size of each batch that was answered, and its seconds.
+    """
+
+    run: Callable[[Sequence[Request]], Awaitable[Sequence[Answer | Exception]]]
+    batch_size: int = 8
+    window: float = 0.05
+    capacity: int = 64
+    workers: int = 1
+    on_batch: Callable[[int, float], None] = lambda size, seconds: None
+    _queue: list[_Waiting[Request, Answer]] = field(default_factory=list)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _timer: asyncio.TimerHandle | None = None
+    _seconds: float = 1.0
+
+    def __len__(self) -> int:
+        """Requests that wait."""
+        return len(self._queue)
+
+    async def submit(self, request: Request, key: Hashable) -> Answer:
+        """The answer to a request. One that is cancelled leaves the queue.
+
+        Args:
+            request: What `run` gets.
+            key: Requests of one key may share a batch.
+
+        Raises:
+            QueueFullError: At once, if too many wait.
+            WorkerLostError: If workers died of it again and again.
+            Exception: What `run` gave as its answer.
+        """
+        if len(self._queue) >= self.capacity:
+            raise QueueFullError(self.retry_after)
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(request, key, asyncio.get_running_loop().time(), answer)
+        self._queue.append(waiting)
+        self._dispatch()
+        try:
+            return await answer
+        finally:
+            if waiting in self._queue:
+                self._queue.remove(waiting)
+
+    @property
+    def retry_after(self) -> int:
+        """Whole seconds until what waits now is probably answered."""
+        batches = 1 + len(self._queue) // self.batch_size
+        return max(1, math.ceil(batches / self.workers * self._seconds))
+
+    def _dispatch(self) -> None:
+        """Start the batches that are due, and wake up when the next one is."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._queue and len(self._tasks) < self.workers:
+            groups: dict[Hashable, list[_Waiting[Request, Answer]]] = {}
+            for waiting in self._queue:
+                groups.setdefault(waiting.key, []).append(waiting)
+            left = {key: self._left(group) for key, group in groups.items()}
+            due = next((key for key in groups if left[key] <= 0), None)
+            if due is None:
+                loop = asyncio.get_running_loop()
+                self._timer = loop.call_later(min(left.values()), self._dispatch)
+                return
+            batch = groups[due][: self.batch_size]
+            self._queue = [waiting for waiting in self._queue if waiting not in batch]
+            task = asyncio.get_running_loop().create_task(self._answer(batch))
+            self._tasks.add(task)
+            task.add_done_callback(self._finished)
+
+    def _left(self, group: Sequence[_Waiting[Request, Answer]]) -> float:
+        """Seconds until a group is due."""
+        if len(group) >= self.batch_size:
+            return 0.0
+        return group[0].since + self.window - asyncio.get_running_loop().time()
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._dispatch()
+
+    async def _answer(self, batch: Sequence[_Waiting[Request, Answer]]) -> None:
+        begun = asyncio.get_running_loop().time()
+        try:
+            answers = await self.run([waiting.request for waiting in batch])
+        except WorkerLostError as error:
+            again = [w for w in batch if not w.answer.done() and w.attempts + 1 < MOST_ATTEMPTS]
+            for waiting in again:
+                waiting.attempts += 1
+            self._queue = [*again, *self._queue]
+            lost = [waiting for waiting in batch if waiting not in again]
+            _settle(lost, [error] * len(lost))
+        except Exception as error:
+            _settle(batch, [error] * len(batch))
+        else:
+            seconds = asyncio.get_running_loop().time() - begun
+            self._seconds += 0.2 * (seconds - self._seconds)
+            self.on_batch(len(batch), seconds)
+            _settle(batch, answers)
+
+
+def _settle(
+    batch: Sequence[_Waiting[Request, Answer]], answers: Sequence[Answer | Exception]
+) -> None:
+    for waiting, answer in zip(batch, answers, strict=True):
+        if waiting.answer.done():
+            continue  # Whoever asked has gone.
+        if isinstance(answer, Exception):
+            waiting.answer.set_exception(answer)
+        else:
+            waiting.answer.set_result(answer)

@@ -1,0 +1,80 @@
+"""Names of adapters: what lies in folders, found again as it changes, and never a path."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from dora_diffusion.config import ConfigError
+from dora_diffusion.formats.adapter.file import AdapterFile, AdapterMetadata, write_adapter
+from dora_diffusion.formats.layouts.layout import AdapterFormatError
+from dora_diffusion.serving.catalogue import RESCAN, Catalogue
+
+
+@pytest.fixture
+def folder(tmp_path, random_layer):
+    import torch
+
+    layers = {"unet.conv_in": random_layer(torch.ones(8, 4, 3, 3), torch.Generator())}
+    made = tmp_path / "adapters"
+    for path in ("dog.safetensors", "cat run/pytorch_lora_weights.safetensors"):
+        adapter = AdapterFile(layers, AdapterMetadata("sd1", trigger=f"sks {path[:3]}"))
+        (made / path).parent.mkdir(parents=True, exist_ok=True)
+        write_adapter(made / path, adapter)
+    (made / "photos").mkdir()
+    (made / "notes.txt").write_text("dog", encoding="utf-8")
+    (tmp_path / "secret.safetensors").write_bytes((made / "dog.safetensors").read_bytes())
+    return made
+
+
+def test_files_and_runs_are_found_by_name(folder):
+    catalogue = Catalogue([folder])
+    assert sorted(catalogue.scan()) == ["cat run", "dog"]
+    assert catalogue.find("dog") == folder / "dog.safetensors"
+    assert catalogue.find("cat run") == folder / "cat run"
+    assert [catalogue.metadata(name).trigger for name in ("dog", "cat run")] == [
+        "sks dog", "sks cat",
+    ]  # fmt: skip
+    assert list(Catalogue([folder / "cat run"]).scan()) == ["cat run"]
+    assert list(Catalogue([folder / "dog.safetensors"]).scan()) == ["dog"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret", "..", ".", "", "dog.safetensors", "cat run/pytorch_lora_weights", "dog\0", "~",
+     "../adapters/dog", "/etc/passwd", "notes", "photos"],
+)  # fmt: skip
+def test_what_is_no_name_is_not_looked_for_on_the_disk(folder, name):
+    assert Catalogue([folder]).find(name) is None
+
+
+def test_a_folder_is_looked_through_again_but_not_for_every_wrong_name(folder):
+    now = [100.0]
+    catalogue = Catalogue([folder], clock=lambda: now[0])
+    shutil.copy(folder / "dog.safetensors", folder / "wolf.safetensors")
+    assert catalogue.find("wolf") is None
+    now[0] += RESCAN
+    assert catalogue.find("wolf") == folder / "wolf.safetensors"
+    (folder / "wolf.safetensors").unlink()
+    assert catalogue.find("wolf") is None
+    assert "wolf" not in catalogue.scan()
+
+
+def test_a_file_that_was_written_since_is_read_again(folder):
+    catalogue = Catalogue([folder])
+    assert catalogue.metadata("dog").trigger == "sks dog"
+    (folder / "dog.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(AdapterFormatError):
+        catalogue.metadata("dog")
+
+
+def test_two_of_one_name_are_refused_at_first_and_the_first_one_stays(folder):
+    catalogue, other = Catalogue([folder]), folder / "dog"
+    other.mkdir()
+    shutil.copy(folder / "dog.safetensors", other / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ConfigError, match="have one name; rename one of them"):
+        Catalogue([folder])
+    assert catalogue.scan()["dog"] == folder / "dog.safetensors"
+    with pytest.raises(ConfigError, match="does not exist; give a folder of adapters"):
+        Catalogue([folder / "nowhere"])
