@@ -163,7 +163,10 @@ class QueueOutcome:
 
 
 def simulate_queue(
-    plan: QueuePlan, arrivals: Sequence[float], work: Sequence[float], seed: int = 0
+    plan: QueuePlan,
+    arrivals: Sequence[float] | Values,
+    work: Sequence[float] | Values,
+    seed: int = 0,
 ) -> QueueOutcome:
     """Serve subjects, first come, first served; the same numbers for the same seed.
 
@@ -224,7 +227,11 @@ class _Simulation:
     """The state of a queue, and a handler for each kind of event."""
 
     def __init__(
-        self, plan: QueuePlan, arrivals: Sequence[float], work: Sequence[float], seed: int
+        self,
+        plan: QueuePlan,
+        arrivals: Sequence[float] | Values,
+        work: Sequence[float] | Values,
+        seed: int,
     ) -> None:
         self.plan, self.throughput = plan, plan.throughput()
         self.generator = np.random.default_rng(seed)

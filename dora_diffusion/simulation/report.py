@@ -130,7 +130,7 @@ def capacity_of(plan: QueuePlan, demand: Demand) -> float:
     """Subjects per hour where one always waits: by what ends in the middle of a long backlog."""
     count = max(2000, 40 * plan.workers * plan.pack)
     work = demand.times.draw(count, np.random.default_rng(demand.seed))
-    outcome = simulate_queue(plan, [0.0] * count, [float(w) for w in work], demand.seed)
+    outcome = simulate_queue(plan, [0.0] * count, work, demand.seed)
     ends = np.sort(outcome.turnarounds)
     first, last = count // 5, count - count // 5
     span = ends[last] - ends[first]
