@@ -76,7 +76,8 @@ if TYPE_CHECKING:
     from dora_diffusion.models.load import load_components
     from dora_diffusion.models.locate import ModelNotFoundError
     from dora_diffusion.pool import AdapterPool
-    from dora_diffusion.simulation.queue import QueuePlan, simulate_queue
+    from dora_diffusion.simulation.plan import QueuePlan
+    from dora_diffusion.simulation.queue import simulate_queue
     from dora_diffusion.study.config import Study
     from dora_diffusion.study.run import run_study
     from dora_diffusion.training.loop import train
@@ -96,7 +97,7 @@ _HOMES = {
     "ModelNotFoundError": "models.locate",
     "NormCache": "adapters.scope",
     "PhotoError": "data.images",
-    "QueuePlan": "simulation.queue",
+    "QueuePlan": "simulation.plan",
     "SamplingSettings": "generate",
     "Study": "study.config",
     "TargetError": "adapters.targets",

@@ -49,7 +49,9 @@ def test_the_counts_are_those_that_the_other_documents_have():
     for model, counts in zip(scale.MODELS.values(), (cells[:6], cells[6:]), strict=True):
         assert (model.operations, model.operands) == (counts[3] + counts[4], counts[5])
     trained = "|".join(f"{model.trained:,}" for model in scale.MODELS.values())
-    stated = {n for page in DOCS.rglob("*.md") for n in re.findall(trained, page.read_text("utf-8"))}
+    stated = {
+        n for page in DOCS.rglob("*.md") for n in re.findall(trained, page.read_text("utf-8"))
+    }
     assert len(stated) == len(scale.MODELS)
 
 

@@ -14,7 +14,7 @@ from dora_diffusion.console.tables import print_json
 from dora_diffusion.formats.files.atomic import require_writable, save_text
 
 if TYPE_CHECKING:
-    from dora_diffusion.simulation.queue import QueuePlan
+    from dora_diffusion.simulation.plan import QueuePlan
     from dora_diffusion.simulation.report import Demand
 
 RESULTS = "simulation.json"
@@ -162,7 +162,7 @@ def _read(args: argparse.Namespace) -> tuple[QueuePlan, Demand]:
         UserWarning: Of flags without effect.
     """
     from dora_diffusion.simulation.costs import TrainingTimes, read_arrivals, read_costs
-    from dora_diffusion.simulation.queue import QueuePlan, check_failures
+    from dora_diffusion.simulation.plan import QueuePlan, check_failures
     from dora_diffusion.simulation.report import Demand
 
     _warn(args)

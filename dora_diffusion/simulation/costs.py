@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from dora_diffusion.config.fields import ConfigError, require
-from dora_diffusion.simulation.queue import HOUR, Values
+from dora_diffusion.simulation.plan import HOUR
+from dora_diffusion.simulation.queue import Values
 
 
 @dataclass(frozen=True)

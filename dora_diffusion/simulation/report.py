@@ -15,7 +15,8 @@ from dora_diffusion.evaluation.report import aligned
 from dora_diffusion.evaluation.statistics import Interval, t_interval
 from dora_diffusion.simulation.closed_form import expected_wait
 from dora_diffusion.simulation.costs import TrainingTimes
-from dora_diffusion.simulation.queue import HOUR, QueueOutcome, QueuePlan, Values, simulate_queue
+from dora_diffusion.simulation.plan import HOUR, QueuePlan
+from dora_diffusion.simulation.queue import QueueOutcome, Values, simulate_queue
 from dora_diffusion.wording import counted, duration
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from dora_diffusion import simulate_queue
 from dora_diffusion.cli import main
 from dora_diffusion.simulation import report
 from dora_diffusion.simulation.costs import TrainingTimes
-from dora_diffusion.simulation.queue import HOUR, QueuePlan
+from dora_diffusion.simulation.plan import HOUR, QueuePlan
 
 GIVEN = ["--seconds", "100", "--variation", "1", "--subjects", "3000"]
 

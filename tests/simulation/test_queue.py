@@ -11,13 +11,8 @@ from dora_diffusion.config import ConfigError
 from dora_diffusion.evaluation.statistics import t_quantile
 from dora_diffusion.simulation.closed_form import expected_completion
 from dora_diffusion.simulation.costs import TrainingTimes
-from dora_diffusion.simulation.queue import (
-    HOUR,
-    QueuePlan,
-    check_failures,
-    leave_times,
-    simulate_queue,
-)
+from dora_diffusion.simulation.plan import HOUR, QueuePlan, check_failures
+from dora_diffusion.simulation.queue import leave_times, simulate_queue
 from dora_diffusion.simulation.report import mean_of, settled
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dora_diffusion.simulation import report
 from dora_diffusion.simulation.costs import TrainingTimes
-from dora_diffusion.simulation.queue import QueuePlan
+from dora_diffusion.simulation.plan import QueuePlan
 
 FIXED = TrainingTimes(100)
 
