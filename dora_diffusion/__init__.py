@@ -19,6 +19,7 @@ The whole Python interface::
     combine_adapters, convert_adapter                 several in one; another format or rank
     analyze_weights                                   what training did to a model's weights
     Study, run_study                                  methods compared over rates, seeds, subjects
+    QueuePlan, simulate_queue                         how long subjects wait for a fleet's workers
     describe_environment                              versions and machine, for a bug report
 
 What it raises, each a `ValueError` unless said otherwise, with one line for a user::
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from dora_diffusion.models.load import load_components
     from dora_diffusion.models.locate import ModelNotFoundError
     from dora_diffusion.pool import AdapterPool, ImageRow
+    from dora_diffusion.simulation.queue import QueuePlan, simulate_queue
     from dora_diffusion.study.config import Study
     from dora_diffusion.study.run import run_study
     from dora_diffusion.training.loop import train
@@ -100,6 +102,7 @@ _HOMES = {
     "ModelNotFoundError": "models.locate",
     "NormCache": "adapters.scope",
     "PhotoError": "data.images",
+    "QueuePlan": "simulation.plan",
     "SamplingSettings": "generate",
     "Study": "study.config",
     "TargetError": "adapters.targets",
@@ -127,6 +130,7 @@ _HOMES = {
     "run_study": "study.run",
     "save_adapter": "adapters.state",
     "set_strength": "adapters.inject",
+    "simulate_queue": "simulation.queue",
     "subject_configs": "config.subject_list",
     "train": "training.loop",
     "train_pack": "training.pack",
@@ -148,6 +152,7 @@ __all__ = [
     "ModelNotFoundError",
     "NormCache",
     "PhotoError",
+    "QueuePlan",
     "SamplingSettings",
     "Study",
     "TargetError",
@@ -175,6 +180,7 @@ __all__ = [
     "run_study",
     "save_adapter",
     "set_strength",
+    "simulate_queue",
     "subject_configs",
     "train",
     "train_pack",

@@ -27,6 +27,7 @@ COMMANDS = {
     "analyze": "take apart what training did to the weights: magnitude, direction, rank",
     "fleet": "train an adapter for each of many subjects, on this machine or on a Ray cluster",
     "compare": "train several methods on several subjects and seeds, and report what differs",
+    "simulate": "plan a fleet: how long subjects wait for workers, and what it costs",
     "rank-checkpoints": "measure the checkpoints of a run, and suggest one",
     "export": "merge an adapter into a model",
     "verify": "prove a merged model: recompute it and compare",

@@ -69,7 +69,7 @@ def base_options(args: argparse.Namespace, flag: str = "base") -> dict[str, str 
         reasons = dict.fromkeys(options, f"the {what} is a single file")
     elif is_embedded(model) or Path(model).expanduser().exists():
         reasons = {names[1]: f"the {what} is on this machine, not a hub id"}
-    _warn_of({name: reason for name, reason in reasons.items() if options[name] is not None})
+    warn_of({name: reason for name, reason in reasons.items() if options[name] is not None})
     return options
 
 
@@ -287,10 +287,10 @@ def warn_without_effect(args: argparse.Namespace) -> None:
         reasons["config"] = "the base is not a single .safetensors file"
     elif args.config is not None and Path(getattr(args, "output", "")).suffix == ".safetensors":
         reasons["config"] = "the output is a single file, which holds none"
-    _warn_of(reasons)
+    warn_of(reasons)
 
 
-def _warn_of(reasons: Mapping[str, str]) -> None:
+def warn_of(reasons: Mapping[str, str]) -> None:
     for name, reason in reasons.items():
         warnings.warn(f"{name} has no effect because {reason}", stacklevel=3)
 

@@ -1,0 +1,80 @@
+"""The arithmetic of many subjects, and that the documents have what it prints."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGE = DOCS / "measurements" / "scale.md"
+RECORDS = DOCS / "measurements" / "scale-records.jsonl"
+
+spec = importlib.util.spec_from_file_location("scale", ROOT / "benchmarks" / "scale.py")
+scale = importlib.util.module_from_spec(spec)
+sys.modules["scale"] = scale  # dataclasses look their module up
+spec.loader.exec_module(scale)
+
+
+def test_the_document_has_the_tables_that_are_printed():
+    text = PAGE.read_text(encoding="utf-8")
+    for table in (*scale.tables(scale.Device()), scale.measured_table(RECORDS)):
+        assert table in text, table
+
+
+def test_the_document_states_the_assumptions_of_the_tables():
+    text, device = PAGE.read_text(encoding="utf-8"), scale.Device()
+    for value in (
+        f"{device.tflops} TFLOP/s, {device.bandwidth} TB/s",
+        f"{device.utilisation:.0%} of the products' peak, {device.streaming:.0%} of the bandwidth",
+        f"{device.dispatch * 1e6:.0f} us an operation",
+        f"{scale.PACK_OF_FOUR} times the operations",
+        f"{scale.WORKER_FAILURES} per GPU-hour",
+        f"{scale.PHOTOS} photos of {scale.PHOTO_BYTES / 1e6:.0f} MB and {scale.FILES} files",
+    ):
+        assert value in text, value
+
+
+def test_the_counts_are_those_that_the_other_documents_have():
+    [cost] = DOCS.rglob("cost.md")
+    text = cost.read_text(encoding="utf-8")
+    [row] = re.findall(r"^\| this DoRA \| ((?:[\d,.]+ \| ){11}[\d,.]+) \|$", text, re.MULTILINE)
+    cells = [float(cell.replace(",", "")) for cell in row.split(" | ")]
+    for model, counts in zip(scale.MODELS.values(), (cells[:6], cells[6:]), strict=True):
+        assert (model.operations, model.operands) == (counts[3] + counts[4], counts[5])
+    trained = "|".join(f"{model.trained:,}" for model in scale.MODELS.values())
+    stated = {
+        n for page in DOCS.rglob("*.md") for n in re.findall(trained, page.read_text("utf-8"))
+    }
+    assert len(stated) == len(scale.MODELS)
+
+
+def test_a_step_takes_as_long_as_what_binds_it():
+    """By hand: a model of 400 TFLOP, 2 TB and 1,000 operations a step."""
+    model = scale.Counted("", 0, 0, 0, 150, 250, 0, 1000, 2000, 0, 10)
+    quick = scale.Device(tflops=1000, bandwidth=5, utilisation=0.5, streaming=0.8, dispatch=1e-3)
+    assert quick.step_seconds(model) == pytest.approx((0.8, 0.5, 1.0))
+    assert quick.subject_seconds(model) == pytest.approx(13)
+    slow = scale.Device(tflops=1000, bandwidth=5, utilisation=0.5, streaming=0.8, dispatch=1e-2)
+    assert slow.subject_seconds(model) == pytest.approx(100)
+    assert slow.subject_seconds(model, 4) == pytest.approx(10 * 13.5 / 4)
+
+
+@pytest.mark.slow
+def test_the_counts_are_those_of_the_models():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/scale.py", "--count"],
+        cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8",
+    )  # fmt: skip
+    for family, counted in json.loads(done.stdout).items():
+        model = scale.MODELS[family]
+        assert counted["unet"] == model.unet
+        assert counted["vae"] == scale.VAE
+        for name in ("forward", "backward", "decode"):
+            assert getattr(model, name) == pytest.approx(counted[name], abs=5e-3)
