@@ -21,6 +21,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
+from dora_diffusion.training.accelerator import shards_model
 from dora_diffusion.training.adapters import StartingAdapter, enter_training, inject_trained
 from dora_diffusion.training.dataset import check_wildcards, list_subjects, open_dataset
 from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
@@ -205,6 +206,11 @@ def _load(config: TrainConfig, accelerator: Any, precision: str) -> Components:
             f"{config.clip_skip}",
             stacklevel=2,
         )
+    if shards_model(accelerator):
+        # The UNet comes to the device in parts.
+        for module in (*reading.text_encoders, reading.vae):
+            module.to(accelerator.device)
+        return reading
     return place(reading, accelerator.device, config.offload)
 
 
