@@ -71,7 +71,7 @@ def make_accelerator(config: TrainConfig) -> Any:
 
 def shards_model(accelerator: Any) -> bool:
     """Whether the processes share one model, which all of them call equally often."""
-    return getattr(accelerator, "shards", False)
+    return bool(getattr(accelerator, "shards", False))
 
 
 def set_by_any(accelerator: Any, flag: bool) -> bool:

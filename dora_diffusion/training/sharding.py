@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,16 +40,22 @@ UNITS = (
     "CLIPEncoderLayer",
 )
 _DEEPSPEED = (
-    "DeepSpeed is not supported: its engine takes the optimizer's step inside of backward(), before "
-    "this program has looked at the gradients; launch with --use_fsdp --fsdp_version 2 in place of "
-    "--use_deepspeed, which shards what ZeRO-3 shards"
+    "DeepSpeed is not supported: its engine takes the optimizer's step inside of backward(), "
+    "before this program has looked at the gradients; launch with --use_fsdp --fsdp_version 2 in "
+    "place of --use_deepspeed, which shards what ZeRO-3 shards"
 )
-# What else the launcher can ask of FSDP: variable, value, why not.
-_LAUNCHED = (
-    ("FSDP_OFFLOAD_PARAMS", "true", "--fsdp_offload_params true keeps weights off the GPU; leave it out"),
-    ("FSDP_RESHARD_AFTER_FORWARD", "false", "--fsdp_reshard_after_forward false keeps each weight whole; leave it out"),
-    ("FSDP_ACTIVATION_CHECKPOINTING", "true", "--fsdp_activation_checkpointing true: use --gradient_checkpointing"),
-)  # fmt: skip
+# Variables that the launcher sets, the values that are refused, and why.
+_LAUNCHED = {
+    "FSDP_OFFLOAD_PARAMS": (
+        "true", "--fsdp_offload_params true keeps weights off the GPU; leave it out"
+    ),
+    "FSDP_RESHARD_AFTER_FORWARD": (
+        "false", "--fsdp_reshard_after_forward false keeps every weight whole; leave it out"
+    ),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "true", "in place of --fsdp_activation_checkpointing, use --gradient_checkpointing"
+    ),
+}  # fmt: skip
 
 
 def wants_sharding(config: TrainConfig) -> bool:
@@ -93,7 +98,7 @@ def _is_set(variable: str, value: str = "true") -> bool:
 def _check_launch() -> None:
     version = os.environ.get("FSDP_VERSION", "1")
     require(version == "2", f"FSDP {version} is not supported; add --fsdp_version 2", "sharding")
-    for variable, value, reason in _LAUNCHED:
+    for variable, (value, reason) in _LAUNCHED.items():
         require(not _is_set(variable, value), f"sharding: {reason}", "sharding")
 
 
@@ -128,7 +133,9 @@ def shard(
     base: dict[str, Tensor],
     accelerator: Any,
 ) -> None:
-    """Shard the components that train, in place. Every process calls it with the same weights.
+    """Shard the components that train, in place, and bring them to the device, a block at a time.
+
+    Every process calls it with the same weights.
 
     Args:
         components: The model.
@@ -169,6 +176,7 @@ def shard(
         inner = [part for part in model.modules() if type(part).__name__ in UNITS]
         for unit in [*reversed(inner), model]:
             fully_shard(unit, **options)
+        model.to(accelerator.device)  # What is whole follows.
         for _, layer in adapted_layers(model):
             if is_sharded(layer.weight):
                 layer.shard = _row_shard(layer.weight)

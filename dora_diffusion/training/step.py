@@ -14,8 +14,8 @@ from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
-from dora_diffusion.training.allocation import RankAllocation, build_allocation
 from dora_diffusion.training.accelerator import shards_model
+from dora_diffusion.training.allocation import RankAllocation, build_allocation
 from dora_diffusion.training.full import FullWeights, TrainedWeights
 from dora_diffusion.training.inputs import InputSource
 from dora_diffusion.training.metrics import require_finite
@@ -191,9 +191,10 @@ def build_step(
     """Make objective, optimizer and schedule for what trains."""
     shards = shards_model(accelerator)
     if shards:  # Before it comes to the device, which need not have room for all of it.
-        is_full = isinstance(weights, FullWeights)
-        own = (weights.trained, weights.base) if is_full else ({}, {})
-        shard(components, weights.modules, *own, accelerator)
+        trained, base = (
+            (weights.trained, weights.base) if isinstance(weights, FullWeights) else ({}, {})
+        )
+        shard(components, weights.modules, trained, base, accelerator)
     objective: Any = Objective(
         components,
         train_text_encoder=config.train_text_encoder,

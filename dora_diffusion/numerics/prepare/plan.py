@@ -153,8 +153,7 @@ class Plan:
         """`Layout.stacked_ups`, of sharded weights the rows that this process has."""
         pairs = zip(self.layout.stacked_ups(joined), self.layout.shapes, strict=True)
         return [
-            ups if layers[0].shard is None else layers[0].shard.own(ups, 1)
-            for ups, layers in pairs
+            ups if layers[0].shard is None else layers[0].shard.own(ups, 1) for ups, layers in pairs
         ]
 
     def _recompute(self, number: int, norm: Tensor, gain: Tensor) -> None:
