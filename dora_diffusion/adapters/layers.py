@@ -25,7 +25,9 @@ from dora_diffusion.numerics.prepare.factors import (
     Factors,
     LayerScales,
     PlanInputs,
+    RowShard,
     WeightStatistics,
+    direction_of,
     factors_of,
 )
 from dora_diffusion.numerics.prepare.plan import FixedScales, make_scales
@@ -126,9 +128,11 @@ class AdaptedLayer(nn.Module):
 
     Attributes:
         kind: How the weight is stored.
+        shard: Which rows of the weight this process has between calls, where it is sharded.
     """
 
     kind: LayerKind = "plain"
+    shard: RowShard | None = None
     weight: nn.Parameter
     bias: nn.Parameter | None
     adapters: nn.ModuleDict
@@ -154,6 +158,15 @@ class AdaptedLayer(nn.Module):
     def matrix(self) -> Tensor:
         """The weight as ``(out, in, *k)``."""
         return oriented(self.weight, self.kind)
+
+    @property
+    def own_rows(self) -> Tensor:
+        """The rows of `matrix` that this process has: all of them, where it is not sharded."""
+        if self.shard is None:
+            return self.matrix
+        # Whole inside of its module's forward, and a DTensor outside.
+        to_local = getattr(self.weight, "to_local", None)
+        return cast(Tensor, to_local()) if to_local else self.shard.own(self.weight)
 
     def operation(self) -> Operation:
         """What the weight does to an input."""
@@ -226,7 +239,12 @@ class AdaptedLayer(nn.Module):
         """What one adapter computes with in a dtype, by a plan or, where there is none, alone."""
         if adapter.magnitude is not None:
             if not torch.compiler.is_compiling():
-                return self.scales(name, adapter).factors(dtype)
+                factors = self.scales(name, adapter).factors(dtype)
+                if self.shard is None or not factors.is_direct or factors.axis == "input":
+                    return factors
+                # No plan has the whole weight, which is here now.
+                made = direction_of(self.matrix, adapter.scaled_weights(), dtype)
+                return factors._replace(direction=made)
             # No plan can be made while torch compiles: a norm scope has one, or the page serves.
             kept = (self._scales_cache or {}).get(name)
             if kept is not None and dtype in kept.factors_by_dtype:
@@ -269,10 +287,11 @@ class AdaptedLayer(nn.Module):
     @torch.no_grad()
     def _plan_inputs(self, adapter: LayerAdapter) -> PlanInputs:
         layer = adapter.scaled_weights()
-        matrix = self.matrix
+        matrix = self.own_rows
         magnitude = interpolated_magnitude(matrix, layer, adapter.strengths.magnitude_strength)
         statistics = self._weight_statistics(adapter.norm_axis)
-        return PlanInputs(layer, magnitude, matrix, self.bias, statistics, self.keep_output)
+        inputs = layer, magnitude, matrix, self.bias, statistics, self.keep_output
+        return PlanInputs(*inputs, self.shard)
 
     def forget(self, name: str) -> None:
         """Drop the scales of an adapter that is not what it was."""
@@ -285,11 +304,12 @@ class AdaptedLayer(nn.Module):
 
     def _weight_statistics(self, axis: NormAxis) -> WeightStatistics:
         """Statistics of the base weight, for as long as it is what it was."""
-        weight = self.weight
+        weight = self.weight if self.shard is None else self.own_rows
         version = None if weight.is_inference() else weight._version
         identity = (axis, weight.data_ptr(), version, weight.dtype, weight.device)
         if self._statistics is None or self._statistics[0] != identity:
-            self._statistics = (identity, WeightStatistics(self.matrix.detach(), axis))
+            made = WeightStatistics(self.own_rows.detach(), axis, self.shard)
+            self._statistics = (identity, made)
         return self._statistics[1]
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from dora_diffusion.config.fields import PRECISIONS, AnyOf, Need, flag
 
 OFFLOADS = ("auto", "none", "model")
+SHARDINGS = ("auto", "none", "fsdp")
 
 _SAMPLES = Need("num_validation_images")
 _PRIOR = Need("with_prior_preservation")
@@ -61,6 +62,15 @@ class DeviceSettings:
         "when all that they would compute is cached, and for samples each part is there in its "
         "turn. none: everything stays. auto: model on a GPU with memory of its own.",
         choices=OFFLOADS,
+        resume="ignored",
+    )
+    sharding: str = flag(
+        "auto",
+        "Sharding of the model over the processes of accelerate launch. fsdp: each has a part of "
+        "every weight (FSDP2), for full fine-tuning and models that fit no single GPU. none: each "
+        "has all of them (DDP), which is faster. auto: fsdp where accelerate launch was given "
+        "--use_fsdp.",
+        choices=SHARDINGS,
         resume="ignored",
     )
     allow_tf32: bool = flag(False, "TensorFloat-32 on Ampere and later GPUs.", resume="free")

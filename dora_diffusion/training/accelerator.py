@@ -16,13 +16,15 @@ from dora_diffusion.devices import default_device
 from dora_diffusion.models.offload import fetch, send
 from dora_diffusion.models.precision import precision_of, require_trains
 from dora_diffusion.numerics.precision import allow_tf32
+from dora_diffusion.training.sharding import wants_sharding
 
 
 def make_accelerator(config: TrainConfig) -> Any:
     """The accelerator, which knows devices, processes and precision.
 
     Raises:
-        ConfigError: If the precision is not possible here, or the tracker is not installed.
+        ConfigError: If the precision is not possible here, the tracker is not installed, or what
+            it is launched with and the settings do not go together.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -30,6 +32,7 @@ def make_accelerator(config: TrainConfig) -> Any:
         AutocastKwargs,
         DistributedDataParallelKwargs,
         InitProcessGroupKwargs,
+        patch_environment,
     )
 
     precision = precision_of(config.mixed_precision)
@@ -39,6 +42,7 @@ def make_accelerator(config: TrainConfig) -> Any:
             f"report_to {config.report_to} needs a package that is not installed; "
             f"run 'pip install {config.report_to}'"
         )
+    shards = wants_sharding(config)
     # A process may train more than once, with another precision.
     AcceleratorState._reset_state(reset_partial_state=False)
     if config.allow_tf32:
@@ -50,13 +54,24 @@ def make_accelerator(config: TrainConfig) -> Any:
     # Adapters do without: their frozen model is in the precision already, where autocast would
     # widen what norms make and cast it back, and an adapted layer casts its own parameters.
     autocast = AutocastKwargs(enabled=config.is_full)
-    return Accelerator(
-        mixed_precision=precision,
-        log_with=config.report_to,
-        project_dir=str(Path(config.output_dir, config.logging_dir)),
-        # The other processes wait while the first one makes class images.
-        kwargs_handlers=[handler, autocast, InitProcessGroupKwargs(timeout=timedelta(hours=12))],
-    )
+    # `training.sharding` does what it asks for.
+    with patch_environment(ACCELERATE_USE_FSDP="false"):
+        accelerator: Any = Accelerator(
+            mixed_precision=precision,
+            log_with=config.report_to,
+            project_dir=str(Path(config.output_dir, config.logging_dir)),
+            # The other processes wait while the first one makes class images.
+            kwargs_handlers=[
+                handler, autocast, InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+            ],
+        )  # fmt: skip
+    accelerator.shards = shards
+    return accelerator
+
+
+def shards_model(accelerator: Any) -> bool:
+    """Whether the processes share one model, which all of them call equally often."""
+    return bool(getattr(accelerator, "shards", False))
 
 
 def set_by_any(accelerator: Any, flag: bool) -> bool:

@@ -148,7 +148,9 @@ class TrainedAdapters:
 
         return write
 
-    def write_checkpoint(self, folder: Path, metadata: AdapterMetadata) -> Path:
+    def write_checkpoint(
+        self, folder: Path, metadata: AdapterMetadata, values: Mapping[str, Tensor]
+    ) -> Path:
         """Write the adapter; of a VeRA the compact file alone."""
         if vera_state(self.modules):
             return self.write_copies(folder, metadata)
@@ -166,7 +168,9 @@ class TrainedAdapters:
         """The folder that the result is written into, from that of the run: the same."""
         return folder
 
-    def write_copies(self, folder: Path, metadata: AdapterMetadata) -> Path:
+    def write_copies(
+        self, folder: Path, metadata: AdapterMetadata, write: Writer | None = None
+    ) -> Path:
         """The compact file of a VeRA; ``dora-diffusion convert`` writes other forms."""
         if vectors := vera_state(self.modules):
             extra = {**metadata.extra, **self.words.write(folder)}

@@ -22,7 +22,7 @@ from dora_diffusion import system
 from dora_diffusion.config import ConfigError
 from dora_diffusion.formats.files.atomic import DiskFullError, atomic_file
 from dora_diffusion.merge import is_finite
-from dora_diffusion.training.optimizer import restore_optimizer
+from dora_diffusion.training.sharding import gather, local, own_part
 
 if TYPE_CHECKING:
     from dora_diffusion.training.session import Session
@@ -81,6 +81,8 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
 def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
     """Everything that a run resumes from, on the CPU.
 
+    Where the model is sharded all processes call it, and the first one's is whole.
+
     Args:
         session: The run.
         segments: The settings that were used, by the step from which on they were.
@@ -93,8 +95,8 @@ def state_of(session: Session, segments: object, step: int) -> dict[str, Any]:
         "config": session.config.to_dict(),
         "contents": session.dataset.contents(),
         "segments": segments,
-        "parameters": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
-        "optimizer": session.train_step.optimizer.state_dict(),
+        "parameters": {name: gather(tensor) for name, tensor in tensors.items()},
+        "optimizer": session.train_step.optimizer_state(),
         "lr_schedule": session.train_step.lr_schedule.state_dict(),
         **session.place(),
         "scaler": None if scaler is None else scaler.state_dict(),
@@ -132,7 +134,7 @@ def restore(session: Session, state: Mapping[str, Any]) -> None:
     step = session.train_step
     if step.allocation is not None:
         step.allocation.load_state_dict(state["allocation"])
-    restore_optimizer(step.optimizer, step.lr_schedule, state)
+    step.restore_optimizer(state)
     session.sampler.load_state_dict(state["sampler"])
     step.batches = batches_seen(state)
     if state["scaler"] is not None and session.accelerator.scaler is not None:
@@ -167,7 +169,7 @@ def restore_weights(session: Session, state: Mapping[str, Any]) -> None:
         raise ConfigError("the checkpoint was trained in other layers or shapes than this run's")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
+            local(tensor).copy_(own_part(tensor, saved[name]))
     session.weights.restore_start(state.get("start", {}))
 
 

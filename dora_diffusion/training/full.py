@@ -32,6 +32,7 @@ from dora_diffusion.training.adapters import (
     enter_training,
 )
 from dora_diffusion.training.optimizer import weight_groups
+from dora_diffusion.training.sharding import exchange, gather, is_sharded, local, own_part
 from dora_diffusion.training.words import TrainedWords
 from dora_diffusion.wording import listing
 
@@ -78,10 +79,10 @@ class FullWeights:
 
     components: Components
     modules: dict[str, nn.Module]
-    trained: Mapping[str, nn.Parameter]
+    trained: dict[str, nn.Parameter]
     config: TrainConfig
     report: FullReport
-    base: Mapping[str, Tensor] = field(default_factory=dict)
+    base: dict[str, Tensor] = field(default_factory=dict)
     words: TrainedWords = field(default_factory=TrainedWords)
 
     noun = "model"
@@ -114,27 +115,33 @@ class FullWeights:
     def base_weights(self) -> Iterator[None]:
         """The base's values are in the weights inside of the block; it may not train them."""
         base = self.base or self._read(self.components.source, self.config.variant)
-        trained = {name: parameter.data for name, parameter in self.trained.items()}
+        trained: dict[str, Tensor] = {}
         caches = torch.is_autocast_cache_enabled()
         # Autocast caches casts by parameter, not by value: neither side may see the other's.
         torch.set_autocast_cache_enabled(False)
         try:
             for name, parameter in self.trained.items():
-                parameter.data = base[name]
+                trained[name] = exchange(parameter, base[name])
             with self.words.at_start():
                 yield
         finally:
-            for name, parameter in self.trained.items():
-                parameter.data = trained[name]
+            for name, values in trained.items():
+                exchange(self.trained[name], values)
             torch.set_autocast_cache_enabled(caches)
 
     def writer(self) -> Writer:
-        """Writes the whole model as a Diffusers folder, in the dtype of the base."""
-        return self._export
+        """Writes the whole model as a Diffusers folder, in the dtype of the base.
 
-    def write_checkpoint(self, folder: Path, metadata: AdapterMetadata) -> Path:
-        """The same as the result."""
-        return self._export(folder, metadata)
+        All processes call it where the model is sharded; the first one's writes.
+        """
+        values = {n: gather(p) if is_sharded(p) else p.detach() for n, p in self.trained.items()}
+        return partial(self._export, values=values)
+
+    def write_checkpoint(
+        self, folder: Path, metadata: AdapterMetadata, values: Mapping[str, Tensor]
+    ) -> Path:
+        """The same as the result, with these values of what trains."""
+        return self._export(folder, metadata, values)
 
     def check(self, written: Path) -> None:
         """Look at what trains, one tensor at a time."""
@@ -149,26 +156,28 @@ class FullWeights:
         """The model's own folder in that of the run."""
         return folder / PIPELINE_NAME
 
-    def write_copies(self, folder: Path, metadata: AdapterMetadata) -> None:
+    def write_copies(self, folder: Path, metadata: AdapterMetadata, write: Writer) -> None:
         """Write the whole model as one file in the original layout, where that was asked for."""
         if self.config.single_file:
-            self._export(folder / f"{PIPELINE_NAME}.safetensors", metadata)
+            write(folder / f"{PIPELINE_NAME}.safetensors", metadata)
 
     def reload(self, written: Path) -> None:
         """Take on the written values, which were rounded to the base's dtype."""
         values = self._read(str(written), None)
         with torch.no_grad():
             for name, parameter in self.trained.items():
-                parameter.copy_(values[name])
+                local(parameter).copy_(values[name])
         self.words.load(read_tokens(written))
 
-    def _export(self, output: Path, metadata: AdapterMetadata) -> Path:
+    def _export(
+        self, output: Path, metadata: AdapterMetadata, values: Mapping[str, Tensor]
+    ) -> Path:
         config = self.config
         folder = output.parent if output.suffix == ".safetensors" else output
         named = field_of(self.words.files(folder).values())
         written = export_trained(
             self.components.source,
-            {name: parameter.detach().cpu for name, parameter in self.trained.items()},
+            {name: values[name].cpu for name in self.trained},
             output,
             replace(metadata, extra={**metadata.extra, **named}),
             vae=config.pretrained_vae_model_name_or_path,
@@ -180,10 +189,13 @@ class FullWeights:
         return written
 
     def _read(self, source: str, variant: str | None) -> dict[str, Tensor]:
-        """The values that a stored model has for what trains, in float32 on its device."""
+        """The values that a stored model has for what trains here, in float32 on its device."""
         device = self.components.device
         with open_model(source, variant) as model:
-            return {name: model[name].to(device, torch.float32) for name in self.trained}
+            return {
+                name: own_part(parameter, model[name]).to(device, torch.float32)
+                for name, parameter in self.trained.items()
+            }
 
 
 TrainedWeights = TrainedAdapters | FullWeights

@@ -21,6 +21,7 @@ from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.generate import SamplingSettings, generate_images
 from dora_diffusion.images import save_png
 from dora_diffusion.models.components import Components
+from dora_diffusion.training.accelerator import shards_model
 from dora_diffusion.training.events import ClassImagesAnnounced, ClassImagesProgress, OnEvent
 from dora_diffusion.training.subject import Subject
 from dora_diffusion.wording import counted, quoted
@@ -110,6 +111,13 @@ def class_images(
     announcer = _Announcer(on_event, config.sample_batch_size)
 
     def generate(prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
+        if shards_model(accelerator):
+            raise ConfigError(
+                "sharding fsdp makes no class images, for which a process needs the whole model; "
+                "make them with a run of one process (--max_train_steps 1), and name their folder "
+                "with --class_data_dir",
+                "sharding",
+            )
         return generate_images(
             components,
             prompt,

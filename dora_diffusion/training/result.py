@@ -25,6 +25,8 @@ from dora_diffusion.formats.checkpoint.schedule import schedule_facts
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.formats.names.unet import UNetLayout
 from dora_diffusion.images import save_png, thumbnail
+from dora_diffusion.training.accelerator import shards_model
+from dora_diffusion.training.adapters import Writer
 from dora_diffusion.training.card import VALIDATION_LOSS, model_card
 from dora_diffusion.training.checkpoint import read_state, restore_weights
 from dora_diffusion.training.folders import UNFINISHED
@@ -71,14 +73,41 @@ def take_best(session: Session, steps: int, checkpoints: Mapping[int, Path]) -> 
 def write_result(session: Session, folder: Path, steps: int, samples: SampleWriter) -> Path:
     """Write what was learned, then its card and samples, which show the written file. Returns it.
 
-    A result of before is replaced when the new one was read back, and its numbers are finite.
+    A result of before is replaced when the new one was read back, and its numbers are finite. Where
+    the model is sharded all processes call it, and the first one writes.
 
     Raises:
         TrainingError: If they are not.
         DiskFullError: If it cannot be written; samples and card are a warning.
     """
-    weights, metadata = session.weights, result_metadata(session, steps)
+    weights, metadata, accelerator = (
+        session.weights, result_metadata(session, steps), session.accelerator,
+    )  # fmt: skip
     write = weights.writer()
+    written = weights.result(folder)
+    if accelerator.is_main_process:
+        written = _write_weights(session, folder, steps, write, metadata)
+    if shards_model(accelerator):
+        accelerator.wait_for_everyone()
+    weights.reload(written)
+
+    def show(grid: Image.Image) -> None:
+        if not session.config.is_full and accelerator.is_main_process:
+            write(folder, _with_thumbnail(metadata, grid))
+
+    lost = f"the {weights.noun} is written, but not all of its samples and card"
+    with warning_of_full_disk(lost):
+        if session.config.num_validation_images:
+            samples.of_result(steps, show)
+        if accelerator.is_main_process:
+            _write_card(session, folder, written, steps, samples.files)
+    return written
+
+
+def _write_weights(
+    session: Session, folder: Path, steps: int, write: Writer, metadata: AdapterMetadata
+) -> Path:
+    weights = session.weights
     # On the same disk, and beside what a crash may leave of it: see `clear_folder`.
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as place:
         new = write(weights.result(Path(place)), metadata)
@@ -91,18 +120,7 @@ def write_result(session: Session, folder: Path, steps: int, samples: SampleWrit
         if written.is_dir():
             shutil.rmtree(written)
         system.replace(new, written)
-    weights.write_copies(folder, metadata)
-    weights.reload(written)
-
-    def show(grid: Image.Image) -> None:
-        if not session.config.is_full:
-            write(folder, _with_thumbnail(metadata, grid))
-
-    lost = f"the {weights.noun} is written, but not all of its samples and card"
-    with warning_of_full_disk(lost):
-        if session.config.num_validation_images:
-            samples.of_result(steps, show)
-        _write_card(session, folder, written, steps, samples.files)
+    weights.write_copies(folder, metadata, write)
     return written
 
 

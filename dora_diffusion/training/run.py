@@ -12,7 +12,7 @@ from typing import Any
 
 from dora_diffusion.data.photo_record import write_photo_record
 from dora_diffusion.training import events
-from dora_diffusion.training.accelerator import SharedFlags, set_by_any
+from dora_diffusion.training.accelerator import SharedFlags, set_by_any, shards_model
 from dora_diffusion.training.checkpoint import (
     CheckpointSaver,
     checkpoints_in,
@@ -89,6 +89,7 @@ class Run:
         self.start = start
         self.output_dir = output_dir
         self.is_main: bool = session.accelerator.is_main_process
+        self.shards = shards_model(session.accelerator)
         self.on_event = on_event
         self.stop = stop
         self.step = start.step
@@ -190,7 +191,7 @@ class Run:
         self.session.activate()
         total_steps, written, result_step = self.session.total_steps, None, None
         is_complete = self._is_complete(steps)
-        if is_complete and self.is_main:
+        if is_complete and (self.is_main or self.shards):
             self.stop.answer_with(_FINISHING)
             result_step = self._best_step(steps)
             written = write_result(self.session, self.output_dir, result_step, self.samples)
@@ -285,7 +286,9 @@ class Run:
         """Save a checkpoint, unless this step has tried to. All processes end if that fails."""
         self.log.flush()  # Numbers that are not finite raise here, before anything is written.
         failure: Exception | None = None
-        if self.is_main and self.saver.last_step != step:
+        is_new = self.is_main and self.saver.last_step != step
+        # Of a sharded model every process gives its part.
+        if set_by_any(self.session.accelerator, is_new) if self.shards else is_new:
             try:
                 path = self._save(step, interim=interim, is_best=is_best)
                 if path is not None and not interim:
@@ -299,15 +302,17 @@ class Run:
         self, step: int, *, interim: bool, is_best: bool = False, **state: Any
     ) -> Path | None:
         """Save a checkpoint, with parts of its state that replace those of this moment."""
-        session = self.session
+        session, weights = self.session, self.session.weights
         session.activate()
 
         def write(folder: Path) -> None:
-            weights = session.weights
-            weights.check(weights.write_checkpoint(folder, result_metadata(session, step)))
+            metadata = result_metadata(session, step)
+            weights.check(weights.write_checkpoint(folder, metadata, now["parameters"]))
 
-        with naming_step(session.weights.noun, step):
+        with naming_step(weights.noun, step):
             now = {**state_of(session, self.start.segments, step), **state}
+            if not self.is_main:
+                return None
             calm = self.log.watch.is_calm
             return self.saver.save(step, now, write, interim=interim, is_best=is_best, is_calm=calm)
 
@@ -321,6 +326,9 @@ class Run:
         if not self.is_main or not self.start.step < step != self.saver.last_step:
             return
         failed = f"no checkpoint of step {step} was saved before the error"
+        if self.shards and self.session.config.is_full:
+            warnings.warn(f"{failed}, since parts are in the other processes", stacklevel=3)
+            return
         if not self.session.train_step.is_whole:
             warnings.warn(f"{failed}, which came while the weights were changed", stacklevel=3)
             return
@@ -360,7 +368,7 @@ class Run:
     def _sample(self, step: int) -> None:
         self.session.activate()
         self.log.flush()
-        if self.is_main and self.session.config.num_validation_images:
+        if (self.is_main or self.shards) and self.session.config.num_validation_images:
             samples, validation = self.samples.at_step(step), self.session.validation
             similarity = validation.similarity(samples) if validation else None
             if similarity is not None:

@@ -18,6 +18,7 @@ from dora_diffusion.config.prompts import SamplePrompt
 from dora_diffusion.generate import SamplingSettings, generate_images, image_grid
 from dora_diffusion.images import parameters_text, save_png
 from dora_diffusion.models.schedulers import SCHEDULERS
+from dora_diffusion.training.accelerator import set_by_any, shards_model
 from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgress
 from dora_diffusion.training.session import Session
 from dora_diffusion.training.sheets import labelled_sheet, stacked
@@ -144,7 +145,7 @@ class SampleWriter:
 
             def report(done: int, total: int, before: int = before, row: int = row) -> None:
                 nonlocal last
-                if self._stop.requested:
+                if self._is_stopped():
                     raise _SamplingStopped
                 last, left = total, len(self._prompts) - row
                 self._on_event(SamplingProgress(before + done, before + left * total))
@@ -162,6 +163,12 @@ class SampleWriter:
                     on_step=report,
                 )
         return images
+
+    def _is_stopped(self) -> bool:
+        """Whether a signal has come; to any process, where all of them sample one model."""
+        accelerator = self._session.accelerator
+        asked = self._stop.requested
+        return set_by_any(accelerator, asked) if shards_model(accelerator) else asked
 
     def _save_sheet(
         self,
@@ -209,6 +216,8 @@ class SampleWriter:
         )
 
     def _save(self, name: str, image: Image.Image, parameters: str) -> None:
+        if not self._session.accelerator.is_main_process:
+            return
         path = save_png(image, self._output_dir / "samples" / f"{name}.png", parameters)
         if not name.startswith("step-"):
             self.files[name] = path

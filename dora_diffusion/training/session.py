@@ -21,6 +21,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
 from dora_diffusion.models.offload import HOST, move_frozen, on_device, place
 from dora_diffusion.models.precision import PRECISION_DTYPES, precision_of
+from dora_diffusion.training.accelerator import shards_model
 from dora_diffusion.training.adapters import StartingAdapter, enter_training, inject_trained
 from dora_diffusion.training.dataset import check_wildcards, list_subjects, open_dataset
 from dora_diffusion.training.events import CachingProgress, OnEvent, ignore
@@ -219,6 +220,11 @@ def load_base(config: TrainConfig, accelerator: Any, load: LoadBase | None = Non
         config=config.model_config,
         schedule=AskedSchedule(config.prediction_type, config.zero_terminal_snr),
     )
+    if shards_model(accelerator):
+        # The UNet comes to the device in parts.
+        for module in (*loaded.text_encoders, loaded.vae):
+            module.to(accelerator.device)
+        return loaded
     return place(loaded, accelerator.device, config.offload)
 
 

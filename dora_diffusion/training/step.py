@@ -14,8 +14,9 @@ from dora_diffusion.adapters.scope import NormCache, norm_scope
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.models.components import Components
+from dora_diffusion.training.accelerator import shards_model
 from dora_diffusion.training.allocation import RankAllocation, build_allocation
-from dora_diffusion.training.full import TrainedWeights
+from dora_diffusion.training.full import FullWeights, TrainedWeights
 from dora_diffusion.training.inputs import InputSource, StepInputs
 from dora_diffusion.training.metrics import require_finite
 from dora_diffusion.training.objective import Objective
@@ -24,7 +25,9 @@ from dora_diffusion.training.optimizer import (
     build_lr_schedule,
     build_optimizer,
     learning_rates,
+    restore_optimizer,
 )
+from dora_diffusion.training.sharding import LocalParameters, average_gradients, shard
 from dora_diffusion.training.words import TrainedWords
 
 
@@ -57,7 +60,7 @@ class TrainingStep:
     lr_schedule: Any
     inputs: InputSource
     words: TrainedWords
-    flat: FlatParameters | None = None
+    flat: FlatParameters | LocalParameters | None = None
     allocation: RankAllocation | None = None
     norm_cache: NormCache = field(default_factory=NormCache)
     batches: int = 0
@@ -92,8 +95,11 @@ class TrainingStep:
             self.allocation.add_orthogonality(self._loss_scale())
         if self.flat is not None:
             self.flat.take_gradients()
-            if self.allocation is not None:
-                self.flat.share_gradients()
+        if self.allocation is not None and isinstance(self.flat, FlatParameters):
+            self.flat.share_gradients()
+        if shards_model(self.accelerator):
+            own = self.flat.whole if isinstance(self.flat, LocalParameters) else self.parameters
+            average_gradients(own)
         return self.update(step, losses)
 
     def update(self, step: int, losses: list[Tensor]) -> dict[str, Any]:
@@ -129,6 +135,17 @@ class TrainingStep:
             self.flat.finish()
         self.is_whole = True
         return record | ({"prior_loss": means[1]} if self.config.holds_prior else {})
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state, whole in the first process where the model is sharded."""
+        state: dict[str, Any] = self.optimizer.state_dict()
+        return self.flat.gather_state(state) if isinstance(self.flat, LocalParameters) else state
+
+    def restore_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Put moments and the schedule's place of a checkpoint back (`restore_optimizer`)."""
+        if isinstance(self.flat, LocalParameters):
+            state = {**state, "optimizer": self.flat.own_state(state["optimizer"])}
+        restore_optimizer(self.optimizer, self.lr_schedule, state)
 
     def _backward(self, share: float) -> Tensor:
         """Loss and gradients of the next batch: ``(total, prior)``, detached."""
@@ -177,6 +194,8 @@ class TrainingStep:
     def _clip(self) -> Tensor:
         """Limit the gradients' L2 norm; returns what it was."""
         limit = self.config.max_grad_norm
+        if isinstance(self.flat, LocalParameters):
+            return self.flat.clip(limit)
         if limit:
             norm: Tensor = self.accelerator.clip_grad_norm_(self.parameters, limit)
             return norm
@@ -193,6 +212,12 @@ def build_step(
     inputs: InputSource,
 ) -> TrainingStep:
     """Make objective, optimizer and schedule for what trains."""
+    shards = shards_model(accelerator)
+    if shards:  # Before it comes to the device, which need not have room for all of it.
+        trained, base = (
+            (weights.trained, weights.base) if isinstance(weights, FullWeights) else ({}, {})
+        )
+        shard(components, weights.modules, trained, base, accelerator)
     objective: Any = Objective(
         components,
         train_text_encoder=config.train_text_encoder,
@@ -202,15 +227,18 @@ def build_step(
         words=list(weights.words.parameters().values()),
     ).to(accelerator.device)
     # Before the parameters share their memory: DistributedDataParallel gives them other memory.
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not shards:
         objective = accelerator.prepare_model(objective)
-    groups, flat = weights.groups(config), None
+    groups = weights.groups(config)
+    flat: FlatParameters | LocalParameters | None = None
     # AdamW treats every number alike, whatever parameter it belongs to. Adafactor knows rows and
     # columns, Prodigy each parameter's start, and the 8-bit one quantises no small ones, which
     # keeps the magnitudes' moments whole. A model's own weights are few and large.
     if not config.is_full and config.optimizer_name == "adamw":
         flat = FlatParameters(groups)
-        groups = flat.groups
+    elif shards and config.is_full:
+        flat = LocalParameters(groups)
+    groups = groups if flat is None else flat.groups
     optimizer = build_optimizer(groups, config)
     # Before Accelerate takes the optimizer's `step`, which the schedule marks as its own.
     schedule = build_lr_schedule(optimizer, config)

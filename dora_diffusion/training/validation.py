@@ -21,6 +21,7 @@ from dora_diffusion.evaluation.denoising import NUM_SEEDS, HeldOutImages
 from dora_diffusion.evaluation.measures import similarities
 from dora_diffusion.evaluation.metric_models import LITE, lite_is_installed, open_metric_model
 from dora_diffusion.models.components import Components
+from dora_diffusion.training.accelerator import shards_model
 from dora_diffusion.training.subject import Subject, caption_rules
 from dora_diffusion.wording import counted, listing
 
@@ -176,7 +177,10 @@ class Validation:
         self.photos = [photo for photos in by_token.values() for photo in photos]
         self.losses: dict[int, float] = {}
         self.config, self._accelerator = config, accelerator
-        self._mine = slice(accelerator.process_index, None, accelerator.num_processes)
+        # Of a sharded model every process takes the whole loss, since all call it equally often.
+        self._is_shared = accelerator.num_processes > 1 and not shards_model(accelerator)
+        first, every = accelerator.process_index, accelerator.num_processes
+        self._mine = slice(first, None, every) if self._is_shared else slice(None)
         share = self.photos[self._mine]
         images, captions = [open_photo(p.path) for p in share], [p.caption for p in share]
         self._images = HeldOutImages(components, images, captions)
@@ -212,7 +216,7 @@ class Validation:
             if self._images.captions:
                 taken = self._images.losses_by_seed(range(NUM_SEEDS), batch_size=_BATCH)
                 values[:, self._mine] = torch.tensor(taken, dtype=values.dtype)
-        if self._accelerator.num_processes > 1:
+        if self._is_shared:
             sent = values.to(self._accelerator.device)
             values = self._accelerator.reduce(sent, reduction="sum").cpu()
         loss = float(values.mean())

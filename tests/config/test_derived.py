@@ -320,7 +320,8 @@ def test_every_setting_is_compared_unless_it_says_otherwise() -> None:
     apart = {setting.name for setting in settings() if setting.resume == "ignored"}
     assert apart == {
         "dataset_config", "instance_data_dir", "class_data_dir", "dataloader_num_workers",
-        "sample_batch_size", "offload", "wildcard_dir", "sample_prompts", "sample_at_start",
+        "sample_batch_size", "offload", "sharding", "wildcard_dir", "sample_prompts",
+        "sample_at_start",
         "output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpointing_minutes",
         "checkpoints_total_limit",
         "resume_from_checkpoint", "report_to", "logging_dir", "push_to_hub", "hub_model_id",

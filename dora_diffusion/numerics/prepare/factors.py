@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,23 +25,62 @@ if TYPE_CHECKING:
     from dora_diffusion.numerics.prepare.plan import Plan
 
 
+class RowShard(NamedTuple):
+    """Which rows (outputs) of a sharded weight this process has.
+
+    Squared norms are complete without any process having the whole weight: on the output axis each
+    knows those of its rows, on the input axis each has a part of every sum.
+
+    Attributes:
+        start: The first of them.
+        length: How many.
+        out: Rows of the whole weight.
+        add_up: A tensor's sum over all processes, the same bits in each.
+    """
+
+    start: int
+    length: int
+    out: int
+    add_up: Callable[[Tensor], Tensor]
+
+    def own(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """The part of a tensor over all rows that belongs to those of this process."""
+        return tensor.narrow(dim, self.start, self.length)
+
+    def summand(self, values: Tensor, axis: NormAxis) -> Tensor:
+        """What `add_up` makes the values of all channels of: ``(..., length)`` or ``(..., in)``."""
+        if axis == "input":
+            return values
+        whole = values.new_zeros(*values.shape[:-1], self.out)
+        self.own(whole, -1).copy_(values)
+        return whole
+
+
 class WeightStatistics:
     """Statistics of a frozen base weight ``(out, in, *k)``; both ``(n,)`` on the norm's axis.
 
     Attributes:
         squared_norm: ``|W|^2``.
         checksum: Tells whether it is still the same weight.
+
+    Args:
+        weight: Of a sharded one, the rows of this process.
+        axis: The norm's.
+        shard: Which rows these are. All processes make, and update, the same ones.
     """
 
-    def __init__(self, weight: Tensor, axis: NormAxis) -> None:
+    def __init__(self, weight: Tensor, axis: NormAxis, shard: RowShard | None = None) -> None:
         self.axis: NormAxis = axis
+        self.shard = shard
         self.update(weight)
 
     def update(self, weight: Tensor) -> None:
         """Compute the statistics of a weight, which are a pass over it each."""
         with full_precision(weight.device):
-            self.squared_norm = squared_norm(weight, self.axis)
-            self.checksum = checksum(weight, self.axis)
+            both = squared_norm(weight, self.axis), checksum(weight, self.axis)
+            if self.shard is not None:
+                both = self.shard.add_up(self.shard.summand(torch.stack(both), self.axis)).unbind()
+            self.squared_norm, self.checksum = both
 
 
 class PlanInputs(NamedTuple):
@@ -50,10 +89,11 @@ class PlanInputs(NamedTuple):
     Attributes:
         weights: Its parameters, with the strength of its direction in their scale.
         magnitude: What acts as its magnitude, ``(n,)``: the parameter, unless a strength moves it.
-        weight: Base weight ``(out, in, *k)``.
+        weight: Base weight ``(out, in, *k)``; of a sharded one, the rows of this process.
         bias: ``(out,)``, or None.
         statistics: Of the weight.
         keep_output: Whether nothing overwrites the layer's output in place.
+        shard: Which rows of the weight there are; None: all.
     """
 
     weights: LayerWeights
@@ -62,6 +102,7 @@ class PlanInputs(NamedTuple):
     bias: Tensor | None
     statistics: WeightStatistics
     keep_output: bool = True
+    shard: RowShard | None = None
 
     @property
     def is_direct(self) -> bool:

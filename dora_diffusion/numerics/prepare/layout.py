@@ -41,6 +41,8 @@ def split_like(joined: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 class Layout:
     """Layers of one device and precision, in an order in which those of one shape are neighbours.
 
+    All of their weights are sharded, or none.
+
     Attributes:
         layers: In that order.
         numbers: The place of each among those that were given.
@@ -116,10 +118,11 @@ class Layout:
 
 
 def layouts_of(layers: Sequence[PlanInputs]) -> list[Layout]:
-    """One for each device and precision."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    """One for each device and precision; sharded weights apart."""
+    kinds: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
     for number, layer in enumerate(layers):
-        kind = (layer.weight.device, layer.statistics.squared_norm.dtype)
+        is_whole = layer.shard is None
+        kind = (layer.weight.device, layer.statistics.squared_norm.dtype, is_whole)
         kinds.setdefault(kind, []).append(number)
     return [Layout(layers, numbers) for numbers in kinds.values()]
 
@@ -143,8 +146,9 @@ def _group(layers: Sequence[PlanInputs]) -> tuple[int, str]:
 
 def _kind(layer: PlanInputs) -> tuple[Any, ...]:
     """What layers have in common whose norms are computed together; layers are sorted by it."""
-    weight = layer.weight
-    return *_rank_and_axis(layer), tuple(weight.shape), layer.weights.scale, str(weight.dtype)
+    weights, dtype = layer.weights, str(layer.weight.dtype)
+    # The shape of the whole weight: processes that share it must agree on the order.
+    return *_rank_and_axis(layer), weights.weight_shape, weights.scale, dtype
 
 
 class DeferredFlags:

@@ -199,6 +199,14 @@ def factored_norm(
     return total.sqrt()
 
 
+def exact_squared_norm(
+    weight: Tensor, down: Tensor, up: Tensor, scale: float, axis: NormAxis
+) -> Tensor:
+    """``|W + s B A|^2`` per channel from the dense sum in float64: ``(out,)`` or ``(in,)``."""
+    dense = to_float64(weight) + low_rank_delta(to_float64(down), to_float64(up), scale)
+    return squared_norm(dense, axis)
+
+
 def is_ill_conditioned(total: Tensor, base: Tensor, bound: Tensor, margin: float = 1.0) -> Tensor:
     """Where ``|W + sBA|^2`` is lost in the rounding of the terms that it was summed from.
 

@@ -34,6 +34,7 @@ from dora_diffusion.numerics.prepare.layout import DeferredFlags, Layout, join, 
 from dora_diffusion.numerics.prepare.norms import (
     SameShape,
     Terms,
+    exact_squared_norm,
     factored_norm,
     is_ill_conditioned,
     norm_terms,
@@ -115,7 +116,8 @@ class Plan:
         with full_precision(self.down.device):
             flagged = self._norms(1.0 if flags is None else MARGIN)
             norms, gains = self.layout.vectors(self.norm), self.layout.vectors(self.gain)
-            for number in (flags or DeferredFlags()).layers(flagged, self.layout.sizes):
+            # In order, since processes that share the weights recompute together.
+            for number in sorted((flags or DeferredFlags()).layers(flagged, self.layout.sizes)):
                 self._recompute(number, norms[number], gains[number])
         # Not in the plan: the graph leads from the factors to it, and cycles are freed late.
         made: list[dict[torch.dtype, Factors]] = [{} for _ in self.layers]
@@ -125,6 +127,10 @@ class Plan:
     def _norms(self, margin: float) -> Tensor:
         """Norms and gains of all layers, and which of their channels are flagged."""
         terms = Terms(*(torch.cat(term) for term in zip(*self._terms(), strict=True)))
+        if (shard := self.layers[0].shard) is not None:
+            squares = torch.stack([terms.change, terms.bound.square(), terms.checksum])
+            change, bound, checksum = shard.add_up(squares).unbind()
+            terms = Terms(change, bound.sqrt(), checksum)
         base = torch.cat([layer.statistics.squared_norm for layer in self.layers])
         recorded = torch.cat([layer.statistics.checksum for layer in self.layers])
         total = terms.change + base
@@ -139,13 +145,13 @@ class Plan:
         return flagged
 
     def _terms(self) -> list[list[Tensor]]:
-        """The terms of each shape's norms, flat."""
+        """The terms of each shape's norms, flat; of sharded weights this process's summands."""
         layout = self.layout
-        downs, ups = layout.stacked_downs(self.down), layout.stacked_ups(self.up)
+        downs, ups = layout.stacked_downs(self.down), self._own_ups(self.up)
         split = any(widens(layers[0].weight) for layers in layout.shapes)
         down_parts = [layout.stacked_downs(part) for part in parts_of(self.down)] if split else []
         each_up = map(parts_of, self.up if split else ())
-        up_parts = [layout.stacked_ups(parts) for parts in zip(*each_up, strict=True)]
+        up_parts = [self._own_ups(parts) for parts in zip(*each_up, strict=True)]
         made: list[list[Tensor]] = []
         for number, layers in enumerate(layout.shapes):
             first = layers[0]
@@ -161,16 +167,30 @@ class Plan:
                 first.weights.norm_axis,
                 [part[number] for part in seen],
             )
-            made.append([term.flatten() for term in norm_terms(same)])
+            terms: Iterable[Tensor] = norm_terms(same)
+            if (shard := first.shard) is not None:
+                terms = [shard.summand(term, first.weights.norm_axis) for term in terms]
+            made.append([term.flatten() for term in terms])
         return made
+
+    def _own_ups(self, joined: Sequence[Tensor]) -> list[Tensor]:
+        """`Layout.stacked_ups`, of sharded weights the rows that this process has."""
+        pairs = zip(self.layout.stacked_ups(joined), self.layout.shapes, strict=True)
+        return [
+            ups if layers[0].shard is None else layers[0].shard.own(ups, 1) for ups, layers in pairs
+        ]
 
     def _recompute(self, number: int, norm: Tensor, gain: Tensor) -> None:
         """Norm and gain of a layer that was flagged, from its dense weight where need be."""
         layer = self.layers[number]
         layer.statistics.update(layer.weight)
-        w = layer.weights
-        factors = layer.weight, w.down, w.up, w.scale, w.norm_axis
-        norm.copy_(factored_norm(*factors, layer.statistics.squared_norm))
+        w, shard = layer.weights, layer.shard
+        if shard is None:
+            factors = layer.weight, w.down, w.up, w.scale, w.norm_axis
+            norm.copy_(factored_norm(*factors, layer.statistics.squared_norm))
+        else:
+            own = exact_squared_norm(layer.weight, w.down, shard.own(w.up), w.scale, w.norm_axis)
+            norm.copy_(shard.add_up(shard.summand(own, w.norm_axis)).sqrt())
         gain.copy_(gain_of(layer.magnitude, norm))
         if bool((gain.abs() < SMALL_GAIN).any()):
             self.direct.add(number)
@@ -203,7 +223,9 @@ class Plan:
         ]
 
     def _direction(self, number: int, dtype: torch.dtype) -> Tensor | None:
-        """`direction_of` a layer as it was when the plan was made."""
+        """`direction_of` a layer as it was when the plan was made; None of a sharded one."""
+        if self.layers[number].shard is not None:
+            return None
         down, up = self.layout.downs(self.down)[number], self.layout.ups(self.up)[number]
         layer = self.layers[number]
         weights = dataclasses.replace(layer.weights, down=down, up=up)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_diffusion.numerics.dora import weight_norm
-from dora_diffusion.numerics.prepare.factors import PlanInputs, WeightStatistics
+from dora_diffusion.numerics.prepare.factors import PlanInputs, RowShard, WeightStatistics
 from dora_diffusion.numerics.prepare.plan import Plan, make_scales
 from dora_diffusion.numerics.weights import LayerWeights
 
@@ -57,6 +60,61 @@ def test_norms_of_many_layers_equal_the_dense_norms(several):
         delta = (up.double().flatten(1) @ down.double().flatten(1)).view_as(weight)
         expected = dense_norm(weight.double() + scale * delta, axis).flatten()
         torch.testing.assert_close(scales.norm.double(), expected, rtol=2e-5, atol=1e-6)
+
+
+class Processes:
+    """As many threads as processes, that add up what each of them has."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._parts: list[torch.Tensor] = [torch.empty(0)] * count
+        self._barrier = threading.Barrier(count, timeout=60)
+
+    def shard(self, rank: int, rows: int) -> RowShard:
+        each = -(-rows // self.count)
+        start = min(rank * each, rows)
+
+        def add_up(tensor: torch.Tensor) -> torch.Tensor:
+            self._parts[rank] = tensor
+            self._barrier.wait()
+            total = torch.stack(self._parts).sum(dim=0)
+            self._barrier.wait()
+            return total
+
+        return RowShard(start, min(each, rows - start), rows, add_up)
+
+    def run(self, work):
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(work, range(self.count)))
+
+
+@given(st.lists(layers(), min_size=1, max_size=3), st.integers(2, 3))
+def test_norms_of_sharded_weights_equal_the_dense_norms(several, count):
+    """However few rows a process has, which may be none; a weight that has changed is noticed."""
+    processes = Processes(count)
+
+    def norms(rank):
+        inputs = []
+        for weight, down, up, scale, axis in several:
+            shard = processes.shard(rank, len(weight))
+            rows = shard.own(weight).clone()
+            statistics = WeightStatistics(rows, axis, shard)
+            made = inputs_of(weight, down, up, scale, axis, statistics=statistics)
+            inputs.append(made._replace(weight=rows, shard=shard))
+        first = [scales.norm for scales in make_scales(inputs)]
+        for made in inputs:
+            made.weight.data.mul_(0.5)
+        return first, [scales.norm for scales in make_scales(inputs)]
+
+    found = processes.run(norms)
+    for number, (weight, down, up, scale, axis) in enumerate(several):
+        delta = scale * (up.double().flatten(1) @ down.double().flatten(1)).view_as(weight)
+        for time, factor in enumerate((1.0, 0.5)):
+            expected = dense_norm(factor * weight.double() + delta, axis).flatten()
+            for process in found:
+                norm = process[time][number]
+                torch.testing.assert_close(norm.double(), expected, rtol=2e-5, atol=1e-6)
+                assert torch.equal(norm, found[0][time][number])
 
 
 def test_statistics_of_a_weight_are_renewed_when_it_was_written_to(monkeypatch):

@@ -1,0 +1,126 @@
+"""Trains each of several configurations by two processes, which are one until they have imported.
+
+``python -m tests.training.two_processes CONFIGS.json OUTCOME``: each process writes a file
+``OUTCOME-RANK.json`` on what came of each configuration, and of sharded layers by themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def main(configs: str, outcome: str) -> None:
+    from diffusers import StableDiffusionPipeline  # noqa: F401
+    from transformers import CLIPTextModel  # noqa: F401
+
+    import dora_diffusion.training.loop
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {
+        "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    child = os.fork()
+    rank = str(int(child == 0))
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+    torch.set_num_threads(1)
+    told = train_all(json.loads(Path(configs).read_text("utf-8")), dora_diffusion.training.loop)
+    told |= {"layers": layers(), "seconds": sum(os.times()[:2])}
+    Path(f"{outcome}-{rank}.json").write_text(json.dumps(told), encoding="utf-8")
+    dist.destroy_process_group()
+    if child:
+        os.waitpid(child, 0)
+
+
+def train_all(configs: Sequence[Mapping[str, Any]], loop: Any) -> dict[str, Any]:
+    from accelerate import PartialState
+
+    from dora_diffusion.config import TrainConfig
+
+    sizes: list[dict[str, int]] = []
+    open_session = loop.open_session
+    loop.open_session = lambda *args: _measured(open_session(*args), sizes)
+    # The next run goes on with the same processes.
+    PartialState.destroy_process_group = lambda self, group=None: None
+    for settings in configs:
+        loop.train(TrainConfig.from_dict(settings))
+    return {"sizes": sizes}
+
+
+def _measured(session: Any, sizes: list[dict[str, int]]) -> Any:
+    """Note the bytes of a session's matrices that are alive in this process, and of whole ones."""
+    alive, whole = {}, 0
+    for model in session.weights.modules.values():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and ".adapters." not in name:
+                here = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                storage = here.untyped_storage()
+                alive[storage.data_ptr()] = storage.nbytes()
+                whole += parameter.numel() * parameter.element_size()
+    sizes.append({"alive": sum(alive.values()), "whole": whole})
+    return session
+
+
+def layers() -> dict[str, Any]:
+    """How far gradients through sharded layers are from those through whole ones, and their parts.
+
+    Three and five outputs over two processes; an activation in place, after which a layer's output
+    is no good for the gradient of m.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from dora_diffusion import AdapterConfig, inject_adapters
+    from dora_diffusion.adapters.inject import adapter_parameters
+    from dora_diffusion.adapters.layers import adapted_layers
+    from dora_diffusion.adapters.scope import norm_scope
+    from dora_diffusion.training import sharding
+
+    told: dict[str, Any] = {"errors": [], "norms": []}
+    for axis in ("output", "input"):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 5))
+        inject_adapters(model, AdapterConfig(targets=("*",), rank=2, norm_axis=axis))
+        with torch.no_grad():
+            for parameter in adapter_parameters(model):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        x, before = torch.randn(6, 4), [layer.weight.clone() for _, layer in adapted_layers(model)]
+        expected = _gradients(model, x, norm_scope, adapter_parameters)
+        mesh = init_device_mesh("cpu", (2,))
+        fully_shard(model, mesh=mesh, ignored_params=set(sharding._kept_whole(model)))
+        sharded = [layer for _, layer in adapted_layers(model)]
+        for layer in sharded:
+            layer.shard = sharding._row_shard(layer.weight)
+        found = _gradients(model, x, norm_scope, adapter_parameters)
+        told["errors"] += [float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)]
+    told["rows"] = [len(sharding.local(layer.weight)) for layer in sharded]
+    told["own"] = [
+        torch.equal(sharding.own_part(layer.weight, whole), sharding.local(layer.weight))
+        for layer, whole in zip(sharded, before, strict=True)
+    ]
+    gathered = [sharding.gather(layer.weight) for layer in sharded]
+    told["whole"] = [torch.equal(*pair) for pair in zip(gathered, before, strict=True)]
+    return told
+
+
+def _gradients(model: nn.Module, x: torch.Tensor, scope: Any, parameters: Any) -> list[Any]:
+    model.zero_grad()
+    with scope(model):
+        model(x).square().mean().backward()
+    return [parameter.grad.clone() for parameter in parameters(model)]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
