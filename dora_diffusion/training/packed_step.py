@@ -22,6 +22,7 @@ from dora_diffusion.models.text import Conditioning
 from dora_diffusion.numerics.loss import add_noise
 from dora_diffusion.training.inputs import StepInputs
 from dora_diffusion.training.objective import HeldPrior, Objective
+from dora_diffusion.training.optimizer import FlatParameters
 from dora_diffusion.training.session import Session
 
 
@@ -60,8 +61,9 @@ class PackedStep:
         adapters: Sequence[Sequence[LayerAdapter]],
     ) -> None:
         self.sessions, self.layers = sessions, layers
-        self._flats = [session.train_step.flat for session in sessions]
-        vectors = [flat.vector() for flat in self._flats if flat is not None]
+        flats = (session.train_step.flat for session in sessions)
+        self._flats = [flat for flat in flats if isinstance(flat, FlatParameters)]
+        vectors = [flat.vector() for flat in self._flats]
         self.stack = stack_of(layers, list(zip(*adapters, strict=True)), vectors)
 
     def __call__(self, steps: Sequence[int]) -> list[dict[str, Any] | Exception]:
@@ -86,7 +88,6 @@ class PackedStep:
         for k, (session, flat) in enumerate(zip(self.sessions, self._flats, strict=True)):
             if isinstance(outcomes[k], Exception):
                 continue
-            assert flat is not None
             try:
                 flat.give_gradients(gradients[k], self.stack.unused(k))
                 outcomes[k] = session.train_step.update(steps[k], losses[k])

@@ -79,7 +79,8 @@ class WeightStatistics:
         with full_precision(weight.device):
             both = squared_norm(weight, self.axis), checksum(weight, self.axis)
             if self.shard is not None:
-                both = self.shard.add_up(self.shard.summand(torch.stack(both), self.axis)).unbind()
+                summed = self.shard.add_up(self.shard.summand(torch.stack(both), self.axis))
+                both = summed[0], summed[1]
             self.squared_norm, self.checksum = both
 
 
