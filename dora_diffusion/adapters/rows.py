@@ -77,7 +77,7 @@ class StackedRows:
         """
         before = self._rows
         try:
-            self._rows = tuple(self.stack.order.index(k) for k in adapters)
+            self._rows = tuple(self.stack.layout.order.index(k) for k in adapters)
             yield
         finally:
             self._rows = before

@@ -18,7 +18,8 @@ from dora_diffusion.adapters.rows import Rows, StackedRows
 from dora_diffusion.numerics.prepare.factors import LayerScales, PlanInputs
 from dora_diffusion.numerics.prepare.layout import DeferredFlags, Layout, layouts_of
 from dora_diffusion.numerics.prepare.plan import make_scales, scales_of
-from dora_diffusion.numerics.prepare.stack import Stack, StackedLayer, Vector
+from dora_diffusion.numerics.prepare.stack import Stack
+from dora_diffusion.numerics.prepare.stack_layout import StackedLayer, Vector
 from dora_diffusion.numerics.weights import Strengths
 
 

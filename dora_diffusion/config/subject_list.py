@@ -115,7 +115,7 @@ def _named(entry: Entry) -> tuple[str, Entry]:
             bool(folder) and not isinstance(folder, list),
             "it has no name, and not one folder that names it; give it 'name:'",
         )
-        name = Path(folder).expanduser().absolute().name
+        name = Path(str(folder)).expanduser().absolute().name
     name = str(name).strip()
     is_plain = name not in ("", ".", "..") and not set(name) & set('/\\:*?"<>|')
     require(is_plain, f"the name {quoted(name)} cannot be that of a folder; choose another")

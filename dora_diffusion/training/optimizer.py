@@ -15,7 +15,7 @@ from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.devices import has_fused_optimizers
 from dora_diffusion.numerics.prepare.layout import join, split_like
-from dora_diffusion.numerics.prepare.stack import Vector
+from dora_diffusion.numerics.prepare.stack_layout import Vector
 from dora_diffusion.wording import counted
 
 Groups = list[dict[str, Any]]

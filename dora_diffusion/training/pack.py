@@ -24,7 +24,7 @@ from dora_diffusion.training.folders import output_folder
 from dora_diffusion.training.loop import checked
 from dora_diffusion.training.packed_step import PackedStep, adapters_on
 from dora_diffusion.training.resume import start_run
-from dora_diffusion.training.run import Run, TrainResult
+from dora_diffusion.training.run import SAVING, Run, TrainResult
 from dora_diffusion.training.session import LoadBase, load_base, open_session
 from dora_diffusion.training.stop import Stopped, StopRequest
 from dora_diffusion.training.subject import Subject
@@ -282,6 +282,7 @@ class _Pack:
         run.end()
         run.log.close()
         self.results[name] = run.finish(run.step)
+        self.stop.answer_with(SAVING)
         # What it was written from is not what is on the base any more.
         del self._members[name]
         self._attached = None
@@ -294,8 +295,9 @@ class _Pack:
         except Exception as error:
             member = self._members.get(name)
             if member is not None:
-                member.run.fail(error)
-                member.run.log.close()
+                if member.run.is_begun:
+                    member.run.fail(error)
+                    member.run.log.close()
                 del self._members[name]
                 self._attached = None
             self.failures[name] = error

@@ -9,7 +9,7 @@ on no other, so that each run's gradient is what it would be alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +24,21 @@ from dora_diffusion.training.inputs import StepInputs
 from dora_diffusion.training.objective import HeldPrior, Objective
 from dora_diffusion.training.session import Session
 
-Given = Mapping[int, StepInputs]
-"""The inputs of runs by their number."""
+
+class _Batch(NamedTuple):
+    """Rows of one session, by its number, whose latents are noisy already."""
+
+    number: int
+    inputs: StepInputs
+    noisy: Tensor
+    chosen: slice | Tensor = slice(None)
+
+    def of_class(self) -> _Batch | None:
+        """The rows whose image-free prior is held, with class captions."""
+        if (found := self.inputs.of_class()) is None:
+            return None
+        inputs, chosen = found
+        return _Batch(self.number, inputs, self.noisy[chosen], chosen)
 
 
 class PackedStep:
@@ -84,7 +97,8 @@ class PackedStep:
     def _draw(self, turn: int, outcomes: list[dict[str, Any] | Exception]) -> dict[int, StepInputs]:
         """The next batch of each session that has one in this turn of accumulation."""
         given = {}
-        for k, session in enumerate(self.sessions):
+        for k in self.stack.layout.order:  # Rows in the order of the stack need no gather.
+            session = self.sessions[k]
             is_done = turn >= session.config.gradient_accumulation_steps
             if is_done or isinstance(outcomes[k], Exception):
                 continue
@@ -95,68 +109,62 @@ class PackedStep:
         return given
 
     def _backward(
-        self, group: Given, rows: StackedRows, shares: Sequence[float]
+        self, group: Mapping[int, StepInputs], rows: StackedRows, shares: Sequence[float]
     ) -> dict[int, Tensor]:
-        """Losses and gradients of batches: ``(total, prior)`` of each session, detached."""
+        """Losses and gradients of batches of one size: ``(total, prior)`` of each, detached."""
         accelerator, objective = self.sessions[0].accelerator, self._objective(next(iter(group)))
+        losses, totals = {}, []
         with accelerator.autocast():
             merged = StepInputs.cat(list(group.values()))
             alpha_bar = objective.alphas_cumprod[merged.timesteps]
-            noisy = add_noise(merged.latents, merged.noise, alpha_bar)
             counts = [len(inputs.captions) for inputs in group.values()]
-            each = dict(zip(group, noisy.split(counts), strict=True))
-            of_class = {k: held for k, i in group.items() if (held := i.of_class()) is not None}
-            held_inputs = {k: inputs for k, (inputs, _) in of_class.items()}
-            held_noisy = [each[k][chosen] for k, (_, chosen) in of_class.items()]
-            owners = [*_owners(group), *_owners(held_inputs)]
-            every = [*group.values(), *held_inputs.values()]
-            with rows.of(owners):
-                model_pred = self._predict(
-                    torch.cat([noisy, *held_noisy]), every, (*group, *held_inputs)
-                )
-                targets: Sequence[Tensor] = ()
-                if held_inputs:
-                    with torch.no_grad(), rows.of(()):
-                        target = self._predict(
-                            torch.cat(held_noisy), list(held_inputs.values()), tuple(held_inputs)
-                        )
-                    targets = target.split([len(i.captions) for i in held_inputs.values()])
-                parts = iter(model_pred.split([len(inputs.captions) for inputs in every]))
-                own = {k: next(parts) for k in group}
-                held = {
-                    k: HeldPrior(of_class[k][1], next(parts), target)
-                    for k, target in zip(held_inputs, targets, strict=True)
-                }
-                alphas = dict(zip(group, alpha_bar.split(counts), strict=True))
-                made, totals = {}, []
-                for k, inputs in group.items():
-                    step = self.sessions[k].train_step
+            alphas = alpha_bar.split(counts)
+            noisy = add_noise(merged.latents, merged.noise, alpha_bar).split(counts)
+            own = [_Batch(k, group[k], part) for k, part in zip(group, noisy, strict=True)]
+            held = [batch for each in own if (batch := each.of_class()) is not None]
+            with rows.of([batch.number for batch in (*own, *held) for _ in batch.inputs.captions]):
+                predictions = iter(self._predict([*own, *held]))
+                own_predictions = [next(predictions) for _ in own]
+                priors = dict(self._priors(held, predictions, rows))
+                for batch, alpha, made in zip(own, alphas, own_predictions, strict=True):
+                    k = batch.number
                     subject, prior = self._objective(k).losses(
-                        inputs, alphas[k], own[k], held.get(k)
+                        batch.inputs, alpha, made, priors.get(k)
                     )
-                    total = step.total(subject, prior)
+                    total = self.sessions[k].train_step.total(subject, prior)
+                    losses[k] = torch.stack([total.detach(), prior.detach()])
                     totals.append(total * shares[k])
-                    made[k] = torch.stack([total.detach(), prior.detach()])
+                # Inside, since blocks may be recomputed.
                 accelerator.backward(torch.stack(totals).sum())
-        return made
+        return losses
+
+    def _priors(
+        self, held: Sequence[_Batch], predictions: Iterator[Tensor], rows: StackedRows
+    ) -> Iterator[tuple[int, HeldPrior]]:
+        """The image-free priors of sessions that have one, by number."""
+        if not held:
+            return
+        with torch.no_grad(), rows.of(()):
+            targets = self._predict(held)
+        for batch, target in zip(held, targets, strict=True):
+            yield batch.number, HeldPrior(batch.chosen, next(predictions), target)
+
+    def _predict(self, batches: Sequence[_Batch]) -> Sequence[Tensor]:
+        """The predictions of batches, in one."""
+        objective = self._objective(batches[0].number)
+        every = [batch.inputs for batch in batches]
+        if objective.condition.trains:
+            conditioning = objective.condition([c for inputs in every for c in inputs.captions])
+        else:
+            # What each has cached.
+            each = (self._objective(b.number).condition(b.inputs.captions) for b in batches)
+            conditioning = Conditioning.cat(list(each))
+        noisy_latents = torch.cat([batch.noisy for batch in batches])
+        made = objective.predict(noisy_latents, StepInputs.cat(every), conditioning)
+        return made.split([len(inputs.captions) for inputs in every])
 
     def _objective(self, k: int) -> Objective:
         return cast(Objective, self.sessions[k].train_step.objective)
-
-    def _predict(
-        self, noisy_latents: Tensor, inputs: Sequence[StepInputs], numbers: Sequence[int]
-    ) -> Tensor:
-        """The predictions for several sessions' inputs, by their numbers."""
-        objective = self._objective(numbers[0])
-        if objective.condition.trains:
-            conditioning = objective.condition([c for own in inputs for c in own.captions])
-        else:
-            # What each has cached.
-            pairs = zip(numbers, inputs, strict=True)
-            conditioning = Conditioning.cat(
-                [self._objective(k).condition(own.captions) for k, own in pairs]
-            )
-        return objective.predict(noisy_latents, StepInputs.cat(inputs), conditioning)
 
 
 def adapters_on(layers: Iterable[AdaptedLayer]) -> list[LayerAdapter]:
@@ -164,12 +172,7 @@ def adapters_on(layers: Iterable[AdaptedLayer]) -> list[LayerAdapter]:
     return [cast(LayerAdapter, layer.adapters[DEFAULT_NAME]) for layer in layers]
 
 
-def _owners(given: Given) -> list[int]:
-    """The session of each row."""
-    return [k for k, inputs in given.items() for _ in inputs.captions]
-
-
-def _of_one_size(given: Given) -> Iterator[dict[int, StepInputs]]:
+def _of_one_size(given: Mapping[int, StepInputs]) -> Iterator[dict[int, StepInputs]]:
     """Batches that can be computed together: their latents have one size."""
     groups: dict[tuple[int, ...], dict[int, StepInputs]] = {}
     for k, inputs in given.items():

@@ -34,7 +34,7 @@ from dora_diffusion.training.session import Session
 from dora_diffusion.training.stop import StopRequest
 from dora_diffusion.training.trackers import Trackers, tracked_settings
 
-_SAVING = "stopping after this step, and saving a checkpoint"
+SAVING = "stopping after this step, and saving a checkpoint"
 _FINISHING = "stopping: the result is being written, its sample images are left out"
 
 
@@ -92,6 +92,7 @@ class Run:
         self.on_event = on_event
         self.stop = stop
         self.step = start.step
+        self.is_begun = False
         self._any_set = SharedFlags(session.accelerator)
         self.trackers = Trackers(session.accelerator, bool(config.report_to))
         self.samples = SampleWriter(session, output_dir, self.trackers, on_event, stop)
@@ -120,12 +121,13 @@ class Run:
         """Before the first step: cache, open the log, and sample where that is asked for."""
         session = self.session
         session.cache_ahead(session.total_steps - self.step, self.on_event)
-        self.stop.answer_with(_SAVING)
+        self.stop.answer_with(SAVING)
         self.log = self._begin()
         if self.step == 0 and session.config.sample_at_start:
             self._sample(0)
         self._begun = time.perf_counter()
         self._place = session.place()
+        self.is_begun = True
 
     def validate_start(self) -> None:
         """Take the validation loss of what the run starts from."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,7 +96,7 @@ class TrainingStep:
                 self.flat.share_gradients()
         return self.update(step, losses)
 
-    def update(self, step: int, losses: Sequence[Tensor]) -> dict[str, Any]:
+    def update(self, step: int, losses: list[Tensor]) -> dict[str, Any]:
         """Clip the gradients that are there, and take the optimizer's step.
 
         Args:

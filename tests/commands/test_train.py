@@ -295,3 +295,24 @@ def test_a_preset_is_where_settings_start(tmp_path):
     config = parsed("--preset", "style", "--config", str(file), "--no-aspect_ratio_buckets")
     assert (config.token, config.caption_dropout) == ("", 0.2)
     assert not config.aspect_ratio_buckets
+
+
+def test_a_pack_trains_each_subject_and_says_which_failed(sd1_folder, tmp_path, capsys):
+    subjects = tmp_path / "subjects"
+    shutil.copytree(ROOT / "samples" / "bolt_mug", subjects / "mug")
+    (subjects / "empty").mkdir()
+    flags = [
+        "--pack", str(subjects), "--pretrained_model_name_or_path", str(sd1_folder),
+        "--class_word", "mug", "--output_dir", str(tmp_path / "out"), "--max_train_steps", "1",
+        "--resolution", "32", "--targets", "conv_in", "--num_validation_images", "0",
+        "--checkpointing_steps", "0",
+    ]  # fmt: skip
+    assert cli.main(["train", *flags, "--method", "full"]) == 1
+    assert "method full of empty is not possible in a pack" in capsys.readouterr().err
+    assert cli.main(["train", *flags]) == 1
+    said = capsys.readouterr().out
+    adapter = tmp_path / "out" / "mug" / "pytorch_lora_weights.safetensors"
+    assert f"mug: {adapter} (sks mug)" in said
+    assert read_adapter(adapter).metadata.trigger == "sks mug"
+    assert "empty failed: " in said
+    assert not (tmp_path / "out" / "empty").exists()

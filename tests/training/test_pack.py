@@ -94,24 +94,41 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
+# Linear layers, convolutions with and without a stride, and a bias; few, since each step plans all.
+TARGETS = ["down_blocks.0.attentions.0.*", "down_blocks.0.downsamplers.0.conv", "conv_in"]
+SEVERAL_SIZES = [THREE[0], {**THREE[1], "max_train_steps": 3}, {**THREE[2], "resolution": 64}]
+
+CLASS_IMAGES = {
+    "with_prior_preservation": True,
+    "class_data_dir": str(SAMPLES / "ring_robot"),
+    "class_prompt": "a photo of a thing",
+    "num_class_images": 5,
+}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("entries", "settings"),
     [
-        {"train_text_encoder": True, "with_prior_preservation": True},
-        {"norm_axis": "input", "gradient_checkpointing": True, "targets": ["attention"]},
-        {"use_dora": False, "masked_loss": True, "aspect_ratio_buckets": True},
+        (THREE, {"train_text_encoder": True, "with_prior_preservation": True}),
+        (THREE, {"norm_axis": "input", "gradient_checkpointing": True, **CLASS_IMAGES}),
+        (SEVERAL_SIZES, {"use_dora": False, "cache_latents": False, "random_flip": True}),
     ],
-    ids=["text encoders and image-free prior", "input axis and checkpointing", "LoRA and buckets"],
+    ids=["text encoders, image-free prior", "input axis, class images", "LoRA, several sizes"],
 )
 def test_in_float64_each_adapter_is_that_of_its_own_run(
-    in_float64: None, settings: dict[str, Any], sd1_folder: Path, tmp_path: Path
+    in_float64: None,
+    entries: list[dict[str, Any]],
+    settings: dict[str, Any],
+    sd1_folder: Path,
+    tmp_path: Path,
 ) -> None:
-    configs = pack_of(sd1_folder, tmp_path / "pack", max_train_steps=3, **settings)
+    own = {"targets": TARGETS, "text_encoder_targets": ["*.layers.0.self_attn.*"], **settings}
+    configs = pack_of(sd1_folder, tmp_path / "pack", entries, max_train_steps=3, **own)
     pack = train_pack(configs)
     assert not pack.failures
     assert {name: result.steps for name, result in pack.results.items()} == {
-        "teapot": 2, "mug": 3, "other": 3,
-    }  # fmt: skip
+        name: config.max_train_steps for name, config in configs.items()
+    }
     for name, config in configs.items():
         assert_alike(Path(config.output_dir), alone(configs, name), 1e-6)
 
@@ -131,7 +148,7 @@ def test_who_is_killed_and_resumed_or_fails_changes_nobody(
     (tmp_path / "empty").mkdir()
     configs = pack_of(
         sd1_folder, tmp_path / "pack", entries, checkpointing_steps=1, cache_latents=False,
-        resume_from_checkpoint="latest", checkpoints_total_limit=1,
+        resume_from_checkpoint="latest", checkpoints_total_limit=1, targets=TARGETS,
     )  # fmt: skip
     left: dict[str, str] = {}
 

@@ -1,0 +1,104 @@
+"""Stacked adapters: outputs and gradients are those of each adapter by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dora_diffusion.adapters.inject import inject_adapters, layer_adapters
+from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers
+from dora_diffusion.adapters.scope import norm_scope, stack_of, stack_scope
+from dora_diffusion.config import AdapterConfig
+from dora_diffusion.training.optimizer import FlatParameters
+
+
+def make(ranks: list[int], **settings: object) -> tuple[nn.Module, list[list[LayerAdapter]]]:
+    """A model with so many trained adapters, which are returned by number, in float64."""
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1),
+        nn.Flatten(1), nn.Linear(128, 6), nn.GELU(), nn.Linear(6, 6, bias=False),
+    ).double()  # fmt: skip
+    for k, rank in enumerate(ranks):
+        config = AdapterConfig(
+            targets=("*",), rank=rank, conv_rank=max(1, rank - 1), alpha=2.0 * rank, **settings
+        )
+        inject_adapters(model, config, name=str(k), generator=generator)
+    adapters = [list(layer_adapters(model.double(), str(k))) for k in range(len(ranks))]
+    with torch.no_grad():
+        for parameter in (p for part in adapters for a in part for p in a.parameters()):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(parameter * (1 + 0.1 * noise) + 0.05 * noise)
+    return model, adapters
+
+
+def parameters(adapters: list[LayerAdapter]) -> list[nn.Parameter]:
+    return [parameter for adapter in adapters for parameter in adapter.parameters()]
+
+
+def one_by_one(
+    model: nn.Module, adapters: list[list[LayerAdapter]], rows: list[int], x: Tensor, up: Tensor
+) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """Each row's output, and each adapter's gradients, with no other adapter switched on."""
+    outputs, gradients = torch.empty_like(up), []
+    for k, own in enumerate(adapters):
+        for number, others in enumerate(adapters):
+            for adapter in others:
+                adapter.enabled = number == k
+        chosen = [row for row, owner in enumerate(rows) if owner == k]
+        with norm_scope(model):
+            made = model(x[chosen])
+            gradients.append(torch.autograd.grad((made * up[chosen]).sum(), parameters(own)))
+        outputs[chosen] = made.detach()
+    return outputs, gradients
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm_axis": "input"}, {"use_dora": False}], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "ranks"), [([0, 1, 2], [3, 3, 3]), ([2, 0, 0, 1, 2, 1], [3, 2, 4])]
+)
+@pytest.mark.parametrize("tiny_gain", [False, True])
+def test_rows_and_gradients_are_those_of_each_adapter_by_itself(
+    settings: dict[str, object], rows: list[int], ranks: list[int], tiny_gain: bool
+) -> None:
+    model, adapters = make(ranks, **settings)
+    if tiny_gain and adapters[1][0].magnitude is not None:
+        with torch.no_grad():  # Dividing by it would lose the gradient of m.
+            adapters[1][0].magnitude[0] = 0
+            adapters[1][2].magnitude[1] = 1e-9
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(len(rows), 3, 8, 8, generator=generator, dtype=torch.float64)
+    up = torch.randn(len(rows), 6, generator=generator, dtype=torch.float64)
+    outputs, gradients = one_by_one(model, adapters, rows, x, up)
+    flats = [FlatParameters([{"params": parameters(own)[::-1]}]) for own in adapters]
+    layers = [layer for _, layer in adapted_layers(model)]
+    stack = stack_of(layers, list(zip(*adapters, strict=True)), [f.vector() for f in flats])
+    for _ in range(2):  # Gradients start anew, and add up over batches of one step.
+        with stack_scope(layers, stack) as scope, scope.of(rows):
+            made = model(x)
+            (made * up).sum().backward()
+            (model(x) * up).sum().backward()
+    torch.testing.assert_close(made, outputs, rtol=0, atol=1e-12)
+    for own, flat, vector, wanted in zip(
+        adapters, flats, stack.gradients(), gradients, strict=True
+    ):
+        offsets = flat.vector().offsets
+        for parameter, gradient in zip(parameters(own), wanted, strict=True):
+            start = offsets[id(parameter)]
+            found = vector[start : start + parameter.numel()].view(parameter.shape)
+            torch.testing.assert_close(found, 2 * gradient, rtol=1e-9, atol=1e-9)
+    with stack_scope(layers, stack) as scope, scope.of(()):
+        base = model(x)
+    for adapter in (a for own in adapters for a in own):
+        adapter.enabled = False
+    torch.testing.assert_close(base, model(x), rtol=0, atol=0)
+
+
+def test_what_cannot_be_stacked_is_refused() -> None:
+    model, adapters = make([2])
+    inject_adapters(model, AdapterConfig(targets=("*",), rank=2, use_dora=False), name="lora")
+    layers = [layer for _, layer in adapted_layers(model)]
+    pairs = list(zip(adapters[0], layer_adapters(model, "lora"), strict=True))
+    with pytest.raises(ValueError, match="all DoRA on one norm axis or all LoRA"):
+        stack_of(layers, pairs, [])
