@@ -40,6 +40,8 @@ from dora_diffusion.formats.adapter.file import AdapterMetadata
 from dora_diffusion.pool import AdapterPool, ImageRow
 
 PORT = 8765
+ALONE = "one by one"
+WAYS = ("batched", ALONE, "merged")
 PROMPTS = ("a photo of a sks dog", "a sks mug on the snow", "a red sks toy", "a sks cat at night")
 
 
@@ -196,15 +198,16 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--memory", type=int, default=2000, help="MB of adapters.")
     parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS, help="Besides one by one.")
     parser.add_argument("--no-server", dest="server", action="store_false")
     args = parser.parse_args()
     names = make_adapters(args)
     requests = make_requests(args, names)
     print(f"{args.requests} requests, {args.adapters} adapters, {args.steps} steps. {machine()}\n")
-    ways = {way: sampled(args, requests, way) for way in ("batched", "one by one", "merged")}
-    merged = ways["merged"][1]
-    table = [[way, f"{each * 1000:.0f}", f"{merged / each:.2f}"] for way, (_, each) in ways.items()]
-    print(markdown(["without a server", "ms an image", "times merged"], table), flush=True)
+    ways = {way: sampled(args, requests, way) for way in {**dict.fromkeys(args.ways), ALONE: None}}
+    alone = ways[ALONE][1]
+    table = [[way, f"{each * 1000:.0f}", f"{alone / each:.2f}"] for way, (_, each) in ways.items()]
+    print(markdown(["without a server", "ms an image", "times one by one"], table), flush=True)
     if not args.server:
         return
     command = [sys.executable, "-m", "dora_diffusion", "serve", "--base", args.base]
@@ -216,7 +219,7 @@ def main() -> None:
             if "/docs" in line:
                 break
         try:
-            asyncio.run(load(args, requests, ways["one by one"][0]))
+            asyncio.run(load(args, requests, ways[ALONE][0]))
         finally:
             server.terminate()
 
