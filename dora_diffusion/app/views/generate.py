@@ -163,8 +163,13 @@ def connect(context: Context, tab: GenerateTab) -> None:
     names, fields = list(tab.form), list(tab.form.values())
     results = [tab.slider, tab.gallery, tab.parameters]
 
+    def newest_unless_chosen(choice: str | None) -> str:
+        # A page that was just opened asks before the clock has filled its list.
+        return choice or _choices(context, context.jobs())[0][1]
+
     def request(choice: str | None, values: Sequence[Any]) -> GenerationRequest:
-        return make_request(context, choice, dict(zip(names, values, strict=True)))
+        form = dict(zip(names, values, strict=True))
+        return make_request(context, newest_unless_chosen(choice), form)
 
     @plain
     def make(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
@@ -188,7 +193,7 @@ def connect(context: Context, tab: GenerateTab) -> None:
         asked = request(choice, values)
         if asked.adapter is None:
             raise UserError("choose a run: the grid shows its checkpoints")
-        job = context.job(str(choice).partition("/")[0])
+        job = context.job(newest_unless_chosen(choice).partition("/")[0])
         adapters = {
             f"step {job.step_of(name)}": chosen_adapter(job, name) for name in job.candidates
         }
@@ -254,6 +259,19 @@ def _results(
 
 def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
     """What the clock sends to this tab."""
+    choices = _choices(context, jobs)
+    ids = [value for _, value in choices]
+    # The newest result, until somebody chooses.
+    value = chosen if chosen in ids else ids[0]
+    return {
+        "adapter": choosing(choices, value, chosen),
+        "history": _history(recent_images(context.workspace)),
+        "turn": _turn(next((job for job in jobs if job.is_active), None), context),
+    }
+
+
+def _choices(context: Context, jobs: Sequence[Job]) -> list[tuple[str, str]]:
+    """What images can be made of, with its label: the newest result first."""
     choices = [
         (f"{job.label} · {_of(job, name)}", f"{job.id}/{name}".rstrip("/"))
         for job in jobs
@@ -265,15 +283,7 @@ def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[s
         for job in jobs
         if job.kind == "export" and job.state == "done"
     ]
-    choices += [(f"{name} alone", f"{BASE}/{name}") for name in context.models]
-    ids = [value for _, value in choices]
-    # The newest result, until somebody chooses.
-    value = chosen if chosen in ids else ids[0]
-    return {
-        "adapter": choosing(choices, value, chosen),
-        "history": _history(recent_images(context.workspace)),
-        "turn": _turn(next((job for job in jobs if job.is_active), None), context),
-    }
+    return choices + [(f"{name} alone", f"{BASE}/{name}") for name in context.models]
 
 
 def _turn(busy: Job | None, context: Context) -> str:
