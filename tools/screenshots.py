@@ -1,4 +1,4 @@
-"""The app's images in ``docs/app-*.jpg``, taken from the app as it is.
+"""The app's images in ``docs/images/app-*.jpg``, taken from the app as it is.
 
     python -m tools.screenshots                      # some minutes of training on two cores
     python -m tools.screenshots --steps 8 --output /tmp/shots   # the layout alone
@@ -174,8 +174,10 @@ def beside(screens: list[Image.Image]) -> Image.Image:
 
 def main() -> None:
     """Take all images."""
-    parser = argparse.ArgumentParser(description="Take the images of docs/app.md anew.")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="Where app-*.jpg go.")
+    parser = argparse.ArgumentParser(description="Take the images of docs/howto/app.md anew.")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs" / "images", help="Where app-*.jpg go."
+    )
     parser.add_argument("--steps", type=int, help="Training steps. Default: the page's own.")
     args = parser.parse_args()
     from playwright.sync_api import sync_playwright

@@ -13,10 +13,12 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_every_image_of_the_document_is_one_that_it_makes() -> None:
-    shown = re.findall(r"\(app-(\w+)\.jpg\)", (DOCS / "app.md").read_text(encoding="utf-8"))
+    shown = re.findall(
+        r"\(\.\./images/app-(\w+)\.jpg\)", (DOCS / "howto" / "app.md").read_text(encoding="utf-8")
+    )
     assert sorted(shown) == sorted([*HEIGHTS, "checkpoints", "phone"])
     for name, height in HEIGHTS.items():
-        with Image.open(DOCS / f"app-{name}.jpg") as image:
+        with Image.open(DOCS / "images" / f"app-{name}.jpg") as image:
             assert image.size == (WIDTH, height)
 
 
