@@ -35,11 +35,17 @@ TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 SUITE = -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
-.PHONY: demo test test-portable test-slow test-properties test-lowest test-newest test-bare
+.PHONY: demo docs test test-portable test-slow test-properties test-lowest test-newest test-bare
 .PHONY: lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m dora_diffusion demo $(DEMO_ARGS)
+
+# The site, into build/docs: strict, and without a network.
+DOCS_ARGS ?= -j auto
+docs: $(READY_TO_TEST)
+	$(BIN)/python -m sphinx -W --keep-going -n -q $(DOCS_ARGS) -b html docs build/docs
+	@echo 'Open build/docs/index.html'
 
 test: lint
 	$(TEST_ENV) $(BIN)/python $(SUITE)

@@ -82,7 +82,7 @@ def test_a_batch_that_was_measured_is_not_understated() -> None:
 
 
 def test_the_document_states_the_table() -> None:
-    document = (Path(__file__).parents[1] / "docs" / "app.md").read_text(encoding="utf-8")
+    document = (Path(__file__).parents[1] / "docs" / "howto" / "app.md").read_text(encoding="utf-8")
     titles = {"sd1": "Stable Diffusion 1.5", "sdxl": "SDXL"}
     for family, row in TABLE:
         line = next(
@@ -148,7 +148,9 @@ def test_sdxl_at_1024_fits_a_card_of_8_gb() -> None:
 
 
 def test_the_document_states_what_was_counted() -> None:
-    document = (Path(__file__).parents[1] / "docs" / "cost.md").read_text(encoding="utf-8")
+    document = (Path(__file__).parents[1] / "docs" / "measurements" / "cost.md").read_text(
+        encoding="utf-8"
+    )
     for family, title in (("sd1", "SD1.5"), ("sdxl", "SDXL")):
         size = FAMILIES[family].gpu_memory.resolution
         for on in (True, False):
@@ -297,15 +299,19 @@ def test_the_documents_have_the_rows_of_the_table() -> None:
             ]
             cells.append(f"{row.gib:.1f} GiB" + ("" if row.is_measured else " (derived)"))
         line = " | ".join([titles[family], f"{size} px", *cells])
-        shown = re.search(rf"^\| {re.escape(line)} \|$", document("docs", "cost.md"), re.MULTILINE)
+        shown = re.search(
+            rf"^\| {re.escape(line)} \|$", document("docs", "measurements", "cost.md"), re.MULTILINE
+        )
         assert shown, line
 
 
 def test_the_readme_names_for_each_card_the_quickest_flags_that_fit_it() -> None:
-    """From the peaks that docs/cost.md has for each set of flags, quickest first."""
+    """From the peaks that docs/measurements/cost.md has for each set of flags, quickest first."""
     counted: dict[str, list[tuple[str, float]]] = {"SD1.5": [], "SDXL": []}
     rows = re.findall(
-        r"^\| `(--[^|`]+)` \| ([\d.]+) \| ([\d.]+) \|$", document("docs", "cost.md"), re.M
+        r"^\| `(--[^|`]+)` \| ([\d.]+) \| ([\d.]+) \|$",
+        document("docs", "measurements", "cost.md"),
+        re.M,
     )
     for flags, *peaks in rows:
         for title, peak in zip(counted, peaks, strict=True):

@@ -26,7 +26,7 @@ from dora_diffusion.config.prompts import OPTIONS
 from dora_diffusion.data.checks import FEWEST, MOST
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands_in(path: Path) -> list[list[str]]:

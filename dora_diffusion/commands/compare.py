@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "study",
         nargs="?",
-        help="YAML file: methods, subjects, seeds, learning rates (docs/comparison.md).",
+        help="YAML file: methods, subjects, seeds, learning rates.",
     )
     parser.add_argument(
         "--quick",

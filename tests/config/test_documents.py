@@ -1,4 +1,4 @@
-"""What docs/settings.md says of resuming and of defaults is what the fields say."""
+"""What docs/reference/settings.md says of resuming and of defaults is what the fields say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import yaml
 from dora_diffusion.config import TrainConfig, settings
 from dora_diffusion.config.file import SEGMENTS
 
-TEXT = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "reference" / "settings.md").read_text(
+    encoding="utf-8"
+)
 
 
 def test_the_segments_that_are_shown_are_of_free_settings() -> None:

@@ -41,7 +41,7 @@ use_blora cache_latents
 """
 
 
-PAGE = (Path(__file__).parents[2] / "docs" / "coming-from.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "howto" / "coming-from.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", _SCRIPTS.split() + _ADVANCED.split())

@@ -32,7 +32,7 @@ from tests.formats.adapter.helpers import (
 from tests.formats.layouts.helpers import module_at
 
 VERDICTS = {kind: row for layout in all_layouts() for kind, row in layout.verdicts.items()}
-DOCS = Path(__file__).resolve().parents[3] / "docs" / "formats.md"
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "reference" / "formats.md"
 
 
 SHAPES = {
@@ -234,7 +234,7 @@ def test_a_scale_beside_the_norm_is_wrong_in_older_a1111(tmp_path: Path) -> None
 
 
 def figures(folder: Path) -> dict[str, str]:
-    """The measured figures of docs/formats.md, by the words before them."""
+    """The measured figures of docs/reference/formats.md, by the words before them."""
 
     def median(axis: str, target: str, formula: Formula) -> str:
         return f"{torch.tensor(errors(folder, axis, target, formula)).median().item():.0%}"
