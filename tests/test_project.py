@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 import dora_diffusion
 from dora_diffusion import cli
@@ -31,8 +32,10 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 
 def commands_in(path: Path) -> list[list[str]]:
     """The lines of a document's shell blocks, as words, with continued lines joined."""
-    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    blocks += re.findall(r"^\$ (.*)$", text, flags=re.MULTILINE)  # of ```console
+    lines = re.split(r"\n| (?:\|\||&&|\|) ", "\n".join(blocks))
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -105,7 +108,7 @@ def test_files_that_documents_name_exist(path):
     named = set(re.findall(r"(?<![\w/.<-])(?:[a-z_]+/)+\w+\.py\b", text))
     named |= set(re.findall(r"(?<![\w/])(?:tests|tools|benchmarks)/[\w/]+(?:\.(?:py|sh))?", text))
     named = {name for name in named if not re.search("[A-Z]", name)}
-    assert named or path.name != "CONTRIBUTING.md"
+    assert named or path.name != "where.md"
     assert not [n for n in named if not any((top / n).exists() for top in (ROOT, PACKAGE))]
 
 
@@ -173,12 +176,16 @@ def test_a_fresh_machine_gets_an_environment_first(target, tmp_path):
     assert steps.index("pip install") < steps.index(last)
 
 
-def test_the_version_is_said_once():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.search(r'^version = "(.+)"$', text, flags=re.MULTILINE)[1] == (
-        dora_diffusion.__version__
-    )
-    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+def test_the_version_is_written_once():
+    """In the package; the citation and the newest part of the changelog agree with it."""
+    version = dora_diffusion.__version__
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert version not in project
+    assert 'version = { attr = "dora_diffusion.__version__" }' in project
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == version
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## \[(.+?)\]", changelog, flags=re.MULTILINE)[0] == version
 
 
 def test_the_entry_point_exists():
@@ -200,7 +207,7 @@ def test_the_module_is_the_command():
 
 def test_the_walks_name_what_there_is() -> None:
     """Dotted names under "Three walks" are modules of the package, or what they hold."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "contributing" / "architecture.md").read_text(encoding="utf-8")
     walks = text.partition("## Three walks")[2].partition("\n## ")[0]
     names = re.findall(r"`([a-z_]+(?:\.\w+)+)`", walks)
     assert len(names) > 20

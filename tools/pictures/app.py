@@ -95,7 +95,8 @@ class Tab:
         width = self.page.viewport_size["width"]
         self.page.set_viewport_size({"width": width, "height": height})
         if top:
-            self.page.eval_on_selector(top, "e => e.scrollIntoView({block: 'start'})")
+            # With the heading above it.
+            self.page.eval_on_selector(top, "e => { e.scrollIntoView(); scrollBy(0, -24) }")
         else:
             self.page.evaluate("window.scrollTo(0, 0)")
         return self.in_both(name, self.page)
