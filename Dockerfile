@@ -5,7 +5,7 @@
 #
 # The app, at http://127.0.0.1:7860 with the name and password that you choose:
 #
-#   docker run --rm -p 127.0.0.1:7860:7860 -v dora-runs:/work/runs -e DORA_DIFFUSION_AUTH=me:secret dora-diffusion
+#   docker run --rm -p 127.0.0.1:7860:7860 -v dora-runs:/work/runs -e DORA_DIFFUSION_AUTH=me:eight-letters dora-diffusion
 #
 # A command, with this folder's photos and a GPU:
 #

@@ -40,7 +40,7 @@ def repository_url() -> str | None:
 
 
 if __name__ == "__main__":
-    # Two builds have one digest: a wheel writes this time, the first that a .zip can, for its files.
+    # Two builds have one digest: a wheel gives its files this time, the first of a .zip.
     os.environ.setdefault("SOURCE_DATE_EPOCH", "315532800")
     setup(
         # The samples lie at the top, where people find them, and are a part of the package.

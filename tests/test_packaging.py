@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
 import shlex
@@ -34,7 +33,7 @@ def commands(job: dict[str, Any]) -> list[str]:
         for chosen in values or [{}]:
             line = step.get("run", "")
             for key, value in chosen.items():
-                line = line.replace("${{ matrix.%s }}" % key, value)
+                line = line.replace(f"${{{{ matrix.{key} }}}}", value)
             lines.append(line)
     return sorted({line for line in lines if line and "${{" not in line})
 
@@ -123,6 +122,6 @@ def test_the_container_runs_the_app_where_its_health_is_asked() -> None:
     [health] = words["HEALTHCHECK"]
     assert words["EXPOSE"] == [str(args.port)]
     assert f"http://127.0.0.1:{args.port}/" in health
-    compile(json.loads(health[health.index("["):])[-1], "HEALTHCHECK", "exec")
+    compile(json.loads(health[health.index("[") :])[-1], "HEALTHCHECK", "exec")
     assert words["USER"] == ["1000"]
     assert args.runs_dir == Path("/work/runs")

@@ -19,9 +19,7 @@ NOTEBOOK = ROOT / "notebooks" / "first_subject.ipynb"
 def code() -> dict[str, str]:
     """Its code by the ids of the cells."""
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    return {
-        cell["id"]: "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"
-    }
+    return {cell["id"]: "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"}
 
 
 def test_it_is_kept_without_results_and_one_line_chooses_the_model() -> None:

@@ -134,9 +134,7 @@ def _images(
     return [image.resize(size, Image.Resampling.NEAREST) for image in images]
 
 
-def trained(
-    name: str, settings: dict[str, Any], token: str, work: Path, steps: int | None
-) -> Path:
+def trained(name: str, settings: dict[str, Any], token: str, work: Path, steps: int | None) -> Path:
     """The folder of a training on the sample, which is done, or continued, if it is not complete.
 
     Args:

@@ -42,7 +42,9 @@ def purpose(name: str) -> str:
     folder = ROOT / "dora_diffusion" / name
     file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    return text.partition("\n\n")[0].partition(". ")[0].replace("\n", " ").replace("`", "").rstrip(".")
+    return (
+        text.partition("\n\n")[0].partition(". ")[0].replace("\n", " ").replace("`", "").rstrip(".")
+    )
 
 
 def svg() -> str:
@@ -73,7 +75,11 @@ def _box(name: str, left: float, top: float, width: float) -> list[str]:
     """A package, with what it is for as far as there is space; all of it when pointed at."""
     text = purpose(name)
     room = int((width - 24 - 8 * len(name)) / 7)
-    shown = text if len(text) <= room else text[: max(room - 1, 0)].rsplit(" ", 1)[0].rstrip(",:") + " …"
+    shown = (
+        text
+        if len(text) <= room
+        else text[: max(room - 1, 0)].rsplit(" ", 1)[0].rstrip(",:") + " …"
+    )
     return [
         f"<g><title>{escape(text)}</title>",
         f'<rect x="{left:g}" y="{top}" width="{width:g}" height="{HEIGHT}" rx="5"/>',

@@ -34,7 +34,9 @@ def walk() -> dict[str, Any]:
     record = plan_crop(photo.size, components.default_resolution)
     pixels = apply_crop(decode_photo(PHOTO.name, PHOTO.read_bytes())[0], record)[None]
     generator = torch.Generator().manual_seed(SEED)
-    latents = latents_from_moments(components.vae, encode_moments(components.vae, pixels), generator)
+    latents = latents_from_moments(
+        components.vae, encode_moments(components.vae, pixels), generator
+    )
     noise = sample_noise(tuple(latents.shape[1:]), generator)[None]
     timesteps = torch.tensor([TIMESTEP])
     alpha_bar = components.scheduler.alphas_cumprod[timesteps]

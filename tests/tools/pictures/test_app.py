@@ -1,4 +1,4 @@
-"""The command that makes the app's images: which there are, and how screens of a phone are joined."""
+"""The command that makes the app's images: which there are, and how it waits and ends."""
 
 from __future__ import annotations
 
