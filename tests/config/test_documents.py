@@ -1,4 +1,4 @@
-"""What docs/reference/settings.md says of resuming and of defaults is what the fields say."""
+"""The segments that docs/reference/settings.md shows are of settings that may change."""
 
 from __future__ import annotations
 
@@ -21,8 +21,3 @@ def test_the_segments_that_are_shown_are_of_free_settings() -> None:
         assert set(segment["settings"]) <= free
     first = yaml.safe_load(block)[SEGMENTS][0]["settings"]
     assert first["learning_rate"] == TrainConfig().usual_lr
-
-
-def test_the_defaults_that_are_named_are_the_defaults() -> None:
-    assert TrainConfig().mixed_precision == "auto"
-    assert "`--mixed_precision auto` (the default)" in TEXT
