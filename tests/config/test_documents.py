@@ -1,4 +1,4 @@
-"""The segments that docs/reference/settings.md shows are of settings that may change."""
+"""The segments that docs/howto/resume.md shows are of settings that may change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 from dora_diffusion.config import TrainConfig, settings
 from dora_diffusion.config.file import SEGMENTS
 
-TEXT = (Path(__file__).parents[2] / "docs" / "reference" / "settings.md").read_text(
+TEXT = (Path(__file__).parents[2] / "docs" / "howto" / "resume.md").read_text(
     encoding="utf-8"
 )
 
