@@ -36,16 +36,15 @@ TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 SUITE = -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
-.PHONY: demo docs test test-portable test-slow test-properties test-lowest test-newest test-bare
+.PHONY: demo docs test test-portable test-slow test-docs test-properties test-lowest test-newest test-bare
 .PHONY: lint format dist clean
 
 demo: $(READY)
 	$(BIN)/python -m dora_diffusion demo $(DEMO_ARGS)
 
 # The site, into build/docs: strict, and without a network.
-DOCS_ARGS ?= -j auto
 docs: $(READY_TO_TEST)
-	$(BIN)/python -m sphinx -W --keep-going -n -q $(DOCS_ARGS) -b html docs build/docs
+	$(BIN)/python -m sphinx -W --keep-going -n -q -E -b html docs build/docs
 	@echo 'Open build/docs/index.html'
 
 test: lint
@@ -80,6 +79,10 @@ test-newest: $(VENV)-newest/.ready
 
 test-bare: $(VENV)-bare/.ready
 	$(TEST_ENV) $(VENV)-bare/bin/python $(SUITE)
+
+# All of README and site: every block runs, every page is looked at in a browser, the search answers.
+test-docs: $(READY_TO_TEST)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m '' tests/docs $(PYTEST_ARGS)
 
 # Property tests with 10,000 examples each, other ones in every run; `make test` tries the same few
 # each time. A failure prints its example, and a line that repeats it.

@@ -41,9 +41,15 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 python_maximum_signature_line_length = 80
 nitpicky = True
-# Types of other libraries, whose indexes a build without a network has not, and of the package
-# that have no page since nobody has to write their name.
-nitpick_ignore_regex = [("py:.*", ".*")]
+# Types of other libraries, whose indexes a build without a network has not; what those of the
+# package are made of, down to the tensors; and a type that autodoc cuts in two.
+nitpick_ignore_regex = [
+    ("py:class", r"(collections|dataclasses|pathlib|torch|PIL)\..*"),
+    ("py:class", r"dora_diffusion\.(?!training\.).*"),
+    ("py:class", r"tuple\[str"),
+]
+napoleon_use_rtype = False
+napoleon_use_ivar = True
 # Data and plots of measurements are read beside the pages, by commands.
 exclude_patterns = ["_build"]
 

@@ -13,6 +13,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 import dora_diffusion
 from dora_diffusion import cli
@@ -145,28 +146,75 @@ def python_api() -> str:
     rows = re.findall(r"^    (\w[\w, ]*?)   *(\S.*)$", dora_diffusion.__doc__ or "", re.MULTILINE)
     for names, heading in rows:
         parts.append(f"## {heading[0].upper()}{heading[1:]}".replace("Torch.", "torch."))
-        parts.append(_autodoc("dora_diffusion", names.split(", ")))
+        parts.append(_autodoc(dict.fromkeys(names.split(", "), "dora_diffusion")))
     for package in _PACKAGES:
-        module = importlib.import_module(f"dora_diffusion.{package}")
-        names = [name for name in module.__all__ if name not in dora_diffusion.__all__]
-        parts += [f"## In dora\\_diffusion.{package}", _autodoc(module.__name__, names)]
-    return "\n\n".join(parts)
+        names = public_names()
+        own = {name: home for name, home in names.items() if home.endswith(f".{package}")}
+        parts += [f"## From `dora_diffusion.{package}`", _autodoc(own)]
+    parts += ["## What these take and return", _autodoc(_classes_in_signatures())]
+    events = importlib.import_module("dora_diffusion.training.events")
+    classes = [name for name, value in vars(events).items() if inspect.isclass(value)]
+    own = {
+        name: home for name in classes if (home := homes_of_names().get(name)) == events.__name__
+    }
+    return "\n\n".join([*parts, "## What `train` tells as it runs", _autodoc(own)])
 
 
-def _autodoc(module: str, names: list[str]) -> str:
+@cache
+def public_names() -> dict[str, str]:
+    """Each public name, with the package that it is imported from."""
+    names = {}
+    for package in [f"dora_diffusion.{name}" for name in _PACKAGES] + ["dora_diffusion"]:
+        names |= dict.fromkeys(importlib.import_module(package).__all__, package)
+    return names
+
+
+@cache
+def homes_of_names() -> dict[str, str]:
+    """Each class and annotated constant of the package, with its module."""
+    top = Path(dora_diffusion.__file__).parent
+    homes = {}
+    for path in sorted(top.rglob("*.py")):
+        module = ".".join(path.relative_to(top.parent).with_suffix("").parts)
+        names = re.findall(
+            r"^(?:class )?([A-Z]\w+)(?=[(:])", path.read_text(encoding="utf-8"), re.MULTILINE
+        )
+        homes |= dict.fromkeys(names, module.removesuffix(".__init__"))
+    return homes
+
+
+def _classes_in_signatures() -> dict[str, str]:
+    """Classes of the package that signatures of public names have, and that are not public."""
+    found: set[str] = set()
+    for name, home in public_names().items():
+        value = getattr(importlib.import_module(home), name)
+        values = [value]
+        if inspect.isclass(value):
+            values += [v for n, v in vars(value).items() if inspect.isfunction(v) and n[0] != "_"]
+        if inspect.isclass(value) and issubclass(value, Exception):
+            continue
+        for function in filter(callable, values):
+            found |= set(re.findall(r"[A-Z]\w+", str(inspect.signature(function))))
+    homes = {name: homes_of_names().get(name, "") for name in sorted(found - {*public_names()})}
+    return {n: home for n, home in homes.items() if home and ".numerics." not in home}
+
+
+def _autodoc(homes: dict[str, str]) -> str:
     """Directives of autodoc, for the kind of thing that each name is."""
     lines = []
-    for name in names:
-        value = getattr(importlib.import_module(module), name)
+    for name, home in homes.items():
+        value = getattr(importlib.import_module(home), name)
         kind = "data"
         if inspect.isclass(value):
             kind = "exception" if issubclass(value, Exception) else "class"
         elif callable(value):
             kind = "function"
+        else:  # Only where it is assigned is it documented.
+            home = homes_of_names()[name]
         # Its signature would have every setting; they have a page of their own.
         signature = "(**settings)" if name == "TrainConfig" else ""
-        lines.append(f".. auto{kind}:: {module}.{name}{signature}")
-        if kind == "class" and not signature:
+        lines.append(f".. auto{kind}:: {home}.{name}{signature}")
+        if kind == "class" and not signature and name in public_names():
             lines.append("   :members:")
     return "```{eval-rst}\n" + "\n".join(lines) + "\n```"
 

@@ -41,7 +41,9 @@ use_blora cache_latents
 """
 
 
-PAGE = (Path(__file__).parents[2] / "docs" / "howto" / "coming-from.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "howto" / "from-diffusers-scripts.md").read_text(
+    encoding="utf-8"
+)
 
 
 @pytest.mark.parametrize("name", _SCRIPTS.split() + _ADVANCED.split())
@@ -95,7 +97,7 @@ def test_a_value_of_diffusers_type_bool_is_taken() -> None:
 
 
 def test_the_documentation_names_every_flag_once_and_has_the_answers() -> None:
-    section = PAGE.partition("## Diffusers' DreamBooth scripts")[2].partition("\n## ")[0]
+    section = PAGE.partition("## Where is my flag?")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `--(\w+)` \| (.*) \|$", section, flags=re.MULTILINE)
     same = re.search(r"\*\*Same name, same meaning, same default\*\*: (.*)\.", section)
     names = [name for name, _ in rows] + re.findall(r"`--(\w+)`", same[1])

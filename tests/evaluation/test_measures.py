@@ -56,7 +56,7 @@ def test_shares_and_means_have_their_intervals() -> None:
 
 
 def test_every_measure_is_explained_in_the_manual() -> None:
-    manual = (Path(__file__).parents[2] / "docs" / "measurements" / "evaluate.md").read_text(
+    manual = (Path(__file__).parents[2] / "docs" / "howto" / "evaluate.md").read_text(
         encoding="utf-8"
     )
     for measure in MEASURES.values():

@@ -1,4 +1,4 @@
-"""Which programs compute an adapter file as it was trained. See docs/reference/formats.md.
+"""Which programs compute an adapter file as it was trained. See docs/understand/programs.md.
 
 Every verdict is proven by a test against the program itself (diffusers, PEFT, LyCORIS), or was seen
 when the program was run (ComfyUI, Forge, A1111's network code, InvokeAI, sd-scripts); tests restate

@@ -1,7 +1,7 @@
 """The compact file of a VeRA or DVoRA: its vectors, and how its projections are drawn.
 
 No other program reads it; `read_adapter` gives the ordinary layers that it stands for, so that
-generation, export and conversion take it like any adapter. docs/measurements/variants.md describes
+generation, export and conversion take it like any adapter. docs/reference/formats.md describes
 the file.
 """
 
