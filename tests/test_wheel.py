@@ -147,7 +147,7 @@ def test_the_wheel_holds_models_samples_and_types_and_nothing_else(installed):
 
 def test_another_build_gives_the_same_wheel(installed, tmp_path):
     """From the tree itself, at another time, with files of other times."""
-    source = installed.sdist.parents[1] / "source"
+    source = installed.sdist.parent.parent / "source"
     for number, path in enumerate(source.rglob("*")):
         os.utime(path, (1.6e9 + number, 1.6e9 + number))
     again = build("wheel", source, tmp_path)
