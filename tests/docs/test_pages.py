@@ -27,7 +27,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # Of pip, uv, accelerate, docker.
 FLAGS_OF_OTHERS = {
     "--help", "--extra-index-url", "--index-url", "--multi_gpu", "--num_processes",
-    "--torch-backend", "--gpus", "--rm", "--build-arg",
+    "--torch-backend", "--gpus", "--rm", "--build-arg", "--no-healthcheck", "--tag", "--user",
 }  # fmt: skip
 # Pages whose tables begin with the names of other programs.
 OF_OTHERS = re.compile(r"howto/(coming-from|from-)")
