@@ -20,7 +20,8 @@ WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); test $$cores -gt 2 || 
 # Of the examples of `make test-properties`.
 SEED := $(or $(SEED),$(shell date +%s))
 
-BIN = $(VENV)/bin
+# Windows has its own name for it.
+BIN = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # A step that is done leaves a stamp, and is done again when what it was made from changes.
 READY = $(VENV)/.ready
 READY_TO_TEST = $(VENV)/.ready-to-test
@@ -36,7 +37,7 @@ TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 SUITE = -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 .PHONY: demo docs test test-portable test-slow test-docs test-properties test-lowest test-newest test-bare
-.PHONY: lint format clean
+.PHONY: lint format dist clean
 
 demo: $(READY)
 	$(BIN)/python -m dora_diffusion demo $(DEMO_ARGS)
@@ -100,6 +101,16 @@ lint: $(READY_TO_TEST)
 format: $(READY_TO_TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The files of a release. They are built twice, and the two wheels must be one to the last byte.
+# TAG=v1.2.3 must be the version's.
+dist: $(READY)
+	test -z "$(TAG)" || test "$(TAG)" = "v$$($(BIN)/python -m dora_diffusion --version)"
+	rm -rf dist build/again
+	$(BIN)/python -m pip install "build>=1.2"
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m build --outdir build/again
+	cmp dist/*.whl build/again/*.whl
 
 $(READY): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 import dora_diffusion
 from dora_diffusion.config import TrainConfig, read_config_file
@@ -64,12 +65,16 @@ def test_a_fresh_machine_gets_an_environment_first(target, tmp_path):
     assert steps.index("pip install") < steps.index(last)
 
 
-def test_the_version_is_said_once():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.search(r'^version = "(.+)"$', text, flags=re.MULTILINE)[1] == (
-        dora_diffusion.__version__
-    )
-    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+def test_the_version_is_written_once():
+    """In the package; the citation and the newest part of the changelog agree with it."""
+    version = dora_diffusion.__version__
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert version not in project
+    assert 'version = { attr = "dora_diffusion.__version__" }' in project
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == version
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## \[(.+?)\]", changelog, flags=re.MULTILINE)[0] == version
 
 
 def test_the_entry_point_exists():
@@ -91,7 +96,7 @@ def test_the_module_is_the_command():
 
 def test_the_walks_name_what_there_is() -> None:
     """Dotted names under "Three walks" are modules of the package, or what they hold."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "contributing" / "architecture.md").read_text(encoding="utf-8")
     walks = text.partition("## Three walks")[2].partition("\n## ")[0]
     names = re.findall(r"`([a-z_]+(?:\.\w+)+)`", walks)
     assert len(names) > 20

@@ -27,7 +27,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # Of pip, uv, accelerate, docker.
 FLAGS_OF_OTHERS = {
     "--help", "--extra-index-url", "--index-url", "--multi_gpu", "--num_processes",
-    "--torch-backend", "--gpus", "--rm", "--build-arg",
+    "--torch-backend", "--gpus", "--rm", "--build-arg", "--no-healthcheck", "--tag", "--user",
 }  # fmt: skip
 # Pages whose tables begin with the names of other programs.
 OF_OTHERS = re.compile(r"howto/(coming-from|from-)")
@@ -217,7 +217,7 @@ def test_make_offers_what_the_documents_say() -> None:
 
 
 def test_the_segments_that_are_shown_are_of_settings_that_may_change() -> None:
-    [block] = [b for b in Page(DOCS / "reference/settings.md").blocks if b.language == "yaml"]
+    [block] = [b for b in Page(DOCS / "howto/resume.md").blocks if b.language == "yaml"]
     free = {setting.name for setting in settings() if setting.resume == "free"}
     for segment in yaml.safe_load(block.text)[SEGMENTS]:
         assert set(segment["settings"]) <= free
