@@ -11,7 +11,7 @@ import importlib
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -242,33 +242,10 @@ def diffusers_flags() -> str:
     return "\n".join(parts)
 
 
-def diffusers_flags() -> str:
-    """Flags of Diffusers' scripts that are no settings of the same name: what they are here."""
-    what = {"renamed": "renamed", "ignored": "accepted, not needed", "absent": "not here"}
-    rows = [(f"`--{n}`", what[a.status], plain(a.text)) for n, a in DIFFUSERS_FLAGS.items()]
-    return _table(("flag", "here", "use"), rows)
-
-
-def measures() -> str:
-    """Every figure of an evaluation."""
-    from dora_diffusion.evaluation.measures import MEASURES
-
-    better = {"higher": "higher", "lower": "lower", "base": "as the base"}
-    rows = [(plain(m.title), plain(m.meaning), better[m.better]) for m in MEASURES.values()]
-    return _table(("figure", "meaning", "better"), rows)
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 TEXTS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "diffusers-flags": diffusers_flags,
     "measures": measures,
     "settings": setting_groups,
     "python": python_api,
-    "diffusers-flags": diffusers_flags,
-    "measures": measures,
 }
