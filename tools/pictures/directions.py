@@ -19,7 +19,9 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.numerics.dora import adapted_weight
 from tools.pictures.grids import BASE, TOKEN, trained
 
-SHOWN = 6
+SHOWN = 4
+# Between the rows that are drawn, in the unit of the magnitudes.
+APART = 0.32
 
 
 @dataclass(frozen=True)
@@ -88,29 +90,35 @@ def draw(name: str, output: Path, work: Path, steps: int | None = None) -> list[
 
 
 def _draw_arrows(panel: Any, rows: Rows) -> None:
-    """Each row in the plane of its two directions; that of the base lies on the axis."""
-    for index in range(SHOWN):
-        base, new = rows.before[index].item(), rows.after[index].item()
+    """Each row in the plane of its two directions, to scale; that of the base lies on the axis."""
+    places = [-APART * index for index in range(SHOWN)]
+    for index, place in enumerate(places):
         turned = rows.angle[index].deg2rad()
-        x, y = new * turned.cos().item(), new * turned.sin().item()
-        start = {"xytext": (0, -index), "arrowprops": {"arrowstyle": "->", "color": "gray"}}
-        panel.annotate("", (base, -index), **start)
-        panel.annotate(
-            "", (x, y - index), xytext=(0, -index), arrowprops={"arrowstyle": "->", "color": "C0"}
-        )
-        panel.text(base, -index - 0.3, f"{rows.angle[index]:.0f} degrees", fontsize=8)
-    panel.set_xlim(0, 1.3 * float(rows.after[:SHOWN].max()))
-    panel.set_ylim(-SHOWN + 0.3, 1)
-    panel.set_yticks([-index for index in range(SHOWN)], [f"row {i}" for i in range(SHOWN)])
+        ends = {
+            "gray": (rows.before[index].item(), place),
+            "C0": (
+                (rows.after[index] * turned.cos()).item(),
+                place + (rows.after[index] * turned.sin()).item(),
+            ),
+        }
+        for color, end in ends.items():
+            arrow = {"arrowstyle": "->", "color": color, "shrinkA": 0, "shrinkB": 0}
+            panel.annotate("", end, xytext=(0, place), arrowprops=arrow)
+        panel.text(0.1, place - 0.07, f"{rows.angle[index]:.0f} degrees", fontsize=8)
+    panel.set_xlim(0, 1.15 * float(rows.after[:SHOWN].max()))
+    panel.set_ylim(places[-1] - 0.12, APART)
+    panel.set_aspect("equal")
+    panel.set_yticks(places, [f"row {index}" for index in range(SHOWN)])
     panel.set_xlabel("gray: base; blue: trained; length: magnitude")
-    panel.set_title(f"Direction, {rows.name}", fontsize=8)
+    panel.set_title(f"Direction of rows of\n{rows.name.removeprefix('unet.')}", fontsize=8)
 
 
 def _draw_bars(panel: Any, rows: Rows) -> None:
     place = torch.arange(SHOWN)
-    panel.barh(-place - 0.2, rows.after[:SHOWN], height=0.4, color="C0", label="trained")
     panel.barh(-place + 0.2, rows.before[:SHOWN], height=0.4, color="gray", label="base")
+    panel.barh(-place - 0.2, rows.after[:SHOWN], height=0.4, color="C0", label="trained")
     panel.set_yticks((-place).tolist(), [f"row {index}" for index in range(SHOWN)])
+    panel.set_xlim(0, 1.5 * float(rows.after[:SHOWN].max()))
     panel.set_xlabel("magnitude (norm of the row)")
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="upper right")
     panel.set_title("Magnitude of the same rows", fontsize=10)

@@ -53,7 +53,7 @@ def _of_rank(rank: int) -> Column:
     return Column(f"rank {rank}", run, {"rank": rank, "conv_rank": rank})
 
 
-_LONG = {"max_train_steps": 1600, "lr_scheduler": "constant_with_warmup", "checkpointing_steps": 50}
+_LONG = {"max_train_steps": 400, "lr_scheduler": "constant_with_warmup", "checkpointing_steps": 25}
 _PRIOR = {"with_prior_preservation": True}
 _BASE_COLUMN = Column("base model")
 # Name -> title, prompts of the rows, columns.
@@ -61,7 +61,7 @@ GRIDS: dict[str, tuple[str, Sequence[str], Sequence[Column]]] = {
     "rank": (
         "Rank: how much the adapter can learn. 300 steps each.",
         (PLACE, NIGHT, CLASS),
-        [_BASE_COLUMN, *(_of_rank(rank) for rank in (1, 2, 8, 32))],
+        [_BASE_COLUMN, *(_of_rank(rank) for rank in (1, 8, 32))],
     ),
     "strength": (
         "Strength of one adapter, chosen when images are made",
@@ -73,7 +73,7 @@ GRIDS: dict[str, tuple[str, Sequence[str], Sequence[Column]]] = {
         (PLACE, NIGHT, CLASS, OTHER),
         [
             _BASE_COLUMN,
-            *(Column(f"{s} steps", "long", _LONG, checkpoint=s) for s in (50, 100, 200, 400, 1600)),
+            *(Column(f"{s} steps", "long", _LONG, checkpoint=s) for s in (25, 50, 100, 200, 400)),
         ],
     ),
     "no-prior": (
@@ -163,5 +163,6 @@ def trained(name: str, settings: dict[str, Any], token: str, work: Path, steps: 
         values |= {"max_train_steps": steps, "checkpointing_steps": steps}
     if list(folder.glob("checkpoint-*")):
         values["resume_from_checkpoint"] = "latest"
-    train(TrainConfig.from_dict(values))
+    if train(TrainConfig.from_dict(values)).adapter is None:
+        raise SystemExit(f"{folder} was stopped; the same command continues it")
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,13 +34,15 @@ def test_a_training_has_its_token_in_every_caption_and_is_not_repeated(
 ) -> None:
     configs = []
 
-    def train(config: Any) -> None:
+    def train(config: Any) -> Any:
         configs.append(config)
-        Path(config.output_dir).mkdir(parents=True)
-        (Path(config.output_dir) / "checkpoint-50").mkdir()
+        folder = Path(config.output_dir)
+        (folder / "checkpoint-50").mkdir(parents=True, exist_ok=True)
+        return SimpleNamespace(adapter=folder if len(configs) > 1 else None)
 
     monkeypatch.setattr(grids, "train", train)
-    folder = trained("blue", {"rank": 2}, "blue", tmp_path, None)
+    with pytest.raises(SystemExit, match="the same command continues it"):
+        trained("blue", {"rank": 2}, "blue", tmp_path, None)
     captions = [path.read_text(encoding="utf-8") for path in tmp_path.glob("*/*.txt")]
     assert len(captions) == 5
     assert all(text.startswith("a photo of a blue mug ") for text in captions)
@@ -47,8 +50,7 @@ def test_a_training_has_its_token_in_every_caption_and_is_not_repeated(
     assert (config.rank, config.instance_prompt) == (2, "a photo of a blue mug")
     assert config.max_train_steps == 300
     # What was stopped continues, and what is complete stays.
-    monkeypatch.setattr(grids, "train", configs.append)
-    trained("blue", {}, "blue", tmp_path, None)
+    folder = trained("blue", {}, "blue", tmp_path, None)
     assert configs[1].resume_from_checkpoint == "latest"
     (folder / "pytorch_lora_weights.safetensors").touch()
     trained("blue", {}, "blue", tmp_path, None)
