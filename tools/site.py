@@ -19,6 +19,7 @@ import dora_diffusion
 from dora_diffusion import cli
 from dora_diffusion.config import Setting, settings
 from dora_diffusion.config.fields import AnyOf, Condition, Need
+from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
 
 _GENERATED = re.compile(r"^```\{generated\} ([a-z-]+)\n```$", re.MULTILINE)
 _PACKAGES = ("config", "export", "analysis")
@@ -219,8 +220,32 @@ def _autodoc(homes: dict[str, str]) -> str:
     return "```{eval-rst}\n" + "\n".join(lines) + "\n```"
 
 
+def measures() -> str:
+    """The figures of an evaluation, as its results explain them."""
+    from dora_diffusion.evaluation.measures import MEASURES
+
+    good = {"higher": "high", "lower": "low", "base": "as the base"}
+    rows = (f"| {m.title} | {good[m.better]} | {plain(m.meaning)} |" for m in MEASURES.values())
+    return "\n".join(["| figure | good | what it is |", "|---|---|---|", *rows])
+
+
+def diffusers_flags() -> str:
+    """What the command line answers to flags of Diffusers' scripts that are no settings."""
+    parts = []
+    statuses = {"renamed": "Renamed", "ignored": "Accepted, and not needed", "absent": "Not here"}
+    for status, title in statuses.items():
+        parts += [f"### {title}\n", "| flag | here |", "|---|---|"]
+        for name, answer in DIFFUSERS_FLAGS.items():
+            if answer.status == status:
+                parts.append(f"| `--{name}` | {plain(answer.text)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
 TEXTS: dict[str, Callable[[], str]] = {
     "commands": commands,
+    "diffusers-flags": diffusers_flags,
+    "measures": measures,
     "settings": setting_groups,
     "python": python_api,
 }

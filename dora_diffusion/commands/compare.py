@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             only_known=args.report_only,
         )
     if not results.records:
-        raise ConfigError(f"{output} holds no record of this study; leave out --report_only")
+        raise ConfigError(f"{output} contains no record of this study; leave out --report_only")
     files = write_report(results, output)
     if args.json:
         print_json([*results.tuning, *results.records])

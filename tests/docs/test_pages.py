@@ -217,7 +217,7 @@ def test_make_offers_what_the_documents_say() -> None:
 
 
 def test_the_segments_that_are_shown_are_of_settings_that_may_change() -> None:
-    [block] = [b for b in Page(DOCS / "reference/settings.md").blocks if b.language == "yaml"]
+    [block] = [b for b in Page(DOCS / "howto/resume.md").blocks if b.language == "yaml"]
     free = {setting.name for setting in settings() if setting.resume == "free"}
     for segment in yaml.safe_load(block.text)[SEGMENTS]:
         assert set(segment["settings"]) <= free

@@ -363,5 +363,5 @@ def test_a_merged_file_knows_the_words_beside_it(
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
     (file,) = (tmp_path / "embeddings").iterdir()
     file.unlink()
-    with pytest.warns(UserWarning, match=rf"{file.name} is not beside it"):
+    with pytest.warns(UserWarning, match=rf"{file.name} is not next to it"):
         load_components(merged, config=base)

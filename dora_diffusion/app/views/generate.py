@@ -73,7 +73,7 @@ class GenerateTab:
         self.form["prompt"] = gr.Textbox(
             "a photo of a {subject} on the snow",
             label="Prompt",
-            info="{subject} stands for the run's trigger words, of the first of several subjects.",
+            info="{subject} is replaced by the run's trigger words, of the first of several subjects.",
             lines=2,
             max_length=1000,
             elem_id="prompt",
@@ -137,7 +137,7 @@ class GenerateTab:
             )
 
     def _add_results(self) -> None:
-        html_block(html.heading("", "Results", "Every PNG holds its generation settings."))
+        html_block(html.heading("", "Results", "Every PNG contains its generation settings."))
         self.slider = gr.ImageSlider(
             show_label=False,
             visible=False,

@@ -25,7 +25,7 @@ PROGRAMS = (
 # Verdicts: in short before the colon; "-" where it is not known.
 EXACT, NOT_CHECKED = "exact", "-"
 PLAIN = "wrong: the magnitudes are ignored, so it acts as a plain LoRA"
-INPUT_NORMS = "wrong: it takes the norms per input"
+INPUT_NORMS = "wrong: it computes the norms per input"
 NOT_FOR_IT = "convert: the file is not made for it"
 OTHER_BASES = "exact for its base: wrong with any other"
 UNKNOWN = "convert: its key format is not one that we have checked"
