@@ -20,7 +20,8 @@ WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); test $$cores -gt 2 || 
 # Of the examples of `make test-properties`.
 SEED := $(or $(SEED),$(shell date +%s))
 
-BIN = $(VENV)/bin
+# Windows has its own name for it.
+BIN = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # A step that is done leaves a stamp, and is done again when what it was made from changes.
 READY = $(VENV)/.ready
 READY_TO_TEST = $(VENV)/.ready-to-test
@@ -35,11 +36,16 @@ TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 SUITE = -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
-.PHONY: demo test test-portable test-slow test-properties test-lowest test-newest test-bare
-.PHONY: lint format clean
+.PHONY: demo docs test test-portable test-slow test-docs test-properties test-lowest test-newest test-bare
+.PHONY: lint format dist clean
 
 demo: $(READY)
 	$(BIN)/python -m dora_diffusion demo $(DEMO_ARGS)
+
+# The site, into build/docs: strict, and without a network.
+docs: $(READY_TO_TEST)
+	$(BIN)/python -m sphinx -W --keep-going -n -q -E -b html docs build/docs
+	@echo 'Open build/docs/index.html'
 
 test: lint
 	$(TEST_ENV) $(BIN)/python $(SUITE)
@@ -74,6 +80,10 @@ test-newest: $(VENV)-newest/.ready
 test-bare: $(VENV)-bare/.ready
 	$(TEST_ENV) $(VENV)-bare/bin/python $(SUITE)
 
+# All of README and site: every block runs, every page is looked at in a browser, the search answers.
+test-docs: $(READY_TO_TEST)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m '' tests/docs $(PYTEST_ARGS)
+
 # Property tests with 10,000 examples each, other ones in every run; `make test` tries the same few
 # each time. A failure prints its example, and a line that repeats it.
 test-properties: $(READY_TO_TEST)
@@ -91,6 +101,16 @@ lint: $(READY_TO_TEST)
 format: $(READY_TO_TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The files of a release. They are built twice, and the two wheels must be one to the last byte.
+# TAG=v1.2.3 must be the version's.
+dist: $(READY)
+	test -z "$(TAG)" || test "$(TAG)" = "v$$($(BIN)/python -m dora_diffusion --version)"
+	rm -rf dist build/again
+	$(BIN)/python -m pip install "build>=1.2"
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m build --outdir build/again
+	cmp dist/*.whl build/again/*.whl
 
 $(READY): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def repository_url() -> str | None:
 
 
 if __name__ == "__main__":
+    # Two builds have one digest: a wheel gives its files this time, the first of a .zip.
+    os.environ.setdefault("SOURCE_DATE_EPOCH", "315532800")
     setup(
         # The samples lie at the top, where people find them, and are a part of the package.
         packages=[*find_packages(include=["dora_diffusion*"]), "dora_diffusion.samples"],

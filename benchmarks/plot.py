@@ -1,6 +1,6 @@
 """Draw what `unet_step.py --json` wrote: time and kept activations beside the peers'.
 
-python benchmarks/plot.py 64.json 32.json --output docs/cost.png
+python benchmarks/plot.py 64.json 32.json --output docs/images/cost.png
 """
 
 from __future__ import annotations

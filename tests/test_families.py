@@ -99,8 +99,6 @@ def test_the_default_number_of_steps_is_stated_as_it_is() -> None:
     assert FAMILIES["sd2"].default_steps == usual
     [setting] = [setting for setting in settings() if setting.name == "max_train_steps"]
     assert setting.default_text == text
-    page = Path(__file__).parents[1] / "docs" / "coming-from.md"
-    assert f"| `--max_train_steps` | default: {text} |" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -82,21 +82,23 @@ def test_a_batch_that_was_measured_is_not_understated() -> None:
 
 
 def test_the_document_states_the_table() -> None:
-    document = (Path(__file__).parents[1] / "docs" / "app.md").read_text(encoding="utf-8")
+    """One table for each precision, float32's derived from bfloat16's."""
+    tables = document("docs", "measurements", "cpu-memory.md").partition("| float32")[::2]
     titles = {"sd1": "Stable Diffusion 1.5", "sdxl": "SDXL"}
-    for family, row in TABLE:
-        line = next(
-            line for line in document.splitlines()
-            if line.startswith(f"| {titles[family]} | {row.resolution} px |")
-        )  # fmt: skip
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        cell = cells[2 if row.gradient_checkpointing else 3]
-        assert cell == f"{row.gib:.1f} GiB" + ("" if row.is_measured else " (derived)")
-        float32 = training_memory(
-            family, row.resolution, precision="no",
-            gradient_checkpointing=row.gradient_checkpointing,
-        )  # fmt: skip
-        assert cells[4 if row.gradient_checkpointing else 5] == f"{float32:.1f} GiB"
+    for family, size in {(name, row.resolution) for name, row in TABLE}:
+        half, single = [], []
+        for on in (True, False):
+            [row] = [
+                r
+                for name, r in TABLE
+                if (name, r.resolution, r.gradient_checkpointing) == (family, size, on)
+            ]
+            half.append(f"{row.gib:.1f} GiB" + ("" if row.is_measured else " (derived)"))
+            derived = training_memory(family, size, precision="no", gradient_checkpointing=on)
+            single.append(f"{derived:.1f} GiB")
+        for table, cells in zip(tables, (half, single), strict=True):
+            line = " | ".join([titles[family], f"{size} px", *cells])
+            assert f"| {line} |\n" in table, line
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -148,21 +150,20 @@ def test_sdxl_at_1024_fits_a_card_of_8_gb() -> None:
 
 
 def test_the_document_states_what_was_counted() -> None:
-    document = (Path(__file__).parents[1] / "docs" / "cost.md").read_text(encoding="utf-8")
+    text = document("docs", "measurements", "gpu-memory.md")
+    tables = {name: text.partition(f"| {title}, GiB |")[2].partition("\n\n")[0]
+              for name, title in (("adamw", "AdamW"), ("adamw8bit", "8-bit AdamW"))}  # fmt: skip
     for family, title in (("sd1", "SD1.5"), ("sdxl", "SDXL")):
         size = FAMILIES[family].gpu_memory.resolution
         for on in (True, False):
-            cells = [
-                gpu_training_memory(
-                    family,
-                    size,
-                    {"gradient_checkpointing": on, "optimizer": name, "offload": offload},
-                )
-                for name in ("adamw", "adamw8bit")
-                for offload in ("none", "model")
-            ]
-            figures = " | ".join(f"{gib - PROCESS_GIB:.2f}" for gib in cells)
-            assert f"| {title}, {size} px | {'on' if on else 'off'} | {figures} |" in document
+            for name, table in tables.items():
+                settings = {"gradient_checkpointing": on, "optimizer": name}
+                cells = [
+                    gpu_training_memory(family, size, settings | {"offload": offload})
+                    for offload in ("none", "model")
+                ]
+                figures = " | ".join(f"{gib - PROCESS_GIB:.2f}" for gib in cells)
+                assert f"| {title}, {size} px | {'on' if on else 'off'} | {figures} |" in table
 
 
 def test_offloading_is_proposed_first() -> None:
@@ -285,42 +286,33 @@ def document(*path: str) -> str:
     return Path(__file__).parents[1].joinpath(*path).read_text(encoding="utf-8")
 
 
-def test_the_documents_have_the_rows_of_the_table() -> None:
-    titles = {"sd1": "Stable Diffusion 1.5", "sdxl": "SDXL"}
-    for family, size in {(name, row.resolution) for name, row in TABLE}:
-        cells = []
-        for on in (True, False):
-            [row] = [
-                r
-                for name, r in TABLE
-                if (name, r.resolution, r.gradient_checkpointing) == (family, size, on)
-            ]
-            cells.append(f"{row.gib:.1f} GiB" + ("" if row.is_measured else " (derived)"))
-        line = " | ".join([titles[family], f"{size} px", *cells])
-        shown = re.search(rf"^\| {re.escape(line)} \|$", document("docs", "cost.md"), re.MULTILINE)
-        assert shown, line
-
-
 def test_the_readme_names_for_each_card_the_quickest_flags_that_fit_it() -> None:
-    """From the peaks that docs/cost.md has for each set of flags, quickest first."""
-    counted: dict[str, list[tuple[str, float]]] = {"SD1.5": [], "SDXL": []}
+    """From the peaks that docs/measurements/gpu-memory.md has for each, quickest first."""
     rows = re.findall(
-        r"^\| `(--[^|`]+)` \| ([\d.]+) \| ([\d.]+) \|$", document("docs", "cost.md"), re.M
+        r"^\| `--with_prior_preservation( --[^|`]+)?` \| ([\d.]+) \| ([\d.]+) \|$",
+        document("docs", "measurements", "gpu-memory.md"),
+        re.MULTILINE,
     )
-    for flags, *peaks in rows:
-        for title, peak in zip(counted, peaks, strict=True):
-            counted[title].append((flags, float(peak)))
-    assert len(rows) == 4
-    cards = re.findall(r"^\| (\d+) GB \| (.+) \|$", document("README.md"), re.MULTILINE)
-    assert [int(card) for card, _ in cards] == [6, 8, 12, 16, 24]
-    for card, line in cards:
-        cells = iter(cell.strip(" `") for cell in line.split("|"))
-        for title, peaks_of in counted.items():
-            fits = ((f, gib) for f, gib in peaks_of if 1.1 * (gib + PROCESS_GIB) + 0.5 <= int(card))
-            flags, peak = next(fits, ("does not fit", None))
-            assert (next(cells), next(cells)) == (flags, "" if peak is None else f"{peak:.2f}"), (
-                title
+    assert len(rows) == 3
+    cards = re.findall(r"^\| (\d+) GB \| (.+) \| (.+) \|$", document("README.md"), re.MULTILINE)
+    assert [int(card) for card, *_ in cards] == [6, 8, 12, 16, 24]
+    for card, *cells in cards:
+        for cell, peaks in zip(
+            cells, ([row[1] for row in rows], [row[2] for row in rows]), strict=True
+        ):
+            fits = (
+                f"{f'`{row[0].strip()}`' if row[0] else 'no other flag'}: {gib} GiB"
+                for row, gib in zip(rows, peaks, strict=True)
+                if 1.1 * (float(gib) + PROCESS_GIB) + 0.5 <= int(card)
             )
+            assert cell == next(fits, "does not fit")
+
+
+def test_the_page_of_small_cards_has_the_figures_that_were_counted() -> None:
+    whole = document("docs", "measurements", "gpu-memory.md").partition("## One training step")[0]
+    counted = re.findall(r"\| ([\d.]+) \| ([\d.]+) \|$", whole, re.MULTILINE)
+    page = document("docs", "howto", "out-of-memory.md")
+    assert re.findall(r"\| ([\d.]+) GiB \| ([\d.]+) GiB \|$", page, re.MULTILINE) == counted
 
 
 @pytest.mark.parametrize(

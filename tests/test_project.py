@@ -1,14 +1,12 @@
-"""The project around the code: its commands, and that its documents are true."""
+"""The project around the code: its commands, its walks, the shape of its functions."""
 
 from __future__ import annotations
 
 import ast
 import importlib
-import itertools
 import os
 import pkgutil
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,104 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 import dora_diffusion
-from dora_diffusion import cli
 from dora_diffusion.config import TrainConfig, read_config_file
-from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
-from dora_diffusion.config.prompts import OPTIONS
-from dora_diffusion.data.checks import FEWEST, MOST
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def commands_in(path: Path) -> list[list[str]]:
-    """The lines of a document's shell blocks, as words, with continued lines joined."""
-    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
-
-
-SCRIPTS = {"train_dreambooth_dora.py": "train", "app.py": "app"}
-
-
-def own_command(words: list[str]) -> list[str] | None:
-    """What our own parser is given by a shell command; None for other programs."""
-    if "dora_diffusion" in words:
-        return words[words.index("dora_diffusion") + 1 :]
-    for place, word in enumerate(words):
-        if command := SCRIPTS.get(Path(word).name):
-            return [command, *words[place + 1 :]]
-    return words[1:] if words[0] == "dora-diffusion" else None
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_commands_in_documents_parse(path):
-    for words in commands_in(path):
-        command = own_command(words)
-        if command:
-            cli.build_parser().parse_args(command)
-
-
-def test_the_training_loop_of_the_readme_runs(tmp_path, monkeypatch):
-    """It stands alone, takes all its steps, and leaves a file and plain layers."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    [loop] = [block for block in blocks if "inject_adapters" in block]
-    monkeypatch.chdir(tmp_path)
-    held = {}
-    exec(compile(loop, "README.md", "exec"), held)
-    assert list(tmp_path.rglob("*.safetensors"))
-    assert [type(layer).__name__ for layer in held["model"]] == ["Conv2d", "Flatten", "Linear"]
-    assert held["step"] == 9
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_flags_in_documents_exist(path):
-    # Not only in commands: tables and sentences name flags too.
-    known = {"--help", "--extra-index-url", "--multi_gpu", "--num_processes"}
-    known |= {"--torch-backend", *(f"--{name}" for name in OPTIONS)}
-    for parser in cli.build_parser()._subparsers._group_actions[0].choices.values():
-        known |= {name for action in parser._actions for name in action.option_strings}
-    # The benchmarks have parsers of their own.
-    for script in ROOT.glob("benchmarks/*.py"):
-        known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text("utf-8")))
-    text = path.read_text(encoding="utf-8")
-    if path.name == "coming-from.md":
-        # Its tables begin with the flags of other programs, and so does what is not here.
-        text = re.sub(r"^\| [^|]*\|", "|", text, flags=re.MULTILINE)
-        known |= {f"--{name}" for name in DIFFUSERS_FLAGS}
-        text = re.sub(r"\*\*Not here\*\*:.*?\n\n", "", text, flags=re.DOTALL)
-    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text))
-    assert flags <= known
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_between_documents_lead_somewhere(path):
-    text = path.read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)
-    missing = [link for link in links if not (path.parent / link).exists()]
-    assert not missing
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_files_that_documents_name_exist(path):
-    """From the clone, or from the package; a name in capitals stands for any."""
-    text = path.read_text(encoding="utf-8")
-    named = set(re.findall(r"(?<![\w/.<-])(?:[a-z_]+/)+\w+\.py\b", text))
-    named |= set(re.findall(r"(?<![\w/])(?:tests|tools|benchmarks)/[\w/]+(?:\.(?:py|sh))?", text))
-    named = {name for name in named if not re.search("[A-Z]", name)}
-    assert named or path.name != "CONTRIBUTING.md"
-    assert not [n for n in named if not any((top / n).exists() for top in (ROOT, PACKAGE))]
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_documents_ask_for_as_many_photos_as_the_code(path):
-    text = " ".join(path.read_text(encoding="utf-8").split())
-    asked = set(re.findall(r"(\d+) (?:to|-) (\d+) photos", text))
-    assert asked <= {(str(FEWEST), str(MOST))}
-    assert asked or path.name != "README.md"
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in ROOT.glob("samples/*/*.yaml")))
@@ -128,20 +34,6 @@ def test_no_test_needs_files_from_outside_the_clone():
     for path in (ROOT / "tests").rglob("*.py"):
         for name in named.findall(path.read_text(encoding="utf-8")):
             assert (ROOT / name).exists(), f"{path} reads {name}"
-
-
-def test_make_offers_what_the_documents_say():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
-    named = {
-        word
-        for path in DOCUMENTS
-        for words in commands_in(path)
-        for name, word in itertools.pairwise(words)
-        if name == "make"
-    }
-    assert {"demo", "test", "lint"} <= targets
-    assert named <= targets
 
 
 def test_ci_runs_exactly_what_the_readme_says():
@@ -173,12 +65,16 @@ def test_a_fresh_machine_gets_an_environment_first(target, tmp_path):
     assert steps.index("pip install") < steps.index(last)
 
 
-def test_the_version_is_said_once():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.search(r'^version = "(.+)"$', text, flags=re.MULTILINE)[1] == (
-        dora_diffusion.__version__
-    )
-    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+def test_the_version_is_written_once():
+    """In the package; the citation and the newest part of the changelog agree with it."""
+    version = dora_diffusion.__version__
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert version not in project
+    assert 'version = { attr = "dora_diffusion.__version__" }' in project
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == version
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## \[(.+?)\]", changelog, flags=re.MULTILINE)[0] == version
 
 
 def test_the_entry_point_exists():
@@ -200,7 +96,7 @@ def test_the_module_is_the_command():
 
 def test_the_walks_name_what_there_is() -> None:
     """Dotted names under "Three walks" are modules of the package, or what they hold."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "contributing" / "architecture.md").read_text(encoding="utf-8")
     walks = text.partition("## Three walks")[2].partition("\n## ")[0]
     names = re.findall(r"`([a-z_]+(?:\.\w+)+)`", walks)
     assert len(names) > 20

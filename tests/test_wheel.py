@@ -87,8 +87,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     folder = tmp_path_factory.mktemp("wheel")
     # Built in a copy: setuptools leaves its traces in the tree.
     shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
-    shutil.copytree(ROOT / ".ci", folder / "source" / ".ci")
-    for name in (".gitattributes", ".gitignore", ".pre-commit-config.yaml"):
+    for name in (".ci", ".github"):
+        shutil.copytree(ROOT / name, folder / "source" / name)
+    for name in (".dockerignore", ".gitattributes", ".gitignore", ".pre-commit-config.yaml"):
         shutil.copy(ROOT / name, folder / "source")
     sdist = build("sdist", folder / "source", folder / "dist")
     with tarfile.open(sdist) as archive:
@@ -142,6 +143,16 @@ def test_the_wheel_holds_models_samples_and_types_and_nothing_else(installed):
         assert files[f"dora_diffusion/models/released/{file.name}"] == file.read_bytes()
     licences = {files[name] for name in files if name.endswith("/LICENSE")}
     assert licences == {(place / "LICENSE").read_bytes() for place in (ROOT, released)}
+
+
+def test_another_build_gives_the_same_wheel(installed, tmp_path):
+    """From the tree itself, at another time, with files of other times."""
+    source = installed.sdist.parent.parent / "source"
+    for number, path in enumerate(source.rglob("*")):
+        os.utime(path, (1.6e9 + number, 1.6e9 + number))
+    again = build("wheel", source, tmp_path)
+    assert again.name == installed.wheel.name
+    assert again.read_bytes() == installed.wheel.read_bytes()
 
 
 def test_the_package_page_has_no_link_that_leads_nowhere(installed):

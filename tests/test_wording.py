@@ -73,7 +73,7 @@ def test_messages_say_image_not_picture() -> None:
 
 def test_documents_and_code_speak_the_words_of_the_field() -> None:
     """A reader searches for resume, key format, confidence interval, subject leakage."""
-    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
     paths += [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("README.md")]
     assert len(paths) > 200
     for path in paths:

@@ -135,7 +135,7 @@ class Context:
             is_run = name == "init_adapter" and self._is_adapter_of_run(value)
             if SETTINGS[name].is_path and value and not is_vae and not is_run:
                 raise UserError(
-                    f"this app is shared, and takes no folder for {name}; leave it empty"
+                    f"this app is shared, and accepts no folder for {name}; leave it empty"
                 )
 
 

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     require_writable(output, is_folder=True)
     if Analysis.exists(output) and not args.overwrite:
         raise ConfigError(
-            f"{args.output} holds an analysis already; choose another --output, or --overwrite"
+            f"{args.output} contains an analysis already; choose another --output, or --overwrite"
         )
     if args.title and len(args.title) != len(args.source):
         raise ConfigError(f"{len(args.title)} titles of {len(args.source)} sources; give one each")

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "study",
         nargs="?",
-        help="YAML file: methods, subjects, seeds, learning rates (docs/comparison.md).",
+        help="YAML file: methods, subjects, seeds, learning rates.",
     )
     parser.add_argument(
         "--quick",
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
             share=share,
         )
     if not results.records:
-        raise ConfigError(f"{output} holds no record of this study; leave out --report_only")
+        raise ConfigError(f"{output} contains no record of this study; leave out --report_only")
     files = write_report(results, output)
     if args.json:
         print_json([*results.tuning, *results.records])

@@ -143,7 +143,7 @@ def _check(args: argparse.Namespace) -> None:
 
     if Evaluation.exists(Path(args.output)) and not args.overwrite:
         raise ConfigError(
-            f"{args.output} holds an evaluation already; choose another --output, or --overwrite"
+            f"{args.output} contains an evaluation already; choose another --output, or --overwrite"
         )
     require_writable(Path(args.output), is_folder=True)
     if args.prompts and not Path(args.prompts).is_file():

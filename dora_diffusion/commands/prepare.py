@@ -29,7 +29,7 @@ _TEXTS = {
     "mask_label": "The subject's label of a segmentation model. Default: --class_word.",
 }
 _SWITCHES = {
-    "in_place": "Write missing captions and masks beside the photos, and no output folder.",
+    "in_place": "Write missing captions and masks next to the photos, and no output folder.",
     "only_copies": "Leave the photos themselves out of the output.",
     "json": "Print JSON instead of a table.",
 }

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Ask the base and every checkpoint for the same images, measure them, and suggest one."""
     if (args.output / COMPARISON).exists() and not args.overwrite:
         raise ConfigError(
-            f"{args.output} holds a ranking already; choose another --output, or --overwrite"
+            f"{args.output} contains a ranking already; choose another --output, or --overwrite"
         )
     require_writable(args.output, is_folder=True)
     config = TrainConfig.from_dict(read_config_file(args.run / "config.yaml"))

@@ -95,8 +95,8 @@ _BY_MODEL = ("resolution", "snr_gamma")
 def usual_snr_gamma(config: TrainConfig, prediction_type: str) -> float:
     """Gamma of min-SNR where none is given; 0: no weighting.
 
-    Its weight of v goes to 0 with the SNR, where shape is decided: docs/comparison.md has what that
-    costs.
+    Its weight of v goes to 0 with the SNR, where shape is decided:
+    docs/measurements/min-snr.md has what that costs.
     """
     return 5.0 if prediction_type == "epsilon" and not config.debiased_estimation_loss else 0.0
 

@@ -1,6 +1,7 @@
 """Flags of Diffusers' DreamBooth LoRA scripts that are no settings here, and what to use.
 
-The command line answers from it; docs/coming-from.md has what differs in those that are. It covers
+The command line answers from it; docs/howto/from-diffusers-scripts.md has what differs in
+those that are. It covers
 ``examples/dreambooth/train_dreambooth_lora.py`` and ``train_dreambooth_lora_sdxl.py``, and
 ``examples/advanced_diffusion_training/train_dreambooth_lora_sd15_advanced.py`` and
 ``train_dreambooth_lora_sdxl_advanced.py``.

@@ -53,7 +53,7 @@ class AdapterSettings:
 
     method: str = flag(
         "dora",
-        "What is trained. dora: low-rank matrices and magnitudes beside frozen weights. lora: the "
+        "What is trained. dora: low-rank matrices and magnitudes; the weights are frozen. lora: the "
         "matrices alone. full: full fine-tuning of the weights themselves, whose result is a whole "
         "model.",
         choices=METHODS,
@@ -143,7 +143,7 @@ class AdapterSettings:
     init: str = flag(
         "random",
         "Start of A and B. random: A random, B zero. pissa: the leading singular vectors of the "
-        "weight (PiSSA, arXiv:2404.02948), which a file holds with twice the rank.",
+        "weight (PiSSA, arXiv:2404.02948), whose file has twice the rank.",
         choices=INITS,
         needs=(_ADAPTER,),
     )

@@ -174,7 +174,7 @@ class ValidationSettings:
     )
     keep_best: bool = flag(
         False,
-        "Keep the checkpoint of the lowest validation loss, beside checkpoints_total_limit, and "
+        "Keep the checkpoint of the lowest validation loss, besides checkpoints_total_limit, and "
         "write it as the result.",
         resume="free",
         needs=(_held_out,),

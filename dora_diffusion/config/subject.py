@@ -129,7 +129,7 @@ class SubjectSettings:
     )
     weight: float = flag(
         1.0,
-        "Factor of each image's loss; a file NAME.weight beside an image holds one of its own, "
+        "Factor of each image's loss; a file NAME.weight next to an image contains its own, "
         "which multiplies it. The prior's loss keeps its weight.",
         above=0,
     )
@@ -153,7 +153,7 @@ class WordSettings:
 
     train_text_encoder_ti: bool = flag(
         False,
-        "Train the vectors of new words in every text encoder (textual inversion), beside all "
+        "Train the vectors of new words in every text encoder (textual inversion), with all "
         "else that trains (pivotal tuning).",
     )
     new_words: list[str] = flag(
@@ -204,12 +204,12 @@ class ImageSettings:
     )
     masked_loss: bool = flag(
         False,
-        "Masked loss: only where NAME.mask.png beside an image, or its alpha channel, is bright.",
+        "Masked loss: only where NAME.mask.png next to an image, or its alpha channel, is bright.",
     )
     inpainting_mask: str | None = flag(
         None,
         "What an inpainting base model learns to fill. random: rectangles, ellipses and whole "
-        "images. subject: where NAME.mask.png beside an image, or its alpha channel, is bright; "
+        "images. subject: where NAME.mask.png next to an image, or its alpha channel, is bright; "
         "random where there is neither.",
         derived="random",
         choices=INPAINTING_MASKS,
@@ -222,7 +222,7 @@ class ImageSettings:
     caption_prefix: str = flag(
         "", 'In front of every caption, such as "sks dog,": neither shuffled nor left out.'
     )
-    caption_suffix: str = flag("", "Behind every caption: neither shuffled nor left out.")
+    caption_suffix: str = flag("", "After every caption: neither shuffled nor dropped.")
     wildcards: bool = flag(
         False,
         "Draw {a|b} and __file__ of captions again in every epoch, of sample prompts for every "

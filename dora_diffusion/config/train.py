@@ -348,7 +348,7 @@ class TrainConfig(  # The fields of a dataclass are those of its last base first
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "style": {"token": "", "aspect_ratio_buckets": True, "caption_dropout": 0.05},
 }
-"""Settings that belong together, by name: where a run starts from, not what it must have."""
+"""Settings that belong together, by name; where a run starts from, not what it must have."""
 
 
 def framed_prompt(config: TrainConfig) -> str:

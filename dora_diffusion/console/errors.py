@@ -88,7 +88,7 @@ def explain(error: Exception, command: str = "") -> tuple[int, str | None]:
     if isinstance(error, ImportError) and not (error.name or "").startswith("dora_diffusion"):
         return FAILED, (
             f"{_one_line(str(error))}; a package is missing or does not fit the others: "
-            "`dora-diffusion env` says which, and installing again mends it"
+            "`dora-diffusion env` says which, and installing again repairs it"
         )
     known = isinstance(error, (ValueError, OSError)) or type(error).__name__ == "TrainingError"
     return FAILED, _one_line(str(error)) if known and str(error) else None

@@ -140,7 +140,7 @@ def warn_of_unused_masks(photos: Sequence[Photo]) -> None:
     count = sum(mask_path(photo.path).is_file() for photo in photos)
     if count:
         warnings.warn(
-            f"{counted(count, 'mask file')} (NAME{MASK_SUFFIX}) beside the images "
+            f"{counted(count, 'mask file')} (NAME{MASK_SUFFIX}) next to the images "
             f"{'has' if count == 1 else 'have'} no effect because masked_loss is off",
             stacklevel=3,
         )

@@ -158,7 +158,7 @@ def read_photos(
         total, reasons = counted(len(paths), "photo"), "; ".join(map(str, errors))
         raise PhotoError(f"{len(errors)} of {total} unusable: {reasons}")
     for reason in errors:
-        warnings.warn(f"photo left out: {reason}", stacklevel=3)
+        warnings.warn(f"photo skipped: {reason}", stacklevel=3)
     if mask_crops is not None:
         _require_masks(photos)
     return photos

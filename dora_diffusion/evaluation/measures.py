@@ -56,7 +56,7 @@ MEASURES: dict[str, Measure] = {
         "background as asked", "share", "higher", "the background is the one that the prompt names",
     ),
     "side": Measure(
-        "side as asked", "share", "higher", "it stands on the left or the right as the prompt says",
+        "side as asked", "share", "higher", "it is on the left or the right as the prompt says",
     ),
     "size": Measure(
         "size as asked", "share", "higher", "it is small or large as the prompt says",

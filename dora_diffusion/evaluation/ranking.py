@@ -182,7 +182,7 @@ def rank(
         except BrokenImageError as error:
             if name == base:
                 raise
-            notes.append(f"{name} was left out: {error}.")
+            notes.append(f"{name} was skipped: {error}.")
             continue
         before = before or images
         similarities, drift = _figures(questions.judge(images, before))

@@ -143,7 +143,7 @@ def _tokens(adapters: Sequence[AdapterFile]) -> dict[str, Vectors]:
             raise ExportError(
                 f"two adapters have vectors of their own for {listing(twice)}, and a token "
                 "can have one: convert one of the adapters to diffusers, delete that token's file "
-                f"in the folder {EMBEDDINGS} beside the result, and combine that"
+                f"in the folder {EMBEDDINGS} next to the result, and combine that"
             )
         tokens |= adapter.tokens
     return tokens

@@ -168,11 +168,11 @@ def _notes_on_others(base: StoredModel, tuned: StoredModel, names: Sequence[str]
     notes = []
     if others:
         notes.append(
-            f"{counted(len(others), 'other tensor')} differ, which no adapter holds (biases, "
+            f"{counted(len(others), 'other tensor')} differ, which no adapter can represent (biases, "
             f"norms, embeddings): {listing(others, 3)}"
         )
     if in_vae:
-        notes.append("the VAE differs, which no adapter holds: export --vae bakes it in")
+        notes.append("the VAE differs, which no adapter can represent: export --vae bakes it in")
     return notes
 
 

@@ -53,7 +53,7 @@ def check_metrics(folder: Path) -> None:
     except OSError as error:
         raise DamagedFile(path, error.strerror) from error
     if damaged:
-        raise DamagedFile(path, f"line {damaged} is no record of a step, and is left out")
+        raise DamagedFile(path, f"line {damaged} is no record of a step, and is skipped")
 
 
 def _follow(path: Path) -> _MetricsFile:

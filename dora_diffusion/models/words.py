@@ -166,7 +166,7 @@ def _add(encoder: Any, tokenizer: Any, token: str, rows: Tensor) -> WordEmbeddin
     if isinstance(table, AdaptedLayer):
         raise ValueError(
             f"the trained token {token} cannot be added to a token embedding that carries an "
-            "adapter; export the adapter, which writes the token beside the merged model, or train "
+            "adapter; export the adapter, which writes the token next to the merged model, or train "
             "it without the target token-embedding"
         )
     added = tokenizer.added_tokens_encoder

@@ -79,7 +79,7 @@ class Report:
                 ", ".join(photo["look_at"]),
             ])  # fmt: skip
         lines = [f"caution: {message}" for _, _, message in self.cautions]
-        lines += [f"left out: {reason}" for reason in self.unreadable]
+        lines += [f"skipped: {reason}" for reason in self.unreadable]
         return "\n".join([aligned(rows), *([""] if lines else []), *lines])
 
     def contact_sheet(self) -> PILImage:

@@ -40,7 +40,7 @@ def _sections(results: Results, output: Path) -> list[Section]:
     records, study = results.records, results.study
     sections = [Section("Figures", _intro(results), figures_table(records))]
     if len(rows_in(records)) > 2:
-        text = f"{METHOD}; those of shares are in points. An interval that holds 0 shows none."
+        text = f"{METHOD}; those of shares are in points. An interval that contains 0 shows none."
         sections.append(
             Section("Paired differences", text, differences_table(records, study.reference))
         )

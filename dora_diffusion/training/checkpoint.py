@@ -62,7 +62,7 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
         checkpoints = checkpoints_in(output_dir)
         if not checkpoints:
             raise ConfigError(
-                f"{output_dir} holds no checkpoint to resume from (a run with "
+                f"{output_dir} contains no checkpoint to resume from (a run with "
                 "--checkpointing_steps 0 keeps none); start over with --overwrite_output_dir, or "
                 "leave out --resume_from_checkpoint"
             )

@@ -157,13 +157,13 @@ def _check_contents(config: TrainConfig, folder: Path) -> None:
     checkpoints = checkpoints_in(folder)
     if checkpoints:
         raise ConfigError(
-            f"output_dir {folder} already holds checkpoints up to {checkpoints[-1].name}; choose "
+            f"output_dir {folder} already contains checkpoints up to {checkpoints[-1].name}; choose "
             "another, resume with --resume_from_checkpoint latest (and a larger "
             "--max_train_steps, if it has ended), or start over with --overwrite_output_dir"
         )
     if holds_result(folder) or folders_after(folder, -1):
         raise ConfigError(
-            f"output_dir {folder} already holds a trained adapter or model, and no checkpoint "
+            f"output_dir {folder} already contains a trained adapter or model, and no checkpoint "
             "to resume from (a run with --checkpointing_steps 0 keeps none); choose another, or "
             "start over with --overwrite_output_dir"
         )

@@ -49,4 +49,4 @@ def test_a_study_is_performed_once_and_reported(performed, tmp_path, capsys):
 
 def test_a_report_of_nothing_is_refused(tmp_path, capsys):
     assert cli.main(["compare", "--quick", "--report_only", "--output", str(tmp_path)]) == 1
-    assert "holds no record of this study" in capsys.readouterr().err
+    assert "contains no record of this study" in capsys.readouterr().err

@@ -136,7 +136,7 @@ def test_results_that_exist_are_kept(adapter, tmp_path, capsys) -> None:
         (tmp_path / name).write_text("kept", encoding="utf-8")
         flags = ["--base", BASE, "--subject", "bolt_mug", "--output", str(tmp_path), *FAST]
         assert main(["evaluate", str(adapter), *flags]) == 1
-        assert f"{tmp_path} holds an evaluation already" in capsys.readouterr().err
+        assert f"{tmp_path} contains an evaluation already" in capsys.readouterr().err
         assert (tmp_path / name).read_text(encoding="utf-8") == "kept"
         (tmp_path / name).unlink()
 

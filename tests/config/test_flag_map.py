@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 
@@ -39,9 +38,6 @@ token_abstraction num_new_tokens_per_abstraction initializer_concept train_text_
 train_text_encoder_ti_frac train_text_encoder_frac clip_skip noise_offset lora_unet_blocks
 use_blora cache_latents
 """
-
-
-PAGE = (Path(__file__).parents[2] / "docs" / "coming-from.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", _SCRIPTS.split() + _ADVANCED.split())
@@ -92,15 +88,3 @@ def test_a_value_of_diffusers_type_bool_is_taken() -> None:
     argv = ["train", "--prodigy_decouple", "False", "--use_dora", "true", "--optimizer", "AdamW"]
     config = train_config(cli.build_parser().parse_args(argv))
     assert (config.prodigy_decouple, config.use_dora, config.optimizer) == (False, True, "adamw")
-
-
-def test_the_documentation_names_every_flag_once_and_has_the_answers() -> None:
-    section = PAGE.partition("## Diffusers' DreamBooth scripts")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| `--(\w+)` \| (.*) \|$", section, flags=re.MULTILINE)
-    same = re.search(r"\*\*Same name, same meaning, same default\*\*: (.*)\.", section)
-    names = [name for name, _ in rows] + re.findall(r"`--(\w+)`", same[1])
-    assert len(names) == len(set(names))
-    assert set(_SCRIPTS.split() + _ADVANCED.split()) | set(DIFFUSERS_FLAGS) <= set(names)
-    assert set(names) - set(DIFFUSERS_FLAGS) <= {setting.name for setting in settings()}
-    answered = {name: text for name, text in rows if name in DIFFUSERS_FLAGS}
-    assert answered == {name: answer.text for name, answer in DIFFUSERS_FLAGS.items()}

@@ -98,7 +98,7 @@ def test_a_checkpoint_that_gives_nan_is_left_out_with_the_reason(
     rows, notes = ranked(sd1_folder, found, questions, tmp_path / "c", lambda *_: None)
     assert [row.name for row in rows] == ["base", "checkpoint-1"]
     (note,) = notes[len(questions.notes) :]
-    assert note.startswith("checkpoint-2 was left out: the image of seed ")
+    assert note.startswith("checkpoint-2 was skipped: the image of seed ")
 
 
 def test_a_metric_model_measures_likeness_and_drift(

@@ -194,10 +194,10 @@ def test_what_no_adapter_holds_is_said(tmp_path: Path, sd1_folder: Path) -> None
     assert unchanged.startswith("no adapter for ")
     assert unchanged.endswith(" layers without a difference")
     assert others == (
-        "2 other tensors differ, which no adapter holds (biases, norms, embeddings): "
+        "2 other tensors differ, which no adapter can represent (biases, norms, embeddings): "
         "unet.conv_in.bias, unet.conv_norm_out.weight"
     )
-    assert vae == "the VAE differs, which no adapter holds: export --vae bakes it in"
+    assert vae == "the VAE differs, which no adapter can represent: export --vae bakes it in"
 
 
 @pytest.mark.parametrize("narrow", ["base", "tuned"])

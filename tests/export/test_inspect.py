@@ -27,7 +27,7 @@ def test_inspect_prints_a_table_or_json(
     out = capsys.readouterr().out
     rows = [" ".join(line.split()) for line in out.splitlines()]
     assert f"fits yes, all {len(adapter.layers)} layers" in rows
-    assert "A1111 wrong: it takes the norms per input" in rows
+    assert "A1111 wrong: it computes the norms per input" in rows
     assert "family Stable Diffusion 1 (sd1)" in rows
     assert "trigger sks dog" in rows
     assert "rank 4" in rows

@@ -321,7 +321,7 @@ def test_masks_that_nothing_reads_are_said(
     for mask, unused in (("subject", False), (None, True)):
         output = str(tmp_path / str(mask))
         said = " ".join(warnings_of(replace(inpainting, inpainting_mask=mask, output_dir=output)))
-        assert ("4 mask files (NAME.mask.png) beside the images have no effect" in said) == unused
+        assert ("4 mask files (NAME.mask.png) next to the images have no effect" in said) == unused
         assert "inpainting_mask has" not in said
 
 

@@ -88,7 +88,7 @@ def test_bad_photos_among_good_ones_are_named_and_left_out(flags, photos, tmp_pa
     reasons = add_bad_photos(photos)
     assert main(flags()) == 0
     out, err = capfd.readouterr()
-    warnings = lines(err, "warning: photo left out: ")
+    warnings = lines(err, "warning: photo skipped: ")
     assert len(warnings) == len(reasons)
     for name, reason in reasons.items():
         (line,) = (line for line in warnings if name in line)

@@ -157,7 +157,7 @@ def test_a_damaged_photo_is_listed_and_the_others_go_on(preparation, photos):
     assert [reason.split(":")[0] for reason in report.unreadable] == ["1.png", "2.txt"]
     assert report.written["photos"] == 3
     assert not list(preparation.target.glob("[12]*"))
-    assert "left out: 1.png: damaged or cut short" in report.text()
+    assert "skipped: 1.png: damaged or cut short" in report.text()
     for path in photos.glob("*.png"):
         path.write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(PrepareError, match=r"no photo can be used: 0\.png: damaged"):

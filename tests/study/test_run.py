@@ -291,7 +291,7 @@ def test_a_file_that_holds_no_records_is_said(performed, tmp_path, text):
 @pytest.mark.parametrize(("name", "count"), [("comparison", 218), ("comparison-snr", 40)])
 def test_the_documents_records_are_of_the_documents_study(name, count):
     """A default that changes would make them void: the study says all that it needs."""
-    docs = Path(__file__).parents[2] / "docs"
+    docs = Path(__file__).parents[2] / "docs" / "measurements"
     shown = Study.from_dict(yaml.safe_load((docs / f"{name}.yaml").read_text(encoding="utf-8")))
     methods = {method.name: shown.training(method) for method in shown.methods}
     methods[BASE] = TrainConfig()

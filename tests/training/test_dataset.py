@@ -39,7 +39,7 @@ def test_masks_that_are_not_read_are_said(config, photos):
     (photos / "01.mask.png").write_bytes(b"")
     assert any(
         text
-        == "1 mask file (NAME.mask.png) beside the images has no effect because masked_loss is "
+        == "1 mask file (NAME.mask.png) next to the images has no effect because masked_loss is "
         "off"
         for text in warnings_of(config)
     )
@@ -109,7 +109,7 @@ def test_a_bad_photo_among_good_ones_is_left_out(sd1_folder, photos, tmp_path):
     (photos / "text.jpg").write_text("not an image", encoding="utf-8")
     whole = (photos / "01.jpg").read_bytes()
     (photos / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(UserWarning, match=r"photo left out: .*(text|truncated)\.jpg"):
+    with pytest.warns(UserWarning, match=r"photo skipped: .*(text|truncated)\.jpg"):
         train(make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=1))
     for path in photos.glob("0*.jpg"):
         path.unlink()

@@ -317,7 +317,7 @@ def test_a_disk_without_room_is_said_before_and_costs_no_run(full_config, monkey
 
 def test_a_result_is_not_replaced_unless_asked(full_config):
     train(full_config)
-    with pytest.raises(ValueError, match="already holds a trained adapter or model"):
+    with pytest.raises(ValueError, match="already contains a trained adapter or model"):
         train(full_config)
     before = stored(train_folder(full_config))
     again = replace(full_config, overwrite_output_dir=True, text_encoder_lr=5e-6)

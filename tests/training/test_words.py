@@ -376,5 +376,5 @@ def test_a_merged_file_knows_the_words_beside_it(
         state = encode_prompts(load_components(again, config=base), [PROMPT]).encoder_hidden_states
         torch.testing.assert_close(state, states[0])
     file.unlink()
-    with pytest.warns(UserWarning, match=rf"{file.name} is not beside it"):
+    with pytest.warns(UserWarning, match=rf"{file.name} is not next to it"):
         load_components(merged, config=base)

@@ -58,7 +58,7 @@ def connect(context: Context, view: ChooserView, run: Any) -> None:
         else:
             step = choose(job, value)
             gr.Info(
-                f"Step {step} now stands for this run in Generate and in the Library.", title=""
+                f"Step {step} is now used for this run in Generate and in the Library.", title=""
             )
         return now(job.id)
 

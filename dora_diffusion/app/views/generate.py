@@ -73,7 +73,7 @@ class GenerateTab:
         self.form["prompt"] = gr.Textbox(
             "a photo of a {subject} on the snow",
             label="Prompt",
-            info="{subject} stands for the run's trigger words, of the first of several subjects.",
+            info="{subject} is replaced by the run's trigger words, of the first of several subjects.",
             lines=2,
             max_length=1000,
             elem_id="prompt",
@@ -137,7 +137,7 @@ class GenerateTab:
             )
 
     def _add_results(self) -> None:
-        html_block(html.heading("", "Results", "Every PNG holds its generation settings."))
+        html_block(html.heading("", "Results", "Every PNG contains its generation settings."))
         self.slider = gr.ImageSlider(
             show_label=False,
             visible=False,
@@ -164,7 +164,7 @@ def connect(context: Context, tab: GenerateTab) -> None:
     results = [tab.slider, tab.gallery, tab.parameters]
 
     def request(choice: str | None, values: Sequence[Any]) -> GenerationRequest:
-        return make_request(context, choice, dict(zip(names, values, strict=True)))
+        return make_request(context, _given(context, choice), dict(zip(names, values, strict=True)))
 
     @plain
     def make(choice: str | None, *values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008
@@ -188,7 +188,7 @@ def connect(context: Context, tab: GenerateTab) -> None:
         asked = request(choice, values)
         if asked.adapter is None:
             raise UserError("choose a run: the grid shows its checkpoints")
-        job = context.job(str(choice).partition("/")[0])
+        job = context.job(_given(context, choice).partition("/")[0])
         adapters = {
             f"step {job.step_of(name)}": chosen_adapter(job, name) for name in job.candidates
         }
@@ -254,6 +254,26 @@ def _results(
 
 def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[str, Any]:
     """What the clock sends to this tab."""
+    choices = _choices(context, jobs)
+    ids = [value for _, value in choices]
+    # The newest result, until somebody chooses. A base model that nobody chose would stay chosen
+    # when the first run ends.
+    results = [value for value in ids if not value.startswith(f"{BASE}/")]
+    value = chosen if chosen in ids else next(iter(results), None)
+    return {
+        "adapter": choosing(choices, value, chosen),
+        "history": _history(recent_images(context.workspace)),
+        "turn": _turn(next((job for job in jobs if job.is_active), None), context),
+    }
+
+
+def _given(context: Context, choice: str | None) -> str:
+    """A choice; the first where none was made before there was a result, or the list was filled."""
+    return choice or _choices(context, context.jobs())[0][1]
+
+
+def _choices(context: Context, jobs: Sequence[Job]) -> list[tuple[str, str]]:
+    """What images can be made of, with its label: the newest result first."""
     choices = [
         (f"{job.label} · {_of(job, name)}", f"{job.id}/{name}".rstrip("/"))
         for job in jobs
@@ -265,15 +285,7 @@ def refresh(context: Context, jobs: Sequence[Job], chosen: str | None) -> dict[s
         for job in jobs
         if job.kind == "export" and job.state == "done"
     ]
-    choices += [(f"{name} alone", f"{BASE}/{name}") for name in context.models]
-    ids = [value for _, value in choices]
-    # The newest result, until somebody chooses.
-    value = chosen if chosen in ids else ids[0]
-    return {
-        "adapter": choosing(choices, value, chosen),
-        "history": _history(recent_images(context.workspace)),
-        "turn": _turn(next((job for job in jobs if job.is_active), None), context),
-    }
+    return choices + [(f"{name} alone", f"{BASE}/{name}") for name in context.models]
 
 
 def _turn(busy: Job | None, context: Context) -> str:

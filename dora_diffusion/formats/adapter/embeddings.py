@@ -182,7 +182,7 @@ def read_embeddings(
         else:
             notes.append(
                 MissingToken(
-                    f"its trained token's file {EMBEDDINGS}/{file.name} is not beside it, so that "
+                    f"its trained token's file {EMBEDDINGS}/{file.name} is not next to it, so that "
                     "prompts do not know the token"
                 )
             )
@@ -223,7 +223,7 @@ def said_of_embeddings(files: Mapping[str, Path]) -> list[str]:
     names = [f"{token} in {file.name}" for token, file in files.items()]
     return [
         f"{counted(len(files), 'trained token')} had no place in it and went to the folder "
-        f"{EMBEDDINGS} beside it: {listing(names, 8)}. Put them into the {EMBEDDINGS} folder of "
+        f"{EMBEDDINGS} next to it: {listing(names, 8)}. Put them into the {EMBEDDINGS} folder of "
         "your program and write a file's name for its token; in diffusers, load each with "
         "load_textual_inversion"
     ]

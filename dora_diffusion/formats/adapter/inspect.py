@@ -55,7 +55,7 @@ class AdapterReport:
         alpha: The alpha as trained, or JSON per layer if they differ; of an approximation its own.
         parameters: Number of trained values.
         nbytes: Size on disk.
-        tools: Programs, and whether they compute it as it was trained; see docs/formats.md.
+        tools: Programs, and whether they compute it as trained; see docs/understand/programs.md.
         fits: Whether it fits the base model that was given, ``""`` without one.
         tokens: Tokens that were trained with it, and the number of vectors of each.
         notes: What to know before using it, and what to repair.

@@ -1,4 +1,4 @@
-"""Which programs compute an adapter file as it was trained. docs/formats.md gives the reasons.
+"""Which programs compute an adapter file as it was trained. See docs/understand/programs.md.
 
 Every verdict is proven by a test against the program itself (diffusers, PEFT, LyCORIS), or was seen
 when the program was run (ComfyUI, Forge, A1111's network code, InvokeAI, sd-scripts); tests restate
@@ -25,7 +25,7 @@ PROGRAMS = (
 # Verdicts: in short before the colon; "-" where it is not known.
 EXACT, NOT_CHECKED = "exact", "-"
 PLAIN = "wrong: the magnitudes are ignored, so it acts as a plain LoRA"
-INPUT_NORMS = "wrong: it takes the norms per input"
+INPUT_NORMS = "wrong: it computes the norms per input"
 NOT_FOR_IT = "convert: the file is not made for it"
 OTHER_BASES = "exact for its base: wrong with any other"
 UNKNOWN = "convert: its key format is not one that we have checked"

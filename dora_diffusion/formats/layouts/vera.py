@@ -1,7 +1,8 @@
 """The compact file of a VeRA or DVoRA: its vectors, and how its projections are drawn.
 
 No other program reads it; `read_adapter` gives the ordinary layers that it stands for, so that
-generation, export and conversion take it like any adapter. docs/variants.md describes the file.
+generation, export and conversion take it like any adapter. docs/reference/formats.md describes
+the file.
 """
 
 from __future__ import annotations

@@ -14,10 +14,12 @@ import gradio
 from PIL import Image
 
 from dora_diffusion.app.context import Context
+from dora_diffusion.app.views import generate
 from dora_diffusion.app.views.generate import refresh
 from dora_diffusion.images import save_png
 from dora_diffusion.jobs.image_generator import MOST_RECENT
 from dora_diffusion.jobs.snapshot import Job
+from dora_diffusion.jobs.workspace import UserError
 from tests.app.views.helpers import handler
 from tests.jobs.helpers import seen, started_run
 
@@ -27,6 +29,41 @@ def test_a_template_that_is_opened_and_left_keeps_the_prompt(context: Context) -
     assert use("a photo of two {subject}s") == "a photo of two {subject}s"
     for left in (None, ""):
         assert use(left) == gradio.skip()
+
+
+def test_the_newest_result_is_chosen_until_somebody_chooses(context: Context) -> None:
+    def chosen(shown: str | None, *jobs: Job) -> Any:
+        return refresh(context, jobs, shown)["adapter"][0]
+
+    base = f"base/{context.models[0]}"
+    first = chosen(None)
+    assert "value" not in first
+    assert first["choices"][0][1] == base
+    job = dataclasses.replace(
+        seen(started_run(context.workspace, 4)), state="done", checkpoints=("checkpoint-4",)
+    )
+    assert job.can_generate
+    assert chosen(None, job)["value"] == job.id
+    # Whoever wants the base model keeps it.
+    assert "value" not in chosen(base, job)
+
+
+def test_images_are_made_of_the_newest_result_where_nothing_is_chosen(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def make_request(context: Context, choice: str | None, form: dict[str, Any]) -> None:
+        asked.append(choice)
+        raise UserError("enough")
+
+    monkeypatch.setattr(generate, "make_request", make_request)
+    with gradio.Blocks():
+        fields = [None] * len(generate.GenerateTab(context).form)
+    for name, more in (("make", []), ("compare", []), ("grid", ["1"])):
+        with pytest.raises(gradio.Error):
+            handler(context, name, "generate")(None, *more, *fields)
+    assert asked == [f"base/{context.models[0]}"] * 3
 
 
 def test_the_page_says_what_images_wait_for(

@@ -255,8 +255,8 @@ def test_a_shared_app_takes_no_folders_and_no_other_vae(
     shared = Launch(share=True, auth=("ann", "correct horse"), models=("org/vae",))
     monkeypatch.setattr(context, "launch", shared)
     for name, value, match in (
-        ("model_config", "/etc", "takes no folder for model_config"),
-        ("class_data_dir", "/etc", "takes no folder for class_data_dir"),
+        ("model_config", "/etc", "accepts no folder for model_config"),
+        ("class_data_dir", "/etc", "accepts no folder for class_data_dir"),
         ("pretrained_vae_model_name_or_path", "/etc", "offers only"),
         ("report_to", "wandb", "does not report to wandb"),
     ):
@@ -345,5 +345,5 @@ def test_a_run_of_the_library_is_started_from_with_its_base_model_and_layers(
         settings = yaml.safe_load((newest / records.SETTINGS).read_text(encoding="utf-8"))
         assert Path(settings["init_adapter"]).parent == folder
     other = asked(context, subject, EMBEDDED, init_adapter=str(tmp_path / "x.safetensors"))
-    with pytest.raises(gradio.Error, match="takes no folder for init_adapter"):
+    with pytest.raises(gradio.Error, match="accepts no folder for init_adapter"):
         handler(context, "start")("", *other)

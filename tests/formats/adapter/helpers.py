@@ -121,5 +121,5 @@ def read_or_refused(path: Path, with_model: bool) -> None:
 TABLE_HOLDS = pytest.mark.skipif(
     Version(metadata.version("diffusers")) < Version("0.40")
     or Version(metadata.version("transformers")) < Version("5.6"),
-    reason="the table tells of later releases (docs/formats.md)",
+    reason="the table tells of later releases (docs/understand/programs.md)",
 )

@@ -203,7 +203,7 @@ def test_generate_takes_the_tokens_up(
 def test_a_lost_file_of_a_token_is_said(tmp_path: Path, file: Path, sd1_folder: Path) -> None:
     report = convert_adapter(file, tmp_path / "a", "diffusers")
     report.embeddings["<s1>"].unlink()
-    with pytest.warns(UserWarning, match=r"a_s1\.safetensors is not beside it, so that prompts"):
+    with pytest.warns(UserWarning, match=r"a_s1\.safetensors is not next to it, so that prompts"):
         load_adapted(sd1_folder, report.path, device="cpu")
     # A name that leads elsewhere is none that convert writes.
     tensors = load_file(report.path)

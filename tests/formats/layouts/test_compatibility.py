@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from tests.formats.adapter.helpers import (
 from tests.formats.layouts.helpers import module_at
 
 VERDICTS = {kind: row for layout in all_layouts() for kind, row in layout.verdicts.items()}
-DOCS = Path(__file__).resolve().parents[3] / "docs" / "formats.md"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 
 SHAPES = {
@@ -234,7 +235,7 @@ def test_a_scale_beside_the_norm_is_wrong_in_older_a1111(tmp_path: Path) -> None
 
 
 def figures(folder: Path) -> dict[str, str]:
-    """The measured figures of docs/formats.md, by the words before them."""
+    """The measured figures of docs/measurements/programs.md, by the words before them."""
 
     def median(axis: str, target: str, formula: Formula) -> str:
         return f"{torch.tensor(errors(folder, axis, target, formula)).median().item():.0%}"
@@ -257,28 +258,30 @@ def figures(folder: Path) -> dict[str, str]:
 
 
 def test_the_figures_in_the_docs_are_measured(tmp_path: Path) -> None:
-    text = DOCS.read_text(encoding="utf-8")
+    text = (DOCS / "measurements" / "programs.md").read_text(encoding="utf-8")
     for words, figure in figures(tmp_path).items():
         print(f"| {words} | {figure} |")
         assert f"| {words} | {figure} |" in text, (words, figure)
 
 
-def test_the_table_in_the_docs_is_the_one_in_the_code() -> None:
-    text = DOCS.read_text(encoding="utf-8")
-    rows = {
-        cells[0].strip(): [cell.strip() for cell in cells[1:]]
-        for line in text.splitlines()
-        if line.startswith("| ")
-        and (cells := line.strip("| ").split(" | "))
-        and len(cells) == 1 + len(VERDICTS)
+def test_the_tables_in_the_docs_are_those_in_the_code() -> None:
+    """A file in each row; the programs, a few at a time, are the columns."""
+    text = (DOCS / "understand" / "programs.md").read_text(encoding="utf-8")
+    found: dict[str, dict[str, str]] = {kind: {} for kind in VERDICTS}
+    for table in re.findall(r"^\| file \|.*\n(?:\|.*\n)+", text, re.MULTILINE):
+        heads, _, *rows = (
+            [c.strip() for c in line.strip("|").split("|")] for line in table.split("\n")[:-1]
+        )
+        for kind, *cells in rows:
+            found[kind.strip("`")] |= dict(zip(heads[1:], cells, strict=True))
+    short = {
+        kind: {program: said.partition(":")[0] for program, said in row.items()}
+        for kind, row in VERDICTS.items()
     }
-    kinds = rows["Program"]
-    assert kinds == [f"`{kind}`" for kind in VERDICTS]
-    for program in PROGRAMS:
-        short = [VERDICTS[kind][program].partition(":")[0] for kind in VERDICTS]
-        assert rows[program] == short, program
+    assert found == short
+    formats = (DOCS / "reference" / "formats.md").read_text(encoding="utf-8")
     for target in CONVERSIONS:
-        assert f"`{target}`" in text, target
+        assert f"`{target}`" in formats, target
 
 
 def judged(name: str, axis: str) -> dict[str, str]:

@@ -89,7 +89,7 @@ def test_lycoris_merges_the_kohya_file_exactly(
 def test_lycoris_untold_of_the_input_axis(
     tmp_path: Path, sd1_folder: Path, random_adapter: MakeAdapter
 ) -> None:
-    """An error, not a wrong picture. If this fails, docs/formats.md is out of date."""
+    """An error, not a wrong picture. If this fails, docs/understand/programs.md is out of date."""
     from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
 
     layers = random_adapter(sd1_folder, axis="input", every=9, components=["unet"])

@@ -164,7 +164,7 @@ def test_a_vera_is_seen_by_both(tmp_path: Path) -> None:
 
 
 class Shouted(AdapterLayout):
-    """``CONV_IN!down``: as an example in CONTRIBUTING.md has it."""
+    """``CONV_IN!down``: as an example in the documents has it."""
 
     name = key_format = "shouted"
     file_name = "shouted.safetensors"
@@ -216,7 +216,8 @@ def test_a_layout_is_one_module_and_one_line(
 
 
 def test_the_example_in_the_documents_is_the_one_that_runs() -> None:
-    text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    file = Path(__file__).parents[3] / "docs" / "contributing" / "adapter-formats.md"
+    text = file.read_text(encoding="utf-8")
     for method in (Shouted.parse, Shouted.module):
         assert inspect.getsource(method) in text
     body = inspect.getsource(Shouted.encode).partition("tensors |=")[2]

@@ -72,7 +72,7 @@ def test_a_bare_magnitude_key_is_lost_by_diffusers(
 ) -> None:
     """Why text-encoder magnitudes are named `.lora_magnitude_vector.weight`.
 
-    If this fails, diffusers reads both names and the note in docs/formats.md is out of date.
+    If this fails, diffusers reads both names and docs/understand/programs.md is out of date.
     """
     layers = random_adapter(sd1_folder, components=["text_encoder"])
     file = write_adapter(tmp_path / "a", AdapterFile(layers))

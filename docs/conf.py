@@ -1,0 +1,77 @@
+"""How the site is built: `make docs`.
+
+Sphinx with Furo and MyST, because they are maintained, build without a network and fail on every
+warning, and because Sphinx reads docstrings and has a search of its own. Material for MkDocs is in
+maintenance since November 2025; Zensical, its successor, is young.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import dora_diffusion
+from tools import site
+
+project = "DoRA Diffusion"
+author = copyright = "the DoRA Diffusion authors"
+version = release = dora_diffusion.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist"]
+# Anchors of headings, as GitHub makes them: one link works in both.
+myst_heading_anchors = 4
+
+html_theme = "furo"
+html_title = "DoRA Diffusion"
+html_copy_source = False
+html_show_sphinx = False
+smartquotes = False  # It would make dashes of the flags in headings.
+
+# Docstrings have single backticks around names, as Markdown has.
+default_role = "code"
+add_module_names = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+python_maximum_signature_line_length = 80
+nitpicky = True
+# Types of other libraries, whose indexes a build without a network has not; what those of the
+# package are made of, down to the tensors; and a type that autodoc cuts in two.
+nitpick_ignore_regex = [
+    ("py:class", r"(collections|dataclasses|pathlib|torch|PIL)\..*"),
+    ("py:class", r"dora_diffusion\.(?!training\.).*"),
+    ("py:class", r"tuple\[str"),
+]
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+# Data and plots of measurements are read beside the pages, by commands.
+exclude_patterns = ["_build"]
+
+# Documents at the top of the repository, and the pages that include them.
+INCLUDED = {
+    "README.md": "index",
+    "CONTRIBUTING.md": "contributing/contributing",
+    "CHANGELOG.md": "reference/changelog",
+}
+
+
+def complete(app: Sphinx, document: str, source: list[str]) -> None:
+    """Put generated texts in; lead links to documents at the top to the pages that include them."""
+    folder = Path(document).parent
+
+    def page(link: re.Match[str]) -> str:
+        path = os.path.relpath(INCLUDED[link[1]], folder)
+        return f"]({Path(path).as_posix()}.md"
+
+    text = site.expanded(source[0])
+    source[0] = re.sub(rf"\]\((?:\.\./)+({'|'.join(INCLUDED)})", page, text)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", complete)

@@ -1,0 +1,225 @@
+"""What README, CONTRIBUTING and the pages of the site name is there; read from the Markdown."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import re
+import shlex
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dora_diffusion.config import TrainConfig, settings
+from dora_diffusion.config.file import SEGMENTS
+from dora_diffusion.config.flag_map import DIFFUSERS_FLAGS
+from dora_diffusion.config.prompts import OPTIONS
+from dora_diffusion.data.checks import FEWEST, MOST
+from tests.docs.markdown import DOCS, PAGES, ROOT, Page
+from tools import site
+
+PACKAGE = ROOT / "dora_diffusion"
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+# Of pip, uv, accelerate, docker.
+FLAGS_OF_OTHERS = {
+    "--help", "--extra-index-url", "--index-url", "--multi_gpu", "--num_processes",
+    "--torch-backend", "--gpus", "--rm", "--build-arg", "--no-healthcheck", "--tag", "--user",
+}  # fmt: skip
+# Pages whose tables begin with the names of other programs.
+OF_OTHERS = re.compile(r"howto/(coming-from|from-)")
+# Names of other programs, and of their files.
+WORDS_OF_OTHERS = {
+    "clip_l_out", "color_aug", "create_lycoris", "create_lycoris_from_weights",
+    "face_crop_aug_range", "linear_dim", "lora_te_text_model", "static_graph", "weight_adapter",
+}  # fmt: skip
+LONGEST_PAGE = 1200
+# Looked things up in, not read.
+ANY_LENGTH = ("docs/reference/", "docs/measurements/", "README.md", "CONTRIBUTING.md")
+
+
+def own_command(words: list[str]) -> list[str] | None:
+    """What our own parser is given by a command; None for other programs."""
+    words = [word for word in words if not re.match(r"^\w+=", word)]
+    scripts = {"train_dreambooth_dora.py": "train", "app.py": "app"}
+    if "dora_diffusion" in words[:9] and "-m" in words:
+        return words[words.index("dora_diffusion") + 1 :]
+    for place, word in enumerate(words):
+        if command := scripts.get(Path(word).name):
+            return [command, *words[place + 1 :]]
+    return words[1:] if words[:1] == ["dora-diffusion"] else None
+
+
+def without_redirections(words: list[str]) -> list[str]:
+    """A command's words without where its output goes."""
+    kept: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        if not re.fullmatch("[<>&]+", word) and not re.fullmatch("[<>&]+", before):
+            kept.append(word)
+    return kept
+
+
+@each_page
+def test_commands_parse(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in page.commands:
+        command = own_command(without_redirections(words))
+        if command and command[0] not in ("--version", "--help"):
+            assert command[0] in site.parsers(), shlex.join(words)
+            if not {"--help", "--help-all"} & {*command}:
+                try:
+                    site.parsers()[command[0]].parse_args(command[1:])
+                except SystemExit:
+                    pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
+
+
+@cache
+def known_flags() -> set[str]:
+    flags = {name for p in site.parsers().values() for a in p._actions for name in a.option_strings}
+    for script in (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/**/*.py")):
+        flags |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text("utf-8")))
+    return flags | FLAGS_OF_OTHERS | {f"--{name}" for name in OPTIONS}
+
+
+@each_page
+def test_flags_exist(page: Page) -> None:
+    """In sentences and tables too."""
+    text, known = page.source, known_flags()
+    if OF_OTHERS.search(page.name):
+        text = re.sub(r"^\| [^|]*\|", "|", text, flags=re.MULTILINE)
+        text = re.sub(r"\*\*Not here\*\*:.*?\n\n", "", text, flags=re.DOTALL)
+        known = known | {f"--{name}" for name in DIFFUSERS_FLAGS}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - known == set()
+
+
+@cache
+def the_code() -> str:
+    """The text of package, tools, benchmarks and samples, and of what builds them."""
+    texts = []
+    for top in ("dora_diffusion", "tools", "benchmarks", "samples"):
+        for suffix in ("py", "yaml", "css", "js", "sh"):
+            texts += [path.read_text("utf-8") for path in (ROOT / top).rglob(f"*.{suffix}")]
+    texts += [(ROOT / name).read_text("utf-8") for name in ("Makefile", "pyproject.toml")]
+    return "\n".join([*texts, *(path.name for path in ROOT.glob("*.py"))])
+
+
+@cache
+def words_of_the_code() -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", the_code()))
+
+
+@each_page
+def test_names_in_code_exist(page: Page) -> None:
+    """Settings and functions: words with an underscore, and names before a bracket."""
+    if OF_OTHERS.search(page.name):
+        return
+    named = set()
+    for code in page.inline_code:
+        named |= set(re.findall(r"(?<![\w./<{-])([a-z]+(?:_[a-z0-9]+)+)(?![\w./>*-])", code))
+        named |= set(re.findall(r"\b([a-zA-Z_]\w+)\(", code))
+    assert named - words_of_the_code() - WORDS_OF_OTHERS == set()
+
+
+@each_page
+def test_dotted_names_exist(page: Page) -> None:
+    """Of modules and what is in them; or keys of metadata, as the code has them."""
+    for code in page.inline_code:
+        for name in re.findall(r"(?<![\w./-])(dora_diffusion(?:\.[A-Za-z_]\w*)+)(?![\w/])", code):
+            if f'"{name}"' not in the_code():
+                pkgutil.resolve_name(name)
+
+
+@each_page
+def test_paths_exist(page: Page) -> None:
+    """From the clone, or from the package; a name in capitals stands for any."""
+    tops = "benchmarks|docs|dora_diffusion|samples|tests|tools"
+    named = set(re.findall(r"(?<![\w/.<-])(?:[a-z_]+/)+\w+\.py\b", page.source))
+    named |= set(re.findall(rf"(?<![\w/.-])(?:{tops})/[\w./-]*\w", page.source))
+    # A run's folder has `samples` too.
+    of_runs = re.compile(r"samples/(adapter|base)\b|[^.]*[A-Z]")
+    named = {name for name in named if not of_runs.match(name)}
+    assert [n for n in named if not any((top / n).exists() for top in (ROOT, PACKAGE))] == []
+
+
+@each_page
+def test_links_and_anchors_lead_somewhere(page: Page) -> None:
+    pages = {other.path: other for other in PAGES}
+    for path, anchor in page.links:
+        assert path.exists(), path
+        if anchor:
+            assert anchor in pages[path].anchors, f"{path.name}#{anchor}"
+
+
+def test_every_page_is_linked() -> None:
+    """From another page, or by name in a table of contents."""
+    linked = {path for page in PAGES for path, _ in page.links if path != page.path}
+    for page in PAGES:
+        for block in page.blocks:
+            if block.language == "{toctree}":
+                names = [line for line in block.text.split("\n") if re.match(r"[\w/-]+$", line)]
+                linked |= {(page.path.parent / f"{name}.md").resolve() for name in names}
+    pages = {page.path for page in PAGES if page.path.is_relative_to(DOCS)}
+    assert sorted(pages - linked - {DOCS / "index.md"}) == []
+
+
+@each_page
+def test_images_have_a_text(page: Page) -> None:
+    assert [text for text in page.image_texts if len(text) < 4] == []
+
+
+@each_page
+def test_pages_are_short(page: Page) -> None:
+    if not page.name.startswith(ANY_LENGTH):
+        assert len(page.prose.split()) < LONGEST_PAGE
+
+
+def test_images_are_shown_somewhere() -> None:
+    shown = {path for page in PAGES for path, _ in page.links}
+    assert [path for path in (DOCS / "images").iterdir() if path not in shown] == []
+
+
+def test_public_names_are_documented() -> None:
+    """And each is on the page of the Python interface."""
+    page = site.python_api()
+    for name, home in site.public_names().items():
+        value = getattr(import_module(home), name)
+        assert inspect.getdoc(value), name
+        assert re.search(rf"auto\w+:: dora_diffusion[\w.]*\.{name}\b", page), name
+
+
+def test_every_flag_and_setting_has_a_text() -> None:
+    page = site.commands() + site.setting_groups()
+    for name, parser in site.parsers().items():
+        for action in parser._actions:
+            assert action.help, (name, action.dest)
+    assert page.count("{option} ") > len(settings()) + 100
+    for setting in settings():
+        assert re.search(rf"^````{{option}} --{setting.name}\b", page, re.MULTILINE)
+
+
+@each_page
+def test_as_many_photos_are_asked_for_as_the_code_does(page: Page) -> None:
+    asked = set(re.findall(r"(\d+) (?:to|-) (\d+) photos", " ".join(page.source.split())))
+    assert asked <= {(str(FEWEST), str(MOST))}
+    assert asked or page.name != "README.md"
+
+
+def test_make_offers_what_the_documents_say() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    commands = [words for page in PAGES for words in page.commands if words[:1] == ["make"]]
+    named = {word for words in commands for word in words[1:] if re.fullmatch("[a-z-]+", word)}
+    named |= {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)", page.prose)}
+    assert {"demo", "docs", "test", "lint"} <= targets
+    assert named <= targets
+
+
+def test_the_segments_that_are_shown_are_of_settings_that_may_change() -> None:
+    [block] = [b for b in Page(DOCS / "howto/resume.md").blocks if b.language == "yaml"]
+    free = {setting.name for setting in settings() if setting.resume == "free"}
+    for segment in yaml.safe_load(block.text)[SEGMENTS]:
+        assert set(segment["settings"]) <= free
+    first = yaml.safe_load(block.text)[SEGMENTS][0]["settings"]
+    assert first["learning_rate"] == TrainConfig().usual_lr

@@ -1,0 +1,114 @@
+"""The site as a browser shows it: built strictly, searched, and looked at in three ways."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.conftest import CHROMIUM, FLAGS
+from tests.docs.markdown import DOCS, ROOT
+
+for needed in ("sphinx", "furo", "myst_parser", "sphinx_copybutton"):
+    pytest.importorskip(needed)
+playwright = pytest.importorskip("playwright.sync_api")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="there is no Chromium"),
+]
+
+PHONE, LAPTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 800}
+# What newcomers ask, and the page that answers.
+QUESTIONS = {
+    "comfyui file": "start/comfyui",
+    "out of memory": "howto/out-of-memory",
+    "looks burnt": "howto/troubleshooting",
+    "two subjects": "howto/several-subjects",
+    "prior preservation or not": "howto/prior-preservation",
+    "resume": "howto/resume",
+    "my kohya dataset": "howto/from-kohya",
+    "strength of an adapter": "howto/strength",
+    "v-prediction": "howto/v-prediction",
+    "use in diffusers": "howto/diffusers",
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, without one warning."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "-n", "-q", "-b", "html", DOCS, folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves files, and prints nothing."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(built: Path) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(built)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as api:
+        browser = api.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+def test_the_search_answers_newcomers_first(browser: Any, address: str) -> None:
+    """The first hit of the site's own search is the page that answers."""
+    page, first = browser.new_page(), {}
+    for question in QUESTIONS:
+        page.goto(f"{address}/search.html?q={question.replace(' ', '+')}")
+        page.wait_for_selector("#search-results ul.search li a", timeout=120_000)
+        link = page.locator("#search-results ul.search li a").first.get_attribute("href")
+        first[question] = link.partition(".html")[0]
+    assert first == QUESTIONS
+
+
+@pytest.mark.parametrize("look", ["light", "dark", "phone"])
+def test_pages_can_be_read_by_everybody(look: str, browser: Any, address: str, built: Path) -> None:
+    """Nothing that axe-core calls serious, wider than the screen, or from elsewhere."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    scheme = "dark" if look == "dark" else "light"
+    viewport = PHONE if look == "phone" else LAPTOP
+    context = browser.new_context(color_scheme=scheme, viewport=viewport)
+    page, asked, problems = context.new_page(), [], {}
+    page.on("request", lambda request: asked.append(request.url))
+    pages = [path.relative_to(built) for path in sorted(built.rglob("*.html"))]
+    for path in pages:
+        page.goto(f"{address}/{path.as_posix()}")
+        found = axe.run(page).response["violations"]
+        serious = [
+            f"{violation['id']}: {node['html'][:120]}"
+            for violation in found
+            if violation["impact"] in ("serious", "critical")
+            for node in violation["nodes"]
+        ]
+        width = page.evaluate("document.documentElement.scrollWidth")
+        if width > viewport["width"]:
+            serious.append(f"is {width} pixels wide")
+        if serious:
+            problems[path.as_posix()] = serious
+    assert problems == {}, json.dumps(problems, indent=1)[:9000]
+    assert len(pages) > 40
+    assert [url for url in asked if not url.startswith((address, "data:"))] == []

@@ -1,0 +1,86 @@
+"""What the grids, the walk and the arrows show."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tools.pictures import grids
+from tools.pictures.directions import rows_of
+from tools.pictures.grids import GRIDS, draw, trained
+from tools.pictures.walk import walk
+
+IMAGES = Path(__file__).parents[3] / "docs" / "images"
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_grid_in_the_documents_has_its_rows_and_columns(name: str) -> None:
+    _, prompts, columns = GRIDS[name]
+    with Image.open(IMAGES / f"what-{name}.png") as image:
+        side = 64 * grids.SCALE
+        assert image.width == len(columns) * (side + 2) - 2
+        # Its images, with a line of text above each row and two above them all.
+        assert len(prompts) * side < image.height < len(prompts) * (side + 24) + 60
+
+
+def test_a_training_has_its_token_in_every_caption_and_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = []
+
+    def train(config: Any) -> Any:
+        configs.append(config)
+        folder = Path(config.output_dir)
+        (folder / "checkpoint-50").mkdir(parents=True, exist_ok=True)
+        return SimpleNamespace(adapter=folder if len(configs) > 1 else None)
+
+    monkeypatch.setattr(grids, "train", train)
+    with pytest.raises(SystemExit, match="the same command continues it"):
+        trained("blue", {"rank": 2}, "blue", tmp_path, None)
+    captions = [path.read_text(encoding="utf-8") for path in tmp_path.glob("*/*.txt")]
+    assert len(captions) == 5
+    assert all(text.startswith("a photo of a blue mug ") for text in captions)
+    [config] = configs
+    assert (config.rank, config.token) == (2, "blue")
+    assert config.instance_prompt == "a photo of a blue mug"
+    assert config.max_train_steps == 300
+    # What was stopped continues, and what is complete stays.
+    folder = trained("blue", {}, "blue", tmp_path, None)
+    assert configs[1].resume_from_checkpoint == "latest"
+    (folder / "pytorch_lora_weights.safetensors").touch()
+    trained("blue", {}, "blue", tmp_path, None)
+    assert len(configs) == 2
+
+
+@pytest.mark.slow
+def test_a_grid_is_drawn(tmp_path: Path) -> None:
+    [file] = draw("no-prior", tmp_path, tmp_path / "work", steps=1)
+    with Image.open(file) as made, Image.open(IMAGES / file.name) as shown:
+        assert made.size == shown.size
+
+
+def test_the_walk_is_one_of_the_model() -> None:
+    made = walk()
+    signal, noise = math.sqrt(made["alpha_bar"]), math.sqrt(1 - made["alpha_bar"])
+    # The target tells the photo from the noise: both come back from it.
+    latents = signal * made["noisy_latents"] - noise * made["target"]
+    torch.testing.assert_close(latents, made["latents"], atol=1e-5, rtol=1e-5)
+    loss = (made["model_pred"] - made["target"]).double().square().mean().item()
+    assert made["loss"] == pytest.approx(loss, rel=1e-5)
+    assert loss < 0.2 * made["target"].square().mean().item()
+
+
+def test_rows_are_compared_by_norm_and_angle() -> None:
+    weight = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
+    angle = math.radians(30)
+    tuned = torch.tensor([[4.5 * math.cos(angle), 4.5 * math.sin(angle)], [0.0, 1.0]])
+    rows = rows_of("a", weight, tuned)
+    torch.testing.assert_close(rows.before, torch.tensor([3.0, 2.0]).double())
+    torch.testing.assert_close(rows.after, torch.tensor([4.5, 1.0]).double())
+    torch.testing.assert_close(rows.angle, torch.tensor([30.0, 0.0]).double(), atol=1e-4, rtol=0)

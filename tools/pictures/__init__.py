@@ -1,0 +1,1 @@
+"""The images of the documents, each made anew by `python -m tools.pictures NAME`."""
