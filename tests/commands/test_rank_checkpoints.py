@@ -46,8 +46,9 @@ def test_a_run_is_ranked_by_its_own_settings(
     assert re.search(rf"\| result +\| {similarity:.3f} +\| {drift:.3f} \|", printed)
     assert found["notes"][0] in printed
     assert main(words) == 1
-    ending = "contains a ranking already; choose another --output, or --overwrite"
-    assert last_line().endswith(ending)
+    assert last_line().endswith(
+        "contains a ranking already; choose another --output, or --overwrite"
+    )
     for names, what in ((["checkpoint-9"], "checkpoint-9"), (["result", "x"], "x")):
         assert main([*words, "--overwrite", "--checkpoints", *names]) == 1
         assert last_line() == f"error: {run} has not {what}; it has no checkpoint"

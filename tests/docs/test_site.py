@@ -86,10 +86,8 @@ def test_the_search_answers_newcomers_first(browser: Any, address: str) -> None:
 
 
 @pytest.mark.parametrize("look", ["light", "dark", "phone"])
-def test_pages_can_be_read_by_everybody(
-    look: str, browser: Any, address: str, built: Path
-) -> None:
-    """Nothing that axe-core calls serious, nothing wider than the screen, nothing from elsewhere."""
+def test_pages_can_be_read_by_everybody(look: str, browser: Any, address: str, built: Path) -> None:
+    """Nothing that axe-core calls serious, wider than the screen, or from elsewhere."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     scheme = "dark" if look == "dark" else "light"
     viewport = PHONE if look == "phone" else LAPTOP
