@@ -1,6 +1,6 @@
 """The images of ``docs/images``, made anew: ``python -m tools.pictures`` or with some names.
 
-    python -m tools.pictures                       # all of them; 40 minutes on two cores
+    python -m tools.pictures                       # all of them; about 20 minutes on two cores
     python -m tools.pictures house walk            # seconds
     python -m tools.pictures app --steps 8 --output /tmp/look   # the app's layout alone
 

@@ -154,6 +154,7 @@ def trained(name: str, settings: dict[str, Any], token: str, work: Path, steps: 
     values = read_config_file(samples_folder() / SUBJECT / "config.yaml") | {
         "instance_data_dir": str(photos),
         "instance_prompt": f"a photo of a {token} mug",
+        "token": token,
         "output_dir": str(folder),
         "validation_prompt": [],
         "checkpointing_steps": 50,

@@ -47,7 +47,8 @@ def test_a_training_has_its_token_in_every_caption_and_is_not_repeated(
     assert len(captions) == 5
     assert all(text.startswith("a photo of a blue mug ") for text in captions)
     [config] = configs
-    assert (config.rank, config.instance_prompt) == (2, "a photo of a blue mug")
+    assert (config.rank, config.token) == (2, "blue")
+    assert config.instance_prompt == "a photo of a blue mug"
     assert config.max_train_steps == 300
     # What was stopped continues, and what is complete stays.
     folder = trained("blue", {}, "blue", tmp_path, None)
