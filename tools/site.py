@@ -164,7 +164,7 @@ def python_api() -> str:
 @cache
 def public_names() -> dict[str, str]:
     """Each public name, with the package that it is imported from."""
-    names = {}
+    names: dict[str, str] = {}
     for package in [f"dora_diffusion.{name}" for name in _PACKAGES] + ["dora_diffusion"]:
         names |= dict.fromkeys(importlib.import_module(package).__all__, package)
     return names
@@ -174,7 +174,7 @@ def public_names() -> dict[str, str]:
 def homes_of_names() -> dict[str, str]:
     """Each class and annotated constant of the package, with its module."""
     top = Path(dora_diffusion.__file__).parent
-    homes = {}
+    homes: dict[str, str] = {}
     for path in sorted(top.rglob("*.py")):
         module = ".".join(path.relative_to(top.parent).with_suffix("").parts)
         names = re.findall(

@@ -53,7 +53,7 @@ class AdapterSettings:
 
     method: str = flag(
         "dora",
-        "What is trained. dora: low-rank matrices and magnitudes; the weights are frozen. lora: the "
+        "What is trained. dora: low-rank matrices and magnitudes; weights are frozen. lora: the "
         "matrices alone. full: full fine-tuning of the weights themselves, whose result is a whole "
         "model.",
         choices=METHODS,

@@ -168,8 +168,8 @@ def _notes_on_others(base: StoredModel, tuned: StoredModel, names: Sequence[str]
     notes = []
     if others:
         notes.append(
-            f"{counted(len(others), 'other tensor')} differ, which no adapter can represent (biases, "
-            f"norms, embeddings): {listing(others, 3)}"
+            f"{counted(len(others), 'other tensor')} differ, which no adapter can represent "
+            f"(biases, norms, embeddings): {listing(others, 3)}"
         )
     if in_vae:
         notes.append("the VAE differs, which no adapter can represent: export --vae bakes it in")

@@ -166,8 +166,8 @@ def _add(encoder: Any, tokenizer: Any, token: str, rows: Tensor) -> WordEmbeddin
     if isinstance(table, AdaptedLayer):
         raise ValueError(
             f"the trained token {token} cannot be added to a token embedding that carries an "
-            "adapter; export the adapter, which writes the token next to the merged model, or train "
-            "it without the target token-embedding"
+            "adapter; export the adapter, which writes the token next to the merged model, or "
+            "train it without the target token-embedding"
         )
     added = tokenizer.added_tokens_encoder
     if isinstance(table, WordEmbedding) and all(part in added for part in parts):

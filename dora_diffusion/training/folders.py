@@ -157,8 +157,8 @@ def _check_contents(config: TrainConfig, folder: Path) -> None:
     checkpoints = checkpoints_in(folder)
     if checkpoints:
         raise ConfigError(
-            f"output_dir {folder} already contains checkpoints up to {checkpoints[-1].name}; choose "
-            "another, resume with --resume_from_checkpoint latest (and a larger "
+            f"output_dir {folder} already contains checkpoints up to {checkpoints[-1].name}; "
+            "choose another, resume with --resume_from_checkpoint latest (and a larger "
             "--max_train_steps, if it has ended), or start over with --overwrite_output_dir"
         )
     if holds_result(folder) or folders_after(folder, -1):

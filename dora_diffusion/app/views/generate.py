@@ -73,7 +73,7 @@ class GenerateTab:
         self.form["prompt"] = gr.Textbox(
             "a photo of a {subject} on the snow",
             label="Prompt",
-            info="{subject} is replaced by the run's trigger words, of the first of several subjects.",
+            info="{subject} becomes the run's trigger words, of the first of several subjects.",
             lines=2,
             max_length=1000,
             elem_id="prompt",

@@ -152,7 +152,7 @@ class TrainTab:
         self.prompts = gr.Textbox(
             _PROMPTS,
             label="Sample prompts, one per line",
-            info="{subject} is replaced by token and class. A line may end with --n negative prompt, "
+            info="{subject} becomes token and class. A line may end with --n negative prompt, "
             "--d seed, --w width, --h height, --l guidance, --s steps, --ss scheduler, and --drift "
             "where it leaves out the token.",
             lines=2,
