@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 
@@ -73,5 +74,19 @@ def complete(app: Sphinx, document: str, source: list[str]) -> None:
     source[0] = re.sub(rf"\]\((?:\.\./)+({'|'.join(INCLUDED)})", page, text)
 
 
+def open_to_all(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], tree: object
+) -> None:
+    """Let a keyboard scroll wide code and tables, and say how deep a heading of the list is."""
+    for name, old, new in (
+        ("body", "<pre>", '<pre tabindex="0">'),
+        ("body", '<div class="table-wrapper', '<div tabindex="0" class="table-wrapper'),
+        ("furo_navigation_tree", 'role="heading"', 'role="heading" aria-level="2"'),
+    ):
+        if name in context:
+            context[name] = context[name].replace(old, new)
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("html-page-context", open_to_all, priority=900)  # after the theme
     app.connect("source-read", complete)
