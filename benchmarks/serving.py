@@ -213,7 +213,7 @@ def main() -> None:
     command = [sys.executable, "-m", "dora_diffusion", "serve", "--base", args.base]
     command += ["--adapters", str(args.work / "adapters"), "--port", str(PORT)]
     command += ["--batch_size", str(args.batch_size), "--adapter_memory", str(args.memory)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as server:
         assert server.stdout is not None
         for line in server.stdout:
             if "/docs" in line:

@@ -40,7 +40,7 @@ def alive(model: Any) -> int:
 
 def resident() -> int:
     """Bytes of memory that this process has."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def train(settings: dict[str, Any]) -> None:
@@ -71,7 +71,7 @@ def by_two(settings: dict[str, Any]) -> list[dict[str, Any]]:
     command = [sys.executable, __file__, "--settings", json.dumps(settings)]
     processes = [
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True,
+            command, stdout=subprocess.PIPE, encoding="utf-8",
             env=os.environ | shared | {
                 "ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank),
             },

@@ -27,6 +27,8 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # Of pip, uv, accelerate, docker.
 FLAGS_OF_OTHERS = {
     "--help", "--extra-index-url", "--index-url", "--multi_gpu", "--num_processes",
+    "--use_fsdp", "--fsdp_version", "--use_deepspeed", "--fsdp_offload_params",
+    "--fsdp_reshard_after_forward", "--fsdp_activation_checkpointing", "--head", "--generate",
     "--torch-backend", "--gpus", "--rm", "--build-arg", "--no-healthcheck", "--tag", "--user",
 }  # fmt: skip
 # Pages whose tables begin with the names of other programs.

@@ -51,7 +51,7 @@ def train_all(configs: Sequence[Mapping[str, Any]], loop: Any) -> dict[str, Any]
 
     sizes: list[dict[str, int]] = []
     open_session = loop.open_session
-    loop.open_session = lambda *args: _measured(open_session(*args), sizes)
+    loop.open_session = lambda *args, **kwargs: _measured(open_session(*args, **kwargs), sizes)
     # The next run goes on with the same processes.
     PartialState.destroy_process_group = lambda self, group=None: None
     for settings in configs:

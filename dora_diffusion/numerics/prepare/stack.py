@@ -138,7 +138,7 @@ class Stack:
         key = (dtype, rows)
         if key not in self._made:
             with torch.inference_mode(False), torch.enable_grad():
-                made: tuple[Tensor, ...] = _Prepare.apply(self, dtype, rows, self._anchor)  # type: ignore[no-untyped-call]
+                made: tuple[Tensor, ...] = _PrepareStack.apply(self, dtype, rows, self._anchor)  # type: ignore[no-untyped-call]
             count = len(self.layout.each)
             parts = [
                 made[i * count : (i + 1) * count] for i in range(3 if self.layout.has_gain else 2)
@@ -304,7 +304,7 @@ def _scaled(block: Tensor, scales: Tensor | None) -> Tensor:
     return torch.mul(block, scales, out=torch.empty(block.shape).to(block))
 
 
-class _Prepare(torch.autograd.Function):
+class _PrepareStack(torch.autograd.Function):
     """All A, B and m of a stack to the factors of rows; their gradients are left in the stack."""
 
     @staticmethod

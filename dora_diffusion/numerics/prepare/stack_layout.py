@@ -59,7 +59,7 @@ class Vector(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shape:
+class StackedShape:
     """Neighbours of one rank, shape and dtype, and where their parts begin in a row of the stack.
 
     Attributes:
@@ -154,7 +154,7 @@ class StackLayout:
         """K."""
         return len(self.order)
 
-    def _layout(self) -> Iterator[Shape]:
+    def _layout(self) -> Iterator[StackedShape]:
         """The shapes, in whose order everything lies."""
 
         def kind(number: int) -> tuple[Any, ...]:
@@ -172,7 +172,7 @@ class StackLayout:
             scales = [[a.scale for a in self.layers[n].adapters] for n in group]
             is_one = all(scale == 1 for of_layer in scales for scale in of_layer)
             factors = self.here(torch.tensor(scales, dtype=self.dtype)[..., None, None])
-            made = Shape(group, rank, shape, down, up, channels, width, None if is_one else factors)
+            made = StackedShape(group, rank, shape, down, up, channels, width, None if is_one else factors)
             yield made
             down += len(group) * rank * made.fan_in
             up += len(group) * rank * shape[0]
