@@ -40,7 +40,9 @@ def alive(model: Any) -> int:
 
 def resident() -> int:
     """Bytes of memory that this process has."""
-    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
 
 
 def train(settings: dict[str, Any]) -> None:

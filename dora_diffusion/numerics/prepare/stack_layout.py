@@ -172,7 +172,9 @@ class StackLayout:
             scales = [[a.scale for a in self.layers[n].adapters] for n in group]
             is_one = all(scale == 1 for of_layer in scales for scale in of_layer)
             factors = self.here(torch.tensor(scales, dtype=self.dtype)[..., None, None])
-            made = StackedShape(group, rank, shape, down, up, channels, width, None if is_one else factors)
+            made = StackedShape(
+                group, rank, shape, down, up, channels, width, None if is_one else factors
+            )
             yield made
             down += len(group) * rank * made.fan_in
             up += len(group) * rank * shape[0]
