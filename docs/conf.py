@@ -43,11 +43,12 @@ autodoc_typehints = "signature"
 python_maximum_signature_line_length = 80
 nitpicky = True
 # Types of other libraries, whose indexes a build without a network has not; what those of the
-# package are made of, down to the tensors; and a type that autodoc cuts in two.
+# package are made of, down to the tensors; and types that autodoc cuts
+# in two or names by what a module imports.
 nitpick_ignore_regex = [
-    ("py:class", r"(collections|dataclasses|pathlib|torch|PIL)\..*"),
+    ("py:class", r"(collections|dataclasses|numpy|pathlib|torch|PIL)\..*"),
     ("py:class", r"dora_diffusion\.(?!training\.).*"),
-    ("py:class", r"tuple\[str"),
+    ("py:class", r"(tuple|dict)\[str|Image|Wanted"),
 ]
 napoleon_use_rtype = False
 napoleon_use_ivar = True
