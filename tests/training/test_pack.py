@@ -110,8 +110,16 @@ CLASS_IMAGES = {
     ("entries", "settings"),
     [
         (THREE, {"train_text_encoder": True, "with_prior_preservation": True}),
-        (THREE, {"norm_axis": "input", "gradient_checkpointing": True, **CLASS_IMAGES}),
-        (SEVERAL_SIZES, {"use_dora": False, "cache_latents": False, "random_flip": True}),
+        pytest.param(
+            THREE,
+            {"norm_axis": "input", "gradient_checkpointing": True, **CLASS_IMAGES},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            SEVERAL_SIZES,
+            {"use_dora": False, "cache_latents": False, "random_flip": True},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["text encoders, image-free prior", "input axis, class images", "LoRA, several sizes"],
 )
