@@ -102,11 +102,12 @@ def test_a_full_disk_keeps_the_old_image_and_says_so(tmp_path, monkeypatch):
     old = save_png(IMAGE, tmp_path / "image.png", "old")
     before = old.read_bytes()
 
-    def full(self, file, **options):
-        Path(file).write_bytes(before[:20])
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:20])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(DiskFullError, match=r"the disk is full: image\.png .* unchanged"):
         save_png(Image.new("RGB", (16, 8), "red"), old, "new")
     with pytest.raises(DiskFullError, match=r"other\.png .* no file was left behind"):

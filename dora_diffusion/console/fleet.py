@@ -1,4 +1,4 @@
-"""A fleet on a terminal: a table that is drawn anew, or in a log a line for each subject."""
+"""A fleet on a terminal: a table that is drawn again, or in a log a line for each subject."""
 
 from __future__ import annotations
 

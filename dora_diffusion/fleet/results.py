@@ -111,7 +111,7 @@ class FleetResults:
                 self._files.get_file(path, str(place))
 
     def clear(self, subject: str) -> None:
-        """Remove what a URL holds of a subject that is trained anew."""
+        """Remove what a URL holds of a subject that is trained again."""
         if self._files is not None and self._files.exists(f"{self._top}/{subject}"):
             self._files.rm(f"{self._top}/{subject}", recursive=True)
 

@@ -274,6 +274,6 @@ def _done_before(
     if kept.digest != record.digest:
         raise ConfigError(
             f"it is trained already, with other settings: {changes_text(kept, config)}; take them "
-            "back, give another output, or train it anew with --overwrite_output_dir"
+            "back, give another output, or train it again with --overwrite_output_dir"
         )
     return kept

@@ -125,7 +125,7 @@ class _Trainee:
         self.done = before if before and is_ours and before.status == DONE else None
         if self.done is not None:
             return
-        # What is trained anew is so once, and not by each worker that it is given to.
+        # What is trained again is so once, and not by each worker that it is given to.
         resumes = before is not None and before.status == RUNNING
         resumes = resumes and (is_ours or not subject.config.overwrite_output_dir)
         if subject.config.overwrite_output_dir and not resumes:

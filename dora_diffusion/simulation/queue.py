@@ -96,7 +96,7 @@ def simulate_queue(
 def leave_times(work: Sequence[float], throughput: Sequence[float]) -> list[float]:
     """When the subjects of a pack end that starts at 0.
 
-    All are trained at one rate, and the others go on faster when one leaves.
+    All are trained at one rate, and the others continue faster when one leaves.
 
     Args:
         work: What each takes alone, ascending.

@@ -144,7 +144,7 @@ class TrainingEnded:
 
 @dataclass(frozen=True)
 class SubjectLeft:
-    """A subject has left its pack, which goes on without it."""
+    """A subject has left its pack, which continues without it."""
 
     reason: str
 

@@ -67,7 +67,7 @@ def train_pack(
     A step computes the rows of all subjects in one forward and backward pass, so that it takes the
     operations of one. Each subject has its folder, draws, learning rate, clipping, checkpoints,
     samples and result. One whose photos or settings are broken, or whose numbers stop being finite,
-    leaves the pack; the others go on. With ``resume_from_checkpoint: latest`` those without a
+    leaves the pack; the others continue. With ``resume_from_checkpoint: latest`` those without a
     checkpoint begin, and those with a result alone have ended.
 
     Args:

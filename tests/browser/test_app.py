@@ -508,5 +508,5 @@ def test_delete_asks_and_removes_everything(
     page.wait_text("#library-facts", "The library is empty")
     page.wait("!document.querySelector('#convert')?.checkVisibility()")
     page.tab("Generate")
-    page.wait("document.querySelector('#adapter input')?.value.includes('alone')")
+    page.wait("document.querySelector('#adapter input')?.value === ''")
     assert page.page.locator(".toast-wrap .toast-body").count() == 0

@@ -236,7 +236,7 @@ def test_a_token_with_two_meanings_is_refused(
     other.embeddings["<s1>"].unlink()
     report = combine_adapters(sd1_folder, [pairs[0], (other.path, 1.0)], output)
     assert not read_adapter(report.path).tokens["<s1>"]["text_encoder"].any()
-    assert any("c_s1.safetensors is not beside it" in note for note in report.notes)
+    assert any("c_s1.safetensors is not next to it" in note for note in report.notes)
 
 
 def test_a_token_of_another_model_is_refused(

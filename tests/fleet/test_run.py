@@ -206,7 +206,7 @@ def test_what_another_run_has_left_is_never_replaced(subjects, tmp_path):
     theirs.write_bytes(b"precious")
     for _ in range(2):
         (failed,) = run_fleet({name: subjects[name]}, tmp_path).failed
-        assert "already holds a trained adapter" in failed.cause
+        assert "already contains a trained adapter" in failed.cause
     assert theirs.read_bytes() == b"precious"
 
 

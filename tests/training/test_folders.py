@@ -168,7 +168,7 @@ def test_files_that_no_run_wrote_are_not_replaced_unasked(name, tiny_run, tmp_pa
 def test_a_finished_result_is_not_written_over(sd1_folder, photos, tmp_path):
     config = make_config(sd1_folder, photos, tmp_path / "out", max_train_steps=1)
     train(config)
-    with pytest.raises(ConfigError, match="already holds a trained adapter"):
+    with pytest.raises(ConfigError, match="already contains a trained adapter"):
         train(config)
     train(replace(config, overwrite_output_dir=True))
 

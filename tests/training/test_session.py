@@ -129,8 +129,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[TrainConfig], dict[str
     opened: list[Session] = []
     make = loop.open_session
 
-    def open_session(*args: Any) -> Session:
-        opened.append(make(*args))
+    def open_session(*args: Any, **options: Any) -> Session:
+        opened.append(make(*args, **options))
         return opened[-1]
 
     monkeypatch.setattr(loop, "open_session", open_session)

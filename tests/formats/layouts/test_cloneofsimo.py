@@ -176,6 +176,7 @@ def test_tokens_are_written_beside_a_merged_model(
         with pytest.raises(ValueError, match="exists; choose another name"):
             export_checkpoint(sd1_folder, file, output)
         output.unlink()
+        (folder / "lora_s1.safetensors").write_bytes((folder / "lora_s2.safetensors").read_bytes())
         with pytest.raises(ValueError, match=r"lora_s1\.safetensors exists"):
             export_checkpoint(sd1_folder, file, output)
 
