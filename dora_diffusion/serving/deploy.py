@@ -154,6 +154,15 @@ def deployed(deployment: Deployment) -> Iterator[None]:
     Raises:
         ConfigError: If Ray is not installed, there is no cluster, or the model cannot be loaded.
     """
+    from dora_diffusion.models.locate import looks_local
+
+    # Ray tells of a replica that did not start, and not why.
+    base = deployment.base
+    is_path = looks_local(base) and ":" not in base and deployment.address == "local"
+    require(
+        not is_path or Path(base).expanduser().exists(),
+        f"base {base} does not exist; name a folder, a file, a hub id or embedded:NAME",
+    )
     os.environ.update({k: v for k, v in _ENVIRONMENT.items() if k not in os.environ})
     try:
         import ray

@@ -109,7 +109,7 @@ def test_on_ray_no_request_is_lost_with_a_replica(sd1_folder, random_adapter, tm
         assert _replicas() != [replica]
         assert httpx.get(f"{deployment.url}/ready").status_code == 200
     wrong = Deployment("./nowhere", (), options)
-    with pytest.raises(ConfigError, match=r"could not be started: .*nowhere"), deployed(wrong):
+    with pytest.raises(ConfigError, match=r"base \./nowhere does not exist"), deployed(wrong):
         pass
 
 
