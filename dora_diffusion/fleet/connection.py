@@ -10,8 +10,6 @@ from typing import Any
 
 from dora_diffusion.config import ConfigError
 
-# What a cluster of this machine's own reserves for objects, which are settings and records here.
-_OBJECT_STORE = 100 * 2**20
 _CONNECT_SECONDS = 10.0
 
 
@@ -33,12 +31,13 @@ def ray_library() -> Any:
     return ray
 
 
-def connect(address: str) -> Callable[[], None]:
+def connect(address: str, object_store: int = 100 * 2**20) -> Callable[[], None]:
     """Connect to a cluster, or start one on this machine.
 
     Args:
         address: ``"local"``: a cluster of this machine's own, which ends with this process.
             ``"auto"``: the one that runs here. Else HOST:PORT or ray://HOST:PORT.
+        object_store: Bytes that a cluster of this machine's own reserves for what is sent.
 
     Returns:
         What ends the connection; a connection that was there before stays.
@@ -51,7 +50,7 @@ def connect(address: str) -> Callable[[], None]:
         return lambda: None
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
-        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+        options |= {"include_dashboard": False, "object_store_memory": object_store}
     elif address != "auto":
         _require_answer(address)
     _keep_quiet()

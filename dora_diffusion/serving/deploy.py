@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.config.fields import ConfigError, require
+from dora_diffusion.fleet.connection import connect
 from dora_diffusion.serving.engine import BatchItem, Engine, Reply
 from dora_diffusion.system import is_address, is_loopback
 
@@ -165,15 +166,13 @@ def deployed(deployment: Deployment) -> Iterator[None]:
     )
     os.environ.update({k: v for k, v in _ENVIRONMENT.items() if k not in os.environ})
     try:
-        import ray
         from ray import serve
     except ImportError:
         raise ConfigError(
             "serving needs Ray Serve, which is not installed; run 'pip install dora-diffusion[ray]'"
         ) from None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    is_local = deployment.address == "local"
-    _connect(ray, deployment)
+    leave = connect(deployment.address, _OBJECT_STORE)
     try:
         try:
             serve.start(http_options={"host": deployment.host, "port": deployment.port})
@@ -183,24 +182,8 @@ def deployed(deployment: Deployment) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(Exception):
-            serve.shutdown() if is_local else serve.delete(_NAME)
-        ray.shutdown()
-
-
-def _connect(ray: Any, deployment: Deployment) -> None:
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if deployment.address == "local":
-        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
-        options |= {"num_cpus": os.cpu_count() or 1, "address": "local"}
-    else:
-        options["address"] = deployment.address
-    try:
-        ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"there is no Ray at {deployment.address}: {_last_line(error)}; give the address of a "
-            "cluster that runs, or --address local"
-        ) from error
+            serve.shutdown() if deployment.address == "local" else serve.delete(_NAME)
+        leave()
 
 
 def _application(deployment: Deployment) -> Any:
