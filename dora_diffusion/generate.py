@@ -27,11 +27,10 @@ from dora_diffusion.devices import default_device
 from dora_diffusion.formats.adapter.metadata import (
     READING,
     AdapterMetadata,
-    parse_metadata,
     split_triggers,
     stated_reading,
 )
-from dora_diffusion.formats.adapter.stored import StoredAdapter
+from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.formats.checkpoint.schedule import UNASKED, AskedSchedule
 from dora_diffusion.models.components import Components
 from dora_diffusion.models.load import load_components
@@ -208,8 +207,7 @@ def _as_stated(components: Components, metadata: AdapterMetadata, *given: int | 
 def _with_facts_of(adapter: str | Path | None, schedule: AskedSchedule) -> AskedSchedule:
     if adapter is None:
         return schedule
-    metadata = parse_metadata(StoredAdapter.open(adapter).files[0].metadata)
-    return schedule._replace(adapters=(metadata,))
+    return schedule._replace(adapters=(read_metadata(adapter),))
 
 
 def _set_strengths(

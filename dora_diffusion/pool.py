@@ -16,10 +16,9 @@ from dora_diffusion.formats.adapter.file import AdapterMetadata, find_adapter
 from dora_diffusion.formats.adapter.metadata import (
     READING,
     ZERO_TERMINAL_SNR,
-    parse_metadata,
     stated_reading,
 )
-from dora_diffusion.formats.adapter.stored import StoredAdapter
+from dora_diffusion.formats.adapter.stored import read_metadata
 from dora_diffusion.formats.checkpoint.schedule import PREDICTION, UNASKED, AskedSchedule
 from dora_diffusion.generate import SamplingSettings, generate_images
 from dora_diffusion.models.components import Components
@@ -88,7 +87,6 @@ class AdapterPool:
         self.components, self.budget = replace(components, norms=FixedNorms()), budget
         self._asked = schedule, (clip_skip, max_token_length)
         self._loaded: OrderedDict[tuple[object, ...], _Loaded] = OrderedDict()
-        self._metadata: dict[tuple[object, ...], AdapterMetadata] = {}
         self._variants: dict[tuple[object, ...], Components] = {}
         self.loads = 0
 
@@ -173,13 +171,7 @@ class AdapterPool:
         """
         if adapter is None:
             return AdapterMetadata()
-        key = _key(adapter)[:-1]
-        if key not in self._metadata:
-            # Of a file that was written since, nobody asks again.
-            self._metadata = {k: each for k, each in self._metadata.items() if k[0] != key[0]}
-            stored = StoredAdapter.open(_parts(adapter)[0])
-            self._metadata[key] = parse_metadata(stored.files[0].metadata)
-        return self._metadata[key]
+        return read_metadata(_parts(adapter)[0])
 
     def components_for(self, adapter: Wanted) -> Components:
         """The model, with noise schedule and prompts read as an adapter's file says.

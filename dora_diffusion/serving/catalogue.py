@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dora_diffusion.config.fields import require
-from dora_diffusion.formats.adapter.metadata import AdapterMetadata, parse_metadata
-from dora_diffusion.formats.adapter.stored import StoredAdapter, find_adapter
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata
+from dora_diffusion.formats.adapter.stored import find_adapter, read_metadata
 from dora_diffusion.formats.layouts.diffusers import DIFFUSERS
 
 RESCAN = 5.0
@@ -36,7 +36,6 @@ class Catalogue:
         for folder in self._folders:
             require(folder.exists(), f"{folder} does not exist; give a folder of adapters")
         self._files: dict[str, Path] = {}
-        self._metadata: dict[str, tuple[int, AdapterMetadata]] = {}
         self._scanned = -RESCAN
         self.scan(strict=True)
 
@@ -72,12 +71,7 @@ class Catalogue:
         Raises:
             AdapterFormatError: If it cannot be read.
         """
-        file = self._files[name]
-        written = find_adapter(file).stat().st_mtime_ns
-        if name not in self._metadata or self._metadata[name][0] != written:
-            metadata = parse_metadata(StoredAdapter.open(file).files[0].metadata)
-            self._metadata[name] = written, metadata
-        return self._metadata[name][1]
+        return read_metadata(self._files[name])
 
 
 def _adapters_in(folder: Path) -> Iterator[Path]:

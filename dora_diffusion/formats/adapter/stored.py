@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dora_diffusion.formats.adapter.metadata import AdapterMetadata, parse_metadata
 from dora_diffusion.formats.files.header import PICKLED, TensorFileError
 from dora_diffusion.formats.files.names import pipeline_in
 from dora_diffusion.formats.files.stream import TensorReader
@@ -102,6 +104,22 @@ class StoredAdapter:
     def nbytes(self) -> int:
         """Size on disk."""
         return sum(file.path.stat().st_size for file in self.files)
+
+
+def read_metadata(path: str | Path) -> AdapterMetadata:
+    """What an adapter says of itself. Its header is read once, until the file is written again.
+
+    Raises:
+        AdapterFormatError, FileNotFoundError: As `StoredAdapter.open` raises them.
+    """
+    file = find_adapter(path).absolute()
+    status = file.stat()
+    return _metadata_of(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _metadata_of(file: Path, written: int, size: int) -> AdapterMetadata:
+    return parse_metadata(StoredAdapter.open(file).files[0].metadata)
 
 
 def find_adapter(path: str | Path) -> Path:
