@@ -33,7 +33,6 @@ from live_bytes import GIB, LiveBytes
 from memory import accelerator, cached, inputs_of, label_weights, make_components, make_states
 
 from dora_diffusion.adapters.inject import DetachedAdapters, detach_adapters
-from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.config import TrainConfig
 from dora_diffusion.config.subject_list import subject_configs
 from dora_diffusion.memory import PROCESS_GIB
@@ -41,7 +40,7 @@ from dora_diffusion.training.adapters import inject_trained
 from dora_diffusion.training.events import StepDone
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.pack import train_pack
-from dora_diffusion.training.packed_step import PackedStep, adapters_on
+from dora_diffusion.training.packed_step import PackedStep
 from dora_diffusion.training.step import build_step
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
@@ -136,7 +135,7 @@ def count_pack(family: str, resolution: int, config: TrainConfig, count: int) ->
         stack.enter_context(Answers())
         stack.enter_context(live)
         inputs = inputs_of(components, resolution // components.vae_factor, config)
-        sessions, adapters, detached = [], [], None
+        sessions, adapters = [], []
         for _ in range(count):
             detach_adapters(components.unet)
             weights, one = inject_trained(components, config), accelerator()
@@ -144,12 +143,10 @@ def count_pack(family: str, resolution: int, config: TrainConfig, count: int) ->
             step = build_step(config, one, components, weights, give)  # type: ignore[arg-type]
             step.objective.condition = Encoded(components)
             make_states(step)
-            layers = [layer for _, layer in adapted_layers(components.unet)]
-            adapters.append(adapters_on(layers))
-            detached = [(layer, layer.adapters, layer.keep_output) for layer in layers]
+            adapters.append(DetachedAdapters.of(components.unet))
             sessions.append(SimpleNamespace(config=config, accelerator=one, train_step=step))
-        DetachedAdapters(detached or []).attach()
-        packed = PackedStep(sessions, layers, adapters)  # type: ignore[arg-type]
+        adapters[0].attach()
+        packed = PackedStep(sessions, adapters)  # type: ignore[arg-type]
         live.label = "step"
         live.reset_peak()
         for outcome in packed([1] * count):

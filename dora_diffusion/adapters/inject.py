@@ -110,7 +110,11 @@ class DetachedAdapters:
         layers: Each layer with its adapters, and with its ``keep_output``.
     """
 
-    layers: Sequence[tuple[nn.Module, nn.ModuleDict, bool]]
+    layers: Sequence[tuple[AdaptedLayer, nn.ModuleDict, bool]]
+
+    def of_name(self, name: str = DEFAULT_NAME) -> list[LayerAdapter]:
+        """The adapter of a name on each layer."""
+        return [cast(LayerAdapter, adapters[name]) for _, adapters, _ in self.layers]
 
     def attach(self) -> None:
         """Put them on their layers, in the place of what is there."""
@@ -118,12 +122,17 @@ class DetachedAdapters:
             layer = adapt_layer(module, keep_output)
             layer._modules["adapters"] = adapters
 
+    @classmethod
+    def of(cls, *models: nn.Module) -> DetachedAdapters:
+        """The adapters that are on models, which stay there."""
+        layers = [layer for model in models for _, layer in adapted_layers(model)]
+        return cls([(layer, layer.adapters, layer.keep_output) for layer in layers])
+
 
 def detach_adapters(*models: nn.Module) -> DetachedAdapters:
     """Take all adapters off models, whose layers get their plain class back."""
-    layers = [layer for model in models for _, layer in adapted_layers(model)]
-    detached = DetachedAdapters([(layer, layer.adapters, layer.keep_output) for layer in layers])
-    for layer in layers:
+    detached = DetachedAdapters.of(*models)
+    for layer, _, _ in detached.layers:
         restore_base_class(layer)
     return detached
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.adapters.inject import DetachedAdapters, detach_adapters
-from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter, adapted_layers
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.config.fields import require, shown
 from dora_diffusion.config.subject_list import SHARED
@@ -22,7 +21,7 @@ from dora_diffusion.training.checkpoint import checkpoints_in
 from dora_diffusion.training.dataset import list_subjects
 from dora_diffusion.training.folders import output_folder
 from dora_diffusion.training.loop import checked
-from dora_diffusion.training.packed_step import PackedStep, adapters_on
+from dora_diffusion.training.packed_step import PackedStep
 from dora_diffusion.training.resume import start_run
 from dora_diffusion.training.run import SAVING, Run, TrainResult
 from dora_diffusion.training.session import LoadBase, load_base, open_session
@@ -153,8 +152,7 @@ class _Member:
     """A subject that trains."""
 
     run: Run
-    detached: DetachedAdapters
-    adapters: list[LayerAdapter]
+    adapters: DetachedAdapters
 
 
 class _Pack:
@@ -190,7 +188,7 @@ class _Pack:
         for name, (own, subjects) in ready.items():
             try:
                 with self._leaving(name):
-                    self._members[name] = self._begin(name, own, subjects, accelerator, base)
+                    self._begin(name, own, subjects, accelerator, base)
             finally:
                 detach_adapters(*base.adaptable().values())
                 self._attached = None
@@ -213,28 +211,24 @@ class _Pack:
     def _begin(
         self, name: str, config: TrainConfig, subjects: list[Subject], accelerator: Any,
         base: Components,
-    ) -> _Member:  # fmt: skip
+    ) -> None:  # fmt: skip
         """Open a subject's run, whose adapters are on the base afterwards."""
         show = partial(self._show, name)
         session = open_session(config, subjects, accelerator, show, base)
         session = replace(session, activate=partial(self._activate, name))
         folder = Path(config.output_dir)
         run = Run(*start_run(session, folder), folder, show, self.stop)
-        models = session.weights.modules.values()
-        layers = [layer for model in models for _, layer in adapted_layers(model)]
-        detached = DetachedAdapters([(la, la.adapters, la.keep_output) for la in layers])
-        self._members[name] = _Member(run, detached, adapters_on(layers))
-        self._attached = detached
+        self._attached = DetachedAdapters.of(*session.weights.modules.values())
+        self._members[name] = _Member(run, self._attached)
         run.begin()
         run.validate_start()
-        return self._members[name]
 
     def _activate(self, name: str) -> None:
         """Have a subject's adapters on the base."""
-        detached = self._members[name].detached
-        if self._attached is not detached:
-            detached.attach()
-            self._attached = detached
+        adapters = self._members[name].adapters
+        if self._attached is not adapters:
+            adapters.attach()
+            self._attached = adapters
 
     def train(self) -> None:
         """Do the steps of all subjects, until none is left."""
@@ -268,13 +262,8 @@ class _Pack:
     def _packed(self, members: Mapping[str, _Member]) -> PackedStep:
         """A step of the present subjects."""
         self._activate(next(iter(members)))
-        layers = [
-            layer
-            for module, _, _ in next(iter(members.values())).detached.layers
-            if isinstance(layer := module, AdaptedLayer)
-        ]
         sessions = [member.run.session for member in members.values()]
-        return PackedStep(sessions, layers, [member.adapters for member in members.values()])
+        return PackedStep(sessions, [member.adapters for member in members.values()])
 
     def _end(self, name: str) -> None:
         """Write a subject's result; it leaves the pack."""

@@ -8,14 +8,13 @@ on no other, so that each run's gradient is what it would be alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters.inject import DEFAULT_NAME
-from dora_diffusion.adapters.layers import AdaptedLayer, LayerAdapter
+from dora_diffusion.adapters.inject import DetachedAdapters
 from dora_diffusion.adapters.rows import StackedRows
 from dora_diffusion.adapters.scope import stack_of, stack_scope
 from dora_diffusion.models.text import Conditioning
@@ -47,8 +46,8 @@ class PackedStep:
 
     Args:
         sessions: What trains; all on one model and one accelerator.
-        layers: The adapted layers of that model.
-        adapters: Of each session the adapters of these layers.
+        adapters: Of each session those on the layers, which are the same ones; the first's are on
+            the model.
 
     Raises:
         ValueError: If the adapters cannot be trained together.
@@ -57,14 +56,15 @@ class PackedStep:
     def __init__(
         self,
         sessions: Sequence[Session],
-        layers: Sequence[AdaptedLayer],
-        adapters: Sequence[Sequence[LayerAdapter]],
+        adapters: Sequence[DetachedAdapters],
     ) -> None:
-        self.sessions, self.layers = sessions, layers
+        self.sessions = sessions
+        self.layers = [layer for layer, _, _ in adapters[0].layers]
         flats = (session.train_step.flat for session in sessions)
         self._flats = [flat for flat in flats if isinstance(flat, FlatParameters)]
         vectors = [flat.vector() for flat in self._flats]
-        self.stack = stack_of(layers, list(zip(*adapters, strict=True)), vectors)
+        each = zip(*(own.of_name() for own in adapters), strict=True)
+        self.stack = stack_of(self.layers, list(each), vectors)
 
     def __call__(self, steps: Sequence[int]) -> list[dict[str, Any] | Exception]:
         """Do a step of each session.
@@ -166,11 +166,6 @@ class PackedStep:
 
     def _objective(self, k: int) -> Objective:
         return cast(Objective, self.sessions[k].train_step.objective)
-
-
-def adapters_on(layers: Iterable[AdaptedLayer]) -> list[LayerAdapter]:
-    """The adapter that a session has put on each layer."""
-    return [cast(LayerAdapter, layer.adapters[DEFAULT_NAME]) for layer in layers]
 
 
 def _of_one_size(given: Mapping[int, StepInputs]) -> Iterator[dict[int, StepInputs]]:
