@@ -22,8 +22,8 @@ figure { display: inline-block; margin: 0 1rem 1rem 0; max-width: 22rem; vertica
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image that the page does not hold.
+class LinkedImage:
+    """An image that is not in the page's file.
 
     Attributes:
         caption: What it shows.
@@ -43,14 +43,14 @@ class Section:
         text: What it says, a paragraph.
         table: Rows, the first a head.
         image: A file beside the page.
-        pictures: Images beside the page; HTML alone shows them.
+        images: Images beside the page; HTML alone shows them.
     """
 
     title: str
     text: str = ""
     table: Sequence[Row] = ()
     image: Path | None = None
-    pictures: Sequence[Picture] = ()
+    images: Sequence[LinkedImage] = ()
 
 
 def as_markdown(title: str, sections: Sequence[Section]) -> str:
@@ -92,8 +92,8 @@ def _section(section: Section) -> str:
         content = base64.b64encode(section.image.read_bytes()).decode()
         alt = html.escape(section.title)
         parts.append(f'<img alt="{alt}" src="data:image/png;base64,{content}">')
-    for picture in section.pictures:
-        caption, source = html.escape(picture.caption), html.escape(picture.source)
+    for linked in section.images:
+        caption, source = html.escape(linked.caption), html.escape(linked.source)
         parts.append(
             f'<figure><img loading="lazy" alt="{caption}" src="{source}">'
             f"<figcaption>{caption}</figcaption></figure>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
-from dora_diffusion.evaluation.page import Picture, Section, as_html
+from dora_diffusion.evaluation.page import LinkedImage, Section, as_html
 from dora_diffusion.fleet.records import DONE, FAILED, SubjectRecord
 from dora_diffusion.wording import counted, duration
 
@@ -36,9 +36,9 @@ def fleet_page(names: Sequence[str], records: Mapping[str, SubjectRecord]) -> st
     if failed:
         table = [["subject", "cause"], *([record.name, record.cause] for record in failed)]
         sections.insert(0, Section("Failed", table=table))
-    pictures = [picture for record in done if (picture := _picture(record))]
-    if pictures:
-        sections.append(Section("Images", pictures=pictures))
+    images = [image for record in done if (image := _image(record))]
+    if images:
+        sections.append(Section("Images", images=images))
     return as_html("A fleet", sections)
 
 
@@ -55,6 +55,6 @@ def _table(records: Sequence[SubjectRecord]) -> list[list[str]]:
     return [head, *rows]
 
 
-def _picture(record: SubjectRecord) -> Picture | None:
+def _image(record: SubjectRecord) -> LinkedImage | None:
     sheet = next((sheet for sheet in _SHEETS if sheet in record.samples), None)
-    return None if sheet is None else Picture(record.name, quote(f"{record.name}/{sheet}"))
+    return None if sheet is None else LinkedImage(record.name, quote(f"{record.name}/{sheet}"))

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tools.pictures import grids
-from tools.pictures.directions import rows_of
-from tools.pictures.grids import GRIDS, draw, trained
-from tools.pictures.walk import walk
+from tools.images import grids
+from tools.images.directions import rows_of
+from tools.images.grids import GRIDS, draw, trained
+from tools.images.walk import walk
 
 IMAGES = Path(__file__).parents[3] / "docs" / "images"
 

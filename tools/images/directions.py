@@ -17,7 +17,7 @@ from dora_diffusion import load_components
 from dora_diffusion.analysis.plots import save_figure, tidy
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.numerics.dora import adapted_weight
-from tools.pictures.grids import BASE, TOKEN, trained
+from tools.images.grids import BASE, TOKEN, trained
 
 SHOWN = 4
 # Between the rows that are drawn, in the unit of the magnitudes.

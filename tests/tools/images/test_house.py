@@ -5,14 +5,14 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from tools.pictures.house import layers, svg
+from tools.images.house import layers, svg
 
 ROOT = Path(__file__).parents[3]
 SPACE = "{http://www.w3.org/2000/svg}"
 
 
 def test_the_image_in_the_documents_is_that_of_the_contracts() -> None:
-    """If not: ``python -m tools.pictures house``."""
+    """If not: ``python -m tools.images house``."""
     file = ROOT / "docs" / "images" / "house.svg"
     assert file.read_text(encoding="utf-8") == svg()
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tools.pictures.app import HEIGHTS, PHONE, PHONE_HEIGHT, SCHEMES, WIDTH, Tab, in_a_row
+from tools.images.app import HEIGHTS, PHONE, PHONE_HEIGHT, SCHEMES, WIDTH, Tab, in_a_row
 
 IMAGES = Path(__file__).parents[3] / "docs" / "images"
 NAMES = [*HEIGHTS, "checkpoints", "phone"]

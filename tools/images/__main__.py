@@ -1,8 +1,8 @@
-"""The images of ``docs/images``, made anew: ``python -m tools.pictures`` or with some names.
+"""The images of ``docs/images``, made again: ``python -m tools.images`` or with some names.
 
-    python -m tools.pictures                       # all of them; about 20 minutes on two cores
-    python -m tools.pictures house walk            # seconds
-    python -m tools.pictures app --steps 8 --output /tmp/look   # the app's layout alone
+    python -m tools.images                       # all of them; about 20 minutes on two cores
+    python -m tools.images house walk            # seconds
+    python -m tools.images app --steps 8 --output /tmp/look   # the app's layout alone
 
 Trainings are kept in ``--work`` and continue there if the command is stopped.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # Image -> the module that draws it.
-PICTURES = {
+IMAGES = {
     "house": "house",
     "walk": "walk",
     "dora": "directions",
@@ -32,21 +32,21 @@ PICTURES = {
 def main() -> None:
     """Make the images that are asked for."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.pictures", description="Make the images of docs/images anew."
+        prog="python -m tools.images", description="Make the images of docs/images again."
     )
-    known = ", ".join(PICTURES)
+    known = ", ".join(IMAGES)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"Of {known}. Default: all.")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", help="Where to.")
     parser.add_argument(
-        "--work", type=Path, default=Path("pictures-work"), help="Where trainings are kept."
+        "--work", type=Path, default=Path("images-work"), help="Where trainings are kept."
     )
     parser.add_argument("--steps", type=int, help="Training steps. Default: each image's own.")
     args = parser.parse_args()
-    if unknown := [name for name in args.names if name not in PICTURES]:
+    if unknown := [name for name in args.names if name not in IMAGES]:
         parser.error(f"there is no image {unknown[0]!r}; it must be one of {known}")
     args.output.mkdir(parents=True, exist_ok=True)
-    for name in args.names or PICTURES:
-        module = import_module(f"tools.pictures.{PICTURES[name]}")
+    for name in args.names or IMAGES:
+        module = import_module(f"tools.images.{IMAGES[name]}")
         draw: Callable[..., list[Path]] = module.draw
         for file in draw(name, args.output, args.work, args.steps):
             print(f"{file}: {file.stat().st_size / 1e3:.0f} kB", flush=True)

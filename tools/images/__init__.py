@@ -1,0 +1,1 @@
+"""The images of the documents, each made by `python -m tools.images NAME`."""

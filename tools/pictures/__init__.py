@@ -1,1 +1,0 @@
-"""The images of the documents, each made anew by `python -m tools.pictures NAME`."""
