@@ -78,7 +78,12 @@ def complete(app: Sphinx, document: str, source: list[str]) -> None:
 def open_to_all(
     app: Sphinx, page: str, template: str, context: dict[str, Any], tree: object
 ) -> None:
-    """Let a keyboard scroll wide code and tables, and say how deep a heading of the list is."""
+    """Let a keyboard scroll wide code and tables, and say how deep a heading of the list is.
+
+    The parameters of a long signature are no list of definitions, whatever Sphinx makes of them.
+    """
+    if "body" in context:
+        context["body"] = re.sub(r"<dl>\n(?:<dd>.*</dd>\n)+</dl>", _as_lines, context["body"])
     for name, old, new in (
         ("body", "<pre>", '<pre tabindex="0">'),
         ("body", '<div class="table-wrapper', '<div tabindex="0" class="table-wrapper'),
@@ -86,6 +91,11 @@ def open_to_all(
     ):
         if name in context:
             context[name] = context[name].replace(old, new)
+
+
+def _as_lines(signature: re.Match[str]) -> str:
+    text = re.sub("<(/?)d[ld]>", r"<\1div>", signature[0])
+    return text.replace("\n<div>", '\n<div style="margin-left: 2rem">')
 
 
 def setup(app: Sphinx) -> None:
