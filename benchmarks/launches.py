@@ -30,7 +30,7 @@ from dora_diffusion.adapters.layers import adapted_layers
 from dora_diffusion.adapters.scope import NormCache, norm_scope, stack_of, stack_scope
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.training.optimizer import FlatParameters
+from dora_diffusion.training.parameters import FlatParameters
 
 PEERS = (FROZEN, LORA, PEFT_DORA, OURS)
 PACK = "a pack of "

@@ -227,12 +227,10 @@ def make_states(step: TrainingStep) -> None:
     for parameter in step.objective.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    if step.flat is not None:
-        step.flat.take_gradients()
+    step.parameters.take_gradients()
     step.optimizer.step()
     step.optimizer.zero_grad()
-    if step.flat is not None:
-        step.flat.finish()
+    step.parameters.finish()
 
 
 @lru_cache

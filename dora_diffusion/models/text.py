@@ -255,6 +255,7 @@ MORE_TOKENS = "; max_token_length reads more, in chunks"
 
 # Prompts that were warned of, by tokenizer: a caption comes again with every epoch.
 _WARNED: WeakKeyDictionary[Any, set[tuple[str, int | None]]] = WeakKeyDictionary()
+_MOST_WARNED = 10_000
 
 
 def warn_of_truncation(components: Components, prompts: Sequence[str]) -> None:
@@ -264,6 +265,8 @@ def warn_of_truncation(components: Components, prompts: Sequence[str]) -> None:
     for prompt in dict.fromkeys(prompts):
         known = (prompt, chunks) in warned
         if not known and (cut := truncated_text(tokenizer, prompt, chunks)):
+            if len(warned) == _MOST_WARNED:  # A server sees prompts without end.
+                warned.clear()
             warned.add((prompt, chunks))
             warnings.warn(
                 f"the prompt is longer than {token_limit(components)}; it will not see the end: "

@@ -1,24 +1,21 @@
-"""Parameter groups, optimizers, what they see of many small parameters, and schedules."""
+"""Parameter groups, optimizers and schedules."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import increment_version
+from torch import nn
 
 from dora_diffusion.adapters.inject import layer_adapters
 from dora_diffusion.config import ConfigError, TrainConfig
 from dora_diffusion.devices import has_fused_optimizers
-from dora_diffusion.numerics.prepare.layout import join, split_like
-from dora_diffusion.numerics.prepare.stack_layout import Vector
+from dora_diffusion.training.parameters import Groups
 from dora_diffusion.wording import counted
 
-Groups = list[dict[str, Any]]
 WORDS = "words"
 """What ends the name of a group of new words' vectors."""
 
@@ -185,112 +182,6 @@ def build_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> 
 def _until(last: int, factor: Callable[[int], float]) -> Callable[[int], float]:
     """A schedule that is 0 once so many steps are done."""
     return lambda done: 0.0 if done >= last else factor(done)
-
-
-class FlatParameters:
-    """One flat parameter for each parameter group; the group's own become views of it.
-
-    Clipping and AdamW treat every number alike, so they see the flat ones, and do the same. Not for
-    optimizers to which a parameter's shape or size matters.
-
-    Attributes:
-        groups: The parameter groups, with a flat parameter each.
-    """
-
-    def __init__(self, groups: Groups) -> None:
-        self._members: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
-        self._flat = [nn.Parameter(join(members)) for members in self._members]
-        self._gradients = [torch.zeros_like(flat) for flat in self._flat]
-        self._shares = [
-            split_like(gradient, members)
-            for gradient, members in zip(self._gradients, self._members, strict=True)
-        ]
-        self._unused: list[tuple[nn.Parameter, Tensor]] = []
-        self.groups: Groups = [
-            group | {"params": [flat]} for group, flat in zip(groups, self._flat, strict=True)
-        ]
-        for flat, members in zip(self._flat, self._members, strict=True):
-            for member, view in zip(members, split_like(flat, members), strict=True):
-                member.data = view
-
-    def vector(self) -> Vector:
-        """All parameters, flat ones in their order."""
-        offsets, start = {}, 0
-        for members in self._members:
-            for member in members:
-                offsets[id(member)] = start
-                start += member.numel()
-        return Vector([flat.detach() for flat in self._flat], offsets)
-
-    def give_gradients(self, gradient: Tensor, unused: Collection[Tensor] = ()) -> None:
-        """Give the flat parameters their parts of a gradient of `vector`.
-
-        Args:
-            gradient: Of all parameters.
-            unused: Parameters that have none, and stay as they are.
-
-        Raises:
-            RuntimeError: As `take_gradients` does.
-        """
-        without, self._unused = {id(parameter) for parameter in unused}, []
-        parts = gradient.split([flat.numel() for flat in self._flat])
-        for flat, part, members in zip(self._flat, parts, self._members, strict=True):
-            _check_memory(flat, members)
-            left = [member for member in members if id(member) in without]
-            flat.grad = part if len(left) < len(members) else None
-            if flat.grad is not None:
-                self._unused += [(member, member.detach().clone()) for member in left]
-
-    def take_gradients(self) -> None:
-        """Give the flat parameters the gradients of their members.
-
-        Raises:
-            RuntimeError: If a member's memory was exchanged, as ``.to()`` does it.
-        """
-        self._unused = []
-        each = zip(self._flat, self._gradients, self._shares, self._members, strict=True)
-        for flat, gradient, shares, members in each:
-            _check_memory(flat, members)
-            found = [member.grad for member in members]
-            pairs = [(s, grad) for s, grad in zip(shares, found, strict=True) if grad is not None]
-            unused = [m for m, grad in zip(members, found, strict=True) if grad is None]
-            if unused:
-                gradient.zero_()
-                self._unused += [(m, m.detach().clone()) for m in unused if pairs]
-            if pairs:
-                torch._foreach_copy_([share for share, _ in pairs], [grad for _, grad in pairs])
-            flat.grad = gradient if pairs else None
-
-    def share_gradients(self) -> None:
-        """Let the members' gradients be views of the flat ones, which clipping then changes too."""
-        for shares, members in zip(self._shares, self._members, strict=True):
-            for share, member in zip(shares, members, strict=True):
-                member.grad = None if member.grad is None else share
-
-    def finish(self) -> None:
-        """After the optimizer's step: drop the members' gradients, and count them as written.
-
-        A member that had none is what it was before: no weight decay acts on it.
-        """
-        for member, value in self._unused:
-            member.data.copy_(value)
-        self._unused = []
-        for members in self._members:
-            for member in members:
-                member.grad = None
-            # Memory that is given by ``.data`` brings no version counter along.
-            increment_version(members)
-
-
-def _check_memory(flat: Tensor, members: Sequence[Tensor]) -> None:
-    place, size = flat.data_ptr(), flat.element_size()
-    for member in members:
-        if member.data_ptr() != place:
-            raise RuntimeError(
-                "a trained parameter was moved or replaced while it trains, so that the optimizer "
-                "no longer reaches it; build the optimizer after the model is where it stays"
-            )
-        place += member.numel() * size
 
 
 def restore_optimizer(optimizer: Any, lr_schedule: Any, state: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from dora_diffusion.models.text import Conditioning
 from dora_diffusion.numerics.loss import add_noise
 from dora_diffusion.training.inputs import StepInputs
 from dora_diffusion.training.objective import HeldPrior, Objective
-from dora_diffusion.training.optimizer import FlatParameters
+from dora_diffusion.training.parameters import FlatParameters
 from dora_diffusion.training.session import Session
 
 
@@ -60,8 +60,7 @@ class PackedStep:
     ) -> None:
         self.sessions = sessions
         self.layers = [layer for layer, _, _ in adapters[0].layers]
-        flats = (session.train_step.flat for session in sessions)
-        self._flats = [flat for flat in flats if isinstance(flat, FlatParameters)]
+        self._flats = [cast(FlatParameters, s.train_step.parameters) for s in sessions]
         vectors = [flat.vector() for flat in self._flats]
         each = zip(*(own.of_name() for own in adapters), strict=True)
         self.stack = stack_of(self.layers, list(each), vectors)

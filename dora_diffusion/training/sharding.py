@@ -27,7 +27,7 @@ from dora_diffusion.models.components import Components
 from dora_diffusion.models.words import WordEmbedding
 from dora_diffusion.numerics.prepare.factors import RowShard
 from dora_diffusion.numerics.prepare.layout import join, split_like
-from dora_diffusion.training.optimizer import Groups
+from dora_diffusion.training.parameters import Groups, SteppedParameters
 
 # By name: importing their classes imports Diffusers. What is in none of these is gathered with the
 # whole model.
@@ -265,15 +265,10 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         torch._foreach_copy_(found, list(split_like(mean, found)))
 
 
-class LocalParameters:
-    """What the optimizer sees of weights that train sharded: the parts of this process.
+class LocalParameters(SteppedParameters):
+    """The parts of this process, of weights that train sharded.
 
-    AdamW treats every number alike, so that each process steps its own. The methods are those of
-    `FlatParameters`.
-
-    Attributes:
-        groups: The parameter groups, with the local parts.
-        whole: Parameters that every process has whole.
+    AdamW treats every number alike, so that each process steps its own.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -282,25 +277,24 @@ class LocalParameters:
             id(member): nn.Parameter(local(member)) if is_sharded(member) else member
             for member in members
         }
-        self.groups = [
-            group | {"params": [own[id(member)] for member in group["params"]]} for group in groups
-        ]
+        super().__init__(
+            [group | {"params": [own[id(m)] for m in group["params"]]} for group in groups],
+            whole=[member for member in members if not is_sharded(member)],
+        )
         self._members = members
         self._pairs = [(m, own[id(m)]) for m in members if is_sharded(m)]
-        self.whole = [member for member in members if not is_sharded(member)]
 
     def take_gradients(self) -> None:
-        """Give the local parts their gradients, which FSDP has averaged."""
+        # FSDP has averaged them.
         for member, own in self._pairs:
             own.grad = None if member.grad is None else local(member.grad)
 
     def finish(self) -> None:
-        """After the optimizer's step: drop the gradients."""
         for member, _ in self._pairs:
             member.grad = None
 
     @torch.no_grad()
-    def clip(self, limit: float) -> Tensor:
+    def clip(self, limit: float, accelerator: Any) -> Tensor:
         """Limit the gradients' L2 norm over all processes; returns what it was. 0 is no limit."""
         own = [part.grad for _, part in self._pairs if part.grad is not None]
         whole = [parameter.grad for parameter in self.whole if parameter.grad is not None]
@@ -311,11 +305,9 @@ class LocalParameters:
         return norm
 
     def gather_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """An optimizer's state with whole moments, in the first process."""
         return self._with_moments(state, lambda moment, member: gather(moment, member))
 
     def own_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of a whole state that is this process's."""
         return self._with_moments(state, lambda moment, member: own_part(member, moment))
 
     def _with_moments(self, state: Mapping[str, Any], change: Any) -> dict[str, Any]:

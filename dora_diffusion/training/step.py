@@ -21,12 +21,12 @@ from dora_diffusion.training.inputs import InputSource, StepInputs
 from dora_diffusion.training.metrics import require_finite
 from dora_diffusion.training.objective import Objective
 from dora_diffusion.training.optimizer import (
-    FlatParameters,
     build_lr_schedule,
     build_optimizer,
     learning_rates,
     restore_optimizer,
 )
+from dora_diffusion.training.parameters import FlatParameters, SteppedParameters
 from dora_diffusion.training.sharding import LocalParameters, average_gradients, shard
 from dora_diffusion.training.words import TrainedWords
 
@@ -40,11 +40,12 @@ class TrainingStep:
         accelerator: What `make_accelerator` made.
         modules: The components that train, by name.
         objective: `StepInputs` to the losses of subject and prior.
-        optimizer: Over the parameters that train.
+        parameters: What the optimizer sees of the parameters that train.
+        optimizer: Over these.
         lr_schedule: Its learning rates.
         inputs: Gives each batch's, by its number since the start of the run.
         words: New words that train.
-        flat: What the optimizer sees of the parameters; None: these themselves.
+        is_sharded: Whether processes share one model (`sharding.shard`).
         allocation: Moves ranks between layers; None: they stay.
         norm_cache: Spares each step a wait for the device, and what the step before found out.
         batches: Number of batches since the start of the run.
@@ -56,20 +57,16 @@ class TrainingStep:
     accelerator: Any
     modules: Mapping[str, nn.Module]
     objective: nn.Module
+    parameters: SteppedParameters
     optimizer: Any
     lr_schedule: Any
     inputs: InputSource
     words: TrainedWords
-    flat: FlatParameters | LocalParameters | None = None
+    is_sharded: bool = False
     allocation: RankAllocation | None = None
     norm_cache: NormCache = field(default_factory=NormCache)
     batches: int = 0
     is_whole: bool = True
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Everything that the optimizer sees."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def __call__(self, step: int) -> dict[str, Any]:
         """Do step number ``step``, from 1. Returns its numbers, still on the device.
@@ -93,13 +90,11 @@ class TrainingStep:
                     losses.append(self._backward(1 / accumulation))
         if self.allocation is not None and "d" not in self.optimizer.param_groups[0]:
             self.allocation.add_orthogonality(self._loss_scale())
-        if self.flat is not None:
-            self.flat.take_gradients()
-        if self.allocation is not None and isinstance(self.flat, FlatParameters):
-            self.flat.share_gradients()
-        if shards_model(self.accelerator):
-            own = self.flat.whole if isinstance(self.flat, LocalParameters) else self.parameters
-            average_gradients(own)
+        self.parameters.take_gradients()
+        if self.allocation is not None:
+            self.parameters.share_gradients()
+        if self.is_sharded:
+            average_gradients(self.parameters.whole)
         return self.update(step, losses)
 
     def update(self, step: int, losses: list[Tensor]) -> dict[str, Any]:
@@ -118,7 +113,7 @@ class TrainingStep:
         rates = learning_rates(self.optimizer.param_groups)
         effective_rates = rates.get("effective_lr")
         scale = self._loss_scale() if self.allocation is not None else 1.0
-        norm = self._clip()
+        norm = self.parameters.clip(self.config.max_grad_norm, self.accelerator)
         means = self.accelerator.reduce(torch.stack(losses).mean(dim=0), reduction="mean")
         record = {"step": step, "loss": means[0], "grad_norm": norm, **rates}
         self._hold_back(record)
@@ -131,21 +126,18 @@ class TrainingStep:
             self.allocation.after_step(step)
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.flat is not None:
-            self.flat.finish()
+        self.parameters.finish()
         self.is_whole = True
         return record | ({"prior_loss": means[1]} if self.config.holds_prior else {})
 
     def optimizer_state(self) -> dict[str, Any]:
         """The optimizer's state, whole in the first process where the model is sharded."""
-        state: dict[str, Any] = self.optimizer.state_dict()
-        return self.flat.gather_state(state) if isinstance(self.flat, LocalParameters) else state
+        return dict(self.parameters.gather_state(self.optimizer.state_dict()))
 
     def restore_optimizer(self, state: Mapping[str, Any]) -> None:
         """Put moments and the schedule's place of a checkpoint back (`restore_optimizer`)."""
-        if isinstance(self.flat, LocalParameters):
-            state = {**state, "optimizer": self.flat.own_state(state["optimizer"])}
-        restore_optimizer(self.optimizer, self.lr_schedule, state)
+        own = {**state, "optimizer": self.parameters.own_state(state["optimizer"])}
+        restore_optimizer(self.optimizer, self.lr_schedule, own)
 
     def _backward(self, share: float) -> Tensor:
         """Loss and gradients of the next batch: ``(total, prior)``, detached."""
@@ -191,18 +183,6 @@ class TrainingStep:
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(is_wrong, 0)
 
-    def _clip(self) -> Tensor:
-        """Limit the gradients' L2 norm; returns what it was."""
-        limit = self.config.max_grad_norm
-        if isinstance(self.flat, LocalParameters):
-            return self.flat.clip(limit)
-        if limit:
-            norm: Tensor = self.accelerator.clip_grad_norm_(self.parameters, limit)
-            return norm
-        self.accelerator.unscale_gradients()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
-
 
 def build_step(
     config: TrainConfig,
@@ -230,16 +210,15 @@ def build_step(
     if accelerator.num_processes > 1 and not shards:
         objective = accelerator.prepare_model(objective)
     groups = weights.groups(config)
-    flat: FlatParameters | LocalParameters | None = None
+    parameters = SteppedParameters(groups)
     # AdamW treats every number alike, whatever parameter it belongs to. Adafactor knows rows and
     # columns, Prodigy each parameter's start, and the 8-bit one quantises no small ones, which
     # keeps the magnitudes' moments whole. A model's own weights are few and large.
     if not config.is_full and config.optimizer_name == "adamw":
-        flat = FlatParameters(groups)
+        parameters = FlatParameters(groups)
     elif shards and config.is_full:
-        flat = LocalParameters(groups)
-    groups = groups if flat is None else flat.groups
-    optimizer = build_optimizer(groups, config)
+        parameters = LocalParameters(groups)
+    optimizer = build_optimizer(parameters.groups, config)
     # Before Accelerate takes the optimizer's `step`, which the schedule marks as its own.
     schedule = build_lr_schedule(optimizer, config)
     optimizer = accelerator.prepare_optimizer(optimizer)
@@ -247,6 +226,6 @@ def build_step(
     if config.parametrization == "adalora" and not config.is_full:
         allocation = build_allocation(weights.modules, config)
     return TrainingStep(
-        config, accelerator, weights.modules, objective, optimizer, schedule, inputs,
-        weights.words, flat, allocation,
+        config, accelerator, weights.modules, objective, parameters, optimizer, schedule, inputs,
+        weights.words, shards, allocation,
     )  # fmt: skip

@@ -123,16 +123,16 @@ def no_room(monkeypatch, free: int, real=shutil.disk_usage) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 10**12 - free, free))
 
 
-def find(sheet: Image.Image, image: Image.Image) -> list[tuple[int, int]]:
-    """Where an image lies in a sheet, pixel by pixel: (left, top) of each place."""
-    whole, part = np.asarray(sheet.convert("RGB")), np.asarray(image.convert("RGB"))
+def find(sheet: Image.Image, image: Image.Image, within: int = 0) -> list[tuple[int, int]]:
+    """Where an image lies in a sheet, to so many of 255: (left, top) of each place."""
+    whole, part = (np.asarray(each.convert("RGB"), np.int16) for each in (sheet, image))
     height, width = part.shape[:2]
     return [
         (x, y)
         for y in range(whole.shape[0] - height + 1)
         for x in range(whole.shape[1] - width + 1)
-        if np.array_equal(whole[y, x], part[0, 0])
-        and np.array_equal(whole[y : y + height, x : x + width], part)
+        if np.abs(whole[y, x] - part[0, 0]).max() <= within
+        and np.abs(whole[y : y + height, x : x + width] - part).max() <= within
     ]
 
 

@@ -18,6 +18,7 @@ from dora_diffusion.numerics.allocation import BudgetSchedule
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.allocation import RankAllocation
 from dora_diffusion.training.loop import train
+from dora_diffusion.training.parameters import FlatParameters
 from dora_diffusion.training.session import open_session
 from dora_diffusion.training.subject import subjects_of
 from tests.adapters.test_parametrizations import batches, merged_weights, two_linears
@@ -113,7 +114,7 @@ def test_it_weighs_the_gradients_that_the_optimizer_gets(sd1_folder, photos, tmp
     session = open_run(sd1_folder, photos, tmp_path, targets=["attention"],
                        parametrization="adalora", max_grad_norm=1e-3)  # fmt: skip
     allocation, norms = session.train_step.allocation, []
-    assert session.train_step.flat is not None
+    assert isinstance(session.train_step.parameters, FlatParameters)
 
     def note(step: int) -> None:
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in allocation._parameters]))

@@ -20,7 +20,6 @@ from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models.load import load_components
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.optimizer import (
-    FlatParameters,
     build_lr_schedule,
     build_optimizer,
     join_states,
@@ -28,6 +27,7 @@ from dora_diffusion.training.optimizer import (
     parameter_groups,
     restore_optimizer,
 )
+from dora_diffusion.training.parameters import FlatParameters
 from tests.training.helpers import losses, make_config, warnings_of
 
 

@@ -66,7 +66,8 @@ def test_how_prompts_were_read_goes_along(tiny_run, tmp_path, capsys):
         for seed in (5, 6):
             prompt = rules.draw_prompt(config.instance_prompt, seed)
             (image,) = generate_images(base, prompt, [seed], settings)
-            assert len(find(sheet, image)) == 1
+            # How many are sampled at once changes the order of sums on some processors.
+            assert len(find(sheet, image, within=1)) == 1
     whole = dataclasses.replace(
         config, method="full", output_dir=str(tmp_path / "whole"), num_validation_images=0
     )

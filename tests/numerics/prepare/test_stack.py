@@ -10,7 +10,7 @@ from dora_diffusion.adapters.inject import inject_adapters, layer_adapters
 from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers
 from dora_diffusion.adapters.scope import norm_scope, stack_of, stack_scope
 from dora_diffusion.config import AdapterConfig
-from dora_diffusion.training.optimizer import FlatParameters
+from dora_diffusion.training.parameters import FlatParameters
 
 
 def make(ranks: list[int], **settings: object) -> tuple[nn.Module, list[list[LayerAdapter]]]:
