@@ -86,6 +86,7 @@ class AdapterPool:
     ) -> None:
         self.components, self.budget = replace(components, norms=FixedNorms()), budget
         self._asked = schedule, (clip_skip, max_token_length)
+        self._width = components.unet.dtype.itemsize  # Which looks at every module.
         self._loaded: OrderedDict[tuple[object, ...], _Loaded] = OrderedDict()
         self._variants: dict[tuple[object, ...], Components] = {}
         self.loads = 0
@@ -232,9 +233,8 @@ class AdapterPool:
         """What an adapter takes on a layer: its parameters and, of a DoRA, its norms' factors."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in part.parameters())
         if part.magnitude is not None:
-            width = self.components.unet.dtype.itemsize
-            size += width * (part.down.numel() + part.up.numel())
-            size += (4 + width) * part.magnitude.numel()
+            size += self._width * (part.down.numel() + part.up.numel())
+            size += (4 + self._width) * part.magnitude.numel()
         return size
 
     def _make_room(self, wanted: dict[tuple[object, ...], Wanted]) -> None:

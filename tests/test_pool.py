@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -79,6 +80,23 @@ def test_each_image_is_that_of_its_adapter_alone(sdxl_folder, files, offload):
     assert len({image.tobytes() for image in mixed}) == 4
     triggers = [pool.metadata(adapter).trigger for adapter in wanted]
     assert triggers == ["word1", "", "word2", "word3"]
+
+
+def test_loading_one_more_looks_at_none_of_those_that_are_there(sdxl_folder, files):
+    """A server has hundreds: each is loaded by the calls that the first ones took."""
+    pool, calls = AdapterPool(load_components(sdxl_folder)), []
+
+    def count(frame, event, argument):
+        calls[-1] += event == "call"
+
+    for number in range(8):
+        calls.append(0)
+        sys.setprofile(count)
+        try:
+            pool.names([(files[0], 1 + number / 8)])
+        finally:
+            sys.setprofile(None)
+    assert calls[7] == pytest.approx(calls[2], rel=0.01)
 
 
 def test_what_is_asked_for_again_is_not_read_again(sdxl_folder, files, monkeypatch):

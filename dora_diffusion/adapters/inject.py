@@ -29,6 +29,7 @@ from dora_diffusion.adapters.layers import (
     AdaptedLayer,
     LayerAdapter,
     adapted_layers,
+    own_modules,
 )
 from dora_diffusion.adapters.targets import match_targets
 from dora_diffusion.config import AdapterConfig
@@ -141,17 +142,18 @@ def _attach(model: nn.Module, adapters: Mapping[str, LayerAdapter], name: str) -
     reasons = [_mismatch_reason(model, path, part, name) for path, part in adapters.items()]
     if problems := [reason for reason in reasons if reason]:
         raise ValueError("the adapter does not fit the model: " + "; ".join(problems))
-    trained = {id(parameter) for parameter in adapter_parameters(model)}
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
-    keep_output = not _writes_in_place(model)
+    own = [module for _, module in own_modules(model)]
+    for parameter in (p for module in own for p in module.parameters(recurse=False)):
+        parameter.requires_grad_(False)
+    # An activation such as ``ReLU(inplace=True)`` may overwrite a layer's output.
+    keep_output = not any(getattr(module, "inplace", False) is True for module in own)
     for path, adapter in adapters.items():
         layer = adapt_layer(model.get_submodule(path), keep_output)
         # The module knows how it stores its weight; a file may not.
         adapter.kind, adapter.groups = layer.kind, layer_groups(layer)
         layer.adapters[name] = adapter.to(layer.weight.device)
         layer.forget(name)
-        layer.train(layer.training)
+        adapter.train(layer.training)
 
 
 def _mismatch_reason(model: nn.Module, path: str, adapter: LayerAdapter, name: str) -> str | None:
@@ -170,11 +172,6 @@ def _mismatch_reason(model: nn.Module, path: str, adapter: LayerAdapter, name: s
     if isinstance(module, AdaptedLayer) and name in module.adapters:
         return f"{path} already has an adapter named {name!r}; remove it first"
     return None
-
-
-def _writes_in_place(model: nn.Module) -> bool:
-    """Whether an activation such as ``ReLU(inplace=True)`` may overwrite a layer's output."""
-    return any(getattr(module, "inplace", False) is True for module in model.modules())
 
 
 def remove_adapters(model: nn.Module, name: str | None = None) -> None:
@@ -281,9 +278,10 @@ def set_strength(
 def layer_adapters(model: nn.Module, name: str | None = None) -> Iterator[LayerAdapter]:
     """One adapter's parts, layer by layer; those of all adapters without a name."""
     for _, layer in adapted_layers(model):
-        for key, adapter in layer.adapters.items():
-            if name is None or key == name:
-                yield cast(LayerAdapter, adapter)
+        if name is None:
+            yield from cast(Iterable[LayerAdapter], layer.adapters.values())
+        elif name in layer.adapters:
+            yield cast(LayerAdapter, layer.adapters[name])
 
 
 def require_adapters(models: Iterable[nn.Module], names: Iterable[str | None]) -> None:

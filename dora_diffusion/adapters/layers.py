@@ -339,10 +339,10 @@ class AdaptedLayer(nn.Module):
             self._unmerged = None
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
-    """Every adapted layer of a model with its path, in the order of ``named_modules``.
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model itself with their paths, in the order of ``named_modules``.
 
-    Which takes several times as long, and each step of training asks.
+    Of the many adapters that may be on it none is looked at.
     """
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     seen: set[int] = set()
@@ -351,9 +351,15 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
         if id(module) in seen:
             continue
         seen.add(id(module))
+        yield path, module
+        is_adapted = isinstance(module, AdaptedLayer)
+        for name, child in reversed(module._modules.items()):
+            if child is not None and not (is_adapted and name == "adapters"):
+                waiting.append((f"{path}.{name}" if path else name, child))
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Every adapted layer of a model with its path, in the order of ``named_modules``."""
+    for path, module in own_modules(model):
         if isinstance(module, AdaptedLayer):
             yield path, module
-            continue
-        for name, child in reversed(module._modules.items()):
-            if child is not None:
-                waiting.append((f"{path}.{name}" if path else name, child))

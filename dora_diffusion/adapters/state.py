@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.inject import DEFAULT_NAME, attach_adapters
 from dora_diffusion.adapters.kinds import can_adapt, layer_kind
-from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers
+from dora_diffusion.adapters.layers import LayerAdapter, adapted_layers, own_modules
 from dora_diffusion.adapters.parametrizations import ProjectedParametrization
 from dora_diffusion.families import FAMILIES, Family
 from dora_diffusion.formats.adapter.embeddings import MissingToken
@@ -52,7 +52,7 @@ class LiveWeights:
         modules = {
             canonical(component, path): module
             for component, model in components.items()
-            for path, module in model.named_modules()
+            for path, module in own_modules(model)
             if path and can_adapt(module)
         }
         self.kinds = {name: layer_kind(module) for name, module in modules.items()}
