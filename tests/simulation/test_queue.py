@@ -163,6 +163,19 @@ class TestPacks:
         assert without.training - without.lost < work.sum() < without.training
 
 
+def test_who_has_trained_last_is_taken_first():
+    plan = QueuePlan(workers=2, cold_start=30, warm_start=2)
+    outcome = simulate_queue(plan, [0, 100], [10, 10])
+    assert outcome.turnarounds.tolist() == [40, 12]
+
+
+def test_who_is_interrupted_comes_before_those_who_wait():
+    plan = QueuePlan(failures=20, recovery=5)
+    outcome = simulate_queue(plan, np.zeros(40), np.full(40, 60), seed=3)
+    assert outcome.interruptions > 5
+    assert np.all(np.diff(outcome.turnarounds) > 0)
+
+
 def test_who_was_idle_for_long_is_given_back_and_starts_cold():
     plan = QueuePlan(cold_start=50, warm_start=5, keep_warm=200)
     outcome = simulate_queue(plan, [0, 100, 1000], [10, 10, 10])
