@@ -50,8 +50,8 @@ def train(settings: dict[str, Any]) -> None:
     told: dict[str, Any] = {"rank": int(os.environ["RANK"])}
     open_session = loop.open_session
 
-    def opened(*args: Any) -> Any:
-        session = open_session(*args)
+    def opened(*args: Any, **kwargs: Any) -> Any:
+        session = open_session(*args, **kwargs)
         told["unet_gib"] = round(alive(session.components.unet) / GIB, 3)
         told["resident_gib"] = round(resident() / GIB, 2)
         told["started"] = time.perf_counter()

@@ -195,6 +195,8 @@ class Run:
             self.stop.answer_with(_FINISHING)
             result_step = self._best_step(steps)
             written = write_result(self.session, self.output_dir, result_step, self.samples)
+        if not self.is_main:  # It has a part; the first process tells of the result.
+            written = None
         self.session.accelerator.wait_for_everyone()
         signal_number = None if is_complete else self.stop.signal_number
         stopped_early = is_complete and steps < total_steps

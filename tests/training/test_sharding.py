@@ -132,6 +132,11 @@ def test_two_processes_that_share_a_model_train_what_one_does(name, runs):
 
 
 @needs_fork
+def test_the_first_process_alone_tells_of_results(runs):
+    assert [process["tells"] for process in runs.told] == [[True, True], [False, False]]
+
+
+@needs_fork
 def test_each_process_has_half_of_the_matrices(runs):
     for process in runs.told:
         for sizes in process["sizes"]:

@@ -54,9 +54,8 @@ def train_all(configs: Sequence[Mapping[str, Any]], loop: Any) -> dict[str, Any]
     loop.open_session = lambda *args, **kwargs: _measured(open_session(*args, **kwargs), sizes)
     # The next run goes on with the same processes.
     PartialState.destroy_process_group = lambda self, group=None: None
-    for settings in configs:
-        loop.train(TrainConfig.from_dict(settings))
-    return {"sizes": sizes}
+    results = [loop.train(TrainConfig.from_dict(settings)) for settings in configs]
+    return {"sizes": sizes, "tells": [bool(made.adapter or made.model) for made in results]}
 
 
 def _measured(session: Any, sizes: list[dict[str, int]]) -> Any:
