@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -208,7 +209,10 @@ def build_step(
     ).to(accelerator.device)
     # Before the parameters share their memory: DistributedDataParallel gives them other memory.
     if accelerator.num_processes > 1 and not shards:
-        objective = accelerator.prepare_model(objective)
+        with warnings.catch_warnings():
+            # Newer names of torch's are not known to Accelerate.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            objective = accelerator.prepare_model(objective)
     groups = weights.groups(config)
     parameters = SteppedParameters(groups)
     # AdamW treats every number alike, whatever parameter it belongs to. Adafactor knows rows and

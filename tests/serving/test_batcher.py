@@ -42,6 +42,19 @@ def test_requests_of_a_key_share_a_batch_that_starts_when_full_or_due():
     assert worker.begun == pytest.approx([0, 0, 5])
 
 
+def test_the_first_of_a_batch_waits_for_the_window_and_no_longer():
+    worker = Worker()
+
+    async def ask():
+        batcher = Batcher(worker, window=5.0)
+        first = asyncio.ensure_future(batcher.submit(0, 0))
+        await asyncio.sleep(3)
+        await asyncio.gather(first, batcher.submit(1, 0))
+
+    run(ask())
+    assert (worker.batches, worker.begun) == ([[0, 1]], pytest.approx([5]))
+
+
 def test_while_workers_are_busy_batches_grow_and_the_oldest_come_first():
     worker = Worker(seconds=10)
 
@@ -114,6 +127,24 @@ def test_one_answer_may_be_an_error_and_a_batch_may_fail():
     assert [str(each) for each in found] == [
         "1 is odd", "2", "the disk is gone", "the disk is gone", "4",
     ]  # fmt: skip
+
+
+def test_what_a_worker_has_lost_comes_before_what_waits():
+    seen = []
+
+    async def worker(batch):
+        seen.append(list(batch))
+        await asyncio.sleep(1)
+        if len(seen) == 1:
+            raise WorkerLostError("gone")
+        return list(batch)
+
+    async def ask():
+        batcher = Batcher(worker, window=0.0, batch_size=2)
+        return await asyncio.gather(*(batcher.submit(n, 0) for n in range(4)))
+
+    assert run(ask()) == [0, 1, 2, 3]
+    assert seen == [[0], [0, 1], [2, 3]]
 
 
 def test_requests_of_a_dead_worker_are_tried_again_first_and_not_forever():

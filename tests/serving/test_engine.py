@@ -53,6 +53,7 @@ def test_each_answer_is_its_adapter_s_and_a_wrong_one_is_one_line(files, sd1_fol
     assert "Stable Diffusion XL" in refused[0].line
     assert "torn.safetensors" in refused[1].line
     assert not any("\n" in refusal.line for refusal in refused)
+    assert not any(str(tmp_path) in refusal.line for refusal in refused)  # The server's own.
     for number in (0, 2, 4):
         request, seed, file = asked[number]
         alone, _ = load_adapted(sd1_folder, file, strength=request.strength, device="cpu")
