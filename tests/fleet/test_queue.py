@@ -103,6 +103,19 @@ def test_every_task_ends_once_whatever_is_lost(count, script):
     assert queue.is_done
 
 
+def test_a_task_takes_since_its_first_worker():
+    now = [100.0]
+    queue, workers = WorkQueue(clock=lambda: now[0]), ScriptedWorkers(1, {"a": ["lost", "done"]})
+    queue.add([Task("a", None)])
+    for seconds in (7, 5):
+        queue.start(workers)
+        now[0] += seconds
+        (report,) = workers.wait()
+        ended = queue.settle(report)
+    assert ended is not None
+    assert ended.seconds == 12
+
+
 def test_pace_and_time_left_are_those_of_the_clock():
     now = [100.0]
     queue = WorkQueue(clock=lambda: now[0])

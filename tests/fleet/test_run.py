@@ -17,7 +17,7 @@ from dora_diffusion.fleet import run as module
 from dora_diffusion.fleet import subject as worker_side
 from dora_diffusion.fleet.cluster import Share
 from dora_diffusion.fleet.connection import connect
-from dora_diffusion.fleet.records import cause_of
+from dora_diffusion.fleet.records import cause_of, settings_digest
 from dora_diffusion.fleet.results import FleetResults
 from dora_diffusion.fleet.run import run_fleet
 from dora_diffusion.fleet.subject import FleetSubject, train_subjects
@@ -109,6 +109,23 @@ def test_other_settings_or_photos_of_a_subject_that_is_done_are_said(
     anew = {NAMES[0]: replace(changed[NAMES[0]], overwrite_output_dir=True)}
     assert not run_fleet(anew, output).failed
     assert trained == [NAMES[0]]
+
+
+def test_a_subject_is_known_by_its_settings_and_photos(subjects, tmp_path):
+    """A caption of the same length is another one; a folder that was copied is the same."""
+    config = next(iter(subjects.values()))
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        shutil.copytree(config.instance_data_dir, folder)
+    one, two = (replace(config, instance_data_dir=str(folder)) for folder in folders)
+    assert settings_digest(one) == settings_digest(two)
+    caption, digests = folders[0] / "caption.txt", []
+    for text in ("a red mug", "a tan mug", "a red mug"):
+        caption.write_text(text, encoding="utf-8")
+        digests.append(settings_digest(one))
+    assert digests[0] == digests[2] != digests[1]
+    assert settings_digest(replace(one, rank=one.rank + 1)) != digests[0]
+    assert settings_digest(replace(one, output_dir="elsewhere")) == digests[0]
 
 
 def stopping(monkeypatch, error, name=DEADLY, step=STEP):
