@@ -98,6 +98,12 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 TARGETS = ["down_blocks.0.attentions.0.*", "down_blocks.0.downsamplers.0.conv", "conv_in"]
 SEVERAL_SIZES = [THREE[0], {**THREE[1], "max_train_steps": 3}, {**THREE[2], "resolution": 64}]
 
+# The last layer of the text encoder has adapters that no gradient reaches: they do not decay.
+LEFT_OUT = {
+    "clip_skip": 1,
+    "text_encoder_targets": ["*.layers.*.self_attn.q_proj"],
+    "adam_weight_decay": 0.5,
+}
 CLASS_IMAGES = {
     "with_prior_preservation": True,
     "class_data_dir": str(SAMPLES / "ring_robot"),
@@ -109,7 +115,7 @@ CLASS_IMAGES = {
 @pytest.mark.parametrize(
     ("entries", "settings"),
     [
-        (THREE, {"train_text_encoder": True, "with_prior_preservation": True}),
+        (THREE, {"train_text_encoder": True, "with_prior_preservation": True, **LEFT_OUT}),
         pytest.param(
             THREE,
             {"norm_axis": "input", "gradient_checkpointing": True, **CLASS_IMAGES},
@@ -130,8 +136,8 @@ def test_in_float64_each_adapter_is_that_of_its_own_run(
     sd1_folder: Path,
     tmp_path: Path,
 ) -> None:
-    own = {"targets": TARGETS, "text_encoder_targets": ["*.layers.0.self_attn.*"], **settings}
-    configs = pack_of(sd1_folder, tmp_path / "pack", entries, max_train_steps=3, **own)
+    own = {"targets": TARGETS, "max_train_steps": 3, **settings}
+    configs = pack_of(sd1_folder, tmp_path / "pack", entries, **own)
     pack = train_pack(configs)
     assert not pack.failures
     assert {name: result.steps for name, result in pack.results.items()} == {
