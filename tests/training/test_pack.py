@@ -22,7 +22,7 @@ from dora_diffusion.training import session as sessions
 from dora_diffusion.training.checkpoint import read_state
 from dora_diffusion.training.events import StepDone, SubjectLeft
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.pack import PackResult, check_pack, train_pack
+from dora_diffusion.training.pack import check_pack, train_pack
 from tests.training.helpers import SAMPLES, make_config
 
 # What every subject has of its own: ranks, rates, limits, seeds, lengths.
@@ -150,7 +150,7 @@ def test_in_float64_each_adapter_is_that_of_its_own_run(
 def test_who_is_killed_and_resumed_or_fails_changes_nobody(
     sd1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One pack: stopped at step 2 and resumed, with photos that break and a rate that diverges."""
+    """One pack: stopped at step 3 and resumed, with photos that break and a rate that diverges."""
     bad = shutil.copytree(SAMPLES / "bolt_mug", tmp_path / "bad")
     entries = [
         *THREE[:1],
@@ -172,7 +172,7 @@ def test_who_is_killed_and_resumed_or_fails_changes_nobody(
         if isinstance(event, StepDone) and name == "broken":
             for photo in bad.glob("*.jpg"):
                 photo.unlink()
-        if isinstance(event, StepDone) and name == "mug" and event.step == 2:
+        if isinstance(event, StepDone) and name == "mug" and event.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     first = train_pack(configs, watch)
@@ -195,8 +195,13 @@ def test_who_is_killed_and_resumed_or_fails_changes_nobody(
             for state in states
         ]
         assert shapes[0] == shapes[1], "a checkpoint of a pack is one of the subject's own run"
-    # Without new steps, what is finished stays as it is.
-    assert isinstance(train_pack({"mug": configs["mug"]}), PackResult)
+    # Who has a result and no checkpoint any more has ended.
+    result, events = second.results["mug"], []
+    shutil.rmtree(result.checkpoint)
+    written = result.adapter.stat().st_mtime_ns
+    ended = train_pack({"mug": configs["mug"]}, lambda name, event: events.append(event))
+    assert ended.results["mug"].adapter == result.adapter
+    assert (result.adapter.stat().st_mtime_ns, events) == (written, [])
 
 
 @pytest.mark.parametrize(
