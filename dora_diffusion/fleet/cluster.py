@@ -55,7 +55,8 @@ class _Actor:
     """A worker in a process of Ray's. What it does runs beside its answers."""
 
     def __init__(self, work: Work) -> None:
-        self._work, self._worker = work, Worker()
+        self._work, self._raylet = work, os.getppid()
+        self._worker = Worker(self._leave_with_node)
 
     def ready(self) -> tuple[str, str]:
         """Import what trainings need; returns where this is."""
@@ -75,6 +76,11 @@ class _Actor:
 
     def told(self) -> dict[str, Any]:
         return self._worker.told
+
+    def _leave_with_node(self) -> None:
+        """End this process once the raylet is gone that started it: Ray gives its task away."""
+        if os.getppid() != self._raylet:
+            os._exit(1)
 
 
 def _portable(error: Exception) -> Exception:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,22 +26,72 @@ NAMES = ("bolt_mug", "ring_robot", "heart_teapot")
 DEADLY, STEP = "ring_robot", 3
 
 
-def train_and_die(subjects: Sequence[FleetSubject], worker: Worker) -> list[SubjectRecord]:
-    """As `train_subjects`, but the process is killed at a step of one subject, once."""
+def _train(
+    subjects: Sequence[FleetSubject], worker: Worker, at_step: Callable[[str, int], None]
+) -> list[SubjectRecord]:
+    """As `train_subjects`, with a call before each step is told."""
     (subject,) = subjects
-    mark, tell = Path(subject.output, "killed"), worker.tell
+    tell = worker.tell
 
-    def tell_or_die(**figures: object) -> None:
-        if subject.record.name == DEADLY and figures["step"] == STEP and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+    def tell_later(**figures: Any) -> None:
+        at_step(subject.record.name, figures["step"])
         tell(**figures)
 
-    worker.tell = tell_or_die
+    worker.tell = tell_later
     try:
         return train_subjects(subjects, worker)
     finally:
         worker.tell = tell
+
+
+def _kill_once(mark: Path, process: int) -> None:
+    if not mark.exists():
+        mark.touch()
+        os.kill(process, signal.SIGKILL)
+
+
+def train_and_die(subjects: Sequence[FleetSubject], worker: Worker) -> list[SubjectRecord]:
+    """The process is killed at a step of one subject, once."""
+
+    def at_step(name: str, step: int) -> None:
+        if name == DEADLY and step == STEP:
+            _kill_once(Path(subjects[0].output, "killed"), os.getpid())
+
+    return _train(subjects, worker, at_step)
+
+
+def train_and_die_often(subjects: Sequence[FleetSubject], worker: Worker) -> list[SubjectRecord]:
+    """The process is killed at some moment after each of several steps of every subject."""
+
+    def at_step(name: str, step: int) -> None:
+        drawn = random.Random(name)
+        for death in drawn.sample(range(1, 25), 3):
+            mark, delay = Path(subjects[0].output, f"killed-{name}-{death}"), drawn.uniform(0, 0.1)
+            if step == death:
+                threading.Timer(delay, _kill_once, (mark, os.getpid())).start()
+
+    return _train(subjects, worker, at_step)
+
+
+def train_and_take_the_node_along(
+    subjects: Sequence[FleetSubject], worker: Worker
+) -> list[SubjectRecord]:
+    """The raylet is killed that has started the process, once, if its node is the one named.
+
+    Ray takes seconds to tell of it, and leaves the process alone.
+    """
+
+    def at_step(name: str, step: int) -> None:
+        import ray
+
+        top = Path(subjects[0].output).parent
+        is_victim = ray.get_runtime_context().get_node_id() == (top / "victim").read_text("utf-8")
+        mark = top / "killed"
+        if step == STEP and is_victim and not mark.exists():
+            mark.write_text(name, encoding="utf-8")
+            os.kill(os.getppid(), signal.SIGKILL)
+
+    return _train(subjects, worker, at_step)
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

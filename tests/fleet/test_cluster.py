@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import random
 import signal
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,14 @@ from dora_diffusion.fleet import run as module
 from dora_diffusion.fleet.cluster import Share
 from dora_diffusion.fleet.run import run_fleet
 from dora_diffusion.toy.benchmark_subjects import SUBJECTS, TRIGGER, write_photos
-from tests.fleet.helpers import DEADLY, NAMES, assert_same_results, train_and_die
+from tests.fleet.helpers import (
+    DEADLY,
+    NAMES,
+    assert_same_results,
+    train_and_die,
+    train_and_die_often,
+    train_and_take_the_node_along,
+)
 
 pytest.importorskip("ray")
 pytestmark = [
@@ -64,74 +68,36 @@ def serial_eight(eight: dict[str, TrainConfig], tmp_path_factory: pytest.TempPat
     return Path(fleet.output)
 
 
-def process_of(worker: str) -> int:
-    return int(worker.rpartition(":")[2])
-
-
-class Killer:
-    """Kills workers that train, at moments that are drawn."""
-
-    def __init__(self, most: int, seed: int = 0) -> None:
-        self.left, self.killed = most, set()
-        self._random = random.Random(seed)
-
-    def __call__(self, fleet, ended):
-        training = {
-            name: process_of(running.place.worker)
-            for name, running in fleet.queue.running.items()
-            if fleet.workers.progress().get(name)
-            and process_of(running.place.worker) not in self.killed
-        }
-        if training and self.left and self._random.random() < 0.5:
-            process = training[self._random.choice(sorted(training))]
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-                self.left -= 1
-                self.killed.add(process)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [1, 20])
-def test_kills_at_random_moments_lose_nothing(eight, serial_eight, tmp_path, kills):
-    killer = Killer(kills)
-    fleet = run_fleet(
-        eight, tmp_path / "out", "local", Share(workers=2), retries=20, on_change=killer
-    )
+def test_kills_at_random_moments_lose_nothing(eight, serial_eight, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "train_subjects", train_and_die_often)
+    fleet = run_fleet(eight, tmp_path / "out", "local", Share(workers=2), retries=3)
     assert not fleet.failed
-    assert killer.left == 0
-    attempts = {name: record.attempts for name, record in fleet.records.items()}
-    assert sum(attempts.values()) > len(eight)
+    assert len(list((tmp_path / "out").glob("killed-*"))) == 24
+    # A moment may be the one after a subject has ended.
+    assert 16 <= sum(record.attempts - 1 for record in fleet.records.values()) <= 24
     assert_same_results(tmp_path / "out", serial_eight, tuple(eight))
 
 
 @pytest.mark.slow
-def test_a_node_that_goes_loses_nothing(eight, serial_eight, tmp_path):
-    """Two nodes of a worker each; the raylet of one is killed in the middle of its subject."""
+def test_a_node_that_goes_loses_nothing(eight, serial_eight, monkeypatch, tmp_path):
+    """Two nodes of a worker each; the raylet of one is killed in the middle of a subject."""
     import ray
     from ray.cluster_utils import Cluster
 
+    monkeypatch.setattr(module, "train_subjects", train_and_take_the_node_along)
     node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    second = cluster.add_node(**node)
-    killed: list[str] = []
-
-    def kill(fleet, ended):
-        told = fleet.workers.progress()
-        if len(fleet.records) >= 2 and len(told) == 2 and all(told.values()) and not killed:
-            (raylet,) = second.all_processes["raylet"]
-            os.kill(raylet.process.pid, signal.SIGKILL)
-            killed.extend(fleet.queue.running)
-
+    (tmp_path / "victim").write_text(cluster.add_node(**node).node_id, encoding="utf-8")
     try:
         ray.init(cluster.address, log_to_driver=False)
-        fleet = run_fleet(eight, tmp_path / "out", cluster.address, on_change=kill)
+        fleet = run_fleet(eight, tmp_path / "out", cluster.address)
     finally:
         ray.shutdown()
         cluster.shutdown()
     assert not fleet.failed
     again = [name for name, record in fleet.records.items() if record.attempts > 1]
-    assert len(again) == 1
-    assert again[0] in killed
+    assert again == [(tmp_path / "killed").read_text(encoding="utf-8")]
     assert_same_results(tmp_path / "out", serial_eight, tuple(eight))
 
 

@@ -204,10 +204,12 @@ VARIANTS = {
     "dvora": {"parametrization": "vera", "learning_rate": 1e-2},
     "adafactor": {"optimizer": "adafactor"},
     "words": {"token": "<s1>", "instance_prompt": "a photo of a <s1> mug", "embedding_lr": 1e-2,
+              "caption_prefix": "<s1> mug,",
               "train_text_encoder_ti": True, "caption_dropout": 0.5},
     "full words": {"method": "full", "token": "<s1>", "instance_prompt": "a photo of a <s1> mug",
-                   "embedding_lr": 1e-2, "train_text_encoder_ti": True,
-                   "train_text_encoder": True, "num_validation_images": 1,
+                   "caption_prefix": "<s1> mug,", "embedding_lr": 1e-2,
+                   "train_text_encoder_ti": True, "train_text_encoder": True,
+                   "num_validation_images": 1,
                    "validation_inference_steps": 1},
 }  # fmt: skip
 
