@@ -191,8 +191,8 @@ def test_layers_of_which_a_process_has_some_rows_have_the_gradients_of_whole_one
     assert layers[0]["whole"] == [True, True]
 
 
-# What one process does to within the rounding of bfloat16, two processes with whole models do
-# exactly: they too have one photo each at a time.
+# Against two processes with whole models, which too have one photo each at a time. In bfloat16 a
+# norm that is summed in another order rounds a gain to its neighbour.
 VARIANTS = {
     "input": {"norm_axis": "input", "train_text_encoder": True, "max_grad_norm": 0.0},
     "bf16": {"mixed_precision": "bf16", "gradient_accumulation_steps": 2},
@@ -225,7 +225,8 @@ def test_whatever_is_shared_is_trained_as_by_processes_with_whole_models(small_m
         ]
     train_by_two(configs, tmp_path / "two")
     for name in VARIANTS:
-        assert_same(tmp_path / f"{name}-none", tmp_path / f"{name}-fsdp")
+        tolerance = 5e-3 if "bf16" in name else 1e-5
+        assert_same(tmp_path / f"{name}-none", tmp_path / f"{name}-fsdp", tolerance)
 
 
 @pytest.mark.parametrize(
