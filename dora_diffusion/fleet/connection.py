@@ -58,9 +58,13 @@ def connect(address: str, object_store: int = 100 * 2**20) -> Callable[[], None]
         ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = " ".join(str(error).split())[:200]
+        # Ray shows its token to a cluster that is named by its address only if it is told to.
+        hint = "" if "RAY_AUTH_MODE" in os.environ else (
+            "; if the cluster was started where there is a token, set RAY_AUTH_MODE=token"
+        )  # fmt: skip
         raise ConfigError(
             f"cannot connect to Ray at address {address} ({reason}); start a cluster with `ray "
-            "start --head`, or give --address local"
+            f"start --head`, or give --address local{hint}"
         ) from error
     done: Callable[[], None] = ray.shutdown
     return done
