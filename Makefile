@@ -15,8 +15,9 @@ LOWEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= python3.13
 BARE_PYTHON ?= $(PYTHON)
 VENV ?= .venv
-# One for each core, at least 2; a worker takes two gigabytes.
-WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); test $$cores -gt 2 || cores=2; test $$cores -lt 8 || cores=8; echo $$cores)
+# One more than there are cores, since some wait for processes that they have started; a worker takes
+# two gigabytes.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); test $$cores -lt 8 || cores=7; echo $$((cores + 1)))
 # Of the examples of `make test-properties`.
 SEED := $(or $(SEED),$(shell date +%s))
 

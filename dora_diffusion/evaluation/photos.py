@@ -45,7 +45,7 @@ PROMPTS: tuple[str, ...] = (
     "a close-up photo of {} on a white background",
     "a watercolor painting of {}",
 )
-"""What the subject is asked for in; ``{}`` stands for it."""
+"""What the subject is asked for in; ``{}`` is its place."""
 
 OTHERS: tuple[str, ...] = (
     "dog", "cat", "car", "chair", "cup", "house", "tree", "bicycle", "bowl of fruit", "person",
@@ -146,7 +146,7 @@ def photo_requests(
     """
     for prompt in prompts:
         if "{}" not in prompt:
-            raise ValueError(f"the prompt {prompt!r} lacks {{}}, which stands for the subject")
+            raise ValueError(f"the prompt {prompt!r} lacks {{}}, the place of the subject")
     noun = with_article(class_word) if class_word else "it"
     named = with_article(trigger)
     others = [word for word in OTHERS if word not in class_word.split()]

@@ -57,7 +57,7 @@ def adapter_checkpoints(folder: Path) -> tuple[str, ...]:
 
 
 def chosen_in(folder: Path, names: tuple[str, ...]) -> str:
-    """What was chosen to stand for a run, if it still is one of these."""
+    """What was selected for a run, if it still is one of these."""
     name = read_json(folder / CHOSEN).get("checkpoint")
     return str(name) if name in names else ""
 
@@ -94,7 +94,7 @@ def candidates(checkpoints: Sequence[str], result_step: int | None) -> tuple[str
 
 
 def adapter_of(job: Job, name: str = "") -> Path | None:
-    """The adapter that stands for a run, or another one of its by name."""
+    """The adapter that is selected for a run, or another one of its by name."""
     name = name or job.stands
     if name == RESULT_NAME:
         return result_adapter(job.folder) if job.has_result else None

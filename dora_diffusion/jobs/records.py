@@ -8,7 +8,7 @@
     progress.json what the work is doing
     STOP          asks the worker to save and leave
     result.json   exit code and times; written when the worker ends in an orderly way
-    chosen.json   the checkpoint that stands for a training run, where one was chosen
+    chosen.json   the checkpoint that was selected for a training run, where one was
     log.txt       all that the worker printed
 """
 

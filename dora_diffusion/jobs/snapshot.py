@@ -54,7 +54,7 @@ class Job:
         position: Place in the queue from 1; 0 when it does not wait.
         checkpoints: Names of its complete checkpoints, oldest first.
         samples: Sample images: the final ones, then from the newest.
-        chosen: What was chosen to stand for it: a checkpoint, ``"result"``, or ``""``.
+        chosen: What was selected for it: a checkpoint, ``"result"``, or ``""``.
         best_step: The step of the lowest validation loss, which ``keep_best`` made the result;
             0 without either.
     """
@@ -137,7 +137,7 @@ class Job:
 
     @property
     def stands(self) -> str:
-        """What stands for a run: what was chosen, its result, or its newest checkpoint."""
+        """What is used of a run: what was selected, its result, or its newest checkpoint."""
         last = self.checkpoints[-1] if self.checkpoints else ""
         return self.chosen or (RESULT_NAME if self.has_result else last)
 

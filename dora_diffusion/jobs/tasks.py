@@ -231,7 +231,7 @@ def start_ranking(workspace: Workspace, run: Job) -> str:
 
 
 def start_push(workspace: Workspace, run: Job, repository: object, private: bool) -> str:
-    """Queue a job that publishes what stands for a run on the hub. Returns its id.
+    """Queue a job that publishes what is selected for a run on the hub. Returns its id.
 
     Raises:
         UserError: If the run has no adapter.
@@ -284,7 +284,7 @@ def start_conversion(workspace: Workspace, run: Job, target: str) -> str:
 
 
 def write_card(workspace: Workspace, run: Job) -> Path:
-    """The model card of what stands for a run, where it may be downloaded.
+    """The model card of what is selected for a run, where it may be downloaded.
 
     Raises:
         UserError: If the run has no adapter.
@@ -308,7 +308,7 @@ def file_name(job: Job, what: str, checkpoint: str = "") -> str:
     Args:
         job: The run.
         what: The format, or what else the file is.
-        checkpoint: One of the run's; default: what stands for it.
+        checkpoint: One of the run's; default: what is selected for it.
     """
     step = job.step_of(checkpoint or job.stands)
     return f"{file_stem(job.trigger, 'subject')}-{job.id[:15]}-step-{step}-{what}"
