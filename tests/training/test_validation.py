@@ -171,7 +171,7 @@ VARIANTS = {
     "full": ("sd1", {"method": "full", "learning_rate": 1e-4, "targets": ["full"]}),
     "bf16": ("sd1", {"mixed_precision": "bf16", "gradient_checkpointing": True}),
     "inpainting": ("sd1_inpainting", {"parametrization": "vera", "vera_rank": 4}),
-    "v-prediction": ("sd2", {"method": "lora", "aspect_ratio_buckets": True}),
+    "v-prediction": ("sd2", {"method": "lora", "aspect_ratio_buckets": True, "resolution": 64}),
 }
 
 
