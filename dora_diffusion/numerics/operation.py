@@ -186,6 +186,10 @@ def dropout(x: Tensor | OneHot, p: float, training: bool) -> Tensor | OneHot:
     return F.dropout(x, p, training)
 
 
+# Pixels from which on a CPU takes less time for a convolution of each row than for groups.
+_LARGE_MAP = 256
+
+
 @dataclass(frozen=True)
 class RowOperation(Operation):
     """Of a Linear or a Conv2d, on a batch whose rows have factors of their own.
@@ -204,11 +208,21 @@ class RowOperation(Operation):
         return self.op(x, weight, bias)
 
     def down_project(self, x: Tensor, down: Tensor) -> Tensor:
-        """Each row by its own: a batched product, or a convolution with a group per row."""
+        """Each row by its own: a batched product, or a convolution with a group per row.
+
+        oneDNN has no good kernels for so many groups: on a CPU, a kernel of one pixel is a product
+        too, and large maps are convolved row after row, in down to half the time.
+        """
         if not isinstance(self.op, ConvOperation):
             flat = x.reshape(x.shape[0], -1, x.shape[-1])
             return torch.bmm(flat, down.mT).view(*x.shape[:-1], -1)
         op, rows = self.op, x.shape[0]
+        is_cpu, is_pixel = x.device.type == "cpu", down.shape[3:].numel() == 1
+        if is_cpu and is_pixel and set(op.stride) == {1} and not any(op.padding):
+            return self.up_project(x, down.flatten(2))
+        if is_cpu and x.shape[2:].numel() >= _LARGE_MAP:
+            each = zip(x[:, None].unbind(), down.unbind(), strict=True)
+            return torch.cat([op(row, own) for row, own in each])
         side_by_side = x.reshape(1, -1, *x.shape[2:])
         made = convolve(
             side_by_side, down.flatten(0, 1), None, op.stride, op.padding, op.dilation, rows

@@ -11,6 +11,7 @@ from dora_diffusion.numerics.operation import (
     EmbeddingOperation,
     OneHot,
     Operation,
+    RowOperation,
     dropout,
 )
 from dora_diffusion.numerics.precision import multiply_add
@@ -99,3 +100,34 @@ def test_a_multiply_add_of_16_bits_reads_float32_and_rounds_once():
         found = multiply_add(value, gain, added)
         assert found.dtype == torch.bfloat16
         assert ((found.double() - exact) / exact).abs().max() <= 2**-8
+
+
+@pytest.mark.parametrize("size", [(5, 4), (16, 17)], ids=["small maps", "large maps"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": (1, 1)},
+        {"kernel_size": (1, 1), "stride": (2, 1)},
+        {"kernel_size": (1, 1), "padding": (0, 1)},
+        {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)},
+    ],
+    ids=str,
+)
+def test_each_row_is_convolved_with_its_own_factor(options, size):
+    """However large the maps are, and with the gradients of rows that are convolved alone."""
+    generator, rows = torch.Generator().manual_seed(2), 3
+    kernel, others = (
+        options["kernel_size"],
+        {k: v for k, v in options.items() if k != "kernel_size"},
+    )
+    x = torch.randn(rows, 6, *size, generator=generator, dtype=torch.float64, requires_grad=True)
+    down = torch.randn(rows, 2, 6, *kernel, generator=generator, dtype=torch.float64)
+    down.requires_grad_()
+    found = RowOperation(ConvOperation(**others), x.ndim).down_project(x, down)
+    each = zip(x, down, strict=True)
+    expected = torch.stack([nn.functional.conv2d(row, own, **others) for row, own in each])
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    gradients = (torch.autograd.grad((y * weight).sum(), (x, down)) for y in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
