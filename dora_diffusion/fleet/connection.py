@@ -58,10 +58,10 @@ def connect(address: str, object_store: int = 100 * 2**20) -> Callable[[], None]
         ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = " ".join(str(error).split())[:200]
+        hint = ""
         # Ray shows its token to a cluster that is named by its address only if it is told to.
-        hint = "" if "RAY_AUTH_MODE" in os.environ else (
-            "; if the cluster was started where there is a token, set RAY_AUTH_MODE=token"
-        )  # fmt: skip
+        if address not in ("local", "auto") and "RAY_AUTH_MODE" not in os.environ:
+            hint = "; if the cluster was started where there is a token, set RAY_AUTH_MODE=token"
         raise ConfigError(
             f"cannot connect to Ray at address {address} ({reason}); start a cluster with `ray "
             f"start --head`, or give --address local{hint}"

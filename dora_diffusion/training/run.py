@@ -194,9 +194,8 @@ class Run:
         if is_complete and (self.is_main or self.shards):
             self.stop.answer_with(_FINISHING)
             result_step = self._best_step(steps)
-            written = write_result(self.session, self.output_dir, result_step, self.samples)
-        if not self.is_main:  # It has a part; the first process tells of the result.
-            written = None
+            path = write_result(self.session, self.output_dir, result_step, self.samples)
+            written = path if self.is_main else None  # Others have given their parts.
         self.session.accelerator.wait_for_everyone()
         signal_number = None if is_complete else self.stop.signal_number
         stopped_early = is_complete and steps < total_steps

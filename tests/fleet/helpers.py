@@ -44,10 +44,10 @@ def _train(
         worker.tell = tell
 
 
-def _kill_once(mark: Path, process: int) -> None:
+def _die_once(mark: Path) -> None:
     if not mark.exists():
         mark.touch()
-        os.kill(process, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def train_and_die(subjects: Sequence[FleetSubject], worker: Worker) -> list[SubjectRecord]:
@@ -55,7 +55,7 @@ def train_and_die(subjects: Sequence[FleetSubject], worker: Worker) -> list[Subj
 
     def at_step(name: str, step: int) -> None:
         if name == DEADLY and step == STEP:
-            _kill_once(Path(subjects[0].output, "killed"), os.getpid())
+            _die_once(Path(subjects[0].output, "killed"))
 
     return _train(subjects, worker, at_step)
 
@@ -68,7 +68,7 @@ def train_and_die_often(subjects: Sequence[FleetSubject], worker: Worker) -> lis
         for death in drawn.sample(range(1, 25), 3):
             mark, delay = Path(subjects[0].output, f"killed-{name}-{death}"), drawn.uniform(0, 0.1)
             if step == death:
-                threading.Timer(delay, _kill_once, (mark, os.getpid())).start()
+                threading.Timer(delay, _die_once, (mark,)).start()
 
     return _train(subjects, worker, at_step)
 

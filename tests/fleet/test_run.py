@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -325,6 +326,26 @@ def test_an_address_that_does_not_answer_is_said():
         connect("127.0.0.1:1")
     with pytest.raises(ConfigError, match="is not local, auto, HOST:PORT or ray://HOST:PORT"):
         connect("somewhere")
+
+
+@pytest.mark.parametrize("mode", [None, "token"])
+def test_a_cluster_that_refuses_may_want_a_token(monkeypatch, mode):
+    """Which Ray does not show to a cluster of a name unless it is told to."""
+    ray = pytest.importorskip("ray")
+
+    def refuse(**options):
+        raise ConnectionError("Failed to connect")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for address in (f"127.0.0.1:{server.getsockname()[1]}", "auto", "local"):
+            with pytest.raises(ConfigError, match="Failed to connect") as caught:
+                connect(address)
+            has_hint = "set RAY_AUTH_MODE=token" in str(caught.value)
+            assert has_hint == (mode is None and ":" in address)
 
 
 @pytest.mark.parametrize("share", [{"num_gpus": -1.0}, {"workers": 0}])
