@@ -19,10 +19,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dora_diffusion.data.decoding import (
+    FULL_SIZE_MEGAPIXELS,
+    MAX_MEGAPIXELS,
+    decode,
+    megapixel_limit,
+)
+
 if TYPE_CHECKING:
     from PIL import Image as PILImage
+    from PIL.ImageFile import ImageFile
 
-MAX_MEGAPIXELS = 40.0
 # Resizing a photo until it covers a crop multiplies its pixels by at most its aspect ratio: without
 # a limit, a file of 80 bytes would fill the memory.
 MAX_ASPECT = 10
@@ -50,12 +57,13 @@ def open_photo(path: str | Path, *, limited: bool = True) -> PILImage.Image:
     """Open and fully decode a photo as RGB, upright, without metadata.
 
     EXIF orientation is applied and then dropped with all other metadata (GPS, device). Alpha is
-    composited on white. Of an animation, the first frame is taken.
+    composited on white. Of an animation, the first frame is taken. Above `FULL_SIZE_MEGAPIXELS`
+    its sides are divided by 2 or 4, rounding up: all else knows it at that size.
 
     Args:
         path: A JPEG, PNG or WebP file; HEIC where pillow-heif is installed.
-        limited: Refuse what is larger than `MAX_MEGAPIXELS` or longer than `MAX_ASPECT`, before any
-            pixel is decoded.
+        limited: Refuse what is larger than `megapixel_limit` or longer than `MAX_ASPECT`, before
+            any pixel is decoded; else decode it at its own size.
 
     Raises:
         PhotoError: If it is not such a file, is too large, too small or too thin, or is damaged.
@@ -74,9 +82,11 @@ def decode_photo(
     name: str, data: bytes, *, limited: bool = True
 ) -> tuple[PILImage.Image, PILImage.Image | None]:
     """A photo's bytes as :func:`open_photo_with_alpha` gives them; errors begin with its name."""
-    with _reasons(name), _open_checked(name, data, limited) as image:
-        image.load()
-        return _split_alpha(_to_srgb(_upright(image)))
+    with _reasons(name):
+        kind = _kind_of(name, data)
+        with _open_checked(name, kind, data, limited) as image:
+            decoded = decode(image, kind, data, at_full_size=not limited)
+            return _split_alpha(_to_srgb(_upright(decoded)))
 
 
 def read_bytes(path: Path) -> bytes:
@@ -112,42 +122,55 @@ def sniff_format(data: bytes) -> str | None:
     return "HEIF" if data[4:8] == b"ftyp" and data[8:12] in heif_brands else None
 
 
-def _open_checked(name: str, data: bytes, limited: bool) -> PILImage.Image:
-    """Read the header only, and refuse what is no photo, too large, too small or too thin."""
-    from PIL import Image
-
+def _kind_of(name: str, data: bytes) -> str:
     kind = sniff_format(data)
     if kind is None:
         raise PhotoError(
             f"{name}: not a JPEG, PNG, WebP or HEIC image, whatever its name says; "
             "convert it or remove it"
         )
+    return kind
+
+
+def _open_checked(name: str, kind: str, data: bytes, limited: bool) -> ImageFile:
+    """Read the header only, and refuse what is too large, too small or too thin."""
+    from PIL import Image, UnidentifiedImageError
+
     if kind == "HEIF":
         _register_heif(name)
+    Image.init()
     with warnings.catch_warnings():
-        # Pillow warns of sizes above a higher limit than ours, and of damaged EXIF blocks, which
-        # do not matter.
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of damaged EXIF blocks, which do not matter
         try:
-            image = Image.open(io.BytesIO(data), formats=(kind,))
-        except Image.DecompressionBombError as error:
-            raise PhotoError(
-                f"{name}: far above the limit of {MAX_MEGAPIXELS:g} megapixels; save a smaller copy"
-            ) from error
+            # Not by `Image.open`, which has a limit of its own for what is decoded as a whole.
+            image = Image.OPEN[kind][0](io.BytesIO(data), "")
+        except SyntaxError as error:
+            raise UnidentifiedImageError from error
     width, height = image.size
     shown = f"{name}: {width} x {height} is"
     if min(width, height) < MIN_SIDE:
         raise PhotoError(f"{shown} smaller than {MIN_SIDE} pixels; use a larger photo")
-    if limited and width * height > MAX_MEGAPIXELS * 1e6:
-        raise PhotoError(
-            f"{shown} {width * height / 1e6:.1f} megapixels, above the limit of "
-            f"{MAX_MEGAPIXELS:g}; save a smaller copy"
-        )
+    if limited:
+        _refuse_large(shown, width * height / 1e6, kind, data)
     if limited and max(width, height) > MAX_ASPECT * min(width, height):
         raise PhotoError(
             f"{shown} a strip, more than {MAX_ASPECT:g} times as long as wide; crop it"
         )
     return image
+
+
+def _refuse_large(shown: str, megapixels: float, kind: str, data: bytes) -> None:
+    if megapixels <= FULL_SIZE_MEGAPIXELS:
+        return
+    most, which = MAX_MEGAPIXELS, ""
+    if megapixels <= MAX_MEGAPIXELS:
+        most, which = megapixel_limit(kind, data)
+    if megapixels > most:
+        other = ", or an ordinary JPEG" if which else ""
+        raise PhotoError(
+            f"{shown} {megapixels:.1f} megapixels, above the limit of {most:g}{which}; save a "
+            f"smaller copy{other}"
+        )
 
 
 def _register_heif(name: str) -> None:
@@ -230,9 +253,6 @@ def _split_alpha(image: PILImage.Image) -> tuple[PILImage.Image, PILImage.Image 
     """RGB over white, and the alpha channel where the image has one; no metadata on either."""
     from PIL import Image
 
-    if image.mode.startswith("I"):
-        # Pillow clips 16-bit grey to 8 bits instead of scaling it.
-        image = image.convert("I").point(lambda value: value / 257).convert("L")
     if not image.has_transparency_data:
         return _bare(image.convert("RGB")), None
     rgba = image.convert("RGBA")
@@ -241,10 +261,9 @@ def _split_alpha(image: PILImage.Image) -> tuple[PILImage.Image, PILImage.Image 
 
 
 def _bare(image: PILImage.Image) -> PILImage.Image:
-    """A copy that carries pixels and nothing else (no EXIF, no GPS, no profile)."""
-    from PIL import Image
-
-    return Image.frombytes(image.mode, image.size, image.tobytes())
+    """A converted copy with pixels and nothing else (no EXIF, no GPS, no profile)."""
+    image.info = {}
+    return image
 
 
 @dataclass(frozen=True)

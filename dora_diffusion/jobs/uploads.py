@@ -26,7 +26,7 @@ from dora_diffusion.data.photos import mask_path
 from dora_diffusion.jobs.processes import Lock
 from dora_diffusion.jobs.workspace import UserError
 
-MAX_BYTES = 20 * 2**20
+MAX_BYTES = 100 * 2**20
 MAX_PHOTOS = 50
 JPEG_QUALITY = 95
 

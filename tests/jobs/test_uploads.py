@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageStat
 
+from dora_diffusion.data.photos import mask_path
 from dora_diffusion.images import save_png
 from dora_diffusion.jobs import uploads
-from dora_diffusion.jobs.uploads import read_generation_settings, store_photos
+from dora_diffusion.jobs.uploads import edit_photo, read_generation_settings, store_photos
 from dora_diffusion.jobs.workspace import UserError
 from tests.jobs.helpers import photo
 
@@ -68,6 +69,26 @@ def test_exif_and_gps_are_gone_and_the_turn_is_applied(tmp_path: Path, folder: P
         assert "comment" not in image.info
     assert b"Ann" not in stored.read_bytes()
     assert source.read_bytes() == before
+
+
+def test_a_crop_of_a_large_photo_is_that_of_what_was_seen(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept at half its size, turned by the camera, and cropped by fractions: one quarter is red."""
+    monkeypatch.setattr("dora_diffusion.data.decoding.FULL_SIZE_MEGAPIXELS", 0.2)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned to the right: the lower left quarter comes to the upper left
+    image = Image.new("RGB", (800, 512), "blue")
+    image.paste("red", (0, 256, 400, 512))
+    image.save(tmp_path / "large.jpg", exif=exif, quality=95, subsampling=0)
+    (stored,) = store_photos([tmp_path / "large.jpg"], folder).accepted
+    with Image.open(stored) as kept:
+        assert kept.size == (256, 400)
+    edit_photo(stored, (0, 0, 0.5, 0.5), Image.new("L", (64, 100), 255))
+    with Image.open(stored) as crop, Image.open(mask_path(stored)) as mask:
+        assert crop.size == mask.size == (128, 200)
+        red, green, blue = ImageStat.Stat(crop).mean
+    assert red > 250 > 5 > max(green, blue)
 
 
 def test_what_is_appended_to_a_picture_is_not_kept(tmp_path: Path, folder: Path) -> None:
