@@ -65,7 +65,7 @@ def decode(
         return _decode_strips(image, data, factor)
     if kind == "JPEG":
         size = (image.width // factor, image.height // factor)
-        if image.draft(None, size):  # type: ignore[arg-type]  # None leaves the mode
+        if image.draft(None, size):  # None leaves the mode
             image.load()
             return image
     image.load()
