@@ -5,11 +5,15 @@ Everything else is written against what Windows, Linux and macOS share.
 
 from __future__ import annotations
 
+import errno
+import getpass
 import ipaddress
 import os
 import re
 import signal
+import stat
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -61,6 +65,28 @@ def peak_memory() -> float:
         return float(getattr(memory, "peak_wset", memory.rss)) / 2**30
     unit = 1 if os.uname().sysname == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def private_folder(name: str) -> Path:
+    """A folder for temporary files, always the same one, which nobody else can enter or make.
+
+    Args:
+        name: What it is for.
+
+    Raises:
+        OSError: If what has its name is a link, another user's, or open to others.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    path = Path(tempfile.gettempdir(), f"dora-diffusion-{user}-{name}")
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    is_private = stat.S_ISDIR(found.st_mode)
+    if hasattr(os, "getuid"):  # Windows has a folder for temporary files for each user.
+        is_private &= found.st_uid == os.getuid() and not found.st_mode & 0o077
+    if not is_private:
+        what = "is a link, another user's or open to others; remove it, or set TMPDIR elsewhere"
+        raise PermissionError(errno.EACCES, what, str(path))
+    return path
 
 
 def drop_from_cache(handle: int) -> None:

@@ -100,3 +100,45 @@ def test_the_most_memory_that_was_in_use() -> None:
     assert within > 0.28
     assert peak == pytest.approx(within, rel=0.05)
     assert system.peak_memory() >= psutil.Process().memory_info().rss / 2**30 * 0.99
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has a temporary folder for each user")
+def test_a_private_folder_is_nobody_else_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system.tempfile, "tempdir", str(tmp_path))
+    umask = os.umask(0)
+    try:
+        folder = system.private_folder("x")
+    finally:
+        os.umask(umask)
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert system.private_folder("x") == folder
+    for mode in (0o701, 0o710, 0o770, 0o777):
+        folder.chmod(mode)
+        with pytest.raises(PermissionError, match="open to others"):
+            system.private_folder("x")
+    folder.chmod(0o700)
+    name = os.getuid() + 1
+    folder.rename(tmp_path / f"dora-diffusion-{name}-x")
+    monkeypatch.setattr(system.os, "getuid", lambda: name)
+    with pytest.raises(PermissionError, match="another user's"):
+        system.private_folder("x")
+    for there in (tmp_path, tmp_path / "nothing"):
+        link = tmp_path / f"dora-diffusion-{name}-link"
+        link.symlink_to(there)
+        with pytest.raises(OSError, match=r"is a link|File exists"):
+            system.private_folder("link")
+        link.unlink()
+
+
+def test_nothing_else_has_a_name_in_the_shared_temporary_folder() -> None:
+    """Others could make it first: names there are drawn, or `private_folder` looks at them."""
+    top = Path(system.__file__).parent
+    users = {"gettempdir": ["console/environment.py", "system.py"], "/tmp": [], "mktemp(": []}
+    for word, allowed in users.items():
+        found = [
+            path.relative_to(top).as_posix()
+            for path in sorted(top.rglob("*.py"))
+            if word in path.read_text(encoding="utf-8")
+        ]
+        assert found == allowed, word

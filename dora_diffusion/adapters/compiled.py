@@ -7,6 +7,7 @@ parameters, gradient checkpointing around a block, hooks on the model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dora_diffusion import system
 from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.config import ConfigError
 from dora_diffusion.numerics.precision import product_dtype
@@ -40,6 +42,8 @@ def require_compiler(device: torch.device | str) -> None:
         ConfigError: If this machine cannot compile for the device, with what to install.
     """
     device = torch.device(device)
+    # Where torch keeps it by itself, another user may have made the folder first.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(system.private_folder("compiled")))
     try:
         torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:

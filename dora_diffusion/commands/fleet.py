@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dora_diffusion.commands import train
@@ -13,7 +12,6 @@ from dora_diffusion.commands.parser import Parser
 from dora_diffusion.console.tables import print_json
 
 if TYPE_CHECKING:
-    from dora_diffusion.config import TrainConfig
     from dora_diffusion.fleet.cluster import Share
 
 _OWN = (
@@ -116,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
     configs = subject_configs(args.subjects, config)
     if args.dry_run:
-        return _dry_run(configs)
+        return train.print_what_trains(configs)
     train.warn_of_toy_model(config, args)
     from dora_diffusion.console.fleet import FleetTable
     from dora_diffusion.fleet.run import run_fleet
@@ -143,18 +141,3 @@ def run(args: argparse.Namespace) -> int:
     print(f"{counted(done, 'subject')} done{before}, {len(fleet.failed)} failed")
     print("\n".join(f"{name}: {place}" for name, place in fleet.files.items()))
     return int(bool(fleet.failed))
-
-
-def _dry_run(configs: Mapping[str, TrainConfig]) -> int:
-    """List what each would be trained on."""
-    from dora_diffusion.console.training import what_trains
-    from dora_diffusion.fleet.records import cause_of
-
-    failed = 0
-    for name, config in configs.items():
-        try:
-            print(f"{name}:\n{what_trains(config)}")
-        except (ValueError, OSError) as error:
-            failed += 1
-            print(f"{name}: {cause_of(error)}")
-    return int(bool(failed))

@@ -127,9 +127,7 @@ def run(args: argparse.Namespace) -> int:
     config = train_config(args)
     configs = subject_configs(args.pack, config) if args.pack else {}
     if args.dry_run:
-        for name, own in (configs or {"": config}).items():
-            print(f"{name}\n{what_trains(own)}" if name else what_trains(own))
-        return 0
+        return print_what_trains(configs or {"": config})
     warn_of_toy_model(config, args)
     if configs:
         return _train_pack(configs)
@@ -160,7 +158,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _train_pack(configs: Mapping[str, TrainConfig]) -> int:
+def print_what_trains(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
+    """Print what each subject would be trained on; returns 1 if one of several cannot be."""
+    from dora_diffusion.fleet.records import cause_of
+
+    failed = 0
+    for name, config in configs.items():
+        try:
+            if isinstance(config, ConfigError):
+                raise config
+            print(f"{name}:\n{what_trains(config)}" if name else what_trains(config))
+        except (ValueError, OSError) as error:
+            if not name:
+                raise
+            failed += 1
+            print(f"{name}: {cause_of(error)}")
+    return int(bool(failed))
+
+
+def _train_pack(configs: Mapping[str, TrainConfig | ConfigError]) -> int:
     """Train subjects at once; returns 1 if one of them has failed."""
     from dora_diffusion.training.pack import train_pack
 

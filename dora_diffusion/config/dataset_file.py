@@ -18,7 +18,7 @@ from typing import Any
 from dora_diffusion.config.fields import ConfigError, Setting, require
 from dora_diffusion.config.file import read_yaml
 from dora_diffusion.config.subject import ENTRY_SETTINGS, Entry
-from dora_diffusion.wording import did_you_mean, listing
+from dora_diffusion.wording import did_you_mean, listing, quoted
 
 _KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
 # Options of sd-scripts' subsets -> settings here.
@@ -74,6 +74,7 @@ def checked_entries(
     entries: list[Entry] = []
     for place, entry in enumerate(listed_entries(given, known, batch_size)):
         with naming_entry(place):
+            require_mapping(entry)
             for values in by_folder(entry):
                 _require_settings(values, known)
                 entries.append({name: known[name].cast(values[name]) for name in values})
@@ -86,19 +87,28 @@ def listed_entries(
     """The entries of a dataset file as they are written there, or those that are given.
 
     Raises:
-        ConfigError: If it cannot be read, or is no list of settings.
+        ConfigError: If it cannot be read, or is no list.
     """
     listed: Any = given
     if isinstance(given, str | Path):
         listed = _read(Path(given).expanduser(), known, batch_size)
     require(
-        isinstance(listed, list | tuple) and all(isinstance(entry, dict) for entry in listed),
+        isinstance(listed, list | tuple),
         f"{given if isinstance(given, str | Path) else 'dataset_config'} must hold a list of "
         "subjects, each beginning with '- ' and a setting",
         "dataset_config",
     )
     entries: Sequence[Entry] = listed
     return entries
+
+
+def require_mapping(entry: object) -> None:
+    """Refuse an entry that is no settings."""
+    require(
+        isinstance(entry, dict),
+        f"{quoted(str(entry))} is no subject; one begins with '- ' and a setting such as "
+        "'instance_data_dir: photos/rex'",
+    )
 
 
 def by_folder(entry: Entry) -> list[Entry]:

@@ -226,8 +226,13 @@ class Setting:
         """A value from YAML or a command line in the setting's type; YAML reads 1e-4 as a string.
 
         Raises:
-            ConfigError: If it is of another type.
+            ConfigError: If it is of another type, or empty where the setting cannot be.
         """
+        require(
+            value is not None or self.default is None,
+            f"{self.name} is empty; give a value, or leave it out",
+            self.name,
+        )
         if value is None or self.kind is dict:  # The entries of a dataset file check themselves.
             return value
         if self.is_list:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from dora_diffusion.config.dataset_file import (
     folders_in,
     is_of_kohya,
     listed_entries,
-    naming_entry,
+    require_mapping,
 )
 from dora_diffusion.config.fields import ConfigError, require, with_present_names
 from dora_diffusion.config.file import read_config_file
 from dora_diffusion.config.run import DeviceSettings
 from dora_diffusion.config.subject import Entry, ModelSettings
 from dora_diffusion.config.train import TrainConfig, settings
-from dora_diffusion.wording import did_you_mean, listing, quoted
+from dora_diffusion.wording import counted, did_you_mean, listing, quoted
 
 SUBJECT_FILE = "subject.yaml"
 """File of settings that a folder of photos may hold."""
@@ -34,7 +35,7 @@ SHARED = frozenset((
 
 def subject_configs(
     source: str | Path | Sequence[Entry], config: TrainConfig
-) -> dict[str, TrainConfig]:
+) -> dict[str, TrainConfig | ConfigError]:
     """The settings of a training for each subject, by its name.
 
     Args:
@@ -44,9 +45,13 @@ def subject_configs(
             folder. A folder may hold a `SUBJECT_FILE` of such settings.
         config: What they have in common. Each gets ``OUTPUT_DIR/NAME`` as its output folder.
 
+    Returns:
+        Settings, or what is wrong with an entry, naming it: a setting is unknown, shared or wrong,
+        the name is no folder's or another subject's, a folder has no class word and no prompt, or
+        its file cannot be read. It is called as its folder then, if its name is what is wrong.
+
     Raises:
-        ConfigError: Naming the entry: if a setting is unknown, shared or wrong, the name is no
-            folder's or another subject's, or a folder has no class word and no prompt.
+        ConfigError: If the source cannot be read, or every entry is wrong.
 
     Example:
         >>> entries = [{"name": "rex", "instance_data_dir": "photos/rex", "rank": 4}]
@@ -59,50 +64,105 @@ def subject_configs(
         "has an adapter of its own",
         "dataset_config",
     )
-    file = str(source) if isinstance(source, str | Path) else "subjects"
-    made: dict[str, TrainConfig] = {}
-    names: dict[str, int] = {}
-    for place, entry in enumerate(_entries(source, config)):
-        with naming_entry(place, file):
-            name, own = _named(entry)
-            other = names.setdefault(name.casefold(), place)
-            require(
-                other == place,
-                f"the name {name!r} is that of entry {other + 1} too; give it another 'name:'",
-            )
-            made[name] = _with_own(config, name, own)
-    require(bool(made), f"{file} holds no subject")
-    return made
+    given = _entries(source, config)
+    require(bool(given), f"{source or 'the list'} holds no subject")
+    made: dict[int, tuple[str, TrainConfig | ConfigError]] = {}
+    taken: dict[str, str] = {}
+    # A name that a folder has comes before the same one that an entry gives to another.
+    for place in sorted(range(len(given)), key=lambda place: _gives_name(given[place].entry)):
+        made[place] = _subject(given[place], config, taken)
+    errors = [value for _, value in made.values() if isinstance(value, ConfigError)]
+    if len(errors) == len(made):
+        more = f" (and {counted(len(errors) - 1, 'other subject')})" if errors[1:] else ""
+        raise ConfigError(f"{made[0][1]}{more}", "dataset_config")
+    return dict(made[place] for place in range(len(given)))
 
 
-def _entries(source: str | Path | Sequence[Entry], config: TrainConfig) -> Sequence[Entry]:
+@dataclass(frozen=True)
+class _Given:
+    """An entry as it stands somewhere, or why it cannot be read."""
+
+    where: str
+    entry: Any
+    folder: str = ""
+
+
+def _entries(source: str | Path | Sequence[Entry], config: TrainConfig) -> list[_Given]:
     if isinstance(source, str | Path):
         folder = Path(source).expanduser()
         require(folder.exists(), f"{folder} does not exist; name a dataset file or a folder")
         inner = folders_in(folder) if folder.is_dir() else []
         if folder.is_dir() and not any(map(is_of_kohya, inner)):
             require(bool(inner), f"{folder} holds no folders; a subject is a folder of photos")
-            return list(_plain_folders(inner, config))
+            return [_plain_folder(folder, config) for folder in inner]
     known = {setting.name for setting in settings()}
-    return listed_entries(source, known, config.train_batch_size)
+    file = str(source) if isinstance(source, str | Path) else "subjects"
+    return [
+        _Given(f"{file}, entry {place}", entry)
+        for place, entry in enumerate(listed_entries(source, known, config.train_batch_size), 1)
+    ]
 
 
-def _plain_folders(folders: Sequence[Path], config: TrainConfig) -> Iterator[Entry]:
-    """Each folder as an entry, with the settings of the file in it, and a prompt."""
-    for folder in folders:
-        file = folder / SUBJECT_FILE
-        own = read_config_file(file) if file.is_file() else {}
-        require("instance_data_dir" not in own, f"{file}: instance_data_dir is its own folder")
+def _plain_folder(folder: Path, config: TrainConfig) -> _Given:
+    """A folder as an entry, with the settings of the file in it, and a prompt."""
+    file = folder / SUBJECT_FILE
+    where = str(file if file.is_file() else folder)
+    try:
+        own = with_present_names(read_config_file(file)) if file.is_file() else {}
+        require("instance_data_dir" not in own, "instance_data_dir is the file's own folder")
         token = str(own.get("token", config.token)).strip()
         word = own.get("class_word") or config.class_word
         if token and not (own.get("instance_prompt") or config.instance_prompt):
             require(
                 bool(word),
-                f"{folder} has no class word; give --class_word, or 'class_word: dog' in {file}",
+                "there is no class word; give --class_word, or 'class_word: dog' in its "
+                f"{SUBJECT_FILE}",
                 "class_word",
             )
             own["instance_prompt"] = f"a photo of a {token} {word}"
-        yield {"instance_data_dir": str(folder), **own}
+    except ConfigError as error:
+        return _Given(where, error, folder.name)
+    return _Given(where, {"instance_data_dir": str(folder), **own}, folder.name)
+
+
+def _gives_name(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.get("name") is not None
+
+
+def _subject(
+    given: _Given, config: TrainConfig, taken: dict[str, str]
+) -> tuple[str, TrainConfig | ConfigError]:
+    """A subject's name and settings, or what is wrong with them; its name is taken then."""
+    name = ""
+    try:
+        if isinstance(given.entry, ConfigError):
+            raise given.entry
+        require_mapping(given.entry)
+        wanted, own = _named(given.entry)
+        other = taken.get(wanted.casefold())
+        require(
+            other is None,
+            f"the name {wanted!r} is that of {other} too; give it another 'name:'",
+        )
+        name = wanted
+        taken[name.casefold()] = given.where
+        return name, _with_own(config, name, own)
+    except ConfigError as error:
+        name = name or _free_name(given, taken)
+        taken.setdefault(name.casefold(), given.where)
+        text = str(error)
+        return name, ConfigError(
+            text if given.where in text else f"{given.where}: {text}", "dataset_config"
+        )
+
+
+def _free_name(given: _Given, taken: Container[str]) -> str:
+    """What an entry is called that has no name of its own: as its folder, else by where it is."""
+    folder = given.entry.get("instance_data_dir") if isinstance(given.entry, dict) else None
+    name = given.folder or (Path(folder).name if isinstance(folder, str) else "")
+    if not name:
+        return Path(given.where).name
+    return name if name.casefold() not in taken else f"{name} ({Path(given.where).name})"
 
 
 def _named(entry: Entry) -> tuple[str, Entry]:
@@ -116,9 +176,14 @@ def _named(entry: Entry) -> tuple[str, Entry]:
             "it has no name, and not one folder that names it; give it 'name:'",
         )
         name = Path(str(folder)).expanduser().absolute().name
+    is_text = isinstance(name, str | int | float) and not isinstance(name, bool)
+    require(is_text, f"the name {name} is no text; write it in quotes")
     name = str(name).strip()
     is_plain = name not in ("", ".", "..") and not set(name) & set('/\\:*?"<>|')
-    require(is_plain, f"the name {quoted(name)} cannot be that of a folder; choose another")
+    require(
+        is_plain and name.isprintable(),
+        f"the name {quoted(name)} cannot be that of a folder; choose another",
+    )
     return name, own
 
 

@@ -31,7 +31,7 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".
 MASK_SUFFIX = ".mask.png"
 WEIGHT_SUFFIX = ".weight"
 # What lies beside a photo, of its name.
-_COMPANIONS = (".txt", MASK_SUFFIX, WEIGHT_SUFFIX)
+COMPANIONS = (".txt", MASK_SUFFIX, WEIGHT_SUFFIX)
 # Images that are not read; whoever has them beside photos wants to know.
 OTHER_SUFFIXES = (".avif", ".bmp", ".dng", ".gif", ".jp2", ".jxl", ".tif", ".tiff")
 # Files of a sub-folder that are looked at for photos that are not read.
@@ -332,7 +332,7 @@ def _without_photo(entries: Sequence[Path], photos: Sequence[Path]) -> list[str]
     return [
         path.name
         for path in entries
-        for suffix in _COMPANIONS
+        for suffix in COMPANIONS
         if path.name.endswith(suffix) and path.name.removesuffix(suffix) not in stems
     ]
 

@@ -15,6 +15,7 @@ import pickle
 import platform
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,9 +168,23 @@ class RayWorkers:
     def idle(self, waiting: int) -> int:
         busy = sum(seat.task is not None for seat in self._seats)
         limit = self._fitting() if self._share.workers is None else self._share.workers
+        if not self._seats:
+            self._warn_of_shortage()
         for _ in range(len(self._seats), min(limit, busy + waiting)):
             self._seats.append(self._hire())
         return len(self._idle_seats())
+
+    def _warn_of_shortage(self) -> None:
+        """Say that the first worker has to wait for what else runs on the cluster."""
+        total, free = self._ray.cluster_resources(), self._ray.available_resources()
+        for kind, amount in self._demand.items():
+            if free.get(kind, 0) < amount:
+                warnings.warn(
+                    f"waiting for room on the cluster: a worker takes {amount:g} {kind}, and "
+                    f"{free.get(kind, 0):g} of {total.get(kind, 0):g} are free; end what else runs "
+                    "there, such as serve (ray status shows how much is in use), or add a node",
+                    stacklevel=4,
+                )
 
     def _idle_seats(self) -> list[_Seat]:
         return [seat for seat in self._seats if seat.place is not None and seat.task is None]

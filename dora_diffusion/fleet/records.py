@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config import TrainConfig, differences, settings
+from dora_diffusion.config import ConfigError, TrainConfig, differences, settings
 from dora_diffusion.config.derived import listed
+from dora_diffusion.data.images import digest_of
+from dora_diffusion.data.photos import COMPANIONS, PHOTO_SUFFIXES
 from dora_diffusion.training.metrics import TrainingError
 
 RECORD_FILE = "fleet.json"
@@ -19,8 +21,6 @@ RECORD_FILE = "fleet.json"
 RECORDS_FILE = "fleet.jsonl"
 """All subjects, one a line."""
 DONE, FAILED, RUNNING = "done", "failed", "running"
-# Files up to here are read, such as captions; of larger ones the size is taken.
-_READ_BYTES = 4096
 _LONG = 300
 
 
@@ -103,25 +103,50 @@ def settings_digest(config: TrainConfig) -> str:
     names = [setting.name for setting in settings() if setting.resume != "ignored"]
     values, defaults = config.to_dict(), TrainConfig().to_dict()
     moved = {name: values[name] for name in names if values[name] != defaults[name]}
-    folders = [
-        folder
-        for subject in config.subjects
-        for folder in (subject.instance_data_dir, subject.validation_data_dir)
-        if folder
-    ]
-    text = json.dumps([moved, [_contents(Path(folder).expanduser()) for folder in folders]])
+    contents = []
+    for subject in config.subjects:
+        words = subject.wildcard_dir if subject.wildcards else None
+        folders = [(subject.instance_data_dir, "*"), (subject.validation_data_dir, "*"),
+                   (words, "**/*.txt")]  # fmt: skip
+        contents += [_contents(folder, pattern) for folder, pattern in folders if folder]
+    text = json.dumps([moved, contents])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _contents(folder: Path) -> list[list[Any]]:
-    """Names, sizes, and of small files the digests."""
-    rows = []
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
-            size = path.stat().st_size
-            small = hashlib.sha256(path.read_bytes()).hexdigest() if size <= _READ_BYTES else ""
-            rows.append([path.name, size, small])
-    return rows
+def _contents(folder: str, pattern: str) -> list[list[str]]:
+    """Names and digests of photos and of what lies beside them, or of lists of words."""
+    top = Path(folder).expanduser()
+    return [
+        [path.relative_to(top).as_posix(), digest_of(path.read_bytes())]
+        for path in sorted(top.glob(pattern))
+        if path.name.lower().endswith((*PHOTO_SUFFIXES, *COMPANIONS)) and path.is_file()
+        if not path.name.startswith(".")
+    ]
+
+
+def done_before(
+    kept: SubjectRecord | None, record: SubjectRecord, config: TrainConfig
+) -> SubjectRecord | None:
+    """The record of a subject that is done; None where it is to be trained.
+
+    Args:
+        kept: What there is of it.
+        record: As it would begin.
+        config: Its settings.
+
+    Raises:
+        ConfigError: If it is done with other settings.
+    """
+    if kept is None or kept.status != DONE:
+        return None
+    if config.overwrite_output_dir and kept.run != record.run:
+        return None
+    if kept.digest != record.digest:
+        raise ConfigError(
+            f"it is trained already, with other settings: {changes_text(kept, config)}; take them "
+            "back, give another output, or train it again with --overwrite_output_dir"
+        )
+    return kept
 
 
 def changes_text(before: SubjectRecord, config: TrainConfig) -> str:

@@ -11,13 +11,16 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion import system
 from dora_diffusion.config import ConfigError
 from dora_diffusion.fleet.records import RECORD_FILE, SubjectRecord
 from dora_diffusion.formats.files.atomic import require_writable, save_text
 from dora_diffusion.training.checkpoint import checkpoints_in
+from dora_diffusion.training.folders import locked
 
 _STATE_FILE = "state.tar"
 # In it, the names of the checkpoints that it belongs to.
@@ -35,7 +38,8 @@ class FleetResults:
 
     Raises:
         ConfigError: If no file system of such a URL is known, or it cannot be reached.
-        OSError: If nothing can be written to the folder.
+        OSError: If nothing can be written to the folder, or the one on this disk is not this
+            user's alone.
     """
 
     def __init__(self, output: str) -> None:
@@ -54,7 +58,16 @@ class FleetResults:
             raise ConfigError(f"output {output}: {' '.join(str(error).split())}") from error
         # One place for a subject on each machine, so that nothing of a lost worker stays behind.
         digest = hashlib.sha256(output.encode()).hexdigest()[:12]
-        self._root = Path(tempfile.gettempdir()) / f"dora-diffusion-fleet-{digest}"
+        self._root = system.private_folder(f"fleet-{digest}")
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Let no other fleet of this machine, or of its folder, write there inside the block.
+
+        Raises:
+            ConfigError: If another one does.
+        """
+        self._root.mkdir(parents=True, exist_ok=True)
+        return locked(self._root, f"output {self.output}")
 
     def read(self, name: str) -> str | None:
         """A text file; None where there is none."""

@@ -20,7 +20,7 @@ from dora_diffusion.fleet.records import (
     RUNNING,
     SubjectRecord,
     cause_of,
-    changes_text,
+    done_before,
     records_text,
     settings_digest,
 )
@@ -77,7 +77,7 @@ def workers_for(work: Work, address: str | None, share: Share | None = None) -> 
 
 
 def run_fleet(
-    configs: Mapping[str, TrainConfig],
+    configs: Mapping[str, TrainConfig | ConfigError],
     output: str | Path,
     address: str | None = None,
     share: Share | None = None,
@@ -93,8 +93,8 @@ def run_fleet(
     of all are in ``fleet.jsonl``, their images in ``index.html``.
 
     Args:
-        configs: The settings of each subject, by name (`config.subject_list.subject_configs`); the
-            results of each are in OUTPUT/NAME.
+        configs: The settings of each subject, by name, or why it has none
+            (`config.subject_list.subject_configs`); the results of each are in OUTPUT/NAME.
         output: A folder that all workers see, or an fsspec URL such as ``s3://bucket/shop``.
         address: A Ray cluster: ``"local"``, ``"auto"``, HOST:PORT or ray://HOST:PORT. None: one
             subject after another, in this process.
@@ -106,7 +106,7 @@ def run_fleet(
 
     Raises:
         ConfigError: If Ray is not installed, nothing answers at the address, a worker fits on no
-            node, or a setting is the fleet's own.
+            node, or another fleet writes to ``output``.
         OSError: If nothing can be written to ``output``.
 
     Example:
@@ -117,22 +117,22 @@ def run_fleet(
         >>> fleet.records["mug"].status
         'done'
     """
-    _refuse_own(configs)
     output = str(output) if "://" in str(output) else str(Path(output).expanduser().absolute())
     results = FleetResults(output)
     fleet = Fleet(output, WorkQueue(retries), workers_for(train_subjects, address, share))
-    ended, left = _sorted_out(configs, results, output)
-    fleet.known = frozenset(name for name, record in ended.items() if record.status == DONE)
-    fleet.queue.add(_packed(left, pack))
-    book = _Book(fleet, results, list(configs), on_change)
-    try:
-        for record in ended.values():
-            book.end(record)
-        if left:
-            run_tasks(fleet.queue, fleet.workers, book.end_task, lambda: on_change(fleet, None))
-    finally:
-        book.write()
-    fleet.files["page"] = results.write(PAGE_FILE, fleet_page(list(configs), fleet.records))
+    with results.locked():
+        ended, left = _sorted_out(configs, results, output)
+        fleet.known = frozenset(name for name, record in ended.items() if record.status == DONE)
+        fleet.queue.add(_packed(left, pack))
+        book = _Book(fleet, results, list(configs), on_change)
+        try:
+            for record in ended.values():
+                book.end(record)
+            if left:
+                run_tasks(fleet.queue, fleet.workers, book.end_task, lambda: on_change(fleet, None))
+        finally:
+            book.write()
+        fleet.files["page"] = results.write(PAGE_FILE, fleet_page(list(configs), fleet.records))
     return fleet
 
 
@@ -167,11 +167,10 @@ class _Book:
         self.fleet.files["records"] = self.results.write(RECORDS_FILE, records_text(records))
 
 
-def _refuse_own(configs: Mapping[str, TrainConfig]) -> None:
-    for config in configs.values():
-        for name in _ITS_OWN:
-            if getattr(config, name):
-                raise ConfigError(f"{name} is the fleet's own business; leave it out", name)
+def _refuse_own(config: TrainConfig) -> None:
+    for name in _ITS_OWN:
+        if getattr(config, name):
+            raise ConfigError(f"{name} is the fleet's own business; leave it out", name)
 
 
 def _records_of(ended: Ended) -> list[SubjectRecord]:
@@ -216,24 +215,28 @@ def _fits(subject: FleetSubject, other: FleetSubject) -> bool:
 
 
 def _sorted_out(
-    configs: Mapping[str, TrainConfig], results: FleetResults, output: str
+    configs: Mapping[str, TrainConfig | ConfigError], results: FleetResults, output: str
 ) -> tuple[dict[str, SubjectRecord], list[FleetSubject]]:
     """What has ended before it began, as it is done or cannot be, and what is to be trained."""
     run, ended, left = secrets.token_hex(8), dict[str, SubjectRecord](), list[FleetSubject]()
     with ThreadPoolExecutor(_READERS) as pool:
-        kept = dict(zip(configs, pool.map(results.record, configs), strict=True))
+        kept = {name: pool.submit(results.record, name) for name in configs}
     for name, config in configs.items():
-        record = SubjectRecord(name, RUNNING, settings=config.to_dict(), run=run)
+        record = SubjectRecord(name, RUNNING, run=run)
         try:
+            if isinstance(config, ConfigError):
+                raise config
+            record = replace(record, settings=config.to_dict())
+            _refuse_own(config)
             check_subjects(config)
             record = replace(record, digest=settings_digest(config))
-            done = _done_before(kept[name], record, config)
+            done = done_before(kept[name].result(), record, config)
+            if done is None:
+                left.append(FleetSubject(with_absolute_paths(config), output, record))
         except (ValueError, OSError) as error:
             done = replace(record, status=FAILED, cause=cause_of(error))
         if done is not None:
             ended[name] = done
-        else:
-            left.append(FleetSubject(with_absolute_paths(config), output, record))
     return ended, left
 
 
@@ -259,21 +262,3 @@ def check_subjects(config: TrainConfig) -> None:
     """
     list_subjects(subjects_of(config))
     check_prompts(config)
-
-
-def _done_before(
-    kept: SubjectRecord | None, record: SubjectRecord, config: TrainConfig
-) -> SubjectRecord | None:
-    """The record of a subject that is done; None where it is to be trained.
-
-    Raises:
-        ConfigError: If it is done with other settings.
-    """
-    if kept is None or kept.status != DONE or config.overwrite_output_dir:
-        return None
-    if kept.digest != record.digest:
-        raise ConfigError(
-            f"it is trained already, with other settings: {changes_text(kept, config)}; take them "
-            "back, give another output, or train it again with --overwrite_output_dir"
-        )
-    return kept

@@ -14,7 +14,7 @@ from typing import Any
 
 from dora_diffusion import devices, system
 from dora_diffusion.config import TrainConfig
-from dora_diffusion.fleet.records import DONE, FAILED, RUNNING, SubjectRecord, cause_of
+from dora_diffusion.fleet.records import DONE, FAILED, RUNNING, SubjectRecord, cause_of, done_before
 from dora_diffusion.fleet.results import FleetResults
 from dora_diffusion.fleet.workers import Worker
 from dora_diffusion.training.checkpoint import checkpoints_in
@@ -108,7 +108,7 @@ class _Trainee:
         results: Where it is kept.
         folder: Where it is written.
         config: Its settings there.
-        done: Its record, where a worker that was thought lost has ended it meanwhile.
+        done: Its record, where another worker has ended it meanwhile.
         started: When its first step began; None before.
         steps: Optimizer steps that are done.
         has_left: Whether it has left its pack.
@@ -120,11 +120,12 @@ class _Trainee:
         self.has_left, self.steps, name = False, 0, subject.record.name
         self.folder, self.config = self.results.folder(name), subject.config
         _wait_for_lock(self.folder)
-        before, run = self.results.record(name), subject.record.run
-        is_ours = before is not None and before.run == run
-        self.done = before if before and is_ours and before.status == DONE else None
+        before = self.results.record(name)
+        # A worker that was thought lost has ended it, or a fleet on another machine.
+        self.done = done_before(before, subject.record, self.config)
         if self.done is not None:
             return
+        is_ours = before is not None and before.run == subject.record.run
         # What is trained again is so once, and not by each worker that it is given to.
         resumes = before is not None and before.status == RUNNING
         resumes = resumes and (is_ours or not subject.config.overwrite_output_dir)

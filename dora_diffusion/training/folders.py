@@ -46,13 +46,18 @@ def output_folder(config: TrainConfig) -> Iterator[Path]:
     except OSError as error:
         reason = "it is a file" if folder.is_file() else error.strerror
         raise ConfigError(f"cannot make output_dir {folder}: {reason}") from error
-    with _locked(folder):
+    with locked(folder, f"output_dir {folder}"):
         _check_contents(config, folder)
         yield folder
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, shown: str) -> Iterator[None]:
+    """Hold a folder's lock inside the block, as far as its disk has locks.
+
+    Raises:
+        ConfigError: If another run holds it, or the lock's file cannot be written.
+    """
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / LOCK_NAME)
@@ -60,15 +65,13 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
-            f"another run is writing to output_dir {folder}; wait until it has ended, or choose "
-            "another output_dir"
+            f"another run is writing to {shown}; wait until it has ended, or choose another"
         ) from error
     except PermissionError as error:
-        raise ConfigError(f"cannot write to output_dir {folder}: {error.strerror}") from error
+        raise ConfigError(f"cannot write to {shown}: {error.strerror}") from error
     except (OSError, NotImplementedError):
         warnings.warn(
-            f"the disk of output_dir {folder} has no locks: see to it that no other run writes "
-            "there",
+            f"the disk of {shown} has no locks: see to it that no other run writes there",
             stacklevel=3,
         )
     try:

@@ -56,7 +56,7 @@ class PackResult:
 
 
 def train_pack(
-    configs: Mapping[str, TrainConfig],
+    configs: Mapping[str, TrainConfig | ConfigError],
     on_event: OnPackEvent | None = None,
     *,
     load: LoadBase | None = None,
@@ -70,7 +70,7 @@ def train_pack(
     checkpoint begin, and those with a result alone have ended.
 
     Args:
-        configs: The settings of each subject, by its name
+        configs: The settings of each subject, by its name, or why it has none
             (`dora_diffusion.config.subject_list.subject_configs`).
         on_event: Called with the subject's name and each of `dora_diffusion.training.events`.
         load: Loads the base model, as `train` takes it.
@@ -90,10 +90,15 @@ def train_pack(
         >>> sorted(train_pack(subject_configs(subjects, shared)).results)
         ['bolt_mug', 'heart_teapot']
     """
-    check_pack(configs)
+    usable = {name: given for name, given in configs.items() if isinstance(given, TrainConfig)}
+    check_pack(usable)
     pack = _Pack(on_event or (lambda name, event: None))
+    for name, given in configs.items():
+        with pack.leaving(name):
+            if isinstance(given, ConfigError):
+                raise given
     with pack.stop, pack.stack, contextlib.suppress(Stopped):
-        pack.open(configs, load)
+        pack.open(usable, load)
         pack.train()
     return PackResult(pack.results, pack.failures, pack.stop.signal_number)
 
@@ -170,7 +175,7 @@ class _Pack:
         """Load the base, and make every subject ready for its next step."""
         ready: dict[str, tuple[TrainConfig, list[Subject]]] = {}
         for name, config in configs.items():
-            with self._leaving(name):
+            with self.leaving(name):
                 if made := self._ready(name, config):
                     ready[name] = made
         if not ready:
@@ -187,7 +192,7 @@ class _Pack:
         base = load_base(config, accelerator, load)
         for name, (own, subjects) in ready.items():
             try:
-                with self._leaving(name):
+                with self.leaving(name):
                     self._begin(name, own, subjects, accelerator, base)
             finally:
                 detach_adapters(*base.adaptable().values())
@@ -236,7 +241,7 @@ class _Pack:
         while self._members:
             before = list(self._members)
             for name in before:
-                with self._leaving(name):
+                with self.leaving(name):
                     if self._members[name].run.is_over():
                         self._end(name)
             if not self._members:
@@ -248,11 +253,11 @@ class _Pack:
                 outcomes = step([member.run.step + 1 for member in members.values()])
             except Exception as error:
                 for name in members:
-                    with self._leaving(name):
+                    with self.leaving(name):
                         raise error
                 return
             for (name, member), outcome in zip(members.items(), outcomes, strict=True):
-                with self._leaving(name):
+                with self.leaving(name):
                     if isinstance(outcome, Exception):
                         raise outcome
                     member.run.take(outcome)
@@ -277,7 +282,7 @@ class _Pack:
         self._attached = None
 
     @contextlib.contextmanager
-    def _leaving(self, name: str) -> Iterator[None]:
+    def leaving(self, name: str) -> Iterator[None]:
         """An error inside is that of one subject, which leaves the pack."""
         try:
             yield

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -430,3 +432,17 @@ def test_on_a_gpu_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="Sequential has no block to compile: BasicTransformer"):
         compile_blocks(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_what_is_compiled_is_kept_where_nobody_else_writes(monkeypatch, tmp_path) -> None:
+    """Torch's own folder has a name that another user can make first, and loads code from it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is as before afterwards
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    require_compiler("cpu")
+    (folder,) = tmp_path.iterdir()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    require_compiler("cpu")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"

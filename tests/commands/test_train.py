@@ -300,7 +300,9 @@ def test_a_preset_is_where_settings_start(tmp_path):
 def test_a_pack_trains_each_subject_and_says_which_failed(sd1_folder, tmp_path, capsys):
     subjects = tmp_path / "subjects"
     shutil.copytree(ROOT / "samples" / "bolt_mug", subjects / "mug")
-    (subjects / "empty").mkdir()
+    for name in ("empty", "wrong"):
+        (subjects / name).mkdir()
+    (subjects / "wrong" / "subject.yaml").write_text("rank: -1", encoding="utf-8")
     flags = [
         "--pack", str(subjects), "--pretrained_model_name_or_path", str(sd1_folder),
         "--class_word", "mug", "--output_dir", str(tmp_path / "out"), "--max_train_steps", "1",
@@ -315,4 +317,9 @@ def test_a_pack_trains_each_subject_and_says_which_failed(sd1_folder, tmp_path, 
     assert f"mug: {adapter} (sks mug)" in said
     assert read_adapter(adapter).metadata.trigger == "sks mug"
     assert "empty failed: " in said
+    assert f"wrong failed: {subjects / 'wrong' / 'subject.yaml'}: rank is -1" in said
     assert not (tmp_path / "out" / "empty").exists()
+    assert cli.main(["train", *flags, "--dry_run"]) == 1
+    said = capsys.readouterr().out
+    assert "mug:\nsks mug: 5 images" in said
+    assert "wrong: " in said

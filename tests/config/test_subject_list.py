@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.config.subject_list import SHARED, subject_configs
+from dora_diffusion.config import ConfigError, TrainConfig, settings
+from dora_diffusion.config.fields import Setting
+from dora_diffusion.config.subject_list import subject_configs
 
 SHARED_SETTINGS = TrainConfig(output_dir="out", rank=4, class_word="dog", seed=3)
 
@@ -38,23 +41,71 @@ def test_a_subject_with_two_folders_has_one_adapter() -> None:
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ([{"instance_data_dir": "a/x"}, {"name": "X"}], "entry 2.*'X' is that of entry 1"),
+        (
+            [{"instance_data_dir": "a/x"}, {"name": "X"}],
+            "entry 2.*'X' is that of .*entry 1",
+        ),
         ([{"name": "a", "mixed_precision": "bf16"}], "entry 1: mixed_precision: this all subjects"),
         ([{"name": "a", "rnak": 2}], "entry 1: there is no setting rnak.*rank"),
         ([{"name": "../a"}], "cannot be that of a folder"),
+        ([{"name": "a\nb"}], "cannot be that of a folder"),
+        ([{"name": False}], "the name False is no text; write it in quotes"),
+        ([{"name": ["a"]}], "is no text; write it in quotes"),
+        (["a"], "'a' is no subject; one begins with"),
+        ([None], "'None' is no subject; one begins with"),
         ([{"rank": 2}], "it has no name"),
         ([{"name": "a", "rank": 0}], "entry 1: rank is 0"),
         ([], "holds no subject"),
     ],
 )
 def test_what_an_entry_cannot_be(entries: list[dict[str, Any]], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        subject_configs(entries, SHARED_SETTINGS)
+    """It alone is refused, wherever it is; where there is no other, that is an error."""
+    if len(entries) < 2:
+        with pytest.raises(ConfigError, match=said):
+            subject_configs(entries, SHARED_SETTINGS)
+    if entries:
+        made = subject_configs([{"name": "good"}, *entries, {"name": "other"}], SHARED_SETTINGS)
+        shift = said.replace("entry 2", "entry 3").replace("entry 1", "entry 2")
+        assert isinstance(made["good"], TrainConfig)
+        assert isinstance(made["other"], TrainConfig)
+        (error,) = (value for value in made.values() if isinstance(value, ConfigError))
+        assert re.search(shift, str(error))
+        assert str(error).startswith(f"subjects, entry {len(entries) + 1}")
+        assert list(made)[-1] == "other"
 
 
-def test_what_a_loaded_base_is_made_of_is_shared() -> None:
-    assert {"pretrained_model_name_or_path", "mixed_precision", "offload", "compile"} <= SHARED
-    assert not {"seed", "rank", "resolution", "learning_rate", "max_train_steps"} & SHARED
+ODD = [None, "", "x", -1, 0, 0.5, True, math.nan, math.inf, 10**30, [], [None], [[1]], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("setting", settings(), ids=lambda setting: setting.name)
+def test_no_value_of_any_setting_is_more_than_its_subject_s_error(setting: Setting) -> None:
+    for value in ODD:
+        wrong = {"name": "odd", "instance_data_dir": "photos", setting.name: value}
+        made = subject_configs([{"name": "good"}, wrong], SHARED_SETTINGS)
+        good = dataclasses.replace(SHARED_SETTINGS, output_dir=str(Path("out", "good")))
+        assert made["good"] == good
+        assert isinstance(made["odd"], TrainConfig | ConfigError)
+
+
+def test_a_file_that_is_wrong_is_its_folder_s_error(tmp_path: Path) -> None:
+    """Under the name of the folder, which it keeps where another one's file gives it too."""
+    files = {
+        "bolt": "name: mug", "broken": "rank: [", "double": "name: tea", "empty": 'name: ""',
+        "latin": b"class_word: \xe9", "listed": "- rank", "mug": "", "negative": "rank: -1",
+        "other": "instance_data_dir: x", "tea": "rank: 2", "twice": "rank: 2\nrank: 3",
+        "wordless": "class_word: ''",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).mkdir()
+        data = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / name / "subject.yaml").write_bytes(data)
+    shared = dataclasses.replace(SHARED_SETTINGS, class_word=None)
+    made = subject_configs(tmp_path, dataclasses.replace(shared, instance_prompt="a sks mug"))
+    assert list(made) == sorted(files)
+    errors = {name: str(value) for name, value in made.items() if isinstance(value, ConfigError)}
+    assert set(files) - set(errors) == {"mug", "tea", "wordless"}
+    assert all(str(tmp_path / name / "subject.yaml") in text for name, text in errors.items())
+    assert f"'mug' is that of {tmp_path / 'mug'}" in errors["bolt"]
 
 
 def test_folders_are_subjects_called_as_they_are(tmp_path: Path) -> None:
@@ -67,7 +118,11 @@ def test_folders_are_subjects_called_as_they_are(tmp_path: Path) -> None:
         "tom": ("a photo of a sks cat", "cat", 2),
     }
     assert made["tom"].instance_data_dir == str(tmp_path / "tom")
-    with pytest.raises(ConfigError, match=r"rex has no class word; give --class_word"):
+    alone = subject_configs(tmp_path, TrainConfig())
+    assert "rex: there is no class word; give --class_word" in str(alone["rex"])
+    assert alone["tom"].class_word == "cat"
+    (tmp_path / "tom" / "subject.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"rex: there is no class word.*\(and 1 other subject\)"):
         subject_configs(tmp_path, TrainConfig())
 
 

@@ -54,10 +54,10 @@ def png(
         left, corner = (np.concatenate([zero[:size], line[:-size]]) for line in (row, up))
         guess = left + up - corner
         far = [np.abs(guess - near) for near in (left, up, corner)]
-        paeth = np.where(
+        nearest = np.where(
             (far[0] <= far[1]) & (far[0] <= far[2]), left, np.where(far[1] <= far[2], up, corner)
         )
-        before = (zero, left, up, (left + up) // 2, paeth)[y % 5]
+        before = (zero, left, up, (left + up) // 2, nearest)[y % 5]
         rows += bytes([y % 5]) + ((row - before) % 256).astype(np.uint8).tobytes()
     data = zlib.compress(rows)
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dora_diffusion.fleet import run as module
 from dora_diffusion.fleet import subject as worker_side
 from dora_diffusion.fleet.cluster import Share
 from dora_diffusion.fleet.connection import connect
-from dora_diffusion.fleet.records import cause_of, settings_digest
+from dora_diffusion.fleet.records import SubjectRecord, cause_of, settings_digest
 from dora_diffusion.fleet.results import FleetResults
 from dora_diffusion.fleet.run import run_fleet
 from dora_diffusion.fleet.subject import FleetSubject, train_subjects
@@ -115,6 +116,7 @@ def test_other_settings_or_photos_of_a_subject_that_is_done_are_said(
 def test_a_subject_is_known_by_its_settings_and_photos(subjects, tmp_path):
     """A caption of the same length is another one; a folder that was copied is the same."""
     config = next(iter(subjects.values()))
+    photo = next(path.name for path in Path(config.instance_data_dir).glob("*.jpg"))
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         shutil.copytree(config.instance_data_dir, folder)
@@ -126,6 +128,21 @@ def test_a_subject_is_known_by_its_settings_and_photos(subjects, tmp_path):
         digests.append(settings_digest(one))
     assert digests[0] == digests[2] != digests[1]
     assert settings_digest(replace(one, rank=one.rank + 1)) != digests[0]
+    for folder in ("instance_data_dir", "validation_data_dir"):
+        config = replace(one, validation_data_dir=str(folders[1]))
+        before, file = settings_digest(config), Path(getattr(config, folder), photo)
+        data = file.read_bytes()
+        file.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])  # of the same size
+        assert settings_digest(config) != before
+        file.write_bytes(data)
+        (file.parent / "notes.log").write_text("no photo", encoding="utf-8")
+        assert settings_digest(config) == before
+    (tmp_path / "words").mkdir()
+    words = replace(one, wildcards=True, wildcard_dir=str(tmp_path / "words"))
+    (tmp_path / "words" / "colours.txt").write_text("red", encoding="utf-8")
+    before = settings_digest(words)
+    (tmp_path / "words" / "colours.txt").write_text("tan", encoding="utf-8")
+    assert settings_digest(words) != before
     assert settings_digest(replace(one, output_dir="elsewhere")) == digests[0]
 
 
@@ -305,8 +322,83 @@ def test_warnings_of_a_training_arrive(serial):
 def test_settings_that_are_the_fleet_s_own_are_refused(subjects, tmp_path, name):
     values = {"push_to_hub": True, "hub_model_id": "me/x"} if name == "push_to_hub" else {}
     config = replace(subjects[NAMES[0]], **(values or {name: "latest"}))
-    with pytest.raises(ConfigError, match=f"{name} is the fleet's own business"):
-        run_fleet({"one": config}, tmp_path)
+    (failed,) = run_fleet({"one": config}, tmp_path).failed
+    assert f"{name} is the fleet's own business" in failed.cause
+
+
+def test_an_entry_that_is_wrong_fails_alone(subjects, tmp_path):
+    """Also one whose record cannot be read."""
+    (tmp_path / "blocked" / "fleet.json").mkdir(parents=True)
+    given = {
+        "wrong": ConfigError("photos/wrong/subject.yaml: rank is -1"),
+        "blocked": subjects[NAMES[0]],
+        NAMES[0]: replace(subjects[NAMES[0]], max_train_steps=1, checkpointing_steps=0),
+    }
+    fleet = run_fleet(given, tmp_path)
+    assert [record.status for record in fleet.records.values()] == ["failed", "failed", "done"]
+    assert fleet.records["wrong"].cause == "photos/wrong/subject.yaml: rank is -1"
+    assert fleet.records["blocked"].cause.endswith("blocked/fleet.json: Is a directory")
+    assert "<td>wrong</td>" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_two_fleets_of_one_output_do_not_write_at_once(subjects, tmp_path):
+    refused = []
+
+    def start_another(fleet, ended):
+        with pytest.raises(ConfigError, match=f"another run is writing to output {tmp_path};"):
+            run_fleet({NAMES[1]: subjects[NAMES[1]]}, tmp_path)
+        refused.append(True)
+
+    one = replace(subjects[NAMES[0]], max_train_steps=1, checkpointing_steps=0)
+    assert not run_fleet({NAMES[0]: one}, tmp_path, on_change=start_another).failed
+    assert refused
+
+
+@pytest.mark.parametrize("changes", [{}, {"rank": 3}])
+def test_what_a_fleet_elsewhere_has_ended_meanwhile_is_done(
+    subjects, trained, monkeypatch, tmp_path, changes
+):
+    """Behind a URL, where no lock holds off another machine; other settings are said."""
+    output = f"file://{tmp_path}/out"
+    one = replace(subjects[NAMES[0]], max_train_steps=1, checkpointing_steps=0)
+    record = SubjectRecord(NAMES[0], "running", run="another")
+    theirs = replace(one, **changes)
+
+    def meanwhile(given, worker):
+        digest = settings_digest(theirs)
+        own = replace(record, digest=digest, settings=theirs.to_dict())
+        (done,) = train_subjects([FleetSubject(theirs, output, own)], worker)
+        assert done.status == "done"
+        return train_subjects(given, worker)
+
+    monkeypatch.setattr(module, "train_subjects", meanwhile)
+    fleet = run_fleet({NAMES[0]: one}, output)
+    if changes:
+        assert "other settings: rank (3 -> 2)" in fleet.records[NAMES[0]].cause
+    else:
+        assert fleet.records[NAMES[0]].status == "done"
+        assert fleet.records[NAMES[0]].run == "another"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has a temporary folder for each user")
+def test_a_folder_of_someone_else_s_is_not_trained_in(subjects, monkeypatch, tmp_path):
+    """Behind a URL a worker's folder is its user's alone, whatever there is at its name."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "shared"))
+    (tmp_path / "shared").mkdir()
+    modes = []
+
+    def look(fleet, ended):
+        (folder,) = (tmp_path / "shared").glob("dora-diffusion-*")
+        modes.append(folder.stat().st_mode & 0o777)
+
+    one = {NAMES[0]: replace(subjects[NAMES[0]], max_train_steps=1, checkpointing_steps=0)}
+    url = f"file://{tmp_path}/out"
+    assert not run_fleet(one, url, on_change=look).failed
+    assert set(modes) == {0o700}
+    (folder,) = (tmp_path / "shared").glob("dora-diffusion-*")
+    folder.chmod(0o777)
+    with pytest.raises(PermissionError, match="another user's or open to others"):
+        run_fleet(one, url)
 
 
 def test_an_unknown_file_system_is_said(subjects):
