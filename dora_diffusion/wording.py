@@ -31,6 +31,11 @@ def listing(names: Iterable[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def pixels(sides: Iterable[int]) -> str:
+    """Sides of images as a text: ``"512, 768 px"``; empty where there are none."""
+    return f"{text} px" if (text := ", ".join(map(str, sides))) else ""
+
+
 def quoted(text: str, limit: int = QUOTE_LIMIT) -> str:
     """A text in quotes on one line, its middle left out where it is long.
 

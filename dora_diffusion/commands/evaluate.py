@@ -214,7 +214,7 @@ def _evaluate_photos(
     lines = Path(args.prompts).read_text(encoding="utf-8").splitlines() if args.prompts else []
     class_word = args.class_word or trigger.partition(" ")[2]
     trained_on = read_photo_record(args.adapter) or ()
-    rules = CaptionRules.from_stated(captions, args.wildcard_dir)
+    rules = CaptionRules.from_stated(captions, args.wildcard_dir, trigger)
     subject = read_subject(args.subject, trigger, class_word, trained_on, rules)
     for caution in subject.cautions:
         warnings.warn(caution, stacklevel=1)

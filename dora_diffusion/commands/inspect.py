@@ -12,7 +12,7 @@ from dora_diffusion.commands.options import add_base, base_options
 from dora_diffusion.console.tables import print_json, print_rows
 from dora_diffusion.families import FAMILIES, USUAL
 from dora_diffusion.formats.adapter.metadata import READING, reading_in_words, stated_reading
-from dora_diffusion.wording import counted
+from dora_diffusion.wording import counted, pixels
 
 if TYPE_CHECKING:
     from dora_diffusion.export import AdapterReport
@@ -60,7 +60,7 @@ def _facts(report: AdapterReport) -> list[tuple[str, str]]:
         ("tokens", _listed_tokens(report.tokens)),
         ("base model", metadata.base_model),
         ("prediction type", metadata.extra.get("prediction_type", "")),
-        ("resolution", f"{metadata.resolution} px" if metadata.resolution else ""),
+        ("resolution", pixels(metadata.resolutions)),
         ("reads prompts", reading_in_words(stated_reading(metadata.extra), family or USUAL)),
         ("tags", ", ".join(metadata.tags)),
         ("thumbnail", "yes" if metadata.thumbnail else ""),

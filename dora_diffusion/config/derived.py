@@ -201,9 +201,13 @@ def without_effect(config: TrainConfig, given: Collection[str] | None = None) ->
         inactive = [setting.inactive_reason(subject) for subject in subjects]
         overridden = [setting.name in entry for entry in config.dataset_config]
         reason = inactive[0] if all(inactive) else None
-        # Samples have the run's resolution.
-        if overridden and all(overridden) and setting.name != "resolution":
+        if overridden and all(overridden):
             reason = "each entry of dataset_config has its own"
+        if reason and setting.name == "resolution" and config.num_validation_images:
+            # What a run's own file says is the greatest of its entries.
+            if config.resolution == max(entry["resolution"] for entry in config.dataset_config):
+                continue
+            reason = f"{reason}, but for sample images"
         if reason:
             reasons[setting.name] = f"{setting.name} has no effect because {reason}"
     for place, entry in enumerate(config.dataset_config) if given is None else ():

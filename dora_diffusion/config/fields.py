@@ -45,8 +45,13 @@ TOKENS_PER_CHUNK = 75
 # apart: no property of the training (folders, names, what happens afterwards).
 Resume = Literal["same", "free", "ignored"]
 
-_WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-TYPES: dict[str, type] = {"Entry": dict, **{kind.__name__: kind for kind in _WANTED}}
+WANTED: dict[type, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
+TYPES: dict[str, type] = {"Entry": dict, **{kind.__name__: kind for kind in WANTED}}
 RENAMED = {"direction": "parametrization"}
 """Name that a setting had in an earlier version -> its name."""
 
@@ -250,7 +255,7 @@ class Setting:
                 item = self.kind(value)
         if self.kind is int and isinstance(value, float) and value != item:
             item = None
-        wanted = _WANTED[self.kind]
+        wanted = WANTED[self.kind]
         require(item is not None, f"{self.name} is {value!r}; it must be {wanted}", self.name)
         return self._known_choice(item) if self.choices else item
 

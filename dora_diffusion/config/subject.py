@@ -26,6 +26,7 @@ def _class_images(config: Any) -> str | None:
 
 _TAGS = AnyOf((Need("shuffle_tags"), Need("tag_dropout")))
 _CLASS_IMAGES = (_PRIOR, _class_images)
+_BUCKETS = Need("aspect_ratio_buckets")
 
 
 def _single_file(config: ModelSettings) -> str | None:
@@ -96,7 +97,7 @@ class SubjectSettings:
         [],
         "Several subjects in one run: a YAML file with a list of subjects, each with its folder, "
         "token, class word and what else is its own of these settings and those of images, "
-        "captions and prior; the others are the run's. sd-scripts' dataset TOML and a folder of "
+        "captions and prior; the others are the run's. sd-scripts' dataset file and a folder of "
         "kohya's '10_sks dog' folders are read as such a list.",
         derived="one subject, of these settings",
         resume="ignored",  # its entries are compared
@@ -202,6 +203,27 @@ class ImageSettings:
     aspect_ratio_buckets: bool = flag(
         False, "Aspect-ratio bucketing: crop to a shape near the image's own, not to a square."
     )
+    min_bucket_reso: int | None = flag(
+        None,
+        "Shortest side of buckets in pixels.",
+        derived="half of the longest",
+        needs=(_BUCKETS,),
+        above=0,
+    )
+    max_bucket_reso: int | None = flag(
+        None,
+        "Longest side of buckets in pixels; their area is at most that of the resolution.",
+        derived="1.41 times the resolution",
+        needs=(_BUCKETS,),
+        above=0,
+    )
+    bucket_reso_steps: int | None = flag(
+        None,
+        "Sides of buckets are multiples of it.",
+        derived="what the base model needs: 64, or 32 for SDXL",
+        needs=(_BUCKETS,),
+        above=0,
+    )
     masked_loss: bool = flag(
         False,
         "Masked loss: only where NAME.mask.png next to an image, or its alpha channel, is bright.",
@@ -300,7 +322,8 @@ class PriorSettings:
     )
     class_data_dir: str | None = flag(
         None,
-        "Folder of class images; missing ones are generated.",
+        "Folder of class images, or of kohya's '1_dog' folders of them; missing ones are "
+        "generated.",
         derived="OUTPUT_DIR/class_images",
         resume="ignored",  # its images are compared by content
         needs=_CLASS_IMAGES,
@@ -308,8 +331,8 @@ class PriorSettings:
     )
     class_prompt: str | None = flag(
         None,
-        "Caption of class images.",
-        derived="each image's caption with the token taken out",
+        "Caption of class images without a .txt; wildcards give them several.",
+        derived="the name of kohya's folder, or each image's caption with the token taken out",
         needs=_CLASS_IMAGES,
     )
     num_class_images: int = flag(100, "Number of class images.", needs=_CLASS_IMAGES, above=0)
@@ -328,7 +351,7 @@ class PriorSettings:
 # Of groups whose other settings a subject may have for itself, those that are the whole run's.
 _WHOLE_RUN = frozenset((
     "dataset_config", "cache_latents", "dataloader_num_workers", "prior_loss_weight",
-    "sample_batch_size",
+    "sample_batch_size", "max_token_length", "clip_skip",
 ))  # fmt: skip
 
 ENTRY_SETTINGS = (

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.config.dataset_file import (
-    by_folder,
-    folders_in,
-    is_of_kohya,
-    listed_entries,
-    require_mapping,
-)
+from dora_diffusion.config.dataset_file import by_folder, listed_entries, require_mapping
 from dora_diffusion.config.fields import ConfigError, require, with_present_names
 from dora_diffusion.config.file import read_config_file
+from dora_diffusion.config.kohya import folder_name, folders_in
 from dora_diffusion.config.run import DeviceSettings
 from dora_diffusion.config.subject import Entry, ModelSettings
 from dora_diffusion.config.train import TrainConfig, settings
@@ -66,6 +62,7 @@ def subject_configs(
     )
     given = _entries(source, config)
     require(bool(given), f"{source or 'the list'} holds no subject")
+    _warn_of_lost(source, [each.entry for each in given], config)
     made: dict[int, tuple[str, TrainConfig | ConfigError]] = {}
     taken: dict[str, str] = {}
     # A name that a folder has comes before the same one that an entry gives to another.
@@ -92,14 +89,13 @@ def _entries(source: str | Path | Sequence[Entry], config: TrainConfig) -> list[
         folder = Path(source).expanduser()
         require(folder.exists(), f"{folder} does not exist; name a dataset file or a folder")
         inner = folders_in(folder) if folder.is_dir() else []
-        if folder.is_dir() and not any(map(is_of_kohya, inner)):
+        if folder.is_dir() and not any(map(folder_name, inner)):
             require(bool(inner), f"{folder} holds no folders; a subject is a folder of photos")
             return [_plain_folder(folder, config) for folder in inner]
-    known = {setting.name for setting in settings()}
     file = str(source) if isinstance(source, str | Path) else "subjects"
     return [
         _Given(f"{file}, entry {place}", entry)
-        for place, entry in enumerate(listed_entries(source, known, config.train_batch_size), 1)
+        for place, entry in enumerate(listed_entries(source, config.train_batch_size), 1)
     ]
 
 
@@ -123,6 +119,23 @@ def _plain_folder(folder: Path, config: TrainConfig) -> _Given:
     except ConfigError as error:
         return _Given(where, error, folder.name)
     return _Given(where, {"instance_data_dir": str(folder), **own}, folder.name)
+
+
+def _warn_of_lost(
+    source: str | Path | Sequence[Entry], entries: Sequence[Any], config: TrainConfig
+) -> None:
+    """Name the settings in common that every entry has for itself."""
+    lost = [
+        setting.name
+        for setting in settings()
+        if getattr(config, setting.name) != setting.default
+        and all(isinstance(entry, dict) and setting.name in entry for entry in entries)
+    ]
+    if lost:
+        file = source if isinstance(source, str | Path) else "subjects"
+        warnings.warn(
+            f"{listing(lost)} without effect: each entry of {file} has its own", stacklevel=3
+        )
 
 
 def _gives_name(entry: Any) -> bool:

@@ -184,10 +184,16 @@ def packages() -> list[Package]:
         for line in metadata.requires(_PROJECT) or []:
             name, bounds, extra = _REQUIREMENT.match(line).groups()  # type: ignore[union-attr]
             # An extra may be other extras of this package; each of those is listed itself.
-            if name != _PROJECT:
+            if name != _PROJECT and not _is_of_older(line):
                 found.append(Package(name, extra or "", bounds.strip(), _version(name)))
     beside = [(name, version) for name in _BESIDE if (version := _version(name))]
     return found + [Package(name, "none", "", version) for name, version in beside]
+
+
+def _is_of_older(requirement: str) -> bool:
+    """Whether only Pythons older than this one need it."""
+    before = re.search(r"python_version\s*<\s*['\"]3\.(\d+)", requirement)
+    return before is not None and sys.version_info >= (3, int(before[1]))
 
 
 def _version(name: str) -> str | None:

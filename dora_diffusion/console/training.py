@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.config import TrainConfig, unusual_rates, without_effect
 from dora_diffusion.config.derived import listed
@@ -28,10 +29,13 @@ from dora_diffusion.training.events import (
     TrainingStarted,
     Validated,
 )
-from dora_diffusion.wording import counted, duration, listing
+from dora_diffusion.wording import counted, duration, listing, pixels
 
-# Images of a subject that a dry run names.
-_LISTED = 20
+if TYPE_CHECKING:
+    from dora_diffusion.data.photos import Photo
+
+# Images of a subject that a dry run names, and captions of each besides the first.
+_LISTED, _DRAWN = 20, 4
 
 
 class TrainProgress:
@@ -137,7 +141,7 @@ class TrainProgress:
         )
         print(
             f"{event.family} on {event.device}: {counted(event.photos, 'photo')} at "
-            f"{event.resolution} px, {event.adapter}; {event.schedule}"
+            f"{pixels(event.resolutions)}, {event.adapter}; {event.schedule}"
             + (f"; started from {event.started_from}" if event.started_from else "")
         )
         if len(split_triggers(event.trigger)) > 1:
@@ -178,7 +182,7 @@ class PackProgress:
                 self._done[name], self._totals[name] = event.step, event.total_steps
                 photos = counted(event.photos, "photo")
                 resumed = f"; resumed from {event.resumed_from}" if event.resumed_from else ""
-                say(f"{name}: {photos} at {event.resolution} px, {event.adapter}{resumed}")
+                say(f"{name}: {photos} at {pixels(event.resolutions)}, {event.adapter}{resumed}")
             case StepDone():
                 self._done[name] = event.step
                 done, total = sum(self._done.values()), sum(self._totals.values())
@@ -203,33 +207,35 @@ def what_trains(config: TrainConfig) -> str:
     Warns:
         UserWarning: As the run would.
     """
-    from dora_diffusion.data.photos import mask_path, read_photos
+    from dora_diffusion.data.photos import read_photos
     from dora_diffusion.training.dataset import check_subject, list_subjects
     from dora_diffusion.training.folders import check_folders
-    from dora_diffusion.training.subject import subjects_of
+    from dora_diffusion.training.subject import caption_rules, subjects_of
+    from dora_diffusion.training.validation import check_held_out, divide_all
 
     for reason in (*without_effect(config).values(), *unusual_rates(config)):
         warnings.warn(reason, stacklevel=2)
     subjects, lines, an_epoch = subjects_of(config), list[str](), 0
     check_folders(config)
-    for subject, paths in zip(subjects, list_subjects(subjects), strict=True):
+    trained_on, held_out = divide_all(subjects, list_subjects(subjects))
+    for subject, paths, others in zip(subjects, trained_on, held_out, strict=True):
         own = subject.settings
-        photos = read_photos(paths, own.instance_prompt or "", skip_unreadable=True)
+        photos = read_photos(paths, own.instance_prompt or "", skip_unreadable=True, per_line=True)
         check_subject(subject, photos)
+        check_held_out(subject, others)
         an_epoch += len(photos) * own.repeats
-        masks = sum(mask_path(photo.path).is_file() for photo in photos) if own.masked_loss else 0
-        facts = [counted(len(photos), "image")]
-        facts += [f"{own.repeats} times an epoch"] if own.repeats > 1 else []
-        facts += [f"weight {own.weight:g}"] if own.weight != 1 else []
-        facts += [counted(masks, "mask file")] if masks else []
-        facts += [f"prior: {own.prior_mode}"] if own.with_prior_preservation else []
+        facts = _facts_of(own, photos)
+        facts += [f"{counted(len(others), 'image')} held out"] if others else []
         lines.append(
             f"{subject.trigger or 'captions as they are'}: {', '.join(facts)}, in "
             f"{own.instance_data_dir}"
         )
         for photo in photos[:_LISTED]:
             weight = f" (weight {photo.weight:g})" if photo.weight != 1 else ""
-            lines.append(f"    {photo.path.name}{weight}: {photo.caption}")
+            first, *drawn = caption_rules(own).variants(photo.caption)
+            lines.append(f"    {photo.path.name}{weight}: {first}")
+            lines += [f"        or {caption}" for caption in drawn[:_DRAWN]]
+            lines += [f"        or {len(drawn) - _DRAWN} more"] if len(drawn) > _DRAWN else []
         lines += [f"    and {len(photos) - _LISTED} more"] if len(photos) > _LISTED else []
     lines.append(f"an epoch: {counted(an_epoch, 'image')}")
     if config.max_train_steps:
@@ -237,6 +243,26 @@ def what_trains(config: TrainConfig) -> str:
         seen = config.max_train_steps * batch / an_epoch
         lines[-1] += f"; {config.max_train_steps} steps of {batch} are {seen:.3g} epochs"
     return "\n".join(lines)
+
+
+def _facts_of(own: TrainConfig, photos: Sequence[Photo]) -> list[str]:
+    """The settings of a subject in a dry run that change what is trained of its images."""
+    from dora_diffusion.data.photos import mask_path
+    from dora_diffusion.training.prior import class_folder, own_class_images
+
+    masks = sum(mask_path(photo.path).is_file() for photo in photos) if own.masked_loss else 0
+    facts = [counted(len(photos), "image")]
+    facts += [f"at {own.resolution} px"] if own.resolution else []
+    facts += [f"{own.repeats} times an epoch"] if own.repeats > 1 else []
+    facts += [f"weight {own.weight:g}"] if own.weight != 1 else []
+    facts += [counted(masks, "mask file")] if masks else []
+    facts += [f"tags left out: {own.tag_dropout:g}"] if own.tag_dropout else []
+    facts += [f"captions dropped: {own.caption_dropout:g}"] if own.caption_dropout else []
+    if own.uses_class_images:
+        folder, count = class_folder(own), own.num_class_images
+        there = min(len(own_class_images(folder)), count)
+        return [*facts, f"prior: {there} of {counted(count, 'class image')} in {folder}"]
+    return facts + ([f"prior: {own.prior_mode}"] if own.with_prior_preservation else [])
 
 
 def next_steps(config: TrainConfig, written: Path) -> list[str]:

@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -119,24 +119,15 @@ class CaptionRules:
         """The caption that photos are measured with: the first line and alternatives, all of it."""
         return self.variants(text)[0]
 
-    def stated(self) -> str:
-        """What an adapter's file says of these rules, but for shuffling and dropout.
-
-        Empty for the usual ones. Quoted, since slashes in metadata are taken for a path's.
-        """
-        usual = CaptionRules()
-        values = {
-            name: True if name == "wildcards" else value
-            for name in _STATED
-            if (value := getattr(self, name)) != getattr(usual, name)
-        }
-        return quote(json.dumps(values, ensure_ascii=False), safe=' ,:;{}"') if values else ""
-
     @classmethod
-    def from_stated(cls, text: str, wildcard_dir: str | None = None) -> CaptionRules:
-        """The rules that `stated` wrote; those by default of anything else."""
+    def from_stated(
+        cls, text: str, wildcard_dir: str | None = None, trigger: str = ""
+    ) -> CaptionRules:
+        """The rules of a subject that `stated_rules` wrote; those by default of anything else."""
         try:
-            known = {name: json.loads(unquote(text)).get(name) for name in _STATED}
+            values = json.loads(unquote(text))
+            values = values.get(trigger, values)
+            known = {name: values.get(name) for name in _STATED}
         except (AttributeError, RecursionError, ValueError):
             return cls()
         return cls(
@@ -225,6 +216,29 @@ class CaptionRules:
     def _split(self, text: str) -> list[str]:
         tags = text.split(self.separator.strip() or self.separator)
         return [tag.strip() for tag in tags if tag.strip()]
+
+
+def stated_rules(rules: Mapping[str, CaptionRules]) -> str:
+    """What an adapter's file says of its subjects' rules, but for shuffling and dropout.
+
+    Empty for the usual ones. Quoted, since slashes in metadata are taken for a path's.
+
+    Args:
+        rules: By trigger words; the file has one for all where they are the same.
+    """
+    usual = CaptionRules()
+    values = {
+        trigger: {
+            name: True if name == "wildcards" else value
+            for name in _STATED
+            if (value := getattr(own, name)) != getattr(usual, name)
+        }
+        for trigger, own in rules.items()
+    }
+    first, *others = values.values()
+    differ = any(other != first for other in others)
+    text = json.dumps(values if differ else first, ensure_ascii=False)
+    return quote(text, safe=' ,:;{}"') if differ or first else ""
 
 
 def drop_caption(caption: str, probability: float, generator: torch.Generator) -> str:

@@ -134,12 +134,14 @@ class Buckets:
     """Crop sizes around a resolution; calling one picks a photo's.
 
     Every size has sides that are multiples of ``step`` and an area of at most
-    ``resolution ** 2``, so no bucket needs more memory than the square one.
+    ``resolution ** 2``, so no bucket needs more memory than the square one. Sizes and choice are
+    those of sd-scripts for the same sides, which has 256 and 1024 unless told otherwise.
 
     Attributes:
         resolution: Side of the square bucket in pixels.
         step: Sides are multiples of this; a multiple of the model's pixels per latent.
-        max_ratio: The longest side over the shortest.
+        shortest: Least side, rounded down to a multiple; None means half of the greatest.
+        longest: Greatest side, rounded up to a multiple; None means sqrt(2) times the resolution.
 
     Raises:
         ValueError: If no such sizes exist.
@@ -147,29 +149,48 @@ class Buckets:
 
     resolution: int
     step: int = 64
-    max_ratio: float = 2.0
+    shortest: int | None = None
+    longest: int | None = None
 
     def __post_init__(self) -> None:
         if self.step < 1 or self.resolution < self.step or self.resolution % self.step:
             raise ValueError(
                 f"resolution {self.resolution} must be a multiple of the bucket step {self.step}"
             )
-        if self.max_ratio < 1.0:
-            raise ValueError(f"max_ratio must be at least 1, got {self.max_ratio}")
+        least, greatest = self.sides
+        if not 0 < least <= self.resolution <= greatest:
+            raise ValueError(
+                f"the sides of buckets, {least} to {greatest}, must begin at {self.step} or more "
+                f"and include the resolution {self.resolution}"
+            )
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The least and the greatest side, as multiples of the step."""
+        greatest = int(self.resolution * math.sqrt(2)) // self.step
+        if self.longest is not None:
+            greatest = math.ceil(self.longest / self.step)
+        least = min(math.ceil(greatest / 2), self.resolution // self.step)
+        if self.shortest is not None:
+            least = self.shortest // self.step
+        return least * self.step, greatest * self.step
 
     @cached_property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """All sizes ``(height, width)``, from the tallest to the widest."""
-        area = self.resolution**2
-        sizes = set()
-        longest = int(self.resolution * math.sqrt(self.max_ratio))
-        for long in range(self.resolution, longest + 1, self.step):
-            short = area // long // self.step * self.step
-            if short and long / short <= self.max_ratio:
-                sizes |= {(long, short), (short, long)}
-        return tuple(sorted(sizes, key=lambda size: (size[1] / size[0], size)))
+        """All sizes ``(height, width)``, from the narrowest to the widest."""
+        (least, greatest), sizes = self.sides, set()
+        for side in range(least, greatest + 1, self.step):
+            other = min(greatest, self.resolution**2 // side // self.step * self.step)
+            if other >= least:
+                sizes |= {(side, other), (other, side)}
+        return tuple(sorted(sizes, key=lambda size: size[::-1]))
 
     def __call__(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The bucket whose shape is nearest to a photo's ``(height, width)``, by log ratio."""
-        wanted = math.log(size[1] / size[0])
-        return min(self.sizes, key=lambda bucket: abs(math.log(bucket[1] / bucket[0]) - wanted))
+        """A photo's ``(height, width)`` if that is a bucket, else that of the nearest width/height.
+
+        Of equally near ones it is the narrowest.
+        """
+        if size in self.sizes:
+            return size
+        wanted = size[1] / size[0]
+        return min(self.sizes, key=lambda bucket: abs(bucket[1] / bucket[0] - wanted))

@@ -32,6 +32,8 @@ MASK_SUFFIX = ".mask.png"
 WEIGHT_SUFFIX = ".weight"
 # What lies beside a photo, of its name.
 COMPANIONS = (".txt", MASK_SUFFIX, WEIGHT_SUFFIX)
+# What other programs read captions from.
+_OTHER_CAPTIONS = (".caption",)
 # Images that are not read; whoever has them beside photos wants to know.
 OTHER_SUFFIXES = (".avif", ".bmp", ".dng", ".gif", ".jp2", ".jxl", ".tif", ".tiff")
 # Files of a sub-folder that are looked at for photos that are not read.
@@ -282,8 +284,8 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
 
     Warns:
         UserWarning: Of images in formats that are not read, of links to photos that are not
-            there, and of captions, masks and weights without a photo, by name; of sub-folders with
-            photos.
+            there, of captions, masks and weights without a photo, and of captions that other
+            programs read, by name; of sub-folders with photos.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -291,7 +293,7 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
         raise PhotoError(f"{folder}: the photo folder {what}; give a folder of photos")
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     photos = [path for path in entries if is_photo(path)]
-    nested = _nested_photos(entries)
+    nested = nested_photos(entries)
     broken = [
         path.name
         for path in entries
@@ -317,6 +319,12 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
             f"{folder}: without effect, no photo has their name: {listing(lonely, 5)}",
             stacklevel=2,
         )
+    if unread := [path.name for path in entries if path.name.lower().endswith(_OTHER_CAPTIONS)]:
+        warnings.warn(
+            f"{folder}: without effect: {listing(unread, 5)}; rename them to .txt to use them as "
+            "captions",
+            stacklevel=2,
+        )
     others = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
     if others:
         warnings.warn(
@@ -337,7 +345,7 @@ def _without_photo(entries: Sequence[Path], photos: Sequence[Path]) -> list[str]
     ]
 
 
-def _nested_photos(entries: Sequence[Path]) -> str:
+def nested_photos(entries: Sequence[Path]) -> str:
     """How many photos lie in which sub-folders: ``"12 photos in 10_sks, 3 photos in old"``."""
     counts = {path.name: _count_photos(path) for path in entries if path.is_dir()}
     nested = [f"{counted(count, 'photo')} in {name}" for name, count in counts.items() if count]

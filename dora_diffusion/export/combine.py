@@ -180,12 +180,11 @@ def _metadata(
         extra = fitted.stated(extra, "sum of the adapters", settings)
     if len(facts) == 1:
         return dataclasses.replace(facts[0], extra=extra)
-    resolutions = {fact.resolution for fact in facts}
     return AdapterMetadata(
         family=model.family.name,
         base_model=model_name(model.path),
         trigger=join_triggers(fact.trigger for fact in facts),
-        resolution=resolutions.pop() if len(resolutions) == 1 else None,
+        resolutions=tuple(sorted({side for fact in facts for side in fact.resolutions})),
         extra=extra,
         tags=tuple(dict.fromkeys(tag for fact in facts for tag in fact.tags)),
     )

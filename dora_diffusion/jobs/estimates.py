@@ -74,7 +74,7 @@ def estimate(config: TrainConfig, jobs: Sequence[Job], runs_dir: Path, device: D
     results = [job.result for job in like if job.result]
     peaks = [peak for result in results if (peak := result.peak_gpu_memory or result.peak_memory)]
     info = model_info(config.pretrained_model_name_or_path)
-    size = config.resolution or info.resolution
+    size = max(subject.resolution or info.resolution for subject in config.subjects)
     # The table is of adapters: what fine-tuning the weights takes was not measured.
     in_table = info.has_released_shape and not config.is_full
     family = info.family if in_table else ""

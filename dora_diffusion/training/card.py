@@ -19,6 +19,7 @@ from dora_diffusion.formats.adapter.metadata import (
     without_path,
 )
 from dora_diffusion.training.subject import Subject, example_prompt, triggers_of
+from dora_diffusion.wording import pixels
 
 KOHYA_FILE = "dora_kohya.safetensors"
 VALIDATION_LOSS = "validation_loss"
@@ -55,7 +56,7 @@ def model_card(
     use = _use_of_model if config.is_full else _use_of_adapter
     names = ("variant", "revision")
     loaded = {name: str(value) for name in names if (value := getattr(config, name))}
-    family = FAMILIES[metadata.family]
+    family, size = FAMILIES[metadata.family], pixels(metadata.resolutions)
     stated = stated_reading(metadata.extra)
     reading, skip = reading_in_words(stated, family), stated.get("clip_skip", 0)
     called = _images(family) + (f", clip_skip={skip}" if skip else "")
@@ -77,7 +78,7 @@ tags: [text-to-image, {tag}, dreambooth]
 ## How it was made
 
 {method} on `{base}`,
-trained with dora_diffusion {__version__} at {metadata.resolution} px for {steps} steps: {report}.
+trained with dora_diffusion {__version__} at {size} for {steps} steps: {report}.
 All settings are in `config.yaml`; the loss of every step is in `metrics.jsonl`.{loss}
 """
 

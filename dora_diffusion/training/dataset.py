@@ -172,12 +172,14 @@ def _sample_transform(config: TrainConfig, components: Components) -> SampleTran
 
 
 def check_wildcards(config: TrainConfig, paths: Sequence[Path]) -> None:
-    """Refuse captions whose wildcards cannot be drawn, before a model is loaded.
+    """Refuse captions and a class prompt whose wildcards cannot be drawn, before a model is loaded.
 
     Raises:
         PhotoError: Naming the photo; captions that cannot be read are not looked at.
+        ConfigError: Of the class prompt.
     """
     rules = caption_rules(config)
+    rules.plain(config.class_prompt or "")
     for path in paths if config.wildcards else ():
         text = ""
         with contextlib.suppress(OSError, ValueError):
@@ -278,5 +280,16 @@ def _buckets(config: TrainConfig, components: Components) -> Buckets | None:
     if not config.aspect_ratio_buckets:
         return None
     levels = len(components.unet.config.block_out_channels) - 1
-    resolution = config.resolution or components.default_resolution
-    return Buckets(resolution, step=components.vae_factor * 2**levels)
+    step = components.vae_factor * 2**levels
+    if config.bucket_reso_steps and config.bucket_reso_steps % step:
+        raise ConfigError(
+            f"bucket_reso_steps is {config.bucket_reso_steps}; {components.name} needs a multiple "
+            f"of {step}",
+            "bucket_reso_steps",
+        )
+    return Buckets(
+        config.resolution or components.default_resolution,
+        config.bucket_reso_steps or step,
+        config.min_bucket_reso,
+        config.max_bucket_reso,
+    )

@@ -62,7 +62,7 @@ class TrainingStarted:
     resumed_from: str | None
     steps_dropped: int
     photos: int
-    resolution: int
+    resolutions: tuple[int, ...]
     family: str
     schedule: str
     device: str

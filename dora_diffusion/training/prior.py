@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.config.kohya import folder_name, folders_in
 from dora_diffusion.data.captions import contains_token
 from dora_diffusion.data.images import PhotoError
-from dora_diffusion.data.photos import Photo, list_photos, read_photos
+from dora_diffusion.data.photos import Photo, list_photos, nested_photos, read_photos
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.formats.files.atomic import save_text
 from dora_diffusion.generate import SamplingSettings, generate_images
@@ -23,9 +26,11 @@ from dora_diffusion.images import save_png
 from dora_diffusion.models.components import Components
 from dora_diffusion.training.accelerator import shards_model
 from dora_diffusion.training.events import ClassImagesAnnounced, ClassImagesProgress, OnEvent
-from dora_diffusion.training.subject import Subject
+from dora_diffusion.training.subject import Subject, caption_rules
 from dora_diffusion.wording import counted, quoted
 
+# How the names of folders begin in which generated class images are.
+_GENERATED = "generated-"
 # Prompt and seeds -> one image per seed.
 Generate = Callable[[str, Sequence[int]], list[Image.Image]]
 
@@ -35,17 +40,21 @@ def class_prompts(
 ) -> list[str]:
     """The prompts of class images: the class prompt, or what ``as_class`` makes of each caption.
 
+    Of a class prompt with wildcards there are as many as it takes to have each alternative.
+
     Raises:
         ConfigError: If a prompt would still contain the token, or no class word is known.
     """
     config = subject.settings
     if config.class_prompt:
-        if subject.token and contains_token(config.class_prompt, subject.token):
+        rules = replace(caption_rules(config), prefix="", suffix="")
+        prompts = rules.variants(config.class_prompt)
+        if subject.token and any(contains_token(prompt, subject.token) for prompt in prompts):
             raise ConfigError(
                 f"class_prompt {quoted(config.class_prompt)} contains the token {subject.token!r}; "
                 "describe other members of the class, without it"
             )
-        return [config.class_prompt]
+        return prompts
     if not subject.token:
         raise ConfigError(
             "prior preservation with token '' needs class_prompt: without a token, captions "
@@ -128,7 +137,7 @@ def class_images(
             require_finite=True,
         )
 
-    folder = Path(config.class_data_dir or Path(config.output_dir) / "class_images")
+    folder = class_folder(config)
     with accelerator.main_process_first():
         paths = ensure_class_images(
             folder,
@@ -140,7 +149,14 @@ def class_images(
             batch_size=config.sample_batch_size,
             on_image=announcer.on_image,
         )
-    return read_photos(paths, prompts[0], skip_unreadable=True)
+    captions = {} if config.class_prompt else dict(paths)
+    images = read_photos([path for path, _ in paths], "", skip_unreadable=True)
+    return [
+        replace(
+            photo, caption=photo.caption or captions.get(photo.path) or prompts[i % len(prompts)]
+        )
+        for i, photo in enumerate(images)
+    ]
 
 
 def _reading(config: TrainConfig) -> str:
@@ -191,12 +207,13 @@ def ensure_class_images(
     generate: Generate,
     batch_size: int,
     on_image: Callable[[int, int], None],
-) -> list[Path]:
+) -> list[tuple[Path, str]]:
     """Have ``count`` class images, generating those that are missing.
 
-    Images that the user put into the folder count first. Generated ones go into a sub-folder named
-    after everything that determines them, so that those of other prompts or another model are
-    never reused; each is made from a seed of its own, so that an interrupted run continues.
+    Images that the user put there (`own_class_images`) count first. Generated ones go into a
+    sub-folder named after everything that determines them, so that those of other prompts or
+    another model are never reused; each is made from a seed of its own, so that an interrupted run
+    continues.
 
     Args:
         folder: The class folder.
@@ -208,10 +225,16 @@ def ensure_class_images(
         batch_size: Images per call of ``generate``.
         on_image: Called with (images there, images wanted), first before any is generated.
     """
-    given = _given_images(folder)[:count]
+    own = own_class_images(folder)
+    if len(own) > count:
+        warnings.warn(
+            f"{folder} has {len(own)} class images, of which num_class_images {count} are used",
+            stacklevel=3,
+        )
+    given = own[:count]
     digest = hashlib.sha256("\n".join([identity, str(seed), *prompts]).encode()).hexdigest()[:12]
     paths = [
-        folder / f"generated-{digest}" / f"class-{number:05d}.png"
+        folder / f"{_GENERATED}{digest}" / f"class-{number:05d}.png"
         for number in range(count - len(given))
     ]
     missing: dict[str, list[int]] = {}
@@ -230,12 +253,39 @@ def ensure_class_images(
                 save_png(image, paths[number])
             done += len(batch)
             on_image(done, count)
-    return given + paths
+    return given + [(path, "") for path in paths]
 
 
-def _given_images(folder: Path) -> list[Path]:
-    try:
-        # Those that were generated lie in sub-folders.
-        return list_photos(folder, warn_of_nested=False)
-    except PhotoError:
-        return []
+def class_folder(config: TrainConfig) -> Path:
+    """Where a subject's class images are."""
+    return Path(config.class_data_dir or Path(config.output_dir) / "class_images").expanduser()
+
+
+def own_class_images(folder: Path) -> list[tuple[Path, str]]:
+    """Class images that no run has generated, each with the caption that its folder gives it.
+
+    They are in the folder itself, without such a caption, and in kohya's folders in it: those in
+    ``1_dog`` are captioned ``dog``.
+
+    Warns:
+        UserWarning: Of images in other folders inside of it, and of repeats.
+    """
+    inner = folders_in(folder) if folder.is_dir() else []
+    named = {path: name for path in inner if (name := folder_name(path))}
+    images = []
+    for place, (repeats, text) in {folder: (1, ""), **named}.items():
+        with contextlib.suppress(PhotoError):
+            images += [(path, text) for path in list_photos(place, warn_of_nested=False)]
+        if repeats > 1:
+            warnings.warn(
+                f"{place}: its {repeats} repeats have no effect; class images take turns",
+                stacklevel=3,
+            )
+    others = [path for path in inner if path not in named and not path.name.startswith(_GENERATED)]
+    if left_out := nested_photos(others):
+        warnings.warn(
+            f"{folder}: left out {left_out}; class images are in the folder itself, or in folders "
+            "named as '1_dog' is",
+            stacklevel=3,
+        )
+    return images

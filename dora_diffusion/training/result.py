@@ -14,6 +14,7 @@ from PIL import Image
 
 from dora_diffusion import __version__, system
 from dora_diffusion.config import TrainConfig
+from dora_diffusion.data.captions import stated_rules
 from dora_diffusion.formats.adapter.embeddings import EMBEDDINGS
 from dora_diffusion.formats.adapter.metadata import (
     CAPTIONS,
@@ -132,13 +133,13 @@ def result_metadata(session: Session, steps: int) -> AdapterMetadata:
         family=components.family.name,
         base_model=session.config.pretrained_model_name_or_path,
         trigger=" ".join(filter(None, (session.trigger, *session.subjects[0].words))),
-        resolution=session.resolution,
+        resolutions=session.resolutions,
         extra={
             **schedule_facts(components.scheduler.config),
             "training_steps": str(steps),
             "software": f"dora_diffusion {__version__}",
             **_variant(session.config),
-            **_reading(session.config),
+            **_reading(session),
             **_validation_loss(session, steps),
             **session.weights.origin,
             UNET_LAYERS: UNetLayout.from_config(components.unet.config).text(),
@@ -162,10 +163,11 @@ def _variant(config: TrainConfig) -> dict[str, str]:
     return {n: getattr(config, n) for n in names if getattr(config, n) != getattr(usual, n)}
 
 
-def _reading(config: TrainConfig) -> dict[str, str]:
+def _reading(session: Session) -> dict[str, str]:
     """How captions were read, where that was not the usual way."""
-    usual, captions = TrainConfig(), caption_rules(config).stated()
+    config, usual = session.config, TrainConfig()
     reading = {n: str(v) for n in READING if (v := getattr(config, n)) != getattr(usual, n)}
+    captions = stated_rules({s.trigger: caption_rules(s.settings) for s in session.subjects})
     return reading | ({CAPTIONS: captions} if captions else {})
 
 

@@ -249,7 +249,7 @@ class Run:
                 resumed_from=start.checkpoint.name if start.checkpoint else None,
                 steps_dropped=log.steps_dropped,
                 photos=len(session.dataset),
-                resolution=session.resolution,
+                resolutions=session.resolutions,
                 family=session.components.family.title,
                 schedule=str(session.components.schedule),
                 device=str(session.accelerator.device),

@@ -23,7 +23,7 @@ from dora_diffusion.training.events import OnEvent, SampleSaved, SamplingProgres
 from dora_diffusion.training.session import Session
 from dora_diffusion.training.sheets import labelled_sheet, stacked
 from dora_diffusion.training.stop import StopRequest
-from dora_diffusion.training.subject import caption_rules
+from dora_diffusion.training.subject import prompt_rules
 from dora_diffusion.training.trackers import Trackers
 
 
@@ -108,7 +108,7 @@ class SampleWriter:
         self._with = "fine-tuned" if config.is_full else "with the adapter"
         self._prompts = [Sampled.of(prompt, config) for prompt in config.prompts]
         self._lines = config.validation_prompt or [prompt.text for prompt in self._prompts]
-        self._rules = caption_rules(session.subjects[0].settings)
+        self._rules = prompt_rules(config)
 
     def at_step(self, step: int) -> list[tuple[str, Image.Image]]:
         """Write ``step-STEP.png``; a full disk is a warning. Returns prompts and their images."""
@@ -155,7 +155,7 @@ class SampleWriter:
                 images += generate_images(
                     self._session.components,
                     [self._rules.draw_prompt(prompt.text, seed) for seed in prompt.seeds]
-                    if config.wildcards
+                    if self._rules.wildcards
                     else prompt.text,
                     prompt.seeds,
                     prompt.settings,

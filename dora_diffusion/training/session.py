@@ -30,7 +30,7 @@ from dora_diffusion.training.inputs import InputSource
 from dora_diffusion.training.optimizer import optimizer_library
 from dora_diffusion.training.step import TrainingStep, build_step
 from dora_diffusion.training.subject import Subject, triggers_of
-from dora_diffusion.training.validation import Validation, divide_all
+from dora_diffusion.training.validation import Validation, check_held_out, divide_all
 from dora_diffusion.training.words import add_words, require_new
 
 LoadBase = Callable[..., Components]
@@ -72,10 +72,10 @@ class Session:
         return " and ".join([str(self.weights.report), *words])
 
     @property
-    def resolution(self) -> int:
-        """Side in pixels that is trained at."""
-        assert self.config.resolution is not None
-        return self.config.resolution
+    def resolutions(self) -> tuple[int, ...]:
+        """Sides in pixels that are trained at, the least first."""
+        sides = {s.settings.resolution or self.config.resolution for s in self.subjects}
+        return tuple(sorted(filter(None, sides)))
 
     @property
     def trigger(self) -> str:
@@ -162,11 +162,12 @@ def open_session(
     if config.compile:
         require_compiler(accelerator.device)
     paths, held_out = divide_all(subjects, list_subjects(subjects))
-    for subject, photos in zip(subjects, paths, strict=True):
+    for subject, photos, others in zip(subjects, paths, held_out, strict=True):
         check_wildcards(subject.settings, photos)
+        check_held_out(subject, others)
     start = StartingAdapter.of(config)
     components = _reading(base or load_base(config, accelerator, load), config)
-    config = replace(config, resolution=config.resolution or components.default_resolution)
+    config = replace(config, resolution=_resolution(config, components))
     require_new(components, config.words)
     start = start.read(components, config) if start else None
     dataset = open_dataset(config, subjects, components, paths, accelerator, on_event)
@@ -240,6 +241,13 @@ def _reading(loaded: Components, config: TrainConfig) -> Components:
     return reading
 
 
+def _resolution(config: TrainConfig, components: Components) -> int:
+    """The run's resolution; where no subject is trained at it, the greatest of theirs."""
+    sides = [s.resolution or components.default_resolution for s in config.subjects]
+    is_own = all(subject.resolution for subject in config.subjects)
+    return config.resolution or (max(sides) if is_own else components.default_resolution)
+
+
 def _what_trains(
     config: TrainConfig, components: Components, start: StartingAdapter | None
 ) -> TrainedWeights:
@@ -278,7 +286,7 @@ def _resolved(
     return resolve(
         config,
         prediction_type=components.prediction_type,
-        resolution=config.resolution or components.default_resolution,
+        resolution=_resolution(config, components),
         total_steps=total_steps,
         steps_per_epoch=-(-batches_per_epoch // accumulation),
         mixed_precision=precision,

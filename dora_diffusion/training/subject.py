@@ -67,10 +67,16 @@ def caption_rules(config: TrainConfig) -> CaptionRules:
     )
 
 
+def prompt_rules(config: TrainConfig) -> CaptionRules:
+    """How sample prompts are drawn: by the first subject that has wildcards, if any has."""
+    subjects = config.subjects
+    return caption_rules(next((own for own in subjects if own.wildcards), subjects[0]))
+
+
 def example_prompt(config: TrainConfig) -> str:
     """A prompt for the subject: that of the first sample, its wildcards drawn as there."""
     prompt = next((prompt.text for prompt in config.prompts), "")
-    return caption_rules(config.subjects[0]).draw_prompt(prompt, config.seed)
+    return prompt_rules(config).draw_prompt(prompt, config.seed)
 
 
 def subjects_of(config: TrainConfig) -> list[Subject]:

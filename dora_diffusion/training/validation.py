@@ -13,7 +13,7 @@ import torch
 
 from dora_diffusion.adapters.compiled import uncompiled
 from dora_diffusion.config import ConfigError, TrainConfig
-from dora_diffusion.data.captions import contains_token, require_token
+from dora_diffusion.data.captions import contains_token, read_caption, require_token
 from dora_diffusion.data.images import PhotoError, digest_of, open_photo, read_bytes
 from dora_diffusion.data.photos import Photo, list_photos, read_photos
 from dora_diffusion.data.sampler import generator_for
@@ -23,7 +23,7 @@ from dora_diffusion.evaluation.metric_models import LITE, lite_is_installed, ope
 from dora_diffusion.models.components import Components
 from dora_diffusion.training.accelerator import shards_model
 from dora_diffusion.training.subject import Subject, caption_rules
-from dora_diffusion.wording import counted, listing
+from dora_diffusion.wording import counted, listing, quoted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,6 +116,30 @@ def read_held_out(subject: Subject, paths: Sequence[Path]) -> list[Photo]:
     return [replace(photo, caption=rules.plain(photo.caption)) for photo in photos]
 
 
+def check_held_out(subject: Subject, paths: Sequence[Path]) -> None:
+    """Refuse held-out photos whose captions never name the subject, before a model is loaded.
+
+    Raises:
+        ConfigError: Naming their folder.
+
+    Warns:
+        UserWarning: If some of the captions lack the token.
+    """
+    config, rules = subject.settings, caption_rules(subject.settings)
+    prompt, per_line = config.instance_prompt or "", config.caption_per_line
+    captions = [rules.plain(read_caption(path, prompt, per_line=per_line)) for path in paths]
+    if not captions or not subject.token:
+        return
+    if not any(contains_token(caption, subject.token) for caption in captions):
+        raise ConfigError(
+            f"the token {subject.token!r} is in no caption of the held-out photos in "
+            f"{paths[0].parent} (first: {quoted(captions[0])}); put it into the .txt files there, "
+            "or remove them: a photo without one has the instance prompt",
+            "validation_data_dir",
+        )
+    require_token(captions, subject.token)
+
+
 def _digest(path: Path) -> str:
     try:
         return digest_of(read_bytes(path))
@@ -165,14 +189,12 @@ class Validation:
             accelerator: What `make_accelerator` made. Each process measures a share.
 
         Raises:
-            ConfigError, PhotoError: If no caption holds the token, or no photo can be used.
+            PhotoError: If no photo can be used.
             MetricModelError: If ``validation_metric_model`` cannot be opened.
         """
         by_token: dict[str, list[Photo]] = {}
         for subject, paths in held_out:
             photos = read_held_out(subject, paths) if paths else []
-            if subject.token and photos:
-                require_token([photo.caption for photo in photos], subject.token)
             by_token.setdefault(subject.token, []).extend(photos)
         self.photos = [photo for photos in by_token.values() for photo in photos]
         self.losses: dict[int, float] = {}

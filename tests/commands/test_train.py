@@ -289,6 +289,30 @@ def test_a_dry_run_lists_what_trains_and_loads_no_model(tmp_path, samples_root, 
     assert "1 photo without a caption (03.jpg); write one" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_dry_run_shows_what_is_drawn_of_captions(tmp_path, samples_root, capsys):
+    """Prefix, suffix, lines and alternatives; and no warning of lines that are there."""
+    photos = Path(shutil.copytree(samples_root / "bolt_mug", tmp_path / "photos"))
+    (photos / "01.txt").write_text("a sks mug\na {red|blue} sks mug", encoding="utf-8")
+    (photos / "02.txt").write_text("a sks mug {1|2|3|4|5|6|7}", encoding="utf-8")
+    words = ["--instance_data_dir", str(photos), "--instance_prompt", "a sks mug", "--wildcards"]
+    words += ["--caption_per_line", "--caption_prefix", "best,", "--caption_suffix", ", photo"]
+    words += ["--resolution", "64", "--caption_dropout", "0.25", "--validation_split", "1"]
+    assert cli.main(["train", *words, "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    facts = "4 images, at 64 px, captions dropped: 0.25, 1 image held out"
+    assert lines[0] == f"sks mug: {facts}, in {photos}"
+    first = lines.index("    01.jpg: best, a sks mug, photo")
+    assert lines[first + 1 : first + 4] == [
+        "        or best, a red sks mug, photo", "        or best, a blue sks mug, photo",
+        "    02.jpg: best, a sks mug 1, photo",
+    ]  # fmt: skip
+    assert lines[first + 7 : first + 9] == [
+        "        or best, a sks mug 5, photo", "        or 2 more",
+    ]  # fmt: skip
+    assert lines[-1] == "an epoch: 4 images"
+
+
 def test_a_preset_is_where_settings_start(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("caption_dropout: 0.2\n", encoding="utf-8")

@@ -1,18 +1,16 @@
-"""Dataset files: a YAML list, sd-scripts' TOML and kohya's folders, as one list of subjects."""
+"""Dataset files: entries of subjects, and what of their settings wins, is said and is trained."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from dora_diffusion.config import ConfigError, TrainConfig, differences, without_effect
+from dora_diffusion.config import ConfigError, TrainConfig, differences, settings, without_effect
 from dora_diffusion.config.derived import as_yaml
 from dora_diffusion.config.subject import ENTRY_SETTINGS
-from tests.training.helpers import SAMPLES
 
 TWO: list[dict[str, Any]] = [
     {"instance_data_dir": "mug", "instance_prompt": "a sks mug", "repeats": 2},
@@ -23,17 +21,6 @@ TWO: list[dict[str, Any]] = [
 def read(path: Path, text: str, **settings: object) -> list[dict[str, Any]]:
     path.write_text(text, encoding="utf-8")
     return TrainConfig(dataset_config=str(path), **settings).dataset_config
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> Path:
-    """Kohya's layout: two folders of photos with captions, and class images."""
-    for name, sample in (("10_sks mug", "bolt_mug"), ("3_zwx teapot", "heart_teapot")):
-        shutil.copytree(SAMPLES / sample, tmp_path / "train" / name)
-    for caption in (tmp_path / "train" / "3_zwx teapot").glob("*.txt"):
-        text = caption.read_text("utf-8").replace("sks", "zwx")
-        caption.write_text(text, encoding="utf-8")
-    return tmp_path / "train"
 
 
 def test_the_runs_settings_are_the_defaults_of_every_entry() -> None:
@@ -65,6 +52,8 @@ def test_an_entry_of_several_folders_is_one_for_each(tmp_path: Path) -> None:
         ("- {repeats: 0}", "entry 1: repeats is 0; it must be greater than 0"),
         ("- {}\n- {random_flips: 1}", "entry 2: there is no setting random_flips (did you mean"),
         ("- {cache_latents: false}", "entry 1: cache_latents is a setting of the whole run"),
+        ("- {clip_skip: 1}", "entry 1: clip_skip is a setting of the whole run"),
+        ("- {max_token_length: 150}", "entry 1: max_token_length is a setting of the whole run"),
         ("- {repeats: many}", "entry 1: repeats is 'many'; it must be a whole number"),
         ("instance_data_dir: a", "must hold a list of subjects"),
         ("- {}\n- a", "entry 2: 'a' is no subject; one begins with '- ' and a setting"),
@@ -105,116 +94,49 @@ def test_a_resumed_run_is_compared_entry_by_entry() -> None:
     assert refused == {"random_flip": (False, True)}
 
 
-def test_kohya_folders_are_the_same_images_as_often(folders: Path) -> None:
-    (folders / "notes").mkdir()
-    with pytest.warns(UserWarning, match="left out notes; a folder of a subject is called as"):
-        entries = TrainConfig(dataset_config=str(folders)).dataset_config
-    assert entries == [
-        {
-            "instance_data_dir": str(folders / "10_sks mug"), "repeats": 10, "token": "sks",
-            "instance_prompt": "sks mug", "class_word": "mug",
-        },
-        {
-            "instance_data_dir": str(folders / "3_zwx teapot"), "repeats": 3, "token": "zwx",
-            "instance_prompt": "zwx teapot", "class_word": "teapot",
-        },
-    ]  # fmt: skip
-    with pytest.raises(ConfigError, match="holds no folder such as '10_sks dog'"):
-        TrainConfig(dataset_config=str(folders / "10_sks mug"))
+def two_values(name: str) -> tuple[Any, Any]:
+    """Two valid values of a setting, neither its default."""
+    setting = next(each for each in settings() if each.name == name)
+    texts = {"prior_preservation_mode": ("images", "image-free"), "inpainting_mask": INPAINTING}
+    if setting.kind is bool:
+        return (not setting.default,) * 2
+    if setting.kind is float:
+        return 0.25, 0.5
+    return texts.get(name, ("first", "second")) if setting.kind is str else (64, 128)
 
 
-TOML = """
-[general]
-shuffle_caption = true
-caption_extension = ".txt"
-enable_bucket = true
-min_bucket_reso = 256
-max_bucket_reso = 1024
-bucket_reso_steps = 64
-bucket_no_upscale = false
-color_aug = false
-[[datasets]]
-resolution = [512, 512]
-batch_size = 2
-  [[datasets.subsets]]
-  image_dir = '{train}/10_sks mug'
-  class_tokens = "sks mug"
-  num_repeats = 10
-  [[datasets.subsets]]
-  image_dir = '{train}/10_sks mug'
-  class_tokens = "a drawing"
-  flip_aug = true
-  random_crop = true
-  keep_tokens = 2
-  caption_dropout_rate = 0.1
-  caption_tag_dropout_rate = 0.2
-  caption_separator = ";"
-  enable_wildcard = true
-[[datasets]]
-resolution = "512,512"
-batch_size = 2
-enable_bucket = false
-shuffle_caption = false
-  [[datasets.subsets]]
-  image_dir = '{train}/3_zwx teapot'
-  class_tokens = "zwx teapot"
-  [[datasets.subsets]]
-  is_reg = true
-  image_dir = '{train}/3_zwx teapot'
-  class_tokens = "teapot"
-"""
+INPAINTING = ("random", "subject")
 
 
-def test_sd_scripts_subsets_are_entries(folders: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tomllib")
-    text = TOML.replace("{train}", folders.as_posix())
-    first, second, third = read(tmp_path / "sd.toml", text, train_batch_size=2)
-    mug = {"instance_data_dir": f"{folders.as_posix()}/10_sks mug", "resolution": 512}
-    mug |= {"aspect_ratio_buckets": True, "shuffle_tags": True}
-    assert first == {
-        **mug, "repeats": 10, "keep_tags": 0, "instance_prompt": "sks mug", "token": "sks",
-        "class_word": "mug",
-    }  # fmt: skip
-    # Captions that never name the first word have no token.
-    (folders / "10_sks mug" / "01.txt").write_text("mug, drawing", encoding="utf-8")
-    assert second == {
-        **mug, "random_flip": True, "center_crop": False, "keep_tags": 2, "caption_dropout": 0.1,
-        "tag_dropout": 0.2, "caption_separator": ";", "wildcards": True, "caption_per_line": True,
-        "instance_prompt": "a drawing", "token": "a", "class_word": "drawing",
-    }  # fmt: skip
-    assert third["aspect_ratio_buckets"] is third["shuffle_tags"] is False
-    assert {name: third[name] for name in ENTRY_SETTINGS if "class" in name} == {
-        "class_word": "teapot", "class_data_dir": f"{folders.as_posix()}/3_zwx teapot",
-        "class_prompt": "teapot", "num_class_images": 5,
-    }  # fmt: skip
-    assert third["prior_preservation_mode"] == "images"
+@pytest.mark.parametrize("name", ENTRY_SETTINGS)
+def test_an_entrys_setting_wins_and_the_runs_is_said(name: str, tmp_path: Path) -> None:
+    """Of every setting that an entry may have, in the file of a run or on its command line."""
+    setting = next(each for each in settings() if each.name == name)
+    run, own = two_values(name)
+    own = setting.default if setting.kind is bool else own
+    config = TrainConfig(dataset_config=[{name: own}], num_validation_images=0, **{name: run})
+    assert getattr(config.subjects[0], name) == own
+    assert getattr(config, name) == run
+    why = without_effect(config)[name]
+    assert why.startswith(f"{name} has no effect because ")
+    assert why.endswith("each entry of dataset_config has its own")
+    # A flag at its default is given all the same.
+    at_default = TrainConfig(dataset_config=[{name: run}])
+    assert name in without_effect(at_default, {name})
+    # Where one entry lacks it, the run's is that one's.
+    mixed = TrainConfig(dataset_config=[{name: own}, {"weight": 2.0} | {}], **{name: run})
+    if name != "weight":
+        assert [getattr(subject, name) for subject in mixed.subjects] == [own, run]
+        assert "each entry" not in without_effect(mixed).get(name, "")
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("color_aug = true", "color_aug cannot mean the same here"),
-        ("token_warmup_step = 5", "token_warmup_step cannot mean the same here"),
-        ("bucket_no_upscale = true", "bucket_no_upscale cannot mean"),
-        (
-            'shuffle_caption = true\ncaption_suffix = "x"',
-            "caption_suffix cannot mean the same here",
-        ),
-        ("max_bucket_reso = 512", "max_bucket_reso cannot mean"),
-        (
-            'caption_extension = ".caption"',
-            ".caption: captions are .txt files here",
-        ),
-        ("batch_size = 4", "batch_size 4: give the run --train_batch_size 4 too"),
-        ("resolution = [512, 768]", "resolution [512, 768]: training is at a square"),
-        ("is_reg = true", "there is no [[datasets.subsets]] to train on"),
-    ],
-)
-def test_what_a_toml_asks_for_in_vain_is_named(tmp_path: Path, line: str, said: str) -> None:
-    pytest.importorskip("tomllib")
-    (tmp_path / "1.png").touch()
-    head = "[[datasets]]\n[[datasets.subsets]]\nenable_bucket = true\n"
-    with pytest.raises(ConfigError) as error:
-        read(tmp_path / "sd.toml", f"{head}image_dir = '{tmp_path.as_posix()}'\n{line}\n")
-    assert str(error.value).startswith(f"{tmp_path / 'sd.toml'}: ")
-    assert said in str(error.value)
+def test_the_runs_resolution_is_that_of_samples_alone() -> None:
+    entries = [{"resolution": 512}, {"resolution": 768}]
+    said = without_effect(TrainConfig(dataset_config=entries, resolution=64))["resolution"]
+    assert said == (
+        "resolution has no effect because each entry of dataset_config has its own, but for sample "
+        "images"
+    )
+    # What a run writes into its own file is nothing that was asked for in vain.
+    again = TrainConfig(dataset_config=entries, resolution=768)
+    assert "resolution" not in without_effect(again)

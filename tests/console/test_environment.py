@@ -182,6 +182,18 @@ def test_the_whole_command_shows_every_requirement_and_nothing_private(tmp_path:
         assert any(re.match(rf"{name} \S+ cannot .*: {reason}$", problem) for problem in problems)
 
 
+@pytest.mark.parametrize(("python", "named"), [((3, 10), True), ((3, 11), False), ((3, 14), False)])
+def test_what_only_older_pythons_need_is_no_requirement(
+    python: tuple[int, int], named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    lines = ["torch>=2", 'tomli>=2; python_version < "3.11"', "x; extra == 'hub'"]
+    monkeypatch.setattr(module.metadata, "requires", lambda name: lines)
+    monkeypatch.setattr(module.sys, "version_info", python)
+    listed = [package.name for package in module.packages() if package.extra != "none"]
+    assert listed == ["torch", *(["tomli"] if named else []), "x"]
+
+
 MODULES = {
     "fine": "value = 1",
     "noisy": "import os; print('hello'); os.write(1, b'no newline')",

@@ -29,7 +29,7 @@ from dora_diffusion.training.events import (
 def started(**changes: Any) -> TrainingStarted:
     values: dict[str, Any] = {
         "step": 0, "total_steps": 9, "resumed_from": None, "steps_dropped": 0, "photos": 5,
-        "resolution": 64, "family": "Stable Diffusion 1", "device": "cpu", "adapter": "DoRA",
+        "resolutions": (64,), "family": "Stable Diffusion 1", "device": "cpu", "adapter": "DoRA",
         "schedule": "v-prediction", "trigger": "sks mug", "changed": {}, "unused": {},
     }  # fmt: skip
     return TrainingStarted(**values | changes)
@@ -58,6 +58,11 @@ def test_what_is_trained_and_on_what_is_said_first(show) -> None:
     ]
     assert "1/9" in bar
     assert "loss=0.2500" in bar
+
+
+def test_every_resolution_is_said(show) -> None:
+    lines, _ = show(started(resolutions=(64, 128)))
+    assert lines[0].startswith("Stable Diffusion 1 on cpu: 5 photos at 64, 128 px, DoRA; ")
 
 
 def test_a_job_is_told_of_phases_and_where_it_began(show) -> None:

@@ -45,7 +45,63 @@ def test_buckets_lose_no_more_than_the_square(height: int, width: int) -> None:
     assert lost(Buckets(512)((height, width))) <= lost((512, 512)) + 1e-2
 
 
-@pytest.mark.parametrize("arguments", [(500,), (32,), (512, 0), (512, 64, 0.5)])
+def theirs(width: int, height: int, side: int, least: int, most: int, step: int) -> np.ndarray:
+    """The bucket (width, height) that sd-scripts takes: of its list the nearest width/height.
+
+    Each side from the least to the most, the other as long as the area allows.
+    """
+    firsts = np.arange(least, most + 1, step)
+    others = np.minimum(most, side * side // firsts // step * step)
+    pairs = np.stack([firsts, others], axis=1)[others >= least]
+    pairs = np.unique(np.concatenate([pairs, pairs[:, ::-1]]), axis=0)
+    if [width, height] in pairs.tolist():
+        return np.array([width, height])
+    return pairs[np.abs(pairs[:, 0] / pairs[:, 1] - width / height).argmin()]
+
+
+@pytest.mark.parametrize(
+    ("photo", "buckets", "expected"),
+    [
+        ((1500, 1000), (1024, 64, 256, 1024), (1024, 704)),
+        ((2000, 500), (512, 64, 256, 1024), (1024, 256)),
+        ((500, 2000), (512, 64, 256, 1024), (256, 1024)),
+        ((1500, 1000), (1024, 64, 256, 2048), (1216, 832)),
+        ((1500, 1000), (512, 32, 300, 700), (608, 416)),
+    ],
+)
+def test_buckets_of_sd_scripts(
+    photo: tuple[int, int], buckets: tuple[int, ...], expected: tuple[int, int]
+) -> None:
+    """By its width and height; its own reader gave the first two."""
+    side, step, least, most = buckets
+    assert Buckets(*buckets)(photo[::-1]) == expected[::-1]
+    least, most = least // step * step, -(-most // step) * step
+    assert tuple(theirs(*photo, side, least, most, step)) == expected
+
+
+@given(
+    st.integers(100, 4000), st.integers(100, 4000), st.sampled_from([512, 768, 1024]),
+    st.sampled_from([64, 128, 256, 320, 512]), st.sampled_from([1024, 1280, 1536, 2048]),
+    st.sampled_from([32, 64, 128]),
+)  # fmt: skip
+def test_any_sides_give_the_buckets_of_sd_scripts(
+    width: int, height: int, side: int, least: int, most: int, step: int
+) -> None:
+    expected = theirs(width, height, side, least // step * step or step, most, step)
+    bucket = Buckets(side, step, max(least, step), most)((height, width))
+    assert bucket == tuple(expected[::-1])
+
+
+def test_a_photo_of_a_buckets_size_is_its_own() -> None:
+    """Though another has its shape too: 640 x 320 comes before 768 x 384."""
+    buckets = Buckets(512, 64, 64, 2048)
+    for size in buckets.sizes:
+        assert buckets(size) == size
+
+
+@pytest.mark.parametrize(
+    "arguments", [(500,), (32,), (512, 0), (512, 64, 576), (512, 64, 32), (512, 64, 256, 448)]
+)
 def test_impossible_buckets_are_refused(arguments: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must be"):
         Buckets(*arguments)

@@ -17,6 +17,7 @@ from dora_diffusion.data.captions import (
     drop_caption,
     read_caption,
     require_token,
+    stated_rules,
 )
 from dora_diffusion.data.sampler import generator_for
 from dora_diffusion.data.wildcards import Wildcards
@@ -236,14 +237,25 @@ def test_long_captions_are_quoted_short_and_one_is_singular():
 def test_rules_are_stated_for_whoever_reads_captions_later() -> None:
     """In a form that metadata keep: a slash is that of a path there, which is cut."""
     rules = CaptionRules(per_line=True, prefix='"sks" ä/b/c\\', shuffle_tags=True, dropout=0.5)
-    text = rules.stated()
+    text = stated_rules({"": rules})
     assert without_path(text) == text
     stated = CaptionRules.from_stated(text)
     assert (stated.per_line, stated.prefix, stated.suffix) == (True, rules.prefix, "")
     assert (stated.shuffle_tags, stated.dropout, stated.wildcards) == (False, 0.0, None)
     assert stated.plain("a dog\na cat") == '"sks" ä/b/c\\ a dog'
-    wild = CaptionRules.from_stated(CaptionRules(wildcards=Wildcards()).stated())
+    wild = CaptionRules.from_stated(stated_rules({"sks": CaptionRules(wildcards=Wildcards())}))
     assert wild.plain("a {red|blue} dog") == "a red dog"
-    assert CaptionRules(shuffle_tags=True).stated() == ""
+    assert stated_rules({"": CaptionRules(shuffle_tags=True)}) == ""
     for damaged in ("", "[1]", "{", "3", '{"prefix": null}'):
         assert CaptionRules.from_stated(damaged) == CaptionRules()
+
+
+def test_the_rules_of_several_subjects_are_stated_for_each() -> None:
+    mug, cat = CaptionRules(prefix="a", suffix="b"), CaptionRules(per_line=True)
+    alike = stated_rules({"sks mug": mug, "zwx cat": mug})
+    assert alike == stated_rules({"": mug})
+    assert CaptionRules.from_stated(alike, trigger="zwx cat") == mug
+    text = stated_rules({"sks mug": mug, "zwx cat": cat, "qrs dog": CaptionRules()})
+    for trigger, rules in {"sks mug": mug, "zwx cat": cat, "qrs dog": CaptionRules()}.items():
+        assert CaptionRules.from_stated(text, trigger=trigger) == rules
+    assert CaptionRules.from_stated(text, trigger="another") == CaptionRules()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.data.captions import CaptionRules
+from dora_diffusion.data.captions import CaptionRules, stated_rules
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.data.wildcards import Wildcards
@@ -54,7 +54,9 @@ def test_captions_are_read_as_in_training(held_out_photos, tmp_path) -> None:
     first.with_suffix(".txt").write_text("a {tin|old} sks mug\na sks", encoding="utf-8")
     second.with_suffix(".txt").unlink(missing_ok=True)
     rules = CaptionRules(per_line=True, wildcards=Wildcards(), suffix=", photo", tag_dropout=1)
-    subject = read_subject(folder, "sks mug", "mug", rules=CaptionRules.from_stated(rules.stated()))
+    subject = read_subject(
+        folder, "sks mug", "mug", rules=CaptionRules.from_stated(stated_rules({"": rules}))
+    )
     assert subject.photos[0].caption == "a tin sks mug, photo"
     assert subject.photos[1].caption == "a photo of a sks mug, photo"
     plain = read_subject(folder, "sks mug", "mug")

@@ -34,7 +34,7 @@ def written(
 ) -> tuple[Path, dict[str, LayerWeights]]:
     """An adapter in a kohya file, and its layers as the file holds them."""
     layers = random_adapter(folder, **{"every": 7, **changes})
-    facts = AdapterMetadata("sd1", trigger=path.stem, tags=(path.stem,), resolution=64)
+    facts = AdapterMetadata("sd1", trigger=path.stem, tags=(path.stem,), resolutions=(64,))
     file = write_adapter(path, AdapterFile(layers, facts), "kohya")
     return file, read_adapter(file).layers
 
@@ -67,7 +67,7 @@ def test_one_adapter_is_itself(
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     facts = read_adapter(report.path).metadata
-    assert (facts.trigger, facts.tags, facts.resolution) == ("a", ("a",), 64)
+    assert (facts.trigger, facts.tags, facts.resolutions) == ("a", ("a",), (64,))
     assert facts.extra["combined"] == "a.safetensors:1"
     assert "approximation" not in facts.extra
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from PIL import Image
 
 from dora_diffusion.config import ConfigError
-from dora_diffusion.console.training import TrainProgress
+from dora_diffusion.console.training import TrainProgress, what_trains
 from dora_diffusion.generate import BrokenImageError
+from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.events import (
     ClassImagesAnnounced,
     ClassImagesProgress,
@@ -20,7 +22,9 @@ from dora_diffusion.training.events import (
     TrainingStarted,
 )
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.prior import _Announcer, ensure_class_images
+from dora_diffusion.training.prior import _Announcer, ensure_class_images, own_class_images
+from dora_diffusion.training.session import open_session
+from dora_diffusion.training.subject import subjects_of
 from tests.training.helpers import make_config
 
 
@@ -140,6 +144,74 @@ def test_class_images_of_the_captions_themselves_are_refused(config):
     images = {"with_prior_preservation": True, "prior_preservation_mode": "images"}
     with pytest.raises(ConfigError, match="prior preservation with token '' needs class_prompt"):
         train(replace(config, **images, token="", class_word="mug"))
+
+
+@pytest.fixture
+def reg(photos, tmp_path):
+    """Kohya's regularisation folder: two mugs, one of them with a caption, and a cup."""
+    images = sorted(photos.glob("*.jpg"))
+    for number, name in enumerate(("1_mug", "1_mug", "1_cup")):
+        place = tmp_path / "reg" / name
+        place.mkdir(parents=True, exist_ok=True)
+        with Image.open(images[number]) as image:
+            image.rotate(180).save(place / f"{number}.png")
+    (tmp_path / "reg" / "1_mug" / "1.txt").write_text("an old mug", encoding="utf-8")
+    return tmp_path / "reg"
+
+
+@pytest.mark.parametrize("prompt", [None, "a photo of a mug", "a {red|blue} mug"])
+def test_kohyas_regularisation_folder_is_that_of_class_images(tiny_run, reg, prompt):
+    """Nothing is generated while there are enough; a prompt that is given wins over the names."""
+    config = tiny_run(
+        with_prior_preservation=True, class_data_dir=str(reg), class_prompt=prompt,
+        num_class_images=3, wildcards=bool(prompt) and "{" in prompt,
+    )  # fmt: skip
+    session = open_session(config, subjects_of(config), make_accelerator(config))
+    (subject,) = session.dataset.subjects
+    captions = {image.path.name: image.caption for image in subject.class_images}
+    expected = {"2.png": "cup", "0.png": "mug", "1.png": "an old mug"}
+    if prompt:  # in the order of the folders
+        first, second = ("a red mug", "a blue mug") if "{" in prompt else (prompt, prompt)
+        expected |= {"2.png": first, "0.png": second}
+    assert captions == expected
+    assert not list(reg.glob("generated-*"))
+    assert "3 of 3 class images" in what_trains(config).splitlines()[0]
+
+
+def test_class_images_that_are_left_out_are_said(reg):
+    assert [path.name for path, _ in own_class_images(reg)] == ["2.png", "0.png", "1.png"]
+    (reg / "generated-0").mkdir()
+    for place in (reg / "generated-0", reg / "old", reg / "4_jug"):
+        place.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(place / "x.png")
+    with pytest.warns(UserWarning, match="left out") as told:
+        assert len(own_class_images(reg)) == 4
+    assert [str(w.message).removeprefix(str(reg)) for w in told] == [
+        "/4_jug: its 4 repeats have no effect; class images take turns",
+        ": left out 1 photo in old; class images are in the folder itself, or in folders named as "
+        "'1_dog' is",
+    ]
+    with pytest.warns(UserWarning, match="has 4 class images, of which num_class_images 2 are"):
+        make(reg, 2, [])
+
+
+def test_wildcards_of_the_class_prompt_are_drawn(tiny_run, tmp_path):
+    """Each alternative has its images, with its caption; none may hold the token."""
+    config = tiny_run(
+        with_prior_preservation=True, class_prompt="a {red|blue|old} mug", wildcards=True,
+        num_class_images=4, caption_prefix="sks,",
+    )  # fmt: skip
+    session = open_session(config, subjects_of(config), make_accelerator(config))
+    (subject,) = session.dataset.subjects
+    captions = [image.caption for image in subject.class_images]
+    assert captions == ["a red mug", "a blue mug", "a old mug", "a red mug"]
+    plain = replace(config, wildcards=False, output_dir=str(tmp_path / "b"), num_class_images=1)
+    session = open_session(plain, subjects_of(plain), make_accelerator(plain))
+    assert session.dataset.subjects[0].class_images[0].caption == config.class_prompt
+    for prompt, said in (("a {red|sks} mug", "contains the token"), ("a {mug", "has { without }")):
+        wild = replace(config, class_prompt=prompt)
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            open_session(wild, subjects_of(wild), make_accelerator(wild))
 
 
 def test_class_images_are_reused_only_for_the_same_prompts(sd1_folder, photos, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,16 +15,21 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from dora_diffusion import cli
 from dora_diffusion.adapters.compiled import compile_blocks
-from dora_diffusion.config import TrainConfig
+from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
+from dora_diffusion.data.crops import Buckets
+from dora_diffusion.export.convert import convert_adapter
 from dora_diffusion.export.files import open_model
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.models import offload
 from dora_diffusion.models.load import BaseCache, load_components
 from dora_diffusion.models.precision import PRECISION_DTYPES
 from dora_diffusion.training import adapters, dataset, inputs, loop
+from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.events import (
     CachingProgress,
     SamplingProgress,
@@ -31,7 +37,8 @@ from dora_diffusion.training.events import (
     TrainingStarted,
 )
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.session import Session
+from dora_diffusion.training.session import Session, open_session
+from dora_diffusion.training.subject import subjects_of
 from tests.apple import DEVICE, AppleGPU
 from tests.training.helpers import assert_same_adapter, losses, make_config, warnings_of
 
@@ -44,6 +51,54 @@ def test_the_saved_settings_are_those_that_were_used(config):
         "max_train_steps": 5, "num_train_epochs": None, "mixed_precision": "no",
     }  # fmt: skip
     assert {name: saved[name] for name in used} == used
+
+
+@pytest.mark.parametrize(
+    ("run", "entries", "trained", "resolved"),
+    [
+        (None, (32, 40), (32, 40), 40), (None, (32, None), (32, 64), 64),
+        (32, (None, 40), (32, 40), 32), (64, (32, 40), (32, 40), 64),
+        (None, (None, None), (64,), 64), (40, (None, None), (40,), 40),
+    ],
+)  # fmt: skip
+def test_the_resolution_that_is_trained_is_told_written_and_inspected(
+    tiny_run, photos, tmp_path, capsys, run, entries, trained, resolved
+):
+    """Of a run and its entries; its own file gives the same run again."""
+    listed = [{"instance_data_dir": str(photos), "resolution": side} for side in entries]
+    listed = [{name: value for name, value in entry.items() if value} for entry in listed]
+    config = tiny_run(dataset_config=listed, resolution=run, max_train_steps=1)
+    events: list[Any] = []
+    train(config, events.append)
+    (started,) = (event for event in events if isinstance(event, TrainingStarted))
+    assert started.resolutions == trained
+    out = tmp_path / "out"
+    assert read_adapter(out).metadata.resolutions == trained
+    shown = ", ".join(map(str, trained)) + " px"
+    capsys.readouterr()
+    assert cli.main(["inspect", str(out)]) == 0
+    assert re.search(rf"^resolution +{shown}$", capsys.readouterr().out, re.MULTILINE)
+    assert f" at {shown} for 1 steps" in (out / "README.md").read_text("utf-8")
+    kohya = convert_adapter(out, tmp_path / "kohya.safetensors", "kohya").path
+    with safe_open(kohya, "pt") as file:
+        assert file.metadata()["modelspec.resolution"] == f"{trained[-1]}x{trained[-1]}"
+    assert read_adapter(kohya).metadata.resolutions == trained
+    saved = TrainConfig.from_dict(read_config_file(out / "config.yaml"))
+    assert saved.resolution == resolved
+    for each in (config, saved):
+        session = open_session(each, subjects_of(each), make_accelerator(each))
+        assert {side for size in session.dataset.groups for side in size} == {*trained}
+        assert session.resolutions == trained
+
+
+def test_bucket_steps_that_the_model_cannot_halve_are_refused(tiny_run):
+    config = tiny_run(aspect_ratio_buckets=True, resolution=64, bucket_reso_steps=24)
+    with pytest.raises(ConfigError, match=r"bucket_reso_steps is 24; .* needs a multiple of \d+"):
+        open_session(config, subjects_of(config), make_accelerator(config))
+    config = replace(config, bucket_reso_steps=32, min_bucket_reso=32, max_bucket_reso=96)
+    session = open_session(config, subjects_of(config), make_accelerator(config))
+    (subject,) = session.dataset.subjects
+    assert subject.draws.buckets == Buckets(64, 32, 32, 96)
 
 
 BEFORE = {

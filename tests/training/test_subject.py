@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.config import ConfigError, TrainConfig, read_config_file
+from dora_diffusion.data.captions import CaptionRules
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.formats.adapter.file import read_adapter
 from dora_diffusion.generate import lacks_trigger
@@ -20,6 +21,7 @@ from dora_diffusion.training.subject import (
     class_caption_of,
     is_toy_word,
     outside_toy_world,
+    prompt_rules,
     subjects_of,
     triggers_of,
 )
@@ -77,6 +79,22 @@ def two(tiny_run, tmp_path):
         return tiny_run(**{"dataset_config": entries, "train_batch_size": 2, **changes})
 
     return make
+
+
+def test_captions_of_each_subject_are_stated_and_its_wildcards_drawn(two, tmp_path):
+    """An entry's rules, where the run has others."""
+    config = two(max_train_steps=1)
+    entries = [{**entry} for entry in config.dataset_config]
+    entries[0] |= {"caption_prefix": "old"}
+    entries[1] |= {"wildcards": True, "instance_prompt": "a {red|blue} zwx teapot"}
+    config = two(max_train_steps=1, dataset_config=entries)
+    train(config)
+    stated = read_adapter(tmp_path / "out").metadata.extra["captions"]
+    mug, teapot = (CaptionRules.from_stated(stated, trigger=t) for t in ("sks mug", "zwx teapot"))
+    assert (mug.prefix, mug.wildcards, teapot.prefix) == ("old", None, "")
+    assert teapot.plain("a {red|blue} zwx") == "a red zwx"
+    drawn = {prompt_rules(config).draw_prompt(config.prompts[1].text, seed) for seed in range(9)}
+    assert drawn == {"a red zwx teapot", "a blue zwx teapot"}
 
 
 def test_one_entry_is_the_same_run_as_flags(tiny_run, photos, tmp_path):

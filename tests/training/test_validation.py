@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from dora_diffusion.config import ConfigError, TrainConfig
+from dora_diffusion.console.training import what_trains
 from dora_diffusion.data.images import PhotoError
 from dora_diffusion.data.photos import list_photos
 from dora_diffusion.evaluation import photos as evaluation
@@ -20,13 +21,13 @@ from dora_diffusion.evaluation.photos import evaluate_photos, read_subject
 from dora_diffusion.formats.adapter.inspect import report_on
 from dora_diffusion.generate import SamplingSettings, load_adapted
 from dora_diffusion.models import offload
-from dora_diffusion.training import validation
+from dora_diffusion.training import session, validation
 from dora_diffusion.training.accelerator import make_accelerator
 from dora_diffusion.training.events import TrainingEnded, TrainingStarted, Validated
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.session import open_session
 from dora_diffusion.training.subject import subjects_of
-from dora_diffusion.training.validation import Validation, divide
+from dora_diffusion.training.validation import Validation, divide, read_held_out
 from tests.training.helpers import SAMPLES, assert_same_adapter, losses, make_config, names, same
 
 MOVING = {"lora_dropout": 0.3, "caption_dropout": 0.5, "random_flip": True, "center_crop": False}
@@ -152,6 +153,39 @@ def test_it_is_what_evaluate_measures(run, folders, sd1_folder, monkeypatch) -> 
         assert taken[step] == pytest.approx(interval.mean, abs=1e-6)
     assert taken[2] != taken[0]
     assert float(metadata.extra["validation_loss"]) == pytest.approx(taken[2], rel=1e-5)
+
+
+@pytest.mark.parametrize("is_dry", [False, True], ids=["run", "dry run"])
+def test_held_out_captions_without_the_token_are_refused_by_folder(
+    sd1_folder, folders, tmp_path, monkeypatch, is_dry
+) -> None:
+    """Before the model is loaded; without captions, the photos there have the subject's prompt."""
+    monkeypatch.setattr(session, "load_components", lambda *a, **k: 1 / 0)
+    other = Path(shutil.copytree(folders["held_out"], tmp_path / "other"))
+    for caption in other.glob("*.txt"):
+        caption.write_text("a mug on sand", encoding="utf-8")
+    config = make_config(
+        sd1_folder, folders["kept"], tmp_path / "out", validation_data_dir=str(other)
+    )
+    run = what_trains if is_dry else train
+    with pytest.raises(ConfigError) as error:
+        run(config)
+    assert str(error.value) == (
+        f"the token 'sks' is in no caption of the held-out photos in {other} (first: 'a mug on "
+        "sand'); put it into the .txt files there, or remove them: a photo without one has the "
+        "instance prompt"
+    )
+    first, *others = other.glob("*.txt")
+    first.unlink()
+    with pytest.warns(UserWarning, match="is missing from 1 of 2 captions: 'a mug on sand'"):
+        what_trains(config)
+    for caption in others:
+        caption.unlink()
+    photos = read_held_out(subjects_of(config)[0], list_photos(other))
+    assert {photo.caption for photo in photos} == {"a photo of a sks mug"}
+    if not is_dry:
+        with pytest.raises(ZeroDivisionError):
+            train(config)
 
 
 def test_it_is_told(run, folders) -> None:

@@ -37,7 +37,7 @@ ZERO_TERMINAL_SNR = "zero_terminal_snr"
 APPROXIMATES, APPROXIMATION_ERROR = "approximates", "approximation_error"
 # How prompts are read, where that is not the usual way (`Components.reading`).
 READING = ("clip_skip", "max_token_length")
-# How captions were made of what lies beside photos (`CaptionRules.stated`).
+# How captions were made of what lies beside photos (`stated_rules`).
 CAPTIONS = "captions"
 TAGS, THUMBNAIL = "modelspec.tags", "modelspec.thumbnail"
 TAG_FREQUENCY = "ss_tag_frequency"
@@ -55,7 +55,7 @@ class AdapterMetadata:
         family: Name of a `Family`, or ``""`` if unknown.
         base_model: Name of the model it was trained on (a hub id, not a path).
         trigger: The prompt words that call the subject up; of several, as `join_triggers` has them.
-        resolution: Training resolution in pixels.
+        resolutions: Sides in pixels that it was trained at, the least first.
         format_version: Version of our own metadata; ``""`` for a file of another program.
         extra: Further fields, such as ``prediction_type`` or ``base_model_hash``. ``trained_alpha``
             keeps the alpha as trained where the file holds the scale multiplied in;
@@ -70,7 +70,7 @@ class AdapterMetadata:
     family: str = ""
     base_model: str = ""
     trigger: str = ""
-    resolution: int | None = None
+    resolutions: tuple[int, ...] = ()
     format_version: str = FORMAT_VERSION
     extra: Mapping[str, str] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
@@ -145,7 +145,8 @@ def own_fields(
     metadata: AdapterMetadata, layers: Mapping[str, LayerWeights], target: str
 ) -> dict[str, str]:
     """Our own metadata fields of a file."""
-    values = {name: str(getattr(metadata, name) or "") for name in _FACTS}
+    values = {name: getattr(metadata, name) for name in ("family", "trigger")}
+    values["resolution"] = ", ".join(map(str, metadata.resolutions))
     values["base_model"] = without_path(metadata.base_model)
     values["format_version"] = FORMAT_VERSION
     alpha = describe({name: layer.alpha for name, layer in layers.items()})
@@ -243,8 +244,8 @@ def kohya_fields(
         fields["ss_clip_skip"] = str(family.web_ui_clip_skip(reading["clip_skip"]))
     if "max_token_length" in reading:
         fields["ss_max_token_length"] = str(reading["max_token_length"] or None)
-    if metadata.resolution:
-        size = metadata.resolution
+    if metadata.resolutions:
+        size = metadata.resolutions[-1]
         fields["ss_resolution"] = f"({size}, {size})"
         fields["modelspec.resolution"] = f"{size}x{size}"
     fields |= _network_fields(layers)
@@ -286,7 +287,7 @@ def parse_metadata(fields: Mapping[str, str]) -> AdapterMetadata:
         family=family if family in FAMILIES else "",
         base_model=values.get("base_model", ""),
         trigger=values.get("trigger", ""),
-        resolution=_pixels(values.get("resolution", "")),
+        resolutions=_pixels(values.get("resolution", "")),
         format_version=values.get("format_version", ""),
         extra=extra,
         tags=_tags(fields),
@@ -329,7 +330,7 @@ def _parse_foreign(fields: Mapping[str, str]) -> AdapterMetadata:
         family=family,
         base_model=without_path(fields.get("ss_sd_model_name", "")),
         trigger=fields.get("modelspec.trigger_phrase", ""),
-        resolution=_pixels(fields.get("modelspec.resolution") or fields.get("ss_resolution", "")),
+        resolutions=_pixels(fields.get("modelspec.resolution") or fields.get("ss_resolution", "")),
         format_version="",
         extra=extra | _foreign_reading(fields, family),
         tags=_tags(fields),
@@ -363,6 +364,5 @@ def _family_of(version: str, architecture: str, v2: str) -> str:
     return names[-1] if names else ""
 
 
-def _pixels(text: str) -> int | None:
-    match = re.search(r"[0-9]{1,6}", text)
-    return int(match[0]) if match else None
+def _pixels(text: str) -> tuple[int, ...]:
+    return tuple(sorted({int(side) for side in re.findall(r"[0-9]{1,6}", text)}))

@@ -34,7 +34,7 @@ FACTS = AdapterMetadata(
     family="sdxl",
     base_model="some/model-xl",
     trigger="a photo of sks dog",
-    resolution=1024,
+    resolutions=(1024,),
     extra={"prediction_type": "epsilon", "steps": "500"},
 )
 
@@ -65,7 +65,7 @@ def test_round_trip(
         }
         assert read.metadata.family == "sdxl"
         assert read.metadata.trigger == FACTS.trigger
-        assert read.metadata.resolution == 1024
+        assert read.metadata.resolutions == (1024,)
         assert read.metadata.base_model == "some/model-xl"
         assert read.metadata.extra["steps"] == "500"
     write_adapter(tmp_path / "b", read_adapter(first), target)

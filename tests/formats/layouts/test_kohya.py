@@ -36,7 +36,7 @@ FACTS = AdapterMetadata(
     family="sdxl",
     base_model="some/model-xl",
     trigger="a photo of sks dog",
-    resolution=1024,
+    resolutions=(1024,),
     extra={"prediction_type": "epsilon", "steps": "500"},
 )
 

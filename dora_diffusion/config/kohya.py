@@ -1,0 +1,417 @@
+"""Data sets of kohya's programs as entries: folders named ``10_sks dog``, sd-scripts' files.
+
+Every option of sd-scripts' dataset files is read as its own reader computes it, refused by name,
+or named in a warning where it has no effect. Facts: its ``docs/config_README-en.md``,
+``config_util.py`` and ``train_util.py`` of 2026.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dora_diffusion.config.fields import WANTED, ConfigError, require
+from dora_diffusion.config.subject import Entry
+from dora_diffusion.wording import did_you_mean, listing, quoted
+
+_FOLDER = re.compile(r"(\d+)_(.+)")
+_GENERAL, _DATASETS, _SUBSETS = "[general]", "[[datasets]]", "[[datasets.subsets]]"
+# Options of sd-scripts' subsets -> settings here.
+_SAME = {
+    "image_dir": "instance_data_dir",
+    "num_repeats": "repeats",
+    "resolution": "resolution",
+    "enable_bucket": "aspect_ratio_buckets",
+    "flip_aug": "random_flip",
+    "shuffle_caption": "shuffle_tags",
+    "keep_tokens": "keep_tags",
+    "caption_dropout_rate": "caption_dropout",
+    "caption_tag_dropout_rate": "tag_dropout",
+    "enable_wildcard": "wildcards",
+    "caption_prefix": "caption_prefix",
+    "caption_suffix": "caption_suffix",
+    "alpha_mask": "masked_loss",
+}
+_BUCKETS = {"min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64}
+# Those that are read below, by what their values must be.
+_READ: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys((
+        "alpha_mask", "cache_info", "enable_bucket", "enable_wildcard", "flip_aug", "is_reg",
+        "random_crop", "shuffle_caption",
+    ), (bool,)),
+    **dict.fromkeys(("batch_size", "keep_tokens", "num_repeats", *_BUCKETS), (int,)),
+    **dict.fromkeys(("caption_dropout_rate", "caption_tag_dropout_rate"), (int, float)),
+    **dict.fromkeys((
+        "caption_extension", "caption_prefix", "caption_separator", "caption_suffix",
+        "class_tokens", "image_dir",
+    ), (str,)),
+    "resolution": (int, list),
+}  # fmt: skip
+_REFUSED = {
+    "bucket_no_upscale": "small images are enlarged to their bucket",
+    "caption_dropout_every_n_epochs": "use caption_dropout_rate",
+    "color_aug": "colors are not changed",
+    "conditioning_data_dir": "a mask is NAME.mask.png beside its image",
+    "custom_attributes": "nothing reads them",
+    "face_crop_aug_range": "crop the images beforehand",
+    "keep_tokens_separator": "keep_tokens keeps a number of tags in place",
+    "metadata_file": "a caption is a .txt file beside its image",
+    "network_multiplier": "adapters are trained at strength 1",
+    "resize_interpolation": "images are resized with Lanczos",
+    "secondary_separator": "each tag is shuffled by itself",
+    "skip_image_resolution": "move the small images to another folder",
+    "token_warmup_step": "captions have all their tags from the first step",
+    "validation_split": "give the run --validation_split",
+}
+# Values besides the empty ones that ask for nothing.
+_NEUTRAL = {"network_multiplier": 1, "resize_interpolation": "lanczos"}
+# Options of the two above, which change nothing without them.
+_COMPANIONS = ("token_warmup_min", "validation_seed")
+_OPTIONS = (*_READ, *_REFUSED, *_COMPANIONS)
+_OF_DATASETS = frozenset((
+    "batch_size", "bucket_no_upscale", "enable_bucket", "network_multiplier", "resolution",
+    "skip_image_resolution", "validation_seed", "validation_split", *_BUCKETS,
+))  # fmt: skip
+_OF_SUBSETS = frozenset((
+    "alpha_mask", "conditioning_data_dir", "image_dir", "is_reg", "metadata_file",
+))  # fmt: skip
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+# Texts of which both programs draw the same: alternatives in braces, none of them in another.
+_SAME_DRAWN = re.compile(
+    r"(?:[^{}\\]|\\(?![{}|_])|\{(?:[^{}\\]|\\(?![{}|_]))+\})*", re.DOTALL
+)  # fmt: skip
+_FILE = re.compile(r"__[^\W_](?:[\w ./-]*?[^\W_])?__")
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """Its sub-folders, hidden ones left out.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    try:
+        return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be read: {error.strerror}") from error
+
+
+def folder_name(folder: Path) -> tuple[int, str] | None:
+    """Repeats and text of a folder named as ``10_sks dog`` is; None for any other name."""
+    match = _FOLDER.fullmatch(folder.name)
+    return (int(match[1]), match[2]) if match else None
+
+
+def folder_entries(folder: Path) -> list[Entry]:
+    """The folders ``10_sks dog``: repeats, and the caption of images without one.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    inner = folders_in(folder)
+    named = {path: name for path in inner if (name := folder_name(path))}
+    require(
+        bool(named),
+        f"dataset_config {folder} holds no folder such as '10_sks dog' (repeats, token and class)",
+        "dataset_config",
+    )
+    if others := [path.name for path in inner if path not in named]:
+        warnings.warn(
+            f"{folder}: left out {listing(others, 5)}; a folder of a subject is called as '10_sks "
+            "dog' is",
+            stacklevel=2,
+        )
+    return [
+        {"instance_data_dir": str(path), "repeats": repeats, **_concept(path, text)}
+        for path, (repeats, text) in named.items()
+    ]
+
+
+def _concept(folder: Path, prompt: str) -> Entry:
+    """Prompt, token and class of a subject from its prompt, the token being the first word.
+
+    Captions that never name it have no token: they are as they are.
+    """
+    token, _, class_word = prompt.strip().partition(" ")
+    texts = [path.read_text("utf-8", errors="replace").lower() for path in folder.glob("*.txt")]
+    if texts and not any(token.lower() in text for text in texts):
+        token = ""
+    return {"instance_prompt": prompt, "token": token, "class_word": class_word}
+
+
+def read_file(path: Path) -> Any:
+    """The values of a TOML or JSON file.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    kind = path.suffix.lower().removeprefix(".").upper()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if kind == "JSON":
+            return json.loads(text)
+        tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+        return tomllib.loads(text)
+    except ImportError as error:
+        raise ConfigError("Python 3.10 needs 'pip install tomli' to read TOML") from error
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"this is not valid {kind} ({error})") from error
+
+
+def dataset_entries(data: Mapping[str, Any], batch_size: int) -> list[Entry]:
+    """The subsets of sd-scripts' dataset file, each with its dataset's and the general options.
+
+    Args:
+        data: The values of the file.
+        batch_size: The run's, which the file may not contradict.
+
+    Raises:
+        ConfigError: Naming an option that is not known, in the wrong table, or not supported.
+
+    Warns:
+        UserWarning: Of options that have no effect.
+    """
+    unknown = [key for key in data if key not in ("general", "datasets")]
+    require(not unknown, f"{', '.join(unknown)}: there are only {_GENERAL} and {_DATASETS}")
+    general = _table(data.get("general", {}), _GENERAL)
+    entries: list[Entry] = []
+    for dataset in _tables(data.get("datasets", []), _DATASETS):
+        own = {name: value for name, value in dataset.items() if name != "subsets"}
+        above = {**general, **_table(own, _DATASETS)}
+        subsets = [
+            {**above, **_table(subset, _SUBSETS)}
+            for subset in _tables(dataset.get("subsets", []), _SUBSETS)
+        ]
+        entries += _dataset(list(_counted(subsets)), batch_size)
+    require(bool(entries), f"there is no {_SUBSETS} to train on")
+    return entries
+
+
+def _tables(values: Any, table: str) -> Sequence[Mapping[str, Any]]:
+    is_list = isinstance(values, list) and all(isinstance(value, dict) for value in values)
+    require(is_list, f"{table} must be a list of tables")
+    tables: Sequence[Mapping[str, Any]] = values
+    return tables
+
+
+def _table(options: Any, table: str) -> Entry:
+    """The options of a table, of which sd-scripts allows each in some tables alone."""
+    require(isinstance(options, dict), f"{table} must be a table of options")
+    for name, value in options.items():
+        require(
+            name in _OPTIONS, f"{table}: there is no option {name}{did_you_mean(name, _OPTIONS)}"
+        )
+        kinds = _READ.get(name)
+        require(
+            kinds is None or isinstance(value, kinds),
+            f"{table}: {name} is {value!r}; it must be {WANTED[kinds[0]] if kinds else ''}",
+        )
+        is_misplaced = name in (_OF_DATASETS if table == _SUBSETS else _OF_SUBSETS)
+        place = _DATASETS if name in _OF_DATASETS else _SUBSETS
+        require(not is_misplaced, f"{table}: {name} is an option of {place}; move it there")
+    given: Entry = options
+    return given
+
+
+def _counted(subsets: Sequence[Entry]) -> Iterator[Entry]:
+    """The subsets that count: of several with one ``image_dir``, sd-scripts reads the first."""
+    known = set()
+    for options in subsets:
+        folder = options.get("image_dir", "")
+        require(bool(folder), f"a {_SUBSETS} has no image_dir")
+        reason = "num_repeats is less than 1" if options.get("num_repeats", 1) < 1 else ""
+        reason = "this dataset has it already" if folder in known else reason
+        if reason:
+            warnings.warn(f"image_dir {folder} is left out, as sd-scripts does: {reason}",
+                          stacklevel=2)  # fmt: skip
+            continue
+        known.add(folder)
+        yield options
+
+
+def _dataset(subsets: Sequence[Entry], batch_size: int) -> list[Entry]:
+    """The entries of one dataset."""
+    for options in subsets:
+        _check_options(options, batch_size)
+        _check_captions(options)
+    subjects = [options for options in subsets if not options.get("is_reg")]
+    entries = [_subset(options) for options in subjects]
+    prior = _class_images([options for options in subsets if options.get("is_reg")], subjects)
+    require(
+        not prior or len({entry["class_word"] for entry in entries}) < 2,
+        "is_reg beside subjects of several classes is not supported: write the list in YAML, with "
+        "class_data_dir and class_prompt for each",
+    )
+    return [entry | prior for entry in entries]
+
+
+def _asked(options: Entry) -> set[str]:
+    """The options that ask for something."""
+    empty: tuple[Any, ...] = (False, 0, "", [], {})
+    return {name for name, value in options.items() if value not in empty}
+
+
+def _check_options(options: Entry, batch_size: int) -> None:
+    """Refuse options that have no counterpart here."""
+    asked = _asked(options)
+    for name in sorted(asked & {*_REFUSED}):
+        is_idle = name == "bucket_no_upscale" and not options.get("enable_bucket")
+        if options[name] != _NEUTRAL.get(name) and not is_idle:
+            raise ConfigError(f"{name} is not supported: {_REFUSED[name]}; remove it")
+    if tags := sorted(asked & {"shuffle_caption", "caption_tag_dropout_rate"}):
+        for name in sorted(asked & {"caption_prefix", "caption_suffix"}):
+            raise ConfigError(
+                f"{name} with {tags[0]} is not supported: sd-scripts shuffles and drops it with "
+                "the tags; write it into the captions, where keep_tokens keeps it in place"
+            )
+        separator = options.get("caption_separator", ",")
+        require(
+            separator == ",",
+            f"caption_separator {separator!r} is not supported: sd-scripts joins the tags by "
+            "commas; separate them by commas",
+        )
+    require(
+        bool(options.get("enable_bucket")) or "random_crop" not in asked,
+        "random_crop without enable_bucket is not supported: sd-scripts cuts it from the image at "
+        "its full size; set enable_bucket = true, or remove it",
+    )
+    size = options.get("batch_size", batch_size)
+    require(size == batch_size, f"batch_size {size}: give the run --train_batch_size {size} too")
+    if "cache_info" in asked and Path(options["image_dir"], "metadata_cache.json").is_file():
+        warnings.warn(
+            f"cache_info has no effect: images and captions are read from {options['image_dir']}, "
+            "not from its metadata_cache.json",
+            stacklevel=4,
+        )
+
+
+def _check_captions(options: Entry) -> None:
+    """Refuse captions of which sd-scripts trains others than are read here."""
+    folder, draws = Path(options["image_dir"]).expanduser(), bool(options.get("enable_wildcard"))
+    extension = options.get("caption_extension", ".caption")
+    extension = f".{extension.removeprefix('.')}" if extension else ""
+    texts = [options.get(name, "") for name in ("class_tokens", "caption_prefix", "caption_suffix")]
+    images = [path for path in folder.glob("*") if path.suffix.lower() in _IMAGES]
+    for image in sorted(images):
+        _check_extension(image, extension)
+        caption = image.with_suffix(".txt")
+        if not caption.is_file():
+            continue
+        lines = caption.read_text("utf-8-sig", errors="replace").splitlines()
+        several = len(list(filter(str.strip, lines))) > 1
+        first = lines[0] if lines else ""
+        require(
+            draws or not lines or (bool(first.strip()) and not several),
+            f"{caption}: sd-scripts reads its first line alone, {quoted(first)}; keep only that "
+            "one, or set enable_wildcard = true, which draws one of them each time",
+        )
+        require(
+            not (draws and several and any(texts[1:])),
+            f"{caption} has several lines, and sd-scripts puts caption_prefix before the first and "
+            "caption_suffix after the last; write them into the lines",
+        )
+        texts += lines
+    for text in texts if draws else ():
+        require(
+            bool(_SAME_DRAWN.fullmatch(text)) and not _FILE.search(text),
+            f"{folder}: with enable_wildcard, {quoted(text)} is another text in sd-scripts, which "
+            "has {{ for a brace, no \\{, no __file__ and no braces in braces; write it otherwise",
+        )
+
+
+def _check_extension(image: Path, extension: str) -> None:
+    """Refuse captions that sd-scripts would read and are not read here, or the reverse."""
+    if extension == ".txt":
+        return
+    here = image.with_suffix(".txt")
+    there = here.with_name(here.stem + extension)
+    require(
+        not there.is_file(),
+        f"{there.name}: captions are .txt files here; rename them, and write caption_extension = "
+        '".txt"',
+    )
+    require(
+        not here.is_file(),
+        f"{here.name} is no caption in sd-scripts, whose caption_extension is {extension} here; "
+        'write caption_extension = ".txt" to train on it, or move it away',
+    )
+
+
+def _side(resolution: Any) -> int:
+    """512 of ``512`` or ``[512, 512]``.
+
+    Raises:
+        ConfigError: If it is no square.
+    """
+    sides = {*resolution} if isinstance(resolution, list) else {resolution}
+    require(
+        len(sides) == 1 and all(isinstance(side, int) for side in sides),
+        f"resolution {resolution}: training is at a square such as 512, or in buckets",
+    )
+    side: int = sides.pop()
+    return side
+
+
+def _subset(options: Entry) -> Entry:
+    """The entry that a subset is."""
+    entry = {setting: options[name] for name, setting in _SAME.items() if name in options}
+    if "resolution" in entry:
+        entry["resolution"] = _side(entry["resolution"])
+    if "random_crop" in options:
+        entry["center_crop"] = not options["random_crop"]
+    usual = _BUCKETS if options.get("enable_bucket") else {}
+    entry |= usual | {name: options[name] for name in _BUCKETS if name in options}
+    if options.get("shuffle_caption") or options.get("caption_tag_dropout_rate"):
+        entry.setdefault("keep_tags", 0)
+    if options.get("enable_wildcard"):
+        entry["caption_per_line"] = True
+    return entry | _concept(Path(options["image_dir"]), options.get("class_tokens") or "")
+
+
+def _class_images(regularisation: Sequence[Entry], subjects: Sequence[Entry]) -> Entry:
+    """The prior that a subset of regularisation images is; empty where there is none."""
+    if not regularisation:
+        return {}
+    require(
+        len(regularisation) == 1,
+        "several is_reg subsets are not supported: write the list in YAML, with class_data_dir and "
+        "class_prompt for each subject",
+    )
+    options, folder = regularisation[0], regularisation[0]["image_dir"]
+    images = [path for path in Path(folder).glob("*") if path.suffix.lower() in _IMAGES]
+    require(bool(images), f"image_dir {folder!r} of is_reg holds no images")
+    require(
+        bool(options.get("class_tokens")),
+        f"image_dir {folder!r} of is_reg has no class_tokens, so that sd-scripts trains the empty "
+        'caption where an image has none; give it the class, such as class_tokens = "dog"',
+    )
+    unread = _asked(options) & {
+        "alpha_mask", "caption_dropout_rate", "caption_prefix", "caption_suffix",
+        "caption_tag_dropout_rate", "enable_wildcard", "shuffle_caption",
+    }  # fmt: skip
+    unread |= {"num_repeats"} if options.get("num_repeats", 1) > 1 else set()
+    unread |= {
+        name
+        for name in ("flip_aug", "random_crop")
+        if any(bool(own.get(name)) != bool(options.get(name)) for own in subjects)
+    }
+    if unread:
+        warnings.warn(
+            f"is_reg: {listing(unread)} of image_dir {folder} without effect: each image is "
+            "trained beside a class image, cut as it is, with the caption as it is",
+            stacklevel=5,
+        )
+    return {
+        "with_prior_preservation": True,
+        "prior_preservation_mode": "images",
+        "class_data_dir": folder,
+        "class_prompt": options["class_tokens"],
+        "num_class_images": len(images),
+    }
