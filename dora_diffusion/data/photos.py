@@ -314,24 +314,29 @@ def list_photos(folder: str | Path, *, warn_of_nested: bool = True) -> list[Path
         )
     if broken:
         warnings.warn(f"{folder}: left out {lost}; copy the photos themselves", stacklevel=2)
+    _warn_of_unread(folder, entries, photos)
+    return photos
+
+
+def _warn_of_unread(folder: Path, entries: Sequence[Path], photos: Sequence[Path]) -> None:
+    """Name the files of a folder that look as if they belonged to photos, and are not read."""
     if lonely := _without_photo(entries, photos):
         warnings.warn(
             f"{folder}: without effect, no photo has their name: {listing(lonely, 5)}",
-            stacklevel=2,
+            stacklevel=3,
         )
     if unread := [path.name for path in entries if path.name.lower().endswith(_OTHER_CAPTIONS)]:
         warnings.warn(
             f"{folder}: without effect: {listing(unread, 5)}; rename them to .txt to use them as "
             "captions",
-            stacklevel=2,
+            stacklevel=3,
         )
     others = [path.name for path in entries if path.name.lower().endswith(OTHER_SUFFIXES)]
     if others:
         warnings.warn(
             f"{folder}: left out {', '.join(others)}; convert them to JPEG or PNG to use them",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return photos
 
 
 def _without_photo(entries: Sequence[Path], photos: Sequence[Path]) -> list[str]:

@@ -149,13 +149,18 @@ def class_images(
             batch_size=config.sample_batch_size,
             on_image=announcer.on_image,
         )
-    captions = {} if config.class_prompt else dict(paths)
-    images = read_photos([path for path, _ in paths], "", skip_unreadable=True)
+    if config.class_prompt:  # which wins over the names of folders
+        paths = [(path, "") for path, _ in paths]
+    return _read_class_images(paths, prompts)
+
+
+def _read_class_images(paths: Sequence[tuple[Path, str]], prompts: Sequence[str]) -> list[Photo]:
+    """Class images; one without a .txt has its folder's caption, else the next of the prompts."""
+    named = dict(paths)
+    images = read_photos(list(named), "", skip_unreadable=True)
     return [
-        replace(
-            photo, caption=photo.caption or captions.get(photo.path) or prompts[i % len(prompts)]
-        )
-        for i, photo in enumerate(images)
+        replace(image, caption=image.caption or named[image.path] or prompts[i % len(prompts)])
+        for i, image in enumerate(images)
     ]
 
 

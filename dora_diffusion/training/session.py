@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,10 +162,7 @@ def open_session(
     optimizer_library(config.optimizer_name)
     if config.compile:
         require_compiler(accelerator.device)
-    paths, held_out = divide_all(subjects, list_subjects(subjects))
-    for subject, photos, others in zip(subjects, paths, held_out, strict=True):
-        check_wildcards(subject.settings, photos)
-        check_held_out(subject, others)
+    paths, held_out = _divided(subjects)
     start = StartingAdapter.of(config)
     components = _reading(base or load_base(config, accelerator, load), config)
     config = replace(config, resolution=_resolution(config, components))
@@ -196,6 +194,15 @@ def open_session(
     return Session(
         config, subjects, accelerator, components, weights, dataset, sampler, train_step, validation
     )
+
+
+def _divided(subjects: Sequence[Subject]) -> tuple[list[list[Path]], list[list[Path]]]:
+    """The photos of each subject, and those that it holds out, their captions checked."""
+    paths, held_out = divide_all(subjects, list_subjects(subjects))
+    for subject, photos, others in zip(subjects, paths, held_out, strict=True):
+        check_wildcards(subject.settings, photos)
+        check_held_out(subject, others)
+    return paths, held_out
 
 
 def load_base(config: TrainConfig, accelerator: Any, load: LoadBase | None = None) -> Components:
