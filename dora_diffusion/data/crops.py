@@ -186,11 +186,6 @@ class Buckets:
         return tuple(sorted(sizes, key=lambda size: size[::-1]))
 
     def __call__(self, size: tuple[int, int]) -> tuple[int, int]:
-        """A photo's ``(height, width)`` if that is a bucket, else that of the nearest width/height.
-
-        Of equally near ones it is the narrowest.
-        """
-        if size in self.sizes:
-            return size
+        """The bucket nearest to a photo's ``(height, width)`` by width / height."""
         wanted = size[1] / size[0]
         return min(self.sizes, key=lambda bucket: abs(bucket[1] / bucket[0] - wanted))

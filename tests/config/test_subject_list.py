@@ -138,3 +138,13 @@ def test_kohyas_folders_and_a_yaml_file_are_read(tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match="does not exist"):
         subject_configs(tmp_path / "none", TrainConfig())
+
+
+def test_a_setting_that_every_subject_has_for_itself_is_said() -> None:
+    entries = [{"name": name, "instance_data_dir": name, "rank": 4, "seed": 2} for name in "ab"]
+    shared = TrainConfig(rank=16, seed=1, output_dir="out")
+    with pytest.warns(UserWarning, match="^rank, seed without effect: each entry of subjects has"):
+        assert subject_configs(entries, shared)["a"].rank == 4
+    del entries[0]["rank"]
+    with pytest.warns(UserWarning, match="^seed without effect"):
+        assert subject_configs(entries, shared)["a"].rank == 16

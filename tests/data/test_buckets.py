@@ -67,6 +67,9 @@ def theirs(width: int, height: int, side: int, least: int, most: int, step: int)
         ((500, 2000), (512, 64, 256, 1024), (256, 1024)),
         ((1500, 1000), (1024, 64, 256, 2048), (1216, 832)),
         ((1500, 1000), (512, 32, 300, 700), (608, 416)),
+        # By the difference of the ratios, not of their logarithms.
+        ((1140, 1000), (512, 64, 256, 1024), (512, 512)),
+        ((2800, 1000), (512, 64, 256, 1024), (768, 320)),
     ],
 )
 def test_buckets_of_sd_scripts(
@@ -93,10 +96,8 @@ def test_any_sides_give_the_buckets_of_sd_scripts(
 
 
 def test_a_photo_of_a_buckets_size_is_its_own() -> None:
-    """Though another has its shape too: 640 x 320 comes before 768 x 384."""
-    buckets = Buckets(512, 64, 64, 2048)
-    for size in buckets.sizes:
-        assert buckets(size) == size
+    for size in Buckets(512, 64, 64, 2048).sizes:
+        assert Buckets(512, 64, 64, 2048)(size) == size
 
 
 @pytest.mark.parametrize(
