@@ -20,7 +20,7 @@ from dora_diffusion.config.run import SampleSettings
 from dora_diffusion.console.progress import say
 from dora_diffusion.console.tables import print_json
 from dora_diffusion.families import PREDICTION_TYPES
-from dora_diffusion.formats.layouts import CONVERSIONS
+from dora_diffusion.formats.layouts import CONVERSIONS, PROGRAMS
 from dora_diffusion.models.schedulers import SCHEDULERS
 from dora_diffusion.wording import counted
 
@@ -303,9 +303,6 @@ def _add_strengths(parser: argparse.ArgumentParser, texts: dict[str, str]) -> No
 if TYPE_CHECKING:
     from dora_diffusion.export import ConversionReport
 
-# Flags that limit ranks.
-LIMITS = ("rank", "conv_rank", "energy")
-
 
 def add_limits(parser: argparse.ArgumentParser, text: str, *, required: bool = False) -> None:
     """Add what limits the rank of each layer; ``text`` says what ``--rank`` is."""
@@ -350,7 +347,10 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def print_written(
     report: ConversionReport, output: str | Path | None = None, *, as_json: bool
 ) -> None:
-    """Say what was written, how near it is, and which programs read it exactly."""
+    """Say what was written, how near it is, and which programs read it exactly.
+
+    Of a file for one program: what it costs there.
+    """
     from dora_diffusion.export import inspect_adapter
 
     if as_json:
@@ -366,11 +366,26 @@ def print_written(
         )
     for note in report.notes:
         print(f"note: {note}")
-    exact, wrong = where_it_works(inspect_adapter(report.path).tools)
+    tools = inspect_adapter(report.path).tools
+    if report.program:
+        print(_cost(report, tools))
+        return
+    exact, wrong = where_it_works(tools)
     for line in exact:
         print(line)
     if wrong:
         print(f"wrong: {wrong}; convert it for these, or export a merged model")
+
+
+def _cost(report: ConversionReport, tools: Mapping[str, str]) -> str:
+    """One line: whether a program computes the file that was made for it exactly, and its size."""
+    program = PROGRAMS[report.program]
+    line = f"for {program.title} ({program.place}): {tools.get(program.columns[0], 'not known')}"
+    if report.growth >= 2:
+        line += f"; {report.growth:.0f} times as large as the adapter"
+    if "which is off" in line:
+        line += "; a merged model is exact (dora-diffusion export)"
+    return line
 
 
 def fit_options(args: argparse.Namespace) -> dict[str, Any]:

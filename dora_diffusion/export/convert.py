@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,10 +35,18 @@ from dora_diffusion.formats.adapter.metadata import (
     TRAINED_ALPHA,
     AdapterMetadata,
 )
+from dora_diffusion.formats.adapter.stored import StoredAdapter
 from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
 from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.formats.files.header import PICKLED
-from dora_diffusion.formats.layouts import CONVERSIONS, LORA_RANK, layout_named
+from dora_diffusion.formats.layouts import (
+    CONVERSIONS,
+    LORA_RANK,
+    PROGRAMS,
+    TARGETS,
+    Program,
+    layout_named,
+)
 from dora_diffusion.formats.layouts.base_specific import needs_compensation
 from dora_diffusion.formats.layouts.compatibility import stated_approximation
 from dora_diffusion.images import thumbnail as make_thumbnail
@@ -63,13 +72,15 @@ class ConversionReport:
 
     Attributes:
         path: The file or folder.
-        target: The format, a key of ``CONVERSIONS``: ``"kohya"`` for a ``comfyui`` file without
-            output-axis magnitudes, which is one.
+        target: The format, a key of ``CONVERSIONS``: of a program the one that it needs.
+            ``"kohya"`` for a ``comfyui`` file without output-axis magnitudes, which is one.
         layers: Number of layers.
         errors: Per layer, the relative error of what was fitted; empty where nothing is.
         total_error: The relative error of all layers together, 0 if the file is exact.
         notes: What was broken in the source and how it was repaired, one line each.
         embeddings: The files that trained tokens went to, by token.
+        program: The key of ``PROGRAMS`` that it was made for; empty where a format was asked for.
+        growth: Size of the file, relative to what it was made from.
     """
 
     path: Path
@@ -79,6 +90,8 @@ class ConversionReport:
     total_error: float = 0.0
     notes: tuple[str, ...] = ()
     embeddings: Mapping[str, Path] = field(default_factory=dict)
+    program: str = ""
+    growth: float = 1.0
 
     @property
     def worst(self) -> tuple[str, float] | None:
@@ -114,7 +127,8 @@ def convert_adapter(
     Args:
         source: Adapter file or folder.
         output: File (``.safetensors``) or folder to write.
-        target: A key of ``CONVERSIONS``.
+        target: A program, a key of ``PROGRAMS``, which gets the format that it needs of this
+            adapter; or a format, a key of ``CONVERSIONS``.
         base: Of ``dense``, ``lora``, ``comfyui`` on the output axis; ``dora`` is nearer with it.
         variant: Weight variant of the base, such as ``"fp16"``.
         revision: Branch, tag or commit of a base on the hub.
@@ -131,14 +145,22 @@ def convert_adapter(
     Raises:
         ExportError: If the output exists or is read, or the target lacks a base or a rank.
         AdapterFormatError: If the source cannot be read, or the target cannot hold it.
+
+    Warns:
+        UserWarning: Of limits on ranks without effect.
     """
-    settings = _check_request(target, base, FitSettings(rank, conv_rank, energy, dtype=dtype))
+    if target not in TARGETS:
+        raise ExportError(f"unknown target {target!r}; there is {', '.join(TARGETS)}")
+    program = PROGRAMS.get(target)
     output, inputs = Path(output).expanduser(), [find_adapter(source)]
     inputs += [Path(base).expanduser()] if base is not None else []
     with contextlib.ExitStack() as stack:
         model = None if base is None else stack.enter_context(open_model(base, variant, revision))
-        sums = model is not None and target in ("dense", "dora")
-        adapter = read_adapter(source, model, alpha=alpha, sums=sums)
+        takes_sums = target in ("dense", "dora") or (program is not None and program.takes_dense)
+        adapter = read_adapter(source, model, alpha=alpha, sums=model is not None and takes_sums)
+        named, target = target, target if program is None else _needed_by(program, adapter)
+        settings = FitSettings(rank, conv_rank, energy, dtype=dtype)
+        settings = _check_request(target, base, settings, program)
         settings = dataclasses.replace(settings, norm_axis=axis_of(adapter.layers.values()))
         kind = _key_format(target, adapter, settings, model)
         check_free(output, layout_named(kind).file_name, inputs, overwrite)
@@ -150,17 +172,41 @@ def convert_adapter(
         path = write_adapter(output, adapter, kind, dtype=dtype, base=model)
     target = _written_as(target, adapter)
     notes = (*adapter.notes, *said_of_embeddings(embeddings))
-    return ConversionReport(path, target, len(adapter.layers), errors, total, notes, embeddings)
+    return ConversionReport(
+        path, target, len(adapter.layers), errors, total, notes, embeddings,
+        "" if program is None else named,
+        StoredAdapter.open(path).nbytes / StoredAdapter.open(source).nbytes,
+    )  # fmt: skip
 
 
-def _check_request(target: str, base: str | Path | None, settings: FitSettings) -> FitSettings:
-    """Refuse what cannot be done; the settings with the rank that a target has by default."""
-    if target not in CONVERSIONS:
-        raise ExportError(f"unknown target {target!r}; there is {', '.join(CONVERSIONS)}")
-    if base is None and target in _APPROXIMATE:
-        raise ExportError(
-            f"{target} files are made for one base model; give that model with --base"
-        )
+def _needed_by(program: Program, adapter: AdapterFile) -> str:
+    """The conversion that a program needs of an adapter."""
+    axes = {w.norm_axis for w in adapter.layers.values() if w.magnitude is not None}
+    return program.conversion(axes, is_sum=bool(adapter.beside))
+
+
+def _check_request(
+    target: str, base: str | Path | None, settings: FitSettings, program: Program | None
+) -> FitSettings:
+    """Refuse what cannot be done; the settings with the rank that a target has by default.
+
+    Warns:
+        UserWarning: Of limits on ranks without effect.
+    """
+    is_needed = target in _APPROXIMATE or (program and CONVERSIONS[target].for_one_base)
+    if base is None and is_needed:
+        files = f"{target} files are"
+        if program is not None:
+            files = f"{program.title} needs this adapter as a {target} file, which is"
+        raise ExportError(f"{files} made for one base model; give that model with --base")
+    limits = {name: getattr(settings, name) for name in ("rank", "conv_rank", "energy")}
+    given, reason = [name for name, value in limits.items() if value is not None], ""
+    if not CONVERSIONS[target].takes_rank:
+        reason = f"{target} files keep the adapter's; --to dora and --to lora take one"
+    elif target in _APPROXIMATE:
+        given, reason = [n for n in given if n == "conv_rank"], f"{target} files have one rank"
+    for name in given if reason else ():
+        warnings.warn(f"{name} has no effect because {reason}", stacklevel=3)
     if target in _APPROXIMATE and settings.rank is None:
         return dataclasses.replace(settings, rank=LORA_RANK)
     if CONVERSIONS[target].needs_rank and not settings.limits:

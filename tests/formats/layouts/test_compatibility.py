@@ -22,7 +22,7 @@ from dora_diffusion.formats.adapter.file import (
 )
 from dora_diffusion.formats.files.header import TensorSpec
 from dora_diffusion.formats.layouts import CONVERSIONS, all_layouts, layout_named
-from dora_diffusion.formats.layouts.compatibility import PROGRAMS, some_layers
+from dora_diffusion.formats.layouts.compatibility import COLUMNS, some_layers
 from dora_diffusion.formats.layouts.other import OTHER
 from dora_diffusion.formats.names.kohya import name_resolver
 from dora_diffusion.numerics.weights import LayerWeights
@@ -289,7 +289,7 @@ def judged(name: str, axis: str) -> dict[str, str]:
 
 
 def test_kinds_of_files() -> None:
-    assert all(tuple(row) == PROGRAMS for row in VERDICTS.values())
+    assert all(tuple(row) == COLUMNS for row in VERDICTS.values())
     assert judged("kohya", "output") == VERDICTS["kohya DoRA, output axis"]
     assert judged("comfyui", "output") == VERDICTS["comfyui"]
     assert judged("peft", "") == VERDICTS["peft LoRA"]
