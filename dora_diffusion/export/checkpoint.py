@@ -35,6 +35,7 @@ from dora_diffusion.export.merged import (
     with_vae,
 )
 from dora_diffusion.export.metadata import ModelMetadata, merged_metadata, trained_metadata
+from dora_diffusion.export.programs import check_a1111_config, write_a1111_config
 from dora_diffusion.formats.adapter.embeddings import (
     is_written,
     said_of_embeddings,
@@ -86,8 +87,9 @@ def export_checkpoint(
         adapters: An adapter file or output folder, or several as ``[(adapter, strength), ...]``,
             whose strengths are multiplied with ``strength``. Their order does not matter. Of none
             (``()``) the output is the base itself, in this layout and dtype.
-        output: A name ending in ``.safetensors`` gives one file in the original layout, which
-            every user interface reads; any other name gives a diffusers folder.
+        output: A name ending in ``.safetensors`` gives one file in the original layout, with a
+            YAML beside it where A1111 needs one (`inspect_model` says what each program takes it
+            for); any other name gives a diffusers folder.
         strength: 0 is the base, 1 the adapter as trained.
         unet_strength: Multiplies it for the UNet.
         text_encoder_strength: Multiplies it for the text encoders.
@@ -211,7 +213,9 @@ def _write(
     on_progress: OnProgress | None,
 ) -> None:
     if output.suffix == ".safetensors":
+        check_a1111_config(output, model)
         _write_single_file(merged, model.single_file(), output, metadata, on_progress)
+        write_a1111_config(output, model)
         return
     plan = plan_folder(model, config)
     if vae is not None:

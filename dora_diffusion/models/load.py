@@ -6,12 +6,14 @@ Weights are read from safetensors only: no pickles, no remote code.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dora_diffusion import toy
 from dora_diffusion.families import USUAL, Family, UnsupportedModelError, detect_folder_family
 from dora_diffusion.formats.adapter.embeddings import read_tokens
 from dora_diffusion.formats.adapter.metadata import OWN, stated_reading
@@ -31,10 +33,12 @@ from dora_diffusion.formats.names.modules import BUFFERS, canonical
 from dora_diffusion.models.components import Components, cast_to_weight, fingerprint
 from dora_diffusion.models.configuration import (
     empty_module,
+    is_released,
     released_folder,
     require_prediction,
 )
 from dora_diffusion.models.locate import (
+    EMBEDDED_PREFIX,
     ModelNotFoundError,
     fetch_snapshot,
     looks_local,
@@ -257,16 +261,14 @@ def _module_of_file(file: CheckpointFile, folder: Path, part: str, dtype: torch.
         module = empty_module(folder, part)
     wanted = {key: canonical(part, key) for key in module.state_dict() if not key.endswith(BUFFERS)}
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    wrong = [
-        name
-        for key, name in wanted.items()
-        if name not in file.specs or file.specs[name].shape != shapes[key]
-    ]
-    if wrong:
+    lacking = [name for name in wanted.values() if name not in file.specs]
+    other = [n for key, n in wanted.items() if n in file.specs and file.specs[n].shape != shapes[key]]
+    if lacking or other:
+        lacks = f"it lacks {listing(lacking, 3)}" if lacking else f"{listing(other, 3)} differ"
+        whose = f"a released {file.family.title}" if is_released(folder) else folder.name
         raise ValueError(
-            f"{file.path} could not be loaded: it is damaged, or not shaped as its configuration "
-            f"says ({listing(wrong, 3)}); give a Diffusers folder of its shape as --config (of "
-            "train: --model_config)"
+            f"{file.path} is not shaped as {whose}: {lacks}; give a Diffusers folder of its shape "
+            f"as --config (of train: --model_config){_base_of(file)}"
         )
     with plain_errors(str(file.path)):
         # A tensor that is its own memory: the file is closed, and parts of one are not kept whole.
@@ -276,6 +278,14 @@ def _module_of_file(file: CheckpointFile, folder: Path, part: str, dtype: torch.
         }
     module.load_state_dict(state, strict=False, assign=True)
     return module
+
+
+def _base_of(file: CheckpointFile) -> str:
+    """A hint at the model that a file was made from, which has its shape."""
+    name = json.loads(file.metadata.get(OWN + "base", "{}")).get("name", "")
+    if name in toy.MODELS:
+        name = f"{EMBEDDED_PREFIX}{name}"
+    return f", such as its base model's: {name}" if name else ""
 
 
 def reschedule(components: Components, asked: AskedSchedule) -> Components:

@@ -47,7 +47,7 @@ class Catalogue:
             ConfigError: If there are two, and the look is ``strict``.
         """
         files: dict[str, Path] = {}
-        found = [file for folder in self._folders for file in _adapters_in(folder)]
+        found = dict.fromkeys(f for folder in self._folders for f in _adapters_in(folder))
         for file in found:
             is_file = file.suffix == ".safetensors"
             name = file.stem if is_file and file.with_suffix("") not in found else file.name
