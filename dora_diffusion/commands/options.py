@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import re
 import sys
 import warnings
@@ -206,14 +205,14 @@ def load_adapted_model(args: argparse.Namespace) -> tuple[Components, AdapterMet
     """The base model with the adapter on it, ready to sample from.
 
     Raises:
-        ConfigError: If a strength is no finite number, before anything is loaded.
+        ValueError: If a strength is out of its limits, before anything is loaded.
 
     Warns:
         UserWarning: Of flags without effect.
     """
-    for name in _STRENGTHS:
-        value = getattr(args, name)
-        require(math.isfinite(value), f"{name} is {value}; it must be a finite number", name)
+    from dora_diffusion.numerics.weights import Strengths
+
+    Strengths(*(getattr(args, name) for name in _STRENGTHS))
     options = model_options(args)
     warn_without_effect(args)
     from dora_diffusion.generate import load_adapted

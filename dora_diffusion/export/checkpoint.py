@@ -162,6 +162,7 @@ def export_trained(
     vae: str | Path | None = None,
     variant: str | None = None,
     config: str | Path | None = None,
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a model that was trained from a base, streamed one tensor at a time, atomically.
@@ -169,14 +170,14 @@ def export_trained(
     Args:
         base: What it was trained from: a Diffusers folder, a hub id, ``embedded:NAME`` or a single
             ``.safetensors`` file. What was not trained is its own, to the last bit.
-        tensors: Canonical name -> what gives the trained tensor. It is cast to the dtype that the
-            base stores.
+        tensors: Canonical name -> what gives the trained tensor.
         output: A name ending in ``.safetensors`` gives one file in the original layout, any other
             a Diffusers folder.
         metadata: What is known of the training: trigger words, steps.
         vae: Another autoencoder, which takes the place of the base's.
         variant: Weight variant of the base, such as ``"fp16"``.
         config: For a folder made from a single file: a Diffusers folder with its configuration.
+        dtype: Of the UNet and the text encoders; None keeps that of the base.
         overwrite: Replace an output that exists.
 
     Returns:
@@ -194,7 +195,7 @@ def export_trained(
         weights: ModelWeights = with_vae(model, new_vae) if new_vae else model
         if unknown := tensors.keys() - weights.specs.keys():
             raise ExportError(f"the base has no {listing(sorted(unknown), 3)}")
-        trained = MergedModel(Overlay(weights, tensors), ())
+        trained = MergedModel(Overlay(weights, tensors), (), dtype)
         facts = replace(metadata, base_model=without_path(str(base)))
         restate_schedule(model, base, AskedSchedule(adapters=[facts]))
         described = trained_metadata(model, metadata, output)

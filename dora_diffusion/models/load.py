@@ -262,7 +262,8 @@ def _module_of_file(file: CheckpointFile, folder: Path, part: str, dtype: torch.
     wanted = {key: canonical(part, key) for key in module.state_dict() if not key.endswith(BUFFERS)}
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     lacking = [name for name in wanted.values() if name not in file.specs]
-    other = [n for key, n in wanted.items() if n in file.specs and file.specs[n].shape != shapes[key]]
+    has = {name: shapes[key] for key, name in wanted.items() if name in file.specs}
+    other = [name for name, shape in has.items() if file.specs[name].shape != shape]
     if lacking or other:
         lacks = f"it lacks {listing(lacking, 3)}" if lacking else f"{listing(other, 3)} differ"
         whose = f"a released {file.family.title}" if is_released(folder) else folder.name

@@ -19,7 +19,7 @@ from dora_diffusion.formats.layouts.compatibility import EXACT
 PROGRAMS = ("diffusers", "ComfyUI", "Forge", "A1111", "InvokeAI")
 WIDTH = 320
 """Channels of the first level of the released models' UNets: web UIs load no other."""
-A1111_HEAD = "# Written by dora_diffusion: A1111 and Forge build the model of the same name by it.\n"
+A1111_HEAD = "# Written by dora_diffusion: A1111 builds the model of the same name by it.\n"
 
 _TOLD = (
     "exact if told so: from_single_file(FILE, config=FOLDER), the folder of a model of this shape "

@@ -67,7 +67,9 @@ def test_the_yaml_is_of_the_released_shape(family: str, prediction: str) -> None
         wanted["in_channels"], wanted["out_channels"],
     )  # fmt: skip
     assert unet["num_res_blocks"] == wanted["layers_per_block"]
-    assert unet.get("use_linear_in_transformer", False) == wanted.get("use_linear_projection", False)
+    assert unet.get("use_linear_in_transformer", False) == wanted.get(
+        "use_linear_projection", False
+    )
     # Diffusers' attention_head_dim is a number of heads.
     heads = wanted["attention_head_dim"]
     heads = heads if isinstance(heads, list) else [heads] * len(widths)
