@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.export.files import ExportError, open_model
-from dora_diffusion.export.metadata import BASE, MERGED, trained_trigger
+from dora_diffusion.export.metadata import MERGED, trained_trigger
 from dora_diffusion.families import Family
+from dora_diffusion.formats.checkpoint.file import base_name
 from dora_diffusion.formats.checkpoint.programs import (
     A1111_HEAD,
     VERDICTS,
@@ -95,13 +96,20 @@ def inspect_model(path: str | Path) -> ModelReport:
             is_single_file=model.is_single_file,
             schedule=str(schedule) if schedule.prediction_type else "",
             trigger=fields.get("modelspec.trigger_phrase", "") or trained_trigger(fields),
-            base=str(json.loads(fields.get(BASE, "{}")).get("name", "")),
-            adapters=[(a["adapter"], a["strength"]) for a in json.loads(fields.get(MERGED, "[]"))],
+            base=base_name(fields),
+            adapters=_merged_in(fields.get(MERGED, "[]")),
             dtypes=[str(dtype).removeprefix("torch.") for dtype, _ in counts.most_common()],
             nbytes=sum(file.stat().st_size for files in model.files.values() for file in files),
             tools=VERDICTS.get(kind_of(model), {}),
             notes=notes,
         )
+
+
+def _merged_in(text: str) -> list[tuple[str, float]]:
+    try:
+        return [(str(row["adapter"]), float(row["strength"])) for row in json.loads(text)]
+    except (ValueError, TypeError, KeyError):  # damaged, or another program's
+        return []
 
 
 def check_a1111_config(output: Path, model: StoredModel) -> None:

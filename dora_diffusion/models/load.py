@@ -6,7 +6,6 @@ Weights are read from safetensors only: no pickles, no remote code.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,11 @@ from dora_diffusion import toy
 from dora_diffusion.families import USUAL, Family, UnsupportedModelError, detect_folder_family
 from dora_diffusion.formats.adapter.embeddings import read_tokens
 from dora_diffusion.formats.adapter.metadata import OWN, stated_reading
-from dora_diffusion.formats.checkpoint.file import CheckpointFile, detect_checkpoint_family
+from dora_diffusion.formats.checkpoint.file import (
+    CheckpointFile,
+    base_name,
+    detect_checkpoint_family,
+)
 from dora_diffusion.formats.checkpoint.folder import by_scheduler, read_json
 from dora_diffusion.formats.checkpoint.schedule import (
     EPSILON,
@@ -283,7 +286,7 @@ def _module_of_file(file: CheckpointFile, folder: Path, part: str, dtype: torch.
 
 def _base_of(file: CheckpointFile) -> str:
     """A hint at the model that a file was made from, which has its shape."""
-    name = json.loads(file.metadata.get(OWN + "base", "{}")).get("name", "")
+    name = base_name(file.metadata)
     if name in toy.MODELS:
         name = f"{EMBEDDED_PREFIX}{name}"
     return f", such as its base model's: {name}" if name else ""

@@ -156,6 +156,17 @@ def test_export_and_inspect_end_with_what_each_program_makes_of_it(
     assert "Diffusers folder" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["", "{", "null", "[1]", '{"name": 1}', '[{"adapter": 1}]'])
+def test_damaged_metadata_is_not_believed(text: str, sd1_folder: Path, tmp_path: Path) -> None:
+    file = export_checkpoint(sd1_folder, (), tmp_path / "m.safetensors")
+    fields = {f"dora_diffusion.{name}": text for name in ("base", "merged")}
+    save_file(load_file(file), file, fields)
+    report = inspect_model(file)
+    assert (report.base, report.adapters) == ("1" if "name" in text else "", [])
+    with pytest.raises(ValueError, match="is not shaped as"):
+        load_components(file)
+
+
 def test_a_model_that_no_program_knows_says_so(
     sd1_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

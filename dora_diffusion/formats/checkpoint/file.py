@@ -7,6 +7,7 @@ convolutions become Linear weights.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -23,6 +24,7 @@ from dora_diffusion.families import (
     UnsupportedModelError,
     choose_by_channels,
 )
+from dora_diffusion.formats.adapter.metadata import OWN
 from dora_diffusion.formats.checkpoint.entries import POSITIONS, Entry, entries_of_file
 from dora_diffusion.formats.checkpoint.schedule import (
     MARKERS,
@@ -154,6 +156,14 @@ class CheckpointFile:
             return stated[key] if key in stated else self.reader[key_of[key]].to(specs[key].dtype)
 
         return SingleFile(entries, specs, load)
+
+
+def base_name(metadata: Mapping[str, str]) -> str:
+    """The model that a model of ours was made from, by its metadata; empty where it has none."""
+    try:
+        return str(json.loads(metadata[OWN + "base"])["name"])
+    except (ValueError, TypeError, KeyError):
+        return ""
 
 
 def detect_checkpoint_family(
