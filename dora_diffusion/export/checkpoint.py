@@ -163,9 +163,10 @@ def export_trained(
     variant: str | None = None,
     config: str | Path | None = None,
     dtype: torch.dtype | None = None,
-    overwrite: bool = False,
 ) -> Path:
     """Write a model that was trained from a base, streamed one tensor at a time, atomically.
+
+    One that is there is replaced.
 
     Args:
         base: What it was trained from: a Diffusers folder, a hub id, ``embedded:NAME`` or a single
@@ -178,19 +179,18 @@ def export_trained(
         variant: Weight variant of the base, such as ``"fp16"``.
         config: For a folder made from a single file: a Diffusers folder with its configuration.
         dtype: Of the UNet and the text encoders; None keeps that of the base.
-        overwrite: Replace an output that exists.
 
     Returns:
         The output path.
 
     Raises:
-        ExportError: If the output exists, or the base has no such tensor.
+        ExportError: If the output is no model, or the base has no such tensor.
         DiskFullError: If there is not enough space; nothing is changed then.
     """
     output = Path(output).expanduser()
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(open_model(base, variant))
-        check_output(output, model.path, (), overwrite)
+        check_output(output, model.path, (), True)
         new_vae = None if vae is None else stack.enter_context(open_vae(vae))
         weights: ModelWeights = with_vae(model, new_vae) if new_vae else model
         if unknown := tensors.keys() - weights.specs.keys():

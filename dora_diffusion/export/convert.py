@@ -36,7 +36,7 @@ from dora_diffusion.formats.adapter.metadata import (
     AdapterMetadata,
 )
 from dora_diffusion.formats.adapter.stored import StoredAdapter
-from dora_diffusion.formats.checkpoint.weights import ModelWeights, module_weight
+from dora_diffusion.formats.checkpoint.weights import ModelWeights, StoredModel, module_weight
 from dora_diffusion.formats.files.atomic import require_writable
 from dora_diffusion.formats.files.header import PICKLED
 from dora_diffusion.formats.layouts import (
@@ -127,8 +127,7 @@ def convert_adapter(
     Args:
         source: Adapter file or folder.
         output: File (``.safetensors``) or folder to write.
-        target: A program, a key of ``PROGRAMS``, which gets the format that it needs of this
-            adapter; or a format, a key of ``CONVERSIONS``.
+        target: A key of ``PROGRAMS``, which gets the format that it needs, or of ``CONVERSIONS``.
         base: Of ``dense``, ``lora``, ``comfyui`` on the output axis; ``dora`` is nearer with it.
         variant: Weight variant of the base, such as ``"fp16"``.
         revision: Branch, tag or commit of a base on the hub.
@@ -145,44 +144,45 @@ def convert_adapter(
     Raises:
         ExportError: If the output exists or is read, or the target lacks a base or a rank.
         AdapterFormatError: If the source cannot be read, or the target cannot hold it.
-
-    Warns:
-        UserWarning: Of limits on ranks without effect.
     """
-    if target not in TARGETS:
-        raise ExportError(f"unknown target {target!r}; there is {', '.join(TARGETS)}")
-    program = PROGRAMS.get(target)
     output, inputs = Path(output).expanduser(), [find_adapter(source)]
     inputs += [Path(base).expanduser()] if base is not None else []
     with contextlib.ExitStack() as stack:
         model = None if base is None else stack.enter_context(open_model(base, variant, revision))
-        takes_sums = target in ("dense", "dora") or (program is not None and program.takes_dense)
-        adapter = read_adapter(source, model, alpha=alpha, sums=model is not None and takes_sums)
-        named, target = target, target if program is None else _needed_by(program, adapter)
+        adapter = _read(source, target, model, alpha)
+        program, target = target if target in PROGRAMS else "", _conversion(target, adapter)
         settings = FitSettings(rank, conv_rank, energy, dtype=dtype)
-        settings = _check_request(target, base, settings, program)
+        settings = _check_request(target, base, settings, PROGRAMS.get(program))
         settings = dataclasses.replace(settings, norm_axis=axis_of(adapter.layers.values()))
         kind = _key_format(target, adapter, settings, model)
         check_free(output, layout_named(kind).file_name, inputs, overwrite)
         embeddings = check_overwrite(output, adapter, overwrite)
-        family = family or (model.family.name if model else "")
-        metadata = _with_additions(adapter.metadata, family, tags, thumbnail)
-        adapter = dataclasses.replace(adapter, metadata=metadata)
+        adapter = _with_additions(adapter, family or _family(model), tags, thumbnail)
         adapter, errors, total = _of_smaller_rank(adapter, target, settings, model)
         path = write_adapter(output, adapter, kind, dtype=dtype, base=model)
-    target = _written_as(target, adapter)
+    count, written = len(adapter.layers), _written_as(target, adapter)
     notes = (*adapter.notes, *said_of_embeddings(embeddings))
-    return ConversionReport(
-        path, target, len(adapter.layers), errors, total, notes, embeddings,
-        "" if program is None else named,
-        StoredAdapter.open(path).nbytes / StoredAdapter.open(source).nbytes,
-    )  # fmt: skip
+    growth = StoredAdapter.open(path).nbytes / StoredAdapter.open(source).nbytes
+    return ConversionReport(path, written, count, errors, total, notes, embeddings, program, growth)
 
 
-def _needed_by(program: Program, adapter: AdapterFile) -> str:
-    """The conversion that a program needs of an adapter."""
+def _read(
+    source: str | Path, target: str, model: ModelWeights | None, alpha: float | None
+) -> AdapterFile:
+    """An adapter for a target; with a LoRA beside its DoRA where that can hold it."""
+    if target not in TARGETS:
+        raise ExportError(f"unknown target {target!r}; there is {', '.join(TARGETS)}")
+    program = PROGRAMS.get(target)
+    sums = target in ("dense", "dora") or (program is not None and program.takes_dense)
+    return read_adapter(source, model, alpha=alpha, sums=sums and model is not None)
+
+
+def _conversion(target: str, adapter: AdapterFile) -> str:
+    """The conversion that a program needs of an adapter; any other target stays."""
+    if target not in PROGRAMS:
+        return target
     axes = {w.norm_axis for w in adapter.layers.values() if w.magnitude is not None}
-    return program.conversion(axes, is_sum=bool(adapter.beside))
+    return PROGRAMS[target].conversion(axes, is_sum=bool(adapter.beside))
 
 
 def _check_request(
@@ -278,18 +278,24 @@ def _approximation_of(
     return dataclasses.replace(adapter.metadata, extra=extra)
 
 
+def _family(model: StoredModel | None) -> str:
+    return "" if model is None else model.family.name
+
+
 def _with_additions(
-    old: AdapterMetadata, family: str, tags: Sequence[str], thumbnail: str | Path | None
-) -> AdapterMetadata:
-    """The metadata with what the user adds; the adapter's own family stays."""
+    adapter: AdapterFile, family: str, tags: Sequence[str], thumbnail: str | Path | None
+) -> AdapterFile:
+    """The adapter with what the user adds to its metadata; its own family stays."""
+    old = adapter.metadata
     counts = dict(old.tag_frequency)
-    return dataclasses.replace(
+    metadata = dataclasses.replace(
         old,
         family=old.family or family,
         tags=tuple(dict.fromkeys((*old.tags, *tags))),
         thumbnail=make_thumbnail(thumbnail) if thumbnail else old.thumbnail,
         tag_frequency=dict.fromkeys(tags, 1) | counts if counts else counts,
     )
+    return dataclasses.replace(adapter, metadata=metadata)
 
 
 def check_free(

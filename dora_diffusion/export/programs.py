@@ -43,7 +43,7 @@ class ModelReport:
         adapters: What was merged into that: adapter and strength of each.
         dtypes: Precisions of the UNet's tensors, the most frequent first.
         nbytes: Size of its weights on disk.
-        tools: Programs, and whether they take it as it is meant; see docs/understand/programs.md.
+        tools: Programs, and whether they take it as it is meant; see docs/howto/v-prediction.md.
         notes: What to know before using it.
     """
 

@@ -215,7 +215,6 @@ class FullWeights:
             variant=config.variant,
             config=config.model_config,
             dtype=_dtype(config),
-            overwrite=True,
         )
         self.words.write(folder)
         return written
